@@ -1,0 +1,118 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The command ``kuryr-break0``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from typing import Any, Optional, Sequence
+
+import prettytable
+from oslo_config import cfg
+from oslo_log import log as logging
+
+from kuryr_break0 import config
+from kuryr_break0 import exceptions
+from kuryr_break0.manager import Break0Manager
+from kuryr_break0.manager import Status
+
+#: Exit codes of all subcommands.
+IN_SYNC, DRIFT, USAGE, UNREADABLE = range(4)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run a subcommand and return its exit code."""
+    conf = cfg.ConfigOpts()
+    logging.register_options(conf)
+    conf.register_cli_opt(cfg.SubCommandOpt(
+        'command', title='commands', handler=_add_subcommands))
+    try:
+        # kuryr.conf is where Kuryr's own programs look for it.
+        conf(sys.argv[1:] if argv is None else argv, project='kuryr',
+             prog='kuryr-break0',
+             version=importlib.metadata.version('kuryr-break0'))
+        logging.setup(conf, 'kuryr-break0')
+        options = config.load(conf)
+    except (cfg.Error, exceptions.InvalidOption) as err:
+        return _fail(USAGE, err)
+    try:
+        status: int = conf.command.func(conf, Break0Manager(options))
+        return status
+    except exceptions.Break0Error as err:
+        return _fail(UNREADABLE, err)
+
+
+def _add_subcommands(subparsers: Any) -> None:
+    status = subparsers.add_parser(
+        'status', help='show break0 and the pod addresses behind it',
+        description='Show break0 and the pod addresses behind it. Exits '
+                    'with 0 if each address has its route and each route '
+                    'its pod, 1 if not, 2 for wrong usage or configuration, '
+                    '3 if the kernel or the state directory cannot be read.')
+    status.add_argument('--json', action='store_true',
+                        help='print JSON instead of tables')
+    status.set_defaults(func=_status)
+
+
+def _status(conf: cfg.ConfigOpts, manager: Break0Manager) -> int:
+    status = manager.status()
+    if conf.command.json:
+        print(json.dumps(_as_json(status), indent=2))
+    else:
+        _print_tables(status)
+    return IN_SYNC if status.in_sync else DRIFT
+
+
+def _as_json(status: Status) -> dict[str, Any]:
+    link = status.link
+    return {
+        'in_sync': status.in_sync,
+        'device': None if link is None else {
+            'name': link.name, 'index': link.index, 'kind': link.kind,
+            'mode': link.mode, 'parent_index': link.lower, 'mac': link.mac,
+            'mtu': link.mtu, 'up': link.up,
+            'addresses': [str(each) for each in status.link_addresses]},
+        'addresses': [{
+            'address': str(each.address),
+            'container_id': each.owner.container_id if each.owner else None,
+            'ifname': each.owner.ifname if each.owner else None,
+            'routed': each.routed, 'in_sync': each.in_sync}
+            for each in status.addresses]}
+
+
+def _print_tables(status: Status) -> None:
+    link = status.link
+    if link is None:
+        print('There is no break0 yet: it comes with the first pod.')
+    else:
+        table = prettytable.PrettyTable(
+            ['Device', 'Kind', 'Parent', 'MAC', 'MTU', 'Addresses', 'State'])
+        table.add_row([
+            link.name, '%s %s' % (link.kind or 'physical', link.mode or ''),
+            link.lower, link.mac, link.mtu,
+            ' '.join(map(str, status.link_addresses)) or 'unnumbered',
+            'up' if link.up else 'down'])
+        print(table)
+    table = prettytable.PrettyTable(['Address', 'Owner', 'Route', 'In sync'])
+    for each in status.addresses:
+        table.add_row([each.address, each.owner or 'nobody',
+                       'yes' if each.routed else 'missing',
+                       'yes' if each.in_sync else 'no'])
+    print(table)
+
+
+def _fail(code: int, err: Exception) -> int:
+    print('kuryr-break0: %s' % err, file=sys.stderr)
+    return code

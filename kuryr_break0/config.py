@@ -1,0 +1,319 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The ``[break0]`` options of kuryr.conf."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import ipaddress
+import re
+from typing import Any, Optional, Union
+
+from oslo_config import cfg
+from oslo_config import types
+
+from kuryr_break0 import exceptions
+
+GROUP = 'break0'
+
+IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
+IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+#: The kernel's limit is IFNAMSIZ, 16 bytes with the closing NUL; ``/`` and
+#: white space are refused by dev_valid_name().
+_DEVICE_NAME = r'(?!\.{1,2}$)[^/:\s]{1,15}'
+
+
+class _Checked(types.ConfigType):
+    """A configuration value that a function parses or refuses."""
+
+    def __init__(self, type_name: str) -> None:
+        super().__init__(type_name=type_name)
+
+    def __repr__(self) -> str:
+        return self.type_name
+
+    def _formatter(self, value: Any) -> str:
+        return str(value)
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class DeviceName(_Checked):
+    """A name that the kernel takes for a network interface."""
+
+    def __init__(self) -> None:
+        super().__init__('interface name')
+
+    def __call__(self, value: str) -> str:
+        if not re.fullmatch(_DEVICE_NAME, value):
+            raise ValueError(
+                '%r is not an interface name: 1 to 15 characters without '
+                'white space, "/" and ":" are allowed' % value)
+        return value
+
+
+class HostAddress(_Checked):
+    """An address of a single host; /32 or /128 may follow it."""
+
+    def __init__(self) -> None:
+        super().__init__('host address')
+
+    def __call__(self, value: Any) -> IPAddress:
+        if isinstance(value, (ipaddress.IPv4Address, ipaddress.IPv6Address)):
+            return value
+        try:
+            interface = ipaddress.ip_interface(value)
+        except ValueError:
+            raise ValueError('%r is not an IPv4 or IPv6 address' % value)
+        if interface.network.num_addresses != 1:
+            # A shorter prefix would add an on-link route for all of it.
+            raise ValueError(
+                '%r has a prefix: only a host address is allowed, %s' %
+                (value, interface.ip))
+        reason = not_a_host(interface.ip)
+        if reason:
+            raise ValueError('%r is %s: only the address of a single host '
+                             'is allowed' % (value, reason))
+        return interface.ip
+
+
+class Network(_Checked):
+    """A network in CIDR notation, without host bits."""
+
+    def __init__(self) -> None:
+        super().__init__('network in CIDR notation')
+
+    def __call__(self, value: Any) -> IPNetwork:
+        if isinstance(value, (ipaddress.IPv4Network, ipaddress.IPv6Network)):
+            return value
+        try:
+            return ipaddress.ip_network(value)
+        except ValueError as err:
+            raise ValueError('%r is not a network: %s; what is allowed looks '
+                             'like 10.0.0.0/16 or fd00::/64' % (value, err))
+
+
+class UnicastMAC(_Checked):
+    """A MAC address of a single interface, as six hexadecimal octets."""
+
+    def __init__(self) -> None:
+        super().__init__('MAC address')
+
+    def __call__(self, value: str) -> str:
+        if not re.fullmatch(r'([0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}', value):
+            raise ValueError('%r is not a MAC address: six hexadecimal '
+                             'octets with colons are allowed' % value)
+        if int(value[:2], 16) & 1 or not value.strip('0:'):
+            raise ValueError('%r is not the address of one interface: only '
+                             'unicast MAC addresses are allowed' % value)
+        return value.lower()
+
+
+class WholeNumber(types.Integer):
+    """A whole number within limits, whose error names value and limits."""
+
+    def __call__(self, value: Any) -> Any:
+        try:
+            return super().__call__(value)
+        except ValueError:
+            raise ValueError('%r is not a whole number from %s to %s' %
+                             (value, self.min, self.max))
+
+
+class YesOrNo(types.Boolean):
+    """A truth value, whose error names the value and what is allowed."""
+
+    def __call__(self, value: Any) -> Any:
+        try:
+            return super().__call__(value)
+        except ValueError:
+            raise ValueError('%r is neither true nor false' % value)
+
+
+class AbsolutePath(_Checked):
+    """A path that does not depend on where a process was started."""
+
+    def __init__(self) -> None:
+        super().__init__('absolute path')
+
+    def __call__(self, value: str) -> str:
+        if not value.startswith('/') or '\0' in value:
+            raise ValueError('%r is not an absolute path' % value)
+        return value
+
+
+def not_a_host(address: IPAddress) -> Optional[str]:
+    """Why an address can't be that of a pod, whatever the node; else None.
+
+    IPv4-mapped IPv6 addresses count as what they map, since no packet of
+    theirs may be on a wire (RFC 4291, 2.5.5.2).
+    """
+    for kind in ('multicast', 'unspecified', 'loopback', 'link_local'):
+        if getattr(address, 'is_' + kind):
+            return 'a %s address' % kind.replace('_', '-')
+    if address.version == 4 and (address.is_reserved
+                                 or int(address) >> 24 == 0):
+        return 'a reserved address'
+    if getattr(address, 'ipv4_mapped', None):
+        return 'an IPv4-mapped address'
+    return None
+
+
+OPTS = [
+    cfg.Opt(
+        'enabled',
+        type=YesOrNo(),
+        default=True,
+        help='Whether new pods become reachable through break0. When false, '
+             'pods are bound as Kuryr alone does it; what was bound before '
+             'is still removed as its pods go.'),
+    cfg.Opt(
+        'device',
+        type=DeviceName(),
+        default='break0',
+        help='Name of the macvlan interface in the namespace of the node: 1 '
+             'to 15 characters without white space, "/" and ":". An '
+             'interface of that name that is not a macvlan in bridge mode on '
+             'the parent of the pods is left alone, and is an error.'),
+    cfg.Opt(
+        'parent',
+        type=DeviceName(),
+        help='Interface that the pods are on. By default the one that Kuryr '
+             'chooses: [binding] link_iface, else the one that kubelet '
+             'listens on, else the first that is not the loopback. Only for '
+             'checking: if the pods turn out to be on another interface, '
+             'that is an error.'),
+    cfg.ListOpt(
+        'addr',
+        item_type=HostAddress(),
+        default=[],
+        help='Addresses of break0 itself, put on it as /32 or /128; several '
+             'with commas between. By default it has none, and the node '
+             'speaks to its pods from its own address. They are different '
+             'on each node, so where kuryr.conf is shared, set the '
+             'environment variable OS_BREAK0__ADDR of the daemon instead.'),
+    cfg.Opt(
+        'mac',
+        type=UnicastMAC(),
+        help='MAC address of break0. By default one that is derived from '
+             'that of the parent, so that it stays the same when break0 is '
+             'created again, and differs between nodes. Like addr, never '
+             'the same on two nodes.'),
+    cfg.Opt(
+        'route_protocol',
+        type=WholeNumber(min=5, max=255),
+        default=176,
+        help='Number that marks the routes as ours (ip route: proto). Only '
+             'routes with this number on break0 are ever changed or deleted, '
+             'so no other program of the node may use it; 0 to 4 are the '
+             'kernel\'s. Change it only on a node without bound pods.'),
+    cfg.Opt(
+        'route_table',
+        type=WholeNumber(min=1, max=4294967295),
+        default=254,
+        help='Number of the routing table for the routes; 254 is main. With '
+             'any other, the rule that leads to it (ip rule) is up to you.'),
+    cfg.ListOpt(
+        'allowed_cidrs',
+        item_type=Network(),
+        default=[],
+        help='Networks that pod addresses must be in, like 10.0.0.0/16; '
+             'several with commas between. An address outside gets no route, and '
+             'a warning. By default all are allowed, but those of the node, '
+             'its next hops and those that are not of a single host. Set it '
+             'to the pod subnets, so that who can write a KuryrPort cannot '
+             'draw the traffic of the node to other addresses.'),
+    cfg.Opt(
+        'strict',
+        type=YesOrNo(),
+        default=False,
+        help='Whether a pod that cannot be made reachable fails. By default '
+             'that is logged as an error and the pod runs all the same, '
+             'unreachable from its node; when true, the ADD is undone and '
+             'kubelet tries again.'),
+    cfg.Opt(
+        'state_dir',
+        type=AbsolutePath(),
+        default='/run/kuryr-break0',
+        help='Absolute path of the directory that says which sandbox each '
+             'address belongs to, created as needed with mode 0700. It has '
+             'to end with the boot, as pods do, so it belongs on a tmpfs. If '
+             'it cannot be written, pods are still bound, with an error in '
+             'the log.'),
+    cfg.Opt(
+        'lock_timeout',
+        type=WholeNumber(min=1, max=170),
+        default=10,
+        help='Seconds to wait for another process that is changing break0, '
+             'before giving up with an error. Kuryr itself gives up a '
+             'request after 180.'),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The ``[break0]`` options as valid, immutable values.
+
+    The fields are the options; see their help.
+    """
+
+    enabled: bool
+    device: str
+    parent: Optional[str]
+    addr: tuple[IPAddress, ...]
+    mac: Optional[str]
+    route_protocol: int
+    route_table: int
+    allowed_cidrs: tuple[IPNetwork, ...]
+    strict: bool
+    state_dir: str
+    lock_timeout: int
+
+
+def register(conf: cfg.ConfigOpts) -> None:
+    """Make the options known to ``conf``; again is harmless."""
+    conf.register_opts(OPTS, group=GROUP)
+
+
+def _plain(text: str) -> str:
+    """oslo.config's error without the representation of its objects."""
+    found = re.search(r"detail='([^']*)'\) is not valid: (.*)", text)
+    return '%s (from %s)' % found.group(2, 1) if found else text
+
+
+def load(conf: cfg.ConfigOpts) -> Options:
+    """Read and check all options.
+
+    :raises InvalidOption: naming the first option whose value is not
+        allowed, the value, where it stands and what is allowed
+    """
+    register(conf)
+    values: dict[str, Any] = {}
+    for opt in OPTS:
+        try:
+            value = getattr(conf[GROUP], opt.dest)
+        except (cfg.Error, ValueError) as err:
+            raise exceptions.InvalidOption(
+                option=opt.name, reason=_plain(str(err))) from err
+        values[opt.dest] = tuple(value) if isinstance(value, list) else value
+    return Options(**values)
+
+
+def list_opts() -> list[tuple[str, list[cfg.Opt]]]:
+    """What oslo-config-generator documents: ``oslo.config.opts``."""
+    return [(GROUP, copy.deepcopy(OPTS))]

@@ -1,0 +1,143 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""What break0 is, and how it is made so."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Optional
+
+from oslo_log import log as logging
+
+from kuryr_break0 import config
+from kuryr_break0 import exceptions
+from kuryr_break0 import netlink
+
+LOG = logging.getLogger(__name__)
+
+#: What keeps break0 from speaking to the LAN: answering the LAN's ARP
+#: requests for addresses of the node, link-local addresses with their
+#: duplicate detection and MLD, and router solicitations.
+QUIET = {'ipv4/conf/%s/arp_filter': 1,
+         'ipv6/conf/%s/addr_gen_mode': 1,  # IN6_ADDR_GEN_MODE_NONE
+         'ipv6/conf/%s/accept_ra': 0}
+
+
+def derived_mac(device: str, parent_mac: str) -> str:
+    """A MAC address that the same device on the same parent always gets.
+
+    Pods remember break0 by its MAC address, so one that is created again
+    must keep it. It is locally administered, and differs between nodes as
+    the parents' addresses do.
+    """
+    digest = hashlib.sha256(
+        ('kuryr-break0 %s %s' % (device, parent_mac)).encode()).digest()
+    octets = bytes([digest[0] & 0xfc | 0x02]) + digest[1:6]
+    return ':'.join('%02x' % octet for octet in octets)
+
+
+def ensure(kernel: netlink.Kernel, options: config.Options,
+           parent_name: str) -> netlink.Link:
+    """Make sure that break0 exists, is what it should be, and is up.
+
+    To be called under the lock. What another process left half-made is
+    completed, since everything is looked at each time.
+
+    :param parent_name: the interface that the pods are on
+    :raises ParentNotFound: if there is no such interface
+    :raises DeviceConflict: if the name is taken by another kind of interface
+    :raises KernelRefused: if it cannot be made so; one that was created for
+        it is gone again
+    """
+    link = kernel.link(options.device)
+    if link is not None and _is_ready(link, options, parent_name):
+        return link
+    parent = kernel.link(parent_name)
+    if parent is None:
+        raise exceptions.ParentNotFound(parent=parent_name)
+    if link is not None:
+        _require_ours(link, parent)
+        return _tune(kernel, options, link, parent)
+    try:
+        netlink.create_macvlan(
+            options.device, parent,
+            options.mac or derived_mac(options.device, parent.mac))
+        link = kernel.link(options.device)
+        if link is None:
+            raise exceptions.KernelRefused(
+                'keep %s' % options.device, 'it vanished at once', 0)
+        tuned = _tune(kernel, options, link, parent)
+    except Exception:
+        kernel.delete_link(options.device)
+        raise
+    LOG.info('Created %s: a macvlan in bridge mode on %s, MAC address %s, '
+             'MTU %d', tuned.name, parent.name, tuned.mac, tuned.mtu)
+    return tuned
+
+
+def _is_ready(link: netlink.Link, options: config.Options,
+              parent_name: str) -> bool:
+    """Whether nothing is to be done, which is so for nearly every pod."""
+    return (link.kind == 'macvlan' and link.mode == 'bridge'
+            and link.lower == netlink.index_of(parent_name)
+            and not link.lower_elsewhere and link.up
+            and not _loud(link.name)
+            and not options.addr
+            and (options.mac is None or options.mac == link.mac))
+
+
+def _loud(name: str) -> dict[str, int]:
+    """The sysctls that have to change for it to be quiet."""
+    wanted = {path % name: value for path, value in QUIET.items()}
+    return {path: value for path, value in wanted.items()
+            if netlink.read_sysctl(path) not in (value, None)}
+
+
+def _require_ours(link: netlink.Link, parent: netlink.Link) -> None:
+    # A macvlan of a macvlan is put on the lower device of that by the
+    # kernel (macvlan_common_newlink), so the two are siblings.
+    lower = parent.lower if parent.kind == 'macvlan' else parent.index
+    if (link.kind == 'macvlan' and link.mode == 'bridge'
+            and link.lower == lower
+            and link.lower_elsewhere == (parent.kind == 'macvlan'
+                                         and parent.lower_elsewhere)):
+        return
+    found = 'a %s' % (link.kind or 'physical interface')
+    if link.kind == 'macvlan':
+        found += ' in %s mode on interface %s%s' % (
+            link.mode, link.lower,
+            ' of another namespace' if link.lower_elsewhere else '')
+    raise exceptions.DeviceConflict(
+        device=link.name, found=found,
+        expected='a macvlan in bridge mode on interface %s (%s)' % (
+            lower, parent.name))
+
+
+def _tune(kernel: netlink.Kernel, options: config.Options,
+          link: netlink.Link, parent: netlink.Link) -> netlink.Link:
+    for path, value in _loud(link.name).items():
+        netlink.write_sysctl(path, value)
+    changes: dict[str, Optional[object]] = {}
+    if link.mtu != parent.mtu:
+        changes['mtu'] = parent.mtu
+    if options.mac and link.mac != options.mac:
+        changes['address'] = options.mac
+    if not link.up:
+        changes['state'] = 'up'
+    if changes:
+        kernel.change_link(link, **changes)
+    for address in options.addr:
+        kernel.put_address(link, address)
+    if changes:
+        link = kernel.link(link.name) or link
+    return link

@@ -1,0 +1,165 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The binding driver that Kuryr calls: order and undo, nothing else."""
+
+from __future__ import annotations
+
+import os
+import types
+from typing import Any, Optional
+
+from kuryr_kubernetes import config as k_config
+from kuryr_kubernetes import exceptions as k_exc
+from kuryr_kubernetes import utils as k_utils
+from kuryr_kubernetes.cni.binding import nested
+from oslo_log import log as logging
+
+from kuryr_break0 import config
+from kuryr_break0 import exceptions
+from kuryr_break0 import netlink
+from kuryr_break0 import vif as break0_vif
+from kuryr_break0.ledger import Owner
+from kuryr_break0.manager import Break0Manager
+
+LOG = logging.getLogger(__name__)
+
+
+class PodNotConnected(k_exc.CNITimeout):  # type: ignore[misc]
+    """The ADD failed for a reason that may pass.
+
+    kuryr-daemon answers a CNITimeout with CNI's code 11, "try again later",
+    and kubelet does. Unlike other errors it is not counted: after three of
+    those in its life the daemon is restarted, which would cure nothing here.
+    """
+
+
+class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
+    """Binds a pod as Kuryr does, then makes it reachable from its node."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._parent: Optional[str] = None
+
+    def connect(self, vif: Any, ifname: str, netns: str,
+                container_id: str) -> None:
+        """Bind a VIF; the pod's addresses are configured only after that.
+
+        :raises PodNotConnected: if Kuryr's binding is refused by the kernel,
+            or, in strict mode, if break0's fails
+        """
+        try:
+            sandbox = self._sandbox(netns)
+            netlink.undisturbed('connect ' + ifname, super().connect, vif,
+                                ifname, netns, container_id)
+        except exceptions.Break0Error as err:
+            raise PodNotConnected(str(err)) from err
+        owner = Owner(container_id, ifname)
+        strict = False
+        try:
+            options = config.load(k_config.CONF)
+            strict = options.strict
+            if options.enabled:
+                assert self._parent is not None  # found in connect
+                Break0Manager(options).bind(
+                    owner, break0_vif.addresses(vif), parent=self._parent,
+                    mac=str(vif.address), netns=sandbox)
+        except Exception as err:  # whatever it is, a pod is worth more
+            self._log('Pod %s may not be reachable from its node' % owner,
+                      err)
+            if strict:
+                self._undo(vif, ifname, netns, container_id)
+                raise PodNotConnected(str(err)) from err
+
+    def disconnect(self, vif: Any, ifname: str, netns: str,
+                   container_id: str) -> None:
+        """Unbind a VIF, from break0 even if Kuryr fails.
+
+        A namespace that is not there has taken its interfaces with it, so
+        Kuryr is not asked then.
+        """
+        try:
+            try:
+                self._sandbox(netns)
+            except exceptions.NetnsUnusable as err:
+                LOG.info('Nothing to disconnect from: %s', err)
+            else:
+                self._disconnect_pod(vif, ifname, netns, container_id)
+        finally:
+            self._unbind(vif, Owner(container_id, ifname))
+
+    def _detect_iface_name(self, h_ipdb: Any) -> str:
+        """Detect the parent as Kuryr does, but never take break0 for it.
+
+        Kuryr's last resort is the first interface that is not the loopback.
+        """
+        device = config.load(k_config.CONF).device
+        if k_config.CONF.binding.link_iface == device:
+            raise k_exc.CNIBindingFailure(
+                '[binding] link_iface is %s, which is [break0] device: it '
+                'must be the interface that %s is made on.' % (device,
+                                                               device))
+        others = {name: interface
+                  for name, interface in h_ipdb.interfaces.items()
+                  if name != device}
+        self._parent = super()._detect_iface_name(
+            types.SimpleNamespace(interfaces=others))
+        return self._parent
+
+    @staticmethod
+    def _sandbox(netns: str) -> str:
+        """Return the pod's namespace as a path that this process can open.
+
+        Kuryr would take an empty one for the node's own, and delete the
+        node's eth0; one that is gone it would create.
+        """
+        if not netns:
+            raise exceptions.NetnsUnusable(netns=netns, reason='is not named')
+        path = str(k_utils.convert_netns(netns))
+        try:
+            found = os.stat(path)
+        except OSError as err:
+            raise exceptions.NetnsUnusable(
+                netns=path, reason='cannot be opened: %s' % err.strerror)
+        own = os.stat('/proc/thread-self/ns/net')
+        if (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino):
+            raise exceptions.NetnsUnusable(
+                netns=path, reason="is the node's own")
+        return path
+
+    def _disconnect_pod(self, vif: Any, ifname: str, netns: str,
+                        container_id: str) -> None:
+        try:
+            netlink.undisturbed('disconnect ' + ifname, super().disconnect,
+                                vif, ifname, netns, container_id)
+        except exceptions.KernelRefused as err:
+            raise k_exc.CNIBindingFailure(str(err)) from err
+
+    def _unbind(self, vif: Any, owner: Owner) -> None:
+        try:
+            Break0Manager(config.load(k_config.CONF)).unbind(
+                owner, break0_vif.addresses(vif))
+        except Exception as err:  # must not hide an error of Kuryr's
+            self._log('The addresses of %s may still be routed' % owner, err)
+
+    def _undo(self, vif: Any, ifname: str, netns: str,
+              container_id: str) -> None:
+        try:
+            self.disconnect(vif, ifname, netns, container_id)
+        except Exception as err:  # the first error is the one to raise
+            self._log('Could not undo the ADD', err)
+
+    @staticmethod
+    def _log(what: str, err: Exception) -> None:
+        # One line for what was foreseen, a traceback for what was not.
+        LOG.error('%s: %s', what, err,
+                  exc_info=not isinstance(err, exceptions.Break0Error))

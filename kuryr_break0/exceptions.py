@@ -1,0 +1,90 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""What can go wrong: one class each, one line of text each.
+
+Every text names the object, what was found, and what to do about it, so that
+the log line that carries it needs no other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Break0Error(Exception):
+    """Base of all errors of this package.
+
+    :param kwargs: the values of the fields named in ``msg_fmt``
+    """
+
+    msg_fmt = 'An unknown error occurred.'
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(self.msg_fmt % kwargs)
+
+
+class InvalidOption(Break0Error):
+    msg_fmt = 'Invalid configuration: [break0] %(option)s: %(reason)s'
+
+
+class ParentNotFound(Break0Error):
+    msg_fmt = ('The parent interface %(parent)s does not exist on this node. '
+               'Set [binding] link_iface to the interface that carries the '
+               'pods, and [break0] parent to the same one or not at all.')
+
+
+class ParentMismatch(Break0Error):
+    msg_fmt = ('[break0] parent is %(configured)s, but the pods of this node '
+               'are on %(actual)s: a macvlan reaches only its siblings. Set '
+               'it to %(actual)s, or remove it.')
+
+
+class DeviceConflict(Break0Error):
+    msg_fmt = ('The interface %(device)s exists and is %(found)s, but '
+               '%(expected)s is needed. It is left as it is: rename or '
+               'delete it, or choose another name by [break0] device.')
+
+
+class AddressRefused(Break0Error):
+    msg_fmt = ('The address %(address)s gets no route through %(device)s: '
+               '%(reason)s.')
+
+
+class LockTimeout(Break0Error):
+    msg_fmt = ('The lock %(path)s was not free within %(timeout)d seconds. '
+               'See what holds it: fuser -v %(path)s')
+
+
+class LedgerUnavailable(Break0Error):
+    msg_fmt = ('The state directory %(path)s cannot be used: %(reason)s. '
+               'Correct it, or set [break0] state_dir to a directory that '
+               'only root can write.')
+
+
+class KernelRefused(Break0Error):
+    """The kernel answered a netlink request with an error.
+
+    :ivar errno: its error number
+    """
+
+    msg_fmt = 'The kernel refused to %(action)s: %(reason)s. %(advice)s'
+
+    def __init__(self, action: str, reason: str, errno: int,
+                 advice: str = '') -> None:
+        super().__init__(action=action, reason=reason,
+                         advice=advice or 'See the kernel log: dmesg')
+        self.errno = errno
+
+
+class NetnsUnusable(Break0Error):
+    msg_fmt = 'The network namespace %(netns)r of the pod %(reason)s.'

@@ -1,0 +1,244 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Who owns which address: one small file each, and the lock.
+
+kuryr-daemon serves every request in a new process, and is restarted at will,
+so what must be remembered is in files. They live on a tmpfs and end with the
+boot, as pods do. Each is replaced as a whole by rename(2), so one that is
+there is complete, at whatever instruction its writer was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import ipaddress
+import json
+import os
+import time
+from typing import Any, Callable, Iterator, Optional
+
+from oslo_concurrency import lockutils
+from oslo_log import log as logging
+
+from kuryr_break0 import exceptions
+from kuryr_break0.config import IPAddress
+
+LOG = logging.getLogger(__name__)
+
+VERSION = 1
+_SUFFIX = '.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class Owner:
+    """The sandbox that an address belongs to, and its interface there.
+
+    CNI calls both the same in ADD and DEL (CNI_CONTAINERID, CNI_IFNAME).
+    """
+
+    container_id: str
+    ifname: str
+
+    def __str__(self) -> str:
+        return '%s/%s' % (self.container_id, self.ifname)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """An address and whose it is.
+
+    :ivar mac: MAC address of the pod's interface
+    :ivar netns: path of its namespace, as the writer saw it
+    :ivar netns_id: device and inode of that, which tell it from a later one
+        of the same path
+    :ivar bound_at: seconds since the epoch
+    """
+
+    address: IPAddress
+    owner: Owner
+    mac: Optional[str] = None
+    netns: Optional[str] = None
+    netns_id: Optional[tuple[int, int]] = None
+    bound_at: float = dataclasses.field(default_factory=time.time)
+
+    def to_json(self) -> str:
+        """The content of the entry's file, format :data:`VERSION`."""
+        return json.dumps({'version': VERSION, **dataclasses.asdict(self),
+                           'address': str(self.address)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Entry:
+        """Read what :meth:`to_json` wrote.
+
+        :raises ValueError: for anything else
+        """
+        try:
+            fields = json.loads(text)
+            if fields.pop('version') != VERSION:
+                raise ValueError('its format is not version %d' % VERSION)
+            fields['address'] = ipaddress.ip_address(fields['address'])
+            fields['owner'] = Owner(**fields['owner'])
+            if fields['netns_id'] is not None:
+                device, inode = fields['netns_id']
+                fields['netns_id'] = (int(device), int(inode))
+            return cls(**fields)
+        except (AttributeError, KeyError, TypeError) as err:
+            raise ValueError('it is not an entry (%r)' % err)
+
+
+class Ledger:
+    """The entries in a state directory.
+
+    :param path: the directory; it is created when it is first needed
+    :param lock_timeout: seconds that :meth:`lock` waits
+    """
+
+    def __init__(self, path: str, lock_timeout: float) -> None:
+        self._path = path
+        self._entries = os.path.join(path, 'addresses')
+        self._lock_timeout = lock_timeout
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep all other threads and processes of this state directory out.
+
+        The kernel frees it when its holder dies (fcntl(2) record lock).
+
+        :raises LockTimeout: when another held it for too long
+        :raises LedgerUnavailable: when the lock file cannot be made
+        """
+        self._prepare()
+        lock = lockutils.external_lock('lock', lock_path=self._path)
+        with lockutils.internal_lock(self._path):
+            try:
+                # Waiters look again every so many seconds, so these bound
+                # what a waiter loses; the lock is held about a millisecond.
+                acquired = lock.acquire(delay=0.001, max_delay=0.005,
+                                        timeout=self._lock_timeout)
+            except OSError as err:
+                raise self._unavailable(err) from err
+            if not acquired:
+                raise exceptions.LockTimeout(
+                    path=os.path.join(self._path, 'lock'),
+                    timeout=self._lock_timeout)
+            try:
+                yield
+            finally:
+                lock.release()
+
+    def get(self, address: IPAddress) -> Optional[Entry]:
+        """Return the entry of an address, or None.
+
+        :raises LedgerUnavailable: if there is one that cannot be read
+        """
+        try:
+            with open(self._file(address)) as file:
+                return Entry.from_json(file.read())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as err:
+            raise self._unavailable(err) from err
+
+    def put(self, entry: Entry) -> None:
+        """Write an entry; what its address had before is gone.
+
+        To be called under the lock.
+
+        :raises LedgerUnavailable: if it cannot be written; then what was
+            there before is still there
+        """
+        self._prepare()
+        try:
+            self._replace(self._file(entry.address), entry.to_json())
+        except OSError as err:
+            raise self._unavailable(err) from err
+
+    def remove(self, address: IPAddress) -> None:
+        """Remove the entry of an address; none is fine.
+
+        :raises LedgerUnavailable: if it cannot be removed
+        """
+        try:
+            os.unlink(self._file(address))
+        except FileNotFoundError:
+            pass
+        except OSError as err:
+            raise self._unavailable(err) from err
+
+    def entries(self) -> list[Entry]:
+        """Read all entries, ordered by address.
+
+        One that cannot be read is reported in the log and left out.
+
+        :raises LedgerUnavailable: if the directory cannot be read
+        """
+        found = []
+        try:
+            names = os.listdir(self._entries)
+        except FileNotFoundError:
+            return []
+        except OSError as err:
+            raise self._unavailable(err) from err
+        for name in names:
+            if not name.endswith(_SUFFIX):
+                continue
+            try:
+                entry = self.get(ipaddress.ip_address(name[:-len(_SUFFIX)]))
+            except (ValueError, exceptions.LedgerUnavailable) as err:
+                LOG.warning('Ignoring %s: %s',
+                            os.path.join(self._entries, name), err)
+                continue
+            if entry is not None:
+                found.append(entry)
+        return sorted(found, key=lambda entry: (entry.address.version,
+                                                int(entry.address)))
+
+    def remembered(self, name: str, max_age: float,
+                   read: Callable[[], list[str]]) -> list[str]:
+        """Return what ``read`` said, not more than so many seconds ago.
+
+        For what is dear to read and seldom changes.
+        """
+        path = os.path.join(self._path, name + _SUFFIX)
+        try:
+            with open(path) as file:
+                if time.time() - os.fstat(file.fileno()).st_mtime < max_age:
+                    return [str(item) for item in json.load(file)]
+        except (OSError, ValueError):
+            pass  # absent or damaged: it is only a copy
+        current = read()
+        with contextlib.suppress(OSError):
+            self._replace(path, json.dumps(current))
+        return current
+
+    def _replace(self, path: str, text: str) -> None:
+        # The name of the unfinished file is always the same, so a killed
+        # writer leaves one at most; the lock keeps writers apart.
+        unfinished = os.path.join(self._path, '.unfinished')
+        with open(unfinished, 'w') as file:
+            file.write(text)
+        os.replace(unfinished, path)
+
+    def _file(self, address: IPAddress) -> str:
+        return os.path.join(self._entries, str(address) + _SUFFIX)
+
+    def _prepare(self) -> None:
+        try:
+            os.makedirs(self._path, mode=0o700, exist_ok=True)
+            os.makedirs(self._entries, mode=0o700, exist_ok=True)
+        except OSError as err:
+            raise self._unavailable(err) from err
+
+    def _unavailable(self, err: Any) -> exceptions.LedgerUnavailable:
+        return exceptions.LedgerUnavailable(path=self._path, reason=err)

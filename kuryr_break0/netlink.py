@@ -1,0 +1,350 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""All that is asked of the kernel about networks; alone imports pyroute2.
+
+Requests that belong to a pod go through one :class:`Kernel`, an rtnetlink
+socket, and cost the same however many pods the node has: nothing is dumped.
+Dumps are left to what looks at the whole node, and say so. What a plain
+socket or /proc/sys answers is asked there, since that takes a tenth of the
+time that a netlink message takes in Python.
+
+No NetlinkError leaves this module, since Kuryr takes any that carries EEXIST
+for a VLAN conflict, and answers any other with a page of HTML.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import ipaddress
+import os
+import random
+import socket
+import time
+from typing import Any, Callable, Iterator, Optional, TypeVar
+
+import pyroute2
+from pyroute2.netlink import exceptions as nl_exceptions
+from pyroute2.netlink.rtnl import ifinfmsg
+
+from kuryr_break0 import exceptions
+from kuryr_break0.config import IPAddress
+
+# linux/rtnetlink.h
+RT_SCOPE_LINK = 253
+#: A wildcard in a deletion; with the default, universe, a route that is
+#: scoped to the link would not be found.
+RT_SCOPE_NOWHERE = 255
+RTN_UNICAST = 1
+
+#: An interrupted dump is repeated this often. Each try meets about as many
+#: changes as the last, so what counts is their number, not their distance.
+_DUMP_TRIES = 20
+_DUMP_PAUSE = 0.05  # seconds, at most
+
+_T = TypeVar('_T')
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """A network interface as the kernel reports it.
+
+    :ivar kind: None for a physical one
+    :ivar mode: of a macvlan
+    :ivar lower: ifindex of the interface that it is stacked on
+    :ivar lower_elsewhere: whether that one is in another namespace, where
+        its ifindex counts
+    """
+
+    name: str
+    index: int
+    kind: Optional[str]
+    mode: Optional[str]
+    lower: Optional[int]
+    lower_elsewhere: bool
+    mtu: int
+    mac: str
+    up: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class HostRoute:
+    """A route to a single address: /32, for IPv6 /128."""
+
+    dst: IPAddress
+    oif: int
+    protocol: int
+    table: int
+    src: Optional[IPAddress] = None
+
+
+@contextlib.contextmanager
+def _translated(action: str, advice: str = '') -> Iterator[None]:
+    try:
+        yield
+    except nl_exceptions.NetlinkError as err:
+        reason = os.strerror(err.code) if err.code > 0 else str(err)
+        raise exceptions.KernelRefused(action, reason, err.code,
+                                       advice) from err
+
+
+def undisturbed(action: str, function: Callable[..., _T], *args: Any) -> _T:
+    """Call what reads the node by dumps, and again if one is interrupted.
+
+    The kernel marks a dump that the table has changed under; pyroute2 raises
+    that as an error. ``function`` must be safe to repeat.
+
+    :param action: what it does, for the error
+    :raises KernelRefused: for a netlink error of another kind, or if every
+        try was interrupted
+    """
+    with _translated(action):
+        for _ in range(_DUMP_TRIES - 1):
+            try:
+                return function(*args)
+            except nl_exceptions.NetlinkDumpInterrupted:
+                time.sleep(random.uniform(0, _DUMP_PAUSE))
+        return function(*args)
+
+
+def index_of(device: str) -> Optional[int]:
+    """The ifindex of an interface, or None if there is none."""
+    try:
+        return socket.if_nametoindex(device)
+    except OSError:
+        return None
+
+
+def source_for(address: IPAddress,
+               device: Optional[str] = None) -> Optional[IPAddress]:
+    """The address that the node would speak to another from.
+
+    It is the address itself where that is one of the node's own. A datagram
+    socket is connected for it, which sends nothing.
+
+    :param device: the interface that it would have to leave by
+    :returns: None where there is no way, or no address but link-local ones
+    :raises PermissionError: where the routes say that it is no host's: for
+        the broadcast address of a subnet, or a prohibited one
+    """
+    with socket.socket(_family(address), socket.SOCK_DGRAM) as probe:
+        try:
+            if device is not None:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE,
+                                 device.encode())
+            probe.connect((str(address), 9))
+            source = ipaddress.ip_address(probe.getsockname()[0])
+        except PermissionError:
+            raise
+        except OSError:
+            return None
+    return None if source.is_link_local else source
+
+
+def read_sysctl(path: str) -> Optional[int]:
+    """Read a sysctl of the network namespace that this thread is in.
+
+    :param path: below /proc/sys/net, with slashes
+    :returns: None where there is none, as all of IPv6's where that is off
+    """
+    try:
+        with open('/proc/sys/net/' + path) as sysctl:
+            return int(sysctl.read())
+    except OSError:
+        return None
+
+
+def write_sysctl(path: str, value: int) -> None:
+    """Set a sysctl of the network namespace that this thread is in.
+
+    :param path: below /proc/sys/net, with slashes
+    :raises KernelRefused: for one that can't be written
+    """
+    full = '/proc/sys/net/' + path
+    try:
+        with open(full, 'w') as sysctl:
+            sysctl.write(str(value))
+    except OSError as err:
+        raise exceptions.KernelRefused(
+            'set %s to %d' % (full, value), err.strerror or str(err),
+            err.errno or 0, 'In a container, /proc/sys must be writable: '
+            'run it privileged.') from err
+
+
+def create_macvlan(name: str, parent: Link, mac: str) -> None:
+    """Create a macvlan in bridge mode, down, by IPDB.
+
+    That reads all interfaces of the node, as Kuryr does for each pod; here
+    it happens once per boot.
+
+    :raises KernelRefused: if there is none in the end
+    """
+    def create() -> None:
+        with pyroute2.IPDB(plugins=('interfaces',)) as ipdb:
+            ipdb.create(ifname=name, kind='macvlan', link=parent.index,
+                        macvlan_mode='bridge', address=mac).commit()
+
+    undisturbed('create the macvlan %s on %s' % (name, parent.name), create)
+
+
+class Kernel:
+    """One rtnetlink socket in the namespace of the calling thread.
+
+    To be used as a context manager. Its methods raise KernelRefused.
+    """
+
+    def __init__(self) -> None:
+        self._ipr = pyroute2.IPRoute()
+
+    def __enter__(self) -> Kernel:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._ipr.close()
+
+    def link(self, name: str) -> Optional[Link]:
+        """Return an interface by its name, or None."""
+        try:
+            with _translated('read the interface ' + name):
+                answer = self._ipr.link('get', ifname=name)
+        except exceptions.KernelRefused as err:
+            if err.errno == errno.ENODEV:
+                return None
+            raise
+        return _link(answer[0])
+
+    def change_link(self, link: Link, **changes: Any) -> None:
+        """Change attributes of an interface, such as mtu or address."""
+        what = ', '.join('%s %s' % change for change in changes.items())
+        with _translated('set %s of %s' % (what, link.name)):
+            self._ipr.link('set', index=link.index, **changes)
+
+    def delete_link(self, name: str) -> None:
+        """Delete an interface; one that is not there is fine."""
+        index = index_of(name)
+        try:
+            if index is not None:
+                with _translated('delete the interface ' + name):
+                    self._ipr.link('del', index=index)
+        except exceptions.KernelRefused as err:
+            if err.errno != errno.ENODEV:
+                raise
+
+    def put_address(self, link: Link, address: IPAddress) -> None:
+        """Put an address on an interface, alone in its prefix.
+
+        Without duplicate address detection: that would speak on the wire.
+        """
+        with _translated('put the address %s on %s' % (address, link.name)):
+            self._ipr.addr('replace', index=link.index, address=str(address),
+                           prefixlen=address.max_prefixlen,
+                           family=_family(address),
+                           flags=0x02 if address.version == 6 else 0)
+
+    def replace_route(self, route: HostRoute) -> None:
+        """Make the route to an address this one.
+
+        :raises KernelRefused: with ENETDOWN if the interface is down
+        """
+        optional = {} if route.src is None else {'prefsrc': str(route.src)}
+        with _translated('route %s through interface %d' %
+                         (route.dst, route.oif)):
+            self._ipr.route('replace', oif=route.oif, proto=route.protocol,
+                            table=route.table, scope=RT_SCOPE_LINK,
+                            type=RTN_UNICAST, **_destination(route.dst),
+                            **optional)
+
+    def delete_route(self, route: HostRoute) -> bool:
+        """Delete a route with this interface, protocol and table.
+
+        :returns: whether there was one
+        """
+        try:
+            with _translated('delete the route to %s' % route.dst):
+                self._ipr.route('del', oif=route.oif, proto=route.protocol,
+                                table=route.table, scope=RT_SCOPE_NOWHERE,
+                                **_destination(route.dst))
+        except exceptions.KernelRefused as err:
+            if err.errno in (errno.ESRCH, errno.ENODEV):
+                return False
+            raise
+        return True
+
+    def host_routes(self, oif: int, protocol: int,
+                    table: int) -> list[HostRoute]:
+        """List the host routes of an interface; reads all of the node's."""
+        return [HostRoute(ipaddress.ip_address(route.get_attr('RTA_DST')),
+                          oif, protocol, table, _source(route))
+                for route in self._routes()
+                if (route.get_attr('RTA_OIF') == oif
+                    and route['proto'] == protocol
+                    and route.get_attr('RTA_TABLE') == table
+                    and route.get_attr('RTA_DST')
+                    and route['dst_len'] in (32, 128))]
+
+    def next_hops(self) -> set[IPAddress]:
+        """List the gateways of the node; reads all of its routes."""
+        found = set()
+        for route in self._routes():
+            hops = [route, *(route.get_attr('RTA_MULTIPATH') or ())]
+            for hop in hops:
+                via = hop.get_attr('RTA_VIA')
+                gateway = hop.get_attr('RTA_GATEWAY') or via and via['addr']
+                if gateway:
+                    found.add(ipaddress.ip_address(gateway))
+        return found
+
+    def addresses(self, index: int) -> list[IPAddress]:
+        """List the addresses of an interface; reads all of the node's."""
+        return [ipaddress.ip_address(a.get_attr('IFA_LOCAL')
+                                     or a.get_attr('IFA_ADDRESS'))
+                for a in undisturbed('list the addresses', lambda: list(
+                    self._ipr.get_addr(index=index)))]
+
+    def _routes(self) -> list[Any]:
+        return undisturbed('list the routes', lambda: [
+            route for family in (socket.AF_INET, socket.AF_INET6)
+            for route in self._ipr.get_routes(family=family)])
+
+
+def _family(address: IPAddress) -> int:
+    return socket.AF_INET if address.version == 4 else socket.AF_INET6
+
+
+def _destination(address: IPAddress) -> dict[str, Any]:
+    return {'family': _family(address),
+            'dst': '%s/%d' % (address, address.max_prefixlen)}
+
+
+def _source(route: Any) -> Optional[IPAddress]:
+    src = route.get_attr('RTA_PREFSRC')
+    return ipaddress.ip_address(src) if src else None
+
+
+def _link(message: Any) -> Link:
+    info = message.get_attr('IFLA_LINKINFO')
+    data = info.get_attr('IFLA_INFO_DATA') if info else None
+    kind = info.get_attr('IFLA_INFO_KIND') if info else None
+    return Link(
+        name=message.get_attr('IFLA_IFNAME'),
+        index=message['index'],
+        kind=kind,
+        mode=(data.get_attr('IFLA_MACVLAN_MODE')
+              if data and kind == 'macvlan' else None),
+        lower=message.get_attr('IFLA_LINK'),
+        lower_elsewhere=message.get_attr('IFLA_LINK_NETNSID') is not None,
+        mtu=message.get_attr('IFLA_MTU'),
+        mac=message.get_attr('IFLA_ADDRESS') or '',
+        up=bool(message['flags'] & ifinfmsg.IFF_UP))
+

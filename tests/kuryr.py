@@ -1,0 +1,269 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The real kuryr-daemon and kuryr-cni, on the node of a lab."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import ipaddress
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from typing import Any, Iterator, NamedTuple, Optional
+
+import os_vif
+import requests
+from kuryr_kubernetes import objects
+from kuryr_kubernetes import os_vif_util
+from os_vif.objects import network as osv_network
+from os_vif.objects import route as osv_route
+from os_vif.objects import subnet as osv_subnet
+
+from tests import kubeapi
+from tests import lab
+
+NODENAME = 'node-1'
+ADDRESS = '127.0.0.1:5036'
+BIN = os.path.dirname(sys.executable)
+
+CONF = """\
+[DEFAULT]
+debug = true
+log_file = %(log)s
+use_stderr = false
+
+[kubernetes]
+api_root = %(api)s
+token_file =
+ssl_client_crt_file =
+ssl_client_key_file =
+watch_read_timeout = 20
+
+[cni_daemon]
+bind_address = %(address)s
+worker_num = 30
+
+[cni_health_server]
+port = 8090
+
+[oslo_concurrency]
+lock_path = %(locks)s
+
+[binding]
+link_iface = eth0
+
+"""
+
+
+class Answer(NamedTuple):
+    """What the daemon said: HTTP status, and the body as it came."""
+
+    status: int
+    body: str
+
+
+def macvlan_vif(*addresses: str, mac: Optional[str] = None,
+                mtu: int = 1500, subnets: Optional[list[str]] = None) -> Any:
+    """A VIF as an unmodified controller makes it, of a Neutron port.
+
+    :param subnets: CIDRs of the subnets that the addresses are in, the
+        lab's LAN by default; the first address of each is its gateway
+    """
+    os_vif.initialize()
+    objects.register_locally_defined_vifs()
+    network_id = str(uuid.uuid4())
+    networks = {}
+    for cidr in subnets or ['%s/%d' % (lab.LAN, lab.PREFIX)]:
+        subnet = ipaddress.ip_interface(cidr).network
+        networks[cidr] = osv_network.Network(id=network_id, mtu=mtu)
+        networks[cidr].subnets.objects.append(osv_subnet.Subnet(
+            uuid=str(uuid.uuid4()), cidr=str(subnet), dns=[],
+            gateway=str(subnet[1]), routes=osv_route.RouteList(objects=[])))
+    fixed_ips = [{'subnet_id': cidr, 'ip_address': address}
+                 for address in addresses for cidr in networks
+                 if ipaddress.ip_address(address)
+                 in ipaddress.ip_interface(cidr).network]
+    assert len(fixed_ips) == len(addresses), (addresses, list(networks))
+    return os_vif_util.neutron_to_osvif_vif_nested_macvlan(
+        _Port(id=str(uuid.uuid4()), network_id=network_id,
+              mac_address=mac or random_mac(),
+              fixed_ips=fixed_ips, status='ACTIVE'), networks)
+
+
+class _Port(dict):  # type: ignore[type-arg]
+    """Kuryr reads a Neutron port as a mapping here and by attribute there."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name)
+
+
+def random_mac() -> str:
+    """A MAC address as Neutron gives them."""
+    return 'fa:16:3e:%02x:%02x:%02x' % tuple(os.urandom(3))
+
+
+class Pod:
+    """A pod that the API knows, with a sandbox on the node."""
+
+    def __init__(self, name: str, vifs: dict[str, Any], netns: str,
+                 uid: str) -> None:
+        self.name = name
+        self.vifs = vifs
+        self.netns = netns
+        self.uid = uid
+        self.container_id = uuid.uuid4().hex
+
+    def params(self, command: str, **overrides: str) -> dict[str, str]:
+        """The environment that a CNI plugin gets for it."""
+        return {'CNI_COMMAND': command,
+                'CNI_CONTAINERID': self.container_id,
+                'CNI_NETNS': self.netns,
+                'CNI_IFNAME': 'eth0',
+                'CNI_PATH': '/opt/cni/bin',
+                'CNI_ARGS': 'IgnoreUnknown=1;K8S_POD_NAMESPACE=default;'
+                            'K8S_POD_NAME=%s;K8S_POD_INFRA_CONTAINER_ID=%s'
+                            % (self.name, self.container_id),
+                **overrides}
+
+
+class Node:
+    """A lab with the stand-in for the API, and a kuryr-daemon on demand."""
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self.lab = lab.Lab()
+        self._stack.callback(self.lab.close)
+        self.api = self._stack.enter_context(kubeapi.KubeAPI())
+        self.dir = self._stack.enter_context(tempfile.TemporaryDirectory())
+        self.log = os.path.join(self.dir, 'kuryr-daemon.log')
+        self.conf = os.path.join(self.dir, 'kuryr.conf')
+        self.daemon: Optional[subprocess.Popen[bytes]] = None
+        self._stack.callback(self.kill_daemon)
+
+    def __enter__(self) -> Node:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def start_daemon(self, break0: str = '', bin_dir: str = BIN,
+                     **environ: str) -> None:
+        """Start kuryr-daemon and wait until it serves.
+
+        :param break0: lines of the section ``[break0]``
+        """
+        with open(self.conf, 'w') as conf:
+            conf.write(CONF % {'log': self.log, 'api': self.api.url,
+                               'address': ADDRESS,
+                               'locks': os.path.join(self.dir, 'locks')})
+            conf.write('[break0]\n%s\n' % break0)
+        self.daemon = subprocess.Popen(
+            [os.path.join(bin_dir, 'kuryr-daemon'),
+             '--config-file', self.conf], cwd=self.dir,
+            env={**os.environ, 'KUBERNETES_NODE_NAME': NODENAME,
+                 'HOME': self.dir, **environ},
+            stdout=open(os.path.join(self.dir, 'output'), 'ab'),
+            stderr=subprocess.STDOUT, start_new_session=True)
+        host, port = ADDRESS.split(':')
+        deadline = time.monotonic() + 60
+        while True:
+            if self.daemon.poll() is not None:
+                raise AssertionError('kuryr-daemon ended:\n' + self.output())
+            try:
+                socket.create_connection((host, int(port)), 1).close()
+                return
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise AssertionError('kuryr-daemon does not serve:\n'
+                                         + self.output())
+                time.sleep(0.05)
+
+    def kill_daemon(self) -> None:
+        """Kill the daemon and all its workers; none is fine."""
+        if self.daemon is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.daemon.pid, signal.SIGKILL)
+            self.daemon.wait()
+            self.daemon = None
+
+    def output(self) -> str:
+        """All that the daemon has logged or printed."""
+        text = ''
+        for path in (os.path.join(self.dir, 'output'), self.log):
+            with contextlib.suppress(FileNotFoundError), open(path) as file:
+                text += file.read()
+        return text
+
+    def add_pod(self, name: str, *addresses: str, vif: Any = None,
+                extra_vifs: Optional[dict[str, Any]] = None,
+                netns: Optional[str] = None) -> Pod:
+        """Create a pod, its KuryrPort and its sandbox's namespace."""
+        vifs = {'eth0': vif or macvlan_vif(*addresses), **(extra_vifs or {})}
+        manifest = self.api.create('pods', kubeapi.pod(name, NODENAME))
+        self.api.create('kuryrports', kubeapi.kuryrport(
+            manifest, {ifname: each.obj_to_primitive()
+                       for ifname, each in vifs.items()}, NODENAME))
+        return Pod(name, vifs, netns or self.lab.add_netns(name),
+                   manifest['metadata']['uid'])
+
+    def delete_pod(self, pod: Pod) -> None:
+        """Delete the KuryrPort and the pod from the API."""
+        for plural in ('kuryrports', 'pods'):
+            obj = self.api.get(plural, 'default', pod.name)
+            obj['metadata'].pop('finalizers', None)
+            self.api.update(plural, obj)
+            self.api.delete(plural, 'default', pod.name)
+
+    def request(self, pod: Pod, command: str, **overrides: str) -> Answer:
+        """Send what kuryr-cni sends to the daemon."""
+        response = requests.post(
+            'http://%s/%sNetwork' % (ADDRESS, command.lower()),
+            json={**pod.params(command, **overrides), 'config_kuryr': {}},
+            headers={'Connection': 'close'}, timeout=180)
+        return Answer(response.status_code, response.text)
+
+    def requests(self, pods: list[Pod], command: str) -> list[Answer]:
+        """The same for many pods at once."""
+        with concurrent.futures.ThreadPoolExecutor(len(pods)) as pool:
+            return list(pool.map(lambda pod: self.request(pod, command),
+                                 pods))
+
+    def cni(self, pod: Pod, command: str, bin_dir: str = BIN,
+            **overrides: str) -> subprocess.CompletedProcess[str]:
+        """Run kuryr-cni as a container runtime does."""
+        return subprocess.run(
+            [os.path.join(bin_dir, 'kuryr-cni')],
+            input=json.dumps({'cniVersion': '0.3.1', 'name': 'kuryr',
+                              'type': 'kuryr-cni', 'kuryr_conf': self.conf}),
+            env={**os.environ, 'HOME': self.dir,
+                 **pod.params(command, **overrides)},
+            cwd=self.dir, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE)
+
+
+@contextlib.contextmanager
+def node(break0: str = '') -> Iterator[Node]:
+    """A node on which kuryr-daemon runs."""
+    with Node() as it:
+        it.start_daemon(break0)
+        yield it
