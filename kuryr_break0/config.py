@@ -302,16 +302,26 @@ def load(conf: cfg.ConfigOpts) -> Options:
     :raises InvalidOption: naming the first option whose value is not
         allowed, the value, where it stands and what is allowed
     """
+    return Options(**{opt.dest: _value(conf, opt) for opt in OPTS})
+
+
+def device_name(conf: cfg.ConfigOpts) -> str:
+    """Read the name of break0 alone, whatever is wrong with the options."""
+    opt = next(opt for opt in OPTS if opt.dest == 'device')
+    try:
+        return str(_value(conf, opt))
+    except exceptions.InvalidOption:
+        return str(opt.default)
+
+
+def _value(conf: cfg.ConfigOpts, opt: cfg.Opt) -> Any:
     register(conf)
-    values: dict[str, Any] = {}
-    for opt in OPTS:
-        try:
-            value = getattr(conf[GROUP], opt.dest)
-        except (cfg.Error, ValueError) as err:
-            raise exceptions.InvalidOption(
-                option=opt.name, reason=_plain(str(err))) from err
-        values[opt.dest] = tuple(value) if isinstance(value, list) else value
-    return Options(**values)
+    try:
+        value = getattr(conf[GROUP], opt.dest)
+    except (cfg.Error, ValueError) as err:
+        raise exceptions.InvalidOption(option=opt.name,
+                                       reason=_plain(str(err))) from err
+    return tuple(value) if isinstance(value, list) else value
 
 
 def list_opts() -> list[tuple[str, list[cfg.Opt]]]:

@@ -104,13 +104,9 @@ def _loud(name: str) -> dict[str, int]:
 
 
 def _require_ours(link: netlink.Link, parent: netlink.Link) -> None:
-    # A macvlan of a macvlan is put on the lower device of that by the
-    # kernel (macvlan_common_newlink), so the two are siblings.
-    lower = parent.lower if parent.kind == 'macvlan' else parent.index
     if (link.kind == 'macvlan' and link.mode == 'bridge'
-            and link.lower == lower
-            and link.lower_elsewhere == (parent.kind == 'macvlan'
-                                         and parent.lower_elsewhere)):
+            and (link.lower, link.lower_elsewhere)
+            == parent.lower_of_macvlans):
         return
     found = 'a %s' % (link.kind or 'physical interface')
     if link.kind == 'macvlan':
@@ -120,7 +116,7 @@ def _require_ours(link: netlink.Link, parent: netlink.Link) -> None:
     raise exceptions.DeviceConflict(
         device=link.name, found=found,
         expected='a macvlan in bridge mode on interface %s (%s)' % (
-            lower, parent.name))
+            parent.lower_of_macvlans[0], parent.name))
 
 
 def _tune(kernel: netlink.Kernel, options: config.Options,

@@ -102,7 +102,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
 
         Kuryr's last resort is the first interface that is not the loopback.
         """
-        device = config.load(k_config.CONF).device
+        device = config.device_name(k_config.CONF)
         if k_config.CONF.binding.link_iface == device:
             raise k_exc.CNIBindingFailure(
                 '[binding] link_iface is %s, which is [break0] device: it '

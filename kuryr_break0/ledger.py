@@ -145,7 +145,7 @@ class Ledger:
         try:
             with open(self._file(address)) as file:
                 return Entry.from_json(file.read())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as err:
             raise self._unavailable(err) from err
@@ -171,7 +171,7 @@ class Ledger:
         """
         try:
             os.unlink(self._file(address))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             pass
         except OSError as err:
             raise self._unavailable(err) from err

@@ -35,6 +35,7 @@ import time
 from typing import Any, Callable, Iterator, Optional, TypeVar
 
 import pyroute2
+from pyroute2.ipdb import exceptions as ipdb_exceptions
 from pyroute2.netlink import exceptions as nl_exceptions
 from pyroute2.netlink.rtnl import ifinfmsg
 
@@ -77,6 +78,17 @@ class Link:
     mac: str
     up: bool
 
+    @property
+    def lower_of_macvlans(self) -> tuple[Optional[int], bool]:
+        """What a macvlan on it has as ``lower`` and ``lower_elsewhere``.
+
+        The kernel puts a macvlan of a macvlan beside that, on the lower
+        interface of both (macvlan_common_newlink).
+        """
+        if self.kind == 'macvlan':
+            return self.lower, self.lower_elsewhere
+        return self.index, False
+
 
 @dataclasses.dataclass(frozen=True)
 class HostRoute:
@@ -97,6 +109,9 @@ def _translated(action: str, advice: str = '') -> Iterator[None]:
         reason = os.strerror(err.code) if err.code > 0 else str(err)
         raise exceptions.KernelRefused(action, reason, err.code,
                                        advice) from err
+    except (ipdb_exceptions.CommitException,
+            ipdb_exceptions.CreateException) as err:
+        raise exceptions.KernelRefused(action, str(err), 0, advice) from err
 
 
 def undisturbed(action: str, function: Callable[..., _T], *args: Any) -> _T:
@@ -191,8 +206,10 @@ def create_macvlan(name: str, parent: Link, mac: str) -> None:
     :raises KernelRefused: if there is none in the end
     """
     def create() -> None:
-        with pyroute2.IPDB(plugins=('interfaces',)) as ipdb:
-            ipdb.create(ifname=name, kind='macvlan', link=parent.index,
+        with pyroute2.IPDB(plugins=('interfaces',),
+                           deprecation_warning=False) as ipdb:
+            ipdb.create(ifname=name, kind='macvlan',
+                        link=parent.lower_of_macvlans[0],
                         macvlan_mode='bridge', address=mac).commit()
 
     undisturbed('create the macvlan %s on %s' % (name, parent.name), create)

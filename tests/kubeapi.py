@@ -246,10 +246,10 @@ class KubeAPI:
 
     def modify(self, plural: str, namespace: str, name: str,
                change: Callable[[Obj], Obj]) -> Obj:
-        """Replace an object with what `change` makes of it."""
+        """Replace an object with what `change`, which spares it, returns."""
         with self._changed:
             old = self.get(plural, namespace, name)
-            new = copy.deepcopy(change(copy.deepcopy(old)))
+            new = copy.deepcopy(change(old))
             new.update(apiVersion=old['apiVersion'], kind=old['kind'])
             metadata = new.setdefault('metadata', {})
             version = old['metadata']['resourceVersion']
@@ -359,8 +359,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if url.path in ABOUT:
             return ABOUT[url.path]
         match = PATH_RE.fullmatch(parse.unquote(url.path))
-        if match is None or RESOURCES.get(match[3], [''])[0] != match[1] or (
-                match[4] and not match[2]):
+        if match is None or RESOURCES.get(match[3], [''])[0] != match[1]:
             raise APIError(404, 'NotFound', f'{url.path} not found')
         _, namespace, plural, name = match.groups()
         method = self.command, bool(name)
@@ -397,12 +396,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 'metadata': {'resourceVersion': str(version)}, 'items': items}
 
     def watch(self, api: KubeAPI, wanted: Selection, version: int) -> None:
+        items: List[Obj] = []
+        if version == 0:
+            items, version = api.select(wanted)
+        # Who has seen the head may count on seeing all that follows, too.
         self.head('Transfer-Encoding', 'chunked')
         try:
-            if version == 0:
-                items, version = api.select(wanted)
-                for obj in items:
-                    self.chunk({'type': 'ADDED', 'object': obj})
+            for obj in items:
+                self.chunk({'type': 'ADDED', 'object': obj})
             while not self.server.stopping:
                 for change in api.changes(version, self.server):
                     version = change.version

@@ -19,16 +19,19 @@ import contextlib
 import ipaddress
 import json
 import os
-import signal
+import re
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import uuid
+import venv
 from typing import Any, Iterator, NamedTuple, Optional
 
 import os_vif
+import psutil
 import requests
 from kuryr_kubernetes import objects
 from kuryr_kubernetes import os_vif_util
@@ -122,6 +125,33 @@ def random_mac() -> str:
     return 'fa:16:3e:%02x:%02x:%02x' % tuple(os.urandom(3))
 
 
+def stock_environment(path: str) -> str:
+    """Make an environment with all but kuryr-break0; where its programs are.
+
+    What is installed is linked, not installed again.
+    """
+    venv.create(path, with_pip=False)
+    bin_dir = os.path.join(path, 'bin')
+    python = os.path.join(bin_dir, 'python')
+    ours = sysconfig.get_path('purelib')
+    theirs = sysconfig.get_path('purelib', vars={'base': path,
+                                                 'platbase': path})
+    for name in os.listdir(ours):
+        if not re.match(r'(__editable__.*)?kuryr[_-]break0|.*\.(pth|egg-link)$',
+                        name):
+            os.symlink(os.path.join(ours, name), os.path.join(theirs, name))
+    for program in ('kuryr-daemon', 'kuryr-cni'):
+        with open(os.path.join(BIN, program)) as file:
+            text = file.read().split('\n', 1)[1]
+        with open(os.path.join(bin_dir, program), 'w') as file:
+            file.write('#!%s\n%s' % (python, text))
+        os.chmod(os.path.join(bin_dir, program), 0o755)
+    probe = subprocess.run([python, '-c', 'import kuryr_break0'], cwd=path,
+                           stderr=subprocess.PIPE, text=True)
+    assert "No module named 'kuryr_break0'" in probe.stderr, probe.stderr
+    return bin_dir
+
+
 class Pod:
     """A pod that the API knows, with a sandbox on the node."""
 
@@ -183,7 +213,7 @@ class Node:
             env={**os.environ, 'KUBERNETES_NODE_NAME': NODENAME,
                  'HOME': self.dir, **environ},
             stdout=open(os.path.join(self.dir, 'output'), 'ab'),
-            stderr=subprocess.STDOUT, start_new_session=True)
+            stderr=subprocess.STDOUT)
         host, port = ADDRESS.split(':')
         deadline = time.monotonic() + 60
         while True:
@@ -201,9 +231,14 @@ class Node:
     def kill_daemon(self) -> None:
         """Kill the daemon and all its workers; none is fine."""
         if self.daemon is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.daemon.pid, signal.SIGKILL)
+            # Its services have process groups of their own.
+            family = [psutil.Process(self.daemon.pid)]
+            family += family[0].children(recursive=True)
+            for process in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             self.daemon.wait()
+            psutil.wait_procs(family)
             self.daemon = None
 
     def output(self) -> str:

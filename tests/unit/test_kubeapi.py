@@ -196,7 +196,8 @@ class ObjectsTestCase(KubeAPICase):
     def test_what_is_stored_is_not_shared(self) -> None:
         sent = kubeapi.pod('a', 'n1')
         made = self.api.create('pods', sent)
-        for mine in sent, made, self.api.list('pods')[0]:
+        for mine in (sent, made, self.api.list('pods')[0],
+                     self.api.get('pods', 'default', 'a')):
             mine['spec']['nodeName'] = 'changed'
         self.assertEqual('n1', self.ask(
             'GET', f'{DEFAULT}/a')['spec']['nodeName'])
@@ -400,11 +401,13 @@ class WatchTestCase(KubeAPICase):
         self.assertEvents([('DELETED', 'a')], events)
         self.ask('GET', f'{DEFAULT}/a', 404)
 
-    def test_finalizers_removed_from_the_living(self) -> None:
+    def test_only_a_deletion_dooms(self) -> None:
         self.pod('a', finalizers=['f'])
-        self.patch(f'{DEFAULT}/a', MERGE, {'metadata': {'finalizers': []}})
-        self.assertEqual([], self.ask(
-            'GET', f'{DEFAULT}/a')['metadata']['finalizers'])
+        self.patch(f'{DEFAULT}/a', MERGE, {'metadata': {
+            'deletionTimestamp': '2024-01-01T00:00:00Z', 'finalizers': []}})
+        metadata = self.ask('GET', f'{DEFAULT}/a')['metadata']
+        self.assertEqual([], metadata['finalizers'])
+        self.assertNotIn('deletionTimestamp', metadata)
 
     def test_stop_ends_watches_and_a_start_goes_on(self) -> None:
         pod = self.pod('a')
@@ -526,7 +529,8 @@ class KuryrTestCase(KubeAPICase):
     def test_kuryrport_is_as_the_controller_makes_it(self) -> None:
         vifs = {'eth0': {'versioned_object.name': 'VIFMacvlanNested'},
                 'eth1': {'versioned_object.name': 'VIFSriov'}}
-        static: Dict[str, Any] = {'annotations': {'kubernetes.io/config.source': 'file'}}
+        static: Dict[str, Any] = {
+            'annotations': {'kubernetes.io/config.source': 'file'}}
         for name, metadata in ('a', {}), ('b', static):
             with self.subTest(name):
                 pod = self.pod(name, **metadata)

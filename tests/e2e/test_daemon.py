@@ -1,0 +1,310 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import unittest
+
+import requests
+
+from tests import kuryr
+from tests import lab
+
+POD = '100.75.30.71'
+
+
+def macvlans(node: kuryr.Node) -> list[str]:
+    """The macvlans in the node's own namespace."""
+    return [link['ifname'] for link in node.lab.ip('link', 'show')
+            if link.get('linkinfo', {}).get('info_kind') == 'macvlan']
+
+
+class DaemonTestCase(unittest.TestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.node = kuryr.Node()
+        self.node.__enter__()
+        self.addCleanup(self.node.__exit__)
+
+    def add(self, pod: kuryr.Pod) -> None:
+        """Send an ADD that must succeed."""
+        answer = self.node.request(pod, 'ADD')
+        self.assertEqual(202, answer.status, answer.body + self.node.output())
+
+    def delete(self, pod: kuryr.Pod, **overrides: str) -> None:
+        answer = self.node.request(pod, 'DEL', **overrides)
+        self.assertEqual(204, answer.status, answer.body + self.node.output())
+
+    def assert_reachable(self, pod: kuryr.Pod, expected: bool = True) -> None:
+        address = str(pod.vifs['eth0'].network.subnets.objects[0]
+                      .ips.objects[0].address)
+        self.assertEqual(
+            (expected, expected),
+            (self.node.lab.ping(address),
+             self.node.lab.ping(lab.NODE, pod.name)))
+
+    def probe(self, program: str) -> str:
+        """Run Python code in a process of its own; what it prints."""
+        return subprocess.run(
+            [sys.executable, '-W', 'ignore', '-c', textwrap.dedent(program)],
+            check=True, text=True, stdout=subprocess.PIPE).stdout.strip()
+
+
+class TestPod(DaemonTestCase):
+
+    def test_its_life(self) -> None:
+        self.node.start_daemon()
+        pod = self.node.add_pod('pod', POD)
+        done = self.node.cni(pod, 'ADD')
+        self.assertEqual(0, done.returncode, done.stdout + done.stderr)
+        self.assertEqual('%s/24' % POD,
+                         json.loads(done.stdout)['ips'][0]['address'])
+        self.assert_reachable(pod)
+        self.assertTrue(self.node.lab.ping(lab.LAN, pod.name))
+        done = self.node.cni(pod, 'DEL')
+        self.assertEqual(0, done.returncode, done.stdout + done.stderr)
+        self.assertEqual({}, self.node.lab.routes())
+        self.assertEqual(['break0'], macvlans(self.node))
+
+    def test_stock_kuryr_cannot(self) -> None:
+        # The control: with Kuryr alone, the same pod is out of reach.
+        bin_dir = kuryr.stock_environment(os.path.join(self.node.dir, 'venv'))
+        self.node.start_daemon(bin_dir=bin_dir)
+        pod = self.node.add_pod('pod', POD)
+        self.add(pod)
+        self.assert_reachable(pod, False)
+        self.assertTrue(self.node.lab.ping(lab.LAN, pod.name))
+        self.assertEqual([], macvlans(self.node))
+
+    def test_a_kuryr_cni_without_the_package(self) -> None:
+        bin_dir = kuryr.stock_environment(os.path.join(self.node.dir, 'venv'))
+        self.node.start_daemon()
+        pod = self.node.add_pod('pod', POD)
+        for command in ('ADD', 'DEL'):
+            done = self.node.cni(pod, command, bin_dir)
+            self.assertEqual(0, done.returncode, done.stdout + done.stderr)
+        self.assertIn('Unbound ' + POD, self.node.output())
+
+    def test_what_is_on_the_wire_and_in_the_log(self) -> None:
+        self.node.start_daemon()
+        pod = self.node.add_pod('pod', POD)
+        answer = self.node.request(pod, 'ADD')
+        self.assertEqual('VIFMacvlanNested',
+                         json.loads(answer.body)['versioned_object.name'])
+        self.assertNotIn('VIFMacvlanBreak0', answer.body)
+        output = self.node.output()
+        self.assertEqual(1, output.count(
+            'VIFMacvlanNested VIFs are bound by '
+            'kuryr_break0.driver.Break0MacvlanDriver'))
+        self.assertIn('Bound %s to break0 for %s/eth0' %
+                      (POD, pod.container_id), output)
+
+    def test_disabled(self) -> None:
+        self.node.start_daemon('enabled = false')
+        pod = self.node.add_pod('pod', POD)
+        self.add(pod)
+        self.assertEqual([], macvlans(self.node))
+        self.assert_reachable(pod, False)
+
+    def test_numbered_by_the_environment(self) -> None:
+        self.node.start_daemon(OS_BREAK0__ADDR='100.75.30.7')
+        pod = self.node.add_pod('pod', POD)
+        self.add(pod)
+        self.assert_reachable(pod)
+        self.assertTrue(self.node.lab.ping('100.75.30.7', pod.name))
+
+    def test_after_a_restart_of_the_daemon(self) -> None:
+        self.node.start_daemon()
+        pod = self.node.add_pod('pod', POD)
+        self.add(pod)
+        self.node.kill_daemon()
+        self.node.start_daemon()
+        self.assert_reachable(pod)
+        self.delete(pod)
+        self.assertEqual({}, self.node.lab.routes())
+
+    def test_a_late_del_of_an_earlier_sandbox(self) -> None:
+        # After a restart Kuryr has forgotten which sandbox is the last.
+        self.node.start_daemon()
+        pod = self.node.add_pod('pod', POD)
+        earlier = pod.container_id
+        self.add(pod)
+        self.delete(pod)
+        pod.container_id = 'the-sandbox-after-it'
+        self.add(pod)
+        self.node.kill_daemon()
+        self.node.start_daemon()
+        self.delete(pod, CNI_CONTAINERID=earlier,
+                    CNI_NETNS='/run/netns/gone')
+        self.assert_reachable(pod)
+
+    def test_an_empty_netns_leaves_the_node_its_nic(self) -> None:
+        self.node.start_daemon()
+        pod = self.node.add_pod('pod', POD)
+        self.add(pod)
+        self.delete(pod, CNI_NETNS='')
+        self.assertIsNotNone(self.node.lab.link(lab.PARENT))
+        self.assertEqual({}, self.node.lab.routes())
+
+
+class TestFailures(DaemonTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        # Something else has the name break0.
+        self.node.lab.run('ip', 'link', 'add', 'break0', 'type', 'veth',
+                          'peer', 'name', 'peer0')
+
+    def alive(self) -> int:
+        return requests.get('http://127.0.0.1:8090/alive',
+                            timeout=30).status_code
+
+    def test_the_pod_goes_on(self) -> None:
+        self.node.start_daemon()
+        pod = self.node.add_pod('pod', POD)
+        self.add(pod)
+        self.assertTrue(self.node.lab.ping(lab.LAN, pod.name))
+        self.assertIn('The interface break0 exists and is a veth',
+                      self.node.output())
+
+    def test_strict_says_try_again_and_the_daemon_lives(self) -> None:
+        self.node.start_daemon('strict = true')
+        pod = self.node.add_pod('pod', POD)
+        # Three failures that count would make Kuryr restart the daemon.
+        for _ in range(5):
+            answer = self.node.request(pod, 'ADD')
+            self.assertEqual(504, answer.status)
+            self.assertEqual(11, json.loads(answer.body)['code'])
+            self.assertIn('a veth', answer.body)
+        self.assertEqual(200, self.alive())
+        self.assertEqual(['lo'], [
+            link['ifname']
+            for link in self.node.lab.ip('link', 'show', netns=pod.name)])
+        self.node.lab.run('ip', 'link', 'del', 'break0')
+        self.add(pod)
+        self.assert_reachable(pod)
+
+    def test_an_invalid_option(self) -> None:
+        self.node.start_daemon('addr = 100.75.30.7/24')
+        pod = self.node.add_pod('pod', POD)
+        self.add(pod)
+        self.assertIn("[break0] addr: '100.75.30.7/24' has a prefix",
+                      self.node.output())
+
+
+class TestBursts(DaemonTestCase):
+
+    def test_the_first_thirty_make_one_break0(self) -> None:
+        self.node.start_daemon()
+        pods = [self.node.add_pod('pod-%d' % number, '100.75.30.%d' % number)
+                for number in range(100, 130)]
+        answers = self.node.requests(pods, 'ADD')
+        self.assertEqual([202] * 30, [answer.status for answer in answers])
+        self.assertEqual(['break0'], macvlans(self.node))
+        self.assertEqual(1, self.node.output().count('Created break0'))
+        self.assertEqual({'100.75.30.%d' % number
+                          for number in range(100, 130)},
+                         set(self.node.lab.routes()))
+
+    def test_eight_bursts_lose_none(self) -> None:
+        # Stock Kuryr loses pods here, when another one's interface
+        # interrupts its look at those of the node.
+        self.node.start_daemon()
+        for burst in range(8):
+            pods = [self.node.add_pod('pod-%d-%d' % (burst, number),
+                                      '100.75.30.%d' % number)
+                    for number in range(100, 130)]
+            answers = self.node.requests(pods, 'ADD')
+            self.assertEqual([202] * 30, [answer.status for answer in answers],
+                             [answer.body for answer in answers
+                              if answer.status != 202])
+            self.assertEqual(30, len(self.node.lab.routes()))
+            answers = self.node.requests(pods, 'DEL')
+            self.assertEqual([204] * 30, [answer.status for answer in answers])
+            self.assertEqual({}, self.node.lab.routes())
+            for pod in pods:
+                self.node.delete_pod(pod)
+
+
+class TestOtherProcesses(DaemonTestCase):
+    """What a shared virtual environment means to the rest of Kuryr."""
+
+    def test_the_controller_is_as_before(self) -> None:
+        # MultiVIFPool knows the classes of VIFs by name.
+        printed = self.probe('''
+            from unittest import mock
+            from kuryr_kubernetes.controller.drivers import vif_pool
+            from kuryr_kubernetes import objects
+            from os_vif.objects import base
+            import os_vif
+            objects.register_locally_defined_vifs()
+            os_vif.initialize()
+            assert 'kuryr_break0' in os_vif._EXT_MANAGER.names()
+            from tests import kuryr
+            vif = base.VersionedObject.obj_from_primitive(
+                kuryr.macvlan_vif('100.75.30.71').obj_to_primitive())
+            pool = vif_pool.MultiVIFPool()
+            driver = mock.Mock()
+            pool._vif_drvs = {'nested-macvlan': driver}
+            pool.release_vif({'metadata': {}}, vif)
+            driver.release_vif.assert_called_once()
+            print(type(vif).__name__)
+        ''')
+        self.assertEqual('VIFMacvlanNested', printed)
+
+    def test_vlan_pods_on_the_node_are_kuryrs(self) -> None:
+        printed = self.probe('''
+            from kuryr_kubernetes.cni.binding import base as b_base
+            from kuryr_kubernetes.cni.daemon import service
+            from kuryr_kubernetes import config, objects
+            from kuryr_kubernetes.objects import vif as k_vif
+            from os_vif.objects import base
+            import os_vif
+            config.init([])
+            objects.register_locally_defined_vifs()
+            os_vif.initialize()
+            from tests import kuryr
+            for vif in (kuryr.macvlan_vif('100.75.30.71'),
+                        k_vif.VIFVlanNested(vlan_id=7, vif_name='tap7')):
+                vif = base.VersionedObject.obj_from_primitive(
+                    vif.obj_to_primitive())
+                print(type(vif).__name__, vif.obj_name(),
+                      type(b_base._get_binding_driver(vif)).__name__)
+        ''')
+        self.assertEqual(
+            'VIFMacvlanBreak0 VIFMacvlanNested Break0MacvlanDriver\n'
+            'VIFVlanNested VIFVlanNested VlanDriver', printed)
+
+    def test_without_an_entry_point_kuryr_alone_binds(self) -> None:
+        # A VIF class without a driver would fail every pod.
+        printed = self.probe('''
+            import sys
+            from unittest import mock
+            from kuryr_kubernetes.cni.daemon import service
+            from os_vif.objects import base
+            from stevedore import driver
+            import os_vif
+            with mock.patch.object(driver, 'DriverManager',
+                                   side_effect=driver.NoMatches('gone')):
+                os_vif.initialize()
+            from tests import kuryr
+            vif = base.VersionedObject.obj_from_primitive(
+                kuryr.macvlan_vif('100.75.30.71').obj_to_primitive())
+            print(type(vif).__name__)
+        ''')
+        self.assertEqual('VIFMacvlanNested', printed)

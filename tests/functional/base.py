@@ -1,0 +1,96 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import signal
+import unittest
+from typing import Any, Callable, Optional
+
+from oslo_config import cfg
+
+from kuryr_break0 import config
+from kuryr_break0 import manager
+from kuryr_break0.config import IPAddress
+from kuryr_break0.ledger import Owner
+from tests import lab
+
+POD = '100.75.30.71'
+OTHER_POD = '100.75.30.72'
+OWNER = Owner('sandbox-1', 'eth0')
+OTHER_OWNER = Owner('sandbox-2', 'eth0')
+
+
+def options(**overrides: Any) -> config.Options:
+    """The options that a [break0] section with these values gives."""
+    conf = cfg.ConfigOpts()
+    config.register(conf)
+    conf([], default_config_files=[])
+    for name, value in overrides.items():
+        conf.set_override(name, value, group=config.GROUP)
+    return config.load(conf)
+
+
+def addresses(*texts: str) -> list[IPAddress]:
+    return [ipaddress.ip_address(text) for text in texts]
+
+
+def in_child(function: Callable[[], Any]) -> int:
+    """Call a function in a forked process; its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        function()
+        os._exit(0)
+    except BaseException as err:
+        print('in a child: %r' % err, flush=True)
+        os._exit(1)
+
+
+def wait_for(pid: int) -> int:
+    """How a child ended: its exit code, or minus the signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def die() -> None:
+    """End at once, as by SIGKILL."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class LabTestCase(unittest.TestCase):
+    """A test on a node of its own."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.lab = lab.Lab()
+        self.addCleanup(self.lab.close)
+
+    def manager(self, **overrides: Any) -> manager.Break0Manager:
+        return manager.Break0Manager(options(**overrides))
+
+    def bind(self, *texts: str, owner: Owner = OWNER,
+             parent: str = lab.PARENT, netns: Optional[str] = None,
+             **overrides: Any) -> None:
+        self.manager(**overrides).bind(
+            owner, addresses(*(texts or (POD,))), parent=parent, netns=netns)
+
+    def unbind(self, *texts: str, owner: Owner = OWNER,
+               **overrides: Any) -> None:
+        self.manager(**overrides).unbind(owner, addresses(*(texts or (POD,))))
+
+    def bound(self) -> set[str]:
+        """The addresses that the ledger has."""
+        return {str(each.address) for each in self.manager().status().addresses
+                if each.owner is not None}

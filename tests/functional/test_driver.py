@@ -1,0 +1,365 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+from __future__ import annotations
+
+import contextlib
+import os
+import unittest
+from typing import Any, Iterator
+from unittest import mock
+
+from kuryr_kubernetes import config as k_config
+from kuryr_kubernetes import exceptions as k_exc
+from kuryr_kubernetes.cni.binding import base as b_base
+from kuryr_kubernetes.cni.binding import nested
+from kuryr_kubernetes.tests.unit.cni import test_binding
+
+from kuryr_break0 import driver
+from kuryr_break0 import exceptions
+from kuryr_break0 import netlink
+from kuryr_break0 import vif as break0_vif
+from tests import kuryr
+from tests import lab
+from tests.functional import base
+from tests.functional.base import POD
+
+CONTAINER = base.OWNER.container_id
+
+
+def vif(*addresses: str, **kwargs: Any) -> Any:
+    """A VIF as kuryr-daemon reads it with break0 in use."""
+    primitive = kuryr.macvlan_vif(*addresses, **kwargs).obj_to_primitive()
+    return break0_vif.VIFMacvlanBreak0._obj_from_primitive(
+        None, '1.0', primitive)
+
+
+def set_options(test: unittest.TestCase, group: str = 'break0',
+                **values: Any) -> None:
+    """Set options of kuryr.conf until the end of the test."""
+    driver.config.register(k_config.CONF)
+    for name, value in values.items():
+        k_config.CONF.set_override(name, value, group=group)
+        test.addCleanup(k_config.CONF.clear_override, name, group=group)
+
+
+class DriverTestCase(base.LabTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        k_config.CONF([], project='kuryr', default_config_files=[])
+        set_options(self, 'binding', link_iface=lab.PARENT)
+        self.netns = self.lab.add_netns('pod')
+        self.vif = vif(POD)
+        self.driver = driver.Break0MacvlanDriver()
+
+    def connect(self, **changes: Any) -> None:
+        self.driver.connect(
+            **{'vif': self.vif, 'ifname': 'eth0', 'netns': self.netns,
+               'container_id': CONTAINER, **changes})
+
+    def disconnect(self, **changes: Any) -> None:
+        self.driver.disconnect(
+            **{'vif': self.vif, 'ifname': 'eth0', 'netns': self.netns,
+               'container_id': CONTAINER, **changes})
+
+    def pod_links(self) -> dict[str, Any]:
+        return {link['ifname']: link
+                for link in self.lab.ip('link', 'show', netns='pod')
+                if link['ifname'] != 'lo'}
+
+    @contextlib.contextmanager
+    def break0_taken(self) -> Iterator[None]:
+        """Something else has the name, so that binding fails."""
+        self.lab.run('ip', 'link', 'add', 'break0', 'type', 'veth',
+                     'peer', 'name', 'peer0')
+        yield
+        self.lab.run('ip', 'link', 'del', 'break0')
+
+
+class TestConnect(DriverTestCase):
+
+    def test_the_pod_is_as_kuryr_makes_it(self) -> None:
+        self.connect()
+        ours = self.pod_links()
+        self.lab.run('ip', 'link', 'del', 'eth0', netns='pod')
+        nested.MacvlanDriver().connect(self.vif, 'eth0', self.netns,
+                                       CONTAINER)
+        theirs = self.pod_links()
+        for link in (*ours.values(), *theirs.values()):
+            link.pop('ifindex')
+        self.assertEqual(['eth0'], list(ours))
+        self.assertEqual(theirs, ours)
+
+    def test_reachable_once_it_has_its_address(self) -> None:
+        self.connect()
+        b_base._configure_l3(self.vif, 'eth0', self.netns, True)
+        self.assertTrue(self.lab.ping(POD))
+        self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
+
+    def test_the_owner_is_the_sandbox(self) -> None:
+        self.connect()
+        entry, = base.manager.Ledger('/run/kuryr-break0', 1).entries()
+        self.assertEqual(base.OWNER, entry.owner)
+        self.assertEqual(str(self.vif.address), entry.mac)
+        self.assertEqual(self.netns, entry.netns)
+        found = os.stat(self.netns)
+        self.assertEqual((found.st_dev, found.st_ino), entry.netns_id)
+
+    def test_all_addresses_of_all_subnets(self) -> None:
+        self.connect(vif=vif(POD, '10.20.0.5', 'fd00:1::5',
+                             subnets=['100.75.30.0/24', '10.20.0.0/16',
+                                      'fd00:1::/64']))
+        self.assertEqual({POD, '10.20.0.5', 'fd00:1::5'},
+                         set(self.lab.routes()))
+
+    def test_failure_is_logged_and_the_pod_goes_on(self) -> None:
+        with self.break0_taken(), self.assertLogs(
+                'kuryr_break0.driver', 'ERROR') as logs:
+            self.connect()
+        self.assertEqual(['eth0'], list(self.pod_links()))
+        message = '\n'.join(logs.output)
+        for text in ('sandbox-1/eth0', 'break0', 'a veth', 'rename'):
+            self.assertIn(text, message)
+        self.assertNotIn('Traceback', message)
+        self.assertTrue(self.driver.is_alive())
+
+    def test_strict_failure_is_raised_and_undone(self) -> None:
+        set_options(self, strict=True)
+        with self.break0_taken():
+            with self.assertRaisesRegex(driver.PodNotConnected, 'a veth'):
+                self.connect()
+        self.assertEqual({}, self.pod_links())
+        self.assertEqual(set(), self.bound())
+        self.assertTrue(self.driver.is_alive())
+        self.connect()
+        self.assertIn(POD, self.lab.routes())
+
+    def test_an_invalid_option_costs_no_pod(self) -> None:
+        with mock.patch.dict(os.environ, {'OS_BREAK0__MAC': 'ff:ff'}):
+            with self.assertLogs('kuryr_break0.driver', 'ERROR') as logs:
+                self.connect()
+        self.assertIn("'ff:ff' is not a MAC address", '\n'.join(logs.output))
+        self.assertEqual(['eth0'], list(self.pod_links()))
+
+    def test_what_nobody_foresaw_costs_no_pod(self) -> None:
+        with mock.patch.object(netlink.Kernel, 'replace_route',
+                               side_effect=ZeroDivisionError):
+            with self.assertLogs('kuryr_break0.driver', 'ERROR') as logs:
+                self.connect()
+        self.assertIn('ZeroDivisionError', '\n'.join(logs.output))
+        self.assertEqual(['eth0'], list(self.pod_links()))
+
+    def test_nothing_is_bound_if_kuryr_fails(self) -> None:
+        with self.assertRaisesRegex(k_exc.CNIBindingFailure, 'MTU'):
+            self.connect(vif=vif(POD, mtu=9000))
+        self.assertIsNone(self.lab.link('break0'))
+        self.assertEqual(set(), self.bound())
+
+    def test_disabled(self) -> None:
+        self.connect()
+        set_options(self, enabled=False)
+        netns = self.lab.add_netns('other')
+        self.connect(vif=vif('100.75.30.72'), netns=netns, container_id='b')
+        self.assertEqual({POD}, set(self.lab.routes()))
+        self.disconnect()  # what was bound before still goes
+        self.assertEqual({}, self.lab.routes())
+
+
+class TestNetlinkErrors(DriverTestCase):
+
+    def interrupted(self, times: int) -> Any:
+        """Kuryr's connect, hit by an interrupted dump so many times."""
+        self.calls = 0
+        connect = nested.MacvlanDriver.connect
+
+        def interrupted(*args: Any) -> None:
+            self.calls += 1
+            if self.calls <= times:
+                raise netlink.nl_exceptions.NetlinkDumpInterrupted()
+            connect(*args)
+
+        return mock.patch.object(nested.MacvlanDriver, 'connect',
+                                 interrupted)
+
+    def test_an_interrupted_dump_is_repeated(self) -> None:
+        with self.interrupted(times=3):
+            self.connect()
+        self.assertEqual(4, self.calls)
+        self.assertIn(POD, self.lab.routes())
+
+    def test_but_not_for_ever(self) -> None:
+        with self.interrupted(times=10 ** 6), mock.patch.object(
+                netlink, '_DUMP_PAUSE', 0):
+            with self.assertRaisesRegex(driver.PodNotConnected,
+                                        'interrupted'):
+                self.connect()
+        self.assertLess(self.calls, 100)
+
+    def test_a_refusal_is_not_taken_for_a_vlan_conflict(self) -> None:
+        # A second macvlan with one MAC address on a parent: EADDRINUSE.
+        self.connect()
+        netns = self.lab.add_netns('other')
+        with self.assertRaisesRegex(driver.PodNotConnected,
+                                    'Address already in use'):
+            self.connect(netns=netns, container_id='b')
+
+    def test_none_leaves_disconnect(self) -> None:
+        error = netlink.nl_exceptions.NetlinkError(17, 'File exists')
+        self.connect()
+        with mock.patch.object(nested.MacvlanDriver, 'disconnect',
+                               side_effect=error):
+            with self.assertRaisesRegex(k_exc.CNIBindingFailure,
+                                        'File exists'):
+                self.disconnect()
+        self.assertEqual({}, self.lab.routes())
+
+
+class TestDisconnect(DriverTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.connect()
+
+    def test_all_is_gone(self) -> None:
+        self.disconnect()
+        self.assertEqual({}, self.pod_links())
+        self.assertEqual({}, self.lab.routes())
+        self.assertEqual(set(), self.bound())
+
+    def test_again_is_fine(self) -> None:
+        self.disconnect()
+        self.disconnect()
+
+    def test_unbound_even_if_kuryr_fails(self) -> None:
+        with mock.patch.object(nested.MacvlanDriver, 'disconnect',
+                               side_effect=k_exc.CNIBindingFailure('oh')):
+            with self.assertRaisesRegex(k_exc.CNIBindingFailure, 'oh'):
+                self.disconnect()
+        self.assertEqual({}, self.lab.routes())
+
+    def test_the_first_error_is_raised(self) -> None:
+        with mock.patch.object(
+                nested.MacvlanDriver, 'disconnect',
+                side_effect=k_exc.CNIBindingFailure('first')), \
+            mock.patch.object(driver.Break0Manager, 'unbind',
+                              side_effect=ValueError('second')):
+            with self.assertLogs('kuryr_break0.driver', 'ERROR') as logs:
+                with self.assertRaisesRegex(k_exc.CNIBindingFailure,
+                                            'first'):
+                    self.disconnect()
+        self.assertIn('second', '\n'.join(logs.output))
+
+    def test_by_an_earlier_sandbox(self) -> None:
+        self.disconnect(container_id='an-earlier-one',
+                        netns='/run/netns/gone')
+        self.assertIn(POD, self.lab.routes())
+
+
+class TestNetns(DriverTestCase):
+    """Kuryr must not be asked for a namespace that is not a pod's."""
+
+    def unusable(self) -> Iterator[str]:
+        for netns in ('', '/run/netns/gone', '/proc/self/ns/net'):
+            with self.subTest(netns=netns):
+                before = self.lab.ip('link', 'show')
+                yield netns
+                self.assertEqual(before, self.lab.ip('link', 'show'))
+                self.assertFalse(os.path.exists('/run/netns/gone'))
+
+    def test_connect(self) -> None:
+        for netns in self.unusable():
+            with self.assertRaises(driver.PodNotConnected):
+                self.connect(netns=netns)
+
+    def test_disconnect(self) -> None:
+        for netns in self.unusable():
+            self.disconnect(netns=netns)
+
+    def test_disconnect_unbinds(self) -> None:
+        self.connect()
+        self.disconnect(netns='')
+        self.assertEqual({}, self.lab.routes())
+        self.assertIsNotNone(self.lab.link(lab.PARENT))
+
+    def test_none_is_refused_too(self) -> None:
+        with self.assertRaises(driver.PodNotConnected):
+            self.connect(netns=None)
+        self.disconnect(netns=None)
+        self.assertIsNotNone(self.lab.link(lab.PARENT))
+
+    def test_a_path_below_the_hosts_proc(self) -> None:
+        # docker_mode: the path that CNI names is another one in here.
+        set_options(self, 'cni_daemon', docker_mode=True,
+                    netns_proc_dir='/run/host_proc')
+        os.makedirs('/run/host_proc/42/ns')
+        os.symlink(self.netns, '/run/host_proc/42/ns/net')
+        self.connect(netns='/proc/42/ns/net')
+        self.assertEqual(['eth0'], list(self.pod_links()))
+        entry, = base.manager.Ledger('/run/kuryr-break0', 1).entries()
+        self.assertEqual('/run/host_proc/42/ns/net', entry.netns)
+
+
+class TestParent(DriverTestCase):
+
+    def test_break0_is_never_taken_for_it(self) -> None:
+        # Kuryr's last resort is the first interface but the loopback.
+        set_options(self, 'binding', link_iface='')
+        node = mock.Mock(interfaces={'lo': {'flags': 8},
+                                     'break0': {'flags': 0},
+                                     'eth9': {'flags': 0}})
+        stock = nested.MacvlanDriver()
+        self.assertEqual('break0', stock._detect_iface_name(node))
+        self.assertEqual('eth9', self.driver._detect_iface_name(node))
+        del node.interfaces['eth9']
+        with self.assertRaises(k_exc.CNIBindingFailure):
+            self.driver._detect_iface_name(node)
+
+    def test_break0_configured_as_parent(self) -> None:
+        self.connect()
+        set_options(self, 'binding', link_iface='break0')
+        with self.assertRaisesRegex(k_exc.CNIBindingFailure, 'link_iface'):
+            self.connect(netns=self.lab.add_netns('other'))
+
+    def test_another_parent_than_the_pods(self) -> None:
+        self.lab.run('ip', 'link', 'add', 'eth1', 'type', 'veth',
+                     'peer', 'name', 'peer1')
+        set_options(self, parent='eth1', strict=True)
+        with self.assertRaisesRegex(driver.PodNotConnected, 'eth1.*eth0'):
+            self.connect()
+
+
+class TestKuryrsOwn(test_binding.TestNestedMacvlanDriver):
+    """Kuryr's unit tests of its macvlan driver, with ours in its place.
+
+    The namespace that they name is made to exist. They mock all of IPDB, so
+    the parent that Kuryr finds does not, and break0's part is an error that
+    is logged.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.node = lab.Lab()
+        self.addCleanup(self.node.close)
+        self.ipdbs['/run/netns/pod'] = self.ipdbs.pop(self.netns)
+        self.netns = self.node.add_netns('pod')
+        self.vif = vif('192.168.0.2', subnets=['192.168.0.1/24'], mtu=1)
+        self.vif.vif_name = 'h_interface'
+
+    def test_it_is_our_driver(self) -> None:
+        self.assertIsInstance(b_base._get_binding_driver(self.vif),
+                              driver.Break0MacvlanDriver)
+
+    def test_connect_hands_over_to_kuryr(self) -> None:
+        with mock.patch.object(nested.MacvlanDriver, 'connect',
+                               side_effect=exceptions.Break0Error):
+            self.assertRaises(driver.PodNotConnected, self._test_connect)

@@ -1,0 +1,519 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+from unittest import mock
+
+from kuryr_break0 import device
+from kuryr_break0 import exceptions
+from kuryr_break0 import netlink
+from tests import lab
+from tests.functional import base
+from tests.functional.base import OTHER_OWNER
+from tests.functional.base import OTHER_POD
+from tests.functional.base import OWNER
+from tests.functional.base import POD
+
+
+class TestReachability(base.LabTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.lab.add_pod('pod', POD)
+
+    def assert_reachable(self, expected: bool) -> None:
+        self.assertEqual(
+            (expected, expected),
+            (self.lab.ping(POD), self.lab.ping(lab.NODE, 'pod')))
+
+    def test_unbound_pod_is_out_of_reach(self) -> None:
+        # The control of all others: the lab has the kernel's separation.
+        self.assert_reachable(False)
+        self.assertTrue(self.lab.ping(lab.LAN, 'pod'))
+
+    def test_unnumbered(self) -> None:
+        self.bind()
+        self.assert_reachable(True)
+        self.assertTrue(self.lab.ping(lab.LAN, 'pod'))
+
+    def test_with_any_rp_filter(self) -> None:
+        self.bind()
+        for value in (0, 1, 2):
+            for name in ('all', 'break0', 'eth0'):
+                netlink.write_sysctl('ipv4/conf/%s/rp_filter' % name, value)
+            with self.subTest(rp_filter=value):
+                self.assert_reachable(True)
+
+    def test_numbered_as_in_the_original_recipe(self) -> None:
+        self.bind(addr=['100.75.30.7'])
+        self.assert_reachable(True)
+        self.assertTrue(self.lab.ping('100.75.30.7', 'pod'))
+        addresses = [(each['local'], each['prefixlen'])
+                     for link in self.lab.ip('address', 'show', 'break0')
+                     for each in link['addr_info']]
+        self.assertEqual([('100.75.30.7', 32)], addresses)
+        self.assertNotIn('prefsrc', self.lab.routes()[POD])
+
+    def test_unbound_again(self) -> None:
+        self.bind()
+        self.unbind()
+        self.assert_reachable(False)
+        self.assertEqual({}, self.lab.routes())
+        self.assertEqual(set(), self.bound())
+
+    def test_only_the_bound_pod(self) -> None:
+        self.lab.add_pod('other', OTHER_POD)
+        self.bind()
+        self.assert_reachable(True)
+        self.assertFalse(self.lab.ping(OTHER_POD))
+
+
+class TestRoutes(base.LabTestCase):
+
+    def test_what_a_route_is(self) -> None:
+        self.bind()
+        route = self.lab.routes()[POD]
+        self.assertEqual(
+            ('176', 'link', lab.NODE, 'main'),
+            tuple(route[key] for key in ('protocol', 'scope', 'prefsrc',
+                                         'table')))
+        self.assertNotIn('gateway', route)
+
+    def test_table_and_protocol_are_options(self) -> None:
+        self.bind(route_table=1000, route_protocol=200)
+        route = self.lab.routes()[POD]
+        self.assertEqual(('200', '1000'), (route['protocol'], route['table']))
+        self.unbind(route_table=1000, route_protocol=200)
+        self.assertEqual({}, self.lab.routes())
+
+    def test_no_source_on_a_parent_without_address(self) -> None:
+        self.lab.run('ip', 'address', 'flush', 'dev', lab.PARENT)
+        self.bind()
+        self.assertNotIn('prefsrc', self.lab.routes()[POD])
+
+    def test_source_is_of_the_parent_not_of_another_interface(self) -> None:
+        # To another subnet the node goes by its second NIC, but pods are on
+        # the parent, and expect its address.
+        self.lab.run('ip', 'link', 'add', 'eth1', 'type', 'veth',
+                     'peer', 'name', 'nic1', 'netns', 'lan')
+        self.lab.run('ip', 'address', 'add', '192.0.2.1/24', 'dev', 'eth1')
+        self.lab.run('ip', 'link', 'set', 'eth1', 'up')
+        self.lab.run('ip', 'route', 'replace', 'default', 'via', '192.0.2.2')
+        self.bind('10.20.0.5')
+        self.assertEqual(lab.NODE, self.lab.routes()['10.20.0.5']['prefsrc'])
+
+    def test_bind_again_is_the_same(self) -> None:
+        self.bind()
+        before = self.lab.routes()
+        self.bind()
+        self.assertEqual(before, self.lab.routes())
+
+    def test_bind_replaces_what_is_there(self) -> None:
+        self.bind(OTHER_POD)
+        self.lab.run('ip', 'route', 'add', POD, 'dev', 'lo')
+        self.bind()
+        self.assertEqual({POD, OTHER_POD}, set(self.lab.routes()))
+        self.assertEqual({}, self.lab.routes('lo'))
+
+    def test_unbind_what_is_not_there(self) -> None:
+        self.unbind()  # without any break0
+        self.bind(OTHER_POD)
+        self.unbind()
+        self.assertEqual({OTHER_POD}, set(self.lab.routes()))
+
+    def test_unbind_after_the_route_has_gone(self) -> None:
+        self.bind()
+        self.lab.run('ip', 'route', 'del', POD)
+        self.unbind()
+        self.assertEqual(set(), self.bound())
+
+    def test_a_route_of_another_protocol_stays(self) -> None:
+        self.bind()
+        self.lab.run('ip', 'route', 'replace', POD, 'dev', 'break0',
+                     'proto', 'static')
+        self.unbind()
+        self.assertEqual('static', self.lab.routes()[POD]['protocol'])
+
+    def test_a_route_by_another_device_stays(self) -> None:
+        self.bind()
+        self.lab.run('ip', 'route', 'replace', POD, 'dev', 'lo',
+                     'proto', '176')
+        self.unbind()
+        self.assertIn(POD, self.lab.routes('lo'))
+
+    def test_several_addresses(self) -> None:
+        self.bind(POD, OTHER_POD)
+        self.assertEqual({POD, OTHER_POD}, set(self.lab.routes()))
+        self.unbind(POD, OTHER_POD)
+        self.assertEqual({}, self.lab.routes())
+
+    def test_one_bad_address_does_not_hinder_the_others(self) -> None:
+        with self.assertRaises(exceptions.AddressRefused):
+            self.bind(lab.NODE, POD)
+        self.assertEqual({POD}, set(self.lab.routes()))
+
+    def test_cost_does_not_grow_with_the_pods(self) -> None:
+        def messages() -> int:
+            sent = 0
+            put = netlink.pyroute2.IPRoute.put
+
+            def counting(*args: object, **kwargs: object) -> object:
+                nonlocal sent
+                sent += 1
+                return put(*args, **kwargs)
+
+            with mock.patch.object(netlink.pyroute2.IPRoute, 'put',
+                                   counting):
+                self.bind()
+                self.unbind()
+            return sent
+
+        self.bind()
+        few = messages()
+        # One to look at break0, one for the route, one to delete that.
+        self.assertEqual(3, few)
+        batch = ''.join('route add 10.0.%d.%d dev break0 proto 176\n' %
+                        divmod(number, 250) for number in range(1000))
+        with open('/run/batch', 'w') as file:
+            file.write(batch)
+        self.lab.run('ip', '-batch', '/run/batch')
+        self.assertEqual(few, messages())
+
+
+class TestOwnership(base.LabTestCase):
+
+    def test_another_owner_cannot_unbind(self) -> None:
+        self.bind()
+        self.unbind(owner=OTHER_OWNER)
+        self.assertIn(POD, self.lab.routes())
+        self.assertEqual({POD}, self.bound())
+
+    def test_an_address_belongs_to_who_bound_it_last(self) -> None:
+        self.bind()
+        self.bind(owner=OTHER_OWNER)
+        self.unbind(owner=OWNER)
+        self.assertIn(POD, self.lab.routes())
+        self.unbind(owner=OTHER_OWNER)
+        self.assertEqual({}, self.lab.routes())
+
+    def test_another_interface_is_another_owner(self) -> None:
+        self.bind()
+        self.unbind(owner=base.Owner(OWNER.container_id, 'eth1'))
+        self.assertIn(POD, self.lab.routes())
+
+
+class TestDevice(base.LabTestCase):
+
+    def assert_untouched(self, *raised: str) -> None:
+        """Binding fails, names all of these, and leaves break0 alone."""
+        before = self.lab.link('break0')
+        with self.assertRaises(exceptions.DeviceConflict) as caught:
+            self.bind()
+        for text in ('break0', *raised):
+            self.assertIn(text, str(caught.exception))
+        self.assertEqual(before, self.lab.link('break0'))
+
+    def test_what_break0_is(self) -> None:
+        self.lab.run('ip', 'link', 'set', lab.PARENT, 'mtu', '1400')
+        self.bind()
+        link = self.lab.link('break0')
+        assert link is not None
+        self.assertEqual('macvlan', link['linkinfo']['info_kind'])
+        self.assertEqual('bridge', link['linkinfo']['info_data']['mode'])
+        self.assertEqual(lab.PARENT, link['link'])
+        self.assertEqual(1400, link['mtu'])
+        self.assertIn('UP', link['flags'])
+        self.assertEqual('none', link['inet6_addr_gen_mode'])
+        for path, value in device.QUIET.items():
+            self.assertEqual(value, netlink.read_sysctl(path % 'break0'))
+        self.assertEqual([], [
+            each for link in self.lab.ip('address', 'show', 'break0')
+            for each in link['addr_info']])
+
+    def test_its_name_and_mac_are_options(self) -> None:
+        self.bind(device='shim', mac='02:00:00:00:00:07')
+        link = self.lab.link('shim')
+        assert link is not None
+        self.assertEqual('02:00:00:00:00:07', link['address'])
+        self.assertIsNone(self.lab.link('break0'))
+
+    def test_created_again_it_has_the_same_mac(self) -> None:
+        self.bind()
+        first = self.lab.link('break0')
+        self.lab.run('ip', 'link', 'del', 'break0')
+        self.bind()
+        second = self.lab.link('break0')
+        assert first and second
+        self.assertNotEqual(first['ifindex'], second['ifindex'])
+        self.assertEqual(first['address'], second['address'])
+        self.assertEqual(0x02, int(first['address'][:2], 16) & 0x03)
+
+    def test_one_that_is_down_is_brought_up(self) -> None:
+        self.bind()
+        self.lab.run('ip', 'link', 'set', 'break0', 'down')
+        self.assertEqual({}, self.lab.routes())
+        self.bind()
+        self.assertIn(POD, self.lab.routes())
+
+    def test_one_made_by_hand_is_used(self) -> None:
+        self.lab.run('ip', 'link', 'add', 'break0', 'link', lab.PARENT,
+                     'type', 'macvlan', 'mode', 'bridge')
+        self.lab.run('ip', 'address', 'add', '100.75.30.7/32',
+                     'dev', 'break0')
+        before = self.lab.link('break0')
+        self.lab.add_pod('pod', POD)
+        self.bind()
+        after = self.lab.link('break0')
+        assert before and after
+        self.assertEqual((before['ifindex'], before['address']),
+                         (after['ifindex'], after['address']))
+        self.assertEqual(
+            1, netlink.read_sysctl('ipv4/conf/break0/arp_filter'))
+        self.assertTrue(self.lab.ping(POD))
+        self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
+
+    def test_a_changed_one_is_mended(self) -> None:
+        self.bind()
+        netlink.write_sysctl('ipv4/conf/break0/arp_filter', 0)
+        self.bind()
+        self.assertEqual(
+            1, netlink.read_sysctl('ipv4/conf/break0/arp_filter'))
+
+    def test_not_a_macvlan(self) -> None:
+        self.lab.run('ip', 'link', 'add', 'break0', 'type', 'veth',
+                     'peer', 'name', 'peer0')
+        self.assert_untouched('a veth', 'macvlan in bridge mode')
+
+    def test_another_mode(self) -> None:
+        self.lab.run('ip', 'link', 'add', 'break0', 'link', lab.PARENT,
+                     'type', 'macvlan', 'mode', 'private')
+        self.assert_untouched('private mode', 'bridge mode')
+
+    def test_another_parent(self) -> None:
+        self.lab.run('ip', 'link', 'add', 'eth1', 'type', 'veth',
+                     'peer', 'name', 'peer1')
+        self.lab.run('ip', 'link', 'add', 'break0', 'link', 'eth1',
+                     'type', 'macvlan', 'mode', 'bridge')
+        self.assert_untouched('interface', '(eth0)')
+
+    def test_a_parent_of_another_namespace(self) -> None:
+        # The same ifindex there is not the same interface.
+        self.lab.run('ip', 'link', 'add', 'break0', 'link', 'nic',
+                     'netns', str(os.getpid()), 'type', 'macvlan',
+                     'mode', 'bridge', netns='lan')
+        self.assert_untouched('another namespace')
+
+    def test_a_macvlan_as_parent(self) -> None:
+        # The kernel puts a macvlan of a macvlan on the lower device.
+        self.lab.run('ip', 'link', 'add', 'stacked', 'link', lab.PARENT,
+                     'type', 'macvlan', 'mode', 'bridge')
+        self.lab.run('ip', 'link', 'set', 'stacked', 'up')
+        self.bind(parent='stacked')
+        self.bind(OTHER_POD, parent='stacked')
+        self.assertEqual({POD, OTHER_POD}, set(self.lab.routes()))
+
+    def test_no_parent(self) -> None:
+        with self.assertRaisesRegex(exceptions.ParentNotFound, 'eth7'):
+            self.bind(parent='eth7')
+        with self.assertRaisesRegex(exceptions.ParentNotFound, 'eth7'):
+            self.manager(parent='eth7').bind(
+                OWNER, base.addresses(POD), parent=lab.PARENT)
+        self.assertIsNone(self.lab.link('break0'))
+
+    def test_a_parent_that_is_not_the_pods(self) -> None:
+        self.lab.run('ip', 'link', 'add', 'eth1', 'type', 'veth',
+                     'peer', 'name', 'peer1')
+        with self.assertRaisesRegex(exceptions.ParentMismatch,
+                                    'eth1.*eth0'):
+            self.manager(parent='eth1').bind(
+                OWNER, base.addresses(POD), parent=lab.PARENT)
+        self.assertIsNone(self.lab.link('break0'))
+
+    def test_thirty_at_once_make_one(self) -> None:
+        children = [
+            base.in_child(lambda number=number: self.bind(
+                '100.75.30.%d' % number,
+                owner=base.Owner('sandbox-%d' % number, 'eth0')))
+            for number in range(100, 130)]
+        self.assertEqual([0] * 30, list(map(base.wait_for, children)))
+        made = [link for link in self.lab.ip('link', 'show')
+                if link.get('linkinfo', {}).get('info_kind') == 'macvlan']
+        self.assertEqual(['break0'], [link['ifname'] for link in made])
+        self.assertEqual({'100.75.30.%d' % number
+                          for number in range(100, 130)},
+                         set(self.lab.routes()))
+        self.assertEqual(set(self.lab.routes()), self.bound())
+
+    def test_killed_while_making_it(self) -> None:
+        with mock.patch.object(netlink, 'write_sysctl',
+                               lambda *args: base.die()):
+            pid = base.in_child(self.bind)
+        self.assertEqual(-9, base.wait_for(pid))
+        half_made = self.lab.link('break0')
+        assert half_made is not None  # else the test shows nothing
+        self.assertNotIn('UP', half_made['flags'])
+        self.bind(OTHER_POD)
+        self.assertIn(OTHER_POD, self.lab.routes())
+        self.assertEqual(
+            1, netlink.read_sysctl('ipv4/conf/break0/arp_filter'))
+
+    def test_failed_while_making_it(self) -> None:
+        refused = exceptions.KernelRefused('set it', 'not today', 1)
+        with mock.patch.object(netlink, 'write_sysctl', side_effect=refused):
+            with self.assertRaises(exceptions.KernelRefused):
+                self.bind()
+        self.assertIsNone(self.lab.link('break0'))
+        # It stays in the ledger, to be mended later.
+        self.assertEqual({POD}, self.bound())
+
+
+class TestRefused(base.LabTestCase):
+
+    def assert_refused(self, address: str, reason: str,
+                       **overrides: object) -> None:
+        with self.subTest(address=address):
+            with self.assertRaises(exceptions.AddressRefused) as caught:
+                self.bind(address, **overrides)
+            self.assertIn(address, str(caught.exception))
+            self.assertIn(reason, str(caught.exception))
+            self.assertEqual({}, self.lab.routes())
+            self.assertEqual(set(), self.bound())
+
+    def test_not_a_host(self) -> None:
+        for address, reason in (('224.0.0.9', 'multicast'),
+                                ('ff02::1', 'multicast'),
+                                ('0.0.0.0', 'unspecified'),
+                                ('::', 'unspecified'),
+                                ('127.0.0.2', 'loopback'),
+                                ('::1', 'loopback'),
+                                ('169.254.169.254', 'link-local'),
+                                ('fe80::1', 'link-local'),
+                                ('255.255.255.255', 'reserved'),
+                                ('240.0.0.1', 'reserved'),
+                                ('0.1.2.3', 'reserved'),
+                                ('::ffff:644b:1e47', 'IPv4-mapped')):
+            self.assert_refused(address, reason)
+
+    def test_broadcast_of_the_nodes_subnet(self) -> None:
+        self.assert_refused('100.75.30.255', 'not of a host')
+
+    def test_of_the_node(self) -> None:
+        self.lab.run('ip', 'address', 'add', '192.0.2.1/32', 'dev', 'lo')
+        self.lab.run('ip', 'address', 'add', 'fd00::51/64', 'dev',
+                     lab.PARENT, 'nodad')
+        for address in (lab.NODE, '192.0.2.1', 'fd00::51'):
+            self.assert_refused(address, 'the node itself')
+
+    def test_next_hops(self) -> None:
+        self.lab.run('ip', 'route', 'add', '192.0.2.0/24',
+                     'nexthop', 'via', '100.75.30.2',
+                     'nexthop', 'via', '100.75.30.3')
+        self.lab.run('ip', 'address', 'add', 'fd00::51/64', 'dev',
+                     lab.PARENT, 'nodad')
+        self.lab.run('ip', 'route', 'add', 'default', 'via', 'fd00::1')
+        self.lab.run('ip', 'route', 'add', '198.51.100.0/24',
+                     'via', 'inet6', 'fd00::2', 'dev', lab.PARENT)
+        self.lab.run('ip', 'route', 'add', '203.0.113.0/24', 'via',
+                     '100.75.30.4', 'table', '77')
+        for address in (lab.LAN, '100.75.30.2', '100.75.30.3',
+                        '100.75.30.4', 'fd00::1', 'fd00::2'):
+            self.assert_refused(address, 'a next hop')
+
+    def test_outside_the_allowed(self) -> None:
+        allowed = {'allowed_cidrs': ['100.75.30.64/26', 'fd00:1::/64']}
+        self.assert_refused('10.96.0.1', 'allowed_cidrs', **allowed)
+        self.assert_refused('100.75.30.60', 'allowed_cidrs', **allowed)
+        self.bind(POD, 'fd00:1::5', **allowed)
+        self.assertEqual({POD, 'fd00:1::5'}, set(self.lab.routes()))
+
+
+class TestLedgerAndLock(base.LabTestCase):
+
+    def test_an_unwritable_state_dir_costs_no_route(self) -> None:
+        with open('/run/occupied', 'w'):
+            pass
+        with self.assertLogs('kuryr_break0.manager', 'ERROR') as logs:
+            self.bind(state_dir='/run/occupied')
+        self.assertIn(POD, self.lab.routes())
+        self.assertIn('/run/occupied', '\n'.join(logs.output))
+        self.unbind(state_dir='/run/occupied')
+        self.assertEqual({}, self.lab.routes())
+
+    def test_the_state_dir_is_for_root_alone(self) -> None:
+        self.bind()
+        self.assertEqual(0o700,
+                         os.stat('/run/kuryr-break0').st_mode & 0o777)
+
+    def test_waiting_ends(self) -> None:
+        ready, tell = os.pipe()
+
+        def hold() -> None:
+            with self.manager()._ledger.lock():
+                os.write(tell, b'x')
+                time.sleep(60)
+
+        pid = base.in_child(hold)
+        self.addCleanup(os.close, ready)
+        self.addCleanup(os.close, tell)
+        os.read(ready, 1)
+        with self.assertRaisesRegex(exceptions.LockTimeout,
+                                    '/run/kuryr-break0/lock'):
+            self.bind(lock_timeout=1)
+        os.kill(pid, 9)
+        base.wait_for(pid)
+        self.bind(lock_timeout=1)  # a killed holder blocks nobody
+        self.assertIn(POD, self.lab.routes())
+
+    def test_killed_after_any_step_of_bind(self) -> None:
+        # A live pod's route without a record would never be taken back.
+        for owner, name in ((base.manager.Ledger, 'put'),
+                            (netlink.Kernel, 'replace_route')):
+            original = getattr(owner, name)
+
+            def then_die(*args: object, original: Any = original) -> None:
+                original(*args)
+                base.die()
+
+            with self.subTest(after=name):
+                with mock.patch.object(owner, name, then_die):
+                    pid = base.in_child(self.bind)
+                self.assertEqual(-9, base.wait_for(pid))
+                self.assertEqual({POD}, self.bound())
+                self.unbind()
+                self.assertEqual({}, self.lab.routes())
+
+
+class TestStatus(base.LabTestCase):
+
+    def test_without_break0(self) -> None:
+        status = self.manager().status()
+        self.assertIsNone(status.link)
+        self.assertEqual((), status.addresses)
+        self.assertTrue(status.in_sync)
+
+    def test_in_sync_and_not(self) -> None:
+        self.bind(POD, OTHER_POD)
+        self.assertTrue(self.manager().status().in_sync)
+        self.lab.run('ip', 'route', 'del', POD)
+        self.lab.run('ip', 'route', 'add', '100.75.30.73', 'dev', 'break0',
+                     'proto', '176')
+        status = self.manager().status()
+        self.assertFalse(status.in_sync)
+        self.assertEqual(
+            [(POD, OWNER, False), (OTHER_POD, OWNER, True),
+             ('100.75.30.73', None, True)],
+            [(str(each.address), each.owner, each.routed)
+             for each in status.addresses])
