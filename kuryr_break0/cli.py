@@ -19,9 +19,9 @@ import json
 import sys
 from typing import Any, Optional, Sequence
 
-import prettytable
 from oslo_config import cfg
 from oslo_log import log as logging
+import prettytable
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions

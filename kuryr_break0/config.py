@@ -233,11 +233,12 @@ OPTS = [
         item_type=Network(),
         default=[],
         help='Networks that pod addresses must be in, like 10.0.0.0/16; '
-             'several with commas between. An address outside gets no route, and '
-             'a warning. By default all are allowed, but those of the node, '
-             'its next hops and those that are not of a single host. Set it '
-             'to the pod subnets, so that who can write a KuryrPort cannot '
-             'draw the traffic of the node to other addresses.'),
+             'several with commas between. An address outside gets no '
+             'route, and an error in the log. By default all are allowed '
+             'but those of the node, its next hops and those that are not '
+             'of a single host. Set it to the pod subnets, so that who can '
+             'write a KuryrPort cannot draw the traffic of the node to '
+             'other addresses.'),
     cfg.Opt(
         'strict',
         type=YesOrNo(),
@@ -324,6 +325,14 @@ def _value(conf: cfg.ConfigOpts, opt: cfg.Opt) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def list_opts() -> list[tuple[str, list[cfg.Opt]]]:
+def list_opts() -> list[tuple[cfg.OptGroup, list[cfg.Opt]]]:
     """What oslo-config-generator documents: ``oslo.config.opts``."""
-    return [(GROUP, copy.deepcopy(OPTS))]
+    group = cfg.OptGroup(
+        GROUP,
+        title='Node-to-pod connectivity through break0',
+        help='Each option can also be set by an environment variable of the '
+             'process, which wins over the file: OS_BREAK0__ADDR for addr. '
+             'An invalid value is an error in the log of kuryr-daemon when '
+             'it starts and with each pod; pods are then bound by Kuryr '
+             'alone, unreachable from their node.')
+    return [(group, copy.deepcopy(OPTS))]

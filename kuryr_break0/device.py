@@ -59,12 +59,10 @@ def ensure(kernel: netlink.Kernel, options: config.Options,
     :raises KernelRefused: if it cannot be made so; one that was created for
         it is gone again
     """
-    link = kernel.link(options.device)
-    if link is not None and _is_ready(link, options, parent_name):
-        return link
     parent = kernel.link(parent_name)
     if parent is None:
         raise exceptions.ParentNotFound(parent=parent_name)
+    link = kernel.link(options.device)
     if link is not None:
         _require_ours(link, parent)
         return _tune(kernel, options, link, parent)
@@ -83,17 +81,6 @@ def ensure(kernel: netlink.Kernel, options: config.Options,
     LOG.info('Created %s: a macvlan in bridge mode on %s, MAC address %s, '
              'MTU %d', tuned.name, parent.name, tuned.mac, tuned.mtu)
     return tuned
-
-
-def _is_ready(link: netlink.Link, options: config.Options,
-              parent_name: str) -> bool:
-    """Whether nothing is to be done, which is so for nearly every pod."""
-    return (link.kind == 'macvlan' and link.mode == 'bridge'
-            and link.lower == netlink.index_of(parent_name)
-            and not link.lower_elsewhere and link.up
-            and not _loud(link.name)
-            and not options.addr
-            and (options.mac is None or options.mac == link.mac))
 
 
 def _loud(name: str) -> dict[str, int]:

@@ -18,18 +18,18 @@ import os
 import types
 from typing import Any, Optional
 
+from kuryr_kubernetes.cni.binding import nested
 from kuryr_kubernetes import config as k_config
 from kuryr_kubernetes import exceptions as k_exc
 from kuryr_kubernetes import utils as k_utils
-from kuryr_kubernetes.cni.binding import nested
 from oslo_log import log as logging
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
-from kuryr_break0 import netlink
-from kuryr_break0 import vif as break0_vif
 from kuryr_break0.ledger import Owner
 from kuryr_break0.manager import Break0Manager
+from kuryr_break0 import netlink
+from kuryr_break0 import vif as break0_vif
 
 LOG = logging.getLogger(__name__)
 

@@ -26,13 +26,13 @@ import ipaddress
 import json
 import os
 import time
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Iterator, Optional
 
 from oslo_concurrency import lockutils
 from oslo_log import log as logging
 
-from kuryr_break0 import exceptions
 from kuryr_break0.config import IPAddress
+from kuryr_break0 import exceptions
 
 LOG = logging.getLogger(__name__)
 
@@ -204,23 +204,24 @@ class Ledger:
         return sorted(found, key=lambda entry: (entry.address.version,
                                                 int(entry.address)))
 
-    def remembered(self, name: str, max_age: float,
-                   read: Callable[[], list[str]]) -> list[str]:
-        """Return what ``read`` said, not more than so many seconds ago.
+    def recall(self, name: str, max_age: float) -> Optional[list[Any]]:
+        """Return what :meth:`remember` wrote, if not so many seconds ago.
 
-        For what is dear to read and seldom changes.
+        For what is dear to read from the kernel, and seldom changes.
         """
-        path = os.path.join(self._path, name + _SUFFIX)
         try:
-            with open(path) as file:
+            with open(os.path.join(self._path, name + _SUFFIX)) as file:
                 if time.time() - os.fstat(file.fileno()).st_mtime < max_age:
-                    return [str(item) for item in json.load(file)]
-        except (OSError, ValueError):
+                    return list(json.load(file))
+        except (OSError, ValueError, TypeError):
             pass  # absent or damaged: it is only a copy
-        current = read()
+        return None
+
+    def remember(self, name: str, facts: list[Any]) -> None:
+        """Keep something to :meth:`recall`; failing is harmless."""
         with contextlib.suppress(OSError):
-            self._replace(path, json.dumps(current))
-        return current
+            self._replace(os.path.join(self._path, name + _SUFFIX),
+                          json.dumps(facts))
 
     def _replace(self, path: str, text: str) -> None:
         # The name of the unfinished file is always the same, so a killed
@@ -234,6 +235,8 @@ class Ledger:
         return os.path.join(self._entries, str(address) + _SUFFIX)
 
     def _prepare(self) -> None:
+        if os.path.isdir(self._entries):
+            return
         try:
             os.makedirs(self._path, mode=0o700, exist_ok=True)
             os.makedirs(self._entries, mode=0o700, exist_ok=True)

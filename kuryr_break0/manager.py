@@ -16,25 +16,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
-from typing import Iterable, Iterator, Optional
+from typing import Any, Iterable, Iterator, Optional
 
 from oslo_log import log as logging
 
 from kuryr_break0 import config
+from kuryr_break0.config import IPAddress
 from kuryr_break0 import device
 from kuryr_break0 import exceptions
-from kuryr_break0 import netlink
-from kuryr_break0.config import IPAddress
 from kuryr_break0.ledger import Entry
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.ledger import Owner
+from kuryr_break0 import netlink
 
 LOG = logging.getLogger(__name__)
 
-#: Seconds for which the list of the node's next hops is good. Reading it
-#: reads all routes of the node, so a pod must not have to.
-NEXT_HOPS_AGE = 30
+#: Seconds for which what was seen of the node is good: its next hops, for
+#: which all of its routes are read, and that break0 is what it should be.
+#: That it is there and up, the kernel says to each pod.
+FRESH = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +111,14 @@ class Break0Manager:
                                            _netns_id(netns)))
             with failure.noted():
                 self._require_parent(parent)
-                link = device.ensure(kernel, self._options, parent)
+                index = self._device(kernel, parent)
                 for address, src in sources.items():
                     with failure.noted():
-                        kernel.replace_route(
-                            self._route(address, link.index, src))
+                        self._replace_route(
+                            kernel, parent, self._route(address, index, src))
                         LOG.info('Bound %s to %s for %s, source %s', address,
-                                 link.name, owner, src or 'by device')
+                                 self._options.device, owner,
+                                 src or 'by device')
         failure.raise_first()
 
     def unbind(self, owner: Owner, addresses: Iterable[IPAddress]) -> None:
@@ -216,11 +219,42 @@ class Break0Manager:
                 return 'an address of the node itself'
         except PermissionError:
             return 'not of a host, by the routes of the node'
-        if str(address) in self._ledger.remembered(
-                'next_hops', NEXT_HOPS_AGE,
-                lambda: sorted(map(str, kernel.next_hops()))):
+        next_hops = self._ledger.recall('next_hops', FRESH)
+        if next_hops is None:
+            next_hops = sorted(map(str, kernel.next_hops()))
+            self._ledger.remember('next_hops', next_hops)
+        if str(address) in next_hops:
             return 'a next hop of a route of the node'
         return None
+
+    def _device(self, kernel: netlink.Kernel, parent: str) -> int:
+        """Make sure of break0; its ifindex.
+
+        An ifindex is not used again, so the interface that has it is the
+        one that was looked at.
+        """
+        index = netlink.index_of(self._options.device)
+        if index is not None and self._seen(index, parent) == (
+                self._ledger.recall('device', FRESH)):
+            return index
+        link = device.ensure(kernel, self._options, parent)
+        self._ledger.remember('device', self._seen(link.index, parent))
+        return link.index
+
+    def _seen(self, index: int, parent: str) -> list[Any]:
+        return [index, netlink.index_of(parent), self._options.mac,
+                *map(str, self._options.addr)]
+
+    def _replace_route(self, kernel: netlink.Kernel, parent: str,
+                       route: netlink.HostRoute) -> None:
+        try:
+            kernel.replace_route(route)
+        except exceptions.KernelRefused as err:
+            if err.errno not in (errno.ENETDOWN, errno.ENODEV):
+                raise
+            # break0 is down, or has just gone.
+            link = device.ensure(kernel, self._options, parent)
+            kernel.replace_route(dataclasses.replace(route, oif=link.index))
 
     def _route(self, address: IPAddress, index: int,
                src: Optional[IPAddress] = None) -> netlink.HostRoute:

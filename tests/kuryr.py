@@ -26,18 +26,18 @@ import sys
 import sysconfig
 import tempfile
 import time
+from typing import Any, Iterator, NamedTuple, Optional
 import uuid
 import venv
-from typing import Any, Iterator, NamedTuple, Optional
 
-import os_vif
-import psutil
-import requests
 from kuryr_kubernetes import objects
 from kuryr_kubernetes import os_vif_util
+import os_vif
 from os_vif.objects import network as osv_network
 from os_vif.objects import route as osv_route
 from os_vif.objects import subnet as osv_subnet
+import psutil
+import requests
 
 from tests import kubeapi
 from tests import lab
@@ -137,8 +137,9 @@ def stock_environment(path: str) -> str:
     theirs = sysconfig.get_path('purelib', vars={'base': path,
                                                  'platbase': path})
     for name in os.listdir(ours):
-        if not re.match(r'(__editable__.*)?kuryr[_-]break0|.*\.(pth|egg-link)$',
-                        name):
+        if name.endswith('.pth'):
+            continue  # an editable installation
+        if not re.match(r'(__editable__.*)?kuryr[_-]break0', name):
             os.symlink(os.path.join(ours, name), os.path.join(theirs, name))
     for program in ('kuryr-daemon', 'kuryr-cni'):
         with open(os.path.join(BIN, program)) as file:

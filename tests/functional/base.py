@@ -15,15 +15,15 @@ from __future__ import annotations
 import ipaddress
 import os
 import signal
-import unittest
 from typing import Any, Callable, Optional
+import unittest
 
 from oslo_config import cfg
 
 from kuryr_break0 import config
-from kuryr_break0 import manager
 from kuryr_break0.config import IPAddress
 from kuryr_break0.ledger import Owner
+from kuryr_break0 import manager
 from tests import lab
 
 POD = '100.75.30.71'

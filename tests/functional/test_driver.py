@@ -14,24 +14,24 @@ from __future__ import annotations
 
 import contextlib
 import os
-import unittest
 from typing import Any, Iterator
+import unittest
 from unittest import mock
 
-from kuryr_kubernetes import config as k_config
-from kuryr_kubernetes import exceptions as k_exc
 from kuryr_kubernetes.cni.binding import base as b_base
 from kuryr_kubernetes.cni.binding import nested
+from kuryr_kubernetes import config as k_config
+from kuryr_kubernetes import exceptions as k_exc
 from kuryr_kubernetes.tests.unit.cni import test_binding
 
 from kuryr_break0 import driver
 from kuryr_break0 import exceptions
 from kuryr_break0 import netlink
 from kuryr_break0 import vif as break0_vif
-from tests import kuryr
-from tests import lab
 from tests.functional import base
 from tests.functional.base import POD
+from tests import kuryr
+from tests import lab
 
 CONTAINER = base.OWNER.container_id
 

@@ -1,0 +1,50 @@
+# The two commands of the README, and what they need.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+IN_LAB = tests/in-lab $(BIN)/python -W ignore
+
+.PHONY: demo test lint unit functional e2e bench genconfig clean
+
+demo: $(VENV)/installed
+	$(IN_LAB) -m tests.demo
+
+test: lint genconfig-check $(VENV)/installed
+	tests/run
+
+lint: $(VENV)/installed
+	$(BIN)/flake8
+	$(BIN)/mypy
+
+unit functional e2e: $(VENV)/installed
+	tests/run tests.$@
+
+bench: $(VENV)/installed
+	$(IN_LAB) -m tests.bench
+
+genconfig: $(VENV)/installed
+	$(BIN)/oslo-config-generator \
+	    --config-file etc/kuryr-break0-config-generator.conf
+
+.PHONY: genconfig-check
+# The sample that is in git is what the options say.
+genconfig-check: $(VENV)/installed
+	$(BIN)/oslo-config-generator \
+	    --config-file etc/kuryr-break0-config-generator.conf \
+	    --output-file $(VENV)/sample
+	diff -u etc/kuryr-break0.conf.sample $(VENV)/sample
+
+# Made again when what it is made of changes.
+$(VENV)/installed: requirements.txt test-requirements.txt constraints.txt \
+                   setup.cfg tests/debian-packages
+	tests/debian-packages
+	$(PYTHON) -m venv --clear $(VENV)
+	@echo 'Installing what the tests ran with; this takes about a minute.'
+	$(BIN)/pip install --quiet --disable-pip-version-check \
+	    --constraint constraints.txt --requirement test-requirements.txt \
+	    --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) .stestr build dist *.egg-info

@@ -1,0 +1,137 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Show what break0 changes, with the real kuryr-daemon and kuryr-cni.
+
+Ends with 1 if anything is not as it should be.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Optional
+
+import prettytable
+
+from tests import kuryr
+from tests import lab
+
+PODS = {'pod-1': '100.75.30.71', 'pod-2': '100.75.30.72',
+        'pod-3': '100.75.30.73'}
+HOSTS = {'node': lab.NODE, 'LAN host': lab.LAN, **PODS}
+
+
+class Demo:
+
+    def __init__(self, node: kuryr.Node) -> None:
+        self.node = node
+        self.pods: dict[str, kuryr.Pod] = {}
+        self.wrong = 0
+
+    def say(self, text: str) -> None:
+        print('\n' + text, flush=True)
+
+    def check(self, what: str, fine: bool) -> None:
+        """Count what is not as expected."""
+        if not fine:
+            self.wrong += 1
+            print('WRONG: ' + what, flush=True)
+
+    def cni(self, command: str, *names: str) -> None:
+        """Run kuryr-cni for pods, as a container runtime does."""
+        for name in names:
+            done = self.node.cni(self.pods[name], command)
+            print('kuryr-cni %s %s: exit %d%s' % (
+                command, name, done.returncode,
+                ', ' + json.loads(done.stdout)['ips'][0]['address']
+                if done.stdout and not done.returncode else ''), flush=True)
+            self.check(done.stdout + done.stderr, done.returncode == 0)
+
+    def reachability(self, gone: Optional[str], by_break0: bool) -> None:
+        """Ping all from all, cold, and compare with what it should be."""
+        names = [name for name in HOSTS if name != gone]
+        table = prettytable.PrettyTable(
+            ['from \\ to', 'address', *HOSTS])
+        for source in names:
+            row = []
+            for target in HOSTS:
+                if source == target:
+                    row.append('-')
+                    continue
+                netns = {'node': None, 'LAN host': 'lan'}.get(source, source)
+                answered = self.node.lab.ping(HOSTS[target], netns)
+                across = {source, target} & {'node'} and (
+                    {source, target} & set(PODS))
+                expected = target != gone and (by_break0 or not across)
+                row.append('yes' if answered else 'no')
+                self.check('from %s to %s: %s' % (source, target, row[-1]),
+                           answered == expected)
+            table.add_row([source, HOSTS[source], *row])
+        print(table, flush=True)
+
+    def kernel(self, *bound: str) -> None:
+        """Show break0 and its routes, and check them."""
+        shown = self.node.lab.run('ip', '-details', 'link', 'show', 'break0',
+                                  check=False).stdout
+        print('$ ip -details link show break0\n' + shown, end='')
+        routes = self.node.lab.routes()
+        if shown and 'does not exist' not in shown:
+            print('$ ip route show dev break0')
+            print(self.node.lab.run('ip', 'route', 'show', 'dev',
+                                    'break0').stdout, end='', flush=True)
+        self.check('the routes are %s' % sorted(routes),
+                   set(routes) == {PODS[name] for name in bound})
+
+    def run(self) -> int:
+        """Play the three acts; how much was wrong."""
+        for name, address in PODS.items():
+            self.pods[name] = self.node.add_pod(name, address)
+
+        self.say('1. Kuryr alone ([break0] enabled = false): the kernel keeps '
+                 'the node and its pods apart.')
+        self.node.start_daemon('enabled = false')
+        self.cni('ADD', *PODS)
+        self.reachability(None, by_break0=False)
+        self.cni('DEL', *PODS)
+        self.node.kill_daemon()
+
+        self.say('2. With break0: each reaches all others.')
+        self.node.start_daemon()
+        self.cni('ADD', *PODS)
+        self.reachability(None, by_break0=True)
+        self.kernel(*PODS)
+
+        self.say('3. After pod-2 was deleted: its route is gone, the others '
+                 'stay.')
+        self.cni('DEL', 'pod-2')
+        self.node.delete_pod(self.pods['pod-2'])
+        self.reachability('pod-2', by_break0=True)
+        self.kernel('pod-1', 'pod-3')
+        return self.wrong
+
+
+def main() -> int:
+    print('A node (%s) with a NIC on a LAN and three pods; all of it is in '
+          'namespaces that end with this program.' % lab.NODE)
+    with kuryr.Node() as node:
+        wrong = Demo(node).run()
+        if wrong:
+            print('\n%s\n%d of it was not as expected; above is the log of '
+                  'kuryr-daemon.' % (node.output(), wrong), file=sys.stderr)
+            return 1
+    print('\nAll of it was as expected.')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,126 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+from tests.functional import base
+from tests.functional.base import OTHER_POD
+from tests.functional.base import POD
+from tests import lab
+
+PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
+
+
+class CLITestCase(base.LabTestCase):
+
+    def call(self, *args: str,
+             **environ: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [PROGRAM, *args], text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, env={**os.environ, **environ})
+        self.assertNotIn('Traceback', done.stderr)
+        return done
+
+
+class TestStatus(CLITestCase):
+
+    def test_tables(self) -> None:
+        self.bind(POD, OTHER_POD)
+        done = self.call('status')
+        self.assertEqual(0, done.returncode, done.stderr)
+        for text in ('break0', 'macvlan bridge', '1500', 'unnumbered', 'up',
+                     POD, OTHER_POD, 'sandbox-1/eth0'):
+            self.assertIn(text, done.stdout)
+
+    def test_json(self) -> None:
+        self.bind(addr=['100.75.30.7'])
+        self.lab.run('ip', 'route', 'del', POD)
+        done = self.call('status', '--json')
+        self.assertEqual(1, done.returncode, done.stderr)
+        status = json.loads(done.stdout)
+        self.assertFalse(status['in_sync'])
+        self.assertEqual(['100.75.30.7'], status['device']['addresses'])
+        self.assertEqual(
+            [{'address': POD, 'container_id': 'sandbox-1', 'ifname': 'eth0',
+              'routed': False, 'in_sync': False}], status['addresses'])
+
+    def test_without_break0(self) -> None:
+        done = self.call('status', '--json')
+        self.assertEqual(0, done.returncode, done.stderr)
+        self.assertEqual({'in_sync': True, 'device': None, 'addresses': []},
+                         json.loads(done.stdout))
+        self.assertIn('no break0', self.call('status').stdout)
+
+    def test_it_changes_nothing(self) -> None:
+        self.bind()
+        self.lab.run('ip', 'link', 'set', 'break0', 'down')
+        before = self.lab.link('break0'), self.lab.routes()
+        self.assertEqual(1, self.call('status').returncode)
+        self.assertEqual(before, (self.lab.link('break0'),
+                                  self.lab.routes()))
+
+    def test_it_reads_kuryr_conf(self) -> None:
+        self.bind(device='shim')
+        with open('/run/kuryr.conf', 'w') as file:
+            file.write('[break0]\ndevice = shim\n'
+                       '[binding]\nlink_iface = %s\n' % lab.PARENT)
+        done = self.call('--config-file', '/run/kuryr.conf', 'status')
+        self.assertEqual(0, done.returncode, done.stderr)
+        self.assertIn('shim', done.stdout)
+
+
+class TestUsage(CLITestCase):
+
+    def test_one_line_and_2(self) -> None:
+        for args, environ, text in (
+                (('--config-file', '/run/none.conf', 'status'), {},
+                 '/run/none.conf'),
+                (('status',), {'OS_BREAK0__MAC': 'x'}, "'x' is not a MAC"),
+                (('status',), {'OS_BREAK0__STATE_DIR': 'x'},
+                 'absolute path')):
+            with self.subTest(args=args, environ=environ):
+                done = self.call(*args, **environ)
+                self.assertEqual(2, done.returncode)
+                self.assertEqual(1, done.stderr.count('\n'), done.stderr)
+                self.assertIn(text, done.stderr)
+
+    def test_not_a_configuration_file(self) -> None:
+        with open('/run/kuryr.conf', 'w') as file:
+            file.write('this is no section\n')
+        done = self.call('--config-file', '/run/kuryr.conf', 'status')
+        self.assertEqual(2, done.returncode)
+        self.assertIn('/run/kuryr.conf', done.stderr)
+
+    def test_unknown_or_no_command(self) -> None:
+        for args in ((), ('frobnicate',), ('status', '--frobnicate')):
+            done = self.call(*args)
+            self.assertEqual(2, done.returncode)
+            self.assertIn('usage: kuryr-break0', done.stderr)
+
+    def test_help_and_version(self) -> None:
+        self.assertIn('status', self.call('--help').stdout)
+        self.assertIn('--json', self.call('status', '--help').stdout)
+        self.assertEqual(0, self.call('--version').returncode)
+
+    def test_a_state_directory_that_cannot_be_read(self) -> None:
+        os.makedirs('/run/state')
+        with open('/run/state/addresses', 'w'):
+            pass
+        done = self.call('status', OS_BREAK0__STATE_DIR='/run/state')
+        self.assertEqual(3, done.returncode)
+        self.assertIn('/run/state', done.stderr)
+        self.assertEqual(1, done.stderr.count('\n'), done.stderr)

@@ -1,0 +1,156 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+from unittest import mock
+
+from oslo_config import cfg
+
+from kuryr_break0 import config
+from kuryr_break0 import exceptions
+
+
+def load(section: str = '', **environ: str) -> config.Options:
+    """The options that a file with this section gives."""
+    with tempfile.NamedTemporaryFile('w', suffix='.conf') as file:
+        file.write('[break0]\n' + section)
+        file.flush()
+        conf = cfg.ConfigOpts()
+        with mock.patch.dict(os.environ, environ):
+            conf(['--config-file', file.name], project='kuryr')
+            return config.load(conf)
+
+
+class TestLoad(unittest.TestCase):
+
+    def test_defaults(self) -> None:
+        self.assertEqual(
+            config.Options(
+                enabled=True, device='break0', parent=None, addr=(), mac=None,
+                route_protocol=176, route_table=254, allowed_cidrs=(),
+                strict=False, state_dir='/run/kuryr-break0',
+                lock_timeout=10),
+            load())
+
+    def test_all_set(self) -> None:
+        options = load('''
+enabled = no
+device = shim
+parent = eth0
+addr = 100.75.30.7, fd00::7/128
+mac = 02:AA:00:00:00:01
+route_protocol = 200
+route_table = 1000
+allowed_cidrs = 10.0.0.0/8,fd00::/64
+strict = true
+state_dir = /run/other
+lock_timeout = 5
+''')
+        self.assertEqual(
+            config.Options(
+                enabled=False, device='shim', parent='eth0',
+                addr=(ipaddress.ip_address('100.75.30.7'),
+                      ipaddress.ip_address('fd00::7')),
+                mac='02:aa:00:00:00:01', route_protocol=200, route_table=1000,
+                allowed_cidrs=(ipaddress.ip_network('10.0.0.0/8'),
+                               ipaddress.ip_network('fd00::/64')),
+                strict=True, state_dir='/run/other', lock_timeout=5),
+            options)
+
+    def test_the_environment_wins(self) -> None:
+        options = load('addr = 100.75.30.7',
+                       OS_BREAK0__ADDR='100.75.30.8,fd00::8')
+        self.assertEqual(['100.75.30.8', 'fd00::8'],
+                         [str(address) for address in options.addr])
+
+    def test_bad_values(self) -> None:
+        for line, *texts in (
+                ('enabled = perhaps', "'perhaps'", 'true nor false'),
+                ('device = more than fifteen', 'more than', '15 characters'),
+                ('device = ..', "'..'", 'interface name'),
+                ('device = a/b', "'a/b'", '"/"'),
+                ('parent = a b', "'a b'", 'interface name'),
+                ('addr = 100.75.30.7/24', '100.75.30.7/24', 'host address'),
+                ('addr = eth0', "'eth0'", 'IPv4 or IPv6'),
+                ('addr = 224.0.0.1', '224.0.0.1', 'multicast'),
+                ('addr = fe80::1', 'fe80::1', 'link-local'),
+                ('mac = 2:0:0:0:0:1', '2:0:0:0:0:1', 'six hexadecimal'),
+                ('mac = 01:00:5e:00:00:01', '01:00:5e', 'unicast'),
+                ('mac = 00:00:00:00:00:00', '00:00:00', 'unicast'),
+                ('route_protocol = 4', "'4'", 'from 5 to 255'),
+                ('route_protocol = kernel', "'kernel'", 'from 5 to 255'),
+                ('route_table = 0', "'0'", 'from 1 to 4294967295'),
+                ('allowed_cidrs = 10.0.0.1/8', '10.0.0.1/8', 'host bits'),
+                ('allowed_cidrs = ten', "'ten'", '10.0.0.0/16'),
+                ('strict = 2', "'2'", 'true nor false'),
+                ('state_dir = run', "'run'", 'absolute path'),
+                ('lock_timeout = 0', "'0'", 'from 1 to 170')):
+            with self.subTest(line=line):
+                with self.assertRaises(exceptions.InvalidOption) as caught:
+                    load(line)
+                message = str(caught.exception)
+                option = line.split(' = ')[0]
+                for text in ('[break0] %s' % option, *texts, '.conf)'):
+                    self.assertIn(text, message)
+                self.assertNotIn('\n', message)
+                self.assertNotIn('LocationInfo', message)
+
+    def test_a_bad_value_of_the_environment_names_it(self) -> None:
+        with self.assertRaisesRegex(exceptions.InvalidOption,
+                                    'OS_BREAK0__STRICT'):
+            load(OS_BREAK0__STRICT='maybe')
+
+    def test_the_name_is_known_whatever_is_wrong(self) -> None:
+        for section, name in (('device = shim\nmac = x', 'shim'),
+                              ('device = a/b', 'break0')):
+            with tempfile.NamedTemporaryFile('w') as file:
+                file.write('[break0]\n' + section)
+                file.flush()
+                conf = cfg.ConfigOpts()
+                conf(['--config-file', file.name])
+                self.assertEqual(name, config.device_name(conf))
+
+    def test_two_configurations_do_not_mix(self) -> None:
+        first, second = cfg.ConfigOpts(), cfg.ConfigOpts()
+        for conf in (first, second):
+            config.register(conf)
+            conf([], default_config_files=[])
+        first.set_override('device', 'shim', group='break0')
+        self.assertEqual('break0', config.load(second).device)
+
+
+class TestHelp(unittest.TestCase):
+
+    def test_what_is_documented_are_the_options(self) -> None:
+        (group, opts), = config.list_opts()
+        self.assertEqual('break0', group.name)
+        self.assertEqual([opt.name for opt in config.OPTS],
+                         [opt.name for opt in opts])
+        for ours, theirs in zip(config.OPTS, opts):
+            self.assertIsNot(ours, theirs)
+
+    def test_the_configuration_needs_nothing_else(self) -> None:
+        # The generator and the doctor must work where Kuryr does not.
+        loaded = subprocess.run(
+            [sys.executable, '-c',
+             'import sys; import kuryr_break0.config; '
+             'print([m for m in sys.modules if m.split(".")[0] in '
+             '("pyroute2", "kuryr_kubernetes", "os_vif")])'],
+            check=True, text=True, stdout=subprocess.PIPE).stdout
+        self.assertEqual('[]', loaded.strip())

@@ -1,0 +1,152 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import tempfile
+import unittest
+
+from kuryr_break0 import exceptions
+from kuryr_break0 import ledger
+
+ADDRESS = ipaddress.ip_address('100.75.30.71')
+ENTRY = ledger.Entry(ADDRESS, ledger.Owner('sandbox-1', 'eth0'),
+                     mac='fa:16:3e:00:00:01', netns='/run/netns/pod',
+                     netns_id=(4, 4026531840), bound_at=1764000000.5)
+
+
+class LedgerTestCase(unittest.TestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.path = os.path.join(directory.name, 'state')
+        self.ledger = ledger.Ledger(self.path, 1)
+
+    def file(self, name: str = '100.75.30.71.json') -> str:
+        return os.path.join(self.path, 'addresses', name)
+
+    def write(self, text: str, name: str = '100.75.30.71.json') -> None:
+        with open(self.file(name), 'w') as file:
+            file.write(text)
+
+
+class TestEntries(LedgerTestCase):
+
+    def test_what_was_put_is_there(self) -> None:
+        self.ledger.put(ENTRY)
+        self.assertEqual(ENTRY, self.ledger.get(ADDRESS))
+        self.assertEqual(ENTRY, ledger.Ledger(self.path, 1).get(ADDRESS))
+        self.assertEqual([ENTRY], self.ledger.entries())
+
+    def test_nothing(self) -> None:
+        self.assertIsNone(self.ledger.get(ADDRESS))
+        self.assertEqual([], self.ledger.entries())
+        self.ledger.remove(ADDRESS)
+
+    def test_put_replaces(self) -> None:
+        self.ledger.put(ENTRY)
+        other = ledger.Entry(ADDRESS, ledger.Owner('sandbox-2', 'eth0'))
+        self.ledger.put(other)
+        self.assertEqual([other], self.ledger.entries())
+
+    def test_remove(self) -> None:
+        self.ledger.put(ENTRY)
+        self.ledger.remove(ADDRESS)
+        self.assertIsNone(self.ledger.get(ADDRESS))
+
+    def test_order_and_both_families(self) -> None:
+        texts = ['fd00::2', '100.75.30.100', 'fd00::1', '100.75.30.9']
+        for text in texts:
+            self.ledger.put(ledger.Entry(ipaddress.ip_address(text),
+                                         ENTRY.owner))
+        self.assertEqual(
+            ['100.75.30.9', '100.75.30.100', 'fd00::1', 'fd00::2'],
+            [str(entry.address) for entry in self.ledger.entries()])
+
+    def test_a_writer_killed_half_way_leaves_what_was_there(self) -> None:
+        self.ledger.put(ENTRY)
+        with open(os.path.join(self.path, '.unfinished'), 'w') as file:
+            file.write('{"version": 1, "addr')
+        self.assertEqual([ENTRY], self.ledger.entries())
+        self.ledger.put(ENTRY)
+        self.assertEqual([ENTRY], self.ledger.entries())
+
+    def test_damage_is_reported_and_costs_no_other(self) -> None:
+        self.ledger.put(ENTRY)
+        for name, text in (('100.75.30.72.json', '\0\1random'),
+                           ('100.75.30.73.json', '[]'),
+                           ('100.75.30.74.json', '{"version": 1}'),
+                           ('100.75.30.75.json', '{"version": 2}'),
+                           ('not-an-address.json', ENTRY.to_json())):
+            self.write(text, name)
+            with self.subTest(name=name):
+                with self.assertLogs('kuryr_break0.ledger',
+                                     'WARNING') as logs:
+                    self.assertEqual([ENTRY], self.ledger.entries())
+                self.assertIn(name, '\n'.join(logs.output))
+            os.unlink(self.file(name))
+
+    def test_a_damaged_one_is_not_taken_for_none(self) -> None:
+        self.ledger.put(ENTRY)
+        self.write('damaged')
+        with self.assertRaisesRegex(exceptions.LedgerUnavailable, self.path):
+            self.ledger.get(ADDRESS)
+
+    def test_a_directory_that_is_a_file(self) -> None:
+        with open(self.path, 'w'):
+            pass
+        with self.assertRaisesRegex(exceptions.LedgerUnavailable, self.path):
+            self.ledger.put(ENTRY)
+        with self.assertRaises(exceptions.LedgerUnavailable):
+            with self.ledger.lock():
+                self.fail('that is no lock')
+
+
+class TestRecall(LedgerTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.ledger.put(ENTRY)
+
+    def test_fresh_and_stale(self) -> None:
+        self.assertIsNone(self.ledger.recall('hops', 60))
+        self.ledger.remember('hops', ['fd00::1', 7])
+        self.assertEqual(['fd00::1', 7], self.ledger.recall('hops', 60))
+        path = os.path.join(self.path, 'hops.json')
+        os.utime(path, (0, 0))
+        self.assertIsNone(self.ledger.recall('hops', 60))
+
+    def test_damage_is_as_nothing(self) -> None:
+        for text in ('', '{', '7'):
+            with open(os.path.join(self.path, 'hops.json'), 'w') as file:
+                file.write(text)
+            with self.subTest(text=text):
+                self.assertIsNone(self.ledger.recall('hops', 60))
+
+
+class TestLock(LedgerTestCase):
+
+    def test_it_can_be_taken_again(self) -> None:
+        for _ in range(2):
+            with self.ledger.lock():
+                pass
+
+    def test_an_error_frees_it(self) -> None:
+        with self.assertRaises(ZeroDivisionError):
+            with self.ledger.lock():
+                raise ZeroDivisionError
+        with self.ledger.lock():
+            pass

@@ -1,0 +1,54 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+from __future__ import annotations
+
+import pickle
+import unittest
+
+from os_vif.objects import base as osv_base
+
+from kuryr_break0 import vif
+from tests import kuryr
+
+
+class TestVIF(unittest.TestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.written = kuryr.macvlan_vif(
+            '100.75.30.71', '100.75.30.72', 'fd00::71',
+            subnets=['100.75.30.0/24', 'fd00::/64']).obj_to_primitive()
+        self.vif = vif.VIFMacvlanBreak0._obj_from_primitive(
+            None, '1.0', self.written)
+
+    def test_it_is_written_as_what_it_was(self) -> None:
+        self.assertEqual('VIFMacvlanBreak0', type(self.vif).__name__)
+        again = self.vif.obj_to_primitive()
+        for primitive in (again, self.written):
+            primitive.pop('versioned_object.changes', None)
+        self.assertEqual(self.written, again)
+
+    def test_it_travels_between_processes(self) -> None:
+        # kuryr-daemon hands it over by a multiprocessing Manager.
+        there = pickle.loads(pickle.dumps(self.vif))
+        self.assertIs(vif.VIFMacvlanBreak0, type(there))
+        self.assertEqual(self.vif.vif_name, there.vif_name)
+        self.assertEqual(vif.addresses(self.vif), vif.addresses(there))
+
+    def test_importing_it_changes_nothing(self) -> None:
+        read = osv_base.VersionedObject.obj_from_primitive(self.written)
+        self.assertEqual('VIFMacvlanNested', type(read).__name__)
+
+    def test_all_its_addresses(self) -> None:
+        self.assertEqual(['100.75.30.71', '100.75.30.72', 'fd00::71'],
+                         [str(each) for each in vif.addresses(self.vif)])
