@@ -250,6 +250,11 @@ class Node:
                 text += file.read()
         return text
 
+    def errors(self) -> str:
+        """What of that is an error, with its traceback."""
+        return '\n'.join(line for line in self.output().splitlines()
+                         if re.search(r' (ERROR|CRITICAL) ', line))
+
     def add_pod(self, name: str, *addresses: str, vif: Any = None,
                 extra_vifs: Optional[dict[str, Any]] = None,
                 netns: Optional[str] = None) -> Pod:
