@@ -108,9 +108,9 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                 '[binding] link_iface is %s, which is [break0] device: it '
                 'must be the interface that %s is made on.' % (device,
                                                                device))
-        others = {name: interface
-                  for name, interface in h_ipdb.interfaces.items()
-                  if name != device}
+        # Copied in one step, since a thread of IPDB keeps it up to date.
+        others = dict(h_ipdb.interfaces)
+        others.pop(device, None)
         self._parent = super()._detect_iface_name(
             types.SimpleNamespace(interfaces=others))
         return self._parent
