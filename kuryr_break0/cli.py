@@ -23,6 +23,7 @@ from oslo_config import cfg
 from oslo_log import log as logging
 import prettytable
 
+from kuryr_break0.agent import Agent
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0.manager import Break0Manager
@@ -36,6 +37,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a subcommand and return its exit code."""
     conf = cfg.ConfigOpts()
     logging.register_options(conf)
+    conf.set_default('use_stderr', True)  # stdout is for what was asked
     conf.register_cli_opt(cfg.SubCommandOpt(
         'command', title='commands', handler=_add_subcommands))
     try:
@@ -44,6 +46,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
              prog='kuryr-break0',
              version=importlib.metadata.version('kuryr-break0'))
         logging.setup(conf, 'kuryr-break0')
+        if conf.command.func is not _agent and not conf.debug:
+            logging.getLogger(None).logger.setLevel(logging.WARNING)
         options = config.load(conf)
     except (cfg.Error, exceptions.InvalidOption) as err:
         return _fail(USAGE, err)
@@ -64,6 +68,54 @@ def _add_subcommands(subparsers: Any) -> None:
     status.add_argument('--json', action='store_true',
                         help='print JSON instead of tables')
     status.set_defaults(func=_status)
+    sync = subparsers.add_parser(
+        'sync', help='make break0 and the routes what they should be',
+        description='Make break0 and the routes what the ledger says, and '
+                    'print each change: + for a route that is set, - for one '
+                    'that is deleted, ! for one of others that is in the '
+                    'way. Exits with 0 if all is as it should be afterwards, '
+                    '1 if not (with --dry-run: if there is anything to do).')
+    sync.add_argument('--dry-run', action='store_true',
+                      help='print what there is to do, and do nothing')
+    sync.add_argument('--json', action='store_true',
+                      help='print JSON instead of a diff')
+    sync.set_defaults(func=_sync)
+    agent = subparsers.add_parser(
+        'agent', help='keep break0 and the routes what they should be',
+        description='Run until SIGTERM, repair break0 and the routes when '
+                    'something changes them, and look at all of them every '
+                    'resync_interval seconds. SIGHUP reads the configuration '
+                    'again.')
+    agent.set_defaults(func=_agent)
+
+
+def _agent(conf: cfg.ConfigOpts, manager: Break0Manager) -> int:
+    def load() -> config.Options:
+        conf.reload_config_files()
+        return config.load(conf)
+
+    Agent(load).run()
+    return IN_SYNC
+
+
+def _sync(conf: cfg.ConfigOpts, manager: Break0Manager) -> int:
+    plan = manager.sync(dry_run=conf.command.dry_run)
+    changes = (('set', '+', plan.replace), ('delete', '-', plan.delete),
+               ('foreign', '!', plan.foreign))
+    if conf.command.json:
+        print(json.dumps({name: [
+            {'address': str(route.dst), 'interface_index': route.oif,
+             'protocol': route.protocol, 'table': route.table,
+             'source': str(route.src) if route.src else None}
+            for route in routes] for name, _, routes in changes}, indent=2))
+    else:
+        for _, sign, routes in changes:
+            for route in routes:
+                print('%s %s interface %s proto %d table %d%s' % (
+                    sign, route.dst, route.oif, route.protocol, route.table,
+                    ' src %s' % route.src if route.src else ''))
+    left = plan.foreign or (conf.command.dry_run and plan)
+    return DRIFT if left else IN_SYNC
 
 
 def _status(conf: cfg.ConfigOpts, manager: Break0Manager) -> int:

@@ -240,6 +240,29 @@ OPTS = [
              'write a KuryrPort cannot draw the traffic of the node to '
              'other addresses.'),
     cfg.Opt(
+        'takeover',
+        type=YesOrNo(),
+        default=False,
+        help='Whether a route to a pod\'s address that somebody else has set, '
+             'on another interface and with another protocol number, is '
+             'replaced by ours. By default it is left alone and reported, '
+             'since two programs that set one route would not stop. When '
+             'true, one that comes back within a minute is left alone.'),
+    cfg.Opt(
+        'gc_grace',
+        type=WholeNumber(min=0, max=86400),
+        default=60,
+        help='Seconds for which a route that is marked as ours stays though '
+             'no recorded sandbox claims it. One whose sandbox is known to '
+             'be gone does not wait.'),
+    cfg.Opt(
+        'resync_interval',
+        type=WholeNumber(min=1, max=86400),
+        default=60,
+        help='Seconds between two looks of the agent at all routes. It '
+             'repairs at once what the kernel tells it of; this is the '
+             'guarantee for what it was not told.'),
+    cfg.Opt(
         'strict',
         type=YesOrNo(),
         default=False,
@@ -281,6 +304,9 @@ class Options:
     route_protocol: int
     route_table: int
     allowed_cidrs: tuple[IPNetwork, ...]
+    takeover: bool
+    gc_grace: int
+    resync_interval: int
     strict: bool
     state_dir: str
     lock_timeout: int

@@ -47,13 +47,15 @@ def derived_mac(device: str, parent_mac: str) -> str:
 
 
 def ensure(kernel: netlink.Kernel, options: config.Options,
-           parent_name: str) -> netlink.Link:
+           parent_name: str) -> tuple[netlink.Link, bool]:
     """Make sure that break0 exists, is what it should be, and is up.
 
     To be called under the lock. What another process left half-made is
     completed, since everything is looked at each time.
 
     :param parent_name: the interface that the pods are on
+    :returns: the interface, and whether it was created or brought up, which
+        means that it has no routes
     :raises ParentNotFound: if there is no such interface
     :raises DeviceConflict: if the name is taken by another kind of interface
     :raises KernelRefused: if it cannot be made so; one that was created for
@@ -65,7 +67,7 @@ def ensure(kernel: netlink.Kernel, options: config.Options,
     link = kernel.link(options.device)
     if link is not None:
         _require_ours(link, parent)
-        return _tune(kernel, options, link, parent)
+        return _tune(kernel, options, link, parent), not link.up
     try:
         netlink.create_macvlan(
             options.device, parent,
@@ -80,7 +82,7 @@ def ensure(kernel: netlink.Kernel, options: config.Options,
         raise
     LOG.info('Created %s: a macvlan in bridge mode on %s, MAC address %s, '
              'MTU %d', tuned.name, parent.name, tuned.mac, tuned.mtu)
-    return tuned
+    return tuned, True
 
 
 def _loud(name: str) -> dict[str, int]:

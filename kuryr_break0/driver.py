@@ -73,6 +73,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                 Break0Manager(options).bind(
                     owner, break0_vif.addresses(vif), parent=self._parent,
                     mac=str(vif.address), netns=sandbox)
+                self._prune(options)
         except Exception as err:  # whatever it is, a pod is worth more
             self._log('Pod %s may not be reachable from its node' % owner,
                       err)
@@ -146,10 +147,17 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
 
     def _unbind(self, vif: Any, owner: Owner) -> None:
         try:
-            Break0Manager(config.load(k_config.CONF)).unbind(
-                owner, break0_vif.addresses(vif))
+            options = config.load(k_config.CONF)
+            Break0Manager(options).unbind(owner, break0_vif.addresses(vif))
+            self._prune(options)
         except Exception as err:  # must not hide an error of Kuryr's
             self._log('The addresses of %s may still be routed' % owner, err)
+
+    def _prune(self, options: config.Options) -> None:
+        try:
+            Break0Manager(options).prune()
+        except Exception as err:  # it is not about this pod
+            self._log('Could not look for sandboxes that are gone', err)
 
     def _undo(self, vif: Any, ifname: str, netns: str,
               container_id: str) -> None:

@@ -60,6 +60,12 @@ class AddressRefused(Break0Error):
                '%(reason)s.')
 
 
+class ForeignRoute(Break0Error):
+    msg_fmt = ('The address %(address)s has a route that is not ours, on '
+               'interface %(oif)s with protocol %(protocol)s: %(reason)s. '
+               'See it: ip route show table all %(address)s')
+
+
 class LockTimeout(Break0Error):
     msg_fmt = ('The lock %(path)s was not free within %(timeout)d seconds. '
                'See what holds it: fuser -v %(path)s')

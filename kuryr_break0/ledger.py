@@ -25,6 +25,7 @@ import dataclasses
 import ipaddress
 import json
 import os
+import re
 import time
 from typing import Any, Iterator, Optional
 
@@ -58,6 +59,7 @@ class Owner:
 class Entry:
     """An address and whose it is.
 
+    :ivar parent: the interface that the pod's macvlan is on
     :ivar mac: MAC address of the pod's interface
     :ivar netns: path of its namespace, as the writer saw it
     :ivar netns_id: device and inode of that, which tell it from a later one
@@ -67,6 +69,7 @@ class Entry:
 
     address: IPAddress
     owner: Owner
+    parent: str
     mac: Optional[str] = None
     netns: Optional[str] = None
     netns_id: Optional[tuple[int, int]] = None
@@ -76,6 +79,27 @@ class Entry:
         """The content of the entry's file, format :data:`VERSION`."""
         return json.dumps({'version': VERSION, **dataclasses.asdict(self),
                            'address': str(self.address)})
+
+    @property
+    def sandbox_gone(self) -> bool:
+        """Whether its namespace is known not to exist any more.
+
+        Either another one has its path, or the path is not there though
+        what it was in is: in another container than the writer's, a path
+        that is not there says nothing.
+        """
+        if self.netns is None or self.netns_id is None:
+            return False
+        try:
+            found = os.stat(self.netns)
+        except FileNotFoundError:
+            of_process = re.fullmatch(r'(/.+)/\d+/ns/net', self.netns)
+            return os.path.isdir(
+                os.path.join(of_process[1], '1') if of_process
+                else os.path.dirname(self.netns))
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) != self.netns_id
 
     @classmethod
     def from_json(cls, text: str) -> Entry:
@@ -144,7 +168,10 @@ class Ledger:
         """
         try:
             with open(self._file(address)) as file:
-                return Entry.from_json(file.read())
+                entry = Entry.from_json(file.read())
+            if entry.address != address:
+                raise ValueError('it is of %s' % entry.address)
+            return entry
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as err:
@@ -177,9 +204,30 @@ class Ledger:
             raise self._unavailable(err) from err
 
     def entries(self) -> list[Entry]:
+        """Read all entries, ordered by address; see :meth:`read`."""
+        return self.read()[0]
+
+    def read(self) -> tuple[list[Entry], set[IPAddress]]:
         """Read all entries, ordered by address.
 
-        One that cannot be read is reported in the log and left out.
+        :returns: them, and the addresses whose entry cannot be read, which
+            is reported in the log
+        :raises LedgerUnavailable: if the directory cannot be read
+        """
+        entries, unreadable = [], set()
+        for address in self.addresses():
+            try:
+                entry = self.get(address)
+            except exceptions.LedgerUnavailable as err:
+                LOG.warning('Ignoring the entry of %s: %s', address, err)
+                unreadable.add(address)
+                continue
+            if entry is not None:
+                entries.append(entry)
+        return entries, unreadable
+
+    def addresses(self) -> list[IPAddress]:
+        """List the addresses that have an entry, in their order.
 
         :raises LedgerUnavailable: if the directory cannot be read
         """
@@ -191,18 +239,14 @@ class Ledger:
         except OSError as err:
             raise self._unavailable(err) from err
         for name in names:
-            if not name.endswith(_SUFFIX):
-                continue
             try:
-                entry = self.get(ipaddress.ip_address(name[:-len(_SUFFIX)]))
-            except (ValueError, exceptions.LedgerUnavailable) as err:
-                LOG.warning('Ignoring %s: %s',
-                            os.path.join(self._entries, name), err)
-                continue
-            if entry is not None:
-                found.append(entry)
-        return sorted(found, key=lambda entry: (entry.address.version,
-                                                int(entry.address)))
+                if name.endswith(_SUFFIX):
+                    found.append(ipaddress.ip_address(name[:-len(_SUFFIX)]))
+            except ValueError:
+                LOG.warning('Ignoring %s: it is not named after an address',
+                            os.path.join(self._entries, name))
+        return sorted(found, key=lambda address: (address.version,
+                                                  int(address)))
 
     def recall(self, name: str, max_age: float) -> Optional[list[Any]]:
         """Return what :meth:`remember` wrote, if not so many seconds ago.

@@ -17,8 +17,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
+import math
 import os
-from typing import Any, Iterable, Iterator, Optional
+import time
+from typing import Any, Callable, Iterable, Iterator, Optional
 
 from oslo_log import log as logging
 
@@ -30,6 +33,9 @@ from kuryr_break0.ledger import Entry
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.ledger import Owner
 from kuryr_break0 import netlink
+from kuryr_break0.plan import compute
+from kuryr_break0.plan import HostRoute
+from kuryr_break0.plan import Plan
 
 LOG = logging.getLogger(__name__)
 
@@ -37,6 +43,13 @@ LOG = logging.getLogger(__name__)
 #: which all of its routes are read, and that break0 is what it should be.
 #: That it is there and up, the kernel says to each pod.
 FRESH = 30
+#: Entries that one ADD or DEL looks at for sandboxes that are gone. More than
+#: the 110 pods that kubelet allows on a node by default.
+LOOKED_AT = 128
+#: Changes that a sync makes before it lets others have the lock.
+CHANGES_AT_ONCE = 16
+#: Seconds within which a route that was taken over is not taken again.
+TRUCE = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +112,7 @@ class Break0Manager:
             the others are bound all the same
         """
         failure = _Failures()
+        bare = False
         with self._locked(), netlink.Kernel() as kernel:
             sources = {}
             for address in addresses:
@@ -107,18 +121,22 @@ class Break0Manager:
             for address in sources:
                 # An unwritable ledger must not cost the pod its route.
                 with failure.logged():
-                    self._ledger.put(Entry(address, owner, mac, netns,
-                                           _netns_id(netns)))
+                    self._ledger.put(Entry(address, owner, parent, mac,
+                                           netns, _netns_id(netns)))
             with failure.noted():
                 self._require_parent(parent)
-                index = self._device(kernel, parent)
+                index, bare = self._device(kernel, parent)
                 for address, src in sources.items():
                     with failure.noted():
-                        self._replace_route(
+                        bare |= self._set_route(
                             kernel, parent, self._route(address, index, src))
                         LOG.info('Bound %s to %s for %s, source %s', address,
                                  self._options.device, owner,
                                  src or 'by device')
+        if bare:
+            # It was created or brought up, so those of the others are gone.
+            with failure.logged():
+                self.sync()
         failure.raise_first()
 
     def unbind(self, owner: Owner, addresses: Iterable[IPAddress]) -> None:
@@ -149,6 +167,75 @@ class Break0Manager:
                              '' if deleted else ' (it had no route)')
         failure.raise_first()
 
+    def sync(self, dry_run: bool = False) -> Plan:
+        """Make break0 and the routes what the ledger says.
+
+        What is read is read without the lock, so each change is decided
+        again under it, by the entry that its address has then.
+
+        :param dry_run: change nothing
+        :returns: what there was to do
+        :raises Break0Error: the first that hindered it; what else there is
+            to do is done
+        """
+        entries, unreadable = self._ledger.read()
+        gone = [entry for entry in entries if entry.sandbox_gone]
+        live = [entry for entry in entries if not entry.sandbox_gone]
+        failure = _Failures()
+        with netlink.Kernel() as kernel:
+            if live and not dry_run:
+                with failure.noted(), self._locked():
+                    device.ensure(kernel, self._options, live[-1].parent)
+            index = netlink.index_of(self._options.device)
+            if index is None:
+                failure.raise_first()
+                index = 0  # the kernel's number for none
+            desired = {}
+            for entry in live:
+                with failure.logged():
+                    src = self._source(kernel, entry.address, entry.parent)
+                    desired[entry.address] = self._route(entry.address, index,
+                                                         src)
+            actual = kernel.host_routes()
+            keep = unreadable | self._unclaimed(
+                {route.dst for route in actual
+                 if self._is_ours(route, index)}
+                - {entry.address for entry in entries}, dry_run)
+            plan = compute(desired, actual, device=index,
+                           protocol=self._options.route_protocol,
+                           takeover=self._options.takeover, keep=keep)
+            for route in plan.foreign:
+                LOG.error('%s', self._foreign(route))
+            if not dry_run:
+                self._apply(kernel, plan, gone, failure)
+        failure.raise_first()
+        return plan
+
+    def prune(self) -> None:
+        """Unbind some addresses whose sandbox is gone.
+
+        Of a DEL for a pod that the API has forgotten, Kuryr tells nobody, so
+        each ADD and DEL looks for such, at a cost that does not grow with
+        the pods: the next one goes on where this one ends.
+
+        :raises Break0Error: the first that hindered one of them
+        """
+        addresses = self._ledger.addresses()
+        position = (self._ledger.recall('pruned', math.inf) or [0])[0]
+        if len(addresses) > LOOKED_AT:
+            self._ledger.remember('pruned', [
+                (position + LOOKED_AT) % len(addresses)])
+            addresses = (addresses + addresses)[position:][:LOOKED_AT]
+        failure = _Failures()
+        for address in addresses:
+            with failure.noted():
+                entry = self._ledger.get(address)
+                if entry is not None and entry.sandbox_gone:
+                    LOG.info('The sandbox %s of %s is gone', entry.owner,
+                             address)
+                    self.unbind(entry.owner, [address])
+        failure.raise_first()
+
     def status(self) -> Status:
         """Look at break0, the ledger and the routes; changes nothing.
 
@@ -161,9 +248,9 @@ class Break0Manager:
             routed: set[IPAddress] = set()
             link_addresses: list[IPAddress] = []
             if link is not None:
-                routed = {route.dst for route in kernel.host_routes(
-                    link.index, self._options.route_protocol,
-                    self._options.route_table)}
+                routed = {route.dst for route in kernel.host_routes()
+                          if self._is_ours(route, link.index)
+                          and route.table == self._options.route_table}
                 link_addresses = kernel.addresses(link.index)
         return Status(link, tuple(link_addresses), tuple(
             AddressStatus(address, entries.get(address), address in routed)
@@ -227,8 +314,9 @@ class Break0Manager:
             return 'a next hop of a route of the node'
         return None
 
-    def _device(self, kernel: netlink.Kernel, parent: str) -> int:
-        """Make sure of break0; its ifindex.
+    def _device(self, kernel: netlink.Kernel,
+                parent: str) -> tuple[int, bool]:
+        """Make sure of break0; its ifindex, and whether it has no routes.
 
         An ifindex is not used again, so the interface that has it is the
         one that was looked at.
@@ -236,31 +324,127 @@ class Break0Manager:
         index = netlink.index_of(self._options.device)
         if index is not None and self._seen(index, parent) == (
                 self._ledger.recall('device', FRESH)):
-            return index
-        link = device.ensure(kernel, self._options, parent)
+            return index, False
+        link, bare = device.ensure(kernel, self._options, parent)
         self._ledger.remember('device', self._seen(link.index, parent))
-        return link.index
+        return link.index, bare
 
     def _seen(self, index: int, parent: str) -> list[Any]:
         return [index, netlink.index_of(parent), self._options.mac,
                 *map(str, self._options.addr)]
 
-    def _replace_route(self, kernel: netlink.Kernel, parent: str,
-                       route: netlink.HostRoute) -> None:
+    def _set_route(self, kernel: netlink.Kernel, parent: str,
+                   route: HostRoute) -> bool:
+        """Set a pod's route; whether break0 had lost all of them.
+
+        :raises ForeignRoute: if there is one that is to be left alone
+        """
+        bare = False
         try:
-            kernel.replace_route(route)
+            added = kernel.add_route(route)
         except exceptions.KernelRefused as err:
             if err.errno not in (errno.ENETDOWN, errno.ENODEV):
                 raise
             # break0 is down, or has just gone.
-            link = device.ensure(kernel, self._options, parent)
-            kernel.replace_route(dataclasses.replace(route, oif=link.index))
+            link, bare = device.ensure(kernel, self._options, parent)
+            route = dataclasses.replace(route, oif=link.index)
+            added = kernel.add_route(route)
+        if not added:
+            present = kernel.route_to(route.dst)
+            # One that is not the one in use is only to be seen in a dump.
+            in_the_way = ([present] if present is not None
+                          and present.table == route.table else
+                          [each for each in kernel.host_routes()
+                           if each.dst == route.dst])
+            plan = compute({route.dst: route}, in_the_way,
+                           device=route.oif or 0, protocol=route.protocol,
+                           takeover=self._options.takeover)
+            if not plan.replace and plan.foreign:
+                raise self._foreign(plan.foreign[0])
+            for foreign in plan.foreign:
+                self._take_over(foreign)
+            kernel.replace_route(route)
+        return bare
+
+    def _apply(self, kernel: netlink.Kernel, plan: Plan, gone: list[Entry],
+               failure: _Failures) -> None:
+        taken = {route.dst: route for route in plan.foreign}
+
+        def replace(route: HostRoute) -> None:
+            if self._ledger.get(route.dst) is not None:
+                if route.dst in taken:
+                    self._take_over(taken[route.dst])
+                kernel.replace_route(route)
+                LOG.info('Set the route of %s', route.dst)
+
+        def delete(route: HostRoute) -> None:
+            entry = self._ledger.get(route.dst)
+            if (entry is None or entry.sandbox_gone
+                    or route.table != self._options.route_table):
+                kernel.delete_route(route)
+                LOG.info('Deleted the route of %s', route.dst)
+
+        def forget(entry: Entry) -> None:
+            if self._ledger.get(entry.address) == entry:
+                self._ledger.remove(entry.address)
+                LOG.info('The sandbox %s of %s is gone', entry.owner,
+                         entry.address)
+
+        changes: list[Callable[[], None]] = [
+            *(functools.partial(replace, route) for route in plan.replace),
+            *(functools.partial(delete, route) for route in plan.delete),
+            *(functools.partial(forget, entry) for entry in gone)]
+        for start in range(0, len(changes), CHANGES_AT_ONCE):
+            with failure.noted(), self._locked():
+                for change in changes[start:start + CHANGES_AT_ONCE]:
+                    with failure.noted():
+                        change()
+
+    def _is_ours(self, route: HostRoute, index: int) -> bool:
+        return (route.oif == index
+                and route.protocol == self._options.route_protocol)
+
+    def _unclaimed(self, addresses: set[IPAddress],
+                   dry_run: bool) -> set[IPAddress]:
+        """Those that have not been without an entry for long enough."""
+        now = time.time()
+        before = dict(self._ledger.recall('unclaimed', math.inf) or [])
+        since = {str(address): before.get(str(address), now)
+                 for address in addresses}
+        if since != before and not dry_run:
+            self._ledger.remember('unclaimed', sorted(since.items()))
+        return {address for address in addresses
+                if now - since[str(address)] < self._options.gc_grace}
+
+    def _foreign(self, route: HostRoute) -> exceptions.ForeignRoute:
+        return exceptions.ForeignRoute(
+            address=route.dst, oif=route.oif, protocol=route.protocol,
+            reason='it is left alone, unless [break0] takeover is set')
+
+    def _take_over(self, route: HostRoute) -> None:
+        """Note that a route of others is about to be replaced.
+
+        :raises ForeignRoute: if it has just been replaced already
+        """
+        now = time.time()
+        recent = {address: when for address, when in
+                  self._ledger.recall('takeovers', TRUCE) or []
+                  if now - when < TRUCE}
+        if str(route.dst) in recent:
+            raise exceptions.ForeignRoute(
+                address=route.dst, oif=route.oif, protocol=route.protocol,
+                reason='somebody has set it again after it was taken over, '
+                       'so it is left alone for a minute')
+        recent[str(route.dst)] = now
+        self._ledger.remember('takeovers', sorted(recent.items()))
+        LOG.warning('Taking over the route of %s on interface %s with '
+                    'protocol %s', route.dst, route.oif, route.protocol)
 
     def _route(self, address: IPAddress, index: int,
-               src: Optional[IPAddress] = None) -> netlink.HostRoute:
-        return netlink.HostRoute(address, index,
-                                 self._options.route_protocol,
-                                 self._options.route_table, src)
+               src: Optional[IPAddress] = None) -> HostRoute:
+        return HostRoute(address, index,
+                         self._options.route_protocol,
+                         self._options.route_table, src)
 
 
 class _Failures:

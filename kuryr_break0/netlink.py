@@ -44,6 +44,7 @@ from pyroute2.netlink.rtnl import rtmsg
 
 from kuryr_break0.config import IPAddress
 from kuryr_break0 import exceptions
+from kuryr_break0.plan import HostRoute
 
 # linux/rtnetlink.h
 RT_SCOPE_LINK = 253
@@ -53,6 +54,11 @@ RT_SCOPE_NOWHERE = 255
 #: What stands in the header for a table whose number is too large for it.
 RT_TABLE_COMPAT = 252
 RTN_UNICAST = 1
+RTN_LOCAL = 2
+#: Learnt by use, as IPv6's path MTUs are: not a route of the table.
+RTM_F_CLONED = 0x200
+#: Answer with the route in the table, not with what follows from it.
+RTM_F_FIB_MATCH = 0x2000
 
 #: An interrupted dump is repeated this often. Each try meets about as many
 #: changes as the last, so what counts is their number, not their distance.
@@ -93,17 +99,6 @@ class Link:
         if self.kind == 'macvlan':
             return self.lower, self.lower_elsewhere
         return self.index, False
-
-
-@dataclasses.dataclass(frozen=True)
-class HostRoute:
-    """A route to a single address: /32, for IPv6 /128."""
-
-    dst: IPAddress
-    oif: int
-    protocol: int
-    table: int
-    src: Optional[IPAddress] = None
 
 
 @contextlib.contextmanager
@@ -274,15 +269,32 @@ class Kernel:
                            family=_family(address),
                            flags=0x02 if address.version == 6 else 0)
 
+    def add_route(self, route: HostRoute) -> bool:
+        """Set a route where there is none to its address in its table.
+
+        :returns: whether there was none
+        :raises KernelRefused: with ENETDOWN if the interface is down
+        """
+        try:
+            self._new_route(route, netlink.NLM_F_EXCL)
+        except exceptions.KernelRefused as err:
+            if err.errno == errno.EEXIST:
+                return False
+            raise
+        return True
+
     def replace_route(self, route: HostRoute) -> None:
         """Make the route to an address this one.
 
         :raises KernelRefused: with ENETDOWN if the interface is down
         """
-        with _translated('route %s through interface %d' %
+        self._new_route(route, netlink.NLM_F_REPLACE)
+
+    def _new_route(self, route: HostRoute, flag: int) -> None:
+        with _translated('route %s through interface %s' %
                          (route.dst, route.oif)):
             self._request(route, RT_SCOPE_LINK, rtnl.RTM_NEWROUTE,
-                          netlink.NLM_F_CREATE | netlink.NLM_F_REPLACE)
+                          netlink.NLM_F_CREATE | flag)
 
     def delete_route(self, route: HostRoute) -> bool:
         """Delete a route with this interface, protocol and table.
@@ -297,6 +309,26 @@ class Kernel:
                 return False
             raise
         return True
+
+    def route_to(self, address: IPAddress) -> Optional[HostRoute]:
+        """Return the route to an address alone, if that is what is used.
+
+        The one by which it would be reached, as the routing rules say.
+        """
+        message = rtmsg.rtmsg()
+        message['family'] = _family(address)
+        message['dst_len'] = address.max_prefixlen
+        message['flags'] = RTM_F_FIB_MATCH
+        message['attrs'] = [('RTA_DST', str(address))]
+        try:
+            with _translated('look up the route to %s' % address):
+                answer, = self._ipr.nlm_request(message, rtnl.RTM_GETROUTE,
+                                                netlink.NLM_F_REQUEST)
+        except exceptions.KernelRefused:
+            return None  # unreachable, prohibited, a blackhole
+        if answer['dst_len'] != address.max_prefixlen:
+            return None
+        return _host_route(answer)
 
     def _request(self, route: HostRoute, scope: int, request: int,
                  flags: int) -> None:
@@ -319,17 +351,13 @@ class Kernel:
                 netlink.NLM_F_REQUEST | netlink.NLM_F_ACK | flags):
             pass
 
-    def host_routes(self, oif: int, protocol: int,
-                    table: int) -> list[HostRoute]:
-        """List the host routes of an interface; reads all of the node's."""
-        return [HostRoute(ipaddress.ip_address(route.get_attr('RTA_DST')),
-                          oif, protocol, table, _source(route))
-                for route in self._routes()
-                if (route.get_attr('RTA_OIF') == oif
-                    and route['proto'] == protocol
-                    and route.get_attr('RTA_TABLE') == table
-                    and route.get_attr('RTA_DST')
-                    and route['dst_len'] in (32, 128))]
+    def host_routes(self) -> list[HostRoute]:
+        """List all routes of the node to single addresses, by a dump."""
+        return [_host_route(message) for message in self._routes()
+                if message.get_attr('RTA_DST')
+                and message['dst_len'] in (32, 128)
+                and message['type'] != RTN_LOCAL
+                and not message['flags'] & RTM_F_CLONED]
 
     def next_hops(self) -> set[IPAddress]:
         """List the gateways of the node; reads all of its routes."""
@@ -356,13 +384,89 @@ class Kernel:
             for route in self._ipr.get_routes(family=family)])
 
 
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """A change of the node's network that the kernel has told.
+
+    :ivar what: ``link``, ``address``, ``route``; or ``lost``, when there
+        were more than the socket could hold, so that anything may have
+        changed
+    :ivar gone: whether it is something that is there no more
+    :ivar ifname: of a link
+    :ivar ifindex: of a link, or of that of an address or route
+    :ivar host: whether it is a route to a single address
+    :ivar protocol: of a route
+    """
+
+    what: str
+    gone: bool = False
+    ifname: Optional[str] = None
+    ifindex: Optional[int] = None
+    host: bool = False
+    protocol: Optional[int] = None
+
+
+class Events:
+    """Hears of changes in the namespace of the calling thread."""
+
+    def __init__(self) -> None:
+        self._ipr = pyroute2.IPRoute()
+        self._ipr.bind(groups=(
+            rtnl.RTMGRP_LINK | rtnl.RTMGRP_IPV4_IFADDR
+            | rtnl.RTMGRP_IPV6_IFADDR | rtnl.RTMGRP_IPV4_ROUTE
+            | rtnl.RTMGRP_IPV6_ROUTE))
+
+    def __enter__(self) -> Events:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._ipr.close()
+
+    def fileno(self) -> int:
+        """For select(2): readable when there is something to :meth:`get`."""
+        return int(self._ipr.fileno())
+
+    def get(self) -> list[Event]:
+        """Return what has come; waits if nothing has."""
+        try:
+            return [event for event in map(_event, self._ipr.get())
+                    if event is not None]
+        except (OSError, nl_exceptions.NetlinkError):
+            return [Event('lost')]  # ENOBUFS
+
+
+def _event(message: Any) -> Optional[Event]:
+    name = message.get('event', '')
+    gone = name.startswith('RTM_DEL')
+    if name.endswith('LINK'):
+        return Event('link', gone, message.get_attr('IFLA_IFNAME'),
+                     message['index'])
+    if name.endswith('ADDR'):
+        return Event('address', gone, ifindex=message['index'])
+    if name.endswith('ROUTE'):
+        return Event('route', gone, ifindex=message.get_attr('RTA_OIF'),
+                     host=message['dst_len'] in (32, 128),
+                     protocol=message['proto'])
+    return None
+
+
 def _family(address: IPAddress) -> int:
     return socket.AF_INET if address.version == 4 else socket.AF_INET6
 
 
-def _source(route: Any) -> Optional[IPAddress]:
-    src = route.get_attr('RTA_PREFSRC')
-    return ipaddress.ip_address(src) if src else None
+def _host_route(message: Any) -> HostRoute:
+    dst = ipaddress.ip_address(message.get_attr('RTA_DST'))
+    src = message.get_attr('RTA_PREFSRC')
+    return HostRoute(
+        dst, message.get_attr('RTA_OIF'), message['proto'],
+        message.get_attr('RTA_TABLE'),
+        ipaddress.ip_address(src) if src else None,
+        direct=(message['type'] == RTN_UNICAST
+                and not message.get_attr('RTA_GATEWAY')
+                and not message.get_attr('RTA_VIA')
+                and not message.get_attr('RTA_MULTIPATH')
+                and (dst.version == 6
+                     or message['scope'] == RT_SCOPE_LINK)))
 
 
 def _link(message: Any) -> Link:

@@ -83,6 +83,41 @@ class TestStatus(CLITestCase):
         self.assertIn('shim', done.stdout)
 
 
+class TestSync(CLITestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.bind(POD, OTHER_POD)
+        self.lab.run('ip', 'route', 'del', POD)
+
+    def test_it_prints_what_it_did(self) -> None:
+        done = self.call('sync')
+        self.assertEqual(0, done.returncode, done.stderr)
+        self.assertRegex(done.stdout, r'\A\+ 100\.75\.30\.71 [^\n]*\n\Z')
+        self.assertEqual({POD, OTHER_POD}, set(self.lab.routes()))
+        self.assertEqual('', self.call('sync').stdout)
+
+    def test_dry_run(self) -> None:
+        done = self.call('sync', '--dry-run', '--json')
+        self.assertEqual(1, done.returncode, done.stderr)
+        changes = json.loads(done.stdout)
+        self.assertEqual([POD], [each['address'] for each in changes['set']])
+        self.assertEqual(([], []), (changes['delete'], changes['foreign']))
+        self.assertEqual({OTHER_POD}, set(self.lab.routes()))
+
+    def test_a_foreign_route(self) -> None:
+        self.lab.run('ip', 'route', 'add', POD, 'dev', 'lo')
+        done = self.call('sync')
+        self.assertEqual(1, done.returncode)
+        self.assertIn('! ' + POD, done.stdout)
+
+    def test_no_parent(self) -> None:
+        self.lab.run('ip', 'link', 'del', lab.PARENT)
+        done = self.call('sync')
+        self.assertEqual(3, done.returncode)
+        self.assertIn('does not exist on this node', done.stderr)
+
+
 class TestUsage(CLITestCase):
 
     def test_one_line_and_2(self) -> None:

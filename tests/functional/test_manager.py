@@ -121,12 +121,31 @@ class TestRoutes(base.LabTestCase):
         self.bind()
         self.assertEqual(before, self.lab.routes())
 
-    def test_bind_replaces_what_is_there(self) -> None:
+    def test_another_route_of_break0_is_replaced(self) -> None:
+        # As one made by hand after the original recipe.
+        self.bind(OTHER_POD)
+        self.lab.run('ip', 'route', 'add', POD, 'dev', 'break0')
+        self.bind()
+        self.assertEqual('176', self.lab.routes()[POD]['protocol'])
+
+    def test_a_foreign_route_is_left_alone(self) -> None:
         self.bind(OTHER_POD)
         self.lab.run('ip', 'route', 'add', POD, 'dev', 'lo')
-        self.bind()
-        self.assertEqual({POD, OTHER_POD}, set(self.lab.routes()))
-        self.assertEqual({}, self.lab.routes('lo'))
+        with self.assertRaisesRegex(exceptions.ForeignRoute, POD):
+            self.bind()
+        self.assertEqual({OTHER_POD}, set(self.lab.routes()))
+        self.assertEqual({POD}, set(self.lab.routes('lo')))
+
+    def test_a_foreign_route_is_taken_over_once_a_minute(self) -> None:
+        for bind in (self.bind, self.assert_fought):
+            self.lab.run('ip', 'route', 'replace', POD, 'dev', 'lo')
+            bind(takeover=True)
+        self.assertEqual({POD}, set(self.lab.routes('lo')))
+
+    def assert_fought(self, takeover: bool) -> None:
+        self.assertEqual({POD}, set(self.lab.routes('lo')))
+        with self.assertRaisesRegex(exceptions.ForeignRoute, 'minute'):
+            self.bind(takeover=takeover)
 
     def test_unbind_what_is_not_there(self) -> None:
         self.unbind()  # without any break0
@@ -166,25 +185,27 @@ class TestRoutes(base.LabTestCase):
         self.assertEqual({POD}, set(self.lab.routes()))
 
     def test_cost_does_not_grow_with_the_pods(self) -> None:
-        def messages() -> int:
-            sent = 0
+        def messages() -> list[bool]:
+            sent: list[bool] = []
             put = netlink.pyroute2.IPRoute.put
 
-            def counting(*args: object, **kwargs: object) -> object:
-                nonlocal sent
-                sent += 1
-                return put(*args, **kwargs)
+            def counting(ipr: Any, message: Any, request: int, flags: int,
+                         *args: Any, **kwargs: Any) -> Any:
+                # For other kinds of requests, the bits mean something else.
+                sent.append(request % 4 == 2
+                            and flags & netlink.netlink.NLM_F_DUMP != 0)
+                return put(ipr, message, request, flags, *args, **kwargs)
 
             with mock.patch.object(netlink.pyroute2.IPRoute, 'put',
                                    counting):
-                self.bind()
-                self.unbind()
+                self.bind()    # one for the route
+                self.bind()    # it is there; what is it; set it
+                self.unbind()  # one to delete it
             return sent
 
-        self.bind()
+        self.bind(OTHER_POD)
         few = messages()
-        # One for the route, and one to delete it.
-        self.assertEqual(2, few)
+        self.assertEqual([False] * 5, few)
         batch = ''.join('route add 10.0.%d.%d dev break0 proto 176\n' %
                         divmod(number, 250) for number in range(1000))
         with open('/run/batch', 'w') as file:
@@ -496,7 +517,7 @@ class TestLedgerAndLock(base.LabTestCase):
     def test_killed_after_any_step_of_bind(self) -> None:
         # A live pod's route without a record would never be taken back.
         for owner, name in ((base.manager.Ledger, 'put'),
-                            (netlink.Kernel, 'replace_route')):
+                            (netlink.Kernel, 'add_route')):
             original = getattr(owner, name)
 
             def then_die(*args: object, original: Any = original) -> None:

@@ -44,8 +44,8 @@ class TestLoad(unittest.TestCase):
             config.Options(
                 enabled=True, device='break0', parent=None, addr=(), mac=None,
                 route_protocol=176, route_table=254, allowed_cidrs=(),
-                strict=False, state_dir='/run/kuryr-break0',
-                lock_timeout=10),
+                takeover=False, gc_grace=60, resync_interval=60, strict=False,
+                state_dir='/run/kuryr-break0', lock_timeout=10),
             load())
 
     def test_all_set(self) -> None:
@@ -58,6 +58,9 @@ mac = 02:AA:00:00:00:01
 route_protocol = 200
 route_table = 1000
 allowed_cidrs = 10.0.0.0/8,fd00::/64
+takeover = true
+gc_grace = 0
+resync_interval = 5
 strict = true
 state_dir = /run/other
 lock_timeout = 5
@@ -70,7 +73,8 @@ lock_timeout = 5
                 mac='02:aa:00:00:00:01', route_protocol=200, route_table=1000,
                 allowed_cidrs=(ipaddress.ip_network('10.0.0.0/8'),
                                ipaddress.ip_network('fd00::/64')),
-                strict=True, state_dir='/run/other', lock_timeout=5),
+                takeover=True, gc_grace=0, resync_interval=5, strict=True,
+                state_dir='/run/other', lock_timeout=5),
             options)
 
     def test_the_environment_wins(self) -> None:

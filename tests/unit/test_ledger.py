@@ -21,7 +21,7 @@ from kuryr_break0 import exceptions
 from kuryr_break0 import ledger
 
 ADDRESS = ipaddress.ip_address('100.75.30.71')
-ENTRY = ledger.Entry(ADDRESS, ledger.Owner('sandbox-1', 'eth0'),
+ENTRY = ledger.Entry(ADDRESS, ledger.Owner('sandbox-1', 'eth0'), 'eth0',
                      mac='fa:16:3e:00:00:01', netns='/run/netns/pod',
                      netns_id=(4, 4026531840), bound_at=1764000000.5)
 
@@ -58,7 +58,8 @@ class TestEntries(LedgerTestCase):
 
     def test_put_replaces(self) -> None:
         self.ledger.put(ENTRY)
-        other = ledger.Entry(ADDRESS, ledger.Owner('sandbox-2', 'eth0'))
+        other = ledger.Entry(ADDRESS, ledger.Owner('sandbox-2', 'eth0'),
+                             'eth0')
         self.ledger.put(other)
         self.assertEqual([other], self.ledger.entries())
 
@@ -71,7 +72,7 @@ class TestEntries(LedgerTestCase):
         texts = ['fd00::2', '100.75.30.100', 'fd00::1', '100.75.30.9']
         for text in texts:
             self.ledger.put(ledger.Entry(ipaddress.ip_address(text),
-                                         ENTRY.owner))
+                                         ENTRY.owner, 'eth0'))
         self.assertEqual(
             ['100.75.30.9', '100.75.30.100', 'fd00::1', 'fd00::2'],
             [str(entry.address) for entry in self.ledger.entries()])
@@ -90,13 +91,14 @@ class TestEntries(LedgerTestCase):
                            ('100.75.30.73.json', '[]'),
                            ('100.75.30.74.json', '{"version": 1}'),
                            ('100.75.30.75.json', '{"version": 2}'),
+                           ('100.75.30.76.json', ENTRY.to_json()),
                            ('not-an-address.json', ENTRY.to_json())):
             self.write(text, name)
             with self.subTest(name=name):
                 with self.assertLogs('kuryr_break0.ledger',
                                      'WARNING') as logs:
                     self.assertEqual([ENTRY], self.ledger.entries())
-                self.assertIn(name, '\n'.join(logs.output))
+                self.assertIn(name[:-len('.json')], '\n'.join(logs.output))
             os.unlink(self.file(name))
 
     def test_a_damaged_one_is_not_taken_for_none(self) -> None:

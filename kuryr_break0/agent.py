@@ -1,0 +1,126 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Repairs at once what is changed on the node, and looks now and then."""
+
+from __future__ import annotations
+
+import select
+import signal
+import socket
+import time
+from typing import Any, Callable
+
+from oslo_log import log as logging
+
+from kuryr_break0 import config
+from kuryr_break0 import exceptions
+from kuryr_break0.manager import Break0Manager
+from kuryr_break0 import netlink
+
+LOG = logging.getLogger(__name__)
+
+#: A burst of events is one repair: it begins when nothing has come for the
+#: first number of seconds, at the latest after the second.
+_QUIET = 0.02
+_BURST = 0.2
+
+
+class Agent:
+    """Keeps the node right, beside kuryr-daemon.
+
+    The two share the ledger, its lock and the kernel, and nothing else, so
+    either may be restarted at any time. What a pod's ADD or DEL changes is
+    done when that returns; the agent is for all that happens otherwise.
+
+    :param load: reads the options anew
+    """
+
+    def __init__(self, load: Callable[[], config.Options]) -> None:
+        self._load = load
+        self._options = load()
+        self._stop = False
+        self._reload = False
+
+    def run(self) -> None:
+        """Work until SIGTERM or SIGINT."""
+        woken, wake = socket.socketpair()
+        wake.setblocking(False)
+        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._signalled)
+        LOG.info('Watching over %s', self._options.device)
+        with netlink.Events() as events:
+            while not self._stop:
+                self._sync()
+                self._wait(events, woken)
+        LOG.info('Ending')
+
+    def _signalled(self, number: int, frame: Any) -> None:
+        if number == signal.SIGHUP:
+            self._reload = True
+        else:
+            self._stop = True
+
+    def _wait(self, events: netlink.Events, woken: socket.socket) -> None:
+        """Return when there may be something to repair."""
+        due = time.monotonic() + self._options.resync_interval
+        burst_ends = float('inf')
+        while not self._stop:
+            timeout = min(due, burst_ends) - time.monotonic()
+            if burst_ends < float('inf'):
+                timeout = min(timeout, _QUIET)
+            ready, _, _ = select.select([events.fileno(), woken.fileno()],
+                                        [], [], max(timeout, 0))
+            if woken.fileno() in ready:
+                woken.recv(4096)
+            if self._reload:
+                self._reload_options()
+                return
+            if events.fileno() in ready:
+                if (any(map(self._matters, events.get()))
+                        and burst_ends == float('inf')):
+                    burst_ends = time.monotonic() + _BURST
+            elif burst_ends < float('inf') or time.monotonic() >= due:
+                return
+            if time.monotonic() >= min(due, burst_ends):
+                return
+
+    def _matters(self, event: netlink.Event) -> bool:
+        """Whether an event may be of something to repair.
+
+        Not the making of a pod's interface, of which there are many events,
+        nor that a route of ours was set.
+        """
+        if event.what == 'link':
+            return (event.gone
+                    or event.ifname == self._options.device)
+        if event.what == 'route':
+            ours = event.protocol == self._options.route_protocol
+            return event.host and (event.gone or not ours)
+        return True
+
+    def _sync(self) -> None:
+        try:
+            Break0Manager(self._options).sync()
+        except exceptions.Break0Error as err:
+            LOG.error('Not all could be repaired: %s', err)
+        except Exception:  # must not end what is to mend
+            LOG.exception('Not all could be repaired')
+
+    def _reload_options(self) -> None:
+        self._reload = False
+        try:
+            self._options = self._load()
+            LOG.info('Read the configuration again')
+        except Exception as err:  # the one from before is still good
+            LOG.error('The configuration stays as it was: %s', err)

@@ -1,0 +1,190 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import Callable
+
+import psutil
+
+from kuryr_break0 import netlink
+from tests.functional import base
+from tests.functional.base import POD
+from tests import lab
+
+PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
+#: 250 pods, of which one is really there.
+PODS = {'10.20.0.%d' % number for number in range(1, 250)} | {POD}
+CONF = '/run/kuryr.conf'
+
+
+class AgentTestCase(base.LabTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.netns = self.lab.add_pod('pod', POD)
+        self.bind(*sorted(PODS - {POD}))
+        self.bind(POD, netns=self.netns)
+        with open(CONF, 'w') as file:
+            # Nothing here may be due to the timer.
+            file.write('[break0]\nresync_interval = 3600\n')
+        self.agent = self.start()
+
+    def start(self) -> subprocess.Popen[str]:
+        agent = subprocess.Popen(
+            [PROGRAM, '--config-file', CONF, '--log-file', '/run/agent.log',
+             'agent'], text=True)
+        self.addCleanup(agent.wait)
+        self.addCleanup(agent.kill)
+        self.wait_for(lambda: 'Watching over' in self.log(), 30)
+        time.sleep(0.5)
+        return agent
+
+    def log(self) -> str:
+        try:
+            with open('/run/agent.log') as file:
+                return file.read()
+        except FileNotFoundError:
+            return ''
+
+    def wait_for(self, condition: Callable[[], bool],
+                 seconds: float = 20) -> float:
+        """Wait until it holds; how long that took.
+
+        The limit is only for what never comes.
+        """
+        began = time.monotonic()
+        while not condition():
+            if time.monotonic() - began > seconds:
+                self.fail('not within %s seconds\n%s' % (seconds,
+                                                         self.log()))
+            time.sleep(0.01)
+        return time.monotonic() - began
+
+    def healed(self) -> bool:
+        return (set(self.lab.routes()) == PODS
+                and self.lab.ping(POD, cold=False)
+                and self.lab.ping(lab.NODE, 'pod', cold=False))
+
+    def fault(self, name: str, *commands: str) -> None:
+        """Break something; the agent must mend it."""
+        with self.subTest(fault=name):
+            for command in commands:
+                self.lab.run(*command.split())
+            took = self.wait_for(self.healed)
+            print('%s: mended and pinged after %.2f s' % (name, took),
+                  flush=True)
+
+
+class TestRepair(AgentTestCase):
+
+    def test_faults(self) -> None:
+        self.fault('break0 deleted', 'ip link del break0')
+        self.fault('break0 down', 'ip link set break0 down')
+        self.fault('break0 down and up', 'ip link set break0 down',
+                   'ip link set break0 up')
+        self.fault('address of the node removed and added',
+                   'ip address del %s/24 dev eth0' % lab.NODE,
+                   'ip address add %s/24 dev eth0' % lab.NODE)
+        self.fault('a route deleted', 'ip route del ' + POD)
+        self.fault('all routes flushed', 'ip route flush dev break0')
+        self.fault('a route changed',
+                   'ip route replace %s dev break0 proto static' % POD)
+        self.fault('neighbours flushed', 'ip neigh flush dev break0')
+
+    def test_parent_replaced(self) -> None:
+        # Pods go with their parent, so only the routes come back.
+        self.lab.run('ip', 'link', 'del', lab.PARENT)
+        self.wait_for(lambda: 'does not exist on this node' in self.log())
+        self.lab.add_nic()
+        self.wait_for(lambda: set(self.lab.routes()) == PODS)
+
+    def test_another_interface_in_its_place_is_not_fought(self) -> None:
+        self.lab.run('ip', 'link', 'set', lab.PARENT, 'down')
+        self.lab.run('ip', 'link', 'set', lab.PARENT, 'up')
+        os.kill(self.agent.pid, signal.SIGSTOP)
+        self.lab.run('ip', 'link', 'del', 'break0')
+        self.lab.run('ip', 'link', 'add', 'break0', 'type', 'veth',
+                     'peer', 'name', 'peer0')
+        before = self.lab.link('break0')
+        os.kill(self.agent.pid, signal.SIGCONT)
+        self.wait_for(lambda: 'break0 exists and is a veth' in self.log())
+        self.assertEqual(before, self.lab.link('break0'))
+        self.lab.run('ip', 'link', 'del', 'break0')
+        self.wait_for(self.healed)
+
+    def test_events_lost(self) -> None:
+        os.kill(self.agent.pid, signal.SIGSTOP)
+        for _ in range(40):
+            self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
+            self.lab.run('ip', 'link', 'set', 'break0', 'down')
+            self.bind(*sorted(PODS))
+        self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
+        os.kill(self.agent.pid, signal.SIGCONT)
+        self.wait_for(self.healed)
+
+    def test_a_sandbox_that_ended(self) -> None:
+        self.lab.run('ip', 'netns', 'del', 'pod')
+        self.wait_for(lambda: set(self.lab.routes()) == PODS - {POD})
+
+
+class TestProcess(AgentTestCase):
+
+    def test_idle(self) -> None:
+        process = psutil.Process(self.agent.pid)
+
+        def idle() -> bool:
+            before = process.cpu_times()
+            time.sleep(1)
+            after = process.cpu_times()
+            return ((before.user, before.system)
+                    == (after.user, after.system))
+
+        self.wait_for(idle)
+        self.assertLess(process.memory_info().rss, 64 * 2 ** 20)
+
+    def test_sigterm(self) -> None:
+        self.agent.terminate()
+        self.assertEqual(0, self.agent.wait(10))
+        self.assertEqual(PODS, set(self.lab.routes()))
+
+    def test_sighup(self) -> None:
+        with open(CONF, 'w') as file:
+            file.write('[break0]\nmac = x\n')
+        self.agent.send_signal(signal.SIGHUP)
+        self.wait_for(lambda: 'stays as it was' in self.log())
+        with open(CONF, 'w') as file:
+            file.write('[break0]\nmac = 02:00:00:00:00:07\n')
+        self.agent.send_signal(signal.SIGHUP)
+        self.wait_for(lambda: (self.lab.link('break0') or {})['address']
+                      == '02:00:00:00:00:07')
+
+    def test_the_timer(self) -> None:
+        with open(CONF, 'w') as file:
+            file.write('[break0]\nresync_interval = 1\n')
+        self.agent.send_signal(signal.SIGHUP)
+        # The kernel tells nobody of a sysctl.
+        netlink.write_sysctl('ipv4/conf/break0/arp_filter', 0)
+        self.wait_for(lambda: netlink.read_sysctl(
+            'ipv4/conf/break0/arp_filter') == 1)
+
+    def test_killed_and_started_again(self) -> None:
+        self.agent.kill()
+        self.agent.wait()
+        self.lab.run('ip', 'link', 'del', 'break0')
+        self.start()
+        self.wait_for(self.healed)

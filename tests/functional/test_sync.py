@@ -1,0 +1,314 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+from __future__ import annotations
+
+import os
+from typing import Any
+from unittest import mock
+
+from kuryr_break0 import exceptions
+from kuryr_break0 import manager
+from kuryr_break0 import netlink
+from tests.functional import base
+from tests.functional.base import OTHER_POD
+from tests.functional.base import POD
+from tests import lab
+
+PODS = {'100.75.30.%d' % number for number in range(100, 120)}
+
+
+class SyncTestCase(base.LabTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.bind(*sorted(PODS))
+        self.healthy = self.lab.routes()
+        self.assertEqual(PODS, set(self.healthy))
+
+    def sync(self, dry_run: bool = False, **overrides: Any) -> manager.Plan:
+        return self.manager(**overrides).sync(dry_run)
+
+    def assert_healed(self, *, changed: bool = True) -> None:
+        """A sync restores all of it, and a second one finds nothing."""
+        self.assertEqual(changed, bool(self.sync()))
+        self.assertEqual(self.healthy, self.lab.routes())
+        self.assertFalse(self.sync())
+
+
+class TestFaults(SyncTestCase):
+
+    def test_none(self) -> None:
+        self.assert_healed(changed=False)
+
+    def test_break0_deleted(self) -> None:
+        before = self.lab.link('break0') or {}
+        self.lab.run('ip', 'link', 'del', 'break0')
+        self.assert_healed()
+        after = self.lab.link('break0') or {}
+        self.assertEqual(before['address'], after['address'])
+
+    def test_break0_down(self) -> None:
+        self.lab.run('ip', 'link', 'set', 'break0', 'down')
+        self.assert_healed()
+
+    def test_break0_down_and_up(self) -> None:
+        self.lab.run('ip', 'link', 'set', 'break0', 'down')
+        self.lab.run('ip', 'link', 'set', 'break0', 'up')
+        self.assert_healed()
+
+    def test_parent_deleted_and_created_again(self) -> None:
+        self.lab.run('ip', 'link', 'del', lab.PARENT)
+        with self.assertRaises(exceptions.ParentNotFound):
+            self.sync()
+        self.lab.add_nic()
+        self.assert_healed()
+
+    def test_address_of_the_node_removed_and_added(self) -> None:
+        self.lab.run('ip', 'address', 'del', lab.NODE + '/24',
+                     'dev', lab.PARENT)
+        self.assertEqual({}, self.lab.routes())
+        self.lab.run('ip', 'address', 'add', lab.NODE + '/24',
+                     'dev', lab.PARENT)
+        self.assert_healed()
+
+    def test_address_of_the_node_changed(self) -> None:
+        self.lab.run('ip', 'address', 'del', lab.NODE + '/24',
+                     'dev', lab.PARENT)
+        self.lab.run('ip', 'address', 'add', '100.75.30.52/24',
+                     'dev', lab.PARENT)
+        self.sync()
+        routes = self.lab.routes()
+        self.assertEqual(PODS, set(routes))
+        self.assertEqual({'100.75.30.52'},
+                         {route['prefsrc'] for route in routes.values()})
+
+    def test_routes_deleted(self) -> None:
+        self.lab.run('ip', 'route', 'del', '100.75.30.100')
+        self.assert_healed()
+        self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
+        self.assert_healed()
+
+    def test_routes_changed(self) -> None:
+        for change in (('dev', 'break0', 'proto', '176'),  # no src
+                       ('dev', 'break0', 'proto', 'static'),
+                       ('dev', 'lo', 'proto', '176'),
+                       ('via', lab.LAN, 'proto', '176'),
+                       ('dev', 'break0', 'scope', 'host', 'proto', '176')):
+            with self.subTest(change=change):
+                self.lab.run('ip', 'route', 'replace', '100.75.30.100',
+                             *change)
+                self.assertNotEqual(self.healthy, self.lab.routes())
+                self.assert_healed()
+
+    def test_a_bind_that_finds_break0_gone_restores_all(self) -> None:
+        for fault in (('del', 'break0'), ('set', 'break0', 'down')):
+            with self.subTest(fault=fault):
+                self.lab.run('ip', 'link', *fault)
+                self.bind(POD)
+                self.assertEqual(PODS | {POD}, set(self.lab.routes()))
+                self.unbind(POD)
+
+    def test_dry_run_changes_nothing(self) -> None:
+        self.lab.run('ip', 'route', 'del', '100.75.30.100')
+        before = self.lab.routes()
+        plan = self.sync(dry_run=True)
+        self.assertEqual(['100.75.30.100'],
+                         [str(route.dst) for route in plan.replace])
+        self.assertEqual(before, self.lab.routes())
+
+
+class TestForeign(SyncTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.lab.run('ip', 'route', 'replace', '100.75.30.100', 'dev', 'lo')
+
+    def test_reported_and_left_alone(self) -> None:
+        with self.assertLogs('kuryr_break0.manager', 'ERROR') as logs:
+            plan = self.sync()
+        self.assertIn('100.75.30.100 has a route', '\n'.join(logs.output))
+        self.assertEqual(1, len(plan.foreign))
+        self.assertIn('100.75.30.100', self.lab.routes('lo'))
+
+    def test_taken_over(self) -> None:
+        self.sync(takeover=True)
+        self.assertEqual(self.healthy, self.lab.routes())
+
+    def test_never_a_fight(self) -> None:
+        self.sync(takeover=True)
+        self.lab.run('ip', 'route', 'replace', '100.75.30.100', 'dev', 'lo')
+        with self.assertRaisesRegex(exceptions.ForeignRoute, 'minute'):
+            self.sync(takeover=True)
+        self.assertIn('100.75.30.100', self.lab.routes('lo'))
+
+
+class TestUnclaimed(SyncTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.lab.run('ip', 'route', 'add', POD, 'dev', 'break0',
+                     'proto', '176')
+
+    def test_it_goes_after_the_grace(self) -> None:
+        self.sync()
+        self.assertIn(POD, self.lab.routes())
+        later = manager.time.time() + 61
+        with mock.patch.object(manager.time, 'time', lambda: later):
+            self.sync()
+        self.assertEqual(self.healthy, self.lab.routes())
+
+    def test_without_a_grace_at_once(self) -> None:
+        self.sync(gc_grace=0)
+        self.assertEqual(self.healthy, self.lab.routes())
+
+    def test_one_that_is_bound_meanwhile_stays(self) -> None:
+        self.sync()
+        self.bind(POD)
+        later = manager.time.time() + 61
+        with mock.patch.object(manager.time, 'time', lambda: later):
+            self.sync()
+        self.assertEqual(PODS | {POD}, set(self.lab.routes()))
+
+    def test_one_whose_entry_cannot_be_read_stays(self) -> None:
+        self.bind(POD)
+        with open('/run/kuryr-break0/addresses/%s.json' % POD, 'w') as file:
+            file.write('damaged')
+        self.sync(gc_grace=0)
+        self.assertIn(POD, self.lab.routes())
+
+    def test_one_of_another_protocol_stays(self) -> None:
+        self.lab.run('ip', 'route', 'add', OTHER_POD, 'dev', 'break0',
+                     'proto', 'static')
+        self.sync(gc_grace=0)
+        self.assertEqual(PODS | {OTHER_POD}, set(self.lab.routes()))
+
+
+class TestSandboxGone(SyncTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.netns = self.lab.add_netns('pod')
+        self.bind(POD, netns=self.netns)
+
+    def assert_gone(self) -> None:
+        self.assertEqual(self.healthy, self.lab.routes())
+        self.assertEqual(PODS, self.bound())
+
+    def test_a_living_one_stays(self) -> None:
+        self.sync()
+        self.manager().prune()
+        self.assertIn(POD, self.lab.routes())
+
+    def test_sync(self) -> None:
+        self.lab.run('ip', 'netns', 'del', 'pod')
+        self.sync()
+        self.assert_gone()
+
+    def test_prune(self) -> None:
+        self.lab.run('ip', 'netns', 'del', 'pod')
+        self.manager().prune()
+        self.assert_gone()
+
+    def test_another_one_at_its_path(self) -> None:
+        self.lab.run('ip', 'netns', 'del', 'pod')
+        self.lab.add_netns('between')  # so that the inode is another one
+        self.lab.add_netns('pod')
+        self.manager().prune()
+        self.assert_gone()
+
+    def test_a_path_that_cannot_be_seen_from_here_says_nothing(self) -> None:
+        os.makedirs('/run/host_proc/1')
+        os.makedirs('/run/host_proc/42/ns')
+        os.symlink(self.netns, '/run/host_proc/42/ns/net')
+        self.bind(POD, netns='/run/host_proc/42/ns/net')
+        os.rename('/run/host_proc', '/run/not_mounted_here')
+        self.manager().prune()
+        self.assertIn(POD, self.lab.routes())
+        os.rename('/run/not_mounted_here', '/run/host_proc')
+        os.unlink('/run/host_proc/42/ns/net')
+        self.manager().prune()
+        self.assert_gone()
+
+    def test_many_are_looked_at_in_turn(self) -> None:
+        self.lab.run('ip', 'netns', 'del', 'pod')
+        with mock.patch.object(manager, 'LOOKED_AT', 4):
+            for _ in range(6):
+                self.manager().prune()
+        self.assert_gone()
+
+
+class TestSteps(SyncTestCase):
+    """Killed after any step, a sync afterwards makes it right."""
+
+    STEPS = ((manager.Ledger, 'put'), (manager.Ledger, 'remove'),
+             (manager.Ledger, 'remember'), (netlink.Kernel, 'add_route'),
+             (netlink.Kernel, 'replace_route'),
+             (netlink.Kernel, 'delete_route'), (netlink.Kernel, 'link'),
+             (netlink.Kernel, 'change_link'), (netlink, 'create_macvlan'),
+             (netlink, 'write_sysctl'))
+
+    def die_after(self, number: int) -> None:
+        """End this process after so many steps, of whatever kind."""
+        left = number
+
+        def counted(original: Any) -> Any:
+            def step(*args: Any, **kwargs: Any) -> Any:
+                nonlocal left
+                result = original(*args, **kwargs)
+                left -= 1
+                if left == 0:
+                    base.die()
+                return result
+            return step
+
+        for owner, name in self.STEPS:
+            setattr(owner, name, counted(getattr(owner, name)))
+
+    def every_step(self, what: Any, expected: Any) -> int:
+        """Die after each step in turn until it gets through; how many."""
+        for number in range(1, 200):
+            def run(number: int = number) -> None:
+                self.die_after(number)
+                what()
+
+            ended = base.wait_for(base.in_child(run))
+            self.sync(gc_grace=0)
+            self.assertEqual(expected(), set(self.lab.routes()), number)
+            self.assertEqual(expected(), self.bound(), number)
+            if ended == 0:
+                return number - 1
+            self.assertEqual(-9, ended)
+        self.fail('it does not get through')
+
+    def test_bind(self) -> None:
+        def bind() -> None:
+            self.lab.run('ip', 'link', 'del', 'break0', check=False)
+            self.bind(POD)
+
+        steps = self.every_step(bind, lambda: PODS | (self.bound() & {POD}))
+        self.assertGreater(steps, 10)
+
+    def test_unbind(self) -> None:
+        def unbind() -> None:
+            self.bind(POD)
+            self.unbind(POD)
+
+        steps = self.every_step(unbind, lambda: PODS | (self.bound() & {POD}))
+        self.assertGreater(steps, 3)
+
+    def test_sync(self) -> None:
+        def sync() -> None:
+            self.lab.run('ip', 'link', 'del', 'break0', check=False)
+            self.sync()
+
+        self.assertGreater(self.every_step(sync, lambda: PODS), 20)
