@@ -22,10 +22,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import ipaddress
 import json
 import os
 import re
+import stat
 import time
 from typing import Any, Iterator, Optional
 
@@ -39,6 +41,8 @@ LOG = logging.getLogger(__name__)
 
 VERSION = 1
 _SUFFIX = '.json'
+#: Bytes; an entry has a tenth of it.
+_MAX_SIZE = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,20 +109,51 @@ class Entry:
     def from_json(cls, text: str) -> Entry:
         """Read what :meth:`to_json` wrote.
 
+        :raises NewerVersion: for what a later version wrote
         :raises ValueError: for anything else
         """
         try:
             fields = json.loads(text)
-            if fields.pop('version') != VERSION:
-                raise ValueError('its format is not version %d' % VERSION)
+            version = fields.pop('version')
+            if isinstance(version, int) and version > VERSION:
+                raise NewerVersion('its format is version %d, which is newer '
+                                   'than this program' % version)
+            if version != VERSION:
+                raise ValueError('its format is version %r' % version)
             fields['address'] = ipaddress.ip_address(fields['address'])
             fields['owner'] = Owner(**fields['owner'])
             if fields['netns_id'] is not None:
                 device, inode = fields['netns_id']
                 fields['netns_id'] = (int(device), int(inode))
             return cls(**fields)
-        except (AttributeError, KeyError, TypeError) as err:
+        except (AttributeError, KeyError, TypeError, RecursionError) as err:
             raise ValueError('it is not an entry (%r)' % err)
+
+
+class NewerVersion(Exception):
+    """An entry's format is not known yet."""
+
+
+def _content(path: str) -> str:
+    """Read a small regular file.
+
+    :raises ValueError: if it is anything else
+    """
+    try:
+        # A link or a pipe is none of ours; neither must hold up a pod.
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+                     | os.O_CLOEXEC)
+    except OSError as err:
+        if err.errno == errno.ELOOP:
+            raise ValueError('it is a link')
+        raise
+    with open(fd, 'rb') as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ValueError('it is not a regular file')
+        content = file.read(_MAX_SIZE + 1)
+    if len(content) > _MAX_SIZE:
+        raise ValueError('it is larger than %d bytes' % _MAX_SIZE)
+    return content.decode()
 
 
 class Ledger:
@@ -131,6 +166,7 @@ class Ledger:
     def __init__(self, path: str, lock_timeout: float) -> None:
         self._path = path
         self._entries = os.path.join(path, 'addresses')
+        self._damaged = os.path.join(path, 'damaged')
         self._lock_timeout = lock_timeout
 
     @contextlib.contextmanager
@@ -164,17 +200,23 @@ class Ledger:
     def get(self, address: IPAddress) -> Optional[Entry]:
         """Return the entry of an address, or None.
 
-        :raises LedgerUnavailable: if there is one that cannot be read
+        One that is damaged is set aside, with a warning, and is none.
+
+        :raises LedgerUnavailable: if there is one that cannot be read, or
+            that a later version of this program has written
         """
+        path = self._file(address)
         try:
-            with open(self._file(address)) as file:
-                entry = Entry.from_json(file.read())
+            entry = Entry.from_json(_content(path))
             if entry.address != address:
                 raise ValueError('it is of %s' % entry.address)
             return entry
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError) as err:
+        except ValueError as err:
+            self._set_aside(path, err)
+            return None
+        except (OSError, NewerVersion) as err:
             raise self._unavailable(err) from err
 
     def put(self, entry: Entry) -> None:
@@ -210,8 +252,8 @@ class Ledger:
     def read(self) -> tuple[list[Entry], set[IPAddress]]:
         """Read all entries, ordered by address.
 
-        :returns: them, and the addresses whose entry cannot be read, which
-            is reported in the log
+        :returns: them, and the addresses of which it is not known whose
+            they are, since their entry is damaged or cannot be read
         :raises LedgerUnavailable: if the directory cannot be read
         """
         entries, unreadable = [], set()
@@ -224,16 +266,21 @@ class Ledger:
                 continue
             if entry is not None:
                 entries.append(entry)
-        return entries, unreadable
+        unreadable.update(self._listed(self._damaged))
+        return entries, unreadable - {entry.address for entry in entries}
 
     def addresses(self) -> list[IPAddress]:
         """List the addresses that have an entry, in their order.
 
         :raises LedgerUnavailable: if the directory cannot be read
         """
+        return sorted(self._listed(self._entries),
+                      key=lambda address: (address.version, int(address)))
+
+    def _listed(self, directory: str) -> list[IPAddress]:
         found = []
         try:
-            names = os.listdir(self._entries)
+            names = os.listdir(directory)
         except FileNotFoundError:
             return []
         except OSError as err:
@@ -242,11 +289,21 @@ class Ledger:
             try:
                 if name.endswith(_SUFFIX):
                     found.append(ipaddress.ip_address(name[:-len(_SUFFIX)]))
-            except ValueError:
-                LOG.warning('Ignoring %s: it is not named after an address',
-                            os.path.join(self._entries, name))
-        return sorted(found, key=lambda address: (address.version,
-                                                  int(address)))
+            except ValueError as err:
+                if directory == self._entries:
+                    self._set_aside(os.path.join(directory, name), err)
+        return found
+
+    def _set_aside(self, path: str, reason: ValueError) -> None:
+        aside = os.path.join(self._damaged, os.path.basename(path))
+        try:
+            os.makedirs(self._damaged, mode=0o700, exist_ok=True)
+            os.replace(path, aside)
+        except OSError as err:
+            LOG.error('Cannot set the damaged entry %s aside: %s', path, err)
+        else:
+            LOG.warning('Set the damaged entry %s aside, as %s: %s', path,
+                        aside, reason)
 
     def recall(self, name: str, max_age: float) -> Optional[list[Any]]:
         """Return what :meth:`remember` wrote, if not so many seconds ago.

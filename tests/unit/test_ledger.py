@@ -15,6 +15,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import tempfile
+from typing import Iterator
 import unittest
 
 from kuryr_break0 import exceptions
@@ -85,27 +86,64 @@ class TestEntries(LedgerTestCase):
         self.ledger.put(ENTRY)
         self.assertEqual([ENTRY], self.ledger.entries())
 
-    def test_damage_is_reported_and_costs_no_other(self) -> None:
+    def damage(self) -> Iterator[str]:
+        """Make entries that are none, one after the other; their names."""
         self.ledger.put(ENTRY)
-        for name, text in (('100.75.30.72.json', '\0\1random'),
-                           ('100.75.30.73.json', '[]'),
-                           ('100.75.30.74.json', '{"version": 1}'),
-                           ('100.75.30.75.json', '{"version": 2}'),
-                           ('100.75.30.76.json', ENTRY.to_json()),
-                           ('not-an-address.json', ENTRY.to_json())):
-            self.write(text, name)
+        for name, content in (
+                ('100.75.30.72.json', b'\0\1random'),
+                ('100.75.30.72.json', os.urandom(300)),
+                ('100.75.30.72.json', b''),
+                ('100.75.30.72.json', b'[]'),
+                ('100.75.30.72.json', b'[' * 4000),
+                ('100.75.30.72.json', b'{"version": 1}'),
+                ('100.75.30.72.json', b'{"version": "one"}'),
+                ('100.75.30.72.json', ENTRY.to_json().encode()),
+                ('100.75.30.72.json', b' ' * 2 ** 20),
+                ('not-an-address.json', ENTRY.to_json().encode())):
+            with open(self.file(name), 'wb') as file:
+                file.write(content)
+            yield name
+        os.symlink('/dev/zero', self.file('100.75.30.72.json'))
+        yield '100.75.30.72.json'
+        os.mkfifo(self.file('100.75.30.72.json'))
+        yield '100.75.30.72.json'
+
+    def test_damage_is_set_aside_and_costs_no_other(self) -> None:
+        for name in self.damage():
             with self.subTest(name=name):
                 with self.assertLogs('kuryr_break0.ledger',
                                      'WARNING') as logs:
                     self.assertEqual([ENTRY], self.ledger.entries())
-                self.assertIn(name[:-len('.json')], '\n'.join(logs.output))
-            os.unlink(self.file(name))
+                self.assertIn(name, '\n'.join(logs.output))
+                aside = os.path.join(self.path, 'damaged', name)
+                self.assertTrue(os.path.lexists(aside))
+                os.unlink(aside)
 
-    def test_a_damaged_one_is_not_taken_for_none(self) -> None:
+    def test_whose_it_was_is_not_known(self) -> None:
         self.ledger.put(ENTRY)
         self.write('damaged')
-        with self.assertRaisesRegex(exceptions.LedgerUnavailable, self.path):
+        self.assertEqual(([], {ADDRESS}), self.ledger.read())
+        self.assertEqual(([], {ADDRESS}), self.ledger.read())
+        self.ledger.put(ENTRY)
+        self.assertEqual(([ENTRY], set()), self.ledger.read())
+
+    def test_a_newer_version_is_refused_and_untouched(self) -> None:
+        self.ledger.put(ENTRY)
+        newer = '{"version": 2, "address": "100.75.30.71", "more": []}'
+        self.write(newer)
+        with self.assertRaisesRegex(exceptions.LedgerUnavailable, 'newer'):
             self.ledger.get(ADDRESS)
+        self.assertEqual(([], {ADDRESS}), self.ledger.read())
+        with open(self.file()) as file:
+            self.assertEqual(newer, file.read())
+
+    def test_ten_thousand(self) -> None:
+        addresses = [ipaddress.ip_address('10.0.%d.%d' % divmod(number, 250))
+                     for number in range(10000)]
+        for address in addresses:
+            self.ledger.put(ledger.Entry(address, ENTRY.owner, 'eth0'))
+        self.assertEqual(addresses, [entry.address for entry
+                                     in self.ledger.entries()])
 
     def test_a_directory_that_is_a_file(self) -> None:
         with open(self.path, 'w'):
