@@ -48,6 +48,8 @@ FRESH = 30
 LOOKED_AT = 128
 #: Changes that a sync makes before it lets others have the lock.
 CHANGES_AT_ONCE = 16
+#: What the kernel answers to a route by an interface that is down or gone.
+DEVICE_LOST = (errno.ENETDOWN, errno.ENODEV)
 #: Seconds within which a route that was taken over is not taken again.
 TRUCE = 60
 
@@ -343,7 +345,7 @@ class Break0Manager:
         try:
             added = kernel.add_route(route)
         except exceptions.KernelRefused as err:
-            if err.errno not in (errno.ENETDOWN, errno.ENODEV):
+            if err.errno not in DEVICE_LOST:
                 raise
             # break0 is down, or has just gone.
             link, bare = device.ensure(kernel, self._options, parent)
@@ -395,10 +397,12 @@ class Break0Manager:
             *(functools.partial(delete, route) for route in plan.delete),
             *(functools.partial(forget, entry) for entry in gone)]
         for start in range(0, len(changes), CHANGES_AT_ONCE):
-            with failure.noted(), self._locked():
+            with self._locked():
                 for change in changes[start:start + CHANGES_AT_ONCE]:
                     with failure.noted():
                         change()
+                    if failure.device_lost:
+                        return  # the others would fail alike
 
     def _is_ours(self, route: HostRoute, index: int) -> bool:
         return (route.oif == index
@@ -469,6 +473,11 @@ class _Failures:
             yield
         except exceptions.Break0Error as err:
             LOG.error('%s', err)
+
+    @property
+    def device_lost(self) -> bool:
+        return (isinstance(self._first, exceptions.KernelRefused)
+                and self._first.errno in DEVICE_LOST)
 
     def raise_first(self) -> None:
         if self._first is not None:

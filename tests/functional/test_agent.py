@@ -137,10 +137,6 @@ class TestRepair(AgentTestCase):
         os.kill(self.agent.pid, signal.SIGCONT)
         self.wait_for(self.healed)
 
-    def test_a_sandbox_that_ended(self) -> None:
-        self.lab.run('ip', 'netns', 'del', 'pod')
-        self.wait_for(lambda: set(self.lab.routes()) == PODS - {POD})
-
 
 class TestProcess(AgentTestCase):
 
@@ -181,6 +177,14 @@ class TestProcess(AgentTestCase):
         netlink.write_sysctl('ipv4/conf/break0/arp_filter', 0)
         self.wait_for(lambda: netlink.read_sysctl(
             'ipv4/conf/break0/arp_filter') == 1)
+
+    def test_a_sandbox_that_ended(self) -> None:
+        # Nor does it tell the node of another namespace's end.
+        with open(CONF, 'w') as file:
+            file.write('[break0]\nresync_interval = 1\n')
+        self.agent.send_signal(signal.SIGHUP)
+        self.lab.run('ip', 'netns', 'del', 'pod')
+        self.wait_for(lambda: set(self.lab.routes()) == PODS - {POD})
 
     def test_killed_and_started_again(self) -> None:
         self.agent.kill()
