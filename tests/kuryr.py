@@ -215,19 +215,24 @@ class Node:
                  'HOME': self.dir, **environ},
             stdout=open(os.path.join(self.dir, 'output'), 'ab'),
             stderr=subprocess.STDOUT)
-        host, port = ADDRESS.split(':')
         deadline = time.monotonic() + 60
-        while True:
+        while not self.serves():
             if self.daemon.poll() is not None:
                 raise AssertionError('kuryr-daemon ended:\n' + self.output())
-            try:
-                socket.create_connection((host, int(port)), 1).close()
-                return
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise AssertionError('kuryr-daemon does not serve:\n'
-                                         + self.output())
-                time.sleep(0.05)
+            if time.monotonic() > deadline:
+                raise AssertionError('kuryr-daemon does not serve:\n'
+                                     + self.output())
+            time.sleep(0.05)
+
+    @staticmethod
+    def serves() -> bool:
+        """Whether somebody accepts connections for the daemon."""
+        host, port = ADDRESS.split(':')
+        try:
+            socket.create_connection((host, int(port)), 1).close()
+        except OSError:
+            return False
+        return True
 
     def kill_daemon(self) -> None:
         """Kill the daemon and all its workers; none is fine."""
@@ -241,6 +246,9 @@ class Node:
             self.daemon.wait()
             psutil.wait_procs(family)
             self.daemon = None
+            # One that it was just starting has the socket for a moment.
+            while self.serves():
+                time.sleep(0.05)
 
     def output(self) -> str:
         """All that the daemon has logged or printed."""

@@ -1,0 +1,281 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from typing import Iterator
+
+import psutil
+import requests
+
+from tests.e2e.test_daemon import DaemonTestCase
+from tests.e2e.test_daemon import POD
+from tests import kuryr
+from tests import lab
+
+PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
+
+
+class NothingLostTestCase(DaemonTestCase):
+
+    def sync(self) -> None:
+        """Do what the agent's timer would do, with no grace."""
+        subprocess.run([PROGRAM, '--config-file', self.node.conf, 'sync'],
+                       env={**os.environ, 'OS_BREAK0__GC_GRACE': '0'},
+                       stdout=subprocess.DEVNULL, check=True)
+
+    def end_sandbox(self, pod: kuryr.Pod) -> None:
+        self.node.lab.run('ip', 'netns', 'del', pod.name)
+
+    def restart_daemon(self) -> None:
+        self.node.kill_daemon()
+        self.node.start_daemon()
+
+    def forget(self, pod: kuryr.Pod) -> None:
+        """Delete it from the API, and let the daemon hear of that."""
+        self.node.delete_pod(pod)
+        time.sleep(0.2)
+
+
+class TestLateDel(NothingLostTestCase):
+    """The ways in which Kuryr names a live pod's address in an old DEL."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.node.start_daemon()
+        self.old = self.node.add_pod('old', POD)
+        self.add(self.old)
+
+    def replace_old(self) -> kuryr.Pod:
+        """Another pod gets the address, before the DEL of the old one."""
+        self.forget(self.old)
+        new = self.node.add_pod('new', POD)
+        self.add(new)
+        return new
+
+    def test_of_another_pod_that_had_the_address(self) -> None:
+        new = self.replace_old()
+        self.delete(self.old)
+        self.assert_reachable(new)
+
+    def test_of_another_pod_whose_sandbox_is_gone(self) -> None:
+        new = self.replace_old()
+        self.end_sandbox(self.old)
+        self.delete(self.old)
+        self.assert_reachable(new)
+
+    def test_of_an_earlier_sandbox_after_a_restart(self) -> None:
+        earlier = self.old.container_id
+        self.delete(self.old)
+        self.old.container_id = 'the-sandbox-after-it'
+        self.add(self.old)
+        self.restart_daemon()
+        self.delete(self.old, CNI_CONTAINERID=earlier,
+                    CNI_NETNS='/run/netns/gone')
+        self.assert_reachable(self.old)
+
+    def test_of_a_pod_of_the_same_name_after_a_restart(self) -> None:
+        # A StatefulSet's: same name, same address, another uid.
+        self.forget(self.old)
+        again = self.node.add_pod('old', POD,
+                                  netns=self.node.lab.add_netns('again'))
+        self.restart_daemon()
+        self.add(again)
+        self.restart_daemon()
+        self.delete(self.old)
+        self.assertTrue(self.node.lab.ping(POD))
+        self.assertTrue(self.node.lab.ping(lab.NODE, 'again'))
+
+    def test_while_the_new_sandbox_is_being_added(self) -> None:
+        earlier = self.old.container_id
+        for delay in (0.0, 0.05, 0.1, 0.15, 0.2):
+            self.old.container_id = 'sandbox-%.2f' % delay
+            with self.subTest(delay=delay), \
+                    concurrent.futures.ThreadPoolExecutor(1) as pool:
+                adding = pool.submit(self.node.request, self.old, 'ADD')
+                time.sleep(delay)
+                late = self.node.request(self.old, 'DEL',
+                                         CNI_CONTAINERID=earlier,
+                                         CNI_NETNS='/run/netns/gone')
+                self.assertEqual(204, late.status)
+                self.assertEqual(202, adding.result().status)
+                self.assert_reachable(self.old)
+            earlier = self.old.container_id
+
+    def test_one_that_kuryr_tells_nobody_of(self) -> None:
+        # The pod was forgotten while the daemon was down.
+        self.node.kill_daemon()
+        self.node.delete_pod(self.old)
+        self.node.start_daemon()
+        self.delete(self.old)
+        self.end_sandbox(self.old)
+        self.assertIn(POD, self.node.lab.routes())
+        self.add(self.node.add_pod('other', '100.75.30.72'))
+        self.assertEqual({'100.75.30.72'}, set(self.node.lab.routes()))
+
+
+class TestKills(NothingLostTestCase):
+
+    @contextlib.contextmanager
+    def killing(self, randomness: random.Random) -> Iterator[None]:
+        """Kill workers of the daemon at random moments meanwhile."""
+        assert self.node.daemon is not None
+        server = next(
+            process for process
+            in psutil.Process(self.node.daemon.pid).children(recursive=True)
+            if 'server' in ' '.join(process.cmdline()))
+        ending = threading.Event()
+
+        def kill() -> None:
+            while not ending.wait(randomness.uniform(0.01, 0.15)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    workers = server.children()
+                    if workers:
+                        randomness.choice(workers).kill()
+
+        thread = threading.Thread(target=kill)
+        thread.start()
+        yield
+        ending.set()
+        thread.join()
+
+    def attempt(self, pod: kuryr.Pod, command: str) -> bool:
+        try:
+            return self.node.request(pod, command).status in (202, 204)
+        except requests.ConnectionError:
+            return False  # its worker was killed
+
+    def test_workers_and_daemon_killed_at_random(self) -> None:
+        seed = random.randrange(10 ** 6)
+        randomness = random.Random(seed)
+        self.node.start_daemon()
+        pods = [self.node.add_pod('pod-%d' % number, '100.75.30.%d' % number)
+                for number in range(100, 108)]
+        bound: set[str] = set()
+        unsure = killed = 0
+        for number in range(50):
+            commands = {pod.name: 'DEL' if pod.name in bound else 'ADD'
+                        for pod in pods}
+            with self.killing(randomness), \
+                    concurrent.futures.ThreadPoolExecutor(8) as pool:
+                done = dict(zip(commands, pool.map(
+                    lambda pod: self.attempt(pod, commands[pod.name]),
+                    pods)))
+            if randomness.random() < 0.1:
+                self.restart_daemon()
+                killed += 1
+            for pod in pods:
+                if not done[pod.name]:
+                    # The runtime takes back what failed, and tries a DEL
+                    # until that is answered.
+                    unsure += 1
+                    self.delete(pod)
+                    commands[pod.name] = 'DEL'
+            bound = {name for name, command in commands.items()
+                     if command == 'ADD'}
+            self.sync()
+            self.assertEqual(
+                {'100.75.30.' + name[len('pod-'):] for name in bound},
+                set(self.node.lab.routes()),
+                'round %d of seed %d' % (number, seed))
+        print('%d requests lost their worker, %d times the daemon was '
+              'killed; seed %d' % (unsure, killed, seed), flush=True)
+        self.assertGreater(unsure, 0)
+
+    def test_thirty_workers_add_and_delete_at_once(self) -> None:
+        self.node.start_daemon()
+        pods = [self.node.add_pod('pod-%d' % number, '100.75.30.%d' % number)
+                for number in range(100, 130)]
+        bound: set[str] = set()
+        for number in range(20):
+            # A third of them changes sides in each round.
+            turn = pods[number % 3::3] if number else pods[::2]
+            with concurrent.futures.ThreadPoolExecutor(30) as pool:
+                answers = list(pool.map(lambda pod: self.node.request(
+                    pod, 'DEL' if pod.name in bound else 'ADD'), turn))
+            self.assertEqual(set(), {answer.status for answer in answers}
+                             - {202, 204}, self.node.errors())
+            bound ^= {pod.name for pod in turn}
+            self.assertEqual(
+                {'100.75.30.' + name[len('pod-'):] for name in bound},
+                set(self.node.lab.routes()), 'round %d' % number)
+
+
+class TestAgentBeside(NothingLostTestCase):
+
+    def start_agent(self) -> subprocess.Popen[bytes]:
+        agent = subprocess.Popen(
+            [PROGRAM, '--config-file', self.node.conf, 'agent'],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.addCleanup(agent.wait)
+        self.addCleanup(agent.kill)
+        return agent
+
+    def test_both_killed_at_random(self) -> None:
+        # What holds them together is ledger, lock and kernel alone.
+        seed = random.randrange(10 ** 6)
+        randomness = random.Random(seed)
+        self.node.start_daemon()
+        fixed = {'10.20.%d.%d' % divmod(number, 250)
+                 for number in range(1, 493)}
+        program = (
+            'import ipaddress, sys\n'
+            'from oslo_config import cfg\n'
+            'from kuryr_break0 import config, ledger, manager\n'
+            'conf = cfg.ConfigOpts(); conf([], default_config_files=[])\n'
+            'manager.Break0Manager(config.load(conf)).bind(\n'
+            '    ledger.Owner("fixed", "eth0"),\n'
+            '    [ipaddress.ip_address(a) for a in sys.argv[1:]],\n'
+            '    parent="eth0")\n')
+        subprocess.run([sys.executable, '-c', program, *sorted(fixed)],
+                       check=True, stdout=subprocess.DEVNULL)
+        pods = [self.node.add_pod('pod-%d' % number, '100.75.30.%d' % number)
+                for number in range(100, 108)]
+        agent = self.start_agent()
+        ends = time.monotonic() + 90
+        bound: set[str] = set()
+        while time.monotonic() < ends:
+            for pod in randomness.sample(pods, 3):
+                command = 'DEL' if pod.name in bound else 'ADD'
+                try:
+                    (self.add if command == 'ADD' else self.delete)(pod)
+                except requests.ConnectionError:
+                    self.fail(self.node.output()[-20000:])
+                bound ^= {pod.name}
+            what = randomness.choice(('agent', 'daemon', 'break0', 'routes'))
+            if what == 'agent':
+                agent.kill()
+                agent.wait()
+                agent = self.start_agent()
+            elif what == 'daemon':
+                self.restart_daemon()
+            elif what == 'break0':
+                self.node.lab.run('ip', 'link', 'del', 'break0', check=False)
+            else:
+                self.node.lab.run('ip', 'route', 'flush', 'dev', 'break0',
+                                  check=False)
+        expected = fixed | {'100.75.30.' + name[len('pod-'):]
+                            for name in bound}
+        deadline = time.monotonic() + 30
+        while (set(self.node.lab.routes()) != expected
+               and time.monotonic() < deadline):
+            time.sleep(0.1)
+        self.assertEqual(expected, set(self.node.lab.routes()),
+                         'seed %d' % seed)
