@@ -120,9 +120,13 @@ class Break0Manager:
             for address in addresses:
                 with failure.noted():
                     sources[address] = self._source(kernel, address, parent)
+            known = netlink.index_of(self._options.device)
             for address in sources:
                 # An unwritable ledger must not cost the pod its route.
                 with failure.logged():
+                    before = self._ledger.get(address)
+                    if before and before.mac != mac and known is not None:
+                        kernel.forget_neighbour(address, known)
                     self._ledger.put(Entry(address, owner, parent, mac,
                                            netns, _netns_id(netns)))
             with failure.noted():
@@ -163,6 +167,9 @@ class Break0Manager:
                         continue
                     deleted = index is not None and kernel.delete_route(
                         self._route(address, index))
+                    if index is not None:
+                        # The next pod of this address has another MAC.
+                        kernel.forget_neighbour(address, index)
                     self._ledger.remove(address)
                     LOG.info('Unbound %s from %s for %s%s', address,
                              self._options.device, owner,

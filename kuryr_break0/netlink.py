@@ -310,6 +310,20 @@ class Kernel:
             raise
         return True
 
+    def forget_neighbour(self, address: IPAddress, ifindex: int) -> None:
+        """Delete what was learnt of an address; nothing is fine.
+
+        The kernel goes on using the MAC address of a neighbour that is gone
+        for some seconds before it asks again.
+        """
+        try:
+            with _translated('forget the neighbour %s' % address):
+                self._ipr.neigh('del', dst=str(address), ifindex=ifindex,
+                                family=_family(address))
+        except exceptions.KernelRefused as err:
+            if err.errno not in (errno.ENOENT, errno.ENODEV, errno.EINVAL):
+                raise
+
     def route_to(self, address: IPAddress) -> Optional[HostRoute]:
         """Return the route to an address alone, if that is what is used.
 

@@ -82,9 +82,10 @@ class LabTestCase(unittest.TestCase):
 
     def bind(self, *texts: str, owner: Owner = OWNER,
              parent: str = lab.PARENT, netns: Optional[str] = None,
-             **overrides: Any) -> None:
+             mac_of_pod: Optional[str] = None, **overrides: Any) -> None:
         self.manager(**overrides).bind(
-            owner, addresses(*(texts or (POD,))), parent=parent, netns=netns)
+            owner, addresses(*(texts or (POD,))), parent=parent, netns=netns,
+            mac=mac_of_pod)
 
     def unbind(self, *texts: str, owner: Owner = OWNER,
                **overrides: Any) -> None:

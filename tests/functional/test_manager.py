@@ -200,12 +200,12 @@ class TestRoutes(base.LabTestCase):
                                    counting):
                 self.bind()    # one for the route
                 self.bind()    # it is there; what is it; set it
-                self.unbind()  # one to delete it
+                self.unbind()  # delete it, and the neighbour
             return sent
 
         self.bind(OTHER_POD)
         few = messages()
-        self.assertEqual([False] * 5, few)
+        self.assertEqual([False] * 6, few)
         batch = ''.join('route add 10.0.%d.%d dev break0 proto 176\n' %
                         divmod(number, 250) for number in range(1000))
         with open('/run/batch', 'w') as file:
@@ -234,6 +234,35 @@ class TestOwnership(base.LabTestCase):
         self.bind()
         self.unbind(owner=base.Owner(OWNER.container_id, 'eth1'))
         self.assertIn(POD, self.lab.routes())
+
+
+class TestReuse(base.LabTestCase):
+    """An address comes back with another MAC address."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.lab.add_pod('pod', POD, mac='02:00:00:00:00:01')
+        self.bind(mac_of_pod='02:00:00:00:00:01')
+        self.assertTrue(self.lab.ping(POD))
+        self.lab.run('ip', 'netns', 'del', 'pod')
+
+    def assert_reachable_at_once(self) -> None:
+        self.lab.add_pod('next', POD, mac='02:00:00:00:00:02')
+        self.bind(owner=OTHER_OWNER, mac_of_pod='02:00:00:00:00:02')
+        self.assertTrue(self.lab.ping(POD, cold=False))
+
+    def test_after_its_unbind(self) -> None:
+        self.unbind()
+        self.assert_reachable_at_once()
+
+    def test_without_an_unbind(self) -> None:
+        self.assert_reachable_at_once()
+
+    def test_the_kernel_alone_goes_on_with_the_old_one(self) -> None:
+        # The control of the other two.
+        with mock.patch.object(netlink.Kernel, 'forget_neighbour'):
+            with self.assertRaises(AssertionError):
+                self.assert_reachable_at_once()
 
 
 class TestDevice(base.LabTestCase):
