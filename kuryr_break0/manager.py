@@ -120,13 +120,9 @@ class Break0Manager:
             for address in addresses:
                 with failure.noted():
                     sources[address] = self._source(kernel, address, parent)
-            known = netlink.index_of(self._options.device)
             for address in sources:
                 # An unwritable ledger must not cost the pod its route.
                 with failure.logged():
-                    before = self._ledger.get(address)
-                    if before and before.mac != mac and known is not None:
-                        kernel.forget_neighbour(address, known)
                     self._ledger.put(Entry(address, owner, parent, mac,
                                            netns, _netns_id(netns)))
             with failure.noted():
@@ -373,6 +369,9 @@ class Break0Manager:
             for foreign in plan.foreign:
                 self._take_over(foreign)
             kernel.replace_route(route)
+            if route.oif is not None:
+                # It was an earlier pod's, which had another MAC.
+                kernel.forget_neighbour(route.dst, route.oif)
         return bare
 
     def _apply(self, kernel: netlink.Kernel, plan: Plan, gone: list[Entry],

@@ -40,6 +40,7 @@ from pyroute2 import netlink
 from pyroute2.netlink import exceptions as nl_exceptions
 from pyroute2.netlink import rtnl
 from pyroute2.netlink.rtnl import ifinfmsg
+from pyroute2.netlink.rtnl import ndmsg
 from pyroute2.netlink.rtnl import rtmsg
 
 from kuryr_break0.config import IPAddress
@@ -316,10 +317,13 @@ class Kernel:
         The kernel goes on using the MAC address of a neighbour that is gone
         for some seconds before it asks again.
         """
+        message = ndmsg.ndmsg()
+        message['family'] = _family(address)
+        message['ifindex'] = ifindex
+        message['attrs'] = [('NDA_DST', str(address))]
         try:
             with _translated('forget the neighbour %s' % address):
-                self._ipr.neigh('del', dst=str(address), ifindex=ifindex,
-                                family=_family(address))
+                self._send(message, rtnl.RTM_DELNEIGH, 0)
         except exceptions.KernelRefused as err:
             if err.errno not in (errno.ENOENT, errno.ENODEV, errno.EINVAL):
                 raise
@@ -360,6 +364,9 @@ class Kernel:
                             ('RTA_TABLE', route.table)]
         if route.src is not None:
             message['attrs'].append(('RTA_PREFSRC', str(route.src)))
+        self._send(message, request, flags)
+
+    def _send(self, message: Any, request: int, flags: int) -> None:
         for _ in self._ipr.nlm_request(
                 message, request,
                 netlink.NLM_F_REQUEST | netlink.NLM_F_ACK | flags):

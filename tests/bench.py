@@ -132,7 +132,7 @@ class Node:
         with self.ledger.lock():
             for address, owner in changed:
                 if grows:
-                    self.ledger.put(ledger.Entry(address, owner))
+                    self.ledger.put(ledger.Entry(address, owner, lab.PARENT))
                 else:
                     self.ledger.remove(address)
         self._others = count

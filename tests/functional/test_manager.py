@@ -199,13 +199,13 @@ class TestRoutes(base.LabTestCase):
             with mock.patch.object(netlink.pyroute2.IPRoute, 'put',
                                    counting):
                 self.bind()    # one for the route
-                self.bind()    # it is there; what is it; set it
+                self.bind()    # it is there; what is it; set it; neighbour
                 self.unbind()  # delete it, and the neighbour
             return sent
 
         self.bind(OTHER_POD)
         few = messages()
-        self.assertEqual([False] * 6, few)
+        self.assertEqual([False] * 7, few)
         batch = ''.join('route add 10.0.%d.%d dev break0 proto 176\n' %
                         divmod(number, 250) for number in range(1000))
         with open('/run/batch', 'w') as file:
