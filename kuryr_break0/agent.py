@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import signal
 import socket
@@ -24,6 +25,7 @@ from oslo_log import log as logging
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
+from kuryr_break0.ledger import Ledger
 from kuryr_break0.manager import Break0Manager
 from kuryr_break0 import netlink
 
@@ -33,6 +35,9 @@ LOG = logging.getLogger(__name__)
 #: first number of seconds, at the latest after the second.
 _QUIET = 0.02
 _BURST = 0.2
+#: Seconds after which an entry that is new must have its route. A bind takes
+#: a thousandth of that, so one that has none was killed.
+_SETTLED = 1.0
 
 
 class Agent:
@@ -50,32 +55,53 @@ class Agent:
         self._options = load()
         self._stop = False
         self._reload = False
+        self._ledger_changed = False
 
     def run(self) -> None:
         """Work until SIGTERM or SIGINT."""
         woken, wake = socket.socketpair()
         wake.setblocking(False)
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP,
+                       signal.SIGIO):
             signal.signal(number, self._signalled)
         LOG.info('Watching over %s', self._options.device)
         with netlink.Events() as events:
             while not self._stop:
-                self._sync()
-                self._wait(events, woken)
+                self._work(events, woken)
         LOG.info('Ending')
 
+    def _work(self, events: netlink.Events, woken: socket.socket) -> None:
+        """Work with the options as they are now."""
+        ledger = Ledger(self._options.state_dir, self._options.lock_timeout)
+        with ledger.attend():
+            while not self._stop and not self._reload:
+                # Again each time, since the directory may be another one.
+                watched = ledger.watch()
+                self._sync()
+                self._wait(events, woken)
+                if watched is not None:
+                    os.close(watched)
+        if self._reload:
+            self._reload_options()
+
     def _signalled(self, number: int, frame: Any) -> None:
-        if number == signal.SIGHUP:
+        if number == signal.SIGIO:
+            self._ledger_changed = True
+        elif number == signal.SIGHUP:
             self._reload = True
         else:
             self._stop = True
 
     def _wait(self, events: netlink.Events, woken: socket.socket) -> None:
         """Return when there may be something to repair."""
+        self._ledger_changed = False
         due = time.monotonic() + self._options.resync_interval
         burst_ends = float('inf')
-        while not self._stop:
+        while not (self._stop or self._reload):
+            if self._ledger_changed:
+                self._ledger_changed = False
+                due = min(due, time.monotonic() + _SETTLED)
             timeout = min(due, burst_ends) - time.monotonic()
             if burst_ends < float('inf'):
                 timeout = min(timeout, _QUIET)
@@ -83,14 +109,11 @@ class Agent:
                                         [], [], max(timeout, 0))
             if woken.fileno() in ready:
                 woken.recv(4096)
-            if self._reload:
-                self._reload_options()
-                return
             if events.fileno() in ready:
                 if (any(map(self._matters, events.get()))
                         and burst_ends == float('inf')):
                     burst_ends = time.monotonic() + _BURST
-            elif burst_ends < float('inf') or time.monotonic() >= due:
+            elif burst_ends < float('inf') and not ready:
                 return
             if time.monotonic() >= min(due, burst_ends):
                 return
@@ -99,14 +122,17 @@ class Agent:
         """Whether an event may be of something to repair.
 
         Not the making of a pod's interface, of which there are many events,
-        nor that a route of ours was set.
+        nor that a route or neighbour of ours was set.
         """
         if event.what == 'link':
             return (event.gone
                     or event.ifname == self._options.device)
         if event.what == 'route':
             ours = event.protocol == self._options.route_protocol
-            return event.host and (event.gone or not ours)
+            return event.dst is not None and (event.gone or not ours)
+        if event.what == 'neighbour':
+            return event.gone and event.ifindex == netlink.index_of(
+                self._options.device)
         return True
 
     def _sync(self) -> None:

@@ -27,7 +27,7 @@ from kuryr_break0.agent import Agent
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0.manager import Break0Manager
-from kuryr_break0.manager import Status
+from kuryr_break0 import status as status_of
 
 #: Exit codes of all subcommands.
 IN_SYNC, DRIFT, USAGE, UNREADABLE = range(4)
@@ -52,7 +52,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except (cfg.Error, exceptions.InvalidOption) as err:
         return _fail(USAGE, err)
     try:
-        status: int = conf.command.func(conf, Break0Manager(options))
+        status: int = conf.command.func(conf, options)
         return status
     except exceptions.Break0Error as err:
         return _fail(UNREADABLE, err)
@@ -89,7 +89,7 @@ def _add_subcommands(subparsers: Any) -> None:
     agent.set_defaults(func=_agent)
 
 
-def _agent(conf: cfg.ConfigOpts, manager: Break0Manager) -> int:
+def _agent(conf: cfg.ConfigOpts, options: config.Options) -> int:
     def load() -> config.Options:
         conf.reload_config_files()
         return config.load(conf)
@@ -98,28 +98,38 @@ def _agent(conf: cfg.ConfigOpts, manager: Break0Manager) -> int:
     return IN_SYNC
 
 
-def _sync(conf: cfg.ConfigOpts, manager: Break0Manager) -> int:
-    plan = manager.sync(dry_run=conf.command.dry_run)
-    changes = (('set', '+', plan.replace), ('delete', '-', plan.delete),
-               ('foreign', '!', plan.foreign))
+def _sync(conf: cfg.ConfigOpts, options: config.Options) -> int:
+    plan = Break0Manager(options).sync(dry_run=conf.command.dry_run)
+    routes = (('set', '+', plan.replace), ('delete', '-', plan.delete),
+              ('foreign', '!', plan.foreign))
+    neighbours = (('set', '+', plan.learn), ('delete', '-', plan.forget))
     if conf.command.json:
-        print(json.dumps({name: [
-            {'address': str(route.dst), 'interface_index': route.oif,
-             'protocol': route.protocol, 'table': route.table,
-             'source': str(route.src) if route.src else None}
-            for route in routes] for name, _, routes in changes}, indent=2))
+        print(json.dumps({
+            'routes': {name: [{
+                'address': str(route.dst), 'interface_index': route.oif,
+                'protocol': route.protocol, 'table': route.table,
+                'source': str(route.src) if route.src else None}
+                for route in some] for name, _, some in routes},
+            'neighbours': {name: [{
+                'address': str(each.dst), 'interface_index': each.ifindex,
+                'mac': each.mac} for each in some]
+                for name, _, some in neighbours}}, indent=2))
     else:
-        for _, sign, routes in changes:
-            for route in routes:
-                print('%s %s interface %s proto %d table %d%s' % (
+        for _, sign, some in routes:
+            for route in some:
+                print('%s route %s interface %s proto %d table %d%s' % (
                     sign, route.dst, route.oif, route.protocol, route.table,
                     ' src %s' % route.src if route.src else ''))
+        for _, sign, others in neighbours:
+            for each in others:
+                print('%s neighbour %s interface %d lladdr %s' % (
+                    sign, each.dst, each.ifindex, each.mac))
     left = plan.foreign or (conf.command.dry_run and plan)
     return DRIFT if left else IN_SYNC
 
 
-def _status(conf: cfg.ConfigOpts, manager: Break0Manager) -> int:
-    status = manager.status()
+def _status(conf: cfg.ConfigOpts, options: config.Options) -> int:
+    status = status_of.read(options)
     if conf.command.json:
         print(json.dumps(_as_json(status), indent=2))
     else:
@@ -127,7 +137,7 @@ def _status(conf: cfg.ConfigOpts, manager: Break0Manager) -> int:
     return IN_SYNC if status.in_sync else DRIFT
 
 
-def _as_json(status: Status) -> dict[str, Any]:
+def _as_json(status: status_of.Status) -> dict[str, Any]:
     link = status.link
     return {
         'in_sync': status.in_sync,
@@ -136,15 +146,35 @@ def _as_json(status: Status) -> dict[str, Any]:
             'mode': link.mode, 'parent_index': link.lower, 'mac': link.mac,
             'mtu': link.mtu, 'up': link.up,
             'addresses': [str(each) for each in status.link_addresses]},
-        'addresses': [{
-            'address': str(each.address),
-            'container_id': each.owner.container_id if each.owner else None,
-            'ifname': each.owner.ifname if each.owner else None,
-            'routed': each.routed, 'in_sync': each.in_sync}
-            for each in status.addresses]}
+        'host_addresses': [str(each) for each in status.peer.addresses]
+        if status.peer else [],
+        'addresses': [_address_as_json(each) for each in status.addresses],
+        'totals': _totals(status)}
 
 
-def _print_tables(status: Status) -> None:
+def _address_as_json(each: status_of.AddressStatus) -> dict[str, Any]:
+    entry = each.entry
+    return {
+        'address': str(each.address),
+        'container_id': entry.owner.container_id if entry else None,
+        'ifname': entry.owner.ifname if entry else None,
+        'pod': entry.pod if entry else None,
+        'netns': entry.netns if entry else None,
+        'routed': each.route is not None,
+        'neighbour': each.neighbour.mac if each.neighbour else None,
+        'problem': each.problem, 'in_sync': each.problem is None}
+
+
+def _totals(status: status_of.Status) -> dict[str, int]:
+    return {'bound': sum(each.entry is not None
+                         for each in status.addresses),
+            'routed': sum(each.route is not None
+                          for each in status.addresses),
+            'out_of_sync': sum(each.problem is not None
+                               for each in status.addresses)}
+
+
+def _print_tables(status: status_of.Status) -> None:
     link = status.link
     if link is None:
         print('There is no break0 yet: it comes with the first pod.')
@@ -157,12 +187,17 @@ def _print_tables(status: Status) -> None:
             ' '.join(map(str, status.link_addresses)) or 'unnumbered',
             'up' if link.up else 'down'])
         print(table)
-    table = prettytable.PrettyTable(['Address', 'Owner', 'Route', 'In sync'])
+    table = prettytable.PrettyTable(
+        ['Address', 'Owner', 'Route', 'Neighbour', 'In sync'])
     for each in status.addresses:
-        table.add_row([each.address, each.owner or 'nobody',
-                       'yes' if each.routed else 'missing',
-                       'yes' if each.in_sync else 'no'])
+        table.add_row([
+            each.address, each.entry.owner if each.entry else 'nobody',
+            'yes' if each.route else '-',
+            each.neighbour.mac if each.neighbour else '-',
+            'no: ' + each.problem if each.problem else 'yes'])
     print(table)
+    print('%(bound)d bound, %(routed)d routed, %(out_of_sync)d out of sync'
+          % _totals(status))
 
 
 def _fail(code: int, err: Exception) -> int:

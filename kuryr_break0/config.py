@@ -215,6 +215,23 @@ OPTS = [
              'created again, and differs between nodes. Like addr, never '
              'the same on two nodes.'),
     cfg.Opt(
+        'static_neighbours',
+        type=YesOrNo(),
+        default=True,
+        help='Whether node and pods are told each other\'s MAC addresses, so '
+             'that neither has to ask: on the node one permanent neighbour '
+             'entry per address of a pod, in each pod one per address of the '
+             'node. When false, they ask by ARP, which is heard on the wire, '
+             'and IPv6 does not work from pod to node.'),
+    cfg.ListOpt(
+        'host_addresses',
+        item_type=HostAddress(),
+        default=[],
+        help='Addresses of the node that its pods reach through break0; '
+             'several with commas between. By default all that the parent '
+             'has, and the one that the node speaks to its pods from. Like '
+             'addr, they differ on each node.'),
+    cfg.Opt(
         'route_protocol',
         type=WholeNumber(min=5, max=255),
         default=176,
@@ -301,6 +318,8 @@ class Options:
     parent: Optional[str]
     addr: tuple[IPAddress, ...]
     mac: Optional[str]
+    static_neighbours: bool
+    host_addresses: tuple[IPAddress, ...]
     route_protocol: int
     route_table: int
     allowed_cidrs: tuple[IPNetwork, ...]

@@ -72,8 +72,9 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                 assert self._parent is not None  # found in connect
                 Break0Manager(options).bind(
                     owner, break0_vif.addresses(vif), parent=self._parent,
-                    mac=str(vif.address), netns=sandbox)
-                self._prune(options)
+                    mac=str(vif.address), netns=sandbox,
+                    subnets=break0_vif.subnets(vif))
+                self._tend(options)
         except Exception as err:  # whatever it is, a pod is worth more
             self._log('Pod %s may not be reachable from its node' % owner,
                       err)
@@ -149,15 +150,15 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         try:
             options = config.load(k_config.CONF)
             Break0Manager(options).unbind(owner, break0_vif.addresses(vif))
-            self._prune(options)
+            self._tend(options)
         except Exception as err:  # must not hide an error of Kuryr's
             self._log('The addresses of %s may still be routed' % owner, err)
 
-    def _prune(self, options: config.Options) -> None:
+    def _tend(self, options: config.Options) -> None:
         try:
-            Break0Manager(options).prune()
+            Break0Manager(options).tend()
         except Exception as err:  # it is not about this pod
-            self._log('Could not look for sandboxes that are gone', err)
+            self._log('Could not look after the other pods', err)
 
     def _undo(self, vif: Any, ifname: str, netns: str,
               container_id: str) -> None:

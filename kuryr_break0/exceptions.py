@@ -18,6 +18,7 @@ the log line that carries it needs no other.
 
 from __future__ import annotations
 
+import errno as errnos
 from typing import Any
 
 
@@ -90,6 +91,16 @@ class KernelRefused(Break0Error):
         super().__init__(action=action, reason=reason,
                          advice=advice or 'See the kernel log: dmesg')
         self.errno = errno
+
+    @property
+    def device_lost(self) -> bool:
+        """Whether the interface of the request is down or gone."""
+        return self.errno in (errnos.ENETDOWN, errnos.ENODEV)
+
+    @property
+    def absent(self) -> bool:
+        """Whether what was to be deleted is not there."""
+        return self.errno in (errnos.ESRCH, errnos.ENOENT, errnos.ENODEV)
 
 
 class NetnsUnusable(Break0Error):

@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import ipaddress
 import json
 import os
@@ -35,6 +36,7 @@ from oslo_concurrency import lockutils
 from oslo_log import log as logging
 
 from kuryr_break0.config import IPAddress
+from kuryr_break0.config import IPNetwork
 from kuryr_break0 import exceptions
 
 LOG = logging.getLogger(__name__)
@@ -60,14 +62,29 @@ class Owner:
 
 
 @dataclasses.dataclass(frozen=True)
+class Peer:
+    """The node, as its pods are to know it.
+
+    :ivar addresses: in their order
+    :ivar mac: what they are at on the link; None to be asked for by ARP
+    """
+
+    addresses: tuple[IPAddress, ...]
+    mac: Optional[str]
+
+
+@dataclasses.dataclass(frozen=True)
 class Entry:
     """An address and whose it is.
 
     :ivar parent: the interface that the pod's macvlan is on
     :ivar mac: MAC address of the pod's interface
+    :ivar subnets: the networks that it is in on the link
     :ivar netns: path of its namespace, as the writer saw it
     :ivar netns_id: device and inode of that, which tell it from a later one
         of the same path
+    :ivar peer: what the pod has been told of the node; None for nothing
+    :ivar pod: its namespace and name in Kubernetes, where known
     :ivar bound_at: seconds since the epoch
     """
 
@@ -75,14 +92,18 @@ class Entry:
     owner: Owner
     parent: str
     mac: Optional[str] = None
+    subnets: tuple[IPNetwork, ...] = ()
     netns: Optional[str] = None
     netns_id: Optional[tuple[int, int]] = None
+    peer: Optional[Peer] = None
+    pod: Optional[str] = None
     bound_at: float = dataclasses.field(default_factory=time.time)
 
     def to_json(self) -> str:
         """The content of the entry's file, format :data:`VERSION`."""
-        return json.dumps({'version': VERSION, **dataclasses.asdict(self),
-                           'address': str(self.address)})
+        fields = {'version': VERSION, **vars(self), 'owner': vars(self.owner),
+                  'peer': self.peer and vars(self.peer)}
+        return json.dumps(fields, default=str)  # addresses, networks
 
     @property
     def sandbox_gone(self) -> bool:
@@ -125,6 +146,13 @@ class Entry:
             if fields['netns_id'] is not None:
                 device, inode = fields['netns_id']
                 fields['netns_id'] = (int(device), int(inode))
+            fields['subnets'] = tuple(map(ipaddress.ip_network,
+                                          fields['subnets']))
+            if fields['peer'] is not None:
+                fields['peer'] = Peer(
+                    tuple(map(ipaddress.ip_address,
+                              fields['peer']['addresses'])),
+                    fields['peer']['mac'])
             return cls(**fields)
         except (AttributeError, KeyError, TypeError, RecursionError) as err:
             raise ValueError('it is not an entry (%r)' % err)
@@ -167,6 +195,7 @@ class Ledger:
         self._path = path
         self._entries = os.path.join(path, 'addresses')
         self._damaged = os.path.join(path, 'damaged')
+        self._attendance = os.path.join(path, 'attended')
         self._lock_timeout = lock_timeout
 
     @contextlib.contextmanager
@@ -324,10 +353,53 @@ class Ledger:
             self._replace(os.path.join(self._path, name + _SUFFIX),
                           json.dumps(facts))
 
+    @contextlib.contextmanager
+    def attend(self) -> Iterator[None]:
+        """Let others know, by :meth:`attended`, that somebody repairs.
+
+        The kernel ends that with the process (flock(2)).
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                self._prepare()
+                file = stack.enter_context(open(self._attendance, 'w'))
+                fcntl.flock(file, fcntl.LOCK_SH)
+            except (OSError, exceptions.LedgerUnavailable) as err:
+                LOG.error('Nobody will know that the agent is there: %s', err)
+            yield
+
+    def watch(self) -> Optional[int]:
+        """Let the kernel send SIGIO when entries come or go (F_NOTIFY).
+
+        :returns: a file descriptor, as long as which is open; or None
+        """
+        with contextlib.suppress(OSError, exceptions.LedgerUnavailable):
+            self._prepare()
+            watched = os.open(self._entries, os.O_RDONLY | os.O_CLOEXEC)
+            fcntl.fcntl(watched, fcntl.F_NOTIFY,
+                        fcntl.DN_CREATE | fcntl.DN_DELETE | fcntl.DN_RENAME
+                        | fcntl.DN_MULTISHOT)
+            return watched
+        return None
+
+    def attended(self) -> bool:
+        """Whether somebody is in :meth:`attend`."""
+        try:
+            with open(self._attendance) as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
+
     def _replace(self, path: str, text: str) -> None:
         # The name of the unfinished file is always the same, so a killed
-        # writer leaves one at most; the lock keeps writers apart.
-        unfinished = os.path.join(self._path, '.unfinished')
+        # writer leaves one at most. The lock keeps writers of entries apart;
+        # what is to be recalled has files of its own.
+        unfinished = os.path.join(
+            self._path, '.unfinished' if path.startswith(self._entries)
+            else '.' + os.path.basename(path))
         with open(unfinished, 'w') as file:
             file.write(text)
         os.replace(unfinished, path)
@@ -336,11 +408,20 @@ class Ledger:
         return os.path.join(self._entries, str(address) + _SUFFIX)
 
     def _prepare(self) -> None:
-        if os.path.isdir(self._entries):
-            return
+        """Make sure of the directory, and that nobody else can write it."""
         try:
-            os.makedirs(self._path, mode=0o700, exist_ok=True)
-            os.makedirs(self._entries, mode=0o700, exist_ok=True)
+            if not os.path.isdir(self._entries):
+                os.makedirs(self._path, mode=0o700, exist_ok=True)
+                os.makedirs(self._entries, mode=0o700, exist_ok=True)
+            found = os.stat(self._path)
+            if found.st_uid != os.geteuid():
+                raise self._unavailable('it belongs to user %d, not to %d' %
+                                        (found.st_uid, os.geteuid()))
+            if stat.S_IMODE(found.st_mode) & 0o077:
+                LOG.warning('Others could use the state directory %s (mode '
+                            '%o); now they cannot', self._path,
+                            stat.S_IMODE(found.st_mode))
+                os.chmod(self._path, 0o700)
         except OSError as err:
             raise self._unavailable(err) from err
 

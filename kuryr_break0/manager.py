@@ -17,74 +17,49 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import functools
+import ipaddress
 import math
 import os
 import time
-from typing import Any, Callable, Iterable, Iterator, Optional
+from typing import Any, Collection, Iterable, Iterator, Mapping, Optional
 
 from oslo_log import log as logging
 
 from kuryr_break0 import config
 from kuryr_break0.config import IPAddress
+from kuryr_break0.config import IPNetwork
 from kuryr_break0 import device
 from kuryr_break0 import exceptions
 from kuryr_break0.ledger import Entry
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.ledger import Owner
+from kuryr_break0.ledger import Peer
 from kuryr_break0 import netlink
+from kuryr_break0.netlink import Verb
 from kuryr_break0.plan import compute
 from kuryr_break0.plan import HostRoute
+from kuryr_break0.plan import Item
+from kuryr_break0.plan import Neighbour
 from kuryr_break0.plan import Plan
+from kuryr_break0.plan import Wanted
+from kuryr_break0.policy import Look
+from kuryr_break0.policy import parent_of
+from kuryr_break0.policy import Policy
+from kuryr_break0 import sandbox
 
 LOG = logging.getLogger(__name__)
 
 #: Seconds for which what was seen of the node is good: its next hops, for
-#: which all of its routes are read, and that break0 is what it should be.
-#: That it is there and up, the kernel says to each pod.
+#: which all of its routes are read, its addresses, and that break0 is what it
+#: should be. That it is there and up, the kernel says to each pod.
 FRESH = 30
 #: Entries that one ADD or DEL looks at for sandboxes that are gone. More than
 #: the 110 pods that kubelet allows on a node by default.
 LOOKED_AT = 128
-#: Changes that a sync makes before it lets others have the lock.
-CHANGES_AT_ONCE = 16
-#: What the kernel answers to a route by an interface that is down or gone.
-DEVICE_LOST = (errno.ENETDOWN, errno.ENODEV)
+#: Addresses that a sync changes before it lets others have the lock.
+CHANGED_AT_ONCE = 16
 #: Seconds within which a route that was taken over is not taken again.
 TRUCE = 60
-
-
-@dataclasses.dataclass(frozen=True)
-class AddressStatus:
-    """An address that a pod of this node has, or that has a route.
-
-    :ivar owner: None for a route that belongs to no recorded sandbox
-    """
-
-    address: IPAddress
-    owner: Optional[Owner]
-    routed: bool
-
-    @property
-    def in_sync(self) -> bool:
-        return self.routed and self.owner is not None
-
-
-@dataclasses.dataclass(frozen=True)
-class Status:
-    """break0 and the addresses behind it, as they are now.
-
-    :ivar link: None if there is no such interface
-    """
-
-    link: Optional[netlink.Link]
-    link_addresses: tuple[IPAddress, ...]
-    addresses: tuple[AddressStatus, ...]
-
-    @property
-    def in_sync(self) -> bool:
-        return (all(address.in_sync for address in self.addresses)
-                and (self.link is None or self.link.up))
 
 
 class Break0Manager:
@@ -96,45 +71,59 @@ class Break0Manager:
 
     def __init__(self, options: config.Options) -> None:
         self._options = options
+        self._policy = Policy(options)
         self._ledger = Ledger(options.state_dir, options.lock_timeout)
 
     def bind(self, owner: Owner, addresses: Iterable[IPAddress], *,
              parent: str, mac: Optional[str] = None,
-             netns: Optional[str] = None) -> None:
+             subnets: Collection[IPNetwork] = (),
+             netns: Optional[str] = None, pod: Optional[str] = None) -> None:
         """Make the addresses of a sandbox reachable through break0.
 
         Each belongs to this owner from now on, whose it was before. The
-        ledger is written first: killed at any instruction, what is left is a
-        record without a route, never a live pod without a record.
+        ledger is written before the routes: killed at any instruction, what
+        is left is a record without a route, never a live pod without a
+        record.
 
         :param parent: the interface that the pod's macvlan is on
         :param mac: MAC address of the pod's interface
+        :param subnets: the networks that it is in on the link
         :param netns: path of the pod's namespace
+        :param pod: its namespace and name in Kubernetes
         :raises Break0Error: the first that hindered one of the addresses;
             the others are bound all the same
         """
         failure = _Failures()
+        entries: list[Entry] = []
+        peer = None
         bare = False
         with self._locked(), netlink.Kernel() as kernel:
-            sources = {}
             for address in addresses:
                 with failure.noted():
-                    sources[address] = self._source(kernel, address, parent)
-            for address in sources:
-                # An unwritable ledger must not cost the pod its route.
-                with failure.logged():
-                    self._ledger.put(Entry(address, owner, parent, mac,
-                                           netns, _netns_id(netns)))
+                    self._require_usable(kernel, address)
+                    entries.append(Entry(
+                        address, owner, parent, mac, tuple(subnets), netns,
+                        _netns_id(netns), pod=pod))
+            sources = {entry.address: self._policy.source(entry)
+                       for entry in entries}
             with failure.noted():
                 self._require_parent(parent)
-                index, bare = self._device(kernel, parent)
-                for address, src in sources.items():
+                index, break0_mac, bare = self._device(kernel, parent)
+                peer = self._peer(kernel, parent, break0_mac, sources.values())
+            if netns is not None:
+                entries = [dataclasses.replace(entry, peer=peer)
+                           for entry in entries]
+            for entry in entries:
+                # An unwritable ledger must not cost the pod its route.
+                with failure.logged():
+                    self._ledger.put(entry)
+            if peer is not None:
+                for entry in entries:
                     with failure.noted():
-                        bare |= self._set_route(
-                            kernel, parent, self._route(address, index, src))
-                        LOG.info('Bound %s to %s for %s, source %s', address,
-                                 self._options.device, owner,
-                                 src or 'by device')
+                        bare |= self._bind(kernel, entry, index,
+                                           sources[entry.address])
+        if peer is not None:
+            self._introduce(entries, peer)
         if bare:
             # It was created or brought up, so those of the others are gone.
             with failure.logged():
@@ -152,6 +141,7 @@ class Break0Manager:
             the others are unbound all the same
         """
         failure = _Failures()
+        removed = []
         with self._locked(), netlink.Kernel() as kernel:
             index = netlink.index_of(self._options.device)
             for address in addresses:
@@ -161,19 +151,19 @@ class Break0Manager:
                         LOG.info('%s stays bound: it belongs to %s, not to '
                                  '%s any more', address, entry.owner, owner)
                         continue
-                    deleted = index is not None and kernel.delete_route(
-                        self._route(address, index))
-                    if index is not None:
-                        # The next pod of this address has another MAC.
-                        kernel.forget_neighbour(address, index)
+                    deleted = index is not None and self._unset(
+                        kernel, address, index)
                     self._ledger.remove(address)
+                    if entry is not None:
+                        removed.append(entry)
                     LOG.info('Unbound %s from %s for %s%s', address,
                              self._options.device, owner,
                              '' if deleted else ' (it had no route)')
+        self._leave(removed)
         failure.raise_first()
 
     def sync(self, dry_run: bool = False) -> Plan:
-        """Make break0 and the routes what the ledger says.
+        """Make break0, routes and neighbours what the ledger says.
 
         What is read is read without the lock, so each change is decided
         again under it, by the entry that its address has then.
@@ -185,45 +175,55 @@ class Break0Manager:
         """
         entries, unreadable = self._ledger.read()
         gone = [entry for entry in entries if entry.sandbox_gone]
-        live = [entry for entry in entries if not entry.sandbox_gone]
+        live = {entry.address: entry for entry in entries
+                if not entry.sandbox_gone}
         failure = _Failures()
         with netlink.Kernel() as kernel:
             if live and not dry_run:
-                with failure.noted(), self._locked():
-                    device.ensure(kernel, self._options, live[-1].parent)
-            index = netlink.index_of(self._options.device)
-            if index is None:
-                failure.raise_first()
-                index = 0  # the kernel's number for none
-            desired = {}
-            for entry in live:
-                with failure.logged():
-                    src = self._source(kernel, entry.address, entry.parent)
-                    desired[entry.address] = self._route(entry.address, index,
-                                                         src)
-            actual = kernel.host_routes()
+                with self._locked():
+                    link: Optional[netlink.Link] = device.ensure(
+                        kernel, self._options, parent_of(live.values()))[0]
+            else:
+                link = kernel.link(self._options.device)
+            look = Look(kernel, link)
+            desired, refused = self._policy.desired(look, live)
+            for address, reason in refused.items():
+                LOG.error('%s', self._policy.refused(address, reason))
             keep = unreadable | self._unclaimed(
-                {route.dst for route in actual
-                 if self._is_ours(route, index)}
+                look.ours(self._options.route_protocol)
                 - {entry.address for entry in entries}, dry_run)
-            plan = compute(desired, actual, device=index,
-                           protocol=self._options.route_protocol,
-                           takeover=self._options.takeover, keep=keep)
+            plan = self._policy.plan(look, desired, keep)
             for route in plan.foreign:
                 LOG.error('%s', self._foreign(route))
             if not dry_run:
-                self._apply(kernel, plan, gone, failure)
+                self._apply(kernel, plan, live, gone, failure)
+                peer = self._policy.peer_seen(look, live, desired)
+                if peer is not None:
+                    self._introduce_all(live, peer)
         failure.raise_first()
         return plan
 
-    def prune(self) -> None:
+    def tend(self) -> None:
+        """Do a little for the other pods of the node, after an ADD or DEL.
+
+        At a cost that does not grow with them, but for what is said of
+        :meth:`_restore`.
+
+        :raises Break0Error: the first that hindered it
+        """
+        failure = _Failures()
+        with failure.noted():
+            self._prune()
+        with failure.noted():
+            self._restore()
+        failure.raise_first()
+
+    def _prune(self) -> None:
         """Unbind some addresses whose sandbox is gone.
 
         Of a DEL for a pod that the API has forgotten, Kuryr tells nobody, so
-        each ADD and DEL looks for such, at a cost that does not grow with
-        the pods: the next one goes on where this one ends.
-
-        :raises Break0Error: the first that hindered one of them
+        each ADD and DEL looks for such: the next one goes on where this one
+        ends.
         """
         addresses = self._ledger.addresses()
         position = (self._ledger.recall('pruned', math.inf) or [0])[0]
@@ -241,27 +241,29 @@ class Break0Manager:
                     self.unbind(entry.owner, [address])
         failure.raise_first()
 
-    def status(self) -> Status:
-        """Look at break0, the ledger and the routes; changes nothing.
+    def _restore(self) -> None:
+        """Where no agent watches, sync if routes are missing.
 
-        :raises Break0Error: if any of them cannot be read
+        They are counted, in a text that the kernel writes: about 1 ms for
+        1,000 routes. What a sync could not set is not missed again.
         """
-        entries = {entry.address: entry.owner
-                   for entry in self._ledger.entries()}
-        with netlink.Kernel() as kernel:
-            link = kernel.link(self._options.device)
-            routed: set[IPAddress] = set()
-            link_addresses: list[IPAddress] = []
-            if link is not None:
-                routed = {route.dst for route in kernel.host_routes()
-                          if self._is_ours(route, link.index)
-                          and route.table == self._options.route_table}
-                link_addresses = kernel.addresses(link.index)
-        return Status(link, tuple(link_addresses), tuple(
-            AddressStatus(address, entries.get(address), address in routed)
-            for address in sorted(
-                entries.keys() | routed,
-                key=lambda address: (address.version, int(address)))))
+        if (self._options.route_table != netlink.RT_TABLE_MAIN
+                or self._ledger.attended()):
+            return
+        expected = (self._ledger.recall('missing', math.inf) or [0])[0]
+        missing = self._missing()
+        if missing > expected:
+            LOG.warning('%d addresses are without their route on %s: '
+                        'restoring', missing, self._options.device)
+            self.sync()
+            missing = self._missing()
+        if missing != expected:
+            self._ledger.remember('missing', [missing])
+
+    def _missing(self) -> int:
+        with self._locked():  # so that no pod is half bound
+            return (len(self._ledger.addresses())
+                    - netlink.count_host_routes(self._options.device))
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -282,137 +284,268 @@ class Break0Manager:
             raise exceptions.ParentNotFound(parent=configured)
         raise exceptions.ParentMismatch(configured=configured, actual=parent)
 
-    def _source(self, kernel: netlink.Kernel, address: IPAddress,
-                parent: str) -> Optional[IPAddress]:
-        """Choose what the node speaks to a pod from; None: break0's own.
+    def _require_usable(self, kernel: netlink.Kernel,
+                        address: IPAddress) -> None:
+        """Refuse what cannot be the address of a pod.
 
-        :raises AddressRefused: if it cannot be the address of a pod
+        :raises AddressRefused: saying why
         """
-        reason = config.not_a_host(address)
-        allowed = self._options.allowed_cidrs
-        if reason is None and allowed and not any(
-                address in network for network in allowed):
-            reason = 'outside [break0] allowed_cidrs'
-        if reason is None:
-            reason = self._taken(kernel, address)
-        if reason is not None:
-            raise exceptions.AddressRefused(
-                address=address, device=self._options.device,
-                reason='it is ' + reason)
-        if any(own.version == address.version for own in self._options.addr):
-            return None
-        return netlink.source_for(address, parent)
-
-    def _taken(self, kernel: netlink.Kernel,
-               address: IPAddress) -> Optional[str]:
-        """What else of this node an address is; None if nothing."""
+        self._policy.require_allowed(address)
+        reason = None
         try:
             if netlink.source_for(address) == address:
-                return 'an address of the node itself'
+                reason = 'an address of the node itself'
         except PermissionError:
-            return 'not of a host, by the routes of the node'
-        next_hops = self._ledger.recall('next_hops', FRESH)
-        if next_hops is None:
-            next_hops = sorted(map(str, kernel.next_hops()))
-            self._ledger.remember('next_hops', next_hops)
-        if str(address) in next_hops:
-            return 'a next hop of a route of the node'
-        return None
+            reason = 'not of a host, by the routes of the node'
+        if reason is None:
+            next_hops = self._ledger.recall('next_hops', FRESH)
+            if next_hops is None:
+                next_hops = sorted(map(str, kernel.routes().next_hops))
+                self._ledger.remember('next_hops', next_hops)
+            if str(address) in next_hops:
+                reason = 'a next hop of a route of the node'
+        if reason is not None:
+            raise self._policy.refused(address, reason)
 
     def _device(self, kernel: netlink.Kernel,
-                parent: str) -> tuple[int, bool]:
-        """Make sure of break0; its ifindex, and whether it has no routes.
+                parent: str) -> tuple[int, str, bool]:
+        """Make sure of break0; its ifindex, MAC, and if it has no routes.
 
         An ifindex is not used again, so the interface that has it is the
         one that was looked at.
         """
         index = netlink.index_of(self._options.device)
-        if index is not None and self._seen(index, parent) == (
-                self._ledger.recall('device', FRESH)):
-            return index, False
+        if index is not None:
+            seen = self._ledger.recall('device', FRESH)
+            if seen and seen[1:] == self._seen(index, parent):
+                return index, seen[0], False
         link, bare = device.ensure(kernel, self._options, parent)
-        self._ledger.remember('device', self._seen(link.index, parent))
-        return link.index, bare
+        self._ledger.remember('device', [link.mac, *self._seen(link.index,
+                                                               parent)])
+        return link.index, link.mac, bare
 
     def _seen(self, index: int, parent: str) -> list[Any]:
         return [index, netlink.index_of(parent), self._options.mac,
                 *map(str, self._options.addr)]
 
-    def _set_route(self, kernel: netlink.Kernel, parent: str,
-                   route: HostRoute) -> bool:
-        """Set a pod's route; whether break0 had lost all of them.
+    def _peer(self, kernel: netlink.Kernel, parent: str, mac: str,
+              sources: Collection[Optional[IPAddress]]) -> Peer:
+        """What pods are to know of the node.
+
+        Its addresses are read again if it turns out to speak from another.
+        """
+        index = netlink.index_of(parent)
+        known = self._ledger.recall('host_addresses', FRESH)
+        if (known is None or known[0] != index
+                or {str(src) for src in sources if src} - set(known[1:])):
+            known = [index, *(str(address) for at, address
+                              in kernel.addresses() if at == index)]
+            self._ledger.remember('host_addresses', known)
+        return self._policy.peer(map(ipaddress.ip_address, known[1:]),
+                                 sources, mac)
+
+    def _bind(self, kernel: netlink.Kernel, entry: Entry, index: int,
+              src: Optional[IPAddress]) -> bool:
+        """Set what an address is to have; if break0 had lost all of it.
 
         :raises ForeignRoute: if there is one that is to be left alone
         """
+        wanted = self._policy.wanted(entry, index, src)
+        if wanted is None:
+            LOG.debug('IPv6 is off on %s, so %s is not reachable through it',
+                      self._options.device, entry.address)
+            return False
+        if entry.address.version == 6 and not self._options.static_neighbours:
+            LOG.warning('From its pod, %s, the node cannot be reached: that '
+                        'needs [break0] static_neighbours', entry.address)
         bare = False
-        try:
-            added = kernel.add_route(route)
-        except exceptions.KernelRefused as err:
-            if err.errno not in DEVICE_LOST:
-                raise
+        err = self._add(kernel, wanted)
+        if err is not None and err.device_lost:
             # break0 is down, or has just gone.
-            link, bare = device.ensure(kernel, self._options, parent)
-            route = dataclasses.replace(route, oif=link.index)
-            added = kernel.add_route(route)
-        if not added:
-            present = kernel.route_to(route.dst)
-            # One that is not the one in use is only to be seen in a dump.
-            in_the_way = ([present] if present is not None
-                          and present.table == route.table else
-                          [each for each in kernel.host_routes()
-                           if each.dst == route.dst])
-            plan = compute({route.dst: route}, in_the_way,
-                           device=route.oif or 0, protocol=route.protocol,
-                           takeover=self._options.takeover)
-            if not plan.replace and plan.foreign:
-                raise self._foreign(plan.foreign[0])
-            for foreign in plan.foreign:
-                self._take_over(foreign)
-            kernel.replace_route(route)
-            if route.oif is not None:
-                # It was an earlier pod's, which had another MAC.
-                kernel.forget_neighbour(route.dst, route.oif)
+            link, bare = device.ensure(kernel, self._options, entry.parent)
+            wanted = self._policy.wanted(entry, link.index, src) or wanted
+            err = self._add(kernel, wanted)
+        if err is not None and err.errno == errno.EEXIST:
+            self._replace(kernel, wanted)
+        elif err is not None:
+            raise err
+        LOG.info('Bound %s to %s for %s, source %s', entry.address,
+                 self._options.device, entry.owner, src or 'by device')
         return bare
 
-    def _apply(self, kernel: netlink.Kernel, plan: Plan, gone: list[Entry],
+    def _add(self, kernel: netlink.Kernel,
+             wanted: Wanted) -> Optional[exceptions.KernelRefused]:
+        """Set neighbour and route where there is no route."""
+        changes: list[netlink.Change] = [(Verb.ADD, wanted.route)]
+        if wanted.neighbour is not None:
+            # Before the route, or it might be asked for on the wire.
+            changes.insert(0, (Verb.REPLACE, wanted.neighbour))
+        *others, err = kernel.change(changes)
+        for other in others:
+            if other is not None and not other.device_lost:
+                LOG.error('%s', other)
+        return err
+
+    def _replace(self, kernel: netlink.Kernel, wanted: Wanted) -> None:
+        """Set a route in place of what is there, if that may be."""
+        route = wanted.route
+        present = kernel.route_to(route.dst)
+        # One that is not the one in use is only to be seen in a dump.
+        in_the_way = ([present] if present is not None
+                      and present.table == route.table else
+                      [each for each in kernel.routes().host
+                       if each.dst == route.dst])
+        plan = compute({route.dst: wanted}, in_the_way,
+                       device=route.oif or 0, protocol=route.protocol,
+                       takeover=self._options.takeover)
+        if not plan.replace and plan.foreign:
+            raise self._foreign(plan.foreign[0])
+        for foreign in plan.foreign:
+            self._take_over(foreign)
+        changes: list[netlink.Change] = [(Verb.REPLACE, route)]
+        if wanted.neighbour is None:
+            # It was an earlier pod's, which had another MAC.
+            changes.append((Verb.DELETE, Neighbour(
+                route.dst, route.oif or 0, '', None)))
+        err = kernel.change(changes)[0]
+        if err is not None:
+            raise err
+
+    def _unset(self, kernel: netlink.Kernel, address: IPAddress,
+               index: int) -> bool:
+        """Delete what an address has; whether it had a route.
+
+        The neighbour too if it was learnt: the next pod of this address has
+        another MAC, and the kernel would use the old one for some seconds.
+        """
+        err, neighbour_err = kernel.change([
+            (Verb.DELETE, self._policy.route(address, index)),
+            (Verb.DELETE, Neighbour(address, index, '', None))])
+        if neighbour_err is not None and not neighbour_err.absent:
+            LOG.debug('%s', neighbour_err)
+        if err is not None and not err.absent:
+            raise err
+        return err is None
+
+    def _apply(self, kernel: netlink.Kernel, plan: Plan,
+               live: Mapping[IPAddress, Entry], gone: list[Entry],
                failure: _Failures) -> None:
         taken = {route.dst: route for route in plan.foreign}
+        to_set: dict[IPAddress, list[netlink.Change]] = {}
+        to_delete: dict[IPAddress, list[netlink.Change]] = {}
+        wanted: list[Item] = [*plan.learn, *plan.replace]
+        for item in wanted:
+            to_set.setdefault(item.dst, []).append((Verb.REPLACE, item))
+        unclaimed: list[Item] = [*plan.delete, *plan.forget]
+        for item in unclaimed:
+            to_delete.setdefault(item.dst, []).append((Verb.DELETE, item))
 
-        def replace(route: HostRoute) -> None:
-            if self._ledger.get(route.dst) is not None:
-                if route.dst in taken:
-                    self._take_over(taken[route.dst])
-                kernel.replace_route(route)
-                LOG.info('Set the route of %s', route.dst)
+        def may_set(address: IPAddress) -> bool:
+            if self._ledger.get(address) != live[address]:
+                return False  # whoever changed it has done it
+            if address in taken:
+                self._take_over(taken[address])
+            return True
 
-        def delete(route: HostRoute) -> None:
-            entry = self._ledger.get(route.dst)
-            if (entry is None or entry.sandbox_gone
-                    or route.table != self._options.route_table):
-                kernel.delete_route(route)
-                LOG.info('Deleted the route of %s', route.dst)
+        def may_delete(address: IPAddress) -> bool:
+            entry = self._ledger.get(address)
+            return (entry is None or entry.sandbox_gone
+                    or entry == live.get(address))
 
-        def forget(entry: Entry) -> None:
-            if self._ledger.get(entry.address) == entry:
-                self._ledger.remove(entry.address)
-                LOG.info('The sandbox %s of %s is gone', entry.owner,
-                         entry.address)
+        for may, changes in ((may_set, to_set), (may_delete, to_delete)):
+            for some in _chunks(list(changes), CHANGED_AT_ONCE):
+                batch: list[netlink.Change] = []
+                with self._locked():
+                    for address in some:
+                        with failure.noted():
+                            if may(address):
+                                batch += changes[address]
+                    for change, err in zip(batch, kernel.change(batch)):
+                        self._report(change, err, failure)
+                if failure.device_lost:
+                    return  # the others would fail alike
+        for entry in gone:
+            with failure.noted(), self._locked():
+                if self._ledger.get(entry.address) == entry:
+                    self._ledger.remove(entry.address)
+                    LOG.info('The sandbox %s of %s is gone', entry.owner,
+                             entry.address)
 
-        changes: list[Callable[[], None]] = [
-            *(functools.partial(replace, route) for route in plan.replace),
-            *(functools.partial(delete, route) for route in plan.delete),
-            *(functools.partial(forget, entry) for entry in gone)]
-        for start in range(0, len(changes), CHANGES_AT_ONCE):
-            with self._locked():
-                for change in changes[start:start + CHANGES_AT_ONCE]:
-                    with failure.noted():
-                        change()
-                    if failure.device_lost:
-                        return  # the others would fail alike
+    @staticmethod
+    def _report(change: netlink.Change,
+                err: Optional[exceptions.KernelRefused],
+                failure: _Failures) -> None:
+        verb, what = change
+        if err is not None and not (verb is Verb.DELETE and err.absent):
+            failure.note(err)
+        else:
+            LOG.info('%s the %s of %s',
+                     'Deleted' if verb is Verb.DELETE else 'Set',
+                     'route' if isinstance(what, HostRoute) else 'neighbour',
+                     what.dst)
 
-    def _is_ours(self, route: HostRoute, index: int) -> bool:
-        return (route.oif == index
-                and route.protocol == self._options.route_protocol)
+    def _introduce_all(self, live: Mapping[IPAddress, Entry],
+                       peer: Peer) -> None:
+        """Tell the node's addresses to pods that know others, or none."""
+        outdated: dict[Owner, list[Entry]] = {}
+        for entry in live.values():
+            if entry.netns is not None and entry.peer != peer:
+                outdated.setdefault(entry.owner, []).append(entry)
+        # Where one cannot be told, that is said once, not with each look.
+        before = self._ledger.recall('untold', math.inf) or []
+        untold = [str(owner) for owner, entries in outdated.items()
+                  if not self._introduce(entries, peer,
+                                         quiet=str(owner) in before)]
+        if untold != before:
+            self._ledger.remember('untold', untold)
+
+    def _introduce(self, entries: list[Entry], peer: Peer, *,
+                   quiet: bool = False) -> bool:
+        """Tell a pod how to reach its node, and note that it knows.
+
+        Without, IPv4 works by ARP where the node is in the pod's subnet, so
+        a failure is no error.
+
+        :param entries: those of the pod that are to know
+        """
+        if not entries or entries[0].netns is None:
+            return True
+        first = entries[0]
+        try:
+            sandbox.introduce(
+                str(first.netns), first.owner.ifname, peer,
+                addresses=[entry.address for entry in entries],
+                subnets=first.subnets, before=first.peer,
+                protocol=self._options.route_protocol)
+            told: Optional[Peer] = peer
+        except (exceptions.NetnsUnusable, exceptions.KernelRefused) as err:
+            LOG.log(logging.DEBUG if quiet else logging.WARNING,
+                    'The sandbox %s has not been told how to reach the node: '
+                    '%s', first.owner, err)
+            told = None
+        with contextlib.suppress(exceptions.Break0Error), self._locked():
+            for entry in entries:
+                if (entry.peer != told
+                        and self._ledger.get(entry.address) == entry):
+                    self._ledger.put(dataclasses.replace(entry, peer=told))
+        return told is not None
+
+    def _leave(self, removed: list[Entry]) -> None:
+        """Take back from namespaces that are still there what was told.
+
+        Kuryr deletes the interface first, and all of it goes with that.
+        """
+        for entry in removed:
+            if (entry.netns is None or entry.peer is None
+                    or entry.sandbox_gone):
+                continue
+            try:
+                sandbox.forget(entry.netns, entry.owner.ifname, entry.peer,
+                               self._options.route_protocol)
+            except (exceptions.NetnsUnusable,
+                    exceptions.KernelRefused) as err:
+                LOG.debug('The sandbox %s still knows the node: %s',
+                          entry.owner, err)
 
     def _unclaimed(self, addresses: set[IPAddress],
                    dry_run: bool) -> set[IPAddress]:
@@ -450,28 +583,28 @@ class Break0Manager:
         LOG.warning('Taking over the route of %s on interface %s with '
                     'protocol %s', route.dst, route.oif, route.protocol)
 
-    def _route(self, address: IPAddress, index: int,
-               src: Optional[IPAddress] = None) -> HostRoute:
-        return HostRoute(address, index,
-                         self._options.route_protocol,
-                         self._options.route_table, src)
-
 
 class _Failures:
     """Goes on after an error, and raises the first one in the end."""
 
     def __init__(self) -> None:
         self._first: Optional[exceptions.Break0Error] = None
+        self.device_lost = False
+
+    def note(self, err: exceptions.Break0Error) -> None:
+        if isinstance(err, exceptions.KernelRefused):
+            self.device_lost |= err.device_lost
+        if self._first is None:
+            self._first = err
+        else:
+            LOG.error('%s', err)
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
         try:
             yield
         except exceptions.Break0Error as err:
-            if self._first is None:
-                self._first = err
-            else:
-                LOG.error('%s', err)
+            self.note(err)
 
     @contextlib.contextmanager
     def logged(self) -> Iterator[None]:
@@ -480,14 +613,14 @@ class _Failures:
         except exceptions.Break0Error as err:
             LOG.error('%s', err)
 
-    @property
-    def device_lost(self) -> bool:
-        return (isinstance(self._first, exceptions.KernelRefused)
-                and self._first.errno in DEVICE_LOST)
-
     def raise_first(self) -> None:
         if self._first is not None:
             raise self._first
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start:start + size]
 
 
 def _netns_id(netns: Optional[str]) -> Optional[tuple[int, int]]:

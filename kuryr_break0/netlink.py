@@ -26,13 +26,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import errno
 import ipaddress
 import os
 import random
 import socket
 import time
-from typing import Any, Callable, Iterator, Optional, TypeVar
+from typing import Any, Callable, Iterator, NamedTuple, Optional
+from typing import Sequence, TypeVar
 
 import pyroute2
 from pyroute2.ipdb import exceptions as ipdb_exceptions
@@ -42,10 +44,13 @@ from pyroute2.netlink import rtnl
 from pyroute2.netlink.rtnl import ifinfmsg
 from pyroute2.netlink.rtnl import ndmsg
 from pyroute2.netlink.rtnl import rtmsg
+from pyroute2 import netns as pyroute2_netns
 
 from kuryr_break0.config import IPAddress
 from kuryr_break0 import exceptions
 from kuryr_break0.plan import HostRoute
+from kuryr_break0.plan import Item
+from kuryr_break0.plan import Neighbour
 
 # linux/rtnetlink.h
 RT_SCOPE_LINK = 253
@@ -54,8 +59,11 @@ RT_SCOPE_LINK = 253
 RT_SCOPE_NOWHERE = 255
 #: What stands in the header for a table whose number is too large for it.
 RT_TABLE_COMPAT = 252
+RT_TABLE_MAIN = 254
 RTN_UNICAST = 1
 RTN_LOCAL = 2
+#: In /proc/net/ipv6_route (linux/ipv6_route.h)
+RTF_LOCAL = 0x80000000
 #: Learnt by use, as IPv6's path MTUs are: not a route of the table.
 RTM_F_CLONED = 0x200
 #: Answer with the route in the table, not with what follows from it.
@@ -67,6 +75,26 @@ _DUMP_TRIES = 20
 _DUMP_PAUSE = 0.05  # seconds, at most
 
 _T = TypeVar('_T')
+
+
+class Verb(enum.Enum):
+    """What to do with a route or a neighbour.
+
+    ADD fails where there is one, REPLACE puts it in its place; DELETE is of
+    the route with this interface, protocol and table, or of the neighbour,
+    whatever its MAC address.
+    """
+
+    ADD = 'add'
+    REPLACE = 'set'
+    DELETE = 'delete'
+
+
+Change = tuple[Verb, Item]
+
+_FLAGS = {Verb.ADD: netlink.NLM_F_CREATE | netlink.NLM_F_EXCL,
+          Verb.REPLACE: netlink.NLM_F_CREATE | netlink.NLM_F_REPLACE,
+          Verb.DELETE: 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +196,28 @@ def source_for(address: IPAddress,
     return None if source.is_link_local else source
 
 
+def count_host_routes(device: str) -> int:
+    """Count the routes to single addresses on an interface, in table main.
+
+    In the texts of /proc, which take about a microsecond a route.
+    """
+    count = 0
+    # Iface Destination Gateway Flags RefCnt Use Metric Mask ...
+    for fields in _proc_net('route'):
+        count += fields[0] == device and fields[7] == 'FFFFFFFF'
+    # destination length source length gateway metric ref use flags Iface
+    for fields in _proc_net('ipv6_route'):
+        count += (fields[-1] == device and fields[1] == '80'
+                  and not int(fields[8], 16) & RTF_LOCAL)
+    return count
+
+
+def _proc_net(name: str) -> Iterator[list[str]]:
+    with contextlib.suppress(OSError), \
+            open('/proc/thread-self/net/' + name) as file:
+        yield from map(str.split, file)
+
+
 def read_sysctl(path: str) -> Optional[int]:
     """Read a sysctl of the network namespace that this thread is in.
 
@@ -198,6 +248,34 @@ def write_sysctl(path: str, value: int) -> None:
             'run it privileged.') from err
 
 
+@contextlib.contextmanager
+def entered(netns: str) -> Iterator[None]:
+    """Be in another network namespace; this thread, within the block.
+
+    :param netns: its path
+    :raises NetnsUnusable: if it cannot be entered
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    own = os.open('/proc/thread-self/ns/net', flags)
+    try:
+        try:
+            other = os.open(netns, flags)
+            try:
+                pyroute2_netns.setns(other)
+            finally:
+                os.close(other)
+        except OSError as err:
+            raise exceptions.NetnsUnusable(
+                netns=netns, reason='cannot be entered: %s'
+                % os.strerror(err.errno or 0)) from err
+        try:
+            yield
+        finally:
+            pyroute2_netns.setns(own)
+    finally:
+        os.close(own)
+
+
 def create_macvlan(name: str, parent: Link, mac: str) -> None:
     """Create a macvlan in bridge mode, down, by IPDB.
 
@@ -214,6 +292,17 @@ def create_macvlan(name: str, parent: Link, mac: str) -> None:
                         macvlan_mode='bridge', address=mac).commit()
 
     undisturbed('create the macvlan %s on %s' % (name, parent.name), create)
+
+
+class Routes(NamedTuple):
+    """The routes of the node.
+
+    :ivar host: those to single addresses
+    :ivar next_hops: the gateways of all
+    """
+
+    host: tuple[HostRoute, ...]
+    next_hops: frozenset[IPAddress]
 
 
 class Kernel:
@@ -270,69 +359,55 @@ class Kernel:
                            family=_family(address),
                            flags=0x02 if address.version == 6 else 0)
 
-    def add_route(self, route: HostRoute) -> bool:
-        """Set a route where there is none to its address in its table.
+    def change(self, changes: Sequence[Change]
+               ) -> list[Optional[exceptions.KernelRefused]]:
+        """Set and delete routes and neighbours, in order, in one request.
 
-        :returns: whether there was none
-        :raises KernelRefused: with ENETDOWN if the interface is down
+        The kernel goes through all of it before it returns, also when the
+        process is killed meanwhile.
+
+        :returns: the error of each that was refused, in place of None.
+            EEXIST is that of a route to add which is there, ENETDOWN or
+            ENODEV that of an interface which is down or gone
         """
-        try:
-            self._new_route(route, netlink.NLM_F_EXCL)
-        except exceptions.KernelRefused as err:
-            if err.errno == errno.EEXIST:
-                return False
-            raise
-        return True
+        if not changes:
+            return []
+        messages = [_message(verb, what) for verb, what in changes]
+        with _translated('change routes and neighbours'):
+            answers = self._ipr.nlm_request_batch(messages, noraise=True)
+            refused = {answer['header']['sequence_number']:
+                       answer['header']['error'] for answer in answers}
+        return [
+            self._refusal(change,
+                          refused.get(message['header']['sequence_number']))
+            for change, message in zip(changes, messages)]
 
-    def replace_route(self, route: HostRoute) -> None:
-        """Make the route to an address this one.
-
-        :raises KernelRefused: with ENETDOWN if the interface is down
-        """
-        self._new_route(route, netlink.NLM_F_REPLACE)
-
-    def _new_route(self, route: HostRoute, flag: int) -> None:
-        with _translated('route %s through interface %s' %
-                         (route.dst, route.oif)):
-            self._request(route, RT_SCOPE_LINK, rtnl.RTM_NEWROUTE,
-                          netlink.NLM_F_CREATE | flag)
-
-    def delete_route(self, route: HostRoute) -> bool:
-        """Delete a route with this interface, protocol and table.
-
-        :returns: whether there was one
-        """
-        try:
-            with _translated('delete the route to %s' % route.dst):
-                self._request(route, RT_SCOPE_NOWHERE, rtnl.RTM_DELROUTE, 0)
-        except exceptions.KernelRefused as err:
-            if err.errno in (errno.ESRCH, errno.ENODEV):
-                return False
-            raise
-        return True
-
-    def forget_neighbour(self, address: IPAddress, ifindex: int) -> None:
-        """Delete what was learnt of an address; nothing is fine.
-
-        The kernel goes on using the MAC address of a neighbour that is gone
-        for some seconds before it asks again.
-        """
-        message = ndmsg.ndmsg()
-        message['family'] = _family(address)
-        message['ifindex'] = ifindex
-        message['attrs'] = [('NDA_DST', str(address))]
-        try:
-            with _translated('forget the neighbour %s' % address):
-                self._send(message, rtnl.RTM_DELNEIGH, 0)
-        except exceptions.KernelRefused as err:
-            if err.errno not in (errno.ENOENT, errno.ENODEV, errno.EINVAL):
-                raise
+    @staticmethod
+    def _refusal(change: Change, err: Optional[nl_exceptions.NetlinkError]
+                 ) -> Optional[exceptions.KernelRefused]:
+        if err is None:
+            return None
+        verb, what = change
+        through = 'interface %s' % (
+            what.oif if isinstance(what, HostRoute) else what.ifindex)
+        return exceptions.KernelRefused(
+            '%s the %s %s on %s' % (
+                verb.value, 'route to' if isinstance(what, HostRoute)
+                else 'neighbour', what.dst, through),
+            os.strerror(err.code), err.code)
 
     def route_to(self, address: IPAddress) -> Optional[HostRoute]:
         """Return the route to an address alone, if that is what is used.
 
         The one by which it would be reached, as the routing rules say.
         """
+        answer = self._lookup(address)
+        if answer is None or answer['dst_len'] != address.max_prefixlen:
+            return None
+        return _host_route(answer)
+
+    def _lookup(self, address: IPAddress) -> Optional[Any]:
+        """The route that is used to an address; None if it has none."""
         message = rtmsg.rtmsg()
         message['family'] = _family(address)
         message['dst_len'] = address.max_prefixlen
@@ -344,86 +419,84 @@ class Kernel:
                                                 netlink.NLM_F_REQUEST)
         except exceptions.KernelRefused:
             return None  # unreachable, prohibited, a blackhole
-        if answer['dst_len'] != address.max_prefixlen:
-            return None
-        return _host_route(answer)
+        return answer
 
-    def _request(self, route: HostRoute, scope: int, request: int,
-                 flags: int) -> None:
-        # Not by IPRoute.route(), which takes as long again to look at its
-        # arguments.
-        message = rtmsg.rtmsg()
-        message['family'] = _family(route.dst)
-        message['dst_len'] = route.dst.max_prefixlen
-        message['table'] = min(route.table, RT_TABLE_COMPAT)
-        message['proto'] = route.protocol
-        message['scope'] = scope
-        message['type'] = RTN_UNICAST
-        message['attrs'] = [('RTA_DST', str(route.dst)),
-                            ('RTA_OIF', route.oif),
-                            ('RTA_TABLE', route.table)]
-        if route.src is not None:
-            message['attrs'].append(('RTA_PREFSRC', str(route.src)))
-        self._send(message, request, flags)
-
-    def _send(self, message: Any, request: int, flags: int) -> None:
-        for _ in self._ipr.nlm_request(
-                message, request,
-                netlink.NLM_F_REQUEST | netlink.NLM_F_ACK | flags):
-            pass
-
-    def host_routes(self) -> list[HostRoute]:
-        """List all routes of the node to single addresses, by a dump."""
-        return [_host_route(message) for message in self._routes()
-                if message.get_attr('RTA_DST')
-                and message['dst_len'] in (32, 128)
-                and message['type'] != RTN_LOCAL
-                and not message['flags'] & RTM_F_CLONED]
-
-    def next_hops(self) -> set[IPAddress]:
-        """List the gateways of the node; reads all of its routes."""
-        found = set()
-        for route in self._routes():
-            hops = [route, *(route.get_attr('RTA_MULTIPATH') or ())]
-            for hop in hops:
+    def routes(self) -> Routes:
+        """Read all routes of the node, by a dump."""
+        found = undisturbed('list the routes', lambda: [
+            route for family in (socket.AF_INET, socket.AF_INET6)
+            for route in self._ipr.get_routes(family=family)])
+        next_hops = set()
+        for route in found:
+            for hop in (route, *(route.get_attr('RTA_MULTIPATH') or ())):
                 via = hop.get_attr('RTA_VIA')
                 gateway = hop.get_attr('RTA_GATEWAY') or via and via['addr']
                 if gateway:
-                    found.add(ipaddress.ip_address(gateway))
-        return found
+                    next_hops.add(ipaddress.ip_address(gateway))
+        return Routes(
+            tuple(_host_route(route) for route in found
+                  if route.get_attr('RTA_DST')
+                  and route['dst_len'] in (32, 128)
+                  and route['type'] != RTN_LOCAL
+                  and not route['flags'] & RTM_F_CLONED),
+            frozenset(next_hops))
 
-    def addresses(self, index: int) -> list[IPAddress]:
-        """List the addresses of an interface; reads all of the node's."""
-        return [ipaddress.ip_address(a.get_attr('IFA_LOCAL')
-                                     or a.get_attr('IFA_ADDRESS'))
-                for a in undisturbed('list the addresses', lambda: list(
-                    self._ipr.get_addr(index=index)))]
+    def neighbours(self, ifindex: int) -> list[Neighbour]:
+        """List those that are set for good on an interface, by a dump."""
+        def dump() -> list[Any]:
+            return list(self._ipr.nlm_request(
+                _neighbour_message(ifindex, attrs=[('NDA_IFINDEX', ifindex)]),
+                rtnl.RTM_GETNEIGH, netlink.NLM_F_REQUEST | netlink.NLM_F_DUMP))
 
-    def _routes(self) -> list[Any]:
-        return undisturbed('list the routes', lambda: [
-            route for family in (socket.AF_INET, socket.AF_INET6)
-            for route in self._ipr.get_routes(family=family)])
+        self._ipr.marshal.msg_map = {**self._ipr.marshal.msg_map,
+                                     rtnl.RTM_NEWNEIGH: _NeighbourMessage}
+        return [
+            Neighbour(ipaddress.ip_address(message.get_attr('NDA_DST')),
+                      ifindex, message.get_attr('NDA_LLADDR') or '',
+                      message.get_attr('NDA_PROTOCOL'))
+            for message in undisturbed('list the neighbours', dump)
+            if message['ifindex'] == ifindex
+            and message['state'] & ndmsg.NUD_PERMANENT
+            and message.get_attr('NDA_DST')]
+
+    def addresses(self) -> list[tuple[int, IPAddress]]:
+        """List the ifindexes and addresses of all interfaces, by a dump."""
+        found = undisturbed('list the addresses',
+                            lambda: list(self._ipr.get_addr()))
+        return [
+            (message['index'],
+             ipaddress.ip_address(message.get_attr('IFA_LOCAL')
+                                  or message.get_attr('IFA_ADDRESS')))
+            for message in found]
+
+    def is_on_link(self, address: IPAddress) -> bool:
+        """Whether an address would be reached without a gateway."""
+        answer = self._lookup(address)
+        return (answer is not None and answer['type'] == RTN_UNICAST
+                and not answer.get_attr('RTA_GATEWAY')
+                and not answer.get_attr('RTA_VIA')
+                and not answer.get_attr('RTA_MULTIPATH'))
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
     """A change of the node's network that the kernel has told.
 
-    :ivar what: ``link``, ``address``, ``route``; or ``lost``, when there
-        were more than the socket could hold, so that anything may have
-        changed
+    :ivar what: ``link``, ``address``, ``route``, ``neighbour``; or ``lost``,
+        when there were more than the socket could hold, so that anything
+        may have changed
     :ivar gone: whether it is something that is there no more
+    :ivar ifindex: of a link, or of that of the others
     :ivar ifname: of a link
-    :ivar ifindex: of a link, or of that of an address or route
-    :ivar host: whether it is a route to a single address
+    :ivar dst: of a neighbour, or of a route to a single address
     :ivar protocol: of a route
     """
 
     what: str
     gone: bool = False
-    ifname: Optional[str] = None
     ifindex: Optional[int] = None
-    host: bool = False
+    ifname: Optional[str] = None
+    dst: Optional[IPAddress] = None
     protocol: Optional[int] = None
 
 
@@ -435,7 +508,7 @@ class Events:
         self._ipr.bind(groups=(
             rtnl.RTMGRP_LINK | rtnl.RTMGRP_IPV4_IFADDR
             | rtnl.RTMGRP_IPV6_IFADDR | rtnl.RTMGRP_IPV4_ROUTE
-            | rtnl.RTMGRP_IPV6_ROUTE))
+            | rtnl.RTMGRP_IPV6_ROUTE | rtnl.RTMGRP_NEIGH))
 
     def __enter__(self) -> Events:
         return self
@@ -460,15 +533,72 @@ def _event(message: Any) -> Optional[Event]:
     name = message.get('event', '')
     gone = name.startswith('RTM_DEL')
     if name.endswith('LINK'):
-        return Event('link', gone, message.get_attr('IFLA_IFNAME'),
-                     message['index'])
+        return Event('link', gone, message['index'],
+                     message.get_attr('IFLA_IFNAME'))
     if name.endswith('ADDR'):
-        return Event('address', gone, ifindex=message['index'])
+        return Event('address', gone, message['index'])
     if name.endswith('ROUTE'):
-        return Event('route', gone, ifindex=message.get_attr('RTA_OIF'),
-                     host=message['dst_len'] in (32, 128),
+        return Event('route', gone, message.get_attr('RTA_OIF'),
+                     dst=_ip(message.get_attr('RTA_DST')
+                             if message['dst_len'] in (32, 128) else None),
                      protocol=message['proto'])
+    if name.endswith('NEIGH'):
+        return Event('neighbour', gone, message['ifindex'],
+                     dst=_ip(message.get_attr('NDA_DST')))
     return None
+
+
+def _ip(text: Optional[str]) -> Optional[IPAddress]:
+    return ipaddress.ip_address(text) if text else None
+
+
+class _NeighbourMessage(ndmsg.ndmsg):  # type: ignore[misc]
+    """With the attribute that pyroute2 0.7 does not know (linux 5.0)."""
+
+    __slots__ = ()
+    nla_map = (*ndmsg.ndmsg.nla_map, ('NDA_PROTOCOL', 'uint8'))
+
+
+def _message(verb: Verb, what: Item) -> Any:
+    # Not by IPRoute.route(), which takes as long again to look at its
+    # arguments.
+    if isinstance(what, HostRoute):
+        message = rtmsg.rtmsg()
+        message['family'] = _family(what.dst)
+        message['dst_len'] = what.dst.max_prefixlen
+        message['table'] = min(what.table, RT_TABLE_COMPAT)
+        message['proto'] = what.protocol
+        message['scope'] = (RT_SCOPE_NOWHERE if verb is Verb.DELETE
+                            else RT_SCOPE_LINK)
+        message['type'] = RTN_UNICAST
+        message['attrs'] = [('RTA_DST', str(what.dst)),
+                            ('RTA_OIF', what.oif),
+                            ('RTA_TABLE', what.table)]
+        if what.src is not None:
+            message['attrs'].append(('RTA_PREFSRC', str(what.src)))
+        kinds = rtnl.RTM_NEWROUTE, rtnl.RTM_DELROUTE
+    else:
+        message = _neighbour_message(what.ifindex, what.dst)
+        if verb is not Verb.DELETE:
+            message['state'] = ndmsg.NUD_PERMANENT
+            message['attrs'] += [('NDA_LLADDR', what.mac),
+                                 ('NDA_PROTOCOL', what.protocol)]
+        kinds = rtnl.RTM_NEWNEIGH, rtnl.RTM_DELNEIGH
+    message['header']['type'] = kinds[verb is Verb.DELETE]
+    message['header']['flags'] = (netlink.NLM_F_REQUEST | netlink.NLM_F_ACK
+                                  | _FLAGS[verb])
+    return message
+
+
+def _neighbour_message(ifindex: int, dst: Optional[IPAddress] = None,
+                       attrs: Sequence[Any] = ()) -> Any:
+    message = _NeighbourMessage()
+    message['ifindex'] = ifindex
+    message['attrs'] = list(attrs)
+    if dst is not None:
+        message['family'] = _family(dst)
+        message['attrs'].append(('NDA_DST', str(dst)))
+    return message
 
 
 def _family(address: IPAddress) -> int:
@@ -477,11 +607,10 @@ def _family(address: IPAddress) -> int:
 
 def _host_route(message: Any) -> HostRoute:
     dst = ipaddress.ip_address(message.get_attr('RTA_DST'))
-    src = message.get_attr('RTA_PREFSRC')
     return HostRoute(
         dst, message.get_attr('RTA_OIF'), message['proto'],
         message.get_attr('RTA_TABLE'),
-        ipaddress.ip_address(src) if src else None,
+        _ip(message.get_attr('RTA_PREFSRC')),
         direct=(message['type'] == RTN_UNICAST
                 and not message.get_attr('RTA_GATEWAY')
                 and not message.get_attr('RTA_VIA')

@@ -21,6 +21,7 @@ from kuryr_kubernetes.objects import vif as k_vif
 from oslo_versionedobjects import base as obj_base
 
 from kuryr_break0.config import IPAddress
+from kuryr_break0.config import IPNetwork
 
 
 # Only made ready here: who registers it decides that it is used.
@@ -46,3 +47,9 @@ def addresses(vif: Any) -> list[IPAddress]:
     return [ipaddress.ip_address(str(fixed_ip.address))
             for subnet in vif.network.subnets.objects
             for fixed_ip in subnet.ips.objects]
+
+
+def subnets(vif: Any) -> list[IPNetwork]:
+    """The networks that a VIF is in on its link."""
+    return [ipaddress.ip_network(str(subnet.cidr), strict=False)
+            for subnet in vif.network.subnets.objects]

@@ -24,6 +24,7 @@ from kuryr_break0 import config
 from kuryr_break0.config import IPAddress
 from kuryr_break0.ledger import Owner
 from kuryr_break0 import manager
+from kuryr_break0 import status
 from tests import lab
 
 POD = '100.75.30.71'
@@ -93,5 +94,8 @@ class LabTestCase(unittest.TestCase):
 
     def bound(self) -> set[str]:
         """The addresses that the ledger has."""
-        return {str(each.address) for each in self.manager().status().addresses
-                if each.owner is not None}
+        return {str(each.address) for each in self.status().addresses
+                if each.entry is not None}
+
+    def status(self, **overrides: Any) -> status.Status:
+        return status.read(options(**overrides))

@@ -56,13 +56,19 @@ class TestStatus(CLITestCase):
         self.assertEqual(['100.75.30.7'], status['device']['addresses'])
         self.assertEqual(
             [{'address': POD, 'container_id': 'sandbox-1', 'ifname': 'eth0',
-              'routed': False, 'in_sync': False}], status['addresses'])
+              'pod': None, 'netns': None, 'routed': False, 'neighbour': None,
+              'problem': 'its route is missing', 'in_sync': False}],
+            status['addresses'])
+        self.assertEqual({'bound': 1, 'routed': 0, 'out_of_sync': 1},
+                         status['totals'])
 
     def test_without_break0(self) -> None:
         done = self.call('status', '--json')
         self.assertEqual(0, done.returncode, done.stderr)
-        self.assertEqual({'in_sync': True, 'device': None, 'addresses': []},
-                         json.loads(done.stdout))
+        status = json.loads(done.stdout)
+        self.assertTrue(status['in_sync'])
+        self.assertIsNone(status['device'])
+        self.assertEqual([], status['addresses'])
         self.assertIn('no break0', self.call('status').stdout)
 
     def test_it_changes_nothing(self) -> None:
@@ -93,7 +99,7 @@ class TestSync(CLITestCase):
     def test_it_prints_what_it_did(self) -> None:
         done = self.call('sync')
         self.assertEqual(0, done.returncode, done.stderr)
-        self.assertRegex(done.stdout, r'\A\+ 100\.75\.30\.71 [^\n]*\n\Z')
+        self.assertRegex(done.stdout, r'\A\+ route 100\.75\.30\.71 [^\n]*\n\Z')
         self.assertEqual({POD, OTHER_POD}, set(self.lab.routes()))
         self.assertEqual('', self.call('sync').stdout)
 
@@ -101,15 +107,18 @@ class TestSync(CLITestCase):
         done = self.call('sync', '--dry-run', '--json')
         self.assertEqual(1, done.returncode, done.stderr)
         changes = json.loads(done.stdout)
-        self.assertEqual([POD], [each['address'] for each in changes['set']])
-        self.assertEqual(([], []), (changes['delete'], changes['foreign']))
+        self.assertEqual([POD], [each['address']
+                                 for each in changes['routes']['set']])
+        self.assertEqual(([], []), (changes['routes']['delete'],
+                                    changes['routes']['foreign']))
+        self.assertEqual({'set': [], 'delete': []}, changes['neighbours'])
         self.assertEqual({OTHER_POD}, set(self.lab.routes()))
 
     def test_a_foreign_route(self) -> None:
         self.lab.run('ip', 'route', 'add', POD, 'dev', 'lo')
         done = self.call('sync')
         self.assertEqual(1, done.returncode)
-        self.assertIn('! ' + POD, done.stdout)
+        self.assertIn('! route ' + POD, done.stdout)
 
     def test_no_parent(self) -> None:
         self.lab.run('ip', 'link', 'del', lab.PARENT)

@@ -152,7 +152,7 @@ class TestConnect(DriverTestCase):
         self.assertEqual(['eth0'], list(self.pod_links()))
 
     def test_what_nobody_foresaw_costs_no_pod(self) -> None:
-        with mock.patch.object(netlink.Kernel, 'add_route',
+        with mock.patch.object(netlink.Kernel, 'change',
                                side_effect=ZeroDivisionError):
             with self.assertLogs('kuryr_break0.driver', 'ERROR') as logs:
                 self.connect()

@@ -27,6 +27,9 @@ from tests.functional.base import OWNER
 from tests.functional.base import POD
 from tests import lab
 
+MAC = '02:00:00:00:00:01'
+OTHER_MAC = '02:00:00:00:00:02'
+
 
 class TestReachability(base.LabTestCase):
 
@@ -185,29 +188,41 @@ class TestRoutes(base.LabTestCase):
         self.assertEqual({POD}, set(self.lab.routes()))
 
     def test_cost_does_not_grow_with_the_pods(self) -> None:
-        def messages() -> list[bool]:
-            sent: list[bool] = []
-            put = netlink.pyroute2.IPRoute.put
+        netns = self.lab.add_pod('pod', POD, mac=MAC)
 
-            def counting(ipr: Any, message: Any, request: int, flags: int,
-                         *args: Any, **kwargs: Any) -> Any:
-                # For other kinds of requests, the bits mean something else.
-                sent.append(request % 4 == 2
-                            and flags & netlink.netlink.NLM_F_DUMP != 0)
+        def messages() -> list[str]:
+            sent: list[str] = []
+            ipr = netlink.pyroute2.IPRoute
+            put, send_batch = ipr.put, ipr._send_batch
+
+            def counted_put(ipr: Any, message: Any, request: int, flags: int,
+                            *args: Any, **kwargs: Any) -> Any:
+                sent.append('%d %#x' % (request, flags))
                 return put(ipr, message, request, flags, *args, **kwargs)
 
-            with mock.patch.object(netlink.pyroute2.IPRoute, 'put',
-                                   counting):
-                self.bind()    # one for the route
-                self.bind()    # it is there; what is it; set it; neighbour
-                self.unbind()  # delete it, and the neighbour
+            def counted_batch(ipr: Any, messages: list[Any]) -> Any:
+                sent.extend('%d %#x' % (message['header']['type'],
+                                        message['header']['flags'])
+                            for message in messages)
+                return send_batch(ipr, messages)
+
+            with mock.patch.object(ipr, 'put', counted_put), \
+                    mock.patch.object(ipr, '_send_batch', counted_batch):
+                # Neighbour and route; in the pod, whether the node is on
+                # its link, and the node as neighbour
+                self.bind(netns=netns, mac_of_pod=MAC)
+                # Route and neighbour; in the pod, the same for the node
+                self.unbind()
             return sent
 
         self.bind(OTHER_POD)
         few = messages()
-        self.assertEqual([False] * 7, few)
-        batch = ''.join('route add 10.0.%d.%d dev break0 proto 176\n' %
-                        divmod(number, 250) for number in range(1000))
+        self.assertEqual(['28 0x505', '24 0x605', '26 0x1', '28 0x505',
+                          '25 0x5', '29 0x5', '25 0x5', '29 0x5'], few)
+        batch = ''.join('route add %(to)s dev break0 proto 176\n'
+                        'neigh add %(to)s dev break0 lladdr %(mac)s\n' %
+                        {'to': '10.0.%d.%d' % divmod(number, 250), 'mac': MAC}
+                        for number in range(1000))
         with open('/run/batch', 'w') as file:
             file.write(batch)
         self.lab.run('ip', '-batch', '/run/batch')
@@ -239,30 +254,40 @@ class TestOwnership(base.LabTestCase):
 class TestReuse(base.LabTestCase):
     """An address comes back with another MAC address."""
 
+    STATIC = True
+
+    def bind_pod(self, mac: str, owner: base.Owner) -> None:
+        self.bind(owner=owner, mac_of_pod=mac, static_neighbours=self.STATIC)
+
     def setUp(self) -> None:
         super().setUp()
-        self.lab.add_pod('pod', POD, mac='02:00:00:00:00:01')
-        self.bind(mac_of_pod='02:00:00:00:00:01')
+        self.lab.add_pod('pod', POD, mac=MAC)
+        self.bind_pod(MAC, OWNER)
         self.assertTrue(self.lab.ping(POD))
         self.lab.run('ip', 'netns', 'del', 'pod')
 
-    def assert_reachable_at_once(self) -> None:
-        self.lab.add_pod('next', POD, mac='02:00:00:00:00:02')
-        self.bind(owner=OTHER_OWNER, mac_of_pod='02:00:00:00:00:02')
-        self.assertTrue(self.lab.ping(POD, cold=False))
+    def next_pod(self) -> None:
+        self.lab.add_pod('next', POD, mac=OTHER_MAC)
+        self.bind_pod(OTHER_MAC, OTHER_OWNER)
 
     def test_after_its_unbind(self) -> None:
         self.unbind()
-        self.assert_reachable_at_once()
+        self.next_pod()
+        self.assertTrue(self.lab.ping(POD, cold=False))
 
     def test_without_an_unbind(self) -> None:
-        self.assert_reachable_at_once()
+        self.next_pod()
+        self.assertTrue(self.lab.ping(POD, cold=False))
 
     def test_the_kernel_alone_goes_on_with_the_old_one(self) -> None:
         # The control of the other two.
-        with mock.patch.object(netlink.Kernel, 'forget_neighbour'):
-            with self.assertRaises(AssertionError):
-                self.assert_reachable_at_once()
+        self.lab.add_pod('next', POD, mac=OTHER_MAC)
+        self.assertFalse(self.lab.ping(POD, cold=False))
+
+
+class TestReuseByARP(TestReuse):
+
+    STATIC = False
 
 
 class TestDevice(base.LabTestCase):
@@ -546,7 +571,7 @@ class TestLedgerAndLock(base.LabTestCase):
     def test_killed_after_any_step_of_bind(self) -> None:
         # A live pod's route without a record would never be taken back.
         for owner, name in ((base.manager.Ledger, 'put'),
-                            (netlink.Kernel, 'add_route')):
+                            (netlink.Kernel, 'change')):
             original = getattr(owner, name)
 
             def then_die(*args: object, original: Any = original) -> None:
@@ -565,21 +590,21 @@ class TestLedgerAndLock(base.LabTestCase):
 class TestStatus(base.LabTestCase):
 
     def test_without_break0(self) -> None:
-        status = self.manager().status()
+        status = self.status()
         self.assertIsNone(status.link)
         self.assertEqual((), status.addresses)
         self.assertTrue(status.in_sync)
 
     def test_in_sync_and_not(self) -> None:
         self.bind(POD, OTHER_POD)
-        self.assertTrue(self.manager().status().in_sync)
+        self.assertTrue(self.status().in_sync)
         self.lab.run('ip', 'route', 'del', POD)
         self.lab.run('ip', 'route', 'add', '100.75.30.73', 'dev', 'break0',
                      'proto', '176')
-        status = self.manager().status()
+        status = self.status()
         self.assertFalse(status.in_sync)
         self.assertEqual(
-            [(POD, OWNER, False), (OTHER_POD, OWNER, True),
-             ('100.75.30.73', None, True)],
-            [(str(each.address), each.owner, each.routed)
-             for each in status.addresses])
+            [(POD, OWNER, 'its route is missing'), (OTHER_POD, OWNER, None),
+             ('100.75.30.73', None, 'no pod claims it')],
+            [(str(each.address), each.entry and each.entry.owner,
+              each.problem) for each in status.addresses])

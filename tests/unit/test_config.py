@@ -43,7 +43,8 @@ class TestLoad(unittest.TestCase):
         self.assertEqual(
             config.Options(
                 enabled=True, device='break0', parent=None, addr=(), mac=None,
-                route_protocol=176, route_table=254, allowed_cidrs=(),
+                static_neighbours=True, host_addresses=(), route_protocol=176,
+                route_table=254, allowed_cidrs=(),
                 takeover=False, gc_grace=60, resync_interval=60, strict=False,
                 state_dir='/run/kuryr-break0', lock_timeout=10),
             load())
@@ -55,6 +56,8 @@ device = shim
 parent = eth0
 addr = 100.75.30.7, fd00::7/128
 mac = 02:AA:00:00:00:01
+static_neighbours = no
+host_addresses = 100.75.30.51
 route_protocol = 200
 route_table = 1000
 allowed_cidrs = 10.0.0.0/8,fd00::/64
@@ -70,7 +73,9 @@ lock_timeout = 5
                 enabled=False, device='shim', parent='eth0',
                 addr=(ipaddress.ip_address('100.75.30.7'),
                       ipaddress.ip_address('fd00::7')),
-                mac='02:aa:00:00:00:01', route_protocol=200, route_table=1000,
+                mac='02:aa:00:00:00:01', static_neighbours=False,
+                host_addresses=(ipaddress.ip_address('100.75.30.51'),),
+                route_protocol=200, route_table=1000,
                 allowed_cidrs=(ipaddress.ip_network('10.0.0.0/8'),
                                ipaddress.ip_network('fd00::/64')),
                 takeover=True, gc_grace=0, resync_interval=5, strict=True,

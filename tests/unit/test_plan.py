@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+from typing import Any
 import unittest
 
 from hypothesis import given
@@ -21,10 +22,16 @@ from hypothesis import strategies as st
 
 from kuryr_break0 import plan
 from kuryr_break0.plan import HostRoute
+from kuryr_break0.plan import Neighbour
+from kuryr_break0.plan import Wanted
 
 DEVICE = 7
 PROTOCOL = 176
 TABLE = 254
+MAC = 'fa:16:3e:00:00:01'
+OTHER_MAC = 'fa:16:3e:00:00:02'
+
+ADDRESS = ipaddress.ip_address('10.0.0.1')
 
 # Few values, so that routes meet.
 addresses = st.sampled_from(
@@ -38,31 +45,52 @@ routes = st.builds(
     st.booleans())
 
 
+neighbours = st.builds(
+    Neighbour, addresses, st.just(DEVICE), st.sampled_from([MAC, OTHER_MAC]),
+    st.sampled_from([None, PROTOCOL]))
+
+
 @st.composite
-def desired(draw: st.DrawFn) -> dict[plan.IPAddress, HostRoute]:
-    return {address: HostRoute(address, DEVICE, PROTOCOL, TABLE,
-                               draw(sources))
+def desired(draw: st.DrawFn) -> dict[plan.IPAddress, Wanted]:
+    return {address: Wanted(
+        HostRoute(address, DEVICE, PROTOCOL, TABLE, draw(sources)),
+        draw(st.sampled_from([None, Neighbour(address, DEVICE, MAC,
+                                              PROTOCOL)])))
             for address in draw(st.sets(addresses))}
 
 
+@dataclasses.dataclass
+class Held:
+    """What the kernel holds."""
+
+    routes: list[HostRoute]
+    neighbours: list[Neighbour] = dataclasses.field(default_factory=list)
+
+    def after(self, to_do: plan.Plan) -> Held:
+        """What it holds then: what is replaced is no more."""
+        routes = {(route.dst, route.table): route for route in self.routes}
+        for route in to_do.delete:
+            del routes[route.dst, route.table]
+        for route in to_do.replace:
+            routes[route.dst, route.table] = route
+        neighbours = {each.dst: each for each in self.neighbours}
+        for each in to_do.forget:
+            del neighbours[each.dst]
+        for each in to_do.learn:
+            neighbours[each.dst] = each
+        return Held(list(routes.values()), list(neighbours.values()))
+
+
 # A table has one route to an address, but for metrics.
-actual = st.lists(routes, unique_by=lambda route: (route.dst, route.table))
+actual = st.builds(
+    Held, st.lists(routes, unique_by=lambda route: (route.dst, route.table)),
+    st.lists(neighbours, unique_by=lambda each: each.dst))
 
 
-def applied(to_do: plan.Plan, before: list[HostRoute]) -> set[HostRoute]:
-    """What the kernel has after it: a replaced route is one no more."""
-    after = {(route.dst, route.table): route for route in before}
-    for route in to_do.delete:
-        del after[route.dst, route.table]
-    for route in to_do.replace:
-        after[route.dst, route.table] = route
-    return set(after.values())
-
-
-def compute(wanted: dict[plan.IPAddress, HostRoute],
-            before: list[HostRoute], **kwargs: bool) -> plan.Plan:
-    return plan.compute(wanted, before, device=DEVICE, protocol=PROTOCOL,
-                        **kwargs)
+def compute(wanted: dict[plan.IPAddress, Wanted], before: Held,
+            **kwargs: Any) -> plan.Plan:
+    return plan.compute(wanted, before.routes, before.neighbours,
+                        device=DEVICE, protocol=PROTOCOL, **kwargs)
 
 
 def is_foreign(route: HostRoute) -> bool:
@@ -73,62 +101,88 @@ class TestPlan(unittest.TestCase):
 
     @given(desired(), actual)
     def test_applied_gives_what_is_desired(
-            self, wanted: dict[plan.IPAddress, HostRoute],
-            before: list[HostRoute]) -> None:
-        after = applied(compute(wanted, before, takeover=True), before)
-        self.assertLessEqual(set(wanted.values()), after)
-        ours = {route for route in after
-                if route.oif == DEVICE and route.protocol == PROTOCOL}
-        self.assertEqual(set(wanted.values()), ours)
+            self, wanted: dict[plan.IPAddress, Wanted],
+            before: Held) -> None:
+        after = before.after(compute(wanted, before, takeover=True))
+        self.assertEqual(
+            {each.route for each in wanted.values()},
+            {route for route in after.routes
+             if route.oif == DEVICE and route.protocol == PROTOCOL})
+        self.assertEqual(
+            {each.neighbour for each in wanted.values()} - {None},
+            {each for each in after.neighbours
+             if each.protocol == PROTOCOL})
 
     @given(desired(), actual, st.booleans())
     def test_applied_there_is_no_more_to_do(
-            self, wanted: dict[plan.IPAddress, HostRoute],
-            before: list[HostRoute], takeover: bool) -> None:
-        after = applied(compute(wanted, before, takeover=takeover), before)
-        self.assertFalse(compute(wanted, list(after), takeover=takeover))
+            self, wanted: dict[plan.IPAddress, Wanted], before: Held,
+            takeover: bool) -> None:
+        after = before.after(compute(wanted, before, takeover=takeover))
+        self.assertFalse(compute(wanted, after, takeover=takeover))
 
     @given(desired(), actual)
     def test_foreign_routes_are_not_touched(
-            self, wanted: dict[plan.IPAddress, HostRoute],
-            before: list[HostRoute]) -> None:
-        after = applied(compute(wanted, before), before)
-        self.assertLessEqual(set(filter(is_foreign, before)), after)
+            self, wanted: dict[plan.IPAddress, Wanted],
+            before: Held) -> None:
+        after = before.after(compute(wanted, before))
+        self.assertLessEqual(set(filter(is_foreign, before.routes)),
+                             set(after.routes))
 
     @given(desired(), actual)
     def test_nothing_but_ours_is_deleted(
-            self, wanted: dict[plan.IPAddress, HostRoute],
-            before: list[HostRoute]) -> None:
-        for route in compute(wanted, before).delete:
+            self, wanted: dict[plan.IPAddress, Wanted],
+            before: Held) -> None:
+        to_do = compute(wanted, before)
+        for route in to_do.delete:
             self.assertEqual((DEVICE, PROTOCOL), (route.oif, route.protocol))
+        for each in to_do.forget:
+            self.assertEqual((DEVICE, PROTOCOL),
+                             (each.ifindex, each.protocol))
 
     @given(desired(), actual, st.randoms())
     def test_order_does_not_matter(
-            self, wanted: dict[plan.IPAddress, HostRoute],
-            before: list[HostRoute], random: object) -> None:
+            self, wanted: dict[plan.IPAddress, Wanted], before: Held,
+            random: Any) -> None:
         first = compute(wanted, before)
-        random.shuffle(before)  # type: ignore[attr-defined]
+        random.shuffle(before.routes)
+        random.shuffle(before.neighbours)
         self.assertEqual(first, compute(
             dict(reversed(list(wanted.items()))), before))
 
     def test_what_is_kept_is_not_deleted(self) -> None:
-        address = ipaddress.ip_address('10.0.0.1')
-        route = HostRoute(address, DEVICE, PROTOCOL, TABLE)
-        self.assertEqual((route,), compute({}, [route]).delete)
-        self.assertFalse(plan.compute({}, [route], device=DEVICE,
-                                      protocol=PROTOCOL, keep={address}))
+        held = Held([HostRoute(ADDRESS, DEVICE, PROTOCOL, TABLE)],
+                    [Neighbour(ADDRESS, DEVICE, MAC, PROTOCOL)])
+        self.assertEqual(plan.Plan(delete=tuple(held.routes),
+                                   forget=tuple(held.neighbours)),
+                         compute({}, held))
+        self.assertFalse(compute({}, held, keep={ADDRESS}))
 
     def test_each_difference_is_mended(self) -> None:
-        address = ipaddress.ip_address('10.0.0.1')
-        route = HostRoute(address, DEVICE, PROTOCOL, TABLE,
+        route = HostRoute(ADDRESS, DEVICE, PROTOCOL, TABLE,
                           ipaddress.ip_address('10.0.0.9'))
-        self.assertFalse(compute({address: route}, [route]))
+        wanted = {ADDRESS: Wanted(route)}
+        self.assertFalse(compute(wanted, Held([route])))
         for change in ({'oif': 3}, {'protocol': 3}, {'src': None},
                        {'direct': False}):
             with self.subTest(change=change):
                 other = dataclasses.replace(route, **change)
                 self.assertEqual(plan.Plan(replace=(route,)),
-                                 compute({address: route}, [other]))
+                                 compute(wanted, Held([other])))
         other = dataclasses.replace(route, table=100)
         self.assertEqual(plan.Plan(replace=(route,), delete=(other,)),
-                         compute({address: route}, [other]))
+                         compute(wanted, Held([other])))
+
+    def test_each_difference_of_a_neighbour_is_mended(self) -> None:
+        route = HostRoute(ADDRESS, DEVICE, PROTOCOL, TABLE)
+        neighbour = Neighbour(ADDRESS, DEVICE, MAC, PROTOCOL)
+        wanted = {ADDRESS: Wanted(route, neighbour)}
+        self.assertFalse(compute(wanted, Held([route], [neighbour])))
+        for held in ([], [dataclasses.replace(neighbour, mac=OTHER_MAC)],
+                     [dataclasses.replace(neighbour, protocol=None)]):
+            with self.subTest(held=held):
+                self.assertEqual(plan.Plan(learn=(neighbour,)),
+                                 compute(wanted, Held([route], held)))
+        # Where it is to be found by ARP, what is set for good is in the way.
+        self.assertEqual(
+            plan.Plan(forget=(neighbour,)),
+            compute({ADDRESS: Wanted(route)}, Held([route], [neighbour])))
