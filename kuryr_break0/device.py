@@ -25,12 +25,19 @@ from kuryr_break0 import netlink
 
 LOG = logging.getLogger(__name__)
 
-#: What keeps break0 from speaking to the LAN: answering the LAN's ARP
-#: requests for addresses of the node, link-local addresses with their
-#: duplicate detection and MLD, and router solicitations.
+#: What keeps break0 from speaking to the LAN, in this order: answering the
+#: LAN's ARP requests for addresses of the node; link-local addresses with
+#: their duplicate detection and MLD; router solicitations; and, on a node that
+#: forwards IPv6, reports of the routers' group. That is left by not being a
+#: router on break0; unlike version 2, MLD version 1 says nothing of a group
+#: that it has not reported (igmp6_leave_group). Packets are forwarded all the
+#: same, by conf/all/forwarding (ip6_forward). If that is switched on later,
+#: the group is not joined since break0 has no multicast (dev_forward_change).
 QUIET = {'ipv4/conf/%s/arp_filter': 1,
          'ipv6/conf/%s/addr_gen_mode': 1,  # IN6_ADDR_GEN_MODE_NONE
-         'ipv6/conf/%s/accept_ra': 0}
+         'ipv6/conf/%s/accept_ra': 0,
+         'ipv6/conf/%s/force_mld_version': 1,
+         'ipv6/conf/%s/forwarding': 0}
 
 
 def derived_mac(device: str, parent_mac: str) -> str:
@@ -117,10 +124,11 @@ def _tune(kernel: netlink.Kernel, options: config.Options,
         changes['mtu'] = parent.mtu
     if options.mac and link.mac != options.mac:
         changes['address'] = options.mac
-    if not link.up:
-        changes['state'] = 'up'
     if changes:
         kernel.change_link(link, **changes)
+    if link.multicast or not link.up:
+        kernel.raise_link(link)
+        changes['state'] = 'up'
     for address in options.addr:
         kernel.put_address(link, address)
     if changes:

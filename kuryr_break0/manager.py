@@ -491,16 +491,12 @@ class Break0Manager:
         for entry in live.values():
             if entry.netns is not None and entry.peer != peer:
                 outdated.setdefault(entry.owner, []).append(entry)
-        # Where one cannot be told, that is said once, not with each look.
-        before = self._ledger.recall('untold', math.inf) or []
         untold = [str(owner) for owner, entries in outdated.items()
-                  if not self._introduce(entries, peer,
-                                         quiet=str(owner) in before)]
-        if untold != before:
+                  if not self._introduce(entries, peer)]
+        if untold != (self._ledger.recall('untold', math.inf) or []):
             self._ledger.remember('untold', untold)
 
-    def _introduce(self, entries: list[Entry], peer: Peer, *,
-                   quiet: bool = False) -> bool:
+    def _introduce(self, entries: list[Entry], peer: Peer) -> bool:
         """Tell a pod how to reach its node, and note that it knows.
 
         Without, IPv4 works by ARP where the node is in the pod's subnet, so
@@ -519,10 +515,13 @@ class Break0Manager:
                 protocol=self._options.route_protocol)
             told: Optional[Peer] = peer
         except (exceptions.NetnsUnusable, exceptions.KernelRefused) as err:
-            LOG.log(logging.DEBUG if quiet else logging.WARNING,
-                    'The sandbox %s has not been told how to reach the node: '
-                    '%s', first.owner, err)
             told = None
+            # Said once, not with each look.
+            untold = self._ledger.recall('untold', math.inf) or []
+            if str(first.owner) not in untold:
+                self._ledger.remember('untold', [*untold, str(first.owner)])
+                LOG.warning('The sandbox %s has not been told how to reach '
+                            'the node: %s', first.owner, err)
         with contextlib.suppress(exceptions.Break0Error), self._locked():
             for entry in entries:
                 if (entry.peer != told

@@ -116,6 +116,7 @@ class Link:
     lower_elsewhere: bool
     mtu: int
     mac: str
+    multicast: bool
     up: bool
 
     @property
@@ -337,6 +338,12 @@ class Kernel:
         with _translated('set %s of %s' % (what, link.name)):
             self._ipr.link('set', index=link.index, **changes)
 
+    def raise_link(self, link: Link) -> None:
+        """Set an interface up, with multicast off."""
+        with _translated('set up the interface ' + link.name):
+            self._ipr.link('set', index=link.index, flags=ifinfmsg.IFF_UP,
+                           change=ifinfmsg.IFF_UP | ifinfmsg.IFF_MULTICAST)
+
     def delete_link(self, name: str) -> None:
         """Delete an interface; one that is not there is fine."""
         index = index_of(name)
@@ -552,11 +559,17 @@ def _ip(text: Optional[str]) -> Optional[IPAddress]:
     return ipaddress.ip_address(text) if text else None
 
 
-class _NeighbourMessage(ndmsg.ndmsg):  # type: ignore[misc]
-    """With the attribute that pyroute2 0.7 does not know (linux 5.0)."""
+class _NeighbourMessage(netlink.nlmsg):  # type: ignore[misc]
+    """pyroute2's, with the attribute that its 0.7 lacks (linux 5.0).
+
+    Not derived from that: what pyroute2 compiles of a class is inherited.
+    """
 
     __slots__ = ()
+    prefix = ndmsg.ndmsg.prefix
+    fields = ndmsg.ndmsg.fields
     nla_map = (*ndmsg.ndmsg.nla_map, ('NDA_PROTOCOL', 'uint8'))
+    cacheinfo = ndmsg.ndmsg.cacheinfo
 
 
 def _message(verb: Verb, what: Item) -> Any:
@@ -633,4 +646,5 @@ def _link(message: Any) -> Link:
         lower_elsewhere=message.get_attr('IFLA_LINK_NETNSID') is not None,
         mtu=message.get_attr('IFLA_MTU'),
         mac=message.get_attr('IFLA_ADDRESS') or '',
+        multicast=bool(message['flags'] & ifinfmsg.IFF_MULTICAST),
         up=bool(message['flags'] & ifinfmsg.IFF_UP))

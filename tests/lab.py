@@ -24,21 +24,34 @@ test, so that a fault of that cannot hide itself.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import ipaddress
 import json
 import os
+import socket
+import struct
 import subprocess
-from typing import Any, Optional
+import threading
+import time
+from typing import Any, Iterator, Optional, Sequence
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWNET = 0x40000000
+ETH_P_ALL = 3
+SOL_PACKET = 263
+PACKET_STATISTICS = 6
 MS_REC = 0x4000
 MS_PRIVATE = 1 << 18
 
 NODE = '100.75.30.51'
 LAN = '100.75.30.1'
 PREFIX = 24
+NODE6 = 'fd00:30::51'
+LAN6 = 'fd00:30::1'
+#: Another subnet on the same link, whose gateway is the LAN host.
+OTHER_LAN = '100.75.40.1'
+OTHER_LAN6 = 'fd00:40::1'
 PARENT = 'eth0'
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -49,6 +62,32 @@ def _call(name: str, *args: Any) -> None:
         error = ctypes.get_errno()
         raise OSError(error, '%s: %s. Run it under tests/in-lab.' %
                       (name, os.strerror(error)))
+
+
+class Frame:
+    """An Ethernet frame."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.dst, self.src = (data[start:start + 6].hex(':')
+                              for start in (0, 6))
+        self.answers: Optional[str] = None
+        self.asks: Optional[str] = None
+        kind, payload = data[12:14], data[14:]
+        if kind == b'\x08\x06':  # ARP
+            operation, = struct.unpack_from('!H', payload, 6)
+            if operation == 2:
+                self.answers = str(ipaddress.IPv4Address(payload[14:18]))
+            else:
+                self.asks = str(ipaddress.IPv4Address(payload[24:28]))
+        elif kind == b'\x86\xdd' and payload[6] == 58:  # ICMPv6
+            if payload[40] == 136:  # neighbour advertisement
+                self.answers = str(ipaddress.IPv6Address(payload[48:64]))
+            elif payload[40] == 135:  # neighbour solicitation
+                self.asks = str(ipaddress.IPv6Address(payload[48:64]))
+
+    def __repr__(self) -> str:
+        return self.data.hex(' ')
 
 
 class Lab:
@@ -82,25 +121,109 @@ class Lab:
         self.run('ip', 'address', 'add', '%s/%d' % (LAN, PREFIX),
                  'dev', 'nic', netns='lan')
 
+    def add_ipv6(self) -> None:
+        """Give the node and the LAN IPv6 addresses."""
+        for address, device, netns in ((NODE6, PARENT, None),
+                                       (LAN6, 'nic', 'lan')):
+            self.run('ip', 'address', 'add', address + '/64', 'dev', device,
+                     'nodad', netns=netns)
+        self.run('ip', 'route', 'add', 'default', 'via', LAN6)
+
+    def settle(self) -> None:
+        """Wait until the kernel has made sure of all IPv6 addresses."""
+        deadline = time.monotonic() + 10
+        while any(address.get('tentative')
+                  for netns in (None, *os.listdir('/run/netns'))
+                  for link in self.ip('address', 'show', netns=netns)
+                  for address in link['addr_info']):
+            assert time.monotonic() < deadline, 'still tentative'
+            time.sleep(0.1)
+
+    def add_other_subnet(self) -> None:
+        """Make the LAN host the gateway of another subnet on its link."""
+        for key in ('net.ipv4.ip_forward', 'net.ipv6.conf.all.forwarding'):
+            self.run('sysctl', '-w', key + '=1', netns='lan')
+        for address in (OTHER_LAN + '/24', OTHER_LAN6 + '/64'):
+            self.run('ip', 'address', 'add', address, 'dev', 'nic',
+                     *(('nodad',) if ':' in address else ()), netns='lan')
+
     def add_netns(self, name: str) -> str:
         """Add a namespace and return its path."""
         self.run('ip', 'netns', 'add', name)
         self.run('ip', 'link', 'set', 'lo', 'up', netns=name)
         return '/run/netns/' + name
 
-    def add_pod(self, name: str, address: str, *,
-                mac: Optional[str] = None) -> str:
+    def add_pod(self, name: str, *addresses: str,
+                mac: Optional[str] = None,
+                gateways: Sequence[str] = ()) -> str:
         """Add a namespace with a macvlan on the NIC, as Kuryr would."""
         path = self.add_netns(name)
         self.run('ip', 'link', 'add', PARENT, 'link', PARENT, 'netns', name,
                  *(('address', mac) if mac else ()),
                  'type', 'macvlan', 'mode', 'bridge')
-        interface = ipaddress.ip_interface(address)
-        if interface.network.num_addresses == 1:
-            address += '/%d' % PREFIX
-        self.run('ip', 'address', 'add', address, 'dev', PARENT, netns=name)
         self.run('ip', 'link', 'set', PARENT, 'up', netns=name)
+        for address in addresses:
+            interface = ipaddress.ip_interface(address)
+            if interface.network.num_addresses == 1:
+                address += '/%d' % (PREFIX if interface.version == 4 else 64)
+            self.run('ip', 'address', 'add', address, 'dev', PARENT,
+                     *(('nodad',) if interface.version == 6 else ()),
+                     netns=name)
+        for gateway in gateways:
+            self.run('ip', 'route', 'add', 'default', 'via', gateway,
+                     netns=name)
         return path
+
+    def socket(self, family: int, kind: int = socket.SOCK_STREAM,
+               netns: Optional[str] = None) -> socket.socket:
+        """A socket of the node or of another namespace."""
+        made = []
+
+        def make() -> None:
+            if netns:
+                with open('/run/netns/' + netns) as file:
+                    _call('setns', file.fileno(), CLONE_NEWNET)
+            made.append(socket.socket(family, kind))
+
+        # Only a thread of its own enters the namespace.
+        thread = threading.Thread(target=make)
+        thread.start()
+        thread.join()
+        made[0].settimeout(5)
+        return made[0]
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[list[Frame]]:
+        """All frames that a LAN host sees, when the block has ended.
+
+        By a packet socket: tcpdump does not run as root of a user namespace,
+        since it wants to be another user.
+        """
+        frames: list[Frame] = []
+        with self.socket(socket.AF_PACKET, socket.SOCK_RAW, 'lan') as wire:
+            wire.bind(('nic', ETH_P_ALL))
+            wire.settimeout(0.1)
+            ending = threading.Event()
+
+            def read() -> None:
+                while True:
+                    try:
+                        frames.append(Frame(wire.recv(2 ** 16)))
+                    except socket.timeout:
+                        if ending.is_set():
+                            return
+
+            reader = threading.Thread(target=read)
+            reader.start()
+            try:
+                yield frames
+            finally:
+                time.sleep(0.3)  # what is still under way
+                ending.set()
+                reader.join()
+            dropped = struct.unpack('II', wire.getsockopt(
+                SOL_PACKET, PACKET_STATISTICS, 8))[1]
+            assert not dropped, 'the capture has lost %d frames' % dropped
 
     def run(self, *command: str, netns: Optional[str] = None,
             check: bool = True) -> subprocess.CompletedProcess[str]:

@@ -12,10 +12,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
+import logging
 import os
 import signal
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Iterator, Optional, Sequence
 import unittest
 
 from oslo_config import cfg
@@ -83,14 +85,25 @@ class LabTestCase(unittest.TestCase):
 
     def bind(self, *texts: str, owner: Owner = OWNER,
              parent: str = lab.PARENT, netns: Optional[str] = None,
-             mac_of_pod: Optional[str] = None, **overrides: Any) -> None:
+             mac_of_pod: Optional[str] = None,
+             subnets: Sequence[str] = (), **overrides: Any) -> None:
         self.manager(**overrides).bind(
             owner, addresses(*(texts or (POD,))), parent=parent, netns=netns,
-            mac=mac_of_pod)
+            mac=mac_of_pod, subnets=[ipaddress.ip_network(subnet)
+                                     for subnet in subnets])
 
     def unbind(self, *texts: str, owner: Owner = OWNER,
                **overrides: Any) -> None:
         self.manager(**overrides).unbind(owner, addresses(*(texts or (POD,))))
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Nothing is logged that somebody should look at."""
+        with self.assertLogs('kuryr_break0', 'WARNING') as logs:
+            # Something must be, and assertNoLogs came with Python 3.10.
+            logging.getLogger('kuryr_break0').warning('a line')
+            yield
+        self.assertEqual(['WARNING:kuryr_break0:a line'], logs.output)
 
     def bound(self) -> set[str]:
         """The addresses that the ledger has."""

@@ -264,6 +264,8 @@ class TestReuse(base.LabTestCase):
         self.lab.add_pod('pod', POD, mac=MAC)
         self.bind_pod(MAC, OWNER)
         self.assertTrue(self.lab.ping(POD))
+        # At once; the namespace itself may take its time.
+        self.lab.run('ip', 'link', 'del', lab.PARENT, netns='pod')
         self.lab.run('ip', 'netns', 'del', 'pod')
 
     def next_pod(self) -> None:
