@@ -29,6 +29,7 @@ import dataclasses
 import enum
 import errno
 import ipaddress
+import logging
 import os
 import random
 import socket
@@ -40,6 +41,7 @@ import pyroute2
 from pyroute2.ipdb import exceptions as ipdb_exceptions
 from pyroute2 import netlink
 from pyroute2.netlink import exceptions as nl_exceptions
+from pyroute2.netlink.nfnetlink import nfctsocket
 from pyroute2.netlink import rtnl
 from pyroute2.netlink.rtnl import ifinfmsg
 from pyroute2.netlink.rtnl import ndmsg
@@ -249,6 +251,34 @@ def write_sysctl(path: str, value: int) -> None:
             'run it privileged.') from err
 
 
+def forget_connections(address: IPAddress) -> None:
+    """Delete what the node tracks of the connections of an address.
+
+    The kernel looks for them (since linux 6.8), once for each way in which
+    an address takes part: it began them, it was spoken to, it answers for
+    the address of a Service.
+
+    :raises KernelRefused: if it cannot, as an older one
+    """
+    if not read_sysctl('netfilter/nf_conntrack_count'):
+        return  # nothing is tracked
+    with _translated('forget the connections of %s' % address), \
+            pyroute2.NFCTSocket(nfgen_family=_family(address)) as tracker:
+        for which, end in (('ORIG', 'saddr'), ('ORIG', 'daddr'),
+                           ('REPLY', 'saddr')):
+            wanted = nfctsocket.NFCTAttrTuple(
+                family=_family(address), **{end: str(address)})
+            message = nfctsocket.nfct_msg()
+            message['attrs'] = [
+                ('CTA_TUPLE_' + which, {'attrs': wanted.attrs()}),
+                ('CTA_FILTER', {'attrs': [
+                    ('CTA_FILTER_%s_FLAGS' % which, wanted.flags)]})]
+            tracker.request(
+                message, nfctsocket.IPCTNL_MSG_CT_DELETE,
+                msg_flags=netlink.NLM_F_REQUEST | netlink.NLM_F_ACK,
+                terminate=nfctsocket.terminate_error_msg)
+
+
 @contextlib.contextmanager
 def entered(netns: str) -> Iterator[None]:
     """Be in another network namespace; this thread, within the block.
@@ -286,13 +316,25 @@ def create_macvlan(name: str, parent: Link, mac: str) -> None:
     :raises KernelRefused: if there is none in the end
     """
     def create() -> None:
-        with pyroute2.IPDB(plugins=('interfaces',),
-                           deprecation_warning=False) as ipdb:
+        with _unwarned(), pyroute2.IPDB(
+                plugins=('interfaces',), deprecation_warning=False) as ipdb:
             ipdb.create(ifname=name, kind='macvlan',
                         link=parent.lower_of_macvlans[0],
                         macvlan_mode='bridge', address=mac).commit()
 
     undisturbed('create the macvlan %s on %s' % (name, parent.name), create)
+
+
+@contextlib.contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without IPDB's line in the log that it is deprecated."""
+    log = logging.getLogger(pyroute2.IPDB.__module__)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 class Routes(NamedTuple):

@@ -292,6 +292,52 @@ class TestReuseByARP(TestReuse):
     STATIC = False
 
 
+class TestConnectionTracking(base.LabTestCase):
+    """Where the node tracks connections, as kube-proxy makes it do."""
+
+    RULES = """
+    table ip tracked {
+        chain output {
+            type nat hook output priority 0
+            ip daddr 10.96.0.1 dnat to %s
+        }
+    }""" % POD
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.bind(owner=OWNER)
+        self.bind(OTHER_POD, owner=OTHER_OWNER)
+        rules = os.path.join('/run', 'rules')
+        with open(rules, 'w') as file:
+            file.write(self.RULES)
+        self.lab.run('nft', '-f', rules)
+        self.lab.add_pod('pod', POD)
+        self.lab.add_pod('other', OTHER_POD)
+        for address in (POD, OTHER_POD, '10.96.0.1'):
+            self.assertTrue(self.lab.ping(address))
+        self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
+        self.assertEqual(3, self.tracked(POD))
+
+    def tracked(self, address: str) -> int:
+        """How many connections an address takes part in."""
+        with open('/proc/net/nf_conntrack') as file:
+            return sum(any(field.endswith('=' + address)
+                           for field in line.split()) for line in file)
+
+    def test_an_unbind_ends_them(self) -> None:
+        self.unbind()
+        self.assertEqual(0, self.tracked(POD))
+        self.assertEqual(1, self.tracked(OTHER_POD))
+
+    def test_another_owner_does_not_get_them(self) -> None:
+        self.bind(owner=OTHER_OWNER)
+        self.assertEqual(0, self.tracked(POD))
+
+    def test_the_same_owner_keeps_them(self) -> None:
+        self.bind(owner=OWNER)
+        self.assertEqual(3, self.tracked(POD))
+
+
 class TestDevice(base.LabTestCase):
 
     def assert_untouched(self, *raised: str) -> None:
