@@ -94,6 +94,11 @@ class Verb(enum.Enum):
 
 Change = tuple[Verb, Item]
 
+_ROUTE_ATTRIBUTES = frozenset((
+    'RTA_DST', 'RTA_OIF', 'RTA_TABLE', 'RTA_PREFSRC', 'RTA_GATEWAY',
+    'RTA_VIA', 'RTA_MULTIPATH'))
+_NEIGHBOUR_ATTRIBUTES = frozenset(('NDA_DST', 'NDA_LLADDR', 'NDA_PROTOCOL'))
+
 _FLAGS = {Verb.ADD: netlink.NLM_F_CREATE | netlink.NLM_F_EXCL,
           Verb.REPLACE: netlink.NLM_F_CREATE | netlink.NLM_F_REPLACE,
           Verb.DELETE: 0}
@@ -141,6 +146,9 @@ def _translated(action: str, advice: str = '') -> Iterator[None]:
         reason = os.strerror(err.code) if err.code > 0 else str(err)
         raise exceptions.KernelRefused(action, reason, err.code,
                                        advice) from err
+    except OSError as err:  # of the socket
+        raise exceptions.KernelRefused(action, err.strerror or str(err),
+                                       err.errno or 0, advice) from err
     except (ipdb_exceptions.CommitException,
             ipdb_exceptions.CreateException) as err:
         raise exceptions.KernelRefused(action, str(err), 0, advice) from err
@@ -356,6 +364,8 @@ class Kernel:
 
     def __init__(self) -> None:
         self._ipr = pyroute2.IPRoute()
+        #: Of the next message to send; pyroute2's own stay below.
+        self._number = 2 ** 24
 
     def __enter__(self) -> Kernel:
         return self
@@ -422,14 +432,33 @@ class Kernel:
         if not changes:
             return []
         messages = [_message(verb, what) for verb, what in changes]
+        # The kernel tells of each that it refuses, and that it has come to
+        # the last; to hear of the others would take as long as to ask.
+        messages[-1]['header']['flags'] |= netlink.NLM_F_ACK
         with _translated('change routes and neighbours'):
-            answers = self._ipr.nlm_request_batch(messages, noraise=True)
-            refused = {answer['header']['sequence_number']:
-                       answer['header']['error'] for answer in answers}
-        return [
-            self._refusal(change,
-                          refused.get(message['header']['sequence_number']))
-            for change, message in zip(changes, messages)]
+            refused = self._send(messages)
+        return [self._refusal(change, refused.get(number))
+                for number, change in enumerate(changes)]
+
+    def _send(self, messages: Sequence[Any]
+              ) -> dict[int, nl_exceptions.NetlinkError]:
+        """Send all at once; the errors, by the place of the message."""
+        first = self._number
+        self._number += len(messages)
+        data = bytearray()
+        for number, message in enumerate(messages, first):
+            message['header']['sequence_number'] = number
+            message.encode()
+            data += message.data
+        self._ipr.sendto(data, (0, 0))
+        refused = {}
+        place = -1
+        while place != len(messages) - 1:
+            for answer in self._ipr.marshal.parse(self._ipr.recv(2 ** 16)):
+                place = answer['header']['sequence_number'] - first
+                if place >= 0 and answer['header']['error']:
+                    refused[place] = answer['header']['error']
+        return refused
 
     @staticmethod
     def _refusal(change: Change, err: Optional[nl_exceptions.NetlinkError]
@@ -453,7 +482,7 @@ class Kernel:
         answer = self._lookup(address)
         if answer is None or answer['dst_len'] != address.max_prefixlen:
             return None
-        return _host_route(answer)
+        return _host_route(answer, _attributes(answer, _ROUTE_ATTRIBUTES))
 
     def _lookup(self, address: IPAddress) -> Optional[Any]:
         """The route that is used to an address; None if it has none."""
@@ -472,41 +501,49 @@ class Kernel:
 
     def routes(self) -> Routes:
         """Read all routes of the node, by a dump."""
-        found = undisturbed('list the routes', lambda: [
-            route for family in (socket.AF_INET, socket.AF_INET6)
-            for route in self._ipr.get_routes(family=family)])
-        next_hops = set()
-        for route in found:
-            for hop in (route, *(route.get_attr('RTA_MULTIPATH') or ())):
-                via = hop.get_attr('RTA_VIA')
-                gateway = hop.get_attr('RTA_GATEWAY') or via and via['addr']
-                if gateway:
-                    next_hops.add(ipaddress.ip_address(gateway))
-        return Routes(
-            tuple(_host_route(route) for route in found
-                  if route.get_attr('RTA_DST')
-                  and route['dst_len'] in (32, 128)
-                  and route['type'] != RTN_LOCAL
-                  and not route['flags'] & RTM_F_CLONED),
-            frozenset(next_hops))
+        host: list[HostRoute] = []
+        next_hops: set[IPAddress] = set()
+
+        def read() -> None:
+            host.clear()
+            for family in (socket.AF_INET, socket.AF_INET6):
+                for route in self._dump(rtnl.RTM_GETROUTE, rtmsg.rtmsg(),
+                                        family):
+                    attributes = _attributes(route, _ROUTE_ATTRIBUTES)
+                    next_hops.update(_gateways(attributes))
+                    if (route['dst_len'] in (32, 128)
+                            and route['type'] != RTN_LOCAL
+                            and not route['flags'] & RTM_F_CLONED):
+                        host.append(_host_route(route, attributes))
+
+        undisturbed('list the routes', read)
+        return Routes(tuple(host), frozenset(next_hops))
 
     def neighbours(self, ifindex: int) -> list[Neighbour]:
         """List those that are set for good on an interface, by a dump."""
-        def dump() -> list[Any]:
-            return list(self._ipr.nlm_request(
-                _neighbour_message(ifindex, attrs=[('NDA_IFINDEX', ifindex)]),
-                rtnl.RTM_GETNEIGH, netlink.NLM_F_REQUEST | netlink.NLM_F_DUMP))
+        def read() -> list[Neighbour]:
+            request = _NeighbourMessage()
+            request['attrs'] = [('NDA_IFINDEX', ifindex)]
+            return [
+                Neighbour(ipaddress.ip_address(attributes['NDA_DST']),
+                          ifindex, attributes.get('NDA_LLADDR', ''),
+                          attributes.get('NDA_PROTOCOL'))
+                for message in self._dump(rtnl.RTM_GETNEIGH, request)
+                if message['ifindex'] == ifindex
+                and message['state'] & ndmsg.NUD_PERMANENT
+                for attributes in (_attributes(message,
+                                               _NEIGHBOUR_ATTRIBUTES),)
+                if 'NDA_DST' in attributes]
 
         self._ipr.marshal.msg_map = {**self._ipr.marshal.msg_map,
                                      rtnl.RTM_NEWNEIGH: _NeighbourMessage}
-        return [
-            Neighbour(ipaddress.ip_address(message.get_attr('NDA_DST')),
-                      ifindex, message.get_attr('NDA_LLADDR') or '',
-                      message.get_attr('NDA_PROTOCOL'))
-            for message in undisturbed('list the neighbours', dump)
-            if message['ifindex'] == ifindex
-            and message['state'] & ndmsg.NUD_PERMANENT
-            and message.get_attr('NDA_DST')]
+        return undisturbed('list the neighbours', read)
+
+    def _dump(self, kind: int, request: Any,
+              family: int = socket.AF_UNSPEC) -> Iterator[Any]:
+        request['family'] = family
+        yield from self._ipr.nlm_request(
+            request, kind, netlink.NLM_F_REQUEST | netlink.NLM_F_DUMP)
 
     def addresses(self) -> list[tuple[int, IPAddress]]:
         """List the ifindexes and addresses of all interfaces, by a dump."""
@@ -522,9 +559,7 @@ class Kernel:
         """Whether an address would be reached without a gateway."""
         answer = self._lookup(address)
         return (answer is not None and answer['type'] == RTN_UNICAST
-                and not answer.get_attr('RTA_GATEWAY')
-                and not answer.get_attr('RTA_VIA')
-                and not answer.get_attr('RTA_MULTIPATH'))
+                and not _leads_on(_attributes(answer, _ROUTE_ATTRIBUTES)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -621,14 +656,16 @@ def _message(verb: Verb, what: Item) -> Any:
         message = rtmsg.rtmsg()
         message['family'] = _family(what.dst)
         message['dst_len'] = what.dst.max_prefixlen
-        message['table'] = min(what.table, RT_TABLE_COMPAT)
+        message['table'] = (what.table if what.table < 256
+                            else RT_TABLE_COMPAT)
         message['proto'] = what.protocol
         message['scope'] = (RT_SCOPE_NOWHERE if verb is Verb.DELETE
                             else RT_SCOPE_LINK)
         message['type'] = RTN_UNICAST
         message['attrs'] = [('RTA_DST', str(what.dst)),
-                            ('RTA_OIF', what.oif),
-                            ('RTA_TABLE', what.table)]
+                            ('RTA_OIF', what.oif)]
+        if what.table >= 256:
+            message['attrs'].append(('RTA_TABLE', what.table))
         if what.src is not None:
             message['attrs'].append(('RTA_PREFSRC', str(what.src)))
         kinds = rtnl.RTM_NEWROUTE, rtnl.RTM_DELROUTE
@@ -640,8 +677,7 @@ def _message(verb: Verb, what: Item) -> Any:
                                  ('NDA_PROTOCOL', what.protocol)]
         kinds = rtnl.RTM_NEWNEIGH, rtnl.RTM_DELNEIGH
     message['header']['type'] = kinds[verb is Verb.DELETE]
-    message['header']['flags'] = (netlink.NLM_F_REQUEST | netlink.NLM_F_ACK
-                                  | _FLAGS[verb])
+    message['header']['flags'] = netlink.NLM_F_REQUEST | _FLAGS[verb]
     return message
 
 
@@ -660,16 +696,35 @@ def _family(address: IPAddress) -> int:
     return socket.AF_INET if address.version == 4 else socket.AF_INET6
 
 
-def _host_route(message: Any) -> HostRoute:
-    dst = ipaddress.ip_address(message.get_attr('RTA_DST'))
+def _attributes(message: Any, wanted: frozenset[str]) -> dict[str, Any]:
+    """Some attributes; the others would be decoded for nothing."""
+    return {attribute[0]: attribute[1] for attribute in message['attrs']
+            if attribute[0] in wanted}
+
+
+def _leads_on(attributes: dict[str, Any]) -> bool:
+    """Whether a route has a gateway, or several ways."""
+    return not attributes.keys().isdisjoint(
+        ('RTA_GATEWAY', 'RTA_VIA', 'RTA_MULTIPATH'))
+
+
+def _gateways(attributes: dict[str, Any]) -> Iterator[IPAddress]:
+    hops = [_attributes(hop, _ROUTE_ATTRIBUTES)
+            for hop in attributes.get('RTA_MULTIPATH', ())]
+    for hop in (attributes, *hops):
+        if 'RTA_GATEWAY' in hop:
+            yield ipaddress.ip_address(hop['RTA_GATEWAY'])
+        if 'RTA_VIA' in hop:
+            yield ipaddress.ip_address(hop['RTA_VIA']['addr'])
+
+
+def _host_route(message: Any, attributes: dict[str, Any]) -> HostRoute:
+    dst = ipaddress.ip_address(attributes['RTA_DST'])
     return HostRoute(
-        dst, message.get_attr('RTA_OIF'), message['proto'],
-        message.get_attr('RTA_TABLE'),
-        _ip(message.get_attr('RTA_PREFSRC')),
+        dst, attributes.get('RTA_OIF'), message['proto'],
+        attributes['RTA_TABLE'], _ip(attributes.get('RTA_PREFSRC')),
         direct=(message['type'] == RTN_UNICAST
-                and not message.get_attr('RTA_GATEWAY')
-                and not message.get_attr('RTA_VIA')
-                and not message.get_attr('RTA_MULTIPATH')
+                and not _leads_on(attributes)
                 and (dst.version == 6
                      or message['scope'] == RT_SCOPE_LINK)))
 
