@@ -33,6 +33,7 @@ import logging
 import os
 import random
 import socket
+import struct
 import time
 from typing import Any, Callable, Iterator, NamedTuple, Optional
 from typing import Sequence, TypeVar
@@ -50,6 +51,7 @@ from pyroute2 import netns as pyroute2_netns
 
 from kuryr_break0.config import IPAddress
 from kuryr_break0 import exceptions
+from kuryr_break0 import messages
 from kuryr_break0.plan import HostRoute
 from kuryr_break0.plan import Item
 from kuryr_break0.plan import Neighbour
@@ -93,11 +95,6 @@ class Verb(enum.Enum):
 
 
 Change = tuple[Verb, Item]
-
-_ROUTE_ATTRIBUTES = frozenset((
-    'RTA_DST', 'RTA_OIF', 'RTA_TABLE', 'RTA_PREFSRC', 'RTA_GATEWAY',
-    'RTA_VIA', 'RTA_MULTIPATH'))
-_NEIGHBOUR_ATTRIBUTES = frozenset(('NDA_DST', 'NDA_LLADDR', 'NDA_PROTOCOL'))
 
 _FLAGS = {Verb.ADD: netlink.NLM_F_CREATE | netlink.NLM_F_EXCL,
           Verb.REPLACE: netlink.NLM_F_CREATE | netlink.NLM_F_REPLACE,
@@ -431,29 +428,29 @@ class Kernel:
         """
         if not changes:
             return []
-        messages = [_message(verb, what) for verb, what in changes]
+        requests = [_message(verb, what) for verb, what in changes]
         # The kernel tells of each that it refuses, and that it has come to
         # the last; to hear of the others would take as long as to ask.
-        messages[-1]['header']['flags'] |= netlink.NLM_F_ACK
+        requests[-1]['header']['flags'] |= netlink.NLM_F_ACK
         with _translated('change routes and neighbours'):
-            refused = self._send(messages)
+            refused = self._send(requests)
         return [self._refusal(change, refused.get(number))
                 for number, change in enumerate(changes)]
 
-    def _send(self, messages: Sequence[Any]
+    def _send(self, requests: Sequence[Any]
               ) -> dict[int, nl_exceptions.NetlinkError]:
-        """Send all at once; the errors, by the place of the message."""
+        """Send all at once; the errors, by the place of the request."""
         first = self._number
-        self._number += len(messages)
+        self._number += len(requests)
         data = bytearray()
-        for number, message in enumerate(messages, first):
-            message['header']['sequence_number'] = number
-            message.encode()
-            data += message.data
+        for number, request in enumerate(requests, first):
+            request['header']['sequence_number'] = number
+            request.encode()
+            data += request.data
         self._ipr.sendto(data, (0, 0))
         refused = {}
         place = -1
-        while place != len(messages) - 1:
+        while place != len(requests) - 1:
             for answer in self._ipr.marshal.parse(self._ipr.recv(2 ** 16)):
                 place = answer['header']['sequence_number'] - first
                 if place >= 0 and answer['header']['error']:
@@ -479,12 +476,12 @@ class Kernel:
 
         The one by which it would be reached, as the routing rules say.
         """
-        answer = self._lookup(address)
-        if answer is None or answer['dst_len'] != address.max_prefixlen:
+        route = self._lookup(address)
+        if route is None or route.dst_len != address.max_prefixlen:
             return None
-        return _host_route(answer, _attributes(answer, _ROUTE_ATTRIBUTES))
+        return _host_route(route)
 
-    def _lookup(self, address: IPAddress) -> Optional[Any]:
+    def _lookup(self, address: IPAddress) -> Optional[messages.Route]:
         """The route that is used to an address; None if it has none."""
         message = rtmsg.rtmsg()
         message['family'] = _family(address)
@@ -493,11 +490,11 @@ class Kernel:
         message['attrs'] = [('RTA_DST', str(address))]
         try:
             with _translated('look up the route to %s' % address):
-                answer, = self._ipr.nlm_request(message, rtnl.RTM_GETROUTE,
-                                                netlink.NLM_F_REQUEST)
+                route: messages.Route
+                route, = self._items(rtnl.RTM_GETROUTE, message)
         except exceptions.KernelRefused:
             return None  # unreachable, prohibited, a blackhole
-        return answer
+        return route
 
     def routes(self) -> Routes:
         """Read all routes of the node, by a dump."""
@@ -507,43 +504,45 @@ class Kernel:
         def read() -> None:
             host.clear()
             for family in (socket.AF_INET, socket.AF_INET6):
-                for route in self._dump(rtnl.RTM_GETROUTE, rtmsg.rtmsg(),
-                                        family):
-                    attributes = _attributes(route, _ROUTE_ATTRIBUTES)
-                    next_hops.update(_gateways(attributes))
-                    if (route['dst_len'] in (32, 128)
-                            and route['type'] != RTN_LOCAL
-                            and not route['flags'] & RTM_F_CLONED):
-                        host.append(_host_route(route, attributes))
+                message = rtmsg.rtmsg()
+                message['family'] = family
+                for route in self._items(rtnl.RTM_GETROUTE, message,
+                                         netlink.NLM_F_DUMP):
+                    next_hops.update(route.gateways)
+                    if (route.dst_len in (32, 128)
+                            and route.type != RTN_LOCAL
+                            and not route.flags & RTM_F_CLONED):
+                        host.append(_host_route(route))
 
         undisturbed('list the routes', read)
         return Routes(tuple(host), frozenset(next_hops))
 
     def neighbours(self, ifindex: int) -> list[Neighbour]:
         """List those that are set for good on an interface, by a dump."""
-        def read() -> list[Neighbour]:
-            request = _NeighbourMessage()
-            request['attrs'] = [('NDA_IFINDEX', ifindex)]
-            return [
-                Neighbour(ipaddress.ip_address(attributes['NDA_DST']),
-                          ifindex, attributes.get('NDA_LLADDR', ''),
-                          attributes.get('NDA_PROTOCOL'))
-                for message in self._dump(rtnl.RTM_GETNEIGH, request)
-                if message['ifindex'] == ifindex
-                and message['state'] & ndmsg.NUD_PERMANENT
-                for attributes in (_attributes(message,
-                                               _NEIGHBOUR_ATTRIBUTES),)
-                if 'NDA_DST' in attributes]
+        message = _NeighbourMessage()
+        message['attrs'] = [('NDA_IFINDEX', ifindex)]
+        return undisturbed('list the neighbours', lambda: [
+            Neighbour(each.dst, ifindex, each.mac, each.protocol)
+            for each in self._items(rtnl.RTM_GETNEIGH, message,
+                                    netlink.NLM_F_DUMP)
+            if each.ifindex == ifindex and each.dst is not None
+            and each.state & ndmsg.NUD_PERMANENT])
 
-        self._ipr.marshal.msg_map = {**self._ipr.marshal.msg_map,
-                                     rtnl.RTM_NEWNEIGH: _NeighbourMessage}
-        return undisturbed('list the neighbours', read)
+    def _items(self, kind: int, message: Any, flags: int = 0
+               ) -> Iterator[Any]:
+        """Ask for routes or neighbours, and read the answers."""
+        marshal = self._ipr.marshal
 
-    def _dump(self, kind: int, request: Any,
-              family: int = socket.AF_UNSPEC) -> Iterator[Any]:
-        request['family'] = family
-        yield from self._ipr.nlm_request(
-            request, kind, netlink.NLM_F_REQUEST | netlink.NLM_F_DUMP)
+        def parse(data: bytes, offset: int, length: int) -> Any:
+            # What is no item says that they end, or an error.
+            return messages.parse(data, offset) or marshal.parse_one_message(
+                *struct.unpack_from('=HHI', data, offset + 4), data, offset,
+                length)
+
+        for answer in self._ipr.nlm_request(
+                message, kind, netlink.NLM_F_REQUEST | flags, parser=parse):
+            if 'item' in answer:
+                yield answer['item']
 
     def addresses(self) -> list[tuple[int, IPAddress]]:
         """List the ifindexes and addresses of all interfaces, by a dump."""
@@ -557,9 +556,9 @@ class Kernel:
 
     def is_on_link(self, address: IPAddress) -> bool:
         """Whether an address would be reached without a gateway."""
-        answer = self._lookup(address)
-        return (answer is not None and answer['type'] == RTN_UNICAST
-                and not _leads_on(_attributes(answer, _ROUTE_ATTRIBUTES)))
+        route = self._lookup(address)
+        return (route is not None and route.type == RTN_UNICAST
+                and not route.gateways and not route.several)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -696,37 +695,14 @@ def _family(address: IPAddress) -> int:
     return socket.AF_INET if address.version == 4 else socket.AF_INET6
 
 
-def _attributes(message: Any, wanted: frozenset[str]) -> dict[str, Any]:
-    """Some attributes; the others would be decoded for nothing."""
-    return {attribute[0]: attribute[1] for attribute in message['attrs']
-            if attribute[0] in wanted}
-
-
-def _leads_on(attributes: dict[str, Any]) -> bool:
-    """Whether a route has a gateway, or several ways."""
-    return not attributes.keys().isdisjoint(
-        ('RTA_GATEWAY', 'RTA_VIA', 'RTA_MULTIPATH'))
-
-
-def _gateways(attributes: dict[str, Any]) -> Iterator[IPAddress]:
-    hops = [_attributes(hop, _ROUTE_ATTRIBUTES)
-            for hop in attributes.get('RTA_MULTIPATH', ())]
-    for hop in (attributes, *hops):
-        if 'RTA_GATEWAY' in hop:
-            yield ipaddress.ip_address(hop['RTA_GATEWAY'])
-        if 'RTA_VIA' in hop:
-            yield ipaddress.ip_address(hop['RTA_VIA']['addr'])
-
-
-def _host_route(message: Any, attributes: dict[str, Any]) -> HostRoute:
-    dst = ipaddress.ip_address(attributes['RTA_DST'])
+def _host_route(route: messages.Route) -> HostRoute:
+    assert route.dst is not None  # it is no default route
     return HostRoute(
-        dst, attributes.get('RTA_OIF'), message['proto'],
-        attributes['RTA_TABLE'], _ip(attributes.get('RTA_PREFSRC')),
-        direct=(message['type'] == RTN_UNICAST
-                and not _leads_on(attributes)
-                and (dst.version == 6
-                     or message['scope'] == RT_SCOPE_LINK)))
+        route.dst, route.oif, route.protocol, route.table, route.src,
+        direct=(route.type == RTN_UNICAST
+                and not route.gateways and not route.several
+                and (route.dst.version == 6
+                     or route.scope == RT_SCOPE_LINK)))
 
 
 def _link(message: Any) -> Link:
