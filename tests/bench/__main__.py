@@ -27,6 +27,7 @@ import prettytable
 from tests import bench
 from tests.bench import bulk
 from tests.bench import healing
+from tests.bench import ledgers
 from tests.bench import own
 from tests.bench import paths
 from tests.bench import pods
@@ -34,7 +35,8 @@ from tests import lab
 
 SECTIONS: dict[str, bench.Measure] = {
     'pods': pods.pairs, 'own': own.calls, 'lock': own.lock,
-    'bulk': bulk.syncs, 'healing': healing.repairs, 'paths': paths.paths}
+    'ledgers': ledgers.compare, 'bulk': bulk.syncs,
+    'healing': healing.repairs, 'paths': paths.paths}
 
 
 def _table(title: Optional[str], columns: list[str],
@@ -57,9 +59,10 @@ def _report(sections: dict[str, bench.Section],
         print(_table(section.title, section.columns, section.rows))
     targets = [target for section in sections.values()
                for target in section.targets]
-    print(_table(None, ['target', 'measured', 'result'], [
-        [name, measured, 'met' if met else 'MISSED']
-        for name, measured, met in targets]))
+    if targets:
+        print(_table(None, ['target', 'measured', 'result'], [
+            [name, measured, 'met' if met else 'MISSED']
+            for name, measured, met in targets]))
     return {'environment': environment, 'repeat': repeat,
             'sections': {name: {'title': section.title, **section.data}
                          for name, section in sections.items()},
