@@ -351,6 +351,15 @@ def load(conf: cfg.ConfigOpts) -> Options:
     return Options(**{opt.dest: _value(conf, opt) for opt in OPTS})
 
 
+def link_iface(conf: cfg.ConfigOpts) -> Optional[str]:
+    """Read the interface that Kuryr is told to put pods on, its own option.
+
+    :param conf: one that Kuryr has not registered its options with
+    """
+    conf.register_opt(cfg.StrOpt('link_iface'), group='binding')
+    return conf.binding.link_iface or None
+
+
 def device_name(conf: cfg.ConfigOpts) -> str:
     """Read the name of break0 alone, whatever is wrong with the options."""
     opt = next(opt for opt in OPTS if opt.dest == 'device')

@@ -306,6 +306,30 @@ class Ledger:
         return sorted(self._listed(self._entries),
                       key=lambda address: (address.version, int(address)))
 
+    def exists(self) -> bool:
+        """Whether there is a state directory."""
+        return os.path.isdir(self._path)
+
+    def clear(self) -> None:
+        """Remove the directory with all that this class puts there.
+
+        To be called under the lock, which is lost with it: who waits for it
+        at that moment has another one than who comes later.
+
+        :raises LedgerUnavailable: if something cannot be removed
+        """
+        try:
+            for directory in (self._entries, self._damaged, self._path):
+                with contextlib.suppress(FileNotFoundError):
+                    for name in os.listdir(directory):
+                        if (name.endswith(_SUFFIX) or name in (
+                                '.unfinished', 'attended', 'lock')):
+                            os.unlink(os.path.join(directory, name))
+                    os.rmdir(directory)
+        except OSError as err:
+            if err.errno != errno.ENOTEMPTY:  # others have put something
+                raise self._unavailable(err) from err
+
     def _listed(self, directory: str) -> list[IPAddress]:
         found = []
         try:

@@ -181,10 +181,11 @@ class Break0Manager:
         with netlink.Kernel() as kernel:
             if live and not dry_run:
                 with self._locked():
-                    link: Optional[netlink.Link] = device.ensure(
-                        kernel, self._options, parent_of(live.values()))[0]
-            else:
-                link = kernel.link(self._options.device)
+                    # None, if all of them have been unbound meanwhile.
+                    if any(map(self._ledger.get, live)):
+                        device.ensure(kernel, self._options,
+                                      parent_of(live.values()))
+            link = kernel.link(self._options.device)
             look = Look(kernel, link)
             desired, refused = self._policy.desired(look, live)
             for address, reason in refused.items():
