@@ -24,6 +24,7 @@ from oslo_log import log as logging
 import prettytable
 
 from kuryr_break0.agent import Agent
+from kuryr_break0 import by_hand
 from kuryr_break0 import cleanup
 from kuryr_break0 import command
 from kuryr_break0.command import DRIFT
@@ -41,6 +42,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     conf = cfg.ConfigOpts()
     logging.register_options(conf)
     conf.set_default('use_stderr', True)  # stdout is for what was asked
+    # pyroute2 warns of IPDB, which Kuryr is made with, each time.
+    logging.set_defaults(default_log_levels=[
+        *logging.get_default_log_levels(), 'pyroute2.ipdb=ERROR'])
     conf.register_cli_opt(cfg.SubCommandOpt(
         'command', title='commands', handler=_add_subcommands))
     try:
@@ -90,6 +94,7 @@ def _add_subcommands(subparsers: Any) -> None:
                     'resync_interval seconds. SIGHUP reads the configuration '
                     'again.')
     agent.set_defaults(func=_agent)
+    by_hand.add_parsers(subparsers)
     cleanup.add_parser(subparsers)
 
 

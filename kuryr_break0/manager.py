@@ -77,7 +77,8 @@ class Break0Manager:
     def bind(self, owner: Owner, addresses: Iterable[IPAddress], *,
              parent: str, mac: Optional[str] = None,
              subnets: Collection[IPNetwork] = (),
-             netns: Optional[str] = None, pod: Optional[str] = None) -> None:
+             netns: Optional[str] = None, pod: Optional[str] = None,
+             yielding: bool = False) -> None:
         """Make the addresses of a sandbox reachable through break0.
 
         Each belongs to this owner from now on, whose it was before. The
@@ -90,6 +91,8 @@ class Break0Manager:
         :param subnets: the networks that it is in on the link
         :param netns: path of the pod's namespace
         :param pod: its namespace and name in Kubernetes
+        :param yielding: refuse what another sandbox has that is not gone,
+            and a namespace that is
         :raises Break0Error: the first that hindered one of the addresses;
             the others are bound all the same
         """
@@ -101,6 +104,8 @@ class Break0Manager:
             for address in addresses:
                 with failure.noted():
                     self._require_usable(kernel, address)
+                    if yielding:
+                        self._require_free(address, owner, netns)
                     entries.append(Entry(
                         address, owner, parent, mac, tuple(subnets), netns,
                         _netns_id(netns), pod=pod))
@@ -307,6 +312,16 @@ class Break0Manager:
                 reason = 'a next hop of a route of the node'
         if reason is not None:
             raise self._policy.refused(address, reason)
+
+    def _require_free(self, address: IPAddress, owner: Owner,
+                      netns: Optional[str]) -> None:
+        if netns is not None and _netns_id(netns) is None:
+            raise exceptions.NetnsUnusable(netns=netns, reason='is gone')
+        entry = self._ledger.get(address)
+        if (entry is not None and entry.owner != owner
+                and not entry.sandbox_gone):
+            raise exceptions.AddressTaken(address=address, owner=entry.owner,
+                                          **vars(entry.owner))
 
     def _device(self, kernel: netlink.Kernel,
                 parent: str) -> tuple[int, str, bool]:

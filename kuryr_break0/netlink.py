@@ -277,6 +277,32 @@ def entered(netns: str) -> Iterator[None]:
         os.close(own)
 
 
+def macvlans_in(netns: str) -> list[Link]:
+    """List the macvlans of another namespace on interfaces of this one.
+
+    So their ``lower`` counts here.
+
+    :param netns: its path
+    :raises NetnsUnusable: if it cannot be entered
+    :raises KernelRefused: if its interfaces cannot be listed
+    """
+    action = 'list the interfaces of ' + netns
+    own = os.open('/proc/thread-self/ns/net', os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with entered(netns), pyroute2.IPRoute() as ipr:
+            found = undisturbed(action, lambda: list(ipr.get_links()))
+            # Whoever lists interfaces gives a number to each namespace that
+            # one of them is on; the number of one that none is on is -1.
+            with _translated(action):
+                here = ipr.get_netnsid(fd=own)['nsid']
+    finally:
+        os.close(own)
+    return [link for link, at in
+            ((_link(message), message.get_attr('IFLA_LINK_NETNSID'))
+             for message in found)
+            if link.kind == 'macvlan' and at == here]
+
+
 def create_macvlan(name: str, parent: Link, mac: str) -> None:
     """Create a macvlan in bridge mode, down, by IPDB.
 
