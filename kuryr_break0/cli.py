@@ -34,6 +34,7 @@ from kuryr_break0.command import USAGE
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0.manager import Break0Manager
+from kuryr_break0 import probe
 from kuryr_break0 import status as status_of
 
 
@@ -96,6 +97,7 @@ def _add_subcommands(subparsers: Any) -> None:
     agent.set_defaults(func=_agent)
     by_hand.add_parsers(subparsers)
     cleanup.add_parser(subparsers)
+    probe.add_parser(subparsers)
 
 
 def _agent(conf: cfg.ConfigOpts, options: config.Options) -> int:

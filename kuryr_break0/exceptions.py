@@ -122,3 +122,8 @@ class NotAMacvlan(Break0Error):
 class ParentUnknown(Break0Error):
     msg_fmt = ('Nothing says which interface the address is behind. Give '
                '--netns or --parent, or set [break0] parent.')
+
+
+class NotPermitted(Break0Error):
+    msg_fmt = ('This process may not %(action)s: it needs %(capability)s. '
+               'Run it as root, in a container with that capability.')
