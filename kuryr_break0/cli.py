@@ -23,6 +23,7 @@ from oslo_config import cfg
 from oslo_log import log as logging
 import prettytable
 
+from kuryr_break0 import adopt
 from kuryr_break0.agent import Agent
 from kuryr_break0 import by_hand
 from kuryr_break0 import cleanup
@@ -95,6 +96,7 @@ def _add_subcommands(subparsers: Any) -> None:
                     'resync_interval seconds. SIGHUP reads the configuration '
                     'again.')
     agent.set_defaults(func=_agent)
+    adopt.add_parser(subparsers)
     by_hand.add_parsers(subparsers)
     cleanup.add_parser(subparsers)
     probe.add_parser(subparsers)

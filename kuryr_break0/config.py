@@ -296,6 +296,14 @@ OPTS = [
              'to end with the boot, as pods do, so it belongs on a tmpfs. If '
              'it cannot be written, pods are still bound, with an error in '
              'the log.'),
+    cfg.ListOpt(
+        'netns_dirs',
+        item_type=AbsolutePath(),
+        default=['/run/netns', '/var/run/netns'],
+        help='Absolute paths of directories in which "kuryr-break0 adopt" '
+             'looks for the network namespaces of pods, with commas between. '
+             'Then it looks at those of all processes: in /proc, or in '
+             '[cni_daemon] netns_proc_dir with docker_mode.'),
     cfg.Opt(
         'lock_timeout',
         type=WholeNumber(min=1, max=170),
@@ -328,6 +336,7 @@ class Options:
     resync_interval: int
     strict: bool
     state_dir: str
+    netns_dirs: tuple[str, ...]
     lock_timeout: int
 
 

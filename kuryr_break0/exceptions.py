@@ -127,3 +127,9 @@ class ParentUnknown(Break0Error):
 class NotPermitted(Break0Error):
     msg_fmt = ('This process may not %(action)s: it needs %(capability)s. '
                'Run it as root, in a container with that capability.')
+
+
+class KubernetesUnavailable(Break0Error):
+    msg_fmt = ('The Kubernetes API at %(url)s cannot be used: %(reason)s. '
+               'It is what [kubernetes] api_root and the options beside it '
+               'say.')

@@ -57,6 +57,20 @@ class Owner:
     container_id: str
     ifname: str
 
+    @classmethod
+    def adopted(cls, netns: str, ifname: str) -> Optional[Owner]:
+        """Who stands for a sandbox whose container id is not known.
+
+        That is one that Kuryr bound before break0 was in use. It is told
+        from all others by its network namespace, which lives as long as it
+        does, and which its DEL names too.
+
+        :param netns: path of the namespace
+        :returns: None if there is none
+        """
+        found = netns_id(netns)
+        return cls('adopted-%d' % found[1], ifname) if found else None
+
     def __str__(self) -> str:
         return '%s/%s' % (self.container_id, self.ifname)
 
@@ -156,6 +170,17 @@ class Entry:
             return cls(**fields)
         except (AttributeError, KeyError, TypeError, RecursionError) as err:
             raise ValueError('it is not an entry (%r)' % err)
+
+
+def netns_id(path: Optional[str]) -> Optional[tuple[int, int]]:
+    """Device and inode of a network namespace; None if it is not there."""
+    if path is None:
+        return None
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 class NewerVersion(Exception):

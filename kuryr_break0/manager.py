@@ -19,7 +19,6 @@ import dataclasses
 import errno
 import ipaddress
 import math
-import os
 import time
 from typing import Any, Collection, Iterable, Iterator, Mapping, Optional
 
@@ -32,6 +31,7 @@ from kuryr_break0 import device
 from kuryr_break0 import exceptions
 from kuryr_break0.ledger import Entry
 from kuryr_break0.ledger import Ledger
+from kuryr_break0.ledger import netns_id
 from kuryr_break0.ledger import Owner
 from kuryr_break0.ledger import Peer
 from kuryr_break0 import netlink
@@ -108,7 +108,7 @@ class Break0Manager:
                         self._require_free(address, owner, netns)
                     entries.append(Entry(
                         address, owner, parent, mac, tuple(subnets), netns,
-                        _netns_id(netns), pod=pod))
+                        netns_id(netns), pod=pod))
             sources = {entry.address: self._policy.source(entry)
                        for entry in entries}
             with failure.noted():
@@ -135,24 +135,30 @@ class Break0Manager:
                 self.sync()
         failure.raise_first()
 
-    def unbind(self, owner: Owner, addresses: Iterable[IPAddress]) -> None:
+    def unbind(self, owner: Owner, addresses: Iterable[IPAddress],
+               netns: Optional[str] = None) -> None:
         """Take back what :meth:`bind` did for these addresses.
 
         Those that belong to another owner by now are left to it, since a
         DEL can come late. What is not there is fine. The ledger is written
         last.
 
+        :param netns: path of the sandbox's namespace, by which what was
+            adopted is known as its own; see :meth:`Owner.adopted`
         :raises Break0Error: the first that hindered one of the addresses;
             the others are unbound all the same
         """
         failure = _Failures()
         removed = []
+        owners = {owner}
+        if netns is not None:
+            owners.add(Owner.adopted(netns, owner.ifname) or owner)
         with self._locked(), netlink.Kernel() as kernel:
             index = netlink.index_of(self._options.device)
             for address in addresses:
                 with failure.noted():
                     entry = self._ledger.get(address)
-                    if entry is not None and entry.owner != owner:
+                    if entry is not None and entry.owner not in owners:
                         LOG.info('%s stays bound: it belongs to %s, not to '
                                  '%s any more', address, entry.owner, owner)
                         continue
@@ -315,7 +321,7 @@ class Break0Manager:
 
     def _require_free(self, address: IPAddress, owner: Owner,
                       netns: Optional[str]) -> None:
-        if netns is not None and _netns_id(netns) is None:
+        if netns is not None and netns_id(netns) is None:
             raise exceptions.NetnsUnusable(netns=netns, reason='is gone')
         entry = self._ledger.get(address)
         if (entry is not None and entry.owner != owner
@@ -636,13 +642,3 @@ class _Failures:
 def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
     for start in range(0, len(items), size):
         yield items[start:start + size]
-
-
-def _netns_id(netns: Optional[str]) -> Optional[tuple[int, int]]:
-    if netns is None:
-        return None
-    try:
-        stat = os.stat(netns)
-    except OSError:
-        return None
-    return stat.st_dev, stat.st_ino
