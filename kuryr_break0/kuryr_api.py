@@ -27,7 +27,6 @@ from kuryr_kubernetes.objects import vif as k_vif
 from kuryr_kubernetes import utils as k_utils
 import os_vif
 from os_vif.objects import base as osv_base
-import requests
 
 from kuryr_break0.config import IPAddress
 from kuryr_break0.config import IPNetwork
@@ -104,10 +103,10 @@ def _read() -> tuple[list[Any], list[Any]]:
                  k_const.KURYRPORT_LABEL),
                 (k_const.K8S_API_PODS, 'fieldSelector', 'spec.nodeName')))
         return kuryrports, pods
-    # A RuntimeError is of a file that is missing, a KeyError of the
-    # environment of a container.
-    except (requests.RequestException, k_exc.K8sClientException,
-            RuntimeError, OSError, KeyError, ValueError) as err:
+    # Those of requests are OSErrors; a RuntimeError is of a file that is
+    # missing, a KeyError of the environment of a container.
+    except (k_exc.K8sClientException, RuntimeError, OSError, KeyError,
+            ValueError) as err:
         raise exceptions.KubernetesUnavailable(
             url=k_config.CONF.kubernetes.api_root or 'its service address',
             reason=' '.join(str(err).split()) or repr(err)) from err
