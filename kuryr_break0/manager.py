@@ -515,6 +515,13 @@ class Break0Manager:
                 outdated.setdefault(entry.owner, []).append(entry)
         untold = [str(owner) for owner, entries in outdated.items()
                   if not self._introduce(entries, peer)]
+        if outdated:
+            with contextlib.suppress(exceptions.Break0Error), self._locked():
+                # Who has unbound one meanwhile has found nothing to forget.
+                self._leave([dataclasses.replace(entry, peer=peer)
+                             for entries in outdated.values()
+                             for entry in entries
+                             if self._ledger.get(entry.address) is None])
         if untold != (self._ledger.recall('untold', math.inf) or []):
             self._ledger.remember('untold', untold)
 

@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 from kuryr_break0 import ledger
+from kuryr_break0 import sandbox
 from tests.functional.base import OTHER_OWNER
 from tests.functional.base import OTHER_POD
 from tests.functional.base import POD
@@ -206,4 +207,24 @@ class TestOthersAtWork(CleanupTestCase):
 
         with mock.patch.object(ledger.Ledger, 'read', read_then_cleaned_up):
             self.manager().sync()
+        self.assertEqual(before, self.lab.state())
+
+    def test_a_sync_that_is_about_to_tell_a_pod(self) -> None:
+        before = self.lab.state()
+        self.bind(POD, POD6, netns=self.netns, mac_of_pod=self.mac_of('pod'))
+        # Another address of the node, which the pod is to be told of.
+        self.lab.run('ip', 'address', 'add', '100.75.50.1/32', 'dev',
+                     lab.PARENT)
+        introduce = sandbox.introduce
+        cleaned = []
+
+        def introduce_after_cleanup(*args: Any, **kwargs: Any) -> None:
+            cleaned.append(self.cleanup())
+            introduce(*args, **kwargs)
+
+        with mock.patch.object(sandbox, 'introduce', introduce_after_cleanup):
+            self.manager().sync()
+        self.assertEqual(1, len(cleaned))
+        self.lab.run('ip', 'address', 'del', '100.75.50.1/32', 'dev',
+                     lab.PARENT)
         self.assertEqual(before, self.lab.state())
