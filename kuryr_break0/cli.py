@@ -44,9 +44,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     conf = cfg.ConfigOpts()
     logging.register_options(conf)
     conf.set_default('use_stderr', True)  # stdout is for what was asked
-    # pyroute2 warns of IPDB, which Kuryr is made with, each time.
-    logging.set_defaults(default_log_levels=[
-        *logging.get_default_log_levels(), 'pyroute2.ipdb=ERROR'])
     conf.register_cli_opt(cfg.SubCommandOpt(
         'command', title='commands', handler=_add_subcommands))
     try:
