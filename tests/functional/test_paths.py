@@ -295,6 +295,17 @@ class TestSilence(DualStackTestCase):
         self.set_rp_filter(0)
         self.assertEqual({eth0, self.mac}, set(self.answers()[0]))
 
+    def test_by_arp_the_lan_learns_the_node_at_break0(self) -> None:
+        # Why static_neighbours is not for the sake of IPv6 alone: the node
+        # asks for its pod, to all, from its own address at break0's MAC.
+        self.add_pod(1, static_neighbours=False)
+        self.assertTrue(self.lab.ping(lab.NODE, 'lan'))
+        time.sleep(1.5)  # for a second the kernel keeps what it has learnt
+        self.lab.run('ip', 'neighbour', 'flush', 'dev', 'break0')
+        self.assertTrue(self.lab.ping(POD, cold=False))
+        learnt, = self.lab.ip('neighbour', 'show', lab.NODE, netns='lan')
+        self.assertEqual(self.mac, learnt['lladdr'])
+
 
 class TestConnections(DualStackTestCase):
 
