@@ -47,3 +47,13 @@ man_pages = [
     ('cli/kuryr-break0', 'kuryr-break0',
      'reach the macvlan pods of a node from that node', '', 8),
 ]
+
+
+def _link_pages(app, relative_path, parent_docname, source):
+    """Let what links a file of the repository link the page of it here."""
+    source[0] = source[0].replace('`HACKING.rst <HACKING.rst>`_',
+                                  ':doc:`hacking`')
+
+
+def setup(app):
+    app.connect('include-read', _link_pages)

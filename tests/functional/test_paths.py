@@ -411,6 +411,35 @@ class TestNeighbours(DualStackTestCase):
         self.manager().sync()
         self.assertEqual(before, self.neighbours('break0'))
 
+    def claim(self, liar: str) -> None:
+        """Say to the node that the address of pod-1 is another pod's."""
+        mac = self.lab.ip('link', 'show', 'eth0', netns=liar)[0]['address']
+        target, source = (bytes.fromhex(each.replace(':', ''))
+                          for each in (self.mac, mac))
+        with self.lab.socket(socket.AF_PACKET, socket.SOCK_RAW,
+                             liar) as wire:
+            wire.bind(('eth0', 0))
+            wire.send(target + source + b'\x08\x06'  # an ARP reply
+                      + b'\x00\x01\x08\x00\x06\x04\x00\x02'
+                      + source + socket.inet_aton(POD)
+                      + target + socket.inet_aton(lab.NODE))
+
+    def test_no_pod_can_claim_the_address_of_another(self) -> None:
+        self.add_pod(2)
+        self.claim('pod-2')
+        time.sleep(0.5)  # it must not have been
+        self.assertEqual(MAC % 1, self.neighbours('break0')[POD])
+        # By ARP it can.
+        self.manager(static_neighbours=False).sync()
+        self.assertTrue(self.lab.ping(POD))
+        time.sleep(1.5)  # for a second the kernel keeps what it has learnt
+        self.claim('pod-2')
+        deadline = time.monotonic() + 10
+        while self.lab.ip('neigh', 'show', POD, 'dev',
+                          'break0')[0]['lladdr'] != MAC % 2:
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.05)
+
     def test_those_of_others_stay(self) -> None:
         self.lab.run('ip', 'neigh', 'add', '100.75.30.99', 'dev', 'break0',
                      'lladdr', '02:00:00:00:00:09')
