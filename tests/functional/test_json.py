@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from typing import Any
 
 import jsonschema
@@ -64,6 +65,40 @@ class JSONTestCase(test_cli.CLITestCase):
         path = self.lab.add_pod('pod', POD, mac='fa:16:3e:00:00:01')
         self.bind(POD, 'fd00:30::71', netns=path,
                   mac_of_pod='fa:16:3e:00:00:01')
+
+
+class TestEach(JSONTestCase):
+    """Each subcommand that has --json."""
+
+    #: Arguments that one needs; None for one that needs Kuryr's API.
+    ARGUMENTS = {'probe': (POD, '--count', '1'), 'adopt': None}
+
+    def commands(self) -> list[str]:
+        listed = re.search(r'\{([\w,-]+)\}', self.call('--help').stdout)
+        assert listed is not None
+        return [command for command in listed[1].split(',')
+                if '--json' in self.call(command, '--help').stdout]
+
+    def test_in_sync_and_not(self) -> None:
+        self.add_pod()
+        for broken in (False, True):
+            if broken:
+                self.lab.run('ip', 'link', 'set', 'break0', 'down')
+            for command in self.commands():
+                arguments = self.ARGUMENTS.get(command, ())
+                if command == 'sync':
+                    arguments = ('--dry-run',)
+                if arguments is not None:
+                    with self.subTest(command=command, broken=broken):
+                        self.valid(command, *arguments)
+
+    def test_its_schema_is_documented(self) -> None:
+        commands = self.commands()
+        self.assertIn('status', commands)
+        with open(os.path.join(DOCUMENTED, 'json.rst')) as file:
+            page = file.read()
+        for command in commands:
+            self.assertIn('literalinclude:: %s.schema.json\n' % command, page)
 
 
 class TestStatus(JSONTestCase):
