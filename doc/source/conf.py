@@ -22,6 +22,7 @@ extensions = [
     'oslo_config.sphinxconfiggen',
     'oslo_config.sphinxext',
     'command_line',
+    'modules',
 ]
 
 project = 'kuryr-break0'
