@@ -28,7 +28,7 @@ bench: $(VENV)/installed
 docs: $(VENV)/installed
 	$(SPHINX) -d doc/build/doctrees -b html doc/source doc/build/html
 	$(SPHINX) -d doc/build/doctrees -b man doc/source doc/build/man
-	$(SPHINX) -b html releasenotes/source releasenotes/build/html
+	$(SPHINX) -a -E -b html releasenotes/source releasenotes/build/html
 
 genconfig: $(VENV)/installed
 	$(BIN)/oslo-config-generator \
