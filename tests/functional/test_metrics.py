@@ -16,6 +16,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -33,6 +34,7 @@ from tests.functional import base
 from tests.functional.base import OTHER_POD
 from tests.functional.base import POD
 from tests import lab
+from tests.unit import test_monitoring
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 CONF = '/run/kuryr.conf'
@@ -417,6 +419,38 @@ class TestServer(MetricsTestCase):
             return before == process.num_ctx_switches()
 
         self.wait_for(idle)
+
+
+class TestNames(MetricsTestCase):
+    """Rules, dashboard and manual speak of what the agent serves."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.bind(POD)
+        self.start()
+        answer = self.get()
+        assert answer is not None
+        self.text = answer.text
+
+    def test_the_manual_has_each_and_no_other(self) -> None:
+        served = re.findall(r'^# TYPE (\S+) (\S+)$', self.text, re.M)
+        manual = test_monitoring.read(test_monitoring.MONITORING)
+        self.assertEqual(
+            sorted(served), sorted(re.findall(
+                r'^   \* - ``(\w+)``\n     - (\w+)$', manual, re.M)))
+        reasons = re.findall(r'reason="(\w+)"', self.text)
+        self.assertEqual(
+            reasons, re.findall(r'^``(\w+)``\n    ', manual.split(
+                'Reasons of repairs:')[1], re.M))
+
+    def test_rules_and_dashboard_have_no_other(self) -> None:
+        served = set(re.findall(r'^(\w+)', self.text, re.M))
+        for path in (test_monitoring.RULES, test_monitoring.DASHBOARD,
+                     test_monitoring.RULE_TESTS):
+            used = set(re.findall(r'\b(?:kuryr_break0|process)_\w+',
+                                  test_monitoring.read(path)))
+            self.assertGreater(len(used), 5)
+            self.assertEqual(set(), used - served, path)
 
 
 class TestLog(MetricsTestCase):

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from typing import Any
 import unittest
 
@@ -111,3 +113,23 @@ class TestDashboard(PromtoolTestCase):
         for panel in panels():
             for each in (panel, *panel['targets']):
                 self.assertEqual('${datasource}', each['datasource']['uid'])
+
+
+class TestManual(PromtoolTestCase):
+
+    def test_what_prometheus_is_to_be_told(self) -> None:
+        blocks = re.findall(r'code-block:: yaml\n\n((?:   .*\n|\n)+)',
+                            read(MONITORING))
+        configurations = [block for block in map(textwrap.dedent, blocks)
+                          if block.startswith('scrape_configs:')]
+        self.assertEqual(2, len(configurations))
+        for configuration in map(yaml.safe_load, configurations):
+            for job in configuration['scrape_configs']:
+                # Debian's Prometheus is built without that.
+                job.pop('kubernetes_sd_configs', None)
+            with tempfile.NamedTemporaryFile('w', suffix='.yaml') as file:
+                yaml.safe_dump(configuration, file)
+                file.flush()
+                self.promtool('check', 'config', file.name)
+        for block in blocks:
+            self.assertTrue(yaml.safe_load(textwrap.dedent(block)))
