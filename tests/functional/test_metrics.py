@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
 import re
@@ -22,9 +21,8 @@ import socket
 import subprocess
 import sys
 import time
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, Optional
 
-from prometheus_client import parser
 import psutil
 
 from kuryr_break0 import exceptions
@@ -34,6 +32,7 @@ from tests.functional import base
 from tests.functional.base import OTHER_POD
 from tests.functional.base import POD
 from tests import lab
+from tests import metrics
 from tests.unit import test_monitoring
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
@@ -42,14 +41,9 @@ LOG = '/run/agent.log'
 MAC = '02:00:00:00:00:71'
 
 
-class Answer(NamedTuple):
-    status: int
-    text: str
-
-
 class MetricsTestCase(base.LabTestCase):
 
-    where = '127.0.0.1:9817'
+    where = metrics.DEFAULT
 
     def configure(self, *lines: str, default: str = '') -> None:
         with open(CONF, 'w') as file:
@@ -83,29 +77,11 @@ class MetricsTestCase(base.LabTestCase):
                 self.fail('it does not come\n' + self.log())
             time.sleep(0.05)
 
-    def get(self, path: str = '/metrics') -> Optional[Answer]:
-        """An answer of the agent; None if nobody listens."""
-        connection = http.client.HTTPConnection(self.where, timeout=20)
-        with contextlib.closing(connection):
-            try:
-                connection.request('GET', path)
-            except ConnectionError:
-                return None
-            answer = connection.getresponse()
-            return Answer(answer.status, answer.read().decode())
+    def get(self, path: str = '/metrics') -> Optional[metrics.Answer]:
+        return metrics.get(path, self.where)
 
     def value(self, name: str, **labels: str) -> Optional[float]:
-        """The value of a figure; None without one."""
-        answer = self.get()
-        if answer is None:
-            return None
-        self.assertEqual(200, answer.status)
-        for family in parser.text_string_to_metric_families(answer.text):
-            for sample in family.samples:
-                if (sample.name == 'kuryr_break0_' + name
-                        and sample.labels == labels):
-                    return sample.value
-        return None
+        return metrics.value(name, self.where, **labels)
 
     def wait_for_value(self, expected: float, name: str,
                        **labels: str) -> None:
@@ -299,7 +275,7 @@ class TestBinds(MetricsTestCase):
 
 class TestHealth(MetricsTestCase):
 
-    def health(self) -> Answer:
+    def health(self) -> metrics.Answer:
         answer = self.get('/healthz')
         assert answer is not None
         return answer
