@@ -134,8 +134,8 @@ def _tune(kernel: netlink.Kernel, options: config.Options,
           link: netlink.Link, parent: netlink.Link
           ) -> tuple[netlink.Link, list[str]]:
     """Correct what is not as it should be; names what that was."""
-    loud = _loud(link.name)
-    for path, value in loud.items():
+    sysctls = _loud(link.name)
+    for path, value in sysctls.items():
         netlink.write_sysctl(path, value)
     changes: dict[str, Optional[object]] = {}
     if link.mtu != parent.mtu:
@@ -151,4 +151,4 @@ def _tune(kernel: netlink.Kernel, options: config.Options,
         kernel.put_address(link, address)
     if changes:
         link = kernel.link(link.name) or link
-    return link, [*loud, *changes]
+    return link, [*sysctls, *changes]

@@ -543,10 +543,15 @@ class Break0Manager:
         for entry in live.values():
             if entry.netns is not None and entry.peer != peer:
                 outdated.setdefault(entry.owner, []).append(entry)
-        untold = [str(owner) for owner, entries in outdated.items()
-                  if not self._introduce(entries, peer)]
-        if len(outdated) > len(untold):
-            self._journal.add(Done.POD, times=len(outdated) - len(untold))
+        untold = []
+        for owner, entries in outdated.items():
+            if self._introduce(entries, peer):
+                self._journal.add(Done.POD)
+                LOG.info('Told %s on %s for %s how to reach the node',
+                         ', '.join(str(entry.address) for entry in entries),
+                         self._options.device, owner)
+            else:
+                untold.append(str(owner))
         if untold != (self._ledger.recall('untold', math.inf) or []):
             self._ledger.remember('untold', untold)
 

@@ -73,7 +73,7 @@ class TestMetrics(DaemonTestCase):
         for name in ('bind_failures_total', 'unbind_failures_total',
                      'sync_failures_total'):
             self.assert_value(0, name)
-        for reason in ('device', 'route', 'unclaimed', 'sandbox_gone'):
+        for reason in ('device', 'unclaimed', 'sandbox_gone'):
             self.assert_value(0, 'repairs_total', reason=reason)
 
     def test_binds_that_fail(self) -> None:

@@ -139,6 +139,18 @@ class TestAddresses(MetricsTestCase):
         self.assertEqual(1, self.value('ledger_entries'))
         self.assertEqual(1, self.value('ledger_unreadable_entries'))
 
+    def test_they_are_looked_at_once_after_a_sync(self) -> None:
+        self.bind(POD)
+        self.start()
+        self.assert_addresses(out_of_sync=0)
+        # Of one of our own the agent thinks that a bind has set it.
+        self.lab.run('ip', 'route', 'add', OTHER_POD, 'dev', 'break0',
+                     'proto', '176')
+        self.wait_for(lambda: (self.value('events_received_total') or 0) > 0)
+        self.assert_addresses(out_of_sync=0)
+        self.agent.send_signal(signal.SIGHUP)
+        self.assert_addresses(out_of_sync=1)
+
     def test_no_figures_where_nothing_can_be_read(self) -> None:
         os.makedirs('/run/state')
         with open('/run/state/addresses', 'w'):
@@ -244,7 +256,6 @@ class TestBinds(MetricsTestCase):
         self.assertEqual(80, self.value('bind_seconds_bucket', le='+Inf'))
         self.assertGreater(self.value('bind_seconds_sum') or 0, 80 * 1e-4)
         self.assertEqual(0, self.value('bind_failures_total'))
-        self.assertEqual(0, self.repairs('route'))
         self.assertEqual(0, self.repairs('device'))
 
     def test_failures(self) -> None:
@@ -435,7 +446,10 @@ class TestLog(MetricsTestCase):
         return [json.loads(line) for line in self.log().splitlines()]
 
     def change(self) -> None:
-        """A repair, and a pod whose sandbox ends."""
+        """Repairs, and a pod whose sandbox ends."""
+        self.lab.run('ip', 'address', 'add', '100.75.30.52/32', 'dev',
+                     lab.PARENT)
+        self.wait_for(lambda: 'Told' in self.log())
         self.lab.run('ip', 'route', 'del', POD)
         self.wait_for(lambda: POD in self.lab.routes())
         self.lab.run('ip', 'netns', 'del', 'pod')
@@ -452,6 +466,8 @@ class TestLog(MetricsTestCase):
                  for line in self.lines()]
         for text in (
                 'Set the route of %s on break0 for sandbox-1/eth0' % POD,
+                'Told %s on break0 for sandbox-2/eth0 how to reach the node'
+                % OTHER_POD,
                 'Deleted the route of %s on break0 for sandbox-2/eth0'
                 % OTHER_POD,
                 'Unbound %s from break0: its sandbox sandbox-2/eth0 is gone'
