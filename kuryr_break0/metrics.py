@@ -57,7 +57,7 @@ class Metrics(prometheus_registry.Collector):
     """
 
     def __init__(self) -> None:
-        # They say when the agent started, once more for each figure.
+        # Those would repeat for each figure when the agent started.
         prometheus_client.disable_created_metrics()
         self.registry = prometheus_client.CollectorRegistry()
         prometheus_client.ProcessCollector(registry=self.registry)
