@@ -348,7 +348,7 @@ class Ledger:
                 with contextlib.suppress(FileNotFoundError):
                     for name in os.listdir(directory):
                         if (name.endswith(_SUFFIX) or name in (
-                                '.unfinished', 'attended', 'lock')):
+                                '.unfinished', 'attended', 'journal', 'lock')):
                             os.unlink(os.path.join(directory, name))
                     os.rmdir(directory)
         except OSError as err:
