@@ -297,6 +297,14 @@ OPTS = [
              'it cannot be written, pods are still bound, with an error in '
              'the log.'),
     cfg.Opt(
+        'sysctl_dir',
+        type=AbsolutePath(),
+        default='/proc/sys',
+        help='Absolute path of the directory through which sysctls of break0 '
+             'are set. In a container that is not privileged, /proc/sys is '
+             'read-only: mount the /proc/sys/net of the node below another '
+             'directory, as net, and name that here.'),
+    cfg.Opt(
         'lock_timeout',
         type=WholeNumber(min=1, max=170),
         default=10,
@@ -328,6 +336,7 @@ class Options:
     resync_interval: int
     strict: bool
     state_dir: str
+    sysctl_dir: str
     lock_timeout: int
 
 

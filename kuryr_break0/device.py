@@ -118,7 +118,7 @@ def _require_ours(link: netlink.Link, parent: netlink.Link) -> None:
 def _tune(kernel: netlink.Kernel, options: config.Options,
           link: netlink.Link, parent: netlink.Link) -> netlink.Link:
     for path, value in _loud(link.name).items():
-        netlink.write_sysctl(path, value)
+        netlink.write_sysctl(path, value, options.sysctl_dir)
     changes: dict[str, Optional[object]] = {}
     if link.mtu != parent.mtu:
         changes['mtu'] = parent.mtu

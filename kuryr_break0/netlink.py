@@ -232,13 +232,15 @@ def read_sysctl(path: str) -> Optional[int]:
         return None
 
 
-def write_sysctl(path: str, value: int) -> None:
+def write_sysctl(path: str, value: int,
+                 directory: str = '/proc/sys') -> None:
     """Set a sysctl of the network namespace that this thread is in.
 
     :param path: below /proc/sys/net, with slashes
+    :param directory: where /proc/sys is writable
     :raises KernelRefused: for one that can't be written
     """
-    full = '/proc/sys/net/' + path
+    full = '%s/net/%s' % (directory, path)
     try:
         with open(full, 'w') as sysctl:
             sysctl.write(str(value))
@@ -246,7 +248,7 @@ def write_sysctl(path: str, value: int) -> None:
         raise exceptions.KernelRefused(
             'set %s to %d' % (full, value), err.strerror or str(err),
             err.errno or 0, 'In a container, /proc/sys must be writable: '
-            'run it privileged.') from err
+            'run it privileged, or see [break0] sysctl_dir.') from err
 
 
 @contextlib.contextmanager

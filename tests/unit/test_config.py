@@ -46,7 +46,8 @@ class TestLoad(unittest.TestCase):
                 static_neighbours=True, host_addresses=(), route_protocol=176,
                 route_table=254, allowed_cidrs=(),
                 takeover=False, gc_grace=60, resync_interval=60, strict=False,
-                state_dir='/run/kuryr-break0', lock_timeout=10),
+                state_dir='/run/kuryr-break0', sysctl_dir='/proc/sys',
+                lock_timeout=10),
             load())
 
     def test_all_set(self) -> None:
@@ -66,6 +67,7 @@ gc_grace = 0
 resync_interval = 5
 strict = true
 state_dir = /run/other
+sysctl_dir = /host/proc/sys
 lock_timeout = 5
 ''')
         self.assertEqual(
@@ -79,7 +81,8 @@ lock_timeout = 5
                 allowed_cidrs=(ipaddress.ip_network('10.0.0.0/8'),
                                ipaddress.ip_network('fd00::/64')),
                 takeover=True, gc_grace=0, resync_interval=5, strict=True,
-                state_dir='/run/other', lock_timeout=5),
+                state_dir='/run/other', sysctl_dir='/host/proc/sys',
+                lock_timeout=5),
             options)
 
     def test_the_environment_wins(self) -> None:
@@ -109,6 +112,7 @@ lock_timeout = 5
                 ('allowed_cidrs = ten', "'ten'", '10.0.0.0/16'),
                 ('strict = 2', "'2'", 'true nor false'),
                 ('state_dir = run', "'run'", 'absolute path'),
+                ('sysctl_dir = proc/sys', "'proc/sys'", 'absolute path'),
                 ('lock_timeout = 0', "'0'", 'from 1 to 170')):
             with self.subTest(line=line):
                 with self.assertRaises(exceptions.InvalidOption) as caught:
