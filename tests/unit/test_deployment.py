@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import configparser
 import copy
 import os
 from typing import Any
@@ -142,6 +143,12 @@ class TestConfiguration(OverlayTestCase):
         self.assertNotEqual(self.built['ConfigMap']['metadata']['name'],
                             built['ConfigMap']['metadata']['name'])
 
+    def test_switched_off(self) -> None:
+        built = overlay.build(uncommented='- OS_BREAK0__ENABLED=')
+        for name in ('kuryr-cni', overlay.AGENT):
+            container = overlay.container(built['DaemonSet'], name)
+            self.assertFalse(self.options(container, built).enabled)
+
     def test_probes(self) -> None:
         bound = self.built['ConfigMap']['data']['OS_BREAK0__METRICS_BIND']
         for probe in ('readinessProbe', 'livenessProbe'):
@@ -202,3 +209,48 @@ class TestAgent(OverlayTestCase):
                          agent['securityContext']['capabilities']['add'])
         for mount in self.agent['volumeMounts']:
             self.assertIn(mount, agent['volumeMounts'])
+
+
+class TestDockerfile(unittest.TestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        with open(os.path.join(overlay.OVERLAY, 'Dockerfile')) as file:
+            lines = file.read().replace('\\\n', ' ').splitlines()
+        self.stages: list[list[tuple[str, list[str]]]] = [[]]
+        for line in lines:
+            if line and not line.startswith('#'):
+                instruction, *words = line.split()
+                if instruction == 'FROM':
+                    self.stages.append([])
+                self.stages[-1].append((instruction, words))
+
+    def test_on_top_of_kuryrs_image(self) -> None:
+        before, _, last = self.stages
+        self.assertEqual([('ARG', ['BASE=kuryr/cni:latest'])], before)
+        self.assertEqual(('FROM', ['${BASE}']), last[0])
+        # Its entry point and command are kept, as the DaemonSet expects.
+        self.assertEqual({'FROM', 'COPY', 'RUN'},
+                         {instruction for instruction, _ in last})
+
+    def copied(self, stage: list[tuple[str, list[str]]]) -> set[str]:
+        """What a stage copies from the repository."""
+        return {source for instruction, words in stage
+                if instruction == 'COPY' and '--from=wheel' not in words
+                for source in words[:-1]}
+
+    def test_all_that_is_copied_exists(self) -> None:
+        for stage in self.stages:
+            for source in self.copied(stage):
+                self.assertTrue(
+                    os.path.exists(os.path.join(overlay.ROOT, source)),
+                    source)
+
+    def test_all_that_the_wheel_needs_is_copied(self) -> None:
+        setup = configparser.ConfigParser()
+        setup.read(os.path.join(overlay.ROOT, 'setup.cfg'))
+        needed = {'.git', 'pyproject.toml', 'requirements.txt', 'setup.cfg',
+                  'setup.py', setup['metadata']['long_description'].split()[1],
+                  *setup['metadata']['license_files'].split(),
+                  setup['options.packages.find']['include'].strip(' \n*')}
+        self.assertLessEqual(needed, self.copied(self.stages[1]))
