@@ -168,6 +168,7 @@ class TestAgentInItsContainer(base.LabTestCase):
 
     def test_state_is_the_nodes(self) -> None:
         self.start()
-        self.assertTrue(os.path.isdir('/run/kuryr-break0/addresses'))
+        self.wait_for(
+            lambda: os.path.isdir('/run/kuryr-break0/addresses'))
         self.assertEqual(
             0o700, os.stat('/run/kuryr-break0').st_mode & 0o777)
