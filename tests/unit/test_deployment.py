@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import configparser
 import copy
+import glob
 import os
 from typing import Any
 import unittest
@@ -254,3 +255,37 @@ class TestDockerfile(unittest.TestCase):
                   *setup['metadata']['license_files'].split(),
                   setup['options.packages.find']['include'].strip(' \n*')}
         self.assertLessEqual(needed, self.copied(self.stages[1]))
+
+
+class TestWheel(unittest.TestCase):
+
+    #: Of use in a clone of the repository only.
+    LEFT_OUT = {'etc/kuryr-break0-config-generator.conf'}
+
+    def test_holds_all_of_etc(self) -> None:
+        setup = configparser.ConfigParser()
+        setup.optionxform = str  # type: ignore[assignment,method-assign]
+        setup.read(os.path.join(overlay.ROOT, 'setup.cfg'))
+        held: dict[str, str] = {}
+        for target, patterns in setup['options.data_files'].items():
+            for pattern in patterns.split():
+                found = glob.glob(os.path.join(overlay.ROOT, pattern))
+                self.assertTrue(found, pattern)
+                for path in found:
+                    name = os.path.relpath(path, overlay.ROOT)
+                    self.assertNotIn(name, held)
+                    held[name] = target
+        there = {os.path.relpath(os.path.join(directory, name), overlay.ROOT)
+                 for directory, _, names
+                 in os.walk(os.path.join(overlay.ROOT, 'etc'))
+                 for name in names}
+        self.assertEqual(there - self.LEFT_OUT, set(held))
+        # Where bash looks for it, below /usr and /usr/local.
+        self.assertEqual('share/bash-completion/completions',
+                         held.pop('etc/bash-completion/kuryr-break0'))
+        # All else in its place below one directory.
+        for name, target in held.items():
+            self.assertEqual(
+                os.path.join('share/kuryr-break0',
+                             os.path.dirname(name)[len('etc/'):]).rstrip('/'),
+                target)
