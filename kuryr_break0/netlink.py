@@ -25,6 +25,7 @@ for a VLAN conflict, and answers any other with a page of HTML.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import enum
 import errno
@@ -75,6 +76,10 @@ _DUMP_TRIES = 20
 _DUMP_PAUSE = 0.05  # seconds, at most
 
 _T = TypeVar('_T')
+
+#: libc, as this process has it already. Left alone, pyroute2 looks for it by
+#: running ldconfig, or a compiler with files in /tmp.
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Verb(enum.Enum):
@@ -264,7 +269,7 @@ def entered(netns: str) -> Iterator[None]:
         try:
             other = os.open(netns, flags)
             try:
-                pyroute2_netns.setns(other)
+                pyroute2_netns.setns(other, libc=_LIBC)
             finally:
                 os.close(other)
         except OSError as err:
@@ -274,7 +279,7 @@ def entered(netns: str) -> Iterator[None]:
         try:
             yield
         finally:
-            pyroute2_netns.setns(own)
+            pyroute2_netns.setns(own, libc=_LIBC)
     finally:
         os.close(own)
 

@@ -59,7 +59,6 @@ def script(daemon_set: dict[str, Any], name: str) -> str:
     # it is not privileged. /var/run is a link, as in Kuryr's image.
     lines += ['cd %s' % ROOT,
               'mkdir -p etc proc run sys var', 'ln -s ../run var/run',
-              'cp /etc/ld.so.cache etc/',
               'mount -t proc proc proc']
     if not rights.get('privileged'):
         lines += ['mount --bind proc/sys proc/sys',
