@@ -341,6 +341,14 @@ OPTS = [
              'Then it looks at those of all processes: in /proc, or in '
              '[cni_daemon] netns_proc_dir with docker_mode.'),
     cfg.Opt(
+        'sysctl_dir',
+        type=AbsolutePath(),
+        default='/proc/sys',
+        help='Absolute path of the directory through which sysctls of break0 '
+             'are set. In a container that is not privileged, /proc/sys is '
+             'read-only: mount the /proc/sys/net of the node below another '
+             'directory, as net, and name that here.'),
+    cfg.Opt(
         'lock_timeout',
         type=WholeNumber(min=1, max=170),
         default=10,
@@ -383,6 +391,7 @@ class Options:
     strict: bool
     state_dir: str
     netns_dirs: tuple[str, ...]
+    sysctl_dir: str
     lock_timeout: int
     metrics_bind: Optional[Endpoint]
 

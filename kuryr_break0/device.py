@@ -141,7 +141,7 @@ def _tune(kernel: netlink.Kernel, options: config.Options,
     """Correct what is not as it should be; names what that was."""
     sysctls = _loud(link.name)
     for path, value in sysctls.items():
-        netlink.write_sysctl(path, value)
+        netlink.write_sysctl(path, value, options.sysctl_dir)
     changes: dict[str, Optional[object]] = {}
     if link.mtu != parent.mtu:
         changes['mtu'] = parent.mtu

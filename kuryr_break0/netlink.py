@@ -25,6 +25,7 @@ for a VLAN conflict, and answers any other with a page of HTML.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import enum
 import errno
@@ -79,6 +80,10 @@ _DUMP_TRIES = 20
 _DUMP_PAUSE = 0.05  # seconds, at most
 
 _T = TypeVar('_T')
+
+#: libc, as this process has it already. Left alone, pyroute2 looks for it by
+#: running ldconfig, or a compiler with files in /tmp.
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Verb(enum.Enum):
@@ -239,13 +244,15 @@ def read_sysctl(path: str) -> Optional[int]:
         return None
 
 
-def write_sysctl(path: str, value: int) -> None:
+def write_sysctl(path: str, value: int,
+                 directory: str = '/proc/sys') -> None:
     """Set a sysctl of the network namespace that this thread is in.
 
     :param path: below /proc/sys/net, with slashes
+    :param directory: where /proc/sys is writable
     :raises KernelRefused: for one that can't be written
     """
-    full = '/proc/sys/net/' + path
+    full = '%s/net/%s' % (directory, path)
     try:
         with open(full, 'w') as sysctl:
             sysctl.write(str(value))
@@ -253,7 +260,7 @@ def write_sysctl(path: str, value: int) -> None:
         raise exceptions.KernelRefused(
             'set %s to %d' % (full, value), err.strerror or str(err),
             err.errno or 0, 'In a container, /proc/sys must be writable: '
-            'run it privileged.') from err
+            'run it privileged, or see [break0] sysctl_dir.') from err
 
 
 def forget_connections(address: IPAddress) -> None:
@@ -297,7 +304,7 @@ def entered(netns: str) -> Iterator[None]:
         try:
             other = os.open(netns, flags)
             try:
-                pyroute2_netns.setns(other)
+                pyroute2_netns.setns(other, libc=_LIBC)
             finally:
                 os.close(other)
         except OSError as err:
@@ -307,7 +314,7 @@ def entered(netns: str) -> Iterator[None]:
         try:
             yield
         finally:
-            pyroute2_netns.setns(own)
+            pyroute2_netns.setns(own, libc=_LIBC)
     finally:
         os.close(own)
 

@@ -47,7 +47,8 @@ class TestLoad(unittest.TestCase):
                 route_table=254, allowed_cidrs=(),
                 takeover=False, gc_grace=60, resync_interval=60, strict=False,
                 state_dir='/run/kuryr-break0',
-                netns_dirs=('/run/netns', '/var/run/netns'), lock_timeout=10,
+                netns_dirs=('/run/netns', '/var/run/netns'),
+                sysctl_dir='/proc/sys', lock_timeout=10,
                 metrics_bind=config.Endpoint(
                     ipaddress.ip_address('127.0.0.1'), 9817)),
             load())
@@ -70,6 +71,7 @@ resync_interval = 5
 strict = true
 state_dir = /run/other
 netns_dirs = /run/docker/netns
+sysctl_dir = /host/proc/sys
 lock_timeout = 5
 metrics_bind = [::1]:80
 ''')
@@ -85,7 +87,8 @@ metrics_bind = [::1]:80
                                ipaddress.ip_network('fd00::/64')),
                 takeover=True, gc_grace=0, resync_interval=5, strict=True,
                 state_dir='/run/other', netns_dirs=('/run/docker/netns',),
-                lock_timeout=5, metrics_bind=config.Endpoint(
+                sysctl_dir='/host/proc/sys', lock_timeout=5,
+                metrics_bind=config.Endpoint(
                     ipaddress.ip_address('::1'), 80)),
             options)
 
@@ -125,6 +128,7 @@ metrics_bind = [::1]:80
                 ('allowed_cidrs = ten', "'ten'", '10.0.0.0/16'),
                 ('strict = 2', "'2'", 'true nor false'),
                 ('state_dir = run', "'run'", 'absolute path'),
+                ('sysctl_dir = proc/sys', "'proc/sys'", 'absolute path'),
                 ('lock_timeout = 0', "'0'", 'from 1 to 170'),
                 ('metrics_bind = 9817', "'9817'", '127.0.0.1:9817'),
                 ('metrics_bind = localhost:9817', 'localhost', 'IP address'),
