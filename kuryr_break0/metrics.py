@@ -103,6 +103,7 @@ class Metrics(prometheus_registry.Collector):
         self._status: Optional[status_of.Status] = None
         self._error: Optional[str] = None
         self._succeeded: Optional[float] = None
+        self._ended = time.monotonic()
 
     def configure(self, options: config.Options) -> None:
         """Go by these options from now on."""
@@ -114,6 +115,7 @@ class Metrics(prometheus_registry.Collector):
         :param error: what it failed by; None if it did not
         """
         self._sync_seconds.observe(seconds)
+        self._ended = time.monotonic()
         self._error = str(error) if error is not None else None
         if error is not None:
             self._sync_failures.inc()
@@ -130,19 +132,29 @@ class Metrics(prometheus_registry.Collector):
         self._losses.inc(lost)
 
     def unwell(self) -> Optional[str]:
-        """Why the agent is not well; None if it is."""
-        assert self._options is not None
-        limit = (_PATIENCE * self._options.resync_interval
-                 + self._options.lock_timeout)
+        """Why the agent does not do its work; None if it does."""
         if self._succeeded is None:
             since = 'yet'
         else:
             age = time.monotonic() - self._succeeded
-            if age <= limit:
+            if age <= self._limit:
                 return None
             since = 'for %d s' % age
         return 'No sync has succeeded %s: %s' % (
             since, self._error or 'none has ended')
+
+    def stuck(self) -> Optional[str]:
+        """Why it should be restarted; None while it tries."""
+        age = time.monotonic() - self._ended
+        if age <= self._limit:
+            return None
+        return 'No sync has ended for %d s' % age
+
+    @property
+    def _limit(self) -> float:
+        assert self._options is not None
+        return (_PATIENCE * self._options.resync_interval
+                + self._options.lock_timeout)
 
     def refresh(self) -> None:
         """Look at what :meth:`collect` is to tell."""
@@ -202,7 +214,7 @@ def _looked_at(status: status_of.Status) -> Iterator[tuple[str, str, int]]:
 
 
 class Server:
-    """Serves ``/metrics`` and ``/healthz``, in threads of its own.
+    """Serves ``/metrics``, ``/healthz``, ``/livez``, in its own threads.
 
     :param endpoint: where; None for nowhere
     """
@@ -245,11 +257,14 @@ class Server:
             answer: Iterable[bytes] = self._exposition(environ,
                                                        start_response)
             return answer
-        if environ['PATH_INFO'] == '/healthz':
-            reason = self._metrics.unwell()
+        judge = {'/healthz': self._metrics.unwell,
+                 '/livez': self._metrics.stuck}.get(environ['PATH_INFO'])
+        if judge is not None:
+            reason = judge()
             status = '503 Service Unavailable' if reason else '200 OK'
         else:
-            status, reason = '404 Not Found', 'See /metrics and /healthz'
+            status = '404 Not Found'
+            reason = 'See /metrics, /healthz and /livez'
         start_response(status, [('Content-Type', 'text/plain; charset=utf-8')])
         return [('%s\n' % (reason or 'ok')).encode()]
 

@@ -22,11 +22,14 @@ import subprocess
 import sys
 import time
 from typing import Any, Callable, Optional
+from unittest import mock
 
 import psutil
 
 from kuryr_break0 import exceptions
+from kuryr_break0 import ledger
 from kuryr_break0.ledger import Owner
+from kuryr_break0.metrics import Metrics
 from kuryr_break0 import netlink
 from tests.functional import base
 from tests.functional.base import OTHER_POD
@@ -286,8 +289,8 @@ class TestBinds(MetricsTestCase):
 
 class TestHealth(MetricsTestCase):
 
-    def health(self) -> metrics.Answer:
-        answer = self.get('/healthz')
+    def health(self, path: str = '/healthz') -> metrics.Answer:
+        answer = self.get(path)
         assert answer is not None
         return answer
 
@@ -310,7 +313,30 @@ class TestHealth(MetricsTestCase):
             self.health()[1],
             r'\ANo sync has succeeded for \d+ s: The parent interface %s '
             r'does not exist on this node.*\n\Z' % lab.PARENT)
+        # A restart would not bring it back.
+        self.assertEqual((200, 'ok\n'), self.health('/livez'))
         self.lab.add_nic()
+        self.wait_for(lambda: self.health() == (200, 'ok\n'))
+
+    def test_stuck(self) -> None:
+        own = Metrics()
+        own.configure(base.options(resync_interval=10, lock_timeout=1))
+        for error in (None, exceptions.ParentNotFound(parent='eth0')):
+            own.synced(0.1, error)
+            now = time.monotonic()
+            with mock.patch('time.monotonic', return_value=now + 31):
+                self.assertIsNone(own.stuck())
+            with mock.patch('time.monotonic', return_value=now + 32):
+                self.assertEqual('No sync has ended for 32 s', own.stuck())
+
+    def test_a_lock_that_is_not_free(self) -> None:
+        self.bind(POD)
+        self.start('resync_interval = 1', 'lock_timeout = 1')
+        own = base.options()
+        with ledger.Ledger(own.state_dir, own.lock_timeout).lock():
+            # Each try ends, if without success.
+            self.wait_for(lambda: self.health()[0] == 503)
+            self.assertEqual((200, 'ok\n'), self.health('/livez'))
         self.wait_for(lambda: self.health() == (200, 'ok\n'))
 
     def test_none_that_succeeded(self) -> None:
@@ -382,7 +408,7 @@ class TestServer(MetricsTestCase):
 
     def test_what_is_not_there(self) -> None:
         self.start()
-        self.assertEqual((404, 'See /metrics and /healthz\n'),
+        self.assertEqual((404, 'See /metrics, /healthz and /livez\n'),
                          self.get('/'))
         with socket.create_connection(('127.0.0.1', 9817)) as client:
             client.sendall(b'nonsense\r\n\r\n')

@@ -151,10 +151,11 @@ class TestConfiguration(OverlayTestCase):
 
     def test_probes(self) -> None:
         bound = self.built['ConfigMap']['data']['OS_BREAK0__METRICS_BIND']
-        for probe in ('readinessProbe', 'livenessProbe'):
+        for probe, path in (('readinessProbe', '/healthz'),
+                            ('livenessProbe', '/livez')):
             asked = self.agent[probe]['httpGet']
             self.assertEqual(bound, '%(host)s:%(port)d' % asked)
-            self.assertEqual('/healthz', asked['path'])
+            self.assertEqual(path, asked['path'])
         self.assertTrue(
             self.daemon_set['spec']['template']['spec']['hostNetwork'])
 
