@@ -362,9 +362,9 @@ OPTS = [
         help='IP address and TCP port that the agent serves /metrics, for '
              'Prometheus, /healthz and /livez on; an IPv6 address in '
              'brackets, as in [::1]:9817. By default only the node itself can '
-             'reach it. There is neither password nor TLS: what listens on other '
-             'addresses must be kept from strangers by a firewall. Empty '
-             'for none.'),
+             'reach it. There is neither password nor TLS: what listens on '
+             'other addresses must be kept from strangers by a firewall. '
+             'Empty for none.'),
 ]
 
 

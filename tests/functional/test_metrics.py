@@ -324,7 +324,7 @@ class TestHealth(MetricsTestCase):
         for error in (None, exceptions.ParentNotFound(parent='eth0')):
             own.synced(0.1, error)
             now = time.monotonic()
-            with mock.patch('time.monotonic', return_value=now + 31):
+            with mock.patch('time.monotonic', return_value=now + 30):
                 self.assertIsNone(own.stuck())
             with mock.patch('time.monotonic', return_value=now + 32):
                 self.assertEqual('No sync has ended for 32 s', own.stuck())
