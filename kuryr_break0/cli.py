@@ -55,7 +55,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if conf.command.func is not _agent and not conf.debug:
             logging.getLogger(None).logger.setLevel(logging.WARNING)
         options = config.load(conf)
-    except (cfg.Error, exceptions.InvalidOption) as err:
+    except (cfg.Error, exceptions.InvalidOption, OSError) as err:
+        # OSError is of a log file, or of oslo.config's --shell_completion,
+        # whose template its package lacks.
         return command.fail(USAGE, err)
     try:
         status: int = conf.command.func(conf, options)

@@ -336,7 +336,9 @@ class Ledger:
         return os.path.isdir(self._path)
 
     def clear(self) -> None:
-        """Remove the directory with all that this class puts there.
+        """Remove the directory with all that this package puts there.
+
+        It stays, empty, where it is a mount point, as in a container.
 
         To be called under the lock, which is lost with it: who waits for it
         at that moment has another one than who comes later.
@@ -352,7 +354,8 @@ class Ledger:
                             os.unlink(os.path.join(directory, name))
                     os.rmdir(directory)
         except OSError as err:
-            if err.errno != errno.ENOTEMPTY:  # others have put something
+            # Others have put something there, or mounted it.
+            if err.errno not in (errno.ENOTEMPTY, errno.EBUSY):
                 raise self._unavailable(err) from err
 
     def _listed(self, directory: str) -> list[IPAddress]:
@@ -398,7 +401,8 @@ class Ledger:
 
     def remember(self, name: str, facts: list[Any]) -> None:
         """Keep something to :meth:`recall`; failing is harmless."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, exceptions.LedgerUnavailable):
+            self._prepare()
             self._replace(os.path.join(self._path, name + _SUFFIX),
                           json.dumps(facts))
 
@@ -459,18 +463,21 @@ class Ledger:
     def _prepare(self) -> None:
         """Make sure of the directory, and that nobody else can write it."""
         try:
-            if not os.path.isdir(self._entries):
-                os.makedirs(self._path, mode=0o700, exist_ok=True)
-                os.makedirs(self._entries, mode=0o700, exist_ok=True)
+            os.makedirs(self._path, mode=0o700, exist_ok=True)
             found = os.stat(self._path)
             if found.st_uid != os.geteuid():
                 raise self._unavailable('it belongs to user %d, not to %d' %
                                         (found.st_uid, os.geteuid()))
+            used = os.path.isdir(self._entries)
             if stat.S_IMODE(found.st_mode) & 0o077:
-                LOG.warning('Others could use the state directory %s (mode '
-                            '%o); now they cannot', self._path,
-                            stat.S_IMODE(found.st_mode))
+                # An empty one may be of kubelet, for a volume.
+                LOG.log(logging.WARNING if used else logging.DEBUG,
+                        'Others could use the state directory %s (mode %o); '
+                        'now they cannot', self._path,
+                        stat.S_IMODE(found.st_mode))
                 os.chmod(self._path, 0o700)
+            if not used:
+                os.makedirs(self._entries, mode=0o700, exist_ok=True)
         except OSError as err:
             raise self._unavailable(err) from err
 

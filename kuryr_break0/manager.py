@@ -127,36 +127,39 @@ class Break0Manager:
         passed: list[IPAddress] = []
         peer = None
         bare = False
-        with self._locked(), netlink.Kernel() as kernel:
+        # What can be is done before others have to wait.
+        with netlink.Kernel() as kernel:
             for address in addresses:
                 with failure.noted():
                     self._require_usable(kernel, address)
-                    if yielding:
-                        self._require_free(address, owner, netns)
                     entries.append(Entry(
                         address, owner, parent, mac, tuple(subnets), netns,
                         netns_id(netns), pod=pod))
             sources = {entry.address: self._policy.source(entry)
                        for entry in entries}
-            with failure.noted():
-                self._require_parent(parent)
-                index, break0_mac, bare = self._device(kernel, parent)
-                peer = self._peer(kernel, parent, break0_mac, sources.values())
-            if netns is not None:
-                entries = [dataclasses.replace(entry, peer=peer)
-                           for entry in entries]
-            for entry in entries:
-                # An unwritable ledger must not cost the pod its route.
-                with failure.logged():
-                    earlier = self._ledger.get(entry.address)
-                    if earlier is not None and earlier.owner != owner:
-                        passed.append(entry.address)
-                    self._ledger.put(entry)
-            if peer is not None:
+            with self._locked():
+                if yielding:
+                    entries = list(self._free(entries, failure))
+                with failure.noted():
+                    self._require_parent(parent)
+                    index, break0_mac, bare = self._device(kernel, parent)
+                    peer = self._peer(kernel, parent, break0_mac,
+                                      sources.values())
+                if netns is not None:
+                    entries = [dataclasses.replace(entry, peer=peer)
+                               for entry in entries]
                 for entry in entries:
-                    with failure.noted():
-                        bare |= self._bind(kernel, entry, index,
-                                           sources[entry.address])
+                    # An unwritable ledger must not cost the pod its route.
+                    with failure.logged():
+                        earlier = self._ledger.get(entry.address)
+                        if earlier is not None and earlier.owner != owner:
+                            passed.append(entry.address)
+                        self._ledger.put(entry)
+                if peer is not None:
+                    for entry in entries:
+                        with failure.noted():
+                            bare |= self._bind(kernel, entry, index,
+                                               sources[entry.address])
         self._forget_connections(passed)
         if peer is not None:
             self._introduce(entries, peer)
@@ -185,7 +188,7 @@ class Break0Manager:
         owners = {owner}
         if netns is not None:
             owners.add(Owner.adopted(netns, owner.ifname) or owner)
-        with self._locked(), netlink.Kernel() as kernel:
+        with netlink.Kernel() as kernel, self._locked():
             index = netlink.index_of(self._options.device)
             for address in addresses:
                 with failure.noted():
@@ -352,15 +355,21 @@ class Break0Manager:
         if reason is not None:
             raise self._policy.refused(address, reason)
 
-    def _require_free(self, address: IPAddress, owner: Owner,
-                      netns: Optional[str]) -> None:
-        if netns is not None and netns_id(netns) is None:
-            raise exceptions.NetnsUnusable(netns=netns, reason='is gone')
-        entry = self._ledger.get(address)
-        if (entry is not None and entry.owner != owner
-                and not entry.sandbox_gone):
-            raise exceptions.AddressTaken(address=address, owner=entry.owner,
-                                          **vars(entry.owner))
+    def _free(self, entries: Iterable[Entry],
+              failure: _Failures) -> Iterator[Entry]:
+        """Those whose address no other living sandbox has."""
+        for entry in entries:
+            with failure.noted():
+                if entry.netns is not None and entry.netns_id is None:
+                    raise exceptions.NetnsUnusable(netns=entry.netns,
+                                                   reason='is gone')
+                other = self._ledger.get(entry.address)
+                if (other is not None and other.owner != entry.owner
+                        and not other.sandbox_gone):
+                    raise exceptions.AddressTaken(
+                        address=entry.address, owner=other.owner,
+                        **vars(other.owner))
+                yield entry
 
     def _device(self, kernel: netlink.Kernel,
                 parent: str) -> tuple[int, str, bool]:

@@ -79,6 +79,10 @@ RTM_F_FIB_MATCH = 0x2000
 _DUMP_TRIES = 20
 _DUMP_PAUSE = 0.05  # seconds, at most
 
+#: Changes in one request, which has to fit into the socket's buffer, as do
+#: the answers if all are refused.
+_CHANGED_AT_ONCE = 128
+
 _T = TypeVar('_T')
 
 #: libc, as this process has it already. Left alone, pyroute2 looks for it by
@@ -473,26 +477,30 @@ class Kernel:
         """Set and delete routes and neighbours, in order, in one request.
 
         The kernel goes through all of it before it returns, also when the
-        process is killed meanwhile.
+        process is killed meanwhile; through a part, if they are hundreds.
 
         :returns: the error of each that was refused, in place of None.
             EEXIST is that of a route to add which is there, ENETDOWN or
             ENODEV that of an interface which is down or gone
         """
-        if not changes:
-            return []
-        requests = [_message(verb, what) for verb, what in changes]
-        # The kernel tells of each that it refuses, and that it has come to
-        # the last; to hear of the others would take as long as to ask.
-        requests[-1]['header']['flags'] |= netlink.NLM_F_ACK
-        with _translated('change routes and neighbours'):
-            refused = self._send(requests)
-        return [self._refusal(change, refused.get(number))
-                for number, change in enumerate(changes)]
+        errors: list[Optional[exceptions.KernelRefused]] = []
+        for start in range(0, len(changes), _CHANGED_AT_ONCE):
+            some = changes[start:start + _CHANGED_AT_ONCE]
+            with _translated('change routes and neighbours'):
+                refused = self._send([_message(verb, what)
+                                      for verb, what in some])
+            errors += [self._refusal(change, refused.get(place))
+                       for place, change in enumerate(some)]
+        return errors
 
     def _send(self, requests: Sequence[Any]
               ) -> dict[int, nl_exceptions.NetlinkError]:
-        """Send all at once; the errors, by the place of the request."""
+        """Send all at once; the errors, by the place of the request.
+
+        The kernel tells of each that it refuses, and that it has come to the
+        last; to hear of the others would take as long as to ask.
+        """
+        requests[-1]['header']['flags'] |= netlink.NLM_F_ACK
         first = self._number
         self._number += len(requests)
         data = bytearray()

@@ -163,8 +163,14 @@ class TestDirectory(LedgerTestCase):
         self.ledger.put(ENTRY)
         self.assertEqual(0o700, stat.S_IMODE(os.stat(self.path).st_mode))
 
-    def test_one_that_others_can_use_is_closed(self) -> None:
+    def test_an_empty_one_is_closed(self) -> None:
         os.mkdir(self.path)
+        os.chmod(self.path, 0o755)  # by kubelet, for a volume
+        self.ledger.put(ENTRY)
+        self.assertEqual(0o700, stat.S_IMODE(os.stat(self.path).st_mode))
+
+    def test_one_that_others_can_use_is_closed(self) -> None:
+        self.ledger.put(ENTRY)
         os.chmod(self.path, 0o777)
         with self.assertLogs('kuryr_break0.ledger', 'WARNING') as logs:
             self.ledger.put(ENTRY)
