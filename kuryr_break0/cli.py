@@ -25,6 +25,7 @@ import prettytable
 
 from kuryr_break0.agent import Agent
 from kuryr_break0 import config
+from kuryr_break0.doctor import command as doctor
 from kuryr_break0 import exceptions
 from kuryr_break0.manager import Break0Manager
 from kuryr_break0 import status as status_of
@@ -48,11 +49,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         logging.setup(conf, 'kuryr-break0')
         if conf.command.func is not _agent and not conf.debug:
             logging.getLogger(None).logger.setLevel(logging.WARNING)
-        options = config.load(conf)
+        # The doctor looks at invalid options too.
+        args = [conf] if conf.command.func is doctor.run else [
+            conf, config.load(conf)]
     except (cfg.Error, exceptions.InvalidOption) as err:
         return _fail(USAGE, err)
     try:
-        status: int = conf.command.func(conf, options)
+        status: int = conf.command.func(*args)
         return status
     except exceptions.Break0Error as err:
         return _fail(UNREADABLE, err)
@@ -68,6 +71,7 @@ def _add_subcommands(subparsers: Any) -> None:
     status.add_argument('--json', action='store_true',
                         help='print JSON instead of tables')
     status.set_defaults(func=_status)
+    doctor.add_parser(subparsers)
     sync = subparsers.add_parser(
         'sync', help='make break0 and the routes what they should be',
         description='Make break0 and the routes what the ledger says, and '

@@ -92,8 +92,8 @@ def ensure(kernel: netlink.Kernel, options: config.Options,
     return tuned, True
 
 
-def _loud(name: str) -> dict[str, int]:
-    """The sysctls that have to change for it to be quiet."""
+def loud(name: str) -> dict[str, int]:
+    """The sysctls that have to change for it to be quiet, as what."""
     wanted = {path % name: value for path, value in QUIET.items()}
     return {path: value for path, value in wanted.items()
             if netlink.read_sysctl(path) not in (value, None)}
@@ -117,7 +117,7 @@ def _require_ours(link: netlink.Link, parent: netlink.Link) -> None:
 
 def _tune(kernel: netlink.Kernel, options: config.Options,
           link: netlink.Link, parent: netlink.Link) -> netlink.Link:
-    for path, value in _loud(link.name).items():
+    for path, value in loud(link.name).items():
         netlink.write_sysctl(path, value)
     changes: dict[str, Optional[object]] = {}
     if link.mtu != parent.mtu:

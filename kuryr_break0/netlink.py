@@ -306,6 +306,17 @@ class Routes(NamedTuple):
     next_hops: frozenset[IPAddress]
 
 
+class Way(NamedTuple):
+    """What the routing rules choose for an address.
+
+    :ivar oif: ifindex of the interface; None for several, or without one
+    :ivar table: the routing table that it is in
+    """
+
+    oif: Optional[int]
+    table: int
+
+
 class Kernel:
     """One rtnetlink socket in the namespace of the calling thread.
 
@@ -413,13 +424,27 @@ class Kernel:
             return None
         return _host_route(answer)
 
-    def _lookup(self, address: IPAddress) -> Optional[Any]:
+    def way_to(self, address: IPAddress, source: Optional[IPAddress] = None
+               ) -> Optional[Way]:
+        """Return what is used to an address, None if it cannot be reached.
+
+        :param source: the node's address that is spoken from
+        """
+        answer = self._lookup(address, source)
+        return None if answer is None else Way(
+            answer.get_attr('RTA_OIF'), answer.get_attr('RTA_TABLE'))
+
+    def _lookup(self, address: IPAddress,
+                source: Optional[IPAddress] = None) -> Optional[Any]:
         """The route that is used to an address; None if it has none."""
         message = rtmsg.rtmsg()
         message['family'] = _family(address)
         message['dst_len'] = address.max_prefixlen
         message['flags'] = RTM_F_FIB_MATCH
         message['attrs'] = [('RTA_DST', str(address))]
+        if source is not None:
+            message['src_len'] = source.max_prefixlen
+            message['attrs'].append(('RTA_SRC', str(source)))
         try:
             with _translated('look up the route to %s' % address):
                 answer, = self._ipr.nlm_request(message, rtnl.RTM_GETROUTE,

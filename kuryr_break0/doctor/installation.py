@@ -1,0 +1,89 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Whether Kuryr would find and load the driver, and in fit versions.
+
+Nothing that needs the kernel is imported at the top, so that this can still
+be told where a version is unfit to be imported.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from typing import Any, Iterator
+
+from packaging import requirements
+from stevedore import named
+
+from kuryr_break0.doctor import findings
+from kuryr_break0.doctor.findings import Finding
+
+_DISTRIBUTION = 'kuryr-break0'
+#: What setup.cfg registers, by the names that Kuryr and os-vif look for.
+_ENTRY_POINTS = (('kuryr_kubernetes.cni.binding', 'VIFMacvlanBreak0',
+                  'kuryr_break0.driver'),
+                 ('os_vif', 'kuryr_break0', 'kuryr_break0.os_vif_plugin'))
+
+
+def check() -> Iterator[Finding]:
+    """Look at the Python environment that this process runs in."""
+    unfit = list(_unfit())
+    if unfit:
+        yield findings.DEPENDENCY_UNFIT.found(
+            '; '.join('%s is %s, but %s is needed' % (
+                each.name, found or 'not installed',
+                str(each.specifier) or 'any version')
+                for each, found in unfit),
+            python=sys.executable, requirements=' '.join(
+                "'%s%s'" % (each.name, each.specifier) for each, _ in unfit))
+        return  # what follows would only say the same in other words
+    for group, name, module in _ENTRY_POINTS:
+        yield from _check_entry_point(group, name, module)
+
+
+def _unfit() -> Iterator[tuple[requirements.Requirement, str]]:
+    """The requirements that are not met, each with the version there is."""
+    try:
+        wanted = importlib.metadata.requires(_DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        return  # it has no entry points either
+    for text in wanted:
+        requirement = requirements.Requirement(text)
+        if requirement.marker and not requirement.marker.evaluate():
+            continue
+        try:
+            found = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            found = ''
+        if not found or not requirement.specifier.contains(
+                found, prereleases=True):
+            yield requirement, found
+
+
+def _check_entry_point(group: str, name: str,
+                       module: str) -> Iterator[Finding]:
+    """Load it as Kuryr does."""
+    failed: list[BaseException] = []
+    loaded: Any = named.NamedExtensionManager(
+        group, [name], warn_on_missing_entrypoint=False,
+        on_load_failure_callback=lambda _, point, err: failed.append(err))
+    if failed:
+        yield findings.DRIVER_BROKEN.found(
+            'the entry point %s of %s does not load: %s: %s' % (
+                name, group, type(failed[0]).__name__, failed[0]),
+            python=sys.executable, module=module)
+    elif len(loaded.extensions) != 1:
+        yield findings.ENTRY_POINT_MISSING.found(
+            '%s has %d entry points named %s, where there must be one, for '
+            '%s' % (group, len(loaded.extensions), name, sys.executable),
+            python=sys.executable)

@@ -1,0 +1,216 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The other way: whether pods reach their node."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Iterator, Sequence
+
+from kuryr_break0.config import IPAddress
+from kuryr_break0.doctor import findings
+from kuryr_break0.doctor.findings import Finding
+from kuryr_break0.doctor.node import Node
+from kuryr_break0 import exceptions
+from kuryr_break0.ledger import Entry
+from kuryr_break0.ledger import Peer
+from kuryr_break0 import netlink
+
+#: Pods whose namespaces are entered; each takes some milliseconds. More than
+#: the 110 that kubelet allows on a node by default.
+ENTERED = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inside:
+    """What a pod's namespace holds for its interface.
+
+    :ivar macs: of the node's addresses, as the pod knows them
+    :ivar astray: the node's addresses that it would go to by a gateway
+    """
+
+    ifname: str
+    mac: str
+    macs: dict[IPAddress, str]
+    astray: frozenset[IPAddress]
+
+
+def check_told(node: Node) -> Iterator[Finding]:
+    """Look by the ledger for pods that cannot find their node."""
+    options = node.options
+    entries = [entry for entries in node.pods().values() for entry in entries]
+    untold = [entry for entry in entries if _untold(node, entry)]
+    if untold:
+        yield findings.POD_NOT_TOLD.found(
+            'pods have not been told the addresses of the node, or others',
+            [entry.address for entry in untold])
+    if not options.static_neighbours:
+        asking = [entry.address for entry in entries
+                  if entry.address.version == 6]
+        if asking:
+            yield findings.IPV6_NOT_TOLD.found(
+                'static_neighbours is false, but pods have IPv6 addresses',
+                asking)
+    yield from _check_arp(node, entries)
+
+
+def _untold(node: Node, entry: Entry) -> bool:
+    if node.peer is None:
+        return False
+    if entry.netns is not None:
+        return entry.peer != node.peer
+    # Bound without its namespace, it can ask by ARP.
+    return entry.address.version == 6 and node.options.static_neighbours
+
+
+def _check_arp(node: Node, entries: list[Entry]) -> Iterator[Finding]:
+    asking = [entry.address for entry in entries
+              if entry.address.version == 4
+              and (entry.peer is None or entry.peer.mac is None)]
+    if not asking:
+        return
+    # The larger of all and the interface is what counts.
+    for where in ('all', node.options.device):
+        value = node.sysctl('ipv4/conf/%s/arp_ignore', where)
+        if value:
+            yield findings.ARP_IGNORED.found(
+                'arp_ignore of %s is %d' % (where, value), asking,
+                where=where)
+            return
+
+
+def check_inside(node: Node, pods: Sequence[list[Entry]]
+                 ) -> Iterator[Finding]:
+    """Look into the namespaces of pods, and change nothing there.
+
+    :param pods: the entries of each
+    """
+    unreadable: dict[str, str] = {}
+    found: list[tuple[list[Entry], Peer, _Inside]] = []
+    for entries in pods:
+        first = entries[0]
+        peer = first.peer
+        if first.netns is None or peer is None or first.sandbox_gone:
+            continue
+        hosts = [host for host in peer.addresses if host.version in
+                 {entry.address.version for entry in entries}]
+        try:
+            found.append((entries, peer, _look_inside(
+                first.netns, first.owner.ifname, hosts, first)))
+        except (exceptions.NetnsUnusable, exceptions.KernelRefused) as err:
+            unreadable[str(first.owner)] = str(err)
+    if unreadable:
+        yield findings.POD_UNREADABLE.found(
+            next(iter(unreadable.values())), unreadable)
+    yield from _check_macs(found)
+    yield from _check_neighbours(found)
+    yield from _check_ways(node, found)
+
+
+def _look_inside(netns: str, ifname: str, hosts: list[IPAddress],
+                 entry: Entry) -> _Inside:
+    with netlink.entered(netns), netlink.Kernel() as kernel:
+        link = kernel.link(ifname)
+        if link is None:
+            raise exceptions.NetnsUnusable(
+                netns=netns, reason='has no interface %s' % ifname)
+        return _Inside(
+            ifname, link.mac,
+            {each.dst: each.mac for each in kernel.neighbours(link.index)},
+            frozenset(
+                host for host in hosts
+                if not any(host in subnet for subnet in entry.subnets)
+                and not kernel.is_on_link(host)))
+
+
+def _check_macs(found: list[tuple[list[Entry], Peer, _Inside]]
+                ) -> Iterator[Finding]:
+    changed = [(entries[0], inside) for entries, _, inside in found
+               if entries[0].mac is not None
+               and inside.mac != entries[0].mac.lower()]
+    if changed:
+        entry, inside = changed[0]
+        yield findings.POD_MAC.found(
+            'the MAC address of %s in the sandbox %s is %s, but was %s' % (
+                inside.ifname, entry.owner, inside.mac, entry.mac),
+            [entry.address for entry, _ in changed],
+            commands=['nsenter --net=%s ip link set %s address %s' % (
+                entry.netns, inside.ifname, entry.mac)
+                for entry, inside in changed])
+
+
+def _check_neighbours(found: list[tuple[list[Entry], Peer, _Inside]]
+                      ) -> Iterator[Finding]:
+    for kind, known in ((findings.POD_NEIGHBOUR_MISSING, False),
+                        (findings.POD_NEIGHBOUR_WRONG, True)):
+        wrong = [
+            (entries[0], host, peer, inside) for entries, peer, inside in found
+            if peer.mac is not None
+            for host in peer.addresses
+            if any(entry.address.version == host.version for entry in entries)
+            and (host in inside.macs) == known
+            and inside.macs.get(host) != peer.mac]
+        if wrong:
+            entry, host, peer, inside = wrong[0]
+            yield kind.found(
+                'in the sandbox %s the neighbour entry of the node %s is %s, '
+                'where %s is needed' % (
+                    entry.owner, host, inside.macs.get(host, 'missing'),
+                    peer.mac),
+                {entry.address: None for entry, *_ in wrong},
+                commands=['nsenter --net=%s ip neigh replace %s lladdr %s '
+                          'dev %s nud permanent' % (
+                              entry.netns, host, peer.mac, inside.ifname)
+                          for entry, host, peer, inside in wrong])
+
+
+def _check_ways(node: Node, found: list[tuple[list[Entry], Peer, _Inside]]
+                ) -> Iterator[Finding]:
+    """Look for pods that go to their node by a gateway."""
+    strict = node.parent_name is not None and node.sysctl(
+        'ipv4/conf/%s/rp_filter', 'all', node.parent_name) == 1
+    dropped: list[tuple[Entry, IPAddress, str]] = []
+    detour: list[tuple[Entry, IPAddress, str]] = []
+    for entries, _, inside in found:
+        for host in sorted(inside.astray, key=str):
+            way = (entries[0], host, inside.ifname)
+            (dropped if strict and host.version == 4 else detour).append(way)
+    hosts = node.peer.addresses if node.peer is not None else ()
+    untold = [
+        (entry, host, entry.owner.ifname)
+        for entries in node.pods().values() for entry in entries
+        for host in hosts
+        if entry.peer is None and entry.subnets and strict
+        and entry.address.version == host.version == 4
+        and not any(host in subnet for subnet in entry.subnets)]
+    if dropped or untold:
+        entry, host, _ = (dropped + untold)[0]
+        yield findings.RP_FILTER.found(
+            'rp_filter of %s is 1, and the sandbox %s has no route of its '
+            'own to the node %s' % (node.parent_name, entry.owner, host),
+            {entry.address: None for entry, *_ in dropped + untold},
+            commands=[*_introductions(dropped),
+                      'sysctl -w net.ipv4.conf.%s.rp_filter=2' %
+                      node.parent_name])
+    if detour:
+        entry, host, _ = detour[0]
+        yield findings.POD_ROUTE_MISSING.found(
+            'the sandbox %s has no route of its own to the node %s' % (
+                entry.owner, host),
+            {entry.address: None for entry, *_ in detour},
+            commands=_introductions(detour))
+
+
+def _introductions(ways: list[tuple[Entry, IPAddress, str]]) -> list[str]:
+    return ['nsenter --net=%s ip route replace %s dev %s' % (
+        entry.netns, host, ifname) for entry, host, ifname in ways]
