@@ -66,6 +66,8 @@ RTN_LOCAL = 2
 RTF_LOCAL = 0x80000000
 #: Learnt by use, as IPv6's path MTUs are: not a route of the table.
 RTM_F_CLONED = 0x200
+#: Answer with the table that was used; without, it is said to be main.
+RTM_F_LOOKUP_TABLE = 0x1000
 #: Answer with the route in the table, not with what follows from it.
 RTM_F_FIB_MATCH = 0x2000
 
@@ -440,7 +442,7 @@ class Kernel:
         message = rtmsg.rtmsg()
         message['family'] = _family(address)
         message['dst_len'] = address.max_prefixlen
-        message['flags'] = RTM_F_FIB_MATCH
+        message['flags'] = RTM_F_FIB_MATCH | RTM_F_LOOKUP_TABLE
         message['attrs'] = [('RTA_DST', str(address))]
         if source is not None:
             message['src_len'] = source.max_prefixlen
