@@ -79,7 +79,10 @@ def _examine_node(options: config.Options, done: Examination) -> None:
     if not options.enabled:
         done.findings.append(findings.DISABLED.found(
             '[break0] enabled is false'))
-    done.findings += records.check_directory(options)
+    directory = list(records.check_directory(options))
+    done.findings += directory
+    if any(each.id == findings.STATE_DIR_UNUSABLE.id for each in directory):
+        return  # without it nothing can be compared
     with netlink.Kernel() as kernel:
         node = Node(options, kernel, PATIENCE)
         all_pods = list(node.pods().values())

@@ -254,9 +254,11 @@ BREAK0_MTU = Kind(
     'Make it that of the parent.', (_SYNC,))
 
 BREAK0_MAC = Kind(
-    'break0-mac', WARNING,
-    'Pods know break0 by its MAC address.',
-    'Set the configured one, and tell it to the pods.', (_SYNC,))
+    'break0-mac', ERROR,
+    'Pods know break0 by its MAC address, and with the old one the kernel '
+    'has dropped what it knew of theirs.',
+    'Set the configured one, if there is one, and tell it to the pods.',
+    (_SYNC,))
 
 BREAK0_ADDRESSES = Kind(
     'break0-addresses', WARNING,

@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Iterator, Sequence
+from typing import Iterable, Iterator, Sequence
 
 from kuryr_break0.config import IPAddress
 from kuryr_break0.doctor import findings
@@ -45,10 +45,26 @@ class _Inside:
     astray: frozenset[IPAddress]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Pod:
+    """A pod whose namespace was entered.
+
+    :ivar entry: the first of its entries
+    :ivar peer: what it has been told of the node
+    :ivar hosts: the addresses of the node that are of a family of its own
+    """
+
+    entry: Entry
+    peer: Peer
+    hosts: list[IPAddress]
+    inside: _Inside
+
+
 def check_told(node: Node) -> Iterator[Finding]:
     """Look by the ledger for pods that cannot find their node."""
     options = node.options
-    entries = [entry for entries in node.pods().values() for entry in entries]
+    entries = [entry for address, entry in node.live.items()
+               if address not in node.changing]
     untold = [entry for entry in entries if _untold(node, entry)]
     if untold:
         yield findings.POD_NOT_TOLD.found(
@@ -96,7 +112,7 @@ def check_inside(node: Node, pods: Sequence[list[Entry]]
     :param pods: the entries of each
     """
     unreadable: dict[str, str] = {}
-    found: list[tuple[list[Entry], Peer, _Inside]] = []
+    found: list[_Pod] = []
     for entries in pods:
         first = entries[0]
         peer = first.peer
@@ -105,15 +121,19 @@ def check_inside(node: Node, pods: Sequence[list[Entry]]
         hosts = [host for host in peer.addresses if host.version in
                  {entry.address.version for entry in entries}]
         try:
-            found.append((entries, peer, _look_inside(
+            found.append(_Pod(first, peer, hosts, _look_inside(
                 first.netns, first.owner.ifname, hosts, first)))
         except (exceptions.NetnsUnusable, exceptions.KernelRefused) as err:
             unreadable[str(first.owner)] = str(err)
     if unreadable:
         yield findings.POD_UNREADABLE.found(
             next(iter(unreadable.values())), unreadable)
-    yield from _check_macs(found)
-    yield from _check_neighbours(found)
+    changed = [each for each in found
+               if each.entry.mac not in (None, each.inside.mac)]
+    yield from _check_macs(changed)
+    # With its MAC address a pod loses what it knew.
+    yield from _check_neighbours([each for each in found
+                                  if each not in changed])
     yield from _check_ways(node, found)
 
 
@@ -133,84 +153,82 @@ def _look_inside(netns: str, ifname: str, hosts: list[IPAddress],
                 and not kernel.is_on_link(host)))
 
 
-def _check_macs(found: list[tuple[list[Entry], Peer, _Inside]]
-                ) -> Iterator[Finding]:
-    changed = [(entries[0], inside) for entries, _, inside in found
-               if entries[0].mac is not None
-               and inside.mac != entries[0].mac.lower()]
+def _check_macs(changed: list[_Pod]) -> Iterator[Finding]:
     if changed:
-        entry, inside = changed[0]
+        entry, inside = changed[0].entry, changed[0].inside
         yield findings.POD_MAC.found(
             'the MAC address of %s in the sandbox %s is %s, but was %s' % (
                 inside.ifname, entry.owner, inside.mac, entry.mac),
-            [entry.address for entry, _ in changed],
-            commands=['nsenter --net=%s ip link set %s address %s' % (
-                entry.netns, inside.ifname, entry.mac)
-                for entry, inside in changed])
+            [pod.entry.address for pod in changed],
+            commands=[command for pod in changed for command in (
+                'nsenter --net=%s ip link set %s address %s' % (
+                    pod.entry.netns, pod.inside.ifname, pod.entry.mac),
+                *(_lesson(pod, host) for host in pod.hosts))])
 
 
-def _check_neighbours(found: list[tuple[list[Entry], Peer, _Inside]]
-                      ) -> Iterator[Finding]:
+def _check_neighbours(pods: list[_Pod]) -> Iterator[Finding]:
+    wrong = [(pod, host) for pod in pods if pod.peer.mac is not None
+             for host in pod.hosts
+             if pod.inside.macs.get(host) != pod.peer.mac]
     for kind, known in ((findings.POD_NEIGHBOUR_MISSING, False),
                         (findings.POD_NEIGHBOUR_WRONG, True)):
-        wrong = [
-            (entries[0], host, peer, inside) for entries, peer, inside in found
-            if peer.mac is not None
-            for host in peer.addresses
-            if any(entry.address.version == host.version for entry in entries)
-            and (host in inside.macs) == known
-            and inside.macs.get(host) != peer.mac]
-        if wrong:
-            entry, host, peer, inside = wrong[0]
+        some = [(pod, host) for pod, host in wrong
+                if (host in pod.inside.macs) == known]
+        if some:
+            pod, host = some[0]
             yield kind.found(
                 'in the sandbox %s the neighbour entry of the node %s is %s, '
                 'where %s is needed' % (
-                    entry.owner, host, inside.macs.get(host, 'missing'),
-                    peer.mac),
-                {entry.address: None for entry, *_ in wrong},
-                commands=['nsenter --net=%s ip neigh replace %s lladdr %s '
-                          'dev %s nud permanent' % (
-                              entry.netns, host, peer.mac, inside.ifname)
-                          for entry, host, peer, inside in wrong])
+                    pod.entry.owner, host,
+                    pod.inside.macs.get(host, 'missing'), pod.peer.mac),
+                {pod.entry.address: None for pod, _ in some},
+                commands=[_lesson(pod, host) for pod, host in some])
 
 
-def _check_ways(node: Node, found: list[tuple[list[Entry], Peer, _Inside]]
-                ) -> Iterator[Finding]:
+def _lesson(pod: _Pod, host: IPAddress) -> str:
+    return ('nsenter --net=%s ip neigh replace %s lladdr %s dev %s nud '
+            'permanent' % (pod.entry.netns, host, pod.peer.mac,
+                           pod.inside.ifname))
+
+
+def _check_ways(node: Node, pods: list[_Pod]) -> Iterator[Finding]:
     """Look for pods that go to their node by a gateway."""
     strict = node.parent_name is not None and node.sysctl(
         'ipv4/conf/%s/rp_filter', 'all', node.parent_name) == 1
-    dropped: list[tuple[Entry, IPAddress, str]] = []
-    detour: list[tuple[Entry, IPAddress, str]] = []
-    for entries, _, inside in found:
-        for host in sorted(inside.astray, key=str):
-            way = (entries[0], host, inside.ifname)
-            (dropped if strict and host.version == 4 else detour).append(way)
-    hosts = node.peer.addresses if node.peer is not None else ()
-    untold = [
-        (entry, host, entry.owner.ifname)
-        for entries in node.pods().values() for entry in entries
-        for host in hosts
-        if entry.peer is None and entry.subnets and strict
+    astray = [(pod, host) for pod in pods
+              for host in sorted(pod.inside.astray, key=str)]
+    dropped: list[tuple[_Pod, IPAddress]] = [
+        (pod, host) for pod, host in astray
+        if strict and host.version == 4]
+    detour = [each for each in astray if each not in dropped]
+    untold: list[tuple[Entry, IPAddress]] = [
+        (entry, host) for entry in node.live.values()
+        for host in (node.peer.addresses if node.peer is not None else ())
+        if strict and entry.peer is None and entry.subnets
+        and entry.address not in node.changing
         and entry.address.version == host.version == 4
         and not any(host in subnet for subnet in entry.subnets)]
     if dropped or untold:
-        entry, host, _ = (dropped + untold)[0]
+        told: list[tuple[Entry, IPAddress]] = [
+            (pod.entry, host) for pod, host in dropped]
+        entry, at = (told + untold)[0]
         yield findings.RP_FILTER.found(
             'rp_filter of %s is 1, and the sandbox %s has no route of its '
-            'own to the node %s' % (node.parent_name, entry.owner, host),
-            {entry.address: None for entry, *_ in dropped + untold},
+            'own to the node %s' % (node.parent_name, entry.owner, at),
+            {**{pod.entry.address: None for pod, _ in dropped},
+             **{entry.address: None for entry, _ in untold}},
             commands=[*_introductions(dropped),
                       'sysctl -w net.ipv4.conf.%s.rp_filter=2' %
                       node.parent_name])
     if detour:
-        entry, host, _ = detour[0]
+        pod, host = detour[0]
         yield findings.POD_ROUTE_MISSING.found(
             'the sandbox %s has no route of its own to the node %s' % (
-                entry.owner, host),
-            {entry.address: None for entry, *_ in detour},
+                pod.entry.owner, host),
+            {pod.entry.address: None for pod, _ in detour},
             commands=_introductions(detour))
 
 
-def _introductions(ways: list[tuple[Entry, IPAddress, str]]) -> list[str]:
+def _introductions(ways: Iterable[tuple[_Pod, IPAddress]]) -> list[str]:
     return ['nsenter --net=%s ip route replace %s dev %s' % (
-        entry.netns, host, ifname) for entry, host, ifname in ways]
+        pod.entry.netns, host, pod.inside.ifname) for pod, host in ways]

@@ -62,6 +62,23 @@ def check_existence(node: Node) -> Iterator[Finding]:
             parent=parent.name)
     elif not link.up:
         yield findings.BREAK0_DOWN.found('%s is down' % name, device=name)
+    else:
+        yield from _check_mac(node, link)
+
+
+def _check_mac(node: Node, link: netlink.Link) -> Iterator[Finding]:
+    """The kernel drops neighbour entries when the MAC address changes."""
+    configured = node.options.mac
+    told = {entry.peer.mac for entry in node.live.values()
+            if entry.peer is not None and entry.peer.mac is not None}
+    if configured is not None and link.mac != configured:
+        yield findings.BREAK0_MAC.found(
+            'the MAC address of %s is %s, but [break0] mac is %s' % (
+                link.name, link.mac, configured))
+    elif told and link.mac not in told:
+        yield findings.BREAK0_MAC.found(
+            'the MAC address of %s is %s, but pods have been told %s' % (
+                link.name, link.mac, ', '.join(sorted(told))))
 
 
 def check_parents(node: Node) -> Iterator[Finding]:
@@ -80,17 +97,13 @@ def check_parents(node: Node) -> Iterator[Finding]:
 
 def check_properties(node: Node) -> Iterator[Finding]:
     """Look at what keeps it quiet, and its packets whole."""
-    options, link, parent = node.options, node.look.link, node.parent
+    link, parent = node.look.link, node.parent
     if link is None:
         return
     if parent is not None and link.mtu != parent.mtu:
         yield findings.BREAK0_MTU.found(
             'the MTU of %s is %d, that of its parent %s is %d' % (
                 link.name, link.mtu, parent.name, parent.mtu))
-    if options.mac is not None and link.mac != options.mac:
-        yield findings.BREAK0_MAC.found(
-            'the MAC address of %s is %s, but [break0] mac is %s' % (
-                link.name, link.mac, options.mac))
     yield from _check_addresses(node, link)
     yield from _check_answers(node, link)
     names = [path.rpartition('/')[2] for path in device.loud(link.name)

@@ -12,11 +12,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from typing import Any
 
 from oslo_config import cfg
@@ -52,9 +54,9 @@ class DoctorTestCase(base.LabTestCase):
         self.lab.add_ipv6()
         self.set_up_pods()
         # There, but it must not repair what the test has broken.
-        attending = Ledger('/run/kuryr-break0', 10).attend()
-        attending.__enter__()
-        self.addCleanup(attending.__exit__, None, None, None)
+        self.agent = contextlib.ExitStack()
+        self.agent.enter_context(Ledger('/run/kuryr-break0', 10).attend())
+        self.addCleanup(self.agent.close)
 
     def set_up_pods(self) -> None:
         for name, owner, addresses in (
@@ -172,7 +174,7 @@ class TestDevice(DoctorTestCase):
 
     def test_mac(self) -> None:
         mac = '02:00:00:00:00:99'
-        self.assert_found('break0-mac', mac, mac=mac)
+        self.assert_found('break0-mac', '[break0] mac is ' + mac, mac=mac)
         self.manager(mac=mac).sync()
         self.assertEqual({}, self.findings(mac=mac))
 
@@ -206,7 +208,8 @@ class TestDevice(DoctorTestCase):
         with self.assertRaises(exceptions.DeviceConflict):
             self.bind('100.75.30.79', parent='eth1', owner=OWNER_79)
         self.bind(OTHER4, OTHER6, owner=OTHER_OWNER,
-                  netns='/run/netns/other', mac_of_pod=MACS['other'], subnets=SUBNETS)
+                  netns='/run/netns/other', mac_of_pod=MACS['other'],
+                  subnets=SUBNETS)
         self.manager().sync()
         self.assert_found('parent-mismatch', 'eth1', '100.75.30.79')
 
@@ -381,3 +384,523 @@ class TestRoutes(DoctorTestCase):
         self.assert_found(
             'address-not-allowed', 'allowed_cidrs', OTHER4,
             allowed_cidrs=[POD4 + '/32', 'fd00:30::/64'])
+
+
+class TestPods(DoctorTestCase):
+
+    def test_not_told(self) -> None:
+        # The agent has not seen it yet.
+        self.lab.run('ip', 'address', 'add', '100.75.30.52/24', 'dev',
+                     lab.PARENT)
+        self.follow(self.assert_found('pod-not-told', '', POD4, OTHER4, POD6,
+                                      OTHER6, severity='error'))
+        self.assertEqual({}, self.findings())
+        self.assertTrue(self.lab.ping('100.75.30.52', 'pod'))
+
+    def test_another_mac_address_of_break0(self) -> None:
+        self.lab.run('ip', 'link', 'set', 'break0', 'address',
+                     '02:00:00:00:00:99')
+        self.assertFalse(self.lab.ping(lab.NODE6, 'pod'))
+        self.follow(self.assert_found('break0-mac', 'pods have been told'))
+        self.assertEqual({}, self.findings())
+        self.assertTrue(self.lab.ping(lab.NODE6, 'pod'))
+
+    def test_bound_without_its_namespace(self) -> None:
+        self.bind('100.75.30.79', owner=OWNER_79)
+        self.assertEqual({}, self.findings())
+        self.bind('fd00:30::79', owner=OWNER_79)
+        self.assert_found('pod-not-told', '', 'fd00:30::79')
+
+    def test_neighbour_missing(self) -> None:
+        self.lab.run('ip', 'neigh', 'del', lab.NODE6, 'dev', 'eth0',
+                     netns='pod')
+        self.follow(self.assert_found('pod-neighbour-missing', lab.NODE6,
+                                      POD4, severity='error'))
+        self.assertEqual({}, self.findings())
+
+    def test_neighbour_wrong(self) -> None:
+        self.lab.run('ip', 'neigh', 'replace', lab.NODE, 'lladdr',
+                     MACS['other'], 'dev', 'eth0', 'nud', 'permanent',
+                     netns='pod')
+        self.assertFalse(self.lab.ping(lab.NODE, 'pod'))
+        self.follow(self.assert_found('pod-neighbour-wrong', MACS['other'],
+                                      POD4))
+        self.assertEqual({}, self.findings())
+        self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
+
+    def test_another_mac_address_of_the_pod(self) -> None:
+        self.lab.run('ip', 'link', 'set', 'eth0', 'address',
+                     '02:00:00:00:00:99', netns='pod')
+        self.assertFalse(self.lab.ping(POD4))
+        self.follow(self.assert_found('pod-mac', '02:00:00:00:00:99', POD4))
+        self.assertEqual({}, self.findings())
+        self.assertTrue(self.lab.ping(POD4))
+
+    def test_no_interface(self) -> None:
+        self.lab.run('ip', 'link', 'del', 'eth0', netns='pod')
+        self.assert_found('pod-unreadable', 'no interface eth0',
+                          'sandbox-1/eth0')
+
+    def test_a_namespace_that_is_none(self) -> None:
+        path = '/run/netns/pod'
+        self.lab.run('umount', path)  # a plain file is left
+        found = os.stat(path)
+        entry = '/run/kuryr-break0/addresses/%s.json'
+        for address in (POD4, POD6):
+            with open(entry % address) as file:
+                fields = json.load(file)
+            fields['netns_id'] = [found.st_dev, found.st_ino]
+            with open(entry % address, 'w') as file:
+                json.dump(fields, file)
+        self.assert_found('pod-unreadable', 'cannot be entered',
+                          'sandbox-1/eth0')
+
+    def test_they_are_left_as_they_are(self) -> None:
+        before = self.everything('pod')
+        self.assertEqual({}, self.findings())
+        self.assertEqual(before, self.everything('pod'))
+
+    def everything(self, netns: str) -> list[Any]:
+        return [self.lab.ip(*args, netns=netns) for args in (
+            ('link', 'show'), ('route', 'show', 'table', 'all'),
+            ('neigh', 'show', 'nud', 'permanent'))]
+
+
+class TestFarPod(DoctorTestCase):
+    """A pod in another subnet than the node."""
+
+    def set_up_pods(self) -> None:
+        self.lab.add_other_subnet()
+        path = self.lab.add_pod('far', FAR4 + '/24', mac=MACS['far'],
+                                gateways=[lab.OTHER_LAN])
+        self.bind(FAR4, netns=path, mac_of_pod=MACS['far'],
+                  subnets=['100.75.40.0/24'])
+
+    def test_healthy_when_strict(self) -> None:
+        self.sysctl('ipv4.conf.all.rp_filter', 1)
+        self.assertEqual({}, self.findings())
+        self.assertTrue(self.lab.ping(FAR4))
+
+    def test_dropped(self) -> None:
+        self.sysctl('ipv4.conf.all.rp_filter', 1)
+        self.lab.run('ip', 'route', 'del', lab.NODE, netns='far')
+        self.assertFalse(self.lab.ping(FAR4))
+        finding = self.assert_found('rp-filter', 'rp_filter of eth0 is 1',
+                                    FAR4, severity='error')
+        self.follow(finding)
+        self.assertEqual({}, self.findings())
+        self.assertTrue(self.lab.ping(FAR4))
+
+    def test_dropped_since_it_was_not_told(self) -> None:
+        self.lab.run('ip', 'route', 'del', lab.NODE, netns='far')
+        self.bind(FAR4, mac_of_pod=MACS['far'], subnets=['100.75.40.0/24'])
+        self.assertEqual({}, self.findings())
+        self.sysctl('ipv4.conf.eth0.rp_filter', 1)
+        self.assertFalse(self.lab.ping(FAR4))
+        self.follow(self.assert_found('rp-filter', '', FAR4))
+        self.assertEqual({}, self.findings())
+        self.assertTrue(self.lab.ping(FAR4))
+
+    def test_a_detour(self) -> None:
+        self.lab.run('ip', 'route', 'del', lab.NODE, netns='far')
+        self.follow(self.assert_found('pod-route-missing', lab.NODE, FAR4,
+                                      severity='warning'))
+        self.assertEqual({}, self.findings())
+
+
+class TestARP(DoctorTestCase):
+    """Where pods and node ask each other."""
+
+    def set_up_pods(self) -> None:
+        path = self.lab.add_pod('pod', POD4, mac=MACS['pod'])
+        self.bind(POD4, netns=path, mac_of_pod=MACS['pod'],
+                  subnets=SUBNETS[:1], static_neighbours=False)
+
+    def test_healthy(self) -> None:
+        self.assertEqual({}, self.findings(static_neighbours=False))
+        self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
+
+    def test_ignored(self) -> None:
+        for where in ('all', 'break0'):
+            with self.subTest(where):
+                self.sysctl('ipv4.conf.%s.arp_ignore' % where, 1)
+                self.assertFalse(self.lab.ping(lab.NODE, 'pod'))
+                finding = self.assert_found(
+                    'arp-ignored', 'arp_ignore of %s is 1' % where, POD4,
+                    static_neighbours=False)
+                self.follow(finding)
+                self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
+
+    def test_it_does_not_matter_to_who_has_been_told(self) -> None:
+        self.sysctl('ipv4.conf.all.arp_ignore', 1)
+        self.manager().sync()
+        self.assertEqual({}, self.findings())
+        self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
+
+    def test_not_for_ipv6(self) -> None:
+        path = self.lab.add_pod('other', OTHER6, mac=MACS['other'])
+        self.bind(OTHER6, owner=OTHER_OWNER, netns=path,
+                  mac_of_pod=MACS['other'], subnets=SUBNETS[1:],
+                  static_neighbours=False)
+        self.assertFalse(self.lab.ping(lab.NODE6, 'other'))
+        self.assert_found('ipv6-not-told', '', OTHER6,
+                          static_neighbours=False)
+
+
+class TestRecords(DoctorTestCase):
+
+    STATE = '/run/kuryr-break0'
+
+    def entry(self, address: str) -> str:
+        return '%s/addresses/%s.json' % (self.STATE, address)
+
+    def test_no_agent(self) -> None:
+        self.agent.close()
+        self.assert_found('agent-not-running', self.STATE,
+                          severity='warning')
+
+    def test_nothing_is_made(self) -> None:
+        state = '/run/elsewhere/state'
+        found = self.findings(state_dir=state)
+        # Nobody claims what this state directory does not know.
+        self.assertEqual({'agent-not-running', 'route-stale'}, set(found))
+        self.assertFalse(os.path.exists('/run/elsewhere'))
+
+    def test_damaged(self) -> None:
+        with open(self.entry(POD4), 'w') as file:
+            file.write('{"version": 1,')
+        self.assert_found('ledger-damaged', 'Expecting property name',
+                          self.entry(POD4), severity='error')
+        # It is still there.
+        self.assert_found('ledger-damaged', '', self.entry(POD4))
+
+    def test_not_an_address(self) -> None:
+        with open(self.entry('x'), 'w') as file:
+            file.write('{}')
+        self.assert_found('ledger-damaged', 'not appear to be an IPv4',
+                          self.entry('x'))
+
+    def test_set_aside(self) -> None:
+        with open(self.entry(POD4), 'w') as file:
+            file.write('no JSON')
+        self.status()
+        finding = self.assert_found('ledger-aside', '',
+                                    self.STATE + '/damaged/%s.json' % POD4,
+                                    severity='warning')
+        self.bind(POD4, POD6, netns='/run/netns/pod', subnets=SUBNETS,
+                  mac_of_pod=MACS['pod'])
+        self.follow(finding)
+        self.assertEqual({}, self.findings())
+
+    def test_newer(self) -> None:
+        with open(self.entry(POD4)) as file:
+            fields = json.load(file)
+        with open(self.entry(POD4), 'w') as file:
+            json.dump({**fields, 'version': 2}, file)
+        self.assert_found('ledger-newer', 'version 2', self.entry(POD4))
+
+    def test_sandbox_gone(self) -> None:
+        self.lab.run('ip', 'netns', 'del', 'pod')
+        self.follow(self.assert_found(
+            'sandbox-gone', '', POD4 + ' (sandbox-1/eth0)',
+            POD6 + ' (sandbox-1/eth0)', severity='warning'))
+        self.assertEqual({}, self.findings())
+
+    def test_lock_held(self) -> None:
+        ready, held = os.pipe()
+
+        def hold() -> None:
+            with Ledger(self.STATE, 10).lock():
+                os.write(held, b'.')
+                time.sleep(60)
+
+        pid = base.in_child(hold)
+        try:
+            os.read(ready, 1)
+            self.assert_found('lock-held', 'process %d ' % pid)
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            base.wait_for(pid)
+        self.assertEqual({}, self.findings())
+
+    def test_mode(self) -> None:
+        os.chmod(self.STATE, 0o770)
+        self.follow(self.assert_found('state-dir-mode', 'mode 0770'))
+        self.assertEqual({}, self.findings())
+
+    def test_read_only(self) -> None:
+        self.lab.run('mount', '--bind', self.STATE, self.STATE)
+        self.lab.run('mount', '-o', 'remount,bind,ro', self.STATE)
+        self.assert_found('state-dir-unusable', 'cannot write',
+                          severity='error')
+
+    def test_not_a_directory(self) -> None:
+        with open('/run/file', 'w'):
+            pass
+        self.assert_found('state-dir-unusable', '/run/file is not a dir',
+                          state_dir='/run/file/state')
+
+    def test_persistent(self) -> None:
+        for name in ('lower', 'upper', 'work'):
+            os.makedirs('/run/disk/' + name)
+        self.lab.run('mount', '-t', 'overlay', 'overlay', '-o',
+                     'lowerdir=/run/disk/lower,upperdir=/run/disk/upper,'
+                     'workdir=/run/disk/work', self.STATE)
+        os.chmod(self.STATE, 0o700)
+        found = self.findings()
+        self.assertIn('state-dir-persistent', found)
+        self.assertIn('is on /run/kuryr-break0, which is overlay',
+                      found['state-dir-persistent']['seen'])
+
+
+class TestServices(DoctorTestCase):
+
+    def write(self, path: str, text: str) -> None:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, 'w') as file:
+            file.write(text)
+
+    def index(self) -> int:
+        link = self.lab.link('break0')
+        assert link is not None
+        return int(link['ifindex'])
+
+    def replace_etc(self) -> None:
+        """An /etc/systemd of the node's own, with which it begins empty."""
+        for path in ('/etc/systemd', '/usr/lib/systemd',
+                     '/usr/local/lib/systemd'):
+            if os.path.isdir(path):
+                self.lab.run('mount', '-t', 'tmpfs', 'none', path)
+                self.addCleanup(self.lab.run, 'umount', path)
+        if not os.path.isdir('/etc/systemd'):
+            self.skipTest('there is no /etc/systemd to mount over')
+
+    def networkd(self, state: str) -> None:
+        self.write('/run/systemd/netif/links/%d' % self.index(),
+                   '# This is private data. Do not parse.\n' + state)
+
+    def test_networkd_leaves_it_alone(self) -> None:
+        self.replace_etc()
+        self.networkd('ADMIN_STATE=unmanaged\nOPER_STATE=degraded\n')
+        self.assertEqual({}, self.findings())
+
+    def test_networkd_manages_it(self) -> None:
+        self.replace_etc()
+        self.networkd('ADMIN_STATE=configured\n'
+                      'NETWORK_FILE=/etc/systemd/network/any.network\n')
+        finding = self.assert_found('networkd-manages-break0',
+                                    '/etc/systemd/network/any.network')
+        self.assertIn('Unmanaged=yes', finding['commands'][0])
+
+    def test_networkd_and_foreign_routes(self) -> None:
+        self.replace_etc()
+        self.networkd('ADMIN_STATE=unmanaged\n')
+        self.write('/etc/systemd/networkd.conf',
+                   '[Network]\n#ManageForeignRoutes=no\n[DHCPv4]\n'
+                   'ManageForeignRoutes=no\n')
+        self.assert_found('networkd-foreign-routes', 'by default',
+                          severity='warning')
+        self.write('/usr/lib/systemd/networkd.conf.d/90.conf',
+                   '[Network]\nManageForeignRoutes = no\n')
+        self.assertEqual({}, self.findings())
+        self.write('/etc/systemd/networkd.conf.d/95.conf',
+                   '[Network]\nManageForeignRoutes=yes\n')
+        self.assert_found('networkd-foreign-routes',
+                          'by /etc/systemd/networkd.conf.d/95.conf')
+        # One of the same name hides the other.
+        self.write('/run/systemd/networkd.conf.d/95.conf', '[Network]\n')
+        self.assert_found('networkd-foreign-routes', '95.conf')
+        os.unlink('/etc/systemd/networkd.conf.d/95.conf')
+        self.assertEqual({}, self.findings())
+
+    def test_networkd_does_as_it_is_told(self) -> None:
+        self.replace_etc()
+        self.networkd('ADMIN_STATE=unmanaged\n')
+        self.write('/etc/systemd/networkd.conf', '[Network]\n')
+        finding = self.assert_found('networkd-foreign-routes')
+        for command in finding['commands'][:-1]:  # but for the restart
+            self.lab.run('sh', '-c', command)
+        self.assertEqual({}, self.findings())
+
+    def test_network_manager(self) -> None:
+        device = '/run/NetworkManager/devices/%d' % self.index()
+        self.write(device, '[device]\nmanaged=false\n')
+        self.assertEqual({}, self.findings())
+        self.write(device, '[device]\nmanaged=true\nconnection-uuid=1\n')
+        self.assert_found('networkmanager-manages-break0', 'break0')
+
+
+class TestFirewall(DoctorTestCase):
+
+    def nft(self, text: str) -> None:
+        self.lab.run('nft', text)
+
+    def test_accepting(self) -> None:
+        self.nft('''
+            table inet filter {
+              set nodes { type ipv4_addr; flags interval;
+                          elements = { 100.75.30.0/24 } }
+              chain input {
+                type filter hook input priority 0; policy drop;
+                ct state vmap { established : accept, related : accept,
+                                invalid : drop }
+                iifname "lo" accept
+                iifname "eth0" tcp dport 22 accept
+                iifname { "break0", "tun0" } jump pods
+              }
+              chain pods {
+                ip saddr 10.0.0.0/8 drop
+                tcp dport 25 reject
+                accept
+              }
+              chain output {
+                type filter hook output priority 0; policy accept;
+                oifname "eth0" drop
+              }
+              chain forward {
+                type filter hook forward priority 0; policy drop;
+                meta mark 0x4000 accept
+              }
+            }''')
+        found = self.findings()
+        # What is said of SMTP is said of break0 by name.
+        self.assertEqual(['firewall-restricts'], list(found))
+        self.assertIn('tcp dport 25', found['firewall-restricts']['seen'])
+        self.nft('delete rule inet filter pods handle %d' % self.handle(
+            'pods', 'reject'))
+        self.assertEqual({}, self.findings())
+        self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
+        self.assertTrue(self.lab.ping(POD4))
+
+    def handle(self, chain: str, statement: str) -> int:
+        rules = json.loads(self.lab.run(
+            'nft', '--json', 'list', 'chain', 'inet', 'filter',
+            chain).stdout)['nftables']
+        return int(next(each['rule']['handle'] for each in rules
+                        if 'rule' in each and any(
+                            statement in one for one in each['rule']['expr'])))
+
+    def test_a_rule_for_break0(self) -> None:
+        self.nft('table inet filter { chain in { type filter hook input '
+                 'priority 0; iifname "break0" counter drop; }; }')
+        self.assertFalse(self.lab.ping(lab.NODE, 'pod'))
+        self.follow(self.assert_found(
+            'firewall-drops', 'iifname break0 drop', 'inet filter in',
+            severity='error'))
+        self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
+        self.assertEqual({}, self.findings())
+
+    def test_a_rule_for_pods(self) -> None:
+        self.nft('table ip filter { chain out { type filter hook output '
+                 'priority 0; ip daddr 100.75.30.64-100.75.30.95 reject; }; '
+                 '}')
+        self.assertFalse(self.lab.ping(POD4))
+        self.follow(self.assert_found('firewall-drops', 'reject',
+                                      'ip filter out'))
+        self.assertTrue(self.lab.ping(POD4))
+
+    def test_policy(self) -> None:
+        self.nft('table inet filter { chain in { type filter hook input '
+                 'priority 0; policy drop; ct state established,related '
+                 'accept; iifname "lo" accept; }; }')
+        self.assertFalse(self.lab.ping(lab.NODE, 'pod'))
+        self.follow(self.assert_found('firewall-drops', 'policy drop',
+                                      'inet filter in'))
+        self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
+
+    def test_only_some_ports(self) -> None:
+        self.nft('table inet filter { chain in { type filter hook input '
+                 'priority 0; policy drop; ct state established,related '
+                 'accept; tcp dport { 22, 10250 } accept; ip6 nexthdr icmpv6 '
+                 'accept; }; }')
+        self.assert_found('firewall-restricts', 'policy drop',
+                          'inet filter in', severity='warning')
+
+    def test_a_zone(self) -> None:
+        """As firewalld does it."""
+        self.nft('''
+            table inet firewalld {
+              chain public { tcp dport 22 accept; }
+              chain zones {
+                iifname "eth1" goto public
+                goto public
+              }
+              chain filter_INPUT {
+                type filter hook input priority 10; policy accept;
+                ct state { established, related } accept
+                iifname "lo" accept
+                jump zones
+                reject with icmpx admin-prohibited
+              }
+            }''')
+        self.assertFalse(self.lab.ping(lab.NODE, 'pod'))
+        self.assert_found('firewall-restricts', 'reject',
+                          'inet firewalld filter_INPUT')
+
+    def test_forwarding(self) -> None:
+        self.nft('table ip filter { chain FORWARD { type filter hook forward '
+                 'priority 0; policy drop; }; }')
+        self.assertEqual({}, self.findings())
+        self.sysctl('ipv4.ip_forward', 1)
+        self.follow(self.assert_found('firewall-restricts', 'hook forward',
+                                      'ip filter FORWARD'))
+        self.assertEqual({}, self.findings())
+
+    def test_other_interfaces(self) -> None:
+        self.nft('table netdev t { chain c { type filter hook ingress device '
+                 '"eth0" priority 0; policy accept; ip saddr 10.0.0.0/8 '
+                 'drop; }; }')
+        self.nft('table inet filter { chain in { type filter hook input '
+                 'priority 0; iifname != "break0" drop; iif "eth0" drop; '
+                 'tcp dport 25 drop; meta mark 7 drop; }; }')
+        self.assertEqual({}, self.findings())
+
+    def test_iptables(self) -> None:
+        for program, ping in (('iptables', lab.NODE), ('ip6tables',
+                                                       lab.NODE6)):
+            for flavour in ('nft', 'legacy'):
+                with self.subTest(program=program, flavour=flavour):
+                    self.lab.run('%s-%s' % (program, flavour), '-A', 'INPUT',
+                                 '-i', 'break+', '-m', 'comment',
+                                 '--comment', 'a -j ACCEPT', '-j', 'REJECT')
+                    self.assertFalse(self.lab.ping(ping, 'pod'))
+                    finding = self.assert_found(
+                        'firewall-drops', 'REJECT',
+                        finding_chain(program, flavour))
+                    self.lab.run('sh', '-c', finding['commands'][0].replace(
+                        program, '%s-%s' % (program, flavour), 1))
+                    self.assertTrue(self.lab.ping(ping, 'pod'))
+                    self.assertEqual({}, self.findings())
+
+    def hide(self, name: str) -> None:
+        """Be on a node where there is no such program."""
+        for directory in ('/usr/sbin', '/sbin', '/usr/bin', '/bin'):
+            path = os.path.join(directory, name)
+            if os.path.exists(path) and os.access(path, os.X_OK):
+                self.lab.run('mount', '--bind', '/dev/null', path)
+                self.addCleanup(self.lab.run, 'umount', path)
+
+    def test_iptables_where_there_is_no_nft(self) -> None:
+        self.hide('nft')
+        self.lab.run('iptables', '-P', 'OUTPUT', 'DROP')
+        self.lab.run('iptables', '-A', 'OUTPUT', '-m', 'conntrack',
+                     '--ctstate', 'RELATED,ESTABLISHED', '-j', 'ACCEPT')
+        self.lab.run('iptables', '-A', 'OUTPUT', '!', '-o', 'break0', '-j',
+                     'ACCEPT')
+        self.assertFalse(self.lab.ping(POD4))
+        self.follow(self.assert_found('firewall-drops', 'policy drop',
+                                      'iptables filter OUTPUT'))
+        self.assertTrue(self.lab.ping(POD4))
+        self.assertEqual({}, self.findings())
+
+    def test_where_there_is_neither(self) -> None:
+        self.lab.run('iptables', '-P', 'OUTPUT', 'DROP')
+        for name in ('nft', 'iptables-save', 'ip6tables-save'):
+            self.hide(name)
+        self.assertEqual({}, self.findings())
+
+
+def finding_chain(program: str, flavour: str) -> str:
+    if flavour == 'legacy':
+        return program + ' filter INPUT'
+    return ('ip' if program == 'iptables' else 'ip6') + ' filter INPUT'
