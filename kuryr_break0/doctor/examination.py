@@ -85,8 +85,7 @@ def _examine_node(options: config.Options, done: Examination) -> None:
         return  # without it nothing can be compared
     with netlink.Kernel() as kernel:
         node = Node(options, kernel, PATIENCE)
-        all_pods = list(node.pods().values())
-        done.addresses, done.pods = len(node.live), len(all_pods)
+        done.addresses, done.pods = len(node.live), len(node.pods())
         done.findings += records.check_ledger(node)
         done.findings += routes.check_addresses(node)
         useless = [*shim.check_existence(node)]
@@ -101,7 +100,7 @@ def _examine_node(options: config.Options, done: Examination) -> None:
             done.looked_up = len(looked_up)
             done.findings += routes.check_use(node, kernel, looked_up)
             done.findings += pods.check_told(node)
-            entered = routes.sample(all_pods, pods.ENTERED)
+            entered = routes.sample(pods.enterable(node), pods.ENTERED)
             done.entered = len(entered)
             done.findings += pods.check_inside(node, entered)
         done.findings += services.check(node.look.link)

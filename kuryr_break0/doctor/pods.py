@@ -105,6 +105,12 @@ def _check_arp(node: Node, entries: list[Entry]) -> Iterator[Finding]:
             return
 
 
+def enterable(node: Node) -> list[list[Entry]]:
+    """The entries of each pod that was told something in its namespace."""
+    return [entries for entries in node.pods().values()
+            if entries[0].netns is not None and entries[0].peer is not None]
+
+
 def check_inside(node: Node, pods: Sequence[list[Entry]]
                  ) -> Iterator[Finding]:
     """Look into the namespaces of pods, and change nothing there.
@@ -116,7 +122,7 @@ def check_inside(node: Node, pods: Sequence[list[Entry]]
     for entries in pods:
         first = entries[0]
         peer = first.peer
-        if first.netns is None or peer is None or first.sandbox_gone:
+        if first.netns is None or peer is None:
             continue
         hosts = [host for host in peer.addresses if host.version in
                  {entry.address.version for entry in entries}]

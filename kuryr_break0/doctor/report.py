@@ -42,7 +42,7 @@ def as_text(findings: list[Finding], **counts: int) -> str:
     blocks = [_block(each) for each in findings]
     errors = sum(each.severity == ERROR for each in findings)
     summary = 'Nothing is wrong.' if not findings else (
-        '%d errors, %d warnings.' % (errors, len(findings) - errors))
+        'Errors: %d, warnings: %d.' % (errors, len(findings) - errors))
     if counts:
         summary += (
             ' Looked at %(addresses)d addresses of %(pods)d pods; asked the '
@@ -56,7 +56,7 @@ def _block(finding: Finding) -> str:
     if finding.subjects:
         seen += ': ' + _some(finding.subjects)
     lines = ['%s: %s' % (finding.severity, finding.id),
-             _paragraph('seen', seen[:1].upper() + seen[1:] + '.'),
+             _paragraph('seen', seen + '.'),
              _paragraph('why', finding.why),
              _paragraph('do', finding.remedy)]
     # Never broken, so that they can be pasted.

@@ -904,3 +904,146 @@ def finding_chain(program: str, flavour: str) -> str:
     if flavour == 'legacy':
         return program + ' filter INPUT'
     return ('ip' if program == 'iptables' else 'ip6') + ' filter INPUT'
+
+
+class TestInstallation(DoctorTestCase):
+    """With other distributions before those of the virtual environment."""
+
+    PATH = '/run/site-packages'
+    BINDING = 'kuryr_kubernetes.cni.binding'
+
+    def install(self, name: str, version: str, entry_points: str = '',
+                requires: str = '') -> None:
+        info = '%s/%s-%s.dist-info' % (self.PATH, name, version)
+        os.makedirs(info)
+        with open(info + '/METADATA', 'w') as file:
+            file.write('Metadata-Version: 2.1\nName: %s\nVersion: %s\n%s' %
+                       (name, version, requires))
+        with open(info + '/entry_points.txt', 'w') as file:
+            file.write(entry_points)
+
+    def assert_only(self, expected: str, *seen: str, code: int = 1,
+                    **environ: str) -> None:
+        environ = {'PYTHONPATH': self.PATH, **environ}
+        found = json.loads(self.call('--json', code=code,
+                                     **environ).stdout)['findings']
+        self.assertEqual([expected] * len(seen), [each['id']
+                                                  for each in found], found)
+        for text, finding in zip(seen, found):
+            self.assertIn(text, finding['seen'])
+        for text in (expected, 'why', 'do'):
+            self.assertIn(text, self.call(code=code, **environ).stdout)
+
+    def test_pyroute2_unfit(self) -> None:
+        self.install('pyroute2', '0.9.7')
+        self.assert_only('dependency-unfit', 'pyroute2 is 0.9.7, but <0.8')
+
+    def test_kuryr_unfit(self) -> None:
+        self.install('kuryr_kubernetes', '9.0.0')
+        self.assert_only('dependency-unfit', 'kuryr-kubernetes is 9.0.0, but')
+
+    def test_pyroute2_that_cannot_be_imported(self) -> None:
+        self.install('pyroute2', '0.9.7')
+        os.mkdir(self.PATH + '/pyroute2')
+        with open(self.PATH + '/pyroute2/__init__.py', 'w') as file:
+            file.write('raise ImportError("no transactional")\n')
+        self.assert_only('dependency-unfit', 'pyroute2 is 0.9.7', code=2)
+        done = subprocess.run(
+            [PROGRAM, 'status'], text=True, stderr=subprocess.PIPE,
+            env={**os.environ, 'PYTHONPATH': self.PATH})
+        self.assertEqual(2, done.returncode)
+        self.assertRegex(done.stderr, r'\Akuryr-break0: It cannot be loaded: '
+                         r'no transactional. pyroute2 is 0.9.7, [^\n]*\n\Z')
+
+    def test_entry_points_missing(self) -> None:
+        self.install('kuryr_break0', '9')
+        self.assert_only('entry-point-missing', '0 entry points named '
+                         'VIFMacvlanBreak0', '0 entry points named kuryr_bre')
+
+    def test_one_entry_point_missing(self) -> None:
+        self.install('kuryr_break0', '9', '[os_vif]\nkuryr_break0 = '
+                     'kuryr_break0.os_vif_plugin:Break0Plugin\n')
+        self.assert_only('entry-point-missing', 'VIFMacvlanBreak0')
+
+    def test_two_entry_points(self) -> None:
+        self.install('another', '1', '[%s]\nVIFMacvlanBreak0 = '
+                     'kuryr_break0.driver:Break0MacvlanDriver\n' %
+                     self.BINDING)
+        self.assert_only('entry-point-missing', '2 entry points')
+
+    def test_driver_broken(self) -> None:
+        self.install('kuryr_break0', '9', '[os_vif]\nkuryr_break0 = '
+                     'kuryr_break0.os_vif_plugin:Break0Plugin\n[%s]\n'
+                     'VIFMacvlanBreak0 = kuryr_break0.driver_x:Driver\n' %
+                     self.BINDING)
+        self.assert_only('driver-broken', 'driver_x')
+
+    def test_invalid_option(self) -> None:
+        os.mkdir(self.PATH)
+        self.assert_only('options-invalid', "mac: 'x' is not a MAC address",
+                         code=2, OS_BREAK0__MAC='x')
+
+    def test_disabled(self) -> None:
+        os.mkdir(self.PATH)
+        self.assert_only('disabled', 'enabled is false',
+                         OS_BREAK0__ENABLED='false')
+
+
+class TestCommand(DoctorTestCase):
+
+    def test_for_people(self) -> None:
+        self.lab.run('ip', 'route', 'del', POD4)
+        self.lab.run('ip', 'link', 'set', 'break0', 'mtu', '1400')
+        done = self.call(code=1)
+        self.assertEqual('', done.stderr)
+        self.assertIn('error: route-missing\n  seen  addresses of pods have '
+                      'no route through break0 in table 254:', done.stdout)
+        self.assertIn('\n          kuryr-break0 sync\n', done.stdout)
+        self.assertIn('Errors: 1, warnings: 1. Looked at 4 addresses of 2 pods;',
+                      done.stdout)
+        self.assertLess(max(map(len, done.stdout.splitlines())), 80)
+
+    def test_a_state_directory_that_cannot_be_read(self) -> None:
+        os.makedirs('/run/state/addresses')
+        with open('/run/state/lock', 'w'):
+            pass
+        os.chmod('/run/state', 0o700)
+        os.chmod('/run/state/lock', 0o400)
+        self.lab.run('mount', '--bind', '/run/state/lock', '/run/state/lock')
+        self.lab.run('mount', '-o', 'remount,bind,ro', '/run/state/lock')
+        done = self.call(code=3, OS_BREAK0__STATE_DIR='/run/state')
+        self.assertIn('/run/state', done.stderr)
+
+    def test_what_is_under_way(self) -> None:
+        """Pods that come and go are not taken for faults."""
+        stop = '/run/stop'
+
+        def come_and_go() -> None:
+            while not os.path.exists(stop):
+                for change in (self.bind, self.unbind):
+                    change('100.75.30.79', owner=OWNER_79)
+                    time.sleep(0.05)  # a pod lives longer
+
+        pid = base.in_child(come_and_go)
+        try:
+            for _ in range(30):
+                self.assertEqual({}, self.findings())
+        finally:
+            with open(stop, 'w'):
+                pass
+            self.assertEqual(0, base.wait_for(pid))
+
+    def test_many_pods(self) -> None:
+        """What costs a request for each pod is done for some of them."""
+        for number in range(1, 251):
+            self.bind('100.76.0.%d' % number, mac_of_pod=MACS['far'],
+                      owner=Owner('many-%d' % number, 'eth0'))
+        done = json.loads(self.call('--json').stdout)
+        self.assertEqual([], done['findings'])
+        self.assertEqual({'addresses': 254, 'looked_up': 128, 'pods': 252,
+                          'entered': 2}, done['looked_at'])
+        self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
+        finding = self.findings()['route-missing']
+        self.assertEqual(252, len(finding['subjects']))
+        self.assertIn('and 244 more.', ' '.join(
+            self.call(code=1).stdout.split()))
