@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from typing import Iterator, Optional
+from typing import Any, Callable, Iterator, Optional
 
 from oslo_log import log as logging
 
@@ -89,7 +89,7 @@ def _tables() -> Iterator[dict[str, Chain]]:
     """
     rules = _run('nft', '--json', 'list', 'ruleset')
     if rules is not None:
-        yield from nftables.parse(rules)
+        yield from _parsed(nftables.parse, rules)
     for version, prefix, names in ((4, 'iptables', 'ip_tables_names'),
                                    (6, 'ip6tables', 'ip6_tables_names')):
         legacy = _legacy_in_use(names)
@@ -99,7 +99,16 @@ def _tables() -> Iterator[dict[str, Chain]]:
         if saved is None:
             saved = _run(prefix + '-save')
         if saved is not None:
-            yield from iptables.parse(saved, version)
+            yield from _parsed(iptables.parse, saved, version)
+
+
+def _parsed(parse: Callable[..., list[dict[str, Chain]]],
+            *args: Any) -> list[dict[str, Chain]]:
+    try:
+        return parse(*args)
+    except ValueError as err:
+        LOG.warning('The rules of the firewall are not looked at: %s', err)
+        return []
 
 
 def _legacy_in_use(names: str) -> bool:

@@ -53,8 +53,8 @@ def parse(text: str, version: int) -> list[dict[str, Chain]]:
             words = shlex.split(line)
             try:
                 tables[table][words[1]].rules += _rules(words[2:], line)
-            except KeyError as err:
-                raise ValueError('a rule of no chain: %s' % err)
+            except (IndexError, KeyError) as err:
+                raise ValueError('not a rule (%r): %s' % (err, line))
     return list(tables.values())
 
 

@@ -60,7 +60,7 @@ def parse(text: str) -> list[dict[str, Chain]]:
             rule = item.get('rule')
             if rule and rule['family'] in _VERSIONS:
                 where = rule['family'], rule['table']
-                tables[where][rule['chain']].rules += _rules(
+                tables[where][rule['chain']].rules += _rules_or_doubt(
                     rule, {name: elements for (family, table, name), elements
                            in sets.items() if (family, table) == where})
     except (AttributeError, IndexError, KeyError, TypeError,
@@ -80,6 +80,16 @@ def _chain(fields: dict[str, Any]) -> Chain:
     return Chain('%s %s %s' % (family, table, name), _VERSIONS[family],
                  fields.get('hook'), fields.get('policy', 'accept'),
                  accept=accept)
+
+
+def _rules_or_doubt(fields: dict[str, Any],
+                    sets: dict[str, Any]) -> list[Rule]:
+    try:
+        return list(_rules(fields, sets))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError,
+            StopIteration):
+        # Of a form that is not known here.
+        return [Rule((Condition('unknown'),), 'accept')]
 
 
 def _rules(fields: dict[str, Any], sets: dict[str, Any]) -> Iterator[Rule]:

@@ -58,15 +58,13 @@ class Node:
         self.options = options
         self.policy = Policy(options)
         self.ledger = Ledger(options.state_dir, options.lock_timeout)
+        self._patience = patience
         self.contents: Contents = self.ledger.look()
+        entries = {entry.address: entry for entry in self.contents.entries}
         self.lock_free = self.ledger.wait(patience)
         self.look = Look(kernel, kernel.link(options.device))
-        self.lock_free = self.lock_free and self.ledger.wait(patience)
-        entries = {entry.address: entry for entry in self.contents.entries}
-        after = {entry.address: entry for entry in self.ledger.look().entries}
-        self.changing = {
-            address for address in entries.keys() | after.keys()
-            if entries.get(address) != after.get(address)}
+        self.changing: set[IPAddress] = set()
+        self.refresh()
         self.gone = [entry for entry in entries.values()
                      if entry.sandbox_gone]
         self.live = {entry.address: entry for entry in entries.values()
@@ -78,8 +76,16 @@ class Node:
         self.desired, self.refused = self.policy.desired(self.look, self.live)
         self.plan = self.policy.plan(self.look, self.desired)
         self.peer = self.policy.peer_seen(self.look, self.live, self.desired)
-        self._claimed = (entries.keys() | self.changing
-                         | self.contents.unreadable)
+
+    def refresh(self) -> None:
+        """Note what is being changed, or was, since the entries were read.
+
+        To be called after each look at the kernel.
+        """
+        self.lock_free = self.lock_free and self.ledger.wait(self._patience)
+        self.changing |= {
+            entry.address for entry in
+            {*self.contents.entries} ^ {*self.ledger.look().entries}}
 
     def settled(self, addresses: Iterator[IPAddress]) -> list[IPAddress]:
         """Those that nobody is just changing, in their order."""
@@ -88,7 +94,9 @@ class Node:
 
     def unclaimed(self, address: IPAddress) -> bool:
         """Whether no entry says whose an address is."""
-        return address not in self._claimed
+        return not (address in self.live or address in self.changing
+                    or address in self.contents.unreadable
+                    or any(address == entry.address for entry in self.gone))
 
     def pods(self) -> dict[Owner, list[Entry]]:
         """The entries of each pod that nobody is just changing."""

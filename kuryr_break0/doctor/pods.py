@@ -15,7 +15,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Iterable, Iterator, Sequence
+import time
+from typing import Iterable, Iterator, Optional, Sequence
 
 from kuryr_break0.config import IPAddress
 from kuryr_break0.doctor import findings
@@ -29,20 +30,8 @@ from kuryr_break0 import netlink
 #: Pods whose namespaces are entered; each takes some milliseconds. More than
 #: the 110 that kubelet allows on a node by default.
 ENTERED = 128
-
-
-@dataclasses.dataclass(frozen=True)
-class _Inside:
-    """What a pod's namespace holds for its interface.
-
-    :ivar macs: of the node's addresses, as the pod knows them
-    :ivar astray: the node's addresses that it would go to by a gateway
-    """
-
-    ifname: str
-    mac: str
-    macs: dict[IPAddress, str]
-    astray: frozenset[IPAddress]
+#: Seconds within which an ADD or DEL ends that has changed a pod.
+_SETTLED = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +41,36 @@ class _Pod:
     :ivar entry: the first of its entries
     :ivar peer: what it has been told of the node
     :ivar hosts: the addresses of the node that are of a family of its own
+    :ivar mac: what its interface has
+    :ivar macs: what it takes for those of the node's addresses
+    :ivar astray: the addresses of the node that it goes to by a gateway
+    :ivar error: why it could not be looked at
     """
 
     entry: Entry
     peer: Peer
-    hosts: list[IPAddress]
-    inside: _Inside
+    hosts: tuple[IPAddress, ...]
+    mac: str = ''
+    macs: dict[IPAddress, str] = dataclasses.field(default_factory=dict)
+    astray: tuple[IPAddress, ...] = ()
+    error: Optional[str] = None
+
+    @property
+    def has_another_mac(self) -> bool:
+        return self.error is None and self.entry.mac not in (None, self.mac)
+
+    @property
+    def mistaken(self) -> tuple[IPAddress, ...]:
+        """The addresses of the node whose MAC address it does not know."""
+        if self.error is not None or self.peer.mac is None:
+            return ()
+        return tuple(host for host in self.hosts
+                     if self.macs.get(host) != self.peer.mac)
+
+    @property
+    def healthy(self) -> bool:
+        return not (self.error or self.has_another_mac or self.mistaken
+                    or self.astray)
 
 
 def check_told(node: Node) -> Iterator[Finding]:
@@ -117,84 +130,91 @@ def check_inside(node: Node, pods: Sequence[list[Entry]]
 
     :param pods: the entries of each
     """
-    unreadable: dict[str, str] = {}
-    found: list[_Pod] = []
-    for entries in pods:
-        first = entries[0]
-        peer = first.peer
-        if first.netns is None or peer is None:
-            continue
-        hosts = [host for host in peer.addresses if host.version in
-                 {entry.address.version for entry in entries}]
-        try:
-            found.append(_Pod(first, peer, hosts, _look_inside(
-                first.netns, first.owner.ifname, hosts, first)))
-        except (exceptions.NetnsUnusable, exceptions.KernelRefused) as err:
-            unreadable[str(first.owner)] = str(err)
+    ill = [pod for pod in map(_look_inside, pods) if not pod.healthy]
+    if ill:
+        # An ADD or DEL may be half done, for some time without the lock.
+        time.sleep(_SETTLED)
+        owners = {pod.entry.owner for pod in ill}
+        ill = [_look_inside(entries) for entries in pods
+               if entries[0].owner in owners]
+        node.refresh()
+        ill = [pod for pod in ill if pod.entry.address not in node.changing
+               and not pod.entry.sandbox_gone]
+    unreadable = {str(pod.entry.owner): pod.error for pod in ill
+                  if pod.error is not None}
     if unreadable:
         yield findings.POD_UNREADABLE.found(
             next(iter(unreadable.values())), unreadable)
-    changed = [each for each in found
-               if each.entry.mac not in (None, each.inside.mac)]
-    yield from _check_macs(changed)
-    # With its MAC address a pod loses what it knew.
-    yield from _check_neighbours([each for each in found
-                                  if each not in changed])
-    yield from _check_ways(node, found)
+    yield from _check_macs(ill)
+    yield from _check_neighbours(ill)
+    yield from _check_ways(node, ill)
 
 
-def _look_inside(netns: str, ifname: str, hosts: list[IPAddress],
-                 entry: Entry) -> _Inside:
-    with netlink.entered(netns), netlink.Kernel() as kernel:
-        link = kernel.link(ifname)
-        if link is None:
-            raise exceptions.NetnsUnusable(
-                netns=netns, reason='has no interface %s' % ifname)
-        return _Inside(
-            ifname, link.mac,
-            {each.dst: each.mac for each in kernel.neighbours(link.index)},
-            frozenset(
-                host for host in hosts
-                if not any(host in subnet for subnet in entry.subnets)
-                and not kernel.is_on_link(host)))
+def _look_inside(entries: list[Entry]) -> _Pod:
+    entry = entries[0]
+    netns, peer = entry.netns, entry.peer
+    assert netns is not None and peer is not None  # it is enterable
+    versions = {entry.address.version for entry in entries}
+    hosts = tuple(host for host in peer.addresses if host.version in versions)
+    try:
+        with netlink.entered(netns), netlink.Kernel() as kernel:
+            link = kernel.link(entry.owner.ifname)
+            if link is None:
+                raise exceptions.NetnsUnusable(
+                    netns=netns,
+                    reason='has no interface ' + entry.owner.ifname)
+            return _Pod(
+                entry, peer, hosts, link.mac,
+                {each.dst: each.mac
+                 for each in kernel.neighbours(link.index)},
+                tuple(host for host in hosts
+                      if not any(host in subnet for subnet in entry.subnets)
+                      and not kernel.is_on_link(host)))
+    except (exceptions.NetnsUnusable, exceptions.KernelRefused) as err:
+        return _Pod(entry, peer, hosts, error=str(err))
 
 
-def _check_macs(changed: list[_Pod]) -> Iterator[Finding]:
+def _check_macs(pods: list[_Pod]) -> Iterator[Finding]:
+    changed = [pod for pod in pods if pod.has_another_mac]
     if changed:
-        entry, inside = changed[0].entry, changed[0].inside
+        pod = changed[0]
         yield findings.POD_MAC.found(
             'the MAC address of %s in the sandbox %s is %s, but was %s' % (
-                inside.ifname, entry.owner, inside.mac, entry.mac),
+                pod.entry.owner.ifname, pod.entry.owner, pod.mac,
+                pod.entry.mac),
             [pod.entry.address for pod in changed],
             commands=[command for pod in changed for command in (
-                'nsenter --net=%s ip link set %s address %s' % (
-                    pod.entry.netns, pod.inside.ifname, pod.entry.mac),
+                _within(pod, 'link set %s address %s' % (
+                    pod.entry.owner.ifname, pod.entry.mac)),
                 *(_lesson(pod, host) for host in pod.hosts))])
 
 
 def _check_neighbours(pods: list[_Pod]) -> Iterator[Finding]:
-    wrong = [(pod, host) for pod in pods if pod.peer.mac is not None
-             for host in pod.hosts
-             if pod.inside.macs.get(host) != pod.peer.mac]
+    # With its MAC address a pod loses what it knew.
+    mistaken = [(pod, host) for pod in pods if not pod.has_another_mac
+                for host in pod.mistaken]
     for kind, known in ((findings.POD_NEIGHBOUR_MISSING, False),
                         (findings.POD_NEIGHBOUR_WRONG, True)):
-        some = [(pod, host) for pod, host in wrong
-                if (host in pod.inside.macs) == known]
+        some = [(pod, host) for pod, host in mistaken
+                if (host in pod.macs) == known]
         if some:
             pod, host = some[0]
             yield kind.found(
                 'in the sandbox %s the neighbour entry of the node %s is %s, '
                 'where %s is needed' % (
-                    pod.entry.owner, host,
-                    pod.inside.macs.get(host, 'missing'), pod.peer.mac),
+                    pod.entry.owner, host, pod.macs.get(host, 'missing'),
+                    pod.peer.mac),
                 {pod.entry.address: None for pod, _ in some},
                 commands=[_lesson(pod, host) for pod, host in some])
 
 
 def _lesson(pod: _Pod, host: IPAddress) -> str:
-    return ('nsenter --net=%s ip neigh replace %s lladdr %s dev %s nud '
-            'permanent' % (pod.entry.netns, host, pod.peer.mac,
-                           pod.inside.ifname))
+    return _within(pod, 'neigh replace %s lladdr %s dev %s nud permanent' % (
+        host, pod.peer.mac, pod.entry.owner.ifname))
+
+
+def _within(pod: _Pod, command: str) -> str:
+    return 'nsenter --net=%s ip %s' % (pod.entry.netns, command)
 
 
 def _check_ways(node: Node, pods: list[_Pod]) -> Iterator[Finding]:
@@ -202,7 +222,7 @@ def _check_ways(node: Node, pods: list[_Pod]) -> Iterator[Finding]:
     strict = node.parent_name is not None and node.sysctl(
         'ipv4/conf/%s/rp_filter', 'all', node.parent_name) == 1
     astray = [(pod, host) for pod in pods
-              for host in sorted(pod.inside.astray, key=str)]
+              for host in pod.astray]
     dropped: list[tuple[_Pod, IPAddress]] = [
         (pod, host) for pod, host in astray
         if strict and host.version == 4]
@@ -236,5 +256,5 @@ def _check_ways(node: Node, pods: list[_Pod]) -> Iterator[Finding]:
 
 
 def _introductions(ways: Iterable[tuple[_Pod, IPAddress]]) -> list[str]:
-    return ['nsenter --net=%s ip route replace %s dev %s' % (
-        pod.entry.netns, host, pod.inside.ifname) for pod, host in ways]
+    return [_within(pod, 'route replace %s dev %s' % (
+        host, pod.entry.owner.ifname)) for pod, host in ways]

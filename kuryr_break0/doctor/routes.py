@@ -93,20 +93,25 @@ def check_use(node: Node, kernel: netlink.Kernel,
     address is set already.
     """
     astray: dict[IPAddress, str] = {}
-    get = ''
+    asked: dict[IPAddress, str] = {}
     for address in addresses:
         src = node.desired[address].route.src
         for source in ((None,) if src is None else (None, src)):
             way = kernel.way_to(address, source)
             if way is None or way.oif != node.look.index:
-                get = get or '%s%s' % (address, ' from %s' % source
-                                       if source else '')
                 astray.setdefault(address, _way(way))
+                asked.setdefault(address, '%s%s' % (
+                    address, ' from %s' % source if source else ''))
+    if astray:
+        node.refresh()
+    astray = {address: astray[address] for address in
+              node.settled(iter(astray))}
     if astray:
         yield findings.ROUTE_NOT_USED.found(
             'addresses of pods are not reached through %s but %s; %d were '
             'looked up' % (node.options.device, next(iter(astray.values())),
-                           len(addresses)), astray, get=get)
+                           len(addresses)), astray,
+            get=asked[next(iter(astray))])
 
 
 def _way(way: Optional[netlink.Way]) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -855,6 +856,49 @@ class TestFirewall(DoctorTestCase):
                  'tcp dport 25 drop; meta mark 7 drop; }; }')
         self.assertEqual({}, self.findings())
 
+    def test_rules_of_all_kinds(self) -> None:
+        """They are all understood, or given the benefit of the doubt."""
+        self.nft('\n'.join((
+            'table inet filter {',
+            '  set known { type ipv4_addr; flags dynamic, timeout; }',
+            '  map services {',
+            '    type ipv4_addr . inet_proto . inet_service : verdict',
+            '    elements = { 10.0.0.1 . tcp . 443 : goto service } }',
+            '  counter seen { packets 0 bytes 0; }',
+            '  chain service { drop; }',
+            '  chain in { type filter hook input priority 0; policy accept;',
+            '    counter name seen',
+            '    ip daddr . meta l4proto . th dport vmap @services',
+            '    meta mark & 0x4000 == 0x4000 drop',
+            '    fib daddr type broadcast drop',
+            '    numgen random mod 2 vmap { 0 : jump service }',
+            '    limit rate over 10/second drop',
+            '    tcp flags & (fin|syn) == (fin|syn) drop',
+            '    th dport 1-1024 ip protocol udp drop',
+            '    ip6 saddr fe80::/10 drop',
+            '    ip saddr != { 100.75.0.0/16, 10.1.0.1-10.1.0.9 } drop',
+            '    icmpv6 type { echo-request, nd-neighbor-solicit } accept',
+            '    ether saddr 02:00:00:00:00:99 drop',
+            '    iifgroup 7 drop',
+            '    meta l4proto { tcp, udp } th sport 53 drop',
+            '    ct status dnat drop',
+            '    ct mark 5 drop',
+            '    ip saddr @known drop',
+            '    rt type 0 drop',
+            '    socket transparent 1 drop',
+            '    jump service_of_nobody',
+            '  }',
+            '  chain service_of_nobody { log prefix "none"; return; }',
+            '}')))
+        with self.assertLogs('kuryr_break0', 'WARNING') as logs:
+            logging.getLogger('kuryr_break0').warning('a line')
+            self.assertEqual({}, self.findings())
+        self.assertEqual(1, len(logs.output))
+        self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
+        self.nft('insert rule inet filter in iifname "break0" ip saddr '
+                 '@known drop')
+        self.assertEqual(['firewall-restricts'], list(self.findings()))
+
     def test_iptables(self) -> None:
         for program, ping in (('iptables', lab.NODE), ('ip6tables',
                                                        lab.NODE6)):
@@ -999,7 +1043,8 @@ class TestCommand(DoctorTestCase):
         self.assertIn('error: route-missing\n  seen  addresses of pods have '
                       'no route through break0 in table 254:', done.stdout)
         self.assertIn('\n          kuryr-break0 sync\n', done.stdout)
-        self.assertIn('Errors: 1, warnings: 1. Looked at 4 addresses of 2 pods;',
+        self.assertIn('Errors: 1, warnings: 1. Looked at 4 addresses of 2 '
+                      'pods;',
                       done.stdout)
         self.assertLess(max(map(len, done.stdout.splitlines())), 80)
 
@@ -1017,12 +1062,16 @@ class TestCommand(DoctorTestCase):
     def test_what_is_under_way(self) -> None:
         """Pods that come and go are not taken for faults."""
         stop = '/run/stop'
+        path = self.lab.add_pod('coming', '100.75.30.79',
+                                mac=MACS['far'])
 
         def come_and_go() -> None:
             while not os.path.exists(stop):
-                for change in (self.bind, self.unbind):
-                    change('100.75.30.79', owner=OWNER_79)
-                    time.sleep(0.05)  # a pod lives longer
+                self.bind('100.75.30.79', owner=OWNER_79, netns=path,
+                          mac_of_pod=MACS['far'], subnets=SUBNETS)
+                time.sleep(0.05)  # a pod lives longer
+                self.unbind('100.75.30.79', owner=OWNER_79)
+                time.sleep(0.05)
 
         pid = base.in_child(come_and_go)
         try:
