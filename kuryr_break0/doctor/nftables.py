@@ -27,6 +27,7 @@ _META = {'iifname': 'iif', 'iif': 'iif', 'oifname': 'oif', 'oif': 'oif',
          'nfproto': 'version'}
 _PAYLOAD = {('ip', 'saddr'): 'src', ('ip', 'daddr'): 'dst',
             ('ip6', 'saddr'): 'src', ('ip6', 'daddr'): 'dst'}
+_HEADERS = {'ip': 4, 'icmp': 4, 'ip6': 6, 'icmpv6': 6}
 #: What of a packet is left open, and what is known not to matter.
 _SOME_META = ('l4proto', 'length', 'pkttype', 'skuid', 'skgid', 'time')
 _SOME_MATCHES = ('conntrack', 'hashlimit', 'icmp', 'icmp6', 'limit',
@@ -99,6 +100,7 @@ def _rules(fields: dict[str, Any], sets: dict[str, Any]) -> Iterator[Rule]:
         text = 'rule %s (handle %s)' % (
             _text(fields['expr']), fields.get('handle'))
         if kind == 'match':
+            conditions += _family(body['left'])
             conditions.append(_condition(body, sets))
         elif kind == 'limit':
             conditions.append(Condition('some'))
@@ -130,8 +132,15 @@ def _mapped(conditions: list[Condition], body: dict[str, Any],
         condition = _condition(
             {'op': '==', 'left': body['key'], 'right': key}, sets)
         kind, target = next(iter(verdict.items()))
-        yield Rule((*conditions, condition), _VERDICTS.get(kind) or kind,
+        yield Rule((*conditions, *_family(body['key']), condition), _VERDICTS.get(kind) or kind,
                    target['target'] if target else '', text)
+
+
+def _family(left: Any) -> list[Condition]:
+    """That of the header that is looked at; no other packet has it."""
+    payload = left.get('payload') if isinstance(left, dict) else None
+    version = _HEADERS.get(payload.get('protocol')) if payload else None
+    return [] if version is None else [Condition('version', (version,))]
 
 
 def _condition(body: dict[str, Any], sets: dict[str, Any]) -> Condition:

@@ -49,6 +49,7 @@ class DoctorTestCase(base.LabTestCase):
     """A node with two bound pods of both families, and an agent."""
 
     static_neighbours = True
+    maxDiff = None
 
     def setUp(self) -> None:
         super().setUp()
