@@ -132,7 +132,8 @@ def _mapped(conditions: list[Condition], body: dict[str, Any],
         condition = _condition(
             {'op': '==', 'left': body['key'], 'right': key}, sets)
         kind, target = next(iter(verdict.items()))
-        yield Rule((*conditions, *_family(body['key']), condition), _VERDICTS.get(kind) or kind,
+        yield Rule((*conditions, *_family(body['key']), condition),
+                   _VERDICTS.get(kind) or kind,
                    target['target'] if target else '', text)
 
 

@@ -895,7 +895,6 @@ class TestFirewall(DoctorTestCase):
             logging.getLogger('kuryr_break0').warning('a line')
             self.assertEqual({}, self.findings())
         self.assertEqual(1, len(logs.output))
-        self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
         self.nft('insert rule inet filter in iifname "break0" ip saddr '
                  '@known drop')
         self.assertEqual(['firewall-restricts'], list(self.findings()))
