@@ -45,9 +45,9 @@ def as_text(findings: list[Finding], **counts: int) -> str:
         'Errors: %d, warnings: %d.' % (errors, len(findings) - errors))
     if counts:
         summary += (
-            ' Looked at %(addresses)d addresses of %(pods)d pods; asked the '
-            'kernel for the way to %(looked_up)d of the addresses, and '
-            'entered %(entered)d of the pods.' % counts)
+            ' Looked at pods: %(pods)d, entered: %(entered)d; addresses: '
+            '%(addresses)d, looked up in the routing tables: %(looked_up)d.'
+            % counts)
     return '\n\n'.join([*blocks, _wrapped(summary, '', '')])
 
 

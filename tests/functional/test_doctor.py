@@ -895,9 +895,10 @@ class TestFirewall(DoctorTestCase):
             logging.getLogger('kuryr_break0').warning('a line')
             self.assertEqual({}, self.findings())
         self.assertEqual(1, len(logs.output))
-        self.nft('insert rule inet filter in iifname "break0" ip saddr '
-                 '@known drop')
+        self.nft('insert rule inet filter in iifname "break0" ct mark 5 drop')
         self.assertEqual(['firewall-restricts'], list(self.findings()))
+        self.nft('add element inet filter known { %s timeout 1h }' % POD4)
+        self.assertEqual(['firewall-drops'], list(self.findings()))
 
     def test_iptables(self) -> None:
         for program, ping in (('iptables', lab.NODE), ('ip6tables',
@@ -1043,9 +1044,8 @@ class TestCommand(DoctorTestCase):
         self.assertIn('error: route-missing\n  seen  addresses of pods have '
                       'no route through break0 in table 254:', done.stdout)
         self.assertIn('\n          kuryr-break0 sync\n', done.stdout)
-        self.assertIn('Errors: 1, warnings: 1. Looked at 4 addresses of 2 '
-                      'pods;',
-                      done.stdout)
+        self.assertIn('Errors: 1, warnings: 1. Looked at pods: 2, entered: '
+                      '2; addresses: 4', done.stdout)
         self.assertLess(max(map(len, done.stdout.splitlines())), 80)
 
     def test_a_state_directory_that_cannot_be_read(self) -> None:
