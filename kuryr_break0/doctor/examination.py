@@ -20,6 +20,7 @@ from typing import Optional
 from oslo_config import cfg
 
 from kuryr_break0 import config
+from kuryr_break0.doctor import daemon
 from kuryr_break0.doctor import findings
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor import firewall
@@ -62,6 +63,7 @@ def examine(conf: cfg.ConfigOpts) -> Examination:
     """Look at all of a node, and change nothing."""
     done = Examination()
     done.findings += installation.check()
+    done.findings += daemon.check()
     try:
         options = config.load(conf)
     except exceptions.InvalidOption as err:

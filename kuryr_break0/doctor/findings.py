@@ -101,6 +101,23 @@ DEPENDENCY_UNFIT = Kind(
     'Install versions that fit, and restart kuryr-daemon.',
     ('%(python)s -m pip install %(requirements)s',))
 
+DAEMON_ELSEWHERE = Kind(
+    'daemon-elsewhere', ERROR,
+    'The driver has to be in the Python environment of kuryr-daemon. What '
+    'the doctor says of the installation is of its own.',
+    'Install the package there, restart kuryr-daemon, and run the doctor '
+    'from there.',
+    ('%(directory)s/python -m pip install kuryr-break0',
+     '%(directory)s/kuryr-break0 doctor'))
+
+DAEMON_NOT_RESTARTED = Kind(
+    'daemon-not-restarted', WARNING,
+    'It has what was installed when it started: an earlier version, or no '
+    'driver at all, and then pods are not reachable from their node.',
+    'Restart kuryr-daemon. Running pods are not touched by that.',
+    ('kubectl --namespace kube-system rollout restart daemonset '
+     'kuryr-cni-ds',))
+
 OPTIONS_INVALID = Kind(
     'options-invalid', ERROR,
     'With an invalid option pods are bound by Kuryr alone, unreachable from '

@@ -24,6 +24,7 @@ from kuryr_break0 import config
 from kuryr_break0.doctor import findings
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.node import Node
+from kuryr_break0 import exceptions
 
 #: File systems that end with the boot.
 _IN_MEMORY = ('tmpfs', 'ramfs', 'devtmpfs')
@@ -43,6 +44,9 @@ def check_directory(options: config.Options) -> Iterator[Finding]:
         if os.path.lexists(directory) and not (
                 os.path.isdir(directory)
                 and os.access(directory, os.R_OK | os.W_OK | os.X_OK)):
+            if os.geteuid() != 0:
+                raise exceptions.LedgerUnavailable(
+                    path=directory, reason='only root can look at it')
             yield findings.STATE_DIR_UNUSABLE.found(
                 'user %d cannot write to %s' % (os.geteuid(), directory),
                 path=directory)
