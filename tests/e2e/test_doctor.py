@@ -71,6 +71,7 @@ class TestDoctor(unittest.TestCase):
             answer = self.node.request(pod, 'ADD')
             self.assertEqual(202, answer.status, self.node.errors())
         self.assertEqual({}, self.findings())
+        self.node.lab.settle()
         self.assertTrue(self.node.lab.ping('fd00:30::71'))
 
     def test_daemon_elsewhere(self) -> None:
