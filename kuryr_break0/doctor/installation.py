@@ -19,8 +19,9 @@ be told where a version is unfit to be imported.
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import sys
-from typing import Iterable, Iterator
+from typing import Iterator
 import warnings
 
 from packaging import requirements
@@ -61,13 +62,21 @@ def _unfit() -> Iterator[tuple[requirements.Requirement, str]]:
         requirement = requirements.Requirement(text)
         if requirement.marker and not requirement.marker.evaluate():
             continue
-        try:
-            found = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            found = ''
+        found = _version(requirement.name)
         if not found or not requirement.specifier.contains(
                 found, prereleases=True):
             yield requirement, found
+
+
+def _version(name: str) -> str:
+    """The version of a distribution; empty if it is not installed."""
+    # Before Python 3.10, oslo.config is not found as oslo_config is.
+    for spelling in (name, _normalized(name)):
+        try:
+            return importlib.metadata.version(spelling)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return ''
 
 
 def _check_entry_point(group: str, name: str,
@@ -90,8 +99,19 @@ def _check_entry_point(group: str, name: str,
             python=sys.executable, module=module)
 
 
-def _entry_points(group: str) -> Iterable[importlib.metadata.EntryPoint]:
-    """As stevedore finds them, but for its cache, which it would write."""
-    if sys.version_info < (3, 10):
-        return importlib.metadata.entry_points().get(group, ())
-    return importlib.metadata.entry_points(group=group)
+def _entry_points(group: str) -> Iterator[importlib.metadata.EntryPoint]:
+    """As stevedore finds them, but for its cache, which it would write.
+
+    Of a distribution that is there twice, the first hides the other.
+    """
+    seen = set()
+    for distribution in importlib.metadata.distributions():
+        name = _normalized(distribution.metadata['Name'])
+        if name not in seen:
+            seen.add(name)
+            yield from (each for each in distribution.entry_points
+                        if each.group == group)
+
+
+def _normalized(name: str) -> str:
+    return re.sub('[-_.]+', '_', name or '').lower()

@@ -672,14 +672,20 @@ class TestServices(DoctorTestCase):
         return int(link['ifindex'])
 
     def replace_etc(self) -> None:
-        """An /etc/systemd of the node's own, with which it begins empty."""
+        """Files of systemd of the node's own, of which it has none yet."""
+        for name in ('upper', 'work'):
+            os.makedirs('/run/etc/' + name)
+        self.mount('overlay', '/etc', '-o', 'lowerdir=/etc,upperdir='
+                   '/run/etc/upper,workdir=/run/etc/work')
+        os.makedirs('/etc/systemd', exist_ok=True)
         for path in ('/etc/systemd', '/usr/lib/systemd',
                      '/usr/local/lib/systemd'):
             if os.path.isdir(path):
-                self.lab.run('mount', '-t', 'tmpfs', 'none', path)
-                self.addCleanup(self.lab.run, 'umount', path)
-        if not os.path.isdir('/etc/systemd'):
-            self.skipTest('there is no /etc/systemd to mount over')
+                self.mount('tmpfs', path)
+
+    def mount(self, kind: str, path: str, *args: str) -> None:
+        self.lab.run('mount', '-t', kind, kind, path, *args)
+        self.addCleanup(self.lab.run, 'umount', path)
 
     def networkd(self, state: str) -> None:
         self.write('/run/systemd/netif/links/%d' % self.index(),
@@ -706,7 +712,7 @@ class TestServices(DoctorTestCase):
                    'ManageForeignRoutes=no\n')
         self.assert_found('networkd-foreign-routes', 'by default',
                           severity='warning')
-        self.write('/usr/lib/systemd/networkd.conf.d/90.conf',
+        self.write('/run/systemd/networkd.conf.d/90.conf',
                    '[Network]\nManageForeignRoutes = no\n')
         self.assertEqual({}, self.findings())
         self.write('/etc/systemd/networkd.conf.d/95.conf',
