@@ -38,8 +38,9 @@ def as_json(findings: Iterable[Finding], **counts: Any) -> str:
 
 
 def as_text(findings: list[Finding], **counts: int) -> str:
-    """A paragraph for each finding, and what was looked at."""
-    blocks = [_block(each) for each in findings]
+    """A paragraph for each finding, errors first; and what was looked at."""
+    blocks = [_block(each) for each in sorted(
+        findings, key=lambda each: each.severity != ERROR)]
     errors = sum(each.severity == ERROR for each in findings)
     summary = 'Nothing is wrong.' if not findings else (
         'Errors: %d, warnings: %d.' % (errors, len(findings) - errors))
@@ -53,7 +54,7 @@ def as_text(findings: list[Finding], **counts: int) -> str:
 
 def _block(finding: Finding) -> str:
     seen = finding.seen
-    if finding.subjects:
+    if not all(subject in seen for subject in finding.subjects):
         seen += ': ' + _some(finding.subjects)
     lines = ['%s: %s' % (finding.severity, finding.id),
              _paragraph('seen', seen + '.'),
