@@ -33,6 +33,7 @@ from kuryr_break0.command import IN_SYNC
 from kuryr_break0.command import UNREADABLE
 from kuryr_break0.command import USAGE
 from kuryr_break0 import config
+from kuryr_break0.doctor import command as doctor
 from kuryr_break0 import exceptions
 from kuryr_break0.manager import Break0Manager
 from kuryr_break0 import probe
@@ -54,13 +55,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         logging.setup(conf, 'kuryr-break0')
         if conf.command.func is not _agent and not conf.debug:
             logging.getLogger(None).logger.setLevel(logging.WARNING)
-        options = config.load(conf)
+        # The doctor looks at invalid options too.
+        args = [conf] if conf.command.func is doctor.run else [
+            conf, config.load(conf)]
     except (cfg.Error, exceptions.InvalidOption, OSError) as err:
         # OSError is of a log file, or of oslo.config's --shell_completion,
         # whose template its package lacks.
         return command.fail(USAGE, err)
     try:
-        status: int = conf.command.func(conf, options)
+        status: int = conf.command.func(*args)
         return status
     except exceptions.Break0Error as err:
         return command.fail(UNREADABLE, err)
@@ -76,6 +79,7 @@ def _add_subcommands(subparsers: Any) -> None:
     status.add_argument('--json', action='store_true',
                         help='print JSON instead of tables')
     status.set_defaults(func=_status)
+    doctor.add_parser(subparsers)
     sync = subparsers.add_parser(
         'sync', help='make break0 and the routes what they should be',
         description='Make break0 and the routes what the ledger says, and '

@@ -107,8 +107,8 @@ def ensure(kernel: netlink.Kernel, options: config.Options,
     return Ensured(tuned, bare=True, corrected=False)
 
 
-def _loud(name: str) -> dict[str, int]:
-    """The sysctls that have to change for it to be quiet."""
+def loud(name: str) -> dict[str, int]:
+    """The sysctls that have to change for it to be quiet, as what."""
     wanted = {path % name: value for path, value in QUIET.items()}
     return {path: value for path, value in wanted.items()
             if netlink.read_sysctl(path) not in (value, None)}
@@ -139,7 +139,7 @@ def _tune(kernel: netlink.Kernel, options: config.Options,
           link: netlink.Link, parent: netlink.Link
           ) -> tuple[netlink.Link, list[str]]:
     """Correct what is not as it should be; names what that was."""
-    sysctls = _loud(link.name)
+    sysctls = loud(link.name)
     for path, value in sysctls.items():
         netlink.write_sysctl(path, value, options.sysctl_dir)
     changes: dict[str, Optional[object]] = {}

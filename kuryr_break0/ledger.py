@@ -183,6 +183,24 @@ def netns_id(path: Optional[str]) -> Optional[tuple[int, int]]:
     return found.st_dev, found.st_ino
 
 
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """All that is in a state directory, as it is.
+
+    :ivar entries: ordered by address
+    :ivar damaged: the path of each entry that is none, and why
+    :ivar newer: the same of those that a later version has written
+    :ivar aside: the paths of those that were set aside
+    :ivar unreadable: the addresses of all of these
+    """
+
+    entries: tuple[Entry, ...]
+    damaged: dict[str, str]
+    newer: dict[str, str]
+    aside: tuple[str, ...]
+    unreadable: frozenset[IPAddress]
+
+
 class NewerVersion(Exception):
     """An entry's format is not known yet."""
 
@@ -209,11 +227,26 @@ def _content(path: str) -> str:
     return content.decode()
 
 
+def _address_of(name: str) -> Optional[IPAddress]:
+    """The address of an entry by the name of its file; None for another's.
+
+    :raises ValueError: if it is neither
+    """
+    if not name.endswith(_SUFFIX):
+        return None
+    return ipaddress.ip_address(name[:-len(_SUFFIX)])
+
+
+def _order(address: IPAddress) -> tuple[int, int]:
+    return address.version, int(address)
+
+
 class Ledger:
     """The entries in a state directory.
 
     :param path: the directory; it is created when it is first needed
     :param lock_timeout: seconds that :meth:`lock` waits
+    :ivar lock_path: the file that the lock is on
     """
 
     def __init__(self, path: str, lock_timeout: float) -> None:
@@ -221,6 +254,7 @@ class Ledger:
         self._entries = os.path.join(path, 'addresses')
         self._damaged = os.path.join(path, 'damaged')
         self._attendance = os.path.join(path, 'attended')
+        self.lock_path = os.path.join(path, 'lock')
         self._lock_timeout = lock_timeout
 
     @contextlib.contextmanager
@@ -244,8 +278,7 @@ class Ledger:
                 raise self._unavailable(err) from err
             if not acquired:
                 raise exceptions.LockTimeout(
-                    path=os.path.join(self._path, 'lock'),
-                    timeout=self._lock_timeout)
+                    path=self.lock_path, timeout=self._lock_timeout)
             try:
                 yield
             finally:
@@ -261,10 +294,7 @@ class Ledger:
         """
         path = self._file(address)
         try:
-            entry = Entry.from_json(_content(path))
-            if entry.address != address:
-                raise ValueError('it is of %s' % entry.address)
-            return entry
+            return self._read(path, address)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError as err:
@@ -272,6 +302,13 @@ class Ledger:
             return None
         except (OSError, NewerVersion) as err:
             raise self._unavailable(err) from err
+
+    @staticmethod
+    def _read(path: str, address: IPAddress) -> Entry:
+        entry = Entry.from_json(_content(path))
+        if entry.address != address:
+            raise ValueError('it is of %s' % entry.address)
+        return entry
 
     def put(self, entry: Entry) -> None:
         """Write an entry; what its address had before is gone.
@@ -323,13 +360,70 @@ class Ledger:
         unreadable.update(self._listed(self._damaged))
         return entries, unreadable - {entry.address for entry in entries}
 
+    def look(self) -> Contents:
+        """Read all there is, and leave it as it is: nothing is set aside.
+
+        :raises LedgerUnavailable: if the directory cannot be read
+        """
+        entries, unreadable = [], set()
+        damaged, newer, aside = {}, {}, []
+        for name in self._names(self._entries):
+            path = os.path.join(self._entries, name)
+            address = None
+            try:
+                address = _address_of(name)
+                if address is not None:
+                    entries.append(self._read(path, address))
+            except (FileNotFoundError, NotADirectoryError):
+                pass  # unbound meanwhile
+            except NewerVersion as err:
+                newer[path] = str(err)
+                unreadable.add(address)
+            except (ValueError, OSError) as err:
+                damaged[path] = str(err)
+                unreadable.add(address)
+        for name in self._names(self._damaged):
+            aside.append(os.path.join(self._damaged, name))
+            with contextlib.suppress(ValueError):
+                unreadable.add(_address_of(name))
+        return Contents(
+            tuple(sorted(entries, key=lambda entry: _order(entry.address))),
+            damaged, newer, tuple(sorted(aside)),
+            frozenset(address for address in unreadable
+                      if address is not None)
+            - {entry.address for entry in entries})
+
+    def wait(self, timeout: float) -> bool:
+        """Wait until who holds the lock now has let it go.
+
+        It is taken for an instant, and unlike :meth:`lock` nothing is made.
+        Not for who holds it, whose lock would end with that (fcntl(2)).
+
+        :returns: whether it was free within so many seconds
+        :raises LedgerUnavailable: if the lock file cannot be opened
+        """
+        deadline = time.monotonic() + timeout
+        try:
+            with open(self.lock_path, 'r+b') as file:
+                while True:
+                    try:
+                        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        return True
+                    except (BlockingIOError, PermissionError):
+                        if time.monotonic() > deadline:
+                            return False
+                    time.sleep(0.001)
+        except FileNotFoundError:
+            return True  # nobody has ever held it
+        except OSError as err:
+            raise self._unavailable(err) from err
+
     def addresses(self) -> list[IPAddress]:
         """List the addresses that have an entry, in their order.
 
         :raises LedgerUnavailable: if the directory cannot be read
         """
-        return sorted(self._listed(self._entries),
-                      key=lambda address: (address.version, int(address)))
+        return sorted(self._listed(self._entries), key=_order)
 
     def exists(self) -> bool:
         """Whether there is a state directory."""
@@ -360,20 +454,24 @@ class Ledger:
 
     def _listed(self, directory: str) -> list[IPAddress]:
         found = []
+        for name in self._names(directory):
+            try:
+                address = _address_of(name)
+            except ValueError as err:
+                if directory == self._entries:
+                    self._set_aside(os.path.join(directory, name), err)
+            else:
+                if address is not None:
+                    found.append(address)
+        return found
+
+    def _names(self, directory: str) -> list[str]:
         try:
-            names = os.listdir(directory)
+            return os.listdir(directory)
         except FileNotFoundError:
             return []
         except OSError as err:
             raise self._unavailable(err) from err
-        for name in names:
-            try:
-                if name.endswith(_SUFFIX):
-                    found.append(ipaddress.ip_address(name[:-len(_SUFFIX)]))
-            except ValueError as err:
-                if directory == self._entries:
-                    self._set_aside(os.path.join(directory, name), err)
-        return found
 
     def _set_aside(self, path: str, reason: ValueError) -> None:
         aside = os.path.join(self._damaged, os.path.basename(path))

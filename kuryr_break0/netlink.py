@@ -71,6 +71,8 @@ RTN_LOCAL = 2
 RTF_LOCAL = 0x80000000
 #: Learnt by use, as IPv6's path MTUs are: not a route of the table.
 RTM_F_CLONED = 0x200
+#: Answer with the table that was used; without, it is said to be main.
+RTM_F_LOOKUP_TABLE = 0x1000
 #: Answer with the route in the table, not with what follows from it.
 RTM_F_FIB_MATCH = 0x2000
 
@@ -537,18 +539,25 @@ class Kernel:
 
         The one by which it would be reached, as the routing rules say.
         """
-        route = self._lookup(address)
+        route = self.lookup(address)
         if route is None or route.dst_len != address.max_prefixlen:
             return None
         return _host_route(route)
 
-    def _lookup(self, address: IPAddress) -> Optional[messages.Route]:
-        """The route that is used to an address; None if it has none."""
+    def lookup(self, address: IPAddress, source: Optional[IPAddress] = None
+               ) -> Optional[messages.Route]:
+        """Return the route that is used to an address; None if it has none.
+
+        :param source: the node's address that is spoken from
+        """
         message = rtmsg.rtmsg()
         message['family'] = _family(address)
         message['dst_len'] = address.max_prefixlen
-        message['flags'] = RTM_F_FIB_MATCH
+        message['flags'] = RTM_F_FIB_MATCH | RTM_F_LOOKUP_TABLE
         message['attrs'] = [('RTA_DST', str(address))]
+        if source is not None:
+            message['src_len'] = source.max_prefixlen
+            message['attrs'].append(('RTA_SRC', str(source)))
         try:
             with _translated('look up the route to %s' % address):
                 route: messages.Route
@@ -650,7 +659,7 @@ class Kernel:
 
     def is_on_link(self, address: IPAddress) -> bool:
         """Whether an address would be reached without a gateway."""
-        route = self._lookup(address)
+        route = self.lookup(address)
         return (route is not None and route.type == RTN_UNICAST
                 and not route.gateways and not route.several)
 

@@ -1,0 +1,109 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""All checks, in an order in which one fault is told once."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Optional
+
+from oslo_config import cfg
+
+from kuryr_break0 import config
+from kuryr_break0.doctor import daemon
+from kuryr_break0.doctor import findings
+from kuryr_break0.doctor.findings import Finding
+from kuryr_break0.doctor import firewall
+from kuryr_break0.doctor import installation
+from kuryr_break0.doctor.node import Node
+from kuryr_break0.doctor import pods
+from kuryr_break0.doctor import records
+from kuryr_break0.doctor import routes
+from kuryr_break0.doctor import services
+from kuryr_break0.doctor import shim
+from kuryr_break0 import exceptions
+from kuryr_break0 import netlink
+
+#: Seconds for which the lock is waited for, that is held for milliseconds.
+PATIENCE = 2.0
+
+
+@dataclasses.dataclass
+class Examination:
+    """What was found, and how much was looked at.
+
+    :ivar addresses: those that pods of the node have
+    :ivar looked_up: those for which the kernel was asked what it uses
+    :ivar pods: their number
+    :ivar entered: those whose namespaces were entered
+    :ivar invalid: whether it ended early, by the configuration
+    :ivar unreadable: what ended it early
+    """
+
+    findings: list[Finding] = dataclasses.field(default_factory=list)
+    addresses: int = 0
+    looked_up: int = 0
+    pods: int = 0
+    entered: int = 0
+    invalid: bool = False
+    unreadable: Optional[exceptions.Break0Error] = None
+
+
+def examine(conf: cfg.ConfigOpts) -> Examination:
+    """Look at all of a node, and change nothing."""
+    done = Examination()
+    done.findings += installation.check()
+    done.findings += daemon.check()
+    try:
+        options = config.load(conf)
+    except exceptions.InvalidOption as err:
+        done.findings.append(findings.OPTIONS_INVALID.found(str(err)))
+        done.invalid = True
+        return done
+    try:
+        _examine_node(options, done)
+    except exceptions.Break0Error as err:
+        done.unreadable = err
+    return done
+
+
+def _examine_node(options: config.Options, done: Examination) -> None:
+    if not options.enabled:
+        done.findings.append(findings.DISABLED.found(
+            '[break0] enabled is false'))
+    directory = list(records.check_directory(options))
+    done.findings += directory
+    if any(each.id == findings.STATE_DIR_UNUSABLE.id for each in directory):
+        return  # without it nothing can be compared
+    with netlink.Kernel() as kernel:
+        node = Node(options, kernel, PATIENCE)
+        done.addresses, done.pods = len(node.live), len(node.pods())
+        done.findings += records.check_ledger(node)
+        done.findings += routes.check_addresses(node)
+        useless = [*shim.check_existence(node)]
+        done.findings += useless or shim.check_parents(node)
+        # What is on an interface that is not there, or not ours, says
+        # nothing more.
+        if not useless and node.look.link is not None:
+            done.findings += shim.check_properties(node)
+            done.findings += routes.check_routes(node)
+            done.findings += routes.check_neighbours(node)
+            looked_up = routes.sample(routes.usable(node), routes.LOOKED_UP)
+            done.looked_up = len(looked_up)
+            done.findings += routes.check_use(node, kernel, looked_up)
+            done.findings += pods.check_told(node)
+            entered = routes.sample(pods.enterable(node), pods.ENTERED)
+            done.entered = len(entered)
+            done.findings += pods.check_inside(node, entered)
+        done.findings += services.check(node.look.link)
+        done.findings += firewall.check(node)

@@ -1,0 +1,139 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Whether a firewall of the node stands between it and its pods."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from typing import Any, Callable, Iterator, Optional
+
+from oslo_log import log as logging
+
+from kuryr_break0.doctor import findings
+from kuryr_break0.doctor.findings import Finding
+from kuryr_break0.doctor import iptables
+from kuryr_break0.doctor import nftables
+from kuryr_break0.doctor.node import Node
+from kuryr_break0.doctor.packet_filter import Chain
+from kuryr_break0.doctor.packet_filter import Obstacle
+from kuryr_break0.doctor.packet_filter import obstacles
+from kuryr_break0.doctor.packet_filter import Packet
+from kuryr_break0 import netlink
+
+LOG = logging.getLogger(__name__)
+
+#: Seconds for a program to list all rules.
+_TIMEOUT = 10
+_FORWARDING = {4: 'ipv4/ip_forward', 6: 'ipv6/conf/all/forwarding'}
+
+
+def check(node: Node) -> Iterator[Finding]:
+    """Follow what node and pods say to each other through all rules."""
+    packets = list(_packets(node))
+    if not packets:
+        return
+    found: dict[bool, list[Obstacle]] = {}
+    for table in _tables():
+        for obstacle in obstacles(table, packets):
+            found.setdefault(obstacle.all, []).append(obstacle)
+    for kind, drops_all in ((findings.FIREWALL_DROPS, True),
+                            (findings.FIREWALL_RESTRICTS, False)):
+        if drops_all in found:
+            first = found[drops_all][0]
+            yield kind.found(
+                'the chain %s, hook %s, has: %s' % (
+                    first.chain.title, first.chain.hook, first.what),
+                [each.chain.title for each in found[drops_all]],
+                commands=[each.chain.accept % {
+                    'device': node.options.device,
+                    'short': '-i' if each.chain.hook == 'input' else '-o',
+                    'long': 'iifname' if each.chain.hook == 'input'
+                    else 'oifname'} for each in found[drops_all]])
+
+
+def _packets(node: Node) -> Iterator[Packet]:
+    """What passes between the node and one pod of each family."""
+    device = node.options.device
+    for version in (4, 6):
+        pod = next((address for address in node.desired
+                    if address.version == version), None)
+        if pod is None:
+            continue
+        host = next((address for address in
+                     (node.peer.addresses if node.peer else ())
+                     if address.version == version), None)
+        yield Packet('input', device, '', pod, host, version)
+        yield Packet('output', '', device, host, pod, version)
+        # What comes from elsewhere for a service of a pod of this node.
+        if netlink.read_sysctl(_FORWARDING[version]):
+            yield Packet('forward', node.parent_name or '', device, None,
+                         pod, version)
+
+
+def _tables() -> Iterator[dict[str, Chain]]:
+    """The tables of nftables, and those of iptables that it does not show.
+
+    Where its programs are not at hand there is nothing to say.
+    """
+    rules = _run('nft', '--json', 'list', 'ruleset')
+    if rules is not None:
+        yield from _parsed(nftables.parse, rules)
+    for version, prefix, names in ((4, 'iptables', 'ip_tables_names'),
+                                   (6, 'ip6tables', 'ip6_tables_names')):
+        legacy = _legacy_in_use(names)
+        if rules is not None and not legacy:
+            continue
+        saved = _run(prefix + '-legacy-save') if legacy else None
+        if saved is None:
+            saved = _run(prefix + '-save')
+        if saved is not None:
+            yield from _parsed(iptables.parse, saved, version)
+
+
+def _parsed(parse: Callable[..., list[dict[str, Chain]]],
+            *args: Any) -> list[dict[str, Chain]]:
+    try:
+        return parse(*args)
+    except ValueError as err:
+        LOG.warning('The rules of the firewall are not looked at: %s', err)
+        return []
+
+
+def _legacy_in_use(names: str) -> bool:
+    try:
+        with open('/proc/thread-self/net/' + names) as file:
+            return bool(file.read().strip())
+    except OSError:
+        return False
+
+
+def _run(program: str, *args: str) -> Optional[str]:
+    """What a program says; None if it is not there, or has failed."""
+    path = shutil.which(program, path=os.environ.get('PATH', os.defpath)
+                        + ':/usr/sbin:/sbin')
+    if path is None:
+        return None
+    try:
+        done = subprocess.run([path, *args], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True,
+                              timeout=_TIMEOUT)
+    except (OSError, subprocess.SubprocessError) as err:
+        LOG.warning('The rules of the firewall are not looked at: %s', err)
+        return None
+    if done.returncode:
+        LOG.warning('The rules of the firewall are not looked at: %s: %s',
+                    program, done.stderr.strip())
+        return None
+    return done.stdout

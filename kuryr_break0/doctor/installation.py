@@ -1,0 +1,117 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Whether Kuryr would find and load the driver, and in fit versions.
+
+Nothing that needs the kernel is imported at the top, so that this can still
+be told where a version is unfit to be imported.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import sys
+from typing import Iterator
+import warnings
+
+from packaging import requirements
+
+from kuryr_break0.doctor import findings
+from kuryr_break0.doctor.findings import Finding
+
+_DISTRIBUTION = 'kuryr-break0'
+#: What setup.cfg registers, by the names that Kuryr and os-vif look for.
+_ENTRY_POINTS = (('kuryr_kubernetes.cni.binding', 'VIFMacvlanBreak0',
+                  'kuryr_break0.driver'),
+                 ('os_vif', 'kuryr_break0', 'kuryr_break0.os_vif_plugin'))
+
+
+def check() -> Iterator[Finding]:
+    """Look at the Python environment that this process runs in."""
+    unfit = list(_unfit())
+    if unfit:
+        yield findings.DEPENDENCY_UNFIT.found(
+            '; '.join('%s is %s, but %s is needed' % (
+                each.name, found or 'not installed',
+                str(each.specifier) or 'any version')
+                for each, found in unfit),
+            python=sys.executable, requirements=' '.join(
+                "'%s%s'" % (each.name, each.specifier) for each, _ in unfit))
+        return  # what follows would only say the same in other words
+    for group, name, module in _ENTRY_POINTS:
+        yield from _check_entry_point(group, name, module)
+
+
+def _unfit() -> Iterator[tuple[requirements.Requirement, str]]:
+    """The requirements that are not met, each with the version there is."""
+    try:
+        wanted = importlib.metadata.requires(_DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        return  # it has no entry points either
+    for text in wanted:
+        requirement = requirements.Requirement(text)
+        if requirement.marker and not requirement.marker.evaluate():
+            continue
+        found = _version(requirement.name)
+        if not found or not requirement.specifier.contains(
+                found, prereleases=True):
+            yield requirement, found
+
+
+def _version(name: str) -> str:
+    """The version of a distribution; empty if it is not installed."""
+    # Before Python 3.10, oslo.config is not found as oslo_config is.
+    for spelling in (name, _normalized(name)):
+        try:
+            return importlib.metadata.version(spelling)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return ''
+
+
+def _check_entry_point(group: str, name: str,
+                       module: str) -> Iterator[Finding]:
+    found = [each for each in _entry_points(group) if each.name == name]
+    if len(found) != 1:
+        yield findings.ENTRY_POINT_MISSING.found(
+            '%s has %d entry points named %s, where there must be one, for '
+            '%s' % (group, len(found), name, sys.executable),
+            python=sys.executable)
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # Kuryr's imports warn
+            found[0].load()
+    except Exception as err:  # whatever its import raises
+        yield findings.DRIVER_BROKEN.found(
+            'the entry point %s of %s does not load: %s: %s' % (
+                name, group, type(err).__name__, err),
+            python=sys.executable, module=module)
+
+
+def _entry_points(group: str) -> Iterator[importlib.metadata.EntryPoint]:
+    """As stevedore finds them, but for its cache, which it would write.
+
+    Of a distribution that is there twice, the first hides the other.
+    """
+    seen = set()
+    for distribution in importlib.metadata.distributions():
+        name = _normalized(distribution.metadata['Name'])
+        if name not in seen:
+            seen.add(name)
+            yield from (each for each in distribution.entry_points
+                        if each.group == group)
+
+
+def _normalized(name: str) -> str:
+    return re.sub('[-_.]+', '_', name or '').lower()

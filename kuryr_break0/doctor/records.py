@@ -1,0 +1,135 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""State directory, ledger and lock, and whether an agent is there."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import sys
+from typing import Iterator, Optional
+
+from kuryr_break0 import config
+from kuryr_break0.doctor import findings
+from kuryr_break0.doctor.findings import Finding
+from kuryr_break0.doctor.node import Node
+from kuryr_break0 import exceptions
+
+#: File systems that end with the boot.
+_IN_MEMORY = ('tmpfs', 'ramfs', 'devtmpfs')
+
+
+def check_directory(options: config.Options) -> Iterator[Finding]:
+    """Look at the state directory; one that is not there yet is fine."""
+    path = options.state_dir
+    there = path
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there):
+        yield findings.STATE_DIR_UNUSABLE.found(
+            '%s is not a directory' % there, path=there)
+        return
+    for directory in (there, os.path.join(path, 'addresses')):
+        if os.path.lexists(directory) and not (
+                os.path.isdir(directory)
+                and os.access(directory, os.R_OK | os.W_OK | os.X_OK)):
+            if os.geteuid() != 0:
+                raise exceptions.LedgerUnavailable(
+                    path=directory, reason='only root can look at it')
+            yield findings.STATE_DIR_UNUSABLE.found(
+                'user %d cannot write to %s' % (os.geteuid(), directory),
+                path=directory)
+            return
+    mount, kind = _mount_of(there)
+    if kind not in _IN_MEMORY:
+        yield findings.STATE_DIR_PERSISTENT.found(
+            '%s is on %s, which is %s' % (path, mount, kind))
+    if there != path:
+        return
+    found = os.stat(path)
+    if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        yield findings.STATE_DIR_MODE.found(
+            '%s belongs to user %d and has mode %04o' % (
+                path, found.st_uid, stat.S_IMODE(found.st_mode)), path=path)
+
+
+def _mount_of(path: str) -> tuple[str, str]:
+    """Mount point and type of the file system that a path is on."""
+    best = ('/', 'unknown')
+    path = os.path.realpath(path)
+    with open('/proc/self/mountinfo') as mounts:
+        for line in mounts:
+            # ID parent major:minor root point options ... - type source ...
+            fields, _, rest = line.partition(' - ')
+            point = re.sub(r'\\([0-7]{3})', lambda code: chr(int(code[1], 8)),
+                           fields.split()[4])
+            # A later mount on the same point hides the earlier.
+            if (os.path.commonpath((point, path)) == point
+                    and len(point) >= len(best[0])):
+                best = point, rest.split()[0]
+    return best
+
+
+def check_ledger(node: Node) -> Iterator[Finding]:
+    """Look at the entries, the lock and the agent."""
+    contents = node.contents
+    if contents.damaged:
+        yield findings.LEDGER_DAMAGED.found(
+            'entries cannot be read: ' + next(iter(
+                contents.damaged.values())), contents.damaged)
+    if contents.newer:
+        yield findings.LEDGER_NEWER.found(
+            'entries cannot be read: ' + next(iter(contents.newer.values())),
+            contents.newer, python=sys.executable)
+    if contents.aside:
+        yield findings.LEDGER_ASIDE.found(
+            'entries have been set aside', contents.aside,
+            directory=os.path.dirname(contents.aside[0]))
+    if not node.lock_free:
+        yield findings.LOCK_HELD.found(
+            'the lock %s was not free for seconds; %s has it' % (
+                node.ledger.lock_path, _holder(node.ledger.lock_path)),
+            path=node.ledger.lock_path)
+    if not node.ledger.attended():
+        yield findings.AGENT_NOT_RUNNING.found(
+            'no agent uses the state directory %s' % node.options.state_dir)
+    gone = [entry for entry in node.gone
+            if entry.address not in node.changing]
+    if gone:
+        yield findings.SANDBOX_GONE.found(
+            'addresses belong to sandboxes that do not exist',
+            ['%s (%s)' % (entry.address, entry.owner) for entry in gone])
+
+
+def _holder(path: str) -> str:
+    """Who has a lock on a file, by /proc/locks."""
+    found = os.stat(path)
+    place = '%02x:%02x:%d' % (os.major(found.st_dev),
+                              os.minor(found.st_dev), found.st_ino)
+    with open('/proc/locks') as locks:
+        for line in locks:
+            # 1: POSIX  ADVISORY  WRITE 1234 00:19:567 0 EOF
+            fields = line.split()
+            if fields[1] == 'POSIX' and place in fields:
+                return 'process %s (%s)' % (
+                    fields[4], _command(fields[4]) or 'unknown')
+    return 'a process of another container'
+
+
+def _command(pid: str) -> Optional[str]:
+    try:
+        with open('/proc/%s/cmdline' % pid) as file:
+            return file.read().replace('\0', ' ').strip()
+    except OSError:
+        return None

@@ -1,0 +1,84 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Findings for people and for programs."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from typing import Any, Iterable
+
+from kuryr_break0.doctor.findings import ERROR
+from kuryr_break0.doctor.findings import Finding
+
+_WIDTH = 79
+#: Of addresses and commands of one finding, so many are shown to people.
+_SHOWN = 8
+
+
+def as_json(findings: Iterable[Finding], **counts: Any) -> str:
+    """A document for programs, in which nothing is left out."""
+    return json.dumps({
+        'findings': [{
+            'id': each.id, 'severity': each.severity, 'seen': each.seen,
+            'subjects': list(each.subjects), 'why': each.why,
+            'remedy': each.remedy, 'commands': list(each.commands)}
+            for each in findings],
+        'looked_at': counts}, indent=2)
+
+
+def as_text(findings: list[Finding], **counts: int) -> str:
+    """A paragraph for each finding, errors first; and what was looked at."""
+    blocks = [_block(each) for each in sorted(
+        findings, key=lambda each: each.severity != ERROR)]
+    errors = sum(each.severity == ERROR for each in findings)
+    summary = 'Nothing is wrong.' if not findings else (
+        'Errors: %d, warnings: %d.' % (errors, len(findings) - errors))
+    if counts:
+        summary += (
+            ' Looked at pods: %(pods)d, entered: %(entered)d; addresses: '
+            '%(addresses)d, looked up in the routing tables: %(looked_up)d.'
+            % counts)
+    return '\n\n'.join([*blocks, _wrapped(summary, '', '')])
+
+
+def _block(finding: Finding) -> str:
+    seen = finding.seen
+    if not all(subject in seen for subject in finding.subjects):
+        seen += ': ' + _some(finding.subjects)
+    lines = ['%s: %s' % (finding.severity, finding.id),
+             _paragraph('seen', seen + '.'),
+             _paragraph('why', finding.why),
+             _paragraph('do', finding.remedy)]
+    # Never broken, so that they can be pasted.
+    lines += ['          ' + command for command in finding.commands[:_SHOWN]]
+    if len(finding.commands) > _SHOWN:
+        lines.append('          # and %d more, see --json' %
+                     (len(finding.commands) - _SHOWN))
+    return '\n'.join(lines)
+
+
+def _some(subjects: tuple[str, ...]) -> str:
+    shown = ', '.join(subjects[:_SHOWN])
+    more = len(subjects) - _SHOWN
+    return shown + (' and %d more' % more if more > 0 else '')
+
+
+def _paragraph(label: str, text: str) -> str:
+    return _wrapped(text, '  %-4s  ' % label, '        ')
+
+
+def _wrapped(text: str, first: str, later: str) -> str:
+    return textwrap.fill(text, _WIDTH, initial_indent=first,
+                         subsequent_indent=later, break_long_words=False,
+                         break_on_hyphens=False)

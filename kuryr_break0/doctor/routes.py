@@ -1,0 +1,154 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Routes and neighbours that the node has for its pods."""
+
+from __future__ import annotations
+
+from typing import Iterator, Optional, Sequence, TypeVar
+
+from kuryr_break0.config import IPAddress
+from kuryr_break0.doctor import findings
+from kuryr_break0.doctor.findings import Finding
+from kuryr_break0.doctor.node import Node
+from kuryr_break0 import messages
+from kuryr_break0 import netlink
+
+#: Addresses for which the kernel is asked what it would use. Each costs up
+#: to two requests, about a millisecond in all.
+LOOKED_UP = 128
+
+_T = TypeVar('_T')
+
+
+def sample(items: Sequence[_T], size: int) -> list[_T]:
+    """So many of a sequence at most, evenly over all of it."""
+    if len(items) <= size:
+        return list(items)
+    return [items[number * len(items) // size] for number in range(size)]
+
+
+def check_addresses(node: Node) -> Iterator[Finding]:
+    """Look for addresses that cannot be those of pods of this node."""
+    refused = {address: reason for address, reason in node.refused.items()
+               if address not in node.changing}
+    not_allowed = [address for address, reason in refused.items()
+                   if 'allowed_cidrs' in reason]
+    if not_allowed:
+        yield findings.ADDRESS_NOT_ALLOWED.found(
+            'addresses of pods are outside [break0] allowed_cidrs',
+            not_allowed)
+    others = {address: reason for address, reason in refused.items()
+              if address not in not_allowed}
+    if others:
+        yield findings.ADDRESS_REFUSED.found(
+            'the address of a pod is ' + next(iter(others.values())), others)
+
+
+def check_routes(node: Node) -> Iterator[Finding]:
+    """Compare the routes with the entries."""
+    options, plan = node.options, node.plan
+    foreign = {route.dst: route for route in plan.foreign}
+    there = {route.dst for route in node.look.routes.host
+             if route.table == options.route_table}
+    lost = node.settled(route.dst for route in plan.replace
+                        if route.dst not in foreign)
+    missing = [address for address in lost if address not in there]
+    wrong = [address for address in lost if address in there]
+    if missing:
+        yield findings.ROUTE_MISSING.found(
+            'addresses of pods have no route through %s in table %d' % (
+                options.device, options.route_table), missing)
+    if wrong:
+        yield findings.ROUTE_WRONG.found(
+            'routes of pods are not as they were set', wrong)
+    in_the_way = node.settled(iter(foreign))
+    if in_the_way:
+        route = foreign[in_the_way[0]]
+        yield findings.ROUTE_FOREIGN.found(
+            'addresses of pods have a route that is not ours, on interface '
+            '%s with protocol %d' % (route.oif, route.protocol),
+            in_the_way, address=route.dst)
+    stale = [route.dst for route in plan.delete if node.unclaimed(route.dst)]
+    if stale:
+        yield findings.ROUTE_STALE.found(
+            'there are routes through %s that no pod claims' %
+            options.device, stale, address=stale[0], device=options.device,
+            protocol=options.route_protocol, table=options.route_table)
+
+
+def check_use(node: Node, kernel: netlink.Kernel,
+              addresses: Sequence[IPAddress]) -> Iterator[Finding]:
+    """Ask the kernel what it would use to reach pods whose routes are right.
+
+    For what the node sends of itself, and for its answers, whose source
+    address is set already.
+    """
+    astray: dict[IPAddress, str] = {}
+    asked: dict[IPAddress, str] = {}
+    for address in addresses:
+        src = node.desired[address].route.src
+        for source in ((None,) if src is None else (None, src)):
+            way = kernel.lookup(address, source)
+            if way is None or way.oif != node.look.index:
+                astray.setdefault(address, _way(way))
+                asked.setdefault(address, '%s%s' % (
+                    address, ' from %s' % source if source else ''))
+    if astray:
+        node.refresh()
+    astray = {address: astray[address] for address in
+              node.settled(iter(astray))}
+    if astray:
+        yield findings.ROUTE_NOT_USED.found(
+            'addresses of pods are not reached through %s but %s; %d were '
+            'looked up' % (node.options.device, next(iter(astray.values())),
+                           len(addresses)), astray,
+            get=asked[next(iter(astray))])
+
+
+def _way(way: Optional[messages.Route]) -> str:
+    if way is None:
+        return 'not at all'
+    return 'through interface %s, by table %d' % (way.oif, way.table)
+
+
+def usable(node: Node) -> list[IPAddress]:
+    """The addresses whose route is there, and no other in its place."""
+    wrong = {route.dst for route in (*node.plan.replace, *node.plan.foreign)}
+    return node.settled(address for address in node.desired
+                        if address not in wrong)
+
+
+def check_neighbours(node: Node) -> Iterator[Finding]:
+    """Compare the permanent neighbours on break0 with the entries."""
+    name, known = node.options.device, node.look.neighbours
+    learn = node.settled(neighbour.dst for neighbour in node.plan.learn)
+    missing = [address for address in learn if address not in known]
+    # Who has marked it changes nothing of where packets go.
+    macs = {neighbour.dst: neighbour.mac for neighbour in node.plan.learn}
+    wrong = [address for address in learn
+             if address in known and known[address].mac != macs[address]]
+    if missing:
+        yield findings.NEIGHBOUR_MISSING.found(
+            'addresses of pods have no permanent neighbour entry on %s' %
+            name, missing)
+    if wrong:
+        yield findings.NEIGHBOUR_WRONG.found(
+            'the neighbour entry of %s on %s is %s, but its pod has %s' % (
+                wrong[0], name, known[wrong[0]].mac, macs[wrong[0]]), wrong)
+    stale = [neighbour.dst for neighbour in node.plan.forget
+             if node.unclaimed(neighbour.dst)
+             and neighbour.dst not in node.look.on_break0]
+    if stale:
+        yield findings.NEIGHBOUR_STALE.found(
+            'there are neighbour entries on %s that no pod claims' % name,
+            stale, address=stale[0], device=name)

@@ -1,0 +1,125 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Programs of the node that may take break0 or its routes for theirs.
+
+Their files are read, since neither has to run to have left its mark, and
+their own clients are not in the container of kuryr-daemon.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from typing import Iterable, Iterator, Optional
+
+from kuryr_break0.doctor import findings
+from kuryr_break0.doctor.findings import Finding
+from kuryr_break0 import netlink
+
+_NETWORKD_LINKS = '/run/systemd/netif/links'
+#: Of falling precedence, for files of the same name (systemd.syntax(7)).
+_SYSTEMD = ('/etc/systemd', '/run/systemd', '/usr/local/lib/systemd',
+            '/usr/lib/systemd', '/lib/systemd')
+#: Of which there may be several, like ``configuring`` (networkctl(1)).
+_NETWORKD_LEAVES_ALONE = ('', 'unmanaged', 'pending', 'initialized', 'linger')
+_NETWORKMANAGER_DEVICES = '/run/NetworkManager/devices'
+
+
+def check(link: Optional[netlink.Link]) -> Iterator[Finding]:
+    """Look for systemd-networkd and NetworkManager on this node."""
+    if link is None:
+        return
+    state = dict(_assignments(_lines(
+        os.path.join(_NETWORKD_LINKS, str(link.index)))))
+    if state.get('ADMIN_STATE', '') not in _NETWORKD_LEAVES_ALONE:
+        yield findings.NETWORKD_MANAGES.found(
+            'systemd-networkd has %s as %s, by %s' % (
+                link.name, state['ADMIN_STATE'],
+                state.get('NETWORK_FILE') or 'an unknown file'),
+            device=link.name)
+    where = _manages_foreign_routes()
+    if os.path.isdir(_NETWORKD_LINKS) and where is not None:
+        yield findings.NETWORKD_FOREIGN_ROUTES.found(
+            'systemd-networkd has run on this node, with '
+            'ManageForeignRoutes=yes %s' % where)
+    state = dict(_assignments(_lines(
+        os.path.join(_NETWORKMANAGER_DEVICES, str(link.index)))))
+    if _is_true(state.get('managed', '')):
+        yield findings.NETWORKMANAGER_MANAGES.found(
+            'NetworkManager has %s (interface %d) as managed' % (
+                link.name, link.index), device=link.name)
+
+
+def _manages_foreign_routes() -> Optional[str]:
+    """Where it says that networkd deletes the routes of others, if it does.
+
+    None also where networkd's files are not at hand, as in a container.
+    """
+    value, where = True, 'by default'
+    files = list(_configuration('networkd.conf'))
+    if not files and not any(os.path.exists(
+            os.path.join(directory, 'systemd-networkd'))
+            for directory in _SYSTEMD):
+        return None
+    for path in files:
+        for key, text in _assignments(_section(_lines(path), 'Network')):
+            if key == 'ManageForeignRoutes':
+                value, where = text == '' or _is_true(text), 'by ' + path
+    return where if value else None
+
+
+def _configuration(name: str) -> Iterator[str]:
+    """The files that make up a configuration of systemd, in their order."""
+    for directory in _SYSTEMD:
+        path = os.path.join(directory, name)
+        if os.path.exists(path):
+            yield path
+            break
+    drop_ins: dict[str, str] = {}
+    for directory in _SYSTEMD:
+        for path in glob.glob(os.path.join(directory, name + '.d', '*.conf')):
+            drop_ins.setdefault(os.path.basename(path), path)
+    for _, path in sorted(drop_ins.items()):
+        yield path
+
+
+def _lines(path: str) -> Iterator[str]:
+    """The lines of a file, without comments; none where there is none."""
+    try:
+        with open(path, errors='replace') as file:
+            for line in file:
+                line = line.strip()
+                if line and line[0] not in '#;':
+                    yield line
+    except OSError:
+        pass
+
+
+def _section(lines: Iterable[str], name: str) -> Iterator[str]:
+    within = False
+    for line in lines:
+        if line.startswith('['):
+            within = line == '[%s]' % name
+        elif within:
+            yield line
+
+
+def _assignments(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for line in lines:
+        key, equals, value = line.partition('=')
+        if equals:
+            yield key.strip(), value.strip()
+
+
+def _is_true(text: str) -> bool:
+    return text.lower() in ('1', 'yes', 'y', 'true', 't', 'on')

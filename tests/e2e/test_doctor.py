@@ -1,0 +1,106 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import shutil
+import subprocess
+import sysconfig
+import time
+from typing import Any
+import unittest
+
+from kuryr_break0 import ledger
+from tests import kuryr
+from tests import lab
+
+PROGRAM = os.path.join(kuryr.BIN, 'kuryr-break0')
+
+
+class TestDoctor(unittest.TestCase):
+    """With the real kuryr-daemon, and pods that it has bound."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.node = kuryr.Node()
+        self.addCleanup(self.node.__exit__)
+        self.node.lab.add_ipv6()
+
+    def findings(self, **environ: str) -> dict[str, Any]:
+        done = subprocess.run(
+            [PROGRAM, '--config-file', self.node.conf, '--nodebug',
+             '--nouse-journal', 'doctor', '--json'], text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, **environ})
+        self.assertIn(done.returncode, (0, 1), done.stderr)
+        found = json.loads(done.stdout)['findings']
+        return {each['id']: each for each in found}
+
+    def start_agent(self) -> None:
+        agent = subprocess.Popen(
+            [PROGRAM, '--config-file', self.node.conf, 'agent'],
+            stderr=subprocess.DEVNULL)
+        self.addCleanup(agent.wait)
+        self.addCleanup(agent.kill)
+        deadline = time.monotonic() + 60
+        while not ledger.Ledger('/run/kuryr-break0', 10).attended():
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.05)
+
+    def test_healthy(self) -> None:
+        self.node.start_daemon()
+        self.start_agent()
+        for name, vif in (
+                ('one', kuryr.macvlan_vif(
+                    '100.75.30.71', 'fd00:30::71', subnets=[
+                        '%s/24' % lab.LAN, '%s/64' % lab.LAN6])),
+                ('two', kuryr.macvlan_vif('100.75.30.72'))):
+            pod = self.node.add_pod(name, vif=vif)
+            answer = self.node.request(pod, 'ADD')
+            self.assertEqual(202, answer.status, self.node.errors())
+        self.assertEqual({}, self.findings())
+        self.node.lab.settle()
+        self.assertTrue(self.node.lab.ping('fd00:30::71'))
+
+    def test_daemon_elsewhere(self) -> None:
+        """The stock daemon runs, in an environment without the driver."""
+        bin_dir = kuryr.stock_environment(os.path.join(self.node.dir, 'venv'))
+        self.node.start_daemon(bin_dir=bin_dir)
+        self.start_agent()
+        found = self.findings()
+        self.assertEqual(['daemon-elsewhere'], list(found))
+        self.assertIn(bin_dir, found['daemon-elsewhere']['seen'])
+
+    def test_daemon_not_restarted(self) -> None:
+        """The package is installed while the daemon runs."""
+        self.node.start_daemon()
+        self.start_agent()
+        self.assertEqual({}, self.findings())
+        info, = glob.glob(os.path.join(sysconfig.get_path('purelib'),
+                                       'kuryr_break0-*.dist-info'))
+        copy = os.path.join('/run/site-packages', os.path.basename(info))
+        shutil.copytree(info, copy)
+        os.utime(os.path.join(copy, 'RECORD'))  # now
+        found = self.findings(PYTHONPATH='/run/site-packages')
+        self.assertEqual(['daemon-not-restarted'], list(found))
+        self.assertIn('process %d' % self.daemon_pid(),
+                      found['daemon-not-restarted']['seen'])
+        self.node.kill_daemon()
+        self.node.start_daemon()
+        self.assertEqual({}, self.findings(PYTHONPATH='/run/site-packages'))
+
+    def daemon_pid(self) -> int:
+        assert self.node.daemon is not None
+        return self.node.daemon.pid
