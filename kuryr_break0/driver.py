@@ -26,6 +26,7 @@ from oslo_log import log as logging
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
+from kuryr_break0 import flat
 from kuryr_break0.ledger import Owner
 from kuryr_break0.manager import Break0Manager
 from kuryr_break0 import netlink
@@ -59,8 +60,9 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         """
         try:
             sandbox = self._sandbox(netns)
-            netlink.undisturbed('connect ' + ifname, super().connect, vif,
-                                ifname, netns, container_id)
+            with flat.view():
+                netlink.undisturbed('connect ' + ifname, super().connect,
+                                    vif, ifname, netns, container_id)
         except exceptions.Break0Error as err:
             raise PodNotConnected(str(err)) from err
         owner = Owner(container_id, ifname)
@@ -141,8 +143,10 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
     def _disconnect_pod(self, vif: Any, ifname: str, netns: str,
                         container_id: str) -> None:
         try:
-            netlink.undisturbed('disconnect ' + ifname, super().disconnect,
-                                vif, ifname, netns, container_id)
+            with flat.view():
+                netlink.undisturbed('disconnect ' + ifname,
+                                    super().disconnect, vif, ifname, netns,
+                                    container_id)
         except exceptions.KernelRefused as err:
             raise k_exc.CNIBindingFailure(str(err)) from err
 

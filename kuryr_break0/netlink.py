@@ -33,11 +33,14 @@ import os
 import random
 import socket
 import time
+import types
 from typing import Any, Callable, Iterator, NamedTuple, Optional
 from typing import Sequence, TypeVar
 
+from oslo_log import log as logging
 import pyroute2
 from pyroute2.ipdb import exceptions as ipdb_exceptions
+from pyroute2.ipdb import interfaces as ipdb_interfaces
 from pyroute2 import netlink
 from pyroute2.netlink import exceptions as nl_exceptions
 from pyroute2.netlink import rtnl
@@ -51,6 +54,8 @@ from kuryr_break0 import exceptions
 from kuryr_break0.plan import HostRoute
 from kuryr_break0.plan import Item
 from kuryr_break0.plan import Neighbour
+
+LOG = logging.getLogger(__name__)
 
 # linux/rtnetlink.h
 RT_SCOPE_LINK = 253
@@ -68,6 +73,9 @@ RTF_LOCAL = 0x80000000
 RTM_F_CLONED = 0x200
 #: Answer with the route in the table, not with what follows from it.
 RTM_F_FIB_MATCH = 0x2000
+
+_INTERFACE_GROUPS = (rtnl.RTMGRP_LINK | rtnl.RTMGRP_IPV4_IFADDR
+                     | rtnl.RTMGRP_IPV6_IFADDR)
 
 #: An interrupted dump is repeated this often. Each try meets about as many
 #: changes as the last, so what counts is their number, not their distance.
@@ -293,6 +301,54 @@ def create_macvlan(name: str, parent: Link, mac: str) -> None:
                         macvlan_mode='bridge', address=mac).commit()
 
     undisturbed('create the macvlan %s on %s' % (name, parent.name), create)
+
+
+class _Unread(dict):  # type: ignore[type-arg]
+    """What an IPDB does not read; it writes here of its own accord."""
+
+    def __init__(self, ipdb: Any) -> None:
+        super().__init__()
+
+
+class _InterfacesIPDB(pyroute2.IPDB):  # type: ignore[misc]
+    """An IPDB that reads and hears of interfaces and addresses only."""
+
+    # It has no attributes before this is called.
+    def __init__(self) -> None:
+        super().__init__(nl_bind_groups=_INTERFACE_GROUPS,
+                         deprecation_warning=False)
+
+    def initdb(self) -> None:
+        # Its plugin for interfaces reads the neighbours as well.
+        spec = [{**each, 'class': _Unread} if each['name'] == 'neighbours'
+                else each for each in ipdb_interfaces.spec]
+        self._plugins = [types.SimpleNamespace(groups=_INTERFACE_GROUPS,
+                                               spec=spec)]
+        super().initdb()
+
+
+def ipdb_of_interfaces() -> Optional[Any]:
+    """Open an IPDB, on the node, that has read what Kuryr needs of it.
+
+    All interfaces and addresses, but no neighbours, routes and rules.
+
+    :returns: None if that cannot be done with this pyroute2
+    :raises NetlinkError: as any IPDB; for :func:`undisturbed`
+    """
+    try:
+        ipdb = _InterfacesIPDB()
+        try:
+            ipdb.interfaces  # read when first asked for
+        except BaseException:
+            ipdb.release()
+            raise
+        return ipdb
+    except nl_exceptions.NetlinkError:
+        raise
+    except Exception as err:
+        LOG.debug('Kuryr reads all of the node, since IPDB is not as it was: '
+                  '%r', err)
+        return None
 
 
 class Routes(NamedTuple):
