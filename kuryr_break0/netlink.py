@@ -126,6 +126,7 @@ class Link:
     mac: str
     multicast: bool
     up: bool
+    loopback: bool
 
     @property
     def lower_of_macvlans(self) -> tuple[Optional[int], bool]:
@@ -264,25 +265,32 @@ def entered(netns: str) -> Iterator[None]:
     :param netns: its path
     :raises NetnsUnusable: if it cannot be entered
     """
-    flags = os.O_RDONLY | os.O_CLOEXEC
-    own = os.open('/proc/thread-self/ns/net', flags)
-    try:
-        try:
-            other = os.open(netns, flags)
+    with _opened('/proc/thread-self/ns/net') as own:
+        with _opened(netns) as other:
             try:
                 pyroute2_netns.setns(other)
-            finally:
-                os.close(other)
-        except OSError as err:
-            raise exceptions.NetnsUnusable(
-                netns=netns, reason='cannot be entered: %s'
-                % os.strerror(err.errno or 0)) from err
+            except OSError as err:
+                raise exceptions.NetnsUnusable(
+                    netns=netns, reason='cannot be entered: %s'
+                    % os.strerror(err.errno or 0)) from err
         try:
             yield
         finally:
             pyroute2_netns.setns(own)
+
+
+@contextlib.contextmanager
+def _opened(netns: str) -> Iterator[int]:
+    try:
+        opened = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as err:
+        raise exceptions.NetnsUnusable(
+            netns=netns, reason='cannot be entered: %s'
+            % os.strerror(err.errno or 0)) from err
+    try:
+        yield opened
     finally:
-        os.close(own)
+        os.close(opened)
 
 
 def create_macvlan(name: str, parent: Link, mac: str) -> None:
@@ -301,6 +309,17 @@ def create_macvlan(name: str, parent: Link, mac: str) -> None:
                         macvlan_mode='bridge', address=mac).commit()
 
     undisturbed('create the macvlan %s on %s' % (name, parent.name), create)
+
+
+def prepare() -> None:
+    """Do, before processes fork, what pyroute2 does at the first use.
+
+    In each of them: it looks for the C library, by another process, and
+    compiles its messages.
+    """
+    with contextlib.suppress(exceptions.Break0Error):
+        with entered('/proc/thread-self/ns/net'), Kernel() as kernel:
+            kernel.link('lo')
 
 
 class _Unread(dict):  # type: ignore[type-arg]
@@ -387,6 +406,28 @@ class Kernel:
                 return None
             raise
         return _link(answer[0])
+
+    def links(self) -> list[Link]:
+        """List all interfaces, by a dump."""
+        return [_link(message) for message in undisturbed(
+            'list the interfaces', lambda: list(self._ipr.get_links()))]
+
+    def create_macvlan(self, name: str, parent: Link, netns: str, *,
+                       mac: str, mtu: int) -> None:
+        """Create a macvlan in bridge mode, up, in another namespace.
+
+        It is never in that of the parent, so its name is free to be that of
+        an interface there, and nobody there hears of it.
+
+        :param netns: the path of the namespace
+        """
+        with _opened(netns) as other, _translated(
+                'create the macvlan %s of the pod on %s' % (name,
+                                                            parent.name)):
+            self._ipr.link('add', ifname=name, kind='macvlan',
+                           macvlan_mode='bridge', link=parent.index,
+                           net_ns_fd=other, address=mac, mtu=mtu,
+                           state='up')
 
     def change_link(self, link: Link, **changes: Any) -> None:
         """Change attributes of an interface, such as mtu or address."""
@@ -703,4 +744,5 @@ def _link(message: Any) -> Link:
         mtu=message.get_attr('IFLA_MTU'),
         mac=message.get_attr('IFLA_ADDRESS') or '',
         multicast=bool(message['flags'] & ifinfmsg.IFF_MULTICAST),
-        up=bool(message['flags'] & ifinfmsg.IFF_UP))
+        up=bool(message['flags'] & ifinfmsg.IFF_UP),
+        loopback=bool(message['flags'] & ifinfmsg.IFF_LOOPBACK))

@@ -74,12 +74,14 @@ def _serve() -> None:
 
     from kuryr_break0 import config
     from kuryr_break0 import exceptions
+    from kuryr_break0 import netlink
     from kuryr_break0 import vif
 
     name = vif.VIFMacvlanBreak0.__name__
     driver: Any = stv_driver.DriverManager(
         namespace=b_base._BINDING_NAMESPACE, name=name).driver
     obj_base.VersionedObjectRegistry.register(vif.VIFMacvlanBreak0)
+    netlink.prepare()
     LOG.info('%s VIFs are bound by %s.%s', vif.VIFMacvlanBreak0.obj_name(),
              driver.__module__, driver.__name__)
     try:
