@@ -317,7 +317,7 @@ def prepare() -> None:
     In each of them: it looks for the C library, by another process, and
     compiles its messages.
     """
-    with contextlib.suppress(exceptions.Break0Error):
+    with contextlib.suppress(exceptions.Break0Error, OSError):
         with entered('/proc/thread-self/ns/net'), Kernel() as kernel:
             kernel.link('lo')
 
