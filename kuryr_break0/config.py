@@ -248,8 +248,10 @@ OPTS = [
         help='Whether node and pods are told each other\'s MAC addresses, so '
              'that neither has to ask: on the node one permanent neighbour '
              'entry per address of a pod, in each pod one per address of the '
-             'node. When false, they ask by ARP, which is heard on the wire, '
-             'and IPv6 does not work from pod to node.'),
+             'node. When false, they ask by ARP: then the LAN hears the node '
+             'ask with the MAC address of break0, which Neutron port security '
+             'may take for spoofing, and IPv6 does not work from pod to '
+             'node.'),
     cfg.ListOpt(
         'host_addresses',
         item_type=HostAddress(),

@@ -95,6 +95,7 @@ class Break0Manager:
         """
         failure = _Failures()
         entries: list[Entry] = []
+        passed: list[IPAddress] = []
         peer = None
         bare = False
         with self._locked(), netlink.Kernel() as kernel:
@@ -116,12 +117,16 @@ class Break0Manager:
             for entry in entries:
                 # An unwritable ledger must not cost the pod its route.
                 with failure.logged():
+                    earlier = self._ledger.get(entry.address)
+                    if earlier is not None and earlier.owner != owner:
+                        passed.append(entry.address)
                     self._ledger.put(entry)
             if peer is not None:
                 for entry in entries:
                     with failure.noted():
                         bare |= self._bind(kernel, entry, index,
                                            sources[entry.address])
+        self._forget_connections(passed)
         if peer is not None:
             self._introduce(entries, peer)
         if bare:
@@ -159,6 +164,7 @@ class Break0Manager:
                     LOG.info('Unbound %s from %s for %s%s', address,
                              self._options.device, owner,
                              '' if deleted else ' (it had no route)')
+        self._forget_connections(entry.address for entry in removed)
         self._leave(removed)
         failure.raise_first()
 
@@ -470,6 +476,7 @@ class Break0Manager:
                     self._ledger.remove(entry.address)
                     LOG.info('The sandbox %s of %s is gone', entry.owner,
                              entry.address)
+                    self._forget_connections([entry.address])
 
     @staticmethod
     def _report(change: netlink.Change,
@@ -545,6 +552,15 @@ class Break0Manager:
                     exceptions.KernelRefused) as err:
                 LOG.debug('The sandbox %s still knows the node: %s',
                           entry.owner, err)
+
+    @staticmethod
+    def _forget_connections(addresses: Iterable[IPAddress]) -> None:
+        """Let none of an earlier pod's connections be the next one's."""
+        for address in addresses:
+            try:
+                netlink.forget_connections(address)
+            except exceptions.KernelRefused as err:
+                LOG.debug('%s', err)
 
     def _unclaimed(self, addresses: set[IPAddress],
                    dry_run: bool) -> set[IPAddress]:

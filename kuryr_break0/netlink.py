@@ -29,20 +29,22 @@ import dataclasses
 import enum
 import errno
 import ipaddress
+import logging
 import os
 import random
 import socket
+import struct
 import time
 import types
 from typing import Any, Callable, Iterator, NamedTuple, Optional
 from typing import Sequence, TypeVar
 
-from oslo_log import log as logging
 import pyroute2
 from pyroute2.ipdb import exceptions as ipdb_exceptions
 from pyroute2.ipdb import interfaces as ipdb_interfaces
 from pyroute2 import netlink
 from pyroute2.netlink import exceptions as nl_exceptions
+from pyroute2.netlink.nfnetlink import nfctsocket
 from pyroute2.netlink import rtnl
 from pyroute2.netlink.rtnl import ifinfmsg
 from pyroute2.netlink.rtnl import ndmsg
@@ -51,6 +53,7 @@ from pyroute2 import netns as pyroute2_netns
 
 from kuryr_break0.config import IPAddress
 from kuryr_break0 import exceptions
+from kuryr_break0 import messages
 from kuryr_break0.plan import HostRoute
 from kuryr_break0.plan import Item
 from kuryr_break0.plan import Neighbour
@@ -148,6 +151,9 @@ def _translated(action: str, advice: str = '') -> Iterator[None]:
         reason = os.strerror(err.code) if err.code > 0 else str(err)
         raise exceptions.KernelRefused(action, reason, err.code,
                                        advice) from err
+    except OSError as err:  # of the socket
+        raise exceptions.KernelRefused(action, err.strerror or str(err),
+                                       err.errno or 0, advice) from err
     except (ipdb_exceptions.CommitException,
             ipdb_exceptions.CreateException) as err:
         raise exceptions.KernelRefused(action, str(err), 0, advice) from err
@@ -258,6 +264,34 @@ def write_sysctl(path: str, value: int) -> None:
             'run it privileged.') from err
 
 
+def forget_connections(address: IPAddress) -> None:
+    """Delete what the node tracks of the connections of an address.
+
+    The kernel looks for them (since linux 6.8), once for each way in which
+    an address takes part: it began them, it was spoken to, it answers for
+    the address of a Service.
+
+    :raises KernelRefused: if it cannot, as an older one
+    """
+    if not read_sysctl('netfilter/nf_conntrack_count'):
+        return  # nothing is tracked
+    with _translated('forget the connections of %s' % address), \
+            pyroute2.NFCTSocket(nfgen_family=_family(address)) as tracker:
+        for which, end in (('ORIG', 'saddr'), ('ORIG', 'daddr'),
+                           ('REPLY', 'saddr')):
+            wanted = nfctsocket.NFCTAttrTuple(
+                family=_family(address), **{end: str(address)})
+            message = nfctsocket.nfct_msg()
+            message['attrs'] = [
+                ('CTA_TUPLE_' + which, {'attrs': wanted.attrs()}),
+                ('CTA_FILTER', {'attrs': [
+                    ('CTA_FILTER_%s_FLAGS' % which, wanted.flags)]})]
+            tracker.request(
+                message, nfctsocket.IPCTNL_MSG_CT_DELETE,
+                msg_flags=netlink.NLM_F_REQUEST | netlink.NLM_F_ACK,
+                terminate=nfctsocket.terminate_error_msg)
+
+
 @contextlib.contextmanager
 def entered(netns: str) -> Iterator[None]:
     """Be in another network namespace; this thread, within the block.
@@ -302,13 +336,25 @@ def create_macvlan(name: str, parent: Link, mac: str) -> None:
     :raises KernelRefused: if there is none in the end
     """
     def create() -> None:
-        with pyroute2.IPDB(plugins=('interfaces',),
-                           deprecation_warning=False) as ipdb:
+        with _unwarned(), pyroute2.IPDB(
+                plugins=('interfaces',), deprecation_warning=False) as ipdb:
             ipdb.create(ifname=name, kind='macvlan',
                         link=parent.lower_of_macvlans[0],
                         macvlan_mode='bridge', address=mac).commit()
 
     undisturbed('create the macvlan %s on %s' % (name, parent.name), create)
+
+
+@contextlib.contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without IPDB's line in the log that it is deprecated."""
+    log = logging.getLogger(pyroute2.IPDB.__module__)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def prepare() -> None:
@@ -355,7 +401,8 @@ def ipdb_of_interfaces() -> Optional[Any]:
     :raises NetlinkError: as any IPDB; for :func:`undisturbed`
     """
     try:
-        ipdb = _InterfacesIPDB()
+        with _unwarned():
+            ipdb = _InterfacesIPDB()
         try:
             ipdb.interfaces  # read when first asked for
         except BaseException:
@@ -389,6 +436,8 @@ class Kernel:
 
     def __init__(self) -> None:
         self._ipr = pyroute2.IPRoute()
+        #: Of the next message to send; pyroute2's own stay below.
+        self._number = 2 ** 24
 
     def __enter__(self) -> Kernel:
         return self
@@ -476,15 +525,34 @@ class Kernel:
         """
         if not changes:
             return []
-        messages = [_message(verb, what) for verb, what in changes]
+        requests = [_message(verb, what) for verb, what in changes]
+        # The kernel tells of each that it refuses, and that it has come to
+        # the last; to hear of the others would take as long as to ask.
+        requests[-1]['header']['flags'] |= netlink.NLM_F_ACK
         with _translated('change routes and neighbours'):
-            answers = self._ipr.nlm_request_batch(messages, noraise=True)
-            refused = {answer['header']['sequence_number']:
-                       answer['header']['error'] for answer in answers}
-        return [
-            self._refusal(change,
-                          refused.get(message['header']['sequence_number']))
-            for change, message in zip(changes, messages)]
+            refused = self._send(requests)
+        return [self._refusal(change, refused.get(number))
+                for number, change in enumerate(changes)]
+
+    def _send(self, requests: Sequence[Any]
+              ) -> dict[int, nl_exceptions.NetlinkError]:
+        """Send all at once; the errors, by the place of the request."""
+        first = self._number
+        self._number += len(requests)
+        data = bytearray()
+        for number, request in enumerate(requests, first):
+            request['header']['sequence_number'] = number
+            request.encode()
+            data += request.data
+        self._ipr.sendto(data, (0, 0))
+        refused = {}
+        place = -1
+        while place != len(requests) - 1:
+            for answer in self._ipr.marshal.parse(self._ipr.recv(2 ** 16)):
+                place = answer['header']['sequence_number'] - first
+                if place >= 0 and answer['header']['error']:
+                    refused[place] = answer['header']['error']
+        return refused
 
     @staticmethod
     def _refusal(change: Change, err: Optional[nl_exceptions.NetlinkError]
@@ -505,12 +573,12 @@ class Kernel:
 
         The one by which it would be reached, as the routing rules say.
         """
-        answer = self._lookup(address)
-        if answer is None or answer['dst_len'] != address.max_prefixlen:
+        route = self._lookup(address)
+        if route is None or route.dst_len != address.max_prefixlen:
             return None
-        return _host_route(answer)
+        return _host_route(route)
 
-    def _lookup(self, address: IPAddress) -> Optional[Any]:
+    def _lookup(self, address: IPAddress) -> Optional[messages.Route]:
         """The route that is used to an address; None if it has none."""
         message = rtmsg.rtmsg()
         message['family'] = _family(address)
@@ -519,49 +587,59 @@ class Kernel:
         message['attrs'] = [('RTA_DST', str(address))]
         try:
             with _translated('look up the route to %s' % address):
-                answer, = self._ipr.nlm_request(message, rtnl.RTM_GETROUTE,
-                                                netlink.NLM_F_REQUEST)
+                route: messages.Route
+                route, = self._items(rtnl.RTM_GETROUTE, message)
         except exceptions.KernelRefused:
             return None  # unreachable, prohibited, a blackhole
-        return answer
+        return route
 
     def routes(self) -> Routes:
         """Read all routes of the node, by a dump."""
-        found = undisturbed('list the routes', lambda: [
-            route for family in (socket.AF_INET, socket.AF_INET6)
-            for route in self._ipr.get_routes(family=family)])
-        next_hops = set()
-        for route in found:
-            for hop in (route, *(route.get_attr('RTA_MULTIPATH') or ())):
-                via = hop.get_attr('RTA_VIA')
-                gateway = hop.get_attr('RTA_GATEWAY') or via and via['addr']
-                if gateway:
-                    next_hops.add(ipaddress.ip_address(gateway))
-        return Routes(
-            tuple(_host_route(route) for route in found
-                  if route.get_attr('RTA_DST')
-                  and route['dst_len'] in (32, 128)
-                  and route['type'] != RTN_LOCAL
-                  and not route['flags'] & RTM_F_CLONED),
-            frozenset(next_hops))
+        host: list[HostRoute] = []
+        next_hops: set[IPAddress] = set()
+
+        def read() -> None:
+            host.clear()
+            for family in (socket.AF_INET, socket.AF_INET6):
+                message = rtmsg.rtmsg()
+                message['family'] = family
+                for route in self._items(rtnl.RTM_GETROUTE, message,
+                                         netlink.NLM_F_DUMP):
+                    next_hops.update(route.gateways)
+                    if (route.dst_len in (32, 128)
+                            and route.type != RTN_LOCAL
+                            and not route.flags & RTM_F_CLONED):
+                        host.append(_host_route(route))
+
+        undisturbed('list the routes', read)
+        return Routes(tuple(host), frozenset(next_hops))
 
     def neighbours(self, ifindex: int) -> list[Neighbour]:
         """List those that are set for good on an interface, by a dump."""
-        def dump() -> list[Any]:
-            return list(self._ipr.nlm_request(
-                _neighbour_message(ifindex, attrs=[('NDA_IFINDEX', ifindex)]),
-                rtnl.RTM_GETNEIGH, netlink.NLM_F_REQUEST | netlink.NLM_F_DUMP))
+        message = _NeighbourMessage()
+        message['attrs'] = [('NDA_IFINDEX', ifindex)]
+        return undisturbed('list the neighbours', lambda: [
+            Neighbour(each.dst, ifindex, each.mac, each.protocol)
+            for each in self._items(rtnl.RTM_GETNEIGH, message,
+                                    netlink.NLM_F_DUMP)
+            if each.ifindex == ifindex and each.dst is not None
+            and each.state & ndmsg.NUD_PERMANENT])
 
-        self._ipr.marshal.msg_map = {**self._ipr.marshal.msg_map,
-                                     rtnl.RTM_NEWNEIGH: _NeighbourMessage}
-        return [
-            Neighbour(ipaddress.ip_address(message.get_attr('NDA_DST')),
-                      ifindex, message.get_attr('NDA_LLADDR') or '',
-                      message.get_attr('NDA_PROTOCOL'))
-            for message in undisturbed('list the neighbours', dump)
-            if message['ifindex'] == ifindex
-            and message['state'] & ndmsg.NUD_PERMANENT
-            and message.get_attr('NDA_DST')]
+    def _items(self, kind: int, message: Any, flags: int = 0
+               ) -> Iterator[Any]:
+        """Ask for routes or neighbours, and read the answers."""
+        marshal = self._ipr.marshal
+
+        def parse(data: bytes, offset: int, length: int) -> Any:
+            # What is no item says that they end, or an error.
+            return messages.parse(data, offset) or marshal.parse_one_message(
+                *struct.unpack_from('=HHI', data, offset + 4), data, offset,
+                length)
+
+        for answer in self._ipr.nlm_request(
+                message, kind, netlink.NLM_F_REQUEST | flags, parser=parse):
+            if 'item' in answer:
+                yield answer['item']
 
     def addresses(self) -> list[tuple[int, IPAddress]]:
         """List the ifindexes and addresses of all interfaces, by a dump."""
@@ -575,11 +653,9 @@ class Kernel:
 
     def is_on_link(self, address: IPAddress) -> bool:
         """Whether an address would be reached without a gateway."""
-        answer = self._lookup(address)
-        return (answer is not None and answer['type'] == RTN_UNICAST
-                and not answer.get_attr('RTA_GATEWAY')
-                and not answer.get_attr('RTA_VIA')
-                and not answer.get_attr('RTA_MULTIPATH'))
+        route = self._lookup(address)
+        return (route is not None and route.type == RTN_UNICAST
+                and not route.gateways and not route.several)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -676,14 +752,16 @@ def _message(verb: Verb, what: Item) -> Any:
         message = rtmsg.rtmsg()
         message['family'] = _family(what.dst)
         message['dst_len'] = what.dst.max_prefixlen
-        message['table'] = min(what.table, RT_TABLE_COMPAT)
+        message['table'] = (what.table if what.table < 256
+                            else RT_TABLE_COMPAT)
         message['proto'] = what.protocol
         message['scope'] = (RT_SCOPE_NOWHERE if verb is Verb.DELETE
                             else RT_SCOPE_LINK)
         message['type'] = RTN_UNICAST
         message['attrs'] = [('RTA_DST', str(what.dst)),
-                            ('RTA_OIF', what.oif),
-                            ('RTA_TABLE', what.table)]
+                            ('RTA_OIF', what.oif)]
+        if what.table >= 256:
+            message['attrs'].append(('RTA_TABLE', what.table))
         if what.src is not None:
             message['attrs'].append(('RTA_PREFSRC', str(what.src)))
         kinds = rtnl.RTM_NEWROUTE, rtnl.RTM_DELROUTE
@@ -695,8 +773,7 @@ def _message(verb: Verb, what: Item) -> Any:
                                  ('NDA_PROTOCOL', what.protocol)]
         kinds = rtnl.RTM_NEWNEIGH, rtnl.RTM_DELNEIGH
     message['header']['type'] = kinds[verb is Verb.DELETE]
-    message['header']['flags'] = (netlink.NLM_F_REQUEST | netlink.NLM_F_ACK
-                                  | _FLAGS[verb])
+    message['header']['flags'] = netlink.NLM_F_REQUEST | _FLAGS[verb]
     return message
 
 
@@ -715,18 +792,14 @@ def _family(address: IPAddress) -> int:
     return socket.AF_INET if address.version == 4 else socket.AF_INET6
 
 
-def _host_route(message: Any) -> HostRoute:
-    dst = ipaddress.ip_address(message.get_attr('RTA_DST'))
+def _host_route(route: messages.Route) -> HostRoute:
+    assert route.dst is not None  # it is no default route
     return HostRoute(
-        dst, message.get_attr('RTA_OIF'), message['proto'],
-        message.get_attr('RTA_TABLE'),
-        _ip(message.get_attr('RTA_PREFSRC')),
-        direct=(message['type'] == RTN_UNICAST
-                and not message.get_attr('RTA_GATEWAY')
-                and not message.get_attr('RTA_VIA')
-                and not message.get_attr('RTA_MULTIPATH')
-                and (dst.version == 6
-                     or message['scope'] == RT_SCOPE_LINK)))
+        route.dst, route.oif, route.protocol, route.table, route.src,
+        direct=(route.type == RTN_UNICAST
+                and not route.gateways and not route.several
+                and (route.dst.version == 6
+                     or route.scope == RT_SCOPE_LINK)))
 
 
 def _link(message: Any) -> Link:

@@ -128,11 +128,12 @@ def compute(desired: Mapping[IPAddress, Wanted],
         elif (neighbour.ifindex == device and neighbour.protocol == protocol
                 and neighbour.dst not in keep):
             forget.append(neighbour)
+    settled = present | blocked
     in_order = [wanted for _, wanted in sorted(desired.items(),
                                                key=_by_address)]
     return Plan(
         replace=tuple(wanted.route for wanted in in_order
-                      if wanted.route.dst not in present | blocked),
+                      if wanted.route.dst not in settled),
         delete=tuple(sorted(delete, key=_order)),
         foreign=tuple(sorted(foreign, key=_order)),
         learn=tuple(wanted.neighbour for wanted in in_order

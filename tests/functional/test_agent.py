@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import signal
 import subprocess
@@ -21,8 +22,11 @@ from typing import Callable
 
 import psutil
 
+from kuryr_break0 import ledger
 from kuryr_break0 import netlink
 from tests.functional import base
+from tests.functional.base import OTHER_OWNER
+from tests.functional.base import OTHER_POD
 from tests.functional.base import POD
 from tests import lab
 
@@ -126,6 +130,14 @@ class TestRepair(AgentTestCase):
         self.assertEqual(before, self.lab.link('break0'))
         self.lab.run('ip', 'link', 'del', 'break0')
         self.wait_for(self.healed)
+
+    def test_a_worker_killed_before_its_route(self) -> None:
+        # Only the ledger tells of it.
+        made = ledger.Ledger('/run/kuryr-break0', 10)
+        address = ipaddress.ip_address(OTHER_POD)
+        with made.lock():
+            made.put(ledger.Entry(address, OTHER_OWNER, lab.PARENT))
+        self.wait_for(lambda: OTHER_POD in self.lab.routes())
 
     def test_events_lost(self) -> None:
         os.kill(self.agent.pid, signal.SIGSTOP)

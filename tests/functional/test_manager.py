@@ -13,9 +13,13 @@
 from __future__ import annotations
 
 import os
+import struct
 import time
 from typing import Any
 from unittest import mock
+
+import pyroute2
+import pyroute2.config
 
 from kuryr_break0 import device
 from kuryr_break0 import exceptions
@@ -191,23 +195,22 @@ class TestRoutes(base.LabTestCase):
         netns = self.lab.add_pod('pod', POD, mac=MAC)
 
         def messages() -> list[str]:
+            """The types and flags of all messages of a bind and unbind."""
             sent: list[str] = []
-            ipr = netlink.pyroute2.IPRoute
-            put, send_batch = ipr.put, ipr._send_batch
 
-            def counted_put(ipr: Any, message: Any, request: int, flags: int,
-                            *args: Any, **kwargs: Any) -> Any:
-                sent.append('%d %#x' % (request, flags))
-                return put(ipr, message, request, flags, *args, **kwargs)
+            class CountingSocket(pyroute2.config.SocketBase):
 
-            def counted_batch(ipr: Any, messages: list[Any]) -> Any:
-                sent.extend('%d %#x' % (message['header']['type'],
-                                        message['header']['flags'])
-                            for message in messages)
-                return send_batch(ipr, messages)
+                def sendto(self, data: Any, *args: Any) -> int:
+                    start = 0
+                    while start < len(data):
+                        length, kind, flags = struct.unpack_from(
+                            'IHH', data, start)
+                        sent.append('%d %#x' % (kind, flags))
+                        start += length + 3 & ~3
+                    return int(super().sendto(data, *args))
 
-            with mock.patch.object(ipr, 'put', counted_put), \
-                    mock.patch.object(ipr, '_send_batch', counted_batch):
+            with mock.patch.object(pyroute2.config, 'SocketBase',
+                                   CountingSocket):
                 # Neighbour and route; in the pod, whether the node is on
                 # its link, and the node as neighbour
                 self.bind(netns=netns, mac_of_pod=MAC)
@@ -217,8 +220,9 @@ class TestRoutes(base.LabTestCase):
 
         self.bind(OTHER_POD)
         few = messages()
-        self.assertEqual(['28 0x505', '24 0x605', '26 0x1', '28 0x505',
-                          '25 0x5', '29 0x5', '25 0x5', '29 0x5'], few)
+        # The last of each request is acknowledged.
+        self.assertEqual(['28 0x501', '24 0x605', '26 0x1', '28 0x505',
+                          '25 0x1', '29 0x5', '25 0x1', '29 0x5'], few)
         batch = ''.join('route add %(to)s dev break0 proto 176\n'
                         'neigh add %(to)s dev break0 lladdr %(mac)s\n' %
                         {'to': '10.0.%d.%d' % divmod(number, 250), 'mac': MAC}
@@ -290,6 +294,52 @@ class TestReuse(base.LabTestCase):
 class TestReuseByARP(TestReuse):
 
     STATIC = False
+
+
+class TestConnectionTracking(base.LabTestCase):
+    """Where the node tracks connections, as kube-proxy makes it do."""
+
+    RULES = """
+    table ip tracked {
+        chain output {
+            type nat hook output priority 0
+            ip daddr 10.96.0.1 dnat to %s
+        }
+    }""" % POD
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.bind(owner=OWNER)
+        self.bind(OTHER_POD, owner=OTHER_OWNER)
+        rules = os.path.join('/run', 'rules')
+        with open(rules, 'w') as file:
+            file.write(self.RULES)
+        self.lab.run('nft', '-f', rules)
+        self.lab.add_pod('pod', POD)
+        self.lab.add_pod('other', OTHER_POD)
+        for address in (POD, OTHER_POD, '10.96.0.1'):
+            self.assertTrue(self.lab.ping(address))
+        self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
+        self.assertEqual(3, self.tracked(POD))
+
+    def tracked(self, address: str) -> int:
+        """How many connections an address takes part in."""
+        with open('/proc/net/nf_conntrack') as file:
+            return sum(any(field.endswith('=' + address)
+                           for field in line.split()) for line in file)
+
+    def test_an_unbind_ends_them(self) -> None:
+        self.unbind()
+        self.assertEqual(0, self.tracked(POD))
+        self.assertEqual(1, self.tracked(OTHER_POD))
+
+    def test_another_owner_does_not_get_them(self) -> None:
+        self.bind(owner=OTHER_OWNER)
+        self.assertEqual(0, self.tracked(POD))
+
+    def test_the_same_owner_keeps_them(self) -> None:
+        self.bind(owner=OWNER)
+        self.assertEqual(3, self.tracked(POD))
 
 
 class TestDevice(base.LabTestCase):

@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 from kuryr_break0 import exceptions
+from kuryr_break0 import ledger
 from kuryr_break0 import manager
 from kuryr_break0 import netlink
 from tests.functional import base
@@ -125,6 +126,55 @@ class TestFaults(SyncTestCase):
         self.assertEqual(['100.75.30.100'],
                          [str(route.dst) for route in plan.replace])
         self.assertEqual(before, self.lab.routes())
+
+
+class TestWithoutAgent(SyncTestCase):
+    """What goes is back with the next ADD or DEL on the node."""
+
+    def next_pod(self) -> None:
+        """Do what the driver does for an ADD."""
+        self.bind(POD)
+        self.manager().tend()
+
+    def test_restored(self) -> None:
+        for fault in ('ip link del break0', 'ip link set break0 down',
+                      'ip link set break0 down; ip link set break0 up',
+                      'ip address del %s/24 dev eth0; '
+                      'ip address add %s/24 dev eth0' % (lab.NODE, lab.NODE),
+                      'ip route flush dev break0',
+                      'ip route del 100.75.30.100'):
+            with self.subTest(fault=fault):
+                self.lab.run('sh', '-c', fault)
+                self.assertNotEqual(self.healthy, self.lab.routes())
+                self.next_pod()
+                after = self.lab.routes()
+                self.assertEqual({**self.healthy, POD: after[POD]}, after)
+                self.unbind(POD)
+
+    def test_by_a_del_too(self) -> None:
+        self.next_pod()
+        self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
+        self.unbind(POD)
+        self.manager().tend()
+        self.assertEqual(self.healthy, self.lab.routes())
+
+    def test_what_cannot_be_restored_is_tried_once(self) -> None:
+        self.lab.run('ip', 'route', 'replace', '100.75.30.100', 'dev', 'lo')
+        with self.assertLogs('kuryr_break0.manager', 'ERROR') as logs:
+            self.next_pod()
+        self.assertIn('100.75.30.100 has a route', '\n'.join(logs.output))
+        with self.quiet():
+            self.next_pod()
+        self.assertIn('100.75.30.100', self.lab.routes('lo'))
+
+    def test_that_is_left_to_an_agent(self) -> None:
+        own = base.options()
+        with ledger.Ledger(own.state_dir, own.lock_timeout).attend():
+            self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
+            self.next_pod()
+            self.assertEqual({POD}, set(self.lab.routes()))
+        self.next_pod()
+        self.assertEqual({*self.healthy, POD}, set(self.lab.routes()))
 
 
 class TestForeign(SyncTestCase):

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import stat
 import tempfile
 from typing import Iterator
 import unittest
+from unittest import mock
 
 from kuryr_break0 import exceptions
 from kuryr_break0 import ledger
@@ -153,6 +155,32 @@ class TestEntries(LedgerTestCase):
         with self.assertRaises(exceptions.LedgerUnavailable):
             with self.ledger.lock():
                 self.fail('that is no lock')
+
+
+class TestDirectory(LedgerTestCase):
+
+    def test_only_its_owner_can_use_it(self) -> None:
+        self.ledger.put(ENTRY)
+        self.assertEqual(0o700, stat.S_IMODE(os.stat(self.path).st_mode))
+
+    def test_one_that_others_can_use_is_closed(self) -> None:
+        os.mkdir(self.path)
+        os.chmod(self.path, 0o777)
+        with self.assertLogs('kuryr_break0.ledger', 'WARNING') as logs:
+            self.ledger.put(ENTRY)
+        self.assertIn('777', '\n'.join(logs.output))
+        self.assertEqual(0o700, stat.S_IMODE(os.stat(self.path).st_mode))
+
+    def test_one_of_another_user_is_refused(self) -> None:
+        os.mkdir(self.path)
+        # A user namespace of one user has no other.
+        with mock.patch('os.geteuid', return_value=os.geteuid() + 1):
+            for refused in (lambda: self.ledger.put(ENTRY),
+                            self.ledger.lock().__enter__):
+                with self.assertRaisesRegex(exceptions.LedgerUnavailable,
+                                            'belongs to user'):
+                    refused()
+        self.assertEqual([], self.ledger.entries())
 
 
 class TestRecall(LedgerTestCase):

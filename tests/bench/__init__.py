@@ -1,0 +1,172 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""What a pod costs, what a repair costs, and what a packet costs.
+
+Run it as ``tests/in-lab python -W ignore -m tests.bench``. Progress goes to
+stderr, tables to stdout. A target that is missed is said, but is no failure,
+since the machine may be a busy one; a way that does not do what it says is.
+Each section is a module with a function of the type :data:`Measure`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import socket
+import sys
+from typing import Any, Callable, Iterator, NamedTuple
+
+from oslo_config import cfg
+
+from kuryr_break0 import config
+from kuryr_break0 import ledger
+from kuryr_break0 import manager
+from kuryr_break0 import status
+from tests import lab
+
+POD = ipaddress.ip_address('100.75.30.71')
+MAC = 'fa:16:3e:00:00:01'
+SUBNET = ipaddress.ip_network('100.75.30.0/24')
+OWNER = ledger.Owner('b' * 64, 'eth0')
+FIRST_OTHER = ipaddress.ip_address('10.75.0.1')
+OTHER_SUBNET = ipaddress.ip_network('10.75.0.0/16')
+
+
+class Broken(Exception):
+    """Something does not do what it says, so its time means nothing."""
+
+
+class Target(NamedTuple):
+    name: str
+    measured: str
+    met: bool
+
+
+class Section(NamedTuple):
+    """What a part of the benchmark found.
+
+    :ivar data: the same as the rows, unrounded, for the JSON file
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    targets: list[Target]
+    data: dict[str, Any]
+
+
+def say(text: str) -> None:
+    """Tell how far it is."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Node:
+    """The node of a lab with break0, and a number of other pods on it.
+
+    :ivar netns: path of the namespace of a pod with :data:`POD`
+    """
+
+    def __init__(self, node: lab.Lab) -> None:
+        conf = cfg.ConfigOpts()
+        conf(args=[], default_config_files=[], default_config_dirs=[],
+             use_env=False)
+        self.options = config.load(conf)
+        self.ledger = ledger.Ledger(self.options.state_dir,
+                                    self.options.lock_timeout)
+        self.lab = node
+        self.netns = node.add_pod('pod', str(POD), mac=MAC)
+        # Makes break0, which is once per boot and not what is measured.
+        self.bind()
+        self.peer = status.read(self.options).peer
+        self.unbind()
+        self.index = socket.if_nametoindex(self.options.device)
+        self.others = 0
+
+    def bind(self) -> None:
+        # In the daemon each request is a process of its own, so a manager is
+        # never used twice.
+        manager.Break0Manager(self.options).bind(
+            OWNER, [POD], parent=lab.PARENT, mac=MAC, netns=self.netns,
+            subnets=[SUBNET])
+
+    def unbind(self) -> None:
+        manager.Break0Manager(self.options).unbind(OWNER, [POD])
+
+    def resize(self, count: int) -> None:
+        """Make it so many other pods, by what a bind leaves of each."""
+        grows = count > self.others
+        changed = self.entries(*sorted((count, self.others)))
+        self.write_batch('add' if grows else 'del', changed)
+        self.run_batch()
+        with self.ledger.lock():
+            for entry in changed:
+                if grows:
+                    self.ledger.put(entry)
+                else:
+                    self.ledger.remove(entry.address)
+        self.others = count
+
+    def entries(self, start: int, end: int) -> list[ledger.Entry]:
+        """What the ledger has of some of the other pods."""
+        return [ledger.Entry(
+            FIRST_OTHER + number, ledger.Owner('%064x' % number, 'eth0'),
+            lab.PARENT, 'fa:16:3e:01:%02x:%02x' % divmod(number, 256),
+            (OTHER_SUBNET,), peer=self.peer) for number in range(start, end)]
+
+    def write_batch(self, verb: str, entries: list[ledger.Entry]) -> None:
+        """Write their routes and neighbours down for :meth:`run_batch`."""
+        with open('/run/batch', 'w') as file:
+            for entry in entries:
+                file.write(
+                    'neigh %(verb)s %(to)s lladdr %(mac)s dev %(dev)s '
+                    'nud permanent proto %(proto)d\n'
+                    'route %(verb)s %(to)s dev %(dev)s proto %(proto)d '
+                    'src %(src)s scope link\n' % {
+                        'verb': verb, 'to': entry.address, 'mac': entry.mac,
+                        'dev': self.options.device, 'src': lab.NODE,
+                        'proto': self.options.route_protocol})
+
+    def run_batch(self) -> None:
+        self.lab.run('ip', '-batch', '/run/batch')
+
+    def require(self, present: bool, recorded: bool) -> None:
+        """Check that the pod has its route, or none, and all others theirs.
+
+        :raises Broken: if it is not so
+        """
+        routes = self.lab.routes(self.options.device)
+        route = routes.pop(str(POD), None)
+        got = route and (route['protocol'], route['scope'],
+                         route.get('prefsrc'))
+        wanted = (str(self.options.route_protocol), 'link',
+                  lab.NODE) if present else None
+        if got != wanted:
+            raise Broken('the route is %s, not %s' % (got, wanted))
+        if set(routes) != {str(FIRST_OTHER + number)
+                           for number in range(self.others)}:
+            raise Broken('routes of others have changed')
+        if (self.ledger.get(POD) is not None) != recorded:
+            raise Broken('the ledger is wrong')
+
+
+#: Measures one section on a fresh node; the number says how often.
+Measure = Callable[[Node, int], Section]
+
+
+@contextlib.contextmanager
+def blamed(name: str) -> Iterator[None]:
+    """Let an error say which way it was."""
+    try:
+        yield
+    except Exception as err:
+        raise Broken('%s: %s' % (name, str(err) or repr(err))) from err

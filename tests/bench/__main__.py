@@ -1,0 +1,121 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import sys
+from typing import Any, NoReturn, Optional
+
+import prettytable
+
+from tests import bench
+from tests.bench import bulk
+from tests.bench import healing
+from tests.bench import ledgers
+from tests.bench import own
+from tests.bench import paths
+from tests.bench import pods
+from tests import lab
+
+SECTIONS: dict[str, bench.Measure] = {
+    'pods': pods.pairs, 'own': own.calls, 'lock': own.lock,
+    'ledgers': ledgers.compare, 'bulk': bulk.syncs,
+    'healing': healing.repairs, 'paths': paths.paths}
+
+
+def _table(title: Optional[str], columns: list[str],
+           rows: list[list[str]]) -> str:
+    table = prettytable.PrettyTable(columns, title=title)
+    table.align = 'r'
+    table.align[columns[0]] = 'l'
+    table.add_rows(rows)
+    return str(table)
+
+
+def _report(sections: dict[str, bench.Section],
+            repeat: int) -> dict[str, Any]:
+    """Print the results, and return what is to be their JSON."""
+    environment = {'python': platform.python_version(),
+                   'pyroute2': importlib.metadata.version('pyroute2'),
+                   'kernel': platform.release(), 'cpus': os.cpu_count()}
+    print(', '.join('%s %s' % item for item in environment.items()))
+    for section in sections.values():
+        print(_table(section.title, section.columns, section.rows))
+    targets = [target for section in sections.values()
+               for target in section.targets]
+    if targets:
+        print(_table(None, ['target', 'measured', 'result'], [
+            [name, measured, 'met' if met else 'MISSED']
+            for name, measured, met in targets]))
+    return {'environment': environment, 'repeat': repeat,
+            'sections': {name: {'title': section.title, **section.data}
+                         for name, section in sections.items()},
+            'targets': [target._asdict() for target in targets]}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, '%s: %s (see --help)\n' % (self.prog, message))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(
+            '%r is not a whole number from 1' % text)
+    return int(text)
+
+
+def _arguments(argv: Optional[list[str]]) -> argparse.Namespace:
+    parser = _Parser(prog='tests.bench', description='Measure what a pod '
+                     'costs. To be run under tests/in-lab.')
+    # Opened before the lab is made, whose /run is not the one outside.
+    parser.add_argument('--json', metavar='FILE',
+                        type=argparse.FileType('w'),
+                        help='write the results to this file as well')
+    parser.add_argument('--repeat', metavar='N', type=_positive, default=200,
+                        help='pairs by each way and number of routes; a '
+                        'slow way gets fewer (default: %(default)d)')
+    parser.add_argument('sections', metavar='SECTION', nargs='*',
+                        choices=[*SECTIONS, []], default=[],
+                        help='only these of: %s' % ', '.join(SECTIONS))
+    return parser.parse_args(argv)
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    args = _arguments(argv)
+    logging.disable(logging.INFO)
+    logging.getLogger('pyroute2').setLevel(logging.ERROR)  # IPDB's farewell
+    try:
+        sections = {}
+        for name in args.sections or SECTIONS:
+            with contextlib.closing(lab.Lab()) as made:
+                sections[name] = SECTIONS[name](bench.Node(made), args.repeat)
+        results = _report(sections, args.repeat)
+        if args.json:
+            with args.json:
+                json.dump(results, args.json, indent=2)
+    except (OSError, AssertionError, bench.Broken) as err:
+        reason = getattr(err, 'strerror', None) or str(err)
+        print('tests.bench: ' + ' '.join(reason.split()), file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,89 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""A sync of many pods, against ``ip -batch`` with the same."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Callable
+
+from kuryr_break0 import manager
+from tests.bench import Broken
+from tests.bench import Node
+from tests.bench import say
+from tests.bench import Section
+from tests.bench import Target
+
+SIZES = (1000, 10000)
+BATCH = 'ip -batch'
+FROM_NOTHING = 'sync from nothing'
+NOTHING_TO_DO = 'sync with nothing to do'
+
+
+def _timed(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return (time.perf_counter() - start) * 1000
+
+
+def syncs(node: Node, repeat: int) -> Section:
+    """All routes and neighbours of so many pods, set at once."""
+    times: dict[str, dict[int, list[float]]] = {
+        name: {size: [] for size in SIZES}
+        for name in (BATCH, FROM_NOTHING, NOTHING_TO_DO)}
+
+    def sync() -> None:
+        manager.Break0Manager(node.options).sync()
+
+    def flush() -> None:
+        device = node.options.device
+        node.lab.run('ip', 'route', 'flush', 'dev', device)
+        node.lab.run('ip', 'neigh', 'flush', 'dev', device,
+                     'nud', 'permanent')
+
+    for size in SIZES:
+        node.resize(size)
+        node.write_batch('add', node.entries(0, size))
+        for number in range(max(3, min(repeat, 9))):
+            say('sync %d of %d pods' % (number + 1, size))
+            flush()
+            times[BATCH][size].append(_timed(node.run_batch))
+            node.require(False, False)
+            flush()
+            times[FROM_NOTHING][size].append(_timed(sync))
+            node.require(False, False)
+            times[NOTHING_TO_DO][size].append(_timed(sync))
+            if manager.Break0Manager(node.options).sync(dry_run=True):
+                raise Broken('a sync leaves something to do')
+    medians = {name: {size: statistics.median(taken)
+                      for size, taken in by_size.items()}
+               for name, by_size in times.items()}
+    low, high = SIZES
+    factor = medians[FROM_NOTHING][low] / medians[BATCH][low]
+    idle = medians[NOTHING_TO_DO][low]
+    targets = [
+        Target('a sync of %d from nothing: at most 10 x %s' % (low, BATCH),
+               '%.1f x' % factor, factor <= 10),
+        Target('a sync of %d with nothing to do: at most 150 ms' % low,
+               '%.0f ms' % idle, idle <= 150)]
+    for name in (FROM_NOTHING, NOTHING_TO_DO):
+        growth = medians[name][high] / medians[name][low]
+        targets.append(Target('%s, %d against %d: at most 12 x' % (
+            name, high, low), '%.1f x' % growth, growth <= 12))
+    return Section(
+        'All pods of a node at once, median ms',
+        ['way', *('%d pods' % size for size in SIZES)],
+        [[name, *('%.0f' % taken for taken in by_size.values())]
+         for name, by_size in medians.items()],
+        targets, {'medians_ms': medians})

@@ -1,0 +1,71 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""From the loss of break0 until the agent has restored all."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+from kuryr_break0 import netlink
+from tests.bench import Broken
+from tests.bench import Node
+from tests.bench import say
+from tests.bench import Section
+from tests.bench import Target
+
+PODS = 250
+PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
+
+
+def repairs(node: Node, repeat: int) -> Section:
+    """break0 is deleted; until the last route is there again."""
+    node.resize(PODS)
+    agent = subprocess.Popen(
+        [PROGRAM, 'agent'], env={**os.environ, 'OS_BREAK0__METRICS_BIND': ''},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        node.lab.run('ip', 'route', 'flush', 'dev', node.options.device)
+        _wait(node)  # until the agent is there
+        times = []
+        for number in range(max(3, min(repeat, 21))):
+            say('repair %d' % (number + 1))
+            time.sleep(0.5)
+            node.lab.run('ip', 'link', 'del', node.options.device)
+            times.append(_wait(node) * 1000)
+            node.require(False, False)
+    finally:
+        agent.terminate()
+        agent.wait()
+    median = statistics.median(times)
+    return Section(
+        'break0 deleted with %d pods bound, until all is restored, ms' % PODS,
+        ['times', 'fastest', 'median', 'slowest'],
+        [[str(len(times)), *('%.0f' % value for value in
+                             (min(times), median, max(times)))]],
+        [Target('break0 deleted with %d pods: median at most 150 ms' % PODS,
+                '%.0f ms' % median, median <= 150)],
+        {'times_ms': times, 'median_ms': median})
+
+
+def _wait(node: Node) -> float:
+    """Seconds until all have their routes."""
+    start = time.perf_counter()
+    while netlink.count_host_routes(node.options.device) != PODS:
+        if time.perf_counter() - start > 60:
+            raise Broken('the agent does not repair')
+        time.sleep(0.001)
+    return time.perf_counter() - start

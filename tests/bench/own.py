@@ -1,0 +1,123 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""What of a pod's time is ours, and how long it keeps others waiting."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import multiprocessing
+import statistics
+import time
+from typing import Iterator
+
+from kuryr_break0 import ledger
+from kuryr_break0 import manager
+from tests.bench import Node
+from tests.bench import say
+from tests.bench import Section
+from tests.bench import Target
+from tests import lab
+
+SIZES = (250, 10000)
+WORKERS = 30
+#: Binds and unbinds by each of them.
+PAIRS = 20
+
+
+def calls(node: Node, repeat: int) -> Section:
+    """A bind and an unbind, with ledger and neighbours on both sides."""
+    times: dict[str, dict[int, list[float]]] = {
+        'bind': {}, 'unbind': {}}
+    for size in SIZES:
+        say('bind and unbind at %d pods' % size)
+        node.resize(size)
+        for call in times.values():
+            call[size] = []
+        for _ in range(max(repeat, 5)):
+            for name, call in (('bind', node.bind), ('unbind', node.unbind)):
+                start = time.perf_counter()
+                call()
+                times[name][size].append(
+                    (time.perf_counter() - start) * 1000)
+    medians = {name: {size: statistics.median(taken)
+                      for size, taken in by_size.items()}
+               for name, by_size in times.items()}
+    low, high = SIZES
+    targets = []
+    for name, by_size in medians.items():
+        growth = by_size[high] / by_size[low]
+        targets += [
+            Target('a %s at %d pods: at most 1 ms' % (name, low),
+                   '%.2f ms' % by_size[low], by_size[low] <= 1),
+            Target('a %s at %d pods: at most 1.2 x of that' % (name, high),
+                   '%.2f x' % growth, growth <= 1.2)]
+    return Section(
+        'A bind and an unbind, median ms',
+        ['call', *('%d pods' % size for size in SIZES)],
+        [[name, *('%.3f' % taken for taken in by_size.values())]
+         for name, by_size in medians.items()],
+        targets, {'medians_ms': medians})
+
+
+class _TimedLedger(ledger.Ledger):
+    """A ledger that notes for how many seconds its lock is held."""
+
+    held: list[float] = []
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        with super().lock():
+            start = time.perf_counter()
+            try:
+                yield
+            finally:
+                self.held.append(time.perf_counter() - start)
+
+
+def _work(number: int, node: Node, results: multiprocessing.Queue[list[float]]
+          ) -> None:
+    address = ipaddress.ip_address('100.75.31.%d' % number)
+    owner = ledger.Owner('%064x' % number, 'eth0')
+    manager.Ledger = _TimedLedger  # type: ignore[misc]
+    for _ in range(PAIRS):
+        manager.Break0Manager(node.options).bind(
+            owner, [address], parent=lab.PARENT, mac='fa:16:3e:02:00:01')
+        manager.Break0Manager(node.options).unbind(owner, [address])
+    results.put(_TimedLedger.held)
+
+
+def lock(node: Node, repeat: int) -> Section:
+    """How long the lock is held while many workers want it."""
+    say('%d workers at once' % WORKERS)
+    node.resize(250)
+    forks = multiprocessing.get_context('fork')
+    results = forks.Queue()
+    workers = [forks.Process(target=_work, args=(number, node, results))
+               for number in range(1, WORKERS + 1)]
+    for worker in workers:
+        worker.start()
+    held = sorted(seconds * 1000 for _ in workers for seconds in results.get())
+    for worker in workers:
+        worker.join()
+    low, middle, high = (statistics.quantiles(held, n=100)[place - 1]
+                         for place in (50, 90, 99))
+    return Section(
+        'The lock held by %d workers at once, ms' % WORKERS,
+        ['holds', 'median', '90 %', '99 %', 'longest'],
+        [['%d' % len(held), *('%.3f' % value for value in
+                              (low, middle, high, held[-1]))]],
+        [Target('99 % of all holds: at most 2 ms', '%.2f ms' % high,
+                high <= 2)],
+        {'holds': len(held), 'median_ms': low, 'p90_ms': middle,
+         'p99_ms': high, 'longest_ms': held[-1]})

@@ -1,0 +1,111 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Throughput and round trip between the node and a pod, by three ways."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import subprocess
+import time
+from typing import Callable, Optional
+
+from tests.bench import Broken
+from tests.bench import Node
+from tests.bench import POD
+from tests.bench import say
+from tests.bench import Section
+from tests import lab
+
+BREAK0 = 'break0'
+VETH = 'veth pair into the pod'
+HAIRPIN = "the LAN's switch, with hairpin"
+VETH_NODE, VETH_POD = '10.99.0.1', '10.99.0.2'
+SECONDS = 1
+
+
+def paths(node: Node, repeat: int) -> Section:
+    """Each way has its turn in each round."""
+    run = node.lab.run
+    run('ip', 'link', 'add', 'veth0', 'type', 'veth',
+        'peer', 'name', 'veth0', 'netns', 'pod')
+    run('ip', 'address', 'add', VETH_NODE + '/30', 'dev', 'veth0')
+    run('ip', 'link', 'set', 'veth0', 'up')
+    run('ip', 'address', 'add', VETH_POD + '/30', 'dev', 'veth0', netns='pod')
+    run('ip', 'link', 'set', 'veth0', 'up', netns='pod')
+    # A switch that sends back where it came from: what macvlans without
+    # break0 would need.
+    for command in ('link add switch type bridge', 'link set switch up',
+                    'address flush dev nic', 'link set nic master switch',
+                    'link set nic type bridge_slave hairpin on',
+                    'address add %s/%d dev switch' % (lab.LAN, lab.PREFIX)):
+        run('ip', *command.split(), netns='lan')
+    ways: dict[str, tuple[str, str, Callable[[], None]]] = {
+        BREAK0: (str(POD), lab.NODE, node.bind),
+        VETH: (VETH_POD, VETH_NODE, lambda: None),
+        HAIRPIN: (str(POD), lab.NODE, node.unbind)}
+    results: dict[str, dict[str, list[float]]] = {
+        name: {'to': [], 'from': [], 'round_trip': []} for name in ways}
+    for number in range(max(1, min(repeat, 3))):
+        for name, (pod, host, prepare) in ways.items():
+            say('%s, round %d' % (name, number + 1))
+            prepare()
+            if not node.lab.ping(pod):
+                raise Broken('%s: the pod does not answer' % name)
+            result = results[name]
+            result['to'].append(_throughput(node.lab, 'pod', None, pod))
+            result['from'].append(_throughput(node.lab, None, 'pod', host))
+            result['round_trip'].append(_round_trip(node.lab, pod))
+    medians = {name: {what: statistics.median(taken)
+                      for what, taken in result.items()}
+               for name, result in results.items()}
+    return Section(
+        'Between node and pod, median',
+        ['way', 'node to pod, Gbit/s', 'pod to node, Gbit/s',
+         'round trip, us'],
+        [[name, '%.1f' % each['to'], '%.1f' % each['from'],
+          '%.1f' % each['round_trip']] for name, each in medians.items()],
+        [], {'medians': medians})
+
+
+def _throughput(made: lab.Lab, server: Optional[str], client: Optional[str],
+                address: str) -> float:
+    """Gigabits per second from client to server, by one TCP connection."""
+    prefix = ['ip', 'netns', 'exec', server] if server else []
+    serving = subprocess.Popen(
+        [*prefix, 'iperf3', '--server', '--one-off', '--bind', address],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(50):  # until it listens
+            done = made.run(
+                'iperf3', '--json', '--time', str(SECONDS), '--client',
+                address, netns=client, check=False)
+            answer = json.loads(done.stdout)
+            if 'error' not in answer:
+                return float(answer['end']['sum_received']
+                             ['bits_per_second']) / 1e9
+            time.sleep(0.1)
+        raise Broken('iperf3: %s' % answer['error'])
+    finally:
+        serving.kill()
+        serving.wait()
+
+
+def _round_trip(made: lab.Lab, address: str) -> float:
+    """Microseconds on average, one ping after the other."""
+    done = made.run('ping', '-n', '-q', '-A', '-c', '1000', address)
+    found = re.search(r' = [\d.]+/([\d.]+)/', done.stdout)
+    if found is None:
+        raise Broken('ping: ' + done.stdout)
+    return float(found.group(1)) * 1000

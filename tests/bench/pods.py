@@ -1,0 +1,201 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""One pod, by us and by other ways to set and delete its route."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import os
+import socket
+import statistics
+import struct
+import subprocess
+import time
+from typing import Callable
+
+import pyroute2
+
+from kuryr_break0 import netlink
+from tests.bench import blamed
+from tests.bench import Node
+from tests.bench import POD
+from tests.bench import say
+from tests.bench import Section
+from tests.bench import Target
+from tests import lab
+
+SIZES = (10, 250, 1000)
+#: So many pairs are made before the number of pods changes: each number
+#: has its turn every few seconds, and a slow spell hits all of them.
+ROUND = 20
+POD_HOST = '%s/32' % POD
+OURS = 'ours'
+IPDB = 'IPDB per operation'
+
+#: By the name of the way and the number of pods
+Medians = dict[str, dict[int, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way to add the route of a pod and to delete it again.
+
+    :ivar every: only each so many pairs, since it is slow
+    :ivar recorded: whether it keeps the ledger as well
+    """
+
+    name: str
+    add: Callable[[], object]
+    delete: Callable[[], object]
+    every: int = 1
+    recorded: bool = False
+
+
+def _ours(node: Node) -> Way:
+    return Way(OURS, node.bind, node.unbind, recorded=True)
+
+
+def _kept_open(node: Node, stack: contextlib.ExitStack) -> Way:
+    ipr = stack.enter_context(pyroute2.IPRoute())
+    common = {'dst': POD_HOST, 'oif': node.index,
+              'proto': node.options.route_protocol}
+    return Way('pyroute2 IPRoute, kept open',
+               lambda: ipr.route('replace', scope=netlink.RT_SCOPE_LINK,
+                                 prefsrc=lab.NODE, **common),
+               lambda: ipr.route('del', scope=netlink.RT_SCOPE_NOWHERE,
+                                 **common))
+
+
+def _raw(node: Node, stack: contextlib.ExitStack) -> Way:
+    sock = stack.enter_context(socket.socket(
+        socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE))
+    sock.bind((0, 0))
+
+    def ask(kind: int, flags: int) -> None:
+        # linux/netlink.h, rtnetlink.h: nlmsghdr, rtmsg; RTA_DST, _OIF and
+        # _PREFSRC
+        sock.send(struct.pack(
+            '=IHHII 8BI HH4s HHI HH4s', 52, kind, flags, 1, 0,
+            socket.AF_INET, 32, 0, 0, node.options.route_table,
+            node.options.route_protocol, netlink.RT_SCOPE_LINK,
+            netlink.RTN_UNICAST, 0, 8, 1, POD.packed, 8, 4, node.index,
+            8, 7, socket.inet_aton(lab.NODE)))
+        answer, error = struct.unpack_from('=4xH10xi', sock.recv(4096))
+        if answer != 2 or error:  # NLMSG_ERROR, which an ack is too
+            raise OSError(-error, os.strerror(-error))
+
+    return Way('raw netlink socket',
+               # NLM_F_REQUEST, _ACK; for the first _REPLACE, _CREATE too
+               lambda: ask(24, 0x505),  # RTM_NEWROUTE
+               lambda: ask(25, 0x5))  # RTM_DELROUTE
+
+
+def _processes(node: Node) -> Way:
+    def run(*args: str) -> None:
+        subprocess.run(('ip', 'route', *args), check=True)
+
+    common = (POD_HOST, 'dev', node.options.device,
+              'proto', str(node.options.route_protocol), 'scope', 'link')
+    return Way('ip processes',
+               lambda: run('replace', *common, 'src', lab.NODE),
+               lambda: run('del', *common), every=4)
+
+
+def _ipdb(node: Node) -> Way:
+    def add() -> None:
+        with pyroute2.IPDB() as ip:
+            ip.routes.add({'dst': POD_HOST, 'oif': node.index,
+                           'proto': node.options.route_protocol,
+                           'scope': netlink.RT_SCOPE_LINK,
+                           'prefsrc': lab.NODE}).commit()
+
+    def delete() -> None:
+        with pyroute2.IPDB() as ip:
+            ip.routes[POD_HOST].remove().commit()
+
+    return Way(IPDB, add, delete, every=ROUND)
+
+
+def _verify(node: Node, way: Way) -> None:
+    with blamed(way.name):
+        way.add()
+        node.require(True, way.recorded)
+        way.delete()
+        node.require(False, False)
+
+
+def _timed(way: Way) -> float:
+    with blamed(way.name):
+        start = time.perf_counter()
+        way.add()
+        way.delete()
+        taken = time.perf_counter() - start
+    if way.every > 1:
+        gc.collect()  # or the next way would have to sweep up
+    return taken * 1000
+
+
+def _measure(node: Node, ways: list[Way], repeat: int) -> Medians:
+    times: dict[str, dict[int, list[float]]] = {
+        way.name: {size: [] for size in SIZES} for way in ways}
+    for start in range(0, repeat, ROUND):
+        say('pair %d of %d' % (start + 1, repeat))
+        for size in SIZES:
+            node.resize(size)
+            if start == 0:
+                for way in ways:
+                    _verify(node, way)
+            for number in range(start, min(start + ROUND, repeat)):
+                for way in ways:
+                    if number % way.every == 0:
+                        times[way.name][size].append(_timed(way))
+            node.require(False, False)
+    return {name: {size: statistics.median(taken)
+                   for size, taken in by_size.items()}
+            for name, by_size in times.items()}
+
+
+def pairs(node: Node, repeat: int) -> Section:
+    """One bind and unbind of one address, by each way."""
+    with contextlib.ExitStack() as stack:
+        medians = _measure(node, [
+            _ours(node), _kept_open(node, stack), _raw(node, stack),
+            _processes(node), _ipdb(node)], repeat)
+    low, middle, high = SIZES
+    ratios = {name: {'to_ours': by_size[middle] / medians[OURS][middle],
+                     'growth': by_size[high] / by_size[low]}
+              for name, by_size in medians.items()}
+    return Section(
+        'One bind + unbind of one address, median ms',
+        ['way', *('%d pods' % size for size in SIZES),
+         'x ours at %d' % middle, '%d vs %d' % (high, low)],
+        [[name, *('%.3f' % by_size[size] for size in SIZES),
+          *('%.2f' % ratio for ratio in ratios[name].values())]
+         for name, by_size in medians.items()],
+        _pair_targets(medians), {'medians_ms': medians, 'ratios': ratios})
+
+
+def _pair_targets(medians: Medians) -> list[Target]:
+    low, middle, high = SIZES
+    ours = medians[OURS]
+    growth = ours[high] / ours[low]
+    gain = medians[IPDB][middle] / ours[middle]
+    return [
+        Target('the pair by ours at %d pods: at most 2 ms' % middle,
+               '%.2f ms' % ours[middle], ours[middle] <= 2),
+        Target('ours at %d within 1.2 x of %d' % (high, low),
+               '%.2f x' % growth, growth <= 1.2),
+        Target('at least 100 x faster than %s at %d' % (IPDB, middle),
+               '%.0f x' % gain, gain >= 100)]

@@ -1,0 +1,113 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""What is read of the kernel, against what ``ip`` says."""
+
+from __future__ import annotations
+
+import ipaddress
+
+from kuryr_break0 import netlink
+from kuryr_break0.plan import HostRoute
+from kuryr_break0.plan import Neighbour
+from tests.functional import base
+from tests import lab
+
+
+class TestRoutes(base.LabTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.lab.add_ipv6()
+        self.index = netlink.index_of(lab.PARENT)
+
+    def read(self, *routes: str) -> netlink.Routes:
+        """Add routes and read all."""
+        for route in routes:
+            self.lab.run('ip', 'route', 'add', *route.split())
+        with netlink.Kernel() as kernel:
+            return kernel.routes()
+
+    def test_host_routes(self) -> None:
+        found = self.read(
+            '10.1.0.1 dev eth0 proto 77 src %s' % lab.NODE,
+            '10.1.0.2 dev eth0 table 1000 metric 5',
+            '10.1.0.3 via 100.75.30.9',
+            'blackhole 10.1.0.4',
+            '10.1.0.5 dev eth0 scope global mtu 1400',
+            '10.1.0.0/25 dev eth0',
+            'fd01::1 dev eth0 proto 78',
+            'fd01::2 via fd00:30::9',
+            'unreachable fd01::3').host
+        # Without the kernel's table of its own and broadcast addresses
+        routes = [route for route in found if route.table != 255]
+        self.assertEqual({
+            HostRoute(ipaddress.ip_address(dst), oif, protocol, table,
+                      ipaddress.ip_address(src) if src else None, direct)
+            for dst, oif, protocol, table, src, direct in (
+                ('10.1.0.1', self.index, 77, 254, lab.NODE, True),
+                ('10.1.0.2', self.index, 3, 1000, None, True),
+                ('10.1.0.3', self.index, 3, 254, None, False),
+                ('10.1.0.4', None, 3, 254, None, False),
+                ('10.1.0.5', self.index, 3, 254, None, False),
+                ('fd01::1', self.index, 78, 254, None, True),
+                ('fd01::2', self.index, 3, 254, None, False),
+                ('fd01::3', 1, 3, 254, None, False))}, set(routes))
+        for route in routes:
+            with self.subTest(route=route):
+                with netlink.Kernel() as kernel:
+                    found = kernel.route_to(route.dst)
+                # Of another table, or one that leads nowhere, is not used.
+                self.assertEqual(
+                    route if route.table == 254 and route.oif == self.index
+                    else None, found)
+
+    def test_next_hops(self) -> None:
+        found = self.read(
+            '10.2.0.0/24 via 100.75.30.9',
+            '10.3.0.0/24 via inet6 fe80::9 dev eth0',
+            '10.4.0.0/24 nexthop via 100.75.30.10 weight 1 '
+            'nexthop via inet6 fe80::10 dev eth0 weight 2',
+            'fd02::/64 nexthop via fe80::11 dev eth0 '
+            'nexthop via fe80::12 dev eth0').next_hops
+        self.assertEqual({lab.LAN, lab.LAN6, '100.75.30.9', '100.75.30.10',
+                          'fe80::9', 'fe80::10', 'fe80::11', 'fe80::12'},
+                         set(map(str, found)))
+
+    def test_on_link(self) -> None:
+        self.read('10.2.0.0/24 via 100.75.30.9', '10.5.0.0/24 dev eth0',
+                  'prohibit 10.6.0.0/24')
+        with netlink.Kernel() as kernel:
+            for address, expected in (
+                    ('100.75.30.99', True), ('10.5.0.1', True),
+                    ('10.2.0.1', False), ('10.6.0.1', False),
+                    ('192.0.2.1', False), (lab.NODE, False)):
+                with self.subTest(address=address):
+                    self.assertIs(expected, kernel.is_on_link(
+                        ipaddress.ip_address(address)))
+
+    def test_neighbours(self) -> None:
+        for neighbour in ('10.1.0.1 lladdr 02:00:00:00:00:01 proto 77',
+                          'fd01::1 lladdr 02:00:00:00:00:02',
+                          '10.1.0.2 lladdr 02:00:00:00:00:03 nud reachable'):
+            self.lab.run('ip', 'neigh', 'add', *neighbour.split(), 'dev',
+                         lab.PARENT)
+        self.lab.run('ip', 'neigh', 'add', '10.1.0.9', 'dev', 'lo',
+                     'lladdr', '02:00:00:00:00:09')
+        assert self.index is not None
+        with netlink.Kernel() as kernel:
+            found = kernel.neighbours(self.index)
+        self.assertEqual({
+            Neighbour(ipaddress.ip_address('10.1.0.1'), self.index,
+                      '02:00:00:00:00:01', 77),
+            Neighbour(ipaddress.ip_address('fd01::1'), self.index,
+                      '02:00:00:00:00:02', None)}, set(found))
