@@ -3,14 +3,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+SPHINX = $(BIN)/sphinx-build -W --keep-going -q
 IN_LAB = tests/in-lab $(BIN)/python -W ignore
 
-.PHONY: demo test lint unit functional e2e bench genconfig clean
+.PHONY: demo test lint unit functional e2e bench docs genconfig clean
 
 demo: $(VENV)/installed
 	$(IN_LAB) -m tests.demo
 
-test: lint genconfig-check $(VENV)/installed
+test: lint genconfig-check docs $(VENV)/installed
 	tests/run
 
 lint: $(VENV)/installed
@@ -22,6 +23,12 @@ unit functional e2e: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(IN_LAB) -m tests.bench
+
+# The pages, the man page and the release notes; a warning is an error.
+docs: $(VENV)/installed
+	$(SPHINX) -d doc/build/doctrees -b html doc/source doc/build/html
+	$(SPHINX) -d doc/build/doctrees -b man doc/source doc/build/man
+	$(SPHINX) -a -E -b html releasenotes/source releasenotes/build/html
 
 genconfig: $(VENV)/installed
 	$(BIN)/oslo-config-generator \
@@ -36,15 +43,17 @@ genconfig-check: $(VENV)/installed
 	diff -u etc/kuryr-break0.conf.sample $(VENV)/sample
 
 # Made again when what it is made of changes.
-$(VENV)/installed: requirements.txt test-requirements.txt constraints.txt \
-                   setup.cfg tests/debian-packages
+$(VENV)/installed: requirements.txt test-requirements.txt \
+                   doc/requirements.txt constraints.txt setup.cfg \
+                   tests/debian-packages
 	tests/debian-packages
 	$(PYTHON) -m venv --clear $(VENV)
 	@echo 'Installing what the tests ran with; this takes about a minute.'
 	$(BIN)/pip install --quiet --disable-pip-version-check \
 	    --constraint constraints.txt --requirement test-requirements.txt \
-	    --editable .
+	    --requirement doc/requirements.txt --editable .
 	touch $@
 
 clean:
-	rm -rf $(VENV) .stestr build dist *.egg-info
+	rm -rf $(VENV) .stestr build dist *.egg-info doc/build \
+	    releasenotes/build

@@ -23,14 +23,20 @@ from oslo_config import cfg
 from oslo_log import log as logging
 import prettytable
 
+from kuryr_break0 import adopt
 from kuryr_break0.agent import Agent
+from kuryr_break0 import by_hand
+from kuryr_break0 import cleanup
+from kuryr_break0 import command
+from kuryr_break0.command import DRIFT
+from kuryr_break0.command import IN_SYNC
+from kuryr_break0.command import UNREADABLE
+from kuryr_break0.command import USAGE
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0.manager import Break0Manager
+from kuryr_break0 import probe
 from kuryr_break0 import status as status_of
-
-#: Exit codes of all subcommands.
-IN_SYNC, DRIFT, USAGE, UNREADABLE = range(4)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -50,12 +56,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             logging.getLogger(None).logger.setLevel(logging.WARNING)
         options = config.load(conf)
     except (cfg.Error, exceptions.InvalidOption) as err:
-        return _fail(USAGE, err)
+        return command.fail(USAGE, err)
     try:
         status: int = conf.command.func(conf, options)
         return status
     except exceptions.Break0Error as err:
-        return _fail(UNREADABLE, err)
+        return command.fail(UNREADABLE, err)
 
 
 def _add_subcommands(subparsers: Any) -> None:
@@ -87,6 +93,10 @@ def _add_subcommands(subparsers: Any) -> None:
                     'resync_interval seconds. SIGHUP reads the configuration '
                     'again.')
     agent.set_defaults(func=_agent)
+    adopt.add_parser(subparsers)
+    by_hand.add_parsers(subparsers)
+    cleanup.add_parser(subparsers)
+    probe.add_parser(subparsers)
 
 
 def _agent(conf: cfg.ConfigOpts, options: config.Options) -> int:
@@ -117,13 +127,10 @@ def _sync(conf: cfg.ConfigOpts, options: config.Options) -> int:
     else:
         for _, sign, some in routes:
             for route in some:
-                print('%s route %s interface %s proto %d table %d%s' % (
-                    sign, route.dst, route.oif, route.protocol, route.table,
-                    ' src %s' % route.src if route.src else ''))
+                print(command.line(sign, route))
         for _, sign, others in neighbours:
             for each in others:
-                print('%s neighbour %s interface %d lladdr %s' % (
-                    sign, each.dst, each.ifindex, each.mac))
+                print(command.line(sign, each))
     left = plan.foreign or (conf.command.dry_run and plan)
     return DRIFT if left else IN_SYNC
 
@@ -198,8 +205,3 @@ def _print_tables(status: status_of.Status) -> None:
     print(table)
     print('%(bound)d bound, %(routed)d routed, %(out_of_sync)d out of sync'
           % _totals(status))
-
-
-def _fail(code: int, err: Exception) -> int:
-    print('kuryr-break0: %s' % err, file=sys.stderr)
-    return code

@@ -325,6 +325,14 @@ OPTS = [
              'to end with the boot, as pods do, so it belongs on a tmpfs. If '
              'it cannot be written, pods are still bound, with an error in '
              'the log.'),
+    cfg.ListOpt(
+        'netns_dirs',
+        item_type=AbsolutePath(),
+        default=['/run/netns', '/var/run/netns'],
+        help='Absolute paths of directories in which "kuryr-break0 adopt" '
+             'looks for the network namespaces of pods, with commas between. '
+             'Then it looks at those of all processes: in /proc, or in '
+             '[cni_daemon] netns_proc_dir with docker_mode.'),
     cfg.Opt(
         'lock_timeout',
         type=WholeNumber(min=1, max=170),
@@ -358,6 +366,7 @@ class Options:
     resync_interval: int
     strict: bool
     state_dir: str
+    netns_dirs: tuple[str, ...]
     lock_timeout: int
 
 
@@ -380,6 +389,15 @@ def load(conf: cfg.ConfigOpts) -> Options:
     """
     register(conf)
     return Options(**{opt.dest: _value(conf, opt) for opt in OPTS})
+
+
+def link_iface(conf: cfg.ConfigOpts) -> Optional[str]:
+    """Read the interface that Kuryr is told to put pods on, its own option.
+
+    :param conf: one that Kuryr has not registered its options with
+    """
+    conf.register_opt(cfg.StrOpt('link_iface'), group='binding')
+    return conf.binding.link_iface or None
 
 
 def device_name(conf: cfg.ConfigOpts) -> str:

@@ -73,7 +73,7 @@ def ensure(kernel: netlink.Kernel, options: config.Options,
         raise exceptions.ParentNotFound(parent=parent_name)
     link = kernel.link(options.device)
     if link is not None:
-        _require_ours(link, parent)
+        require_ours(link, parent)
         return _tune(kernel, options, link, parent), not link.up
     try:
         netlink.create_macvlan(
@@ -99,7 +99,12 @@ def _loud(name: str) -> dict[str, int]:
             if netlink.read_sysctl(path) not in (value, None)}
 
 
-def _require_ours(link: netlink.Link, parent: netlink.Link) -> None:
+def require_ours(link: netlink.Link, parent: netlink.Link) -> None:
+    """Make sure that an interface is what break0 is.
+
+    :raises DeviceConflict: if it is not a macvlan in bridge mode on that
+        parent
+    """
     if (link.kind == 'macvlan' and link.mode == 'bridge'
             and (link.lower, link.lower_elsewhere)
             == parent.lower_of_macvlans):

@@ -97,6 +97,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         A namespace that is not there has taken its interfaces with it, so
         Kuryr is not asked then.
         """
+        sandbox = None
         try:
             try:
                 sandbox = self._sandbox(netns)
@@ -106,7 +107,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                 self._disconnect_pod(vif, ifname, netns, container_id,
                                      sandbox)
         finally:
-            self._unbind(vif, Owner(container_id, ifname))
+            self._unbind(vif, Owner(container_id, ifname), sandbox)
 
     def _detect_iface_name(self, h_ipdb: Any) -> str:
         """Detect the parent as Kuryr does, but never take break0 for it.
@@ -199,10 +200,12 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         except exceptions.KernelRefused as err:
             raise k_exc.CNIBindingFailure(str(err)) from err
 
-    def _unbind(self, vif: Any, owner: Owner) -> None:
+    def _unbind(self, vif: Any, owner: Owner,
+                sandbox: Optional[str]) -> None:
         try:
             options = config.load(k_config.CONF)
-            Break0Manager(options).unbind(owner, break0_vif.addresses(vif))
+            Break0Manager(options).unbind(owner, break0_vif.addresses(vif),
+                                          sandbox)
             self._tend(options)
         except Exception as err:  # must not hide an error of Kuryr's
             self._log('The addresses of %s may still be routed' % owner, err)

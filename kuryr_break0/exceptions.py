@@ -61,6 +61,12 @@ class AddressRefused(Break0Error):
                '%(reason)s.')
 
 
+class AddressTaken(Break0Error):
+    msg_fmt = ('The address %(address)s belongs to %(owner)s, and stays so. '
+               'If that is wrong, take it away first: kuryr-break0 unbind '
+               '%(address)s --owner %(container_id)s --ifname %(ifname)s')
+
+
 class ForeignRoute(Break0Error):
     msg_fmt = ('The address %(address)s has a route that is not ours, on '
                'interface %(oif)s with protocol %(protocol)s: %(reason)s. '
@@ -105,3 +111,25 @@ class KernelRefused(Break0Error):
 
 class NetnsUnusable(Break0Error):
     msg_fmt = 'The network namespace %(netns)r of the pod %(reason)s.'
+
+
+class NotAMacvlan(Break0Error):
+    msg_fmt = ('The interface %(ifname)s in the network namespace %(netns)s '
+               'is not a macvlan in bridge mode on %(parent)s: %(found)s. '
+               'Only such are reached through %(device)s.')
+
+
+class ParentUnknown(Break0Error):
+    msg_fmt = ('Nothing says which interface the address is behind. Give '
+               '--netns or --parent, or set [break0] parent.')
+
+
+class NotPermitted(Break0Error):
+    msg_fmt = ('This process may not %(action)s: it needs %(capability)s. '
+               'Run it as root, in a container with that capability.')
+
+
+class KubernetesUnavailable(Break0Error):
+    msg_fmt = ('The Kubernetes API at %(url)s cannot be used: %(reason)s. '
+               'It is what [kubernetes] api_root and the options beside it '
+               'say.')

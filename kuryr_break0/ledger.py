@@ -57,6 +57,20 @@ class Owner:
     container_id: str
     ifname: str
 
+    @classmethod
+    def adopted(cls, netns: str, ifname: str) -> Optional[Owner]:
+        """Who stands for a sandbox whose container id is not known.
+
+        That is one that Kuryr bound before break0 was in use. It is told
+        from all others by its network namespace, which lives as long as it
+        does, and which its DEL names too.
+
+        :param netns: path of the namespace
+        :returns: None if there is none
+        """
+        found = netns_id(netns)
+        return cls('adopted-%d' % found[1], ifname) if found else None
+
     def __str__(self) -> str:
         return '%s/%s' % (self.container_id, self.ifname)
 
@@ -156,6 +170,17 @@ class Entry:
             return cls(**fields)
         except (AttributeError, KeyError, TypeError, RecursionError) as err:
             raise ValueError('it is not an entry (%r)' % err)
+
+
+def netns_id(path: Optional[str]) -> Optional[tuple[int, int]]:
+    """Device and inode of a network namespace; None if it is not there."""
+    if path is None:
+        return None
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 class NewerVersion(Exception):
@@ -305,6 +330,30 @@ class Ledger:
         """
         return sorted(self._listed(self._entries),
                       key=lambda address: (address.version, int(address)))
+
+    def exists(self) -> bool:
+        """Whether there is a state directory."""
+        return os.path.isdir(self._path)
+
+    def clear(self) -> None:
+        """Remove the directory with all that this class puts there.
+
+        To be called under the lock, which is lost with it: who waits for it
+        at that moment has another one than who comes later.
+
+        :raises LedgerUnavailable: if something cannot be removed
+        """
+        try:
+            for directory in (self._entries, self._damaged, self._path):
+                with contextlib.suppress(FileNotFoundError):
+                    for name in os.listdir(directory):
+                        if (name.endswith(_SUFFIX) or name in (
+                                '.unfinished', 'attended', 'lock')):
+                            os.unlink(os.path.join(directory, name))
+                    os.rmdir(directory)
+        except OSError as err:
+            if err.errno != errno.ENOTEMPTY:  # others have put something
+                raise self._unavailable(err) from err
 
     def _listed(self, directory: str) -> list[IPAddress]:
         found = []

@@ -19,7 +19,6 @@ import dataclasses
 import errno
 import ipaddress
 import math
-import os
 import time
 from typing import Any, Collection, Iterable, Iterator, Mapping, Optional
 
@@ -32,6 +31,7 @@ from kuryr_break0 import device
 from kuryr_break0 import exceptions
 from kuryr_break0.ledger import Entry
 from kuryr_break0.ledger import Ledger
+from kuryr_break0.ledger import netns_id
 from kuryr_break0.ledger import Owner
 from kuryr_break0.ledger import Peer
 from kuryr_break0 import netlink
@@ -77,7 +77,8 @@ class Break0Manager:
     def bind(self, owner: Owner, addresses: Iterable[IPAddress], *,
              parent: str, mac: Optional[str] = None,
              subnets: Collection[IPNetwork] = (),
-             netns: Optional[str] = None, pod: Optional[str] = None) -> None:
+             netns: Optional[str] = None, pod: Optional[str] = None,
+             yielding: bool = False) -> None:
         """Make the addresses of a sandbox reachable through break0.
 
         Each belongs to this owner from now on, whose it was before. The
@@ -90,6 +91,8 @@ class Break0Manager:
         :param subnets: the networks that it is in on the link
         :param netns: path of the pod's namespace
         :param pod: its namespace and name in Kubernetes
+        :param yielding: refuse what another sandbox has that is not gone,
+            and a namespace that is
         :raises Break0Error: the first that hindered one of the addresses;
             the others are bound all the same
         """
@@ -102,9 +105,11 @@ class Break0Manager:
             for address in addresses:
                 with failure.noted():
                     self._require_usable(kernel, address)
+                    if yielding:
+                        self._require_free(address, owner, netns)
                     entries.append(Entry(
                         address, owner, parent, mac, tuple(subnets), netns,
-                        _netns_id(netns), pod=pod))
+                        netns_id(netns), pod=pod))
             sources = {entry.address: self._policy.source(entry)
                        for entry in entries}
             with failure.noted():
@@ -135,24 +140,30 @@ class Break0Manager:
                 self.sync()
         failure.raise_first()
 
-    def unbind(self, owner: Owner, addresses: Iterable[IPAddress]) -> None:
+    def unbind(self, owner: Owner, addresses: Iterable[IPAddress],
+               netns: Optional[str] = None) -> None:
         """Take back what :meth:`bind` did for these addresses.
 
         Those that belong to another owner by now are left to it, since a
         DEL can come late. What is not there is fine. The ledger is written
         last.
 
+        :param netns: path of the sandbox's namespace, by which what was
+            adopted is known as its own; see :meth:`Owner.adopted`
         :raises Break0Error: the first that hindered one of the addresses;
             the others are unbound all the same
         """
         failure = _Failures()
         removed = []
+        owners = {owner}
+        if netns is not None:
+            owners.add(Owner.adopted(netns, owner.ifname) or owner)
         with self._locked(), netlink.Kernel() as kernel:
             index = netlink.index_of(self._options.device)
             for address in addresses:
                 with failure.noted():
                     entry = self._ledger.get(address)
-                    if entry is not None and entry.owner != owner:
+                    if entry is not None and entry.owner not in owners:
                         LOG.info('%s stays bound: it belongs to %s, not to '
                                  '%s any more', address, entry.owner, owner)
                         continue
@@ -187,10 +198,11 @@ class Break0Manager:
         with netlink.Kernel() as kernel:
             if live and not dry_run:
                 with self._locked():
-                    link: Optional[netlink.Link] = device.ensure(
-                        kernel, self._options, parent_of(live.values()))[0]
-            else:
-                link = kernel.link(self._options.device)
+                    # None, if all of them have been unbound meanwhile.
+                    if any(map(self._ledger.get, live)):
+                        device.ensure(kernel, self._options,
+                                      parent_of(live.values()))
+            link = kernel.link(self._options.device)
             look = Look(kernel, link)
             desired, refused = self._policy.desired(look, live)
             for address, reason in refused.items():
@@ -312,6 +324,16 @@ class Break0Manager:
                 reason = 'a next hop of a route of the node'
         if reason is not None:
             raise self._policy.refused(address, reason)
+
+    def _require_free(self, address: IPAddress, owner: Owner,
+                      netns: Optional[str]) -> None:
+        if netns is not None and netns_id(netns) is None:
+            raise exceptions.NetnsUnusable(netns=netns, reason='is gone')
+        entry = self._ledger.get(address)
+        if (entry is not None and entry.owner != owner
+                and not entry.sandbox_gone):
+            raise exceptions.AddressTaken(address=address, owner=entry.owner,
+                                          **vars(entry.owner))
 
     def _device(self, kernel: netlink.Kernel,
                 parent: str) -> tuple[int, str, bool]:
@@ -500,6 +522,13 @@ class Break0Manager:
                 outdated.setdefault(entry.owner, []).append(entry)
         untold = [str(owner) for owner, entries in outdated.items()
                   if not self._introduce(entries, peer)]
+        if outdated:
+            with contextlib.suppress(exceptions.Break0Error), self._locked():
+                # Who has unbound one meanwhile has found nothing to forget.
+                self._leave([dataclasses.replace(entry, peer=peer)
+                             for entries in outdated.values()
+                             for entry in entries
+                             if self._ledger.get(entry.address) is None])
         if untold != (self._ledger.recall('untold', math.inf) or []):
             self._ledger.remember('untold', untold)
 
@@ -636,13 +665,3 @@ class _Failures:
 def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
     for start in range(0, len(items), size):
         yield items[start:start + size]
-
-
-def _netns_id(netns: Optional[str]) -> Optional[tuple[int, int]]:
-    if netns is None:
-        return None
-    try:
-        stat = os.stat(netns)
-    except OSError:
-        return None
-    return stat.st_dev, stat.st_ino

@@ -327,6 +327,32 @@ def _opened(netns: str) -> Iterator[int]:
         os.close(opened)
 
 
+def macvlans_in(netns: str) -> list[Link]:
+    """List the macvlans of another namespace on interfaces of this one.
+
+    So their ``lower`` counts here.
+
+    :param netns: its path
+    :raises NetnsUnusable: if it cannot be entered
+    :raises KernelRefused: if its interfaces cannot be listed
+    """
+    action = 'list the interfaces of ' + netns
+    own = os.open('/proc/thread-self/ns/net', os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with entered(netns), pyroute2.IPRoute() as ipr:
+            found = undisturbed(action, lambda: list(ipr.get_links()))
+            # Whoever lists interfaces gives a number to each namespace that
+            # one of them is on; the number of one that none is on is -1.
+            with _translated(action):
+                here = ipr.get_netnsid(fd=own)['nsid']
+    finally:
+        os.close(own)
+    return [link for link, at in
+            ((_link(message), message.get_attr('IFLA_LINK_NETNSID'))
+             for message in found)
+            if link.kind == 'macvlan' and at == here]
+
+
 def create_macvlan(name: str, parent: Link, mac: str) -> None:
     """Create a macvlan in bridge mode, down, by IPDB.
 
@@ -426,6 +452,26 @@ class Routes(NamedTuple):
 
     host: tuple[HostRoute, ...]
     next_hops: frozenset[IPAddress]
+
+
+class Path(NamedTuple):
+    """The way that a packet would go, as ``ip route get`` says it.
+
+    :ivar device: the name of the interface it leaves by
+    :ivar ifindex: of that
+    :ivar gateway: the router that it is sent to, if it is
+    :ivar source: the address that it is sent from
+    """
+
+    device: str
+    ifindex: int
+    gateway: Optional[IPAddress]
+    source: Optional[IPAddress]
+
+
+#: States of a neighbour, by their bits (linux/neighbour.h).
+_NUD = {0x01: 'incomplete', 0x02: 'reachable', 0x04: 'stale', 0x08: 'delay',
+        0x10: 'probe', 0x20: 'failed', 0x40: 'noarp', 0x80: 'permanent'}
 
 
 class Kernel:
@@ -592,6 +638,39 @@ class Kernel:
         except exceptions.KernelRefused:
             return None  # unreachable, prohibited, a blackhole
         return route
+
+    def path_to(self, address: IPAddress) -> Optional[Path]:
+        """Return the way to an address; None if there is none."""
+        message = rtmsg.rtmsg()
+        message['family'] = _family(address)
+        message['dst_len'] = address.max_prefixlen
+        message['attrs'] = [('RTA_DST', str(address))]
+        try:
+            with _translated('look up the way to %s' % address):
+                answer, = self._ipr.nlm_request(message, rtnl.RTM_GETROUTE,
+                                                netlink.NLM_F_REQUEST)
+            ifindex = answer.get_attr('RTA_OIF')
+            device = socket.if_indextoname(ifindex)
+        except (exceptions.KernelRefused, OSError):
+            return None
+        via = answer.get_attr('RTA_VIA')
+        return Path(device, ifindex,
+                    _ip(answer.get_attr('RTA_GATEWAY')
+                        or via and via['addr']),
+                    _ip(answer.get_attr('RTA_PREFSRC')))
+
+    def neighbour(self, ifindex: int, address: IPAddress
+                  ) -> tuple[Optional[str], Optional[str]]:
+        """Return MAC address and state of a neighbour, as far as known."""
+        try:
+            with _translated('look up the neighbour %s' % address):
+                answer, = self._ipr.nlm_request(
+                    _neighbour_message(ifindex, address), rtnl.RTM_GETNEIGH,
+                    netlink.NLM_F_REQUEST)
+        except exceptions.KernelRefused:
+            return None, None
+        return (answer.get_attr('NDA_LLADDR'),
+                _NUD.get(answer['state'], 'none'))
 
     def routes(self) -> Routes:
         """Read all routes of the node, by a dump."""

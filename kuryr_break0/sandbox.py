@@ -29,6 +29,7 @@ from kuryr_break0.ledger import Peer
 from kuryr_break0 import netlink
 from kuryr_break0.netlink import Verb
 from kuryr_break0.plan import HostRoute
+from kuryr_break0.plan import Item
 from kuryr_break0.plan import Neighbour
 
 #: The main routing table.
@@ -87,6 +88,34 @@ def forget(netns: str, ifname: str, peer: Peer, protocol: int) -> None:
         if index is not None:
             with netlink.Kernel() as kernel:
                 _apply(kernel, _forgetting(peer.addresses, index, protocol))
+
+
+def told(netns: str, ifname: str, protocol: int) -> list[Item]:
+    """List what a pod has been told, by the mark that it carries there.
+
+    :raises NetnsUnusable: if it cannot be entered
+    :raises KernelRefused: if its kernel cannot be asked
+    """
+    with netlink.entered(netns):
+        index = netlink.index_of(ifname)
+        if index is None:
+            return []
+        with netlink.Kernel() as kernel:
+            items: list[Item] = [
+                route for route in kernel.routes().host
+                if route.oif == index and route.table == _TABLE]
+            items += kernel.neighbours(index)
+            return [item for item in items if item.protocol == protocol]
+
+
+def take_back(netns: str, items: Iterable[Item]) -> None:
+    """Take away what :func:`told` has listed.
+
+    :raises NetnsUnusable: if it cannot be entered
+    :raises KernelRefused: the first error of its kernel
+    """
+    with netlink.entered(netns), netlink.Kernel() as kernel:
+        _apply(kernel, ((Verb.DELETE, item) for item in items))
 
 
 def _forgetting(hosts: Iterable[IPAddress], index: int,

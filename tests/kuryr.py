@@ -197,9 +197,8 @@ class Node:
     def __exit__(self, *exc_info: object) -> None:
         self._stack.close()
 
-    def start_daemon(self, break0: str = '', bin_dir: str = BIN,
-                     **environ: str) -> None:
-        """Start kuryr-daemon and wait until it serves.
+    def write_conf(self, break0: str = '') -> None:
+        """Write the kuryr.conf of the node.
 
         :param break0: lines of the section ``[break0]``
         """
@@ -208,6 +207,14 @@ class Node:
                                'address': ADDRESS,
                                'locks': os.path.join(self.dir, 'locks')})
             conf.write('[break0]\n%s\n' % break0)
+
+    def start_daemon(self, break0: str = '', bin_dir: str = BIN,
+                     **environ: str) -> None:
+        """Start kuryr-daemon and wait until it serves.
+
+        :param break0: lines of the section ``[break0]``
+        """
+        self.write_conf(break0)
         self.daemon = subprocess.Popen(
             [os.path.join(bin_dir, 'kuryr-daemon'),
              '--config-file', self.conf], cwd=self.dir,

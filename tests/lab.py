@@ -260,6 +260,26 @@ class Lab:
                     found[route['dst']] = route
         return found
 
+    def state(self) -> dict[str, Any]:
+        """All that is set on the node and in its other namespaces.
+
+        Not what the kernel has learnt or counted.
+        """
+        found = {}
+        for netns in (None, *sorted(os.listdir('/run/netns'))):
+            for family in ('-4', '-6'):
+                for what in (('route', 'show', 'table', 'all'), ('rule',),
+                             ('neighbour', 'show', 'nud', 'permanent')):
+                    found['%s %s %s' % (netns, family, what[0])] = self.ip(
+                        family, *what, netns=netns)
+            found['%s address' % netns] = self.ip('address', netns=netns)
+            text = self.run('grep', '-rs', '', '/proc/sys/net', netns=netns,
+                            check=False).stdout
+            found['%s sysctl' % netns] = [
+                line for line in sorted(text.splitlines())
+                if 'nf_conntrack_count' not in line]
+        return found
+
     def ping(self, address: str, netns: Optional[str] = None, *,
              cold: bool = True) -> bool:
         """Whether a ping is answered; cold is without learnt neighbours."""

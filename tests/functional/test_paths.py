@@ -295,6 +295,17 @@ class TestSilence(DualStackTestCase):
         self.set_rp_filter(0)
         self.assertEqual({eth0, self.mac}, set(self.answers()[0]))
 
+    def test_by_arp_the_lan_learns_the_node_at_break0(self) -> None:
+        # Why static_neighbours is not for the sake of IPv6 alone: the node
+        # asks for its pod, to all, from its own address at break0's MAC.
+        self.add_pod(1, static_neighbours=False)
+        self.assertTrue(self.lab.ping(lab.NODE, 'lan'))
+        time.sleep(1.5)  # for a second the kernel keeps what it has learnt
+        self.lab.run('ip', 'neighbour', 'flush', 'dev', 'break0')
+        self.assertTrue(self.lab.ping(POD, cold=False))
+        learnt, = self.lab.ip('neighbour', 'show', lab.NODE, netns='lan')
+        self.assertEqual(self.mac, learnt['lladdr'])
+
 
 class TestConnections(DualStackTestCase):
 
@@ -399,6 +410,35 @@ class TestNeighbours(DualStackTestCase):
         self.assertEqual({}, self.neighbours('break0'))
         self.manager().sync()
         self.assertEqual(before, self.neighbours('break0'))
+
+    def claim(self, liar: str) -> None:
+        """Say to the node that the address of pod-1 is another pod's."""
+        mac = self.lab.ip('link', 'show', 'eth0', netns=liar)[0]['address']
+        target, source = (bytes.fromhex(each.replace(':', ''))
+                          for each in (self.mac, mac))
+        with self.lab.socket(socket.AF_PACKET, socket.SOCK_RAW,
+                             liar) as wire:
+            wire.bind(('eth0', 0))
+            wire.send(target + source + b'\x08\x06'  # an ARP reply
+                      + b'\x00\x01\x08\x00\x06\x04\x00\x02'
+                      + source + socket.inet_aton(POD)
+                      + target + socket.inet_aton(lab.NODE))
+
+    def test_no_pod_can_claim_the_address_of_another(self) -> None:
+        self.add_pod(2)
+        self.claim('pod-2')
+        time.sleep(0.5)  # it must not have been
+        self.assertEqual(MAC % 1, self.neighbours('break0')[POD])
+        # By ARP it can.
+        self.manager(static_neighbours=False).sync()
+        self.assertTrue(self.lab.ping(POD))
+        time.sleep(1.5)  # for a second the kernel keeps what it has learnt
+        self.claim('pod-2')
+        deadline = time.monotonic() + 10
+        while self.lab.ip('neigh', 'show', POD, 'dev',
+                          'break0')[0]['lladdr'] != MAC % 2:
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.05)
 
     def test_those_of_others_stay(self) -> None:
         self.lab.run('ip', 'neigh', 'add', '100.75.30.99', 'dev', 'break0',

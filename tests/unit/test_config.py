@@ -47,7 +47,8 @@ class TestLoad(unittest.TestCase):
                 static_neighbours=True, host_addresses=(), route_protocol=176,
                 route_table=254, allowed_cidrs=(),
                 takeover=False, gc_grace=60, resync_interval=60, strict=False,
-                state_dir='/run/kuryr-break0', lock_timeout=10),
+                state_dir='/run/kuryr-break0',
+                netns_dirs=('/run/netns', '/var/run/netns'), lock_timeout=10),
             load())
 
     def test_all_set(self) -> None:
@@ -68,6 +69,7 @@ gc_grace = 0
 resync_interval = 5
 strict = true
 state_dir = /run/other
+netns_dirs = /run/docker/netns
 lock_timeout = 5
 ''')
         self.assertEqual(
@@ -82,7 +84,8 @@ lock_timeout = 5
                 allowed_cidrs=(ipaddress.ip_network('10.0.0.0/8'),
                                ipaddress.ip_network('fd00::/64')),
                 takeover=True, gc_grace=0, resync_interval=5, strict=True,
-                state_dir='/run/other', lock_timeout=5),
+                state_dir='/run/other', netns_dirs=('/run/docker/netns',),
+                lock_timeout=5),
             options)
 
     def test_the_environment_wins(self) -> None:

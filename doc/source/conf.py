@@ -1,0 +1,60 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""How the documentation is built."""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), '_ext'))
+
+extensions = [
+    'openstackdocstheme',
+    'oslo_config.sphinxconfiggen',
+    'oslo_config.sphinxext',
+    'command_line',
+    'modules',
+]
+
+project = 'kuryr-break0'
+copyright = 'kuryr-break0 developers'
+
+exclude_patterns = []
+pygments_style = 'native'
+# Two hyphens in a description of a command are those of an option.
+smartquotes = False
+
+html_theme = 'openstackdocs'
+openstackdocs_repo_name = ''
+openstackdocs_pdf_link = False
+openstackdocs_auto_name = False
+
+# Written while the documentation is built.
+config_generator_config_file = [
+    ('../../etc/kuryr-break0-config-generator.conf',
+     'configuration/_static/kuryr-break0'),
+]
+
+man_pages = [
+    ('cli/kuryr-break0', 'kuryr-break0',
+     'reach the macvlan pods of a node from that node', '', 8),
+]
+
+
+def _link_pages(app, relative_path, parent_docname, source):
+    """Let what links a file of the repository link the page of it here."""
+    source[0] = source[0].replace('`HACKING.rst <HACKING.rst>`_',
+                                  ':doc:`hacking`')
+
+
+def setup(app):
+    app.connect('include-read', _link_pages)

@@ -1,0 +1,31 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""How the release notes are built."""
+
+extensions = [
+    'openstackdocstheme',
+    'reno.sphinxext',
+]
+
+project = 'kuryr-break0 Release Notes'
+copyright = 'kuryr-break0 developers'
+
+# Release notes are of all versions.
+version = ''
+release = ''
+
+pygments_style = 'native'
+
+html_theme = 'openstackdocs'
+openstackdocs_repo_name = ''
+openstackdocs_auto_name = False

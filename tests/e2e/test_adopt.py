@@ -1,0 +1,383 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Any, Optional
+
+from kuryr_kubernetes.objects import vif as k_vif
+
+from tests.e2e.test_daemon import DaemonTestCase
+from tests.e2e.test_daemon import POD
+from tests import kuryr
+from tests import lab
+
+PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
+POD6 = 'fd00:30::71'
+OTHER = '100.75.30.72'
+SUBNETS = ['%s/%d' % (lab.LAN, lab.PREFIX), lab.LAN6 + '/64']
+
+
+class AdoptTestCase(DaemonTestCase):
+
+    def call(self, *args: str, code: int = 0, **environ: str) -> str:
+        """Run kuryr-break0 as on the node; what it prints."""
+        done = subprocess.run(
+            [PROGRAM, '--config-file', self.node.conf, *args], text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, 'KUBERNETES_NODE_NAME': kuryr.NODENAME,
+                 **environ})
+        self.assertEqual(code, done.returncode, done.stdout + done.stderr)
+        # Nothing but what it says itself.
+        self.assertEqual(code > 1, bool(done.stderr), done.stderr)
+        return done.stderr if code > 1 else done.stdout
+
+    def adopt(self, *args: str, code: int = 0,
+              **environ: str) -> dict[str, Any]:
+        """What it found, by pod and interface."""
+        findings = json.loads(self.call('adopt', '--json', *args, code=code,
+                                        **environ))
+        found = {'%(pod)s/%(ifname)s' % each: each for each in findings}
+        self.assertEqual(len(findings), len(found))
+        return found
+
+    def outcomes(self, *args: str, code: int = 0,
+                 **environ: str) -> dict[str, str]:
+        return {name: each['outcome'] for name, each in self.adopt(
+            *args, code=code, **environ).items()}
+
+    def running_pod(self, name: str, *addresses: str, ifname: str = 'eth0',
+                    **kwargs: Any) -> kuryr.Pod:
+        """A pod that the API has, with a macvlan as Kuryr makes it."""
+        vif = kuryr.macvlan_vif(*addresses, subnets=[
+            subnet for subnet in SUBNETS
+            if any((':' in each) == (':' in subnet) for each in addresses)])
+        self.node.lab.add_pod(name, *addresses, mac=str(vif.address))
+        return self.node.add_pod(name, vif=vif,
+                                 netns='/run/netns/' + name, **kwargs)
+
+
+class TestWithTheDaemon(AdoptTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        # Kuryr alone has bound them, and is replaced while they run.
+        self.node.start_daemon('enabled = false')
+        self.node.lab.add_ipv6()
+        self.pod = self.node.add_pod('pod', vif=kuryr.macvlan_vif(
+            POD, POD6, subnets=SUBNETS))
+        self.other = self.node.add_pod('other', OTHER, extra_vifs={
+            'eth1': kuryr.macvlan_vif('100.75.30.73')})
+        for pod in (self.pod, self.other):
+            self.add(pod)
+            self.assert_reachable(pod, False)
+        self.node.lab.settle()
+        self.node.kill_daemon()
+        self.node.start_daemon()
+
+    def test_life_of_adopted_pods(self) -> None:
+        self.assertEqual({'default/pod/eth0': 'adopted',
+                          'default/other/eth0': 'adopted',
+                          'default/other/eth1': 'adopted'}, self.outcomes())
+        for pod in (self.pod, self.other):
+            self.assert_reachable(pod)
+        self.assertTrue(self.node.lab.ping(POD6))
+        self.assertTrue(self.node.lab.ping(lab.NODE6, 'pod'))
+        status = json.loads(self.call('status', '--json'))
+        self.assertEqual(
+            {POD: 'default/pod', POD6: 'default/pod', OTHER: 'default/other',
+             '100.75.30.73': 'default/other'},
+            {each['address']: each['pod'] for each in status['addresses']})
+        # Again is harmless.
+        before = self.node.lab.state()
+        self.assertEqual({'bound'}, set(self.outcomes().values()))
+        self.assertEqual(before, self.node.lab.state())
+        # Their DEL, whose container id nobody has heard of, takes them away.
+        self.delete(self.pod)
+        self.assertEqual({OTHER, '100.75.30.73'},
+                         set(self.node.lab.routes()))
+        self.delete(self.other)
+        self.assertEqual({}, self.node.lab.routes())
+        self.assertEqual([], json.loads(
+            self.call('status', '--json'))['addresses'])
+
+    def test_a_late_del_of_another_sandbox(self) -> None:
+        self.adopt()
+        earlier = self.node.lab.add_netns('earlier')
+        for netns in ('/run/netns/gone', '', earlier):
+            self.delete(self.pod, CNI_CONTAINERID='an-earlier-one',
+                        CNI_NETNS=netns)
+            self.assert_reachable(self.pod)
+        self.call('status')
+
+    def test_a_new_sandbox_takes_over(self) -> None:
+        self.adopt()
+        first = self.pod.netns
+        self.node.lab.run('ip', 'netns', 'del', 'pod')
+        self.pod.name, self.pod.netns = 'pod', self.node.lab.add_netns('new')
+        self.pod.container_id = 'the-sandbox-after-it'
+        self.add(self.pod)
+        self.delete(self.pod, CNI_CONTAINERID='the-adopted-one',
+                    CNI_NETNS=first)
+        self.assertTrue(self.node.lab.ping(POD))
+        self.assertTrue(self.node.lab.ping(lab.NODE, 'new'))
+        self.delete(self.pod)
+        self.assertNotIn(POD, self.node.lab.routes())
+
+    def test_one_whose_namespace_ends_first(self) -> None:
+        self.adopt()
+        self.node.lab.run('ip', 'netns', 'del', 'pod')
+        self.delete(self.pod)
+        self.assertEqual({OTHER, '100.75.30.73'},
+                         set(self.node.lab.routes()))
+
+    def test_what_the_daemon_has_bound_is_untouched(self) -> None:
+        late = self.node.add_pod('late', '100.75.30.74')
+        self.add(late)
+        before = self.status_of('100.75.30.74')
+        self.assertEqual(late.container_id, before['container_id'])
+        self.assertEqual('bound', self.outcomes()['default/late/eth0'])
+        self.assertEqual(before, self.status_of('100.75.30.74'))
+        self.delete(late)
+        self.assertEqual({POD, POD6, OTHER, '100.75.30.73'},
+                         set(self.node.lab.routes()))
+
+    def status_of(self, address: str) -> Any:
+        return next(each for each in json.loads(
+            self.call('status', '--json'))['addresses']
+            if each['address'] == address)
+
+
+class TestWhatIsFound(AdoptTestCase):
+    """Without a daemon: API, namespaces and adopt are enough."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.node.write_conf()
+
+    def test_dry_run(self) -> None:
+        self.running_pod('pod', POD)
+        self.node.lab.settle()
+        before = self.node.lab.state()
+        self.assertEqual({'default/pod/eth0': 'adopted'},
+                         self.outcomes('--dry-run', code=1))
+        self.assertEqual(before, self.node.lab.state())
+        self.adopt()
+        self.assertEqual({'default/pod/eth0': 'bound'},
+                         self.outcomes('--dry-run'))
+
+    def test_a_table(self) -> None:
+        self.running_pod('pod', POD)
+        printed = self.call('adopt')
+        for text in ('default/pod', POD, 'adopted', '/run/netns/pod'):
+            self.assertIn(text, printed)
+
+    def test_only_what_is_of_this_node(self) -> None:
+        self.running_pod('pod', POD)
+        self.assertEqual({}, self.adopt(KUBERNETES_NODE_NAME='node-2'))
+
+    def test_what_is_skipped(self) -> None:
+        self.running_pod('deleted', '100.75.30.81')
+        port = self.node.api.get('kuryrports', 'default', 'deleted')
+        self.assertTrue(port['metadata']['finalizers'])
+        self.node.api.delete('kuryrports', 'default', 'deleted')
+        self.running_pod('gone', '100.75.30.82')
+        self.node.api.delete('pods', 'default', 'gone')
+        self.running_pod('host', '100.75.30.83')
+        self.change_pod('host', lambda pod: pod['spec'].update(
+            hostNetwork=True))
+        self.running_pod('ended', '100.75.30.84')
+        self.change_pod('ended', lambda pod: pod['status'].update(
+            phase='Succeeded'))
+        self.node.add_pod('vlan', vif=k_vif.VIFVlanNested(
+            vlan_id=7, vif_name='tap7'))
+        self.running_pod('again', '100.75.30.85')
+        self.node.api.delete('pods', 'default', 'again')
+        self.node.api.create('pods', kuryr.kubeapi.pod('again',
+                                                       kuryr.NODENAME))
+        self.running_pod('early', '100.75.30.86')
+        port = self.node.api.get('kuryrports', 'default', 'early')
+        port['status']['vifs'] = {}
+        self.node.api.update('kuryrports', port)
+        found = self.adopt()
+        self.assertEqual({'skipped'}, {each['outcome']
+                                       for each in found.values()})
+        self.assertEqual(
+            {'default/deleted/': 'it is being deleted',
+             'default/gone/': 'its pod is gone',
+             'default/host/': 'it is in the network of the node',
+             'default/ended/': 'it has ended',
+             'default/vlan/eth0': 'it is a VIFVlanNested',
+             'default/again/': 'it is of an earlier pod of that name',
+             'default/early/': 'it has no VIF yet'},
+            {name: each['reason'] for name, each in found.items()})
+        self.assertIsNone(self.node.lab.link('break0'))
+
+    def change_pod(self, name: str, change: Any) -> None:
+        pod = self.node.api.get('pods', 'default', name)
+        change(pod)
+        self.node.api.update('pods', pod)
+
+    def test_one_that_is_not_found(self) -> None:
+        self.running_pod('pod', POD)
+        self.node.add_pod('other', OTHER)  # no macvlan
+        found = self.adopt()
+        self.assertEqual('adopted', found['default/pod/eth0']['outcome'])
+        self.assertEqual('not found', found['default/other/eth0']['outcome'])
+        self.assertIn('with its MAC address fa:16:3e:',
+                      found['default/other/eth0']['reason'])
+        self.assertEqual({POD}, set(self.node.lab.routes()))
+
+    def test_one_on_another_parent(self) -> None:
+        self.node.lab.run('ip', 'link', 'add', 'eth1', 'type', 'veth',
+                          'peer', 'name', 'nic1', 'netns', 'lan')
+        pod = self.running_pod('pod', POD)
+        self.node.lab.run('ip', 'link', 'del', lab.PARENT, netns='pod')
+        self.node.lab.run(
+            'ip', 'link', 'add', lab.PARENT, 'link', 'eth1', 'netns', 'pod',
+            'address', str(pod.vifs['eth0'].address), 'type', 'macvlan',
+            'mode', 'bridge')
+        found = self.adopt()['default/pod/eth0']
+        self.assertEqual('not found', found['outcome'])
+        self.assertIn('on eth0', found['reason'])
+
+    def test_one_whose_vif_cannot_be_read(self) -> None:
+        self.running_pod('pod', POD)
+        self.running_pod('bad', OTHER)
+        port = self.node.api.get('kuryrports', 'default', 'bad')
+        port['status']['vifs']['eth0']['vif']['versioned_object.name'] = 'X'
+        self.node.api.update('kuryrports', port)
+        found = self.adopt(code=1)
+        self.assertEqual(('failed', 'adopted'),
+                         (found['default/bad/eth0']['outcome'],
+                          found['default/pod/eth0']['outcome']))
+
+    def test_an_address_that_somebody_has(self) -> None:
+        self.node.lab.add_pod('web', OTHER)
+        self.call('bind', POD, '--owner', 'web', '--netns', '/run/netns/web')
+        self.running_pod('pod', POD)
+        found = self.adopt(code=1)['default/pod/eth0']
+        self.assertEqual('failed', found['outcome'])
+        self.assertIn('belongs to web/eth0', found['reason'])
+
+    def test_the_name_of_the_interface_is_that_in_the_namespace(self) -> None:
+        # CNI_IFNAME is up to the runtime; Kuryr's VIF is called eth0.
+        self.running_pod('pod', POD)
+        for args in (('down',), ('name', 'net0'), ('up',)):
+            self.node.lab.run('ip', 'link', 'set', 'net0' if args == ('up',)
+                              else lab.PARENT, *args, netns='pod')
+        self.adopt()
+        self.assertTrue(self.node.lab.ping(POD))
+        self.call('status')
+
+
+class TestNamespaces(AdoptTestCase):
+    """Where the namespaces of pods are found."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.node.write_conf()
+        self.pod = self.running_pod('pod', POD)
+
+    def sleeper(self, netns: Optional[str] = None
+                ) -> subprocess.Popen[bytes]:
+        """A process, as of a container, in a namespace."""
+        process = subprocess.Popen(
+            [*(('nsenter', '--net=' + netns) if netns else ()),
+             'sleep', '1000'])
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        return process
+
+    def unname(self) -> subprocess.Popen[bytes]:
+        """Leave the namespace of the pod to a process alone, as Docker."""
+        first = self.sleeper('/run/netns/pod')
+        self.wait_for(first)
+        # Start times are in hundredths of seconds.
+        time.sleep(0.05)
+        self.wait_for(self.sleeper('/run/netns/pod'))
+        self.node.lab.run('ip', 'netns', 'del', 'pod')
+        return first
+
+    def wait_for(self, process: subprocess.Popen[bytes]) -> None:
+        own = os.stat('/proc/thread-self/ns/net').st_ino
+        deadline = time.monotonic() + 30
+        while os.stat('/proc/%d/ns/net' % process.pid).st_ino == own:
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.01)
+
+    def test_a_directory_of_its_own(self) -> None:
+        os.makedirs('/run/docker/netns')
+        with open('/run/docker/netns/abc', 'w'):
+            pass
+        self.node.lab.run('mount', '--bind', '/run/netns/pod',
+                          '/run/docker/netns/abc')
+        self.node.lab.run('ip', 'netns', 'del', 'pod')
+        self.assertEqual('/run/docker/netns/abc', self.adopt(
+            OS_BREAK0__NETNS_DIRS='/run/none,/run/docker/netns')
+            ['default/pod/eth0']['netns'])
+        self.call('status')
+
+    def test_the_process_that_has_been_there_for_longest(self) -> None:
+        first = self.unname()
+        found = self.adopt()['default/pod/eth0']
+        self.assertEqual('adopted', found['outcome'])
+        self.assertEqual('/proc/%d/ns/net' % first.pid, found['netns'])
+        self.assertTrue(self.node.lab.ping(POD))
+        self.call('status')
+
+    def test_docker_mode(self) -> None:
+        first = self.unname()
+        os.mkdir('/run/host_proc')
+        self.node.lab.run('mount', '--rbind', '/proc', '/run/host_proc')
+        with open(self.node.conf, 'a') as conf:
+            conf.write('[cni_daemon]\ndocker_mode = true\n'
+                       'netns_proc_dir = /run/host_proc\n')
+        self.assertEqual('/run/host_proc/%d/ns/net' % first.pid,
+                         self.adopt()['default/pod/eth0']['netns'])
+
+    def test_a_file_that_is_no_namespace(self) -> None:
+        with open('/run/netns/stale', 'w'):
+            pass
+        self.assertEqual({'default/pod/eth0': 'adopted'}, self.outcomes())
+
+
+class TestTheAPI(AdoptTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.node.write_conf()
+
+    def test_what_is_asked(self) -> None:
+        self.adopt()
+        self.assertEqual(
+            [('GET', '/apis/openstack.org/v1/kuryrports?labelSelector='
+              'kuryr.openstack.org%2FnodeName%3Dnode-1'),
+             ('GET', '/api/v1/pods?fieldSelector=spec.nodeName%3Dnode-1')],
+            self.node.api.requests)
+
+    def test_it_is_not_there(self) -> None:
+        self.node.api.stop()
+        err = self.call('adopt', code=3)
+        self.assertIn('The Kubernetes API at %s cannot be used' %
+                      self.node.api.url, err)
+        self.assertEqual(1, err.count('\n'), err)
+
+    def test_no_token(self) -> None:
+        with open(self.node.conf, 'a') as conf:
+            conf.write('[kubernetes]\ntoken_file = /run/none\n')
+        self.assertIn('/run/none', self.call('adopt', code=3))

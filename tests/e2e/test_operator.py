@@ -1,0 +1,141 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from typing import Any, Callable
+
+from tests.e2e.test_adopt import AdoptTestCase
+from tests.e2e.test_adopt import POD
+from tests.e2e.test_adopt import POD6
+from tests.e2e.test_adopt import PROGRAM
+from tests.e2e.test_adopt import SUBNETS
+from tests import kuryr
+from tests import lab
+
+FAR = '100.75.40.71'
+
+
+class TestOperator(AdoptTestCase):
+    """From a cluster without kuryr-break0, to one with it, and back."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.stock = kuryr.stock_environment(
+            os.path.join(self.node.dir, 'venv'))
+
+    def status(self, code: int = 0) -> dict[str, Any]:
+        status: dict[str, Any] = json.loads(
+            self.call('status', '--json', code=code))
+        return status
+
+    def problems(self) -> dict[str, str]:
+        return {each['address']: each['problem']
+                for each in self.status(code=1)['addresses']
+                if each['problem']}
+
+    def assert_reachable_all_ways(self, expected: bool = True) -> None:
+        ways: list[tuple[str, ...]] = [
+            (POD,), (lab.NODE, 'pod'), (POD6,), (lab.NODE6, 'pod')]
+        if expected:
+            # Without break0 the router of the LAN may lead there.
+            ways += [(FAR,), (lab.NODE, 'far')]
+        for way in ways:
+            self.assertEqual(expected, self.node.lab.ping(*way), way)
+
+    def wait_until(self, done: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 30
+        while not done():
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.1)
+
+    def in_sync(self) -> bool:
+        return subprocess.run(
+            [PROGRAM, '--config-file', self.node.conf, 'status'],
+            stdout=subprocess.DEVNULL).returncode == 0
+
+    def test_the_whole_way(self) -> None:
+        self.node.lab.add_ipv6()
+        self.node.lab.add_other_subnet()
+        # What others have set on the node.
+        self.node.lab.run('ip', 'route', 'add', '192.0.2.0/24', 'via',
+                          lab.LAN)
+        self.node.lab.run('ip', 'rule', 'add', 'to', FAR, 'table', '1000')
+        self.node.lab.run('ip', 'neighbour', 'add', '100.75.30.99', 'lladdr',
+                          '02:00:00:00:00:99', 'dev', lab.PARENT)
+
+        # A node of Kuryr alone, with pods.
+        self.node.start_daemon(bin_dir=self.stock)
+        pods = [
+            self.node.add_pod('pod', vif=kuryr.macvlan_vif(
+                POD, POD6, subnets=SUBNETS)),
+            self.node.add_pod('far', vif=kuryr.macvlan_vif(
+                FAR, subnets=[lab.OTHER_LAN + '/24']))]
+        for pod in pods:
+            self.add(pod)
+        self.node.lab.settle()
+        self.assert_reachable_all_ways(False)
+        before = self.node.lab.state()
+
+        # The package is installed, and the daemon restarted.
+        self.node.kill_daemon()
+        self.node.start_daemon()
+        self.assertEqual({'adopted'}, set(self.outcomes().values()))
+        self.assertEqual(3, self.status()['totals']['routed'])
+        self.assert_reachable_all_ways()
+        for address in (POD, POD6, FAR):
+            self.call('probe', address, '--count', '1')
+
+        # What breaks is seen, and repaired by hand.
+        self.node.lab.run('ip', 'route', 'del', POD)
+        self.assertEqual({POD: 'its route is missing'}, self.problems())
+        self.call('probe', POD, '--count', '1', code=1)
+        self.assertIn('+ route ' + POD, self.call('sync'))
+        self.status()
+        self.assert_reachable_all_ways()
+
+        # And without a hand.
+        agent = subprocess.Popen(
+            [PROGRAM, '--config-file', self.node.conf, 'agent'],
+            stderr=subprocess.DEVNULL)
+        self.addCleanup(agent.wait)
+        self.addCleanup(agent.kill)
+        self.node.lab.run('ip', 'link', 'del', 'break0')
+        self.wait_until(self.in_sync)
+        self.assert_reachable_all_ways()
+        agent.send_signal(signal.SIGSTOP)
+        self.node.lab.run('ip', 'link', 'del', 'break0')
+        self.assertEqual({POD, POD6, FAR}, set(self.problems()))
+        agent.send_signal(signal.SIGCONT)
+        self.wait_until(self.in_sync)
+        self.assert_reachable_all_ways()
+
+        # All of it is taken away, and Kuryr goes on alone.
+        agent.terminate()
+        self.assertEqual(0, agent.wait())
+        self.node.kill_daemon()
+        self.node.start_daemon(bin_dir=self.stock)
+        planned = self.call('cleanup', '--dry-run', code=1)
+        self.assertEqual(planned, self.call('cleanup'))
+        after = self.node.lab.state()
+        self.assertEqual(before.keys(), after.keys())
+        for name, found in before.items():
+            self.assertEqual(found, after[name], name)
+        self.assertFalse(os.path.exists('/run/kuryr-break0'))
+        self.assert_reachable_all_ways(False)
+        for pod in pods:
+            self.delete(pod)

@@ -1,0 +1,230 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import subprocess
+import time
+from typing import Any
+from unittest import mock
+
+from kuryr_break0 import ledger
+from kuryr_break0 import sandbox
+from tests.functional.base import OTHER_OWNER
+from tests.functional.base import OTHER_POD
+from tests.functional.base import POD
+from tests.functional.test_cli import CLITestCase
+from tests.functional.test_cli import PROGRAM
+from tests import lab
+
+STATE_DIR = '/run/kuryr-break0'
+POD6 = 'fd00:30::71'
+#: In another subnet than the node.
+FAR_POD = '100.75.40.71'
+
+
+class CleanupTestCase(CLITestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.lab.add_ipv6()
+        self.lab.add_other_subnet()
+        self.netns = self.lab.add_pod('pod', POD, POD6)
+        self.far_netns = self.lab.add_pod('far', FAR_POD,
+                                          gateways=(lab.OTHER_LAN,))
+        self.lab.settle()
+
+    def bind_both(self) -> None:
+        self.bind(POD, POD6, netns=self.netns,
+                  mac_of_pod=self.mac_of('pod'))
+        self.bind(FAR_POD, netns=self.far_netns, owner=OTHER_OWNER,
+                  mac_of_pod=self.mac_of('far'))
+
+    def mac_of(self, pod: str) -> str:
+        mac: str = self.lab.ip('link', 'show', lab.PARENT,
+                               netns=pod)[0]['address']
+        return mac
+
+    def cleanup(self, *args: str, code: int = 0, **environ: str) -> str:
+        done = self.call('cleanup', *args, **environ)
+        self.assertEqual(code, done.returncode, done.stdout + done.stderr)
+        return done.stdout
+
+
+class TestWhatIsTakenAway(CleanupTestCase):
+
+    def test_the_node_is_as_it_was(self) -> None:
+        # What others have set there is in it.
+        self.lab.run('ip', 'route', 'add', OTHER_POD, 'dev', lab.PARENT)
+        for netns in (None, 'pod'):
+            self.lab.run('ip', 'neighbour', 'add', '100.75.30.99', 'lladdr',
+                         '02:00:00:00:00:99', 'dev', lab.PARENT, netns=netns)
+        self.lab.run('ip', 'rule', 'add', 'to', POD, 'table', '1000')
+        before = self.lab.state()
+        self.bind_both()
+        self.assertEqual(
+            [True] * 4, [self.lab.ping(*way) for way in (
+                (POD,), (lab.NODE, 'pod'), (FAR_POD,), (lab.NODE, 'far'))])
+        self.assertNotEqual(before, self.lab.state())
+        printed = self.cleanup()
+        self.assertEqual(before, self.lab.state())
+        self.assertFalse(os.path.exists(STATE_DIR))
+        self.assertIn('- interface break0\n', printed)
+        for address in (POD, POD6, FAR_POD):
+            self.assertIn('- route %s interface' % address, printed)
+        self.assertRegex(printed, '- route %s interface .* namespace %s' % (
+            lab.NODE, self.far_netns))
+        self.assertRegex(printed, '- neighbour %s .* namespace %s' % (
+            lab.NODE6, self.netns))
+        self.assertEqual('', self.cleanup())
+
+    def test_another_device_table_and_protocol(self) -> None:
+        before = self.lab.state()
+        self.bind(POD, netns=self.netns, device='shim', route_table=1000,
+                  route_protocol=200, state_dir='/run/other')
+        self.cleanup(OS_BREAK0__DEVICE='shim', OS_BREAK0__ROUTE_TABLE='1000',
+                     OS_BREAK0__ROUTE_PROTOCOL='200',
+                     OS_BREAK0__STATE_DIR='/run/other')
+        self.assertEqual(before, self.lab.state())
+        self.assertFalse(os.path.exists('/run/other'))
+
+    def test_dry_run(self) -> None:
+        self.bind_both()
+        before = self.lab.state()
+        planned = self.cleanup('--dry-run', code=1)
+        self.assertEqual(before, self.lab.state())
+        self.assertEqual(0, self.call('status').returncode)
+        self.assertEqual(planned, self.cleanup())
+        self.assertEqual('', self.cleanup('--dry-run'))
+
+    def test_nothing_on_a_node_without_it(self) -> None:
+        before = self.lab.state()
+        self.assertEqual('', self.cleanup())
+        self.assertEqual(before, self.lab.state())
+        self.assertFalse(os.path.exists(STATE_DIR))
+
+    def test_a_namespace_that_is_gone(self) -> None:
+        self.bind_both()
+        self.lab.run('ip', 'netns', 'del', 'pod')
+        self.assertNotIn(self.netns, self.cleanup())
+        self.assertIsNone(self.lab.link('break0'))
+
+    def test_files_of_others_stay(self) -> None:
+        self.bind_both()
+        with open(STATE_DIR + '/notes.txt', 'w'):
+            pass
+        self.cleanup()
+        self.assertEqual(['notes.txt'], os.listdir(STATE_DIR))
+
+
+class TestWhatIsNotOurs(CleanupTestCase):
+
+    def assert_left(self, reason: str, **environ: str) -> None:
+        self.assertRegex(self.cleanup(code=1, **environ),
+                         '! interface break0: .*' + reason)
+        self.assertIsNotNone(self.lab.link('break0'))
+
+    def add_macvlan(self, mode: str = 'bridge', parent: str = lab.PARENT,
+                    ) -> None:
+        self.lab.run('ip', 'link', 'add', 'break0', 'link', parent,
+                     'type', 'macvlan', 'mode', mode)
+
+    def test_another_kind_of_interface(self) -> None:
+        self.lab.run('ip', 'link', 'add', 'break0', 'type', 'veth',
+                     'peer', 'name', 'peer0')
+        self.assert_left('a veth', OS_BINDING__LINK_IFACE=lab.PARENT)
+
+    def test_another_mode(self) -> None:
+        self.add_macvlan('private')
+        self.assert_left('private mode', OS_BREAK0__PARENT=lab.PARENT)
+
+    def test_another_parent(self) -> None:
+        self.lab.run('ip', 'link', 'add', 'eth1', 'type', 'veth',
+                     'peer', 'name', 'nic1', 'netns', 'lan')
+        self.bind_both()
+        self.lab.run('ip', 'link', 'del', 'break0')
+        self.add_macvlan(parent='eth1')
+        self.assert_left('in bridge mode on interface')
+
+    def test_nothing_says_whose_it_is(self) -> None:
+        self.add_macvlan()
+        self.assert_left('it may be of others')
+        self.cleanup(OS_BREAK0__PARENT=lab.PARENT)
+        self.assertIsNone(self.lab.link('break0'))
+
+    def test_without_pods_its_mac_address_says_so(self) -> None:
+        self.bind()
+        self.unbind()
+        self.cleanup()
+        self.assertIsNone(self.lab.link('break0'))
+
+
+class TestOthersAtWork(CleanupTestCase):
+
+    def test_an_agent_makes_nothing_again(self) -> None:
+        before = self.lab.state()
+        agent = subprocess.Popen(
+            [PROGRAM, 'agent'], stderr=subprocess.DEVNULL,
+            env={**os.environ, 'OS_BREAK0__RESYNC_INTERVAL': '1',
+                 'OS_BREAK0__GC_GRACE': '0'})
+        self.addCleanup(agent.wait)
+        self.addCleanup(agent.kill)
+        self.bind_both()
+        # It is at work when it restores this.
+        self.lab.run('ip', 'link', 'del', 'break0')
+        deadline = time.monotonic() + 30
+        while len(self.lab.routes()) < 3:
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.1)
+        self.assertIn('! agent', self.cleanup(code=1))
+        time.sleep(2.5)  # two looks of the agent
+        self.assertIsNone(agent.poll())
+        self.assertEqual(before, self.lab.state())
+
+    def test_a_sync_that_has_read_the_ledger_before(self) -> None:
+        before = self.lab.state()
+        self.bind_both()
+        read = ledger.Ledger.read
+
+        def read_then_cleaned_up(which: ledger.Ledger) -> Any:
+            found = read(which)
+            self.assertEqual({ipaddress.ip_address(each)
+                              for each in (POD, POD6, FAR_POD)},
+                             {entry.address for entry in found[0]})
+            self.cleanup()
+            return found
+
+        with mock.patch.object(ledger.Ledger, 'read', read_then_cleaned_up):
+            self.manager().sync()
+        self.assertEqual(before, self.lab.state())
+
+    def test_a_sync_that_is_about_to_tell_a_pod(self) -> None:
+        before = self.lab.state()
+        self.bind(POD, POD6, netns=self.netns, mac_of_pod=self.mac_of('pod'))
+        # Another address of the node, which the pod is to be told of.
+        self.lab.run('ip', 'address', 'add', '100.75.50.1/32', 'dev',
+                     lab.PARENT)
+        introduce = sandbox.introduce
+        cleaned = []
+
+        def introduce_after_cleanup(*args: Any, **kwargs: Any) -> None:
+            cleaned.append(self.cleanup())
+            introduce(*args, **kwargs)
+
+        with mock.patch.object(sandbox, 'introduce', introduce_after_cleanup):
+            self.manager().sync()
+        self.assertEqual(1, len(cleaned))
+        self.lab.run('ip', 'address', 'del', '100.75.50.1/32', 'dev',
+                     lab.PARENT)
+        self.assertEqual(before, self.lab.state())

@@ -1,0 +1,176 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""What is printed for programs is what its documented schema says."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+from typing import Any
+
+import jsonschema
+
+from tests.functional.base import OTHER_POD
+from tests.functional.base import Owner
+from tests.functional.base import POD
+from tests.functional import test_cli
+from tests import lab
+
+DOCUMENTED = os.path.join(os.path.dirname(__file__), '../../doc/source/cli')
+
+
+def strict(schema: Any) -> Any:
+    """The schema without fields that it does not name."""
+    if isinstance(schema, list):
+        return [strict(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {key: strict(value) for key, value in schema.items()}
+    if 'required' in closed:
+        closed['additionalProperties'] = False
+    return closed
+
+
+class JSONTestCase(test_cli.CLITestCase):
+
+    def valid(self, command: str, *args: str) -> Any:
+        """What a command prints, having been compared with its schema."""
+        path = os.path.join(DOCUMENTED, command + '.schema.json')
+        with open(path) as file:
+            schema = strict(json.load(file))
+        done = self.call(command, '--json', *args)
+        self.assertIn(done.returncode, (0, 1), done.stderr)
+        document = json.loads(done.stdout)
+        validator = jsonschema.Draft202012Validator(
+            schema, format_checker=jsonschema.FormatChecker())
+        validator.check_schema(schema)
+        validator.validate(document)
+        self.validator = validator
+        return document
+
+    def add_pod(self) -> None:
+        self.lab.add_ipv6()
+        path = self.lab.add_pod('pod', POD, mac='fa:16:3e:00:00:01')
+        self.bind(POD, 'fd00:30::71', netns=path,
+                  mac_of_pod='fa:16:3e:00:00:01')
+
+
+class TestEach(JSONTestCase):
+    """Each subcommand that has --json."""
+
+    #: Arguments that one needs; None for one that needs Kuryr's API.
+    ARGUMENTS = {'probe': (POD, '--count', '1'), 'adopt': None}
+
+    def commands(self) -> list[str]:
+        listed = re.search(r'\{([\w,-]+)\}', self.call('--help').stdout)
+        assert listed is not None
+        return [command for command in listed[1].split(',')
+                if '--json' in self.call(command, '--help').stdout]
+
+    def test_in_sync_and_not(self) -> None:
+        self.add_pod()
+        for broken in (False, True):
+            if broken:
+                self.lab.run('ip', 'link', 'set', 'break0', 'down')
+            for command in self.commands():
+                arguments = self.ARGUMENTS.get(command, ())
+                if command == 'sync':
+                    arguments = ('--dry-run',)
+                if arguments is not None:
+                    with self.subTest(command=command, broken=broken):
+                        self.valid(command, *arguments)
+
+    def test_its_schema_is_documented(self) -> None:
+        commands = self.commands()
+        self.assertIn('status', commands)
+        with open(os.path.join(DOCUMENTED, 'json.rst')) as file:
+            page = file.read()
+        for command in commands:
+            self.assertIn('literalinclude:: %s.schema.json\n' % command, page)
+
+
+class TestStatus(JSONTestCase):
+
+    def test_without_break0(self) -> None:
+        self.assertIsNone(self.valid('status')['device'])
+
+    def test_in_sync(self) -> None:
+        self.add_pod()
+        status = self.valid('status')
+        self.assertTrue(status['in_sync'])
+        self.assertEqual(2, status['totals']['routed'])
+
+    def test_problems(self) -> None:
+        self.add_pod()
+        self.bind(OTHER_POD, addr=['100.75.30.7'], owner=Owner('2', 'eth0'))
+        self.lab.run('ip', 'route', 'del', POD)
+        self.lab.run('ip', 'route', 'replace', OTHER_POD, 'dev', 'lo')
+        self.lab.run('ip', 'route', 'add', '100.75.30.99', 'dev', 'break0',
+                     'proto', '176')
+        status = self.valid('status')
+        self.assertEqual(3, status['totals']['out_of_sync'])
+        self.assertIsNone(status['addresses'][-2]['container_id'])
+
+    def test_another_interface(self) -> None:
+        self.lab.run('ip', 'link', 'add', 'break0', 'type', 'veth')
+        self.assertEqual('veth', self.valid('status')['device']['kind'])
+
+    def test_what_else_there_is_is_not_valid(self) -> None:
+        # Or the tests above could not fail.
+        self.add_pod()
+        document = self.valid('status')
+        for change in (
+                lambda some: some.update(more=1),
+                lambda some: some.pop('totals'),
+                lambda some: some['device'].update(mtu='1500'),
+                lambda some: some['addresses'][0].update(more=1),
+                lambda some: some['addresses'][0].update(address='x'),
+                lambda some: some['totals'].pop('bound')):
+            changed = copy.deepcopy(document)
+            change(changed)
+            self.assertFalse(self.validator.is_valid(changed), changed)
+
+
+class TestSync(JSONTestCase):
+
+    def test_nothing_to_do(self) -> None:
+        self.assertEqual([], self.valid('sync')['routes']['set'])
+
+    def test_changes(self) -> None:
+        self.add_pod()
+        self.bind(OTHER_POD, owner=Owner('2', 'eth0'))
+        self.lab.run('ip', 'route', 'replace', OTHER_POD, 'dev', 'lo')
+        self.lab.run('ip', 'route', 'add', '100.75.30.99', 'dev', 'break0',
+                     'proto', '176')
+        self.lab.run('ip', 'neigh', 'add', '100.75.30.99', 'dev', 'break0',
+                     'lladdr', '02:00:00:00:00:09', 'nud', 'permanent',
+                     'proto', '176')
+        self.lab.run('ip', 'route', 'del', POD)
+        self.lab.run('ip', 'neigh', 'del', POD, 'dev', 'break0')
+        os.environ['OS_BREAK0__GC_GRACE'] = '0'
+        self.addCleanup(os.environ.pop, 'OS_BREAK0__GC_GRACE')
+        for args in (('--dry-run',), ()):
+            changes = self.valid('sync', *args)
+            for kind, names in (('routes', ('set', 'delete', 'foreign')),
+                                ('neighbours', ('set', 'delete'))):
+                for name in names:
+                    self.assertNotEqual([], changes[kind][name], name)
+
+    def test_break0_is_to_be_created(self) -> None:
+        self.add_pod()
+        self.lab.run('ip', 'link', 'del', 'break0')
+        changes = self.valid('sync', '--dry-run')
+        self.assertEqual(0, changes['routes']['set'][0]['interface_index'])
+        self.assertEqual(lab.NODE, changes['routes']['set'][0]['source'])

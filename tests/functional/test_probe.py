@@ -1,0 +1,156 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tests.functional.base import POD
+from tests.functional.test_cli import CLITestCase
+from tests.functional.test_cli import PROGRAM
+from tests import lab
+
+POD6 = 'fd00:30::71'
+#: In another subnet than the node.
+FAR_POD = '100.75.40.71'
+
+
+class TestProbe(CLITestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.lab.add_ipv6()
+        self.netns = self.lab.add_pod('pod', POD, POD6)
+        self.lab.settle()
+        self.mac = self.mac_of('pod')
+
+    def mac_of(self, pod: str) -> str:
+        mac: str = self.lab.ip('link', 'show', lab.PARENT,
+                               netns=pod)[0]['address']
+        return mac
+
+    def bind_pod(self) -> None:
+        self.bind(POD, POD6, netns=self.netns, mac_of_pod=self.mac)
+
+    def probe(self, address: str, *args: str, code: int = 0) -> Any:
+        done = self.call('probe', address, '--json', *args)
+        self.assertEqual(code, done.returncode, done.stdout + done.stderr)
+        return json.loads(done.stdout)
+
+    def test_both_ways_in_both_families(self) -> None:
+        self.bind_pod()
+        break0 = self.lab.link('break0') or {}
+        for pod, node in ((POD, lab.NODE), (POD6, lab.NODE6)):
+            found = self.probe(pod)
+            self.assertTrue(found['reached'])
+            self.assertEqual('sandbox-1/eth0', found['owner'])
+            times = [each.pop('round_trip_ms') for each in found['probes']]
+            self.assertEqual([3, 3], [len(each) for each in times])
+            for time in sum(times, []):
+                self.assertTrue(0 < time < 1000, time)
+            self.assertEqual([
+                {'direction': 'node to pod', 'to': pod, 'from': node,
+                 'interface': 'break0', 'gateway': None,
+                 'neighbour': {'mac': self.mac, 'state': 'permanent'},
+                 'problem': None},
+                {'direction': 'pod to node', 'to': node, 'from': pod,
+                 'interface': lab.PARENT, 'gateway': None,
+                 'neighbour': {'mac': break0['address'],
+                               'state': 'permanent'},
+                 'problem': None}], found['probes'])
+            self.assertIsNone(found['note'])
+
+    def test_a_table(self) -> None:
+        self.bind_pod()
+        done = self.call('probe', POD, '--count', '2')
+        self.assertEqual(0, done.returncode, done.stdout + done.stderr)
+        for text in ('node to pod', 'pod to node', 'break0', lab.NODE,
+                     self.mac + ' permanent', '2 of 2', 'Round trip (ms)'):
+            self.assertIn(text, done.stdout)
+        self.assertRegex(done.stdout, r'\d\.\d{3} / \d+\.\d{3} / \d')
+
+    def test_a_pod_that_is_not_bound(self) -> None:
+        found = self.probe(POD, '--count', '1', code=1)
+        probe, = found['probes']
+        self.assertEqual('it does not go through break0', probe['problem'])
+        self.assertEqual(lab.PARENT, probe['interface'])
+        self.assertEqual([None], probe['round_trip_ms'])
+        self.assertIn(probe['neighbour']['state'], ('incomplete', 'failed'))
+        self.assertIn('no pod on this node is recorded', found['note'])
+
+    def test_a_route_of_others_that_is_used(self) -> None:
+        self.bind_pod()
+        self.lab.run('ip', 'route', 'replace', POD, 'via', lab.LAN)
+        found = self.probe(POD, '--count', '1', code=1)
+        self.assertEqual((lab.LAN, 'it does not go through break0'),
+                         (found['probes'][0]['gateway'],
+                          found['probes'][0]['problem']))
+
+    def test_a_wrong_neighbour(self) -> None:
+        self.bind_pod()
+        self.lab.run('ip', 'neighbour', 'replace', POD, 'dev', 'break0',
+                     'lladdr', '02:00:00:00:00:99', 'nud', 'permanent')
+        found = self.probe(POD, '--count', '1', code=1)
+        self.assertEqual(
+            'it is sent to 02:00:00:00:00:99, but should be to ' + self.mac,
+            found['probes'][0]['problem'])
+
+    def test_a_pod_that_is_down(self) -> None:
+        self.bind_pod()
+        self.lab.run('ip', 'link', 'set', lab.PARENT, 'down', netns='pod')
+        found = self.probe(POD, '--count', '2', code=1)
+        self.assertEqual(['2 of 2 were not answered',
+                          'there is no route to it'],
+                         [each['problem'] for each in found['probes']])
+
+    def test_no_route_at_all(self) -> None:
+        self.lab.run('ip', 'route', 'add', 'prohibit', POD)
+        found = self.probe(POD, '--count', '1', code=1)
+        self.assertEqual('there is no route to it',
+                         found['probes'][0]['problem'])
+
+    def test_without_its_namespace(self) -> None:
+        self.bind(POD, mac_of_pod=self.mac)
+        found = self.probe(POD)
+        self.assertEqual(['node to pod'], [each['direction']
+                                           for each in found['probes']])
+        self.assertIn('is not recorded', found['note'])
+
+    def test_a_namespace_that_is_gone(self) -> None:
+        self.bind_pod()
+        self.lab.run('ip', 'netns', 'del', 'pod')
+        found = self.probe(POD, '--count', '1', code=1)
+        self.assertEqual(1, len(found['probes']))
+        self.assertIn(self.netns, found['note'])
+
+    def test_a_pod_in_another_subnet(self) -> None:
+        self.lab.add_other_subnet()
+        netns = self.lab.add_pod('far', FAR_POD, gateways=(lab.OTHER_LAN,))
+        self.bind(FAR_POD, netns=netns, mac_of_pod=self.mac_of('far'))
+        # Not by the gateway, in either direction.
+        self.assertEqual([None, None], [
+            each['gateway'] for each in self.probe(FAR_POD)['probes']])
+
+    def test_without_the_capability(self) -> None:
+        done = self.lab.run('setpriv', '--bounding-set', '-net_raw',
+                            PROGRAM, 'probe', POD, check=False)
+        self.assertEqual(3, done.returncode)
+        self.assertIn('it needs CAP_NET_RAW', done.stdout)
+        self.assertNotIn('Traceback', done.stdout)
+
+    def test_usage(self) -> None:
+        for args, text in ((('x',), 'not an IPv4 or IPv6 address'),
+                           ((POD, '--count', '0'), 'from 1 to 1000')):
+            done = self.call('probe', *args)
+            self.assertEqual(2, done.returncode)
+            self.assertIn(text, done.stderr)
