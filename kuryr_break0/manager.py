@@ -280,7 +280,7 @@ class Break0Manager:
 
     def _missing(self) -> int:
         with self._locked():  # so that no pod is half bound
-            return (len(self._ledger.addresses())
+            return (self._ledger.count()
                     - netlink.count_host_routes(self._options.device))
 
     @contextlib.contextmanager
