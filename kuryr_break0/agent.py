@@ -14,12 +14,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import socket
 import time
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 from oslo_log import log as logging
 
@@ -27,6 +28,8 @@ from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.manager import Break0Manager
+from kuryr_break0.metrics import Metrics
+from kuryr_break0.metrics import Server
 from kuryr_break0 import netlink
 
 LOG = logging.getLogger(__name__)
@@ -53,6 +56,7 @@ class Agent:
     def __init__(self, load: Callable[[], config.Options]) -> None:
         self._load = load
         self._options = load()
+        self._metrics = Metrics()
         self._stop = False
         self._reload = False
         self._ledger_changed = False
@@ -74,10 +78,13 @@ class Agent:
     def _work(self, events: netlink.Events, woken: socket.socket) -> None:
         """Work with the options as they are now."""
         ledger = Ledger(self._options.state_dir, self._options.lock_timeout)
-        with ledger.attend():
+        self._metrics.configure(self._options)
+        server = Server(self._options.metrics_bind, self._metrics)
+        with ledger.attend(), contextlib.closing(server):
             while not self._stop and not self._reload:
                 # Again each time, since the directory may be another one.
                 watched = ledger.watch()
+                server.listen()
                 self._sync()
                 self._wait(events, woken)
                 if watched is not None:
@@ -110,7 +117,9 @@ class Agent:
             if woken.fileno() in ready:
                 woken.recv(4096)
             if events.fileno() in ready:
-                if (any(map(self._matters, events.get()))
+                heard = events.get()
+                self._metrics.heard(heard)
+                if (any(map(self._matters, heard))
                         and burst_ends == float('inf')):
                     burst_ends = time.monotonic() + _BURST
             elif burst_ends < float('inf') and not ready:
@@ -136,12 +145,17 @@ class Agent:
         return True
 
     def _sync(self) -> None:
+        began = time.monotonic()
+        error: Optional[Exception] = None
         try:
             Break0Manager(self._options).sync()
         except exceptions.Break0Error as err:
             LOG.error('Not all could be repaired: %s', err)
-        except Exception:  # must not end what is to mend
+            error = err
+        except Exception as err:  # must not end what is to mend
             LOG.exception('Not all could be repaired')
+            error = err
+        self._metrics.synced(time.monotonic() - began, error)
 
     def _reload_options(self) -> None:
         self._reload = False

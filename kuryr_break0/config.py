@@ -18,7 +18,7 @@ import copy
 import dataclasses
 import ipaddress
 import re
-from typing import Any, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 from oslo_config import cfg
 from oslo_config import types
@@ -36,6 +36,17 @@ IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 #: The kernel's limit is IFNAMSIZ, 16 bytes with the closing NUL; ``/`` and
 #: white space are refused by dev_valid_name().
 _DEVICE_NAME = r'(?!\.{1,2}$)[^/:\s]{1,15}'
+
+
+class Endpoint(NamedTuple):
+    """An address and a TCP port of it."""
+
+    address: IPAddress
+    port: int
+
+    def __str__(self) -> str:
+        form = '[%s]:%d' if self.address.version == 6 else '%s:%d'
+        return form % self
 
 
 class _Checked(types.ConfigType):
@@ -157,6 +168,29 @@ class OneOf(types.String):
         except ValueError:
             raise ValueError('%r is none of: %s' %
                              (value, ', '.join(self.choices or ())))
+
+
+class ListeningOn(_Checked):
+    """An endpoint to listen on; empty for none."""
+
+    def __init__(self) -> None:
+        super().__init__('address and port')
+
+    def __call__(self, value: Any) -> Optional[Endpoint]:
+        if value == '' or isinstance(value, Endpoint):
+            return value or None
+        # No names: what is listened on must not hang on a resolver.
+        found = re.fullmatch(r'(?:\[([^]]*:[^]]*)\]|([^][:]*)):(\d{1,5})',
+                             value)
+        try:
+            if found is None or not 0 < int(found[3]) < 65536:
+                raise ValueError
+            return Endpoint(ipaddress.ip_address(found[1] or found[2]),
+                            int(found[3]))
+        except ValueError:
+            raise ValueError('%r is not an IP address and a port: what is '
+                             'allowed looks like 127.0.0.1:9817, [::1]:9817 '
+                             'or is empty' % value)
 
 
 class AbsolutePath(_Checked):
@@ -334,12 +368,30 @@ OPTS = [
              'Then it looks at those of all processes: in /proc, or in '
              '[cni_daemon] netns_proc_dir with docker_mode.'),
     cfg.Opt(
+        'sysctl_dir',
+        type=AbsolutePath(),
+        default='/proc/sys',
+        help='Absolute path of the directory through which sysctls of break0 '
+             'are set. In a container that is not privileged, /proc/sys is '
+             'read-only: mount the /proc/sys/net of the node below another '
+             'directory, as net, and name that here.'),
+    cfg.Opt(
         'lock_timeout',
         type=WholeNumber(min=1, max=170),
         default=10,
         help='Seconds to wait for another process that is changing break0, '
              'before giving up with an error. Kuryr itself gives up a '
              'request after 180.'),
+    cfg.Opt(
+        'metrics_bind',
+        type=ListeningOn(),
+        default='127.0.0.1:9817',
+        help='IP address and TCP port that the agent serves /metrics, for '
+             'Prometheus, and /healthz on; an IPv6 address in brackets, as '
+             'in [::1]:9817. By default only the node itself can reach it. '
+             'There is neither password nor TLS: what listens on other '
+             'addresses must be kept from strangers by a firewall. Empty '
+             'for none.'),
 ]
 
 
@@ -367,7 +419,9 @@ class Options:
     strict: bool
     state_dir: str
     netns_dirs: tuple[str, ...]
+    sysctl_dir: str
     lock_timeout: int
+    metrics_bind: Optional[Endpoint]
 
 
 def register(conf: cfg.ConfigOpts) -> None:

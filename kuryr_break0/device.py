@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Optional
+from typing import NamedTuple, Optional
 
 from oslo_log import log as logging
 
@@ -40,6 +40,19 @@ QUIET = {'ipv4/conf/%s/arp_filter': 1,
          'ipv6/conf/%s/forwarding': 0}
 
 
+class Ensured(NamedTuple):
+    """What break0 is now, and what was done for that.
+
+    :ivar bare: whether it was created or brought up, which means that it has
+        no routes
+    :ivar corrected: whether it was there, and not as it should be
+    """
+
+    link: netlink.Link
+    bare: bool
+    corrected: bool
+
+
 def derived_mac(device: str, parent_mac: str) -> str:
     """A MAC address that the same device on the same parent always gets.
 
@@ -54,15 +67,13 @@ def derived_mac(device: str, parent_mac: str) -> str:
 
 
 def ensure(kernel: netlink.Kernel, options: config.Options,
-           parent_name: str) -> tuple[netlink.Link, bool]:
+           parent_name: str) -> Ensured:
     """Make sure that break0 exists, is what it should be, and is up.
 
     To be called under the lock. What another process left half-made is
     completed, since everything is looked at each time.
 
     :param parent_name: the interface that the pods are on
-    :returns: the interface, and whether it was created or brought up, which
-        means that it has no routes
     :raises ParentNotFound: if there is no such interface
     :raises DeviceConflict: if the name is taken by another kind of interface
     :raises KernelRefused: if it cannot be made so; one that was created for
@@ -74,7 +85,11 @@ def ensure(kernel: netlink.Kernel, options: config.Options,
     link = kernel.link(options.device)
     if link is not None:
         require_ours(link, parent)
-        return _tune(kernel, options, link, parent), not link.up
+        tuned, changed = _tune(kernel, options, link, parent)
+        if changed:
+            LOG.info('Corrected %s on %s: %s', link.name, parent.name,
+                     ', '.join(changed))
+        return Ensured(tuned, not link.up, bool(changed))
     try:
         netlink.create_macvlan(
             options.device, parent,
@@ -83,13 +98,13 @@ def ensure(kernel: netlink.Kernel, options: config.Options,
         if link is None:
             raise exceptions.KernelRefused(
                 'keep %s' % options.device, 'it vanished at once', 0)
-        tuned = _tune(kernel, options, link, parent)
+        tuned, _ = _tune(kernel, options, link, parent)
     except Exception:
         kernel.delete_link(options.device)
         raise
     LOG.info('Created %s: a macvlan in bridge mode on %s, MAC address %s, '
              'MTU %d', tuned.name, parent.name, tuned.mac, tuned.mtu)
-    return tuned, True
+    return Ensured(tuned, bare=True, corrected=False)
 
 
 def _loud(name: str) -> dict[str, int]:
@@ -121,9 +136,12 @@ def require_ours(link: netlink.Link, parent: netlink.Link) -> None:
 
 
 def _tune(kernel: netlink.Kernel, options: config.Options,
-          link: netlink.Link, parent: netlink.Link) -> netlink.Link:
-    for path, value in _loud(link.name).items():
-        netlink.write_sysctl(path, value)
+          link: netlink.Link, parent: netlink.Link
+          ) -> tuple[netlink.Link, list[str]]:
+    """Correct what is not as it should be; names what that was."""
+    sysctls = _loud(link.name)
+    for path, value in sysctls.items():
+        netlink.write_sysctl(path, value, options.sysctl_dir)
     changes: dict[str, Optional[object]] = {}
     if link.mtu != parent.mtu:
         changes['mtu'] = parent.mtu
@@ -138,4 +156,4 @@ def _tune(kernel: netlink.Kernel, options: config.Options,
         kernel.put_address(link, address)
     if changes:
         link = kernel.link(link.name) or link
-    return link
+    return link, [*sysctls, *changes]

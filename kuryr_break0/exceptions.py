@@ -109,6 +109,12 @@ class KernelRefused(Break0Error):
         return self.errno in (errnos.ESRCH, errnos.ENOENT, errnos.ENODEV)
 
 
+class CannotListen(Break0Error):
+    msg_fmt = ('Metrics cannot be served on %(endpoint)s yet: %(reason)s. '
+               'See who has the port: ss -ltnp. Set [break0] metrics_bind '
+               'to another one, or to nothing.')
+
+
 class NetnsUnusable(Break0Error):
     msg_fmt = 'The network namespace %(netns)r of the pod %(reason)s.'
 

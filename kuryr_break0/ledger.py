@@ -338,6 +338,21 @@ class Ledger:
         """
         return len(self._names(self._entries))
 
+    def some(self, position: int, most: int) -> tuple[list[IPAddress], int]:
+        """List some of the addresses that have an entry, and how many do.
+
+        They are in some order, and from its end on from its beginning.
+
+        :param position: in that order, of the first
+        :raises LedgerUnavailable: if the directory cannot be read
+        """
+        names = sorted(self._names(self._entries))
+        count = len(names)
+        if count > most:
+            start = position % count
+            names = (names + names)[start:start + most]
+        return self._parsed(self._entries, names), count
+
     def exists(self) -> bool:
         """Whether there is a state directory."""
         return os.path.isdir(self._path)
@@ -355,7 +370,7 @@ class Ledger:
                 with contextlib.suppress(FileNotFoundError):
                     for name in os.listdir(directory):
                         if (name.endswith(_SUFFIX) or name in (
-                                '.unfinished', 'attended', 'lock')):
+                                '.unfinished', 'attended', 'journal', 'lock')):
                             os.unlink(os.path.join(directory, name))
                     os.rmdir(directory)
         except OSError as err:
@@ -363,8 +378,11 @@ class Ledger:
                 raise self._unavailable(err) from err
 
     def _listed(self, directory: str) -> list[IPAddress]:
+        return self._parsed(directory, self._names(directory))
+
+    def _parsed(self, directory: str, names: list[str]) -> list[IPAddress]:
         found = []
-        for name in self._names(directory):
+        for name in names:
             try:
                 found.append(ipaddress.ip_address(name[:-len(_SUFFIX)]))
             except ValueError as err:

@@ -14,13 +14,16 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import errno
+import functools
 import ipaddress
 import math
 import time
-from typing import Any, Collection, Iterable, Iterator, Mapping, Optional
+from typing import (Any, Callable, Collection, Iterable, Iterator, Mapping,
+                    Optional, TypeVar, cast)
 
 from oslo_log import log as logging
 
@@ -29,6 +32,8 @@ from kuryr_break0.config import IPAddress
 from kuryr_break0.config import IPNetwork
 from kuryr_break0 import device
 from kuryr_break0 import exceptions
+from kuryr_break0.journal import Done
+from kuryr_break0.journal import Journal
 from kuryr_break0.ledger import Entry
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.ledger import netns_id
@@ -61,6 +66,25 @@ CHANGED_AT_ONCE = 16
 #: Seconds within which a route that was taken over is not taken again.
 TRUCE = 60
 
+_F = TypeVar('_F', bound=Callable[..., Any])
+
+
+def _timed(done: Done, failed: Done) -> Callable[[_F], _F]:
+    """Leave in the journal how a call ended and how long it took."""
+    def decorate(method: _F) -> _F:
+        @functools.wraps(method)
+        def timed(self: Break0Manager, *args: Any, **kwargs: Any) -> Any:
+            began = time.monotonic()
+            what = failed
+            try:
+                result = method(self, *args, **kwargs)
+                what = done
+                return result
+            finally:
+                self._journal.add(what, seconds=time.monotonic() - began)
+        return cast(_F, timed)
+    return decorate
+
 
 class Break0Manager:
     """Keeps break0, and one host route through it per pod of this node.
@@ -73,7 +97,9 @@ class Break0Manager:
         self._options = options
         self._policy = Policy(options)
         self._ledger = Ledger(options.state_dir, options.lock_timeout)
+        self._journal = Journal(options.state_dir)
 
+    @_timed(Done.BIND, Done.BIND_FAILED)
     def bind(self, owner: Owner, addresses: Iterable[IPAddress], *,
              parent: str, mac: Optional[str] = None,
              subnets: Collection[IPNetwork] = (),
@@ -140,6 +166,7 @@ class Break0Manager:
                 self.sync()
         failure.raise_first()
 
+    @_timed(Done.UNBIND, Done.UNBIND_FAILED)
     def unbind(self, owner: Owner, addresses: Iterable[IPAddress],
                netns: Optional[str] = None) -> None:
         """Take back what :meth:`bind` did for these addresses.
@@ -200,8 +227,7 @@ class Break0Manager:
                 with self._locked():
                     # None, if all of them have been unbound meanwhile.
                     if any(map(self._ledger.get, live)):
-                        device.ensure(kernel, self._options,
-                                      parent_of(live.values()))
+                        self._ensure(kernel, parent_of(live.values()))
             link = kernel.link(self._options.device)
             look = Look(kernel, link)
             desired, refused = self._policy.desired(look, live)
@@ -243,20 +269,19 @@ class Break0Manager:
         each ADD and DEL looks for such: the next one goes on where this one
         ends.
         """
-        addresses = self._ledger.addresses()
         position = (self._ledger.recall('pruned', math.inf) or [0])[0]
-        if len(addresses) > LOOKED_AT:
-            self._ledger.remember('pruned', [
-                (position + LOOKED_AT) % len(addresses)])
-            addresses = (addresses + addresses)[position:][:LOOKED_AT]
+        addresses, count = self._ledger.some(position, LOOKED_AT)
+        if count > LOOKED_AT:
+            self._ledger.remember('pruned', [(position + LOOKED_AT) % count])
         failure = _Failures()
         for address in addresses:
             with failure.noted():
                 entry = self._ledger.get(address)
                 if entry is not None and entry.sandbox_gone:
-                    LOG.info('The sandbox %s of %s is gone', entry.owner,
-                             address)
+                    LOG.info('The sandbox %s of %s on %s is gone',
+                             entry.owner, address, self._options.device)
                     self.unbind(entry.owner, [address])
+                    self._journal.add(Done.SANDBOX_GONE)
         failure.raise_first()
 
     def _restore(self) -> None:
@@ -347,10 +372,20 @@ class Break0Manager:
             seen = self._ledger.recall('device', FRESH)
             if seen and seen[1:] == self._seen(index, parent):
                 return index, seen[0], False
-        link, bare = device.ensure(kernel, self._options, parent)
+        link, bare, _ = self._ensure(kernel, parent)
         self._ledger.remember('device', [link.mac, *self._seen(link.index,
                                                                parent)])
         return link.index, link.mac, bare
+
+    def _ensure(self, kernel: netlink.Kernel,
+                parent: str) -> device.Ensured:
+        """See :func:`device.ensure`; a repair, but for the first pod."""
+        ensured = device.ensure(kernel, self._options, parent)
+        if ensured.bare or ensured.corrected:
+            with contextlib.suppress(exceptions.LedgerUnavailable):
+                if self._ledger.addresses():
+                    self._journal.add(Done.DEVICE)
+        return ensured
 
     def _seen(self, index: int, parent: str) -> list[Any]:
         return [index, netlink.index_of(parent), self._options.mac,
@@ -390,7 +425,7 @@ class Break0Manager:
         err = self._add(kernel, wanted)
         if err is not None and err.device_lost:
             # break0 is down, or has just gone.
-            link, bare = device.ensure(kernel, self._options, entry.parent)
+            link, bare, _ = self._ensure(kernel, entry.parent)
             wanted = self._policy.wanted(entry, link.index, src) or wanted
             err = self._add(kernel, wanted)
         if err is not None and err.errno == errno.EEXIST:
@@ -468,6 +503,10 @@ class Break0Manager:
         for item in unclaimed:
             to_delete.setdefault(item.dst, []).append((Verb.DELETE, item))
 
+        owners = {entry.address: entry.owner
+                  for entry in [*live.values(), *gone]}
+        counted_below = {entry.address for entry in gone}
+
         def may_set(address: IPAddress) -> bool:
             if self._ledger.get(address) != live[address]:
                 return False  # whoever changed it has done it
@@ -488,30 +527,40 @@ class Break0Manager:
                         with failure.noted():
                             if may(address):
                                 batch += changes[address]
+                    done: collections.Counter[Done] = collections.Counter()
                     for change, err in zip(batch, kernel.change(batch)):
-                        self._report(change, err, failure)
+                        address = change[1].dst
+                        if (self._changed(change, err, owners.get(address),
+                                          failure)
+                                and address not in counted_below):
+                            done[_repair(change)] += 1
+                for reason, times in done.items():
+                    self._journal.add(reason, times=times)
                 if failure.device_lost:
                     return  # the others would fail alike
         for entry in gone:
             with failure.noted(), self._locked():
                 if self._ledger.get(entry.address) == entry:
                     self._ledger.remove(entry.address)
-                    LOG.info('The sandbox %s of %s is gone', entry.owner,
-                             entry.address)
+                    self._journal.add(Done.SANDBOX_GONE)
+                    LOG.info('Unbound %s from %s: its sandbox %s is gone',
+                             entry.address, self._options.device,
+                             entry.owner)
                     self._forget_connections([entry.address])
 
-    @staticmethod
-    def _report(change: netlink.Change,
-                err: Optional[exceptions.KernelRefused],
-                failure: _Failures) -> None:
+    def _changed(self, change: netlink.Change,
+                 err: Optional[exceptions.KernelRefused],
+                 owner: Optional[Owner], failure: _Failures) -> bool:
+        """Log a change, or note why there was none."""
         verb, what = change
         if err is not None and not (verb is Verb.DELETE and err.absent):
             failure.note(err)
-        else:
-            LOG.info('%s the %s of %s',
-                     'Deleted' if verb is Verb.DELETE else 'Set',
-                     'route' if isinstance(what, HostRoute) else 'neighbour',
-                     what.dst)
+            return False
+        LOG.info('%s the %s of %s on %s for %s',
+                 'Deleted' if verb is Verb.DELETE else 'Set',
+                 'route' if isinstance(what, HostRoute) else 'neighbour',
+                 what.dst, self._options.device, owner or 'nobody')
+        return True
 
     def _introduce_all(self, live: Mapping[IPAddress, Entry],
                        peer: Peer) -> None:
@@ -520,8 +569,15 @@ class Break0Manager:
         for entry in live.values():
             if entry.netns is not None and entry.peer != peer:
                 outdated.setdefault(entry.owner, []).append(entry)
-        untold = [str(owner) for owner, entries in outdated.items()
-                  if not self._introduce(entries, peer)]
+        untold = []
+        for owner, entries in outdated.items():
+            if self._introduce(entries, peer):
+                self._journal.add(Done.POD)
+                LOG.info('Told %s on %s for %s how to reach the node',
+                         ', '.join(str(entry.address) for entry in entries),
+                         self._options.device, owner)
+            else:
+                untold.append(str(owner))
         if outdated:
             with contextlib.suppress(exceptions.Break0Error), self._locked():
                 # Who has unbound one meanwhile has found nothing to forget.
@@ -626,6 +682,7 @@ class Break0Manager:
         self._ledger.remember('takeovers', sorted(recent.items()))
         LOG.warning('Taking over the route of %s on interface %s with '
                     'protocol %s', route.dst, route.oif, route.protocol)
+        self._journal.add(Done.TAKEOVER)
 
 
 class _Failures:
@@ -660,6 +717,13 @@ class _Failures:
     def raise_first(self) -> None:
         if self._first is not None:
             raise self._first
+
+
+def _repair(change: netlink.Change) -> Done:
+    verb, what = change
+    if verb is Verb.DELETE:
+        return Done.UNCLAIMED
+    return Done.ROUTE if isinstance(what, HostRoute) else Done.NEIGHBOUR
 
 
 def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:

@@ -25,6 +25,7 @@ for a VLAN conflict, and answers any other with a page of HTML.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import enum
 import errno
@@ -86,6 +87,10 @@ _DUMP_TRIES = 20
 _DUMP_PAUSE = 0.05  # seconds, at most
 
 _T = TypeVar('_T')
+
+#: libc, as this process has it already. Left alone, pyroute2 looks for it by
+#: running ldconfig, or a compiler with files in /tmp.
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Verb(enum.Enum):
@@ -247,13 +252,15 @@ def read_sysctl(path: str) -> Optional[int]:
         return None
 
 
-def write_sysctl(path: str, value: int) -> None:
+def write_sysctl(path: str, value: int,
+                 directory: str = '/proc/sys') -> None:
     """Set a sysctl of the network namespace that this thread is in.
 
     :param path: below /proc/sys/net, with slashes
+    :param directory: where /proc/sys is writable
     :raises KernelRefused: for one that can't be written
     """
-    full = '/proc/sys/net/' + path
+    full = '%s/net/%s' % (directory, path)
     try:
         with open(full, 'w') as sysctl:
             sysctl.write(str(value))
@@ -261,7 +268,7 @@ def write_sysctl(path: str, value: int) -> None:
         raise exceptions.KernelRefused(
             'set %s to %d' % (full, value), err.strerror or str(err),
             err.errno or 0, 'In a container, /proc/sys must be writable: '
-            'run it privileged.') from err
+            'run it privileged, or see [break0] sysctl_dir.') from err
 
 
 def forget_connections(address: IPAddress) -> None:
@@ -302,7 +309,7 @@ def entered(netns: str) -> Iterator[None]:
     with _opened('/proc/thread-self/ns/net') as own:
         with _opened(netns) as other:
             try:
-                pyroute2_netns.setns(other)
+                pyroute2_netns.setns(other, libc=_LIBC)
             except OSError as err:
                 raise exceptions.NetnsUnusable(
                     netns=netns, reason='cannot be entered: %s'
@@ -310,7 +317,7 @@ def entered(netns: str) -> Iterator[None]:
         try:
             yield
         finally:
-            pyroute2_netns.setns(own)
+            pyroute2_netns.setns(own, libc=_LIBC)
 
 
 @contextlib.contextmanager
@@ -386,12 +393,14 @@ def _unwarned() -> Iterator[None]:
 def prepare() -> None:
     """Do, before processes fork, what pyroute2 does at the first use.
 
-    In each of them: it looks for the C library, by another process, and
-    compiles its messages.
+    In each of them: it looks for the C library, by another process, where it
+    enters a namespace for Kuryr, and compiles its messages.
     """
     with contextlib.suppress(exceptions.Break0Error, OSError):
-        with entered('/proc/thread-self/ns/net'), Kernel() as kernel:
+        with Kernel() as kernel:
             kernel.link('lo')
+        with _opened('/proc/thread-self/ns/net') as own:
+            pyroute2_netns.setns(own)
 
 
 class _Unread(dict):  # type: ignore[type-arg]

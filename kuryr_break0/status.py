@@ -53,12 +53,16 @@ class Status:
 
     :ivar link: None if there is no such interface
     :ivar peer: what pods are to know of the node; None without break0
+    :ivar foreign: routes of others to addresses of pods
+    :ivar unreadable: addresses whose entry in the ledger cannot be read
     """
 
     link: Optional[netlink.Link]
     link_addresses: tuple[IPAddress, ...]
     peer: Optional[Peer]
     addresses: tuple[AddressStatus, ...]
+    foreign: tuple[HostRoute, ...]
+    unreadable: frozenset[IPAddress]
 
     @property
     def in_sync(self) -> bool:
@@ -111,4 +115,5 @@ def read(options: config.Options) -> Status:
                             problems.get(address))
               for address in sorted(
                   live.keys() | problems.keys(),
-                  key=lambda address: (address.version, int(address)))))
+                  key=lambda address: (address.version, int(address)))),
+        plan.foreign, frozenset(unreadable))

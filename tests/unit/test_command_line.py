@@ -59,7 +59,8 @@ class TestDirective(unittest.TestCase):
         assert listed is not None
         self.assertEqual(listed[1].split(','), list(shown))
         for command, text in shown.items():
-            options = set(re.findall(r'^  .*?(--[\w-]+)', help_of(command),
+            options = set(re.findall(r'^  (?:-\w.*, )?(--[\w-]+)',
+                                     help_of(command),
                                      re.MULTILINE)) - {'--help'}
             for option in options:
                 with self.subTest(command=command, option=option):

@@ -48,7 +48,10 @@ class TestLoad(unittest.TestCase):
                 route_table=254, allowed_cidrs=(),
                 takeover=False, gc_grace=60, resync_interval=60, strict=False,
                 state_dir='/run/kuryr-break0',
-                netns_dirs=('/run/netns', '/var/run/netns'), lock_timeout=10),
+                netns_dirs=('/run/netns', '/var/run/netns'),
+                sysctl_dir='/proc/sys', lock_timeout=10,
+                metrics_bind=config.Endpoint(
+                    ipaddress.ip_address('127.0.0.1'), 9817)),
             load())
 
     def test_all_set(self) -> None:
@@ -70,7 +73,9 @@ resync_interval = 5
 strict = true
 state_dir = /run/other
 netns_dirs = /run/docker/netns
+sysctl_dir = /host/proc/sys
 lock_timeout = 5
+metrics_bind = [::1]:80
 ''')
         self.assertEqual(
             config.Options(
@@ -85,8 +90,19 @@ lock_timeout = 5
                                ipaddress.ip_network('fd00::/64')),
                 takeover=True, gc_grace=0, resync_interval=5, strict=True,
                 state_dir='/run/other', netns_dirs=('/run/docker/netns',),
-                lock_timeout=5),
+                sysctl_dir='/host/proc/sys', lock_timeout=5,
+                metrics_bind=config.Endpoint(
+                    ipaddress.ip_address('::1'), 80)),
             options)
+
+    def test_no_metrics(self) -> None:
+        self.assertIsNone(load('metrics_bind =').metrics_bind)
+        self.assertIsNone(load(OS_BREAK0__METRICS_BIND='').metrics_bind)
+
+    def test_an_endpoint_is_written_as_it_is_read(self) -> None:
+        for text in ('[fd00::1]:9817', '0.0.0.0:80'):
+            self.assertEqual(text,
+                             str(load('metrics_bind = ' + text).metrics_bind))
 
     def test_the_environment_wins(self) -> None:
         options = load('addr = 100.75.30.7',
@@ -116,7 +132,14 @@ lock_timeout = 5
                 ('allowed_cidrs = ten', "'ten'", '10.0.0.0/16'),
                 ('strict = 2', "'2'", 'true nor false'),
                 ('state_dir = run', "'run'", 'absolute path'),
-                ('lock_timeout = 0', "'0'", 'from 1 to 170')):
+                ('sysctl_dir = proc/sys', "'proc/sys'", 'absolute path'),
+                ('lock_timeout = 0', "'0'", 'from 1 to 170'),
+                ('metrics_bind = 9817', "'9817'", '127.0.0.1:9817'),
+                ('metrics_bind = localhost:9817', 'localhost', 'IP address'),
+                ('metrics_bind = ::1:9817', '::1:9817', '[::1]:9817'),
+                ('metrics_bind = [127.0.0.1]:9817', '[127', 'IP address'),
+                ('metrics_bind = 127.0.0.1:0', ':0', 'a port'),
+                ('metrics_bind = 127.0.0.1:65536', '65536', 'a port')):
             with self.subTest(line=line):
                 with self.assertRaises(exceptions.InvalidOption) as caught:
                     load(line)

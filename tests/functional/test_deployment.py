@@ -1,0 +1,173 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The agent in its container, as the overlay describes it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from typing import Any, Callable
+
+import psutil
+
+from tests.functional import base
+from tests.functional.base import POD
+from tests import overlay
+
+PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
+#: Where the container's root is put together, on the node.
+ROOT = '/run/container'
+CONF = '/run/config/kuryr.conf'
+LOG = '/run/agent.log'
+MAC = '02:00:00:00:00:71'
+
+
+def script(daemon_set: dict[str, Any], name: str) -> str:
+    """Shell commands that do what a container engine does for a container.
+
+    They run in a mount namespace of their own, to which mounts of the node
+    propagate. In place of the image the programs of this machine are there,
+    read-only as the image is.
+    """
+    container = overlay.container(daemon_set, name)
+    volumes = overlay.volumes(daemon_set)
+    rights = container['securityContext']
+    assert rights['readOnlyRootFilesystem']
+    lines = ['set -eu', 'mkdir -p %s' % ROOT,
+             'mount -t tmpfs root %s' % ROOT]
+    for entry in os.listdir('/'):
+        if os.path.islink('/' + entry):
+            lines.append('cp -a /%s %s/' % (entry, ROOT))
+        elif os.path.isdir('/' + entry) and entry not in (
+                'etc', 'host', 'proc', 'run', 'sys', 'var'):
+            lines += ['mkdir %s/%s' % (ROOT, entry),
+                      'mount --rbind -o ro /%s %s/%s' % (entry, ROOT, entry)]
+    # A container has its own processes and a read-only /proc/sys, as long as
+    # it is not privileged. /var/run is a link, as in Kuryr's image.
+    lines += ['cd %s' % ROOT,
+              'mkdir -p etc proc run sys var', 'ln -s ../run var/run',
+              'mount -t proc proc proc']
+    if not rights.get('privileged'):
+        lines += ['mount --bind proc/sys proc/sys',
+                  'mount -o remount,bind,ro proc/sys']
+    for mount in container['volumeMounts']:
+        volume = volumes[mount['name']]
+        source = (volume['hostPath']['path'] if 'hostPath' in volume
+                  else os.path.dirname(CONF))
+        if volume.get('hostPath', {}).get('type') == 'DirectoryOrCreate':
+            lines.append('mkdir -p -m 755 %s' % source)
+        # The link must not lead out of the root that is not one yet.
+        target = ROOT + mount['mountPath'].replace('/var/run', '/run')
+        lines += ['mkdir -p %s' % target,
+                  'mount --rbind %s %s' % (source, target)]
+        if mount.get('readOnly'):
+            lines.append('mount -o remount,bind,ro %s' % target)
+        lines.append('mount --make-r%s %s' % (
+            'slave' if mount.get('mountPropagation') == 'HostToContainer'
+            else 'private', target))
+    lines.append('mount -o remount,ro %s' % ROOT)
+    capabilities = ','.join(
+        ['-all'] + ['+' + capability.lower()
+                    for capability in rights['capabilities']['add']])
+    command = [PROGRAM, *container['command'][1:]]
+    lines.append(
+        'exec chroot . setpriv --bounding-set=%s --inh-caps=-all '
+        '--no-new-privs %s' % (capabilities, shlex.join(command)))
+    return '\n'.join(lines)
+
+
+class TestAgentInItsContainer(base.LabTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        os.mkdir(os.path.dirname(CONF))
+        with open(CONF, 'w') as file:
+            file.write('[break0]\nresync_interval = 1\n')
+        self.daemon_set = overlay.build()['DaemonSet']
+
+    def start(self) -> None:
+        environment = {
+            variable['name']: variable['value'] for variable
+            in overlay.container(self.daemon_set, overlay.AGENT)['env']
+            if 'value' in variable}
+        with open(LOG, 'wb') as log:
+            self.agent = subprocess.Popen(
+                ['unshare', '--mount', '--propagation', 'slave', '--pid',
+                 '--fork', '--kill-child', 'sh', '-c',
+                 script(self.daemon_set, overlay.AGENT)],
+                stdout=log, stderr=log, env={**os.environ, **environment})
+        self.addCleanup(self.agent.wait)
+        self.addCleanup(self.agent.kill)
+        self.wait_for(lambda: 'Watching over' in self.log())
+
+    def log(self) -> str:
+        with open(LOG) as file:
+            return file.read()
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 30
+        while not condition():
+            if time.monotonic() > deadline or self.agent.poll() is not None:
+                self.fail('the agent has not done it\n' + self.log())
+            time.sleep(0.05)
+
+    def test_repairs_all(self) -> None:
+        self.start()
+        # The namespace comes when the agent is there already.
+        netns = self.lab.add_pod('pod', POD, mac=MAC)
+        self.bind(netns='/var' + netns, mac_of_pod=MAC)
+        for what, command, right in (
+                ('device and sysctls', 'ip link del break0',
+                 lambda: self.lab.ping(POD, cold=False)),
+                ('neighbours', 'ip neigh flush dev break0',
+                 lambda: self.lab.ip('neigh', 'show', 'dev', 'break0')),
+                ('what a pod is told',
+                 'ip address add 100.75.30.52/24 dev eth0',
+                 lambda: '100.75.30.52' in {
+                     entry['dst'] for entry in self.lab.ip(
+                         'neigh', 'show', 'nud', 'permanent',
+                         netns='pod')})):
+            with self.subTest(what):
+                self.lab.run(*command.split())
+                self.wait_for(right)
+        self.assertIn('ipv4.conf.break0.arp_filter = 1', self.lab.run(
+            'sysctl', 'net.ipv4.conf.break0.arp_filter').stdout)
+        self.assertNotIn('ERROR', self.log())
+        # It ran as said, and not with the rights of this machine's root.
+        process, = psutil.Process(
+            self.agent.pid).children(recursive=True)
+        with open('/proc/%d/status' % process.pid) as file:
+            status = dict(line.split(':\t') for line in file)
+        rights = 1 << 12 | 1 << 21  # CAP_NET_ADMIN, CAP_SYS_ADMIN
+        for kind in ('CapPrm', 'CapEff', 'CapBnd'):
+            self.assertEqual(rights, int(status[kind], 16), kind)
+
+    def test_a_pod_that_has_gone(self) -> None:
+        self.start()
+        netns = self.lab.add_pod('pod', POD, mac=MAC)
+        self.bind(netns='/var' + netns, mac_of_pod=MAC, gc_grace=0)
+        time.sleep(3)  # some looks
+        self.assertIn(POD, self.lab.routes())
+        self.lab.run('ip', 'netns', 'del', 'pod')
+        # Seen by way of the propagated end of the mount.
+        self.wait_for(lambda: POD not in self.lab.routes())
+
+    def test_state_is_the_nodes(self) -> None:
+        self.start()
+        self.wait_for(
+            lambda: os.path.isdir('/run/kuryr-break0/addresses'))
+        self.assertEqual(
+            0o700, os.stat('/run/kuryr-break0').st_mode & 0o777)

@@ -1,0 +1,124 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""Drop-ins for the programs that break0 shares the node with."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from typing import Optional
+
+from tests.functional import base
+from tests.functional.base import POD
+from tests import overlay
+
+ETC = os.path.join(overlay.ROOT, 'etc')
+NETWORKD = '/lib/systemd/systemd-networkd'
+LOG = '/run/networkd.log'
+
+
+class TestNetworkd(base.LabTestCase):
+    """The real one, on a node where it has been told to manage all."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        for directory in ('netif', 'network', 'networkd.conf.d'):
+            os.makedirs('/run/systemd/' + directory)
+        with open('/run/systemd/network/50-all.network', 'w') as file:
+            file.write('[Match]\nName=*\n[Network]\nLinkLocalAddressing=no\n')
+        # In a container it does without udev, if it cannot write /sys. It
+        # would be a user of its own, of which there is none but root here.
+        with open('/run/systemd/container', 'w') as file:
+            file.write('lab')
+        with open('/run/passwd', 'w') as file:
+            file.write('systemd-network:x:0:0::/:/bin/sh\n')
+        self.lab.run('mount', '--bind', '/run/passwd', '/etc/passwd')
+        self.addCleanup(self.lab.run, 'umount', '/etc/passwd')
+        self.lab.run('mount', '-t', 'sysfs', '-o', 'ro', 'sysfs', '/sys')
+        self.addCleanup(self.lab.run, 'umount', '/sys')
+        self.bind()
+
+    def start(self) -> None:
+        with open(LOG, 'w') as log:
+            networkd = subprocess.Popen(
+                [NETWORKD], stderr=log,
+                env={'SYSTEMD_LOG_LEVEL': 'debug',
+                     'SYSTEMD_LOG_TARGET': 'console'})
+        self.addCleanup(networkd.wait)
+        self.addCleanup(networkd.kill)
+
+    def log(self) -> str:
+        with open(LOG) as file:
+            return file.read()
+
+    def state(self, name: str) -> Optional[str]:
+        """What networkd makes of an interface, once it knows."""
+        link = self.lab.link(name)
+        assert link is not None
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            try:
+                with open('/run/systemd/netif/links/%d'
+                          % link['ifindex']) as file:
+                    text = dict(line.strip().split('=', 1) for line in file
+                                if '=' in line)
+            except FileNotFoundError:
+                text = {}
+            if text.get('ADMIN_STATE') in ('configured', 'unmanaged'):
+                return text['ADMIN_STATE']
+            time.sleep(0.05)
+        self.fail('networkd says nothing of %s\n%s' % (name, self.log()))
+
+    def takes_note_of_the_route(self) -> bool:
+        """Whether it keeps the route in mind, as one to manage."""
+        return ('break0: Received new foreign route (configured): dst: %s/32'
+                % POD) in self.log()
+
+    def test_without(self) -> None:
+        self.start()
+        self.assertEqual('configured', self.state('eth0'))
+        self.assertEqual('configured', self.state('break0'))
+        self.assertTrue(self.takes_note_of_the_route())
+
+    def test_with(self) -> None:
+        for directory in ('network', 'networkd.conf.d'):
+            shutil.copytree(os.path.join(ETC, 'systemd', directory),
+                            '/run/systemd/' + directory, dirs_exist_ok=True)
+        self.start()
+        self.assertEqual('configured', self.state('eth0'))
+        self.assertEqual('unmanaged', self.state('break0'))
+        self.assertFalse(self.takes_note_of_the_route())
+        # As it complains of keys that it does not know.
+        self.assertNotRegex(self.log(), 'kuryr-break0.*(nknown|ailed|gnor)')
+        self.assertIn(POD, self.lab.routes())
+
+
+class TestIproute2(base.LabTestCase):
+
+    def test_name(self) -> None:
+        self.bind(mac_of_pod='02:00:00:00:00:71')
+        self.assertIn('proto 176', self.lab.run('ip', 'route').stdout)
+        # Some releases have their own names elsewhere.
+        if os.path.isdir('/etc/iproute2'):
+            shutil.copytree('/etc/iproute2', '/run/etc/iproute2')
+        shutil.copytree(os.path.join(ETC, 'iproute2'), '/run/etc/iproute2',
+                        dirs_exist_ok=True)
+        self.lab.run('mount', '--bind', '/run/etc', '/etc')
+        self.addCleanup(self.lab.run, 'umount', '/etc')
+        for command in ('ip route', 'ip neighbour show dev break0'):
+            self.assertRegex(self.lab.run(*command.split()).stdout,
+                             r'%s .*proto break0' % POD)
+        self.assertIn(POD, self.lab.run(
+            'ip', 'route', 'show', 'proto', 'break0').stdout)

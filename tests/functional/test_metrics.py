@@ -1,0 +1,517 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import Any, Callable, Optional
+
+import psutil
+
+from kuryr_break0 import exceptions
+from kuryr_break0.ledger import Owner
+from kuryr_break0 import netlink
+from tests.functional import base
+from tests.functional.base import OTHER_POD
+from tests.functional.base import POD
+from tests import lab
+from tests import metrics
+from tests.unit import test_monitoring
+
+PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
+CONF = '/run/kuryr.conf'
+LOG = '/run/agent.log'
+MAC = '02:00:00:00:00:71'
+
+
+class MetricsTestCase(base.LabTestCase):
+
+    where = metrics.DEFAULT
+
+    def configure(self, *lines: str, default: str = '') -> None:
+        with open(CONF, 'w') as file:
+            file.write('[DEFAULT]\n%s\n[break0]\n%s\n' % (
+                default, '\n'.join(lines)))
+
+    def start(self, *lines: str, default: str = '',
+              serving: bool = True) -> None:
+        """Start an agent with these options, and wait until it has synced.
+
+        Nothing is due to its timer, unless they say otherwise.
+        """
+        self.configure(*(lines or ('resync_interval = 3600',)),
+                       default=default)
+        self.agent = subprocess.Popen(
+            [PROGRAM, '--config-file', CONF, '--log-file', LOG, 'agent'])
+        self.addCleanup(self.agent.wait)
+        self.addCleanup(self.agent.kill)
+        if serving:
+            self.wait_for(lambda: self.value('sync_seconds_count') or 0)
+
+    def log(self) -> str:
+        with contextlib.suppress(FileNotFoundError), open(LOG) as file:
+            return file.read()
+        return ''
+
+    def wait_for(self, condition: Callable[[], Any]) -> None:
+        deadline = time.monotonic() + 30
+        while not condition():
+            if time.monotonic() > deadline:
+                self.fail('it does not come\n' + self.log())
+            time.sleep(0.05)
+
+    def get(self, path: str = '/metrics') -> Optional[metrics.Answer]:
+        return metrics.get(path, self.where)
+
+    def value(self, name: str, **labels: str) -> Optional[float]:
+        return metrics.value(name, self.where, **labels)
+
+    def wait_for_value(self, expected: float, name: str,
+                       **labels: str) -> None:
+        deadline = time.monotonic() + 30
+        while True:
+            found = self.value(name, **labels)
+            if found == expected:
+                return
+            if time.monotonic() > deadline:
+                self.fail('%s %s is %s, not %s\n%s' % (
+                    name, labels, found, expected, self.log()))
+            time.sleep(0.05)
+
+    def repairs(self, reason: str) -> float:
+        value = self.value('repairs_total', reason=reason)
+        assert value is not None, reason
+        return value
+
+
+class TestAddresses(MetricsTestCase):
+
+    def assert_addresses(self, **expected: int) -> None:
+        for name, value in expected.items():
+            self.wait_for_value(value, 'addresses_' + name)
+
+    def test_without_break0(self) -> None:
+        self.start()
+        self.assert_addresses(desired=0, routed=0, foreign=0, out_of_sync=0)
+        self.assertEqual(0, self.value('device_up'))
+
+    def test_bound(self) -> None:
+        self.bind(POD, OTHER_POD)
+        self.start()
+        self.assert_addresses(desired=2, routed=2, foreign=0, out_of_sync=0)
+        self.assertEqual(2, self.value('ledger_entries'))
+        self.assertEqual(1, self.value('device_up'))
+        # What comes and goes meanwhile is followed.
+        self.unbind(OTHER_POD)
+        self.assert_addresses(desired=1, routed=1, foreign=0, out_of_sync=0)
+
+    def test_foreign(self) -> None:
+        self.bind(POD, OTHER_POD)
+        self.start()
+        self.lab.run('ip', 'route', 'replace', POD, 'dev', 'lo')
+        self.assert_addresses(desired=2, routed=1, foreign=1, out_of_sync=1)
+        self.lab.run('ip', 'route', 'del', POD, 'dev', 'lo')
+        self.assert_addresses(desired=2, routed=2, foreign=0, out_of_sync=0)
+
+    def test_an_entry_that_cannot_be_read(self) -> None:
+        self.bind(POD, OTHER_POD)
+        with open('/run/kuryr-break0/addresses/%s.json' % POD, 'w') as file:
+            file.write('damaged')
+        self.start()
+        self.assert_addresses(desired=1, out_of_sync=1)
+        self.assertEqual(1, self.value('ledger_entries'))
+        self.assertEqual(1, self.value('ledger_unreadable_entries'))
+
+    def test_they_are_looked_at_once_after_a_sync(self) -> None:
+        self.bind(POD)
+        self.start()
+        self.assert_addresses(out_of_sync=0)
+        # Of one of our own the agent thinks that a bind has set it.
+        self.lab.run('ip', 'route', 'add', OTHER_POD, 'dev', 'break0',
+                     'proto', '176')
+        self.wait_for(lambda: (self.value('events_received_total') or 0) > 0)
+        self.assert_addresses(out_of_sync=0)
+        self.agent.send_signal(signal.SIGHUP)
+        self.assert_addresses(out_of_sync=1)
+
+    def test_no_figures_where_nothing_can_be_read(self) -> None:
+        os.makedirs('/run/state')
+        with open('/run/state/addresses', 'w'):
+            pass
+        self.start('state_dir = /run/state')
+        self.assertIsNone(self.value('addresses_desired'))
+        self.assertEqual(1, self.value('sync_failures_total'))
+        self.assertEqual(
+            0, self.value('sync_last_success_timestamp_seconds'))
+
+
+class TestRepairs(MetricsTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.netns = self.lab.add_pod('pod', POD)
+        self.bind(POD, netns=self.netns, mac_of_pod=MAC)
+
+    def fault(self, expected: dict[str, int], *command: str) -> None:
+        """What is repaired after a fault, and nothing else."""
+        before = {reason: self.repairs(reason) for reason in (
+            'device', 'route', 'neighbour', 'pod', 'unclaimed',
+            'sandbox_gone', 'takeover')}
+        self.lab.run(*command)
+        for reason, times in expected.items():
+            self.wait_for_value(before[reason] + times, 'repairs_total',
+                                reason=reason)
+        self.wait_for_value(0, 'addresses_out_of_sync')
+        self.assertEqual(
+            {reason: times + expected.get(reason, 0)
+             for reason, times in before.items()},
+            {reason: self.repairs(reason) for reason in before})
+
+    def test_none(self) -> None:
+        self.start()
+        self.fault({}, 'true')
+
+    def test_what_the_kernel_tells_of(self) -> None:
+        self.start()
+        self.fault({'route': 1}, 'ip', 'route', 'del', POD)
+        self.fault({'neighbour': 1}, 'ip', 'neigh', 'del', POD, 'dev',
+                   'break0')
+        self.fault({'device': 1, 'route': 1, 'neighbour': 1},
+                   'ip', 'link', 'del', 'break0')
+        self.fault({'pod': 1}, 'ip', 'address', 'add', '100.75.30.52/32',
+                   'dev', lab.PARENT)
+        self.assertGreater(self.value('events_received_total') or 0, 3)
+        self.assertEqual(0, self.value('events_lost_total'))
+        self.assertEqual(0, self.value('sync_failures_total'))
+
+    def test_what_it_is_not_told_of(self) -> None:
+        self.start('resync_interval = 1', 'gc_grace = 0')
+        self.fault({'device': 1}, 'sh', '-c',
+                   'echo 0 >/proc/sys/net/ipv4/conf/break0/arp_filter')
+        self.fault({'unclaimed': 1}, 'ip', 'route', 'add', OTHER_POD,
+                   'dev', 'break0', 'proto', '176')
+        self.fault({'sandbox_gone': 1}, 'ip', 'netns', 'del', 'pod')
+
+    def test_takeover(self) -> None:
+        self.start('resync_interval = 3600', 'takeover = true')
+        self.fault({'takeover': 1, 'route': 1},
+                   'ip', 'route', 'replace', POD, 'dev', 'lo')
+
+    def test_by_other_processes(self) -> None:
+        # A sync by hand, and what a bind finds, without an agent.
+        self.lab.run('ip', 'route', 'del', POD)
+        subprocess.run([PROGRAM, 'sync'], check=True,
+                       stdout=subprocess.DEVNULL)
+        self.lab.run('ip', 'link', 'del', 'break0')
+        self.bind(OTHER_POD)
+        self.start()
+        self.assertEqual(2, self.repairs('route'))
+        self.assertEqual(1, self.repairs('device'))
+        self.assertEqual(2, self.value('bind_seconds_count'))
+
+    def test_events_lost(self) -> None:
+        self.bind(*('10.20.0.%d' % number for number in range(1, 250)))
+        self.start()
+        os.kill(self.agent.pid, signal.SIGSTOP)
+        for _ in range(40):
+            self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
+            self.lab.run('ip', 'link', 'set', 'break0', 'down')
+            self.bind(OTHER_POD)
+        os.kill(self.agent.pid, signal.SIGCONT)
+        self.wait_for(lambda: self.value('events_lost_total'))
+
+
+class TestBinds(MetricsTestCase):
+
+    def test_many_processes(self) -> None:
+        self.start()
+
+        def life(number: int) -> None:
+            for _ in range(10):
+                self.bind('10.20.0.%d' % number)
+                self.unbind('10.20.0.%d' % number)
+
+        children = [base.in_child(lambda number=number: life(number))
+                    for number in range(1, 9)]
+        self.assertEqual([0] * 8, [base.wait_for(pid) for pid in children])
+        self.wait_for_value(80, 'bind_seconds_count')
+        self.wait_for_value(80, 'unbind_seconds_count')
+        self.assertEqual(80, self.value('bind_seconds_bucket', le='+Inf'))
+        self.assertGreater(self.value('bind_seconds_sum') or 0, 80 * 1e-4)
+        self.assertEqual(0, self.value('bind_failures_total'))
+        self.assertEqual(0, self.repairs('device'))
+
+    def test_failures(self) -> None:
+        self.start()
+        with self.assertRaises(exceptions.ParentNotFound):
+            self.bind(POD, parent='eth9')
+        self.wait_for_value(1, 'bind_failures_total')
+        self.assertEqual(1, self.value('bind_seconds_count'))
+        with open('/run/kuryr-break0/addresses/%s.json' % POD, 'w') as file:
+            file.write('{"version": 99}')
+        with self.assertRaises(exceptions.LedgerUnavailable):
+            self.unbind(POD)
+        self.wait_for_value(1, 'unbind_failures_total')
+        self.assertEqual(1, self.value('unbind_seconds_count'))
+
+    def test_each_is_counted_once(self) -> None:
+        # Over a restart too: of a counter that starts again, Prometheus
+        # takes all that it has for new.
+        self.bind(POD)
+        self.start()
+        self.assertEqual(1, self.value('bind_seconds_count'))
+        self.agent.kill()
+        self.agent.wait()
+        self.bind(OTHER_POD)
+        self.start()
+        self.assertEqual(1, self.value('bind_seconds_count'))
+
+
+class TestHealth(MetricsTestCase):
+
+    def health(self) -> metrics.Answer:
+        answer = self.get('/healthz')
+        assert answer is not None
+        return answer
+
+    def test_well(self) -> None:
+        self.bind(POD)
+        self.start()
+        self.assertEqual((200, 'ok\n'), self.health())
+        self.assertAlmostEqual(
+            time.time(),
+            self.value('sync_last_success_timestamp_seconds') or 0, delta=60)
+
+    def test_syncs_that_fail(self) -> None:
+        self.bind(POD)
+        self.start('resync_interval = 1', 'lock_timeout = 1')
+        self.lab.run('ip', 'link', 'del', lab.PARENT)
+        # A single failure is none: pods are bound all the same.
+        self.wait_for(lambda: self.value('sync_failures_total'))
+        self.wait_for(lambda: self.health()[0] == 503)
+        self.assertRegex(
+            self.health()[1],
+            r'\ANo sync has succeeded for \d+ s: The parent interface %s '
+            r'does not exist on this node.*\n\Z' % lab.PARENT)
+        self.lab.add_nic()
+        self.wait_for(lambda: self.health() == (200, 'ok\n'))
+
+    def test_none_that_succeeded(self) -> None:
+        self.bind(POD)
+        self.lab.run('ip', 'link', 'del', lab.PARENT)
+        self.start()
+        status, text = self.health()
+        self.assertEqual(503, status)
+        self.assertIn('No sync has succeeded yet: The parent', text)
+
+
+class TestServer(MetricsTestCase):
+
+    def listening(self) -> list[tuple[str, int]]:
+        return [tuple(each.laddr) for each
+                in psutil.Process(self.agent.pid).connections('inet')
+                if each.status == psutil.CONN_LISTEN]
+
+    def test_loopback_by_default(self) -> None:
+        self.start()
+        self.assertEqual([('127.0.0.1', 9817)], self.listening())
+
+    def test_ipv6(self) -> None:
+        self.where = '[::1]:80'
+        self.start('metrics_bind = [::1]:80')
+        self.assertEqual([('::1', 80)], self.listening())
+
+    def test_none(self) -> None:
+        self.bind(POD)
+        self.start('metrics_bind =', serving=False)
+        self.wait_for(lambda: 'Watching over' in self.log())
+        self.lab.run('ip', 'route', 'del', POD)
+        self.wait_for(lambda: POD in self.lab.routes())
+        self.assertEqual([], self.listening())
+
+    def test_a_port_that_another_has(self) -> None:
+        self.bind(POD)
+        with socket.create_server(('127.0.0.1', 9817)):
+            self.start('resync_interval = 1', serving=False)
+            self.wait_for(lambda: 'cannot be served' in self.log())
+            self.lab.run('ip', 'route', 'del', POD)
+            self.wait_for(lambda: POD in self.lab.routes())
+            time.sleep(2)  # some more looks
+        error, = [line for line in self.log().splitlines()
+                  if ' ERROR ' in line]
+        for text in ('127.0.0.1:9817', 'already in use', 'ss -ltnp',
+                     '[break0] metrics_bind'):
+            self.assertIn(text, error)
+        # Once it is free, it is taken.
+        self.wait_for(self.get)
+
+    def test_another_port_by_sighup(self) -> None:
+        self.start()
+        self.configure('metrics_bind = 127.0.0.1:9818')
+        self.agent.send_signal(signal.SIGHUP)
+        self.where = '127.0.0.1:9818'
+        self.wait_for(self.get)
+        self.assertEqual([('127.0.0.1', 9818)], self.listening())
+
+    def test_who_keeps_silent_holds_up_nobody(self) -> None:
+        self.start()
+        silent = [socket.create_connection(('127.0.0.1', 9817))
+                  for _ in range(10)]
+        self.assertEqual(0, self.value('events_lost_total'))
+        self.agent.terminate()
+        self.assertEqual(0, self.agent.wait(20))
+        for each in silent:
+            each.close()
+
+    def test_what_is_not_there(self) -> None:
+        self.start()
+        self.assertEqual((404, 'See /metrics and /healthz\n'),
+                         self.get('/'))
+        with socket.create_connection(('127.0.0.1', 9817)) as client:
+            client.sendall(b'nonsense\r\n\r\n')
+            client.recv(1)
+        self.assertEqual(0, self.value('events_lost_total'))
+        self.assertNotIn('Traceback', self.log())
+
+    def test_its_size(self) -> None:
+        self.bind(*('10.20.0.%d' % number for number in range(1, 251)))
+        self.start()
+        process = psutil.Process(self.agent.pid)
+        for _ in range(5):
+            self.lab.run('ip', 'link', 'del', 'break0')
+            self.wait_for(lambda: len(self.lab.routes()) == 250)
+            self.wait_for_value(250, 'addresses_routed')
+        self.assertLess(process.memory_info().rss, 64 * 2 ** 20)
+
+        def idle() -> bool:
+            before = process.num_ctx_switches()
+            time.sleep(2)
+            return before == process.num_ctx_switches()
+
+        self.wait_for(idle)
+
+
+class TestNames(MetricsTestCase):
+    """Rules, dashboard and manual speak of what the agent serves."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.bind(POD)
+        self.start()
+        answer = self.get()
+        assert answer is not None
+        self.text = answer.text
+
+    def test_the_manual_has_each_and_no_other(self) -> None:
+        served = re.findall(r'^# TYPE (\S+) (\S+)$', self.text, re.M)
+        manual = test_monitoring.read(test_monitoring.MONITORING)
+        self.assertEqual(
+            sorted(served), sorted(re.findall(
+                r'^   \* - ``(\w+)``\n     - (\w+)$', manual, re.M)))
+        reasons = re.findall(r'reason="(\w+)"', self.text)
+        self.assertEqual(
+            reasons, re.findall(r'^``(\w+)``\n    ', manual.split(
+                'Reasons of repairs:')[1], re.M))
+
+    def test_rules_and_dashboard_have_no_other(self) -> None:
+        served = set(re.findall(r'^(\w+)', self.text, re.M))
+        for path in (test_monitoring.RULES, test_monitoring.DASHBOARD,
+                     test_monitoring.RULE_TESTS):
+            used = set(re.findall(r'\b(?:kuryr_break0|process)_\w+',
+                                  test_monitoring.read(path)))
+            self.assertGreater(len(used), 5)
+            self.assertEqual(set(), used - served, path)
+
+
+class TestLog(MetricsTestCase):
+
+    def lines(self) -> list[Any]:
+        return [json.loads(line) for line in self.log().splitlines()]
+
+    def change(self) -> None:
+        """Repairs, and a pod whose sandbox ends."""
+        self.lab.run('ip', 'address', 'add', '100.75.30.52/32', 'dev',
+                     lab.PARENT)
+        self.wait_for(lambda: 'Told' in self.log())
+        self.lab.run('ip', 'route', 'del', POD)
+        self.wait_for(lambda: POD in self.lab.routes())
+        self.lab.run('ip', 'netns', 'del', 'pod')
+        self.wait_for(lambda: OTHER_POD not in self.lab.routes())
+        netlink.write_sysctl('ipv4/conf/break0/arp_filter', 0)
+        self.wait_for(lambda: netlink.read_sysctl(
+            'ipv4/conf/break0/arp_filter') == 1)
+        self.agent.terminate()
+        self.agent.wait()
+
+    def assert_told(self) -> None:
+        """Each change is one line, with address, owner and device."""
+        found = [(line['levelname'], line['message'])
+                 for line in self.lines()]
+        for text in (
+                'Set the route of %s on break0 for sandbox-1/eth0' % POD,
+                'Told %s on break0 for sandbox-2/eth0 how to reach the node'
+                % OTHER_POD,
+                'Deleted the route of %s on break0 for sandbox-2/eth0'
+                % OTHER_POD,
+                'Unbound %s from break0: its sandbox sandbox-2/eth0 is gone'
+                % OTHER_POD,
+                'Corrected break0 on %s: ipv4/conf/break0/arp_filter'
+                % lab.PARENT):
+            self.assertEqual(1, found.count(('INFO', text)), found)
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.bind(POD)
+        self.bind(OTHER_POD, owner=Owner('sandbox-2', 'eth0'),
+                  netns=self.lab.add_pod('pod', OTHER_POD))
+
+    def test_json(self) -> None:
+        self.start('resync_interval = 1', default='use_json = true')
+        self.change()
+        self.assert_told()
+
+    def test_json_by_a_logging_configuration(self) -> None:
+        with open('/run/logging.conf', 'w') as file:
+            file.write('''\
+[loggers]
+keys = root
+[handlers]
+keys = file
+[formatters]
+keys = json
+[logger_root]
+level = INFO
+handlers = file
+[handler_file]
+class = FileHandler
+args = (%r,)
+formatter = json
+[formatter_json]
+class = oslo_log.formatters.JSONFormatter
+''' % LOG)
+        self.configure('resync_interval = 1',
+                       default='log_config_append = /run/logging.conf')
+        self.agent = subprocess.Popen([PROGRAM, '--config-file', CONF,
+                                       'agent'])
+        self.addCleanup(self.agent.wait)
+        self.addCleanup(self.agent.kill)
+        self.wait_for(lambda: 'Watching over' in self.log())
+        self.change()
+        self.assert_told()

@@ -1,0 +1,96 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""The overlay of etc/kubernetes, built as an operator does it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from typing import Any, Optional
+
+import yaml
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+OVERLAY = os.path.join(ROOT, 'etc', 'kubernetes')
+#: As Kuryr's generator makes it where the engine is Docker or containerd.
+BASE = os.path.join(ROOT, 'tests', 'data', 'cni_ds.yml')
+AGENT = 'kuryr-break0-agent'
+#: The mounts of the host's /proc that the generator leaves out with CRI-O.
+_PROC = {'mount': {'name': 'proc', 'mountPath': '/host_proc'},
+         'volume': {'name': 'proc', 'hostPath': {'path': '/proc'}}}
+
+
+def base(crio: bool = False) -> dict[str, Any]:
+    """Kuryr's own DaemonSet."""
+    with open(BASE) as file:
+        daemon_set: dict[str, Any] = yaml.safe_load(file)
+    if crio:
+        spec = daemon_set['spec']['template']['spec']
+        spec['containers'][0]['volumeMounts'].remove(_PROC['mount'])
+        spec['volumes'].remove(_PROC['volume'])
+    return daemon_set
+
+
+def build(onto: Optional[dict[str, Any]] = None,
+          uncommented: str = '') -> dict[str, dict[str, Any]]:
+    """Build it by ``kubectl kustomize``; what it gives, by kind.
+
+    :param onto: Kuryr's DaemonSet, if not the usual one
+    :param uncommented: how the line of kustomization.yaml begins from which
+        on, up to an empty line, comment signs are taken away
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        for name in os.listdir(OVERLAY):
+            shutil.copy(os.path.join(OVERLAY, name), directory)
+        with open(os.path.join(directory, 'cni_ds.yml'), 'w') as file:
+            yaml.safe_dump(onto or base(), file)
+        path = os.path.join(directory, 'kustomization.yaml')
+        with open(path) as file:
+            text = file.read()
+        if uncommented:
+            before, line, after = text.partition('# ' + uncommented)
+            assert line, 'no such line: ' + uncommented
+            indent = before[before.rindex('\n') + 1:]
+            block, blank, rest = after.partition('\n\n')
+            text = (before + uncommented
+                    + block.replace('\n%s# ' % indent, '\n' + indent)
+                    + blank + rest)
+        with open(path, 'w') as file:
+            file.write(text)
+        built = subprocess.run(['kubectl', 'kustomize', directory],
+                               capture_output=True, text=True)
+    if built.returncode:
+        raise AssertionError('kubectl kustomize:\n' + built.stderr)
+    found = {}
+    for document in yaml.safe_load_all(built.stdout):
+        assert document['kind'] not in found, built.stdout
+        found[document['kind']] = document
+    return found
+
+
+def container(daemon_set: dict[str, Any], name: str) -> dict[str, Any]:
+    """One of its containers."""
+    found, = (each for each
+              in daemon_set['spec']['template']['spec']['containers']
+              if each['name'] == name)
+    return dict(found)
+
+
+def volumes(daemon_set: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Its volumes, by name."""
+    listed = daemon_set['spec']['template']['spec']['volumes']
+    found = {each['name']: each for each in listed}
+    assert len(found) == len(listed), listed
+    return found

@@ -1,0 +1,290 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+from __future__ import annotations
+
+import configparser
+import copy
+import glob
+import os
+from typing import Any
+import unittest
+from unittest import mock
+
+from oslo_config import cfg
+
+from kuryr_break0 import config
+from tests import overlay
+
+
+class OverlayTestCase(unittest.TestCase):
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        cls.base = overlay.base()
+        cls.built = overlay.build()
+        cls.daemon_set = cls.built['DaemonSet']
+        cls.agent = overlay.container(cls.daemon_set, overlay.AGENT)
+        cls.kuryr = overlay.container(cls.daemon_set, 'kuryr-cni')
+
+    def mounts(self, container: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Where what of the host is mounted, by path of the container."""
+        volumes = overlay.volumes(self.daemon_set)
+        found = {}
+        for mount in container['volumeMounts']:
+            volume = volumes[mount['name']]
+            self.assertNotIn(mount['mountPath'], found)
+            found[mount['mountPath']] = {
+                'host': volume.get('hostPath', {}).get('path'),
+                'propagation': mount.get('mountPropagation'),
+                'read_only': mount.get('readOnly', False)}
+        return found
+
+
+class TestKuryrsOwn(OverlayTestCase):
+
+    def assert_kept(self, before: Any, after: Any, where: str = '') -> None:
+        """All of before is in after, which may have more."""
+        if isinstance(before, dict):
+            self.assertIsInstance(after, dict, where)
+            for key, value in before.items():
+                self.assertIn(key, after, where)
+                self.assert_kept(value, after[key], '%s.%s' % (where, key))
+        elif isinstance(before, list) and isinstance(before[0], dict):
+            for item in before:
+                name = item.get('name') or item['key']
+                found, = (each for each in after
+                          if name in (each.get('name'), each.get('key')))
+                self.assert_kept(item, found, '%s.%s' % (where, name))
+        else:
+            self.assertEqual(before, after, where)
+
+    def test_nothing_is_lost(self) -> None:
+        kept = copy.deepcopy(self.base)
+        # Kuryr's script builds its image on the node itself.
+        container = overlay.container(kept, 'kuryr-cni')
+        kept['spec']['template']['spec']['containers'] = [container]
+        self.assertEqual('kuryr/cni:latest', container.pop('image'))
+        self.assertEqual('Never', container.pop('imagePullPolicy'))
+        self.assert_kept(kept, self.daemon_set)
+
+    def test_containers(self) -> None:
+        self.assertEqual(
+            ['kuryr-cni', overlay.AGENT],
+            [each['name'] for each in
+             self.daemon_set['spec']['template']['spec']['containers']])
+
+    def test_with_crio(self) -> None:
+        built = overlay.build(overlay.base(crio=True))['DaemonSet']
+        self.assertNotIn('proc', overlay.volumes(built))
+        self.assertEqual(self.agent,
+                         overlay.container(built, overlay.AGENT))
+
+
+class TestImage(OverlayTestCase):
+
+    def test_one_with_the_package(self) -> None:
+        for container in (self.kuryr, self.agent):
+            self.assertEqual('registry.example.org/kuryr/cni-break0:latest',
+                             container['image'])
+            self.assertEqual('IfNotPresent', container['imagePullPolicy'])
+
+
+class TestConfiguration(OverlayTestCase):
+
+    def options(self, container: dict[str, Any],
+                built: dict[str, dict[str, Any]]) -> config.Options:
+        """The options that the environment of a container gives."""
+        variables = {}
+        for source in container['envFrom']:
+            self.assertEqual(built['ConfigMap']['metadata']['name'],
+                             source['configMapRef']['name'])
+            variables.update(built['ConfigMap']['data'])
+        for variable in container['env']:
+            variables[variable['name']] = variable.get('value')
+        known = {opt.dest for opt in config.OPTS}
+        ours = {name: value for name, value in variables.items()
+                if name.startswith('OS_BREAK0__')}
+        self.assertLessEqual({name[len('OS_BREAK0__'):].lower()
+                              for name in ours}, known)
+        conf = cfg.ConfigOpts()
+        with mock.patch.dict(os.environ, ours):
+            conf([], default_config_files=[])
+            return config.load(conf)
+
+    def test_the_two_differ_in_one(self) -> None:
+        kuryr = self.options(self.kuryr, self.built)
+        agent = self.options(self.agent, self.built)
+        self.assertEqual(vars(kuryr) | {'sysctl_dir': '/host/proc/sys'},
+                         vars(agent))
+
+    def test_namespace(self) -> None:
+        self.assertEqual(self.daemon_set['metadata']['namespace'],
+                         self.built['ConfigMap']['metadata']['namespace'])
+
+    def test_what_is_commented_out(self) -> None:
+        built = overlay.build(
+            uncommented='- OS_BREAK0__ALLOWED_CIDRS=')
+        container = overlay.container(built['DaemonSet'], overlay.AGENT)
+        self.assertEqual(
+            ['10.0.0.0/16', 'fd00:10::/64'],
+            list(map(str, self.options(container, built).allowed_cidrs)))
+        # The nodes get a new pod when an option changes.
+        self.assertNotEqual(self.built['ConfigMap']['metadata']['name'],
+                            built['ConfigMap']['metadata']['name'])
+
+    def test_switched_off(self) -> None:
+        built = overlay.build(uncommented='- OS_BREAK0__ENABLED=')
+        for name in ('kuryr-cni', overlay.AGENT):
+            container = overlay.container(built['DaemonSet'], name)
+            self.assertFalse(self.options(container, built).enabled)
+
+    def test_probes(self) -> None:
+        bound = self.built['ConfigMap']['data']['OS_BREAK0__METRICS_BIND']
+        for probe in ('readinessProbe', 'livenessProbe'):
+            asked = self.agent[probe]['httpGet']
+            self.assertEqual(bound, '%(host)s:%(port)d' % asked)
+            self.assertEqual('/healthz', asked['path'])
+        self.assertTrue(
+            self.daemon_set['spec']['template']['spec']['hostNetwork'])
+
+
+class TestAgent(OverlayTestCase):
+
+    def test_command(self) -> None:
+        self.assertEqual(['kuryr-break0', '--config-file',
+                          '/etc/kuryr/kuryr.conf', 'agent'],
+                         self.agent['command'])
+        self.assertIn('/etc/kuryr', self.mounts(self.agent))
+
+    def test_knows_its_node(self) -> None:
+        self.assertIn({'name': 'KUBERNETES_NODE_NAME', 'valueFrom': {
+            'fieldRef': {'fieldPath': 'spec.nodeName'}}}, self.agent['env'])
+
+    def test_rights(self) -> None:
+        rights = self.agent['securityContext']
+        self.assertFalse(rights.get('privileged', False))
+        self.assertTrue(rights['readOnlyRootFilesystem'])
+        self.assertEqual({'drop': ['ALL'], 'add': ['NET_ADMIN', 'SYS_ADMIN']},
+                         rights['capabilities'])
+
+    def test_what_it_sees_of_the_host(self) -> None:
+        seen = {path: mount for path, mount
+                in self.mounts(self.agent).items() if mount['host']}
+        self.assertEqual({
+            '/run/kuryr-break0': {'host': '/run/kuryr-break0',
+                                  'propagation': None, 'read_only': False},
+            '/var/run/netns': {'host': '/var/run/netns',
+                               'propagation': 'HostToContainer',
+                               'read_only': True},
+            '/host/proc/sys/net': {'host': '/proc/sys/net',
+                                   'propagation': None, 'read_only': False},
+        }, seen)
+
+    def test_one_state_directory(self) -> None:
+        state_dir = config.load(cfg.ConfigOpts()).state_dir
+        for container in (self.kuryr, self.agent):
+            self.assertEqual(state_dir,
+                             self.mounts(container)[state_dir]['host'])
+
+    def test_with_docker(self) -> None:
+        built = overlay.build(uncommented='patchesJson6902:')['DaemonSet']
+        agent = overlay.container(built, overlay.AGENT)
+        # At the path that Kuryr's [cni_daemon] netns_proc_dir says.
+        self.assertIn({'name': 'proc', 'mountPath': '/host_proc',
+                       'readOnly': True}, agent['volumeMounts'])
+        self.assertEqual('/proc',
+                         overlay.volumes(built)['proc']['hostPath']['path'])
+        self.assertEqual(['NET_ADMIN', 'SYS_ADMIN', 'SYS_PTRACE'],
+                         agent['securityContext']['capabilities']['add'])
+        for mount in self.agent['volumeMounts']:
+            self.assertIn(mount, agent['volumeMounts'])
+
+
+class TestDockerfile(unittest.TestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        with open(os.path.join(overlay.OVERLAY, 'Dockerfile')) as file:
+            lines = file.read().replace('\\\n', ' ').splitlines()
+        self.stages: list[list[tuple[str, list[str]]]] = [[]]
+        for line in lines:
+            if line and not line.startswith('#'):
+                instruction, *words = line.split()
+                if instruction == 'FROM':
+                    self.stages.append([])
+                self.stages[-1].append((instruction, words))
+
+    def test_on_top_of_kuryrs_image(self) -> None:
+        before, _, last = self.stages
+        self.assertEqual([('ARG', ['BASE=kuryr/cni:latest'])], before)
+        self.assertEqual(('FROM', ['${BASE}']), last[0])
+        # Its entry point and command are kept, as the DaemonSet expects.
+        self.assertEqual({'FROM', 'COPY', 'RUN'},
+                         {instruction for instruction, _ in last})
+
+    def copied(self, stage: list[tuple[str, list[str]]]) -> set[str]:
+        """What a stage copies from the repository."""
+        return {source for instruction, words in stage
+                if instruction == 'COPY' and '--from=wheel' not in words
+                for source in words[:-1]}
+
+    def test_all_that_is_copied_exists(self) -> None:
+        for stage in self.stages:
+            for source in self.copied(stage):
+                self.assertTrue(
+                    os.path.exists(os.path.join(overlay.ROOT, source)),
+                    source)
+
+    def test_all_that_the_wheel_needs_is_copied(self) -> None:
+        setup = configparser.ConfigParser()
+        setup.read(os.path.join(overlay.ROOT, 'setup.cfg'))
+        needed = {'.git', 'pyproject.toml', 'requirements.txt', 'setup.cfg',
+                  'setup.py', setup['metadata']['long_description'].split()[1],
+                  *setup['metadata']['license_files'].split(),
+                  setup['options.packages.find']['include'].strip(' \n*')}
+        self.assertLessEqual(needed, self.copied(self.stages[1]))
+
+
+class TestWheel(unittest.TestCase):
+
+    #: Of use in a clone of the repository only.
+    LEFT_OUT = {'etc/kuryr-break0-config-generator.conf'}
+
+    def test_holds_all_of_etc(self) -> None:
+        setup = configparser.ConfigParser()
+        setup.optionxform = str  # type: ignore[assignment,method-assign]
+        setup.read(os.path.join(overlay.ROOT, 'setup.cfg'))
+        held: dict[str, str] = {}
+        for target, patterns in setup['options.data_files'].items():
+            for pattern in patterns.split():
+                found = glob.glob(os.path.join(overlay.ROOT, pattern))
+                self.assertTrue(found, pattern)
+                for path in found:
+                    name = os.path.relpath(path, overlay.ROOT)
+                    self.assertNotIn(name, held)
+                    held[name] = target
+        there = {os.path.relpath(os.path.join(directory, name), overlay.ROOT)
+                 for directory, _, names
+                 in os.walk(os.path.join(overlay.ROOT, 'etc'))
+                 for name in names}
+        self.assertEqual(there - self.LEFT_OUT, set(held))
+        # Where bash looks for it, below /usr and /usr/local.
+        self.assertEqual('share/bash-completion/completions',
+                         held.pop('etc/bash-completion/kuryr-break0'))
+        # All else in its place below one directory.
+        for name, target in held.items():
+            self.assertEqual(
+                os.path.join('share/kuryr-break0',
+                             os.path.dirname(name)[len('etc/'):]).rstrip('/'),
+                target)

@@ -1,0 +1,99 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+import unittest
+
+from kuryr_break0 import journal
+from kuryr_break0.journal import Done
+from kuryr_break0.journal import Record
+from tests.functional import base
+
+
+class TestJournal(unittest.TestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.dir = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.dir)
+        self.journal = journal.Journal(self.dir)
+        self.path = os.path.join(self.dir, 'journal')
+
+    def test_each_is_taken_out_once(self) -> None:
+        self.journal.add(Done.BIND, seconds=0.25)
+        self.journal.add(Done.ROUTE, times=3)
+        self.assertEqual([Record(Done.BIND, 1, 0.25),
+                          Record(Done.ROUTE, 3, 0)], self.journal.drain())
+        self.assertEqual([], self.journal.drain())
+
+    def test_none_yet(self) -> None:
+        self.assertEqual([], self.journal.drain())
+
+    def test_without_a_directory_it_is_lost(self) -> None:
+        journal.Journal(self.dir + '/none').add(Done.BIND)
+        self.assertEqual([], journal.Journal(self.dir + '/none').drain())
+
+    def test_it_is_bounded(self) -> None:
+        for _ in range(journal.LIMIT // 16 + 10):
+            self.journal.add(Done.BIND)
+        self.assertEqual(journal.LIMIT, os.path.getsize(self.path))
+        self.assertEqual(journal.LIMIT // 16, len(self.journal.drain()))
+        self.journal.add(Done.BIND)
+        self.assertEqual(1, len(self.journal.drain()))
+
+    def test_others_cannot_read_it(self) -> None:
+        self.journal.add(Done.BIND)
+        self.assertEqual(0o600, os.stat(self.path).st_mode & 0o777)
+
+    def test_what_is_not_a_record_is_left_out(self) -> None:
+        with open(self.path, 'wb') as file:
+            file.write(b'\xff' * 16)
+        self.journal.add(Done.BIND)
+        with open(self.path, 'ab') as file:
+            file.write(b'half a')
+        self.assertEqual([Record(Done.BIND, 1, 0)], self.journal.drain())
+
+    def test_a_link_is_not_followed(self) -> None:
+        os.symlink(os.path.join(self.dir, 'other'), self.path)
+        self.journal.add(Done.BIND)
+        self.assertEqual(['journal'], os.listdir(self.dir))
+
+    def test_a_stopped_reader_or_writer_holds_up_nobody(self) -> None:
+        self.journal.add(Done.BIND)
+        with open(self.path) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            self.journal.add(Done.BIND)
+            fcntl.flock(file, fcntl.LOCK_SH)
+            self.assertEqual([], self.journal.drain())
+        self.assertEqual(1, len(self.journal.drain()))
+
+    def test_many_processes_lose_none(self) -> None:
+        def write() -> None:
+            for number in range(200):
+                self.journal.add(Done.BIND, seconds=number)
+
+        writers = [base.in_child(write) for _ in range(8)]
+        found = []
+        while writers:
+            found += self.journal.drain()
+            time.sleep(0.005)  # far more often than the agent
+            writers = [pid for pid in writers
+                       if os.waitpid(pid, os.WNOHANG)[0] == 0]
+        found += self.journal.drain()
+        self.assertEqual(sorted(list(range(200)) * 8),
+                         sorted(record.seconds for record in found))

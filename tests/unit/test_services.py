@@ -1,0 +1,131 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+from __future__ import annotations
+
+import configparser
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+
+from kuryr.lib import opts as lib_opts
+from kuryr_kubernetes import opts as kuryr_opts
+from oslo_config import cfg
+from oslo_log import log as logging
+
+from kuryr_break0 import config
+from tests import overlay
+
+ETC = os.path.join(overlay.ROOT, 'etc')
+UNIT = 'kuryr-break0-agent.service'
+BIN = os.path.dirname(sys.executable)
+
+
+def parsed(*path: str) -> configparser.ConfigParser:
+    """A file of etc/, as the section that it has."""
+    parser = configparser.ConfigParser(delimiters='=', default_section='')
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    with open(os.path.join(ETC, *path)) as file:
+        parser.read_file(file)
+    return parser
+
+
+class TestUnit(unittest.TestCase):
+
+    def analyze(self, *arguments: str) -> str:
+        """What systemd-analyze says of it; it must be content."""
+        with open(os.path.join(ETC, 'systemd', 'system', UNIT)) as file:
+            text = file.read()
+        # It has to be there; whether it is on the path does not matter here.
+        self.assertIn('\nExecStart=kuryr-break0 ', text)
+        text = text.replace('\nExecStart=kuryr-break0 ',
+                            '\nExecStart=%s/kuryr-break0 ' % BIN)
+        with tempfile.TemporaryDirectory() as directory:
+            path = os.path.join(directory, UNIT)
+            with open(path, 'w') as file:
+                file.write(text)
+            done = subprocess.run(
+                ['systemd-analyze', *arguments, path], text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.assertEqual(0, done.returncode, done.stdout)
+        return done.stdout
+
+    def test_verify(self) -> None:
+        # Also what it ignores, like a key that it does not know.
+        self.assertEqual('', self.analyze('verify', '--man=no'))
+
+    def test_exposure(self) -> None:
+        # Of 0 to 100, where 100 is a service that may do anything.
+        self.analyze('security', '--offline=true', '--threshold=30')
+
+    def test_what_it_must_be_able_to_do(self) -> None:
+        service = parsed('systemd', 'system', UNIT)['Service']
+        self.assertEqual('CAP_NET_ADMIN CAP_SYS_ADMIN',
+                         service['CapabilityBoundingSet'])
+        self.assertEqual('net', service['RestrictNamespaces'])
+        self.assertIn('AF_NETLINK', service['RestrictAddressFamilies'])
+        self.assertIn('/proc/sys/net', service['ReadWritePaths'])
+        for taken_away in ('ProtectKernelTunables', 'ProcSubset',
+                           'PrivateNetwork', 'PrivateUsers', 'User'):
+            self.assertNotIn(taken_away, service)
+
+    def test_the_ledger_outlives_it(self) -> None:
+        service = parsed('systemd', 'system', UNIT)['Service']
+        self.assertEqual('yes', service['RuntimeDirectoryPreserve'])
+        state_dir, = (opt.default for opt in config.OPTS
+                      if opt.dest == 'state_dir')
+        self.assertEqual(state_dir, '/run/' + service['RuntimeDirectory'])
+
+
+class TestBareConfiguration(unittest.TestCase):
+
+    def test_options_exist(self) -> None:
+        sample = parsed('kuryr.conf.bare')
+        conf = cfg.ConfigOpts()
+        logging.register_options(conf)
+        for group, opts in (*config.list_opts(), *kuryr_opts.list_kuryr_opts(),
+                            *lib_opts.list_kuryr_opts()):
+            # What it leaves out may have options that are required.
+            if str(getattr(group, 'name', group)) in sample:
+                conf.register_opts(opts, group=group)
+        conf(['--config-file', os.path.join(ETC, 'kuryr.conf.bare')])
+        for section in sample.sections():
+            values = conf if section == 'DEFAULT' else conf[section]
+            for option in sample[section]:
+                # Neither is unknown, nor has a value that is not allowed.
+                self.assertIsNotNone(values[option], option)
+        self.assertEqual(['10.0.0.0/16'],
+                         list(map(str, conf.break0.allowed_cidrs)))
+
+
+class TestNames(unittest.TestCase):
+    """The drop-ins are about the device and protocol of the defaults."""
+
+    def test_of_the_device(self) -> None:
+        device, = (opt.default for opt in config.OPTS if opt.dest == 'device')
+        self.assertEqual(
+            'interface-name:' + device,
+            parsed('NetworkManager', 'conf.d', 'kuryr-break0.conf')
+            # With + it is one more, whatever others have set.
+            ['keyfile']['unmanaged-devices+'])
+        network = parsed('systemd', 'network', '10-kuryr-break0.network')
+        self.assertEqual(device, network['Match']['Name'])
+
+    def test_of_the_protocol(self) -> None:
+        with open(os.path.join(ETC, 'iproute2', 'rt_protos.d',
+                               'kuryr-break0.conf')) as file:
+            number, name = file.read().splitlines()[-1].split()
+        protocol, = (opt.default for opt in config.OPTS
+                     if opt.dest == 'route_protocol')
+        self.assertEqual((str(protocol), 'break0'), (number, name))
