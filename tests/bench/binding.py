@@ -43,7 +43,7 @@ from tests import lab
 
 SIZES = (0, 250, 1000)
 #: So many pods are bound by each way before the number of others changes.
-ROUND = 4
+ROUND = 2
 #: Each is this share of what is repeated elsewhere, since it is slow.
 PODS_SHARE = 10
 BURSTS_SHARE = 25
