@@ -26,6 +26,9 @@ from oslo_config import types
 from kuryr_break0 import exceptions
 
 GROUP = 'break0'
+#: Values of pod_binding
+KURYR = 'kuryr'
+DIRECT = 'direct'
 
 IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
@@ -156,6 +159,17 @@ class YesOrNo(types.Boolean):
             raise ValueError('%r is neither true nor false' % value)
 
 
+class OneOf(types.String):
+    """One of a few words, whose error names the value and all of them."""
+
+    def __call__(self, value: Any) -> Any:
+        try:
+            return super().__call__(value)
+        except ValueError:
+            raise ValueError('%r is none of: %s' %
+                             (value, ', '.join(self.choices or ())))
+
+
 class ListeningOn(_Checked):
     """An endpoint to listen on; empty for none."""
 
@@ -216,6 +230,19 @@ OPTS = [
         help='Whether new pods become reachable through break0. When false, '
              'pods are bound as Kuryr alone does it; what was bound before '
              'is still removed as its pods go.'),
+    cfg.Opt(
+        'pod_binding',
+        type=OneOf(choices=[
+            (KURYR, 'by Kuryr: on the node, under a passing name; then it is '
+             'moved, renamed and set up, with five looks at the interfaces '
+             'of node or pod in between'),
+            (DIRECT, 'by kuryr-break0: in the namespace of the pod, by one '
+             'request; the interface and the errors are the same, in less '
+             'than half the time')]),
+        default=KURYR,
+        help='How the macvlan interface of a pod is made. When enabled is '
+             'false, it is always Kuryr that makes it. It may be changed on '
+             'a node with pods.'),
     cfg.Opt(
         'device',
         type=DeviceName(),
@@ -376,6 +403,7 @@ class Options:
     """
 
     enabled: bool
+    pod_binding: str
     device: str
     parent: Optional[str]
     addr: tuple[IPAddress, ...]
@@ -413,6 +441,7 @@ def load(conf: cfg.ConfigOpts) -> Options:
     :raises InvalidOption: naming the first option whose value is not
         allowed, the value, where it stands and what is allowed
     """
+    register(conf)
     return Options(**{opt.dest: _value(conf, opt) for opt in OPTS})
 
 
@@ -427,6 +456,7 @@ def link_iface(conf: cfg.ConfigOpts) -> Optional[str]:
 
 def device_name(conf: cfg.ConfigOpts) -> str:
     """Read the name of break0 alone, whatever is wrong with the options."""
+    register(conf)
     opt = next(opt for opt in OPTS if opt.dest == 'device')
     try:
         return str(_value(conf, opt))
@@ -435,7 +465,6 @@ def device_name(conf: cfg.ConfigOpts) -> str:
 
 
 def _value(conf: cfg.ConfigOpts, opt: cfg.Opt) -> Any:
-    register(conf)
     try:
         value = getattr(conf[GROUP], opt.dest)
     except (cfg.Error, ValueError) as err:

@@ -26,12 +26,16 @@ from oslo_log import log as logging
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
+from kuryr_break0 import flat
 from kuryr_break0.ledger import Owner
 from kuryr_break0.manager import Break0Manager
 from kuryr_break0 import netlink
+from kuryr_break0 import pod_link
 from kuryr_break0 import vif as break0_vif
 
 LOG = logging.getLogger(__name__)
+
+_IFF_LOOPBACK = 8  # linux/if.h
 
 
 class PodNotConnected(k_exc.CNITimeout):  # type: ignore[misc]
@@ -59,8 +63,12 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         """
         try:
             sandbox = self._sandbox(netns)
-            netlink.undisturbed('connect ' + ifname, super().connect, vif,
-                                ifname, netns, container_id)
+            if self._is_direct():
+                self._connect_directly(vif, ifname, sandbox)
+            else:
+                with flat.view():
+                    netlink.undisturbed('connect ' + ifname, super().connect,
+                                        vif, ifname, netns, container_id)
         except exceptions.Break0Error as err:
             raise PodNotConnected(str(err)) from err
         owner = Owner(container_id, ifname)
@@ -96,7 +104,8 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
             except exceptions.NetnsUnusable as err:
                 LOG.info('Nothing to disconnect from: %s', err)
             else:
-                self._disconnect_pod(vif, ifname, netns, container_id)
+                self._disconnect_pod(vif, ifname, netns, container_id,
+                                     sandbox)
         finally:
             self._unbind(vif, Owner(container_id, ifname), sandbox)
 
@@ -139,11 +148,55 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                 netns=path, reason="is the node's own")
         return path
 
-    def _disconnect_pod(self, vif: Any, ifname: str, netns: str,
-                        container_id: str) -> None:
+    @staticmethod
+    def _is_direct() -> bool:
         try:
-            netlink.undisturbed('disconnect ' + ifname, super().disconnect,
-                                vif, ifname, netns, container_id)
+            options = config.load(k_config.CONF)
+        except exceptions.InvalidOption:
+            return False  # it is logged when the pod is to be bound
+        return options.enabled and options.pod_binding == config.DIRECT
+
+    def _connect_directly(self, vif: Any, ifname: str, sandbox: str) -> None:
+        """What Kuryr's connect does, with the same errors of its own."""
+        with netlink.Kernel() as kernel:
+            parent = self._find_parent(kernel)
+            if parent.mtu < vif.network.mtu:
+                raise k_exc.CNIBindingFailure(
+                    'MTU of interface %s (%d) is smaller than MTU of pod '
+                    'network %s (%d). Please make sure pod network has the '
+                    'same or smaller MTU as node (VM) network.' % (
+                        parent.name, parent.mtu, vif.network.id,
+                        vif.network.mtu))
+            pod_link.connect(kernel, sandbox, ifname, parent,
+                             mac=str(vif.address), mtu=vif.network.mtu,
+                             passing=vif.vif_name)
+
+    def _find_parent(self, kernel: netlink.Kernel) -> netlink.Link:
+        """Find the parent as Kuryr does, from what it looks at for that."""
+        wanted = k_config.CONF.binding.link_iface
+        link = kernel.link(wanted) if netlink.index_of(wanted) else None
+        if link is not None and link.name == wanted:
+            links, addresses = [link], []
+        else:  # that an altname finds it does not count for Kuryr
+            links, addresses = kernel.links(), kernel.addresses()
+        name = self._detect_iface_name(types.SimpleNamespace(interfaces={
+            link.name: {'flags': _IFF_LOOPBACK if link.loopback else 0,
+                        'ipaddr': [(str(address), address.max_prefixlen)
+                                   for index, address in addresses
+                                   if index == link.index]}
+            for link in links}))
+        return next(link for link in links if link.name == name)
+
+    def _disconnect_pod(self, vif: Any, ifname: str, netns: str,
+                        container_id: str, sandbox: str) -> None:
+        try:
+            if self._is_direct():
+                pod_link.disconnect(sandbox, ifname, vif.vif_name)
+                return
+            with flat.view():
+                netlink.undisturbed('disconnect ' + ifname,
+                                    super().disconnect, vif, ifname, netns,
+                                    container_id)
         except exceptions.KernelRefused as err:
             raise k_exc.CNIBindingFailure(str(err)) from err
 

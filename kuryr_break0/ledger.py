@@ -227,13 +227,11 @@ def _content(path: str) -> str:
     return content.decode()
 
 
-def _address_of(name: str) -> Optional[IPAddress]:
-    """The address of an entry by the name of its file; None for another's.
+def _address_of(name: str) -> IPAddress:
+    """The address of an entry by the name of its file.
 
-    :raises ValueError: if it is neither
+    :raises ValueError: if it is none
     """
-    if not name.endswith(_SUFFIX):
-        return None
     return ipaddress.ip_address(name[:-len(_SUFFIX)])
 
 
@@ -365,23 +363,23 @@ class Ledger:
 
         :raises LedgerUnavailable: if the directory cannot be read
         """
-        entries, unreadable = [], set()
+        entries = []
+        unreadable: set[IPAddress] = set()
         damaged, newer, aside = {}, {}, []
         for name in self._names(self._entries):
             path = os.path.join(self._entries, name)
-            address = None
+            found = set()  # no address, if that is what is wrong
             try:
-                address = _address_of(name)
-                if address is not None:
-                    entries.append(self._read(path, address))
+                found = {_address_of(name)}
+                entries.append(self._read(path, *found))
             except (FileNotFoundError, NotADirectoryError):
                 pass  # unbound meanwhile
             except NewerVersion as err:
                 newer[path] = str(err)
-                unreadable.add(address)
+                unreadable |= found
             except (ValueError, OSError) as err:
                 damaged[path] = str(err)
-                unreadable.add(address)
+                unreadable |= found
         for name in self._names(self._damaged):
             aside.append(os.path.join(self._damaged, name))
             with contextlib.suppress(ValueError):
@@ -389,9 +387,7 @@ class Ledger:
         return Contents(
             tuple(sorted(entries, key=lambda entry: _order(entry.address))),
             damaged, newer, tuple(sorted(aside)),
-            frozenset(address for address in unreadable
-                      if address is not None)
-            - {entry.address for entry in entries})
+            frozenset(unreadable - {entry.address for entry in entries}))
 
     def wait(self, timeout: float) -> bool:
         """Wait until who holds the lock now has let it go.
@@ -425,6 +421,28 @@ class Ledger:
         """
         return sorted(self._listed(self._entries), key=_order)
 
+    def count(self) -> int:
+        """Count the entries, at a tenth of what it takes to list them.
+
+        :raises LedgerUnavailable: if the directory cannot be read
+        """
+        return len(self._names(self._entries))
+
+    def some(self, position: int, most: int) -> tuple[list[IPAddress], int]:
+        """List some of the addresses that have an entry, and how many do.
+
+        They are in some order, and from its end on from its beginning.
+
+        :param position: in that order, of the first
+        :raises LedgerUnavailable: if the directory cannot be read
+        """
+        names = sorted(self._names(self._entries))
+        count = len(names)
+        if count > most:
+            start = position % count
+            names = (names + names)[start:start + most]
+        return self._parsed(self._entries, names), count
+
     def exists(self) -> bool:
         """Whether there is a state directory."""
         return os.path.isdir(self._path)
@@ -453,21 +471,22 @@ class Ledger:
                 raise self._unavailable(err) from err
 
     def _listed(self, directory: str) -> list[IPAddress]:
+        return self._parsed(directory, self._names(directory))
+
+    def _parsed(self, directory: str, names: list[str]) -> list[IPAddress]:
         found = []
-        for name in self._names(directory):
+        for name in names:
             try:
-                address = _address_of(name)
+                found.append(_address_of(name))
             except ValueError as err:
                 if directory == self._entries:
                     self._set_aside(os.path.join(directory, name), err)
-            else:
-                if address is not None:
-                    found.append(address)
         return found
 
     def _names(self, directory: str) -> list[str]:
         try:
-            return os.listdir(directory)
+            return [name for name in os.listdir(directory)
+                    if name.endswith(_SUFFIX)]
         except FileNotFoundError:
             return []
         except OSError as err:

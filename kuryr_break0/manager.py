@@ -272,12 +272,10 @@ class Break0Manager:
         each ADD and DEL looks for such: the next one goes on where this one
         ends.
         """
-        addresses = self._ledger.addresses()
         position = (self._ledger.recall('pruned', math.inf) or [0])[0]
-        if len(addresses) > LOOKED_AT:
-            self._ledger.remember('pruned', [
-                (position + LOOKED_AT) % len(addresses)])
-            addresses = (addresses + addresses)[position:][:LOOKED_AT]
+        addresses, count = self._ledger.some(position, LOOKED_AT)
+        if count > LOOKED_AT:
+            self._ledger.remember('pruned', [(position + LOOKED_AT) % count])
         failure = _Failures()
         for address in addresses:
             with failure.noted():
@@ -310,7 +308,7 @@ class Break0Manager:
 
     def _missing(self) -> int:
         with self._locked():  # so that no pod is half bound
-            return (len(self._ledger.addresses())
+            return (self._ledger.count()
                     - netlink.count_host_routes(self._options.device))
 
     @contextlib.contextmanager

@@ -36,11 +36,13 @@ import random
 import socket
 import struct
 import time
+import types
 from typing import Any, Callable, Iterator, NamedTuple, Optional
 from typing import Sequence, TypeVar
 
 import pyroute2
 from pyroute2.ipdb import exceptions as ipdb_exceptions
+from pyroute2.ipdb import interfaces as ipdb_interfaces
 from pyroute2 import netlink
 from pyroute2.netlink import exceptions as nl_exceptions
 from pyroute2.netlink.nfnetlink import nfctsocket
@@ -56,6 +58,8 @@ from kuryr_break0 import messages
 from kuryr_break0.plan import HostRoute
 from kuryr_break0.plan import Item
 from kuryr_break0.plan import Neighbour
+
+LOG = logging.getLogger(__name__)
 
 # linux/rtnetlink.h
 RT_SCOPE_LINK = 253
@@ -75,6 +79,9 @@ RTM_F_CLONED = 0x200
 RTM_F_LOOKUP_TABLE = 0x1000
 #: Answer with the route in the table, not with what follows from it.
 RTM_F_FIB_MATCH = 0x2000
+
+_INTERFACE_GROUPS = (rtnl.RTMGRP_LINK | rtnl.RTMGRP_IPV4_IFADDR
+                     | rtnl.RTMGRP_IPV6_IFADDR)
 
 #: An interrupted dump is repeated this often. Each try meets about as many
 #: changes as the last, so what counts is their number, not their distance.
@@ -133,6 +140,7 @@ class Link:
     mac: str
     multicast: bool
     up: bool
+    loopback: bool
 
     @property
     def lower_of_macvlans(self) -> tuple[Optional[int], bool]:
@@ -304,25 +312,32 @@ def entered(netns: str) -> Iterator[None]:
     :param netns: its path
     :raises NetnsUnusable: if it cannot be entered
     """
-    flags = os.O_RDONLY | os.O_CLOEXEC
-    own = os.open('/proc/thread-self/ns/net', flags)
-    try:
-        try:
-            other = os.open(netns, flags)
+    with _opened('/proc/thread-self/ns/net') as own:
+        with _opened(netns) as other:
             try:
                 pyroute2_netns.setns(other, libc=_LIBC)
-            finally:
-                os.close(other)
-        except OSError as err:
-            raise exceptions.NetnsUnusable(
-                netns=netns, reason='cannot be entered: %s'
-                % os.strerror(err.errno or 0)) from err
+            except OSError as err:
+                raise exceptions.NetnsUnusable(
+                    netns=netns, reason='cannot be entered: %s'
+                    % os.strerror(err.errno or 0)) from err
         try:
             yield
         finally:
             pyroute2_netns.setns(own, libc=_LIBC)
+
+
+@contextlib.contextmanager
+def _opened(netns: str) -> Iterator[int]:
+    try:
+        opened = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as err:
+        raise exceptions.NetnsUnusable(
+            netns=netns, reason='cannot be entered: %s'
+            % os.strerror(err.errno or 0)) from err
+    try:
+        yield opened
     finally:
-        os.close(own)
+        os.close(opened)
 
 
 def macvlans_in(netns: str) -> list[Link]:
@@ -379,6 +394,68 @@ def _unwarned() -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
+
+
+def prepare() -> None:
+    """Do, before processes fork, what pyroute2 does at the first use.
+
+    In each of them: it looks for the C library, by another process, where it
+    enters a namespace for Kuryr, and compiles its messages.
+    """
+    with contextlib.suppress(exceptions.Break0Error, OSError):
+        with Kernel() as kernel:
+            kernel.link('lo')
+        with _opened('/proc/thread-self/ns/net') as own:
+            pyroute2_netns.setns(own)
+
+
+class _Unread(dict):  # type: ignore[type-arg]
+    """What an IPDB does not read; it writes here of its own accord."""
+
+    def __init__(self, ipdb: Any) -> None:
+        super().__init__()
+
+
+class _InterfacesIPDB(pyroute2.IPDB):  # type: ignore[misc]
+    """An IPDB that reads and hears of interfaces and addresses only."""
+
+    # It has no attributes before this is called.
+    def __init__(self) -> None:
+        super().__init__(nl_bind_groups=_INTERFACE_GROUPS,
+                         deprecation_warning=False)
+
+    def initdb(self) -> None:
+        # Its plugin for interfaces reads the neighbours as well.
+        spec = [{**each, 'class': _Unread} if each['name'] == 'neighbours'
+                else each for each in ipdb_interfaces.spec]
+        self._plugins = [types.SimpleNamespace(groups=_INTERFACE_GROUPS,
+                                               spec=spec)]
+        super().initdb()
+
+
+def ipdb_of_interfaces() -> Optional[Any]:
+    """Open an IPDB, on the node, that has read what Kuryr needs of it.
+
+    All interfaces and addresses, but no neighbours, routes and rules.
+
+    :returns: None if that cannot be done with this pyroute2
+    :raises NetlinkError: as any IPDB; for :func:`undisturbed`
+    """
+    try:
+        with _unwarned():
+            ipdb = _InterfacesIPDB()
+        try:
+            ipdb.interfaces  # read when first asked for
+        except BaseException:
+            ipdb.release()
+            raise
+        return ipdb
+    except nl_exceptions.NetlinkError:
+        raise
+    except Exception as err:
+        LOG.debug('Kuryr reads all of the node, since IPDB is not as it was: '
+                  '%r', err)
+        return None
 
 
 class Routes(NamedTuple):
@@ -439,6 +516,28 @@ class Kernel:
                 return None
             raise
         return _link(answer[0])
+
+    def links(self) -> list[Link]:
+        """List all interfaces, by a dump."""
+        return [_link(message) for message in undisturbed(
+            'list the interfaces', lambda: list(self._ipr.get_links()))]
+
+    def create_macvlan(self, name: str, parent: Link, netns: str, *,
+                       mac: str, mtu: int) -> None:
+        """Create a macvlan in bridge mode, up, in another namespace.
+
+        It is never in that of the parent, so its name is free to be that of
+        an interface there, and nobody there hears of it.
+
+        :param netns: the path of the namespace
+        """
+        with _opened(netns) as other, _translated(
+                'create the macvlan %s of the pod on %s' % (name,
+                                                            parent.name)):
+            self._ipr.link('add', ifname=name, kind='macvlan',
+                           macvlan_mode='bridge', link=parent.index,
+                           net_ns_fd=other, address=mac, mtu=mtu,
+                           state='up')
 
     def change_link(self, link: Link, **changes: Any) -> None:
         """Change attributes of an interface, such as mtu or address."""
@@ -823,4 +922,5 @@ def _link(message: Any) -> Link:
         mtu=message.get_attr('IFLA_MTU'),
         mac=message.get_attr('IFLA_ADDRESS') or '',
         multicast=bool(message['flags'] & ifinfmsg.IFF_MULTICAST),
-        up=bool(message['flags'] & ifinfmsg.IFF_UP))
+        up=bool(message['flags'] & ifinfmsg.IFF_UP),
+        loopback=bool(message['flags'] & ifinfmsg.IFF_LOOPBACK))

@@ -64,9 +64,11 @@ def _serve() -> None:
     """Let nested macvlan VIFs be bound by break0's driver.
 
     Not before Kuryr can find it: a VIF class without a driver would fail
-    every pod. Its modules are imported on the way, which spares that to the
-    process of each request.
+    every pod. What the process of a request would import is imported here,
+    which spares it that.
     """
+    import netrc  # noqa: F401 (by requests, when Kuryr calls the API)
+
     from kuryr_kubernetes.cni.binding import base as b_base
     from oslo_config import cfg
     from oslo_versionedobjects import base as obj_base
@@ -74,12 +76,14 @@ def _serve() -> None:
 
     from kuryr_break0 import config
     from kuryr_break0 import exceptions
+    from kuryr_break0 import netlink
     from kuryr_break0 import vif
 
     name = vif.VIFMacvlanBreak0.__name__
     driver: Any = stv_driver.DriverManager(
         namespace=b_base._BINDING_NAMESPACE, name=name).driver
     obj_base.VersionedObjectRegistry.register(vif.VIFMacvlanBreak0)
+    netlink.prepare()
     LOG.info('%s VIFs are bound by %s.%s', vif.VIFMacvlanBreak0.obj_name(),
              driver.__module__, driver.__name__)
     try:

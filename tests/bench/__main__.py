@@ -25,6 +25,7 @@ from typing import Any, NoReturn, Optional
 import prettytable
 
 from tests import bench
+from tests.bench import binding
 from tests.bench import bulk
 from tests.bench import healing
 from tests.bench import ledgers
@@ -36,7 +37,8 @@ from tests import lab
 SECTIONS: dict[str, bench.Measure] = {
     'pods': pods.pairs, 'own': own.calls, 'lock': own.lock,
     'ledgers': ledgers.compare, 'bulk': bulk.syncs,
-    'healing': healing.repairs, 'paths': paths.paths}
+    'healing': healing.repairs, 'paths': paths.paths,
+    'binding': binding.binding, 'bursts': binding.bursts}
 
 
 def _table(title: Optional[str], columns: list[str],

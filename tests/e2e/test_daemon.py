@@ -209,12 +209,14 @@ class TestFailures(DaemonTestCase):
 
 class TestBursts(DaemonTestCase):
 
+    options = ''
+
     def assert_all(self, status: int, answers: list[kuryr.Answer]) -> None:
         failed = [answer for answer in answers if answer.status != status]
         self.assertEqual([], failed, self.node.errors())
 
     def test_the_first_thirty_make_one_break0(self) -> None:
-        self.node.start_daemon()
+        self.node.start_daemon(self.options)
         pods = [self.node.add_pod('pod-%d' % number, '100.75.30.%d' % number)
                 for number in range(100, 130)]
         answers = self.node.requests(pods, 'ADD')
@@ -228,7 +230,7 @@ class TestBursts(DaemonTestCase):
     def test_eight_bursts_lose_none(self) -> None:
         # Stock Kuryr loses pods here, when another one's interface
         # interrupts its look at those of the node.
-        self.node.start_daemon()
+        self.node.start_daemon(self.options)
         for burst in range(8):
             pods = [self.node.add_pod('pod-%d-%d' % (burst, number),
                                       '100.75.30.%d' % number)
@@ -239,6 +241,11 @@ class TestBursts(DaemonTestCase):
             self.assertEqual({}, self.node.lab.routes())
             for pod in pods:
                 self.node.delete_pod(pod)
+
+
+class TestDirectBursts(TestBursts):
+
+    options = 'pod_binding = direct'
 
 
 class TestOtherProcesses(DaemonTestCase):

@@ -27,5 +27,5 @@ class TestBench(unittest.TestCase):
             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.assertEqual(0, done.returncode, done.stderr)
         for text in ('ours', 'raw netlink socket', 'IPDB per operation',
-                     'target'):
+                     'pod_binding = direct', 'ADDs at once', 'target'):
             self.assertIn(text, done.stdout)

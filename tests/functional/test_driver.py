@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import time
 from typing import Any, Iterator
 import unittest
 from unittest import mock
@@ -54,10 +56,15 @@ def set_options(test: unittest.TestCase, group: str = 'break0',
 
 class DriverTestCase(base.LabTestCase):
 
+    #: How the pod's interface is made, and what fails where that does.
+    binding = 'kuryr'
+    disconnecting: Any = nested.MacvlanDriver
+
     def setUp(self) -> None:
         super().setUp()
         k_config.CONF([], project='kuryr', default_config_files=[])
         set_options(self, 'binding', link_iface=lab.PARENT)
+        set_options(self, pod_binding=self.binding)
         self.netns = self.lab.add_netns('pod')
         self.vif = vif(POD)
         self.driver = driver.Break0MacvlanDriver()
@@ -89,16 +96,37 @@ class DriverTestCase(base.LabTestCase):
 class TestConnect(DriverTestCase):
 
     def test_the_pod_is_as_kuryr_makes_it(self) -> None:
+        self.lab.add_ipv6()
+        self.vif = vif(POD, 'fd00:30::71', mtu=1400,
+                       subnets=['100.75.30.0/24', 'fd00:30::/64'])
+        set_options(self, static_neighbours=False)
         self.connect()
-        ours = self.pod_links()
+        b_base._configure_l3(self.vif, 'eth0', self.netns, True)
+        ours = self.pod()
         self.lab.run('ip', 'link', 'del', 'eth0', netns='pod')
         nested.MacvlanDriver().connect(self.vif, 'eth0', self.netns,
                                        CONTAINER)
-        theirs = self.pod_links()
-        for link in (*ours.values(), *theirs.values()):
-            link.pop('ifindex')
-        self.assertEqual(['eth0'], list(ours))
-        self.assertEqual(theirs, ours)
+        b_base._configure_l3(self.vif, 'eth0', self.netns, True)
+        self.assertEqual(self.pod(), ours)
+        self.assertEqual(1400, ours[0]['mtu'])
+
+    def pod(self) -> list[Any]:
+        """All that ip says of a pod, as soon as the kernel has done all."""
+        self.lab.settle()
+        deadline = time.monotonic() + 10
+        # It is UNKNOWN until the kernel has looked after the carrier.
+        while self.pod_links()['eth0']['operstate'] != 'UP':
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.1)
+        found: list[Any] = [*self.pod_links().values()]
+        for args in (('address', 'show'), ('-4', 'route', 'show'),
+                     ('-6', 'route', 'show', 'table', 'all')):
+            found += self.lab.ip(*args, netns='pod')
+        sysctls = self.lab.run('sysctl', '-a', '--pattern', r'\.eth0\.',
+                               netns='pod').stdout
+        for each in found:
+            each.pop('ifindex', None)  # of each interface another
+        return [*found, sysctls]
 
     def test_reachable_once_it_has_its_address(self) -> None:
         self.connect()
@@ -160,10 +188,62 @@ class TestConnect(DriverTestCase):
         self.assertEqual(['eth0'], list(self.pod_links()))
 
     def test_nothing_is_bound_if_kuryr_fails(self) -> None:
-        with self.assertRaisesRegex(k_exc.CNIBindingFailure, 'MTU'):
-            self.connect(vif=vif(POD, mtu=9000))
+        big = vif(POD, mtu=9000)
+        with self.assertRaises(k_exc.CNIBindingFailure) as kuryrs:
+            nested.MacvlanDriver().connect(big, 'eth0', self.netns, CONTAINER)
+        with self.assertRaises(k_exc.CNIBindingFailure) as ours:
+            self.connect(vif=big)
+        self.assertEqual(str(kuryrs.exception), str(ours.exception))
+        self.assertIn('MTU of interface eth0 (1500)', str(ours.exception))
         self.assertIsNone(self.lab.link('break0'))
         self.assertEqual(set(), self.bound())
+
+    def test_a_refusal_is_not_taken_for_a_vlan_conflict(self) -> None:
+        # A second macvlan with one MAC address on a parent: EADDRINUSE.
+        self.connect()
+        netns = self.lab.add_netns('other')
+        with self.assertRaisesRegex(driver.PodNotConnected,
+                                    'Address already in use'):
+            self.connect(netns=netns, container_id='b')
+
+    def test_what_is_left_in_the_pod_is_removed(self) -> None:
+        for name in ('eth0', self.vif.vif_name):
+            self.lab.run('ip', 'link', 'add', name, 'type', 'veth',
+                         'peer', 'name', 'peer-' + name[:4], netns='pod')
+        self.connect()
+        self.assertEqual(['eth0'], list(self.pod_links()))
+        self.assertEqual(str(self.vif.address),
+                         self.pod_links()['eth0']['address'])
+
+    def test_what_is_left_on_the_node_is_removed(self) -> None:
+        # Of a daemon that was killed before it moved the interface.
+        self.lab.run('ip', 'link', 'add', self.vif.vif_name, 'link', 'eth0',
+                     'address', str(self.vif.address), 'up',
+                     'type', 'macvlan', 'mode', 'bridge')
+        self.connect()
+        self.assertIsNone(self.lab.link(self.vif.vif_name))
+        self.assertEqual(['eth0'], list(self.pod_links()))
+
+    def test_again(self) -> None:
+        self.connect()
+        self.connect()
+        self.assertEqual(['eth0'], list(self.pod_links()))
+
+    def test_the_interfaces_of_the_node_are_as_before(self) -> None:
+        # That of the pod has the name of one.
+        def node() -> list[Any]:
+            return [(link['ifname'], link['ifindex'], link['address'],
+                     link['mtu'], link['flags'])
+                    for link in self.lab.ip('link', 'show')
+                    if link['ifname'] != 'break0']
+
+        before = node()
+        self.connect()
+        self.assertEqual(before, node())
+
+    def test_as_small_as_the_network(self) -> None:
+        self.connect(vif=vif(POD, mtu=1400))
+        self.assertEqual(1400, self.pod_links()['eth0']['mtu'])
 
     def test_disabled(self) -> None:
         self.connect()
@@ -173,6 +253,30 @@ class TestConnect(DriverTestCase):
         self.assertEqual({POD}, set(self.lab.routes()))
         self.disconnect()  # what was bound before still goes
         self.assertEqual({}, self.lab.routes())
+
+
+class TestConnectDirectly(TestConnect):
+
+    binding = 'direct'
+    disconnecting = driver.pod_link
+
+    def test_it_is_not_kuryr_that_does_it(self) -> None:
+        for method in ('connect', 'disconnect'):
+            with mock.patch.object(nested.MacvlanDriver, method,
+                                   side_effect=ZeroDivisionError):
+                getattr(self, method)()
+
+    def test_it_is_never_on_the_node(self) -> None:
+        with netlink.Events() as events:
+            self.connect()
+            self.lab.run('ip', 'link', 'add', 'the-last', 'type', 'veth',
+                         'peer', 'name', 'but-one')
+            names: list[Any] = []
+            while 'the-last' not in names:
+                names += [event.ifname for event in events.get()
+                          if event.what == 'link']
+        self.assertEqual({'break0', 'eth0', 'the-last', 'but-one'},
+                         set(names))
 
 
 class TestNetlinkErrors(DriverTestCase):
@@ -205,14 +309,6 @@ class TestNetlinkErrors(DriverTestCase):
                 self.connect()
         self.assertLess(self.calls, 100)
 
-    def test_a_refusal_is_not_taken_for_a_vlan_conflict(self) -> None:
-        # A second macvlan with one MAC address on a parent: EADDRINUSE.
-        self.connect()
-        netns = self.lab.add_netns('other')
-        with self.assertRaisesRegex(driver.PodNotConnected,
-                                    'Address already in use'):
-            self.connect(netns=netns, container_id='b')
-
     def test_none_leaves_disconnect(self) -> None:
         error = netlink.nl_exceptions.NetlinkError(17, 'File exists')
         self.connect()
@@ -241,7 +337,7 @@ class TestDisconnect(DriverTestCase):
         self.disconnect()
 
     def test_unbound_even_if_kuryr_fails(self) -> None:
-        with mock.patch.object(nested.MacvlanDriver, 'disconnect',
+        with mock.patch.object(self.disconnecting, 'disconnect',
                                side_effect=k_exc.CNIBindingFailure('oh')):
             with self.assertRaisesRegex(k_exc.CNIBindingFailure, 'oh'):
                 self.disconnect()
@@ -249,7 +345,7 @@ class TestDisconnect(DriverTestCase):
 
     def test_the_first_error_is_raised(self) -> None:
         with mock.patch.object(
-                nested.MacvlanDriver, 'disconnect',
+                self.disconnecting, 'disconnect',
                 side_effect=k_exc.CNIBindingFailure('first')), \
             mock.patch.object(driver.Break0Manager, 'unbind',
                               side_effect=ValueError('second')):
@@ -263,6 +359,20 @@ class TestDisconnect(DriverTestCase):
         self.disconnect(container_id='an-earlier-one',
                         netns='/run/netns/gone')
         self.assertIn(POD, self.lab.routes())
+
+
+class TestDisconnectDirectly(TestDisconnect):
+
+    binding = 'direct'
+    disconnecting = driver.pod_link
+
+    def test_a_pod_that_kuryr_has_made(self) -> None:
+        self.disconnect()
+        set_options(self, pod_binding='kuryr')
+        self.connect()
+        set_options(self, pod_binding='direct')
+        self.disconnect()
+        self.assertEqual({}, self.pod_links())
 
 
 class TestNetns(DriverTestCase):
@@ -309,6 +419,11 @@ class TestNetns(DriverTestCase):
         self.assertEqual('/run/host_proc/42/ns/net', entry.netns)
 
 
+class TestNetnsDirectly(TestNetns):
+
+    binding = 'direct'
+
+
 class TestParent(DriverTestCase):
 
     def test_break0_is_never_taken_for_it(self) -> None:
@@ -336,6 +451,75 @@ class TestParent(DriverTestCase):
         set_options(self, parent='eth1', strict=True)
         with self.assertRaisesRegex(driver.PodNotConnected, 'eth1.*eth0'):
             self.connect()
+
+
+class TestParentDirectly(TestParent):
+
+    binding = 'direct'
+
+
+class TestDetection(DriverTestCase):
+    """Without a usable [binding] link_iface."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.lab.run('ip', 'link', 'add', 'a0', 'type', 'veth',
+                     'peer', 'name', 'b0')
+        for name in ('a0', 'b0'):
+            self.lab.run('ip', 'link', 'set', name, 'up')
+        self.lab.run('ip', 'address', 'add', '10.9.0.1/24', 'dev', 'a0')
+        self.lab.run('ip', 'address', 'add', 'fd00:9::1/64', 'dev', 'b0',
+                     'nodad')
+        self.lab.run('ip', 'link', 'property', 'add', 'dev', 'a0',
+                     'altname', 'an-altname')
+
+    def parent(self, make: Any) -> Any:
+        self.lab.run('ip', 'link', 'del', 'eth0', netns='pod', check=False)
+        make(self.vif, 'eth0', self.netns, CONTAINER)
+        index = self.pod_links()['eth0']['link_index']
+        return next(link['ifname'] for link in self.lab.ip('link', 'show')
+                    if link['ifindex'] == index)
+
+    def assert_as_kuryr(self, expected: str, link_iface: str = '') -> None:
+        set_options(self, 'binding', link_iface=link_iface)
+        self.assertEqual(expected, self.parent(
+            nested.MacvlanDriver().connect))
+        self.assertEqual(expected, self.parent(self.driver.connect))
+        self.assertEqual({expected}, {
+            link['link'] for link in self.lab.ip('link', 'show')
+            if link['ifname'] == 'break0'})
+        self.lab.run('ip', 'link', 'del', 'break0')
+
+    def test_the_first(self) -> None:
+        for link_iface in ('', 'gone', 'an-altname', 'x' * 40):
+            with self.subTest(link_iface):
+                self.assert_as_kuryr('eth0', link_iface)
+
+    def listening(self, address: str) -> socket.socket:
+        # One to a test: Kuryr leaves processes that have it open.
+        return socket.create_server(
+            (address, 10250),
+            family=socket.AF_INET6 if ':' in address else socket.AF_INET)
+
+    def test_the_one_that_kubelet_listens_on(self) -> None:
+        with self.listening('10.9.0.1'):
+            self.assert_as_kuryr('a0')
+
+    def test_the_same_with_ipv6(self) -> None:
+        with self.listening('fd00:9::1'):
+            self.assert_as_kuryr('b0')
+
+    def test_if_kubelet_listens_on_all(self) -> None:
+        with self.listening('0.0.0.0'):
+            self.assert_as_kuryr('eth0')
+
+    def test_the_configured_one(self) -> None:
+        self.assert_as_kuryr('b0', 'b0')
+
+
+class TestDetectionDirectly(TestDetection):
+
+    binding = 'direct'
 
 
 class TestKuryrsOwn(test_binding.TestNestedMacvlanDriver):

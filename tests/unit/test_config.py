@@ -42,7 +42,8 @@ class TestLoad(unittest.TestCase):
     def test_defaults(self) -> None:
         self.assertEqual(
             config.Options(
-                enabled=True, device='break0', parent=None, addr=(), mac=None,
+                enabled=True, pod_binding='kuryr', device='break0',
+                parent=None, addr=(), mac=None,
                 static_neighbours=True, host_addresses=(), route_protocol=176,
                 route_table=254, allowed_cidrs=(),
                 takeover=False, gc_grace=60, resync_interval=60, strict=False,
@@ -56,6 +57,7 @@ class TestLoad(unittest.TestCase):
     def test_all_set(self) -> None:
         options = load('''
 enabled = no
+pod_binding = direct
 device = shim
 parent = eth0
 addr = 100.75.30.7, fd00::7/128
@@ -77,7 +79,8 @@ metrics_bind = [::1]:80
 ''')
         self.assertEqual(
             config.Options(
-                enabled=False, device='shim', parent='eth0',
+                enabled=False, pod_binding='direct', device='shim',
+                parent='eth0',
                 addr=(ipaddress.ip_address('100.75.30.7'),
                       ipaddress.ip_address('fd00::7')),
                 mac='02:aa:00:00:00:01', static_neighbours=False,
@@ -110,6 +113,7 @@ metrics_bind = [::1]:80
     def test_bad_values(self) -> None:
         for line, *texts in (
                 ('enabled = perhaps', "'perhaps'", 'true nor false'),
+                ('pod_binding = both', "'both'", 'kuryr, direct'),
                 ('device = more than fifteen', 'more than', '15 characters'),
                 ('device = ..', "'..'", 'interface name'),
                 ('device = a/b', "'a/b'", '"/"'),

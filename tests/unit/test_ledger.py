@@ -12,11 +12,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 import os
 import stat
 import tempfile
-from typing import Iterator
+from typing import Any, Iterator
 import unittest
 from unittest import mock
 
@@ -79,6 +80,29 @@ class TestEntries(LedgerTestCase):
         self.assertEqual(
             ['100.75.30.9', '100.75.30.100', 'fd00::1', 'fd00::2'],
             [str(entry.address) for entry in self.ledger.entries()])
+
+    def test_some_in_turn(self) -> None:
+        everything = set()
+        for number in range(5):
+            address = ipaddress.ip_address('10.0.0.%d' % number)
+            everything.add(address)
+            self.ledger.put(dataclasses.replace(ENTRY, address=address))
+        self.assertEqual(5, self.ledger.count())
+        seen: list[Any] = []
+        for position in (0, 2, 4, 11):
+            some, count = self.ledger.some(position, 2)
+            self.assertEqual((2, 5), (len(some), count))
+            seen += some
+        self.assertEqual(everything, set(seen[:5]))
+        self.assertEqual(seen[0], seen[5])
+        self.assertEqual(seen[1:3], seen[6:])
+        some, count = self.ledger.some(3, 5)
+        self.assertEqual((everything, 5), (set(some), count))
+        self.write('', 'ten.json')
+        self.assertEqual(6, self.ledger.count())
+        with self.assertLogs('kuryr_break0.ledger', 'WARNING'):
+            self.ledger.some(0, 10)
+        self.assertEqual(5, self.ledger.count())
 
     def test_a_writer_killed_half_way_leaves_what_was_there(self) -> None:
         self.ledger.put(ENTRY)

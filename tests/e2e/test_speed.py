@@ -1,0 +1,81 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+"""What the speed of a request rests on, with the real daemon."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+
+import psutil
+
+from tests.e2e import test_daemon
+from tests import kuryr
+
+
+class TestImports(test_daemon.DaemonTestCase):
+    """No module is looked for in the process of a request."""
+
+    # Python imports it when it starts.
+    WATCH = '''
+        import os
+        import sys
+
+        class Watch:
+            def find_spec(self, name, path=None, target=None):
+                with open(%r, 'a') as file:
+                    file.write('%%d %%s\\n' %% (os.getpid(), name))
+
+        sys.meta_path.insert(0, Watch())
+    '''
+
+    def imports(self, among: set[int]) -> dict[str, list[str]]:
+        """What some processes of the daemon and what others looked for."""
+        found: dict[str, list[str]] = {'services': [], 'requests': []}
+        with open(os.path.join(self.node.dir, 'imports')) as file:
+            for line in file:
+                pid, name = line.split()
+                found['services' if int(pid) in among
+                      else 'requests'].append(name)
+        return found
+
+    def test_with_kuryrs_binding(self) -> None:
+        self.check('kuryr')
+
+    def test_with_the_direct_one(self) -> None:
+        self.check('direct')
+
+    def check(self, binding: str) -> None:
+        path = os.path.join(self.node.dir, 'imports')
+        with open(path, 'w'):
+            pass
+        with open(os.path.join(self.node.dir, 'sitecustomize.py'),
+                  'w') as file:
+            file.write(textwrap.dedent(self.WATCH) % path)
+        self.node.start_daemon('pod_binding = ' + binding,
+                               PYTHONPATH=self.node.dir)
+        self.node.lab.add_ipv6()
+        for name in ('first', 'second'):  # the first makes break0
+            pod = self.node.add_pod(
+                name, vif=kuryr.macvlan_vif(
+                    '100.75.30.71', 'fd00:30::71',
+                    subnets=['100.75.30.0/24', 'fd00:30::/64']))
+            self.add(pod)
+            self.delete(pod)
+        assert self.node.daemon is not None
+        daemon = psutil.Process(self.node.daemon.pid)
+        # Those of requests are children of one of them.
+        found = self.imports({daemon.pid, *(
+            process.pid for process in daemon.children())})
+        self.assertIn('kuryr_break0.manager', found['services'])
+        self.assertEqual([], found['requests'])
