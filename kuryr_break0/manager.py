@@ -640,12 +640,21 @@ class Break0Manager:
                     or entry.sandbox_gone):
                 continue
             try:
-                sandbox.forget(entry.netns, entry.owner.ifname, entry.peer,
-                               self._options.route_protocol)
-            except (exceptions.NetnsUnusable,
-                    exceptions.KernelRefused) as err:
+                if sandbox.exists(entry.netns, entry.owner.ifname):
+                    sandbox.forget(entry.netns, entry.owner.ifname,
+                                   self._not_needed(entry),
+                                   self._options.route_protocol)
+            except exceptions.Break0Error as err:
                 LOG.debug('The sandbox %s still knows the node: %s',
                           entry.owner, err)
+
+    def _not_needed(self, removed: Entry) -> list[IPAddress]:
+        """The node's addresses that no other address of a sandbox uses."""
+        assert removed.peer is not None
+        versions = {entry.address.version for entry in self._ledger.entries()
+                    if entry.owner == removed.owner}
+        return [host for host in removed.peer.addresses
+                if host.version not in versions]
 
     @staticmethod
     def _forget_connections(addresses: Iterable[IPAddress]) -> None:

@@ -55,7 +55,7 @@ def introduce(netns: str, ifname: str, peer: Peer, *,
     versions = {address.version for address in addresses}
     hosts = [host for host in peer.addresses if host.version in versions]
     outdated = [host for host in (before.addresses if before else ())
-                if host not in hosts]
+                if host not in peer.addresses]
     with netlink.entered(netns):
         index = netlink.index_of(ifname)
         if index is None:
@@ -77,8 +77,18 @@ def introduce(netns: str, ifname: str, peer: Peer, *,
             _apply(kernel, changes)
 
 
-def forget(netns: str, ifname: str, peer: Peer, protocol: int) -> None:
-    """Take back what :func:`introduce` did, if the interface is still there.
+def exists(netns: str, ifname: str) -> bool:
+    """Whether a pod's interface is still there.
+
+    :raises NetnsUnusable: if its namespace cannot be entered
+    """
+    with netlink.entered(netns):
+        return netlink.index_of(ifname) is not None
+
+
+def forget(netns: str, ifname: str, hosts: Iterable[IPAddress],
+           protocol: int) -> None:
+    """Take back what :func:`introduce` did for these addresses of the node.
 
     :raises NetnsUnusable: if it cannot be entered
     :raises KernelRefused: the first error of its kernel
@@ -87,7 +97,7 @@ def forget(netns: str, ifname: str, peer: Peer, protocol: int) -> None:
         index = netlink.index_of(ifname)
         if index is not None:
             with netlink.Kernel() as kernel:
-                _apply(kernel, _forgetting(peer.addresses, index, protocol))
+                _apply(kernel, _forgetting(hosts, index, protocol))
 
 
 def told(netns: str, ifname: str, protocol: int) -> list[Item]:

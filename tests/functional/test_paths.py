@@ -361,6 +361,22 @@ class TestNeighbours(DualStackTestCase):
         self.assertEqual({}, self.neighbours('eth0', 'far'))
         self.assertEqual(set(), self.onlink('far'))
 
+    def test_one_family_after_the_other(self) -> None:
+        path = self.lab.add_pod('pod', '100.75.30.81', 'fd00:30::81',
+                                mac=MAC % 81)
+        owner = Owner('pod', 'eth0')
+        hosts = {lab.NODE: self.mac, lab.NODE6: self.mac}
+        for address in ('100.75.30.81', 'fd00:30::81'):
+            self.bind(address, owner=owner, netns=path, mac_of_pod=MAC % 81,
+                      subnets=SUBNETS)
+        self.assertEqual(hosts, self.neighbours('eth0', 'pod'))
+        self.unbind('100.75.30.81', owner=owner)
+        del hosts[lab.NODE]
+        self.assertEqual(hosts, self.neighbours('eth0', 'pod'))
+        self.assertTrue(self.lab.ping(lab.NODE6, 'pod'))
+        self.unbind('fd00:30::81', owner=owner)
+        self.assertEqual({}, self.neighbours('eth0', 'pod'))
+
     def test_addresses_of_the_node_change(self) -> None:
         self.lab.run('ip', 'address', 'del', lab.NODE6 + '/64', 'dev', 'eth0')
         for address in ('100.75.30.52/24', 'fd00:30::52/64', '10.9.9.9/32'):
