@@ -267,8 +267,10 @@ class Node:
 
     def errors(self) -> str:
         """What of that is an error, with its traceback."""
-        return '\n'.join(line for line in self.output().splitlines()
-                         if re.search(r' (ERROR|CRITICAL) ', line))
+        # A traceback within a message has lines of its own.
+        return ''.join(re.findall(
+            r'(?m)^\S+ \S+ \d+ (?:ERROR|CRITICAL) .*\n'
+            r'(?:(?!\d{4}-\d\d-\d\d ).*\n)*', self.output()))
 
     def add_pod(self, name: str, *addresses: str, vif: Any = None,
                 extra_vifs: Optional[dict[str, Any]] = None,
