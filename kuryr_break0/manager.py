@@ -640,19 +640,20 @@ class Break0Manager:
                     or entry.sandbox_gone):
                 continue
             try:
-                if sandbox.exists(entry.netns, entry.owner.ifname):
-                    sandbox.forget(entry.netns, entry.owner.ifname,
-                                   self._not_needed(entry),
-                                   self._options.route_protocol)
+                sandbox.forget(entry.netns, entry.owner.ifname,
+                               self._not_needed(entry),
+                               self._options.route_protocol)
             except exceptions.Break0Error as err:
                 LOG.debug('The sandbox %s still knows the node: %s',
                           entry.owner, err)
 
     def _not_needed(self, removed: Entry) -> list[IPAddress]:
         """The node's addresses that no other address of a sandbox uses."""
-        assert removed.peer is not None
-        versions = {entry.address.version for entry in self._ledger.entries()
-                    if entry.owner == removed.owner}
+        assert removed.netns is not None and removed.peer is not None
+        others = [self._ledger.get(address) for address in sandbox.addresses(
+            removed.netns, removed.owner.ifname)]
+        versions = {entry.address.version for entry in others
+                    if entry is not None and entry.owner == removed.owner}
         return [host for host in removed.peer.addresses
                 if host.version not in versions]
 

@@ -77,13 +77,19 @@ def introduce(netns: str, ifname: str, peer: Peer, *,
             _apply(kernel, changes)
 
 
-def exists(netns: str, ifname: str) -> bool:
-    """Whether a pod's interface is still there.
+def addresses(netns: str, ifname: str) -> list[IPAddress]:
+    """The addresses of a pod's interface; none if that is gone.
 
     :raises NetnsUnusable: if its namespace cannot be entered
+    :raises KernelRefused: if its kernel cannot be asked
     """
     with netlink.entered(netns):
-        return netlink.index_of(ifname) is not None
+        index = netlink.index_of(ifname)
+        if index is None:
+            return []
+        with netlink.Kernel() as kernel:
+            return [address for at, address in kernel.addresses()
+                    if at == index]
 
 
 def forget(netns: str, ifname: str, hosts: Iterable[IPAddress],

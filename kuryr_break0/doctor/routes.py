@@ -20,8 +20,8 @@ from kuryr_break0.config import IPAddress
 from kuryr_break0.doctor import findings
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.node import Node
-from kuryr_break0 import messages
 from kuryr_break0 import netlink
+from kuryr_break0.netlink import messages
 
 #: Addresses for which the kernel is asked what it would use. Each costs up
 #: to two requests, about a millisecond in all.

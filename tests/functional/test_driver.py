@@ -25,10 +25,12 @@ from kuryr_kubernetes.cni.binding import nested
 from kuryr_kubernetes import config as k_config
 from kuryr_kubernetes import exceptions as k_exc
 from kuryr_kubernetes.tests.unit.cni import test_binding
+from pyroute2.netlink import exceptions as nl_exceptions
 
 from kuryr_break0 import driver
 from kuryr_break0 import exceptions
 from kuryr_break0 import netlink
+from kuryr_break0.netlink import errors
 from kuryr_break0 import vif as break0_vif
 from tests.functional import base
 from tests.functional.base import POD
@@ -289,7 +291,7 @@ class TestNetlinkErrors(DriverTestCase):
         def interrupted(*args: Any) -> None:
             self.calls += 1
             if self.calls <= times:
-                raise netlink.nl_exceptions.NetlinkDumpInterrupted()
+                raise nl_exceptions.NetlinkDumpInterrupted()
             connect(*args)
 
         return mock.patch.object(nested.MacvlanDriver, 'connect',
@@ -303,14 +305,14 @@ class TestNetlinkErrors(DriverTestCase):
 
     def test_but_not_for_ever(self) -> None:
         with self.interrupted(times=10 ** 6), mock.patch.object(
-                netlink, '_DUMP_PAUSE', 0):
+                errors, '_DUMP_PAUSE', 0):
             with self.assertRaisesRegex(driver.PodNotConnected,
                                         'interrupted'):
                 self.connect()
         self.assertLess(self.calls, 100)
 
     def test_none_leaves_disconnect(self) -> None:
-        error = netlink.nl_exceptions.NetlinkError(17, 'File exists')
+        error = nl_exceptions.NetlinkError(17, 'File exists')
         self.connect()
         with mock.patch.object(nested.MacvlanDriver, 'disconnect',
                                side_effect=error):

@@ -23,7 +23,7 @@ from kuryr_kubernetes.cni.binding import base as b_base
 import pyroute2
 
 from kuryr_break0 import flat
-from kuryr_break0 import netlink
+from kuryr_break0.netlink import ipdb
 from tests.functional import base
 from tests.functional.base import POD
 from tests.functional import test_driver
@@ -103,7 +103,7 @@ class TestNotAsExpected(test_driver.DriverTestCase):
     """Then it is as with Kuryr alone: slower, and no pod is lost."""
 
     def test_pyroute2_has_changed(self) -> None:
-        with mock.patch.object(netlink, 'ipdb_interfaces', object()), \
+        with mock.patch.object(ipdb, 'ipdb_interfaces', object()), \
                 self.assertLogs('kuryr_break0.netlink', 'DEBUG') as logs:
             self.connect()
         self.assertIn("no attribute 'spec'", logs.output[0])

@@ -214,7 +214,8 @@ class TestRoutes(base.LabTestCase):
                 # Neighbour and route; in the pod, whether the node is on
                 # its link, and the node as neighbour
                 self.bind(netns=netns, mac_of_pod=MAC)
-                # Route and neighbour; in the pod, the same for the node
+                # Route and neighbour; in the pod, whether it has another
+                # address that is bound, and the same for the node
                 self.unbind()
             return sent
 
@@ -222,7 +223,8 @@ class TestRoutes(base.LabTestCase):
         few = messages()
         # The last of each request is acknowledged.
         self.assertEqual(['28 0x501', '24 0x605', '26 0x1', '28 0x505',
-                          '25 0x1', '29 0x5', '25 0x1', '29 0x5'], few)
+                          '25 0x1', '29 0x5', '22 0x301', '25 0x1',
+                          '29 0x5'], few)
         batch = ''.join('route add %(to)s dev break0 proto 176\n'
                         'neigh add %(to)s dev break0 lladdr %(mac)s\n' %
                         {'to': '10.0.%d.%d' % divmod(number, 250), 'mac': MAC}
