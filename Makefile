@@ -6,7 +6,8 @@ BIN = $(VENV)/bin
 SPHINX = $(BIN)/sphinx-build -W --keep-going -q
 IN_LAB = tests/in-lab $(BIN)/python -W ignore
 
-.PHONY: demo test lint unit functional e2e bench docs genconfig clean
+.PHONY: demo test lint unit functional e2e bench bench-plots docs genconfig \
+        clean
 
 demo: $(VENV)/installed
 	$(IN_LAB) -m tests.demo
@@ -22,7 +23,19 @@ unit functional e2e: $(VENV)/installed
 	tests/run tests.$@
 
 bench: $(VENV)/installed
-	$(IN_LAB) -m tests.bench
+	@mkdir -p build
+	$(IN_LAB) -m tests.bench --json build/bench.json
+
+# Of the last make bench.
+bench-plots: $(VENV)/plots
+	$(BIN)/python -m tests.bench.plots build/bench.json \
+	    doc/source/images/cost.svg
+
+$(VENV)/plots: $(VENV)/installed tests/bench/requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check \
+	    --constraint constraints.txt \
+	    --requirement tests/bench/requirements.txt
+	touch $@
 
 # The pages, the man page and the release notes; a warning is an error.
 docs: $(VENV)/installed

@@ -33,6 +33,7 @@ from tests import lab
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 #: 250 pods, of which one is really there.
 PODS = {'10.20.0.%d' % number for number in range(1, 250)} | {POD}
+MAC = 'fa:16:3e:00:00:01'
 CONF = '/run/kuryr.conf'
 
 
@@ -40,13 +41,18 @@ class AgentTestCase(base.LabTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.netns = self.lab.add_pod('pod', POD)
-        self.bind(*sorted(PODS - {POD}))
-        self.bind(POD, netns=self.netns)
+        self.netns = self.lab.add_pod('pod', POD, mac=MAC)
+        self.bind_all()
+        self.healthy = self.lab.routes()
+        self.assertEqual(PODS, set(self.healthy))
         with open(CONF, 'w') as file:
             # Nothing here may be due to the timer.
             file.write('[break0]\nresync_interval = 3600\n')
         self.agent = self.start()
+
+    def bind_all(self) -> None:
+        self.bind(*sorted(PODS - {POD}), mac_of_pod=MAC)
+        self.bind(POD, netns=self.netns, mac_of_pod=MAC)
 
     def start(self) -> subprocess.Popen[str]:
         agent = subprocess.Popen(
@@ -80,7 +86,10 @@ class AgentTestCase(base.LabTestCase):
         return time.monotonic() - began
 
     def healed(self) -> bool:
-        return (set(self.lab.routes()) == PODS
+        neighbours = {each['dst'] for each in self.lab.ip(
+            'neigh', 'show', 'dev', 'break0', 'nud', 'permanent')
+        } if self.lab.link('break0') else set()
+        return (self.lab.routes() == self.healthy and neighbours == PODS
                 and self.lab.ping(POD, cold=False)
                 and self.lab.ping(lab.NODE, 'pod', cold=False))
 
@@ -108,7 +117,8 @@ class TestRepair(AgentTestCase):
         self.fault('all routes flushed', 'ip route flush dev break0')
         self.fault('a route changed',
                    'ip route replace %s dev break0 proto static' % POD)
-        self.fault('neighbours flushed', 'ip neigh flush dev break0')
+        self.fault('neighbours flushed',
+                   'ip neigh flush dev break0 nud permanent')
 
     def test_parent_replaced(self) -> None:
         # Pods go with their parent, so only the routes come back.
@@ -144,7 +154,7 @@ class TestRepair(AgentTestCase):
         for _ in range(40):
             self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
             self.lab.run('ip', 'link', 'set', 'break0', 'down')
-            self.bind(*sorted(PODS))
+            self.bind_all()
         self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
         os.kill(self.agent.pid, signal.SIGCONT)
         self.wait_for(self.healed)
