@@ -24,6 +24,7 @@ from kuryr_kubernetes import exceptions as k_exc
 from kuryr_kubernetes import utils as k_utils
 from oslo_log import log as logging
 
+from kuryr_break0 import addressing
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0 import flat
@@ -71,6 +72,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                                         vif, ifname, netns, container_id)
         except exceptions.Break0Error as err:
             raise PodNotConnected(str(err)) from err
+        addressing.repeat_if_disturbed()
         owner = Owner(container_id, ifname)
         strict = False
         try:

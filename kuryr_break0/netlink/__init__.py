@@ -26,6 +26,7 @@ import contextlib
 
 from kuryr_break0 import exceptions
 from kuryr_break0.netlink.conntrack import forget_connections
+from kuryr_break0.netlink.errors import IPDB_DISTURBED
 from kuryr_break0.netlink.errors import undisturbed
 from kuryr_break0.netlink.events import Event
 from kuryr_break0.netlink.events import Events
@@ -51,9 +52,9 @@ from kuryr_break0.netlink.node import source_for
 from kuryr_break0.netlink.node import write_sysctl
 
 __all__ = (
-    'Change', 'Event', 'Events', 'Kernel', 'Link', 'Path', 'Routes',
+    'Change', 'Event', 'Events', 'IPDB_DISTURBED', 'Kernel', 'Link', 'Path',
     'RTN_UNICAST', 'RT_SCOPE_LINK', 'RT_SCOPE_NOWHERE', 'RT_TABLE_MAIN',
-    'Verb', 'count_host_routes', 'create_macvlan', 'entered',
+    'Routes', 'Verb', 'count_host_routes', 'create_macvlan', 'entered',
     'forget_connections', 'index_of', 'ipdb_of_interfaces', 'macvlans_in',
     'prepare', 'read_sysctl', 'source_for', 'undisturbed', 'write_sysctl')
 

@@ -30,6 +30,11 @@ from kuryr_break0 import exceptions
 _DUMP_TRIES = 20
 _DUMP_PAUSE = 0.05  # seconds, at most
 
+#: What IPDB raises if it misses something: RuntimeError if it could not
+#: even go back to what was before.
+IPDB_DISTURBED = (RuntimeError, ipdb_exceptions.CommitException,
+                  nl_exceptions.NetlinkDumpInterrupted)
+
 _T = TypeVar('_T')
 
 

@@ -27,6 +27,7 @@ from kuryr_kubernetes import exceptions as k_exc
 from kuryr_kubernetes.tests.unit.cni import test_binding
 from pyroute2.netlink import exceptions as nl_exceptions
 
+from kuryr_break0 import addressing
 from kuryr_break0 import driver
 from kuryr_break0 import exceptions
 from kuryr_break0 import netlink
@@ -320,6 +321,44 @@ class TestNetlinkErrors(DriverTestCase):
                                         'File exists'):
                 self.disconnect()
         self.assertEqual({}, self.lab.routes())
+
+
+class TestAddressing(DriverTestCase):
+    """Kuryr's part of an ADD that comes after the driver's."""
+
+    def configure(self, failures: int) -> None:
+        """Let Kuryr do it, by an IPDB that fails so many times."""
+        self.connect()
+        get_ipdb = b_base.get_ipdb
+        self.calls = 0
+
+        def failing(netns: str) -> Any:
+            self.calls += 1
+            if self.calls <= failures:
+                raise RuntimeError()  # as IPDB does
+            return get_ipdb(netns)
+
+        with mock.patch.object(b_base, 'get_ipdb', failing):
+            b_base._configure_l3(self.vif, 'eth0', self.netns, True)
+
+    def test_kuryr_tries_again(self) -> None:
+        stock = b_base._configure_l3
+        with self.assertLogs('kuryr_break0.addressing', 'WARNING'):
+            self.configure(failures=2)
+        self.assertTrue(self.lab.ping(POD))
+        # What follows is Kuryr's own again.
+        self.assertIs(stock, b_base._configure_l3)
+
+    def test_but_not_for_ever(self) -> None:
+        with self.assertRaises(RuntimeError):
+            self.configure(failures=10)
+        self.assertEqual(3, self.calls)
+
+    def test_after_a_first_try_that_came_far(self) -> None:
+        self.configure(failures=0)
+        addressing.repeat_if_disturbed()
+        b_base._configure_l3(self.vif, 'eth0', self.netns, True)
+        self.assertTrue(self.lab.ping(POD))
 
 
 class TestDisconnect(DriverTestCase):
