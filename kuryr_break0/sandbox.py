@@ -20,7 +20,7 @@ gets the MAC address of each address of the node, and a route where needed.
 
 from __future__ import annotations
 
-from typing import Collection, Iterable, Optional
+from typing import Callable, Collection, Iterable, Optional
 
 from kuryr_break0.config import IPAddress
 from kuryr_break0.config import IPNetwork
@@ -77,33 +77,25 @@ def introduce(netns: str, ifname: str, peer: Peer, *,
             _apply(kernel, changes)
 
 
-def addresses(netns: str, ifname: str) -> list[IPAddress]:
-    """The addresses of a pod's interface; none if that is gone.
+def forget(netns: str, ifname: str, peer: Peer, protocol: int,
+           still: Callable[[IPAddress], bool]) -> None:
+    """Take back what :func:`introduce` did, if the interface is still there.
 
-    :raises NetnsUnusable: if its namespace cannot be entered
-    :raises KernelRefused: if its kernel cannot be asked
-    """
-    with netlink.entered(netns):
-        index = netlink.index_of(ifname)
-        if index is None:
-            return []
-        with netlink.Kernel() as kernel:
-            return [address for at, address in kernel.addresses()
-                    if at == index]
-
-
-def forget(netns: str, ifname: str, hosts: Iterable[IPAddress],
-           protocol: int) -> None:
-    """Take back what :func:`introduce` did for these addresses of the node.
-
+    :param still: whether another address of the interface is bound; what
+        those of its family are told stays
     :raises NetnsUnusable: if it cannot be entered
     :raises KernelRefused: the first error of its kernel
     """
     with netlink.entered(netns):
         index = netlink.index_of(ifname)
-        if index is not None:
-            with netlink.Kernel() as kernel:
-                _apply(kernel, _forgetting(hosts, index, protocol))
+        if index is None:
+            return
+        with netlink.Kernel() as kernel:
+            needed = {address.version for at, address in kernel.addresses()
+                      if at == index and still(address)}
+            _apply(kernel, _forgetting(
+                (host for host in peer.addresses
+                 if host.version not in needed), index, protocol))
 
 
 def told(netns: str, ifname: str, protocol: int) -> list[Item]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import enum
 import errno
-import ipaddress
 import os
 import socket
 import struct
@@ -26,6 +25,7 @@ import pyroute2
 from pyroute2 import netlink
 from pyroute2.netlink import exceptions as nl_exceptions
 from pyroute2.netlink import rtnl
+from pyroute2.netlink.rtnl import ifaddrmsg
 from pyroute2.netlink.rtnl import ifinfmsg
 from pyroute2.netlink.rtnl import ndmsg
 from pyroute2.netlink.rtnl import rtmsg
@@ -360,7 +360,7 @@ class Kernel:
 
     def _items(self, kind: int, message: Any, flags: int = 0
                ) -> Iterator[Any]:
-        """Ask for routes or neighbours, and read the answers."""
+        """Ask for what :mod:`messages` can read, and read the answers."""
         marshal = self._ipr.marshal
 
         def parse(data: bytes, offset: int, length: int) -> Any:
@@ -376,13 +376,10 @@ class Kernel:
 
     def addresses(self) -> list[tuple[int, IPAddress]]:
         """List the ifindexes and addresses of all interfaces, by a dump."""
-        found = undisturbed('list the addresses',
-                            lambda: list(self._ipr.get_addr()))
-        return [
-            (message['index'],
-             ipaddress.ip_address(message.get_attr('IFA_LOCAL')
-                                  or message.get_attr('IFA_ADDRESS')))
-            for message in found]
+        return undisturbed('list the addresses', lambda: [
+            (each.ifindex, each.address) for each in self._items(
+                rtnl.RTM_GETADDR, ifaddrmsg.ifaddrmsg(),
+                netlink.NLM_F_DUMP)])
 
     def is_on_link(self, address: IPAddress) -> bool:
         """Whether an address would be reached without a gateway."""

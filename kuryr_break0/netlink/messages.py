@@ -10,12 +10,12 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""Reads what the kernel says of routes and neighbours.
+"""Reads what the kernel says of addresses, routes and neighbours.
 
 A look at the node reads one message of each kind per pod. pyroute2 makes an
 object of each of their attributes, which takes more than ten times as long;
 it lets its users bring a parser instead. The formats are those of
-linux/netlink.h, linux/rtnetlink.h and linux/neighbour.h.
+linux/netlink.h, linux/if_addr.h, linux/rtnetlink.h and linux/neighbour.h.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from typing import Any, Iterator, NamedTuple, Optional
 
 from kuryr_break0.config import IPAddress
 
+RTM_NEWADDR = 20
 RTM_NEWROUTE = 24
 RTM_NEWNEIGH = 28
 
 _HEADER = struct.Struct('=IHHII')  # nlmsghdr
+_ADDRESS = struct.Struct('=4BI')  # ifaddrmsg
 _ROUTE = struct.Struct('=8BI')  # rtmsg
 _NEIGHBOUR = struct.Struct('=BxxxiHBB')  # ndmsg
 _ATTRIBUTE = struct.Struct('=HH')  # nlattr
@@ -38,6 +40,7 @@ _U32 = struct.Struct('=I')
 #: Without the two flags in the kind of an attribute
 _KIND = 0x3fff
 
+_IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PREFSRC = 1, 4, 5, 7
 _RTA_MULTIPATH, _RTA_TABLE, _RTA_VIA = 9, 15, 18
 _NDA_DST, _NDA_LLADDR, _NDA_PROTOCOL = 1, 2, 12
@@ -64,6 +67,16 @@ class Route(NamedTuple):
     several: bool
 
 
+class Address(NamedTuple):
+    """A message of an address of an interface.
+
+    :ivar address: the own one, where there is that of a peer too
+    """
+
+    ifindex: int
+    address: IPAddress
+
+
 class Neighbour(NamedTuple):
     """A message of a neighbour.
 
@@ -88,6 +101,8 @@ def parse(data: bytes, offset: int) -> Optional[dict[str, Any]]:
         item: Any = _route(data, offset + _HEADER.size, offset + length)
     elif kind == RTM_NEWNEIGH:
         item = _neighbour(data, offset + _HEADER.size, offset + length)
+    elif kind == RTM_NEWADDR:
+        item = _own(data, offset + _HEADER.size, offset + length)
     else:
         return None
     return {'header': {'type': kind, 'flags': flags, 'error': None,
@@ -140,6 +155,13 @@ def _route(data: bytes, start: int, end: int) -> Route:
         _number(attributes.get(_RTA_OIF)),
         _address(attributes.get(_RTA_PREFSRC)),
         tuple(_gateways(attributes)), _RTA_MULTIPATH in attributes)
+
+
+def _own(data: bytes, start: int, end: int) -> Address:
+    ifindex = _ADDRESS.unpack_from(data, start)[4]
+    attributes = _attributes(data, start + _ADDRESS.size, end)
+    return Address(ifindex, ipaddress.ip_address(
+        attributes.get(_IFA_LOCAL) or attributes[_IFA_ADDRESS]))
 
 
 def _neighbour(data: bytes, start: int, end: int) -> Neighbour:

@@ -99,6 +99,11 @@ class Node:
             OWNER, [POD], parent=lab.PARENT, mac=MAC, netns=self.netns,
             subnets=[SUBNET])
 
+    def bind_route(self) -> None:
+        """Bind without neighbours, as if nothing were known of the pod."""
+        manager.Break0Manager(self.options).bind(OWNER, [POD],
+                                                 parent=lab.PARENT)
+
     def unbind(self) -> None:
         manager.Break0Manager(self.options).unbind(OWNER, [POD])
 

@@ -23,6 +23,7 @@ from kuryr_kubernetes.objects import vif as k_vif
 
 from tests.e2e.test_daemon import DaemonTestCase
 from tests.e2e.test_daemon import POD
+from tests.functional import test_json
 from tests import kuryr
 from tests import lab
 
@@ -51,6 +52,7 @@ class AdoptTestCase(DaemonTestCase):
         """What it found, by pod and interface."""
         findings = json.loads(self.call('adopt', '--json', *args, code=code,
                                         **environ))
+        test_json.validator('adopt').validate(findings)
         found = {'%(pod)s/%(ifname)s' % each: each for each in findings}
         self.assertEqual(len(findings), len(found))
         return found

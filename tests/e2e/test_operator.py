@@ -48,6 +48,13 @@ class TestOperator(AdoptTestCase):
                 for each in self.status(code=1)['addresses']
                 if each['problem']}
 
+    def findings(self) -> list[str]:
+        """What the doctor names, without that there is no agent."""
+        found = json.loads(self.call('doctor', '--json', code=1))['findings']
+        ids = [each['id'] for each in found]
+        ids.remove('agent-not-running')
+        return ids
+
     def assert_reachable_all_ways(self, expected: bool = True) -> None:
         ways: list[tuple[str, ...]] = [
             (POD,), (lab.NODE, 'pod'), (POD6,), (lab.NODE6, 'pod')]
@@ -96,6 +103,7 @@ class TestOperator(AdoptTestCase):
         self.node.start_daemon()
         self.assertEqual({'adopted'}, set(self.outcomes().values()))
         self.assertEqual(3, self.status()['totals']['routed'])
+        self.assertEqual([], self.findings())
         self.assert_reachable_all_ways()
         for address in (POD, POD6, FAR):
             self.call('probe', address, '--count', '1')
@@ -103,6 +111,7 @@ class TestOperator(AdoptTestCase):
         # What breaks is seen, and repaired by hand.
         self.node.lab.run('ip', 'route', 'del', POD)
         self.assertEqual({POD: 'its route is missing'}, self.problems())
+        self.assertEqual(['route-missing'], self.findings())
         self.call('probe', POD, '--count', '1', code=1)
         self.assertIn('+ route ' + POD, self.call('sync'))
         self.status()
@@ -116,6 +125,7 @@ class TestOperator(AdoptTestCase):
         self.addCleanup(agent.kill)
         self.node.lab.run('ip', 'link', 'del', 'break0')
         self.wait_until(self.in_sync)
+        self.assertIn('Nothing is wrong.', self.call('doctor'))
         self.assert_reachable_all_ways()
         agent.send_signal(signal.SIGSTOP)
         self.node.lab.run('ip', 'link', 'del', 'break0')

@@ -43,21 +43,25 @@ def strict(schema: Any) -> Any:
     return closed
 
 
+def validator(command: str) -> Any:
+    """What checks a document that a subcommand has printed."""
+    with open(os.path.join(DOCUMENTED, command + '.schema.json')) as file:
+        schema = strict(json.load(file))
+    made = jsonschema.Draft202012Validator(
+        schema, format_checker=jsonschema.FormatChecker())
+    made.check_schema(schema)
+    return made
+
+
 class JSONTestCase(test_cli.CLITestCase):
 
     def valid(self, command: str, *args: str) -> Any:
         """What a command prints, having been compared with its schema."""
-        path = os.path.join(DOCUMENTED, command + '.schema.json')
-        with open(path) as file:
-            schema = strict(json.load(file))
         done = self.call(command, '--json', *args)
         self.assertIn(done.returncode, (0, 1), done.stderr)
         document = json.loads(done.stdout)
-        validator = jsonschema.Draft202012Validator(
-            schema, format_checker=jsonschema.FormatChecker())
-        validator.check_schema(schema)
-        validator.validate(document)
-        self.validator = validator
+        self.validator = validator(command)
+        self.validator.validate(document)
         return document
 
     def add_pod(self) -> None:

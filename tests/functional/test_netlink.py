@@ -95,6 +95,19 @@ class TestRoutes(base.LabTestCase):
                     self.assertIs(expected, kernel.is_on_link(
                         ipaddress.ip_address(address)))
 
+    def test_addresses(self) -> None:
+        self.lab.run('ip', 'address', 'add', '10.7.0.1', 'peer', '10.7.0.2',
+                     'dev', lab.PARENT)
+        self.lab.settle()
+        with netlink.Kernel() as kernel:
+            found = kernel.addresses()
+        self.assertEqual(
+            sorted((link['ifindex'], each['local'])
+                   for link in self.lab.ip('address', 'show')
+                   for each in link['addr_info']),
+            sorted((index, str(address)) for index, address in found))
+        self.assertIn((self.index, ipaddress.ip_address('10.7.0.1')), found)
+
     def test_neighbours(self) -> None:
         for neighbour in ('10.1.0.1 lladdr 02:00:00:00:00:01 proto 77',
                           'fd01::1 lladdr 02:00:00:00:00:02',
