@@ -106,6 +106,8 @@ class _Binding:
         reading, writing = os.pipe()
         pid = os.fork()
         if not pid:
+            # pyroute2 prints at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             try:
                 k_config.CONF.set_override(
                     'pod_binding', way.rpartition(' ')[2] if way != STOCK

@@ -201,5 +201,4 @@ def _pair_targets(medians: Medians) -> list[Target]:
         Target('ours at %d within 1.2 x of %d' % (high, low),
                '%.2f x' % growth, growth <= 1.2),
         Target('the route alone: at least 100 x faster than %s at %d' % (
-            IPDB, middle),
-               '%.0f x' % gain, gain >= 100)]
+            IPDB, middle), '%.0f x' % gain, gain >= 100)]
