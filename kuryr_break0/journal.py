@@ -22,10 +22,13 @@ from __future__ import annotations
 import contextlib
 import enum
 import fcntl
+import functools
 import os
 import struct
 import time
-from typing import Iterator, NamedTuple
+from typing import Any, Callable, cast, Iterator, NamedTuple, TypeVar
+
+_F = TypeVar('_F', bound=Callable[..., Any])
 
 #: What, how often, seconds that it took in all. The size of a page is a
 #: multiple of it, so that tmpfs writes it as a whole.
@@ -116,3 +119,23 @@ class Journal:
             yield fd
         finally:
             os.close(fd)
+
+
+def timed(done: Done, failed: Done) -> Callable[[_F], _F]:
+    """Leave in the journal how a method ended and how long it took.
+
+    Its object has the journal as ``_journal``.
+    """
+    def decorate(method: _F) -> _F:
+        @functools.wraps(method)
+        def timed_method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            began = time.monotonic()
+            what = failed
+            try:
+                result = method(self, *args, **kwargs)
+                what = done
+                return result
+            finally:
+                self._journal.add(what, seconds=time.monotonic() - began)
+        return cast(_F, timed_method)
+    return decorate

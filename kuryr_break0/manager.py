@@ -18,13 +18,11 @@ import collections
 import contextlib
 import dataclasses
 import errno
-import functools
 import gc
 import ipaddress
 import math
 import time
-from typing import (Any, Callable, Collection, Iterable, Iterator, Mapping,
-                    Optional, TypeVar, cast)
+from typing import Any, Collection, Iterable, Iterator, Mapping, Optional
 
 from oslo_log import log as logging
 
@@ -33,8 +31,11 @@ from kuryr_break0.config import IPAddress
 from kuryr_break0.config import IPNetwork
 from kuryr_break0 import device
 from kuryr_break0 import exceptions
+from kuryr_break0.failures import Failures
+from kuryr_break0.introductions import Introductions
 from kuryr_break0.journal import Done
 from kuryr_break0.journal import Journal
+from kuryr_break0.journal import timed
 from kuryr_break0.ledger import Entry
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.ledger import netns_id
@@ -51,7 +52,6 @@ from kuryr_break0.plan import Wanted
 from kuryr_break0.policy import Look
 from kuryr_break0.policy import parent_of
 from kuryr_break0.policy import Policy
-from kuryr_break0 import sandbox
 
 LOG = logging.getLogger(__name__)
 
@@ -67,25 +67,6 @@ CHANGED_AT_ONCE = 16
 #: Seconds within which a route that was taken over is not taken again.
 TRUCE = 60
 
-_F = TypeVar('_F', bound=Callable[..., Any])
-
-
-def _timed(done: Done, failed: Done) -> Callable[[_F], _F]:
-    """Leave in the journal how a call ended and how long it took."""
-    def decorate(method: _F) -> _F:
-        @functools.wraps(method)
-        def timed(self: Break0Manager, *args: Any, **kwargs: Any) -> Any:
-            began = time.monotonic()
-            what = failed
-            try:
-                result = method(self, *args, **kwargs)
-                what = done
-                return result
-            finally:
-                self._journal.add(what, seconds=time.monotonic() - began)
-        return cast(_F, timed)
-    return decorate
-
 
 class Break0Manager:
     """Keeps break0, and one host route through it per pod of this node.
@@ -99,8 +80,10 @@ class Break0Manager:
         self._policy = Policy(options)
         self._ledger = Ledger(options.state_dir, options.lock_timeout)
         self._journal = Journal(options.state_dir)
+        self._introductions = Introductions(options, self._ledger,
+                                            self._journal)
 
-    @_timed(Done.BIND, Done.BIND_FAILED)
+    @timed(Done.BIND, Done.BIND_FAILED)
     def bind(self, owner: Owner, addresses: Iterable[IPAddress], *,
              parent: str, mac: Optional[str] = None,
              subnets: Collection[IPNetwork] = (),
@@ -123,7 +106,7 @@ class Break0Manager:
         :raises Break0Error: the first that hindered one of the addresses;
             the others are bound all the same
         """
-        failure = _Failures()
+        failure = Failures()
         entries: list[Entry] = []
         passed: list[IPAddress] = []
         peer = None
@@ -136,6 +119,8 @@ class Break0Manager:
                     entries.append(Entry(
                         address, owner, parent, mac, tuple(subnets), netns,
                         netns_id(netns), pod=pod))
+            if not entries:
+                failure.raise_first()  # nothing to make break0 for
             sources = {entry.address: self._policy.source(entry)
                        for entry in entries}
             with self._locked():
@@ -163,14 +148,14 @@ class Break0Manager:
                                                sources[entry.address])
         self._forget_connections(passed)
         if peer is not None:
-            self._introduce(entries, peer)
+            self._introductions.introduce(entries, peer)
         if bare:
             # It was created or brought up, so those of the others are gone.
             with failure.logged():
                 self.sync()
         failure.raise_first()
 
-    @_timed(Done.UNBIND, Done.UNBIND_FAILED)
+    @timed(Done.UNBIND, Done.UNBIND_FAILED)
     def unbind(self, owner: Owner, addresses: Iterable[IPAddress],
                netns: Optional[str] = None) -> None:
         """Take back what :meth:`bind` did for these addresses.
@@ -184,7 +169,7 @@ class Break0Manager:
         :raises Break0Error: the first that hindered one of the addresses;
             the others are unbound all the same
         """
-        failure = _Failures()
+        failure = Failures()
         removed = []
         owners = {owner}
         if netns is not None:
@@ -207,7 +192,7 @@ class Break0Manager:
                              self._options.device, owner,
                              '' if deleted else ' (it had no route)')
         self._forget_connections(entry.address for entry in removed)
-        self._leave(removed)
+        self._introductions.leave(removed)
         failure.raise_first()
 
     def sync(self, dry_run: bool = False) -> Plan:
@@ -221,7 +206,7 @@ class Break0Manager:
         :raises Break0Error: the first that hindered it; what else there is
             to do is done
         """
-        failure = _Failures()
+        failure = Failures()
         with netlink.Kernel() as kernel:
             with _uncollected():
                 entries, unreadable = self._ledger.read()
@@ -247,7 +232,7 @@ class Break0Manager:
                 self._apply(kernel, plan, live, gone, failure)
                 peer = self._policy.peer_seen(look, live, desired)
                 if peer is not None:
-                    self._introduce_all(live, peer)
+                    self._introductions.introduce_all(live, peer)
         failure.raise_first()
         return plan
 
@@ -259,7 +244,7 @@ class Break0Manager:
 
         :raises Break0Error: the first that hindered it
         """
-        failure = _Failures()
+        failure = Failures()
         with failure.noted():
             self._prune()
         with failure.noted():
@@ -277,7 +262,7 @@ class Break0Manager:
         addresses, count = self._ledger.some(position, LOOKED_AT)
         if count > LOOKED_AT:
             self._ledger.remember('pruned', [(position + LOOKED_AT) % count])
-        failure = _Failures()
+        failure = Failures()
         for address in addresses:
             with failure.noted():
                 entry = self._ledger.get(address)
@@ -355,7 +340,7 @@ class Break0Manager:
             raise self._policy.refused(address, reason)
 
     def _free(self, entries: Iterable[Entry],
-              failure: _Failures) -> Iterator[Entry]:
+              failure: Failures) -> Iterator[Entry]:
         """Those whose address no other living sandbox has."""
         for entry in entries:
             with failure.noted():
@@ -502,7 +487,7 @@ class Break0Manager:
 
     def _apply(self, kernel: netlink.Kernel, plan: Plan,
                live: Mapping[IPAddress, Entry], gone: list[Entry],
-               failure: _Failures) -> None:
+               failure: Failures) -> None:
         taken = {route.dst: route for route in plan.foreign}
         to_set: dict[IPAddress, list[netlink.Change]] = {}
         to_delete: dict[IPAddress, list[netlink.Change]] = {}
@@ -560,7 +545,7 @@ class Break0Manager:
 
     def _changed(self, change: netlink.Change,
                  err: Optional[exceptions.KernelRefused],
-                 owner: Optional[Owner], failure: _Failures) -> bool:
+                 owner: Optional[Owner], failure: Failures) -> bool:
         """Log a change, or note why there was none."""
         verb, what = change
         if err is not None and not (verb is Verb.DELETE and err.absent):
@@ -571,88 +556,6 @@ class Break0Manager:
                  'route' if isinstance(what, HostRoute) else 'neighbour',
                  what.dst, self._options.device, owner or 'nobody')
         return True
-
-    def _introduce_all(self, live: Mapping[IPAddress, Entry],
-                       peer: Peer) -> None:
-        """Tell the node's addresses to pods that know others, or none."""
-        outdated: dict[Owner, list[Entry]] = {}
-        for entry in live.values():
-            if entry.netns is not None and entry.peer != peer:
-                outdated.setdefault(entry.owner, []).append(entry)
-        untold = []
-        for owner, entries in outdated.items():
-            if self._introduce(entries, peer):
-                self._journal.add(Done.POD)
-                LOG.info('Told %s on %s for %s how to reach the node',
-                         ', '.join(str(entry.address) for entry in entries),
-                         self._options.device, owner)
-            else:
-                untold.append(str(owner))
-        if outdated:
-            with contextlib.suppress(exceptions.Break0Error), self._locked():
-                # Who has unbound one meanwhile has found nothing to forget.
-                self._leave([dataclasses.replace(entry, peer=peer)
-                             for entries in outdated.values()
-                             for entry in entries
-                             if self._ledger.get(entry.address) is None])
-        if untold != (self._ledger.recall('untold', math.inf) or []):
-            self._ledger.remember('untold', untold)
-
-    def _introduce(self, entries: list[Entry], peer: Peer) -> bool:
-        """Tell a pod how to reach its node, and note that it knows.
-
-        Without, IPv4 works by ARP where the node is in the pod's subnet, so
-        a failure is no error.
-
-        :param entries: those of the pod that are to know
-        """
-        if not entries or entries[0].netns is None:
-            return True
-        first = entries[0]
-        try:
-            sandbox.introduce(
-                str(first.netns), first.owner.ifname, peer,
-                addresses=[entry.address for entry in entries],
-                subnets=first.subnets, before=first.peer,
-                protocol=self._options.route_protocol)
-            told: Optional[Peer] = peer
-        except (exceptions.NetnsUnusable, exceptions.KernelRefused) as err:
-            told = None
-            # Said once, not with each look.
-            untold = self._ledger.recall('untold', math.inf) or []
-            if str(first.owner) not in untold:
-                self._ledger.remember('untold', [*untold, str(first.owner)])
-                LOG.warning('The sandbox %s has not been told how to reach '
-                            'the node: %s', first.owner, err)
-        with contextlib.suppress(exceptions.Break0Error), self._locked():
-            for entry in entries:
-                if (entry.peer != told
-                        and self._ledger.get(entry.address) == entry):
-                    self._ledger.put(dataclasses.replace(entry, peer=told))
-        return told is not None
-
-    def _leave(self, removed: list[Entry]) -> None:
-        """Take back from namespaces that are still there what was told.
-
-        Kuryr deletes the interface first, and all of it goes with that.
-        """
-        for entry in removed:
-            if (entry.netns is None or entry.peer is None
-                    or entry.sandbox_gone):
-                continue
-            try:
-                sandbox.forget(entry.netns, entry.owner.ifname, entry.peer,
-                               self._options.route_protocol,
-                               still=self._is_bound_to(entry.owner))
-            except exceptions.Break0Error as err:
-                LOG.debug('The sandbox %s still knows the node: %s',
-                          entry.owner, err)
-
-    def _is_bound_to(self, owner: Owner) -> Callable[[IPAddress], bool]:
-        def is_bound(address: IPAddress) -> bool:
-            entry = self._ledger.get(address)
-            return entry is not None and entry.owner == owner
-        return is_bound
 
     @staticmethod
     def _forget_connections(addresses: Iterable[IPAddress]) -> None:
@@ -699,40 +602,6 @@ class Break0Manager:
         LOG.warning('Taking over the route of %s on interface %s with '
                     'protocol %s', route.dst, route.oif, route.protocol)
         self._journal.add(Done.TAKEOVER)
-
-
-class _Failures:
-    """Goes on after an error, and raises the first one in the end."""
-
-    def __init__(self) -> None:
-        self._first: Optional[exceptions.Break0Error] = None
-        self.device_lost = False
-
-    def note(self, err: exceptions.Break0Error) -> None:
-        if isinstance(err, exceptions.KernelRefused):
-            self.device_lost |= err.device_lost
-        if self._first is None:
-            self._first = err
-        else:
-            LOG.error('%s', err)
-
-    @contextlib.contextmanager
-    def noted(self) -> Iterator[None]:
-        try:
-            yield
-        except exceptions.Break0Error as err:
-            self.note(err)
-
-    @contextlib.contextmanager
-    def logged(self) -> Iterator[None]:
-        try:
-            yield
-        except exceptions.Break0Error as err:
-            LOG.error('%s', err)
-
-    def raise_first(self) -> None:
-        if self._first is not None:
-            raise self._first
 
 
 @contextlib.contextmanager

@@ -186,6 +186,11 @@ class TestRoutes(base.LabTestCase):
         self.unbind(POD, OTHER_POD)
         self.assertEqual({}, self.lab.routes())
 
+    def test_for_a_bad_address_alone_nothing_is_made(self) -> None:
+        with self.assertRaises(exceptions.AddressRefused):
+            self.bind(lab.NODE)
+        self.assertIsNone(self.lab.link('break0'))
+
     def test_one_bad_address_does_not_hinder_the_others(self) -> None:
         with self.assertRaises(exceptions.AddressRefused):
             self.bind(lab.NODE, POD)

@@ -471,7 +471,7 @@ class TestNeighbours(DualStackTestCase):
 
     def test_a_pod_that_cannot_be_told(self) -> None:
         path = self.lab.add_pod('none', '100.75.30.80', mac=MAC % 80)
-        with self.assertLogs('kuryr_break0.manager', 'WARNING') as logs:
+        with self.assertLogs('kuryr_break0.introductions', 'WARNING') as logs:
             self.bind('100.75.30.80', owner=Owner('none', 'net1'),
                       netns=path, mac_of_pod=MAC % 80, subnets=SUBNETS)
         self.assertIn('has no interface net1', '\n'.join(logs.output))
