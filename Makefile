@@ -23,6 +23,7 @@ unit functional e2e: $(VENV)/installed
 	tests/run tests.$@
 
 bench: $(VENV)/installed
+	tests/debian-packages all
 	@mkdir -p build
 	$(IN_LAB) -m tests.bench --json build/bench.json
 
