@@ -176,7 +176,10 @@ class Kernel:
 
     def raise_link(self, link: Link) -> None:
         """Set an interface up, with multicast off."""
-        with translated('set up the interface ' + link.name):
+        with translated('set up the interface ' + link.name,
+                        'Where another macvlan has its MAC address, as one '
+                        'that was renamed, delete that or rename it back: '
+                        'ip link show type macvlan'):
             self._ipr.link('set', index=link.index, flags=ifinfmsg.IFF_UP,
                            change=ifinfmsg.IFF_UP | ifinfmsg.IFF_MULTICAST)
 

@@ -67,6 +67,17 @@ class TestFaults(SyncTestCase):
         self.lab.run('ip', 'link', 'set', 'break0', 'up')
         self.assert_healed()
 
+    def test_break0_renamed(self) -> None:
+        # It is still there, so a second one of its MAC address cannot be.
+        self.lab.run('ip', 'link', 'set', 'break0', 'name', 'mine')
+        with self.assertRaisesRegex(exceptions.KernelRefused,
+                                    'set up the interface break0: Address '
+                                    'already in use.*rename it back'):
+            self.sync()
+        self.assertEqual(PODS, set(self.lab.routes('mine')))
+        self.lab.run('ip', 'link', 'set', 'mine', 'name', 'break0')
+        self.assert_healed(changed=False)
+
     def test_parent_deleted_and_created_again(self) -> None:
         self.lab.run('ip', 'link', 'del', lab.PARENT)
         with self.assertRaises(exceptions.ParentNotFound):
