@@ -181,8 +181,13 @@ class Adopter:
         unbound = []
         for address in port.addresses:
             entry = self._ledger.get(address)
-            if entry is None or entry.netns_id != netns_id(macvlan.netns):
-                unbound.append(address)
+            if entry is not None and entry.netns_id == netns_id(macvlan.netns):
+                continue
+            if (entry is not None and self._dry_run
+                    and not entry.sandbox_gone):
+                raise exceptions.AddressTaken(  # as the bind would
+                    address=address, owner=entry.owner, **vars(entry.owner))
+            unbound.append(address)
         if unbound and not self._dry_run:
             Break0Manager(self._options).bind(
                 owner, unbound, parent=macvlan.parent, mac=port.mac,

@@ -272,9 +272,10 @@ class TestWhatIsFound(AdoptTestCase):
         self.node.lab.add_pod('web', OTHER)
         self.call('bind', POD, '--owner', 'web', '--netns', '/run/netns/web')
         self.running_pod('pod', POD)
-        found = self.adopt(code=1)['default/pod/eth0']
-        self.assertEqual('failed', found['outcome'])
-        self.assertIn('belongs to web/eth0', found['reason'])
+        for args in (('--dry-run',), ()):
+            found = self.adopt(*args, code=1)['default/pod/eth0']
+            self.assertEqual('failed', found['outcome'])
+            self.assertIn('belongs to web/eth0', found['reason'])
 
     def test_the_name_of_the_interface_is_that_in_the_namespace(self) -> None:
         # CNI_IFNAME is up to the runtime; Kuryr's VIF is called eth0.
