@@ -278,9 +278,10 @@ class Ledger:
         lock = lockutils.external_lock('lock', lock_path=self._path)
         with lockutils.internal_lock(self._path):
             try:
-                # Waiters look again every so many seconds, so these bound
-                # what a waiter loses; the lock is held about a millisecond.
-                acquired = lock.acquire(delay=0.001, max_delay=0.005,
+                # Waiters look again every so many seconds, which is what they
+                # may lose. The lock is held for half a millisecond; those
+                # who look too often take the processor from its holder.
+                acquired = lock.acquire(delay=0.01, max_delay=0.05,
                                         timeout=self._lock_timeout)
             except OSError as err:
                 raise self._unavailable(err) from err
