@@ -31,7 +31,8 @@ ADDS = (('stock Kuryr', 'C7', '--'),
         ('break0, pod_binding = kuryr', 'C0', '-'),
         ('break0, pod_binding = direct', 'C2', '-'))
 ROUTES = (('IPDB per operation', 'C3', '--'), ('ours', 'C0', '-'))
-LABELS = {'IPDB per operation': 'the original recipe, by IPDB',
+LABELS = {'stock Kuryr': 'stock Kuryr, with as many routes',
+          'IPDB per operation': 'the original recipe, by IPDB',
           'ours': 'kuryr-break0: ledger, route, neighbours'}
 
 
