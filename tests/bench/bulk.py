@@ -55,7 +55,7 @@ def syncs(node: Node, repeat: int) -> Section:
     for size in SIZES:
         node.resize(size)
         node.write_batch('add', node.entries(0, size))
-        for number in range(max(3, min(repeat, 9))):
+        for number in range(min(repeat, 9)):
             say('sync %d of %d pods' % (number + 1, size))
             flush()
             times[BATCH][size].append(_timed(node.run_batch))

@@ -41,7 +41,7 @@ def repairs(node: Node, repeat: int) -> Section:
         node.lab.run('ip', 'route', 'flush', 'dev', node.options.device)
         _wait(node)  # until the agent is there
         times = []
-        for number in range(max(3, min(repeat, 21))):
+        for number in range(min(repeat, 21)):
             say('repair %d' % (number + 1))
             time.sleep(0.5)
             node.lab.run('ip', 'link', 'del', node.options.device)
