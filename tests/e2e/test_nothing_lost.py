@@ -32,6 +32,9 @@ from tests import lab
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 
+#: Seconds for which agent and daemon are killed at random.
+SOAK = int(os.environ.get('SOAK_SECONDS', '90'))
+
 
 class NothingLostTestCase(DaemonTestCase):
 
@@ -249,7 +252,7 @@ class TestAgentBeside(NothingLostTestCase):
         pods = [self.node.add_pod('pod-%d' % number, '100.75.30.%d' % number)
                 for number in range(100, 108)]
         agent = self.start_agent()
-        ends = time.monotonic() + 90
+        ends = time.monotonic() + SOAK
         bound: set[str] = set()
         while time.monotonic() < ends:
             for pod in randomness.sample(pods, 3):
