@@ -69,5 +69,5 @@ $(VENV)/installed: requirements.txt test-requirements.txt \
 	touch $@
 
 clean:
-	rm -rf $(VENV) .stestr build dist *.egg-info doc/build \
-	    releasenotes/build
+	rm -rf $(VENV) .stestr .mypy_cache build dist *.egg-info doc/build \
+	    doc/source/configuration/_static releasenotes/build
