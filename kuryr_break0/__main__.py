@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import sys
 
+from kuryr_break0 import command
 from kuryr_break0.doctor import installation
 from kuryr_break0.doctor import report
-
-_USAGE = 2
 
 
 def main() -> int:
@@ -40,7 +39,7 @@ def _explain(err: ImportError) -> int:
     else:
         print('kuryr-break0: It cannot be loaded: %s. %s' % (
             err, ' '.join(each.seen for each in found)), file=sys.stderr)
-    return _USAGE
+    return command.USAGE
 
 
 if __name__ == '__main__':

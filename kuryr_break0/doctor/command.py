@@ -14,16 +14,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from oslo_config import cfg
 
+from kuryr_break0 import command
 from kuryr_break0.doctor.examination import examine
 from kuryr_break0.doctor import report
-
-#: Exit codes.
-HEALTHY, FINDINGS, CONFIGURATION, UNREADABLE = range(4)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -49,8 +46,7 @@ def run(conf: cfg.ConfigOpts) -> int:
     print((report.as_json if conf.command.json else report.as_text)(
         done.findings, **counts))
     if done.unreadable is not None:
-        print('kuryr-break0: %s' % done.unreadable, file=sys.stderr)
-        return UNREADABLE
+        return command.fail(command.UNREADABLE, done.unreadable)
     if done.invalid:
-        return CONFIGURATION
-    return FINDINGS if done.findings else HEALTHY
+        return command.USAGE
+    return command.DRIFT if done.findings else command.IN_SYNC

@@ -13,13 +13,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Callable
 from unittest import mock
 
 from kuryr_break0 import exceptions
 from kuryr_break0 import ledger
 from kuryr_break0 import manager
 from kuryr_break0 import netlink
+from kuryr_break0 import policy
 from tests.functional import base
 from tests.functional.base import OTHER_POD
 from tests.functional.base import POD
@@ -137,6 +138,42 @@ class TestFaults(SyncTestCase):
         self.assertEqual(['100.75.30.100'],
                          [str(route.dst) for route in plan.replace])
         self.assertEqual(before, self.lab.routes())
+
+
+class TestMeanwhile(SyncTestCase):
+    """An entry changes after a sync has read it."""
+
+    ADDRESS = '100.75.30.100'
+
+    def sync_while(self, change: Callable[[], object]) -> None:
+        """Sync, with a change between the look and what follows from it."""
+        compute = policy.Policy.plan
+
+        def plan(*args: Any) -> Any:
+            result = compute(*args)
+            self.assertTrue(result)  # there is something to be held back
+            change()
+            return result
+
+        self.lab.run('ip', 'route', 'del', self.ADDRESS)
+        self.lab.run('ip', 'neigh', 'flush', 'dev', 'break0',
+                     'nud', 'permanent')
+        with mock.patch.object(policy.Policy, 'plan', plan):
+            self.sync()
+
+    def test_unbound(self) -> None:
+        self.sync_while(lambda: self.unbind(self.ADDRESS))
+        self.assertEqual(PODS - {self.ADDRESS}, set(self.lab.routes()))
+
+    def test_bound_by_another(self) -> None:
+        # Which has another MAC address than the plan says.
+        self.bind(self.ADDRESS, mac_of_pod='fa:16:3e:00:00:01')
+        self.sync_while(lambda: self.bind(
+            self.ADDRESS, owner=base.OTHER_OWNER,
+            mac_of_pod='fa:16:3e:00:00:02'))
+        self.assertEqual(['fa:16:3e:00:00:02'], [
+            each['lladdr'] for each in self.lab.ip(
+                'neigh', 'show', self.ADDRESS, 'dev', 'break0')])
 
 
 class TestWithoutAgent(SyncTestCase):
