@@ -80,12 +80,13 @@ class Agent:
         ledger = Ledger(self._options.state_dir, self._options.lock_timeout)
         self._metrics.configure(self._options)
         server = Server(self._options.metrics_bind, self._metrics)
-        with ledger.attend(), contextlib.closing(server):
+        with ledger.attend() as alive, contextlib.closing(server):
             while not self._stop and not self._reload:
                 # Again each time, since the directory may be another one.
                 watched = ledger.watch()
                 server.listen()
                 self._sync()
+                alive()
                 self._wait(events, woken)
                 if watched is not None:
                     os.close(watched)

@@ -108,7 +108,7 @@ class Cleanup:
             for netns, ifname in sorted(namespaces):
                 yield from self._pod(netns, ifname)
             yield from self._node(entries)
-            if self._ledger.attended():
+            if self._ledger.attended() is not None:
                 yield ('! agent: it is running, and makes the state '
                        'directory again; stop it')
             if existed:

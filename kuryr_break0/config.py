@@ -423,6 +423,11 @@ class Options:
     lock_timeout: int
     metrics_bind: Optional[Endpoint]
 
+    @property
+    def patience(self) -> int:
+        """Seconds without a sync after which the agent is not well."""
+        return 3 * self.resync_interval + self.lock_timeout
+
 
 def register(conf: cfg.ConfigOpts) -> None:
     """Make the options known to ``conf``; again is harmless."""

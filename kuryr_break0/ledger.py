@@ -30,7 +30,7 @@ import os
 import re
 import stat
 import time
-from typing import Any, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional, TextIO
 
 from oslo_concurrency import lockutils
 from oslo_log import log as logging
@@ -254,13 +254,15 @@ class Ledger:
     :param path: the directory; it is created when it is first needed
     :param lock_timeout: seconds that :meth:`lock` waits
     :ivar lock_path: the file that the lock is on
+    :ivar attendance_path: the file that says of a repairer; see
+        :meth:`attend`
     """
 
     def __init__(self, path: str, lock_timeout: float) -> None:
         self._path = path
         self._entries = os.path.join(path, 'addresses')
         self._damaged = os.path.join(path, 'damaged')
-        self._attendance = os.path.join(path, 'attended')
+        self.attendance_path = os.path.join(path, 'attended')
         self._stamps: dict[IPAddress, Optional[tuple[int, int, int]]] = {}
         self.lock_path = os.path.join(path, 'lock')
         self._lock_timeout = lock_timeout
@@ -546,19 +548,28 @@ class Ledger:
                           json.dumps(facts))
 
     @contextlib.contextmanager
-    def attend(self) -> Iterator[None]:
+    def attend(self) -> Iterator[Callable[[], None]]:
         """Let others know, by :meth:`attended`, that somebody repairs.
 
         The kernel ends that with the process (flock(2)).
+
+        :returns: what is to be called with each repair, as a sign of life
         """
         with contextlib.ExitStack() as stack:
+            file: Optional[TextIO] = None
             try:
                 self._prepare()
-                file = stack.enter_context(open(self._attendance, 'w'))
+                file = stack.enter_context(open(self.attendance_path, 'w'))
                 fcntl.flock(file, fcntl.LOCK_SH)
             except (OSError, exceptions.LedgerUnavailable) as err:
                 LOG.error('Nobody will know that the agent is there: %s', err)
-            yield
+
+            def alive() -> None:
+                with contextlib.suppress(OSError):
+                    if file is not None:
+                        os.utime(file.fileno())
+
+            yield alive
 
     def watch(self) -> Optional[int]:
         """Let the kernel send SIGIO when entries come or go (F_NOTIFY).
@@ -574,16 +585,20 @@ class Ledger:
             return watched
         return None
 
-    def attended(self) -> bool:
-        """Whether somebody is in :meth:`attend`."""
+    def attended(self) -> Optional[float]:
+        """Seconds since the last sign of life of who is in :meth:`attend`.
+
+        None if nobody is.
+        """
         try:
-            with open(self._attendance) as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+            with open(self.attendance_path) as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return time.time() - os.fstat(file.fileno()).st_mtime
         except OSError:
             pass
-        return False
+        return None
 
     def _replace(self, path: str, text: str) -> None:
         # The name of the unfinished file is always the same, so a killed

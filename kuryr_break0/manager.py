@@ -279,8 +279,10 @@ class Break0Manager:
         They are counted, in a text that the kernel writes: about 1 ms for
         1,000 routes. What a sync could not set is not missed again.
         """
-        if (self._options.route_table != netlink.RT_TABLE_MAIN
-                or self._ledger.attended()):
+        if self._options.route_table != netlink.RT_TABLE_MAIN:
+            return
+        silent = self._ledger.attended()
+        if silent is not None and silent <= self._options.patience:
             return
         expected = (self._ledger.recall('missing', math.inf) or [0])[0]
         missing = self._missing()

@@ -40,8 +40,6 @@ LOG = logging.getLogger(__name__)
 _PREFIX = 'kuryr_break0'
 #: Upper limits in seconds: from a bind, some milliseconds, to lock_timeout.
 _BUCKETS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10)
-#: Syncs in a row that may fail before the agent is not well.
-_PATIENCE = 3
 #: Seconds that one who asks may keep silent.
 _SILENCE = 10
 
@@ -137,7 +135,7 @@ class Metrics(prometheus_registry.Collector):
             since = 'yet'
         else:
             age = time.monotonic() - self._succeeded
-            if age <= self._limit:
+            if age <= self._patience:
                 return None
             since = 'for %d s' % age
         return 'No sync has succeeded %s: %s' % (
@@ -146,15 +144,14 @@ class Metrics(prometheus_registry.Collector):
     def stuck(self) -> Optional[str]:
         """Why it should be restarted; None while it tries."""
         age = time.monotonic() - self._ended
-        if age <= self._limit:
+        if age <= self._patience:
             return None
         return 'No sync has ended for %d s' % age
 
     @property
-    def _limit(self) -> float:
+    def _patience(self) -> float:
         assert self._options is not None
-        return (_PATIENCE * self._options.resync_interval
-                + self._options.lock_timeout)
+        return self._options.patience
 
     def refresh(self) -> None:
         """Look at what :meth:`collect` is to tell."""

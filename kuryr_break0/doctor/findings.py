@@ -192,6 +192,15 @@ AGENT_NOT_RUNNING = Kind(
     'Start the agent, beside kuryr-daemon and with the same kuryr.conf.',
     ('kuryr-break0 agent',))
 
+AGENT_STUCK = Kind(
+    'agent-stuck', ERROR,
+    'It looks at least every [break0] resync_interval seconds, so it is '
+    'stopped or hangs. Until it goes on, the node is repaired only by the '
+    'next ADD or DEL of a pod.',
+    'See what the process is doing. If it is stopped, let it go on; if it '
+    'hangs, restart it, which a liveness probe of /livez does by itself.',
+    ('fuser --verbose %(path)s',))
+
 SANDBOX_GONE = Kind(
     'sandbox-gone', WARNING,
     'The namespaces of these pods do not exist any more, and their '

@@ -99,11 +99,18 @@ def check_ledger(node: Node) -> Iterator[Finding]:
     if not node.lock_free:
         yield findings.LOCK_HELD.found(
             'the lock %s was not free for seconds; %s has it' % (
-                node.ledger.lock_path, _holder(node.ledger.lock_path)),
+                node.ledger.lock_path,
+                _holder(node.ledger.lock_path, 'POSIX')),
             path=node.ledger.lock_path)
-    if not node.ledger.attended():
+    silent = node.ledger.attended()
+    if silent is None:
         yield findings.AGENT_NOT_RUNNING.found(
             'no agent uses the state directory %s' % node.options.state_dir)
+    elif silent > node.options.patience:
+        yield findings.AGENT_STUCK.found(
+            'the agent has not ended a look at the node for %d s; it is %s'
+            % (silent, _holder(node.ledger.attendance_path, 'FLOCK')),
+            path=node.ledger.attendance_path)
     gone = [entry for entry in node.gone
             if entry.address not in node.changing]
     if gone:
@@ -112,8 +119,8 @@ def check_ledger(node: Node) -> Iterator[Finding]:
             ['%s (%s)' % (entry.address, entry.owner) for entry in gone])
 
 
-def _holder(path: str) -> str:
-    """Who has a lock on a file, by /proc/locks."""
+def _holder(path: str, kind: str) -> str:
+    """Who has a lock of some kind on a file, by /proc/locks."""
     found = os.stat(path)
     place = '%02x:%02x:%d' % (os.major(found.st_dev),
                               os.minor(found.st_dev), found.st_ino)
@@ -121,7 +128,7 @@ def _holder(path: str) -> str:
         for line in locks:
             # 1: POSIX  ADVISORY  WRITE 1234 00:19:567 0 EOF
             fields = line.split()
-            if fields[1] == 'POSIX' and place in fields:
+            if fields[1] == kind and place in fields:
                 return 'process %s (%s)' % (
                     fields[4], _command(fields[4]) or 'unknown')
     return 'a process of another container'

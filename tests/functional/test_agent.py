@@ -200,6 +200,15 @@ class TestProcess(AgentTestCase):
         self.wait_for(lambda: netlink.read_sysctl(
             'ipv4/conf/break0/arp_filter') == 1)
 
+    def test_signs_of_life(self) -> None:
+        state = ledger.Ledger('/run/kuryr-break0', 10)
+        os.utime(state.attendance_path, times=(0, 0))
+        self.lab.run('ip', 'link', 'del', 'break0')
+        self.wait_for(lambda: (state.attended() or 0) < 3600)
+        self.agent.kill()
+        self.agent.wait()
+        self.assertIsNone(state.attended())
+
     def test_a_sandbox_that_ended(self) -> None:
         # Nor does it tell the node of another namespace's end.
         with open(CONF, 'w') as file:

@@ -565,6 +565,16 @@ class TestRecords(DoctorTestCase):
         self.assert_found('agent-not-running', self.STATE,
                           severity='warning')
 
+    def test_stuck_agent(self) -> None:
+        path = self.STATE + '/attended'
+        for silent, ids in ((180, []), (200, ['agent-stuck'])):
+            os.utime(path, times=(0, time.time() - silent))
+            with self.subTest(silent=silent):
+                self.assertEqual(ids, list(self.findings()))
+        self.assert_found('agent-stuck', 'for 200 s; it is process %d ' %
+                          os.getpid(), severity='error')
+        self.assertEqual({}, self.findings(resync_interval=100))
+
     def test_nothing_is_made(self) -> None:
         state = '/run/elsewhere/state'
         found = self.findings(state_dir=state)

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any, Callable
 from unittest import mock
 
@@ -223,6 +224,19 @@ class TestWithoutAgent(SyncTestCase):
             self.assertEqual({POD}, set(self.lab.routes()))
         self.next_pod()
         self.assertEqual({*self.healthy, POD}, set(self.lab.routes()))
+
+    def test_that_is_not_left_to_an_agent_that_hangs(self) -> None:
+        own = base.options()
+        found = ledger.Ledger(own.state_dir, own.lock_timeout)
+        with found.attend() as alive:
+            self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
+            os.utime(found.attendance_path, times=(0, time.time() - 200))
+            self.next_pod()
+            self.assertEqual({*self.healthy, POD}, set(self.lab.routes()))
+            self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
+            alive()
+            self.unbind(POD)
+            self.assertEqual({}, self.lab.routes())
 
 
 class TestForeign(SyncTestCase):
