@@ -62,9 +62,12 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         :raises PodNotConnected: if Kuryr's binding is refused by the kernel,
             or, in strict mode, if break0's fails
         """
+        owner = Owner(container_id, ifname)
+        unreachable = 'Pod %s may not be reachable from its node' % owner
+        options = self._options(unreachable)
         try:
             sandbox = self._sandbox(netns)
-            if self._is_direct():
+            if self._is_direct(options):
                 self._connect_directly(vif, ifname, sandbox)
             else:
                 with flat.view():
@@ -73,22 +76,18 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         except exceptions.Break0Error as err:
             raise PodNotConnected(str(err)) from err
         addressing.repeat_if_disturbed()
-        owner = Owner(container_id, ifname)
-        strict = False
+        if options is None or not options.enabled:
+            return
         try:
-            options = config.load(k_config.CONF)
-            strict = options.strict
-            if options.enabled:
-                assert self._parent is not None  # found in connect
-                Break0Manager(options).bind(
-                    owner, break0_vif.addresses(vif), parent=self._parent,
-                    mac=str(vif.address), netns=sandbox,
-                    subnets=break0_vif.subnets(vif))
-                self._tend(options)
+            assert self._parent is not None  # found in connect
+            Break0Manager(options).bind(
+                owner, break0_vif.addresses(vif), parent=self._parent,
+                mac=str(vif.address), netns=sandbox,
+                subnets=break0_vif.subnets(vif))
+            self._tend(options)
         except Exception as err:  # whatever it is, a pod is worth more
-            self._log('Pod %s may not be reachable from its node' % owner,
-                      err)
-            if strict:
+            self._log(unreachable, err)
+            if options.strict:
                 self._undo(vif, ifname, netns, container_id)
                 raise PodNotConnected(str(err)) from err
 
@@ -99,6 +98,9 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         A namespace that is not there has taken its interfaces with it, so
         Kuryr is not asked then.
         """
+        owner = Owner(container_id, ifname)
+        still_routed = 'The addresses of %s may still be routed' % owner
+        options = self._options(still_routed)
         sandbox = None
         try:
             try:
@@ -107,9 +109,15 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                 LOG.info('Nothing to disconnect from: %s', err)
             else:
                 self._disconnect_pod(vif, ifname, netns, container_id,
-                                     sandbox)
+                                     sandbox, self._is_direct(options))
         finally:
-            self._unbind(vif, Owner(container_id, ifname), sandbox)
+            if options is not None:
+                try:
+                    Break0Manager(options).unbind(
+                        owner, break0_vif.addresses(vif), sandbox)
+                    self._tend(options)
+                except Exception as err:  # must not hide one of Kuryr's
+                    self._log(still_routed, err)
 
     def _detect_iface_name(self, h_ipdb: Any) -> str:
         """Detect the parent as Kuryr does, but never take break0 for it.
@@ -150,13 +158,18 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                 netns=path, reason="is the node's own")
         return path
 
-    @staticmethod
-    def _is_direct() -> bool:
+    def _options(self, consequence: str) -> Optional[config.Options]:
+        """Read the options; None if they are not valid, which is logged."""
         try:
-            options = config.load(k_config.CONF)
-        except exceptions.InvalidOption:
-            return False  # it is logged when the pod is to be bound
-        return options.enabled and options.pod_binding == config.DIRECT
+            return config.load(k_config.CONF)
+        except Exception as err:  # whatever it is, a pod is worth more
+            self._log(consequence, err)
+            return None
+
+    @staticmethod
+    def _is_direct(options: Optional[config.Options]) -> bool:
+        return (options is not None and options.enabled
+                and options.pod_binding == config.DIRECT)
 
     def _connect_directly(self, vif: Any, ifname: str, sandbox: str) -> None:
         """What Kuryr's connect does, with the same errors of its own."""
@@ -190,9 +203,10 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         return next(link for link in links if link.name == name)
 
     def _disconnect_pod(self, vif: Any, ifname: str, netns: str,
-                        container_id: str, sandbox: str) -> None:
+                        container_id: str, sandbox: str,
+                        directly: bool) -> None:
         try:
-            if self._is_direct():
+            if directly:
                 pod_link.disconnect(sandbox, ifname, vif.vif_name)
                 return
             with flat.view():
@@ -201,16 +215,6 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                                     container_id)
         except exceptions.KernelRefused as err:
             raise k_exc.CNIBindingFailure(str(err)) from err
-
-    def _unbind(self, vif: Any, owner: Owner,
-                sandbox: Optional[str]) -> None:
-        try:
-            options = config.load(k_config.CONF)
-            Break0Manager(options).unbind(owner, break0_vif.addresses(vif),
-                                          sandbox)
-            self._tend(options)
-        except Exception as err:  # must not hide an error of Kuryr's
-            self._log('The addresses of %s may still be routed' % owner, err)
 
     def _tend(self, options: config.Options) -> None:
         try:

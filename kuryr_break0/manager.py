@@ -22,7 +22,8 @@ import gc
 import ipaddress
 import math
 import time
-from typing import Any, Collection, Iterable, Iterator, Mapping, Optional
+from typing import (Any, Callable, Collection, Iterable, Iterator, Mapping,
+                    Optional)
 
 from oslo_log import log as logging
 
@@ -54,6 +55,9 @@ from kuryr_break0.policy import parent_of
 from kuryr_break0.policy import Policy
 
 LOG = logging.getLogger(__name__)
+
+#: As LOG.info, but later; see :meth:`Break0Manager._locked`.
+Say = Callable[..., None]
 
 #: Seconds for which what was seen of the node is good: its next hops, for
 #: which all of its routes are read, its addresses, and that break0 is what it
@@ -123,7 +127,7 @@ class Break0Manager:
                 failure.raise_first()  # nothing to make break0 for
             sources = {entry.address: self._policy.source(entry)
                        for entry in entries}
-            with self._locked():
+            with self._locked() as say:
                 if yielding:
                     entries = list(self._free(entries, failure))
                 with failure.noted():
@@ -145,7 +149,7 @@ class Break0Manager:
                     for entry in entries:
                         with failure.noted():
                             bare |= self._bind(kernel, entry, index,
-                                               sources[entry.address])
+                                               sources[entry.address], say)
         self._forget_connections(passed)
         if peer is not None:
             self._introductions.introduce(entries, peer)
@@ -174,23 +178,23 @@ class Break0Manager:
         owners = {owner}
         if netns is not None:
             owners.add(Owner.adopted(netns, owner.ifname) or owner)
-        with netlink.Kernel() as kernel, self._locked():
+        with netlink.Kernel() as kernel, self._locked() as say:
             index = netlink.index_of(self._options.device)
             for address in addresses:
                 with failure.noted():
                     entry = self._ledger.get(address)
                     if entry is not None and entry.owner not in owners:
-                        LOG.info('%s stays bound: it belongs to %s, not to '
-                                 '%s any more', address, entry.owner, owner)
+                        say('%s stays bound: it belongs to %s, not to %s '
+                            'any more', address, entry.owner, owner)
                         continue
                     deleted = index is not None and self._unset(
                         kernel, address, index)
                     self._ledger.remove(address)
                     if entry is not None:
                         removed.append(entry)
-                    LOG.info('Unbound %s from %s for %s%s', address,
-                             self._options.device, owner,
-                             '' if deleted else ' (it had no route)')
+                    say('Unbound %s from %s for %s%s', address,
+                        self._options.device, owner,
+                        '' if deleted else ' (it had no route)')
         self._forget_connections(entry.address for entry in removed)
         self._introductions.leave(removed)
         failure.raise_first()
@@ -300,15 +304,25 @@ class Break0Manager:
                     - netlink.count_host_routes(self._options.device))
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(self._ledger.lock())
-            except exceptions.LedgerUnavailable as err:
-                # Without its directory there is no ledger to keep right,
-                # and a pod is worth more than the lock.
-                LOG.error('Working without a lock. %s', err)
-            yield
+    def _locked(self) -> Iterator[Say]:
+        """Keep others out.
+
+        :returns: a LOG.info whose lines are written when the lock is free
+            again, since to write one can take as long as to set a route
+        """
+        said: list[tuple[Any, ...]] = []
+        try:
+            with contextlib.ExitStack() as stack:
+                try:
+                    stack.enter_context(self._ledger.lock())
+                except exceptions.LedgerUnavailable as err:
+                    # Without its directory there is no ledger to keep right,
+                    # and a pod is worth more than the lock.
+                    LOG.error('Working without a lock. %s', err)
+                yield lambda *line: said.append(line)
+        finally:
+            for line in said:
+                LOG.info(*line)
 
     def _require_parent(self, parent: str) -> None:
         configured = self._options.parent
@@ -405,7 +419,7 @@ class Break0Manager:
                                  sources, mac)
 
     def _bind(self, kernel: netlink.Kernel, entry: Entry, index: int,
-              src: Optional[IPAddress]) -> bool:
+              src: Optional[IPAddress], say: Say) -> bool:
         """Set what an address is to have; if break0 had lost all of it.
 
         :raises ForeignRoute: if there is one that is to be left alone
@@ -429,8 +443,8 @@ class Break0Manager:
             self._replace(kernel, wanted)
         elif err is not None:
             raise err
-        LOG.info('Bound %s to %s for %s, source %s', entry.address,
-                 self._options.device, entry.owner, src or 'by device')
+        say('Bound %s to %s for %s, source %s', entry.address,
+            self._options.device, entry.owner, src or 'by device')
         return bare
 
     def _add(self, kernel: netlink.Kernel,
@@ -519,7 +533,7 @@ class Break0Manager:
         for may, changes in ((may_set, to_set), (may_delete, to_delete)):
             for some in _chunks(list(changes), CHANGED_AT_ONCE):
                 batch: list[netlink.Change] = []
-                with self._locked():
+                with self._locked() as say:
                     for address in some:
                         with failure.noted():
                             if may(address):
@@ -528,7 +542,7 @@ class Break0Manager:
                     for change, err in zip(batch, kernel.change(batch)):
                         address = change[1].dst
                         if (self._changed(change, err, owners.get(address),
-                                          failure)
+                                          failure, say)
                                 and address not in counted_below):
                             done[_repair(change)] += 1
                 for reason, times in done.items():
@@ -536,27 +550,27 @@ class Break0Manager:
                 if failure.device_lost:
                     return  # the others would fail alike
         for entry in gone:
-            with failure.noted(), self._locked():
+            with failure.noted(), self._locked() as say:
                 if self._ledger.get(entry.address) == entry:
                     self._ledger.remove(entry.address)
                     self._journal.add(Done.SANDBOX_GONE)
-                    LOG.info('Unbound %s from %s: its sandbox %s is gone',
-                             entry.address, self._options.device,
-                             entry.owner)
+                    say('Unbound %s from %s: its sandbox %s is gone',
+                        entry.address, self._options.device, entry.owner)
                     self._forget_connections([entry.address])
 
     def _changed(self, change: netlink.Change,
                  err: Optional[exceptions.KernelRefused],
-                 owner: Optional[Owner], failure: Failures) -> bool:
+                 owner: Optional[Owner], failure: Failures,
+                 say: Say) -> bool:
         """Log a change, or note why there was none."""
         verb, what = change
         if err is not None and not (verb is Verb.DELETE and err.absent):
             failure.note(err)
             return False
-        LOG.info('%s the %s of %s on %s for %s',
-                 'Deleted' if verb is Verb.DELETE else 'Set',
-                 'route' if isinstance(what, HostRoute) else 'neighbour',
-                 what.dst, self._options.device, owner or 'nobody')
+        say('%s the %s of %s on %s for %s',
+            'Deleted' if verb is Verb.DELETE else 'Set',
+            'route' if isinstance(what, HostRoute) else 'neighbour',
+            what.dst, self._options.device, owner or 'nobody')
         return True
 
     @staticmethod
