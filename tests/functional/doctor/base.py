@@ -1,0 +1,113 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+import unittest.mock
+
+from oslo_config import cfg
+
+from kuryr_break0 import config
+from kuryr_break0.doctor import examination
+from kuryr_break0.doctor import report
+from kuryr_break0.ledger import Ledger
+from kuryr_break0.ledger import Owner
+from tests.functional import base
+from tests.functional.base import OTHER_OWNER
+
+PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
+POD4, POD6 = '100.75.30.71', 'fd00:30::71'
+OTHER4, OTHER6 = '100.75.30.72', 'fd00:30::72'
+OWNER_79 = Owner('sandbox-79', 'eth0')
+SUBNETS = ('100.75.30.0/24', 'fd00:30::/64')
+MACS = {'pod': '02:00:00:00:00:71', 'other': '02:00:00:00:00:72',
+        'far': '02:00:00:00:00:73'}
+
+
+class DoctorTestCase(base.LabTestCase):
+    """A node with two bound pods of both families, and an agent."""
+
+    static_neighbours = True
+    maxDiff = None
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.lab.add_ipv6()
+        self.set_up_pods()
+        # There, but it must not repair what the test has broken.
+        self.agent = contextlib.ExitStack()
+        self.agent.enter_context(Ledger('/run/kuryr-break0', 10).attend())
+        self.addCleanup(self.agent.close)
+
+    def set_up_pods(self) -> None:
+        for name, owner, addresses in (
+                ('pod', base.OWNER, (POD4, POD6)),
+                ('other', OTHER_OWNER, (OTHER4, OTHER6))):
+            path = self.lab.add_pod(name, *addresses, mac=MACS[name])
+            self.bind(*addresses, owner=owner, netns=path,
+                      mac_of_pod=MACS[name], subnets=SUBNETS,
+                      static_neighbours=self.static_neighbours)
+
+    def call(self, *args: str, code: int = 0,
+             **environ: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [PROGRAM, 'doctor', *args], text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, env={**os.environ, **environ})
+        self.assertNotIn('Traceback', done.stderr)
+        self.assertEqual(code, done.returncode, done.stdout + done.stderr)
+        return done
+
+    def findings(self, **overrides: Any) -> dict[str, Any]:
+        """What the doctor finds with these options, by id."""
+        conf = cfg.ConfigOpts()
+        config.register(conf)
+        conf([], default_config_files=[])
+        for name, value in overrides.items():
+            conf.set_override(name, value, group=config.GROUP)
+        # As the command sees it, without what a build has left in the tree.
+        path = [each for each in sys.path if each not in ('', os.getcwd())]
+        with unittest.mock.patch.object(sys, 'path', path):
+            done = examination.examine(conf)
+        self.assertIsNone(done.unreadable)
+        found = {each.id: each for each in done.findings}
+        self.assertEqual(len(done.findings), len(found), done.findings)
+        return {name: json.loads(report.as_json([each]))['findings'][0]
+                for name, each in found.items()}
+
+    def assert_found(self, expected: str, seen: str = '', *subjects: str,
+                     severity: str = '', **overrides: Any) -> dict[str, Any]:
+        """It finds this, and nothing else."""
+        found = self.findings(**overrides)
+        self.assertEqual([expected], list(found), found)
+        finding: dict[str, Any] = found[expected]
+        self.assertIn(seen, finding['seen'])
+        self.assertEqual(list(subjects), finding['subjects'])
+        if severity:
+            self.assertEqual(severity, finding['severity'])
+        return finding
+
+    def sysctl(self, name: str, value: int) -> None:
+        self.lab.run('sysctl', '-w', 'net.%s=%d' % (name, value))
+
+    def follow(self, finding: dict[str, Any]) -> None:
+        """Do what it says."""
+        for command in finding['commands']:
+            if not command.startswith(('ip monitor', 'grep', 'ip rule')):
+                self.lab.run('sh', '-c', 'PATH=%s:$PATH; %s' % (
+                    os.path.dirname(PROGRAM), command))

@@ -1,0 +1,163 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+
+from __future__ import annotations
+
+from kuryr_break0 import exceptions
+from tests.functional.base import OTHER_OWNER
+from tests.functional.doctor.base import DoctorTestCase
+from tests.functional.doctor.base import MACS
+from tests.functional.doctor.base import OTHER4
+from tests.functional.doctor.base import OTHER6
+from tests.functional.doctor.base import OWNER_79
+from tests.functional.doctor.base import POD4
+from tests.functional.doctor.base import POD6
+from tests.functional.doctor.base import SUBNETS
+from tests import lab
+
+
+class TestDevice(DoctorTestCase):
+
+    def test_missing(self) -> None:
+        self.lab.run('ip', 'link', 'del', 'break0')
+        finding = self.assert_found('break0-missing', 'no interface break0',
+                                    severity='error')
+        self.assertIn('kuryr-break0 sync', finding['commands'])
+        self.follow(finding)
+        self.assertEqual({}, self.findings())
+
+    def test_foreign(self) -> None:
+        self.lab.run('ip', 'link', 'del', 'break0')
+        self.lab.run('ip', 'link', 'add', 'break0', 'type', 'veth', 'peer',
+                     'name', 'other')
+        self.follow(self.assert_found('break0-foreign', 'is a veth'))
+        self.assertEqual({}, self.findings())
+
+    def test_another_mode(self) -> None:
+        self.lab.run('ip', 'link', 'del', 'break0')
+        self.lab.run('ip', 'link', 'add', 'break0', 'link', lab.PARENT,
+                     'type', 'macvlan', 'mode', 'private')
+        self.assert_found('break0-foreign', 'macvlan in private mode')
+
+    def test_wrong_parent(self) -> None:
+        self.lab.run('ip', 'link', 'del', 'break0')
+        self.lab.run('ip', 'link', 'add', 'eth1', 'type', 'veth', 'peer',
+                     'name', 'other')
+        self.lab.run('ip', 'link', 'add', 'break0', 'link', 'eth1', 'type',
+                     'macvlan', 'mode', 'bridge')
+        self.follow(self.assert_found('break0-wrong-parent', 'pods are on '
+                                      'eth0'))
+        self.assertEqual({}, self.findings())
+
+    def test_down(self) -> None:
+        self.lab.run('ip', 'link', 'set', 'break0', 'down')
+        self.follow(self.assert_found('break0-down'))
+        self.assertEqual({}, self.findings())
+
+    def test_mtu(self) -> None:
+        self.lab.run('ip', 'link', 'set', 'break0', 'mtu', '1400')
+        self.follow(self.assert_found('break0-mtu', '1400'))
+        self.assertEqual({}, self.findings())
+
+    def test_mac(self) -> None:
+        mac = '02:00:00:00:00:99'
+        self.assert_found('break0-mac', '[break0] mac is ' + mac, mac=mac)
+        self.manager(mac=mac).sync()
+        self.assertEqual({}, self.findings(mac=mac))
+
+    def test_an_address_that_is_not_configured(self) -> None:
+        self.lab.run('ip', 'address', 'add', '100.75.30.7/32', 'dev',
+                     'break0')
+        self.follow(self.assert_found('break0-addresses', 'not set',
+                                      '100.75.30.7'))
+        self.assertEqual({}, self.findings())
+
+    def test_a_configured_address_is_missing(self) -> None:
+        addr = ['100.75.30.7', '100.75.30.8']
+        self.manager(addr=addr).sync()
+        self.assertEqual({}, self.findings(addr=addr))
+        self.lab.run('ip', 'address', 'del', addr[1] + '/32', 'dev',
+                     'break0')
+        self.assert_found('break0-addresses', addr[0], addr[1], addr=addr)
+
+    def test_parent_missing(self) -> None:
+        self.lab.run('ip', 'link', 'del', lab.PARENT)
+        self.assert_found('parent-missing', 'no interface eth0')
+
+    def test_parent_down(self) -> None:
+        self.lab.run('ip', 'link', 'set', lab.PARENT, 'down')
+        finding = self.assert_found('parent-down')
+        self.assertEqual(['ip link set eth0 up'], finding['commands'])
+
+    def test_parent_mismatch(self) -> None:
+        self.lab.run('ip', 'link', 'add', 'eth1', 'type', 'veth', 'peer',
+                     'name', 'other')
+        with self.assertRaises(exceptions.DeviceConflict):
+            self.bind('100.75.30.79', parent='eth1', owner=OWNER_79)
+        self.bind(OTHER4, OTHER6, owner=OTHER_OWNER,
+                  netns='/run/netns/other', mac_of_pod=MACS['other'],
+                  subnets=SUBNETS)
+        self.manager().sync()
+        self.assert_found('parent-mismatch', 'eth1', '100.75.30.79')
+
+    def test_parent_is_configured_to_another(self) -> None:
+        self.assert_found('parent-mismatch', '[break0] parent', POD4, OTHER4,
+                          POD6, OTHER6, parent='lo')
+
+    def test_it_answers_the_lan(self) -> None:
+        self.sysctl('ipv4.conf.break0.arp_filter', 0)
+        finding = self.assert_found('break0-answers-lan', 'arp_filter',
+                                    severity='error')
+        self.assertTrue(self.is_answered_for())
+        self.follow(finding)
+        self.assertEqual({}, self.findings())
+        self.assertFalse(self.is_answered_for())
+
+    def test_it_answers_the_lan_by_proxy(self) -> None:
+        self.sysctl('ipv4.conf.break0.proxy_arp', 1)
+        self.follow(self.assert_found('break0-answers-lan', 'proxy_arp'))
+        self.assertEqual({}, self.findings())
+
+    def test_all_may_filter(self) -> None:
+        self.sysctl('ipv4.conf.break0.arp_filter', 0)
+        self.sysctl('ipv4.conf.all.arp_filter', 1)
+        self.assertEqual({}, self.findings())
+        self.assertFalse(self.is_answered_for())
+
+    def is_answered_for(self) -> bool:
+        """Whether break0 answers the LAN for the address of the node."""
+        link = self.lab.link('break0')
+        assert link is not None
+        with self.lab.capture() as frames:
+            self.lab.ping(lab.NODE, 'lan')
+        return any(frame.src == link['address'] and frame.answers == lab.NODE
+                   for frame in frames)
+
+    def test_heard(self) -> None:
+        for name, value in (('addr_gen_mode', 0), ('accept_ra', 1),
+                            ('force_mld_version', 0)):
+            with self.subTest(name):
+                self.sysctl('ipv6.conf.break0.' + name, value)
+                self.follow(self.assert_found('break0-heard', name,
+                                              severity='warning'))
+                self.assertEqual({}, self.findings())
+        self.lab.run('ip', 'link', 'set', 'break0', 'multicast', 'on')
+        self.follow(self.assert_found('break0-heard', 'multicast'))
+        self.assertEqual({}, self.findings())
+
+    def test_ipv6_disabled(self) -> None:
+        self.sysctl('ipv6.conf.break0.disable_ipv6', 1)
+        self.follow(self.assert_found('ipv6-disabled', 'on break0', POD6,
+                                      OTHER6))
+        self.assertEqual({}, self.findings())
+        self.assertTrue(self.lab.ping(POD6))

@@ -1,0 +1,104 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+
+from tests.functional.doctor.base import DoctorTestCase
+from tests.functional.doctor.base import PROGRAM
+
+
+class TestInstallation(DoctorTestCase):
+    """With other distributions before those of the virtual environment."""
+
+    PATH = '/run/site-packages'
+    BINDING = 'kuryr_kubernetes.cni.binding'
+
+    def install(self, name: str, version: str, entry_points: str = '',
+                requires: str = '') -> None:
+        info = '%s/%s-%s.dist-info' % (self.PATH, name, version)
+        os.makedirs(info)
+        with open(info + '/METADATA', 'w') as file:
+            file.write('Metadata-Version: 2.1\nName: %s\nVersion: %s\n%s' %
+                       (name, version, requires))
+        with open(info + '/entry_points.txt', 'w') as file:
+            file.write(entry_points)
+
+    def assert_only(self, expected: str, *seen: str, code: int = 1,
+                    **environ: str) -> None:
+        environ = {'PYTHONPATH': self.PATH, **environ}
+        found = json.loads(self.call('--json', code=code,
+                                     **environ).stdout)['findings']
+        self.assertEqual([expected] * len(seen), [each['id']
+                                                  for each in found], found)
+        for text, finding in zip(seen, found):
+            self.assertIn(text, finding['seen'])
+        for text in (expected, 'why', 'do'):
+            self.assertIn(text, self.call(code=code, **environ).stdout)
+
+    def test_pyroute2_unfit(self) -> None:
+        self.install('pyroute2', '0.9.7')
+        self.assert_only('dependency-unfit', 'pyroute2 is 0.9.7, but <0.8')
+
+    def test_kuryr_unfit(self) -> None:
+        self.install('kuryr_kubernetes', '9.0.0')
+        self.assert_only('dependency-unfit', 'kuryr-kubernetes is 9.0.0, but')
+
+    def test_pyroute2_that_cannot_be_imported(self) -> None:
+        self.install('pyroute2', '0.9.7')
+        os.mkdir(self.PATH + '/pyroute2')
+        with open(self.PATH + '/pyroute2/__init__.py', 'w') as file:
+            file.write('raise ImportError("no transactional")\n')
+        self.assert_only('dependency-unfit', 'pyroute2 is 0.9.7', code=2)
+        done = subprocess.run(
+            [PROGRAM, 'status'], text=True, stderr=subprocess.PIPE,
+            env={**os.environ, 'PYTHONPATH': self.PATH})
+        self.assertEqual(2, done.returncode)
+        self.assertRegex(done.stderr, r'\Akuryr-break0: It cannot be loaded: '
+                         r'no transactional. pyroute2 is 0.9.7, [^\n]*\n\Z')
+
+    def test_entry_points_missing(self) -> None:
+        self.install('kuryr_break0', '9')
+        self.assert_only('entry-point-missing', '0 entry points named '
+                         'VIFMacvlanBreak0', '0 entry points named kuryr_bre')
+
+    def test_one_entry_point_missing(self) -> None:
+        self.install('kuryr_break0', '9', '[os_vif]\nkuryr_break0 = '
+                     'kuryr_break0.os_vif_plugin:Break0Plugin\n')
+        self.assert_only('entry-point-missing', 'VIFMacvlanBreak0')
+
+    def test_two_entry_points(self) -> None:
+        self.install('another', '1', '[%s]\nVIFMacvlanBreak0 = '
+                     'kuryr_break0.driver:Break0MacvlanDriver\n' %
+                     self.BINDING)
+        self.assert_only('entry-point-missing', '2 entry points')
+
+    def test_driver_broken(self) -> None:
+        self.install('kuryr_break0', '9', '[os_vif]\nkuryr_break0 = '
+                     'kuryr_break0.os_vif_plugin:Break0Plugin\n[%s]\n'
+                     'VIFMacvlanBreak0 = kuryr_break0.driver_x:Driver\n' %
+                     self.BINDING)
+        self.assert_only('driver-broken', 'driver_x')
+
+    def test_invalid_option(self) -> None:
+        os.mkdir(self.PATH)
+        self.assert_only('options-invalid', "mac: 'x' is not a MAC address",
+                         code=2, OS_BREAK0__MAC='x')
+
+    def test_disabled(self) -> None:
+        os.mkdir(self.PATH)
+        self.assert_only('disabled', 'enabled is false',
+                         OS_BREAK0__ENABLED='false')

@@ -1,0 +1,193 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from tests.functional.base import OTHER_OWNER
+from tests.functional.doctor.base import DoctorTestCase
+from tests.functional.doctor.base import MACS
+from tests.functional.doctor.base import OTHER4
+from tests.functional.doctor.base import OTHER6
+from tests.functional.doctor.base import OWNER_79
+from tests.functional.doctor.base import POD4
+from tests.functional.doctor.base import POD6
+from tests.functional.doctor.base import SUBNETS
+from tests import lab
+
+#: In another subnet on the link than the node.
+FAR4 = '100.75.40.71'
+
+
+class TestPods(DoctorTestCase):
+
+    def test_not_told(self) -> None:
+        # The agent has not seen it yet.
+        self.lab.run('ip', 'address', 'add', '100.75.30.52/24', 'dev',
+                     lab.PARENT)
+        self.follow(self.assert_found('pod-not-told', '', POD4, OTHER4, POD6,
+                                      OTHER6, severity='error'))
+        self.assertEqual({}, self.findings())
+        self.assertTrue(self.lab.ping('100.75.30.52', 'pod'))
+
+    def test_another_mac_address_of_break0(self) -> None:
+        self.lab.run('ip', 'link', 'set', 'break0', 'address',
+                     '02:00:00:00:00:99')
+        self.assertFalse(self.lab.ping(lab.NODE6, 'pod'))
+        self.follow(self.assert_found('break0-mac', 'pods have been told'))
+        self.assertEqual({}, self.findings())
+        self.assertTrue(self.lab.ping(lab.NODE6, 'pod'))
+
+    def test_bound_without_its_namespace(self) -> None:
+        self.bind('100.75.30.79', owner=OWNER_79)
+        self.assertEqual({}, self.findings())
+        self.bind('fd00:30::79', owner=OWNER_79)
+        self.assert_found('pod-not-told', '', 'fd00:30::79')
+
+    def test_neighbour_missing(self) -> None:
+        self.lab.run('ip', 'neigh', 'del', lab.NODE6, 'dev', 'eth0',
+                     netns='pod')
+        self.follow(self.assert_found('pod-neighbour-missing', lab.NODE6,
+                                      POD4, severity='error'))
+        self.assertEqual({}, self.findings())
+
+    def test_neighbour_wrong(self) -> None:
+        self.lab.run('ip', 'neigh', 'replace', lab.NODE, 'lladdr',
+                     MACS['other'], 'dev', 'eth0', 'nud', 'permanent',
+                     netns='pod')
+        self.assertFalse(self.lab.ping(lab.NODE, 'pod'))
+        self.follow(self.assert_found('pod-neighbour-wrong', MACS['other'],
+                                      POD4))
+        self.assertEqual({}, self.findings())
+        self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
+
+    def test_another_mac_address_of_the_pod(self) -> None:
+        self.lab.run('ip', 'link', 'set', 'eth0', 'address',
+                     '02:00:00:00:00:99', netns='pod')
+        self.assertFalse(self.lab.ping(POD4))
+        self.follow(self.assert_found('pod-mac', '02:00:00:00:00:99', POD4))
+        self.assertEqual({}, self.findings())
+        self.assertTrue(self.lab.ping(POD4))
+
+    def test_no_interface(self) -> None:
+        self.lab.run('ip', 'link', 'del', 'eth0', netns='pod')
+        self.assert_found('pod-unreadable', 'no interface eth0',
+                          'sandbox-1/eth0')
+
+    def test_a_namespace_that_is_none(self) -> None:
+        path = '/run/netns/pod'
+        self.lab.run('umount', path)  # a plain file is left
+        found = os.stat(path)
+        entry = '/run/kuryr-break0/addresses/%s.json'
+        for address in (POD4, POD6):
+            with open(entry % address) as file:
+                fields = json.load(file)
+            fields['netns_id'] = [found.st_dev, found.st_ino]
+            with open(entry % address, 'w') as file:
+                json.dump(fields, file)
+        self.assert_found('pod-unreadable', 'cannot be entered',
+                          'sandbox-1/eth0')
+
+    def test_they_are_left_as_they_are(self) -> None:
+        before = self.everything('pod')
+        self.assertEqual({}, self.findings())
+        self.assertEqual(before, self.everything('pod'))
+
+    def everything(self, netns: str) -> list[Any]:
+        return [self.lab.ip(*args, netns=netns) for args in (
+            ('link', 'show'), ('route', 'show', 'table', 'all'),
+            ('neigh', 'show', 'nud', 'permanent'))]
+
+
+class TestFarPod(DoctorTestCase):
+    """A pod in another subnet than the node."""
+
+    def set_up_pods(self) -> None:
+        self.lab.add_other_subnet()
+        path = self.lab.add_pod('far', FAR4 + '/24', mac=MACS['far'],
+                                gateways=[lab.OTHER_LAN])
+        self.bind(FAR4, netns=path, mac_of_pod=MACS['far'],
+                  subnets=['100.75.40.0/24'])
+
+    def test_healthy_when_strict(self) -> None:
+        self.sysctl('ipv4.conf.all.rp_filter', 1)
+        self.assertEqual({}, self.findings())
+        self.assertTrue(self.lab.ping(FAR4))
+
+    def test_dropped(self) -> None:
+        self.sysctl('ipv4.conf.all.rp_filter', 1)
+        self.lab.run('ip', 'route', 'del', lab.NODE, netns='far')
+        self.assertFalse(self.lab.ping(FAR4))
+        finding = self.assert_found('rp-filter', 'rp_filter of eth0 is 1',
+                                    FAR4, severity='error')
+        self.follow(finding)
+        self.assertEqual({}, self.findings())
+        self.assertTrue(self.lab.ping(FAR4))
+
+    def test_dropped_since_it_was_not_told(self) -> None:
+        self.lab.run('ip', 'route', 'del', lab.NODE, netns='far')
+        self.bind(FAR4, mac_of_pod=MACS['far'], subnets=['100.75.40.0/24'])
+        self.assertEqual({}, self.findings())
+        self.sysctl('ipv4.conf.eth0.rp_filter', 1)
+        self.assertFalse(self.lab.ping(FAR4))
+        self.follow(self.assert_found('rp-filter', '', FAR4))
+        self.assertEqual({}, self.findings())
+        self.assertTrue(self.lab.ping(FAR4))
+
+    def test_a_detour(self) -> None:
+        self.lab.run('ip', 'route', 'del', lab.NODE, netns='far')
+        self.follow(self.assert_found('pod-route-missing', lab.NODE, FAR4,
+                                      severity='warning'))
+        self.assertEqual({}, self.findings())
+
+
+class TestARP(DoctorTestCase):
+    """Where pods and node ask each other."""
+
+    def set_up_pods(self) -> None:
+        path = self.lab.add_pod('pod', POD4, mac=MACS['pod'])
+        self.bind(POD4, netns=path, mac_of_pod=MACS['pod'],
+                  subnets=SUBNETS[:1], static_neighbours=False)
+
+    def test_healthy(self) -> None:
+        self.assertEqual({}, self.findings(static_neighbours=False))
+        self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
+
+    def test_ignored(self) -> None:
+        for where in ('all', 'break0'):
+            with self.subTest(where):
+                self.sysctl('ipv4.conf.%s.arp_ignore' % where, 1)
+                self.assertFalse(self.lab.ping(lab.NODE, 'pod'))
+                finding = self.assert_found(
+                    'arp-ignored', 'arp_ignore of %s is 1' % where, POD4,
+                    static_neighbours=False)
+                self.follow(finding)
+                self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
+
+    def test_it_does_not_matter_to_who_has_been_told(self) -> None:
+        self.sysctl('ipv4.conf.all.arp_ignore', 1)
+        self.manager().sync()
+        self.assertEqual({}, self.findings())
+        self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
+
+    def test_not_for_ipv6(self) -> None:
+        path = self.lab.add_pod('other', OTHER6, mac=MACS['other'])
+        self.bind(OTHER6, owner=OTHER_OWNER, netns=path,
+                  mac_of_pod=MACS['other'], subnets=SUBNETS[1:],
+                  static_neighbours=False)
+        self.assertFalse(self.lab.ping(lab.NODE6, 'other'))
+        self.assert_found('ipv6-not-told', '', OTHER6,
+                          static_neighbours=False)

@@ -1,0 +1,101 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may
+# not use this file except in compliance with the License. You may obtain
+# a copy of the License at
+#
+#      http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
+# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
+# License for the specific language governing permissions and limitations
+# under the License.
+
+
+from __future__ import annotations
+
+import os
+
+from tests.functional.doctor.base import DoctorTestCase
+
+
+class TestServices(DoctorTestCase):
+
+    def write(self, path: str, text: str) -> None:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, 'w') as file:
+            file.write(text)
+
+    def index(self) -> int:
+        link = self.lab.link('break0')
+        assert link is not None
+        return int(link['ifindex'])
+
+    def replace_etc(self) -> None:
+        """Files of systemd of the node's own, of which it has none yet."""
+        for name in ('upper', 'work'):
+            os.makedirs('/run/etc/' + name)
+        self.mount('overlay', '/etc', '-o', 'lowerdir=/etc,upperdir='
+                   '/run/etc/upper,workdir=/run/etc/work')
+        os.makedirs('/etc/systemd', exist_ok=True)
+        for path in ('/etc/systemd', '/usr/lib/systemd',
+                     '/usr/local/lib/systemd'):
+            if os.path.isdir(path):
+                self.mount('tmpfs', path)
+
+    def mount(self, kind: str, path: str, *args: str) -> None:
+        self.lab.run('mount', '-t', kind, kind, path, *args)
+        self.addCleanup(self.lab.run, 'umount', path)
+
+    def networkd(self, state: str) -> None:
+        self.write('/run/systemd/netif/links/%d' % self.index(),
+                   '# This is private data. Do not parse.\n' + state)
+
+    def test_networkd_leaves_it_alone(self) -> None:
+        self.replace_etc()
+        self.networkd('ADMIN_STATE=unmanaged\nOPER_STATE=degraded\n')
+        self.assertEqual({}, self.findings())
+
+    def test_networkd_manages_it(self) -> None:
+        self.replace_etc()
+        self.networkd('ADMIN_STATE=configured\n'
+                      'NETWORK_FILE=/etc/systemd/network/any.network\n')
+        finding = self.assert_found('networkd-manages-break0',
+                                    '/etc/systemd/network/any.network')
+        self.assertIn('Unmanaged=yes', finding['commands'][0])
+
+    def test_networkd_and_foreign_routes(self) -> None:
+        self.replace_etc()
+        self.networkd('ADMIN_STATE=unmanaged\n')
+        self.write('/etc/systemd/networkd.conf',
+                   '[Network]\n#ManageForeignRoutes=no\n[DHCPv4]\n'
+                   'ManageForeignRoutes=no\n')
+        self.assert_found('networkd-foreign-routes', 'by default',
+                          severity='warning')
+        self.write('/run/systemd/networkd.conf.d/90.conf',
+                   '[Network]\nManageForeignRoutes = no\n')
+        self.assertEqual({}, self.findings())
+        self.write('/etc/systemd/networkd.conf.d/95.conf',
+                   '[Network]\nManageForeignRoutes=yes\n')
+        self.assert_found('networkd-foreign-routes',
+                          'by /etc/systemd/networkd.conf.d/95.conf')
+        # One of the same name hides the other.
+        self.write('/run/systemd/networkd.conf.d/95.conf', '[Network]\n')
+        self.assert_found('networkd-foreign-routes', '95.conf')
+        os.unlink('/etc/systemd/networkd.conf.d/95.conf')
+        self.assertEqual({}, self.findings())
+
+    def test_networkd_does_as_it_is_told(self) -> None:
+        self.replace_etc()
+        self.networkd('ADMIN_STATE=unmanaged\n')
+        self.write('/etc/systemd/networkd.conf', '[Network]\n')
+        finding = self.assert_found('networkd-foreign-routes')
+        for command in finding['commands'][:-1]:  # but for the restart
+            self.lab.run('sh', '-c', command)
+        self.assertEqual({}, self.findings())
+
+    def test_network_manager(self) -> None:
+        device = '/run/NetworkManager/devices/%d' % self.index()
+        self.write(device, '[device]\nmanaged=false\n')
+        self.assertEqual({}, self.findings())
+        self.write(device, '[device]\nmanaged=true\nconnection-uuid=1\n')
+        self.assert_found('networkmanager-manages-break0', 'break0')
