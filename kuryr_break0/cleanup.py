@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import socket
 from typing import Any, Collection, Iterator, Optional
 
 from oslo_config import cfg
@@ -125,7 +124,8 @@ class Cleanup:
             yield '! namespace %s: %s' % (netns, err)
         else:
             for item in items:
-                yield '%s namespace %s' % (command.line('-', item), netns)
+                yield '%s namespace %s' % (
+                    command.line('-', item, ifname), netns)
 
     def _node(self, entries: Collection[Entry]) -> Iterator[str]:
         with netlink.Kernel() as kernel:
@@ -144,7 +144,7 @@ class Cleanup:
             for item, err in zip(items, errors):
                 if err is not None and not err.absent:
                     raise err
-                yield command.line('-', item)
+                yield command.line('-', item, link.name)
             reason = self._not_ours(kernel, link, entries)
             if reason is not None:
                 yield '! interface %s: %s' % (link.name, reason)
@@ -163,9 +163,8 @@ class Cleanup:
         name = (parent_of(entries) if entries
                 else self._options.parent or self._link_iface)
         known = name is not None
-        if name is None and link.lower and not link.lower_elsewhere:
-            with contextlib.suppress(OSError):
-                name = socket.if_indextoname(link.lower)
+        if name is None:
+            name = link.lower_name
         parent = kernel.link(name) if name is not None else None
         if parent is None:
             return 'it is on no interface that pods were on'

@@ -36,6 +36,7 @@ from kuryr_break0 import config
 from kuryr_break0.doctor import command as doctor
 from kuryr_break0 import exceptions
 from kuryr_break0.manager import Break0Manager
+from kuryr_break0 import netlink
 from kuryr_break0 import probe
 from kuryr_break0 import status as status_of
 
@@ -119,24 +120,33 @@ def _sync(conf: cfg.ConfigOpts, options: config.Options) -> int:
     routes = (('set', '+', plan.replace), ('delete', '-', plan.delete),
               ('foreign', '!', plan.foreign))
     neighbours = (('set', '+', plan.learn), ('delete', '-', plan.forget))
+
+    def name_of(ifindex: Optional[int]) -> str:
+        if ifindex == 0:
+            return options.device  # which is to be created
+        return netlink.name_of(ifindex)
+
     if conf.command.json:
         print(json.dumps({
             'routes': {name: [{
                 'address': str(route.dst), 'interface_index': route.oif,
+                'interface': (None if route.oif is None
+                              else name_of(route.oif)),
                 'protocol': route.protocol, 'table': route.table,
                 'source': str(route.src) if route.src else None}
                 for route in some] for name, _, some in routes},
             'neighbours': {name: [{
                 'address': str(each.dst), 'interface_index': each.ifindex,
+                'interface': name_of(each.ifindex),
                 'mac': each.mac} for each in some]
                 for name, _, some in neighbours}}, indent=2))
     else:
         for _, sign, some in routes:
             for route in some:
-                print(command.line(sign, route))
+                print(command.line(sign, route, name_of(route.oif)))
         for _, sign, others in neighbours:
             for each in others:
-                print(command.line(sign, each))
+                print(command.line(sign, each, name_of(each.ifindex)))
     left = plan.foreign or (conf.command.dry_run and plan)
     return DRIFT if left else IN_SYNC
 
@@ -146,7 +156,7 @@ def _status(conf: cfg.ConfigOpts, options: config.Options) -> int:
     if conf.command.json:
         print(json.dumps(_as_json(status), indent=2))
     else:
-        _print_tables(status)
+        _print_tables(status, options.device)
     return IN_SYNC if status.in_sync else DRIFT
 
 
@@ -156,8 +166,9 @@ def _as_json(status: status_of.Status) -> dict[str, Any]:
         'in_sync': status.in_sync,
         'device': None if link is None else {
             'name': link.name, 'index': link.index, 'kind': link.kind,
-            'mode': link.mode, 'parent_index': link.lower, 'mac': link.mac,
-            'mtu': link.mtu, 'up': link.up,
+            'mode': link.mode, 'parent_index': link.lower,
+            'parent': link.lower_name, 'mac': link.mac, 'mtu': link.mtu,
+            'up': link.up,
             'addresses': [str(each) for each in status.link_addresses]},
         'host_addresses': [str(each) for each in status.peer.addresses]
         if status.peer else [],
@@ -187,16 +198,16 @@ def _totals(status: status_of.Status) -> dict[str, int]:
                                for each in status.addresses)}
 
 
-def _print_tables(status: status_of.Status) -> None:
+def _print_tables(status: status_of.Status, device: str) -> None:
     link = status.link
     if link is None:
-        print('There is no break0 yet: it comes with the first pod.')
+        print('There is no %s yet: it comes with the first pod.' % device)
     else:
         table = prettytable.PrettyTable(
             ['Device', 'Kind', 'Parent', 'MAC', 'MTU', 'Addresses', 'State'])
         table.add_row([
             link.name, '%s %s' % (link.kind or 'physical', link.mode or ''),
-            link.lower, link.mac, link.mtu,
+            link.lower_name or '-', link.mac, link.mtu,
             ' '.join(map(str, status.link_addresses)) or 'unnumbered',
             'up' if link.up else 'down'])
         print(table)

@@ -126,13 +126,12 @@ def require_ours(link: netlink.Link, parent: netlink.Link) -> None:
         return
     found = 'a %s' % (link.kind or 'physical interface')
     if link.kind == 'macvlan':
-        found += ' in %s mode on interface %s%s' % (
-            link.mode, link.lower,
-            ' of another namespace' if link.lower_elsewhere else '')
+        found += ' in %s mode on %s' % (
+            link.mode,
+            link.lower_name or 'an interface of another namespace')
     raise exceptions.DeviceConflict(
         device=link.name, found=found,
-        expected='a macvlan in bridge mode on interface %s (%s)' % (
-            parent.lower_of_macvlans[0], parent.name))
+        expected='a macvlan in bridge mode on ' + parent.name)
 
 
 def _tune(kernel: netlink.Kernel, options: config.Options,

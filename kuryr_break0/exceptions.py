@@ -69,7 +69,7 @@ class AddressTaken(Break0Error):
 
 class ForeignRoute(Break0Error):
     msg_fmt = ('The address %(address)s has a route that is not ours, on '
-               'interface %(oif)s with protocol %(protocol)s: %(reason)s. '
+               '%(on)s with protocol %(protocol)s: %(reason)s. '
                'See it: ip route show table all %(address)s')
 
 

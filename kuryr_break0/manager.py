@@ -594,10 +594,12 @@ class Break0Manager:
         return {address for address in addresses
                 if now - since[str(address)] < self._options.gc_grace}
 
-    def _foreign(self, route: HostRoute) -> exceptions.ForeignRoute:
+    @staticmethod
+    def _foreign(route: HostRoute, reason: str = 'it is left alone, unless '
+                 '[break0] takeover is set') -> exceptions.ForeignRoute:
         return exceptions.ForeignRoute(
-            address=route.dst, oif=route.oif, protocol=route.protocol,
-            reason='it is left alone, unless [break0] takeover is set')
+            address=route.dst, on=netlink.name_of(route.oif),
+            protocol=route.protocol, reason=reason)
 
     def _take_over(self, route: HostRoute) -> None:
         """Note that a route of others is about to be replaced.
@@ -609,14 +611,13 @@ class Break0Manager:
                   self._ledger.recall('takeovers', TRUCE) or []
                   if now - when < TRUCE}
         if str(route.dst) in recent:
-            raise exceptions.ForeignRoute(
-                address=route.dst, oif=route.oif, protocol=route.protocol,
-                reason='somebody has set it again after it was taken over, '
-                       'so it is left alone for a minute')
+            raise self._foreign(
+                route, 'somebody has set it again after it was taken over, '
+                'so it is left alone for a minute')
         recent[str(route.dst)] = now
         self._ledger.remember('takeovers', sorted(recent.items()))
-        LOG.warning('Taking over the route of %s on interface %s with '
-                    'protocol %s', route.dst, route.oif, route.protocol)
+        LOG.warning('Taking over the route of %s on %s with protocol %s',
+                    route.dst, netlink.name_of(route.oif), route.protocol)
         self._journal.add(Done.TAKEOVER)
 
 

@@ -93,9 +93,9 @@ def read(options: config.Options) -> Status:
         problems[route.dst] = 'its route is ' + (
             'wrong' if route.dst in look.on_break0 else 'missing')
     for route in plan.foreign:
-        problems[route.dst] = ('it has a route of others, on interface %s '
-                               'with protocol %s' % (route.oif,
-                                                     route.protocol))
+        problems[route.dst] = (
+            'it has a route of others, on %s with protocol %s' %
+            (netlink.name_of(route.oif), route.protocol))
     unclaimed: list[Item] = [*plan.forget, *plan.delete]
     for item in unclaimed:
         problems[item.dst] = 'no pod claims it'

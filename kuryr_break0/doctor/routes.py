@@ -75,8 +75,8 @@ def check_routes(node: Node) -> Iterator[Finding]:
     if in_the_way:
         route = foreign[in_the_way[0]]
         yield findings.ROUTE_FOREIGN.found(
-            'addresses of pods have a route that is not ours, on interface '
-            '%s with protocol %d' % (route.oif, route.protocol),
+            'addresses of pods have a route that is not ours, on %s with '
+            'protocol %d' % (netlink.name_of(route.oif), route.protocol),
             in_the_way, address=route.dst)
     stale = [route.dst for route in plan.delete if node.unclaimed(route.dst)]
     if stale:
@@ -118,7 +118,7 @@ def check_use(node: Node, kernel: netlink.Kernel,
 def _way(way: Optional[messages.Route]) -> str:
     if way is None:
         return 'not at all'
-    return 'through interface %s, by table %d' % (way.oif, way.table)
+    return 'through %s, by table %d' % (netlink.name_of(way.oif), way.table)
 
 
 def usable(node: Node) -> list[IPAddress]:

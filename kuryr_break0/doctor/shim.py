@@ -51,11 +51,9 @@ def check_existence(node: Node) -> Iterator[Finding]:
         return  # no pods, and no word on where they will be
     if (link.lower, link.lower_elsewhere) != parent.lower_of_macvlans:
         yield findings.BREAK0_WRONG_PARENT.found(
-            '%s is on interface %s%s, but the pods are on %s, which is '
-            'interface %s' % (
-                name, link.lower,
-                ' of another namespace' if link.lower_elsewhere else '',
-                node.parent_name, parent.lower_of_macvlans[0]), device=name)
+            '%s is on %s, but the pods are on %s' % (
+                name, link.lower_name or 'an interface of another namespace',
+                node.parent_name), device=name)
     elif not parent.up:
         yield findings.PARENT_DOWN.found(
             '%s, which the pods and %s are on, is down' % (parent.name, name),

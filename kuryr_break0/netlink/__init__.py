@@ -47,6 +47,7 @@ from kuryr_break0.netlink.netns import macvlans_in
 from kuryr_break0.netlink.netns import prepare_entering
 from kuryr_break0.netlink.node import count_host_routes
 from kuryr_break0.netlink.node import index_of
+from kuryr_break0.netlink.node import name_of
 from kuryr_break0.netlink.node import read_sysctl
 from kuryr_break0.netlink.node import source_for
 from kuryr_break0.netlink.node import write_sysctl
@@ -56,7 +57,8 @@ __all__ = (
     'RTN_UNICAST', 'RT_SCOPE_LINK', 'RT_SCOPE_NOWHERE', 'RT_TABLE_MAIN',
     'Routes', 'Verb', 'count_host_routes', 'create_macvlan', 'entered',
     'forget_connections', 'index_of', 'ipdb_of_interfaces', 'macvlans_in',
-    'prepare', 'read_sysctl', 'source_for', 'undisturbed', 'write_sysctl')
+    'name_of', 'prepare', 'read_sysctl', 'source_for', 'undisturbed',
+    'write_sysctl')
 
 
 def prepare() -> None:

@@ -41,6 +41,7 @@ from kuryr_break0.netlink.netns import opened
 from kuryr_break0.netlink.node import as_address
 from kuryr_break0.netlink.node import family_of
 from kuryr_break0.netlink.node import index_of
+from kuryr_break0.netlink.node import name_of
 from kuryr_break0.plan import HostRoute
 from kuryr_break0.plan import Item
 from kuryr_break0.plan import Neighbour
@@ -257,12 +258,11 @@ class Kernel:
         if err is None:
             return None
         verb, what = change
-        through = 'interface %s' % (
-            what.oif if isinstance(what, HostRoute) else what.ifindex)
+        kind, ifindex = (('route to', what.oif) if isinstance(what, HostRoute)
+                         else ('neighbour', what.ifindex))
         return exceptions.KernelRefused(
-            '%s the %s %s on %s' % (
-                verb.value, 'route to' if isinstance(what, HostRoute)
-                else 'neighbour', what.dst, through),
+            '%s the %s %s on %s' % (verb.value, kind, what.dst,
+                                    name_of(ifindex)),
             os.strerror(err.code), err.code)
 
     def route_to(self, address: IPAddress) -> Optional[HostRoute]:

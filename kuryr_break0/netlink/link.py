@@ -19,6 +19,8 @@ from typing import Any, Optional
 
 from pyroute2.netlink.rtnl import ifinfmsg
 
+from kuryr_break0.netlink.node import name_of
+
 
 @dataclasses.dataclass(frozen=True)
 class Link:
@@ -42,6 +44,13 @@ class Link:
     multicast: bool
     up: bool
     loopback: bool
+
+    @property
+    def lower_name(self) -> Optional[str]:
+        """The name of ``lower``; None if there is none in this namespace."""
+        if self.lower is None or self.lower_elsewhere:
+            return None
+        return name_of(self.lower)
 
     @property
     def lower_of_macvlans(self) -> tuple[Optional[int], bool]:

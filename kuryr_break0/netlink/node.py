@@ -37,6 +37,20 @@ def index_of(device: str) -> Optional[int]:
         return None
 
 
+def name_of(ifindex: Optional[int]) -> str:
+    """The name of an interface of this namespace, to be shown.
+
+    :param ifindex: None is what the kernel says of a route through none, or
+        through several
+    """
+    if ifindex is None:
+        return 'no single interface'
+    try:
+        return socket.if_indextoname(ifindex)
+    except OSError:
+        return 'if%d' % ifindex  # as ip(8) writes it
+
+
 def source_for(address: IPAddress,
                device: Optional[str] = None) -> Optional[IPAddress]:
     """The address that the node would speak to another from.

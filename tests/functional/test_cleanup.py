@@ -82,8 +82,8 @@ class TestWhatIsTakenAway(CleanupTestCase):
         self.assertFalse(os.path.exists(STATE_DIR))
         self.assertIn('- interface break0\n', printed)
         for address in (POD, POD6, FAR_POD):
-            self.assertIn('- route %s interface' % address, printed)
-        self.assertRegex(printed, '- route %s interface .* namespace %s' % (
+            self.assertIn('- route %s dev break0 ' % address, printed)
+        self.assertRegex(printed, '- route %s dev eth0 .* namespace %s' % (
             lab.NODE, self.far_netns))
         self.assertRegex(printed, '- neighbour %s .* namespace %s' % (
             lab.NODE6, self.netns))
@@ -155,7 +155,7 @@ class TestWhatIsNotOurs(CleanupTestCase):
         self.bind_both()
         self.lab.run('ip', 'link', 'del', 'break0')
         self.add_macvlan(parent='eth1')
-        self.assert_left('in bridge mode on interface')
+        self.assert_left('in bridge mode on')
 
     def test_nothing_says_whose_it_is(self) -> None:
         self.add_macvlan()

@@ -86,7 +86,11 @@ class TestStatus(CLITestCase):
                        '[binding]\nlink_iface = %s\n' % lab.PARENT)
         done = self.call('--config-file', '/run/kuryr.conf', 'status')
         self.assertEqual(0, done.returncode, done.stderr)
-        self.assertIn('shim', done.stdout)
+        self.assertRegex(done.stdout,
+                         r'\| +shim +\| macvlan bridge \| +eth0 +\|')
+        self.lab.run('ip', 'link', 'del', 'shim')
+        done = self.call('--config-file', '/run/kuryr.conf', 'status')
+        self.assertIn('There is no shim yet', done.stdout)
 
 
 class TestSync(CLITestCase):
@@ -99,7 +103,9 @@ class TestSync(CLITestCase):
     def test_it_prints_what_it_did(self) -> None:
         done = self.call('sync')
         self.assertEqual(0, done.returncode, done.stderr)
-        self.assertRegex(done.stdout, r'\A\+ route 100\.75\.30\.71 [^\n]*\n\Z')
+        self.assertEqual(
+            '+ route %s dev break0 proto 176 table 254 src %s\n' %
+            (POD, lab.NODE), done.stdout)
         self.assertEqual({POD, OTHER_POD}, set(self.lab.routes()))
         self.assertEqual('', self.call('sync').stdout)
 
@@ -118,7 +124,9 @@ class TestSync(CLITestCase):
         self.lab.run('ip', 'route', 'add', POD, 'dev', 'lo')
         done = self.call('sync')
         self.assertEqual(1, done.returncode)
-        self.assertIn('! route ' + POD, done.stdout)
+        self.assertIn('! route %s dev lo proto 3 ' % POD, done.stdout)
+        self.assertIn('a route of others, on lo with protocol 3',
+                      self.call('status').stdout)
 
     def test_no_parent(self) -> None:
         self.lab.run('ip', 'link', 'del', lab.PARENT)

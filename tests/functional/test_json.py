@@ -177,4 +177,5 @@ class TestSync(JSONTestCase):
         self.lab.run('ip', 'link', 'del', 'break0')
         changes = self.valid('sync', '--dry-run')
         self.assertEqual(0, changes['routes']['set'][0]['interface_index'])
+        self.assertEqual('break0', changes['routes']['set'][0]['interface'])
         self.assertEqual(lab.NODE, changes['routes']['set'][0]['source'])

@@ -457,7 +457,7 @@ class TestDevice(base.LabTestCase):
                      'peer', 'name', 'peer1')
         self.lab.run('ip', 'link', 'add', 'break0', 'link', 'eth1',
                      'type', 'macvlan', 'mode', 'bridge')
-        self.assert_untouched('interface', '(eth0)')
+        self.assert_untouched('interface', 'on eth0 is needed')
 
     def test_a_parent_of_another_namespace(self) -> None:
         # The same ifindex there is not the same interface.

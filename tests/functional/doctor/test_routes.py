@@ -59,7 +59,7 @@ class TestRoutes(DoctorTestCase):
 
     def test_foreign_and_preferred(self) -> None:
         self.lab.run('ip', 'route', 'add', POD6, 'dev', 'lo', 'metric', '1')
-        self.assert_found('route-foreign', 'interface 1', POD6)
+        self.assert_found('route-foreign', 'on lo with', POD6)
         self.assertFalse(self.lab.ping(POD6))
 
     def test_stale(self) -> None:
