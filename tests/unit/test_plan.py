@@ -18,12 +18,19 @@ from typing import Any
 import unittest
 
 from hypothesis import given
+from hypothesis import HealthCheck
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from kuryr_break0 import plan
 from kuryr_break0.plan import HostRoute
 from kuryr_break0.plan import Neighbour
 from kuryr_break0.plan import Wanted
+
+# How long an example takes says how busy the machine is, and no more.
+settings.register_profile('untimed', deadline=None,
+                          suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile('untimed')
 
 DEVICE = 7
 PROTOCOL = 176
