@@ -30,7 +30,7 @@ import os
 import re
 import stat
 import time
-from typing import Any, Callable, Iterator, Optional, TextIO
+from typing import Any, Callable, Iterator, Optional, Sequence, TextIO
 
 from oslo_concurrency import lockutils
 from oslo_log import log as logging
@@ -127,18 +127,7 @@ class Entry:
         what it was in is: in another container than the writer's, a path
         that is not there says nothing.
         """
-        if self.netns is None or self.netns_id is None:
-            return False
-        try:
-            found = os.stat(self.netns)
-        except FileNotFoundError:
-            of_process = re.fullmatch(r'(/.+)/\d+/ns/net', self.netns)
-            return os.path.isdir(
-                os.path.join(of_process[1], '1') if of_process
-                else os.path.dirname(self.netns))
-        except OSError:
-            return False
-        return (found.st_dev, found.st_ino) != self.netns_id
+        return _is_gone(self.netns, self.netns_id)
 
     @classmethod
     def from_json(cls, text: str) -> Entry:
@@ -155,6 +144,9 @@ class Entry:
                                    'than this program' % version)
             if version != VERSION:
                 raise ValueError('its format is version %r' % version)
+            for name in ('parent', 'mac', 'netns', 'pod'):
+                if not isinstance(fields[name], (str, type(None))):
+                    raise ValueError('its %s is no text' % name)
             fields['address'] = ipaddress.ip_address(fields['address'])
             fields['owner'] = Owner(**fields['owner'])
             if fields['netns_id'] is not None:
@@ -181,6 +173,22 @@ def netns_id(path: Optional[str]) -> Optional[tuple[int, int]]:
     except OSError:
         return None
     return found.st_dev, found.st_ino
+
+
+def _is_gone(path: Optional[str],
+             known: Optional[Sequence[int]]) -> bool:
+    if path is None or known is None:
+        return False
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        of_process = re.fullmatch(r'(/.+)/\d+/ns/net', path)
+        return os.path.isdir(
+            os.path.join(of_process[1], '1') if of_process
+            else os.path.dirname(path))
+    except OSError:
+        return False
+    return (found.st_dev, found.st_ino) != tuple(known)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,10 +226,12 @@ def _content(path: str) -> str:
         if err.errno == errno.ELOOP:
             raise ValueError('it is a link')
         raise
-    with open(fd, 'rb') as file:
+    try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise ValueError('it is not a regular file')
-        content = file.read(_MAX_SIZE + 1)
+        content = os.read(fd, _MAX_SIZE + 1)
+    finally:
+        os.close(fd)
     if len(content) > _MAX_SIZE:
         raise ValueError('it is larger than %d bytes' % _MAX_SIZE)
     return content.decode()
@@ -320,6 +330,21 @@ class Ledger:
         if entry.address != address:
             raise ValueError('it is of %s' % entry.address)
         return entry
+
+    def may_be_gone(self, address: IPAddress) -> bool:
+        """Whether the sandbox of an address is to be looked at.
+
+        False if it is there, or if there is no entry; found at a third of
+        what it takes to :meth:`get` the entry, since most of that is to make
+        addresses and networks of texts. What is odd is to be looked at.
+        """
+        try:
+            fields = json.loads(_content(self._file(address)))
+            return _is_gone(fields['netns'], fields['netns_id'])
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return True
 
     def put(self, entry: Entry) -> None:
         """Write an entry; what its address had before is gone.

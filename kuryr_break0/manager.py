@@ -267,7 +267,7 @@ class Break0Manager:
         if count > LOOKED_AT:
             self._ledger.remember('pruned', [(position + LOOKED_AT) % count])
         failure = Failures()
-        for address in addresses:
+        for address in filter(self._ledger.may_be_gone, addresses):
             with failure.noted():
                 entry = self._ledger.get(address)
                 if entry is not None and entry.sandbox_gone:

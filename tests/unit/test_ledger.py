@@ -124,6 +124,8 @@ class TestEntries(LedgerTestCase):
                 ('100.75.30.72.json', b'{"version": 1}'),
                 ('100.75.30.72.json', b'{"version": "one"}'),
                 ('100.75.30.72.json', ENTRY.to_json().encode()),
+                ('100.75.30.72.json', ENTRY.to_json().replace(
+                    '71', '72').replace('"/run/netns/pod"', '1').encode()),
                 ('100.75.30.72.json', b' ' * 2 ** 20),
                 ('not-an-address.json', ENTRY.to_json().encode())):
             with open(self.file(name), 'wb') as file:
@@ -133,6 +135,28 @@ class TestEntries(LedgerTestCase):
         yield '100.75.30.72.json'
         os.mkfifo(self.file('100.75.30.72.json'))
         yield '100.75.30.72.json'
+
+    def test_a_sandbox_may_be_gone(self) -> None:
+        self.assertFalse(self.ledger.may_be_gone(ADDRESS))
+        netns = os.path.join(os.path.dirname(self.path), 'netns')
+        with open(netns, 'w'):
+            pass
+        entry = dataclasses.replace(ENTRY, netns=netns,
+                                    netns_id=ledger.netns_id(netns))
+        for change, gone in (({}, False), ({'netns_id': (4, 1)}, True),
+                             ({'netns_id': None}, False),
+                             ({'netns': None}, False),
+                             ({'netns': netns + '-'}, True),
+                             ({'netns': '/nowhere/netns'}, False)):
+            with self.subTest(change=change):
+                changed = dataclasses.replace(entry, **change)
+                self.assertEqual(gone, changed.sandbox_gone)
+                self.ledger.put(changed)
+                self.assertEqual(gone, self.ledger.may_be_gone(ADDRESS))
+        for text in ('', '[]', '{}', '[' * 4000):  # who knows
+            with self.subTest(text=text):
+                self.write(text)
+                self.assertTrue(self.ledger.may_be_gone(ADDRESS))
 
     def test_damage_is_set_aside_and_costs_no_other(self) -> None:
         for name in self.damage():
