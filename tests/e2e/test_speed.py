@@ -23,30 +23,40 @@ from tests.e2e import test_daemon
 from tests import kuryr
 
 
-class TestImports(test_daemon.DaemonTestCase):
-    """No module is looked for in the process of a request."""
+class TestRequests(test_daemon.DaemonTestCase):
+    """What the process of a request does not have to do."""
 
     # Python imports it when it starts.
     WATCH = '''
+        import gc
         import os
         import sys
 
+        def tell(*words):
+            with open(%r, 'a') as file:
+                file.write('%%d %%s %%s\\n' %% (os.getpid(), *words))
+
         class Watch:
             def find_spec(self, name, path=None, target=None):
-                with open(%r, 'a') as file:
-                    file.write('%%d %%s\\n' %% (os.getpid(), name))
+                tell('import', name)
+
+        def forked():
+            tell('kept', gc.get_freeze_count())
+            tell('collectable', len(gc.get_objects()))
 
         sys.meta_path.insert(0, Watch())
+        os.register_at_fork(after_in_child=forked)
     '''
 
-    def imports(self, among: set[int]) -> dict[str, list[str]]:
-        """What some processes of the daemon and what others looked for."""
+    def told(self, what: str, among: set[int]) -> dict[str, list[str]]:
+        """What was told by some processes of the daemon, and by others."""
         found: dict[str, list[str]] = {'services': [], 'requests': []}
-        with open(os.path.join(self.node.dir, 'imports')) as file:
+        with open(os.path.join(self.node.dir, 'told')) as file:
             for line in file:
-                pid, name = line.split()
-                found['services' if int(pid) in among
-                      else 'requests'].append(name)
+                pid, kind, word = line.split()
+                if kind == what:
+                    found['services' if int(pid) in among
+                          else 'requests'].append(word)
         return found
 
     def test_with_kuryrs_binding(self) -> None:
@@ -56,7 +66,7 @@ class TestImports(test_daemon.DaemonTestCase):
         self.check('direct')
 
     def check(self, binding: str) -> None:
-        path = os.path.join(self.node.dir, 'imports')
+        path = os.path.join(self.node.dir, 'told')
         with open(path, 'w'):
             pass
         with open(os.path.join(self.node.dir, 'sitecustomize.py'),
@@ -75,7 +85,12 @@ class TestImports(test_daemon.DaemonTestCase):
         assert self.node.daemon is not None
         daemon = psutil.Process(self.node.daemon.pid)
         # Those of requests are children of one of them.
-        found = self.imports({daemon.pid, *(
-            process.pid for process in daemon.children())})
-        self.assertIn('kuryr_break0.manager', found['services'])
-        self.assertEqual([], found['requests'])
+        services = {daemon.pid, *(process.pid
+                                  for process in daemon.children())}
+        imports = self.told('import', services)
+        self.assertIn('kuryr_break0.manager', imports['services'])
+        self.assertEqual([], imports['requests'])
+        # What was there before they began is not looked at for garbage.
+        collectable = self.told('collectable', services)['requests']
+        kept = self.told('kept', services)['requests']
+        self.assertLess(max(map(int, collectable)), min(map(int, kept)) / 5)
