@@ -289,6 +289,9 @@ class Ledger:
         self._prepare()
         lock = lockutils.external_lock('lock', lock_path=self._path)
         with lockutils.internal_lock(self._path):
+            # Where processors are scarce, let the kernel stop this process
+            # now rather than while it keeps the others waiting.
+            os.sched_yield()
             try:
                 # Waiters look again every so many seconds, which is what they
                 # may lose. The lock is held for half a millisecond; those

@@ -21,9 +21,12 @@ Each section is a module with a function of the type :data:`Measure`.
 from __future__ import annotations
 
 import contextlib
+import gc
 import ipaddress
+import os
 import socket
 import sys
+import time
 from typing import Any, Callable, Iterator, NamedTuple
 
 from oslo_config import cfg
@@ -107,6 +110,9 @@ class Node:
     def unbind(self) -> None:
         manager.Break0Manager(self.options).unbind(OWNER, [POD])
 
+    def tend(self) -> None:
+        manager.Break0Manager(self.options).tend()
+
     def resize(self, count: int) -> None:
         """Make it so many other pods, by what a bind leaves of each."""
         grows = count > self.others
@@ -164,8 +170,46 @@ class Node:
             raise Broken('the ledger is wrong')
 
 
+def keep() -> None:
+    """Keep what there is out of garbage collection, as kuryr-daemon does."""
+    gc.collect()
+    gc.freeze()
+
+
 #: Measures one section on a fresh node; the number says how often.
 Measure = Callable[[Node, int], Section]
+
+
+def in_child(measure: Callable[[], float]) -> float:
+    """Measure in a process just forked, as those of requests are.
+
+    :raises Broken: if it fails there
+    """
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        # pyroute2 prints at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        try:
+            os.write(writing, repr(measure()).encode())
+            os._exit(0)
+        except BaseException as err:
+            os.write(writing, repr(err).encode())
+        os._exit(1)
+    os.close(writing)
+    # Not to its end: Kuryr leaves processes that have it open.
+    with open(reading, 'rb', buffering=0) as file:
+        answer = file.read(1024).decode()
+    if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
+        raise Broken(answer)
+    return float(answer)
+
+
+def timed(call: Callable[[], None]) -> float:
+    """How long a call takes, in ms."""
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1000
 
 
 @contextlib.contextmanager

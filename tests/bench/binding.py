@@ -34,10 +34,12 @@ from kuryr_break0 import config
 from kuryr_break0 import vif as break0_vif
 from tests.bench import blamed
 from tests.bench import Broken
+from tests.bench import in_child
 from tests.bench import Node
 from tests.bench import say
 from tests.bench import Section
 from tests.bench import Target
+from tests.bench import timed
 from tests import kuryr
 from tests import lab
 
@@ -103,33 +105,18 @@ class _Binding:
             raise Broken('its route is wrong')
 
     def _request(self, way: str, work: Callable[..., None]) -> float:
-        reading, writing = os.pipe()
-        pid = os.fork()
-        if not pid:
-            # pyroute2 prints at its end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            try:
-                k_config.CONF.set_override(
-                    'pod_binding', way.rpartition(' ')[2] if way != STOCK
-                    else config.KURYR, group=config.GROUP)
-                info = instance_info.InstanceInfo(uuid=str(uuid.uuid4()),
-                                                  name='bound')
-                start = time.perf_counter()
-                work(self._vifs[way], info, 'eth0', netns=self._netns,
-                     container_id='c' * 64)
-                taken = time.perf_counter() - start
-                os.write(writing, repr(taken * 1000).encode())
-                os._exit(0)
-            except BaseException as err:
-                os.write(writing, repr(err).encode())
-            os._exit(1)
-        os.close(writing)
-        # Not to its end: Kuryr leaves processes that have it open.
-        with open(reading, 'rb', buffering=0) as file:
-            answer = file.read(1024).decode()
-        if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
-            raise Broken(answer)
-        return float(answer)
+        info = instance_info.InstanceInfo(uuid=str(uuid.uuid4()),
+                                          name='bound')
+
+        def measure() -> float:
+            k_config.CONF.set_override(
+                'pod_binding', way.rpartition(' ')[2] if way != STOCK
+                else config.KURYR, group=config.GROUP)
+            return timed(lambda: work(
+                self._vifs[way], info, 'eth0', netns=self._netns,
+                container_id='c' * 64))
+
+        return in_child(measure)
 
 
 def binding(node: Node, repeat: int) -> Section:
@@ -184,16 +171,51 @@ def _binding_targets(connect: Medians) -> list[Target]:
           for size, share in shares.items())]
 
 
+#: Python imports it when it starts: notes how many ms the lock is held.
+_NOTING = '''
+import contextlib
+import time
+
+from kuryr_break0 import ledger
+
+
+class Ledger(ledger.Ledger):
+
+    @contextlib.contextmanager
+    def lock(self):
+        with super().lock():
+            start = time.perf_counter()
+            try:
+                yield
+            finally:
+                taken = time.perf_counter() - start
+        with open(%r, 'a') as file:
+            file.write('%%f\\n' %% (taken * 1000))
+
+
+ledger.Ledger = Ledger
+'''
+
+
 @contextlib.contextmanager
-def _daemon(node: kuryr.Node, way: str, stock: str) -> Iterator[None]:
+def _daemon(node: kuryr.Node, way: str, stock: str) -> Iterator[list[float]]:
+    """Run kuryr-daemon, and return then how long the lock was held, in ms."""
+    held: list[float] = []
+    path = os.path.join(node.dir, 'held')
     if way == STOCK:
         node.start_daemon(bin_dir=stock)
     else:
-        node.start_daemon(way.partition(', ')[2])
+        with open(os.path.join(node.dir, 'sitecustomize.py'), 'w') as file:
+            file.write(_NOTING % path)
+        node.start_daemon(way.partition(', ')[2], PYTHONPATH=node.dir)
     try:
-        yield
+        yield held
     finally:
         node.kill_daemon()
+        if way != STOCK:
+            with open(path) as file:
+                held += map(float, file)
+            os.unlink(path)
 
 
 def _burst(node: kuryr.Node, name: str) -> tuple[float, int]:
@@ -217,11 +239,12 @@ def bursts(outer: Node, repeat: int) -> Section:
     times: dict[str, list[float]] = {way: [] for way in (STOCK, KURYR,
                                                          DIRECT)}
     failures = dict.fromkeys(times, 0)
+    holds: dict[str, list[float]] = {way: [] for way in times}
     with kuryr.Node() as node:
         stock = kuryr.stock_environment(os.path.join(node.dir, 'venv'))
         for half in range(0, count, -(-count // 2)):
             for way in times:
-                with _daemon(node, way, stock):
+                with _daemon(node, way, stock) as held:
                     for number in range(half, min(count,
                                                   half + -(-count // 2))):
                         say('burst %d of %d: %s' % (number + 1, count, way))
@@ -230,18 +253,22 @@ def bursts(outer: Node, repeat: int) -> Section:
                                                  number))
                         times[way].append(taken)
                         failures[way] += failed
+                holds[way] += held
     medians = {way: statistics.median(taken) for way, taken in times.items()}
     share = medians[DIRECT] / medians[STOCK]
     return Section(
         '%d x %d ADDs at once by kuryr-daemon, median ms of a burst' %
         (count, BURST),
-        ['way', 'burst', 'x stock', 'failed'],
+        ['way', 'burst', 'x stock', 'failed', 'lock held, median', '90 %'],
         [[way, '%.0f' % median, '%.2f' % (median / medians[STOCK]),
-          '%d of %d' % (failures[way], count * BURST)]
+          '%d of %d' % (failures[way], count * BURST),
+          *(('%.2f' % statistics.median(holds[way]),
+             '%.2f' % statistics.quantiles(holds[way], n=10)[-1])
+            if holds[way] else ('-', '-'))]
          for way, median in medians.items()],
         [Target('a burst, direct: at most 0.6 x stock', '%.2f x' % share,
                 share <= 0.6),
          Target('no ADD of the bursts fails, direct',
                 '%d' % failures[DIRECT], failures[DIRECT] == 0)],
-        {'medians_ms': medians, 'failed': failures,
+        {'medians_ms': medians, 'failed': failures, 'held_ms': holds,
          'of': count * BURST})
