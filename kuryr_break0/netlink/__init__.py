@@ -32,15 +32,9 @@ from kuryr_break0.netlink.events import Event
 from kuryr_break0.netlink.events import Events
 from kuryr_break0.netlink.ipdb import create_macvlan
 from kuryr_break0.netlink.ipdb import ipdb_of_interfaces
-from kuryr_break0.netlink.kernel import Change
 from kuryr_break0.netlink.kernel import Kernel
 from kuryr_break0.netlink.kernel import Path
 from kuryr_break0.netlink.kernel import Routes
-from kuryr_break0.netlink.kernel import RT_SCOPE_LINK
-from kuryr_break0.netlink.kernel import RT_SCOPE_NOWHERE
-from kuryr_break0.netlink.kernel import RT_TABLE_MAIN
-from kuryr_break0.netlink.kernel import RTN_UNICAST
-from kuryr_break0.netlink.kernel import Verb
 from kuryr_break0.netlink.link import Link
 from kuryr_break0.netlink.netns import entered
 from kuryr_break0.netlink.netns import macvlans_in
@@ -51,6 +45,13 @@ from kuryr_break0.netlink.node import name_of
 from kuryr_break0.netlink.node import read_sysctl
 from kuryr_break0.netlink.node import source_for
 from kuryr_break0.netlink.node import write_sysctl
+from kuryr_break0.netlink import requests
+from kuryr_break0.netlink.requests import Change
+from kuryr_break0.netlink.requests import RT_SCOPE_LINK
+from kuryr_break0.netlink.requests import RT_SCOPE_NOWHERE
+from kuryr_break0.netlink.requests import RT_TABLE_MAIN
+from kuryr_break0.netlink.requests import RTN_UNICAST
+from kuryr_break0.netlink.requests import Verb
 
 __all__ = (
     'Change', 'Event', 'Events', 'IPDB_DISTURBED', 'Kernel', 'Link', 'Path',
@@ -71,3 +72,4 @@ def prepare() -> None:
         with Kernel() as kernel:
             kernel.link('lo')
         prepare_entering()
+        requests.prepare()

@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import enum
 import errno
 import os
 import socket
@@ -42,19 +41,14 @@ from kuryr_break0.netlink.node import as_address
 from kuryr_break0.netlink.node import family_of
 from kuryr_break0.netlink.node import index_of
 from kuryr_break0.netlink.node import name_of
+from kuryr_break0.netlink import requests
+from kuryr_break0.netlink.requests import Change
+from kuryr_break0.netlink.requests import RT_SCOPE_LINK
+from kuryr_break0.netlink.requests import RTN_UNICAST
 from kuryr_break0.plan import HostRoute
-from kuryr_break0.plan import Item
 from kuryr_break0.plan import Neighbour
 
 # linux/rtnetlink.h
-RT_SCOPE_LINK = 253
-#: A wildcard in a deletion; with the default, universe, a route that is
-#: scoped to the link would not be found.
-RT_SCOPE_NOWHERE = 255
-#: What stands in the header for a table whose number is too large for it.
-RT_TABLE_COMPAT = 252
-RT_TABLE_MAIN = 254
-RTN_UNICAST = 1
 RTN_LOCAL = 2
 #: Learnt by use, as IPv6's path MTUs are: not a route of the table.
 RTM_F_CLONED = 0x200
@@ -66,26 +60,6 @@ RTM_F_FIB_MATCH = 0x2000
 #: Changes in one request, which has to fit into the socket's buffer, as do
 #: the answers if all are refused.
 _CHANGED_AT_ONCE = 128
-
-
-class Verb(enum.Enum):
-    """What to do with a route or a neighbour.
-
-    ADD fails where there is one, REPLACE puts it in its place; DELETE is of
-    the route with this interface, protocol and table, or of the neighbour,
-    whatever its MAC address.
-    """
-
-    ADD = 'add'
-    REPLACE = 'set'
-    DELETE = 'delete'
-
-
-Change = tuple[Verb, Item]
-
-_FLAGS = {Verb.ADD: netlink.NLM_F_CREATE | netlink.NLM_F_EXCL,
-          Verb.REPLACE: netlink.NLM_F_CREATE | netlink.NLM_F_REPLACE,
-          Verb.DELETE: 0}
 
 
 class Routes(NamedTuple):
@@ -221,31 +195,31 @@ class Kernel:
         for start in range(0, len(changes), _CHANGED_AT_ONCE):
             some = changes[start:start + _CHANGED_AT_ONCE]
             with translated('change routes and neighbours'):
-                refused = self._send([_message(verb, what)
+                refused = self._send([requests.change(verb, what)
                                       for verb, what in some])
             errors += [self._refusal(change, refused.get(place))
                        for place, change in enumerate(some)]
         return errors
 
-    def _send(self, requests: Sequence[Any]
+    def _send(self, changes: Sequence[Any]
               ) -> dict[int, nl_exceptions.NetlinkError]:
         """Send all at once; the errors, by the place of the request.
 
         The kernel tells of each that it refuses, and that it has come to the
         last; to hear of the others would take as long as to ask.
         """
-        requests[-1]['header']['flags'] |= netlink.NLM_F_ACK
+        changes[-1]['header']['flags'] |= netlink.NLM_F_ACK
         first = self._number
-        self._number += len(requests)
+        self._number += len(changes)
         data = bytearray()
-        for number, request in enumerate(requests, first):
+        for number, request in enumerate(changes, first):
             request['header']['sequence_number'] = number
             request.encode()
             data += request.data
         self._ipr.sendto(data, (0, 0))
         refused = {}
         place = -1
-        while place != len(requests) - 1:
+        while place != len(changes) - 1:
             for answer in self._ipr.marshal.parse(self._ipr.recv(2 ** 16)):
                 place = answer['header']['sequence_number'] - first
                 if place >= 0 and answer['header']['error']:
@@ -322,7 +296,7 @@ class Kernel:
         try:
             with translated('look up the neighbour %s' % address):
                 answer, = self._ipr.nlm_request(
-                    _neighbour_message(ifindex, address), rtnl.RTM_GETNEIGH,
+                    requests.neighbour(ifindex, address), rtnl.RTM_GETNEIGH,
                     netlink.NLM_F_REQUEST)
         except exceptions.KernelRefused:
             return None, None
@@ -352,7 +326,7 @@ class Kernel:
 
     def neighbours(self, ifindex: int) -> list[Neighbour]:
         """List those that are set for good on an interface, by a dump."""
-        message = _NeighbourMessage()
+        message = requests.NeighbourMessage()
         message['attrs'] = [('NDA_IFINDEX', ifindex)]
         return undisturbed('list the neighbours', lambda: [
             Neighbour(each.dst, ifindex, each.mac, each.protocol)
@@ -389,62 +363,6 @@ class Kernel:
         route = self.lookup(address)
         return (route is not None and route.type == RTN_UNICAST
                 and not route.gateways and not route.several)
-
-
-class _NeighbourMessage(netlink.nlmsg):  # type: ignore[misc]
-    """pyroute2's, with the attribute that its 0.7 lacks (linux 5.0).
-
-    Not derived from that: what pyroute2 compiles of a class is inherited.
-    """
-
-    __slots__ = ()
-    prefix = ndmsg.ndmsg.prefix
-    fields = ndmsg.ndmsg.fields
-    nla_map = (*ndmsg.ndmsg.nla_map, ('NDA_PROTOCOL', 'uint8'))
-    cacheinfo = ndmsg.ndmsg.cacheinfo
-
-
-def _message(verb: Verb, what: Item) -> Any:
-    # Not by IPRoute.route(), which takes as long again to look at its
-    # arguments.
-    if isinstance(what, HostRoute):
-        message = rtmsg.rtmsg()
-        message['family'] = family_of(what.dst)
-        message['dst_len'] = what.dst.max_prefixlen
-        message['table'] = (what.table if what.table < 256
-                            else RT_TABLE_COMPAT)
-        message['proto'] = what.protocol
-        message['scope'] = (RT_SCOPE_NOWHERE if verb is Verb.DELETE
-                            else RT_SCOPE_LINK)
-        message['type'] = RTN_UNICAST
-        message['attrs'] = [('RTA_DST', str(what.dst)),
-                            ('RTA_OIF', what.oif)]
-        if what.table >= 256:
-            message['attrs'].append(('RTA_TABLE', what.table))
-        if what.src is not None:
-            message['attrs'].append(('RTA_PREFSRC', str(what.src)))
-        kinds = rtnl.RTM_NEWROUTE, rtnl.RTM_DELROUTE
-    else:
-        message = _neighbour_message(what.ifindex, what.dst)
-        if verb is not Verb.DELETE:
-            message['state'] = ndmsg.NUD_PERMANENT
-            message['attrs'] += [('NDA_LLADDR', what.mac),
-                                 ('NDA_PROTOCOL', what.protocol)]
-        kinds = rtnl.RTM_NEWNEIGH, rtnl.RTM_DELNEIGH
-    message['header']['type'] = kinds[verb is Verb.DELETE]
-    message['header']['flags'] = netlink.NLM_F_REQUEST | _FLAGS[verb]
-    return message
-
-
-def _neighbour_message(ifindex: int, dst: Optional[IPAddress] = None,
-                       attrs: Sequence[Any] = ()) -> Any:
-    message = _NeighbourMessage()
-    message['ifindex'] = ifindex
-    message['attrs'] = list(attrs)
-    if dst is not None:
-        message['family'] = family_of(dst)
-        message['attrs'].append(('NDA_DST', str(dst)))
-    return message
 
 
 def _host_route(route: messages.Route) -> HostRoute:
