@@ -644,7 +644,7 @@ class Ledger:
         os.replace(unfinished, path)
 
     def _file(self, address: IPAddress) -> str:
-        return os.path.join(self._entries, str(address) + _SUFFIX)
+        return '%s/%s%s' % (self._entries, address, _SUFFIX)
 
     def _prepare(self) -> None:
         """Make sure of the directory, and that nobody else can write it."""
