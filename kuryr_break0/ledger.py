@@ -31,7 +31,7 @@ import os
 import re
 import stat
 import time
-from typing import Any, Callable, Iterator, Optional, Sequence, TextIO
+from typing import Any, Callable, Iterator, Optional, Sequence, TextIO, TypeVar
 
 from oslo_concurrency import lockutils
 from oslo_log import log as logging
@@ -46,6 +46,12 @@ VERSION = 1
 _SUFFIX = '.json'
 #: Bytes; an entry has a tenth of it.
 _MAX_SIZE = 4096
+#: Times that is looked at once more what has changed meanwhile.
+_LOOKS = 5
+
+
+A = TypeVar('A')
+B = TypeVar('B')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -469,6 +475,28 @@ class Ledger:
             return True  # nobody has ever held it
         except OSError as err:
             raise self._unavailable(err) from err
+
+    def beside(self, read: Callable[[], A], look: Callable[[], B],
+               patience: float) -> tuple[A, B, bool]:
+        """Read entries, and look at what is to agree with them.
+
+        In between, who holds the lock is waited for, since what belongs to
+        its entry may be half done. If an entry has come or gone meanwhile,
+        both are done again, a few times.
+
+        :param patience: seconds to wait for
+        :returns: what they return, and whether it is of one moment
+        :raises LedgerUnavailable: if the lock file cannot be opened
+        """
+        for _ in range(_LOOKS):
+            stamp = _stamp(self._entries)
+            entries = read()
+            free = self.wait(patience)
+            found = look()
+            steady = free and stamp == _stamp(self._entries)
+            if steady or not free:
+                break
+        return entries, found, steady
 
     def addresses(self) -> list[IPAddress]:
         """List the addresses that have an entry, in their order.

@@ -30,6 +30,10 @@ from kuryr_break0.policy import Look
 from kuryr_break0.policy import Policy
 
 
+#: Seconds to wait for a bind or unbind to end.
+_PATIENCE = 1
+
+
 @dataclasses.dataclass(frozen=True)
 class AddressStatus:
     """An address that a pod of this node has, or that has a route.
@@ -76,11 +80,12 @@ def read(options: config.Options) -> Status:
     :raises Break0Error: if any of them cannot be read
     """
     policy = Policy(options)
-    entries, unreadable = Ledger(options.state_dir,
-                                 options.lock_timeout).read()
-    live = {entry.address: entry for entry in entries}
+    ledger = Ledger(options.state_dir, options.lock_timeout)
     with netlink.Kernel() as kernel:
-        look = Look(kernel, kernel.link(options.device))
+        (entries, unreadable), look, _ = ledger.beside(
+            ledger.read, lambda: Look(kernel, kernel.link(options.device)),
+            _PATIENCE)
+    live = {entry.address: entry for entry in entries}
     desired, refused = policy.desired(look, live)
     plan = policy.plan(look, desired)
     peer = policy.peer_seen(look, live, desired)

@@ -29,15 +29,15 @@ class Answer(NamedTuple):
 
 
 def get(path: str = '/metrics', where: str = DEFAULT) -> Optional[Answer]:
-    """An answer of the agent; None if nobody listens."""
+    """An answer of the agent; None if nobody gives one."""
     connection = http.client.HTTPConnection(where, timeout=20)
     with contextlib.closing(connection):
         try:
             connection.request('GET', path)
-        except ConnectionError:
-            return None
-        answer = connection.getresponse()
-        return Answer(answer.status, answer.read().decode())
+            answer = connection.getresponse()
+            return Answer(answer.status, answer.read().decode())
+        except (ConnectionError, http.client.IncompleteRead):
+            return None  # also one that ends just now
 
 
 def value(name: str, where: str = DEFAULT, **labels: str) -> Optional[float]:

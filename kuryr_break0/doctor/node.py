@@ -34,7 +34,7 @@ class Node:
     Whoever binds or unbinds has the lock from the first change to the last.
     So between reading ledger and kernel those are waited for who have it,
     and what is another entry after than before is being changed: of that
-    nothing is said.
+    nothing is said. Nor of what no entry claims, if there may have been one.
 
     :ivar contents: of the state directory
     :ivar live: the entries whose sandbox exists
@@ -59,10 +59,12 @@ class Node:
         self.policy = Policy(options)
         self.ledger = Ledger(options.state_dir, options.lock_timeout)
         self._patience = patience
-        self.contents: Contents = self.ledger.look()
+        self.contents: Contents
+        self.contents, self.look, self._steady = self.ledger.beside(
+            self.ledger.look,
+            lambda: Look(kernel, kernel.link(options.device)), patience)
         entries = {entry.address: entry for entry in self.contents.entries}
-        self.lock_free = self.ledger.wait(patience)
-        self.look = Look(kernel, kernel.link(options.device))
+        self.lock_free = True
         self.changing: set[IPAddress] = set()
         self.refresh()
         self.gone = [entry for entry in entries.values()
@@ -94,9 +96,10 @@ class Node:
 
     def unclaimed(self, address: IPAddress) -> bool:
         """Whether no entry says whose an address is."""
-        return not (address in self.live or address in self.changing
-                    or address in self.contents.unreadable
-                    or any(address == entry.address for entry in self.gone))
+        return self._steady and not (
+            address in self.live or address in self.changing
+            or address in self.contents.unreadable
+            or any(address == entry.address for entry in self.gone))
 
     def pods(self) -> dict[Owner, list[Entry]]:
         """The entries of each pod that nobody is just changing."""

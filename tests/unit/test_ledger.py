@@ -15,14 +15,17 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import os
+import signal
 import stat
 import tempfile
-from typing import Any, Iterator
+import time
+from typing import Any, Callable, Iterator
 import unittest
 from unittest import mock
 
 from kuryr_break0 import exceptions
 from kuryr_break0 import ledger
+from tests.functional import base
 
 ADDRESS = ipaddress.ip_address('100.75.30.71')
 ENTRY = ledger.Entry(ADDRESS, ledger.Owner('sandbox-1', 'eth0'), 'eth0',
@@ -45,6 +48,64 @@ class LedgerTestCase(unittest.TestCase):
     def write(self, text: str, name: str = '100.75.30.71.json') -> None:
         with open(self.file(name), 'w') as file:
             file.write(text)
+
+
+class TestBeside(LedgerTestCase):
+    """What is read of ledger and kernel is of one moment."""
+
+    def beside(self, *changes: Callable[[], object]
+               ) -> tuple[list[ledger.Entry], int, bool]:
+        """While one thing after another changes."""
+        looks: list[int] = []
+
+        def look() -> int:
+            if len(looks) < len(changes):
+                changes[len(looks)]()
+            looks.append(1)
+            return len(looks)
+
+        return self.ledger.beside(self.ledger.entries, look, 0.1)
+
+    def come(self) -> None:
+        self.ledger.put(ENTRY)
+
+    def go(self) -> None:
+        self.ledger.remove(ADDRESS)
+
+    def come_and_go(self) -> None:
+        self.come()
+        self.go()
+
+    def test_nothing_changes(self) -> None:
+        self.assertEqual(([], 1, True), self.beside())
+        self.come()
+        self.assertEqual(([ENTRY], 1, True), self.beside())
+
+    def test_again_after_changes(self) -> None:
+        self.assertEqual(([ENTRY], 2, True), self.beside(self.come))
+        self.assertEqual(([], 2, True), self.beside(self.go))
+        self.assertEqual(([], 3, True), self.beside(*2 * [self.come_and_go]))
+
+    def test_not_for_ever(self) -> None:
+        self.assertEqual(([], 5, False),
+                         self.beside(*9 * [self.come_and_go]))
+
+    def test_who_holds_the_lock_for_long_is_not_waited_for_again(
+            self) -> None:
+        ready, tell = os.pipe()
+
+        def hold() -> None:
+            with self.ledger.lock():
+                os.write(tell, b'.')
+                time.sleep(60)
+
+        pid = base.in_child(hold)
+        try:
+            os.read(ready, 1)
+            self.assertEqual(([], 1, False), self.beside(self.come))
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            base.wait_for(pid)
 
 
 class TestEntries(LedgerTestCase):
