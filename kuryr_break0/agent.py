@@ -84,6 +84,8 @@ class Agent:
             while not self._stop and not self._reload:
                 # Again each time, since the directory may be another one.
                 watched = ledger.watch()
+                # What changes from now on may be too late for the sync.
+                self._ledger_changed = False
                 server.listen()
                 self._sync()
                 alive()
@@ -103,7 +105,6 @@ class Agent:
 
     def _wait(self, events: netlink.Events, woken: socket.socket) -> None:
         """Return when there may be something to repair."""
-        self._ledger_changed = False
         due = time.monotonic() + self._options.resync_interval
         burst_ends = float('inf')
         while not (self._stop or self._reload):

@@ -19,10 +19,13 @@ import subprocess
 import sys
 import time
 from typing import Callable
+from unittest import mock
 
 import psutil
 
+from kuryr_break0 import agent
 from kuryr_break0 import ledger
+from kuryr_break0 import manager
 from kuryr_break0 import netlink
 from tests.functional import base
 from tests.functional.base import OTHER_OWNER
@@ -148,6 +151,30 @@ class TestRepair(AgentTestCase):
         with made.lock():
             made.put(ledger.Entry(address, OTHER_OWNER, lab.PARENT))
         self.wait_for(lambda: OTHER_POD in self.lab.routes())
+
+    def test_the_same_while_it_repairs(self) -> None:
+        self.agent.kill()
+        self.agent.wait()
+        self.lab.settle()  # or that would be an event that wakes it
+        made = ledger.Ledger('/run/kuryr-break0', 10)
+        address = ipaddress.ip_address(OTHER_POD)
+        repair = manager.Break0Manager.sync
+
+        def sync(self: manager.Break0Manager) -> None:
+            repair(self)
+            if made.get(address) is None:
+                made.put(ledger.Entry(address, OTHER_OWNER, lab.PARENT))
+
+        def run() -> None:
+            with mock.patch.object(manager.Break0Manager, 'sync', sync):
+                agent.Agent(lambda: base.options(resync_interval=3600)).run()
+
+        pid = base.in_child(run)
+        try:
+            self.wait_for(lambda: OTHER_POD in self.lab.routes())
+        finally:
+            os.kill(pid, signal.SIGTERM)
+            self.assertEqual(0, base.wait_for(pid))
 
     def test_events_lost(self) -> None:
         os.kill(self.agent.pid, signal.SIGSTOP)
