@@ -155,9 +155,11 @@ class TestKills(NothingLostTestCase):
 
         thread = threading.Thread(target=kill)
         thread.start()
-        yield
-        ending.set()
-        thread.join()
+        try:
+            yield
+        finally:
+            ending.set()
+            thread.join()
 
     def attempt(self, pod: kuryr.Pod, command: str) -> bool:
         try:
