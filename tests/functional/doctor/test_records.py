@@ -45,7 +45,7 @@ class TestRecords(DoctorTestCase):
             os.utime(path, times=(0, time.time() - silent))
             with self.subTest(silent=silent):
                 self.assertEqual(ids, list(self.findings()))
-        self.assert_found('agent-stuck', 'for 200 s; it is process %d ' %
+        self.assert_found('agent-stuck', ' s; it is process %d ' %
                           os.getpid(), severity='error')
         self.assertEqual({}, self.findings(resync_interval=100))
 
