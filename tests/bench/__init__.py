@@ -205,7 +205,7 @@ def in_child(measure: Callable[[], float]) -> float:
     return float(answer)
 
 
-def timed(call: Callable[[], None]) -> float:
+def timed(call: Callable[[], object]) -> float:
     """How long a call takes, in ms."""
     start = time.perf_counter()
     call()

@@ -15,8 +15,6 @@
 from __future__ import annotations
 
 import statistics
-import time
-from typing import Callable
 
 from kuryr_break0 import manager
 from tests.bench import Broken
@@ -24,17 +22,12 @@ from tests.bench import Node
 from tests.bench import say
 from tests.bench import Section
 from tests.bench import Target
+from tests.bench import timed
 
 SIZES = (1000, 10000)
 BATCH = 'ip -batch'
 FROM_NOTHING = 'sync from nothing'
 NOTHING_TO_DO = 'sync with nothing to do'
-
-
-def _timed(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return (time.perf_counter() - start) * 1000
 
 
 def syncs(node: Node, repeat: int) -> Section:
@@ -58,12 +51,12 @@ def syncs(node: Node, repeat: int) -> Section:
         for number in range(min(repeat, 9)):
             say('sync %d of %d pods' % (number + 1, size))
             flush()
-            times[BATCH][size].append(_timed(node.run_batch))
+            times[BATCH][size].append(timed(node.run_batch))
             node.require(False, False)
             flush()
-            times[FROM_NOTHING][size].append(_timed(sync))
+            times[FROM_NOTHING][size].append(timed(sync))
             node.require(False, False)
-            times[NOTHING_TO_DO][size].append(_timed(sync))
+            times[NOTHING_TO_DO][size].append(timed(sync))
             if manager.Break0Manager(node.options).sync(dry_run=True):
                 raise Broken('a sync leaves something to do')
     medians = {name: {size: statistics.median(taken)
