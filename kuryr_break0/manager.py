@@ -59,9 +59,9 @@ LOG = logging.getLogger(__name__)
 #: As LOG.info, but later; see :meth:`Break0Manager._locked`.
 Say = Callable[..., None]
 
-#: Seconds for which what was seen of the node is good: its next hops, for
-#: which all of its routes are read, its addresses, and that break0 is what it
-#: should be. That it is there and up, the kernel says to each pod.
+#: Seconds for which what was seen of the node is good: its next hops, its
+#: addresses, and that break0 is what it should be. That it is there and up,
+#: the kernel says to each pod.
 FRESH = 30
 #: Entries that one ADD or DEL looks at for sandboxes that are gone. More than
 #: the 110 pods that kubelet allows on a node by default.
@@ -348,7 +348,8 @@ class Break0Manager:
         if reason is None:
             next_hops = self._ledger.recall('next_hops', FRESH)
             if next_hops is None:
-                next_hops = sorted(map(str, kernel.routes().next_hops))
+                next_hops = sorted(map(str, kernel.next_hops(
+                    netlink.index_of(self._options.device) or 0)))
                 self._ledger.remember('next_hops', next_hops)
             if str(address) in next_hops:
                 reason = 'a next hop of a route of the node'

@@ -47,7 +47,8 @@ class Look:
         self.index = link.index if link is not None else 0
         self._addresses = kernel.addresses()
         self.own = {address for _, address in self._addresses}
-        self.routes = kernel.routes()
+        # A next hop through break0 is a pod, as one that serves a VPN.
+        self.routes = kernel.routes(self.index)
         self.on_break0 = {route.dst: route for route in self.routes.host
                           if route.oif == self.index}
         self.neighbours = {

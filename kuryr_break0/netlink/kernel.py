@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -66,7 +67,7 @@ class Routes(NamedTuple):
     """The routes of the node.
 
     :ivar host: those to single addresses
-    :ivar next_hops: the gateways of all
+    :ivar next_hops: the gateways of all, unless some were left out
     """
 
     host: tuple[HostRoute, ...]
@@ -303,26 +304,73 @@ class Kernel:
         return (answer.get_attr('NDA_LLADDR'),
                 _NUD.get(answer['state'], 'none'))
 
-    def routes(self) -> Routes:
-        """Read all routes of the node, by a dump."""
+    def routes(self, device: int = 0) -> Routes:
+        """Read all routes of the node, by a dump.
+
+        :param device: ifindex of an interface whose next hops are left out
+        """
         host: list[HostRoute] = []
         next_hops: set[IPAddress] = set()
 
         def read() -> None:
             host.clear()
-            for family in (socket.AF_INET, socket.AF_INET6):
-                message = rtmsg.rtmsg()
-                message['family'] = family
-                for route in self._items(rtnl.RTM_GETROUTE, message,
-                                         netlink.NLM_F_DUMP):
+            for route in self._routes():
+                if route.oif != device:
                     next_hops.update(route.gateways)
-                    if (route.dst_len in (32, 128)
-                            and route.type != RTN_LOCAL
-                            and not route.flags & RTM_F_CLONED):
-                        host.append(_host_route(route))
+                if (route.dst_len in (32, 128)
+                        and route.type != RTN_LOCAL
+                        and not route.flags & RTM_F_CLONED):
+                    host.append(_host_route(route))
 
         undisturbed('list the routes', read)
         return Routes(tuple(host), frozenset(next_hops))
+
+    def next_hops(self, device: int = 0) -> frozenset[IPAddress]:
+        """Read those of all routes but of one interface's.
+
+        The kernel passes over its routes, however many (linux 4.20).
+
+        :param device: ifindex of it
+        """
+        next_hops: set[IPAddress] = set()
+
+        def read() -> None:
+            for index, _ in socket.if_nameindex():
+                if index != device:
+                    for route in self._routes(index):
+                        next_hops.update(route.gateways)
+
+        with self._filtering():
+            undisturbed('list the next hops', read)
+        return frozenset(next_hops)
+
+    @contextlib.contextmanager
+    def _filtering(self) -> Iterator[None]:
+        """Let the kernel heed what a dump is asked for.
+
+        It is more particular about all else that it is asked then.
+        """
+        option = netlink.SOL_NETLINK, netlink.NETLINK_GET_STRICT_CHK
+        with translated('filter by the kernel'):
+            self._ipr.setsockopt(*option, 1)
+        try:
+            yield
+        finally:
+            self._ipr.setsockopt(*option, 0)
+
+    def _routes(self, oif: Optional[int] = None) -> Iterator[messages.Route]:
+        """Dump the routes, or those of an interface."""
+        for family in (socket.AF_INET, socket.AF_INET6):
+            message = rtmsg.rtmsg()
+            message['family'] = family
+            if oif is not None:
+                message['attrs'] = [('RTA_OIF', oif)]
+            try:
+                yield from self._items(rtnl.RTM_GETROUTE, message,
+                                       netlink.NLM_F_DUMP)
+            except nl_exceptions.NetlinkError as err:
+                if oif is None or err.code != errno.ENODEV:
+                    raise  # or the interface has gone meanwhile
 
     def neighbours(self, ifindex: int) -> list[Neighbour]:
         """List those that are set for good on an interface, by a dump."""

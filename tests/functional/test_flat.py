@@ -124,9 +124,11 @@ class TestCost(test_driver.DriverTestCase):
         import sys
         from kuryr_kubernetes.cni.binding import base as b_base
         from kuryr_kubernetes import config
+        from kuryr_break0 import manager
         from kuryr_break0 import netlink
         from kuryr_break0 import vif as break0_vif
         from tests import kuryr
+        manager.FRESH = 0  # as after a while without an ADD
         config.CONF([], project='kuryr', default_config_files=[])
         config.CONF.set_override('link_iface', 'eth0', group='binding')
         vif = kuryr.macvlan_vif(

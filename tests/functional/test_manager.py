@@ -582,6 +582,15 @@ class TestRefused(base.LabTestCase):
                         '100.75.30.4', 'fd00::1', 'fd00::2'):
             self.assert_refused(address, 'a next hop')
 
+    def test_a_pod_that_is_a_next_hop(self) -> None:
+        self.bind(POD, 'fd00:30::71')
+        self.lab.run('ip', 'route', 'add', '192.0.2.0/24', 'via', POD)
+        self.lab.run('ip', 'route', 'add', 'fd02::/64', 'via', 'fd00:30::71')
+        self.assertFalse(self.manager().sync())
+        with mock.patch.object(base.manager, 'FRESH', 0):
+            self.bind(POD, 'fd00:30::71')
+        self.assertLessEqual({POD, 'fd00:30::71'}, set(self.lab.routes()))
+
     def test_outside_the_allowed(self) -> None:
         allowed = {'allowed_cidrs': ['100.75.30.64/26', 'fd00:1::/64']}
         self.assert_refused('10.96.0.1', 'allowed_cidrs', **allowed)

@@ -15,6 +15,8 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
+from unittest import mock
 
 from kuryr_break0 import netlink
 from kuryr_break0.plan import HostRoute
@@ -72,16 +74,36 @@ class TestRoutes(base.LabTestCase):
                     else None, found)
 
     def test_next_hops(self) -> None:
-        found = self.read(
+        self.lab.run('ip', 'link', 'add', 'veth0', 'type', 'veth',
+                     'peer', 'name', 'veth1')
+        for name in ('veth0', 'veth1'):
+            self.lab.run('ip', 'link', 'set', name, 'up')
+        self.read(
             '10.2.0.0/24 via 100.75.30.9',
             '10.3.0.0/24 via inet6 fe80::9 dev eth0',
             '10.4.0.0/24 nexthop via 100.75.30.10 weight 1 '
             'nexthop via inet6 fe80::10 dev eth0 weight 2',
+            '10.5.0.1 dev veth0', '10.6.0.0/24 via 10.5.0.1',
+            '10.7.0.0/24 via 10.5.0.1 dev veth0 table 1000',
             'fd02::/64 nexthop via fe80::11 dev eth0 '
-            'nexthop via fe80::12 dev eth0').next_hops
-        self.assertEqual({lab.LAN, lab.LAN6, '100.75.30.9', '100.75.30.10',
-                          'fe80::9', 'fe80::10', 'fe80::11', 'fe80::12'},
-                         set(map(str, found)))
+            'nexthop via fe80::12 dev veth1',
+            'fd03::/64 via fe80::13 dev veth0')
+        others = {lab.LAN, lab.LAN6, '100.75.30.9', '100.75.30.10',
+                  'fe80::9', 'fe80::10', 'fe80::11', 'fe80::12'}
+        at_veth0 = {'10.5.0.1', 'fe80::13'}
+        gone = (2 ** 20, 'gone')
+        with netlink.Kernel() as kernel, mock.patch.object(
+                socket, 'if_nameindex', return_value=[
+                    gone, *socket.if_nameindex()]):
+            for device, expected in (('none', others | at_veth0),
+                                     ('veth0', others)):
+                index = netlink.index_of(device) or 0
+                for found in (kernel.next_hops(index),
+                              kernel.routes(index).next_hops):
+                    self.assertEqual(expected, set(map(str, found)))
+            # It is asked in a way in which this could not be.
+            self.assertIsNotNone(
+                kernel.lookup(ipaddress.ip_address('fd03::1')))
 
     def test_on_link(self) -> None:
         self.read('10.2.0.0/24 via 100.75.30.9', '10.5.0.0/24 dev eth0',
