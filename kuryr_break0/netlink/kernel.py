@@ -217,6 +217,7 @@ class Kernel:
             request['header']['sequence_number'] = number
             request.encode()
             data += request.data
+            requests.dispose(request)
         self._ipr.sendto(data, (0, 0))
         refused = {}
         place = -1

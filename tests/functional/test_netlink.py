@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import socket
 from unittest import mock
@@ -146,3 +147,33 @@ class TestRoutes(base.LabTestCase):
                       '02:00:00:00:00:01', 77),
             Neighbour(ipaddress.ip_address('fd01::1'), self.index,
                       '02:00:00:00:00:02', None)}, set(found))
+
+
+class TestChange(base.LabTestCase):
+
+    def garbage(self, kernel: netlink.Kernel, count: int) -> int:
+        """How much is left of setting so many routes and neighbours."""
+        index = netlink.index_of(lab.PARENT) or 0
+        changes: list[netlink.Change] = []
+        for number in range(count):
+            address = ipaddress.ip_address('10.1.0.%d' % number)
+            changes += [
+                (netlink.Verb.REPLACE,
+                 Neighbour(address, index, '02:00:00:00:00:01', 77)),
+                (netlink.Verb.REPLACE,
+                 HostRoute(address, index, 77, 254,
+                           ipaddress.ip_address(lab.NODE)))]
+        gc.collect()
+        gc.disable()
+        try:
+            self.assertEqual([None] * len(changes), kernel.change(changes))
+            return gc.collect()
+        finally:
+            gc.enable()
+
+    def test_what_was_sent_is_no_garbage(self) -> None:
+        # The answer is: one to each request, however much is in it.
+        with netlink.Kernel() as kernel:
+            self.garbage(kernel, 1)
+            self.assertEqual(self.garbage(kernel, 1),
+                             self.garbage(kernel, 60))
