@@ -329,7 +329,7 @@ class Kernel:
     def next_hops(self, device: int = 0) -> frozenset[IPAddress]:
         """Read those of all routes but of one interface's.
 
-        The kernel passes over its routes, however many (linux 4.20).
+        The kernel passes over its routes, however many.
 
         :param device: ifindex of it
         """
@@ -339,7 +339,8 @@ class Kernel:
             for index, _ in socket.if_nameindex():
                 if index != device:
                     for route in self._routes(index):
-                        next_hops.update(route.gateways)
+                        if route.oif != device:
+                            next_hops.update(route.gateways)
 
         with self._filtering():
             undisturbed('list the next hops', read)
@@ -349,15 +350,17 @@ class Kernel:
     def _filtering(self) -> Iterator[None]:
         """Let the kernel heed what a dump is asked for.
 
-        It is more particular about all else that it is asked then.
+        It is more particular about all else that it is asked then. One
+        before linux 4.20 answers with all there is.
         """
         option = netlink.SOL_NETLINK, netlink.NETLINK_GET_STRICT_CHK
-        with translated('filter by the kernel'):
+        with contextlib.suppress(OSError):
             self._ipr.setsockopt(*option, 1)
         try:
             yield
         finally:
-            self._ipr.setsockopt(*option, 0)
+            with contextlib.suppress(OSError):
+                self._ipr.setsockopt(*option, 0)
 
     def _routes(self, oif: Optional[int] = None) -> Iterator[messages.Route]:
         """Dump the routes, or those of an interface."""

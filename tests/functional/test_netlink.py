@@ -99,7 +99,11 @@ class TestRoutes(base.LabTestCase):
             for device, expected in (('none', others | at_veth0),
                                      ('veth0', others)):
                 index = netlink.index_of(device) or 0
-                for found in (kernel.next_hops(index),
+                with mock.patch.object(socket.socket, 'setsockopt',
+                                       side_effect=OSError) as refused:
+                    of_an_old_kernel = kernel.next_hops(index)
+                refused.assert_called()
+                for found in (kernel.next_hops(index), of_an_old_kernel,
                               kernel.routes(index).next_hops):
                     self.assertEqual(expected, set(map(str, found)))
             # It is asked in a way in which this could not be.
