@@ -136,8 +136,13 @@ class TestRoutes(DoctorTestCase):
         self.assert_found('address-refused', 'of the node itself', OTHER4)
 
     def test_a_next_hop(self) -> None:
-        self.lab.run('ip', 'route', 'add', '10.9.0.0/16', 'via', OTHER4)
+        self.lab.run('ip', 'route', 'add', '10.9.0.0/16', 'via', OTHER4,
+                     'dev', lab.PARENT)
         self.assert_found('address-refused', 'next hop', OTHER4)
+
+    def test_a_next_hop_that_is_a_pod(self) -> None:
+        self.lab.run('ip', 'route', 'add', '10.9.0.0/16', 'via', OTHER4)
+        self.assertEqual({}, self.findings())
 
     def test_not_allowed(self) -> None:
         self.assert_found(
