@@ -57,6 +57,7 @@ class Agent:
         self._load = load
         self._options = load()
         self._metrics = Metrics()
+        self._server = Server(self._metrics)
         self._stop = False
         self._reload = False
         self._ledger_changed = False
@@ -70,7 +71,7 @@ class Agent:
                        signal.SIGIO):
             signal.signal(number, self._signalled)
         LOG.info('Watching over %s', self._options.device)
-        with netlink.Events() as events:
+        with netlink.Events() as events, contextlib.closing(self._server):
             while not self._stop:
                 self._work(events, woken)
         LOG.info('Ending')
@@ -79,14 +80,13 @@ class Agent:
         """Work with the options as they are now."""
         ledger = Ledger(self._options.state_dir, self._options.lock_timeout)
         self._metrics.configure(self._options)
-        server = Server(self._options.metrics_bind, self._metrics)
-        with ledger.attend() as alive, contextlib.closing(server):
+        with ledger.attend() as alive:
             while not self._stop and not self._reload:
                 # Again each time, since the directory may be another one.
                 watched = ledger.watch()
                 # What changes from now on may be too late for the sync.
                 self._ledger_changed = False
-                server.listen()
+                self._server.listen(self._options.metrics_bind)
                 self._sync()
                 alive()
                 self._wait(events, woken)

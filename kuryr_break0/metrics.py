@@ -211,41 +211,44 @@ def _looked_at(status: status_of.Status) -> Iterator[tuple[str, str, int]]:
 
 
 class Server:
-    """Serves ``/metrics``, ``/healthz``, ``/livez``, in its own threads.
+    """Serves ``/metrics``, ``/healthz``, ``/livez``, in its own threads."""
 
-    :param endpoint: where; None for nowhere
-    """
-
-    def __init__(self, endpoint: Optional[config.Endpoint],
-                 metrics: Metrics) -> None:
-        self._endpoint = endpoint
+    def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._endpoint: Optional[config.Endpoint] = None
         self._exposition = prometheus_client.make_wsgi_app(metrics.registry)
         self._server: Optional[_HTTPServer] = None
         self._complained = False
 
-    def listen(self) -> None:
-        """Begin, if that is still to be done.
+    def listen(self, endpoint: Optional[config.Endpoint]) -> None:
+        """Serve there, if that is still to be done, and nowhere else.
 
         What hinders is an error in the log, once: an address that the node
         does not have yet, or a port that another process has.
+
+        :param endpoint: where; None for nowhere
         """
-        if self._endpoint is None or self._server is not None:
+        if endpoint != self._endpoint:
+            self.close()
+            self._endpoint = endpoint
+            self._complained = False
+        if endpoint is None or self._server is not None:
             return
         try:
-            self._server = _HTTPServer(self._endpoint, self._answer)
+            self._server = _HTTPServer(endpoint, self._answer)
         except OSError as err:
             if not self._complained:
                 self._complained = True
                 LOG.error('%s', exceptions.CannotListen(
-                    endpoint=self._endpoint, reason=err.strerror))
+                    endpoint=endpoint, reason=err.strerror))
             return
-        LOG.info('Serving /metrics and /healthz on %s', self._endpoint)
+        LOG.info('Serving /metrics and /healthz on %s', endpoint)
 
     def close(self) -> None:
         """End; without having begun is fine."""
         if self._server is not None:
             self._server.end()
+            self._server = None
 
     def _answer(self, environ: dict[str, Any],
                 start_response: Callable[..., Any]) -> Iterable[bytes]:

@@ -396,6 +396,24 @@ class TestServer(MetricsTestCase):
         self.wait_for(self.get)
         self.assertEqual([('127.0.0.1', 9818)], self.listening())
 
+    def test_sighup_closes_no_port_that_stays(self) -> None:
+        self.start()
+
+        def sockets() -> list[str]:
+            return [os.readlink('/proc/%d/fd/%d' % (self.agent.pid, each.fd))
+                    for each in psutil.Process(self.agent.pid).connections()
+                    if each.status == psutil.CONN_LISTEN]
+
+        before = sockets()
+        self.assertEqual(1, len(before))
+        syncs = self.value('sync_seconds_count') or 0
+        self.configure('resync_interval = 1000')
+        self.agent.send_signal(signal.SIGHUP)
+        self.wait_for(
+            lambda: 'Read the configuration again' in self.log()
+            and (self.value('sync_seconds_count') or 0) > syncs)
+        self.assertEqual(before, sockets())
+
     def test_who_keeps_silent_holds_up_nobody(self) -> None:
         self.start()
         silent = [socket.create_connection(('127.0.0.1', 9817))
