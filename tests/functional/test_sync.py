@@ -216,6 +216,17 @@ class TestWithoutAgent(SyncTestCase):
             self.next_pod()
         self.assertIn('100.75.30.100', self.lab.routes('lo'))
 
+    def test_a_route_through_a_pod_hides_none(self) -> None:
+        self.bind('fd00:30::71')
+        for pod, beyond in (('100.75.30.100', '192.0.2.1'),
+                            ('fd00:30::71', 'fd02::1')):
+            with self.subTest(pod=pod):
+                self.lab.run('ip', 'route', 'add', beyond, 'via', pod)
+                self.lab.run('ip', 'route', 'del', pod)
+                self.next_pod()
+                self.assertLessEqual({pod, beyond}, set(self.lab.routes()))
+                self.lab.run('ip', 'route', 'del', beyond)
+
     def test_that_is_left_to_an_agent(self) -> None:
         own = base.options()
         with ledger.Ledger(own.state_dir, own.lock_timeout).attend():

@@ -141,7 +141,8 @@ class TestRoutes(DoctorTestCase):
         self.assert_found('address-refused', 'next hop', OTHER4)
 
     def test_a_next_hop_that_is_a_pod(self) -> None:
-        self.lab.run('ip', 'route', 'add', '10.9.0.0/16', 'via', OTHER4)
+        for beyond in ('10.9.0.0/16', '192.0.2.1'):
+            self.lab.run('ip', 'route', 'add', beyond, 'via', OTHER4)
         self.assertEqual({}, self.findings())
 
     def test_not_allowed(self) -> None:
