@@ -97,11 +97,14 @@ class Introductions:
                 self._ledger.remember('untold', [*untold, str(first.owner)])
                 LOG.warning('The sandbox %s has not been told how to reach '
                             'the node: %s', first.owner, err)
-        with contextlib.suppress(exceptions.Break0Error), self._ledger.lock():
-            for entry in entries:
-                if (entry.peer != told
-                        and self._ledger.get(entry.address) == entry):
-                    self._ledger.put(dataclasses.replace(entry, peer=told))
+        outdated = [entry for entry in entries if entry.peer != told]
+        if outdated:  # not so after a bind, which has noted it already
+            with contextlib.suppress(exceptions.Break0Error), \
+                    self._ledger.lock():
+                for entry in outdated:
+                    if self._ledger.get(entry.address) == entry:
+                        self._ledger.put(dataclasses.replace(entry,
+                                                             peer=told))
         return told is not None
 
     def leave(self, removed: list[Entry]) -> None:

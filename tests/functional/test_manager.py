@@ -23,6 +23,7 @@ import pyroute2.config
 
 from kuryr_break0 import device
 from kuryr_break0 import exceptions
+from kuryr_break0 import ledger
 from kuryr_break0 import netlink
 from tests.functional import base
 from tests.functional.base import OTHER_OWNER
@@ -238,6 +239,17 @@ class TestRoutes(base.LabTestCase):
             file.write(batch)
         self.lab.run('ip', '-batch', '/run/batch')
         self.assertEqual(few, messages())
+
+    def test_others_wait_once(self) -> None:
+        netns = self.lab.add_pod('pod', POD, mac=MAC)
+        self.bind(OTHER_POD)
+        with mock.patch.object(ledger.Ledger, 'lock', autospec=True,
+                               side_effect=ledger.Ledger.lock) as lock:
+            self.bind(netns=netns, mac_of_pod=MAC)
+            lock.assert_called_once()
+            lock.reset_mock()
+            self.unbind()
+            lock.assert_called_once()
 
 
 class TestOwnership(base.LabTestCase):
