@@ -46,6 +46,8 @@ VERSION = 1
 _SUFFIX = '.json'
 #: Bytes; an entry has a tenth of it.
 _MAX_SIZE = 4096
+#: Bytes of what is remembered, as the next hops of a router.
+_MAX_REMEMBERED = 2 ** 20
 #: Times that is looked at once more what has changed meanwhile.
 _LOOKS = 5
 
@@ -223,9 +225,10 @@ class NewerVersion(Exception):
     """An entry's format is not known yet."""
 
 
-def _content(path: str) -> str:
+def _content(path: str, max_size: int = _MAX_SIZE) -> str:
     """Read a small regular file.
 
+    :param max_size: bytes
     :raises ValueError: if it is anything else
     """
     try:
@@ -237,13 +240,14 @@ def _content(path: str) -> str:
             raise ValueError('it is a link')
         raise
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
             raise ValueError('it is not a regular file')
-        content = os.read(fd, _MAX_SIZE + 1)
+        if found.st_size > max_size:
+            raise ValueError('it is larger than %d bytes' % max_size)
+        content = os.read(fd, found.st_size)
     finally:
         os.close(fd)
-    if len(content) > _MAX_SIZE:
-        raise ValueError('it is larger than %d bytes' % _MAX_SIZE)
     return content.decode()
 
 
@@ -592,11 +596,11 @@ class Ledger:
 
         For what is dear to read from the kernel, and seldom changes.
         """
+        path = os.path.join(self._path, name + _SUFFIX)
         try:
-            with open(os.path.join(self._path, name + _SUFFIX)) as file:
-                if time.time() - os.fstat(file.fileno()).st_mtime < max_age:
-                    return list(json.load(file))
-        except (OSError, ValueError, TypeError):
+            if time.time() - os.stat(path).st_mtime < max_age:
+                return list(json.loads(_content(path, _MAX_REMEMBERED)))
+        except (OSError, ValueError, TypeError, RecursionError):
             pass  # absent or damaged: it is only a copy
         return None
 
@@ -677,7 +681,8 @@ class Ledger:
     def _prepare(self) -> None:
         """Make sure of the directory, and that nobody else can write it."""
         try:
-            os.makedirs(self._path, mode=0o700, exist_ok=True)
+            if not os.path.isdir(self._path):
+                os.makedirs(self._path, mode=0o700, exist_ok=True)
             found = os.stat(self._path)
             if found.st_uid != os.geteuid():
                 raise self._unavailable('it belongs to user %d, not to %d' %

@@ -313,11 +313,21 @@ class TestRecall(LedgerTestCase):
         self.assertIsNone(self.ledger.recall('hops', 60))
 
     def test_damage_is_as_nothing(self) -> None:
-        for text in ('', '{', '7'):
-            with open(os.path.join(self.path, 'hops.json'), 'w') as file:
+        path = os.path.join(self.path, 'hops.json')
+        for text in ('', '{', '7', '[' * 10 ** 5, '[%s1]' % ('1,' * 2 ** 20)):
+            with open(path, 'w') as file:
                 file.write(text)
-            with self.subTest(text=text):
+            with self.subTest(text=text[:10]):
                 self.assertIsNone(self.ledger.recall('hops', 60))
+        os.unlink(path)
+        os.mkfifo(path)
+        self.assertIsNone(self.ledger.recall('hops', 60))
+
+    def test_larger_than_an_entry(self) -> None:
+        hops = ['100.75.%d.%d' % divmod(number, 256)
+                for number in range(10000)]
+        self.ledger.remember('hops', hops)
+        self.assertEqual(hops, self.ledger.recall('hops', 60))
 
 
 class TestLock(LedgerTestCase):
