@@ -57,7 +57,7 @@ def paths(node: Node, repeat: int) -> Section:
         HAIRPIN: (str(POD), lab.NODE, node.unbind)}
     results: dict[str, dict[str, list[float]]] = {
         name: {'to': [], 'from': [], 'round_trip': []} for name in ways}
-    for number in range(min(repeat, 3)):
+    for number in range(min(repeat, 5)):
         for name, (pod, host, prepare) in ways.items():
             say('%s, round %d' % (name, number + 1))
             prepare()
