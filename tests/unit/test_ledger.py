@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import os
+import shutil
 import signal
 import stat
 import tempfile
@@ -194,8 +195,9 @@ class TestEntries(LedgerTestCase):
             yield name
         os.symlink('/dev/zero', self.file('100.75.30.72.json'))
         yield '100.75.30.72.json'
-        os.mkfifo(self.file('100.75.30.72.json'))
-        yield '100.75.30.72.json'
+        for make in (os.mkfifo, os.mkdir):
+            make(self.file('100.75.30.72.json'))
+            yield '100.75.30.72.json'
 
     def test_a_sandbox_may_be_gone(self) -> None:
         self.assertFalse(self.ledger.may_be_gone(ADDRESS))
@@ -228,7 +230,7 @@ class TestEntries(LedgerTestCase):
                 self.assertIn(name, '\n'.join(logs.output))
                 aside = os.path.join(self.path, 'damaged', name)
                 self.assertTrue(os.path.lexists(aside))
-                os.unlink(aside)
+                shutil.rmtree(os.path.dirname(aside))
 
     def test_whose_it_was_is_not_known(self) -> None:
         self.ledger.put(ENTRY)
