@@ -18,6 +18,7 @@ test: lint genconfig-check docs $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/flake8
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 unit functional e2e: $(VENV)/installed
 	tests/run tests.$@

@@ -1,13 +1,45 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
-"""Reach Kuryr's macvlan pods from their own node, through ``break0``."""
+"""Lets a node and the macvlan pods on its NICs reach each other.
+
+Each module is one row of the table in doc/source/contributor/architecture.rst.
+Below are the hazards that have really happened, and where each is handled.
+
+The kernel
+
+- It deletes all routes of a break0 that goes down, all routes whose source
+  address leaves the node, and break0 with its parent: ``reconciler``.
+- It uses inode numbers of namespaces again, in about half of all cases, and a
+  path can be a placeholder or another namespace's: ``kernel.namespaces``.
+- It interrupts dumps while a table changes: ``kernel.rtnetlink``.
+- It ignores an alias at creation; a macvlan without an address answers the
+  LAN for the node's addresses, joins groups, asks for routers: ``device``.
+- In IPv6 a route with a lower metric wins silently: ``model.best_metric``.
+- Closing a file ends all locks of fcntl(2) that the process has on it, as a
+  scrape ended that of a sync: ``ledger.lock``.
+
+Kuryr
+
+- It chooses the driver by the name of a class, and two entry points of one
+  name fail each pod: ``kuryr.os_vif_plugin``.
+- It passes on the DEL of an old sandbox with the addresses of a new one, or
+  passes on none: ``manager.Break0Manager.unbind``, ``housekeep``.
+- An empty namespace path makes it delete eth0 of the node, and one that is
+  gone makes it create one: ``kuryr.driver``.
+- It reads all routes and neighbours of the node for each pod, and its IPDB
+  fails in bursts: ``kuryr.patches``.
+
+The ledger
+
+- It is wiped, is another directory in another container, is of an earlier
+  boot, has records of the wrong shape, or no room for one: ``reconciler``,
+  ``ledger.identity``, ``ledger.records``.
+- Two sandboxes claim one address: ``ledger.records``, which keeps both.
+- The clock is set back: ``ledger.files.now``.
+
+Others on the node
+
+- A pod changes its own entries or MAC address: ``podside``.
+- Somebody replaces a route again and again: ``reconciler.take_over``.
+- A pod makes the kernel tell of thousands of changes: ``agent.interests``.
+"""

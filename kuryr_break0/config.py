@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The ``[break0]`` options of kuryr.conf."""
 
@@ -18,24 +8,24 @@ import copy
 import dataclasses
 import ipaddress
 import re
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional
 
 from oslo_config import cfg
 from oslo_config import types
 
 from kuryr_break0 import exceptions
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import IPNetwork
 
 GROUP = 'break0'
 #: Values of pod_binding
 KURYR = 'kuryr'
 DIRECT = 'direct'
 
-IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
-IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
-
 #: The kernel's limit is IFNAMSIZ, 16 bytes with the closing NUL; ``/`` and
-#: white space are refused by dev_valid_name().
-_DEVICE_NAME = r'(?!\.{1,2}$)[^/:\s]{1,15}'
+#: white space are refused by dev_valid_name(), and ``%d`` stands for a number
+#: that it chooses.
+_DEVICE_NAME = r'(?!\.{1,2}$)[^/:%\s\x00-\x1f\x7f]{1,15}'
 
 
 class Endpoint(NamedTuple):
@@ -74,11 +64,39 @@ class DeviceName(_Checked):
         super().__init__('interface name')
 
     def __call__(self, value: str) -> str:
-        if not re.fullmatch(_DEVICE_NAME, value):
+        if (not re.fullmatch(_DEVICE_NAME, value)
+                or len(value.encode('utf-8', 'surrogateescape')) > 15):
             raise ValueError(
                 '%r is not an interface name: 1 to 15 characters without '
-                'white space, "/" and ":" are allowed' % value)
+                'white space, "/", ":" and "%%" are allowed' % value)
         return value
+
+
+class DeviceNames(_Checked):
+    """Names of interfaces by the names of their parents."""
+
+    def __init__(self) -> None:
+        super().__init__('parent:interface pairs')
+
+    def _formatter(self, value: Any) -> str:
+        return ','.join('%s:%s' % pair for pair in value.items())
+
+    def __call__(self, value: Any) -> dict[str, str]:
+        if isinstance(value, dict):
+            return value
+        found: dict[str, str] = {}
+        for pair in filter(None, map(str.strip, value.split(','))):
+            parent, colon, device = pair.partition(':')
+            if not colon:
+                raise ValueError('%r is not a pair of two interfaces: what '
+                                 'is allowed looks like eth1:break1' % pair)
+            names = DeviceName()
+            parent, device = names(parent.strip()), names(device.strip())
+            if parent in found or device in found.values():
+                raise ValueError('%r has %s twice' % (
+                    value, parent if parent in found else device))
+            found[parent] = device
+        return found
 
 
 class HostAddress(_Checked):
@@ -250,7 +268,17 @@ OPTS = [
         help='Name of the macvlan interface in the namespace of the node: 1 '
              'to 15 characters without white space, "/" and ":". An '
              'interface of that name that is not a macvlan in bridge mode on '
-             'the parent of the pods is left alone, and is an error.'),
+             'the parent of the pods is left alone, and is an error. Where '
+             'pods are on several interfaces, it is for the first of them.'),
+    cfg.Opt(
+        'devices',
+        type=DeviceNames(),
+        default={},
+        help='Names of further macvlan interfaces, one per parent, as '
+             'eth1:break1,eth2:break2. Without, the one of a parent other '
+             'than the first is named after device and parent, as '
+             'break0-eth1, or if that is too long by a number that is always '
+             'the same.'),
     cfg.Opt(
         'parent',
         type=DeviceName(),
@@ -329,13 +357,6 @@ OPTS = [
              'since two programs that set one route would not stop. When '
              'true, one that comes back within a minute is left alone.'),
     cfg.Opt(
-        'gc_grace',
-        type=WholeNumber(min=0, max=86400),
-        default=60,
-        help='Seconds for which a route that is marked as ours stays though '
-             'no recorded sandbox claims it. One whose sandbox is known to '
-             'be gone does not wait.'),
-    cfg.Opt(
         'resync_interval',
         type=WholeNumber(min=1, max=86400),
         default=60,
@@ -363,10 +384,18 @@ OPTS = [
         'netns_dirs',
         item_type=AbsolutePath(),
         default=['/run/netns', '/var/run/netns'],
-        help='Absolute paths of directories in which "kuryr-break0 adopt" '
-             'looks for the network namespaces of pods, with commas between. '
-             'Then it looks at those of all processes: in /proc, or in '
-             '[cni_daemon] netns_proc_dir with docker_mode.'),
+        help='Absolute paths of directories in which the network namespaces '
+             'of pods are searched for, with commas between: by '
+             '"kuryr-break0 adopt", and to rebuild a ledger that was lost. '
+             'Then those of all processes are, see proc_dirs.'),
+    cfg.ListOpt(
+        'proc_dirs',
+        item_type=AbsolutePath(),
+        default=['/proc', '/host_proc'],
+        help='Absolute paths of directories that show the processes of the '
+             'node, as /proc does, with commas between. One that is not '
+             'there is left out. In a container without the process '
+             'namespace of the node, mount its /proc there.'),
     cfg.Opt(
         'sysctl_dir',
         type=AbsolutePath(),
@@ -405,6 +434,7 @@ class Options:
     enabled: bool
     pod_binding: str
     device: str
+    devices: dict[str, str]
     parent: Optional[str]
     addr: tuple[IPAddress, ...]
     mac: Optional[str]
@@ -414,11 +444,11 @@ class Options:
     route_table: int
     allowed_cidrs: tuple[IPNetwork, ...]
     takeover: bool
-    gc_grace: int
     resync_interval: int
     strict: bool
     state_dir: str
     netns_dirs: tuple[str, ...]
+    proc_dirs: tuple[str, ...]
     sysctl_dir: str
     lock_timeout: int
     metrics_bind: Optional[Endpoint]
@@ -447,7 +477,12 @@ def load(conf: cfg.ConfigOpts) -> Options:
         allowed, the value, where it stands and what is allowed
     """
     register(conf)
-    return Options(**{opt.dest: _value(conf, opt) for opt in OPTS})
+    options = Options(**{opt.dest: _value(conf, opt) for opt in OPTS})
+    if options.device in options.devices.values():
+        raise exceptions.InvalidOption(
+            option='devices', reason='%s is [break0] device, so it cannot be '
+            'another one too' % options.device)
+    return options
 
 
 def link_iface(conf: cfg.ConfigOpts) -> Optional[str]:
@@ -461,12 +496,21 @@ def link_iface(conf: cfg.ConfigOpts) -> Optional[str]:
 
 def device_name(conf: cfg.ConfigOpts) -> str:
     """Read the name of break0 alone, whatever is wrong with the options."""
+    return str(_value_or_default(conf, 'device'))
+
+
+def device_names(conf: cfg.ConfigOpts) -> set[str]:
+    """Read the names that break0s are given, as :func:`device_name`."""
+    return {device_name(conf), *_value_or_default(conf, 'devices').values()}
+
+
+def _value_or_default(conf: cfg.ConfigOpts, name: str) -> Any:
     register(conf)
-    opt = next(opt for opt in OPTS if opt.dest == 'device')
+    opt = next(opt for opt in OPTS if opt.dest == name)
     try:
-        return str(_value(conf, opt))
+        return _value(conf, opt)
     except exceptions.InvalidOption:
-        return str(opt.default)
+        return opt.default
 
 
 def _value(conf: cfg.ConfigOpts, opt: cfg.Opt) -> Any:

@@ -1,27 +1,22 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
-"""What break0 is, and how it is made so."""
+"""What a break0 is, and how it is made so. Each parent has its own."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
-from typing import NamedTuple, Optional
+import re
+from typing import Callable, Collection, Iterator, NamedTuple, Optional
 
 from oslo_log import log as logging
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
-from kuryr_break0 import netlink
+from kuryr_break0 import kernel
+from kuryr_break0.ledger.identity import Alias
+from kuryr_break0.ledger.identity import Identity
+from kuryr_break0.model import IPAddress
 
 LOG = logging.getLogger(__name__)
 
@@ -38,121 +33,265 @@ QUIET = {'ipv4/conf/%s/arp_filter': 1,
          'ipv6/conf/%s/accept_ra': 0,
          'ipv6/conf/%s/force_mld_version': 1,
          'ipv6/conf/%s/forwarding': 0}
+_MAX_NAME = 15  # IFNAMSIZ, with the closing NUL
+
+
+class Difference(NamedTuple):
+    """Something that a break0 is, and should not be.
+
+    :ivar text: what it is, and what it should be
+    :ivar repair: makes it so
+    :ivar loses_routes: whether the kernel has dropped its routes with that
+    """
+
+    text: str
+    repair: Callable[[kernel.Netlink], None]
+    loses_routes: bool = False
 
 
 class Ensured(NamedTuple):
-    """What break0 is now, and what was done for that.
+    """A break0, and what was done for it.
 
-    :ivar bare: whether it was created or brought up, which means that it has
+    :ivar routes_lost: whether it was created or brought up, so that it has
         no routes
-    :ivar corrected: whether it was there, and not as it should be
+    :ivar repaired: what it was
     """
 
-    link: netlink.Link
-    bare: bool
-    corrected: bool
+    link: kernel.Link
+    routes_lost: bool
+    repaired: tuple[str, ...]
 
 
-def derived_mac(device: str, parent_mac: str) -> str:
-    """A MAC address that the same device on the same parent always gets.
+def name_for(options: config.Options, parent: str,
+             primary: Optional[str]) -> str:
+    """Return the name of the break0 of a parent; always the same.
 
-    Pods remember break0 by its MAC address, so one that is created again
-    must keep it. It is locally administered, and differs between nodes as
-    the parents' addresses do.
+    :param primary: the parent that has [break0] device
+    """
+    named = options.devices.get(parent)
+    if named is not None:
+        return named
+    if primary in (None, parent):
+        return options.device
+    name = '%s-%s' % (options.device, parent)
+    if len(name) <= _MAX_NAME and re.fullmatch(r'[\w.-]+', name, re.ASCII):
+        return name
+    # The first characters of long names are often the same.
+    return '%s-%s' % (options.device[:6], hashlib.sha256(
+        parent.encode()).hexdigest()[:8])
+
+
+def primary_of(options: config.Options, identity: Optional[Identity],
+               link: Optional[kernel.Link],
+               used: Collection[str]) -> Optional[str]:
+    """Return the parent whose break0 is [break0] device; None if none is yet.
+
+    :param link: the interface of that name
+    :param used: parents that pods are on
+    """
+    if options.parent is not None:
+        return options.parent
+    known = next((parent for parent, name in (
+        identity.devices if identity else {}).items()
+        if name == options.device), None)
+    if known is not None and (known in used
+                              or kernel.index_of(known) is not None):
+        return known
+    if link is not None and Alias.parse(link.alias) is not None:
+        return lower_name(link)
+    return None
+
+
+def lower_name(link: kernel.Link) -> Optional[str]:
+    """Return the interface of this namespace that another is stacked on."""
+    if link.lower is None or link.lower_namespace is not None:
+        return None
+    return kernel.name_of(link.lower)
+
+
+def derived_mac(secret: str, device: str) -> str:
+    """Return the MAC address that a break0 gets.
+
+    Pods know it by that, so one that is created again must have it again. It
+    is locally administered, differs between nodes, and cannot be computed
+    without the secret of the ledger.
     """
     digest = hashlib.sha256(
-        ('kuryr-break0 %s %s' % (device, parent_mac)).encode()).digest()
+        ('kuryr-break0 %s %s' % (device, secret)).encode()).digest()
     octets = bytes([digest[0] & 0xfc | 0x02]) + digest[1:6]
-    return ':'.join('%02x' % octet for octet in octets)
+    return octets.hex(':')
 
 
-def ensure(kernel: netlink.Kernel, options: config.Options,
-           parent_name: str) -> Ensured:
-    """Make sure that break0 exists, is what it should be, and is up.
+def is_ours(link: kernel.Link, identity: Optional[Identity]) -> bool:
+    """Return whether a break0 carries the alias of a ledger."""
+    alias = Alias.parse(link.alias)
+    return (alias is not None and identity is not None
+            and alias.ledger == identity.id)
 
-    To be called under the lock. What another process left half-made is
-    completed, since everything is looked at each time.
 
-    :param parent_name: the interface that the pods are on
-    :raises ParentNotFound: if there is no such interface
-    :raises DeviceConflict: if the name is taken by another kind of interface
-    :raises KernelRefused: if it cannot be made so; one that was created for
-        it is gone again
+def owned_by_other(link: kernel.Link,
+                   identity: Optional[Identity]) -> Optional[Alias]:
+    """Return the alias of a break0 that belongs to another ledger."""
+    alias = Alias.parse(link.alias)
+    if alias is None or is_ours(link, identity):
+        return None
+    return alias
+
+
+class Device:
+    """The break0 of one parent, as it should be.
+
+    :param name: its own
+    :param parent: the name of its parent
+    :param identity: of the ledger that it should belong to, and that says
+        which MAC address pods know; None to leave both
     """
-    parent = kernel.link(parent_name)
-    if parent is None:
-        raise exceptions.ParentNotFound(parent=parent_name)
-    link = kernel.link(options.device)
-    if link is not None:
-        require_ours(link, parent)
-        tuned, changed = _tune(kernel, options, link, parent)
-        if changed:
-            LOG.info('Corrected %s on %s: %s', link.name, parent.name,
-                     ', '.join(changed))
-        return Ensured(tuned, not link.up, bool(changed))
-    try:
-        netlink.create_macvlan(
-            options.device, parent,
-            options.mac or derived_mac(options.device, parent.mac))
-        link = kernel.link(options.device)
-        if link is None:
-            raise exceptions.KernelRefused(
-                'keep %s' % options.device, 'it vanished at once', 0)
-        tuned, _ = _tune(kernel, options, link, parent)
-    except Exception:
-        kernel.delete_link(options.device)
-        raise
-    LOG.info('Created %s: a macvlan in bridge mode on %s, MAC address %s, '
-             'MTU %d', tuned.name, parent.name, tuned.mac, tuned.mtu)
-    return Ensured(tuned, bare=True, corrected=False)
+
+    def __init__(self, options: config.Options, name: str, parent: str,
+                 identity: Optional[Identity] = None) -> None:
+        self.name = name
+        self.parent = parent
+        self._options = options
+        self._alias = (identity.alias(options.state_dir)
+                       if identity is not None else None)
+        # They are of the one that the operator has named.
+        primary = name == options.device
+        self._mac = (options.mac if primary else None) or (
+            identity.macs.get(name) if identity is not None else None)
+        self.addresses = options.addr if primary else ()
+
+    def ensure(self, netlink: kernel.Netlink, new_mac: str) -> Ensured:
+        """Make sure that it exists, is what it should be, and is up.
+
+        Call it under the lock. What another process left half-made is
+        completed, since everything is examined each time.
+
+        :param new_mac: what it gets if it is created and nothing says which
+            it had
+        :raises ParentNotFound: if there is no such parent
+        :raises DeviceConflict: if the name is taken by another kind of
+            interface
+        :raises KernelRefused: if it cannot be made so; one that was created
+            for it is gone again
+        """
+        parent = netlink.link(self.parent)
+        if parent is None:
+            raise exceptions.ParentNotFound(parent=self.parent)
+        link = netlink.link(self.name)
+        if link is not None:
+            self.require_ours(link, parent)
+            differences = self._repair(netlink, link, parent)
+            repaired = tuple(each.text for each in differences)
+            if repaired:
+                LOG.info('Repaired %s on %s: %s', link.name, parent.name,
+                         '; '.join(repaired))
+                link = netlink.link(self.name) or link
+            return Ensured(link, any(each.loses_routes
+                                     for each in differences), repaired)
+        try:
+            kernel.create_macvlan(self.name, parent, self._mac or new_mac)
+            link = netlink.link(self.name)
+            if link is None:
+                raise exceptions.KernelRefused(
+                    'keep %s' % self.name, 'it vanished at once', 0)
+            self._repair(netlink, link, parent)
+            link = netlink.link(self.name) or link
+        except Exception:
+            netlink.delete_link(self.name)
+            raise
+        LOG.info('Created %s: a macvlan in bridge mode on %s, MAC address '
+                 '%s, MTU %d', link.name, parent.name, link.mac, link.mtu)
+        return Ensured(link, True, ('it was missing',))
+
+    def _repair(self, netlink: kernel.Netlink, link: kernel.Link,
+                parent: kernel.Link) -> list[Difference]:
+        found = netlink.addresses() if self.addresses else ()
+        differences = list(self.differences(link, parent, {
+            address for index, address in found if index == link.index}))
+        for each in differences:
+            each.repair(netlink)
+        return differences
+
+    @staticmethod
+    def _set_mac(netlink: kernel.Netlink, link: kernel.Link,
+                 mac: str) -> None:
+        """Give it the MAC address that pods know, unless another has it."""
+        try:
+            netlink.set_mac(link, mac)
+        except exceptions.KernelRefused as err:
+            if err.errno != errno.EADDRINUSE:
+                raise
+            LOG.error('%s keeps the MAC address %s, since another interface '
+                      'on its parent has %s. See: ip link show type macvlan',
+                      link.name, link.mac, mac)
+
+    def require_ours(self, link: kernel.Link, parent: kernel.Link) -> None:
+        """Make sure that an interface is what break0 is.
+
+        :raises DeviceConflict: if it is not a macvlan in bridge mode on that
+            parent
+        """
+        if (link.kind == 'macvlan' and link.mode == 'bridge'
+                and (link.lower, link.lower_namespace)
+                == parent.lower_of_macvlans):
+            return
+        found = 'a %s' % (link.kind or 'physical interface')
+        if link.kind == 'macvlan':
+            found += ' in %s mode on %s' % (
+                link.mode,
+                lower_name(link) or 'an interface of another namespace')
+        raise exceptions.DeviceConflict(
+            device=link.name, found=found,
+            expected='a macvlan in bridge mode on ' + parent.name)
+
+    def differences(self, link: kernel.Link, parent: kernel.Link,
+                    addresses: Collection[IPAddress]
+                    ) -> Iterator[Difference]:
+        """Compare what it is with what it should be.
+
+        In the order in which that is to be repaired: it must be silent
+        before it is up.
+
+        :param addresses: those that it has
+        """
+        for path, (found, value) in sysctl_drift(link.name).items():
+            yield Difference(
+                '%s is %d, must be %d' % (path.rpartition('/')[2], found,
+                                          value),
+                lambda _, path=path, value=value:  # type: ignore[misc]
+                kernel.write_sysctl(path, value, self._options.sysctl_dir))
+        if link.mtu != parent.mtu:
+            yield Difference(
+                'its MTU is %d, must be %d' % (link.mtu, parent.mtu),
+                lambda netlink: netlink.set_mtu(link, parent.mtu))
+        mac = self._mac
+        if mac is not None and link.mac != mac:
+            yield Difference(
+                'its MAC address is %s, must be %s' % (link.mac, mac),
+                lambda netlink: self._set_mac(netlink, link, str(mac)))
+        alias = self._alias
+        if alias is not None and link.alias != str(alias):
+            yield Difference(
+                'its alias does not name this ledger',
+                lambda netlink: netlink.set_alias(link, str(alias)))
+        if link.multicast:
+            yield Difference('multicast is on, must be off',
+                             lambda netlink: netlink.raise_link(link))
+        if not link.up:
+            yield Difference('it is down',
+                             lambda netlink: netlink.raise_link(link),
+                             loses_routes=True)
+        for address in self.addresses:
+            if address not in addresses:
+                yield Difference(
+                    'it lacks the address %s' % address,
+                    lambda netlink, address=address:  # type: ignore[misc]
+                    netlink.put_address(link, address))
 
 
-def loud(name: str) -> dict[str, int]:
-    """The sysctls that have to change for it to be quiet, as what."""
+def sysctl_drift(name: str) -> dict[str, tuple[int, int]]:
+    """Return the sysctls of a break0 that it must not have: is, must be."""
     wanted = {path % name: value for path, value in QUIET.items()}
-    return {path: value for path, value in wanted.items()
-            if netlink.read_sysctl(path) not in (value, None)}
-
-
-def require_ours(link: netlink.Link, parent: netlink.Link) -> None:
-    """Make sure that an interface is what break0 is.
-
-    :raises DeviceConflict: if it is not a macvlan in bridge mode on that
-        parent
-    """
-    if (link.kind == 'macvlan' and link.mode == 'bridge'
-            and (link.lower, link.lower_elsewhere)
-            == parent.lower_of_macvlans):
-        return
-    found = 'a %s' % (link.kind or 'physical interface')
-    if link.kind == 'macvlan':
-        found += ' in %s mode on %s' % (
-            link.mode,
-            link.lower_name or 'an interface of another namespace')
-    raise exceptions.DeviceConflict(
-        device=link.name, found=found,
-        expected='a macvlan in bridge mode on ' + parent.name)
-
-
-def _tune(kernel: netlink.Kernel, options: config.Options,
-          link: netlink.Link, parent: netlink.Link
-          ) -> tuple[netlink.Link, list[str]]:
-    """Correct what is not as it should be; names what that was."""
-    sysctls = loud(link.name)
-    for path, value in sysctls.items():
-        netlink.write_sysctl(path, value, options.sysctl_dir)
-    changes: dict[str, Optional[object]] = {}
-    if link.mtu != parent.mtu:
-        changes['mtu'] = parent.mtu
-    if options.mac and link.mac != options.mac:
-        changes['address'] = options.mac
-    if changes:
-        kernel.change_link(link, **changes)
-    if link.multicast or not link.up:
-        kernel.raise_link(link)
-        changes['state'] = 'up'
-    for address in options.addr:
-        kernel.put_address(link, address)
-    if changes:
-        link = kernel.link(link.name) or link
-    return link, [*sysctls, *changes]
+    found = {path: kernel.read_sysctl(path) for path in wanted}
+    return {path: (value, wanted[path]) for path, value in found.items()
+            if value not in (wanted[path], None)}

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """What can go wrong: one class each, one line of text each.
 
@@ -109,6 +99,21 @@ class KernelRefused(Break0Error):
         return self.errno in (errnos.ESRCH, errnos.ENOENT, errnos.ENODEV)
 
 
+class SystemRefused(Break0Error):
+    """An operation of the system failed, as with EMFILE or ENOMEM."""
+
+    msg_fmt = ('Cannot go on: %(reason)s. See what this process has open, '
+               'and its limits: /proc/PID/fd, /proc/PID/limits.')
+
+
+class OtherLedger(Break0Error):
+    msg_fmt = ('%(device)s belongs to the ledger %(ledger)s in '
+               '%(directory)s, not to that in %(own)s. It is left as it is. '
+               'Set [break0] state_dir of agent and kuryr-daemon to the same '
+               'directory; if the other ledger is lost, take %(device)s over '
+               'by: kuryr-break0 sync --claim')
+
+
 class CannotListen(Break0Error):
     msg_fmt = ('Metrics cannot be served on %(endpoint)s yet: %(reason)s. '
                'See who has the port: ss -ltnp. Set [break0] metrics_bind '
@@ -123,6 +128,17 @@ class NotAMacvlan(Break0Error):
     msg_fmt = ('The interface %(ifname)s in the network namespace %(netns)s '
                'is not a macvlan in bridge mode on %(parent)s: %(found)s. '
                'Only such are reached through %(device)s.')
+
+
+class NotItsAddress(Break0Error):
+    msg_fmt = ('The interface %(ifname)s in the network namespace %(netns)s '
+               'does not have the address %(address)s, but %(found)s. Bind '
+               'an address that it has, or give none to bind all.')
+
+
+class NoAddress(Break0Error):
+    msg_fmt = ('There is no address to bind for %(owner)s. Give one, or '
+               '--netns of a namespace whose interface has one.')
 
 
 class ParentUnknown(Break0Error):

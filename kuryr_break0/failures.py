@@ -1,21 +1,11 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Work on several things, of which one that fails does not stop the others."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import Iterator, Optional
+from typing import Iterator
 
 from oslo_log import log as logging
 
@@ -27,21 +17,21 @@ LOG = logging.getLogger(__name__)
 class Failures:
     """Goes on after an error, and raises the first one in the end.
 
+    :ivar errors: all of them
     :ivar device_lost: whether one was that of an interface down or gone
     """
 
     def __init__(self) -> None:
-        self._first: Optional[exceptions.Break0Error] = None
+        self.errors: list[exceptions.Break0Error] = []
         self.device_lost = False
 
     def note(self, err: exceptions.Break0Error) -> None:
         """Keep the first error, and log the others."""
         if isinstance(err, exceptions.KernelRefused):
             self.device_lost |= err.device_lost
-        if self._first is None:
-            self._first = err
-        else:
+        if self.errors:
             LOG.error('%s', err)
+        self.errors.append(err)
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
@@ -50,16 +40,18 @@ class Failures:
             yield
         except exceptions.Break0Error as err:
             self.note(err)
+        except OSError as err:  # as EMFILE, at whatever was to be opened
+            self.note(exceptions.SystemRefused(reason=err))
 
     @contextlib.contextmanager
     def logged(self) -> Iterator[None]:
         """Log what is raised in the block, and be content."""
         try:
             yield
-        except exceptions.Break0Error as err:
+        except (exceptions.Break0Error, OSError) as err:
             LOG.error('%s', err)
 
     def raise_first(self) -> None:
         """Raise the first error, if there was one."""
-        if self._first is not None:
-            raise self._first
+        if self.errors:
+            raise self.errors[0]

@@ -1,69 +1,22 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
-"""What has to change so that the kernel holds what the ledger says."""
+"""What must change so that the kernel holds what the ledger says.
+
+A pure function. It deletes nothing that merely has no record: a ledger can be
+lost or be another's. Such items are ``unclaimed``.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Collection, Iterable, Mapping, Optional, Union
+from typing import Collection, Iterable, Mapping, Union
 
-from kuryr_break0.config import IPAddress
-
-
-@dataclasses.dataclass(frozen=True)
-class HostRoute:
-    """A route to a single address: /32, for IPv6 /128.
-
-    :ivar oif: ifindex of its interface; None for one without, or several
-    :ivar src: the node's address that it speaks from
-    :ivar direct: whether it leads to a neighbour on that interface: unicast,
-        without gateway and, for IPv4, scoped to the link
-    """
-
-    dst: IPAddress
-    oif: Optional[int]
-    protocol: int
-    table: int
-    src: Optional[IPAddress] = None
-    direct: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class Neighbour:
-    """The MAC address of an address on an interface, set for good.
-
-    :ivar protocol: whose it is, as of a route; None for one that no program
-        has marked
-    """
-
-    dst: IPAddress
-    ifindex: int
-    mac: str
-    protocol: Optional[int]
-
-
-Item = Union[HostRoute, Neighbour]
-
-
-@dataclasses.dataclass(frozen=True)
-class Wanted:
-    """What a pod's address is to have on the node.
-
-    :ivar neighbour: None where it is found by ARP
-    """
-
-    route: HostRoute
-    neighbour: Optional[Neighbour] = None
+from kuryr_break0.model import address_order
+from kuryr_break0.model import HostRoute
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Item
+from kuryr_break0.model import Neighbour
+from kuryr_break0.model import Wanted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +24,12 @@ class Plan:
     """The difference. Neighbours are set before routes, and go after them.
 
     :ivar replace: routes to set, in place of what is there
-    :ivar delete: our routes that no pod claims
-    :ivar foreign: routes of others to addresses of pods. Not touched, or,
-        where they are taken over, what is replaced
+    :ivar delete: our routes that must go
+    :ivar foreign: routes of others that are in the way of a pod's route.
+        Left alone, or, where they are taken over, what is replaced
     :ivar learn: neighbours to set, in place of what is there
-    :ivar forget: our neighbours that no pod claims
+    :ivar forget: our neighbours that must go
+    :ivar unclaimed: our routes and neighbours of addresses without a record
     """
 
     replace: tuple[HostRoute, ...] = ()
@@ -83,6 +37,7 @@ class Plan:
     foreign: tuple[HostRoute, ...] = ()
     learn: tuple[Neighbour, ...] = ()
     forget: tuple[Neighbour, ...] = ()
+    unclaimed: tuple[Item, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.replace or self.delete or self.learn or self.forget)
@@ -91,46 +46,58 @@ class Plan:
 def compute(desired: Mapping[IPAddress, Wanted],
             routes: Iterable[HostRoute], neighbours: Iterable[Neighbour] = (),
             *, device: int, protocol: int, takeover: bool = False,
-            keep: Collection[IPAddress] = ()) -> Plan:
-    """Compare what should be with what is.
+            withdrawn: Collection[IPAddress] = (),
+            elsewhere: Collection[IPAddress] = ()) -> Plan:
+    """Compare what must be with what is, for one break0.
 
-    A route that is on break0, or carries our protocol number, was put there
-    for a pod, so in the way of a pod's route it is replaced. All else
-    belongs to others. What no pod claims is deleted only if it is both.
+    A route that is on break0, or carries our protocol number, was set for a
+    pod, so in the way of a pod's route it is replaced. All else belongs to
+    others. Only what is both is ever deleted.
 
-    :param desired: what the addresses of pods are to have
+    :param desired: what the addresses of pods must have
     :param routes: the host routes of the node
-    :param neighbours: those that are set for good on break0
+    :param neighbours: the permanent neighbours on break0
     :param device: ifindex of break0
-    :param keep: addresses of which nothing is to be deleted yet
+    :param withdrawn: addresses that are known to be nobody's any more
+    :param elsewhere: addresses that have a record, but not for this break0
     """
     present: set[IPAddress] = set()
     blocked: set[IPAddress] = set()
     delete, foreign, forget = [], [], []
+    unclaimed: list[Item] = []
     for route in routes:
         wanted = desired.get(route.dst)
         ours = route.oif == device and route.protocol == protocol
         if wanted is not None and route.table == wanted.route.table:
             if route == wanted.route:
                 present.add(route.dst)
+            elif route.metric != wanted.route.metric:
+                # It takes no part beside ours, whose metric is the best.
+                if ours:
+                    delete.append(route)
             elif route.oif != device and route.protocol != protocol:
                 foreign.append(route)
                 if not takeover:
                     blocked.add(route.dst)
-        elif ours and route.dst not in keep:
+        elif ours and (wanted is not None or route.dst in withdrawn):
             delete.append(route)
+        elif ours and route.dst not in elsewhere:
+            unclaimed.append(route)
     known = set()
     for neighbour in neighbours:
         wanted = desired.get(neighbour.dst)
+        ours = (neighbour.ifindex == device
+                and neighbour.protocol == protocol)
         if wanted is not None and wanted.neighbour is not None:
             if neighbour == wanted.neighbour:
                 known.add(neighbour.dst)
-        elif (neighbour.ifindex == device and neighbour.protocol == protocol
-                and neighbour.dst not in keep):
+        elif ours and (wanted is not None or neighbour.dst in withdrawn):
             forget.append(neighbour)
+        elif ours and neighbour.dst not in elsewhere:
+            unclaimed.append(neighbour)
     settled = present | blocked
-    in_order = [wanted for _, wanted in sorted(desired.items(),
-                                               key=_by_address)]
+    in_order = [desired[address]
+                for address in sorted(desired, key=address_order)]
     return Plan(
         replace=tuple(wanted.route for wanted in in_order
                       if wanted.route.dst not in settled),
@@ -139,16 +106,12 @@ def compute(desired: Mapping[IPAddress, Wanted],
         learn=tuple(wanted.neighbour for wanted in in_order
                     if wanted.neighbour is not None
                     and wanted.neighbour.dst not in known),
-        forget=tuple(sorted(forget, key=_place)))
+        forget=tuple(sorted(forget, key=_order)),
+        unclaimed=tuple(sorted(unclaimed, key=_order)))
 
 
-def _by_address(item: tuple[IPAddress, Wanted]) -> tuple[int, int]:
-    return item[0].version, int(item[0])
-
-
-def _place(what: Item) -> tuple[int, int]:
-    return what.dst.version, int(what.dst)
-
-
-def _order(route: HostRoute) -> tuple[int, ...]:
-    return (*_place(route), route.table, route.protocol, route.oif or 0)
+def _order(item: Union[HostRoute, Neighbour]) -> tuple[int, ...]:
+    if isinstance(item, HostRoute):
+        return (*address_order(item.dst), item.table, item.protocol,
+                item.oif or 0, item.metric or 0)
+    return (*address_order(item.dst), 2 ** 32)

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """A node in namespaces of its own: what tests, demo and benchmark run on.
 
@@ -35,6 +25,8 @@ import subprocess
 import threading
 import time
 from typing import Any, Iterator, Optional, Sequence
+
+from kuryr_break0 import kernel
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWNET = 0x40000000
@@ -152,6 +144,19 @@ class Lab:
         self.run('ip', 'netns', 'add', name)
         self.run('ip', 'link', 'set', 'lo', 'up', netns=name)
         return '/run/netns/' + name
+
+    def del_netns(self, name: str) -> None:
+        """Delete a namespace, and wait until the kernel has let go of it.
+
+        That takes it some milliseconds.
+        """
+        path = '/run/netns/' + name
+        known = kernel.identify(path)
+        self.run('ip', 'netns', 'del', name)
+        deadline = time.monotonic() + 10
+        while kernel.state(path, known) is kernel.State.LIVING:
+            assert time.monotonic() < deadline, 'it does not end'
+            time.sleep(0.01)
 
     def add_pod(self, name: str, *addresses: str,
                 mac: Optional[str] = None,

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """All checks, in an order in which one fault is told once."""
 
@@ -21,18 +11,19 @@ from oslo_config import cfg
 
 from kuryr_break0 import config
 from kuryr_break0.doctor import daemon
+from kuryr_break0.doctor import device
 from kuryr_break0.doctor import findings
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor import firewall
 from kuryr_break0.doctor import installation
 from kuryr_break0.doctor.node import Node
+from kuryr_break0.doctor.node import ParentView
 from kuryr_break0.doctor import pods
 from kuryr_break0.doctor import records
 from kuryr_break0.doctor import routes
 from kuryr_break0.doctor import services
-from kuryr_break0.doctor import shim
 from kuryr_break0 import exceptions
-from kuryr_break0 import netlink
+from kuryr_break0 import kernel
 
 #: Seconds for which the lock is waited for, that is held for milliseconds.
 PATIENCE = 2.0
@@ -85,25 +76,35 @@ def _examine_node(options: config.Options, done: Examination) -> None:
     done.findings += directory
     if any(each.id == findings.STATE_DIR_UNUSABLE.id for each in directory):
         return  # without it nothing can be compared
-    with netlink.Kernel() as kernel:
-        node = Node(options, kernel, PATIENCE)
+    with kernel.Netlink() as netlink:
+        node = Node(options, netlink, PATIENCE)
         done.addresses, done.pods = len(node.live), len(node.pods())
         done.findings += records.check_ledger(node)
         done.findings += routes.check_addresses(node)
-        useless = [*shim.check_existence(node)]
-        done.findings += useless or shim.check_parents(node)
-        # What is on an interface that is not there, or not ours, says
-        # nothing more.
-        if not useless and node.look.link is not None:
-            done.findings += shim.check_properties(node)
-            done.findings += routes.check_routes(node)
-            done.findings += routes.check_neighbours(node)
-            looked_up = routes.sample(routes.usable(node), routes.LOOKED_UP)
-            done.looked_up = len(looked_up)
-            done.findings += routes.check_use(node, kernel, looked_up)
-            done.findings += pods.check_told(node)
-            entered = routes.sample(pods.enterable(node), pods.ENTERED)
-            done.entered = len(entered)
-            done.findings += pods.check_inside(node, entered)
-        done.findings += services.check(node.look.link)
-        done.findings += firewall.check(node)
+        for view in node.views:
+            _examine_parent(view, netlink, done)
+        done.findings += services.check(
+            [view.link for view in node.views if view.link is not None])
+        for view in node.views:
+            done.findings += firewall.check(view)
+
+
+def _examine_parent(view: ParentView, netlink: kernel.Netlink,
+                    done: Examination) -> None:
+    useless = [*device.check_parent(view)] or [*device.check_existence(view)]
+    done.findings += useless
+    # What is on an interface that is not there, or not ours, says nothing
+    # more.
+    if useless or view.link is None:
+        return
+    done.findings += device.check_owner(view)
+    done.findings += device.check_properties(view)
+    done.findings += routes.check_routes(view)
+    done.findings += routes.check_neighbours(view)
+    looked_up = routes.sample(routes.usable(view), routes.LOOKED_UP)
+    done.looked_up += len(looked_up)
+    done.findings += routes.check_use(view, netlink, looked_up)
+    done.findings += pods.check_configured(view)
+    entered = routes.sample(pods.enterable(view), pods.ENTERED)
+    done.entered += len(entered)
+    done.findings += pods.check_inside(view, entered)

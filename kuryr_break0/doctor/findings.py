@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """All that the doctor can find: the texts.
 
@@ -161,13 +151,36 @@ LEDGER_DAMAGED = Kind(
     'deleted for it. What next looks at it sets it aside.',
     'Start the pod of the address again. Its ADD writes a new entry.')
 
-LEDGER_ASIDE = Kind(
-    'ledger-aside', WARNING,
-    'These entries were damaged. Nothing is deleted for their addresses, '
+LEDGER_QUARANTINED = Kind(
+    'ledger-quarantined', WARNING,
+    'These records were damaged. Nothing is deleted for their addresses, '
     'whether they have pods or not, until they are bound again.',
     'Find out what wrote into the state directory, start pods again that '
     'have one of these addresses, then delete the files.',
     ('rm -r %(directory)s',))
+
+LEDGER_LOST = Kind(
+    'ledger-lost', ERROR,
+    'Nothing says any more which sandbox has which address, so no route is '
+    'repaired, and none of a pod that has gone is deleted.',
+    'Have it rebuilt from the routes, the neighbours and the namespaces of '
+    'the node, and find out what emptied the directory.', (_SYNC,))
+
+LEDGER_OTHER = Kind(
+    'ledger-other', ERROR,
+    'What another ledger has bound is not known here, so nothing is repaired '
+    'or deleted.',
+    'Set [break0] state_dir of kuryr-daemon, agent and command to the same '
+    'directory; in containers, mount the same one there. If the other ledger '
+    'no longer exists, take its break0 over.',
+    ('kuryr-break0 sync --claim',))
+
+ADDRESS_CONTESTED = Kind(
+    'address-contested', WARNING,
+    'Traffic to the address goes to the sandbox that claimed it last. The '
+    'others get it back when that one is gone.',
+    'Find out why two sandboxes have one address, as by a duplicate '
+    'KuryrPort, and delete the one that should not have it.')
 
 LEDGER_NEWER = Kind(
     'ledger-newer', ERROR,
@@ -244,8 +257,8 @@ PARENT_MISMATCH = Kind(
     'parent-mismatch', ERROR,
     'A macvlan reaches only those that are on the same interface.',
     'Set [break0] parent to the interface of the pods or not at all, and '
-    'restart kuryr-daemon and the agent. Where pods are on several, create '
-    'those again that are on the wrong one.')
+    'restart kuryr-daemon and the agent. Without it, pods may be on several '
+    'interfaces, and each gets a break0.')
 
 BREAK0_MISSING = Kind(
     'break0-missing', ERROR,
@@ -315,7 +328,7 @@ IPV6_DISABLED = Kind(
     'These pods are not reachable from their node by IPv6.',
     'Enable IPv6 on it, and set the routes again. If it is off again later, '
     'look for disable_ipv6 in sysctl.d.',
-    ('sysctl -w net.ipv6.conf.%(device)s.disable_ipv6=0', _SYNC))
+    ('sysctl -w net/ipv6/conf/%(device)s/disable_ipv6=0', _SYNC))
 
 # Routes and neighbours of the node
 
@@ -342,11 +355,13 @@ ROUTE_FOREIGN = Kind(
 
 ROUTE_STALE = Kind(
     'route-stale', WARNING,
-    'No pod of this node has the address. The pod of another node that '
-    'gets it is not reachable from this one.',
-    'Nothing, if it passes: the agent deletes it when [break0] gc_grace is '
-    'over. Else do it at once.', ('ip route delete %(address)s dev %(device)s '
-                                  'proto %(protocol)d table %(table)d',))
+    'No record says whose the address is, and no namespace that can be seen '
+    'from here has it. It is not deleted, since a pod may have it all the '
+    'same.',
+    'If a pod has the address, find out why it is not seen: run the command '
+    'where the namespaces of pods are seen, as in the container of '
+    'kuryr-daemon. If none has, delete what is left.',
+    ('kuryr-break0 sync --delete-unclaimed',))
 
 ROUTE_NOT_USED = Kind(
     'route-not-used', ERROR,
@@ -371,19 +386,21 @@ NEIGHBOUR_WRONG = Kind(
 
 NEIGHBOUR_STALE = Kind(
     'neighbour-stale', WARNING,
-    'No pod of this node has the address. The next pod that gets it has '
-    'another MAC address.',
-    'Nothing, if it passes: the agent deletes it when [break0] gc_grace is '
-    'over. Else do it at once.',
-    ('ip neigh delete %(address)s dev %(device)s',))
+    'No record says whose the address is, and no namespace that can be seen '
+    'from here has it. It is not deleted, since a pod may have it all the '
+    'same.',
+    'If a pod has the address, find out why it is not seen: run the command '
+    'where the namespaces of pods are seen, as in the container of '
+    'kuryr-daemon. If none has, delete what is left.',
+    ('kuryr-break0 sync --delete-unclaimed',))
 
 # From the pod to its node
 
-POD_NOT_TOLD = Kind(
-    'pod-not-told', ERROR,
+POD_NOT_CONFIGURED = Kind(
+    'pod-not-configured', ERROR,
     'A pod that does not know the MAC address of its node has to ask: by '
     'IPv6 it gets no answer, and one that is out of date leads nowhere.',
-    'Tell them.', (_SYNC,))
+    'Configure them.', (_SYNC,))
 
 POD_UNREADABLE = Kind(
     'pod-unreadable', WARNING,
@@ -431,10 +448,10 @@ ARP_IGNORED = Kind(
     'Set [break0] static_neighbours = true, bind pods with the path of '
     'their namespace, or let break0 answer: pods only, as arp_filter sees '
     'to.',
-    ('sysctl -w net.ipv4.conf.%(where)s.arp_ignore=0',))
+    ('sysctl -w net/ipv4/conf/%(where)s/arp_ignore=0',))
 
-IPV6_NOT_TOLD = Kind(
-    'ipv6-not-told', ERROR,
+IPV6_NOT_CONFIGURED = Kind(
+    'ipv6-not-configured', ERROR,
     'Without static_neighbours a pod asks for the MAC address of its node by '
     'multicast, which break0 does not hear: these pods do not reach their '
     'node by IPv6.',

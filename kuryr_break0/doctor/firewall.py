@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Whether a firewall of the node stands between it and its pods."""
 
@@ -25,12 +15,12 @@ from kuryr_break0.doctor import findings
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor import iptables
 from kuryr_break0.doctor import nftables
-from kuryr_break0.doctor.node import Node
+from kuryr_break0.doctor.node import ParentView
 from kuryr_break0.doctor.packet_filter import Chain
 from kuryr_break0.doctor.packet_filter import Obstacle
 from kuryr_break0.doctor.packet_filter import obstacles
 from kuryr_break0.doctor.packet_filter import Packet
-from kuryr_break0 import netlink
+from kuryr_break0 import kernel
 
 LOG = logging.getLogger(__name__)
 
@@ -39,9 +29,9 @@ _TIMEOUT = 10
 _FORWARDING = {4: 'ipv4/ip_forward', 6: 'ipv6/conf/all/forwarding'}
 
 
-def check(node: Node) -> Iterator[Finding]:
+def check(view: ParentView) -> Iterator[Finding]:
     """Follow what node and pods say to each other through all rules."""
-    packets = list(_packets(node))
+    packets = list(_packets(view))
     if not packets:
         return
     found: dict[bool, list[Obstacle]] = {}
@@ -57,28 +47,28 @@ def check(node: Node) -> Iterator[Finding]:
                     first.chain.title, first.chain.hook, first.what),
                 [each.chain.title for each in found[drops_all]],
                 commands=[each.chain.accept % {
-                    'device': node.options.device,
+                    'device': view.name,
                     'short': '-i' if each.chain.hook == 'input' else '-o',
                     'long': 'iifname' if each.chain.hook == 'input'
                     else 'oifname'} for each in found[drops_all]])
 
 
-def _packets(node: Node) -> Iterator[Packet]:
+def _packets(view: ParentView) -> Iterator[Packet]:
     """What passes between the node and one pod of each family."""
-    device = node.options.device
+    device = view.name
     for version in (4, 6):
-        pod = next((address for address in node.desired
+        pod = next((address for address in view.desired
                     if address.version == version), None)
         if pod is None:
             continue
         host = next((address for address in
-                     (node.peer.addresses if node.peer else ())
+                     (view.known.addresses if view.known else ())
                      if address.version == version), None)
         yield Packet('input', device, '', pod, host, version)
         yield Packet('output', '', device, host, pod, version)
         # What comes from elsewhere for a service of a pod of this node.
-        if netlink.read_sysctl(_FORWARDING[version]):
-            yield Packet('forward', node.parent_name or '', device, None,
+        if kernel.read_sysctl(_FORWARDING[version]):
+            yield Packet('forward', view.parent_name or '', device, None,
                          pod, version)
 
 

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Whether Kuryr would find and load the driver, and in fit versions.
 
@@ -32,8 +22,9 @@ from kuryr_break0.doctor.findings import Finding
 _DISTRIBUTION = 'kuryr-break0'
 #: What setup.cfg registers, by the names that Kuryr and os-vif look for.
 _ENTRY_POINTS = (('kuryr_kubernetes.cni.binding', 'VIFMacvlanBreak0',
-                  'kuryr_break0.driver'),
-                 ('os_vif', 'kuryr_break0', 'kuryr_break0.os_vif_plugin'))
+                  'kuryr_break0.kuryr.driver'),
+                 ('os_vif', 'kuryr_break0',
+                  'kuryr_break0.kuryr.os_vif_plugin'))
 
 
 def check() -> Iterator[Finding]:

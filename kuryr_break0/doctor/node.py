@@ -1,31 +1,18 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
-"""The node at one time: what the ledger says, and what the kernel holds."""
+"""The node as the checks see it: a snapshot, and what changes meanwhile."""
 
 from __future__ import annotations
 
-from typing import Iterator, Optional
+from typing import Iterable, Optional
 
 from kuryr_break0 import config
-from kuryr_break0.config import IPAddress
-from kuryr_break0.ledger import Contents
-from kuryr_break0.ledger import Entry
+from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
-from kuryr_break0.ledger import Owner
-from kuryr_break0 import netlink
-from kuryr_break0.policy import Look
-from kuryr_break0.policy import parent_of
-from kuryr_break0.policy import Policy
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Record
+from kuryr_break0 import snapshot
+from kuryr_break0.snapshot import Parent
 
 
 class Node:
@@ -33,86 +20,114 @@ class Node:
 
     Whoever binds or unbinds has the lock from the first change to the last.
     So between reading ledger and kernel those are waited for who have it,
-    and what is another entry after than before is being changed: of that
-    nothing is said. Nor of what no entry claims, if there may have been one.
+    and what is another record after than before is being changed: of that
+    nothing is said. Nor of what no record claims, if there may have been one.
 
-    :ivar contents: of the state directory
-    :ivar live: the entries whose sandbox exists
-    :ivar gone: the others
+    :ivar seen: what was read
     :ivar changing: addresses that are just being bound or unbound
-    :ivar parent_name: the interface that the pods are on, or are to be;
-        None where neither pods nor options say
-    :ivar parent: the same as the kernel has it
-    :ivar desired: what the addresses are to have
-    :ivar refused: what is against which address
-    :ivar plan: the difference to what they have
-    :ivar peer: what pods are to know of the node; None without break0
     :ivar lock_free: whether all who had the lock have let it go
 
     :param patience: seconds for which the lock is waited for
     :raises Break0Error: if state directory or kernel cannot be read
     """
 
-    def __init__(self, options: config.Options, kernel: netlink.Kernel,
+    def __init__(self, options: config.Options, netlink: kernel.Netlink,
                  patience: float) -> None:
         self.options = options
-        self.policy = Policy(options)
         self.ledger = Ledger(options.state_dir, options.lock_timeout)
         self._patience = patience
-        self.contents: Contents
-        self.contents, self.look, self._steady = self.ledger.beside(
-            self.ledger.look,
-            lambda: Look(kernel, kernel.link(options.device)), patience)
-        entries = {entry.address: entry for entry in self.contents.entries}
+        self.seen = snapshot.read(options, self.ledger, netlink, patience)
+        self.contents = self.seen.contents
+        self.live = self.seen.live
+        self.gone = self.seen.gone
         self.lock_free = True
         self.changing: set[IPAddress] = set()
         self.refresh()
-        self.gone = [entry for entry in entries.values()
-                     if entry.sandbox_gone]
-        self.live = {entry.address: entry for entry in entries.values()
-                     if not entry.sandbox_gone}
-        self.parent_name: Optional[str] = (
-            parent_of(self.live.values()) if self.live else options.parent)
-        self.parent = (kernel.link(self.parent_name)
-                       if self.parent_name is not None else None)
-        self.desired, self.refused = self.policy.desired(self.look, self.live)
-        self.plan = self.policy.plan(self.look, self.desired)
-        self.peer = self.policy.peer_seen(self.look, self.live, self.desired)
+        self.views = [ParentView(self, parent)
+                      for parent in self.seen.parents.values()]
 
     def refresh(self) -> None:
-        """Note what is being changed, or was, since the entries were read.
+        """Note what is being changed, or was, since the records were read.
 
         To be called after each look at the kernel.
         """
-        self.lock_free = self.lock_free and self.ledger.wait(self._patience)
+        self.lock_free = (self.lock_free
+                          and self.ledger.is_free_within(self._patience))
+        before, after = self.contents.claims, self.ledger.contents().claims
         self.changing |= {
-            entry.address for entry in
-            {*self.contents.entries} ^ {*self.ledger.look().entries}}
+            address for address in before.keys() | after.keys()
+            if _without_pod_side(before.get(address, ()))
+            != _without_pod_side(after.get(address, ()))}
 
-    def settled(self, addresses: Iterator[IPAddress]) -> list[IPAddress]:
-        """Those that nobody is just changing, in their order."""
+    def settled(self, addresses: Iterable[IPAddress]) -> list[IPAddress]:
+        """Return those that nobody is just changing, in their order."""
         return [address for address in addresses
                 if address not in self.changing]
 
     def unclaimed(self, address: IPAddress) -> bool:
-        """Whether no entry says whose an address is."""
-        return self._steady and not (
-            address in self.live or address in self.changing
-            or address in self.contents.unreadable
-            or any(address == entry.address for entry in self.gone))
+        """Return whether no record says whose an address is."""
+        return self.seen.is_steady and not (
+            address in self.contents.claims or address in self.changing
+            or address in self.contents.unreadable)
 
-    def pods(self) -> dict[Owner, list[Entry]]:
-        """The entries of each pod that nobody is just changing."""
-        found: dict[Owner, list[Entry]] = {}
-        for address, entry in self.live.items():
-            if address not in self.changing:
-                found.setdefault(entry.owner, []).append(entry)
-        return found
+    def pods(self) -> list[list[Record]]:
+        """Return the records of each pod that nobody is just changing."""
+        return snapshot.by_interface(
+            record for record in self.live.values()
+            if record.address not in self.changing)
+
+
+class ParentView:
+    """One parent of the node, and its break0.
+
+    :ivar node: the whole
+    :ivar seen: what was read of it
+    """
+
+    def __init__(self, node: Node, parent: Parent) -> None:
+        self.node = node
+        self.seen = parent
+        self.options = node.options
+        self.name = parent.device
+        self.link = parent.present
+        self.parent_name = parent.name
+        self.parent = parent.parent
+        self.live = parent.live
+        self.desired = parent.desired
+        self.plan = parent.plan
+        self.routes = parent.routes
+        self.neighbours = parent.neighbours
+        self.known = parent.node
+        self.index = parent.index
+
+    @property
+    def changing(self) -> set[IPAddress]:
+        return self.node.changing
+
+    def refresh(self) -> None:
+        self.node.refresh()
+
+    def settled(self, addresses: Iterable[IPAddress]) -> list[IPAddress]:
+        return self.node.settled(addresses)
+
+    def unclaimed(self, address: IPAddress) -> bool:
+        return self.node.unclaimed(address)
+
+    def pods(self) -> list[list[Record]]:
+        """Return the records of each pod on this parent."""
+        return snapshot.by_interface(
+            record for record in self.live.values()
+            if record.address not in self.changing)
 
     def sysctl(self, path: str, *devices: Optional[str]) -> int:
-        """The largest value that interfaces have of a sysctl.
+        """Return the largest value that interfaces have of a sysctl.
 
         :param path: below /proc/sys/net, with ``%s`` for the interface
         """
-        return max(netlink.read_sysctl(path % device) or 0
+        return max(kernel.read_sysctl(path % device) or 0
                    for device in devices if device is not None)
+
+
+def _without_pod_side(claims: Iterable[Record]) -> list[object]:
+    # That is written a little later, and changes nothing of the rest.
+    return [(claim.owner, claim.mac, claim.bound_at) for claim in claims]

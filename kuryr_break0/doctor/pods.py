@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The other way: whether pods reach their node."""
 
@@ -18,14 +8,14 @@ import dataclasses
 import time
 from typing import Iterable, Iterator, Optional, Sequence
 
-from kuryr_break0.config import IPAddress
 from kuryr_break0.doctor import findings
 from kuryr_break0.doctor.findings import Finding
-from kuryr_break0.doctor.node import Node
+from kuryr_break0.doctor.node import ParentView
 from kuryr_break0 import exceptions
-from kuryr_break0.ledger import Entry
-from kuryr_break0.ledger import Peer
-from kuryr_break0 import netlink
+from kuryr_break0 import kernel
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import NodeAddresses
+from kuryr_break0.model import Record
 
 #: Pods whose namespaces are entered; each takes some milliseconds. More than
 #: the 110 that kubelet allows on a node by default.
@@ -47,8 +37,8 @@ class _Pod:
     :ivar error: why it could not be looked at
     """
 
-    entry: Entry
-    peer: Peer
+    record: Record
+    known: NodeAddresses
     hosts: tuple[IPAddress, ...]
     mac: str = ''
     macs: dict[IPAddress, str] = dataclasses.field(default_factory=dict)
@@ -57,15 +47,15 @@ class _Pod:
 
     @property
     def has_another_mac(self) -> bool:
-        return self.error is None and self.entry.mac not in (None, self.mac)
+        return self.error is None and self.record.mac not in (None, self.mac)
 
     @property
     def mistaken(self) -> tuple[IPAddress, ...]:
         """The addresses of the node whose MAC address it does not know."""
-        if self.error is not None or self.peer.mac is None:
+        if self.error is not None or self.known.mac is None:
             return ()
         return tuple(host for host in self.hosts
-                     if self.macs.get(host) != self.peer.mac)
+                     if self.macs.get(host) != self.known.mac)
 
     @property
     def healthy(self) -> bool:
@@ -73,44 +63,46 @@ class _Pod:
                     or self.astray)
 
 
-def check_told(node: Node) -> Iterator[Finding]:
+def check_configured(view: ParentView) -> Iterator[Finding]:
     """Look by the ledger for pods that cannot find their node."""
-    options = node.options
-    entries = [entry for address, entry in node.live.items()
-               if address not in node.changing]
-    untold = [entry for entry in entries if _untold(node, entry)]
-    if untold:
-        yield findings.POD_NOT_TOLD.found(
+    options = view.options
+    records = [record for address, record in view.live.items()
+               if address not in view.changing]
+    unconfigured = [record for record in records
+                    if _is_not_configured(view, record)]
+    if unconfigured:
+        yield findings.POD_NOT_CONFIGURED.found(
             'pods have not been told the addresses of the node, or others',
-            [entry.address for entry in untold])
+            [record.address for record in unconfigured])
     if not options.static_neighbours:
-        asking = [entry.address for entry in entries
-                  if entry.address.version == 6]
+        asking = [record.address for record in records
+                  if record.address.version == 6]
         if asking:
-            yield findings.IPV6_NOT_TOLD.found(
+            yield findings.IPV6_NOT_CONFIGURED.found(
                 'static_neighbours is false, but pods have IPv6 addresses',
                 asking)
-    yield from _check_arp(node, entries)
+    yield from _check_arp(view, records)
 
 
-def _untold(node: Node, entry: Entry) -> bool:
-    if node.peer is None:
+def _is_not_configured(view: ParentView, record: Record) -> bool:
+    if view.known is None:
         return False
-    if entry.netns is not None:
-        return entry.peer != node.peer
+    if record.netns is not None:
+        return record.configured != view.known.digest
     # Bound without its namespace, it can ask by ARP.
-    return entry.address.version == 6 and node.options.static_neighbours
+    return record.address.version == 6 and view.options.static_neighbours
 
 
-def _check_arp(node: Node, entries: list[Entry]) -> Iterator[Finding]:
-    asking = [entry.address for entry in entries
-              if entry.address.version == 4
-              and (entry.peer is None or entry.peer.mac is None)]
+def _check_arp(view: ParentView, records: list[Record]) -> Iterator[Finding]:
+    asking = [record.address for record in records
+              if record.address.version == 4
+              and (record.configured is None
+                   or not view.options.static_neighbours)]
     if not asking:
         return
     # The larger of all and the interface is what counts.
-    for where in ('all', node.options.device):
-        value = node.sysctl('ipv4/conf/%s/arp_ignore', where)
+    for where in ('all', view.name):
+        value = view.sysctl('ipv4/conf/%s/arp_ignore', where)
         if value:
             yield findings.ARP_IGNORED.found(
                 'arp_ignore of %s is %d' % (where, value), asking,
@@ -118,60 +110,65 @@ def _check_arp(node: Node, entries: list[Entry]) -> Iterator[Finding]:
             return
 
 
-def enterable(node: Node) -> list[list[Entry]]:
+def enterable(view: ParentView) -> list[list[Record]]:
     """The entries of each pod that was told something in its namespace."""
-    return [entries for entries in node.pods().values()
-            if entries[0].netns is not None and entries[0].peer is not None]
+    known = view.known
+    return [records for records in view.pods()
+            if records[0].netns is not None and known is not None
+            and records[0].configured == known.digest]
 
 
-def check_inside(node: Node, pods: Sequence[list[Entry]]
+def check_inside(view: ParentView, pods: Sequence[list[Record]]
                  ) -> Iterator[Finding]:
     """Look into the namespaces of pods, and change nothing there.
 
     :param pods: the entries of each
     """
-    ill = [pod for pod in map(_look_inside, pods) if not pod.healthy]
+    ill = [pod for pod in (_look_inside(view, records) for records in pods)
+           if not pod.healthy]
     if ill:
         # An ADD or DEL may be half done, for some time without the lock.
         time.sleep(_SETTLED)
-        owners = {pod.entry.owner for pod in ill}
-        ill = [_look_inside(entries) for entries in pods
-               if entries[0].owner in owners]
-        node.refresh()
-        ill = [pod for pod in ill if pod.entry.address not in node.changing
-               and not pod.entry.sandbox_gone]
-    unreadable = {str(pod.entry.owner): pod.error for pod in ill
+        owners = {pod.record.owner for pod in ill}
+        ill = [_look_inside(view, records) for records in pods
+               if records[0].owner in owners]
+        view.refresh()
+        ill = [pod for pod in ill if pod.record.address not in view.changing
+               and kernel.state(pod.record.netns, pod.record.namespace)
+               is not kernel.State.GONE]
+    unreadable = {str(pod.record.owner): pod.error for pod in ill
                   if pod.error is not None}
     if unreadable:
         yield findings.POD_UNREADABLE.found(
             next(iter(unreadable.values())), unreadable)
     yield from _check_macs(ill)
     yield from _check_neighbours(ill)
-    yield from _check_ways(node, ill)
+    yield from _check_ways(view, ill)
 
 
-def _look_inside(entries: list[Entry]) -> _Pod:
-    entry = entries[0]
-    netns, peer = entry.netns, entry.peer
-    assert netns is not None and peer is not None  # it is enterable
-    versions = {entry.address.version for entry in entries}
-    hosts = tuple(host for host in peer.addresses if host.version in versions)
+def _look_inside(view: ParentView, records: list[Record]) -> _Pod:
+    record = records[0]
+    netns, known = record.netns, view.known
+    assert netns is not None and known is not None  # it is enterable
+    versions = {record.address.version for record in records}
+    hosts = tuple(host for host in known.addresses if host.version in versions)
     try:
-        with netlink.entered(netns), netlink.Kernel() as kernel:
-            link = kernel.link(entry.owner.ifname)
+        with kernel.entered(netns, record.namespace), \
+                kernel.Netlink() as netlink:
+            link = netlink.link(record.owner.ifname)
             if link is None:
                 raise exceptions.NetnsUnusable(
                     netns=netns,
-                    reason='has no interface ' + entry.owner.ifname)
+                    reason='has no interface ' + record.owner.ifname)
             return _Pod(
-                entry, peer, hosts, link.mac,
+                record, known, hosts, link.mac,
                 {each.dst: each.mac
-                 for each in kernel.neighbours(link.index)},
+                 for each in netlink.neighbours(link.index)},
                 tuple(host for host in hosts
-                      if not any(host in subnet for subnet in entry.subnets)
-                      and not kernel.is_on_link(host)))
+                      if not any(host in subnet for subnet in record.subnets)
+                      and not netlink.is_on_link(host)))
     except (exceptions.NetnsUnusable, exceptions.KernelRefused) as err:
-        return _Pod(entry, peer, hosts, error=str(err))
+        return _Pod(record, known, hosts, error=str(err))
 
 
 def _check_macs(pods: list[_Pod]) -> Iterator[Finding]:
@@ -180,12 +177,12 @@ def _check_macs(pods: list[_Pod]) -> Iterator[Finding]:
         pod = changed[0]
         yield findings.POD_MAC.found(
             'the MAC address of %s in the sandbox %s is %s, but was %s' % (
-                pod.entry.owner.ifname, pod.entry.owner, pod.mac,
-                pod.entry.mac),
-            [pod.entry.address for pod in changed],
+                pod.record.owner.ifname, pod.record.owner, pod.mac,
+                pod.record.mac),
+            [pod.record.address for pod in changed],
             commands=[command for pod in changed for command in (
                 _within(pod, 'link set %s address %s' % (
-                    pod.entry.owner.ifname, pod.entry.mac)),
+                    pod.record.owner.ifname, pod.record.mac)),
                 *(_lesson(pod, host) for host in pod.hosts))])
 
 
@@ -202,59 +199,59 @@ def _check_neighbours(pods: list[_Pod]) -> Iterator[Finding]:
             yield kind.found(
                 'in the sandbox %s the neighbour entry of the node %s is %s, '
                 'where %s is needed' % (
-                    pod.entry.owner, host, pod.macs.get(host, 'missing'),
-                    pod.peer.mac),
-                {pod.entry.address: None for pod, _ in some},
+                    pod.record.owner, host, pod.macs.get(host, 'missing'),
+                    pod.known.mac),
+                {pod.record.address: None for pod, _ in some},
                 commands=[_lesson(pod, host) for pod, host in some])
 
 
 def _lesson(pod: _Pod, host: IPAddress) -> str:
     return _within(pod, 'neigh replace %s lladdr %s dev %s nud permanent' % (
-        host, pod.peer.mac, pod.entry.owner.ifname))
+        host, pod.known.mac, pod.record.owner.ifname))
 
 
 def _within(pod: _Pod, command: str) -> str:
-    return 'nsenter --net=%s ip %s' % (pod.entry.netns, command)
+    return 'nsenter --net=%s ip %s' % (pod.record.netns, command)
 
 
-def _check_ways(node: Node, pods: list[_Pod]) -> Iterator[Finding]:
+def _check_ways(view: ParentView, pods: list[_Pod]) -> Iterator[Finding]:
     """Look for pods that go to their node by a gateway."""
-    strict = node.parent_name is not None and node.sysctl(
-        'ipv4/conf/%s/rp_filter', 'all', node.parent_name) == 1
+    strict = view.parent_name is not None and view.sysctl(
+        'ipv4/conf/%s/rp_filter', 'all', view.parent_name) == 1
     astray = [(pod, host) for pod in pods
               for host in pod.astray]
     dropped: list[tuple[_Pod, IPAddress]] = [
         (pod, host) for pod, host in astray
         if strict and host.version == 4]
     detour = [each for each in astray if each not in dropped]
-    untold: list[tuple[Entry, IPAddress]] = [
-        (entry, host) for entry in node.live.values()
-        for host in (node.peer.addresses if node.peer is not None else ())
-        if strict and entry.peer is None and entry.subnets
-        and entry.address not in node.changing
-        and entry.address.version == host.version == 4
-        and not any(host in subnet for subnet in entry.subnets)]
-    if dropped or untold:
-        told: list[tuple[Entry, IPAddress]] = [
-            (pod.entry, host) for pod, host in dropped]
-        entry, at = (told + untold)[0]
+    unconfigured: list[tuple[Record, IPAddress]] = [
+        (record, host) for record in view.live.values()
+        for host in (view.known.addresses if view.known is not None else ())
+        if strict and record.configured is None and record.subnets
+        and record.address not in view.changing
+        and record.address.version == host.version == 4
+        and not any(host in subnet for subnet in record.subnets)]
+    if dropped or unconfigured:
+        told: list[tuple[Record, IPAddress]] = [
+            (pod.record, host) for pod, host in dropped]
+        record, at = (told + unconfigured)[0]
         yield findings.RP_FILTER.found(
             'rp_filter of %s is 1, and the sandbox %s has no route of its '
-            'own to the node %s' % (node.parent_name, entry.owner, at),
-            {**{pod.entry.address: None for pod, _ in dropped},
-             **{entry.address: None for entry, _ in untold}},
+            'own to the node %s' % (view.parent_name, record.owner, at),
+            {**{pod.record.address: None for pod, _ in dropped},
+             **{record.address: None for record, _ in unconfigured}},
             commands=[*_introductions(dropped),
-                      'sysctl -w net.ipv4.conf.%s.rp_filter=2' %
-                      node.parent_name])
+                      'sysctl -w net/ipv4/conf/%s/rp_filter=2' %
+                      view.parent_name])
     if detour:
         pod, host = detour[0]
         yield findings.POD_ROUTE_MISSING.found(
             'the sandbox %s has no route of its own to the node %s' % (
-                pod.entry.owner, host),
-            {pod.entry.address: None for pod, _ in detour},
+                pod.record.owner, host),
+            {pod.record.address: None for pod, _ in detour},
             commands=_introductions(detour))
 
 
 def _introductions(ways: Iterable[tuple[_Pod, IPAddress]]) -> list[str]:
     return [_within(pod, 'route replace %s dev %s' % (
-        host, pod.entry.owner.ifname)) for pod, host in ways]
+        host, pod.record.owner.ifname)) for pod, host in ways]

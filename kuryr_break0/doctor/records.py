@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """State directory, ledger and lock, and whether an agent is there."""
 
@@ -92,43 +82,43 @@ def check_ledger(node: Node) -> Iterator[Finding]:
         yield findings.LEDGER_NEWER.found(
             'entries cannot be read: ' + next(iter(contents.newer.values())),
             contents.newer, python=sys.executable)
-    if contents.aside:
-        yield findings.LEDGER_ASIDE.found(
-            'entries have been set aside', contents.aside,
-            directory=os.path.dirname(contents.aside[0]))
+    if contents.quarantined:
+        yield findings.LEDGER_QUARANTINED.found(
+            'entries have been set aside', contents.quarantined,
+            directory=os.path.dirname(contents.quarantined[0]))
     if not node.lock_free:
         yield findings.LOCK_HELD.found(
             'the lock %s was not free for seconds; %s has it' % (
                 node.ledger.lock_path,
-                _holder(node.ledger.lock_path, 'POSIX')),
+                _holder(node.ledger.lock_path)),
             path=node.ledger.lock_path)
-    silent = node.ledger.attended()
+    silent = node.ledger.heartbeat.age()
     if silent is None:
         yield findings.AGENT_NOT_RUNNING.found(
             'no agent uses the state directory %s' % node.options.state_dir)
     elif silent > node.options.patience:
         yield findings.AGENT_STUCK.found(
-            'the agent has not ended a look at the node for %d s; it is %s'
-            % (silent, _holder(node.ledger.attendance_path, 'FLOCK')),
-            path=node.ledger.attendance_path)
-    gone = [entry for entry in node.gone
-            if entry.address not in node.changing]
+            'the agent has not ended a sync for %d s; it is %s'
+            % (silent, _holder(node.ledger.heartbeat.path)),
+            path=node.ledger.heartbeat.path)
+    gone = [record for record in node.gone
+            if record.address not in node.changing]
     if gone:
         yield findings.SANDBOX_GONE.found(
             'addresses belong to sandboxes that do not exist',
-            ['%s (%s)' % (entry.address, entry.owner) for entry in gone])
+            ['%s (%s)' % (record.address, record.owner) for record in gone])
 
 
-def _holder(path: str, kind: str) -> str:
-    """Who has a lock of some kind on a file, by /proc/locks."""
+def _holder(path: str) -> str:
+    """Return who has a lock on a file, by /proc/locks."""
     found = os.stat(path)
     place = '%02x:%02x:%d' % (os.major(found.st_dev),
                               os.minor(found.st_dev), found.st_ino)
     with open('/proc/locks') as locks:
         for line in locks:
-            # 1: POSIX  ADVISORY  WRITE 1234 00:19:567 0 EOF
+            # 1: FLOCK  ADVISORY  WRITE 1234 00:19:567 0 EOF
             fields = line.split()
-            if fields[1] == kind and place in fields:
+            if fields[1] == 'FLOCK' and place in fields:
                 return 'process %s (%s)' % (
                     fields[4], _command(fields[4]) or 'unknown')
     return 'a process of another container'

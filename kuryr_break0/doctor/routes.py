@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Routes and neighbours that the node has for its pods."""
 
@@ -16,12 +6,13 @@ from __future__ import annotations
 
 from typing import Iterator, Optional, Sequence, TypeVar
 
-from kuryr_break0.config import IPAddress
 from kuryr_break0.doctor import findings
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.node import Node
-from kuryr_break0 import netlink
-from kuryr_break0.netlink import messages
+from kuryr_break0.doctor.node import ParentView
+from kuryr_break0 import kernel
+from kuryr_break0.model import address_order
+from kuryr_break0.model import IPAddress
 
 #: Addresses for which the kernel is asked what it would use. Each costs up
 #: to two requests, about a millisecond in all.
@@ -39,7 +30,7 @@ def sample(items: Sequence[_T], size: int) -> list[_T]:
 
 def check_addresses(node: Node) -> Iterator[Finding]:
     """Look for addresses that cannot be those of pods of this node."""
-    refused = {address: reason for address, reason in node.refused.items()
+    refused = {address: reason for address, reason in node.seen.refused.items()
                if address not in node.changing}
     not_allowed = [address for address, reason in refused.items()
                    if 'allowed_cidrs' in reason]
@@ -52,41 +43,53 @@ def check_addresses(node: Node) -> Iterator[Finding]:
     if others:
         yield findings.ADDRESS_REFUSED.found(
             'the address of a pod is ' + next(iter(others.values())), others)
+    rivals = node.seen.rivals
+    contested = node.settled(iter(rivals))
+    if contested:
+        first = contested[0]
+        yield findings.ADDRESS_CONTESTED.found(
+            '%s is claimed by %s and by %s, and all of them exist' % (
+                first, node.live[first].owner,
+                ', '.join(str(each.owner) for each in rivals[first])),
+            contested)
 
 
-def check_routes(node: Node) -> Iterator[Finding]:
+def check_routes(view: ParentView) -> Iterator[Finding]:
     """Compare the routes with the entries."""
-    options, plan = node.options, node.plan
+    options, plan = view.options, view.plan
     foreign = {route.dst: route for route in plan.foreign}
-    there = {route.dst for route in node.look.routes.host
+    there = {route.dst for route in view.node.seen.routes.host
              if route.table == options.route_table}
-    lost = node.settled(route.dst for route in plan.replace
+    lost = view.settled(route.dst for route in plan.replace
                         if route.dst not in foreign)
     missing = [address for address in lost if address not in there]
     wrong = [address for address in lost if address in there]
     if missing:
         yield findings.ROUTE_MISSING.found(
             'addresses of pods have no route through %s in table %d' % (
-                options.device, options.route_table), missing)
+                view.name, options.route_table), missing)
     if wrong:
         yield findings.ROUTE_WRONG.found(
             'routes of pods are not as they were set', wrong)
-    in_the_way = node.settled(iter(foreign))
+    in_the_way = view.settled(iter(foreign))
     if in_the_way:
         route = foreign[in_the_way[0]]
         yield findings.ROUTE_FOREIGN.found(
             'addresses of pods have a route that is not ours, on %s with '
-            'protocol %d' % (netlink.name_of(route.oif), route.protocol),
+            'protocol %d' % (kernel.name_of(route.oif), route.protocol),
             in_the_way, address=route.dst)
-    stale = [route.dst for route in plan.delete if node.unclaimed(route.dst)]
+    stale = sorted({item.dst for item in plan.unclaimed
+                    if item.dst in view.routes
+                    and view.unclaimed(item.dst)
+                    and view.seen.other is None}, key=address_order)
     if stale:
         yield findings.ROUTE_STALE.found(
             'there are routes through %s that no pod claims' %
-            options.device, stale, address=stale[0], device=options.device,
+            view.name, stale, address=stale[0], device=view.name,
             protocol=options.route_protocol, table=options.route_table)
 
 
-def check_use(node: Node, kernel: netlink.Kernel,
+def check_use(view: ParentView, netlink: kernel.Netlink,
               addresses: Sequence[IPAddress]) -> Iterator[Finding]:
     """Ask the kernel what it would use to reach pods whose routes are right.
 
@@ -96,45 +99,45 @@ def check_use(node: Node, kernel: netlink.Kernel,
     astray: dict[IPAddress, str] = {}
     asked: dict[IPAddress, str] = {}
     for address in addresses:
-        src = node.desired[address].route.src
+        src = view.desired[address].route.src
         for source in ((None,) if src is None else (None, src)):
-            way = kernel.lookup(address, source)
-            if way is None or way.oif != node.look.index:
+            way = netlink.lookup(address, source)
+            if way is None or way.oif != view.index:
                 astray.setdefault(address, _way(way))
                 asked.setdefault(address, '%s%s' % (
                     address, ' from %s' % source if source else ''))
     if astray:
-        node.refresh()
+        view.refresh()
     astray = {address: astray[address] for address in
-              node.settled(iter(astray))}
+              view.settled(iter(astray))}
     if astray:
         yield findings.ROUTE_NOT_USED.found(
             'addresses of pods are not reached through %s but %s; %d were '
-            'looked up' % (node.options.device, next(iter(astray.values())),
+            'looked up' % (view.name, next(iter(astray.values())),
                            len(addresses)), astray,
             get=asked[next(iter(astray))])
 
 
-def _way(way: Optional[messages.Route]) -> str:
+def _way(way: Optional[kernel.Route]) -> str:
     if way is None:
         return 'not at all'
-    return 'through %s, by table %d' % (netlink.name_of(way.oif), way.table)
+    return 'through %s, by table %d' % (kernel.name_of(way.oif), way.table)
 
 
-def usable(node: Node) -> list[IPAddress]:
+def usable(view: ParentView) -> list[IPAddress]:
     """The addresses whose route is there, and no other in its place."""
-    wrong = {route.dst for route in (*node.plan.replace, *node.plan.foreign)}
-    return node.settled(address for address in node.desired
+    wrong = {route.dst for route in (*view.plan.replace, *view.plan.foreign)}
+    return view.settled(address for address in view.desired
                         if address not in wrong)
 
 
-def check_neighbours(node: Node) -> Iterator[Finding]:
+def check_neighbours(view: ParentView) -> Iterator[Finding]:
     """Compare the permanent neighbours on break0 with the entries."""
-    name, known = node.options.device, node.look.neighbours
-    learn = node.settled(neighbour.dst for neighbour in node.plan.learn)
+    name, known = view.name, view.neighbours
+    learn = view.settled(neighbour.dst for neighbour in view.plan.learn)
     missing = [address for address in learn if address not in known]
     # Who has marked it changes nothing of where packets go.
-    macs = {neighbour.dst: neighbour.mac for neighbour in node.plan.learn}
+    macs = {neighbour.dst: neighbour.mac for neighbour in view.plan.learn}
     wrong = [address for address in learn
              if address in known and known[address].mac != macs[address]]
     if missing:
@@ -145,9 +148,9 @@ def check_neighbours(node: Node) -> Iterator[Finding]:
         yield findings.NEIGHBOUR_WRONG.found(
             'the neighbour entry of %s on %s is %s, but its pod has %s' % (
                 wrong[0], name, known[wrong[0]].mac, macs[wrong[0]]), wrong)
-    stale = [neighbour.dst for neighbour in node.plan.forget
-             if node.unclaimed(neighbour.dst)
-             and neighbour.dst not in node.look.on_break0]
+    stale = [item.dst for item in view.plan.unclaimed
+             if item.dst not in view.routes and view.unclaimed(item.dst)
+             and view.seen.other is None]
     if stale:
         yield findings.NEIGHBOUR_STALE.found(
             'there are neighbour entries on %s that no pod claims' % name,

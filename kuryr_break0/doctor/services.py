@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Programs of the node that may take break0 or its routes for theirs.
 
@@ -20,11 +10,11 @@ from __future__ import annotations
 
 import glob
 import os
-from typing import Iterable, Iterator, Optional
+from typing import Iterable, Iterator, Optional, Sequence
 
 from kuryr_break0.doctor import findings
 from kuryr_break0.doctor.findings import Finding
-from kuryr_break0 import netlink
+from kuryr_break0 import kernel
 
 _NETWORKD_LINKS = '/run/systemd/netif/links'
 #: Of falling precedence, for files of the same name (systemd.syntax(7)).
@@ -35,10 +25,18 @@ _NETWORKD_LEAVES_ALONE = ('', 'unmanaged', 'pending', 'initialized', 'linger')
 _NETWORKMANAGER_DEVICES = '/run/NetworkManager/devices'
 
 
-def check(link: Optional[netlink.Link]) -> Iterator[Finding]:
+def check(links: Sequence[kernel.Link]) -> Iterator[Finding]:
     """Look for systemd-networkd and NetworkManager on this node."""
-    if link is None:
-        return
+    for link in links:
+        yield from _check_link(link)
+    where = _manages_foreign_routes()
+    if links and os.path.isdir(_NETWORKD_LINKS) and where is not None:
+        yield findings.NETWORKD_FOREIGN_ROUTES.found(
+            'systemd-networkd has run on this node, with '
+            'ManageForeignRoutes=yes %s' % where)
+
+
+def _check_link(link: kernel.Link) -> Iterator[Finding]:
     state = dict(_assignments(_lines(
         os.path.join(_NETWORKD_LINKS, str(link.index)))))
     if state.get('ADMIN_STATE', '') not in _NETWORKD_LEAVES_ALONE:
@@ -47,11 +45,6 @@ def check(link: Optional[netlink.Link]) -> Iterator[Finding]:
                 link.name, state['ADMIN_STATE'],
                 state.get('NETWORK_FILE') or 'an unknown file'),
             device=link.name)
-    where = _manages_foreign_routes()
-    if os.path.isdir(_NETWORKD_LINKS) and where is not None:
-        yield findings.NETWORKD_FOREIGN_ROUTES.found(
-            'systemd-networkd has run on this node, with '
-            'ManageForeignRoutes=yes %s' % where)
     state = dict(_assignments(_lines(
         os.path.join(_NETWORKMANAGER_DEVICES, str(link.index)))))
     if _is_true(state.get('managed', '')):

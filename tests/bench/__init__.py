@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """What a pod costs, what a repair costs, and what a packet costs.
 
@@ -34,7 +24,6 @@ from oslo_config import cfg
 from kuryr_break0 import config
 from kuryr_break0 import ledger
 from kuryr_break0 import manager
-from kuryr_break0 import status
 from tests import lab
 
 POD = ipaddress.ip_address('100.75.30.71')
@@ -90,7 +79,6 @@ class Node:
         self.netns = node.add_pod('pod', str(POD), mac=MAC)
         # Makes break0, which is once per boot and not what is measured.
         self.bind()
-        self.peer = status.read(self.options).peer
         self.unbind()
         self.index = socket.if_nametoindex(self.options.device)
         self.others = 0
@@ -110,40 +98,40 @@ class Node:
     def unbind(self) -> None:
         manager.Break0Manager(self.options).unbind(OWNER, [POD])
 
-    def tend(self) -> None:
-        manager.Break0Manager(self.options).tend()
+    def housekeep(self) -> None:
+        manager.Break0Manager(self.options).housekeep()
 
     def resize(self, count: int) -> None:
         """Make it so many other pods, by what a bind leaves of each."""
         grows = count > self.others
-        changed = self.entries(*sorted((count, self.others)))
+        changed = self.records(*sorted((count, self.others)))
         self.write_batch('add' if grows else 'del', changed)
         self.run_batch()
         with self.ledger.lock():
-            for entry in changed:
+            for record in changed:
                 if grows:
-                    self.ledger.put(entry)
+                    self.ledger.records.put([record])
                 else:
-                    self.ledger.remove(entry.address)
+                    self.ledger.records.remove(record.address)
         self.others = count
 
-    def entries(self, start: int, end: int) -> list[ledger.Entry]:
+    def records(self, start: int, end: int) -> list[ledger.Record]:
         """What the ledger has of some of the other pods."""
-        return [ledger.Entry(
+        return [ledger.Record(
             FIRST_OTHER + number, ledger.Owner('%064x' % number, 'eth0'),
             lab.PARENT, 'fa:16:3e:01:%02x:%02x' % divmod(number, 256),
-            (OTHER_SUBNET,), peer=self.peer) for number in range(start, end)]
+            (OTHER_SUBNET,)) for number in range(start, end)]
 
-    def write_batch(self, verb: str, entries: list[ledger.Entry]) -> None:
+    def write_batch(self, verb: str, records: list[ledger.Record]) -> None:
         """Write their routes and neighbours down for :meth:`run_batch`."""
         with open('/run/batch', 'w') as file:
-            for entry in entries:
+            for record in records:
                 file.write(
                     'neigh %(verb)s %(to)s lladdr %(mac)s dev %(dev)s '
                     'nud permanent proto %(proto)d\n'
                     'route %(verb)s %(to)s dev %(dev)s proto %(proto)d '
                     'src %(src)s scope link\n' % {
-                        'verb': verb, 'to': entry.address, 'mac': entry.mac,
+                        'verb': verb, 'to': record.address, 'mac': record.mac,
                         'dev': self.options.device, 'src': lab.NODE,
                         'proto': self.options.route_protocol})
 
@@ -166,7 +154,7 @@ class Node:
         if set(routes) != {str(FIRST_OTHER + number)
                            for number in range(self.others)}:
             raise Broken('routes of others have changed')
-        if (self.ledger.get(POD) is not None) != recorded:
+        if (self.ledger.records.get(POD) is not None) != recorded:
             raise Broken('the ledger is wrong')
 
 

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 """What Kuryr's binding of a pod takes, alone and with break0."""
@@ -31,7 +21,7 @@ import os_vif
 from os_vif.objects import instance_info
 
 from kuryr_break0 import config
-from kuryr_break0 import vif as break0_vif
+from kuryr_break0.kuryr import vif as break0_vif
 from tests.bench import blamed
 from tests.bench import Broken
 from tests.bench import in_child
@@ -229,7 +219,7 @@ def _burst(node: kuryr.Node, name: str) -> tuple[float, int]:
     node.requests(pods, 'DEL')
     for pod in pods:
         node.delete_pod(pod)
-        node.lab.run('ip', 'netns', 'del', pod.name)
+        node.lab.del_netns(pod.name)
     return taken * 1000, failed
 
 

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """A sync of many pods, against ``ip -batch`` with the same."""
 
@@ -47,7 +37,7 @@ def syncs(node: Node, repeat: int) -> Section:
 
     for size in SIZES:
         node.resize(size)
-        node.write_batch('add', node.entries(0, size))
+        node.write_batch('add', node.records(0, size))
         for number in range(min(repeat, 9)):
             say('sync %d of %d pods' % (number + 1, size))
             flush()

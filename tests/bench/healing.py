@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """From the loss of break0 until the agent has restored all."""
 
@@ -20,7 +10,7 @@ import subprocess
 import sys
 import time
 
-from kuryr_break0 import netlink
+from kuryr_break0 import kernel
 from tests.bench import Broken
 from tests.bench import Node
 from tests.bench import say
@@ -64,7 +54,7 @@ def repairs(node: Node, repeat: int) -> Section:
 def _wait(node: Node) -> float:
     """Seconds until all have their routes."""
     start = time.perf_counter()
-    while netlink.count_host_routes(node.options.device) != PODS:
+    while kernel.count_host_routes([node.options.device]) != PODS:
         if time.perf_counter() - start > 60:
             raise Broken('the agent does not repair')
         time.sleep(0.001)

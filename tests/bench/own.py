@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """What of a pod's time is ours, and how long it keeps others waiting."""
 
@@ -73,14 +63,14 @@ def _medians(node: Node, repeat: int,
              measure: Callable[[Callable[[], None]], float]
              ) -> dict[str, float]:
     times: dict[str, list[float]] = collections.defaultdict(list)
-    for name, fresh in (('bind', manager.FRESH),
-                        ('bind, a while later', 0)):
-        with mock.patch.object(manager, 'FRESH', fresh):
+    for name, cached in (('bind', manager.CACHED),
+                         ('bind, a while later', 0)):
+        with mock.patch.object(manager, 'CACHED', cached):
             for _ in range(repeat):
                 times[name].append(measure(node.bind))
                 times['unbind'].append(measure(node.unbind))
     # Not in between: it reads so much that it empties the caches.
-    times['tend'] = [measure(node.tend) for _ in range(repeat)]
+    times['housekeeping'] = [measure(node.housekeep) for _ in range(repeat)]
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 

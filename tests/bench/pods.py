@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """One pod, by us and by other ways to set and delete its route."""
 
@@ -27,7 +17,7 @@ from typing import Callable
 
 import pyroute2
 
-from kuryr_break0 import netlink
+from kuryr_break0 import kernel
 from tests.bench import blamed
 from tests.bench import Node
 from tests.bench import POD
@@ -74,9 +64,9 @@ def _kept_open(node: Node, stack: contextlib.ExitStack) -> Way:
     common = {'dst': POD_HOST, 'oif': node.index,
               'proto': node.options.route_protocol}
     return Way('pyroute2 IPRoute, kept open',
-               lambda: ipr.route('replace', scope=netlink.RT_SCOPE_LINK,
+               lambda: ipr.route('replace', scope=kernel.RT_SCOPE_LINK,
                                  prefsrc=lab.NODE, **common),
-               lambda: ipr.route('del', scope=netlink.RT_SCOPE_NOWHERE,
+               lambda: ipr.route('del', scope=kernel.RT_SCOPE_NOWHERE,
                                  **common))
 
 
@@ -91,8 +81,8 @@ def _raw(node: Node, stack: contextlib.ExitStack) -> Way:
         sock.send(struct.pack(
             '=IHHII 8BI HH4s HHI HH4s', 52, kind, flags, 1, 0,
             socket.AF_INET, 32, 0, 0, node.options.route_table,
-            node.options.route_protocol, netlink.RT_SCOPE_LINK,
-            netlink.RTN_UNICAST, 0, 8, 1, POD.packed, 8, 4, node.index,
+            node.options.route_protocol, kernel.RT_SCOPE_LINK,
+            kernel.RTN_UNICAST, 0, 8, 1, POD.packed, 8, 4, node.index,
             8, 7, socket.inet_aton(lab.NODE)))
         answer, error = struct.unpack_from('=4xH10xi', sock.recv(4096))
         if answer != 2 or error:  # NLMSG_ERROR, which an ack is too
@@ -120,7 +110,7 @@ def _ipdb(node: Node) -> Way:
         with pyroute2.IPDB() as ip:
             ip.routes.add({'dst': POD_HOST, 'oif': node.index,
                            'proto': node.options.route_protocol,
-                           'scope': netlink.RT_SCOPE_LINK,
+                           'scope': kernel.RT_SCOPE_LINK,
                            'prefsrc': lab.NODE}).commit()
 
     def delete() -> None:

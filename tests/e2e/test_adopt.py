@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -129,7 +119,7 @@ class TestWithTheDaemon(AdoptTestCase):
     def test_a_new_sandbox_takes_over(self) -> None:
         self.adopt()
         first = self.pod.netns
-        self.node.lab.run('ip', 'netns', 'del', 'pod')
+        self.node.lab.del_netns('pod')
         self.pod.name, self.pod.netns = 'pod', self.node.lab.add_netns('new')
         self.pod.container_id = 'the-sandbox-after-it'
         self.add(self.pod)
@@ -142,7 +132,7 @@ class TestWithTheDaemon(AdoptTestCase):
 
     def test_one_whose_namespace_ends_first(self) -> None:
         self.adopt()
-        self.node.lab.run('ip', 'netns', 'del', 'pod')
+        self.node.lab.del_netns('pod')
         self.delete(self.pod)
         self.assertEqual({OTHER, '100.75.30.73'},
                          set(self.node.lab.routes()))
@@ -269,7 +259,7 @@ class TestWhatIsFound(AdoptTestCase):
                           found['default/pod/eth0']['outcome']))
 
     def test_an_address_that_somebody_has(self) -> None:
-        self.node.lab.add_pod('web', OTHER)
+        self.node.lab.add_pod('web', OTHER, POD)
         self.call('bind', POD, '--owner', 'web', '--netns', '/run/netns/web')
         self.running_pod('pod', POD)
         for args in (('--dry-run',), ()):

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -110,7 +100,7 @@ class TestPod(DaemonTestCase):
         output = self.node.output()
         self.assertEqual(1, output.count(
             'VIFMacvlanNested VIFs are bound by '
-            'kuryr_break0.driver.Break0MacvlanDriver'))
+            'kuryr_break0.kuryr.driver.Break0MacvlanDriver'))
         self.assertIn('Bound %s to break0 for %s/eth0' %
                       (POD, pod.container_id), output)
 
@@ -254,11 +244,11 @@ class TestOtherProcesses(DaemonTestCase):
     def test_the_controller_is_as_before(self) -> None:
         # MultiVIFPool knows the classes of VIFs by name.
         printed = self.probe('''
-            from unittest import mock
             from kuryr_kubernetes.controller.drivers import vif_pool
             from kuryr_kubernetes import objects
-            from os_vif.objects import base
             import os_vif
+            from os_vif.objects import base
+            from unittest import mock
             objects.register_locally_defined_vifs()
             os_vif.initialize()
             assert 'kuryr_break0' in os_vif._EXT_MANAGER.names()
@@ -280,8 +270,8 @@ class TestOtherProcesses(DaemonTestCase):
             from kuryr_kubernetes.cni.daemon import service
             from kuryr_kubernetes import config, objects
             from kuryr_kubernetes.objects import vif as k_vif
-            from os_vif.objects import base
             import os_vif
+            from os_vif.objects import base
             config.init([])
             objects.register_locally_defined_vifs()
             os_vif.initialize()
@@ -300,12 +290,12 @@ class TestOtherProcesses(DaemonTestCase):
     def test_without_an_entry_point_kuryr_alone_binds(self) -> None:
         # A VIF class without a driver would fail every pod.
         printed = self.probe('''
-            import sys
-            from unittest import mock
             from kuryr_kubernetes.cni.daemon import service
+            import os_vif
             from os_vif.objects import base
             from stevedore import driver
-            import os_vif
+            import sys
+            from unittest import mock
             with mock.patch.object(driver, 'DriverManager',
                                    side_effect=driver.NoMatches('gone')):
                 os_vif.initialize()

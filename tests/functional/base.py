@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -23,10 +13,12 @@ import unittest
 from oslo_config import cfg
 
 from kuryr_break0 import config
-from kuryr_break0.config import IPAddress
-from kuryr_break0.ledger import Owner
+from kuryr_break0 import kernel
+from kuryr_break0 import ledger
 from kuryr_break0 import manager
-from kuryr_break0 import status
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Owner
+from kuryr_break0 import snapshot
 from tests import lab
 
 POD = '100.75.30.71'
@@ -65,6 +57,12 @@ def in_child(function: Callable[[], Any]) -> int:
 def wait_for(pid: int) -> int:
     """How a child ended: its exit code, or minus the signal."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def beat_at(path: str, when: float) -> None:
+    """Let the heartbeat of an agent have been at a time."""
+    with open(path, 'r+') as file:
+        file.write('%020.3f' % when)
 
 
 def die() -> None:
@@ -107,8 +105,15 @@ class LabTestCase(unittest.TestCase):
 
     def bound(self) -> set[str]:
         """The addresses that the ledger has."""
-        return {str(each.address) for each in self.status().addresses
-                if each.entry is not None}
+        return set(map(str, self.seen().contents.claims))
 
-    def status(self, **overrides: Any) -> status.Status:
-        return status.read(options(**overrides))
+    def seen(self, **overrides: Any) -> snapshot.Snapshot:
+        own = options(**overrides)
+        with kernel.Netlink() as netlink:
+            return snapshot.read(own, ledger.Ledger(
+                own.state_dir, own.lock_timeout), netlink)
+
+    def problems(self, **overrides: Any) -> list[str]:
+        """All that status would say is wrong."""
+        seen = self.seen(**overrides)
+        return [*seen.node_problems(), *seen.problems().values()]

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -23,10 +13,11 @@ from unittest import mock
 
 import psutil
 
-from kuryr_break0 import agent
+from kuryr_break0.agent import loop
+from kuryr_break0 import kernel
 from kuryr_break0 import ledger
-from kuryr_break0 import manager
-from kuryr_break0 import netlink
+from kuryr_break0.ledger import files
+from kuryr_break0 import reconciler
 from tests.functional import base
 from tests.functional.base import OTHER_OWNER
 from tests.functional.base import OTHER_POD
@@ -149,7 +140,8 @@ class TestRepair(AgentTestCase):
         made = ledger.Ledger('/run/kuryr-break0', 10)
         address = ipaddress.ip_address(OTHER_POD)
         with made.lock():
-            made.put(ledger.Entry(address, OTHER_OWNER, lab.PARENT))
+            made.records.put([ledger.Record(address, OTHER_OWNER,
+                                            lab.PARENT)])
         self.wait_for(lambda: OTHER_POD in self.lab.routes())
 
     def test_the_same_while_it_repairs(self) -> None:
@@ -158,16 +150,19 @@ class TestRepair(AgentTestCase):
         self.lab.settle()  # or that would be an event that wakes it
         made = ledger.Ledger('/run/kuryr-break0', 10)
         address = ipaddress.ip_address(OTHER_POD)
-        repair = manager.Break0Manager.sync
+        repair = reconciler.Reconciler.sync
 
-        def sync(self: manager.Break0Manager) -> None:
-            repair(self)
-            if made.get(address) is None:
-                made.put(ledger.Entry(address, OTHER_OWNER, lab.PARENT))
+        def sync(self: reconciler.Reconciler) -> reconciler.Outcome:
+            outcome = repair(self)
+            if made.records.get(address) is None:
+                made.records.put([ledger.Record(address, OTHER_OWNER,
+                                                lab.PARENT)])
+            return outcome
 
         def run() -> None:
-            with mock.patch.object(manager.Break0Manager, 'sync', sync):
-                agent.Agent(lambda: base.options(resync_interval=3600)).run()
+            own = base.options(resync_interval=3600)
+            with mock.patch.object(reconciler.Reconciler, 'sync', sync):
+                loop.Agent(own, lambda: own).run()
 
         pid = base.in_child(run)
         try:
@@ -223,25 +218,26 @@ class TestProcess(AgentTestCase):
             file.write('[break0]\nresync_interval = 1\n')
         self.agent.send_signal(signal.SIGHUP)
         # The kernel tells nobody of a sysctl.
-        netlink.write_sysctl('ipv4/conf/break0/arp_filter', 0)
-        self.wait_for(lambda: netlink.read_sysctl(
+        kernel.write_sysctl('ipv4/conf/break0/arp_filter', 0)
+        self.wait_for(lambda: kernel.read_sysctl(
             'ipv4/conf/break0/arp_filter') == 1)
 
-    def test_signs_of_life(self) -> None:
-        state = ledger.Ledger('/run/kuryr-break0', 10)
-        os.utime(state.attendance_path, times=(0, 0))
+    def test_heartbeat(self) -> None:
+        heartbeat = ledger.Ledger('/run/kuryr-break0', 10).heartbeat
+        base.beat_at(heartbeat.path, files.now() - 7200)
+        self.assertGreater(heartbeat.age() or 0, 3600)
         self.lab.run('ip', 'link', 'del', 'break0')
-        self.wait_for(lambda: (state.attended() or 0) < 3600)
+        self.wait_for(lambda: (heartbeat.age() or 0) < 3600)
         self.agent.kill()
         self.agent.wait()
-        self.assertIsNone(state.attended())
+        self.assertIsNone(heartbeat.age())
 
     def test_a_sandbox_that_ended(self) -> None:
         # Nor does it tell the node of another namespace's end.
         with open(CONF, 'w') as file:
             file.write('[break0]\nresync_interval = 1\n')
         self.agent.send_signal(signal.SIGHUP)
-        self.lab.run('ip', 'netns', 'del', 'pod')
+        self.lab.del_netns('pod')
         self.wait_for(lambda: set(self.lab.routes()) == PODS - {POD})
 
     def test_killed_and_started_again(self) -> None:

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -19,8 +9,8 @@ import time
 from typing import Any
 from unittest import mock
 
-from kuryr_break0 import ledger
-from kuryr_break0 import sandbox
+from kuryr_break0 import podside
+from kuryr_break0 import reconciler
 from tests.functional.base import OTHER_OWNER
 from tests.functional.base import OTHER_POD
 from tests.functional.base import POD
@@ -116,7 +106,7 @@ class TestWhatIsTakenAway(CleanupTestCase):
 
     def test_a_namespace_that_is_gone(self) -> None:
         self.bind_both()
-        self.lab.run('ip', 'netns', 'del', 'pod')
+        self.lab.del_netns('pod')
         self.assertNotIn(self.netns, self.cleanup())
         self.assertIsNone(self.lab.link('break0'))
 
@@ -177,7 +167,7 @@ class TestOthersAtWork(CleanupTestCase):
         agent = subprocess.Popen(
             [PROGRAM, 'agent'], stderr=subprocess.DEVNULL,
             env={**os.environ, 'OS_BREAK0__RESYNC_INTERVAL': '1',
-                 'OS_BREAK0__GC_GRACE': '0'})
+                 })
         self.addCleanup(agent.wait)
         self.addCleanup(agent.kill)
         self.bind_both()
@@ -195,34 +185,38 @@ class TestOthersAtWork(CleanupTestCase):
     def test_a_sync_that_has_read_the_ledger_before(self) -> None:
         before = self.lab.state()
         self.bind_both()
-        read = ledger.Ledger.read
+        read = reconciler.snapshot.read
+        cleaned: list[str] = []
 
-        def read_then_cleaned_up(which: ledger.Ledger) -> Any:
-            found = read(which)
-            self.assertEqual({ipaddress.ip_address(each)
-                              for each in (POD, POD6, FAR_POD)},
-                             {entry.address for entry in found[0]})
-            self.cleanup()
+        def read_then_cleaned_up(*args: Any) -> Any:
+            found = read(*args)
+            if not cleaned:
+                self.assertEqual({ipaddress.ip_address(each)
+                                  for each in (POD, POD6, FAR_POD)},
+                                 set(found.live))
+                cleaned.append(self.cleanup())
             return found
 
-        with mock.patch.object(ledger.Ledger, 'read', read_then_cleaned_up):
+        self.lab.run('ip', 'link', 'del', 'break0')  # a reason to change it
+        with mock.patch.object(reconciler.snapshot, 'read',
+                               read_then_cleaned_up):
             self.manager().sync()
         self.assertEqual(before, self.lab.state())
 
-    def test_a_sync_that_is_about_to_tell_a_pod(self) -> None:
+    def test_a_sync_that_is_about_to_configure_a_pod(self) -> None:
         before = self.lab.state()
         self.bind(POD, POD6, netns=self.netns, mac_of_pod=self.mac_of('pod'))
         # Another address of the node, which the pod is to be told of.
         self.lab.run('ip', 'address', 'add', '100.75.50.1/32', 'dev',
                      lab.PARENT)
-        introduce = sandbox.introduce
+        repair = podside.repair
         cleaned = []
 
-        def introduce_after_cleanup(*args: Any, **kwargs: Any) -> None:
+        def repair_after_cleanup(*args: Any, **kwargs: Any) -> Any:
             cleaned.append(self.cleanup())
-            introduce(*args, **kwargs)
+            return repair(*args, **kwargs)
 
-        with mock.patch.object(sandbox, 'introduce', introduce_after_cleanup):
+        with mock.patch.object(podside, 'repair', repair_after_cleanup):
             self.manager().sync()
         self.assertEqual(1, len(cleaned))
         self.lab.run('ip', 'address', 'del', '100.75.50.1/32', 'dev',

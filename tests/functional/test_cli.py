@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -56,7 +46,8 @@ class TestStatus(CLITestCase):
         self.assertEqual(['100.75.30.7'], status['device']['addresses'])
         self.assertEqual(
             [{'address': POD, 'container_id': 'sandbox-1', 'ifname': 'eth0',
-              'pod': None, 'netns': None, 'routed': False, 'neighbour': None,
+              'pod': None, 'netns': None, 'parent': 'eth0',
+              'device': 'break0', 'routed': False, 'neighbour': None,
               'problem': 'its route is missing', 'in_sync': False}],
             status['addresses'])
         self.assertEqual({'bound': 1, 'routed': 0, 'out_of_sync': 1},
@@ -90,7 +81,9 @@ class TestStatus(CLITestCase):
                          r'\| +shim +\| macvlan bridge \| +eth0 +\|')
         self.lab.run('ip', 'link', 'del', 'shim')
         done = self.call('--config-file', '/run/kuryr.conf', 'status')
-        self.assertIn('There is no shim yet', done.stdout)
+        self.assertIn('shim is missing on eth0, but 1 addresses are bound',
+                      done.stdout)
+        self.assertEqual(1, done.returncode)
 
 
 class TestSync(CLITestCase):

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The agent in its container, as the overlay describes it."""
 
@@ -158,10 +148,10 @@ class TestAgentInItsContainer(base.LabTestCase):
     def test_a_pod_that_has_gone(self) -> None:
         self.start()
         netns = self.lab.add_pod('pod', POD, mac=MAC)
-        self.bind(netns='/var' + netns, mac_of_pod=MAC, gc_grace=0)
+        self.bind(netns='/var' + netns, mac_of_pod=MAC)
         time.sleep(3)  # some looks
         self.assertIn(POD, self.lab.routes())
-        self.lab.run('ip', 'netns', 'del', 'pod')
+        self.lab.del_netns('pod')
         # Seen by way of the propagated end of the mount.
         self.wait_for(lambda: POD not in self.lab.routes())
 

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -27,12 +17,12 @@ from kuryr_kubernetes import exceptions as k_exc
 from kuryr_kubernetes.tests.unit.cni import test_binding
 from pyroute2.netlink import exceptions as nl_exceptions
 
-from kuryr_break0 import addressing
-from kuryr_break0 import driver
 from kuryr_break0 import exceptions
-from kuryr_break0 import netlink
-from kuryr_break0.netlink import errors
-from kuryr_break0 import vif as break0_vif
+from kuryr_break0 import kernel
+from kuryr_break0.kernel import errors
+from kuryr_break0.kuryr import driver
+from kuryr_break0.kuryr import patches
+from kuryr_break0.kuryr import vif as break0_vif
 from tests.functional import base
 from tests.functional.base import POD
 from tests import kuryr
@@ -139,12 +129,13 @@ class TestConnect(DriverTestCase):
 
     def test_the_owner_is_the_sandbox(self) -> None:
         self.connect()
-        entry, = base.manager.Ledger('/run/kuryr-break0', 1).entries()
-        self.assertEqual(base.OWNER, entry.owner)
-        self.assertEqual(str(self.vif.address), entry.mac)
-        self.assertEqual(self.netns, entry.netns)
+        record, = self.seen().live.values()
+        self.assertEqual(base.OWNER, record.owner)
+        self.assertEqual(str(self.vif.address), record.mac)
+        self.assertEqual(self.netns, record.netns)
         found = os.stat(self.netns)
-        self.assertEqual((found.st_dev, found.st_ino), entry.netns_id)
+        assert record.namespace is not None
+        self.assertEqual((found.st_dev, found.st_ino), record.namespace[:2])
 
     def test_all_addresses_of_all_subnets(self) -> None:
         self.connect(vif=vif(POD, '10.20.0.5', 'fd00:1::5',
@@ -155,7 +146,7 @@ class TestConnect(DriverTestCase):
 
     def test_failure_is_logged_and_the_pod_goes_on(self) -> None:
         with self.break0_taken(), self.assertLogs(
-                'kuryr_break0.driver', 'ERROR') as logs:
+                'kuryr_break0', 'ERROR') as logs:
             self.connect()
         self.assertEqual(['eth0'], list(self.pod_links()))
         message = '\n'.join(logs.output)
@@ -177,15 +168,15 @@ class TestConnect(DriverTestCase):
 
     def test_an_invalid_option_costs_no_pod(self) -> None:
         with mock.patch.dict(os.environ, {'OS_BREAK0__MAC': 'ff:ff'}):
-            with self.assertLogs('kuryr_break0.driver', 'ERROR') as logs:
+            with self.assertLogs('kuryr_break0', 'ERROR') as logs:
                 self.connect()
         self.assertIn("'ff:ff' is not a MAC address", '\n'.join(logs.output))
         self.assertEqual(['eth0'], list(self.pod_links()))
 
     def test_what_nobody_foresaw_costs_no_pod(self) -> None:
-        with mock.patch.object(netlink.Kernel, 'change',
+        with mock.patch.object(kernel.Netlink, 'change',
                                side_effect=ZeroDivisionError):
-            with self.assertLogs('kuryr_break0.driver', 'ERROR') as logs:
+            with self.assertLogs('kuryr_break0', 'ERROR') as logs:
                 self.connect()
         self.assertIn('ZeroDivisionError', '\n'.join(logs.output))
         self.assertEqual(['eth0'], list(self.pod_links()))
@@ -261,7 +252,7 @@ class TestConnect(DriverTestCase):
 class TestConnectDirectly(TestConnect):
 
     binding = 'direct'
-    disconnecting = driver.pod_link
+    disconnecting = driver.pod_binding
 
     def test_it_is_not_kuryr_that_does_it(self) -> None:
         for method in ('connect', 'disconnect'):
@@ -270,14 +261,14 @@ class TestConnectDirectly(TestConnect):
                 getattr(self, method)()
 
     def test_it_is_never_on_the_node(self) -> None:
-        with netlink.Events() as events:
+        with kernel.Events() as events:
             self.connect()
             self.lab.run('ip', 'link', 'add', 'the-last', 'type', 'veth',
                          'peer', 'name', 'but-one')
             names: list[Any] = []
             while 'the-last' not in names:
-                names += [event.ifname for event in events.get()
-                          if event.what == 'link']
+                names += [event.link and event.link.name
+                          for event in events.get() if event.what == 'link']
         self.assertEqual({'break0', 'eth0', 'the-last', 'but-one'},
                          set(names))
 
@@ -343,7 +334,7 @@ class TestAddressing(DriverTestCase):
 
     def test_kuryr_tries_again(self) -> None:
         stock = b_base._configure_l3
-        with self.assertLogs('kuryr_break0.addressing', 'WARNING'):
+        with self.assertLogs('kuryr_break0.kuryr.patches', 'WARNING'):
             self.configure(failures=2)
         self.assertTrue(self.lab.ping(POD))
         # What follows is Kuryr's own again.
@@ -356,7 +347,7 @@ class TestAddressing(DriverTestCase):
 
     def test_after_a_first_try_that_came_far(self) -> None:
         self.configure(failures=0)
-        addressing.repeat_if_disturbed()
+        patches.repeat_configure_l3()
         b_base._configure_l3(self.vif, 'eth0', self.netns, True)
         self.assertTrue(self.lab.ping(POD))
 
@@ -390,7 +381,7 @@ class TestDisconnect(DriverTestCase):
                 side_effect=k_exc.CNIBindingFailure('first')), \
             mock.patch.object(driver.Break0Manager, 'unbind',
                               side_effect=ValueError('second')):
-            with self.assertLogs('kuryr_break0.driver', 'ERROR') as logs:
+            with self.assertLogs('kuryr_break0', 'ERROR') as logs:
                 with self.assertRaisesRegex(k_exc.CNIBindingFailure,
                                             'first'):
                     self.disconnect()
@@ -405,7 +396,7 @@ class TestDisconnect(DriverTestCase):
 class TestDisconnectDirectly(TestDisconnect):
 
     binding = 'direct'
-    disconnecting = driver.pod_link
+    disconnecting = driver.pod_binding
 
     def test_a_pod_that_kuryr_has_made(self) -> None:
         self.disconnect()
@@ -456,8 +447,8 @@ class TestNetns(DriverTestCase):
         os.symlink(self.netns, '/run/host_proc/42/ns/net')
         self.connect(netns='/proc/42/ns/net')
         self.assertEqual(['eth0'], list(self.pod_links()))
-        entry, = base.manager.Ledger('/run/kuryr-break0', 1).entries()
-        self.assertEqual('/run/host_proc/42/ns/net', entry.netns)
+        record, = self.seen().live.values()
+        self.assertEqual('/run/host_proc/42/ns/net', record.netns)
 
 
 class TestNetnsDirectly(TestNetns):

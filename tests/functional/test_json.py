@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """What is printed for programs is what its documented schema says."""
 
@@ -163,9 +153,8 @@ class TestSync(JSONTestCase):
                      'proto', '176')
         self.lab.run('ip', 'route', 'del', POD)
         self.lab.run('ip', 'neigh', 'del', POD, 'dev', 'break0')
-        os.environ['OS_BREAK0__GC_GRACE'] = '0'
-        self.addCleanup(os.environ.pop, 'OS_BREAK0__GC_GRACE')
-        for args in (('--dry-run',), ()):
+        for args in (('--dry-run', '--delete-unclaimed'),
+                     ('--delete-unclaimed',)):
             changes = self.valid('sync', *args)
             for kind, names in (('routes', ('set', 'delete', 'foreign')),
                                 ('neighbours', ('set', 'delete'))):

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """What is read of the kernel, against what ``ip`` says."""
 
@@ -19,9 +9,9 @@ import ipaddress
 import socket
 from unittest import mock
 
-from kuryr_break0 import netlink
-from kuryr_break0.plan import HostRoute
-from kuryr_break0.plan import Neighbour
+from kuryr_break0 import kernel
+from kuryr_break0.model import HostRoute
+from kuryr_break0.model import Neighbour
 from tests.functional import base
 from tests import lab
 
@@ -31,14 +21,14 @@ class TestRoutes(base.LabTestCase):
     def setUp(self) -> None:
         super().setUp()
         self.lab.add_ipv6()
-        self.index = netlink.index_of(lab.PARENT)
+        self.index = kernel.index_of(lab.PARENT)
 
-    def read(self, *routes: str) -> netlink.Routes:
+    def read(self, *routes: str) -> kernel.Routes:
         """Add routes and read all."""
         for route in routes:
             self.lab.run('ip', 'route', 'add', *route.split())
-        with netlink.Kernel() as kernel:
-            return kernel.routes()
+        with kernel.Netlink() as netlink:
+            return netlink.routes()
 
     def test_host_routes(self) -> None:
         found = self.read(
@@ -55,20 +45,21 @@ class TestRoutes(base.LabTestCase):
         routes = [route for route in found if route.table != 255]
         self.assertEqual({
             HostRoute(ipaddress.ip_address(dst), oif, protocol, table,
-                      ipaddress.ip_address(src) if src else None, direct)
-            for dst, oif, protocol, table, src, direct in (
-                ('10.1.0.1', self.index, 77, 254, lab.NODE, True),
-                ('10.1.0.2', self.index, 3, 1000, None, True),
-                ('10.1.0.3', self.index, 3, 254, None, False),
-                ('10.1.0.4', None, 3, 254, None, False),
-                ('10.1.0.5', self.index, 3, 254, None, False),
-                ('fd01::1', self.index, 78, 254, None, True),
-                ('fd01::2', self.index, 3, 254, None, False),
-                ('fd01::3', 1, 3, 254, None, False))}, set(routes))
+                      ipaddress.ip_address(src) if src else None, metric,
+                      direct)
+            for dst, oif, protocol, table, src, metric, direct in (
+                ('10.1.0.1', self.index, 77, 254, lab.NODE, 0, True),
+                ('10.1.0.2', self.index, 3, 1000, None, 5, True),
+                ('10.1.0.3', self.index, 3, 254, None, 0, False),
+                ('10.1.0.4', None, 3, 254, None, 0, False),
+                ('10.1.0.5', self.index, 3, 254, None, 0, False),
+                ('fd01::1', self.index, 78, 254, None, 1024, True),
+                ('fd01::2', self.index, 3, 254, None, 1024, False),
+                ('fd01::3', 1, 3, 254, None, 1024, False))}, set(routes))
         for route in routes:
             with self.subTest(route=route):
-                with netlink.Kernel() as kernel:
-                    found = kernel.route_to(route.dst)
+                with kernel.Netlink() as netlink:
+                    found = netlink.route_to(route.dst)
                 # Of another table, or one that leads nowhere, is not used.
                 self.assertEqual(
                     route if route.table == 254 and route.oif == self.index
@@ -93,41 +84,41 @@ class TestRoutes(base.LabTestCase):
                   'fe80::9', 'fe80::10', 'fe80::11', 'fe80::12'}
         at_veth0 = {'10.5.0.1', 'fe80::13'}
         gone = (2 ** 20, 'gone')
-        with netlink.Kernel() as kernel, mock.patch.object(
+        with mock.patch.object(kernel.Netlink, '_set_option'):
+            of_an_old_kernel = kernel.Netlink()
+        self.addCleanup(of_an_old_kernel.__exit__)
+        with kernel.Netlink() as netlink, mock.patch.object(
                 socket, 'if_nameindex', return_value=[
                     gone, *socket.if_nameindex()]):
             for device, expected in (('none', others | at_veth0),
                                      ('veth0', others)):
-                index = netlink.index_of(device) or 0
-                with mock.patch.object(socket.socket, 'setsockopt',
-                                       side_effect=OSError) as refused:
-                    of_an_old_kernel = kernel.next_hops(index)
-                refused.assert_called()
-                for found in (kernel.next_hops(index), of_an_old_kernel,
-                              kernel.routes(index).next_hops):
+                index = kernel.index_of(device) or 0
+                for found in (netlink.next_hops([index]),
+                              of_an_old_kernel.next_hops([index]),
+                              netlink.routes([index]).next_hops):
                     self.assertEqual(expected, set(map(str, found)))
             # It is asked in a way in which this could not be.
             self.assertIsNotNone(
-                kernel.lookup(ipaddress.ip_address('fd03::1')))
+                netlink.lookup(ipaddress.ip_address('fd03::1')))
 
     def test_on_link(self) -> None:
         self.read('10.2.0.0/24 via 100.75.30.9', '10.5.0.0/24 dev eth0',
                   'prohibit 10.6.0.0/24')
-        with netlink.Kernel() as kernel:
+        with kernel.Netlink() as netlink:
             for address, expected in (
                     ('100.75.30.99', True), ('10.5.0.1', True),
                     ('10.2.0.1', False), ('10.6.0.1', False),
                     ('192.0.2.1', False), (lab.NODE, False)):
                 with self.subTest(address=address):
-                    self.assertIs(expected, kernel.is_on_link(
+                    self.assertIs(expected, netlink.is_on_link(
                         ipaddress.ip_address(address)))
 
     def test_addresses(self) -> None:
         self.lab.run('ip', 'address', 'add', '10.7.0.1', 'peer', '10.7.0.2',
                      'dev', lab.PARENT)
         self.lab.settle()
-        with netlink.Kernel() as kernel:
-            found = kernel.addresses()
+        with kernel.Netlink() as netlink:
+            found = netlink.addresses()
         self.assertEqual(
             sorted((link['ifindex'], each['local'])
                    for link in self.lab.ip('address', 'show')
@@ -144,8 +135,8 @@ class TestRoutes(base.LabTestCase):
         self.lab.run('ip', 'neigh', 'add', '10.1.0.9', 'dev', 'lo',
                      'lladdr', '02:00:00:00:00:09')
         assert self.index is not None
-        with netlink.Kernel() as kernel:
-            found = kernel.neighbours(self.index)
+        with kernel.Netlink() as netlink:
+            found = netlink.neighbours(self.index)
         self.assertEqual({
             Neighbour(ipaddress.ip_address('10.1.0.1'), self.index,
                       '02:00:00:00:00:01', 77),
@@ -155,29 +146,29 @@ class TestRoutes(base.LabTestCase):
 
 class TestChange(base.LabTestCase):
 
-    def garbage(self, kernel: netlink.Kernel, count: int) -> int:
+    def garbage(self, netlink: kernel.Netlink, count: int) -> int:
         """How much is left of setting so many routes and neighbours."""
-        index = netlink.index_of(lab.PARENT) or 0
-        changes: list[netlink.Change] = []
+        index = kernel.index_of(lab.PARENT) or 0
+        changes: list[kernel.Change] = []
         for number in range(count):
             address = ipaddress.ip_address('10.1.0.%d' % number)
             changes += [
-                (netlink.Verb.REPLACE,
+                (kernel.Verb.REPLACE,
                  Neighbour(address, index, '02:00:00:00:00:01', 77)),
-                (netlink.Verb.REPLACE,
+                (kernel.Verb.REPLACE,
                  HostRoute(address, index, 77, 254,
                            ipaddress.ip_address(lab.NODE)))]
         gc.collect()
         gc.disable()
         try:
-            self.assertEqual([None] * len(changes), kernel.change(changes))
+            self.assertEqual([None] * len(changes), netlink.change(changes))
             return gc.collect()
         finally:
             gc.enable()
 
     def test_what_was_sent_is_no_garbage(self) -> None:
         # The answer is: one to each request, however much is in it.
-        with netlink.Kernel() as kernel:
-            self.garbage(kernel, 1)
-            self.assertEqual(self.garbage(kernel, 1),
-                             self.garbage(kernel, 60))
+        with kernel.Netlink() as netlink:
+            self.garbage(netlink, 1)
+            self.assertEqual(self.garbage(netlink, 1),
+                             self.garbage(netlink, 60))

@@ -1,27 +1,20 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
 import os
-import time
 from typing import Any, Callable
 from unittest import mock
 
 from kuryr_break0 import exceptions
+from kuryr_break0 import kernel
 from kuryr_break0 import ledger
+from kuryr_break0.ledger import cache
+from kuryr_break0.ledger import files
+from kuryr_break0.ledger import journal
+from kuryr_break0.ledger import records
 from kuryr_break0 import manager
-from kuryr_break0 import netlink
-from kuryr_break0 import policy
+from kuryr_break0 import reconciler
 from tests.functional import base
 from tests.functional.base import OTHER_POD
 from tests.functional.base import POD
@@ -38,7 +31,8 @@ class SyncTestCase(base.LabTestCase):
         self.healthy = self.lab.routes()
         self.assertEqual(PODS, set(self.healthy))
 
-    def sync(self, dry_run: bool = False, **overrides: Any) -> manager.Plan:
+    def sync(self, dry_run: bool = False,
+             **overrides: Any) -> reconciler.Outcome:
         return self.manager(**overrides).sync(dry_run)
 
     def assert_healed(self, *, changed: bool = True) -> None:
@@ -148,18 +142,24 @@ class TestMeanwhile(SyncTestCase):
 
     def sync_while(self, change: Callable[[], object]) -> None:
         """Sync, with a change between the look and what follows from it."""
-        compute = policy.Policy.plan
+        read = reconciler.snapshot.read
+        changed = []
 
-        def plan(*args: Any) -> Any:
-            result = compute(*args)
-            self.assertTrue(result)  # there is something to be held back
-            change()
-            return result
+        def read_and_change(*args: Any) -> Any:
+            seen = read(*args)
+            if not changed:
+                changed.append(True)
+                # There is something to be held back.
+                self.assertTrue(any(parent.plan for parent
+                                    in seen.parents.values()))
+                change()
+            return seen
 
         self.lab.run('ip', 'route', 'del', self.ADDRESS)
         self.lab.run('ip', 'neigh', 'flush', 'dev', 'break0',
                      'nud', 'permanent')
-        with mock.patch.object(policy.Policy, 'plan', plan):
+        with mock.patch.object(reconciler.snapshot, 'read',
+                               read_and_change):
             self.sync()
 
     def test_unbound(self) -> None:
@@ -183,7 +183,7 @@ class TestWithoutAgent(SyncTestCase):
     def next_pod(self) -> None:
         """Do what the driver does for an ADD."""
         self.bind(POD)
-        self.manager().tend()
+        self.manager().housekeep()
 
     def test_restored(self) -> None:
         for fault in ('ip link del break0', 'ip link set break0 down',
@@ -204,12 +204,12 @@ class TestWithoutAgent(SyncTestCase):
         self.next_pod()
         self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
         self.unbind(POD)
-        self.manager().tend()
+        self.manager().housekeep()
         self.assertEqual(self.healthy, self.lab.routes())
 
     def test_what_cannot_be_restored_is_tried_once(self) -> None:
         self.lab.run('ip', 'route', 'replace', '100.75.30.100', 'dev', 'lo')
-        with self.assertLogs('kuryr_break0.manager', 'ERROR') as logs:
+        with self.assertLogs('kuryr_break0', 'ERROR') as logs:
             self.next_pod()
         self.assertIn('100.75.30.100 has a route', '\n'.join(logs.output))
         with self.quiet():
@@ -229,7 +229,8 @@ class TestWithoutAgent(SyncTestCase):
 
     def test_that_is_left_to_an_agent(self) -> None:
         own = base.options()
-        with ledger.Ledger(own.state_dir, own.lock_timeout).attend():
+        with ledger.Ledger(own.state_dir,
+                           own.lock_timeout).heartbeat.kept():
             self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
             self.next_pod()
             self.assertEqual({POD}, set(self.lab.routes()))
@@ -239,13 +240,15 @@ class TestWithoutAgent(SyncTestCase):
     def test_that_is_not_left_to_an_agent_that_hangs(self) -> None:
         own = base.options()
         found = ledger.Ledger(own.state_dir, own.lock_timeout)
-        with found.attend() as alive:
+        with found.heartbeat.kept() as beat:
             self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
-            os.utime(found.attendance_path, times=(0, time.time() - 200))
+            with mock.patch.object(files, 'now', return_value=(
+                    files.now() - 200)):
+                beat()
             self.next_pod()
             self.assertEqual({*self.healthy, POD}, set(self.lab.routes()))
             self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
-            alive()
+            beat()
             self.unbind(POD)
             self.assertEqual({}, self.lab.routes())
 
@@ -257,7 +260,7 @@ class TestForeign(SyncTestCase):
         self.lab.run('ip', 'route', 'replace', '100.75.30.100', 'dev', 'lo')
 
     def test_reported_and_left_alone(self) -> None:
-        with self.assertLogs('kuryr_break0.manager', 'ERROR') as logs:
+        with self.assertLogs('kuryr_break0', 'ERROR') as logs:
             plan = self.sync()
         self.assertIn('100.75.30.100 has a route', '\n'.join(logs.output))
         self.assertEqual(1, len(plan.foreign))
@@ -276,44 +279,52 @@ class TestForeign(SyncTestCase):
 
 
 class TestUnclaimed(SyncTestCase):
+    """What merely has no record is never deleted in doubt."""
 
     def setUp(self) -> None:
         super().setUp()
         self.lab.run('ip', 'route', 'add', POD, 'dev', 'break0',
                      'proto', '176')
 
-    def test_it_goes_after_the_grace(self) -> None:
-        self.sync()
+    def test_it_stays_and_is_reported(self) -> None:
+        for _ in range(3):
+            outcome = self.sync()
+            self.assertEqual([POD], [str(each.dst)
+                                     for each in outcome.unclaimed])
         self.assertIn(POD, self.lab.routes())
-        later = manager.time.time() + 61
-        with mock.patch.object(manager.time, 'time', lambda: later):
-            self.sync()
-        self.assertEqual(self.healthy, self.lab.routes())
+        self.assertEqual(['no pod claims it'], self.problems())
 
-    def test_without_a_grace_at_once(self) -> None:
-        self.sync(gc_grace=0)
+    def test_it_goes_when_somebody_says_so(self) -> None:
+        own = base.options()
+        reconcile = reconciler.Reconciler(
+            own, ledger.Ledger(own.state_dir, own.lock_timeout),
+            journal.Journal(own.state_dir)).sync
+        self.assertIn(POD, {str(each.dst) for each in reconcile(
+            dry_run=True, prune=True).delete})
+        self.assertIn(POD, self.lab.routes())
+        self.assertEqual((), reconcile(prune=True).errors)
         self.assertEqual(self.healthy, self.lab.routes())
 
     def test_one_that_is_bound_meanwhile_stays(self) -> None:
         self.sync()
         self.bind(POD)
-        later = manager.time.time() + 61
-        with mock.patch.object(manager.time, 'time', lambda: later):
-            self.sync()
+        self.sync()
         self.assertEqual(PODS | {POD}, set(self.lab.routes()))
+        self.assertEqual([], self.problems())
 
-    def test_one_whose_entry_cannot_be_read_stays(self) -> None:
+    def test_one_whose_record_cannot_be_read_stays(self) -> None:
         self.bind(POD)
         with open('/run/kuryr-break0/addresses/%s.json' % POD, 'w') as file:
             file.write('damaged')
-        self.sync(gc_grace=0)
+        self.sync()
         self.assertIn(POD, self.lab.routes())
 
     def test_one_of_another_protocol_stays(self) -> None:
         self.lab.run('ip', 'route', 'add', OTHER_POD, 'dev', 'break0',
                      'proto', 'static')
-        self.sync(gc_grace=0)
-        self.assertEqual(PODS | {OTHER_POD}, set(self.lab.routes()))
+        self.assertEqual([POD], [str(each.dst)
+                                 for each in self.sync().unclaimed])
+        self.assertEqual(PODS | {POD, OTHER_POD}, set(self.lab.routes()))
 
 
 class TestSandboxGone(SyncTestCase):
@@ -329,24 +340,24 @@ class TestSandboxGone(SyncTestCase):
 
     def test_a_living_one_stays(self) -> None:
         self.sync()
-        self.manager().tend()
+        self.manager().housekeep()
         self.assertIn(POD, self.lab.routes())
 
     def test_sync(self) -> None:
-        self.lab.run('ip', 'netns', 'del', 'pod')
+        self.lab.del_netns('pod')
         self.sync()
         self.assert_gone()
 
     def test_prune(self) -> None:
-        self.lab.run('ip', 'netns', 'del', 'pod')
-        self.manager().tend()
+        self.lab.del_netns('pod')
+        self.manager().housekeep()
         self.assert_gone()
 
     def test_another_one_at_its_path(self) -> None:
-        self.lab.run('ip', 'netns', 'del', 'pod')
+        self.lab.del_netns('pod')
         self.lab.add_netns('between')  # so that the inode is another one
         self.lab.add_netns('pod')
-        self.manager().tend()
+        self.manager().housekeep()
         self.assert_gone()
 
     def test_a_path_that_cannot_be_seen_from_here_says_nothing(self) -> None:
@@ -355,29 +366,28 @@ class TestSandboxGone(SyncTestCase):
         os.symlink(self.netns, '/run/host_proc/42/ns/net')
         self.bind(POD, netns='/run/host_proc/42/ns/net')
         os.rename('/run/host_proc', '/run/not_mounted_here')
-        self.manager().tend()
+        self.manager().housekeep()
         self.assertIn(POD, self.lab.routes())
-        os.rename('/run/not_mounted_here', '/run/host_proc')
-        os.unlink('/run/host_proc/42/ns/net')
-        self.manager().tend()
+        self.lab.del_netns('pod')  # which the kernel knows by its number
+        self.manager().housekeep()
         self.assert_gone()
 
     def test_many_are_looked_at_in_turn(self) -> None:
-        self.lab.run('ip', 'netns', 'del', 'pod')
-        with mock.patch.object(manager, 'LOOKED_AT', 4):
+        self.lab.del_netns('pod')
+        with mock.patch.object(manager, 'EXAMINED', 4):
             for _ in range(6):
-                self.manager().tend()
+                self.manager().housekeep()
         self.assert_gone()
 
 
 class TestSteps(SyncTestCase):
     """Killed after any step, a sync afterwards makes it right."""
 
-    STEPS = ((manager.Ledger, 'put'), (manager.Ledger, 'remove'),
-             (manager.Ledger, 'remember'), (netlink.Kernel, 'change'),
-             (netlink.Kernel, 'link'),
-             (netlink.Kernel, 'change_link'), (netlink, 'create_macvlan'),
-             (netlink, 'write_sysctl'))
+    STEPS = ((records.Records, 'put'), (records.Records, 'remove'),
+             (cache.Cache, 'put'), (kernel.Netlink, 'change'),
+             (kernel.Netlink, 'link'),
+             (kernel.Netlink, 'raise_link'), (kernel, 'create_macvlan'),
+             (kernel, 'write_sysctl'))
 
     def die_after(self, number: int) -> None:
         """End this process after so many steps, of whatever kind."""
@@ -404,7 +414,7 @@ class TestSteps(SyncTestCase):
                 what()
 
             ended = base.wait_for(base.in_child(run))
-            self.sync(gc_grace=0)
+            self.sync()
             self.assertEqual(expected(), set(self.lab.routes()), number)
             self.assertEqual(expected(), self.bound(), number)
             if ended == 0:

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -23,7 +13,7 @@ import unittest
 from oslo_config import cfg
 from oslo_log import log as logging
 
-from kuryr_break0 import cli
+from kuryr_break0.cli import main as cli
 from tests import overlay
 
 COMPLETION = os.path.join(overlay.ROOT, 'etc', 'bash-completion',
@@ -34,7 +24,7 @@ PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 def subcommands() -> dict[str, argparse.ArgumentParser]:
     """What the program itself parses, by name of the command."""
     subparsers: Any = argparse.ArgumentParser().add_subparsers()
-    cli._add_subcommands(subparsers)
+    cli.add_parsers(subparsers)
     return dict(subparsers.choices)
 
 

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -43,12 +33,13 @@ class TestLoad(unittest.TestCase):
         self.assertEqual(
             config.Options(
                 enabled=True, pod_binding='kuryr', device='break0',
-                parent=None, addr=(), mac=None,
+                devices={}, parent=None, addr=(), mac=None,
                 static_neighbours=True, host_addresses=(), route_protocol=176,
                 route_table=254, allowed_cidrs=(),
-                takeover=False, gc_grace=60, resync_interval=60, strict=False,
+                takeover=False, resync_interval=60, strict=False,
                 state_dir='/run/kuryr-break0',
                 netns_dirs=('/run/netns', '/var/run/netns'),
+                proc_dirs=('/proc', '/host_proc'),
                 sysctl_dir='/proc/sys', lock_timeout=10,
                 metrics_bind=config.Endpoint(
                     ipaddress.ip_address('127.0.0.1'), 9817)),
@@ -59,6 +50,7 @@ class TestLoad(unittest.TestCase):
 enabled = no
 pod_binding = direct
 device = shim
+devices = eth1:shim1, eth2:shim2
 parent = eth0
 addr = 100.75.30.7, fd00::7/128
 mac = 02:AA:00:00:00:01
@@ -68,11 +60,11 @@ route_protocol = 200
 route_table = 1000
 allowed_cidrs = 10.0.0.0/8,fd00::/64
 takeover = true
-gc_grace = 0
 resync_interval = 5
 strict = true
 state_dir = /run/other
 netns_dirs = /run/docker/netns
+proc_dirs = /host/proc
 sysctl_dir = /host/proc/sys
 lock_timeout = 5
 metrics_bind = [::1]:80
@@ -80,7 +72,7 @@ metrics_bind = [::1]:80
         self.assertEqual(
             config.Options(
                 enabled=False, pod_binding='direct', device='shim',
-                parent='eth0',
+                devices={'eth1': 'shim1', 'eth2': 'shim2'}, parent='eth0',
                 addr=(ipaddress.ip_address('100.75.30.7'),
                       ipaddress.ip_address('fd00::7')),
                 mac='02:aa:00:00:00:01', static_neighbours=False,
@@ -88,8 +80,9 @@ metrics_bind = [::1]:80
                 route_protocol=200, route_table=1000,
                 allowed_cidrs=(ipaddress.ip_network('10.0.0.0/8'),
                                ipaddress.ip_network('fd00::/64')),
-                takeover=True, gc_grace=0, resync_interval=5, strict=True,
+                takeover=True, resync_interval=5, strict=True,
                 state_dir='/run/other', netns_dirs=('/run/docker/netns',),
+                proc_dirs=('/host/proc',),
                 sysctl_dir='/host/proc/sys', lock_timeout=5,
                 metrics_bind=config.Endpoint(
                     ipaddress.ip_address('::1'), 80)),
@@ -117,6 +110,12 @@ metrics_bind = [::1]:80
                 ('device = more than fifteen', 'more than', '15 characters'),
                 ('device = ..', "'..'", 'interface name'),
                 ('device = a/b', "'a/b'", '"/"'),
+                ('device = br%d', "'br%d'", '"%"'),
+                ('device = éééééééé', 'interface name', '15'),
+                ('devices = eth1', "'eth1'", 'eth1:break1'),
+                ('devices = eth1:a b', "'a b'", 'interface name'),
+                ('devices = eth1:br1,eth2:br1', 'br1', 'twice'),
+                ('devices = eth1:br1,eth1:br2', 'eth1', 'twice'),
                 ('parent = a b', "'a b'", 'interface name'),
                 ('addr = 100.75.30.7/24', '100.75.30.7/24', 'host address'),
                 ('addr = eth0', "'eth0'", 'IPv4 or IPv6'),

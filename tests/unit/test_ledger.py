@@ -1,37 +1,44 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import json
 import os
 import shutil
 import signal
 import stat
 import tempfile
+import threading
 import time
 from typing import Any, Callable, Iterator
 import unittest
 from unittest import mock
 
 from kuryr_break0 import exceptions
+from kuryr_break0 import kernel
 from kuryr_break0 import ledger
+from kuryr_break0.ledger import files
+from kuryr_break0.ledger import identity
+from kuryr_break0.ledger import records
+from kuryr_break0.model import NamespaceId
 from tests.functional import base
 
 ADDRESS = ipaddress.ip_address('100.75.30.71')
-ENTRY = ledger.Entry(ADDRESS, ledger.Owner('sandbox-1', 'eth0'), 'eth0',
-                     mac='fa:16:3e:00:00:01', netns='/run/netns/pod',
-                     netns_id=(4, 4026531840), bound_at=1764000000.5)
+RECORD = ledger.Record(
+    ADDRESS, ledger.Owner('sandbox-1', 'eth0'), 'eth0',
+    mac='fa:16:3e:00:00:01', netns='/run/netns/pod',
+    namespace=NamespaceId(4, 4026531840, 77), bound_at=1000.5,
+    configured='0123456789abcdef',
+    subnets=(ipaddress.ip_network('100.75.30.0/24'),))
+VERSION_1 = {
+    'version': 1, 'address': '100.75.30.71',
+    'owner': {'container_id': 'sandbox-1', 'ifname': 'eth0'},
+    'parent': 'eth0', 'mac': 'fa:16:3e:00:00:01', 'subnets':
+    ['100.75.30.0/24'], 'netns': '/run/netns/pod',
+    'netns_id': [4, 4026531840], 'pod': None, 'bound_at': 1764000000.5,
+    'peer': {'addresses': ['100.75.30.51'], 'mac': '02:00:00:00:00:01'}}
 
 
 class LedgerTestCase(unittest.TestCase):
@@ -42,6 +49,8 @@ class LedgerTestCase(unittest.TestCase):
         self.addCleanup(directory.cleanup)
         self.path = os.path.join(directory.name, 'state')
         self.ledger = ledger.Ledger(self.path, 1)
+        self.records = self.ledger.records
+        self.ledger.prepare()
 
     def file(self, name: str = '100.75.30.71.json') -> str:
         return os.path.join(self.path, 'addresses', name)
@@ -50,12 +59,34 @@ class LedgerTestCase(unittest.TestCase):
         with open(self.file(name), 'w') as file:
             file.write(text)
 
+    def all(self) -> list[ledger.Record]:
+        return [claim for claims in self.records.read()[0].values()
+                for claim in claims]
 
-class TestBeside(LedgerTestCase):
+    def hold(self) -> Callable[[], None]:
+        """Have another process hold the lock; what ends that."""
+        ready, tell = os.pipe()
+
+        def hold() -> None:
+            with self.ledger.lock():
+                os.write(tell, b'.')
+                time.sleep(60)
+
+        pid = base.in_child(hold)
+        os.read(ready, 1)
+
+        def end() -> None:
+            os.kill(pid, signal.SIGKILL)
+            base.wait_for(pid)
+
+        return end
+
+
+class TestInspection(LedgerTestCase):
     """What is read of ledger and kernel is of one moment."""
 
-    def beside(self, *changes: Callable[[], object]
-               ) -> tuple[list[ledger.Entry], int, bool]:
+    def inspect(self, *changes: Callable[[], object]
+                ) -> tuple[list[ledger.Record], int, bool]:
         """While one thing after another changes."""
         looks: list[int] = []
 
@@ -65,133 +96,195 @@ class TestBeside(LedgerTestCase):
             looks.append(1)
             return len(looks)
 
-        return self.ledger.beside(self.ledger.entries, look, 0.1)
+        contents, count, steady = self.ledger.inspect(look, 0.1)
+        return ([claim for claims in contents.claims.values()
+                 for claim in claims], count, steady)
 
     def come(self) -> None:
-        self.ledger.put(ENTRY)
+        self.records.put([RECORD])
 
     def go(self) -> None:
-        self.ledger.remove(ADDRESS)
+        self.records.remove(ADDRESS)
 
     def come_and_go(self) -> None:
         self.come()
         self.go()
 
     def test_nothing_changes(self) -> None:
-        self.assertEqual(([], 1, True), self.beside())
+        self.assertEqual(([], 1, True), self.inspect())
         self.come()
-        self.assertEqual(([ENTRY], 1, True), self.beside())
+        self.assertEqual(([RECORD], 1, True), self.inspect())
 
     def test_again_after_changes(self) -> None:
-        self.assertEqual(([ENTRY], 2, True), self.beside(self.come))
-        self.assertEqual(([], 2, True), self.beside(self.go))
-        self.assertEqual(([], 3, True), self.beside(*2 * [self.come_and_go]))
+        self.assertEqual(([RECORD], 2, True), self.inspect(self.come))
+        self.assertEqual(([], 2, True), self.inspect(self.go))
+        self.assertEqual(([], 3, True), self.inspect(*2 * [self.come_and_go]))
 
     def test_not_for_ever(self) -> None:
         self.assertEqual(([], 5, False),
-                         self.beside(*9 * [self.come_and_go]))
+                         self.inspect(*9 * [self.come_and_go]))
 
     def test_who_holds_the_lock_for_long_is_not_waited_for_again(
             self) -> None:
-        ready, tell = os.pipe()
-
-        def hold() -> None:
-            with self.ledger.lock():
-                os.write(tell, b'.')
-                time.sleep(60)
-
-        pid = base.in_child(hold)
+        end = self.hold()
         try:
-            os.read(ready, 1)
-            self.assertEqual(([], 1, False), self.beside(self.come))
+            self.assertEqual(([], 1, False), self.inspect(self.come))
         finally:
-            os.kill(pid, signal.SIGKILL)
-            base.wait_for(pid)
+            end()
+
+    def test_nothing_is_moved(self) -> None:
+        self.come()
+        self.write('damaged', '100.75.30.72.json')
+        self.write('{"version": 3}', '100.75.30.73.json')
+        contents = self.ledger.contents()
+        self.assertEqual([ADDRESS], list(contents.claims))
+        self.assertEqual({self.file('100.75.30.72.json')},
+                         set(contents.damaged))
+        self.assertEqual({self.file('100.75.30.73.json')},
+                         set(contents.newer))
+        self.assertEqual({'100.75.30.72', '100.75.30.73'},
+                         set(map(str, contents.unreadable)))
+        self.assertTrue(os.path.exists(self.file('100.75.30.72.json')))
 
 
-class TestEntries(LedgerTestCase):
+class TestRecords(LedgerTestCase):
 
     def test_what_was_put_is_there(self) -> None:
-        self.ledger.put(ENTRY)
-        self.assertEqual(ENTRY, self.ledger.get(ADDRESS))
-        self.assertEqual(ENTRY, ledger.Ledger(self.path, 1).get(ADDRESS))
-        self.assertEqual([ENTRY], self.ledger.entries())
+        self.records.put([RECORD])
+        self.assertEqual(RECORD, self.records.get(ADDRESS))
+        self.assertEqual(RECORD,
+                         ledger.Ledger(self.path, 1).records.get(ADDRESS))
+        self.assertEqual([RECORD], self.all())
 
     def test_nothing(self) -> None:
-        self.assertIsNone(self.ledger.get(ADDRESS))
-        self.assertEqual([], self.ledger.entries())
-        self.ledger.remove(ADDRESS)
+        self.assertIsNone(self.records.get(ADDRESS))
+        self.assertEqual([], self.all())
+        self.records.remove(ADDRESS)
+        shutil.rmtree(self.path)
+        self.assertIsNone(self.records.get(ADDRESS))
+        self.assertEqual([], self.all())
 
-    def test_put_replaces(self) -> None:
-        self.ledger.put(ENTRY)
-        other = ledger.Entry(ADDRESS, ledger.Owner('sandbox-2', 'eth0'),
-                             'eth0')
-        self.ledger.put(other)
-        self.assertEqual([other], self.ledger.entries())
+    def test_several_claims_the_newest_first(self) -> None:
+        other = dataclasses.replace(
+            RECORD, owner=ledger.Owner('sandbox-2', 'eth0'), namespace=None)
+        self.records.put([other, RECORD])
+        self.assertEqual((other, RECORD), self.records.claims(ADDRESS))
+        self.assertEqual(other, self.records.get(ADDRESS))
+
+    def test_no_more_claims_and_subnets_than_fit(self) -> None:
+        many = [dataclasses.replace(RECORD, owner=ledger.Owner(
+            'sandbox-%d' % number, 'eth0'), subnets=tuple(
+                ipaddress.ip_network('10.%d.%d.0/24' % divmod(each, 250))
+                for each in range(500))) for number in range(100)]
+        self.records.put(many)
+        claims = self.records.claims(ADDRESS)
+        self.assertEqual([claim.owner for claim in many[:8]],
+                         [claim.owner for claim in claims])
+        self.assertEqual(many[0].subnets[:16], claims[0].subnets)
+
+    def test_of_version_1(self) -> None:
+        self.write(json.dumps(VERSION_1))
+        self.assertEqual(
+            dataclasses.replace(RECORD, namespace=NamespaceId(
+                4, 4026531840, None), bound_at=0.0, configured=None),
+            self.records.get(ADDRESS))
 
     def test_remove(self) -> None:
-        self.ledger.put(ENTRY)
-        self.ledger.remove(ADDRESS)
-        self.assertIsNone(self.ledger.get(ADDRESS))
+        self.records.put([RECORD])
+        self.records.remove(ADDRESS)
+        self.assertIsNone(self.records.get(ADDRESS))
 
     def test_order_and_both_families(self) -> None:
         texts = ['fd00::2', '100.75.30.100', 'fd00::1', '100.75.30.9']
         for text in texts:
-            self.ledger.put(ledger.Entry(ipaddress.ip_address(text),
-                                         ENTRY.owner, 'eth0'))
+            self.records.put([ledger.Record(ipaddress.ip_address(text),
+                                            RECORD.owner, 'eth0')])
         self.assertEqual(
             ['100.75.30.9', '100.75.30.100', 'fd00::1', 'fd00::2'],
-            [str(entry.address) for entry in self.ledger.entries()])
+            [str(record.address) for record in self.all()])
 
     def test_some_in_turn(self) -> None:
         everything = set()
         for number in range(5):
             address = ipaddress.ip_address('10.0.0.%d' % number)
             everything.add(address)
-            self.ledger.put(dataclasses.replace(ENTRY, address=address))
-        self.assertEqual(5, self.ledger.count())
+            self.records.put([dataclasses.replace(RECORD, address=address)])
+        self.assertEqual(5, self.records.count())
         seen: list[Any] = []
         for position in (0, 2, 4, 11):
-            some, count = self.ledger.some(position, 2)
+            some, count = self.records.some(position, 2)
             self.assertEqual((2, 5), (len(some), count))
             seen += some
         self.assertEqual(everything, set(seen[:5]))
         self.assertEqual(seen[0], seen[5])
         self.assertEqual(seen[1:3], seen[6:])
-        some, count = self.ledger.some(3, 5)
+        some, count = self.records.some(3, 5)
         self.assertEqual((everything, 5), (set(some), count))
         self.write('', 'ten.json')
-        self.assertEqual(6, self.ledger.count())
+        self.assertEqual(6, self.records.count())
         with self.assertLogs('kuryr_break0.ledger', 'WARNING'):
-            self.ledger.some(0, 10)
-        self.assertEqual(5, self.ledger.count())
+            self.records.some(0, 10)
+        self.assertEqual(5, self.records.count())
 
     def test_a_writer_killed_half_way_leaves_what_was_there(self) -> None:
-        self.ledger.put(ENTRY)
-        with open(os.path.join(self.path, '.unfinished'), 'w') as file:
-            file.write('{"version": 1, "addr')
-        self.assertEqual([ENTRY], self.ledger.entries())
-        self.ledger.put(ENTRY)
-        self.assertEqual([ENTRY], self.ledger.entries())
+        self.records.put([RECORD])
+        unfinished = self.file('.unfinished.42.100.75.30.71.json')
+        with open(unfinished, 'w') as file:
+            file.write('{"version": 2, "addr')
+        self.assertEqual([RECORD], self.all())
+        self.records.put([RECORD])
+        self.assertEqual([RECORD], self.all())
+        with self.ledger.lock():
+            self.records.sweep()
+        self.assertEqual(['100.75.30.71.json'],
+                         os.listdir(os.path.dirname(unfinished)))
+
+    def test_a_full_disk_leaves_what_was_there(self) -> None:
+        self.records.put([RECORD])
+        with mock.patch('os.write', side_effect=OSError(28, 'No space')):
+            with self.assertRaisesRegex(exceptions.LedgerUnavailable,
+                                        'No space'):
+                self.records.put([dataclasses.replace(RECORD, mac=None)])
+        self.assertEqual([RECORD], self.all())
+        self.assertEqual(['100.75.30.71.json'],
+                         os.listdir(os.path.dirname(self.file())))
 
     def damage(self) -> Iterator[str]:
-        """Make entries that are none, one after the other; their names."""
-        self.ledger.put(ENTRY)
-        for name, content in (
-                ('100.75.30.72.json', b'\0\1random'),
-                ('100.75.30.72.json', os.urandom(300)),
-                ('100.75.30.72.json', b''),
-                ('100.75.30.72.json', b'[]'),
-                ('100.75.30.72.json', b'[' * 4000),
-                ('100.75.30.72.json', b'{"version": 1}'),
-                ('100.75.30.72.json', b'{"version": "one"}'),
-                ('100.75.30.72.json', ENTRY.to_json().encode()),
-                ('100.75.30.72.json', ENTRY.to_json().replace(
-                    '71', '72').replace('"/run/netns/pod"', '1').encode()),
-                ('100.75.30.72.json', b' ' * 2 ** 20),
-                ('not-an-address.json', ENTRY.to_json().encode())):
+        """Make records that are none, one after the other; their names."""
+        self.records.put([RECORD])
+        good = json.loads(records.to_json([dataclasses.replace(
+            RECORD, address=ipaddress.ip_address('100.75.30.72'))]))
+        wrong: dict[str, list[Any]] = {
+            'mac': ['zz', 'fa:16:3e:00:00:01\n', 'fa-16-3e-00-00-01', 7, [],
+                    'FA:16:3E:00:00:01:00'],
+            'bound_at': [None, 'late', [], {}],
+            'netns': ['/run/netns/a\0b', '/run/netns/a\nb', 7, 'x' * 600],
+            'namespace': ['ab', 7, [1], ['a', 'b'], [None, None], {}],
+            'subnets': ['10.0.0.0/8', 7, [7], ['10.0.0.1/8'], ['no']],
+            'owner': [None, 'me', {}, {'container_id': 'a'},
+                      {'container_id': 'a\nb', 'ifname': 'eth0'},
+                      {'container_id': 'a', 'ifname': 'eth0', 'more': 1},
+                      {'container_id': 7, 'ifname': 'eth0'}],
+            'parent': [None, 7, 'a\nb'], 'pod': [7, 'a\rb'],
+            'configured': [7, []]}
+        texts = [json.dumps({**good, 'claims': [
+            {**good['claims'][0], key: value}]}).encode()
+            for key, values in wrong.items() for value in values]
+        texts += [json.dumps({**good, **change}).encode() for change in (
+            {'claims': []}, {'claims': None}, {'claims': [7]},
+            {'address': '100.75.30.73'}, {'address': None},
+            {'address': 1681596999}, {'version': 0}, {'version': True})]
+        texts += [b'\0\1random', os.urandom(300), b'', b'[]', b'[' * 4000,
+                  b'{"version": 1}', b'{"version": "one"}',
+                  records.to_json([RECORD]).encode(), b' ' * 2 ** 20]
+        for text in texts:
+            with open(self.file('100.75.30.72.json'), 'wb') as file:
+                file.write(text)
+            yield '100.75.30.72.json'
+        for name in ('not-an-address.json', '100.75.30.072.json',
+                     'FD00::1.json', 'fe80::1%eth0.json'):
             with open(self.file(name), 'wb') as file:
-                file.write(content)
+                file.write(records.to_json([RECORD]).encode())
             yield name
         os.symlink('/dev/zero', self.file('100.75.30.72.json'))
         yield '100.75.30.72.json'
@@ -199,54 +292,40 @@ class TestEntries(LedgerTestCase):
             make(self.file('100.75.30.72.json'))
             yield '100.75.30.72.json'
 
-    def test_a_sandbox_may_be_gone(self) -> None:
-        self.assertFalse(self.ledger.may_be_gone(ADDRESS))
-        netns = os.path.join(os.path.dirname(self.path), 'netns')
-        with open(netns, 'w'):
-            pass
-        entry = dataclasses.replace(ENTRY, netns=netns,
-                                    netns_id=ledger.netns_id(netns))
-        for change, gone in (({}, False), ({'netns_id': (4, 1)}, True),
-                             ({'netns_id': None}, False),
-                             ({'netns': None}, False),
-                             ({'netns': netns + '-'}, True),
-                             ({'netns': '/nowhere/netns'}, False)):
-            with self.subTest(change=change):
-                changed = dataclasses.replace(entry, **change)
-                self.assertEqual(gone, changed.sandbox_gone)
-                self.ledger.put(changed)
-                self.assertEqual(gone, self.ledger.may_be_gone(ADDRESS))
-        for text in ('', '[]', '{}', '[' * 4000):  # who knows
-            with self.subTest(text=text):
-                self.write(text)
-                self.assertTrue(self.ledger.may_be_gone(ADDRESS))
-
-    def test_damage_is_set_aside_and_costs_no_other(self) -> None:
+    def test_damage_is_moved_to_quarantine_and_costs_no_other(self) -> None:
         for name in self.damage():
             with self.subTest(name=name):
                 with self.assertLogs('kuryr_break0.ledger',
                                      'WARNING') as logs:
-                    self.assertEqual([ENTRY], self.ledger.entries())
+                    self.assertEqual([RECORD], self.all())
                 self.assertIn(name, '\n'.join(logs.output))
-                aside = os.path.join(self.path, 'damaged', name)
-                self.assertTrue(os.path.lexists(aside))
-                shutil.rmtree(os.path.dirname(aside))
+                moved = os.path.join(self.path, 'quarantine', name)
+                self.assertTrue(os.path.lexists(moved))
+                shutil.rmtree(os.path.dirname(moved))
+
+    def test_damage_may_be_gone(self) -> None:
+        address = ipaddress.ip_address('100.75.30.72')
+        for name in self.damage():
+            with self.subTest(name=name):
+                self.records.may_be_gone(address)  # raises nothing
+                shutil.rmtree(self.file(name)) if os.path.isdir(
+                    self.file(name)) else os.unlink(self.file(name))
 
     def test_whose_it_was_is_not_known(self) -> None:
-        self.ledger.put(ENTRY)
+        self.records.put([RECORD])
         self.write('damaged')
-        self.assertEqual(([], {ADDRESS}), self.ledger.read())
-        self.assertEqual(([], {ADDRESS}), self.ledger.read())
-        self.ledger.put(ENTRY)
-        self.assertEqual(([ENTRY], set()), self.ledger.read())
+        self.assertEqual(({}, {ADDRESS}), self.records.read())
+        self.assertEqual(({}, {ADDRESS}), self.records.read())
+        self.records.put([RECORD])
+        self.assertEqual(({ADDRESS: (RECORD,)}, set()), self.records.read())
 
     def test_a_newer_version_is_refused_and_untouched(self) -> None:
-        self.ledger.put(ENTRY)
-        newer = '{"version": 2, "address": "100.75.30.71", "more": []}'
+        self.records.put([RECORD])
+        newer = '{"version": 3, "address": "100.75.30.71", "more": []}'
         self.write(newer)
         with self.assertRaisesRegex(exceptions.LedgerUnavailable, 'newer'):
-            self.ledger.get(ADDRESS)
-        self.assertEqual(([], {ADDRESS}), self.ledger.read())
+            self.records.get(ADDRESS)
+        self.assertEqual(({}, {ADDRESS}), self.records.read())
         with open(self.file()) as file:
             self.assertEqual(newer, file.read())
 
@@ -254,15 +333,15 @@ class TestEntries(LedgerTestCase):
         addresses = [ipaddress.ip_address('10.0.%d.%d' % divmod(number, 250))
                      for number in range(10000)]
         for address in addresses:
-            self.ledger.put(ledger.Entry(address, ENTRY.owner, 'eth0'))
-        self.assertEqual(addresses, [entry.address for entry
-                                     in self.ledger.entries()])
+            self.records.put([ledger.Record(address, RECORD.owner, 'eth0')])
+        self.assertEqual(addresses, list(self.records.read()[0]))
 
     def test_a_directory_that_is_a_file(self) -> None:
+        shutil.rmtree(self.path)
         with open(self.path, 'w'):
             pass
         with self.assertRaisesRegex(exceptions.LedgerUnavailable, self.path):
-            self.ledger.put(ENTRY)
+            self.records.put([RECORD])
         with self.assertRaises(exceptions.LedgerUnavailable):
             with self.ledger.lock():
                 self.fail('that is no lock')
@@ -271,65 +350,152 @@ class TestEntries(LedgerTestCase):
 class TestDirectory(LedgerTestCase):
 
     def test_only_its_owner_can_use_it(self) -> None:
-        self.ledger.put(ENTRY)
         self.assertEqual(0o700, stat.S_IMODE(os.stat(self.path).st_mode))
 
     def test_an_empty_one_is_closed(self) -> None:
+        shutil.rmtree(self.path)
         os.mkdir(self.path)
         os.chmod(self.path, 0o755)  # by kubelet, for a volume
-        self.ledger.put(ENTRY)
+        self.ledger.prepare()
         self.assertEqual(0o700, stat.S_IMODE(os.stat(self.path).st_mode))
 
     def test_one_that_others_can_use_is_closed(self) -> None:
-        self.ledger.put(ENTRY)
         os.chmod(self.path, 0o777)
         with self.assertLogs('kuryr_break0.ledger', 'WARNING') as logs:
-            self.ledger.put(ENTRY)
+            self.ledger.prepare()
         self.assertIn('777', '\n'.join(logs.output))
         self.assertEqual(0o700, stat.S_IMODE(os.stat(self.path).st_mode))
 
     def test_one_of_another_user_is_refused(self) -> None:
-        os.mkdir(self.path)
         # A user namespace of one user has no other.
         with mock.patch('os.geteuid', return_value=os.geteuid() + 1):
-            for refused in (lambda: self.ledger.put(ENTRY),
+            for refused in (self.ledger.prepare,
                             self.ledger.lock().__enter__):
                 with self.assertRaisesRegex(exceptions.LedgerUnavailable,
                                             'belongs to user'):
                     refused()
-        self.assertEqual([], self.ledger.entries())
+        self.assertEqual([], self.all())
 
 
-class TestRecall(LedgerTestCase):
+class TestIdentity(LedgerTestCase):
 
-    def setUp(self) -> None:
-        super().setUp()
-        self.ledger.put(ENTRY)
+    def test_it_stays(self) -> None:
+        self.assertIsNone(self.ledger.identity())
+        found = self.ledger.ensure_identity()
+        self.assertEqual(found, self.ledger.ensure_identity())
+        self.assertEqual(found, self.ledger.identity())
 
-    def test_fresh_and_stale(self) -> None:
-        self.assertIsNone(self.ledger.recall('hops', 60))
-        self.ledger.remember('hops', ['fd00::1', 7])
-        self.assertEqual(['fd00::1', 7], self.ledger.recall('hops', 60))
-        path = os.path.join(self.path, 'hops.json')
-        os.utime(path, (0, 0))
-        self.assertIsNone(self.ledger.recall('hops', 60))
+    def test_each_is_another(self) -> None:
+        other = ledger.Ledger(self.path + '-2', 1)
+        other.prepare()
+        self.assertNotEqual(self.ledger.ensure_identity().id,
+                            other.ensure_identity().id)
+        self.assertNotEqual(self.ledger.ensure_identity().secret,
+                            other.ensure_identity().secret)
+
+    def test_its_alias_says_which_it_is_and_no_secret(self) -> None:
+        found = self.ledger.ensure_identity()
+        alias = found.alias(self.path)
+        self.assertEqual(alias, identity.Alias.parse(str(alias)))
+        self.assertNotIn(found.secret, str(alias))
+        for text in (None, '', 'uplink', 'kuryr-break0 ledger x in /run'):
+            self.assertIsNone(identity.Alias.parse(text))
+        self.assertLessEqual(len(str(found.alias('/' + 'x' * 500))), 255)
+
+    def test_damage_is_replaced(self) -> None:
+        for text in ('', '{', '[]', '{"version": 1}', '{"version": 2}',
+                     '{"version": 1, "id": 7, "secret": 7, "boot": ""}',
+                     json.dumps({'version': 1, **vars(identity.Identity.new()
+                                                      ), 'devices': [7]})):
+            with self.subTest(text=text):
+                with open(os.path.join(self.path, 'identity'), 'w') as file:
+                    file.write(text)
+                with self.assertRaises(exceptions.LedgerUnavailable):
+                    self.ledger.identity()
+                with self.assertLogs('kuryr_break0.ledger', 'ERROR'):
+                    found = self.ledger.ensure_identity()
+                self.assertEqual(found, self.ledger.identity())
+
+    def test_what_is_of_an_earlier_boot_counts_no_more(self) -> None:
+        # Its namespaces have the numbers of others now.
+        before = self.ledger.ensure_identity()
+        self.records.put([RECORD])
+        self.ledger.put_identity(dataclasses.replace(before, boot='earlier'))
+        with self.assertLogs('kuryr_break0.ledger', 'WARNING') as logs:
+            after = self.ledger.ensure_identity()
+        self.assertIn('earlier boot', '\n'.join(logs.output))
+        self.assertNotEqual(before.id, after.id)
+        self.assertEqual([], self.all())
+        self.assertEqual(['100.75.30.71.json'], os.listdir(os.path.join(
+            self.path, 'quarantine', 'earlier-boot')))
+        self.ledger.clear()
+        self.assertFalse(os.path.exists(self.path))
+
+
+class TestCache(LedgerTestCase):
+
+    def test_fresh_and_old(self) -> None:
+        cache = self.ledger.cache
+        self.assertIsNone(cache.get('hops', 60))
+        cache.put('hops', ['fd00::1', 7])
+        self.assertEqual(['fd00::1', 7], cache.get('hops', 60))
+        with mock.patch.object(files, 'now', return_value=files.now() + 61):
+            self.assertIsNone(cache.get('hops', 60))
+            self.assertEqual(['fd00::1', 7], cache.get('hops'))
+
+    def test_the_clock_may_be_set(self) -> None:
+        cache = self.ledger.cache
+        cache.put('hops', [7])
+        for when in (0, time.time() - 86400, time.time() + 86400):
+            with mock.patch('time.time', return_value=when):
+                os.utime(os.path.join(self.path, 'hops.json'), (when, when))
+                self.assertEqual([7], cache.get('hops', 60))
+
+    def test_what_is_of_another_boot(self) -> None:
+        self.ledger.cache.put('hops', [7])
+        with mock.patch.object(files, 'now', return_value=1.0):
+            self.assertIsNone(self.ledger.cache.get('hops', 60))
 
     def test_damage_is_as_nothing(self) -> None:
         path = os.path.join(self.path, 'hops.json')
-        for text in ('', '{', '7', '[' * 10 ** 5, '[%s1]' % ('1,' * 2 ** 20)):
+        for text in ('', '{', '7', '[' * 10 ** 5, '[]', '{"at": 0}',
+                     '{"at": "now", "facts": []}', '{"at": 0, "facts": 7}',
+                     '[%s1]' % ('1,' * 2 ** 20)):
             with open(path, 'w') as file:
                 file.write(text)
             with self.subTest(text=text[:10]):
-                self.assertIsNone(self.ledger.recall('hops', 60))
+                self.assertIsNone(self.ledger.cache.get('hops', 60))
         os.unlink(path)
         os.mkfifo(path)
-        self.assertIsNone(self.ledger.recall('hops', 60))
+        self.assertIsNone(self.ledger.cache.get('hops', 60))
 
-    def test_larger_than_an_entry(self) -> None:
+    def test_larger_than_a_record(self) -> None:
         hops = ['100.75.%d.%d' % divmod(number, 256)
                 for number in range(10000)]
-        self.ledger.remember('hops', hops)
-        self.assertEqual(hops, self.ledger.recall('hops', 60))
+        self.ledger.cache.put('hops', hops)
+        self.assertEqual(hops, self.ledger.cache.get('hops', 60))
+
+
+class TestHeartbeat(LedgerTestCase):
+
+    def test_while_an_agent_runs(self) -> None:
+        heartbeat = self.ledger.heartbeat
+        self.assertIsNone(heartbeat.age())
+        with heartbeat.kept() as beat:
+            self.assertLess(heartbeat.age() or 0, 60)
+            with mock.patch.object(files, 'now',
+                                   return_value=files.now() + 100):
+                self.assertGreater(heartbeat.age() or 0, 90)
+                beat()
+                self.assertEqual(0, heartbeat.age())
+        self.assertIsNone(heartbeat.age())
+
+    def test_where_it_cannot_be_written(self) -> None:
+        shutil.rmtree(self.path)
+        with self.assertLogs('kuryr_break0.ledger', 'ERROR') as logs:
+            with self.ledger.heartbeat.kept() as beat:
+                beat()
+        self.assertIn('Cannot write the heartbeat', logs.output[0])
 
 
 class TestLock(LedgerTestCase):
@@ -345,3 +511,113 @@ class TestLock(LedgerTestCase):
                 raise ZeroDivisionError
         with self.ledger.lock():
             pass
+
+    def test_other_users_of_the_file_do_not_end_it(self) -> None:
+        # As they do with a lock of fcntl(2), if they are of its process.
+        with self.ledger.lock():
+            with open(self.ledger.lock_path):
+                pass
+            self.assertFalse(self.ledger.is_free_within(0))
+            other = base.in_child(self._take)
+            self.assertEqual(1, base.wait_for(other))
+        self.assertTrue(self.ledger.is_free_within(0))
+
+    def _take(self) -> None:
+        with self.ledger.lock():
+            pass
+
+    def test_between_threads(self) -> None:
+        inside: list[int] = []
+        overlaps: list[int] = []
+
+        def work() -> None:
+            for _ in range(20):
+                with ledger.Ledger(self.path, 10).lock():
+                    inside.append(1)
+                    overlaps.append(len(inside))
+                    inside.pop()
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual({1}, set(overlaps))
+        self.assertEqual(80, len(overlaps))
+
+    def test_a_killed_holder_blocks_nobody(self) -> None:
+        end = self.hold()
+        with self.assertRaises(exceptions.LockTimeout):
+            self._take()
+        end()
+        self._take()
+
+    def test_a_directory_that_is_wiped_meanwhile(self) -> None:
+        with self.ledger.lock():
+            shutil.rmtree(self.path)
+            with self.ledger.lock():  # which is another file by now
+                self.records.put([RECORD])
+        self.assertEqual([RECORD], self.all())
+
+    def test_a_pipe_in_its_place_holds_up_nobody(self) -> None:
+        os.mkfifo(self.ledger.lock_path)
+        self.assertTrue(self.ledger.is_free_within(0))
+
+
+class TestGone(unittest.TestCase):
+    """Nothing but proof makes a namespace gone."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.path = os.path.join(directory.name, 'netns')
+        self.own = kernel.identify('/proc/self/ns/net')
+        assert self.own is not None
+
+    def state(self, **change: Any) -> kernel.State:
+        assert self.own is not None
+        return kernel.state(self.path, self.own._replace(**change))
+
+    def test_a_file_that_is_no_namespace(self) -> None:
+        for make in (lambda: open(self.path, 'w').close(),
+                     lambda: os.mkdir(self.path),
+                     lambda: os.mkfifo(self.path),
+                     lambda: os.symlink('/dev/zero', self.path),
+                     lambda: os.symlink('/dev/tty', self.path),
+                     lambda: os.symlink(self.path, self.path),
+                     lambda: None):
+            with self.subTest(make=make):
+                make()
+                self.assertIsNone(kernel.identify(self.path))
+                for cookie in (None, 2 ** 63):
+                    self.assertIs(kernel.State.UNKNOWN if cookie is None
+                                  else kernel.State.GONE,
+                                  self.state(cookie=cookie))
+                if os.path.isdir(self.path):
+                    os.rmdir(self.path)
+                elif os.path.lexists(self.path):
+                    os.unlink(self.path)
+
+    def test_its_number_is_enough(self) -> None:
+        self.assertIs(kernel.State.LIVING, self.state())
+
+    def test_an_inode_that_is_used_again(self) -> None:
+        os.symlink('/proc/self/ns/net', self.path)
+        self.assertIs(kernel.State.GONE, self.state(cookie=2 ** 63))
+        # Of a kernel that does not number them, only another inode proves.
+        self.assertIs(kernel.State.LIVING, self.state(cookie=None))
+        self.assertIs(kernel.State.GONE, self.state(cookie=None, inode=1))
+
+    def test_without_an_identity_nothing_is_known(self) -> None:
+        self.assertIs(kernel.State.UNKNOWN, kernel.state(self.path, None))
+        self.assertIs(kernel.State.UNKNOWN, kernel.state(None, None))
+        assert self.own is not None
+        self.assertIs(kernel.State.UNKNOWN, kernel.state(
+            'a\0b', self.own._replace(cookie=None)))
+
+    def test_a_path_that_is_missing(self) -> None:
+        # It is hidden, unless others of its kind are seen there.
+        self.assertIs(kernel.State.UNKNOWN, self.state(cookie=None))
+        os.symlink('/proc/self/ns/net', self.path + '-2')
+        self.assertIs(kernel.State.GONE, self.state(cookie=None))

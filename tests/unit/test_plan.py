@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -22,10 +12,11 @@ from hypothesis import HealthCheck
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from kuryr_break0.model import best_metric
+from kuryr_break0.model import HostRoute
+from kuryr_break0.model import Neighbour
+from kuryr_break0.model import Wanted
 from kuryr_break0 import plan
-from kuryr_break0.plan import HostRoute
-from kuryr_break0.plan import Neighbour
-from kuryr_break0.plan import Wanted
 
 # How long an example takes says how busy the machine is, and no more.
 settings.register_profile('untimed', deadline=None,
@@ -46,10 +37,17 @@ addresses = st.sampled_from(
      ('10.0.0.1', '10.0.0.2', '10.0.0.3', 'fd00::1', 'fd00::2')])
 sources = st.none() | st.sampled_from(
     [ipaddress.ip_address('10.0.0.9'), ipaddress.ip_address('10.0.0.8')])
-routes = st.builds(
-    HostRoute, addresses, st.sampled_from([None, 3, DEVICE]),
-    st.sampled_from([3, PROTOCOL]), st.sampled_from([100, TABLE]), sources,
-    st.booleans())
+
+
+@st.composite
+def route(draw: st.DrawFn) -> HostRoute:
+    address = draw(addresses)
+    return HostRoute(
+        address, draw(st.sampled_from([None, 3, DEVICE])),
+        draw(st.sampled_from([3, PROTOCOL])),
+        draw(st.sampled_from([100, TABLE])), draw(sources),
+        draw(st.sampled_from([best_metric(address), 1024])),
+        draw(st.booleans()))
 
 
 neighbours = st.builds(
@@ -60,7 +58,8 @@ neighbours = st.builds(
 @st.composite
 def desired(draw: st.DrawFn) -> dict[plan.IPAddress, Wanted]:
     return {address: Wanted(
-        HostRoute(address, DEVICE, PROTOCOL, TABLE, draw(sources)),
+        HostRoute(address, DEVICE, PROTOCOL, TABLE, draw(sources),
+                  best_metric(address)),
         draw(st.sampled_from([None, Neighbour(address, DEVICE, MAC,
                                               PROTOCOL)])))
             for address in draw(st.sets(addresses))}
@@ -75,22 +74,26 @@ class Held:
 
     def after(self, to_do: plan.Plan) -> Held:
         """What it holds then: what is replaced is no more."""
-        routes = {(route.dst, route.table): route for route in self.routes}
-        for route in to_do.delete:
-            del routes[route.dst, route.table]
-        for route in to_do.replace:
-            routes[route.dst, route.table] = route
+        routes = {key(each): each for each in self.routes}
+        for each in to_do.delete:
+            del routes[key(each)]
+        for each in to_do.replace:
+            routes[key(each)] = each
         neighbours = {each.dst: each for each in self.neighbours}
-        for each in to_do.forget:
-            del neighbours[each.dst]
-        for each in to_do.learn:
-            neighbours[each.dst] = each
+        for neighbour in to_do.forget:
+            del neighbours[neighbour.dst]
+        for neighbour in to_do.learn:
+            neighbours[neighbour.dst] = neighbour
         return Held(list(routes.values()), list(neighbours.values()))
 
 
-# A table has one route to an address, but for metrics.
+def key(route: HostRoute) -> Any:
+    """What the kernel has one route of."""
+    return route.dst, route.table, route.metric
+
+
 actual = st.builds(
-    Held, st.lists(routes, unique_by=lambda route: (route.dst, route.table)),
+    Held, st.lists(route(), unique_by=key),
     st.lists(neighbours, unique_by=lambda each: each.dst))
 
 
@@ -98,6 +101,10 @@ def compute(wanted: dict[plan.IPAddress, Wanted], before: Held,
             **kwargs: Any) -> plan.Plan:
     return plan.compute(wanted, before.routes, before.neighbours,
                         device=DEVICE, protocol=PROTOCOL, **kwargs)
+
+
+def is_ours(route: HostRoute) -> bool:
+    return route.oif == DEVICE and route.protocol == PROTOCOL
 
 
 def is_foreign(route: HostRoute) -> bool:
@@ -110,15 +117,16 @@ class TestPlan(unittest.TestCase):
     def test_applied_gives_what_is_desired(
             self, wanted: dict[plan.IPAddress, Wanted],
             before: Held) -> None:
-        after = before.after(compute(wanted, before, takeover=True))
+        to_do = compute(wanted, before, takeover=True)
+        after = before.after(to_do)
         self.assertEqual(
             {each.route for each in wanted.values()},
-            {route for route in after.routes
-             if route.oif == DEVICE and route.protocol == PROTOCOL})
+            {route for route in after.routes if is_ours(route)
+             and route not in to_do.unclaimed})
         self.assertEqual(
             {each.neighbour for each in wanted.values()} - {None},
             {each for each in after.neighbours
-             if each.protocol == PROTOCOL})
+             if each.protocol == PROTOCOL and each not in to_do.unclaimed})
 
     @given(desired(), actual, st.booleans())
     def test_applied_there_is_no_more_to_do(
@@ -156,13 +164,53 @@ class TestPlan(unittest.TestCase):
         self.assertEqual(first, compute(
             dict(reversed(list(wanted.items()))), before))
 
-    def test_what_is_kept_is_not_deleted(self) -> None:
+    @given(desired(), actual)
+    def test_what_has_no_record_is_never_deleted(
+            self, wanted: dict[plan.IPAddress, Wanted],
+            before: Held) -> None:
+        to_do = compute(wanted, before)
+        self.assertLessEqual({each.dst for each in to_do.delete}
+                             | {each.dst for each in to_do.forget},
+                             set(wanted))
+        self.assertEqual(
+            {each for each in before.routes
+             if is_ours(each) and each.dst not in wanted}
+            | {each for each in before.neighbours
+               if each.protocol == PROTOCOL and each.dst not in wanted},
+            set(to_do.unclaimed))
+
+    def test_what_is_nobodys_any_more_is_deleted(self) -> None:
         held = Held([HostRoute(ADDRESS, DEVICE, PROTOCOL, TABLE)],
                     [Neighbour(ADDRESS, DEVICE, MAC, PROTOCOL)])
         self.assertEqual(plan.Plan(delete=tuple(held.routes),
                                    forget=tuple(held.neighbours)),
-                         compute({}, held))
-        self.assertFalse(compute({}, held, keep={ADDRESS}))
+                         compute({}, held, withdrawn={ADDRESS}))
+        self.assertEqual(
+            plan.Plan(unclaimed=(*held.routes, *held.neighbours)),
+            compute({}, held))
+        self.assertEqual(plan.Plan(),
+                         compute({}, held, elsewhere={ADDRESS}))
+
+    def test_a_better_route_than_ours_there_is_none(self) -> None:
+        # Of another metric than the best, it takes no part.
+        for text in ('10.0.0.1', 'fd00::1'):
+            address = ipaddress.ip_address(text)
+            route = HostRoute(address, DEVICE, PROTOCOL, TABLE,
+                              metric=best_metric(address))
+            wanted = {address: Wanted(route)}
+            worse = dataclasses.replace(route, metric=1024, oif=3,
+                                        protocol=3)
+            self.assertEqual(plan.Plan(replace=(route,)),
+                             compute(wanted, Held([worse])))
+            # As version 1 has set it for IPv6.
+            older = dataclasses.replace(route, metric=1024)
+            self.assertEqual(plan.Plan(replace=(route,), delete=(older,)),
+                             compute(wanted, Held([older])))
+            same = dataclasses.replace(worse, metric=route.metric)
+            self.assertEqual(plan.Plan(foreign=(same,)),
+                             compute(wanted, Held([same])))
+            self.assertEqual(plan.Plan(foreign=(same,), replace=(route,)),
+                             compute(wanted, Held([same]), takeover=True))
 
     def test_each_difference_is_mended(self) -> None:
         route = HostRoute(ADDRESS, DEVICE, PROTOCOL, TABLE,

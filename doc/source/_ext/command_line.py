@@ -26,7 +26,7 @@ from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import nested_parse_with_titles
 from sphinx.util.rst import escape
 
-from kuryr_break0 import cli
+from kuryr_break0.cli import main as cli
 
 PROGRAM = 'kuryr-break0'
 
@@ -37,7 +37,7 @@ class CommandLine(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         self.env.note_dependency(cli.__file__)
         subparsers = argparse.ArgumentParser(prog=PROGRAM).add_subparsers()
-        cli._add_subcommands(subparsers)
+        cli.add_parsers(subparsers)
         lines = statemachine.StringList()
         for line in describe(subparsers.choices):
             lines.append(line, cli.__file__)

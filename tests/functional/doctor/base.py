@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 from __future__ import annotations
@@ -27,7 +17,7 @@ from kuryr_break0 import config
 from kuryr_break0.doctor import examination
 from kuryr_break0.doctor import report
 from kuryr_break0.ledger import Ledger
-from kuryr_break0.ledger import Owner
+from kuryr_break0.model import Owner
 from tests.functional import base
 from tests.functional.base import OTHER_OWNER
 
@@ -52,7 +42,8 @@ class DoctorTestCase(base.LabTestCase):
         self.set_up_pods()
         # There, but it must not repair what the test has broken.
         self.agent = contextlib.ExitStack()
-        self.agent.enter_context(Ledger('/run/kuryr-break0', 10).attend())
+        self.agent.enter_context(
+            Ledger('/run/kuryr-break0', 10).heartbeat.kept())
         self.addCleanup(self.agent.close)
 
     def set_up_pods(self) -> None:

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 from __future__ import annotations
@@ -17,7 +7,7 @@ import json
 import os
 import time
 
-from kuryr_break0.ledger import Owner
+from kuryr_break0.model import Owner
 from tests.functional import base
 from tests.functional.doctor.base import DoctorTestCase
 from tests.functional.doctor.base import MACS
@@ -42,12 +32,8 @@ class TestCommand(DoctorTestCase):
 
     def test_a_state_directory_that_cannot_be_read(self) -> None:
         os.makedirs('/run/state/addresses')
-        with open('/run/state/lock', 'w'):
-            pass
         os.chmod('/run/state', 0o700)
-        os.chmod('/run/state/lock', 0o400)
-        self.lab.run('mount', '--bind', '/run/state/lock', '/run/state/lock')
-        self.lab.run('mount', '-o', 'remount,bind,ro', '/run/state/lock')
+        os.symlink('lock', '/run/state/lock')
         done = self.call(code=3, OS_BREAK0__STATE_DIR='/run/state')
         self.assertIn('/run/state', done.stderr)
 

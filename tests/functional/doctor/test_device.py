@@ -1,28 +1,14 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 from __future__ import annotations
 
-from kuryr_break0 import exceptions
-from tests.functional.base import OTHER_OWNER
 from tests.functional.doctor.base import DoctorTestCase
-from tests.functional.doctor.base import MACS
 from tests.functional.doctor.base import OTHER4
 from tests.functional.doctor.base import OTHER6
 from tests.functional.doctor.base import OWNER_79
 from tests.functional.doctor.base import POD4
 from tests.functional.doctor.base import POD6
-from tests.functional.doctor.base import SUBNETS
 from tests import lab
 
 
@@ -99,16 +85,15 @@ class TestDevice(DoctorTestCase):
         finding = self.assert_found('parent-down')
         self.assertEqual(['ip link set eth0 up'], finding['commands'])
 
-    def test_parent_mismatch(self) -> None:
-        self.lab.run('ip', 'link', 'add', 'eth1', 'type', 'veth', 'peer',
-                     'name', 'other')
-        with self.assertRaises(exceptions.DeviceConflict):
-            self.bind('100.75.30.79', parent='eth1', owner=OWNER_79)
-        self.bind(OTHER4, OTHER6, owner=OTHER_OWNER,
-                  netns='/run/netns/other', mac_of_pod=MACS['other'],
-                  subnets=SUBNETS)
-        self.manager().sync()
-        self.assert_found('parent-mismatch', 'eth1', '100.75.30.79')
+    def test_two_parents(self) -> None:
+        self.lab.run('ip', 'link', 'add', 'eth1', 'up', 'type', 'veth',
+                     'peer', 'name', 'other')
+        self.lab.run('ip', 'link', 'set', 'other', 'up')
+        self.bind('100.75.30.79', parent='eth1', owner=OWNER_79)
+        self.assertEqual({}, self.findings())
+        self.lab.run('ip', 'link', 'set', 'break0-eth1', 'down')
+        self.follow(self.assert_found('break0-down', 'break0-eth1'))
+        self.assertEqual({}, self.findings())
 
     def test_parent_is_configured_to_another(self) -> None:
         self.assert_found('parent-mismatch', '[break0] parent', POD4, OTHER4,

@@ -1,20 +1,9 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
 from tests.functional.base import OTHER_OWNER
@@ -38,8 +27,8 @@ class TestPods(DoctorTestCase):
         # The agent has not seen it yet.
         self.lab.run('ip', 'address', 'add', '100.75.30.52/24', 'dev',
                      lab.PARENT)
-        self.follow(self.assert_found('pod-not-told', '', POD4, OTHER4, POD6,
-                                      OTHER6, severity='error'))
+        self.follow(self.assert_found('pod-not-configured', '', POD4, OTHER4,
+                                      POD6, OTHER6, severity='error'))
         self.assertEqual({}, self.findings())
         self.assertTrue(self.lab.ping('100.75.30.52', 'pod'))
 
@@ -47,7 +36,8 @@ class TestPods(DoctorTestCase):
         self.lab.run('ip', 'link', 'set', 'break0', 'address',
                      '02:00:00:00:00:99')
         self.assertFalse(self.lab.ping(lab.NODE6, 'pod'))
-        self.follow(self.assert_found('break0-mac', 'pods have been told'))
+        self.follow(self.assert_found('break0-mac',
+                                      'pods were configured with'))
         self.assertEqual({}, self.findings())
         self.assertTrue(self.lab.ping(lab.NODE6, 'pod'))
 
@@ -55,7 +45,7 @@ class TestPods(DoctorTestCase):
         self.bind('100.75.30.79', owner=OWNER_79)
         self.assertEqual({}, self.findings())
         self.bind('fd00:30::79', owner=OWNER_79)
-        self.assert_found('pod-not-told', '', 'fd00:30::79')
+        self.assert_found('pod-not-configured', '', 'fd00:30::79')
 
     def test_neighbour_missing(self) -> None:
         self.lab.run('ip', 'neigh', 'del', lab.NODE6, 'dev', 'eth0',
@@ -88,15 +78,15 @@ class TestPods(DoctorTestCase):
                           'sandbox-1/eth0')
 
     def test_a_namespace_that_is_none(self) -> None:
-        path = '/run/netns/pod'
-        self.lab.run('umount', path)  # a plain file is left
-        found = os.stat(path)
-        entry = '/run/kuryr-break0/addresses/%s.json'
+        # As in a container that mounts are not propagated to, with a kernel
+        # that does not number namespaces.
+        self.lab.run('umount', '/run/netns/pod')  # a plain file is left
+        records = '/run/kuryr-break0/addresses/%s.json'
         for address in (POD4, POD6):
-            with open(entry % address) as file:
+            with open(records % address) as file:
                 fields = json.load(file)
-            fields['netns_id'] = [found.st_dev, found.st_ino]
-            with open(entry % address, 'w') as file:
+            fields['claims'][0]['namespace'][2] = None
+            with open(records % address, 'w') as file:
                 json.dump(fields, file)
         self.assert_found('pod-unreadable', 'cannot be entered',
                           'sandbox-1/eth0')
@@ -189,5 +179,5 @@ class TestARP(DoctorTestCase):
                   mac_of_pod=MACS['other'], subnets=SUBNETS[1:],
                   static_neighbours=False)
         self.assertFalse(self.lab.ping(lab.NODE6, 'other'))
-        self.assert_found('ipv6-not-told', '', OTHER6,
+        self.assert_found('ipv6-not-configured', '', OTHER6,
                           static_neighbours=False)

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 from __future__ import annotations
@@ -18,20 +8,19 @@ import os
 import signal
 import time
 
+from kuryr_break0.ledger import files
 from kuryr_break0.ledger import Ledger
 from tests.functional import base
 from tests.functional.doctor.base import DoctorTestCase
-from tests.functional.doctor.base import MACS
 from tests.functional.doctor.base import POD4
 from tests.functional.doctor.base import POD6
-from tests.functional.doctor.base import SUBNETS
 
 
 class TestRecords(DoctorTestCase):
 
     STATE = '/run/kuryr-break0'
 
-    def entry(self, address: str) -> str:
+    def record(self, address: str) -> str:
         return '%s/addresses/%s.json' % (self.STATE, address)
 
     def test_no_agent(self) -> None:
@@ -40,10 +29,10 @@ class TestRecords(DoctorTestCase):
                           severity='warning')
 
     def test_stuck_agent(self) -> None:
-        path = self.STATE + '/attended'
-        for silent, ids in ((180, []), (200, ['agent-stuck'])):
-            os.utime(path, times=(0, time.time() - silent))
-            with self.subTest(silent=silent):
+        path = self.STATE + '/heartbeat'
+        for age, ids in ((180, []), (200, ['agent-stuck'])):
+            base.beat_at(path, files.now() - age)
+            with self.subTest(age=age):
                 self.assertEqual(ids, list(self.findings()))
         self.assert_found('agent-stuck', ' s; it is process %d ' %
                           os.getpid(), severity='error')
@@ -52,45 +41,43 @@ class TestRecords(DoctorTestCase):
     def test_nothing_is_made(self) -> None:
         state = '/run/elsewhere/state'
         found = self.findings(state_dir=state)
-        # Nobody claims what this state directory does not know.
-        self.assertEqual({'agent-not-running', 'route-stale'}, set(found))
+        # Nothing is said of what this state directory does not know.
+        self.assertEqual({'agent-not-running', 'ledger-other'}, set(found))
         self.assertFalse(os.path.exists('/run/elsewhere'))
 
     def test_damaged(self) -> None:
-        with open(self.entry(POD4), 'w') as file:
+        with open(self.record(POD4), 'w') as file:
             file.write('{"version": 1,')
         self.assert_found('ledger-damaged', 'Expecting property name',
-                          self.entry(POD4), severity='error')
+                          self.record(POD4), severity='error')
         # It is still there.
-        self.assert_found('ledger-damaged', '', self.entry(POD4))
+        self.assert_found('ledger-damaged', '', self.record(POD4))
 
     def test_not_an_address(self) -> None:
-        with open(self.entry('x'), 'w') as file:
+        with open(self.record('x'), 'w') as file:
             file.write('{}')
         self.assert_found('ledger-damaged', 'not appear to be an IPv4',
-                          self.entry('x'))
+                          self.record('x'))
 
-    def test_set_aside(self) -> None:
-        with open(self.entry(POD4), 'w') as file:
+    def test_quarantined(self) -> None:
+        with open(self.record(POD4), 'w') as file:
             file.write('no JSON')
-        self.status()
-        finding = self.assert_found('ledger-aside', '',
-                                    self.STATE + '/damaged/%s.json' % POD4,
+        self.manager().sync()  # which rebuilds it
+        finding = self.assert_found('ledger-quarantined', '',
+                                    self.STATE + '/quarantine/%s.json' % POD4,
                                     severity='warning')
-        self.bind(POD4, POD6, netns='/run/netns/pod', subnets=SUBNETS,
-                  mac_of_pod=MACS['pod'])
         self.follow(finding)
         self.assertEqual({}, self.findings())
 
     def test_newer(self) -> None:
-        with open(self.entry(POD4)) as file:
+        with open(self.record(POD4)) as file:
             fields = json.load(file)
-        with open(self.entry(POD4), 'w') as file:
-            json.dump({**fields, 'version': 2}, file)
-        self.assert_found('ledger-newer', 'version 2', self.entry(POD4))
+        with open(self.record(POD4), 'w') as file:
+            json.dump({**fields, 'version': 3}, file)
+        self.assert_found('ledger-newer', 'version 3', self.record(POD4))
 
     def test_sandbox_gone(self) -> None:
-        self.lab.run('ip', 'netns', 'del', 'pod')
+        self.lab.del_netns('pod')
         self.follow(self.assert_found(
             'sandbox-gone', '', POD4 + ' (sandbox-1/eth0)',
             POD6 + ' (sandbox-1/eth0)', severity='warning'))

@@ -1,14 +1,4 @@
-# Licensed under the Apache License, Version 2.0 (the "License"); you may
-# not use this file except in compliance with the License. You may obtain
-# a copy of the License at
-#
-#      http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS, WITHOUT
-# WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the
-# License for the specific language governing permissions and limitations
-# under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 from __future__ import annotations
@@ -42,7 +32,7 @@ class TestRoutes(DoctorTestCase):
                      'proto', '176', 'scope', 'link', 'src', '100.75.30.52')
         # The pods have not been told of that address yet either.
         found = self.findings()
-        self.assertEqual(['route-wrong', 'pod-not-told'], list(found))
+        self.assertEqual(['route-wrong', 'pod-not-configured'], list(found))
         self.assertEqual([POD4], found['route-wrong']['subjects'])
         self.follow(found['route-wrong'])
         self.assertEqual({}, self.findings())
@@ -58,7 +48,9 @@ class TestRoutes(DoctorTestCase):
         self.assert_found('route-foreign', 'protocol 3', POD4)
 
     def test_foreign_and_preferred(self) -> None:
-        self.lab.run('ip', 'route', 'add', POD6, 'dev', 'lo', 'metric', '1')
+        # Nothing is better than ours but what takes its place.
+        self.lab.run('ip', 'route', 'replace', POD6, 'dev', 'lo', 'metric',
+                     '1')
         self.assert_found('route-foreign', 'on lo with', POD6)
         self.assertFalse(self.lab.ping(POD6))
 

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Which events of the kernel may mean that there is something to repair."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Optional
+
+from kuryr_break0 import config
+from kuryr_break0 import exceptions
+from kuryr_break0 import kernel
+from kuryr_break0.ledger import Ledger
+
+
+class Interests:
+    """What the agent needs to hear of.
+
+    Most events are of no use: of the interfaces of pods that are made on the
+    node and moved away, of the routes of others, of what we set ourselves. A
+    pod can cause as many as it likes, as by switching promiscuous mode, so
+    an event counts only if it changes something that is known here.
+    """
+
+    def __init__(self, options: config.Options, ledger: Ledger) -> None:
+        self._options = options
+        self._ledger = ledger
+        self._names: set[str] = set()
+        self._links: dict[int, Any] = {}
+        self._addresses: set[tuple[int, Any]] = set()
+
+    def update(self) -> None:
+        """Note what is there now, after a sync.
+
+        :raises Break0Error: if it cannot be read
+        """
+        identity = None
+        with contextlib.suppress(exceptions.LedgerUnavailable):
+            identity = self._ledger.identity()
+        devices = identity.devices if identity else {}
+        self._names = {self._options.device, *devices, *devices.values()}
+        if self._options.parent is not None:
+            self._names.add(self._options.parent)
+        with kernel.Netlink() as netlink:
+            links = [netlink.link(name) for name in self._names]
+            self._links = {link.index: _essence(link) for link in links
+                           if link is not None}
+            self._addresses = {(index, address) for index, address
+                               in netlink.addresses()}
+
+    def include(self, event: kernel.Event) -> bool:
+        """Return whether an event may be of something to repair."""
+        if event.what == 'link':
+            return self._changes_link(event)
+        if event.what == 'address':
+            place = event.ifindex or 0, event.dst
+            changed = (place in self._addresses) == event.gone
+            (self._addresses.discard if event.gone
+             else self._addresses.add)(place)
+            return changed and (event.ifindex in self._links
+                                or self._is_recorded(event))
+        if event.what == 'route':
+            ours = event.protocol == self._options.route_protocol
+            return (event.gone or not ours) and self._is_recorded(event)
+        if event.what == 'neighbour':
+            return (event.gone and event.ifindex in self._links
+                    and self._is_recorded(event))
+        return True  # events were lost
+
+    def _changes_link(self, event: kernel.Event) -> bool:
+        link, index = event.link, event.ifindex
+        if link is None or index is None:
+            return True
+        if index not in self._links:
+            return not event.gone and link.name in self._names
+        essence: Optional[Any] = None if event.gone else _essence(link)
+        changed = bool(self._links[index] != essence)
+        self._links[index] = essence
+        return changed
+
+    def _is_recorded(self, event: kernel.Event) -> bool:
+        return event.dst is not None and self._ledger.records.exists(
+            event.dst)
+
+
+def _essence(link: kernel.Link) -> Any:
+    """Return what of an interface a break0 depends on."""
+    return (link.name, link.kind, link.mode, link.lower, link.mtu, link.mac,
+            link.alias, link.up, link.multicast)

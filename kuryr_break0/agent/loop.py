@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Repairs at once what is changed on the node, and all by a timer."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import signal
+import socket
+import time
+from typing import Any, Callable, Iterator, Optional
+
+import inotify_simple
+from oslo_log import log as logging
+
+from kuryr_break0.agent.http import Server
+from kuryr_break0.agent.interests import Interests
+from kuryr_break0.agent.metrics import Metrics
+from kuryr_break0 import config
+from kuryr_break0 import exceptions
+from kuryr_break0 import kernel
+from kuryr_break0.ledger.journal import Journal
+from kuryr_break0.ledger import Ledger
+from kuryr_break0.reconciler import Reconciler
+
+LOG = logging.getLogger(__name__)
+
+#: Seconds from the first event to the sync that it causes: a burst is one.
+_BURST = 0.05
+#: Seconds after which a record that is new must have its route. A bind takes
+#: a thousandth of that, so one that has none was killed.
+_SETTLED = 1.0
+#: Seconds between two syncs at least; and of its time, the part that the
+#: agent spends on them, whatever happens on the node.
+_PAUSE = 0.1
+_SHARE = 0.1
+#: So many events at once are a flood, which is read in larger portions.
+_FLOOD = 32
+_FLOOD_PAUSE = 0.1
+
+
+class Agent:
+    """Keeps the node as the ledger says, beside kuryr-daemon.
+
+    The two share the ledger, its lock and the kernel, and nothing else, so
+    either may be restarted at any time. What a pod's ADD or DEL changes is
+    done when that returns; the agent is for all that happens otherwise.
+
+    :param load: reads the options anew
+    """
+
+    def __init__(self, options: config.Options,
+                 load: Callable[[], config.Options]) -> None:
+        self._load = load
+        self._options = options
+        self._metrics = Metrics()
+        self._server = Server(self._metrics)
+        self._stop = False
+        self._reload = False
+        #: monotonic time before which there is no sync, but by the timer
+        self._not_before = 0.0
+        self._failures = 0
+
+    def run(self) -> None:
+        """Work until SIGTERM or SIGINT."""
+        woken, wake = socket.socketpair()
+        wake.setblocking(False)
+        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._signalled)
+        LOG.info('Watching over %s', self._options.device)
+        with kernel.Events() as events, contextlib.closing(self._server):
+            while not self._stop:
+                self._work(events, woken)
+        LOG.info('Ending')
+
+    def _work(self, events: kernel.Events, woken: socket.socket) -> None:
+        """Work with the options as they are now."""
+        options = self._options
+        ledger = Ledger(options.state_dir, options.lock_timeout)
+        interests = Interests(options, ledger)
+        self._metrics.configure(options)
+        with contextlib.suppress(exceptions.LedgerUnavailable):
+            ledger.prepare()
+        with ledger.heartbeat.kept() as beat:
+            while not self._stop and not self._reload:
+                # Again each time, since the directory may be another one.
+                # What changes from now on may be too late for the sync.
+                with _watching(ledger) as watch:
+                    self._server.listen(options.metrics_bind)
+                    self._sync(ledger, interests)
+                    beat()
+                    self._wait(events, woken, watch, interests)
+        if self._reload:
+            self._reload_options()
+
+    def _signalled(self, number: int, frame: Any) -> None:
+        if number == signal.SIGHUP:
+            self._reload = True
+        else:
+            self._stop = True
+
+    def _wait(self, events: kernel.Events, woken: socket.socket,
+              watch: Optional[inotify_simple.INotify],
+              interests: Interests) -> None:
+        """Return when there may be something to repair."""
+        timer = time.monotonic() + self._options.resync_interval
+        due = timer
+        files = [events.fileno(), woken.fileno()]
+        if watch is not None:
+            files.append(watch.fileno())
+        while not (self._stop or self._reload):
+            at = min(timer, max(due, self._not_before))
+            timeout = at - time.monotonic()
+            if timeout <= 0:
+                return
+            ready, _, _ = select.select(files, [], [], timeout)
+            if woken.fileno() in ready:
+                woken.recv(4096)
+            if watch is not None and watch.fileno() in ready:
+                watch.read(timeout=0)
+                due = min(due, time.monotonic() + _SETTLED)
+            if events.fileno() in ready:
+                heard = events.get()
+                self._metrics.heard(heard)
+                if any([interests.include(event) for event in heard]):
+                    due = min(due, time.monotonic() + _BURST)
+                if len(heard) >= _FLOOD:
+                    time.sleep(_FLOOD_PAUSE)
+
+    def _sync(self, ledger: Ledger, interests: Interests) -> None:
+        began = time.monotonic()
+        error: Optional[Exception] = None
+        try:
+            outcome = Reconciler(self._options, ledger, Journal(
+                self._options.state_dir)).sync()
+            for error in outcome.errors[:1]:
+                LOG.error('Not all could be repaired: %s', error)
+            interests.update()
+        except Exception as err:  # must not end the agent
+            LOG.exception('Not all could be repaired')
+            error = err
+        ended = time.monotonic()
+        self._metrics.synced(ended - began, error)
+        # One that fails again and again is repeated less and less often, and
+        # at last with the timer only.
+        self._failures = 0 if error is None else min(self._failures + 1, 20)
+        pause = max(_PAUSE, (ended - began) * (1 / _SHARE - 1),
+                    self._failures and _PAUSE * 2 ** self._failures)
+        self._not_before = ended + min(pause, self._options.resync_interval)
+
+    def _reload_options(self) -> None:
+        self._reload = False
+        try:
+            self._options = self._load()
+            LOG.info('Read the configuration again')
+        except Exception as err:  # the one from before is still good
+            LOG.error('The configuration stays as it was: %s', err)
+
+
+@contextlib.contextmanager
+def _watching(ledger: Ledger) -> Iterator[Optional[inotify_simple.INotify]]:
+    """Have the kernel tell when records come or go; None if it cannot."""
+    flags = inotify_simple.flags
+    try:
+        watch = inotify_simple.INotify(nonblocking=True)
+    except OSError as err:
+        LOG.warning('New records are noticed by the timer only: %s', err)
+        yield None
+        return
+    with watch:
+        try:
+            watch.add_watch(ledger.records.directory,
+                            flags.MOVED_TO | flags.DELETE
+                            | flags.DELETE_SELF)
+        except OSError:
+            pass  # it is made with the first pod
+        yield watch

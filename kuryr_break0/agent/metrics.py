@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The figures of a node for Prometheus, and the health of the agent."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import threading
+import time
+from typing import Any, Iterator, Optional, Sequence
+
+from oslo_log import log as logging
+import prometheus_client
+from prometheus_client import core
+from prometheus_client import registry as prometheus_registry
+
+from kuryr_break0 import config
+from kuryr_break0 import exceptions
+from kuryr_break0 import kernel
+from kuryr_break0.ledger import journal
+from kuryr_break0.ledger.journal import Done
+from kuryr_break0.ledger import Ledger
+from kuryr_break0 import snapshot
+from kuryr_break0.snapshot import Snapshot
+
+LOG = logging.getLogger(__name__)
+
+_PREFIX = 'kuryr_break0'
+#: Upper limits in seconds: from a bind, some milliseconds, to lock_timeout.
+_BUCKETS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10)
+
+
+class Metrics(prometheus_registry.Collector):
+    """The figures of a node.
+
+    What is bound and routed is read at the first scrape after a sync, so that
+    frequent scrapes cost nothing. What all processes have done is in their
+    journal.
+
+    The thread of the agent writes; those of the server read.
+    """
+
+    def __init__(self) -> None:
+        # Those would repeat for each figure when the agent started.
+        prometheus_client.disable_created_metrics()
+        self.registry = prometheus_client.CollectorRegistry()
+        prometheus_client.ProcessCollector(registry=self.registry)
+        self.registry.register(self)
+        ours: dict[str, Any] = {'namespace': _PREFIX,
+                                'registry': self.registry}
+        timed = {**ours, 'buckets': _BUCKETS}
+        prometheus_client.Info(
+            'build', 'Version of kuryr-break0.', **ours).info(
+                {'version': importlib.metadata.version('kuryr-break0')})
+        self._seconds = {
+            Done.BIND: prometheus_client.Histogram(
+                'bind_seconds', 'Duration of binding the addresses of a pod, '
+                'in seconds.', **timed),
+            Done.UNBIND: prometheus_client.Histogram(
+                'unbind_seconds', 'Duration of unbinding the addresses of a '
+                'pod, in seconds.', **timed)}
+        self._failures = {
+            Done.BIND_FAILED: prometheus_client.Counter(
+                'bind_failures', 'Binds that failed.', **ours),
+            Done.UNBIND_FAILED: prometheus_client.Counter(
+                'unbind_failures', 'Unbinds that failed.', **ours)}
+        repairs = prometheus_client.Counter(
+            'repairs', 'Repairs made, by kind.',
+            ['reason'], **ours)
+        self._repairs = {each: repairs.labels(each.name.lower())
+                         for each in journal.REPAIRS}
+        self._sync_seconds = prometheus_client.Histogram(
+            'sync_seconds', 'Duration of a full reconciliation, in '
+            'seconds.', **timed)
+        self._sync_failures = prometheus_client.Counter(
+            'sync_failures', 'Reconciliations of the agent that failed.',
+            **ours)
+        self._last_success = prometheus_client.Gauge(
+            'sync_last_success_timestamp_seconds',
+            'Time of the last reconciliation that did not fail, in seconds '
+            'since the epoch.', **ours)
+        self._events = prometheus_client.Counter(
+            'events_received', 'Netlink events received.', **ours)
+        self._losses = prometheus_client.Counter(
+            'events_lost', 'Netlink events lost because the socket buffer '
+            'was full.', **ours)
+        self._options: Optional[config.Options] = None
+        self._reading = threading.Lock()
+        self._outdated = False
+        self._seen: Optional[Snapshot] = None
+        self._error: Optional[str] = None
+        self._succeeded: Optional[float] = None
+        self._ended = time.monotonic()
+
+    def configure(self, options: config.Options) -> None:
+        """Go by these options from now on."""
+        self._options = options
+
+    def synced(self, seconds: float, error: Optional[Exception]) -> None:
+        """A sync of the agent has ended.
+
+        :param error: what it failed by; None if it did not
+        """
+        self._sync_seconds.observe(seconds)
+        self._ended = time.monotonic()
+        self._error = str(error) if error is not None else None
+        if error is not None:
+            self._sync_failures.inc()
+        else:
+            self._last_success.set_to_current_time()
+            self._succeeded = time.monotonic()
+        self._outdated = True
+        self._read_journal()  # before it is full
+
+    def heard(self, events: Sequence[kernel.Event]) -> None:
+        """The kernel has told of these."""
+        lost = sum(event.what == 'lost' for event in events)
+        self._events.inc(len(events) - lost)
+        self._losses.inc(lost)
+
+    def unwell(self) -> Optional[str]:
+        """Why the agent does not do its work; None if it does."""
+        if self._succeeded is None:
+            since = 'yet'
+        else:
+            age = time.monotonic() - self._succeeded
+            if age <= self._patience:
+                return None
+            since = 'for %d s' % age
+        return 'No sync has succeeded %s: %s' % (
+            since, self._error or 'none has ended')
+
+    def stuck(self) -> Optional[str]:
+        """Why it should be restarted; None while it tries."""
+        age = time.monotonic() - self._ended
+        if age <= self._patience:
+            return None
+        return 'No sync has ended for %d s' % age
+
+    @property
+    def _patience(self) -> float:
+        assert self._options is not None
+        return self._options.patience
+
+    def refresh(self) -> None:
+        """Refresh the values that :meth:`collect` returns."""
+        self._read_journal()
+        with self._reading:
+            if self._outdated:
+                self._outdated = False  # a sync may end meanwhile
+                self._seen = self._read_snapshot()
+
+    def collect(self) -> Iterator[core.Metric]:
+        """Return the values that were read; none if that failed."""
+        if self._seen is not None:
+            yield from _gauges(self._seen)
+
+    def _read_journal(self) -> None:
+        assert self._options is not None
+        for what, times, seconds in journal.Journal(
+                self._options.state_dir).drain():
+            if what in self._repairs:
+                self._repairs[what].inc(times)
+                continue
+            if what in self._failures:
+                self._failures[what].inc(times)
+            done = (Done.BIND if what in (Done.BIND, Done.BIND_FAILED)
+                    else Done.UNBIND)
+            self._seconds[done].observe(seconds)
+
+    def _read_snapshot(self) -> Optional[Snapshot]:
+        options = self._options
+        assert options is not None
+        try:
+            with kernel.Netlink() as netlink:
+                return snapshot.read(options, Ledger(
+                    options.state_dir, options.lock_timeout), netlink)
+        except exceptions.Break0Error as err:
+            LOG.error('The metrics are without addresses: %s', err)
+            return None
+
+
+def _gauges(seen: Snapshot) -> Iterator[core.Metric]:
+    problems = seen.problems()
+    rows: dict[str, tuple[int, ...]] = {}
+    for parent in seen.parents.values():
+        rows[parent.name] = (
+            len(parent.live), len(parent.routes),
+            len({route.dst for route in parent.plan.foreign}),
+            len({item.dst for item in parent.plan.unclaimed}),
+            sum(found is parent
+                for found in map(seen.parent_of, problems)),
+            int(parent.link is not None and parent.link.up))
+    # What is of no parent, as a record that cannot be read.
+    stray = sum(seen.parent_of(address) is None for address in problems)
+    if stray or not rows:
+        rows[''] = (0, 0, 0, 0, stray, 0)
+    texts = (
+        ('addresses_desired', 'Addresses that pods have.'),
+        ('addresses_routed', 'Addresses with a host route through break0.'),
+        ('addresses_foreign', 'Addresses of pods with a route of others.'),
+        ('addresses_unclaimed', 'Addresses with a route or neighbour of ours '
+         'and without a record.'),
+        ('addresses_out_of_sync', 'Addresses that cannot be reached, or that '
+         'a sync would change.'),
+        ('device_up', 'Whether break0 exists and is up.'))
+    for place, (name, text) in enumerate(texts):
+        metric = core.GaugeMetricFamily('%s_%s' % (_PREFIX, name), text,
+                                        labels=['parent'])
+        for label, values in rows.items():
+            metric.add_metric([label], values[place])
+        yield metric
+    for name, text, value in (
+            ('ledger_records', 'Addresses that have a record.',
+             len(seen.contents.claims)),
+            ('ledger_unreadable_records', 'Records that cannot be read.',
+             len(seen.contents.unreadable)),
+            ('node_problems', 'Faults of break0 itself or of the ledger.',
+             len(list(seen.node_problems())))):
+        yield core.GaugeMetricFamily('%s_%s' % (_PREFIX, name), text, value)

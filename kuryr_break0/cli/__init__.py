@@ -1,0 +1,3 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The command ``kuryr-break0``: one module per verb."""

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Takes in the pods that were running before break0 was in use."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from typing import Any, Iterable, Optional, TYPE_CHECKING
+import warnings
+
+from oslo_config import cfg
+import prettytable
+
+from kuryr_break0.cli import common
+from kuryr_break0 import config
+from kuryr_break0 import exceptions
+from kuryr_break0 import kernel
+from kuryr_break0.ledger import Ledger
+from kuryr_break0.manager import Break0Manager
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Owner
+
+if TYPE_CHECKING:
+    from kuryr_break0.kuryr.api import Port
+
+_DESCRIPTION = """\
+Make the pods reachable that Kuryr bound before break0 was in use, without
+restarting them. Kuryr's API client says which pods this node has, by the
+[kubernetes] options and KUBERNETES_NODE_NAME, as for kuryr-daemon; each is
+found by the MAC address of its macvlan, in the namespaces under [break0]
+netns_dirs and of all processes. Their later DEL removes them.
+
+Run it on each node, where kuryr-daemon runs, after that has been restarted
+with break0. Again is harmless: what is bound stays as it is, and a pod that
+is not found or being deleted is left alone.
+
+Exits with 0 if all pods that were found are bound, 1 if one could not be
+(with --dry-run: if there is one to adopt), 2 for wrong usage or
+configuration, 3 if API, kernel or state directory cannot be read.
+"""
+_EPILOG = """\
+example:
+  kuryr-break0 --config-file /etc/kuryr/kuryr.conf adopt --dry-run
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        'adopt', help='make pods reachable that run already',
+        description=_DESCRIPTION, epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--dry-run', action='store_true',
+                        help='print what there is to do, and do nothing')
+    parser.add_argument('--json', action='store_true',
+                        help='print JSON instead of a table')
+    parser.set_defaults(func=_run)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """An interface of a pod of this node, and what became of it.
+
+    :ivar pod: its namespace and name in Kubernetes
+    :ivar ifname: empty if all of the pod is meant
+    :ivar outcome: ``adopted``; ``bound``, if it was already; ``skipped``,
+        if nothing is to be done for it; ``not found``; ``failed``
+    :ivar reason: why, but for what is bound now
+    :ivar netns: path of its network namespace, if found
+    """
+
+    pod: str
+    ifname: str
+    addresses: tuple[IPAddress, ...]
+    outcome: str
+    reason: Optional[str] = None
+    netns: Optional[str] = None
+
+
+def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
+    try:
+        # It takes a second, and the other subcommands do without. What its
+        # libraries say of theirs is not for who calls this.
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            from kuryr_break0.kuryr import api
+        api.configure(conf.config_file or [], conf.config_dir or [])
+    except (ImportError, cfg.Error) as err:
+        return common.fail(common.USAGE, err)
+    ports = api.ports()
+    adopter = Adopter(
+        options, options.parent or api.link_iface(),
+        kernel.macvlans(options.netns_dirs,
+                        {*options.proc_dirs, api.proc()}),
+        conf.command.dry_run)
+    findings = [adopter.adopt(port) for port in ports]
+    if conf.command.json:
+        print(json.dumps([{**vars(each), 'addresses': list(
+            map(str, each.addresses))} for each in findings], indent=2))
+    else:
+        _print_table(findings)
+    outcomes = {each.outcome for each in findings}
+    if 'failed' in outcomes or (conf.command.dry_run
+                                and 'adopted' in outcomes):
+        return common.DRIFT
+    return common.IN_SYNC
+
+
+class Adopter:
+    """Binds the pods that are not bound yet.
+
+    :param parent: the interface that they should be on; None for any
+    :param macvlans: those of the node
+    :param dry_run: change nothing
+    """
+
+    def __init__(self, options: config.Options, parent: Optional[str],
+                 macvlans: Iterable[kernel.Macvlan],
+                 dry_run: bool) -> None:
+        self._options = options
+        self._parent = parent
+        # A MAC address is there once per parent (macvlan_hash_lookup).
+        self._macvlans = {macvlan.link.mac: macvlan for macvlan in macvlans
+                          if macvlan.link.mode == 'bridge'
+                          and parent in (None, macvlan.parent)}
+        self._dry_run = dry_run
+        self._ledger = Ledger(options.state_dir, options.lock_timeout)
+
+    def adopt(self, port: Port) -> Finding:
+        """Bind an interface of a pod, unless it is.
+
+        :raises LedgerUnavailable: if it cannot be known
+        """
+        found = Finding(port.pod, port.ifname, port.addresses, 'adopted')
+        if port.not_ours is not None:
+            return dataclasses.replace(found, outcome='skipped',
+                                       reason=port.not_ours)
+        if port.damaged is not None:
+            return dataclasses.replace(found, outcome='failed',
+                                       reason=port.damaged)
+        macvlan = self._macvlans.get(port.mac)
+        if macvlan is None:
+            return dataclasses.replace(
+                found, outcome='not found', reason='no namespace has a '
+                'macvlan in bridge mode with its MAC address %s%s' % (
+                    port.mac, ' on ' + self._parent if self._parent else ''))
+        found = dataclasses.replace(found, netns=macvlan.netns)
+        try:
+            return dataclasses.replace(
+                found, outcome='adopted' if self._bind(port, macvlan)
+                else 'bound')
+        except exceptions.LedgerUnavailable:
+            raise
+        except exceptions.Break0Error as err:
+            return dataclasses.replace(found, outcome='failed',
+                                       reason=str(err))
+
+    def _bind(self, port: Port, macvlan: kernel.Macvlan) -> bool:
+        """Bind what is not bound; whether there was any.
+
+        :raises Break0Error: if one of the addresses cannot be bound
+        """
+        # The name in the namespace, since the one that Kuryr gives to the
+        # first interface is up to who runs the CNI plugin (CNI_IFNAME).
+        ifname = macvlan.link.name
+        owner = Owner.adopted(macvlan.namespace, ifname)
+        unbound = []
+        for address in port.addresses:
+            record = self._ledger.records.get(address)
+            if (record is not None and record.namespace is not None
+                    and record.namespace.is_same(macvlan.namespace)):
+                continue
+            if (record is not None and self._dry_run and kernel.state(
+                    record.netns, record.namespace)
+                    is not kernel.State.GONE):
+                raise exceptions.AddressTaken(  # as the bind would
+                    address=address, owner=record.owner, **vars(record.owner))
+            unbound.append(address)
+        if unbound and not self._dry_run:
+            Break0Manager(self._options).bind(
+                owner, unbound, parent=macvlan.parent, mac=port.mac,
+                subnets=port.subnets, netns=macvlan.netns, pod=port.pod,
+                yielding=True)
+        return bool(unbound)
+
+
+def _print_table(findings: list[Finding]) -> None:
+    table = prettytable.PrettyTable(
+        ['Pod', 'Interface', 'Addresses', 'Outcome', 'Namespace', 'Reason'])
+    for each in findings:
+        table.add_row([
+            each.pod, each.ifname or '-',
+            ' '.join(map(str, each.addresses)) or '-', each.outcome,
+            each.netns or '-', each.reason or '-'])
+    print(table)

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""``kuryr-break0 agent``"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from oslo_config import cfg
+
+from kuryr_break0.agent.loop import Agent
+from kuryr_break0.cli import common
+from kuryr_break0 import config
+from kuryr_break0 import exceptions
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        'agent', help='keep break0 and the routes what they should be',
+        description='Run until SIGTERM: repair break0 and the routes when '
+                    'something changes them, and reconcile all of them every '
+                    'resync_interval seconds. SIGHUP reads the configuration '
+                    'again.')
+    parser.set_defaults(func=run)
+
+
+def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
+    """Run the agent until it is told to end."""
+    def load() -> config.Options:
+        # It says what was wrong in the log, and returns False.
+        if not conf.reload_config_files():
+            raise exceptions.InvalidOption(
+                option='(all)', reason='the configuration files cannot be '
+                'read; the line before says why')
+        return config.load(conf)
+
+    Agent(options, load).run()
+    return common.IN_SYNC

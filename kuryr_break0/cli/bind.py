@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""``kuryr-break0 bind`` and ``unbind``: what Kuryr knows nothing of."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any, Iterable, Optional
+
+from oslo_config import cfg
+from oslo_log import log as logging
+
+from kuryr_break0.cli import common
+from kuryr_break0 import config
+from kuryr_break0 import exceptions
+from kuryr_break0 import kernel
+from kuryr_break0.ledger import Ledger
+from kuryr_break0.manager import Break0Manager
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Owner
+
+LOG = logging.getLogger(__name__)
+
+_BIND = """\
+Make addresses reachable through break0 that Kuryr knows nothing of: of a
+container that another engine has put on the node's interface by macvlan, in
+bridge mode. It is repaired by sync and agent, as a pod is.
+
+With --netns, its MAC address and parent are read from there, and its addresses
+too if none is given; the container is configured to reach the node, and the
+addresses are unbound when the namespace is gone. Without, only the node's side
+is set up, until unbind: give --mac, unless the node may find it by ARP (IPv4
+only).
+
+Exits with 0 if done, 1 if an address belongs to another owner or has a route
+of others, 2 for what cannot be meant, 3 if the kernel or the state directory
+refuses.
+"""
+_BIND_EPILOG = """\
+example:
+  kuryr-break0 bind 192.0.2.80 2001:db8::80 --owner web \\
+      --netns /run/netns/web
+
+The path of the namespace of a container is what docker inspect and podman
+inspect call SandboxKey.
+"""
+_UNBIND = """\
+Take back what bind did. An address that belongs to another owner is left.
+Exits with 0 if the addresses are unbound, also if they were before, 1 if one
+belongs to another owner, 3 if the kernel or the state directory refuses.
+"""
+_UNBIND_EPILOG = """\
+example:
+  kuryr-break0 unbind 192.0.2.80 2001:db8::80 --owner web
+"""
+#: What is wrong with the arguments, or with what they name.
+_NOT_MEANT = (exceptions.AddressRefused, exceptions.NetnsUnusable,
+              exceptions.NoAddress, exceptions.NotAMacvlan,
+              exceptions.NotItsAddress, exceptions.ParentMismatch,
+              exceptions.ParentNotFound, exceptions.ParentUnknown)
+
+
+def add_parsers(subparsers: Any) -> None:
+    bind = subparsers.add_parser(
+        'bind', help='make the addresses of a container reachable',
+        description=_BIND, epilog=_BIND_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    unbind = subparsers.add_parser(
+        'unbind', help='take back what bind did',
+        description=_UNBIND, epilog=_UNBIND_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    for parser in (bind, unbind):
+        parser.add_argument(
+            'address', metavar='ADDRESS',
+            nargs='*' if parser is bind else '+',
+            type=common.argument(config.HostAddress()),
+            help='IPv4 or IPv6 address' + (
+                ' (default: those that the interface has in the namespace)'
+                if parser is bind else ''))
+        parser.add_argument(
+            '--owner', metavar='NAME', required=True,
+            type=common.argument(_owner),
+            help='whose the addresses are: a name that is yours alone; '
+                 'unbind needs the same')
+        parser.add_argument(
+            '--ifname', metavar='NAME', default='eth0',
+            type=common.argument(config.DeviceName()),
+            help="the container's interface (default: eth0)")
+    bind.add_argument(
+        '--netns', metavar='PATH',
+        type=common.argument(config.AbsolutePath()),
+        help="absolute path of the container's network namespace")
+    bind.add_argument(
+        '--mac', metavar='MAC', type=common.argument(config.UnicastMAC()),
+        help="MAC address of the container's interface (default: what it "
+             'has in the namespace)')
+    bind.add_argument(
+        '--parent', metavar='NAME',
+        type=common.argument(config.DeviceName()),
+        help="the node's interface that it is on (default: [break0] parent, "
+             'else [binding] link_iface, else what it is on)')
+    bind.set_defaults(func=_bind)
+    unbind.set_defaults(func=_unbind)
+
+
+def _owner(name: str) -> str:
+    if not re.fullmatch(r'[^\s/]{1,128}', name):
+        raise ValueError('%r is not a name: 1 to 128 characters without '
+                         'white space and "/" are allowed' % name)
+    return name
+
+
+def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
+    wanted = conf.command
+    owner = Owner(wanted.owner, wanted.ifname)
+    parent = wanted.parent or options.parent or config.link_iface(conf)
+    mac, addresses = wanted.mac, wanted.address
+    manager = Break0Manager(options)
+    try:
+        if wanted.netns is not None:
+            macvlan = _macvlan(options, wanted.netns, wanted.ifname, parent)
+            parent = macvlan.parent
+            mac = mac or macvlan.link.mac
+            addresses = addresses or macvlan.addresses
+            _require_addresses(macvlan, addresses)
+        if not addresses:
+            raise exceptions.NoAddress(owner=owner)
+        if parent is None:
+            raise exceptions.ParentUnknown()
+        manager.bind(owner, addresses, parent=parent, mac=mac,
+                     netns=wanted.netns, yielding=True)
+    except (exceptions.AddressTaken, exceptions.ForeignRoute) as err:
+        return common.fail(common.DRIFT, err)
+    except _NOT_MEANT as err:
+        return common.fail(common.USAGE, err)
+    finally:
+        _housekeep(manager)
+    identity = Ledger(options.state_dir, options.lock_timeout).identity()
+    devices = identity.devices if identity else {}
+    device = devices.get(parent, options.device)
+    for address in addresses:
+        print('Bound %s to %s for %s' % (address, device, owner))
+    return common.IN_SYNC
+
+
+def _housekeep(manager: Break0Manager) -> None:
+    """Repair what other containers need, as each ADD and DEL does."""
+    try:
+        manager.housekeep()
+    except exceptions.Break0Error as err:
+        LOG.warning('Cannot repair what other containers need: %s', err)
+
+
+def _macvlan(options: config.Options, netns: str, ifname: str,
+             parent: Optional[str]) -> kernel.Macvlan:
+    """Find the container's interface.
+
+    :param parent: what it should be on; None for any interface of the node
+    :raises NotAMacvlan: if it is none that break0 reaches
+    """
+    found = 'the node has no macvlan of that name there'
+    for macvlan in kernel.macvlans_in(netns):
+        if macvlan.link.name == ifname:
+            if macvlan.link.mode == 'bridge' and parent in (None,
+                                                            macvlan.parent):
+                return macvlan
+            found = 'it is in %s mode on %s' % (macvlan.link.mode,
+                                                macvlan.parent)
+    raise exceptions.NotAMacvlan(
+        ifname=ifname, netns=netns, found=found, device=options.device,
+        parent=parent or 'an interface of this node')
+
+
+def _require_addresses(macvlan: kernel.Macvlan,
+                       addresses: Iterable[IPAddress]) -> None:
+    for address in addresses:
+        if address not in macvlan.addresses:
+            raise exceptions.NotItsAddress(
+                address=address, ifname=macvlan.link.name,
+                netns=macvlan.netns,
+                found=', '.join(map(str, macvlan.addresses)) or 'no address')
+
+
+def _unbind(conf: cfg.ConfigOpts, options: config.Options) -> int:
+    owner = Owner(conf.command.owner, conf.command.ifname)
+    addresses = conf.command.address
+    manager = Break0Manager(options)
+    try:
+        unbound = manager.unbind(owner, addresses)
+    finally:
+        _housekeep(manager)
+    records = Ledger(options.state_dir, options.lock_timeout).records
+    code = common.IN_SYNC
+    for address in addresses:
+        record = records.get(address)
+        if address in unbound:
+            print('Unbound %s' % address)
+        elif record is None:
+            print('%s was not bound' % address)
+        else:
+            code = common.fail(common.DRIFT, exceptions.AddressTaken(
+                address=address, owner=record.owner, **vars(record.owner)))
+    return code

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""``kuryr-break0 cleanup``: takes away what was made, and only that."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from typing import Any, Iterator, Optional
+
+from oslo_config import cfg
+
+from kuryr_break0.cli import common
+from kuryr_break0 import config
+from kuryr_break0 import exceptions
+from kuryr_break0 import kernel
+from kuryr_break0.kernel import Verb
+from kuryr_break0.ledger.identity import Alias
+from kuryr_break0.ledger import Ledger
+from kuryr_break0.model import Record
+from kuryr_break0 import podside
+from kuryr_break0 import snapshot
+from kuryr_break0.snapshot import Parent
+from kuryr_break0.snapshot import Snapshot
+
+_DESCRIPTION = """\
+Take away all that kuryr-break0 has made on this node, and only that: its
+routes and neighbours, here and in the namespaces of the pods, break0 itself
+and the state directory. Pods go on running, out of reach from their node.
+
+First see to it that nothing makes it anew: set [break0] enabled = false, or
+uninstall the package, and restart kuryr-daemon; then stop the agent.
+
+Prints each change: - for what is taken away, ! for what is left, and why.
+Exits with 0 if nothing is left, 1 if something is (with --dry-run: if there
+is anything to do).
+"""
+_EPILOG = """\
+example:
+  kuryr-break0 --config-file /etc/kuryr/kuryr.conf cleanup --dry-run
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        'cleanup', help='take away all that was made on this node',
+        description=_DESCRIPTION, epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--dry-run', action='store_true',
+                        help='print what there is to do, and do nothing')
+    parser.set_defaults(func=_run)
+
+
+def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
+    cleanup = Cleanup(options, config.link_iface(conf), conf.command.dry_run)
+    code = common.IN_SYNC
+    for change in cleanup.run():
+        print(change)
+        if change.startswith('!') or conf.command.dry_run:
+            code = common.DRIFT
+    return code
+
+
+class Cleanup:
+    """What there is to take away from the node.
+
+    :param link_iface: the interface that Kuryr puts pods on, if configured
+    :param dry_run: change nothing
+    """
+
+    def __init__(self, options: config.Options, link_iface: Optional[str],
+                 dry_run: bool) -> None:
+        self._options = options
+        self._link_iface = link_iface
+        self._dry_run = dry_run
+        self._ledger = Ledger(options.state_dir, options.lock_timeout)
+
+    def run(self) -> Iterator[str]:
+        """Take it away; a line for each thing.
+
+        All is done under the lock, and the ledger goes last: killed at any
+        instruction, what is left can be cleaned up by another run.
+
+        :raises Break0Error: if it cannot be read, or the kernel refuses
+        """
+        existed = self._ledger.exists()
+        with contextlib.ExitStack() as stack:
+            netlink = stack.enter_context(kernel.Netlink())
+            seen = snapshot.read(self._options, self._ledger, netlink)
+            if not self._dry_run:
+                stack.enter_context(self._ledger.lock())
+                seen = snapshot.read(self._options, self._ledger, netlink, 0)
+            for address in seen.contents.unreadable:
+                yield ('! record of %s: it cannot be read, so its pod keeps '
+                       'what it needs to reach the node' % address)
+            for record in self._interfaces(seen):
+                yield from self._pod(record)
+            for parent in seen.parents.values():
+                yield from self._node(netlink, parent)
+            if self._ledger.heartbeat.age() is not None:
+                yield ('! agent: it is running, and makes the state '
+                       'directory again; stop it')
+            if existed:
+                yield '- directory %s' % self._options.state_dir
+            if not self._dry_run:
+                self._ledger.clear()
+
+    @staticmethod
+    def _interfaces(seen: Snapshot) -> list[Record]:
+        """Return one record of each interface in a namespace that exists."""
+        found = {}
+        for claims in seen.contents.claims.values():
+            for record in claims:
+                if record.netns is not None and record not in seen.gone:
+                    found[record.netns, record.owner.ifname] = record
+        return [record for _, record in sorted(
+            found.items(), key=lambda each: each[0])]
+
+    def _pod(self, record: Record) -> Iterator[str]:
+        try:
+            items = podside.take_back(record, self._options.route_protocol,
+                                      self._dry_run)
+        except (exceptions.NetnsUnusable, exceptions.KernelRefused) as err:
+            yield '! namespace %s: %s' % (record.netns, err)
+        else:
+            for item in items:
+                yield '%s namespace %s' % (common.line(
+                    '-', item, record.owner.ifname), record.netns)
+
+    def _node(self, netlink: kernel.Netlink,
+              parent: Parent) -> Iterator[str]:
+        link = netlink.link(parent.device)
+        if link is None:
+            return
+        items = [item for item in snapshot.items_of(parent)
+                 if item.protocol == self._options.route_protocol]
+        changes: list[kernel.Change] = [(Verb.DELETE, item)
+                                        for item in items]
+        errors = ([None] * len(items) if self._dry_run
+                  else netlink.change(changes))
+        for item, err in zip(items, errors):
+            if err is not None and not err.absent:
+                raise err
+            yield common.line('-', item, link.name)
+        reason = self._not_ours(parent, link)
+        if reason is not None:
+            yield '! interface %s: %s' % (link.name, reason)
+            return
+        if not self._dry_run:
+            netlink.delete_link(link.name)
+        yield '- interface %s' % link.name
+
+    def _not_ours(self, parent: Parent, link: kernel.Link) -> Optional[str]:
+        """Return why an interface must not be deleted; None if it may.
+
+        Where nothing is recorded, its alias says that it is ours.
+        """
+        if parent.conflict is not None:
+            return str(parent.conflict)
+        if parent.other is not None:
+            return 'it belongs to the ledger %s in %s' % parent.other
+        known = {self._options.parent, self._link_iface}
+        if parent.live or parent.name in known or Alias.parse(link.alias):
+            return None
+        return ('it may be of others: no pod is recorded, and it does not '
+                'have the alias that it gets. If it is not, set [break0] '
+                'parent to %s' % parent.name)

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What the verbs of ``kuryr-break0`` have in common."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any, Callable
+
+from kuryr_break0.model import HostRoute
+from kuryr_break0.model import Item
+
+#: Exit codes of all verbs.
+IN_SYNC, DRIFT, USAGE, UNREADABLE = range(4)
+#: Of a program that SIGPIPE ended, as shells have it.
+CLOSED_PIPE = 141
+
+
+def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A type of argparse that says what a configuration value's would."""
+    def checked(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as err:
+            raise argparse.ArgumentTypeError(str(err)) from err
+
+    return checked
+
+
+def line(sign: str, item: Item, device: str) -> str:
+    """A route or neighbour as a line of a diff, in the words of ip(8).
+
+    :param sign: ``+``, ``-`` or ``!``
+    :param device: the name of its interface
+    """
+    if isinstance(item, HostRoute):
+        return '%s route %s dev %s proto %d table %d%s' % (
+            sign, item.dst, device, item.protocol, item.table,
+            ' src %s' % item.src if item.src else '')
+    return '%s neighbour %s dev %s lladdr %s' % (
+        sign, item.dst, device, item.mac)
+
+
+def fail(code: int, err: Exception) -> int:
+    """Print an error, and return the exit code."""
+    print('kuryr-break0: %s' % err, file=sys.stderr)
+    return code

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The command ``kuryr-break0``: options, logging, and which verb to run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from typing import Any, Optional, Sequence
+
+from oslo_config import cfg
+from oslo_log import log as logging
+
+from kuryr_break0.cli import adopt
+from kuryr_break0.cli import agent
+from kuryr_break0.cli import bind
+from kuryr_break0.cli import cleanup
+from kuryr_break0.cli import common
+from kuryr_break0.cli import doctor
+from kuryr_break0.cli import probe
+from kuryr_break0.cli import status
+from kuryr_break0.cli import sync
+from kuryr_break0 import config
+from kuryr_break0 import exceptions
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run a verb and return its exit code."""
+    conf = cfg.ConfigOpts()
+    logging.register_options(conf)
+    conf.set_default('use_stderr', True)  # stdout is for what was asked
+    conf.register_cli_opt(cfg.SubCommandOpt(
+        'command', title='commands', handler=add_parsers))
+    try:
+        return _run(conf, sys.argv[1:] if argv is None else argv)
+    except BrokenPipeError:
+        # As by ``| head``. What is left in the buffer has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return common.CLOSED_PIPE
+
+
+def _run(conf: cfg.ConfigOpts, argv: Sequence[str]) -> int:
+    try:
+        # kuryr.conf is where Kuryr's own programs look for it.
+        conf(argv, project='kuryr', prog='kuryr-break0',
+             version=importlib.metadata.version('kuryr-break0'))
+        logging.setup(conf, 'kuryr-break0')
+        if conf.command.func is not agent.run and not conf.debug:
+            logging.getLogger(None).logger.setLevel(logging.WARNING)
+        # The doctor examines invalid options too.
+        args = [conf] if conf.command.func is doctor.run else [
+            conf, config.load(conf)]
+    except (cfg.Error, exceptions.InvalidOption, OSError) as err:
+        # OSError is of a log file, or of oslo.config's --shell_completion,
+        # whose template its package lacks.
+        return common.fail(common.USAGE, err)
+    try:
+        code: int = conf.command.func(*args)
+        sys.stdout.flush()  # so that a closed pipe is seen here
+        return code
+    except exceptions.Break0Error as err:
+        return common.fail(common.UNREADABLE, err)
+
+
+def add_parsers(subparsers: Any) -> None:
+    """Register all verbs, in the order of ``--help``."""
+    status.add_parser(subparsers)
+    doctor.add_parser(subparsers)
+    sync.add_parser(subparsers)
+    agent.add_parser(subparsers)
+    adopt.add_parser(subparsers)
+    bind.add_parsers(subparsers)
+    cleanup.add_parser(subparsers)
+    probe.add_parser(subparsers)

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""``kuryr-break0 sync``"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Iterator, Optional
+
+from oslo_config import cfg
+
+from kuryr_break0.cli import common
+from kuryr_break0 import config
+from kuryr_break0 import kernel
+from kuryr_break0.ledger.journal import Journal
+from kuryr_break0.ledger import Ledger
+from kuryr_break0.model import HostRoute
+from kuryr_break0.model import Item
+from kuryr_break0.reconciler import Outcome
+from kuryr_break0.reconciler import Reconciler
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        'sync', help='make break0 and the routes what they should be',
+        description='Make break0, its routes and the pods what the ledger '
+                    'says, and print each change: + for what is set, - for '
+                    'what is deleted, ~ for what is repaired, ! for what is '
+                    'in the way or left. A ledger that was lost is rebuilt '
+                    'from the kernel first. Exits with 0 if all is as it '
+                    'should be afterwards, 1 if not (with --dry-run: if '
+                    'there is anything to do), 3 if the kernel or the state '
+                    'directory refuses.')
+    parser.add_argument('--dry-run', action='store_true',
+                        help='print what there is to do, and do nothing')
+    parser.add_argument('--claim', action='store_true',
+                        help='take break0 over from another ledger')
+    parser.add_argument('--delete-unclaimed', action='store_true',
+                        help='also delete the routes and neighbours of ours '
+                             'that have no record and that no pod was found '
+                             'for')
+    parser.add_argument('--json', action='store_true',
+                        help='print JSON instead of a diff')
+    parser.set_defaults(func=run)
+
+
+def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
+    """Reconcile once, and print what there was to do."""
+    wanted = conf.command
+    outcome = Reconciler(
+        options, Ledger(options.state_dir, options.lock_timeout),
+        Journal(options.state_dir)).sync(
+            wanted.dry_run, wanted.claim, wanted.delete_unclaimed)
+    if wanted.json:
+        print(json.dumps(_as_json(outcome, options), indent=2))
+    else:
+        for line in _lines(outcome, options):
+            print(line)
+    for err in outcome.errors:
+        common.fail(common.UNREADABLE, err)
+    if outcome.errors:
+        return common.UNREADABLE
+    left = (outcome.foreign or outcome.unclaimed
+            or (wanted.dry_run and outcome))
+    return common.DRIFT if left else common.IN_SYNC
+
+
+def _name_of(ifindex: Optional[int], options: config.Options) -> str:
+    if ifindex == 0:
+        return options.device  # which is to be created
+    return kernel.name_of(ifindex)
+
+
+def _lines(outcome: Outcome, options: config.Options) -> Iterator[str]:
+    for name, text in outcome.devices:
+        yield '~ interface %s: %s' % (name, text)
+    for record in outcome.rebuilt:
+        yield '+ record %s owner %s netns %s' % (record.address,
+                                                 record.owner, record.netns)
+    signed: list[tuple[str, Item]] = [
+        *(('+', item) for item in outcome.replace),
+        *(('-', item) for item in outcome.delete),
+        *(('!', item) for item in outcome.foreign),
+        *(('+', item) for item in outcome.learn),
+        *(('-', item) for item in outcome.forget),
+        *(('!', item) for item in outcome.unclaimed)]
+    for sign, item in signed:
+        at = item.oif if isinstance(item, HostRoute) else item.ifindex
+        yield common.line(sign, item, _name_of(at, options))
+    for record in outcome.gone:
+        yield '- record %s owner %s: its sandbox is gone' % (record.address,
+                                                             record.owner)
+    for owner in outcome.pods:
+        yield '~ sandbox %s: neighbours and routes to the node' % owner
+
+
+def _as_json(outcome: Outcome, options: config.Options) -> dict[str, Any]:
+    def route(each: HostRoute) -> dict[str, Any]:
+        return {'address': str(each.dst), 'interface_index': each.oif,
+                'interface': (None if each.oif is None
+                              else _name_of(each.oif, options)),
+                'protocol': each.protocol, 'table': each.table,
+                'source': str(each.src) if each.src else None}
+
+    def neighbour(each: Any) -> dict[str, Any]:
+        return {'address': str(each.dst), 'interface_index': each.ifindex,
+                'interface': _name_of(each.ifindex, options),
+                'mac': each.mac}
+
+    def record(each: Any) -> dict[str, Any]:
+        return {'address': str(each.address),
+                'container_id': each.owner.container_id,
+                'ifname': each.owner.ifname, 'netns': each.netns}
+
+    return {
+        'routes': {'set': list(map(route, outcome.replace)),
+                   'delete': list(map(route, outcome.delete)),
+                   'foreign': list(map(route, outcome.foreign))},
+        'neighbours': {'set': list(map(neighbour, outcome.learn)),
+                       'delete': list(map(neighbour, outcome.forget))},
+        'unclaimed': sorted({str(each.dst) for each in outcome.unclaimed}),
+        'interfaces': [{'interface': name, 'repaired': text}
+                       for name, text in outcome.devices],
+        'pods': [str(owner) for owner in outcome.pods],
+        'rebuilt': list(map(record, outcome.rebuilt)),
+        'gone': list(map(record, outcome.gone)),
+        'errors': [str(err) for err in outcome.errors]}

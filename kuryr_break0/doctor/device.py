@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""break0 itself: whether it is there, and what it should be."""
+
+from __future__ import annotations
+
+from typing import Iterator
+
+from kuryr_break0 import device
+from kuryr_break0.doctor import findings
+from kuryr_break0.doctor.findings import Finding
+from kuryr_break0.doctor.node import ParentView
+from kuryr_break0 import kernel
+
+_ARP_FILTER = 'ipv4/conf/%s/arp_filter'
+
+
+def check_existence(view: ParentView) -> Iterator[Finding]:
+    """Find what makes it useless; without any, the rest can be looked at."""
+    link, parent, name = view.link, view.parent, view.name
+    if parent is None:
+        yield findings.PARENT_MISSING.found(
+            'there is no interface %s on this node, but %s' % (
+                view.parent_name, 'pods are bound on it' if view.live
+                else '[break0] parent names it'))
+        return
+    if link is None:
+        if view.live:
+            yield findings.BREAK0_MISSING.found(
+                'there is no interface %s, but %d addresses are bound' % (
+                    name, len(view.live)), device=name)
+        return
+    if (link.kind, link.mode) != ('macvlan', 'bridge'):
+        yield findings.BREAK0_FOREIGN.found(
+            '%s is a %s%s, where a macvlan in bridge mode is needed' % (
+                name, link.kind or 'physical interface',
+                ' in %s mode' % link.mode if link.mode else ''), device=name)
+        return
+    if (link.lower, link.lower_namespace) != parent.lower_of_macvlans:
+        if not view.live:
+            return  # it is said where pods are
+        yield findings.BREAK0_WRONG_PARENT.found(
+            '%s is on %s, but the pods are on %s' % (
+                name, device.lower_name(link)
+                or 'an interface of another namespace',
+                view.parent_name), device=name)
+    elif not parent.up:
+        yield findings.PARENT_DOWN.found(
+            '%s, which the pods and %s are on, is down' % (parent.name, name),
+            parent=parent.name)
+    elif not link.up:
+        yield findings.BREAK0_DOWN.found('%s is down' % name, device=name)
+    else:
+        yield from _check_mac(view, link)
+
+
+def _check_mac(view: ParentView, link: kernel.Link) -> Iterator[Finding]:
+    """The kernel drops neighbour entries when the MAC address changes."""
+    identity = view.node.seen.identity
+    configured = view.options.mac
+    before = identity.macs.get(view.name) if identity else None
+    if (configured is not None and view.name == view.options.device
+            and link.mac != configured):
+        yield findings.BREAK0_MAC.found(
+            'the MAC address of %s is %s, but [break0] mac is %s' % (
+                link.name, link.mac, configured))
+    elif before is not None and link.mac != before:
+        yield findings.BREAK0_MAC.found(
+            'the MAC address of %s is %s, but pods were configured with %s' %
+            (link.name, link.mac, before))
+
+
+def check_parent(view: ParentView) -> Iterator[Finding]:
+    """Compare the parent with the one that is configured."""
+    configured = view.options.parent
+    if configured not in (None, view.parent_name) and view.live:
+        yield findings.PARENT_MISMATCH.found(
+            '[break0] parent is %s, but there are pods on %s' % (
+                configured, view.parent_name), list(view.live))
+
+
+def check_owner(view: ParentView) -> Iterator[Finding]:
+    """Look whether break0 belongs to this ledger."""
+    other = view.seen.other
+    if other is None:
+        return
+    kind = (findings.LEDGER_LOST if view.node.seen.is_lost
+            else findings.LEDGER_OTHER)
+    yield kind.found('%s belongs to the ledger %s in %s, but state_dir is %s'
+                     % (view.name, other.ledger, other.directory,
+                        view.options.state_dir), device=view.name)
+
+
+def check_properties(view: ParentView) -> Iterator[Finding]:
+    """Look at what keeps it quiet, and its packets whole."""
+    link, parent = view.link, view.parent
+    if link is None:
+        return
+    if parent is not None and link.mtu != parent.mtu:
+        yield findings.BREAK0_MTU.found(
+            'the MTU of %s is %d, that of its parent %s is %d' % (
+                link.name, link.mtu, parent.name, parent.mtu))
+    yield from _check_addresses(view, link)
+    yield from _check_answers(view, link)
+    names = [path.rpartition('/')[2]
+             for path in device.sysctl_drift(link.name)
+             if path != _ARP_FILTER % link.name]
+    if link.multicast:
+        names.insert(0, 'multicast')
+    if names:
+        yield findings.BREAK0_HEARD.found(
+            '%s has settings that make it speak on the LAN: %s' % (
+                link.name, ', '.join(names)), names='|'.join(names))
+    if (any(address.version == 6 for address in view.live)
+            and kernel.read_sysctl('ipv6/conf/%s/disable_ipv6' % link.name)
+            != 0):
+        yield findings.IPV6_DISABLED.found(
+            'IPv6 is disabled on %s, but there are pods with IPv6 '
+            'addresses' % link.name,
+            [address for address in view.live if address.version == 6],
+            device=link.name)
+
+
+def _check_addresses(view: ParentView, link: kernel.Link) -> Iterator[Finding]:
+    has = set(view.seen.addresses)
+    wants = set(view.options.addr if view.name == view.options.device
+                else ())
+    # One that is link-local is by addr_gen_mode, which is looked at too.
+    strange = {address for address in has - wants
+               if not address.is_link_local}
+    if strange or wants - has:
+        yield findings.BREAK0_ADDRESSES.found(
+            '%s has %s, but [break0] addr is %s' % (
+                link.name, ', '.join(sorted(map(str, has))) or 'no address',
+                ', '.join(map(str, view.options.addr)) or 'not set'),
+            sorted(map(str, strange | (wants - has))),
+            commands=[
+                *('ip address delete %s dev %s' % (address, link.name)
+                  for address in sorted(map(str, strange))),
+                'kuryr-break0 sync'])
+
+
+def _check_answers(view: ParentView, link: kernel.Link) -> Iterator[Finding]:
+    """Look if it answers the LAN's ARP requests.
+
+    The kernel takes either value of ``all`` and the interface for both.
+    """
+    if not view.sysctl(_ARP_FILTER, 'all', link.name):
+        yield findings.BREAK0_ANSWERS_LAN.found(
+            'arp_filter of %s is 0: it answers ARP requests for all '
+            'addresses of the node' % link.name,
+            key='net/ipv4/conf/%s/arp_filter' % link.name, value=1,
+            name='arp_filter')
+    for where in ('all', link.name):
+        if view.sysctl('ipv4/conf/%s/proxy_arp', where):
+            yield findings.BREAK0_ANSWERS_LAN.found(
+                'proxy_arp of %s is 1: %s answers ARP requests for all that '
+                'the node has a route to' % (where, link.name),
+                key='net/ipv4/conf/%s/proxy_arp' % where, value=0,
+                name='proxy_arp')

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""All that is asked of the kernel about networks; alone imports pyroute2.
+
+Requests that belong to a pod go through one :class:`Netlink` socket, and cost
+the same however many pods the node has: nothing is dumped. Dumps are left to
+what reads the whole node, and say so.
+
+No NetlinkError leaves this package, since Kuryr takes any that carries EEXIST
+for a VLAN conflict, and answers any other with a page of HTML.
+"""
+
+from kuryr_break0.kernel.conntrack import forget_connections
+from kuryr_break0.kernel.errors import IPDB_DISTURBED
+from kuryr_break0.kernel.errors import undisturbed
+from kuryr_break0.kernel.events import Event
+from kuryr_break0.kernel.events import Events
+from kuryr_break0.kernel.ipdb import create_macvlan
+from kuryr_break0.kernel.ipdb import ipdb_of_interfaces
+from kuryr_break0.kernel.ipdb import prepare
+from kuryr_break0.kernel.macvlans import Macvlan
+from kuryr_break0.kernel.macvlans import macvlans
+from kuryr_break0.kernel.macvlans import macvlans_in
+from kuryr_break0.kernel.namespaces import entered
+from kuryr_break0.kernel.namespaces import identify
+from kuryr_break0.kernel.namespaces import State
+from kuryr_break0.kernel.namespaces import state
+from kuryr_break0.kernel.node import count_host_routes
+from kuryr_break0.kernel.node import index_of
+from kuryr_break0.kernel.node import name_of
+from kuryr_break0.kernel.node import read_sysctl
+from kuryr_break0.kernel.node import source_for
+from kuryr_break0.kernel.node import write_sysctl
+from kuryr_break0.kernel.rtnetlink import Netlink
+from kuryr_break0.kernel.rtnetlink import Path
+from kuryr_break0.kernel.rtnetlink import Routes
+from kuryr_break0.kernel.wire import Change
+from kuryr_break0.kernel.wire import Link
+from kuryr_break0.kernel.wire import Route
+from kuryr_break0.kernel.wire import RT_SCOPE_LINK
+from kuryr_break0.kernel.wire import RT_SCOPE_NOWHERE
+from kuryr_break0.kernel.wire import RT_TABLE_MAIN
+from kuryr_break0.kernel.wire import RTN_UNICAST
+from kuryr_break0.kernel.wire import Verb
+
+__all__ = (
+    'Change', 'Event', 'Events', 'IPDB_DISTURBED', 'Link', 'Macvlan',
+    'Netlink', 'Path', 'RTN_UNICAST', 'RT_SCOPE_LINK', 'RT_SCOPE_NOWHERE',
+    'RT_TABLE_MAIN', 'Route', 'Routes', 'State', 'Verb', 'count_host_routes',
+    'create_macvlan', 'entered', 'forget_connections', 'identify',
+    'index_of', 'ipdb_of_interfaces', 'macvlans', 'macvlans_in', 'name_of',
+    'prepare', 'read_sysctl', 'source_for', 'state', 'undisturbed',
+    'write_sysctl')

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Other network namespaces: what they are, whether they exist, what is there.
+
+A path proves little. The file may be a placeholder whose mount has not been
+propagated, it may be the path of another mount or process namespace, and the
+kernel uses inode numbers again. So a sandbox counts as gone only by proof.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import enum
+import errno
+import fcntl
+import os
+import re
+import stat
+import struct
+from typing import Iterable, Iterator, NamedTuple, Optional
+
+from kuryr_break0 import exceptions
+from kuryr_break0.model import NamespaceId
+
+_OWN = '/proc/thread-self/ns/net'
+#: ioctl(2) on nsfs: the number of a namespace that is never used again
+#: (linux/nsfs.h, linux 6.18). It is SO_NETNS_COOKIE, without entering.
+_NS_GET_ID = 0x8008b70d
+# linux/nsfs.h and linux/exportfs.h: a file handle of a namespace
+_FILEID_NSFS = 0xf1
+_CLONE_NEWNET = 0x40000000
+_HANDLE = struct.Struct('=IiQII')  # size, type; id, kind, inode
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class State(enum.Enum):
+    """Whether a namespace exists. UNKNOWN where nothing proves either."""
+
+    LIVING = 'living'
+    GONE = 'gone'
+    UNKNOWN = 'unknown'
+
+
+def identify(path: Optional[str]) -> Optional[NamespaceId]:
+    """Return what the namespace at a path is; None if there is none.
+
+    A file that is no network namespace, as a placeholder, a pipe or a
+    device, is none, and is not opened.
+    """
+    if path is None:
+        return None
+    try:
+        with _opened(path) as fd:
+            return _identify(fd)
+    except OSError:
+        return None
+
+
+def _identify(fd: int) -> NamespaceId:
+    found = os.fstat(fd)
+    number = bytearray(8)
+    try:
+        fcntl.ioctl(fd, _NS_GET_ID, number)
+        cookie: Optional[int] = struct.unpack('=Q', number)[0]
+    except OSError:
+        cookie = None
+    return NamespaceId(found.st_dev, found.st_ino, cookie)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[int]:
+    """Open a file of nsfs, and nothing else: that could block.
+
+    :raises OSError: ENXIO for a file of another kind
+    """
+    if '\0' in path:
+        raise OSError(errno.EINVAL, 'the path has a NUL')
+    if os.stat(path).st_dev != os.stat(_OWN).st_dev:
+        raise OSError(errno.ENXIO, 'it is no network namespace')
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if os.fstat(fd).st_dev != os.stat(_OWN).st_dev:
+            raise OSError(errno.ENXIO, 'it is no network namespace')
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def state(path: Optional[str], known: Optional[NamespaceId]) -> State:
+    """Return whether a namespace that was once at a path still exists.
+
+    By its number the kernel says so itself, from any mount or process
+    namespace. Where it has none, another namespace at the path is the only
+    proof: a path that is missing, unreadable or no namespace says nothing.
+    But for a path that is missing where this process has seen others: see
+    :func:`_is_removed`.
+    """
+    if known is None:
+        return State.UNKNOWN
+    found = _by_number(known)
+    if found is not State.UNKNOWN or path is None:
+        return found
+    try:
+        with _opened(path) as fd:
+            return (State.LIVING if _identify(fd).is_same(known)
+                    else State.GONE)
+    except FileNotFoundError:
+        return State.GONE if _is_removed(path) else State.UNKNOWN
+    except OSError:
+        return State.UNKNOWN
+
+
+def _by_number(known: NamespaceId) -> State:
+    if known.cookie is None:
+        return State.UNKNOWN
+    try:
+        os.close(_open_by_number(known))
+    except OSError as err:
+        # Any other error is of this process, as one without privileges.
+        return State.GONE if err.errno == errno.ESTALE else State.UNKNOWN
+    return State.LIVING
+
+
+def _open_by_number(known: NamespaceId) -> int:
+    handle = ctypes.create_string_buffer(_HANDLE.pack(
+        16, _FILEID_NSFS, known.cookie, _CLONE_NEWNET, known.inode))
+    mount = os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fd: int = _LIBC.open_by_handle_at(mount, handle,
+                                          os.O_RDONLY | os.O_CLOEXEC)
+        if fd < 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        return fd
+    finally:
+        os.close(mount)
+
+
+def _is_removed(path: str) -> bool:
+    """Return whether a missing path was removed, and is not hidden from us.
+
+    For kernels that do not number namespaces. This process must see other
+    namespaces where the path was: named ones in its directory, or for a
+    process the first one of the same /proc.
+    """
+    if os.path.lexists(path):
+        return False  # a link that leads nowhere
+    process = re.fullmatch(r'(/.+)/\d+(?:/task/\d+)?/ns/net', path)
+    if process:
+        return os.path.isdir(os.path.join(process[1], '1'))
+    directory = os.path.dirname(path)
+    with contextlib.suppress(OSError):
+        return any(identify(os.path.join(directory, name)) is not None
+                   for name in os.listdir(directory))
+    return False
+
+
+@contextlib.contextmanager
+def opened(netns: str,
+           known: Optional[NamespaceId] = None) -> Iterator[int]:
+    """A file descriptor of a namespace, within the block.
+
+    :param netns: its path
+    :param known: what it must be; by its number it is found even if the
+        path is not there any more
+    :raises NetnsUnusable: if it cannot be opened, or is another one
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            fd = stack.enter_context(_opened(netns))
+            if known is not None and not _identify(fd).is_same(known):
+                raise OSError(errno.ESTALE, 'it is another one by now')
+        except OSError as err:
+            try:
+                if known is None or known.cookie is None:
+                    raise
+                fd = _open_by_number(known)
+                stack.callback(os.close, fd)
+            except OSError:
+                raise exceptions.NetnsUnusable(
+                    netns=netns, reason='cannot be entered: %s' %
+                    (err.strerror or err)) from err
+        yield fd
+
+
+@contextlib.contextmanager
+def entered(netns: str,
+            known: Optional[NamespaceId] = None) -> Iterator[None]:
+    """Be in another network namespace; this thread, within the block.
+
+    :param netns: its path
+    :param known: as of :func:`opened`
+    :raises NetnsUnusable: if it cannot be entered
+    """
+    own = os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with opened(netns, known) as other:
+            if _LIBC.setns(other, _CLONE_NEWNET) != 0:
+                raise exceptions.NetnsUnusable(
+                    netns=netns, reason='cannot be entered: %s'
+                    % os.strerror(ctypes.get_errno()))
+        try:
+            yield
+        finally:
+            if _LIBC.setns(own, _CLONE_NEWNET) != 0:
+                # Whatever this thread did next, it would do to a pod.
+                os._exit(os.EX_OSERR)
+    finally:
+        os.close(own)
+
+
+class Found(NamedTuple):
+    """A network namespace of this node.
+
+    :ivar path: one that is there as long as possible
+    """
+
+    path: str
+    namespace: NamespaceId
+
+
+def find(directories: Iterable[str],
+         processes: Iterable[str]) -> list[Found]:
+    """List the namespaces but the own one, by one path each.
+
+    A name in a directory lives as long as the namespace. One that has none
+    goes by the process that has been in it for longest: any other may end
+    before it does.
+
+    :param directories: where namespaces have names
+    :param processes: where processes are to be seen, as /proc
+    """
+    own = identify(_OWN)
+    paths: dict[tuple[int, int], str] = {}
+    for directory in directories:
+        for name in sorted(_names(directory)):
+            path = os.path.join(directory, name)
+            found = _nsfs_inode(path, own)
+            if found:
+                paths.setdefault(found, path)
+    oldest: dict[tuple[int, int], tuple[int, str]] = {}
+    for proc in processes:
+        for name in _names(proc):
+            if not name.isdigit():
+                continue
+            path = os.path.join(proc, name, 'ns/net')
+            found = _nsfs_inode(path, own)
+            if found and found not in paths:
+                with contextlib.suppress(OSError, IndexError, ValueError):
+                    candidate = _started(os.path.join(proc, name)), path
+                    oldest[found] = min(oldest.get(found, candidate),
+                                        candidate)
+    paths.update({found: path for found, (_, path) in oldest.items()})
+    return [Found(path, namespace) for path, namespace in
+            ((path, identify(path)) for path in paths.values())
+            if namespace is not None
+            and not (own and namespace.is_same(own))]
+
+
+def _names(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError:
+        return []
+
+
+def _nsfs_inode(path: str, own: Optional[NamespaceId]
+                ) -> Optional[tuple[int, int]]:
+    with contextlib.suppress(OSError):
+        found = os.stat(path)
+        if own is not None and found.st_dev == own.device and not (
+                stat.S_ISDIR(found.st_mode)):
+            return found.st_dev, found.st_ino
+    return None
+
+
+def _started(process: str) -> int:
+    """Return when a process was started, in ticks since the boot."""
+    with open(os.path.join(process, 'stat')) as file:
+        # The name of the program, in parentheses, may have any character.
+        return int(file.read().rpartition(')')[2].split()[19])

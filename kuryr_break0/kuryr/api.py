@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What Kuryr knows of the pods of this node, by its own client."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Iterator, Optional, Sequence
+from urllib import parse
+
+from kuryr_kubernetes import clients
+from kuryr_kubernetes import config as k_config
+from kuryr_kubernetes import constants as k_const
+from kuryr_kubernetes import exceptions as k_exc
+from kuryr_kubernetes import objects as k_objects
+from kuryr_kubernetes.objects import vif as k_vif
+from kuryr_kubernetes import utils as k_utils
+import os_vif
+from os_vif.objects import base as osv_base
+
+from kuryr_break0 import exceptions
+from kuryr_break0.kuryr import vif as break0_vif
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import IPNetwork
+
+
+@dataclasses.dataclass(frozen=True)
+class Port:
+    """An interface of a pod.
+
+    :ivar pod: its namespace and name in Kubernetes
+    :ivar ifname: what Kuryr calls the interface
+    :ivar mac: its MAC address
+    :ivar subnets: the networks that it is in on the link
+    :ivar not_ours: why nothing is to be done for it; None if it is a nested
+        macvlan of a pod that runs
+    :ivar damaged: why it cannot be read; None if it can
+    """
+
+    pod: str
+    ifname: str = ''
+    mac: str = ''
+    addresses: tuple[IPAddress, ...] = ()
+    subnets: tuple[IPNetwork, ...] = ()
+    not_ours: Optional[str] = None
+    damaged: Optional[str] = None
+
+
+def configure(files: Sequence[str], directories: Sequence[str]) -> None:
+    """Let Kuryr's modules read their options.
+
+    :raises oslo_config.cfg.Error: if they cannot be read
+    """
+    k_config.CONF([], project='kuryr', default_config_files=files,
+                  default_config_dirs=directories)
+
+
+def link_iface() -> Optional[str]:
+    """The interface that Kuryr is told to put pods on."""
+    return k_config.CONF.binding.link_iface or None
+
+
+def proc() -> str:
+    """Where the processes of the node are to be seen."""
+    daemon = k_config.CONF.cni_daemon
+    return (daemon.docker_mode and daemon.netns_proc_dir) or '/proc'
+
+
+def ports() -> list[Port]:
+    """List the interfaces of the pods of this node.
+
+    :raises KubernetesUnavailable: if Kuryr's objects cannot be read
+    """
+    os_vif.initialize()
+    k_objects.register_locally_defined_vifs()
+    kuryrports, pods = _read()
+    by_name = {_name(pod): pod for pod in pods}
+    return [port for kuryrport in kuryrports
+            for port in _ports(kuryrport, by_name.get(_name(kuryrport)))]
+
+
+def _read() -> tuple[list[Any], list[Any]]:
+    node = k_utils.get_nodename()
+    try:
+        clients.setup_kubernetes_client()
+        client = clients.get_kubernetes_client()
+        # By the selectors that kuryr-daemon watches with.
+        kuryrports, pods = (
+            client.get('%s?%s' % (path, parse.urlencode({
+                selector: '%s=%s' % (field, node)})))['items']
+            for path, selector, field in (
+                (k_const.K8S_API_CRD_KURYRPORTS, 'labelSelector',
+                 k_const.KURYRPORT_LABEL),
+                (k_const.K8S_API_PODS, 'fieldSelector', 'spec.nodeName')))
+        return kuryrports, pods
+    # Those of requests are OSErrors; a RuntimeError is of a file that is
+    # missing, a KeyError of the environment of a container.
+    except (k_exc.K8sClientException, RuntimeError, OSError, KeyError,
+            ValueError) as err:
+        raise exceptions.KubernetesUnavailable(
+            url=k_config.CONF.kubernetes.api_root or 'its service address',
+            reason=' '.join(str(err).split()) or repr(err)) from err
+
+
+def _name(obj: Any) -> str:
+    return '%(namespace)s/%(name)s' % obj['metadata']
+
+
+def _ports(kuryrport: Any, pod: Optional[Any]) -> Iterator[Port]:
+    name, ifname = _name(kuryrport), ''
+    try:
+        reason = _not_running(kuryrport, pod)
+        if reason is not None:
+            yield Port(name, not_ours=reason)
+            return
+        for ifname, value in kuryrport['status']['vifs'].items():
+            yield _port(name, ifname, value['vif'])
+    except Exception as err:  # whoever writes it may write anything
+        yield Port(name, ifname, damaged='it cannot be read: %r' % err)
+
+
+def _port(pod: str, ifname: str, primitive: Any) -> Port:
+    vif = osv_base.VersionedObject.obj_from_primitive(primitive)
+    if not isinstance(vif, k_vif.VIFMacvlanNested):
+        return Port(pod, ifname, not_ours='it is a %s' % vif.obj_name())
+    return Port(pod, ifname, str(vif.address).lower(),
+                tuple(break0_vif.addresses(vif)),
+                tuple(break0_vif.subnets(vif)))
+
+
+def _not_running(kuryrport: Any, pod: Optional[Any]) -> Optional[str]:
+    """Why it is not that of a running pod; None if it is."""
+    if pod is None:
+        return 'its pod is gone'
+    if (kuryrport['metadata'].get('deletionTimestamp')
+            or pod['metadata'].get('deletionTimestamp')):
+        return 'it is being deleted'
+    if (kuryrport['spec']['podUid'] != pod['metadata']['uid']
+            and not kuryrport['spec'].get('podStatic')):
+        return 'it is of an earlier pod of that name'
+    if k_utils.is_host_network(pod):
+        return 'it is in the network of the node'
+    if pod.get('status', {}).get('phase') in ('Succeeded', 'Failed'):
+        return 'it has ended'
+    if not kuryrport.get('status', {}).get('vifs'):
+        return 'it has no VIF yet'
+    return None

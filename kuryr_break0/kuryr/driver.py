@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The binding driver that Kuryr calls: order and undo, nothing else."""
+
+from __future__ import annotations
+
+import os
+import types
+from typing import Any, Optional
+
+from kuryr_kubernetes.cni.binding import nested
+from kuryr_kubernetes import config as k_config
+from kuryr_kubernetes import exceptions as k_exc
+from kuryr_kubernetes import utils as k_utils
+from oslo_log import log as logging
+
+from kuryr_break0 import config
+from kuryr_break0 import exceptions
+from kuryr_break0 import kernel
+from kuryr_break0.kuryr import patches
+from kuryr_break0.kuryr import pod_binding
+from kuryr_break0.kuryr import vif as break0_vif
+from kuryr_break0.manager import Break0Manager
+from kuryr_break0.model import Owner
+
+LOG = logging.getLogger(__name__)
+
+_IFF_LOOPBACK = 8  # linux/if.h
+
+
+class PodNotConnected(k_exc.CNITimeout):  # type: ignore[misc]
+    """The ADD failed for a reason that may pass.
+
+    kuryr-daemon answers a CNITimeout with CNI's code 11, "try again later",
+    and kubelet does. Unlike other errors it is not counted: after three of
+    those in its life the daemon is restarted, which would cure nothing here.
+    """
+
+
+class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
+    """Binds a pod as Kuryr does, then makes it reachable from its node."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._parent: Optional[str] = None
+
+    def connect(self, vif: Any, ifname: str, netns: str,
+                container_id: str) -> None:
+        """Bind a VIF; the pod's addresses are configured only after that.
+
+        :raises PodNotConnected: if Kuryr's binding is refused by the kernel,
+            or, in strict mode, if break0's fails
+        """
+        owner = Owner(container_id, ifname)
+        unreachable = 'Pod %s may not be reachable from its node' % owner
+        options = self._options(unreachable)
+        try:
+            sandbox = self._sandbox(netns)
+            if self._is_direct(options):
+                self._connect_directly(vif, ifname, sandbox)
+            else:
+                with patches.interfaces_only():
+                    kernel.undisturbed('connect ' + ifname, super().connect,
+                                       vif, ifname, netns, container_id)
+        except exceptions.Break0Error as err:
+            raise PodNotConnected(str(err)) from err
+        patches.repeat_configure_l3()
+        if options is None or not options.enabled:
+            return
+        try:
+            assert self._parent is not None  # found in connect
+            Break0Manager(options).bind(
+                owner, break0_vif.addresses(vif), parent=self._parent,
+                mac=str(vif.address), netns=sandbox,
+                subnets=break0_vif.subnets(vif))
+            self._housekeep(options)
+        except Exception as err:  # whatever it is, a pod is worth more
+            self._log(unreachable, err)
+            if options.strict:
+                self._undo(vif, ifname, netns, container_id)
+                raise PodNotConnected(str(err)) from err
+
+    def disconnect(self, vif: Any, ifname: str, netns: str,
+                   container_id: str) -> None:
+        """Unbind a VIF, from break0 even if Kuryr fails.
+
+        A namespace that is not there has taken its interfaces with it, so
+        Kuryr is not asked then.
+        """
+        owner = Owner(container_id, ifname)
+        still_routed = 'The addresses of %s may still be routed' % owner
+        options = self._options(still_routed)
+        sandbox = None
+        try:
+            try:
+                sandbox = self._sandbox(netns)
+            except exceptions.NetnsUnusable as err:
+                LOG.info('Nothing to disconnect from: %s', err)
+            else:
+                self._disconnect_pod(vif, ifname, netns, container_id,
+                                     sandbox, self._is_direct(options))
+        finally:
+            if options is not None:
+                try:
+                    Break0Manager(options).unbind(
+                        owner, break0_vif.addresses(vif), sandbox,
+                        mac=str(vif.address))
+                    self._housekeep(options)
+                except Exception as err:  # must not hide one of Kuryr's
+                    self._log(still_routed, err)
+
+    def _detect_iface_name(self, h_ipdb: Any) -> str:
+        """Detect the parent as Kuryr does, but never take break0 for it.
+
+        Kuryr's last resort is the first interface that is not the loopback.
+        """
+        device = config.device_name(k_config.CONF)
+        if k_config.CONF.binding.link_iface == device:
+            raise k_exc.CNIBindingFailure(
+                '[binding] link_iface is %s, which is [break0] device: it '
+                'must be the interface that %s is made on.' % (device,
+                                                               device))
+        # Copied in one step, since a thread of IPDB keeps it up to date.
+        others = {name: link for name, link
+                  in list(dict(h_ipdb.interfaces).items())
+                  if name not in config.device_names(k_config.CONF)
+                  and not str(name).startswith(device[:6] + '-')}
+        self._parent = super()._detect_iface_name(
+            types.SimpleNamespace(interfaces=others))
+        return self._parent
+
+    @staticmethod
+    def _sandbox(netns: str) -> str:
+        """Return the pod's namespace as a path that this process can open.
+
+        Kuryr would take an empty one for the node's own, and delete the
+        node's eth0; one that is gone it would create.
+        """
+        if not netns:
+            raise exceptions.NetnsUnusable(netns=netns, reason='is not named')
+        path = str(k_utils.convert_netns(netns))
+        try:
+            found = os.stat(path)
+        except OSError as err:
+            raise exceptions.NetnsUnusable(
+                netns=path, reason='cannot be opened: %s' % err.strerror)
+        own = os.stat('/proc/thread-self/ns/net')
+        if (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino):
+            raise exceptions.NetnsUnusable(
+                netns=path, reason="is the node's own")
+        return path
+
+    def _options(self, consequence: str) -> Optional[config.Options]:
+        """Read the options; None if they are not valid, which is logged."""
+        try:
+            return config.load(k_config.CONF)
+        except Exception as err:  # whatever it is, a pod is worth more
+            self._log(consequence, err)
+            return None
+
+    @staticmethod
+    def _is_direct(options: Optional[config.Options]) -> bool:
+        return (options is not None and options.enabled
+                and options.pod_binding == config.DIRECT)
+
+    def _connect_directly(self, vif: Any, ifname: str, sandbox: str) -> None:
+        """What Kuryr's connect does, with the same errors of its own."""
+        with kernel.Netlink() as netlink:
+            parent = self._find_parent(netlink)
+            if parent.mtu < vif.network.mtu:
+                raise k_exc.CNIBindingFailure(
+                    'MTU of interface %s (%d) is smaller than MTU of pod '
+                    'network %s (%d). Please make sure pod network has the '
+                    'same or smaller MTU as node (VM) network.' % (
+                        parent.name, parent.mtu, vif.network.id,
+                        vif.network.mtu))
+            pod_binding.connect(netlink, sandbox, ifname, parent,
+                                mac=str(vif.address), mtu=vif.network.mtu,
+                                passing=vif.vif_name)
+
+    def _find_parent(self, netlink: kernel.Netlink) -> kernel.Link:
+        """Find the parent as Kuryr does, from what it looks at for that."""
+        wanted = k_config.CONF.binding.link_iface
+        link = netlink.link(wanted) if kernel.index_of(wanted) else None
+        if link is not None and link.name == wanted:
+            links, addresses = [link], []
+        else:  # that an altname finds it does not count for Kuryr
+            links, addresses = netlink.links(), netlink.addresses()
+        name = self._detect_iface_name(types.SimpleNamespace(interfaces={
+            link.name: {'flags': _IFF_LOOPBACK if link.loopback else 0,
+                        'ipaddr': [(str(address), address.max_prefixlen)
+                                   for index, address in addresses
+                                   if index == link.index]}
+            for link in links}))
+        return next(link for link in links if link.name == name)
+
+    def _disconnect_pod(self, vif: Any, ifname: str, netns: str,
+                        container_id: str, sandbox: str,
+                        directly: bool) -> None:
+        try:
+            if directly:
+                pod_binding.disconnect(sandbox, ifname, vif.vif_name)
+                return
+            with patches.interfaces_only():
+                kernel.undisturbed('disconnect ' + ifname,
+                                   super().disconnect, vif, ifname, netns,
+                                   container_id)
+        except exceptions.KernelRefused as err:
+            raise k_exc.CNIBindingFailure(str(err)) from err
+
+    def _housekeep(self, options: config.Options) -> None:
+        try:
+            Break0Manager(options).housekeep()
+        except Exception as err:  # it is not about this pod
+            self._log('Cannot repair what other pods need', err)
+
+    def _undo(self, vif: Any, ifname: str, netns: str,
+              container_id: str) -> None:
+        try:
+            self.disconnect(vif, ifname, netns, container_id)
+        except Exception as err:  # the first error is the one to raise
+            self._log('Cannot undo the ADD', err)
+
+    @staticmethod
+    def _log(what: str, err: Exception) -> None:
+        # One line for what was foreseen, a traceback for what was not.
+        LOG.error('%s: %s', what, err,
+                  exc_info=not isinstance(err, exceptions.Break0Error))

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The os-vif plugin whose loading puts the driver into kuryr-daemon.
+
+Both kuryr-daemon and kuryr-cni load all os-vif plugins, and a virtual
+environment may be shared with kuryr-k8s-controller, whose VIF pools know the
+classes of Kuryr's VIFs by name. So nothing heavy is imported at the top, and
+nothing is changed in any process but the daemon's, before it forks.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from typing import Any
+
+import os_vif.objects
+from os_vif import plugin
+from oslo_log import log as logging
+
+LOG = logging.getLogger(__name__)
+
+#: Only kuryr-daemon imports it.
+_DAEMON_MODULE = 'kuryr_kubernetes.cni.daemon.service'
+
+
+class Break0Plugin(plugin.PluginBase):  # type: ignore[misc]
+    """Plugs nothing: Kuryr's VIFs name Kuryr's own plugin, ``noop``."""
+
+    @classmethod
+    def load(cls, plugin_name: str) -> Break0Plugin:
+        """Load the plugin; called once by ``os_vif.initialize()``."""
+        if _DAEMON_MODULE in sys.modules:
+            try:
+                _serve()
+            except Exception:
+                # os-vif would stop the daemon, and with it all pods.
+                LOG.exception('break0 is not in use: its driver cannot be '
+                              'loaded. Pods are bound by Kuryr alone.')
+        loaded: Break0Plugin = super().load(plugin_name)
+        return loaded
+
+    def describe(self) -> Any:
+        return os_vif.objects.host_info.HostPluginInfo(
+            plugin_name='kuryr_break0', vif_info=[])
+
+    def plug(self, vif: Any, instance_info: Any) -> None:
+        pass
+
+    def unplug(self, vif: Any, instance_info: Any) -> None:
+        pass
+
+
+def _serve() -> None:
+    """Let nested macvlan VIFs be bound by break0's driver.
+
+    Not before Kuryr can find it: a VIF class without a driver would fail
+    every pod. What the process of a request would import is imported here,
+    which spares it that.
+    """
+    import netrc  # noqa: F401 (by requests, when Kuryr calls the API)
+
+    from kuryr_kubernetes.cni.binding import base as b_base
+    from oslo_config import cfg
+    from oslo_versionedobjects import base as obj_base
+    from stevedore import driver as stv_driver
+
+    from kuryr_break0 import config
+    from kuryr_break0 import exceptions
+    from kuryr_break0 import kernel
+    from kuryr_break0.kuryr import vif
+
+    name = vif.VIFMacvlanBreak0.__name__
+    driver: Any = stv_driver.DriverManager(
+        namespace=b_base._BINDING_NAMESPACE, name=name).driver
+    obj_base.VersionedObjectRegistry.register(vif.VIFMacvlanBreak0)
+    kernel.prepare()
+    LOG.info('%s VIFs are bound by %s.%s', vif.VIFMacvlanBreak0.obj_name(),
+             driver.__module__, driver.__name__)
+    try:
+        options = config.load(cfg.CONF)
+    except exceptions.InvalidOption as err:
+        LOG.error('Pods will not be reachable from their node: %s', err)
+    else:
+        LOG.info('break0 is %s: %s', 'in use' if options.enabled
+                 else 'disabled', options)
+    # All that is there by now lives on in the process of each request. One
+    # that looked for garbage among it would copy all of its pages, which
+    # takes longer than to bind a pod by break0.
+    gc.collect()
+    gc.freeze()

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""All that is changed of Kuryr's own code while it runs: two functions.
+
+Both are private functions of ``kuryr_kubernetes.cni.binding.base``, tried with
+Kuryr 7.0.0 to 10.0.0. They are changed in the process of one request only, and
+only where they are what they were when this module was imported.
+
+``get_ipdb``: Kuryr opens IPDB on the node's namespace twice per pod, and IPDB
+reads all routes and neighbours. break0 has one of each per pod, while Kuryr
+looks at the interfaces and their addresses alone.
+
+``_configure_l3``: Kuryr gives a pod its addresses by IPDB, after the driver
+has returned. While many pods are added at once, IPDB now and then misses
+what it waits for, gives up with a RuntimeError that says nothing, and the ADD
+fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Iterator, Optional
+
+from kuryr_kubernetes.cni.binding import base as b_base
+from oslo_log import log as logging
+
+from kuryr_break0 import kernel
+
+LOG = logging.getLogger(__name__)
+
+#: As often as IPDB itself tries to set addresses.
+_TRIES = 3
+
+_get_ipdb = getattr(b_base, 'get_ipdb', None)
+_configure_l3 = getattr(b_base, '_configure_l3', None)
+
+
+@contextlib.contextmanager
+def interfaces_only() -> Iterator[None]:
+    """Have Kuryr read only the interfaces of the node, within the block.
+
+    Its view of a pod's namespace is as ever.
+    """
+    if _get_ipdb is None or getattr(b_base, 'get_ipdb',
+                                    None) is not _get_ipdb:
+        yield
+        return
+    b_base.get_ipdb = _get_ipdb_of_interfaces
+    try:
+        yield
+    finally:
+        b_base.get_ipdb = _get_ipdb
+
+
+def _get_ipdb_of_interfaces(netns: Optional[str] = None) -> Any:
+    assert _get_ipdb is not None
+    return (not netns and kernel.ipdb_of_interfaces()) or _get_ipdb(netns)
+
+
+def repeat_configure_l3() -> None:
+    """Have Kuryr configure the addresses of a pod again if IPDB fails.
+
+    For the addresses that it is about to configure in this process. What is
+    there from a first try is fine for the next.
+    """
+    if _configure_l3 is not None and getattr(
+            b_base, '_configure_l3', None) is _configure_l3:
+        b_base._configure_l3 = _configure_l3_repeatedly
+
+
+def _configure_l3_repeatedly(*args: Any) -> None:
+    assert _configure_l3 is not None
+    b_base._configure_l3 = _configure_l3
+    for _ in range(_TRIES - 1):
+        try:
+            _configure_l3(*args)
+            return
+        except kernel.IPDB_DISTURBED as err:
+            LOG.warning('Configuring the addresses of a pod again, since '
+                        'IPDB failed: %r', err)
+    _configure_l3(*args)

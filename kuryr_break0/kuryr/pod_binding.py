@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The interface of a pod, made in the pod's namespace.
+
+Kuryr makes it on the node, under a name that is in nobody's way, moves it,
+renames it, and sets its MTU and MAC address one by one; around each step it
+reads the namespace anew. Here it is one request, and the outcome is the same.
+"""
+
+from __future__ import annotations
+
+from oslo_log import log as logging
+
+from kuryr_break0 import kernel
+
+LOG = logging.getLogger(__name__)
+
+
+def connect(netlink: kernel.Netlink, netns: str, ifname: str,
+            parent: kernel.Link, *, mac: str, mtu: int,
+            passing: str) -> None:
+    """Make the macvlan of a pod, in bridge mode and up.
+
+    May be repeated: what an ADD before it has left is removed first, as
+    Kuryr does it. Refused, it leaves nothing.
+
+    :param kernel: in the node's namespace
+    :param netns: path of the pod's
+    :param parent: on the node
+    :param passing: the name that Kuryr would give it on the node. One that
+        is left of that has the MAC address of the pod
+    :raises NetnsUnusable: if the pod's namespace cannot be entered
+    :raises KernelRefused: with EADDRINUSE where another macvlan on the
+        parent has the MAC address
+    """
+    with kernel.entered(netns), kernel.Netlink() as pods:
+        _remove(pods, passing, netns)
+        _remove(pods, ifname, netns)
+    _remove(netlink, passing, 'the node')
+    netlink.create_macvlan(ifname, parent, netns, mac=mac, mtu=mtu)
+
+
+def disconnect(netns: str, *names: str) -> None:
+    """Delete interfaces of a pod; one that is not there is fine.
+
+    :raises NetnsUnusable: if its namespace cannot be entered
+    :raises KernelRefused: if one can't be deleted
+    """
+    with kernel.entered(netns), kernel.Netlink() as netlink:
+        for name in names:
+            netlink.delete_link(name)
+
+
+def _remove(netlink: kernel.Netlink, name: str, where: str) -> None:
+    if kernel.index_of(name) is not None:
+        LOG.warning('The interface %s in %s is left from an earlier ADD: '
+                    'deleting it.', name, where)
+        netlink.delete_link(name)

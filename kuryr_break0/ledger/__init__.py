@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Which sandbox has which address, in files that end with the boot.
+
+kuryr-daemon serves each request in a new process, and is restarted at will,
+so what must be known later is in the state directory. The ledger is evidence,
+not the truth: see :mod:`kuryr_break0.reconciler`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from typing import Any, Callable, Iterator, Optional, TypeVar
+
+from oslo_log import log as logging
+
+from kuryr_break0 import exceptions
+from kuryr_break0.ledger.cache import Cache
+from kuryr_break0.ledger import files
+from kuryr_break0.ledger.heartbeat import Heartbeat
+from kuryr_break0.ledger import identity
+from kuryr_break0.ledger.identity import Identity
+from kuryr_break0.ledger import inspection
+from kuryr_break0.ledger.inspection import Contents
+from kuryr_break0.ledger.lock import Lock
+from kuryr_break0.ledger.records import Records
+from kuryr_break0.model import Owner
+from kuryr_break0.model import Record
+
+LOG = logging.getLogger(__name__)
+
+__all__ = ('Contents', 'Ledger', 'Owner', 'Record')
+
+T = TypeVar('T')
+
+
+class Ledger:
+    """A state directory.
+
+    :param path: the directory; it is created when it is first needed
+    :param lock_timeout: seconds that :meth:`lock` waits
+    :ivar records: who has which address
+    :ivar cache: what is dear to read from the kernel
+    :ivar heartbeat: whether an agent runs
+    """
+
+    def __init__(self, path: str, lock_timeout: float) -> None:
+        self.path = path
+        self.records = Records(os.path.join(path, 'addresses'),
+                               os.path.join(path, 'quarantine'))
+        self.cache = Cache(path)
+        self.heartbeat = Heartbeat(os.path.join(path, 'heartbeat'))
+        self._lock = Lock(os.path.join(path, 'lock'), lock_timeout)
+        self._identity_path = os.path.join(path, 'identity')
+
+    @property
+    def lock_path(self) -> str:
+        return self._lock.path
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep all other threads and processes of this ledger out.
+
+        :raises LockTimeout: when another held it for too long
+        :raises LedgerUnavailable: when the lock file cannot be made
+        """
+        self.prepare()
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self._lock.held())
+            except OSError as err:
+                raise self._unavailable(err) from err
+            yield
+
+    def is_free_within(self, seconds: float) -> bool:
+        """Wait until who holds the lock now has let it go.
+
+        :returns: whether it was free within so many seconds
+        :raises LedgerUnavailable: if the lock file cannot be opened
+        """
+        try:
+            return self._lock.is_free_within(seconds)
+        except OSError as err:
+            raise self._unavailable(err) from err
+
+    def inspect(self, look: Callable[[], T], patience: float
+                ) -> tuple[Contents, T, bool]:
+        """Read all records, and something that must agree with them.
+
+        Changes nothing; see :func:`inspection.at_one_moment`.
+
+        :raises LedgerUnavailable: if they cannot be read
+        """
+        try:
+            return inspection.at_one_moment(
+                self.records, self._lock,
+                lambda: inspection.inspect(self.records), look, patience)
+        except OSError as err:
+            raise self._unavailable(err) from err
+
+    def contents(self) -> Contents:
+        """Read all records, and change nothing.
+
+        :raises LedgerUnavailable: if they cannot be read
+        """
+        return inspection.inspect(self.records)
+
+    def identity(self) -> Optional[Identity]:
+        """Return what this ledger is; None if it was never used.
+
+        :raises LedgerUnavailable: if that is damaged
+        """
+        try:
+            return identity.read(self._identity_path)
+        except ValueError as err:
+            raise self._unavailable('%s: %s' % (self._identity_path, err)
+                                    ) from err
+
+    def ensure_identity(self) -> Identity:
+        """Return what this ledger is; call it under the lock.
+
+        It is new with the first use of the directory, and if what was in it
+        was lost.
+
+        :raises LedgerUnavailable: if it cannot be written
+        """
+        try:
+            found = identity.read(self._identity_path)
+        except ValueError as err:
+            LOG.error('The identity of the ledger in %s is damaged and made '
+                      'anew: %s', self.path, err)
+            found = None
+        boot = identity.boot_id()
+        if found is not None and boot and found.boot not in ('', boot):
+            # Namespaces are numbered anew with each boot, so what is written
+            # of an earlier one would be taken for those of now.
+            LOG.warning('The ledger in %s is of an earlier boot, whose pods '
+                        'are gone: moved its records to quarantine',
+                        self.path)
+            self._quarantine_all()
+            found = None
+        if found is None:
+            found = Identity.new()
+            self.put_identity(found)
+        return found
+
+    def put_identity(self, found: Identity) -> None:
+        """Write what this ledger is.
+
+        :raises LedgerUnavailable: if it cannot be written
+        """
+        try:
+            files.replace(self._identity_path, found.to_json())
+        except OSError as err:
+            raise self._unavailable(err) from err
+
+    def _quarantine_all(self) -> None:
+        target = os.path.join(self.records.quarantine, 'earlier-boot')
+        try:
+            os.makedirs(target, mode=0o700, exist_ok=True)
+            for name in os.listdir(self.records.directory):
+                os.replace(os.path.join(self.records.directory, name),
+                           os.path.join(target, name))
+        except OSError as err:
+            raise self._unavailable(err) from err
+
+    def exists(self) -> bool:
+        """Return whether there is a state directory."""
+        return os.path.isdir(self.path)
+
+    def clear(self) -> None:
+        """Remove the directory with all that this package puts there.
+
+        It stays, empty, where it is a mount point, as in a container. Call
+        it under the lock, which goes with it.
+
+        :raises LedgerUnavailable: if something cannot be removed
+        """
+        quarantine = self.records.quarantine
+        try:
+            for directory in (
+                    self.records.directory,
+                    os.path.join(quarantine, 'earlier-boot'), quarantine,
+                    os.path.join(self.path, 'damaged'),  # of version 1
+                    self.path):
+                with contextlib.suppress(FileNotFoundError):
+                    for name in os.listdir(directory):
+                        if (name.endswith('.json')
+                                or name.startswith('.unfinished')
+                                or name in ('attended', 'heartbeat',
+                                            'identity', 'journal', 'lock')):
+                            os.unlink(os.path.join(directory, name))
+                    os.rmdir(directory)
+        except OSError as err:
+            # Others have put something there, or mounted it.
+            if err.errno not in (errno.ENOTEMPTY, errno.EBUSY):
+                raise self._unavailable(err) from err
+
+    def prepare(self) -> None:
+        """Make sure of the directory, and that nobody else can write it.
+
+        :raises LedgerUnavailable: if it cannot be used
+        """
+        try:
+            if not os.path.isdir(self.path):
+                os.makedirs(self.path, mode=0o700, exist_ok=True)
+            found = os.stat(self.path)
+            if found.st_uid != os.geteuid():
+                raise self._unavailable('it belongs to user %d, not to %d' %
+                                        (found.st_uid, os.geteuid()))
+            used = os.path.isdir(self.records.directory)
+            if stat.S_IMODE(found.st_mode) & 0o077:
+                # An empty one may be of kubelet, for a volume.
+                LOG.log(logging.WARNING if used else logging.DEBUG,
+                        'Others could use the state directory %s (mode %o); '
+                        'now they cannot', self.path,
+                        stat.S_IMODE(found.st_mode))
+                os.chmod(self.path, 0o700)
+            if not used:
+                os.makedirs(self.records.directory, mode=0o700,
+                            exist_ok=True)
+        except OSError as err:
+            raise self._unavailable(err) from err
+
+    def _unavailable(self, err: Any) -> exceptions.LedgerUnavailable:
+        return exceptions.LedgerUnavailable(path=self.path, reason=err)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What is dear to read from the kernel and seldom changes, for some seconds.
+
+Each request is a process of its own, so it is kept in files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from typing import Any, Optional
+
+from kuryr_break0.ledger import files
+
+#: Bytes, as of the next hops of a router.
+_MAX_SIZE = 2 ** 20
+SUFFIX = '.json'
+
+
+class Cache:
+    """Lists of facts by their names.
+
+    Nothing depends on it: what is absent, damaged or old is read anew.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+
+    def get(self, name: str, max_age: Optional[float] = None
+            ) -> Optional[list[Any]]:
+        """Return the facts of a name, unless they are older.
+
+        :param max_age: seconds; None for any age
+        """
+        try:
+            content = json.loads(files.read(self._path(name), _MAX_SIZE))
+            age = files.now() - content['at']
+            if age < 0 or max_age is not None and age >= max_age:
+                return None  # a clock that is ahead is of another boot
+            return list(content['facts'])
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return None
+
+    def put(self, name: str, facts: list[Any]) -> None:
+        """Keep facts; failing is harmless."""
+        with contextlib.suppress(OSError):
+            files.replace(self._path(name), json.dumps(
+                {'at': files.now(), 'facts': facts}))
+
+    def drop(self, name: str) -> None:
+        """Have a fact read anew."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._path(name))
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._directory, name + SUFFIX)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Lets other processes know that an agent runs, and that it works."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from typing import Callable, Iterator, Optional
+
+from oslo_log import log as logging
+
+from kuryr_break0.ledger import files
+
+LOG = logging.getLogger(__name__)
+
+
+class Heartbeat:
+    """A file that the agent holds a lock on and writes with each sync.
+
+    The kernel ends the lock with the agent (flock(2)).
+
+    :ivar path: of the file
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[Callable[[], None]]:
+        """Be the agent within the block.
+
+        :returns: what to call with each sync
+        """
+        fd: Optional[int] = None
+        try:
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+                         | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as err:
+            LOG.error('Cannot write the heartbeat of the agent to %s: %s. '
+                      'Without it each ADD and DEL also repairs routes, '
+                      'which takes longer.', self.path, err.strerror)
+
+        def beat() -> None:
+            if fd is not None:
+                with contextlib.suppress(OSError):
+                    os.pwrite(fd, b'%020.3f\n' % files.now(), 0)
+
+        try:
+            beat()
+            yield beat
+        finally:
+            if fd is not None:
+                os.close(fd)
+
+    def age(self) -> Optional[float]:
+        """Return the seconds since the last beat; None without an agent."""
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK
+                         | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return max(files.now() - float(os.read(fd, 64)), 0)
+        except (OSError, ValueError):
+            pass
+        finally:
+            os.close(fd)
+        return None

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Which ledger this is, and which break0 it has made for which parent.
+
+A break0 carries the id of the ledger that owns it as its alias, which the
+kernel keeps where a directory may be lost or be another one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import secrets
+from typing import Any, NamedTuple, Optional
+
+from kuryr_break0.ledger import files
+
+_VERSION = 1
+_MAX_SIZE = 2 ** 16
+_ALIAS = re.compile(r'kuryr-break0 ledger ([0-9a-f]{16}) in (/.*)')
+
+
+class Alias(NamedTuple):
+    """What a break0 says of its ledger.
+
+    :ivar ledger: its id
+    :ivar directory: its state directory
+    """
+
+    ledger: str
+    directory: str
+
+    def __str__(self) -> str:
+        return ('kuryr-break0 ledger %s in %s' % self)[:255]  # IFALIASZ
+
+    @classmethod
+    def parse(cls, text: Optional[str]) -> Optional[Alias]:
+        """Read an alias of an interface; None if it is not of a ledger."""
+        found = _ALIAS.fullmatch(text or '')
+        return cls(found[1], found[2]) if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What a ledger knows of itself.
+
+    :ivar id: 16 hexadecimal digits
+    :ivar secret: goes into the MAC addresses of break0, so that no pod can
+        compute them
+    :ivar boot: the boot that it is of
+    :ivar devices: break0 by its parent
+    :ivar macs: the MAC address of each break0, to have it again if it is
+        created again
+    :ivar claimed: the ledger of this directory, lost by now, that each
+        break0 was taken over from
+    """
+
+    id: str = ''
+    secret: str = ''
+    boot: str = ''
+    devices: dict[str, str] = dataclasses.field(default_factory=dict)
+    macs: dict[str, str] = dataclasses.field(default_factory=dict)
+    claimed: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def new(cls) -> Identity:
+        return cls(secrets.token_hex(8), secrets.token_hex(16), boot_id())
+
+    def alias(self, directory: str) -> Alias:
+        return Alias(self.id, directory)
+
+    def to_json(self) -> str:
+        return json.dumps({'version': _VERSION, **vars(self)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Identity:
+        """Read what :meth:`to_json` wrote.
+
+        :raises ValueError: for anything else
+        """
+        try:
+            fields: dict[str, Any] = json.loads(text)
+            if fields.pop('version') != _VERSION:
+                raise ValueError('its format is of another version')
+            found = cls(**fields)
+            if not (re.fullmatch('[0-9a-f]{16}', found.id)
+                    and re.fullmatch('[0-9a-f]{32}', found.secret)
+                    and isinstance(found.boot, str)
+                    and all(isinstance(text, str) for names in (
+                        found.devices, found.macs, found.claimed)
+                        for pair in names.items() for text in pair)):
+                raise ValueError('it has a value of the wrong shape')
+        except (AttributeError, KeyError, TypeError, RecursionError) as err:
+            raise ValueError('it is no identity (%r)' % err)
+        return found
+
+
+def boot_id() -> str:
+    """Return what tells this boot from others; empty if nothing does."""
+    try:
+        with open('/proc/sys/kernel/random/boot_id') as file:
+            return file.read().strip()
+    except OSError:
+        return ''
+
+
+def read(path: str) -> Optional[Identity]:
+    """Read the identity of a ledger; None if it has none.
+
+    :raises ValueError: if it is damaged
+    """
+    try:
+        return Identity.from_json(files.read(path, _MAX_SIZE))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as err:
+        raise ValueError(err.strerror or str(err))

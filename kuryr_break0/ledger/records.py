@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Who has which address: one small file per address.
+
+The file has the claims of all sandboxes that have the address, the newest
+first. It is replaced as a whole by rename(2), so one that is there is
+complete, at whatever instruction its writer was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import ipaddress
+import json
+import os
+import re
+import struct
+from typing import Any, Iterable, Optional, Sequence
+
+from oslo_log import log as logging
+
+from kuryr_break0 import exceptions
+from kuryr_break0.kernel import namespaces
+from kuryr_break0.ledger import files
+from kuryr_break0.model import address_order
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import NamespaceId
+from kuryr_break0.model import Owner
+from kuryr_break0.model import Record
+
+LOG = logging.getLogger(__name__)
+
+#: Version 1 had one sandbox per address, and no number of its namespace.
+VERSION = 2
+SUFFIX = '.json'
+_MAX_SIZE = 2 ** 16  # bytes; a record has a hundredth of it
+#: Claims on one address, and networks of one claim, that are kept.
+MAX_CLAIMS = 8
+MAX_SUBNETS = 16
+#: What stands in a name for a record: no control characters, which could
+#: forge lines of a log or a table.
+_TEXT = re.compile(r'[^\x00-\x1f\x7f]{0,512}')
+_MAC = re.compile(r'[0-9a-f]{2}(:[0-9a-f]{2}){5}')
+
+_network = functools.lru_cache(maxsize=128)(ipaddress.ip_network)
+
+
+class NewerVersion(Exception):
+    """A later version of this program has written a record."""
+
+
+def to_json(claims: Sequence[Record]) -> str:
+    """Write the claims on one address, the newest first."""
+    return json.dumps({
+        'version': VERSION, 'address': str(claims[0].address),
+        'claims': [{
+            'owner': vars(claim.owner), 'parent': claim.parent,
+            'mac': claim.mac,
+            'subnets': list(map(str, claim.subnets[:MAX_SUBNETS])),
+            'netns': claim.netns, 'namespace': claim.namespace,
+            'pod': claim.pod, 'configured': claim.configured,
+            'bound_at': claim.bound_at} for claim in claims[:MAX_CLAIMS]]})
+
+
+def from_json(text: str) -> tuple[Record, ...]:
+    """Read what :meth:`to_json` wrote, or version 1.
+
+    :raises NewerVersion: for what a later version wrote
+    :raises ValueError: for anything else
+    """
+    try:
+        fields = json.loads(text)
+        version = fields['version']
+        if isinstance(version, int) and version > VERSION:
+            raise NewerVersion('its format is version %d, which is newer '
+                               'than this program' % version)
+        if version not in (1, VERSION):
+            raise ValueError('its format is version %r' % version)
+        address = ipaddress.ip_address(_text(fields['address']))
+        claims = fields['claims'] if version == VERSION else [
+            _from_version_1(fields)]
+        if not claims:
+            raise ValueError('it has no claims')
+        return tuple(_claim(address, claim) for claim in claims[:MAX_CLAIMS])
+    except (AttributeError, KeyError, TypeError, RecursionError,
+            OverflowError) as err:
+        raise ValueError('it is no record (%r)' % err)
+
+
+def _from_version_1(fields: dict[str, Any]) -> dict[str, Any]:
+    # Its time was that of a clock that can be set, and what the pod was
+    # configured with is compared with the pod.
+    return {**fields, 'namespace': fields['netns_id'], 'bound_at': 0.0,
+            'configured': None}
+
+
+def _claim(address: IPAddress, fields: dict[str, Any]) -> Record:
+    owner = Owner(**fields['owner'])
+    _text(owner.container_id)
+    _text(owner.ifname)
+    namespace = fields['namespace']
+    if namespace is not None:
+        device, inode, *cookie = namespace
+        namespace = NamespaceId(
+            _number(device), _number(inode),
+            _number(cookie[0]) if cookie and cookie[0] is not None else None)
+    mac = fields['mac']
+    if mac is not None and not _MAC.fullmatch(mac):
+        raise ValueError('its mac is %r' % mac)
+    if isinstance(fields['subnets'], str):
+        raise ValueError('its subnets are a text')
+    return Record(
+        address, owner, _text(fields['parent']), mac,
+        tuple(map(_network, map(_text, fields['subnets'][:MAX_SUBNETS]))),
+        _optional(fields['netns']), namespace, _optional(fields['pod']),
+        _optional(fields['configured']), float(fields['bound_at']))
+
+
+def _number(value: Any) -> int:
+    if not isinstance(value, int) or not 0 <= value < 2 ** 64:
+        raise ValueError('%r is no number of the kernel' % (value,))
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not _TEXT.fullmatch(value):
+        raise ValueError('%r is no text of one line' % (value,))
+    return value
+
+
+def _optional(value: Any) -> Optional[str]:
+    return None if value is None else _text(value)
+
+
+class Records:
+    """The records in a directory.
+
+    :param directory: of the records; the ledger makes it
+    :param quarantine: where what cannot be read is moved
+    """
+
+    def __init__(self, directory: str, quarantine: str) -> None:
+        self.directory = directory
+        self.quarantine = quarantine
+        self._stamps: dict[IPAddress, Optional[tuple[int, int, int]]] = {}
+
+    def claims(self, address: IPAddress) -> tuple[Record, ...]:
+        """Return the claims on an address, the newest first.
+
+        One that is damaged is moved to quarantine, with a warning, and is
+        none.
+
+        :raises LedgerUnavailable: if it cannot be read, or a later version
+            of this program has written it
+        """
+        path = self._path(address)
+        try:
+            return self.parsed(path, address)
+        except (FileNotFoundError, NotADirectoryError):
+            return ()
+        except ValueError as err:
+            self._quarantine(path, err)
+            return ()
+        except (OSError, NewerVersion) as err:
+            raise self._unavailable(err) from err
+
+    def get(self, address: IPAddress) -> Optional[Record]:
+        """Return the newest claim on an address, or None.
+
+        :raises LedgerUnavailable: as :meth:`claims`
+        """
+        return next(iter(self.claims(address)), None)
+
+    def exists(self, address: IPAddress) -> bool:
+        """Return whether an address has a record, readable or not."""
+        return os.path.lexists(self._path(address))
+
+    @staticmethod
+    def parsed(path: str, address: IPAddress) -> tuple[Record, ...]:
+        """Read one file.
+
+        :raises ValueError: if it is damaged
+        :raises NewerVersion: if a later version has written it
+        :raises OSError: if it is not there or cannot be read
+        """
+        claims = from_json(files.read(path, _MAX_SIZE))
+        if claims[0].address != address:
+            raise ValueError('it is of %s' % claims[0].address)
+        return claims
+
+    def put(self, claims: Sequence[Record]) -> None:
+        """Write the claims on one address, the newest first.
+
+        :raises LedgerUnavailable: if they cannot be written; then what was
+            there before is still there
+        """
+        try:
+            files.replace(self._path(claims[0].address), to_json(claims))
+        except OSError as err:
+            raise self._unavailable(err) from err
+
+    def remove(self, address: IPAddress) -> None:
+        """Remove the record of an address; none is fine.
+
+        :raises LedgerUnavailable: if it cannot be removed
+        """
+        try:
+            os.unlink(self._path(address))
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as err:
+            raise self._unavailable(err) from err
+
+    def read(self) -> tuple[dict[IPAddress, tuple[Record, ...]],
+                            set[IPAddress]]:
+        """Read all claims, ordered by address.
+
+        :returns: them, and the addresses of which it is not known whose
+            they are, since their record cannot be read
+        :raises LedgerUnavailable: if the directory cannot be read
+        """
+        found: dict[IPAddress, tuple[Record, ...]] = {}
+        unreadable = set()
+        for address in self.addresses():
+            self._stamps[address] = files.stamp(self._path(address))
+            try:
+                claims = self.claims(address)
+            except exceptions.LedgerUnavailable as err:
+                LOG.warning('Ignoring the record of %s: %s', address, err)
+                unreadable.add(address)
+                continue
+            if claims:
+                found[address] = claims
+        unreadable.update(self._parsed_names(self.quarantine))
+        return found, unreadable - found.keys()
+
+    def is_as_read(self, address: IPAddress) -> bool:
+        """Return whether the record of an address is still as last read.
+
+        It is at a tenth of what it takes to read it again. For that the
+        file has to be another one, or of another time, since one is never
+        written twice.
+        """
+        stamp = files.stamp(self._path(address))
+        return stamp is not None and stamp == self._stamps.get(address)
+
+    def may_be_gone(self, address: IPAddress) -> bool:
+        """Return whether the sandboxes of an address are to be examined.
+
+        False if all exist, or if there is no record; found at a third of
+        what it takes to read :meth:`claims`, since most of that is to make
+        addresses and networks of texts.
+        """
+        try:
+            fields = json.loads(files.read(self._path(address), _MAX_SIZE))
+            return any(namespaces.state(
+                claim['netns'], claim['namespace'] and NamespaceId(
+                    *claim['namespace'])) is namespaces.State.GONE
+                for claim in fields['claims'])
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except (OSError, ValueError, KeyError, TypeError, RecursionError,
+                OverflowError, AttributeError, struct.error):
+            return True  # it is damaged
+
+    def addresses(self) -> list[IPAddress]:
+        """List the addresses that have a record, in their order.
+
+        :raises LedgerUnavailable: if the directory cannot be read
+        """
+        return sorted(self._parsed_names(self.directory), key=address_order)
+
+    def count(self) -> int:
+        """Count the records, at a tenth of what it takes to list them.
+
+        :raises LedgerUnavailable: if the directory cannot be read
+        """
+        return len(self.names(self.directory))
+
+    def some(self, position: int, most: int) -> tuple[list[IPAddress], int]:
+        """List some of the addresses that have a record, and how many do.
+
+        They are in some order, and from its end on from its beginning.
+
+        :param position: in that order, of the first
+        :raises LedgerUnavailable: if the directory cannot be read
+        """
+        names = sorted(self.names(self.directory))
+        count = len(names)
+        if count > most:
+            start = position % count
+            names = (names + names)[start:start + most]
+        return self._parsed(self.directory, names), count
+
+    def sweep(self) -> None:
+        """Remove what killed writers have left. Call it under the lock."""
+        with contextlib.suppress(OSError):
+            for name in os.listdir(self.directory):
+                if name.startswith(files.UNFINISHED):
+                    os.unlink(os.path.join(self.directory, name))
+
+    def _parsed_names(self, directory: str) -> list[IPAddress]:
+        return self._parsed(directory, self.names(directory))
+
+    def _parsed(self, directory: str,
+                names: Iterable[str]) -> list[IPAddress]:
+        found = []
+        for name in names:
+            try:
+                found.append(address_of(name))
+            except ValueError as err:
+                if directory == self.directory:
+                    self._quarantine(os.path.join(directory, name), err)
+        return found
+
+    def names(self, directory: str) -> list[str]:
+        """List the names of the files of records in a directory.
+
+        :raises LedgerUnavailable: if it cannot be read
+        """
+        try:
+            return [name for name in os.listdir(directory)
+                    if name.endswith(SUFFIX)
+                    and not name.startswith(files.UNFINISHED)]
+        except FileNotFoundError:
+            return []
+        except OSError as err:
+            raise self._unavailable(err) from err
+
+    def _quarantine(self, path: str, reason: ValueError) -> None:
+        moved = os.path.join(self.quarantine, os.path.basename(path))
+        try:
+            os.makedirs(self.quarantine, mode=0o700, exist_ok=True)
+            os.replace(path, moved)
+        except OSError as err:
+            LOG.error('Cannot move the damaged record %s to quarantine: %s',
+                      path, err)
+        else:
+            LOG.warning('Moved the damaged record %s to quarantine, as %s: '
+                        '%s', path, moved, reason)
+
+    def _path(self, address: IPAddress) -> str:
+        return '%s/%s%s' % (self.directory, address, SUFFIX)
+
+    def _unavailable(self, err: Any) -> exceptions.LedgerUnavailable:
+        return exceptions.LedgerUnavailable(
+            path=os.path.dirname(self.directory), reason=err)
+
+
+def address_of(name: str) -> IPAddress:
+    """Return the address of a record by the name of its file.
+
+    :raises ValueError: if it is none, or not written as we write it
+    """
+    address = ipaddress.ip_address(name[:-len(SUFFIX)])
+    if str(address) + SUFFIX != name or getattr(address, 'scope_id', None):
+        raise ValueError('its name is not that of the address %s' % address)
+    return address

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Value types that all modules share. None of them does any I/O."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import ipaddress
+from typing import NamedTuple, Optional, Union
+
+IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
+IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+
+def address_order(address: IPAddress) -> tuple[int, int]:
+    """Return a sort key: IPv4 before IPv6, then by number."""
+    return address.version, int(address)
+
+
+class NamespaceId(NamedTuple):
+    """What tells a network namespace from all others of this boot.
+
+    :ivar device: device number of nsfs, which is the same for all
+    :ivar inode: the kernel uses it again once the namespace is gone
+    :ivar cookie: the kernel never uses it again (NS_GET_ID, linux 6.18);
+        None on a kernel that does not tell it
+    """
+
+    device: int
+    inode: int
+    cookie: Optional[int] = None
+
+    def is_same(self, other: NamespaceId) -> bool:
+        """Return whether both name one namespace, as far as is known."""
+        if None not in (self.cookie, other.cookie):
+            return self.cookie == other.cookie
+        return self[:2] == other[:2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Owner:
+    """The sandbox that an address belongs to, and its interface there.
+
+    CNI names both the same in ADD and DEL (CNI_CONTAINERID, CNI_IFNAME).
+    """
+
+    container_id: str
+    ifname: str
+
+    @classmethod
+    def adopted(cls, namespace: NamespaceId, ifname: str) -> Owner:
+        """Return the owner that stands for an unknown container id.
+
+        That is a sandbox bound before break0 was in use, or whose record
+        was lost. Its namespace identifies it, and its DEL names that too.
+        """
+        return cls('adopted-%d' % (namespace.cookie or namespace.inode),
+                   ifname)
+
+    def __str__(self) -> str:
+        return '%s/%s' % (self.container_id, self.ifname)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A claim of a sandbox on an address, as the ledger keeps it.
+
+    :ivar parent: the interface that the pod's macvlan is on
+    :ivar mac: MAC address of the pod's interface
+    :ivar subnets: the networks that it is in on the link
+    :ivar netns: path of its namespace, as the writer saw it
+    :ivar namespace: what that namespace is
+    :ivar pod: its namespace and name in Kubernetes, where known
+    :ivar configured: digest of the node addresses that the pod side was
+        configured with; None if it was not
+    :ivar bound_at: seconds since the boot (CLOCK_BOOTTIME)
+    """
+
+    address: IPAddress
+    owner: Owner
+    parent: str
+    mac: Optional[str] = None
+    subnets: tuple[IPNetwork, ...] = ()
+    netns: Optional[str] = None
+    namespace: Optional[NamespaceId] = None
+    pod: Optional[str] = None
+    configured: Optional[str] = None
+    bound_at: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class HostRoute:
+    """A route to a single address: /32, for IPv6 /128.
+
+    :ivar oif: ifindex of its interface; None for one without, or several
+    :ivar src: the node's address that it speaks from
+    :ivar metric: of several routes to an address the lowest one wins; None
+        in a deletion means any
+    :ivar direct: whether it leads to a neighbour on that interface: unicast,
+        without gateway and, for IPv4, scoped to the link
+    """
+
+    dst: IPAddress
+    oif: Optional[int]
+    protocol: int
+    table: int
+    src: Optional[IPAddress] = None
+    metric: Optional[int] = None
+    direct: bool = True
+
+
+def best_metric(address: IPAddress) -> int:
+    """Return the metric that no other route can be better than.
+
+    The kernel takes 0 for 1024 in IPv6 (IP6_RT_PRIO_USER).
+    """
+    return 0 if address.version == 4 else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Neighbour:
+    """The MAC address of an address on an interface, set for good.
+
+    :ivar protocol: who set it, as of a route; None if no program marked it
+    """
+
+    dst: IPAddress
+    ifindex: int
+    mac: str
+    protocol: Optional[int]
+
+
+Item = Union[HostRoute, Neighbour]
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What a pod's address must have on the node.
+
+    :ivar neighbour: None where it is found by ARP
+    """
+
+    route: HostRoute
+    neighbour: Optional[Neighbour] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeAddresses:
+    """The node's addresses, as a pod must know them.
+
+    :ivar addresses: in their order
+    :ivar mac: the MAC address of break0, which they are reached at; None if
+        the pod must ask for it by ARP
+    """
+
+    addresses: tuple[IPAddress, ...]
+    mac: Optional[str]
+
+    @property
+    def digest(self) -> str:
+        """A name for these values, for a record of what a pod has."""
+        text = ' '.join(map(str, (self.mac, *self.addresses)))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]

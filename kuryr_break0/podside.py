@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The pod side: what a pod's own namespace needs to reach its node.
+
+A pod that had to ask for the node would be answered by break0 for IPv4 only,
+and where the node is outside its subnets it would go by its gateway, a way
+that the node with ``rp_filter`` = 1 takes no packets from. So its namespace
+gets the MAC address of each address of the node, and a route where needed.
+Both carry our protocol number there too.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Collection, Iterable, Iterator
+
+from kuryr_break0 import exceptions
+from kuryr_break0 import kernel
+from kuryr_break0.kernel import Verb
+from kuryr_break0.model import best_metric
+from kuryr_break0.model import HostRoute
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Item
+from kuryr_break0.model import Neighbour
+from kuryr_break0.model import NodeAddresses
+from kuryr_break0.model import Record
+
+
+class PodSide:
+    """The interface of one pod, while this thread is in its namespace.
+
+    :param records: those of the interface, all with the same namespace
+    :param protocol: what marks routes and neighbours as ours
+    :raises NetnsUnusable: if there is no such interface
+    """
+
+    def __init__(self, netlink: kernel.Netlink, records: Collection[Record],
+                 protocol: int) -> None:
+        self._netlink = netlink
+        self._record = next(iter(records))
+        self._versions = {record.address.version for record in records}
+        self._protocol = protocol
+        index = kernel.index_of(self._record.owner.ifname)
+        if index is None:
+            raise exceptions.NetnsUnusable(
+                netns=self._record.netns,
+                reason='has no interface %s' % self._record.owner.ifname)
+        self._index = index
+
+    def configure(self, node: NodeAddresses) -> None:
+        """Set what the pod needs, whatever is there.
+
+        The interface has no address yet when Kuryr has just made it; neither
+        neighbours nor routes need one.
+
+        :raises KernelRefused: the first error of its kernel
+        """
+        _apply(self._netlink, [
+            (Verb.REPLACE, item) for item in self._wanted(node)])
+
+    def changes(self, node: NodeAddresses) -> list[kernel.Change]:
+        """Compare what is there with what the pod needs.
+
+        :raises KernelRefused: if its kernel cannot be asked
+        """
+        neighbours = {each.dst: each for each
+                      in self._netlink.neighbours(self._index)}
+        routes = {route.dst: route for route in self._netlink.host_routes_of(
+            self._index, kernel.RT_TABLE_MAIN)
+            if route.protocol == self._protocol}
+        changes: list[kernel.Change] = []
+        hosts = self._hosts(node)
+        for dst, route in routes.items():
+            if dst not in hosts:
+                changes.append((Verb.DELETE, route))
+        for dst, each in neighbours.items():
+            if (each.protocol == self._protocol
+                    and (dst not in hosts or node.mac is None)):
+                changes.append((Verb.DELETE, each))
+        for item in self._wanted(node):
+            present = (neighbours if isinstance(item, Neighbour)
+                       else routes).get(item.dst)
+            if present != item:
+                changes.append((Verb.REPLACE, item))
+        return changes
+
+    def apply(self, changes: Iterable[kernel.Change]) -> None:
+        """Make changes in the pod's namespace.
+
+        :raises KernelRefused: the first error of its kernel
+        """
+        _apply(self._netlink, changes)
+
+    def addresses(self) -> set[IPAddress]:
+        """Return the addresses that the interface has."""
+        return {address for index, address in self._netlink.addresses()
+                if index == self._index}
+
+    def mac(self) -> str:
+        """Return the MAC address that the interface has."""
+        link = self._netlink.link(self._record.owner.ifname)
+        return link.mac if link is not None else ''
+
+    def marked(self) -> list[Item]:
+        """List what carries our protocol number on the interface."""
+        items: list[Item] = [*self._netlink.host_routes_of(
+            self._index, kernel.RT_TABLE_MAIN),
+            *self._netlink.neighbours(self._index)]
+        return [item for item in items if item.protocol == self._protocol]
+
+    def _hosts(self, node: NodeAddresses) -> list[IPAddress]:
+        return [host for host in node.addresses
+                if host.version in self._versions]
+
+    def _wanted(self, node: NodeAddresses) -> Iterator[Item]:
+        for host in self._hosts(node):
+            if node.mac is not None:
+                yield Neighbour(host, self._index, node.mac, self._protocol)
+            # A route by another interface of the pod is as good.
+            if not (any(host in subnet for subnet in self._record.subnets)
+                    or self._netlink.is_on_link(host)):
+                yield HostRoute(host, self._index, self._protocol,
+                                kernel.RT_TABLE_MAIN,
+                                metric=best_metric(host))
+
+
+def configure(records: Collection[Record], node: NodeAddresses,
+              protocol: int) -> None:
+    """Configure a pod that has just been bound. It may be repeated.
+
+    :param records: those of one interface, not empty
+    :raises NetnsUnusable: if its namespace cannot be entered
+    :raises KernelRefused: the first error of its kernel
+    """
+    record = next(iter(records))
+    with kernel.entered(str(record.netns), record.namespace), \
+            kernel.Netlink() as netlink:
+        PodSide(netlink, records, protocol).configure(node)
+
+
+def repair(records: Collection[Record], node: NodeAddresses, protocol: int,
+           dry_run: bool = False) -> list[kernel.Change]:
+    """Compare a pod with what it needs, and change what differs.
+
+    :param records: those of one interface, not empty
+    :returns: what differed
+    :raises NetnsUnusable: if its namespace cannot be entered
+    :raises KernelRefused: the first error of its kernel
+    """
+    record = next(iter(records))
+    with kernel.entered(str(record.netns), record.namespace), \
+            kernel.Netlink() as netlink:
+        side = PodSide(netlink, records, protocol)
+        changes = side.changes(node)
+        if not dry_run:
+            side.apply(changes)
+        return changes
+
+
+def has_address(record: Record) -> bool:
+    """Return whether a sandbox still has the address of its record.
+
+    :raises NetnsUnusable: if its namespace cannot be entered
+    :raises KernelRefused: if its kernel cannot be asked
+    """
+    with kernel.entered(str(record.netns), record.namespace), \
+            kernel.Netlink() as netlink:
+        return record.address in PodSide(netlink, [record], 0).addresses()
+
+
+def withdraw(record: Record, protocol: int,
+             is_bound: Callable[[IPAddress], bool]) -> None:
+    """Take back what the pod side of an address was configured with.
+
+    What another bound address of the interface needs stays.
+
+    :param is_bound: whether an address of the interface is bound still
+    :raises NetnsUnusable: if its namespace cannot be entered
+    :raises KernelRefused: the first error of its kernel
+    """
+    with kernel.entered(str(record.netns), record.namespace), \
+            kernel.Netlink() as netlink:
+        if kernel.index_of(record.owner.ifname) is None:
+            return
+        side = PodSide(netlink, [record], protocol)
+        needed = {address.version for address in side.addresses()
+                  if is_bound(address)}
+        side.apply((Verb.DELETE, item) for item in side.marked()
+                   if item.dst.version not in needed)
+
+
+def take_back(record: Record, protocol: int,
+              dry_run: bool = False) -> list[Item]:
+    """Take away what carries our protocol number in a pod's namespace.
+
+    :raises NetnsUnusable: if its namespace cannot be entered
+    :raises KernelRefused: the first error of its kernel
+    """
+    with kernel.entered(str(record.netns), record.namespace), \
+            kernel.Netlink() as netlink:
+        if kernel.index_of(record.owner.ifname) is None:
+            return []
+        side = PodSide(netlink, [record], protocol)
+        items = side.marked()
+        if not dry_run:
+            side.apply((Verb.DELETE, item) for item in items)
+        return items
+
+
+def _apply(netlink: kernel.Netlink,
+           changes: Iterable[kernel.Change]) -> None:
+    changes = list(changes)
+    for (verb, _), err in zip(changes, netlink.change(changes)):
+        if err is not None and not (verb is Verb.DELETE and err.absent):
+            raise err

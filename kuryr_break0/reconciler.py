@@ -1,0 +1,588 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Makes the kernel what the ledger says, for all pods of the node.
+
+The ledger is evidence, not the truth. What merely has no record is not
+deleted: its record is rebuilt from the kernel if a pod is found that has the
+address, else it stays and is reported. What has one is deleted only if the
+namespace of its sandbox is proven not to exist. Each parent is a matter of its
+own, and so is each address: what fails for one holds up no other.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import gc
+from typing import Any, Iterable, Iterator, Mapping, Optional
+
+from oslo_log import log as logging
+
+from kuryr_break0 import config
+from kuryr_break0 import device
+from kuryr_break0 import exceptions
+from kuryr_break0.failures import Failures
+from kuryr_break0 import kernel
+from kuryr_break0.kernel import Verb
+from kuryr_break0.ledger import files
+from kuryr_break0.ledger.identity import Identity
+from kuryr_break0.ledger.journal import Done
+from kuryr_break0.ledger.journal import Journal
+from kuryr_break0.ledger import Ledger
+from kuryr_break0.model import HostRoute
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Item
+from kuryr_break0.model import Neighbour
+from kuryr_break0.model import NodeAddresses
+from kuryr_break0.model import Owner
+from kuryr_break0.model import Record
+from kuryr_break0.plan import Plan
+from kuryr_break0 import podside
+from kuryr_break0.policy import Policy
+from kuryr_break0 import snapshot
+from kuryr_break0.snapshot import Parent
+from kuryr_break0.snapshot import Snapshot
+
+LOG = logging.getLogger(__name__)
+
+#: Addresses that a sync changes before it lets others have the lock.
+CHANGED_AT_ONCE = 16
+#: Pods whose namespaces one sync enters to compare the pod side, beside those
+#: that are known to differ. Each takes about half a millisecond.
+ENTERED = 128
+#: Seconds within which a route that was taken over is not taken again.
+TRUCE = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome(Plan):
+    """What there was to do on all parents, and what it came to.
+
+    :ivar devices: what break0 was and should not be, by its name
+    :ivar pods: the sandboxes whose pod side differed
+    :ivar rebuilt: records that were made of what the kernel holds
+    :ivar gone: records whose sandbox is proven not to exist
+    :ivar errors: what failed
+    """
+
+    devices: tuple[tuple[str, str], ...] = ()
+    pods: tuple[Owner, ...] = ()
+    rebuilt: tuple[Record, ...] = ()
+    gone: tuple[Record, ...] = ()
+    errors: tuple[exceptions.Break0Error, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.devices or self.pods or self.rebuilt or self.gone
+                    or super().__bool__())
+
+
+class Reconciler:
+    """Compares snapshot and ledger, and makes the difference none."""
+
+    def __init__(self, options: config.Options, ledger: Ledger,
+                 journal: Journal) -> None:
+        self._options = options
+        self._policy = Policy(options)
+        self._ledger = ledger
+        self._journal = journal
+
+    def ensure_device(self, netlink: kernel.Netlink, parent: str,
+                      claim: bool = False) -> device.Ensured:
+        """Make sure of the break0 of a parent. Call it under the lock.
+
+        :param claim: take it over if it belongs to another ledger
+        :raises Break0Error: if it cannot be made so
+        :raises OtherLedger: if it belongs to another ledger and stays so
+        """
+        options, ledger = self._options, self._ledger
+        try:
+            identity = ledger.ensure_identity()
+        except exceptions.LedgerUnavailable as err:
+            # A pod is worth more than a MAC address that stays the same.
+            LOG.error('%s', err)
+            identity = Identity.new()
+        link = netlink.link(options.device)
+        primary = device.primary_of(options, identity, link, ())
+        name = device.name_for(options, parent, primary)
+        if name != options.device:
+            link = netlink.link(name)
+        other = device.owned_by_other(link, identity) if link else None
+        if other is not None and not claim:
+            raise exceptions.OtherLedger(
+                device=name, own=options.state_dir, **other._asdict())
+        made = device.Device(options, name, parent, identity)
+        ensured = made.ensure(netlink, device.derived_mac(identity.secret,
+                                                          name))
+        known = dataclasses.replace(
+            identity,
+            devices={**{other_parent: each for other_parent, each
+                        in identity.devices.items() if each != name},
+                     parent: name},
+            macs={**identity.macs, name: ensured.link.mac})
+        if other is not None and other.directory == options.state_dir:
+            known = dataclasses.replace(known, claimed={
+                **identity.claimed, name: other.ledger})
+        if known != identity:
+            with Failures().logged():
+                ledger.put_identity(known)
+        if ensured.repaired:
+            with contextlib.suppress(exceptions.LedgerUnavailable):
+                if ledger.records.count() > 1:
+                    self._journal.add(Done.DEVICE)  # a repair
+        return ensured
+
+    def sync(self, dry_run: bool = False, claim: bool = False,
+             prune: bool = False) -> Outcome:
+        """Make all pods of the node reachable, and remove what is gone.
+
+        What is read is read without the lock, so each change is decided
+        again under it, by the record that its address has then.
+
+        :param dry_run: change nothing
+        :param claim: take over what belongs to another ledger
+        :param prune: delete what has no record and could not be matched
+        :returns: what there was to do; errors are in it
+        """
+        failure = Failures()
+        outcome = Outcome()
+        with failure.noted(), kernel.Netlink() as netlink, uncollected():
+            outcome = _Sync(self, netlink, failure, dry_run, claim,
+                            prune).run()
+        return dataclasses.replace(outcome, errors=tuple(failure.errors))
+
+    def remove_gone(self, addresses: Iterable[IPAddress]) -> None:
+        """Remove claims whose sandbox is proven not to exist.
+
+        :raises Break0Error: the first error of one of the addresses
+        """
+        failure = Failures()
+        with kernel.Netlink() as netlink:
+            for address in addresses:
+                with failure.noted():
+                    self.remove_gone_claims(netlink, address)
+        failure.raise_first()
+
+    def remove_gone_claims(self, netlink: kernel.Netlink, address: IPAddress
+                           ) -> None:
+        """Remove the claims of gone sandboxes on one address.
+
+        :raises Break0Error: if that fails; then they are still there
+        """
+        with self._ledger.lock():
+            claims = self._ledger.records.claims(address)
+            gone = [claim for claim in claims if kernel.state(
+                claim.netns, claim.namespace) is kernel.State.GONE]
+            left = [claim for claim in claims if claim not in gone]
+            if not gone:
+                return
+            if left:
+                self._ledger.records.put(left)
+            else:
+                self._withdraw(netlink, gone)
+                self._ledger.records.remove(address)
+        for claim in gone:
+            LOG.info('Sandbox %s no longer exists; removed %s from break0',
+                     claim.owner, address)
+            self._journal.add(Done.SANDBOX_GONE)
+        if not left:
+            forget_connections([address])
+
+    def _withdraw(self, netlink: kernel.Netlink, gone: list[Record]) -> None:
+        """Delete routes and neighbour of an address that is nobody's.
+
+        But not if its neighbour has another MAC address than any of the
+        sandboxes had: then a pod has it that could not be recorded. Nor on a
+        break0 of another ledger, which may know of one.
+        """
+        identity = self._ledger.identity()
+        address = gone[0].address
+        names = {(identity.devices if identity else {}).get(
+            claim.parent, self._options.device) for claim in gone}
+        macs = {claim.mac for claim in gone}
+        for name in names:
+            link = netlink.link(name)
+            if link is None or device.owned_by_other(link, identity):
+                continue
+            present, state = netlink.neighbour(link.index, address)
+            if (state == 'permanent' and None not in macs
+                    and present not in macs):
+                continue
+            for err in netlink.change(removals(
+                    self._policy.route(address, link.index))):
+                if err is not None and not err.absent:
+                    raise err
+
+
+class _Sync:
+    """One sync."""
+
+    def __init__(self, reconciler: Reconciler, netlink: kernel.Netlink,
+                 failure: Failures, dry_run: bool, claim: bool,
+                 prune: bool) -> None:
+        self._reconciler = reconciler
+        self._options = reconciler._options
+        self._ledger = reconciler._ledger
+        self._records = reconciler._ledger.records
+        self._journal = reconciler._journal
+        self._netlink = netlink
+        self._failure = failure
+        self._dry_run = dry_run
+        self._claim = claim
+        self._prune = prune
+
+    def run(self) -> Outcome:
+        if not self._dry_run:
+            with self._ledger.lock():
+                self._records.read()  # moves to quarantine what is damaged
+                self._records.sweep()
+        seen = self._read()
+        devices = self._ensure_devices(seen)
+        if devices and not self._dry_run:
+            seen = self._read()
+        rebuilt = self._rebuild(seen)
+        if rebuilt and not self._dry_run:
+            seen = self._read()
+        for address, reason in seen.refused.items():
+            LOG.error('%s', self._reconciler._policy.refused(address, reason))
+        if not self._dry_run:
+            self._ledger.cache.put('next_hops', sorted(map(
+                str, seen.routes.next_hops)))  # which spares the next bind it
+        plans = [parent.plan for parent in seen.parents.values()]
+        items: dict[str, Any] = {
+            name: tuple(item for plan in plans for item in getattr(plan, name))
+            for name in ('replace', 'delete', 'foreign', 'learn', 'forget',
+                         'unclaimed')}
+        outcome = Outcome(devices=tuple(devices), rebuilt=tuple(rebuilt),
+                          gone=seen.gone, **items)
+        if self._prune:
+            outcome = self._pruned(seen, outcome)
+        for route in outcome.foreign:
+            LOG.error('%s', foreign_route(route))
+        if not self._dry_run:
+            for parent in seen.parents.values():
+                self._apply(seen, parent)
+            for address in {record.address for record in seen.gone}:
+                with self._failure.noted():
+                    self._reconciler.remove_gone_claims(self._netlink,
+                                                        address)
+        return dataclasses.replace(outcome, pods=tuple(self._pods(seen)))
+
+    def _read(self) -> Snapshot:
+        return snapshot.read(self._options, self._ledger, self._netlink)
+
+    def _ensure_devices(self, seen: Snapshot) -> list[tuple[str, str]]:
+        """Make sure of each break0; what it was and should not be.
+
+        A ledger that was lost, as its directory was wiped, is followed by
+        this one: it takes over what says that it belongs to this directory.
+        """
+        found: list[tuple[str, str]] = []
+        for parent in seen.parents.values():
+            claim = self._claim or seen.follows(parent)
+            if parent.conflict is not None:
+                if parent.live or parent.name == self._options.parent:
+                    self._failure.note(parent.conflict)
+                continue
+            if not parent.live and not (parent.other and claim):
+                continue
+            texts = [*parent.differences]
+            if parent.link is None:
+                texts.append('it was missing')
+            if parent.other is not None and claim:
+                texts.append('it belonged to the ledger %s in %s'
+                             % parent.other)
+            found += [(parent.device, text) for text in texts]
+            if self._dry_run or not texts:
+                continue
+            with self._failure.noted(), self._ledger.lock():
+                # None, if all of them have been unbound meanwhile.
+                if parent.other or any(map(self._records.get, parent.live)):
+                    self._reconciler.ensure_device(self._netlink,
+                                                   parent.name, claim)
+        return found
+
+    def _rebuild(self, seen: Snapshot) -> list[Record]:
+        """Make records of what the kernel holds and the ledger does not.
+
+        A macvlan on the same parent with the address, and with the MAC
+        address of its neighbour if there is one, is what was bound.
+        """
+        wanted: dict[IPAddress, Parent] = {}
+        for parent in seen.parents.values():
+            if parent.other is not None and not (self._dry_run
+                                                 and seen.follows(parent)):
+                continue  # what another ledger has bound is recorded there
+            for item in snapshot.items_of(parent):
+                if (item.protocol == self._options.route_protocol
+                        and item.dst in seen.contents.unreadable):
+                    wanted[item.dst] = parent
+            wanted.update({item.dst: parent
+                           for item in parent.plan.unclaimed})
+        if not wanted:
+            return []
+        rebuilt = []
+        for macvlan in kernel.macvlans(self._options.netns_dirs,
+                                       self._options.proc_dirs):
+            for address in macvlan.addresses:
+                found = wanted.get(address)
+                if found is None or macvlan.parent != found.name:
+                    continue
+                neighbour = found.neighbours.get(address)
+                if neighbour is not None and (
+                        neighbour.mac != macvlan.link.mac):
+                    continue
+                record = dataclasses.replace(
+                    self._sibling(seen, macvlan), address=address,
+                    mac=macvlan.link.mac, parent=macvlan.parent,
+                    netns=macvlan.netns, namespace=macvlan.namespace,
+                    configured=None, bound_at=files.now())
+                if self._dry_run or self._put_rebuilt(record):
+                    rebuilt.append(record)
+        return rebuilt
+
+    @staticmethod
+    def _sibling(seen: Snapshot, macvlan: kernel.Macvlan) -> Record:
+        """Return a record of the same interface, which says whose it is."""
+        for record in seen.live.values():
+            if (record.namespace is not None
+                    and record.namespace.is_same(macvlan.namespace)
+                    and record.owner.ifname == macvlan.link.name):
+                return record
+        return Record(macvlan.addresses[0], Owner.adopted(
+            macvlan.namespace, macvlan.link.name), macvlan.parent)
+
+    def _put_rebuilt(self, record: Record) -> bool:
+        with self._failure.noted(), self._ledger.lock():
+            # It has been bound meanwhile, or a later version wrote it.
+            if self._records.exists(record.address):
+                return False
+            self._ledger.ensure_identity()
+            self._records.put([record])
+            self._journal.add(Done.REBUILT)
+            LOG.warning('The record of %s was lost; rebuilt it: %s on %s has '
+                        'it in %s', record.address, record.owner.ifname,
+                        record.parent, record.netns)
+            return True
+        return False
+
+    def _pruned(self, seen: Snapshot, outcome: Outcome) -> Outcome:
+        """Turn what is unclaimed into what is to be deleted."""
+        unclaimed = list(outcome.unclaimed)
+        if not self._dry_run:
+            with self._ledger.lock():
+                unclaimed = [item for item in unclaimed
+                             if not self._records.claims(item.dst)]
+                self._change(None, [(Verb.DELETE, item)
+                                    for item in unclaimed], {})
+        return dataclasses.replace(
+            outcome, unclaimed=(),
+            delete=outcome.delete + tuple(
+                item for item in unclaimed if isinstance(item, HostRoute)),
+            forget=outcome.forget + tuple(
+                item for item in unclaimed
+                if not isinstance(item, HostRoute)))
+
+    def _apply(self, seen: Snapshot, parent: Parent) -> None:
+        """Change routes and neighbours of one parent, address by address."""
+        if parent.link is None or parent.other is not None:
+            return  # what another ledger knows of it is not known here
+        plan = parent.plan
+        taken = {route.dst: route for route in plan.foreign}
+        to_set: dict[IPAddress, list[kernel.Change]] = {}
+        to_delete: dict[IPAddress, list[kernel.Change]] = {}
+        wanted: list[Item] = [*plan.learn, *plan.replace]
+        for item in wanted:
+            to_set.setdefault(item.dst, []).append((Verb.REPLACE, item))
+        # With the record of a gone sandbox goes what it has.
+        gone = {record.address for record in seen.gone}
+        unwanted: list[Item] = [*plan.delete, *plan.forget]
+        for item in unwanted:
+            if item.dst not in gone:
+                to_delete.setdefault(item.dst, []).append((Verb.DELETE,
+                                                           item))
+
+        def may_set(address: IPAddress) -> bool:
+            claims = self._records.claims(address)
+            if parent.live.get(address) not in claims[:1]:
+                return False  # whoever changed it has done it
+            if address in taken:
+                take_over(taken[address], self._ledger, self._journal)
+            return True
+
+        def may_delete(address: IPAddress) -> bool:
+            return (self._records.claims(address)
+                    == seen.contents.claims.get(address, ()))
+
+        owners = {address: record.owner
+                  for address, record in parent.live.items()}
+        for may, changes in ((may_set, to_set), (may_delete, to_delete)):
+            for some in _chunks(list(changes), CHANGED_AT_ONCE):
+                batch: list[kernel.Change] = []
+                with self._failure.noted(), self._ledger.lock():
+                    for address in some:
+                        with self._failure.noted():
+                            if may(address):
+                                batch += changes[address]
+                    if not self._change(parent, batch, owners):
+                        return  # the others would fail alike
+
+    def _change(self, parent: Optional[Parent], batch: list[kernel.Change],
+                owners: Mapping[IPAddress, Owner]) -> bool:
+        """Make changes, and say so; False if break0 is down or gone."""
+        done: collections.Counter[Done] = collections.Counter()
+        usable = True
+        for (verb, item), err in zip(batch, self._netlink.change(batch)):
+            if err is not None and not (verb is Verb.DELETE and err.absent):
+                self._failure.note(err)
+                usable &= not err.device_lost
+                continue
+            is_route = isinstance(item, HostRoute)
+            LOG.info('%s the %s of %s%s for %s',
+                     'Deleted' if verb is Verb.DELETE else 'Set',
+                     'route' if is_route else 'neighbour', item.dst,
+                     ' on ' + parent.device if parent else '',
+                     owners.get(item.dst, 'nobody'))
+            done[Done.UNCLAIMED if verb is Verb.DELETE else
+                 Done.ROUTE if is_route else Done.NEIGHBOUR] += 1
+        for reason, times in done.items():
+            self._journal.add(reason, times=times)
+        return usable
+
+    def _pods(self, seen: Snapshot) -> Iterator[Owner]:
+        """Configure the pod sides that are known to differ, and some more.
+
+        Those that are compared go round, so that each has its turn.
+        """
+        cache = self._ledger.cache
+        outdated: list[tuple[list[Record], NodeAddresses]] = []
+        others: list[tuple[list[Record], NodeAddresses]] = []
+        for records in seen.interfaces():
+            for name in {record.parent for record in records}:
+                parent = seen.parents[name]
+                some = [record for record in records
+                        if record.parent == name and record.netns is not None]
+                if not some or parent.node is None or parent.other:
+                    continue
+                is_outdated = any(record.configured != parent.node.digest
+                                  for record in some)
+                (outdated if is_outdated else others).append(
+                    (some, parent.node))
+        position = (cache.get('entered') or [0])[0]
+        if not isinstance(position, int) or not others:
+            position = 0
+        start = position % len(others) if others else 0
+        turn = (others[start:] + others[:start])[:ENTERED]
+        if len(others) > ENTERED and not self._dry_run:
+            cache.put('entered', [(start + ENTERED) % len(others)])
+        failed = set(cache.get('unconfigured') or ())
+        still: list[str] = []
+        for records, node in (*outdated, *turn):
+            owner = records[0].owner
+            try:
+                changes = podside.repair(
+                    records, node, self._options.route_protocol,
+                    self._dry_run)
+            except exceptions.Break0Error as err:
+                still.append(str(owner))
+                if str(owner) not in failed:  # once, not with each sync
+                    LOG.warning('The sandbox %s cannot be configured to '
+                                'reach the node: %s', owner, err)
+                continue
+            if changes:
+                yield owner
+                LOG.log(logging.DEBUG if self._dry_run else logging.INFO,
+                        'Configured %s for %s to reach the node',
+                        ', '.join(str(record.address) for record in records),
+                        owner)
+            if not self._dry_run:
+                if changes:
+                    self._journal.add(Done.POD)
+                self._put_configured(records, node)
+        if sorted(failed) != sorted(still) and not self._dry_run:
+            cache.put('unconfigured', still)
+
+    def _put_configured(self, records: list[Record],
+                        node: NodeAddresses) -> None:
+        """Record that the pod side was configured, after it was."""
+        outdated = [record for record in records
+                    if record.configured != node.digest]
+        if not outdated:
+            return
+        with self._failure.noted(), self._ledger.lock():
+            for record in outdated:
+                claims = self._records.claims(record.address)
+                if claims and claims[0] == record:
+                    self._records.put([dataclasses.replace(
+                        record, configured=node.digest), *claims[1:]])
+                elif not claims:
+                    # It was unbound meanwhile, which found nothing yet.
+                    with contextlib.suppress(exceptions.Break0Error):
+                        podside.withdraw(record,
+                                         self._options.route_protocol,
+                                         lambda address: False)
+
+
+def removals(route: HostRoute) -> list[kernel.Change]:
+    """Return what deletes the route and the neighbour of an address."""
+    return [(Verb.DELETE, dataclasses.replace(route, metric=None, src=None)),
+            (Verb.DELETE, Neighbour(route.dst, route.oif or 0, '', None))]
+
+
+def foreign_route(route: HostRoute, reason: str = 'it is left alone, unless '
+                  '[break0] takeover is set') -> exceptions.ForeignRoute:
+    """Return the error of a route of others in the way of a pod's."""
+    return exceptions.ForeignRoute(
+        address=route.dst, on=kernel.name_of(route.oif),
+        protocol=route.protocol, reason=reason)
+
+
+def take_over(route: HostRoute, ledger: Ledger, journal: Journal) -> None:
+    """Note that a route of others is about to be replaced.
+
+    :raises ForeignRoute: if it has just been replaced already
+    """
+    now = files.now()
+    recent = {}
+    with contextlib.suppress(TypeError, ValueError):
+        recent = {str(address): float(when) for address, when
+                  in ledger.cache.get('takeovers', TRUCE) or ()
+                  if 0 <= now - float(when) < TRUCE}
+    if str(route.dst) in recent:
+        raise foreign_route(
+            route, 'somebody has set it again after it was taken over, so it '
+            'is left alone for a minute')
+    recent[str(route.dst)] = now
+    ledger.cache.put('takeovers', sorted(recent.items()))
+    LOG.warning('Taking over the route of %s on %s with protocol %s',
+                route.dst, kernel.name_of(route.oif), route.protocol)
+    journal.add(Done.TAKEOVER)
+
+
+def forget_connections(addresses: Iterable[IPAddress]) -> None:
+    """Let none of an earlier pod's connections be the next one's."""
+    for address in addresses:
+        try:
+            kernel.forget_connections(address)
+        except exceptions.KernelRefused as err:
+            LOG.debug('%s', err)
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Without garbage collection: what is read lives on until the end.
+
+    To look for garbage among it takes up to half of the time, and finds none.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start:start + size]

@@ -1,0 +1,470 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What is, at one moment: the ledger and the kernel side by side.
+
+The reconciler, status, metrics and doctor all use this, so that they agree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Collection, Iterable, Iterator, Mapping, Optional
+
+from kuryr_break0 import config
+from kuryr_break0 import device
+from kuryr_break0.device import Device
+from kuryr_break0 import exceptions
+from kuryr_break0 import kernel
+from kuryr_break0.ledger import Contents
+from kuryr_break0.ledger.identity import Alias
+from kuryr_break0.ledger.identity import Identity
+from kuryr_break0.ledger import Ledger
+from kuryr_break0.model import address_order
+from kuryr_break0.model import HostRoute
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Item
+from kuryr_break0.model import Neighbour
+from kuryr_break0.model import NodeAddresses
+from kuryr_break0.model import Record
+from kuryr_break0.model import Wanted
+from kuryr_break0 import plan
+from kuryr_break0 import policy
+from kuryr_break0.policy import Policy
+
+#: Seconds to wait for a bind or unbind to end.
+PATIENCE = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Parent:
+    """An interface with pods on it, and its break0.
+
+    :ivar device: the name of its break0
+    :ivar parent: None if there is no such interface
+    :ivar present: the interface that has the name of its break0, if any
+    :ivar link: its break0; None if there is none that can be used
+    :ivar conflict: why it cannot be used, or the parent is not there
+    :ivar other: the ledger that its break0 belongs to, if not this one
+    :ivar differences: what its break0 is, and should not be
+    :ivar live: the records of its pods, the newest claim on each address
+    :ivar desired: what these addresses must have
+    :ivar plan: the difference to what they have
+    :ivar routes: the host routes on its break0
+    :ivar neighbours: the permanent neighbours on its break0
+    :ivar addresses: those of its break0
+    :ivar node: what its pods must know of the node; None without break0
+    """
+
+    name: str
+    device: str
+    parent: Optional[kernel.Link]
+    present: Optional[kernel.Link]
+    link: Optional[kernel.Link]
+    conflict: Optional[exceptions.Break0Error]
+    other: Optional[Alias]
+    differences: tuple[str, ...]
+    live: dict[IPAddress, Record]
+    desired: dict[IPAddress, Wanted]
+    plan: plan.Plan
+    routes: dict[IPAddress, HostRoute]
+    neighbours: dict[IPAddress, Neighbour]
+    addresses: tuple[IPAddress, ...]
+    node: Optional[NodeAddresses]
+
+    @property
+    def index(self) -> int:
+        """ifindex of its break0; 0, the kernel's number for none."""
+        return self.link.index if self.link is not None else 0
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with break0 itself; nothing without pods."""
+        if self.conflict is not None:
+            yield str(self.conflict)
+        elif self.link is None and self.live:
+            yield '%s is missing on %s, but %d addresses are bound' % (
+                self.device, self.name, len(self.live))
+        elif self.link is not None:
+            if self.other is not None:
+                yield '%s belongs to the ledger %s in %s' % (
+                    self.device, *self.other)
+            elif not self.live:
+                return
+            for text in self.differences:
+                yield '%s: %s' % (self.device, text)
+            if (any(address.version == 6 for address in self.live)
+                    and kernel.read_sysctl('ipv6/conf/%s/disable_ipv6'
+                                           % self.device) != 0):
+                yield ('%s: IPv6 is disabled, but there are pods with IPv6 '
+                       'addresses' % self.device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """What was read at one moment, and what follows from it.
+
+    :ivar contents: of the ledger
+    :ivar is_steady: whether nothing was being bound or unbound meanwhile
+    :ivar identity: of the ledger; None if it was never used
+    :ivar parents: by their names
+    :ivar own: the addresses of the node
+    :ivar routes: the routes of the node
+    :ivar live: the newest claim of an existing sandbox on each address
+    :ivar rivals: earlier claims of sandboxes that exist too
+    :ivar gone: claims of sandboxes that are proven not to exist
+    :ivar refused: what is against which address
+    :ivar stranger: an interface named as [break0] device that is none
+    :ivar unclaimed: addresses with routes or neighbours of ours on a break0,
+        and no record
+    """
+
+    options: config.Options
+    contents: Contents
+    is_steady: bool
+    identity: Optional[Identity]
+    parents: dict[str, Parent]
+    own: frozenset[IPAddress]
+    routes: kernel.Routes
+    live: dict[IPAddress, Record]
+    rivals: dict[IPAddress, tuple[Record, ...]]
+    gone: tuple[Record, ...]
+    refused: dict[IPAddress, str]
+    stranger: Optional[kernel.Link]
+
+    @property
+    def unclaimed(self) -> dict[IPAddress, Parent]:
+        return {item.dst: parent for parent in self.parents.values()
+                for item in parent.plan.unclaimed}
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the ledger that bound pods here was in this directory."""
+        return any(map(self.follows, self.parents.values()))
+
+    def follows(self, parent: Parent) -> bool:
+        """Return whether a break0 is of a ledger that this one replaces.
+
+        It was lost with this directory. Where another process has a
+        directory of its own at the path, each takes a break0 over only once.
+        """
+        other = parent.other
+        if other is None or other.directory != self.options.state_dir:
+            return False
+        claimed = self.identity.claimed if self.identity else {}
+        return self.identity is None or (
+            other.ledger in claimed.values()
+            and parent.device not in claimed)
+
+    def parent_of(self, address: IPAddress) -> Optional[Parent]:
+        """Return the parent of an address; None if it is not known."""
+        record = self.live.get(address)
+        if record is not None:
+            return self.parents.get(record.parent)
+        return self.unclaimed.get(address)
+
+    def interfaces(self) -> list[list[Record]]:
+        """Return the records of each interface of each pod.
+
+        Its owners can differ, where a record was rebuilt.
+        """
+        return by_interface(self.live.values())
+
+    def problems(self) -> dict[IPAddress, str]:
+        """Return what stops traffic to which address, or differs."""
+        problems = {address: 'it is ' + reason
+                    for address, reason in self.refused.items()}
+        for parent in self.parents.values():
+            problems.update(self._problems_on(parent))
+        for record in self.gone:
+            if record.address not in self.live:
+                problems[record.address] = 'its sandbox is gone'
+        for address, rivals in self.rivals.items():
+            problems.setdefault(address, 'it is claimed by %s too' % (
+                ', '.join(str(rival.owner) for rival in rivals)))
+        for address in self.contents.unreadable:
+            problems[address] = 'its record in the ledger cannot be read'
+        return {address: problems[address]
+                for address in sorted(problems, key=address_order)}
+
+    def node_problems(self) -> Iterator[str]:
+        """Return what is wrong with a break0, or with the ledger."""
+        if self.is_lost:
+            yield ('the ledger in %s was lost; a sync rebuilds it'
+                   % self.options.state_dir)
+        if self.stranger is not None:
+            yield str(exceptions.DeviceConflict(
+                device=self.stranger.name, found='a %s' % (
+                    self.stranger.kind or 'physical interface'),
+                expected='a macvlan in bridge mode on the parent of pods'))
+        for parent in self.parents.values():
+            yield from parent.problems()
+
+    def _problems_on(self, parent: Parent) -> dict[IPAddress, str]:
+        problems: dict[IPAddress, str] = {}
+        for address, record in parent.live.items():
+            if parent.conflict is not None:
+                problems[address] = str(parent.conflict)
+            elif (record.netns is not None and parent.node is not None
+                    and record.configured != parent.node.digest):
+                problems[address] = ('its pod is not configured to reach the '
+                                     'node')
+            elif address not in parent.desired and (
+                    address not in self.refused):
+                problems[address] = 'IPv6 is disabled on ' + parent.device
+        for neighbour in parent.plan.learn:
+            problems[neighbour.dst] = 'its neighbour entry is ' + (
+                'wrong' if neighbour.dst in parent.neighbours else 'missing')
+        for route in parent.plan.replace:
+            problems[route.dst] = 'its route is ' + (
+                'wrong' if route.dst in parent.routes else 'missing')
+        for route in parent.plan.delete:
+            problems.setdefault(route.dst, 'it has a route too many')
+        for route in parent.plan.foreign:
+            problems[route.dst] = (
+                'it has a route of others, on %s with protocol %s' %
+                (kernel.name_of(route.oif), route.protocol))
+        for item in parent.plan.unclaimed:
+            problems[item.dst] = 'no pod claims it'
+        return problems
+
+
+def read(options: config.Options, ledger: Ledger, netlink: kernel.Netlink,
+         patience: float = PATIENCE) -> Snapshot:
+    """Read ledger and kernel at one moment. Changes nothing.
+
+    :param patience: seconds to wait for a bind or unbind to end
+    :raises Break0Error: if any of them cannot be read
+    """
+    contents, kernel_view, is_steady = ledger.inspect(
+        lambda: _KernelView(options, ledger, netlink), patience)
+    return _Reading(options, contents, kernel_view, is_steady).snapshot()
+
+
+class _KernelView:
+    """What the kernel holds, and what the devices of the ledger are."""
+
+    def __init__(self, options: config.Options, ledger: Ledger,
+                 netlink: kernel.Netlink) -> None:
+        try:
+            self.identity = ledger.identity()
+        except exceptions.LedgerUnavailable:
+            self.identity = None  # it is damaged, and will be made anew
+        self._netlink = netlink
+        self._links: dict[str, Optional[kernel.Link]] = {}
+        self.primary_link = self.link(options.device)
+        self.addresses = netlink.addresses()
+        #: break0 by its parent, as the ledger or else the kernel knows
+        self.devices = (self.identity.devices if self.identity
+                        else self._of_lost_ledger(options.state_dir))
+        found = {name: self.link(name)
+                 for name in (options.device, *self.devices.values())}
+        self.indexes = [link.index for link in found.values()
+                        if link is not None]
+        # A next hop through a break0 is a pod, as one that serves a VPN.
+        self.routes = netlink.routes(self.indexes)
+        self._neighbours = {index: netlink.neighbours(index)
+                            for index in self.indexes}
+
+    def _of_lost_ledger(self, directory: str) -> dict[str, str]:
+        """Find what says that it belongs to this directory."""
+        found = {}
+        for link in self._netlink.links():
+            alias = Alias.parse(link.alias)
+            parent = device.lower_name(link)
+            if alias and parent and alias.directory == directory:
+                found[parent] = link.name
+        return found
+
+    def link(self, name: str) -> Optional[kernel.Link]:
+        if name not in self._links:
+            self._links[name] = self._netlink.link(name)
+        return self._links[name]
+
+    def neighbours(self, index: int) -> list[Neighbour]:
+        if index not in self._neighbours:
+            self._neighbours[index] = self._netlink.neighbours(index)
+        return self._neighbours[index]
+
+    def addresses_of(self, index: int) -> tuple[IPAddress, ...]:
+        return tuple(address for at, address in self.addresses
+                     if at == index)
+
+
+class _Reading:
+    """Makes a snapshot of what was read."""
+
+    def __init__(self, options: config.Options, contents: Contents,
+                 view: _KernelView, is_steady: bool) -> None:
+        self._options = options
+        self._policy = Policy(options)
+        self._contents = contents
+        self._view = view
+        self._is_steady = is_steady
+        self._own = frozenset(address for _, address in view.addresses)
+        self._live: dict[IPAddress, Record] = {}
+        self._rivals: dict[IPAddress, tuple[Record, ...]] = {}
+        self._gone: list[Record] = []
+        self._refused: dict[IPAddress, str] = {}
+
+    def snapshot(self) -> Snapshot:
+        self._sort_claims()
+        for address in self._live:
+            reason = self._policy.not_allowed(address)
+            if reason is None and address in self._own:
+                reason = policy.OWN
+            if reason is None and address in self._view.routes.next_hops:
+                reason = policy.NEXT_HOP
+            if reason is not None:
+                self._refused[address] = reason
+        parents = dict(self._parents())
+        primary = self._view.primary_link
+        return Snapshot(
+            self._options, self._contents, self._is_steady,
+            self._view.identity, parents, self._own, self._view.routes,
+            self._live, self._rivals, tuple(self._gone), self._refused,
+            None if any(parent.present == primary
+                        for parent in parents.values()) else primary)
+
+    def _sort_claims(self) -> None:
+        states: dict[Any, kernel.State] = {}
+        for address, claims in self._contents.claims.items():
+            living = []
+            for claim in claims:
+                key = claim.netns, claim.namespace
+                if key not in states:
+                    states[key] = kernel.state(*key)
+                if states[key] is kernel.State.GONE:
+                    self._gone.append(claim)
+                else:
+                    living.append(claim)
+            if living:
+                self._live[address] = living[0]
+            if len(living) > 1:
+                self._rivals[address] = tuple(living[1:])
+
+    def _parents(self) -> Iterator[tuple[str, Parent]]:
+        options, view = self._options, self._view
+        used: dict[str, dict[IPAddress, Record]] = {}
+        for address, record in self._live.items():
+            used.setdefault(record.parent, {})[address] = record
+        primary = device.primary_of(options, view.identity,
+                                    view.primary_link, used)
+        if primary is None and used:
+            primary = min(used, key=lambda name: min(
+                record.bound_at for record in used[name].values()))
+        names = {*used, *view.devices}
+        if primary is not None:
+            names.add(primary)
+        elif view.primary_link is not None:
+            # Made by hand: it is that of the interface that it is on.
+            lower = device.lower_name(view.primary_link)
+            names.update([lower] if lower else [])
+        for name in sorted(names):
+            live = used.get(name, {})
+            found = self._parent(name, device.name_for(options, name,
+                                                       primary), live)
+            if live or found.present is not None or name == options.parent:
+                yield name, found
+
+    def _parent(self, name: str, device_name: str,
+                live: dict[IPAddress, Record]) -> Parent:
+        options, view = self._options, self._view
+        identity = view.identity
+        made = Device(options, device_name, name, identity)
+        parent, link = view.link(name), view.link(device_name)
+        conflict: Optional[exceptions.Break0Error] = None
+        if parent is None:
+            conflict = exceptions.ParentNotFound(parent=name)
+        elif options.parent not in (None, name):
+            conflict = exceptions.ParentMismatch(configured=options.parent,
+                                                 actual=name)
+        elif link is not None:
+            try:
+                made.require_ours(link, parent)
+            except exceptions.DeviceConflict as err:
+                conflict = err
+        usable = None if conflict is not None else link
+        index = usable.index if usable is not None else 0
+        desired = {} if conflict is not None and parent is not None else (
+            self._desired(device_name, index, live))
+        neighbours = view.neighbours(index) if usable is not None else []
+        return Parent(
+            name, device_name, parent, link, usable, conflict,
+            device.owned_by_other(usable, identity) if usable else None,
+            tuple(each.text for each in made.differences(
+                usable, parent, view.addresses_of(index)))
+            if usable is not None and parent is not None else (),
+            live, desired,
+            plan.compute(
+                desired, view.routes.host, neighbours, device=index,
+                protocol=options.route_protocol, takeover=options.takeover,
+                withdrawn=self._withdrawn(neighbours),
+                elsewhere={*self._contents.claims,
+                           *self._contents.unreadable}),
+            {route.dst: route for route in view.routes.host
+             if route.oif == index and usable is not None},
+            {each.dst: each for each in neighbours},
+            view.addresses_of(index) if usable is not None else (),
+            self._node_addresses(parent, usable, desired))
+
+    def _desired(self, device_name: str, index: int,
+                 live: Mapping[IPAddress, Record]
+                 ) -> dict[IPAddress, Wanted]:
+        desired = {}
+        # All addresses of a subnet are reached from the same one.
+        sources: dict[Any, Optional[IPAddress]] = {}
+        for address, record in live.items():
+            if address in self._refused:
+                continue
+            key = next((subnet for subnet in record.subnets
+                        if address in subnet), address)
+            if key not in sources:
+                sources[key] = self._policy.source(record, device_name)
+            wanted = self._policy.wanted(record, device_name, index,
+                                         sources[key])
+            if wanted is not None or index == 0:
+                desired[address] = wanted or Wanted(self._policy.route(
+                    address, index, sources[key]))
+        return desired
+
+    def _withdrawn(self, neighbours: Collection[Neighbour]
+                   ) -> set[IPAddress]:
+        """Return the addresses that are nobody's any more.
+
+        Not one whose neighbour has another MAC address than its record: a
+        pod has it that could not be recorded, or another ledger has.
+        """
+        macs = {each.dst: each.mac for each in neighbours}
+        withdrawn = set(self._refused)
+        gone: dict[IPAddress, set[Optional[str]]] = {}
+        for record in self._gone:
+            if record.address not in self._live:
+                gone.setdefault(record.address, set()).add(record.mac)
+        for address, known in gone.items():
+            if None in known or macs.get(address) in {None, *known}:
+                withdrawn.add(address)
+        return withdrawn
+
+    def _node_addresses(self, parent: Optional[kernel.Link],
+                        link: Optional[kernel.Link],
+                        desired: Mapping[IPAddress, Wanted]
+                        ) -> Optional[NodeAddresses]:
+        if link is None or parent is None:
+            return None
+        return self._policy.node_addresses(
+            self._own, self._view.addresses_of(parent.index),
+            {wanted.route.src for wanted in desired.values()}, link.mac,
+            link.name)
+
+
+def by_interface(records: Iterable[Record]) -> list[list[Record]]:
+    """Return records by the interface, in its namespace, that they are of."""
+    found: dict[Any, list[Record]] = {}
+    for record in records:
+        found.setdefault((record.namespace or record.owner.container_id,
+                          record.owner.ifname), []).append(record)
+    return list(found.values())
+
+
+def items_of(parent: Parent) -> list[Item]:
+    """List the routes and neighbours on a break0."""
+    return [*parent.routes.values(), *parent.neighbours.values()]

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import os
+
+from tests.functional.base import POD
+from tests.functional.test_cli import CLITestCase
+from tests import lab
+
+ADDRESS = '100.75.30.80'
+ADDRESS6 = 'fd00:30::80'
+NETNS = '/run/netns/web'
+OTHER_NETNS = '/run/netns/other'
+
+
+class ByHandTestCase(CLITestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.lab.add_ipv6()
+        self.lab.add_pod('web', ADDRESS, ADDRESS6)
+        self.lab.settle()
+
+    def run_it(self, *args: str, code: int = 0, **environ: str) -> str:
+        done = self.call(*args, **environ)
+        self.assertEqual(code, done.returncode, done.stdout + done.stderr)
+        if code:
+            # The log may come before it.
+            self.assertRegex(done.stderr, r'(\A|\n)kuryr-break0: [^\n]*\n\Z')
+        return done.stderr if code else done.stdout
+
+    def bind_web(self, *args: str, code: int = 0, **environ: str) -> str:
+        return self.run_it('bind', ADDRESS, '--owner', 'web', *args,
+                           code=code, **environ)
+
+    def unbind_web(self, *args: str, code: int = 0) -> str:
+        return self.run_it('unbind', ADDRESS, '--owner', 'web', *args,
+                           code=code)
+
+    def assert_in_sync(self) -> None:
+        done = self.call('status')
+        self.assertEqual(0, done.returncode, done.stdout)
+
+    def assert_reachable(self, expected: bool = True) -> None:
+        self.assertEqual(
+            (expected, expected), (self.lab.ping(ADDRESS),
+                                   self.lab.ping(lab.NODE, 'web')))
+
+
+class TestBind(ByHandTestCase):
+
+    def test_and_unbind(self) -> None:
+        before = self.lab.state()
+        self.assert_reachable(False)
+        self.assertEqual(
+            'Bound %s to break0 for web/eth0\n'
+            'Bound %s to break0 for web/eth0\n' % (ADDRESS, ADDRESS6),
+            self.run_it('bind', ADDRESS, ADDRESS6, '--owner', 'web',
+                        '--netns', NETNS))
+        self.assert_reachable()
+        self.assertTrue(self.lab.ping(ADDRESS6))
+        self.assertTrue(self.lab.ping(lab.NODE6, 'web'))
+        mac = self.lab.ip('link', 'show', lab.PARENT,
+                          netns='web')[0]['address']
+        self.assertEqual(
+            {ADDRESS: mac, ADDRESS6: mac},
+            {each['dst']: each['lladdr'] for each in self.lab.ip(
+                'neighbour', 'show', 'dev', 'break0', 'nud', 'permanent')})
+        self.assert_in_sync()
+        self.run_it('unbind', ADDRESS, ADDRESS6, '--owner', 'web')
+        self.assert_reachable(False)
+        self.lab.run('ip', 'link', 'del', 'break0')
+        self.assertEqual(before, self.lab.state())
+        self.assertEqual('%s was not bound\n' % ADDRESS, self.unbind_web())
+
+    def test_again_is_harmless(self) -> None:
+        for _ in range(2):
+            self.bind_web('--netns', NETNS)
+            self.assert_in_sync()
+        self.assert_reachable()
+
+    def test_it_ends_with_its_namespace(self) -> None:
+        self.bind_web('--netns', NETNS)
+        self.lab.del_netns('web')
+        self.run_it('sync')
+        self.assertEqual({}, self.lab.routes())
+
+    def test_without_a_namespace(self) -> None:
+        self.bind_web('--parent', lab.PARENT)
+        self.assert_reachable()
+        self.assertEqual([], self.lab.ip('neighbour', 'show', 'dev',
+                                         'break0', 'nud', 'permanent'))
+        mac = self.lab.ip('link', 'show', lab.PARENT,
+                          netns='web')[0]['address']
+        self.bind_web('--parent', lab.PARENT, '--mac', mac.upper())
+        self.assertEqual(mac, self.lab.ip(
+            'neighbour', 'show', 'dev', 'break0', 'nud',
+            'permanent')[0]['lladdr'])
+        self.assert_reachable()
+
+    def test_the_parent_that_is_configured(self) -> None:
+        self.bind_web(OS_BREAK0__PARENT=lab.PARENT)
+        self.unbind_web()
+        self.bind_web(OS_BINDING__LINK_IFACE=lab.PARENT)
+        self.assert_reachable()
+
+    def test_another_interface(self) -> None:
+        self.lab.run('ip', 'link', 'set', lab.PARENT, 'down', netns='web')
+        self.lab.run('ip', 'link', 'set', lab.PARENT, 'name', 'net1',
+                     netns='web')
+        self.lab.run('ip', 'link', 'set', 'net1', 'up', netns='web')
+        self.bind_web('--netns', NETNS, '--ifname', 'net1')
+        self.assert_reachable()
+        self.unbind_web(code=1)
+        self.unbind_web('--ifname', 'net1')
+        self.assertEqual({}, self.lab.routes())
+
+
+class TestRefusals(ByHandTestCase):
+
+    def test_not_an_argument(self) -> None:
+        for args, text in (
+                (('bind', '100.75.30.80/24', '--owner', 'web'),
+                 'has a prefix'),
+                (('bind', '127.0.0.1', '--owner', 'web'), 'loopback'),
+                (('bind', ADDRESS, '--owner', 'a b'), 'is not a name'),
+                (('bind', ADDRESS), '--owner'),
+                (('bind', ADDRESS, '--owner', 'web', '--mac', 'x'),
+                 'is not a MAC address'),
+                (('bind', ADDRESS, '--owner', 'web', '--netns', 'web'),
+                 'is not an absolute path'),
+                (('unbind', 'x', '--owner', 'web'), 'not an IPv4 or IPv6')):
+            with self.subTest(args=args):
+                done = self.call(*args)
+                self.assertEqual(2, done.returncode)
+                self.assertIn(text, done.stderr)
+
+    def test_no_parent_is_known(self) -> None:
+        self.assertIn('Give --netns or --parent', self.bind_web(code=2))
+
+    def test_a_parent_that_is_not_there(self) -> None:
+        self.assertIn('eth7 does not exist on this node',
+                      self.bind_web('--parent', 'eth7', code=2))
+
+    def test_another_parent(self) -> None:
+        self.lab.run('ip', 'link', 'add', 'eth1', 'type', 'veth',
+                     'peer', 'name', 'nic1', 'netns', 'lan')
+        for environ, args in (({}, ('--parent', 'eth1')),
+                              ({'OS_BREAK0__PARENT': 'eth1'}, ()),
+                              ({'OS_BINDING__LINK_IFACE': 'eth1'}, ())):
+            self.assertIn(
+                'bridge mode on eth1: it is in bridge mode on eth0',
+                self.bind_web('--netns', NETNS, *args, code=2, **environ))
+
+    def test_no_namespace(self) -> None:
+        self.assertIn('does not exist',
+                      self.bind_web('--netns', '/run/netns/no', code=2))
+        self.assertFalse(os.path.exists('/run/netns/no'))
+
+    def test_no_macvlan_of_the_node(self) -> None:
+        # The other's is on an interface of its own namespace.
+        self.lab.add_netns('other')
+        self.lab.run('ip', 'link', 'add', 'veth0', 'type', 'veth',
+                     'peer', 'name', 'veth1', netns='other')
+        self.lab.run('ip', 'link', 'add', lab.PARENT, 'link', 'veth0',
+                     'type', 'macvlan', 'mode', 'bridge', netns='other')
+        self.assertIn('no macvlan of that name',
+                      self.bind_web('--netns', OTHER_NETNS, code=2))
+        # And here in a namespace that is not the node.
+        self.lab.run('ip', 'link', 'add', 'eth1', 'link', 'veth0', 'netns',
+                     '/run/netns/web', 'type', 'macvlan', 'mode', 'bridge',
+                     netns='other')
+        self.assertIn('no macvlan of that name',
+                      self.bind_web('--netns', NETNS, '--ifname', 'eth1',
+                                    code=2))
+
+    def test_another_mode(self) -> None:
+        self.lab.run('ip', 'link', 'del', lab.PARENT, netns='web')
+        self.lab.run('ip', 'link', 'add', lab.PARENT, 'link', lab.PARENT,
+                     'netns', 'web', 'type', 'macvlan', 'mode', 'private')
+        self.assertIn('it is in private mode on eth0',
+                      self.bind_web('--netns', NETNS, code=2))
+
+    def test_an_address_of_the_node_or_its_gateway(self) -> None:
+        for address in (lab.NODE, lab.LAN):
+            self.lab.run('ip', 'address', 'add', address + '/32', 'dev',
+                         lab.PARENT, netns='web')
+            self.assertIn('gets no route through break0', self.run_it(
+                'bind', address, '--owner', 'web', '--netns', NETNS, code=2))
+        self.assertEqual({}, self.lab.routes())
+
+
+class TestAddressesOfOthers(ByHandTestCase):
+
+    def test_one_of_a_pod_is_left_to_it(self) -> None:
+        netns = self.lab.add_pod('pod', POD)
+        self.bind(POD, netns=netns)
+        self.lab.run('ip', 'address', 'add', POD + '/32', 'dev', lab.PARENT,
+                     netns='web')
+        for command in ('bind', 'unbind'):
+            self.assertIn(
+                'belongs to sandbox-1/eth0, and stays so',
+                self.run_it(command, POD, '--owner', 'web', *(
+                    ('--netns', NETNS) if command == 'bind' else ()),
+                    code=1))
+        self.assert_in_sync()
+        self.assertTrue(self.lab.ping(POD))
+        # What the text says helps.
+        self.run_it('unbind', POD, '--owner', 'sandbox-1',
+                    '--ifname', 'eth0')
+        self.assertEqual({}, self.lab.routes())
+
+    def test_one_of_a_pod_that_is_gone_is_free(self) -> None:
+        netns = self.lab.add_pod('pod', ADDRESS)
+        self.bind(ADDRESS, netns=netns)
+        self.lab.del_netns('pod')
+        self.bind_web('--netns', NETNS)
+        self.assert_reachable()
+
+    def test_a_pod_that_gets_it_takes_it_over(self) -> None:
+        self.bind_web('--parent', lab.PARENT)
+        self.bind(ADDRESS)
+        self.unbind_web(code=1)
+        self.assertEqual({ADDRESS}, set(self.lab.routes()))
+
+    def test_a_foreign_route(self) -> None:
+        self.lab.run('ip', 'route', 'add', ADDRESS, 'dev', 'lo')
+        self.assertIn('has a route that is not ours',
+                      self.bind_web('--netns', NETNS, code=1))

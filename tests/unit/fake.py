@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""A kernel in memory, with just what manager, reconciler and device ask for.
+
+It keeps interfaces, addresses, routes and neighbours of a node, and the states
+of namespaces. What the real one does is for the functional tests; here faults
+can be had that it does not offer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+from typing import Any, Iterator, Optional, Sequence
+import unittest
+from unittest import mock
+
+from kuryr_break0 import exceptions
+from kuryr_break0 import kernel
+from kuryr_break0.kernel import namespaces
+from kuryr_break0.kernel import wire
+from kuryr_break0.model import HostRoute
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import NamespaceId
+from kuryr_break0.model import Neighbour
+
+
+class FakeKernel:
+    """The state, and the functions of :mod:`kuryr_break0.kernel`.
+
+    :ivar links: by name
+    :ivar namespaces: what is at which path, and whether it exists
+    :ivar fail: called with each change; what it returns is its error
+    """
+
+    def __init__(self) -> None:
+        self.links: dict[str, kernel.Link] = {}
+        self.owned: list[tuple[str, IPAddress]] = []
+        self.host: dict[tuple[IPAddress, int], HostRoute] = {}
+        self.known: dict[tuple[int, IPAddress], Neighbour] = {}
+        self.sysctls: dict[str, int] = {}
+        self.namespaces: dict[str, NamespaceId] = {}
+        self.gone: set[NamespaceId] = set()
+        self.macvlans_found: list[kernel.Macvlan] = []
+        self.fail: Any = lambda verb, item: None
+        self.next_index = 1
+
+    def add_link(self, name: str, **fields: Any) -> kernel.Link:
+        made = kernel.Link(**{
+            'name': name, 'index': self.next_index, 'kind': None,
+            'mode': None, 'lower': None, 'lower_namespace': None,
+            'mtu': 1500, 'mac': '02:00:00:00:00:%02x' % self.next_index,
+            'alias': None, 'multicast': False, 'up': True, 'loopback': False,
+            **fields})
+        self.next_index += 1
+        self.links[name] = made
+        return made
+
+    def replace(self, link: kernel.Link, **fields: Any) -> None:
+        self.links[link.name] = dataclasses.replace(self.links[link.name],
+                                                    **fields)
+
+    # The functions of the package
+
+    def create_macvlan(self, name: str, parent: kernel.Link,
+                       mac: str) -> None:
+        self.add_link(name, kind='macvlan', mode='bridge', mac=mac,
+                      lower=parent.index, up=False, multicast=True)
+
+    def index_of(self, name: str) -> Optional[int]:
+        found = self.links.get(name)
+        return found.index if found is not None else None
+
+    def name_of(self, ifindex: Optional[int]) -> str:
+        return next((link.name for link in self.links.values()
+                     if link.index == ifindex), 'if%s' % ifindex)
+
+    def identify(self, path: Optional[str]) -> Optional[NamespaceId]:
+        return self.namespaces.get(path or '')
+
+    def state(self, path: Optional[str],
+              known: Optional[NamespaceId]) -> kernel.State:
+        if known is None:
+            return kernel.State.UNKNOWN
+        return (kernel.State.GONE if known in self.gone
+                else kernel.State.LIVING)
+
+    def macvlans(self, *where: Any) -> list[kernel.Macvlan]:
+        return self.macvlans_found
+
+    def source_for(self, address: IPAddress,
+                   device: Optional[str] = None) -> Optional[IPAddress]:
+        return next((own for name, own in self.owned
+                     if own.version == address.version), None)
+
+    def read_sysctl(self, path: str) -> Optional[int]:
+        # None is what break0 must have, as on a node that wants all of it.
+        return self.sysctls.get(path, 0 if 'disable' in path else 9)
+
+    def write_sysctl(self, path: str, value: int, directory: str) -> None:
+        self.sysctls[path] = value
+
+    def forget_connections(self, address: IPAddress) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def entered(self, netns: str, known: Any = None) -> Iterator[None]:
+        raise exceptions.NetnsUnusable(netns=netns, reason='is not entered')
+        yield
+
+    def socket(self) -> FakeNetlink:
+        return FakeNetlink(self)
+
+
+class FakeNetlink:
+    """What a :class:`kernel.Netlink` on it answers."""
+
+    def __init__(self, fake: FakeKernel) -> None:
+        self._fake = fake
+
+    def __enter__(self) -> FakeNetlink:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        pass
+
+    def link(self, name: str) -> Optional[kernel.Link]:
+        return self._fake.links.get(name)
+
+    def links(self) -> list[kernel.Link]:
+        return list(self._fake.links.values())
+
+    def addresses(self) -> list[wire.InterfaceAddress]:
+        return [wire.InterfaceAddress(self._fake.links[name].index, address)
+                for name, address in self._fake.owned
+                if name in self._fake.links]
+
+    def routes(self, devices: Any = ()) -> kernel.Routes:
+        return kernel.Routes(tuple(self._fake.host.values()), frozenset())
+
+    def next_hops(self, *args: Any) -> frozenset[IPAddress]:
+        return frozenset()
+
+    def neighbours(self, ifindex: int) -> list[Neighbour]:
+        return [each for (index, _), each in self._fake.known.items()
+                if index == ifindex]
+
+    def neighbour(self, ifindex: int, address: IPAddress
+                  ) -> tuple[Optional[str], Optional[str]]:
+        found = self._fake.known.get((ifindex, address))
+        return (found.mac, 'permanent') if found else (None, None)
+
+    def route_to(self, address: IPAddress) -> Optional[HostRoute]:
+        return next((route for route in self._fake.host.values()
+                     if route.dst == address), None)
+
+    def raise_link(self, link: kernel.Link) -> None:
+        self._fake.replace(link, up=True, multicast=False)
+
+    def set_alias(self, link: kernel.Link, alias: str) -> None:
+        self._fake.replace(link, alias=alias)
+
+    def set_mtu(self, link: kernel.Link, mtu: int) -> None:
+        self._fake.replace(link, mtu=mtu)
+
+    def set_mac(self, link: kernel.Link, mac: str) -> None:
+        self._fake.replace(link, mac=mac)
+
+    def put_address(self, link: kernel.Link, address: IPAddress) -> None:
+        self._fake.owned.append((link.name, address))
+
+    def delete_link(self, name: str) -> None:
+        self._fake.links.pop(name, None)
+
+    def change(self, changes: Sequence[kernel.Change]
+               ) -> list[Optional[exceptions.KernelRefused]]:
+        return [self._change(*each) for each in changes]
+
+    def _change(self, verb: kernel.Verb,
+                item: Any) -> Optional[exceptions.KernelRefused]:
+        code = self._fake.fail(verb, item)
+        if code:
+            return exceptions.KernelRefused('change', 'it fails', code)
+        if isinstance(item, Neighbour):
+            place = item.ifindex, item.dst
+            if verb is kernel.Verb.DELETE:
+                gone = self._fake.known.pop(place, None)
+                return None if gone else _refused(errno.ENOENT)
+            self._fake.known[place] = item
+            return None
+        key = item.dst, item.table
+        present = self._fake.host.get(key)
+        if verb is kernel.Verb.DELETE:
+            if present is None or present.protocol != item.protocol:
+                return _refused(errno.ESRCH)
+            del self._fake.host[key]
+        elif verb is kernel.Verb.ADD and present is not None:
+            return _refused(errno.EEXIST)
+        else:
+            self._fake.host[key] = item
+        return None
+
+
+def _refused(code: int) -> exceptions.KernelRefused:
+    return exceptions.KernelRefused('change', 'so it is', code)
+
+
+class FakeKernelTestCase(unittest.TestCase):
+    """A test whose kernel is a fake one."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.fake = FakeKernel()
+        for name in ('create_macvlan', 'index_of', 'name_of', 'identify',
+                     'state', 'macvlans', 'source_for', 'read_sysctl',
+                     'write_sysctl', 'forget_connections', 'entered'):
+            self._patch(kernel, name, getattr(self.fake, name))
+        self._patch(kernel, 'Netlink', self.fake.socket)
+        self._patch(namespaces, 'state', self.fake.state)
+
+    def _patch(self, where: Any, name: str, value: Any) -> None:
+        patcher = mock.patch.object(where, name, value)
+        patcher.start()
+        self.addCleanup(patcher.stop)

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Manager, reconciler and device against a kernel in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import ipaddress
+import os
+import shutil
+import tempfile
+from typing import Any
+from unittest import mock
+
+from kuryr_break0 import device
+from kuryr_break0 import exceptions
+from kuryr_break0 import kernel
+from kuryr_break0 import ledger
+from kuryr_break0.ledger import journal
+from kuryr_break0 import manager
+from kuryr_break0.model import HostRoute
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import NamespaceId
+from kuryr_break0.model import Owner
+from kuryr_break0 import reconciler
+from tests.functional import base
+from tests.unit import fake
+
+NODE = ipaddress.ip_address('10.0.0.1')
+POD = ipaddress.ip_address('10.0.0.71')
+OTHER = ipaddress.ip_address('10.0.0.72')
+MAC, OTHER_MAC = 'fa:16:3e:00:00:01', 'fa:16:3e:00:00:02'
+OWNER, OTHER_OWNER = Owner('a', 'eth0'), Owner('b', 'eth0')
+
+
+class EngineTestCase(fake.FakeKernelTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.state = os.path.join(directory.name, 'state')
+        self.fake.add_link('eth0', mac='02:00:00:00:00:ee')
+        self.fake.owned.append(('eth0', NODE))
+        for number, path in enumerate(('/a', '/b')):
+            self.fake.namespaces[path] = NamespaceId(4, 100 + number,
+                                                     1000 + number)
+
+    def options(self, **overrides: Any) -> Any:
+        return base.options(state_dir=self.state, **overrides)
+
+    def bind(self, *addresses: IPAddress, owner: Owner = OWNER,
+             netns: str = '/a', mac: str = MAC, parent: str = 'eth0',
+             **overrides: Any) -> None:
+        manager.Break0Manager(self.options(**overrides)).bind(
+            owner, addresses, parent=parent, mac=mac, netns=netns)
+
+    def unbind(self, *addresses: IPAddress, owner: Owner = OWNER) -> None:
+        manager.Break0Manager(self.options()).unbind(owner, addresses)
+
+    def sync(self, **overrides: Any) -> reconciler.Outcome:
+        return reconciler.Reconciler(
+            self.options(**overrides), self.ledger(),
+            journal.Journal(self.state)).sync()
+
+    def ledger(self) -> ledger.Ledger:
+        return ledger.Ledger(self.state, 1)
+
+    def routed(self) -> set[IPAddress]:
+        return {route.dst for route in self.fake.host.values()}
+
+    def recorded(self) -> set[IPAddress]:
+        return set(self.ledger().records.addresses())
+
+
+class TestManager(EngineTestCase):
+
+    def test_a_bind_and_its_unbind(self) -> None:
+        self.bind(POD)
+        route, = self.fake.host.values()
+        index = self.fake.links['break0'].index
+        self.assertEqual(HostRoute(POD, index, 176, 254, NODE, 0), route)
+        self.assertEqual(MAC, self.fake.known[index, POD].mac)
+        self.unbind(POD)
+        self.assertEqual((set(), set(), {}), (
+            self.routed(), self.recorded(), self.fake.known))
+
+    def test_any_error_of_the_kernel_leaves_a_record(self) -> None:
+        for code in (errno.ENOBUFS, errno.ENOMEM, errno.EPERM,
+                     errno.ENETDOWN, errno.ENODEV):
+            self.fake.fail = lambda verb, item, code=code: code
+            with self.subTest(code=code):
+                with self.assertRaises(exceptions.KernelRefused):
+                    self.bind(POD)
+                self.assertEqual({POD}, self.recorded())
+        self.fake.fail = lambda verb, item: None
+        self.sync()
+        self.assertEqual({POD}, self.routed())
+
+    def test_one_address_that_fails_hinders_no_other(self) -> None:
+        self.fake.fail = lambda verb, item: (
+            errno.EINVAL if item.dst == POD else None)
+        with self.assertRaises(exceptions.KernelRefused):
+            self.bind(POD, OTHER)
+        self.assertEqual({OTHER}, self.routed())
+        self.assertEqual({POD, OTHER}, self.recorded())
+
+    def test_an_unbind_that_fails_keeps_the_record(self) -> None:
+        self.bind(POD)
+        self.fake.fail = lambda verb, item: errno.ENOBUFS
+        with self.assertRaises(exceptions.KernelRefused):
+            self.unbind(POD)
+        self.assertEqual({POD}, self.recorded())
+
+    def test_break0_that_vanishes_in_between_is_made_again(self) -> None:
+        self.bind(OTHER, owner=OTHER_OWNER, netns='/b')
+        calls: list[int] = []
+
+        def fail(verb: Any, item: Any) -> Any:
+            calls.append(1)
+            return errno.ENODEV if len(calls) <= 2 else None
+
+        self.fake.fail = fail
+        self.bind(POD)
+        self.assertIn(POD, self.routed())
+
+
+class TestReconciler(EngineTestCase):
+
+    def test_one_that_fails_holds_up_no_other(self) -> None:
+        self.bind(POD)
+        self.bind(OTHER, owner=OTHER_OWNER, netns='/b', mac=OTHER_MAC)
+        self.fake.host.clear()
+        self.fake.fail = lambda verb, item: (
+            errno.EINVAL if item.dst == POD else None)
+        self.assertEqual(1, len(self.sync().errors))
+        self.assertEqual({OTHER}, self.routed())
+
+    def test_only_what_is_proven_gone_is_deleted(self) -> None:
+        self.bind(POD)
+        self.bind(OTHER, owner=OTHER_OWNER, netns='/b', mac=OTHER_MAC)
+        self.sync()
+        self.assertEqual({POD, OTHER}, self.routed())
+        self.fake.gone.add(self.fake.namespaces['/b'])
+        self.sync()
+        self.assertEqual(({POD}, {POD}), (self.routed(), self.recorded()))
+
+    def test_a_gone_one_whose_address_another_has_by_now(self) -> None:
+        # That could not be recorded; its MAC address says so.
+        self.bind(POD)
+        index = self.fake.links['break0'].index
+        self.fake.known[index, POD] = dataclasses.replace(
+            self.fake.known[index, POD], mac=OTHER_MAC)
+        self.fake.gone.add(self.fake.namespaces['/a'])
+        self.sync()
+        self.assertEqual(({POD}, set()), (self.routed(), self.recorded()))
+
+    def test_a_lost_ledger(self) -> None:
+        self.bind(POD)
+        shutil.rmtree(self.state)
+        self.fake.macvlans_found = [kernel.Macvlan(
+            '/a', self.fake.namespaces['/a'], 'eth0', dataclasses.replace(
+                self.fake.links['eth0'], name='eth0', mac=MAC), (POD,))]
+        self.assertEqual([POD], [each.address for each
+                                 in self.sync().rebuilt])
+        self.assertEqual(({POD}, {POD}), (self.routed(), self.recorded()))
+
+    def test_what_does_not_match_is_not_rebuilt(self) -> None:
+        self.bind(POD)
+        shutil.rmtree(self.state)
+        mine = dataclasses.replace(self.fake.links['eth0'], mac=MAC)
+        for macvlan in (
+                kernel.Macvlan('/a', self.fake.namespaces['/a'], 'eth0',
+                               mine, (OTHER,)),
+                kernel.Macvlan('/a', self.fake.namespaces['/a'], 'eth1',
+                               mine, (POD,)),
+                kernel.Macvlan('/a', self.fake.namespaces['/a'], 'eth0',
+                               dataclasses.replace(mine, mac=OTHER_MAC),
+                               (POD,))):
+            self.fake.macvlans_found = [macvlan]
+            self.assertEqual((), self.sync().rebuilt)
+            self.assertEqual({POD}, self.routed())
+
+    def test_the_newest_claim_wins_and_the_other_comes_back(self) -> None:
+        self.bind(POD)
+        self.bind(POD, owner=OTHER_OWNER, netns='/b', mac=OTHER_MAC)
+        index = self.fake.links['break0'].index
+        self.assertEqual(OTHER_MAC, self.fake.known[index, POD].mac)
+        self.fake.gone.add(self.fake.namespaces['/b'])
+        self.sync()
+        self.sync()
+        self.assertEqual(MAC, self.fake.known[index, POD].mac)
+        self.assertEqual({POD}, self.routed())
+
+    def test_parents_are_apart(self) -> None:
+        self.fake.add_link('eth1')
+        self.bind(POD)
+        self.bind(OTHER, owner=OTHER_OWNER, netns='/b', parent='eth1')
+        self.fake.host.clear()
+        del self.fake.links['eth0']
+        errors = self.sync().errors
+        self.assertEqual([exceptions.ParentNotFound],
+                         [type(err) for err in errors])
+        self.assertEqual({OTHER}, self.routed())
+
+
+class TestDevice(EngineTestCase):
+
+    def ensure(self, **overrides: Any) -> device.Ensured:
+        made = device.Device(self.options(**overrides), 'break0', 'eth0',
+                             self.identity)
+        with kernel.Netlink() as netlink:
+            return made.ensure(netlink, '02:00:00:00:00:07')
+
+    def setUp(self) -> None:
+        super().setUp()
+        made = self.ledger()
+        made.prepare()
+        self.identity = made.ensure_identity()
+
+    def test_it_is_made_once(self) -> None:
+        first, second = self.ensure(), self.ensure()
+        self.assertTrue(first.routes_lost)
+        self.assertEqual((False, ()), second[1:])
+        self.assertEqual(first.link, second.link)
+        self.assertTrue(first.link.up and not first.link.multicast)
+        self.assertEqual(str(self.identity.alias(self.state)),
+                         first.link.alias)
+
+    def test_it_is_silent_before_it_is_up(self) -> None:
+        order: list[str] = []
+        write, up = self.fake.write_sysctl, fake.FakeNetlink.raise_link
+        with mock.patch.object(
+                kernel, 'write_sysctl', lambda *args: (
+                    order.append('sysctl'), write(*args))), \
+                mock.patch.object(
+                    fake.FakeNetlink, 'raise_link', lambda *args: (
+                        order.append('up'), up(*args))):
+            self.ensure()
+        self.assertEqual(len(device.QUIET), order.index('up'))
+
+    def test_one_that_cannot_be_finished_is_gone_again(self) -> None:
+        with mock.patch.object(
+                fake.FakeNetlink, 'raise_link',
+                side_effect=exceptions.KernelRefused('up', 'no', 1)):
+            with self.assertRaises(exceptions.KernelRefused):
+                self.ensure()
+        self.assertNotIn('break0', self.fake.links)
+
+    def test_each_difference_is_repaired(self) -> None:
+        self.ensure()
+        for change in ({'up': False}, {'mtu': 1400}, {'multicast': True},
+                       {'alias': 'mine'}, {'alias': None}):
+            with self.subTest(change=change):
+                self.fake.replace(self.fake.links['break0'], **change)
+                self.assertEqual('up' in change, self.ensure().routes_lost)
+                self.assertEqual((), self.ensure().repaired)
+        for path in device.QUIET:
+            self.fake.sysctls[path % 'break0'] = 7
+            self.assertEqual(1, len(self.ensure().repaired))
+
+    def test_an_address_is_put_once(self) -> None:
+        for _ in range(3):
+            self.ensure(addr=['10.0.0.7'])
+        self.assertEqual(1, [address for _, address in self.fake.owned
+                             ].count(ipaddress.ip_address('10.0.0.7')))
+
+    def test_others_are_left_as_they_are(self) -> None:
+        for fields in ({'kind': 'veth'}, {'kind': None},
+                       {'kind': 'macvlan', 'mode': 'private', 'lower': 1},
+                       {'kind': 'macvlan', 'mode': 'bridge', 'lower': 99},
+                       {'kind': 'macvlan', 'mode': 'bridge', 'lower': 1,
+                        'lower_namespace': 3}):
+            before = self.fake.add_link('break0', **fields)
+            with self.assertRaises(exceptions.DeviceConflict):
+                self.ensure()
+            self.assertEqual(before, self.fake.links['break0'])
