@@ -49,6 +49,11 @@ genconfig: $(VENV)/installed
 	$(BIN)/oslo-config-generator \
 	    --config-file etc/kuryr-break0-config-generator.conf
 
+# What is in git is compared with it by the tests.
+.PHONY: completion
+completion: $(VENV)/installed
+	$(BIN)/python -m tests.completion > etc/bash-completion/kuryr-break0
+
 .PHONY: genconfig-check
 # The sample that is in git is what the options say.
 genconfig-check: $(VENV)/installed

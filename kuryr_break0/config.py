@@ -245,9 +245,9 @@ OPTS = [
         'enabled',
         type=YesOrNo(),
         default=True,
-        help='Whether new pods become reachable through break0. When false, '
-             'pods are bound as Kuryr alone does it; what was bound before '
-             'is still removed as its pods go.'),
+        help='Make new pods reachable through break0. When false, Kuryr '
+             'alone binds pods; what was bound before is still removed as '
+             'its pods go.'),
     cfg.Opt(
         'pod_binding',
         type=OneOf(choices=[
@@ -259,8 +259,7 @@ OPTS = [
              'than half the time')]),
         default=KURYR,
         help='How the macvlan interface of a pod is made. When enabled is '
-             'false, it is always Kuryr that makes it. It may be changed on '
-             'a node with pods.'),
+             'false, Kuryr makes it. It may be changed on a node with pods.'),
     cfg.Opt(
         'device',
         type=DeviceName(),
@@ -282,11 +281,10 @@ OPTS = [
     cfg.Opt(
         'parent',
         type=DeviceName(),
-        help='Interface that the pods are on. By default the one that Kuryr '
-             'chooses: [binding] link_iface, else the one that kubelet '
-             'listens on, else the first that is not the loopback. Only for '
-             'checking: if the pods turn out to be on another interface, '
-             'that is an error.'),
+        help='Interface that the pods must be on. By default any is, and '
+             'each gets a break0. If pods turn out to be on another '
+             'interface than this one, they are not bound, and that is an '
+             'error.'),
     cfg.ListOpt(
         'addr',
         item_type=HostAddress(),
@@ -299,29 +297,29 @@ OPTS = [
     cfg.Opt(
         'mac',
         type=UnicastMAC(),
-        help='MAC address of break0. By default one that is derived from '
-             'that of the parent, so that it stays the same when break0 is '
-             'created again, and differs between nodes. Like addr, never '
-             'the same on two nodes.'),
+        help='MAC address of break0. By default one that is derived from a '
+             'secret of the node, and that it gets again when it is created '
+             'again. Like addr, never the same on two nodes.'),
     cfg.Opt(
         'static_neighbours',
         type=YesOrNo(),
         default=True,
-        help='Whether node and pods are told each other\'s MAC addresses, so '
-             'that neither has to ask: on the node one permanent neighbour '
-             'entry per address of a pod, in each pod one per address of the '
-             'node. When false, they ask by ARP: then the LAN hears the node '
-             'ask with the MAC address of break0, which Neutron port security '
+        help='Give node and pods each other\'s MAC addresses, so that neither '
+             'has to ask: on the node one permanent neighbour entry per '
+             'address of a pod, in each pod one per address of the node. '
+             'When false, they ask by ARP: then the LAN hears the node ask '
+             'with the MAC address of break0, which Neutron port security '
              'may take for spoofing, and IPv6 does not work from pod to '
              'node.'),
     cfg.ListOpt(
         'host_addresses',
         item_type=HostAddress(),
         default=[],
-        help='Addresses of the node that its pods reach through break0; '
-             'several with commas between. By default all that the parent '
-             'has, and the one that the node speaks to its pods from. Like '
-             'addr, they differ on each node.'),
+        help='Addresses of the node that its pods reach through break0, with '
+             'commas between. By default all that the parent has, and the '
+             'one that the node uses towards its pods. One that the node '
+             'does not have is left out. Like addr, they differ on each '
+             'node.'),
     cfg.Opt(
         'route_protocol',
         type=WholeNumber(min=5, max=255),
@@ -340,44 +338,44 @@ OPTS = [
         'allowed_cidrs',
         item_type=Network(),
         default=[],
-        help='Networks that pod addresses must be in, like 10.0.0.0/16; '
-             'several with commas between. An address outside gets no '
-             'route, and an error in the log. By default all are allowed '
-             'but those of the node, its next hops and those that are not '
-             'of a single host. Set it to the pod subnets, so that who can '
-             'write a KuryrPort cannot draw the traffic of the node to '
-             'other addresses.'),
+        help='Networks that pod addresses must be in, as 10.0.0.0/16, with '
+             'commas between. An address outside gets no route, and an error '
+             'in the log. By default all are allowed but those of the node, '
+             'its next hops and those that are not of a single host. Set it '
+             'to the pod subnets: anyone who can write a KuryrPort can '
+             'otherwise redirect the node\'s traffic to other addresses.'),
     cfg.Opt(
         'takeover',
         type=YesOrNo(),
         default=False,
-        help='Whether a route to a pod\'s address that somebody else has set, '
-             'on another interface and with another protocol number, is '
-             'replaced by ours. By default it is left alone and reported, '
+        help='Replace a route to a pod\'s address that somebody else has set '
+             'in place of ours, on another interface and with another '
+             'protocol number. By default it is left alone and reported, '
              'since two programs that set one route would not stop. When '
              'true, one that comes back within a minute is left alone.'),
     cfg.Opt(
         'resync_interval',
         type=WholeNumber(min=1, max=86400),
         default=60,
-        help='Seconds between two looks of the agent at all routes. It '
-             'repairs at once what the kernel tells it of; this is the '
-             'guarantee for what it was not told.'),
+        help='Interval between full reconciliations by the agent, in '
+             'seconds. It repairs at once what the kernel sends events of; '
+             'this is the guarantee for the rest.'),
     cfg.Opt(
         'strict',
         type=YesOrNo(),
         default=False,
-        help='Whether a pod that cannot be made reachable fails. By default '
-             'that is logged as an error and the pod runs all the same, '
-             'unreachable from its node; when true, the ADD is undone and '
-             'kubelet tries again.'),
+        help='Fail the ADD of a pod that cannot be bound. By default that is '
+             'logged as an error and the pod runs all the same, unreachable '
+             'from its node until it is repaired; when true, the ADD is '
+             'undone and kubelet tries again.'),
     cfg.Opt(
         'state_dir',
         type=AbsolutePath(),
         default='/run/kuryr-break0',
-        help='Absolute path of the directory that says which sandbox each '
+        help='Absolute path of the directory that holds which sandbox each '
              'address belongs to, created as needed with mode 0700. It has '
-             'to end with the boot, as pods do, so it belongs on a tmpfs. If '
+             'to end with the boot, as pods do, so it belongs on a tmpfs, '
+             'and must be the same for kuryr-daemon, agent and command. If '
              'it cannot be written, pods are still bound, with an error in '
              'the log.'),
     cfg.ListOpt(
@@ -408,9 +406,10 @@ OPTS = [
         'lock_timeout',
         type=WholeNumber(min=1, max=170),
         default=10,
-        help='Seconds to wait for another process that is changing break0, '
-             'before giving up with an error. Kuryr itself gives up a '
-             'request after 180.'),
+        help='Time to wait for another process that is changing break0, in '
+             'seconds. After that a pod is bound without the lock, and what '
+             'would remove something fails. Kuryr itself gives up a request '
+             'after 180.'),
     cfg.Opt(
         'metrics_bind',
         type=ListeningOn(),
@@ -486,7 +485,7 @@ def load(conf: cfg.ConfigOpts) -> Options:
 
 
 def link_iface(conf: cfg.ConfigOpts) -> Optional[str]:
-    """Read the interface that Kuryr is told to put pods on, its own option.
+    """Read the interface that Kuryr is configured to put pods on.
 
     :param conf: one that Kuryr has not registered its options with
     """

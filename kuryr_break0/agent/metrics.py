@@ -113,7 +113,7 @@ class Metrics(prometheus_registry.Collector):
         self._read_journal()  # before it is full
 
     def heard(self, events: Sequence[kernel.Event]) -> None:
-        """The kernel has told of these."""
+        """Count netlink events."""
         lost = sum(event.what == 'lost' for event in events)
         self._events.inc(len(events) - lost)
         self._losses.inc(lost)

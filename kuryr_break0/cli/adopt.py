@@ -92,7 +92,7 @@ def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     adopter = Adopter(
         options, options.parent or api.link_iface(),
         kernel.macvlans(options.netns_dirs,
-                        {*options.proc_dirs, api.proc()}),
+                        [api.proc(), *options.proc_dirs]),
         conf.command.dry_run)
     findings = [adopter.adopt(port) for port in ports]
     if conf.command.json:

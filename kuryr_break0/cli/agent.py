@@ -25,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
-    """Run the agent until it is told to end."""
+    """Run the agent until a signal ends it."""
     def load() -> config.Options:
         # It says what was wrong in the log, and returns False.
         if not conf.reload_config_files():

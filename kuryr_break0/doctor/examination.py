@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""All checks, in an order in which one fault is told once."""
+"""All checks, in an order in which one fault is reported once."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _examine_parent(view: ParentView, netlink: kernel.Netlink,
     done.findings += useless
     # What is on an interface that is not there, or not ours, says nothing
     # more.
-    if useless or view.link is None:
+    if useless or view.seen.link is None:
         return
     done.findings += device.check_owner(view)
     done.findings += device.check_properties(view)

@@ -148,8 +148,9 @@ STATE_DIR_PERSISTENT = Kind(
 LEDGER_DAMAGED = Kind(
     'ledger-damaged', ERROR,
     'The address has a pod, but it is not known which: nothing is set or '
-    'deleted for it. What next looks at it sets it aside.',
-    'Start the pod of the address again. Its ADD writes a new entry.')
+    'deleted for it. The next sync moves it to quarantine, and rebuilds it '
+    'if the pod is found.',
+    'Start the pod of the address again. Its ADD writes a new record.')
 
 LEDGER_QUARANTINED = Kind(
     'ledger-quarantined', WARNING,

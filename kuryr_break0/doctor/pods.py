@@ -29,7 +29,7 @@ class _Pod:
     """A pod whose namespace was entered.
 
     :ivar entry: the first of its entries
-    :ivar peer: what it has been told of the node
+    :ivar known: what it must know of the node
     :ivar hosts: the addresses of the node that are of a family of its own
     :ivar mac: what its interface has
     :ivar macs: what it takes for those of the node's addresses
@@ -72,7 +72,8 @@ def check_configured(view: ParentView) -> Iterator[Finding]:
                     if _is_not_configured(view, record)]
     if unconfigured:
         yield findings.POD_NOT_CONFIGURED.found(
-            'pods have not been told the addresses of the node, or others',
+            'pods are not configured with the addresses of the node, or with '
+            'others',
             [record.address for record in unconfigured])
     if not options.static_neighbours:
         asking = [record.address for record in records
@@ -111,7 +112,7 @@ def _check_arp(view: ParentView, records: list[Record]) -> Iterator[Finding]:
 
 
 def enterable(view: ParentView) -> list[list[Record]]:
-    """The entries of each pod that was told something in its namespace."""
+    """Return the records of each pod whose namespace can be entered."""
     known = view.known
     return [records for records in view.pods()
             if records[0].netns is not None and known is not None
@@ -232,9 +233,9 @@ def _check_ways(view: ParentView, pods: list[_Pod]) -> Iterator[Finding]:
         and record.address.version == host.version == 4
         and not any(host in subnet for subnet in record.subnets)]
     if dropped or unconfigured:
-        told: list[tuple[Record, IPAddress]] = [
+        known: list[tuple[Record, IPAddress]] = [
             (pod.record, host) for pod, host in dropped]
-        record, at = (told + unconfigured)[0]
+        record, at = (known + unconfigured)[0]
         yield findings.RP_FILTER.found(
             'rp_filter of %s is 1, and the sandbox %s has no route of its '
             'own to the node %s' % (view.parent_name, record.owner, at),

@@ -76,15 +76,15 @@ def check_ledger(node: Node) -> Iterator[Finding]:
     contents = node.contents
     if contents.damaged:
         yield findings.LEDGER_DAMAGED.found(
-            'entries cannot be read: ' + next(iter(
+            'records cannot be read: ' + next(iter(
                 contents.damaged.values())), contents.damaged)
     if contents.newer:
         yield findings.LEDGER_NEWER.found(
-            'entries cannot be read: ' + next(iter(contents.newer.values())),
+            'records cannot be read: ' + next(iter(contents.newer.values())),
             contents.newer, python=sys.executable)
     if contents.quarantined:
         yield findings.LEDGER_QUARANTINED.found(
-            'entries have been set aside', contents.quarantined,
+            'records were moved to quarantine', contents.quarantined,
             directory=os.path.dirname(contents.quarantined[0]))
     if not node.lock_free:
         yield findings.LOCK_HELD.found(

@@ -56,7 +56,7 @@ def configure(files: Sequence[str], directories: Sequence[str]) -> None:
 
 
 def link_iface() -> Optional[str]:
-    """The interface that Kuryr is told to put pods on."""
+    """Return the interface that Kuryr is configured to put pods on."""
     return k_config.CONF.binding.link_iface or None
 
 

@@ -1,85 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 
+"""The completion that is shipped is that of the command."""
+
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import subprocess
-import sys
-from typing import Any
 import unittest
 
-from oslo_config import cfg
-from oslo_log import log as logging
-
-from kuryr_break0.cli import main as cli
+from tests import completion
 from tests import overlay
 
-COMPLETION = os.path.join(overlay.ROOT, 'etc', 'bash-completion',
-                          'kuryr-break0')
-PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
-
-
-def subcommands() -> dict[str, argparse.ArgumentParser]:
-    """What the program itself parses, by name of the command."""
-    subparsers: Any = argparse.ArgumentParser().add_subparsers()
-    cli.add_parsers(subparsers)
-    return dict(subparsers.choices)
-
-
-def options(parser: argparse.ArgumentParser) -> set[str]:
-    return set(parser._option_string_actions)
+SHIPPED = os.path.join(overlay.ROOT, 'etc', 'bash-completion',
+                       'kuryr-break0')
 
 
 class TestCompletion(unittest.TestCase):
 
     def complete(self, *words: str) -> set[str]:
         """What bash offers for the last of these words."""
-        words = (PROGRAM, *words)
         done = subprocess.run(
-            ['bash', '-u', '-c', '. %s\nCOMP_WORDS=(%s)\nCOMP_CWORD=%d\n'
-             '_kuryr_break0 "$0" "$1" "$2"\nprintf "%%s\\n" '
-             '"${COMPREPLY[@]}"' % (COMPLETION, shlex.join(words),
-                                    len(words) - 1),
-             words[0], words[-1], words[-2]],
+            ['bash', '-c', '. %s\nCOMP_WORDS=(%s)\nCOMP_CWORD=%d\n'
+             '_shtab_kuryr_break0 kuryr-break0\nprintf "%%s\\n" '
+             '"${COMPREPLY[@]}"' % (
+                 SHIPPED, shlex.join(('kuryr-break0', *words)), len(words))],
             capture_output=True, text=True)
         self.assertEqual((0, ''), (done.returncode, done.stderr))
-        offered = done.stdout.split()
-        self.assertEqual(len(set(offered)), len(offered), offered)
-        return set(offered)
+        return set(done.stdout.split())
 
-    def test_commands(self) -> None:
-        self.assertEqual(set(subcommands()), self.complete(''))
+    def test_it_is_up_to_date(self) -> None:
+        with open(SHIPPED) as file:
+            self.assertEqual(completion.script() + '\n', file.read(),
+                             'run: make completion')
+
+    def test_verbs_and_their_options(self) -> None:
         self.assertEqual({'status'}, self.complete('stat'))
-        self.assertEqual(set(subcommands()),
-                         self.complete('--config-file', '/etc/k.conf', ''))
-
-    def test_options_of_each_command(self) -> None:
-        for name, parser in subcommands().items():
-            with self.subTest(name):
-                self.assertEqual(options(parser), self.complete(name, '-'))
-
-    def test_options_before_the_command(self) -> None:
-        conf = cfg.ConfigOpts()
-        logging.register_options(conf)
-        conf([], version='1')
-        # Of the same libraries, so there is nothing left out or made up.
-        self.assertEqual(options(conf._oparser), self.complete('-'))
-
-    def test_begun(self) -> None:
         self.assertEqual({'--json'}, self.complete('status', '--j'))
-        self.assertEqual({'--config-file', '--config-dir'},
-                         self.complete('--conf'))
-
-    def test_files(self) -> None:
-        # Then there is nothing of ours, and bash does it.
-        for option in ('--config-file', '--config-dir', '--log-file',
-                       '--log-dir', '--log-config-append'):
-            self.assertEqual(set(), self.complete(option, ''))
-
-    def test_is_for_the_command(self) -> None:
-        with open(COMPLETION) as file:
-            self.assertEqual(
-                'complete -o default -F _kuryr_break0 kuryr-break0',
-                file.read().splitlines()[-1])
+        self.assertLessEqual({'--dry-run', '--claim', '--delete-unclaimed'},
+                             self.complete('sync', '--'))
+        self.assertLessEqual({'--config-file', '--config-dir'},
+                             self.complete('--conf'))

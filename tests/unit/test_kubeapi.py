@@ -79,169 +79,6 @@ class KubeAPICase(unittest.TestCase):
         return [event['object'] for event in found]
 
 
-class ObjectsTestCase(KubeAPICase):
-    def test_create_and_get(self) -> None:
-        sent = {'metadata': {'name': 'a'}, 'spec': {'nodeName': 'n1'}}
-        made = self.ask('POST', DEFAULT, 201, json=sent)
-        self.assertEqual(('v1', 'Pod', 'default', {'nodeName': 'n1'}),
-                         (made['apiVersion'], made['kind'],
-                          made['metadata']['namespace'], made['spec']))
-        for given in 'uid', 'creationTimestamp', 'resourceVersion':
-            self.assertTrue(made['metadata'][given])
-        self.assertEqual(made, self.ask('GET', f'{DEFAULT}/a'))
-        self.assertEqual(made, self.api.get('pods', 'default', 'a'))
-
-    def test_create_keeps_the_given_uid_and_refuses_another(self) -> None:
-        made = self.ask('POST', DEFAULT, 201,
-                        json=kubeapi.pod('a', 'n1', uid='mine'))
-        self.assertEqual('mine', made['metadata']['uid'])
-        refusal = self.ask('POST', DEFAULT, 409, json=kubeapi.pod('a', 'n2'))
-        self.assertEqual('AlreadyExists', refusal['reason'])
-        self.assertEqual(made, self.ask('GET', f'{DEFAULT}/a'))
-
-    def test_list(self) -> None:
-        pods = [self.pod('b', namespace='other'), self.pod('a')]
-        self.api.create('kuryrports', kubeapi.kuryrport(pods[0], {}))
-        listed = self.ask('GET', PODS)
-        self.assertEqual(('PodList', 'v1'),
-                         (listed['kind'], listed['apiVersion']))
-        self.assertEqual(pods[::-1], listed['items'])
-        self.assertEqual(pods[::-1], self.api.list('pods'))
-        self.assertEqual(pods[1:], self.ask('GET', DEFAULT)['items'])
-        self.assertEqual(pods[1:], self.api.list('pods', 'default'))
-        listed = self.ask('GET', '/apis/openstack.org/v1/kuryrports')
-        self.assertEqual(('KuryrPortList', 'openstack.org/v1', ['b']),
-                         (listed['kind'], listed['apiVersion'],
-                          [item['metadata']['name']
-                           for item in listed['items']]))
-
-    def test_versions_grow_over_all_kinds(self) -> None:
-        pod = self.pod('a')
-        made = [pod, self.api.create('kuryrports', kubeapi.kuryrport(pod, {})),
-                self.patch(f'{DEFAULT}/a', MERGE, {'status': None})]
-        versions = [int(obj['metadata']['resourceVersion']) for obj in made]
-        versions.append(int(
-            self.ask('GET', PODS)['metadata']['resourceVersion']))
-        self.assertLess(versions[0], versions[1])
-        self.assertLess(versions[1], versions[2])
-        self.assertEqual(versions[2], versions[3])
-
-    def test_what_is_absent(self) -> None:
-        self.pod('a')
-        for method, path in (('GET', f'{DEFAULT}/b'),
-                             ('GET', '/api/v1/namespaces/other/pods/a'),
-                             ('PUT', f'{DEFAULT}/b'),
-                             ('DELETE', f'{DEFAULT}/b'),
-                             ('GET', f'{PODS}/a'),
-                             ('GET', '/api/v1/nodes'),
-                             ('GET', '/api/v1/kuryrports'),
-                             ('GET', '/apis/openstack.org/v1/pods'),
-                             ('GET', '/nothing')):
-            with self.subTest(method=method, path=path):
-                self.assertEqual('NotFound', self.ask(
-                    method, path, 404, json={})['reason'])
-        with self.assertRaises(kubeapi.APIError) as caught:
-            self.api.get('pods', 'default', 'b')
-        self.assertEqual(404, caught.exception.code)
-
-    def test_what_is_malformed(self) -> None:
-        self.pod('a')
-        for method, path, body in (
-                ('POST', DEFAULT, '{'), ('POST', DEFAULT, '[]'),
-                ('PUT', f'{DEFAULT}/a', '[]'),
-                ('GET', f'{PODS}?labelSelector=a+in+(b)', ''),
-                ('GET', f'{PODS}?watch=true&resourceVersion=x', '')):
-            with self.subTest(method=method, path=path, body=body):
-                self.ask(method, path, 400, data=body)
-        self.ask('POST', DEFAULT, 422, json={'metadata': {}})
-        self.ask('DELETE', DEFAULT, 405)
-        self.assertEqual(1, len(self.api.list('pods')))
-
-    def test_update_conflicts(self) -> None:
-        stale = self.pod('a')
-        fresh = self.ask('PUT', f'{DEFAULT}/a',
-                         json={**stale, 'status': {'phase': 'Running'}})
-        self.assertEqual('Running', fresh['status']['phase'])
-        refusal = self.ask('PUT', f'{DEFAULT}/a', 409, json=stale)
-        self.assertEqual('Conflict', refusal['reason'])
-        version = stale['metadata']['resourceVersion']
-        self.patch(f'{DEFAULT}/a', MERGE, {
-            'metadata': {'resourceVersion': version}, 'status': None}, 409)
-        with self.assertRaises(kubeapi.APIError) as caught:
-            self.api.update('pods', stale)
-        self.assertEqual(409, caught.exception.code)
-        self.assertEqual(fresh, self.ask('GET', f'{DEFAULT}/a'))
-        # What gives no version does not care.
-        del stale['metadata']['resourceVersion']
-        latest = self.ask('PUT', f'{DEFAULT}/a', json=stale)
-        self.assertEqual('Pending', latest['status']['phase'])
-        for part in 'uid', 'creationTimestamp':
-            self.assertEqual(fresh['metadata'][part], latest['metadata'][part])
-
-    def test_update_of_nothing_is_no_change(self) -> None:
-        pod = self.pod('a')
-        self.assertEqual(pod, self.ask('PUT', f'{DEFAULT}/a', json=pod))
-        self.assertEqual(pod, self.patch(f'{DEFAULT}/a', MERGE, {}))
-
-    def test_what_is_stored_is_not_shared(self) -> None:
-        sent = kubeapi.pod('a', 'n1')
-        made = self.api.create('pods', sent)
-        for mine in (sent, made, self.api.list('pods')[0],
-                     self.api.get('pods', 'default', 'a')):
-            mine['spec']['nodeName'] = 'changed'
-        self.assertEqual('n1', self.ask(
-            'GET', f'{DEFAULT}/a')['spec']['nodeName'])
-
-    def test_merge_patch(self) -> None:
-        self.pod('a', labels={'keep': '1', 'change': '1', 'drop': '1'})
-        patched = self.patch(f'{DEFAULT}/a', MERGE, {'metadata': {
-            'labels': {'change': '2', 'drop': None, 'new': '3'}}})
-        self.assertEqual({'keep': '1', 'change': '2', 'new': '3'},
-                         patched['metadata']['labels'])
-        self.assertEqual(patched, self.ask('GET', f'{DEFAULT}/a'))
-
-    def test_json_patch(self) -> None:
-        self.pod('a', labels={'x/y': '1', 'drop': '1'}, finalizers=['f', 'g'])
-        patched = self.patch(f'{DEFAULT}/a', JSON, [
-            {'op': 'replace', 'path': '/metadata/labels/x~1y', 'value': '2'},
-            {'op': 'remove', 'path': '/metadata/labels/drop'},
-            {'op': 'add', 'path': '/status/hostIP', 'value': '192.0.2.1'},
-            {'op': 'add', 'path': '/metadata/finalizers/-', 'value': 'h'},
-            {'op': 'remove', 'path': '/metadata/finalizers/0'},
-            {'op': 'replace', 'path': '/spec/containers/0/name',
-             'value': 'c'}])
-        self.assertEqual({'x/y': '2'}, patched['metadata']['labels'])
-        self.assertEqual('192.0.2.1', patched['status']['hostIP'])
-        self.assertEqual(['g', 'h'], patched['metadata']['finalizers'])
-        self.assertEqual('c', patched['spec']['containers'][0]['name'])
-        self.assertEqual(patched, self.ask('GET', f'{DEFAULT}/a'))
-
-    def test_patch_that_fails_changes_nothing(self) -> None:
-        pod = self.pod('a')
-        good = {'op': 'add', 'path': '/status/hostIP', 'value': '192.0.2.1'}
-        for bad in ({'op': 'replace', 'path': '/status/no', 'value': 1},
-                    {'op': 'remove', 'path': '/status/no'},
-                    {'op': 'add', 'path': '/no/no', 'value': 1},
-                    {'op': 'copy', 'path': '/status/no'}):
-            with self.subTest(**bad):
-                self.patch(f'{DEFAULT}/a', JSON, [good, bad], 422)
-        self.patch(f'{DEFAULT}/a', 'application/json', {'status': None}, 400)
-        self.assertEqual(pod, self.ask('GET', f'{DEFAULT}/a'))
-
-    def test_delete(self) -> None:
-        self.pod('a')
-        self.assertEqual('a', self.ask(
-            'DELETE', f'{DEFAULT}/a')['metadata']['name'])
-        self.ask('GET', f'{DEFAULT}/a', 404)
-
-    def test_about(self) -> None:
-        health = requests.get(f'{self.api.url}/healthz', timeout=TIMEOUT)
-        self.assertEqual((200, 'ok'), (health.status_code, health.text))
-        self.assertIn('major', self.ask('GET', '/version'))
-        self.assertEqual([('GET', '/healthz'), ('GET', '/version')],
-                         self.api.requests)
-
-
 class SelectorsTestCase(KubeAPICase):
     def names(self, **params: str) -> List[str]:
         return [item['metadata']['name'] for item in self.ask(
@@ -272,44 +109,6 @@ class SelectorsTestCase(KubeAPICase):
                 self.assertEqual([*expected], self.names(fieldSelector=query))
         self.assertEqual([], self.names(fieldSelector='spec.nodeName=n2',
                                         labelSelector='app=web'))
-
-    def test_watch_of_what_enters_and_leaves(self) -> None:
-        self.pod('a', 'n1')
-        self.pod('b', 'n2')
-        events = self.watch(PODS, fieldSelector='spec.nodeName=n1')
-        self.assertEvents([('ADDED', 'a')], events)
-        left = self.patch(f'{DEFAULT}/a', MERGE, {'spec': {'nodeName': 'n2'}})
-        self.patch(f'{DEFAULT}/a', MERGE, {'status': None})
-        self.patch(f'{DEFAULT}/b', MERGE, {'spec': {'nodeName': 'n1'}})
-        self.patch(f'{DEFAULT}/b', MERGE, {'status': None})
-        self.api.delete('pods', 'default', 'a')
-        self.api.delete('pods', 'default', 'b')
-        found = self.assertEvents([('DELETED', 'a'), ('ADDED', 'b'),
-                                   ('MODIFIED', 'b'), ('DELETED', 'b')],
-                                  events)
-        # It is shown as it was while selected, but at the later version.
-        self.assertEqual('n1', found[0]['spec']['nodeName'])
-        self.assertEqual(left['metadata']['resourceVersion'],
-                         found[0]['metadata']['resourceVersion'])
-
-    def test_watch_by_label_and_namespace(self) -> None:
-        path = '/api/v1/namespaces/other/pods'
-        events = self.watch(path, labelSelector='app=web')
-        self.pod('a', labels={'app': 'web'})
-        self.pod('b', namespace='other')
-        self.pod('c', namespace='other', labels={'app': 'web'})
-        self.patch(f'{path}/c', MERGE, {'metadata': {'labels': None}})
-        self.patch(f'{path}/b', MERGE, {'metadata': {
-            'labels': {'app': 'web'}}})
-        self.assertEvents([('ADDED', 'c'), ('DELETED', 'c'), ('ADDED', 'b')],
-                          events)
-
-    def test_resumed_watch_still_knows_what_left(self) -> None:
-        pod = self.pod('a', 'n1')
-        self.patch(f'{DEFAULT}/a', MERGE, {'spec': {'nodeName': 'n2'}})
-        self.assertEvents([('DELETED', 'a')], self.watch(
-            PODS, fieldSelector='spec.nodeName=n1',
-            resourceVersion=pod['metadata']['resourceVersion']))
 
 
 class WatchTestCase(KubeAPICase):
@@ -391,14 +190,6 @@ class WatchTestCase(KubeAPICase):
         self.assertEvents([('DELETED', 'a')], events)
         self.ask('GET', f'{DEFAULT}/a', 404)
 
-    def test_only_a_deletion_dooms(self) -> None:
-        self.pod('a', finalizers=['f'])
-        self.patch(f'{DEFAULT}/a', MERGE, {'metadata': {
-            'deletionTimestamp': '2024-01-01T00:00:00Z', 'finalizers': []}})
-        metadata = self.ask('GET', f'{DEFAULT}/a')['metadata']
-        self.assertEqual([], metadata['finalizers'])
-        self.assertNotIn('deletionTimestamp', metadata)
-
     def test_stop_ends_watches_and_a_start_goes_on(self) -> None:
         pod = self.pod('a')
         events = self.watch(PODS)
@@ -415,15 +206,6 @@ class WatchTestCase(KubeAPICase):
         self.assertEqual(url, self.api.url)
         self.assertEvents([('ADDED', 'b')], self.watch(
             PODS, resourceVersion=pod['metadata']['resourceVersion']))
-
-    def test_nothing_is_served_over_an_old_connection_after_stop(
-            self) -> None:
-        with requests.Session() as session:
-            self.assertTrue(session.get(self.api.url + PODS,
-                                        timeout=TIMEOUT).ok)
-            self.api.stop()
-            with self.assertRaises(requests.ConnectionError):
-                session.get(self.api.url + PODS, timeout=TIMEOUT)
 
     def test_silence(self) -> None:
         stderr = io.StringIO()

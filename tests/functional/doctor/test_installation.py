@@ -67,19 +67,19 @@ class TestInstallation(DoctorTestCase):
 
     def test_one_entry_point_missing(self) -> None:
         self.install('kuryr_break0', '9', '[os_vif]\nkuryr_break0 = '
-                     'kuryr_break0.os_vif_plugin:Break0Plugin\n')
+                     'kuryr_break0.kuryr.os_vif_plugin:Break0Plugin\n')
         self.assert_only('entry-point-missing', 'VIFMacvlanBreak0')
 
     def test_two_entry_points(self) -> None:
         self.install('another', '1', '[%s]\nVIFMacvlanBreak0 = '
-                     'kuryr_break0.driver:Break0MacvlanDriver\n' %
+                     'kuryr_break0.kuryr.driver:Break0MacvlanDriver\n' %
                      self.BINDING)
         self.assert_only('entry-point-missing', '2 entry points')
 
     def test_driver_broken(self) -> None:
         self.install('kuryr_break0', '9', '[os_vif]\nkuryr_break0 = '
-                     'kuryr_break0.os_vif_plugin:Break0Plugin\n[%s]\n'
-                     'VIFMacvlanBreak0 = kuryr_break0.driver_x:Driver\n' %
+                     'kuryr_break0.kuryr.os_vif_plugin:Break0Plugin\n[%s]\n'
+                     'VIFMacvlanBreak0 = kuryr_break0.kuryr.driver_x:Driver\n' %
                      self.BINDING)
         self.assert_only('driver-broken', 'driver_x')
 
