@@ -252,6 +252,9 @@ class Break0Manager:
         except exceptions.Break0Error as err:
             LOG.warning('The sandbox %s is not configured to reach the node '
                         'yet: %s', records[0].owner, err)
+            cache = self._ledger.cache  # so that no sync says it again
+            cache.put('unconfigured', [*(cache.get('unconfigured') or ()),
+                                       str(records[0].owner)])
             return
         for record in records:
             try:

@@ -128,8 +128,9 @@ class Reconciler:
                 ledger.put_identity(known)
         if ensured.repaired:
             with contextlib.suppress(exceptions.LedgerUnavailable):
-                if ledger.records.count() > 1:
-                    self._journal.add(Done.DEVICE)  # a repair
+                # A repair, unless it is made for the first pod.
+                if not claim or ledger.records.count() > 1:
+                    self._journal.add(Done.DEVICE)
         return ensured
 
     def sync(self, dry_run: bool = False, claim: bool = False,

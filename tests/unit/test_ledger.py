@@ -487,7 +487,7 @@ class TestHeartbeat(LedgerTestCase):
                                    return_value=files.now() + 100):
                 self.assertGreater(heartbeat.age() or 0, 90)
                 beat()
-                self.assertEqual(0, heartbeat.age())
+                self.assertLess(heartbeat.age() or 0, 1)
         self.assertIsNone(heartbeat.age())
 
     def test_where_it_cannot_be_written(self) -> None:

@@ -79,8 +79,8 @@ class TestInstallation(DoctorTestCase):
     def test_driver_broken(self) -> None:
         self.install('kuryr_break0', '9', '[os_vif]\nkuryr_break0 = '
                      'kuryr_break0.kuryr.os_vif_plugin:Break0Plugin\n[%s]\n'
-                     'VIFMacvlanBreak0 = kuryr_break0.kuryr.driver_x:Driver\n' %
-                     self.BINDING)
+                     'VIFMacvlanBreak0 = kuryr_break0.kuryr.driver_x:Driver\n'
+                     % self.BINDING)
         self.assert_only('driver-broken', 'driver_x')
 
     def test_invalid_option(self) -> None:
