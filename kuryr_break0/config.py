@@ -21,6 +21,10 @@ GROUP = 'break0'
 #: Values of pod_binding
 KURYR = 'kuryr'
 DIRECT = 'direct'
+#: Values of guard
+AUTO = 'auto'
+ON = 'on'
+OFF = 'off'
 
 #: The kernel's limit is IFNAMSIZ, 16 bytes with the closing NUL; ``/`` and
 #: white space are refused by dev_valid_name(), and ``%d`` stands for a number
@@ -345,6 +349,17 @@ OPTS = [
              'to the pod subnets: anyone who can write a KuryrPort can '
              'otherwise redirect the node\'s traffic to other addresses.'),
     cfg.Opt(
+        'guard',
+        type=OneOf(choices=[
+            (AUTO, 'if it can be had; else pods are bound without it'),
+            (ON, 'always; the ADD of a pod fails without it'),
+            (OFF, 'never')]),
+        default=AUTO,
+        help='Use a table of nftables that lets in through break0 only what '
+             'comes from the MAC address and the address of a bound pod, and '
+             'lets nothing with the MAC address of break0 leave the node. It '
+             'needs the program nft, and for the latter linux 5.16.'),
+    cfg.Opt(
         'takeover',
         type=YesOrNo(),
         default=False,
@@ -442,6 +457,7 @@ class Options:
     route_protocol: int
     route_table: int
     allowed_cidrs: tuple[IPNetwork, ...]
+    guard: str
     takeover: bool
     resync_interval: int
     strict: bool

@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import re
+import secrets
 from typing import Callable, Collection, Iterator, NamedTuple, Optional
 
 from oslo_log import log as logging
@@ -32,7 +33,24 @@ QUIET = {'ipv4/conf/%s/arp_filter': 1,
          'ipv6/conf/%s/addr_gen_mode': 1,  # IN6_ADDR_GEN_MODE_NONE
          'ipv6/conf/%s/accept_ra': 0,
          'ipv6/conf/%s/force_mld_version': 1,
-         'ipv6/conf/%s/forwarding': 0}
+         'ipv6/conf/%s/forwarding': 0,
+         'ipv4/conf/%s/arp_notify': 0,
+         'ipv6/conf/%s/ndisc_notify': 0}
+#: What keeps a pod from more than speaking to its node in its own name:
+#: sources that are not reached through break0, redirects and routes that it
+#: could give to the node, answers for others, the addresses of the loopback.
+BORDER = {'ipv4/conf/%s/rp_filter': 1,
+          'ipv4/conf/%s/accept_redirects': 0,
+          'ipv4/conf/%s/send_redirects': 0,
+          'ipv4/conf/%s/accept_source_route': 0,
+          'ipv4/conf/%s/proxy_arp': 0,
+          'ipv4/conf/%s/proxy_arp_pvlan': 0,
+          'ipv4/conf/%s/arp_accept': 0,
+          'ipv4/conf/%s/route_localnet': 0,
+          'ipv6/conf/%s/accept_redirects': 0,
+          'ipv6/conf/%s/accept_source_route': 0,
+          'ipv6/conf/%s/proxy_ndp': 0,
+          'ipv6/conf/%s/autoconf': 0}
 _MAX_NAME = 15  # IFNAMSIZ, with the closing NUL
 
 
@@ -173,6 +191,9 @@ class Device:
             interface
         :raises KernelRefused: if it cannot be made so; one that was created
             for it is gone again
+
+        Where a pod has taken its MAC address while it was gone, it gets
+        another one: then all pods have to be configured anew.
         """
         parent = netlink.link(self.parent)
         if parent is None:
@@ -189,19 +210,41 @@ class Device:
             return Ensured(link, any(each.loses_routes
                                      for each in differences), repaired)
         try:
-            kernel.create_macvlan(self.name, parent, self._mac or new_mac)
+            link = self._create(netlink, parent, self._mac or new_mac)
+        except exceptions.KernelRefused as err:
+            if err.errno != errno.EADDRINUSE or self._is_on_node(
+                    netlink, self._mac or new_mac):
+                raise
+            LOG.error('Another namespace has taken the MAC address of %s '
+                      'while it was gone: it gets another one, and its pods '
+                      'are configured with that. Find out which: ip netns '
+                      'exec NAME ip link', self.name)
+            self._mac = None
+            link = self._create(netlink, parent, derived_mac(
+                secrets.token_hex(16), self.name))
+        LOG.info('Created %s: a macvlan in bridge mode on %s, MAC address '
+                 '%s, MTU %d', link.name, parent.name, link.mac, link.mtu)
+        return Ensured(link, True, ('it was missing',))
+
+    def _create(self, netlink: kernel.Netlink, parent: kernel.Link,
+                mac: str) -> kernel.Link:
+        """Create it; what cannot be finished is gone again."""
+        try:
+            kernel.create_macvlan(self.name, parent, mac)
             link = netlink.link(self.name)
             if link is None:
                 raise exceptions.KernelRefused(
                     'keep %s' % self.name, 'it vanished at once', 0)
             self._repair(netlink, link, parent)
-            link = netlink.link(self.name) or link
+            return netlink.link(self.name) or link
         except Exception:
             netlink.delete_link(self.name)
             raise
-        LOG.info('Created %s: a macvlan in bridge mode on %s, MAC address '
-                 '%s, MTU %d', link.name, parent.name, link.mac, link.mtu)
-        return Ensured(link, True, ('it was missing',))
+
+    @staticmethod
+    def _is_on_node(netlink: kernel.Netlink, mac: str) -> bool:
+        """Return whether an interface of the node has a MAC address."""
+        return any(link.mac == mac for link in netlink.links())
 
     def _repair(self, netlink: kernel.Netlink, link: kernel.Link,
                 parent: kernel.Link) -> list[Difference]:
@@ -291,7 +334,8 @@ class Device:
 
 def sysctl_drift(name: str) -> dict[str, tuple[int, int]]:
     """Return the sysctls of a break0 that it must not have: is, must be."""
-    wanted = {path % name: value for path, value in QUIET.items()}
+    wanted = {path % name: value
+              for path, value in {**QUIET, **BORDER}.items()}
     found = {path: kernel.read_sysctl(path) for path in wanted}
     return {path: (value, wanted[path]) for path, value in found.items()
             if value not in (wanted[path], None)}

@@ -51,6 +51,16 @@ class AddressRefused(Break0Error):
                '%(reason)s.')
 
 
+class InputRefused(Break0Error):
+    msg_fmt = ('Refused to bind %(owner)r: %(reason)s.')
+
+
+class GuardUnavailable(Break0Error):
+    msg_fmt = ('The guard of %(device)s cannot be loaded: %(reason)s. Pods '
+               'can reach the node with forged addresses. Install nftables, '
+               'or set [break0] guard = off if that is wanted.')
+
+
 class AddressTaken(Break0Error):
     msg_fmt = ('The address %(address)s belongs to %(owner)s, and stays so. '
                'If that is wrong, take it away first: kuryr-break0 unbind '
@@ -139,6 +149,13 @@ class NotItsAddress(Break0Error):
 class NoAddress(Break0Error):
     msg_fmt = ('There is no address to bind for %(owner)s. Give one, or '
                '--netns of a namespace whose interface has one.')
+
+
+class NotALeftover(Break0Error):
+    msg_fmt = ('The VIF of the pod is named %(name)r, which is a %(found)s of '
+               'this node and no macvlan with the MAC address %(mac)s that an '
+               'earlier ADD has left. It is not deleted: correct vif_name in '
+               'the KuryrPort.')
 
 
 class ParentUnknown(Break0Error):

@@ -17,6 +17,9 @@ from oslo_log import log as logging
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0.failures import Failures
+from kuryr_break0.guard import Guard
+from kuryr_break0.guard import pair
+from kuryr_break0.guard import pairs
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
 from kuryr_break0.ledger import files
@@ -24,8 +27,11 @@ from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger.journal import Journal
 from kuryr_break0.ledger.journal import timed
 from kuryr_break0.ledger import Ledger
+from kuryr_break0.ledger.records import MAX_SUBNETS
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import IPNetwork
+from kuryr_break0.model import MAC
+from kuryr_break0.model import NAME
 from kuryr_break0.model import Neighbour
 from kuryr_break0.model import NodeAddresses
 from kuryr_break0.model import Owner
@@ -50,6 +56,8 @@ Say = Callable[..., None]
 #: addresses, and that break0 is what it should be. That it is there and up,
 #: the kernel says to each pod.
 CACHED = 30
+#: Addresses that one interface may have: each takes some 0.1 ms of the lock.
+MAX_ADDRESSES = 512
 #: Addresses that the housekeeping of one ADD or DEL examines for sandboxes
 #: that are gone. More than the 110 pods that kubelet allows by default.
 EXAMINED = 128
@@ -108,6 +116,8 @@ class Break0Manager:
         """
         failure = Failures()
         namespace = None
+        addresses, mac = _sane(owner, list(addresses), parent, mac, netns,
+                               pod)
         if netns is not None:
             namespace = kernel.identify(netns)
             if namespace is None:
@@ -115,10 +125,9 @@ class Break0Manager:
                     netns=netns, reason='is gone, or is another kind of file')
         bound_at = files.now()
         # What can be is done before others have to wait.
-        records = [Record(address, owner, parent,
-                          mac.lower() if mac is not None else None,
-                          tuple(subnets), netns, namespace, pod,
-                          bound_at=bound_at)
+        records = [Record(address, owner, parent, mac,
+                          tuple(subnets)[:MAX_SUBNETS], netns, namespace,
+                          pod, bound_at=bound_at)
                    for address in self._usable(addresses, failure)]
         if not records:
             failure.raise_first()  # nothing to make break0 for
@@ -231,6 +240,8 @@ class Break0Manager:
         sources = {record.address: self._policy.source(record, shim.name)
                    for record in records}
         bound = []
+        with failure.noted():
+            self._admit(shim.name, records)
         for record in records:
             with failure.noted():
                 self._bind(netlink, record, shim, sources[record.address],
@@ -241,6 +252,28 @@ class Break0Manager:
                 netlink, shim, first.parent, sources.values()))
         return shim
 
+    def _admit(self, device: str, records: list[Record]) -> None:
+        """Let a pod pass the guard, and no more who had its addresses.
+
+        :raises GuardUnavailable: if that fails and [break0] guard is on
+        """
+        guarding = Guard(self._options, self._ledger, device)
+        if not guarding.is_wanted:
+            return
+        before = [claim for record in records
+                  for claim in self._records.claims(record.address)[1:]]
+        admitted = pairs(records)
+        try:
+            guarding.change(admitted, set(pairs(before)) - set(admitted))
+            missing = not guarding.is_loaded()
+            reason = 'it is not loaded'
+        except exceptions.KernelRefused as err:
+            missing, reason = True, str(err)
+            LOG.warning('The guard of %s does not know %s: %s', device,
+                        records[0].owner, err)
+        if missing and self._options.guard == config.ON:
+            raise exceptions.GuardUnavailable(device=device, reason=reason)
+
     def _configure(self, records: list[Record], node: NodeAddresses) -> None:
         """Configure the pod side, and record that only when it was done.
 
@@ -248,7 +281,7 @@ class Break0Manager:
         a failure is no error; it is repaired by each sync.
         """
         try:
-            podside.configure(records, node, self._options.route_protocol)
+            podside.configure(records, node, self._options)
         except exceptions.Break0Error as err:
             LOG.warning('The sandbox %s is not configured to reach the node '
                         'yet: %s', records[0].owner, err)
@@ -361,7 +394,7 @@ class Break0Manager:
                             claim.namespace) is kernel.State.GONE:
                 continue
             try:
-                if podside.has_address(claim):
+                if podside.has_address(claim, self._options):
                     return claim
             except exceptions.Break0Error as err:
                 LOG.debug('The claim of %s counts: %s', claim.owner, err)
@@ -391,6 +424,9 @@ class Break0Manager:
             index = kernel.index_of(name)
             if index is None:
                 continue
+            with Failures().logged():
+                Guard(self._options, self._ledger, name).change(
+                    (), [pair(address, each) for each in (*macs, None)])
             present, kind = netlink.neighbour(index, address)
             if kind == 'permanent' and macs and present not in macs:
                 LOG.warning('%s on %s stays: %s has it, which is not recorded'
@@ -410,7 +446,7 @@ class Break0Manager:
                 record.netns, record.namespace) is kernel.State.GONE:
             return
         try:
-            podside.withdraw(record, self._options.route_protocol,
+            podside.withdraw(record, self._options,
                              self._is_bound_to(record.owner))
         except exceptions.Break0Error as err:
             LOG.debug('The sandbox %s keeps what it needed to reach the '
@@ -675,6 +711,39 @@ class Break0Manager:
         if err is not None and not err.absent:
             raise err
         return err is None
+
+
+def _sane(owner: Owner, addresses: list[IPAddress], parent: str,
+          mac: Optional[str], netns: Optional[str], pod: Optional[str]
+          ) -> tuple[list[IPAddress], Optional[str]]:
+    """Cut what may be hostile to size, for every way in.
+
+    A KuryrPort, a container engine or a person may say anything.
+
+    :returns: the addresses, each once, and the MAC address in lower case
+    :raises InputRefused: if it cannot be meant
+    """
+    reason = None
+    for what, text in (('container id', owner.container_id),
+                       ('interface', owner.ifname), ('parent', parent),
+                       ('namespace path', netns), ('pod', pod)):
+        if text is not None and not (isinstance(text, str)
+                                     and NAME.fullmatch(text)):
+            reason = ('its %s has control characters or more than 512 '
+                      'characters' % what)
+    if mac is not None:
+        mac = mac.lower()
+        if not MAC.fullmatch(mac) or int(mac[:2], 16) & 1:
+            reason = '%r is not the MAC address of one interface' % mac[:64]
+    if len(addresses) > MAX_ADDRESSES:
+        reason = 'it has %d addresses, and %d are allowed' % (
+            len(addresses), MAX_ADDRESSES)
+    scoped = [each for each in addresses if getattr(each, 'scope_id', None)]
+    if scoped:
+        reason = 'the address %r has a scope' % str(scoped[0])[:64]
+    if reason is not None:
+        raise exceptions.InputRefused(owner=str(owner)[:160], reason=reason)
+    return list(dict.fromkeys(addresses)), mac
 
 
 def _number(facts: Optional[list[Any]]) -> int:

@@ -7,10 +7,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import ipaddress
+import re
 from typing import NamedTuple, Optional, Union
 
 IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+
+#: What names an owner, an interface, a path: no control characters, which
+#: could forge lines of a log or a table, and no more than a name can have.
+NAME = re.compile(r'[^\x00-\x1f\x7f\u2028\u2029]{0,512}')
+MAC = re.compile(r'[0-9a-f]{2}(:[0-9a-f]{2}){5}')
 
 
 def address_order(address: IPAddress) -> tuple[int, int]:

@@ -11,9 +11,14 @@ Both carry our protocol number there too.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Callable, Collection, Iterable, Iterator
 
+from oslo_log import log as logging
+
+from kuryr_break0 import config
 from kuryr_break0 import exceptions
+from kuryr_break0.guard import table_of
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
 from kuryr_break0.model import best_metric
@@ -24,21 +29,25 @@ from kuryr_break0.model import Neighbour
 from kuryr_break0.model import NodeAddresses
 from kuryr_break0.model import Record
 
+LOG = logging.getLogger(__name__)
+
 
 class PodSide:
     """The interface of one pod, while this thread is in its namespace.
 
     :param records: those of the interface, all with the same namespace
-    :param protocol: what marks routes and neighbours as ours
     :raises NetnsUnusable: if there is no such interface
     """
 
     def __init__(self, netlink: kernel.Netlink, records: Collection[Record],
-                 protocol: int) -> None:
+                 options: config.Options) -> None:
         self._netlink = netlink
         self._record = next(iter(records))
         self._versions = {record.address.version for record in records}
-        self._protocol = protocol
+        self._protocol = options.route_protocol
+        self._guarded = (options.guard != config.OFF
+                         and self._record.mac is not None)
+        self._table = table_of(self._record.owner.ifname)
         index = kernel.index_of(self._record.owner.ifname)
         if index is None:
             raise exceptions.NetnsUnusable(
@@ -56,6 +65,37 @@ class PodSide:
         """
         _apply(self._netlink, [
             (Verb.REPLACE, item) for item in self._wanted(node)])
+        self._bind_source()
+
+    def is_unguarded(self) -> bool:
+        """Return whether the interface can send with any MAC address."""
+        if not self._guarded:
+            return False
+        with kernel.Nft() as nft:
+            return not nft.rules(self._table)
+
+    def _bind_source(self) -> None:
+        """Let the interface send with its own MAC address only.
+
+        Else the pod could take the MAC address and the address of another.
+        With CAP_NET_ADMIN it can still undo that.
+        """
+        if not self._guarded:
+            return
+        try:
+            with kernel.Nft() as nft:
+                nft.bind_source(self._table, self._record.owner.ifname,
+                                bytes.fromhex(str(self._record.mac).replace(
+                                    ':', '')))
+        except exceptions.KernelRefused as err:
+            LOG.debug('The pod %s can forge MAC addresses: %s',
+                      self._record.owner, err)
+
+    def release(self) -> None:
+        """Let the interface send with any MAC address again."""
+        with contextlib.suppress(exceptions.KernelRefused), \
+                kernel.Nft() as nft:
+            nft.delete_table(self._table)
 
     def changes(self, node: NodeAddresses) -> list[kernel.Change]:
         """Compare what is there with what the pod needs.
@@ -89,6 +129,19 @@ class PodSide:
         :raises KernelRefused: the first error of its kernel
         """
         _apply(self._netlink, changes)
+
+    def repair(self, node: NodeAddresses, dry_run: bool) -> bool:
+        """Make it what the pod needs; whether there was anything to do.
+
+        :raises KernelRefused: the first error of its kernel
+        """
+        changes = self.changes(node)
+        unguarded = self.is_unguarded()
+        if not dry_run:
+            self.apply(changes)
+            if unguarded:
+                self._bind_source()
+        return bool(changes or unguarded)
 
     def addresses(self) -> set[IPAddress]:
         """Return the addresses that the interface has."""
@@ -124,7 +177,7 @@ class PodSide:
 
 
 def configure(records: Collection[Record], node: NodeAddresses,
-              protocol: int) -> None:
+              options: config.Options) -> None:
     """Configure a pod that has just been bound. It may be repeated.
 
     :param records: those of one interface, not empty
@@ -134,29 +187,25 @@ def configure(records: Collection[Record], node: NodeAddresses,
     record = next(iter(records))
     with kernel.entered(str(record.netns), record.namespace), \
             kernel.Netlink() as netlink:
-        PodSide(netlink, records, protocol).configure(node)
+        PodSide(netlink, records, options).configure(node)
 
 
-def repair(records: Collection[Record], node: NodeAddresses, protocol: int,
-           dry_run: bool = False) -> list[kernel.Change]:
+def repair(records: Collection[Record], node: NodeAddresses,
+           options: config.Options, dry_run: bool = False) -> bool:
     """Compare a pod with what it needs, and change what differs.
 
     :param records: those of one interface, not empty
-    :returns: what differed
+    :returns: whether something differed
     :raises NetnsUnusable: if its namespace cannot be entered
     :raises KernelRefused: the first error of its kernel
     """
     record = next(iter(records))
     with kernel.entered(str(record.netns), record.namespace), \
             kernel.Netlink() as netlink:
-        side = PodSide(netlink, records, protocol)
-        changes = side.changes(node)
-        if not dry_run:
-            side.apply(changes)
-        return changes
+        return PodSide(netlink, records, options).repair(node, dry_run)
 
 
-def has_address(record: Record) -> bool:
+def has_address(record: Record, options: config.Options) -> bool:
     """Return whether a sandbox still has the address of its record.
 
     :raises NetnsUnusable: if its namespace cannot be entered
@@ -164,10 +213,11 @@ def has_address(record: Record) -> bool:
     """
     with kernel.entered(str(record.netns), record.namespace), \
             kernel.Netlink() as netlink:
-        return record.address in PodSide(netlink, [record], 0).addresses()
+        return record.address in PodSide(netlink, [record],
+                                         options).addresses()
 
 
-def withdraw(record: Record, protocol: int,
+def withdraw(record: Record, options: config.Options,
              is_bound: Callable[[IPAddress], bool]) -> None:
     """Take back what the pod side of an address was configured with.
 
@@ -181,14 +231,16 @@ def withdraw(record: Record, protocol: int,
             kernel.Netlink() as netlink:
         if kernel.index_of(record.owner.ifname) is None:
             return
-        side = PodSide(netlink, [record], protocol)
+        side = PodSide(netlink, [record], options)
         needed = {address.version for address in side.addresses()
                   if is_bound(address)}
+        if not needed:
+            side.release()
         side.apply((Verb.DELETE, item) for item in side.marked()
                    if item.dst.version not in needed)
 
 
-def take_back(record: Record, protocol: int,
+def take_back(record: Record, options: config.Options,
               dry_run: bool = False) -> list[Item]:
     """Take away what carries our protocol number in a pod's namespace.
 
@@ -199,9 +251,10 @@ def take_back(record: Record, protocol: int,
             kernel.Netlink() as netlink:
         if kernel.index_of(record.owner.ifname) is None:
             return []
-        side = PodSide(netlink, [record], protocol)
+        side = PodSide(netlink, [record], options)
         items = side.marked()
         if not dry_run:
+            side.release()
             side.apply((Verb.DELETE, item) for item in items)
         return items
 

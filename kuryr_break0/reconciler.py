@@ -23,6 +23,9 @@ from kuryr_break0 import config
 from kuryr_break0 import device
 from kuryr_break0 import exceptions
 from kuryr_break0.failures import Failures
+from kuryr_break0.guard import Guard
+from kuryr_break0.guard import pair
+from kuryr_break0.guard import pairs
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
 from kuryr_break0.ledger import files
@@ -131,7 +134,46 @@ class Reconciler:
                 # A repair, unless it is made for the first pod.
                 if not claim or ledger.records.count() > 1:
                     self._journal.add(Done.DEVICE)
+        self._ensure_guard(ensured.link, parent)
         return ensured
+
+    def _ensure_guard(self, link: kernel.Link, parent: str) -> None:
+        """Make sure of the guard of a break0.
+
+        :raises GuardUnavailable: if it cannot be had and [break0] guard is
+            on; else that is logged, once
+        """
+        guarding = Guard(self._options, self._ledger, link.name)
+        if not guarding.is_wanted and not guarding.is_loaded():
+            return
+        try:
+            if guarding.is_wanted and guarding.is_intact(link):
+                return
+            claims, _ = self._ledger.records.read()
+            guarding.ensure(link, pairs(
+                each[0] for each in claims.values()
+                if each[0].parent == parent))
+            self._ledger.cache.put('unguarded', [])
+        except (exceptions.GuardUnavailable, exceptions.KernelRefused,
+                OSError) as err:
+            if self._options.guard == config.ON:
+                raise
+            if self._ledger.cache.get('unguarded') != [str(err)]:
+                self._ledger.cache.put('unguarded', [str(err)])
+                LOG.warning('%s', err)
+
+    def repair_guard(self, parent: Parent) -> None:
+        """Let the guard know just the pods of a parent.
+
+        :raises KernelRefused: if the kernel refuses it
+        """
+        guarding = Guard(self._options, self._ledger, parent.device)
+        if parent.guard is None or not guarding.is_loaded():
+            return
+        missing, extra = guarding.difference(pairs(
+            record for record in map(self._ledger.records.get, parent.desired)
+            if record is not None and record.parent == parent.name))
+        guarding.change(missing, extra)
 
     def sync(self, dry_run: bool = False, claim: bool = False,
              prune: bool = False) -> Outcome:
@@ -205,6 +247,8 @@ class Reconciler:
             link = netlink.link(name)
             if link is None or device.owned_by_other(link, identity):
                 continue
+            Guard(self._options, self._ledger, name).change(
+                (), [pair(address, mac) for mac in macs])
             present, state = netlink.neighbour(link.index, address)
             if (state == 'permanent' and None not in macs
                     and present not in macs):
@@ -290,6 +334,8 @@ class _Sync:
             texts = [*parent.differences]
             if parent.link is None:
                 texts.append('it was missing')
+            if parent.guard is not None:
+                texts.append(parent.guard)
             if parent.other is not None and claim:
                 texts.append('it belonged to the ledger %s in %s'
                              % parent.other)
@@ -301,6 +347,7 @@ class _Sync:
                 if parent.other or any(map(self._records.get, parent.live)):
                     self._reconciler.ensure_device(self._netlink,
                                                    parent.name, claim)
+                    self._reconciler.repair_guard(parent)
         return found
 
     def _rebuild(self, seen: Snapshot) -> list[Record]:
@@ -482,8 +529,7 @@ class _Sync:
             owner = records[0].owner
             try:
                 changes = podside.repair(
-                    records, node, self._options.route_protocol,
-                    self._dry_run)
+                    records, node, self._options, self._dry_run)
             except exceptions.Break0Error as err:
                 still.append(str(owner))
                 if str(owner) not in failed:  # once, not with each sync
@@ -519,8 +565,7 @@ class _Sync:
                 elif not claims:
                     # It was unbound meanwhile, which found nothing yet.
                     with contextlib.suppress(exceptions.Break0Error):
-                        podside.withdraw(record,
-                                         self._options.route_protocol,
+                        podside.withdraw(record, self._options,
                                          lambda address: False)
 
 

@@ -14,6 +14,8 @@ from kuryr_break0 import config
 from kuryr_break0 import device
 from kuryr_break0.device import Device
 from kuryr_break0 import exceptions
+from kuryr_break0.guard import Guard
+from kuryr_break0.guard import pairs
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Contents
 from kuryr_break0.ledger.identity import Alias
@@ -46,6 +48,7 @@ class Parent:
     :ivar conflict: why it cannot be used, or the parent is not there
     :ivar other: the ledger that its break0 belongs to, if not this one
     :ivar differences: what its break0 is, and should not be
+    :ivar guard: what is wrong with its guard; None if nothing is
     :ivar live: the records of its pods, the newest claim on each address
     :ivar desired: what these addresses must have
     :ivar plan: the difference to what they have
@@ -63,6 +66,7 @@ class Parent:
     conflict: Optional[exceptions.Break0Error]
     other: Optional[Alias]
     differences: tuple[str, ...]
+    guard: Optional[str]
     live: dict[IPAddress, Record]
     desired: dict[IPAddress, Wanted]
     plan: plan.Plan
@@ -89,7 +93,8 @@ class Parent:
                     self.device, *self.other)
             elif not self.live:
                 return
-            for text in self.differences:
+            for text in (*self.differences, *(
+                    [self.guard] if self.guard else [])):
                 yield '%s: %s' % (self.device, text)
             if (any(address.version == 6 for address in self.live)
                     and kernel.read_sysctl('ipv6/conf/%s/disable_ipv6'
@@ -236,7 +241,8 @@ def read(options: config.Options, ledger: Ledger, netlink: kernel.Netlink,
     """
     contents, kernel_view, is_steady = ledger.inspect(
         lambda: _KernelView(options, ledger, netlink), patience)
-    return _Reading(options, contents, kernel_view, is_steady).snapshot()
+    return _Reading(options, ledger, contents, kernel_view,
+                    is_steady).snapshot()
 
 
 class _KernelView:
@@ -292,10 +298,12 @@ class _KernelView:
 class _Reading:
     """Makes a snapshot of what was read."""
 
-    def __init__(self, options: config.Options, contents: Contents,
-                 view: _KernelView, is_steady: bool) -> None:
+    def __init__(self, options: config.Options, ledger: Ledger,
+                 contents: Contents, view: _KernelView,
+                 is_steady: bool) -> None:
         self._options = options
         self._policy = Policy(options)
+        self._ledger = ledger
         self._contents = contents
         self._view = view
         self._is_steady = is_steady
@@ -393,7 +401,7 @@ class _Reading:
             tuple(each.text for each in made.differences(
                 usable, parent, view.addresses_of(index)))
             if usable is not None and parent is not None else (),
-            live, desired,
+            self._guard(usable, desired, live), live, desired,
             plan.compute(
                 desired, view.routes.host, neighbours, device=index,
                 protocol=options.route_protocol, takeover=options.takeover,
@@ -405,6 +413,14 @@ class _Reading:
             {each.dst: each for each in neighbours},
             view.addresses_of(index) if usable is not None else (),
             self._node_addresses(parent, usable, desired))
+
+    def _guard(self, link: Optional[kernel.Link],
+               desired: Collection[IPAddress],
+               live: Mapping[IPAddress, Record]) -> Optional[str]:
+        if link is None or not live:
+            return None
+        return Guard(self._options, self._ledger, link.name).problem(
+            link, pairs(live[address] for address in desired))
 
     def _desired(self, device_name: str, index: int,
                  live: Mapping[IPAddress, Record]

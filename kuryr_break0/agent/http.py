@@ -4,15 +4,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
-import socketserver
 import threading
 from typing import Any, Callable, Iterable, Optional
-from wsgiref import simple_server
 
 from oslo_log import log as logging
 import prometheus_client
+import waitress
+from waitress import wasyncore
 
 from kuryr_break0.agent.metrics import Metrics
 from kuryr_break0 import config
@@ -22,6 +21,8 @@ LOG = logging.getLogger(__name__)
 
 #: Seconds that a client may send nothing.
 _TIMEOUT = 10
+#: Connections at once, threads that answer, and bytes of a request's header.
+_CONNECTIONS, _THREADS, _HEADER = 32, 2, 8192
 
 
 class Server:
@@ -83,47 +84,45 @@ class Server:
         return [('%s\n' % (reason or 'ok')).encode()]
 
 
-class _Handler(simple_server.WSGIRequestHandler):
+class _HTTPServer:
+    """waitress on one socket, in its own threads, and bounded.
 
-    timeout = _TIMEOUT
-
-    def log_message(self, format: str, *args: Any) -> None:
-        LOG.debug('%s: ' + format, self.client_address[0], *args)
-
-
-class _HTTPServer(socketserver.ThreadingMixIn, simple_server.WSGIServer):
-    """Accepts in one thread, answers each in one of its own."""
-
-    daemon_threads = True
+    Idle connections end after a while, and no more than some are accepted at
+    once: whoever opens hundreds waits, and the agent keeps its descriptors
+    and its memory.
+    """
 
     def __init__(self, endpoint: config.Endpoint,
                  application: Callable[..., Any]) -> None:
-        if endpoint.address.version == 6:
-            self.address_family = socket.AF_INET6
-        super().__init__((str(endpoint.address), endpoint.port), _Handler)
-        self.set_app(application)
+        listening = socket.socket(
+            socket.AF_INET6 if endpoint.address.version == 6
+            else socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind((str(endpoint.address), endpoint.port))
+            self._map: dict[int, Any] = {}
+            self._server = waitress.create_server(
+                application, map=self._map, sockets=[listening],
+                threads=_THREADS, connection_limit=_CONNECTIONS,
+                channel_timeout=_TIMEOUT, cleanup_interval=_TIMEOUT // 2,
+                max_request_header_size=_HEADER, max_request_body_size=1,
+                ident=None, backlog=_CONNECTIONS,
+                clear_untrusted_proxy_headers=True)
+        except BaseException:
+            listening.close()
+            raise
         self._ending = False
-        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
-    def server_bind(self) -> None:
-        # WSGIServer would ask a resolver for the name of the address.
-        socketserver.TCPServer.server_bind(self)
-        self.server_name = str(self.server_address[0])
-        self.server_port = int(self.server_address[1])
-        self.setup_environ()
-
-    def _accept(self) -> None:
-        # serve_forever() wakes twice a second, to see if it is to end.
+    def _serve(self) -> None:
         while not self._ending:
-            self.handle_request()
+            wasyncore.loop(_TIMEOUT // 2, use_poll=True, map=self._map,
+                           count=1)
+        self._server.task_dispatcher.shutdown(timeout=1)
+        wasyncore.close_all(self._map)
 
     def end(self) -> None:
         self._ending = True
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)  # wakes _accept()
+        self._server.pull_trigger()
         self._thread.join()
-        self.server_close()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        LOG.debug('%s went away', client_address[0], exc_info=True)

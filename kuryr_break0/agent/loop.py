@@ -19,6 +19,7 @@ from kuryr_break0.agent.interests import Interests
 from kuryr_break0.agent.metrics import Metrics
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
+from kuryr_break0 import guard
 from kuryr_break0 import kernel
 from kuryr_break0.ledger.journal import Journal
 from kuryr_break0.ledger import Ledger
@@ -56,6 +57,7 @@ class Agent:
         self._options = options
         self._metrics = Metrics()
         self._server = Server(self._metrics)
+        self._tables: Optional[kernel.NftEvents] = None
         self._stop = False
         self._reload = False
         #: monotonic time before which there is no sync, but by the timer
@@ -70,7 +72,8 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._signalled)
         LOG.info('Watching over %s', self._options.device)
-        with kernel.Events() as events, contextlib.closing(self._server):
+        with kernel.Events() as events, contextlib.closing(
+                self._server), _tables() as self._tables:
             while not self._stop:
                 self._work(events, woken)
         LOG.info('Ending')
@@ -108,6 +111,8 @@ class Agent:
         timer = time.monotonic() + self._options.resync_interval
         due = timer
         files = [events.fileno(), woken.fileno()]
+        if self._tables is not None:
+            files.append(self._tables.fileno())
         if watch is not None:
             files.append(watch.fileno())
         while not (self._stop or self._reload):
@@ -121,6 +126,9 @@ class Agent:
             if watch is not None and watch.fileno() in ready:
                 watch.read(timeout=0)
                 due = min(due, time.monotonic() + _SETTLED)
+            if self._tables is not None and self._tables.fileno() in ready:
+                if self._tables.get():
+                    due = min(due, time.monotonic() + _BURST)
             if events.fileno() in ready:
                 heard = events.get()
                 self._metrics.heard(heard)
@@ -157,6 +165,20 @@ class Agent:
             LOG.info('Read the configuration again')
         except Exception as err:  # the one from before is still good
             LOG.error('The configuration stays as it was: %s', err)
+
+
+@contextlib.contextmanager
+def _tables() -> Iterator[Optional[kernel.NftEvents]]:
+    """Have the kernel tell when tables are deleted; None if it cannot."""
+    try:
+        events = kernel.NftEvents(guard.PREFIX)
+    except OSError as err:
+        LOG.info('A guard that is deleted is noticed by the timer only: %s',
+                 err)
+        yield None
+        return
+    with contextlib.closing(events):
+        yield events
 
 
 @contextlib.contextmanager

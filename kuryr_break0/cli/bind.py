@@ -55,7 +55,8 @@ example:
   kuryr-break0 unbind 192.0.2.80 2001:db8::80 --owner web
 """
 #: What is wrong with the arguments, or with what they name.
-_NOT_MEANT = (exceptions.AddressRefused, exceptions.NetnsUnusable,
+_NOT_MEANT = (exceptions.AddressRefused, exceptions.InputRefused,
+              exceptions.NetnsUnusable,
               exceptions.NoAddress, exceptions.NotAMacvlan,
               exceptions.NotItsAddress, exceptions.ParentMismatch,
               exceptions.ParentNotFound, exceptions.ParentUnknown)

@@ -13,6 +13,7 @@ from oslo_config import cfg
 from kuryr_break0.cli import common
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
+from kuryr_break0.guard import Guard
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
 from kuryr_break0.ledger.identity import Alias
@@ -118,8 +119,7 @@ class Cleanup:
 
     def _pod(self, record: Record) -> Iterator[str]:
         try:
-            items = podside.take_back(record, self._options.route_protocol,
-                                      self._dry_run)
+            items = podside.take_back(record, self._options, self._dry_run)
         except (exceptions.NetnsUnusable, exceptions.KernelRefused) as err:
             yield '! namespace %s: %s' % (record.netns, err)
         else:
@@ -149,6 +149,11 @@ class Cleanup:
         if not self._dry_run:
             netlink.delete_link(link.name)
         yield '- interface %s' % link.name
+        guarding = Guard(self._options, self._ledger, link.name)
+        if guarding.is_loaded():
+            if not self._dry_run:
+                guarding.remove()
+            yield '- table netdev %s' % guarding.table
 
     def _not_ours(self, parent: Parent, link: kernel.Link) -> Optional[str]:
         """Return why an interface must not be deleted; None if it may.

@@ -25,6 +25,9 @@ from kuryr_break0.kernel.namespaces import entered
 from kuryr_break0.kernel.namespaces import identify
 from kuryr_break0.kernel.namespaces import State
 from kuryr_break0.kernel.namespaces import state
+from kuryr_break0.kernel.nft import Nft
+from kuryr_break0.kernel.nft import NftEvents
+from kuryr_break0.kernel.nft import Pair
 from kuryr_break0.kernel.node import count_host_routes
 from kuryr_break0.kernel.node import index_of
 from kuryr_break0.kernel.node import name_of
@@ -45,7 +48,8 @@ from kuryr_break0.kernel.wire import Verb
 
 __all__ = (
     'Change', 'Event', 'Events', 'IPDB_DISTURBED', 'Link', 'Macvlan',
-    'Netlink', 'Path', 'RTN_UNICAST', 'RT_SCOPE_LINK', 'RT_SCOPE_NOWHERE',
+    'Netlink', 'Nft', 'NftEvents', 'Pair', 'Path',
+    'RTN_UNICAST', 'RT_SCOPE_LINK', 'RT_SCOPE_NOWHERE',
     'RT_TABLE_MAIN', 'Route', 'Routes', 'State', 'Verb', 'count_host_routes',
     'create_macvlan', 'entered', 'forget_connections', 'identify',
     'index_of', 'ipdb_of_interfaces', 'macvlans', 'macvlans_in', 'name_of',

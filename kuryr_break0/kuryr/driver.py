@@ -56,6 +56,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         options = self._options(unreachable)
         try:
             sandbox = self._sandbox(netns)
+            self._require_leftover(vif)
             if self._is_direct(options):
                 self._connect_directly(vif, ifname, sandbox)
             else:
@@ -76,13 +77,14 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
             self._housekeep(options)
         except Exception as err:  # whatever it is, a pod is worth more
             self._log(unreachable, err)
-            if options.strict:
+            if options.strict or isinstance(
+                    err, exceptions.GuardUnavailable):
                 self._undo(vif, ifname, netns, container_id)
                 raise PodNotConnected(str(err)) from err
 
     def disconnect(self, vif: Any, ifname: str, netns: str,
                    container_id: str) -> None:
-        """Unbind a VIF, from break0 even if Kuryr fails.
+        """Unbind a VIF, from break0 first.
 
         A namespace that is not there has taken its interfaces with it, so
         Kuryr is not asked then.
@@ -92,22 +94,25 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         options = self._options(still_routed)
         sandbox = None
         try:
+            sandbox = self._sandbox(netns)
+        except exceptions.NetnsUnusable as err:
+            LOG.info('Nothing to disconnect from: %s', err)
+        if options is not None:
+            # Before the interface goes: what the node sent to the pod
+            # meanwhile would leave on the wire.
             try:
-                sandbox = self._sandbox(netns)
-            except exceptions.NetnsUnusable as err:
-                LOG.info('Nothing to disconnect from: %s', err)
-            else:
+                Break0Manager(options).unbind(
+                    owner, break0_vif.addresses(vif), sandbox,
+                    mac=str(vif.address))
+            except Exception as err:  # must not hinder Kuryr
+                self._log(still_routed, err)
+        try:
+            if sandbox is not None:
                 self._disconnect_pod(vif, ifname, netns, container_id,
                                      sandbox, self._is_direct(options))
         finally:
             if options is not None:
-                try:
-                    Break0Manager(options).unbind(
-                        owner, break0_vif.addresses(vif), sandbox,
-                        mac=str(vif.address))
-                    self._housekeep(options)
-                except Exception as err:  # must not hide one of Kuryr's
-                    self._log(still_routed, err)
+                self._housekeep(options)
 
     def _detect_iface_name(self, h_ipdb: Any) -> str:
         """Detect the parent as Kuryr does, but never take break0 for it.
@@ -149,6 +154,27 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
             raise exceptions.NetnsUnusable(
                 netns=path, reason="is the node's own")
         return path
+
+    @staticmethod
+    def _require_leftover(vif: Any) -> None:
+        """Let nothing be deleted on the node but what an ADD has left.
+
+        Kuryr, as our own binding, deletes an interface of the name that the
+        VIF has on the node. Whoever writes the KuryrPort chooses that name.
+
+        :raises NotALeftover: if there is one that is no pod's
+        """
+        name = str(vif.vif_name)
+        if kernel.index_of(name) is None:
+            return
+        with kernel.Netlink() as netlink:
+            link = netlink.link(name)
+        if link is None or link.kind != 'macvlan' or (
+                link.mac != str(vif.address).lower()):
+            raise exceptions.NotALeftover(
+                name=name, found=link.kind or 'physical interface'
+                if link is not None else 'alternative name',
+                mac=vif.address)
 
     def _options(self, consequence: str) -> Optional[config.Options]:
         """Read the options; None if they are not valid, which is logged."""

@@ -14,7 +14,6 @@ import functools
 import ipaddress
 import json
 import os
-import re
 import struct
 from typing import Any, Iterable, Optional, Sequence
 
@@ -25,6 +24,8 @@ from kuryr_break0.kernel import namespaces
 from kuryr_break0.ledger import files
 from kuryr_break0.model import address_order
 from kuryr_break0.model import IPAddress
+from kuryr_break0.model import MAC
+from kuryr_break0.model import NAME
 from kuryr_break0.model import NamespaceId
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
@@ -38,10 +39,6 @@ _MAX_SIZE = 2 ** 16  # bytes; a record has a hundredth of it
 #: Claims on one address, and networks of one claim, that are kept.
 MAX_CLAIMS = 8
 MAX_SUBNETS = 16
-#: What stands in a name for a record: no control characters, which could
-#: forge lines of a log or a table.
-_TEXT = re.compile(r'[^\x00-\x1f\x7f]{0,512}')
-_MAC = re.compile(r'[0-9a-f]{2}(:[0-9a-f]{2}){5}')
 
 _network = functools.lru_cache(maxsize=128)(ipaddress.ip_network)
 
@@ -106,7 +103,7 @@ def _claim(address: IPAddress, fields: dict[str, Any]) -> Record:
             _number(device), _number(inode),
             _number(cookie[0]) if cookie and cookie[0] is not None else None)
     mac = fields['mac']
-    if mac is not None and not _MAC.fullmatch(mac):
+    if mac is not None and not MAC.fullmatch(mac):
         raise ValueError('its mac is %r' % mac)
     if isinstance(fields['subnets'], str):
         raise ValueError('its subnets are a text')
@@ -124,7 +121,7 @@ def _number(value: Any) -> int:
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str) or not _TEXT.fullmatch(value):
+    if not isinstance(value, str) or not NAME.fullmatch(value):
         raise ValueError('%r is no text of one line' % (value,))
     return value
 

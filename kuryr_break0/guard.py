@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The guard of a break0: one table of nftables, of the family netdev.
+
+Through break0 a pod has a link to its node that no port security sees. The
+table lets in what comes from the MAC address and the address of a bound pod,
+and none of what could redirect the node. Nothing with the MAC address of break0
+leaves on the wire. In each pod, another table lets its interface send with its
+own MAC address only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+from typing import Iterable, Optional
+
+from kuryr_break0 import config
+from kuryr_break0 import exceptions
+from kuryr_break0 import kernel
+from kuryr_break0.kernel import Pair
+from kuryr_break0.ledger import Ledger
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Record
+
+#: Begins the names of our tables, on the node and in pods.
+PREFIX = 'kuryr-break0'
+_TIMEOUT = 10  # seconds
+#: Where nft is, beside PATH.
+_DIRECTORIES = '/usr/sbin:/sbin'
+
+# IPv6 needs permanent neighbours on both sides, so nothing of neighbour
+# discovery has to pass; of ARP, a pod may speak of its own address.
+_TABLE = '''
+table netdev {table}
+delete table netdev {table}
+table netdev {table} {{
+    set pairs4 {{ type ether_addr . ipv4_addr; }}
+    set pairs6 {{ type ether_addr . ipv6_addr; }}
+    set addresses4 {{ type ipv4_addr; }}
+    set addresses6 {{ type ipv6_addr; }}
+    chain from-pods {{
+        type filter hook ingress device "{device}" priority 0; policy drop;
+        ip daddr 127.0.0.0/8 drop
+        icmp type {{ redirect, router-advertisement }} drop
+        icmpv6 type {{ nd-router-advert, nd-neighbor-solicit, \
+nd-neighbor-advert, nd-redirect }} drop
+        ether type ip ether saddr . ip saddr @pairs4 accept
+        ether type ip ip saddr @addresses4 accept
+        ether type ip6 ether saddr . ip6 saddr @pairs6 accept
+        ether type ip6 ip6 saddr @addresses6 accept
+        ether type arp ether saddr . arp saddr ip @pairs4 \
+arp saddr ether . arp saddr ip @pairs4 accept
+        ether type arp arp saddr ip @addresses4 accept
+    }}
+{egress}}}
+{elements}'''
+_EGRESS = '''    chain to-the-wire {{
+        type filter hook egress device "{lower}" priority 0; policy accept;
+        ether saddr {mac} drop
+    }}
+'''
+
+
+def table_of(device: str) -> str:
+    """Return the name of the table of a break0."""
+    if re.fullmatch(r'[A-Za-z0-9_.-]+', device):
+        return '%s-%s' % (PREFIX, device)
+    return '%s-%s' % (PREFIX, hashlib.sha256(
+        device.encode()).hexdigest()[:8])
+
+
+def _nft() -> Optional[str]:
+    """Return the path of the program nft; None without one."""
+    return shutil.which('nft') or shutil.which('nft', path=_DIRECTORIES)
+
+
+def pair(address: IPAddress, mac: Optional[str]) -> Pair:
+    """Return what may come from a pod with an address."""
+    return Pair(address.packed,
+                bytes.fromhex(mac.replace(':', '')) if mac else None)
+
+
+def pairs(records: Iterable[Record]) -> list[Pair]:
+    return [pair(record.address, record.mac) for record in records]
+
+
+class Guard:
+    """The guard of one break0.
+
+    :param device: the name of that
+    """
+
+    def __init__(self, options: config.Options, ledger: Ledger,
+                 device: str) -> None:
+        self._options = options
+        self._cache = ledger.cache
+        self._device = device
+        self.table = table_of(device)
+        self._key = 'guard.' + self.table
+
+    @property
+    def is_wanted(self) -> bool:
+        return self._options.guard != config.OFF
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether it must be there: it is wanted, and nft is."""
+        return self.is_wanted and (self._options.guard == config.ON
+                                   or _nft() is not None)
+
+    def problem(self, link: kernel.Link,
+                wanted: Iterable[Pair]) -> Optional[str]:
+        """Return what is wrong with it; None if nothing is.
+
+        :param link: break0
+        :param wanted: what may come from its pods
+        :raises KernelRefused: if it cannot be read
+        """
+        if not self.is_possible:
+            return ('its guard is switched off, but still there'
+                    if not self.is_wanted and self.is_loaded() else None)
+        if not self.is_intact(link):
+            return 'its guard is missing or was changed'
+        missing, extra = self.difference(wanted)
+        if missing or extra:
+            return ('its guard lets %d pods too few pass, and %d too many'
+                    % (len(missing), len(extra)))
+        return None
+
+    def is_loaded(self) -> bool:
+        """Return whether the table was loaded, by what is cached."""
+        return bool(self._cache.get(self._key))
+
+    def is_intact(self, link: kernel.Link) -> bool:
+        """Return whether the table is there as it was loaded.
+
+        :param link: break0
+        :raises KernelRefused: if it cannot be read
+        """
+        known = self._cache.get(self._key)
+        if not known or known[0] != self._digest(link):
+            return False
+        with kernel.Nft() as nft:
+            return nft.rules(self.table) == known[1:]
+
+    def difference(self, wanted: Iterable[Pair]
+                   ) -> tuple[set[Pair], set[Pair]]:
+        """Return which elements are missing, and which are too many.
+
+        :raises KernelRefused: if they cannot be listed
+        """
+        with kernel.Nft() as nft:
+            present = nft.elements(self.table)
+        return set(wanted) - present, present - set(wanted)
+
+    def ensure(self, link: kernel.Link, admitted: Iterable[Pair]) -> bool:
+        """Make sure of the table; whether that was to be done.
+
+        It is loaded as a whole, so no pod is cut off meanwhile. Call it under
+        the lock.
+
+        :param link: break0
+        :param admitted: what may come from its pods
+        :raises GuardUnavailable: if it cannot be had
+        """
+        if not self.is_wanted:
+            return self.remove()
+        if self.is_intact(link):
+            return False
+        nft = _nft()
+        if nft is None:
+            self._cache.drop(self._key)
+            raise exceptions.GuardUnavailable(
+                device=self._device, reason='there is no program nft')
+        admitted = list(admitted)
+        texts = [self._text(link, admitted, egress=True)]
+        if self._options.guard == config.AUTO:
+            # Linux before 5.16 has no hook for what leaves.
+            texts.append(self._text(link, admitted, egress=False))
+        for text in texts:
+            done = subprocess.run([nft, '-f', '-'], input=text, text=True,
+                                  stdout=subprocess.DEVNULL,
+                                  stderr=subprocess.PIPE, timeout=_TIMEOUT)
+            if done.returncode == 0:
+                break
+        else:
+            self._cache.drop(self._key)
+            raise exceptions.GuardUnavailable(
+                device=self._device, reason='nft says: ' + ' '.join(
+                    done.stderr.split())[:300])
+        with kernel.Nft() as netlink:
+            self._cache.put(self._key, [self._digest(link),
+                                        *netlink.rules(self.table)])
+        return True
+
+    def _text(self, link: kernel.Link, admitted: Iterable[Pair],
+              egress: bool) -> str:
+        lower = kernel.name_of(link.lower)
+        elements = []
+        for each in admitted:
+            address = '.'.join(map(str, each.address)) if len(
+                each.address) == 4 else ':'.join(
+                    each.address.hex()[at:at + 4] for at in range(0, 32, 4))
+            elements.append('add element netdev %s %s { %s%s }' % (
+                self.table, each.set_name,
+                each.mac.hex(':') + ' . ' if each.mac else '', address))
+        return _TABLE.format(
+            table=self.table, device=link.name,
+            egress=_EGRESS.format(lower=lower, mac=link.mac) if egress
+            else '', elements='\n'.join(elements) + '\n')
+
+    def _digest(self, link: kernel.Link) -> str:
+        """Name what the table depends on."""
+        return hashlib.sha256(self._text(link, (), egress=True).encode()
+                              ).hexdigest()[:16]
+
+    def remove(self) -> bool:
+        """Delete the table; whether there was one."""
+        self._cache.drop(self._key)
+        with kernel.Nft() as nft:
+            return nft.delete_table(self.table)
+
+    def change(self, admitted: Iterable[Pair],
+               expelled: Iterable[Pair] = ()) -> None:
+        """Let pods pass, and others no more, if the table is there.
+
+        :raises KernelRefused: if the kernel refuses it
+        """
+        if not self.is_loaded():
+            return
+        with kernel.Nft() as nft:
+            nft.delete(self.table, expelled)
+            nft.add(self.table, admitted)

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The few messages of nftables that are sent for each pod.
+
+Tables of some size are loaded by the program ``nft``, which takes
+milliseconds; an element of a set takes some microseconds by netlink. The
+formats are those of linux/netfilter/nf_tables.h and nfnetlink.h.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from typing import Iterable, Iterator, NamedTuple, Optional, Sequence
+
+from kuryr_break0 import exceptions
+from kuryr_break0.kernel import wire
+
+_NETLINK_NETFILTER = 12
+_SUBSYSTEM = 10  # NFNL_SUBSYS_NFTABLES
+_BATCH_BEGIN, _BATCH_END = 0x10, 0x11
+_NETDEV = 5  # NFPROTO_NETDEV
+(_NEWTABLE, _, _DELTABLE, _NEWCHAIN, _, _DELCHAIN, _NEWRULE, _GETRULE,
+ _DELRULE, _, _, _DELSET, _NEWSETELEM, _GETSETELEM,
+ _DELSETELEM) = range(15)
+_GROUP = 7  # NFNLGRP_NFTABLES
+_APPEND = 0x800
+_NF_DROP, _NF_ACCEPT = 0, 1
+_EGRESS = 1  # NF_NETDEV_EGRESS
+_TIMEOUT = 10  # seconds
+_U32 = struct.Struct('!I')
+
+
+class Pair(NamedTuple):
+    """What may come from a pod.
+
+    :ivar address: its address, packed
+    :ivar mac: its MAC address, packed; None for any
+    """
+
+    address: bytes
+    mac: Optional[bytes]
+
+    @property
+    def set_name(self) -> str:
+        """The set of the table that it is in."""
+        return '%s%d' % ('addresses' if self.mac is None else 'pairs',
+                         4 if len(self.address) == 4 else 6)
+
+    @property
+    def key(self) -> bytes:
+        """The key in that set: each part is padded to 4 bytes."""
+        return (b'' if self.mac is None else self.mac + bytes(2)
+                ) + self.address
+
+
+#: The sets of a table.
+SETS = ('pairs4', 'pairs6', 'addresses4', 'addresses6')
+
+
+class Nft:
+    """A netlink socket of nftables in the namespace of the calling thread.
+
+    To be used as a context manager. Its methods raise KernelRefused.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self._socket = socket.socket(
+                socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
+        except OSError as err:
+            raise _refused('open a socket of nftables', err.errno or 0
+                           ) from err
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO,
+                                struct.pack('@ll', _TIMEOUT, 0))
+        self._sequence = 0
+
+    def __enter__(self) -> Nft:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._socket.close()
+
+    def add(self, table: str, pairs: Iterable[Pair]) -> None:
+        """Add elements; those that are there are fine.
+
+        :raises KernelRefused: with ENOENT if there is no such table
+        """
+        messages = [_message(_NEWSETELEM, wire.NLM_F_CREATE,
+                             _elements(table, pair)) for pair in pairs]
+        if messages:
+            self._batch('let pods pass in the table ' + table, messages)
+
+    def delete(self, table: str, pairs: Iterable[Pair]) -> None:
+        """Delete elements; those that are not there are fine.
+
+        :raises KernelRefused: if they are there and stay
+        """
+        for pair in pairs:  # one that is not there ends a batch
+            try:
+                self._batch('let a pod pass no more in the table ' + table,
+                            [_message(_DELSETELEM, 0,
+                                      _elements(table, pair))])
+            except exceptions.KernelRefused as err:
+                if err.errno != errno.ENOENT:
+                    raise
+
+    def elements(self, table: str) -> set[Pair]:
+        """List the elements of all sets of a table, by dumps.
+
+        :raises KernelRefused: with ENOENT if there is no such table
+        """
+        found = set()
+        for name in SETS:
+            for body in self._dump('list a set of the table ' + table,
+                                   _GETSETELEM, wire.text(1, table)
+                                   + wire.text(2, name)):
+                for key in _keys(body):
+                    found.add(Pair(key[8:], key[:6]) if 'pairs' in name
+                              else Pair(key, None))
+        return found
+
+    def rules(self, table: str) -> list[int]:
+        """List the handles of the rules of a table; none without it."""
+        handles = []
+        for body in self._dump('list the rules of the table ' + table,
+                               _GETRULE, wire.text(1, table)):
+            found = wire.attributes(body, 4, len(body))
+            if found.get(1, b'').rstrip(b'\0').decode() == table:
+                handles.append(int.from_bytes(found.get(3, b''), 'big'))
+        return handles
+
+    def bind_source(self, table: str, device: str, mac: bytes) -> None:
+        """Let an interface send with its own MAC address only.
+
+        By a table with one chain and one rule; one that is there stays.
+
+        :raises KernelRefused: if the kernel has no such hook
+        """
+        hook = wire.attribute(_NESTED | 4, (
+            _be32(1, _EGRESS) + _be32(2, 0) + wire.text(3, device)))
+        drop = wire.attribute(_NESTED | 2, wire.attribute(
+            _NESTED | 2, _be32(1, _NF_DROP)))
+        expressions = b''.join((
+            _expression('payload', _be32(1, 1) + _be32(2, 0) + _be32(3, 6)
+                        + _be32(4, 6)),
+            _expression('cmp', _be32(1, 1) + _be32(2, 1) + wire.attribute(
+                _NESTED | 3, wire.attribute(1, mac))),
+            _expression('immediate', _be32(1, 0) + drop)))
+        try:
+            self._batch('guard the interface ' + device, [
+                _message(_NEWTABLE, wire.NLM_F_CREATE | wire.NLM_F_EXCL,
+                         wire.text(1, table)),
+                _message(_NEWCHAIN, wire.NLM_F_CREATE, (
+                    wire.text(1, table) + wire.text(3, 'source') + hook
+                    + _be32(5, _NF_ACCEPT) + wire.text(7, 'filter'))),
+                _message(_NEWRULE, wire.NLM_F_CREATE | _APPEND, (
+                    wire.text(1, table) + wire.text(2, 'source')
+                    + wire.attribute(_NESTED | 4, expressions)))])
+        except exceptions.KernelRefused as err:
+            if err.errno != errno.EEXIST:
+                raise
+
+    def delete_table(self, table: str) -> bool:
+        """Delete a table; whether there was one."""
+        try:
+            self._batch('delete the table ' + table, [
+                _message(_DELTABLE, 0, wire.text(1, table))])
+        except exceptions.KernelRefused as err:
+            if err.errno == errno.ENOENT:
+                return False
+            raise
+        return True
+
+    def _batch(self, action: str, messages: Sequence[wire.Message]) -> None:
+        """Have the kernel do all of it, or nothing."""
+        edge = struct.pack('!BBH', 0, 0, _SUBSYSTEM)
+        last = messages[-1]
+        batch = [wire.Message(_BATCH_BEGIN, 0, edge), *messages[:-1],
+                 last._replace(flags=last.flags | wire.NLM_F_ACK),
+                 wire.Message(_BATCH_END, 0, edge)]
+        first = self._sequence + 1
+        self._sequence += len(batch)
+        try:
+            self._socket.send(b''.join(
+                message.packed(number)
+                for number, message in enumerate(batch, first)))
+            while True:
+                data = self._socket.recv(2 ** 16)
+                for header in wire.headers(data):
+                    if (header.kind != wire.NLMSG_ERROR
+                            or header.sequence < first):
+                        continue
+                    code = wire.error(data, header)[0]
+                    if code:
+                        raise _refused(action, code)
+                    return
+        except OSError as err:
+            raise _refused(action, err.errno or 0) from err
+
+    def _dump(self, action: str, kind: int, body: bytes) -> Iterator[bytes]:
+        self._sequence += 1
+        try:
+            self._socket.send(_message(kind, wire.NLM_F_DUMP, body).packed(
+                self._sequence))
+            while True:
+                data = self._socket.recv(2 ** 17)
+                for header in wire.headers(data):
+                    if header.sequence != self._sequence:
+                        continue
+                    if header.kind in (wire.NLMSG_ERROR, wire.NLMSG_DONE):
+                        code = wire.error(data, header)[0]
+                        if code:
+                            raise _refused(action, code)
+                        return
+                    yield data[header.start:header.end]
+        except OSError as err:
+            raise _refused(action, err.errno or 0) from err
+
+
+class NftEvents:
+    """Receives what is deleted of our tables, in this namespace."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix.encode()
+        self._socket = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK,
+            _NETLINK_NETFILTER)
+        self._socket.bind((0, 1 << _GROUP - 1))
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def get(self) -> bool:
+        """Return whether some of ours may have been deleted."""
+        deleted = False
+        for _ in range(256):
+            try:
+                data = self._socket.recv(2 ** 16)
+            except BlockingIOError:
+                break
+            except OSError:  # ENOBUFS
+                deleted = True
+                continue
+            deleted |= self._prefix in data and any(
+                header.kind & 0xff in (_DELTABLE, _DELCHAIN, _DELRULE,
+                                       _DELSET)
+                for header in wire.headers(data))
+        return deleted
+
+
+_NESTED = 0x8000
+
+
+def _message(kind: int, flags: int, body: bytes) -> wire.Message:
+    return wire.Message(_SUBSYSTEM << 8 | kind, flags,
+                        struct.pack('!BBH', _NETDEV, 0, 0) + body)
+
+
+def _be32(kind: int, value: int) -> bytes:
+    return wire.attribute(kind, _U32.pack(value))
+
+
+def _expression(name: str, data: bytes) -> bytes:
+    return wire.attribute(_NESTED | 1, wire.text(1, name)
+                          + wire.attribute(_NESTED | 2, data))
+
+
+def _elements(table: str, pair: Pair) -> bytes:
+    key = wire.attribute(_NESTED | 1, wire.attribute(1, pair.key))
+    return (wire.text(1, table) + wire.text(2, pair.set_name)
+            + wire.attribute(_NESTED | 3, wire.attribute(_NESTED | 1, key)))
+
+
+def _keys(body: bytes) -> Iterator[bytes]:
+    elements = wire.attributes(body, 4, len(body)).get(3, b'')
+    start = 0
+    while start + 4 <= len(elements):
+        length = struct.unpack_from('=H', elements, start)[0]
+        if length < 4:
+            return
+        element = elements[start + 4:start + length]
+        key = wire.attributes(element, 0, len(element)).get(1, b'')
+        value = wire.attributes(key, 0, len(key)).get(1)
+        if value:
+            yield value
+        start += length + 3 & ~3
+
+
+def _refused(action: str, code: int) -> exceptions.KernelRefused:
+    return exceptions.KernelRefused(
+        action, os.strerror(code), code,
+        'See the tables: nft list ruleset')

@@ -1,0 +1,437 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a pod, with CAP_NET_RAW, can do to its node and to others by break0."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import socket
+import struct
+import subprocess
+import time
+from typing import Any, Optional
+from unittest import mock
+
+from kuryr_break0 import device
+from kuryr_break0 import exceptions
+from kuryr_break0 import guard
+from kuryr_break0 import kernel
+from kuryr_break0.model import Owner
+from tests.functional import base
+from tests.functional.base import OTHER_OWNER
+from tests.functional.base import OTHER_POD
+from tests.functional.base import OWNER
+from tests.functional.base import POD
+from tests.functional import test_cli
+from tests import lab
+
+MAC, OTHER_MAC = 'fa:16:3e:00:00:01', 'fa:16:3e:00:00:02'
+POD6, OTHER6 = 'fd00:30::71', 'fd00:30::72'
+SUBNETS = ('100.75.30.0/24', 'fd00:30::/64')
+BEYOND = '198.51.100.9'
+
+
+def checksum(data: bytes) -> int:
+    total = sum(struct.unpack('!%dH' % (len(data) // 2), data))
+    while total >> 16:
+        total = (total & 0xffff) + (total >> 16)
+    return ~total & 0xffff
+
+
+def packed(mac: str) -> bytes:
+    return bytes.fromhex(mac.replace(':', ''))
+
+
+def udp(source: str, target: str) -> bytes:
+    """An Ethernet payload: a datagram to port 9999."""
+    data = struct.pack('!HHHH', 1234, 9999, 12, 0) + b'spam'
+    src, dst = (ipaddress.ip_address(each) for each in (source, target))
+    if src.version == 6:
+        pseudo = src.packed + dst.packed + struct.pack('!II', 12, 17) + data
+        data = data[:6] + struct.pack('!H', checksum(pseudo)) + data[8:]
+        return (b'\x86\xdd' + struct.pack('!IHBB', 6 << 28, 12, 17, 64)
+                + src.packed + dst.packed + data)
+    head = struct.pack('!BBHHHBBH4s4s', 0x45, 0, 32, 1, 0, 64, 17, 0,
+                       src.packed, dst.packed)
+    head = head[:10] + struct.pack('!H', checksum(head)) + head[12:]
+    return b'\x08\x00' + head + data
+
+
+def icmp6(source: str, target: str, body: bytes) -> bytes:
+    src, dst = (ipaddress.ip_address(each).packed
+                for each in (source, target))
+    pseudo = src + dst + struct.pack('!II', len(body), 58)
+    body = body[:2] + struct.pack('!H', checksum(pseudo + body)) + body[4:]
+    return (b'\x86\xdd' + struct.pack('!IHBB', 6 << 28, len(body), 58, 255)
+            + src + dst + body)
+
+
+class BorderTestCase(base.LabTestCase):
+    """A node with two pods of both families."""
+
+    overrides: dict[str, Any] = {}
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.lab.add_ipv6()
+        for name in ('all', 'default', 'eth0'):
+            kernel.write_sysctl('ipv4/conf/%s/rp_filter' % name, 0)
+        self.netns = self.lab.add_pod('pod', POD, POD6, mac=MAC)
+        self.lab.add_pod('other', OTHER_POD, OTHER6, mac=OTHER_MAC)
+        self.bind_both()
+        self.mac = (self.lab.link('break0') or {})['address']
+
+    def bind_both(self) -> None:
+        for name, owner, texts, mac in (
+                ('pod', OWNER, (POD, POD6), MAC),
+                ('other', OTHER_OWNER, (OTHER_POD, OTHER6), OTHER_MAC)):
+            self.bind(*texts, owner=owner, netns='/run/netns/' + name,
+                      mac_of_pod=mac, subnets=SUBNETS, **self.overrides)
+
+    def send(self, payload: bytes, source: str = MAC,
+             target: Optional[str] = None, times: int = 1) -> None:
+        """Send a frame from the pod."""
+        frame = packed(target or self.mac) + packed(source) + payload
+        with self.lab.socket(socket.AF_PACKET, socket.SOCK_RAW,
+                             'pod') as wire:
+            wire.bind(('eth0', 0))
+            for _ in range(times):
+                try:
+                    wire.send(frame.ljust(60, b'\0'))
+                except OSError:  # the guard in the pod says so
+                    pass
+
+    def received(self, payload: bytes, source: str = MAC,
+                 family: int = socket.AF_INET) -> bool:
+        """Whether the node takes a datagram that the pod sends."""
+        with self.lab.socket(family, socket.SOCK_DGRAM) as node:
+            node.bind(('', 9999))
+            node.settimeout(0.3)
+            self.send(payload, source)
+            try:
+                node.recv(100)
+            except socket.timeout:
+                return False
+            return True
+
+    def assert_reachable(self) -> None:
+        for address in (POD, POD6, OTHER_POD, OTHER6):
+            self.assertTrue(self.lab.ping(address), address)
+        for name in ('pod', 'other'):
+            for host in (lab.NODE, lab.NODE6):
+                self.assertTrue(self.lab.ping(host, name), host)
+
+
+class TestForgery(BorderTestCase):
+
+    def test_its_own_name_is_fine(self) -> None:
+        self.assertTrue(self.received(udp(POD, lab.NODE)))
+        self.assertTrue(self.received(udp(POD6, lab.NODE6),
+                                      family=socket.AF_INET6))
+        self.assert_reachable()
+
+    def test_names_of_others(self) -> None:
+        for source in (lab.LAN, BEYOND, OTHER_POD, '127.0.0.1', '0.0.0.0',
+                       '100.75.30.99', lab.NODE):
+            self.assertFalse(self.received(udp(source, lab.NODE)), source)
+        for source in (lab.LAN6, OTHER6, '2001:db8::1', 'fd00:30::99'):
+            self.assertFalse(self.received(
+                udp(source, lab.NODE6), family=socket.AF_INET6), source)
+
+    def test_mac_addresses_of_others(self) -> None:
+        # Both parts of the pair of the other pod; the pod's guard stops it.
+        for source in (OTHER_MAC, '02:00:00:00:00:99', self.mac):
+            self.assertFalse(self.received(udp(OTHER_POD, lab.NODE), source))
+            self.assertFalse(self.received(udp(POD, lab.NODE), source))
+
+    def test_the_loopback_of_the_node(self) -> None:
+        kernel.write_sysctl('ipv4/conf/all/route_localnet', 1)
+        self.assertFalse(self.received(udp(POD, '127.0.0.1')))
+        self.assertTrue(self.received(udp(POD, lab.NODE)))
+
+    def test_the_sysctls_alone_stop_what_they_can(self) -> None:
+        self.lab.run('nft', 'flush', 'ruleset')
+        self.assertTrue(self.received(udp(POD, lab.NODE)))
+        for source in (lab.LAN, BEYOND):
+            self.assertFalse(self.received(udp(source, lab.NODE)), source)
+
+    def test_without_a_guard_it_succeeds(self) -> None:
+        # Or the tests above could not fail.
+        self.lab.run('nft', 'flush', 'ruleset')
+        self.lab.run('nft', 'flush', 'ruleset', netns='pod')
+        kernel.write_sysctl('ipv4/conf/break0/rp_filter', 0)
+        for source in (lab.LAN, BEYOND, OTHER_POD):
+            self.assertTrue(self.received(udp(source, lab.NODE)), source)
+        self.assertTrue(self.received(udp(OTHER6, lab.NODE6),
+                                      family=socket.AF_INET6))
+
+
+class TestRedirection(BorderTestCase):
+
+    def neighbours(self) -> dict[str, str]:
+        return {each['dst']: each.get('lladdr', '')
+                for each in self.lab.ip('neigh', 'show', 'dev', 'break0')}
+
+    def test_forged_neighbours(self) -> None:
+        before = self.neighbours()
+        sender = ipaddress.ip_address(OTHER_POD).packed
+        for operation in (1, 2):
+            self.send(b'\x08\x06\x00\x01\x08\x00\x06\x04'
+                      + struct.pack('!H', operation) + packed(MAC) + sender
+                      + packed(self.mac) + ipaddress.ip_address(
+                          lab.NODE).packed)
+        for text in (OTHER6, lab.LAN6):
+            target = ipaddress.ip_address(text).packed
+            self.send(icmp6(text, lab.NODE6, b'\x88\0\0\0' + b'\x60\0\0\0'
+                            + target + b'\x02\x01' + packed(MAC)))
+            self.send(icmp6(POD6, lab.NODE6, b'\x88\0\0\0' + b'\x60\0\0\0'
+                            + target + b'\x02\x01' + packed(MAC)))
+            self.send(icmp6(text, lab.NODE6, b'\x87\0\0\0' + bytes(4)
+                            + ipaddress.ip_address(lab.NODE6).packed
+                            + b'\x01\x01' + packed(MAC)))
+        time.sleep(0.3)
+        self.assertEqual(before, self.neighbours())
+
+    def test_router_advertisements(self) -> None:
+        before = self.neighbours(), self.lab.ip('-6', 'route')
+        for number in range(20):
+            self.send(icmp6('fe80::%x' % (number + 1), 'ff02::1',
+                            b'\x86\0\0\0' + b'\x40\0\x07\x08' + bytes(8)
+                            + b'\x01\x01' + packed(MAC)))
+        time.sleep(0.3)
+        self.assertEqual(before, (self.neighbours(),
+                                  self.lab.ip('-6', 'route')))
+
+    def test_icmp_redirects(self) -> None:
+        inner = udp(lab.NODE, BEYOND)[2:]
+        body = (b'\x05\x01\0\0' + ipaddress.ip_address(POD).packed + inner)
+        body += bytes(len(body) % 2)
+        body = body[:2] + struct.pack('!H', checksum(body)) + body[4:]
+        for source in (lab.LAN, POD):
+            head = struct.pack(
+                '!BBHHHBBH4s4s', 0x45, 0, 20 + len(body), 1, 0, 64, 1, 0,
+                ipaddress.ip_address(source).packed,
+                ipaddress.ip_address(lab.NODE).packed)
+            head = head[:10] + struct.pack('!H', checksum(head)) + head[12:]
+            self.send(b'\x08\x00' + head + body, times=5)
+        time.sleep(0.3)
+        found = self.lab.ip('route', 'get', BEYOND)[0]
+        self.assertEqual(('eth0', lab.LAN), (found['dev'],
+                                             found['gateway']))
+
+
+class TestTheMACAddress(BorderTestCase):
+
+    def test_a_pod_takes_it_while_break0_is_gone(self) -> None:
+        self.lab.run('ip', 'link', 'del', 'break0')
+        self.lab.run('ip', 'link', 'set', 'eth0', 'address', self.mac,
+                     netns='other')
+        with self.assertLogs('kuryr_break0', 'ERROR') as logs:
+            self.manager().sync()
+        self.assertIn('has taken the MAC address of break0',
+                      '\n'.join(logs.output))
+        new = (self.lab.link('break0') or {})['address']
+        self.assertNotEqual(self.mac, new)
+        self.assertTrue(self.lab.ping(POD))
+        for host in (lab.NODE, lab.NODE6):
+            self.assertTrue(self.lab.ping(host, 'pod'))
+        # From now on it stays.
+        self.lab.run('ip', 'link', 'del', 'break0')
+        self.manager().sync()
+        self.assertEqual(new, (self.lab.link('break0') or {})['address'])
+
+    def test_it_cannot_be_computed(self) -> None:
+        made = {device.derived_mac(secret, 'break0')
+                for secret in ('a' * 32, 'b' * 32)}
+        self.assertEqual(2, len(made))
+        self.assertNotIn(self.mac, made)
+
+
+class TestLeaks(BorderTestCase):
+    """No frame with the MAC address of break0 leaves the node."""
+
+    def leaked(self, *commands: str) -> int:
+        """How many do while the node speaks to the pod."""
+        with self.lab.capture() as frames:
+            ping = subprocess.Popen(
+                ['ping', '-n', '-q', '-i', '0.01', POD],
+                stdout=subprocess.DEVNULL)
+            ping6 = subprocess.Popen(
+                ['ping', '-n', '-q', '-i', '0.01', POD6],
+                stdout=subprocess.DEVNULL)
+            try:
+                for command in commands:
+                    self.lab.run('sh', '-c', command)
+                time.sleep(0.5)
+            finally:
+                for each in (ping, ping6):
+                    each.kill()
+                    each.wait()
+        mac = (self.lab.link('break0') or {}).get('address', self.mac)
+        return sum(frame.src in (mac, self.mac) for frame in frames)
+
+    def test_a_pod_that_is_down_or_gone_or_another(self) -> None:
+        for command in ('ip -n pod link set eth0 address 02:00:00:00:00:42',
+                        'ip -n pod link set eth0 down',
+                        'ip -n pod link del eth0'):
+            with self.subTest(command=command):
+                self.assertEqual(0, self.leaked(command))
+
+    def test_without_a_guard_they_do(self) -> None:
+        self.lab.run('nft', 'flush', 'ruleset')
+        self.assertLess(10, self.leaked('ip -n pod link set eth0 down'))
+
+    def test_what_a_new_break0_inherits(self) -> None:
+        for path in ('ipv4/conf/default/proxy_arp',
+                     'ipv4/conf/default/arp_notify',
+                     'ipv6/conf/default/ndisc_notify',
+                     'ipv6/conf/default/forwarding',
+                     'ipv4/conf/default/forwarding'):
+            kernel.write_sysctl(path, 1)
+        with self.lab.capture() as frames:
+            self.lab.run('ip', 'link', 'del', 'break0')
+            self.manager(addr=['fd00:30::7', '100.75.30.7']).sync()
+            self.lab.run('arping', '-c', '2', '-w', '2', '-I', 'nic', POD,
+                         netns='lan', check=False)
+            self.lab.ping(POD, 'lan')
+            time.sleep(1)
+        self.assertEqual([], [frame for frame in frames
+                              if frame.src == self.mac])
+
+
+class TestTable(BorderTestCase):
+
+    def pairs(self, name: str = 'pairs4') -> set[tuple[str, str]]:
+        """What nft says of a set."""
+        text = self.lab.run('nft', '-j', 'list', 'set', 'netdev',
+                            'kuryr-break0-break0', name).stdout
+        found = next(each['set'] for each in json.loads(text)['nftables']
+                     if 'set' in each)
+        return {tuple(each['concat']) for each in found.get('elem', [])}
+
+    def test_elements_come_and_go_with_pods(self) -> None:
+        self.assertEqual({(MAC, POD), (OTHER_MAC, OTHER_POD)}, self.pairs())
+        self.assertEqual({(MAC, POD6), (OTHER_MAC, OTHER6)},
+                         self.pairs('pairs6'))
+        self.unbind(POD, POD6)
+        self.assertEqual({(OTHER_MAC, OTHER_POD)}, self.pairs())
+        self.lab.del_netns('other')
+        self.manager().sync()
+        self.assertEqual(set(), self.pairs() | self.pairs('pairs6'))
+
+    def test_an_address_that_passes_to_another(self) -> None:
+        self.bind(POD, owner=OTHER_OWNER, netns='/run/netns/other',
+                  mac_of_pod=OTHER_MAC)
+        self.assertEqual({(OTHER_MAC, POD), (OTHER_MAC, OTHER_POD)},
+                         self.pairs())
+        self.assertFalse(self.received(udp(POD, lab.NODE)))
+
+    def test_what_others_do_to_it_is_repaired(self) -> None:
+        table = 'netdev kuryr-break0-break0'
+        for command in ('flush ruleset', 'delete table ' + table,
+                        'flush table ' + table,
+                        'flush chain %s from-pods' % table,
+                        'flush set %s pairs4' % table,
+                        'add element %s pairs4 { %s . %s }' % (
+                            table, MAC, lab.LAN)):
+            with self.subTest(command=command):
+                self.lab.run('nft', command)
+                self.assertIn('guard', '\n'.join(self.problems()))
+                self.assertTrue(self.manager().sync())
+                self.assertEqual([], self.problems())
+                self.assertFalse(self.received(udp(lab.LAN, lab.NODE)))
+                self.assert_reachable()
+                self.assertFalse(self.manager().sync())
+
+    def test_rules_of_others_stay(self) -> None:
+        self.lab.run('nft', 'add table inet mine; add chain inet mine a; '
+                     'add rule inet mine a counter')
+        before = self.lab.run('nft', 'list', 'table', 'inet', 'mine').stdout
+        self.lab.run('nft', 'delete', 'table', 'netdev',
+                     'kuryr-break0-break0')
+        self.manager().sync()
+        self.unbind(POD)
+        self.assertEqual(before, self.lab.run('nft', 'list', 'table', 'inet',
+                                              'mine').stdout)
+
+    def test_fragments_and_large_packets_pass(self) -> None:
+        for command, netns in (('ping -c 1 -s 4000 ' + POD, None),
+                               ('ping -c 1 -s 4000 ' + lab.NODE6, 'pod'),
+                               ('ping -c 1 -s 4000 ' + POD6, None)):
+            self.lab.run(*command.split(), netns=netns)
+
+    def test_switched_off_and_on(self) -> None:
+        self.manager(guard='off').sync()
+        self.assertNotIn('kuryr-break0', self.lab.run(
+            'nft', 'list', 'ruleset').stdout)
+        self.assertEqual([], self.problems(guard='off'))
+        self.assertTrue(self.problems())
+        self.manager().sync()
+        self.assertEqual([], self.problems())
+
+    def test_without_nft(self) -> None:
+        with mock.patch.object(guard, '_nft', return_value=None):
+            self.lab.run('nft', 'flush', 'ruleset')
+            self.manager().sync()
+            self.assertEqual([], self.problems())
+            self.bind('100.75.30.80', owner=Owner('c', 'eth0'),
+                      mac_of_pod='fa:16:3e:00:00:09')
+            with mock.patch.object(base.manager, 'CACHED', 0):
+                with self.assertRaises(exceptions.GuardUnavailable):
+                    self.bind('100.75.30.81', owner=Owner('d', 'eth0'),
+                              mac_of_pod='fa:16:3e:00:00:09', guard='on')
+
+    def test_found_by_arp(self) -> None:
+        for name in ('pod', 'other'):
+            self.lab.run('ip', 'neigh', 'flush', 'nud', 'permanent',
+                         netns=name)
+        self.manager(static_neighbours=False).sync()
+        self.assertTrue(self.lab.ping(POD))
+        self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
+
+
+class TestInput(test_cli.CLITestCase):
+    """What a KuryrPort, an engine or a person may say."""
+
+    def refuse(self, *texts: str, **changes: Any) -> str:
+        fields: dict[str, Any] = {
+            'owner': OWNER, 'parent': lab.PARENT, 'mac': MAC, **changes}
+        with self.assertRaises(exceptions.InputRefused) as caught:
+            self.manager().bind(
+                fields.pop('owner'),
+                [ipaddress.ip_address(text) for text in texts or (POD,)],
+                **fields)
+        message = str(caught.exception)
+        self.assertLess(len(message), 400)
+        self.assertRegex(message, r'\A[^\x00-\x1f]*\Z')
+        self.assertEqual(set(), self.bound())
+        return message
+
+    def test_each(self) -> None:
+        for mac in ('fa:16:3e:00:00:01\n', 'zz', '', 'ff:ff:ff:ff:ff:ff',
+                    '01:00:5e:00:00:01', 'fa163e000001'):
+            self.assertIn('MAC address', self.refuse(mac=mac))
+        for owner in (Owner('a\nb', 'eth0'), Owner('a', 'eth0\nERROR'),
+                      Owner('a' * 5000, 'eth0'), Owner('a\x1b[2J', 'eth0')):
+            self.refuse(owner=owner)
+        self.refuse(pod='a\nb')
+        self.refuse(netns='/run/netns/a\0b')
+        self.assertIn('scope', self.refuse('fd00::51%x'))
+        self.assertIn('addresses', self.refuse(*(
+            '10.9.%d.%d' % divmod(number, 250) for number in range(3000))))
+
+    def test_an_address_twice_is_one(self) -> None:
+        self.bind(POD, POD, POD)
+        self.assertEqual({POD}, set(self.lab.routes()))
+
+    def test_a_mac_address_in_capitals(self) -> None:
+        self.bind(POD, mac_of_pod=MAC.upper())
+        self.assertEqual([], self.problems())
+
+    def test_a_pipe_as_a_namespace(self) -> None:
+        os.mkfifo('/run/netns/pipe')
+        done = self.call('bind', POD, '--owner', 'web', '--netns',
+                         '/run/netns/pipe')
+        self.assertEqual(2, done.returncode, done.stderr)
