@@ -4,9 +4,9 @@
 
 Through break0 a pod has a link to its node that no port security sees. The
 table lets in what comes from the MAC address and the address of a bound pod,
-and none of what could redirect the node. Nothing with the MAC address of break0
-leaves on the wire. In each pod, another table lets its interface send with its
-own MAC address only.
+and none of what could redirect the node. Nothing with the MAC address of
+break0 leaves on the wire. In each pod, another table lets its interface send
+with its own MAC address only.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ class Guard:
 
         :raises KernelRefused: if the kernel refuses it
         """
-        if not self.is_loaded():
+        if not (self.is_wanted and self.is_loaded()):
             return
         with kernel.Nft() as nft:
             nft.delete(self.table, expelled)

@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
-from typing import Iterator
+from typing import Collection, Iterable, Iterator
 
+from kuryr_break0 import config
 from kuryr_break0 import device
 from kuryr_break0.doctor import findings
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.node import ParentView
+from kuryr_break0.guard import Guard
 from kuryr_break0 import kernel
 
 _ARP_FILTER = 'ipv4/conf/%s/arp_filter'
@@ -102,15 +104,16 @@ def check_properties(view: ParentView) -> Iterator[Finding]:
                 link.name, link.mtu, parent.name, parent.mtu))
     yield from _check_addresses(view, link)
     yield from _check_answers(view, link)
-    names = [path.rpartition('/')[2]
-             for path in device.sysctl_drift(link.name)
-             if path != _ARP_FILTER % link.name]
+    drift = device.sysctl_drift(link.name)
+    names = [path.rpartition('/')[2] for path in _of(device.QUIET, link)
+             if path in drift and path != _ARP_FILTER % link.name]
     if link.multicast:
         names.insert(0, 'multicast')
     if names:
         yield findings.BREAK0_HEARD.found(
             '%s has settings that make it speak on the LAN: %s' % (
                 link.name, ', '.join(names)), names='|'.join(names))
+    yield from _check_border(view, link, drift)
     if (any(address.version == 6 for address in view.live)
             and kernel.read_sysctl('ipv6/conf/%s/disable_ipv6' % link.name)
             != 0):
@@ -119,6 +122,28 @@ def check_properties(view: ParentView) -> Iterator[Finding]:
             'addresses' % link.name,
             [address for address in view.live if address.version == 6],
             device=link.name)
+
+
+def _of(sysctls: Iterable[str], link: kernel.Link) -> list[str]:
+    return [path % link.name for path in sysctls]
+
+
+def _check_border(view: ParentView, link: kernel.Link,
+                  drift: Collection[str]) -> Iterator[Finding]:
+    """Look at what keeps pods from more than speaking in their own name."""
+    names = [path for path in _of(device.BORDER, link)
+             if path in drift and not path.endswith('/proxy_arp')]
+    if names:
+        yield findings.BREAK0_OPEN.found(
+            '%s has settings by which a pod can do more than speak to its '
+            'node: %s' % (link.name, ', '.join(names)))
+    if view.seen.guard is not None:
+        yield findings.GUARD_MISSING.found('%s: %s' % (link.name,
+                                                       view.seen.guard))
+    elif view.options.guard == config.AUTO and not Guard(
+            view.options, view.node.ledger, link.name).is_possible:
+        yield findings.GUARD_UNAVAILABLE.found(
+            'there is no program nft, so %s has no guard' % link.name)
 
 
 def _check_addresses(view: ParentView, link: kernel.Link) -> Iterator[Finding]:

@@ -324,6 +324,27 @@ BREAK0_HEARD = Kind(
     (_SYNC, 'grep -rsE "%(names)s" /etc/sysctl.conf /etc/sysctl.d '
      '/run/sysctl.d /usr/lib/sysctl.d'))
 
+BREAK0_OPEN = Kind(
+    'break0-open', WARNING,
+    'Through break0 a pod has a link to its node that no port security sees. '
+    'These settings keep it from using that in the name of others.',
+    'Set them again, and find out what changes them.', (_SYNC,))
+
+GUARD_MISSING = Kind(
+    'guard-missing', WARNING,
+    'The table of nftables lets in what comes from the MAC address and the '
+    'address of a bound pod, and lets nothing of break0 leave on the wire. '
+    'Without it a pod can speak to its node in the name of others.',
+    'Load it again; the agent does so by itself. If it goes again, find out '
+    'what flushes the ruleset.', (_SYNC,))
+
+GUARD_UNAVAILABLE = Kind(
+    'guard-unavailable', WARNING,
+    'Sysctls alone do not keep a pod from speaking to its node in the name of '
+    'another pod, nor by IPv6 in anybody\'s.',
+    'Install nftables where kuryr-daemon and the agent run, or set [break0] '
+    'guard to off if that is wanted.')
+
 IPV6_DISABLED = Kind(
     'ipv6-disabled', ERROR,
     'These pods are not reachable from their node by IPv6.',

@@ -11,6 +11,7 @@ Each section is a module with a function of the type :data:`Measure`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import ipaddress
 import os
@@ -89,6 +90,11 @@ class Node:
         manager.Break0Manager(self.options).bind(
             OWNER, [POD], parent=lab.PARENT, mac=MAC, netns=self.netns,
             subnets=[SUBNET])
+
+    def set_guard(self, guard: str) -> None:
+        """Switch the guard, as a changed option would."""
+        self.options = dataclasses.replace(self.options, guard=guard)
+        manager.Break0Manager(self.options).sync()
 
     def bind_route(self) -> None:
         """Bind without neighbours, as if nothing were known of the pod."""

@@ -18,6 +18,7 @@ from tests import bench
 from tests.bench import binding
 from tests.bench import bulk
 from tests.bench import healing
+from tests.bench import hops
 from tests.bench import own
 from tests.bench import paths
 from tests.bench import pods
@@ -25,7 +26,7 @@ from tests import lab
 
 SECTIONS: dict[str, bench.Measure] = {
     'pods': pods.pairs, 'own': own.calls, 'lock': own.lock,
-    'bulk': bulk.syncs,
+    'hops': hops.next_hops, 'bulk': bulk.syncs,
     'healing': healing.repairs, 'paths': paths.paths,
     'binding': binding.binding, 'bursts': binding.bursts}
 

@@ -16,9 +16,11 @@ from tests.bench import Node
 from tests.bench import POD
 from tests.bench import say
 from tests.bench import Section
+from tests.bench import Target
 from tests import lab
 
 BREAK0 = 'break0'
+UNGUARDED = 'break0, guard = off'
 VETH = 'veth pair into the pod'
 HAIRPIN = "the LAN's switch, with hairpin"
 VETH_NODE, VETH_POD = '10.99.0.1', '10.99.0.2'
@@ -41,8 +43,14 @@ def paths(node: Node, repeat: int) -> Section:
                     'link set nic type bridge_slave hairpin on',
                     'address add %s/%d dev switch' % (lab.LAN, lab.PREFIX)):
         run('ip', *command.split(), netns='lan')
+
+    def bind(guard: str) -> None:
+        node.set_guard(guard)
+        node.bind()
+
     ways: dict[str, tuple[str, str, Callable[[], None]]] = {
-        BREAK0: (str(POD), lab.NODE, node.bind),
+        BREAK0: (str(POD), lab.NODE, lambda: bind('auto')),
+        UNGUARDED: (str(POD), lab.NODE, lambda: bind('off')),
         VETH: (VETH_POD, VETH_NODE, lambda: None),
         HAIRPIN: (str(POD), lab.NODE, node.unbind)}
     results: dict[str, dict[str, list[float]]] = {
@@ -60,13 +68,19 @@ def paths(node: Node, repeat: int) -> Section:
     medians = {name: {what: statistics.median(taken)
                       for what, taken in result.items()}
                for name, result in results.items()}
+    node.set_guard('auto')
     return Section(
         'Between node and pod, median',
         ['way', 'node to pod, Gbit/s', 'pod to node, Gbit/s',
          'round trip, us'],
         [[name, '%.1f' % each['to'], '%.1f' % each['from'],
           '%.1f' % each['round_trip']] for name, each in medians.items()],
-        [], {'medians': medians})
+        [Target('%s: at least 0.95 x of that without the guard' % title,
+                '%.2f x' % (medians[BREAK0][what] / medians[UNGUARDED][what]),
+                medians[BREAK0][what] >= 0.95 * medians[UNGUARDED][what])
+         for what, title in (('to', 'throughput to a pod'),
+                             ('from', 'throughput from a pod'))],
+        {'medians': medians})
 
 
 def _throughput(made: lab.Lab, server: Optional[str], client: Optional[str],

@@ -14,9 +14,11 @@ import struct
 import subprocess
 import time
 from typing import Callable
+from unittest import mock
 
 import pyroute2
 
+from kuryr_break0.guard import Guard
 from kuryr_break0 import kernel
 from tests.bench import blamed
 from tests.bench import Node
@@ -32,6 +34,8 @@ SIZES = (10, 250, 1000)
 ROUND = 20
 POD_HOST = '%s/32' % POD
 OURS = 'ours'
+UNGUARDED = 'ours, guard = off'
+PROCESSES = 'ip processes'
 ROUTE_ALONE = 'ours, the route alone'
 IPDB = 'IPDB per operation'
 
@@ -55,7 +59,21 @@ class Way:
 
 
 def _ours(node: Node) -> list[Way]:
+    def unguarded(call: Callable[[], None]) -> Callable[[], None]:
+        def calling() -> None:
+            guarded = node.options
+            node.options = dataclasses.replace(guarded, guard='off')
+            # The table is kept, or each change would load it again.
+            with mock.patch.object(Guard, 'remove', return_value=False):
+                try:
+                    call()
+                finally:
+                    node.options = guarded
+        return calling
+
     return [Way(OURS, node.bind, node.unbind, recorded=True),
+            Way(UNGUARDED, unguarded(node.bind), unguarded(node.unbind),
+                recorded=True),
             Way(ROUTE_ALONE, node.bind_route, node.unbind, recorded=True)]
 
 
@@ -100,7 +118,7 @@ def _processes(node: Node) -> Way:
 
     common = (POD_HOST, 'dev', node.options.device,
               'proto', str(node.options.route_protocol), 'scope', 'link')
-    return Way('ip processes',
+    return Way(PROCESSES,
                lambda: run('replace', *common, 'src', lab.NODE),
                lambda: run('del', *common), every=4)
 
@@ -185,10 +203,14 @@ def _pair_targets(medians: Medians) -> list[Target]:
     growth = ours[high] / ours[low]
     # Which sets no neighbours either
     gain = medians[IPDB][middle] / medians[ROUTE_ALONE][middle]
+    guard = (ours[middle] - medians[UNGUARDED][middle]
+             ) / medians[PROCESSES][middle]
     return [
         Target('the pair by ours at %d pods: at most 2 ms' % middle,
                '%.2f ms' % ours[middle], ours[middle] <= 2),
         Target('ours at %d within 1.2 x of %d' % (high, low),
                '%.2f x' % growth, growth <= 1.2),
         Target('the route alone: at least 100 x faster than %s at %d' % (
-            IPDB, middle), '%.0f x' % gain, gain >= 100)]
+            IPDB, middle), '%.0f x' % gain, gain >= 100),
+        Target('the guard, at %d: at most 0.15 x the %s' % (
+            middle, PROCESSES), '%.2f x' % guard, guard <= 0.15)]

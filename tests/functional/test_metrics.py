@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -440,6 +441,45 @@ class TestServer(MetricsTestCase):
             return before == process.num_ctx_switches()
 
         self.wait_for(idle)
+
+
+class TestHostile(MetricsTestCase):
+    """Unprivileged processes of the node, at the port of the metrics."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.bind(POD)
+        self.start()
+
+    def connect(self, data: bytes = b'') -> socket.socket:
+        host, _, port = self.where.rpartition(':')
+        made = socket.create_connection((host.strip('[]'), int(port)), 5)
+        self.addCleanup(made.close)
+        if data:
+            made.sendall(data)
+        return made
+
+    def test_idle_connections_stop_no_repair(self) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
+        opened: list[socket.socket] = []
+        with contextlib.suppress(OSError):
+            for _ in range(1100):
+                opened.append(self.connect())
+        process = psutil.Process(self.agent.pid)
+        self.assertLess(process.num_fds(), 100)
+        self.lab.run('ip', 'route', 'del', POD)
+        self.wait_for(lambda: POD in self.lab.routes())
+        for each in opened:
+            each.close()
+        self.wait_for(lambda: self.get('/healthz'))
+
+    def test_long_headers_cost_no_memory(self) -> None:
+        process = psutil.Process(self.agent.pid)
+        before = process.memory_info().rss
+        for _ in range(20):
+            with contextlib.suppress(OSError):
+                self.connect(b'GET / HTTP/1.1\r\nX: ' + b'x' * 2 ** 20)
+        self.assertLess(process.memory_info().rss - before, 32 * 2 ** 20)
 
 
 class TestNames(MetricsTestCase):

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The next hops of a node with hundreds of interfaces, as of other pods."""
+
+from __future__ import annotations
+
+import statistics
+
+from kuryr_break0 import kernel
+from tests.bench import Node
+from tests.bench import say
+from tests.bench import Section
+from tests.bench import Target
+from tests.bench import timed
+
+INTERFACES = 300
+SIZES = (250, 10000)
+
+
+def next_hops(node: Node, repeat: int) -> Section:
+    """Read them, with few and many pods, and few and many interfaces."""
+    say('next hops')
+    rows: dict[str, dict[int, float]] = {}
+    for name in ('as the node is', '%d interfaces more' % INTERFACES):
+        if rows:
+            with open('/run/batch', 'w') as file:
+                for number in range(INTERFACES // 2):
+                    file.write('link add v%d up type veth peer name w%d\n' % (
+                        number, number))
+            node.run_batch()
+        rows[name] = {}
+        for size in SIZES:
+            node.resize(size)
+            rows[name][size] = statistics.median(
+                timed(lambda: _read(node)) for _ in range(max(repeat, 5)))
+    with open('/run/batch', 'w') as file:
+        for number in range(INTERFACES // 2):
+            file.write('link del v%d\n' % number)
+    node.run_batch()
+    few, many = rows.values()
+    low, high = SIZES
+    return Section(
+        'The next hops of the node, median ms',
+        ['node', *('%d pods' % size for size in SIZES)],
+        [[name, *('%.2f' % by_size[size] for size in SIZES)]
+         for name, by_size in rows.items()],
+        [Target('with %d interfaces more: at most 5 ms' % INTERFACES,
+                '%.1f ms' % many[low], many[low] <= 5),
+         Target('at %d pods: at most 1.2 x of %d' % (high, low),
+                '%.2f x' % (few[high] / few[low]),
+                few[high] <= 1.2 * few[low])],
+        {'medians_ms': rows})
+
+
+def _read(node: Node) -> None:
+    with kernel.Netlink() as netlink:
+        netlink.next_hops([node.index], node.options.route_protocol)
