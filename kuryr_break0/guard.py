@@ -23,6 +23,7 @@ from kuryr_break0 import kernel
 from kuryr_break0.kernel import Pair
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import IPAddress
+from kuryr_break0.model import NamespaceId
 from kuryr_break0.model import Record
 
 #: Begins the names of our tables, on the node and in pods.
@@ -84,7 +85,18 @@ def pair(address: IPAddress, mac: Optional[str]) -> Pair:
 
 
 def pairs(records: Iterable[Record]) -> list[Pair]:
-    return [pair(record.address, record.mac) for record in records]
+    """Return what may come from the pods of one parent.
+
+    A pod with several interfaces may answer by any of them.
+    """
+    records = list(records)
+    of_sandbox: dict[Optional[NamespaceId], set[str]] = {}
+    for record in records:
+        if record.namespace is not None:
+            of_sandbox.setdefault(record.namespace, set()).update(record.macs)
+    return [pair(record.address, mac) for record in records
+            for mac in ({*record.macs, *of_sandbox.get(record.namespace, ())}
+                        if record.mac is not None else {None})]
 
 
 class Guard:
@@ -143,8 +155,7 @@ class Guard:
         known = self._cache.get(self._key)
         if not known or known[0] != self._digest(link):
             return False
-        with kernel.Nft() as nft:
-            return nft.rules(self.table) == known[1:]
+        return kernel.node_nft().rules(self.table) == known[1:]
 
     def difference(self, wanted: Iterable[Pair]
                    ) -> tuple[set[Pair], set[Pair]]:
@@ -152,8 +163,7 @@ class Guard:
 
         :raises KernelRefused: if they cannot be listed
         """
-        with kernel.Nft() as nft:
-            present = nft.elements(self.table)
+        present = kernel.node_nft().elements(self.table)
         return set(wanted) - present, present - set(wanted)
 
     def ensure(self, link: kernel.Link, admitted: Iterable[Pair]) -> bool:
@@ -191,9 +201,8 @@ class Guard:
             raise exceptions.GuardUnavailable(
                 device=self._device, reason='nft says: ' + ' '.join(
                     done.stderr.split())[:300])
-        with kernel.Nft() as netlink:
-            self._cache.put(self._key, [self._digest(link),
-                                        *netlink.rules(self.table)])
+        self._cache.put(self._key, [
+            self._digest(link), *kernel.node_nft().rules(self.table)])
         return True
 
     def _text(self, link: kernel.Link, admitted: Iterable[Pair],
@@ -220,8 +229,7 @@ class Guard:
     def remove(self) -> bool:
         """Delete the table; whether there was one."""
         self._cache.drop(self._key)
-        with kernel.Nft() as nft:
-            return nft.delete_table(self.table)
+        return kernel.node_nft().delete_table(self.table)
 
     def change(self, admitted: Iterable[Pair],
                expelled: Iterable[Pair] = ()) -> None:
@@ -231,6 +239,6 @@ class Guard:
         """
         if not (self.is_wanted and self.is_loaded()):
             return
-        with kernel.Nft() as nft:
-            nft.delete(self.table, expelled)
-            nft.add(self.table, admitted)
+        nft = kernel.node_nft()
+        nft.delete(self.table, expelled)
+        nft.add(self.table, admitted)

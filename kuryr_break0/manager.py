@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import errno
 import ipaddress
+import itertools
 from typing import Any, Callable, Collection, Iterable, Iterator, Optional
 
 from oslo_log import log as logging
@@ -27,6 +28,7 @@ from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger.journal import Journal
 from kuryr_break0.ledger.journal import timed
 from kuryr_break0.ledger import Ledger
+from kuryr_break0.ledger.records import MAX_SIBLINGS
 from kuryr_break0.ledger.records import MAX_SUBNETS
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import IPNetwork
@@ -248,7 +250,7 @@ class Break0Manager:
                            say)
                 bound.append(record)
         if first.netns is not None and bound:
-            self._configure(bound, self._node_addresses(
+            self._configure(bound, shim.name, self._node_addresses(
                 netlink, shim, first.parent, sources.values()))
         return shim
 
@@ -274,14 +276,15 @@ class Break0Manager:
         if missing and self._options.guard == config.ON:
             raise exceptions.GuardUnavailable(device=device, reason=reason)
 
-    def _configure(self, records: list[Record], node: NodeAddresses) -> None:
+    def _configure(self, records: list[Record], device: str,
+                   node: NodeAddresses) -> None:
         """Configure the pod side, and record that only when it was done.
 
         Without, IPv4 works by ARP where the node is in the pod's subnet, so
         a failure is no error; it is repaired by each sync.
         """
         try:
-            podside.configure(records, node, self._options)
+            others = podside.configure(records, node, self._options)
         except exceptions.Break0Error as err:
             LOG.warning('The sandbox %s is not configured to reach the node '
                         'yet: %s', records[0].owner, err)
@@ -289,14 +292,41 @@ class Break0Manager:
             cache.put('unconfigured', [*(cache.get('unconfigured') or ()),
                                        str(records[0].owner)])
             return
-        for record in records:
+        siblings = self._siblings(records[0], others)
+        macs = tuple(dict.fromkeys(each.mac for each in siblings
+                                   if each.mac is not None))
+        done = [dataclasses.replace(record, configured=node.digest,
+                                    siblings=macs) for record in records]
+        mac = records[0].mac
+        if mac is not None:
+            done += [dataclasses.replace(each, siblings=(
+                *each.siblings, mac)) for each in siblings
+                if mac not in each.siblings]
+        for record in done:
             try:
                 claims = self._records.claims(record.address)
-                if claims and claims[0] == record:
-                    self._records.put([dataclasses.replace(
-                        record, configured=node.digest), *claims[1:]])
+                if claims and claims[0].owner == record.owner:
+                    self._records.put([record, *claims[1:]])
             except exceptions.LedgerUnavailable as err:
                 LOG.debug('%s', err)
+        if siblings:
+            self._admit(device, done)
+
+    def _siblings(self, record: Record,
+                  addresses: Iterable[IPAddress]) -> list[Record]:
+        """Return the records of other interfaces of a sandbox on its parent.
+
+        :param addresses: those of these interfaces; what is not recorded for
+            the sandbox counts for nothing
+        """
+        found = []
+        for address in itertools.islice(addresses, MAX_SIBLINGS):
+            with contextlib.suppress(exceptions.LedgerUnavailable):
+                other = self._records.get(address)
+                if other is not None and other.parent == record.parent and (
+                        other.namespace == record.namespace):
+                    found.append(other)
+        return found
 
     def _roll_back(self, records: Iterable[Record],
                    shim: Optional[_Shim]) -> None:
@@ -318,8 +348,8 @@ class Break0Manager:
 
     @timed(Done.UNBIND, Done.UNBIND_FAILED)
     def unbind(self, owner: Owner, addresses: Iterable[IPAddress],
-               netns: Optional[str] = None,
-               mac: Optional[str] = None) -> list[IPAddress]:
+               netns: Optional[str] = None, mac: Optional[str] = None,
+               interface_goes: bool = False) -> list[IPAddress]:
         """Take back what :meth:`bind` did for these addresses.
 
         Claims of other owners stay, since a DEL can come late; the newest of
@@ -330,6 +360,8 @@ class Break0Manager:
             adopted is known as its own; see :meth:`Owner.adopted`
         :param mac: MAC address of the sandbox's interface, by which a route
             without record is known as its own
+        :param interface_goes: the interface is about to be deleted, so
+            nothing has to be taken back there
         :returns: the addresses that this owner had
         :raises Break0Error: the first error of one of the addresses; the
             others are unbound all the same
@@ -350,7 +382,8 @@ class Break0Manager:
                                             mac, say)
         forget_connections(record.address for record in removed)
         for record in removed:
-            self._withdraw(record)
+            if not interface_goes:
+                self._withdraw(record)
         failure.raise_first()
         return [record.address for record in removed]
 
@@ -373,7 +406,7 @@ class Break0Manager:
         successor = self._successor(left)
         parent = own[0].parent if own else (
             successor.parent if successor else None)
-        macs = {claim.mac for claim in own if claim.mac is not None}
+        macs = {each for claim in own for each in claim.macs}
         if not own and mac is not None:
             macs.add(mac.lower())
         deleted = self._withdraw_on_node(
@@ -426,7 +459,8 @@ class Break0Manager:
                 continue
             with Failures().logged():
                 Guard(self._options, self._ledger, name).change(
-                    (), [pair(address, each) for each in (*macs, None)])
+                    (), [pair(address, each) for each in macs]
+                    or [pair(address, None)])
             present, kind = netlink.neighbour(index, address)
             if kind == 'permanent' and macs and present not in macs:
                 LOG.warning('%s on %s stays: %s has it, which is not recorded'

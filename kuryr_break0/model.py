@@ -82,6 +82,8 @@ class Record:
     :ivar configured: digest of the node addresses that the pod side was
         configured with; None if it was not
     :ivar bound_at: seconds since the boot (CLOCK_BOOTTIME)
+    :ivar siblings: MAC addresses of other interfaces of the sandbox on the
+        parent; it may answer by any of them
     """
 
     address: IPAddress
@@ -94,6 +96,12 @@ class Record:
     pod: Optional[str] = None
     configured: Optional[str] = None
     bound_at: float = 0.0
+    siblings: tuple[str, ...] = ()
+
+    @property
+    def macs(self) -> tuple[str, ...]:
+        """All MAC addresses that the address may come from."""
+        return () if self.mac is None else (self.mac, *self.siblings)
 
 
 @dataclasses.dataclass(frozen=True)

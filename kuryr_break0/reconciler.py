@@ -15,7 +15,7 @@ import collections
 import contextlib
 import dataclasses
 import gc
-from typing import Any, Iterable, Iterator, Mapping, Optional
+from typing import Any, Collection, Iterable, Iterator, Mapping, Optional
 
 from oslo_log import log as logging
 
@@ -162,8 +162,11 @@ class Reconciler:
                 self._ledger.cache.put('unguarded', [str(err)])
                 LOG.warning('%s', err)
 
-    def repair_guard(self, parent: Parent) -> None:
+    def repair_guard(self, parent: Parent,
+                     refused: Collection[IPAddress]) -> None:
         """Let the guard know just the pods of a parent.
+
+        :param refused: addresses that cannot be those of pods
 
         :raises KernelRefused: if the kernel refuses it
         """
@@ -171,8 +174,9 @@ class Reconciler:
         if parent.guard is None or not guarding.is_loaded():
             return
         missing, extra = guarding.difference(pairs(
-            record for record in map(self._ledger.records.get, parent.desired)
-            if record is not None and record.parent == parent.name))
+            record for record in map(self._ledger.records.get, parent.live)
+            if record is not None and record.parent == parent.name
+            and record.address not in refused))
         guarding.change(missing, extra)
 
     def sync(self, dry_run: bool = False, claim: bool = False,
@@ -248,7 +252,8 @@ class Reconciler:
             if link is None or device.owned_by_other(link, identity):
                 continue
             Guard(self._options, self._ledger, name).change(
-                (), [pair(address, mac) for mac in macs])
+                (), [pair(address, mac) for mac in macs
+                     | {each for claim in gone for each in claim.siblings}])
             present, state = netlink.neighbour(link.index, address)
             if (state == 'permanent' and None not in macs
                     and present not in macs):
@@ -347,7 +352,7 @@ class _Sync:
                 if parent.other or any(map(self._records.get, parent.live)):
                     self._reconciler.ensure_device(self._netlink,
                                                    parent.name, claim)
-                    self._reconciler.repair_guard(parent)
+                    self._reconciler.repair_guard(parent, seen.refused)
         return found
 
     def _rebuild(self, seen: Snapshot) -> list[Record]:

@@ -401,7 +401,7 @@ class _Reading:
             tuple(each.text for each in made.differences(
                 usable, parent, view.addresses_of(index)))
             if usable is not None and parent is not None else (),
-            self._guard(usable, desired, live), live, desired,
+            self._guard(usable, live), live, desired,
             plan.compute(
                 desired, view.routes.host, neighbours, device=index,
                 protocol=options.route_protocol, takeover=options.takeover,
@@ -415,12 +415,12 @@ class _Reading:
             self._node_addresses(parent, usable, desired))
 
     def _guard(self, link: Optional[kernel.Link],
-               desired: Collection[IPAddress],
                live: Mapping[IPAddress, Record]) -> Optional[str]:
         if link is None or not live:
             return None
         return Guard(self._options, self._ledger, link.name).problem(
-            link, pairs(live[address] for address in desired))
+            link, pairs(record for address, record in live.items()
+                        if address not in self._refused))
 
     def _desired(self, device_name: str, index: int,
                  live: Mapping[IPAddress, Record]

@@ -27,6 +27,7 @@ from kuryr_break0.kernel.namespaces import State
 from kuryr_break0.kernel.namespaces import state
 from kuryr_break0.kernel.nft import Nft
 from kuryr_break0.kernel.nft import NftEvents
+from kuryr_break0.kernel.nft import node_nft
 from kuryr_break0.kernel.nft import Pair
 from kuryr_break0.kernel.node import count_host_routes
 from kuryr_break0.kernel.node import index_of
@@ -53,5 +54,5 @@ __all__ = (
     'RT_TABLE_MAIN', 'Route', 'Routes', 'State', 'Verb', 'count_host_routes',
     'create_macvlan', 'entered', 'forget_connections', 'identify',
     'index_of', 'ipdb_of_interfaces', 'macvlans', 'macvlans_in', 'name_of',
-    'prepare', 'read_sysctl', 'source_for', 'state', 'undisturbed',
+    'node_nft', 'prepare', 'read_sysctl', 'source_for', 'state', 'undisturbed',
     'write_sysctl')

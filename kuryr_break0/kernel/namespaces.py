@@ -239,8 +239,8 @@ def find(directories: Iterable[str],
             found = _nsfs_inode(path, own)
             if found:
                 paths.setdefault(found, path)
-    oldest: dict[tuple[int, int], tuple[int, str]] = {}
-    for proc in processes:
+    oldest: dict[tuple[int, int], tuple[int, int, str]] = {}
+    for order, proc in enumerate(processes):
         for name in _names(proc):
             if not name.isdigit():
                 continue
@@ -248,10 +248,11 @@ def find(directories: Iterable[str],
             found = _nsfs_inode(path, own)
             if found and found not in paths:
                 with contextlib.suppress(OSError, IndexError, ValueError):
-                    candidate = _started(os.path.join(proc, name)), path
+                    candidate = (_started(os.path.join(proc, name)), order,
+                                 path)
                     oldest[found] = min(oldest.get(found, candidate),
                                         candidate)
-    paths.update({found: path for found, (_, path) in oldest.items()})
+    paths.update({found: path for found, (_, _, path) in oldest.items()})
     return [Found(path, namespace) for path, namespace in
             ((path, identify(path)) for path in paths.values())
             if namespace is not None

@@ -13,6 +13,7 @@ import errno
 import os
 import socket
 import struct
+import threading
 from typing import Iterable, Iterator, NamedTuple, Optional, Sequence
 
 from kuryr_break0 import exceptions
@@ -30,6 +31,8 @@ _APPEND = 0x800
 _NF_DROP, _NF_ACCEPT = 0, 1
 _EGRESS = 1  # NF_NETDEV_EGRESS
 _TIMEOUT = 10  # seconds
+#: Elements of one batch, which has to fit into the socket's buffer.
+_AT_ONCE = 256
 _U32 = struct.Struct('!I')
 
 
@@ -90,11 +93,14 @@ class Nft:
         """
         messages = [_message(_NEWSETELEM, wire.NLM_F_CREATE,
                              _elements(table, pair)) for pair in pairs]
-        if messages:
-            self._batch('let pods pass in the table ' + table, messages)
+        for start in range(0, len(messages), _AT_ONCE):
+            self._batch('let pods pass in the table ' + table,
+                        messages[start:start + _AT_ONCE])
 
     def delete(self, table: str, pairs: Iterable[Pair]) -> None:
         """Delete elements; those that are not there are fine.
+
+        For one of these the kernel takes some 15 ms, to undo the batch.
 
         :raises KernelRefused: if they are there and stay
         """
@@ -139,6 +145,8 @@ class Nft:
 
         :raises KernelRefused: if the kernel has no such hook
         """
+        if self.rules(table):
+            return  # to undo a batch takes the kernel some 15 ms
         hook = wire.attribute(_NESTED | 4, (
             _be32(1, _EGRESS) + _be32(2, 0) + wire.text(3, device)))
         drop = wire.attribute(_NESTED | 2, wire.attribute(
@@ -218,6 +226,25 @@ class Nft:
                     yield data[header.start:header.end]
         except OSError as err:
             raise _refused(action, err.errno or 0) from err
+
+
+_kept = threading.local()
+
+
+def node_nft() -> Nft:
+    """Return a socket that stays open, for the namespace of the node.
+
+    To close one that has deleted something takes the kernel some 12 ms. It
+    keeps its namespace, so it is not for that of a pod.
+
+    :raises KernelRefused: if it cannot be opened
+    """
+    place = os.getpid(), os.stat('/proc/thread-self/ns/net').st_ino
+    if getattr(_kept, 'place', None) != place:
+        # Of the process that this one was forked from, it stays open there.
+        _kept.nft, _kept.place = Nft(), place
+    kept: Nft = _kept.nft
+    return kept
 
 
 class NftEvents:

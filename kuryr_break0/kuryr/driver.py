@@ -103,7 +103,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
             try:
                 Break0Manager(options).unbind(
                     owner, break0_vif.addresses(vif), sandbox,
-                    mac=str(vif.address))
+                    mac=str(vif.address), interface_goes=True)
             except Exception as err:  # must not hinder Kuryr
                 self._log(still_routed, err)
         try:

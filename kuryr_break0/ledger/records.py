@@ -39,6 +39,7 @@ _MAX_SIZE = 2 ** 16  # bytes; a record has a hundredth of it
 #: Claims on one address, and networks of one claim, that are kept.
 MAX_CLAIMS = 8
 MAX_SUBNETS = 16
+MAX_SIBLINGS = 8
 
 _network = functools.lru_cache(maxsize=128)(ipaddress.ip_network)
 
@@ -57,7 +58,9 @@ def to_json(claims: Sequence[Record]) -> str:
             'subnets': list(map(str, claim.subnets[:MAX_SUBNETS])),
             'netns': claim.netns, 'namespace': claim.namespace,
             'pod': claim.pod, 'configured': claim.configured,
-            'bound_at': claim.bound_at} for claim in claims[:MAX_CLAIMS]]})
+            'bound_at': claim.bound_at,
+            'siblings': claim.siblings[:MAX_SIBLINGS]}
+            for claim in claims[:MAX_CLAIMS]]})
 
 
 def from_json(text: str) -> tuple[Record, ...]:
@@ -103,20 +106,27 @@ def _claim(address: IPAddress, fields: dict[str, Any]) -> Record:
             _number(device), _number(inode),
             _number(cookie[0]) if cookie and cookie[0] is not None else None)
     mac = fields['mac']
-    if mac is not None and not MAC.fullmatch(mac):
-        raise ValueError('its mac is %r' % mac)
+    if mac is not None:
+        _mac(mac)
     if isinstance(fields['subnets'], str):
         raise ValueError('its subnets are a text')
     return Record(
         address, owner, _text(fields['parent']), mac,
         tuple(map(_network, map(_text, fields['subnets'][:MAX_SUBNETS]))),
         _optional(fields['netns']), namespace, _optional(fields['pod']),
-        _optional(fields['configured']), float(fields['bound_at']))
+        _optional(fields['configured']), float(fields['bound_at']),
+        tuple(map(_mac, fields.get('siblings', ()))))
 
 
 def _number(value: Any) -> int:
     if not isinstance(value, int) or not 0 <= value < 2 ** 64:
         raise ValueError('%r is no number of the kernel' % (value,))
+    return value
+
+
+def _mac(value: Any) -> str:
+    if not isinstance(value, str) or not MAC.fullmatch(value):
+        raise ValueError('%r is no MAC address' % (value,))
     return value
 
 

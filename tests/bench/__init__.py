@@ -102,7 +102,8 @@ class Node:
                                                  parent=lab.PARENT)
 
     def unbind(self) -> None:
-        manager.Break0Manager(self.options).unbind(OWNER, [POD])
+        manager.Break0Manager(self.options).unbind(OWNER, [POD],
+                                                   interface_goes=True)
 
     def housekeep(self) -> None:
         manager.Break0Manager(self.options).housekeep()

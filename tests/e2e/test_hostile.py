@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What the real daemon does with a hostile KuryrPort, and at each DEL."""
+
+from __future__ import annotations
+
+import subprocess
+
+from tests.e2e.test_daemon import DaemonTestCase
+from tests import kuryr
+from tests import lab
+
+POD = '100.75.30.71'
+
+
+class TestNameOfTheVIF(DaemonTestCase):
+
+    binding = 'kuryr'
+
+    def test_interfaces_of_the_node_stay(self) -> None:
+        self.node.start_daemon('pod_binding = ' + self.binding)
+        first = self.node.add_pod('first', POD)
+        self.add(first)
+        run = self.node.lab.run
+        run('ip', 'link', 'add', 'veth7', 'type', 'veth', 'peer', 'name',
+            'peer7')
+        for number, name in enumerate(('break0', lab.PARENT, 'veth7', 'lo')):
+            with self.subTest(name=name):
+                before = self.node.lab.link(name)
+                vif = kuryr.macvlan_vif('100.75.30.%d' % (80 + number))
+                vif.vif_name = name
+                pod = self.node.add_pod('pod-%d' % number, vif=vif)
+                answer = self.node.request(pod, 'ADD')
+                self.assertNotEqual(202, answer.status)
+                self.assertIn('correct vif_name', answer.body)
+                self.assertEqual(before, self.node.lab.link(name))
+        self.assertTrue(self.node.lab.ping(POD))
+
+
+class TestNameOfTheVIFDirectly(TestNameOfTheVIF):
+
+    binding = 'direct'
+
+
+class TestDeletion(DaemonTestCase):
+
+    def test_no_frame_leaks_at_a_del(self) -> None:
+        # Without a guard, so that it is the order that counts.
+        self.node.start_daemon('guard = off')
+        pods = [self.node.add_pod('pod-%d' % number,
+                                  '100.75.30.%d' % number)
+                for number in range(100, 106)]
+        for pod in pods:
+            self.add(pod)
+        mac = (self.node.lab.link('break0') or {})['address']
+        pings = [subprocess.Popen(
+            ['ping', '-n', '-q', '-i', '0.01',
+             '100.75.30.%d' % number], stdout=subprocess.DEVNULL)
+            for number in range(100, 106)]
+        try:
+            with self.node.lab.capture() as frames:
+                for pod in pods:
+                    self.delete(pod)
+        finally:
+            for ping in pings:
+                ping.kill()
+                ping.wait()
+        self.assertEqual([], [frame for frame in frames
+                              if frame.src == mac])
