@@ -121,10 +121,16 @@ class Break0Manager:
         addresses, mac = _sane(owner, list(addresses), parent, mac, netns,
                                pod)
         if netns is not None:
-            namespace = kernel.identify(netns)
-            if namespace is None:
-                raise exceptions.NetnsUnusable(
-                    netns=netns, reason='is gone, or is another kind of file')
+            try:
+                namespace = kernel.identify_or_fail(netns)
+            except OSError as err:
+                if err.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENXIO,
+                                 errno.EINVAL, errno.ELOOP):
+                    raise exceptions.NetnsUnusable(
+                        netns=netns, reason='is gone, or is another kind of '
+                        'file') from err
+                LOG.warning('Cannot identify the namespace %s, so its end '
+                            'will not be noticed: %s', netns, err)
         bound_at = files.now()
         # What can be is done before others have to wait.
         records = [Record(address, owner, parent, mac,
@@ -195,7 +201,7 @@ class Break0Manager:
 
     def _require_parent(self, parent: str) -> None:
         configured = self._options.parent
-        if kernel.index_of(configured or parent) is None:
+        if not kernel.exists(configured or parent):
             raise exceptions.ParentNotFound(parent=configured or parent)
         if configured not in (None, parent):
             raise exceptions.ParentMismatch(configured=configured,

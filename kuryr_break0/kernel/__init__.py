@@ -23,6 +23,7 @@ from kuryr_break0.kernel.macvlans import macvlans
 from kuryr_break0.kernel.macvlans import macvlans_in
 from kuryr_break0.kernel.namespaces import entered
 from kuryr_break0.kernel.namespaces import identify
+from kuryr_break0.kernel.namespaces import identify_or_fail
 from kuryr_break0.kernel.namespaces import State
 from kuryr_break0.kernel.namespaces import state
 from kuryr_break0.kernel.nft import Nft
@@ -30,6 +31,7 @@ from kuryr_break0.kernel.nft import NftEvents
 from kuryr_break0.kernel.nft import node_nft
 from kuryr_break0.kernel.nft import Pair
 from kuryr_break0.kernel.node import count_host_routes
+from kuryr_break0.kernel.node import exists
 from kuryr_break0.kernel.node import index_of
 from kuryr_break0.kernel.node import name_of
 from kuryr_break0.kernel.node import read_sysctl
@@ -52,7 +54,8 @@ __all__ = (
     'Netlink', 'Nft', 'NftEvents', 'Pair', 'Path',
     'RTN_UNICAST', 'RT_SCOPE_LINK', 'RT_SCOPE_NOWHERE',
     'RT_TABLE_MAIN', 'Route', 'Routes', 'State', 'Verb', 'count_host_routes',
-    'create_macvlan', 'entered', 'forget_connections', 'identify',
-    'index_of', 'ipdb_of_interfaces', 'macvlans', 'macvlans_in', 'name_of',
-    'node_nft', 'prepare', 'read_sysctl', 'source_for', 'state', 'undisturbed',
+    'create_macvlan', 'entered', 'exists', 'forget_connections', 'identify',
+    'identify_or_fail', 'index_of', 'ipdb_of_interfaces', 'macvlans',
+    'macvlans_in', 'name_of', 'node_nft', 'prepare', 'read_sysctl',
+    'source_for', 'state', 'undisturbed',
     'write_sysctl')

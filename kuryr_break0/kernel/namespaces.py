@@ -51,10 +51,19 @@ def identify(path: Optional[str]) -> Optional[NamespaceId]:
     if path is None:
         return None
     try:
-        with _opened(path) as fd:
-            return _identify(fd)
+        return identify_or_fail(path)
     except OSError:
         return None
+
+
+def identify_or_fail(path: str) -> NamespaceId:
+    """Return what the namespace at a path is.
+
+    :raises OSError: ENOENT if nothing is there, ENXIO if it is no namespace,
+        EINVAL if it is no path; any other is of this process, as EMFILE
+    """
+    with _opened(path) as fd:
+        return _identify(fd)
 
 
 def _identify(fd: int) -> NamespaceId:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import os
 import socket
 from typing import Collection, Iterator, Optional
 
@@ -26,6 +27,17 @@ def index_of(device: str) -> Optional[int]:
         return socket.if_nametoindex(device)
     except OSError:
         return None
+
+
+def exists(device: str) -> bool:
+    """Return whether there is an interface of a name.
+
+    Unlike :func:`index_of` it needs no descriptor, so it does not take an
+    interface for missing when a process has none left.
+    """
+    return index_of(device) is not None or (
+        device not in ('', '.', '..', 'all', 'default') and '/' not in device
+        and os.path.isdir('/proc/sys/net/ipv4/conf/' + device))
 
 
 def name_of(ifindex: Optional[int]) -> str:

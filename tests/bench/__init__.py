@@ -101,9 +101,10 @@ class Node:
         manager.Break0Manager(self.options).bind(OWNER, [POD],
                                                  parent=lab.PARENT)
 
-    def unbind(self) -> None:
-        manager.Break0Manager(self.options).unbind(OWNER, [POD],
-                                                   interface_goes=True)
+    def unbind(self, interface_goes: bool = True) -> None:
+        """Unbind, as at a DEL, which takes the interface away."""
+        manager.Break0Manager(self.options).unbind(
+            OWNER, [POD], interface_goes=interface_goes)
 
     def housekeep(self) -> None:
         manager.Break0Manager(self.options).housekeep()

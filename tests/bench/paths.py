@@ -52,7 +52,7 @@ def paths(node: Node, repeat: int) -> Section:
         BREAK0: (str(POD), lab.NODE, lambda: bind('auto')),
         UNGUARDED: (str(POD), lab.NODE, lambda: bind('off')),
         VETH: (VETH_POD, VETH_NODE, lambda: None),
-        HAIRPIN: (str(POD), lab.NODE, node.unbind)}
+        HAIRPIN: (str(POD), lab.NODE, lambda: node.unbind(False))}
     results: dict[str, dict[str, list[float]]] = {
         name: {'to': [], 'from': [], 'round_trip': []} for name in ways}
     for number in range(min(repeat, 5)):

@@ -370,6 +370,9 @@ class TestErrorsStayWhereTheyArise(DoubtTestCase):
             'socket': mock.patch.object(
                 kernel.Netlink, '__init__',
                 side_effect=OSError(errno.EMFILE, 'Too many open files')),
+            'descriptors': mock.patch.object(
+                kernel, 'identify_or_fail',
+                side_effect=OSError(errno.EMFILE, 'Too many open files')),
             'lock': mock.patch.object(
                 lock.Lock, 'held', side_effect=exceptions.LockTimeout(
                     path='lock', timeout=1)),

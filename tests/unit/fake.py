@@ -76,8 +76,16 @@ class FakeKernel:
         return next((link.name for link in self.links.values()
                      if link.index == ifindex), 'if%s' % ifindex)
 
+    def exists(self, name: str) -> bool:
+        return name in self.links
+
     def identify(self, path: Optional[str]) -> Optional[NamespaceId]:
         return self.namespaces.get(path or '')
+
+    def identify_or_fail(self, path: str) -> NamespaceId:
+        if path not in self.namespaces:
+            raise FileNotFoundError(errno.ENOENT, 'not there', path)
+        return self.namespaces[path]
 
     def state(self, path: Optional[str],
               known: Optional[NamespaceId]) -> kernel.State:
@@ -212,9 +220,10 @@ class FakeKernelTestCase(unittest.TestCase):
     def setUp(self) -> None:
         super().setUp()
         self.fake = FakeKernel()
-        for name in ('create_macvlan', 'index_of', 'name_of', 'identify',
-                     'state', 'macvlans', 'source_for', 'read_sysctl',
-                     'write_sysctl', 'forget_connections', 'entered'):
+        for name in ('create_macvlan', 'exists', 'identify',
+                     'identify_or_fail', 'index_of', 'name_of', 'state',
+                     'macvlans', 'source_for', 'read_sysctl', 'write_sysctl',
+                     'forget_connections', 'entered'):
             self._patch(kernel, name, getattr(self.fake, name))
         self._patch(kernel, 'Netlink', self.fake.socket)
         self._patch(namespaces, 'state', self.fake.state)
