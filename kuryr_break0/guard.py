@@ -15,15 +15,18 @@ import hashlib
 import re
 import shutil
 import subprocess
-from typing import Iterable, Optional
+from typing import Collection, Iterable, Iterator, Optional, Sized
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import Pair
 from kuryr_break0.ledger import Ledger
+from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Item
 from kuryr_break0.model import NamespaceId
+from kuryr_break0.model import Neighbour
 from kuryr_break0.model import Record
 
 #: Begins the names of our tables, on the node and in pods.
@@ -99,6 +102,30 @@ def pairs(records: Iterable[Record]) -> list[Pair]:
                         if record.mac is not None else {None})]
 
 
+def unclaimed_pairs(routes: Iterable[HostRoute],
+                    neighbours: Collection[Neighbour], protocol: int,
+                    claimed: Collection[IPAddress]) -> set[Pair]:
+    """Return what may come from addresses of ours that no record claims.
+
+    A pod whose record is lost keeps its route, so it is not cut off here
+    either.
+
+    :param routes: those on break0
+    :param neighbours: those on break0
+    """
+    macs = {each.dst: each.mac for each in neighbours}
+    items: list[Item] = [*routes, *neighbours]
+    return {pair(item.dst, macs.get(item.dst)) for item in items
+            if item.protocol == protocol and item.dst not in claimed}
+
+
+def said(missing: Sized, extra: Sized) -> Iterator[str]:
+    """Say that the guard knows other pods than it should, if it does."""
+    if missing or extra:
+        yield ('its guard lets %d pods too few pass, and %d too many'
+               % (len(missing), len(extra)))
+
+
 class Guard:
     """The guard of one break0.
 
@@ -119,27 +146,21 @@ class Guard:
 
     @property
     def is_possible(self) -> bool:
-        """Whether it must be there: it is wanted, and nft is."""
+        """Whether it must be there: it is wanted, and was or can be loaded."""
         return self.is_wanted and (self._options.guard == config.ON
-                                   or _nft() is not None)
+                                   or self.is_loaded() or _nft() is not None)
 
-    def problem(self, link: kernel.Link,
-                wanted: Iterable[Pair]) -> Optional[str]:
-        """Return what is wrong with it; None if nothing is.
+    def problem(self, link: kernel.Link) -> Optional[str]:
+        """Return what is wrong with its table; None if nothing is.
 
         :param link: break0
-        :param wanted: what may come from its pods
         :raises KernelRefused: if it cannot be read
         """
-        if not self.is_possible:
+        if not self.is_wanted:
             return ('its guard is switched off, but still there'
-                    if not self.is_wanted and self.is_loaded() else None)
-        if not self.is_intact(link):
+                    if self.is_loaded() else None)
+        if self.is_possible and not self.is_intact(link):
             return 'its guard is missing or was changed'
-        missing, extra = self.difference(wanted)
-        if missing or extra:
-            return ('its guard lets %d pods too few pass, and %d too many'
-                    % (len(missing), len(extra)))
         return None
 
     def is_loaded(self) -> bool:
@@ -157,14 +178,18 @@ class Guard:
             return False
         return kernel.node_nft().rules(self.table) == known[1:]
 
-    def difference(self, wanted: Iterable[Pair]
+    def difference(self, wanted: Iterable[Pair], unclaimed: Iterable[Pair]
                    ) -> tuple[set[Pair], set[Pair]]:
         """Return which elements are missing, and which are too many.
 
+        :param unclaimed: of addresses of which it is not known whose they
+            are, so that nothing about them is right or wrong
         :raises KernelRefused: if they cannot be listed
         """
-        present = kernel.node_nft().elements(self.table)
-        return set(wanted) - present, present - set(wanted)
+        present, wanted = kernel.node_nft().elements(self.table), set(wanted)
+        doubtful = {each.address for each in unclaimed}
+        return wanted - present, {each for each in present - wanted
+                                  if each.address not in doubtful}
 
     def ensure(self, link: kernel.Link, admitted: Iterable[Pair]) -> bool:
         """Make sure of the table; whether that was to be done.
@@ -232,13 +257,17 @@ class Guard:
         return kernel.node_nft().delete_table(self.table)
 
     def change(self, admitted: Iterable[Pair],
-               expelled: Iterable[Pair] = ()) -> None:
+               expelled: Iterable[Pair] = ()) -> bool:
         """Let pods pass, and others no more, if the table is there.
 
+        :returns: whether it is there
         :raises KernelRefused: if the kernel refuses it
         """
-        if not (self.is_wanted and self.is_loaded()):
-            return
         nft = kernel.node_nft()
+        # The kernel is asked where the state directory says nothing.
+        if not self.is_wanted or not (self.is_loaded()
+                                      or nft.rules(self.table)):
+            return False
         nft.delete(self.table, expelled)
         nft.add(self.table, admitted)
+        return True

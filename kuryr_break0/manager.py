@@ -272,8 +272,8 @@ class Break0Manager:
                   for claim in self._records.claims(record.address)[1:]]
         admitted = pairs(records)
         try:
-            guarding.change(admitted, set(pairs(before)) - set(admitted))
-            missing = not guarding.is_loaded()
+            missing = not guarding.change(
+                admitted, set(pairs(before)) - set(admitted))
             reason = 'it is not loaded'
         except exceptions.KernelRefused as err:
             missing, reason = True, str(err)

@@ -26,6 +26,8 @@ from kuryr_break0.failures import Failures
 from kuryr_break0.guard import Guard
 from kuryr_break0.guard import pair
 from kuryr_break0.guard import pairs
+from kuryr_break0.guard import said
+from kuryr_break0.guard import unclaimed_pairs
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
 from kuryr_break0.ledger import files
@@ -134,10 +136,11 @@ class Reconciler:
                 # A repair, unless it is made for the first pod.
                 if not claim or ledger.records.count() > 1:
                     self._journal.add(Done.DEVICE)
-        self._ensure_guard(ensured.link, parent)
+        self._ensure_guard(netlink, ensured.link, parent)
         return ensured
 
-    def _ensure_guard(self, link: kernel.Link, parent: str) -> None:
+    def _ensure_guard(self, netlink: kernel.Netlink, link: kernel.Link,
+                      parent: str) -> None:
         """Make sure of the guard of a break0.
 
         :raises GuardUnavailable: if it cannot be had and [break0] guard is
@@ -150,34 +153,48 @@ class Reconciler:
             if guarding.is_wanted and guarding.is_intact(link):
                 return
             claims, _ = self._ledger.records.read()
-            guarding.ensure(link, pairs(
-                each[0] for each in claims.values()
-                if each[0].parent == parent))
+            guarding.ensure(link, {
+                *pairs(each[0] for each in claims.values()
+                       if each[0].parent == parent),
+                *self._unclaimed_pairs(netlink, link, claims)})
             self._ledger.cache.put('unguarded', [])
         except (exceptions.GuardUnavailable, exceptions.KernelRefused,
-                OSError) as err:
+                exceptions.LedgerUnavailable, OSError) as err:
             if self._options.guard == config.ON:
                 raise
             if self._ledger.cache.get('unguarded') != [str(err)]:
                 self._ledger.cache.put('unguarded', [str(err)])
                 LOG.warning('%s', err)
 
-    def repair_guard(self, parent: Parent,
-                     refused: Collection[IPAddress]) -> None:
+    def _unclaimed_pairs(self, netlink: kernel.Netlink, link: kernel.Link,
+                         claimed: Collection[IPAddress]) -> set[kernel.Pair]:
+        options = self._options
+        return unclaimed_pairs(
+            netlink.host_routes_of(link.index, options.route_table),
+            netlink.neighbours(link.index), options.route_protocol, claimed)
+
+    def repair_guard(self, netlink: kernel.Netlink, parent: Parent,
+                     seen: Snapshot) -> bool:
         """Let the guard know just the pods of a parent.
 
-        :param refused: addresses that cannot be those of pods
-
+        :returns: whether it knew others
         :raises KernelRefused: if the kernel refuses it
         """
         guarding = Guard(self._options, self._ledger, parent.device)
-        if parent.guard is None or not guarding.is_loaded():
-            return
-        missing, extra = guarding.difference(pairs(
-            record for record in map(self._ledger.records.get, parent.live)
-            if record is not None and record.parent == parent.name
-            and record.address not in refused))
+        if (parent.link is None or not guarding.is_loaded()
+                or not (parent.barred or parent.admitted)):
+            return False
+        claims = {address: self._ledger.records.get(address)
+                  for address in (*seen.contents.claims, *parent.barred,
+                                  *parent.admitted)}
+        missing, extra = guarding.difference(
+            pairs(record for address, record in claims.items()
+                  if record is not None and record.parent == parent.name
+                  and address not in seen.refused),
+            self._unclaimed_pairs(netlink, parent.link, {
+                address for address, record in claims.items() if record}))
         guarding.change(missing, extra)
+        return bool(missing or extra)
 
     def sync(self, dry_run: bool = False, claim: bool = False,
              prune: bool = False) -> Outcome:
@@ -344,15 +361,23 @@ class _Sync:
             if parent.other is not None and claim:
                 texts.append('it belonged to the ledger %s in %s'
                              % parent.other)
+            known_wrongly = [*said(parent.barred, parent.admitted)]
             found += [(parent.device, text) for text in texts]
-            if self._dry_run or not texts:
+            if self._dry_run:
+                found += [(parent.device, text) for text in known_wrongly]
+            if self._dry_run or not (texts or known_wrongly):
                 continue
             with self._failure.noted(), self._ledger.lock():
                 # None, if all of them have been unbound meanwhile.
                 if parent.other or any(map(self._records.get, parent.live)):
-                    self._reconciler.ensure_device(self._netlink,
-                                                   parent.name, claim)
-                    self._reconciler.repair_guard(parent, seen.refused)
+                    if texts:
+                        self._reconciler.ensure_device(self._netlink,
+                                                       parent.name, claim)
+                    # Not where pods have come and gone since it was read.
+                    if self._reconciler.repair_guard(self._netlink, parent,
+                                                     seen):
+                        found += [(parent.device, text)
+                                  for text in known_wrongly]
         return found
 
     def _rebuild(self, seen: Snapshot) -> list[Record]:

@@ -8,6 +8,7 @@ The reconciler, status, metrics and doctor all use this, so that they agree.
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 from typing import Any, Collection, Iterable, Iterator, Mapping, Optional
 
 from kuryr_break0 import config
@@ -16,6 +17,8 @@ from kuryr_break0.device import Device
 from kuryr_break0 import exceptions
 from kuryr_break0.guard import Guard
 from kuryr_break0.guard import pairs
+from kuryr_break0.guard import said
+from kuryr_break0.guard import unclaimed_pairs
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Contents
 from kuryr_break0.ledger.identity import Alias
@@ -48,7 +51,9 @@ class Parent:
     :ivar conflict: why it cannot be used, or the parent is not there
     :ivar other: the ledger that its break0 belongs to, if not this one
     :ivar differences: what its break0 is, and should not be
-    :ivar guard: what is wrong with its guard; None if nothing is
+    :ivar guard: what is wrong with the table of its guard, if anything
+    :ivar barred: addresses that its guard does not let pass, and should
+    :ivar admitted: addresses that its guard lets pass, and should not
     :ivar live: the records of its pods, the newest claim on each address
     :ivar desired: what these addresses must have
     :ivar plan: the difference to what they have
@@ -67,6 +72,8 @@ class Parent:
     other: Optional[Alias]
     differences: tuple[str, ...]
     guard: Optional[str]
+    barred: frozenset[IPAddress]
+    admitted: frozenset[IPAddress]
     live: dict[IPAddress, Record]
     desired: dict[IPAddress, Wanted]
     plan: plan.Plan
@@ -94,7 +101,8 @@ class Parent:
             elif not self.live:
                 return
             for text in (*self.differences, *(
-                    [self.guard] if self.guard else [])):
+                    [self.guard] if self.guard else []),
+                    *said(self.barred, self.admitted)):
                 yield '%s: %s' % (self.device, text)
             if (any(address.version == 6 for address in self.live)
                     and kernel.read_sysctl('ipv6/conf/%s/disable_ipv6'
@@ -395,32 +403,46 @@ class _Reading:
         desired = {} if conflict is not None and parent is not None else (
             self._desired(device_name, index, live))
         neighbours = view.neighbours(index) if usable is not None else []
+        routes = {route.dst: route for route in view.routes.host
+                  if route.oif == index and usable is not None}
+        guard, barred, admitted = self._guard(usable, live, routes.values(),
+                                              neighbours)
         return Parent(
             name, device_name, parent, link, usable, conflict,
             device.owned_by_other(usable, identity) if usable else None,
             tuple(each.text for each in made.differences(
                 usable, parent, view.addresses_of(index)))
             if usable is not None and parent is not None else (),
-            self._guard(usable, live), live, desired,
+            guard, barred, admitted, live, desired,
             plan.compute(
                 desired, view.routes.host, neighbours, device=index,
                 protocol=options.route_protocol, takeover=options.takeover,
                 withdrawn=self._withdrawn(neighbours),
                 elsewhere={*self._contents.claims,
                            *self._contents.unreadable}),
-            {route.dst: route for route in view.routes.host
-             if route.oif == index and usable is not None},
-            {each.dst: each for each in neighbours},
+            routes, {each.dst: each for each in neighbours},
             view.addresses_of(index) if usable is not None else (),
             self._node_addresses(parent, usable, desired))
 
     def _guard(self, link: Optional[kernel.Link],
-               live: Mapping[IPAddress, Record]) -> Optional[str]:
+               live: Mapping[IPAddress, Record], routes: Iterable[HostRoute],
+               neighbours: Collection[Neighbour]
+               ) -> tuple[Optional[str], frozenset[IPAddress],
+                          frozenset[IPAddress]]:
+        """Return what is wrong, who is barred, and who is admitted."""
+        nobody: frozenset[IPAddress] = frozenset()
         if link is None or not live:
-            return None
-        return Guard(self._options, self._ledger, link.name).problem(
-            link, pairs(record for address, record in live.items()
-                        if address not in self._refused))
+            return None, nobody, nobody
+        guard = Guard(self._options, self._ledger, link.name)
+        problem = guard.problem(link)
+        if problem is not None or not guard.is_possible:
+            return problem, nobody, nobody
+        missing, extra = guard.difference(
+            pairs(record for address, record in live.items()
+                  if address not in self._refused),
+            unclaimed_pairs(routes, neighbours, self._options.route_protocol,
+                            self._contents.claims))
+        return None, _addresses(missing), _addresses(extra)
 
     def _desired(self, device_name: str, index: int,
                  live: Mapping[IPAddress, Record]
@@ -479,6 +501,10 @@ def by_interface(records: Iterable[Record]) -> list[list[Record]]:
         found.setdefault((record.namespace or record.owner.container_id,
                           record.owner.ifname), []).append(record)
     return list(found.values())
+
+
+def _addresses(pairs: Iterable[kernel.Pair]) -> frozenset[IPAddress]:
+    return frozenset(ipaddress.ip_address(each.address) for each in pairs)
 
 
 def items_of(parent: Parent) -> list[Item]:

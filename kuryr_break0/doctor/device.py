@@ -12,6 +12,7 @@ from kuryr_break0.doctor import findings
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.node import ParentView
 from kuryr_break0.guard import Guard
+from kuryr_break0.guard import said
 from kuryr_break0 import kernel
 
 _ARP_FILTER = 'ipv4/conf/%s/arp_filter'
@@ -137,9 +138,14 @@ def _check_border(view: ParentView, link: kernel.Link,
         yield findings.BREAK0_OPEN.found(
             '%s has settings by which a pod can do more than speak to its '
             'node: %s' % (link.name, ', '.join(names)))
-    if view.seen.guard is not None:
-        yield findings.GUARD_MISSING.found('%s: %s' % (link.name,
-                                                       view.seen.guard))
+    # Whoever is not to pass any more is reported for what is against it.
+    known = {*view.node.seen.refused,
+             *(record.address for record in view.node.gone)}
+    texts = [view.seen.guard] if view.seen.guard is not None else [*said(
+        view.settled(view.seen.barred),
+        view.settled(view.seen.admitted - known))]
+    if texts:
+        yield findings.GUARD_MISSING.found('%s: %s' % (link.name, *texts))
     elif view.options.guard == config.AUTO and not Guard(
             view.options, view.node.ledger, link.name).is_possible:
         yield findings.GUARD_UNAVAILABLE.found(

@@ -30,8 +30,8 @@ class Event:
     """A change of the node's network.
 
     :ivar what: ``link``, ``address``, ``route``, ``neighbour``; or ``lost``,
-        when there were more than the socket could hold, so that anything
-        may have changed
+        when there were more than the socket could hold, or one cannot be
+        read, so that anything may have changed
     :ivar gone: whether it is something that is there no more
     :ivar ifindex: of a link, or of that of the others
     :ivar link: of a link, what it is now
@@ -72,20 +72,19 @@ class Events:
         for _ in range(_AT_ONCE):
             try:
                 data = self._socket.recv(2 ** 16)
+                events += [_event(data, header)
+                           for header in wire.headers(data)
+                           if header.kind in _KINDS]
             except BlockingIOError:
                 break
-            except OSError:  # ENOBUFS
+            except OSError:  # ENOBUFS, EBADMSG
                 events.append(Event('lost'))
-                continue
-            for header in wire.headers(data):
-                if header.kind in _KINDS:
-                    events.append(_event(data, header))
         return events
 
 
 def _event(data: bytes, header: wire.Header) -> Event:
     what, gone = _KINDS[header.kind]
-    found = wire.PARSERS[header.kind](data, header.start, header.end)
+    found = wire.parse(data, header)
     if isinstance(found, wire.Link):
         return Event(what, gone, found.index, found)
     if isinstance(found, wire.Route):

@@ -476,10 +476,10 @@ class Netlink:
                     if interrupted:
                         raise _Interrupted
                     return
-                parse = wire.PARSERS.get(header.kind)
-                if parse is not None and not (
-                        skip and skip(data, header.start)):
-                    yield parse(data, header.start, header.end)
+                if skip is None or not skip(data, header.start):
+                    found = wire.parse(data, header)
+                    if found is not None:
+                        yield found
 
     def _send(self, messages: Sequence[Message]) -> dict[int, _Refused]:
         """Send all at once; the errors, by the place of the message.

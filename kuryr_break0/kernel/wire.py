@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import errno
 import ipaddress
 import socket
 import struct
-from typing import Iterator, NamedTuple, Optional
+from typing import Any, Iterator, NamedTuple, Optional
 
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
@@ -411,7 +412,7 @@ def parse_route(data: bytes, start: int, end: int) -> Route:
 
 def route_protocol(data: bytes, start: int) -> int:
     """Read the protocol number of a route, and nothing else of it."""
-    return data[start + 5]  # rtm_protocol
+    return data[start + 5] if start + 5 < len(data) else 0  # rtm_protocol
 
 
 def parse_address(data: bytes, start: int, end: int) -> InterfaceAddress:
@@ -437,12 +438,25 @@ def parse_nsid(data: bytes, start: int, end: int) -> int:
     return int(_S32.unpack(found)[0]) if found else -1
 
 
-#: How to read the messages of each kind.
-PARSERS = {RTM_NEWLINK: parse_link, RTM_DELLINK: parse_link,
-           RTM_NEWADDR: parse_address, RTM_DELADDR: parse_address,
-           RTM_NEWROUTE: parse_route, RTM_DELROUTE: parse_route,
-           RTM_NEWNEIGH: parse_neighbour, RTM_DELNEIGH: parse_neighbour,
-           RTM_NEWNSID: parse_nsid}
+_PARSERS = {RTM_NEWLINK: parse_link, RTM_DELLINK: parse_link,
+            RTM_NEWADDR: parse_address, RTM_DELADDR: parse_address,
+            RTM_NEWROUTE: parse_route, RTM_DELROUTE: parse_route,
+            RTM_NEWNEIGH: parse_neighbour, RTM_DELNEIGH: parse_neighbour,
+            RTM_NEWNSID: parse_nsid}
+
+
+def parse(data: bytes, header: Header) -> Any:
+    """Read a message of one of the kinds above; None if it is of another.
+
+    :raises OSError: EBADMSG, if it is not of the format that the kernel
+        promises
+    """
+    parser = _PARSERS.get(header.kind)
+    try:
+        return parser and parser(data, header.start, header.end)
+    except (struct.error, ValueError, LookupError, RecursionError) as err:
+        raise OSError(errno.EBADMSG, 'a message of kind %d cannot be read: '
+                      '%r' % (header.kind, err)) from err
 
 
 def family_of(address: IPAddress) -> int:

@@ -15,6 +15,7 @@ import secrets
 from typing import Any, NamedTuple, Optional
 
 from kuryr_break0.ledger import files
+from kuryr_break0.model import MAC
 
 _VERSION = 1
 _MAX_SIZE = 2 ** 16
@@ -89,7 +90,8 @@ class Identity:
                     and isinstance(found.boot, str)
                     and all(isinstance(text, str) for names in (
                         found.devices, found.macs, found.claimed)
-                        for pair in names.items() for text in pair)):
+                        for pair in names.items() for text in pair)
+                    and all(map(MAC.fullmatch, found.macs.values()))):
                 raise ValueError('it has a value of the wrong shape')
         except (AttributeError, KeyError, TypeError, RecursionError) as err:
             raise ValueError('it is no identity (%r)' % err)

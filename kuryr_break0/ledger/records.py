@@ -114,7 +114,7 @@ def _claim(address: IPAddress, fields: dict[str, Any]) -> Record:
         address, owner, _text(fields['parent']), mac,
         tuple(map(_network, map(_text, fields['subnets'][:MAX_SUBNETS]))),
         _optional(fields['netns']), namespace, _optional(fields['pod']),
-        _optional(fields['configured']), float(fields['bound_at']),
+        _optional(fields['configured']), _seconds(fields['bound_at']),
         tuple(map(_mac, fields.get('siblings', ()))))
 
 
@@ -122,6 +122,12 @@ def _number(value: Any) -> int:
     if not isinstance(value, int) or not 0 <= value < 2 ** 64:
         raise ValueError('%r is no number of the kernel' % (value,))
     return value
+
+
+def _seconds(value: Any) -> float:
+    if not isinstance(value, (int, float)) or not 0 <= value < 2 ** 63:
+        raise ValueError('%r is no time since the boot' % (value,))
+    return float(value)
 
 
 def _mac(value: Any) -> str:

@@ -19,6 +19,7 @@ from kuryr_break0 import exceptions
 from kuryr_break0 import guard
 from kuryr_break0 import kernel
 from kuryr_break0.model import Owner
+from kuryr_break0 import reconciler
 from tests.functional import base
 from tests.functional.base import OTHER_OWNER
 from tests.functional.base import OTHER_POD
@@ -344,6 +345,32 @@ class TestTable(BorderTestCase):
                 self.assertFalse(self.received(udp(lab.LAN, lab.NODE)))
                 self.assert_reachable()
                 self.assertFalse(self.manager().sync())
+
+    def test_a_pod_whose_record_is_lost_is_not_cut_off(self) -> None:
+        os.unlink(base.options().state_dir + '/addresses/%s.json' % POD)
+        self.assertTrue(self.lab.ping(POD))
+        with mock.patch.object(kernel, 'macvlans', return_value=[]):
+            self.manager().sync()
+            self.assertTrue(self.lab.ping(POD))
+            self.lab.run('nft', 'flush', 'ruleset')
+            self.manager().sync()
+            self.assertTrue(self.lab.ping(POD))
+            reconciler.Reconciler(
+                base.options(), self.manager()._ledger,
+                self.manager()._journal).sync(prune=True)
+            self.manager().sync()
+        self.assertNotIn((MAC, POD), self.pairs())
+
+    def test_a_state_dir_that_is_lost_cuts_no_pod_off(self) -> None:
+        os.rename(base.options().state_dir, '/run/lost')
+        with open(base.options().state_dir, 'w'):
+            pass
+        self.bind('100.75.30.73', owner=Owner('third', 'eth0'),
+                  netns=self.lab.add_pod('third', '100.75.30.73',
+                                         mac='fa:16:3e:00:00:03'),
+                  mac_of_pod='fa:16:3e:00:00:03')
+        self.assertTrue(self.lab.ping('100.75.30.73'))
+        self.assertTrue(self.lab.ping(POD))
 
     def test_rules_of_others_stay(self) -> None:
         self.lab.run('nft', 'add table inet mine; add chain inet mine a; '

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import threading
 import time
 from typing import Any
 from unittest import mock
@@ -12,6 +13,7 @@ from unittest import mock
 from kuryr_break0 import device
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
+from kuryr_break0.kernel import nft
 from kuryr_break0 import ledger
 from kuryr_break0.ledger import records
 from tests.functional import base
@@ -204,22 +206,30 @@ class TestRoutes(base.LabTestCase):
                         start += length + 3 & ~3
                     return super().send(data, *args)
 
-            with mock.patch.object(socket, 'socket', CountingSocket):
-                # Neighbour and route; in the pod, whether the node is on
-                # its link, and the node as neighbour
+            with mock.patch.object(socket, 'socket', CountingSocket), \
+                    mock.patch.object(nft, '_kept', threading.local()):
+                # Its pair in the guard; neighbour and route; in the pod,
+                # whether the node is on its link, the node as neighbour,
+                # its table, and its other interfaces
                 self.bind(netns=netns, mac_of_pod=MAC)
-                # Whose neighbour it is; route and neighbour; in the pod,
-                # which addresses it has, what is ours there, and the same
+                # Its pair; whose neighbour it is; route and neighbour; in
+                # the pod, which addresses it has, its table, what is ours
+                # there, and the same
                 self.unbind()
             return sent
 
         self.bind(OTHER_POD)
         messages()  # what is cached from now on
         few = messages()
-        # The last of each request is acknowledged.
-        self.assertEqual(['28 0x501', '24 0x605', '26 0x5', '28 0x505',
-                          '30 0x5', '25 0x1', '29 0x5', '22 0x301',
-                          '26 0x301', '26 0x301', '30 0x301', '29 0x5'], few)
+        # The last of each request is acknowledged. A batch of nftables has a
+        # first and a last message.
+        self.assertEqual(
+            ['16 0x1', '2572 0x405', '17 0x1', '28 0x501', '24 0x605',
+             '26 0x5', '28 0x505', '2567 0x301', '16 0x1', '2560 0x601',
+             '2563 0x401', '2566 0xc05', '17 0x1', '22 0x301',
+             '16 0x1', '2574 0x5', '17 0x1', '30 0x5', '25 0x1', '29 0x5',
+             '22 0x301', '2567 0x301', '16 0x1', '2562 0x5', '17 0x1',
+             '26 0x301', '26 0x301', '30 0x301', '29 0x5'], few)
         batch = ''.join('route add %(to)s dev break0 proto 176\n'
                         'neigh add %(to)s dev break0 lladdr %(mac)s\n' %
                         {'to': '10.0.%d.%d' % divmod(number, 250), 'mac': MAC}

@@ -153,6 +153,7 @@ class TestCost(test_driver.DriverTestCase):
     def test_no_program_is_run(self) -> None:
         # pyroute2 looks for the C library by one.
         self.assertIn('execve(', self.trace('stock'))
+        self.bind('10.75.0.1', owner=base.OTHER_OWNER)  # nft loads the guard
         self.assertNotIn('execve(', self.trace('break0'))
 
     def test_what_is_read_does_not_grow_with_the_pods(self) -> None:

@@ -37,6 +37,7 @@ class TestLoad(unittest.TestCase):
                 static_neighbours=True, host_addresses=(), route_protocol=176,
                 route_table=254, allowed_cidrs=(),
                 takeover=False, resync_interval=60, strict=False,
+                guard='auto',
                 state_dir='/run/kuryr-break0',
                 netns_dirs=('/run/netns', '/var/run/netns'),
                 proc_dirs=('/proc', '/host_proc'),
@@ -62,6 +63,7 @@ allowed_cidrs = 10.0.0.0/8,fd00::/64
 takeover = true
 resync_interval = 5
 strict = true
+guard = on
 state_dir = /run/other
 netns_dirs = /run/docker/netns
 proc_dirs = /host/proc
@@ -81,6 +83,7 @@ metrics_bind = [::1]:80
                 allowed_cidrs=(ipaddress.ip_network('10.0.0.0/8'),
                                ipaddress.ip_network('fd00::/64')),
                 takeover=True, resync_interval=5, strict=True,
+                guard='on',
                 state_dir='/run/other', netns_dirs=('/run/docker/netns',),
                 proc_dirs=('/host/proc',),
                 sysctl_dir='/host/proc/sys', lock_timeout=5,

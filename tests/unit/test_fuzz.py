@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Whatever comes in is taken, or refused by an error of ours.
+
+``FUZZ_EXAMPLES=10000 tests/run tests.unit.test_fuzz`` tries more than usual.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import ipaddress
+import json
+import os
+import shlex
+import socket
+import struct
+from typing import Any
+import unittest
+from unittest import mock
+
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from kuryr_break0.agent import http
+from kuryr_break0.cli import main
+from kuryr_break0 import config
+from kuryr_break0 import exceptions
+from kuryr_break0.kernel import events
+from kuryr_break0.kernel import nft
+from kuryr_break0.kernel import wire
+from kuryr_break0.kuryr import vif as break0_vif
+from kuryr_break0.ledger import identity
+from kuryr_break0.ledger import records
+from kuryr_break0 import manager
+from kuryr_break0.model import MAC
+from kuryr_break0.model import NAME
+from kuryr_break0.model import Owner
+from kuryr_break0.model import Record
+from tests import kuryr
+from tests import lab
+
+EXAMPLES = int(os.environ.get('FUZZ_EXAMPLES', 200))
+fuzzed = settings(max_examples=EXAMPLES, deadline=None)
+
+POD = ipaddress.ip_address('10.0.0.1')
+addresses = st.ip_addresses()
+hostile = st.text() | st.sampled_from(
+    ['', '\n', 'a\nb', '\0', '\x1b[2J', 'x' * 5000, '/etc/passwd', '../..',
+     'fd00::51%x', 'fa:16:3e:00:00:01\n', '01:00:5e:00:00:01', '--help'])
+leaves = (st.none() | st.booleans() | st.integers() | st.floats() | hostile
+          | addresses.map(str))
+trees = st.recursive(leaves, lambda inner: st.lists(inner, max_size=4)
+                     | st.dictionaries(st.text(max_size=8), inner,
+                                       max_size=4), max_leaves=12)
+
+
+class TestEntrance(unittest.TestCase):
+    """What every way in is cut to by the manager."""
+
+    @fuzzed
+    @given(hostile, hostile, st.lists(addresses, max_size=80), hostile,
+           st.none() | hostile, st.none() | hostile, st.none() | hostile)
+    def test_nothing_hostile_goes_in(
+            self, container_id: str, ifname: str, given_addresses: list[Any],
+            parent: str, mac: Any, netns: Any, pod: Any) -> None:
+        owner = Owner(container_id, ifname)
+        try:
+            taken, mac = manager._sane(owner, given_addresses, parent, mac,
+                                       netns, pod)
+        except exceptions.InputRefused as err:
+            self.assertNotRegex(str(err), r'[\x00-\x1f\x7f]')
+            self.assertLess(len(str(err)), 1000)
+            return
+        self.assertEqual(len(set(taken)), len(taken))
+        for text in (container_id, ifname, parent, netns, pod):
+            if text is not None:
+                self.assertRegex(text, NAME)
+                self.assertNotRegex(text, r'[\x00-\x1f\x7f]')
+        if mac is not None:
+            self.assertEqual(0, int(mac[:2], 16) & 1)
+            self.assertTrue(MAC.fullmatch(mac))
+        # What went in can be read again.
+        if taken and taken[0] == given_addresses[0]:
+            record = Record(taken[0], owner, parent, mac, (), netns, None,
+                            pod, None, 1.0)
+            self.assertEqual((record,), records.from_json(
+                records.to_json([record])))
+
+
+class TestVIF(unittest.TestCase):
+
+    @fuzzed
+    @given(trees, st.sampled_from(['address', 'cidr', 'ips', 'subnets',
+                                   'vif_name']))
+    def test_what_a_kuryrport_says(self, tree: Any, where: str) -> None:
+        primitive = kuryr.macvlan_vif(
+            '100.75.30.71', 'fd00::71',
+            subnets=['100.75.30.0/24', 'fd00::/64']).obj_to_primitive()
+        self._put(primitive, where, tree)
+        try:
+            vif = break0_vif.VIFMacvlanBreak0._obj_from_primitive(
+                None, '1.0', primitive)
+            found = break0_vif.addresses(vif)
+            break0_vif.subnets(vif)
+        except (ValueError, TypeError, AttributeError, KeyError,
+                NotImplementedError):
+            return  # oslo.versionedobjects refuses it
+        except Exception as err:
+            self.assertTrue(type(err).__module__.startswith('oslo_'),
+                            repr(err))
+            return
+        for address in found:
+            self.assertIsInstance(address, (ipaddress.IPv4Address,
+                                            ipaddress.IPv6Address))
+
+    def _put(self, primitive: Any, where: str, tree: Any) -> bool:
+        """Put a tree at the first place of a name."""
+        for value in (primitive.values() if isinstance(primitive, dict)
+                      else primitive):
+            if isinstance(value, dict) and where in value:
+                value[where] = tree
+                return True
+            if isinstance(value, (dict, list)) and self._put(value, where,
+                                                             tree):
+                return True
+        return False
+
+
+class TestFiles(unittest.TestCase):
+
+    @fuzzed
+    @given(st.text() | trees.map(json.dumps))
+    def test_a_record(self, text: str) -> None:
+        self._read(text)
+
+    @fuzzed
+    @given(st.sampled_from(['version', 'address', 'claims', 'owner', 'mac',
+                            'netns', 'namespace', 'subnets', 'bound_at',
+                            'siblings', 'configured']), trees)
+    def test_a_record_with_one_field_changed(self, name: str,
+                                             tree: Any) -> None:
+        fields = json.loads(records.to_json([Record(
+            POD, Owner('a', 'eth0'), 'eth0', None, (), '/run/netns/a', None,
+            None, None, 1.0)]))
+        (fields if name in fields else fields['claims'][0])[name] = tree
+        self._read(json.dumps(fields))
+
+    def _read(self, text: str) -> None:
+        try:
+            found = records.from_json(text)
+        except (ValueError, records.NewerVersion):
+            return
+        self.assertTrue(found)
+        self.assertEqual(found, records.from_json(records.to_json(found)))
+
+    @fuzzed
+    @given(st.text() | trees.map(json.dumps))
+    def test_an_identity(self, text: str) -> None:
+        with contextlib.suppress(ValueError):
+            self.assertTrue(identity.Identity.from_json(text).id)
+
+    @fuzzed
+    @given(st.none() | hostile | st.from_regex(
+        r'kuryr-break0 ledger .* in .*'))
+    def test_an_alias(self, text: Any) -> None:
+        found = identity.Alias.parse(text)
+        if found is not None:
+            self.assertEqual(text[:255], str(found))
+
+
+#: Messages whose length may be right or wrong, of kinds that are read.
+attributes = st.lists(st.tuples(
+    st.integers(0, 60), st.binary(max_size=24) | st.builds(
+        lambda kind, inner: wire.attribute(kind, inner),
+        st.integers(0, 20), st.binary(max_size=16))), max_size=6).map(
+            lambda pairs: b''.join(wire.attribute(*each) for each in pairs))
+bodies = st.binary(max_size=80) | st.builds(
+    lambda fixed, rest: fixed + rest,
+    st.binary(min_size=8, max_size=16), attributes)
+
+
+@st.composite
+def datagrams(draw: st.DrawFn) -> bytes:
+    body = draw(bodies)
+    length = draw(st.just(len(body) + 16) | st.integers(0, 2 ** 32 - 1))
+    kind = draw(st.sampled_from([2, 3, 16, 17, 20, 21, 24, 25, 28, 29, 88])
+                | st.integers(0, 2 ** 16 - 1))
+    return wire.HEADER.pack(length, kind, draw(st.integers(0, 2 ** 16 - 1)),
+                            draw(st.integers(0, 2 ** 32 - 1)), 0) + body
+
+
+class TestNetlink(unittest.TestCase):
+
+    @fuzzed
+    @given(st.binary(max_size=200) | st.lists(datagrams(), max_size=3).map(
+        b''.join))
+    def test_messages(self, data: bytes) -> None:
+        for header in wire.headers(data):
+            self.assertLessEqual(header.start, header.end + wire.HEADER.size)
+            with contextlib.suppress(OSError):
+                wire.parse(data, header)
+            wire.route_protocol(data, header.start)
+            if header.kind in (wire.NLMSG_ERROR, wire.NLMSG_DONE):
+                with contextlib.suppress(struct.error):
+                    wire.error(data, header)
+            list(nft._keys(data[header.start:header.end]))
+
+    @fuzzed
+    @given(datagrams())
+    def test_events(self, data: bytes) -> None:
+        told, heard = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        with told, heard:
+            heard.setblocking(False)
+            with mock.patch.object(events.Events, '__init__',
+                                   return_value=None):
+                made = events.Events()
+            made._socket = heard
+            told.send(data)
+            self.assertLessEqual(
+                {event.what for event in made.get()},
+                {'lost', 'link', 'address', 'route', 'neighbour'})
+
+
+class TestCommandLine(unittest.TestCase):
+
+    @fuzzed
+    @given(st.sampled_from(['status', 'sync', 'bind', 'unbind', 'doctor',
+                            'probe', 'cleanup', 'adopt', '']),
+           st.lists(hostile | st.sampled_from(
+               ['--owner', '--netns', '--json', '--mac', '--dry-run',
+                '--config-file', '--state', 'fd00::1%eth0', '10.0.0.1']),
+               min_size=1, max_size=5))
+    def test_arguments(self, verb: str, arguments: list[str]) -> None:
+        out, errors = io.StringIO(), io.StringIO()
+        argv = [verb, *arguments, '--no-such-option']
+        with contextlib.redirect_stdout(out), \
+                contextlib.redirect_stderr(errors):
+            try:
+                code: Any = main.main(argv)
+            except SystemExit as err:
+                code = err.code
+        shown = shlex.join(argv)
+        # Only help is no error, and it comes first wherever it stands.
+        self.assertIn(code, (0,) if '--help' in arguments and not errors
+                      .getvalue() else (2,), shown)
+        self.assertNotIn('Traceback', errors.getvalue(), shown)
+
+    @fuzzed
+    @given(hostile)
+    def test_types_of_arguments(self, text: str) -> None:
+        for kind in (config.HostAddress(), config.DeviceName()):
+            with contextlib.suppress(ValueError):
+                self.assertNotRegex(str(kind(text)), r'[\s\x00-\x1f\x7f/]')
+
+
+class TestHTTP(unittest.TestCase):
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        node = lab.Lab()
+        cls.addClassCleanup(node.close)
+        metrics = mock.Mock(**{'unwell.return_value': None})
+        with mock.patch('prometheus_client.make_wsgi_app'):
+            cls.server = http.Server(metrics)
+        cls.endpoint = config.Endpoint(ipaddress.ip_address('127.0.0.1'),
+                                       19817)
+        cls.server.listen(cls.endpoint)
+        cls.addClassCleanup(cls.server.close)
+
+    def ask(self, data: bytes) -> bytes:
+        with socket.create_connection(('127.0.0.1', 19817), 10) as client:
+            with contextlib.suppress(ConnectionError):
+                client.sendall(data)
+                client.shutdown(socket.SHUT_WR)
+                answer = b''
+                while True:
+                    more = client.recv(4096)
+                    if not more:
+                        return answer
+                    answer += more
+            return b''
+
+    @fuzzed
+    @given(st.binary(max_size=300) | st.builds(
+        lambda method, path, name, value: b'%s %s HTTP/1.1\r\n%s: %s\r\n\r\n'
+        % (method, path, name, value),
+        st.sampled_from([b'GET', b'POST', b'HEAD', b'PUT', b'']),
+        st.binary(max_size=40), st.sampled_from(
+            [b'Host', b'Content-Length', b'Transfer-Encoding', b'Expect',
+             b'X']), st.binary(max_size=40)))
+    def test_requests(self, data: bytes) -> None:
+        answer = self.ask(data)
+        if answer:
+            self.assertRegex(answer, rb'\AHTTP/1\.[01] \d\d\d ')
+        self.assertNotIn(b'Traceback', answer)
+        self.assertIn(b'\r\n\r\nok\n', self.ask(
+            b'GET /healthz HTTP/1.0\r\n\r\n'))
