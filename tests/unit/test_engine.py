@@ -48,7 +48,9 @@ class EngineTestCase(fake.FakeKernelTestCase):
                                                      1000 + number)
 
     def options(self, **overrides: Any) -> Any:
-        return base.options(state_dir=self.state, **overrides)
+        # nftables are those of the real kernel.
+        return base.options(**{'state_dir': self.state, 'guard': 'off',
+                               **overrides})
 
     def bind(self, *addresses: IPAddress, owner: Owner = OWNER,
              netns: str = '/a', mac: str = MAC, parent: str = 'eth0',
