@@ -31,7 +31,7 @@ from kuryr_break0.model import Record
 
 #: Begins the names of our tables, on the node and in pods.
 PREFIX = 'kuryr-break0'
-_TIMEOUT = 10  # seconds
+_TIMEOUT = 5  # seconds; others wait for the lock meanwhile
 #: Where nft is, beside PATH.
 _DIRECTORIES = '/usr/sbin:/sbin'
 
@@ -79,6 +79,18 @@ def table_of(device: str) -> str:
 def _nft() -> Optional[str]:
     """Return the path of the program nft; None without one."""
     return shutil.which('nft') or shutil.which('nft', path=_DIRECTORIES)
+
+
+def _load(nft: str, text: str) -> Optional[str]:
+    """Have nft load rules, all or none; return what is against it."""
+    try:
+        done = subprocess.run([nft, '-f', '-'], input=text, text=True,
+                              errors='replace', stdout=subprocess.DEVNULL,
+                              stderr=subprocess.PIPE, timeout=_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return 'nft does not end within %d seconds' % _TIMEOUT
+    return None if done.returncode == 0 else 'nft says: ' + ' '.join(
+        done.stderr.split())[:300]
 
 
 def pair(address: IPAddress, mac: Optional[str]) -> Pair:
@@ -216,16 +228,13 @@ class Guard:
             # Linux before 5.16 has no hook for what leaves.
             texts.append(self._text(link, admitted, egress=False))
         for text in texts:
-            done = subprocess.run([nft, '-f', '-'], input=text, text=True,
-                                  stdout=subprocess.DEVNULL,
-                                  stderr=subprocess.PIPE, timeout=_TIMEOUT)
-            if done.returncode == 0:
+            said_by_nft = _load(nft, text)
+            if said_by_nft is None:
                 break
         else:
             self._cache.drop(self._key)
             raise exceptions.GuardUnavailable(
-                device=self._device, reason='nft says: ' + ' '.join(
-                    done.stderr.split())[:300])
+                device=self._device, reason=said_by_nft)
         self._cache.put(self._key, [
             self._digest(link), *kernel.node_nft().rules(self.table)])
         return True

@@ -410,6 +410,25 @@ class TestTable(BorderTestCase):
                     self.bind('100.75.30.81', owner=Owner('d', 'eth0'),
                               mac_of_pod='fa:16:3e:00:00:09', guard='on')
 
+    def test_an_nft_that_fails_or_hangs_costs_no_route(self) -> None:
+        for number, script in enumerate(('exit 1', 'echo -e "\\xff" >&2; '
+                                         'exit 1', 'exec sleep 60')):
+            with self.subTest(script=script):
+                self.lab.run('nft', 'flush', 'ruleset')
+                with open('/run/nft', 'w') as file:
+                    file.write('#!/bin/sh\n%s\n' % script)
+                os.chmod('/run/nft', 0o755)
+                address = '100.75.30.%d' % (80 + number)
+                with mock.patch.object(guard, '_nft',
+                                       return_value='/run/nft'), \
+                        mock.patch.object(guard, '_TIMEOUT', 1), \
+                        mock.patch.object(base.manager, 'CACHED', 0), \
+                        self.assertLogs('kuryr_break0', 'WARNING') as logs:
+                    self.bind(address, owner=Owner('c', 'eth0'),
+                              mac_of_pod='fa:16:3e:00:00:09')
+                self.assertIn('The guard of break0', '\n'.join(logs.output))
+                self.assertIn(address, self.lab.routes())
+
     def test_found_by_arp(self) -> None:
         for name in ('pod', 'other'):
             self.lab.run('ip', 'neigh', 'flush', 'nud', 'permanent',
