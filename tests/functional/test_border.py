@@ -328,6 +328,9 @@ class TestTable(BorderTestCase):
         self.assertEqual({(OTHER_MAC, POD), (OTHER_MAC, OTHER_POD)},
                          self.pairs())
         self.assertFalse(self.received(udp(POD, lab.NODE)))
+        self.unbind(POD, owner=OTHER_OWNER)
+        self.assertEqual({(MAC, POD), (OTHER_MAC, OTHER_POD)}, self.pairs())
+        self.assertTrue(self.lab.ping(POD))
 
     def test_what_others_do_to_it_is_repaired(self) -> None:
         table = 'netdev kuryr-break0-break0'
