@@ -184,15 +184,22 @@ class Reconciler:
         if (parent.link is None or not guarding.is_loaded()
                 or not (parent.barred or parent.admitted)):
             return False
-        claims = {address: self._ledger.records.get(address)
-                  for address in (*seen.contents.claims, *parent.barred,
-                                  *parent.admitted)}
+        wrong = parent.barred | parent.admitted
+        # With what decides about these: the other records of their pods.
+        pods = {parent.live[address].namespace for address in wrong
+                if address in parent.live} - {None}
+        records = {address: self._ledger.records.get(address)
+                   for address in wrong.union(
+                       address for address, record in parent.live.items()
+                       if record.namespace in pods)}
         missing, extra = guarding.difference(
-            pairs(record for address, record in claims.items()
+            pairs(record for address, record in records.items()
                   if record is not None and record.parent == parent.name
                   and address not in seen.refused),
             self._unclaimed_pairs(netlink, parent.link, {
-                address for address, record in claims.items() if record}))
+                address for address, record in records.items() if record}))
+        looked_at = {address.packed for address in records}
+        extra = {each for each in extra if each.address in looked_at}
         guarding.change(missing, extra)
         return bool(missing or extra)
 
