@@ -58,17 +58,20 @@ class Way:
     recorded: bool = False
 
 
-def _ours(node: Node) -> list[Way]:
+def _ours(node: Node, stack: contextlib.ExitStack) -> list[Way]:
+    guarded = node.options
+    off = dataclasses.replace(guarded, guard='off')
+    # The table is kept, or each change would load it again.
+    stack.enter_context(mock.patch.object(Guard, 'remove',
+                                          return_value=False))
+
     def unguarded(call: Callable[[], None]) -> Callable[[], None]:
         def calling() -> None:
-            guarded = node.options
-            node.options = dataclasses.replace(guarded, guard='off')
-            # The table is kept, or each change would load it again.
-            with mock.patch.object(Guard, 'remove', return_value=False):
-                try:
-                    call()
-                finally:
-                    node.options = guarded
+            node.options = off
+            try:
+                call()
+            finally:
+                node.options = guarded
         return calling
 
     return [Way(OURS, node.bind, node.unbind, recorded=True),
@@ -181,7 +184,7 @@ def pairs(node: Node, repeat: int) -> Section:
     """One bind and unbind of one address, by each way."""
     with contextlib.ExitStack() as stack:
         medians = _measure(node, [
-            *_ours(node), _kept_open(node, stack), _raw(node, stack),
+            *_ours(node, stack), _kept_open(node, stack), _raw(node, stack),
             _processes(node), _ipdb(node)], repeat)
     low, middle, high = SIZES
     ratios = {name: {'to_ours': by_size[middle] / medians[OURS][middle],
