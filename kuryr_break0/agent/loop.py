@@ -135,7 +135,10 @@ class Agent:
                 if any([interests.include(event) for event in heard]):
                     due = min(due, time.monotonic() + _BURST)
                 if len(heard) >= _FLOOD:
-                    time.sleep(_FLOOD_PAUSE)
+                    # Not longer than until there is something to do.
+                    at = max(due, self._not_before)
+                    time.sleep(min(_FLOOD_PAUSE,
+                                   max(0, at - time.monotonic())))
 
     def _sync(self, ledger: Ledger, interests: Interests) -> None:
         began = time.monotonic()
