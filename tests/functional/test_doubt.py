@@ -132,15 +132,18 @@ class TestViews(DoubtTestCase):
         assert record.namespace is not None
         os.kill(self.process, 9)
         # In half of all cases the next namespace has the inode of the last.
-        for _ in range(200):
+        for _ in range(50):
             self.lab.del_netns('pod')
             self.netns = self.lab.add_netns('pod')
             found = kernel.identify(self.netns)
             assert found is not None
             if found[:2] == record.namespace[:2]:
                 break
-        self.assertEqual(record.namespace[:2], found[:2])
-        self.assertNotEqual(record.namespace, found)
+        else:  # somebody else on this machine has it
+            records.Records(STATE + '/addresses', STATE).put([
+                dataclasses.replace(record, namespace=found._replace(
+                    cookie=record.namespace.cookie))])
+        self.assertNotEqual(record.namespace.cookie, found.cookie)
         self.reconcile()
         self.assertEqual({OTHER_POD}, set(self.lab.routes()))
         self.assertEqual({OTHER_POD}, self.bound())
