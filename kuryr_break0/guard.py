@@ -179,6 +179,12 @@ class Guard:
         """Return whether the table was loaded, by what is cached."""
         return bool(self._cache.get(self._key))
 
+    def _is_there(self) -> bool:
+        try:
+            return bool(kernel.node_nft().rules(self.table))
+        except exceptions.KernelRefused:
+            return False  # this kernel has no nftables
+
     def is_intact(self, link: kernel.Link) -> bool:
         """Return whether the table is there as it was loaded.
 
@@ -272,11 +278,10 @@ class Guard:
         :returns: whether it is there
         :raises KernelRefused: if the kernel refuses it
         """
-        nft = kernel.node_nft()
         # The kernel is asked where the state directory says nothing.
-        if not self.is_wanted or not (self.is_loaded()
-                                      or nft.rules(self.table)):
+        if not self.is_wanted or not (self.is_loaded() or self._is_there()):
             return False
+        nft = kernel.node_nft()
         nft.delete(self.table, expelled)
         nft.add(self.table, admitted)
         return True

@@ -432,6 +432,16 @@ class TestTable(BorderTestCase):
                 self.assertIn('The guard of break0', '\n'.join(logs.output))
                 self.assertIn(address, self.lab.routes())
 
+    def test_switched_off_nothing_is_asked_of_nftables(self) -> None:
+        self.manager(guard='off').sync()
+        with mock.patch.object(kernel, 'node_nft',
+                               side_effect=AssertionError):
+            self.bind('100.75.30.80', owner=Owner('c', 'eth0'),
+                      mac_of_pod='fa:16:3e:00:00:09', guard='off')
+            self.unbind('100.75.30.80', owner=Owner('c', 'eth0'),
+                        guard='off')
+        self.assertNotIn('100.75.30.80', self.lab.routes())
+
     def test_found_by_arp(self) -> None:
         for name in ('pod', 'other'):
             self.lab.run('ip', 'neigh', 'flush', 'nud', 'permanent',
