@@ -72,7 +72,7 @@ class PodSide:
         if not self._guarded:
             return False
         with kernel.Nft() as nft:
-            return not nft.rules(self._table)
+            return nft.bound_source(self._table) != self._source()
 
     def _bind_source(self) -> None:
         """Let the interface send with its own MAC address only.
@@ -85,11 +85,13 @@ class PodSide:
         try:
             with kernel.Nft() as nft:
                 nft.bind_source(self._table, self._record.owner.ifname,
-                                bytes.fromhex(str(self._record.mac).replace(
-                                    ':', '')))
+                                self._source())
         except exceptions.KernelRefused as err:
             LOG.debug('The pod %s can forge MAC addresses: %s',
                       self._record.owner, err)
+
+    def _source(self) -> bytes:
+        return bytes.fromhex(str(self._record.mac).replace(':', ''))
 
     def release(self) -> None:
         """Let the interface send with any MAC address again."""

@@ -9,6 +9,7 @@ formats are those of linux/netfilter/nf_tables.h and nfnetlink.h.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -130,23 +131,40 @@ class Nft:
 
     def rules(self, table: str) -> list[int]:
         """List the handles of the rules of a table; none without it."""
-        handles = []
+        return [int.from_bytes(found.get(3, b''), 'big')
+                for found in self._rules(table)]
+
+    def _rules(self, table: str) -> Iterator[dict[int, bytes]]:
         for body in self._dump('list the rules of the table ' + table,
                                _GETRULE, wire.text(1, table)):
             found = wire.attributes(body, 4, len(body))
             if found.get(1, b'').rstrip(b'\0').decode() == table:
-                handles.append(int.from_bytes(found.get(3, b''), 'big'))
-        return handles
+                yield found
+
+    def bound_source(self, table: str) -> Optional[bytes]:
+        """Return the MAC address that :meth:`bind_source` was given.
+
+        It is in the name of the chain, which is easier to read than a rule.
+        """
+        for found in self._rules(table):
+            name = found.get(2, b'').rstrip(b'\0').decode()
+            with contextlib.suppress(ValueError):
+                return bytes.fromhex(name.partition('-')[2]) or None
+        return None
 
     def bind_source(self, table: str, device: str, mac: bytes) -> None:
         """Let an interface send with its own MAC address only.
 
-        By a table with one chain and one rule; one that is there stays.
+        By a table with one chain and one rule.
 
         :raises KernelRefused: if the kernel has no such hook
         """
-        if self.rules(table):
+        present = self.bound_source(table)
+        if present == mac:
             return  # to undo a batch takes the kernel some 15 ms
+        chain = 'source-' + mac.hex()
+        if self.rules(table):
+            self.delete_table(table)  # of an earlier interface of this name
         hook = wire.attribute(_NESTED | 4, (
             _be32(1, _EGRESS) + _be32(2, 0) + wire.text(3, device)))
         drop = wire.attribute(_NESTED | 2, wire.attribute(
@@ -162,10 +180,10 @@ class Nft:
                 _message(_NEWTABLE, wire.NLM_F_CREATE | wire.NLM_F_EXCL,
                          wire.text(1, table)),
                 _message(_NEWCHAIN, wire.NLM_F_CREATE, (
-                    wire.text(1, table) + wire.text(3, 'source') + hook
+                    wire.text(1, table) + wire.text(3, chain) + hook
                     + _be32(5, _NF_ACCEPT) + wire.text(7, 'filter'))),
                 _message(_NEWRULE, wire.NLM_F_CREATE | _APPEND, (
-                    wire.text(1, table) + wire.text(2, 'source')
+                    wire.text(1, table) + wire.text(2, chain)
                     + wire.attribute(_NESTED | 4, expressions)))])
         except exceptions.KernelRefused as err:
             if err.errno != errno.EEXIST:
