@@ -130,6 +130,11 @@ class CannotListen(Break0Error):
                'to another one, or to nothing.')
 
 
+class CannotInstall(Break0Error):
+    msg_fmt = ('Cannot write the CNI plugin %(target)s: %(reason)s. Give a '
+               'directory that exists and that you may write, by --bin-dir.')
+
+
 class NetnsUnusable(Break0Error):
     msg_fmt = 'The network namespace %(netns)r of the pod %(reason)s.'
 
@@ -137,7 +142,7 @@ class NetnsUnusable(Break0Error):
 class NotAMacvlan(Break0Error):
     msg_fmt = ('The interface %(ifname)s in the network namespace %(netns)s '
                'is not a macvlan in bridge mode on %(parent)s: %(found)s. '
-               'Only such are reached through %(device)s.')
+               'Only such can be reached from this node.')
 
 
 class NotItsAddress(Break0Error):

@@ -30,12 +30,14 @@ from kuryr_break0.ledger.journal import timed
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.ledger.records import MAX_SIBLINGS
 from kuryr_break0.ledger.records import MAX_SUBNETS
+from kuryr_break0.model import address_order
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import IPNetwork
 from kuryr_break0.model import MAC
 from kuryr_break0.model import NAME
 from kuryr_break0.model import Neighbour
 from kuryr_break0.model import NodeAddresses
+from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
 from kuryr_break0.model import Wanted
@@ -97,7 +99,8 @@ class Break0Manager:
              parent: str, mac: Optional[str] = None,
              subnets: Collection[IPNetwork] = (),
              netns: Optional[str] = None, pod: Optional[str] = None,
-             yielding: bool = False) -> None:
+             yielding: bool = False, origin: Optional[Origin] = None,
+             network: Optional[str] = None) -> None:
         """Make the addresses of a sandbox reachable through break0.
 
         The newest claim on an address wins; those of other sandboxes that
@@ -111,6 +114,8 @@ class Break0Manager:
         :param subnets: the networks that it is in on the link
         :param netns: path of the pod's namespace
         :param pod: its namespace and name in Kubernetes
+        :param origin: by which way it came
+        :param network: name of its CNI network
         :param yielding: refuse what another existing sandbox has, and leave
             no record of what fails
         :raises Break0Error: the first error of one of the addresses; the
@@ -135,7 +140,8 @@ class Break0Manager:
         # What can be is done before others have to wait.
         records = [Record(address, owner, parent, mac,
                           tuple(subnets)[:MAX_SUBNETS], netns, namespace,
-                          pod, bound_at=bound_at)
+                          pod, bound_at=bound_at, origin=origin,
+                          network=network)
                    for address in self._usable(addresses, failure)]
         if not records:
             failure.raise_first()  # nothing to make break0 for
@@ -353,7 +359,7 @@ class Break0Manager:
             self._records.remove(record.address)
 
     @timed(Done.UNBIND, Done.UNBIND_FAILED)
-    def unbind(self, owner: Owner, addresses: Iterable[IPAddress],
+    def unbind(self, owner: Owner, addresses: Optional[Iterable[IPAddress]],
                netns: Optional[str] = None, mac: Optional[str] = None,
                interface_goes: bool = False) -> list[IPAddress]:
         """Take back what :meth:`bind` did for these addresses.
@@ -362,6 +368,8 @@ class Break0Manager:
         them counts from now on. What is not there is fine. The ledger is
         written last.
 
+        :param addresses: None for all that are recorded for it, which takes
+            the longer the more records there are
         :param netns: path of the sandbox's namespace, by which what was
             adopted is known as its own; see :meth:`Owner.adopted`
         :param mac: MAC address of the sandbox's interface, by which a route
@@ -380,6 +388,8 @@ class Break0Manager:
             owners |= {Owner.adopted(namespace, owner.ifname),
                        Owner.adopted(namespace._replace(cookie=None),
                                      owner.ifname)}
+        if addresses is None:
+            addresses = self._recorded_for(owners)
         with self._locked(required=True) as say, \
                 kernel.Netlink() as netlink:
             for address in addresses:
@@ -392,6 +402,12 @@ class Break0Manager:
                 self._withdraw(record)
         failure.raise_first()
         return [record.address for record in removed]
+
+    def _recorded_for(self, owners: Iterable[Owner]) -> list[IPAddress]:
+        return sorted({claim.address for owner in owners for claims
+                       in self._records.containing(owner.container_id)
+                       for claim in claims if claim.owner == owner},
+                      key=address_order)
 
     def _unbind(self, netlink: kernel.Netlink, owners: Collection[Owner],
                 owner: Owner, address: IPAddress, mac: Optional[str],

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import hashlib
 import ipaddress
 import re
@@ -69,6 +70,14 @@ class Owner:
         return '%s/%s' % (self.container_id, self.ifname)
 
 
+class Origin(enum.Enum):
+    """By which way a claim came."""
+
+    KURYR = 'kuryr'
+    CNI = 'cni'
+    MANUAL = 'manual'
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
     """A claim of a sandbox on an address, as the ledger keeps it.
@@ -84,6 +93,8 @@ class Record:
     :ivar bound_at: seconds since the boot (CLOCK_BOOTTIME)
     :ivar siblings: MAC addresses of other interfaces of the sandbox on the
         parent; it may answer by any of them
+    :ivar origin: by which way it came; None if that is not known
+    :ivar network: name of the CNI network that it is an attachment to
     """
 
     address: IPAddress
@@ -97,6 +108,8 @@ class Record:
     configured: Optional[str] = None
     bound_at: float = 0.0
     siblings: tuple[str, ...] = ()
+    origin: Optional[Origin] = None
+    network: Optional[str] = None
 
     @property
     def macs(self) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.manager import Break0Manager
 from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ class Adopter:
             Break0Manager(self._options).bind(
                 owner, unbound, parent=macvlan.parent, mac=port.mac,
                 subnets=port.subnets, netns=macvlan.netns, pod=port.pod,
-                yielding=True)
+                yielding=True, origin=Origin.KURYR)
         return bool(unbound)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import Any, Iterable, Optional
+from typing import Any, Iterable
 
 from oslo_config import cfg
 from oslo_log import log as logging
@@ -18,6 +18,7 @@ from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.manager import Break0Manager
 from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 
 LOG = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
     manager = Break0Manager(options)
     try:
         if wanted.netns is not None:
-            macvlan = _macvlan(options, wanted.netns, wanted.ifname, parent)
+            macvlan = kernel.macvlan_of(wanted.netns, wanted.ifname, parent)
             parent = macvlan.parent
             mac = mac or macvlan.link.mac
             addresses = addresses or macvlan.addresses
@@ -130,7 +131,8 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
         if parent is None:
             raise exceptions.ParentUnknown()
         manager.bind(owner, addresses, parent=parent, mac=mac,
-                     netns=wanted.netns, yielding=True)
+                     netns=wanted.netns, yielding=True,
+                     origin=Origin.MANUAL)
     except (exceptions.AddressTaken, exceptions.ForeignRoute) as err:
         return common.fail(common.DRIFT, err)
     except _NOT_MEANT as err:
@@ -151,26 +153,6 @@ def _housekeep(manager: Break0Manager) -> None:
         manager.housekeep()
     except exceptions.Break0Error as err:
         LOG.warning('Cannot repair what other containers need: %s', err)
-
-
-def _macvlan(options: config.Options, netns: str, ifname: str,
-             parent: Optional[str]) -> kernel.Macvlan:
-    """Find the container's interface.
-
-    :param parent: what it should be on; None for any interface of the node
-    :raises NotAMacvlan: if it is none that break0 reaches
-    """
-    found = 'the node has no macvlan of that name there'
-    for macvlan in kernel.macvlans_in(netns):
-        if macvlan.link.name == ifname:
-            if macvlan.link.mode == 'bridge' and parent in (None,
-                                                            macvlan.parent):
-                return macvlan
-            found = 'it is in %s mode on %s' % (macvlan.link.mode,
-                                                macvlan.parent)
-    raise exceptions.NotAMacvlan(
-        ifname=ifname, netns=netns, found=found, device=options.device,
-        parent=parent or 'an interface of this node')
 
 
 def _require_addresses(macvlan: kernel.Macvlan,

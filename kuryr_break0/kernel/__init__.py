@@ -19,6 +19,7 @@ from kuryr_break0.kernel.ipdb import create_macvlan
 from kuryr_break0.kernel.ipdb import ipdb_of_interfaces
 from kuryr_break0.kernel.ipdb import prepare
 from kuryr_break0.kernel.macvlans import Macvlan
+from kuryr_break0.kernel.macvlans import macvlan_of
 from kuryr_break0.kernel.macvlans import macvlans
 from kuryr_break0.kernel.macvlans import macvlans_in
 from kuryr_break0.kernel.namespaces import entered
@@ -55,7 +56,8 @@ __all__ = (
     'RTN_UNICAST', 'RT_SCOPE_LINK', 'RT_SCOPE_NOWHERE',
     'RT_TABLE_MAIN', 'Route', 'Routes', 'State', 'Verb', 'count_host_routes',
     'create_macvlan', 'entered', 'exists', 'forget_connections', 'identify',
-    'identify_or_fail', 'index_of', 'ipdb_of_interfaces', 'macvlans',
+    'identify_or_fail', 'index_of', 'ipdb_of_interfaces', 'macvlan_of',
+    'macvlans',
     'macvlans_in', 'name_of', 'node_nft', 'prepare', 'read_sysctl',
     'source_for', 'state', 'undisturbed',
     'write_sysctl')

@@ -14,6 +14,7 @@ from oslo_log import log as logging
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel import namespaces
 from kuryr_break0.kernel.rtnetlink import Netlink
+from kuryr_break0.kernel.wire import InterfaceAddress
 from kuryr_break0.kernel.wire import Link
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import NamespaceId
@@ -45,33 +46,89 @@ def macvlans_in(netns: str, namespace: Optional[NamespaceId] = None
     :raises NetnsUnusable: if it cannot be entered
     :raises KernelRefused: if its interfaces cannot be listed
     """
-    namespace = namespace or namespaces.identify(netns)
-    if namespace is None:
+    namespace = _required(netns, namespace)
+    with _entered(netns, namespace) as (netlink, own):
+        links = [link for link in netlink.links() if link.kind == 'macvlan']
+        # Whoever lists interfaces gives a number to each namespace that
+        # one of them is on; the number of one that none is on is -1.
+        here = netlink.namespace_number(own) if links else -1
+        addresses = netlink.addresses() if links else []
+    return [Macvlan(netns, namespace, parent, link,
+                    _of_link(link, addresses))
+            for link in links
+            for parent in _parent_of(link, here)]
+
+
+def macvlan_of(netns: str, ifname: str,
+               parent: Optional[str] = None) -> Macvlan:
+    """Return an interface that a node can reach through a break0.
+
+    :param netns: path of its namespace
+    :param parent: what it should be on; None for any interface of the node
+    :raises NotAMacvlan: if it is none
+    :raises NetnsUnusable: if the namespace cannot be entered
+    :raises KernelRefused: if the interface cannot be read
+    """
+    namespace = _required(netns, None)
+    with _entered(netns, namespace) as (netlink, own):
+        link = netlink.link(ifname)
+        here = netlink.namespace_number(own) if link else -1
+        addresses = netlink.addresses() if link else []
+    if link is None:
+        found = 'there is none of that name'
+    elif link.kind != 'macvlan':
+        found = 'it is a %s' % (link.kind or 'physical interface')
+    else:
+        found = 'it is on no interface of this node'
+        for actual in _parent_of(link, here):
+            if link.mode == 'bridge' and parent in (None, actual):
+                return Macvlan(netns, namespace, actual, link,
+                               _of_link(link, addresses))
+            found = 'it is in %s mode on %s' % (link.mode, actual)
+    raise exceptions.NotAMacvlan(
+        ifname=ifname, netns=netns, found=found,
+        parent=parent or 'an interface of this node')
+
+
+def _required(netns: str, namespace: Optional[NamespaceId]) -> NamespaceId:
+    """Return what a namespace is, which must not be that of the node."""
+    found = namespace or namespaces.identify(netns)
+    own = namespaces.identify(namespaces.OWN)
+    if found is None:
         raise exceptions.NetnsUnusable(
             netns=netns, reason='does not exist, or is another kind of file')
-    own = os.open('/proc/thread-self/ns/net', os.O_RDONLY | os.O_CLOEXEC)
+    if own is not None and found.is_same(own):
+        raise exceptions.NetnsUnusable(netns=netns, reason="is the node's own")
+    return found
+
+
+@contextlib.contextmanager
+def _entered(netns: str, namespace: NamespaceId
+             ) -> Iterator[tuple[Netlink, int]]:
+    """Be in a namespace, with a socket there and a file of the own one."""
+    own = os.open(namespaces.OWN, os.O_RDONLY | os.O_CLOEXEC)
     try:
         with namespaces.entered(netns, namespace), Netlink() as netlink:
-            links = [link for link in netlink.links()
-                     if link.kind == 'macvlan']
-            # Whoever lists interfaces gives a number to each namespace that
-            # one of them is on; the number of one that none is on is -1.
-            here = netlink.namespace_number(own) if links else -1
-            addresses = netlink.addresses() if links else []
+            yield netlink, own
     finally:
         os.close(own)
-    found = []
-    for link in links:
-        # With the number of another namespace, lower counts there.
-        if link.lower_namespace != here or link.lower is None:
-            continue
+
+
+def _parent_of(link: Link, here: int) -> Iterator[str]:
+    """Return the interface of the node that a macvlan is on, if on one.
+
+    :param here: the number of the node's namespace in that of the macvlan;
+        with another number, its lower interface counts elsewhere
+    """
+    if link.lower_namespace == here and link.lower is not None:
         with contextlib.suppress(OSError):  # just deleted
-            found.append(Macvlan(
-                netns, namespace, socket.if_indextoname(link.lower), link,
-                tuple(address for index, address in addresses
-                      if index == link.index
-                      and not address.is_link_local)))
-    return found
+            yield socket.if_indextoname(link.lower)
+
+
+def _of_link(link: Link, addresses: Iterable[InterfaceAddress]
+             ) -> tuple[IPAddress, ...]:
+    return tuple(address for index, address in addresses
+                 if index == link.index and not address.is_link_local)
 
 
 def macvlans(directories: Iterable[str],

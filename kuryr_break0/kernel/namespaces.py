@@ -23,7 +23,8 @@ from typing import Iterable, Iterator, NamedTuple, Optional
 from kuryr_break0 import exceptions
 from kuryr_break0.model import NamespaceId
 
-_OWN = '/proc/thread-self/ns/net'
+#: The network namespace of this thread
+OWN = '/proc/thread-self/ns/net'
 #: ioctl(2) on nsfs: the number of a namespace that is never used again
 #: (linux/nsfs.h, linux 6.18). It is SO_NETNS_COOKIE, without entering.
 _NS_GET_ID = 0x8008b70d
@@ -85,11 +86,11 @@ def _opened(path: str) -> Iterator[int]:
     """
     if '\0' in path:
         raise OSError(errno.EINVAL, 'the path has a NUL')
-    if os.stat(path).st_dev != os.stat(_OWN).st_dev:
+    if os.stat(path).st_dev != os.stat(OWN).st_dev:
         raise OSError(errno.ENXIO, 'it is no network namespace')
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        if os.fstat(fd).st_dev != os.stat(_OWN).st_dev:
+        if os.fstat(fd).st_dev != os.stat(OWN).st_dev:
             raise OSError(errno.ENXIO, 'it is no network namespace')
         yield fd
     finally:
@@ -134,7 +135,7 @@ def _by_number(known: NamespaceId) -> State:
 def _open_by_number(known: NamespaceId) -> int:
     handle = ctypes.create_string_buffer(_HANDLE.pack(
         16, _FILEID_NSFS, known.cookie, _CLONE_NEWNET, known.inode))
-    mount = os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
+    mount = os.open(OWN, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fd: int = _LIBC.open_by_handle_at(mount, handle,
                                           os.O_RDONLY | os.O_CLOEXEC)
@@ -202,7 +203,7 @@ def entered(netns: str,
     :param known: as of :func:`opened`
     :raises NetnsUnusable: if it cannot be entered
     """
-    own = os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
+    own = os.open(OWN, os.O_RDONLY | os.O_CLOEXEC)
     try:
         with opened(netns, known) as other:
             if _LIBC.setns(other, _CLONE_NEWNET) != 0:
@@ -240,7 +241,7 @@ def find(directories: Iterable[str],
     :param directories: where namespaces have names
     :param processes: where processes are to be seen, as /proc
     """
-    own = identify(_OWN)
+    own = identify(OWN)
     paths: dict[tuple[int, int], str] = {}
     for directory in directories:
         for name in sorted(_names(directory)):

@@ -21,6 +21,7 @@ from kuryr_break0.kuryr import patches
 from kuryr_break0.kuryr import pod_binding
 from kuryr_break0.kuryr import vif as break0_vif
 from kuryr_break0.manager import Break0Manager
+from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 
 LOG = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
             Break0Manager(options).bind(
                 owner, break0_vif.addresses(vif), parent=self._parent,
                 mac=str(vif.address), netns=sandbox,
-                subnets=break0_vif.subnets(vif))
+                subnets=break0_vif.subnets(vif), origin=Origin.KURYR)
             self._housekeep(options)
         except Exception as err:  # whatever it is, a pod is worth more
             self._log(unreachable, err)

@@ -190,7 +190,8 @@ class Ledger:
                     for name in os.listdir(directory):
                         if (name.endswith('.json')
                                 or name.startswith('.unfinished')
-                                or name in ('attended', 'heartbeat',
+                                or name in ('attended', 'cni.sock',
+                                            'heartbeat',
                                             'identity', 'journal', 'lock')):
                             os.unlink(os.path.join(directory, name))
                     os.rmdir(directory)

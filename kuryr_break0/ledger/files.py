@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 import time
 from typing import Optional
 
@@ -54,7 +55,7 @@ def replace(path: str, text: str) -> None:
     directory, name = os.path.split(path)
     # Writers of one file may be several, where one could not have the lock.
     unfinished = os.path.join(directory, '%s%d.%s' % (
-        UNFINISHED, os.getpid(), name))
+        UNFINISHED, threading.get_native_id(), name))
     try:
         fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC
                      | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)

@@ -15,7 +15,7 @@ import ipaddress
 import json
 import os
 import struct
-from typing import Any, Iterable, Optional, Sequence
+from typing import Any, Iterable, Iterator, Optional, Sequence
 
 from oslo_log import log as logging
 
@@ -27,6 +27,7 @@ from kuryr_break0.model import IPAddress
 from kuryr_break0.model import MAC
 from kuryr_break0.model import NAME
 from kuryr_break0.model import NamespaceId
+from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
 
@@ -59,7 +60,9 @@ def to_json(claims: Sequence[Record]) -> str:
             'netns': claim.netns, 'namespace': claim.namespace,
             'pod': claim.pod, 'configured': claim.configured,
             'bound_at': claim.bound_at,
-            'siblings': claim.siblings[:MAX_SIBLINGS]}
+            'siblings': claim.siblings[:MAX_SIBLINGS],
+            'origin': claim.origin and claim.origin.value,
+            'network': claim.network}
             for claim in claims[:MAX_CLAIMS]]})
 
 
@@ -115,7 +118,15 @@ def _claim(address: IPAddress, fields: dict[str, Any]) -> Record:
         tuple(map(_network, map(_text, fields['subnets'][:MAX_SUBNETS]))),
         _optional(fields['netns']), namespace, _optional(fields['pod']),
         _optional(fields['configured']), _seconds(fields['bound_at']),
-        tuple(map(_mac, fields.get('siblings', ()))))
+        tuple(map(_mac, fields.get('siblings', ()))),
+        _origin(fields.get('origin')), _optional(fields.get('network')))
+
+
+def _origin(value: Any) -> Optional[Origin]:
+    try:
+        return None if value is None else Origin(value)
+    except ValueError:
+        return None  # of a later version; nothing is decided by it
 
 
 def _number(value: Any) -> int:
@@ -184,6 +195,25 @@ class Records:
         :raises LedgerUnavailable: as :meth:`claims`
         """
         return next(iter(self.claims(address)), None)
+
+    def containing(self, text: str) -> Iterator[tuple[Record, ...]]:
+        """Find records by a text in their files, as a container id.
+
+        Others are not parsed, which takes ten times as long as to read them.
+
+        :raises LedgerUnavailable: if the directory cannot be read
+        """
+        wanted = json.dumps(text)
+        for name in self.names(self.directory):
+            try:
+                address = address_of(name)
+                if wanted not in files.read(self._path(address), _MAX_SIZE):
+                    continue
+                claims = self.claims(address)
+            except (OSError, ValueError, exceptions.LedgerUnavailable):
+                continue  # nothing says whose it is
+            if claims:
+                yield claims
 
     def exists(self, address: IPAddress) -> bool:
         """Return whether an address has a record, readable or not."""
