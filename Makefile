@@ -23,6 +23,14 @@ lint: $(VENV)/installed
 unit functional e2e: $(VENV)/installed
 	tests/run tests.$@
 
+# The CNI plugin for hosts without Python, in which the agent runs elsewhere.
+CNI_CC ?= $(shell command -v musl-gcc || command -v cc)
+.PHONY: cni
+cni: build/cni/break0
+build/cni/break0: kuryr_break0/cni/shim.c
+	@mkdir -p $(@D)
+	$(CNI_CC) -static -Os -s -std=gnu11 -Wall -Wextra -Werror -o $@ $<
+
 bench: $(VENV)/installed
 	tests/debian-packages all
 	@mkdir -p build

@@ -81,6 +81,11 @@ def _nft() -> Optional[str]:
     return shutil.which('nft') or shutil.which('nft', path=_DIRECTORIES)
 
 
+def is_installed() -> bool:
+    """Return whether there is the program that loads a guard."""
+    return _nft() is not None
+
+
 def _load(nft: str, text: str) -> Optional[str]:
     """Have nft load rules, all or none; return what is against it."""
     try:

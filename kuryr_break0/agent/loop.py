@@ -14,6 +14,7 @@ from typing import Any, Callable, Iterator, Optional
 import inotify_simple
 from oslo_log import log as logging
 
+from kuryr_break0.agent.cni_server import CNIServer
 from kuryr_break0.agent.http import Server
 from kuryr_break0.agent.interests import Interests
 from kuryr_break0.agent.metrics import Metrics
@@ -57,6 +58,7 @@ class Agent:
         self._options = options
         self._metrics = Metrics()
         self._server = Server(self._metrics)
+        self._cni = CNIServer()
         self._tables: Optional[kernel.NftEvents] = None
         self._stop = False
         self._reload = False
@@ -73,7 +75,8 @@ class Agent:
             signal.signal(number, self._signalled)
         LOG.info('Watching over %s', self._options.device)
         with kernel.Events() as events, contextlib.closing(
-                self._server), _tables() as self._tables:
+                self._server), contextlib.closing(
+                self._cni), _tables() as self._tables:
             while not self._stop:
                 self._work(events, woken)
         LOG.info('Ending')
@@ -92,6 +95,7 @@ class Agent:
                 # What changes from now on may be too late for the sync.
                 with _watching(ledger) as watch:
                     self._server.listen(options.metrics_bind)
+                    self._cni.listen(options)
                     self._sync(ledger, interests)
                     beat()
                     self._wait(events, woken, watch, interests)

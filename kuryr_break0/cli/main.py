@@ -16,6 +16,7 @@ from kuryr_break0.cli import adopt
 from kuryr_break0.cli import agent
 from kuryr_break0.cli import bind
 from kuryr_break0.cli import cleanup
+from kuryr_break0.cli import cni
 from kuryr_break0.cli import common
 from kuryr_break0.cli import doctor
 from kuryr_break0.cli import probe
@@ -48,12 +49,14 @@ def _run(conf: cfg.ConfigOpts, argv: Sequence[str]) -> int:
         logging.setup(conf, 'kuryr-break0')
         if conf.command.func is not agent.run and not conf.debug:
             logging.getLogger(None).logger.setLevel(logging.WARNING)
-        # The doctor examines invalid options too.
-        args = [conf] if conf.command.func is doctor.run else [
+        # The doctor examines invalid options too; a CNI runtime is answered.
+        args = [conf] if conf.command.func in (doctor.run, cni.run) else [
             conf, config.load(conf)]
     except (cfg.Error, exceptions.InvalidOption, OSError) as err:
         # OSError is of a log file, or of oslo.config's --shell_completion,
         # whose template its package lacks.
+        if cni.is_asked_for(argv):
+            return cni.fail(err)
         return common.fail(common.USAGE, err)
     try:
         code: int = conf.command.func(*args)
@@ -72,4 +75,5 @@ def add_parsers(subparsers: Any) -> None:
     adopt.add_parser(subparsers)
     bind.add_parsers(subparsers)
     cleanup.add_parser(subparsers)
+    cni.add_parsers(subparsers)
     probe.add_parser(subparsers)

@@ -17,6 +17,7 @@ import prettytable
 from tests import bench
 from tests.bench import binding
 from tests.bench import bulk
+from tests.bench import cni
 from tests.bench import healing
 from tests.bench import hops
 from tests.bench import own
@@ -28,7 +29,7 @@ SECTIONS: dict[str, bench.Measure] = {
     'pods': pods.pairs, 'own': own.calls, 'lock': own.lock,
     'hops': hops.next_hops, 'bulk': bulk.syncs,
     'healing': healing.repairs, 'paths': paths.paths,
-    'binding': binding.binding, 'bursts': binding.bursts}
+    'binding': binding.binding, 'bursts': binding.bursts, 'cni': cni.adds}
 
 
 def _table(title: Optional[str], columns: list[str],

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Serves the CNI plugin on a socket, for the shim in kuryr_break0/cni."""
+
+from __future__ import annotations
+
+from concurrent import futures
+import contextlib
+import dataclasses
+import os
+import select
+import socket
+import struct
+import threading
+from typing import Optional
+
+from oslo_log import log as logging
+
+from kuryr_break0.cni import plugin
+from kuryr_break0.cni import request
+from kuryr_break0 import config
+from kuryr_break0 import exceptions
+
+LOG = logging.getLogger(__name__)
+
+NAME = 'cni.sock'
+#: Requests at once; others wait. Those on one node wait for one lock anyway.
+_WORKERS = 4
+_BACKLOG = 512
+#: Seconds that a client may send nothing, and bytes that it may send.
+_TIMEOUT = 3
+_LIMIT = request.LIMIT + 2 ** 18
+#: Seconds to wait for the lock of the ledger, at most: less than the shim
+#: waits for the answer.
+_LOCK_TIMEOUT = 6
+_CREDENTIALS = struct.Struct('3i')  # struct ucred of socket(7)
+
+
+class CNIServer:
+    """Answers requests on ``cni.sock`` in the state directory.
+
+    Its threads keep their sockets of nftables, since closing one takes the
+    kernel some 12 ms.
+    """
+
+    def __init__(self) -> None:
+        self._options: Optional[config.Options] = None
+        self._socket: Optional[socket.socket] = None
+        self._path = ''
+        self._complained = ''
+        self._workers = futures.ThreadPoolExecutor(
+            _WORKERS, thread_name_prefix='cni')
+
+    def listen(self, options: config.Options) -> None:
+        """Serve there, if that is still to be done, and nowhere else.
+
+        It is again where somebody has removed the socket. What hinders is an
+        error in the log, once.
+        """
+        # Its clients wait for less than the lock may take.
+        self._options = dataclasses.replace(options, lock_timeout=min(
+            options.lock_timeout, _LOCK_TIMEOUT))
+        path = os.path.join(options.state_dir, NAME)
+        if self._socket is not None and path == self._path and (
+                self._is_own()):
+            return
+        self._close_socket()
+        self._path = path
+        try:
+            self._socket = _bound(path)
+        except OSError as err:
+            text = '%s: %s' % (path, err.strerror or err)
+            if self._complained != text:
+                self._complained = text
+                LOG.error('CNI requests cannot be served: %s. Set [break0] '
+                          'state_dir to another directory.', text)
+            return
+        self._complained = ''
+        self._inode = os.stat(path).st_ino
+        threading.Thread(target=self._accept, args=(self._socket,),
+                         daemon=True).start()
+        LOG.info('Serving CNI requests on %s', path)
+
+    def close(self) -> None:
+        """End; what was begun is ended before."""
+        self._close_socket()
+        self._workers.shutdown()
+
+    def _is_own(self) -> bool:
+        try:
+            return os.stat(self._path).st_ino == self._inode
+        except OSError:
+            return False
+
+    def _close_socket(self) -> None:
+        if self._socket is None:
+            return
+        if self._is_own():
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
+        # A thread that waits in accept(2) is not woken by close(2).
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self._socket = None
+
+    def _accept(self, listening: socket.socket) -> None:
+        while True:
+            try:
+                client, _ = listening.accept()
+            except OSError as err:
+                if listening.fileno() < 0 or self._socket is not listening:
+                    return
+                LOG.warning('A CNI request could not be accepted: %s', err)
+                threading.Event().wait(1)  # as for EMFILE
+                continue
+            try:
+                self._workers.submit(self._serve, client)
+            except RuntimeError:  # it ends
+                client.close()
+                return
+
+    def _serve(self, client: socket.socket) -> None:
+        with client:
+            try:
+                self._answer(client)
+            except Exception as err:  # must not end the thread silently
+                LOG.warning('A CNI request was not answered: %s', err)
+
+    def _answer(self, client: socket.socket) -> None:
+        client.settimeout(_TIMEOUT)
+        _, user, _ = _CREDENTIALS.unpack(client.getsockopt(
+            socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+        if user != os.geteuid():
+            LOG.warning('A CNI request of user %d was refused', user)
+            return
+        data = bytearray()
+        while len(data) <= _LIMIT:
+            some = client.recv(2 ** 16)
+            if not some:
+                break
+            data += some
+        environment, body = _parse(bytes(data))
+        answer = plugin.answer(environment, body, self._load)
+        output = answer.output.encode()
+        try:
+            if _is_closed(client):
+                raise BrokenPipeError
+            client.sendall(b'%d %d\n' % (answer.status, len(output)) + output)
+        except OSError:
+            # To the runtime it has failed, and it may have sent its DEL.
+            if answer.status == 0 and (
+                    environment['CNI_COMMAND'] == request.ADD):
+                LOG.warning('Nobody waits for the ADD of %s any more: '
+                            'undoing it', environment['CNI_CONTAINERID'])
+                plugin.answer({**environment, 'CNI_COMMAND': request.DEL},
+                              body, self._load)
+
+    def _load(self) -> config.Options:
+        if self._options is None:
+            raise exceptions.InvalidOption(option='(all)', reason='not read')
+        return self._options
+
+
+def _bound(path: str) -> socket.socket:
+    """Listen at a path in place of what is there, for this user only.
+
+    :raises OSError: if that cannot be, or another agent listens there
+    """
+    with socket.socket(socket.AF_UNIX) as other:
+        other.settimeout(1)
+        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+            other.connect(path)
+            raise OSError('another agent listens there')
+    listening = socket.socket(socket.AF_UNIX)
+    # Under another name until nobody else can use it.
+    new = '%s.%d' % (path, os.getpid())
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(new)
+        listening.bind(new)
+        os.chmod(new, 0o600)
+        listening.listen(_BACKLOG)
+        os.replace(new, path)
+    except OSError:
+        listening.close()
+        with contextlib.suppress(OSError):
+            os.unlink(new)
+        raise
+    return listening
+
+
+def _parse(data: bytes) -> tuple[dict[str, str], bytes]:
+    """Split what a client has sent into variables and input."""
+    variables, end, body = data.partition(b'\0\0')
+    if data.startswith(b'\0'):  # no variables
+        variables, end, body = b'', b'\0', data[1:]
+    if not end or len(data) > _LIMIT:
+        raise ValueError('it is larger than allowed, or cut off')
+    environment = {}
+    for each in variables.split(b'\0'):
+        name, _, value = each.decode(errors='replace').partition('=')
+        environment[name] = value
+    return environment, body
+
+
+def _is_closed(client: socket.socket) -> bool:
+    """Return whether a client has gone, and not only ended its request."""
+    poll = select.poll()
+    poll.register(client, 0)
+    return any(events & (select.POLLHUP | select.POLLERR)
+               for _, events in poll.poll(0))

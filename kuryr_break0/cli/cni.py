@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""``kuryr-break0 cni`` and ``cni-install``: the plugin for CNI runtimes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import shlex
+import sys
+from typing import Any, Iterator
+
+from oslo_config import cfg
+from oslo_log import log as logging
+
+from kuryr_break0.cli import common
+from kuryr_break0.cni import plugin
+from kuryr_break0.cni import request
+from kuryr_break0 import config
+from kuryr_break0 import exceptions
+from kuryr_break0.manager import Break0Manager
+
+LOG = logging.getLogger(__name__)
+
+PLUGIN = 'break0'
+_CNI = """\
+Be the CNI plugin break0 in one process, without the agent: a runtime sets the
+variables CNI_COMMAND and others and writes a network configuration to standard
+input. It goes behind macvlan in the list of plugins, as {"type": "break0"}.
+Exits with 0, or with 1 and an error in JSON on standard output.
+"""
+_INSTALL = """\
+Put the CNI plugin break0 into a directory of plugins, in place of the one that
+is there. It is the shim that asks the agent, if one was built (make cni), else
+a script that runs kuryr-break0 cni. Exits with 0 if done, 2 if it cannot be.
+"""
+_INSTALL_EPILOG = """\
+example:
+  kuryr-break0 cni-install --bin-dir /opt/cni/bin
+"""
+#: Where a shim may be: of a checkout, of an image.
+_SHIMS = (pathlib.Path(__file__).parents[2] / 'build/cni' / PLUGIN,
+          pathlib.Path('/usr/libexec/kuryr-break0') / PLUGIN)
+
+
+def add_parsers(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        'cni', help='be the CNI plugin, chained behind macvlan',
+        description=_CNI, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(func=run)
+    parser = subparsers.add_parser(
+        'cni-install', help='put the CNI plugin into its directory',
+        description=_INSTALL, epilog=_INSTALL_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        '--bin-dir', metavar='DIR', required=True,
+        type=common.argument(config.AbsolutePath()),
+        help='absolute path of the directory of CNI plugins')
+    parser.add_argument(
+        '--shim', metavar='FILE', type=common.argument(config.AbsolutePath()),
+        help='absolute path of the shim (default: build/cni/break0 of the '
+             'checkout, else /usr/libexec/kuryr-break0/break0)')
+    parser.add_argument(
+        '--without-agent', action='store_true',
+        help='install the script, even if there is a shim')
+    parser.set_defaults(func=_install)
+
+
+def is_asked_for(arguments: Any) -> bool:
+    """Return whether errors are for a CNI runtime."""
+    return list(arguments)[-1:] == ['cni']
+
+
+def fail(err: Exception) -> int:
+    """Answer with what is wrong with the configuration."""
+    sys.stdout.write(plugin.failure(exceptions.InvalidOption(
+        option='(all)', reason=err) if not isinstance(
+            err, exceptions.Break0Error) else err).output)
+    return 1
+
+
+def run(conf: cfg.ConfigOpts) -> int:
+    """Answer one request."""
+    data = sys.stdin.buffer.read(request.LIMIT + 1)
+    answer = plugin.answer(os.environ, data, lambda: config.load(conf))
+    sys.stdout.write(answer.output)
+    sys.stdout.flush()
+    if answer.status == 0 and os.environ.get('CNI_COMMAND') in (
+            request.ADD, request.DEL):
+        try:
+            Break0Manager(config.load(conf)).housekeep()
+        except exceptions.Break0Error as err:  # it is of other containers
+            LOG.warning('Cannot repair what other containers need: %s', err)
+    return answer.status
+
+
+def _install(conf: cfg.ConfigOpts, options: config.Options) -> int:
+    wanted = conf.command
+    target = os.path.join(wanted.bin_dir, PLUGIN)
+    shims = [wanted.shim] if wanted.shim else [
+        str(path) for path in _SHIMS if path.is_file()]
+    if wanted.without_agent:
+        shims = []
+    try:
+        if shims:
+            with open(shims[0], 'rb') as file:
+                content = file.read()
+        else:
+            content = '\n'.join(_script(conf)).encode()
+        _replace(target, content)
+    except OSError as err:
+        return common.fail(common.USAGE, exceptions.CannotInstall(
+            target=target, reason='%s: %s' % (err.filename, err.strerror)))
+    print('Installed %s: %s' % (target, 'the shim ' + shims[0] if shims
+                                else 'a script that runs kuryr-break0 cni'))
+    return common.IN_SYNC
+
+
+def _script(conf: cfg.ConfigOpts) -> Iterator[str]:
+    command = [sys.executable, '-m', 'kuryr_break0']
+    for option, paths in (('--config-file', conf.config_file),
+                          ('--config-dir', conf.config_dir)):
+        for path in paths or ():
+            command += [option, os.path.abspath(path)]
+    yield '#!/bin/sh'
+    yield '# Written by kuryr-break0 cni-install.'
+    yield 'exec %s cni' % shlex.join(command)
+    yield ''
+
+
+def _replace(target: str, content: bytes) -> None:
+    """Write a program: a runtime finds the old one, or all of the new one."""
+    new = '%s/.%s.%d' % (*os.path.split(target), os.getpid())
+    try:
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL
+                     | os.O_NOFOLLOW, 0o755)
+        with open(fd, 'wb') as file:
+            os.fchmod(fd, 0o755)
+            file.write(content)
+            file.flush()
+            os.fsync(fd)
+        os.replace(new, target)
+    except OSError:
+        if os.path.exists(new):
+            os.unlink(new)
+        raise

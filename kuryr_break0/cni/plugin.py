@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What the CNI plugin does, command by command."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional
+
+from oslo_log import log as logging
+
+from kuryr_break0.cni import request as requests
+from kuryr_break0.cni.request import CNIError
+from kuryr_break0.cni.request import Request
+from kuryr_break0 import config
+from kuryr_break0 import exceptions
+from kuryr_break0 import guard
+from kuryr_break0 import kernel
+from kuryr_break0.ledger import Ledger
+from kuryr_break0.manager import Break0Manager
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Origin
+from kuryr_break0.model import Owner
+from kuryr_break0 import podside
+from kuryr_break0 import snapshot
+
+LOG = logging.getLogger(__name__)
+
+#: Codes of our own, by what has gone wrong; see doc/source/install/cni.rst.
+NOT_REACHABLE, REFUSED, DIFFERS, FAILED, UNEXPECTED = (
+    100, 101, 102, 103, 199)
+_CODES: tuple[tuple[type[Exception], int], ...] = (
+    (exceptions.LockTimeout, requests.TRY_AGAIN),
+    (exceptions.SystemRefused, requests.TRY_AGAIN),
+    (exceptions.InvalidOption, requests.INVALID),
+    (exceptions.NotAMacvlan, NOT_REACHABLE),
+    (exceptions.NetnsUnusable, NOT_REACHABLE),
+    (exceptions.NotItsAddress, REFUSED),
+    (exceptions.AddressRefused, REFUSED),
+    (exceptions.InputRefused, REFUSED),
+    (exceptions.Break0Error, FAILED))
+
+
+class Answer(NamedTuple):
+    """What a runtime gets.
+
+    :ivar status: exit status of the plugin
+    :ivar output: what it writes to standard output
+    """
+
+    status: int
+    output: str
+
+
+def answer(environment: Mapping[str, str], data: bytes,
+           load: Callable[[], config.Options]) -> Answer:
+    """Do what a runtime asks for.
+
+    :param environment: its variables, of which those of CNI count
+    :param data: what it writes to standard input
+    :param load: returns the options, or raises InvalidOption
+    """
+    try:
+        request = requests.parse(environment, data)
+        if request.command == requests.VERSION:
+            result: Any = {'cniVersion': request.version,
+                           'supportedVersions': list(requests.SUPPORTED)}
+        else:
+            result = Plugin(load(), request).run()
+        return Answer(0, json.dumps(result) + '\n' if result else '')
+    except (CNIError, exceptions.Break0Error) as err:
+        return failure(err, data)
+    except Exception as err:  # a runtime cannot read a traceback
+        LOG.exception('The CNI request %s failed',
+                      environment.get('CNI_COMMAND'))
+        return failure(err, data)
+
+
+def failure(err: Exception, data: bytes = b'') -> Answer:
+    """Return the answer that says what has gone wrong."""
+    code = err.code if isinstance(err, CNIError) else next(
+        (code for kind, code in _CODES if isinstance(err, kind)), UNEXPECTED)
+    text = str(err) if code != UNEXPECTED else (
+        'break0 failed unexpectedly: %r. See its log.' % err)
+    return Answer(1, json.dumps({
+        'cniVersion': requests.version_of(data), 'code': code,
+        'msg': text}) + '\n')
+
+
+class Plugin:
+    """One request of a runtime."""
+
+    def __init__(self, options: config.Options, request: Request) -> None:
+        self._options = options
+        self._request = request
+        self._manager = Break0Manager(options)
+        self._ledger = Ledger(options.state_dir, options.lock_timeout)
+        self._strict = (options.strict if request.strict is None
+                        else request.strict)
+
+    def run(self) -> Optional[dict[str, Any]]:
+        """Do what is asked; the result, if the command has one.
+
+        :raises CNIError: what the runtime must know
+        :raises Break0Error: as that
+        """
+        return {
+            requests.ADD: self._add, requests.DEL: self._del,
+            requests.CHECK: self._check, requests.GC: self._gc,
+            requests.STATUS: self._status}[self._request.command]()
+
+    @property
+    def _owner(self) -> Owner:
+        assert self._request.owner is not None
+        return self._request.owner
+
+    def _add(self) -> dict[str, Any]:
+        """Bind the addresses of the interface; the result is unchanged.
+
+        What is configured wrongly is refused. What merely fails is logged
+        unless it is strict, since a container is worth more than its way to
+        the node, and it is repaired later.
+        """
+        request, owner = self._request, self._owner
+        previous, addresses = request.previous, request.addresses()
+        macvlan = self._macvlan()
+        if not self._options.enabled:
+            return previous
+        own = [each for each in addresses
+               if each.address in macvlan.addresses]
+        try:
+            self._manager.bind(
+                owner, [each.address for each in own],
+                parent=macvlan.parent, mac=macvlan.link.mac,
+                subnets=list(dict.fromkeys(each.subnet for each in own)),
+                netns=request.netns, pod=request.pod, origin=Origin.CNI,
+                network=request.network)
+            if not addresses:
+                raise exceptions.NoAddress(owner=owner)
+            for each in addresses:
+                if each not in own:
+                    raise exceptions.NotItsAddress(
+                        address=each.address, ifname=owner.ifname,
+                        netns=request.netns, found=', '.join(
+                            map(str, macvlan.addresses)) or 'no address')
+        except exceptions.Break0Error as err:
+            if self._strict or isinstance(err, exceptions.GuardUnavailable):
+                self._undo([each.address for each in addresses])
+                raise
+            LOG.error('%s may not be reachable from its node: %s', owner, err)
+        return previous
+
+    def _macvlan(self) -> kernel.Macvlan:
+        netns = self._request.netns
+        assert netns is not None
+        return kernel.macvlan_of(netns, self._owner.ifname,
+                                 self._options.parent)
+
+    def _undo(self, addresses: list[IPAddress]) -> None:
+        try:
+            self._manager.unbind(self._owner, addresses, self._request.netns)
+        except exceptions.Break0Error as err:  # the first one is to be told
+            LOG.error('Cannot undo the ADD of %s: %s', self._owner, err)
+
+    def _del(self) -> None:
+        """Unbind what the interface has, as far as it is known.
+
+        That is what the previous result names, or without one what is
+        recorded, which takes longer. The namespace is cleaned too, since a
+        runtime may use it again.
+        """
+        request, owner = self._request, self._owner
+        try:
+            addresses = [each.address for each in request.addresses()]
+        except CNIError:
+            addresses = []
+        unbound = self._manager.unbind(
+            owner, addresses, request.netns) if addresses else []
+        if not unbound:
+            self._manager.unbind(owner, None, request.netns)
+
+    def _check(self) -> None:
+        """Compare record, route, neighbours and pod side with the kernel."""
+        request = self._request
+        addresses = [each.address for each in request.addresses()]
+        self._macvlan()
+        differences = (list(self._differences(addresses))
+                       if self._options.enabled else [])
+        if differences:
+            raise CNIError(DIFFERS, '%s. Repair it: kuryr-break0 sync'
+                           % '; '.join(differences))
+
+    def _differences(self, addresses: list[IPAddress]) -> Iterator[str]:
+        with kernel.Netlink() as netlink:
+            seen = snapshot.read(self._options, self._ledger, netlink)
+        problems = seen.problems()
+        namespace = kernel.identify(self._request.netns)
+        own = []
+        for address in addresses:
+            record = seen.live.get(address)
+            if record is None or (record.owner != self._owner and not (
+                    record.namespace and namespace
+                    and record.namespace.is_same(namespace))):
+                yield 'the record of %s is %s' % (
+                    address, 'missing' if record is None
+                    else 'that of %s' % record.owner)
+                continue
+            own.append(record)
+            if address in problems:
+                yield '%s: %s' % (address, problems[address])
+        for name in {record.parent for record in own}:
+            parent = seen.parents[name]
+            yield from parent.problems()
+            if parent.node is not None and podside.repair(
+                    [record for record in own if record.parent == name],
+                    parent.node, self._options, dry_run=True):
+                yield ('the container is not configured to reach the node '
+                       'by %s' % self._owner.ifname)
+
+    def _gc(self) -> None:
+        """Unbind what is of this network and not a valid attachment.
+
+        Go writes no attachments as null, and an error before it as well. So
+        null removes only what is proven not to exist any more.
+        """
+        request = self._request
+        valid = request.attachments()
+        errors = []
+        for claims in list(self._ledger.records.containing(request.network)):
+            for claim in claims:
+                if (claim.network != request.network
+                        or claim.origin is not Origin.CNI):
+                    continue
+                if valid is None:
+                    unwanted = kernel.state(
+                        claim.netns, claim.namespace) is kernel.State.GONE
+                else:
+                    unwanted = tuple(vars(claim.owner).values()) not in valid
+                if not unwanted:
+                    continue
+                try:
+                    self._manager.unbind(claim.owner, [claim.address])
+                except exceptions.Break0Error as err:
+                    errors.append(err)
+        if errors:
+            raise errors[0]
+
+    def _status(self) -> None:
+        """Say whether an ADD would succeed."""
+        for reason in self._hindrances():
+            raise CNIError(requests.UNAVAILABLE, reason)
+
+    def _hindrances(self) -> Iterator[str]:
+        options = self._options
+        if os.geteuid() != 0:
+            yield str(exceptions.NotPermitted(
+                action='change the network', capability='CAP_NET_ADMIN'))
+        try:
+            if options.guard == config.ON and not guard.is_installed():
+                raise exceptions.GuardUnavailable(
+                    device=options.device, reason='there is no program nft')
+            if not self._strict:
+                return
+            self._ledger.prepare()
+            if options.parent and not kernel.exists(options.parent):
+                raise exceptions.ParentNotFound(parent=options.parent)
+        except exceptions.Break0Error as err:
+            yield str(err)

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a CNI runtime asks for, checked before anything is done with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import json
+import math
+import re
+from typing import Any, Mapping, NamedTuple, Optional
+
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import IPNetwork
+from kuryr_break0.model import Owner
+
+#: Versions of the specification, the newest last.
+SUPPORTED = ('0.3.1', '0.4.0', '1.0.0', '1.1.0')
+ADD, DEL, CHECK, GC, STATUS, VERSION = (
+    'ADD', 'DEL', 'CHECK', 'GC', 'STATUS', 'VERSION')
+#: Version that a command came with.
+_SINCE = {CHECK: '0.4.0', GC: '1.1.0', STATUS: '1.1.0'}
+#: Codes of the specification.
+UNSUPPORTED, BAD_VARIABLE, UNREADABLE, INVALID, TRY_AGAIN, UNAVAILABLE = (
+    1, 4, 6, 7, 11, 50)
+#: Bytes of input.
+LIMIT = 2 ** 20
+
+# As libcni has it (utils.ValidateContainerID, ValidateNetworkName).
+_NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.\-]{0,255}')
+_IFNAME = re.compile(r'(?!\.{1,2}$)[^/:\s\x00-\x1f\x7f]{1,15}')
+_POD = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.\-]{0,252}')
+
+
+class CNIError(Exception):
+    """What a runtime is told.
+
+    :ivar code: of the specification, or from 100 on one of ours
+    """
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Attachment(NamedTuple):
+    """What ``cni.dev/valid-attachments`` lists."""
+
+    container_id: str
+    ifname: str
+
+
+class PreviousAddress(NamedTuple):
+    """An address of an interface, in the result of the plugin before."""
+
+    address: IPAddress
+    subnet: IPNetwork
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A request of a runtime.
+
+    :ivar command: one of the commands of the specification
+    :ivar version: of the specification, by which it is answered
+    :ivar config: the network configuration, as it was read
+    :ivar owner: container and interface; None for what is of no container
+    :ivar netns: path of its namespace; None if that is gone
+    :ivar pod: what Kubernetes or the engine calls the container
+    """
+
+    command: str
+    version: str
+    config: dict[str, Any]
+    owner: Optional[Owner] = None
+    netns: Optional[str] = None
+    pod: Optional[str] = None
+
+    @property
+    def network(self) -> str:
+        """The name of the network."""
+        name = self.config.get('name')
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise CNIError(INVALID, 'The name of the network, %s, has to be '
+                           'letters, digits, "_", "." and "-"' % _short(name))
+        return name
+
+    @property
+    def strict(self) -> Optional[bool]:
+        """Whether the ADD fails if the container is not reachable.
+
+        None if the option [break0] strict decides.
+        """
+        strict = self.config.get('strict')
+        if strict is not None and not isinstance(strict, bool):
+            raise CNIError(INVALID, 'strict is %s, which is neither true nor '
+                           'false' % _short(strict))
+        return strict
+
+    @property
+    def previous(self) -> dict[str, Any]:
+        """The result of the plugin before.
+
+        :raises CNIError: if there is none
+        """
+        previous = self.config.get('prevResult')
+        if not isinstance(previous, dict):
+            raise CNIError(INVALID, 'There is no prevResult: break0 has to '
+                           'stand behind macvlan in the list of plugins')
+        return previous
+
+    def addresses(self) -> list[PreviousAddress]:
+        """Return the addresses of this interface in this namespace.
+
+        :raises CNIError: if the previous result does not say
+        """
+        assert self.owner is not None
+        previous = self.previous
+        interfaces = _objects(previous, 'interfaces')
+        own = {number for number, each in enumerate(interfaces)
+               if each.get('name') == self.owner.ifname
+               and each.get('sandbox')}
+        if interfaces and not own:
+            raise CNIError(INVALID, 'prevResult has no interface %s in a '
+                           'sandbox' % self.owner.ifname)
+        found = []
+        for each in _objects(previous, 'ips'):
+            number = each.get('interface')
+            if number is None or number in own:
+                found.append(_address(each.get('address')))
+        return found
+
+    def attachments(self) -> Optional[set[Attachment]]:
+        """Return the attachments that are valid; None for null.
+
+        :raises CNIError: if they are not told
+        """
+        key = 'cni.dev/valid-attachments'
+        if key not in self.config:
+            raise CNIError(INVALID, 'There is no %s, so nothing is known to '
+                           'be invalid' % key)
+        if self.config[key] is None:
+            return None
+        found = set()
+        for each in _objects(self.config, key):
+            fields = each.get('containerID'), each.get('ifname')
+            if not all(isinstance(field, str) and field for field in fields):
+                raise CNIError(INVALID, '%s has an entry without containerID '
+                               'and ifname' % key)
+            found.add(Attachment(*map(str, fields)))
+        return found
+
+
+def parse(environment: Mapping[str, str], data: bytes) -> Request:
+    """Read a request.
+
+    :raises CNIError: saying what is wrong with it
+    """
+    command = environment.get('CNI_COMMAND', '')
+    if command not in (ADD, DEL, CHECK, GC, STATUS, VERSION):
+        raise CNIError(BAD_VARIABLE, 'CNI_COMMAND is %s, which is none of '
+                       'ADD, DEL, CHECK, GC, STATUS and VERSION'
+                       % _short(command) if command
+                       else 'CNI_COMMAND is not set')
+    owner, netns, pod = _container(command, environment)
+    if command == VERSION and not data.strip():
+        return Request(command, SUPPORTED[-1], {})
+    config = _config(data)
+    version = config.get('cniVersion', '0.1.0')
+    if not isinstance(version, str):
+        raise CNIError(UNREADABLE, 'cniVersion is %s, which is no text'
+                       % _short(version))
+    if command == VERSION:
+        return Request(command, version, config)
+    if version not in SUPPORTED:
+        raise CNIError(UNSUPPORTED, 'cniVersion is %s, and %s are supported'
+                       % (_short(version), ', '.join(SUPPORTED)))
+    since = _SINCE.get(command, SUPPORTED[0])
+    if SUPPORTED.index(version) < SUPPORTED.index(since):
+        raise CNIError(UNSUPPORTED, '%s came with cniVersion %s, and that of '
+                       'the network is %s' % (command, since, version))
+    request = Request(command, version, config, owner, netns, pod)
+    request.network, request.strict  # raise what is wrong with them
+    return request
+
+
+def version_of(data: bytes) -> str:
+    """Return the version that an error is written in."""
+    try:
+        version = _config(data).get('cniVersion')
+    except CNIError:
+        version = None
+    return version if version in SUPPORTED else SUPPORTED[-1]
+
+
+def _container(command: str, environment: Mapping[str, str]
+               ) -> tuple[Optional[Owner], Optional[str], Optional[str]]:
+    if command == VERSION:
+        return None, None, None
+    _variable(environment, 'CNI_PATH')
+    if command in (GC, STATUS):
+        return None, None, None
+    container_id = _variable(environment, 'CNI_CONTAINERID')
+    if not _NAME.fullmatch(container_id):
+        raise CNIError(BAD_VARIABLE, 'CNI_CONTAINERID is %s: it has to be '
+                       'letters, digits, "_", "." and "-"'
+                       % _short(container_id))
+    ifname = _variable(environment, 'CNI_IFNAME')
+    if not _IFNAME.fullmatch(ifname) or len(ifname.encode()) > 15:
+        raise CNIError(BAD_VARIABLE, 'CNI_IFNAME is %s, which is no name of '
+                       'an interface' % _short(ifname))
+    netns = environment.get('CNI_NETNS') or None
+    if netns is None and command != DEL:
+        raise CNIError(BAD_VARIABLE, 'CNI_NETNS is not set')
+    if netns is not None and (not netns.startswith('/') or len(netns) > 512
+                              or not netns.isprintable()):
+        raise CNIError(BAD_VARIABLE, 'CNI_NETNS is %s, which is no absolute '
+                       'path' % _short(netns))
+    return Owner(container_id, ifname), netns, _pod(environment)
+
+
+def _variable(environment: Mapping[str, str], name: str) -> str:
+    value = environment.get(name)
+    if not value:
+        raise CNIError(BAD_VARIABLE, '%s is not set' % name)
+    return value
+
+
+def _pod(environment: Mapping[str, str]) -> Optional[str]:
+    arguments = {}
+    for pair in filter(None, environment.get('CNI_ARGS', '').split(';')):
+        name, equals, value = pair.partition('=')
+        if not equals:
+            raise CNIError(BAD_VARIABLE, 'CNI_ARGS has %s, which is no '
+                           'NAME=VALUE' % _short(pair))
+        arguments[name] = value
+    names = [arguments.get(name, '') for name
+             in ('K8S_POD_NAMESPACE', 'K8S_POD_NAME')]
+    if not all(_POD.fullmatch(name) for name in names if name):
+        return None  # it is for people only
+    if not names[1]:
+        return None
+    # Podman gives the name of the container for both.
+    return (names[1] if names[0] in ('', names[1]) else '/'.join(names))
+
+
+def _config(data: bytes) -> dict[str, Any]:
+    if len(data) > LIMIT:
+        raise CNIError(UNREADABLE, 'The input has more than 1 MiB')
+    if not data.strip():
+        raise CNIError(UNREADABLE, 'The input is empty: a network '
+                       'configuration in JSON is needed')
+    try:
+        config = json.loads(data, parse_constant=_refuse, parse_float=_finite)
+    except (ValueError, RecursionError) as err:
+        raise CNIError(UNREADABLE, 'The input is no JSON: %s' % err) from err
+    if not isinstance(config, dict):
+        raise CNIError(UNREADABLE, 'The input is no JSON object')
+    return config
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError('it has %s' % constant)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError('it has a number out of range')
+    return value
+
+
+def _objects(of: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    found = of.get(key)
+    if found is None:
+        return []
+    if not isinstance(found, list) or not all(isinstance(each, dict)
+                                              for each in found):
+        raise CNIError(INVALID, '%s is no list of objects' % key)
+    return found
+
+
+def _address(text: Any) -> PreviousAddress:
+    try:
+        if not isinstance(text, str) or '/' not in text:
+            raise ValueError
+        interface = ipaddress.ip_interface(text)
+    except ValueError:
+        raise CNIError(INVALID, 'prevResult has the address %s, which is '
+                       'none with a prefix' % _short(text)) from None
+    return PreviousAddress(interface.ip, interface.network)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + '...'

@@ -1,0 +1,200 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The CNI plugin break0 for hosts without Python. It passes the CNI_
+ * variables and the input on to the socket of the agent, and writes what
+ * comes back. See kuryr_break0/agent/cni_server.py for the other end.
+ *
+ *   request:  NAME=VALUE, NUL, for each variable; NUL; the input; end of file
+ *   answer:   exit status, blank, bytes of the output, line feed; the output
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+#define SOCKET "/run/kuryr-break0/cni.sock"
+#define PATIENCE 9000 /* ms, for all of it: a runtime must not hang */
+#define LIMIT (1 << 20) /* bytes of input, and of output */
+#define SUPPORTED "\"0.3.1\",\"0.4.0\",\"1.0.0\",\"1.1.0\""
+
+extern char **environ;
+static char input[LIMIT + 2], answer[LIMIT + 64];
+static char version[16] = "1.1.0";
+
+static long now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000 + t.tv_nsec / 1000000;
+}
+
+static int fail(int code, const char *what, const char *where, const char *why)
+{
+    printf("{\"cniVersion\": \"%s\", \"code\": %d, \"msg\": \"%s", version,
+           code, what);
+    for (; *where; where++)
+        putchar(*where < ' ' || strchr("\"\\\x7f", *where) ? '?' : *where);
+    printf("%s\"}\n", why);
+    fflush(stdout);
+    return 1;
+}
+
+/* Whether a file is ready before the deadline. */
+static int ready(int fd, short events, long deadline)
+{
+    struct pollfd p = {.fd = fd, .events = events};
+    long left;
+    while ((left = deadline - now()) > 0) {
+        int n = poll(&p, 1, left);
+        if (n > 0)
+            return 1;
+        if (n < 0 && errno != EINTR)
+            return 0;
+    }
+    errno = ETIMEDOUT;
+    return 0;
+}
+
+/* Read until the end of file, or until size; -1 for an error. */
+static long take(int fd, char *to, long size, long deadline)
+{
+    long n, have = 0;
+    while (have < size) {
+        if (!ready(fd, POLLIN, deadline))
+            return -1;
+        n = read(fd, to + have, size - have);
+        if (n == 0)
+            break;
+        if (n < 0 && errno != EINTR && errno != EAGAIN)
+            return -1;
+        have += n > 0 ? n : 0;
+    }
+    return have;
+}
+
+static int give(int fd, const char *from, long size, long deadline)
+{
+    long n;
+    while (size > 0) {
+        if (!ready(fd, POLLOUT, deadline))
+            return -1;
+        n = write(fd, from, size);
+        if (n < 0 && errno != EINTR && errno != EAGAIN)
+            return -1;
+        from += n > 0 ? n : 0;
+        size -= n > 0 ? n : 0;
+    }
+    return 0;
+}
+
+static const char *blank(const char *at)
+{
+    return at + strspn(at, " \t\r\n");
+}
+
+/* The value of a key of the outermost object, or NULL. */
+static const char *value_of(const char *json, const char *key)
+{
+    int depth = 0;
+    const char *start, *at;
+    for (at = json; *at; at++) {
+        if (*at == '{' || *at == '[')
+            depth++;
+        else if (*at == '}' || *at == ']')
+            depth--;
+        else if (*at == '"') {
+            for (start = ++at; *at && *at != '"'; at++)
+                if (*at == '\\' && at[1])
+                    at++;
+            if (!*at)
+                return NULL;
+            if (depth == 1 && *blank(at + 1) == ':' &&
+                (size_t)(at - start) == strlen(key) &&
+                !strncmp(start, key, at - start))
+                return blank(blank(at + 1) + 1);
+        }
+    }
+    return NULL;
+}
+
+/* Copy a text without escapes; -1 if it is none, or too long. */
+static int text_of(const char *value, char *to, size_t size)
+{
+    size_t length = value && *value == '"' ? strcspn(value + 1, "\"\\") : size;
+    if (length >= size || value[length + 1] != '"')
+        return -1;
+    memcpy(to, value + 1, length);
+    to[length] = 0;
+    return 0;
+}
+
+static int call(int fd, long size, long deadline)
+{
+    char **variable;
+    for (variable = environ; *variable; variable++)
+        if (!strncmp(*variable, "CNI_", 4) &&
+            give(fd, *variable, strlen(*variable) + 1, deadline))
+            return -1;
+    if (give(fd, "", 1, deadline) || give(fd, input, size, deadline))
+        return -1;
+    return shutdown(fd, SHUT_WR);
+}
+
+int main(void)
+{
+    struct sockaddr_un to = {.sun_family = AF_UNIX, .sun_path = SOCKET};
+    const char *value, *command = getenv("CNI_COMMAND");
+    long size, deadline = now() + PATIENCE, length;
+    int fd, status, start;
+    char found[sizeof(version)];
+
+    signal(SIGPIPE, SIG_IGN);
+    size = take(0, input, LIMIT + 1, deadline);
+    if (size < 0)
+        return fail(5, "Cannot read the input: ", strerror(errno), "");
+    if (size > LIMIT)
+        return fail(6, "The input has more than 1 MiB", "", "");
+    value = value_of(input, "cniVersion");
+    if (!text_of(value, found, sizeof(found)) &&
+        strspn(found, "0123456789.") == strlen(found) && *found)
+        strcpy(version, found);
+    value = value_of(input, "socket");
+    if (value && (text_of(value, to.sun_path, sizeof(to.sun_path)) ||
+                  *to.sun_path != '/'))
+        return fail(7, "socket has to be an absolute path of less than 108 "
+                    "bytes", "", "");
+    value = value_of(input, "strict");
+    fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    if (fd < 0 || connect(fd, (void *)&to, sizeof(to))) {
+        if (command && !strcmp(command, "STATUS") &&
+            !(value && !strncmp(value, "true", 4)))
+            return 0; /* or a missing agent would make the node NotReady */
+        if (command && !strcmp(command, "VERSION") &&
+            (!size || *blank(input) == '{')) {
+            printf("{\"cniVersion\": \"%s\", \"supportedVersions\": [%s]}\n",
+                   version, SUPPORTED);
+            return 0;
+        }
+        fprintf(stderr, "break0: %s: %s\n", to.sun_path, strerror(errno));
+        return fail(11, "The agent of kuryr-break0 does not listen on ",
+                    to.sun_path, ". Start it, as by: systemctl start "
+                    "kuryr-break0-agent");
+    }
+    /* What cannot be sent, the agent has refused: it says why. */
+    call(fd, size, deadline);
+    size = take(fd, answer, sizeof(answer) - 1, deadline);
+    if (size < 0 || sscanf(answer, "%d %ld\n%n", &status, &length, &start) != 2
+        || size - start != length)
+        return fail(11, "The agent of kuryr-break0 has not answered on ",
+                    to.sun_path, ". See its log");
+    if (give(1, answer + start, length, deadline))
+        return 1;
+    return status;
+}

@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Container engines of Debian on a node of its own: see tests/in-root-lab."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+import time
+from typing import Any, Callable, Optional
+import unittest
+
+import grpc
+
+from tests.functional import base
+from tests.functional.cni import base as cni_base
+from tests import lab
+
+PROGRAM = cni_base.PROGRAM
+CONF = cni_base.CONF
+#: What is in the image: busybox by these names.
+_TOOLS = ('sh', 'sleep', 'ping', 'ip', 'nc')
+_DEADLINE = 20
+
+
+def is_root() -> bool:
+    """Whether this is root of the machine, and not of a user namespace."""
+    with open('/proc/self/uid_map') as file:
+        return os.geteuid() == 0 and file.read().split()[2] == '4294967295'
+
+
+@unittest.skipUnless(is_root(), 'container engines need root of the machine')
+class EngineTestCase(base.LabTestCase):
+    """A node on which containers run.
+
+    Where root is not to be had, as on a workstation, it is left out; CI is
+    root.
+    """
+
+    #: [break0] options of the agent
+    conf = 'metrics_bind =\n'
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.lab.add_ipv6()
+        self.configure(self.conf)
+        self.addCleanup(self.kill_all)
+
+    def configure(self, text: str) -> None:
+        with open(CONF, 'w') as file:
+            file.write('[break0]\n' + text)
+
+    @staticmethod
+    def kill_all() -> None:
+        """End what engines have left running on this node."""
+        own = os.stat('/proc/self/ns/mnt').st_ino
+        for pid in filter(str.isdigit, os.listdir('/proc')):
+            try:
+                name = os.readlink('/proc/%s/exe' % pid)
+                if ('/run/' in open('/proc/%s/cmdline' % pid).read()
+                        and any(each in name for each in (
+                            'conmon', 'containerd', 'dockerd'))
+                        and os.stat('/proc/%s/ns/mnt' % pid).st_ino == own):
+                    os.kill(int(pid), 9)
+            except OSError:
+                continue
+
+    def start(self, *command: str) -> subprocess.Popen[bytes]:
+        """Start a server of the node, until the test ends."""
+        with open('/run/%s.log' % os.path.basename(command[0]), 'ab') as log:
+            server = subprocess.Popen(command, stdout=log, stderr=log)
+        self.addCleanup(server.wait)
+        self.addCleanup(server.terminate)
+        return server
+
+    def start_agent(self) -> subprocess.Popen[bytes]:
+        agent = self.start(PROGRAM, '--config-file', CONF, 'agent')
+        self.until(lambda: os.path.exists('/run/kuryr-break0/cni.sock'))
+        return agent
+
+    def until(self, condition: Callable[[], Any],
+              seconds: float = _DEADLINE) -> float:
+        """Wait until it holds; how long that took."""
+        began = time.monotonic()
+        while not condition():
+            if time.monotonic() - began > seconds:
+                self.fail('not within %s s\n%s' % (seconds, self.logs()))
+            time.sleep(0.01)
+        return time.monotonic() - began
+
+    @staticmethod
+    def logs() -> str:
+        found = []
+        for name in sorted(os.listdir('/run')):
+            if name.endswith('.log'):
+                with open('/run/' + name, errors='replace') as file:
+                    found.append('%s:\n%s' % (name, file.read()[-3000:]))
+        return '\n'.join(found)
+
+    def assert_reaches(self, address: str, inside: Callable[..., bool]
+                       ) -> None:
+        """Node and container reach each other."""
+        node = lab.NODE6 if ':' in address else lab.NODE
+        self.assertTrue(self.lab.ping(address), (address, self.logs()))
+        self.assertTrue(inside('ping', '-c', '1', '-W', '1', node),
+                        (address, self.logs()))
+
+    def routed(self) -> dict[str, str]:
+        """The addresses with a route by a break0, and its parent."""
+        return {address: link['link'] for link in self.lab.ip('link')
+                if link['ifname'].startswith('break0')
+                for address in self.lab.routes(link['ifname'])}
+
+    def assert_nothing_left(self) -> None:
+        self.until(lambda: not self.routed() and not self.bound())
+        self.assertEqual([], [
+            each for each in self.lab.ip('neigh', 'show', 'nud', 'permanent')
+            if each['dev'].startswith('break0')])
+        self.assertEqual([], self.problems())
+
+
+def rootfs() -> str:
+    """A directory with busybox, as an image has it."""
+    path = '/run/rootfs'
+    if not os.path.isdir(path):
+        os.makedirs(path + '/bin')
+        shutil.copy('/bin/busybox', path + '/bin')
+        for name in _TOOLS:
+            os.symlink('busybox', path + '/bin/' + name)
+    return path
+
+
+def image_tar() -> str:
+    """An archive of it, for engines that import."""
+    with tarfile.open('/run/rootfs.tar', 'w') as archive:
+        archive.add(rootfs(), '.')
+    return '/run/rootfs.tar'
+
+
+def saved_image(name: str, *command: str) -> str:
+    """An image as by "docker save", for containerd."""
+    with open(image_tar(), 'rb') as file:
+        layer = file.read()
+    config = json.dumps({
+        'architecture': 'amd64' if os.uname().machine == 'x86_64'
+        else 'arm64', 'os': 'linux', 'config': {'Cmd': command},
+        'rootfs': {'type': 'layers', 'diff_ids': [
+            'sha256:' + hashlib.sha256(layer).hexdigest()]}}).encode()
+    manifest = json.dumps([{'Config': 'config.json', 'RepoTags': [name],
+                            'Layers': ['layer.tar']}]).encode()
+    with tarfile.open('/run/saved.tar', 'w') as archive:
+        for path, content in (('layer.tar', layer), ('config.json', config),
+                              ('manifest.json', manifest)):
+            info = tarfile.TarInfo(path)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return '/run/saved.tar'
+
+
+class Engine:
+    """An engine that is used by its command."""
+
+    def __init__(self, test: EngineTestCase) -> None:
+        self.test = test
+        self.command: list[str] = []
+        self.environ: dict[str, str] = {}
+
+    def __call__(self, *args: str, check: bool = True) -> str:
+        done = subprocess.run(
+            [*self.command, *args], stdout=subprocess.PIPE, text=True,
+            stderr=subprocess.STDOUT, env={**os.environ, **self.environ})
+        if check and done.returncode:
+            raise AssertionError('%s: exit %d\n%s\n%s' % (
+                ' '.join(args), done.returncode, done.stdout,
+                self.test.logs()))
+        return done.stdout.strip()
+
+    def run(self, name: str, *options: str) -> None:
+        self('run', '--detach', '--name', name, *options, 'box', 'sleep',
+             '1000')
+
+    def inside(self, name: str) -> Callable[..., bool]:
+        """Run a command in a container; whether it succeeds."""
+        def run(*command: str) -> bool:
+            return subprocess.run(
+                [*self.command, 'exec', name, *command],
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                env={**os.environ, **self.environ}).returncode == 0
+
+        return run
+
+    def attachment(self, name: str, network: str) -> dict[str, Any]:
+        """What a container has in a network."""
+        found: dict[str, Any] = json.loads(self(
+            'inspect', '--format', '{{json .NetworkSettings.Networks}}',
+            name))[network]
+        return found
+
+    def address(self, name: str, network: str = 'lan') -> str:
+        found: str = self.attachment(name, network)['IPAddress']
+        return found
+
+
+class Podman(Engine):
+    """Podman, with its CNI backend or with netavark."""
+
+    def __init__(self, test: EngineTestCase, backend: str) -> None:
+        super().__init__(test)
+        # crun takes a machine with both hierarchies for one without.
+        subprocess.run(['umount', '/sys/fs/cgroup/unified'],
+                       stderr=subprocess.DEVNULL)
+        with open('/run/containers.conf', 'w') as file:
+            file.write('''
+[network]
+network_backend = "%s"
+cni_plugin_dirs = ["%s", "%s"]
+network_config_dir = "/run/net.d"
+[engine]
+cgroup_manager = "cgroupfs"
+events_logger = "file"
+runtime = "crun"
+''' % (backend, cni_base.BIN, cni_base.PLUGINS))
+        os.makedirs('/run/net.d', exist_ok=True)
+        self.command = [
+            'podman', '--root', '/run/podman/root', '--runroot',
+            '/run/podman/run', '--tmpdir', '/run/podman/tmp',
+            '--storage-driver', 'vfs']
+        self.environ = {'CONTAINERS_CONF': '/run/containers.conf'}
+        self('import', image_tar(), 'box')
+        test.addCleanup(self, 'rm', '--force', '--all', '--time', '0',
+                        check=False)
+
+
+class Docker(Engine):
+    """Docker, without bridge and iptables."""
+
+    def __init__(self, test: EngineTestCase) -> None:
+        super().__init__(test)
+        test.start('dockerd', '--bridge=none', '--iptables=false',
+                   '--ip6tables=false', '--storage-driver', 'vfs',
+                   '--data-root', '/run/docker-data', '--exec-root',
+                   '/run/docker-exec', '--pidfile', '/run/docker.pid',
+                   '--host', 'unix:///run/docker.sock')
+        self.command = ['docker', '--host', 'unix:///run/docker.sock']
+        test.until(lambda: os.path.exists('/run/docker.sock'))
+        self('import', image_tar(), 'box')
+        test.addCleanup(self.remove_all)
+
+    def remove_all(self) -> None:
+        names = self('ps', '--all', '--quiet', check=False).split()
+        if names:
+            self('rm', '--force', *names, check=False)
+
+
+class Containerd:
+    """containerd, by the CRI that kubelet uses."""
+
+    SERVICE = '/runtime.v1.RuntimeService/'
+
+    def __init__(self, test: EngineTestCase, bin_dir: str) -> None:
+        with open('/run/containerd.toml', 'w') as file:
+            file.write('''
+version = 2
+root = "/run/containerd-root"
+state = "/run/containerd-state"
+[grpc]
+  address = "/run/containerd.sock"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "lab/pause:1"
+  disable_apparmor = true
+  restrict_oom_score_adj = true
+[plugins."io.containerd.grpc.v1.cri".containerd]
+  snapshotter = "native"
+[plugins."io.containerd.grpc.v1.cri".cni]
+  bin_dir = "%s"
+  conf_dir = "/run/net.d"
+''' % bin_dir)
+        test.start('containerd', '--config', '/run/containerd.toml')
+        test.until(lambda: os.path.exists('/run/containerd.sock'))
+        for arguments in (
+                ('image', 'import', saved_image('docker.io/lab/pause:1',
+                                                '/bin/sleep', '1000')),
+                ('image', 'tag', 'docker.io/lab/pause:1', 'lab/pause:1')):
+            test.lab.run('ctr', '--address', '/run/containerd.sock',
+                         '--namespace', 'k8s.io', *arguments, check=(
+                             arguments[1] == 'import'))
+        self._channel = grpc.insecure_channel('unix:///run/containerd.sock')
+        test.addCleanup(self._channel.close)
+
+    def call(self, method: str, request: bytes) -> dict[int, bytes]:
+        """Call a method; the first field of each number of its answer."""
+        answer = self._channel.unary_unary(self.SERVICE + method)(
+            request, timeout=30, wait_for_ready=True)
+        return _fields(answer)
+
+    def run_sandbox(self, name: str) -> str:
+        """Have a sandbox; its id."""
+        metadata = (message(1, name) + message(2, 'uid-' + name)
+                    + message(3, 'shop'))
+        linux = message(1, '/break0-lab')
+        return self.call('RunPodSandbox', message(
+            1, message(1, metadata) + message(8, linux)))[1].decode()
+
+    def netns(self, sandbox: str) -> str:
+        """The path of its namespace, as containerd says it in detail."""
+        status = self._channel.unary_unary(self.SERVICE + 'PodSandboxStatus')(
+            message(1, sandbox) + b'\x10\x01', timeout=30)
+        start = status.index(b'/var/run/netns/')
+        return '/run/netns/' + status[start:].split(b'"')[0].decode(
+            ).rpartition('/')[2]
+
+    def address(self, sandbox: str) -> str:
+        status = self.call('PodSandboxStatus', message(1, sandbox))[1]
+        return _fields(_fields(status)[5])[1].decode()
+
+
+def message(number: int, value: Any) -> bytes:
+    """A field of a protobuf message that is a text or a message."""
+    data = value.encode() if isinstance(value, str) else value
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+def _varint(value: int) -> bytes:
+    found = bytearray()
+    while value > 127:
+        found.append(value & 127 | 128)
+        value >>= 7
+    return bytes(found + bytes([value]))
+
+
+def _fields(data: bytes) -> dict[int, bytes]:
+    """The fields of a message that are texts or messages."""
+    found: dict[int, bytes] = {}
+    place = 0
+
+    def varint() -> int:
+        nonlocal place
+        value = shift = 0
+        while True:
+            value |= (data[place] & 127) << shift
+            shift += 7
+            place += 1
+            if not data[place - 1] & 128:
+                return value
+
+    while place < len(data):
+        tag = varint()
+        size: Optional[int] = varint()
+        if tag & 7 == 2:
+            assert size is not None
+            found.setdefault(tag >> 3, data[place:place + size])
+            place += size
+    return found

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Plays a CNI runtime, with macvlan of Debian's containernetworking-plugins.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any, Optional
+
+from tests.functional import base
+from tests import lab
+
+PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
+PLUGINS = '/usr/lib/cni'
+BIN = '/run/cni-bin'
+CONF = '/run/kuryr.conf'
+SHIM = pathlib.Path(__file__).parents[3] / 'build/cni/break0'
+ID = 'c0ffee0123'
+OTHER_ID = 'c0ffee4567'
+
+
+def network(name: str = 'lan', version: str = '1.0.0', master: str = 'eth0',
+            mode: str = 'bridge', subnets: tuple[str, ...] = (
+                '100.75.30.128/25', 'fd00:30::1:0/112'),
+            **keys: Any) -> dict[str, Any]:
+    """A network configuration list: macvlan, and break0 with these keys."""
+    return {'cniVersion': version, 'name': name, 'plugins': [
+        {'type': 'macvlan', 'master': master, 'mode': mode, 'ipam': {
+            'type': 'host-local', 'dataDir': '/run/ipam',
+            'ranges': [[{'subnet': subnet}] for subnet in subnets],
+            'routes': []}},
+        {'type': 'break0', **keys}]}
+
+
+class Failed(Exception):
+    """A plugin has answered with an error."""
+
+    def __init__(self, output: str, stderr: str) -> None:
+        super().__init__(output + stderr)
+        self.answer: dict[str, Any] = json.loads(output)
+        self.code = self.answer['code']
+        self.text = self.answer['msg']
+
+
+class Runtime:
+    """A CNI runtime of one node.
+
+    :param plugin: the executable that is chained behind macvlan
+    """
+
+    def __init__(self, plugin: str) -> None:
+        self.plugin = plugin
+        self.results: dict[tuple[str, str, str], Any] = {}
+
+    def call(self, command: Optional[str], config: Any, *,
+             container: Optional[str] = ID, ifname: Optional[str] = 'eth0',
+             netns: Optional[str] = None, args: Optional[str] = None,
+             plugin: Optional[str] = None, **environ: str) -> Any:
+        """Run a plugin, and return what it answers."""
+        data = (config if isinstance(config, bytes)
+                else json.dumps(config).encode())
+        variables = {'CNI_COMMAND': command, 'CNI_CONTAINERID': container,
+                     'CNI_IFNAME': ifname, 'CNI_NETNS': netns,
+                     'CNI_ARGS': args, 'CNI_PATH': PLUGINS, **environ}
+        done = subprocess.run(
+            [plugin or self.plugin], input=data, timeout=60,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={'PATH': os.environ['PATH'], **{
+                name: value for name, value in variables.items()
+                if value is not None}})
+        output, stderr = done.stdout.decode(), done.stderr.decode()
+        assert 'Traceback' not in output + stderr, output + stderr
+        if done.returncode:
+            raise Failed(output, stderr)
+        return json.loads(output) if output.strip() else None
+
+    @staticmethod
+    def single(listed: dict[str, Any], number: int = 1,
+               previous: Any = None, **keys: Any) -> dict[str, Any]:
+        """The configuration that one plugin of a list gets."""
+        found = {'cniVersion': listed['cniVersion'], 'name': listed['name'],
+                 **copy.deepcopy(listed['plugins'][number]), **keys}
+        if previous is not None:
+            found['prevResult'] = previous
+        return found
+
+    def add(self, listed: dict[str, Any], netns: str, container: str = ID,
+            ifname: str = 'eth0', args: Optional[str] = None) -> Any:
+        """Attach a container; the result of macvlan and that of break0."""
+        previous = self.macvlan('ADD', listed, netns, container, ifname)
+        self.results[listed['name'], container, ifname] = previous
+        result = self.call('ADD', self.single(listed, previous=previous),
+                           container=container, ifname=ifname, netns=netns,
+                           args=args)
+        assert result == previous, result
+        return result
+
+    def macvlan(self, command: str, listed: dict[str, Any], netns: str,
+                container: str = ID, ifname: str = 'eth0') -> Any:
+        kind = listed['plugins'][0]['type']
+        return self.call(command, self.single(listed, 0), netns=netns,
+                         container=container, ifname=ifname,
+                         plugin='%s/%s' % (PLUGINS, kind))
+
+    def remove(self, listed: dict[str, Any], netns: Optional[str],
+               container: str = ID, ifname: str = 'eth0',
+               with_result: bool = True) -> None:
+        """Detach a container, in the reverse order."""
+        previous = self.results.get((listed['name'], container, ifname))
+        self.call('DEL', self.single(
+            listed, previous=previous if with_result else None),
+            container=container, ifname=ifname, netns=netns)
+        if netns is not None:
+            self.macvlan('DEL', listed, netns, container, ifname)
+
+    def check(self, listed: dict[str, Any], netns: str, container: str = ID,
+              ifname: str = 'eth0') -> None:
+        self.call('CHECK', self.single(
+            listed, previous=self.results[listed['name'], container, ifname]),
+            container=container, ifname=ifname, netns=netns)
+
+
+def addresses(result: Any) -> list[str]:
+    """The addresses that a result has."""
+    return [each['address'].partition('/')[0] for each in result['ips']]
+
+
+class CNITestCase(base.LabTestCase):
+    """A node with a CNI runtime."""
+
+    #: [break0] options
+    conf = ''
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.lab.add_ipv6()
+        os.mkdir(BIN)
+        self.configure(self.conf)
+        self.runtime = Runtime(self.install())
+
+    def configure(self, text: str) -> None:
+        with open(CONF, 'w') as file:
+            file.write('[break0]\n' + text)
+
+    def install(self) -> str:
+        """Have the plugin, and what it needs; its path."""
+        raise NotImplementedError
+
+    def installed(self, *args: str) -> str:
+        done = subprocess.run(
+            [PROGRAM, '--config-file', CONF, 'cni-install', '--bin-dir', BIN,
+             *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True)
+        self.assertEqual(0, done.returncode, done.stdout)
+        return BIN + '/break0'
+
+    def start_agent(self) -> subprocess.Popen[bytes]:
+        """Start an agent, and wait until it serves CNI requests."""
+        with open('/run/agent.log', 'ab') as log:
+            agent = subprocess.Popen([PROGRAM, '--config-file', CONF,
+                                      'agent'], stderr=log)
+        self.addCleanup(agent.wait)
+        self.addCleanup(agent.kill)
+        inode = self.socket_inode()
+        deadline = time.monotonic() + 30
+        while self.socket_inode() in (None, inode):
+            self.assertLess(time.monotonic(), deadline, self.log())
+            time.sleep(0.02)
+        return agent
+
+    @staticmethod
+    def socket_inode() -> Optional[int]:
+        try:
+            return os.stat('/run/kuryr-break0/cni.sock').st_ino
+        except FileNotFoundError:
+            return None
+
+    @staticmethod
+    def log() -> str:
+        with open('/run/agent.log') as file:
+            return file.read()
+
+    def assert_reachable(self, address: str, netns: str,
+                         expected: bool = True) -> None:
+        self.lab.settle()
+        node = lab.NODE6 if ':' in address else lab.NODE
+        self.assertEqual((expected, expected), (
+            self.lab.ping(address), self.lab.ping(node, netns)), address)
+
+    def assert_fails(self, code: int, pattern: str, command: Optional[str],
+                     config: Any, **kwargs: Any) -> None:
+        with self.assertRaises(Failed) as failed:
+            self.runtime.call(command, config, **kwargs)
+        self.assertEqual(code, failed.exception.code, failed.exception)
+        self.assertRegex(failed.exception.text, pattern)
+        self.assertNotIn('\n', failed.exception.text)
+
+
+class WithShim:
+    """The agent serves the plugin."""
+
+    def install(self: Any) -> str:
+        self.agent = self.start_agent()
+        path: str = self.installed('--shim', str(SHIM))
+        return path
+
+
+class InOneProcess:
+    """There is no agent."""
+
+    def install(self: Any) -> str:
+        path: str = self.installed('--without-agent')
+        return path
+
+
+class Given:
+    """Another executable, whatever it needs has been started."""
+
+    def install(self: Any) -> str:
+        return os.environ['CNI_PLUGIN']

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The agent as the server of the CNI plugin, and the shim that asks it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import stat
+import subprocess
+import threading
+import time
+from typing import Iterator
+
+from tests.functional.cni import base
+from tests.functional.cni.base import ID
+from tests.functional.cni.base import network
+from tests import lab
+
+SOCKET = '/run/kuryr-break0/cni.sock'
+
+
+class ShimTestCase(base.CNITestCase):
+    """The shim, without an agent yet."""
+
+    def install(self) -> str:
+        return self.installed('--shim', str(base.SHIM))
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.lan = network(version='1.1.0')
+        self.config = self.runtime.single(self.lan, previous={
+            'cniVersion': '1.1.0', 'ips': []})
+
+
+class TestWithoutAgent(ShimTestCase):
+
+    def test_says_to_try_again_at_once(self) -> None:
+        began = time.monotonic()
+        for command in ('ADD', 'DEL', 'CHECK', 'GC'):
+            self.assert_fails(
+                11, 'does not listen on %s. Start it' % SOCKET, command,
+                self.config, netns='/run/netns/lan')
+        self.assertLess(time.monotonic() - began, 5)
+
+    def test_status_follows_strict(self) -> None:
+        self.assertIsNone(self.runtime.call('STATUS', self.config))
+        self.assertIsNone(self.runtime.call('STATUS', {
+            **self.config, 'strict': False}))
+        self.assert_fails(11, 'does not listen', 'STATUS', {
+            **self.config, 'strict': True})
+
+    def test_version(self) -> None:
+        for config, version in ((b'', '1.1.0'),
+                                ({'cniVersion': '0.4.0'}, '0.4.0')):
+            answer = self.runtime.call('VERSION', config)
+            self.assertEqual(version, answer['cniVersion'])
+            self.assertEqual(['0.3.1', '0.4.0', '1.0.0', '1.1.0'],
+                             answer['supportedVersions'])
+
+    def test_version_of_an_error(self) -> None:
+        for given, expected in (('0.4.0', '0.4.0'), ('x"y', '1.1.0'),
+                                ('1' * 40, '1.1.0'), ('', '1.1.0')):
+            with self.assertRaises(base.Failed) as failed:
+                self.runtime.call('ADD', {**self.config,
+                                          'cniVersion': given})
+            self.assertEqual(expected,
+                             failed.exception.answer['cniVersion'])
+
+    def test_socket_of_the_configuration(self) -> None:
+        for path in ('/run/other.sock', '/run/with space'):
+            self.assert_fails(11, 'not listen on ' + path, 'ADD',
+                              {**self.config, 'socket': path})
+        # What is deeper, or in a text, is another key.
+        for keys in ({'x': {'socket': '/run/no'}}, {'x': '"socket": "/run"'},
+                     {'x': ['socket', ':', '/run/no']}):
+            self.assert_fails(11, SOCKET, 'ADD', {**keys, **self.config})
+        for wrong in ('relative', '', 7, None, [], '/' + 'x' * 120,
+                      '/run/\n', '/run/"'):
+            with self.subTest(socket=wrong):
+                self.assert_fails(7, 'socket has to be', 'ADD',
+                                  {**self.config, 'socket': wrong})
+
+    def test_input_that_is_too_large(self) -> None:
+        self.assert_fails(6, 'more than 1 MiB', 'ADD', b' ' * 2 ** 21)
+
+    def test_socket_that_is_left_over(self) -> None:
+        os.mkdir('/run/kuryr-break0', 0o700)
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(SOCKET)
+        self.assert_fails(11, 'does not listen', 'ADD', self.config)
+        self.start_agent()
+        self.assertIsNone(self.runtime.call('STATUS', {
+            **self.config, 'strict': True}))
+
+    def hanging(self, answer: bytes) -> float:
+        """Ask a server that answers this; how long that took."""
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind('/run/hanging')
+            server.listen()
+            accepted = []
+
+            def serve() -> None:
+                client, _ = server.accept()
+                accepted.append(client)
+                if answer:
+                    client.sendall(answer)
+                    client.close()
+
+            thread = threading.Thread(target=serve)
+            thread.start()
+            began = time.monotonic()
+            self.assert_fails(11, 'has not answered on /run/hanging', 'ADD',
+                              {**self.config, 'socket': '/run/hanging'})
+            thread.join()
+        os.unlink('/run/hanging')
+        return time.monotonic() - began
+
+    def test_agent_that_never_answers(self) -> None:
+        self.assertLess(self.hanging(b''), 10)
+
+    def test_answers_that_are_cut_off(self) -> None:
+        for answer in (b'0 10\nshort', b'nonsense\n', b'0', b'\n',
+                       b'0 -5\n{}', b'0 99999999\n{}'):
+            self.assertLess(self.hanging(answer), 5, answer)
+
+
+class TestServer(base.WithShim, ShimTestCase):
+
+    def install(self) -> str:
+        return base.WithShim.install(self)
+
+    def test_is_for_this_user_only(self) -> None:
+        found = os.stat(SOCKET)
+        self.assertEqual(0o600, stat.S_IMODE(found.st_mode))
+        self.assertEqual(os.geteuid(), found.st_uid)
+
+    def test_is_made_again(self) -> None:
+        os.unlink(SOCKET)
+        self.agent.send_signal(signal.SIGHUP)
+        self.wait_for_socket()
+        self.assertIsNone(self.runtime.call('STATUS', {
+            **self.config, 'strict': True}))
+
+    def wait_for_socket(self) -> None:
+        deadline = time.monotonic() + 20
+        while not os.path.exists(SOCKET):
+            self.assertLess(time.monotonic(), deadline, self.log())
+            time.sleep(0.02)
+
+    def test_second_agent_leaves_it(self) -> None:
+        inode = self.socket_inode()
+        with open('/run/second.log', 'wb') as log:
+            second = subprocess.Popen([
+                base.PROGRAM, '--config-file', base.CONF, 'agent'],
+                stderr=log)
+        self.addCleanup(second.wait)
+        self.addCleanup(second.kill)
+        deadline = time.monotonic() + 20
+        while 'another agent' not in open('/run/second.log').read():
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.05)
+        second.terminate()
+        second.wait()
+        self.assertEqual(inode, self.socket_inode())
+
+    def test_ends_with_the_agent(self) -> None:
+        self.agent.terminate()
+        self.assertEqual(0, self.agent.wait())
+        self.assertFalse(os.path.exists(SOCKET))
+
+    @contextlib.contextmanager
+    def connected(self) -> Iterator[socket.socket]:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(20)
+            client.connect(SOCKET)
+            yield client
+
+    def test_clients_that_send_nonsense_or_nothing(self) -> None:
+        with contextlib.ExitStack() as stack:
+            for _ in range(30):
+                stack.enter_context(self.connected())
+            for data in (b'\0', b'\0\0', b'CNI_COMMAND=ADD', b'=\0=\0\0',
+                         b'\xff' * 10 + b'\0\0{}', b'x' * 2 ** 21,
+                         b'CNI_COMMAND=ADD\0\0{}'):
+                client = stack.enter_context(self.connected())
+                with contextlib.suppress(OSError):
+                    client.sendall(data)
+                    client.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + 60
+        while True:  # those that send nothing keep others waiting 3 s
+            with contextlib.suppress(base.Failed):
+                self.runtime.call('STATUS', {**self.config, 'strict': True})
+                break
+            self.assertLess(time.monotonic(), deadline)
+        self.assertNotIn('Traceback', self.log())
+
+    def test_add_that_nobody_waits_for_is_undone(self) -> None:
+        netns = self.lab.add_netns('one')
+        previous = self.runtime.macvlan('ADD', network(), netns)
+        # As a runtime that was killed meanwhile.
+        with self.connected() as client:
+            holder = subprocess.Popen(
+                ['flock', '/run/kuryr-break0/lock', 'sleep', '2'])
+            time.sleep(0.3)
+            import json
+            client.sendall(b'\0'.join([
+                b'CNI_COMMAND=ADD', b'CNI_CONTAINERID=' + ID.encode(),
+                b'CNI_IFNAME=eth0', b'CNI_NETNS=' + netns.encode(),
+                b'CNI_PATH=/x', b'', json.dumps(self.runtime.single(
+                    network(), previous=previous)).encode()]))
+            client.shutdown(socket.SHUT_WR)
+            time.sleep(0.3)
+        holder.wait()
+        deadline = time.monotonic() + 20
+        while 'Nobody waits' not in self.log() or self.bound():
+            self.assertLess(time.monotonic(), deadline, self.log())
+            time.sleep(0.05)
+        self.assertEqual({}, self.lab.routes())
+
+    def test_killed_and_restarted_in_a_burst(self) -> None:
+        """100 ADDs and DELs, tried again as a runtime does."""
+        names = ['c%d' % number for number in range(50)]
+        ending = threading.Event()
+        errors: list[str] = []
+
+        def attach(own: list[str], listed: dict[str, object]) -> None:
+            for name in own:
+                netns = '/run/netns/' + name
+                previous = {'cniVersion': '1.0.0', 'ips': [
+                    {'address': address[name] + '/24'}]}
+                config = self.runtime.single(listed, previous=previous)
+                self.again('ADD', config, name, netns, errors)
+                if int(name[1:]) % 2:
+                    self.again('DEL', config, name, netns, errors)
+
+        address = {}
+        for number, name in enumerate(names):
+            address[name] = '100.75.30.%d' % (100 + number)
+            self.lab.add_pod(name, address[name])
+        threads = [threading.Thread(target=attach, args=(
+            names[start::4], network())) for start in range(4)]
+        for thread in threads:
+            thread.start()
+        for _ in range(4):
+            time.sleep(0.15)
+            self.agent.kill()
+            self.agent.wait()
+            self.agent = self.start_agent()
+        for thread in threads:
+            thread.join()
+        ending.set()
+        self.assertEqual([], [each for each in errors
+                              if not each.startswith('11 ')])
+        left = {address[name] for name in names if not int(name[1:]) % 2}
+        self.assertEqual(left, self.bound())
+        self.lab.run(base.PROGRAM, '--config-file', base.CONF, 'sync')
+        self.assertEqual(left, set(self.lab.routes()))
+        self.assertEqual([], self.problems())
+        for name in names[:4:2]:
+            self.assertTrue(self.lab.ping(address[name]))
+            self.assertTrue(self.lab.ping(lab.NODE, name))
+
+    def again(self, command: str, config: object, container: str,
+              netns: str, errors: list[str]) -> None:
+        for _ in range(200):
+            try:
+                self.runtime.call(command, config, container=container,
+                                  ifname='eth0', netns=netns)
+                return
+            except base.Failed as err:
+                errors.append('%d %s' % (err.code, err.text))
+                time.sleep(0.1)
+        errors.append('%s of %s never succeeds' % (command, container))
+
+
+class TestAnswers(base.WithShim, base.CNITestCase):
+    """What depends on the options of the agent."""
+
+    conf = 'allowed_cidrs = 10.0.0.0/8\nresync_interval = 3600\n'
+
+    def test_address_that_is_not_allowed(self) -> None:
+        netns = self.lab.add_netns('one')
+        listed = network(subnets=('100.75.30.128/25',))
+        self.runtime.add(listed, netns)  # a container is worth more
+        self.assertEqual({}, self.lab.routes())
+        self.assertIn('allowed_cidrs', self.log())
+        with self.assertRaises(base.Failed) as failed:
+            self.runtime.check(listed, netns)
+        self.assertIn('is missing', failed.exception.text)
+        self.runtime.remove(listed, netns)
+        strict = network(subnets=('100.75.30.128/25',), strict=True)
+        with self.assertRaises(base.Failed) as failed:
+            self.runtime.add(strict, netns)
+        self.assertEqual(101, failed.exception.code)
+        self.assertEqual(set(), self.bound())
+
+    def test_switched_off(self) -> None:
+        self.configure('enabled = false\n')
+        self.agent.send_signal(signal.SIGHUP)
+        deadline = time.monotonic() + 20
+        while 'Read the configuration again' not in self.log():
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.02)
+        time.sleep(0.5)
+        netns = self.lab.add_netns('one')
+        self.runtime.add(network(), netns)
+        self.runtime.check(network(), netns)
+        self.assertEqual(set(), self.bound())
+        self.runtime.remove(network(), netns)
+
+
+class TestInvalidOptions(base.InOneProcess, base.CNITestCase):
+
+    def test_are_answered_in_json(self) -> None:
+        for text, pattern in (('mac = nonsense', 'mac'),
+                              ('device = a b', 'device')):
+            self.configure(text)
+            self.assert_fails(7, pattern, 'ADD', self.runtime.single(
+                network(), previous={'ips': []}), netns='/run/netns/lan')
+        with open(base.CONF, 'w') as file:
+            file.write('nonsense')
+        self.assert_fails(7, 'kuryr.conf', 'ADD', {}, netns='/run/netns/lan')
