@@ -70,10 +70,18 @@ def build(onto: Optional[dict[str, Any]] = None,
     return found
 
 
+def without_kuryr() -> dict[str, Any]:
+    """The DaemonSet of etc/cni."""
+    with open(os.path.join(ROOT, 'etc', 'cni', 'daemonset.yaml')) as file:
+        daemon_set: dict[str, Any] = yaml.safe_load(file)
+    return daemon_set
+
+
 def container(daemon_set: dict[str, Any], name: str) -> dict[str, Any]:
     """One of its containers."""
+    spec = daemon_set['spec']['template']['spec']
     found, = (each for each
-              in daemon_set['spec']['template']['spec']['containers']
+              in [*spec.get('initContainers', ()), *spec['containers']]
               if each['name'] == name)
     return dict(found)
 

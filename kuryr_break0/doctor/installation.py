@@ -20,6 +20,10 @@ from kuryr_break0.doctor import findings
 from kuryr_break0.doctor.findings import Finding
 
 _DISTRIBUTION = 'kuryr-break0'
+#: What is required for Kuryr alone. Where none of the first two is installed,
+#: the package was installed for CNI, by etc/cni/requirements.txt.
+_KURYR = ('kuryr-kubernetes', 'os-vif', 'oslo.concurrency',
+          'oslo.versionedobjects', 'stevedore', 'cotyledon')
 #: What setup.cfg registers, by the names that Kuryr and os-vif look for.
 _ENTRY_POINTS = (('kuryr_kubernetes.cni.binding', 'VIFMacvlanBreak0',
                   'kuryr_break0.kuryr.driver'),
@@ -39,8 +43,14 @@ def check() -> Iterator[Finding]:
             python=sys.executable, requirements=' '.join(
                 "'%s%s'" % (each.name, each.specifier) for each, _ in unfit))
         return  # what follows would only say the same in other words
+    if not _is_for_kuryr():
+        return
     for group, name, module in _ENTRY_POINTS:
         yield from _check_entry_point(group, name, module)
+
+
+def _is_for_kuryr() -> bool:
+    return any(map(_version, _KURYR[:2]))
 
 
 def _unfit() -> Iterator[tuple[requirements.Requirement, str]]:
@@ -52,6 +62,8 @@ def _unfit() -> Iterator[tuple[requirements.Requirement, str]]:
     for text in wanted:
         requirement = requirements.Requirement(text)
         if requirement.marker and not requirement.marker.evaluate():
+            continue
+        if requirement.name in _KURYR and not _is_for_kuryr():
             continue
         found = _version(requirement.name)
         if not found or not requirement.specifier.contains(

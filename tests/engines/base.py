@@ -311,8 +311,8 @@ state = "/run/containerd-state"
         status = self._channel.unary_unary(self.SERVICE + 'PodSandboxStatus')(
             message(1, sandbox) + b'\x10\x01', timeout=30)
         start = status.index(b'/var/run/netns/')
-        return '/run/netns/' + status[start:].split(b'"')[0].decode(
-            ).rpartition('/')[2]
+        path = status[start:].split(b'"')[0].decode()
+        return '/run/netns/' + os.path.basename(path)
 
     def address(self, sandbox: str) -> str:
         status = self.call('PodSandboxStatus', message(1, sandbox))[1]

@@ -15,6 +15,8 @@ import psutil
 
 from tests.functional import base
 from tests.functional.base import POD
+from tests.functional.cni import base as cni_base
+from tests import lab
 from tests import overlay
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
@@ -70,8 +72,8 @@ def script(daemon_set: dict[str, Any], name: str) -> str:
             else 'private', target))
     lines.append('mount -o remount,ro %s' % ROOT)
     capabilities = ','.join(
-        ['-all'] + ['+' + capability.lower()
-                    for capability in rights['capabilities']['add']])
+        ['-all'] + ['+' + capability.lower() for capability
+                    in rights['capabilities'].get('add', ())])
     command = [PROGRAM, *container['command'][1:]]
     lines.append(
         'exec chroot . setpriv --bounding-set=%s --inh-caps=-all '
@@ -79,7 +81,10 @@ def script(daemon_set: dict[str, Any], name: str) -> str:
     return '\n'.join(lines)
 
 
-class TestAgentInItsContainer(base.LabTestCase):
+class ContainerTestCase(base.LabTestCase):
+    """Runs the agent of a DaemonSet in its container."""
+
+    name = overlay.AGENT
 
     def setUp(self) -> None:
         super().setUp()
@@ -91,13 +96,13 @@ class TestAgentInItsContainer(base.LabTestCase):
     def start(self) -> None:
         environment = {
             variable['name']: variable['value'] for variable
-            in overlay.container(self.daemon_set, overlay.AGENT)['env']
+            in overlay.container(self.daemon_set, self.name)['env']
             if 'value' in variable}
         with open(LOG, 'wb') as log:
             self.agent = subprocess.Popen(
                 ['unshare', '--mount', '--propagation', 'slave', '--pid',
                  '--fork', '--kill-child', 'sh', '-c',
-                 script(self.daemon_set, overlay.AGENT)],
+                 script(self.daemon_set, self.name)],
                 stdout=log, stderr=log, env={**os.environ, **environment})
         self.addCleanup(self.agent.wait)
         self.addCleanup(self.agent.kill)
@@ -113,6 +118,9 @@ class TestAgentInItsContainer(base.LabTestCase):
             if time.monotonic() > deadline or self.agent.poll() is not None:
                 self.fail('the agent has not done it\n' + self.log())
             time.sleep(0.05)
+
+
+class TestAgentInItsContainer(ContainerTestCase):
 
     def test_repairs_all(self) -> None:
         self.start()
@@ -161,3 +169,42 @@ class TestAgentInItsContainer(base.LabTestCase):
             lambda: os.path.isdir('/run/kuryr-break0/addresses'))
         self.assertEqual(
             0o700, os.stat('/run/kuryr-break0').st_mode & 0o777)
+
+
+class TestWithoutKuryr(ContainerTestCase):
+    """The DaemonSet of etc/cni, and its plugin on the node."""
+
+    name = 'agent'
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.daemon_set = overlay.without_kuryr()
+
+    def test_plugin_of_the_init_container(self) -> None:
+        # The programs of this machine stand for the image, so its shim is
+        # that of the checkout.
+        self.lab.run('mount', '-t', 'tmpfs', 'opt', '/opt')
+        self.addCleanup(self.lab.run, 'umount', '/opt')
+        done = subprocess.run(
+            ['unshare', '--mount', '--propagation', 'slave', 'sh', '-c',
+             script(self.daemon_set, 'install')], text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.assertEqual(0, done.returncode, done.stdout)
+        self.assertIn('Installed /host/opt/cni/bin/break0: the shim',
+                      done.stdout)
+        self.start()
+        runtime = cni_base.Runtime('/opt/cni/bin/break0')
+        listed = cni_base.network(subnets=('100.75.30.128/25',))
+        self.lab.add_netns('one')
+        self.wait_for(lambda: os.path.exists('/run/kuryr-break0/cni.sock'))
+        # By the path that containerd gives.
+        address, = cni_base.addresses(runtime.add(listed,
+                                                  '/var/run/netns/one'))
+        self.assertTrue(self.lab.ping(address))
+        self.assertTrue(self.lab.ping(lab.NODE, 'one'))
+        self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
+        self.wait_for(lambda: address in self.lab.routes())
+        runtime.check(listed, '/var/run/netns/one')
+        runtime.remove(listed, '/var/run/netns/one')
+        self.assertEqual({}, self.lab.routes())
+        self.assertNotIn('ERROR', self.log())
