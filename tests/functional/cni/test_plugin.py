@@ -12,8 +12,10 @@ import json
 import os
 import subprocess
 import threading
+import time
 from typing import Any
 
+from tests import dhcp
 from tests.functional.cni import base
 from tests.functional.cni.base import ID
 from tests.functional.cni.base import network
@@ -58,6 +60,24 @@ class PluginSuite(base.CNITestCase):
         self.runtime.add(self.lan, self.netns)
         self.assert_reachable('100.75.30.201', 'one')
         self.assert_reachable('fd00:30::201', 'one')
+        self.runtime.remove(self.lan, self.netns)
+        self.assertEqual({}, self.lab.routes())
+
+    def test_dhcp(self) -> None:
+        server = dhcp.serve('100.75.30.210', '100.75.30.219')
+        daemon = subprocess.Popen([base.PLUGINS + '/dhcp', 'daemon'],
+                                  stderr=subprocess.DEVNULL)
+        for each in (server, daemon):
+            self.addCleanup(each.wait)
+            self.addCleanup(each.kill)
+        deadline = time.monotonic() + 10
+        while not os.path.exists('/run/cni/dhcp.sock'):
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.05)
+        self.lan['plugins'][0]['ipam'] = {'type': 'dhcp'}
+        address, = base.addresses(self.runtime.add(self.lan, self.netns))
+        self.assertRegex(address, r'100\.75\.30\.21\d')
+        self.assert_reachable(address, 'one')
         self.runtime.remove(self.lan, self.netns)
         self.assertEqual({}, self.lab.routes())
 
