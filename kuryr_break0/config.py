@@ -349,6 +349,28 @@ OPTS = [
              'to the pod subnets: anyone who can write a KuryrPort can '
              'otherwise redirect the node\'s traffic to other addresses.'),
     cfg.Opt(
+        'discover',
+        type=YesOrNo(),
+        default=False,
+        help='Have the agent find containers by itself: every macvlan in '
+             'bridge mode in another network namespace of the node, on an '
+             'interface of the node, of any engine. Its addresses are bound '
+             'as they come and unbound as they go. It needs allowed_cidrs, '
+             'since a container can give itself any address.'),
+    cfg.ListOpt(
+        'discover_parents',
+        item_type=DeviceName(),
+        default=[],
+        help='Interfaces of the node that containers are found on, with '
+             'commas between. By default all.'),
+    cfg.ListOpt(
+        'engine_sockets',
+        item_type=AbsolutePath(),
+        default=['/run/docker.sock', '/run/podman/podman.sock'],
+        help='Absolute paths of the API sockets of container engines, with '
+             'commas between. Where one answers, status and metrics have the '
+             'names of discovered containers. Nothing else depends on it.'),
+    cfg.Opt(
         'guard',
         type=OneOf(choices=[
             (AUTO, 'if it can be had; else pods are bound without it'),
@@ -457,6 +479,9 @@ class Options:
     route_protocol: int
     route_table: int
     allowed_cidrs: tuple[IPNetwork, ...]
+    discover: bool
+    discover_parents: tuple[str, ...]
+    engine_sockets: tuple[str, ...]
     guard: str
     takeover: bool
     resync_interval: int
@@ -497,6 +522,11 @@ def load(conf: cfg.ConfigOpts) -> Options:
         raise exceptions.InvalidOption(
             option='devices', reason='%s is [break0] device, so it cannot be '
             'another one too' % options.device)
+    if options.discover and not options.allowed_cidrs:
+        raise exceptions.InvalidOption(
+            option='discover', reason='it needs [break0] allowed_cidrs, the '
+            'networks of the containers, as 192.0.2.0/24: a container can '
+            'give itself any address')
     return options
 
 

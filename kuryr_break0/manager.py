@@ -148,11 +148,14 @@ class Break0Manager:
             return
         self._require_parent(parent)
         passed: list[IPAddress] = []
+        replaced: list[Record] = []
         shim = None
         with self._locked() as say:
-            records = list(self._recorded(records, passed, yielding, failure))
+            records = list(self._recorded(records, passed, replaced, yielding,
+                                          failure))
             with failure.noted(), kernel.Netlink() as netlink:
-                shim = self._bind_all(netlink, records, failure, say)
+                shim = self._bind_all(netlink, records, failure, say,
+                                      replaced)
             if yielding and failure.errors:
                 self._roll_back(records, shim)
         forget_connections(passed)
@@ -214,19 +217,23 @@ class Break0Manager:
                                             actual=parent)
 
     def _recorded(self, records: Iterable[Record], passed: list[IPAddress],
-                  yielding: bool, failure: Failures) -> Iterator[Record]:
+                  replaced: list[Record], yielding: bool, failure: Failures
+                  ) -> Iterator[Record]:
         """Write the records; those that may go on to the kernel.
 
         :param passed: gets the addresses that other sandboxes had
+        :param replaced: gets the earlier claims of the same interface
         """
         for record in records:
             try:
-                others = [claim for claim
-                          in self._records.claims(record.address)
-                          if claim.owner != record.owner]
+                claims = self._records.claims(record.address)
             except exceptions.LedgerUnavailable as err:
                 LOG.error('%s', err)
-                others = []
+                claims = ()
+            earlier = [claim for claim in claims
+                       if _is_of_same_interface(claim, record)]
+            replaced += earlier
+            others = [claim for claim in claims if claim not in earlier]
             existing = [claim for claim in others if kernel.state(
                 claim.netns, claim.namespace) is not kernel.State.GONE]
             if yielding and existing:
@@ -245,7 +252,8 @@ class Break0Manager:
             yield record
 
     def _bind_all(self, netlink: kernel.Netlink, records: list[Record],
-                  failure: Failures, say: Say) -> Optional[_Shim]:
+                  failure: Failures, say: Say,
+                  replaced: Iterable[Record] = ()) -> Optional[_Shim]:
         """Make sure of break0, routes, neighbours and the pod side."""
         if not records:
             return None
@@ -255,7 +263,7 @@ class Break0Manager:
                    for record in records}
         bound = []
         with failure.noted():
-            self._admit(shim.name, records)
+            self._admit(shim.name, records, replaced)
         for record in records:
             with failure.noted():
                 self._bind(netlink, record, shim, sources[record.address],
@@ -266,7 +274,8 @@ class Break0Manager:
                 netlink, shim, first.parent, sources.values()))
         return shim
 
-    def _admit(self, device: str, records: list[Record]) -> None:
+    def _admit(self, device: str, records: list[Record],
+               replaced: Iterable[Record] = ()) -> None:
         """Let a pod pass the guard, and no more who had its addresses.
 
         :raises GuardUnavailable: if that fails and [break0] guard is on
@@ -274,8 +283,9 @@ class Break0Manager:
         guarding = Guard(self._options, self._ledger, device)
         if not guarding.is_wanted:
             return
-        before = [claim for record in records
-                  for claim in self._records.claims(record.address)[1:]]
+        before = [*replaced, *(
+            claim for record in records
+            for claim in self._records.claims(record.address)[1:])]
         admitted = pairs(records)
         try:
             missing = not guarding.change(
@@ -800,6 +810,18 @@ def _sane(owner: Owner, addresses: list[IPAddress], parent: str,
     if reason is not None:
         raise exceptions.InputRefused(owner=str(owner)[:160], reason=reason)
     return list(dict.fromkeys(addresses)), mac
+
+
+def _is_of_same_interface(claim: Record, record: Record) -> bool:
+    """Return whether a claim is an earlier one of the same interface.
+
+    What was discovered may be bound by its engine a moment later.
+    """
+    return claim.owner == record.owner or (
+        claim.origin is Origin.DISCOVERED
+        and claim.owner.ifname == record.owner.ifname
+        and claim.namespace is not None
+        and claim.namespace == record.namespace)
 
 
 def _number(facts: Optional[list[Any]]) -> int:

@@ -76,6 +76,7 @@ class Origin(enum.Enum):
     KURYR = 'kuryr'
     CNI = 'cni'
     MANUAL = 'manual'
+    DISCOVERED = 'discovered'
 
 
 @dataclasses.dataclass(frozen=True)

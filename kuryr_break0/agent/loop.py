@@ -19,6 +19,8 @@ from kuryr_break0.agent.http import Server
 from kuryr_break0.agent.interests import Interests
 from kuryr_break0.agent.metrics import Metrics
 from kuryr_break0 import config
+from kuryr_break0.discovery import engines
+from kuryr_break0.discovery import finder
 from kuryr_break0 import exceptions
 from kuryr_break0 import guard
 from kuryr_break0 import kernel
@@ -60,6 +62,8 @@ class Agent:
         self._server = Server(self._metrics)
         self._cni = CNIServer()
         self._tables: Optional[kernel.NftEvents] = None
+        self._finder: Optional[finder.Finder] = None
+        self._namer: Optional[engines.Namer] = None
         self._stop = False
         self._reload = False
         #: monotonic time before which there is no sync, but by the timer
@@ -89,7 +93,8 @@ class Agent:
         self._metrics.configure(options)
         with contextlib.suppress(exceptions.LedgerUnavailable):
             ledger.prepare()
-        with ledger.heartbeat.kept() as beat:
+        with ledger.heartbeat.kept() as beat, _finding(
+                options, ledger) as (self._finder, self._namer):
             while not self._stop and not self._reload:
                 # Again each time, since the directory may be another one.
                 # What changes from now on may be too late for the sync.
@@ -98,6 +103,10 @@ class Agent:
                     self._cni.listen(options)
                     self._sync(ledger, interests)
                     beat()
+                    if self._finder is not None:
+                        self._finder.mark_all()
+                    if self._namer is not None:
+                        self._namer.want()
                     self._wait(events, woken, watch, interests)
         if self._reload:
             self._reload_options()
@@ -119,12 +128,19 @@ class Agent:
             files.append(self._tables.fileno())
         if watch is not None:
             files.append(watch.fileno())
+        conditions: list[int] = []
+        if self._finder is not None:
+            files += self._finder.files()
+            conditions += self._finder.conditions()
         while not (self._stop or self._reload):
             at = min(timer, max(due, self._not_before))
             timeout = at - time.monotonic()
             if timeout <= 0:
                 return
-            ready, _, _ = select.select(files, [], [], timeout)
+            ready, _, changed = select.select(
+                files, [], conditions, self._until_look(timeout))
+            if self._finder is not None:
+                self._look(changed, ready)
             if woken.fileno() in ready:
                 woken.recv(4096)
             if watch is not None and watch.fileno() in ready:
@@ -143,6 +159,26 @@ class Agent:
                     at = max(due, self._not_before)
                     time.sleep(min(_FLOOD_PAUSE,
                                    max(0, at - time.monotonic())))
+
+    def _until_look(self, timeout: float) -> float:
+        due = None if self._finder is None else self._finder.due()
+        return timeout if due is None else max(
+            0.0, min(timeout, due - time.monotonic()))
+
+    def _look(self, changed: list[int], ready: list[int]) -> None:
+        """Find containers, if it is time to."""
+        assert self._finder is not None
+        if changed:
+            self._finder.search()
+        if any(each in ready for each in self._finder.files()):
+            self._finder.note()
+        due = self._finder.due()
+        if due is not None and due <= time.monotonic():
+            try:
+                if self._finder.look() and self._namer is not None:
+                    self._namer.want()
+            except Exception:  # must not end the agent
+                LOG.exception('Containers could not be found')
 
     def _sync(self, ledger: Ledger, interests: Interests) -> None:
         began = time.monotonic()
@@ -172,6 +208,21 @@ class Agent:
             LOG.info('Read the configuration again')
         except Exception as err:  # the one from before is still good
             LOG.error('The configuration stays as it was: %s', err)
+
+
+@contextlib.contextmanager
+def _finding(options: config.Options, ledger: Ledger
+             ) -> Iterator[tuple[Optional[finder.Finder],
+                                 Optional[engines.Namer]]]:
+    """Find containers, or take back what was found, by the options."""
+    if not (options.discover and options.enabled):
+        finder.take_back(options, ledger)
+        yield None, None
+        return
+    with contextlib.closing(finder.Finder(options, ledger)) as found, \
+            contextlib.closing(engines.Namer(options, ledger)) as namer:
+        namer.want()
+        yield found, namer
 
 
 @contextlib.contextmanager

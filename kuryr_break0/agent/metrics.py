@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import collections
 import importlib.metadata
 import threading
 import time
@@ -20,6 +21,7 @@ from kuryr_break0 import kernel
 from kuryr_break0.ledger import journal
 from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger import Ledger
+from kuryr_break0.model import Origin
 from kuryr_break0 import snapshot
 from kuryr_break0.snapshot import Snapshot
 
@@ -210,6 +212,16 @@ def _gauges(seen: Snapshot) -> Iterator[core.Metric]:
         for label, values in rows.items():
             metric.add_metric([label], values[place])
         yield metric
+    containers = core.GaugeMetricFamily(
+        _PREFIX + '_container_addresses', 'Addresses of discovered '
+        'containers, by the names that their engines give them.',
+        labels=['container', 'parent'])
+    for (container, parent_name), count in collections.Counter(
+            (record.pod or record.owner.container_id, record.parent)
+            for record in seen.live.values()
+            if record.origin is Origin.DISCOVERED).items():
+        containers.add_metric([container, parent_name], count)
+    yield containers
     for name, text, value in (
             ('ledger_records', 'Addresses that have a record.',
              len(seen.contents.claims)),

@@ -43,8 +43,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def _run(conf: cfg.ConfigOpts, argv: Sequence[str]) -> int:
     try:
-        # kuryr.conf is where Kuryr's own programs look for it.
+        # kuryr.conf is where Kuryr's own programs look for it. Hosts without
+        # have a file of ours: /etc/kuryr-break0/kuryr-break0.conf.
+        files = (cfg.find_config_files(project='kuryr', prog='kuryr-break0')
+                 or cfg.find_config_files(project='kuryr-break0',
+                                          prog='kuryr-break0'))
         conf(argv, project='kuryr', prog='kuryr-break0',
+             default_config_files=files,
              version=importlib.metadata.version('kuryr-break0'))
         logging.setup(conf, 'kuryr-break0')
         if conf.command.func is not agent.run and not conf.debug:

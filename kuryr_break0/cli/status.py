@@ -17,8 +17,14 @@ from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import address_order
 from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Record
 from kuryr_break0 import snapshot
 from kuryr_break0.snapshot import Snapshot
+
+
+#: Characters of a container id, as docker and crictl print it; more for what
+#: stands for one that is not known.
+_SHORT = 24
 
 
 def add_parser(subparsers: Any) -> None:
@@ -31,6 +37,8 @@ def add_parser(subparsers: Any) -> None:
                     'directory cannot be read.')
     parser.add_argument('--json', action='store_true',
                         help='print JSON instead of tables')
+    parser.add_argument('--wide', action='store_true',
+                        help='print container ids in full')
     parser.set_defaults(func=run)
 
 
@@ -43,7 +51,7 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     if conf.command.json:
         print(json.dumps(shown.as_json(), indent=2))
     else:
-        for part in shown.as_text():
+        for part in shown.as_text(conf.command.wide):
             print(part)
     return common.IN_SYNC if shown.in_sync else common.DRIFT
 
@@ -95,6 +103,9 @@ class Status:
             'container_id': record.owner.container_id if record else None,
             'ifname': record.owner.ifname if record else None,
             'pod': record.pod if record else None,
+            'origin': record.origin.value if record and record.origin
+            else None,
+            'network': record.network if record else None,
             'netns': record.netns if record else None,
             'parent': parent.name if parent else None,
             'device': parent.device if parent else None,
@@ -109,10 +120,10 @@ class Status:
                               for address in self._addresses),
                 'out_of_sync': len(self._problems)}
 
-    def as_text(self) -> Iterator[str]:
+    def as_text(self, wide: bool = False) -> Iterator[str]:
         links = list(self._devices())
         if not links and not self._seen.live:
-            yield ('There is no %s yet: it comes with the first pod.'
+            yield ('There is no %s yet: it comes with the first container.'
                    % self._seen.options.device)
         if links:
             table = prettytable.PrettyTable(
@@ -122,12 +133,14 @@ class Status:
                 table.add_row(_device_row(*link))
             yield str(table)
         table = prettytable.PrettyTable(
-            ['Address', 'Owner', 'Route', 'Neighbour', 'In sync'])
+            ['Address', 'Container', 'Origin', 'Route', 'Neighbour',
+             'In sync'])
         for address in self._addresses:
             each = self._address_as_json(address)
             record = self._seen.live.get(address)
             table.add_row([
-                address, record.owner if record else 'nobody',
+                address, _owner(record, wide) if record else 'nobody',
+                each['origin'] or '-',
                 'yes' if each['routed'] else '-', each['neighbour'] or '-',
                 'no: ' + each['problem'] if each['problem'] else 'yes'])
         yield str(table)
@@ -135,6 +148,14 @@ class Status:
             yield 'Out of sync: ' + problem
         yield ('%(bound)d bound, %(routed)d routed, %(out_of_sync)d out of '
                'sync' % self._totals())
+
+
+def _owner(record: Record, wide: bool) -> str:
+    """Say whose an address is: by name, or as engines shorten ids."""
+    if wide:
+        return str(record.owner)
+    return '%s/%s' % (record.pod or record.owner.container_id[:_SHORT],
+                      record.owner.ifname)
 
 
 def _device_as_json(link: kernel.Link,

@@ -183,6 +183,13 @@ ADDRESS_CONTESTED = Kind(
     'Find out why two sandboxes have one address, as by a duplicate '
     'KuryrPort, and delete the one that should not have it.')
 
+ADDRESS_TWICE = Kind(
+    'address-twice', WARNING,
+    'The node reaches the one that the address belongs to. Others on the LAN '
+    'reach either.',
+    'Find out which container or pod should have it, and take it from the '
+    'other one.')
+
 LEDGER_NEWER = Kind(
     'ledger-newer', ERROR,
     'The program is older than what wrote them: nothing is set or deleted '

@@ -22,7 +22,14 @@ from kuryr_break0.kernel.macvlans import Macvlan
 from kuryr_break0.kernel.macvlans import macvlan_of
 from kuryr_break0.kernel.macvlans import macvlans
 from kuryr_break0.kernel.macvlans import macvlans_in
+from kuryr_break0.kernel.namespace_events import Changes
+from kuryr_break0.kernel.namespace_events import mounted
+from kuryr_break0.kernel.namespace_events import Mounts
+from kuryr_break0.kernel.namespace_events import NamespaceEvents
+from kuryr_break0.kernel.namespace_events import number
 from kuryr_break0.kernel.namespaces import entered
+from kuryr_break0.kernel.namespaces import find
+from kuryr_break0.kernel.namespaces import Found
 from kuryr_break0.kernel.namespaces import identify
 from kuryr_break0.kernel.namespaces import identify_or_fail
 from kuryr_break0.kernel.namespaces import State
@@ -51,13 +58,12 @@ from kuryr_break0.kernel.wire import RTN_UNICAST
 from kuryr_break0.kernel.wire import Verb
 
 __all__ = (
-    'Change', 'Event', 'Events', 'IPDB_DISTURBED', 'Link', 'Macvlan',
-    'Netlink', 'Nft', 'NftEvents', 'Pair', 'Path',
-    'RTN_UNICAST', 'RT_SCOPE_LINK', 'RT_SCOPE_NOWHERE',
+    'Change', 'Changes', 'Event', 'Events', 'Found', 'IPDB_DISTURBED', 'Link',
+    'Macvlan', 'Mounts', 'NamespaceEvents', 'Netlink', 'Nft', 'NftEvents',
+    'Pair', 'Path', 'RTN_UNICAST', 'RT_SCOPE_LINK', 'RT_SCOPE_NOWHERE',
     'RT_TABLE_MAIN', 'Route', 'Routes', 'State', 'Verb', 'count_host_routes',
-    'create_macvlan', 'entered', 'exists', 'forget_connections', 'identify',
-    'identify_or_fail', 'index_of', 'ipdb_of_interfaces', 'macvlan_of',
-    'macvlans',
-    'macvlans_in', 'name_of', 'node_nft', 'prepare', 'read_sysctl',
-    'source_for', 'state', 'undisturbed',
+    'create_macvlan', 'entered', 'exists', 'find', 'forget_connections',
+    'identify', 'identify_or_fail', 'index_of', 'ipdb_of_interfaces',
+    'macvlan_of', 'macvlans', 'macvlans_in', 'mounted', 'name_of', 'node_nft',
+    'number', 'prepare', 'read_sysctl', 'source_for', 'state', 'undisturbed',
     'write_sysctl')

@@ -14,6 +14,7 @@ import ctypes
 import enum
 import errno
 import fcntl
+import itertools
 import os
 import re
 import stat
@@ -230,8 +231,8 @@ class Found(NamedTuple):
     namespace: NamespaceId
 
 
-def find(directories: Iterable[str],
-         processes: Iterable[str]) -> list[Found]:
+def find(directories: Iterable[str], processes: Iterable[str],
+         mounts: Iterable[str] = ()) -> list[Found]:
     """List the namespaces but the own one, by one path each.
 
     A name in a directory lives as long as the namespace. One that has none
@@ -240,15 +241,16 @@ def find(directories: Iterable[str],
 
     :param directories: where namespaces have names
     :param processes: where processes are to be seen, as /proc
+    :param mounts: further paths of namespaces
     """
     own = identify(OWN)
     paths: dict[tuple[int, int], str] = {}
-    for directory in directories:
-        for name in sorted(_names(directory)):
-            path = os.path.join(directory, name)
-            found = _nsfs_inode(path, own)
-            if found:
-                paths.setdefault(found, path)
+    for path in itertools.chain((
+            os.path.join(directory, name) for directory in directories
+            for name in sorted(_names(directory))), mounts):
+        found = _nsfs_inode(path, own)
+        if found:
+            paths.setdefault(found, path)
     oldest: dict[tuple[int, int], tuple[int, int, str]] = {}
     for order, proc in enumerate(processes):
         for name in _names(proc):

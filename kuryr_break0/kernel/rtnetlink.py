@@ -48,6 +48,9 @@ _NUD = {0x01: 'incomplete', 0x02: 'reachable', 0x04: 'stale', 0x08: 'delay',
         0x10: 'probe', 0x20: 'failed', 0x40: 'noarp', 0x80: 'permanent'}
 
 
+_ANY_NUMBER = struct.pack('=i', -1)  # NETNSA_NSID_NOT_ASSIGNED
+
+
 class Routes(NamedTuple):
     """The routes of the node.
 
@@ -404,6 +407,20 @@ class Netlink:
         answer, = self._ask('number a namespace', Message(
             wire.RTM_GETNSID, 0, bytes(4) + wire.number(wire.NETNSA_FD, fd)))
         return answer
+
+    def number_namespace(self, fd: int) -> None:
+        """Have this namespace call another by a number.
+
+        :raises KernelRefused: if it cannot be; not if it has one
+        """
+        try:
+            self._order('number a namespace', Message(
+                wire.RTM_NEWNSID, 0, bytes(4)
+                + wire.number(wire.NETNSA_FD, fd)
+                + wire.attribute(wire.NETNSA_NSID, _ANY_NUMBER)))
+        except exceptions.KernelRefused as err:
+            if err.errno != errno.EEXIST:
+                raise
 
     def _order(self, action: str, message: Message, advice: str = '') -> None:
         """Have the kernel do something.

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import subprocess
 import tarfile
 import time
@@ -250,6 +251,28 @@ class Docker(Engine):
         test.until(lambda: os.path.exists('/run/docker.sock'))
         self('import', image_tar(), 'box')
         test.addCleanup(self.remove_all)
+
+    def run_with_mac(self, name: str, mac: str, address: str) -> None:
+        """Run a container with a MAC address and an IP address.
+
+        By the API, since the command may be of another release than the
+        server, and wants the address elsewhere then.
+        """
+        body = {'Image': 'box', 'Cmd': ['sleep', '1000'], 'MacAddress': mac,
+                'HostConfig': {'NetworkMode': 'lan'},
+                'NetworkingConfig': {'EndpointsConfig': {'lan': {
+                    'IPAMConfig': {'IPv4Address': address}}}}}
+        data = json.dumps(body).encode()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect('/run/docker.sock')
+            client.sendall(
+                b'POST /v1.41/containers/create?name=%s HTTP/1.0\r\n'
+                b'Content-Type: application/json\r\n'
+                b'Content-Length: %d\r\n\r\n%s' % (
+                    name.encode(), len(data), data))
+            answer = client.makefile('rb').read()
+        assert b' 201 ' in answer.split(b'\r\n')[0], answer
+        self('start', name)
 
     def remove_all(self) -> None:
         names = self('ps', '--all', '--quiet', check=False).split()

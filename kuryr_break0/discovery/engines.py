@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What container engines call the containers that were found.
+
+For people only: nothing else depends on it. So it is asked in a thread of its
+own, and what does not answer is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import http.client
+import json
+import os
+import socket
+import threading
+from typing import Any, Iterator
+
+from oslo_log import log as logging
+
+from kuryr_break0 import config
+from kuryr_break0.discovery import finder
+from kuryr_break0 import exceptions
+from kuryr_break0 import kernel
+from kuryr_break0.ledger import Ledger
+from kuryr_break0.model import NAME
+from kuryr_break0.model import NamespaceId
+from kuryr_break0.model import Origin
+from kuryr_break0.model import Owner
+
+LOG = logging.getLogger(__name__)
+
+_TIMEOUT = 2  # seconds
+_LIMIT = 2 ** 23  # bytes of an answer
+_TRIES = 3
+#: Seconds after a change: then the engine itself knows of it.
+_SETTLED = 0.3
+
+
+class Namer:
+    """Writes the names of discovered containers into their records."""
+
+    def __init__(self, options: config.Options, ledger: Ledger) -> None:
+        self._options = options
+        self._ledger = ledger
+        #: how often the engines were asked for one that they do not know
+        self._asked: dict[Owner, int] = {}
+        self._wanted = threading.Event()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def want(self) -> None:
+        """Have names looked up before long."""
+        self._wanted.set()
+
+    def close(self) -> None:
+        self._stopped.set()
+        self._wanted.set()
+        self._thread.join(2 * _TIMEOUT)
+
+    def _run(self) -> None:
+        while True:
+            self._wanted.wait()
+            self._stopped.wait(_SETTLED)
+            if self._stopped.is_set():
+                return
+            self._wanted.clear()
+            try:
+                self._update()
+            except Exception:  # must not end the thread
+                LOG.exception('The names of containers could not be read')
+
+    def _update(self) -> None:
+        unnamed = {record.owner: record for record
+                   in finder.discovered(self._ledger) if record.pod is None}
+        new = {owner: record for owner, record in unnamed.items()
+               if self._asked.get(owner, 0) < _TRIES}
+        self._asked = {owner: self._asked.get(owner, 0) + (owner in new)
+                       for owner in unnamed}
+        if not new:
+            return
+        names = {}
+        for path in self._options.engine_sockets:
+            names.update(self._names(path))
+        for record in new.values():
+            name = record.namespace and names.get(record.namespace)
+            if name:
+                self._write(record.owner, name)
+
+    def _names(self, path: str) -> dict[NamespaceId, str]:
+        if not os.path.exists(path):
+            return {}
+        found = {}
+        try:
+            for name, netns in containers(path, self._options.proc_dirs):
+                namespace = kernel.identify(netns)
+                if namespace is not None:
+                    found[namespace] = name
+        except (OSError, ValueError, http.client.HTTPException) as err:
+            LOG.debug('The engine at %s says no names: %s', path, err)
+        return found
+
+    def _write(self, owner: Owner, name: str) -> None:
+        records = self._ledger.records
+        with contextlib.suppress(exceptions.Break0Error):
+            for claims in list(records.containing(owner.container_id)):
+                with self._ledger.lock():
+                    claims = records.claims(claims[0].address)
+                    named = [dataclasses.replace(claim, pod=name)
+                             if claim.owner == owner
+                             and claim.origin is Origin.DISCOVERED
+                             else claim for claim in claims]
+                    if named and tuple(named) != claims:
+                        records.put(named)
+
+
+def containers(path: str, proc_dirs: tuple[str, ...]
+               ) -> Iterator[tuple[str, str]]:
+    """List the running containers of an engine.
+
+    By Docker's API, which Podman has too.
+
+    :param path: of its socket
+    :returns: their names, and paths of their namespaces
+    :raises OSError: if it cannot be reached
+    :raises ValueError: if its answer is none
+    """
+    for each in _get(path, '/containers/json'):
+        identity = each.get('Id') if isinstance(each, dict) else None
+        if not isinstance(identity, str) or not identity.isalnum():
+            raise ValueError('the id of a container is %r' % (identity,))
+        names = each.get('Names') or []
+        name = str(names[0]).lstrip('/') if names else identity[:12]
+        if not NAME.fullmatch(name):
+            continue
+        try:
+            details = _get(path, '/containers/%s/json' % identity)
+        except ValueError:
+            continue  # it has just ended
+        key = (details.get('NetworkSettings') or {}).get('SandboxKey')
+        if isinstance(key, str) and key.startswith('/'):
+            yield name, key
+        pid = (details.get('State') or {}).get('Pid')
+        if isinstance(pid, int) and pid > 0:
+            for proc in proc_dirs:
+                yield name, '%s/%d/ns/net' % (proc, pid)
+
+
+def _get(path: str, url: str) -> Any:
+    connection = _Connection(path)
+    try:
+        connection.request('GET', url, headers={'Host': 'engine'})
+        answer = connection.getresponse()
+        data = answer.read(_LIMIT + 1)
+        if answer.status != 200 or len(data) > _LIMIT:
+            raise ValueError('%s is answered by %d, %d bytes' % (
+                url, answer.status, len(data)))
+        found = json.loads(data)
+        if not isinstance(found, dict if url != '/containers/json' else list):
+            raise ValueError('%s is answered by nonsense' % url)
+        return found
+    except RecursionError as err:
+        raise ValueError('%s is answered by nonsense' % url) from err
+    finally:
+        connection.close()
+
+
+class _Connection(http.client.HTTPConnection):
+    """HTTP on a socket of the file system."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__('engine', timeout=_TIMEOUT)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(_TIMEOUT)
+        self.sock.connect(self._path)

@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Finds the macvlans in other namespaces, and keeps their addresses bound.
+
+What a container does in its namespace is its own business, and it may do it
+a thousand times a second. So an event only marks a namespace to be looked at,
+each is looked at less and less often the more it changes, and all of it takes
+a tenth of the time at most. The timer of the agent is the guarantee.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from typing import Iterable, Optional
+
+from oslo_log import log as logging
+
+from kuryr_break0 import config
+from kuryr_break0 import exceptions
+from kuryr_break0 import kernel
+from kuryr_break0.ledger.journal import Journal
+from kuryr_break0.ledger import Ledger
+from kuryr_break0.manager import Break0Manager
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import NamespaceId
+from kuryr_break0.model import Origin
+from kuryr_break0.model import Owner
+from kuryr_break0.model import Record
+from kuryr_break0.policy import Policy
+from kuryr_break0.reconciler import Reconciler
+
+LOG = logging.getLogger(__name__)
+
+#: Addresses of one namespace that are bound. One can have thousands.
+MAX_ADDRESSES = 32
+#: Seconds from an event to the look that it causes: a burst is one.
+_BURST = 0.03
+#: Seconds between two looks at one namespace: doubled with each that comes
+#: this soon after the one before, up to the last.
+_SOON, _LAST = 0.06, 1.0
+#: Seconds of looks after which the rest waits, since the agent has other work.
+_AT_ONCE = 0.05
+#: Of the time, the part that looks may take.
+_SHARE = 0.1
+#: So many messages at once are a flood, which is read in larger portions.
+_FLOOD = 32
+_FLOOD_PAUSE = 0.1
+#: Seconds between two looks where the kernel sends no events.
+_BLIND = 1.0
+#: Different refusals that are remembered, so that each is logged once.
+_REMEMBERED = 1024
+
+
+@dataclasses.dataclass
+class _Namespace:
+    """A namespace of the node.
+
+    :ivar due: monotonic time of the next look; None if nothing has changed
+    :ivar looked: monotonic time of the last look
+    :ivar pause: seconds that have to pass between two
+    """
+
+    found: kernel.Found
+    due: Optional[float] = None
+    looked: float = 0.0
+    pause: float = _SOON
+
+    def mark(self, now: float) -> None:
+        """Have it looked at before long."""
+        if self.due is not None:
+            return
+        if now - self.looked > 4 * _LAST:
+            self.pause = _SOON
+        self.due = max(now + _BURST, self.looked + self.pause)
+        self.pause = min(2 * self.pause, _LAST)
+
+
+class Finder:
+    """Keeps bound what the namespaces of the node have.
+
+    To be used by one thread.
+
+    :param options: with ``discover``
+    """
+
+    def __init__(self, options: config.Options, ledger: Ledger) -> None:
+        self._options = options
+        self._ledger = ledger
+        self._policy = Policy(options)
+        self._manager = Break0Manager(options)
+        self._mounts = kernel.Mounts()
+        self._events: Optional[kernel.NamespaceEvents] = None
+        try:
+            self._events = kernel.NamespaceEvents()
+        except OSError as err:
+            LOG.warning('The kernel sends no events of containers (%s), so '
+                        'they are looked for every second. Give the agent '
+                        'CAP_NET_BROADCAST.', err)
+        self._namespaces: dict[int, _Namespace] = {}
+        #: numbers of namespaces that have ended, and when to unbind them
+        self._ended: dict[NamespaceId, float] = {}
+        #: what was discovered where, as recorded
+        self._records: dict[NamespaceId, dict[IPAddress, Record]] = {}
+        self._read_records()
+        #: monotonic time of the next search for namespaces
+        self._search_at: Optional[float] = 0.0
+        self._not_before = 0.0
+        self._refusals: set[tuple[IPAddress, Optional[int], str]] = set()
+        self._has_changed = False
+
+    def close(self) -> None:
+        self._mounts.close()
+        if self._events is not None:
+            self._events.close()
+
+    def files(self) -> list[int]:
+        """Return what select(2) is to wait for until it can be read."""
+        return [] if self._events is None else [self._events.fileno()]
+
+    def conditions(self) -> list[int]:
+        """Return what has an exceptional condition when mounts change."""
+        return [self._mounts.fileno()]
+
+    def note(self) -> None:
+        """Read what has happened; nothing is done about it yet."""
+        now = time.monotonic()
+        if self._events is None:
+            return
+        changes = self._events.get()
+        if changes.lost:
+            self.mark_all()
+        if changes.is_new:
+            self.search()
+        for number in changes.changed:
+            namespace = self._namespaces.get(number)
+            if namespace is not None:
+                namespace.mark(now)
+            else:
+                self.search()
+        for number in changes.ended:
+            namespace = self._namespaces.pop(number, None)
+            if namespace is not None:
+                self._ended[namespace.found.namespace] = now + _BURST
+        if changes.messages >= _FLOOD:
+            # Not longer than until there is something to do.
+            time.sleep(max(0.0, min(_FLOOD_PAUSE, (self.due() or now + 1)
+                                    - now)))
+
+    def mark_all(self) -> None:
+        """Have everything looked at, as by the timer."""
+        now = time.monotonic()
+        self._read_records()
+        self.search()
+        for namespace in self._namespaces.values():
+            namespace.mark(now)
+
+    def _read_records(self) -> None:
+        self._records = {}
+        for record in discovered(self._ledger):
+            if record.namespace is not None:
+                self._records.setdefault(record.namespace, {})[
+                    record.address] = record
+
+    def search(self) -> None:
+        """Have namespaces searched for, as when mounts have changed."""
+        if self._search_at is None:
+            self._search_at = time.monotonic() + _BURST
+
+    def due(self) -> Optional[float]:
+        """Return the monotonic time of the next :meth:`look`, if any."""
+        times = [namespace.due for namespace in self._namespaces.values()
+                 if namespace.due is not None]
+        times += self._ended.values()
+        if self._search_at is not None:
+            times.append(self._search_at)
+        return max(min(times), self._not_before) if times else None
+
+    def look(self) -> bool:
+        """Do what is due: bind what is new, unbind what is not there.
+
+        :returns: whether there was any of that
+        """
+        self._has_changed = False
+        began = time.monotonic()
+        if self._search_at is not None and self._search_at <= began:
+            self._search_at = None if self._events is not None else (
+                began + _BLIND)
+            self._find()
+        for identity, at in list(self._ended.items()):
+            if at <= began:
+                self._unbind_ended(identity, began)
+        for due, number in sorted(
+                (namespace.due, number) for number, namespace
+                in self._namespaces.items() if namespace.due is not None):
+            now = time.monotonic()
+            if due > began or now > began + _AT_ONCE:
+                break
+            namespace = self._namespaces[number]
+            namespace.due, namespace.looked = None, now
+            if not self._look_at(namespace):
+                del self._namespaces[number]
+        ended = time.monotonic()
+        self._not_before = ended + (ended - began) * (1 / _SHARE - 1)
+        return self._has_changed
+
+    def _find(self) -> None:
+        """Find the namespaces of the node, and number those that are new.
+
+        The events of one begin with that, so it is looked at afterwards.
+        """
+        known = {namespace.found.namespace: number
+                 for number, namespace in self._namespaces.items()}
+        now = time.monotonic()
+        present = {}
+        for found in kernel.find(self._options.netns_dirs,
+                                 self._options.proc_dirs, kernel.mounted()):
+            number = known.get(found.namespace)
+            if number is None:
+                try:
+                    number = kernel.number(found)
+                except exceptions.Break0Error as err:
+                    LOG.debug('Left out for now: %s', err)
+                    continue
+                present[number] = _Namespace(found, due=now)
+            else:
+                present[number] = dataclasses.replace(
+                    self._namespaces[number], found=found)
+                if self._events is None:
+                    present[number].mark(now)
+        for number, namespace in self._namespaces.items():
+            if number not in present:
+                self._ended.setdefault(namespace.found.namespace,
+                                       now + _BURST)
+        self._namespaces = present
+
+    def _look_at(self, namespace: _Namespace) -> bool:
+        """Bind and unbind what has changed; False if it is not there."""
+        found = namespace.found
+        try:
+            macvlans = [each for each in kernel.macvlans_in(
+                found.path, found.namespace) if self._is_eligible(each)]
+        except exceptions.NetnsUnusable:
+            self._ended[found.namespace] = time.monotonic()
+            return False
+        except exceptions.KernelRefused as err:
+            LOG.debug('Left out for now: %s', err)
+            namespace.mark(time.monotonic())
+            return True
+        own = self._records.get(found.namespace, {})
+        present = [(address, macvlan) for macvlan in macvlans
+                   for address in macvlan.addresses]
+        # Those that are bound come first, so that others do not displace
+        # them where there are too many.
+        present.sort(key=lambda each: each[0] not in own)
+        wanted = dict(present[:MAX_ADDRESSES])
+        if len(present) > MAX_ADDRESSES:
+            self._refuse(present[-1][0], found.namespace, 'its namespace %s '
+                         'has %d addresses, and %d are allowed' % (
+                             found.path, len(present), MAX_ADDRESSES))
+        gone = [record for address, record in list(own.items())
+                if address not in wanted
+                or record.owner.ifname != wanted[address].link.name]
+        for record in gone:
+            self._unbind(record, found.path)
+        for address, macvlan in wanted.items():
+            bound = self._records.get(found.namespace, {}).get(address)
+            if bound is None or bound.mac != macvlan.link.mac or (
+                    bound.parent != macvlan.parent):
+                self._bind(address, macvlan, namespace)
+        return True
+
+    def _is_eligible(self, macvlan: kernel.Macvlan) -> bool:
+        parents = self._options.discover_parents
+        return macvlan.link.mode == 'bridge' and (
+            not parents or macvlan.parent in parents) and (
+            self._options.parent in (None, macvlan.parent))
+
+    def _bind(self, address: IPAddress, macvlan: kernel.Macvlan,
+              namespace: _Namespace) -> None:
+        """Bind an address, unless it is another's or may not be.
+
+        Each by itself, so that one that is refused costs no other.
+        """
+        reason = self._policy.not_allowed(address)
+        if reason is not None:
+            self._refuse(address, macvlan.namespace, 'it is ' + reason)
+            return
+        owner = Owner(_owner_id(macvlan.namespace), macvlan.link.name)
+        with contextlib.suppress(exceptions.LedgerUnavailable):
+            for claim in self._ledger.records.claims(address):
+                if claim.owner == owner or kernel.state(
+                        claim.netns, claim.namespace) is kernel.State.GONE:
+                    continue
+                if claim.namespace is None or not claim.namespace.is_same(
+                        macvlan.namespace):
+                    self._refuse(address, macvlan.namespace,
+                                 'it belongs to %s' % claim.owner)
+                    # Which may be about to end.
+                    namespace.mark(time.monotonic())
+                return  # or it was bound for this container by another way
+        try:
+            self._manager.bind(
+                owner, [address], parent=macvlan.parent,
+                mac=macvlan.link.mac, netns=macvlan.netns, yielding=True,
+                origin=Origin.DISCOVERED)
+        except exceptions.Break0Error as err:
+            self._refuse(address, macvlan.namespace, str(err))
+            if not isinstance(err, exceptions.AddressRefused):
+                namespace.mark(time.monotonic())
+            return
+        self._records.setdefault(macvlan.namespace, {})[address] = Record(
+            address, owner, macvlan.parent, macvlan.link.mac,
+            netns=macvlan.netns, namespace=macvlan.namespace,
+            origin=Origin.DISCOVERED)
+        self._has_changed = True
+
+    def _refuse(self, address: IPAddress, namespace: NamespaceId,
+                reason: str) -> None:
+        """Log why an address is not bound, once."""
+        refusal = address, namespace.cookie, reason
+        if refusal not in self._refusals:
+            if len(self._refusals) >= _REMEMBERED:
+                self._refusals.clear()
+            self._refusals.add(refusal)
+            LOG.warning('The container address %s is not bound: %s', address,
+                        reason)
+
+    def _unbind(self, record: Record, netns: Optional[str]) -> None:
+        try:
+            self._manager.unbind(record.owner, [record.address], netns)
+        except exceptions.Break0Error as err:
+            LOG.error('%s stays bound for now: %s', record.address, err)
+            return
+        if record.namespace is not None:
+            self._records.get(record.namespace, {}).pop(record.address, None)
+        self._has_changed = True
+
+    def _unbind_ended(self, namespace: NamespaceId, now: float) -> None:
+        """Unbind what a namespace had that is no more.
+
+        The kernel sends that event some ms before it is proven.
+        """
+        records = list(self._records.get(namespace, {}).values())
+        if any(kernel.state(record.netns, record.namespace)
+               is not kernel.State.GONE for record in records):
+            waited = now - self._ended[namespace]
+            if waited < _LAST:
+                self._ended[namespace] = now + max(_BURST, waited)
+            else:
+                del self._ended[namespace]  # the timer will
+            return
+        del self._ended[namespace]
+        self._records.pop(namespace, None)
+        if records:
+            try:
+                Reconciler(self._options, self._ledger, Journal(
+                    self._options.state_dir)).remove_gone(
+                        [record.address for record in records])
+            except exceptions.Break0Error as err:
+                LOG.error('%s', err)
+            self._has_changed = True
+
+
+def _owner_id(namespace: NamespaceId) -> str:
+    """Return what stands for a container whose id nobody has told."""
+    return 'discovered-%d' % (namespace.cookie or namespace.inode)
+
+
+def take_back(options: config.Options, ledger: Ledger) -> None:
+    """Unbind all that was discovered."""
+    manager = Break0Manager(options)
+    for record in list(discovered(ledger)):
+        try:
+            manager.unbind(record.owner, [record.address], record.netns)
+        except exceptions.Break0Error as err:
+            LOG.error('%s stays bound: %s', record.address, err)
+
+
+def discovered(ledger: Ledger) -> Iterable[Record]:
+    """Return the claims that were discovered."""
+    with contextlib.suppress(exceptions.LedgerUnavailable):
+        for claims in ledger.records.containing(Origin.DISCOVERED.value):
+            for claim in claims:
+                if claim.origin is Origin.DISCOVERED:
+                    yield claim

@@ -1,0 +1,438 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Containers that nobody tells of, as plain namespaces."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import Any, Callable
+
+import psutil
+
+from kuryr_break0.discovery import finder
+from kuryr_break0 import exceptions
+from kuryr_break0 import ledger
+from kuryr_break0.model import Origin
+from kuryr_break0.model import Owner
+from tests import dhcp
+from tests.functional import base
+from tests import lab
+
+PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
+CONF = '/run/break0.conf'
+OPTIONS = ('discover = true\nallowed_cidrs = 100.75.0.0/16,fd00:30::/64\n'
+           'metrics_bind =\nresync_interval = 3600\n')
+ONE, TWO = '100.75.30.81', '100.75.30.82'
+ONE6 = 'fd00:30::81'
+
+
+class DiscoveryTestCase(base.LabTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.lab.add_ipv6()
+
+    def start(self, options: str = OPTIONS, *before: str
+              ) -> subprocess.Popen[bytes]:
+        """Start an agent, and wait until it has looked once."""
+        with open(CONF, 'w') as file:
+            file.write('[break0]\n' + options)
+        with open('/run/agent.log', 'ab') as log:
+            agent = subprocess.Popen(
+                [*before, PROGRAM, '--config-file', CONF, 'agent'],
+                stderr=log)
+        self.addCleanup(agent.wait)
+        self.addCleanup(agent.kill)
+        self.until(lambda: 'Watching over' in self.log())
+        return agent
+
+    @staticmethod
+    def log() -> str:
+        with open('/run/agent.log') as file:
+            return file.read()
+
+    def until(self, condition: Callable[[], Any], seconds: float = 15
+              ) -> float:
+        began = time.monotonic()
+        while not condition():
+            if time.monotonic() - began > seconds:
+                self.fail('not within %s s\n%s' % (seconds, self.log()))
+            time.sleep(0.01)
+        return time.monotonic() - began
+
+    def until_bound(self, *addresses: str) -> None:
+        self.until(lambda: set(self.lab.routes()) == set(addresses))
+        self.until(lambda: self.bound() == set(addresses))
+
+    def inside(self, name: str, *command: str) -> None:
+        self.lab.run(*command, netns=name)
+
+    def assert_reachable(self, address: str, name: str) -> None:
+        node = lab.NODE6 if ':' in address else lab.NODE
+        self.assertTrue(self.lab.ping(address), self.log())
+        self.assertTrue(self.lab.ping(node, name), self.log())
+
+
+class TestFinding(DiscoveryTestCase):
+
+    def test_before_and_after_the_agent(self) -> None:
+        self.lab.add_pod('one', ONE, ONE6)
+        self.start()
+        self.until_bound(ONE, ONE6)
+        self.lab.add_pod('two', TWO)
+        self.until_bound(ONE, ONE6, TWO)
+        self.assert_reachable(ONE, 'one')
+        self.assert_reachable(ONE6, 'one')
+        self.assert_reachable(TWO, 'two')
+        self.assertEqual([], self.problems())
+        self.lab.del_netns('one')
+        self.until_bound(TWO)
+        self.lab.del_netns('two')
+        self.until_bound()
+        self.assertEqual([], self.lab.ip('neigh', 'show', 'dev', 'break0'))
+
+    def test_what_comes_and_goes_inside(self) -> None:
+        self.lab.add_netns('one')
+        self.start()
+        self.lab.run('ip', 'link', 'add', 'eth0', 'link', 'eth0', 'netns',
+                     'one', 'type', 'macvlan', 'mode', 'bridge')
+        self.inside('one', 'ip', 'link', 'set', 'eth0', 'up')
+        time.sleep(0.5)
+        self.assertEqual({}, self.lab.routes())
+        self.inside('one', 'ip', 'address', 'add', ONE + '/24', 'dev', 'eth0')
+        self.until_bound(ONE)
+        self.inside('one', 'ip', 'address', 'add', ONE6 + '/64', 'dev',
+                    'eth0', 'nodad')
+        self.until_bound(ONE, ONE6)
+        self.assert_reachable(ONE6, 'one')
+        for number in range(3):
+            self.inside('one', 'ip', 'link', 'set', 'eth0', 'address',
+                        '02:00:00:00:05:%02x' % number)
+            self.until(lambda: self.lab.ping(ONE, cold=False))
+            self.until(lambda: self.lab.ping(lab.NODE, 'one', cold=False))
+        self.inside('one', 'ip', 'link', 'set', 'eth0', 'down')
+        self.inside('one', 'ip', 'link', 'set', 'eth0', 'name', 'lan0')
+        self.inside('one', 'ip', 'link', 'set', 'lan0', 'up')
+        self.until(lambda: {record.owner.ifname for record
+                            in self.seen().live.values()} == {'lan0'})
+        self.inside('one', 'ip', 'address', 'flush', 'dev', 'lan0')
+        self.until_bound()
+        self.inside('one', 'ip', 'address', 'add', ONE + '/24', 'dev',
+                    'lan0')
+        self.until_bound(ONE)
+        self.inside('one', 'ip', 'link', 'del', 'lan0')
+        self.until_bound()
+
+    def test_namespace_without_a_name(self) -> None:
+        self.start()
+        process = subprocess.Popen(['unshare', '--net', 'sleep', '1000'])
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        self.until(lambda: os.readlink('/proc/%d/ns/net' % process.pid)
+                   != os.readlink('/proc/self/ns/net'))
+        self.lab.run('ip', 'link', 'add', 'mv', 'link', 'eth0', 'type',
+                     'macvlan', 'mode', 'bridge')
+        # Moved as by LXC; the kernel numbers the namespace for that.
+        self.lab.run('ip', 'link', 'set', 'mv', 'netns', str(process.pid))
+        for command in (('link', 'set', 'mv', 'up'),
+                        ('address', 'add', ONE + '/24', 'dev', 'mv')):
+            self.lab.run('nsenter', '--net', '--target', str(process.pid),
+                         'ip', *command)
+        self.until_bound(ONE)
+        self.assertTrue(self.lab.ping(ONE))
+        process.kill()
+        self.until_bound()
+
+    def test_what_is_not_found(self) -> None:
+        self.lab.run('ip', 'link', 'add', 'eth1', 'type', 'veth', 'peer',
+                     'name', 'nic1')
+        self.lab.run('ip', 'link', 'set', 'eth1', 'up')
+        for name, mode, parent, address in (
+                ('private', 'private', 'eth0', '100.75.30.83'),
+                ('vepa', 'vepa', 'eth0', '100.75.30.84'),
+                ('other', 'bridge', 'eth1', '100.75.31.85'),
+                ('outside', 'bridge', 'eth0', '10.66.0.1')):
+            self.lab.add_netns(name)
+            self.lab.run('ip', 'link', 'add', 'eth0', 'link', parent, 'netns',
+                         name, 'type', 'macvlan', 'mode', mode)
+            self.inside(name, 'ip', 'link', 'set', 'eth0', 'up')
+            self.inside(name, 'ip', 'address', 'add', address + '/24', 'dev',
+                        'eth0')
+        # On no interface of this node.
+        self.lab.add_netns('nested')
+        self.inside('nested', 'ip', 'link', 'add', 'upper', 'type', 'veth',
+                    'peer', 'name', 'lower')
+        self.inside('nested', 'ip', 'link', 'add', 'eth0', 'link', 'upper',
+                    'type', 'macvlan', 'mode', 'bridge')
+        self.inside('nested', 'ip', 'address', 'add', '100.75.30.86/24',
+                    'dev', 'eth0')
+        self.start(OPTIONS + 'discover_parents = eth0\n')
+        self.lab.add_pod('one', ONE)
+        self.until_bound(ONE)
+        time.sleep(1)
+        self.until_bound(ONE)
+        self.assertEqual(1, self.log().count('10.66.0.1 is not bound'))
+
+    def test_dhcp(self) -> None:
+        server = dhcp.serve('100.75.30.210', '100.75.30.219')
+        self.addCleanup(server.wait)
+        self.addCleanup(server.kill)
+        self.start()
+        self.lab.add_pod('one')
+        client = dhcp.client('one')
+        self.addCleanup(client.wait)
+        self.addCleanup(client.kill)
+        self.until(lambda: len(self.bound()) == 1)
+        first, = self.bound()
+        self.assertRegex(first, r'100\.75\.30\.21\d')
+        self.assert_reachable(first, 'one')
+        # Another lease, since the server has forgotten the range.
+        client.terminate()
+        client.wait()
+        self.until_bound()
+        server.kill()
+        server.wait()
+        os.unlink('/run/leases')
+        again = dhcp.serve('100.75.30.220', '100.75.30.229')
+        self.addCleanup(again.wait)
+        self.addCleanup(again.kill)
+        client = dhcp.client('one')
+        self.addCleanup(client.wait)
+        self.addCleanup(client.kill)
+        self.until(lambda: any(each.startswith('100.75.30.22')
+                               for each in self.bound()))
+        second, = self.bound()
+        self.assert_reachable(second, 'one')
+        client.send_signal(signal.SIGUSR2)  # releases it
+        self.until_bound()
+
+    def test_without_events(self) -> None:
+        self.lab.add_pod('one', ONE)
+        self.start(OPTIONS, 'setpriv', '--bounding-set=-net_broadcast',
+                   '--inh-caps=-net_broadcast')
+        self.assertIn('CAP_NET_BROADCAST', self.log())
+        self.until_bound(ONE)
+        self.inside('one', 'ip', 'address', 'add', TWO + '/24', 'dev', 'eth0')
+        self.until_bound(ONE, TWO)
+        self.lab.del_netns('one')
+        self.until_bound()
+
+
+class TestOwnership(DiscoveryTestCase):
+
+    def test_others_win(self) -> None:
+        """What is bound by Kuryr, CNI or a person stays theirs."""
+        for number, origin in enumerate((Origin.KURYR, Origin.CNI,
+                                         Origin.MANUAL)):
+            name, address = 'c%d' % number, '100.75.30.%d' % (90 + number)
+            netns = self.lab.add_pod(name, address)
+            self.manager().bind(
+                Owner(name, 'eth0'), base.addresses(address), parent='eth0',
+                mac=self.mac(name), netns=netns, origin=origin)
+            # And somebody takes the address.
+            self.lab.add_pod('thief%d' % number, address)
+        before = {address: record.owner for address, record
+                  in self.seen().live.items()}
+        self.start()
+        self.lab.add_pod('one', ONE)
+        self.until(lambda: ONE in self.bound())
+        time.sleep(1)
+        live = self.seen().live
+        self.assertEqual(before, {
+            address: record.owner for address, record in live.items()
+            if str(address) != ONE})
+        self.assertEqual({}, self.seen().rivals)
+        for number in range(3):
+            self.assert_reachable('100.75.30.%d' % (90 + number),
+                                  'c%d' % number)
+        # When it goes, who has the address too is next.
+        self.lab.del_netns('c0')
+        self.lab.run(PROGRAM, '--config-file', CONF, 'sync')
+        self.until(lambda: any(
+            str(address) == '100.75.30.90'
+            and record.origin is Origin.DISCOVERED
+            for address, record in self.seen().live.items()))
+
+    def mac(self, name: str) -> str:
+        return str(self.lab.ip('link', 'show', 'eth0', netns=name)[0][
+            'address'])
+
+    def test_found_before_it_is_bound(self) -> None:
+        """Kuryr and CNI bind a moment after the interface is there."""
+        self.start()
+        netns = self.lab.add_pod('one', ONE)
+        self.until_bound(ONE)
+        owner = Owner('sandbox', 'eth0')
+        self.manager().bind(owner, base.addresses(ONE), parent='eth0',
+                            mac=self.mac('one'), netns=netns,
+                            origin=Origin.CNI)
+        record, = self.seen().live.values()
+        self.assertEqual((owner, Origin.CNI), (record.owner, record.origin))
+        self.assertEqual({}, self.seen().rivals)
+        self.assert_reachable(ONE, 'one')
+
+    def test_first_of_two(self) -> None:
+        self.start()
+        self.lab.add_pod('one', ONE)
+        self.until_bound(ONE)
+        mac = self.mac('one')
+        self.lab.add_pod('two', ONE)
+        time.sleep(1)
+        record, = self.seen().live.values()
+        self.assertEqual(mac, record.mac)
+        self.assertEqual(1, self.log().count('it belongs to'))
+        done = self.lab.run(PROGRAM, '--config-file', CONF, 'doctor',
+                            check=False)
+        self.assertIn('warning: address-twice', done.stdout)
+        self.assertIn('/run/netns/two has it too', ' '.join(
+            done.stdout.split()))
+        self.lab.del_netns('one')
+        self.until(lambda: [record.mac for record
+                            in self.seen().live.values()]
+                   == [self.mac('two')])
+        self.assertTrue(self.lab.ping(ONE))
+
+    def test_restarted_and_switched_off(self) -> None:
+        agent = self.start()
+        self.lab.add_pod('one', ONE)
+        self.lab.add_pod('two', TWO)
+        self.until_bound(ONE, TWO)
+        agent.kill()
+        agent.wait()
+        self.lab.del_netns('two')
+        self.inside('one', 'ip', 'address', 'del', ONE + '/24', 'dev', 'eth0')
+        self.inside('one', 'ip', 'address', 'add', '100.75.30.88/24', 'dev',
+                    'eth0')
+        agent = self.start()
+        self.until_bound('100.75.30.88')
+        self.bind(base.POD)  # stays: nobody has discovered it
+        with open(CONF, 'w') as file:
+            file.write('[break0]\n' + OPTIONS.replace('true', 'false'))
+        agent.send_signal(signal.SIGHUP)
+        self.until_bound(base.POD)
+
+    def test_needs_allowed_cidrs(self) -> None:
+        with self.assertRaisesRegex(exceptions.InvalidOption,
+                                    'needs .break0. allowed_cidrs'):
+            base.options(discover=True)
+        self.assertTrue(base.options(
+            discover=True, allowed_cidrs=['10.0.0.0/8']).discover)
+        with open(CONF, 'w') as file:
+            file.write('[break0]\ndiscover = true\n')
+        done = subprocess.run([PROGRAM, '--config-file', CONF, 'agent'],
+                              stderr=subprocess.PIPE, text=True)
+        self.assertEqual(2, done.returncode)
+        self.assertIn('allowed_cidrs', done.stderr)
+
+
+#: What a container with NET_ADMIN does as fast as it can, for some seconds.
+_HOSTILE = '''
+import subprocess, sys, time
+end = time.monotonic() + float(sys.argv[1])
+number = 0
+while time.monotonic() < end:
+    number += 1
+    subprocess.run(['ip', 'link', 'set', 'eth0', 'address',
+                    '02:00:00:01:%02x:%02x' % divmod(number % 65536, 256)])
+    time.sleep(0.005)
+'''
+
+
+class TestHostile(DiscoveryTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.agent = self.start()
+        self.lab.add_pod('hostile', ONE)
+        self.lab.add_pod('victim', TWO)
+        self.until_bound(ONE, TWO)
+
+    def test_takes_addresses(self) -> None:
+        before = self.lab.routes()
+        for address in (TWO + '/32', lab.LAN + '/32', lab.NODE + '/32',
+                        lab.NODE6 + '/128', lab.LAN6 + '/128', '127.0.0.2/32',
+                        '255.255.255.255/32', '0.0.0.1/32', '224.0.0.5/32'):
+            self.lab.run('ip', 'address', 'add', address, 'dev', 'eth0',
+                         netns='hostile', check=False)
+        time.sleep(1.5)
+        self.assertEqual(before, self.lab.routes())
+        self.assert_reachable(TWO, 'victim')
+
+    def test_thousand_addresses(self) -> None:
+        with open('/run/batch', 'w') as file:
+            for number in range(1000):
+                file.write('address add 100.75.%d.%d/32 dev eth0\n' % (
+                    40 + number // 250, 1 + number % 250))
+        cpu = self.cpu_while(lambda: self.inside(
+            'hostile', 'ip', '-batch', '/run/batch'), 4)
+        self.assertLess(cpu, 0.1)
+        bound = self.bound()
+        self.assertEqual(finder.MAX_ADDRESSES + 1, len(bound))
+        self.assertLessEqual({ONE, TWO}, bound)
+        self.assertEqual(1, self.log().count('has 1001 addresses'))
+        self.assert_reachable(TWO, 'victim')
+        self.lab.add_pod('new', '100.75.30.99')
+        self.until(lambda: self.lab.ping('100.75.30.99', cold=False), 2)
+
+    def cpu_while(self, action: Callable[[], Any], seconds: float) -> float:
+        """The part of a processor that the agent takes meanwhile."""
+        process = psutil.Process(self.agent.pid)
+
+        def spent() -> float:
+            times = process.cpu_times()
+            return float(times.user + times.system)
+
+        began, before = time.monotonic(), spent()
+        action()
+        time.sleep(max(0.0, began + seconds - time.monotonic()))
+        return (spent() - before) / (time.monotonic() - began)
+
+    def test_changes_its_mac_address(self) -> None:
+        attack = subprocess.Popen(
+            ['ip', 'netns', 'exec', 'hostile', sys.executable, '-c',
+             _HOSTILE, '8'])
+        self.addCleanup(attack.wait)
+        self.addCleanup(attack.kill)
+        time.sleep(1)  # let it get going
+        cpu = self.cpu_while(self.repaired_meanwhile, 5)
+        self.assertLess(cpu, 0.1)
+        attack.wait()
+        self.until(lambda: self.lab.ping(ONE, cold=False), 5)
+        self.assert_reachable(TWO, 'victim')
+
+    def repaired_meanwhile(self) -> None:
+        for _ in range(3):
+            self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
+            self.until(lambda: TWO in self.lab.routes(), 2)
+            self.assertTrue(self.lab.ping(TWO, cold=False))
+
+    def test_hundred_containers_at_rest(self) -> None:
+        for number in range(100):
+            self.lab.add_pod('c%d' % number, '100.75.32.%d' % number
+                             if number else '100.75.32.200')
+        self.until(lambda: len(self.bound()) == 102, 60)
+        time.sleep(3)  # the sync of the last ones
+        cpu = self.cpu_while(lambda: None, 5)
+        self.assertLess(cpu, 0.005)
+
+
+class TestRecords(base.LabTestCase):
+
+    def test_take_back_leaves_others(self) -> None:
+        options = base.options()
+        netns = self.lab.add_pod('one', ONE)
+        self.manager().bind(Owner('discovered-7', 'eth0'),
+                            base.addresses(ONE), parent='eth0', netns=netns,
+                            origin=Origin.DISCOVERED)
+        # Its name alone makes nothing a discovered one.
+        self.manager().bind(Owner('discovered', 'eth0'),
+                            base.addresses(TWO), parent='eth0', netns=netns,
+                            origin=Origin.MANUAL)
+        finder.take_back(options, ledger.Ledger(options.state_dir,
+                                                options.lock_timeout))
+        self.assertEqual({TWO}, self.bound())
+        self.assertEqual({TWO}, set(self.lab.routes()))
