@@ -31,6 +31,39 @@ build/cni/break0: kuryr_break0/cni/shim.c
 	@mkdir -p $(@D)
 	$(CNI_CC) -static -Os -s -std=gnu11 -Wall -Wextra -Werror -o $@ $<
 
+# For a host of Docker, Podman or others, without Kuryr; see
+# doc/source/install/docker.rst. DESTDIR and PREFIX are as usual.
+PREFIX ?= /opt/kuryr-break0
+UNITS = $(DESTDIR)/etc/systemd/system
+SETTINGS = $(DESTDIR)/etc/kuryr-break0/kuryr-break0.conf
+.PHONY: install install-files uninstall
+install: install-files
+	$(PYTHON) -m venv $(DESTDIR)$(PREFIX)
+	$(DESTDIR)$(PREFIX)/bin/pip install --quiet \
+	    --disable-pip-version-check --constraint constraints.txt \
+	    --requirement etc/cni/requirements.txt
+	$(DESTDIR)$(PREFIX)/bin/pip install --quiet \
+	    --disable-pip-version-check --no-deps --force-reinstall .
+	@echo 'Start it: systemctl enable --now kuryr-break0-agent'
+
+install-files:
+ifeq ($(CIDRS),)
+	@[ -e $(SETTINGS) ] || { echo 'Name the networks of the containers,' \
+	    'as: make install CIDRS=192.0.2.0/24' >&2; exit 2; }
+endif
+	install -d $(UNITS) $(dir $(SETTINGS)) $(DESTDIR)/usr/local/bin
+	cp -r etc/systemd/system/kuryr-break0-agent.service \
+	    etc/systemd/system/kuryr-break0-agent.service.d $(UNITS)
+	ln -sf $(PREFIX)/bin/kuryr-break0 $(DESTDIR)/usr/local/bin/
+	[ -e $(SETTINGS) ] || sed 's|@CIDRS@|$(CIDRS)|' \
+	    etc/kuryr-break0.conf.discover >$(SETTINGS)
+
+# What break0 has set up is taken away by "kuryr-break0 cleanup", before.
+uninstall:
+	rm -rf $(UNITS)/kuryr-break0-agent.service \
+	    $(UNITS)/kuryr-break0-agent.service.d $(DESTDIR)$(PREFIX) \
+	    $(DESTDIR)/usr/local/bin/kuryr-break0
+
 bench: $(VENV)/installed
 	tests/debian-packages all
 	@mkdir -p build

@@ -136,7 +136,7 @@ class CannotInstall(Break0Error):
 
 
 class NetnsUnusable(Break0Error):
-    msg_fmt = 'The network namespace %(netns)r of the pod %(reason)s.'
+    msg_fmt = 'The network namespace %(netns)r %(reason)s.'
 
 
 class NotAMacvlan(Break0Error):

@@ -107,8 +107,8 @@ class Parent:
             if (any(address.version == 6 for address in self.live)
                     and kernel.read_sysctl('ipv6/conf/%s/disable_ipv6'
                                            % self.device) != 0):
-                yield ('%s: IPv6 is disabled, but there are pods with IPv6 '
-                       'addresses' % self.device)
+                yield ('%s: IPv6 is disabled, but there are containers with '
+                       'IPv6 addresses' % self.device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,8 +218,8 @@ class Snapshot:
                 problems[address] = str(parent.conflict)
             elif (record.netns is not None and parent.node is not None
                     and record.configured != parent.node.digest):
-                problems[address] = ('its pod is not configured to reach the '
-                                     'node')
+                problems[address] = ('its container is not configured to '
+                                     'reach the node')
             elif address not in parent.desired and (
                     address not in self.refused):
                 problems[address] = 'IPv6 is disabled on ' + parent.device
@@ -236,7 +236,7 @@ class Snapshot:
                 'it has a route of others, on %s with protocol %s' %
                 (kernel.name_of(route.oif), route.protocol))
         for item in parent.plan.unclaimed:
-            problems[item.dst] = 'no pod claims it'
+            problems[item.dst] = 'no container claims it'
         return problems
 
 

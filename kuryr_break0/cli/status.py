@@ -29,12 +29,12 @@ _SHORT = 24
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
-        'status', help='show break0 and the pod addresses behind it',
-        description='Show break0 and the pod addresses behind it. Exits '
-                    'with 0 if all is as it should be, 1 if something stops '
-                    'traffic or a sync would change something, 2 for wrong '
-                    'usage or configuration, 3 if the kernel or the state '
-                    'directory cannot be read.')
+        'status', help='show break0 and the addresses of containers behind it',
+        description='Show break0 and the addresses of containers behind it. '
+                    'Exits with 0 if all is as it should be, 1 if something '
+                    'stops traffic or a sync would change something, 2 for '
+                    'wrong usage or configuration, 3 if the kernel or the '
+                    'state directory cannot be read.')
     parser.add_argument('--json', action='store_true',
                         help='print JSON instead of tables')
     parser.add_argument('--wide', action='store_true',

@@ -119,7 +119,7 @@ def check_properties(view: ParentView) -> Iterator[Finding]:
             and kernel.read_sysctl('ipv6/conf/%s/disable_ipv6' % link.name)
             != 0):
         yield findings.IPV6_DISABLED.found(
-            'IPv6 is disabled on %s, but there are pods with IPv6 '
+            'IPv6 is disabled on %s, but there are containers with IPv6 '
             'addresses' % link.name,
             [address for address in view.live if address.version == 6],
             device=link.name)

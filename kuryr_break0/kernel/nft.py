@@ -146,11 +146,17 @@ class Nft:
 
         It is in the name of the chain, which is easier to read than a rule.
         """
-        for found in self._rules(table):
-            name = found.get(2, b'').rstrip(b'\0').decode()
+        return next(iter(self._bound_sources(table)), None)
+
+    def _bound_sources(self, table: str) -> list[Optional[bytes]]:
+        found = []
+        for rule in self._rules(table):
+            name = rule.get(2, b'').rstrip(b'\0').decode()
+            mac = None
             with contextlib.suppress(ValueError):
-                return bytes.fromhex(name.partition('-')[2]) or None
-        return None
+                mac = bytes.fromhex(name.partition('-')[2])
+            found.append(mac)
+        return found
 
     def bind_source(self, table: str, device: str, mac: bytes) -> None:
         """Let an interface send with its own MAC address only.
@@ -159,11 +165,11 @@ class Nft:
 
         :raises KernelRefused: if the kernel has no such hook
         """
-        present = self.bound_source(table)
-        if present == mac:
+        present = self._bound_sources(table)
+        if present == [mac]:
             return  # to undo a batch takes the kernel some 15 ms
         chain = 'source-' + mac.hex()
-        if self.rules(table):
+        if present:
             self.delete_table(table)  # of an earlier interface of this name
         hook = wire.attribute(_NESTED | 4, (
             _be32(1, _EGRESS) + _be32(2, 0) + wire.text(3, device)))

@@ -165,13 +165,13 @@ class TestRefusals(ByHandTestCase):
                      'peer', 'name', 'veth1', netns='other')
         self.lab.run('ip', 'link', 'add', lab.PARENT, 'link', 'veth0',
                      'type', 'macvlan', 'mode', 'bridge', netns='other')
-        self.assertIn('no macvlan of that name',
+        self.assertIn('on no interface of this node',
                       self.bind_web('--netns', OTHER_NETNS, code=2))
         # And here in a namespace that is not the node.
         self.lab.run('ip', 'link', 'add', 'eth1', 'link', 'veth0', 'netns',
                      '/run/netns/web', 'type', 'macvlan', 'mode', 'bridge',
                      netns='other')
-        self.assertIn('no macvlan of that name',
+        self.assertIn('on no interface of this node',
                       self.bind_web('--netns', NETNS, '--ifname', 'eth1',
                                     code=2))
 

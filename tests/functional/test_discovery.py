@@ -420,6 +420,27 @@ class TestHostile(DiscoveryTestCase):
         self.assertLess(cpu, 0.005)
 
 
+class TestInstalled(DiscoveryTestCase):
+
+    def test_configuration_of_make_install(self) -> None:
+        done = self.lab.run('make', 'install-files', 'DESTDIR=/run/dest',
+                            check=False)
+        self.assertEqual(2, done.returncode)
+        self.assertIn('CIDRS=', done.stdout)
+        self.lab.run('make', 'install-files', 'DESTDIR=/run/dest',
+                     'CIDRS=100.75.0.0/16,fd00:30::/64')
+        # As in /etc, where it is looked for after kuryr.conf.
+        os.makedirs('/run/home')
+        os.rename('/run/dest/etc/kuryr-break0', '/run/home/.kuryr-break0')
+        with open('/run/agent.log', 'ab') as log:
+            agent = subprocess.Popen([PROGRAM, 'agent'], stderr=log, env={
+                **os.environ, 'HOME': '/run/home'})
+        self.addCleanup(agent.wait)
+        self.addCleanup(agent.kill)
+        self.lab.add_pod('one', ONE, ONE6)
+        self.until_bound(ONE, ONE6)
+
+
 class TestRecords(base.LabTestCase):
 
     def test_take_back_leaves_others(self) -> None:

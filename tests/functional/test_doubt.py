@@ -173,7 +173,7 @@ class TestLostLedger(DoubtTestCase):
 
     def test_one_record(self) -> None:
         os.unlink(self.file())
-        self.assertEqual(['no pod claims it'], self.problems())
+        self.assertEqual(['no container claims it'], self.problems())
         self.assert_rebuilt(POD)
 
     def test_one_damaged_record(self) -> None:
@@ -201,7 +201,7 @@ class TestLostLedger(DoubtTestCase):
         outcome = self.reconcile()
         self.assertEqual((), outcome.rebuilt)
         self.assertEqual({POD, OTHER_POD}, set(self.lab.routes()))
-        self.assertEqual(2, self.problems().count('no pod claims it'))
+        self.assertEqual(2, self.problems().count('no container claims it'))
 
     def test_a_dry_run_says_it_and_does_nothing(self) -> None:
         os.unlink(self.file())
@@ -524,7 +524,7 @@ class TestPodSide(DoubtTestCase):
                         'fd00:30::/64'], mac_of_pod=MAC % 1))
                     if name == 'configure'
                     else (lambda: self.manager().sync()))))
-            self.assertIn('its pod is not configured to reach the node',
+            self.assertIn('its container is not configured to reach the node',
                           self.problems())
         self.reconcile()
         self.assertEqual([], self.problems())

@@ -692,6 +692,7 @@ class TestStatus(base.LabTestCase):
         seen = self.seen()
         self.assertEqual({POD, OTHER_POD}, set(map(str, seen.live)))
         self.assertEqual(
-            {POD: 'its route is missing', '100.75.30.73': 'no pod claims it'},
+            {POD: 'its route is missing',
+             '100.75.30.73': 'no container claims it'},
             {str(address): problem
              for address, problem in seen.problems().items()})

@@ -374,7 +374,7 @@ class TestNeighbours(DualStackTestCase):
         for address in ('100.75.30.52/24', 'fd00:30::52/64', '10.9.9.9/32'):
             self.lab.run('ip', 'address', 'add', address, 'dev', 'eth0',
                          *(('nodad',) if ':' in address else ()))
-        self.assertIn('its pod is not configured to reach the node',
+        self.assertIn('its container is not configured to reach the node',
                       self.problems())
         self.manager().sync()
         hosts = {lab.NODE, '100.75.30.52', 'fd00:30::52', '10.9.9.9'}

@@ -292,7 +292,7 @@ class TestUnclaimed(SyncTestCase):
             self.assertEqual([POD], [str(each.dst)
                                      for each in outcome.unclaimed])
         self.assertIn(POD, self.lab.routes())
-        self.assertEqual(['no pod claims it'], self.problems())
+        self.assertEqual(['no container claims it'], self.problems())
 
     def test_it_goes_when_somebody_says_so(self) -> None:
         own = base.options()

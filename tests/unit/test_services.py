@@ -55,6 +55,14 @@ class TestUnit(unittest.TestCase):
         # Also what it ignores, like a key that it does not know.
         self.assertEqual('', self.analyze('verify', '--man=no'))
 
+    def test_drop_in_for_discovery(self) -> None:
+        name = 'kuryr-break0-agent.service.d'
+        path = ('systemd', 'system', name, 'discover.conf')
+        # It adds to what the unit allows.
+        self.assertEqual(
+            'CAP_NET_BROADCAST CAP_SYS_PTRACE',
+            parsed(*path)['Service']['CapabilityBoundingSet'])
+
     def test_exposure(self) -> None:
         # Of 0 to 100, where 100 is a service that may do anything.
         self.analyze('security', '--offline=true', '--threshold=30')
