@@ -14,6 +14,7 @@ from typing import NamedTuple, Optional, Union
 IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
+IPInterface = Union[ipaddress.IPv4Interface, ipaddress.IPv6Interface]
 
 #: What names an owner, an interface, a path: no control characters, which
 #: could forge lines of a log or a table, and no more than a name can have.

@@ -45,6 +45,7 @@ from kuryr_break0.kernel.node import name_of
 from kuryr_break0.kernel.node import read_sysctl
 from kuryr_break0.kernel.node import source_for
 from kuryr_break0.kernel.node import write_sysctl
+from kuryr_break0.kernel.rtnetlink import GatewayRoute
 from kuryr_break0.kernel.rtnetlink import Netlink
 from kuryr_break0.kernel.rtnetlink import Path
 from kuryr_break0.kernel.rtnetlink import Routes
@@ -58,7 +59,8 @@ from kuryr_break0.kernel.wire import RTN_UNICAST
 from kuryr_break0.kernel.wire import Verb
 
 __all__ = (
-    'Change', 'Changes', 'Event', 'Events', 'Found', 'IPDB_DISTURBED', 'Link',
+    'Change', 'Changes', 'Event', 'Events', 'Found', 'GatewayRoute',
+    'IPDB_DISTURBED', 'Link',
     'Macvlan', 'Mounts', 'NamespaceEvents', 'Netlink', 'Nft', 'NftEvents',
     'Pair', 'Path', 'RTN_UNICAST', 'RT_SCOPE_LINK', 'RT_SCOPE_NOWHERE',
     'RT_TABLE_MAIN', 'Route', 'Routes', 'State', 'Verb', 'count_host_routes',

@@ -24,6 +24,8 @@ from kuryr_break0.kernel.wire import NLM_F_CREATE
 from kuryr_break0.kernel.wire import NLM_F_EXCL
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
+from kuryr_break0.model import IPInterface
+from kuryr_break0.model import IPNetwork
 from kuryr_break0.model import Neighbour
 
 _SOL_NETLINK = 270  # linux/socket.h
@@ -60,6 +62,13 @@ class Routes(NamedTuple):
 
     host: tuple[HostRoute, ...]
     next_hops: frozenset[IPAddress]
+
+
+class GatewayRoute(NamedTuple):
+    """A route by a gateway."""
+
+    network: IPNetwork
+    gateway: IPAddress
 
 
 class Path(NamedTuple):
@@ -213,6 +222,41 @@ class Netlink:
                     Message(wire.RTM_NEWADDR,
                             NLM_F_CREATE | wire.NLM_F_REPLACE,
                             wire.pack_address(link.index, address)))
+
+    def configure(self, link: str, addresses: Sequence[IPInterface],
+                  routes: Sequence[GatewayRoute]) -> None:
+        """Give an interface addresses, and its namespace routes.
+
+        All in one request. What is there is fine for addresses and default
+        routes.
+
+        :raises KernelRefused: the first error
+        """
+        index = index_of(link)
+        if index is None:
+            raise exceptions.KernelRefused(
+                'configure ' + link, os.strerror(errno.ENODEV), errno.ENODEV)
+        messages = [Message(wire.RTM_NEWADDR, NLM_F_CREATE | NLM_F_EXCL,
+                            wire.pack_prefix(index, address))
+                    for address in addresses]
+        messages += [Message(wire.RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL,
+                             wire.pack_gateway_route(*route))
+                     for route in routes]
+        if not messages:
+            return
+        try:
+            refused = self._send(messages)
+        except OSError as err:
+            raise _refused('configure ' + link, err) from err
+        for place, why in sorted(refused.items()):
+            is_route = place >= len(addresses)
+            if why.code == errno.EEXIST and not (
+                    is_route and routes[place - len(addresses)][0].prefixlen):
+                continue
+            what: Any = addresses[place] if not is_route else (
+                '%s by %s' % routes[place - len(addresses)])
+            raise exceptions.KernelRefused(
+                'give %s %s' % (link, what), why.reason, why.code)
 
     def change(self, changes: Sequence[Change]
                ) -> list[Optional[exceptions.KernelRefused]]:

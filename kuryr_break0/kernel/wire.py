@@ -20,6 +20,8 @@ from typing import Any, Iterator, NamedTuple, Optional
 
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
+from kuryr_break0.model import IPInterface
+from kuryr_break0.model import IPNetwork
 from kuryr_break0.model import Item
 
 NLMSG_ERROR = 2
@@ -36,7 +38,8 @@ NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
 
 RT_TABLE_COMPAT = 252  # in the header, for a table that does not fit there
 RT_TABLE_MAIN = 254
-RT_SCOPE_LINK = 253
+RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
+RTPROT_STATIC = 4
 #: In a deletion, any scope. With 0, universe, the kernel finds no route that
 #: is scoped to the link.
 RT_SCOPE_NOWHERE = 255
@@ -357,6 +360,25 @@ def pack_address(ifindex: int, address: IPAddress) -> bytes:
         IFA_F_NODAD if address.version == 6 else 0, 0, ifindex) + (
             attribute(IFA_LOCAL, address.packed)
             + attribute(IFA_ADDRESS, address.packed))
+
+
+def pack_prefix(ifindex: int, address: IPInterface) -> bytes:
+    """Pack an address with its prefix, as a pod gets it."""
+    body = _IFADDR.pack(family_of(address.ip), address.network.prefixlen, 0,
+                        0, ifindex)
+    if address.version == 4:
+        body += attribute(IFA_LOCAL, address.ip.packed)
+    return body + attribute(IFA_ADDRESS, address.ip.packed)
+
+
+def pack_gateway_route(network: IPNetwork, gateway: IPAddress) -> bytes:
+    """Pack a route by a gateway, of the main table."""
+    body = _ROUTE.pack(
+        family_of(gateway), network.prefixlen, 0, 0, RT_TABLE_MAIN,
+        RTPROT_STATIC, RT_SCOPE_UNIVERSE, RTN_UNICAST, 0)
+    if network.prefixlen:
+        body += attribute(RTA_DST, network.network_address.packed)
+    return body + attribute(RTA_GATEWAY, gateway.packed)
 
 
 def pack_address_dump() -> bytes:

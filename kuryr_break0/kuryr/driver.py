@@ -60,13 +60,14 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
             self._require_leftover(vif)
             if self._is_direct(options):
                 self._connect_directly(vif, ifname, sandbox)
+                patches.replace_configure_l3(self._configure_l3)
             else:
                 with patches.interfaces_only():
                     kernel.undisturbed('connect ' + ifname, super().connect,
                                        vif, ifname, netns, container_id)
+                patches.repeat_configure_l3()
         except exceptions.Break0Error as err:
             raise PodNotConnected(str(err)) from err
-        patches.repeat_configure_l3()
         if options is None or not options.enabled:
             return
         try:
@@ -204,6 +205,19 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
             pod_binding.connect(netlink, sandbox, ifname, parent,
                                 mac=str(vif.address), mtu=vif.network.mtu,
                                 passing=vif.vif_name)
+
+    @classmethod
+    def _configure_l3(cls, vif: Any, ifname: str, netns: str,
+                      is_default_gateway: bool) -> None:
+        """What Kuryr does after connect, in one request.
+
+        :raises PodNotConnected: if the kernel refuses it
+        """
+        try:
+            pod_binding.configure_l3(vif, ifname, cls._sandbox(netns),
+                                     is_default_gateway)
+        except exceptions.Break0Error as err:
+            raise PodNotConnected(str(err)) from err
 
     def _find_parent(self, netlink: kernel.Netlink) -> kernel.Link:
         """Find the parent as Kuryr does, from what it looks at for that."""

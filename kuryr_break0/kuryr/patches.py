@@ -13,13 +13,13 @@ looks at the interfaces and their addresses alone.
 ``_configure_l3``: Kuryr gives a pod its addresses by IPDB, after the driver
 has returned. While many pods are added at once, IPDB now and then misses
 what it waits for, gives up with a RuntimeError that says nothing, and the ADD
-fails.
+fails. So it is tried again, or with ``pod_binding`` = direct done otherwise.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional
 
 from kuryr_kubernetes.cni.binding import base as b_base
 from oslo_log import log as logging
@@ -66,6 +66,22 @@ def repeat_configure_l3() -> None:
     if _configure_l3 is not None and getattr(
             b_base, '_configure_l3', None) is _configure_l3:
         b_base._configure_l3 = _configure_l3_repeatedly
+
+
+def replace_configure_l3(configure: Callable[..., None]) -> None:
+    """Have the next pod of this process given its addresses otherwise.
+
+    :param configure: takes what Kuryr's function does
+    """
+    if _configure_l3 is None or getattr(
+            b_base, '_configure_l3', None) is not _configure_l3:
+        return
+
+    def once(*args: Any) -> None:
+        b_base._configure_l3 = _configure_l3
+        configure(*args)
+
+    b_base._configure_l3 = once
 
 
 def _configure_l3_repeatedly(*args: Any) -> None:

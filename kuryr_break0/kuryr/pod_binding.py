@@ -9,11 +9,17 @@ reads the namespace anew. Here it is one request, and the outcome is the same.
 
 from __future__ import annotations
 
+import ipaddress
+from typing import Any
+
 from oslo_log import log as logging
 
 from kuryr_break0 import kernel
 
 LOG = logging.getLogger(__name__)
+
+_EVERYTHING = {4: ipaddress.ip_network('0.0.0.0/0'),
+               6: ipaddress.ip_network('::/0')}
 
 
 def connect(netlink: kernel.Netlink, netns: str, ifname: str,
@@ -38,6 +44,36 @@ def connect(netlink: kernel.Netlink, netns: str, ifname: str,
         _remove(pods, ifname, netns)
     _remove(netlink, passing, 'the node')
     netlink.create_macvlan(ifname, parent, netns, mac=mac, mtu=mtu)
+
+
+def configure_l3(vif: Any, ifname: str, netns: str,
+                 is_default_gateway: bool) -> None:
+    """Give a pod its addresses and routes, as Kuryr's _configure_l3 does.
+
+    In one request, where Kuryr opens IPDB and waits for each. What is there
+    already, as after a first try, is fine.
+
+    :raises NetnsUnusable: if the pod's namespace cannot be entered
+    :raises KernelRefused: the first error, as for a gateway on no link
+    """
+    addresses, routes = [], []
+    for subnet in vif.network.subnets.objects:
+        length = subnet.cidr.prefixlen
+        addresses += [ipaddress.ip_interface('%s/%d' % (each.address, length))
+                      for each in subnet.ips.objects]
+        routes += [kernel.GatewayRoute(
+            ipaddress.ip_network(str(route.cidr)),
+            ipaddress.ip_address(str(route.gateway)))
+            for route in subnet.routes.objects]
+        if is_default_gateway and hasattr(subnet, 'gateway'):
+            gateway = ipaddress.ip_address(str(subnet.gateway))
+            routes.append(kernel.GatewayRoute(
+                _EVERYTHING[gateway.version], gateway))
+    with kernel.entered(netns), kernel.Netlink() as netlink:
+        if any(each.version == 6 for each in addresses):
+            # An engine may have disabled it, as Docker with --net=none.
+            kernel.write_sysctl('ipv6/conf/all/disable_ipv6', 0)
+        netlink.configure(ifname, addresses, routes)
 
 
 def disconnect(netns: str, *names: str) -> None:

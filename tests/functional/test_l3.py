@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a pod gets by direct binding, against what it gets by Kuryr."""
+
+from __future__ import annotations
+
+import copy
+import ipaddress
+from typing import Any, Optional
+import uuid
+
+from kuryr_kubernetes.cni.binding import base as b_base
+from kuryr_kubernetes.cni.daemon import service  # noqa: F401 (as kuryr-daemon)
+from kuryr_kubernetes import config as k_config
+from kuryr_kubernetes import objects
+import os_vif
+from os_vif.objects import instance_info
+from os_vif.objects import route as osv_route
+
+from kuryr_break0 import config
+from kuryr_break0 import exceptions
+from kuryr_break0 import kernel
+from kuryr_break0.kuryr import vif as break0_vif
+from tests.functional import base
+from tests import kuryr
+from tests import lab
+
+MAC = 'fa:16:3e:00:00:71'
+POD4, POD6 = '100.75.30.71', 'fd00:30::71'
+FAR4 = '100.75.40.71'
+SUBNETS = [lab.LAN + '/24', lab.LAN6 + '/64', lab.OTHER_LAN + '/24']
+
+
+class L3TestCase(base.LabTestCase):
+
+    maxDiff = 4000
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.lab.add_ipv6()
+        k_config.CONF([], project='kuryr', default_config_files=[])
+        k_config.CONF.set_override('link_iface', lab.PARENT, group='binding')
+        config.register(k_config.CONF)
+        k_config.CONF.set_override('pod_binding', config.DIRECT,
+                                   group=config.GROUP)
+        self.addCleanup(k_config.CONF.reset)
+        objects.register_locally_defined_vifs()
+        os_vif.initialize()
+
+    def connect(self, vif: Any, name: str, is_default: bool = True,
+                prepare: tuple[str, ...] = ()) -> Optional[str]:
+        """Have a pod bound in a child; what it was refused by, if it was."""
+        self.lab.add_netns(name)
+        for command in prepare:
+            self.lab.run(*command.split(), netns=name)
+        info = instance_info.InstanceInfo(uuid=str(uuid.uuid4()), name=name)
+        refusal = '/run/refusal-' + name
+
+        def connect() -> None:
+            try:
+                b_base.connect(vif, info, 'eth0', netns='/run/netns/' + name,
+                               is_default_gateway=is_default,
+                               container_id='c' * 12)
+            except Exception as err:
+                with open(refusal, 'w') as file:
+                    file.write(type(err).__name__)
+
+        self.assertEqual(0, base.wait_for(base.in_child(connect)))
+        try:
+            with open(refusal) as file:
+                return file.read()
+        except FileNotFoundError:
+            return None
+
+    def pod(self, name: str) -> dict[str, Any]:
+        """All that a pod has, but what is different for each."""
+        self.lab.settle()
+        found: dict[str, Any] = {}
+        for family in ('-4', '-6'):
+            found['routes ' + family] = sorted((
+                {key: value for key, value in route.items()
+                 if key not in ('expires',)} for route in self.lab.ip(
+                    family, 'route', 'show', 'table', 'all', netns=name)
+                if not (route.get('protocol') == '176')), key=str)
+        for link in self.lab.ip('address', netns=name):
+            link = copy.deepcopy(link)
+            for key in ('ifindex', 'link_index', 'link_netnsid', 'txqlen',
+                        'promiscuity', 'allmulti'):
+                link.pop(key, None)
+            found[link['ifname']] = link
+        found['disable_ipv6'] = self.lab.run(
+            'sysctl', '-a', '--pattern', 'disable_ipv6', netns=name).stdout
+        return found
+
+    def compare(self, *addresses: str, is_default: bool = True,
+                routes: tuple[tuple[str, str], ...] = (),
+                prepare: tuple[str, ...] = ()) -> dict[str, Any]:
+        """Bind one pod after the other, by Kuryr and directly."""
+        stock = kuryr.macvlan_vif(*addresses, mac=MAC, subnets=SUBNETS)
+        for subnet in stock.network.subnets.objects:
+            for cidr, gateway in routes:
+                if ipaddress.ip_network(cidr).version == (
+                        subnet.cidr.version):
+                    subnet.routes.objects.append(osv_route.Route(
+                        cidr=cidr, gateway=gateway))
+        ours = break0_vif.VIFMacvlanBreak0._obj_from_primitive(
+            None, '1.0', stock.obj_to_primitive())
+        found = []
+        for name, vif in (('stock', stock), ('ours', ours)):
+            for _ in range(5):
+                refused = self.connect(vif, name, is_default, prepare)
+                pod = self.pod(name)
+                self.lab.del_netns(name)
+                # IPDB gives up now and then, and says nothing.
+                if refused != 'RuntimeError' or name != 'stock':
+                    break
+            found.append((refused, pod))
+        self.assertEqual(*found)
+        self.assertIsNone(found[1][0])
+        return found[1][1]
+
+
+class TestSameAsKuryr(L3TestCase):
+
+    def test_one_family(self) -> None:
+        pod = self.compare(POD4)
+        self.assertEqual(POD4, pod['eth0']['addr_info'][0]['local'])
+        self.compare(POD6)
+
+    def test_both_families(self) -> None:
+        pod = self.compare(POD4, POD6)
+        self.assertEqual(2, sum(route['dst'] == 'default' for family in
+                                ('routes -4', 'routes -6')
+                                for route in pod[family]))
+
+    def test_several_subnets(self) -> None:
+        self.compare(POD4, FAR4, POD6)
+
+    def test_not_the_default_gateway(self) -> None:
+        pod = self.compare(POD4, POD6, is_default=False)
+        self.assertNotIn("'dst': 'default'", str(pod))
+
+    def test_routes(self) -> None:
+        self.compare(POD4, POD6, routes=(
+            ('10.9.0.0/16', lab.LAN), ('10.8.0.1/32', lab.LAN),
+            ('fd00:9::/48', lab.LAN6)))
+
+    def test_default_route_that_is_there(self) -> None:
+        self.compare(POD4, prepare=(
+            'ip link add other type veth peer name other2',
+            'ip link set other addrgenmode none',
+            'ip link set other2 addrgenmode none',
+            'ip link set other address 02:00:00:00:00:01',
+            'ip link set other2 address 02:00:00:00:00:02',
+            'ip link set other up', 'ip link set other2 up',
+            'ip address add 10.1.1.1/24 dev other',
+            'ip route add default via 10.1.1.2'))
+
+    def test_ipv6_is_disabled(self) -> None:
+        self.compare(POD4, POD6, prepare=(
+            'sysctl -w net.ipv6.conf.all.disable_ipv6=1',
+            'sysctl -w net.ipv6.conf.default.disable_ipv6=1'))
+
+
+class TestErrors(L3TestCase):
+
+    def test_gateway_that_cannot_be_reached(self) -> None:
+        stock = kuryr.macvlan_vif(POD4, mac=MAC)
+        subnet, = stock.network.subnets.objects
+        subnet.gateway = '10.1.1.1'
+        ours = break0_vif.VIFMacvlanBreak0._obj_from_primitive(
+            None, '1.0', stock.obj_to_primitive())
+        self.assertEqual('NetlinkError', self.connect(stock, 'stock'))
+        # Which kuryr-daemon answers with "try again later".
+        self.assertEqual('PodNotConnected', self.connect(ours, 'ours'))
+
+    def test_again_after_a_first_try(self) -> None:
+        vif = break0_vif.VIFMacvlanBreak0._obj_from_primitive(
+            None, '1.0', kuryr.macvlan_vif(
+                POD4, POD6, mac=MAC, subnets=SUBNETS).obj_to_primitive())
+        self.assertIsNone(self.connect(vif, 'ours'))
+        before = self.pod('ours')
+        with kernel.entered('/run/netns/ours'), kernel.Netlink() as netlink:
+            netlink.configure('eth0', [
+                ipaddress.ip_interface(POD4 + '/24')], [
+                kernel.GatewayRoute(ipaddress.ip_network('0.0.0.0/0'),
+                                    ipaddress.ip_address(lab.LAN))])
+            with self.assertRaises(exceptions.KernelRefused):
+                netlink.configure('nope', [], [])
+        self.assertEqual(before, self.pod('ours'))
