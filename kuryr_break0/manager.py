@@ -541,10 +541,13 @@ class Break0Manager:
         """Do a little for the other pods of the node, after an ADD or DEL.
 
         At a cost that does not grow with them, but for what is said of
-        :meth:`_repair`.
+        :meth:`_repair`. Where an agent works, it does all of that.
 
         :raises Break0Error: the first error
         """
+        age = self._ledger.heartbeat.age()
+        if age is not None and age <= self._options.patience:
+            return
         failure = Failures()
         with failure.noted():
             self._prune()
@@ -570,15 +573,12 @@ class Break0Manager:
             self._reconciler.remove_gone(gone)
 
     def _repair(self) -> None:
-        """Where no agent works, sync if routes are missing.
+        """Sync if routes are missing.
 
         Or if the addresses of the node have changed since pods were
         configured. Routes are counted in a text that the kernel writes: about
         1 ms for 1,000. What a sync could not set is not missed again.
         """
-        age = self._ledger.heartbeat.age()
-        if age is not None and age <= self._options.patience:
-            return
         cache = self._ledger.cache
         expected = _number(cache.get('missing'))
         missing = self._missing()

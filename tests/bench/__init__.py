@@ -16,6 +16,7 @@ import gc
 import ipaddress
 import os
 import socket
+import statistics
 import sys
 import time
 from typing import Any, Callable, Iterator, NamedTuple
@@ -206,6 +207,31 @@ def timed(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1000
+
+
+#: What the targets are multiples of, since machines differ.
+UNIT = 'ip processes'
+
+
+def unit(node: Node) -> float:
+    """How long ``ip`` takes to set a route and to delete it, in ms.
+
+    As two processes, the usual way to do it, and in this run.
+    """
+    route = ('192.0.2.99', 'dev', node.options.device, 'proto', '99')
+
+    def pair() -> None:
+        node.lab.run('ip', 'route', 'replace', *route)
+        node.lab.run('ip', 'route', 'del', *route)
+
+    return statistics.median(timed(pair) for _ in range(30))
+
+
+def at_most(name: str, taken: float, of: float, limit: float,
+            what: str = UNIT) -> Target:
+    """A target: so many times something that was measured in this run."""
+    return Target('%s: at most %g x %s' % (name, limit, what),
+                  '%.2f x' % (taken / of), taken <= limit * of)
 
 
 @contextlib.contextmanager

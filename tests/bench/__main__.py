@@ -29,7 +29,8 @@ SECTIONS: dict[str, bench.Measure] = {
     'pods': pods.pairs, 'own': own.calls, 'lock': own.lock,
     'hops': hops.next_hops, 'bulk': bulk.syncs,
     'healing': healing.repairs, 'paths': paths.paths,
-    'binding': binding.binding, 'bursts': binding.bursts, 'cni': cni.adds}
+    'binding': binding.binding, 'single': binding.single,
+    'bursts': binding.bursts, 'cni': cni.adds}
 
 
 def _table(title: Optional[str], columns: list[str],

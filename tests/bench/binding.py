@@ -22,6 +22,7 @@ from os_vif.objects import instance_info
 
 from kuryr_break0 import config
 from kuryr_break0.kuryr import vif as break0_vif
+from tests.bench import at_most
 from tests.bench import blamed
 from tests.bench import Broken
 from tests.bench import in_child
@@ -138,7 +139,7 @@ def binding(node: Node, repeat: int) -> Section:
           '%.2f' % (connect[way][low] / connect[STOCK][low]),
           '%.2f' % (connect[way][high] / connect[way][low])]
          for way in ways],
-        _binding_targets(connect),
+        _binding_targets(connect, disconnect),
         {'connect_ms': connect, 'disconnect_ms': disconnect})
 
 
@@ -148,17 +149,19 @@ def _medians(times: Times) -> Medians:
             for way, by_size in times.items()}
 
 
-def _binding_targets(connect: Medians) -> list[Target]:
+def _binding_targets(connect: Medians, disconnect: Medians
+                     ) -> list[Target]:
     low, _, high = SIZES
-    growth = connect[KURYR][high] / connect[KURYR][low]
-    shares = {size: connect[DIRECT][size] / connect[STOCK][low]
-              for size in (low, high)}
     return [
-        Target('b_base.connect at %d pods within 1.15 x of %d' % (high, low),
-               '%.2f x' % growth, growth <= 1.15),
-        *(Target('the same, direct, at %d: at most 0.4 x stock at %d' %
-                 (size, low), '%.2f x' % share, share <= 0.4)
-          for size, share in shares.items())]
+        *(at_most('connect at %d pods, %s' % (high, way), connect[way][high],
+                  connect[way][low], 1.15, 'that at %d' % low)
+          for way in (KURYR, DIRECT)),
+        *(at_most('connect at %d pods, %s' % (size, DIRECT),
+                  connect[DIRECT][size], connect[STOCK][low], 0.1,
+                  'stock at %d' % low) for size in (low, high)),
+        at_most('disconnect at %d pods, %s' % (low, DIRECT),
+                disconnect[DIRECT][low], disconnect[STOCK][low], 0.35,
+                'stock at %d' % low)]
 
 
 #: Python imports it when it starts: notes how many ms the lock is held.
@@ -245,7 +248,6 @@ def bursts(outer: Node, repeat: int) -> Section:
                         failures[way] += failed
                 holds[way] += held
     medians = {way: statistics.median(taken) for way, taken in times.items()}
-    share = medians[DIRECT] / medians[STOCK]
     return Section(
         '%d x %d ADDs at once by kuryr-daemon, median ms of a burst' %
         (count, BURST),
@@ -256,9 +258,58 @@ def bursts(outer: Node, repeat: int) -> Section:
              '%.2f' % statistics.quantiles(holds[way], n=10)[-1])
             if holds[way] else ('-', '-'))]
          for way, median in medians.items()],
-        [Target('a burst, direct: at most 0.6 x stock', '%.2f x' % share,
-                share <= 0.6),
+        [at_most('a burst, direct', medians[DIRECT], medians[STOCK], 0.25,
+                 'stock'),
          Target('no ADD of the bursts fails, direct',
                 '%d' % failures[DIRECT], failures[DIRECT] == 0)],
         {'medians_ms': medians, 'failed': failures, 'held_ms': holds,
          'of': count * BURST})
+
+
+def single(outer: Node, repeat: int) -> Section:
+    """One ADD after the other, by the real kuryr-daemon, over HTTP."""
+    count = max(-(-repeat // PODS_SHARE), 3)
+    adds: Times = {way: {} for way in (STOCK, KURYR, DIRECT)}
+    dels: Times = {way: {} for way in adds}
+    with kuryr.Node() as node:
+        stock = kuryr.stock_environment(os.path.join(node.dir, 'venv'))
+        others = Node(node.lab)
+        for size in (SIZES[0], SIZES[-1]):
+            others.resize(size)
+            for way in adds:
+                say('ADDs at %d pods: %s' % (size, way))
+                # As where an agent works, which has the housekeeping.
+                with _daemon(node, way, stock), \
+                        others.ledger.heartbeat.kept() as beat:
+                    beat()
+                    taken = [_single(node, 'p%d-%d-%d' % (
+                        size, [*adds].index(way), number))
+                        for number in range(count + 1)][1:]
+                adds[way][size] = [add for add, _ in taken]
+                dels[way][size] = [end for _, end in taken]
+    add, end = _medians(adds), _medians(dels)
+    low, _, high = SIZES
+    return Section(
+        'An ADD / DEL by kuryr-daemon, median ms',
+        ['way', *('%d other pods' % size for size in (low, high))],
+        [[way, *('%.0f / %.0f' % (add[way][size], end[way][size])
+                 for size in (low, high))] for way in add],
+        [at_most('an ADD at %d pods, direct' % size, add[DIRECT][size],
+                 add[STOCK][size], limit, 'stock there')
+         for size, limit in ((low, 0.22), (high, 0.05))],
+        {'add_ms': add, 'del_ms': end})
+
+
+def _single(node: kuryr.Node, name: str) -> tuple[float, float]:
+    """How long ADD and DEL of a pod take, in ms."""
+    pod = node.add_pod(name, POD)
+    times = []
+    for command in ('ADD', 'DEL'):
+        start = time.perf_counter()
+        answer = node.request(pod, command)
+        times.append((time.perf_counter() - start) * 1000)
+        if answer.status not in (202, 204):
+            raise Broken('%s is answered by %d' % (command, answer.status))
+    node.delete_pod(pod)
+    node.lab.del_netns(name)
+    return times[0], times[1]

@@ -7,11 +7,12 @@ from __future__ import annotations
 import statistics
 
 from kuryr_break0 import kernel
+from tests.bench import at_most
 from tests.bench import Node
 from tests.bench import say
 from tests.bench import Section
-from tests.bench import Target
 from tests.bench import timed
+from tests.bench import unit
 
 INTERFACES = 300
 SIZES = (250, 10000)
@@ -44,11 +45,9 @@ def next_hops(node: Node, repeat: int) -> Section:
         ['node', *('%d pods' % size for size in SIZES)],
         [[name, *('%.2f' % by_size[size] for size in SIZES)]
          for name, by_size in rows.items()],
-        [Target('with %d interfaces more: at most 5 ms' % INTERFACES,
-                '%.1f ms' % many[low], many[low] <= 5),
-         Target('at %d pods: at most 1.2 x of %d' % (high, low),
-                '%.2f x' % (few[high] / few[low]),
-                few[high] <= 1.2 * few[low])],
+        [at_most('with %d interfaces more' % INTERFACES, many[low],
+                 unit(node), 2),
+         at_most('at %d pods' % high, few[high], unit(node), 1)],
         {'medians_ms': rows})
 
 
