@@ -46,7 +46,8 @@ class TestStatus(CLITestCase):
         self.assertEqual(['100.75.30.7'], status['device']['addresses'])
         self.assertEqual(
             [{'address': POD, 'container_id': 'sandbox-1', 'ifname': 'eth0',
-              'pod': None, 'netns': None, 'parent': 'eth0',
+              'pod': None, 'origin': None, 'network': None,
+              'netns': None, 'parent': 'eth0',
               'device': 'break0', 'routed': False, 'neighbour': None,
               'problem': 'its route is missing', 'in_sync': False}],
             status['addresses'])

@@ -37,7 +37,9 @@ class TestLoad(unittest.TestCase):
                 static_neighbours=True, host_addresses=(), route_protocol=176,
                 route_table=254, allowed_cidrs=(),
                 takeover=False, resync_interval=60, strict=False,
-                guard='auto',
+                guard='auto', discover=False, discover_parents=(),
+                engine_sockets=('/run/docker.sock',
+                                '/run/podman/podman.sock'),
                 state_dir='/run/kuryr-break0',
                 netns_dirs=('/run/netns', '/var/run/netns'),
                 proc_dirs=('/proc', '/host_proc'),
@@ -64,6 +66,9 @@ takeover = true
 resync_interval = 5
 strict = true
 guard = on
+discover = true
+discover_parents = eth0, eth1
+engine_sockets = /run/other.sock
 state_dir = /run/other
 netns_dirs = /run/docker/netns
 proc_dirs = /host/proc
@@ -83,7 +88,9 @@ metrics_bind = [::1]:80
                 allowed_cidrs=(ipaddress.ip_network('10.0.0.0/8'),
                                ipaddress.ip_network('fd00::/64')),
                 takeover=True, resync_interval=5, strict=True,
-                guard='on',
+                guard='on', discover=True,
+                discover_parents=('eth0', 'eth1'),
+                engine_sockets=('/run/other.sock',),
                 state_dir='/run/other', netns_dirs=('/run/docker/netns',),
                 proc_dirs=('/host/proc',),
                 sysctl_dir='/host/proc/sys', lock_timeout=5,
