@@ -13,9 +13,10 @@ import dataclasses
 import http.client
 import json
 import os
+import re
 import socket
 import threading
-from typing import Any, Iterator
+from typing import Any, Iterator, TypeVar
 
 from oslo_log import log as logging
 
@@ -31,6 +32,9 @@ from kuryr_break0.model import Owner
 
 LOG = logging.getLogger(__name__)
 
+T = TypeVar('T')
+
+_ID = re.compile(r'[0-9A-Za-z]{1,128}')
 _TIMEOUT = 2  # seconds
 _LIMIT = 2 ** 23  # bytes of an answer
 _TRIES = 3
@@ -128,24 +132,31 @@ def containers(path: str, proc_dirs: tuple[str, ...]
     :raises ValueError: if its answer is none
     """
     for each in _get(path, '/containers/json'):
-        identity = each.get('Id') if isinstance(each, dict) else None
-        if not isinstance(identity, str) or not identity.isalnum():
-            raise ValueError('the id of a container is %r' % (identity,))
-        names = each.get('Names') or []
-        name = str(names[0]).lstrip('/') if names else identity[:12]
-        if not NAME.fullmatch(name):
+        identity = _part(each, 'Id', str)
+        if not _ID.fullmatch(identity):
+            raise ValueError('the id of a container is %r' % identity[:64])
+        names = [*_part(each, 'Names', list), identity[:12]]
+        name = names[0].lstrip('/') if isinstance(names[0], str) else ''
+        if not name or not NAME.fullmatch(name):
             continue
         try:
             details = _get(path, '/containers/%s/json' % identity)
         except ValueError:
             continue  # it has just ended
-        key = (details.get('NetworkSettings') or {}).get('SandboxKey')
-        if isinstance(key, str) and key.startswith('/'):
+        key = _part(_part(details, 'NetworkSettings', dict), 'SandboxKey',
+                    str)
+        if key.startswith('/'):
             yield name, key
-        pid = (details.get('State') or {}).get('Pid')
-        if isinstance(pid, int) and pid > 0:
+        pid = _part(_part(details, 'State', dict), 'Pid', int)
+        if pid > 0:
             for proc in proc_dirs:
                 yield name, '%s/%d/ns/net' % (proc, pid)
+
+
+def _part(of: Any, key: str, kind: type[T]) -> T:
+    """Return a part of an answer; an empty one if it is of another type."""
+    found = of.get(key) if isinstance(of, dict) else None
+    return found if isinstance(found, kind) else kind()
 
 
 def _get(path: str, url: str) -> Any:

@@ -23,6 +23,7 @@ from tests.bench import hops
 from tests.bench import own
 from tests.bench import paths
 from tests.bench import pods
+from tests.bench import scale
 from tests import lab
 
 SECTIONS: dict[str, bench.Measure] = {
@@ -30,6 +31,7 @@ SECTIONS: dict[str, bench.Measure] = {
     'hops': hops.next_hops, 'bulk': bulk.syncs,
     'healing': healing.repairs, 'paths': paths.paths,
     'binding': binding.binding, 'single': binding.single,
+    'scale': scale.scale,
     'bursts': binding.bursts, 'cni': cni.adds}
 
 

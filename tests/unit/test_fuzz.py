@@ -15,6 +15,7 @@ import os
 import shlex
 import socket
 import struct
+import subprocess
 from typing import Any
 import unittest
 from unittest import mock
@@ -23,9 +24,13 @@ from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from kuryr_break0.agent import cni_server
 from kuryr_break0.agent import http
 from kuryr_break0.cli import main
+from kuryr_break0.cni import plugin
+from kuryr_break0.cni import request
 from kuryr_break0 import config
+from kuryr_break0.discovery import engines
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel import events
 from kuryr_break0.kernel import nft
@@ -38,6 +43,7 @@ from kuryr_break0.model import MAC
 from kuryr_break0.model import NAME
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
+from tests.functional.cni.base import SHIM
 from tests import kuryr
 from tests import lab
 
@@ -253,6 +259,107 @@ class TestCommandLine(unittest.TestCase):
         for kind in (config.HostAddress(), config.DeviceName()):
             with contextlib.suppress(ValueError):
                 self.assertNotRegex(str(kind(text)), r'[\s\x00-\x1f\x7f/]')
+
+
+def _refuse_all() -> config.Options:
+    raise exceptions.InvalidOption(option='device', reason='of the test')
+
+
+class TestCNI(unittest.TestCase):
+    """What a runtime, or whoever plays one, asks the plugin for."""
+
+    variables = st.fixed_dictionaries({}, optional={
+        'CNI_COMMAND': st.sampled_from(
+            ['ADD', 'DEL', 'CHECK', 'GC', 'STATUS', 'VERSION']) | hostile,
+        'CNI_CONTAINERID': st.just('c0ffee') | hostile,
+        'CNI_IFNAME': st.just('eth0') | hostile,
+        'CNI_NETNS': st.just('/run/netns/none') | hostile,
+        'CNI_ARGS': st.just('K8S_POD_NAME=web') | hostile,
+        'CNI_PATH': st.just('/opt/cni/bin') | hostile})
+    configs = st.fixed_dictionaries({}, optional={
+        'cniVersion': st.sampled_from(['0.3.1', '1.1.0']) | leaves,
+        'name': st.just('lan') | leaves, 'strict': leaves,
+        'prevResult': trees | st.fixed_dictionaries({
+            'interfaces': trees, 'ips': trees}),
+        'cni.dev/valid-attachments': trees})
+
+    def assert_answered(self, environment: dict[str, str],
+                        data: bytes) -> None:
+        status, output = plugin.answer(environment, data, _refuse_all)
+        found = json.loads(output)
+        if status == 0:
+            self.assertEqual('VERSION', environment['CNI_COMMAND'])
+            return
+        self.assertLess(found['code'], 100)  # nothing unforeseen
+        self.assertNotRegex(found['msg'], r'[\x00-\x1f\x7f]')
+        self.assertLess(len(found['msg']), 400)
+
+    @fuzzed
+    @given(variables, st.binary(max_size=200))
+    def test_any_input(self, environment: dict[str, str],
+                       data: bytes) -> None:
+        self.assert_answered(environment, data)
+
+    @fuzzed
+    @given(variables, configs)
+    def test_any_configuration(self, environment: dict[str, str],
+                               fields: dict[str, Any]) -> None:
+        self.assert_answered(environment, json.dumps(fields).encode())
+
+    @fuzzed
+    @given(configs)
+    def test_what_a_good_request_has(self, fields: dict[str, Any]) -> None:
+        """What is parsed is of the right types, whatever was given."""
+        with contextlib.suppress(request.CNIError):
+            found = request.parse(
+                {'CNI_COMMAND': 'ADD', 'CNI_CONTAINERID': 'c0ffee',
+                 'CNI_IFNAME': 'eth0', 'CNI_NETNS': '/run/netns/none',
+                 'CNI_PATH': '/opt/cni/bin'},
+                json.dumps({**fields, 'cniVersion': '1.0.0',
+                            'name': 'lan'}).encode())
+            for each in found.addresses():
+                self.assertIn(each.address, each.subnet)
+
+    @fuzzed
+    @given(st.binary(max_size=300))
+    def test_frames_of_the_socket(self, data: bytes) -> None:
+        with contextlib.suppress(ValueError):
+            environment, body = cni_server._parse(data)
+            self.assertTrue(data.endswith(body))
+            self.assertLessEqual(len(environment), data.count(b'\0') + 1)
+
+    @settings(max_examples=min(EXAMPLES, 500), deadline=None)
+    @given(st.binary(max_size=300) | configs.map(
+        lambda fields: json.dumps(fields).encode()))
+    def test_shim_without_agent(self, data: bytes) -> None:
+        done = subprocess.run(
+            [SHIM], input=data, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, env={'CNI_COMMAND': 'ADD'})
+        self.assertEqual(1, done.returncode)
+        self.assertIn(json.loads(done.stdout)['code'], (6, 7, 11))
+
+
+class TestEngines(unittest.TestCase):
+    """What answers at the socket of a container engine."""
+
+    @fuzzed
+    @given(trees | st.lists(st.fixed_dictionaries({}, optional={
+        'Id': st.just('abc') | leaves, 'Names': trees}), max_size=3),
+        trees | st.fixed_dictionaries({}, optional={
+            'NetworkSettings': trees | st.fixed_dictionaries({
+                'SandboxKey': leaves}), 'State': trees}))
+    def test_answers(self, listed: Any, details: Any) -> None:
+        def get(path: str, url: str) -> Any:
+            found = listed if url == '/containers/json' else details
+            if not isinstance(found, list if found is listed else dict):
+                raise ValueError(url)
+            return found
+
+        with mock.patch.object(engines, '_get', get), \
+                contextlib.suppress(ValueError):
+            for name, netns in engines.containers('/nowhere', ('/proc',)):
+                self.assertRegex(name, NAME)
+                self.assertTrue(netns.startswith('/'))
 
 
 class TestHTTP(unittest.TestCase):

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""A node with very many pods: the command, and the agent's memory."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import psutil
+
+from tests.bench import at_most
+from tests.bench import Broken
+from tests.bench import Node
+from tests.bench import say
+from tests.bench import Section
+from tests.bench import Target
+from tests.bench import timed
+
+SIZES = (250, 10000)
+PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
+MIB = 2 ** 20
+MOST = 128 * MIB
+
+
+def scale(node: Node, repeat: int) -> Section:
+    """Run ``status``, and an agent through some syncs."""
+    status: dict[int, float] = {}
+    memory: dict[int, int] = {}
+    environ = {**os.environ, 'OS_BREAK0__METRICS_BIND': '',
+               'OS_BREAK0__RESYNC_INTERVAL': '1'}
+    for size in SIZES:
+        say('status and agent at %d pods' % size)
+        node.resize(size)
+        status[size] = statistics.median(
+            timed(lambda: _status()) for _ in range(min(repeat, 5)))
+        agent = subprocess.Popen([PROGRAM, 'agent'], env=environ,
+                                 stdout=subprocess.DEVNULL,
+                                 stderr=subprocess.DEVNULL)
+        try:
+            time.sleep(5 if size == SIZES[0] else 15)
+            memory[size] = psutil.Process(agent.pid).memory_info().rss
+        finally:
+            agent.terminate()
+            agent.wait()
+    low, high = SIZES
+    return Section(
+        'A node with many pods', ['what', *('%d pods' % size
+                                            for size in SIZES)],
+        [['status, ms', *('%.0f' % status[size] for size in SIZES)],
+         ["the agent's memory, MiB", *('%.0f' % (memory[size] / MIB)
+                                       for size in SIZES)]],
+        [at_most('status at %d pods' % high, status[high], 2000, 1, '2 s'),
+         Target('the agent at %d pods: at most 128 MiB' % high,
+                '%.0f MiB' % (memory[high] / MIB), memory[high] <= MOST)],
+        {'status_ms': status, 'memory_bytes': memory})
+
+
+def _status() -> None:
+    done = subprocess.run([PROGRAM, 'status'], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True)
+    # 1 for something out of sync is as good.
+    if done.returncode not in (0, 1):
+        raise Broken('status: %s' % done.stderr)
