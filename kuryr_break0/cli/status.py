@@ -4,7 +4,11 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
+import sys
+import time
 from typing import Any, Iterator
 
 from oslo_config import cfg
@@ -17,6 +21,7 @@ from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import address_order
 from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Origin
 from kuryr_break0.model import Record
 from kuryr_break0 import snapshot
 from kuryr_break0.snapshot import Snapshot
@@ -25,46 +30,101 @@ from kuryr_break0.snapshot import Snapshot
 #: Characters of a container id, as docker and crictl print it; more for what
 #: stands for one that is not known.
 _SHORT = 24
+_COLUMNS = ['Address', 'Container', 'Origin', 'Route', 'Neighbour', 'In sync']
+#: Characters of a name, and of a line.
+_NAME, _LINE = 32, 120
+#: Seconds between two looks of --watch.
+_PAUSE = 2.0
+
+_DESCRIPTION = """\
+Show break0 and the addresses of containers behind it: first how many there are
+and what is wrong, then each address. Exits with 0 if all is as it should be, 1
+if something stops traffic or a sync would change something, 2 for wrong usage
+or configuration, 3 if the kernel or the state directory cannot be read.
+"""
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
-        'status', help='show break0 and the addresses of containers behind it',
-        description='Show break0 and the addresses of containers behind it. '
-                    'Exits with 0 if all is as it should be, 1 if something '
-                    'stops traffic or a sync would change something, 2 for '
-                    'wrong usage or configuration, 3 if the kernel or the '
-                    'state directory cannot be read.')
+        'status', help='show break0 and the addresses of containers behind '
+        'it', description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--json', action='store_true',
                         help='print JSON instead of tables')
     parser.add_argument('--wide', action='store_true',
-                        help='print container ids in full')
+                        help='print container ids and names in full, and '
+                             'neighbours')
+    parser.add_argument('--problems', action='store_true',
+                        help='only addresses with a problem')
+    parser.add_argument('--pod', metavar='TEXT',
+                        help='only those of pods or containers with this in '
+                             'their name')
+    parser.add_argument('--owner', metavar='ID',
+                        help='only those of containers whose id begins so')
+    parser.add_argument('--origin', choices=[each.value for each in Origin],
+                        help='only those that came so')
+    parser.add_argument('--watch', action='store_true',
+                        help='go on, and print what changes, until Ctrl-C')
     parser.set_defaults(func=run)
 
 
 def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     """Print what is, and what is wrong with it."""
-    with kernel.Netlink() as netlink:
-        seen = snapshot.read(options, Ledger(
-            options.state_dir, options.lock_timeout), netlink)
-    shown = Status(seen)
-    if conf.command.json:
+    wanted = conf.command
+    shown = _read(options, wanted)
+    if wanted.json:
         print(json.dumps(shown.as_json(), indent=2))
     else:
-        for part in shown.as_text(conf.command.wide):
+        for part in shown.as_text(wanted.wide):
             print(part)
+    if wanted.watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            shown = _watch(options, wanted, shown)
     return common.IN_SYNC if shown.in_sync else common.DRIFT
+
+
+def _read(options: config.Options, wanted: Any) -> Status:
+    with kernel.Netlink() as netlink:
+        return Status(snapshot.read(options, Ledger(
+            options.state_dir, options.lock_timeout), netlink), wanted)
+
+
+def _watch(options: config.Options, wanted: Any, before: Status) -> Status:
+    """Print what changes, a line each, until it is interrupted."""
+    while True:
+        sys.stdout.flush()
+        try:
+            time.sleep(_PAUSE)
+            now = _read(options, wanted)
+        except KeyboardInterrupt:
+            return before
+        for line in now.changes(before):
+            print(time.strftime('%H:%M:%S'), line)
+        before = now
 
 
 class Status:
     """A snapshot as it is shown."""
 
-    def __init__(self, seen: Snapshot) -> None:
+    def __init__(self, seen: Snapshot, wanted: Any) -> None:
         self._seen = seen
         self._problems = seen.problems()
         self._of_node = list(seen.node_problems())
-        self._addresses = sorted(seen.live.keys() | self._problems.keys(),
-                                 key=address_order)
+        self._wanted = wanted
+        self._addresses = sorted(
+            filter(self._is_wanted, seen.live.keys() | self._problems.keys()),
+            key=address_order)
+
+    def _is_wanted(self, address: IPAddress) -> bool:
+        wanted, record = self._wanted, self._seen.live.get(address)
+        if wanted.problems and address not in self._problems:
+            return False
+        if record is None:
+            return not (wanted.pod or wanted.owner or wanted.origin)
+        return ((wanted.pod or '') in (record.pod or '')
+                and record.owner.container_id.startswith(wanted.owner or '')
+                and wanted.origin in (None, record.origin
+                                      and record.origin.value))
 
     @property
     def in_sync(self) -> bool:
@@ -117,7 +177,8 @@ class Status:
         return {'bound': len(self._seen.live),
                 'routed': sum(address in parent.routes
                               for parent in self._seen.parents.values()
-                              for address in self._addresses),
+                              for address in {*self._seen.live,
+                                              *self._problems}),
                 'out_of_sync': len(self._problems)}
 
     def as_text(self, wide: bool = False) -> Iterator[str]:
@@ -132,30 +193,69 @@ class Status:
             for link in links:
                 table.add_row(_device_row(*link))
             yield str(table)
-        table = prettytable.PrettyTable(
-            ['Address', 'Container', 'Origin', 'Route', 'Neighbour',
-             'In sync'])
-        for address in self._addresses:
-            each = self._address_as_json(address)
-            record = self._seen.live.get(address)
-            table.add_row([
-                address, _owner(record, wide) if record else 'nobody',
-                each['origin'] or '-',
-                'yes' if each['routed'] else '-', each['neighbour'] or '-',
-                'no: ' + each['problem'] if each['problem'] else 'yes'])
-        yield str(table)
-        for problem in self._of_node:
-            yield 'Out of sync: ' + problem
         yield ('%(bound)d bound, %(routed)d routed, %(out_of_sync)d out of '
                'sync' % self._totals())
+        for problem in self._of_node:
+            yield 'Out of sync: ' + problem
+        if self._addresses:
+            yield self._table(wide)
+
+    def _table(self, wide: bool) -> str:
+        """Return a table of the addresses, those with a problem first."""
+        rows = [self._row(address, wide) for address in sorted(
+            self._addresses, key=lambda each: each not in self._problems)]
+        table = prettytable.PrettyTable(_COLUMNS)
+        table.add_rows(rows)
+        if wide:
+            return str(table)
+        table.del_column('Neighbour')
+        # A column has a blank on each side, and a line before it.
+        others = sum(max(len(row[place]) for row in (_COLUMNS, *rows)) + 3
+                     for place, name in enumerate(_COLUMNS)
+                     if name not in ('Neighbour', 'In sync'))
+        table.max_width['In sync'] = max(_LINE - others - 4, 12)
+        return str(table)
+
+    def _row(self, address: IPAddress, wide: bool) -> list[str]:
+        each = self._address_as_json(address)
+        record = self._seen.live.get(address)
+        return [str(address), _owner(record, wide) if record else 'nobody',
+                each['origin'] or '-', 'yes' if each['routed'] else '-',
+                each['neighbour'] or '-',
+                'no: ' + each['problem'] if each['problem'] else 'yes']
+
+    def changes(self, before: Status) -> Iterator[str]:
+        """Return what is not as it was, a line each."""
+        for problem in self._of_node:
+            if problem not in before._of_node:
+                yield '! ' + problem
+        for problem in before._of_node:
+            if problem not in self._of_node:
+                yield 'repaired: ' + problem
+        for address in sorted({*self._addresses, *before._addresses},
+                              key=address_order):
+            record, old = (each._seen.live.get(address)
+                           for each in (self, before))
+            whose, whose_before = (_owner(each, True) if each else 'nobody'
+                                   for each in (record, old))
+            if whose != whose_before:
+                yield '%s belongs to %s, before to %s' % (
+                    address, whose, whose_before)
+            problem_now = self._problems.get(address)
+            problem_before = before._problems.get(address)
+            if problem_now != problem_before:
+                yield '%s: %s' % (address, problem_now
+                                  or 'repaired: %s' % problem_before)
 
 
 def _owner(record: Record, wide: bool) -> str:
     """Say whose an address is: by name, or as engines shorten ids."""
     if wide:
-        return str(record.owner)
-    return '%s/%s' % (record.pod or record.owner.container_id[:_SHORT],
-                      record.owner.ifname)
+        return '%s%s' % (record.owner,
+                         ' (%s)' % record.pod if record.pod else '')
+    name = record.pod or record.owner.container_id[:_SHORT]
+    return '%s/%s' % (name if len(name) <= _NAME else name[:_NAME - 3]
+                      + '...', record.owner.ifname)
 
 
 def _device_as_json(link: kernel.Link,

@@ -75,7 +75,8 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
             Break0Manager(options).bind(
                 owner, break0_vif.addresses(vif), parent=self._parent,
                 mac=str(vif.address), netns=sandbox,
-                subnets=break0_vif.subnets(vif), origin=Origin.KURYR)
+                subnets=break0_vif.subnets(vif), origin=Origin.KURYR,
+                pod=patches.pod_name())
             self._housekeep(options)
         except Exception as err:  # whatever it is, a pod is worth more
             self._log(unreachable, err)

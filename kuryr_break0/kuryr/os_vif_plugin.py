@@ -68,6 +68,7 @@ def _serve() -> None:
     from kuryr_break0 import config
     from kuryr_break0 import exceptions
     from kuryr_break0 import kernel
+    from kuryr_break0.kuryr import patches
     from kuryr_break0.kuryr import vif
 
     name = vif.VIFMacvlanBreak0.__name__
@@ -75,6 +76,7 @@ def _serve() -> None:
         namespace=b_base._BINDING_NAMESPACE, name=name).driver
     obj_base.VersionedObjectRegistry.register(vif.VIFMacvlanBreak0)
     kernel.prepare()
+    patches.note_pod_names()
     LOG.info('%s VIFs are bound by %s.%s', vif.VIFMacvlanBreak0.obj_name(),
              driver.__module__, driver.__name__)
     try:

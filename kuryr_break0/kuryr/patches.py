@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""All that is changed of Kuryr's own code while it runs: two functions.
+"""All that is changed of Kuryr's own code while it runs: three functions.
 
-Both are private functions of ``kuryr_kubernetes.cni.binding.base``, tried with
+Two are private functions of ``kuryr_kubernetes.cni.binding.base``, tried with
 Kuryr 7.0.0 to 10.0.0. They are changed in the process of one request only, and
-only where they are what they were when this module was imported.
+only where they are what they were when this module was imported. The third is
+a method of the plugin that asks for the binding.
 
 ``get_ipdb``: Kuryr opens IPDB on the node's namespace twice per pod, and IPDB
 reads all routes and neighbours. break0 has one of each per pod, while Kuryr
@@ -14,11 +15,16 @@ looks at the interfaces and their addresses alone.
 has returned. While many pods are added at once, IPDB now and then misses
 what it waits for, gives up with a RuntimeError that says nothing, and the ADD
 fails. So it is tried again, or with ``pod_binding`` = direct done otherwise.
+
+``K8sCNIRegistryPlugin._do_work``: it knows the name of the pod, and does not
+pass it on to the driver. It is noted before, for people.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import re
 from typing import Any, Callable, Iterator, Optional
 
 from kuryr_kubernetes.cni.binding import base as b_base
@@ -33,6 +39,36 @@ _TRIES = 3
 
 _get_ipdb = getattr(b_base, 'get_ipdb', None)
 _configure_l3 = getattr(b_base, '_configure_l3', None)
+
+
+_POD = re.compile(r'[A-Za-z0-9./_-]{1,320}')
+_pod: Optional[str] = None
+
+
+def note_pod_names() -> None:
+    """Have each request note which pod it is for, in its process."""
+    from kuryr_kubernetes.cni.plugins import k8s_cni_registry
+    kind = getattr(k8s_cni_registry, 'K8sCNIRegistryPlugin', None)
+    work = getattr(kind, '_do_work', None)
+    if work is None or hasattr(work, '__wrapped__'):
+        return
+
+    @functools.wraps(work)
+    def noting(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        global _pod
+        try:
+            name = str(self._get_obj_name(params))
+            _pod = name if _POD.fullmatch(name) else None
+        except Exception:  # it is for people only
+            _pod = None
+        return work(self, params, *args, **kwargs)
+
+    setattr(kind, '_do_work', noting)
+
+
+def pod_name() -> Optional[str]:
+    """Return the namespace and name of the pod of this request, if known."""
+    return _pod
 
 
 @contextlib.contextmanager

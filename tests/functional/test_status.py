@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+from kuryr_break0.model import Origin
+from kuryr_break0.model import Owner
+from tests.functional import base
+from tests.functional.test_cli import CLITestCase
+from tests import lab
+
+LONG = 'a-namespace-with-a-rather-long-name/a-pod-whose-name-is-longer-still'
+ID = 'c0ffee' * 10
+
+
+class TestStatus(CLITestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.lab.add_ipv6()
+        for number, (container_id, pod, origin) in enumerate((
+                (ID, LONG, Origin.KURYR), ('beef' * 16, 'shop/web',
+                                           Origin.CNI),
+                ('discovered-77', None, Origin.DISCOVERED))):
+            self.manager().bind(
+                Owner(container_id, 'eth0'),
+                base.addresses('100.75.30.%d' % (71 + number),
+                               'fd00:30:1234:5678:9abc:def0:1234:%x' % number),
+                parent=lab.PARENT, mac='fa:16:3e:00:00:0%d' % number,
+                pod=pod, origin=origin)
+
+    def text(self, *args: str, code: int = 0) -> str:
+        done = self.call('status', *args)
+        self.assertEqual(code, done.returncode, done.stdout + done.stderr)
+        return done.stdout
+
+    def rows(self, *args: str, code: int = 0) -> list[str]:
+        """The addresses that are printed, in their order."""
+        return re.findall(r'(?m)^\| +((?:1|fd)[0-9a-f.:]+) ',
+                          self.text(*args, code=code))
+
+    def test_width_and_names(self) -> None:
+        self.lab.run('ip', 'route', 'del', '100.75.30.71', 'dev', 'break0')
+        text = self.text(code=1)
+        self.assertLessEqual(max(map(len, text.splitlines())), 120)
+        self.assertIn('shop/web/eth0', text)
+        self.assertIn('discovered-77/eth0', text)
+        self.assertNotIn(ID, text)
+        self.assertIn('%s/eth0 (%s)' % (ID, LONG),
+                      self.text('--wide', code=1))
+
+    def test_problems_first(self) -> None:
+        self.lab.run('ip', 'route', 'del', '100.75.30.72', 'dev', 'break0')
+        rows = self.rows(code=1)
+        self.assertEqual('100.75.30.72', rows[0])
+        self.assertEqual(6, len(rows))
+        self.assertEqual(['100.75.30.72'], self.rows('--problems', code=1))
+        # What is said of all stays.
+        self.assertIn('6 bound, 5 routed, 1 out of sync',
+                      self.text('--problems', code=1))
+
+    def test_filters(self) -> None:
+        for args, last in ((('--pod', 'web'), '72'),
+                           (('--owner', 'c0ffee'), '71'),
+                           (('--origin', 'discovered'), '73'),
+                           (('--origin', 'cni', '--owner', 'beef'), '72')):
+            self.assertEqual('100.75.30.' + last, self.rows(*args)[0])
+            self.assertEqual(2, len(self.rows(*args)))
+        self.assertEqual([], self.rows('--pod', 'nobody'))
+        found = json.loads(self.text('--json', '--pod', 'web'))
+        self.assertEqual(
+            [('shop/web', 'cni')] * 2,
+            [(each['pod'], each['origin']) for each in found['addresses']])
+
+    def test_thousand_begin_with_a_summary(self) -> None:
+        self.bind(*('10.1.%d.%d' % divmod(number, 256)
+                    for number in range(1, 500)))
+        lines = self.text().splitlines()
+        summary = next(number for number, line in enumerate(lines)
+                       if '505 bound' in line)
+        self.assertLess(summary, 10)
+
+    def test_watch(self) -> None:
+        watching = subprocess.Popen(
+            [os.path.join(os.path.dirname(sys.executable), 'kuryr-break0'),
+             'status', '--watch'], stdout=subprocess.PIPE, text=True)
+        self.addCleanup(watching.kill)
+        assert watching.stdout
+        while 'discovered-77' not in watching.stdout.readline():
+            pass
+        self.lab.run('ip', 'route', 'del', '100.75.30.72', 'dev', 'break0')
+        while '100.75.30.72: its route is missing' not in (
+                watching.stdout.readline()):
+            pass
+        self.call('sync')
+        self.unbind('100.75.30.73', owner=Owner('discovered-77', 'eth0'))
+        seen = ''
+        while ('repaired: its route is missing' not in seen
+               or '100.75.30.73 belongs to nobody' not in seen):
+            seen += watching.stdout.readline()
+        time.sleep(0.1)
+        watching.send_signal(signal.SIGINT)
+        output, _ = watching.communicate(timeout=20)
+        self.assertNotIn('Traceback', output)
+        self.assertEqual(0, watching.returncode)
