@@ -4,9 +4,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import difflib
+import glob
 import ipaddress
+import os
 import re
 from typing import Any, NamedTuple, Optional
 
@@ -530,6 +534,37 @@ def load(conf: cfg.ConfigOpts) -> Options:
     return options
 
 
+def unknown(conf: cfg.ConfigOpts) -> list[str]:
+    """Return what is said in ``[break0]`` that is no option, a line each.
+
+    As a misspelt name, which would silently drop a protection. Files that
+    cannot be read have been reported by oslo.config.
+    """
+    known = [opt.dest for opt in OPTS]
+    found: dict[str, str] = {}
+    for path in (*(conf.config_file or ()), *(
+            path for directory in conf.config_dir or ()
+            for path in sorted(glob.glob(os.path.join(
+                glob.escape(directory), '*.conf'))))):
+        sections: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError, cfg.ParseError):
+            cfg.ConfigParser(path, sections).parse()
+        for name in sections.get(GROUP, {}):
+            found.setdefault(name.replace('-', '_'), path)
+    prefix = 'OS_%s__' % GROUP.upper()
+    for name in os.environ:
+        if name.startswith(prefix):
+            found.setdefault(name[len(prefix):].lower(), 'the environment')
+    texts = []
+    for name, where in sorted(found.items()):
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            texts.append('[break0] %s in %s is no option%s' % (
+                name[:64], where, ': did you mean %s?' % close[0]
+                if close else ''))
+    return texts
+
+
 def link_iface(conf: cfg.ConfigOpts) -> Optional[str]:
     """Read the interface that Kuryr is configured to put pods on.
 
@@ -564,6 +599,9 @@ def _value(conf: cfg.ConfigOpts, opt: cfg.Opt) -> Any:
     except (cfg.Error, ValueError) as err:
         raise exceptions.InvalidOption(option=opt.name,
                                        reason=_plain(str(err))) from err
+    except RecursionError as err:
+        raise exceptions.InvalidOption(
+            option=opt.name, reason='its value refers to itself') from err
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -130,6 +130,11 @@ class CannotListen(Break0Error):
                'to another one, or to nothing.')
 
 
+class CannotWrite(Break0Error):
+    msg_fmt = ('Cannot write %(path)s: %(reason)s. Name a new file in a '
+               'directory that you may write.')
+
+
 class CannotInstall(Break0Error):
     msg_fmt = ('Cannot write the CNI plugin %(target)s: %(reason)s. Give a '
                'directory that exists and that you may write, by --bin-dir.')
@@ -171,6 +176,12 @@ class ParentUnknown(Break0Error):
 class NotPermitted(Break0Error):
     msg_fmt = ('This process may not %(action)s: it needs %(capability)s. '
                'Run it as root, in a container with that capability.')
+
+
+class NothingToAdopt(Break0Error):
+    msg_fmt = ('The API has no KuryrPort for the node %(node)r, which is '
+               'KUBERNETES_NODE_NAME of the environment, or else the name of '
+               'the host. Nodes that have some: %(others)s.')
 
 
 class KubernetesUnavailable(Break0Error):

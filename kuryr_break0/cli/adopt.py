@@ -39,7 +39,8 @@ is not found or being deleted is left alone.
 
 Exits with 0 if all pods that were found are bound, 1 if one could not be
 (with --dry-run: if there is one to adopt), 2 for wrong usage or
-configuration, 3 if API, kernel or state directory cannot be read.
+configuration, 3 if API, kernel or state directory cannot be read, or if the
+API knows no pod of this node: then it says which name it used.
 """
 _EPILOG = """\
 example:
@@ -90,6 +91,10 @@ def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     except (ImportError, cfg.Error) as err:
         return common.fail(common.USAGE, err)
     ports = api.ports()
+    if not ports:
+        raise exceptions.NothingToAdopt(
+            node=api.node_name(), others=', '.join(api.other_nodes()[:20])
+            or 'none that can be seen')
     adopter = Adopter(
         options, options.parent or api.link_iface(),
         kernel.macvlans(options.netns_dirs,

@@ -7,11 +7,14 @@ from __future__ import annotations
 from typing import Any
 
 from oslo_config import cfg
+from oslo_log import log as logging
 
 from kuryr_break0.agent.loop import Agent
 from kuryr_break0.cli import common
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
+
+LOG = logging.getLogger(__name__)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -24,6 +27,11 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(func=run)
 
 
+def _warn(conf: cfg.ConfigOpts) -> None:
+    for text in config.unknown(conf):
+        LOG.warning('%s. It has no effect.', text)
+
+
 def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     """Run the agent until a signal ends it."""
     def load() -> config.Options:
@@ -32,7 +40,9 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
             raise exceptions.InvalidOption(
                 option='(all)', reason='the configuration files cannot be '
                 'read; the line before says why')
+        _warn(conf)
         return config.load(conf)
 
+    _warn(conf)
     Agent(options, load).run()
     return common.IN_SYNC

@@ -12,9 +12,11 @@ from kuryr_break0.model import HostRoute
 from kuryr_break0.model import Item
 
 #: Exit codes of all verbs.
-IN_SYNC, DRIFT, USAGE, UNREADABLE = range(4)
+IN_SYNC, DRIFT, USAGE, UNREADABLE, WARNINGS = range(5)
 #: Of a program that SIGPIPE ended, as shells have it.
 CLOSED_PIPE = 141
+#: Of a program that Ctrl-C ended.
+INTERRUPTED = 130
 
 
 def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -4,13 +4,24 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 from typing import Any
 
 from oslo_config import cfg
 
 from kuryr_break0.cli import common
+from kuryr_break0.cli import status
+from kuryr_break0 import config
+from kuryr_break0.doctor import bundle
+from kuryr_break0.doctor.examination import Examination
 from kuryr_break0.doctor.examination import examine
+from kuryr_break0.doctor import findings
 from kuryr_break0.doctor import report
+from kuryr_break0 import exceptions
+from kuryr_break0 import kernel
+from kuryr_break0.ledger import Ledger
+from kuryr_break0 import snapshot
 
 
 def add_parser(subparsers: Any) -> None:
@@ -20,23 +31,70 @@ def add_parser(subparsers: Any) -> None:
         description='Look at all that node and pods need to reach each '
                     'other, and say of each fault what was seen, why it '
                     'matters and what to do. Changes nothing. Exits with 0 '
-                    'if nothing was found, 1 if something was, 2 for wrong '
-                    'usage or configuration, 3 if the kernel or the state '
-                    'directory cannot be read.')
+                    'if nothing was found, 1 if an error was, 4 if warnings '
+                    'alone were, 2 for wrong usage or configuration, 3 if '
+                    'the kernel or the state directory cannot be read.')
+    parser.add_argument('--ignore', metavar='ID', action='append',
+                        default=[], type=common.argument(_known),
+                        help='leave out what is known, as route-foreign; may '
+                             'be repeated')
     parser.add_argument('--json', action='store_true',
                         help='print JSON instead of text')
+    parser.add_argument('--bundle', metavar='FILE',
+                        help='also write an archive (tar.gz) for a bug '
+                             'report: versions, options, status, findings, '
+                             'ledger, network, rules, sysctls, logs; at most '
+                             '10 MiB before it is packed, without secrets')
+    parser.add_argument('--redact', action='store_true',
+                        help='replace addresses and ids in the archive')
     parser.set_defaults(func=run)
+
+
+def _bundle(conf: cfg.ConfigOpts, done: Examination,
+            counts: dict[str, int]) -> None:
+    options = config.load(conf)
+
+    def state() -> str:
+        with kernel.Netlink() as netlink:
+            return json.dumps(status.as_json(snapshot.read(
+                options, Ledger(options.state_dir, options.lock_timeout),
+                netlink)), indent=2)
+
+    bundle.Bundle(options, conf.command.redact).write(conf.command.bundle, {
+        'status.json': state,
+        'doctor.json': lambda: report.as_json(
+            done.findings, done.not_examined, **counts)})
+
+
+def _known(name: str) -> str:
+    known = [each.id for each in vars(findings).values()
+             if isinstance(each, findings.Kind)]
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1)
+        raise ValueError('%r is no finding%s' % (
+            name, ': did you mean %s?' % close[0] if close else ''))
+    return name
 
 
 def run(conf: cfg.ConfigOpts) -> int:
     """Print what is wrong, and return the exit code."""
     done = examine(conf)
+    done.findings = [each for each in done.findings
+                     if each.id not in conf.command.ignore]
     counts = {'addresses': done.addresses, 'looked_up': done.looked_up,
               'pods': done.pods, 'entered': done.entered}
     print((report.as_json if conf.command.json else report.as_text)(
-        done.findings, **counts))
+        done.findings, done.not_examined, **counts))
+    if conf.command.bundle is not None:
+        try:
+            _bundle(conf, done, counts)
+        except (OSError, exceptions.InvalidOption) as err:
+            return common.fail(common.USAGE, exceptions.CannotWrite(
+                path=conf.command.bundle, reason=err))
     if done.unreadable is not None:
         return common.fail(common.UNREADABLE, done.unreadable)
     if done.invalid:
         return common.USAGE
-    return common.DRIFT if done.findings else common.IN_SYNC
+    if any(each.severity == findings.ERROR for each in done.findings):
+        return common.DRIFT
+    return common.WARNINGS if done.findings else common.IN_SYNC

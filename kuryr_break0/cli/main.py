@@ -35,6 +35,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         'command', title='commands', handler=add_parsers))
     try:
         return _run(conf, sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        return common.INTERRUPTED
     except BrokenPipeError:
         # As by ``| head``. What is left in the buffer has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -57,9 +59,14 @@ def _run(conf: cfg.ConfigOpts, argv: Sequence[str]) -> int:
         # The doctor examines invalid options too; a CNI runtime is answered.
         args = [conf] if conf.command.func in (doctor.run, cni.run) else [
             conf, config.load(conf)]
-    except (cfg.Error, exceptions.InvalidOption, OSError) as err:
+    except (cfg.Error, exceptions.InvalidOption, OSError,
+            logging.LogConfigError, UnicodeDecodeError) as err:
         # OSError is of a log file, or of oslo.config's --shell_completion,
         # whose template its package lacks.
+        if isinstance(err, UnicodeDecodeError):
+            err = exceptions.InvalidOption(
+                option='(all)', reason='%s is no text in UTF-8: %s' % (
+                    _unreadable(argv) or 'a configuration file', err))
         if cni.is_asked_for(argv):
             return cni.fail(err)
         return common.fail(common.USAGE, err)
@@ -69,6 +76,19 @@ def _run(conf: cfg.ConfigOpts, argv: Sequence[str]) -> int:
         return code
     except exceptions.Break0Error as err:
         return common.fail(common.UNREADABLE, err)
+
+
+def _unreadable(argv: Sequence[str]) -> Optional[str]:
+    """Return which file of the arguments is no text."""
+    for path in [each.partition('=')[2] or each for each in argv]:
+        try:
+            with open(path, encoding='utf-8') as file:
+                file.read(2 ** 20)
+        except UnicodeDecodeError:
+            return path
+        except (OSError, ValueError):
+            continue
+    return None
 
 
 def add_parsers(subparsers: Any) -> None:

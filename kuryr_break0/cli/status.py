@@ -103,6 +103,12 @@ def _watch(options: config.Options, wanted: Any, before: Status) -> Status:
         before = now
 
 
+def as_json(seen: Snapshot) -> dict[str, Any]:
+    """Return what ``status --json`` prints."""
+    return Status(seen, argparse.Namespace(
+        problems=False, pod=None, owner=None, origin=None)).as_json()
+
+
 class Status:
     """A snapshot as it is shown."""
 

@@ -39,6 +39,7 @@ class Examination:
     :ivar entered: those whose namespaces were entered
     :ivar invalid: whether it ended early, by the configuration
     :ivar unreadable: what ended it early
+    :ivar not_examined: what could not be looked at, and why
     """
 
     findings: list[Finding] = dataclasses.field(default_factory=list)
@@ -48,6 +49,7 @@ class Examination:
     entered: int = 0
     invalid: bool = False
     unreadable: Optional[exceptions.Break0Error] = None
+    not_examined: list[str] = dataclasses.field(default_factory=list)
 
 
 def examine(conf: cfg.ConfigOpts) -> Examination:
@@ -55,6 +57,10 @@ def examine(conf: cfg.ConfigOpts) -> Examination:
     done = Examination()
     done.findings += installation.check()
     done.findings += daemon.check()
+    unknown = config.unknown(conf)
+    if unknown:
+        done.findings.append(findings.OPTION_UNKNOWN.found(
+            unknown[0], unknown[1:]))
     try:
         options = config.load(conf)
     except exceptions.InvalidOption as err:
@@ -87,6 +93,13 @@ def _examine_node(options: config.Options, done: Examination) -> None:
             [view.link for view in node.views if view.link is not None])
         for view in node.views:
             done.findings += firewall.check(view)
+        done.not_examined += firewall.not_examined()
+        for what, looked, of in (
+                ('pods, inside', done.entered, done.pods),
+                ('the way to addresses', done.looked_up, done.addresses)):
+            if looked < of:
+                done.not_examined.append('%s: %d of %d were looked at' % (
+                    what, looked, of))
 
 
 def _examine_parent(view: ParentView, netlink: kernel.Netlink,

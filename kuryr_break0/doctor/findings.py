@@ -74,7 +74,7 @@ ENTRY_POINT_MISSING = Kind(
     'bound by Kuryr alone, unreachable from their node.',
     'Install the package into the Python environment of kuryr-daemon, and '
     'restart kuryr-daemon.',
-    ('%(python)s -m pip install --force-reinstall --no-deps kuryr-break0',))
+    ('%(python)s -m pip install --force-reinstall --no-deps ./kuryr-break0',))
 
 DRIVER_BROKEN = Kind(
     'driver-broken', ERROR,
@@ -97,7 +97,7 @@ DAEMON_ELSEWHERE = Kind(
     'the doctor says of the installation is of its own.',
     'Install the package there, restart kuryr-daemon, and run the doctor '
     'from there.',
-    ('%(directory)s/python -m pip install kuryr-break0',
+    ('%(directory)s/python -m pip install ./kuryr-break0',
      '%(directory)s/kuryr-break0 doctor'))
 
 DAEMON_NOT_RESTARTED = Kind(
@@ -114,6 +114,12 @@ OPTIONS_INVALID = Kind(
     'their node. The doctor cannot look further.',
     'Correct the option in kuryr.conf, or in the environment variable that '
     'sets it, and restart kuryr-daemon and the agent.')
+
+OPTION_UNKNOWN = Kind(
+    'option-unknown', WARNING,
+    'It has no effect. If it is a misspelt name, the option has its default: '
+    'without allowed_cidrs, for one, any address is allowed.',
+    'Correct the name, or delete the line.')
 
 DISABLED = Kind(
     'disabled', WARNING,
@@ -196,7 +202,7 @@ LEDGER_NEWER = Kind(
     'for their addresses.',
     'Install the later version again, or start the pods of these addresses '
     'again after deleting the files.',
-    ('%(python)s -m pip install --upgrade kuryr-break0',))
+    ('%(python)s -m pip install --upgrade ./kuryr-break0',))
 
 LOCK_HELD = Kind(
     'lock-held', ERROR,

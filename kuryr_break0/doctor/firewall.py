@@ -53,6 +53,21 @@ def check(view: ParentView) -> Iterator[Finding]:
                     else 'oifname'} for each in found[drops_all]])
 
 
+def not_examined() -> Iterator[str]:
+    """Say which rules could not be looked at."""
+    if _found('nft') is None:
+        yield ('the rules of nftables: there is no program nft. Install the '
+               'package nftables.')
+        if _found('iptables-save') is None:
+            yield ('the rules of iptables: there is no program '
+                   'iptables-save. Install the package iptables.')
+
+
+def _found(program: str) -> Optional[str]:
+    return shutil.which(program, path=os.environ.get('PATH', os.defpath)
+                        + ':/usr/sbin:/sbin')
+
+
 def _packets(view: ParentView) -> Iterator[Packet]:
     """What passes between the node and one pod of each family."""
     device = view.name
@@ -111,8 +126,7 @@ def _legacy_in_use(names: str) -> bool:
 
 def _run(program: str, *args: str) -> Optional[str]:
     """What a program says; None if it is not there, or has failed."""
-    path = shutil.which(program, path=os.environ.get('PATH', os.defpath)
-                        + ':/usr/sbin:/sbin')
+    path = _found(program)
     if path is None:
         return None
     try:

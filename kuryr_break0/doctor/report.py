@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from typing import Any, Iterable
+from typing import Any, Iterable, Sequence
 
 from kuryr_break0.doctor.findings import ERROR
 from kuryr_break0.doctor.findings import Finding
@@ -16,7 +16,8 @@ _WIDTH = 79
 _SHOWN = 8
 
 
-def as_json(findings: Iterable[Finding], **counts: Any) -> str:
+def as_json(findings: Iterable[Finding],
+            not_examined: Sequence[str] = (), **counts: Any) -> str:
     """A document for programs, in which nothing is left out."""
     return json.dumps({
         'findings': [{
@@ -24,21 +25,27 @@ def as_json(findings: Iterable[Finding], **counts: Any) -> str:
             'subjects': list(each.subjects), 'why': each.why,
             'remedy': each.remedy, 'commands': list(each.commands)}
             for each in findings],
-        'looked_at': counts}, indent=2)
+        'not_examined': list(not_examined), 'looked_at': counts}, indent=2)
 
 
-def as_text(findings: list[Finding], **counts: int) -> str:
+def as_text(findings: list[Finding], not_examined: Sequence[str] = (),
+            **counts: int) -> str:
     """A paragraph for each finding, errors first; and what was looked at."""
     blocks = [_block(each) for each in sorted(
         findings, key=lambda each: each.severity != ERROR)]
     errors = sum(each.severity == ERROR for each in findings)
-    summary = 'Nothing is wrong.' if not findings else (
-        'Errors: %d, warnings: %d.' % (errors, len(findings) - errors))
+    if findings:
+        summary = 'Errors: %d, warnings: %d.' % (errors,
+                                                 len(findings) - errors)
+    else:
+        summary = ('Nothing wrong was found.' if not_examined
+                   else 'Nothing is wrong.')
     if counts:
         summary += (
             ' Looked at pods: %(pods)d, entered: %(entered)d; addresses: '
             '%(addresses)d, looked up in the routing tables: %(looked_up)d.'
             % counts)
+    blocks += ['Not examined: ' + each for each in not_examined]
     return '\n\n'.join([*blocks, _wrapped(summary, '', '')])
 
 

@@ -79,6 +79,23 @@ def ports() -> list[Port]:
             for port in _ports(kuryrport, by_name.get(_name(kuryrport)))]
 
 
+def node_name() -> str:
+    """Return the name that Kuryr has for this node."""
+    return str(k_utils.get_nodename())
+
+
+def other_nodes() -> list[str]:
+    """List the nodes that have KuryrPorts; none if that is not allowed."""
+    try:
+        found = clients.get_kubernetes_client().get(
+            k_const.K8S_API_CRD_KURYRPORTS)['items']
+        return sorted({str(each['metadata']['labels'][
+            k_const.KURYRPORT_LABEL]) for each in found})
+    except (k_exc.K8sClientException, RuntimeError, OSError, KeyError,
+            TypeError, ValueError):
+        return []
+
+
 def _read() -> tuple[list[Any], list[Any]]:
     node = k_utils.get_nodename()
     try:

@@ -79,6 +79,8 @@ def _serve() -> None:
     patches.note_pod_names()
     LOG.info('%s VIFs are bound by %s.%s', vif.VIFMacvlanBreak0.obj_name(),
              driver.__module__, driver.__name__)
+    for text in config.unknown(cfg.CONF):
+        LOG.warning('%s. It has no effect.', text)
     try:
         options = config.load(cfg.CONF)
     except exceptions.InvalidOption as err:

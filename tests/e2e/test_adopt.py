@@ -180,7 +180,10 @@ class TestWhatIsFound(AdoptTestCase):
 
     def test_only_what_is_of_this_node(self) -> None:
         self.running_pod('pod', POD)
-        self.assertEqual({}, self.adopt(KUBERNETES_NODE_NAME='node-2'))
+        for name in ('node-2', ''):
+            done = self.call('adopt', code=3, KUBERNETES_NODE_NAME=name)
+            self.assertIn('node %r' % name, done)
+            self.assertIn('have some: node-1', done)
 
     def test_what_is_skipped(self) -> None:
         self.running_pod('deleted', '100.75.30.81')
@@ -356,12 +359,12 @@ class TestTheAPI(AdoptTestCase):
         self.node.write_conf()
 
     def test_what_is_asked(self) -> None:
-        self.adopt()
+        self.call('adopt', code=3)  # there is no pod
         self.assertEqual(
             [('GET', '/apis/openstack.org/v1/kuryrports?labelSelector='
               'kuryr.openstack.org%2FnodeName%3Dnode-1'),
              ('GET', '/api/v1/pods?fieldSelector=spec.nodeName%3Dnode-1')],
-            self.node.api.requests)
+            self.node.api.requests[:2])
 
     def test_it_is_not_there(self) -> None:
         self.node.api.stop()

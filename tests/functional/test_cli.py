@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 from tests.functional import base
 from tests.functional.base import OTHER_POD
@@ -150,6 +152,38 @@ class TestUsage(CLITestCase):
         done = self.call('--config-file', '/run/kuryr.conf', 'status')
         self.assertEqual(2, done.returncode)
         self.assertIn('/run/kuryr.conf', done.stderr)
+
+    def test_files_that_are_none(self) -> None:
+        for content, text in (
+                (b'\xff\xfe\0', 'is no text in UTF-8'),
+                (b'[break0]\ndevice = $break0.device\n', 'refers to itself'),
+                (b'[break0\n', 'Invalid section'),
+                (b'[break0]\nmac = ${nothing}\n', 'mac')):
+            with open('/run/kuryr.conf', 'wb') as file:
+                file.write(content)
+            for verb in ('status', 'doctor', 'agent', 'cleanup'):
+                done = self.call('--config-file', '/run/kuryr.conf', verb)
+                self.assertEqual(2, done.returncode, (verb, done.stderr))
+                self.assertIn(text, done.stderr + done.stdout)
+                self.assertNotIn('Traceback', done.stderr)
+        done = self.call('--log-config-append', '/run/none', 'status')
+        self.assertEqual(2, done.returncode)
+        self.assertEqual(1, done.stderr.count('\n'), done.stderr)
+
+    def test_interrupted(self) -> None:
+        self.bind()
+        holder = subprocess.Popen(['flock', '/run/kuryr-break0/lock', 'sleep',
+                                   '20'])
+        self.addCleanup(holder.wait)
+        self.addCleanup(holder.kill)
+        time.sleep(0.5)
+        syncing = subprocess.Popen(
+            [PROGRAM, 'sync'], stderr=subprocess.PIPE, text=True)
+        time.sleep(2)
+        syncing.send_signal(signal.SIGINT)
+        _, stderr = syncing.communicate(timeout=20)
+        self.assertEqual(130, syncing.returncode, stderr)
+        self.assertNotIn('Traceback', stderr)
 
     def test_unknown_or_no_command(self) -> None:
         for args in ((), ('frobnicate',), ('status', '--frobnicate')):

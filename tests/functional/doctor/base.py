@@ -55,10 +55,12 @@ class DoctorTestCase(base.LabTestCase):
                       mac_of_pod=MACS[name], subnets=SUBNETS,
                       static_neighbours=self.static_neighbours)
 
-    def call(self, *args: str, code: int = 0,
+    def call(self, *args: str, code: int = 0, config: str = '',
              **environ: str) -> subprocess.CompletedProcess[str]:
+        options = ['--config-file', config] if config else []
         done = subprocess.run(
-            [PROGRAM, 'doctor', *args], text=True, stdout=subprocess.PIPE,
+            [PROGRAM, *options, 'doctor', *args], text=True,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, env={**os.environ, **environ})
         self.assertNotIn('Traceback', done.stderr)
         self.assertEqual(code, done.returncode, done.stdout + done.stderr)

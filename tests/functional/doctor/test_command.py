@@ -5,8 +5,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import tarfile
 import time
+from unittest import mock
 
+from oslo_config import cfg
+
+from kuryr_break0.doctor import examination
+from kuryr_break0.doctor import firewall
+from kuryr_break0.doctor import report
 from kuryr_break0.model import Owner
 from tests.functional import base
 from tests.functional.doctor.base import DoctorTestCase
@@ -36,6 +44,87 @@ class TestCommand(DoctorTestCase):
         os.symlink('lock', '/run/state/lock')
         done = self.call(code=3, OS_BREAK0__STATE_DIR='/run/state')
         self.assertIn('/run/state', done.stderr)
+
+    def test_severity_and_what_is_ignored(self) -> None:
+        self.lab.run('ip', 'link', 'set', 'break0', 'mtu', '1400')
+        found = json.loads(self.call('--json', code=4).stdout)['findings']
+        self.assertEqual(['warning'], [each['severity'] for each in found])
+        self.call('--ignore', found[0]['id'], code=0)
+        self.lab.run('ip', 'route', 'del', POD4)
+        self.call('--ignore', found[0]['id'], code=1)
+        self.call('--ignore', found[0]['id'], '--ignore', 'route-missing')
+        done = self.call('--ignore', 'route-mising', code=2)
+        self.assertIn('did you mean route-missing?', done.stderr)
+
+    def unpacked(self, *args: str) -> dict[str, str]:
+        """The parts of a bundle, by their names."""
+        self.call('--bundle', '/run/bundle.tar.gz', *args)
+        self.assertEqual(0o600, os.stat('/run/bundle.tar.gz').st_mode & 0o777)
+        with tarfile.open('/run/bundle.tar.gz') as archive:
+            found = {}
+            for member in archive:
+                file = archive.extractfile(member)
+                assert file is not None
+                found[member.name.partition('/')[2]] = file.read().decode()
+        os.unlink('/run/bundle.tar.gz')
+        return found
+
+    def test_bundle(self) -> None:
+        with open('/run/kuryr-break0/identity') as file:
+            secret = json.load(file)['secret']
+        parts = self.unpacked()
+        self.assertIn('kuryr-kubernetes 10.', parts['versions.txt'])
+        self.assertIn('device = break0', parts['options.txt'])
+        self.assertTrue(json.loads(parts['status.json'])['in_sync'])
+        self.assertEqual([], json.loads(parts['doctor.json'])['findings'])
+        self.assertIn(POD4, parts['state/addresses/%s.json' % POD4])
+        for command, text in (('ip_-d_link', 'macvlan mode bridge'),
+                              ('ip_route_show_table_all', POD4),
+                              ('nft_list_ruleset', 'pairs4')):
+            self.assertIn(text, parts['commands/%s.txt' % command])
+        self.assertNotIn(secret, str(parts))
+        redacted = self.unpacked('--redact')
+        for text in (POD4, MACS['pod'], secret, '100.75.30.51'):
+            self.assertNotIn(text, str(redacted))
+        # The same is the same, throughout.
+        name = re.search(r'<address-\w+>(?=.* dev break0)', redacted[
+            'commands/ip_route_show_table_all.txt'])
+        assert name
+        self.assertIn(name[0], redacted['status.json'])
+
+    def test_bundle_that_cannot_be_written(self) -> None:
+        with open('/run/there', 'w') as file:
+            file.write('mine')
+        for path, text in (('/run/there', 'File exists'),
+                           ('/run/none/x', 'No such file')):
+            self.assertIn(text, self.call('--bundle', path, code=2).stderr)
+        with open('/run/there') as file:
+            self.assertEqual('mine', file.read())
+
+    def test_bundle_is_bounded(self) -> None:
+        for number in range(20):
+            with open('/run/kuryr-break0/big-%d' % number, 'w') as file:
+                file.write('x' * 2 ** 20)
+        parts = self.unpacked()
+        self.assertLessEqual(sum(map(len, parts.values())), 10 * 2 ** 20)
+
+    def test_what_was_not_examined(self) -> None:
+        found = examination.examine(self.conf())
+        self.assertEqual([], found.not_examined)
+        with mock.patch.object(firewall.shutil, 'which', lambda *args, **_:
+                               None):
+            found = examination.examine(self.conf())
+        self.assertEqual(2, len(found.not_examined))
+        text = report.as_text([], found.not_examined)
+        self.assertIn('Not examined: the rules of nftables', text)
+        self.assertIn('Nothing wrong was found.', text)
+        self.assertIn('Nothing is wrong.', report.as_text([]))
+
+    @staticmethod
+    def conf() -> cfg.ConfigOpts:
+        conf = cfg.ConfigOpts()
+        conf([], default_config_files=[])
+        return conf
 
     def test_what_is_under_way(self) -> None:
         """Pods that come and go are not taken for faults."""

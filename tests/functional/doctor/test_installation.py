@@ -44,8 +44,8 @@ class TestInstallation(DoctorTestCase):
         self.assert_only('dependency-unfit', 'pyroute2 is 0.9.7, but <0.8')
 
     def test_kuryr_unfit(self) -> None:
-        self.install('kuryr_kubernetes', '9.0.0')
-        self.assert_only('dependency-unfit', 'kuryr-kubernetes is 9.0.0, but')
+        self.install('kuryr_kubernetes', '6.0.1')
+        self.assert_only('dependency-unfit', 'kuryr-kubernetes is 6.0.1, but')
 
     def test_pyroute2_that_cannot_be_imported(self) -> None:
         self.install('pyroute2', '0.9.7')
@@ -90,5 +90,20 @@ class TestInstallation(DoctorTestCase):
 
     def test_disabled(self) -> None:
         os.mkdir(self.PATH)
-        self.assert_only('disabled', 'enabled is false',
+        self.assert_only('disabled', 'enabled is false', code=4,
                          OS_BREAK0__ENABLED='false')
+
+    def test_unknown_option(self) -> None:
+        os.mkdir(self.PATH)
+        with open('/run/kuryr.conf', 'w') as file:
+            file.write('[break0]\nallowed_cidr = 10.0.0.0/8\n'
+                       'resync-interval = 5\n')
+        found = json.loads(self.call(
+            '--json', code=4, config='/run/kuryr.conf',
+            OS_BREAK0__STRIKT='true').stdout)['findings']
+        self.assertEqual(
+            [('option-unknown', ['[break0] strikt in the environment is no '
+                                 'option: did you mean strict?'])],
+            [(each['id'], each['subjects']) for each in found])
+        self.assertIn('allowed_cidr in /run/kuryr.conf is no option: did you '
+                      'mean allowed_cidrs?', found[0]['seen'])

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""One archive with what a bug report needs."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import io
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from typing import Callable, Iterator
+
+from kuryr_break0 import config
+
+#: Bytes of the archive before it is packed, and of one part.
+_MOST, _PART = 10 * 2 ** 20, 2 ** 20
+_TIMEOUT = 10  # seconds for a program
+_COMMANDS = (
+    ('ip', '-d', 'link'), ('ip', '-d', 'address'),
+    ('ip', 'route', 'show', 'table', 'all'),
+    ('ip', '-6', 'route', 'show', 'table', 'all'), ('ip', 'rule'),
+    ('ip', '-6', 'rule'), ('ip', 'neigh'), ('ip', 'netns', 'list-id'),
+    ('nft', 'list', 'ruleset'), ('iptables-save',), ('ip6tables-save',),
+    ('sysctl', '-a', '--pattern', r'^net\.(ipv4|ipv6)\.(conf|ip_forward)'),
+    ('ps', '-eo', 'pid,lstart,args'), ('dmesg',),
+    ('journalctl', '--no-pager', '-n', '5000', '-u', 'kuryr-break0-agent'),
+    ('journalctl', '--no-pager', '-n', '5000', '-u', 'kuryr-daemon'))
+_PACKAGES = ('kuryr-break0', 'kuryr-kubernetes', 'os-vif', 'pyroute2',
+             'oslo.config', 'oslo.log')
+_ADDRESS = re.compile(
+    r'\b\d{1,3}(?:\.\d{1,3}){3}\b'
+    r'|\b(?:[0-9a-f]{2}:){5}[0-9a-f]{2}\b'
+    r'|\b[0-9a-f]{1,4}:(?::?[0-9a-f]{1,4}){2,7}\b|\b[0-9a-f]{12,64}\b')
+#: Keys whose values are never in a bundle: of the ledger, and of any file.
+_SECRET = re.compile(r'(?i)("?\b\w*(?:secret|password|token)\w*"?\s*[:=]\s*)'
+                     r'("[^"]*"|\S+)')
+
+
+class Bundle:
+    """Collects parts, and writes them as a ``tar.gz``.
+
+    Secrets are left out of all of it. With ``redact``, addresses, MAC
+    addresses and container ids are replaced by names that are the same
+    throughout.
+    """
+
+    def __init__(self, options: config.Options, redact: bool) -> None:
+        self._options = options
+        self._redact = redact
+        # So that nobody can try which address it is.
+        self._salt = os.urandom(16)
+        self._size = 0
+        self._stem = 'kuryr-break0-%s' % time.strftime('%Y%m%d-%H%M%S')
+
+    def write(self, path: str, parts: dict[str, Callable[[], str]]) -> None:
+        """Write all that can be had.
+
+        :param path: of a file that must not be there yet
+        :param parts: what the caller knows: names, and what returns a text
+        :raises OSError: if it cannot be written
+        """
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(fd, 'wb') as file, tarfile.open(
+                fileobj=file, mode='w:gz') as archive:
+            for name, text in self._parts(parts):
+                self._add(archive, name, text)
+
+    def _parts(self, parts: dict[str, Callable[[], str]]
+               ) -> Iterator[tuple[str, str]]:
+        yield 'versions.txt', self._versions()
+        yield 'options.txt', '\n'.join(
+            '%s = %s' % each for each in vars(self._options).items())
+        for name, make in parts.items():
+            try:
+                yield name, make()
+            except Exception as err:  # the rest is worth having
+                yield name, 'It cannot be had: %r' % err
+        yield from self._state()
+        for command in _COMMANDS:
+            yield 'commands/%s.txt' % '_'.join(command).replace(
+                '/', '_')[:60], _output(command)
+
+    @staticmethod
+    def _versions() -> str:
+        lines = [' '.join(platform.uname()), 'Python ' + sys.version]
+        for name in _PACKAGES:
+            try:
+                lines.append('%s %s' % (name,
+                                        importlib.metadata.version(name)))
+            except importlib.metadata.PackageNotFoundError:
+                lines.append('%s is not installed' % name)
+        for program in ('ip', 'nft', 'iptables-save'):
+            lines.append('%s: %s' % (program, shutil.which(program)))
+        return '\n'.join(lines)
+
+    def _state(self) -> Iterator[tuple[str, str]]:
+        """Return the files of the state directory."""
+        for directory, _, names in sorted(os.walk(self._options.state_dir)):
+            for name in sorted(names):
+                path = os.path.join(directory, name)
+                if not os.path.isfile(path) or os.path.islink(path):
+                    continue
+                try:
+                    with open(path, errors='replace') as file:
+                        text = file.read(_PART)
+                except OSError as err:
+                    text = 'It cannot be read: %s' % err
+                yield 'state/%s' % os.path.relpath(
+                    path, self._options.state_dir), text
+
+    def _add(self, archive: tarfile.TarFile, name: str, text: str) -> None:
+        text = _SECRET.sub(r'\1***', text)
+        if self._redact:
+            text, name = (_ADDRESS.sub(self._alias, each)
+                          for each in (text, name))
+        data = text.encode(errors='replace')[:_PART]
+        data = data[:max(0, _MOST - self._size)]
+        self._size += len(data)
+        info = tarfile.TarInfo('%s/%s' % (self._stem, name))
+        info.size, info.mtime, info.mode = len(data), int(time.time()), 0o600
+        archive.addfile(info, io.BytesIO(data))
+
+    def _alias(self, found: re.Match[str]) -> str:
+        digest = hashlib.blake2b(found[0].encode(), key=self._salt,
+                                 digest_size=4).hexdigest()
+        kind = 'mac' if re.fullmatch(r'(..:){5}..', found[0]) else (
+            'address' if set(found[0]) & set('.:') else 'id')
+        return '<%s-%s>' % (kind, digest)
+
+
+def _output(command: tuple[str, ...]) -> str:
+    path = shutil.which(command[0], path=os.environ.get('PATH', os.defpath)
+                        + ':/usr/sbin:/sbin')
+    if path is None:
+        return 'There is no program %s.' % command[0]
+    try:
+        done = subprocess.run(
+            [path, *command[1:]], stdout=subprocess.PIPE, text=True,
+            stderr=subprocess.STDOUT, timeout=_TIMEOUT, errors='replace')
+    except (OSError, subprocess.SubprocessError) as err:
+        return 'It failed: %s' % err
+    return '$ %s\n%s\n(exit %d)' % (' '.join(command), done.stdout[-_PART:],
+                                    done.returncode)
