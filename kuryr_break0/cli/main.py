@@ -15,6 +15,7 @@ from oslo_log import log as logging
 from kuryr_break0.cli import adopt
 from kuryr_break0.cli import agent
 from kuryr_break0.cli import bind
+from kuryr_break0.cli import check
 from kuryr_break0.cli import cleanup
 from kuryr_break0.cli import cni
 from kuryr_break0.cli import common
@@ -94,6 +95,7 @@ def _unreadable(argv: Sequence[str]) -> Optional[str]:
 def add_parsers(subparsers: Any) -> None:
     """Register all verbs, in the order of ``--help``."""
     status.add_parser(subparsers)
+    check.add_parser(subparsers)
     doctor.add_parser(subparsers)
     sync.add_parser(subparsers)
     agent.add_parser(subparsers)

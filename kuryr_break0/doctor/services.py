@@ -29,7 +29,7 @@ def check(links: Sequence[kernel.Link]) -> Iterator[Finding]:
     """Look for systemd-networkd and NetworkManager on this node."""
     for link in links:
         yield from _check_link(link)
-    where = _manages_foreign_routes()
+    where = manages_foreign_routes()
     if links and os.path.isdir(_NETWORKD_LINKS) and where is not None:
         yield findings.NETWORKD_FOREIGN_ROUTES.found(
             'systemd-networkd has run on this node, with '
@@ -53,7 +53,7 @@ def _check_link(link: kernel.Link) -> Iterator[Finding]:
                 link.name, link.index), device=link.name)
 
 
-def _manages_foreign_routes() -> Optional[str]:
+def manages_foreign_routes() -> Optional[str]:
     """Where it says that networkd deletes the routes of others, if it does.
 
     None also where networkd's files are not at hand, as in a container.

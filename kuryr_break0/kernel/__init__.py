@@ -34,6 +34,7 @@ from kuryr_break0.kernel.namespaces import identify
 from kuryr_break0.kernel.namespaces import identify_or_fail
 from kuryr_break0.kernel.namespaces import State
 from kuryr_break0.kernel.namespaces import state
+from kuryr_break0.kernel.namespaces import unshare
 from kuryr_break0.kernel.nft import Nft
 from kuryr_break0.kernel.nft import NftEvents
 from kuryr_break0.kernel.nft import node_nft
@@ -68,4 +69,5 @@ __all__ = (
     'identify', 'identify_or_fail', 'index_of', 'ipdb_of_interfaces',
     'macvlan_of', 'macvlans', 'macvlans_in', 'mounted', 'name_of', 'node_nft',
     'number', 'prepare', 'read_sysctl', 'source_for', 'state', 'undisturbed',
+    'unshare',
     'write_sysctl')

@@ -221,6 +221,14 @@ def entered(netns: str,
         os.close(own)
 
 
+def unshare() -> bool:
+    """Move this thread into a new network namespace; whether that was done.
+
+    For a process of its own, with which it ends.
+    """
+    return bool(_LIBC.unshare(_CLONE_NEWNET) == 0)
+
+
 class Found(NamedTuple):
     """A network namespace of this node.
 
