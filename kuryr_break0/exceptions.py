@@ -168,6 +168,10 @@ class NotALeftover(Break0Error):
                'the KuryrPort.')
 
 
+class NoTarget(Break0Error):
+    msg_fmt = 'Give the address of a pod, or --all for each that is bound.'
+
+
 class ParentUnknown(Break0Error):
     msg_fmt = ('Nothing says which interface the address is behind. Give '
                '--netns or --parent, or set [break0] parent.')

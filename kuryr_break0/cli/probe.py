@@ -18,9 +18,11 @@ from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import icmp
 from kuryr_break0.ledger import Ledger
+from kuryr_break0.model import address_order
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import NamespaceId
 from kuryr_break0.model import NodeAddresses
+from kuryr_break0.model import Owner
 from kuryr_break0 import snapshot
 
 _DESCRIPTION = """\
@@ -36,9 +38,13 @@ all pings were answered, and those of the node went through break0; 1 if not;
 cannot be read.
 """
 _EPILOG = """\
-example:
+examples:
   kuryr-break0 probe 192.0.2.71
+  kuryr-break0 probe 192.0.2.71 --tcp 8080
+  kuryr-break0 probe --all --count 1
 """
+#: Seconds for those who have an address to say so.
+_ASKED = 1.5
 
 
 def add_parser(subparsers: Any) -> None:
@@ -46,9 +52,20 @@ def add_parser(subparsers: Any) -> None:
         'probe', help='ping a pod from the node, and the node from the pod',
         description=_DESCRIPTION, epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('address', metavar='ADDRESS',
+    parser.add_argument('address', metavar='ADDRESS', nargs='?',
                         type=common.argument(config.HostAddress()),
                         help="the pod's IPv4 or IPv6 address")
+    parser.add_argument('--all', action='store_true',
+                        help='each address that is bound')
+    parser.add_argument('--tcp', metavar='PORT',
+                        type=common.argument(config.WholeNumber(
+                            min=1, max=65535)),
+                        help='connect to this TCP port, in place of pings; '
+                             'that it is refused is an answer too')
+    parser.add_argument('--conflict', action='store_true',
+                        help="ask from the pod's interface whether others on "
+                             'the link have the address too; that is heard '
+                             'there')
     parser.add_argument('--count', metavar='N', default=3,
                         type=common.argument(config.WholeNumber(
                             min=1, max=1000)),
@@ -93,13 +110,14 @@ class Prober:
 
     :param count: pings in each direction
     :param timeout: seconds to wait for each
+    :param port: what to connect to by TCP, in place of pings
     """
 
-    def __init__(self, options: config.Options, count: int,
-                 timeout: float) -> None:
-        self._options = options
+    def __init__(self, count: int, timeout: float,
+                 port: Optional[int] = None) -> None:
         self._count = count
         self._timeout = timeout
+        self._port = port
 
     def from_node(self, address: IPAddress, device: str,
                   mac: Optional[str]) -> Probe:
@@ -133,7 +151,9 @@ class Prober:
         """
         with kernel.Netlink() as netlink:
             path = netlink.path_to(to)
-            times = icmp.ping(to, self._count, self._timeout)
+            times = (icmp.ping(to, self._count, self._timeout)
+                     if self._port is None else icmp.connect(
+                         to, self._port, self._count, self._timeout))
             found, state = (None, None) if path is None else netlink.neighbour(
                 path.ifindex, path.gateway or to)
         problem = None
@@ -150,18 +170,69 @@ class Prober:
         return Probe(direction, to, path, found, state, tuple(times), problem)
 
 
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What became of one address.
+
+    :ivar note: why the way from the pod was not tried; None if it was
+    :ivar claimants: MAC addresses of others on the link that have it; None
+        if they were not asked for
+    """
+
+    address: IPAddress
+    owner: Optional[Owner]
+    probes: list[Probe]
+    note: Optional[str]
+    claimants: Optional[list[str]] = None
+
+    @property
+    def reached(self) -> bool:
+        return not (any(probe.problem for probe in self.probes)
+                    or self.claimants)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            'address': str(self.address), 'reached': self.reached,
+            'owner': str(self.owner) if self.owner else None,
+            'probes': [_as_json(probe) for probe in self.probes],
+            'note': self.note, 'claimants': self.claimants}
+
+
 def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     wanted = conf.command
+    if wanted.all == (wanted.address is not None):
+        return common.fail(common.USAGE, exceptions.NoTarget())
     with kernel.Netlink() as netlink:
         seen = snapshot.read(options, Ledger(
             options.state_dir, options.lock_timeout), netlink)
-    record = seen.live.get(wanted.address)
-    parent = seen.parent_of(wanted.address)
-    prober = Prober(options, wanted.count, wanted.timeout)
+    prober = Prober(wanted.count, wanted.timeout, wanted.tcp)
+    results = [_result(prober, options, seen, address, wanted.conflict)
+               for address in (sorted(seen.live, key=address_order)
+                               if wanted.all else [wanted.address])]
+    if wanted.json:
+        found = [each.as_json() for each in results]
+        print(json.dumps(found if wanted.all else found[0], indent=2))
+    else:
+        _print_table([probe for each in results for probe in each.probes])
+        for each in results:
+            if each.note is not None:
+                print('%sThe way from the pod was not tried: %s' % (
+                    '%s: ' % each.address if wanted.all else '', each.note))
+            for mac in each.claimants or ():
+                print('%s is at %s too, on the link' % (each.address, mac))
+    return (common.IN_SYNC if all(each.reached for each in results)
+            else common.DRIFT)
+
+
+def _result(prober: Prober, options: config.Options,
+            seen: snapshot.Snapshot, address: IPAddress,
+            conflict: bool) -> Result:
+    record = seen.live.get(address)
+    parent = seen.parent_of(address)
     probes = [prober.from_node(
-        wanted.address, parent.device if parent else options.device,
+        address, parent.device if parent else options.device,
         record.mac if record else None)]
-    note = None
+    note, claimants = None, None
     if record is None:
         note = 'no pod on this node is recorded for this address'
     elif record.netns is None:
@@ -170,22 +241,16 @@ def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
         note = 'there is no break0 on %s' % record.parent
     else:
         try:
-            probes += prober.from_pod(wanted.address, record.netns,
+            probes += prober.from_pod(address, record.netns,
                                       record.namespace, parent.node)
+            if conflict:
+                with kernel.entered(record.netns, record.namespace):
+                    claimants = sorted(kernel.claimants(
+                        record.owner.ifname, address, _ASKED))
         except exceptions.NetnsUnusable as err:
             note = str(err)
-    reached = not any(probe.problem for probe in probes)
-    if wanted.json:
-        print(json.dumps({
-            'address': str(wanted.address), 'reached': reached,
-            'owner': str(record.owner) if record else None,
-            'probes': [_as_json(probe) for probe in probes],
-            'note': note}, indent=2))
-    else:
-        _print_table(probes)
-        if note is not None:
-            print('The way from the pod was not tried: %s' % note)
-    return common.IN_SYNC if reached else common.DRIFT
+    return Result(address, record.owner if record else None, probes, note,
+                  claimants)
 
 
 def _as_json(probe: Probe) -> dict[str, Any]:

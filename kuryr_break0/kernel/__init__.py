@@ -10,6 +10,7 @@ No NetlinkError leaves this package, since Kuryr takes any that carries EEXIST
 for a VLAN conflict, and answers any other with a page of HTML.
 """
 
+from kuryr_break0.kernel.conflict import claimants
 from kuryr_break0.kernel.conntrack import forget_connections
 from kuryr_break0.kernel.errors import IPDB_DISTURBED
 from kuryr_break0.kernel.errors import undisturbed
@@ -61,13 +62,12 @@ from kuryr_break0.kernel.wire import Verb
 
 __all__ = (
     'Change', 'Changes', 'Event', 'Events', 'Found', 'GatewayRoute',
-    'IPDB_DISTURBED', 'Link',
-    'Macvlan', 'Mounts', 'NamespaceEvents', 'Netlink', 'Nft', 'NftEvents',
-    'Pair', 'Path', 'RTN_UNICAST', 'RT_SCOPE_LINK', 'RT_SCOPE_NOWHERE',
-    'RT_TABLE_MAIN', 'Route', 'Routes', 'State', 'Verb', 'count_host_routes',
-    'create_macvlan', 'entered', 'exists', 'find', 'forget_connections',
-    'identify', 'identify_or_fail', 'index_of', 'ipdb_of_interfaces',
-    'macvlan_of', 'macvlans', 'macvlans_in', 'mounted', 'name_of', 'node_nft',
-    'number', 'prepare', 'read_sysctl', 'source_for', 'state', 'undisturbed',
-    'unshare',
+    'IPDB_DISTURBED', 'Link', 'Macvlan', 'Mounts', 'NamespaceEvents',
+    'Netlink', 'Nft', 'NftEvents', 'Pair', 'Path', 'RTN_UNICAST',
+    'RT_SCOPE_LINK', 'RT_SCOPE_NOWHERE', 'RT_TABLE_MAIN', 'Route', 'Routes',
+    'State', 'Verb', 'claimants', 'count_host_routes', 'create_macvlan',
+    'entered', 'exists', 'find', 'forget_connections', 'identify',
+    'identify_or_fail', 'index_of', 'ipdb_of_interfaces', 'macvlan_of',
+    'macvlans', 'macvlans_in', 'mounted', 'name_of', 'node_nft', 'number',
+    'prepare', 'read_sysctl', 'source_for', 'state', 'undisturbed', 'unshare',
     'write_sysctl')

@@ -43,6 +43,23 @@ def ping(address: IPAddress, count: int,
                 for number in range(count)]
 
 
+def connect(address: IPAddress, port: int, count: int,
+            timeout: float) -> list[Optional[float]]:
+    """Connect by TCP; as :func:`ping`, and refused is answered too."""
+    times: list[Optional[float]] = []
+    for _ in range(count):
+        began = time.monotonic()
+        try:
+            socket.create_connection((str(address), port), timeout).close()
+        except ConnectionRefusedError:
+            pass
+        except OSError:
+            times.append(None)
+            continue
+        times.append(time.monotonic() - began)
+    return times
+
+
 def _ask(wire: socket.socket, address: IPAddress, identifier: int,
          number: int, timeout: float) -> Optional[float]:
     request, reply = _TYPES[address.version]

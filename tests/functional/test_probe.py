@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 from typing import Any
 
+from tests.functional.base import OTHER_OWNER
 from tests.functional.base import POD
 from tests.functional.test_cli import CLITestCase
 from tests.functional.test_cli import PROGRAM
@@ -144,3 +146,61 @@ class TestProbe(CLITestCase):
             done = self.call('probe', *args)
             self.assertEqual(2, done.returncode)
             self.assertIn(text, done.stderr)
+
+    def test_all(self) -> None:
+        self.bind_pod()
+        self.lab.add_pod('other', '100.75.30.72')
+        self.bind('100.75.30.72', netns='/run/netns/other',
+                  owner=OTHER_OWNER, mac_of_pod=self.mac_of('other'))
+        found = json.loads(self.call('probe', '--all', '--json', '--count',
+                                     '1').stdout)
+        self.assertEqual([POD, '100.75.30.72', POD6],
+                         [each['address'] for each in found])
+        self.assertEqual([True] * 3, [each['reached'] for each in found])
+        text = self.call('probe', '--all', '--count', '1').stdout
+        self.assertEqual(6, text.count('1 of 1'))
+        self.lab.run('ip', 'link', 'set', 'eth0', 'down', netns='other')
+        done = self.call('probe', '--all', '--count', '1')
+        self.assertEqual(1, done.returncode)
+        for args in ((), ('--all', POD)):
+            done = self.call('probe', *args)
+            self.assertEqual(2, done.returncode)
+            self.assertIn('--all', done.stderr)
+
+    def test_tcp(self) -> None:
+        self.bind_pod()
+        # Refused is an answer.
+        self.assertTrue(self.probe(POD, '--tcp', '81')['reached'])
+        with self.lab.socket(socket.AF_INET, netns='pod') as server:
+            server.bind((POD, 80))
+            server.listen()
+            found = self.probe(POD, '--tcp', '80')
+        self.assertTrue(found['reached'])
+        self.lab.run('nft', 'add table inet t; add chain inet t c { type '
+                     'filter hook input priority 0; }; add rule inet t c tcp '
+                     'dport 80 drop', netns='pod')
+        found = self.probe(POD, '--tcp', '80', '--count', '1', code=1)
+        self.assertEqual(['node to pod'], [
+            each['direction'] for each in found['probes']
+            if each['problem']])
+        self.assertTrue(self.probe(POD, '--tcp', '81')['reached'])
+
+    def test_conflict(self) -> None:
+        self.bind_pod()
+        for address in (POD, POD6):
+            self.assertEqual([], self.probe(address, '--conflict',
+                                            '--count', '1')['claimants'])
+        self.lab.add_pod('thief', POD, POD6)
+        for address in (POD, POD6):
+            found = self.probe(address, '--conflict', '--count', '1', code=1)
+            self.assertEqual([self.mac_of('thief')], found['claimants'])
+        self.lab.run('ip', 'netns', 'del', 'thief')
+        # One on the LAN.
+        self.lab.run('ip', 'address', 'add', POD + '/32', 'dev', 'nic',
+                     netns='lan')
+        found = self.probe(POD, '--conflict', '--count', '1', code=1)
+        self.assertEqual([self.lab.ip('link', 'show', 'nic', netns='lan')[0][
+            'address']], found['claimants'])
+        self.assertIn('is at', self.call('probe', POD, '--conflict',
+                                         '--count', '1').stdout)
+        self.assertIsNone(self.probe(POD6)['claimants'])
