@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import os
+import pathlib
 import subprocess
+import textwrap
 import time
 from typing import Any
 from unittest import mock
 
 from kuryr_break0 import podside
 from kuryr_break0 import reconciler
+from tests.functional import base
 from tests.functional.base import OTHER_OWNER
 from tests.functional.base import OTHER_POD
 from tests.functional.base import POD
@@ -222,3 +226,29 @@ class TestOthersAtWork(CleanupTestCase):
         self.lab.run('ip', 'address', 'del', '100.75.50.1/32', 'dev',
                      lab.PARENT)
         self.assertEqual(before, self.lab.state())
+
+
+class TestWithoutThePackage(base.LabTestCase):
+
+    def test_lines_of_the_documentation(self) -> None:
+        self.lab.add_ipv6()
+        page = pathlib.Path(__file__).parents[2] / (
+            'doc/source/install/remove.rst')
+        text = page.read_text().partition('.. code-block:: sh\n')[2]
+        lines = textwrap.dedent('\n'.join(itertools.takewhile(
+            lambda line: not line or line.startswith('   '),
+            text.splitlines())))
+        self.assertIn('ip link delete break0', lines)
+        path = self.lab.add_pod('pod', base.POD, 'fd00:30::71')
+        before = self.lab.state()
+        # One in another subnet needs routes inside as well.
+        self.bind(base.POD, 'fd00:30::71', netns=path, mac_of_pod=str(
+            self.lab.ip('link', 'show', 'eth0', netns='pod')[0]['address']))
+        self.assertTrue(self.lab.ping(base.POD))
+        done = self.lab.run('sh', '-c', lines, check=False)
+        self.assertNotIn('not found', done.stdout)
+        self.assertFalse(os.path.exists('/run/kuryr-break0'))
+        self.assertEqual(before, self.lab.state())
+        for netns in (None, 'pod'):
+            self.assertEqual('', self.lab.run('nft', 'list', 'ruleset',
+                                              netns=netns).stdout)

@@ -6,6 +6,9 @@ import configparser
 import copy
 import glob
 import os
+import subprocess
+import sys
+import tempfile
 from typing import Any
 import unittest
 from unittest import mock
@@ -85,7 +88,7 @@ class TestImage(OverlayTestCase):
 
     def test_one_with_the_package(self) -> None:
         for container in (self.kuryr, self.agent):
-            self.assertEqual('registry.example.org/kuryr/cni-break0:latest',
+            self.assertEqual('registry.example.org/kuryr/cni-break0:1',
                              container['image'])
             self.assertEqual('IfNotPresent', container['imagePullPolicy'])
 
@@ -157,6 +160,14 @@ class TestAgent(OverlayTestCase):
                           '/etc/kuryr/kuryr.conf', 'agent'],
                          self.agent['command'])
         self.assertIn('/etc/kuryr', self.mounts(self.agent))
+
+    def test_takes_in_what_ran_before(self) -> None:
+        shell, option, line = self.agent['lifecycle']['postStart']['exec'][
+            'command']
+        self.assertEqual(('sh', '-c'), (shell, option))
+        # A node without pods, or an API that is away, must not end it.
+        self.assertRegex(line, r'^kuryr-break0 .* adopt .* \|\| true$')
+        self.assertNotIn('\n', line)
 
     def test_knows_its_node(self) -> None:
         self.assertIn({'name': 'KUBERNETES_NODE_NAME', 'valueFrom': {
@@ -245,6 +256,55 @@ class TestDockerfile(unittest.TestCase):
                   *setup['metadata']['license_files'].split(),
                   setup['options.packages.find']['include'].strip(' \n*')}
         self.assertLessEqual(needed, self.copied(self.stages[1]))
+
+
+class TestInstallPackage(unittest.TestCase):
+    """What the Dockerfile runs, with another Kuryr in the environment."""
+
+    def install(self, version: str) -> subprocess.CompletedProcess[str]:
+        with tempfile.TemporaryDirectory() as directory:
+            if version:
+                info = os.path.join(directory, 'kuryr_kubernetes-%s.dist-info'
+                                    % version)
+                os.mkdir(info)
+                with open(os.path.join(info, 'METADATA'), 'w') as file:
+                    file.write('Metadata-Version: 2.1\n'
+                               'Name: kuryr-kubernetes\nVersion: %s\n'
+                               % version)
+            # A Python that has nothing else, and a pip that only says what
+            # it is to do, and with which constraints.
+            os.mkdir(os.path.join(directory, 'pip'))
+            with open(os.path.join(directory, 'pip/__main__.py'),
+                      'w') as file:
+                file.write('import sys\nprint(sys.argv[1:])\n'
+                           'print(open(sys.argv[sys.argv.index('
+                           '"--constraint") + 1]).read())\n')
+            python = os.path.join(directory, 'python')
+            with open(python, 'w') as file:
+                file.write('#!/bin/sh\nPYTHONPATH=%s exec %s -S "$@"\n' % (
+                    directory, sys.executable))
+            os.chmod(python, 0o755)
+            return subprocess.run(
+                [os.path.join(overlay.OVERLAY, 'install-package'),
+                 'the.whl', os.path.join(overlay.ROOT, 'constraints.txt')],
+                env={**os.environ, 'PYTHON': python}, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def test_kuryr_stays(self) -> None:
+        for version in ('7.0.0', '9.0.0+ours.3', '10.0.0', '10.1.0.dev7'):
+            done = self.install(version)
+            self.assertEqual(0, done.returncode, done.stderr)
+            self.assertIn("'the.whl'", done.stdout)
+            self.assertIn('\npyroute2==', done.stdout)
+            self.assertNotIn('\nkuryr-kubernetes==', done.stdout)
+
+    def test_one_that_does_not_work(self) -> None:
+        for version, text in (('6.0.1', '6.0.1 is in this image'),
+                              ('11.0.0', '11.0.0 is in'), ('', 'no kuryr')):
+            done = self.install(version)
+            self.assertEqual(1, done.returncode)
+            self.assertIn(text, done.stderr)
+            self.assertEqual('', done.stdout)
 
 
 class TestWheel(unittest.TestCase):
