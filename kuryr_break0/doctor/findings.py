@@ -444,6 +444,25 @@ POD_UNREADABLE = Kind(
     'in the container of kuryr-daemon. If the namespace is broken, delete '
     'the pod.')
 
+POD_APART = Kind(
+    'pod-apart', ERROR,
+    'Only macvlans in bridge mode on one parent reach each other.',
+    'Set its mode to bridge. Where it is on another parent, or is no macvlan, '
+    'start the pod again.')
+
+POD_DOWN = Kind(
+    'pod-down', ERROR,
+    'Nothing goes in or out by an interface that is down.',
+    'Set it up. Only who has NET_ADMIN in the pod can have set it down. Going '
+    'down it has lost routes and addresses of IPv6: let the agent, or a sync, '
+    'configure it again.')
+
+POD_ADDRESS_MISSING = Kind(
+    'pod-address-missing', ERROR,
+    'The pod does not answer for the address.',
+    'Give it back, or start the pod again. If it has it no more on purpose, '
+    'unbind it.')
+
 POD_MAC = Kind(
     'pod-mac', ERROR,
     'The node sends to the MAC address that the pod had when it was bound.',

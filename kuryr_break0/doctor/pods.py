@@ -31,7 +31,9 @@ class _Pod:
     :ivar entry: the first of its entries
     :ivar known: what it must know of the node
     :ivar hosts: the addresses of the node that are of a family of its own
-    :ivar mac: what its interface has
+    :ivar link: its interface
+    :ivar missing: its addresses that the interface does not have
+    :ivar is_on_parent: whether it is a macvlan on the recorded parent
     :ivar macs: what it takes for those of the node's addresses
     :ivar astray: the addresses of the node that it goes to by a gateway
     :ivar error: why it could not be looked at
@@ -40,10 +42,26 @@ class _Pod:
     record: Record
     known: NodeAddresses
     hosts: tuple[IPAddress, ...]
-    mac: str = ''
+    link: Optional[kernel.Link] = None
+    missing: tuple[IPAddress, ...] = ()
+    is_on_parent: bool = True
     macs: dict[IPAddress, str] = dataclasses.field(default_factory=dict)
     astray: tuple[IPAddress, ...] = ()
     error: Optional[str] = None
+
+    @property
+    def mac(self) -> str:
+        return self.link.mac if self.link is not None else ''
+
+    @property
+    def is_down(self) -> bool:
+        return self.link is not None and not self.link.up
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether its interface cannot reach break0, whatever is set."""
+        return self.link is not None and not (
+            self.is_on_parent and self.link.mode == 'bridge')
 
     @property
     def has_another_mac(self) -> bool:
@@ -59,7 +77,8 @@ class _Pod:
 
     @property
     def healthy(self) -> bool:
-        return not (self.error or self.has_another_mac or self.mistaken
+        return not (self.error or self.is_down or self.is_apart
+                    or self.missing or self.has_another_mac or self.mistaken
                     or self.astray)
 
 
@@ -142,6 +161,9 @@ def check_inside(view: ParentView, pods: Sequence[list[Record]]
     if unreadable:
         yield findings.POD_UNREADABLE.found(
             next(iter(unreadable.values())), unreadable)
+    yield from _check_links(ill)
+    # An interface that is down has lost what is looked for next.
+    ill = [pod for pod in ill if not (pod.is_down or pod.is_apart)]
     yield from _check_macs(ill)
     yield from _check_neighbours(ill)
     yield from _check_ways(view, ill)
@@ -161,8 +183,14 @@ def _look_inside(view: ParentView, records: list[Record]) -> _Pod:
                 raise exceptions.NetnsUnusable(
                     netns=netns,
                     reason='has no interface ' + record.owner.ifname)
+            present = {address for index, address in netlink.addresses()
+                       if index == link.index}
+            # Kuryr gives the addresses after the driver has bound them.
+            missing = tuple(each.address for each in records
+                            if each.address not in present)
             return _Pod(
-                record, known, hosts, link.mac,
+                record, known, hosts, link, missing,
+                _is_on_parent(view, link),
                 {each.dst: each.mac
                  for each in netlink.neighbours(link.index)},
                 tuple(host for host in hosts
@@ -170,6 +198,55 @@ def _look_inside(view: ParentView, records: list[Record]) -> _Pod:
                       and not netlink.is_on_link(host)))
     except (exceptions.NetnsUnusable, exceptions.KernelRefused) as err:
         return _Pod(record, known, hosts, error=str(err))
+
+
+def _is_on_parent(view: ParentView, link: kernel.Link) -> bool:
+    # The number of the namespace that it counts in is of no use here.
+    return link.kind == 'macvlan' and view.link is not None and (
+        link.lower == view.link.lower)
+
+
+def _check_links(pods: list[_Pod]) -> Iterator[Finding]:
+    """Look for interfaces that no neighbour and no route helps."""
+    apart = [pod for pod in pods if pod.is_apart]
+    if apart:
+        first = apart[0]
+        assert first.link is not None
+        yield findings.POD_APART.found(
+            'the interface %s in the sandbox %s is a %s%s, and not in bridge '
+            'mode on %s' % (
+                first.record.owner.ifname, first.record.owner,
+                first.link.kind or 'physical interface',
+                ' in %s mode' % first.link.mode if first.link.mode else '',
+                first.record.parent),
+            [pod.record.address for pod in apart],
+            commands=[_within(pod, 'link set %s type macvlan mode bridge'
+                              % pod.record.owner.ifname)
+                      for pod in apart if pod.is_on_parent])
+    down = [pod for pod in pods if pod.is_down and not pod.is_apart]
+    if down:
+        yield findings.POD_DOWN.found(
+            'the interface %s in the sandbox %s is down' % (
+                down[0].record.owner.ifname, down[0].record.owner),
+            [pod.record.address for pod in down],
+            commands=[_within(pod, 'link set %s up' % pod.record.owner.ifname)
+                      for pod in down])
+    without = [pod for pod in pods if pod.missing and not pod.is_apart]
+    if without:
+        yield findings.POD_ADDRESS_MISSING.found(
+            'the interface %s in the sandbox %s does not have %s' % (
+                without[0].record.owner.ifname, without[0].record.owner,
+                without[0].missing[0]),
+            [address for pod in without for address in pod.missing],
+            commands=[_within(pod, 'address add %s/%d dev %s' % (
+                address, _prefix(pod.record, address),
+                pod.record.owner.ifname))
+                for pod in without for address in pod.missing])
+
+
+def _prefix(record: Record, address: IPAddress) -> int:
+    return next((subnet.prefixlen for subnet in record.subnets
+                 if address in subnet), address.max_prefixlen)
 
 
 def _check_macs(pods: list[_Pod]) -> Iterator[Finding]:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from typing import Any
 
 from tests.functional.base import OTHER_OWNER
@@ -181,3 +183,45 @@ class TestARP(DoctorTestCase):
         self.assertFalse(self.lab.ping(lab.NODE6, 'other'))
         self.assert_found('ipv6-not-configured', '', OTHER6,
                           static_neighbours=False)
+
+
+class TestInterfaces(DoctorTestCase):
+    """What no neighbour entry and no route helps against."""
+
+    def test_private_mode(self) -> None:
+        self.lab.run('ip', 'link', 'set', 'eth0', 'type', 'macvlan', 'mode',
+                     'private', netns='pod')
+        self.assertFalse(self.lab.ping(POD4))
+        self.follow(self.assert_found('pod-apart', 'in private mode', POD4,
+                                      severity='error'))
+        self.assertEqual({}, self.findings())
+        self.assertTrue(self.lab.ping(POD4))
+
+    def test_interface_is_down(self) -> None:
+        self.lab.run('ip', 'link', 'set', 'eth0', 'down', netns='other')
+        found = self.findings()
+        self.assertEqual('error', found['pod-down']['severity'])
+        self.assertEqual([OTHER4], found['pod-down']['subjects'])
+        self.follow(found['pod-down'])
+        if 'pod-address-missing' in found:  # that of IPv6
+            self.follow(found['pod-address-missing'])
+        self.lab.run(os.path.join(os.path.dirname(sys.executable),
+                                  'kuryr-break0'), 'sync')
+        self.lab.settle()
+        self.assertEqual({}, self.findings())
+        self.assertTrue(self.lab.ping(OTHER4))
+        self.assertTrue(self.lab.ping(OTHER6))
+
+    def test_address_is_missing(self) -> None:
+        self.lab.run('ip', 'address', 'del', POD4 + '/24', 'dev', 'eth0',
+                     netns='pod')
+        # With its last address the kernel forgets neighbours of a family.
+        found = self.findings()
+        self.assertEqual(['pod-address-missing', 'pod-neighbour-missing'],
+                         list(found))
+        self.assertEqual([POD4], found['pod-address-missing']['subjects'])
+        self.assertFalse(self.lab.ping(POD4))
+        for finding in found.values():
+            self.follow(finding)
+        self.assertEqual({}, self.findings())
+        self.assertTrue(self.lab.ping(POD4))
