@@ -168,6 +168,10 @@ class NotALeftover(Break0Error):
                'the KuryrPort.')
 
 
+class CannotTrace(Break0Error):
+    msg_fmt = 'Packets cannot be traced: %(reason)s.'
+
+
 class NoTarget(Break0Error):
     msg_fmt = 'Give the address of a pod, or --all for each that is bound.'
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 from typing import Any, Optional
@@ -14,6 +15,9 @@ import prettytable
 
 from kuryr_break0.cli import common
 from kuryr_break0 import config
+from kuryr_break0.doctor.trace import Place
+from kuryr_break0.doctor.trace import Trace
+from kuryr_break0.doctor.trace import traced
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import icmp
@@ -23,6 +27,7 @@ from kuryr_break0.model import IPAddress
 from kuryr_break0.model import NamespaceId
 from kuryr_break0.model import NodeAddresses
 from kuryr_break0.model import Owner
+from kuryr_break0.model import Record
 from kuryr_break0 import snapshot
 
 _DESCRIPTION = """\
@@ -32,15 +37,16 @@ interface and source address that the kernel chooses (ip route get), the MAC
 address that it sends to and how that is known, how many pings were answered,
 and the shortest, mean and longest round-trip time in milliseconds.
 
-Changes nothing, but the kernel may learn a neighbour from it. Exits with 0 if
-all pings were answered, and those of the node went through break0; 1 if not;
-2 for wrong usage or configuration; 3 if the kernel or the state directory
-cannot be read.
+Changes nothing that stays, but the kernel may learn a neighbour from it. Exits
+with 0 if all pings were answered, and those of the node went through break0; 1
+if not; 2 for wrong usage or configuration; 3 if the kernel or the state
+directory cannot be read.
 """
 _EPILOG = """\
 examples:
   kuryr-break0 probe 192.0.2.71
   kuryr-break0 probe 192.0.2.71 --tcp 8080
+  kuryr-break0 probe 192.0.2.71 --trace
   kuryr-break0 probe --all --count 1
 """
 #: Seconds for those who have an address to say so.
@@ -66,6 +72,10 @@ def add_parser(subparsers: Any) -> None:
                         help="ask from the pod's interface whether others on "
                              'the link have the address too; that is heard '
                              'there')
+    parser.add_argument('--trace', action='store_true',
+                        help='say which rule drops a packet, on the node or '
+                             'in the pod, by a table of nftables that marks '
+                             'these packets meanwhile')
     parser.add_argument('--count', metavar='N', default=3,
                         type=common.argument(config.WholeNumber(
                             min=1, max=1000)),
@@ -184,6 +194,7 @@ class Result:
     probes: list[Probe]
     note: Optional[str]
     claimants: Optional[list[str]] = None
+    trace: Optional[Trace] = None
 
     @property
     def reached(self) -> bool:
@@ -195,7 +206,9 @@ class Result:
             'address': str(self.address), 'reached': self.reached,
             'owner': str(self.owner) if self.owner else None,
             'probes': [_as_json(probe) for probe in self.probes],
-            'note': self.note, 'claimants': self.claimants}
+            'note': self.note, 'claimants': self.claimants,
+            'trace': None if self.trace is None else {
+                'dropped': self.trace.dropped, 'seen': self.trace.seen}}
 
 
 def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
@@ -206,7 +219,7 @@ def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
         seen = snapshot.read(options, Ledger(
             options.state_dir, options.lock_timeout), netlink)
     prober = Prober(wanted.count, wanted.timeout, wanted.tcp)
-    results = [_result(prober, options, seen, address, wanted.conflict)
+    results = [_result(prober, options, seen, address, wanted)
                for address in (sorted(seen.live, key=address_order)
                                if wanted.all else [wanted.address])]
     if wanted.json:
@@ -218,6 +231,10 @@ def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
             if each.note is not None:
                 print('%sThe way from the pod was not tried: %s' % (
                     '%s: ' % each.address if wanted.all else '', each.note))
+            if each.trace is not None and any(
+                    probe.problem for probe in each.probes):
+                for text in each.trace.explain():
+                    print('%s: %s' % (each.address, text))
             for mac in each.claimants or ():
                 print('%s is at %s too, on the link' % (each.address, mac))
     return (common.IN_SYNC if all(each.reached for each in results)
@@ -226,12 +243,30 @@ def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
 
 def _result(prober: Prober, options: config.Options,
             seen: snapshot.Snapshot, address: IPAddress,
-            conflict: bool) -> Result:
+            wanted: Any) -> Result:
     record = seen.live.get(address)
     parent = seen.parent_of(address)
-    probes = [prober.from_node(
-        address, parent.device if parent else options.device,
-        record.mac if record else None)]
+    device = parent.device if parent else options.device
+    if not wanted.trace:
+        return _probed(prober, device, record, parent, address,
+                       wanted.conflict)
+    places = [Place('on the node', device, contextlib.nullcontext)]
+    if record is not None and record.netns is not None:
+        netns, namespace = record.netns, record.namespace
+        places.append(Place(
+            'in the pod', record.owner.ifname,
+            lambda: kernel.entered(netns, namespace)))
+    with traced(address, places) as trace:
+        found = _probed(prober, device, record, parent, address,
+                        wanted.conflict)
+    return dataclasses.replace(found, trace=trace)
+
+
+def _probed(prober: Prober, device: str, record: Optional[Record],
+            parent: Optional[snapshot.Parent], address: IPAddress,
+            conflict: bool) -> Result:
+    probes = [prober.from_node(address, device,
+                               record.mac if record else None)]
     note, claimants = None, None
     if record is None:
         note = 'no pod on this node is recorded for this address'

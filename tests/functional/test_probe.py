@@ -204,3 +204,75 @@ class TestProbe(CLITestCase):
         self.assertIn('is at', self.call('probe', POD, '--conflict',
                                          '--count', '1').stdout)
         self.assertIsNone(self.probe(POD6)['claimants'])
+
+    def traced(self, address: str, *args: str) -> str:
+        done = self.call('probe', address, '--trace', '--count', '1', *args)
+        self.assertEqual(1, done.returncode, done.stdout + done.stderr)
+        return done.stdout
+
+    def test_trace(self) -> None:
+        self.bind_pod()
+        before = self.lab.run('nft', 'list', 'ruleset').stdout
+        self.assertTrue(self.probe(POD, '--trace')['reached'])
+        self.assertEqual(before, self.lab.run('nft', 'list',
+                                              'ruleset').stdout)
+        for netns, address, rules, text in (
+                (None, POD, 'add table inet t; add chain inet t c { type '
+                 'filter hook output priority 0; }; add rule inet t c ip '
+                 'daddr %s drop' % POD,
+                 'on the node the table inet t, chain c, drops it: ip daddr '
+                 '%s drop' % POD),
+                (None, POD6, 'add table ip6 t; add chain ip6 t c { type '
+                 'filter hook input priority 0; policy drop; }',
+                 'on the node the policy of the table ip6 t, chain c'),
+                (None, POD, 'add table inet t; add chain inet t c { type '
+                 'filter hook prerouting priority -300; }; add rule inet t c '
+                 'iifname break0 meta mark set 7 reject',
+                 'on the node the table inet t, chain c'),
+                (None, POD, 'add table netdev t; add chain netdev t c { type '
+                 'filter hook ingress device break0 priority 0; }; add rule '
+                 'netdev t c ip saddr %s drop' % POD,
+                 'on the node the table netdev t, chain c, drops it: ip '
+                 'saddr'),
+                ('pod', POD, 'add table inet t; add chain inet t c { type '
+                 'filter hook input priority 0; policy drop; }',
+                 'in the pod the policy of the table inet t, chain c'),
+                ('pod', POD6, 'add table ip6 t; add chain ip6 t c { type '
+                 'filter hook output priority 0; }; add rule ip6 t c ip6 '
+                 'saddr %s drop' % POD6,
+                 'in the pod the table ip6 t, chain c')):
+            with self.subTest(rules):
+                self.lab.run('nft', rules, netns=netns)
+                shown = self.traced(address)
+                family = 'netdev' if 'netdev' in rules else (
+                    'ip6' if 'ip6 t' in rules else 'inet')
+                self.lab.run('nft', 'delete', 'table', family, 't',
+                             netns=netns)
+                self.assertIn(text, shown)
+                for where in (None, 'pod'):
+                    self.assertNotIn('break0-trace', self.lab.run(
+                        'nft', 'list', 'ruleset', netns=where).stdout)
+
+    def test_trace_of_iptables(self) -> None:
+        self.bind_pod()
+        self.lab.run('iptables-nft', '-A', 'INPUT', '-i', 'break0', '-j',
+                     'DROP')
+        self.assertIn('on the node the table ip filter, chain INPUT, drops',
+                      self.traced(POD))
+
+    def test_trace_of_what_no_rule_drops(self) -> None:
+        self.bind_pod()
+        self.lab.run('ip', 'address', 'del', POD + '/24', 'dev', 'eth0',
+                     netns='pod')
+        shown = self.traced(POD)
+        self.assertIn('no rule of nftables dropped it', shown)
+        self.assertIn('to the pod, on the node (output)', shown)
+        self.assertIn('to the pod, in the pod (ingress)', shown)
+        self.assertNotIn('from the pod, on the node', shown)
+
+    def test_trace_of_what_would_leave_the_node(self) -> None:
+        self.bind_pod()
+        self.lab.run('ip', 'link', 'set', 'eth0', 'type', 'macvlan', 'mode',
+                     'private', netns='pod')
+        self.assertIn('table netdev kuryr-break0-break0, chain to-the-wire, '
+                      'drops it', self.traced(POD))
