@@ -35,7 +35,7 @@ _BURST = 0.05
 #: Seconds after which a record that is new must have its route. A bind takes
 #: a thousandth of that, so one that has none was killed.
 _SETTLED = 1.0
-#: Seconds between two syncs at least; and of its time, the part that the
+#: Seconds between two syncs at least; and the part of a processor that the
 #: agent spends on them, whatever happens on the node.
 _PAUSE = 0.1
 _SHARE = 0.1
@@ -181,7 +181,7 @@ class Agent:
                 LOG.exception('Containers could not be found')
 
     def _sync(self, ledger: Ledger, interests: Interests) -> None:
-        began = time.monotonic()
+        began, spent = time.monotonic(), time.thread_time()
         error: Optional[Exception] = None
         try:
             outcome = Reconciler(self._options, ledger, Journal(
@@ -197,7 +197,8 @@ class Agent:
         # One that fails again and again is repeated less and less often, and
         # at last with the timer only.
         self._failures = 0 if error is None else min(self._failures + 1, 20)
-        pause = max(_PAUSE, (ended - began) * (1 / _SHARE - 1),
+        # Of the processor, since on a busy node others have most of the time.
+        pause = max(_PAUSE, (time.thread_time() - spent) * (1 / _SHARE - 1),
                     self._failures and _PAUSE * 2 ** self._failures)
         self._not_before = ended + min(pause, self._options.resync_interval)
 

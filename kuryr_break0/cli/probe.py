@@ -15,17 +15,16 @@ import prettytable
 
 from kuryr_break0.cli import common
 from kuryr_break0 import config
+from kuryr_break0.doctor.prober import Probe
+from kuryr_break0.doctor.prober import Prober
 from kuryr_break0.doctor.trace import Place
 from kuryr_break0.doctor.trace import Trace
 from kuryr_break0.doctor.trace import traced
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
-from kuryr_break0.kernel import icmp
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import address_order
 from kuryr_break0.model import IPAddress
-from kuryr_break0.model import NamespaceId
-from kuryr_break0.model import NodeAddresses
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
 from kuryr_break0 import snapshot
@@ -87,97 +86,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument('--json', action='store_true',
                         help='print JSON instead of a table')
     parser.set_defaults(func=_run)
-
-
-@dataclasses.dataclass(frozen=True)
-class Probe:
-    """One direction, and what was seen of it.
-
-    :ivar to: the address that was pinged
-    :ivar path: None if there is no way
-    :ivar mac: what the address, or the gateway to it, is at on the link
-    :ivar state: how that is known; None if it is not
-    :ivar times: seconds that each ping took; None for one without a reply
-    :ivar problem: what is not as it should be; None if nothing
-    """
-
-    direction: str
-    to: IPAddress
-    path: Optional[kernel.Path]
-    mac: Optional[str]
-    state: Optional[str]
-    times: tuple[Optional[float], ...]
-    problem: Optional[str]
-
-    @property
-    def answered(self) -> list[float]:
-        """The times of those that were answered."""
-        return [time for time in self.times if time is not None]
-
-
-class Prober:
-    """Probes one address of a pod.
-
-    :param count: pings in each direction
-    :param timeout: seconds to wait for each
-    :param port: what to connect to by TCP, in place of pings
-    """
-
-    def __init__(self, count: int, timeout: float,
-                 port: Optional[int] = None) -> None:
-        self._count = count
-        self._timeout = timeout
-        self._port = port
-
-    def from_node(self, address: IPAddress, device: str,
-                  mac: Optional[str]) -> Probe:
-        """Probe the way to a pod.
-
-        :param device: the break0 that it must go through
-        :param mac: that of the pod; None if it is not known
-        :raises Break0Error: if the kernel cannot be asked
-        """
-        return self._probe('node to pod', address, device, mac)
-
-    def from_pod(self, address: IPAddress, netns: str,
-                 namespace: Optional[NamespaceId],
-                 node: NodeAddresses) -> list[Probe]:
-        """Probe the ways to the addresses of the node, as the pod has them.
-
-        :raises NetnsUnusable: if its namespace cannot be entered
-        :raises Break0Error: if the kernel cannot be asked
-        """
-        with kernel.entered(netns, namespace):
-            return [self._probe('pod to node', host, None, node.mac)
-                    for host in node.addresses
-                    if host.version == address.version]
-
-    def _probe(self, direction: str, to: IPAddress, device: Optional[str],
-               mac: Optional[str]) -> Probe:
-        """From the namespace of this thread.
-
-        :param device: what it is to go through; None for any interface
-        :param mac: what it is to be sent to; None for any
-        """
-        with kernel.Netlink() as netlink:
-            path = netlink.path_to(to)
-            times = (icmp.ping(to, self._count, self._timeout)
-                     if self._port is None else icmp.connect(
-                         to, self._port, self._count, self._timeout))
-            found, state = (None, None) if path is None else netlink.neighbour(
-                path.ifindex, path.gateway or to)
-        problem = None
-        answered = sum(time is not None for time in times)
-        if answered < len(times):
-            problem = '%d of %d were not answered' % (
-                len(times) - answered, len(times))
-        if path is None:
-            problem = 'there is no route to it'
-        elif device is not None and path.device != device:
-            problem = 'it does not go through %s' % device
-        elif mac is not None and found is not None and found != mac:
-            problem = 'it is sent to %s, but should be to %s' % (found, mac)
-        return Probe(direction, to, path, found, state, tuple(times), problem)
 
 
 @dataclasses.dataclass(frozen=True)

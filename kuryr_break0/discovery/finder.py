@@ -5,7 +5,7 @@
 What a container does in its namespace is its own business, and it may do it
 a thousand times a second. So an event only marks a namespace to be looked at,
 each is looked at less and less often the more it changes, and all of it takes
-a tenth of the time at most. The timer of the agent is the guarantee.
+a tenth of a processor at most. The timer of the agent is the guarantee.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _BURST = 0.03
 _SOON, _LAST = 0.06, 1.0
 #: Seconds of looks after which the rest waits, since the agent has other work.
 _AT_ONCE = 0.05
-#: Of the time, the part that looks may take.
+#: The part of a processor that looks may take.
 _SHARE = 0.1
 #: So many messages at once are a flood, which is read in larger portions.
 _FLOOD = 32
@@ -183,7 +183,7 @@ class Finder:
         :returns: whether there was any of that
         """
         self._has_changed = False
-        began = time.monotonic()
+        began, spent = time.monotonic(), time.thread_time()
         if self._search_at is not None and self._search_at <= began:
             self._search_at = None if self._events is not None else (
                 began + _BLIND)
@@ -201,8 +201,8 @@ class Finder:
             namespace.due, namespace.looked = None, now
             if not self._look_at(namespace):
                 del self._namespaces[number]
-        ended = time.monotonic()
-        self._not_before = ended + (ended - began) * (1 / _SHARE - 1)
+        self._not_before = time.monotonic() + (
+            time.thread_time() - spent) * (1 / _SHARE - 1)
         return self._has_changed
 
     def _find(self) -> None:

@@ -19,6 +19,7 @@ from kuryr_break0.doctor import installation
 from kuryr_break0.doctor.node import Node
 from kuryr_break0.doctor.node import ParentView
 from kuryr_break0.doctor import pods
+from kuryr_break0.doctor import reachability
 from kuryr_break0.doctor import records
 from kuryr_break0.doctor import routes
 from kuryr_break0.doctor import services
@@ -52,8 +53,11 @@ class Examination:
     not_examined: list[str] = dataclasses.field(default_factory=list)
 
 
-def examine(conf: cfg.ConfigOpts) -> Examination:
-    """Look at all of a node, and change nothing."""
+def examine(conf: cfg.ConfigOpts, probe: bool = True) -> Examination:
+    """Look at all of a node, and change nothing.
+
+    :param probe: ping pods and node, where all else is right
+    """
     done = Examination()
     done.findings += installation.check()
     done.findings += daemon.check()
@@ -68,13 +72,14 @@ def examine(conf: cfg.ConfigOpts) -> Examination:
         done.invalid = True
         return done
     try:
-        _examine_node(options, done)
+        _examine_node(options, done, probe)
     except exceptions.Break0Error as err:
         done.unreadable = err
     return done
 
 
-def _examine_node(options: config.Options, done: Examination) -> None:
+def _examine_node(options: config.Options, done: Examination,
+                  probe: bool) -> None:
     if not options.enabled:
         done.findings.append(findings.DISABLED.found(
             '[break0] enabled is false'))
@@ -100,6 +105,20 @@ def _examine_node(options: config.Options, done: Examination) -> None:
             if looked < of:
                 done.not_examined.append('%s: %d of %d were looked at' % (
                     what, looked, of))
+        if done.findings or not probe:
+            if node.live:
+                done.not_examined.append(
+                    'whether pings are answered: ' + (
+                        'it was not asked for' if not probe else
+                        'not before what was found is right'))
+            return
+        for view in node.views:
+            try:
+                done.findings += reachability.check(view, routes.sample(
+                    pods.enterable(view), pods.ENTERED))
+            except exceptions.NotPermitted as err:
+                done.not_examined.append(
+                    'whether pings are answered: %s' % err)
 
 
 def _examine_parent(view: ParentView, netlink: kernel.Netlink,

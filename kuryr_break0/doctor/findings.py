@@ -429,6 +429,21 @@ NEIGHBOUR_STALE = Kind(
     'kuryr-daemon. If none has, delete what is left.',
     ('kuryr-break0 sync --delete-unclaimed',))
 
+PACKET_DROPPED = Kind(
+    'packet-dropped', ERROR,
+    'Node and pod do not reach each other, though all that break0 needs is '
+    'set.',
+    'Let the rule pass what goes between the node and its pods by break0, '
+    'which a probe shows in full.',
+    ('kuryr-break0 probe %(address)s --trace',))
+
+PROBE_UNANSWERED = Kind(
+    'probe-unanswered', WARNING,
+    'All that break0 needs is set, and no rule of nftables drops the ping. '
+    'The pod may not answer pings, as by a sysctl.',
+    'See whether a service of the pod is reached, by its port. If so, ignore '
+    'this finding.', ('kuryr-break0 probe %(address)s --trace',))
+
 # From the pod to its node
 
 POD_NOT_CONFIGURED = Kind(

@@ -43,9 +43,10 @@ table netdev {table} {{
     }}
 }}
 '''
-#: Seconds until nft listens, and until it has printed what it heard.
-_STARTS, _ENDS = 0.4, 0.4
+#: Seconds until nft has printed what it heard, and for anything that it does.
+_ENDS = 0.4
 _TIMEOUT = 10
+_NETLINK_NETFILTER = '12'
 _LINE = re.compile(r'trace id (?P<id>\w+) (?P<table>\w+ \S+) (?P<chain>\S+) '
                    r'(?P<what>packet:|rule|policy) (?P<text>.*)')
 
@@ -126,7 +127,6 @@ def traced(address: IPAddress, places: list[Place]) -> Iterator[Trace]:
     with contextlib.ExitStack() as stack:
         for place in places:
             stack.enter_context(_traced_at(nft, place, address, trace))
-        time.sleep(_STARTS)
         yield trace
         time.sleep(_ENDS)
 
@@ -148,6 +148,7 @@ def _traced_at(nft: str, place: Place, address: IPAddress,
             monitor = subprocess.Popen(
                 [nft, 'monitor', 'trace'], stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL, text=True, errors='replace')
+            _wait_until_it_listens(monitor)
         yield
     finally:
         if monitor is not None:
@@ -157,6 +158,22 @@ def _traced_at(nft: str, place: Place, address: IPAddress,
                     timeout=_TIMEOUT)[0])
         with contextlib.suppress(exceptions.NetnsUnusable), place.entered():
             _remove(nft)
+
+
+def _wait_until_it_listens(monitor: subprocess.Popen[str]) -> None:
+    """Wait for its socket to be in a group, as /proc/net/netlink shows it."""
+    deadline = time.monotonic() + _TIMEOUT
+    while time.monotonic() < deadline and monitor.poll() is None:
+        with contextlib.suppress(OSError, ValueError):
+            with open('/proc/%d/net/netlink' % monitor.pid) as file:
+                for line in file:
+                    # sk Eth Pid Groups ...
+                    _, protocol, port, groups, *_ = line.split()
+                    if (protocol, port) == (_NETLINK_NETFILTER,
+                                            str(monitor.pid)) and (
+                            int(groups, 16)):
+                        return
+        time.sleep(0.02)
 
 
 def _remove(nft: str) -> None:

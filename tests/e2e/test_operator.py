@@ -38,9 +38,10 @@ class TestOperator(AdoptTestCase):
                 for each in self.status(code=1)['addresses']
                 if each['problem']}
 
-    def findings(self) -> list[str]:
+    def findings(self, code: int = 4) -> list[str]:
         """What the doctor names, without that there is no agent."""
-        found = json.loads(self.call('doctor', '--json', code=1))['findings']
+        found = json.loads(self.call('doctor', '--json',
+                                     code=code))['findings']
         ids = [each['id'] for each in found]
         ids.remove('agent-not-running')
         return ids
@@ -101,7 +102,7 @@ class TestOperator(AdoptTestCase):
         # What breaks is seen, and repaired by hand.
         self.node.lab.run('ip', 'route', 'del', POD)
         self.assertEqual({POD: 'its route is missing'}, self.problems())
-        self.assertEqual(['route-missing'], self.findings())
+        self.assertEqual(['route-missing'], self.findings(code=1))
         self.call('probe', POD, '--count', '1', code=1)
         self.assertIn('+ route ' + POD, self.call('sync'))
         self.status()

@@ -111,8 +111,9 @@ class L3TestCase(base.LabTestCase):
                 refused = self.connect(vif, name, is_default, prepare)
                 pod = self.pod(name)
                 self.lab.del_netns(name)
-                # IPDB gives up now and then, and says nothing.
-                if refused != 'RuntimeError' or name != 'stock':
+                # IPDB gives up now and then, and says nothing; and for some
+                # ms the MAC address is that of the namespace just deleted.
+                if refused not in ('RuntimeError', 'PodNotConnected'):
                     break
             found.append((refused, pod))
         self.assertEqual(*found)

@@ -66,7 +66,8 @@ class DoctorTestCase(base.LabTestCase):
         self.assertEqual(code, done.returncode, done.stdout + done.stderr)
         return done
 
-    def findings(self, **overrides: Any) -> dict[str, Any]:
+    def findings(self, probe: bool = True, **overrides: Any
+                 ) -> dict[str, Any]:
         """What the doctor finds with these options, by id."""
         conf = cfg.ConfigOpts()
         config.register(conf)
@@ -76,7 +77,7 @@ class DoctorTestCase(base.LabTestCase):
         # As the command sees it, without what a build has left in the tree.
         path = [each for each in sys.path if each not in ('', os.getcwd())]
         with unittest.mock.patch.object(sys, 'path', path):
-            done = examination.examine(conf)
+            done = examination.examine(conf, probe)
         self.assertIsNone(done.unreadable)
         found = {each.id: each for each in done.findings}
         self.assertEqual(len(done.findings), len(found), done.findings)

@@ -225,3 +225,65 @@ class TestInterfaces(DoctorTestCase):
             self.follow(finding)
         self.assertEqual({}, self.findings())
         self.assertTrue(self.lab.ping(POD4))
+
+
+class TestReachability(DoctorTestCase):
+    """What no other check knows of."""
+
+    def assert_dropped(self, text: str) -> dict[str, Any]:
+        finding = self.assert_found('packet-dropped', text, severity='error')
+        self.assertIn(POD4, finding['subjects'])
+        return finding
+
+    def findings(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        found = super().findings(*args, **kwargs)
+        # Whichever pods are concerned.
+        for each in found.values():
+            each['subjects'], self.subjects = [], each['subjects']
+        return found
+
+    def assert_found(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        finding = super().assert_found(*args, **kwargs)
+        return {**finding, 'subjects': self.subjects}
+
+    def test_rules_in_the_pod(self) -> None:
+        self.lab.run('nft', 'add table inet t; add chain inet t c { type '
+                     'filter hook input priority 0; policy drop; }',
+                     netns='pod')
+        self.assert_dropped('in the pod the policy of the table inet t')
+        self.lab.run('nft', 'delete', 'table', 'inet', 't', netns='pod')
+        self.assertEqual({}, self.findings())
+
+    def test_rules_at_prerouting_and_ingress(self) -> None:
+        for rules, family in (
+                ('add table inet t; add chain inet t c { type filter hook '
+                 'prerouting priority -300; }; add rule inet t c iifname '
+                 'break0 drop', 'inet'),
+                ('add table netdev t; add chain netdev t c { type filter '
+                 'hook ingress device break0 priority 0; }; add rule netdev '
+                 't c ether saddr %s drop' % MACS['pod'], 'netdev'),
+                ('add table inet t; add chain inet t c { type filter hook '
+                 'input priority 0; }; add chain inet t m { type filter hook '
+                 'prerouting priority -150; }; add rule inet t m iifname '
+                 'break0 meta mark set 7; add rule inet t c meta mark 7 '
+                 'drop', 'inet')):
+            with self.subTest(rules):
+                self.lab.run('nft', rules)
+                # Whether by the simulator or by the trace.
+                found = self.findings()
+                self.assertTrue({'packet-dropped', 'firewall-drops',
+                                 'firewall-restricts'} & set(found), found)
+                self.lab.run('nft', 'delete', 'table', family, 't')
+                self.assertEqual({}, self.findings())
+
+    def test_pod_that_answers_no_pings(self) -> None:
+        self.lab.run('sysctl', '-w', 'net.ipv4.icmp_echo_ignore_all=1',
+                     netns='pod')
+        finding = self.assert_found('probe-unanswered', 'from the node',
+                                    severity='warning')
+        self.assertEqual([POD4], finding['subjects'])
+        self.assertEqual({}, self.findings(probe=False))
+        done = self.call('--no-probe')
+        self.assertIn('Not examined: whether pings are answered: it was not '
+                      'asked for', done.stdout)
+        self.assertIn('Nothing wrong was found.', done.stdout)

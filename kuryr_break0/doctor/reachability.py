@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Whether node and pods really reach each other, after all else is right.
+
+What no check knows of shows here: rules in a pod, marks, policy routing. The
+kernel's own trace then says what drops the packet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Iterator, Optional, Sequence
+
+from kuryr_break0.doctor import findings
+from kuryr_break0.doctor.findings import Finding
+from kuryr_break0.doctor.node import ParentView
+from kuryr_break0.doctor.prober import Probe
+from kuryr_break0.doctor.prober import Prober
+from kuryr_break0.doctor import trace
+from kuryr_break0 import exceptions
+from kuryr_break0 import kernel
+from kuryr_break0.model import Record
+
+#: Seconds for an answer, and pods without one after which it is enough.
+_TIMEOUT = 0.5
+_ENOUGH = 3
+
+
+def check(view: ParentView, pods: Sequence[list[Record]]
+          ) -> Iterator[Finding]:
+    """Ping pods and, from them, the node.
+
+    :param pods: the records of each
+    :raises NotPermitted: without CAP_NET_RAW
+    """
+    silent: list[tuple[Record, Probe]] = []
+    for records in pods:
+        for record in records:
+            probe = _unanswered(view, record)
+            if probe is not None:
+                silent.append((record, probe))
+        if len(silent) >= _ENOUGH:
+            break
+    view.refresh()
+    silent = [(record, probe) for record, probe in silent
+              if record.address not in view.changing]
+    if not silent:
+        return
+    record, probe = silent[0]
+    dropped = _dropped(view, record)
+    kind = (findings.PACKET_DROPPED if dropped
+            else findings.PROBE_UNANSWERED)
+    yield kind.found(
+        'a ping %s, to %s, is not answered%s' % (
+            'from the node' if probe.direction == 'node to pod'
+            else 'from the pod', probe.to,
+            ': ' + '; '.join(dropped) if dropped else ''),
+        [each.address for each, _ in silent], address=record.address)
+
+
+def _unanswered(view: ParentView, record: Record) -> Optional[Probe]:
+    """Return the first probe without an answer, if there is one."""
+    prober = Prober(1, _TIMEOUT)
+    assert record.netns is not None and view.known is not None
+    probes = [prober.from_node(record.address, view.name, record.mac)]
+    with contextlib.suppress(exceptions.NetnsUnusable):
+        probes += prober.from_pod(record.address, record.netns,
+                                  record.namespace, view.known)
+    return next((probe for probe in probes if not probe.answered), None)
+
+
+def _dropped(view: ParentView, record: Record) -> list[str]:
+    netns, namespace = record.netns, record.namespace
+    assert netns is not None
+    places = [
+        trace.Place('on the node', view.name, contextlib.nullcontext),
+        trace.Place('in the pod', record.owner.ifname,
+                    lambda: kernel.entered(netns, namespace))]
+    try:
+        with trace.traced(record.address, places) as found:
+            _unanswered(view, record)
+    except (exceptions.Break0Error, OSError):
+        return []
+    return found.dropped
