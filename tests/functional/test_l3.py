@@ -39,11 +39,12 @@ class L3TestCase(base.LabTestCase):
         super().setUp()
         self.lab.add_ipv6()
         k_config.CONF([], project='kuryr', default_config_files=[])
-        k_config.CONF.set_override('link_iface', lab.PARENT, group='binding')
         config.register(k_config.CONF)
-        k_config.CONF.set_override('pod_binding', config.DIRECT,
-                                   group=config.GROUP)
-        self.addCleanup(k_config.CONF.reset)
+        for group, name, value in (
+                ('binding', 'link_iface', lab.PARENT),
+                (config.GROUP, 'pod_binding', config.DIRECT)):
+            k_config.CONF.set_override(name, value, group=group)
+            self.addCleanup(k_config.CONF.clear_override, name, group=group)
         objects.register_locally_defined_vifs()
         os_vif.initialize()
 
