@@ -14,6 +14,8 @@ The kernel
 - It interrupts dumps while a table changes: ``kernel.rtnetlink``.
 - It ignores an alias at creation; a macvlan without an address answers the
   LAN for the node's addresses, joins groups, asks for routers: ``device``.
+- A namespace outlives its interface, and the next one there has another MAC
+  address: ``kernel.nft``.
 - In IPv6 a route with a lower metric wins silently: ``model.best_metric``.
 - Closing a file ends all locks of fcntl(2) that the process has on it, as a
   scrape ended that of a sync: ``ledger.lock``.
@@ -41,5 +43,11 @@ Others on the node
 
 - A pod changes its own entries or MAC address: ``podside``.
 - Somebody replaces a route again and again: ``reconciler.take_over``.
-- A pod makes the kernel tell of thousands of changes: ``agent.interests``.
+- A pod makes the kernel tell of thousands of changes: ``agent.interests``,
+  ``discovery.finder``.
+- A container gives itself the address of another one, of the node or of the
+  gateway: ``discovery.finder``, ``policy``.
+- A runtime gives up a request that is done all the same, and sends a DEL
+  before: ``agent.cni_server``.
+- A container engine answers with parts of other types: ``discovery.engines``.
 """

@@ -84,6 +84,13 @@ class LedgerUnavailable(Break0Error):
                'only root can write.')
 
 
+class RecordNewer(LedgerUnavailable):
+    msg_fmt = ('The record of %(address)s in %(path)s was written by a later '
+               'version of this program: %(reason)s. Nothing is set or '
+               'deleted for it. Install that version, or bind the address '
+               'again.')
+
+
 class KernelRefused(Break0Error):
     """The kernel answered a netlink request with an error.
 

@@ -177,8 +177,10 @@ class Agent:
             try:
                 if self._finder.look() and self._namer is not None:
                     self._namer.want()
-            except Exception:  # must not end the agent
-                LOG.exception('Containers could not be found')
+            except Exception as err:  # must not end the agent
+                # What it was to do is still due, or found by the timer.
+                self._finder.postpone()
+                LOG.error('Containers could not be found: %r', err)
 
     def _sync(self, ledger: Ledger, interests: Interests) -> None:
         began, spent = time.monotonic(), time.thread_time()

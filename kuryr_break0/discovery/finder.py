@@ -177,6 +177,10 @@ class Finder:
             times.append(self._search_at)
         return max(min(times), self._not_before) if times else None
 
+    def postpone(self) -> None:
+        """Do nothing for a second, as after a fault of this process."""
+        self._not_before = time.monotonic() + _LAST
+
     def look(self) -> bool:
         """Do what is due: bind what is new, unbind what is not there.
 

@@ -186,7 +186,11 @@ class Records:
         except ValueError as err:
             self._quarantine(path, err)
             return ()
-        except (OSError, NewerVersion) as err:
+        except NewerVersion as err:
+            raise exceptions.RecordNewer(
+                address=address, path=os.path.dirname(self.directory),
+                reason=err) from err
+        except OSError as err:
             raise self._unavailable(err) from err
 
     def get(self, address: IPAddress) -> Optional[Record]:

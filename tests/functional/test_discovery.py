@@ -441,6 +441,30 @@ class TestInstalled(DiscoveryTestCase):
         self.until_bound(ONE, ONE6)
 
 
+class TestFaults(DiscoveryTestCase):
+
+    def test_no_descriptors_left(self) -> None:
+        """It neither ends nor spins, and goes on when there are some."""
+        agent = self.start()
+        self.lab.add_pod('one', ONE)
+        self.until_bound(ONE)
+        process = psutil.Process(agent.pid)
+        before = process.rlimit(psutil.RLIMIT_NOFILE)
+        process.rlimit(psutil.RLIMIT_NOFILE, (process.num_fds(), before[1]))
+        self.lab.add_pod('two', TWO)
+        times = process.cpu_times()
+        lines = self.log().count('\n')
+        time.sleep(3)
+        now = process.cpu_times()
+        self.assertLess(now.user + now.system - times.user - times.system,
+                        0.6)
+        self.assertLess(self.log().count('\n') - lines, 40)
+        self.assertIsNone(agent.poll())
+        process.rlimit(psutil.RLIMIT_NOFILE, before)
+        self.inside('two', 'ip', 'link', 'set', 'eth0', 'promisc', 'on')
+        self.until_bound(ONE, TWO)
+
+
 class TestRecords(base.LabTestCase):
 
     def test_take_back_leaves_others(self) -> None:
