@@ -9,6 +9,7 @@ kernel's own trace then says what drops the packet.
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import Iterator, Optional, Sequence
 
 from kuryr_break0.doctor import findings
@@ -24,6 +25,9 @@ from kuryr_break0.model import Record
 #: Seconds for an answer, and pods without one after which it is enough.
 _TIMEOUT = 0.5
 _ENOUGH = 3
+#: Seconds after which a pod that has just started answers: before that, its
+#: IPv6 addresses may be tentative.
+_SETTLED, _TRIES = 1.0, 3
 
 
 def check(view: ParentView, pods: Sequence[list[Record]]
@@ -41,6 +45,13 @@ def check(view: ParentView, pods: Sequence[list[Record]]
                 silent.append((record, probe))
         if len(silent) >= _ENOUGH:
             break
+    for _ in range(_TRIES):
+        if not silent:
+            return
+        time.sleep(_SETTLED)
+        silent = [(record, probe) for record, probe in (
+            (record, _unanswered(view, record)) for record, _ in silent)
+            if probe is not None]
     view.refresh()
     silent = [(record, probe) for record, probe in silent
               if record.address not in view.changing]

@@ -276,6 +276,18 @@ class TestReachability(DoctorTestCase):
                 self.lab.run('nft', 'delete', 'table', family, 't')
                 self.assertEqual({}, self.findings())
 
+    def test_pod_that_has_just_started(self) -> None:
+        """Its IPv6 address is tentative, for a second or two."""
+        self.lab.run('ip', 'address', 'del', POD6 + '/64', 'dev', 'eth0',
+                     netns='pod')
+        self.lab.run('ip', 'address', 'add', POD6 + '/64', 'dev', 'eth0',
+                     netns='pod')
+        self.lab.run('ip', 'neigh', 'replace', lab.NODE6, 'lladdr',
+                     str((self.lab.link('break0') or {})['address']), 'dev',
+                     'eth0', 'nud', 'permanent', netns='pod')
+        self.assertFalse(self.lab.ping(POD6, cold=False))
+        self.assertEqual({}, self.findings())
+
     def test_pod_that_answers_no_pings(self) -> None:
         self.lab.run('sysctl', '-w', 'net.ipv4.icmp_echo_ignore_all=1',
                      netns='pod')
