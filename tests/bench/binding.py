@@ -121,13 +121,17 @@ def binding(node: Node, repeat: int) -> Section:
         say('pod %d of %d bound by Kuryr' % (start + 1, pods))
         for size in SIZES:
             node.resize(size)
-            for way in ways:
-                bound.verify(way)
-            for _ in range(start, min(start + ROUND, pods)):
+            # As where an agent works, which has the housekeeping.
+            with node.ledger.heartbeat.kept() as beat:
+                beat()
                 for way in ways:
-                    with blamed(way):
-                        connects[way][size].append(bound.connect(way))
-                        disconnects[way][size].append(bound.disconnect(way))
+                    bound.verify(way)
+                for _ in range(start, min(start + ROUND, pods)):
+                    for way in ways:
+                        with blamed(way):
+                            connects[way][size].append(bound.connect(way))
+                            disconnects[way][size].append(
+                                bound.disconnect(way))
     connect, disconnect = _medians(connects), _medians(disconnects)
     low, _, high = SIZES
     return Section(
