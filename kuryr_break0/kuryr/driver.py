@@ -55,12 +55,13 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         owner = Owner(container_id, ifname)
         unreachable = 'Pod %s may not be reachable from its node' % owner
         options = self._options(unreachable)
+        patches.restore_configure_l3()
         try:
             sandbox = self._sandbox(netns)
             self._require_leftover(vif)
             if self._is_direct(options):
                 self._connect_directly(vif, ifname, sandbox)
-                patches.replace_configure_l3(self._configure_l3)
+                patches.replace_configure_l3(vif, self._configure_l3)
             else:
                 with patches.interfaces_only():
                     kernel.undisturbed('connect ' + ifname, super().connect,

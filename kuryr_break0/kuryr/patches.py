@@ -93,6 +93,15 @@ def _get_ipdb_of_interfaces(netns: Optional[str] = None) -> Any:
     return (not netns and kernel.ipdb_of_interfaces()) or _get_ipdb(netns)
 
 
+def restore_configure_l3() -> None:
+    """Undo what an earlier pod of this process has left, if it was not used.
+
+    As for a VIF that Kuryr gives no addresses.
+    """
+    if hasattr(getattr(b_base, '_configure_l3', None), 'is_of_break0'):
+        b_base._configure_l3 = _configure_l3
+
+
 def repeat_configure_l3() -> None:
     """Have Kuryr configure the addresses of a pod again if IPDB fails.
 
@@ -104,8 +113,8 @@ def repeat_configure_l3() -> None:
         b_base._configure_l3 = _configure_l3_repeatedly
 
 
-def replace_configure_l3(configure: Callable[..., None]) -> None:
-    """Have the next pod of this process given its addresses otherwise.
+def replace_configure_l3(vif: Any, configure: Callable[..., None]) -> None:
+    """Have a VIF, if it is the next of this process, configured otherwise.
 
     :param configure: takes what Kuryr's function does
     """
@@ -115,8 +124,10 @@ def replace_configure_l3(configure: Callable[..., None]) -> None:
 
     def once(*args: Any) -> None:
         b_base._configure_l3 = _configure_l3
-        configure(*args)
+        assert _configure_l3 is not None
+        (configure if args[0] is vif else _configure_l3)(*args)
 
+    once.is_of_break0 = True  # type: ignore[attr-defined]
     b_base._configure_l3 = once
 
 
@@ -131,3 +142,6 @@ def _configure_l3_repeatedly(*args: Any) -> None:
             LOG.warning('Configuring the addresses of a pod again, since '
                         'IPDB failed: %r', err)
     _configure_l3(*args)
+
+
+_configure_l3_repeatedly.is_of_break0 = True  # type: ignore[attr-defined]

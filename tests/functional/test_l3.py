@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import ipaddress
 from typing import Any, Optional
+from unittest import mock
 import uuid
 
 from kuryr_kubernetes.cni.binding import base as b_base
@@ -50,7 +51,7 @@ class L3TestCase(base.LabTestCase):
         os_vif.initialize()
         # A test that calls the driver alone leaves this for the next request
         # of its process, which in kuryr-daemon has only one.
-        b_base._configure_l3 = patches._configure_l3
+        patches.restore_configure_l3()
 
     def connect(self, vif: Any, name: str, is_default: bool = True,
                 prepare: tuple[str, ...] = ()) -> Optional[str]:
@@ -194,3 +195,18 @@ class TestErrors(L3TestCase):
             with self.assertRaises(exceptions.KernelRefused):
                 netlink.configure('nope', [], [])
         self.assertEqual(before, self.pod('ours'))
+
+    def test_another_vif_comes_first(self) -> None:
+        """One that Kuryr gives no addresses leaves nothing for the next."""
+        stock = kuryr.macvlan_vif(POD4, mac=MAC)
+        ours = break0_vif.VIFMacvlanBreak0._obj_from_primitive(
+            None, '1.0', stock.obj_to_primitive())
+        configured: list[object] = []
+        with mock.patch.object(patches, '_configure_l3',
+                               lambda *args: configured.append(args[0])), \
+                mock.patch.object(b_base, '_configure_l3',
+                                  patches._configure_l3):
+            patches.replace_configure_l3(ours, self.fail)
+            b_base._configure_l3(stock, 'eth0', '/run/netns/none', True)
+            b_base._configure_l3(ours, 'eth0', '/run/netns/none', True)
+        self.assertEqual([stock, ours], configured)
