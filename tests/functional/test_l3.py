@@ -93,6 +93,8 @@ class L3TestCase(base.LabTestCase):
             for key in ('ifindex', 'link_index', 'link_netnsid', 'txqlen',
                         'promiscuity', 'allmulti'):
                 link.pop(key, None)
+            # IPDB sets them in the order of a set of Python.
+            link['addr_info'].sort(key=str)
             found[link['ifname']] = link
         found['disable_ipv6'] = self.lab.run(
             'sysctl', '-a', '--pattern', 'disable_ipv6', netns=name).stdout
