@@ -11,7 +11,6 @@ from unittest import mock
 import uuid
 
 from kuryr_kubernetes.cni.binding import base as b_base
-from kuryr_kubernetes.cni.daemon import service  # noqa: F401 (as kuryr-daemon)
 from kuryr_kubernetes import config as k_config
 from kuryr_kubernetes import objects
 import os_vif
@@ -115,7 +114,7 @@ class L3TestCase(base.LabTestCase):
             None, '1.0', stock.obj_to_primitive())
         found = []
         for name, vif in (('stock', stock), ('ours', ours)):
-            for _ in range(5):
+            for _ in range(20):
                 refused = self.connect(vif, name, is_default, prepare)
                 pod = self.pod(name)
                 self.lab.del_netns(name)

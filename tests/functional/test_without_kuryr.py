@@ -67,7 +67,7 @@ class TestWithoutKuryr(base.CNITestCase):
         self.call('probe', address)
         self.assertIn('kuryr_kubernetes', self.call('adopt', code=2))
         self.assertEqual(['agent-not-running'], re.findall(
-            r'^[a-z]+: (.*)', self.call('doctor', code=1), re.M))
+            r'^[a-z]+: (.*)', self.call('doctor', code=4), re.M))
         self.runtime.remove(lan, netns)
         self.call('cleanup')
         self.assertIsNone(self.lab.link('break0'))
