@@ -114,7 +114,7 @@ class L3TestCase(base.LabTestCase):
             None, '1.0', stock.obj_to_primitive())
         found = []
         for name, vif in (('stock', stock), ('ours', ours)):
-            for _ in range(20):
+            for _ in range(5):
                 refused = self.connect(vif, name, is_default, prepare)
                 pod = self.pod(name)
                 self.lab.del_netns(name)
@@ -142,7 +142,25 @@ class TestSameAsKuryr(L3TestCase):
                                 for route in pod[family]))
 
     def test_several_subnets(self) -> None:
-        self.compare(POD4, FAR4, POD6)
+        """Kuryr itself fails here in every other process.
+
+        That depends on the order that IPDB's set of addresses has there.
+        """
+        vif = break0_vif.VIFMacvlanBreak0._obj_from_primitive(
+            None, '1.0', kuryr.macvlan_vif(
+                POD4, FAR4, POD6, mac=MAC, subnets=SUBNETS
+            ).obj_to_primitive())
+        self.assertIsNone(self.connect(vif, 'ours'))
+        pod = self.pod('ours')
+        self.assertEqual(
+            {(POD4, 24), (FAR4, 24), (POD6, 64)},
+            {(each['local'], each['prefixlen'])
+             for each in pod['eth0']['addr_info']
+             if each['scope'] == 'global'})
+        # The first gateway of a family is the default one, as Kuryr has it.
+        self.assertEqual(
+            [lab.LAN], [route['gateway'] for route in pod['routes -4']
+                        if route['dst'] == 'default'])
 
     def test_not_the_default_gateway(self) -> None:
         pod = self.compare(POD4, POD6, is_default=False)
