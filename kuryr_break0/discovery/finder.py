@@ -224,9 +224,14 @@ class Finder:
             if number is None:
                 try:
                     number = kernel.number(found)
-                except exceptions.Break0Error as err:
+                except exceptions.NetnsUnusable as err:
                     LOG.debug('Left out for now: %s', err)
                     continue
+                except exceptions.KernelRefused as err:
+                    # Without a number it has no events, but the timer.
+                    LOG.debug('Changes of %s are noticed by the timer '
+                              'only: %s', found.path, err)
+                    number = -found.namespace.inode
                 present[number] = _Namespace(found, due=now)
             else:
                 present[number] = dataclasses.replace(
