@@ -263,8 +263,8 @@ OPTS = [
              'moved, renamed and set up, with five looks at the interfaces '
              'of node or pod in between'),
             (DIRECT, 'by kuryr-break0: in the namespace of the pod, by one '
-             'request; the interface and the errors are the same, in less '
-             'than half the time')]),
+             'request, and its addresses by another; the pod gets the same, '
+             'in a tenth of the time')]),
         default=KURYR,
         help='How the macvlan interface of a pod is made. When enabled is '
              'false, Kuryr makes it. It may be changed on a node with pods.'),
