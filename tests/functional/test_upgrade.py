@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from typing import Any, Callable, Iterator
+import unittest
 
 from tests.functional import base
 from tests import lab
@@ -25,6 +26,8 @@ PODS = {'one': ('100.75.30.71', 'fd00:30::71'),
         'two': ('100.75.30.72', 'fd00:30::72')}
 
 
+@unittest.skipUnless(os.path.isdir(EARLIER), 'the history of the repository '
+                     'is not here, as in a shallow clone')
 class TestUpgrade(base.LabTestCase):
 
     def setUp(self) -> None:
