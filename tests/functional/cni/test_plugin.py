@@ -297,7 +297,9 @@ class PluginSuite(base.CNITestCase):
             self.lab.add_netns('n%d' % number)
             found = base.addresses(self.runtime.add(
                 listed, '/run/netns/n%d' % number, container,
-                ifname='eth0' if listed is self.lan else 'net1'))
+                ifname='eth0' if listed is self.lan else 'net1',
+                # A name as that of the network makes it none of it.
+                args='K8S_POD_NAME=lan'))
             if container == OTHER_ID or listed is other:
                 kept.update(found)
         self.lab.add_pod('kuryr', '100.75.30.40')
