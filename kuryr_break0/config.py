@@ -542,8 +542,10 @@ def unknown(conf: cfg.ConfigOpts) -> list[str]:
     """
     known = [opt.dest for opt in OPTS]
     found: dict[str, str] = {}
-    for path in (*(conf.config_file or ()), *(
-            path for directory in conf.config_dir or ()
+    # A program that has read no files yet, as a user of os-vif may, has no
+    # such options.
+    for path in (*(getattr(conf, 'config_file', None) or ()), *(
+            path for directory in getattr(conf, 'config_dir', None) or ()
             for path in sorted(glob.glob(os.path.join(
                 glob.escape(directory), '*.conf'))))):
         sections: dict[str, Any] = {}

@@ -33,6 +33,8 @@ SECTIONS: dict[str, bench.Measure] = {
     'binding': binding.binding, 'single': binding.single,
     'scale': scale.scale,
     'bursts': binding.bursts, 'cni': cni.adds}
+#: Run only where they are named: they take some ten minutes.
+LONG: dict[str, bench.Measure] = {'soak': binding.soak}
 
 
 def _table(title: Optional[str], columns: list[str],
@@ -88,8 +90,9 @@ def _arguments(argv: Optional[list[str]]) -> argparse.Namespace:
                         help='pairs by each way and number of routes; a '
                         'slow way gets fewer (default: %(default)d)')
     parser.add_argument('sections', metavar='SECTION', nargs='*',
-                        choices=[*SECTIONS, []], default=[],
-                        help='only these of: %s' % ', '.join(SECTIONS))
+                        choices=[*SECTIONS, *LONG, []], default=[],
+                        help='only these of: %s; not run without its name:'
+                        ' %s' % (', '.join(SECTIONS), ', '.join(LONG)))
     return parser.parse_args(argv)
 
 
@@ -101,7 +104,8 @@ def main(argv: Optional[list[str]] = None) -> int:
         sections = {}
         for name in args.sections or SECTIONS:
             with contextlib.closing(lab.Lab()) as made:
-                sections[name] = SECTIONS[name](bench.Node(made), args.repeat)
+                sections[name] = {**SECTIONS, **LONG}[name](
+                    bench.Node(made), args.repeat)
         results = _report(sections, args.repeat)
         if args.json:
             with args.json:

@@ -202,3 +202,14 @@ class TestHelp(unittest.TestCase):
              '("pyroute2", "kuryr_kubernetes", "os_vif")])'],
             check=True, text=True, stdout=subprocess.PIPE).stdout
         self.assertEqual('[]', loaded.strip())
+
+
+class TestUnknown(unittest.TestCase):
+
+    def test_a_program_that_has_read_no_files(self) -> None:
+        """As one that uses os-vif, which loads our plugin."""
+        conf = cfg.ConfigOpts()
+        with mock.patch.dict(os.environ, OS_BREAK0__STRIKT='true'):
+            self.assertEqual(
+                ['[break0] strikt in the environment is no option: did you '
+                 'mean strict?'], config.unknown(conf))
