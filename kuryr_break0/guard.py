@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 import subprocess
 from typing import Collection, Iterable, Iterator, Optional, Sized
 
@@ -32,8 +31,6 @@ from kuryr_break0.model import Record
 #: Begins the names of our tables, on the node and in pods.
 PREFIX = 'kuryr-break0'
 _TIMEOUT = 5  # seconds; others wait for the lock meanwhile
-#: Where nft is, beside PATH.
-_DIRECTORIES = '/usr/sbin:/sbin'
 
 # IPv6 needs permanent neighbours on both sides, so nothing of neighbour
 # discovery has to pass; of ARP, a pod may speak of its own address.
@@ -76,14 +73,9 @@ def table_of(device: str) -> str:
         device.encode()).hexdigest()[:8])
 
 
-def _nft() -> Optional[str]:
-    """Return the path of the program nft; None without one."""
-    return shutil.which('nft') or shutil.which('nft', path=_DIRECTORIES)
-
-
 def is_installed() -> bool:
     """Return whether there is the program that loads a guard."""
-    return _nft() is not None
+    return kernel.find_program('nft') is not None
 
 
 def _load(nft: str, text: str) -> Optional[str]:
@@ -165,7 +157,7 @@ class Guard:
     def is_possible(self) -> bool:
         """Whether it must be there: it is wanted, and was or can be loaded."""
         return self.is_wanted and (self._options.guard == config.ON
-                                   or self.is_loaded() or _nft() is not None)
+                                   or self.is_loaded() or is_installed())
 
     def problem(self, link: kernel.Link) -> Optional[str]:
         """Return what is wrong with its table; None if nothing is.
@@ -228,7 +220,7 @@ class Guard:
             return self.remove()
         if self.is_intact(link):
             return False
-        nft = _nft()
+        nft = kernel.find_program('nft')
         if nft is None:
             self._cache.drop(self._key)
             raise exceptions.GuardUnavailable(

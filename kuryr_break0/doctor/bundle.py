@@ -10,7 +10,6 @@ import io
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -18,6 +17,7 @@ import time
 from typing import Callable, Iterator
 
 from kuryr_break0 import config
+from kuryr_break0 import kernel
 
 #: Bytes of the archive before it is packed, and of one part.
 _MOST, _PART = 10 * 2 ** 20, 2 ** 20
@@ -97,7 +97,7 @@ class Bundle:
             except importlib.metadata.PackageNotFoundError:
                 lines.append('%s is not installed' % name)
         for program in ('ip', 'nft', 'iptables-save'):
-            lines.append('%s: %s' % (program, shutil.which(program)))
+            lines.append('%s: %s' % (program, kernel.find_program(program)))
         return '\n'.join(lines)
 
     def _state(self) -> Iterator[tuple[str, str]]:
@@ -136,8 +136,7 @@ class Bundle:
 
 
 def _output(command: tuple[str, ...]) -> str:
-    path = shutil.which(command[0], path=os.environ.get('PATH', os.defpath)
-                        + ':/usr/sbin:/sbin')
+    path = kernel.find_program(command[0])
     if path is None:
         return 'There is no program %s.' % command[0]
     try:

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 from typing import Any, Callable, Iterator, Optional
 
@@ -55,17 +53,12 @@ def check(view: ParentView) -> Iterator[Finding]:
 
 def not_examined() -> Iterator[str]:
     """Say which rules could not be looked at."""
-    if _found('nft') is None:
+    if kernel.find_program('nft') is None:
         yield ('the rules of nftables: there is no program nft. Install the '
                'package nftables.')
-        if _found('iptables-save') is None:
+        if kernel.find_program('iptables-save') is None:
             yield ('the rules of iptables: there is no program '
                    'iptables-save. Install the package iptables.')
-
-
-def _found(program: str) -> Optional[str]:
-    return shutil.which(program, path=os.environ.get('PATH', os.defpath)
-                        + ':/usr/sbin:/sbin')
 
 
 def _packets(view: ParentView) -> Iterator[Packet]:
@@ -126,7 +119,7 @@ def _legacy_in_use(names: str) -> bool:
 
 def _run(program: str, *args: str) -> Optional[str]:
     """What a program says; None if it is not there, or has failed."""
-    path = _found(program)
+    path = kernel.find_program(program)
     if path is None:
         return None
     try:

@@ -10,14 +10,13 @@ iptables-nft too. It is removed afterwards. iptables-legacy cannot be traced.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import shutil
 import subprocess
 import time
 from typing import Callable, ContextManager, Iterator, NamedTuple, Optional
 
 from kuryr_break0 import exceptions
+from kuryr_break0 import kernel
 from kuryr_break0.model import IPAddress
 
 _TABLE = 'break0-trace'
@@ -119,8 +118,7 @@ def traced(address: IPAddress, places: list[Place]) -> Iterator[Trace]:
 
     :raises CannotTrace: without nft, or if it refuses
     """
-    nft = shutil.which('nft', path=os.environ.get('PATH', os.defpath)
-                       + ':/usr/sbin:/sbin')
+    nft = kernel.find_program('nft')
     if nft is None:
         raise exceptions.CannotTrace(reason='there is no program nft')
     trace = Trace()

@@ -47,6 +47,7 @@ from kuryr_break0.kernel.node import name_of
 from kuryr_break0.kernel.node import read_sysctl
 from kuryr_break0.kernel.node import source_for
 from kuryr_break0.kernel.node import write_sysctl
+from kuryr_break0.kernel.programs import find_program
 from kuryr_break0.kernel.rtnetlink import GatewayRoute
 from kuryr_break0.kernel.rtnetlink import Netlink
 from kuryr_break0.kernel.rtnetlink import Path
@@ -66,8 +67,8 @@ __all__ = (
     'Netlink', 'Nft', 'NftEvents', 'Pair', 'Path', 'RTN_UNICAST',
     'RT_SCOPE_LINK', 'RT_SCOPE_NOWHERE', 'RT_TABLE_MAIN', 'Route', 'Routes',
     'State', 'Verb', 'claimants', 'count_host_routes', 'create_macvlan',
-    'entered', 'exists', 'find', 'forget_connections', 'identify',
-    'identify_or_fail', 'index_of', 'ipdb_of_interfaces', 'macvlan_of',
-    'macvlans', 'macvlans_in', 'mounted', 'name_of', 'node_nft', 'number',
-    'prepare', 'read_sysctl', 'source_for', 'state', 'undisturbed', 'unshare',
-    'write_sysctl')
+    'entered', 'exists', 'find', 'find_program', 'forget_connections',
+    'identify', 'identify_or_fail', 'index_of', 'ipdb_of_interfaces',
+    'macvlan_of', 'macvlans', 'macvlans_in', 'mounted', 'name_of', 'node_nft',
+    'number', 'prepare', 'read_sysctl', 'source_for', 'state', 'undisturbed',
+    'unshare', 'write_sysctl')

@@ -402,7 +402,7 @@ class TestTable(BorderTestCase):
         self.assertEqual([], self.problems())
 
     def test_without_nft(self) -> None:
-        with mock.patch.object(guard, '_nft', return_value=None):
+        with mock.patch.object(kernel, 'find_program', return_value=None):
             self.lab.run('nft', 'flush', 'ruleset')
             self.manager().sync()
             self.assertEqual([], self.problems())
@@ -422,7 +422,7 @@ class TestTable(BorderTestCase):
                     file.write('#!/bin/sh\n%s\n' % script)
                 os.chmod('/run/nft', 0o755)
                 address = '100.75.30.%d' % (80 + number)
-                with mock.patch.object(guard, '_nft',
+                with mock.patch.object(kernel, 'find_program',
                                        return_value='/run/nft'), \
                         mock.patch.object(guard, '_TIMEOUT', 1), \
                         mock.patch.object(base.manager, 'CACHED', 0), \
