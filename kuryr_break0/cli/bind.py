@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from typing import Any, Iterable
 
@@ -89,6 +90,8 @@ def add_parsers(subparsers: Any) -> None:
             '--ifname', metavar='NAME', default='eth0',
             type=common.argument(config.DeviceName()),
             help="the container's interface (default: eth0)")
+        parser.add_argument('--json', action='store_true',
+                            help='print JSON instead of lines')
     bind.add_argument(
         '--netns', metavar='PATH',
         type=common.argument(config.AbsolutePath()),
@@ -142,8 +145,12 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
     identity = Ledger(options.state_dir, options.lock_timeout).identity()
     devices = identity.devices if identity else {}
     device = devices.get(parent, options.device)
-    for address in addresses:
-        print('Bound %s to %s for %s' % (address, device, owner))
+    if wanted.json:
+        print(json.dumps({**vars(owner), 'interface': device,
+                          'addresses': list(map(str, addresses))}, indent=2))
+    else:
+        for address in addresses:
+            print('Bound %s to %s for %s' % (address, device, owner))
     return common.IN_SYNC
 
 
@@ -175,13 +182,18 @@ def _unbind(conf: cfg.ConfigOpts, options: config.Options) -> int:
         _housekeep(manager)
     records = Ledger(options.state_dir, options.lock_timeout).records
     code = common.IN_SYNC
+    outcomes = []
     for address in addresses:
         record = records.get(address)
-        if address in unbound:
-            print('Unbound %s' % address)
-        elif record is None:
-            print('%s was not bound' % address)
-        else:
+        outcome = ('unbound' if address in unbound else
+                   'not bound' if record is None else 'taken')
+        outcomes.append({'address': str(address), 'outcome': outcome})
+        if record is not None and outcome == 'taken':
             code = common.fail(common.DRIFT, exceptions.AddressTaken(
                 address=address, owner=record.owner, **vars(record.owner)))
+        elif not conf.command.json:
+            print('Unbound %s' % address if address in unbound
+                  else '%s was not bound' % address)
+    if conf.command.json:
+        print(json.dumps({**vars(owner), 'addresses': outcomes}, indent=2))
     return code

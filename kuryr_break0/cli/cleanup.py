@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from typing import Any, Iterator, Optional
+import json
+from typing import Any, Iterator, NamedTuple, Optional
 
 from oslo_config import cfg
 
@@ -49,17 +50,44 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--dry-run', action='store_true',
                         help='print what there is to do, and do nothing')
+    parser.add_argument('--json', action='store_true',
+                        help='print JSON instead of lines')
     parser.set_defaults(func=_run)
 
 
 def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     cleanup = Cleanup(options, config.link_iface(conf), conf.command.dry_run)
-    code = common.IN_SYNC
-    for change in cleanup.run():
-        print(change)
-        if change.startswith('!') or conf.command.dry_run:
-            code = common.DRIFT
-    return code
+    done: list[Removal] = []
+    try:
+        for removal in cleanup.run():
+            done.append(removal)
+            if not conf.command.json:
+                print(removal)
+    finally:
+        if conf.command.json:
+            print(json.dumps({
+                'removed': [each.what for each in done if not each.reason],
+                'left': [each._asdict() for each in done if each.reason]},
+                indent=2))
+    if conf.command.dry_run:
+        return common.DRIFT if done else common.IN_SYNC
+    return (common.DRIFT if any(each.reason for each in done)
+            else common.IN_SYNC)
+
+
+class Removal(NamedTuple):
+    """Something that is taken away, or is left.
+
+    :ivar what: its kind and name
+    :ivar reason: why it is left; None if it is taken away
+    """
+
+    what: str
+    reason: Optional[str] = None
+
+    def __str__(self) -> str:
+        return ('- %s' % self.what if self.reason is None
+                else '! %s: %s' % self)
 
 
 class Cleanup:
@@ -76,8 +104,8 @@ class Cleanup:
         self._dry_run = dry_run
         self._ledger = Ledger(options.state_dir, options.lock_timeout)
 
-    def run(self) -> Iterator[str]:
-        """Take it away; a line for each thing.
+    def run(self) -> Iterator[Removal]:
+        """Take away what was made; say each thing when it is done.
 
         All is done under the lock, and the ledger goes last: killed at any
         instruction, what is left can be cleaned up by another run.
@@ -92,17 +120,18 @@ class Cleanup:
                 stack.enter_context(self._ledger.lock())
                 seen = snapshot.read(self._options, self._ledger, netlink, 0)
             for address in seen.contents.unreadable:
-                yield ('! record of %s: it cannot be read, so its pod keeps '
-                       'what it needs to reach the node' % address)
+                yield Removal(
+                    'record of %s' % address, 'it cannot be read, so its pod '
+                    'keeps what it needs to reach the node')
             for record in self._interfaces(seen):
                 yield from self._pod(record)
             for parent in seen.parents.values():
                 yield from self._node(netlink, parent)
             if self._ledger.heartbeat.age() is not None:
-                yield ('! agent: it is running, and makes the state '
-                       'directory again; stop it')
+                yield Removal('agent', 'it is running, and makes the state '
+                              'directory again; stop it')
             if existed:
-                yield '- directory %s' % self._options.state_dir
+                yield Removal('directory %s' % self._options.state_dir)
             if not self._dry_run:
                 self._ledger.clear()
 
@@ -117,18 +146,18 @@ class Cleanup:
         return [record for _, record in sorted(
             found.items(), key=lambda each: each[0])]
 
-    def _pod(self, record: Record) -> Iterator[str]:
+    def _pod(self, record: Record) -> Iterator[Removal]:
         try:
             items = podside.take_back(record, self._options, self._dry_run)
         except (exceptions.NetnsUnusable, exceptions.KernelRefused) as err:
-            yield '! namespace %s: %s' % (record.netns, err)
+            yield Removal('namespace %s' % record.netns, str(err))
         else:
             for item in items:
-                yield '%s namespace %s' % (common.line(
-                    '-', item, record.owner.ifname), record.netns)
+                yield Removal('%s namespace %s' % (common.described(
+                    item, record.owner.ifname), record.netns))
 
     def _node(self, netlink: kernel.Netlink,
-              parent: Parent) -> Iterator[str]:
+              parent: Parent) -> Iterator[Removal]:
         link = netlink.link(parent.device)
         if link is None:
             return
@@ -141,19 +170,19 @@ class Cleanup:
         for item, err in zip(items, errors):
             if err is not None and not err.absent:
                 raise err
-            yield common.line('-', item, link.name)
+            yield Removal(common.described(item, link.name))
         reason = self._not_ours(parent, link)
         if reason is not None:
-            yield '! interface %s: %s' % (link.name, reason)
+            yield Removal('interface %s' % link.name, reason)
             return
         if not self._dry_run:
             netlink.delete_link(link.name)
-        yield '- interface %s' % link.name
+        yield Removal('interface %s' % link.name)
         guarding = Guard(self._options, self._ledger, link.name)
         if guarding.is_loaded():
             if not self._dry_run:
                 guarding.remove()
-            yield '- table netdev %s' % guarding.table
+            yield Removal('table netdev %s' % guarding.table)
 
     def _not_ours(self, parent: Parent, link: kernel.Link) -> Optional[str]:
         """Return why an interface must not be deleted; None if it may.

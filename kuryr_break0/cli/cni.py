@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pathlib
 import shlex
@@ -64,6 +65,8 @@ def add_parsers(subparsers: Any) -> None:
     parser.add_argument(
         '--without-agent', action='store_true',
         help='install the script, even if there is a shim')
+    parser.add_argument('--json', action='store_true',
+                        help='print JSON instead of a line')
     parser.set_defaults(func=_install)
 
 
@@ -112,8 +115,13 @@ def _install(conf: cfg.ConfigOpts, options: config.Options) -> int:
     except OSError as err:
         return common.fail(common.USAGE, exceptions.CannotInstall(
             target=target, reason='%s: %s' % (err.filename, err.strerror)))
-    print('Installed %s: %s' % (target, 'the shim ' + shims[0] if shims
-                                else 'a script that runs kuryr-break0 cni'))
+    if wanted.json:
+        print(json.dumps({'installed': target,
+                          'shim': shims[0] if shims else None}, indent=2))
+    else:
+        print('Installed %s: %s' % (
+            target, 'the shim ' + shims[0] if shims
+            else 'a script that runs kuryr-break0 cni'))
     return common.IN_SYNC
 
 

@@ -30,18 +30,16 @@ def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return checked
 
 
-def line(sign: str, item: Item, device: str) -> str:
-    """A route or neighbour as a line of a diff, in the words of ip(8).
+def described(item: Item, device: str) -> str:
+    """Return a route or neighbour in the words of ip(8).
 
-    :param sign: ``+``, ``-`` or ``!``
     :param device: the name of its interface
     """
     if isinstance(item, HostRoute):
-        return '%s route %s dev %s proto %d table %d%s' % (
-            sign, item.dst, device, item.protocol, item.table,
+        return 'route %s dev %s proto %d table %d%s' % (
+            item.dst, device, item.protocol, item.table,
             ' src %s' % item.src if item.src else '')
-    return '%s neighbour %s dev %s lladdr %s' % (
-        sign, item.dst, device, item.mac)
+    return 'neighbour %s dev %s lladdr %s' % (item.dst, device, item.mac)
 
 
 def fail(code: int, err: Exception) -> int:

@@ -86,7 +86,8 @@ def _lines(outcome: Outcome, options: config.Options) -> Iterator[str]:
         *(('!', item) for item in outcome.unclaimed)]
     for sign, item in signed:
         at = item.oif if isinstance(item, HostRoute) else item.ifindex
-        yield common.line(sign, item, _name_of(at, options))
+        yield '%s %s' % (sign, common.described(item, _name_of(at,
+                                                               options)))
     for record in outcome.gone:
         yield '- record %s owner %s: its sandbox is gone' % (record.address,
                                                              record.owner)

@@ -12,6 +12,8 @@ from typing import Any
 
 import jsonschema
 
+from kuryr_break0 import ledger
+from tests.functional.base import options
 from tests.functional.base import OTHER_POD
 from tests.functional.base import Owner
 from tests.functional.base import POD
@@ -65,7 +67,13 @@ class TestEach(JSONTestCase):
     """Each subcommand that has --json."""
 
     #: Arguments that one needs; None for one that needs Kuryr's API.
-    ARGUMENTS = {'probe': (POD, '--count', '1'), 'adopt': None}
+    ARGUMENTS = {
+        'probe': (POD, '--count', '1'), 'adopt': None,
+        'sync': ('--dry-run',), 'cleanup': ('--dry-run',),
+        'bind': ('100.75.30.99', '--owner', 'web', '--parent', lab.PARENT,
+                 '--mac', 'fa:16:3e:00:00:99'),
+        'unbind': ('100.75.30.99', POD, '--owner', 'web'),
+        'cni-install': ('--bin-dir', '/run')}
 
     def commands(self) -> list[str]:
         listed = re.search(r'\{([\w,-]+)\}', self.call('--help').stdout)
@@ -80,8 +88,6 @@ class TestEach(JSONTestCase):
                 self.lab.run('ip', 'link', 'set', 'break0', 'down')
             for command in self.commands():
                 arguments = self.ARGUMENTS.get(command, ())
-                if command == 'sync':
-                    arguments = ('--dry-run',)
                 if arguments is not None:
                     with self.subTest(command=command, broken=broken):
                         self.valid(command, *arguments)
@@ -135,6 +141,52 @@ class TestStatus(JSONTestCase):
             changed = copy.deepcopy(document)
             change(changed)
             self.assertFalse(self.validator.is_valid(changed), changed)
+
+
+class TestBind(JSONTestCase):
+
+    WEB = ('--owner', 'web')
+
+    def test_bind_and_unbind(self) -> None:
+        self.add_pod()
+        bound = self.valid('bind', '100.75.30.99', *self.WEB, '--parent',
+                           lab.PARENT, '--mac', 'fa:16:3e:00:00:99')
+        self.assertEqual({'container_id': 'web', 'ifname': 'eth0',
+                          'interface': 'break0',
+                          'addresses': ['100.75.30.99']}, bound)
+        unbound = self.valid('unbind', '100.75.30.99', OTHER_POD, POD,
+                             *self.WEB)
+        self.assertEqual(
+            [{'address': '100.75.30.99', 'outcome': 'unbound'},
+             {'address': OTHER_POD, 'outcome': 'not bound'},
+             {'address': POD, 'outcome': 'taken'}], unbound['addresses'])
+
+
+class TestCleanup(JSONTestCase):
+
+    def test_all_is_removed(self) -> None:
+        self.add_pod()
+        wanted = self.valid('cleanup', '--dry-run')
+        self.assertEqual([], wanted['left'])
+        self.assertIn('interface break0', wanted['removed'])
+        self.assertEqual(wanted, self.valid('cleanup'))
+        self.assertEqual({'removed': [], 'left': []}, self.valid('cleanup'))
+
+    def test_what_is_left(self) -> None:
+        self.add_pod()
+        with ledger.Ledger(options().state_dir, 1).heartbeat.kept() as beat:
+            beat()
+            left = self.valid('cleanup')['left']
+        self.assertEqual(['agent'], [each['what'] for each in left])
+
+
+class TestCNIInstall(JSONTestCase):
+
+    def test_script(self) -> None:
+        self.assertEqual(
+            {'installed': '/run/break0', 'shim': None},
+            self.valid('cni-install', '--bin-dir', '/run',
+                       '--without-agent'))
 
 
 class TestSync(JSONTestCase):
