@@ -18,26 +18,26 @@ import sys
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), '_ext'))
 
 extensions = [
-    'openstackdocstheme',
     'sphinx.ext.autodoc',
     'oslo_config.sphinxconfiggen',
     'oslo_config.sphinxext',
     'command_line',
+    'findings',
     'modules',
 ]
 
 project = 'kuryr-break0'
-copyright = 'kuryr-break0 developers'
+copyright = 'kuryr-break0 developers. Apache License, Version 2.0'
 
 exclude_patterns = []
-pygments_style = 'native'
+# Most literal blocks are output, which is of no language.
+highlight_language = 'none'
 # Two hyphens in a description of a command are those of an option.
 smartquotes = False
 
-html_theme = 'openstackdocs'
-openstackdocs_repo_name = ''
-openstackdocs_pdf_link = False
-openstackdocs_auto_name = False
+html_theme = 'furo'
+html_title = 'kuryr-break0'
+html_show_sphinx = False
 
 # Written while the documentation is built.
 config_generator_config_file = [

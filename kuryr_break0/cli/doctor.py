@@ -100,4 +100,6 @@ def run(conf: cfg.ConfigOpts) -> int:
         return common.USAGE
     if any(each.severity == findings.ERROR for each in done.findings):
         return common.DRIFT
-    return common.WARNINGS if done.findings else common.IN_SYNC
+    return (common.WARNINGS if any(
+        each.severity == findings.WARNING for each in done.findings)
+        else common.IN_SYNC)

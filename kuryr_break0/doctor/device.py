@@ -125,6 +125,29 @@ def check_properties(view: ParentView) -> Iterator[Finding]:
             device=link.name)
 
 
+def check_others(view: ParentView, netlink: kernel.Netlink,
+                 ours: Collection[str]) -> Iterator[Finding]:
+    """Look for macvlans of the node that answer the LAN in its name.
+
+    :param ours: names of break0s
+    """
+    parent = view.parent
+    if parent is None or not view.live:
+        return
+    for link in netlink.links():
+        if ((link.lower, link.lower_namespace) == parent.lower_of_macvlans
+                and link.name not in (*ours, parent.name)
+                and link.up and link.mode == 'bridge'
+                and not view.sysctl(_ARP_FILTER, 'all', link.name)
+                and not view.sysctl('ipv4/conf/%s/arp_ignore', 'all',
+                                    link.name)):
+            yield findings.SECOND_MACVLAN.found(
+                '%s is a macvlan on %s too, and answers ARP requests for all '
+                'addresses of the node' % (link.name, parent.name),
+                other=link.name)
+            return
+
+
 def _of(sysctls: Iterable[str], link: kernel.Link) -> list[str]:
     return [path % link.name for path in sysctls]
 

@@ -75,6 +75,9 @@ def examine(conf: cfg.ConfigOpts, probe: bool = True) -> Examination:
         _examine_node(options, done, probe)
     except exceptions.Break0Error as err:
         done.unreadable = err
+    # What to do first; within that, causes before their effects.
+    done.findings.sort(key=lambda each: findings.SEVERITIES.index(
+        each.severity))
     return done
 
 
@@ -100,17 +103,20 @@ def _examine_node(options: config.Options, done: Examination,
             done.findings += firewall.check(view)
         done.not_examined += firewall.not_examined()
         for what, looked, of in (
-                ('pods, inside', done.entered, done.pods),
-                ('the way to addresses', done.looked_up, done.addresses)):
+                ('pods from inside', done.entered, done.pods),
+                ('the routing of addresses', done.looked_up, done.addresses)):
             if looked < of:
-                done.not_examined.append('%s: %d of %d were looked at' % (
+                done.not_examined.append('%s: %d of %d were examined' % (
                     what, looked, of))
-        if done.findings or not probe:
+        reason = ('it was not asked for' if not probe else
+                  'not before what was found is corrected'
+                  if any(each.severity != findings.NOTE
+                         for each in done.findings) else
+                  'the firewall may drop them' if done.findings else None)
+        if reason is not None:
             if node.live:
-                done.not_examined.append(
-                    'whether pings are answered: ' + (
-                        'it was not asked for' if not probe else
-                        'not before what was found is right'))
+                done.not_examined.append('whether pings are answered: '
+                                         + reason)
             return
         for view in node.views:
             try:
@@ -131,6 +137,8 @@ def _examine_parent(view: ParentView, netlink: kernel.Netlink,
         return
     done.findings += device.check_owner(view)
     done.findings += device.check_properties(view)
+    done.findings += device.check_others(
+        view, netlink, {each.name for each in view.node.views})
     done.findings += routes.check_routes(view)
     done.findings += routes.check_neighbours(view)
     looked_up = routes.sample(routes.usable(view), routes.LOOKED_UP)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""All that the doctor can find: the texts.
+"""The texts of all findings of the doctor.
 
-Each has an id that stays the same, for alerts, runbooks and searches. Whether
-it is so, the other modules of this package find out.
+Each finding has an id that never changes, for alerts, runbooks and searches.
+The other modules of this package decide whether it applies. The documentation
+prints the texts as they are here.
 """
 
 from __future__ import annotations
@@ -11,12 +12,19 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Collection
 
-#: Node and pods do not reach each other, or will not before long.
+#: Node and pods cannot reach each other, or soon will not.
 ERROR = 'error'
-#: They do, but it hangs by a thread, or it harms others.
+#: They can, but that depends on something that may end, or it harms others.
 WARNING = 'warning'
+#: It may be intended. It does not change the exit status.
+NOTE = 'note'
+#: What to do first.
+SEVERITIES = (ERROR, WARNING, NOTE)
 
 _SYNC = 'kuryr-break0 sync'
+_RESTART = 'Restart kuryr-daemon and the agent afterwards.'
+_SYSCTL_D = ('/etc/sysctl.conf /etc/sysctl.d /run/sysctl.d '
+             '/usr/lib/sysctl.d')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +48,18 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A finding that was not made yet.
+    """Template of a finding; ``found()`` fills it in.
 
+    :ivar when: the condition under which it is reported, for the
+        documentation
+    :ivar why: why it matters
+    :ivar remedy: what to do about it
     :ivar commands: with fields of the form ``%(name)s``
     """
 
     id: str
     severity: str
+    when: str
     why: str
     remedy: str
     commands: tuple[str, ...] = ()
@@ -55,9 +68,9 @@ class Kind:
               commands: Collection[str] = (), **fields: Any) -> Finding:
         """Make the finding.
 
-        :param subjects: named after what was seen, the first of them
-        :param commands: in place of those of the kind
-        :param fields: the values of the fields of the commands
+        :param subjects: printed after ``seen``, the first of them
+        :param commands: used instead of the commands of the kind
+        :param fields: values for the fields of the commands
         """
         return Finding(
             self.id, self.severity, seen, self.why, self.remedy,
@@ -66,482 +79,602 @@ class Kind:
             tuple(map(str, subjects)))
 
 
-# Whether pods are bound by break0's driver at all
+# Installation and options
 
 ENTRY_POINT_MISSING = Kind(
     'entry-point-missing', ERROR,
-    'Kuryr finds the driver by these entry points. Without them pods are '
-    'bound by Kuryr alone, unreachable from their node.',
-    'Install the package into the Python environment of kuryr-daemon, and '
+    'The entry point VIFMacvlanBreak0 of kuryr_kubernetes.cni.binding, or '
+    'kuryr_break0 of os_vif, is missing from the Python environment of this '
+    'command, or is there twice.',
+    'Kuryr loads the driver by these entry points. Without them Kuryr binds '
+    'pods alone, and their node cannot reach them.',
+    'Install the package into the Python environment of kuryr-daemon, then '
     'restart kuryr-daemon.',
     ('%(python)s -m pip install --force-reinstall --no-deps ./kuryr-break0',))
 
 DRIVER_BROKEN = Kind(
     'driver-broken', ERROR,
-    'kuryr-daemon starts all the same, and pods are bound by Kuryr alone, '
-    'unreachable from their node.',
-    'Repair the installation so that the module can be imported, and '
-    'restart kuryr-daemon.',
+    'The entry point exists, but its module cannot be imported.',
+    'kuryr-daemon starts without the driver and binds pods alone, so their '
+    'node cannot reach them.',
+    'Repair the installation until this command succeeds, then restart '
+    'kuryr-daemon.',
     ('%(python)s -c "import %(module)s"',))
 
 DEPENDENCY_UNFIT = Kind(
     'dependency-unfit', ERROR,
-    'With other versions neither driver nor Kuryr have been seen to work: '
-    'from pyroute2 0.8 on, for one, kuryr-daemon does not start.',
-    'Install versions that fit, and restart kuryr-daemon.',
+    'A required package is missing, or its version is outside the supported '
+    'range: pyroute2 0.8, for example.',
+    'Driver and Kuryr are not known to work with other versions. With '
+    'pyroute2 0.8, for example, kuryr-daemon does not start.',
+    'Install supported versions, then restart kuryr-daemon.',
     ('%(python)s -m pip install %(requirements)s',))
 
 DAEMON_ELSEWHERE = Kind(
     'daemon-elsewhere', ERROR,
-    'The driver has to be in the Python environment of kuryr-daemon. What '
-    'the doctor says of the installation is of its own.',
+    'A kuryr-daemon runs from another Python environment than this command. '
+    'The doctor does not see a daemon in another container.',
+    'The driver must be installed in the Python environment of kuryr-daemon. '
+    'The doctor has examined only its own environment.',
     'Install the package there, restart kuryr-daemon, and run the doctor '
-    'from there.',
+    'from that environment.',
     ('%(directory)s/python -m pip install ./kuryr-break0',
      '%(directory)s/kuryr-break0 doctor'))
 
 DAEMON_NOT_RESTARTED = Kind(
     'daemon-not-restarted', WARNING,
-    'It has what was installed when it started: an earlier version, or no '
-    'driver at all, and then pods are not reachable from their node.',
-    'Restart kuryr-daemon. Running pods are not touched by that.',
+    'kuryr-daemon was started before the package was installed.',
+    'It still runs what was installed when it started: an earlier version, '
+    'or no driver at all. Without the driver, the node cannot reach new pods.',
+    'Restart kuryr-daemon. Running pods are not affected.',
     ('kubectl --namespace kube-system rollout restart daemonset '
      'kuryr-cni-ds',))
 
 OPTIONS_INVALID = Kind(
     'options-invalid', ERROR,
-    'With an invalid option pods are bound by Kuryr alone, unreachable from '
-    'their node. The doctor cannot look further.',
+    'An option of [break0] has a value that is not allowed. The doctor ends '
+    'here, with exit status 2.',
+    'With an invalid option Kuryr binds pods alone, and their node cannot '
+    'reach them.',
     'Correct the option in kuryr.conf, or in the environment variable that '
-    'sets it, and restart kuryr-daemon and the agent.')
+    'sets it. ' + _RESTART)
 
 OPTION_UNKNOWN = Kind(
     'option-unknown', WARNING,
-    'It has no effect. If it is a misspelt name, the option has its default: '
-    'without allowed_cidrs, for one, any address is allowed.',
+    'A name in the section [break0], or an environment variable '
+    'OS_BREAK0__NAME, is not an option. kuryr-daemon and the agent also warn '
+    'of it when they start.',
+    'It has no effect. If the name is misspelt, the option keeps its '
+    'default. Without allowed_cidrs, for example, every address is allowed.',
     'Correct the name, or delete the line.')
 
 DISABLED = Kind(
     'disabled', WARNING,
-    'New pods are bound by Kuryr alone, unreachable from their node.',
-    'Set [break0] enabled = true in kuryr.conf, and restart kuryr-daemon.')
+    '[break0] enabled is false.',
+    'Kuryr binds new pods alone, and their node cannot reach them.',
+    'Set [break0] enabled = true in kuryr.conf, then restart kuryr-daemon.')
 
-# State directory, lock and agent
+# State directory, records, lock and agent
 
 STATE_DIR_UNUSABLE = Kind(
     'state-dir-unusable', ERROR,
-    'Without it nobody knows whose address is whose: nothing is repaired, '
-    'and a late DEL of an old pod takes the route of the new one.',
+    'state_dir, or the directory that it would be created in, is not a '
+    'writable directory. The doctor cannot examine pods.',
+    'Without the records of the owners of addresses nothing is repaired, and '
+    'a late DEL of an old pod deletes the route of the new one.',
     'Make it a directory that root can write, or set [break0] state_dir to '
-    'one.',
+    'such a directory.',
     ('ls -ld %(path)s', 'findmnt --target %(path)s'))
 
 STATE_DIR_MODE = Kind(
     'state-dir-mode', WARNING,
-    'Who can write to it can draw the traffic of the node for any address '
-    'to a pod.',
-    'Let only root use it.',
+    'state_dir belongs to another user than root, or others have access.',
+    "Anyone who can write to it can redirect the node's traffic for any "
+    'address to a pod.',
+    'Give access to root only.',
     ('chown root %(path)s', 'chmod 0700 %(path)s'))
 
 STATE_DIR_PERSISTENT = Kind(
     'state-dir-persistent', WARNING,
-    'Pods end with the boot, and what is recorded of them has to end with '
-    'it too: after the next one, addresses would be routed to pods that are '
-    'gone.',
+    'state_dir is on a file system that survives a reboot.',
+    'Pods do not survive a reboot, so their records must not either. '
+    'Otherwise addresses of pods that are gone are routed to break0.',
     'Set [break0] state_dir to a directory on a tmpfs, such as '
     '/run/kuryr-break0, while no pods run on the node.')
 
 LEDGER_DAMAGED = Kind(
     'ledger-damaged', ERROR,
-    'The address has a pod, but it is not known which: nothing is set or '
-    'deleted for it. The next sync moves it to quarantine, and rebuilds it '
-    'if the pod is found.',
-    'Start the pod of the address again. Its ADD writes a new record.')
+    'Records in state_dir cannot be read.',
+    'The owner of the address is unknown, so nothing is set or deleted for '
+    'it. The next sync quarantines the record, and rebuilds it if it finds '
+    'the pod.',
+    'Restart the pod that has the address. Its ADD writes a new record.')
 
 LEDGER_QUARANTINED = Kind(
     'ledger-quarantined', WARNING,
-    'These records were damaged. Nothing is deleted for their addresses, '
-    'whether they have pods or not, until they are bound again.',
-    'Find out what wrote into the state directory, start pods again that '
-    'have one of these addresses, then delete the files.',
+    'Damaged records were moved to the directory quarantine in state_dir.',
+    'Until these addresses are bound again, nothing is deleted for them, '
+    'whether a pod has them or not.',
+    'Find out what wrote to the state directory. Restart the pods that have '
+    'these addresses, then delete the files.',
     ('rm -r %(directory)s',))
 
 LEDGER_LOST = Kind(
     'ledger-lost', ERROR,
-    'Nothing says any more which sandbox has which address, so no route is '
-    'repaired, and none of a pod that has gone is deleted.',
-    'Have it rebuilt from the routes, the neighbours and the namespaces of '
-    'the node, and find out what emptied the directory.', (_SYNC,))
+    'A break0 belongs to a ledger that was in this state_dir and no longer '
+    'exists.',
+    'No record says which sandbox has which address. So no route is repaired, '
+    'and no route of a deleted pod is removed.',
+    'Rebuild the ledger from the routes, neighbours and namespaces of the '
+    'node. Find out what emptied the directory.', (_SYNC,))
 
 LEDGER_OTHER = Kind(
     'ledger-other', ERROR,
-    'What another ledger has bound is not known here, so nothing is repaired '
-    'or deleted.',
+    'A break0 belongs to the ledger of another state_dir.',
+    'The addresses that the other ledger has bound are unknown here, so '
+    'nothing is repaired or deleted.',
     'Set [break0] state_dir of kuryr-daemon, agent and command to the same '
-    'directory; in containers, mount the same one there. If the other ledger '
-    'no longer exists, take its break0 over.',
+    'directory. In containers, mount the same directory there. If the other '
+    'ledger no longer exists, take over its break0.',
     ('kuryr-break0 sync --claim',))
 
 ADDRESS_CONTESTED = Kind(
     'address-contested', WARNING,
-    'Traffic to the address goes to the sandbox that claimed it last. The '
-    'others get it back when that one is gone.',
-    'Find out why two sandboxes have one address, as by a duplicate '
-    'KuryrPort, and delete the one that should not have it.')
+    'Several existing sandboxes claim one address.',
+    'Traffic to the address goes to the sandbox that claimed it last. When '
+    'that one is gone, it goes to the one before.',
+    'Find out why two sandboxes have the address, for example because of a '
+    'duplicate KuryrPort. Delete the one that should not have it.')
 
 ADDRESS_TWICE = Kind(
     'address-twice', WARNING,
-    'The node reaches the one that the address belongs to. Others on the LAN '
+    'An interface in another namespace has the address of a pod or '
+    'container too, and no record of it exists.',
+    'The node reaches the owner of the address. Other hosts on the LAN may '
     'reach either.',
-    'Find out which container or pod should have it, and take it from the '
-    'other one.')
+    'Find out which container or pod should have the address, and remove it '
+    'from the other one.')
 
 LEDGER_NEWER = Kind(
     'ledger-newer', ERROR,
-    'The program is older than what wrote them: nothing is set or deleted '
-    'for their addresses.',
-    'Install the later version again, or start the pods of these addresses '
-    'again after deleting the files.',
+    'Records have a format that this version does not know.',
+    'They were written by a later version. Nothing is set or deleted for '
+    'their addresses.',
+    'Install the later version again. Or delete the files and restart the '
+    'pods that have these addresses.',
     ('%(python)s -m pip install --upgrade ./kuryr-break0',))
 
 LOCK_HELD = Kind(
     'lock-held', ERROR,
-    'It is held for milliseconds. Each ADD, DEL and repair waits for it, and '
-    'gives up after [break0] lock_timeout.',
-    'See what the process is doing. If it is stopped, let it go on; if it '
-    'hangs, end it: the kernel frees the lock.',
+    'The lock of state_dir was not free for two seconds. The finding names '
+    'the process that holds it.',
+    'Each ADD, DEL and repair waits for the lock, up to [break0] '
+    'lock_timeout. It is normally held for milliseconds.',
+    'Find out what the process does. If it is stopped, let it continue. If '
+    'it hangs, kill it: the kernel then frees the lock.',
     ('fuser --verbose %(path)s',))
 
 AGENT_NOT_RUNNING = Kind(
     'agent-not-running', WARNING,
-    'What others do to break0 and its routes is repaired only by the next '
-    'ADD or DEL of a pod, not at once.',
-    'Start the agent, beside kuryr-daemon and with the same kuryr.conf.',
+    'No kuryr-break0 agent uses this state_dir.',
+    'If another program changes break0 or its routes, that is repaired only '
+    'by the next ADD or DEL of a pod.',
+    'Start the agent beside kuryr-daemon, with the same kuryr.conf.',
     ('kuryr-break0 agent',))
 
 AGENT_STUCK = Kind(
     'agent-stuck', ERROR,
-    'It looks at least every [break0] resync_interval seconds, so it is '
-    'stopped or hangs. Until it goes on, the node is repaired only by the '
-    'next ADD or DEL of a pod.',
-    'See what the process is doing. If it is stopped, let it go on; if it '
-    'hangs, restart it, which a liveness probe of /livez does by itself.',
+    'The agent has not completed a sync for three times [break0] '
+    'resync_interval plus lock_timeout. The finding names its process.',
+    'The agent is stopped or hangs. Until it continues, only the next ADD or '
+    'DEL of a pod repairs the node.',
+    'Find out what the process does. If it is stopped, let it continue. If '
+    'it hangs, restart it. A liveness probe of /livez does that by itself.',
     ('fuser --verbose %(path)s',))
 
 SANDBOX_GONE = Kind(
     'sandbox-gone', WARNING,
-    'The namespaces of these pods do not exist any more, and their '
-    'addresses are still routed to break0. Kuryr reports no DEL for a pod '
-    'that the API has forgotten.',
-    'Nothing, if it passes: the agent and each ADD and DEL clean up. Else '
-    'do it at once.', (_SYNC,))
+    'Records belong to sandboxes whose namespaces no longer exist.',
+    'Their addresses are still routed to break0. Kuryr reports no DEL for a '
+    'pod that the API no longer knows.',
+    'Do nothing if it passes: the agent, and each ADD and DEL, clean up. '
+    'Otherwise sync now.', (_SYNC,))
 
 ADDRESS_REFUSED = Kind(
     'address-refused', ERROR,
-    'To be routed through break0 it would have to be taken from whoever '
-    'has it, so it is not.',
+    'A pod has an address of the node itself, or of a next hop of its '
+    'routes.',
+    'A route through break0 would take the address away from its holder, so '
+    'none is set.',
     'Take the address out of the allocation pools of the pod subnets, and '
-    'create the pod again. An address of break0 itself is set by [break0] '
-    'addr.',
+    'create the pod again. To give break0 an address, use [break0] addr.',
     ('openstack subnet set --no-allocation-pool --allocation-pool '
      'start=FIRST,end=LAST SUBNET',))
 
 ADDRESS_NOT_ALLOWED = Kind(
     'address-not-allowed', ERROR,
-    'It gets no route, so the pod is not reachable from its node.',
-    'Add the network to [break0] allowed_cidrs in kuryr.conf if it is one '
-    'of pods, and restart kuryr-daemon and the agent.')
+    'A pod has an address outside of [break0] allowed_cidrs.',
+    'The address gets no route, so the node cannot reach the pod.',
+    'If the network is one of pods, add it to [break0] allowed_cidrs in '
+    'kuryr.conf. ' + _RESTART)
 
-# break0 itself
+# break0 and its parent
 
 PARENT_MISSING = Kind(
     'parent-missing', ERROR,
-    'The pods are on it and break0 has to be on the same, so without it '
-    'there are neither.',
-    'See why it is gone. If it has another name now, set [binding] '
-    'link_iface to that, and [break0] parent to the same or not at all.',
+    'The interface that pods are on, or that [break0] parent names, does not '
+    'exist.',
+    'Pods and break0 are macvlans on this interface. Without it neither '
+    'exists.',
+    'Find out why it is gone. If it was renamed, set [binding] link_iface to '
+    'the new name, and [break0] parent to the same name or not at all.',
     ('ip -details link show',))
 
 PARENT_DOWN = Kind(
     'parent-down', ERROR,
-    'What is stacked on it sends nothing, so no pod is reachable.',
-    'Set it up.', ('ip link set %(parent)s up',))
+    'The interface that the pods are on is down.',
+    'Macvlans on an interface that is down send and receive nothing.',
+    'Bring it up.', ('ip link set %(parent)s up',))
 
 PARENT_MISMATCH = Kind(
     'parent-mismatch', ERROR,
-    'A macvlan reaches only those that are on the same interface.',
-    'Set [break0] parent to the interface of the pods or not at all, and '
-    'restart kuryr-daemon and the agent. Without it, pods may be on several '
-    'interfaces, and each gets a break0.')
+    'Pods are on another interface than [break0] parent.',
+    'A macvlan reaches only macvlans on the same interface.',
+    'Set [break0] parent to the interface of the pods, or remove the option: '
+    'then pods may be on several interfaces, and each gets its own break0. '
+    + _RESTART)
 
 BREAK0_MISSING = Kind(
     'break0-missing', ERROR,
+    'Addresses are bound, but break0 does not exist.',
     'All traffic between the node and its pods goes through it.',
-    'Create it and set the routes again. If it goes again, something on the '
-    'node deletes it: the agent logs when.',
+    'Sync creates it and sets the routes again. If it disappears again, '
+    'another program deletes it: the agent logs when.',
     (_SYNC, 'ip monitor link'))
 
 BREAK0_FOREIGN = Kind(
     'break0-foreign', ERROR,
-    'It leads to no pod. Since somebody may use it, it is left as it is, and '
-    'no pod becomes reachable.',
+    'The interface with this name is not a macvlan in bridge mode.',
+    'It leads to no pod. It may be in use, so it is left as it is, and the '
+    'node cannot reach pods.',
     'Delete it if nobody uses it, or set [break0] device to another name.',
     ('ip link delete %(device)s', _SYNC))
 
 BREAK0_WRONG_PARENT = Kind(
     'break0-wrong-parent', ERROR,
-    'A macvlan reaches only those that are on the same interface. It is '
-    'left as it is, and no pod becomes reachable.',
-    'Delete it, and let it be made on the interface of the pods.',
+    'break0 is on another interface than the pods.',
+    'A macvlan reaches only macvlans on the same interface. It is left as it '
+    'is, and the node cannot reach pods.',
+    'Delete it. Sync creates it on the interface of the pods.',
     ('ip link delete %(device)s', _SYNC))
 
 BREAK0_DOWN = Kind(
     'break0-down', ERROR,
-    'It carries nothing, and the kernel has deleted its routes.',
-    'Set it up together with its routes. If it goes down again, something '
-    'on the node does that.', (_SYNC, 'ip monitor link'))
+    'break0 is down.',
+    'It carries no traffic, and the kernel has deleted its routes.',
+    'Sync brings it up and sets the routes again. If it goes down again, '
+    'another program does that.', (_SYNC, 'ip monitor link'))
 
 BREAK0_MTU = Kind(
     'break0-mtu', WARNING,
-    'Packets that are too large for one of the two are lost.',
-    'Make it that of the parent.', (_SYNC,))
+    'The MTU of break0 differs from that of its parent.',
+    'Packets larger than the smaller MTU are lost.',
+    'Sync sets the MTU of the parent.', (_SYNC,))
 
 BREAK0_MAC = Kind(
     'break0-mac', ERROR,
-    'Pods know break0 by its MAC address, and with the old one the kernel '
-    'has dropped what it knew of theirs.',
-    'Set the configured one, if there is one, and tell it to the pods.',
+    'The MAC address of break0 differs from [break0] mac, or from the one '
+    'that pods were configured with.',
+    'Pods send to the MAC address that they were configured with. When it '
+    'changed, the kernel also deleted the neighbours on break0.',
+    'Sync sets the configured MAC address, if there is one, and configures '
+    'the pods with it.',
     (_SYNC,))
+
+UDEV_SETS_MAC = Kind(
+    'udev-sets-mac', WARNING,
+    'A .link file of systemd-udevd matches break0 and sets a MAC address '
+    '(MACAddress, or MACAddressPolicy=random).',
+    'Whenever break0 is created, udev changes its MAC address afterwards. '
+    'Until the next sync, pods send to the old one.',
+    'Give break0 its own .link file, which comes first and changes nothing.',
+    ("printf '[Match]\\nOriginalName=%(device)s\\n\\n[Link]\\n"
+     "MACAddressPolicy=none\\n' "
+     '> /etc/systemd/network/05-%(device)s.link', 'udevadm control --reload'))
 
 BREAK0_ADDRESSES = Kind(
     'break0-addresses', WARNING,
+    'break0 has an address that [break0] addr does not name, or lacks one '
+    'that it names.',
     'Pods reach break0 itself at the addresses of [break0] addr. Any other '
-    'draws the routes of its prefix, and is answered for on the LAN.',
-    'Put the configured addresses on it, and take off the others.')
+    'address attracts traffic to its prefix, and the LAN gets answers for '
+    'it.',
+    'Delete the other addresses. Sync adds those that are missing.')
 
 BREAK0_ANSWERS_LAN = Kind(
     'break0-answers-lan', ERROR,
-    'The LAN then learns two MAC addresses for the node. Where a port may '
-    'use only its own, as with Neutron port security, traffic to the node '
-    'is lost.',
-    'Switch it off. If it comes back, it is in a file of sysctl.d.',
-    ('sysctl -w %(key)s=%(value)d', 'grep -rs %(name)s /etc/sysctl.conf '
-     '/etc/sysctl.d /run/sysctl.d /usr/lib/sysctl.d'))
+    'break0 answers ARP requests from the LAN for addresses of the node '
+    '(arp_filter = 0), or for all addresses that the node has a route to '
+    '(proxy_arp = 1).',
+    'The LAN learns two MAC addresses for the node. If the port accepts only '
+    'its own, as with port security of Neutron, traffic to the node is lost.',
+    'Set the sysctl. If it changes again, look for it in files of sysctl.d.',
+    ('sysctl -w %(key)s=%(value)d', 'grep -rs %(name)s ' + _SYSCTL_D))
 
 BREAK0_HEARD = Kind(
     'break0-heard', WARNING,
+    'A setting of break0 makes it send on the LAN: multicast, addr_gen_mode, '
+    'accept_ra, force_mld_version, forwarding.',
     'Frames with its MAC address go out on the LAN: duplicate address '
-    'detection, MLD reports, router solicitations. Switches learn it, and '
-    'port security may count it as an attack.',
-    'Make it quiet again. If it comes back, it is in a file of sysctl.d.',
-    (_SYNC, 'grep -rsE "%(names)s" /etc/sysctl.conf /etc/sysctl.d '
-     '/run/sysctl.d /usr/lib/sysctl.d'))
+    'detection, MLD reports, router solicitations. Switches learn the '
+    'address, and port security may take that for an attack.',
+    'Sync sets it again. If it changes again, look for it in files of '
+    'sysctl.d.',
+    (_SYNC, 'grep -rsE "%(names)s" ' + _SYSCTL_D))
 
 BREAK0_OPEN = Kind(
     'break0-open', WARNING,
-    'Through break0 a pod has a link to its node that no port security sees. '
-    'These settings keep it from using that in the name of others.',
-    'Set them again, and find out what changes them.', (_SYNC,))
+    'Sysctls of break0 that protect the node differ from what was set: '
+    'rp_filter, accept_redirects and others.',
+    'A pod reaches its node through break0 without passing port security. '
+    'With these settings it cannot use the addresses of others.',
+    'Sync sets them again. Find out what changes them.', (_SYNC,))
 
 GUARD_MISSING = Kind(
     'guard-missing', WARNING,
-    'The table of nftables lets in what comes from the MAC address and the '
-    'address of a bound pod, and lets nothing of break0 leave on the wire. '
-    'Without it a pod can speak to its node in the name of others.',
-    'Load it again; the agent does so by itself. If it goes again, find out '
-    'what flushes the ruleset.', (_SYNC,))
+    'The nftables table of break0 is missing, was changed, or does not admit '
+    'exactly the bound pods.',
+    'The table admits only packets from MAC address and address of a bound '
+    'pod, and lets no frame of break0 leave on the wire. Without it a pod '
+    'can use the address of another one.',
+    'Sync loads it again, and so does the agent. If it disappears again, '
+    'find out what flushes the ruleset.', (_SYNC,))
 
 GUARD_UNAVAILABLE = Kind(
     'guard-unavailable', WARNING,
-    'Sysctls alone do not keep a pod from speaking to its node in the name of '
-    'another pod, nor by IPv6 in anybody\'s.',
-    'Install nftables where kuryr-daemon and the agent run, or set [break0] '
-    'guard to off if that is wanted.')
+    'The program nft is not installed, and [break0] guard is auto.',
+    'Sysctls alone do not stop a pod from using the IPv4 address of another '
+    'pod, or any IPv6 address, towards the node.',
+    'Install nftables where kuryr-daemon and the agent run. If you do not '
+    'want the guard, set [break0] guard = off.')
 
 IPV6_DISABLED = Kind(
     'ipv6-disabled', ERROR,
-    'These pods are not reachable from their node by IPv6.',
-    'Enable IPv6 on it, and set the routes again. If it is off again later, '
-    'look for disable_ipv6 in sysctl.d.',
+    'disable_ipv6 of break0 is 1, and pods have IPv6 addresses.',
+    'The node cannot reach these pods by IPv6.',
+    'Enable IPv6 on break0 and set the routes again. If it is disabled '
+    'again, look for disable_ipv6 in files of sysctl.d.',
     ('sysctl -w net/ipv6/conf/%(device)s/disable_ipv6=0', _SYNC))
+
+SECOND_MACVLAN = Kind(
+    'second-macvlan', WARNING,
+    'The node has another macvlan in bridge mode on the interface of the '
+    'pods, which is up and answers ARP requests for all addresses of the '
+    'node.',
+    'The LAN learns its MAC address for the node. If the port accepts only '
+    'its own, as with port security of Neutron, traffic to the node is lost.',
+    'If it was made for the same purpose as break0, delete it. Otherwise let '
+    'it answer for its own addresses only.',
+    ('ip -details address show dev %(other)s',
+     'sysctl -w net/ipv4/conf/%(other)s/arp_filter=1'))
 
 # Routes and neighbours of the node
 
 ROUTE_MISSING = Kind(
     'route-missing', ERROR,
-    'The pod is not reachable from its node.',
-    'Set the routes again. If they go again, see who deletes them.',
+    'The address of a pod has no route through break0.',
+    'The node cannot reach the pod.',
+    'Sync sets the routes again. If they disappear again, find out which '
+    'program deletes them.',
     (_SYNC, 'ip monitor route'))
 
 ROUTE_WRONG = Kind(
     'route-wrong', ERROR,
-    'By another scope, source address, interface or protocol number the pod '
-    'may not be reached, or the route not be recognised as ours.',
-    'Set the routes again. If they change again, see who does it.',
+    'The route of a pod has another interface, scope, source address, metric '
+    'or protocol number than it was set with.',
+    'The node may not reach the pod, or may not recognise the route as its '
+    'own later.',
+    'Sync sets the routes again. If they change again, find out which '
+    'program changes them.',
     (_SYNC, 'ip monitor route'))
 
 ROUTE_FOREIGN = Kind(
     'route-foreign', ERROR,
-    'It leads elsewhere, so the pod is not reachable from its node. It is '
-    'left alone, since two programs that set one route would not stop.',
-    'Delete it, and see which program has set it; or set [break0] takeover '
-    '= true in kuryr.conf to have it replaced.',
+    'The address of a pod has a route in our table that another program set.',
+    'It leads elsewhere, so the node cannot reach the pod. It is not '
+    'replaced: two programs that set the same route would never stop.',
+    'Find out which program set it, then delete it. To have such routes '
+    'replaced, set [break0] takeover = true in kuryr.conf.',
     ('ip route show table all %(address)s', _SYNC))
 
 ROUTE_STALE = Kind(
     'route-stale', WARNING,
-    'No record says whose the address is, and no namespace that can be seen '
-    'from here has it. It is not deleted, since a pod may have it all the '
-    'same.',
-    'If a pod has the address, find out why it is not seen: run the command '
-    'where the namespaces of pods are seen, as in the container of '
-    'kuryr-daemon. If none has, delete what is left.',
+    'A route has our protocol number, and no record claims its address.',
+    'No namespace that can be seen from here has the address. A pod may '
+    'still have it, so the route is not deleted.',
+    'If a pod has the address, run this command where the namespaces of pods '
+    'can be seen, for example in the container of kuryr-daemon. If no pod '
+    'has it, delete the route.',
     ('kuryr-break0 sync --delete-unclaimed',))
 
 ROUTE_NOT_USED = Kind(
     'route-not-used', ERROR,
-    'The routes through break0 are there, but a rule or a more preferred '
-    'table takes the traffic elsewhere.',
-    'Change or delete the rule, or put one before it. Where [break0] '
-    'route_table is not 254, a rule has to lead to it.',
+    'The route of a pod exists, but the kernel would use another one '
+    '(ip route get).',
+    'A routing rule, or a table that comes first, sends the traffic '
+    'elsewhere.',
+    'Change or delete the rule, or add a rule before it. If [break0] '
+    'route_table is not 254, a rule must lead to that table.',
     ('ip route get %(get)s', 'ip rule show', 'ip -6 rule show'))
 
 NEIGHBOUR_MISSING = Kind(
     'neighbour-missing', WARNING,
-    'The node has to ask for the pod by broadcast, which is heard on the '
-    'LAN.',
-    'Set them again. If they go again, see who deletes them.',
+    'The address of a pod has no permanent neighbour on break0.',
+    'The node asks for the MAC address of the pod by broadcast, which goes '
+    'out on the LAN.',
+    'Sync sets them again. If they disappear again, find out which program '
+    'deletes them.',
     (_SYNC, 'ip monitor neigh'))
 
 NEIGHBOUR_WRONG = Kind(
     'neighbour-wrong', ERROR,
-    'What the node sends goes to another MAC address than the pod has.',
-    'Set them again. If they change again, see who does it.',
+    'The neighbour of a pod on break0 has another MAC address than the pod.',
+    'The node sends to a MAC address that the pod does not have.',
+    'Sync sets them again. If they change again, find out which program '
+    'changes them.',
     (_SYNC, 'ip monitor neigh'))
 
 NEIGHBOUR_STALE = Kind(
     'neighbour-stale', WARNING,
-    'No record says whose the address is, and no namespace that can be seen '
-    'from here has it. It is not deleted, since a pod may have it all the '
-    'same.',
-    'If a pod has the address, find out why it is not seen: run the command '
-    'where the namespaces of pods are seen, as in the container of '
-    'kuryr-daemon. If none has, delete what is left.',
+    'A permanent neighbour on break0 has our protocol number, and no record '
+    'claims its address.',
+    'No namespace that can be seen from here has the address. A pod may '
+    'still have it, so the neighbour is not deleted.',
+    'If a pod has the address, run this command where the namespaces of pods '
+    'can be seen, for example in the container of kuryr-daemon. If no pod '
+    'has it, delete the neighbour.',
     ('kuryr-break0 sync --delete-unclaimed',))
 
 PACKET_DROPPED = Kind(
     'packet-dropped', ERROR,
-    'Node and pod do not reach each other, though all that break0 needs is '
-    'set.',
-    'Let the rule pass what goes between the node and its pods by break0, '
-    'which a probe shows in full.',
+    'A ping between node and pod is not answered, and the trace of the '
+    'kernel shows the rule that drops it, on the node or in the pod. This is '
+    'tried last, if nothing else was found, for at most 128 pods.',
+    'Node and pod cannot reach each other, although break0 is set up '
+    'correctly.',
+    'Let the rule accept traffic between the node and its pods through '
+    'break0. The probe shows the whole trace.',
     ('kuryr-break0 probe %(address)s --trace',))
 
 PROBE_UNANSWERED = Kind(
     'probe-unanswered', WARNING,
-    'All that break0 needs is set, and no rule of nftables drops the ping. '
-    'The pod may not answer pings, as by a sysctl.',
-    'See whether a service of the pod is reached, by its port. If so, ignore '
-    'this finding.', ('kuryr-break0 probe %(address)s --trace',))
+    'A ping between node and pod is not answered, and no rule of nftables '
+    'drops it.',
+    'All that break0 needs is set up. The pod may be configured not to '
+    'answer pings.',
+    'Try a service of the pod by its port. If it answers, ignore this '
+    'finding.', ('kuryr-break0 probe %(address)s --trace',))
 
 # From the pod to its node
 
 POD_NOT_CONFIGURED = Kind(
     'pod-not-configured', ERROR,
-    'A pod that does not know the MAC address of its node has to ask: by '
-    'IPv6 it gets no answer, and one that is out of date leads nowhere.',
-    'Configure them.', (_SYNC,))
+    'A pod is not configured with the addresses of the node, or with '
+    'addresses that it no longer has.',
+    'The pod asks for the MAC address of its node. By IPv6 it gets no answer, '
+    'and an outdated MAC address leads nowhere.',
+    'Sync configures the pods.', (_SYNC,))
 
 POD_UNREADABLE = Kind(
     'pod-unreadable', WARNING,
-    'What the pod knows of its node could not be looked at.',
-    'Run the doctor where the paths of the pods\' namespaces are seen, as '
-    'in the container of kuryr-daemon. If the namespace is broken, delete '
-    'the pod.')
+    'The namespace of a pod cannot be entered, or has no interface of the '
+    'recorded name.',
+    'The doctor could not examine the pod.',
+    'Run the doctor where the namespaces of pods can be seen, for example in '
+    'the container of kuryr-daemon. If the namespace is broken, delete the '
+    'pod.')
 
 POD_APART = Kind(
     'pod-apart', ERROR,
-    'Only macvlans in bridge mode on one parent reach each other.',
-    'Set its mode to bridge. Where it is on another parent, or is no macvlan, '
-    'start the pod again.')
+    'The interface of a pod is not a macvlan in bridge mode on its recorded '
+    'parent.',
+    'Only macvlans in bridge mode on the same parent reach each other.',
+    'Set its mode to bridge. If it is on another parent, or not a macvlan, '
+    'restart the pod.')
 
 POD_DOWN = Kind(
     'pod-down', ERROR,
-    'Nothing goes in or out by an interface that is down.',
-    'Set it up. Only who has NET_ADMIN in the pod can have set it down. Going '
-    'down it has lost routes and addresses of IPv6: let the agent, or a sync, '
-    'configure it again.')
+    'The interface of a pod is down.',
+    'It sends and receives nothing.',
+    'Bring it up. Going down, it lost routes and IPv6 addresses: the agent '
+    'or a sync configures it again. Only a process with NET_ADMIN in the pod '
+    'can have brought it down.')
 
 POD_ADDRESS_MISSING = Kind(
     'pod-address-missing', ERROR,
+    'The interface of a pod lacks an address that is bound for it.',
     'The pod does not answer for the address.',
-    'Give it back, or start the pod again. If it has it no more on purpose, '
-    'unbind it.')
+    'Add the address again, or restart the pod. If the address was removed '
+    'on purpose, unbind it.')
 
 POD_MAC = Kind(
     'pod-mac', ERROR,
+    'The interface of a pod has another MAC address than when it was bound.',
     'The node sends to the MAC address that the pod had when it was bound.',
-    'Give the pod its MAC address back, which Neutron expects too, or '
-    'delete the pod.')
+    'Set the MAC address again, which Neutron expects too, or delete the '
+    'pod.')
 
 POD_NEIGHBOUR_MISSING = Kind(
     'pod-neighbour-missing', ERROR,
-    'The pod has to ask for the MAC address of its node: by IPv6 it gets no '
+    'A pod has no neighbour for an address of the node.',
+    'The pod asks for the MAC address of its node. By IPv6 it gets no '
     'answer.',
-    'Tell it again. Only who has NET_ADMIN in the pod can have deleted it.')
+    'Sync configures the pod again, and so does the agent by its timer. Only '
+    'a process with NET_ADMIN in the pod can have deleted it.')
 
 POD_NEIGHBOUR_WRONG = Kind(
     'pod-neighbour-wrong', ERROR,
-    'What the pod sends to its node does not arrive.',
-    'Tell it again. Only who has NET_ADMIN in the pod can have changed it.')
+    'In a pod, the neighbour of an address of the node has another MAC '
+    'address than break0.',
+    'Packets from the pod to its node do not arrive.',
+    'Sync configures the pod again, and so does the agent by its timer. Only '
+    'a process with NET_ADMIN in the pod can have changed it.')
 
 POD_ROUTE_MISSING = Kind(
     'pod-route-missing', WARNING,
-    'The node is outside the subnets of the pod, which goes by its gateway '
-    'then, while the node answers directly. Firewalls on the way see half '
-    'of it.',
-    'Tell it again. Only who has NET_ADMIN in the pod can have deleted it.')
+    'A pod in another subnet than its node has no route of its own to it.',
+    'The pod sends by its gateway, and the node answers directly. Firewalls '
+    'on the way see half of the traffic.',
+    'Sync configures the pod again, and so does the agent by its timer. Only '
+    'a process with NET_ADMIN in the pod can have deleted it.')
 
 RP_FILTER = Kind(
     'rp-filter', ERROR,
-    'The node is outside the subnets of the pod, which goes by its gateway. '
-    'What comes back that way the node drops, since its own way to the pod '
-    'is through break0 (rp_filter = 1).',
-    'Tell the pod the way, for which it has to be bound with the path of its '
-    'namespace; or let the node be lenient, with 2.')
+    'A pod in another subnet than its node has no route of its own to it, '
+    'and rp_filter of the interface of the pods is 1.',
+    'The pod sends by its gateway. The node drops what comes that way, since '
+    'its own route to the pod is through break0.',
+    'Bind the pod with the path of its namespace, so that it gets a route to '
+    'the node. Or set rp_filter to 2.')
 
 ARP_IGNORED = Kind(
     'arp-ignored', ERROR,
-    'These pods ask for the MAC address of their node by ARP, and break0 '
-    'does not answer, since the address is on another interface.',
-    'Set [break0] static_neighbours = true, bind pods with the path of '
-    'their namespace, or let break0 answer: pods only, as arp_filter sees '
-    'to.',
+    'arp_ignore of "all" or of break0 is set, as kube-proxy does in IPVS '
+    'mode, and pods have to ask for their node: static_neighbours is false, '
+    'or they could not be configured.',
+    'These pods ask for the MAC address of their node by ARP. break0 does '
+    'not answer, because the address is on another interface.',
+    'Set [break0] static_neighbours = true, or bind pods with the path of '
+    'their namespace. Or let break0 answer: it answers pods only, because of '
+    'arp_filter.',
     ('sysctl -w net/ipv4/conf/%(where)s/arp_ignore=0',))
 
 IPV6_NOT_CONFIGURED = Kind(
     'ipv6-not-configured', ERROR,
-    'Without static_neighbours a pod asks for the MAC address of its node by '
-    'multicast, which break0 does not hear: these pods do not reach their '
-    'node by IPv6.',
-    'Set [break0] static_neighbours = true in kuryr.conf, and restart '
-    'kuryr-daemon and the agent.')
+    'static_neighbours is false, and pods have IPv6 addresses.',
+    'These pods ask for the MAC address of their node by multicast, which '
+    'break0 does not receive. They cannot reach their node by IPv6.',
+    'Set [break0] static_neighbours = true in kuryr.conf. ' + _RESTART)
 
 # Other programs of the node
 
 NETWORKD_MANAGES = Kind(
     'networkd-manages-break0', ERROR,
-    'systemd-networkd removes addresses and routes that it has not set from '
+    'systemd-networkd has configured break0, by its state in '
+    '/run/systemd/netif/links.',
+    'systemd-networkd removes addresses and routes that it did not set from '
     'the interfaces that it manages.',
-    'Let it leave break0 alone.',
+    'Let it ignore break0.',
     ("printf '[Match]\\nName=%(device)s\\n\\n[Link]\\nUnmanaged=yes\\n' "
      '> /etc/systemd/network/05-%(device)s.network', 'networkctl reload'))
 
 NETWORKD_FOREIGN_ROUTES = Kind(
     'networkd-foreign-routes', WARNING,
-    'As soon as a .network file matches break0, be it with a wildcard, '
+    'systemd-networkd has run on the node, and ManageForeignRoutes is not '
+    'switched off. By default it is on.',
+    'As soon as a .network file matches break0, even by a wildcard, '
     'systemd-networkd deletes its routes, and again at each restart.',
-    'Let it leave alone what it has not set.',
+    'Let it keep routes that it did not set.',
     ('mkdir -p /etc/systemd/networkd.conf.d',
      "printf '[Network]\\nManageForeignRoutes=no\\n' "
      '> /etc/systemd/networkd.conf.d/kuryr-break0.conf',
@@ -549,25 +682,41 @@ NETWORKD_FOREIGN_ROUTES = Kind(
 
 NETWORKMANAGER_MANAGES = Kind(
     'networkmanager-manages-break0', ERROR,
-    'NetworkManager removes addresses and routes that it has not set from '
-    'the interfaces that it manages, and may take them down.',
-    'Let it leave break0 alone, now and after the next boot.',
+    'NetworkManager manages break0, by its state in '
+    '/run/NetworkManager/devices.',
+    'NetworkManager removes addresses and routes that it did not set from '
+    'the interfaces that it manages, and may bring them down.',
+    'Let it ignore break0, now and after the next boot.',
     ('nmcli device set %(device)s managed no',
      "printf '[keyfile]\\nunmanaged-devices+=interface-name:%(device)s\\n' "
      '> /etc/NetworkManager/conf.d/kuryr-break0.conf', 'nmcli general reload'))
 
 FIREWALL_DROPS = Kind(
     'firewall-drops', ERROR,
-    'What the node and its pods say to each other passes its input and '
-    'output chains with break0 as the interface, and is dropped there.',
-    'Put a rule before it that accepts what comes from and goes to break0.',
+    'A chain of nftables or iptables drops or rejects all traffic between '
+    'the node and its pods through break0, by a rule or by its policy.',
+    'Traffic between the node and its pods passes the input and output '
+    'chains with break0 as the interface.',
+    'Add a rule before it that accepts traffic through break0.',
+    ('%(accept)s',))
+
+SOURCE_REWRITTEN = Kind(
+    'source-rewritten', WARNING,
+    'A MASQUERADE or SNAT rule of nftables or iptables matches all traffic '
+    'from the node to its pods.',
+    'Pods see another source address than the one that the node has used. '
+    'break0 has no address, so MASQUERADE takes that of any other interface.',
+    'Add a rule before it that excepts break0.',
     ('%(accept)s',))
 
 FIREWALL_RESTRICTS = Kind(
-    'firewall-restricts', WARNING,
-    'Some of what goes through break0 is dropped, be it on purpose.',
-    'If it is not on purpose, put a rule before it that accepts what comes '
-    'from and goes to break0.',
+    'firewall-restricts', NOTE,
+    'A chain drops part of the traffic through break0: by a rule that names '
+    'the interface, by a policy where only some ports are accepted, or for '
+    'traffic that is forwarded to pods from elsewhere.',
+    'This may be intended. Pings may be dropped too, so none are sent.',
+    'If it is not intended, add a rule before it that accepts traffic '
+    'through break0.',
     ('%(accept)s',))
 
 #: All there are, in the order in which they are looked for.

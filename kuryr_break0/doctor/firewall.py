@@ -18,6 +18,7 @@ from kuryr_break0.doctor.packet_filter import Chain
 from kuryr_break0.doctor.packet_filter import Obstacle
 from kuryr_break0.doctor.packet_filter import obstacles
 from kuryr_break0.doctor.packet_filter import Packet
+from kuryr_break0.doctor.packet_filter import rewriting
 from kuryr_break0 import kernel
 
 LOG = logging.getLogger(__name__)
@@ -28,27 +29,34 @@ _FORWARDING = {4: 'ipv4/ip_forward', 6: 'ipv6/conf/all/forwarding'}
 
 
 def check(view: ParentView) -> Iterator[Finding]:
-    """Follow what node and pods say to each other through all rules."""
+    """Follow packets between node and pods through all rules."""
     packets = list(_packets(view))
     if not packets:
         return
-    found: dict[bool, list[Obstacle]] = {}
+    found: dict[findings.Kind, list[Obstacle]] = {}
     for table in _tables():
         for obstacle in obstacles(table, packets):
-            found.setdefault(obstacle.all, []).append(obstacle)
-    for kind, drops_all in ((findings.FIREWALL_DROPS, True),
-                            (findings.FIREWALL_RESTRICTS, False)):
-        if drops_all in found:
-            first = found[drops_all][0]
+            found.setdefault(
+                findings.FIREWALL_DROPS if obstacle.all
+                else findings.FIREWALL_RESTRICTS, []).append(obstacle)
+        found.setdefault(findings.SOURCE_REWRITTEN, []).extend(
+            rewriting(table, packets))
+    for kind, chains in found.items():
+        if chains:
+            first = chains[0]
             yield kind.found(
                 'the chain %s, hook %s, has: %s' % (
                     first.chain.title, first.chain.hook, first.what),
-                [each.chain.title for each in found[drops_all]],
-                commands=[each.chain.accept % {
-                    'device': view.name,
-                    'short': '-i' if each.chain.hook == 'input' else '-o',
-                    'long': 'iifname' if each.chain.hook == 'input'
-                    else 'oifname'} for each in found[drops_all]])
+                [each.chain.title for each in chains],
+                commands=[_accept(each.chain, view.name) for each in chains])
+
+
+def _accept(chain: Chain, device: str) -> str:
+    """Return the command for a rule that accepts what passes break0."""
+    comes_in = chain.hook in ('prerouting', 'input')
+    return chain.accept % {
+        'device': device, 'short': '-i' if comes_in else '-o',
+        'long': 'iifname' if comes_in else 'oifname'}
 
 
 def not_examined() -> Iterator[str]:
@@ -72,8 +80,10 @@ def _packets(view: ParentView) -> Iterator[Packet]:
         host = next((address for address in
                      (view.known.addresses if view.known else ())
                      if address.version == version), None)
-        yield Packet('input', device, '', pod, host, version)
-        yield Packet('output', '', device, host, pod, version)
+        for hook in ('prerouting', 'input'):
+            yield Packet(hook, device, '', pod, host, version)
+        for hook in ('output', 'postrouting'):
+            yield Packet(hook, '', device, host, pod, version)
         # What comes from elsewhere for a service of a pod of this node.
         if kernel.read_sysctl(_FORWARDING[version]):
             yield Packet('forward', view.parent_name or '', device, None,

@@ -12,10 +12,11 @@ from kuryr_break0.doctor.packet_filter import Chain
 from kuryr_break0.doctor.packet_filter import Condition
 from kuryr_break0.doctor.packet_filter import Rule
 
-_HOOKS = {'INPUT': 'input', 'OUTPUT': 'output', 'FORWARD': 'forward'}
+_HOOKS = {name.upper(): name for name in (
+    'prerouting', 'input', 'forward', 'output', 'postrouting')}
 _FIELDS = {'-i': 'iif', '-o': 'oif', '-s': 'src', '-d': 'dst'}
 _VERDICTS = {'ACCEPT': 'accept', 'DROP': 'drop', 'REJECT': 'drop',
-             'RETURN': 'return'}
+             'RETURN': 'return', 'MASQUERADE': 'rewrite', 'SNAT': 'rewrite'}
 #: Of which an extension's options say something; others are left open.
 _UNKNOWN = ('addrtype', 'bpf', 'connmark', 'mark', 'physdev', 'set', 'u32')
 

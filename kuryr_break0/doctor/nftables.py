@@ -24,9 +24,11 @@ _SOME_MATCHES = ('conntrack', 'hashlimit', 'icmp', 'icmp6', 'limit',
                  'multiport', 'owner', 'recent', 'state', 'tcp', 'udp')
 _INERT = ('comment',)
 _VERDICTS = {'accept': 'accept', 'drop': 'drop', 'reject': 'drop',
-             'return': 'return'}
+             'return': 'return', 'masquerade': 'rewrite', 'snat': 'rewrite'}
+_TARGETS = {'REJECT': 'drop', 'DROP': 'drop', 'MASQUERADE': 'rewrite',
+            'SNAT': 'rewrite'}
 #: Of iptables, whose own program is to be used for its tables.
-_BUILT_IN = ('INPUT', 'OUTPUT', 'FORWARD')
+_BUILT_IN = ('PREROUTING', 'INPUT', 'OUTPUT', 'FORWARD', 'POSTROUTING')
 
 
 def parse(text: str) -> list[dict[str, Chain]]:
@@ -97,8 +99,8 @@ def _rules(fields: dict[str, Any], sets: dict[str, Any]) -> Iterator[Rule]:
         elif kind == 'xt':
             name = body.get('name') or ''
             if body.get('type') == 'target':
-                if name in ('REJECT', 'DROP'):
-                    yield Rule(tuple(conditions), 'drop', text=text)
+                if name in _TARGETS:
+                    yield Rule(tuple(conditions), _TARGETS[name], text=text)
             elif name not in _INERT:
                 conditions.append(Condition(
                     'some' if name in _SOME_MATCHES else 'unknown'))

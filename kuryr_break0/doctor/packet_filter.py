@@ -87,7 +87,8 @@ class Condition:
 class Rule:
     """What is done with packets that meet all conditions.
 
-    :ivar verdict: ``accept``, ``drop``, ``return``, ``jump``, ``goto``
+    :ivar verdict: ``accept``, ``drop``, ``return``, ``jump``, ``goto``, or
+        ``rewrite`` for one that gives the packet another source address
     :ivar target: the chain to go to
     """
 
@@ -109,8 +110,8 @@ class Rule:
 class Chain:
     """The rules of a chain, in their order.
 
-    :ivar hook: ``input``, ``output``, ``forward``; None for one that is
-        only jumped to
+    :ivar hook: as nft names it, ``input``; None for one that is only jumped
+        to
     :ivar versions: of IP, whose packets it sees
     :ivar policy: what is done with what no rule decides
     :ivar accept: the command for a rule at its top that accepts what comes
@@ -150,20 +151,22 @@ class _Walk:
         self.partly_accepted = False
         self.partly_dropped: Optional[str] = None
         self.dropped_by = ''
+        self.rewritten_by = ''
 
     def is_accepted(self, chain: Chain) -> bool:
         """Whether the end of it is that the packet is accepted."""
-        decided = self._follow(chain)
+        decided = self.follow(chain)
         if decided is None and chain.policy == 'drop':
             self.dropped_by = 'policy drop'
-        return (decided or chain.policy) == 'accept'
+        return (decided or chain.policy) != 'drop'
 
-    def _follow(self, chain: Chain, depth: int = 0,
-                named: bool = False) -> Optional[str]:
+    def follow(self, chain: Chain, depth: int = 0,
+               named: bool = False) -> Optional[str]:
         """What is decided; None if it is left to the calling chain.
 
         :param named: whether the interface has been asked for on the way
         """
+        returned = False  # perhaps
         for rule in chain.rules:
             matches = rule.matches(self._packet)
             if matches is Answer.NO:
@@ -174,14 +177,20 @@ class _Walk:
                 target = self._chains.get(rule.target)
                 if target is None or depth > _DEPTH:
                     continue
-                verdict = self._follow(target, depth + 1,
-                                       named or rule.names_interface)
+                verdict = self.follow(target, depth + 1,
+                                      named or rule.names_interface)
                 if verdict is None and (rule.verdict == 'goto'
                                         and matches is Answer.YES):
                     return None
                 text = '%s, then %s' % (rule.text, self.dropped_by)
             if verdict == 'return' and matches is Answer.YES:
                 return None
+            returned |= verdict == 'return' or rule.verdict == 'goto'
+            if verdict == 'rewrite' and matches is Answer.YES and (
+                    not returned):
+                if rule.verdict == 'rewrite':
+                    self.rewritten_by = text
+                return 'rewrite'
             if verdict == 'accept':
                 if matches is not Answer.SOME:
                     return 'accept'
@@ -194,6 +203,22 @@ class _Walk:
                         named or rule.names_interface):
                     self.partly_dropped = text
         return None
+
+
+def rewriting(chains: Mapping[str, Chain],
+              packets: list[Packet]) -> Iterator[Obstacle]:
+    """Find the chains that give packets another source address.
+
+    :param chains: of one family and table, by their names
+    """
+    for chain in chains.values():
+        for packet in packets:
+            if (chain.hook == packet.hook
+                    and packet.version in chain.versions):
+                walk = _Walk(chains, packet)
+                if walk.follow(chain) == 'rewrite':
+                    yield Obstacle(chain, walk.rewritten_by, True)
+                    break
 
 
 def obstacles(chains: Mapping[str, Chain],

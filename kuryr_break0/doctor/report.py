@@ -10,6 +10,7 @@ from typing import Any, Iterable, Sequence
 
 from kuryr_break0.doctor.findings import ERROR
 from kuryr_break0.doctor.findings import Finding
+from kuryr_break0.doctor.findings import WARNING
 
 _WIDTH = 79
 #: Of addresses and commands of one finding, so many are shown to people.
@@ -30,22 +31,22 @@ def as_json(findings: Iterable[Finding],
 
 def as_text(findings: list[Finding], not_examined: Sequence[str] = (),
             **counts: int) -> str:
-    """A paragraph for each finding, errors first; and what was looked at."""
-    blocks = [_block(each) for each in sorted(
-        findings, key=lambda each: each.severity != ERROR)]
-    errors = sum(each.severity == ERROR for each in findings)
-    if findings:
-        summary = 'Errors: %d, warnings: %d.' % (errors,
-                                                 len(findings) - errors)
+    """Return a paragraph for each finding, and what was examined."""
+    blocks = list(map(_block, findings))
+    errors, warnings = (sum(each.severity == severity for each in findings)
+                        for severity in (ERROR, WARNING))
+    if errors or warnings:
+        summary = 'Errors: %d, warnings: %d.' % (errors, warnings)
     else:
-        summary = ('Nothing wrong was found.' if not_examined
+        summary = ('Nothing wrong was found.' if not_examined or findings
                    else 'Nothing is wrong.')
     if counts:
         summary += (
-            ' Looked at pods: %(pods)d, entered: %(entered)d; addresses: '
-            '%(addresses)d, looked up in the routing tables: %(looked_up)d.'
+            ' Examined: %(entered)d of %(pods)d pods from inside, and the '
+            'routing of %(looked_up)d of %(addresses)d addresses.'
             % counts)
-    blocks += ['Not examined: ' + each for each in not_examined]
+    blocks += ['\n'.join(_wrapped(each, 'Not examined: ', ' ' * 14)
+                         for each in not_examined)] if not_examined else []
     return '\n\n'.join([*blocks, _wrapped(summary, '', '')])
 
 

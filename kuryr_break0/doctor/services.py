@@ -8,6 +8,7 @@ their own clients are not in the container of kuryr-daemon.
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 from typing import Iterable, Iterator, Optional, Sequence
@@ -51,6 +52,51 @@ def _check_link(link: kernel.Link) -> Iterator[Finding]:
         yield findings.NETWORKMANAGER_MANAGES.found(
             'NetworkManager has %s (interface %d) as managed' % (
                 link.name, link.index), device=link.name)
+    path, setting = _link_file(link)
+    if setting is not None:
+        yield findings.UDEV_SETS_MAC.found(
+            '%s matches %s and has %s' % (path, link.name, setting),
+            device=link.name)
+
+
+def _link_file(link: kernel.Link) -> tuple[str, Optional[str]]:
+    """Return the .link file of an interface, and how it sets a MAC address.
+
+    udev applies the first that matches, by the names of the files. A policy
+    "persistent" does not count: it leaves an interface alone that was created
+    with a MAC address, as break0 is (systemd.link(5)).
+    """
+    paths: dict[str, str] = {}
+    for directory in _SYSTEMD:
+        for path in glob.glob(os.path.join(directory, 'network', '*.link')):
+            paths.setdefault(os.path.basename(path), path)
+    for _, path in sorted(paths.items()):
+        lines = list(_lines(path))
+        matches = [_matches(key, value, link) for key, value
+                   in _assignments(_section(lines, 'Match'))]
+        if not lines or False in matches:
+            continue  # an empty file is how one is masked
+        if None in matches:
+            break
+        settings = dict(_assignments(_section(lines, 'Link')))
+        if settings.get('MACAddress'):
+            return path, 'MACAddress=' + settings['MACAddress']
+        if settings.get('MACAddressPolicy') == 'random':
+            return path, 'MACAddressPolicy=random'
+        break
+    return '', None
+
+
+def _matches(key: str, value: str, link: kernel.Link) -> Optional[bool]:
+    """Return whether an interface meets a condition; None if in doubt."""
+    actual = {'OriginalName': link.name, 'Kind': link.kind,
+              'Type': link.kind, 'MACAddress': link.mac, 'Driver': '',
+              'Path': '', 'PermanentMACAddress': ''}.get(key)
+    if actual is None:
+        return None
+    negated = value.startswith('!')
+    return negated != any(fnmatch.fnmatchcase(actual, pattern) for pattern
+                          in value.lstrip('!').split())
 
 
 def manages_foreign_routes() -> Optional[str]:

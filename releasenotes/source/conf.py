@@ -13,19 +13,16 @@
 """How the release notes are built."""
 
 extensions = [
-    'openstackdocstheme',
     'reno.sphinxext',
 ]
 
 project = 'kuryr-break0 Release Notes'
-copyright = 'kuryr-break0 developers'
+copyright = 'kuryr-break0 developers. Apache License, Version 2.0'
 
 # Release notes are of all versions.
 version = ''
 release = ''
 
-pygments_style = 'native'
-
-html_theme = 'openstackdocs'
-openstackdocs_repo_name = ''
-openstackdocs_auto_name = False
+html_theme = 'furo'
+html_title = project
+html_show_sphinx = False

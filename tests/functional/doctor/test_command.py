@@ -13,8 +13,8 @@ from unittest import mock
 from oslo_config import cfg
 
 from kuryr_break0.doctor import examination
-from kuryr_break0.doctor import firewall
 from kuryr_break0.doctor import report
+from kuryr_break0 import kernel
 from kuryr_break0.model import Owner
 from tests.functional import base
 from tests.functional.doctor.base import DoctorTestCase
@@ -34,8 +34,8 @@ class TestCommand(DoctorTestCase):
         self.assertIn('error: route-missing\n  seen  addresses of pods have '
                       'no route through break0 in table 254:', done.stdout)
         self.assertIn('\n          kuryr-break0 sync\n', done.stdout)
-        self.assertIn('Errors: 1, warnings: 1. Looked at pods: 2, entered: '
-                      '2; addresses: 4', done.stdout)
+        self.assertIn('Errors: 1, warnings: 1. Examined: 2 of 2 pods from '
+                      'inside', done.stdout)
         self.assertLess(max(map(len, done.stdout.splitlines())), 80)
 
     def test_a_state_directory_that_cannot_be_read(self) -> None:
@@ -55,6 +55,19 @@ class TestCommand(DoctorTestCase):
         self.call('--ignore', found[0]['id'], '--ignore', 'route-missing')
         done = self.call('--ignore', 'route-mising', code=2)
         self.assertIn('did you mean route-missing?', done.stderr)
+
+    def test_a_firewalled_node_is_healthy(self) -> None:
+        self.lab.run('nft', 'table inet filter { chain in { type filter hook '
+                     'input priority 0; policy drop; ct state established '
+                     'accept; tcp dport 22 accept; }; }')
+        done = self.call(code=0)
+        self.assertIn('note: firewall-restricts', done.stdout)
+        self.assertIn('Nothing wrong was found.', done.stdout)
+        self.assertNotIn('Nothing is wrong.', done.stdout)
+        self.lab.run('ip', 'route', 'del', POD4)
+        done = self.call(code=1)
+        self.assertLess(done.stdout.index('error: route-missing'),
+                        done.stdout.index('note: firewall-restricts'))
 
     def unpacked(self, *args: str) -> dict[str, str]:
         """The parts of a bundle, by their names."""
@@ -111,10 +124,10 @@ class TestCommand(DoctorTestCase):
     def test_what_was_not_examined(self) -> None:
         found = examination.examine(self.conf())
         self.assertEqual([], found.not_examined)
-        with mock.patch.object(firewall.shutil, 'which', lambda *args, **_:
-                               None):
+        with mock.patch.object(kernel, 'find_program', return_value=None):
             found = examination.examine(self.conf())
-        self.assertEqual(2, len(found.not_examined))
+        self.assertEqual(2, len([each for each in found.not_examined
+                                 if each.startswith('the rules of ')]))
         text = report.as_text([], found.not_examined)
         self.assertIn('Not examined: the rules of nftables', text)
         self.assertIn('Nothing wrong was found.', text)

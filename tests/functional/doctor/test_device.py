@@ -118,6 +118,21 @@ class TestDevice(DoctorTestCase):
         self.assertEqual({}, self.findings())
         self.assertFalse(self.is_answered_for())
 
+    def test_a_second_macvlan(self) -> None:
+        """As by the recipe that break0 replaces, left from before."""
+        self.lab.run('ip', 'link', 'add', 'shim0', 'link', lab.PARENT,
+                     'type', 'macvlan', 'mode', 'bridge')
+        self.assertEqual({}, self.findings())
+        self.lab.run('ip', 'link', 'set', 'shim0', 'up')
+        self.follow(self.assert_found('second-macvlan', 'shim0',
+                                      severity='warning'))
+        self.assertEqual({}, self.findings())
+        self.lab.run('ip', 'link', 'del', 'shim0')
+        # As keepalived has one for its own address only.
+        self.lab.run('ip', 'link', 'add', 'vrrp.51', 'link', lab.PARENT,
+                     'up', 'type', 'macvlan', 'mode', 'private')
+        self.assertEqual({}, self.findings())
+
     def is_answered_for(self) -> bool:
         """Whether break0 answers the LAN for the address of the node."""
         link = self.lab.link('break0')

@@ -96,7 +96,7 @@ class TestFirewall(DoctorTestCase):
                  'accept; tcp dport { 22, 10250 } accept; ip6 nexthdr icmpv6 '
                  'accept; }; }')
         self.assert_found('firewall-restricts', 'policy drop',
-                          'inet filter in', severity='warning')
+                          'inet filter in', severity='note')
 
     def test_a_zone(self) -> None:
         """As firewalld does it."""
@@ -118,6 +118,55 @@ class TestFirewall(DoctorTestCase):
         self.assertFalse(self.lab.ping(lab.NODE, 'pod'))
         self.assert_found('firewall-restricts', 'reject',
                           'inet firewalld filter_INPUT')
+
+    def test_source_rewritten(self) -> None:
+        catch_all = ('table ip ours { chain out { type nat hook postrouting '
+                     'priority 100; ip daddr 100.75.30.0/24 masquerade; }; }')
+        self.nft(catch_all)
+        finding = self.assert_found('source-rewritten', 'masquerade',
+                                    'ip ours out', severity='warning')
+        self.follow(finding)
+        self.assertEqual({}, self.findings())
+        self.nft('delete table ip ours')
+        self.nft(catch_all.replace('masquerade', 'snat to 203.0.113.9'))
+        self.assert_found('source-rewritten', 'snat', 'ip ours out')
+
+    def test_source_rewritten_by_iptables(self) -> None:
+        self.lab.run('iptables', '-t', 'nat', '-A', 'POSTROUTING', '-j',
+                     'MASQUERADE')
+        self.follow(self.assert_found('source-rewritten', '',
+                                      'ip nat POSTROUTING'))
+        self.assertEqual({}, self.findings())
+
+    def test_the_source_of_others_is_rewritten(self) -> None:
+        """As by Docker, and by kube-proxy of what it has marked."""
+        for rule in (('-s', '172.17.0.0/16', '!', '-o', 'docker0', '-j',
+                      'MASQUERADE'),
+                     ('-o', lab.PARENT, '-j', 'MASQUERADE'),
+                     ('-j', 'KUBE')):
+            self.lab.run('iptables', '-t', 'nat', '-N', 'KUBE', check=False)
+            self.lab.run('iptables', '-t', 'nat', '-A', 'POSTROUTING', *rule)
+        for rule in (('-m', 'mark', '!', '--mark', '0x4000/0x4000', '-j',
+                      'RETURN'), ('-j', 'MARK', '--set-xmark', '0x4000/0x0'),
+                     ('-j', 'MASQUERADE', '--random-fully')):
+            self.lab.run('iptables', '-t', 'nat', '-A', 'KUBE', *rule)
+        self.nft('table ip kube-proxy { chain masquerading { meta mark & '
+                 '0x4000 == 0 return; meta mark set meta mark ^ 0x4000; '
+                 'masquerade fully-random; }; chain nat-postrouting { type '
+                 'nat hook postrouting priority 100; jump masquerading; }; }')
+        self.assertEqual({}, self.findings())
+
+    def test_before_and_after_routing(self) -> None:
+        for hook, match in (('prerouting', 'iifname'),
+                            ('postrouting', 'oifname')):
+            with self.subTest(hook):
+                self.nft('table inet raw { chain c { type filter hook %s '
+                         'priority -300; %s "break0" drop; }; }' % (hook,
+                                                                    match))
+                self.follow(self.assert_found('firewall-drops', hook,
+                                              'inet raw c'))
+                self.assertEqual({}, self.findings())
+                self.nft('delete table inet raw')
 
     def test_forwarding(self) -> None:
         self.nft('table ip filter { chain FORWARD { type filter hook forward '

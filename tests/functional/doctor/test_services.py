@@ -40,6 +40,41 @@ class TestServices(DoctorTestCase):
         self.write('/run/systemd/netif/links/%d' % self.index(),
                    '# This is private data. Do not parse.\n' + state)
 
+    def test_udev_sets_the_mac_address(self) -> None:
+        self.replace_etc()
+        self.write('/etc/systemd/network/99-default.link',
+                   '[Match]\nOriginalName=*\n[Link]\n'
+                   'MACAddressPolicy=persistent\n')
+        self.write('/etc/systemd/network/20-eth.link',
+                   '[Match]\nOriginalName=eth* !break0\n[Link]\n'
+                   'MACAddress=02:00:00:00:00:01\n')
+        self.write('/etc/systemd/network/30-path.link',
+                   '[Match]\nPath=pci-*\n[Link]\nMACAddressPolicy=random\n')
+        self.assertEqual({}, self.findings())
+        self.write('/etc/systemd/network/40-all.link',
+                   '# All.\n[Match]\nKind=macvlan\n[Link]\n'
+                   'MACAddressPolicy=random\n')
+        finding = self.assert_found(
+            'udev-sets-mac', '40-all.link matches break0 and has '
+            'MACAddressPolicy=random', severity='warning')
+        self.lab.run('sh', '-c', finding['commands'][0])
+        self.assertEqual({}, self.findings())
+
+    def test_udev_in_doubt(self) -> None:
+        self.replace_etc()
+        self.write('/etc/systemd/network/10-vm.link',
+                   '[Match]\nVirtualization=vm\n[Link]\n'
+                   'MACAddressPolicy=none\n')
+        self.write('/etc/systemd/network/40-all.link',
+                   '[Match]\nOriginalName=*\n[Link]\n'
+                   'MACAddressPolicy=random\n')
+        self.assertEqual({}, self.findings())
+        # An empty file of the same name is how one is masked.
+        self.write('/run/systemd/network/10-vm.link', '')
+        self.assertEqual({}, self.findings())
+        self.write('/etc/systemd/network/10-vm.link', '')
+        self.assert_found('udev-sets-mac', '40-all.link')
+
     def test_networkd_leaves_it_alone(self) -> None:
         self.replace_etc()
         self.networkd('ADMIN_STATE=unmanaged\nOPER_STATE=degraded\n')
