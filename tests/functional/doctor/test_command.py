@@ -123,6 +123,7 @@ class TestCommand(DoctorTestCase):
 
     def test_what_was_not_examined(self) -> None:
         found = examination.examine(self.conf())
+        self.assertEqual([], found.findings)
         self.assertEqual([], found.not_examined)
         with mock.patch.object(kernel, 'find_program', return_value=None):
             found = examination.examine(self.conf())
