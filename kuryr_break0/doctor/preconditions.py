@@ -251,11 +251,11 @@ def _kuryr() -> Iterator[Result]:
                      'discover it need not be')
         return
     major = version.partition('.')[0]
-    if major.isdigit() and 7 <= int(major) < 11:
+    if major.isdigit() and 6 <= int(major) < 11:
         yield Result('kuryr', OK, 'kuryr-kubernetes ' + version)
     else:
-        yield Result('kuryr', ERROR, 'kuryr-kubernetes %s: 7.0.0 to 10 were '
-                     'seen to work' % version)
+        yield Result('kuryr', ERROR, 'kuryr-kubernetes %s was not tested: '
+                     'install 6.0.0 to 10' % version)
 
 
 def _engines(options: config.Options) -> Iterator[Result]:

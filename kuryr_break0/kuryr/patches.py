@@ -3,7 +3,7 @@
 """All that is changed of Kuryr's own code while it runs: three functions.
 
 Two are private functions of ``kuryr_kubernetes.cni.binding.base``, tried with
-Kuryr 7.0.0 to 10.0.0. They are changed in the process of one request only, and
+Kuryr 6.0.0 to 10.0.0. They are changed in the process of one request only, and
 only where they are what they were when this module was imported. The third is
 a method of the plugin that asks for the binding.
 
