@@ -10,16 +10,15 @@ import re
 import secrets
 from typing import Callable, Collection, Iterator, NamedTuple, Optional
 
-from oslo_log import log as logging
-
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger.identity import Alias
 from kuryr_break0.ledger.identity import Identity
+from kuryr_break0 import log
 from kuryr_break0.model import IPAddress
 
-LOG = logging.getLogger(__name__)
+LOG = log.get_logger(__name__)
 
 #: What keeps break0 from speaking to the LAN, in this order: answering the
 #: LAN's ARP requests for addresses of the node; link-local addresses with

@@ -7,11 +7,10 @@ from __future__ import annotations
 import contextlib
 from typing import Iterator
 
-from oslo_log import log as logging
-
 from kuryr_break0 import exceptions
+from kuryr_break0 import log
 
-LOG = logging.getLogger(__name__)
+LOG = log.get_logger(__name__)
 
 
 class Failures:

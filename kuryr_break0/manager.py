@@ -13,8 +13,6 @@ import ipaddress
 import itertools
 from typing import Any, Callable, Collection, Iterable, Iterator, Optional
 
-from oslo_log import log as logging
-
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0.failures import Failures
@@ -30,6 +28,7 @@ from kuryr_break0.ledger.journal import timed
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.ledger.records import MAX_SIBLINGS
 from kuryr_break0.ledger.records import MAX_SUBNETS
+from kuryr_break0 import log
 from kuryr_break0.model import address_order
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import IPNetwork
@@ -51,7 +50,7 @@ from kuryr_break0.reconciler import Outcome
 from kuryr_break0.reconciler import Reconciler
 from kuryr_break0.reconciler import take_over
 
-LOG = logging.getLogger(__name__)
+LOG = log.get_logger(__name__)
 
 #: As LOG.info, but later; see :meth:`Break0Manager._locked`.
 Say = Callable[..., None]

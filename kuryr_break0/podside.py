@@ -14,13 +14,12 @@ from __future__ import annotations
 import contextlib
 from typing import Callable, Collection, Iterable, Iterator
 
-from oslo_log import log as logging
-
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0.guard import table_of
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
+from kuryr_break0 import log
 from kuryr_break0.model import best_metric
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
@@ -29,7 +28,7 @@ from kuryr_break0.model import Neighbour
 from kuryr_break0.model import NodeAddresses
 from kuryr_break0.model import Record
 
-LOG = logging.getLogger(__name__)
+LOG = log.get_logger(__name__)
 
 
 class PodSide:

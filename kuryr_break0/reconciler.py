@@ -15,9 +15,8 @@ import collections
 import contextlib
 import dataclasses
 import gc
+import logging
 from typing import Any, Collection, Iterable, Iterator, Mapping, Optional
-
-from oslo_log import log as logging
 
 from kuryr_break0 import config
 from kuryr_break0 import device
@@ -35,6 +34,7 @@ from kuryr_break0.ledger.identity import Identity
 from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger.journal import Journal
 from kuryr_break0.ledger import Ledger
+from kuryr_break0 import log
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Item
@@ -49,7 +49,7 @@ from kuryr_break0 import snapshot
 from kuryr_break0.snapshot import Parent
 from kuryr_break0.snapshot import Snapshot
 
-LOG = logging.getLogger(__name__)
+LOG = log.get_logger(__name__)
 
 #: Addresses that a sync changes before it lets others have the lock.
 CHANGED_AT_ONCE = 16

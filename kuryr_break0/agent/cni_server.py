@@ -14,14 +14,13 @@ import struct
 import threading
 from typing import Optional
 
-from oslo_log import log as logging
-
 from kuryr_break0.cni import plugin
 from kuryr_break0.cni import request
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
+from kuryr_break0 import log
 
-LOG = logging.getLogger(__name__)
+LOG = log.get_logger(__name__)
 
 NAME = 'cni.sock'
 #: Requests at once; others wait. Those on one node wait for one lock anyway.

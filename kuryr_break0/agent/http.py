@@ -8,7 +8,6 @@ import socket
 import threading
 from typing import Any, Callable, Iterable, Optional
 
-from oslo_log import log as logging
 import prometheus_client
 import waitress
 from waitress import wasyncore
@@ -16,8 +15,9 @@ from waitress import wasyncore
 from kuryr_break0.agent.metrics import Metrics
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
+from kuryr_break0 import log
 
-LOG = logging.getLogger(__name__)
+LOG = log.get_logger(__name__)
 
 #: Seconds that a client may send nothing.
 _TIMEOUT = 10

@@ -12,7 +12,6 @@ import time
 from typing import Any, Callable, Iterator, Optional
 
 import inotify_simple
-from oslo_log import log as logging
 
 from kuryr_break0.agent.cni_server import CNIServer
 from kuryr_break0.agent.http import Server
@@ -26,9 +25,10 @@ from kuryr_break0 import guard
 from kuryr_break0 import kernel
 from kuryr_break0.ledger.journal import Journal
 from kuryr_break0.ledger import Ledger
+from kuryr_break0 import log
 from kuryr_break0.reconciler import Reconciler
 
-LOG = logging.getLogger(__name__)
+LOG = log.get_logger(__name__)
 
 #: Seconds from the first event to the sync that it causes: a burst is one.
 _BURST = 0.05

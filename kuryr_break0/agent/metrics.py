@@ -10,7 +10,6 @@ import threading
 import time
 from typing import Any, Iterator, Optional, Sequence
 
-from oslo_log import log as logging
 import prometheus_client
 from prometheus_client import core
 from prometheus_client import registry as prometheus_registry
@@ -21,11 +20,12 @@ from kuryr_break0 import kernel
 from kuryr_break0.ledger import journal
 from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger import Ledger
+from kuryr_break0 import log
 from kuryr_break0.model import Origin
 from kuryr_break0 import snapshot
 from kuryr_break0.snapshot import Snapshot
 
-LOG = logging.getLogger(__name__)
+LOG = log.get_logger(__name__)
 
 _PREFIX = 'kuryr_break0'
 #: Upper limits in seconds: from a bind, some milliseconds, to lock_timeout.

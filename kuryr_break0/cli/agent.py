@@ -7,14 +7,14 @@ from __future__ import annotations
 from typing import Any
 
 from oslo_config import cfg
-from oslo_log import log as logging
 
 from kuryr_break0.agent.loop import Agent
 from kuryr_break0.cli import common
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
+from kuryr_break0 import log
 
-LOG = logging.getLogger(__name__)
+LOG = log.get_logger(__name__)
 
 
 def add_parser(subparsers: Any) -> None:

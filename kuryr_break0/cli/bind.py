@@ -10,19 +10,19 @@ import re
 from typing import Any, Iterable
 
 from oslo_config import cfg
-from oslo_log import log as logging
 
 from kuryr_break0.cli import common
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
+from kuryr_break0 import log
 from kuryr_break0.manager import Break0Manager
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 
-LOG = logging.getLogger(__name__)
+LOG = log.get_logger(__name__)
 
 _BIND = """\
 Make addresses reachable through break0 that Kuryr knows nothing of: of a

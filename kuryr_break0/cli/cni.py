@@ -13,16 +13,16 @@ import sys
 from typing import Any, Iterator
 
 from oslo_config import cfg
-from oslo_log import log as logging
 
 from kuryr_break0.cli import common
 from kuryr_break0.cni import plugin
 from kuryr_break0.cni import request
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
+from kuryr_break0 import log
 from kuryr_break0.manager import Break0Manager
 
-LOG = logging.getLogger(__name__)
+LOG = log.get_logger(__name__)
 
 PLUGIN = 'break0'
 _CNI = """\

@@ -8,8 +8,6 @@ import json
 import os
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional
 
-from oslo_log import log as logging
-
 from kuryr_break0.cni import request as requests
 from kuryr_break0.cni.request import CNIError
 from kuryr_break0.cni.request import Request
@@ -18,6 +16,7 @@ from kuryr_break0 import exceptions
 from kuryr_break0 import guard
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
+from kuryr_break0 import log
 from kuryr_break0.manager import Break0Manager
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Origin
@@ -25,7 +24,7 @@ from kuryr_break0.model import Owner
 from kuryr_break0 import podside
 from kuryr_break0 import snapshot
 
-LOG = logging.getLogger(__name__)
+LOG = log.get_logger(__name__)
 
 #: Codes of our own, by what has gone wrong; see doc/source/install/cni.rst.
 NOT_REACHABLE, REFUSED, DIFFERS, FAILED, UNEXPECTED = (

@@ -18,19 +18,18 @@ import socket
 import threading
 from typing import Any, Iterator, TypeVar
 
-from oslo_log import log as logging
-
 from kuryr_break0 import config
 from kuryr_break0.discovery import finder
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
+from kuryr_break0 import log
 from kuryr_break0.model import NAME
 from kuryr_break0.model import NamespaceId
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 
-LOG = logging.getLogger(__name__)
+LOG = log.get_logger(__name__)
 
 T = TypeVar('T')
 

@@ -15,13 +15,12 @@ import dataclasses
 import time
 from typing import Iterable, Optional
 
-from oslo_log import log as logging
-
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger.journal import Journal
 from kuryr_break0.ledger import Ledger
+from kuryr_break0 import log
 from kuryr_break0.manager import Break0Manager
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import NamespaceId
@@ -31,7 +30,7 @@ from kuryr_break0.model import Record
 from kuryr_break0.policy import Policy
 from kuryr_break0.reconciler import Reconciler
 
-LOG = logging.getLogger(__name__)
+LOG = log.get_logger(__name__)
 
 #: Addresses of one namespace that are bound. One can have thousands.
 MAX_ADDRESSES = 32

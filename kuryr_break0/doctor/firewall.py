@@ -7,8 +7,6 @@ from __future__ import annotations
 import subprocess
 from typing import Any, Callable, Iterator, Optional
 
-from oslo_log import log as logging
-
 from kuryr_break0.doctor import findings
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor import iptables
@@ -20,8 +18,9 @@ from kuryr_break0.doctor.packet_filter import obstacles
 from kuryr_break0.doctor.packet_filter import Packet
 from kuryr_break0.doctor.packet_filter import rewriting
 from kuryr_break0 import kernel
+from kuryr_break0 import log
 
-LOG = logging.getLogger(__name__)
+LOG = log.get_logger(__name__)
 
 #: Seconds for a program to list all rules.
 _TIMEOUT = 10

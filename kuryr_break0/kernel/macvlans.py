@@ -9,17 +9,16 @@ import os
 import socket
 from typing import Iterable, Iterator, NamedTuple, Optional
 
-from oslo_log import log as logging
-
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel import namespaces
 from kuryr_break0.kernel.rtnetlink import Netlink
 from kuryr_break0.kernel.wire import InterfaceAddress
 from kuryr_break0.kernel.wire import Link
+from kuryr_break0 import log
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import NamespaceId
 
-LOG = logging.getLogger(__name__)
+LOG = log.get_logger(__name__)
 
 
 class Macvlan(NamedTuple):

@@ -12,7 +12,6 @@ from kuryr_kubernetes.cni.binding import nested
 from kuryr_kubernetes import config as k_config
 from kuryr_kubernetes import exceptions as k_exc
 from kuryr_kubernetes import utils as k_utils
-from oslo_log import log as logging
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
@@ -20,11 +19,12 @@ from kuryr_break0 import kernel
 from kuryr_break0.kuryr import patches
 from kuryr_break0.kuryr import pod_binding
 from kuryr_break0.kuryr import vif as break0_vif
+from kuryr_break0 import log
 from kuryr_break0.manager import Break0Manager
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 
-LOG = logging.getLogger(__name__)
+LOG = log.get_logger(__name__)
 
 _IFF_LOOPBACK = 8  # linux/if.h
 

@@ -16,9 +16,10 @@ from typing import Any
 
 import os_vif.objects
 from os_vif import plugin
-from oslo_log import log as logging
 
-LOG = logging.getLogger(__name__)
+from kuryr_break0 import log
+
+LOG = log.get_logger(__name__)
 
 #: Only kuryr-daemon imports it.
 _DAEMON_MODULE = 'kuryr_kubernetes.cni.daemon.service'

@@ -28,11 +28,11 @@ import re
 from typing import Any, Callable, Iterator, Optional
 
 from kuryr_kubernetes.cni.binding import base as b_base
-from oslo_log import log as logging
 
 from kuryr_break0 import kernel
+from kuryr_break0 import log
 
-LOG = logging.getLogger(__name__)
+LOG = log.get_logger(__name__)
 
 #: As often as IPDB itself tries to set addresses.
 _TRIES = 3

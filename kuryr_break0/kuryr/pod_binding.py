@@ -12,11 +12,10 @@ from __future__ import annotations
 import ipaddress
 from typing import Any
 
-from oslo_log import log as logging
-
 from kuryr_break0 import kernel
+from kuryr_break0 import log
 
-LOG = logging.getLogger(__name__)
+LOG = log.get_logger(__name__)
 
 _EVERYTHING = {4: ipaddress.ip_network('0.0.0.0/0'),
                6: ipaddress.ip_network('::/0')}

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import stat
 from typing import Any, Callable, Iterator, Optional, TypeVar
-
-from oslo_log import log as logging
 
 from kuryr_break0 import exceptions
 from kuryr_break0.ledger.cache import Cache
@@ -27,10 +26,11 @@ from kuryr_break0.ledger import inspection
 from kuryr_break0.ledger.inspection import Contents
 from kuryr_break0.ledger.lock import Lock
 from kuryr_break0.ledger.records import Records
+from kuryr_break0 import log
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
 
-LOG = logging.getLogger(__name__)
+LOG = log.get_logger(__name__)
 
 __all__ = ('Contents', 'Ledger', 'Owner', 'Record')
 

@@ -9,11 +9,10 @@ import fcntl
 import os
 from typing import Callable, Iterator, Optional
 
-from oslo_log import log as logging
-
 from kuryr_break0.ledger import files
+from kuryr_break0 import log
 
-LOG = logging.getLogger(__name__)
+LOG = log.get_logger(__name__)
 
 
 class Heartbeat:

@@ -17,11 +17,10 @@ import os
 import struct
 from typing import Any, Iterable, Iterator, Optional, Sequence
 
-from oslo_log import log as logging
-
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel import namespaces
 from kuryr_break0.ledger import files
+from kuryr_break0 import log
 from kuryr_break0.model import address_order
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import MAC
@@ -31,7 +30,7 @@ from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
 
-LOG = logging.getLogger(__name__)
+LOG = log.get_logger(__name__)
 
 #: Version 1 had one sandbox per address, and no number of its namespace.
 VERSION = 2
