@@ -35,6 +35,7 @@ build/cni/break0: kuryr_break0/cni/shim.c
 # doc/source/install/docker.rst. DESTDIR and PREFIX are as usual.
 PREFIX ?= /opt/kuryr-break0
 UNITS = $(DESTDIR)/etc/systemd/system
+MAN = $(DESTDIR)/usr/local/share/man/man8
 SETTINGS = $(DESTDIR)/etc/kuryr-break0/kuryr-break0.conf
 .PHONY: install install-files uninstall
 install: install-files
@@ -51,7 +52,8 @@ ifeq ($(CIDRS),)
 	@[ -e $(SETTINGS) ] || { echo 'Name the networks of the containers,' \
 	    'as: make install CIDRS=192.0.2.0/24' >&2; exit 2; }
 endif
-	install -d $(UNITS) $(dir $(SETTINGS)) $(DESTDIR)/usr/local/bin
+	install -d $(UNITS) $(dir $(SETTINGS)) $(DESTDIR)/usr/local/bin $(MAN)
+	install -m 644 etc/man/kuryr-break0.8 $(MAN)
 	cp -r etc/systemd/system/kuryr-break0-agent.service \
 	    etc/systemd/system/kuryr-break0-agent.service.d $(UNITS)
 	ln -sf $(PREFIX)/bin/kuryr-break0 $(DESTDIR)/usr/local/bin/
@@ -62,7 +64,7 @@ endif
 uninstall:
 	rm -rf $(UNITS)/kuryr-break0-agent.service \
 	    $(UNITS)/kuryr-break0-agent.service.d $(DESTDIR)$(PREFIX) \
-	    $(DESTDIR)/usr/local/bin/kuryr-break0
+	    $(DESTDIR)/usr/local/bin/kuryr-break0 $(MAN)/kuryr-break0.8
 
 bench: $(VENV)/installed
 	tests/debian-packages all
@@ -80,11 +82,21 @@ $(VENV)/plots: $(VENV)/installed tests/bench/requirements.txt
 	    --requirement tests/bench/requirements.txt
 	touch $@
 
-# The pages, the man page and the release notes; a warning is an error.
-docs: $(VENV)/installed
+# The pages, the man page and the release notes; a warning is an error. The man
+# page that is in git is compared with the one that is built.
+docs: $(VENV)/installed doc/build/man/kuryr-break0.8
 	$(SPHINX) -d doc/build/doctrees -b html doc/source doc/build/html
-	$(SPHINX) -d doc/build/doctrees -b man doc/source doc/build/man
+	cmp $(word 2,$^) etc/man/kuryr-break0.8 || { echo 'Run: make man'; exit 1; }
 	$(SPHINX) -a -E -b html releasenotes/source releasenotes/build/html
+
+.PHONY: doc/build/man/kuryr-break0.8 man
+doc/build/man/kuryr-break0.8: $(VENV)/installed
+	$(SPHINX) -d doc/build/doctrees -D today='kuryr-break0' -b man doc/source \
+	    doc/build/man
+
+man: doc/build/man/kuryr-break0.8
+	@mkdir -p etc/man
+	cp $< etc/man
 
 genconfig: $(VENV)/installed
 	$(BIN)/oslo-config-generator \
