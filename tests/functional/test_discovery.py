@@ -429,6 +429,8 @@ class TestInstalled(DiscoveryTestCase):
         self.assertIn('CIDRS=', done.stdout)
         self.lab.run('make', 'install-files', 'DESTDIR=/run/dest',
                      'CIDRS=100.75.0.0/16,fd00:30::/64')
+        self.assertTrue(os.path.exists(
+            '/run/dest/usr/local/share/man/man8/kuryr-break0.8'))
         # As in /etc, where it is looked for after kuryr.conf.
         os.makedirs('/run/home')
         os.rename('/run/dest/etc/kuryr-break0', '/run/home/.kuryr-break0')

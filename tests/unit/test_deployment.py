@@ -330,9 +330,11 @@ class TestWheel(unittest.TestCase):
                  in os.walk(os.path.join(overlay.ROOT, 'etc'))
                  for name in names}
         self.assertEqual(there - self.LEFT_OUT, set(held))
-        # Where bash looks for it, below /usr and /usr/local.
+        # Where bash and man look for them, below /usr and /usr/local.
         self.assertEqual('share/bash-completion/completions',
                          held.pop('etc/bash-completion/kuryr-break0'))
+        self.assertEqual('share/man/man8',
+                         held.pop('etc/man/kuryr-break0.8'))
         # All else in its place below one directory.
         for name, target in held.items():
             self.assertEqual(
