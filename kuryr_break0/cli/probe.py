@@ -137,7 +137,7 @@ def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
         _print_table([probe for each in results for probe in each.probes])
         for each in results:
             if each.note is not None:
-                print('%sThe way from the pod was not tried: %s' % (
+                print('%sThe way from the pod was not probed: %s' % (
                     '%s: ' % each.address if wanted.all else '', each.note))
             if each.trace is not None and any(
                     probe.problem for probe in each.probes):
@@ -212,7 +212,7 @@ def _as_json(probe: Probe) -> dict[str, Any]:
 def _print_table(probes: list[Probe]) -> None:
     table = prettytable.PrettyTable(
         ['Direction', 'From', 'To', 'Interface', 'Neighbour', 'Answered',
-         'Round trip (ms)', 'Problem'])
+         'Round trip (ms)'])
     for probe in probes:
         path, times = probe.path, probe.answered
         table.add_row([
@@ -224,6 +224,9 @@ def _print_table(probes: list[Probe]) -> None:
             '%d of %d' % (len(times), len(probe.times)),
             '%.3f / %.3f / %.3f' % (
                 min(times) * 1000, sum(times) / len(times) * 1000,
-                max(times) * 1000) if times else '-',
-            probe.problem or '-'])
+                max(times) * 1000) if times else '-'])
     print(table)
+    for probe in probes:
+        if probe.problem is not None:
+            print('%s, to %s: %s' % (probe.direction, probe.to,
+                                     probe.problem))
