@@ -14,6 +14,7 @@ import unittest
 from unittest import mock
 
 from oslo_config import cfg
+import yaml
 
 from kuryr_break0 import config
 from tests import overlay
@@ -305,6 +306,45 @@ class TestInstallPackage(unittest.TestCase):
             self.assertEqual(1, done.returncode)
             self.assertIn(text, done.stderr)
             self.assertEqual('', done.stdout)
+
+
+class TestGenerator(unittest.TestCase):
+    """Kuryr's own, without devstack."""
+
+    SOURCES = glob.glob(os.path.join(sys.prefix, 'kuryr-sources',
+                                     'kuryr-kubernetes-*', ''))
+
+    def generate(self, *args: str, **environ: str
+                 ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [os.path.join(overlay.OVERLAY, 'generate'), *args], text=True,
+            env={**os.environ, **environ}, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE)
+
+    def test_it_writes_what_the_overlay_is_tested_with(self) -> None:
+        for engine in ('docker', 'crio'):
+            with tempfile.TemporaryDirectory() as directory:
+                into = os.path.join(directory, 'new')
+                conf = os.path.join(directory, 'kuryr.conf')
+                with open(conf, 'w') as file:
+                    file.write('[kubernetes]\npod_vif_driver = '
+                               'nested-macvlan\n')
+                done = self.generate(*self.SOURCES, into, conf,
+                                     CONTAINER_ENGINE=engine)
+                self.assertEqual((0, ''), (done.returncode, done.stderr))
+                with open(os.path.join(into, 'cni_ds.yml')) as file:
+                    self.assertEqual(overlay.base(crio=engine == 'crio'),
+                                     yaml.safe_load(file))
+                with open(os.path.join(into, 'config_map.yml')) as file:
+                    self.assertIn('nested-macvlan',
+                                  yaml.safe_load(file)['data']['kuryr.conf'])
+
+    def test_wrong_usage(self) -> None:
+        for args, text in (((), 'Usage: generate KURYR_SOURCES'),
+                           (('/run', '/run/new'), 'There is no /run/tools')):
+            done = self.generate(*args)
+            self.assertEqual(2, done.returncode)
+            self.assertIn(text, done.stderr)
 
 
 class TestWheel(unittest.TestCase):
