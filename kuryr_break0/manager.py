@@ -292,7 +292,7 @@ class Break0Manager:
             reason = 'it is not loaded'
         except exceptions.KernelRefused as err:
             missing, reason = True, str(err)
-            LOG.warning('The guard of %s does not know %s: %s', device,
+            LOG.warning('The guard of %s does not admit %s: %s', device,
                         records[0].owner, err)
         if missing and self._options.guard == config.ON:
             raise exceptions.GuardUnavailable(device=device, reason=reason)
@@ -494,8 +494,8 @@ class Break0Manager:
                     or [pair(address, None)])
             present, kind = netlink.neighbour(index, address)
             if kind == 'permanent' and macs and present not in macs:
-                LOG.warning('%s on %s stays: %s has it, which is not recorded'
-                            ' yet', address, name, present)
+                LOG.warning('Keeping %s on %s: %s has the address and is not '
+                            'recorded yet', address, name, present)
                 continue
             if not is_recorded and (kind != 'permanent' or not macs):
                 continue  # nothing says whose it is

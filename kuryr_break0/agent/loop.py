@@ -77,13 +77,13 @@ class Agent:
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._signalled)
-        LOG.info('Watching over %s', self._options.device)
+        LOG.info('Watching %s', self._options.device)
         with kernel.Events() as events, contextlib.closing(
                 self._server), contextlib.closing(
                 self._cni), _tables() as self._tables:
             while not self._stop:
                 self._work(events, woken)
-        LOG.info('Ending')
+        LOG.info('The agent ends')
 
     def _work(self, events: kernel.Events, woken: socket.socket) -> None:
         """Work with the options as they are now."""
@@ -189,10 +189,10 @@ class Agent:
             outcome = Reconciler(self._options, ledger, Journal(
                 self._options.state_dir)).sync()
             for error in outcome.errors[:1]:
-                LOG.error('Not all could be repaired: %s', error)
+                LOG.error('Reconciliation failed in part: %s', error)
             interests.update()
         except Exception as err:  # must not end the agent
-            LOG.exception('Not all could be repaired')
+            LOG.exception('Reconciliation failed')
             error = err
         ended = time.monotonic()
         self._metrics.synced(ended - began, error)
@@ -210,7 +210,7 @@ class Agent:
             self._options = self._load()
             LOG.info('Read the configuration again')
         except Exception as err:  # the one from before is still good
-            LOG.error('The configuration stays as it was: %s', err)
+            LOG.error('Keeping the previous configuration: %s', err)
 
 
 @contextlib.contextmanager
@@ -234,7 +234,8 @@ def _tables() -> Iterator[Optional[kernel.NftEvents]]:
     try:
         events = kernel.NftEvents(guard.PREFIX)
     except OSError as err:
-        LOG.info('A guard that is deleted is noticed by the timer only: %s',
+        LOG.info('Cannot receive events of nftables, so a deleted guard is '
+                 'repaired only by the timer: %s',
                  err)
         yield None
         return
@@ -249,7 +250,8 @@ def _watching(ledger: Ledger) -> Iterator[Optional[inotify_simple.INotify]]:
     try:
         watch = inotify_simple.INotify(nonblocking=True)
     except OSError as err:
-        LOG.warning('New records are noticed by the timer only: %s', err)
+        LOG.warning('Cannot watch the state directory, so new records are '
+                    'noticed only by the timer: %s', err)
         yield None
         return
     with watch:

@@ -178,7 +178,7 @@ class Metrics(prometheus_registry.Collector):
                 return snapshot.read(options, Ledger(
                     options.state_dir, options.lock_timeout), netlink)
         except exceptions.Break0Error as err:
-            LOG.error('The metrics are without addresses: %s', err)
+            LOG.error('Serving metrics without addresses: %s', err)
             return None
 
 

@@ -73,7 +73,7 @@ class Namer:
             try:
                 self._update()
             except Exception:  # must not end the thread
-                LOG.exception('The names of containers could not be read')
+                LOG.exception('Cannot read the names of containers')
 
     def _update(self) -> None:
         unnamed = {record.owner: record for record
@@ -102,7 +102,7 @@ class Namer:
                 if namespace is not None:
                     found[namespace] = name
         except (OSError, ValueError, http.client.HTTPException) as err:
-            LOG.debug('The engine at %s says no names: %s', path, err)
+            LOG.debug('The engine at %s returns no names: %s', path, err)
         return found
 
     def _write(self, owner: Owner, name: str) -> None:

@@ -224,7 +224,7 @@ class Finder:
                 try:
                     number = kernel.number(found)
                 except exceptions.NetnsUnusable as err:
-                    LOG.debug('Left out for now: %s', err)
+                    LOG.debug('Skipping a network namespace for now: %s', err)
                     continue
                 except exceptions.KernelRefused as err:
                     # Without a number it has no events, but the timer.
@@ -253,7 +253,7 @@ class Finder:
             self._ended[found.namespace] = time.monotonic()
             return False
         except exceptions.KernelRefused as err:
-            LOG.debug('Left out for now: %s', err)
+            LOG.debug('Skipping a network namespace for now: %s', err)
             namespace.mark(time.monotonic())
             return True
         own = self._records.get(found.namespace, {})

@@ -114,7 +114,7 @@ def _parsed(parse: Callable[..., list[dict[str, Chain]]],
     try:
         return parse(*args)
     except ValueError as err:
-        LOG.warning('The rules of the firewall are not looked at: %s', err)
+        LOG.warning('Cannot examine the rules of the firewall: %s', err)
         return []
 
 
@@ -136,10 +136,10 @@ def _run(program: str, *args: str) -> Optional[str]:
                               stderr=subprocess.PIPE, text=True,
                               timeout=_TIMEOUT)
     except (OSError, subprocess.SubprocessError) as err:
-        LOG.warning('The rules of the firewall are not looked at: %s', err)
+        LOG.warning('Cannot examine the rules of the firewall: %s', err)
         return None
     if done.returncode:
-        LOG.warning('The rules of the firewall are not looked at: %s: %s',
+        LOG.warning('Cannot examine the rules of the firewall: %s: %s',
                     program, done.stderr.strip())
         return None
     return done.stdout

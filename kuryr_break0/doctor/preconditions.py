@@ -74,7 +74,7 @@ def _capabilities() -> Iterator[Result]:
                      'needs NET_RAW, discover NET_BROADCAST' % ', CAP_'.join(
                          missing))
     else:
-        yield Result('capabilities', OK, 'all that are used')
+        yield Result('capabilities', OK, 'all required ones are there')
 
 
 def _kernel() -> Iterator[Result]:
@@ -83,25 +83,25 @@ def _kernel() -> Iterator[Result]:
                if each.isdigit()]
     identity = kernel.identify('/proc/thread-self/ns/net')
     if numbers < [4, 20]:
-        yield Result('kernel', WARNING, '%s: before 4.20 dumps cannot be '
-                     'limited, which takes longer' % release)
+        yield Result('kernel', WARNING, '%s: before 4.20 the kernel cannot '
+                     'filter dumps, so they take longer' % release)
     elif identity is not None and identity.cookie is None:
-        yield Result('kernel', OK, '%s, without numbers of namespaces '
-                     '(6.18): they are known by path and inode' % release)
+        yield Result('kernel', OK, '%s. It does not number namespaces '
+                     '(6.18), so path and inode identify them' % release)
     else:
         yield Result('kernel', OK, release)
 
 
 def _parent(parent: Optional[str]) -> Iterator[Result]:
     if parent is None:
-        yield Result('parent', WARNING, 'it is not known. Name the interface '
-                     'of the containers by --parent')
+        yield Result('parent', WARNING, 'unknown. Name the interface of '
+                     'the containers: --parent NAME')
         return
     with kernel.Netlink() as netlink:
         link = netlink.link(parent)
     if link is None:
-        yield Result('parent', ERROR, 'there is no interface %s. Name the '
-                     'one of the containers by --parent' % parent)
+        yield Result('parent', ERROR, 'there is no interface %s. Name that '
+                     'of the containers: --parent NAME' % parent)
     elif link.loopback:
         yield Result('parent', ERROR, '%s is the loopback' % parent)
     elif not link.up:
@@ -109,8 +109,8 @@ def _parent(parent: Optional[str]) -> Iterator[Result]:
             parent, parent))
     else:
         yield Result('parent', OK, '%s, %s, MTU %d. break0 sends nothing '
-                     'with its own MAC address, so port security and limits '
-                     'of MAC addresses do not matter for it' % (
+                     'on the wire, so port security and limits of MAC '
+                     'addresses do not affect it' % (
                          parent, link.kind or 'physical', link.mtu))
 
 
@@ -131,20 +131,21 @@ def _macvlan(parent: Optional[str]) -> Iterator[Result]:
     os.close(writing)
     try:
         if os.read(reading, 1) != b'1':
-            yield Result('macvlan', WARNING, 'no namespace can be made to try '
-                         'one in')
+            yield Result('macvlan', WARNING, 'no namespace can be created to '
+                         'try one in')
             return
         with kernel.Netlink() as netlink:
             link = netlink.link(parent)
             assert link is not None
             netlink.create_macvlan('break0-check', link,
                                    '/proc/%d/ns/net' % child,
-                                   mac='02:00:00:00:00:00', mtu=link.mtu)
-        yield Result('macvlan', OK, 'one in bridge mode can be made on %s'
+                                   mac='02:00:00:00:00:00', mtu=link.mtu,
+                                   up=False)  # it would be heard
+        yield Result('macvlan', OK, 'one in bridge mode can be created on %s'
                      % parent)
     except exceptions.KernelRefused as err:
-        yield Result('macvlan', ERROR, '%s Is the module macvlan there? '
-                     'modprobe macvlan' % err)
+        yield Result('macvlan', ERROR, '%s Load the module: modprobe '
+                     'macvlan' % err)
     finally:
         os.close(reading)
         os.close(hold)
@@ -157,8 +158,8 @@ def _names(options: config.Options) -> Iterator[Result]:
     if link is None:
         yield Result('device', OK, 'the name %s is free' % options.device)
     elif link.kind == 'macvlan' and link.mode == 'bridge':
-        yield Result('device', OK, '%s is there, as a macvlan in bridge '
-                     'mode' % options.device)
+        yield Result('device', OK, '%s exists, and is a macvlan in '
+                     'bridge mode' % options.device)
     else:
         yield Result('device', ERROR, '%s is a %s. Rename it, or choose '
                      'another name by [break0] device' % (
@@ -167,11 +168,11 @@ def _names(options: config.Options) -> Iterator[Result]:
 
 def _nftables() -> Iterator[Result]:
     if not guard.is_installed():
-        yield Result('guard', WARNING, 'there is no program nft, so that '
-                     'containers can reach the node with forged addresses. '
+        yield Result('guard', WARNING, 'the program nft is missing, so '
+                     'containers can forge addresses towards the node. '
                      'Install nftables')
     else:
-        yield Result('guard', OK, 'the program nft is there')
+        yield Result('guard', OK, 'the program nft is installed')
 
 
 def _sysctls(options: config.Options) -> Iterator[Result]:
@@ -183,7 +184,7 @@ def _sysctls(options: config.Options) -> Iterator[Result]:
                      '/proc/sys/net of the node elsewhere, and name that by '
                      '[break0] sysctl_dir' % (path, err.strerror))
     else:
-        yield Result('sysctls', OK, 'they can be set in ' + options.sysctl_dir)
+        yield Result('sysctls', OK, options.sysctl_dir + ' is writable')
 
 
 def _state_directory(options: config.Options) -> Iterator[Result]:
@@ -192,10 +193,10 @@ def _state_directory(options: config.Options) -> Iterator[Result]:
         path = os.path.dirname(path)
     if not stat.S_ISDIR(os.stat(path).st_mode) or not os.access(path,
                                                                 os.W_OK):
-        yield Result('state directory', ERROR, '%s cannot be made in %s. Set '
-                     '[break0] state_dir' % (options.state_dir, path))
+        yield Result('state directory', ERROR, '%s cannot be created in %s. '
+                     'Set [break0] state_dir' % (options.state_dir, path))
     else:
-        yield Result('state directory', OK, '%s can be used'
+        yield Result('state directory', OK, '%s is usable'
                      % options.state_dir)
 
 
@@ -203,12 +204,12 @@ def _namespaces(options: config.Options) -> Iterator[Result]:
     found = kernel.find(options.netns_dirs, options.proc_dirs,
                         kernel.mounted())
     if found:
-        yield Result('namespaces', OK, '%d are seen besides that of the node'
+        yield Result('namespaces', OK, '%d found besides that of the node'
                      % len(found))
     else:
-        yield Result('namespaces', WARNING, 'none is seen besides that of '
-                     'the node. If containers run, mount their directory '
-                     'with HostToContainer, see [break0] netns_dirs')
+        yield Result('namespaces', WARNING, 'none found besides that of the '
+                     'node. If containers run, mount their directory with '
+                     'HostToContainer: see [break0] netns_dirs')
 
 
 def _routes(options: config.Options) -> Iterator[Result]:
@@ -217,10 +218,10 @@ def _routes(options: config.Options) -> Iterator[Result]:
                   if route.protocol == options.route_protocol
                   and not kernel.name_of(route.oif).startswith('break0')]
     if others:
-        yield Result('protocol number', ERROR, '%d routes of others have the '
-                     'number %d, as that to %s. Set [break0] route_protocol '
-                     'to another one' % (len(others), options.route_protocol,
-                                         others[0].dst))
+        yield Result('protocol number', ERROR, '%d routes of other programs '
+                     'have the number %d, for example that to %s. Set '
+                     '[break0] route_protocol to another number' % (
+                         len(others), options.route_protocol, others[0].dst))
     else:
         yield Result('protocol number', OK, '%d is not in use'
                      % options.route_protocol)
@@ -234,21 +235,22 @@ def _managers() -> Iterator[Result]:
     where = services.manages_foreign_routes()
     if where is not None and 'systemd-networkd' in found:
         yield Result('managers', WARNING, 'systemd-networkd deletes routes of '
-                     'others, %s. Install the drop-ins of etc/systemd' % where)
+                     'other programs, %s. Install the drop-ins in etc/systemd'
+                     % where)
     elif found:
         yield Result('managers', WARNING, '%s manages interfaces. Install its '
-                     'drop-in of etc/' % ' and '.join(found))
+                     'drop-in from etc/' % ' and '.join(found))
     else:
-        yield Result('managers', OK, 'no program is seen that would take '
-                     'break0 for its own')
+        yield Result('managers', OK, 'no program found that would manage '
+                     'break0')
 
 
 def _kuryr() -> Iterator[Result]:
     try:
         version = importlib.metadata.version('kuryr-kubernetes')
     except importlib.metadata.PackageNotFoundError:
-        yield Result('kuryr', OK, 'it is not installed here: for CNI and '
-                     'discover it need not be')
+        yield Result('kuryr', OK, 'not installed here. CNI and discovery '
+                     'work without it')
         return
     major = version.partition('.')[0]
     if major.isdigit() and 6 <= int(major) < 11:
@@ -261,7 +263,8 @@ def _kuryr() -> Iterator[Result]:
 def _engines(options: config.Options) -> Iterator[Result]:
     found = [path for path in options.engine_sockets if os.path.exists(path)]
     if found and not options.discover:
-        yield Result('engines', WARNING, '%s is there. For its containers set '
-                     '[break0] discover and allowed_cidrs' % found[0])
+        yield Result('engines', WARNING, '%s exists. To include its '
+                     'containers, set [break0] discover and allowed_cidrs'
+                     % found[0])
     elif found:
         yield Result('engines', OK, ', '.join(found))

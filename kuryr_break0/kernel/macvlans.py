@@ -143,4 +143,4 @@ def macvlans(directories: Iterable[str],
         try:
             yield from macvlans_in(found.path, found.namespace)
         except (exceptions.NetnsUnusable, exceptions.KernelRefused) as err:
-            LOG.warning('Left out: %s', err)
+            LOG.warning('Skipping a network namespace: %s', err)

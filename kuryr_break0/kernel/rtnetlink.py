@@ -154,8 +154,8 @@ class Netlink:
                 wire.IFLA_EXT_MASK, wire.RTEXT_FILTER_SKIP_STATS)))
 
     def create_macvlan(self, name: str, parent: Link, netns: str, *,
-                       mac: str, mtu: int) -> None:
-        """Create a macvlan in bridge mode, up, in another namespace.
+                       mac: str, mtu: int, up: bool = True) -> None:
+        """Create a macvlan in bridge mode in another namespace.
 
         It is never in that of the parent, so its name is free to be that of
         an interface there, and nobody there hears of it.
@@ -167,7 +167,9 @@ class Netlink:
                 'create the macvlan %s of the pod on %s' % (name,
                                                             parent.name),
                 Message(wire.RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL,
-                        wire.pack_link(flags=wire.IFF_UP, change=wire.IFF_UP)
+                        (wire.pack_link(flags=wire.IFF_UP,
+                                        change=wire.IFF_UP) if up
+                         else wire.pack_link())
                         + wire.text(wire.IFLA_IFNAME, name)
                         + wire.number(wire.IFLA_LINK, parent.index)
                         + wire.attribute(wire.IFLA_ADDRESS,

@@ -130,8 +130,8 @@ class Ledger:
         try:
             found = identity.read(self._identity_path)
         except ValueError as err:
-            LOG.error('The identity of the ledger in %s is damaged and made '
-                      'anew: %s', self.path, err)
+            LOG.error('The identity of the ledger in %s was damaged. Created '
+                      'another one: %s', self.path, err)
             found = None
         boot = identity.boot_id()
         if found is not None and boot and found.boot not in ('', boot):
@@ -216,8 +216,8 @@ class Ledger:
             if stat.S_IMODE(found.st_mode) & 0o077:
                 # An empty one may be of kubelet, for a volume.
                 LOG.log(logging.WARNING if used else logging.DEBUG,
-                        'Others could use the state directory %s (mode %o); '
-                        'now they cannot', self.path,
+                        'Other users had access to the state directory %s '
+                        '(mode %o). Removed their access.', self.path,
                         stat.S_IMODE(found.st_mode))
                 os.chmod(self.path, 0o700)
             if not used:

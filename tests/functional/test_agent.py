@@ -54,7 +54,7 @@ class AgentTestCase(base.LabTestCase):
              'agent'], text=True)
         self.addCleanup(agent.wait)
         self.addCleanup(agent.kill)
-        self.wait_for(lambda: 'Watching over' in self.log(), 30)
+        self.wait_for(lambda: 'Watching ' in self.log(), 30)
         time.sleep(0.5)
         return agent
 
@@ -206,7 +206,7 @@ class TestProcess(AgentTestCase):
         with open(CONF, 'w') as file:
             file.write('[break0]\nmac = x\n')
         self.agent.send_signal(signal.SIGHUP)
-        self.wait_for(lambda: 'stays as it was' in self.log())
+        self.wait_for(lambda: 'Keeping the previous configuration' in self.log())
         with open(CONF, 'w') as file:
             file.write('[break0]\nmac = 02:00:00:00:00:07\n')
         self.agent.send_signal(signal.SIGHUP)

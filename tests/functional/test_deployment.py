@@ -106,7 +106,7 @@ class ContainerTestCase(base.LabTestCase):
                 stdout=log, stderr=log, env={**os.environ, **environment})
         self.addCleanup(self.agent.wait)
         self.addCleanup(self.agent.kill)
-        self.wait_for(lambda: 'Watching over' in self.log())
+        self.wait_for(lambda: 'Watching ' in self.log())
 
     def log(self) -> str:
         with open(LOG) as file:

@@ -47,7 +47,7 @@ class DiscoveryTestCase(base.LabTestCase):
                 stderr=log)
         self.addCleanup(agent.wait)
         self.addCleanup(agent.kill)
-        self.until(lambda: 'Watching over' in self.log())
+        self.until(lambda: 'Watching ' in self.log())
         return agent
 
     @staticmethod

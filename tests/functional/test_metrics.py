@@ -358,7 +358,7 @@ class TestServer(MetricsTestCase):
     def test_none(self) -> None:
         self.bind(POD)
         self.start('metrics_bind =', serving=False)
-        self.wait_for(lambda: 'Watching over' in self.log())
+        self.wait_for(lambda: 'Watching ' in self.log())
         self.lab.run('ip', 'route', 'del', POD)
         self.wait_for(lambda: POD in self.lab.routes())
         self.assertEqual([], self.listening())
@@ -584,6 +584,6 @@ class = oslo_log.formatters.JSONFormatter
                                        'agent'])
         self.addCleanup(self.agent.wait)
         self.addCleanup(self.agent.kill)
-        self.wait_for(lambda: 'Watching over' in self.log())
+        self.wait_for(lambda: 'Watching ' in self.log())
         self.change()
         self.assert_told()

@@ -63,8 +63,8 @@ class TestUpgrade(base.LabTestCase):
                  '--config-file', CONF, 'agent'], cwd='/', stderr=log,
                 env=self.environ(earlier))
         try:
-            before = self.log().count('Watching over')
-            self.until(lambda: self.log().count('Watching over') > before)
+            before = self.log().count('Watching ')
+            self.until(lambda: self.log().count('Watching ') > before)
             time.sleep(0.5)
             yield
         finally:
