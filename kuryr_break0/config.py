@@ -253,214 +253,210 @@ OPTS = [
         'enabled',
         type=YesOrNo(),
         default=True,
-        help='Make new pods reachable through break0. When false, Kuryr '
-             'alone binds pods; what was bound before is still removed as '
-             'its pods go.'),
+        help='Make new pods reachable through break0. If false, Kuryr alone '
+             'binds new pods. Pods that are bound already are unbound when '
+             'they go.'),
     cfg.Opt(
         'pod_binding',
         type=OneOf(choices=[
-            (KURYR, 'by Kuryr: on the node, under a passing name; then it is '
-             'moved, renamed and set up, with five looks at the interfaces '
-             'of node or pod in between'),
-            (DIRECT, 'by kuryr-break0: in the namespace of the pod, by one '
-             'request, and its addresses by another; the pod gets the same, '
-             'in a tenth of the time')]),
+            (KURYR, 'Kuryr, with IPDB: on the node under a temporary name, '
+             'then moved, renamed and configured'),
+            (DIRECT, 'kuryr-break0: in the namespace of the pod, with two '
+             'requests. The result is the same, in a tenth of the time')]),
         default=KURYR,
-        help='How the macvlan interface of a pod is made. When enabled is '
-             'false, Kuryr makes it. It may be changed on a node with pods.'),
+        help='What creates the macvlan interface of a pod. If enabled is '
+             'false, Kuryr does. You can change this on a node with pods.'),
     cfg.Opt(
         'device',
         type=DeviceName(),
         default='break0',
         help='Name of the macvlan interface in the namespace of the node: 1 '
-             'to 15 characters without white space, "/" and ":". An '
-             'interface of that name that is not a macvlan in bridge mode on '
-             'the parent of the pods is left alone, and is an error. Where '
-             'pods are on several interfaces, it is for the first of them.'),
+             'to 15 characters without white space, "/" and ":". If an '
+             'interface with this name exists that is not a macvlan in '
+             'bridge mode on the parent of the pods, it is not changed, and '
+             'pods are not bound. If pods are on several interfaces, this is '
+             'the name for the first.'),
     cfg.Opt(
         'devices',
         type=DeviceNames(),
         default={},
-        help='Names of further macvlan interfaces, one per parent, as '
-             'eth1:break1,eth2:break2. Without, the one of a parent other '
-             'than the first is named after device and parent, as '
-             'break0-eth1, or if that is too long by a number that is always '
-             'the same.'),
+        help='Names of macvlan interfaces for further parents: '
+             'eth1:break1,eth2:break2. By default they are named after '
+             'device and parent (break0-eth1), or numbered if that is too '
+             'long.'),
     cfg.Opt(
         'parent',
         type=DeviceName(),
-        help='Interface that the pods must be on. By default any is, and '
-             'each gets a break0. If pods turn out to be on another '
-             'interface than this one, they are not bound, and that is an '
-             'error.'),
+        help='Interface that the pods must be on. Pods on another one are '
+             'not bound, with an error in the log. By default pods may be on '
+             'any interface, and each such interface gets a break0.'),
     cfg.ListOpt(
         'addr',
         item_type=HostAddress(),
         default=[],
-        help='Addresses of break0 itself, put on it as /32 or /128; several '
-             'with commas between. By default it has none, and the node '
-             'speaks to its pods from its own address. They are different '
-             'on each node, so where kuryr.conf is shared, set the '
-             'environment variable OS_BREAK0__ADDR of the daemon instead.'),
+        help='Addresses of break0 itself, separated by commas. They are '
+             'added as /32 or /128. By default break0 has no address, and '
+             'the node uses its own towards its pods. They must differ on '
+             'each node: if kuryr.conf is the same for all nodes, set the '
+             'environment variable OS_BREAK0__ADDR instead.'),
     cfg.Opt(
         'mac',
         type=UnicastMAC(),
-        help='MAC address of break0. By default one that is derived from a '
-             'secret of the node, and that it gets again when it is created '
-             'again. Like addr, never the same on two nodes.'),
+        help='MAC address of break0. By default it is derived from a secret '
+             'of the node, and stays the same when break0 is created again. '
+             'It must differ on each node.'),
     cfg.Opt(
         'static_neighbours',
         type=YesOrNo(),
         default=True,
-        help='Give node and pods each other\'s MAC addresses, so that neither '
-             'has to ask: on the node one permanent neighbour entry per '
-             'address of a pod, in each pod one per address of the node. '
-             'When false, they ask by ARP: then the LAN hears the node ask '
-             'with the MAC address of break0, which Neutron port security '
-             'may take for spoofing, and IPv6 does not work from pod to '
-             'node.'),
+        help='Set permanent neighbours, so that neither side has to ask for '
+             'the other: on the node one for each address of a pod, in each '
+             'pod one for each address of the node. If false, they ask by '
+             'ARP. Then the LAN hears requests with the MAC address of '
+             'break0, which port security of Neutron may drop as spoofed, '
+             'and IPv6 does not work from pod to node.'),
     cfg.ListOpt(
         'host_addresses',
         item_type=HostAddress(),
         default=[],
-        help='Addresses of the node that its pods reach through break0, with '
-             'commas between. By default all that the parent has, and the '
-             'one that the node uses towards its pods. One that the node '
-             'does not have is left out. Like addr, they differ on each '
-             'node.'),
+        help='Addresses of the node that pods reach through break0, '
+             'separated by commas. By default all addresses of the parent, '
+             'and the one that the node uses towards its pods. Addresses '
+             'that the node does not have are ignored. They differ on each '
+             'node, like addr.'),
     cfg.Opt(
         'route_protocol',
         type=WholeNumber(min=5, max=255),
         default=176,
-        help='Number that marks the routes as ours (ip route: proto). Only '
-             'routes with this number on break0 are ever changed or deleted, '
-             'so no other program of the node may use it; 0 to 4 are the '
-             'kernel\'s. Change it only on a node without bound pods.'),
+        help='Number that marks our routes (ip route: proto), 5 to 255. Only '
+             'routes on break0 with this number are ever changed or deleted, '
+             'so no other program on the node may use it. Change it only on '
+             'a node without bound pods.'),
     cfg.Opt(
         'route_table',
         type=WholeNumber(min=1, max=4294967295),
         default=254,
-        help='Number of the routing table for the routes; 254 is main. With '
-             'any other, the rule that leads to it (ip rule) is up to you.'),
+        help='Number of the routing table for the routes. 254 is the table '
+             'main. For any other table, add the routing rule that leads to '
+             'it (ip rule) yourself.'),
     cfg.ListOpt(
         'allowed_cidrs',
         item_type=Network(),
         default=[],
-        help='Networks that pod addresses must be in, as 10.0.0.0/16, with '
-             'commas between. An address outside gets no route, and an error '
-             'in the log. By default all are allowed but those of the node, '
-             'its next hops and those that are not of a single host. Set it '
-             'to the pod subnets: anyone who can write a KuryrPort can '
-             'otherwise redirect the node\'s traffic to other addresses.'),
+        help='Networks that addresses of pods must be in, separated by '
+             'commas: 10.0.0.0/16,fd00:10::/64. Other addresses get no '
+             'route, with an error in the log. By default any address is '
+             'allowed, except those of the node, its next hops, and '
+             'addresses that are not of a single host. Set it to the subnets '
+             'of the pods: otherwise anyone who can write a KuryrPort can '
+             'redirect the node\'s traffic to other addresses.'),
     cfg.Opt(
         'discover',
         type=YesOrNo(),
         default=False,
-        help='Have the agent find containers by itself: every macvlan in '
-             'bridge mode in another network namespace of the node, on an '
-             'interface of the node, of any engine. Its addresses are bound '
-             'as they come and unbound as they go. It needs allowed_cidrs, '
-             'since a container can give itself any address.'),
+        help='Let the agent find containers of any engine: every macvlan in '
+             'bridge mode in another network namespace, on an interface of '
+             'the node. Their addresses are bound when they appear and '
+             'unbound when they go. This needs allowed_cidrs, because a '
+             'container can give itself any address.'),
     cfg.ListOpt(
         'discover_parents',
         item_type=DeviceName(),
         default=[],
-        help='Interfaces of the node that containers are found on, with '
-             'commas between. By default all.'),
+        help='Interfaces of the node whose containers are found, separated '
+             'by commas. By default all.'),
     cfg.ListOpt(
         'engine_sockets',
         item_type=AbsolutePath(),
         default=['/run/docker.sock', '/run/podman/podman.sock'],
-        help='Absolute paths of the API sockets of container engines, with '
-             'commas between. Where one answers, status and metrics have the '
+        help='Absolute paths of API sockets of container engines, separated '
+             'by commas. If an engine answers, status and metrics show the '
              'names of discovered containers. Nothing else depends on it.'),
     cfg.Opt(
         'guard',
         type=OneOf(choices=[
-            (AUTO, 'if it can be had; else pods are bound without it'),
-            (ON, 'always; the ADD of a pod fails without it'),
+            (AUTO, 'if nft is installed; otherwise pods are bound without it'),
+            (ON, 'always; without it the ADD of a pod fails'),
             (OFF, 'never')]),
         default=AUTO,
-        help='Use a table of nftables that lets in through break0 only what '
-             'comes from the MAC address and the address of a bound pod, and '
-             'lets nothing with the MAC address of break0 leave the node. It '
-             'needs the program nft, and for the latter linux 5.16.'),
+        help='Use an nftables table that admits through break0 only packets '
+             'from MAC address and address of a bound pod, and lets no frame '
+             'with the MAC address of break0 leave the node. This needs the '
+             'program nft, and for the latter Linux 5.16.'),
     cfg.Opt(
         'takeover',
         type=YesOrNo(),
         default=False,
-        help='Replace a route to a pod\'s address that somebody else has set '
-             'in place of ours, on another interface and with another '
-             'protocol number. By default it is left alone and reported, '
-             'since two programs that set one route would not stop. When '
-             'true, one that comes back within a minute is left alone.'),
+        help='Replace routes to addresses of pods that another program has '
+             'set, on another interface and with another protocol number. By '
+             'default they are reported and stay, because two programs that '
+             'set the same route would never stop. If true, a route that '
+             'returns within a minute stays.'),
     cfg.Opt(
         'resync_interval',
         type=WholeNumber(min=1, max=86400),
         default=60,
         help='Interval between full reconciliations by the agent, in '
-             'seconds. It repairs at once what the kernel sends events of; '
-             'this is the guarantee for the rest.'),
+             'seconds. The agent repairs at once what the kernel sends '
+             'events about, and everything else at this interval.'),
     cfg.Opt(
         'strict',
         type=YesOrNo(),
         default=False,
-        help='Fail the ADD of a pod that cannot be bound. By default that is '
-             'logged as an error and the pod runs all the same, unreachable '
-             'from its node until it is repaired; when true, the ADD is '
-             'undone and kubelet tries again.'),
+        help='Fail the ADD of a pod that cannot be bound, so that kubelet '
+             'tries again. By default that is an error in the log, and the '
+             'pod runs, but its node cannot reach it until it is repaired.'),
     cfg.Opt(
         'state_dir',
         type=AbsolutePath(),
         default='/run/kuryr-break0',
-        help='Absolute path of the directory that holds which sandbox each '
-             'address belongs to, created as needed with mode 0700. It has '
-             'to end with the boot, as pods do, so it belongs on a tmpfs, '
-             'and must be the same for kuryr-daemon, agent and command. If '
-             'it cannot be written, pods are still bound, with an error in '
-             'the log.'),
+        help='Absolute path of the directory that records which sandbox each '
+             'address belongs to. It is created with mode 0700. It must not '
+             'survive a reboot, since pods do not either, so put it on a '
+             'tmpfs. It must be the same for kuryr-daemon, agent and '
+             'command. If it is not writable, pods are bound with an error '
+             'in the log.'),
     cfg.ListOpt(
         'netns_dirs',
         item_type=AbsolutePath(),
         default=['/run/netns', '/var/run/netns'],
-        help='Absolute paths of directories in which the network namespaces '
-             'of pods are searched for, with commas between: by '
-             '"kuryr-break0 adopt", and to rebuild a ledger that was lost. '
-             'Then those of all processes are, see proc_dirs.'),
+        help='Absolute paths of directories with network namespaces of pods, '
+             'separated by commas. "kuryr-break0 adopt" and the rebuilding '
+             'of a lost ledger search them, and then the namespaces of all '
+             'processes (proc_dirs).'),
     cfg.ListOpt(
         'proc_dirs',
         item_type=AbsolutePath(),
         default=['/proc', '/host_proc'],
         help='Absolute paths of directories that show the processes of the '
-             'node, as /proc does, with commas between. One that is not '
-             'there is left out. In a container without the process '
-             'namespace of the node, mount its /proc there.'),
+             'node, as /proc does, separated by commas. Missing ones are '
+             'ignored. In a container without the process namespace of the '
+             'node, mount its /proc there.'),
     cfg.Opt(
         'sysctl_dir',
         type=AbsolutePath(),
         default='/proc/sys',
         help='Absolute path of the directory through which sysctls of break0 '
-             'are set. In a container that is not privileged, /proc/sys is '
-             'read-only: mount the /proc/sys/net of the node below another '
-             'directory, as net, and name that here.'),
+             'are set. In an unprivileged container /proc/sys is read-only: '
+             'mount the /proc/sys/net of the node as "net" in another '
+             'directory, and set this to that directory.'),
     cfg.Opt(
         'lock_timeout',
         type=WholeNumber(min=1, max=170),
         default=10,
         help='Time to wait for another process that is changing break0, in '
-             'seconds. After that a pod is bound without the lock, and what '
-             'would remove something fails. Kuryr itself gives up a request '
-             'after 180.'),
+             'seconds. After that, a pod is bound without the lock, and '
+             'operations that delete something fail. Kuryr gives up a '
+             'request after 180 seconds.'),
     cfg.Opt(
         'metrics_bind',
         type=ListeningOn(),
         default='127.0.0.1:9817',
-        help='IP address and TCP port that the agent serves /metrics, for '
-             'Prometheus, /healthz and /livez on; an IPv6 address in '
-             'brackets, as in [::1]:9817. By default only the node itself can '
-             'reach it. There is neither password nor TLS: what listens on '
-             'other addresses must be kept from strangers by a firewall. '
-             'Empty for none.'),
+        help='IP address and TCP port on which the agent serves /metrics, '
+             '/healthz and /livez. Write an IPv6 address in brackets: '
+             '[::1]:9817. By default only the node itself can reach it. '
+             'There is no password and no TLS: protect other addresses with '
+             'a firewall. Empty for none.'),
 ]
 
 
@@ -614,7 +610,7 @@ def list_opts() -> list[tuple[cfg.OptGroup, list[cfg.Opt]]]:
         title='Node-to-pod connectivity through break0',
         help='Each option can also be set by an environment variable of the '
              'process, which wins over the file: OS_BREAK0__ADDR for addr. '
-             'An invalid value is an error in the log of kuryr-daemon when '
-             'it starts and with each pod; pods are then bound by Kuryr '
-             'alone, unreachable from their node.')
+             'If a value is invalid, kuryr-daemon logs an error when it '
+             'starts and for each pod, and Kuryr binds pods alone, so that '
+             'their node cannot reach them.')
     return [(group, copy.deepcopy(OPTS))]
