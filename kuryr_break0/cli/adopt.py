@@ -27,20 +27,20 @@ if TYPE_CHECKING:
     from kuryr_break0.kuryr.api import Port
 
 _DESCRIPTION = """\
-Make the pods reachable that Kuryr bound before break0 was in use, without
-restarting them. Kuryr's API client says which pods this node has, by the
-[kubernetes] options and KUBERNETES_NODE_NAME, as for kuryr-daemon; each is
-found by the MAC address of its macvlan, in the namespaces under [break0]
-netns_dirs and of all processes. Their later DEL removes them.
+Make pods reachable that Kuryr bound before break0 was installed, without
+restarting them. Kuryr's API client lists the pods of this node, with the
+[kubernetes] options and KUBERNETES_NODE_NAME, as in kuryr-daemon. Each pod is
+found by the MAC address of its macvlan, in the namespaces in [break0]
+netns_dirs and of all processes. Their later DEL unbinds them.
 
-Run it on each node, where kuryr-daemon runs, after that has been restarted
-with break0. Again is harmless: what is bound stays as it is, and a pod that
-is not found or being deleted is left alone.
+Run it on each node, where kuryr-daemon runs, after you have restarted
+kuryr-daemon with break0. You can repeat it: pods that are bound stay as they
+are. Pods that are not found, or are being deleted, are skipped.
 
-Exits with 0 if all pods that were found are bound, 1 if one could not be
-(with --dry-run: if there is one to adopt), 2 for wrong usage or
+Exit status: 0 if all pods that were found are bound, 1 if one could not be
+bound (with --dry-run: if there is one to adopt), 2 for wrong usage or
 configuration, 3 if API, kernel or state directory cannot be read, or if the
-API knows no pod of this node: then it says which name it used.
+API has no pod of this node: then it prints the name that it used.
 """
 _EPILOG = """\
 example:
@@ -50,11 +50,11 @@ example:
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
-        'adopt', help='make pods reachable that run already',
+        'adopt', help='make pods reachable that are already running',
         description=_DESCRIPTION, epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--dry-run', action='store_true',
-                        help='print what there is to do, and do nothing')
+                        help='print the changes, but make none')
     parser.add_argument('--json', action='store_true',
                         help='print JSON instead of a table')
     parser.set_defaults(func=_run)

@@ -19,11 +19,12 @@ LOG = log.get_logger(__name__)
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
-        'agent', help='keep break0 and the routes what they should be',
-        description='Run until SIGTERM: repair break0 and the routes when '
-                    'something changes them, and reconcile all of them every '
-                    'resync_interval seconds. SIGHUP reads the configuration '
-                    'again.')
+        'agent', help='repair at once what other programs change',
+        description='Run until SIGTERM. Repair break0, routes and pods when '
+                    'another program changes them, and reconcile everything '
+                    'every resync_interval seconds. Serve metrics and the '
+                    'CNI plugin, and find containers if [break0] discover is '
+                    'true. SIGHUP reads the configuration again.')
     parser.set_defaults(func=run)
 
 

@@ -25,32 +25,32 @@ from kuryr_break0.model import Owner
 LOG = log.get_logger(__name__)
 
 _BIND = """\
-Make addresses reachable through break0 that Kuryr knows nothing of: of a
-container that another engine has put on the node's interface by macvlan, in
-bridge mode. It is repaired by sync and agent, as a pod is.
+Make addresses of a container reachable through break0, if neither Kuryr nor
+CNI nor discovery does. The container must have a macvlan in bridge mode on an
+interface of the node. Agent and sync then repair it like a pod.
 
-With --netns, its MAC address and parent are read from there, and its addresses
-too if none is given; the container is configured to reach the node, and the
-addresses are unbound when the namespace is gone. Without, only the node's side
-is set up, until unbind: give --mac, unless the node may find it by ARP (IPv4
-only).
+With --netns, MAC address and parent are read from the namespace, and the
+addresses too if you give none. The container is configured to reach the node,
+and its addresses are unbound when the namespace is gone. Without --netns,
+only the node is configured, until unbind. Then give --mac, unless the node
+may find it by ARP (IPv4 only).
 
-Exits with 0 if done, 1 if an address belongs to another owner or has a route
-of others, 2 for what cannot be meant, 3 if the kernel or the state directory
-refuses.
+Exit status: 0 if done, 1 if an address belongs to another owner or has a
+route of another program, 2 for wrong arguments, 3 if the kernel or the state
+directory refuses.
 """
 _BIND_EPILOG = """\
 example:
   kuryr-break0 bind 192.0.2.80 2001:db8::80 --owner web \\
       --netns /run/netns/web
 
-The path of the namespace of a container is what docker inspect and podman
-inspect call SandboxKey.
+For Docker and Podman, the path of the namespace is SandboxKey in the output of
+docker inspect or podman inspect.
 """
 _UNBIND = """\
-Take back what bind did. An address that belongs to another owner is left.
-Exits with 0 if the addresses are unbound, also if they were before, 1 if one
-belongs to another owner, 3 if the kernel or the state directory refuses.
+Revert bind. An address that belongs to another owner stays. Exit status: 0 if
+the addresses are unbound now, 1 if one belongs to another owner, 3 if the
+kernel or the state directory refuses.
 """
 _UNBIND_EPILOG = """\
 example:
@@ -70,7 +70,7 @@ def add_parsers(subparsers: Any) -> None:
         description=_BIND, epilog=_BIND_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     unbind = subparsers.add_parser(
-        'unbind', help='take back what bind did',
+        'unbind', help='revert bind',
         description=_UNBIND, epilog=_UNBIND_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     for parser in (bind, unbind):
@@ -84,12 +84,12 @@ def add_parsers(subparsers: Any) -> None:
         parser.add_argument(
             '--owner', metavar='NAME', required=True,
             type=common.argument(_owner),
-            help='whose the addresses are: a name that is yours alone; '
-                 'unbind needs the same')
+            help='owner of the addresses: a name that nobody else uses; '
+                 'unbind needs the same name')
         parser.add_argument(
             '--ifname', metavar='NAME', default='eth0',
             type=common.argument(config.DeviceName()),
-            help="the container's interface (default: eth0)")
+            help="interface of the container (default: eth0)")
         parser.add_argument('--json', action='store_true',
                             help='print JSON instead of lines')
     bind.add_argument(
@@ -103,8 +103,8 @@ def add_parsers(subparsers: Any) -> None:
     bind.add_argument(
         '--parent', metavar='NAME',
         type=common.argument(config.DeviceName()),
-        help="the node's interface that it is on (default: [break0] parent, "
-             'else [binding] link_iface, else what it is on)')
+        help='interface of the node that it is on (default: [break0] parent, '
+             'then [binding] link_iface, then the actual one)')
     bind.set_defaults(func=_bind)
     unbind.set_defaults(func=_unbind)
 

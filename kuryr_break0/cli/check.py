@@ -19,18 +19,18 @@ _WIDTH = 79
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
-        'check', help='say whether break0 would work on this node',
-        description='Check, before anything is set up, what break0 needs: '
+        'check', help='check whether break0 will work on this node',
+        description='Check what break0 needs, before you install it: '
                     'capabilities, kernel, macvlan on the interface, free '
-                    'names and numbers, sysctls, namespaces, and who else '
-                    'manages interfaces. Changes nothing. Exits with 0 if it '
-                    'would work, 1 if something hinders it, 2 for wrong '
+                    'names and numbers, sysctls, namespaces, and programs '
+                    'that manage interfaces. Changes nothing. Exit status: '
+                    '0 if break0 will work, 1 if it will not, 2 for wrong '
                     'usage or configuration.')
     parser.add_argument(
         '--parent', metavar='NAME',
         type=common.argument(config.DeviceName()),
-        help='the interface that containers will be on (default: [break0] '
-             'parent, else [binding] link_iface)')
+        help='interface that the containers will be on (default: [break0] '
+             'parent, then [binding] link_iface)')
     parser.add_argument('--json', action='store_true',
                         help='print JSON instead of text')
     parser.set_defaults(func=run)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""``kuryr-break0 cleanup``: takes away what was made, and only that."""
+"""``kuryr-break0 cleanup``: deletes what was made, and nothing else."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from kuryr_break0.snapshot import Parent
 from kuryr_break0.snapshot import Snapshot
 
 _DESCRIPTION = """\
-Take away all that kuryr-break0 has made on this node, and only that: its
-routes and neighbours, here and in the namespaces of the pods, break0 itself
-and the state directory. Pods go on running, out of reach from their node.
+Delete everything that kuryr-break0 has made on this node, and nothing else:
+its routes and neighbours, on the node and in pods, break0, and the state
+directory. Pods keep running, but their node cannot reach them.
 
-First see to it that nothing makes it anew: set [break0] enabled = false, or
-uninstall the package, and restart kuryr-daemon; then stop the agent.
+First make sure that nothing creates it again: set [break0] enabled = false,
+or uninstall the package, and restart kuryr-daemon. Then stop the agent.
 
-Prints each change: - for what is taken away, ! for what is left, and why.
-Exits with 0 if nothing is left, 1 if something is (with --dry-run: if there
-is anything to do).
+It prints each change: - for what is deleted, ! for what is left, and why.
+Exit status: 0 if nothing is left, 1 if something is (with --dry-run: if there
+is something to do).
 """
 _EPILOG = """\
 example:
@@ -45,11 +45,11 @@ example:
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
-        'cleanup', help='take away all that was made on this node',
+        'cleanup', help='delete everything that was made on this node',
         description=_DESCRIPTION, epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--dry-run', action='store_true',
-                        help='print what there is to do, and do nothing')
+                        help='print the changes, but make none')
     parser.add_argument('--json', action='store_true',
                         help='print JSON instead of lines')
     parser.set_defaults(func=_run)
@@ -76,10 +76,10 @@ def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
 
 
 class Removal(NamedTuple):
-    """Something that is taken away, or is left.
+    """Something that is deleted, or is left.
 
     :ivar what: its kind and name
-    :ivar reason: why it is left; None if it is taken away
+    :ivar reason: why it is left; None if it is deleted
     """
 
     what: str
@@ -91,7 +91,7 @@ class Removal(NamedTuple):
 
 
 class Cleanup:
-    """What there is to take away from the node.
+    """Deletes what was made on the node.
 
     :param link_iface: the interface that Kuryr puts pods on, if configured
     :param dry_run: change nothing
@@ -105,7 +105,7 @@ class Cleanup:
         self._ledger = Ledger(options.state_dir, options.lock_timeout)
 
     def run(self) -> Iterator[Removal]:
-        """Take away what was made; say each thing when it is done.
+        """Delete what was made; return each thing when it is deleted.
 
         All is done under the lock, and the ledger goes last: killed at any
         instruction, what is left can be cleaned up by another run.

@@ -26,15 +26,17 @@ LOG = log.get_logger(__name__)
 
 PLUGIN = 'break0'
 _CNI = """\
-Be the CNI plugin break0 in one process, without the agent: a runtime sets the
-variables CNI_COMMAND and others and writes a network configuration to standard
-input. It goes behind macvlan in the list of plugins, as {"type": "break0"}.
-Exits with 0, or with 1 and an error in JSON on standard output.
+Be the CNI plugin break0 in one process, without the agent. A runtime sets
+CNI_COMMAND and other variables, and writes a network configuration to
+standard input. The plugin goes behind macvlan in the list of plugins:
+{"type": "break0"}. Exit status: 0, or 1 with an error in JSON on standard
+output.
 """
 _INSTALL = """\
-Put the CNI plugin break0 into a directory of plugins, in place of the one that
-is there. It is the shim that asks the agent, if one was built (make cni), else
-a script that runs kuryr-break0 cni. Exits with 0 if done, 2 if it cannot be.
+Install the CNI plugin break0 in a directory of plugins, and replace an
+existing one. If the shim was built (make cni), it is installed: it asks the
+agent. Otherwise a script is installed that runs kuryr-break0 cni. Exit
+status: 0 if done, 2 if not.
 """
 _INSTALL_EPILOG = """\
 example:
@@ -51,7 +53,7 @@ def add_parsers(subparsers: Any) -> None:
         description=_CNI, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(func=run)
     parser = subparsers.add_parser(
-        'cni-install', help='put the CNI plugin into its directory',
+        'cni-install', help='install the CNI plugin',
         description=_INSTALL, epilog=_INSTALL_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -60,8 +62,8 @@ def add_parsers(subparsers: Any) -> None:
         help='absolute path of the directory of CNI plugins')
     parser.add_argument(
         '--shim', metavar='FILE', type=common.argument(config.AbsolutePath()),
-        help='absolute path of the shim (default: build/cni/break0 of the '
-             'checkout, else /usr/libexec/kuryr-break0/break0)')
+        help='absolute path of the shim (default: build/cni/break0 in the '
+             'checkout, then /usr/libexec/kuryr-break0/break0)')
     parser.add_argument(
         '--without-agent', action='store_true',
         help='install the script, even if there is a shim')

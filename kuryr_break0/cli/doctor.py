@@ -27,22 +27,23 @@ from kuryr_break0 import snapshot
 def add_parser(subparsers: Any) -> None:
     """Register the subcommand."""
     parser = subparsers.add_parser(
-        'doctor', help='say what is wrong on this node, and what to do',
-        description='Look at all that node and pods need to reach each '
-                    'other, and say of each fault what was seen, why it '
-                    'matters and what to do. Changes nothing. Exits with 0 '
-                    'if nothing was found, 1 if an error was, 4 if warnings '
-                    'alone were, 2 for wrong usage or configuration, 3 if '
-                    'the kernel or the state directory cannot be read.')
+        'doctor', help='find out what is wrong on this node',
+        description='Examine everything that node and pods need to reach '
+                    'each other. For each finding, print what was seen, why '
+                    'it matters, and what to do. Changes nothing. Exit '
+                    'status: 0 if nothing is wrong, 1 if there are errors, '
+                    '4 if there are only warnings, 2 for wrong usage or '
+                    'configuration, 3 if the kernel or the state directory '
+                    'cannot be read.')
     parser.add_argument('--ignore', metavar='ID', action='append',
                         default=[], type=common.argument(_known),
-                        help='leave out what is known, as route-foreign; may '
-                             'be repeated')
+                        help='leave out this finding, for example '
+                             'route-foreign; may be repeated')
     parser.add_argument('--json', action='store_true',
                         help='print JSON instead of text')
     parser.add_argument('--no-probe', action='store_true',
-                        help='send no pings, which is otherwise the last '
-                             'check where nothing else was found')
+                        help='send no pings; by default they are the last '
+                             'check if nothing else was found')
     parser.add_argument('--bundle', metavar='FILE',
                         help='also write an archive (tar.gz) for a bug '
                              'report: versions, options, status, findings, '

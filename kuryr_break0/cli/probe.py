@@ -30,15 +30,16 @@ from kuryr_break0.model import Record
 from kuryr_break0 import snapshot
 
 _DESCRIPTION = """\
-Ping the address of a pod from the node and, where its network namespace is
-known, the addresses of the node from there. For each way it shows the
-interface and source address that the kernel chooses (ip route get), the MAC
-address that it sends to and how that is known, how many pings were answered,
-and the shortest, mean and longest round-trip time in milliseconds.
+Ping the address of a pod from the node and, if its network namespace is
+known, the addresses of the node from inside the pod. For each direction it
+shows interface and source address that the kernel selects (ip route get), the
+MAC address that it sends to and the state of that neighbour, how many pings
+were answered, and the minimum, mean and maximum round-trip time in
+milliseconds.
 
-Changes nothing that stays, but the kernel may learn a neighbour from it. Exits
-with 0 if all pings were answered, and those of the node went through break0; 1
-if not; 2 for wrong usage or configuration; 3 if the kernel or the state
+It changes nothing, except that the kernel may learn a neighbour. Exit status:
+0 if all pings were answered and those of the node went through break0, 1 if
+not, 2 for wrong usage or configuration, 3 if the kernel or the state
 directory cannot be read.
 """
 _EPILOG = """\
@@ -61,20 +62,20 @@ def add_parser(subparsers: Any) -> None:
                         type=common.argument(config.HostAddress()),
                         help="the pod's IPv4 or IPv6 address")
     parser.add_argument('--all', action='store_true',
-                        help='each address that is bound')
+                        help='probe each bound address')
     parser.add_argument('--tcp', metavar='PORT',
                         type=common.argument(config.WholeNumber(
                             min=1, max=65535)),
-                        help='connect to this TCP port, in place of pings; '
-                             'that it is refused is an answer too')
+                        help='connect to this TCP port instead of pinging; a '
+                             'refused connection is an answer too')
     parser.add_argument('--conflict', action='store_true',
-                        help="ask from the pod's interface whether others on "
-                             'the link have the address too; that is heard '
-                             'there')
+                        help="ask from the pod's interface whether other "
+                             'hosts have the address too; they receive the '
+                             'question')
     parser.add_argument('--trace', action='store_true',
-                        help='say which rule drops a packet, on the node or '
-                             'in the pod, by a table of nftables that marks '
-                             'these packets meanwhile')
+                        help='show which rule drops a packet, on the node or '
+                             'in the pod; a table of nftables marks these '
+                             'packets while the probe runs')
     parser.add_argument('--count', metavar='N', default=3,
                         type=common.argument(config.WholeNumber(
                             min=1, max=1000)),
@@ -82,7 +83,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument('--timeout', metavar='SECONDS', default=1,
                         type=common.argument(config.WholeNumber(
                             min=1, max=60)),
-                        help='how long to wait for each (default: 1)')
+                        help='time to wait for each answer (default: 1)')
     parser.add_argument('--json', action='store_true',
                         help='print JSON instead of a table')
     parser.set_defaults(func=_run)

@@ -33,21 +33,21 @@ _SHORT = 24
 _COLUMNS = ['Address', 'Container', 'Origin', 'Route', 'Neighbour', 'In sync']
 #: Characters of a name, and of a line.
 _NAME, _LINE = 32, 120
-#: Seconds between two looks of --watch.
+#: Seconds between two snapshots of --watch.
 _PAUSE = 2.0
 
 _DESCRIPTION = """\
-Show break0 and the addresses of containers behind it: first how many there are
-and what is wrong, then each address. Exits with 0 if all is as it should be, 1
-if something stops traffic or a sync would change something, 2 for wrong usage
-or configuration, 3 if the kernel or the state directory cannot be read.
+Show break0 and the addresses behind it: first a summary and what is wrong,
+then each address. Exit status: 0 if everything is in sync, 1 if something
+stops traffic or a sync would change something, 2 for wrong usage or
+configuration, 3 if the kernel or the state directory cannot be read.
 """
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
-        'status', help='show break0 and the addresses of containers behind '
-        'it', description=_DESCRIPTION,
+        'status', help='show break0 and the addresses behind it',
+        description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--json', action='store_true',
                         help='print JSON instead of tables')
@@ -55,16 +55,16 @@ def add_parser(subparsers: Any) -> None:
                         help='print container ids and names in full, and '
                              'neighbours')
     parser.add_argument('--problems', action='store_true',
-                        help='only addresses with a problem')
+                        help='show only addresses with a problem')
     parser.add_argument('--pod', metavar='TEXT',
-                        help='only those of pods or containers with this in '
-                             'their name')
+                        help='show only pods or containers whose name '
+                             'contains this')
     parser.add_argument('--owner', metavar='ID',
-                        help='only those of containers whose id begins so')
+                        help='show only containers whose id starts with this')
     parser.add_argument('--origin', choices=[each.value for each in Origin],
-                        help='only those that came so')
+                        help='show only addresses that were bound this way')
     parser.add_argument('--watch', action='store_true',
-                        help='go on, and print what changes, until Ctrl-C')
+                        help='then print each change, until Ctrl-C')
     parser.set_defaults(func=run)
 
 

@@ -22,23 +22,22 @@ from kuryr_break0.reconciler import Reconciler
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
-        'sync', help='make break0 and the routes what they should be',
-        description='Make break0, its routes and the pods what the ledger '
-                    'says, and print each change: + for what is set, - for '
+        'sync', help='repair everything once',
+        description='Make break0, its routes and the pods match the '
+                    'ledger, and print each change: + for what is set, - for '
                     'what is deleted, ~ for what is repaired, ! for what is '
-                    'in the way or left. A ledger that was lost is rebuilt '
-                    'from the kernel first. Exits with 0 if all is as it '
-                    'should be afterwards, 1 if not (with --dry-run: if '
-                    'there is anything to do), 3 if the kernel or the state '
+                    'left. If the ledger was lost, it is rebuilt from the '
+                    'kernel first. Exit status: 0 if everything is in sync '
+                    'afterwards, 1 if not (with --dry-run: if there is '
+                    'something to do), 3 if the kernel or the state '
                     'directory refuses.')
     parser.add_argument('--dry-run', action='store_true',
-                        help='print what there is to do, and do nothing')
+                        help='print the changes, but make none')
     parser.add_argument('--claim', action='store_true',
-                        help='take break0 over from another ledger')
+                        help='take over break0 from another ledger')
     parser.add_argument('--delete-unclaimed', action='store_true',
-                        help='also delete the routes and neighbours of ours '
-                             'that have no record and that no pod was found '
-                             'for')
+                        help='also delete our routes and neighbours that have '
+                             'no record and match no pod')
     parser.add_argument('--json', action='store_true',
                         help='print JSON instead of a diff')
     parser.set_defaults(func=run)
