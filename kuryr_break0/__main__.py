@@ -16,7 +16,7 @@ def main() -> int:
     try:
         from kuryr_break0.cli import main as cli
     except ImportError as err:
-        # As by a pyroute2 that is too new, of which the doctor can tell.
+        # For example by a pyroute2 that is too new. The doctor reports it.
         return _explain(err)
     return cli.main()
 

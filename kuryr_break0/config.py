@@ -232,7 +232,7 @@ class AbsolutePath(_Checked):
 
 
 def not_a_host(address: IPAddress) -> Optional[str]:
-    """Why an address can't be that of a pod, whatever the node; else None.
+    """Return why an address cannot be that of any pod; None if it can.
 
     IPv4-mapped IPv6 addresses count as what they map, since no packet of
     theirs may be on a wire (RFC 4291, 2.5.5.2).
@@ -604,7 +604,7 @@ def _value(conf: cfg.ConfigOpts, opt: cfg.Opt) -> Any:
 
 
 def list_opts() -> list[tuple[cfg.OptGroup, list[cfg.Opt]]]:
-    """What oslo-config-generator documents: ``oslo.config.opts``."""
+    """Return the options for oslo-config-generator (``oslo.config.opts``)."""
     group = cfg.OptGroup(
         GROUP,
         title='Node-to-pod connectivity through break0',

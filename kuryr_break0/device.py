@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a break0 is, and how it is made so. Each parent has its own."""
+"""Creates and repairs break0. Each parent has its own."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ class Device:
             for it is gone again
 
         Where a pod has taken its MAC address while it was gone, it gets
-        another one: then all pods have to be configured anew.
+        another one: then all pods have to be configured again.
         """
         parent = netlink.link(self.parent)
         if parent is None:

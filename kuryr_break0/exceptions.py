@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What can go wrong: one class each, one line of text each.
+"""All errors of this package: one class and one line of text each.
 
 Every text names the object, what was found, and what to do about it, so that
 the log line that carries it needs no other.
@@ -107,12 +107,12 @@ class KernelRefused(Break0Error):
 
     @property
     def device_lost(self) -> bool:
-        """Whether the interface of the request is down or gone."""
+        """Return whether the interface of the request is down or gone."""
         return self.errno in (errnos.ENETDOWN, errnos.ENODEV)
 
     @property
     def absent(self) -> bool:
-        """Whether what was to be deleted is not there."""
+        """Return whether the thing to delete does not exist."""
         return self.errno in (errnos.ESRCH, errnos.ENOENT, errnos.ENODEV)
 
 

@@ -155,7 +155,7 @@ class Guard:
 
     @property
     def is_possible(self) -> bool:
-        """Whether it must be there: it is wanted, and was or can be loaded."""
+        """Return whether it is wanted, and is or can be loaded."""
         return self.is_wanted and (self._options.guard == config.ON
                                    or self.is_loaded() or is_installed())
 

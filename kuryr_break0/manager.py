@@ -557,8 +557,8 @@ class Break0Manager:
     def _prune(self) -> None:
         """Unbind some addresses whose sandbox is gone.
 
-        Of a DEL for a pod that the API has forgotten, Kuryr tells nobody, so
-        each ADD and DEL examines some: the next one goes on where this one
+        Kuryr passes on no DEL for a pod that the API no longer knows, so each
+        ADD and DEL examines some: the next one continues where this one
         ends.
         """
         cache = self._ledger.cache

@@ -28,12 +28,12 @@ def address_order(address: IPAddress) -> tuple[int, int]:
 
 
 class NamespaceId(NamedTuple):
-    """What tells a network namespace from all others of this boot.
+    """Identity of a network namespace, unique within this boot.
 
     :ivar device: device number of nsfs, which is the same for all
     :ivar inode: the kernel uses it again once the namespace is gone
     :ivar cookie: the kernel never uses it again (NS_GET_ID, linux 6.18);
-        None on a kernel that does not tell it
+        None on a kernel that does not provide it
     """
 
     device: int
@@ -115,7 +115,7 @@ class Record:
 
     @property
     def macs(self) -> tuple[str, ...]:
-        """All MAC addresses that the address may come from."""
+        """Return all MAC addresses that the address may come from."""
         return () if self.mac is None else (self.mac, *self.siblings)
 
 
@@ -189,6 +189,6 @@ class NodeAddresses:
 
     @property
     def digest(self) -> str:
-        """A name for these values, for a record of what a pod has."""
+        """Return a digest, which a record keeps of what its pod has."""
         text = ' '.join(map(str, (self.mac, *self.addresses)))
         return hashlib.sha256(text.encode()).hexdigest()[:16]

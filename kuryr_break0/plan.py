@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What must change so that the kernel holds what the ledger says.
+"""Computes what must change so that the kernel matches the ledger.
 
 A pure function. It deletes nothing that merely has no record: a ledger can be
 lost or be another's. Such items are ``unclaimed``.

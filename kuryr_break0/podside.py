@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The pod side: what a pod's own namespace needs to reach its node.
+"""The pod side: what the namespace of a pod needs to reach its node.
 
 A pod that had to ask for the node would be answered by break0 for IPv4 only,
 and where the node is outside its subnets it would go by its gateway, a way

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the options and the node say of a pod's address. Reads, never changes.
+"""Decides what an address gets, by options and node. Changes nothing.
 """
 
 from __future__ import annotations

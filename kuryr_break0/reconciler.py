@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Makes the kernel what the ledger says, for all pods of the node.
+"""Makes the kernel match the ledger, for all pods of the node.
 
 The ledger is evidence, not the truth. What merely has no record is not
 deleted: its record is rebuilt from the kernel if a pod is found that has the

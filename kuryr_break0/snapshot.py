@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What is, at one moment: the ledger and the kernel side by side.
+"""Ledger and kernel at one moment, side by side.
 
 The reconciler, status, metrics and doctor all use this, so that they agree.
 """
@@ -88,7 +88,7 @@ class Parent:
         return self.link.index if self.link is not None else 0
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with break0 itself; nothing without pods."""
+        """Return what is wrong with break0 itself; nothing without pods."""
         if self.conflict is not None:
             yield str(self.conflict)
         elif self.link is None and self.live:
@@ -150,7 +150,7 @@ class Snapshot:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the ledger that bound pods here was in this directory."""
+        """Return whether the ledger that bound pods here was lost."""
         return any(map(self.follows, self.parents.values()))
 
     def follows(self, parent: Parent) -> bool:
@@ -261,7 +261,7 @@ class _KernelView:
         try:
             self.identity = ledger.identity()
         except exceptions.LedgerUnavailable:
-            self.identity = None  # it is damaged, and will be made anew
+            self.identity = None  # it is damaged, and will be created again
         self._netlink = netlink
         self._links: dict[str, Optional[kernel.Link]] = {}
         self.primary_link = self.link(options.device)
@@ -371,7 +371,7 @@ class _Reading:
         if primary is not None:
             names.add(primary)
         elif view.primary_link is not None:
-            # Made by hand: it is that of the interface that it is on.
+            # Not made by us: it is that of the interface that it is on.
             lower = device.lower_name(view.primary_link)
             names.update([lower] if lower else [])
         for name in sorted(names):

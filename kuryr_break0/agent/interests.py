@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Which events of the kernel may mean that there is something to repair."""
+"""Decides which events of the kernel require a sync."""
 
 from __future__ import annotations
 

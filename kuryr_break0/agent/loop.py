@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Repairs at once what is changed on the node, and all by a timer."""
+"""Repairs at once after events, and everything by a timer."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Agent:
     either may be restarted at any time. What a pod's ADD or DEL changes is
     done when that returns; the agent is for all that happens otherwise.
 
-    :param load: reads the options anew
+    :param load: reads the options again
     """
 
     def __init__(self, options: config.Options,
@@ -230,7 +230,7 @@ def _finding(options: config.Options, ledger: Ledger
 
 @contextlib.contextmanager
 def _tables() -> Iterator[Optional[kernel.NftEvents]]:
-    """Have the kernel tell when tables are deleted; None if it cannot."""
+    """Receive deletions of tables; None if that is not possible."""
     try:
         events = kernel.NftEvents(guard.PREFIX)
     except OSError as err:
@@ -245,7 +245,7 @@ def _tables() -> Iterator[Optional[kernel.NftEvents]]:
 
 @contextlib.contextmanager
 def _watching(ledger: Ledger) -> Iterator[Optional[inotify_simple.INotify]]:
-    """Have the kernel tell when records come or go; None if it cannot."""
+    """Watch the records; None if that is not possible."""
     flags = inotify_simple.flags
     try:
         watch = inotify_simple.INotify(nonblocking=True)

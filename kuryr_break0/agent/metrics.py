@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The figures of a node for Prometheus, and the health of the agent."""
+"""The metrics of a node for Prometheus, and the health of the agent."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Metrics(prometheus_registry.Collector):
         self._options = options
 
     def synced(self, seconds: float, error: Optional[Exception]) -> None:
-        """A sync of the agent has ended.
+        """Note that a sync of the agent has ended.
 
         :param error: what it failed by; None if it did not
         """
@@ -121,7 +121,7 @@ class Metrics(prometheus_registry.Collector):
         self._losses.inc(lost)
 
     def unwell(self) -> Optional[str]:
-        """Why the agent does not do its work; None if it does."""
+        """Return why the agent does not reconcile; None if it does."""
         if self._succeeded is None:
             since = 'yet'
         else:
@@ -133,7 +133,7 @@ class Metrics(prometheus_registry.Collector):
             since, self._error or 'none has ended')
 
     def stuck(self) -> Optional[str]:
-        """Why it should be restarted; None while it tries."""
+        """Return why it should be restarted; None while it tries."""
         age = time.monotonic() - self._ended
         if age <= self._patience:
             return None

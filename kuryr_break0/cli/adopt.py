@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Takes in the pods that were running before break0 was in use."""
+"""``kuryr-break0 adopt``: binds pods that ran before the installation."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""``kuryr-break0 agent``"""
+"""``kuryr-break0 agent``: runs the agent."""
 
 from __future__ import annotations
 

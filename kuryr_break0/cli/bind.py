@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""``kuryr-break0 bind`` and ``unbind``: what Kuryr knows nothing of."""
+"""``kuryr-break0 bind`` and ``unbind``: manual binds."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""``kuryr-break0 check``"""
+"""``kuryr-break0 check``: checks a node before the installation."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the verbs of ``kuryr-break0`` have in common."""
+"""Exit statuses, errors and formats that all verbs share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INTERRUPTED = 130
 
 
 def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A type of argparse that says what a configuration value's would."""
+    """Return a type of argparse with the errors of an option's type."""
     def checked(text: str) -> Any:
         try:
             return parse(text)

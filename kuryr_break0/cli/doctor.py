@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The command ``kuryr-break0 doctor``."""
+"""``kuryr-break0 doctor``: prints findings, and writes a bundle."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Whether node and pod reach each other through break0, and how."""
+"""``kuryr-break0 probe``: pings a pod, and from it the node."""
 
 from __future__ import annotations
 

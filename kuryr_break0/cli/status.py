@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""``kuryr-break0 status``"""
+"""``kuryr-break0 status``: shows break0 and the addresses behind it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""``kuryr-break0 sync``"""
+"""``kuryr-break0 sync``: repairs everything once."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the CNI plugin does, command by command."""
+"""Executes the commands of the CNI plugin."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class Plugin:
     def _undo(self, addresses: list[IPAddress]) -> None:
         try:
             self._manager.unbind(self._owner, addresses, self._request.netns)
-        except exceptions.Break0Error as err:  # the first one is to be told
+        except exceptions.Break0Error as err:  # the first one is reported
             LOG.error('Cannot undo the ADD of %s: %s', self._owner, err)
 
     def _del(self) -> None:

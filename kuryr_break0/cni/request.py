@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a CNI runtime asks for, checked before anything is done with it."""
+"""Parses and checks the request of a CNI runtime."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _POD = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.\-]{0,252}')
 
 
 class CNIError(Exception):
-    """What a runtime is told.
+    """An error that a runtime gets.
 
     :ivar code: of the specification, or from 100 on one of ours
     """
@@ -79,7 +79,7 @@ class Request:
 
     @property
     def network(self) -> str:
-        """The name of the network."""
+        """Return the name of the network."""
         name = self.config.get('name')
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise CNIError(INVALID, 'The name of the network, %s, has to be '
@@ -88,7 +88,7 @@ class Request:
 
     @property
     def strict(self) -> Optional[bool]:
-        """Whether the ADD fails if the container is not reachable.
+        """Return whether the ADD fails if the container is not reachable.
 
         None if the option [break0] strict decides.
         """
@@ -100,7 +100,7 @@ class Request:
 
     @property
     def previous(self) -> dict[str, Any]:
-        """The result of the plugin before.
+        """Return the result of the previous plugin.
 
         :raises CNIError: if there is none
         """
@@ -134,7 +134,7 @@ class Request:
     def attachments(self) -> Optional[set[Attachment]]:
         """Return the attachments that are valid; None for null.
 
-        :raises CNIError: if they are not told
+        :raises CNIError: if they are missing
         """
         key = 'cni.dev/valid-attachments'
         if key not in self.config:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What container engines call the containers that were found.
+"""Asks container engines for names of containers.
 
 For people only: nothing else depends on it. So it is asked in a thread of its
 own, and what does not answer is left out.

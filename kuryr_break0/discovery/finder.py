@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Finds the macvlans in other namespaces, and keeps their addresses bound.
+"""Finds macvlans in other namespaces, and binds their addresses.
 
 What a container does in its namespace is its own business, and it may do it
-a thousand times a second. So an event only marks a namespace to be looked at,
-each is looked at less and less often the more it changes, and all of it takes
+a thousand times a second. So an event only marks a namespace to be read,
+each is read less and less often the more it changes, and all of it takes
 a tenth of a processor at most. The timer of the agent is the guarantee.
 """
 
@@ -36,7 +36,7 @@ LOG = log.get_logger(__name__)
 MAX_ADDRESSES = 32
 #: Seconds from an event to the look that it causes: a burst is one.
 _BURST = 0.03
-#: Seconds between two looks at one namespace: doubled with each that comes
+#: Seconds between two reads of one namespace: doubled with each that comes
 #: this soon after the one before, up to the last.
 _SOON, _LAST = 0.06, 1.0
 #: Seconds of looks after which the rest waits, since the agent has other work.
@@ -67,7 +67,7 @@ class _Namespace:
     pause: float = _SOON
 
     def mark(self, now: float) -> None:
-        """Have it looked at before long."""
+        """Mark it to be read soon."""
         if self.due is not None:
             return
         if now - self.looked > 4 * _LAST:
@@ -148,7 +148,7 @@ class Finder:
                                     - now)))
 
     def mark_all(self) -> None:
-        """Have everything looked at, as by the timer."""
+        """Mark everything to be read, like the timer."""
         now = time.monotonic()
         self._read_records()
         self.search()
@@ -211,7 +211,7 @@ class Finder:
     def _find(self) -> None:
         """Find the namespaces of the node, and number those that are new.
 
-        The events of one begin with that, so it is looked at afterwards.
+        The events of one begin with that, so it is read afterwards.
         """
         known = {namespace.found.namespace: number
                  for number, namespace in self._namespaces.items()}
@@ -372,7 +372,7 @@ class Finder:
 
 
 def _owner_id(namespace: NamespaceId) -> str:
-    """Return what stands for a container whose id nobody has told."""
+    """Return the owner for a container whose id is unknown."""
     return 'discovered-%d' % (namespace.cookie or namespace.inode)
 
 

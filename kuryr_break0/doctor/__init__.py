@@ -1,3 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What is wrong with a node, why it matters, and what to do."""
+"""Finds what is wrong with a node, why it matters, and what to do."""

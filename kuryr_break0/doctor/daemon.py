@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Whether the kuryr-daemon that runs can have loaded the driver."""
+"""Checks whether the running kuryr-daemon can have loaded the driver."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check() -> Iterator[Finding]:
 
 
 def _daemons() -> Iterator[_Daemon]:
-    """Those that see the same files as this process."""
+    """Return the daemons that see the same files as this process."""
     seen = set()
     for pid in sorted(map(int, filter(str.isdigit, os.listdir('/proc')))):
         with contextlib.suppress(OSError):  # it ended, or is not ours

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""break0 itself: whether it is there, and what it should be."""
+"""Checks break0 itself and its parent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ARP_FILTER = 'ipv4/conf/%s/arp_filter'
 
 
 def check_existence(view: ParentView) -> Iterator[Finding]:
-    """Find what makes it useless; without any, the rest can be looked at."""
+    """Find what makes it useless. Without such faults the rest is checked."""
     link, parent, name = view.link, view.parent, view.name
     if parent is None:
         yield findings.PARENT_MISSING.found(
@@ -58,7 +58,7 @@ def check_existence(view: ParentView) -> Iterator[Finding]:
 
 
 def _check_mac(view: ParentView, link: kernel.Link) -> Iterator[Finding]:
-    """The kernel drops neighbour entries when the MAC address changes."""
+    """Check the MAC address: when it changes, the kernel drops neighbours."""
     identity = view.node.seen.identity
     configured = view.options.mac
     before = identity.macs.get(view.name) if identity else None
@@ -95,7 +95,7 @@ def check_owner(view: ParentView) -> Iterator[Finding]:
 
 
 def check_properties(view: ParentView) -> Iterator[Finding]:
-    """Look at what keeps it quiet, and its packets whole."""
+    """Check the settings that keep it silent, its MTU and addresses."""
     link, parent = view.link, view.parent
     if link is None:
         return
@@ -154,7 +154,7 @@ def _of(sysctls: Iterable[str], link: kernel.Link) -> list[str]:
 
 def _check_border(view: ParentView, link: kernel.Link,
                   drift: Collection[str]) -> Iterator[Finding]:
-    """Look at what keeps pods from more than speaking in their own name."""
+    """Check what keeps pods from using addresses of others."""
     names = [path for path in _of(device.BORDER, link)
              if path in drift and not path.endswith('/proxy_arp')]
     if names:
@@ -179,7 +179,7 @@ def _check_addresses(view: ParentView, link: kernel.Link) -> Iterator[Finding]:
     has = set(view.seen.addresses)
     wants = set(view.options.addr if view.name == view.options.device
                 else ())
-    # One that is link-local is by addr_gen_mode, which is looked at too.
+    # A link-local one comes from addr_gen_mode, which is checked too.
     strange = {address for address in has - wants
                if not address.is_link_local}
     if strange or wants - has:

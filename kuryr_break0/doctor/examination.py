@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""All checks, in an order in which one fault is reported once."""
+"""Runs all checks, in an order in which one fault is reported once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PATIENCE = 2.0
 
 @dataclasses.dataclass
 class Examination:
-    """What was found, and how much was looked at.
+    """What was found, and how much was examined.
 
     :ivar addresses: those that pods of the node have
     :ivar looked_up: those for which the kernel was asked what it uses
@@ -40,7 +40,7 @@ class Examination:
     :ivar entered: those whose namespaces were entered
     :ivar invalid: whether it ended early, by the configuration
     :ivar unreadable: what ended it early
-    :ivar not_examined: what could not be looked at, and why
+    :ivar not_examined: what could not be examined, and why
     """
 
     findings: list[Finding] = dataclasses.field(default_factory=list)
@@ -54,7 +54,7 @@ class Examination:
 
 
 def examine(conf: cfg.ConfigOpts, probe: bool = True) -> Examination:
-    """Look at all of a node, and change nothing.
+    """Examine a node, and change nothing.
 
     :param probe: ping pods and node, where all else is right
     """

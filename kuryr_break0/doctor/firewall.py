@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Whether a firewall of the node stands between it and its pods."""
+"""Checks whether a firewall of the node drops traffic of its pods."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _accept(chain: Chain, device: str) -> str:
 
 
 def not_examined() -> Iterator[str]:
-    """Say which rules could not be looked at."""
+    """Return which rules could not be examined."""
     if kernel.find_program('nft') is None:
         yield ('the rules of nftables: there is no program nft. Install the '
                'package nftables.')
@@ -69,7 +69,7 @@ def not_examined() -> Iterator[str]:
 
 
 def _packets(view: ParentView) -> Iterator[Packet]:
-    """What passes between the node and one pod of each family."""
+    """Return packets between the node and one pod of each family."""
     device = view.name
     for version in (4, 6):
         pod = next((address for address in view.desired
@@ -90,7 +90,7 @@ def _packets(view: ParentView) -> Iterator[Packet]:
 
 
 def _tables() -> Iterator[dict[str, Chain]]:
-    """The tables of nftables, and those of iptables that it does not show.
+    """Return the tables of nftables, and those that only iptables shows.
 
     Where its programs are not at hand there is nothing to say.
     """
@@ -127,7 +127,7 @@ def _legacy_in_use(names: str) -> bool:
 
 
 def _run(program: str, *args: str) -> Optional[str]:
-    """What a program says; None if it is not there, or has failed."""
+    """Return the output of a program; None if it is missing or fails."""
     path = kernel.find_program(program)
     if path is None:
         return None

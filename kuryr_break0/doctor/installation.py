@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Whether Kuryr would find and load the driver, and in fit versions.
+"""Check that Kuryr finds and loads the driver, in supported versions.
 
-Nothing that needs the kernel is imported at the top, so that this can still
-be told where a version is unfit to be imported.
+Nothing that needs the kernel is imported at the top, so that this works
+also if an unsupported version cannot be imported.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ENTRY_POINTS = (('kuryr_kubernetes.cni.binding', 'VIFMacvlanBreak0',
 
 
 def check() -> Iterator[Finding]:
-    """Look at the Python environment that this process runs in."""
+    """Examine the Python environment of this process."""
     unfit = list(_unfit())
     if unfit:
         yield findings.DEPENDENCY_UNFIT.found(
@@ -54,7 +54,7 @@ def _is_for_kuryr() -> bool:
 
 
 def _unfit() -> Iterator[tuple[requirements.Requirement, str]]:
-    """The requirements that are not met, each with the version there is."""
+    """Return the requirements that are not met, with the present version."""
     try:
         wanted = importlib.metadata.requires(_DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
@@ -72,7 +72,7 @@ def _unfit() -> Iterator[tuple[requirements.Requirement, str]]:
 
 
 def _version(name: str) -> str:
-    """The version of a distribution; empty if it is not installed."""
+    """Return the version of a distribution; empty if not installed."""
     # Before Python 3.10, oslo.config is not found as oslo_config is.
     for spelling in (name, _normalized(name)):
         try:
@@ -103,7 +103,7 @@ def _check_entry_point(group: str, name: str,
 
 
 def _entry_points(group: str) -> Iterator[importlib.metadata.EntryPoint]:
-    """As stevedore finds them, but for its cache, which it would write.
+    """Find entry points like stevedore, without writing its cache.
 
     Of a distribution that is there twice, the first hides the other.
     """

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What ``iptables-save`` and ``ip6tables-save`` print."""
+"""Parses the output of ``iptables-save`` and ``ip6tables-save``."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _rules(words: list[str], line: str) -> Iterator[Rule]:
 
 
 def _options(words: list[str]) -> Iterator[tuple[bool, str, list[str]]]:
-    """Each option with whether it is negated, and its values."""
+    """Return each option, whether it is negated, and its values."""
     negated, option = False, ''
     values: list[str] = []
     for word in words:

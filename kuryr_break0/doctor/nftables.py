@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What ``nft --json list ruleset`` prints (libnftables-json(5))."""
+"""Parses the output of ``nft --json list ruleset`` (libnftables-json(5))."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def _mapped(conditions: list[Condition], body: dict[str, Any],
 
 
 def _family(left: Any) -> list[Condition]:
-    """That of the header that is looked at; no other packet has it."""
+    """Return the condition that a packet has the header of an expression."""
     payload = left.get('payload') if isinstance(left, dict) else None
     version = _HEADERS.get(payload.get('protocol')) if payload else None
     return [] if version is None else [Condition('version', (version,))]
@@ -148,7 +148,7 @@ def _condition(body: dict[str, Any], sets: dict[str, Any]) -> Condition:
 
 
 def _field(left: Any) -> str:
-    """The field of a packet that an expression is of."""
+    """Return the field of a packet that an expression reads."""
     if not isinstance(left, dict):
         return 'unknown'
     kind, body = next(iter(left.items()))
@@ -164,7 +164,7 @@ def _field(left: Any) -> str:
 
 
 def _values(field: str, right: Any, sets: dict[str, Any]) -> Iterator[Any]:
-    """What it may be; None for what is not understood."""
+    """Parse a match expression. Return None for unknown syntax."""
     if isinstance(right, str) and right.startswith('@'):
         right = sets.get(right[1:], [None])
     if isinstance(right, dict) and 'set' in right:
@@ -194,7 +194,7 @@ def _value(field: str, value: Any) -> Optional[Any]:
 
 
 def _text(statements: list[Any]) -> str:
-    """A rule in about the words of nft, for people to recognise it."""
+    """Return a rule similar to the syntax of nft, for people."""
     words = []
     for statement in statements:
         kind, body = next(iter(statement.items()))

@@ -16,7 +16,7 @@ from kuryr_break0.snapshot import Parent
 
 
 class Node:
-    """What all checks look at, so that they speak of the same.
+    """The snapshot that all checks use, so that they agree.
 
     Whoever binds or unbinds has the lock from the first change to the last.
     So between reading ledger and kernel those are waited for who have it,
@@ -49,7 +49,7 @@ class Node:
     def refresh(self) -> None:
         """Note what is being changed, or was, since the records were read.
 
-        To be called after each look at the kernel.
+        To be called each time after reading the kernel.
         """
         self.lock_free = (self.lock_free
                           and self.ledger.is_free_within(self._patience))

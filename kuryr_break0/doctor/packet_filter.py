@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Whether the firewall of the node drops what goes through break0.
+"""Simulates the firewall of the node for packets through break0.
 
 Each chain of a hook is followed as the first packet of a new connection
 between the node and a pod would pass it, of which ports and protocol are left
@@ -154,7 +154,7 @@ class _Walk:
         self.rewritten_by = ''
 
     def is_accepted(self, chain: Chain) -> bool:
-        """Whether the end of it is that the packet is accepted."""
+        """Return whether the packet is accepted in the end."""
         decided = self.follow(chain)
         if decided is None and chain.policy == 'drop':
             self.dropped_by = 'policy drop'
@@ -162,7 +162,7 @@ class _Walk:
 
     def follow(self, chain: Chain, depth: int = 0,
                named: bool = False) -> Optional[str]:
-        """What is decided; None if it is left to the calling chain.
+        """Return the verdict; None if the calling chain decides.
 
         :param named: whether the interface has been asked for on the way
         """

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The other way: whether pods reach their node."""
+"""Checks the pod side: whether pods can reach their node."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _Pod:
     :ivar is_on_parent: whether it is a macvlan on the recorded parent
     :ivar macs: what it takes for those of the node's addresses
     :ivar astray: the addresses of the node that it goes to by a gateway
-    :ivar error: why it could not be looked at
+    :ivar error: why it could not be examined
     """
 
     record: Record
@@ -59,7 +59,7 @@ class _Pod:
 
     @property
     def is_apart(self) -> bool:
-        """Whether its interface cannot reach break0, whatever is set."""
+        """Return whether its interface can never reach break0."""
         return self.link is not None and not (
             self.is_on_parent and self.link.mode == 'bridge')
 
@@ -69,7 +69,7 @@ class _Pod:
 
     @property
     def mistaken(self) -> tuple[IPAddress, ...]:
-        """The addresses of the node whose MAC address it does not know."""
+        """Return the addresses of the node with a wrong or no neighbour."""
         if self.error is not None or self.known.mac is None:
             return ()
         return tuple(host for host in self.hosts
@@ -140,7 +140,7 @@ def enterable(view: ParentView) -> list[list[Record]]:
 
 def check_inside(view: ParentView, pods: Sequence[list[Record]]
                  ) -> Iterator[Finding]:
-    """Look into the namespaces of pods, and change nothing there.
+    """Examine the namespaces of pods, and change nothing there.
 
     :param pods: the entries of each
     """

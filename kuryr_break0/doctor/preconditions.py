@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Whether break0 would work on a node, before anything is set up there."""
+"""Checks whether break0 will work on a node, before the installation."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Sends packets between node and pod, and says how they went."""
+"""Sends probes between node and pod."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Probe:
 
     @property
     def answered(self) -> list[float]:
-        """The times of those that were answered."""
+        """Return the times of the answered ones."""
         return [time for time in self.times if time is not None]
 
 

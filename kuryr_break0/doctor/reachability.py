@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Whether node and pods really reach each other, after all else is right.
+"""Pings between node and pods, after all other checks found nothing.
 
 What no check knows of shows here: rules in a pod, marks, policy routing. The
 kernel's own trace then says what drops the packet.

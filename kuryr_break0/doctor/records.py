@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""State directory, ledger and lock, and whether an agent is there."""
+"""Checks state directory, records, lock and agent."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _IN_MEMORY = ('tmpfs', 'ramfs', 'devtmpfs')
 
 
 def check_directory(options: config.Options) -> Iterator[Finding]:
-    """Look at the state directory; one that is not there yet is fine."""
+    """Examine the state directory. It need not exist yet."""
     path = options.state_dir
     there = path
     while not os.path.lexists(there):
@@ -36,7 +36,7 @@ def check_directory(options: config.Options) -> Iterator[Finding]:
                 and os.access(directory, os.R_OK | os.W_OK | os.X_OK)):
             if os.geteuid() != 0:
                 raise exceptions.LedgerUnavailable(
-                    path=directory, reason='only root can look at it')
+                    path=directory, reason='only root can examine it')
             yield findings.STATE_DIR_UNUSABLE.found(
                 'user %d cannot write to %s' % (os.geteuid(), directory),
                 path=directory)
@@ -72,7 +72,7 @@ def _mount_of(path: str) -> tuple[str, str]:
 
 
 def check_ledger(node: Node) -> Iterator[Finding]:
-    """Look at the entries, the lock and the agent."""
+    """Examine the records, the lock and the agent."""
     contents = node.contents
     if contents.damaged:
         yield findings.LEDGER_DAMAGED.found(

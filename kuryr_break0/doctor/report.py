@@ -19,7 +19,7 @@ _SHOWN = 8
 
 def as_json(findings: Iterable[Finding],
             not_examined: Sequence[str] = (), **counts: Any) -> str:
-    """A document for programs, in which nothing is left out."""
+    """Return a complete document for programs."""
     return json.dumps({
         'findings': [{
             'id': each.id, 'severity': each.severity, 'seen': each.seen,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Routes and neighbours that the node has for its pods."""
+"""Checks routes and neighbours that the node has for its pods."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def _way(way: Optional[kernel.Route]) -> str:
 
 
 def usable(view: ParentView) -> list[IPAddress]:
-    """The addresses whose route is there, and no other in its place."""
+    """Return the addresses whose route is correct."""
     wrong = {route.dst for route in (*view.plan.replace, *view.plan.foreign)}
     return view.settled(address for address in view.desired
                         if address not in wrong)

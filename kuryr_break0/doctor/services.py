@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Programs of the node that may take break0 or its routes for theirs.
+"""Checks programs of the node that may change break0 or its routes.
 
 Their files are read, since neither has to run to have left its mark, and
 their own clients are not in the container of kuryr-daemon.
@@ -100,7 +100,7 @@ def _matches(key: str, value: str, link: kernel.Link) -> Optional[bool]:
 
 
 def manages_foreign_routes() -> Optional[str]:
-    """Where it says that networkd deletes the routes of others, if it does.
+    """Return what makes networkd delete routes of other programs.
 
     None also where networkd's files are not at hand, as in a container.
     """
@@ -118,7 +118,7 @@ def manages_foreign_routes() -> Optional[str]:
 
 
 def _configuration(name: str) -> Iterator[str]:
-    """The files that make up a configuration of systemd, in their order."""
+    """Return the files of a configuration of systemd, in their order."""
     for directory in _SYSTEMD:
         path = os.path.join(directory, name)
         if os.path.exists(path):
@@ -133,7 +133,7 @@ def _configuration(name: str) -> Iterator[str]:
 
 
 def _lines(path: str) -> Iterator[str]:
-    """The lines of a file, without comments; none where there is none."""
+    """Return the lines of a file without comments; none without a file."""
     try:
         with open(path, errors='replace') as file:
             for line in file:

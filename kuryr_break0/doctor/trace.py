@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Where packets between a node and a pod are dropped, as the kernel says.
+"""Traces packets between a node and a pod, to the rule that drops them.
 
 A table of its own marks these packets (``meta nftrace``), on the node and in
 the pod, and ``nft monitor trace`` prints each rule that they come to, those of

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""All that is asked of the kernel about networks; alone imports pyroute2.
+"""All access to the kernel. No other package imports pyroute2.
 
 Requests that belong to a pod go through one :class:`Netlink` socket, and cost
 the same however many pods the node has: nothing is dumped. Dumps are left to

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Who else on a link has an address: RFC 5227 and RFC 4862."""
+"""Finds who else on a link has an address: RFC 5227 and RFC 4862."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The connections that the node tracks."""
+"""Deletes connections that the node tracks."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the kernel tells of the namespace of this thread."""
+"""Netlink events of the namespace of this thread."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What is done by IPDB, as Kuryr does."""
+"""Uses IPDB, as Kuryr does."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What changes in the other network namespaces of a node.
+"""Events of the other network namespaces of a node.
 
 The kernel gives the events of all namespaces that this one has a number for
 to one socket (NETLINK_LISTEN_ALL_NSID), and says when a number begins and
@@ -111,7 +111,7 @@ def _headers(data: bytes) -> Iterator[int]:
 
 
 class Mounts:
-    """Tells when the mounts of this process's namespace change.
+    """Notices changes of the mounts of this process's namespace.
 
     For select(2), a change is an exceptional condition (proc(5)).
     """

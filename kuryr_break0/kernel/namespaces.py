@@ -170,7 +170,7 @@ def _is_removed(path: str) -> bool:
 @contextlib.contextmanager
 def opened(netns: str,
            known: Optional[NamespaceId] = None) -> Iterator[int]:
-    """A file descriptor of a namespace, within the block.
+    """Open a namespace; the file descriptor is valid in the block.
 
     :param netns: its path
     :param known: what it must be; by its number it is found even if the

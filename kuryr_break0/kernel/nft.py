@@ -49,13 +49,13 @@ class Pair(NamedTuple):
 
     @property
     def set_name(self) -> str:
-        """The set of the table that it is in."""
+        """Return the name of its set in the table."""
         return '%s%d' % ('addresses' if self.mac is None else 'pairs',
                          4 if len(self.address) == 4 else 6)
 
     @property
     def key(self) -> bytes:
-        """The key in that set: each part is padded to 4 bytes."""
+        """Return its key in that set: each part is padded to 4 bytes."""
         return (b'' if self.mac is None else self.mac + bytes(2)
                 ) + self.address
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What plain sockets and /proc say of the namespace of this thread.
+"""Reads the namespace of this thread with plain sockets and /proc.
 
 That takes a tenth of the time that a netlink message takes in Python.
 """
@@ -22,7 +22,7 @@ RTF_LOCAL = 0x80000000
 
 
 def index_of(device: str) -> Optional[int]:
-    """The ifindex of an interface, or None if there is none."""
+    """Return the ifindex of an interface; None if there is none."""
     try:
         return socket.if_nametoindex(device)
     except OSError:
@@ -41,7 +41,7 @@ def exists(device: str) -> bool:
 
 
 def name_of(ifindex: Optional[int]) -> str:
-    """The name of an interface of this namespace, to be shown.
+    """Return the name of an interface of this namespace, for people.
 
     :param ifindex: None is what the kernel says of a route through none, or
         through several
@@ -56,7 +56,7 @@ def name_of(ifindex: Optional[int]) -> str:
 
 def source_for(address: IPAddress,
                device: Optional[str] = None) -> Optional[IPAddress]:
-    """The address that the node would speak to another from.
+    """Return the source address that the node uses towards another.
 
     It is the address itself where that is one of the node's own. A datagram
     socket is connected for it, which sends nothing.

@@ -482,7 +482,7 @@ class Netlink:
                                            refused.code, advice)
 
     def _ask(self, action: str, message: Message) -> list[Any]:
-        """Have the kernel tell something.
+        """Ask the kernel a question.
 
         :raises KernelRefused: if it does not
         """
@@ -547,8 +547,8 @@ class Netlink:
     def _send(self, messages: Sequence[Message]) -> dict[int, _Refused]:
         """Send all at once; the errors, by the place of the message.
 
-        The kernel tells of each that it refuses, and that it has come to the
-        last; to hear of the others would take as long as to ask.
+        The kernel answers each that it refuses, and the last. Answers to the
+        others would take as long as the requests.
         """
         first = self._sequence + 1
         self._sequence += len(messages)

@@ -155,7 +155,7 @@ class Link:
 
     @property
     def lower_of_macvlans(self) -> tuple[Optional[int], Optional[int]]:
-        """What a macvlan on it has as ``lower`` and ``lower_namespace``.
+        """Return ``lower`` and ``lower_namespace`` of macvlans on it.
 
         The kernel puts a macvlan of a macvlan beside that, on the lower
         interface of both (macvlan_common_newlink).
@@ -201,7 +201,7 @@ class Route(NamedTuple):
 
     @property
     def is_on_link(self) -> bool:
-        """Whether it leads to its destination without a gateway."""
+        """Return whether it has no gateway."""
         return (self.type == RTN_UNICAST and not self.gateways
                 and not self.several)
 

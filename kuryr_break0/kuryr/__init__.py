@@ -1,3 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""All that knows of Kuryr: its driver, its API, what is private to it."""
+"""All code that depends on Kuryr: driver, API client, patches."""

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What Kuryr knows of the pods of this node, by its own client."""
+"""Lists the pods of this node with Kuryr's own API client."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def link_iface() -> Optional[str]:
 
 
 def proc() -> str:
-    """Where the processes of the node are to be seen."""
+    """Return the directory that shows the processes of the node."""
     daemon = k_config.CONF.cni_daemon
     return (daemon.docker_mode and daemon.netns_proc_dir) or '/proc'
 
@@ -146,7 +146,7 @@ def _port(pod: str, ifname: str, primitive: Any) -> Port:
 
 
 def _not_running(kuryrport: Any, pod: Optional[Any]) -> Optional[str]:
-    """Why it is not that of a running pod; None if it is."""
+    """Return why it is not that of a running pod; None if it is."""
     if pod is None:
         return 'its pod is gone'
     if (kuryrport['metadata'].get('deletionTimestamp')

@@ -194,7 +194,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                 and options.pod_binding == config.DIRECT)
 
     def _connect_directly(self, vif: Any, ifname: str, sandbox: str) -> None:
-        """What Kuryr's connect does, with the same errors of its own."""
+        """Do what Kuryr's connect does, with the same errors."""
         with kernel.Netlink() as netlink:
             parent = self._find_parent(netlink)
             if parent.mtu < vif.network.mtu:
@@ -211,7 +211,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
     @classmethod
     def _configure_l3(cls, vif: Any, ifname: str, netns: str,
                       is_default_gateway: bool) -> None:
-        """What Kuryr does after connect, in one request.
+        """Do what Kuryr does after connect, in one request.
 
         :raises PodNotConnected: if the kernel refuses it
         """
@@ -222,7 +222,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
             raise PodNotConnected(str(err)) from err
 
     def _find_parent(self, netlink: kernel.Netlink) -> kernel.Link:
-        """Find the parent as Kuryr does, from what it looks at for that."""
+        """Find the parent as Kuryr does."""
         wanted = k_config.CONF.binding.link_iface
         link = netlink.link(wanted) if kernel.index_of(wanted) else None
         if link is not None and link.name == wanted:

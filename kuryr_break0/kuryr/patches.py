@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""All that is changed of Kuryr's own code while it runs: three functions.
+"""All monkey patches of Kuryr: three functions.
 
 Two are private functions of ``kuryr_kubernetes.cni.binding.base``, tried with
 Kuryr 6.0.0 to 10.0.0. They are changed in the process of one request only, and
@@ -9,7 +9,7 @@ a method of the plugin that asks for the binding.
 
 ``get_ipdb``: Kuryr opens IPDB on the node's namespace twice per pod, and IPDB
 reads all routes and neighbours. break0 has one of each per pod, while Kuryr
-looks at the interfaces and their addresses alone.
+reads only the interfaces and their addresses.
 
 ``_configure_l3``: Kuryr gives a pod its addresses by IPDB, after the driver
 has returned. While many pods are added at once, IPDB now and then misses

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The interface of a pod, made in the pod's namespace.
+"""Creates the interface of a pod directly in the pod's namespace.
 
 Kuryr makes it on the node, under a name that is in nobody's way, moves it,
 renames it, and sets its MTU and MAC address one by one; around each step it
-reads the namespace anew. Here it is one request, and the outcome is the same.
+reads the namespace again. Here it is one request, with the same result.
 """
 
 from __future__ import annotations

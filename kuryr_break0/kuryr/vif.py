@@ -33,13 +33,13 @@ class VIFMacvlanBreak0(k_vif.VIFMacvlanNested):  # type: ignore[misc]
 
 
 def addresses(vif: Any) -> list[IPAddress]:
-    """The addresses of a VIF: all fixed IPs of all its subnets."""
+    """Return the addresses of a VIF: all fixed IPs of all its subnets."""
     return [ipaddress.ip_address(str(fixed_ip.address))
             for subnet in vif.network.subnets.objects
             for fixed_ip in subnet.ips.objects]
 
 
 def subnets(vif: Any) -> list[IPNetwork]:
-    """The networks that a VIF is in on its link."""
+    """Return the networks that a VIF is in on its link."""
     return [ipaddress.ip_network(str(subnet.cidr), strict=False)
             for subnet in vif.network.subnets.objects]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Which sandbox has which address, in files that end with the boot.
+"""The ledger: which sandbox has which address, until the next boot.
 
 kuryr-daemon serves each request in a new process, and is restarted at will,
 so what must be known later is in the state directory. The ledger is evidence,
@@ -43,7 +43,7 @@ class Ledger:
     :param path: the directory; it is created when it is first needed
     :param lock_timeout: seconds that :meth:`lock` waits
     :ivar records: who has which address
-    :ivar cache: what is dear to read from the kernel
+    :ivar cache: what is expensive to read from the kernel
     :ivar heartbeat: whether an agent runs
     """
 
@@ -135,8 +135,8 @@ class Ledger:
             found = None
         boot = identity.boot_id()
         if found is not None and boot and found.boot not in ('', boot):
-            # Namespaces are numbered anew with each boot, so what is written
-            # of an earlier one would be taken for those of now.
+            # Namespaces are numbered from the start with each boot, so records
+            # of an earlier one would match namespaces of this one.
             LOG.warning('The ledger in %s is of an earlier boot, whose pods '
                         'are gone: moved its records to quarantine',
                         self.path)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What is dear to read from the kernel and seldom changes, for some seconds.
+"""Keep what is expensive to read and seldom changes, for some seconds.
 
 Each request is a process of its own, so it is kept in files.
 """
@@ -22,7 +22,7 @@ SUFFIX = '.json'
 class Cache:
     """Lists of facts by their names.
 
-    Nothing depends on it: what is absent, damaged or old is read anew.
+    Nothing depends on it: what is absent, damaged or old is read again.
     """
 
     def __init__(self, directory: str) -> None:
@@ -50,7 +50,7 @@ class Cache:
                 {'at': files.now(), 'facts': facts}))
 
     def drop(self, name: str) -> None:
-        """Have a fact read anew."""
+        """Drop a fact, so that it is read again."""
         with contextlib.suppress(OSError):
             os.unlink(self._path(name))
 

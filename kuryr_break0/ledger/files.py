@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Small files that are read with suspicion and replaced as a whole."""
+"""Reads small untrusted files, and replaces files atomically."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def replace(path: str, text: str) -> None:
 
 
 def stamp(path: str) -> Optional[tuple[int, int, int]]:
-    """Return what tells a file from a later one of its name."""
+    """Return the identity of a file, which a later one of its name has not."""
     try:
         found = os.stat(path)
     except OSError:

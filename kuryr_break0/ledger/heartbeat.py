@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Lets other processes know that an agent runs, and that it works."""
+"""The heartbeat of the agent, by which other processes know that it works."""
 
 from __future__ import annotations
 

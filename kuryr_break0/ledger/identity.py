@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Which ledger this is, and which break0 it has made for which parent.
+"""The identity of a ledger, and the break0s that it owns.
 
 A break0 carries the id of the ledger that owns it as its alias, which the
 kernel keeps where a directory may be lost or be another one.
@@ -99,7 +99,7 @@ class Identity:
 
 
 def boot_id() -> str:
-    """Return what tells this boot from others; empty if nothing does."""
+    """Return the id of this boot; empty if there is none."""
     try:
         with open('/proc/sys/kernel/random/boot_id') as file:
             return file.read().strip()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What all processes of the node have done, for the agent to count.
+"""Counts of what all processes of the node did, for the metrics.
 
 A worker of kuryr-daemon lives for one request and the agent may not be
 there, so each leaves records in a file, beside the ledger, and the agent
@@ -37,7 +37,7 @@ class Done(enum.IntEnum):
     BIND_FAILED = 2
     UNBIND = 3
     UNBIND_FAILED = 4
-    # Repairs, whose names are the reasons that the metrics tell.
+    # Repairs. Their names are the reasons in the metrics.
     DEVICE = 16
     ROUTE = 17
     NEIGHBOUR = 18
