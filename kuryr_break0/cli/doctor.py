@@ -50,7 +50,7 @@ def add_parser(subparsers: Any) -> None:
                              'ledger, network, rules, sysctls, logs; at most '
                              '10 MiB before it is packed, without secrets')
     parser.add_argument('--redact', action='store_true',
-                        help='replace addresses and ids in the archive')
+                        help='replace addresses, ids and names in the archive')
     parser.set_defaults(func=run)
 
 

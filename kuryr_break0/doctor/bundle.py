@@ -4,12 +4,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import io
+import ipaddress
 import os
 import platform
 import re
+import socket
 import subprocess
 import sys
 import tarfile
@@ -17,7 +21,9 @@ import time
 from typing import Callable, Iterator
 
 from kuryr_break0 import config
+from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
+from kuryr_break0.ledger import Ledger
 
 #: Bytes of the archive before it is packed, and of one part.
 _MOST, _PART = 10 * 2 ** 20, 2 ** 20
@@ -30,14 +36,19 @@ _COMMANDS = (
     ('nft', 'list', 'ruleset'), ('iptables-save',), ('ip6tables-save',),
     ('sysctl', '-a', '--pattern', r'^net\.(ipv4|ipv6)\.(conf|ip_forward)'),
     ('ps', '-eo', 'pid,lstart,args'), ('dmesg',),
-    ('journalctl', '--no-pager', '-n', '5000', '-u', 'kuryr-break0-agent'),
-    ('journalctl', '--no-pager', '-n', '5000', '-u', 'kuryr-daemon'))
+    *(('journalctl', '--no-pager', '--no-hostname', '-n', '5000', '-u', unit)
+      for unit in ('kuryr-break0-agent', 'kuryr-daemon')))
 _PACKAGES = ('kuryr-break0', 'kuryr-kubernetes', 'os-vif', 'pyroute2',
              'oslo.config', 'oslo.log')
+#: What may be an address, a MAC address or a container id.
 _ADDRESS = re.compile(
     r'\b\d{1,3}(?:\.\d{1,3}){3}\b'
-    r'|\b(?:[0-9a-f]{2}:){5}[0-9a-f]{2}\b'
-    r'|\b[0-9a-f]{1,4}:(?::?[0-9a-f]{1,4}){2,7}\b|\b[0-9a-f]{12,64}\b')
+    r'|(?<![\w:])[0-9A-Fa-f]*:[0-9A-Fa-f:]*:[0-9A-Fa-f.]*(?![\w:])'
+    r'|\b[0-9a-f]{12,64}\b')
+_MAC = re.compile(r'(?:[0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}')
+#: A shorter name may be a word of any text, and these are.
+_SHORTEST = 4
+_WORDS = ('default', 'kube-system', 'kube-public', 'kube-node-lease')
 #: Keys whose values are never in a bundle: of the ledger, and of any file.
 _SECRET = re.compile(r'(?i)("?\b\w*(?:secret|password|token)\w*"?\s*[:=]\s*)'
                      r'("[^"]*"|\S+)')
@@ -47,8 +58,8 @@ class Bundle:
     """Collects parts, and writes them as a ``tar.gz``.
 
     Secrets are left out of all of it. With ``redact``, addresses, MAC
-    addresses and container ids are replaced by names that are the same
-    throughout.
+    addresses, container ids, and the names of pods and of the node are
+    replaced by aliases that are the same throughout.
     """
 
     def __init__(self, options: config.Options, redact: bool) -> None:
@@ -89,7 +100,9 @@ class Bundle:
 
     @staticmethod
     def _versions() -> str:
-        lines = [' '.join(platform.uname()), 'Python ' + sys.version]
+        lines = [' '.join((platform.system(), platform.release(),
+                           platform.version(), platform.machine())),
+                 'Python ' + sys.version]
         for name in _PACKAGES:
             try:
                 lines.append('%s %s' % (name,
@@ -118,8 +131,9 @@ class Bundle:
     def _add(self, archive: tarfile.TarFile, name: str, text: str) -> None:
         text = _SECRET.sub(r'\1***', text)
         if self._redact:
-            text, name = (_ADDRESS.sub(self._alias, each)
-                          for each in (text, name))
+            text, name = (_ADDRESS.sub(self._alias, self._names.sub(
+                lambda found: self._digest('name', found[0]), each))
+                for each in (text, name))
         data = text.encode(errors='replace')[:_PART]
         data = data[:max(0, _MOST - self._size)]
         self._size += len(data)
@@ -127,12 +141,36 @@ class Bundle:
         info.size, info.mtime, info.mode = len(data), int(time.time()), 0o600
         archive.addfile(info, io.BytesIO(data))
 
+    @functools.cached_property
+    def _names(self) -> re.Pattern[str]:
+        """Matches the names of this node, and of its pods and containers."""
+        names = {socket.gethostname(),
+                 os.environ.get('KUBERNETES_NODE_NAME', '')}
+        with contextlib.suppress(exceptions.Break0Error):
+            ledger = Ledger(self._options.state_dir, 1)
+            for claims in ledger.contents().claims.values():
+                for claim in claims:
+                    names |= {*(claim.pod or '').split('/'), claim.pod or '',
+                              claim.owner.container_id}
+        known = sorted((each for each in names - {*_WORDS}
+                        if len(each) >= _SHORTEST), key=len, reverse=True)
+        return re.compile(r'(?<!\w)(?:%s)(?!\w)' % '|'.join(
+            map(re.escape, known)) if known else r'(?!)')
+
     def _alias(self, found: re.Match[str]) -> str:
-        digest = hashlib.blake2b(found[0].encode(), key=self._salt,
-                                 digest_size=4).hexdigest()
-        kind = 'mac' if re.fullmatch(r'(..:){5}..', found[0]) else (
-            'address' if set(found[0]) & set('.:') else 'id')
-        return '<%s-%s>' % (kind, digest)
+        text = found[0]
+        if _MAC.fullmatch(text):
+            return self._digest('mac', text.lower())
+        if not set(text) & set('.:'):
+            return self._digest('id', text)
+        try:
+            return self._digest('address', str(ipaddress.ip_address(text)))
+        except ValueError:
+            return text  # as a time of day
+
+    def _digest(self, kind: str, text: str) -> str:
+        return '<%s-%s>' % (kind, hashlib.blake2b(
+            text.encode(), key=self._salt, digest_size=4).hexdigest())
 
 
 def _output(command: tuple[str, ...]) -> str:

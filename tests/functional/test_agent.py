@@ -206,7 +206,7 @@ class TestProcess(AgentTestCase):
         with open(CONF, 'w') as file:
             file.write('[break0]\nmac = x\n')
         self.agent.send_signal(signal.SIGHUP)
-        self.wait_for(lambda: 'Keeping the previous configuration' in self.log())
+        self.wait_for(lambda: 'Keeping the previous' in self.log())
         with open(CONF, 'w') as file:
             file.write('[break0]\nmac = 02:00:00:00:00:07\n')
         self.agent.send_signal(signal.SIGHUP)

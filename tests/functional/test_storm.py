@@ -169,5 +169,5 @@ class TestBounded(test_agent.AgentTestCase):
         os.unlink(test_agent.CONF)
         os.mkdir(test_agent.CONF)
         self.agent.send_signal(signal.SIGHUP)
-        self.wait_for(lambda: 'Keeping the previous configuration' in self.log())
+        self.wait_for(lambda: 'Keeping the previous' in self.log())
         self.assertNotIn('Read the configuration again', self.log())

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import tarfile
 import time
 from unittest import mock
@@ -21,6 +22,7 @@ from tests.functional.doctor.base import DoctorTestCase
 from tests.functional.doctor.base import MACS
 from tests.functional.doctor.base import OWNER_79
 from tests.functional.doctor.base import POD4
+from tests.functional.doctor.base import POD6
 from tests.functional.doctor.base import SUBNETS
 
 
@@ -85,8 +87,15 @@ class TestCommand(DoctorTestCase):
     def test_bundle(self) -> None:
         with open('/run/kuryr-break0/identity') as file:
             secret = json.load(file)['secret']
+        path = self.lab.add_pod('named', '100.75.30.79',
+                                mac='02:00:00:00:00:79')
+        self.manager().bind(
+            OWNER_79, base.addresses('100.75.30.79'), parent='eth0',
+            mac='02:00:00:00:00:79', netns=path,
+            pod='default/secret-project')
         parts = self.unpacked()
         self.assertIn('kuryr-kubernetes 10.', parts['versions.txt'])
+        self.assertIn('secret-project', parts['status.json'])
         self.assertIn('device = break0', parts['options.txt'])
         self.assertTrue(json.loads(parts['status.json'])['in_sync'])
         self.assertEqual([], json.loads(parts['doctor.json'])['findings'])
@@ -97,8 +106,16 @@ class TestCommand(DoctorTestCase):
             self.assertIn(text, parts['commands/%s.txt' % command])
         self.assertNotIn(secret, str(parts))
         redacted = self.unpacked('--redact')
-        for text in (POD4, MACS['pod'], secret, '100.75.30.51'):
+        for text in (POD4, POD6, MACS['pod'], secret, '100.75.30.51',
+                     'secret-project', 'sandbox-79'):
             self.assertNotIn(text, str(redacted))
+        self.assertNotIn(' %s ' % socket.gethostname(),
+                         redacted['versions.txt'])
+        # Times are not taken for addresses, nor words for names.
+        self.assertIn('\ndefault via <address-', redacted[
+            'commands/ip_route_show_table_all.txt'])
+        self.assertRegex(redacted['commands/ps_-eo_pid,lstart,args.txt'],
+                         r' \d\d:\d\d:\d\d 20')
         # The same is the same, throughout.
         name = re.search(r'<address-\w+>(?=.* dev break0)', redacted[
             'commands/ip_route_show_table_all.txt'])
