@@ -546,10 +546,20 @@ PACKET_DROPPED = Kind(
     'break0. The probe shows the whole trace.',
     ('kuryr-break0 probe %(address)s --trace',))
 
+PACKET_LOST = Kind(
+    'packet-lost', ERROR,
+    'A ping between node and pod does not arrive, or is sent elsewhere, and '
+    'no rule of nftables drops it.',
+    'Node and pod cannot reach each other. A route in the pod, a routing '
+    'rule, a firewall mark or a sysctl sends the packet elsewhere or drops '
+    'it.',
+    'Look at routes and rules, on the node and in the pod. The probe shows '
+    'where packets were seen.',
+    ('ip rule show', 'kuryr-break0 probe %(address)s --trace'))
+
 PROBE_UNANSWERED = Kind(
     'probe-unanswered', WARNING,
-    'A ping between node and pod is not answered, and no rule of nftables '
-    'drops it.',
+    'A ping between node and pod arrives, but is not answered.',
     'All that break0 needs is set up. The pod may be configured not to '
     'answer pings.',
     'Try a service of the pod by its port. If it answers, ignore this '

@@ -23,7 +23,8 @@ class Probe:
     :ivar mac: what the address, or the gateway to it, is at on the link
     :ivar state: how that is known; None if it is not
     :ivar times: seconds that each ping took; None for one without a reply
-    :ivar problem: what is not as it should be; None if nothing
+    :ivar problem: what is wrong; None if nothing is
+    :ivar misrouted: whether the kernel sends it elsewhere
     """
 
     direction: str
@@ -33,6 +34,7 @@ class Probe:
     state: Optional[str]
     times: tuple[Optional[float], ...]
     problem: Optional[str]
+    misrouted: bool = False
 
     @property
     def answered(self) -> list[float]:
@@ -91,15 +93,18 @@ class Prober:
                          to, self._port, self._count, self._timeout))
             found, state = (None, None) if path is None else netlink.neighbour(
                 path.ifindex, path.gateway or to)
-        problem = None
+        problem, misrouted = None, True
         answered = sum(time is not None for time in times)
-        if answered < len(times):
-            problem = '%d of %d were not answered' % (
-                len(times) - answered, len(times))
         if path is None:
             problem = 'there is no route to it'
         elif device is not None and path.device != device:
             problem = 'it does not go through %s' % device
         elif mac is not None and found is not None and found != mac:
             problem = 'it is sent to %s, but should be to %s' % (found, mac)
-        return Probe(direction, to, path, found, state, tuple(times), problem)
+        else:
+            misrouted = False
+            if answered < len(times):
+                problem = '%d of %d were not answered' % (
+                    len(times) - answered, len(times))
+        return Probe(direction, to, path, found, state, tuple(times), problem,
+                     misrouted)

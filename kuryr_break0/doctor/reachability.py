@@ -58,38 +58,46 @@ def check(view: ParentView, pods: Sequence[list[Record]]
     if not silent:
         return
     record, probe = silent[0]
-    dropped = _dropped(view, record)
-    kind = (findings.PACKET_DROPPED if dropped
-            else findings.PROBE_UNANSWERED)
+    kind, reason = _explained(view, record, probe)
     yield kind.found(
         'a ping %s, to %s, is not answered%s' % (
             'from the node' if probe.direction == 'node to pod'
-            else 'from the pod', probe.to,
-            ': ' + '; '.join(dropped) if dropped else ''),
+            else 'from the pod', probe.to, reason and ': ' + reason),
         [each.address for each, _ in silent], address=record.address)
 
 
 def _unanswered(view: ParentView, record: Record) -> Optional[Probe]:
-    """Return the first probe without an answer, if there is one."""
+    """Return the probe without an answer that says most, if there is one."""
     prober = Prober(1, _TIMEOUT)
     assert record.netns is not None and view.known is not None
     probes = [prober.from_node(record.address, view.name, record.mac)]
     with contextlib.suppress(exceptions.NetnsUnusable):
         probes += prober.from_pod(record.address, record.netns,
                                   record.namespace, view.known)
-    return next((probe for probe in probes if not probe.answered), None)
+    silent = [probe for probe in probes if not probe.answered]
+    return next((probe for probe in silent if probe.misrouted),
+                silent[0] if silent else None)
 
 
-def _dropped(view: ParentView, record: Record) -> list[str]:
+def _explained(view: ParentView, record: Record,
+               probe: Probe) -> tuple[findings.Kind, str]:
+    """Find out why a probe was not answered."""
     netns, namespace = record.netns, record.namespace
     assert netns is not None
     places = [
         trace.Place('on the node', view.name, contextlib.nullcontext),
         trace.Place('in the pod', record.owner.ifname,
                     lambda: kernel.entered(netns, namespace))]
-    try:
-        with trace.traced(record.address, places) as found:
-            _unanswered(view, record)
-    except (exceptions.Break0Error, OSError):
-        return []
-    return found.dropped
+    found = None
+    with contextlib.suppress(exceptions.Break0Error, OSError), \
+            trace.traced(record.address, places) as found:
+        _unanswered(view, record)
+    if found is not None and found.dropped:
+        return findings.PACKET_DROPPED, '; '.join(found.dropped)
+    if probe.misrouted:
+        return findings.PACKET_LOST, str(probe.problem)
+    if found is not None and not found.arrived(
+            probe.direction == 'node to pod'):
+        return findings.PACKET_LOST, 'it was seen %s' % (
+            ', '.join(found.seen) or 'nowhere')
+    return findings.PROBE_UNANSWERED, ''

@@ -74,6 +74,12 @@ class Trace:
         self.dropped: list[str] = []
         self.seen: list[str] = []
 
+    def arrived(self, at_pod: bool) -> bool:
+        """Return whether a packet to the pod, or from it, has arrived."""
+        where = ('to the pod, in the pod' if at_pod
+                 else 'from the pod, on the node')
+        return any(each.startswith(where) for each in self.seen)
+
     def explain(self) -> Iterator[str]:
         """Return what is to be said, if packets were not answered."""
         yield from self.dropped

@@ -276,6 +276,36 @@ class TestReachability(DoctorTestCase):
                 self.lab.run('nft', 'delete', 'table', family, 't')
                 self.assertEqual({}, self.findings())
 
+    def test_routes_in_the_pod(self) -> None:
+        for route, text in (
+                (('blackhole', lab.NODE), 'there is no route to it'),
+                (('unreachable', lab.NODE), 'there is no route to it'),
+                ((lab.NODE, 'via', lab.LAN), 'but should be to')):
+            with self.subTest(route):
+                self.lab.run('ip', 'route', 'add', *route, netns='pod')
+                found = self.findings()
+                self.assertEqual(['packet-lost'], list(found))
+                self.assertIn('from the pod, to %s' % lab.NODE,
+                              found['packet-lost']['seen'])
+                self.assertIn(text, found['packet-lost']['seen'])
+                self.lab.run('ip', 'route', 'del', *route, netns='pod')
+                self.lab.run('ip', 'neigh', 'flush', lab.LAN, netns='pod')
+                self.assertEqual({}, self.findings())
+
+    def test_marks(self) -> None:
+        """As a service mesh or a VPN of the node sets them."""
+        self.lab.run('nft', 'add table inet t; add chain inet t c { type '
+                     'route hook output priority -150; }; add rule inet t c '
+                     'ip daddr %s meta mark set 9' % POD4)
+        self.lab.run('ip', 'rule', 'add', 'fwmark', '9', 'lookup', '99')
+        self.lab.run('ip', 'route', 'add', 'default', 'via', lab.LAN, 'dev',
+                     lab.PARENT, 'table', '99')
+        self.assertIn('from the node, to %s, is not answered: it was seen' %
+                      POD4, self.assert_found(
+                          'packet-lost', severity='error')['seen'])
+        self.lab.run('ip', 'rule', 'del', 'fwmark', '9')
+        self.assertEqual({}, self.findings())
+
     def test_pod_that_has_just_started(self) -> None:
         """Its IPv6 address is tentative, for a second or two."""
         self.lab.run('ip', 'address', 'del', POD6 + '/64', 'dev', 'eth0',
