@@ -44,8 +44,8 @@ class TestInstallation(DoctorTestCase):
         self.assert_only('dependency-unfit', 'pyroute2 is 0.9.7, but <0.8')
 
     def test_kuryr_unfit(self) -> None:
-        self.install('kuryr_kubernetes', '6.0.1')
-        self.assert_only('dependency-unfit', 'kuryr-kubernetes is 6.0.1, but')
+        self.install('kuryr_kubernetes', '5.0.0')
+        self.assert_only('dependency-unfit', 'kuryr-kubernetes is 5.0.0, but')
 
     def test_pyroute2_that_cannot_be_imported(self) -> None:
         self.install('pyroute2', '0.9.7')
