@@ -144,6 +144,7 @@ class Guard:
     def __init__(self, options: config.Options, ledger: Ledger,
                  device: str) -> None:
         self._options = options
+        self._ledger = ledger
         self._cache = ledger.cache
         self._device = device
         self.table = table_of(device)
@@ -172,13 +173,16 @@ class Guard:
             return 'its guard is missing or was changed'
         return None
 
+    def _nft(self) -> kernel.Nft:
+        return kernel.node_nft(exclusive=self._ledger.is_locked)
+
     def is_loaded(self) -> bool:
         """Return whether the table was loaded, by what is cached."""
         return bool(self._cache.get(self._key))
 
     def _is_there(self) -> bool:
         try:
-            return bool(kernel.node_nft().rules(self.table))
+            return bool(self._nft().rules(self.table))
         except exceptions.KernelRefused:
             return False  # this kernel has no nftables
 
@@ -278,7 +282,7 @@ class Guard:
         # The kernel is asked where the state directory says nothing.
         if not self.is_wanted or not (self.is_loaded() or self._is_there()):
             return False
-        nft = kernel.node_nft()
+        nft = self._nft()
         nft.delete(self.table, expelled)
         nft.add(self.table, admitted)
         return True

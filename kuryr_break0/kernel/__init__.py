@@ -40,6 +40,7 @@ from kuryr_break0.kernel.nft import Nft
 from kuryr_break0.kernel.nft import NftEvents
 from kuryr_break0.kernel.nft import node_nft
 from kuryr_break0.kernel.nft import Pair
+from kuryr_break0.kernel.nft import share_nft
 from kuryr_break0.kernel.node import count_host_routes
 from kuryr_break0.kernel.node import exists
 from kuryr_break0.kernel.node import index_of
@@ -70,5 +71,5 @@ __all__ = (
     'entered', 'exists', 'find', 'find_program', 'forget_connections',
     'identify', 'identify_or_fail', 'index_of', 'ipdb_of_interfaces',
     'macvlan_of', 'macvlans', 'macvlans_in', 'mounted', 'name_of', 'node_nft',
-    'number', 'prepare', 'read_sysctl', 'source_for', 'state', 'undisturbed',
-    'unshare', 'write_sysctl')
+    'number', 'prepare', 'read_sysctl', 'share_nft', 'source_for', 'state',
+    'undisturbed', 'unshare', 'write_sysctl')

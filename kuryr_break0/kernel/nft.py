@@ -87,6 +87,17 @@ class Nft:
     def __exit__(self, *exc_info: object) -> None:
         self._socket.close()
 
+    def take_over(self) -> None:
+        """Prepare a socket that another process may have used last.
+
+        What that has not read is dropped, since it may have been killed, and
+        numbers of messages differ from those that it used.
+        """
+        with contextlib.suppress(OSError):
+            while True:
+                self._socket.recv(2 ** 17, socket.MSG_DONTWAIT)
+        self._sequence = int.from_bytes(os.urandom(4), 'big') >> 1
+
     def add(self, table: str, pairs: Iterable[Pair]) -> None:
         """Add elements; those that are there are fine.
 
@@ -222,8 +233,8 @@ class Nft:
             while True:
                 data = self._socket.recv(2 ** 16)
                 for header in wire.headers(data):
-                    if (header.kind != wire.NLMSG_ERROR
-                            or header.sequence < first):
+                    if (header.kind != wire.NLMSG_ERROR or not
+                            first <= header.sequence <= self._sequence):
                         continue
                     code = wire.error(data, header)[0]
                     if code:
@@ -253,17 +264,38 @@ class Nft:
 
 
 _kept = threading.local()
+#: The socket that forked processes share, and the inode of its namespace.
+_shared: Optional[tuple[int, Nft]] = None
 
 
-def node_nft() -> Nft:
+def share_nft() -> None:
+    """Open a socket for the processes that will be forked from this one.
+
+    When the last process closes a socket of netfilter, the kernel frees what
+    was deleted, and keeps all who change nftables waiting for some 20 ms
+    (nft_rcv_nl_event). This process keeps it open instead.
+
+    :raises KernelRefused: if it cannot be opened
+    """
+    global _shared
+    _shared = os.stat('/proc/thread-self/ns/net').st_ino, Nft()
+
+
+def node_nft(exclusive: bool = False) -> Nft:
     """Return a socket that stays open, for the namespace of the node.
 
     To close one that has deleted something takes the kernel some 12 ms. It
     keeps its namespace, so it is not for that of a pod.
 
+    :param exclusive: whether the caller holds the lock of the ledger. Only
+        then it may be one that this process shares with others, since an
+        answer goes to whoever reads it first.
     :raises KernelRefused: if it cannot be opened
     """
     place = os.getpid(), os.stat('/proc/thread-self/ns/net').st_ino
+    if exclusive and _shared is not None and _shared[0] == place[1]:
+        _shared[1].take_over()
+        return _shared[1]
     if getattr(_kept, 'place', None) != place:
         # Of the process that this one was forked from, it stays open there.
         _kept.nft, _kept.place = Nft(), place

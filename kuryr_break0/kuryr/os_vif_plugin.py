@@ -10,6 +10,7 @@ nothing is changed in any process but the daemon's, before it forks.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 from typing import Any
@@ -89,6 +90,10 @@ def _serve() -> None:
     else:
         LOG.info('break0 is %s: %s', 'in use' if options.enabled
                  else 'disabled', options)
+        if options.guard != config.OFF:
+            # A kernel without nftables refuses; each bind says so then.
+            with contextlib.suppress(exceptions.KernelRefused):
+                kernel.share_nft()
     # All that is there by now lives on in the process of each request. One
     # that looked for garbage among it would copy all of its pages, which
     # takes longer than to bind a pod by break0.

@@ -75,6 +75,11 @@ class Ledger:
                 raise self._unavailable(err) from err
             yield
 
+    @property
+    def is_locked(self) -> bool:
+        """Return whether the lock is held through this object."""
+        return self._lock.is_held
+
     def is_free_within(self, seconds: float) -> bool:
         """Wait until who holds the lock now has let it go.
 

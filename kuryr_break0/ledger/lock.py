@@ -26,11 +26,13 @@ class Lock:
     The kernel frees it when its holder dies.
 
     :ivar path: of the file
+    :ivar is_held: whether it is held through this object
     """
 
     def __init__(self, path: str, timeout: float) -> None:
         self.path = path
         self._timeout = timeout
+        self.is_held = False
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -49,7 +51,11 @@ class Lock:
                          | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
             try:
                 if _taken(fd) and self._is_current(fd):
-                    yield
+                    self.is_held = True
+                    try:
+                        yield
+                    finally:
+                        self.is_held = False
                     return
             finally:
                 os.close(fd)

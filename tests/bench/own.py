@@ -13,6 +13,7 @@ import time
 from typing import Callable, Iterator
 from unittest import mock
 
+from kuryr_break0 import kernel
 from kuryr_break0 import ledger
 from kuryr_break0 import manager
 from tests.bench import at_most
@@ -117,6 +118,7 @@ def lock(node: Node, repeat: int) -> Section:
     say('%d workers at once' % WORKERS)
     node.resize(250)
     keep()
+    kernel.share_nft()  # as kuryr-daemon does before it forks
     forks = multiprocessing.get_context('fork')
     results = forks.Queue()
     workers = [forks.Process(target=_work, args=(number, node, results))

@@ -49,6 +49,33 @@ class TestRequests(test_daemon.DaemonTestCase):
                           else 'requests'].append(word)
         return found
 
+    def netfilter_sockets(self) -> set[str]:
+        """The sockets of netfilter that processes of the daemon have."""
+        with open('/proc/net/netlink') as file:
+            inodes = {line.split()[-1] for line in file
+                      if line.split()[1] == '12'}
+        assert self.node.daemon is not None
+        daemon = psutil.Process(self.node.daemon.pid)
+        found: set[str] = set()
+        for process in daemon.children(recursive=True):
+            for name in os.listdir('/proc/%d/fd' % process.pid):
+                try:
+                    link = os.readlink('/proc/%d/fd/%s' % (process.pid, name))
+                except FileNotFoundError:
+                    continue
+                found.add(link.partition('[')[2].rstrip(']'))
+        return found & inodes
+
+    def test_a_socket_of_nftables_outlives_requests(self) -> None:
+        for guard, count in (('auto', 1), ('off', 0)):
+            self.node.start_daemon('guard = ' + guard)
+            pod = self.node.add_pod(guard, '100.75.30.71')
+            for _ in range(2):
+                self.add(pod)
+                self.delete(pod)
+                self.assertEqual(count, len(self.netfilter_sockets()))
+            self.node.kill_daemon()
+
     def test_with_kuryrs_binding(self) -> None:
         self.check('kuryr')
 

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The socket of nftables that the workers of kuryr-daemon share."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Callable
+from unittest import mock
+
+from kuryr_break0 import exceptions
+from kuryr_break0 import kernel
+from kuryr_break0.kernel import nft
+from kuryr_break0.kernel import wire
+from kuryr_break0 import ledger
+from kuryr_break0.model import Owner
+from tests.functional import base
+
+TABLE = 'kuryr-break0-break0'
+POD, OTHER = '100.75.30.71', '100.75.30.72'
+MAC = 'fa:16:3e:00:00:0%d'
+#: As if two processes chose the same.
+NUMBER = 1000
+
+
+class TestSharedSocket(base.LabTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.bind(POD, mac_of_pod=MAC % 1)  # it creates the table
+        patched = mock.patch.object(nft, '_shared', None)
+        patched.start()
+        self.addCleanup(patched.stop)
+        kernel.share_nft()
+        assert nft._shared is not None
+        self.shared = nft._shared[1]
+        self.addCleanup(self.shared._socket.close)
+        own = base.options()
+        self.ledger = ledger.Ledger(own.state_dir, own.lock_timeout)
+
+    def child(self, function: Callable[[], bool]) -> int:
+        """Call it in a forked process, holding the lock; how that ended."""
+        def held() -> None:
+            with self.ledger.lock():
+                assert function()
+        return base.wait_for(base.in_child(held))
+
+    def admitted(self) -> set[str]:
+        with kernel.Nft() as own:
+            return {'.'.join(map(str, pair.address))
+                    for pair in own.elements(TABLE)}
+
+    def test_only_who_holds_the_lock_gets_it(self) -> None:
+        self.assertIsNot(self.shared, kernel.node_nft())
+        self.assertFalse(self.ledger.is_locked)
+        with self.ledger.lock():
+            self.assertTrue(self.ledger.is_locked)
+            self.assertIs(self.shared, kernel.node_nft(exclusive=True))
+        self.assertFalse(self.ledger.is_locked)
+
+    def test_a_lock_that_is_not_had_is_not_held(self) -> None:
+        own = base.options()
+        impatient = ledger.Ledger(own.state_dir, 0)
+        with self.ledger.lock():
+            with self.assertRaises(exceptions.LockTimeout):
+                with impatient.lock():
+                    pass
+            self.assertFalse(impatient.is_locked)
+            self.assertTrue(self.ledger.is_locked)
+
+    def test_not_in_another_namespace(self) -> None:
+        path = self.lab.add_pod('pod', OTHER)
+        with kernel.entered(path):
+            self.assertIsNot(self.shared, kernel.node_nft(exclusive=True))
+
+    def test_workers_open_none_of_their_own(self) -> None:
+        """A socket that ends with a worker holds up all others."""
+        def bound() -> bool:
+            with mock.patch.object(nft, 'Nft', side_effect=AssertionError):
+                self.bind(OTHER, mac_of_pod=MAC % 2,
+                          owner=Owner('other', 'eth0'))
+                self.unbind(POD)
+            return True
+
+        self.assertEqual(0, base.wait_for(base.in_child(bound)))
+        self.assertEqual({OTHER}, self.admitted())
+
+    def test_without_a_lock_each_has_its_own(self) -> None:
+        def bound() -> bool:
+            with mock.patch.object(ledger.Ledger, 'lock', side_effect=(
+                    exceptions.LockTimeout(path='/run', timeout=0))), \
+                    mock.patch.object(self.shared, 'take_over',
+                                      side_effect=AssertionError):
+                self.bind(OTHER, mac_of_pod=MAC % 2,
+                          owner=Owner('other', 'eth0'))
+            return True
+
+        self.assertEqual(0, base.wait_for(base.in_child(bound)))
+        self.assertIn(OTHER, self.admitted())
+
+    def killed(self, *messages: wire.Message) -> None:
+        """Have a worker send something, and killed before it reads."""
+        def die() -> bool:
+            self.shared._socket.send(b''.join(
+                message.packed(NUMBER + 1 + number)
+                for number, message in enumerate(messages)))
+            os.kill(os.getpid(), signal.SIGKILL)
+            return False
+
+        self.assertEqual(-signal.SIGKILL, self.child(die))
+
+    def assert_works(self) -> None:
+        """The next worker sees nothing of what the killed one left."""
+        pair = nft.Pair(bytes((100, 75, 30, 99)), None)
+
+        def changed() -> bool:
+            with mock.patch.object(os, 'urandom', return_value=(
+                    NUMBER << 1).to_bytes(4, 'big')):
+                shared = kernel.node_nft(exclusive=True)
+            assert shared._sequence == NUMBER
+            shared.add(TABLE, [pair])
+            assert pair in shared.elements(TABLE)
+            shared.delete(TABLE, [pair])
+            return pair not in shared.elements(TABLE) and bool(
+                shared.rules(TABLE))
+
+        self.assertEqual(0, self.child(changed))
+
+    def test_a_worker_is_killed_with_an_answer_unread(self) -> None:
+        edge = (nft._BATCH_BEGIN, nft._BATCH_END)
+        begin, end = (wire.Message(kind, 0, b'\0\0\0\x0a') for kind in edge)
+        gone = nft._elements(TABLE, nft.Pair(bytes((192, 0, 2, 9)), None))
+        # An error, since there is no such element.
+        self.killed(begin, nft._message(nft._DELSETELEM, wire.NLM_F_ACK,
+                                        gone), end)
+        self.assert_works()
+
+    def test_a_worker_is_killed_within_a_dump(self) -> None:
+        with kernel.Nft() as own:
+            own.add(TABLE, [nft.Pair(bytes((10, 9, high, low)), None)
+                            for high in range(20) for low in range(100)])
+        self.killed(nft._message(
+            nft._GETSETELEM, wire.NLM_F_DUMP, wire.text(1, TABLE)
+            + wire.text(2, 'addresses4')))
+        self.assert_works()
