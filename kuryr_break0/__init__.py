@@ -16,6 +16,8 @@ The kernel
   LAN for the node's addresses, joins groups, asks for routers: ``device``.
 - A namespace outlives its interface, and the next one there has another MAC
   address: ``kernel.nft``.
+- Who closes a socket of netfilter waits some 15 ms for what was deleted to be
+  freed, and so does everybody who changes nftables: ``kernel.nft``.
 - In IPv6 a route with a lower metric wins silently: ``model.best_metric``.
 - Closing a file ends all locks of fcntl(2) that the process has on it, as a
   scrape ended that of a sync: ``ledger.lock``.

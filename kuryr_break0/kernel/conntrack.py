@@ -1,42 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Deletes connections that the node tracks."""
+"""Deletes connections that the node tracks.
+
+The formats are those of linux/netfilter/nfnetlink_conntrack.h.
+"""
 
 from __future__ import annotations
 
-import pyroute2
-from pyroute2 import netlink
-from pyroute2.netlink.nfnetlink import nfctsocket
+import struct
+from typing import Iterator
 
-from kuryr_break0.kernel.errors import translated
+from kuryr_break0.kernel import nft
 from kuryr_break0.kernel.node import read_sysctl
-from kuryr_break0.kernel.wire import family_of
+from kuryr_break0.kernel import wire
 from kuryr_break0.model import IPAddress
+
+_DELETE = 1 << 8 | 2  # NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_DELETE
+_ORIGINAL, _REPLY = 1, 2  # CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, and their flags
+_TUPLE_IP, _FILTER = 1, 25
+_SOURCE, _DESTINATION = 1, 2  # CTA_FILTER_F_CTA_IP_SRC, _DST; CTA_IP_V4_*
+_NESTED = 0x8000
 
 
 def forget_connections(address: IPAddress) -> None:
     """Delete what the node tracks of the connections of an address.
 
-    The kernel looks for them (since linux 6.8), once for each way in which
-    an address takes part: it began them, it was spoken to, it answers for
-    the address of a Service.
+    Nobody waits for an answer: an older kernel than linux 6.8 refuses, and
+    leaves the connections to time out.
 
-    :raises KernelRefused: if it cannot, as an older one
+    :raises KernelRefused: if there is no socket for it
     """
-    if not read_sysctl('netfilter/nf_conntrack_count'):
-        return  # nothing is tracked
-    with translated('forget the connections of %s' % address), \
-            pyroute2.NFCTSocket(nfgen_family=family_of(address)) as tracker:
-        for which, end in (('ORIG', 'saddr'), ('ORIG', 'daddr'),
-                           ('REPLY', 'saddr')):
-            wanted = nfctsocket.NFCTAttrTuple(
-                family=family_of(address), **{end: str(address)})
-            message = nfctsocket.nfct_msg()
-            message['attrs'] = [
-                ('CTA_TUPLE_' + which, {'attrs': wanted.attrs()}),
-                ('CTA_FILTER', {'attrs': [
-                    ('CTA_FILTER_%s_FLAGS' % which, wanted.flags)]})]
-            tracker.request(
-                message, nfctsocket.IPCTNL_MSG_CT_DELETE,
-                msg_flags=netlink.NLM_F_REQUEST | netlink.NLM_F_ACK,
-                terminate=nfctsocket.terminate_error_msg)
+    if read_sysctl('netfilter/nf_conntrack_count'):
+        nft.post(list(deletions(address)))
+
+
+def deletions(address: IPAddress) -> Iterator[wire.Message]:
+    """Return a request for each way in which an address takes part.
+
+    It began a connection, was spoken to, or answers for the address of a
+    Service.
+    """
+    for which, end in ((_ORIGINAL, _SOURCE), (_ORIGINAL, _DESTINATION),
+                       (_REPLY, _SOURCE)):
+        # CTA_IP_V6_SRC and CTA_IP_V6_DST are two more.
+        kind = end if address.version == 4 else end + 2
+        yield wire.Message(_DELETE, 0, b''.join((
+            struct.pack('!BBH', wire.family_of(address), 0, 0),
+            wire.attribute(which, wire.attribute(
+                _TUPLE_IP, wire.attribute(kind, address.packed))),
+            wire.attribute(_NESTED | _FILTER, wire.number(which, end)))))

@@ -93,10 +93,35 @@ class Nft:
         What that has not read is dropped, since it may have been killed, and
         numbers of messages differ from those that it used.
         """
-        with contextlib.suppress(OSError):
-            while True:
+        self._drain()
+        # Not 0, which is the number of what is posted.
+        self._sequence = (int.from_bytes(os.urandom(4), 'big') >> 1) | 1
+
+    def _drain(self) -> None:
+        while True:
+            try:
                 self._socket.recv(2 ** 17, socket.MSG_DONTWAIT)
-        self._sequence = int.from_bytes(os.urandom(4), 'big') >> 1
+            except OSError as err:
+                if err.errno != errno.ENOBUFS:  # more than had room
+                    return
+
+    def post(self, messages: Sequence[wire.Message], drain: bool) -> None:
+        """Send what nobody waits for an answer to.
+
+        What is sent is done when this returns. Errors have a number that no
+        other message has, so whoever reads them next ignores them.
+
+        :param drain: drop them at once, which may take an answer from
+            another process that shares the socket
+        """
+        try:
+            self._socket.send(b''.join(message.packed(0)
+                                       for message in messages))
+        except OSError as err:
+            raise _refused('take a message for netfilter', err.errno or 0
+                           ) from err
+        if drain:
+            self._drain()
 
     def add(self, table: str, pairs: Iterable[Pair]) -> None:
         """Add elements; those that are there are fine.
@@ -301,6 +326,20 @@ def node_nft(exclusive: bool = False) -> Nft:
         _kept.nft, _kept.place = Nft(), place
     kept: Nft = _kept.nft
     return kept
+
+
+def post(messages: Sequence[wire.Message]) -> None:
+    """Send messages to netfilter that nobody waits for an answer to.
+
+    By a socket that stays open, which needs no lock, since nothing is read.
+
+    :raises KernelRefused: if it cannot be opened, or they cannot be sent
+    """
+    inode = os.stat('/proc/thread-self/ns/net').st_ino
+    if _shared is not None and _shared[0] == inode:
+        _shared[1].post(messages, drain=False)
+    else:
+        node_nft().post(messages, drain=True)
 
 
 class NftEvents:

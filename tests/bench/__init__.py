@@ -85,6 +85,13 @@ class Node:
         self.index = socket.if_nametoindex(self.options.device)
         self.others = 0
 
+    def track(self) -> None:
+        """Have it track connections, as nodes with kube-proxy do."""
+        self.lab.run('nft', 'add table inet tracked; add chain inet tracked '
+                     'in { type filter hook input priority 0; }; add rule '
+                     'inet tracked in ct state established accept')
+        self.lab.run('ping', '-c', '1', '127.0.0.1')
+
     def bind(self) -> None:
         # In the daemon each request is a process of its own, so a manager is
         # never used twice.

@@ -37,6 +37,7 @@ def calls(node: Node, repeat: int) -> Section:
     """A bind and an unbind, with ledger and neighbours on both sides."""
     say('bind and unbind')
     repeat = max(repeat, 5)
+    node.track()
     low, high = SIZES
     medians = {}
     for size in SIZES:
@@ -44,6 +45,7 @@ def calls(node: Node, repeat: int) -> Section:
         medians['%d pods' % size] = _medians(node, repeat, timed)
     node.resize(low)
     keep()
+    kernel.share_nft()  # as kuryr-daemon does before it forks
     medians['%d pods, just forked' % low] = _medians(
         node, repeat, lambda call: in_child(lambda: timed(call)))
     with node.ledger.heartbeat.kept() as beat:
@@ -117,6 +119,7 @@ def lock(node: Node, repeat: int) -> Section:
     """How long the lock is held while many workers want it."""
     say('%d workers at once' % WORKERS)
     node.resize(250)
+    node.track()
     keep()
     kernel.share_nft()  # as kuryr-daemon does before it forks
     forks = multiprocessing.get_context('fork')

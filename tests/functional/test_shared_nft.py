@@ -21,7 +21,7 @@ TABLE = 'kuryr-break0-break0'
 POD, OTHER = '100.75.30.71', '100.75.30.72'
 MAC = 'fa:16:3e:00:00:0%d'
 #: As if two processes chose the same.
-NUMBER = 1000
+NUMBER = 1001
 
 
 class TestSharedSocket(base.LabTestCase):
@@ -98,6 +98,24 @@ class TestSharedSocket(base.LabTestCase):
 
         self.assertEqual(0, base.wait_for(base.in_child(bound)))
         self.assertIn(OTHER, self.admitted())
+
+    def test_what_is_posted_disturbs_nobody(self) -> None:
+        """Its errors stay unread, until somebody else uses the socket."""
+        refused = wire.Message(1 << 8 | 99, 0, bytes(4))
+        for _ in range(3):
+            nft.post([refused])
+        with self.ledger.lock():
+            kernel.node_nft(exclusive=True)
+            nft.post([refused])  # by a process that has not the lock
+            pair = nft.Pair(bytes((100, 75, 30, 99)), None)
+            self.shared.add(TABLE, [pair])
+            nft.post([refused])
+            self.assertIn(pair, self.shared.elements(TABLE))
+
+    def test_very_many_unread_answers(self) -> None:
+        for _ in range(3000):
+            nft.post([wire.Message(1 << 8 | 99, 0, bytes(4))])
+        self.assert_works()
 
     def killed(self, *messages: wire.Message) -> None:
         """Have a worker send something, and killed before it reads."""

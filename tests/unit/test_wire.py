@@ -11,11 +11,13 @@ import struct
 from typing import Any
 import unittest
 
+from pyroute2.netlink.nfnetlink import nfctsocket
 from pyroute2.netlink.rtnl import ifaddrmsg
 from pyroute2.netlink.rtnl import ifinfmsg
 from pyroute2.netlink.rtnl import ndmsg
 from pyroute2.netlink.rtnl import rtmsg
 
+from kuryr_break0.kernel import conntrack
 from kuryr_break0.kernel import wire
 from kuryr_break0.kernel.wire import Verb
 from kuryr_break0.model import HostRoute
@@ -48,6 +50,24 @@ class TestRequests(unittest.TestCase):
 
     def assert_same(self, expected: bytes, message: wire.Message) -> None:
         self.assertEqual(expected.hex(' '), message.packed(7).hex(' '))
+
+    def test_connections(self) -> None:
+        for address in (ADDRESS4, ADDRESS6):
+            for message, which, end in zip(
+                    conntrack.deletions(address),
+                    ('ORIG', 'ORIG', 'REPLY'), ('saddr', 'daddr', 'saddr')):
+                family = wire.family_of(address)
+                wanted = nfctsocket.NFCTAttrTuple(family=family,
+                                                  **{end: str(address)})
+                expected = nfctsocket.nfct_msg()
+                expected['nfgen_family'] = family
+                expected['attrs'] = [
+                    ('CTA_TUPLE_' + which, {'attrs': wanted.attrs()}),
+                    ('CTA_FILTER', {'attrs': [
+                        ('CTA_FILTER_%s_FLAGS' % which, wanted.flags)]})]
+                self.assert_same(encoded(
+                    expected, 1 << 8 | nfctsocket.IPCTNL_MSG_CT_DELETE, 0),
+                    message)
 
     def test_routes(self) -> None:
         for verb, kind, flags, scope in (
