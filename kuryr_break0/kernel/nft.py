@@ -32,6 +32,9 @@ _APPEND = 0x800
 _NF_DROP, _NF_ACCEPT = 0, 1
 _EGRESS = 1  # NF_NETDEV_EGRESS
 _TIMEOUT = 10  # seconds
+#: Of a shared socket. An answer is there when send(2) returns; one that is not
+#: there was read by a process that should not have.
+_SHARED_TIMEOUT = 1
 #: Elements of one batch, which has to fit into the socket's buffer.
 _AT_ONCE = 256
 _U32 = struct.Struct('!I')
@@ -70,7 +73,7 @@ class Nft:
     To be used as a context manager. Its methods raise KernelRefused.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: int = _TIMEOUT) -> None:
         try:
             self._socket = socket.socket(
                 socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
@@ -78,7 +81,7 @@ class Nft:
             raise _refused('open a socket of nftables', err.errno or 0
                            ) from err
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO,
-                                struct.pack('@ll', _TIMEOUT, 0))
+                                struct.pack('@ll', timeout, 0))
         self._sequence = 0
 
     def __enter__(self) -> Nft:
@@ -303,7 +306,8 @@ def share_nft() -> None:
     :raises KernelRefused: if it cannot be opened
     """
     global _shared
-    _shared = os.stat('/proc/thread-self/ns/net').st_ino, Nft()
+    _shared = (os.stat('/proc/thread-self/ns/net').st_ino,
+               Nft(_SHARED_TIMEOUT))
 
 
 def node_nft(exclusive: bool = False) -> Nft:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from typing import Callable
@@ -111,6 +112,15 @@ class TestSharedSocket(base.LabTestCase):
             self.shared.add(TABLE, [pair])
             nft.post([refused])
             self.assertIn(pair, self.shared.elements(TABLE))
+
+    def test_an_answer_that_another_has_read(self) -> None:
+        """As where the state directory, and so the lock, was replaced."""
+        pair = nft.Pair(bytes((100, 75, 30, 99)), None)
+        with mock.patch.object(nft.wire, 'headers', return_value=[]), \
+                self.assertRaises(exceptions.KernelRefused) as caught:
+            self.shared.add(TABLE, [pair])
+        self.assertEqual(errno.EAGAIN, caught.exception.errno)
+        self.assert_works()
 
     def test_very_many_unread_answers(self) -> None:
         for _ in range(3000):
