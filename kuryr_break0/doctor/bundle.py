@@ -46,6 +46,10 @@ _ADDRESS = re.compile(
     r'|(?<![\w:])[0-9A-Fa-f]*:[0-9A-Fa-f:]*:[0-9A-Fa-f.]*(?![\w:])'
     r'|\b[0-9a-f]{12,64}\b')
 _MAC = re.compile(r'(?:[0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}')
+#: What may be a name: a longer one first, of which another is a part, as of
+#: the name of a host with its domain or of a log file.
+_NAMES = tuple(map(re.compile, (r'[\w.-]+', r'[A-Za-z0-9.-]+',
+                                r'[A-Za-z0-9-]+')))
 #: A shorter name may be a word of any text, and these are.
 _SHORTEST = 4
 _WORDS = ('default', 'kube-system', 'kube-public', 'kube-node-lease')
@@ -131,9 +135,8 @@ class Bundle:
     def _add(self, archive: tarfile.TarFile, name: str, text: str) -> None:
         text = _SECRET.sub(r'\1***', text)
         if self._redact:
-            text, name = (_ADDRESS.sub(self._alias, self._names.sub(
-                lambda found: self._digest('name', found[0]), each))
-                for each in (text, name))
+            text, name = (_ADDRESS.sub(self._alias, self._without_names(each))
+                          for each in (text, name))
         data = text.encode(errors='replace')[:_PART]
         data = data[:max(0, _MOST - self._size)]
         self._size += len(data)
@@ -142,20 +145,29 @@ class Bundle:
         archive.addfile(info, io.BytesIO(data))
 
     @functools.cached_property
-    def _names(self) -> re.Pattern[str]:
-        """Matches the names of this node, and of its pods and containers."""
+    def _names(self) -> set[str]:
+        """Return the names of this node, and of its pods and containers."""
         names = {socket.gethostname(),
                  os.environ.get('KUBERNETES_NODE_NAME', '')}
         with contextlib.suppress(exceptions.Break0Error):
             ledger = Ledger(self._options.state_dir, 1)
             for claims in ledger.contents().claims.values():
                 for claim in claims:
-                    names |= {*(claim.pod or '').split('/'), claim.pod or '',
+                    names |= {*(claim.pod or '').split('/'),
                               claim.owner.container_id}
-        known = sorted((each for each in names - {*_WORDS}
-                        if len(each) >= _SHORTEST), key=len, reverse=True)
-        return re.compile(r'(?<!\w)(?:%s)(?!\w)' % '|'.join(
-            map(re.escape, known)) if known else r'(?!)')
+        return {each for each in names - {*_WORDS} if len(each) >= _SHORTEST}
+
+    def _without_names(self, text: str) -> str:
+        """Replace names, however many there are, in one pass per pattern."""
+        def alias(found: re.Match[str]) -> str:
+            name = found[0].rstrip('.-')
+            if name not in self._names:
+                return found[0]
+            return self._digest('name', name) + found[0][len(name):]
+
+        for words in _NAMES:
+            text = words.sub(alias, text)
+        return text
 
     def _alias(self, found: re.Match[str]) -> str:
         text = found[0]

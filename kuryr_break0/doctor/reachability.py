@@ -100,4 +100,5 @@ def _explained(view: ParentView, record: Record,
             probe.direction == 'node to pod'):
         return findings.PACKET_LOST, 'it was seen %s' % (
             ', '.join(found.seen) or 'nowhere')
-    return findings.PROBE_UNANSWERED, ''
+    return findings.PROBE_UNANSWERED, (
+        '' if found is not None else 'its way could not be traced by nft')

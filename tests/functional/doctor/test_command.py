@@ -93,6 +93,11 @@ class TestCommand(DoctorTestCase):
             OWNER_79, base.addresses('100.75.30.79'), parent='eth0',
             mac='02:00:00:00:00:79', netns=path,
             pod='default/secret-project')
+        # Names as they are in names of files, of hosts and in sentences.
+        with open('/run/kuryr-break0/secret-project_default.log',
+                  'w') as file:
+            file.write('Of secret-project.example.org, secret-project. '
+                       'Of secret-projects.')
         parts = self.unpacked()
         self.assertIn('kuryr-kubernetes 10.', parts['versions.txt'])
         self.assertIn('secret-project', parts['status.json'])
@@ -108,7 +113,13 @@ class TestCommand(DoctorTestCase):
         redacted = self.unpacked('--redact')
         for text in (POD4, POD6, MACS['pod'], secret, '100.75.30.51',
                      'secret-project', 'sandbox-79'):
-            self.assertNotIn(text, str(redacted))
+            self.assertNotIn(text, str(redacted).replace(
+                'secret-projects', ''))
+        name, = {each for each in redacted
+                 if each.startswith('state/<name-')}
+        alias = re.escape(name[len('state/'):name.index('>') + 1])
+        self.assertRegex(redacted[name], r'\AOf %s\.example\.org, %s\. '
+                         r'Of secret-projects\.\Z' % (alias, alias))
         self.assertNotIn(' %s ' % socket.gethostname(),
                          redacted['versions.txt'])
         # Times are not taken for addresses, nor words for names.
