@@ -566,8 +566,9 @@ class Break0Manager:
         addresses, count = self._records.some(position, EXAMINED)
         if count > EXAMINED:
             cache.put('pruned', [(position + EXAMINED) % count])
+        judge = kernel.Judge()
         gone = [address for address in addresses
-                if self._records.may_be_gone(address)]
+                if self._records.may_be_gone(address, judge)]
         if gone:
             self._reconciler.remove_gone(gone)
 

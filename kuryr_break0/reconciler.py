@@ -68,6 +68,7 @@ class Outcome(Plan):
     :ivar pods: the sandboxes whose pod side differed
     :ivar rebuilt: records that were made of what the kernel holds
     :ivar gone: records whose sandbox is proven not to exist
+    :ivar unjudged: records of which that cannot be found out, and why
     :ivar errors: what failed
     """
 
@@ -75,6 +76,7 @@ class Outcome(Plan):
     pods: tuple[Owner, ...] = ()
     rebuilt: tuple[Record, ...] = ()
     gone: tuple[Record, ...] = ()
+    unjudged: Mapping[Record, str] = dataclasses.field(default_factory=dict)
     errors: tuple[exceptions.Break0Error, ...] = ()
 
     def __bool__(self) -> bool:
@@ -157,14 +159,23 @@ class Reconciler:
                 *pairs(each[0] for each in claims.values()
                        if each[0].parent == parent),
                 *self._unclaimed_pairs(netlink, link, claims)})
-            self._ledger.cache.put('unguarded', [])
+            self.warn_once('unguarded', '')
         except (exceptions.GuardUnavailable, exceptions.KernelRefused,
                 exceptions.LedgerUnavailable, OSError) as err:
             if self._options.guard == config.ON:
                 raise
-            if self._ledger.cache.get('unguarded') != [str(err)]:
-                self._ledger.cache.put('unguarded', [str(err)])
-                LOG.warning('%s', err)
+            self.warn_once('unguarded', str(err))
+
+    def warn_once(self, what: str, text: str) -> None:
+        """Log something that is wrong, unless that was the last thing logged.
+
+        :param what: the name that it is cached by
+        :param text: empty if it is not wrong any more
+        """
+        if (self._ledger.cache.get(what) or ['']) != [text]:
+            self._ledger.cache.put(what, [text])
+            if text:
+                LOG.warning('%s', text)
 
     def _unclaimed_pairs(self, netlink: kernel.Netlink, link: kernel.Link,
                          claimed: Collection[IPAddress]) -> set[kernel.Pair]:
@@ -242,8 +253,9 @@ class Reconciler:
         """
         with self._ledger.lock():
             claims = self._ledger.records.claims(address)
-            gone = [claim for claim in claims if kernel.state(
-                claim.netns, claim.namespace) is kernel.State.GONE]
+            judge = kernel.Judge()
+            gone = [claim for claim in claims if judge.judge(
+                claim.netns, claim.namespace).state is kernel.State.GONE]
             left = [claim for claim in claims if claim not in gone]
             if not gone:
                 return
@@ -320,6 +332,7 @@ class _Sync:
         for address, reason in seen.refused.items():
             LOG.error('%s', self._reconciler._policy.refused(address, reason))
         if not self._dry_run:
+            self._reconciler.warn_once('unjudged', seen.unjudged_problem)
             self._ledger.cache.put('next_hops', sorted(map(
                 str, seen.routes.next_hops)))  # which spares the next bind it
         plans = [parent.plan for parent in seen.parents.values()]
@@ -328,7 +341,7 @@ class _Sync:
             for name in ('replace', 'delete', 'foreign', 'learn', 'forget',
                          'unclaimed')}
         outcome = Outcome(devices=tuple(devices), rebuilt=tuple(rebuilt),
-                          gone=seen.gone, **items)
+                          gone=seen.gone, unjudged=seen.unjudged, **items)
         if self._prune:
             outcome = self._pruned(seen, outcome)
         for route in outcome.foreign:

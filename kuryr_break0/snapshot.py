@@ -124,6 +124,8 @@ class Snapshot:
     :ivar live: the newest claim of an existing sandbox on each address
     :ivar rivals: earlier claims of sandboxes that exist too
     :ivar gone: claims of sandboxes that are proven not to exist
+    :ivar unjudged: those of sandboxes that may exist or not, and why that
+        cannot be found out
     :ivar refused: what is against which address
     :ivar stranger: an interface named as [break0] device that is none
     :ivar unclaimed: addresses with routes or neighbours of ours on a break0,
@@ -140,6 +142,7 @@ class Snapshot:
     live: dict[IPAddress, Record]
     rivals: dict[IPAddress, tuple[Record, ...]]
     gone: tuple[Record, ...]
+    unjudged: dict[Record, str]
     refused: dict[IPAddress, str]
     stranger: Optional[kernel.Link]
 
@@ -152,6 +155,16 @@ class Snapshot:
     def is_lost(self) -> bool:
         """Return whether the ledger that bound pods here was lost."""
         return any(map(self.follows, self.parents.values()))
+
+    @property
+    def unjudged_problem(self) -> str:
+        """Say that sandboxes may be gone; empty if it is known of each."""
+        for record, reason in self.unjudged.items():
+            return ('cannot find out whether the sandboxes of %d addresses '
+                    'still exist, so they stay bound, as %s of %s: %s' % (
+                        len(self.unjudged), record.address, record.owner,
+                        reason))
+        return ''
 
     def follows(self, parent: Parent) -> bool:
         """Return whether a break0 is of a ledger that this one replaces.
@@ -208,6 +221,8 @@ class Snapshot:
                 device=self.stranger.name, found='a %s' % (
                     self.stranger.kind or 'physical interface'),
                 expected='a macvlan in bridge mode on the parent of pods'))
+        if self.unjudged:
+            yield self.unjudged_problem
         for parent in self.parents.values():
             yield from parent.problems()
 
@@ -319,6 +334,7 @@ class _Reading:
         self._live: dict[IPAddress, Record] = {}
         self._rivals: dict[IPAddress, tuple[Record, ...]] = {}
         self._gone: list[Record] = []
+        self._unjudged: dict[Record, str] = {}
         self._refused: dict[IPAddress, str] = {}
 
     def snapshot(self) -> Snapshot:
@@ -336,22 +352,28 @@ class _Reading:
         return Snapshot(
             self._options, self._contents, self._is_steady,
             self._view.identity, parents, self._own, self._view.routes,
-            self._live, self._rivals, tuple(self._gone), self._refused,
+            self._live, self._rivals, tuple(self._gone), self._unjudged,
+            self._refused,
             None if any(parent.present == primary
                         for parent in parents.values()) else primary)
 
     def _sort_claims(self) -> None:
-        states: dict[Any, kernel.State] = {}
+        judge = kernel.Judge()
+        verdicts: dict[Any, kernel.Verdict] = {}
         for address, claims in self._contents.claims.items():
             living = []
             for claim in claims:
                 key = claim.netns, claim.namespace
-                if key not in states:
-                    states[key] = kernel.state(*key)
-                if states[key] is kernel.State.GONE:
+                if key not in verdicts:
+                    verdicts[key] = judge.judge(*key)
+                state, reason = verdicts[key]
+                if state is kernel.State.GONE:
                     self._gone.append(claim)
-                else:
-                    living.append(claim)
+                    continue
+                living.append(claim)
+                if (state is kernel.State.UNKNOWN
+                        and claim.namespace is not None):
+                    self._unjudged[claim] = reason
             if living:
                 self._live[address] = living[0]
             if len(living) > 1:

@@ -227,6 +227,8 @@ def _gauges(seen: Snapshot) -> Iterator[core.Metric]:
              len(seen.contents.claims)),
             ('ledger_unreadable_records', 'Records that cannot be read.',
              len(seen.contents.unreadable)),
+            ('addresses_unjudged', 'Addresses of sandboxes of which it cannot '
+             'be found out whether they exist.', len(seen.unjudged)),
             ('node_problems', 'Faults of break0 itself or of the ledger.',
              len(list(seen.node_problems())))):
         yield core.GaugeMetricFamily('%s_%s' % (_PREFIX, name), text, value)

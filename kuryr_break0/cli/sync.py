@@ -59,7 +59,7 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
         common.fail(common.UNREADABLE, err)
     if outcome.errors:
         return common.UNREADABLE
-    left = (outcome.foreign or outcome.unclaimed
+    left = (outcome.foreign or outcome.unclaimed or outcome.unjudged
             or (wanted.dry_run and outcome))
     return common.DRIFT if left else common.IN_SYNC
 
@@ -90,6 +90,9 @@ def _lines(outcome: Outcome, options: config.Options) -> Iterator[str]:
     for record in outcome.gone:
         yield '- record %s owner %s: its sandbox is gone' % (record.address,
                                                              record.owner)
+    for record, reason in outcome.unjudged.items():
+        yield ('! record %s owner %s: cannot find out whether its sandbox '
+               'exists: %s' % (record.address, record.owner, reason))
     for owner in outcome.pods:
         yield '~ sandbox %s: neighbours and routes to the node' % owner
 
@@ -124,4 +127,6 @@ def _as_json(outcome: Outcome, options: config.Options) -> dict[str, Any]:
         'pods': [str(owner) for owner in outcome.pods],
         'rebuilt': list(map(record, outcome.rebuilt)),
         'gone': list(map(record, outcome.gone)),
+        'unjudged': [{**record(each), 'reason': reason}
+                     for each, reason in outcome.unjudged.items()],
         'errors': [str(err) for err in outcome.errors]}

@@ -280,6 +280,16 @@ SANDBOX_GONE = Kind(
     'Do nothing if it passes: the agent, and each ADD and DEL, clean up. '
     'Otherwise sync now.', (_SYNC,))
 
+SANDBOX_UNKNOWN = Kind(
+    'sandbox-unknown', WARNING,
+    'This process sees neither that the sandbox of a record exists, nor that '
+    'it is gone.',
+    'Its addresses stay bound, so those of a pod that is gone are routed to '
+    'break0 until they are bound again.',
+    'Run kuryr-break0 with CAP_SYS_ADMIN in the first process namespace '
+    '(hostPID), or where it sees the paths of namespaces: mount their '
+    'directory with HostToContainer.')
+
 ADDRESS_REFUSED = Kind(
     'address-refused', ERROR,
     'A pod has an address of the node itself, or of a next hop of its '

@@ -210,6 +210,11 @@ def _namespaces(options: config.Options) -> Iterator[Result]:
         yield Result('namespaces', WARNING, 'none found besides that of the '
                      'node. If containers run, mount their directory with '
                      'HostToContainer: see [break0] netns_dirs')
+    own = kernel.identify('/proc/thread-self/ns/net')
+    blindness = kernel.Judge().blindness()
+    if blindness and own is not None and own.cookie is not None:
+        yield Result('end of namespaces', WARNING, 'seen by their paths only, '
+                     'not by their numbers: %s' % blindness)
 
 
 def _routes(options: config.Options) -> Iterator[Result]:

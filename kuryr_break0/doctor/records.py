@@ -107,6 +107,10 @@ def check_ledger(node: Node) -> Iterator[Finding]:
         yield findings.SANDBOX_GONE.found(
             'addresses belong to sandboxes that do not exist',
             ['%s (%s)' % (record.address, record.owner) for record in gone])
+    if node.seen.unjudged:
+        yield findings.SANDBOX_UNKNOWN.found(
+            node.seen.unjudged_problem,
+            [record.address for record in node.seen.unjudged])
 
 
 def _holder(path: str) -> str:

@@ -16,6 +16,10 @@ from kuryr_break0.kernel.errors import IPDB_DISTURBED
 from kuryr_break0.kernel.errors import undisturbed
 from kuryr_break0.kernel.events import Event
 from kuryr_break0.kernel.events import Events
+from kuryr_break0.kernel.existence import Judge
+from kuryr_break0.kernel.existence import State
+from kuryr_break0.kernel.existence import state
+from kuryr_break0.kernel.existence import Verdict
 from kuryr_break0.kernel.ipdb import create_macvlan
 from kuryr_break0.kernel.ipdb import ipdb_of_interfaces
 from kuryr_break0.kernel.ipdb import prepare
@@ -33,8 +37,6 @@ from kuryr_break0.kernel.namespaces import find
 from kuryr_break0.kernel.namespaces import Found
 from kuryr_break0.kernel.namespaces import identify
 from kuryr_break0.kernel.namespaces import identify_or_fail
-from kuryr_break0.kernel.namespaces import State
-from kuryr_break0.kernel.namespaces import state
 from kuryr_break0.kernel.namespaces import unshare
 from kuryr_break0.kernel.nft import Nft
 from kuryr_break0.kernel.nft import NftEvents
@@ -64,12 +66,12 @@ from kuryr_break0.kernel.wire import Verb
 
 __all__ = (
     'Change', 'Changes', 'Event', 'Events', 'Found', 'GatewayRoute',
-    'IPDB_DISTURBED', 'Link', 'Macvlan', 'Mounts', 'NamespaceEvents',
+    'IPDB_DISTURBED', 'Judge', 'Link', 'Macvlan', 'Mounts', 'NamespaceEvents',
     'Netlink', 'Nft', 'NftEvents', 'Pair', 'Path', 'RTN_UNICAST',
     'RT_SCOPE_LINK', 'RT_SCOPE_NOWHERE', 'RT_TABLE_MAIN', 'Route', 'Routes',
-    'State', 'Verb', 'claimants', 'count_host_routes', 'create_macvlan',
-    'entered', 'exists', 'find', 'find_program', 'forget_connections',
-    'identify', 'identify_or_fail', 'index_of', 'ipdb_of_interfaces',
-    'macvlan_of', 'macvlans', 'macvlans_in', 'mounted', 'name_of', 'node_nft',
-    'number', 'prepare', 'read_sysctl', 'share_nft', 'source_for', 'state',
-    'undisturbed', 'unshare', 'write_sysctl')
+    'State', 'Verb', 'Verdict', 'claimants', 'count_host_routes',
+    'create_macvlan', 'entered', 'exists', 'find', 'find_program',
+    'forget_connections', 'identify', 'identify_or_fail', 'index_of',
+    'ipdb_of_interfaces', 'macvlan_of', 'macvlans', 'macvlans_in', 'mounted',
+    'name_of', 'node_nft', 'number', 'prepare', 'read_sysctl', 'share_nft',
+    'source_for', 'state', 'undisturbed', 'unshare', 'write_sysctl')

@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Other network namespaces: what they are, whether they exist, what is there.
+"""Other network namespaces: what they are, and how to be in them.
 
 A path proves little. The file may be a placeholder whose mount has not been
 propagated, it may be the path of another mount or process namespace, and the
-kernel uses inode numbers again. So a sandbox counts as gone only by proof.
+kernel uses inode numbers again. Whether one still exists is for
+:mod:`kuryr_break0.kernel.existence` to say.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import enum
 import errno
 import fcntl
 import itertools
 import os
-import re
 import stat
 import struct
 from typing import Iterable, Iterator, NamedTuple, Optional
@@ -29,19 +28,13 @@ OWN = '/proc/thread-self/ns/net'
 #: ioctl(2) on nsfs: the number of a namespace that is never used again
 #: (linux/nsfs.h, linux 6.18). It is SO_NETNS_COOKIE, without entering.
 _NS_GET_ID = 0x8008b70d
+#: ioctl(2) on nsfs: which kind it is, as for clone(2) (linux 4.11)
+_NS_GET_NSTYPE = 0xb703
 # linux/nsfs.h and linux/exportfs.h: a file handle of a namespace
 _FILEID_NSFS = 0xf1
 _CLONE_NEWNET = 0x40000000
 _HANDLE = struct.Struct('=IiQII')  # size, type; id, kind, inode
 _LIBC = ctypes.CDLL(None, use_errno=True)
-
-
-class State(enum.Enum):
-    """Whether a namespace exists. UNKNOWN where nothing proves either."""
-
-    LIVING = 'living'
-    GONE = 'gone'
-    UNKNOWN = 'unknown'
 
 
 def identify(path: Optional[str]) -> Optional[NamespaceId]:
@@ -91,49 +84,21 @@ def _opened(path: str) -> Iterator[int]:
         raise OSError(errno.ENXIO, 'it is no network namespace')
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        if os.fstat(fd).st_dev != os.stat(OWN).st_dev:
+        if os.fstat(fd).st_dev != os.stat(OWN).st_dev or fcntl.ioctl(
+                fd, _NS_GET_NSTYPE) != _CLONE_NEWNET:
             raise OSError(errno.ENXIO, 'it is no network namespace')
         yield fd
     finally:
         os.close(fd)
 
 
-def state(path: Optional[str], known: Optional[NamespaceId]) -> State:
-    """Return whether a namespace that was once at a path still exists.
+def open_by_number(known: NamespaceId) -> int:
+    """Open a namespace by the number that it alone has.
 
-    By its number the kernel says so itself, from any mount or process
-    namespace. Where it has none, another namespace at the path is the only
-    proof: a path that is missing, unreadable or no namespace says nothing.
-    But for a path that is missing where this process has seen others: see
-    :func:`_is_removed`.
+    :returns: a file descriptor
+    :raises OSError: ESTALE if it is gone, or if this process may not see it
+        (nsfs_fh_to_dentry); EPERM if it may open none
     """
-    if known is None:
-        return State.UNKNOWN
-    found = _by_number(known)
-    if found is not State.UNKNOWN or path is None:
-        return found
-    try:
-        with _opened(path) as fd:
-            return (State.LIVING if _identify(fd).is_same(known)
-                    else State.GONE)
-    except FileNotFoundError:
-        return State.GONE if _is_removed(path) else State.UNKNOWN
-    except OSError:
-        return State.UNKNOWN
-
-
-def _by_number(known: NamespaceId) -> State:
-    if known.cookie is None:
-        return State.UNKNOWN
-    try:
-        os.close(_open_by_number(known))
-    except OSError as err:
-        # Any other error is of this process, as one without privileges.
-        return State.GONE if err.errno == errno.ESTALE else State.UNKNOWN
-    return State.LIVING
-
-
-def _open_by_number(known: NamespaceId) -> int:
     handle = ctypes.create_string_buffer(_HANDLE.pack(
         16, _FILEID_NSFS, known.cookie, _CLONE_NEWNET, known.inode))
     mount = os.open(OWN, os.O_RDONLY | os.O_CLOEXEC)
@@ -146,25 +111,6 @@ def _open_by_number(known: NamespaceId) -> int:
         return fd
     finally:
         os.close(mount)
-
-
-def _is_removed(path: str) -> bool:
-    """Return whether a missing path was removed, and is not hidden from us.
-
-    For kernels that do not number namespaces. This process must see other
-    namespaces where the path was: named ones in its directory, or for a
-    process the first one of the same /proc.
-    """
-    if os.path.lexists(path):
-        return False  # a link that leads nowhere
-    process = re.fullmatch(r'(/.+)/\d+(?:/task/\d+)?/ns/net', path)
-    if process:
-        return os.path.isdir(os.path.join(process[1], '1'))
-    directory = os.path.dirname(path)
-    with contextlib.suppress(OSError):
-        return any(identify(os.path.join(directory, name)) is not None
-                   for name in os.listdir(directory))
-    return False
 
 
 @contextlib.contextmanager
@@ -186,7 +132,7 @@ def opened(netns: str,
             try:
                 if known is None or known.cookie is None:
                     raise
-                fd = _open_by_number(known)
+                fd = open_by_number(known)
                 stack.callback(os.close, fd)
             except OSError:
                 raise exceptions.NetnsUnusable(

@@ -18,7 +18,7 @@ import struct
 from typing import Any, Iterable, Iterator, Optional, Sequence
 
 from kuryr_break0 import exceptions
-from kuryr_break0.kernel import namespaces
+from kuryr_break0.kernel import existence
 from kuryr_break0.ledger import files
 from kuryr_break0 import log
 from kuryr_break0.model import address_order
@@ -291,7 +291,8 @@ class Records:
         stamp = files.stamp(self._path(address))
         return stamp is not None and stamp == self._stamps.get(address)
 
-    def may_be_gone(self, address: IPAddress) -> bool:
+    def may_be_gone(self, address: IPAddress,
+                    judge: existence.Judge) -> bool:
         """Return whether the sandboxes of an address are to be examined.
 
         False if all exist, or if there is no record; found at a third of
@@ -300,9 +301,9 @@ class Records:
         """
         try:
             fields = json.loads(files.read(self._path(address), _MAX_SIZE))
-            return any(namespaces.state(
+            return any(judge.judge(
                 claim['netns'], claim['namespace'] and NamespaceId(
-                    *claim['namespace'])) is namespaces.State.GONE
+                    *claim['namespace'])).state is existence.State.GONE
                 for claim in fields['claims'])
         except (FileNotFoundError, NotADirectoryError):
             return False

@@ -38,6 +38,8 @@ MAC = '02:00:00:00:00:71'
 class MetricsTestCase(base.LabTestCase):
 
     where = metrics.DEFAULT
+    #: What runs the agent, as with fewer rights
+    prefix: tuple[str, ...] = ()
 
     def configure(self, *lines: str, default: str = '') -> None:
         with open(CONF, 'w') as file:
@@ -53,7 +55,8 @@ class MetricsTestCase(base.LabTestCase):
         self.configure(*(lines or ('resync_interval = 3600',)),
                        default=default)
         self.agent = subprocess.Popen(
-            [PROGRAM, '--config-file', CONF, '--log-file', LOG, 'agent'])
+            [*self.prefix, PROGRAM, '--config-file', CONF, '--log-file', LOG,
+             'agent'])
         self.addCleanup(self.agent.wait)
         self.addCleanup(self.agent.kill)
         if serving:

@@ -18,7 +18,6 @@ from unittest import mock
 
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
-from kuryr_break0.kernel import namespaces
 from kuryr_break0.kernel import wire
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
@@ -87,12 +86,11 @@ class FakeKernel:
             raise FileNotFoundError(errno.ENOENT, 'not there', path)
         return self.namespaces[path]
 
-    def state(self, path: Optional[str],
-              known: Optional[NamespaceId]) -> kernel.State:
-        if known is None:
-            return kernel.State.UNKNOWN
-        return (kernel.State.GONE if known in self.gone
-                else kernel.State.LIVING)
+    def judge(self, path: Optional[str],
+              known: Optional[NamespaceId]) -> kernel.Verdict:
+        return kernel.Verdict(
+            kernel.State.UNKNOWN if known is None else
+            kernel.State.GONE if known in self.gone else kernel.State.LIVING)
 
     def macvlans(self, *where: Any) -> list[kernel.Macvlan]:
         return self.macvlans_found
@@ -221,12 +219,12 @@ class FakeKernelTestCase(unittest.TestCase):
         super().setUp()
         self.fake = FakeKernel()
         for name in ('create_macvlan', 'exists', 'identify',
-                     'identify_or_fail', 'index_of', 'name_of', 'state',
-                     'macvlans', 'source_for', 'read_sysctl', 'write_sysctl',
+                     'identify_or_fail', 'index_of', 'name_of', 'macvlans',
+                     'source_for', 'read_sysctl', 'write_sysctl',
                      'forget_connections', 'entered'):
             self._patch(kernel, name, getattr(self.fake, name))
         self._patch(kernel, 'Netlink', self.fake.socket)
-        self._patch(namespaces, 'state', self.fake.state)
+        self._patch(kernel.Judge, 'judge', self.fake.judge)
 
     def _patch(self, where: Any, name: str, value: Any) -> None:
         patcher = mock.patch.object(where, name, value)

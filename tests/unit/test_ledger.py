@@ -307,7 +307,8 @@ class TestRecords(LedgerTestCase):
         address = ipaddress.ip_address('100.75.30.72')
         for name in self.damage():
             with self.subTest(name=name):
-                self.records.may_be_gone(address)  # raises nothing
+                self.records.may_be_gone(  # raises nothing
+                    address, kernel.Judge())
                 shutil.rmtree(self.file(name)) if os.path.isdir(
                     self.file(name)) else os.unlink(self.file(name))
 
@@ -562,62 +563,3 @@ class TestLock(LedgerTestCase):
     def test_a_pipe_in_its_place_holds_up_nobody(self) -> None:
         os.mkfifo(self.ledger.lock_path)
         self.assertTrue(self.ledger.is_free_within(0))
-
-
-class TestGone(unittest.TestCase):
-    """Nothing but proof makes a namespace gone."""
-
-    def setUp(self) -> None:
-        super().setUp()
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.path = os.path.join(directory.name, 'netns')
-        self.own = kernel.identify('/proc/self/ns/net')
-        assert self.own is not None
-
-    def state(self, **change: Any) -> kernel.State:
-        assert self.own is not None
-        return kernel.state(self.path, self.own._replace(**change))
-
-    def test_a_file_that_is_no_namespace(self) -> None:
-        for make in (lambda: open(self.path, 'w').close(),
-                     lambda: os.mkdir(self.path),
-                     lambda: os.mkfifo(self.path),
-                     lambda: os.symlink('/dev/zero', self.path),
-                     lambda: os.symlink('/dev/tty', self.path),
-                     lambda: os.symlink(self.path, self.path),
-                     lambda: None):
-            with self.subTest(make=make):
-                make()
-                self.assertIsNone(kernel.identify(self.path))
-                for cookie in (None, 2 ** 63):
-                    self.assertIs(kernel.State.UNKNOWN if cookie is None
-                                  else kernel.State.GONE,
-                                  self.state(cookie=cookie))
-                if os.path.isdir(self.path):
-                    os.rmdir(self.path)
-                elif os.path.lexists(self.path):
-                    os.unlink(self.path)
-
-    def test_its_number_is_enough(self) -> None:
-        self.assertIs(kernel.State.LIVING, self.state())
-
-    def test_an_inode_that_is_used_again(self) -> None:
-        os.symlink('/proc/self/ns/net', self.path)
-        self.assertIs(kernel.State.GONE, self.state(cookie=2 ** 63))
-        # Of a kernel that does not number them, only another inode proves.
-        self.assertIs(kernel.State.LIVING, self.state(cookie=None))
-        self.assertIs(kernel.State.GONE, self.state(cookie=None, inode=1))
-
-    def test_without_an_identity_nothing_is_known(self) -> None:
-        self.assertIs(kernel.State.UNKNOWN, kernel.state(self.path, None))
-        self.assertIs(kernel.State.UNKNOWN, kernel.state(None, None))
-        assert self.own is not None
-        self.assertIs(kernel.State.UNKNOWN, kernel.state(
-            'a\0b', self.own._replace(cookie=None)))
-
-    def test_a_path_that_is_missing(self) -> None:
-        # It is hidden, unless others of its kind are seen there.
-        self.assertIs(kernel.State.UNKNOWN, self.state(cookie=None))
-        os.symlink('/proc/self/ns/net', self.path + '-2')
-        self.assertIs(kernel.State.GONE, self.state(cookie=None))

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Judges whether a network namespace that was seen once still exists.
+
+That it is not found proves nothing: this process may be one that does not see
+it. The kernel answers ESTALE for the handle of a namespace that is gone, and
+also for a living one to a process without CAP_SYS_ADMIN, or, since linux
+6.18.50, 6.19.9 and 7.0, outside of the first process namespace. A path can be
+hidden, or be another one's. So an absence counts only beside a presence: the
+same call must just have found a namespace that lives and is not our own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import os
+import re
+import threading
+from typing import Iterator, NamedTuple, Optional
+
+from kuryr_break0.kernel import namespaces
+from kuryr_break0.model import NamespaceId
+
+_PROC = '/proc'
+_CAP_SYS_ADMIN = 21  # linux/capability.h
+_FIRST_PROCESS_NAMESPACE = 0xeffffffc  # PROC_PID_INIT_INO
+#: Living namespaces whose handles must all open before one that does not
+#: counts as gone. Those of another user namespace may be refused.
+_CONTROLS = 4
+
+
+class State(enum.Enum):
+    """Whether a namespace exists. UNKNOWN where nothing proves either."""
+
+    LIVING = 'living'
+    GONE = 'gone'
+    UNKNOWN = 'unknown'
+
+
+class Verdict(NamedTuple):
+    """What could be found out.
+
+    :ivar reason: why it is UNKNOWN, and what would help
+    """
+
+    state: State
+    reason: str = ''
+
+
+LIVING, GONE = Verdict(State.LIVING), Verdict(State.GONE)
+
+
+def state(path: Optional[str], known: Optional[NamespaceId]) -> State:
+    """Return whether a namespace exists; see :meth:`Judge.judge`."""
+    return Judge().judge(path, known).state
+
+
+class _View(NamedTuple):
+    """The namespaces at one place, as seen at one moment.
+
+    :ivar paths: one path of each, by device and inode; not of our own
+    :ivar unseen: a path that could not be examined
+    """
+
+    paths: dict[tuple[int, int], str]
+    unseen: Optional[str]
+
+
+class Judge:
+    """Judges namespaces within one operation: what it sees is kept.
+
+    So judge only what was known before, and what is to be deleted by another
+    one, under the lock.
+    """
+
+    def __init__(self) -> None:
+        self._views: dict[str, _View] = {}
+        self._blindness: Optional[str] = None
+
+    def judge(self, path: Optional[str],
+              known: Optional[NamespaceId]) -> Verdict:
+        """Return whether a namespace still exists.
+
+        :param path: where it once was
+        :param known: what it was; None if that is not known
+        """
+        if known is None:
+            return Verdict(State.UNKNOWN, 'nothing says which one it was')
+        is_absent = False
+        if known.cookie is not None:
+            try:
+                os.close(namespaces.open_by_number(known))
+                return LIVING
+            except OSError as err:
+                is_absent = err.errno == errno.ESTALE
+        shown, is_missing = None, False
+        if path is not None:
+            try:
+                shown = namespaces.identify_or_fail(path)
+                if shown.is_same(known):
+                    return LIVING
+            except FileNotFoundError:
+                is_missing = not os.path.lexists(path)
+            except OSError:
+                pass  # a placeholder, or a fault of this process
+        if is_absent and not self.blindness(path):
+            return GONE
+        if path is None or not (shown or is_missing):
+            return self._unknown(known, path, 'no namespace is seen there')
+        return self._by_search(path, known)
+
+    def _by_search(self, path: str, known: NamespaceId) -> Verdict:
+        """Judge by what else is seen where it was.
+
+        Its name was removed, or its process has ended; another process may
+        be in it all the same.
+        """
+        place = _place_of(path)
+        for each in {place, _PROC}:
+            view = self._view(each)
+            found = view.paths.get(known[:2])
+            with contextlib.suppress(OSError):
+                if found and namespaces.identify_or_fail(found).is_same(known):
+                    return LIVING
+            # A name goes with its sandbox, so where the kernel has nothing
+            # better, processes that are not seen do not count.
+            if view.unseen is not None and (each == place
+                                            or known.cookie is not None):
+                return self._unknown(known, path,
+                                     '%s cannot be read' % view.unseen)
+        if not any(map(namespaces.identify,
+                       self._view(place).paths.values())):
+            return self._unknown(known, path,
+                                 'no other one is seen in %s' % place)
+        return GONE
+
+    def _unknown(self, known: NamespaceId, path: Optional[str],
+                 reason: str) -> Verdict:
+        text = '%s: %s' % (path, reason) if path else 'its path is not known'
+        if known.cookie is not None:
+            text += '; its number proves nothing, since ' + (
+                self.blindness(path) or 'the kernel refuses to look')
+        return Verdict(State.UNKNOWN, text)
+
+    def blindness(self, path: Optional[str] = None) -> str:
+        """Return why the kernel does not show namespaces by their number.
+
+        Empty if it does: some that live, and are not our own, were found.
+
+        :param path: near which there may be some
+        """
+        if self._blindness is None:
+            self._blindness = self._find_blindness(path)
+        return self._blindness
+
+    def _find_blindness(self, path: Optional[str]) -> str:
+        own = namespaces.identify(namespaces.OWN)
+        if own is not None and own.cookie is None:
+            return 'this kernel gives namespaces none (linux 6.18 does)'
+        shown = 0
+        for place in {_PROC, _place_of(path or _PROC)}:
+            for each in self._view(place).paths.values():
+                if shown == _CONTROLS:
+                    break
+                is_shown = _is_shown(each)
+                if is_shown is False:
+                    return _why_blind()
+                shown += is_shown is True
+        if shown:
+            return ''
+        with _made() as made:  # there is none but our own
+            return '' if made and _is_shown(made) else _why_blind()
+
+    def _view(self, place: str) -> _View:
+        if place not in self._views:
+            self._views[place] = _look_at(place)
+        return self._views[place]
+
+
+def _place_of(path: str) -> str:
+    """Return where a path is one of many: a directory of names, or a proc."""
+    process = re.fullmatch(r'(/.+)/\d+(?:/task/\d+)?/ns/net', path)
+    return process[1] if process else os.path.dirname(path)
+
+
+def _look_at(place: str) -> _View:
+    """See which namespaces are at a place, without opening any."""
+    paths: dict[tuple[int, int], str] = {}
+    unseen: Optional[str] = None
+    is_proc = os.path.isdir(place + '/1')
+    try:
+        own = os.stat(namespaces.OWN)
+        names = os.listdir(place)
+    except OSError:
+        return _View({}, place)
+    for name in names:
+        if is_proc and not name.isdigit():
+            continue
+        path = '%s/%s%s' % (place, name, '/ns/net' if is_proc else '')
+        try:
+            found = os.stat(path)
+        except OSError as err:
+            if err.errno not in (errno.ENOENT, errno.ESRCH, errno.ELOOP):
+                unseen = path  # it has not just ended
+            continue
+        if found.st_dev == own.st_dev and found.st_ino != own.st_ino:
+            paths.setdefault((found.st_dev, found.st_ino), path)
+    return _View(paths, unseen)
+
+
+def _is_shown(path: str) -> Optional[bool]:
+    """Return whether a living namespace can be opened by its number.
+
+    None if it has just ended, or the kernel numbers none: that shows nothing.
+    """
+    try:
+        known = namespaces.identify_or_fail(path)
+        if known.cookie is None:
+            return None
+        try:
+            os.close(namespaces.open_by_number(known))
+            return True
+        except OSError:
+            if namespaces.identify_or_fail(path).is_same(known):
+                return False
+    except OSError:
+        pass
+    return None
+
+
+def _why_blind() -> str:
+    with open('/proc/thread-self/status') as file:
+        effective = next(int(line.split()[1], 16) for line in file
+                         if line.startswith('CapEff:'))
+    if not effective >> _CAP_SYS_ADMIN & 1:
+        return 'this process lacks CAP_SYS_ADMIN'
+    with contextlib.suppress(OSError):
+        if os.stat('/proc/self/ns/pid').st_ino != _FIRST_PROCESS_NAMESPACE:
+            return 'this process is not in the first process namespace'
+    return 'this process may not see other namespaces'
+
+
+@contextlib.contextmanager
+def _made() -> Iterator[Optional[str]]:
+    """Make a namespace that is there within the block, and return a path.
+
+    None if this process may not.
+    """
+    opened: list[int] = []
+
+    def make() -> None:
+        with contextlib.suppress(OSError):
+            if namespaces.unshare():
+                opened.append(os.open(namespaces.OWN,
+                                      os.O_RDONLY | os.O_CLOEXEC))
+
+    with contextlib.suppress(RuntimeError):  # no thread can be started
+        thread = threading.Thread(target=make)
+        thread.start()
+        thread.join()
+    try:
+        yield '/proc/self/fd/%d' % opened[0] if opened else None
+    finally:
+        for each in opened:
+            os.close(each)
