@@ -10,7 +10,8 @@ The kernel
 - It deletes all routes of a break0 that goes down, all routes whose source
   address leaves the node, and break0 with its parent: ``reconciler``.
 - It uses inode numbers of namespaces again, in about half of all cases, and a
-  path can be a placeholder or another namespace's: ``kernel.namespaces``.
+  path can be a placeholder or another namespace's. It calls a namespace that
+  a process may not see gone, as in a container: ``kernel.existence``.
 - It interrupts dumps while a table changes: ``kernel.rtnetlink``.
 - It ignores an alias at creation; a macvlan without an address answers the
   LAN for the node's addresses, joins groups, asks for routers: ``device``.
