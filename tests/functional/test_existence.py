@@ -36,6 +36,8 @@ class TestJudge(base.LabTestCase):
 
     def setUp(self) -> None:
         super().setUp()
+        # First, so that it does not get the inode of the other.
+        self.another = self.lab.add_netns('another')
         self.path = self.lab.add_netns('judged')
         self.directory = os.path.dirname(self.path)
         known = kernel.identify(self.path)
@@ -46,12 +48,18 @@ class TestJudge(base.LabTestCase):
         return kernel.state(self.path if path == '' else path,
                             self.known._replace(**change))
 
-    def others_are_seen(self, of_their_kind: bool = True) -> None:
-        """Leave nothing in the directory but what is added to it."""
+    def show(self, namespace: str, name: str) -> None:
+        self.lab.run('touch', self.directory + '/' + name)
+        self.lab.run('mount', '--bind', namespace,
+                     self.directory + '/' + name)
+
+    def hide(self) -> None:
+        """Leave nothing in the directory but what is shown there."""
+        with open('/run/another', 'w'):
+            pass
+        self.lab.run('mount', '--bind', self.another, '/run/another')
         self.lab.run('mount', '-t', 'tmpfs', 'names', self.directory)
         self.addCleanup(self.lab.run, 'umount', '-l', self.directory)
-        if of_their_kind:
-            self.lab.add_netns('another')
 
     def test_living(self) -> None:
         self.assertIs(kernel.State.LIVING, self.judge())
@@ -67,7 +75,7 @@ class TestJudge(base.LabTestCase):
 
     def test_a_path_that_is_another_ones(self) -> None:
         self.lab.del_netns('judged')
-        self.lab.add_netns('judged')
+        self.show(self.another, 'judged')
         for change in ({}, {'cookie': None, 'inode': 1}):
             with self.subTest(change=change):
                 self.assertIs(kernel.State.GONE, self.judge(**change))
@@ -77,24 +85,23 @@ class TestJudge(base.LabTestCase):
         assert own is not None
         if own.cookie is None:
             return  # such a kernel cannot tell, and keeps it
-        self.lab.run('ip', 'netns', 'add', 'another')
         self.assertIs(kernel.State.GONE, kernel.state(
             self.path, own._replace(cookie=2 ** 63)))
 
     def test_its_own_is_no_presence(self) -> None:
         self.lab.del_netns('judged')
-        self.others_are_seen(of_their_kind=False)
-        self.lab.run('touch', self.directory + '/own')
-        self.lab.run('mount', '--bind', OWN, self.directory + '/own')
+        self.hide()
+        self.show(OWN, 'own')
         self.assertIs(kernel.State.UNKNOWN, self.judge(cookie=None))
         os.symlink('/proc/self/ns/uts', self.directory + '/another-kind')
         self.assertIs(kernel.State.UNKNOWN, self.judge(cookie=None))
-        self.lab.add_netns('another')
+        self.show('/run/another', 'another')
         self.assertIs(kernel.State.GONE, self.judge(cookie=None))
 
     def test_a_path_that_shows_no_namespace(self) -> None:
         self.lab.del_netns('judged')
-        self.others_are_seen()
+        self.hide()
+        self.show('/run/another', 'another')
         for command in ('touch', 'mkdir', 'mkfifo', 'ln -s /dev/zero',
                         'ln -s /dev/tty', 'ln -s judged', 'ln -s /nowhere'):
             with self.subTest(command=command):
@@ -115,7 +122,6 @@ class TestJudge(base.LabTestCase):
 
     def test_a_process_is_still_in_it(self) -> None:
         process = self.process_in('judged')
-        self.lab.add_netns('another')
         self.process_in('another')
         self.lab.run('umount', '-l', self.path)
         self.lab.run('rm', self.path)
@@ -137,7 +143,8 @@ class TestJudge(base.LabTestCase):
         """As on a host whose last container has ended."""
         if kernel.Judge().blindness():
             return
-        self.lab.del_netns('judged')
+        for name in ('another', 'judged'):
+            self.lab.del_netns(name)
         self.assertIs(kernel.State.GONE, self.judge(None))
 
     def test_without_an_identity_nothing_is_known(self) -> None:
