@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from concurrent import futures
 import contextlib
 import dataclasses
 import os
@@ -12,6 +11,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from typing import Optional
 
 from kuryr_break0.cni import plugin
@@ -38,56 +38,88 @@ _CREDENTIALS = struct.Struct('3i')  # struct ucred of socket(7)
 class CNIServer:
     """Answers requests on ``cni.sock`` in the state directory.
 
-    Its threads keep their sockets of nftables, since closing one takes the
-    kernel some 12 ms.
+    All its threads are started before the first request, since that can fail
+    later (pids.max, RLIMIT_AS). They keep their sockets of nftables, since
+    closing one takes the kernel some 12 ms.
     """
 
     def __init__(self) -> None:
         self._options: Optional[config.Options] = None
         self._socket: Optional[socket.socket] = None
         self._path = ''
+        self._inode = 0
         self._complained = ''
-        self._workers = futures.ThreadPoolExecutor(
-            _WORKERS, thread_name_prefix='cni')
+        self._threads: list[threading.Thread] = []
+        #: for one of them at a time
+        self._accepting = threading.Lock()
 
     def listen(self, options: config.Options) -> None:
         """Serve there, if that is still to be done, and nowhere else.
 
-        It is again where somebody has removed the socket. What hinders is an
-        error in the log, once.
+        It is again where somebody has removed the socket, and so are threads
+        that have ended. What hinders is an error in the log, once.
         """
         # Its clients wait for less than the lock may take.
         self._options = dataclasses.replace(options, lock_timeout=min(
             options.lock_timeout, _LOCK_TIMEOUT))
         path = os.path.join(options.state_dir, NAME)
-        if self._socket is not None and path == self._path and (
-                self._is_own()):
+        if path != self._path or not self._is_own():
+            self._close_socket()
+            self._path = path
+            try:
+                self._socket = _bound(path)
+                self._inode = os.stat(path).st_ino
+            except OSError as err:
+                self._complain('%s: %s. Set [break0] state_dir to another '
+                               'directory.' % (path, err.strerror or err))
+                return
+            self._threads = []  # those before end with their socket
+            LOG.info('Serving CNI requests on %s', path)
+        if self.is_complete:
             return
-        self._close_socket()
-        self._path = path
+        self._threads = [each for each in self._threads if each.is_alive()]
         try:
-            self._socket = _bound(path)
-        except OSError as err:
-            text = '%s: %s' % (path, err.strerror or err)
-            if self._complained != text:
-                self._complained = text
-                LOG.error('CNI requests cannot be served: %s. Set [break0] '
-                          'state_dir to another directory.', text)
+            while len(self._threads) < _WORKERS:
+                thread = threading.Thread(
+                    target=self._work, args=(self._socket,), name='cni')
+                thread.start()
+                self._threads.append(thread)
+        except RuntimeError as err:
+            self._complain('%s, and %d of %d run. Raise the limits of the '
+                           'agent for processes and memory.' % (
+                               err, len(self._threads), _WORKERS))
             return
         self._complained = ''
-        self._inode = os.stat(path).st_ino
-        threading.Thread(target=self._accept, args=(self._socket,),
-                         daemon=True).start()
-        LOG.info('Serving CNI requests on %s', path)
+
+    @property
+    def is_complete(self) -> bool:
+        """Return whether there is nothing to do for :meth:`listen`."""
+        return self._socket is not None and sum(
+            each.is_alive() for each in self._threads) == _WORKERS
+
+    def problem(self) -> Optional[str]:
+        """Return why requests are not served; None if they are."""
+        if self._is_own() and any(
+                each.is_alive() for each in list(self._threads)):
+            return None
+        return 'CNI requests are not served: %s' % (
+            self._complained or 'the socket or its threads are gone')
+
+    def _complain(self, text: str) -> None:
+        if self._complained != text:
+            self._complained = text
+            LOG.error('CNI requests cannot be served: %s', text)
 
     def close(self) -> None:
         """End; what was begun is ended before."""
         self._close_socket()
-        self._workers.shutdown()
+        for thread in self._threads:
+            thread.join()
 
     def _is_own(self) -> bool:
         try:
-            return os.stat(self._path).st_ino == self._inode
+            return self._socket is not None and (
+                os.stat(self._path).st_ino == self._inode)
         except OSError:
             return False
 
@@ -97,27 +129,25 @@ class CNIServer:
         if self._is_own():
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
+        # Whoever is woken by what follows is to end.
+        listening, self._socket = self._socket, None
         # A thread that waits in accept(2) is not woken by close(2).
         with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
-        self._socket = None
+            listening.shutdown(socket.SHUT_RDWR)
+        listening.close()
 
-    def _accept(self, listening: socket.socket) -> None:
-        while True:
-            try:
-                client, _ = listening.accept()
-            except OSError as err:
-                if listening.fileno() < 0 or self._socket is not listening:
-                    return
-                LOG.warning('A CNI request could not be accepted: %s', err)
-                threading.Event().wait(1)  # as for EMFILE
-                continue
-            try:
-                self._workers.submit(self._serve, client)
-            except RuntimeError:  # it ends
-                client.close()
-                return
+    def _work(self, listening: socket.socket) -> None:
+        while self._socket is listening:
+            with self._accepting:
+                try:
+                    client, _ = listening.accept()
+                except Exception as err:  # must not end the thread
+                    if self._socket is listening:
+                        LOG.warning('A CNI request could not be accepted: '
+                                    '%s', err)
+                        time.sleep(1)  # as for EMFILE
+                    continue
+            self._serve(client)
 
     def _serve(self, client: socket.socket) -> None:
         with client:
@@ -139,6 +169,8 @@ class CNIServer:
             if not some:
                 break
             data += some
+        if not data:
+            return  # an agent that waits for this one to end
         environment, body = _parse(bytes(data))
         answer = plugin.answer(environment, body, self._load)
         output = answer.output.encode()

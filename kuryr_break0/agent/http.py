@@ -26,10 +26,15 @@ _CONNECTIONS, _THREADS, _HEADER = 32, 2, 8192
 
 
 class Server:
-    """Serves ``/metrics``, ``/healthz``, ``/livez``, in its own threads."""
+    """Serves ``/metrics``, ``/healthz``, ``/livez``, in its own threads.
 
-    def __init__(self, metrics: Metrics) -> None:
+    :param stuck: returns why the agent should be restarted, if it should
+    """
+
+    def __init__(self, metrics: Metrics,
+                 stuck: Callable[[], Optional[str]]) -> None:
         self._metrics = metrics
+        self._stuck = stuck
         self._endpoint: Optional[config.Endpoint] = None
         self._exposition = prometheus_client.make_wsgi_app(metrics.registry)
         self._server: Optional[_HTTPServer] = None
@@ -73,7 +78,7 @@ class Server:
                                                        start_response)
             return answer
         judge = {'/healthz': self._metrics.unwell,
-                 '/livez': self._metrics.stuck}.get(environ['PATH_INFO'])
+                 '/livez': self._stuck}.get(environ['PATH_INFO'])
         if judge is not None:
             reason = judge()
             status = '503 Service Unavailable' if reason else '200 OK'

@@ -42,6 +42,9 @@ _SHARE = 0.1
 #: So many events at once are a flood, which is read in larger portions.
 _FLOOD = 32
 _FLOOD_PAUSE = 0.1
+#: Seconds between two tries to serve CNI requests, as while an earlier agent
+#: ends.
+_RETRY = 0.5
 
 
 class Agent:
@@ -59,8 +62,9 @@ class Agent:
         self._load = load
         self._options = options
         self._metrics = Metrics()
-        self._server = Server(self._metrics)
         self._cni = CNIServer()
+        self._server = Server(self._metrics, lambda: (
+            self._metrics.stuck() or self._cni.problem()))
         self._tables: Optional[kernel.NftEvents] = None
         self._finder: Optional[finder.Finder] = None
         self._namer: Optional[engines.Namer] = None
@@ -99,8 +103,8 @@ class Agent:
                 # Again each time, since the directory may be another one.
                 # What changes from now on may be too late for the sync.
                 with _watching(ledger) as watch:
-                    self._server.listen(options.metrics_bind)
                     self._cni.listen(options)
+                    self._server.listen(options.metrics_bind)
                     self._sync(ledger, interests)
                     beat()
                     if self._finder is not None:
@@ -139,6 +143,8 @@ class Agent:
                 return
             ready, _, changed = select.select(
                 files, [], conditions, self._until_look(timeout))
+            if not self._cni.is_complete:
+                self._cni.listen(self._options)
             if self._finder is not None:
                 self._look(changed, ready)
             if woken.fileno() in ready:
@@ -161,6 +167,8 @@ class Agent:
                                    max(0, at - time.monotonic())))
 
     def _until_look(self, timeout: float) -> float:
+        if not self._cni.is_complete:
+            timeout = min(timeout, _RETRY)
         due = None if self._finder is None else self._finder.due()
         return timeout if due is None else max(
             0.0, min(timeout, due - time.monotonic()))

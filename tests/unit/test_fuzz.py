@@ -371,7 +371,7 @@ class TestHTTP(unittest.TestCase):
         cls.addClassCleanup(node.close)
         metrics = mock.Mock(**{'unwell.return_value': None})
         with mock.patch('prometheus_client.make_wsgi_app'):
-            cls.server = http.Server(metrics)
+            cls.server = http.Server(metrics, metrics.stuck)
         cls.endpoint = config.Endpoint(ipaddress.ip_address('127.0.0.1'),
                                        19817)
         cls.server.listen(cls.endpoint)

@@ -5,15 +5,23 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
+import resource
 import signal
 import socket
 import stat
 import subprocess
 import threading
 import time
+from typing import Callable
 from typing import Iterator
+from unittest import mock
 
+import psutil
+
+from kuryr_break0.agent.cni_server import CNIServer
+from tests.functional import base as functional_base
 from tests.functional.cni import base
 from tests.functional.cni.base import ID
 from tests.functional.cni.base import network
@@ -167,9 +175,13 @@ class TestServer(base.WithShim, ShimTestCase):
         self.assertEqual(inode, self.socket_inode())
 
     def test_ends_with_the_agent(self) -> None:
-        self.agent.terminate()
-        self.assertEqual(0, self.agent.wait())
-        self.assertFalse(os.path.exists(SOCKET))
+        for _ in range(5):
+            self.agent.terminate()
+            self.assertEqual(0, self.agent.wait())
+            self.assertFalse(os.path.exists(SOCKET))
+            self.agent = self.start_agent()
+        self.assertIn('The agent ends', self.log())
+        self.assertNotIn('WARNING', self.log())
 
     @contextlib.contextmanager
     def connected(self) -> Iterator[socket.socket]:
@@ -274,6 +286,142 @@ class TestServer(base.WithShim, ShimTestCase):
                 errors.append('%d %s' % (err.code, err.text))
                 time.sleep(0.1)
         errors.append('%s of %s never succeeds' % (command, container))
+
+
+class TestHindered(base.WithShim, ShimTestCase):
+    """What keeps the agent from serving ends, and it serves again."""
+
+    #: Nothing here may be due to the timer.
+    conf = 'resync_interval = 3600\n'
+    #: Bytes that each thread of the agent takes, by RLIMIT_STACK: so much
+    #: that threads are all that a limit of memory hinders.
+    stack = 2 ** 28
+
+    def install(self) -> str:
+        limits = resource.getrlimit(resource.RLIMIT_STACK)
+        resource.setrlimit(resource.RLIMIT_STACK, (self.stack, limits[1]))
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_STACK, limits)
+        return base.WithShim.install(self)
+
+    def start_hindered(self) -> subprocess.Popen[bytes]:
+        """Start an agent where another serves CNI requests."""
+        with open('/run/second.log', 'wb') as log:
+            agent = subprocess.Popen([
+                base.PROGRAM, '--config-file', base.CONF, 'agent'],
+                stderr=log)
+        self.addCleanup(agent.wait)
+        self.addCleanup(agent.kill)
+        self.wait_for(lambda: 'another agent' in self.log_of_second())
+        return agent
+
+    @staticmethod
+    def log_of_second() -> str:
+        with open('/run/second.log') as file:
+            return file.read()
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not condition():
+            self.assertLess(time.monotonic(), deadline, self.log())
+            time.sleep(0.02)
+
+    @contextlib.contextmanager
+    def without_threads(self) -> Iterator[None]:
+        """Let the kernel refuse the agent further threads."""
+        def limit(size: int) -> None:
+            resource.prlimit(self.agent.pid, resource.RLIMIT_AS,
+                             (size, resource.RLIM_INFINITY))
+
+        limit(psutil.Process(self.agent.pid).memory_info().vms
+              + self.stack // 2)
+        try:
+            yield
+        finally:
+            limit(resource.RLIM_INFINITY)
+
+    def serves(self) -> bool:
+        with contextlib.suppress(base.Failed):
+            self.runtime.call('STATUS', {**self.config, 'strict': True})
+            return True
+        return False
+
+    def livez(self) -> tuple[int, str]:
+        asking = http.client.HTTPConnection('127.0.0.1', 9817, timeout=30)
+        with contextlib.closing(asking):
+            asking.request('GET', '/livez')
+            answer = asking.getresponse()
+            return answer.status, answer.read().decode()
+
+    def test_no_thread_can_be_started_later(self) -> None:
+        netns = self.lab.add_netns('one')
+        with self.without_threads():
+            with contextlib.suppress(base.Failed):
+                self.runtime.add(network(), netns)
+        self.wait_for(self.serves)
+        self.runtime.remove(network(), netns)
+        self.runtime.add(network(), netns)
+        self.assertEqual(2, len(self.bound()))
+        self.assertEqual((200, 'ok\n'), self.livez())
+
+    def test_livez_fails_while_it_cannot_serve(self) -> None:
+        self.agent.terminate()
+        self.agent.wait()
+        with contextlib.ExitStack() as stack:
+            # It has no thread yet whose stack the next one could have.
+            other = stack.enter_context(socket.socket(socket.AF_UNIX))
+            other.bind(SOCKET)
+            other.listen()
+            self.agent = self.start_hindered()
+            self.wait_for(lambda: 'CNI requests are not served: %s: another '
+                          'agent listens there' % SOCKET in self.livez()[1])
+            self.assertEqual(503, self.livez()[0])
+            stack.enter_context(self.without_threads())
+            other.close()
+            self.wait_for(lambda: "can't start new thread"
+                          in self.log_of_second())
+            status, text = self.livez()
+            self.assertEqual(503, status)
+            self.assertIn("can't start new thread, and 0 of 4 run", text)
+        self.wait_for(lambda: self.livez() == (200, 'ok\n'))
+        self.assertTrue(self.serves())
+        self.assertEqual(1, self.log_of_second().count(
+            "can't start new thread"))
+
+    def test_second_agent_serves_when_the_first_ends(self) -> None:
+        self.start_hindered()
+        time.sleep(2)  # while it tries again and again
+        self.assertTrue(self.serves())
+        self.agent.terminate()
+        self.assertEqual(0, self.agent.wait())
+        self.wait_for(self.serves)
+        self.assertNotIn('was not answered', self.log())
+
+
+class TestServerInThisProcess(functional_base.LabTestCase):
+
+    def test_threads_that_die_are_replaced(self) -> None:
+        server = CNIServer()
+        self.addCleanup(server.close)
+        self.assertIsNotNone(server.problem())
+        options = functional_base.options()
+        os.mkdir(options.state_dir, 0o700)
+        server.listen(options)
+        self.assertIsNone(server.problem())
+        with mock.patch.object(server, '_serve', side_effect=MemoryError), \
+                mock.patch.object(threading, 'excepthook'):
+            deadline = time.monotonic() + 30
+            while server.problem() is None:
+                with socket.socket(socket.AF_UNIX) as client:
+                    client.connect(SOCKET)
+                    self.assertLess(time.monotonic(), deadline)
+        server.listen(options)
+        self.assertIsNone(server.problem())
+        self.assertTrue(server.is_complete)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(SOCKET)
+            client.sendall(b'CNI_COMMAND=VERSION\0\0{}')
+            client.shutdown(socket.SHUT_WR)
+            self.assertTrue(client.recv(99).startswith(b'0 '))
 
 
 class TestAnswers(base.WithShim, base.CNITestCase):
