@@ -180,7 +180,8 @@ class Guard:
         """Return whether the table was loaded, by what is cached."""
         return bool(self._cache.get(self._key))
 
-    def _is_there(self) -> bool:
+    def is_there(self) -> bool:
+        """Return whether the kernel has the table."""
         try:
             return bool(self._nft().rules(self.table))
         except exceptions.KernelRefused:
@@ -280,7 +281,7 @@ class Guard:
         :raises KernelRefused: if the kernel refuses it
         """
         # The kernel is asked where the state directory says nothing.
-        if not self.is_wanted or not (self.is_loaded() or self._is_there()):
+        if not self.is_wanted or not (self.is_loaded() or self.is_there()):
             return False
         nft = self._nft()
         nft.delete(self.table, expelled)

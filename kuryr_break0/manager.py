@@ -440,13 +440,16 @@ class Break0Manager:
         macs = {each for claim in own for each in claim.macs}
         if not own and mac is not None:
             macs.add(mac.lower())
-        deleted = self._withdraw_on_node(
-            netlink, address, self._device_of(parent), macs, bool(own))
+        devices = [name for name in self._device_of(parent)
+                   if not self._reconciler.is_others(netlink.link(name))]
+        deleted = self._withdraw_on_node(netlink, address, devices, macs,
+                                         bool(own))
         if successor is None:
             self._records.remove(address)
         else:
             self._records.put(left[left.index(successor):])
-            self._bind_all(netlink, [successor], Failures(), say)
+            if devices:  # a bind would take over that of another ledger
+                self._bind_all(netlink, [successor], Failures(), say)
         say('Unbound %s from break0 for %s%s', address, owner,
             '' if deleted else ' (it had no route of its own)')
         return own

@@ -30,6 +30,8 @@ from kuryr_break0.guard import unclaimed_pairs
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
 from kuryr_break0.ledger import files
+from kuryr_break0.ledger.identity import Alias
+from kuryr_break0.ledger.identity import follows
 from kuryr_break0.ledger.identity import Identity
 from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger.journal import Journal
@@ -116,8 +118,7 @@ class Reconciler:
             link = netlink.link(name)
         other = device.owned_by_other(link, identity) if link else None
         if other is not None and not claim:
-            raise exceptions.OtherLedger(
-                device=name, own=options.state_dir, **other._asdict())
+            raise self.other_ledger(name, other)
         made = device.Device(options, name, parent, identity)
         ensured = made.ensure(netlink, device.derived_mac(identity.secret,
                                                           name))
@@ -140,6 +141,27 @@ class Reconciler:
                     self._journal.add(Done.DEVICE)
         self._ensure_guard(netlink, ensured.link, parent)
         return ensured
+
+    def other_ledger(self, name: str, other: Alias) -> exceptions.OtherLedger:
+        """Return the error of a break0 that belongs to another ledger."""
+        return exceptions.OtherLedger(
+            device=name, own=self._options.state_dir, **other._asdict())
+
+    def is_others(self, link: Optional[kernel.Link]) -> bool:
+        """Return whether a break0 is another ledger's, and say so.
+
+        That may know of pods which this one does not know, so nothing is
+        taken away there.
+
+        :raises LedgerUnavailable: if the identity of this one is damaged
+        """
+        identity = self._ledger.identity()
+        other = device.owned_by_other(link, identity) if link else None
+        if link is None or other is None or follows(
+                identity, self._options.state_dir, other, link.name):
+            return False
+        LOG.warning('%s', self.other_ledger(link.name, other))
+        return True
 
     def _ensure_guard(self, netlink: kernel.Netlink, link: kernel.Link,
                       parent: str) -> None:
@@ -285,7 +307,7 @@ class Reconciler:
         macs = {claim.mac for claim in gone}
         for name in names:
             link = netlink.link(name)
-            if link is None or device.owned_by_other(link, identity):
+            if link is None or self.is_others(link):
                 continue
             Guard(self._options, self._ledger, name).change(
                 (), [pair(address, mac) for mac in macs
@@ -335,15 +357,21 @@ class _Sync:
             self._reconciler.warn_once('unjudged', seen.unjudged_problem)
             self._ledger.cache.put('next_hops', sorted(map(
                 str, seen.routes.next_hops)))  # which spares the next bind it
-        plans = [parent.plan for parent in seen.parents.values()]
+        own = [parent.plan for parent in seen.parents.values()
+               if not self._is_left(seen, parent)]
         items: dict[str, Any] = {
-            name: tuple(item for plan in plans for item in getattr(plan, name))
-            for name in ('replace', 'delete', 'foreign', 'learn', 'forget',
-                         'unclaimed')}
+            name: tuple(item for plan in own for item in getattr(plan, name))
+            for name in ('replace', 'delete', 'foreign', 'learn', 'forget')}
+        claimed = {record.address for record in rebuilt}
         outcome = Outcome(devices=tuple(devices), rebuilt=tuple(rebuilt),
-                          gone=seen.gone, unjudged=seen.unjudged, **items)
+                          gone=seen.gone, unjudged=seen.unjudged,
+                          unclaimed=tuple(
+                              item for parent in seen.parents.values()
+                              for item in parent.plan.unclaimed
+                              if item.dst not in claimed), **items)
         if self._prune:
-            outcome = self._pruned(seen, outcome)
+            outcome = self._pruned(outcome, {
+                item for plan in own for item in plan.unclaimed})
         for route in outcome.foreign:
             LOG.error('%s', foreign_route(route))
         if not self._dry_run:
@@ -354,6 +382,19 @@ class _Sync:
                     self._reconciler.remove_gone_claims(self._netlink,
                                                         address)
         return dataclasses.replace(outcome, pods=tuple(self._pods(seen)))
+
+    def _claims(self, seen: Snapshot, parent: Parent) -> bool:
+        """Return whether a break0 of another ledger is to be taken over."""
+        return parent.other is not None and (self._claim
+                                             or seen.follows(parent))
+
+    def _is_left(self, seen: Snapshot, parent: Parent) -> bool:
+        """Return whether a break0 is, and stays, that of another ledger.
+
+        A dry run shows what there was to do if it were taken over.
+        """
+        return parent.other is not None and not (
+            self._dry_run and self._claims(seen, parent))
 
     def _read(self) -> Snapshot:
         return snapshot.read(self._options, self._ledger, self._netlink)
@@ -366,19 +407,24 @@ class _Sync:
         """
         found: list[tuple[str, str]] = []
         for parent in seen.parents.values():
-            claim = self._claim or seen.follows(parent)
+            claim = self._claims(seen, parent)
             if parent.conflict is not None:
                 if parent.live or parent.name == self._options.parent:
                     self._failure.note(parent.conflict)
                 continue
-            if not parent.live and not (parent.other and claim):
+            if parent.other is not None and not claim:
+                if parent.live or (self._prune and parent.plan.unclaimed):
+                    self._failure.note(self._reconciler.other_ledger(
+                        parent.device, parent.other))
+                continue
+            if not parent.live and not claim:
                 continue
             texts = [*parent.differences]
             if parent.link is None:
                 texts.append('it was missing')
             if parent.guard is not None:
                 texts.append(parent.guard)
-            if parent.other is not None and claim:
+            if parent.other is not None:
                 texts.append('it belonged to the ledger %s in %s'
                              % parent.other)
             known_wrongly = [*said(parent.barred, parent.admitted)]
@@ -389,7 +435,7 @@ class _Sync:
                 continue
             with self._failure.noted(), self._ledger.lock():
                 # None, if all of them have been unbound meanwhile.
-                if parent.other or any(map(self._records.get, parent.live)):
+                if claim or any(map(self._records.get, parent.live)):
                     if texts:
                         self._reconciler.ensure_device(self._netlink,
                                                        parent.name, claim)
@@ -408,8 +454,7 @@ class _Sync:
         """
         wanted: dict[IPAddress, Parent] = {}
         for parent in seen.parents.values():
-            if parent.other is not None and not (self._dry_run
-                                                 and seen.follows(parent)):
+            if self._is_left(seen, parent):
                 continue  # what another ledger has bound is recorded there
             for item in snapshot.items_of(parent):
                 if (item.protocol == self._options.route_protocol
@@ -464,9 +509,12 @@ class _Sync:
             return True
         return False
 
-    def _pruned(self, seen: Snapshot, outcome: Outcome) -> Outcome:
-        """Turn what is unclaimed into what is to be deleted."""
-        unclaimed = list(outcome.unclaimed)
+    def _pruned(self, outcome: Outcome, own: Collection[Item]) -> Outcome:
+        """Turn what is unclaimed into what is to be deleted.
+
+        :param own: what is on no break0 of another ledger
+        """
+        unclaimed = [item for item in outcome.unclaimed if item in own]
         if not self._dry_run:
             with self._ledger.lock():
                 unclaimed = [item for item in unclaimed
@@ -474,7 +522,8 @@ class _Sync:
                 self._change(None, [(Verb.DELETE, item)
                                     for item in unclaimed], {})
         return dataclasses.replace(
-            outcome, unclaimed=(),
+            outcome, unclaimed=tuple(
+                item for item in outcome.unclaimed if item not in own),
             delete=outcome.delete + tuple(
                 item for item in unclaimed if isinstance(item, HostRoute)),
             forget=outcome.forget + tuple(
@@ -483,7 +532,7 @@ class _Sync:
 
     def _apply(self, seen: Snapshot, parent: Parent) -> None:
         """Change routes and neighbours of one parent, address by address."""
-        if parent.link is None or parent.other is not None:
+        if parent.link is None or self._is_left(seen, parent):
             return  # what another ledger knows of it is not known here
         plan = parent.plan
         taken = {route.dst: route for route in plan.foreign}
@@ -560,7 +609,8 @@ class _Sync:
                 parent = seen.parents[name]
                 some = [record for record in records
                         if record.parent == name and record.netns is not None]
-                if not some or parent.node is None or parent.other:
+                if not some or parent.node is None or (
+                        self._is_left(seen, parent)):
                     continue
                 is_outdated = any(record.configured != parent.node.digest
                                   for record in some)

@@ -21,6 +21,7 @@ from kuryr_break0.guard import said
 from kuryr_break0.guard import unclaimed_pairs
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Contents
+from kuryr_break0.ledger import identity
 from kuryr_break0.ledger.identity import Alias
 from kuryr_break0.ledger.identity import Identity
 from kuryr_break0.ledger import Ledger
@@ -167,18 +168,10 @@ class Snapshot:
         return ''
 
     def follows(self, parent: Parent) -> bool:
-        """Return whether a break0 is of a ledger that this one replaces.
-
-        It was lost with this directory. Where another process has a
-        directory of its own at the path, each takes a break0 over only once.
-        """
-        other = parent.other
-        if other is None or other.directory != self.options.state_dir:
-            return False
-        claimed = self.identity.claimed if self.identity else {}
-        return self.identity is None or (
-            other.ledger in claimed.values()
-            and parent.device not in claimed)
+        """Return whether a break0 is of a ledger that this one replaces."""
+        return parent.other is not None and identity.follows(
+            self.identity, self.options.state_dir, parent.other,
+            parent.device)
 
     def parent_of(self, address: IPAddress) -> Optional[Parent]:
         """Return the parent of an address; None if it is not known."""

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
-from typing import Any, Iterator, NamedTuple, Optional
+from typing import Any, Iterable, Iterator, NamedTuple, Optional
 
 from oslo_config import cfg
 
@@ -18,9 +19,11 @@ from kuryr_break0.guard import Guard
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
 from kuryr_break0.ledger.identity import Alias
+from kuryr_break0.ledger.journal import Journal
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import Record
 from kuryr_break0 import podside
+from kuryr_break0.reconciler import Reconciler
 from kuryr_break0 import snapshot
 from kuryr_break0.snapshot import Parent
 from kuryr_break0.snapshot import Snapshot
@@ -116,6 +119,7 @@ class Cleanup:
         with contextlib.ExitStack() as stack:
             netlink = stack.enter_context(kernel.Netlink())
             seen = snapshot.read(self._options, self._ledger, netlink)
+            lost = self._lost(seen)
             if not self._dry_run:
                 stack.enter_context(self._ledger.lock())
                 seen = snapshot.read(self._options, self._ledger, netlink, 0)
@@ -123,10 +127,10 @@ class Cleanup:
                 yield Removal(
                     'record of %s' % address, 'it cannot be read, so its pod '
                     'keeps what it needs to reach the node')
-            for record in self._interfaces(seen):
+            for record in self._interfaces(seen, lost):
                 yield from self._pod(record)
             for parent in seen.parents.values():
-                yield from self._node(netlink, parent)
+                yield from self._node(netlink, seen, parent)
             if self._ledger.heartbeat.age() is not None:
                 yield Removal('agent', 'it is running, and makes the state '
                               'directory again; stop it')
@@ -135,14 +139,28 @@ class Cleanup:
             if not self._dry_run:
                 self._ledger.clear()
 
+    def _lost(self, seen: Snapshot) -> tuple[Record, ...]:
+        """Return records of pods that are bound, but not recorded."""
+        if not seen.unclaimed:
+            return ()
+        return Reconciler(self._options, self._ledger, Journal(
+            self._options.state_dir)).sync(dry_run=True).rebuilt
+
     @staticmethod
-    def _interfaces(seen: Snapshot) -> list[Record]:
-        """Return one record of each interface in a namespace that exists."""
+    def _interfaces(seen: Snapshot, lost: Iterable[Record]) -> list[Record]:
+        """Return one record of each interface in a namespace that exists.
+
+        Not where the break0 is another ledger's: its pods need what they
+        have.
+        """
         found = {}
-        for claims in seen.contents.claims.values():
-            for record in claims:
-                if record.netns is not None and record not in seen.gone:
-                    found[record.netns, record.owner.ifname] = record
+        left = {parent.name for parent in seen.parents.values()
+                if parent.other is not None and not seen.follows(parent)}
+        for record in (*lost, *itertools.chain.from_iterable(
+                seen.contents.claims.values())):
+            if (record.netns is not None and record not in seen.gone
+                    and record.parent not in left):
+                found[record.netns, record.owner.ifname] = record
         return [record for _, record in sorted(
             found.items(), key=lambda each: each[0])]
 
@@ -156,10 +174,15 @@ class Cleanup:
                 yield Removal('%s namespace %s' % (common.described(
                     item, record.owner.ifname), record.netns))
 
-    def _node(self, netlink: kernel.Netlink,
+    def _node(self, netlink: kernel.Netlink, seen: Snapshot,
               parent: Parent) -> Iterator[Removal]:
         link = netlink.link(parent.device)
         if link is None:
+            return
+        # Before the first change: pods of others may live by what is there.
+        reason = self._not_ours(seen, parent, link)
+        if reason is not None:
+            yield Removal('interface %s' % link.name, reason)
             return
         items = [item for item in snapshot.items_of(parent)
                  if item.protocol == self._options.route_protocol]
@@ -171,27 +194,25 @@ class Cleanup:
             if err is not None and not err.absent:
                 raise err
             yield Removal(common.described(item, link.name))
-        reason = self._not_ours(parent, link)
-        if reason is not None:
-            yield Removal('interface %s' % link.name, reason)
-            return
-        if not self._dry_run:
-            netlink.delete_link(link.name)
-        yield Removal('interface %s' % link.name)
+        # While break0 is there, another run would find both.
         guarding = Guard(self._options, self._ledger, link.name)
-        if guarding.is_loaded():
+        if guarding.is_loaded() or guarding.is_there():
             if not self._dry_run:
                 guarding.remove()
             yield Removal('table netdev %s' % guarding.table)
+        if not self._dry_run:
+            netlink.delete_link(link.name)
+        yield Removal('interface %s' % link.name)
 
-    def _not_ours(self, parent: Parent, link: kernel.Link) -> Optional[str]:
+    def _not_ours(self, seen: Snapshot, parent: Parent,
+                  link: kernel.Link) -> Optional[str]:
         """Return why an interface must not be deleted; None if it may.
 
         Where nothing is recorded, its alias says that it is ours.
         """
         if parent.conflict is not None:
             return str(parent.conflict)
-        if parent.other is not None:
+        if parent.other is not None and not seen.follows(parent):
             return 'it belongs to the ledger %s in %s' % parent.other
         known = {self._options.parent, self._link_iface}
         if parent.live or parent.name in known or Alias.parse(link.alias):

@@ -98,6 +98,22 @@ class Identity:
         return found
 
 
+def follows(own: Optional[Identity], directory: str, other: Alias,
+            device: str) -> bool:
+    """Return whether a break0 is of a ledger that another one replaces.
+
+    It was lost with its directory. Where another process has a directory of
+    its own at the path, each takes a break0 over only once.
+
+    :param own: of the ledger that is in the directory now
+    :param other: what the break0 says of its ledger
+    :param device: the name of the break0
+    """
+    return other.directory == directory and (own is None or (
+        other.ledger in own.claimed.values()
+        and device not in own.claimed))
+
+
 def boot_id() -> str:
     """Return the id of this boot; empty if there is none."""
     try:

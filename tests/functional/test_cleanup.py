@@ -6,12 +6,18 @@ import ipaddress
 import itertools
 import os
 import pathlib
+import shutil
+import signal
 import subprocess
 import textwrap
 import time
-from typing import Any
+from typing import Any, Callable, Optional
 from unittest import mock
 
+from kuryr_break0.cli.cleanup import Cleanup
+from kuryr_break0.guard import Guard
+from kuryr_break0 import kernel
+from kuryr_break0 import ledger
 from kuryr_break0 import podside
 from kuryr_break0 import reconciler
 from tests.functional import base
@@ -162,6 +168,124 @@ class TestWhatIsNotOurs(CleanupTestCase):
         self.unbind()
         self.cleanup()
         self.assertIsNone(self.lab.link('break0'))
+
+    def test_routes_on_what_nothing_says_is_ours(self) -> None:
+        self.add_macvlan()
+        self.lab.run('ip', 'link', 'set', 'break0', 'up')
+        self.lab.run('ip', 'route', 'add', POD, 'dev', 'break0', 'proto',
+                     '176')
+        self.assert_left('it may be of others')
+        self.assertEqual({POD}, set(self.lab.routes()))
+
+
+class TestOtherLedger(CleanupTestCase):
+
+    def state(self) -> list[Any]:
+        """All that is set on the node and in pods, rules included."""
+        return [self.lab.state(), *(
+            self.lab.run('nft', 'list', 'ruleset', netns=netns).stdout
+            for netns in (None, 'pod', 'far'))]
+
+    def assert_left_alone(self, before: list[Any],
+                          state_dir: str = '/run/other') -> None:
+        own = {'OS_BREAK0__STATE_DIR': state_dir}
+        planned = self.cleanup('--dry-run', code=1, **own)
+        self.assertIn('! interface break0: it belongs to the ledger', planned)
+        for _ in range(2):
+            printed = self.cleanup(code=1, **own)
+            self.assertEqual([], [
+                line for line in printed.splitlines() if line.startswith('-')
+                and line != '- directory ' + state_dir])
+            self.assertEqual(planned, printed)
+            self.assertFalse(os.path.exists(state_dir))
+            self.assertEqual(before, self.state())
+            planned = planned.replace('- directory %s\n' % state_dir, '')
+        self.assertEqual(
+            [True] * 4, [self.lab.ping(*way) for way in (
+                (POD,), (lab.NODE, 'pod'), (FAR_POD,), (lab.NODE, 'far'))])
+
+    def test_it_lives(self) -> None:
+        self.bind_both()
+        self.assert_left_alone(self.state())
+
+    def test_pods_that_both_have_bound(self) -> None:
+        self.bind(FAR_POD, netns=self.far_netns, state_dir='/run/other',
+                  mac_of_pod=self.mac_of('far'))
+        self.bind_both()
+        self.assert_left_alone(self.state())
+
+    def test_sync_deletes_nothing(self) -> None:
+        self.bind_both()
+        before = self.state()
+        for args in (('--dry-run',), ()):
+            done = self.call('sync', '--delete-unclaimed', *args,
+                             OS_BREAK0__STATE_DIR='/run/other')
+            self.assertEqual(3, done.returncode, done.stdout + done.stderr)
+            self.assertIn('break0 belongs to the ledger', done.stderr)
+            self.assertEqual({'!'}, {line[0] for line
+                                     in done.stdout.splitlines()})
+            self.assertEqual(before, self.state())
+
+    def test_it_was_lost(self) -> None:
+        before = self.state()
+        self.bind_both()
+        shutil.rmtree(STATE_DIR)
+        planned = self.cleanup('--dry-run', code=1)
+        self.assertIn('namespace ' + self.far_netns, planned)
+        self.assertEqual(planned, self.cleanup())
+        self.assertEqual(before, self.state())
+        self.assertEqual('', self.cleanup())
+
+    def test_each_has_a_parent(self) -> None:
+        self.lab.run('ip', 'link', 'add', 'eth1', 'type', 'veth',
+                     'peer', 'name', 'nic1', 'netns', 'lan')
+        self.lab.run('ip', 'link', 'set', 'eth1', 'up')
+        self.bind_both()
+        self.bind('100.75.50.1', '100.75.50.2', parent='eth1')
+        self.bind('100.75.50.3', parent='eth1', state_dir='/run/other')
+        routes = self.lab.routes('break0-eth1')
+        self.assertEqual(3, len(routes))
+        planned = self.cleanup('--dry-run', code=1)
+        self.assertEqual(planned, self.cleanup(code=1))
+        self.assertIn('! interface break0-eth1: it belongs to the ledger',
+                      planned)
+        self.assertIsNone(self.lab.link('break0'))
+        self.assertEqual(routes, self.lab.routes('break0-eth1'))
+        self.assertIn('table netdev kuryr-break0-break0-eth1', self.lab.run(
+            'nft', 'list', 'ruleset').stdout)
+
+    def test_killed(self) -> None:
+        before = self.state()
+        for owner, name, after in (
+                (podside, 'take_back', True), (kernel.Netlink, 'change', True),
+                (Guard, 'remove', False), (Guard, 'remove', True),
+                (kernel.Netlink, 'delete_link', True),
+                (ledger.Ledger, 'clear', False)):
+            for lost in (False, True):
+                with self.subTest(name=name, after=after, lost=lost):
+                    self.bind_both()
+                    if lost:
+                        shutil.rmtree(STATE_DIR)
+                    self.assertEqual(-signal.SIGKILL, base.wait_for(
+                        base.in_child(self.killed(owner, name, after))))
+                    self.cleanup()
+                    self.assertEqual(before, self.state())
+
+    def killed(self, owner: Any, name: str, after: bool
+               ) -> Callable[[], Optional[object]]:
+        """A cleanup that is killed by the first call of something."""
+        call = getattr(owner, name)
+
+        def dying(*args: Any, **kwargs: Any) -> None:
+            if after:
+                call(*args, **kwargs)
+            base.die()
+
+        def cleanup() -> None:
+            with mock.patch.object(owner, name, dying):
+                list(Cleanup(base.options(), None, False).run())
+
+        return cleanup
 
 
 class TestOthersAtWork(CleanupTestCase):

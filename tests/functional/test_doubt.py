@@ -210,6 +210,16 @@ class TestLostLedger(DoubtTestCase):
                                  for each in outcome.rebuilt])
         self.assertEqual({OTHER_POD}, self.bound())
 
+    def test_a_dry_run_deletes_nothing_that_is_rebuilt(self) -> None:
+        os.unlink(self.file())
+        own = base.options()
+        outcome = reconciler.Reconciler(
+            own, ledger.Ledger(own.state_dir, 10),
+            journal.Journal(own.state_dir)).sync(dry_run=True, prune=True)
+        self.assertEqual(1, len(outcome.rebuilt))
+        self.assertEqual(((), (), ()), (
+            outcome.unclaimed, outcome.delete, outcome.forget))
+
     def test_a_pod_bound_on_a_full_disk_is_recorded_later(self) -> None:
         self.unbind(POD)
         with mock.patch.object(records.files, 'replace', side_effect=OSError(
@@ -267,6 +277,69 @@ class TestOtherLedger(DoubtTestCase):
         shutil.rmtree(STATE + '/addresses')
         self.reconcile()
         self.assert_reachable()
+
+    def test_a_dry_run_shows_what_is_taken_over(self) -> None:
+        own = base.options(state_dir='/run/other')
+        outcome = reconciler.Reconciler(
+            own, ledger.Ledger(own.state_dir, 10),
+            journal.Journal(own.state_dir)).sync(dry_run=True, claim=True,
+                                                 prune=True)
+        self.assertEqual((), outcome.errors)
+        self.assertEqual(2, len(outcome.rebuilt))
+        self.assertEqual(((), (), ()), (
+            outcome.unclaimed, outcome.delete, outcome.forget))
+        self.assertFalse(os.path.exists('/run/other'))
+
+    def state(self) -> list[Any]:
+        return [self.lab.routes(), self.lab.link('break0'), self.lab.ip(
+            'neighbour', 'show', 'dev', 'break0', 'nud', 'permanent'),
+            self.lab.run('nft', 'list', 'ruleset').stdout]
+
+    def test_unbind_changes_nothing_of_it(self) -> None:
+        self.bind(POD, netns=self.netns, mac_of_pod=MAC % 1,
+                  state_dir='/run/other')
+        with mock.patch.object(base.manager, 'CACHED', 0):
+            self.bind(POD, netns=self.netns, mac_of_pod=MAC % 1)
+            self.bind('100.75.30.90', owner=Owner('c', 'eth0'))
+        before = self.state()
+        with self.assertLogs('kuryr_break0', 'WARNING') as logs:
+            self.assertEqual(base.addresses(POD), self.manager(
+                state_dir='/run/other').unbind(OWNER, base.addresses(POD)))
+            # Not recorded there, and known by its MAC address or by nothing.
+            self.manager(state_dir='/run/other').unbind(
+                OTHER_OWNER, base.addresses(OTHER_POD), mac=MAC % 2)
+            self.unbind('100.75.30.90', owner=Owner('c', 'eth0'),
+                        state_dir='/run/other')
+        self.assertIn('belongs to the ledger', logs.output[0])
+        self.assertEqual(before, self.state())
+        self.assertEqual({POD, OTHER_POD, '100.75.30.90'}, self.bound())
+        self.assertEqual({}, self.seen(
+            state_dir='/run/other').contents.claims)
+
+    def test_unbind_with_an_earlier_claim_changes_nothing_of_it(self) -> None:
+        for owner, netns, number in ((OTHER_OWNER, self.other_netns, 2),
+                                     (OWNER, self.netns, 1)):
+            self.lab.run('ip', 'address', 'replace', POD + '/24', 'dev',
+                         'eth0', netns=os.path.basename(netns))
+            self.bind(POD, owner=owner, netns=netns, mac_of_pod=MAC % number,
+                      state_dir='/run/other')
+        with mock.patch.object(base.manager, 'CACHED', 0):
+            self.bind(POD, netns=self.netns, mac_of_pod=MAC % 1)
+            before = self.state()
+            self.unbind(POD, state_dir='/run/other')
+        self.assertEqual(before, self.state())
+        record, = self.seen(state_dir='/run/other').contents.claims[
+            base.addresses(POD)[0]]
+        self.assertEqual(OTHER_OWNER, record.owner)
+
+    def test_unbind_after_it_was_lost(self) -> None:
+        shutil.rmtree(STATE)
+        self.manager().unbind(OWNER, base.addresses(POD), mac=MAC % 1)
+        self.assertEqual({OTHER_POD}, set(self.lab.routes()))
+        self.reconcile()
+        self.assertEqual({OTHER_POD}, set(self.lab.routes()))
+        self.assertTrue(self.lab.ping(OTHER_POD))
+        self.assertEqual([], self.problems())
 
     def test_two_at_one_path_take_it_over_once(self) -> None:
         # As in a container that does not share the directory of the daemon.

@@ -212,9 +212,9 @@ class TestRoutes(base.LabTestCase):
                 # whether the node is on its link, the node as neighbour,
                 # its table, and its other interfaces
                 self.bind(netns=netns, mac_of_pod=MAC)
-                # Its pair; whose neighbour it is; route and neighbour; in
-                # the pod, which addresses it has, its table, what is ours
-                # there, and the same
+                # Whose break0 it is; its pair; whose neighbour it is; route
+                # and neighbour; in the pod, which addresses it has, its
+                # table, what is ours there, and the same
                 self.unbind()
             return sent
 
@@ -227,7 +227,8 @@ class TestRoutes(base.LabTestCase):
             ['16 0x1', '2572 0x405', '17 0x1', '28 0x501', '24 0x605',
              '26 0x5', '28 0x505', '2567 0x301', '16 0x1', '2560 0x601',
              '2563 0x401', '2566 0xc05', '17 0x1', '22 0x301',
-             '16 0x1', '2574 0x5', '17 0x1', '30 0x5', '25 0x1', '29 0x5',
+             '18 0x5', '16 0x1', '2574 0x5', '17 0x1', '30 0x5', '25 0x1',
+             '29 0x5',
              '22 0x301', '2567 0x301', '16 0x1', '2562 0x5', '17 0x1',
              '26 0x301', '26 0x301', '30 0x301', '29 0x5'], few)
         batch = ''.join('route add %(to)s dev break0 proto 176\n'
