@@ -5,11 +5,14 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SPHINX = $(BIN)/sphinx-build -W --keep-going -q
 IN_LAB = tests/in-lab $(BIN)/python -W ignore
+# Quiet about all but errors.
+PIP = $(BIN)/pip install -qq --disable-pip-version-check \
+    --constraint constraints.txt
 
 .PHONY: demo test lint unit functional e2e bench bench-plots docs genconfig \
         clean
 
-demo: $(VENV)/installed
+demo: $(VENV)/demo
 	$(IN_LAB) -m tests.demo
 
 test: lint genconfig-check docs $(VENV)/installed
@@ -77,9 +80,7 @@ bench-plots: $(VENV)/plots
 	    doc/source/images/cost.svg
 
 $(VENV)/plots: $(VENV)/installed tests/bench/requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check \
-	    --constraint constraints.txt \
-	    --requirement tests/bench/requirements.txt
+	$(PIP) --requirement tests/bench/requirements.txt
 	touch $@
 
 # The pages, the man page and the release notes; a warning is an error. The man
@@ -115,17 +116,21 @@ genconfig-check: $(VENV)/installed
 	    --output-file $(VENV)/sample
 	diff -u etc/kuryr-break0.conf.sample $(VENV)/sample
 
-# Made again when what it is made of changes.
-$(VENV)/installed: requirements.txt test-requirements.txt \
-                   doc/requirements.txt constraints.txt setup.cfg \
-                   tests/debian-packages
+# Each is made again when what it is made of changes. What tests, lint and
+# documentation need comes on top of the package and what the demo needs.
+$(VENV)/demo: requirements.txt tests/core-requirements.txt constraints.txt \
+              pyproject.toml setup.cfg tests/debian-packages
 	tests/debian-packages
 	$(PYTHON) -m venv --clear $(VENV)
-	@echo 'Installing what the tests ran with; this takes about a minute.'
-	$(BIN)/pip install --quiet --disable-pip-version-check \
-	    --constraint constraints.txt --requirement test-requirements.txt \
-	    --requirement doc/requirements.txt --editable .
-	touch $@
+	@echo 'Installing kuryr-break0 and Kuryr; this takes about half a minute.'
+	@$(PIP) --requirement tests/core-requirements.txt --editable .
+	@touch $@
+
+$(VENV)/installed: $(VENV)/demo test-requirements.txt doc/requirements.txt
+	@echo 'Installing the tools of the tests and of the documentation.'
+	@$(PIP) --requirement test-requirements.txt \
+	    --requirement doc/requirements.txt
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .stestr .mypy_cache build dist *.egg-info doc/build \

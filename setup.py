@@ -12,4 +12,4 @@
 
 import setuptools
 
-setuptools.setup(pbr=True)
+setuptools.setup()

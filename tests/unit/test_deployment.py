@@ -252,7 +252,7 @@ class TestDockerfile(unittest.TestCase):
     def test_all_that_the_wheel_needs_is_copied(self) -> None:
         setup = configparser.ConfigParser()
         setup.read(os.path.join(overlay.ROOT, 'setup.cfg'))
-        needed = {'.git', 'pyproject.toml', 'requirements.txt', 'setup.cfg',
+        needed = {'pyproject.toml', 'requirements.txt', 'setup.cfg',
                   'setup.py', setup['metadata']['long_description'].split()[1],
                   *setup['metadata']['license_files'].split(),
                   setup['options.packages.find']['include'].strip(' \n*')}
