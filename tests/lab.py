@@ -285,12 +285,16 @@ class Lab:
                 if 'nf_conntrack_count' not in line]
         return found
 
+    def forget_neighbours(self) -> None:
+        """Flush what node and namespaces have learnt."""
+        for where in (None, *os.listdir('/run/netns')):
+            self.run('ip', 'neighbour', 'flush', 'all', netns=where,
+                     check=False)
+
     def ping(self, address: str, netns: Optional[str] = None, *,
              cold: bool = True) -> bool:
         """Whether a ping is answered; cold is without learnt neighbours."""
         if cold:
-            for where in (None, *os.listdir('/run/netns')):
-                self.run('ip', 'neighbour', 'flush', 'all', netns=where,
-                         check=False)
+            self.forget_neighbours()
         return self.run('ping', '-n', '-q', '-c', '1', '-W', '1', address,
                         netns=netns, check=False).returncode == 0

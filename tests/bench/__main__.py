@@ -99,7 +99,6 @@ def _arguments(argv: Optional[list[str]]) -> argparse.Namespace:
 def main(argv: Optional[list[str]] = None) -> int:
     args = _arguments(argv)
     logging.disable(logging.INFO)
-    logging.getLogger('pyroute2').setLevel(logging.ERROR)  # IPDB's farewell
     try:
         sections = {}
         for name in args.sections or SECTIONS:
