@@ -257,6 +257,8 @@ class TestDockerfile(unittest.TestCase):
                   *setup['metadata']['license_files'].split(),
                   setup['options.packages.find']['include'].strip(' \n*')}
         self.assertLessEqual(needed, self.copied(self.stages[1]))
+        # Neither git nor the history.
+        self.assertNotIn('.git', self.copied(self.stages[1]))
 
 
 class TestInstallPackage(unittest.TestCase):

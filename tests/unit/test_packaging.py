@@ -133,3 +133,15 @@ class TestConstraints(unittest.TestCase):
                 self.assertEqual(found[1], pin.requires_python,
                                  pin.requirement)
         self.assertGreater(compared, 100)
+
+
+class TestDemo(unittest.TestCase):
+
+    def test_only_what_it_needs_is_installed(self) -> None:
+        for target, tools in (('demo', False), ('lint', True)):
+            commands = run('make', '--dry-run', '--always-make', target,
+                           cwd=ROOT)
+            self.assertIn('tests/core-requirements.txt', commands)
+            for requirements in ('test-requirements.txt',
+                                 'doc/requirements.txt'):
+                self.assertEqual(tools, requirements in commands, commands)
