@@ -16,7 +16,8 @@ The kernel
 - It ignores an alias at creation; a macvlan without an address answers the
   LAN for the node's addresses, joins groups, asks for routers: ``device``.
 - A namespace outlives its interface, and the next one there has another MAC
-  address: ``kernel.nft``.
+  address; a chain of nftables is attached to it too: ``kernel.nft``,
+  ``podside``.
 - Who closes a socket of netfilter waits some 15 ms for what was deleted to be
   freed, and so does everybody who changes nftables: ``kernel.nft``.
 - In IPv6 a route with a lower metric wins silently: ``model.best_metric``.

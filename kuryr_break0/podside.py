@@ -44,15 +44,16 @@ class PodSide:
         self._record = next(iter(records))
         self._versions = {record.address.version for record in records}
         self._protocol = options.route_protocol
-        self._guarded = (options.guard != config.OFF
-                         and self._record.mac is not None)
         self._table = table_of(self._record.owner.ifname)
-        index = kernel.index_of(self._record.owner.ifname)
-        if index is None:
+        link = netlink.link(self._record.owner.ifname)
+        if link is None:
             raise exceptions.NetnsUnusable(
                 netns=self._record.netns,
                 reason='has no interface %s' % self._record.owner.ifname)
-        self._index = index
+        self._index = link.index
+        # One with another MAC address may be the next of that name already.
+        self._guarded = (options.guard != config.OFF
+                         and link.mac == self._record.mac)
 
     def configure(self, node: NodeAddresses) -> None:
         """Set what the pod needs, whatever is there.
@@ -71,7 +72,8 @@ class PodSide:
         if not self._guarded:
             return False
         with kernel.Nft() as nft:
-            return nft.bound_source(self._table) != self._source()
+            return not nft.binds_source(self._table, self._index,
+                                        self._source())
 
     def _bind_source(self) -> None:
         """Let the interface send with its own MAC address only.
@@ -84,20 +86,13 @@ class PodSide:
         try:
             with kernel.Nft() as nft:
                 nft.bind_source(self._table, self._record.owner.ifname,
-                                self._source())
+                                self._index, self._source())
         except exceptions.KernelRefused as err:
             LOG.debug('The pod %s can forge MAC addresses: %s',
                       self._record.owner, err)
 
     def _source(self) -> bytes:
         return bytes.fromhex(str(self._record.mac).replace(':', ''))
-
-    def release(self) -> None:
-        """Let the interface send with any MAC address again."""
-        with contextlib.suppress(exceptions.KernelRefused), \
-                kernel.Nft() as nft:
-            if nft.rules(self._table):  # else that would take 15 ms
-                nft.delete_table(self._table)
 
     def changes(self, node: NodeAddresses) -> list[kernel.Change]:
         """Compare what is there with what the pod needs.
@@ -140,7 +135,7 @@ class PodSide:
         changes = self.changes(node)
         unguarded = self.is_unguarded()
         if not self._guarded and not dry_run:
-            self.release()
+            _release(self._record)
         if not dry_run:
             self.apply(changes)
             if unguarded:
@@ -157,11 +152,6 @@ class PodSide:
         return {address for index, address in self._netlink.addresses()
                 if index != self._index and not address.is_link_local
                 and not address.is_loopback}
-
-    def mac(self) -> str:
-        """Return the MAC address that the interface has."""
-        link = self._netlink.link(self._record.owner.ifname)
-        return link.mac if link is not None else ''
 
     def marked(self) -> list[Item]:
         """List what carries our protocol number on the interface."""
@@ -243,12 +233,13 @@ def withdraw(record: Record, options: config.Options,
     with kernel.entered(str(record.netns), record.namespace), \
             kernel.Netlink() as netlink:
         if kernel.index_of(record.owner.ifname) is None:
+            _release(record)
             return
         side = PodSide(netlink, [record], options)
         needed = {address.version for address in side.addresses()
                   if is_bound(address)}
         if not needed:
-            side.release()
+            _release(record)
         side.apply((Verb.DELETE, item) for item in side.marked()
                    if item.dst.version not in needed)
 
@@ -262,14 +253,21 @@ def take_back(record: Record, options: config.Options,
     """
     with kernel.entered(str(record.netns), record.namespace), \
             kernel.Netlink() as netlink:
+        if not dry_run:
+            _release(record)
         if kernel.index_of(record.owner.ifname) is None:
             return []
         side = PodSide(netlink, [record], options)
         items = side.marked()
         if not dry_run:
-            side.release()
             side.apply((Verb.DELETE, item) for item in items)
         return items
+
+
+def _release(record: Record) -> None:
+    """Delete the table of an interface, which is there without it as well."""
+    with contextlib.suppress(exceptions.KernelRefused), kernel.Nft() as nft:
+        nft.delete_table(table_of(record.owner.ifname))
 
 
 def _apply(netlink: kernel.Netlink,

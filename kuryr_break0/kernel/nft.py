@@ -9,7 +9,6 @@ formats are those of linux/netfilter/nf_tables.h and nfnetlink.h.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import socket
@@ -24,13 +23,14 @@ _NETLINK_NETFILTER = 12
 _SUBSYSTEM = 10  # NFNL_SUBSYS_NFTABLES
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
 _NETDEV = 5  # NFPROTO_NETDEV
-(_NEWTABLE, _, _DELTABLE, _NEWCHAIN, _, _DELCHAIN, _NEWRULE, _GETRULE,
- _DELRULE, _, _, _DELSET, _NEWSETELEM, _GETSETELEM,
+(_NEWTABLE, _GETTABLE, _DELTABLE, _NEWCHAIN, _GETCHAIN, _DELCHAIN, _NEWRULE,
+ _GETRULE, _DELRULE, _, _, _DELSET, _NEWSETELEM, _GETSETELEM,
  _DELSETELEM) = range(15)
 _GROUP = 7  # NFNLGRP_NFTABLES
 _APPEND = 0x800
 _NF_DROP, _NF_ACCEPT = 0, 1
 _EGRESS = 1  # NF_NETDEV_EGRESS
+_META_OIF = 5  # NFT_META_OIF
 _TIMEOUT = 10  # seconds
 #: Of a shared socket. An answer is there when send(2) returns; one that is not
 #: there was read by a process that should not have.
@@ -170,75 +170,71 @@ class Nft:
 
     def rules(self, table: str) -> list[int]:
         """List the handles of the rules of a table; none without it."""
-        return [int.from_bytes(found.get(3, b''), 'big')
-                for found in self._rules(table)]
-
-    def _rules(self, table: str) -> Iterator[dict[int, bytes]]:
+        handles = []
         for body in self._dump('list the rules of the table ' + table,
                                _GETRULE, wire.text(1, table)):
             found = wire.attributes(body, 4, len(body))
             if found.get(1, b'').rstrip(b'\0').decode() == table:
-                yield found
+                handles.append(int.from_bytes(found.get(3, b''), 'big'))
+        return handles
 
-    def bound_source(self, table: str) -> Optional[bytes]:
-        """Return the MAC address that :meth:`bind_source` was given.
+    def binds_source(self, table: str, index: int, mac: bytes) -> bool:
+        """Return whether :meth:`bind_source` was done for an interface.
 
-        It is in the name of the chain, which is easier to read than a rule.
+        Whatever its pod has put into the table, this is one message each way.
         """
-        return next(iter(self._bound_sources(table)), None)
+        chain = self._get(_GETCHAIN, wire.text(1, table)
+                          + wire.text(3, _source_chain(index, mac)))
+        return chain is not None and chain.get(6) == _U32.pack(1)  # its rules
 
-    def _bound_sources(self, table: str) -> list[Optional[bytes]]:
-        found = []
-        for rule in self._rules(table):
-            name = rule.get(2, b'').rstrip(b'\0').decode()
-            mac = None
-            with contextlib.suppress(ValueError):
-                mac = bytes.fromhex(name.partition('-')[2])
-            found.append(mac)
-        return found
-
-    def bind_source(self, table: str, device: str, mac: bytes) -> None:
+    def bind_source(self, table: str, device: str, index: int,
+                    mac: bytes) -> None:
         """Let an interface send with its own MAC address only.
 
-        By a table with one chain and one rule.
+        By a table with one chain and one rule. A chain outlives its interface,
+        and since Linux 6.16 it is attached to the next one of that name, so
+        the rule names the number of the interface too.
 
         :raises KernelRefused: if the kernel has no such hook
         """
-        present = self._bound_sources(table)
-        if present == [mac]:
+        if self.binds_source(table, index, mac):
             return  # to undo a batch takes the kernel some 15 ms
-        chain = 'source-' + mac.hex()
-        if present:
-            self.delete_table(table)  # of an earlier interface of this name
+        chain = _source_chain(index, mac)
         hook = wire.attribute(_NESTED | 4, (
             _be32(1, _EGRESS) + _be32(2, 0) + wire.text(3, device)))
         drop = wire.attribute(_NESTED | 2, wire.attribute(
             _NESTED | 2, _be32(1, _NF_DROP)))
         expressions = b''.join((
+            _expression('meta', _be32(1, 1) + _be32(2, _META_OIF)),
+            _compared(_EQUAL, struct.pack('=I', index)),
             _expression('payload', _be32(1, 1) + _be32(2, 0) + _be32(3, 6)
                         + _be32(4, 6)),
-            _expression('cmp', _be32(1, 1) + _be32(2, 1) + wire.attribute(
-                _NESTED | 3, wire.attribute(1, mac))),
+            _compared(_UNEQUAL, mac),
             _expression('immediate', _be32(1, 0) + drop)))
+        action = 'guard the interface ' + device
+        creation = [
+            _message(_NEWTABLE, wire.NLM_F_CREATE | wire.NLM_F_EXCL,
+                     wire.text(1, table)),
+            _message(_NEWCHAIN, wire.NLM_F_CREATE, (
+                wire.text(1, table) + wire.text(3, chain) + hook
+                + _be32(5, _NF_ACCEPT) + wire.text(7, 'filter'))),
+            _message(_NEWRULE, wire.NLM_F_CREATE | _APPEND, (
+                wire.text(1, table) + wire.text(2, chain)
+                + wire.attribute(_NESTED | 4, expressions)))]
         try:
-            self._batch('guard the interface ' + device, [
-                _message(_NEWTABLE, wire.NLM_F_CREATE | wire.NLM_F_EXCL,
-                         wire.text(1, table)),
-                _message(_NEWCHAIN, wire.NLM_F_CREATE, (
-                    wire.text(1, table) + wire.text(3, chain) + hook
-                    + _be32(5, _NF_ACCEPT) + wire.text(7, 'filter'))),
-                _message(_NEWRULE, wire.NLM_F_CREATE | _APPEND, (
-                    wire.text(1, table) + wire.text(2, chain)
-                    + wire.attribute(_NESTED | 4, expressions)))])
+            self._batch(action, creation)
         except exceptions.KernelRefused as err:
             if err.errno != errno.EEXIST:
                 raise
+            # That of an earlier interface of this name, or of 1.0.0.
+            self._batch(action, [_deletion(table), *creation])
 
     def delete_table(self, table: str) -> bool:
         """Delete a table; whether there was one."""
+        if self._get(_GETTABLE, wire.text(1, table)) is None:
+            return False  # to undo a batch takes the kernel some 15 ms
         try:
-            self._batch('delete the table ' + table, [
-                _message(_DELTABLE, 0, wire.text(1, table))])
+            self._batch('delete the table ' + table, [_deletion(table)])
         except exceptions.KernelRefused as err:
             if err.errno == errno.ENOENT:
                 return False
@@ -271,10 +267,22 @@ class Nft:
         except OSError as err:
             raise _refused(action, err.errno or 0) from err
 
-    def _dump(self, action: str, kind: int, body: bytes) -> Iterator[bytes]:
+    def _get(self, kind: int, body: bytes) -> Optional[dict[int, bytes]]:
+        """Return the attributes of one object; None if it is not there."""
+        try:
+            for found in list(self._dump('read a table', kind, body,
+                                         wire.NLM_F_ACK)):
+                return wire.attributes(found, 4, len(found))
+        except exceptions.KernelRefused as err:
+            if err.errno != errno.ENOENT:
+                raise
+        return None
+
+    def _dump(self, action: str, kind: int, body: bytes,
+              flags: int = wire.NLM_F_DUMP) -> Iterator[bytes]:
         self._sequence += 1
         try:
-            self._socket.send(_message(kind, wire.NLM_F_DUMP, body).packed(
+            self._socket.send(_message(kind, flags, body).packed(
                 self._sequence))
             while True:
                 data = self._socket.recv(2 ** 17)
@@ -381,6 +389,7 @@ class NftEvents:
 
 
 _NESTED = 0x8000
+_EQUAL, _UNEQUAL = 0, 1  # NFT_CMP_EQ, NFT_CMP_NEQ
 
 
 def _message(kind: int, flags: int, body: bytes) -> wire.Message:
@@ -395,6 +404,20 @@ def _be32(kind: int, value: int) -> bytes:
 def _expression(name: str, data: bytes) -> bytes:
     return wire.attribute(_NESTED | 1, wire.text(1, name)
                           + wire.attribute(_NESTED | 2, data))
+
+
+def _compared(operator: int, value: bytes) -> bytes:
+    return _expression('cmp', _be32(1, 1) + _be32(2, operator)
+                       + wire.attribute(_NESTED | 3, wire.attribute(1, value)))
+
+
+def _source_chain(index: int, mac: bytes) -> str:
+    """Return the name of a chain, which says what its rule is about."""
+    return 'source-%s-%d' % (mac.hex(), index)
+
+
+def _deletion(table: str) -> wire.Message:
+    return _message(_DELTABLE, 0, wire.text(1, table))
 
 
 def _elements(table: str, pair: Pair) -> bytes:

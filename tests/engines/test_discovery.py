@@ -157,6 +157,28 @@ class TestDocker(DiscoveryTestCase):
             self.reach(self.docker, 'web')
             self.docker('rm', '--force', 'web')
 
+    def test_disconnected_and_connected(self) -> None:
+        # Docker 28 and later announces the addresses of the new interface,
+        # and takes it away again if it cannot. Debian 12 has an earlier one;
+        # that of Debian unstable works here, unpacked and first in PATH.
+        self.start_agent()
+        self.docker.run('web', '--network', 'lan')
+        self.reach(self.docker, 'web')
+        netns = self.docker('inspect', '--format',
+                            '{{.NetworkSettings.SandboxKey}}', 'web')
+
+        def tables() -> str:
+            return self.lab.run('nsenter', '--net=' + netns, 'nft', 'list',
+                                'tables', 'netdev').stdout
+
+        self.assertIn('kuryr-break0-eth0', tables())
+        for _ in range(3):
+            self.docker('network', 'disconnect', 'lan', 'web')
+            self.docker('network', 'connect', 'lan', 'web')
+            self.reach(self.docker, 'web')
+        self.docker('network', 'disconnect', 'lan', 'web')
+        self.until(lambda: not tables())
+
     def test_addresses_set_inside(self) -> None:
         self.start_agent()
         self.docker.run('web', '--network', 'lan', '--cap-add', 'NET_ADMIN')

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import json
 import os
@@ -11,14 +12,17 @@ import socket
 import struct
 import subprocess
 import time
-from typing import Any, Optional
+from typing import Any, Iterator, Optional
 from unittest import mock
 
 from kuryr_break0 import device
 from kuryr_break0 import exceptions
 from kuryr_break0 import guard
 from kuryr_break0 import kernel
+from kuryr_break0.kernel import nft
+from kuryr_break0.kernel import wire
 from kuryr_break0.model import Owner
+from kuryr_break0 import podside
 from kuryr_break0 import reconciler
 from tests.functional import base
 from tests.functional.base import OTHER_OWNER
@@ -449,6 +453,154 @@ class TestTable(BorderTestCase):
         self.manager(static_neighbours=False).sync()
         self.assertTrue(self.lab.ping(POD))
         self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
+
+
+class TestInThePod(BorderTestCase):
+    """The table in a pod, which its interface may leave behind."""
+
+    TABLE = 'kuryr-break0-eth0'
+    NEW_MAC = 'fa:16:3e:00:00:11'
+    #: What 1.0.0 has loaded.
+    EARLIER = ('table netdev kuryr-break0-eth0 { chain source-fa163e000001 { '
+               'type filter hook egress device "eth0" priority 0; '
+               'policy accept; ether saddr != %s drop; }; }' % MAC)
+
+    def ruleset(self, name: str = 'pod') -> str:
+        return self.lab.run('nft', 'list', 'ruleset', netns=name).stdout
+
+    def can_send(self, source: str, device: str = 'eth0') -> bool:
+        """Whether the pod's kernel takes an ARP reply and an advertisement.
+
+        Docker 28 and later takes an interface away that cannot send these.
+        """
+        arp = (b'\x08\x06\x00\x01\x08\x00\x06\x04\0\x02'
+               + 2 * (packed(source) + ipaddress.ip_address(POD).packed))
+        advertisement = icmp6(
+            POD6, 'ff02::1', b'\x88\0\0\0' + b'\x20\0\0\0'
+            + ipaddress.ip_address(POD6).packed + b'\x02\x01'
+            + packed(source))
+        results = set()
+        with self.lab.socket(socket.AF_PACKET, socket.SOCK_RAW,
+                             'pod') as wire:
+            wire.bind((device, 0))
+            for target, payload in (('ff:ff:ff:ff:ff:ff', arp),
+                                    ('33:33:00:00:00:01', advertisement)):
+                try:
+                    wire.send((packed(target) + packed(source)
+                               + payload).ljust(60, b'\0'))
+                    results.add(True)
+                except OSError as err:
+                    self.assertEqual(errno.ENOBUFS, err.errno)
+                    results.add(False)
+        result, = results
+        return result
+
+    def delete_interface(self) -> None:
+        self.lab.run('ip', 'link', 'del', 'eth0', netns='pod')
+
+    def add_interface(self, name: str = 'eth0', mac: str = NEW_MAC) -> None:
+        """Have one more interface in the pod, made as by Docker."""
+        for command in (
+                'link add dm link %s address %s type macvlan mode bridge' % (
+                    lab.PARENT, mac), 'link set dm netns pod'):
+            self.lab.run('ip', *command.split())
+        for command in ('link set dm name ' + name,
+                        'link set %s up' % name,
+                        'address add %s/24 dev %s' % (POD, name),
+                        'address add %s/64 dev %s nodad' % (POD6, name)):
+            self.lab.run('ip', *command.split(), netns='pod')
+
+    def test_the_next_interface_can_send(self) -> None:
+        self.assertTrue(self.can_send(MAC))
+        self.assertFalse(self.can_send(self.NEW_MAC))
+        for number in range(3):
+            mac = 'fa:16:3e:00:00:2%d' % number
+            self.delete_interface()
+            self.add_interface(mac=mac)
+            self.assertTrue(self.can_send(mac))
+            # A sync does not take it for the one that was bound.
+            self.manager().sync()
+            self.assertTrue(self.can_send(mac))
+            # And once it is bound, with its own MAC address only.
+            self.bind(POD, POD6, netns=self.netns, mac_of_pod=mac,
+                      subnets=SUBNETS)
+            self.assertTrue(self.can_send(mac))
+            self.assertFalse(self.can_send(OTHER_MAC))
+            self.assertEqual(1, self.ruleset().count('hook egress'))
+            self.assert_reachable()
+
+    def test_it_goes_with_the_records(self) -> None:
+        for command in ('link set eth0 down', 'link set eth0 name lan0',
+                        'link del lan0'):
+            self.lab.run('ip', *command.split(), netns='pod')
+        self.unbind(POD, POD6)
+        self.assertEqual('', self.ruleset())
+        self.assertIn(self.TABLE, self.ruleset('other'))
+
+    def test_that_of_another_interface_stays(self) -> None:
+        self.add_interface('eth1')
+        self.bind('100.75.30.73', owner=Owner(OWNER.container_id, 'eth1'),
+                  netns=self.netns, mac_of_pod=self.NEW_MAC)
+        self.delete_interface()
+        self.unbind(POD, POD6)
+        self.assertNotIn(self.TABLE, self.ruleset())
+        self.assertTrue(self.can_send(self.NEW_MAC, 'eth1'))
+        self.assertFalse(self.can_send(OTHER_MAC, 'eth1'))
+
+    def test_a_cleanup_takes_it_from_where_the_interface_is_gone(self
+                                                                 ) -> None:
+        self.delete_interface()
+        records = [record for record in self.seen().live.values()
+                   if record.owner == OWNER]
+        self.assertEqual([], podside.take_back(records[0], base.options(),
+                                               dry_run=True))
+        self.assertIn(self.TABLE, self.ruleset())
+        self.assertEqual([], podside.take_back(records[0], base.options()))
+        self.assertEqual('', self.ruleset())
+
+    def test_what_it_should_not_be_is_repaired(self) -> None:
+        intact = self.ruleset()
+        chain = 'netdev %s source-' % self.TABLE
+        self.assertEqual(1, intact.count('chain source-'))
+        name = intact.partition('chain source-')[2].split()[0]
+        delete = 'delete table netdev %s; ' % self.TABLE
+        for rules in (
+                'flush ruleset', 'flush chain ' + chain + name,
+                # What a kernel before 6.16 leaves of it.
+                delete + 'table netdev %s' % self.TABLE,
+                delete + self.EARLIER,
+                delete + self.EARLIER.replace('00:01 drop', '00:99 drop')):
+            with self.subTest(rules=rules):
+                self.lab.run('nft', rules, netns='pod')
+                self.assertNotEqual(intact, self.ruleset())
+                self.assertTrue(self.manager().sync())
+                self.assertEqual(intact, self.ruleset())
+                self.assertFalse(self.can_send(OTHER_MAC))
+                self.assertFalse(self.manager().sync())
+
+    def test_what_a_pod_puts_there_is_not_read(self) -> None:
+        headers = nft.wire.headers
+        sizes: list[int] = []
+
+        def counted(data: bytes) -> Iterator[wire.Header]:
+            sizes.append(len(data))
+            return headers(data)
+
+        with mock.patch.object(nft.wire, 'headers', counted):
+            self.assertFalse(self.manager().sync())
+        before = sum(sizes)
+        with open('/run/rules', 'w') as file:
+            file.write('add table netdev {0}\nadd chain netdev {0} mine\n'
+                       .format(self.TABLE) + 300 * (
+                           'add rule netdev %s mine counter\n' % self.TABLE))
+        for _ in range(3):  # one batch of more does not fit into a socket
+            self.lab.run('nft', '-f', '/run/rules', netns='pod')
+        sizes.clear()
+        with mock.patch.object(nft.wire, 'headers', counted):
+            self.manager().sync()
+        self.assertLess(sum(sizes), before + 3000)
+        self.unbind(POD, POD6)
+        self.assertEqual('', self.ruleset())
 
 
 class TestInput(test_cli.CLITestCase):
