@@ -168,11 +168,16 @@ class NoAddress(Break0Error):
                '--netns of a namespace whose interface has one.')
 
 
+class NameOfBreak0(Break0Error):
+    msg_fmt = ('The VIF of the pod is named %(name)r, which is kept for '
+               'break0 on this node: correct vif_name in the KuryrPort.')
+
+
 class NotALeftover(Break0Error):
-    msg_fmt = ('The VIF of the pod is named %(name)r, which is a %(found)s of '
-               'this node and no macvlan with the MAC address %(mac)s that an '
-               'earlier ADD has left. It is not deleted: correct vif_name in '
-               'the KuryrPort.')
+    msg_fmt = ('The VIF of the pod is named %(name)r, which is %(found)s of '
+               'this node, and not what an earlier ADD has left. It is not '
+               'deleted: correct vif_name in the KuryrPort. If nothing uses '
+               'the interface, delete it: ip link delete %(name)s')
 
 
 class CannotTrace(Break0Error):

@@ -193,6 +193,10 @@ class Netlink:
         self._set(link, 'alias to ' + alias,
                   wire.attribute(wire.IFLA_IFALIAS, alias.encode()))
 
+    def set_group(self, link: Link, group: int) -> None:
+        self._set(link, 'group to %d' % group,
+                  wire.number(wire.IFLA_GROUP, group))
+
     def _set(self, link: Link, what: str, attribute: bytes) -> None:
         self._order('set the %s of %s' % (what, link.name), Message(
             wire.RTM_NEWLINK, 0, wire.pack_link(link.index) + attribute))

@@ -58,7 +58,7 @@ MACVLAN_MODE_BRIDGE = 4
 RTEXT_FILTER_SKIP_STATS = 1 << 3
 
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK = 1, 3, 4, 5
-IFLA_LINKINFO, IFLA_IFALIAS, IFLA_NET_NS_FD = 18, 20, 28
+IFLA_LINKINFO, IFLA_IFALIAS, IFLA_GROUP, IFLA_NET_NS_FD = 18, 20, 27, 28
 IFLA_EXT_MASK, IFLA_LINK_NETNSID, IFLA_NEW_NETNSID = 29, 37, 45
 IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_MACVLAN_MODE = 1, 2, 1
 IFA_ADDRESS, IFA_LOCAL = 1, 2
@@ -138,6 +138,7 @@ class Link:
     :ivar lower_namespace: the number that this namespace has for the one in
         which ``lower`` counts; None if that is this one
     :ivar alias: free text that somebody gave it
+    :ivar group: a number that somebody gave it; 0 is the default
     """
 
     name: str
@@ -152,6 +153,7 @@ class Link:
     multicast: bool
     up: bool
     loopback: bool
+    group: int
 
     @property
     def lower_of_macvlans(self) -> tuple[Optional[int], Optional[int]]:
@@ -417,7 +419,8 @@ def parse_link(data: bytes, start: int, end: int) -> Link:
         mac=found.get(IFLA_ADDRESS, b'').hex(':'),
         alias=_text(found.get(IFLA_IFALIAS)),
         multicast=bool(flags & IFF_MULTICAST), up=bool(flags & IFF_UP),
-        loopback=bool(flags & IFF_LOOPBACK))
+        loopback=bool(flags & IFF_LOOPBACK),
+        group=_number(found.get(IFLA_GROUP)) or 0)
 
 
 def parse_route(data: bytes, start: int, end: int) -> Route:

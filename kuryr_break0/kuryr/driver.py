@@ -58,7 +58,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         patches.restore_configure_l3()
         try:
             sandbox = self._sandbox(netns)
-            self._require_leftover(vif)
+            self._vacate(str(vif.vif_name))
             if self._is_direct(options):
                 self._connect_directly(vif, ifname, sandbox)
                 patches.replace_configure_l3(vif, self._configure_l3)
@@ -66,6 +66,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                 with patches.interfaces_only():
                     kernel.undisturbed('connect ' + ifname, super().connect,
                                        vif, ifname, netns, container_id)
+                pod_binding.finish(sandbox, ifname)
                 patches.repeat_configure_l3()
         except exceptions.Break0Error as err:
             raise PodNotConnected(str(err)) from err
@@ -118,6 +119,11 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
             if options is not None:
                 self._housekeep(options)
 
+    def _get_iface_create_args(self, vif: Any) -> dict[str, Any]:
+        """Have what Kuryr makes on the node known for that."""
+        return {**super()._get_iface_create_args(vif),
+                'group': pod_binding.UNFINISHED}
+
     def _detect_iface_name(self, h_ipdb: Any) -> str:
         """Detect the parent as Kuryr does, but never take break0 for it.
 
@@ -132,11 +138,27 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         # Copied in one step, since a thread of IPDB keeps it up to date.
         others = {name: link for name, link
                   in list(dict(h_ipdb.interfaces).items())
-                  if name not in config.device_names(k_config.CONF)
-                  and not str(name).startswith(device[:6] + '-')}
+                  if not self._is_for_break0(str(name))}
         self._parent = super()._detect_iface_name(
             types.SimpleNamespace(interfaces=others))
         return self._parent
+
+    @staticmethod
+    def _is_for_break0(name: str) -> bool:
+        return (name in config.device_names(k_config.CONF)
+                or name.startswith(
+                    config.device_name(k_config.CONF)[:6] + '-'))
+
+    @classmethod
+    def _vacate(cls, name: str) -> None:
+        """Make sure of the name that the VIF will have on the node.
+
+        :raises NameOfBreak0: if break0 is, or would be, named so
+        :raises NotALeftover: if it is that of another interface of the node
+        """
+        if cls._is_for_break0(name):
+            raise exceptions.NameOfBreak0(name=name)
+        pod_binding.remove_leftover(name)
 
     @staticmethod
     def _sandbox(netns: str) -> str:
@@ -158,27 +180,6 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
             raise exceptions.NetnsUnusable(
                 netns=path, reason="is the node's own")
         return path
-
-    @staticmethod
-    def _require_leftover(vif: Any) -> None:
-        """Let nothing be deleted on the node but what an ADD has left.
-
-        Kuryr, as our own binding, deletes an interface of the name that the
-        VIF has on the node. Whoever writes the KuryrPort chooses that name.
-
-        :raises NotALeftover: if there is one that is no pod's
-        """
-        name = str(vif.vif_name)
-        if kernel.index_of(name) is None:
-            return
-        with kernel.Netlink() as netlink:
-            link = netlink.link(name)
-        if link is None or link.kind != 'macvlan' or (
-                link.mac != str(vif.address).lower()):
-            raise exceptions.NotALeftover(
-                name=name, found=link.kind or 'physical interface'
-                if link is not None else 'alternative name',
-                mac=vif.address)
 
     def _options(self, consequence: str) -> Optional[config.Options]:
         """Read the options; None if they are not valid, which is logged."""

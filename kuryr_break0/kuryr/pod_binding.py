@@ -5,6 +5,11 @@
 Kuryr makes it on the node, under a name that is in nobody's way, moves it,
 renames it, and sets its MTU and MAC address one by one; around each step it
 reads the namespace again. Here it is one request, with the same result.
+
+Killed before the move, Kuryr leaves an interface on the node. The VIF cannot
+say that it is one: whoever writes the KuryrPort chooses name and MAC address.
+So Kuryr is made to create it in a group that nothing else is in, which the
+kernel does in the same request.
 """
 
 from __future__ import annotations
@@ -12,10 +17,14 @@ from __future__ import annotations
 import ipaddress
 from typing import Any
 
+from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0 import log
 
 LOG = log.get_logger(__name__)
+
+#: The group of a macvlan that Kuryr has not yet made a pod's ("br0").
+UNFINISHED = 0x627230
 
 _EVERYTHING = {4: ipaddress.ip_network('0.0.0.0/0'),
                6: ipaddress.ip_network('::/0')}
@@ -32,16 +41,15 @@ def connect(netlink: kernel.Netlink, netns: str, ifname: str,
     :param kernel: in the node's namespace
     :param netns: path of the pod's
     :param parent: on the node
-    :param passing: the name that Kuryr would give it on the node. One that
-        is left of that has the MAC address of the pod
+    :param passing: the name that Kuryr gives it before it renames it
     :raises NetnsUnusable: if the pod's namespace cannot be entered
     :raises KernelRefused: with EADDRINUSE where another macvlan on the
         parent has the MAC address
     """
     with kernel.entered(netns), kernel.Netlink() as pods:
-        _remove(pods, passing, netns)
-        _remove(pods, ifname, netns)
-    _remove(netlink, passing, 'the node')
+        for name in (passing, ifname):
+            if kernel.index_of(name) is not None:
+                _remove(pods, name, netns)
     netlink.create_macvlan(ifname, parent, netns, mac=mac, mtu=mtu)
 
 
@@ -86,8 +94,36 @@ def disconnect(netns: str, *names: str) -> None:
             netlink.delete_link(name)
 
 
+def remove_leftover(name: str) -> None:
+    """Delete the interface of a name that an ADD has left on the node.
+
+    :raises NotALeftover: if it is anything else
+    """
+    if kernel.index_of(name) is None:
+        return
+    with kernel.Netlink() as netlink:
+        link = netlink.link(name)
+        if (link is None or link.kind != 'macvlan'
+                or link.group != UNFINISHED):
+            raise exceptions.NotALeftover(name=name, found='a %s' % (
+                link.kind or 'physical interface') if link is not None
+                else 'an alternative name')
+        _remove(netlink, link.name, 'the node')
+
+
+def finish(netns: str, ifname: str) -> None:
+    """Take the interface that Kuryr has made for a pod out of the group.
+
+    :raises NetnsUnusable: if the pod's namespace cannot be entered
+    :raises KernelRefused: if the kernel refuses it
+    """
+    with kernel.entered(netns), kernel.Netlink() as netlink:
+        link = netlink.link(ifname)
+        if link is not None:
+            netlink.set_group(link, 0)
+
+
 def _remove(netlink: kernel.Netlink, name: str, where: str) -> None:
-    if kernel.index_of(name) is not None:
-        LOG.warning('The interface %s in %s is left from an earlier ADD: '
-                    'deleting it.', name, where)
-        netlink.delete_link(name)
+    LOG.warning('The interface %s in %s is left from an earlier ADD: '
+                'deleting it.', name, where)
+    netlink.delete_link(name)

@@ -24,10 +24,18 @@ class TestNameOfTheVIF(DaemonTestCase):
         run = self.node.lab.run
         run('ip', 'link', 'add', 'veth7', 'type', 'veth', 'peer', 'name',
             'peer7')
-        for number, name in enumerate(('break0', lab.PARENT, 'veth7', 'lo')):
-            with self.subTest(name=name):
+        run('ip', 'link', 'add', 'macvlan7', 'link', lab.PARENT,
+            'type', 'macvlan', 'mode', 'bridge')
+        for number, (name, its_mac) in enumerate((
+                ('break0', False), ('break0', True), (lab.PARENT, False),
+                ('veth7', False), ('lo', False), ('macvlan7', False),
+                ('macvlan7', True))):
+            with self.subTest(name=name, its_mac=its_mac):
                 before = self.node.lab.link(name)
-                vif = kuryr.macvlan_vif('100.75.30.%d' % (80 + number))
+                assert before is not None
+                vif = kuryr.macvlan_vif(
+                    '100.75.30.%d' % (80 + number),
+                    mac=before['address'] if its_mac else None)
                 vif.vif_name = name
                 pod = self.node.add_pod('pod-%d' % number, vif=vif)
                 answer = self.node.request(pod, 'ADD')

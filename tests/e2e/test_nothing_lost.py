@@ -26,6 +26,26 @@ PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 SOAK = int(os.environ.get('SOAK_SECONDS', '90'))
 
 
+OTHER_POD = '100.75.30.72'
+
+#: Kills a process of Kuryr before one change of an interface.
+DYING = """\
+import os, signal
+from pyroute2.iproute import linux
+link = linux.RTNL_API.link
+def dying(self, *args, **kwargs):
+    try:
+        with open(%r) as file:
+            if file.read() in kwargs:
+                os.unlink(file.name)
+                os.kill(os.getpid(), signal.SIGKILL)
+    except FileNotFoundError:
+        pass
+    return link(self, *args, **kwargs)
+linux.RTNL_API.link = dying
+"""
+
+
 class NothingLostTestCase(DaemonTestCase):
 
     def sync(self) -> None:
@@ -210,6 +230,81 @@ class TestKills(NothingLostTestCase):
             self.assertEqual(
                 {'100.75.30.' + name[len('pod-'):] for name in bound},
                 set(self.node.lab.routes()), 'round %d' % number)
+
+
+class TestKilledWithinAnAdd(NothingLostTestCase):
+    """A worker that is killed before it has made the pod's interface."""
+
+    binding = 'kuryr'
+
+    def setUp(self) -> None:
+        super().setUp()
+        # Of each Python that is started from now on.
+        self.armed = os.path.join(self.node.dir, 'armed')
+        with open(os.path.join(self.node.dir, 'sitecustomize.py'),
+                  'w') as file:
+            file.write(DYING % self.armed)
+        self.start_daemon()
+        self.add(self.node.add_pod('first', '100.75.30.70'))  # makes break0
+        self.before = self.links()
+
+    def restart_daemon(self) -> None:
+        self.node.kill_daemon()
+        self.start_daemon()
+
+    def start_daemon(self) -> None:
+        self.node.start_daemon('pod_binding = ' + self.binding,
+                               PYTHONPATH=self.node.dir)
+
+    def links(self) -> set[str]:
+        return {link['ifname'] for link in self.node.lab.ip('link', 'show')}
+
+    def killed(self, before: str = 'net_ns_fd') -> kuryr.Pod:
+        """Make a pod whose ADD is killed before a change of its interface.
+
+        :param before: what of that would be set: the namespace while it is
+            on the node, the state in the namespace of the pod
+        """
+        pod = self.node.add_pod('pod-' + before.replace('_', '-'),
+                                POD if before == 'state' else OTHER_POD)
+        with open(self.armed, 'w') as file:
+            file.write(before)
+        with self.assertRaises(requests.RequestException):
+            self.node.request(pod, 'ADD')
+        self.assertFalse(os.path.exists(self.armed))
+        self.assertEqual(before == 'net_ns_fd', self.links() != self.before)
+        return pod
+
+    def assert_added(self, pod: kuryr.Pod) -> None:
+        self.add(pod)
+        self.assert_reachable(pod)
+        self.assertEqual(self.before, self.links())
+
+    def test_the_same_sandbox(self) -> None:
+        for before in ('net_ns_fd', 'state'):
+            with self.subTest(before=before):
+                self.assert_added(self.killed(before))
+
+    def test_another_sandbox(self) -> None:
+        for before in ('net_ns_fd', 'state'):
+            with self.subTest(before=before):
+                pod = self.killed(before)
+                self.delete(pod)
+                self.end_sandbox(pod)
+                pod.container_id += '-again'
+                pod.netns = self.node.lab.add_netns(pod.name)
+                self.assert_added(pod)
+
+    def test_the_daemon_is_killed_too(self) -> None:
+        pod = self.killed()
+        self.restart_daemon()
+        self.assert_added(pod)
+
+    def test_direct_from_then_on(self) -> None:
+        pod = self.killed()
+        self.binding = 'direct'
+        self.restart_daemon()
+        self.assert_added(pod)
 
 
 class TestAgentBeside(NothingLostTestCase):

@@ -209,15 +209,6 @@ class TestConnect(DriverTestCase):
         self.assertEqual(str(self.vif.address),
                          self.pod_links()['eth0']['address'])
 
-    def test_what_is_left_on_the_node_is_removed(self) -> None:
-        # Of a daemon that was killed before it moved the interface.
-        self.lab.run('ip', 'link', 'add', self.vif.vif_name, 'link', 'eth0',
-                     'address', str(self.vif.address), 'up',
-                     'type', 'macvlan', 'mode', 'bridge')
-        self.connect()
-        self.assertIsNone(self.lab.link(self.vif.vif_name))
-        self.assertEqual(['eth0'], list(self.pod_links()))
-
     def test_again(self) -> None:
         self.connect()
         self.connect()

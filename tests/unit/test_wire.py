@@ -157,7 +157,7 @@ class TestAnswers(unittest.TestCase):
         message['attrs'] = [
             ('IFLA_IFNAME', 'break0'), ('IFLA_MTU', 1400), ('IFLA_LINK', 2),
             ('IFLA_ADDRESS', MAC), ('IFLA_IFALIAS', 'mine'),
-            ('IFLA_LINK_NETNSID', 3),
+            ('IFLA_LINK_NETNSID', 3), ('IFLA_GROUP', 7),
             ('IFLA_LINKINFO', {'attrs': [
                 ('IFLA_INFO_KIND', 'macvlan'),
                 ('IFLA_INFO_DATA', {'attrs': [
@@ -165,7 +165,7 @@ class TestAnswers(unittest.TestCase):
         data = encoded(message, 16, 0)
         self.assertEqual(
             wire.Link('break0', 5, 'macvlan', 'private', 2, 3, 1400, MAC,
-                      'mine', True, True, False),
+                      'mine', True, True, False, 7),
             wire.parse_link(data, 16, len(data)))
 
     def test_a_route(self) -> None:

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What an ADD leaves that is killed between any two of its steps.
+
+And what is only named like that.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from typing import Any, Callable, Iterator
+from unittest import mock
+
+from kuryr_kubernetes.cni.binding import base as b_base
+from pyroute2.iproute import linux
+
+from kuryr_break0 import kernel
+from kuryr_break0.kuryr import driver
+from tests.functional import base
+from tests.functional.base import POD
+from tests.functional.test_driver import CONTAINER
+from tests.functional.test_driver import DriverTestCase
+from tests.functional.test_driver import set_options
+from tests.functional.test_driver import vif
+from tests import lab
+
+
+class TestKills(DriverTestCase):
+
+    #: What is seen on the node between two steps.
+    leftovers = 1
+
+    def setUp(self) -> None:
+        super().setUp()
+        # break0 is there, so that all steps are those of the pod.
+        self.connect(vif=vif('100.75.30.70'),
+                     netns=self.lab.add_netns('first'), container_id='first')
+        self.before = self.node()
+        self.left: dict[str, Any] = {}
+
+    def node(self) -> dict[str, Any]:
+        return {link['ifname']: link for link in self.lab.ip('link', 'show')}
+
+    def add(self, netns: str, container_id: str) -> None:
+        """Do what an ADD does, which must succeed."""
+        self.connect(netns=netns, container_id=container_id)
+        b_base._configure_l3(self.vif, 'eth0', netns, True)
+        self.assertTrue(self.lab.ping(POD))
+        self.assertEqual(set(self.before), set(self.node()))
+        link, = (link for link in self.lab.ip(
+            'link', 'show', netns=os.path.basename(netns))
+            if link['ifname'] != 'lo')
+        self.assertEqual(('eth0', str(self.vif.address), 'default'),
+                         (link['ifname'], link['address'], link['group']))
+
+    def killed_after(self, steps: int) -> bool:
+        """Have an ADD killed after so many steps; whether it had as many.
+
+        A step is a request that changes something in the kernel.
+        """
+        left = steps
+
+        def counting(function: Callable[..., Any]) -> Callable[..., Any]:
+            def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+                nonlocal left
+                if args[0] not in ('get', 'dump'):  # of pyroute2
+                    if left == 0:
+                        base.die()
+                    left -= 1
+                return function(self, *args, **kwargs)
+            return counted
+
+        def add() -> None:
+            with mock.patch.object(linux.RTNL_API, 'link',
+                                   counting(linux.RTNL_API.link)), \
+                mock.patch.object(kernel.Netlink, '_send',
+                                  counting(kernel.Netlink._send)):
+                self.connect()
+
+        ended = base.wait_for(base.in_child(add))
+        self.assertIn(ended, (0, -signal.SIGKILL))
+        return ended != 0
+
+    def kills(self) -> Iterator[int]:
+        """Kill an ADD after 0 steps, after 1 step, and so on."""
+        for steps in itertools.count():
+            if not self.killed_after(steps):
+                break
+            self.left.update({name: link for name, link in self.node().items()
+                              if name not in self.before})
+            yield steps
+            self.disconnect()
+        # Or it was not between each two steps of Kuryr.
+        self.assertEqual(self.leftovers, len(self.left))
+        for name, link in self.left.items():
+            self.assertEqual(self.vif.vif_name, name)
+            self.assertNotEqual(str(self.vif.address), link['address'])
+
+    def test_an_add_in_the_same_sandbox(self) -> None:
+        for steps in self.kills():
+            with self.subTest(steps=steps):
+                self.add(self.netns, CONTAINER)
+
+    def test_a_del_and_an_add_in_another_sandbox(self) -> None:
+        for steps in self.kills():
+            with self.subTest(steps=steps):
+                name = 'after-%d' % steps
+                self.disconnect()
+                netns = self.lab.add_netns(name)
+                self.add(netns, name)
+                self.disconnect(netns=netns, container_id=name)
+
+
+class TestKillsDirectly(TestKills):
+
+    binding = 'direct'
+    leftovers = 0
+
+
+class TestLeftover(DriverTestCase):
+    """What has the name that the VIF will have on the node."""
+
+    def leave(self) -> None:
+        """Have an ADD killed before Kuryr moves the interface."""
+        set_options(self, pod_binding='kuryr')
+        link = linux.RTNL_API.link
+
+        def dying(self: Any, command: str, **kwargs: Any) -> Any:
+            if 'net_ns_fd' in kwargs:
+                base.die()
+            return link(self, command, **kwargs)
+
+        def add() -> None:
+            with mock.patch.object(linux.RTNL_API, 'link', dying):
+                self.connect()
+
+        self.assertEqual(-signal.SIGKILL, base.wait_for(base.in_child(add)))
+        self.assertIsNotNone(self.lab.link(self.vif.vif_name))
+        set_options(self, pod_binding=self.binding)
+
+    def test_it_is_removed(self) -> None:
+        self.leave()
+        self.connect()
+        self.assertIsNone(self.lab.link(self.vif.vif_name))
+        self.assertEqual(['eth0'], list(self.pod_links()))
+
+    def test_the_ledger_was_lost_meanwhile(self) -> None:
+        self.leave()
+        self.lab.run('rm', '-rf', '/run/kuryr-break0')
+        self.connect()
+        self.assertIsNone(self.lab.link(self.vif.vif_name))
+
+    def test_break0_is_disabled(self) -> None:
+        self.leave()
+        set_options(self, enabled=False)
+        self.connect()
+        self.assertIsNone(self.lab.link(self.vif.vif_name))
+
+    def refused(self, name: str, mac: str = '') -> None:
+        """Nothing is changed by an ADD of such a VIF."""
+        self.vif.vif_name = name
+        if mac:
+            self.vif.address = mac
+        before = self.node()
+        with self.assertRaisesRegex(driver.PodNotConnected,
+                                    'correct vif_name in the KuryrPort'):
+            self.connect()
+        self.assertEqual(before, self.node())
+        self.assertEqual({}, self.pod_links())
+
+    def node(self) -> list[Any]:
+        # Not the state, which the kernel sets some time later.
+        return [(link['ifname'], link['ifindex'], link['address'],
+                 link['flags'], link['group'])
+                for link in self.lab.ip('link', 'show')]
+
+    def test_a_macvlan_of_the_operator(self) -> None:
+        own = str(self.vif.address)
+        for name, parameters in {
+                'its-own': (), 'the-same': ('address', own),
+                'is-up': ('address', own, 'up'),
+                'in-a-group': ('address', own, 'group', '7')}.items():
+            with self.subTest(name):
+                self.lab.run('ip', 'link', 'add', name, 'link', 'eth0',
+                             *parameters, 'type', 'macvlan', 'mode',
+                             'bridge')
+                self.refused(name)
+                self.lab.run('ip', 'link', 'del', name)
+
+    def test_a_name_that_was_a_leftovers(self) -> None:
+        self.leave()
+        name = self.vif.vif_name
+        self.lab.run('ip', 'link', 'del', name)
+        self.lab.run('ip', 'link', 'add', name, 'link', 'eth0',
+                     'type', 'macvlan', 'mode', 'bridge')
+        self.refused(name)
+
+    def test_others(self) -> None:
+        self.lab.run('ip', 'link', 'add', 'veth7', 'type', 'veth',
+                     'peer', 'name', 'peer7')
+        self.lab.run('ip', 'link', 'property', 'add', 'dev', 'veth7',
+                     'altname', 'alias7')
+        for name in ('veth7', 'alias7', lab.PARENT, 'lo'):
+            with self.subTest(name):
+                self.refused(name)
+
+    def test_break0_that_is_not_there_yet(self) -> None:
+        for name in ('break0', 'break0-eth1'):
+            with self.subTest(name):
+                self.refused(name)
+
+    def test_break0(self) -> None:
+        self.connect(vif=vif('100.75.30.70'),
+                     netns=self.lab.add_netns('first'), container_id='first')
+        self.refused('break0')
+        self.refused('break0', (self.lab.link('break0') or {})['address'])
+
+
+class TestLeftoverDirectly(TestLeftover):
+
+    binding = 'direct'
