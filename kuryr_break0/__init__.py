@@ -32,6 +32,8 @@ Kuryr
   passes on none: ``manager.Break0Manager.unbind``, ``housekeep``.
 - An empty namespace path makes it delete eth0 of the node, and one that is
   gone makes it create one: ``kuryr.driver``.
+- Killed, it leaves an interface on the node, and deletes whatever has the name
+  that a KuryrPort gives it: ``kuryr.pod_binding``.
 - It reads all routes and neighbours of the node for each pod, and its IPDB
   fails in bursts: ``kuryr.patches``.
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import types
-from typing import Any, Optional
+from typing import Any, Iterable, Optional
 
 from kuryr_kubernetes.cni.binding import nested
 from kuryr_kubernetes import config as k_config
@@ -136,18 +136,21 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                 'must be the interface that %s is made on.' % (device,
                                                                device))
         # Copied in one step, since a thread of IPDB keeps it up to date.
-        others = {name: link for name, link
-                  in list(dict(h_ipdb.interfaces).items())
-                  if not self._is_for_break0(str(name))}
+        links = dict(h_ipdb.interfaces)
+        kept = self._kept_for_break0(links)
+        others = {name: link for name, link in links.items()
+                  if name not in kept}
         self._parent = super()._detect_iface_name(
             types.SimpleNamespace(interfaces=others))
         return self._parent
 
     @staticmethod
-    def _is_for_break0(name: str) -> bool:
-        return (name in config.device_names(k_config.CONF)
-                or name.startswith(
-                    config.device_name(k_config.CONF)[:6] + '-'))
+    def _kept_for_break0(names: Iterable[Any]) -> set[Any]:
+        """Return those of some names that break0s have, or may get."""
+        devices = config.device_names(k_config.CONF)
+        prefix = config.device_name(k_config.CONF)[:6] + '-'
+        return {name for name in names
+                if name in devices or str(name).startswith(prefix)}
 
     @classmethod
     def _vacate(cls, name: str) -> None:
@@ -156,7 +159,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         :raises NameOfBreak0: if break0 is, or would be, named so
         :raises NotALeftover: if it is that of another interface of the node
         """
-        if cls._is_for_break0(name):
+        if cls._kept_for_break0([name]):
             raise exceptions.NameOfBreak0(name=name)
         pod_binding.remove_leftover(name)
 

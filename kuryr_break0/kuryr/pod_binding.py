@@ -95,7 +95,7 @@ def disconnect(netns: str, *names: str) -> None:
 
 
 def remove_leftover(name: str) -> None:
-    """Delete the interface of a name that an ADD has left on the node.
+    """Delete what an earlier ADD has left on the node under a name.
 
     :raises NotALeftover: if it is anything else
     """

@@ -25,7 +25,6 @@ PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 #: Seconds for which agent and daemon are killed at random.
 SOAK = int(os.environ.get('SOAK_SECONDS', '90'))
 
-
 OTHER_POD = '100.75.30.72'
 
 #: Kills a process of Kuryr before one change of an interface.
