@@ -388,8 +388,9 @@ OPTS = [
         type=YesOrNo(),
         default=False,
         help='Replace routes to addresses of pods that another program has '
-             'set, on another interface and with another protocol number. By '
-             'default they are reported and stay, because two programs that '
+             'set, on another interface and with another protocol number. One '
+             'with another metric stays, but ours is used. By default they '
+             'are reported and ours is not set, because two programs that '
              'set the same route would never stop. If true, a route that '
              'returns within a minute stays.'),
     cfg.Opt(

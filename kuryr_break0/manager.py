@@ -30,6 +30,7 @@ from kuryr_break0.ledger.records import MAX_SIBLINGS
 from kuryr_break0.ledger.records import MAX_SUBNETS
 from kuryr_break0 import log
 from kuryr_break0.model import address_order
+from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import IPNetwork
 from kuryr_break0.model import MAC
@@ -706,6 +707,10 @@ class Break0Manager:
                 not self._options.static_neighbours):
             LOG.warning('From its pod, %s, the node cannot be reached: that '
                         'needs [break0] static_neighbours', record.address)
+        # NLM_F_EXCL does not notice a route of another metric.
+        present = netlink.route_to(record.address)
+        if present is not None:
+            self._require_free(wanted, [present])
         err = self._add(netlink, wanted)
         if err is not None and err.device_lost:
             # break0 is down, or has just gone.
@@ -717,7 +722,7 @@ class Break0Manager:
                                          src) or wanted
             err = self._add(netlink, wanted)
         if err is not None and err.errno == errno.EEXIST:
-            self._replace(netlink, wanted)
+            self._replace(netlink, wanted, present)
         elif err is not None:
             raise err
         say('Bound %s to %s for %s, source %s', record.address, shim.name,
@@ -737,16 +742,13 @@ class Break0Manager:
                 LOG.error('%s', other)
         return err
 
-    def _replace(self, netlink: kernel.Netlink, wanted: Wanted) -> None:
-        """Set a route in place of what is there, if that may be."""
+    def _require_free(self, wanted: Wanted,
+                      in_the_way: Iterable[HostRoute]) -> None:
+        """Refuse to override a route of others, or take it over.
+
+        :raises ForeignRoute: if it stays
+        """
         route = wanted.route
-        present = netlink.route_to(route.dst)
-        # One that is not the one in use is only to be seen in a dump.
-        in_the_way = ([present] if present is not None
-                      and present.table == route.table
-                      and present.metric == route.metric else
-                      [each for each in netlink.routes().host
-                       if each.dst == route.dst])
         plan = compute({route.dst: wanted}, in_the_way,
                        device=route.oif or 0, protocol=route.protocol,
                        takeover=self._options.takeover)
@@ -754,6 +756,20 @@ class Break0Manager:
             raise foreign_route(plan.foreign[0])
         for foreign in plan.foreign:
             take_over(foreign, self._ledger, self._journal)
+
+    def _replace(self, netlink: kernel.Netlink, wanted: Wanted,
+                 present: Optional[HostRoute]) -> None:
+        """Set a route in place of what is there, if that may be.
+
+        :param present: what was in use, which is known to be free
+        """
+        route = wanted.route
+        if present is None or (present.table, present.metric) != (
+                route.table, route.metric):
+            # One that is not the one in use is only to be seen in a dump.
+            self._require_free(wanted, [
+                each for each in netlink.routes().host
+                if each.dst == route.dst])
         changes: list[kernel.Change] = [(Verb.REPLACE, route)]
         if wanted.neighbour is None:
             # It was an earlier pod's, which had another MAC address.

@@ -25,8 +25,9 @@ class Plan:
 
     :ivar replace: routes to set, in place of what is there
     :ivar delete: our routes that must go
-    :ivar foreign: routes of others that are in the way of a pod's route.
-        Left alone, or, where they are taken over, what is replaced
+    :ivar foreign: routes of others that are in the way of a pod's route, the
+        best one of each address. Left alone, and ours is not set; or, where
+        they are taken over, those that ours is set in place of, or before
     :ivar learn: neighbours to set, in place of what is there
     :ivar forget: our neighbours that must go
     :ivar unclaimed: our routes and neighbours of addresses without a record
@@ -52,7 +53,9 @@ def compute(desired: Mapping[IPAddress, Wanted],
 
     A route that is on break0, or carries our protocol number, was set for a
     pod, so in the way of a pod's route it is replaced. All else belongs to
-    others. Only what is both is ever deleted.
+    others, at any metric: ours is the best, so it would override them. One
+    that comes when ours is there, with another metric, takes no part. Only
+    what is both is ever deleted.
 
     :param desired: what the addresses of pods must have
     :param routes: the host routes of the node
@@ -62,8 +65,9 @@ def compute(desired: Mapping[IPAddress, Wanted],
     :param elsewhere: addresses that have a record, but not for this break0
     """
     present: set[IPAddress] = set()
-    blocked: set[IPAddress] = set()
-    delete, foreign, forget = [], [], []
+    held: set[IPAddress] = set()
+    foreign: dict[IPAddress, HostRoute] = {}
+    delete, forget = [], []
     unclaimed: list[Item] = []
     for route in routes:
         wanted = desired.get(route.dst)
@@ -71,14 +75,13 @@ def compute(desired: Mapping[IPAddress, Wanted],
         if wanted is not None and route.table == wanted.route.table:
             if route == wanted.route:
                 present.add(route.dst)
-            elif route.metric != wanted.route.metric:
-                # It takes no part beside ours, whose metric is the best.
-                if ours:
-                    delete.append(route)
-            elif route.oif != device and route.protocol != protocol:
-                foreign.append(route)
-                if not takeover:
-                    blocked.add(route.dst)
+            if route.oif != device and route.protocol != protocol:
+                foreign[route.dst] = min(
+                    route, foreign.get(route.dst, route), key=_by_metric)
+            elif route.metric == wanted.route.metric:
+                held.add(route.dst)
+            elif ours:
+                delete.append(route)
         elif ours and (wanted is not None or route.dst in withdrawn):
             delete.append(route)
         elif ours and route.dst not in elsewhere:
@@ -95,19 +98,26 @@ def compute(desired: Mapping[IPAddress, Wanted],
             forget.append(neighbour)
         elif ours and neighbour.dst not in elsewhere:
             unclaimed.append(neighbour)
-    settled = present | blocked
+    foreign = {address: route for address, route in foreign.items()
+               if address not in held
+               or route.metric == desired[address].route.metric}
+    settled = present if takeover else present | set(foreign)
     in_order = [desired[address]
                 for address in sorted(desired, key=address_order)]
     return Plan(
         replace=tuple(wanted.route for wanted in in_order
                       if wanted.route.dst not in settled),
         delete=tuple(sorted(delete, key=_order)),
-        foreign=tuple(sorted(foreign, key=_order)),
+        foreign=tuple(sorted(foreign.values(), key=_order)),
         learn=tuple(wanted.neighbour for wanted in in_order
                     if wanted.neighbour is not None
                     and wanted.neighbour.dst not in known),
         forget=tuple(sorted(forget, key=_order)),
         unclaimed=tuple(sorted(unclaimed, key=_order)))
+
+
+def _by_metric(route: HostRoute) -> tuple[int, ...]:
+    return (route.metric or 0, *_order(route))
 
 
 def _order(item: Union[HostRoute, Neighbour]) -> tuple[int, ...]:

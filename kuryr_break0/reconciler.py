@@ -37,6 +37,7 @@ from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger.journal import Journal
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
+from kuryr_break0.model import best_metric
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Item
@@ -535,7 +536,9 @@ class _Sync:
         if parent.link is None or self._is_left(seen, parent):
             return  # what another ledger knows of it is not known here
         plan = parent.plan
-        taken = {route.dst: route for route in plan.foreign}
+        replaced = {route.dst for route in plan.replace}
+        taken = {route.dst: route for route in plan.foreign
+                 if route.dst in replaced}
         to_set: dict[IPAddress, list[kernel.Change]] = {}
         to_delete: dict[IPAddress, list[kernel.Change]] = {}
         wanted: list[Item] = [*plan.learn, *plan.replace]
@@ -684,7 +687,7 @@ def foreign_route(route: HostRoute, reason: str = 'it is left alone, unless '
 
 
 def take_over(route: HostRoute, ledger: Ledger, journal: Journal) -> None:
-    """Note that a route of others is about to be replaced.
+    """Note that a route of others is about to be replaced or overridden.
 
     :raises ForeignRoute: if it has just been replaced already
     """
@@ -695,6 +698,8 @@ def take_over(route: HostRoute, ledger: Ledger, journal: Journal) -> None:
                   in ledger.cache.get('takeovers', TRUCE) or ()
                   if 0 <= now - float(when) < TRUCE}
     if str(route.dst) in recent:
+        if route.metric != best_metric(route.dst):
+            return  # it was not set again, but has stayed beside ours
         raise foreign_route(
             route, 'somebody has set it again after it was taken over, so it '
             'is left alone for a minute')

@@ -50,6 +50,11 @@ _NUD = {0x01: 'incomplete', 0x02: 'reachable', 0x04: 'stale', 0x08: 'delay',
         0x10: 'probe', 0x20: 'failed', 0x40: 'noarp', 0x80: 'permanent'}
 
 
+#: What a look-up fails with for each kind of route that leads nowhere
+#: (fib_props in fib_semantics.c, ip6_rt_type_to_error).
+_LEADS_NOWHERE = {errno.EINVAL: wire.RTN_BLACKHOLE,
+                  errno.EHOSTUNREACH: wire.RTN_UNREACHABLE,
+                  errno.EACCES: wire.RTN_PROHIBIT}
 _ANY_NUMBER = struct.pack('=i', -1)  # NETNSA_NSID_NOT_ASSIGNED
 
 
@@ -318,6 +323,13 @@ class Netlink:
 
         :param source: the node's address that it is reached from
         """
+        try:
+            return self._looked_up(address, source)
+        except exceptions.KernelRefused:
+            return None  # unreachable, prohibited, a blackhole
+
+    def _looked_up(self, address: IPAddress,
+                   source: Optional[IPAddress] = None) -> wire.Route:
         # In strict mode the kernel refuses RTM_F_LOOKUP_TABLE for IPv6.
         self._set_option(_NETLINK_GET_STRICT_CHK, 0)
         try:
@@ -326,16 +338,29 @@ class Netlink:
                 wire.RTM_GETROUTE, 0, wire.pack_lookup(
                     address, wire.RTM_F_FIB_MATCH | wire.RTM_F_LOOKUP_TABLE,
                     source)))
-        except exceptions.KernelRefused:
-            return None  # unreachable, prohibited, a blackhole
         finally:
             self._set_option(_NETLINK_GET_STRICT_CHK)
         return route
 
     def route_to(self, address: IPAddress) -> Optional[HostRoute]:
-        """Return the route to an address alone, if that is what is used."""
-        route = self.lookup(address)
-        return route.host_route if route is not None else None
+        """Return the route to an address alone, if that is what is used.
+
+        One look-up. Only where that ends at a route that leads nowhere, which
+        it does not name, those of its kind are dumped.
+        """
+        try:
+            return self._looked_up(address).host_route
+        except exceptions.KernelRefused as err:
+            kind = _LEADS_NOWHERE.get(err.errno)
+        if kind is None:
+            return None
+        found = [route.host_route for route in self._dump(
+            'list the routes to %s' % address, Message(
+                wire.RTM_GETROUTE, 0, wire.pack_route_dump(
+                    wire.family_of(address), kind=kind)))
+                 if route.type == kind and route.dst == address]
+        return min((each for each in found if each is not None),
+                   key=lambda each: each.metric or 0, default=None)
 
     def is_on_link(self, address: IPAddress) -> bool:
         """Return whether an address would be reached without a gateway."""

@@ -44,6 +44,7 @@ RTPROT_STATIC = 4
 #: is scoped to the link.
 RT_SCOPE_NOWHERE = 255
 RTN_UNICAST, RTN_LOCAL = 1, 2
+RTN_BLACKHOLE, RTN_UNREACHABLE, RTN_PROHIBIT = 6, 7, 8
 #: Learnt by use, as IPv6's path MTUs are: not a route of the table.
 RTM_F_CLONED = 0x200
 #: Answer with the table that was used; without it, the answer says main.

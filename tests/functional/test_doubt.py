@@ -498,7 +498,9 @@ class TestErrorsStayWhereTheyArise(DoubtTestCase):
     def test_a_foreign_route_of_ipv6_with_a_better_metric(self) -> None:
         self.lab.add_ipv6()
         self.lab.run('ip', 'route', 'add', POD6, 'dev', 'lo', 'metric', '10')
-        self.bind(POD6)
+        with self.assertRaises(exceptions.ForeignRoute):
+            self.bind(POD6)
+        self.bind(POD6, takeover=True)
         self.manager().sync()  # the node has got an address
         found = self.lab.ip('-6', 'route', 'get', POD6)[0]
         self.assertEqual('break0', found['dev'])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 import struct
 import threading
 import time
-from typing import Any
+from typing import Any, Optional
 from unittest import mock
 
 from kuryr_break0 import device
@@ -23,6 +24,7 @@ from tests.functional.base import OWNER
 from tests.functional.base import POD
 from tests import lab
 
+POD6 = 'fd00:30::71'
 MAC = '02:00:00:00:00:01'
 OTHER_MAC = '02:00:00:00:00:02'
 
@@ -146,6 +148,130 @@ class TestRoutes(base.LabTestCase):
         with self.assertRaisesRegex(exceptions.ForeignRoute, 'minute'):
             self.bind(takeover=takeover)
 
+    def test_a_foreign_route_of_another_metric(self) -> None:
+        self.lab.add_ipv6()
+        self.bind(OTHER_POD)
+        self.lab.run('ip', 'link', 'add', 'dummy0', 'type', 'veth',
+                     'peer', 'name', 'dummy1')
+        self.lab.run('ip', 'link', 'set', 'dummy0', 'up')
+        for address, route in (
+                (POD, 'dev lo metric 100'),
+                (POD, 'via %s metric 100' % lab.LAN),
+                (POD, 'metric 100 nexthop via %s nexthop dev dummy0'
+                 % lab.LAN),
+                ('blackhole ' + POD, 'metric 100'),
+                ('unreachable ' + POD, 'metric 100'),
+                (POD6, 'dev lo'),
+                (POD6, 'dev lo metric 2'),
+                (POD6, 'nexthop via %s nexthop via fe80::9 dev dummy0'
+                 % lab.LAN6),
+                ('blackhole ' + POD6, ''),
+                ('unreachable ' + POD6, ''),
+                ('prohibit ' + POD6, '')):
+            with self.subTest(address=address, route=route):
+                self.lab.run('ip', 'route', 'add', *address.split(),
+                             *route.split())
+                address = address.split()[-1]
+                before = self.host_routes(address)
+                error: Any = exceptions.ForeignRoute
+                if before[0]['type'] == 'prohibit':
+                    error = exceptions.AddressRefused
+                with self.assertRaisesRegex(error, address):
+                    self.bind(address)
+                self.assertEqual(before, self.host_routes(address))
+                self.assertIsNone(self.neighbour(address))
+                if error is exceptions.ForeignRoute:
+                    # Nor by a sync. It is said everywhere.
+                    with self.assertLogs('kuryr_break0', 'ERROR') as logs:
+                        self.assertEqual([address], [
+                            str(each.dst) for each
+                            in self.manager().sync().foreign])
+                    self.assertIn('%s has a route' % address,
+                                  '\n'.join(logs.output))
+                    self.assertFalse(self.manager().sync())
+                    self.assertEqual(before, self.host_routes(address))
+                    self.assertRegex(self.problems()[0],
+                                     'it has a route of others')
+                    # Taken over, it stays, and ours is used.
+                    self.bind(address, takeover=True)
+                    after = self.host_routes(address)
+                    for each in before:
+                        self.assertIn(each, after)
+                    self.assertEqual('break0', self.lab.ip(
+                        'route', 'get', address)[0]['dev'])
+                    self.assertFalse(self.manager().sync())
+                    self.assertEqual([], self.problems())
+                # When it is gone, nothing is in the way.
+                self.unbind(address)
+                self.assertEqual(before, self.host_routes(address))
+                self.lab.run('ip', '-6' if ':' in address else '-4', 'route',
+                             'flush', 'exact', address)
+                self.bind(address)
+                self.assertIn(address, self.lab.routes())
+                self.unbind(address)
+
+    def host_routes(self, address: str) -> list[Any]:
+        """The routes to an address alone, but for local ones."""
+        return [route for route in self.lab.ip(
+            '-6' if ':' in address else '-4', 'route', 'show', 'table', 'all',
+            'exact', address) if route.get('type') != 'local']
+
+    def neighbour(self, address: str) -> Optional[str]:
+        return next((each['lladdr'] for each in self.lab.ip(
+            'neigh', 'show', 'dev', 'break0') if each['dst'] == address),
+            None)
+
+    def test_a_route_of_a_network_is_overridden(self) -> None:
+        # As the block of addresses that Calico makes a blackhole.
+        self.lab.add_ipv6()
+        for route in ('blackhole 100.75.30.64/26', 'unreachable 10.9.0.0/16',
+                      'blackhole fd00:30:0:0:1::/80',
+                      'unreachable default metric 5000'):
+            self.lab.run('ip', *(('-6',) if 'default' in route else ()),
+                         'route', 'add', *route.split())
+        pods = (POD, '10.9.0.1', 'fd00:30:0:0:1::1', 'fd09::1')
+        self.bind(*pods)
+        self.assertEqual(set(map(ipaddress.ip_address, pods)),
+                         set(map(ipaddress.ip_address, self.lab.routes())))
+
+    def test_a_route_that_comes_later_takes_no_part(self) -> None:
+        self.lab.add_pod('pod', POD)
+        self.bind()
+        self.lab.run('ip', 'route', 'add', POD, 'dev', 'lo', 'metric', '100')
+        self.assertFalse(self.manager().sync().foreign)
+        self.assertEqual([], self.problems())
+        self.bind()
+        self.assertTrue(self.lab.ping(POD))
+        # But where ours has to be set again, it was there first.
+        self.lab.run('ip', 'link', 'del', 'break0')
+        self.assertEqual(1, len(self.manager().sync().foreign))
+        self.assertEqual({}, self.lab.routes())
+        # Taken over again and again: it is no fight, and is said once.
+        with self.assertLogs('kuryr_break0', 'WARNING') as logs:
+            for _ in range(2):
+                self.manager(takeover=True).sync()
+                self.assertTrue(self.lab.ping(POD))
+                self.assertFalse(self.manager(takeover=True).sync())
+                self.lab.run('ip', 'link', 'del', 'break0')
+        self.assertEqual(1, len([line for line in logs.output
+                                 if 'Taking over' in line]))
+
+    def test_a_route_of_another_table(self) -> None:
+        # It is chosen by a rule that somebody has made; ours is not there.
+        self.bind(OTHER_POD)
+        self.lab.run('ip', 'rule', 'add', 'from', 'all', 'lookup', '1000')
+        self.lab.run('ip', 'route', 'add', POD, 'dev', 'lo', 'table', '1000')
+        self.bind()
+        self.assertIn(POD, self.lab.routes())
+        self.assertFalse(self.manager().sync().foreign)
+        # Ours may be there too.
+        with self.assertRaises(exceptions.ForeignRoute):
+            self.bind(route_table=1000)
+        self.lab.run('ip', 'route', 'add', '100.75.30.73', 'dev', 'lo',
+                     'table', '1000', 'metric', '9')
+        with self.assertRaises(exceptions.ForeignRoute):
+            self.bind('100.75.30.73', route_table=1000)
+
     def test_unbind_what_is_not_there(self) -> None:
         self.unbind()  # without any break0
         self.bind(OTHER_POD)
@@ -208,9 +334,9 @@ class TestRoutes(base.LabTestCase):
 
             with mock.patch.object(socket, 'socket', CountingSocket), \
                     mock.patch.object(nft, '_kept', threading.local()):
-                # Its pair in the guard; neighbour and route; in the pod,
-                # whether the node is on its link, the node as neighbour,
-                # its table, and its other interfaces
+                # Its pair in the guard; which route is used; neighbour and
+                # route; in the pod, whether the node is on its link, the
+                # node as neighbour, its table, and its other interfaces
                 self.bind(netns=netns, mac_of_pod=MAC)
                 # Whose break0 it is; its pair; whose neighbour it is; route
                 # and neighbour; in the pod, which addresses it has, its
@@ -224,7 +350,8 @@ class TestRoutes(base.LabTestCase):
         # The last of each request is acknowledged. A batch of nftables has a
         # first and a last message.
         self.assertEqual(
-            ['16 0x1', '2572 0x405', '17 0x1', '28 0x501', '24 0x605',
+            ['16 0x1', '2572 0x405', '17 0x1', '26 0x5', '28 0x501',
+             '24 0x605',
              '18 0x5', '26 0x5', '28 0x505', '2564 0x5', '16 0x1',
              '2560 0x601', '2563 0x401', '2566 0xc05', '17 0x1', '22 0x301',
              '18 0x5', '16 0x1', '2574 0x5', '17 0x1', '30 0x5', '25 0x1',

@@ -144,6 +144,29 @@ class TestPlan(unittest.TestCase):
                              set(after.routes))
 
     @given(desired(), actual)
+    def test_foreign_routes_are_not_overridden(
+            self, wanted: dict[plan.IPAddress, Wanted],
+            before: Held) -> None:
+        to_do = compute(wanted, before)
+        for route in to_do.replace:
+            others = [each for each in before.routes if is_foreign(each)
+                      and (each.dst, each.table) == (route.dst, route.table)]
+            # Unless ours was there before, and is to be set anew.
+            self.assertTrue(not others or any(
+                not is_foreign(each) and key(each) == key(route)
+                for each in before.routes))
+        # And each that is not is said, once for each address.
+        self.assertEqual(
+            {route.dst for route in to_do.foreign},
+            {each.dst for each in wanted.values() for each in [each.route]
+             if each not in before.after(to_do).routes}
+            | {each.dst for each in before.routes
+               if is_foreign(each) and each.dst in wanted
+               and key(each) == key(wanted[each.dst].route)})
+        self.assertEqual(len(to_do.foreign),
+                         len({route.dst for route in to_do.foreign}))
+
+    @given(desired(), actual)
     def test_nothing_but_ours_is_deleted(
             self, wanted: dict[plan.IPAddress, Wanted],
             before: Held) -> None:
@@ -192,7 +215,6 @@ class TestPlan(unittest.TestCase):
                          compute({}, held, elsewhere={ADDRESS}))
 
     def test_a_better_route_than_ours_there_is_none(self) -> None:
-        # Of another metric than the best, it takes no part.
         for text in ('10.0.0.1', 'fd00::1'):
             address = ipaddress.ip_address(text)
             route = HostRoute(address, DEVICE, PROTOCOL, TABLE,
@@ -200,8 +222,18 @@ class TestPlan(unittest.TestCase):
             wanted = {address: Wanted(route)}
             worse = dataclasses.replace(route, metric=1024, oif=3,
                                         protocol=3)
-            self.assertEqual(plan.Plan(replace=(route,)),
+            # Ours would override it, unless it came when ours was there.
+            self.assertEqual(plan.Plan(foreign=(worse,)),
                              compute(wanted, Held([worse])))
+            self.assertEqual(plan.Plan(foreign=(worse,), replace=(route,)),
+                             compute(wanted, Held([worse]), takeover=True))
+            self.assertEqual(plan.Plan(), compute(wanted, Held([
+                route, worse])))
+            for others in ({'table': 100}, {'protocol': PROTOCOL},
+                           {'oif': DEVICE}):
+                other = dataclasses.replace(worse, **others)
+                self.assertEqual(plan.Plan(replace=(route,)),
+                                 compute(wanted, Held([other])))
             # As version 1 has set it for IPv6.
             older = dataclasses.replace(route, metric=1024)
             self.assertEqual(plan.Plan(replace=(route,), delete=(older,)),
@@ -209,6 +241,8 @@ class TestPlan(unittest.TestCase):
             same = dataclasses.replace(worse, metric=route.metric)
             self.assertEqual(plan.Plan(foreign=(same,)),
                              compute(wanted, Held([same])))
+            self.assertEqual(plan.Plan(foreign=(same,)),
+                             compute(wanted, Held([worse, same])))
             self.assertEqual(plan.Plan(foreign=(same,), replace=(route,)),
                              compute(wanted, Held([same]), takeover=True))
 
