@@ -142,7 +142,7 @@ class Break0Manager:
                           tuple(subnets)[:MAX_SUBNETS], netns, namespace,
                           pod, bound_at=bound_at, origin=origin,
                           network=network)
-                   for address in self._usable(addresses, failure)]
+                   for address in self._usable(addresses, origin, failure)]
         if not records:
             failure.raise_first()  # nothing to make break0 for
             return
@@ -166,6 +166,7 @@ class Break0Manager:
         failure.raise_first()
 
     def _usable(self, addresses: Iterable[IPAddress],
+                origin: Optional[Origin],
                 failure: Failures) -> Iterator[IPAddress]:
         """Return the addresses that may be those of a pod.
 
@@ -175,7 +176,7 @@ class Break0Manager:
             try:
                 reason = self._policy.not_allowed(address)
                 if reason is None:
-                    reason = self._not_usable(address)
+                    reason = self._not_usable(address, origin)
             except (exceptions.Break0Error, OSError) as err:
                 LOG.warning('Binding %s without knowing whether it is in use '
                             'on this node: %s', address, err)
@@ -185,7 +186,8 @@ class Break0Manager:
             else:
                 failure.note(self._policy.refused(address, reason))
 
-    def _not_usable(self, address: IPAddress) -> Optional[str]:
+    def _not_usable(self, address: IPAddress,
+                    origin: Optional[Origin]) -> Optional[str]:
         try:
             if kernel.source_for(address) == address:
                 return policy.OWN
@@ -194,12 +196,17 @@ class Break0Manager:
         next_hops = self._ledger.cache.get('next_hops', CACHED)
         if next_hops is None:
             with kernel.Netlink() as netlink:
-                next_hops = sorted(map(str, netlink.next_hops(
-                    self._device_indexes(), self._options.route_protocol)))
+                found = netlink.next_hops(
+                    self._device_indexes(), self._options.route_protocol)
+            next_hops = sorted(map(str, found))
             with contextlib.suppress(exceptions.LedgerUnavailable):
                 self._ledger.prepare()  # by the first pod
             self._ledger.cache.put('next_hops', next_hops)
-        return policy.NEXT_HOP if str(address) in next_hops else None
+            self._ledger.note_next_hops(found)
+        if str(address) in next_hops:
+            return policy.NEXT_HOP
+        return (policy.EARLIER_NEXT_HOP if origin is Origin.DISCOVERED
+                and str(address) in self._ledger.next_hops_seen() else None)
 
     def _device_indexes(self) -> list[int]:
         identity = self._ledger.identity()

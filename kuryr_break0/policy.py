@@ -22,6 +22,11 @@ from kuryr_break0.model import Wanted
 
 OWN = 'an address of the node itself'
 NEXT_HOP = 'a next hop of a route of the node'
+#: Only where discovery brought it; others may serve a VPN.
+OWN_NEXT_HOP = ('a next hop of a route that leads through break0. If its '
+                'router is elsewhere, set that route again')
+EARLIER_NEXT_HOP = ('an earlier next hop of the node, which discovery does '
+                    'not bind until the next boot')
 
 
 class Policy:

@@ -358,6 +358,8 @@ class _Sync:
             self._reconciler.warn_once('unjudged', seen.unjudged_problem)
             self._ledger.cache.put('next_hops', sorted(map(
                 str, seen.routes.next_hops)))  # which spares the next bind it
+            self._ledger.note_next_hops(seen.routes.next_hops
+                                        | seen.routes.left_out)
         own = [parent.plan for parent in seen.parents.values()
                if not self._is_left(seen, parent)]
         items: dict[str, Any] = {

@@ -31,6 +31,7 @@ from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Item
 from kuryr_break0.model import Neighbour
 from kuryr_break0.model import NodeAddresses
+from kuryr_break0.model import Origin
 from kuryr_break0.model import Record
 from kuryr_break0.model import Wanted
 from kuryr_break0 import plan
@@ -283,6 +284,7 @@ class _KernelView:
                         if link is not None]
         # A next hop through a break0 is a pod, as one that serves a VPN.
         self.routes = netlink.routes(self.indexes)
+        self.next_hops_seen = frozenset(ledger.next_hops_seen())
         self._neighbours = {index: netlink.neighbours(index)
                             for index in self.indexes}
 
@@ -332,12 +334,12 @@ class _Reading:
 
     def snapshot(self) -> Snapshot:
         self._sort_claims()
-        for address in self._live:
+        for address, record in self._live.items():
             reason = self._policy.not_allowed(address)
             if reason is None and address in self._own:
                 reason = policy.OWN
-            if reason is None and address in self._view.routes.next_hops:
-                reason = policy.NEXT_HOP
+            if reason is None:
+                reason = self._is_next_hop(record)
             if reason is not None:
                 self._refused[address] = reason
         parents = dict(self._parents())
@@ -349,6 +351,17 @@ class _Reading:
             self._refused,
             None if any(parent.present == primary
                         for parent in parents.values()) else primary)
+
+    def _is_next_hop(self, record: Record) -> Optional[str]:
+        view = self._view
+        if record.address in view.routes.next_hops:
+            return policy.NEXT_HOP
+        if record.origin is not Origin.DISCOVERED:
+            return None
+        if record.address in view.routes.left_out:
+            return policy.OWN_NEXT_HOP
+        return (policy.EARLIER_NEXT_HOP
+                if str(record.address) in view.next_hops_seen else None)
 
     def _sort_claims(self) -> None:
         judge = kernel.Judge()

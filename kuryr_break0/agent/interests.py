@@ -11,6 +11,7 @@ from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
+from kuryr_break0.model import IPAddress
 
 
 class Interests:
@@ -28,6 +29,7 @@ class Interests:
         self._names: set[str] = set()
         self._links: dict[int, Any] = {}
         self._addresses: set[tuple[int, Any]] = set()
+        self._next_hops: set[IPAddress] = set()
 
     def update(self) -> None:
         """Note what is there now, after a sync.
@@ -58,14 +60,34 @@ class Interests:
             (self._addresses.discard if event.gone
              else self._addresses.add)(place)
             return changed and (event.ifindex in self._links
-                                or self._is_recorded(event))
+                                or self._is_recorded(event.dst))
         if event.what == 'route':
             ours = event.protocol == self._options.route_protocol
-            return (event.gone or not ours) and self._is_recorded(event)
+            return self._changes_next_hops(event) or (
+                event.gone or not ours) and self._is_recorded(event.dst)
+        if event.what == 'nexthop':
+            return self._changes_next_hops(event)
         if event.what == 'neighbour':
             return (event.gone and event.ifindex in self._links
-                    and self._is_recorded(event))
+                    and self._is_recorded(event.dst))
         return True  # events were lost
+
+    def _changes_next_hops(self, event: kernel.Event) -> bool:
+        """Return whether an address of a pod is a next hop from now on.
+
+        All are noted, since a container may take one that is gone by the
+        next sync.
+        """
+        found = {each.gateway for each in event.next_hops}
+        if event.gone:
+            self._next_hops -= found  # or one of several routes by it
+            return False
+        new = found - self._next_hops
+        if not new:
+            return False
+        self._next_hops |= new
+        self._ledger.note_next_hops(new)
+        return any(map(self._is_recorded, new))
 
     def _changes_link(self, event: kernel.Event) -> bool:
         link, index = event.link, event.ifindex
@@ -78,9 +100,8 @@ class Interests:
         self._links[index] = essence
         return changed
 
-    def _is_recorded(self, event: kernel.Event) -> bool:
-        return event.dst is not None and self._ledger.records.exists(
-            event.dst)
+    def _is_recorded(self, address: Optional[IPAddress]) -> bool:
+        return address is not None and self._ledger.records.exists(address)
 
 
 def _essence(link: kernel.Link) -> Any:

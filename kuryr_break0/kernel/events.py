@@ -12,13 +12,15 @@ from kuryr_break0.kernel import wire
 from kuryr_break0.model import IPAddress
 
 # linux/rtnetlink.h: RTMGRP_LINK, _NEIGH, _IPV4_IFADDR, _IPV4_ROUTE,
-# _IPV6_IFADDR, _IPV6_ROUTE
-_GROUPS = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400
+# _IPV6_IFADDR, _IPV6_ROUTE, and RTNLGRP_NEXTHOP as a bit
+_GROUPS = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400 | 1 << 31
 _KINDS = {wire.RTM_NEWLINK: ('link', False), wire.RTM_DELLINK: ('link', True),
           wire.RTM_NEWADDR: ('address', False),
           wire.RTM_DELADDR: ('address', True),
           wire.RTM_NEWROUTE: ('route', False),
           wire.RTM_DELROUTE: ('route', True),
+          wire.RTM_NEWNEXTHOP: ('nexthop', False),
+          wire.RTM_DELNEXTHOP: ('nexthop', True),
           wire.RTM_NEWNEIGH: ('neighbour', False),
           wire.RTM_DELNEIGH: ('neighbour', True)}
 #: Datagrams that are read at once. Each has one message.
@@ -29,14 +31,15 @@ _AT_ONCE = 256
 class Event:
     """A change of the node's network.
 
-    :ivar what: ``link``, ``address``, ``route``, ``neighbour``; or ``lost``,
-        when there were more than the socket could hold, or one cannot be
-        read, so that anything may have changed
+    :ivar what: ``link``, ``address``, ``route``, ``nexthop``, ``neighbour``;
+        or ``lost``, when there were more than the socket could hold, or one
+        cannot be read, so that anything may have changed
     :ivar gone: whether it is something that is there no more
     :ivar ifindex: of a link, or of that of the others
     :ivar link: of a link, what it is now
     :ivar dst: of a neighbour or an address, or of a route to a single one
     :ivar protocol: of a route or neighbour
+    :ivar next_hops: of a route or nexthop object
     """
 
     what: str
@@ -45,6 +48,7 @@ class Event:
     link: Optional[wire.Link] = None
     dst: Optional[IPAddress] = None
     protocol: Optional[int] = None
+    next_hops: tuple[wire.NextHop, ...] = ()
 
 
 class Events:
@@ -90,9 +94,10 @@ def _event(data: bytes, header: wire.Header) -> Event:
     if isinstance(found, wire.Route):
         host = found.host_route
         return Event(what, gone, found.oif, dst=host.dst if host else None,
-                     protocol=found.protocol)
+                     protocol=found.protocol, next_hops=found.next_hops)
     if isinstance(found, wire.NeighbourState):
         return Event(what, gone, found.ifindex, dst=found.dst,
                      protocol=found.protocol)
-    assert isinstance(found, wire.InterfaceAddress)
-    return Event(what, gone, found.ifindex, dst=found.address)
+    if isinstance(found, wire.InterfaceAddress):
+        return Event(what, gone, found.ifindex, dst=found.address)
+    return Event(what, gone, next_hops=found)

@@ -62,11 +62,13 @@ class Routes(NamedTuple):
     """The routes of the node.
 
     :ivar host: those to single addresses
-    :ivar next_hops: the gateways of all, but of those that were left out
+    :ivar next_hops: the gateways of all, but through those left out
+    :ivar left_out: the gateways through those
     """
 
     host: tuple[HostRoute, ...]
     next_hops: frozenset[IPAddress]
+    left_out: frozenset[IPAddress] = frozenset()
 
 
 class GatewayRoute(NamedTuple):
@@ -376,7 +378,8 @@ class Netlink:
         except (exceptions.KernelRefused, OSError):
             return None
         return Path(device, answer.oif or 0,
-                    next(iter(answer.gateways), None), answer.src)
+                    next((each.gateway for each in answer.next_hops), None),
+                    answer.src)
 
     def neighbour(self, ifindex: int, address: IPAddress
                   ) -> tuple[Optional[str], Optional[str]]:
@@ -394,16 +397,30 @@ class Netlink:
         :param devices: interfaces whose next hops are left out
         """
         host: list[HostRoute] = []
-        next_hops: set[IPAddress] = set()
+        next_hops = set(self._next_hop_objects())
         for family in (socket.AF_INET, socket.AF_INET6):
             for route in self._dump('list the routes', Message(
                     wire.RTM_GETROUTE, 0, wire.pack_route_dump(family))):
-                if route.oif not in devices:
-                    next_hops.update(route.gateways)
+                next_hops.update(route.next_hops)
                 found = route.host_route
                 if found is not None:
                     host.append(found)
-        return Routes(tuple(host), frozenset(next_hops))
+        return Routes(tuple(host), *(
+            frozenset(each.gateway for each in next_hops
+                      if (each.oif in devices) is left_out)
+            for left_out in (False, True)))
+
+    def _next_hop_objects(self) -> list[wire.NextHop]:
+        """List the next hops that routes may refer to, by a dump."""
+        try:
+            return [each for found in self._dump(
+                'list the nexthop objects', Message(
+                    wire.RTM_GETNEXTHOP, 0, wire.pack_next_hop_dump()))
+                    for each in found]
+        except exceptions.KernelRefused as err:
+            if err.errno == errno.EOPNOTSUPP:  # before Linux 5.3
+                return []
+            raise
 
     def host_routes_of(self, ifindex: int, table: int) -> list[HostRoute]:
         """List the host routes of one interface in one table, by a dump."""
@@ -437,11 +454,13 @@ class Netlink:
                   if index not in devices]
         asked: Sequence[Optional[int]] = (
             others if len(others) <= _ASKED_ONE_BY_ONE else [None])
-        return frozenset(
-            gateway for oif in asked
-            for family in (socket.AF_INET, socket.AF_INET6)
-            for route in self._routes_of(family, oif, protocol)
-            if route.oif not in devices for gateway in route.gateways)
+        found = self._next_hop_objects()
+        for oif in asked:
+            for family in (socket.AF_INET, socket.AF_INET6):
+                for route in self._routes_of(family, oif, protocol):
+                    found += route.next_hops
+        return frozenset(each.gateway for each in found
+                         if each.oif not in devices)
 
     def _routes_of(self, family: int, oif: Optional[int],
                    protocol: Optional[int]) -> list[wire.Route]:

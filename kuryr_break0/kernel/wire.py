@@ -31,6 +31,7 @@ RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 RTM_NEWNSID, RTM_DELNSID, RTM_GETNSID = 88, 89, 90
+RTM_NEWNEXTHOP, RTM_DELNEXTHOP, RTM_GETNEXTHOP = 104, 105, 106
 
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR = 0x1, 0x4, 0x10
 NLM_F_DUMP = 0x300
@@ -65,6 +66,7 @@ IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_MACVLAN_MODE = 1, 2, 1
 IFA_ADDRESS, IFA_LOCAL = 1, 2
 RTA_DST, RTA_SRC, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY = 1, 2, 4, 5, 6
 RTA_PREFSRC, RTA_MULTIPATH, RTA_TABLE, RTA_VIA = 7, 9, 15, 18
+NHA_OIF, NHA_GATEWAY, NHA_FDB = 5, 6, 11
 NDA_DST, NDA_LLADDR, NDA_IFINDEX, NDA_PROTOCOL = 1, 2, 8, 12
 NETNSA_NSID, NETNSA_FD = 1, 3
 _NLMSGERR_ATTR_MSG = 1
@@ -77,6 +79,7 @@ _ROUTE = struct.Struct('=8BI')  # rtmsg
 _NEIGHBOUR = struct.Struct('=BxxxiHBB')  # ndmsg
 _ATTRIBUTE = struct.Struct('=HH')  # nlattr
 _NEXT_HOP = struct.Struct('=HBBi')  # rtnexthop
+_NEXT_HOP_OBJECT = struct.Struct('=4BI')  # nhmsg
 _U32 = struct.Struct('=I')
 _S32 = struct.Struct('=i')
 #: The kind of an attribute without its two flags (NLA_TYPE_MASK)
@@ -168,11 +171,19 @@ class Link:
         return self.index, None
 
 
+class NextHop(NamedTuple):
+    """A router, and the interface that it is on."""
+
+    gateway: IPAddress
+    oif: Optional[int]
+
+
 class Route(NamedTuple):
     """A route.
 
     :ivar dst: None for a default route
-    :ivar gateways: of all its next hops
+    :ivar next_hops: those with a gateway; none of a nexthop object, where
+        the kernel names that alone (net.ipv4.nexthop_compat_mode)
     :ivar several: whether it has more than one
     """
 
@@ -187,7 +198,7 @@ class Route(NamedTuple):
     oif: Optional[int]
     src: Optional[IPAddress]
     metric: int
-    gateways: tuple[IPAddress, ...]
+    next_hops: tuple[NextHop, ...]
     several: bool
 
     @property
@@ -205,7 +216,7 @@ class Route(NamedTuple):
     @property
     def is_on_link(self) -> bool:
         """Return whether it has no gateway."""
-        return (self.type == RTN_UNICAST and not self.gateways
+        return (self.type == RTN_UNICAST and not self.next_hops
                 and not self.several)
 
 
@@ -428,12 +439,31 @@ def parse_route(data: bytes, start: int, end: int) -> Route:
     (family, dst_len, _, _, table, protocol, scope, kind,
      flags) = _ROUTE.unpack_from(data, start)
     found = attributes(data, start + _ROUTE.size, end)
+    oif = _number(found.get(RTA_OIF))
     return Route(
         family, _address(found.get(RTA_DST)), dst_len, kind, scope, protocol,
         _number(found.get(RTA_TABLE)) or table, flags,
-        _number(found.get(RTA_OIF)), _address(found.get(RTA_PREFSRC)),
+        oif, _address(found.get(RTA_PREFSRC)),
         _number(found.get(RTA_PRIORITY)) or 0,
-        tuple(_gateways(found)), RTA_MULTIPATH in found)
+        tuple(_next_hops(found, oif)), RTA_MULTIPATH in found)
+
+
+def pack_next_hop_dump() -> bytes:
+    """Pack the request for all nexthop objects."""
+    return _NEXT_HOP_OBJECT.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
+
+
+def parse_next_hop(data: bytes, start: int, end: int) -> tuple[NextHop, ...]:
+    """Read a nexthop object: none for a group, which consists of others.
+
+    Nor for one of a forwarding table, which is no route's.
+    """
+    _NEXT_HOP_OBJECT.unpack_from(data, start)
+    found = attributes(data, start + _NEXT_HOP_OBJECT.size, end)
+    gateway = _address(found.get(NHA_GATEWAY))
+    if gateway is None or NHA_FDB in found:
+        return ()
+    return (NextHop(gateway, _number(found.get(NHA_OIF))),)
 
 
 def route_protocol(data: bytes, start: int) -> int:
@@ -468,7 +498,8 @@ _PARSERS = {RTM_NEWLINK: parse_link, RTM_DELLINK: parse_link,
             RTM_NEWADDR: parse_address, RTM_DELADDR: parse_address,
             RTM_NEWROUTE: parse_route, RTM_DELROUTE: parse_route,
             RTM_NEWNEIGH: parse_neighbour, RTM_DELNEIGH: parse_neighbour,
-            RTM_NEWNSID: parse_nsid}
+            RTM_NEWNSID: parse_nsid,
+            RTM_NEWNEXTHOP: parse_next_hop, RTM_DELNEXTHOP: parse_next_hop}
 
 
 def parse(data: bytes, header: Header) -> Any:
@@ -490,19 +521,20 @@ def family_of(address: IPAddress) -> int:
     return socket.AF_INET if address.version == 4 else socket.AF_INET6
 
 
-def _gateways(found: dict[int, bytes]) -> Iterator[IPAddress]:
+def _next_hops(found: dict[int, bytes],
+               oif: Optional[int]) -> Iterator[NextHop]:
     # RTA_VIA is of another family than the route, and says of which.
     for packed in (found.get(RTA_GATEWAY), found.get(RTA_VIA, b'')[2:]):
         if packed:
-            yield ipaddress.ip_address(packed)
+            yield NextHop(ipaddress.ip_address(packed), oif)
     hops = found.get(RTA_MULTIPATH, b'')
     start = 0
     while start + _NEXT_HOP.size <= len(hops):
-        length = _NEXT_HOP.unpack_from(hops, start)[0]
+        length, _, _, ifindex = _NEXT_HOP.unpack_from(hops, start)
         if length < _NEXT_HOP.size:
             break
-        yield from _gateways(attributes(hops, start + _NEXT_HOP.size,
-                                        start + length))
+        yield from _next_hops(attributes(hops, start + _NEXT_HOP.size,
+                                         start + length), ifindex)
         start += length + 3 & ~3
 
 

@@ -14,7 +14,7 @@ import errno
 import logging
 import os
 import stat
-from typing import Any, Callable, Iterator, Optional, TypeVar
+from typing import Any, Callable, Iterable, Iterator, Optional, TypeVar
 
 from kuryr_break0 import exceptions
 from kuryr_break0.ledger.cache import Cache
@@ -27,6 +27,7 @@ from kuryr_break0.ledger.inspection import Contents
 from kuryr_break0.ledger.lock import Lock
 from kuryr_break0.ledger.records import Records
 from kuryr_break0 import log
+from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
 
@@ -35,6 +36,9 @@ LOG = log.get_logger(__name__)
 __all__ = ('Contents', 'Ledger', 'Owner', 'Record')
 
 T = TypeVar('T')
+
+#: Next hops that are kept after they are gone.
+MAX_NEXT_HOPS = 1024
 
 
 class Ledger:
@@ -171,6 +175,20 @@ class Ledger:
                            os.path.join(target, name))
         except OSError as err:
             raise self._unavailable(err) from err
+
+    def next_hops_seen(self) -> list[str]:
+        """Return the last next hops that the node has had in this boot."""
+        boot, *seen = self.cache.get('next_hops_seen') or ['']
+        return seen if boot == identity.boot_id() else []
+
+    def note_next_hops(self, next_hops: Iterable[IPAddress]) -> None:
+        """Add to what :meth:`next_hops_seen` returns."""
+        seen = self.next_hops_seen()
+        new = {str(each) for each in next_hops
+               if not each.is_link_local}.difference(seen)
+        if new:
+            self.cache.put('next_hops_seen', [
+                identity.boot_id(), *[*seen, *sorted(new)][-MAX_NEXT_HOPS:]])
 
     def exists(self) -> bool:
         """Return whether there is a state directory."""

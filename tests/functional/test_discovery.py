@@ -15,6 +15,7 @@ import psutil
 
 from kuryr_break0.discovery import finder
 from kuryr_break0 import exceptions
+from kuryr_break0 import kernel
 from kuryr_break0 import ledger
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
@@ -327,6 +328,125 @@ class TestOwnership(DiscoveryTestCase):
                               stderr=subprocess.PIPE, text=True)
         self.assertEqual(2, done.returncode)
         self.assertIn('allowed_cidrs', done.stderr)
+
+
+class TestNextHops(DiscoveryTestCase):
+    """A container has the address of a router of the node."""
+
+    WORLD, WORLD6 = '192.0.2.1', '2001:db8::1'
+    ROUTER, ROUTER6 = '100.75.30.9', 'fd00:30::9'
+
+    def until_routed(self, *addresses: str) -> None:
+        self.until(lambda: {
+            address for address, route in self.lab.routes().items()
+            if route['protocol'] == '176'} == set(addresses))
+
+    def test_while_the_node_has_no_route_by_it(self) -> None:
+        self.start()
+        self.lab.add_pod('one', ONE)
+        self.until_bound(ONE)
+        routers = lab.LAN, lab.LAN6, self.ROUTER, self.ROUTER6
+        # One that the agent hears of, and that is gone before it looks.
+        for router in routers[2:]:
+            self.lab.run('ip', 'route', 'add', '198.51.100.0/24' if '.' in
+                         router else 'fd09::/64', 'via', router)
+        for family in ('-4', '-6'):
+            self.lab.run('ip', family, 'route', 'del', 'default')
+        for network in ('198.51.100.0/24', 'fd09::/64'):
+            self.lab.run('ip', 'route', 'del', network)
+        for address in (*routers, TWO):
+            self.inside('one', 'ip', 'address', 'add', address + (
+                '/32' if '.' in address else '/128'), 'dev', 'eth0')
+        self.until_bound(ONE, TWO)
+        for router in routers:
+            self.until(lambda: '%s is not bound: ' % router in self.log())
+        # Nor by the next look at everything.
+        self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
+        self.until_bound(ONE, TWO)
+        self.assertEqual([], self.problems())
+
+    def test_before_the_node_has_a_route_by_it(self) -> None:
+        for family in ('-4', '-6'):
+            self.lab.run('ip', family, 'route', 'del', 'default')
+        for name in ('lan', 'one'):
+            if name == 'one':
+                self.lab.add_pod('one', ONE, self.ROUTER, self.ROUTER6)
+            for address in (self.WORLD + '/32', self.WORLD6 + '/128'):
+                self.inside(name, 'ip', 'address', 'add', address, 'dev',
+                            'lo')
+        self.start()
+        self.until_bound(ONE, self.ROUTER, self.ROUTER6)
+        for world, router in ((self.WORLD, self.ROUTER),
+                              (self.WORLD6, self.ROUTER6)):
+            self.lab.run('ip', 'route', 'add', 'default', 'via', router)
+            self.until_routed(ONE, *{self.ROUTER6} - {router})
+            # The kernel has found the way to the router when it was set.
+            self.assertEqual('break0', self.lab.ip(
+                'route', 'get', world)[0]['dev'])
+            self.assertFalse(self.lab.ping(world))
+            self.assertRegex(self.problems()[-1], 'a next hop of a route '
+                             'that leads through break0.*set that route ')
+            # The router comes, and the route is set again.
+            self.inside('lan', 'ip', 'address', 'add', router + (
+                '/24' if '.' in router else '/64'), 'dev', 'nic',
+                *([] if '.' in router else ['nodad']))
+            self.lab.run('ip', 'route', 'replace', 'default', 'via', router)
+            self.assertEqual('eth0', self.lab.ip(
+                'route', 'get', world)[0]['dev'])
+            with self.lab.capture() as frames:
+                self.assertTrue(self.lab.ping(world))
+            self.assertTrue(frames)
+        self.until_routed(ONE)
+        self.assert_reachable(ONE, 'one')
+        # It is not forgotten when the route goes.
+        for family in ('-4', '-6'):
+            self.lab.run('ip', family, 'route', 'del', 'default')
+        self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
+        self.until_routed(ONE)
+        self.assertEqual(2, len(self.problems()))
+        self.assertRegex(self.problems()[0], 'an earlier next hop')
+        self.inside('one', 'ip', 'address', 'del', self.ROUTER + '/24', 'dev',
+                    'eth0')
+        self.until(lambda: self.ROUTER not in self.bound())
+
+    def test_in_each_kind_of_route(self) -> None:
+        kernel.write_sysctl('ipv4/nexthop_compat_mode', 0)
+        self.start()
+        hops = ['100.75.30.%d' % number for number in range(60, 67)] + [
+            'fd00:30::%d' % number for number in range(60, 63)]
+        self.lab.add_pod('one', ONE, *hops)
+        self.until_bound(ONE, *hops)
+        expected = set(hops)
+        for hop, what in zip(hops, (
+                'route add 10.9.0.0/24 via %s',
+                'route add 10.9.1.0/24 via %s dev eth0',
+                'route add 10.9.2.0/24 table 77 via %s dev break0',
+                'route add 10.9.3.0/24 nexthop via %s nexthop via ' + lab.LAN,
+                'nexthop add id 1 via %s dev break0',
+                'nexthop add id 2 via %s dev eth0',
+                'nexthop replace id 2 via %s dev eth0',
+                'route add 10.9.4.0/24 via inet6 %s dev break0',
+                'route add fd09::/64 nexthop via %s dev break0 nexthop via '
+                + lab.LAN6,
+                'nexthop replace id 3 via %s dev break0')):
+            with self.subTest(what=what):
+                expected.remove(hop)
+                self.lab.run('ip', *(what % hop).split())
+                self.until_routed(ONE, *expected)
+
+    def test_of_others(self) -> None:
+        """What is bound by Kuryr, CNI or a person may serve a VPN."""
+        self.start()
+        netns = self.lab.add_pod('one', ONE, TWO)
+        self.until_bound(ONE, TWO)
+        self.manager().bind(Owner('sandbox', 'eth0'), base.addresses(ONE),
+                            parent='eth0', netns=netns, origin=Origin.MANUAL)
+        for number, address in enumerate((ONE, TWO)):
+            self.lab.run('ip', 'route', 'add', '10.9.%d.0/24' % number, 'via',
+                         address)
+        self.until_routed(ONE)
+        self.lab.run(PROGRAM, '--config-file', CONF, 'sync', check=False)
+        self.until_routed(ONE)
 
 
 #: What a container with NET_ADMIN does as fast as it can, for some seconds.

@@ -717,14 +717,26 @@ class TestRefused(base.LabTestCase):
                      'via', 'inet6', 'fd00::2', 'dev', lab.PARENT)
         self.lab.run('ip', 'route', 'add', '203.0.113.0/24', 'via',
                      '100.75.30.4', 'table', '77')
+        kernel.write_sysctl('ipv4/nexthop_compat_mode', 0)
+        for nexthop in ('1 via 100.75.30.5 dev eth0', '2 via fd00::3 dev eth0',
+                        '3 via fd00::4 dev eth0', '4 group 2/3'):
+            self.lab.run('ip', 'nexthop', 'add', 'id', *nexthop.split())
+        self.lab.run('ip', 'route', 'add', '10.9.0.0/24', 'nhid', '1')
+        self.lab.run('ip', 'route', 'add', 'fd09::/64', 'nhid', '4')
         for address in (lab.LAN, '100.75.30.2', '100.75.30.3',
-                        '100.75.30.4', 'fd00::1', 'fd00::2'):
+                        '100.75.30.4', '100.75.30.5', 'fd00::1', 'fd00::2',
+                        'fd00::3', 'fd00::4'):
             self.assert_refused(address, 'a next hop')
 
     def test_a_pod_that_is_a_next_hop(self) -> None:
         self.bind(POD, 'fd00:30::71')
         self.lab.run('ip', 'route', 'add', '192.0.2.0/24', 'via', POD)
         self.lab.run('ip', 'route', 'add', 'fd02::/64', 'via', 'fd00:30::71')
+        self.bind(OTHER_POD, owner=OTHER_OWNER)
+        self.lab.run('ip', 'route', 'add', '198.51.100.0/24',
+                     'nexthop', 'via', POD, 'nexthop', 'via', OTHER_POD)
+        self.lab.run('ip', 'nexthop', 'add', 'id', '1', 'via', POD, 'dev',
+                     'break0')
         self.assertFalse(self.manager().sync())
         with mock.patch.object(base.manager, 'CACHED', 0):
             self.bind(POD, 'fd00:30::71')

@@ -78,10 +78,21 @@ class TestRoutes(base.LabTestCase):
             '10.7.0.0/24 via 10.5.0.1 dev veth0 table 1000',
             'fd02::/64 nexthop via fe80::11 dev eth0 '
             'nexthop via fe80::12 dev veth1',
-            'fd03::/64 via fe80::13 dev veth0')
+            'fd03::/64 via fe80::13 dev veth0',
+            '10.8.0.0/24 nexthop via 100.75.30.11 '
+            'nexthop via inet6 fe80::14 dev veth0')
+        # The routes name nothing but the object.
+        kernel.write_sysctl('ipv4/nexthop_compat_mode', 0)
+        for nexthop in ('1 via 100.75.30.12 dev eth0', '2 via fe80::15 dev '
+                        'veth0', '3 via fe80::16 dev veth1', '4 group 2/3',
+                        '5 via 100.75.30.13 fdb', '6 blackhole'):
+            self.lab.run('ip', 'nexthop', 'add', 'id', *nexthop.split())
+        self.read('10.9.0.0/24 nhid 1', 'fd04::/64 nhid 4',
+                  '10.10.0.0/24 nhid 6')
         others = {lab.LAN, lab.LAN6, '100.75.30.9', '100.75.30.10',
-                  'fe80::9', 'fe80::10', 'fe80::11', 'fe80::12'}
-        at_veth0 = {'10.5.0.1', 'fe80::13'}
+                  'fe80::9', 'fe80::10', 'fe80::11', 'fe80::12',
+                  '100.75.30.11', '100.75.30.12', 'fe80::16'}
+        at_veth0 = {'10.5.0.1', 'fe80::13', 'fe80::14', 'fe80::15'}
         gone = (2 ** 20, 'gone')
         with mock.patch.object(kernel.Netlink, '_set_option'):
             of_an_old_kernel = kernel.Netlink()
@@ -92,6 +103,9 @@ class TestRoutes(base.LabTestCase):
             for device, expected in (('none', others | at_veth0),
                                      ('veth0', others)):
                 index = kernel.index_of(device) or 0
+                self.assertEqual(
+                    at_veth0 if index else set(),
+                    set(map(str, netlink.routes([index]).left_out)))
                 for found in (netlink.next_hops([index]),
                               of_an_old_kernel.next_hops([index]),
                               netlink.routes([index]).next_hops):

@@ -477,6 +477,33 @@ class TestCache(LedgerTestCase):
         self.assertEqual(hops, self.ledger.cache.get('hops', 60))
 
 
+class TestNextHops(LedgerTestCase):
+
+    def note(self, *addresses: str) -> list[str]:
+        self.ledger.note_next_hops(map(ipaddress.ip_address, addresses))
+        return self.ledger.next_hops_seen()
+
+    def test_the_last_ones_are_kept(self) -> None:
+        self.assertEqual([], self.ledger.next_hops_seen())
+        self.assertEqual(['10.0.0.1', 'fd00::1'],
+                         self.note('10.0.0.1', 'fe80::1', 'fd00::1'))
+        self.assertEqual(['10.0.0.1', 'fd00::1', '10.0.0.2'],
+                         self.note('10.0.0.2', '10.0.0.1'))
+        many = ['10.%d.0.1' % number for number in range(2, 256)] * 2
+        for number in range(5):
+            many += ['10.0.%d.%d' % (number, last) for last in range(3, 250)]
+        found = self.note(*many)
+        self.assertEqual(ledger.MAX_NEXT_HOPS, len(found))
+        self.assertNotIn('10.0.0.1', found)
+
+    def test_of_this_boot(self) -> None:
+        self.note('10.0.0.1')
+        with mock.patch.object(identity, 'boot_id', return_value='other'):
+            self.assertEqual([], self.ledger.next_hops_seen())
+            self.assertEqual(['10.0.0.2'], self.note('10.0.0.2'))
+        self.assertEqual([], self.ledger.next_hops_seen())
+
+
 class TestHeartbeat(LedgerTestCase):
 
     def test_while_an_agent_runs(self) -> None:

@@ -176,8 +176,8 @@ class TestAnswers(unittest.TestCase):
                             ('RTA_GATEWAY', '10.0.0.1'), ('RTA_OIF', 5)]
         data = encoded(message, 24, 0)
         found = wire.parse_route(data, 16, len(data))
-        self.assertEqual((5, 50, (ADDRESS4,), 4, False), (
-            found.oif, found.metric, found.gateways, found.protocol,
+        self.assertEqual((5, 50, ((ADDRESS4, 5),), 4, False), (
+            found.oif, found.metric, found.next_hops, found.protocol,
             found.is_on_link))
         self.assertIsNone(found.host_route)
         self.assertEqual(4, wire.route_protocol(data, 16))
