@@ -12,6 +12,8 @@ from typing import Iterable, Iterator, NamedTuple, Optional
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel import namespaces
 from kuryr_break0.kernel.rtnetlink import Netlink
+from kuryr_break0.kernel.wire import IFA_F_DADFAILED
+from kuryr_break0.kernel.wire import IFA_F_TENTATIVE
 from kuryr_break0.kernel.wire import InterfaceAddress
 from kuryr_break0.kernel.wire import Link
 from kuryr_break0 import log
@@ -27,6 +29,8 @@ class Macvlan(NamedTuple):
     :ivar netns: path of that
     :ivar parent: the interface of the node
     :ivar addresses: those of the macvlan, but link-local ones
+    :ivar unproven: of these, what duplicate address detection has not passed
+    :ivar duplicates: of these, what another host has, as that has found
     """
 
     netns: str
@@ -34,6 +38,8 @@ class Macvlan(NamedTuple):
     parent: str
     link: Link
     addresses: tuple[IPAddress, ...]
+    unproven: frozenset[IPAddress] = frozenset()
+    duplicates: frozenset[IPAddress] = frozenset()
 
 
 def macvlans_in(netns: str, namespace: Optional[NamespaceId] = None
@@ -52,8 +58,16 @@ def macvlans_in(netns: str, namespace: Optional[NamespaceId] = None
         # one of them is on; the number of one that none is on is -1.
         here = netlink.namespace_number(own) if links else -1
         addresses = netlink.addresses() if links else []
+        # After the addresses, so that none is taken for proven that came
+        # meanwhile. An optimistic one is tentative too.
+        unproven = netlink.addresses(
+            IFA_F_TENTATIVE | IFA_F_DADFAILED) if any(
+            each.address.version == 6 for each in addresses) else []
+        duplicates = netlink.addresses(IFA_F_DADFAILED) if unproven else []
     return [Macvlan(netns, namespace, parent, link,
-                    _of_link(link, addresses))
+                    _of_link(link, addresses),
+                    frozenset(_of_link(link, unproven)),
+                    frozenset(_of_link(link, duplicates)))
             for link in links
             for parent in _parent_of(link, here)]
 

@@ -490,10 +490,15 @@ class Netlink:
                 if each.ifindex == ifindex and each.dst is not None
                 and each.state & wire.NUD_PERMANENT]
 
-    def addresses(self) -> list[wire.InterfaceAddress]:
-        """List the addresses of all interfaces, by a dump."""
+    def addresses(self, flags: int = 0) -> list[wire.InterfaceAddress]:
+        """List the addresses of all interfaces, by a dump.
+
+        :param flags: of which each must have one; 0 for all addresses
+        """
         return self._dump('list the addresses', Message(
-            wire.RTM_GETADDR, 0, wire.pack_address_dump()))
+            wire.RTM_GETADDR, 0, wire.pack_address_dump()),
+            None if not flags else lambda data, start: not (
+                wire.address_flags(data, start) & flags))
 
     def namespace_number(self, fd: int) -> int:
         """Return what this namespace calls another; -1 for nothing."""

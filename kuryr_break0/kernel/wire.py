@@ -54,7 +54,7 @@ RTM_F_LOOKUP_TABLE = 0x1000
 RTM_F_FIB_MATCH = 0x2000
 NUD_PERMANENT = 0x80
 IFF_UP, IFF_LOOPBACK, IFF_MULTICAST = 0x1, 0x8, 0x1000
-IFA_F_NODAD = 0x02
+IFA_F_NODAD, IFA_F_DADFAILED, IFA_F_TENTATIVE = 0x02, 0x08, 0x40
 MACVLAN_MODE_BRIDGE = 4
 #: Leave the counters out of an interface's message.
 RTEXT_FILTER_SKIP_STATS = 1 << 3
@@ -476,6 +476,11 @@ def parse_address(data: bytes, start: int, end: int) -> InterfaceAddress:
     found = attributes(data, start + _IFADDR.size, end)
     return InterfaceAddress(ifindex, ipaddress.ip_address(
         found.get(IFA_LOCAL) or found[IFA_ADDRESS]))
+
+
+def address_flags(data: bytes, start: int) -> int:
+    """Read the flags of an address, and nothing else of it: the low eight."""
+    return data[start + 2] if start + 2 < len(data) else 0  # ifa_flags
 
 
 def parse_neighbour(data: bytes, start: int, end: int) -> NeighbourState:

@@ -449,6 +449,92 @@ class TestNextHops(DiscoveryTestCase):
         self.until_routed(ONE)
 
 
+class TestDuplicates(DiscoveryTestCase):
+    """IPv6 addresses that a LAN host may have."""
+
+    def add(self, *flags: str) -> None:
+        self.inside('one', 'ip', 'address', 'add', ONE6 + '/64', 'dev',
+                    'eth0', *flags)
+
+    def state(self, of: str = ONE6) -> set[str]:
+        """Which of these are true of the address of the container."""
+        return {flag for link in self.lab.ip('address', 'show', 'dev', 'eth0',
+                                             netns='one')
+                for each in link['addr_info'] if each['local'] == of
+                for flag in ('tentative', 'dadfailed', 'optimistic', 'local')
+                if each.get(flag)}
+
+    def on_lan(self, verb: str) -> None:
+        self.inside('lan', 'ip', 'address', verb, ONE6 + '/64', 'dev', 'nic',
+                    *(['nodad'] if verb == 'add' else []))
+
+    def assert_of_lan(self) -> None:
+        """The node reaches the LAN host that has the address."""
+        with self.lab.capture() as frames:
+            self.assertTrue(self.lab.ping(ONE6), self.log())
+        self.assertTrue(frames)
+
+    def test_of_a_lan_host(self) -> None:
+        self.on_lan('add')
+        self.lab.add_pod('one', ONE)
+        self.start()
+        self.until_bound(ONE)
+        self.add()
+        self.until(lambda: 'dadfailed' in self.state())
+        self.inside('one', 'ip', 'address', 'add', TWO + '/24', 'dev', 'eth0')
+        self.until_bound(ONE, TWO)
+        self.until(lambda: self.log().count(
+            ONE6 + ' is not bound: another host has it') == 1)
+        self.assert_of_lan()
+        # Nor when all is looked at again.
+        self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
+        self.until_bound(ONE, TWO)
+        self.assert_of_lan()
+        # The LAN host leaves it.
+        self.on_lan('del')
+        self.inside('one', 'ip', 'address', 'del', ONE6 + '/64', 'dev',
+                    'eth0')
+        self.add()
+        self.until_bound(ONE, TWO, ONE6)
+        self.assert_reachable(ONE6, 'one')
+
+    def test_not_before_it_is_proven(self) -> None:
+        self.lab.add_pod('one', ONE)
+        for key in ('dad_transmits=2', 'optimistic_dad=1'):
+            self.inside('one', 'sysctl', '-w', 'net.ipv6.conf.eth0.' + key)
+        self.start()
+        self.until_bound(ONE)
+        for flags in ((), ('optimistic',)):
+            with self.subTest(flags=flags):
+                self.add(*flags)
+                self.assertLessEqual({'tentative', *flags}, self.state())
+                # So that it is looked at meanwhile.
+                self.inside('one', 'ip', 'address', 'add', TWO + '/24', 'dev',
+                            'eth0')
+                self.until(lambda: ONE6 in self.lab.routes())
+                self.assertNotIn('tentative', self.state())
+                self.until_bound(ONE, TWO, ONE6)
+                self.assert_reachable(ONE6, 'one')
+                for address in (TWO + '/24', ONE6 + '/64'):
+                    self.inside('one', 'ip', 'address', 'del', address, 'dev',
+                                'eth0')
+                self.until_bound(ONE)
+
+    def test_it_fails_later(self) -> None:
+        self.lab.add_pod('one', ONE)
+        self.inside('one', 'sysctl', '-w',
+                    'net.ipv6.conf.eth0.keep_addr_on_down=1')
+        self.start()
+        self.add()
+        self.until_bound(ONE, ONE6)
+        self.inside('one', 'ip', 'link', 'set', 'eth0', 'down')
+        self.on_lan('add')
+        self.inside('one', 'ip', 'link', 'set', 'eth0', 'up')
+        self.until(lambda: 'dadfailed' in self.state())
+        self.until_bound(ONE)
+        self.assert_of_lan()
+
+
 #: What a container with NET_ADMIN does as fast as it can, for some seconds.
 _HOSTILE = '''
 import subprocess, sys, time

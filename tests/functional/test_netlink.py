@@ -10,6 +10,7 @@ import socket
 from unittest import mock
 
 from kuryr_break0 import kernel
+from kuryr_break0.kernel import wire
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import Neighbour
 from tests.functional import base
@@ -138,6 +139,21 @@ class TestRoutes(base.LabTestCase):
                    for each in link['addr_info']),
             sorted((index, str(address)) for index, address in found))
         self.assertIn((self.index, ipaddress.ip_address('10.7.0.1')), found)
+
+    def test_addresses_by_their_flags(self) -> None:
+        # On an interface that is down an address stays tentative.
+        self.lab.run('ip', 'link', 'add', 'veth0', 'type', 'veth',
+                     'peer', 'name', 'veth1')
+        self.lab.settle()
+        self.lab.run('ip', 'address', 'add', 'fd07::1/64', 'dev', 'veth0')
+        with kernel.Netlink() as netlink:
+            self.assertEqual([], netlink.addresses(wire.IFA_F_DADFAILED))
+            for flags in (wire.IFA_F_TENTATIVE,
+                          wire.IFA_F_TENTATIVE | wire.IFA_F_DADFAILED):
+                self.assertEqual(
+                    [(kernel.index_of('veth0'),
+                      ipaddress.ip_address('fd07::1'))],
+                    netlink.addresses(flags))
 
     def test_neighbours(self) -> None:
         for neighbour in ('10.1.0.1 lladdr 02:00:00:00:00:01 proto 77',
