@@ -191,8 +191,8 @@ class Device:
         :raises KernelRefused: if it cannot be made so; one that was created
             for it is gone again
 
-        Where a pod has taken its MAC address while it was gone, it gets
-        another one: then all pods have to be configured again.
+        Where a pod has taken its MAC address while it was gone or down, it
+        gets another one: then all pods have to be configured again.
         """
         parent = netlink.link(self.parent)
         if parent is None:
@@ -208,19 +208,7 @@ class Device:
                 link = netlink.link(self.name) or link
             return Ensured(link, any(each.loses_routes
                                      for each in differences), repaired)
-        try:
-            link = self._create(netlink, parent, self._mac or new_mac)
-        except exceptions.KernelRefused as err:
-            if err.errno != errno.EADDRINUSE or self._is_on_node(
-                    netlink, self._mac or new_mac):
-                raise
-            LOG.error('Another namespace has taken the MAC address of %s '
-                      'while it was gone: it gets another one, and its pods '
-                      'are configured with that. Find out which: ip netns '
-                      'exec NAME ip link', self.name)
-            self._mac = None
-            link = self._create(netlink, parent, derived_mac(
-                secrets.token_hex(16), self.name))
+        link = self._create(netlink, parent, self._mac or new_mac)
         LOG.info('Created %s: a macvlan in bridge mode on %s, MAC address '
                  '%s, MTU %d', link.name, parent.name, link.mac, link.mtu)
         return Ensured(link, True, ('it was missing',))
@@ -240,10 +228,30 @@ class Device:
             netlink.delete_link(self.name)
             raise
 
-    @staticmethod
-    def _is_on_node(netlink: kernel.Netlink, mac: str) -> bool:
-        """Return whether an interface of the node has a MAC address."""
-        return any(link.mac == mac for link in netlink.links())
+    def _raise(self, netlink: kernel.Netlink, link: kernel.Link) -> None:
+        """Set it up, with another MAC address if a pod has taken its own.
+
+        The kernel compares MAC addresses only when a macvlan is set up
+        (macvlan_open), so one that is down or gone does not hold its own.
+        """
+        try:
+            netlink.raise_link(link)
+        except exceptions.KernelRefused as err:
+            if err.errno != errno.EADDRINUSE:
+                raise
+            links = netlink.links()
+            mac = next((each.mac for each in links
+                        if each.index == link.index), link.mac)
+            if any(each.mac == mac and each.index != link.index
+                   for each in links):
+                raise  # an interface of the node has it, and no pod
+            LOG.error('Another namespace has taken the MAC address of %s, '
+                      '%s, while it was gone or down: it gets another one, '
+                      'and its pods are configured with that. Find out '
+                      'which: ip netns exec NAME ip link', self.name, mac)
+            netlink.set_mac(link, derived_mac(secrets.token_hex(16),
+                                              self.name))
+            netlink.raise_link(link)
 
     def _repair(self, netlink: kernel.Netlink, link: kernel.Link,
                 parent: kernel.Link) -> list[Difference]:
@@ -318,10 +326,10 @@ class Device:
                 lambda netlink: netlink.set_alias(link, str(alias)))
         if link.multicast:
             yield Difference('multicast is on, must be off',
-                             lambda netlink: netlink.raise_link(link))
+                             lambda netlink: self._raise(netlink, link))
         if not link.up:
             yield Difference('it is down',
-                             lambda netlink: netlink.raise_link(link),
+                             lambda netlink: self._raise(netlink, link),
                              loses_routes=True)
         for address in self.addresses:
             if address not in addresses:

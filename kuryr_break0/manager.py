@@ -659,7 +659,7 @@ class Break0Manager:
         that was examined.
         """
         cache = self._ledger.cache
-        cached = cache.get('device.' + _file_name(parent), CACHED)
+        cached = cache.get('device.' + parent, CACHED)
         if cached is not None:
             with contextlib.suppress(TypeError, ValueError, IndexError):
                 name, index, mac, *rest = cached
@@ -668,7 +668,7 @@ class Break0Manager:
                     return _Shim(name, index, mac, False)
         ensured = self._reconciler.ensure_device(netlink, parent, claim=True)
         link = ensured.link
-        cache.put('device.' + _file_name(parent), [
+        cache.put('device.' + parent, [
             link.name, link.index, link.mac, *self._circumstances(parent)])
         return _Shim(link.name, link.index, link.mac, ensured.routes_lost)
 
@@ -854,7 +854,3 @@ def _number(facts: Optional[list[Any]]) -> int:
     """Read a number that was cached; 0 for anything else."""
     value = facts[0] if facts else 0
     return value if isinstance(value, int) and value >= 0 else 0
-
-
-def _file_name(parent: str) -> str:
-    return parent.encode().hex() if '/' in parent else parent

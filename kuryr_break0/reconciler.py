@@ -133,6 +133,7 @@ class Reconciler:
             known = dataclasses.replace(known, claimed={
                 **identity.claimed, name: other.ledger})
         if known != identity:
+            ledger.cache.drop('device.' + parent)  # it has the earlier MAC
             with Failures().logged():
                 ledger.put_identity(known)
         if ensured.repaired:

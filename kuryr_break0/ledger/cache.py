@@ -55,4 +55,6 @@ class Cache:
             os.unlink(self._path(name))
 
     def _path(self, name: str) -> str:
-        return os.path.join(self._directory, name + SUFFIX)
+        # What a caller says of a parent may be no name of an interface.
+        return os.path.join(self._directory, (
+            name.encode().hex() if '/' in name else name) + SUFFIX)

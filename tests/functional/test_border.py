@@ -8,6 +8,7 @@ import errno
 import ipaddress
 import json
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -246,6 +247,96 @@ class TestTheMACAddress(BorderTestCase):
         self.lab.run('ip', 'link', 'del', 'break0')
         self.manager().sync()
         self.assertEqual(new, (self.lab.link('break0') or {})['address'])
+
+    def take(self, mac: str, name: str = 'other') -> None:
+        """Let a pod have a MAC address."""
+        self.lab.run('ip', 'link', 'set', 'eth0', 'address', mac, netns=name)
+
+    def known_to_pods(self) -> set[str]:
+        """The MAC addresses that pods, and the table on the wire, know."""
+        found = {each['lladdr'] for name in ('pod', 'other')
+                 for family in ('-4', '-6') for each in self.lab.ip(
+                     family, 'neigh', 'show', 'nud', 'permanent', netns=name)}
+        text = self.lab.run('nft', 'list', 'chain', 'netdev',
+                            'kuryr-break0-break0', 'to-the-wire').stdout
+        return found | set(re.findall(r'ether saddr (\S+) drop', text))
+
+    def assert_renewed(self) -> str:
+        """break0 has another MAC address, which all know, and keeps it."""
+        new = str((self.lab.link('break0') or {})['address'])
+        self.assertNotEqual(self.mac, new)
+        self.assertEqual({new}, self.known_to_pods())
+        for address in (POD, POD6):
+            self.assertTrue(self.lab.ping(address), address)
+        for host in (lab.NODE, lab.NODE6):
+            self.assertTrue(self.lab.ping(host, 'pod'), host)
+        with self.quiet():
+            self.assertFalse(self.manager().sync())
+        return new
+
+    def test_a_pod_takes_it_while_break0_is_down(self) -> None:
+        self.lab.run('ip', 'link', 'set', 'break0', 'down')
+        self.take(self.mac)
+        self.assertFalse(self.lab.ping(POD))
+        with self.assertLogs('kuryr_break0', 'ERROR') as logs:
+            self.manager().sync()
+        self.assertIn('has taken the MAC address of break0, %s' % self.mac,
+                      '\n'.join(logs.output))
+        new = self.assert_renewed()
+        # Bound a moment later, a pod is configured with the new one.
+        third = '100.75.30.73', 'fd00:30::73'
+        self.lab.add_pod('third', *third, mac='fa:16:3e:00:00:03')
+        self.bind(*third, netns='/run/netns/third', subnets=SUBNETS,
+                  owner=Owner('third', 'eth0'),
+                  mac_of_pod='fa:16:3e:00:00:03')
+        self.assertTrue(self.lab.ping(lab.NODE6, 'third'))
+        # The pod gives it back, and break0 stays what pods know.
+        self.take(OTHER_MAC)
+        for state in ('down', 'up'):
+            self.lab.run('ip', 'link', 'set', 'break0', state)
+        self.manager().sync()
+        self.assertEqual(new, self.assert_renewed())
+        self.assert_reachable()
+
+    def test_it_is_taken_and_break0_has_another(self) -> None:
+        for command in ('down', 'address 02:00:00:00:00:77'):
+            self.lab.run('ip', 'link', 'set', 'break0', *command.split())
+        self.take(self.mac)
+        self.manager().sync()
+        self.assert_renewed()
+
+    def test_without_an_agent(self) -> None:
+        self.lab.run('ip', 'link', 'set', 'break0', 'down')
+        self.take(self.mac)
+        self.bind(POD, POD6, netns=self.netns, mac_of_pod=MAC,
+                  subnets=SUBNETS)
+        self.assert_renewed()
+
+    def test_the_one_that_the_operator_chose(self) -> None:
+        chosen = '02:00:00:00:00:88'
+        self.manager(mac=chosen).sync()
+        for down in ('set break0 down', 'del break0'):
+            self.lab.run('ip', 'link', *down.split())
+            self.take(chosen)
+            self.manager(mac=chosen).sync()
+            self.assertNotEqual(
+                chosen, (self.lab.link('break0') or {})['address'])
+            self.assertTrue(self.lab.ping(POD))
+            self.assertTrue(self.lab.ping(lab.NODE6, 'pod'))
+            # It has it again as soon as it is free.
+            self.take(OTHER_MAC)
+            self.manager(mac=chosen).sync()
+            self.assertEqual({chosen}, self.known_to_pods())
+            self.assert_reachable()
+
+    def test_an_interface_of_the_node_has_it(self) -> None:
+        self.lab.run('ip', 'link', 'set', 'break0', 'down')
+        self.lab.run('ip', 'link', 'set', 'eth0', 'address', self.mac)
+        with self.assertRaisesRegex(exceptions.KernelRefused,
+                                    'Where another macvlan has its MAC'):
+            self.manager().sync()
+        self.assertEqual(self.mac,
+                         (self.lab.link('break0') or {})['address'])
 
     def test_it_cannot_be_computed(self) -> None:
         made = {device.derived_mac(secret, 'break0')
