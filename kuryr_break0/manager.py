@@ -125,6 +125,8 @@ class Break0Manager:
         namespace = None
         addresses, mac = _sane(owner, list(addresses), parent, mac, netns,
                                pod)
+        parent_index = kernel.index_of(parent)
+        parent = kernel.current_name(parent, parent_index)  # no altname
         if netns is not None:
             try:
                 namespace = kernel.identify_or_fail(netns)
@@ -141,7 +143,7 @@ class Break0Manager:
         records = [Record(address, owner, parent, mac,
                           tuple(subnets)[:MAX_SUBNETS], netns, namespace,
                           pod, bound_at=bound_at, origin=origin,
-                          network=network)
+                          network=network, parent_index=parent_index)
                    for address in self._usable(addresses, origin, failure)]
         if not records:
             failure.raise_first()  # nothing to make break0 for
@@ -208,11 +210,13 @@ class Break0Manager:
         return (policy.EARLIER_NEXT_HOP if origin is Origin.DISCOVERED
                 and str(address) in self._ledger.next_hops_seen() else None)
 
-    def _device_indexes(self) -> list[int]:
+    def _devices(self) -> set[str]:
         identity = self._ledger.identity()
-        names = {self._options.device,
-                 *(identity.devices.values() if identity else ())}
-        return [index for index in map(kernel.index_of, names)
+        return {self._options.device,
+                *(identity.devices.values() if identity else ())}
+
+    def _device_indexes(self) -> list[int]:
+        return [index for index in map(kernel.index_of, self._devices())
                 if index is not None]
 
     def _require_parent(self, parent: str) -> None:
@@ -443,12 +447,14 @@ class Break0Manager:
                 owner, address, claims[0].owner)
             return own
         successor = self._successor(left)
-        parent = own[0].parent if own else (
-            successor.parent if successor else None)
         macs = {each for claim in own for each in claim.macs}
         if not own and mac is not None:
             macs.add(mac.lower())
-        devices = [name for name in self._device_of(parent)
+        identity = self._ledger.identity()
+        known = identity.devices.values() if identity else ()
+        # On any of them, since the parent may have another name by now.
+        names = {*known} if known and own else self._devices()
+        devices = [name for name in names
                    if not self._reconciler.is_others(netlink.link(name))]
         deleted = self._withdraw_on_node(netlink, address, devices, macs,
                                          bool(own))
@@ -456,7 +462,8 @@ class Break0Manager:
             self._records.remove(address)
         else:
             self._records.put(left[left.index(successor):])
-            if devices:  # a bind would take over that of another ledger
+            if len(devices) == len(names):
+                # Else a bind might take over that of another ledger.
                 self._bind_all(netlink, [successor], Failures(), say)
         say('Unbound %s from break0 for %s%s', address, owner,
             '' if deleted else ' (it had no route of its own)')
@@ -475,16 +482,6 @@ class Break0Manager:
                 LOG.debug('The claim of %s counts: %s', claim.owner, err)
                 return claim
         return None
-
-    def _device_of(self, parent: Optional[str]) -> list[str]:
-        """Return the break0 of a parent, or all where none is known."""
-        identity = self._ledger.identity()
-        devices = identity.devices if identity else {}
-        if parent in devices:
-            return [devices[parent]]
-        return [self._options.device,
-                *(name for name in devices.values()
-                  if name != self._options.device)]
 
     def _withdraw_on_node(self, netlink: kernel.Netlink, address: IPAddress,
                           devices: list[str], macs: set[str],
@@ -614,13 +611,10 @@ class Break0Manager:
 
     def _missing(self) -> int:
         with self._locked():  # so that no pod is half bound
-            identity = self._ledger.identity()
-            devices = {self._options.device, *(
-                identity.devices.values() if identity else ())}
             table = self._options.route_table
             if table == kernel.RT_TABLE_MAIN:
                 return self._records.count() - kernel.count_host_routes(
-                    devices)
+                    self._devices())
             with kernel.Netlink() as netlink:
                 return self._records.count() - sum(
                     len(netlink.host_routes_of(index, table))

@@ -84,7 +84,8 @@ class Origin(enum.Enum):
 class Record:
     """A claim of a sandbox on an address, as the ledger keeps it.
 
-    :ivar parent: the interface that the pod's macvlan is on
+    :ivar parent: the interface that the pod's macvlan is on, by the name
+        that it has now
     :ivar mac: MAC address of the pod's interface
     :ivar subnets: the networks that it is in on the link
     :ivar netns: path of its namespace, as the writer saw it
@@ -97,6 +98,8 @@ class Record:
         parent; it may answer by any of them
     :ivar origin: by which way it came; None if that is not known
     :ivar network: name of the CNI network that it is an attachment to
+    :ivar parent_index: ifindex of the parent, which it keeps when it is
+        renamed; None if an earlier version has written the record
     """
 
     address: IPAddress
@@ -112,6 +115,7 @@ class Record:
     siblings: tuple[str, ...] = ()
     origin: Optional[Origin] = None
     network: Optional[str] = None
+    parent_index: Optional[int] = None
 
     @property
     def macs(self) -> tuple[str, ...]:

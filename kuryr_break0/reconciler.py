@@ -113,8 +113,9 @@ class Reconciler:
             LOG.error('%s', err)
             identity = Identity.new()
         link = netlink.link(options.device)
-        primary = device.primary_of(options, identity, link, ())
-        name = device.name_for(options, parent, primary)
+        others = device.devices(identity, netlink.link, (parent,))
+        primary = device.primary_of(options, others, link, ())
+        name = device.name_for(options, parent, primary, others)
         if name != options.device:
             link = netlink.link(name)
         other = device.owned_by_other(link, identity) if link else None
@@ -126,7 +127,7 @@ class Reconciler:
         known = dataclasses.replace(
             identity,
             devices={**{other_parent: each for other_parent, each
-                        in identity.devices.items() if each != name},
+                        in others.items() if each != name},
                      parent: name},
             macs={**identity.macs, name: ensured.link.mac})
         if other is not None and other.directory == options.state_dir:
@@ -304,8 +305,8 @@ class Reconciler:
         """
         identity = self._ledger.identity()
         address = gone[0].address
-        names = {(identity.devices if identity else {}).get(
-            claim.parent, self._options.device) for claim in gone}
+        names = {self._options.device, *(
+            identity.devices.values() if identity else ())}
         macs = {claim.mac for claim in gone}
         for name in names:
             link = netlink.link(name)
@@ -344,7 +345,8 @@ class _Sync:
     def run(self) -> Outcome:
         if not self._dry_run:
             with self._ledger.lock():
-                self._records.read()  # moves to quarantine what is damaged
+                # It moves to quarantine what is damaged.
+                self._note_parents(self._records.read()[0].values())
                 self._records.sweep()
         seen = self._read()
         devices = self._ensure_devices(seen)
@@ -399,6 +401,16 @@ class _Sync:
         """
         return parent.other is not None and not (
             self._dry_run and self._claims(seen, parent))
+
+    def _note_parents(self, found: Iterable[tuple[Record, ...]]) -> None:
+        """Note the ifindex of parents that an earlier version did not."""
+        for claims in found:
+            noted = [dataclasses.replace(claim, parent_index=kernel.index_of(
+                claim.parent)) if claim.parent_index is None else claim
+                for claim in claims]
+            if noted != [*claims]:
+                with self._failure.noted():
+                    self._records.put(noted)
 
     def _read(self) -> Snapshot:
         return snapshot.read(self._options, self._ledger, self._netlink)
@@ -482,6 +494,7 @@ class _Sync:
                 record = dataclasses.replace(
                     self._sibling(seen, macvlan), address=address,
                     mac=macvlan.link.mac, parent=macvlan.parent,
+                    parent_index=kernel.index_of(macvlan.parent),
                     netns=macvlan.netns, namespace=macvlan.namespace,
                     configured=None, bound_at=files.now())
                 if self._dry_run or self._put_rebuilt(record):

@@ -390,12 +390,13 @@ class _Reading:
         used: dict[str, dict[IPAddress, Record]] = {}
         for address, record in self._live.items():
             used.setdefault(record.parent, {})[address] = record
-        primary = device.primary_of(options, view.identity,
-                                    view.primary_link, used)
+        known = (device.devices(view.identity, view.link, used)
+                 if view.identity else view.devices)
+        primary = device.primary_of(options, known, view.primary_link, used)
         if primary is None and used:
             primary = min(used, key=lambda name: min(
                 record.bound_at for record in used[name].values()))
-        names = {*used, *view.devices}
+        names = {*used, *known}
         if primary is not None:
             names.add(primary)
         elif view.primary_link is not None:
@@ -404,8 +405,8 @@ class _Reading:
             names.update([lower] if lower else [])
         for name in sorted(names):
             live = used.get(name, {})
-            found = self._parent(name, device.name_for(options, name,
-                                                       primary), live)
+            found = self._parent(name, device.name_for(
+                options, name, primary, known), live)
             if live or found.present is not None or name == options.parent:
                 yield name, found
 
@@ -438,8 +439,9 @@ class _Reading:
         return Parent(
             name, device_name, parent, link, usable, conflict,
             device.owned_by_other(usable, identity) if usable else None,
-            tuple(each.text for each in made.differences(
-                usable, parent, view.addresses_of(index)))
+            (*self._earlier_name(name, device_name), *(
+                each.text for each in made.differences(
+                    usable, parent, view.addresses_of(index))))
             if usable is not None and parent is not None else (),
             guard, barred, admitted, live, desired,
             plan.compute(
@@ -451,6 +453,16 @@ class _Reading:
             routes, {each.dst: each for each in neighbours},
             view.addresses_of(index) if usable is not None else (),
             self._node_addresses(parent, usable, desired))
+
+    def _earlier_name(self, name: str, device_name: str) -> Iterator[str]:
+        """Say that the ledger knows the parent of a break0 by another name.
+
+        Until it knows the new one, as by a sync.
+        """
+        for parent, known in (self._view.identity.devices.items()
+                              if self._view.identity else ()):
+            if known == device_name and parent != name:
+                yield 'its parent %s is called %s now' % (parent, name)
 
     def _guard(self, link: Optional[kernel.Link],
                live: Mapping[IPAddress, Record], routes: Iterable[HostRoute],

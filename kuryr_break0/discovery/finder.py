@@ -108,6 +108,7 @@ class Finder:
         self._not_before = 0.0
         self._refusals: set[tuple[IPAddress, Optional[int], str]] = set()
         self._has_changed = False
+        self._missing: list[str] = []  # of the parents that are configured
 
     def close(self) -> None:
         self._mounts.close()
@@ -152,6 +153,14 @@ class Finder:
         now = time.monotonic()
         self._read_records()
         self.search()
+        missing = [name for name in self._options.discover_parents
+                   if not kernel.exists(name)]
+        if missing and missing != self._missing:
+            LOG.warning('[break0] discover_parents names %s, but there is no '
+                        'such interface. If it was renamed, set its new '
+                        'name: until then new containers on it are not '
+                        'bound', ', '.join(missing))
+        self._missing = missing
         for namespace in self._namespaces.values():
             namespace.mark(now)
 
@@ -285,10 +294,18 @@ class Finder:
         return True
 
     def _is_eligible(self, macvlan: kernel.Macvlan) -> bool:
+        parent = self._options.parent
         parents = self._options.discover_parents
-        return macvlan.link.mode == 'bridge' and (
-            not parents or macvlan.parent in parents) and (
-            self._options.parent in (None, macvlan.parent))
+        if macvlan.link.mode != 'bridge':
+            return False
+        if (not parents or macvlan.parent in parents) and (
+                parent in (None, macvlan.parent)):
+            return True
+        # An option whose interface is not there, as one that was renamed,
+        # does not say that what is bound is on another one.
+        return any(record.owner.ifname == macvlan.link.name for record in
+                   self._records.get(macvlan.namespace, {}).values()) and (
+            not all(map(kernel.exists, filter(None, (*parents, parent)))))
 
     def _bind(self, address: IPAddress, macvlan: kernel.Macvlan,
               namespace: _Namespace) -> None:

@@ -44,6 +44,7 @@ from kuryr_break0.kernel.nft import node_nft
 from kuryr_break0.kernel.nft import Pair
 from kuryr_break0.kernel.nft import share_nft
 from kuryr_break0.kernel.node import count_host_routes
+from kuryr_break0.kernel.node import current_name
 from kuryr_break0.kernel.node import exists
 from kuryr_break0.kernel.node import index_of
 from kuryr_break0.kernel.node import name_of
@@ -70,7 +71,8 @@ __all__ = (
     'Netlink', 'Nft', 'NftEvents', 'Pair', 'Path', 'RTN_UNICAST',
     'RT_SCOPE_LINK', 'RT_SCOPE_NOWHERE', 'RT_TABLE_MAIN', 'Route', 'Routes',
     'State', 'Verb', 'Verdict', 'claimants', 'count_host_routes',
-    'create_macvlan', 'entered', 'exists', 'find', 'find_program',
+    'create_macvlan', 'current_name', 'entered', 'exists', 'find',
+    'find_program',
     'forget_connections', 'identify', 'identify_or_fail', 'index_of',
     'ipdb_of_interfaces', 'macvlan_of', 'macvlans', 'macvlans_in', 'mounted',
     'name_of', 'node_nft', 'number', 'prepare', 'read_sysctl', 'share_nft',

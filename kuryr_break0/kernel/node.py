@@ -54,6 +54,17 @@ def name_of(ifindex: Optional[int]) -> str:
         return 'if%d' % ifindex  # as ip(8) writes it
 
 
+def current_name(name: str, ifindex: Optional[int]) -> str:
+    """Return the name that an interface has now: a rename keeps its ifindex.
+
+    :param name: the one that it had, for an interface that is not there
+    :param ifindex: None where it was not noted
+    """
+    with contextlib.suppress(OSError):
+        return socket.if_indextoname(ifindex or 0)
+    return name
+
+
 def source_for(address: IPAddress,
                device: Optional[str] = None) -> Optional[IPAddress]:
     """Return the source address that the node uses towards another.

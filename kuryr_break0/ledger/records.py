@@ -19,6 +19,7 @@ from typing import Any, Iterable, Iterator, Optional, Sequence
 
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel import existence
+from kuryr_break0.kernel import node
 from kuryr_break0.ledger import files
 from kuryr_break0 import log
 from kuryr_break0.model import address_order
@@ -61,7 +62,7 @@ def to_json(claims: Sequence[Record]) -> str:
             'bound_at': claim.bound_at,
             'siblings': claim.siblings[:MAX_SIBLINGS],
             'origin': claim.origin and claim.origin.value,
-            'network': claim.network}
+            'network': claim.network, 'parent_index': claim.parent_index}
             for claim in claims[:MAX_CLAIMS]]})
 
 
@@ -112,13 +113,17 @@ def _claim(address: IPAddress, fields: dict[str, Any]) -> Record:
         _mac(mac)
     if isinstance(fields['subnets'], str):
         raise ValueError('its subnets are a text')
+    index = fields.get('parent_index')
+    if index is not None:
+        _number(index)
     return Record(
-        address, owner, _text(fields['parent']), mac,
+        address, owner, node.current_name(_text(fields['parent']), index), mac,
         tuple(map(_network, map(_text, fields['subnets'][:MAX_SUBNETS]))),
         _optional(fields['netns']), namespace, _optional(fields['pod']),
         _optional(fields['configured']), _seconds(fields['bound_at']),
         tuple(map(_mac, fields.get('siblings', ()))),
-        _origin(fields.get('origin')), _optional(fields.get('network')))
+        _origin(fields.get('origin')), _optional(fields.get('network')),
+        index)
 
 
 def _origin(value: Any) -> Optional[Origin]:

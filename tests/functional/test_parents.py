@@ -4,7 +4,11 @@
 
 from __future__ import annotations
 
+import glob
 import ipaddress
+import json
+import os
+import signal
 from typing import Any
 from unittest import mock
 
@@ -15,9 +19,12 @@ from tests.functional import base
 from tests.functional.base import OWNER
 from tests.functional.base import POD
 from tests.functional import test_cli
+from tests.functional import test_discovery
 from tests import lab
 
 POD6 = 'fd00:30::71'
+ONE, ONE6, TWO = (test_discovery.ONE, test_discovery.ONE6,
+                  test_discovery.TWO)
 NODE1, NODE1_6 = '100.75.60.51', 'fd00:60::51'
 POD1, POD1_6 = '100.75.60.71', 'fd00:60::71'
 MAC, MAC1 = 'fa:16:3e:00:00:01', 'fa:16:3e:00:00:02'
@@ -61,11 +68,16 @@ class ParentsTestCase(base.LabTestCase):
     def device1(self) -> str:
         return 'break0-' + self.NIC
 
-    def assert_reachable(self) -> None:
-        for address in (POD, POD6, POD1, POD1_6):
+    def assert_answers(self, *addresses: str, name: str = 'pod') -> None:
+        """Pods, and the node when the pod asks, answer."""
+        for address in addresses or (POD, POD6, POD1, POD1_6):
             self.assertTrue(self.lab.ping(address), address)
-        for address in (lab.NODE, lab.NODE6, NODE1, NODE1_6):
-            self.assertTrue(self.lab.ping(address, 'pod'), address)
+        for address in (lab.NODE, lab.NODE6, NODE1, NODE1_6)[
+                :len(addresses) or None]:
+            self.assertTrue(self.lab.ping(address, name), address)
+
+    def assert_reachable(self) -> None:
+        self.assert_answers()
         self.assertEqual([], self.problems())
 
 
@@ -166,6 +178,318 @@ class TestVlanName(TestTwoParents):
     NIC = 'eth0.100'
 
 
+class TestRenamed(ParentsTestCase):
+    """A parent that is renamed keeps its ifindex, its macvlans and pods."""
+
+    NEW, NEW6 = '100.75.30.72', 'fd00:30::72'
+
+    def rename(self, old: str, new: str) -> None:
+        """Rename a NIC while it is down, as udev does.
+
+        The kernel deletes its IPv6 addresses with that.
+        """
+        texts = [text for text in (lab.NODE6, NODE1_6) if any(
+            text == each.get('local') for link in self.lab.ip(
+                'address', 'show', 'dev', old) for each in link['addr_info'])]
+        for command in (old + ' down', '%s name %s' % (old, new),
+                        new + ' up'):
+            self.lab.run('ip', 'link', 'set', *command.split())
+        for text in texts:
+            self.lab.run('ip', 'address', 'add', text + '/64', 'dev', new,
+                         'nodad')
+
+    def bind_new(self, parent: str, **overrides: Any) -> None:
+        """Add one more pod to a NIC, and bind it."""
+        netns = self.lab.add_netns('new')
+        run = self.lab.run
+        run('ip', 'link', 'add', 'eth0', 'link', parent, 'netns', 'new',
+            'address', 'fa:16:3e:00:00:03', 'type', 'macvlan', 'mode',
+            'bridge')
+        run('ip', 'link', 'set', 'eth0', 'up', netns='new')
+        run('ip', 'address', 'add', self.NEW + '/24', 'dev', 'eth0',
+            netns='new')
+        run('ip', 'address', 'add', self.NEW6 + '/64', 'dev', 'eth0',
+            'nodad', netns='new')
+        self.bind(self.NEW, self.NEW6, owner=Owner('new', 'eth0'),
+                  parent=parent, netns=netns, subnets=SUBNETS,
+                  mac_of_pod='fa:16:3e:00:00:03', **overrides)
+
+    def assert_all_answer(self) -> None:
+        self.assert_answers()
+        self.assert_answers(self.NEW, self.NEW6, name='new')
+
+    def devices(self) -> dict[str, str]:
+        """Each break0 by the NIC that the kernel has it on."""
+        return {link['link']: link['ifname']
+                for link in self.lab.ip('link', 'show', 'type', 'macvlan')
+                if not (link.get('linkinfo') or {}).get('link_netnsid')}
+
+    def assert_in_sync(self, devices: dict[str, str]) -> None:
+        """All is as it should be, and the ledger says the names of now."""
+        self.assertEqual([], self.problems())
+        with self.quiet():
+            self.assertFalse(self.manager().sync())
+        self.assertEqual(devices, self.devices())
+        seen = self.seen()
+        self.assertEqual(devices, seen.identity and seen.identity.devices)
+        self.assertEqual(devices, {name: parent.device for name, parent
+                                   in seen.parents.items()})
+
+    def test_then_one_is_bound(self) -> None:
+        before = {name: self.lab.link(name) for name in ('break0', 'eth0')}
+        self.rename('eth0', 'ens3')
+        self.bind_new('ens3')
+        self.assert_all_answer()
+        self.assertEqual((before['break0'] or {})['ifindex'],
+                         (self.lab.link('break0') or {})['ifindex'])
+        self.manager().sync()
+        self.assert_in_sync({'ens3': 'break0', self.NIC: self.device1})
+        self.assert_all_answer()
+
+    def test_of_a_further_one(self) -> None:
+        self.rename(self.NIC, 'ens4')
+        self.lab.run('ip', 'route', 'flush', 'dev', self.device1)
+        problems = ' '.join(self.problems())
+        self.assertIn('%s: its parent %s is called ens4 now' % (
+            self.device1, self.NIC), problems)
+        self.assertNotIn('does not exist', problems)
+        self.manager().sync()
+        self.assert_in_sync({'eth0': 'break0', 'ens4': self.device1})
+        self.assert_reachable()
+        # And back.
+        self.rename('ens4', self.NIC)
+        self.manager().sync()
+        self.assert_in_sync({'eth0': 'break0', self.NIC: self.device1})
+        self.assert_reachable()
+
+    def test_without_a_guard(self) -> None:
+        self.manager(guard='off').sync()
+        self.rename('eth0', 'ens3')
+        self.bind_new('ens3', guard='off')
+        self.manager(guard='off').sync()
+        self.assertEqual([], self.problems(guard='off'))
+        self.assertFalse(self.manager(guard='off').sync())
+        for address in (POD, POD6, self.NEW, self.NEW6):
+            self.assertTrue(self.lab.ping(address), address)
+
+    def test_a_dry_run_changes_nothing(self) -> None:
+        self.rename('eth0', 'ens3')
+        outcome = self.manager().sync(dry_run=True)
+        self.assertIn(('break0', 'its parent eth0 is called ens3 now'),
+                      outcome.devices)
+        seen = self.seen()
+        self.assertEqual('break0', seen.identity
+                         and seen.identity.devices['eth0'])
+
+    def test_housekeeping_without_an_agent(self) -> None:
+        self.manager().housekeep()
+        self.rename('eth0', 'ens3')
+        self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
+        self.manager().housekeep()
+        self.assert_in_sync({'ens3': 'break0', self.NIC: self.device1})
+        self.assert_reachable()
+
+    def test_unbind_and_a_gone_sandbox(self) -> None:
+        self.rename('eth0', 'ens3')
+        self.rename(self.NIC, 'ens4')
+        self.unbind(POD1, POD1_6, owner=OWNER1)
+        self.assertEqual({}, self.lab.routes(self.device1))
+        self.lab.del_netns('pod')
+        self.manager().sync()
+        self.assertEqual(({}, set()), (self.lab.routes(), self.bound()))
+        self.assertEqual([], self.problems())
+
+    def test_another_takes_the_name(self) -> None:
+        self.rename('eth0', 'ens3')
+        run = self.lab.run
+        run('ip', 'link', 'add', 'eth0', 'type', 'veth', 'peer', 'name',
+            'nic2', 'netns', 'lan')
+        run('ip', 'link', 'set', 'eth0', 'up')
+        run('ip', 'link', 'set', 'nic2', 'up', netns='lan')
+        run('ip', 'address', 'add', '100.75.70.51/24', 'dev', 'eth0')
+        netns = self.lab.add_pod('new', '100.75.70.71/24',
+                                 mac='fa:16:3e:00:00:03')
+        self.bind('100.75.70.71', owner=Owner('new', 'eth0'), netns=netns,
+                  subnets=['100.75.70.0/24'], mac_of_pod='fa:16:3e:00:00:03')
+        self.assertTrue(self.lab.ping('100.75.70.71'))
+        self.assertTrue(self.lab.ping('100.75.70.51', 'new'))
+        self.manager().sync()
+        self.assert_in_sync({'ens3': 'break0', self.NIC: self.device1,
+                             'eth0': 'break0-eth0'})
+        self.assert_reachable()
+        self.assertTrue(self.lab.ping('100.75.70.71'))
+        self.unbind('100.75.70.71', owner=Owner('new', 'eth0'))
+        self.assertEqual({}, self.lab.routes('break0-eth0'))
+
+    def test_another_takes_the_name_of_a_further_one(self) -> None:
+        self.rename(self.NIC, 'ens4')
+        self.rename('eth0', self.NIC)
+        self.bind_new(self.NIC)
+        self.assert_all_answer()
+        self.manager().sync()
+        self.assert_in_sync({self.NIC: 'break0', 'ens4': self.device1})
+
+    def test_a_new_one_takes_the_name_of_a_further_one(self) -> None:
+        self.rename(self.NIC, 'ens4')
+        self.lab.run('ip', 'link', 'add', self.NIC, 'type', 'veth', 'peer',
+                     'name', 'nic2', 'netns', 'lan')
+        self.lab.run('ip', 'link', 'set', self.NIC, 'up')
+        self.bind(self.NEW, owner=Owner('new', 'eth0'), parent=self.NIC)
+        self.manager().sync()
+        found = self.devices()
+        self.assertEqual(self.device1, found['ens4'])
+        self.assertRegex(found[self.NIC], r'\Abreak0-[0-9a-f]{8}\Z')
+        self.assertEqual({self.NEW}, set(self.lab.routes(found[self.NIC])))
+        self.assert_reachable()
+
+    def test_two_swap_names(self) -> None:
+        self.rename('eth0', 'x')
+        self.rename(self.NIC, 'eth0')
+        self.rename('x', self.NIC)
+        self.bind_new(self.NIC)
+        self.assert_all_answer()
+        self.manager().sync()
+        self.assert_in_sync({self.NIC: 'break0', 'eth0': self.device1})
+        # A DEL deletes what is on the right one, also before a sync.
+        self.rename('eth0', 'x')
+        self.rename(self.NIC, 'eth0')
+        self.rename('x', self.NIC)
+        self.unbind(self.NEW, self.NEW6, owner=Owner('new', 'eth0'))
+        self.assertEqual({POD, POD6}, set(self.lab.routes()))
+
+    def test_and_its_break0_is_deleted(self) -> None:
+        self.rename('eth0', 'ens3')
+        self.lab.run('ip', 'link', 'del', 'break0')
+        self.bind_new('ens3')
+        self.assert_all_answer()
+
+    def test_without_pods(self) -> None:
+        self.unbind(POD, POD6)
+        self.unbind(POD1, POD1_6, owner=OWNER1)
+        self.rename('eth0', 'ens3')
+        self.rename(self.NIC, 'ens4')
+        self.assertEqual([], self.problems())
+        with self.quiet():
+            self.manager().sync()
+        self.bind_new('ens3')
+        self.assertEqual({self.NEW, self.NEW6}, set(self.lab.routes()))
+        self.assertEqual([], self.problems())
+
+    def test_options_with_the_earlier_name(self) -> None:
+        self.rename('eth0', 'ens3')
+        with self.assertRaisesRegex(exceptions.ParentNotFound,
+                                    'eth0 does not exist'):
+            self.manager(parent='eth0').bind(
+                Owner('x', 'eth0'), base.addresses('100.75.30.73'),
+                parent='ens3')
+        with self.assertRaises(exceptions.Break0Error):
+            self.manager(parent='eth0').sync()
+        self.assertIn('Set it to ens3, or remove it', ' '.join(
+            self.problems(parent='eth0')))
+        self.assertEqual({POD, POD6}, set(self.lab.routes()))
+        for address in (POD, POD6):
+            self.assertTrue(self.lab.ping(address), address)
+
+    def test_by_an_altname(self) -> None:
+        self.rename('eth0', 'ens3')
+        self.lab.run('ip', 'link', 'property', 'add', 'dev', 'ens3',
+                     'altname', 'eth0')
+        self.bind_new('ens3')
+        self.bind('100.75.30.73', owner=Owner('x', 'eth0'), parent='eth0')
+        self.assert_all_answer()
+        self.manager().sync()
+        self.assert_in_sync({'ens3': 'break0', self.NIC: self.device1})
+
+    def test_records_of_an_earlier_version(self) -> None:
+        for path in glob.glob('/run/kuryr-break0/addresses/*.json'):
+            with open(path) as file:
+                fields = json.load(file)
+            for claim in fields['claims']:
+                del claim['parent_index']
+            with open(path, 'w') as file:
+                json.dump(fields, file)
+        self.manager().sync()
+        self.rename('eth0', 'ens3')
+        self.bind_new('ens3')
+        self.assert_all_answer()
+
+    def test_a_lost_record(self) -> None:
+        self.rename('eth0', 'ens3')
+        for path in glob.glob('/run/kuryr-break0/addresses/*%s*' % POD):
+            os.unlink(path)
+        self.assertEqual(1, len(self.manager().sync().rebuilt))
+        self.rename('ens3', 'ens5')
+        self.manager().sync()
+        self.assert_in_sync({'ens5': 'break0', self.NIC: self.device1})
+        self.assert_reachable()
+
+
+class TestRenamedWithAnAgent(test_discovery.DiscoveryTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.lab.add_pod('one', ONE, ONE6, mac=MAC)
+        self.agent = self.start()
+        self.until_bound(ONE, ONE6)
+
+    def rename(self, old: str, new: str) -> None:
+        # As a kernel before 6.2 allows it only to what is down.
+        for command in (old + ' down', '%s name %s' % (old, new),
+                        new + ' up'):
+            self.lab.run('ip', 'link', 'set', *command.split())
+        self.lab.run('ip', 'address', 'add', lab.NODE6 + '/64', 'dev', new,
+                     'nodad')
+
+    def test_options_with_the_earlier_name(self) -> None:
+        for count, (name, error) in enumerate((
+                ('discover_parents', 'eth0, but there is no such interface'),
+                ('parent', 'parent interface eth0 does not exist')), 1):
+            with open(test_discovery.CONF, 'w') as file:
+                file.write('[break0]\n%s%s = eth0\n' % (
+                    test_discovery.OPTIONS, name))
+            self.agent.send_signal(signal.SIGHUP)
+            self.until(lambda: self.log().count(
+                'Read the configuration again') == count)
+            self.rename('eth0', 'ens3')
+            self.until(lambda: error in self.log())
+            # What is bound next shows that its namespace was read again.
+            self.lab.run('ip', 'address', 'add', '10.66.0.%d/24' % count,
+                         'dev', 'eth0', netns='one')
+            self.until(lambda: '10.66.0.%d is not bound' % count
+                       in self.log())
+            self.assertEqual({ONE, ONE6}, set(self.lab.routes()))
+            # Not by IPv6: what the agent repairs while the NIC is down, and
+            # without its addresses, it does not repair with this option.
+            self.until(lambda: self.lab.ping(ONE))
+            self.until(lambda: self.lab.ping(lab.NODE, 'one'))
+            self.rename('ens3', 'eth0')
+
+    def assert_parents(self, *names: str) -> None:
+        self.until(lambda: names == tuple(self.seen().parents)
+                   and not self.problems())
+
+    def test_containers_before_and_after(self) -> None:
+        index = (self.lab.link('break0') or {})['ifindex']
+        self.rename('eth0', 'ens3')
+        self.assert_parents('ens3')
+        self.lab.add_netns('two')
+        run = self.lab.run
+        run('ip', 'link', 'add', 'eth0', 'link', 'ens3', 'netns', 'two',
+            'address', MAC1, 'type', 'macvlan', 'mode', 'bridge')
+        run('ip', 'link', 'set', 'eth0', 'up', netns='two')
+        run('ip', 'address', 'add', TWO + '/24', 'dev', 'eth0', netns='two')
+        self.until_bound(ONE, ONE6, TWO)
+        self.assert_parents('ens3')
+        self.rename('ens3', 'eth0')
+        self.assert_parents('eth0')
+        self.assertEqual(index, (self.lab.link('break0') or {})['ifindex'])
+        for address, name in ((ONE, 'one'), (ONE6, 'one'), (TWO, 'two')):
+            self.assert_reachable(address, name)
+        # It still hears of what happens to it.
+        self.lab.run('ip', 'link', 'set', 'eth0', 'mtu', '1400')
+        self.until(lambda: (self.lab.link('break0') or {})['mtu'] == 1400)
+
+
 class TestNames(base.LabTestCase):
 
     def name(self, parent: str, primary: str = 'eth0', **options: Any) -> str:
@@ -234,9 +558,30 @@ class TestBond(base.LabTestCase):
 
 class TestCommand(test_cli.CLITestCase):
 
+    def test_a_parent_that_was_renamed(self) -> None:
+        self.bind(POD)
+        for command in ('down', 'name ens3'):
+            self.lab.run('ip', 'link', 'set', 'eth0', *command.split())
+        self.lab.run('ip', 'link', 'set', 'ens3', 'up')
+        done = self.call('status')
+        self.assertEqual(1, done.returncode)
+        self.assertIn('its parent eth0 is called ens3 now', done.stdout)
+        self.assertNotIn('does not exist', done.stdout)
+        done = self.call('sync')
+        self.assertEqual(0, done.returncode, done.stderr)
+        done = self.call('status', '--json')
+        self.assertEqual(0, done.returncode, done.stdout)
+        status = json.loads(done.stdout)
+        self.assertEqual(('ens3', 'ens3'), (
+            status['device']['parent'], status['addresses'][0]['parent']))
+        done = self.call('cleanup')
+        self.assertEqual(0, done.returncode, done.stdout)
+        self.assertIsNone(self.lab.link('break0'))
+
     def test_cleanup_takes_both(self) -> None:
         self.lab.run('ip', 'link', 'add', 'eth1', 'type', 'veth', 'peer',
                      'name', 'peer1')
+        self.lab.settle()
         before = self.lab.state()
         self.bind(POD)
         self.bind('100.75.30.72', owner=Owner('b', 'eth0'), parent='eth1')

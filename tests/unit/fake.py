@@ -18,6 +18,7 @@ from unittest import mock
 
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
+from kuryr_break0.kernel import node
 from kuryr_break0.kernel import wire
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
@@ -74,6 +75,10 @@ class FakeKernel:
     def name_of(self, ifindex: Optional[int]) -> str:
         return next((link.name for link in self.links.values()
                      if link.index == ifindex), 'if%s' % ifindex)
+
+    def current_name(self, name: str, ifindex: Optional[int]) -> str:
+        return next((link.name for link in self.links.values()
+                     if link.index == ifindex), name)
 
     def exists(self, name: str) -> bool:
         return name in self.links
@@ -218,13 +223,14 @@ class FakeKernelTestCase(unittest.TestCase):
     def setUp(self) -> None:
         super().setUp()
         self.fake = FakeKernel()
-        for name in ('create_macvlan', 'exists', 'identify',
+        for name in ('create_macvlan', 'current_name', 'exists', 'identify',
                      'identify_or_fail', 'index_of', 'name_of', 'macvlans',
                      'source_for', 'read_sysctl', 'write_sysctl',
                      'forget_connections', 'entered'):
             self._patch(kernel, name, getattr(self.fake, name))
         self._patch(kernel, 'Netlink', self.fake.socket)
         self._patch(kernel.Judge, 'judge', self.fake.judge)
+        self._patch(node, 'current_name', self.fake.current_name)
 
     def _patch(self, where: Any, name: str, value: Any) -> None:
         patcher = mock.patch.object(where, name, value)

@@ -45,6 +45,17 @@ class TestDevice(DoctorTestCase):
                                       'eth0'))
         self.assertEqual({}, self.findings())
 
+    def test_a_parent_that_was_renamed(self) -> None:
+        for command in ('eth0 down', 'eth0 name ens3', 'ens3 up'):
+            self.lab.run('ip', 'link', 'set', *command.split())
+        self.lab.run('ip', 'address', 'add', lab.NODE6 + '/64', 'dev', 'ens3',
+                     'nodad')
+        self.follow(self.assert_found('guard-missing', 'guard is missing'))
+        self.assertEqual({}, self.findings())
+        found = self.findings(parent='eth0')
+        self.assertEqual({'parent-missing', 'parent-mismatch'}, set(found))
+        self.assertIn('pods on ens3', found['parent-mismatch']['seen'])
+
     def test_down(self) -> None:
         self.lab.run('ip', 'link', 'set', 'break0', 'down')
         self.follow(self.assert_found('break0-down'))
