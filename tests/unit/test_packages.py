@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What bindep.txt lists is what tests/debian-packages asks for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+
+from tests import overlay
+
+DEMO = {'git', 'iproute2', 'iputils-ping', 'make', 'mount', 'util-linux'}
+
+
+def listed() -> dict[str, list[str]]:
+    """The packages of bindep.txt, and the programs and files of each."""
+    with open(os.path.join(overlay.ROOT, 'bindep.txt')) as file:
+        lines = [line.partition('#') for line in file if line[0] != '#']
+    return {package.split()[0]: signs.split() for package, _, signs in lines}
+
+
+class TestPackages(unittest.TestCase):
+
+    def missing(self, *args: str, path: str = '') -> set[str]:
+        """What a user other than root is told to install."""
+        with tempfile.TemporaryDirectory() as directory:
+            with open(os.path.join(directory, 'id'), 'w') as file:
+                file.write('#!/bin/sh\necho 1000\n')
+            os.chmod(file.name, 0o755)
+            done = subprocess.run(
+                ['/bin/sh', os.path.join(overlay.ROOT, 'tests',
+                                         'debian-packages'), *args],
+                env={'PATH': directory + path, 'PYTHON': sys.executable},
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if not done.returncode:
+            return set()
+        return set(done.stderr.partition('apt-get install')[2].split())
+
+    @staticmethod
+    def in_sbin(signs: list[str]) -> bool:
+        """Whether the script finds them with nothing in the path."""
+        return all(os.path.exists(sign) if sign[0] == '/' else
+                   shutil.which(sign, path='/usr/sbin:/sbin')
+                   for sign in signs)
+
+    def test_all_that_is_listed_is_asked_for(self) -> None:
+        packages = listed()
+        self.assertLessEqual({*DEMO, 'netavark', 'podman'}, set(packages))
+        expected = {package for package, signs in packages.items()
+                    if not self.in_sbin(signs)}
+        self.assertLessEqual({'git', 'podman', 'strace'}, expected)
+        self.assertEqual(expected, self.missing('all'))
+
+    def test_the_demo_needs_less(self) -> None:
+        missing = self.missing()
+        self.assertIn('git', missing)
+        self.assertLessEqual(missing, DEMO)
+
+    def test_each_package_but_that_of_python_has_a_sign(self) -> None:
+        self.assertEqual({'python3-venv'}, {
+            package for package, signs in listed().items() if not signs})
+
+    def test_nothing_is_missing_where_tests_run(self) -> None:
+        self.assertEqual(set(), self.missing(
+            'all', path=':' + os.environ['PATH']))
