@@ -12,6 +12,12 @@ import errno as errnos
 from typing import Any
 
 
+#: Errors that say nothing of what was asked for: this process has no more
+#: descriptors or memory.
+EXHAUSTED = frozenset((errnos.EMFILE, errnos.ENFILE, errnos.ENOMEM,
+                       errnos.ENOBUFS))
+
+
 class Break0Error(Exception):
     """Base of all errors of this package.
 
@@ -109,6 +115,11 @@ class KernelRefused(Break0Error):
     def device_lost(self) -> bool:
         """Return whether the interface of the request is down or gone."""
         return self.errno in (errnos.ENETDOWN, errnos.ENODEV)
+
+    @property
+    def exhausted(self) -> bool:
+        """Return whether this process lacked a descriptor or memory."""
+        return self.errno in EXHAUSTED
 
     @property
     def absent(self) -> bool:

@@ -72,6 +72,8 @@ class Namer:
             self._wanted.clear()
             try:
                 self._update()
+            except exceptions.LedgerUnavailable as err:
+                LOG.debug('Containers get no names for now: %s', err)
             except Exception:  # must not end the thread
                 LOG.exception('Cannot read the names of containers')
 

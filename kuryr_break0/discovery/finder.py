@@ -48,6 +48,8 @@ _FLOOD = 32
 _FLOOD_PAUSE = 0.1
 #: Seconds between two looks where the kernel sends no events.
 _BLIND = 1.0
+#: Seconds after which an end that cannot be proven is left to the timer.
+_GIVE_UP = 60.0
 #: Different refusals that are remembered, so that each is logged once.
 _REMEMBERED = 1024
 
@@ -98,8 +100,9 @@ class Finder:
                         'they are looked for every second. Give the agent '
                         'CAP_NET_BROADCAST.', err)
         self._namespaces: dict[int, _Namespace] = {}
-        #: numbers of namespaces that have ended, and when to unbind them
-        self._ended: dict[NamespaceId, float] = {}
+        #: namespaces that have ended: when to unbind what they had, and
+        #: seconds until the next try if that cannot be proven yet
+        self._ended: dict[NamespaceId, tuple[float, float]] = {}
         #: what was discovered where, as recorded
         self._records: dict[NamespaceId, dict[IPAddress, Record]] = {}
         self._read_records()
@@ -142,7 +145,7 @@ class Finder:
         for number in changes.ended:
             namespace = self._namespaces.pop(number, None)
             if namespace is not None:
-                self._ended[namespace.found.namespace] = now + _BURST
+                self._end(namespace.found.namespace)
         if changes.messages >= _FLOOD:
             # Not longer than until there is something to do.
             time.sleep(max(0.0, min(_FLOOD_PAUSE, (self.due() or now + 1)
@@ -165,11 +168,14 @@ class Finder:
             namespace.mark(now)
 
     def _read_records(self) -> None:
-        self._records = {}
-        for record in discovered(self._ledger):
-            if record.namespace is not None:
-                self._records.setdefault(record.namespace, {})[
-                    record.address] = record
+        records: dict[NamespaceId, dict[IPAddress, Record]] = {}
+        # If it cannot be read, what it had before counts.
+        with contextlib.suppress(exceptions.LedgerUnavailable):
+            for record in discovered(self._ledger):
+                if record.namespace is not None:
+                    records.setdefault(record.namespace, {})[
+                        record.address] = record
+            self._records = records
 
     def search(self) -> None:
         """Have namespaces searched for, as when mounts have changed."""
@@ -180,7 +186,7 @@ class Finder:
         """Return the monotonic time of the next :meth:`look`, if any."""
         times = [namespace.due for namespace in self._namespaces.values()
                  if namespace.due is not None]
-        times += self._ended.values()
+        times += [at for at, _ in self._ended.values()]
         if self._search_at is not None:
             times.append(self._search_at)
         return max(min(times), self._not_before) if times else None
@@ -192,15 +198,17 @@ class Finder:
     def look(self) -> bool:
         """Do what is due: bind what is new, unbind what is not there.
 
+        After an error, what it did not get to is still due.
+
         :returns: whether there was any of that
         """
         self._has_changed = False
         began, spent = time.monotonic(), time.thread_time()
         if self._search_at is not None and self._search_at <= began:
+            self._find()
             self._search_at = None if self._events is not None else (
                 began + _BLIND)
-            self._find()
-        for identity, at in list(self._ended.items()):
+        for identity, (at, _) in list(self._ended.items()):
             if at <= began:
                 self._unbind_ended(identity, began)
         for due, number in sorted(
@@ -211,8 +219,12 @@ class Finder:
                 break
             namespace = self._namespaces[number]
             namespace.due, namespace.looked = None, now
-            if not self._look_at(namespace):
-                del self._namespaces[number]
+            try:
+                if not self._look_at(namespace):
+                    del self._namespaces[number]
+            except Exception:
+                namespace.mark(now)
+                raise
         self._not_before = time.monotonic() + (
             time.thread_time() - spent) * (1 / _SHARE - 1)
         return self._has_changed
@@ -221,6 +233,9 @@ class Finder:
         """Find the namespaces of the node, and number those that are new.
 
         The events of one begin with that, so it is read afterwards.
+
+        :raises SystemRefused: if this process cannot see all; then none is
+            taken for gone
         """
         known = {namespace.found.namespace: number
                  for number, namespace in self._namespaces.items()}
@@ -236,6 +251,8 @@ class Finder:
                     LOG.debug('Skipping a network namespace for now: %s', err)
                     continue
                 except exceptions.KernelRefused as err:
+                    if err.exhausted:
+                        raise
                     # Without a number it has no events, but the timer.
                     LOG.debug('Changes of %s are noticed by the timer '
                               'only: %s', found.path, err)
@@ -248,8 +265,7 @@ class Finder:
                     present[number].mark(now)
         for number, namespace in self._namespaces.items():
             if number not in present:
-                self._ended.setdefault(namespace.found.namespace,
-                                       now + _BURST)
+                self._end(namespace.found.namespace)
         self._namespaces = present
 
     def _look_at(self, namespace: _Namespace) -> bool:
@@ -259,7 +275,7 @@ class Finder:
             macvlans = [each for each in kernel.macvlans_in(
                 found.path, found.namespace) if self._is_eligible(each)]
         except exceptions.NetnsUnusable:
-            self._ended[found.namespace] = time.monotonic()
+            self._end(found.namespace)
             return False
         except exceptions.KernelRefused as err:
             LOG.debug('Skipping a network namespace for now: %s', err)
@@ -285,7 +301,7 @@ class Finder:
                 if address not in wanted
                 or record.owner.ifname != wanted[address].link.name]
         for record in gone:
-            self._unbind(record, found.path)
+            self._unbind(record, namespace)
         for address, macvlan in wanted.items():
             bound = self._records.get(found.namespace, {}).get(address)
             if bound is None or bound.mac != macvlan.link.mac or (
@@ -357,40 +373,44 @@ class Finder:
             LOG.warning('The container address %s is not bound: %s', address,
                         reason)
 
-    def _unbind(self, record: Record, netns: Optional[str]) -> None:
+    def _unbind(self, record: Record, namespace: _Namespace) -> None:
         try:
-            self._manager.unbind(record.owner, [record.address], netns)
+            self._manager.unbind(record.owner, [record.address],
+                                 namespace.found.path)
         except exceptions.Break0Error as err:
             LOG.error('%s stays bound for now: %s', record.address, err)
+            namespace.mark(time.monotonic())
             return
         if record.namespace is not None:
             self._records.get(record.namespace, {}).pop(record.address, None)
         self._has_changed = True
 
+    def _end(self, namespace: NamespaceId) -> None:
+        """Have what a namespace had unbound soon."""
+        self._ended.setdefault(namespace, (time.monotonic() + _BURST, _BURST))
+
     def _unbind_ended(self, namespace: NamespaceId, now: float) -> None:
         """Unbind what a namespace had that is no more.
 
-        The kernel sends that event some ms before it is proven.
+        The kernel sends that event some ms before it is proven. Each try
+        waits as long as all before it.
         """
+        _, pause = self._ended.pop(namespace)
         records = list(self._records.get(namespace, {}).values())
-        if any(kernel.state(record.netns, record.namespace)
-               is not kernel.State.GONE for record in records):
-            waited = now - self._ended[namespace]
-            if waited < _LAST:
-                self._ended[namespace] = now + max(_BURST, waited)
-            else:
-                del self._ended[namespace]  # the timer will
-            return
-        del self._ended[namespace]
-        self._records.pop(namespace, None)
-        if records:
-            try:
-                Reconciler(self._options, self._ledger, Journal(
-                    self._options.state_dir)).remove_gone(
-                        [record.address for record in records])
-            except exceptions.Break0Error as err:
-                LOG.error('%s', err)
-            self._has_changed = True
+        try:
+            if all(kernel.state(record.netns, record.namespace)
+                   is kernel.State.GONE for record in records):
+                if records:
+                    Reconciler(self._options, self._ledger, Journal(
+                        self._options.state_dir)).remove_gone(
+                            [record.address for record in records])
+                    self._has_changed = True
+                self._records.pop(namespace, None)
+                return
+        except exceptions.Break0Error as err:
+            LOG.error('%s', err)
+        if pause < _GIVE_UP:  # then the timer will
+            self._ended[namespace] = now + pause, 2 * pause
 
 
 def _owner_id(namespace: NamespaceId) -> str:
@@ -401,7 +421,10 @@ def _owner_id(namespace: NamespaceId) -> str:
 def take_back(options: config.Options, ledger: Ledger) -> None:
     """Unbind all that was discovered."""
     manager = Break0Manager(options)
-    for record in list(discovered(ledger)):
+    records: list[Record] = []
+    with contextlib.suppress(exceptions.LedgerUnavailable):
+        records += discovered(ledger)
+    for record in records:
         try:
             manager.unbind(record.owner, [record.address], record.netns)
         except exceptions.Break0Error as err:
@@ -409,9 +432,11 @@ def take_back(options: config.Options, ledger: Ledger) -> None:
 
 
 def discovered(ledger: Ledger) -> Iterable[Record]:
-    """Return the claims that were discovered."""
-    with contextlib.suppress(exceptions.LedgerUnavailable):
-        for claims in ledger.records.containing(Origin.DISCOVERED.value):
-            for claim in claims:
-                if claim.origin is Origin.DISCOVERED:
-                    yield claim
+    """Return the claims that were discovered.
+
+    :raises LedgerUnavailable: if the ledger cannot be read
+    """
+    for claims in ledger.records.containing(Origin.DISCOVERED.value):
+        for claim in claims:
+            if claim.origin is Origin.DISCOVERED:
+                yield claim

@@ -122,6 +122,7 @@ def opened(netns: str,
     :param known: what it must be; by its number it is found even if the
         path is not there any more
     :raises NetnsUnusable: if it cannot be opened, or is another one
+    :raises SystemRefused: if this process lacks descriptors or memory
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -134,7 +135,9 @@ def opened(netns: str,
                     raise
                 fd = open_by_number(known)
                 stack.callback(os.close, fd)
-            except OSError:
+            except OSError as last:
+                if {err.errno, last.errno} & exceptions.EXHAUSTED:
+                    raise exceptions.SystemRefused(reason=last) from err
                 raise exceptions.NetnsUnusable(
                     netns=netns, reason='cannot be entered: %s' %
                     (err.strerror or err)) from err
@@ -196,8 +199,10 @@ def find(directories: Iterable[str], processes: Iterable[str],
     :param directories: where namespaces have names
     :param processes: where processes are to be seen, as /proc
     :param mounts: further paths of namespaces
+    :raises SystemRefused: if this process lacks descriptors or memory, so
+        that it cannot see all
     """
-    own = identify(OWN)
+    own = _identity_of(OWN)
     paths: dict[tuple[int, int], str] = {}
     for path in itertools.chain((
             os.path.join(directory, name) for directory in directories
@@ -213,28 +218,48 @@ def find(directories: Iterable[str], processes: Iterable[str],
             path = os.path.join(proc, name, 'ns/net')
             found = _nsfs_inode(path, own)
             if found and found not in paths:
-                with contextlib.suppress(OSError, IndexError, ValueError):
+                with _absence(), contextlib.suppress(IndexError, ValueError):
                     candidate = (_started(os.path.join(proc, name)), order,
                                  path)
                     oldest[found] = min(oldest.get(found, candidate),
                                         candidate)
     paths.update({found: path for found, (_, _, path) in oldest.items()})
     return [Found(path, namespace) for path, namespace in
-            ((path, identify(path)) for path in paths.values())
+            ((path, _identity_of(path)) for path in paths.values())
             if namespace is not None
             and not (own and namespace.is_same(own))]
 
 
-def _names(directory: str) -> list[str]:
+@contextlib.contextmanager
+def _absence() -> Iterator[None]:
+    """Take an error as absence, unless it is a fault of this process.
+
+    :raises SystemRefused: for such a fault
+    """
     try:
+        yield
+    except OSError as err:
+        if err.errno in exceptions.EXHAUSTED:
+            raise exceptions.SystemRefused(
+                reason='network namespaces cannot be listed: %s' % err
+            ) from err
+
+
+def _identity_of(path: str) -> Optional[NamespaceId]:
+    with _absence():
+        return identify_or_fail(path)
+    return None
+
+
+def _names(directory: str) -> list[str]:
+    with _absence():
         return os.listdir(directory)
-    except OSError:
-        return []
+    return []
 
 
 def _nsfs_inode(path: str, own: Optional[NamespaceId]
                 ) -> Optional[tuple[int, int]]:
-    with contextlib.suppress(OSError):
+    with _absence():
         found = os.stat(path)
         if own is not None and found.st_dev == own.device and not (
                 stat.S_ISDIR(found.st_mode)):

@@ -4,12 +4,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
+import select
 import signal
 import subprocess
 import sys
 import time
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
+from unittest import mock
 
 import psutil
 
@@ -671,6 +675,134 @@ class TestFaults(DiscoveryTestCase):
         process.rlimit(psutil.RLIMIT_NOFILE, before)
         self.inside('two', 'ip', 'link', 'set', 'eth0', 'promisc', 'on')
         self.until_bound(ONE, TWO)
+
+
+class TestExhausted(base.LabTestCase):
+    """A search that this process has no descriptors for.
+
+    With a finder in this process, so that it is known how many it has.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        options = base.options(discover=True,
+                               allowed_cidrs=['100.75.0.0/16'])
+        kept = ledger.Ledger(options.state_dir, options.lock_timeout)
+        kept.prepare()
+        self.finder = finder.Finder(options, kept)
+        self.addCleanup(self.finder.close)
+        # It waits for less long between two looks at the same.
+        pauses = mock.patch.object(finder, '_LAST', 0.1)
+        pauses.start()
+        self.addCleanup(pauses.stop)
+
+    def work(self) -> None:
+        """Do as the agent does, until nothing is left to do."""
+        while self.finder.due() is not None:
+            self.step()
+
+    def step(self) -> None:
+        due = self.finder.due()
+        wait = 0.0 if due is None else max(0.0, due - time.monotonic())
+        if select.select(self.finder.files(), [], [], wait)[0]:
+            self.finder.note()
+        else:
+            self.finder.look()
+
+    @contextlib.contextmanager
+    def descriptors(self, count: int) -> Iterator[None]:
+        """Leave this process so many, within the block."""
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        taken = [os.open('/dev/null', os.O_RDONLY) for _ in range(count)]
+        resource.setrlimit(resource.RLIMIT_NOFILE,
+                           (max(taken, default=0) + 1, before[1]))
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    taken.append(os.open('/dev/null', os.O_RDONLY))
+            for _ in range(count):
+                os.close(taken.pop())
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+            for each in taken:
+                os.close(each)
+
+    def starve(self, count: int) -> None:
+        """Let it work with so many descriptors, as the agent would."""
+        with self.descriptors(count):
+            for _ in range(4):
+                with contextlib.suppress(OSError, exceptions.Break0Error):
+                    self.step()
+
+    def assert_bound(self, *addresses: str) -> None:
+        self.work()
+        self.assertEqual(set(addresses), self.bound())
+        self.assertEqual(set(addresses), set(self.lab.routes()))
+
+    def test_what_came_meanwhile(self) -> None:
+        expected = set()
+        for count in range(12):
+            with self.subTest(descriptors=count):
+                expected.add('100.75.30.%d' % (100 + count))
+                self.lab.add_pod('c%d' % count, '100.75.30.%d' % (
+                    100 + count))
+                self.finder.search()
+                self.starve(count)
+                self.assert_bound(*expected)
+
+    def test_what_changed_meanwhile(self) -> None:
+        self.lab.add_pod('one', ONE)
+        self.finder.search()
+        self.assert_bound(ONE)
+        for count in range(12):
+            for change, address in (('add', TWO), ('del', None)):
+                with self.subTest(descriptors=count, change=change):
+                    self.lab.run('ip', 'address', change, TWO + '/24', 'dev',
+                                 'eth0', netns='one')
+                    self.finder.mark_all()
+                    self.starve(count)
+                    self.assert_bound(ONE, *([address] if address else []))
+
+    def test_what_ended_meanwhile(self) -> None:
+        self.lab.add_pod('one', ONE)
+        for count in range(12):
+            with self.subTest(descriptors=count):
+                self.lab.add_pod('two', TWO)
+                self.finder.search()
+                self.assert_bound(ONE, TWO)
+                self.lab.del_netns('two')
+                self.finder.search()
+                self.starve(count)
+                self.assert_bound(ONE)
+
+    def test_ledger_that_cannot_be_read(self) -> None:
+        """What was read before counts: what goes is noticed."""
+        self.lab.add_pod('one', ONE)
+        self.finder.search()
+        self.assert_bound(ONE)
+        with self.descriptors(0):
+            self.finder.mark_all()
+        self.lab.run('ip', 'address', 'flush', 'dev', 'eth0', netns='one')
+        self.assert_bound()
+
+    def test_end_that_cannot_be_proven(self) -> None:
+        """It is asked for less and less often."""
+        self.lab.add_pod('one', ONE)
+        self.finder.search()
+        self.assert_bound(ONE)
+        self.lab.del_netns('one')
+        now = [time.monotonic()]
+        with mock.patch.object(
+                kernel, 'state', return_value=kernel.State.UNKNOWN) as asked, \
+                mock.patch.object(time, 'monotonic', lambda: now[0]):
+            self.finder.search()
+            while self.finder.due() is not None:
+                now[0] = self.finder.due() or 0.0
+                self.finder.note()
+                self.finder.look()
+        self.assertLess(asked.call_count, 20)
+        self.assertEqual({ONE}, self.bound())
 
 
 class TestRecords(base.LabTestCase):
