@@ -15,7 +15,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 from typing import Any, Iterator, NamedTuple, Optional
 import uuid
 import venv
@@ -63,6 +62,16 @@ lock_path = %(locks)s
 link_iface = eth0
 
 """
+
+
+def serves(address: str = ADDRESS) -> bool:
+    """Whether somebody accepts connections for the daemon."""
+    host, port = address.split(':')
+    try:
+        socket.create_connection((host, int(port)), lab.PATIENCE).close()
+    except OSError:
+        return False
+    return True
 
 
 class Answer(NamedTuple):
@@ -212,24 +221,10 @@ class Node:
                  'HOME': self.dir, **environ},
             stdout=open(os.path.join(self.dir, 'output'), 'ab'),
             stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + 60
-        while not self.serves():
-            if self.daemon.poll() is not None:
-                raise AssertionError('kuryr-daemon ended:\n' + self.output())
-            if time.monotonic() > deadline:
-                raise AssertionError('kuryr-daemon does not serve:\n'
-                                     + self.output())
-            time.sleep(0.05)
-
-    @staticmethod
-    def serves() -> bool:
-        """Whether somebody accepts connections for the daemon."""
-        host, port = ADDRESS.split(':')
-        try:
-            socket.create_connection((host, int(port)), 1).close()
-        except OSError:
-            return False
-        return True
+        daemon = self.daemon
+        lab.until(lambda: serves() or daemon.poll() is not None, self.output)
+        if daemon.poll() is not None:
+            raise AssertionError('kuryr-daemon ended:\n' + self.output())
 
     def kill_daemon(self) -> None:
         """Kill the daemon and all its workers; none is fine."""
@@ -244,8 +239,7 @@ class Node:
             psutil.wait_procs(family)
             self.daemon = None
             # One that it was just starting has the socket for a moment.
-            while self.serves():
-                time.sleep(0.05)
+            lab.until(lambda: not serves())
 
     def output(self) -> str:
         """All that the daemon has logged or printed."""

@@ -24,7 +24,7 @@ import struct
 import subprocess
 import threading
 import time
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any, Callable, Iterator, Optional, Sequence
 
 from kuryr_break0 import kernel
 
@@ -45,6 +45,9 @@ LAN6 = 'fd00:30::1'
 OTHER_LAN = '100.75.40.1'
 OTHER_LAN6 = 'fd00:40::1'
 PARENT = 'eth0'
+#: Seconds after which what must come is said not to come. It says nothing of
+#: how long that takes: other processes may have most of the machine.
+PATIENCE = 120
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -54,6 +57,21 @@ def _call(name: str, *args: Any) -> None:
         error = ctypes.get_errno()
         raise OSError(error, '%s: %s. Run it under tests/in-lab.' %
                       (name, os.strerror(error)))
+
+
+def until(condition: Callable[[], Any],
+          log: Callable[[], str] = str) -> float:
+    """Wait until a condition holds; how many seconds that took.
+
+    :param log: returns what to show if it never does
+    """
+    began = time.monotonic()
+    while not condition():
+        passed = time.monotonic() - began
+        assert passed < PATIENCE, 'not within %d s\n%s' % (PATIENCE, log())
+        # Many wait at once, and each look takes time of what is waited for.
+        time.sleep(min(0.01 + passed / 20, 0.2))
+    return time.monotonic() - began
 
 
 class Frame:
@@ -123,13 +141,11 @@ class Lab:
 
     def settle(self) -> None:
         """Wait until the kernel has made sure of all IPv6 addresses."""
-        deadline = time.monotonic() + 10
-        while any(address.get('tentative')
-                  for netns in (None, *os.listdir('/run/netns'))
-                  for link in self.ip('address', 'show', netns=netns)
-                  for address in link['addr_info']):
-            assert time.monotonic() < deadline, 'still tentative'
-            time.sleep(0.1)
+        until(lambda: not any(
+            address.get('tentative')
+            for netns in (None, *os.listdir('/run/netns'))
+            for link in self.ip('address', 'show', netns=netns)
+            for address in link['addr_info']))
 
     def add_other_subnet(self) -> None:
         """Make the LAN host the gateway of another subnet on its link."""
@@ -153,10 +169,7 @@ class Lab:
         path = '/run/netns/' + name
         known = kernel.identify(path)
         self.run('ip', 'netns', 'del', name)
-        deadline = time.monotonic() + 10
-        while kernel.state(path, known) is kernel.State.LIVING:
-            assert time.monotonic() < deadline, 'it does not end'
-            time.sleep(0.01)
+        until(lambda: kernel.state(path, known) is not kernel.State.LIVING)
 
     def add_pod(self, name: str, *addresses: str,
                 mac: Optional[str] = None,
@@ -194,7 +207,7 @@ class Lab:
         thread = threading.Thread(target=make)
         thread.start()
         thread.join()
-        made[0].settimeout(5)
+        made[0].settimeout(PATIENCE)
         return made[0]
 
     @contextlib.contextmanager

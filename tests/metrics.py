@@ -10,6 +10,8 @@ from typing import NamedTuple, Optional
 
 from prometheus_client import parser
 
+from tests import lab
+
 DEFAULT = '127.0.0.1:9817'
 
 
@@ -20,7 +22,7 @@ class Answer(NamedTuple):
 
 def get(path: str = '/metrics', where: str = DEFAULT) -> Optional[Answer]:
     """An answer of the agent; None if nobody gives one."""
-    connection = http.client.HTTPConnection(where, timeout=20)
+    connection = http.client.HTTPConnection(where, timeout=lab.PATIENCE)
     with contextlib.closing(connection):
         try:
             connection.request('GET', path)

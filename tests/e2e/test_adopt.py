@@ -311,10 +311,8 @@ class TestNamespaces(AdoptTestCase):
 
     def wait_for(self, process: subprocess.Popen[bytes]) -> None:
         own = os.stat('/proc/thread-self/ns/net').st_ino
-        deadline = time.monotonic() + 30
-        while os.stat('/proc/%d/ns/net' % process.pid).st_ino == own:
-            self.assertLess(time.monotonic(), deadline)
-            time.sleep(0.01)
+        lab.until(lambda: os.stat(
+            '/proc/%d/ns/net' % process.pid).st_ino != own)
 
     def test_a_directory_of_its_own(self) -> None:
         os.makedirs('/run/docker/netns')

@@ -161,8 +161,10 @@ class TestFailures(DaemonTestCase):
                           'peer', 'name', 'peer0')
 
     def alive(self) -> int:
+        # A service of its own, which may serve later than the daemon.
+        lab.until(lambda: kuryr.serves('127.0.0.1:8090'))
         return requests.get('http://127.0.0.1:8090/alive',
-                            timeout=30).status_code
+                            timeout=lab.PATIENCE).status_code
 
     def test_the_pod_goes_on(self) -> None:
         self.node.start_daemon()

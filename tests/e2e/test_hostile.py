@@ -52,6 +52,12 @@ class TestNameOfTheVIFDirectly(TestNameOfTheVIF):
 
 class TestDeletion(DaemonTestCase):
 
+    def received(self, name: str) -> int:
+        """How many packets a pod has received."""
+        link, = self.node.lab.ip('-statistics', 'link', 'show', 'eth0',
+                                 netns=name)
+        return int(link['stats64']['rx']['packets'])
+
     def test_no_frame_leaks_at_a_del(self) -> None:
         # Without a guard, so that it is the order that counts.
         self.node.start_daemon('guard = off')
@@ -66,6 +72,8 @@ class TestDeletion(DaemonTestCase):
              '100.75.30.%d' % number], stdout=subprocess.DEVNULL)
             for number in range(100, 106)]
         try:
+            for pod in pods:
+                lab.until(lambda: self.received(pod.name) > 10)
             with self.node.lab.capture() as frames:
                 for pod in pods:
                     self.delete(pod)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from typing import Optional
 
 from tests.e2e.test_daemon import DaemonTestCase
 from tests import kuryr
+from tests import lab
 from tests import metrics
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
@@ -28,15 +28,13 @@ class TestMetrics(DaemonTestCase):
     def assert_value(self, expected: float, name: str,
                      **labels: str) -> None:
         """Wait until a figure has a value."""
-        deadline = time.monotonic() + 30
-        found: Optional[float] = None
-        while found != expected:
-            if time.monotonic() > deadline:
-                self.fail('%s %s is %s, not %s\n%s' % (
-                    name, labels, found, expected, self.node.errors()))
-            time.sleep(0.05)
-            found = (metrics.total(name) if name.startswith('addresses_')
-                     else metrics.value(name, **labels))
+        def found() -> Optional[float]:
+            return (metrics.total(name) if name.startswith('addresses_')
+                    else metrics.value(name, **labels))
+
+        lab.until(lambda: found() == expected,
+                  lambda: '%s %s is %s, not %s\n%s' % (
+                      name, labels, found(), expected, self.node.errors()))
 
     def pods(self, numbers: range) -> list[kuryr.Pod]:
         return [self.node.add_pod('pod-%d' % number,

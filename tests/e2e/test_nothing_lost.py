@@ -361,9 +361,6 @@ class TestAgentBeside(NothingLostTestCase):
                                   check=False)
         expected = fixed | {'100.75.30.' + name[len('pod-'):]
                             for name in bound}
-        deadline = time.monotonic() + 30
-        while (set(self.node.lab.routes()) != expected
-               and time.monotonic() < deadline):
-            time.sleep(0.1)
-        self.assertEqual(expected, set(self.node.lab.routes()),
-                         'seed %d' % seed)
+        lab.until(lambda: set(self.node.lab.routes()) == expected,
+                  lambda: 'seed %d: %s' % (
+                      seed, expected ^ set(self.node.lab.routes())))

@@ -6,8 +6,7 @@ import json
 import os
 import signal
 import subprocess
-import time
-from typing import Any, Callable
+from typing import Any
 
 from tests.e2e.test_adopt import AdoptTestCase
 from tests.e2e.test_adopt import POD
@@ -54,12 +53,6 @@ class TestOperator(AdoptTestCase):
             ways += [(FAR,), (lab.NODE, 'far')]
         for way in ways:
             self.assertEqual(expected, self.node.lab.ping(*way), way)
-
-    def wait_until(self, done: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 30
-        while not done():
-            self.assertLess(time.monotonic(), deadline)
-            time.sleep(0.1)
 
     def in_sync(self) -> bool:
         return subprocess.run(
@@ -115,14 +108,14 @@ class TestOperator(AdoptTestCase):
         self.addCleanup(agent.wait)
         self.addCleanup(agent.kill)
         self.node.lab.run('ip', 'link', 'del', 'break0')
-        self.wait_until(self.in_sync)
+        lab.until(self.in_sync)
         self.assertIn('Nothing is wrong.', self.call('doctor'))
         self.assert_reachable_all_ways()
         agent.send_signal(signal.SIGSTOP)
         self.node.lab.run('ip', 'link', 'del', 'break0')
         self.assertEqual({POD, POD6, FAR}, set(self.problems()))
         agent.send_signal(signal.SIGCONT)
-        self.wait_until(self.in_sync)
+        lab.until(self.in_sync)
         self.assert_reachable_all_ways()
 
         # All of it is taken away, and Kuryr goes on alone.

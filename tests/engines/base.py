@@ -12,7 +12,6 @@ import shutil
 import socket
 import subprocess
 import tarfile
-import time
 from typing import Any, Callable, Optional
 import unittest
 
@@ -26,7 +25,6 @@ PROGRAM = cni_base.PROGRAM
 CONF = cni_base.CONF
 #: What is in the image: busybox by these names.
 _TOOLS = ('sh', 'sleep', 'ping', 'ip', 'nc')
-_DEADLINE = 20
 
 
 def is_root() -> bool:
@@ -81,18 +79,12 @@ class EngineTestCase(base.LabTestCase):
 
     def start_agent(self) -> subprocess.Popen[bytes]:
         agent = self.start(PROGRAM, '--config-file', CONF, 'agent')
-        self.until(lambda: os.path.exists('/run/kuryr-break0/cni.sock'))
+        self.until(cni_base.is_served)
         return agent
 
-    def until(self, condition: Callable[[], Any],
-              seconds: float = _DEADLINE) -> float:
+    def until(self, condition: Callable[[], Any]) -> float:
         """Wait until it holds; how long that took."""
-        began = time.monotonic()
-        while not condition():
-            if time.monotonic() - began > seconds:
-                self.fail('not within %s s\n%s' % (seconds, self.logs()))
-            time.sleep(0.01)
-        return time.monotonic() - began
+        return lab.until(condition, self.logs)
 
     @staticmethod
     def logs() -> str:
@@ -248,7 +240,8 @@ class Docker(Engine):
                    '/run/docker-exec', '--pidfile', '/run/docker.pid',
                    '--host', 'unix:///run/docker.sock')
         self.command = ['docker', '--host', 'unix:///run/docker.sock']
-        test.until(lambda: os.path.exists('/run/docker.sock'))
+        test.until(lambda: test.lab.run(
+            *self.command, 'version', check=False).returncode == 0)
         self('import', image_tar(), 'box')
         test.addCleanup(self.remove_all)
 
@@ -304,7 +297,9 @@ state = "/run/containerd-state"
   conf_dir = "/run/net.d"
 ''' % bin_dir)
         test.start('containerd', '--config', '/run/containerd.toml')
-        test.until(lambda: os.path.exists('/run/containerd.sock'))
+        test.until(lambda: test.lab.run(
+            'ctr', '--address', '/run/containerd.sock', 'version',
+            check=False).returncode == 0)
         for arguments in (
                 ('image', 'import', saved_image('docker.io/lab/pause:1',
                                                 '/bin/sleep', '1000')),
@@ -318,7 +313,7 @@ state = "/run/containerd-state"
     def call(self, method: str, request: bytes) -> dict[int, bytes]:
         """Call a method; the first field of each number of its answer."""
         answer = self._channel.unary_unary(self.SERVICE + method)(
-            request, timeout=30, wait_for_ready=True)
+            request, timeout=lab.PATIENCE, wait_for_ready=True)
         return _fields(answer)
 
     def run_sandbox(self, name: str) -> str:
@@ -332,7 +327,7 @@ state = "/run/containerd-state"
     def netns(self, sandbox: str) -> str:
         """The path of its namespace, as containerd says it in detail."""
         status = self._channel.unary_unary(self.SERVICE + 'PodSandboxStatus')(
-            message(1, sandbox) + b'\x10\x01', timeout=30)
+            message(1, sandbox) + b'\x10\x01', timeout=lab.PATIENCE)
         start = status.index(b'/var/run/netns/')
         path = status[start:].split(b'"')[0].decode()
         return '/run/netns/' + os.path.basename(path)

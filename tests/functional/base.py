@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import ipaddress
 import logging
 import os
 import signal
+import time
 from typing import Any, Callable, Iterator, Optional, Sequence
 import unittest
 
+import inotify_simple
 from oslo_config import cfg
+import psutil
 
 from kuryr_break0 import config
 from kuryr_break0 import kernel
@@ -57,6 +61,37 @@ def in_child(function: Callable[[], Any]) -> int:
 def wait_for(pid: int) -> int:
     """How a child ended: its exit code, or minus the signal."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def is_idle(process: psutil.Process) -> bool:
+    """Whether a process has nothing to do for a while.
+
+    A process that only waits for a processor is not idle.
+    """
+    def switches() -> Any:
+        return process.num_ctx_switches(), process.status()
+
+    before = switches()
+    time.sleep(1.5)
+    return bool(before == switches()) and before[1] == 'sleeping'
+
+
+@contextlib.contextmanager
+def until_opened(path: str) -> Iterator[None]:
+    """Start something in the block, and wait until it has opened a file."""
+    flags = inotify_simple.flags
+    with inotify_simple.INotify() as watch:
+        watch.add_watch(path, flags.OPEN)
+        yield
+        assert watch.read(timeout=1000 * lab.PATIENCE), 'nobody opens it'
+
+
+@contextlib.contextmanager
+def locked(path: str = '/run/kuryr-break0/lock') -> Iterator[None]:
+    """Hold the lock of a ledger within the block, as another process."""
+    with open(path, 'a') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def beat_at(path: str, when: float) -> None:

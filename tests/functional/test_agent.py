@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from typing import Callable
+from typing import Any, Callable
 from unittest import mock
 
 import psutil
@@ -23,6 +22,7 @@ from tests.functional.base import OTHER_OWNER
 from tests.functional.base import OTHER_POD
 from tests.functional.base import POD
 from tests import lab
+from tests import metrics
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 #: 250 pods, of which one is really there.
@@ -54,8 +54,7 @@ class AgentTestCase(base.LabTestCase):
              'agent'], text=True)
         self.addCleanup(agent.wait)
         self.addCleanup(agent.kill)
-        self.wait_for(lambda: 'Watching ' in self.log(), 30)
-        time.sleep(0.5)
+        self.wait_for(lambda: metrics.value('sync_seconds_count'))
         return agent
 
     def log(self) -> str:
@@ -65,19 +64,9 @@ class AgentTestCase(base.LabTestCase):
         except FileNotFoundError:
             return ''
 
-    def wait_for(self, condition: Callable[[], bool],
-                 seconds: float = 20) -> float:
-        """Wait until it holds; how long that took.
-
-        The limit is only for what never comes.
-        """
-        began = time.monotonic()
-        while not condition():
-            if time.monotonic() - began > seconds:
-                self.fail('not within %s seconds\n%s' % (seconds,
-                                                         self.log()))
-            time.sleep(0.01)
-        return time.monotonic() - began
+    def wait_for(self, condition: Callable[[], Any]) -> float:
+        """Wait until it holds; how long that took."""
+        return lab.until(condition, self.log)
 
     def healed(self) -> bool:
         neighbours = {each['dst'] for each in self.lab.ip(
@@ -186,20 +175,12 @@ class TestProcess(AgentTestCase):
 
     def test_idle(self) -> None:
         process = psutil.Process(self.agent.pid)
-
-        def idle() -> bool:
-            before = process.cpu_times()
-            time.sleep(1)
-            after = process.cpu_times()
-            return ((before.user, before.system)
-                    == (after.user, after.system))
-
-        self.wait_for(idle)
+        self.wait_for(lambda: base.is_idle(process))
         self.assertLess(process.memory_info().rss, 64 * 2 ** 20)
 
     def test_sigterm(self) -> None:
         self.agent.terminate()
-        self.assertEqual(0, self.agent.wait(10))
+        self.assertEqual(0, self.agent.wait(lab.PATIENCE))
         self.assertEqual(PODS, set(self.lab.routes()))
 
     def test_sighup(self) -> None:

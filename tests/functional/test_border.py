@@ -122,6 +122,10 @@ class BorderTestCase(base.LabTestCase):
                 return False
             return True
 
+    def assert_received(self, payload: bytes, source: str = MAC,
+                        family: int = socket.AF_INET) -> None:
+        lab.until(lambda: self.received(payload, source, family))
+
     def assert_reachable(self) -> None:
         for address in (POD, POD6, OTHER_POD, OTHER6):
             self.assertTrue(self.lab.ping(address), address)
@@ -133,9 +137,8 @@ class BorderTestCase(base.LabTestCase):
 class TestForgery(BorderTestCase):
 
     def test_its_own_name_is_fine(self) -> None:
-        self.assertTrue(self.received(udp(POD, lab.NODE)))
-        self.assertTrue(self.received(udp(POD6, lab.NODE6),
-                                      family=socket.AF_INET6))
+        self.assert_received(udp(POD, lab.NODE))
+        self.assert_received(udp(POD6, lab.NODE6), family=socket.AF_INET6)
         self.assert_reachable()
 
     def test_names_of_others(self) -> None:
@@ -155,11 +158,11 @@ class TestForgery(BorderTestCase):
     def test_the_loopback_of_the_node(self) -> None:
         kernel.write_sysctl('ipv4/conf/all/route_localnet', 1)
         self.assertFalse(self.received(udp(POD, '127.0.0.1')))
-        self.assertTrue(self.received(udp(POD, lab.NODE)))
+        self.assert_received(udp(POD, lab.NODE))
 
     def test_the_sysctls_alone_stop_what_they_can(self) -> None:
         self.lab.run('nft', 'flush', 'ruleset')
-        self.assertTrue(self.received(udp(POD, lab.NODE)))
+        self.assert_received(udp(POD, lab.NODE))
         for source in (lab.LAN, BEYOND):
             self.assertFalse(self.received(udp(source, lab.NODE)), source)
 
@@ -169,9 +172,8 @@ class TestForgery(BorderTestCase):
         self.lab.run('nft', 'flush', 'ruleset', netns='pod')
         kernel.write_sysctl('ipv4/conf/break0/rp_filter', 0)
         for source in (lab.LAN, BEYOND, OTHER_POD):
-            self.assertTrue(self.received(udp(source, lab.NODE)), source)
-        self.assertTrue(self.received(udp(OTHER6, lab.NODE6),
-                                      family=socket.AF_INET6))
+            self.assert_received(udp(source, lab.NODE))
+        self.assert_received(udp(OTHER6, lab.NODE6), family=socket.AF_INET6)
 
 
 class TestRedirection(BorderTestCase):
@@ -197,7 +199,8 @@ class TestRedirection(BorderTestCase):
             self.send(icmp6(text, lab.NODE6, b'\x87\0\0\0' + bytes(4)
                             + ipaddress.ip_address(lab.NODE6).packed
                             + b'\x01\x01' + packed(MAC)))
-        time.sleep(0.3)
+        # What the same pod has sent later has come.
+        self.assert_received(udp(POD, lab.NODE))
         self.assertEqual(before, self.neighbours())
 
     def test_router_advertisements(self) -> None:
@@ -206,7 +209,8 @@ class TestRedirection(BorderTestCase):
             self.send(icmp6('fe80::%x' % (number + 1), 'ff02::1',
                             b'\x86\0\0\0' + b'\x40\0\x07\x08' + bytes(8)
                             + b'\x01\x01' + packed(MAC)))
-        time.sleep(0.3)
+        # What the same pod has sent later has come.
+        self.assert_received(udp(POD, lab.NODE))
         self.assertEqual(before, (self.neighbours(),
                                   self.lab.ip('-6', 'route')))
 
@@ -222,7 +226,8 @@ class TestRedirection(BorderTestCase):
                 ipaddress.ip_address(lab.NODE).packed)
             head = head[:10] + struct.pack('!H', checksum(head)) + head[12:]
             self.send(b'\x08\x00' + head + body, times=5)
-        time.sleep(0.3)
+        # What the same pod has sent later has come.
+        self.assert_received(udp(POD, lab.NODE))
         found = self.lab.ip('route', 'get', BEYOND)[0]
         self.assertEqual(('eth0', lab.LAN), (found['dev'],
                                              found['gateway']))
@@ -360,7 +365,9 @@ class TestLeaks(BorderTestCase):
             try:
                 for command in commands:
                     self.lab.run('sh', '-c', command)
-                time.sleep(0.5)
+                for address in (POD, POD6):
+                    self.lab.run('ping', '-n', '-q', '-i', '0.01', '-c', '30',
+                                 '-W', '0.2', address, check=False)
             finally:
                 for each in (ping, ping6):
                     each.kill()

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import textwrap
-import time
 from typing import Any, Callable, Optional
 from unittest import mock
 
@@ -27,6 +26,7 @@ from tests.functional.base import POD
 from tests.functional.test_cli import CLITestCase
 from tests.functional.test_cli import PROGRAM
 from tests import lab
+from tests import metrics
 
 STATE_DIR = '/run/kuryr-break0'
 POD6 = 'fd00:30::71'
@@ -301,12 +301,11 @@ class TestOthersAtWork(CleanupTestCase):
         self.bind_both()
         # It is at work when it restores this.
         self.lab.run('ip', 'link', 'del', 'break0')
-        deadline = time.monotonic() + 30
-        while len(self.lab.routes()) < 3:
-            self.assertLess(time.monotonic(), deadline)
-            time.sleep(0.1)
+        lab.until(lambda: len(self.lab.routes()) >= 3)
         self.assertIn('! agent', self.cleanup(code=1))
-        time.sleep(2.5)  # two looks of the agent
+        synced = metrics.value('sync_seconds_count') or 0
+        lab.until(lambda: (metrics.value('sync_seconds_count') or 0)
+                  >= synced + 2)
         self.assertIsNone(agent.poll())
         self.assertEqual(before, self.lab.state())
 

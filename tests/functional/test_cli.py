@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 from tests.functional import base
 from tests.functional.base import OTHER_POD
@@ -172,16 +171,12 @@ class TestUsage(CLITestCase):
 
     def test_interrupted(self) -> None:
         self.bind()
-        holder = subprocess.Popen(['flock', '/run/kuryr-break0/lock', 'sleep',
-                                   '20'])
-        self.addCleanup(holder.wait)
-        self.addCleanup(holder.kill)
-        time.sleep(0.5)
-        syncing = subprocess.Popen(
-            [PROGRAM, 'sync'], stderr=subprocess.PIPE, text=True)
-        time.sleep(2)
-        syncing.send_signal(signal.SIGINT)
-        _, stderr = syncing.communicate(timeout=20)
+        with base.locked():
+            with base.until_opened('/run/kuryr-break0/lock'):
+                syncing = subprocess.Popen(
+                    [PROGRAM, 'sync'], stderr=subprocess.PIPE, text=True)
+            syncing.send_signal(signal.SIGINT)
+            _, stderr = syncing.communicate(timeout=lab.PATIENCE)
         self.assertEqual(130, syncing.returncode, stderr)
         self.assertNotIn('Traceback', stderr)
 

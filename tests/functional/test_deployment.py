@@ -8,11 +8,11 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from typing import Any, Callable
 
 import psutil
 
+from kuryr_break0 import kernel
 from tests.functional import base
 from tests.functional.base import POD
 from tests.functional.cni import base as cni_base
@@ -113,11 +113,9 @@ class ContainerTestCase(base.LabTestCase):
             return file.read()
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 30
-        while not condition():
-            if time.monotonic() > deadline or self.agent.poll() is not None:
-                self.fail('the agent has not done it\n' + self.log())
-            time.sleep(0.05)
+        lab.until(lambda: condition() or self.agent.poll() is not None,
+                  self.log)
+        self.assertIsNone(self.agent.poll(), self.log())
 
 
 class TestAgentInItsContainer(ContainerTestCase):
@@ -157,7 +155,11 @@ class TestAgentInItsContainer(ContainerTestCase):
         self.start()
         netns = self.lab.add_pod('pod', POD, mac=MAC)
         self.bind(netns='/var' + netns, mac_of_pod=MAC)
-        time.sleep(3)  # some looks
+        # Two more syncs by the timer: the kernel tells of no sysctl.
+        for _ in range(2):
+            kernel.write_sysctl('ipv4/conf/break0/arp_filter', 0)
+            self.wait_for(lambda: kernel.read_sysctl(
+                'ipv4/conf/break0/arp_filter') == 1)
         self.assertIn(POD, self.lab.routes())
         self.lab.del_netns('pod')
         # Seen by way of the propagated end of the mount.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import time
 from typing import Any, Iterator
 import unittest
 from unittest import mock
@@ -106,11 +105,8 @@ class TestConnect(DriverTestCase):
     def pod(self) -> list[Any]:
         """All that ip says of a pod, as soon as the kernel has done all."""
         self.lab.settle()
-        deadline = time.monotonic() + 10
         # It is UNKNOWN until the kernel has looked after the carrier.
-        while self.pod_links()['eth0']['operstate'] != 'UP':
-            self.assertLess(time.monotonic(), deadline)
-            time.sleep(0.1)
+        lab.until(lambda: self.pod_links()['eth0']['operstate'] == 'UP')
         found: list[Any] = [*self.pod_links().values()]
         for args in (('address', 'show'), ('-4', 'route', 'show'),
                      ('-6', 'route', 'show', 'table', 'all')):

@@ -4,14 +4,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
-import time
 from typing import Optional
 
 from tests.functional import base
 from tests.functional.base import POD
+from tests import lab
 from tests import overlay
 
 ETC = os.path.join(overlay.ROOT, 'etc')
@@ -57,19 +58,16 @@ class TestNetworkd(base.LabTestCase):
         """What networkd makes of an interface, once it knows."""
         link = self.lab.link(name)
         assert link is not None
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            try:
-                with open('/run/systemd/netif/links/%d'
-                          % link['ifindex']) as file:
-                    text = dict(line.strip().split('=', 1) for line in file
-                                if '=' in line)
-            except FileNotFoundError:
-                text = {}
-            if text.get('ADMIN_STATE') in ('configured', 'unmanaged'):
-                return text['ADMIN_STATE']
-            time.sleep(0.05)
-        self.fail('networkd says nothing of %s\n%s' % (name, self.log()))
+
+        def found() -> Optional[str]:
+            with contextlib.suppress(FileNotFoundError), open(
+                    '/run/systemd/netif/links/%d' % link['ifindex']) as file:
+                return dict(line.strip().split('=', 1) for line in file
+                            if '=' in line).get('ADMIN_STATE')
+            return None
+
+        lab.until(lambda: found() in ('configured', 'unmanaged'), self.log)
+        return found()
 
     def takes_note_of_the_route(self) -> bool:
         """Whether it keeps the route in mind, as one to manage."""

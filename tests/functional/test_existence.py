@@ -8,7 +8,6 @@ import errno
 import json
 import os
 import subprocess
-import time
 from typing import Any
 from unittest import mock
 
@@ -132,9 +131,7 @@ class TestJudge(base.LabTestCase):
         self.assertIs(kernel.State.LIVING, self.judge(path, cookie=None))
         process.kill()
         process.wait()
-        deadline = time.monotonic() + 60
-        while self.judge() is kernel.State.LIVING:  # some ms more
-            self.assertLess(time.monotonic(), deadline)
+        lab.until(lambda: self.judge() is not kernel.State.LIVING)
         for each in (self.path, path):
             self.assertIs(kernel.State.GONE, self.judge(each))
             self.assertIs(kernel.State.GONE, self.judge(each, cookie=None))

@@ -778,7 +778,7 @@ class TestLedgerAndLock(base.LabTestCase):
         def hold() -> None:
             with self.manager()._ledger.lock():
                 os.write(tell, b'x')
-                time.sleep(60)
+                time.sleep(1000)
 
         pid = base.in_child(hold)
         self.addCleanup(os.close, ready)

@@ -68,11 +68,7 @@ class MetricsTestCase(base.LabTestCase):
         return ''
 
     def wait_for(self, condition: Callable[[], Any]) -> None:
-        deadline = time.monotonic() + 30
-        while not condition():
-            if time.monotonic() > deadline:
-                self.fail('it does not come\n' + self.log())
-            time.sleep(0.05)
+        lab.until(condition, self.log)
 
     def get(self, path: str = '/metrics') -> Optional[metrics.Answer]:
         return metrics.get(path, self.where)
@@ -84,15 +80,10 @@ class MetricsTestCase(base.LabTestCase):
 
     def wait_for_value(self, expected: float, name: str,
                        **labels: str) -> None:
-        deadline = time.monotonic() + 30
-        while True:
-            found = self.value(name, **labels)
-            if found == expected:
-                return
-            if time.monotonic() > deadline:
-                self.fail('%s %s is %s, not %s\n%s' % (
-                    name, labels, found, expected, self.log()))
-            time.sleep(0.05)
+        lab.until(lambda: self.value(name, **labels) == expected,
+                  lambda: '%s %s is %s, not %s\n%s' % (
+                      name, labels, self.value(name, **labels), expected,
+                      self.log()))
 
     def repairs(self, reason: str) -> float:
         value = self.value('repairs_total', reason=reason)
@@ -316,8 +307,9 @@ class TestHealth(MetricsTestCase):
         own = Metrics()
         own.configure(base.options(resync_interval=10, lock_timeout=1))
         for error in (None, exceptions.ParentNotFound(parent='eth0')):
-            own.synced(0.1, error)
             now = time.monotonic()
+            with mock.patch('time.monotonic', return_value=now):
+                own.synced(0.1, error)
             with mock.patch('time.monotonic', return_value=now + 30):
                 self.assertIsNone(own.stuck())
             with mock.patch('time.monotonic', return_value=now + 32):
@@ -373,7 +365,11 @@ class TestServer(MetricsTestCase):
             self.wait_for(lambda: 'cannot be served' in self.log())
             self.lab.run('ip', 'route', 'del', POD)
             self.wait_for(lambda: POD in self.lab.routes())
-            time.sleep(2)  # some more looks
+            # Two more syncs by the timer: the kernel tells of no sysctl.
+            for _ in range(2):
+                kernel.write_sysctl('ipv4/conf/break0/arp_filter', 0)
+                self.wait_for(lambda: kernel.read_sysctl(
+                    'ipv4/conf/break0/arp_filter') == 1)
         error, = [line for line in self.log().splitlines()
                   if ' ERROR ' in line]
         for text in ('127.0.0.1:9817', 'already in use', 'ss -ltnp',
@@ -437,13 +433,7 @@ class TestServer(MetricsTestCase):
             self.wait_for(lambda: len(self.lab.routes()) == 250)
             self.wait_for_value(250, 'addresses_routed')
         self.assertLess(process.memory_info().rss, 64 * 2 ** 20)
-
-        def idle() -> bool:
-            before = process.num_ctx_switches()
-            time.sleep(2)
-            return before == process.num_ctx_switches()
-
-        self.wait_for(idle)
+        self.wait_for(lambda: base.is_idle(process))
 
 
 class TestHostile(MetricsTestCase):

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
@@ -105,8 +104,7 @@ class TestStatus(CLITestCase):
         while ('repaired: its route is missing' not in seen
                or '100.75.30.73 belongs to nobody' not in seen):
             seen += watching.stdout.readline()
-        time.sleep(0.1)
         watching.send_signal(signal.SIGINT)
-        output, _ = watching.communicate(timeout=20)
+        output, _ = watching.communicate(timeout=lab.PATIENCE)
         self.assertNotIn('Traceback', output)
         self.assertEqual(0, watching.returncode)

@@ -15,6 +15,7 @@ from typing import Callable
 import psutil
 
 from kuryr_break0 import ledger
+from tests.functional import base
 from tests.functional.base import POD
 from tests.functional import test_agent
 from tests import metrics
@@ -34,11 +35,13 @@ class StormTestCase(test_agent.AgentTestCase):
         count = -1.0
         while count != self.syncs():
             count = self.syncs()
-            time.sleep(1.5)
+            time.sleep(2)
+            self.wait_for(lambda: base.is_idle(psutil.Process(
+                self.agent.pid)))
 
     def assert_idle(self, before: float) -> None:
         """There was no sync, but where the socket was full of events."""
-        time.sleep(1)
+        self.wait_for(lambda: base.is_idle(psutil.Process(self.agent.pid)))
         lost = metrics.value('events_lost_total') or 0
         self.assertLessEqual(self.syncs() - before, lost)
 

@@ -11,9 +11,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from typing import Any, Callable, Iterator
 import unittest
+
+import psutil
 
 from tests.functional import base
 from tests import lab
@@ -58,14 +59,14 @@ class TestUpgrade(base.LabTestCase):
     @contextlib.contextmanager
     def agent(self, earlier: bool = False) -> Iterator[None]:
         with open('/run/agent.log', 'ab') as log:
+            before = self.log().count('Watching ')
             agent = subprocess.Popen(
                 [sys.executable, '-W', 'ignore', '-m', 'kuryr_break0',
                  '--config-file', CONF, 'agent'], cwd='/', stderr=log,
                 env=self.environ(earlier))
         try:
-            before = self.log().count('Watching ')
-            self.until(lambda: self.log().count('Watching ') > before)
-            time.sleep(0.5)
+            self.until(lambda: base.is_idle(psutil.Process(agent.pid))
+                       and self.log().count('Watching ') > before)
             yield
         finally:
             agent.send_signal(signal.SIGTERM)
@@ -77,10 +78,7 @@ class TestUpgrade(base.LabTestCase):
             return file.read()
 
     def until(self, condition: Callable[[], Any]) -> None:
-        deadline = time.monotonic() + 20
-        while not condition():
-            self.assertLess(time.monotonic(), deadline, self.log())
-            time.sleep(0.02)
+        lab.until(condition, self.log)
 
     @contextlib.contextmanager
     def connections(self) -> Iterator[Callable[[], None]]:
@@ -104,8 +102,7 @@ class TestUpgrade(base.LabTestCase):
 
             def use() -> None:
                 for client, served in ends:
-                    served.settimeout(15)
-                    client.settimeout(15)
+                    served.settimeout(lab.PATIENCE)
                     client.sendall(b'ping')
                     self.assertEqual(b'ping', served.recv(4))
                     served.sendall(b'pong')

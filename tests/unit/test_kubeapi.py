@@ -18,6 +18,7 @@ from kuryr_kubernetes import k8s_client
 import requests
 
 from tests import kubeapi
+from tests import lab
 
 PODS = '/api/v1/pods'
 DEFAULT = '/api/v1/namespaces/default/pods'
@@ -25,7 +26,7 @@ KURYRPORTS = '/apis/openstack.org/v1/namespaces/default/kuryrports'
 MERGE = 'application/merge-patch+json'
 JSON = 'application/json-patch+json'
 # Only waited for by a test that is to fail.
-TIMEOUT = 5
+TIMEOUT = lab.PATIENCE
 
 Event = Dict[str, Any]
 

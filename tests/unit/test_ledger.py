@@ -70,7 +70,7 @@ class LedgerTestCase(unittest.TestCase):
         def hold() -> None:
             with self.ledger.lock():
                 os.write(tell, b'.')
-                time.sleep(60)
+                time.sleep(1000)
 
         pid = base.in_child(hold)
         os.read(ready, 1)

@@ -9,9 +9,9 @@ import copy
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
-import time
 from typing import Any, Optional
 
 from tests.functional import base
@@ -21,6 +21,7 @@ PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 PLUGINS = '/usr/lib/cni'
 BIN = '/run/cni-bin'
 CONF = '/run/kuryr.conf'
+SOCKET = '/run/kuryr-break0/cni.sock'
 SHIM = pathlib.Path(__file__).parents[3] / 'build/cni/break0'
 ID = 'c0ffee0123'
 OTHER_ID = 'c0ffee4567'
@@ -70,7 +71,7 @@ class Runtime:
                      'CNI_IFNAME': ifname, 'CNI_NETNS': netns,
                      'CNI_ARGS': args, 'CNI_PATH': PLUGINS, **environ}
         done = subprocess.run(
-            [plugin or self.plugin], input=data, timeout=60,
+            [plugin or self.plugin], input=data, timeout=lab.PATIENCE,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={'PATH': os.environ['PATH'], **{
                 name: value for name, value in variables.items()
@@ -132,6 +133,12 @@ def addresses(result: Any) -> list[str]:
     return [each['address'].partition('/')[0] for each in result['ips']]
 
 
+def is_served() -> bool:
+    """Whether an agent accepts CNI requests."""
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(SOCKET) == 0
+
+
 class CNITestCase(base.LabTestCase):
     """A node with a CNI runtime."""
 
@@ -163,22 +170,20 @@ class CNITestCase(base.LabTestCase):
 
     def start_agent(self) -> subprocess.Popen[bytes]:
         """Start an agent, and wait until it serves CNI requests."""
+        inode = self.socket_inode()
         with open('/run/agent.log', 'ab') as log:
             agent = subprocess.Popen([PROGRAM, '--config-file', CONF,
                                       'agent'], stderr=log)
         self.addCleanup(agent.wait)
         self.addCleanup(agent.kill)
-        inode = self.socket_inode()
-        deadline = time.monotonic() + 30
-        while self.socket_inode() in (None, inode):
-            self.assertLess(time.monotonic(), deadline, self.log())
-            time.sleep(0.02)
+        lab.until(lambda: self.socket_inode() != inode and is_served(),
+                  self.log)
         return agent
 
     @staticmethod
     def socket_inode() -> Optional[int]:
         try:
-            return os.stat('/run/kuryr-break0/cni.sock').st_ino
+            return os.stat(SOCKET).st_ino
         except FileNotFoundError:
             return None
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import os
 import resource
 import signal
@@ -21,13 +22,15 @@ from unittest import mock
 import psutil
 
 from kuryr_break0.agent.cni_server import CNIServer
-from tests.functional import base as functional_base
+from tests.functional import base as lab_base
 from tests.functional.cni import base
 from tests.functional.cni.base import ID
 from tests.functional.cni.base import network
+from tests.functional.cni.base import SOCKET
 from tests import lab
 
-SOCKET = '/run/kuryr-break0/cni.sock'
+#: Seconds for which the shim waits for an answer.
+PATIENCE = 9
 
 
 class ShimTestCase(base.CNITestCase):
@@ -51,7 +54,7 @@ class TestWithoutAgent(ShimTestCase):
             self.assert_fails(
                 11, 'does not listen on %s. Start it' % SOCKET, command,
                 self.config, netns='/run/netns/lan')
-        self.assertLess(time.monotonic() - began, 5)
+        self.assertLess(time.monotonic() - began, PATIENCE)
 
     def test_status_follows_strict(self) -> None:
         self.assertIsNone(self.runtime.call('STATUS', self.config))
@@ -127,12 +130,12 @@ class TestWithoutAgent(ShimTestCase):
         return time.monotonic() - began
 
     def test_agent_that_never_answers(self) -> None:
-        self.assertLess(self.hanging(b''), 10)
+        self.assertLess(self.hanging(b''), 6 * PATIENCE)
 
     def test_answers_that_are_cut_off(self) -> None:
         for answer in (b'0 10\nshort', b'nonsense\n', b'0', b'\n',
                        b'0 -5\n{}', b'0 99999999\n{}'):
-            self.assertLess(self.hanging(answer), 5, answer)
+            self.assertLess(self.hanging(answer), PATIENCE, answer)
 
 
 class TestServer(base.WithShim, ShimTestCase):
@@ -153,10 +156,7 @@ class TestServer(base.WithShim, ShimTestCase):
             **self.config, 'strict': True}))
 
     def wait_for_socket(self) -> None:
-        deadline = time.monotonic() + 20
-        while not os.path.exists(SOCKET):
-            self.assertLess(time.monotonic(), deadline, self.log())
-            time.sleep(0.02)
+        lab.until(base.is_served, self.log)
 
     def test_second_agent_leaves_it(self) -> None:
         inode = self.socket_inode()
@@ -166,10 +166,7 @@ class TestServer(base.WithShim, ShimTestCase):
                 stderr=log)
         self.addCleanup(second.wait)
         self.addCleanup(second.kill)
-        deadline = time.monotonic() + 20
-        while 'another agent' not in open('/run/second.log').read():
-            self.assertLess(time.monotonic(), deadline)
-            time.sleep(0.05)
+        lab.until(lambda: 'another agent' in open('/run/second.log').read())
         second.terminate()
         second.wait()
         self.assertEqual(inode, self.socket_inode())
@@ -186,7 +183,7 @@ class TestServer(base.WithShim, ShimTestCase):
     @contextlib.contextmanager
     def connected(self) -> Iterator[socket.socket]:
         with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(20)
+            client.settimeout(lab.PATIENCE)
             client.connect(SOCKET)
             yield client
 
@@ -201,35 +198,31 @@ class TestServer(base.WithShim, ShimTestCase):
                 with contextlib.suppress(OSError):
                     client.sendall(data)
                     client.shutdown(socket.SHUT_WR)
-        deadline = time.monotonic() + 60
-        while True:  # those that send nothing keep others waiting 3 s
+
+        def is_ready() -> bool:
             with contextlib.suppress(base.Failed):
                 self.runtime.call('STATUS', {**self.config, 'strict': True})
-                break
-            self.assertLess(time.monotonic(), deadline)
+                return True
+            return False
+
+        lab.until(is_ready)  # those that send nothing keep others waiting 3 s
         self.assertNotIn('Traceback', self.log())
 
     def test_add_that_nobody_waits_for_is_undone(self) -> None:
         netns = self.lab.add_netns('one')
         previous = self.runtime.macvlan('ADD', network(), netns)
         # As a runtime that was killed meanwhile.
-        with self.connected() as client:
-            holder = subprocess.Popen(
-                ['flock', '/run/kuryr-break0/lock', 'sleep', '2'])
-            time.sleep(0.3)
-            import json
-            client.sendall(b'\0'.join([
-                b'CNI_COMMAND=ADD', b'CNI_CONTAINERID=' + ID.encode(),
-                b'CNI_IFNAME=eth0', b'CNI_NETNS=' + netns.encode(),
-                b'CNI_PATH=/x', b'', json.dumps(self.runtime.single(
-                    network(), previous=previous)).encode()]))
-            client.shutdown(socket.SHUT_WR)
-            time.sleep(0.3)
-        holder.wait()
-        deadline = time.monotonic() + 20
-        while 'Nobody waits' not in self.log() or self.bound():
-            self.assertLess(time.monotonic(), deadline, self.log())
-            time.sleep(0.05)
+        with lab_base.locked():
+            with self.connected() as client, lab_base.until_opened(
+                    '/run/kuryr-break0/lock'):
+                client.sendall(b'\0'.join([
+                    b'CNI_COMMAND=ADD', b'CNI_CONTAINERID=' + ID.encode(),
+                    b'CNI_IFNAME=eth0', b'CNI_NETNS=' + netns.encode(),
+                    b'CNI_PATH=/x', b'', json.dumps(self.runtime.single(
+                        network(), previous=previous)).encode()]))
+                client.shutdown(socket.SHUT_WR)
+        lab.until(lambda: 'Nobody waits' in self.log() and not self.bound(),
+                  self.log)
         self.assertEqual({}, self.lab.routes())
 
     def test_killed_and_restarted_in_a_burst(self) -> None:
@@ -277,15 +270,19 @@ class TestServer(base.WithShim, ShimTestCase):
 
     def again(self, command: str, config: object, container: str,
               netns: str, errors: list[str]) -> None:
-        for _ in range(200):
+        def is_done() -> bool:
             try:
                 self.runtime.call(command, config, container=container,
                                   ifname='eth0', netns=netns)
-                return
             except base.Failed as err:
                 errors.append('%d %s' % (err.code, err.text))
-                time.sleep(0.1)
-        errors.append('%s of %s never succeeds' % (command, container))
+                return False
+            return True
+
+        try:
+            lab.until(is_done)
+        except AssertionError as err:  # this thread's own would be lost
+            errors.append('%s of %s: %s' % (command, container, err))
 
 
 class TestHindered(base.WithShim, ShimTestCase):
@@ -320,10 +317,7 @@ class TestHindered(base.WithShim, ShimTestCase):
             return file.read()
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 60
-        while not condition():
-            self.assertLess(time.monotonic(), deadline, self.log())
-            time.sleep(0.02)
+        lab.until(condition, self.log)
 
     @contextlib.contextmanager
     def without_threads(self) -> Iterator[None]:
@@ -397,13 +391,13 @@ class TestHindered(base.WithShim, ShimTestCase):
         self.assertNotIn('was not answered', self.log())
 
 
-class TestServerInThisProcess(functional_base.LabTestCase):
+class TestServerInThisProcess(lab_base.LabTestCase):
 
     def test_threads_that_die_are_replaced(self) -> None:
         server = CNIServer()
         self.addCleanup(server.close)
         self.assertIsNotNone(server.problem())
-        options = functional_base.options()
+        options = lab_base.options()
         os.mkdir(options.state_dir, 0o700)
         server.listen(options)
         self.assertIsNone(server.problem())
@@ -448,11 +442,9 @@ class TestAnswers(base.WithShim, base.CNITestCase):
     def test_switched_off(self) -> None:
         self.configure('enabled = false\n')
         self.agent.send_signal(signal.SIGHUP)
-        deadline = time.monotonic() + 20
-        while 'Read the configuration again' not in self.log():
-            self.assertLess(time.monotonic(), deadline)
-            time.sleep(0.02)
-        time.sleep(0.5)
+        lab.until(lambda: 'Read the configuration again' in self.log()
+                  and lab_base.is_idle(psutil.Process(self.agent.pid)),
+                  self.log)
         netns = self.lab.add_netns('one')
         self.runtime.add(network(), netns)
         self.runtime.check(network(), netns)

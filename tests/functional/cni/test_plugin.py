@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import threading
-import time
 from typing import Any
 
 from tests import dhcp
@@ -70,10 +69,7 @@ class PluginSuite(base.CNITestCase):
         for each in (server, daemon):
             self.addCleanup(each.wait)
             self.addCleanup(each.kill)
-        deadline = time.monotonic() + 10
-        while not os.path.exists('/run/cni/dhcp.sock'):
-            self.assertLess(time.monotonic(), deadline)
-            time.sleep(0.05)
+        lab.until(lambda: os.path.exists('/run/cni/dhcp.sock'))
         self.lan['plugins'][0]['ipam'] = {'type': 'dhcp'}
         address, = base.addresses(self.runtime.add(self.lan, self.netns))
         self.assertRegex(address, r'100\.75\.30\.21\d')

@@ -89,7 +89,7 @@ class TestRecords(DoctorTestCase):
         def hold() -> None:
             with Ledger(self.STATE, 10).lock():
                 os.write(held, b'.')
-                time.sleep(60)
+                time.sleep(1000)
 
         pid = base.in_child(hold)
         try:
