@@ -283,6 +283,13 @@ class Lab:
 
         Not what the kernel has learnt or counted.
         """
+        # The ends of the link get theirs a moment after they are up.
+        until(lambda: all('fe80::' in str(link['addr_info'])
+                          for name, netns in ((PARENT, None), ('nic', 'lan'))
+                          for link in self.ip('address', netns=netns)
+                          if link['ifname'] == name
+                          and 'LOWER_UP' in link['flags']))
+        self.settle()
         found = {}
         for netns in (None, *sorted(os.listdir('/run/netns'))):
             for family in ('-4', '-6'):
