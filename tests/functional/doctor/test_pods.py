@@ -90,10 +90,14 @@ class TestPods(DoctorTestCase):
             fields['claims'][0]['namespace'][2] = None
             with open(records % address, 'w') as file:
                 json.dump(fields, file)
-        self.assert_found('pod-unreadable', 'cannot be entered',
-                          'sandbox-1/eth0')
+        found = self.findings()
+        self.assertEqual(['sandbox-unknown', 'pod-unreadable'], list(found))
+        self.assertIn('no namespace is seen there',
+                      found['sandbox-unknown']['seen'])
+        self.assertIn('cannot be entered', found['pod-unreadable']['seen'])
 
     def test_they_are_left_as_they_are(self) -> None:
+        self.lab.settle()
         before = self.everything('pod')
         self.assertEqual({}, self.findings())
         self.assertEqual(before, self.everything('pod'))
