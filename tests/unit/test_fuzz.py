@@ -226,7 +226,8 @@ class TestNetlink(unittest.TestCase):
             told.send(data)
             self.assertLessEqual(
                 {event.what for event in made.get()},
-                {'lost', 'link', 'address', 'route', 'neighbour'})
+                {'lost', 'link', 'address', 'route', 'nexthop',
+                 'neighbour'})
 
 
 class TestCommandLine(unittest.TestCase):
