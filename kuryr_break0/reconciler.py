@@ -191,14 +191,16 @@ class Reconciler:
                 raise
             self.warn_once('unguarded', str(err))
 
-    def warn_once(self, what: str, text: str) -> None:
+    def warn_once(self, what: str, text: str, fact: str = '') -> None:
         """Log something that is wrong, unless that was the last thing logged.
 
         :param what: the name that it is cached by
         :param text: empty if it is not wrong any more
+        :param fact: compared in place of a text that changes
         """
-        if (self._ledger.cache.get(what) or ['']) != [text]:
-            self._ledger.cache.put(what, [text])
+        known = [text and (fact or text)]
+        if (self._ledger.cache.get(what) or ['']) != known:
+            self._ledger.cache.put(what, known)
             if text:
                 LOG.warning('%s', text)
 
@@ -358,7 +360,9 @@ class _Sync:
         for address, reason in seen.refused.items():
             LOG.error('%s', self._reconciler._policy.refused(address, reason))
         if not self._dry_run:
-            self._reconciler.warn_once('unjudged', seen.unjudged_problem)
+            # Of how many, and of which one, may change with each sync.
+            self._reconciler.warn_once('unjudged', seen.unjudged_problem,
+                                       'some')
             self._ledger.cache.put('next_hops', sorted(map(
                 str, seen.routes.next_hops)))  # which spares the next bind it
             self._ledger.note_next_hops(seen.routes.next_hops

@@ -61,11 +61,11 @@ class _View(NamedTuple):
     """The namespaces at one place, as seen at one moment.
 
     :ivar paths: one path of each, by device and inode; not of our own
-    :ivar unseen: a path that could not be examined
+    :ivar hides: whether some could not be examined
     """
 
     paths: dict[tuple[int, int], str]
-    unseen: Optional[str]
+    hides: bool
 
 
 class Judge:
@@ -126,10 +126,9 @@ class Judge:
                     return LIVING
             # A name goes with its sandbox, so where the kernel has nothing
             # better, processes that are not seen do not count.
-            if view.unseen is not None and (each == place
-                                            or known.cookie is not None):
-                return self._unknown(known, path,
-                                     '%s cannot be read' % view.unseen)
+            if view.hides and (each == place or known.cookie is not None):
+                return self._unknown(known, path, 'not all namespaces in %s '
+                                     'can be read' % each)
         if not any(map(namespaces.identify,
                        self._view(place).paths.values())):
             return self._unknown(known, path,
@@ -188,13 +187,13 @@ def _place_of(path: str) -> str:
 def _look_at(place: str) -> _View:
     """See which namespaces are at a place, without opening any."""
     paths: dict[tuple[int, int], str] = {}
-    unseen: Optional[str] = None
+    hides = False
     is_proc = os.path.isdir(place + '/1')
     try:
         own = os.stat(namespaces.OWN)
         names = os.listdir(place)
     except OSError:
-        return _View({}, place)
+        return _View({}, True)
     for name in names:
         if is_proc and not name.isdigit():
             continue
@@ -203,11 +202,11 @@ def _look_at(place: str) -> _View:
             found = os.stat(path)
         except OSError as err:
             if err.errno not in (errno.ENOENT, errno.ESRCH, errno.ELOOP):
-                unseen = path  # it has not just ended
+                hides = True  # it has not just ended
             continue
         if found.st_dev == own.st_dev and found.st_ino != own.st_ino:
             paths.setdefault((found.st_dev, found.st_ino), path)
-    return _View(paths, unseen)
+    return _View(paths, hides)
 
 
 def _is_shown(path: str) -> Optional[bool]:

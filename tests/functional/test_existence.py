@@ -238,6 +238,12 @@ class TestAgent(test_metrics.MetricsTestCase):
         self.bind(POD, netns=self.lab.add_pod('pod', POD))
         self.start('resync_interval = 1')
         self.wait_for(lambda: (self.value('sync_seconds_count') or 0) > 3)
+        # Not again with another number of them, nor for another reason.
+        self.bind(OTHER_POD, owner=OTHER_OWNER,
+                  netns=self.lab.add_pod('other', OTHER_POD))
+        self.wait_for(lambda: self.value('addresses_unjudged') == 2)
+        self.unbind(OTHER_POD, owner=OTHER_OWNER)
+        self.wait_for(lambda: self.value('addresses_unjudged') == 1)
         self.assertEqual({POD}, self.bound())
         self.assertTrue(self.lab.ping(POD))
         self.assertEqual(1, self.value('addresses_unjudged'))
