@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Asks container engines for names of containers.
+"""Finds the names of containers, mostly by asking their engines.
 
-For people only: nothing else depends on it. So it is asked in a thread of its
-own, and what does not answer is left out.
+For people only: nothing else depends on it. So they are asked in a thread of
+their own, and what does not answer is left out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import re
 import socket
 import threading
-from typing import Any, Iterator, TypeVar
+from typing import Any, Iterator, Optional, TypeVar
 
 from kuryr_break0 import config
 from kuryr_break0.discovery import finder
@@ -28,12 +28,18 @@ from kuryr_break0.model import NAME
 from kuryr_break0.model import NamespaceId
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
+from kuryr_break0.model import Record
 
 LOG = log.get_logger(__name__)
 
 T = TypeVar('T')
 
 _ID = re.compile(r'[0-9A-Za-z]{1,128}')
+#: The control groups of containers of LXC and Incus, and of systemd-nspawn.
+#: The first in a path counts: what follows it, the container can have made.
+_CGROUP = re.compile(
+    r'/(?:lxc\.payload\.([^/\n]+)|systemd-nspawn@([^/\n]+)\.service'
+    r'|machine-([^/\n]+)\.scope)(?=/|$)', re.M)
 _TIMEOUT = 2  # seconds
 _LIMIT = 2 ** 23  # bytes of an answer
 _TRIES = 3
@@ -90,7 +96,8 @@ class Namer:
         for path in self._options.engine_sockets:
             names.update(self._names(path))
         for record in new.values():
-            name = record.namespace and names.get(record.namespace)
+            name = (record.namespace and names.get(record.namespace)
+                    or name_by_cgroup(record))
             if name:
                 self._write(record.owner, name)
 
@@ -119,6 +126,23 @@ class Namer:
                              else claim for claim in claims]
                     if named and tuple(named) != claims:
                         records.put(named)
+
+
+def name_by_cgroup(record: Record) -> Optional[str]:
+    """Return the name of a container of LXC, Incus or systemd-nspawn.
+
+    These have no API as Docker has, but one naming of control groups.
+    """
+    path = (record.netns or '').rpartition('/ns/')[0]
+    with contextlib.suppress(OSError):
+        with open(path + '/cgroup', errors='replace') as file:
+            found = _CGROUP.search(file.read())
+        # Another process may have that number by now.
+        if found and kernel.identify(record.netns) == record.namespace:
+            name = ''.join(filter(None, found.groups()))
+            name = name.replace('\\x2d', '-')  # as systemd writes it
+            return name if NAME.fullmatch(name) else None
+    return None
 
 
 def containers(path: str, proc_dirs: tuple[str, ...]
