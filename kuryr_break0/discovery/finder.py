@@ -264,8 +264,17 @@ class Finder:
                 if self._events is None:
                     present[number].mark(now)
         for number, namespace in self._namespaces.items():
-            if number not in present:
-                self._end(namespace.found.namespace)
+            if number in present:
+                continue
+            identity = namespace.found.namespace
+            if identity in self._records and kernel.state(
+                    namespace.found.path, identity) is kernel.State.LIVING:
+                # Somebody keeps it open, as Podman 4's server does. The
+                # kernel has it by its number, and tells of its end.
+                namespace.mark(now)
+                present[number] = namespace
+            else:
+                self._end(identity)
         self._namespaces = present
 
     def _look_at(self, namespace: _Namespace) -> bool:

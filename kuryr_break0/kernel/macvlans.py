@@ -53,15 +53,17 @@ def macvlans_in(netns: str, namespace: Optional[NamespaceId] = None
     """
     namespace = _required(netns, namespace)
     with _entered(netns, namespace) as (netlink, own):
+        # Engines rename an interface before they give it addresses, so the
+        # name that is read after these is the one that it keeps.
+        addresses = netlink.addresses()
         links = [link for link in netlink.links() if link.kind == 'macvlan']
         # Whoever lists interfaces gives a number to each namespace that
         # one of them is on; the number of one that none is on is -1.
         here = netlink.namespace_number(own) if links else -1
-        addresses = netlink.addresses() if links else []
         # After the addresses, so that none is taken for proven that came
         # meanwhile. An optimistic one is tentative too.
         unproven = netlink.addresses(
-            IFA_F_TENTATIVE | IFA_F_DADFAILED) if any(
+            IFA_F_TENTATIVE | IFA_F_DADFAILED) if links and any(
             each.address.version == 6 for each in addresses) else []
         duplicates = netlink.addresses(IFA_F_DADFAILED) if unproven else []
     return [Macvlan(netns, namespace, parent, link,
