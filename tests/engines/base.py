@@ -223,10 +223,15 @@ runtime = "crun"
             'podman', '--root', '/run/podman/root', '--runroot',
             '/run/podman/run', '--tmpdir', '/run/podman/tmp',
             '--storage-driver', 'vfs']
-        self.environ = {'CONTAINERS_CONF': '/run/containers.conf'}
+        self.environ = {'CONTAINERS_CONF': '/run/containers.conf',
+                        'PODMAN_IGNORE_CGROUPSV1_WARNING': '1'}
         self('import', image_tar(), 'box')
         test.addCleanup(self, 'rm', '--force', '--all', '--time', '0',
                         check=False)
+
+    def run(self, name: str, *options: str) -> None:
+        # For ping, which later releases do not let them do of themselves.
+        super().run(name, '--cap-add', 'NET_RAW', *options)
 
 
 class Docker(Engine):
@@ -245,21 +250,25 @@ class Docker(Engine):
         self('import', image_tar(), 'box')
         test.addCleanup(self.remove_all)
 
-    def run_with_mac(self, name: str, mac: str, address: str) -> None:
-        """Run a container with a MAC address and an IP address.
+    def run_with_mac(self, name: str, mac: str, address: str,
+                     address6: str) -> None:
+        """Run a container with a MAC address and IP addresses.
 
         By the API, since the command may be of another release than the
         server, and wants the address elsewhere then.
         """
+        attachment = {'MacAddress': mac, 'IPAMConfig': {
+            'IPv4Address': address, 'IPv6Address': address6}}
+        # The former is for releases before 25.
         body = {'Image': 'box', 'Cmd': ['sleep', '1000'], 'MacAddress': mac,
                 'HostConfig': {'NetworkMode': 'lan'},
-                'NetworkingConfig': {'EndpointsConfig': {'lan': {
-                    'IPAMConfig': {'IPv4Address': address}}}}}
+                'NetworkingConfig': {'EndpointsConfig': {
+                    'lan': attachment}}}
         data = json.dumps(body).encode()
         with socket.socket(socket.AF_UNIX) as client:
             client.connect('/run/docker.sock')
             client.sendall(
-                b'POST /v1.41/containers/create?name=%s HTTP/1.0\r\n'
+                b'POST /containers/create?name=%s HTTP/1.0\r\n'
                 b'Content-Type: application/json\r\n'
                 b'Content-Length: %d\r\n\r\n%s' % (
                     name.encode(), len(data), data))

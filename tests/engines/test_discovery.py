@@ -101,7 +101,8 @@ class TestDocker(DiscoveryTestCase):
         self.start_agent()
         for number in range(3):
             mac = '02:00:00:00:01:%02x' % number
-            self.docker.run_with_mac('web', mac, '100.75.30.200')
+            self.docker.run_with_mac('web', mac, '100.75.30.200',
+                                     'fd00:30::200')
             self.assertEqual(mac, self.docker.attachment(
                 'web', 'lan')['MacAddress'])
             self.assertEqual('100.75.30.200', self.reach(self.docker, 'web'))

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import ipaddress
 import os
 import resource
 import select
@@ -17,12 +19,14 @@ from unittest import mock
 
 import psutil
 
+from kuryr_break0.discovery import engines
 from kuryr_break0.discovery import finder
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0 import ledger
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
+from kuryr_break0.model import Record
 from tests import dhcp
 from tests.functional import base
 from tests import lab
@@ -139,6 +143,99 @@ class TestFinding(DiscoveryTestCase):
         self.until_bound(ONE)
         self.inside('one', 'ip', 'link', 'del', 'lan0')
         self.until_bound()
+
+    def test_namespace_that_somebody_keeps_open(self) -> None:
+        # As Podman 4 does, whose server keeps those that it was asked about.
+        netns = self.lab.add_pod('one', ONE)
+        known = kernel.identify(netns)
+        assert known is not None
+        if known.cookie is None:
+            self.skipTest('needs numbers of namespaces, Linux 6.18')
+        self.start()
+        self.until_bound(ONE)
+        with open(netns) as file:
+            self.lab.run('ip', 'netns', 'del', 'one')
+            held = '--net=/proc/%d/fd/%d' % (os.getpid(), file.fileno())
+            # The kernel answers for it still. As soon as the agent has seen
+            # another one, it has seen that this one has no name any more.
+            self.lab.add_pod('two', TWO)
+            self.until_bound(ONE, TWO)
+            self.assertTrue(self.lab.ping(ONE))
+            self.lab.run('nsenter', held, 'ip', 'link', 'del', 'eth0')
+            self.until_bound(TWO)
+
+    def test_interface_is_renamed_while_it_is_read(self) -> None:
+        # As by Docker: with its name, and then the addresses, right between
+        # two messages of the finder to the kernel.
+        self.lab.add_pod('one')
+        for command in ('link set eth0 down', 'link set eth0 name dm-1'):
+            self.inside('one', 'ip', *command.split())
+        links = kernel.Netlink.links
+
+        def then_renamed(netlink: kernel.Netlink) -> list[kernel.Link]:
+            found = links(netlink)
+            if any(link.name == 'dm-1' for link in found):
+                for command in ('link set dm-1 name eth0',
+                                'address add %s/24 dev eth0' % ONE,
+                                'link set eth0 up'):
+                    self.inside('one', 'ip', *command.split())
+            return found
+
+        options = base.options(discover=True, allowed_cidrs=[
+            '100.75.0.0/16', 'fd00:30::/64'])
+        found = finder.Finder(options, ledger.Ledger(
+            options.state_dir, options.lock_timeout))
+        self.addCleanup(found.close)
+        deadline = time.monotonic() + 10
+        with self.quiet(), mock.patch.object(kernel.Netlink, 'links',
+                                             then_renamed):
+            while found.due() is not None or not self.bound():
+                self.assertLess(time.monotonic(), deadline)
+                select.select(found.files(), [], [], 0.05)
+                found.note()
+                found.look()
+                self.assertLessEqual(
+                    {record.owner.ifname for record
+                     in self.seen().live.values()}, {'eth0'})
+        self.assertTrue(self.lab.ping(ONE))
+        self.assertTrue(self.lab.ping(lab.NODE, 'one'))
+
+    def test_names_by_control_groups(self) -> None:
+        netns = self.lab.add_netns('one')
+        os.makedirs('/run/proc/7/ns')
+        os.symlink(netns, '/run/proc/7/ns/net')
+        record = Record(
+            ipaddress.ip_address(ONE), Owner('discovered-1', 'eth0'), 'eth0',
+            '02:00:00:00:00:01', netns='/run/proc/7/ns/net',
+            namespace=kernel.identify(netns), origin=Origin.DISCOVERED)
+        for groups, name in (
+                ('0::/lxc.payload.web', 'web'),
+                ('0::/lxc.payload.web/lxc.payload.mail', 'web'),
+                # A host with the old hierarchies, seen by an agent that is in
+                # a control group of its own.
+                ('4:pids:/\n1:name=systemd:/../lxc.payload.web/init.scope\n',
+                 'web'),
+                (r'0::/machine.slice/machine-my\x2dweb.scope/payload',
+                 'my-web'),
+                ('0::/machine.slice/systemd-nspawn@web.service/payload\n',
+                 'web'),
+                ('0::/machine.slice/machine-a.slice/web.scope', None),
+                ('0::/machine.slice/libpod-0123abcd.scope', None),
+                ('0::/lxc.payload.we\x07b', None), ('0::/', None)):
+            with self.subTest(groups=groups):
+                with open('/run/proc/7/cgroup', 'w') as file:
+                    file.write(groups)
+                self.assertEqual(name, engines.name_by_cgroup(record))
+        # The number is that of another process now.
+        with open('/run/proc/7/cgroup', 'w') as file:
+            file.write('0::/lxc.payload.web')
+        os.remove('/run/proc/7/ns/net')
+        os.symlink(self.lab.add_netns('two'), '/run/proc/7/ns/net')
+        self.assertIsNone(engines.name_by_cgroup(record))
+        # It has ended, or its path is the name of a namespace.
+        for path in ('/run/proc/8/ns/net', netns, None):
+            self.assertIsNone(engines.name_by_cgroup(
+                dataclasses.replace(record, netns=path)))
 
     def test_namespace_without_a_name(self) -> None:
         self.start()
