@@ -338,7 +338,8 @@ OPTS = [
         default=254,
         help='Number of the routing table for the routes. 254 is the table '
              'main. For any other table, add the routing rule that leads to '
-             'it (ip rule) yourself.'),
+             'it (ip rule) yourself. If the parents are in a VRF, set the '
+             'table of that, which needs no rule.'),
     cfg.ListOpt(
         'allowed_cidrs',
         item_type=Network(),

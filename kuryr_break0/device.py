@@ -354,6 +354,12 @@ class Device:
             yield Difference(
                 'its alias does not name this ledger',
                 lambda netlink: netlink.set_alias(link, str(alias)))
+        if link.vrf != parent.vrf:
+            yield Difference(
+                'it is not in the VRF of %s' % parent.name if parent.vrf
+                else 'it is in a VRF, and %s is not' % parent.name,
+                lambda netlink: netlink.set_vrf(link, parent.vrf),
+                loses_routes=True)
         if link.multicast:
             yield Difference('multicast is on, must be off',
                              lambda netlink: self._raise(netlink, link))

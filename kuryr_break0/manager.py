@@ -144,7 +144,8 @@ class Break0Manager:
                           tuple(subnets)[:MAX_SUBNETS], netns, namespace,
                           pod, bound_at=bound_at, origin=origin,
                           network=network, parent_index=parent_index)
-                   for address in self._usable(addresses, origin, failure)]
+                   for address in self._usable(addresses, parent, origin,
+                                               failure)]
         if not records:
             failure.raise_first()  # nothing to make break0 for
             return
@@ -167,7 +168,7 @@ class Break0Manager:
                 self.sync()
         failure.raise_first()
 
-    def _usable(self, addresses: Iterable[IPAddress],
+    def _usable(self, addresses: Iterable[IPAddress], parent: str,
                 origin: Optional[Origin],
                 failure: Failures) -> Iterator[IPAddress]:
         """Return the addresses that may be those of a pod.
@@ -178,7 +179,7 @@ class Break0Manager:
             try:
                 reason = self._policy.not_allowed(address)
                 if reason is None:
-                    reason = self._not_usable(address, origin)
+                    reason = self._not_usable(address, parent, origin)
             except (exceptions.Break0Error, OSError) as err:
                 LOG.warning('Binding %s without knowing whether it is in use '
                             'on this node: %s', address, err)
@@ -188,13 +189,18 @@ class Break0Manager:
             else:
                 failure.note(self._policy.refused(address, reason))
 
-    def _not_usable(self, address: IPAddress,
+    def _not_usable(self, address: IPAddress, parent: str,
                     origin: Optional[Origin]) -> Optional[str]:
         try:
             if kernel.source_for(address) == address:
                 return policy.OWN
         except PermissionError:
             return 'not of a host, by the routes of the node'
+        # Only a socket in a VRF sees the addresses there. Before 5.7 it needs
+        # CAP_NET_RAW to be there.
+        with contextlib.suppress(PermissionError):
+            if kernel.source_for(address, parent) == address:
+                return policy.OWN
         next_hops = self._ledger.cache.get('next_hops', CACHED)
         if next_hops is None:
             with kernel.Netlink() as netlink:

@@ -102,6 +102,10 @@ class Parent:
                     self.device, *self.other)
             elif not self.live:
                 return
+            if self.parent is not None and not self.parent.carrier:
+                yield '%s, the parent of %s, %s' % (
+                    self.name, self.device, 'has no carrier'
+                    if self.parent.up else 'is down')
             for text in (*self.differences, *(
                     [self.guard] if self.guard else []),
                     *said(self.barred, self.admitted)):

@@ -173,13 +173,15 @@ class Lab:
 
     def add_pod(self, name: str, *addresses: str,
                 mac: Optional[str] = None,
-                gateways: Sequence[str] = ()) -> str:
+                gateways: Sequence[str] = (),
+                parent: str = PARENT) -> str:
         """Add a namespace with a macvlan on the NIC, as Kuryr would."""
         path = self.add_netns(name)
-        self.run('ip', 'link', 'add', PARENT, 'link', PARENT, 'netns', name,
+        # Before 6.14 the name must be free on the node too.
+        self.run('ip', 'link', 'add', 'new', 'link', parent, 'netns', name,
                  *(('address', mac) if mac else ()),
                  'type', 'macvlan', 'mode', 'bridge')
-        self.run('ip', 'link', 'set', PARENT, 'up', netns=name)
+        self.run('ip', 'link', 'set', 'new', 'name', PARENT, 'up', netns=name)
         for address in addresses:
             interface = ipaddress.ip_interface(address)
             if interface.network.num_addresses == 1:

@@ -107,4 +107,4 @@ class Interests:
 def _essence(link: kernel.Link) -> Any:
     """Return what of an interface a break0 depends on."""
     return (link.name, link.kind, link.mode, link.lower, link.mtu, link.mac,
-            link.alias, link.up, link.multicast)
+            link.alias, link.up, link.multicast, link.vrf)

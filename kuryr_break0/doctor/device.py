@@ -51,10 +51,24 @@ def check_existence(view: ParentView) -> Iterator[Finding]:
         yield findings.PARENT_DOWN.found(
             '%s, which the pods and %s are on, is down' % (parent.name, name),
             parent=parent.name)
+    elif not parent.carrier:
+        yield findings.PARENT_DOWN.found(
+            '%s, which the pods and %s are on, has no carrier' % (
+                parent.name, name),
+            commands=('ip -details link show ' + parent.name,))
+    elif link.vrf != parent.vrf:
+        yield findings.BREAK0_VRF.found(
+            '%s is in %s, but %s is in %s' % (
+                name, _name_vrf(link), parent.name, _name_vrf(parent)))
     elif not link.up:
         yield findings.BREAK0_DOWN.found('%s is down' % name, device=name)
     else:
         yield from _check_mac(view, link)
+
+
+def _name_vrf(link: kernel.Link) -> str:
+    return ('the VRF ' + kernel.name_of(link.vrf.ifindex) if link.vrf
+            else 'no VRF')
 
 
 def _check_mac(view: ParentView, link: kernel.Link) -> Iterator[Finding]:
@@ -80,6 +94,13 @@ def check_parent(view: ParentView) -> Iterator[Finding]:
         yield findings.PARENT_MISMATCH.found(
             '[break0] parent is %s, but there are pods on %s' % (
                 configured, view.parent_name), list(view.live))
+    parent, table = view.parent, view.options.route_table
+    if (parent is not None and parent.vrf is not None and view.live
+            and parent.vrf.table != table):
+        yield findings.PARENT_VRF.found(
+            '%s is in %s, whose table is %d, but [break0] route_table is %d'
+            % (parent.name, _name_vrf(parent), parent.vrf.table, table),
+            table=parent.vrf.table)
 
 
 def check_owner(view: ParentView) -> Iterator[Finding]:

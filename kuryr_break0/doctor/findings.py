@@ -322,9 +322,11 @@ PARENT_MISSING = Kind(
 
 PARENT_DOWN = Kind(
     'parent-down', ERROR,
-    'The interface that the pods are on is down.',
-    'Macvlans on an interface that is down send and receive nothing.',
-    'Bring it up.', ('ip link set %(parent)s up',))
+    'The interface that the pods are on is down, or has no carrier.',
+    'Macvlans on such an interface send and receive nothing, not even to each '
+    'other.',
+    'Bring it up. If it has no carrier, look at the cable, the members of the '
+    'bond, or the ports of the bridge.', ('ip link set %(parent)s up',))
 
 PARENT_MISMATCH = Kind(
     'parent-mismatch', ERROR,
@@ -333,6 +335,17 @@ PARENT_MISMATCH = Kind(
     'Set [break0] parent to the interface of the pods, or remove the option: '
     'then pods may be on several interfaces, and each gets its own break0. '
     + _RESTART)
+
+PARENT_VRF = Kind(
+    'parent-vrf', ERROR,
+    'The interface that the pods are on is in a VRF, and [break0] '
+    'route_table is not the table of that VRF.',
+    'In a VRF only its own table is used. In another one the kernel does not '
+    'accept routes with an address of the VRF as their source.',
+    'Set [break0] route_table in kuryr.conf to the table of the VRF, and run '
+    'the command. The option is for all pods of a node, so all their parents '
+    'must be in the same VRF. ' + _RESTART,
+    ('OS_BREAK0__ROUTE_TABLE=%(table)d ' + _SYNC,))
 
 BREAK0_MISSING = Kind(
     'break0-missing', ERROR,
@@ -364,6 +377,14 @@ BREAK0_DOWN = Kind(
     'It carries no traffic, and the kernel has deleted its routes.',
     'Sync brings it up and sets the routes again. If it goes down again, '
     'another program does that.', (_SYNC, 'ip monitor link'))
+
+BREAK0_VRF = Kind(
+    'break0-vrf', ERROR,
+    'break0 is not in the VRF of its parent, or it is in a VRF and its parent '
+    'is not.',
+    'The node does not accept what pods send to its addresses.',
+    'Sync puts it in the VRF of its parent, or takes it out, and sets the '
+    'routes again.', (_SYNC,))
 
 BREAK0_MTU = Kind(
     'break0-mtu', WARNING,

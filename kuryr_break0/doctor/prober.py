@@ -87,10 +87,12 @@ class Prober:
         :param mac: what it is to be sent to; None for any
         """
         with kernel.Netlink() as netlink:
-            path = netlink.path_to(to)
-            times = (icmp.ping(to, self._count, self._timeout)
+            link = netlink.link(device) if device is not None else None
+            vrf = link.vrf.ifindex if link is not None and link.vrf else 0
+            path = netlink.path_to(to, vrf)
+            times = (icmp.ping(to, self._count, self._timeout, vrf)
                      if self._port is None else icmp.connect(
-                         to, self._port, self._count, self._timeout))
+                         to, self._port, self._count, self._timeout, vrf))
             found, state = (None, None) if path is None else netlink.neighbour(
                 path.ifindex, path.gateway or to)
         problem, misrouted = None, True

@@ -125,14 +125,16 @@ def check_use(view: ParentView, netlink: kernel.Netlink,
     """
     astray: dict[IPAddress, str] = {}
     asked: dict[IPAddress, str] = {}
+    vrf = view.link.vrf.ifindex if view.link and view.link.vrf else 0
     for address in addresses:
         src = view.desired[address].route.src
         for source in ((None,) if src is None else (None, src)):
-            way = netlink.lookup(address, source)
+            way = netlink.lookup(address, source, vrf)
             if way is None or way.oif != view.index:
                 astray.setdefault(address, _way(way))
-                asked.setdefault(address, '%s%s' % (
-                    address, ' from %s' % source if source else ''))
+                asked.setdefault(address, '%s%s%s' % (
+                    address, ' from %s' % source if source else '',
+                    ' vrf ' + kernel.name_of(vrf) if vrf else ''))
     if astray:
         view.refresh()
     astray = {address: astray[address] for address in

@@ -16,15 +16,17 @@ from kuryr_break0.model import IPAddress
 # RFC 792, RFC 4443: types of echo request and reply
 _TYPES = {4: (8, 0), 6: (128, 129)}
 _HEADER = struct.Struct('!BBHHH')  # type, code, checksum, identifier, number
+_SO_BINDTOIFINDEX = 62
 
 
-def ping(address: IPAddress, count: int,
-         timeout: float) -> list[Optional[float]]:
+def ping(address: IPAddress, count: int, timeout: float,
+         vrf: int = 0) -> list[Optional[float]]:
     """Send echo requests, each when the one before is answered or given up.
 
     From the network namespace of the calling thread.
 
     :param timeout: seconds to wait for each reply
+    :param vrf: ifindex of the VRF to send them in; 0 for none
     :returns: seconds that each took; None for one without a reply
     :raises NotPermitted: without CAP_NET_RAW
     """
@@ -39,18 +41,23 @@ def ping(address: IPAddress, count: int,
     # Others on the node may be pinging the same address.
     identifier = int.from_bytes(os.urandom(2), 'big')
     with wire:
+        _enter(wire, vrf)
         return [_ask(wire, address, identifier, number, timeout)
                 for number in range(count)]
 
 
-def connect(address: IPAddress, port: int, count: int,
-            timeout: float) -> list[Optional[float]]:
+def connect(address: IPAddress, port: int, count: int, timeout: float,
+            vrf: int = 0) -> list[Optional[float]]:
     """Connect by TCP; as :func:`ping`, and refused is answered too."""
     times: list[Optional[float]] = []
     for _ in range(count):
         began = time.monotonic()
         try:
-            socket.create_connection((str(address), port), timeout).close()
+            with socket.socket(socket.AF_INET if address.version == 4
+                               else socket.AF_INET6) as wire:
+                _enter(wire, vrf)
+                wire.settimeout(timeout)
+                wire.connect((str(address), port))
         except ConnectionRefusedError:
             pass
         except OSError:
@@ -58,6 +65,11 @@ def connect(address: IPAddress, port: int, count: int,
             continue
         times.append(time.monotonic() - began)
     return times
+
+
+def _enter(wire: socket.socket, vrf: int) -> None:
+    if vrf:
+        wire.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, vrf)
 
 
 def _ask(wire: socket.socket, address: IPAddress, identifier: int,

@@ -192,6 +192,11 @@ class Netlink:
         self._set(link, 'MAC address to ' + mac,
                   wire.attribute(wire.IFLA_ADDRESS, wire.pack_mac(mac)))
 
+    def set_vrf(self, link: Link, vrf: Optional[wire.Vrf]) -> None:
+        """Put an interface in a VRF, or take it out of the one it is in."""
+        self._set(link, 'VRF', wire.number(wire.IFLA_MASTER,
+                                           vrf.ifindex if vrf else 0))
+
     def set_alias(self, link: Link, alias: str) -> None:
         """Give an interface a text that it keeps as long as it exists.
 
@@ -319,19 +324,21 @@ class Netlink:
             '%s the %s %s on %s' % (verb.value, kind, what.dst,
                                     name_of(ifindex)), err.reason, err.code)
 
-    def lookup(self, address: IPAddress, source: Optional[IPAddress] = None
-               ) -> Optional[wire.Route]:
+    def lookup(self, address: IPAddress, source: Optional[IPAddress] = None,
+               vrf: int = 0) -> Optional[wire.Route]:
         """Return the route that is used to an address; None if it has none.
 
         :param source: the node's address that it is reached from
+        :param vrf: ifindex of the VRF that it is reached in; 0 for none
         """
         try:
-            return self._looked_up(address, source)
+            return self._looked_up(address, source, vrf)
         except exceptions.KernelRefused:
             return None  # unreachable, prohibited, a blackhole
 
     def _looked_up(self, address: IPAddress,
-                   source: Optional[IPAddress] = None) -> wire.Route:
+                   source: Optional[IPAddress] = None,
+                   vrf: int = 0) -> wire.Route:
         # In strict mode the kernel refuses RTM_F_LOOKUP_TABLE for IPv6.
         self._set_option(_NETLINK_GET_STRICT_CHK, 0)
         try:
@@ -339,7 +346,7 @@ class Netlink:
             route, = self._ask('look up the route to %s' % address, Message(
                 wire.RTM_GETROUTE, 0, wire.pack_lookup(
                     address, wire.RTM_F_FIB_MATCH | wire.RTM_F_LOOKUP_TABLE,
-                    source)))
+                    source, vrf)))
         finally:
             self._set_option(_NETLINK_GET_STRICT_CHK)
         return route
@@ -369,11 +376,14 @@ class Netlink:
         route = self.lookup(address)
         return route is not None and route.is_on_link
 
-    def path_to(self, address: IPAddress) -> Optional[Path]:
-        """Return the way to an address; None if there is none."""
+    def path_to(self, address: IPAddress, vrf: int = 0) -> Optional[Path]:
+        """Return the way to an address; None if there is none.
+
+        :param vrf: ifindex of the VRF that it is reached in; 0 for none
+        """
         try:
             answer, = self._ask('look up the way to %s' % address, Message(
-                wire.RTM_GETROUTE, 0, wire.pack_lookup(address)))
+                wire.RTM_GETROUTE, 0, wire.pack_lookup(address, vrf=vrf)))
             device = socket.if_indextoname(answer.oif or 0)
         except (exceptions.KernelRefused, OSError):
             return None

@@ -56,6 +56,7 @@ NUD_PERMANENT = 0x80
 IFF_UP, IFF_LOOPBACK, IFF_MULTICAST = 0x1, 0x8, 0x1000
 IFA_F_NODAD, IFA_F_DADFAILED, IFA_F_TENTATIVE = 0x02, 0x08, 0x40
 MACVLAN_MODE_BRIDGE = 4
+IFF_LOWER_UP = 0x10000
 #: Leave the counters out of an interface's message.
 RTEXT_FILTER_SKIP_STATS = 1 << 3
 
@@ -63,6 +64,8 @@ IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK = 1, 3, 4, 5
 IFLA_LINKINFO, IFLA_IFALIAS, IFLA_GROUP, IFLA_NET_NS_FD = 18, 20, 27, 28
 IFLA_EXT_MASK, IFLA_LINK_NETNSID, IFLA_NEW_NETNSID = 29, 37, 45
 IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_MACVLAN_MODE = 1, 2, 1
+IFLA_INFO_SLAVE_KIND, IFLA_INFO_SLAVE_DATA, IFLA_VRF_PORT_TABLE = 4, 5, 1
+IFLA_MASTER = 10
 IFA_ADDRESS, IFA_LOCAL = 1, 2
 RTA_DST, RTA_SRC, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY = 1, 2, 4, 5, 6
 RTA_PREFSRC, RTA_MULTIPATH, RTA_TABLE, RTA_VIA = 7, 9, 15, 18
@@ -132,6 +135,17 @@ class Header(NamedTuple):
     end: int
 
 
+class Vrf(NamedTuple):
+    """A VRF that an interface is in.
+
+    :ivar ifindex: that of the VRF
+    :ivar table: number of its routing table
+    """
+
+    ifindex: int
+    table: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Link:
     """A network interface as the kernel reports it.
@@ -143,6 +157,8 @@ class Link:
         which ``lower`` counts; None if that is this one
     :ivar alias: free text that somebody gave it
     :ivar group: a number that somebody gave it; 0 is the default
+    :ivar carrier: whether it is up and the link below it works
+    :ivar vrf: None if it is in none
     """
 
     name: str
@@ -158,6 +174,8 @@ class Link:
     up: bool
     loopback: bool
     group: int
+    carrier: bool
+    vrf: Optional[Vrf]
 
     @property
     def lower_of_macvlans(self) -> tuple[Optional[int], Optional[int]]:
@@ -356,11 +374,13 @@ def pack_route_dump(family: int, table: int = 0, oif: Optional[int] = None,
 
 
 def pack_lookup(address: IPAddress, flags: int = 0,
-                source: Optional[IPAddress] = None) -> bytes:
+                source: Optional[IPAddress] = None, vrf: int = 0) -> bytes:
     """Pack the question how a packet to an address would go."""
     body = _ROUTE.pack(family_of(address), address.max_prefixlen,
                        source.max_prefixlen if source else 0, 0, 0, 0, 0, 0,
                        flags) + attribute(RTA_DST, address.packed)
+    if vrf:
+        body += number(RTA_OIF, vrf)
     return body + attribute(RTA_SRC, source.packed) if source else body
 
 
@@ -422,6 +442,11 @@ def parse_link(data: bytes, start: int, end: int) -> Link:
         details = info.get(IFLA_INFO_DATA, b'')
         mode = _MODES.get(_number(attributes(details, 0, len(details)).get(
             IFLA_MACVLAN_MODE)) or 0)
+    vrf = None
+    if _text(info.get(IFLA_INFO_SLAVE_KIND)) == 'vrf':
+        details = info.get(IFLA_INFO_SLAVE_DATA, b'')
+        vrf = Vrf(_number(found.get(IFLA_MASTER)) or 0, _number(attributes(
+            details, 0, len(details)).get(IFLA_VRF_PORT_TABLE)) or 0)
     lower = found.get(IFLA_LINK_NETNSID)
     return Link(
         name=_text(found.get(IFLA_IFNAME)) or '', index=index, kind=kind,
@@ -432,7 +457,8 @@ def parse_link(data: bytes, start: int, end: int) -> Link:
         alias=_text(found.get(IFLA_IFALIAS)),
         multicast=bool(flags & IFF_MULTICAST), up=bool(flags & IFF_UP),
         loopback=bool(flags & IFF_LOOPBACK),
-        group=_number(found.get(IFLA_GROUP)) or 0)
+        group=_number(found.get(IFLA_GROUP)) or 0,
+        carrier=bool(flags & IFF_LOWER_UP), vrf=vrf)
 
 
 def parse_route(data: bytes, start: int, end: int) -> Route:

@@ -42,10 +42,7 @@ class ParentsTestCase(base.LabTestCase):
         super().setUp()
         self.lab.add_ipv6()
         run = self.lab.run
-        run('ip', 'link', 'add', self.NIC, 'type', 'veth', 'peer', 'name',
-            'nic1', 'netns', 'lan')
-        run('ip', 'link', 'set', self.NIC, 'up')
-        run('ip', 'link', 'set', 'nic1', 'up', netns='lan')
+        self.add_nic()
         self.netns = self.lab.add_pod('pod', POD, POD6, mac=MAC)
         run('ip', 'link', 'add', 'eth1', 'link', self.NIC, 'netns', 'pod',
             'address', MAC1, 'type', 'macvlan', 'mode', 'bridge')
@@ -57,6 +54,12 @@ class ParentsTestCase(base.LabTestCase):
                                                     else '/24'), 'dev', name,
                     *(('nodad',) if ':' in text else ()), netns=netns)
         self.bind_both()
+
+    def add_nic(self) -> None:
+        self.lab.run('ip', 'link', 'add', self.NIC, 'type', 'veth', 'peer',
+                     'name', 'nic1', 'netns', 'lan')
+        self.lab.run('ip', 'link', 'set', self.NIC, 'up')
+        self.lab.run('ip', 'link', 'set', 'nic1', 'up', netns='lan')
 
     def bind_both(self) -> None:
         self.bind(POD, POD6, netns=self.netns, mac_of_pod=MAC,
@@ -334,6 +337,7 @@ class TestRenamed(ParentsTestCase):
         self.lab.run('ip', 'link', 'add', self.NIC, 'type', 'veth', 'peer',
                      'name', 'nic2', 'netns', 'lan')
         self.lab.run('ip', 'link', 'set', self.NIC, 'up')
+        self.lab.run('ip', 'link', 'set', 'nic2', 'up', netns='lan')
         self.bind(self.NEW, owner=Owner('new', 'eth0'), parent=self.NIC)
         self.manager().sync()
         found = self.devices()
@@ -531,7 +535,8 @@ class TestNames(base.LabTestCase):
         self.bind('100.75.30.72', owner=Owner('b', 'eth0'), parent='eth1')
         self.assertEqual({POD}, set(self.lab.routes()))
         self.manager().sync()
-        self.assertEqual([], self.problems())
+        self.assertEqual(['eth1, the parent of break0-eth1, is down'],
+                         self.problems())
 
     def test_the_parent_option_is_for_one(self) -> None:
         self.lab.run('ip', 'link', 'add', 'eth1', 'type', 'veth', 'peer',

@@ -165,8 +165,20 @@ class TestAnswers(unittest.TestCase):
         data = encoded(message, 16, 0)
         self.assertEqual(
             wire.Link('break0', 5, 'macvlan', 'private', 2, 3, 1400, MAC,
-                      'mine', True, True, False, 7),
+                      'mine', True, True, False, 7, False, None),
             wire.parse_link(data, 16, len(data)))
+
+    def test_a_link_in_a_vrf(self) -> None:
+        message = ifinfmsg.ifinfmsg()
+        message.update(index=2, flags=0x11043)
+        message['attrs'] = [('IFLA_IFNAME', 'eth0'), ('IFLA_MASTER', 7)]
+        data = encoded(message, 16, 0) + wire.attribute(
+            wire.IFLA_LINKINFO,
+            wire.text(wire.IFLA_INFO_SLAVE_KIND, 'vrf')
+            + wire.attribute(wire.IFLA_INFO_SLAVE_DATA, wire.number(
+                wire.IFLA_VRF_PORT_TABLE, 1000)))
+        found = wire.parse_link(data, 16, len(data))
+        self.assertEqual(((7, 1000), True), (found.vrf, found.carrier))
 
     def test_a_route(self) -> None:
         message = rtmsg.rtmsg()

@@ -96,6 +96,14 @@ class TestDevice(DoctorTestCase):
         finding = self.assert_found('parent-down')
         self.assertEqual(['ip link set eth0 up'], finding['commands'])
 
+    def test_parent_without_carrier(self) -> None:
+        self.lab.run('ip', 'link', 'set', 'nic', 'down', netns='lan')
+        finding = self.assert_found('parent-down', 'eth0, which the pods and '
+                                    'break0 are on, has no carrier')
+        self.assertEqual(['ip -details link show eth0'], finding['commands'])
+        self.assertEqual(['eth0, the parent of break0, has no carrier'],
+                         self.problems())
+
     def test_two_parents(self) -> None:
         self.lab.run('ip', 'link', 'add', 'eth1', 'up', 'type', 'veth',
                      'peer', 'name', 'other')
