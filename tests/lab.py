@@ -16,9 +16,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import ipaddress
 import json
 import os
+import random
+import select
 import socket
 import struct
 import subprocess
@@ -33,6 +36,9 @@ CLONE_NEWNET = 0x40000000
 ETH_P_ALL = 3
 SOL_PACKET = 263
 PACKET_STATISTICS = 6
+TUNSETIFF = 0x400454ca
+IFF_TAP = 0x0002
+IFF_NO_PI = 0x1000
 MS_REC = 0x4000
 MS_PRIVATE = 1 << 18
 
@@ -100,6 +106,75 @@ class Frame:
         return self.data.hex(' ')
 
 
+class VM:
+    """A virtual machine, as the node sees it: who has opened a macvtap.
+
+    What comes out of the character device goes to an interface in a
+    namespace, which is the rest of the machine, and back. So its kernel
+    resolves addresses itself, and nothing configures it from outside.
+    """
+
+    def __init__(self, lab: Lab, name: str, addresses: Sequence[str],
+                 mac: Optional[str] = None) -> None:
+        self.name = name
+        self._lab = lab
+        # All labs share /dev, so each macvtap has a number of its own.
+        index = random.randrange(10 ** 6, 2 ** 31)
+        made = lab.run(
+            'ip', 'link', 'add', 'link', PARENT, 'name', name, 'index',
+            str(index), *(('address', mac) if mac else ()),
+            'type', 'macvtap', 'mode', 'bridge', check=False)
+        if made.returncode:
+            raise OSError('needs the module macvtap: ' + made.stdout)
+        # As libvirt does for a VM that it trusts with its filters, for which
+        # it hears the solicitations of others.
+        lab.run('ip', 'link', 'set', name, 'up', 'allmulticast', 'on')
+        self.mac = lab.ip('link', 'show', name)[0]['address']
+        self._files = [self._open('/dev/tap%d' % index)]
+        lab.add_netns(name)
+        lab.in_netns(lambda: self._files.append(self._open(
+            '/dev/net/tun', PARENT)), name)
+        self._ending, ending = os.pipe()
+        self._files.append(ending)
+        self._thread = threading.Thread(target=self._forward, args=(ending,))
+        self._thread.start()
+        lab.run('ip', 'link', 'set', PARENT, 'address', self.mac, 'up',
+                netns=name)
+        for address in addresses:
+            six = ':' in address
+            lab.run('ip', 'address', 'add', '%s/%d' % (
+                address, 64 if six else PREFIX), 'dev', PARENT,
+                *(('nodad',) if six else ()), netns=name)
+
+    @staticmethod
+    def _open(path: str, name: str = '') -> int:
+        file = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        fcntl.ioctl(file, TUNSETIFF, struct.pack(
+            '16sH22x', name.encode(), IFF_TAP | IFF_NO_PI))
+        return file
+
+    def _forward(self, ending: int) -> None:
+        outside, inside, _ = self._files
+        while True:
+            ready = select.select(self._files, [], [])[0]
+            if ending in ready:
+                return
+            for source, target in ((outside, inside), (inside, outside)):
+                if source in ready:
+                    with contextlib.suppress(OSError):  # it is down
+                        os.write(target, os.read(source, 2 ** 16))
+
+    def power_off(self) -> None:
+        """End it: its macvtap goes, as libvirt deletes it."""
+        os.close(self._ending)
+        self._thread.join()
+        for file in self._files:
+            os.close(file)
+        self._lab.vms.remove(self)
+        self._lab.run('ip', 'link', 'del', self.name, check=False)
+        self._lab.del_netns(self.name)
+
+
 class Lab:
     """A node with a NIC on a LAN; entering it makes the process the node.
 
@@ -107,6 +182,7 @@ class Lab:
     """
 
     def __init__(self) -> None:
+        self.vms: list[VM] = []
         _call('unshare', CLONE_NEWNET | CLONE_NEWNS)
         _call('mount', b'none', b'/', None, MS_REC | MS_PRIVATE, None)
         _call('mount', b'lab', b'/run', b'tmpfs', 0, None)
@@ -117,6 +193,8 @@ class Lab:
 
     def close(self) -> None:
         """Let go of the node; its namespaces end with their last process."""
+        for vm in list(self.vms):
+            vm.power_off()
         _call('umount2', b'/run', 2)  # MNT_DETACH
 
     def add_nic(self) -> None:
@@ -194,23 +272,44 @@ class Lab:
                      netns=name)
         return path
 
+    def add_vm(self, name: str, *addresses: str,
+               mac: Optional[str] = None) -> VM:
+        """Start a virtual machine on the NIC.
+
+        :raises OSError: if this machine lacks what it needs
+        """
+        self.vms.append(VM(self, name, addresses, mac))
+        return self.vms[-1]
+
     def socket(self, family: int, kind: int = socket.SOCK_STREAM,
                netns: Optional[str] = None) -> socket.socket:
         """A socket of the node or of another namespace."""
-        made = []
-
-        def make() -> None:
-            if netns:
-                with open('/run/netns/' + netns) as file:
-                    _call('setns', file.fileno(), CLONE_NEWNET)
-            made.append(socket.socket(family, kind))
-
-        # Only a thread of its own enters the namespace.
-        thread = threading.Thread(target=make)
-        thread.start()
-        thread.join()
+        made: list[socket.socket] = []
+        self.in_netns(lambda: made.append(socket.socket(family, kind)), netns)
         made[0].settimeout(PATIENCE)
         return made[0]
+
+    @staticmethod
+    def in_netns(function: Callable[[], None],
+                 netns: Optional[str] = None) -> None:
+        """Call a function in another namespace."""
+        errors: list[Exception] = []
+
+        def call() -> None:
+            try:
+                if netns:
+                    with open('/run/netns/' + netns) as file:
+                        _call('setns', file.fileno(), CLONE_NEWNET)
+                function()
+            except Exception as err:
+                errors.append(err)
+
+        # Only a thread of its own enters the namespace.
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+        if errors:
+            raise errors[0]
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[list[Frame]]:
