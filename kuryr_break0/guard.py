@@ -21,6 +21,7 @@ from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import Pair
 from kuryr_break0.ledger import Ledger
+from kuryr_break0 import log
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Item
@@ -28,12 +29,18 @@ from kuryr_break0.model import NamespaceId
 from kuryr_break0.model import Neighbour
 from kuryr_break0.model import Record
 
+LOG = log.get_logger(__name__)
+
 #: Begins the names of our tables, on the node and in pods.
 PREFIX = 'kuryr-break0'
 _TIMEOUT = 5  # seconds; others wait for the lock meanwhile
 
 # IPv6 needs permanent neighbours on both sides, so nothing of neighbour
-# discovery has to pass; of ARP, a pod may speak of its own address.
+# discovery has to pass; of ARP, a pod may speak of its own address. A virtual
+# machine has nobody who sets them in it, and break0 must not hear what it
+# asks: who belongs to the group of an address reports that to the LAN. So
+# the table itself answers solicitations, on their way to the wire, which is
+# the one that those to a group take, and on break0.
 _TABLE = '''
 table netdev {table}
 delete table netdev {table}
@@ -42,8 +49,11 @@ table netdev {table} {{
     set pairs6 {{ type ether_addr . ipv6_addr; }}
     set addresses4 {{ type ipv4_addr; }}
     set addresses6 {{ type ipv6_addr; }}
+    chain {answer} {{
+    }}
     chain from-pods {{
         type filter hook ingress device "{device}" priority 0; policy drop;
+        {solicited}
         ip daddr 127.0.0.0/8 drop
         icmp type {{ redirect, router-advertisement }} drop
         icmpv6 type {{ nd-router-advert, nd-neighbor-solicit, \
@@ -61,8 +71,15 @@ arp saddr ether . arp saddr ip @pairs4 accept
 _EGRESS = '''    chain to-the-wire {{
         type filter hook egress device "{lower}" priority 0; policy accept;
         ether saddr {mac} drop
+        {solicited}
     }}
 '''
+# Of a bound pair, for an address of the node, with the one option that says
+# where the answer is to go.
+_SOLICITED = '''icmpv6 type nd-neighbor-solicit ip6 hoplimit 255 \
+ip6 length 32 @th,192,16 0x0101 @th,64,128 {{ {hosts} }} \
+ether saddr . ip6 saddr @pairs6 goto {answer}'''
+_ANSWER = 'answer'
 
 
 def table_of(device: str) -> str:
@@ -160,16 +177,23 @@ class Guard:
         return self.is_wanted and (self._options.guard == config.ON
                                    or self.is_loaded() or is_installed())
 
-    def problem(self, link: kernel.Link) -> Optional[str]:
+    @property
+    def answers(self) -> bool:
+        """Return whether it answers neighbour solicitations."""
+        return (self._cache.get(self._key) or ())[1:2] == [True]
+
+    def problem(self, link: kernel.Link,
+                hosts: Iterable[IPAddress]) -> Optional[str]:
         """Return what is wrong with its table; None if nothing is.
 
         :param link: break0
+        :param hosts: the IPv6 addresses of the node, in their order
         :raises KernelRefused: if it cannot be read
         """
         if not self.is_wanted:
             return ('its guard is switched off, but still there'
                     if self.is_loaded() else None)
-        if self.is_possible and not self.is_intact(link):
+        if self.is_possible and not self.is_intact(link, hosts):
             return 'its guard is missing or was changed'
         return None
 
@@ -187,16 +211,18 @@ class Guard:
         except exceptions.KernelRefused:
             return False  # this kernel has no nftables
 
-    def is_intact(self, link: kernel.Link) -> bool:
+    def is_intact(self, link: kernel.Link,
+                  hosts: Iterable[IPAddress]) -> bool:
         """Return whether the table is there as it was loaded.
 
         :param link: break0
+        :param hosts: as for :meth:`problem`
         :raises KernelRefused: if it cannot be read
         """
         known = self._cache.get(self._key)
-        if not known or known[0] != self._digest(link):
+        if not known or known[0] != self._digest(link, hosts):
             return False
-        return kernel.node_nft().rules(self.table) == known[1:]
+        return kernel.node_nft().rules(self.table) == known[2:]
 
     def difference(self, wanted: Iterable[Pair], unclaimed: Iterable[Pair]
                    ) -> tuple[set[Pair], set[Pair]]:
@@ -211,7 +237,8 @@ class Guard:
         return wanted - present, {each for each in present - wanted
                                   if each.address not in doubtful}
 
-    def ensure(self, link: kernel.Link, admitted: Iterable[Pair]) -> bool:
+    def ensure(self, link: kernel.Link, admitted: Iterable[Pair],
+               hosts: Collection[IPAddress]) -> bool:
         """Make sure of the table; whether that was to be done.
 
         It is loaded as a whole, so no pod is cut off meanwhile. Call it under
@@ -219,11 +246,12 @@ class Guard:
 
         :param link: break0
         :param admitted: what may come from its pods
+        :param hosts: as for :meth:`problem`
         :raises GuardUnavailable: if it cannot be had
         """
         if not self.is_wanted:
             return self.remove()
-        if self.is_intact(link):
+        if self.is_intact(link, hosts):
             return False
         nft = kernel.find_program('nft')
         if nft is None:
@@ -231,10 +259,12 @@ class Guard:
             raise exceptions.GuardUnavailable(
                 device=self._device, reason='there is no program nft')
         admitted = list(admitted)
-        texts = [self._text(link, admitted, egress=True)]
+        # An old nft may not understand what answers.
+        texts = [self._text(link, admitted, hosts, egress=True),
+                 self._text(link, admitted, (), egress=True)]
         if self._options.guard == config.AUTO:
             # Linux before 5.16 has no hook for what leaves.
-            texts.append(self._text(link, admitted, egress=False))
+            texts.append(self._text(link, admitted, (), egress=False))
         for text in texts:
             said_by_nft = _load(nft, text)
             if said_by_nft is None:
@@ -244,11 +274,24 @@ class Guard:
             raise exceptions.GuardUnavailable(
                 device=self._device, reason=said_by_nft)
         self._cache.put(self._key, [
-            self._digest(link), *kernel.node_nft().rules(self.table)])
+            self._digest(link, hosts),
+            text is texts[0] and self._answer(link),
+            *kernel.node_nft().rules(self.table)])
+        return True
+
+    def _answer(self, link: kernel.Link) -> bool:
+        """Let the table answer solicitations, which nft cannot express."""
+        try:
+            self._nft().add_answer(self.table, _ANSWER, link.index,
+                                   bytes.fromhex(link.mac.replace(':', '')))
+        except exceptions.KernelRefused as err:
+            LOG.info('Virtual machines cannot reach the node by IPv6 through '
+                     '%s: %s', link.name, err)
+            return False
         return True
 
     def _text(self, link: kernel.Link, admitted: Iterable[Pair],
-              egress: bool) -> str:
+              hosts: Iterable[IPAddress], egress: bool) -> str:
         lower = kernel.name_of(link.lower)
         elements = []
         for each in admitted:
@@ -258,15 +301,23 @@ class Guard:
             elements.append('add element netdev %s %s { %s%s }' % (
                 self.table, each.set_name,
                 each.mac.hex(':') + ' . ' if each.mac else '', address))
+        solicited = ','.join('0x' + host.packed.hex() for host in hosts)
+        if solicited:
+            solicited = _SOLICITED.format(hosts=solicited, answer=_ANSWER)
         return _TABLE.format(
-            table=self.table, device=link.name,
-            egress=_EGRESS.format(lower=lower, mac=link.mac) if egress
+            table=self.table, device=link.name, answer=_ANSWER,
+            solicited=solicited,
+            egress=_EGRESS.format(lower=lower, mac=link.mac,
+                                  solicited=solicited) if egress
             else '', elements='\n'.join(elements) + '\n')
 
-    def _digest(self, link: kernel.Link) -> str:
-        """Name what the table depends on."""
-        return hashlib.sha256(self._text(link, (), egress=True).encode()
-                              ).hexdigest()[:16]
+    def _digest(self, link: kernel.Link, hosts: Iterable[IPAddress]) -> str:
+        """Name what the table depends on.
+
+        The answer goes to an ifindex, which the next break0 does not have.
+        """
+        return hashlib.sha256(('%d %s' % (link.index, self._text(
+            link, (), hosts, egress=True))).encode()).hexdigest()[:16]
 
     def remove(self) -> bool:
         """Delete the table; whether there was one."""

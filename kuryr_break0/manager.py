@@ -138,12 +138,13 @@ class Break0Manager:
                         'file') from err
                 LOG.warning('Cannot identify the namespace %s, so its end '
                             'will not be noticed: %s', netns, err)
+        tap = kernel.find_taps().get(mac) if mac and netns is None else None
         bound_at = files.now()
         # What can be is done before others have to wait.
         records = [Record(address, owner, parent, mac,
                           tuple(subnets)[:MAX_SUBNETS], netns, namespace,
                           pod, bound_at=bound_at, origin=origin,
-                          network=network, parent_index=parent_index)
+                          network=network, parent_index=parent_index, tap=tap)
                    for address in self._usable(addresses, parent, origin,
                                                failure)]
         if not records:
@@ -252,7 +253,7 @@ class Break0Manager:
             replaced += earlier
             others = [claim for claim in claims if claim not in earlier]
             existing = [claim for claim in others if kernel.state(
-                claim.netns, claim.namespace) is not kernel.State.GONE]
+                *claim.place) is not kernel.State.GONE]
             if yielding and existing:
                 failure.note(exceptions.AddressTaken(
                     address=record.address, owner=existing[0].owner,
@@ -265,7 +266,7 @@ class Break0Manager:
             with failure.noted() if yielding else failure.logged():
                 self._records.put([record, *(
                     claim for claim in existing
-                    if claim.namespace is not None)])
+                    if claim.namespace or claim.tap)])
             yield record
 
     def _bind_all(self, netlink: kernel.Netlink, records: list[Record],
@@ -478,8 +479,7 @@ class Break0Manager:
     def _successor(self, claims: list[Record]) -> Optional[Record]:
         """Return the newest claim whose sandbox still has the address."""
         for claim in claims:
-            if kernel.state(claim.netns,
-                            claim.namespace) is kernel.State.GONE:
+            if kernel.state(*claim.place) is kernel.State.GONE:
                 continue
             try:
                 if podside.has_address(claim, self._options):

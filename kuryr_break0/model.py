@@ -47,6 +47,16 @@ class NamespaceId(NamedTuple):
         return self[:2] == other[:2]
 
 
+class Tap(NamedTuple):
+    """A macvtap of the node that was seen: the interface of a VM.
+
+    :ivar namespace: where it was seen, which is that of the node
+    """
+
+    namespace: NamespaceId
+    mac: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Owner:
     """The sandbox that an address belongs to, and its interface there.
@@ -100,6 +110,7 @@ class Record:
     :ivar network: name of the CNI network that it is an attachment to
     :ivar parent_index: ifindex of the parent, which it keeps when it is
         renamed; None if an earlier version has written the record
+    :ivar tap: its macvtap, if it is a VM and that was seen
     """
 
     address: IPAddress
@@ -116,6 +127,13 @@ class Record:
     origin: Optional[Origin] = None
     network: Optional[str] = None
     parent_index: Optional[int] = None
+    tap: Optional[Tap] = None
+
+    @property
+    def place(self) -> tuple[Optional[str], Optional[NamespaceId],
+                             Optional[Tap]]:
+        """Return what tells whether its sandbox still exists."""
+        return self.netns, self.namespace, self.tap
 
     @property
     def macs(self) -> tuple[str, ...]:

@@ -3,10 +3,10 @@
 """The pod side: what the namespace of a pod needs to reach its node.
 
 A pod that had to ask for the node would be answered by break0 for IPv4 only,
-and where the node is outside its subnets it would go by its gateway, a way
-that the node with ``rp_filter`` = 1 takes no packets from. So its namespace
-gets the MAC address of each address of the node, and a route where needed.
-Both carry our protocol number there too.
+and by the guard, if that can, for IPv6. Where the node is outside its subnets
+it would go by its gateway, a way that the node with ``rp_filter`` = 1 takes no
+packets from. So its namespace gets the MAC address of each address of the
+node, and a route where needed. Both carry our protocol number there too.
 """
 
 from __future__ import annotations

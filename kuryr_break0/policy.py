@@ -87,6 +87,16 @@ class Policy:
                          self._options.route_table, src,
                          best_metric(address))
 
+    def solicited(self, own: Collection[IPAddress],
+                  on_parent: Iterable[IPAddress],
+                  device: str) -> list[IPAddress]:
+        """Return the addresses of the node that are answered for by IPv6.
+
+        By parameters as those of :meth:`node_addresses`.
+        """
+        return [address for address in self.node_addresses(
+            own, on_parent, (), '', device).addresses if address.version == 6]
+
     def node_addresses(self, own: Collection[IPAddress],
                        on_parent: Iterable[IPAddress],
                        sources: Iterable[Optional[IPAddress]], mac: str,

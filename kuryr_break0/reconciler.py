@@ -177,13 +177,18 @@ class Reconciler:
         if not guarding.is_wanted and not guarding.is_loaded():
             return
         try:
-            if guarding.is_wanted and guarding.is_intact(link):
+            found, index = netlink.addresses(), kernel.index_of(parent)
+            hosts = self._policy.solicited(
+                {each.address for each in found},
+                [each.address for each in found if each.ifindex == index],
+                link.name)
+            if guarding.is_wanted and guarding.is_intact(link, hosts):
                 return
             claims, _ = self._ledger.records.read()
             guarding.ensure(link, {
                 *pairs(each[0] for each in claims.values()
                        if each[0].parent == parent),
-                *self._unclaimed_pairs(netlink, link, claims)})
+                *self._unclaimed_pairs(netlink, link, claims)}, hosts)
             self.warn_once('unguarded', '')
         except (exceptions.GuardUnavailable, exceptions.KernelRefused,
                 exceptions.LedgerUnavailable, OSError) as err:
@@ -282,7 +287,7 @@ class Reconciler:
             claims = self._ledger.records.claims(address)
             judge = kernel.Judge()
             gone = [claim for claim in claims if judge.judge(
-                claim.netns, claim.namespace).state is kernel.State.GONE]
+                *claim.place).state is kernel.State.GONE]
             left = [claim for claim in claims if claim not in gone]
             if not gone:
                 return
@@ -391,7 +396,23 @@ class _Sync:
                 with self._failure.noted():
                     self._reconciler.remove_gone_claims(self._netlink,
                                                         address)
+            self._note_taps(seen)
         return dataclasses.replace(outcome, pods=tuple(self._pods(seen)))
+
+    def _note_taps(self, seen: Snapshot) -> None:
+        """Record the macvtaps of VMs that were started after their bind."""
+        wanted = [record for record in seen.live.values() if record.mac
+                  and record.netns is None and record.tap is None]
+        taps = kernel.find_taps() if wanted else {}
+        for record in wanted:
+            tap = taps.get(str(record.mac))
+            if tap is None:
+                continue
+            with self._failure.noted(), self._ledger.lock():
+                claims = self._records.claims(record.address)
+                if claims[:1] == (record,):
+                    self._records.put([dataclasses.replace(
+                        record, tap=tap), *claims[1:]])
 
     def _claims(self, seen: Snapshot, parent: Parent) -> bool:
         """Return whether a break0 of another ledger is to be taken over."""

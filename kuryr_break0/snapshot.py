@@ -373,7 +373,7 @@ class _Reading:
         for address, claims in self._contents.claims.items():
             living = []
             for claim in claims:
-                key = claim.netns, claim.namespace
+                key = claim.place
                 if key not in verdicts:
                     verdicts[key] = judge.judge(*key)
                 state, reason = verdicts[key]
@@ -382,7 +382,7 @@ class _Reading:
                     continue
                 living.append(claim)
                 if (state is kernel.State.UNKNOWN
-                        and claim.namespace is not None):
+                        and (claim.namespace or claim.tap)):
                     self._unjudged[claim] = reason
             if living:
                 self._live[address] = living[0]
@@ -438,8 +438,8 @@ class _Reading:
         neighbours = view.neighbours(index) if usable is not None else []
         routes = {route.dst: route for route in view.routes.host
                   if route.oif == index and usable is not None}
-        guard, barred, admitted = self._guard(usable, live, routes.values(),
-                                              neighbours)
+        guard, barred, admitted = self._guard(
+            usable, parent, live, routes.values(), neighbours)
         return Parent(
             name, device_name, parent, link, usable, conflict,
             device.owned_by_other(usable, identity) if usable else None,
@@ -469,16 +469,18 @@ class _Reading:
                 yield 'its parent %s is called %s now' % (parent, name)
 
     def _guard(self, link: Optional[kernel.Link],
+               parent: Optional[kernel.Link],
                live: Mapping[IPAddress, Record], routes: Iterable[HostRoute],
                neighbours: Collection[Neighbour]
                ) -> tuple[Optional[str], frozenset[IPAddress],
                           frozenset[IPAddress]]:
         """Return what is wrong, who is barred, and who is admitted."""
         nobody: frozenset[IPAddress] = frozenset()
-        if link is None or not live:
+        if link is None or parent is None or not live:
             return None, nobody, nobody
         guard = Guard(self._options, self._ledger, link.name)
-        problem = guard.problem(link)
+        problem = guard.problem(link, self._policy.solicited(
+            self._own, self._view.addresses_of(parent.index), link.name))
         if problem is not None or not guard.is_possible:
             return problem, nobody, nobody
         missing, extra = guard.difference(

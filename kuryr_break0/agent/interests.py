@@ -94,7 +94,9 @@ class Interests:
         if link is None or index is None:
             return True
         if index not in self._links:
-            return not event.gone and link.name in self._names
+            # A VM ends with its macvtap.
+            return (link.kind == 'macvtap' if event.gone
+                    else link.name in self._names)
         essence: Optional[Any] = None if event.gone else _essence(link)
         changed = bool(self._links[index] != essence)
         self._links[index] = essence

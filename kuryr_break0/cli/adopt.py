@@ -178,7 +178,7 @@ class Adopter:
                     and record.namespace.is_same(macvlan.namespace)):
                 continue
             if (record is not None and self._dry_run and kernel.state(
-                    record.netns, record.namespace)
+                    *record.place)
                     is not kernel.State.GONE):
                 raise exceptions.AddressTaken(  # as the bind would
                     address=address, owner=record.owner, **vars(record.owner))

@@ -31,9 +31,10 @@ interface of the node. Agent and sync then repair it like a pod.
 
 With --netns, MAC address and parent are read from the namespace, and the
 addresses too if you give none. The container is configured to reach the node,
-and its addresses are unbound when the namespace is gone. Without --netns,
-only the node is configured, until unbind. Then give --mac, unless the node
-may find it by ARP (IPv4 only).
+and its addresses are unbound when the namespace is gone. Without --netns, as
+for a virtual machine, only the node is configured, until unbind or until the
+macvtap with that MAC address is gone. Then give --mac, unless the node may
+find it by ARP (IPv4 only).
 
 Exit status: 0 if done, 1 if an address belongs to another owner or has a
 route of another program, 2 for wrong arguments, 3 if the kernel or the state

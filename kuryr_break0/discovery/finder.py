@@ -346,7 +346,7 @@ class Finder:
         with contextlib.suppress(exceptions.LedgerUnavailable):
             for claim in self._ledger.records.claims(address):
                 if claim.owner == owner or kernel.state(
-                        claim.netns, claim.namespace) is kernel.State.GONE:
+                        *claim.place) is kernel.State.GONE:
                     continue
                 if claim.namespace is None or not claim.namespace.is_same(
                         macvlan.namespace):

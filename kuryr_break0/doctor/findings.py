@@ -602,9 +602,18 @@ POD_NOT_CONFIGURED = Kind(
     'pod-not-configured', ERROR,
     'A pod is not configured with the addresses of the node, or with '
     'addresses that it no longer has.',
-    'The pod asks for the MAC address of its node. By IPv6 it gets no answer, '
-    'and an outdated MAC address leads nowhere.',
+    'The pod asks for the MAC address of its node. By IPv6 only the guard '
+    'answers, and an outdated MAC address leads nowhere.',
     'Sync configures the pods.', (_SYNC,))
+
+SOLICITATIONS_UNANSWERED = Kind(
+    'solicitations-unanswered', ERROR,
+    'A VM has an IPv6 address, and nothing answers it for the node.',
+    'What is bound without --netns asks for the MAC address of its node by '
+    'neighbour solicitation. Only the guard answers that. It needs the '
+    'program nft, and Linux 5.16 or later.',
+    'Install nftables, do not set [break0] guard to off, and run a sync. '
+    'Bind a container with --netns.', (_SYNC,))
 
 POD_UNREADABLE = Kind(
     'pod-unreadable', WARNING,
@@ -693,8 +702,8 @@ ARP_IGNORED = Kind(
 IPV6_NOT_CONFIGURED = Kind(
     'ipv6-not-configured', ERROR,
     'static_neighbours is false, and pods have IPv6 addresses.',
-    'These pods ask for the MAC address of their node by multicast, which '
-    'break0 does not receive. They cannot reach their node by IPv6.',
+    'break0 takes no part in neighbour discovery, so node and pods do not '
+    'find each other by IPv6.',
     'Set [break0] static_neighbours = true in kuryr.conf. ' + _RESTART)
 
 # Other programs of the node

@@ -12,6 +12,7 @@ from kuryr_break0.doctor import findings
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.node import ParentView
 from kuryr_break0 import exceptions
+from kuryr_break0.guard import Guard
 from kuryr_break0 import kernel
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import NodeAddresses
@@ -94,6 +95,12 @@ def check_configured(view: ParentView) -> Iterator[Finding]:
             'pods are not configured with the addresses of the node, or with '
             'others',
             [record.address for record in unconfigured])
+    asking = [record.address for record in records
+              if record.netns is None and record.address.version == 6]
+    if asking and not Guard(options, view.node.ledger, view.name).answers:
+        yield findings.SOLICITATIONS_UNANSWERED.found(
+            'addresses are bound without a namespace, and no guard answers '
+            'for the node by IPv6', asking)
     if not options.static_neighbours:
         asking = [record.address for record in records
                   if record.address.version == 6]
@@ -105,12 +112,8 @@ def check_configured(view: ParentView) -> Iterator[Finding]:
 
 
 def _is_not_configured(view: ParentView, record: Record) -> bool:
-    if view.known is None:
-        return False
-    if record.netns is not None:
-        return record.configured != view.known.digest
-    # Bound without its namespace, it can ask by ARP.
-    return record.address.version == 6 and view.options.static_neighbours
+    return (view.known is not None and record.netns is not None
+            and record.configured != view.known.digest)
 
 
 def _check_arp(view: ParentView, records: list[Record]) -> Iterator[Finding]:

@@ -16,6 +16,7 @@ from kuryr_break0.kernel.errors import IPDB_DISTURBED
 from kuryr_break0.kernel.errors import undisturbed
 from kuryr_break0.kernel.events import Event
 from kuryr_break0.kernel.events import Events
+from kuryr_break0.kernel.existence import find_taps
 from kuryr_break0.kernel.existence import Judge
 from kuryr_break0.kernel.existence import State
 from kuryr_break0.kernel.existence import state
@@ -72,7 +73,7 @@ __all__ = (
     'RT_SCOPE_LINK', 'RT_SCOPE_NOWHERE', 'RT_TABLE_MAIN', 'Route', 'Routes',
     'State', 'Verb', 'Verdict', 'claimants', 'count_host_routes',
     'create_macvlan', 'current_name', 'entered', 'exists', 'find',
-    'find_program',
+    'find_program', 'find_taps',
     'forget_connections', 'identify', 'identify_or_fail', 'index_of',
     'ipdb_of_interfaces', 'macvlan_of', 'macvlans', 'macvlans_in', 'mounted',
     'name_of', 'node_nft', 'number', 'prepare', 'read_sysctl', 'share_nft',

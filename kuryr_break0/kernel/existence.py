@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Judges whether a network namespace that was seen once still exists.
+"""Judges whether a namespace, or a macvtap, that was seen once still exists.
 
 That it is not found proves nothing: this process may be one that does not see
 it. The kernel answers ESTALE for the handle of a namespace that is gone, and
@@ -20,8 +20,11 @@ import re
 import threading
 from typing import Iterator, NamedTuple, Optional
 
+from kuryr_break0 import exceptions
 from kuryr_break0.kernel import namespaces
+from kuryr_break0.kernel.rtnetlink import Netlink
 from kuryr_break0.model import NamespaceId
+from kuryr_break0.model import Tap
 
 _PROC = '/proc'
 _CAP_SYS_ADMIN = 21  # linux/capability.h
@@ -52,9 +55,21 @@ class Verdict(NamedTuple):
 LIVING, GONE = Verdict(State.LIVING), Verdict(State.GONE)
 
 
-def state(path: Optional[str], known: Optional[NamespaceId]) -> State:
-    """Return whether a namespace exists; see :meth:`Judge.judge`."""
-    return Judge().judge(path, known).state
+def state(path: Optional[str], known: Optional[NamespaceId],
+          tap: Optional[Tap] = None) -> State:
+    """Return whether a sandbox exists; see :meth:`Judge.judge`."""
+    return Judge().judge(path, known, tap).state
+
+
+def find_taps() -> dict[str, Tap]:
+    """Return the macvtaps of this namespace by their MAC addresses.
+
+    :raises KernelRefused: if the interfaces cannot be listed
+    """
+    own = namespaces.identify(namespaces.OWN)
+    with Netlink() as netlink:
+        return {link.mac: Tap(own, link.mac) for link in netlink.links()
+                if own is not None and link.kind == 'macvtap'}
 
 
 class _View(NamedTuple):
@@ -78,14 +93,18 @@ class Judge:
     def __init__(self) -> None:
         self._views: dict[str, _View] = {}
         self._blindness: Optional[str] = None
+        self._links: Optional[set[tuple[Optional[str], str]]] = None
 
-    def judge(self, path: Optional[str],
-              known: Optional[NamespaceId]) -> Verdict:
-        """Return whether a namespace still exists.
+    def judge(self, path: Optional[str], known: Optional[NamespaceId],
+              tap: Optional[Tap] = None) -> Verdict:
+        """Return whether a sandbox still exists: its namespace, or macvtap.
 
-        :param path: where it once was
-        :param known: what it was; None if that is not known
+        :param path: where its namespace once was
+        :param known: what that was; None if that is not known
+        :param tap: the macvtap of a VM, which has no namespace
         """
+        if tap is not None:
+            return self._judge_tap(tap)
         if known is None:
             return Verdict(State.UNKNOWN, 'nothing says which one it was')
         is_absent = False
@@ -110,6 +129,29 @@ class Judge:
         if path is None or not (shown or is_missing):
             return self._unknown(known, path, 'no namespace is seen there')
         return self._by_search(path, known)
+
+    def _judge_tap(self, tap: Tap) -> Verdict:
+        """Judge by the interfaces of the node.
+
+        A break0 must be among them: a process in another namespace, or what
+        the kernel shows while the parent is gone, proves nothing.
+        """
+        own = namespaces.identify(namespaces.OWN)
+        if own is None or not own.is_same(tap.namespace):
+            return Verdict(State.UNKNOWN, 'this process is not in the '
+                           'namespace where its macvtap was seen')
+        try:
+            if self._links is None:
+                with Netlink() as netlink:
+                    self._links = {(link.kind, link.mac)
+                                   for link in netlink.links()}
+        except exceptions.KernelRefused as err:
+            return Verdict(State.UNKNOWN, str(err))
+        if ('macvtap', tap.mac) in self._links:
+            return LIVING
+        if 'macvlan' not in {kind for kind, _ in self._links}:
+            return Verdict(State.UNKNOWN, 'no break0 is seen on the node')
+        return GONE
 
     def _by_search(self, path: str, known: NamespaceId) -> Verdict:
         """Judge by what else is seen where it was.

@@ -207,9 +207,7 @@ class Nft:
         expressions = b''.join((
             _expression('meta', _be32(1, 1) + _be32(2, _META_OIF)),
             _compared(_EQUAL, struct.pack('=I', index)),
-            _expression('payload', _be32(1, 1) + _be32(2, 0) + _be32(3, 6)
-                        + _be32(4, 6)),
-            _compared(_UNEQUAL, mac),
+            _loaded(1, _LINK, 6, 6), _compared(_UNEQUAL, mac),
             _expression('immediate', _be32(1, 0) + drop)))
         action = 'guard the interface ' + device
         creation = [
@@ -228,6 +226,34 @@ class Nft:
                 raise
             # That of an earlier interface of this name, or of 1.0.0.
             self._batch(action, [_deletion(table), *creation])
+
+    def add_answer(self, table: str, chain: str, index: int,
+                   mac: bytes) -> None:
+        """Let a chain answer the neighbour solicitations that it gets.
+
+        By one rule, which makes an advertisement of a solicitation, by
+        their formats in RFC 4861, and sends it where that came from.
+
+        :param index: ifindex of the interface to send by
+        :param mac: MAC address of that, for each address that is asked for
+        :raises KernelRefused: if the kernel cannot forward in this family
+        """
+        expressions = b''.join((
+            _loaded(1, _NETWORK, 8, 16), _loaded(2, _TRANSPORT, 8, 16),
+            _loaded(3, _LINK, 6, 6),
+            _stored(1, _NETWORK, 24, 16), _stored(2, _NETWORK, 8, 16),
+            _stored(3, _LINK, 0, 6),
+            _immediate(4, mac), _stored(4, _LINK, 6, 6),
+            _immediate(4, b'\x02\x01' + mac), _stored(4, _TRANSPORT, 24, 8),
+            _immediate(4, b'\x88\0'), _stored(4, _TRANSPORT, 0, 2),
+            # Solicited, and in place of what was known before.
+            _immediate(4, b'\x60\0\0\0'), _stored(4, _TRANSPORT, 4, 4),
+            _immediate(4, struct.pack('=I', index)),
+            _expression('fwd', _be32(1, 4))))
+        self._batch('answer neighbour solicitations in the table ' + table, [
+            _message(_NEWRULE, wire.NLM_F_CREATE | _APPEND, (
+                wire.text(1, table) + wire.text(2, chain)
+                + wire.attribute(_NESTED | 4, expressions)))])
 
     def delete_table(self, table: str) -> bool:
         """Delete a table; whether there was one."""
@@ -390,6 +416,7 @@ class NftEvents:
 
 _NESTED = 0x8000
 _EQUAL, _UNEQUAL = 0, 1  # NFT_CMP_EQ, NFT_CMP_NEQ
+_LINK, _NETWORK, _TRANSPORT = range(3)  # NFT_PAYLOAD_LL_HEADER and so on
 
 
 def _message(kind: int, flags: int, body: bytes) -> wire.Message:
@@ -409,6 +436,27 @@ def _expression(name: str, data: bytes) -> bytes:
 def _compared(operator: int, value: bytes) -> bytes:
     return _expression('cmp', _be32(1, 1) + _be32(2, operator)
                        + wire.attribute(_NESTED | 3, wire.attribute(1, value)))
+
+
+def _loaded(register: int, base: int, offset: int, size: int) -> bytes:
+    return _expression('payload', _be32(1, register) + _be32(2, base)
+                       + _be32(3, offset) + _be32(4, size))
+
+
+def _stored(register: int, base: int, offset: int, size: int) -> bytes:
+    """Write to the packet, and correct the checksum of its ICMPv6."""
+    body = (_be32(5, register) + _be32(2, base) + _be32(3, offset)
+            + _be32(4, size))
+    if base == _TRANSPORT:
+        body += _be32(6, 1) + _be32(7, 2)  # NFT_PAYLOAD_CSUM_INET, at 2
+    elif base == _NETWORK:
+        body += _be32(8, 1)  # NFT_PAYLOAD_L4CSUM_PSEUDOHDR
+    return _expression('payload', body)
+
+
+def _immediate(register: int, value: bytes) -> bytes:
+    return _expression('immediate', _be32(1, register) + wire.attribute(
+        _NESTED | 2, wire.attribute(1, value)))
 
 
 def _source_chain(index: int, mac: bytes) -> str:

@@ -30,6 +30,7 @@ from kuryr_break0.model import NamespaceId
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
+from kuryr_break0.model import Tap
 
 LOG = log.get_logger(__name__)
 
@@ -62,7 +63,8 @@ def to_json(claims: Sequence[Record]) -> str:
             'bound_at': claim.bound_at,
             'siblings': claim.siblings[:MAX_SIBLINGS],
             'origin': claim.origin and claim.origin.value,
-            'network': claim.network, 'parent_index': claim.parent_index}
+            'network': claim.network, 'parent_index': claim.parent_index,
+            'tap': claim.tap}
             for claim in claims[:MAX_CLAIMS]]})
 
 
@@ -102,12 +104,7 @@ def _claim(address: IPAddress, fields: dict[str, Any]) -> Record:
     owner = Owner(**fields['owner'])
     _text(owner.container_id)
     _text(owner.ifname)
-    namespace = fields['namespace']
-    if namespace is not None:
-        device, inode, *cookie = namespace
-        namespace = NamespaceId(
-            _number(device), _number(inode),
-            _number(cookie[0]) if cookie and cookie[0] is not None else None)
+    tap = fields.get('tap')
     mac = fields['mac']
     if mac is not None:
         _mac(mac)
@@ -119,11 +116,26 @@ def _claim(address: IPAddress, fields: dict[str, Any]) -> Record:
     return Record(
         address, owner, node.current_name(_text(fields['parent']), index), mac,
         tuple(map(_network, map(_text, fields['subnets'][:MAX_SUBNETS]))),
-        _optional(fields['netns']), namespace, _optional(fields['pod']),
+        _optional(fields['netns']), _namespace(fields['namespace']),
+        _optional(fields['pod']),
         _optional(fields['configured']), _seconds(fields['bound_at']),
         tuple(map(_mac, fields.get('siblings', ()))),
         _origin(fields.get('origin')), _optional(fields.get('network')),
-        index)
+        index, tap and _tap(*tap))
+
+
+def _tap(namespace: Any, mac: Any) -> Optional[Tap]:
+    found = _namespace(namespace)
+    return found and Tap(found, _mac(mac))
+
+
+def _namespace(value: Any) -> Optional[NamespaceId]:
+    if value is None:
+        return None
+    device, inode, *cookie = value
+    return NamespaceId(
+        _number(device), _number(inode),
+        _number(cookie[0]) if cookie and cookie[0] is not None else None)
 
 
 def _origin(value: Any) -> Optional[Origin]:
@@ -308,7 +320,8 @@ class Records:
             fields = json.loads(files.read(self._path(address), _MAX_SIZE))
             return any(judge.judge(
                 claim['netns'], claim['namespace'] and NamespaceId(
-                    *claim['namespace'])).state is existence.State.GONE
+                    *claim['namespace']), claim.get('tap') and _tap(
+                        *claim['tap'])).state is existence.State.GONE
                 for claim in fields['claims'])
         except (FileNotFoundError, NotADirectoryError):
             return False

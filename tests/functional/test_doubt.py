@@ -575,6 +575,11 @@ class TestPodSide(DoubtTestCase):
         self.assertTrue(self.lab.ping(lab.NODE6, 'pod'))
 
     def test_what_is_lost_there_is_repaired(self) -> None:
+        def neighbours() -> list[Any]:
+            return self.lab.ip('neigh', 'show', 'nud', 'permanent',
+                               netns='pod')
+
+        healthy = neighbours()
         for fault in (('ip', 'neigh', 'flush', 'nud', 'permanent'),
                       ('sh', '-c', 'ip link set eth0 down; '
                        'ip link set eth0 up; ip address add %s/64 dev eth0 '
@@ -583,8 +588,9 @@ class TestPodSide(DoubtTestCase):
                        MAC % 99, 'dev', 'eth0', 'nud', 'permanent')):
             with self.subTest(fault=fault):
                 self.lab.run(*fault, netns='pod')
-                self.assertFalse(self.lab.ping(lab.NODE6, 'pod'))
+                self.assertNotEqual(healthy, neighbours())
                 self.assertEqual([OWNER], list(self.reconcile().pods))
+                self.assertEqual(healthy, neighbours())
                 self.assertTrue(self.lab.ping(lab.NODE6, 'pod'))
                 self.assertFalse(self.manager().sync())
 

@@ -24,6 +24,7 @@ from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import NamespaceId
 from kuryr_break0.model import Neighbour
+from kuryr_break0.model import Tap
 
 
 class FakeKernel:
@@ -91,8 +92,8 @@ class FakeKernel:
             raise FileNotFoundError(errno.ENOENT, 'not there', path)
         return self.namespaces[path]
 
-    def judge(self, path: Optional[str],
-              known: Optional[NamespaceId]) -> kernel.Verdict:
+    def judge(self, path: Optional[str], known: Optional[NamespaceId],
+              tap: Optional[Tap] = None) -> kernel.Verdict:
         return kernel.Verdict(
             kernel.State.UNKNOWN if known is None else
             kernel.State.GONE if known in self.gone else kernel.State.LIVING)
