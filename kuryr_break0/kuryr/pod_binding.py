@@ -14,6 +14,7 @@ kernel does in the same request.
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 from typing import Any
 
@@ -50,7 +51,26 @@ def connect(netlink: kernel.Netlink, netns: str, ifname: str,
         for name in (passing, ifname):
             if kernel.index_of(name) is not None:
                 _remove(pods, name, netns)
-    netlink.create_macvlan(ifname, parent, netns, mac=mac, mtu=mtu)
+    try:
+        netlink.create_macvlan(ifname, parent, netns, mac=mac, mtu=mtu)
+        return
+    except exceptions.KernelRefused as err:
+        if err.errno != errno.EEXIST:
+            raise
+    # The NIC of the node is named like that of the pod, and the kernel looks
+    # for the name on the node, where that of the VIF is free.
+    netlink.create_macvlan(passing, parent, netns, mac=mac, mtu=mtu, up=False)
+    with kernel.entered(netns), kernel.Netlink() as pods:
+        link = pods.link(passing)
+        if link is None:
+            raise exceptions.NetnsUnusable(
+                netns=netns, reason='has lost the interface of the pod')
+        try:
+            pods.rename_and_raise(link, ifname)
+        except exceptions.KernelRefused:
+            for name in (passing, ifname):
+                pods.delete_link(name)
+            raise
 
 
 def configure_l3(vif: Any, ifname: str, netns: str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 from typing import Any, Iterator
@@ -35,6 +36,10 @@ def vif(*addresses: str, **kwargs: Any) -> Any:
     primitive = kuryr.macvlan_vif(*addresses, **kwargs).obj_to_primitive()
     return break0_vif.VIFMacvlanBreak0._obj_from_primitive(
         None, '1.0', primitive)
+
+
+def names(links: list[dict[str, Any]]) -> set[str]:
+    return {link['ifname'] for link in links}
 
 
 def set_options(test: unittest.TestCase, group: str = 'break0',
@@ -240,6 +245,37 @@ class TestConnectDirectly(TestConnect):
 
     binding = 'direct'
     disconnecting = driver.pod_binding
+
+    @contextlib.contextmanager
+    def older_kernel(self) -> Iterator[None]:
+        """Look for the name on the node, as 5.10 and 6.12 do."""
+        create = kernel.Netlink.create_macvlan
+
+        def refusing(self: Any, name: str, *args: Any, **kwargs: Any) -> None:
+            if kernel.index_of(name) is not None:
+                raise exceptions.KernelRefused('create it', 'it exists',
+                                               errno.EEXIST)
+            create(self, name, *args, **kwargs)
+
+        with mock.patch.object(kernel.Netlink, 'create_macvlan', refusing):
+            yield
+
+    def test_the_node_has_an_interface_of_the_name(self) -> None:
+        before = self.lab.ip('link', 'show')
+        with self.older_kernel():
+            for _ in range(2):
+                self.connect()
+                self.assertEqual(['eth0'], list(self.pod_links()))
+                self.assertIn('UP', self.pod_links()['eth0']['flags'])
+                self.assertEqual(str(self.vif.address),
+                                 self.pod_links()['eth0']['address'])
+            self.assertEqual({*names(before), 'break0'},
+                             names(self.lab.ip('link', 'show')))
+            # Another pod has its MAC address, so it cannot be set up.
+            with self.assertRaises(driver.PodNotConnected):
+                self.connect(netns=self.lab.add_netns('second'))
+        self.assertEqual({'lo'}, names(self.lab.ip('link', 'show',
+                                                   netns='second')))
 
     def test_it_is_not_kuryr_that_does_it(self) -> None:
         for method in ('connect', 'disconnect'):
