@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from kuryr_break0 import kernel
 from tests.functional import base
 from tests.functional.base import POD
 from tests.functional.cni import base as cni_base
+from tests.functional import test_discovery
 from tests import lab
 from tests import overlay
 
@@ -210,3 +212,43 @@ class TestWithoutKuryr(ContainerTestCase):
         runtime.remove(listed, '/var/run/netns/one')
         self.assertEqual({}, self.lab.routes())
         self.assertNotIn('ERROR', self.log())
+
+
+class TestUnit(test_discovery.DiscoveryTestCase):
+    """The agent as a service of systemd; tests/boot runs it as one."""
+
+    @staticmethod
+    def allowed() -> set[str]:
+        """The system calls that the unit allows."""
+        with open(os.path.join(overlay.ROOT, 'etc', 'systemd', 'system',
+                               'kuryr-break0-agent.service')) as file:
+            waiting = re.findall(r'^SystemCallFilter=(.*)$', file.read(),
+                                 re.MULTILINE)[0].split()
+        found = set()
+        while waiting:
+            each = waiting.pop()
+            if each.startswith('@'):
+                waiting += [line.strip() for line in subprocess.check_output(
+                    ['systemd-analyze', 'syscall-filter', each], text=True
+                ).splitlines()[1:] if '#' not in line]
+            found.add(each)
+        return found
+
+    def test_system_calls(self) -> None:
+        strace = self.start(test_discovery.OPTIONS, 'strace', '-f', '-qq',
+                            '-o', '/run/trace', '--signal=none')
+        agent, = psutil.Process(strace.pid).children()
+        self.addCleanup(lambda: agent.is_running() and agent.kill())
+        self.lab.add_pod('pod', POD)
+        self.until_bound(POD)
+        self.lab.run('ip', 'link', 'del', 'break0')
+        self.until(lambda: POD in self.lab.routes())
+        self.lab.del_netns('pod')
+        self.until(lambda: POD not in self.lab.routes())
+        agent.terminate()
+        strace.wait()
+        with open('/run/trace') as file:
+            made = set(re.findall(r'^\d+ +(\w+)\(', file.read(),
+                                  re.MULTILINE))
+        self.assertLessEqual({'setns', 'bind', 'openat'}, made)
+        self.assertEqual(set(), made - self.allowed())

@@ -63,6 +63,18 @@ class TestUnit(unittest.TestCase):
             'CAP_NET_BROADCAST CAP_SYS_PTRACE',
             parsed(*path)['Service']['CapabilityBoundingSet'])
 
+    def test_order(self) -> None:
+        unit = parsed('systemd', 'system', UNIT)['Unit']
+        # What others wait for may need a container.
+        self.assertEqual(['network.target'], unit['After'].split())
+        self.assertEqual({'After', 'Description', 'Documentation'}, set(unit))
+
+    def test_reload_needs_no_package(self) -> None:
+        service = parsed('systemd', 'system', UNIT)['Service']
+        # kill(1) is of procps, which a minimal Debian lacks.
+        self.assertEqual("sh -c 'kill -HUP $MAINPID'",
+                         service['ExecReload'])
+
     def test_exposure(self) -> None:
         # Of 0 to 100, where 100 is a service that may do anything.
         self.analyze('security', '--offline=true', '--threshold=30')
