@@ -9,8 +9,8 @@ IN_LAB = tests/in-lab $(BIN)/python -W ignore
 PIP = $(BIN)/pip install -qq --disable-pip-version-check \
     --constraint constraints.txt
 
-.PHONY: demo test lint unit functional e2e bench bench-plots docs genconfig \
-        clean
+.PHONY: demo test lint unit functional e2e boot bench bench-plots docs \
+        genconfig clean
 
 demo: $(VENV)/demo
 	$(IN_LAB) -m tests.demo
@@ -25,6 +25,10 @@ lint: $(VENV)/installed
 
 unit functional e2e: $(VENV)/installed
 	tests/run tests.$@
+
+# As root. Not a part of the tests, since it takes some minutes.
+boot:
+	tests/boot $(SUITE)
 
 # The CNI plugin for hosts without Python, in which the agent runs elsewhere.
 CNI_CC ?= $(shell command -v musl-gcc || command -v cc)

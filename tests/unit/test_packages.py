@@ -16,11 +16,15 @@ from tests import overlay
 DEMO = {'git', 'iproute2', 'iputils-ping', 'make', 'mount', 'util-linux'}
 
 
-def listed() -> dict[str, list[str]]:
-    """The packages of bindep.txt, and the programs and files of each."""
+def listed(profile: str = 'test') -> dict[str, list[str]]:
+    """The packages of bindep.txt, and the programs and files of each.
+
+    :param profile: of which they are, besides those for everything
+    """
     with open(os.path.join(overlay.ROOT, 'bindep.txt')) as file:
         lines = [line.partition('#') for line in file if line[0] != '#']
-    return {package.split()[0]: signs.split() for package, _, signs in lines}
+    return {package.split()[0]: signs.split() for package, _, signs in lines
+            if package.rstrip().endswith((':dpkg]', profile + ']'))}
 
 
 class TestPackages(unittest.TestCase):
@@ -54,6 +58,10 @@ class TestPackages(unittest.TestCase):
                     if not self.in_sbin(signs)}
         self.assertLessEqual({'git', 'podman', 'strace'}, expected)
         self.assertEqual(expected, self.missing('all'))
+
+    def test_a_boot_needs_what_is_of_its_profile(self) -> None:
+        self.assertIn('qemu-system-x86', self.missing('boot'))
+        self.assertLessEqual(self.missing('boot'), set(listed('boot')))
 
     def test_the_demo_needs_less(self) -> None:
         missing = self.missing()
