@@ -73,8 +73,17 @@ uninstall:
 	    $(UNITS)/kuryr-break0-agent.service.d $(DESTDIR)$(PREFIX) \
 	    $(DESTDIR)/usr/local/bin/kuryr-break0 $(MAN)/kuryr-break0.8
 
+# What depends on the kernel, under other ones, emulated: all of it takes hours.
+# A part: make kernels KERNEL=5.10 PLACE=own TESTS=tests.functional.test_border
+.PHONY: kernels
+kernels: $(VENV)/installed
+	tests/debian-packages test kernels
+	make --silent cni
+	$(BIN)/python -m tests.kernels $(KERNEL:%=--kernel %) \
+	    $(PLACE:%=--place %) $(TESTS)
+
 bench: $(VENV)/installed
-	tests/debian-packages all
+	tests/debian-packages test
 	@mkdir -p build
 	$(IN_LAB) -m tests.bench --json build/bench.json
 

@@ -57,11 +57,15 @@ class TestPackages(unittest.TestCase):
         expected = {package for package, signs in packages.items()
                     if not self.in_sbin(signs)}
         self.assertLessEqual({'git', 'podman', 'strace'}, expected)
-        self.assertEqual(expected, self.missing('all'))
+        self.assertEqual(expected, self.missing('test'))
 
-    def test_a_boot_needs_what_is_of_its_profile(self) -> None:
-        self.assertIn('qemu-system-x86', self.missing('boot'))
-        self.assertLessEqual(self.missing('boot'), set(listed('boot')))
+    def test_a_profile_needs_what_is_of_it(self) -> None:
+        for profile in ('boot', 'kernels'):
+            self.assertIn('qemu-system-x86', self.missing(profile))
+            self.assertLessEqual(self.missing(profile),
+                                 set(listed(profile)))
+            self.assertEqual(self.missing(profile) | self.missing('test'),
+                             self.missing('test', profile))
 
     def test_the_demo_needs_less(self) -> None:
         missing = self.missing()
@@ -74,4 +78,4 @@ class TestPackages(unittest.TestCase):
 
     def test_nothing_is_missing_where_tests_run(self) -> None:
         self.assertEqual(set(), self.missing(
-            'all', path=':' + os.environ['PATH']))
+            'test', path=':' + os.environ['PATH']))

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""``make kernels``: runs what depends on the kernel under other kernels.
+
+Prints a table of all that was run so far: passed, failed, and left out since
+the kernel lacks something. The results are in build/kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import shlex
+import sys
+from typing import Any
+
+import prettytable
+
+from tests.kernels import machine
+from tests.kernels import suite
+
+#: What is run, and what each is called in the table
+SUITES = {'tests.e2e.test_daemon': 'Kuryr, end to end',
+          'tests.functional.test_existence': 'End of sandboxes',
+          'tests.functional.test_kills': 'Kuryr, killed in an ADD',
+          'tests.functional.test_doubt': 'Doubt and claims',
+          'tests.functional.test_border': 'Border and guard',
+          'tests.functional.test_discovery': 'Discovery',
+          'tests.functional.test_parents': 'Parents',
+          'tests.functional.test_parent_kinds': 'Kinds of parents',
+          'tests.functional.test_vms': 'Virtual machines',
+          'tests.functional.cni.test_plugin': 'CNI plugin'}
+RESULTS = pathlib.Path('build/kernels')
+#: What no test of a suite reads, in this folder or in Python's library
+UNNEEDED = ('.git', '.stestr', 'doc/build', '.venv/without-kuryr',
+            '.venv/kuryr-sources', '.venv/earlier', 'site-packages', 'test')
+_LIMIT = 3600  # seconds for one kernel in one place
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog='make kernels', description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--kernel', action='append', choices=machine.SUITES,
+                        help='repeat it for several; all by default')
+    parser.add_argument('--place', action='append', choices=suite.PLACES,
+                        help='process namespace: the first one, or an own '
+                             'one, as of a container; both by default')
+    parser.add_argument('tests', nargs='*', metavar='MODULE',
+                        help='of tests; those of the table by default')
+    args = parser.parse_args()
+    status = 0
+    try:
+        lacking = machine.missing()
+        if lacking:
+            raise machine.Unusable('These Debian packages are missing: %s'
+                                   % ' '.join(lacking))
+        kernels = list(map(machine.Kernel, args.kernel or machine.SUITES))
+        for kernel in kernels:
+            kernel.prepare()
+        # A pyenv has its library elsewhere; that of Debian is fast enough.
+        with machine.packed([os.getcwd(), os.path.realpath(
+                os.path.dirname(os.__file__))], UNNEEDED) as folders:
+            for kernel in kernels:
+                for place in args.place or suite.PLACES:
+                    status |= _run(machine.Machine(kernel, folders), kernel,
+                                   place, args.tests or list(SUITES))
+    except machine.Unusable as err:
+        print('make kernels: %s.' % err, file=sys.stderr)
+        return 2
+    print(_table())
+    return status
+
+
+def _run(guest: machine.Machine, kernel: machine.Kernel, place: str,
+         tests: list[str]) -> int:
+    print('Linux %s, %s process namespace' % (kernel.version, place))
+    results = RESULTS / kernel.name / place
+    before = _read(results)
+    status = guest.run(
+        'export PATH=$PWD/%s:$PATH VENV=%s\nexec %s' % (
+            os.path.relpath(os.path.dirname(sys.executable)),
+            os.path.relpath(os.path.dirname(os.path.dirname(sys.executable))),
+            shlex.join([sys.executable, '-m', 'tests.kernels.suite', '--in',
+                        place, '--into', machine.RESULTS, *tests])),
+        results, _LIMIT)
+    for test in tests:
+        if status is None and not (results / (test + '.json')).exists():
+            (results / (test + '.json')).write_text(json.dumps({
+                'passed': 0, 'lacks': {},
+                'failed': {test: 'the machine ended before'}}))
+    for test, found in before.items():
+        if not (results / (test + '.json')).exists():
+            (results / (test + '.json')).write_text(json.dumps(found))
+    (results / 'version').write_text(kernel.version)
+    return 1 if status is None else status
+
+
+def _read(results: pathlib.Path) -> dict[str, Any]:
+    return {path.stem: json.loads(path.read_text())
+            for path in results.glob('*.json')}
+
+
+def _columns() -> list[tuple[str, str, dict[str, Any]]]:
+    """Return what was run so far: kernel, place, results by test."""
+    return [((RESULTS / name / place / 'version').read_text(), place,
+             _read(RESULTS / name / place))
+            for name in machine.SUITES for place in suite.PLACES
+            if (RESULTS / name / place / 'version').exists()]
+
+
+def _cell(found: Any) -> str:
+    if found is None:
+        return ''
+    text = '%d' % found['passed']
+    if found['failed']:
+        text += ', %d FAILED' % len(found['failed'])
+    if found['lacks']:
+        text += ', %d left out' % len(found['lacks'])
+    return text
+
+
+def _table() -> str:
+    columns = _columns()
+    names = list(dict.fromkeys(
+        test for _, _, results in columns for test in results))
+    table = prettytable.PrettyTable(
+        ['Suite', *('%s\n%s' % (version.partition('+')[0], place)
+                    for version, place, _ in columns)])
+    for name in names:
+        table.add_row([SUITES.get(name, name), *(
+            _cell(results.get(name)) for _, _, results in columns)])
+    lines = [str(table)]
+    for version, place, results in columns:
+        for found in results.values():
+            lines += ['%s, %s: FAILED %s' % (version, place, test)
+                      for test in found['failed']]
+    for reason in sorted({reason for _, _, results in columns
+                          for found in results.values()
+                          for reason in found['lacks'].values()}):
+        lines.append('left out: %s' % reason)
+    return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
