@@ -75,14 +75,16 @@ class PodSide:
             return not nft.binds_source(self._table, self._index,
                                         self._source())
 
-    def _bind_source(self) -> None:
+    def _bind_source(self) -> bool:
         """Let the interface send with its own MAC address only.
 
         Else the pod could take the MAC address and the address of another.
         With CAP_NET_ADMIN it can still undo that.
+
+        :returns: whether that could be done
         """
         if not self._guarded:
-            return
+            return False
         try:
             with kernel.Nft() as nft:
                 nft.bind_source(self._table, self._record.owner.ifname,
@@ -90,6 +92,8 @@ class PodSide:
         except exceptions.KernelRefused as err:
             LOG.debug('The pod %s can forge MAC addresses: %s',
                       self._record.owner, err)
+            return False
+        return True
 
     def _source(self) -> bytes:
         return bytes.fromhex(str(self._record.mac).replace(':', ''))
@@ -134,13 +138,14 @@ class PodSide:
         """
         changes = self.changes(node)
         unguarded = self.is_unguarded()
-        if not self._guarded and not dry_run:
+        if dry_run:
+            # An earlier kernel may have the hook, which only a try can show.
+            unguarded &= kernel.release() >= (5, 16)
+            return bool(changes or unguarded)
+        if not self._guarded:
             _release(self._record)
-        if not dry_run:
-            self.apply(changes)
-            if unguarded:
-                self._bind_source()
-        return bool(changes or unguarded)
+        self.apply(changes)
+        return bool(unguarded and self._bind_source() or changes)
 
     def addresses(self) -> set[IPAddress]:
         """Return the addresses that the interface has."""

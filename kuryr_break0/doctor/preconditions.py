@@ -79,10 +79,8 @@ def _capabilities() -> Iterator[Result]:
 
 def _kernel() -> Iterator[Result]:
     release = platform.release()
-    numbers = [int(each) for each in release.split('.')[:2]
-               if each.isdigit()]
     identity = kernel.identify('/proc/thread-self/ns/net')
-    if numbers < [4, 20]:
+    if kernel.release() < (4, 20):
         yield Result('kernel', WARNING, '%s: before 4.20 the kernel cannot '
                      'filter dumps, so they take longer' % release)
     elif identity is not None and identity.cookie is None:

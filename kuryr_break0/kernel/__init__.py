@@ -50,6 +50,7 @@ from kuryr_break0.kernel.node import exists
 from kuryr_break0.kernel.node import index_of
 from kuryr_break0.kernel.node import name_of
 from kuryr_break0.kernel.node import read_sysctl
+from kuryr_break0.kernel.node import release
 from kuryr_break0.kernel.node import source_for
 from kuryr_break0.kernel.node import write_sysctl
 from kuryr_break0.kernel.programs import find_program
@@ -73,8 +74,8 @@ __all__ = (
     'RT_SCOPE_LINK', 'RT_SCOPE_NOWHERE', 'RT_TABLE_MAIN', 'Route', 'Routes',
     'State', 'Verb', 'Verdict', 'claimants', 'count_host_routes',
     'create_macvlan', 'current_name', 'entered', 'exists', 'find',
-    'find_program', 'find_taps',
-    'forget_connections', 'identify', 'identify_or_fail', 'index_of',
-    'ipdb_of_interfaces', 'macvlan_of', 'macvlans', 'macvlans_in', 'mounted',
-    'name_of', 'node_nft', 'number', 'prepare', 'read_sysctl', 'share_nft',
-    'source_for', 'state', 'undisturbed', 'unshare', 'write_sysctl')
+    'find_program', 'find_taps', 'forget_connections', 'identify',
+    'identify_or_fail', 'index_of', 'ipdb_of_interfaces', 'macvlan_of',
+    'macvlans', 'macvlans_in', 'mounted', 'name_of', 'node_nft', 'number',
+    'prepare', 'read_sysctl', 'release', 'share_nft', 'source_for', 'state',
+    'undisturbed', 'unshare', 'write_sysctl')

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import platform
+import re
 import socket
 from typing import Collection, Iterator, Optional
 
@@ -19,6 +21,12 @@ from kuryr_break0.model import IPAddress
 #: Flags in /proc/net/route and ipv6_route (linux/route.h, ipv6_route.h)
 RTF_GATEWAY = 0x2
 RTF_LOCAL = 0x80000000
+
+
+def release() -> tuple[int, int]:
+    """Return the first two numbers of the kernel's version."""
+    numbers = re.findall('[0-9]+', platform.release())
+    return int(numbers[0]), int(numbers[1])
 
 
 def index_of(device: str) -> Optional[int]:

@@ -593,6 +593,20 @@ class TestInThePod(BorderTestCase):
         result, = results
         return result
 
+    def test_a_kernel_without_the_hook(self) -> None:
+        """It has nothing to repair, as 5.10, on which each sync did."""
+        self.lab.run('nft', 'delete', 'table', 'netdev', self.TABLE,
+                     netns='pod')
+        with mock.patch.object(
+                kernel.Nft, 'bind_source',
+                side_effect=exceptions.KernelRefused(
+                    'guard it', 'no such hook', errno.EOPNOTSUPP)), \
+                mock.patch.object(kernel, 'release', return_value=(5, 10)):
+            for dry_run in (True, False):
+                self.assertEqual((), self.manager().sync(dry_run).pods)
+        for dry_run, repaired in ((True, 1), (False, 1), (False, 0)):
+            self.assertEqual(repaired, len(self.manager().sync(dry_run).pods))
+
     def delete_interface(self) -> None:
         self.lab.run('ip', 'link', 'del', 'eth0', netns='pod')
 
