@@ -296,6 +296,8 @@ class KubeAPI:
 class _Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     stopping = False
+    # With more than it can hold, the kernel resets connections.
+    request_queue_size = 512
 
     def __init__(self, api: KubeAPI) -> None:
         self.api = api

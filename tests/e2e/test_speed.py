@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import textwrap
 
@@ -58,12 +59,12 @@ class TestRequests(test_daemon.DaemonTestCase):
         daemon = psutil.Process(self.node.daemon.pid)
         found: set[str] = set()
         for process in daemon.children(recursive=True):
-            for name in os.listdir('/proc/%d/fd' % process.pid):
-                try:
-                    link = os.readlink('/proc/%d/fd/%s' % (process.pid, name))
-                except FileNotFoundError:
-                    continue
-                found.add(link.partition('[')[2].rstrip(']'))
+            with contextlib.suppress(FileNotFoundError):  # it has ended
+                for name in os.listdir('/proc/%d/fd' % process.pid):
+                    with contextlib.suppress(FileNotFoundError):
+                        link = os.readlink('/proc/%d/fd/%s' % (process.pid,
+                                                               name))
+                        found.add(link.partition('[')[2].rstrip(']'))
         return found & inodes
 
     def test_a_socket_of_nftables_outlives_requests(self) -> None:
