@@ -265,22 +265,26 @@ class Reconciler:
                             prune).run()
         return dataclasses.replace(outcome, errors=tuple(failure.errors))
 
-    def remove_gone(self, addresses: Iterable[IPAddress]) -> None:
+    def remove_gone(self, addresses: Iterable[IPAddress]) -> list[Record]:
         """Remove claims whose sandbox is proven not to exist.
 
+        :returns: the claims that are left on these addresses
         :raises Break0Error: the first error of one of the addresses
         """
         failure = Failures()
+        left: list[Record] = []
         with kernel.Netlink() as netlink:
             for address in addresses:
                 with failure.noted():
-                    self.remove_gone_claims(netlink, address)
+                    left += self.remove_gone_claims(netlink, address)
         failure.raise_first()
+        return left
 
     def remove_gone_claims(self, netlink: kernel.Netlink, address: IPAddress
-                           ) -> None:
+                           ) -> list[Record]:
         """Remove the claims of gone sandboxes on one address.
 
+        :returns: the claims that are left
         :raises Break0Error: if that fails; then they are still there
         """
         with self._ledger.lock():
@@ -290,7 +294,7 @@ class Reconciler:
                 *claim.place).state is kernel.State.GONE]
             left = [claim for claim in claims if claim not in gone]
             if not gone:
-                return
+                return left
             if left:
                 self._ledger.records.put(left)
             else:
@@ -302,6 +306,7 @@ class Reconciler:
             self._journal.add(Done.SANDBOX_GONE)
         if not left:
             forget_connections([address])
+        return left
 
     def _withdraw(self, netlink: kernel.Netlink, gone: list[Record]) -> None:
         """Delete routes and neighbour of an address that is nobody's.

@@ -405,15 +405,16 @@ class Finder:
         waits as long as all before it.
         """
         _, pause = self._ended.pop(namespace)
-        records = list(self._records.get(namespace, {}).values())
+        records = self._records.get(namespace, {})
         try:
-            if all(kernel.state(record.netns, record.namespace)
-                   is kernel.State.GONE for record in records):
-                if records:
-                    Reconciler(self._options, self._ledger, Journal(
-                        self._options.state_dir)).remove_gone(
-                            [record.address for record in records])
-                    self._has_changed = True
+            # None of it may be left: what was proven a moment ago may not be
+            # while this process lacks descriptors.
+            if all(kernel.state(*record.place) is kernel.State.GONE
+                   for record in records.values()) and not any(
+                    claim.namespace == namespace for claim in Reconciler(
+                        self._options, self._ledger, Journal(
+                            self._options.state_dir)).remove_gone(records)):
+                self._has_changed |= bool(records)
                 self._records.pop(namespace, None)
                 return
         except exceptions.Break0Error as err:

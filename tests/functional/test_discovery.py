@@ -23,6 +23,7 @@ from kuryr_break0.discovery import engines
 from kuryr_break0.discovery import finder
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
+from kuryr_break0.kernel import existence
 from kuryr_break0 import ledger
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
@@ -891,6 +892,20 @@ class TestExhausted(base.LabTestCase):
                 self.finder.search()
                 self.starve(count)
                 self.assert_bound(ONE)
+
+    def test_end_that_is_not_proven_again(self) -> None:
+        """Under the lock fewer descriptors are left."""
+        self.lab.add_pod('one', ONE)
+        self.finder.search()
+        self.assert_bound(ONE)
+        self.lab.del_netns('one')
+        with mock.patch.object(kernel, 'Judge') as judges:
+            judges.return_value.judge.return_value = existence.Verdict(
+                kernel.State.UNKNOWN)
+            self.finder.search()
+            lab.until(lambda: self.step() or judges.called)
+            self.assertEqual({ONE}, self.bound())
+        self.assert_bound()
 
     def test_ledger_that_cannot_be_read(self) -> None:
         """What was read before counts: what goes is noticed."""
