@@ -9,22 +9,29 @@ IN_LAB = tests/in-lab $(BIN)/python -W ignore
 PIP = $(BIN)/pip install -qq --disable-pip-version-check \
     --constraint constraints.txt
 
-.PHONY: demo test lint unit functional e2e boot bench bench-plots docs \
-        genconfig clean
+.PHONY: demo test quick lint unit functional e2e boot bench bench-plots docs \
+        genconfig clean debian-packages
 
-demo: $(VENV)/demo
+demo: debian-packages $(VENV)/demo
 	$(IN_LAB) -m tests.demo
 
-test: lint genconfig-check docs $(VENV)/installed
+test: debian-packages lint genconfig-check docs $(VENV)/installed
 	tests/run
+
+# While you work: all that needs neither root nor Debian packages.
+quick: lint genconfig-check
+	tests/run-quick
 
 lint: $(VENV)/installed
 	$(BIN)/flake8
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-unit functional e2e: $(VENV)/installed
+unit functional e2e: debian-packages $(VENV)/installed
 	tests/run tests.$@
+
+debian-packages:
+	tests/debian-packages
 
 # As root. Not a part of the tests, since it takes some minutes.
 boot:
@@ -132,8 +139,7 @@ genconfig-check: $(VENV)/installed
 # Each is made again when what it is made of changes. What tests, lint and
 # documentation need comes on top of the package and what the demo needs.
 $(VENV)/demo: requirements.txt tests/core-requirements.txt constraints.txt \
-              pyproject.toml setup.cfg tests/debian-packages
-	tests/debian-packages
+              pyproject.toml setup.cfg
 	$(PYTHON) -m venv --clear $(VENV)
 	@echo 'Installing kuryr-break0 and Kuryr; this takes about half a minute.'
 	@$(PIP) --requirement tests/core-requirements.txt --editable .

@@ -323,6 +323,8 @@ class TestGenerator(unittest.TestCase):
             env={**os.environ, **environ}, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE)
 
+    @unittest.skipUnless(SOURCES, 'needs the sources of Kuryr: '
+                         'tests/kuryr-sources .venv/kuryr-sources')
     def test_it_writes_what_the_overlay_is_tested_with(self) -> None:
         for engine in ('docker', 'crio'):
             with tempfile.TemporaryDirectory() as directory:
