@@ -329,6 +329,7 @@ class TestCNI(unittest.TestCase):
             self.assertTrue(data.endswith(body))
             self.assertLessEqual(len(environment), data.count(b'\0') + 1)
 
+    @unittest.skipUnless(SHIM.exists(), 'needs the shim: make cni')
     @settings(max_examples=min(EXAMPLES, 500), deadline=None)
     @given(st.binary(max_size=300) | configs.map(
         lambda fields: json.dumps(fields).encode()))
@@ -363,6 +364,7 @@ class TestEngines(unittest.TestCase):
                 self.assertTrue(netns.startswith('/'))
 
 
+@unittest.skipIf(os.geteuid(), 'needs root, as under tests/in-lab')
 class TestHTTP(unittest.TestCase):
 
     @classmethod
