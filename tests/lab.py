@@ -53,7 +53,7 @@ OTHER_LAN6 = 'fd00:40::1'
 PARENT = 'eth0'
 #: Seconds after which what must come is said not to come. It says nothing of
 #: how long that takes: other processes may have most of the machine.
-PATIENCE = 120
+PATIENCE = int(os.environ.get('PATIENCE', 120))
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -255,11 +255,7 @@ class Lab:
                 parent: str = PARENT) -> str:
         """Add a namespace with a macvlan on the NIC, as Kuryr would."""
         path = self.add_netns(name)
-        # Before 6.14 the name must be free on the node too.
-        self.run('ip', 'link', 'add', 'new', 'link', parent, 'netns', name,
-                 *(('address', mac) if mac else ()),
-                 'type', 'macvlan', 'mode', 'bridge')
-        self.run('ip', 'link', 'set', 'new', 'name', PARENT, 'up', netns=name)
+        self.add_macvlan(name, mac=mac, parent=parent)
         for address in addresses:
             interface = ipaddress.ip_interface(address)
             if interface.network.num_addresses == 1:
@@ -271,6 +267,16 @@ class Lab:
             self.run('ip', 'route', 'add', 'default', 'via', gateway,
                      netns=name)
         return path
+
+    def add_macvlan(self, netns: str, name: str = PARENT, *,
+                    mac: Optional[str] = None, parent: str = PARENT,
+                    mode: str = 'bridge') -> None:
+        """Add a macvlan on a NIC to a namespace."""
+        # Before 6.14 the name must be free on the node too.
+        self.run('ip', 'link', 'add', 'new', 'link', parent, 'netns', netns,
+                 *(('address', mac) if mac else ()),
+                 'type', 'macvlan', 'mode', mode)
+        self.run('ip', 'link', 'set', 'new', 'name', name, 'up', netns=netns)
 
     def add_vm(self, name: str, *addresses: str,
                mac: Optional[str] = None) -> VM:

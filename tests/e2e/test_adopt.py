@@ -238,14 +238,12 @@ class TestWhatIsFound(AdoptTestCase):
         self.assertEqual({POD}, set(self.node.lab.routes()))
 
     def test_one_on_another_parent(self) -> None:
-        self.node.lab.run('ip', 'link', 'add', 'eth1', 'type', 'veth',
+        self.node.lab.run('ip', 'link', 'add', 'eth1', 'up', 'type', 'veth',
                           'peer', 'name', 'nic1', 'netns', 'lan')
         pod = self.running_pod('pod', POD)
         self.node.lab.run('ip', 'link', 'del', lab.PARENT, netns='pod')
-        self.node.lab.run(
-            'ip', 'link', 'add', lab.PARENT, 'link', 'eth1', 'netns', 'pod',
-            'address', str(pod.vifs['eth0'].address), 'type', 'macvlan',
-            'mode', 'bridge')
+        self.node.lab.add_macvlan(
+            'pod', mac=str(pod.vifs['eth0'].address), parent='eth1')
         found = self.adopt()['default/pod/eth0']
         self.assertEqual('not found', found['outcome'])
         self.assertIn('on eth0', found['reason'])

@@ -177,8 +177,7 @@ class TestRefusals(ByHandTestCase):
 
     def test_another_mode(self) -> None:
         self.lab.run('ip', 'link', 'del', lab.PARENT, netns='web')
-        self.lab.run('ip', 'link', 'add', lab.PARENT, 'link', lab.PARENT,
-                     'netns', 'web', 'type', 'macvlan', 'mode', 'private')
+        self.lab.add_macvlan('web', mode='private')
         self.assertIn('it is in private mode on eth0',
                       self.bind_web('--netns', NETNS, code=2))
 

@@ -116,9 +116,7 @@ class TestFinding(DiscoveryTestCase):
     def test_what_comes_and_goes_inside(self) -> None:
         self.lab.add_netns('one')
         self.start()
-        self.lab.run('ip', 'link', 'add', 'eth0', 'link', 'eth0', 'netns',
-                     'one', 'type', 'macvlan', 'mode', 'bridge')
-        self.inside('one', 'ip', 'link', 'set', 'eth0', 'up')
+        self.lab.add_macvlan('one')
         self.until_looked()
         self.assertEqual({}, self.lab.routes())
         self.inside('one', 'ip', 'address', 'add', ONE + '/24', 'dev', 'eth0')
@@ -268,9 +266,7 @@ class TestFinding(DiscoveryTestCase):
                 ('other', 'bridge', 'eth1', '100.75.31.85'),
                 ('outside', 'bridge', 'eth0', '10.66.0.1')):
             self.lab.add_netns(name)
-            self.lab.run('ip', 'link', 'add', 'eth0', 'link', parent, 'netns',
-                         name, 'type', 'macvlan', 'mode', mode)
-            self.inside(name, 'ip', 'link', 'set', 'eth0', 'up')
+            self.lab.add_macvlan(name, parent=parent, mode=mode)
             self.inside(name, 'ip', 'address', 'add', address + '/24', 'dev',
                         'eth0')
         # On no interface of this node.

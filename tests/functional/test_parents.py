@@ -44,9 +44,7 @@ class ParentsTestCase(base.LabTestCase):
         run = self.lab.run
         self.add_nic()
         self.netns = self.lab.add_pod('pod', POD, POD6, mac=MAC)
-        run('ip', 'link', 'add', 'eth1', 'link', self.NIC, 'netns', 'pod',
-            'address', MAC1, 'type', 'macvlan', 'mode', 'bridge')
-        run('ip', 'link', 'set', 'eth1', 'up', netns='pod')
+        self.lab.add_macvlan('pod', 'eth1', mac=MAC1, parent=self.NIC)
         for netns, name, texts in ((None, self.NIC, (NODE1, NODE1_6)),
                                    ('pod', 'eth1', (POD1, POD1_6))):
             for text in texts:
@@ -205,10 +203,7 @@ class TestRenamed(ParentsTestCase):
         """Add one more pod to a NIC, and bind it."""
         netns = self.lab.add_netns('new')
         run = self.lab.run
-        run('ip', 'link', 'add', 'eth0', 'link', parent, 'netns', 'new',
-            'address', 'fa:16:3e:00:00:03', 'type', 'macvlan', 'mode',
-            'bridge')
-        run('ip', 'link', 'set', 'eth0', 'up', netns='new')
+        self.lab.add_macvlan('new', mac='fa:16:3e:00:00:03', parent=parent)
         run('ip', 'address', 'add', self.NEW + '/24', 'dev', 'eth0',
             netns='new')
         run('ip', 'address', 'add', self.NEW6 + '/64', 'dev', 'eth0',
@@ -478,9 +473,7 @@ class TestRenamedWithAnAgent(test_discovery.DiscoveryTestCase):
         self.assert_parents('ens3')
         self.lab.add_netns('two')
         run = self.lab.run
-        run('ip', 'link', 'add', 'eth0', 'link', 'ens3', 'netns', 'two',
-            'address', MAC1, 'type', 'macvlan', 'mode', 'bridge')
-        run('ip', 'link', 'set', 'eth0', 'up', netns='two')
+        self.lab.add_macvlan('two', mac=MAC1, parent='ens3')
         run('ip', 'address', 'add', TWO + '/24', 'dev', 'eth0', netns='two')
         self.until_bound(ONE, ONE6, TWO)
         self.assert_parents('ens3')

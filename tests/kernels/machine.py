@@ -245,10 +245,11 @@ class Machine:
             for image in self._folders.values():
                 drives += ['-drive', 'file=%s,format=raw,if=virtio,'
                            'readonly=on' % image]
-            self._boot(shared, drives, limit)
-            if results.exists():
-                shutil.rmtree(results)
-            shutil.copytree(shared / 'results', results)
+            try:
+                self._boot(shared, drives, limit)
+            finally:
+                shutil.copytree(shared / 'results', results,
+                                dirs_exist_ok=True)
             try:
                 return int((shared / 'status').read_text())
             except (FileNotFoundError, ValueError):
@@ -263,7 +264,8 @@ class Machine:
                     'none,%s' % (path, tag, options)]
 
         with open(shared / 'log') as log, subprocess.Popen(
-                ['qemu-system-x86_64', '-accel', 'tcg,thread=multi',
+                ['setpriv', '--pdeathsig', 'KILL',
+                 'qemu-system-x86_64', '-accel', 'tcg,thread=multi',
                  '-cpu', 'max', '-smp', '2', '-m', str(_MEMORY),
                  '-display', 'none', '-nic', 'none', '-no-reboot',
                  '-serial', 'file:%s' % (shared / 'console'),
@@ -276,11 +278,13 @@ class Machine:
                  *share(shared, 'shared', 'multidevs=remap'), *drives],
                 stdin=subprocess.DEVNULL) as machine:
             deadline = time.monotonic() + limit
-            while machine.poll() is None:
-                if time.monotonic() > deadline:
-                    machine.kill()
-                print(log.read(), end='', flush=True)
-                time.sleep(0.5)
+            try:
+                while (machine.poll() is None
+                       and time.monotonic() < deadline):
+                    print(log.read(), end='', flush=True)
+                    time.sleep(0.5)
+            finally:
+                machine.kill()
             print(log.read(), end='', flush=True)
 
 
