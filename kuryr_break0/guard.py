@@ -95,11 +95,20 @@ def is_installed() -> bool:
     return kernel.find_program('nft') is not None
 
 
-def _load(nft: str, text: str) -> Optional[str]:
+def against_egress() -> Optional[str]:
+    """Return why nft, which is installed, cannot guard what leaves."""
+    return _load(
+        str(kernel.find_program('nft')), 'table netdev %s {\n%s}' % (
+            PREFIX, _EGRESS.format(lower='lo', mac='02:00:00:00:00:00',
+                                   solicited='')), '--check')
+
+
+def _load(nft: str, text: str, *options: str) -> Optional[str]:
     """Have nft load rules, all or none; return what is against it."""
     try:
-        done = subprocess.run([nft, '-f', '-'], input=text, text=True,
-                              errors='replace', stdout=subprocess.DEVNULL,
+        done = subprocess.run([nft, *options, '-f', '-'], input=text,
+                              text=True, errors='replace',
+                              stdout=subprocess.DEVNULL,
                               stderr=subprocess.PIPE, timeout=_TIMEOUT)
     except subprocess.TimeoutExpired:
         return 'nft does not end within %d seconds' % _TIMEOUT

@@ -236,7 +236,9 @@ class Node:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             self.daemon.wait()
-            psutil.wait_procs(family)
+            # To wait for one by a pidfd is an error before 6.16, if it is gone
+            # and others of its group are not.
+            lab.until(lambda: not any(each.is_running() for each in family))
             self.daemon = None
             # One that it was just starting has the socket for a moment.
             lab.until(lambda: not serves())

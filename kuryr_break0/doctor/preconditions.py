@@ -169,6 +169,13 @@ def _nftables() -> Iterator[Result]:
         yield Result('guard', WARNING, 'the program nft is missing, so '
                      'containers can forge addresses towards the node. '
                      'Install nftables')
+        return
+    reason = guard.against_egress()
+    if reason is not None:
+        yield Result('guard', WARNING, 'it cannot see what leaves an '
+                     'interface, which needs Linux 5.16. So a container can '
+                     'forge both addresses of another one towards the node, '
+                     'and VMs cannot reach it by IPv6. ' + reason)
     else:
         yield Result('guard', OK, 'the program nft is installed')
 

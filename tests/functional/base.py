@@ -113,6 +113,12 @@ class LabTestCase(unittest.TestCase):
         self.lab = lab.Lab()
         self.addCleanup(self.lab.close)
 
+    def has_egress(self) -> bool:
+        """Whether this kernel lets nftables see what leaves (5.16)."""
+        return self.lab.run('nft', '--check', 'table netdev x { chain c { '
+                            'type filter hook egress device "eth0" priority '
+                            '0; }; }', check=False).returncode == 0
+
     def manager(self, **overrides: Any) -> manager.Break0Manager:
         return manager.Break0Manager(options(**overrides))
 
