@@ -82,12 +82,20 @@ uninstall:
 
 # What depends on the kernel, under other ones, emulated: all of it takes hours.
 # A part: make kernels KERNEL=5.10 PLACE=own TESTS=tests.functional.test_border
-.PHONY: kernels
+.PHONY: kernels kernels-core kernels-table
 kernels: $(VENV)/installed
 	tests/debian-packages test kernels
 	make --silent cni
 	$(BIN)/python -m tests.kernels $(KERNEL:%=--kernel %) \
 	    $(PLACE:%=--place %) $(TESTS)
+
+# What CI runs of it.
+kernels-core:
+	$(MAKE) --silent kernels KERNEL='5.10 7' PLACE=own TESTS='core-kuryr core'
+
+# The table of the documentation, of what was run so far.
+kernels-table: $(VENV)/installed
+	$(BIN)/python -m tests.kernels --table
 
 bench: $(VENV)/installed
 	tests/debian-packages test

@@ -119,6 +119,11 @@ class LabTestCase(unittest.TestCase):
                             'type filter hook egress device "eth0" priority '
                             '0; }; }', check=False).returncode == 0
 
+    def require_egress(self) -> None:
+        """Skip a test where nftables does not see what leaves."""
+        if not self.has_egress():
+            self.skipTest('needs the hook egress of nftables, Linux 5.16')
+
     def manager(self, **overrides: Any) -> manager.Break0Manager:
         return manager.Break0Manager(options(**overrides))
 

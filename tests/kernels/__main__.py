@@ -3,12 +3,14 @@
 """``make kernels``: runs what depends on the kernel under other kernels.
 
 Prints a table of all that was run so far: passed, failed, and left out since
-the kernel lacks something. The results are in build/kernels.
+the kernel lacks something. The results are in build/kernels. That table of
+the documentation is made of them by ``make kernels-table``.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import os
 import pathlib
@@ -22,17 +24,20 @@ import prettytable
 from tests.kernels import machine
 from tests.kernels import suite
 
-#: What is run, and what each is called in the table
+#: What is run, and what each is called in the table. What takes longest comes
+#: first.
 SUITES = {'tests.e2e.test_daemon': 'Kuryr, end to end',
-          'tests.functional.test_existence': 'End of sandboxes',
-          'tests.functional.test_kills': 'Kuryr, killed in an ADD',
-          'tests.functional.test_doubt': 'Doubt and claims',
-          'tests.functional.test_border': 'Border and guard',
           'tests.functional.test_discovery': 'Discovery',
+          'tests.functional.test_border': 'Border and guard',
           'tests.functional.test_parents': 'Parents',
+          'tests.functional.test_doubt': 'Doubt and claims',
           'tests.functional.test_parent_kinds': 'Kinds of parents',
+          'tests.functional.cni.test_plugin': 'CNI plugin',
+          'tests.functional.test_kills': 'Kuryr, killed in an ADD',
           'tests.functional.test_vms': 'Virtual machines',
-          'tests.functional.cni.test_plugin': 'CNI plugin'}
+          'tests.functional.test_existence': 'End of sandboxes',
+          'tests.functional.test_check': 'Check of a node'}
+TABLE = pathlib.Path('doc/source/install/kernels.inc')
 RESULTS = pathlib.Path('build/kernels')
 #: What no test of a suite reads, in this folder or in Python's library
 UNNEEDED = ('.git', '.stestr', 'doc/build', '.venv/without-kuryr',
@@ -50,7 +55,12 @@ def main() -> int:
                              'one, as of a container; both by default')
     parser.add_argument('tests', nargs='*', metavar='MODULE',
                         help='of tests; those of the table by default')
+    parser.add_argument('--table', action='store_true',
+                        help='run nothing, write %s' % TABLE)
     args = parser.parse_args()
+    if args.table:
+        TABLE.write_text(_rst())
+        return 0
     # What is there so far is kept, and all else is taken away.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     status = 0
@@ -121,6 +131,35 @@ def _cell(found: Any) -> str:
     return text
 
 
+def _reasons(results: dict[str, Any]) -> dict[str, int]:
+    """Return why tests were left out, and how many by each."""
+    return collections.Counter(
+        reason for found in results.values()
+        for reason in found['lacks'].values())
+
+
+def _rst() -> str:
+    """Return the table, as of the documentation."""
+    columns = _columns()
+    lines = ['.. Made by "make kernels-table", of the results of "make '
+             'kernels".', '', '.. csv-table::', '   :header-rows: 1', '',
+             '   Tests, ' + ', '.join('"%s, %s"' % (
+                 version.partition('-')[0].partition('+')[0], place)
+                 for version, place, _ in columns)]
+    for name, text in SUITES.items():
+        lines.append('   %s, %s' % (text, ', '.join(
+            '"%s"' % (_cell(results.get(name)) or 'not run')
+            for _, _, results in columns)))
+    lines += ['', 'Left out:', '']
+    for reason in sorted({reason for _, _, results in columns
+                          for reason in _reasons(results)}):
+        lines += ['- %s: %s' % (reason, ', '.join(
+            '%d under %s (%s)' % (_reasons(results)[reason], version, place)
+            for version, place, results in columns
+            if reason in _reasons(results)))]
+    return '\n'.join(lines) + '\n'
+
+
 def _table() -> str:
     columns = _columns()
     names = list(dict.fromkeys(
@@ -137,8 +176,7 @@ def _table() -> str:
             lines += ['%s, %s: FAILED %s' % (version, place, test)
                       for test in found['failed']]
     for reason in sorted({reason for _, _, results in columns
-                          for found in results.values()
-                          for reason in found['lacks'].values()}):
+                          for reason in _reasons(results)}):
         lines.append('left out: %s' % reason)
     return '\n'.join(lines)
 
