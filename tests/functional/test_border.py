@@ -264,8 +264,8 @@ class TestTheMACAddress(BorderTestCase):
         found = {each['lladdr'] for name in ('pod', 'other')
                  for family in ('-4', '-6') for each in self.lab.ip(
                      family, 'neigh', 'show', 'nud', 'permanent', netns=name)}
-        text = self.lab.run('nft', 'list', 'chain', 'netdev',
-                            'kuryr-break0-break0', 'to-the-wire').stdout
+        text = self.lab.run('nft', 'list', 'table', 'netdev',
+                            'kuryr-break0-break0').stdout
         return found | set(re.findall(r'ether saddr (\S+) drop', text))
 
     def assert_renewed(self) -> str:

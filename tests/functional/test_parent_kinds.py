@@ -118,7 +118,7 @@ class ParentKindTestCase(DoctorTestCase):
         return self.ping(lab.LAN) and self.ping(lab.LAN6)
 
     def until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + lab.PATIENCE
         while not condition():
             self.assertLess(time.monotonic(), deadline)
             time.sleep(0.1)
@@ -136,6 +136,18 @@ class ParentKindTestCase(DoctorTestCase):
 
     def sync(self) -> None:
         self.manager(**self.OPTIONS).sync()
+
+    def start_agent(self) -> None:
+        self.agent.close()
+        with open(CONF, 'w') as file:
+            file.write('[break0]\nresync_interval = 3600\n' + ''.join(
+                '%s = %s\n' % each for each in self.OPTIONS.items()))
+        agent = subprocess.Popen([
+            PROGRAM, '--config-file', CONF, '--log-file', LOG, 'agent'])
+        self.addCleanup(agent.wait)
+        self.addCleanup(agent.kill)
+        log = pathlib.Path(LOG)
+        self.until(lambda: log.exists() and 'Watching ' in log.read_text())
 
     def carrier(self, state: str) -> None:
         for name in self.NICS:
@@ -186,16 +198,7 @@ class Cases(FewCases):
         self.assert_well()
 
     def test_the_agent_repairs(self: Any) -> None:
-        self.agent.close()
-        with open(CONF, 'w') as file:
-            file.write('[break0]\nresync_interval = 3600\n' + ''.join(
-                '%s = %s\n' % each for each in self.OPTIONS.items()))
-        agent = subprocess.Popen([
-            PROGRAM, '--config-file', CONF, '--log-file', LOG, 'agent'])
-        self.addCleanup(agent.wait)
-        self.addCleanup(agent.kill)
-        log = pathlib.Path(LOG)
-        self.until(lambda: log.exists() and 'Watching ' in log.read_text())
+        self.start_agent()
         self.lab.run('ip', 'link', 'del', 'break0')
         self.until(lambda: self.problems(**self.OPTIONS) == [])
         self.assert_well()
@@ -280,6 +283,21 @@ class TestBond(Cases, ParentKindTestCase):
         self.lab.run('ip', 'link', 'set', 'nic1', 'down', netns='lan')
         self.until(lambda: self.active() == lab.PARENT)
         self.assert_well()
+
+    def test_fail_over_while_the_agent_runs(self) -> None:
+        self.until(lambda: self.active() == lab.PARENT)
+        own = self.mac('break0')
+        self.start_agent()
+        for down, up, active in (('nic', 'nic1', 'eth1'),
+                                 ('nic1', 'nic', lab.PARENT)):
+            self.lab.run('ip', 'link', 'set', up, 'up', netns='lan')
+            self.lab.run('ip', 'link', 'set', down, 'down', netns='lan')
+            self.until(lambda: self.active() == active)
+            self.assert_well()
+            self.lab.run('ip', 'link', 'del', 'break0')
+            self.until(lambda: self.problems() == [])
+            self.assertEqual(own, self.mac('break0'))
+            self.assert_well()
 
 
 class TestVlanOnBond(TestBond):

@@ -93,9 +93,11 @@ def _run(guest: machine.Machine, kernel: machine.Kernel, place: str,
     for test in tests:
         (results / (test + '.json')).unlink(missing_ok=True)
     status = guest.run(
-        'export PATH=$PWD/%s:$PATH VENV=%s PATIENCE=900\nexec %s' % (
+        'export PATH=$PWD/%s:$PATH VENV=%s PATIENCE=900 NICS="%s"\nexec %s' % (
             os.path.relpath(os.path.dirname(sys.executable)),
             os.path.relpath(os.path.dirname(os.path.dirname(sys.executable))),
+            # Only root of the machine may take them.
+            'eth0 eth1' if place == 'first' else '',
             shlex.join([sys.executable, '-m', 'tests.kernels.suite', '--in',
                         place, '--into', machine.RESULTS, *tests])),
         results, 600 + suite.LIMIT * len(tests))

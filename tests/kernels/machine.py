@@ -39,6 +39,10 @@ _PATH = os.environ['PATH'] + ':/usr/sbin:/sbin'
 _FIRST = ('virtio_pci', 'virtio_blk', '9pnet_virtio', '9p', 'overlay',
           'squashfs')
 _MEMORY = 6000  # MiB
+#: Two, on one wire, which goes nowhere
+_NICS = [each for number in ('0', '1') for each in (
+    '-netdev', 'hubport,hubid=0,id=wire' + number,
+    '-device', 'virtio-net-pci,netdev=wire' + number)]
 #: Where the machine writes what is to be kept
 RESULTS = '/mnt/shared/results'
 _NINE = 'trans=virtio,version=9p2000.L,msize=262144'
@@ -70,6 +74,7 @@ mount -t tmpfs shm /dev/shm
 mount -t tmpfs run /run
 mkdir -p /run/lock /run/netns
 mount -t cgroup2 cgroup /sys/fs/cgroup
+modprobe virtio_net
 mount -t securityfs security /sys/kernel/security 2>/dev/null
 export PATH={path} HOME=/root LANG=C.UTF-8
 ulimit -n 65536
@@ -267,7 +272,7 @@ class Machine:
                 ['setpriv', '--pdeathsig', 'KILL',
                  'qemu-system-x86_64', '-accel', 'tcg,thread=multi',
                  '-cpu', 'max', '-smp', '2', '-m', str(_MEMORY),
-                 '-display', 'none', '-nic', 'none', '-no-reboot',
+                 '-display', 'none', '-no-reboot', *_NICS,
                  '-serial', 'file:%s' % (shared / 'console'),
                  '-kernel', str(self._kernel.image),
                  '-initrd', str(self._kernel.directory / 'initrd'),
