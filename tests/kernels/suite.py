@@ -24,14 +24,27 @@ import unittest
 #: As on a node, and as in a container of it.
 PLACES = {'first': ('unshare', '--net', '--mount', '--ipc'),
           'own': ('tests/in-lab',)}
-#: What CI runs: a part that takes two minutes
+#: What CI runs: parts that take two minutes, beside each other
 PARTS = {
-    'core-kuryr': (
-        'tests.e2e.test_daemon.TestPod.test_its_life',
-        'tests.e2e.test_daemon.TestDirectBursts.'
-        'test_the_first_thirty_make_one_break0'),
-    'core': (
-        'tests.functional.test_existence.TestSync.test_one_that_is_gone',)}
+    'core-kuryr': ['tests.e2e.test_daemon.' + name for name in (
+        'TestPod.test_its_life',
+        'TestPod.test_after_a_restart_of_the_daemon',
+        'TestFailures.test_strict_says_try_again_and_the_daemon_lives',
+        'TestDirectBursts.test_the_first_thirty_make_one_break0')],
+    'core': ['tests.functional.' + name for name in (
+        'test_check.TestCheck.test_a_node_that_is_fine',
+        'test_existence.TestSync.test_both_are_gone',
+        'test_existence.TestSync.test_one_that_is_gone',
+        'test_kills.TestKillsDirectly.'
+        'test_a_del_and_an_add_in_another_sandbox',
+        'test_border.TestForgery.test_names_of_others',
+        'test_border.TestRedirection.test_forged_neighbours',
+        'test_border.TestTheMACAddress.test_without_an_agent',
+        'test_border.TestWithoutTheHook.test_there_is_nothing_to_repair',
+        'test_discovery.TestFinding.test_before_and_after_the_agent',
+        'test_parents.TestTwoParents.test_after_both_were_deleted',
+        'test_parent_kinds.TestBond.test_node_and_pods',
+        'cni.test_plugin.TestShim.test_both_families_both_ways')]}
 #: Load on the processors, which says nothing of the kernel. Emulated, each
 #: takes half an hour.
 UNNEEDED = {'test_eight_bursts_lose_none'}
