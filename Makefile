@@ -102,6 +102,19 @@ bench: $(VENV)/installed
 	@mkdir -p build
 	$(IN_LAB) -m tests.bench --json build/bench.json
 
+# Whether a change has made something slower; some minutes. bench-ratios says
+# what is to be compared with from now on.
+.PHONY: bench-check bench-ratios
+bench-check: $(VENV)/installed
+	tests/debian-packages test
+	make --silent cni
+	$(IN_LAB) -m tests.bench.check
+
+bench-ratios: $(VENV)/installed
+	tests/debian-packages test
+	make --silent cni
+	$(IN_LAB) -m tests.bench.check --renew tests/bench/ratios.json
+
 # Of the last make bench.
 bench-plots: $(VENV)/plots
 	$(BIN)/python -m tests.bench.plots build/bench.json \

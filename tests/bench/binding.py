@@ -316,12 +316,9 @@ def single(outer: Node, repeat: int) -> Section:
             for way in adds:
                 say('ADDs at %d pods: %s' % (size, way))
                 # As where an agent works, which has the housekeeping.
-                with _daemon(node, way, stock), \
-                        others.ledger.heartbeat.kept() as beat:
+                with others.ledger.heartbeat.kept() as beat:
                     beat()
-                    taken = [_single(node, 'p%d-%d-%d' % (
-                        size, [*adds].index(way), number))
-                        for number in range(count + 1)][1:]
+                    taken = singles(node, way, stock, count)
                 adds[way][size] = [add for add, _ in taken]
                 dels[way][size] = [end for _, end in taken]
     add, end = _medians(adds), _medians(dels)
@@ -335,6 +332,17 @@ def single(outer: Node, repeat: int) -> Section:
                  add[STOCK][size], limit, 'stock there')
          for size, limit in ((low, 0.22), (high, 0.05))],
         {'add_ms': add, 'del_ms': end})
+
+
+def singles(node: kuryr.Node, way: str, stock: str, count: int
+            ) -> list[tuple[float, float]]:
+    """Return how long ADD and DEL of a pod take, so many times, in ms.
+
+    :param stock: an environment of Python without break0
+    """
+    with _daemon(node, way, stock):
+        return [_single(node, 'pod-%d' % number)
+                for number in range(count + 1)][1:]
 
 
 def _single(node: kuryr.Node, name: str) -> tuple[float, float]:

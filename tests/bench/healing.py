@@ -29,15 +29,7 @@ def repairs(node: Node, repeat: int) -> Section:
         [PROGRAM, 'agent'], env={**os.environ, 'OS_BREAK0__METRICS_BIND': ''},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        node.lab.run('ip', 'route', 'flush', 'dev', node.options.device)
-        _wait(node)  # until the agent is there
-        times = []
-        for number in range(min(repeat, 21)):
-            say('repair %d' % (number + 1))
-            time.sleep(0.5)
-            node.lab.run('ip', 'link', 'del', node.options.device)
-            times.append(_wait(node) * 1000)
-            node.require(False, False)
+        times = deletions(node, min(repeat, 21))
     finally:
         agent.terminate()
         agent.wait()
@@ -50,6 +42,20 @@ def repairs(node: Node, repeat: int) -> Section:
         [at_most('break0 deleted with %d pods' % PODS, median, unit(node),
                  60)],
         {'times_ms': times, 'median_ms': median})
+
+
+def deletions(node: Node, count: int) -> list[float]:
+    """Delete break0 so many times, and return the ms until all is there."""
+    node.lab.run('ip', 'route', 'flush', 'dev', node.options.device)
+    _wait(node)  # until the agent is there
+    times = []
+    for number in range(count):
+        say('repair %d' % (number + 1))
+        time.sleep(0.5)
+        node.lab.run('ip', 'link', 'del', node.options.device)
+        times.append(_wait(node) * 1000)
+        node.require(False, False)
+    return times
 
 
 def _wait(node: Node) -> float:

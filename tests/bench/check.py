@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""``make bench-check``: whether a change has made anything slower.
+
+Some ratios of times measured in one run are compared with those in git, in
+ratios.json: machines differ, and ratios much less. What is worse is measured
+again, since machines are noisy too; it counts if it is worse each time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import signal
+import statistics
+import subprocess
+import sys
+from typing import Callable, Iterator, Mapping
+
+import prettytable
+import psutil
+
+from kuryr_break0 import kernel
+from kuryr_break0 import manager
+from tests import bench
+from tests.bench import binding
+from tests.bench import cni
+from tests.bench import healing
+from tests import kuryr
+from tests import lab
+
+FILE = pathlib.Path(__file__).with_name('ratios.json')
+TOLERANCE = 1.25
+RUNS = 3
+PODS = 250
+PROGRAM = cni.PROGRAM
+#: What the start of a program is compared with
+PYTHON = (sys.executable, '-c', 'import argparse, json')
+
+#: Names of ratios, and what each is
+Ratios = Mapping[str, float]
+Part = Callable[[bench.Node], Iterator[tuple[str, float]]]
+
+
+def _median(call: Callable[[], object], count: int) -> float:
+    return statistics.median(bench.timed(call) for _ in range(count))
+
+
+def _pairs(node: bench.Node) -> Iterator[tuple[str, float]]:
+    """Yield what one pod costs, alone and in a process just forked."""
+    node.resize(PODS)
+    ways: dict[str, Callable[[Callable[[], None]], float]] = {
+        '': bench.timed,
+        ', just forked': lambda call: bench.in_child(
+            lambda: bench.timed(call))}
+    bench.keep()
+    kernel.share_nft()  # as kuryr-daemon does before it forks
+    for way, measure in ways.items():
+        times: dict[str, list[float]] = {'bind': [], 'unbind': []}
+        units = []
+        for _ in range(3):
+            units.append(bench.unit(node))
+            for _ in range(30):
+                times['bind'].append(measure(node.bind))
+                times['unbind'].append(measure(node.unbind))
+        for name, taken in times.items():
+            yield ('%s%s / ip processes' % (name, way),
+                   statistics.median(taken) / statistics.median(units))
+
+
+def _syncs(node: bench.Node) -> Iterator[tuple[str, float]]:
+    node.resize(1000)
+    node.write_batch('add', node.records(0, 1000))
+    device = node.options.device
+    times: dict[str, list[float]] = {name: [] for name in (
+        'ip -batch', 'sync from nothing', 'sync with nothing to do')}
+
+    def flush() -> None:
+        node.lab.run('ip', 'route', 'flush', 'dev', device)
+        node.lab.run('ip', 'neigh', 'flush', 'dev', device,
+                     'nud', 'permanent')
+
+    for _ in range(5):
+        flush()
+        sync = manager.Break0Manager(node.options).sync
+        calls: list[Callable[[], object]] = [node.run_batch, sync, sync]
+        for (name, taken), call in zip(times.items(), calls):
+            if name == 'sync from nothing':
+                flush()
+            taken.append(bench.timed(call))
+        node.require(False, False)
+    unit, *others = (statistics.median(taken) for taken in times.values())
+    for name, median in zip([*times][1:], others):
+        yield name + ' / ip -batch', median / unit
+
+
+def _starts(node: bench.Node) -> Iterator[tuple[str, float]]:
+    def run(*command: str) -> Callable[[], object]:
+        return lambda: subprocess.run(command, check=True,
+                                      stdout=subprocess.DEVNULL,
+                                      stderr=subprocess.DEVNULL)
+
+    node.resize(PODS)
+    # What is out of sync, as these pods without interfaces, makes it exit 1.
+    status = ('sh', '-c', '%s status || [ $? = 1 ]' % PROGRAM)
+    unit = _median(run(*PYTHON), 20)
+    yield '--version / python', _median(run(PROGRAM, '--version'), 20) / unit
+    yield 'status / python', _median(run(*status), 10) / unit
+
+
+def _agent(node: bench.Node) -> Iterator[tuple[str, float]]:
+    """Yield its memory, and what it takes to restore break0."""
+    node.resize(PODS)
+    agent = subprocess.Popen(
+        [PROGRAM, 'agent'], env={**os.environ, 'OS_BREAK0__METRICS_BIND': ''},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with subprocess.Popen([sys.executable, '-c', 'input()'],
+                          stdin=subprocess.PIPE) as python:
+        try:
+            taken = healing.deletions(node, 9)
+            yield ('repair of break0 / ip processes',
+                   statistics.median(taken) / bench.unit(node))
+            memory = [psutil.Process(each.pid).memory_info().rss
+                      for each in (agent, python)]
+            yield "the agent's memory / python", memory[0] / memory[1]
+        finally:
+            agent.send_signal(signal.SIGTERM)
+            agent.wait()
+            python.communicate(b'\n')
+
+
+def _plugin(node: bench.Node) -> Iterator[tuple[str, float]]:
+    medians = cni.adds(node, 40).data['medians']
+    for name in (cni.OURS, cni.SCRIPT):
+        yield 'ADD of %s / tuning' % name, medians[name] / medians['tuning']
+
+
+def _daemon(node: bench.Node) -> Iterator[tuple[str, float]]:
+    """Yield an ADD by the real kuryr-daemon."""
+    taken = {}
+    with kuryr.Node() as each:
+        stock = kuryr.stock_environment(os.path.join(each.dir, 'venv'))
+        for way in (binding.STOCK, binding.KURYR, binding.DIRECT):
+            taken[way] = statistics.median(
+                add for add, _ in binding.singles(each, way, stock, 6))
+    for way in (binding.KURYR, binding.DIRECT):
+        yield ('ADD by kuryr-daemon, %s / stock' % way.partition(', ')[2],
+               taken[way] / taken[binding.STOCK])
+
+
+PARTS = (_pairs, _syncs, _starts, _agent, _plugin, _daemon)
+
+
+def measure(parts: list[Part]) -> dict[str, tuple[str, float]]:
+    """Return the ratios of some parts, each with the name of its part."""
+    found = {}
+    for part in parts:
+        bench.say(part.__name__.strip('_'))
+        with contextlib.closing(lab.Lab()) as made:
+            for name, ratio in part(bench.Node(made)):
+                found[name] = part.__name__, ratio
+    return found
+
+
+def compare(known: Ratios) -> int:
+    """Measure, and say what is worse than what is known."""
+    table = prettytable.PrettyTable(['ratio', 'known', 'measured', 'result'])
+    table.align = 'r'
+    table.align['ratio'] = 'l'
+    parts: dict[str, Part] = {part.__name__: part for part in PARTS}
+    seen: dict[str, list[float]] = {}
+    again = [*parts]
+    for _ in range(RUNS):
+        found = measure([parts[name] for name in again])
+        for name, (_, ratio) in found.items():
+            seen.setdefault(name, []).append(ratio)
+        again = [*dict.fromkeys(
+            part for name, (part, _) in found.items()
+            if min(seen[name]) > TOLERANCE * known.get(name, 0))]
+        if not again:
+            break
+    worse = [name for name, ratios in seen.items()
+             if min(ratios) > TOLERANCE * known.get(name, 0)]
+    for name, ratios in seen.items():
+        table.add_row([name, '%.2f' % known.get(name, 0), ' '.join(
+            '%.2f' % ratio for ratio in ratios),
+            'WORSE' if name in worse else ''])
+    print(table)
+    missing = sorted(set(known) - set(seen))
+    if missing:
+        print('Not measured any more: ' + ', '.join(missing))
+    if worse:
+        print('More than %d %% worse in each of %d runs: %s\nIf that is worth '
+              'it: make bench-ratios, and say why in the commit' % (
+                  round(100 * (TOLERANCE - 1)), RUNS, ', '.join(worse)))
+    return 1 if worse or missing else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog='make bench-check',
+                                     description=__doc__)
+    parser.add_argument('--renew', metavar='FILE', help='measure %d times, '
+                        'and write the medians' % RUNS,
+                        type=argparse.FileType('w'))
+    args = parser.parse_args()
+    logging.disable(logging.INFO)
+    if args.renew is None:
+        return compare(json.loads(FILE.read_text()))
+    runs = [measure([*PARTS]) for _ in range(RUNS)]
+    with args.renew:
+        json.dump({name: round(statistics.median(
+            run[name][1] for run in runs), 3) for name in runs[0]},
+            args.renew, indent=2)
+        args.renew.write('\n')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
