@@ -285,9 +285,9 @@ class Device:
 
     def _repair(self, netlink: kernel.Netlink, link: kernel.Link,
                 parent: kernel.Link) -> list[Difference]:
-        found = netlink.addresses() if self.addresses else ()
         differences = list(self.differences(link, parent, {
-            address for index, address in found if index == link.index}))
+            address for index, address in netlink.addresses()
+            if index == link.index}))
         for each in differences:
             each.repair(netlink)
         return differences
@@ -367,6 +367,13 @@ class Device:
             yield Difference('it is down',
                              lambda netlink: self._raise(netlink, link),
                              loses_routes=True)
+        for address in addresses:
+            # The kernel forgets addr_gen_mode while the MTU is below 1280.
+            if address.version == 6 and address.is_link_local:
+                yield Difference(
+                    'it has the address %s, must have none' % address,
+                    lambda netlink, address=address:  # type: ignore[misc]
+                    netlink.delete_link_local(link, address))
         for address in self.addresses:
             if address not in addresses:
                 yield Difference(

@@ -841,10 +841,10 @@ def _sane(owner: Owner, addresses: list[IPAddress], parent: str,
 def _is_of_same_interface(claim: Record, record: Record) -> bool:
     """Return whether a claim is an earlier one of the same interface.
 
-    What was discovered may be bound by its engine a moment later.
+    What was discovered or rebuilt may be bound by its engine later.
     """
     return claim.owner == record.owner or (
-        claim.origin is Origin.DISCOVERED
+        (claim.origin is Origin.DISCOVERED or claim.is_rebuilt)
         and claim.owner.ifname == record.owner.ifname
         and claim.namespace is not None
         and claim.namespace == record.namespace)

@@ -9,7 +9,7 @@ import enum
 import hashlib
 import ipaddress
 import re
-from typing import NamedTuple, Optional, Union
+from typing import ClassVar, NamedTuple, Optional, Union
 
 IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
@@ -67,6 +67,9 @@ class Owner:
     container_id: str
     ifname: str
 
+    #: Begins the container id that stands for an unknown one.
+    ADOPTED: ClassVar[str] = 'adopted-'
+
     @classmethod
     def adopted(cls, namespace: NamespaceId, ifname: str) -> Owner:
         """Return the owner that stands for an unknown container id.
@@ -74,8 +77,8 @@ class Owner:
         That is a sandbox bound before break0 was in use, or whose record
         was lost. Its namespace identifies it, and its DEL names that too.
         """
-        return cls('adopted-%d' % (namespace.cookie or namespace.inode),
-                   ifname)
+        return cls('%s%d' % (cls.ADOPTED, namespace.cookie
+                             or namespace.inode), ifname)
 
     def __str__(self) -> str:
         return '%s/%s' % (self.container_id, self.ifname)
@@ -134,6 +137,12 @@ class Record:
                              Optional[Tap]]:
         """Return what tells whether its sandbox still exists."""
         return self.netns, self.namespace, self.tap
+
+    @property
+    def is_rebuilt(self) -> bool:
+        """Return whether it was made of what the kernel holds."""
+        return self.origin is None and self.owner.container_id.startswith(
+            Owner.ADOPTED)
 
     @property
     def macs(self) -> tuple[str, ...]:

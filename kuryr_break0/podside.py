@@ -30,6 +30,10 @@ from kuryr_break0.model import Record
 
 LOG = log.get_logger(__name__)
 
+#: Entries of a list that are read in a pod, whose own business it is how many
+#: there are. What is beyond is set again, and deleted in time.
+MOST = 512
+
 
 class PodSide:
     """The interface of one pod, while this thread is in its namespace.
@@ -192,7 +196,7 @@ def configure(records: Collection[Record], node: NodeAddresses,
     """
     record = next(iter(records))
     with kernel.entered(str(record.netns), record.namespace), \
-            kernel.Netlink() as netlink:
+            kernel.Netlink(MOST) as netlink:
         side = PodSide(netlink, records, options)
         side.configure(node)
         return side.others()
@@ -209,7 +213,7 @@ def repair(records: Collection[Record], node: NodeAddresses,
     """
     record = next(iter(records))
     with kernel.entered(str(record.netns), record.namespace), \
-            kernel.Netlink() as netlink:
+            kernel.Netlink(MOST) as netlink:
         return PodSide(netlink, records, options).repair(node, dry_run)
 
 
@@ -220,7 +224,7 @@ def has_address(record: Record, options: config.Options) -> bool:
     :raises KernelRefused: if its kernel cannot be asked
     """
     with kernel.entered(str(record.netns), record.namespace), \
-            kernel.Netlink() as netlink:
+            kernel.Netlink(MOST) as netlink:
         return record.address in PodSide(netlink, [record],
                                          options).addresses()
 
@@ -236,7 +240,7 @@ def withdraw(record: Record, options: config.Options,
     :raises KernelRefused: the first error of its kernel
     """
     with kernel.entered(str(record.netns), record.namespace), \
-            kernel.Netlink() as netlink:
+            kernel.Netlink(MOST) as netlink:
         if kernel.index_of(record.owner.ifname) is None:
             _release(record)
             return
@@ -257,7 +261,7 @@ def take_back(record: Record, options: config.Options,
     :raises KernelRefused: the first error of its kernel
     """
     with kernel.entered(str(record.netns), record.namespace), \
-            kernel.Netlink() as netlink:
+            kernel.Netlink(MOST) as netlink:
         if not dry_run:
             _release(record)
         if kernel.index_of(record.owner.ifname) is None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from typing import Iterable, Optional
+from typing import Iterable, Iterator, Optional
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
@@ -32,7 +32,8 @@ from kuryr_break0.reconciler import Reconciler
 
 LOG = log.get_logger(__name__)
 
-#: Addresses of one namespace that are bound. One can have thousands.
+#: Addresses of one container that are bound. It can have thousands, and make
+#: namespaces with more.
 MAX_ADDRESSES = 32
 #: Seconds from an event to the look that it causes: a burst is one.
 _BURST = 0.03
@@ -58,12 +59,14 @@ _REMEMBERED = 1024
 class _Namespace:
     """A namespace of the node.
 
+    :ivar container: what it is of; see :func:`kernel.container_of`
     :ivar due: monotonic time of the next look; None if nothing has changed
     :ivar looked: monotonic time of the last look
     :ivar pause: seconds that have to pass between two
     """
 
     found: kernel.Found
+    container: Optional[int] = None
     due: Optional[float] = None
     looked: float = 0.0
     pause: float = _SOON
@@ -100,6 +103,8 @@ class Finder:
                         'they are looked for every second. Give the agent '
                         'CAP_NET_BROADCAST.', err)
         self._namespaces: dict[int, _Namespace] = {}
+        #: those that one container is in, or has made
+        self._of_container: dict[int, list[NamespaceId]] = {}
         #: namespaces that have ended: when to unbind what they had, and
         #: seconds until the next try if that cannot be proven yet
         self._ended: dict[NamespaceId, tuple[float, float]] = {}
@@ -171,7 +176,7 @@ class Finder:
         records: dict[NamespaceId, dict[IPAddress, Record]] = {}
         # If it cannot be read, what it had before counts.
         with contextlib.suppress(exceptions.LedgerUnavailable):
-            for record in discovered(self._ledger):
+            for record in followed(self._ledger):
                 if record.namespace is not None:
                     records.setdefault(record.namespace, {})[
                         record.address] = record
@@ -257,7 +262,8 @@ class Finder:
                     LOG.debug('Changes of %s are noticed by the timer '
                               'only: %s', found.path, err)
                     number = -found.namespace.inode
-                present[number] = _Namespace(found, due=now)
+                present[number] = _Namespace(
+                    found, kernel.container_of(found.process), due=now)
             else:
                 present[number] = dataclasses.replace(
                     self._namespaces[number], found=found)
@@ -276,6 +282,11 @@ class Finder:
             else:
                 self._end(identity)
         self._namespaces = present
+        self._of_container = {}
+        for namespace in present.values():
+            if namespace.container is not None:
+                self._of_container.setdefault(namespace.container, []).append(
+                    namespace.found.namespace)
 
     def _look_at(self, namespace: _Namespace) -> bool:
         """Bind and unbind what has changed; False if it is not there."""
@@ -301,11 +312,16 @@ class Finder:
         # Those that are bound come first, so that others do not displace
         # them where there are too many.
         present.sort(key=lambda each: each[0] not in own)
-        wanted = dict(present[:MAX_ADDRESSES])
-        if len(present) > MAX_ADDRESSES:
-            self._refuse(present[-1][0], found.namespace, 'its namespace %s '
-                         'has %d addresses, and %d are allowed' % (
-                             found.path, len(present), MAX_ADDRESSES))
+        others = sum(len(self._records.get(other, ())) for other
+                     in self._of_container.get(namespace.container or 0, ())
+                     if other != found.namespace)
+        most = max(MAX_ADDRESSES - others, 0)
+        wanted = dict(present[:most])
+        if len(present) > most:
+            self._refuse(present[-1][0], found.namespace, 'its container in '
+                         '%s has %d addresses, and %d are allowed' % (
+                             found.path, len(present) + others,
+                             MAX_ADDRESSES))
         gone = [record for address, record in list(own.items())
                 if address not in wanted
                 or record.owner.ifname != wanted[address].link.name]
@@ -354,6 +370,9 @@ class Finder:
                                  'it belongs to %s' % claim.owner)
                     # Which may be about to end.
                     namespace.mark(time.monotonic())
+                elif claim.is_rebuilt and (
+                        claim.owner.ifname == owner.ifname):
+                    continue  # rebuilt, before its MAC address changed
                 return  # or it was bound for this container by another way
         try:
             self._manager.bind(
@@ -446,7 +465,20 @@ def discovered(ledger: Ledger) -> Iterable[Record]:
 
     :raises LedgerUnavailable: if the ledger cannot be read
     """
-    for claims in ledger.records.containing(Origin.DISCOVERED.value):
+    return (record for record in followed(ledger)
+            if record.origin is Origin.DISCOVERED)
+
+
+def followed(ledger: Ledger) -> Iterator[Record]:
+    """Return the claims that discovery renews and withdraws.
+
+    Those that it has made, and those that were rebuilt: nothing says who has
+    made them, and nobody else may be there to withdraw them.
+
+    :raises LedgerUnavailable: if the ledger cannot be read
+    """
+    for claims in ledger.records.containing(Origin.DISCOVERED.value,
+                                            Owner.ADOPTED):
         for claim in claims:
-            if claim.origin is Origin.DISCOVERED:
+            if claim.origin is Origin.DISCOVERED or claim.is_rebuilt:
                 yield claim

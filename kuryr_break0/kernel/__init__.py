@@ -33,6 +33,7 @@ from kuryr_break0.kernel.namespace_events import mounted
 from kuryr_break0.kernel.namespace_events import Mounts
 from kuryr_break0.kernel.namespace_events import NamespaceEvents
 from kuryr_break0.kernel.namespace_events import number
+from kuryr_break0.kernel.namespaces import container_of
 from kuryr_break0.kernel.namespaces import entered
 from kuryr_break0.kernel.namespaces import find
 from kuryr_break0.kernel.namespaces import Found
@@ -72,7 +73,8 @@ __all__ = (
     'IPDB_DISTURBED', 'Judge', 'Link', 'Macvlan', 'Mounts', 'NamespaceEvents',
     'Netlink', 'Nft', 'NftEvents', 'Pair', 'Path', 'RTN_UNICAST',
     'RT_SCOPE_LINK', 'RT_SCOPE_NOWHERE', 'RT_TABLE_MAIN', 'Route', 'Routes',
-    'State', 'Verb', 'Verdict', 'claimants', 'count_host_routes',
+    'State', 'Verb', 'Verdict', 'claimants', 'container_of',
+    'count_host_routes',
     'create_macvlan', 'current_name', 'entered', 'exists', 'find',
     'find_program', 'find_taps', 'forget_connections', 'identify',
     'identify_or_fail', 'index_of', 'ipdb_of_interfaces', 'macvlan_of',

@@ -30,6 +30,8 @@ OWN = '/proc/thread-self/ns/net'
 _NS_GET_ID = 0x8008b70d
 #: ioctl(2) on nsfs: which kind it is, as for clone(2) (linux 4.11)
 _NS_GET_NSTYPE = 0xb703
+#: ioctl(2) on nsfs: the process namespace above another (linux 4.9)
+_NS_GET_PARENT = 0xb702
 # linux/nsfs.h and linux/exportfs.h: a file handle of a namespace
 _FILEID_NSFS = 0xf1
 _CLONE_NEWNET = 0x40000000
@@ -182,10 +184,12 @@ class Found(NamedTuple):
     """A network namespace of this node.
 
     :ivar path: one that is there as long as possible
+    :ivar process: the directory of a process that is in it, if one is seen
     """
 
     path: str
     namespace: NamespaceId
+    process: Optional[str] = None
 
 
 def find(directories: Iterable[str], processes: Iterable[str],
@@ -211,12 +215,15 @@ def find(directories: Iterable[str], processes: Iterable[str],
         if found:
             paths.setdefault(found, path)
     oldest: dict[tuple[int, int], tuple[int, int, str]] = {}
+    inside: dict[tuple[int, int], str] = {}
     for order, proc in enumerate(processes):
         for name in _names(proc):
             if not name.isdigit():
                 continue
             path = os.path.join(proc, name, 'ns/net')
             found = _nsfs_inode(path, own)
+            if found:
+                inside.setdefault(found, os.path.join(proc, name))
             if found and found not in paths:
                 with _absence(), contextlib.suppress(IndexError, ValueError):
                     candidate = (_started(os.path.join(proc, name)), order,
@@ -224,10 +231,42 @@ def find(directories: Iterable[str], processes: Iterable[str],
                     oldest[found] = min(oldest.get(found, candidate),
                                         candidate)
     paths.update({found: path for found, (_, _, path) in oldest.items()})
-    return [Found(path, namespace) for path, namespace in
+    return [Found(path, namespace, inside.get(namespace[:2]))
+            for path, namespace in
             ((path, _identity_of(path)) for path in paths.values())
             if namespace is not None
             and not (own and namespace.is_same(own))]
+
+
+def container_of(process: Optional[str]) -> Optional[int]:
+    """Return what all processes of a container have in common.
+
+    That is the process namespace below our own that they are in: it cannot
+    be left, and those that a container makes are below it.
+
+    :param process: directory of one of them; None if it is not known
+    :returns: None for a process of no container
+    """
+    if process is None:
+        return None
+    try:
+        own = os.stat('/proc/self/ns/pid').st_ino
+        fd = os.open(process + '/ns/pid', os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    found = None
+    while True:
+        inode = os.fstat(fd).st_ino
+        try:
+            parent = -1 if inode == own else fcntl.ioctl(fd, _NS_GET_PARENT)
+        except OSError:  # it is beyond what this process may see
+            parent = -1
+        os.close(fd)
+        if inode == own:
+            return found
+        found, fd = inode, parent
+        if fd < 0:
+            return found
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
+import itertools
 import os
 import random
 import socket
@@ -42,7 +44,7 @@ _TIMEOUT = 10
 _ASKED_ONE_BY_ONE = 32
 #: An interrupted dump is repeated this often. Each try meets about as many
 #: changes as the last, so what counts is their number, not their distance.
-_DUMP_TRIES = 20
+_DUMP_TRIES, _FEW_TRIES = 20, 3
 _DUMP_PAUSE = 0.05  # seconds, at most
 
 #: States of a neighbour, by their bits (linux/neighbour.h).
@@ -110,9 +112,16 @@ class Netlink:
     """One rtnetlink socket in the namespace of the calling thread.
 
     To be used as a context manager. Its methods raise KernelRefused.
+
+    :param most: messages that a list is read to at most, where others can
+        make it as long as they like; 0 for all
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = 0) -> None:
+        self._most = most
+        self._open()
+
+    def _open(self) -> None:
         try:
             self._socket = socket.socket(
                 socket.AF_NETLINK, socket.SOCK_RAW, 0)  # NETLINK_ROUTE
@@ -250,6 +259,13 @@ class Netlink:
                     Message(wire.RTM_NEWADDR,
                             NLM_F_CREATE | wire.NLM_F_REPLACE,
                             wire.pack_address(link.index, address)))
+
+    def delete_link_local(self, link: Link, address: IPAddress) -> None:
+        """Delete an address that the kernel has made for an interface."""
+        self._order('delete the address %s of %s' % (address, link.name),
+                    Message(wire.RTM_DELADDR, 0, wire.pack_prefix(
+                        link.index, ipaddress.ip_interface('%s/64' % address)
+                    )))
 
     def configure(self, link: str, addresses: Sequence[IPInterface],
                   routes: Sequence[GatewayRoute]) -> None:
@@ -580,11 +596,18 @@ class Netlink:
         :raises KernelRefused: if it cannot be had, or each try was disturbed
         """
         request = message._replace(flags=message.flags | wire.NLM_F_DUMP)
-        for tries in range(_DUMP_TRIES):
+        for _ in range(_FEW_TRIES if self._most else _DUMP_TRIES):
             try:
                 self._sequence += 1
                 self._socket.send(request.packed(self._sequence))
-                return list(self._answers(skip))
+                answers = self._answers(skip)
+                if not self._most:
+                    return list(answers)
+                found = list(itertools.islice(answers, self._most))
+                if len(found) == self._most:
+                    self._socket.close()  # with the rest
+                    self._open()
+                return found
             except _Interrupted:
                 time.sleep(random.uniform(0, _DUMP_PAUSE))
             except OSError as err:
@@ -593,8 +616,7 @@ class Netlink:
                 raise exceptions.KernelRefused(action, err.reason,
                                                err.code) from err
         raise exceptions.KernelRefused(
-            action, 'it changed each of %d times that it was read' %
-            _DUMP_TRIES, errno.EINTR)
+            action, 'it changed each time that it was read', errno.EINTR)
 
     def _answers(self, skip: Optional[Callable[[bytes, int], bool]] = None
                  ) -> Iterator[Any]:

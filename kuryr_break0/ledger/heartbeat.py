@@ -25,6 +25,8 @@ class Heartbeat:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self._fd = -1
+        self._reason: Optional[str] = None
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[Callable[[], None]]:
@@ -32,27 +34,39 @@ class Heartbeat:
 
         :returns: what to call with each sync
         """
-        fd: Optional[int] = None
-        try:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-                         | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError as err:
-            LOG.error('Cannot write the heartbeat of the agent to %s: %s. '
-                      'Without it each ADD and DEL also repairs routes, '
-                      'which takes longer.', self.path, err.strerror)
+        with contextlib.ExitStack() as stack:
+            def beat() -> None:
+                try:
+                    if not self._is_current():
+                        stack.close()
+                        self._fd = os.open(
+                            self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+                            | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+                        stack.callback(os.close, self._fd)
+                        stack.callback(setattr, self, '_fd', -1)
+                        fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    os.pwrite(self._fd, b'%020.3f\n' % files.now(), 0)
+                    self._reason = None
+                except OSError as err:
+                    if err.strerror != self._reason:
+                        LOG.error('Cannot write the heartbeat of the agent '
+                                  'to %s: %s. Without it each ADD and DEL '
+                                  'also repairs routes, which takes longer.',
+                                  self.path, err.strerror)
+                    self._reason = err.strerror
 
-        def beat() -> None:
-            if fd is not None:
-                with contextlib.suppress(OSError):
-                    os.pwrite(fd, b'%020.3f\n' % files.now(), 0)
-
-        try:
             beat()
             yield beat
-        finally:
-            if fd is not None:
-                os.close(fd)
+
+    def _is_current(self) -> bool:
+        """Return whether the file is still at its path.
+
+        It is not if the state directory was lost, and made again.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            return self._fd >= 0 and os.path.samestat(
+                os.fstat(self._fd), os.stat(self.path))
+        return False
 
     def age(self) -> Optional[float]:
         """Return the seconds since the last beat; None without an agent."""

@@ -13,6 +13,7 @@ import re
 import socket
 import struct
 import subprocess
+import threading
 import time
 from typing import Any, Iterator, Optional
 from unittest import mock
@@ -775,3 +776,48 @@ class TestInput(test_cli.CLITestCase):
         done = self.call('bind', POD, '--owner', 'web', '--netns',
                          '/run/netns/pipe')
         self.assertEqual(2, done.returncode, done.stderr)
+
+
+class TestFlood(BorderTestCase):
+    """What a pod with CAP_NET_ADMIN fills is not read to its end."""
+
+    def fill(self, text: str, *command: str) -> None:
+        with open('/run/batch', 'w') as file:
+            file.write(text)
+        self.lab.run(*command, '/run/batch', netns='pod')
+
+    def assert_repaired(self) -> None:
+        self.lab.run('ip', 'neigh', 'flush', 'dev', 'eth0', 'nud',
+                     'permanent', netns='other')
+        received = []
+
+        class CountingSocket(socket.socket):
+
+            def recv(self, *args: Any) -> bytes:
+                data = super().recv(*args)
+                received.append(len(data))
+                return data
+
+        with mock.patch.object(socket, 'socket', CountingSocket), \
+                mock.patch.object(nft, '_kept', threading.local()):
+            self.manager().sync()
+        self.assertLess(sum(received), 2 ** 20)
+        for name in ('pod', 'other'):
+            self.assertTrue(self.lab.ping(lab.NODE6, name))
+
+    def test_of_routes(self) -> None:
+        self.fill(''.join('route add 10.%d.%d.%d dev eth0 proto 176\n' % (
+            number >> 16, number >> 8 & 255, number & 255)
+            for number in range(100000)), 'ip', '-batch')
+        self.assert_repaired()
+
+    def test_of_rules(self) -> None:
+        table, = [each for each in self.lab.run(
+            'nft', 'list', 'tables', netns='pod').stdout.split()
+            if each.startswith('kuryr')]
+        chain, = re.findall(r'chain (\S+) ', self.lab.run(
+            'nft', 'list', 'ruleset', netns='pod').stdout)
+        for _ in range(30):
+            self.fill('add rule netdev %s %s accept\n' % (table, chain)
+                      * 1000, 'nft', '-f')
+        self.assert_repaired()

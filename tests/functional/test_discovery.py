@@ -10,6 +10,7 @@ import ipaddress
 import os
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -423,6 +424,21 @@ class TestOwnership(DiscoveryTestCase):
         agent.send_signal(signal.SIGHUP)
         self.until_bound(base.POD)
 
+    def test_follows_what_was_rebuilt(self) -> None:
+        agent = self.start()
+        self.lab.add_pod('one', ONE)
+        self.until_bound(ONE)
+        agent.kill()
+        agent.wait()
+        shutil.rmtree('/run/kuryr-break0')
+        self.start()
+        self.until_bound(ONE)
+        self.inside('one', 'ip', 'link', 'set', 'eth0', 'address',
+                    '02:00:00:00:00:77')
+        self.until(lambda: self.lab.ping(ONE, cold=False))
+        self.inside('one', 'ip', 'address', 'flush', 'dev', 'eth0')
+        self.until_bound()
+
     def test_needs_allowed_cidrs(self) -> None:
         with self.assertRaisesRegex(exceptions.InvalidOption,
                                     'needs .break0. allowed_cidrs'):
@@ -691,6 +707,36 @@ class TestHostile(DiscoveryTestCase):
         self.assert_reachable(TWO, 'victim')
         self.lab.add_pod('new', '100.75.30.99')
         self.until(lambda: self.lab.ping('100.75.30.99', cold=False))
+
+    def test_namespaces_of_its_own(self) -> None:
+        count = 4
+        container = subprocess.Popen(
+            ['unshare', '--pid', '--fork', '--kill-child', 'sh', '-c',
+             'for number in 1 2 3 4; do unshare --net sleep 1000 & done; '
+             'wait'])
+        self.addCleanup(container.wait)
+        self.addCleanup(container.kill)
+
+        def inside() -> list[int]:
+            return [each.pid for each in psutil.Process(
+                container.pid).children(recursive=True)
+                if each.name() == 'sleep']
+
+        self.until(lambda: len(inside()) == count)
+        for number, pid in enumerate(inside()):
+            self.lab.run('ip', 'link', 'add', 'of%d' % number, 'link', 'eth0',
+                         'netns', str(pid), 'type', 'macvlan',
+                         'mode', 'bridge')
+            with open('/run/batch', 'w') as file:
+                for host in range(1, 21):
+                    file.write('address add 100.75.%d.%d/32 dev of%d\n' % (
+                        40 + number, host, number))
+            self.lab.run('nsenter', '--target', str(pid), '--net', 'ip',
+                         '-batch', '/run/batch')
+        self.until(lambda: len(self.bound()) >= finder.MAX_ADDRESSES + 2)
+        self.until_looked()
+        self.assertEqual(finder.MAX_ADDRESSES + 2, len(self.bound()))
+        self.assertLessEqual({ONE, TWO}, self.bound())
 
     def cpu_while(self, action: Callable[[], Any], seconds: float) -> float:
         """The part of a processor that the agent takes meanwhile."""

@@ -568,6 +568,17 @@ class TestDevice(base.LabTestCase):
             1, kernel.read_sysctl('ipv4/conf/break0/arp_filter'))
         self.assertEqual(1500, (self.lab.link('break0') or {})['mtu'])
 
+    def test_an_mtu_that_forbids_ipv6_for_a_while(self) -> None:
+        # The kernel drops all of IPv6 then, with the sysctls.
+        self.bind()
+        for mtu in ('1200', '1500'):
+            self.lab.run('ip', 'link', 'set', lab.PARENT, 'mtu', mtu)
+            self.lab.run('ip', 'link', 'set', 'break0', 'mtu', mtu)
+            self.manager().sync()
+        self.assertEqual([], self.lab.ip('address', 'show', 'dev', 'break0')
+                         [0]['addr_info'])
+        self.assertFalse(self.manager().sync())
+
     def test_changed_options_are_applied_at_once(self) -> None:
         self.bind()
         self.bind(mac='02:00:00:00:00:07')

@@ -121,7 +121,7 @@ class FakeKernel:
         raise exceptions.NetnsUnusable(netns=netns, reason='is not entered')
         yield
 
-    def socket(self) -> FakeNetlink:
+    def socket(self, most: int = 0) -> FakeNetlink:
         return FakeNetlink(self)
 
 

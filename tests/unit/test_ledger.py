@@ -506,6 +506,19 @@ class TestNextHops(LedgerTestCase):
 
 class TestHeartbeat(LedgerTestCase):
 
+    def test_after_the_directory_was_lost(self) -> None:
+        heartbeat = self.ledger.heartbeat
+        with heartbeat.kept() as beat:
+            shutil.rmtree(self.ledger.path)
+            with self.assertLogs('kuryr_break0', 'ERROR') as logs:
+                beat()
+                beat()
+            self.assertEqual(1, len(logs.output))
+            self.ledger.prepare()
+            beat()
+            self.assertIsNotNone(heartbeat.age())
+        self.assertIsNone(heartbeat.age())
+
     def test_while_an_agent_runs(self) -> None:
         heartbeat = self.ledger.heartbeat
         self.assertIsNone(heartbeat.age())
