@@ -130,6 +130,8 @@ class TestViews(DoubtTestCase):
     def test_an_inode_that_is_used_again(self) -> None:
         record = self.seen().live[base.addresses(POD)[0]]
         assert record.namespace is not None
+        if record.namespace.cookie is None:
+            self.skipTest('needs numbers of namespaces, Linux 6.18')
         os.kill(self.process, 9)
         # In half of all cases the next namespace has the inode of the last.
         for _ in range(50):
