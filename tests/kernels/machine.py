@@ -258,8 +258,10 @@ class Machine:
             try:
                 return int((shared / 'status').read_text())
             except (FileNotFoundError, ValueError):
-                console = (shared / 'console').read_text(errors='replace')
-                print('\n'.join(console.splitlines()[-8:]), file=sys.stderr)
+                (shared / 'console').touch()  # it has not got so far
+                for each in ('errors', 'console'):
+                    text = (shared / each).read_text(errors='replace')
+                    print('\n'.join(text.splitlines()[-8:]), file=sys.stderr)
                 return None
 
     def _boot(self, shared: pathlib.Path, drives: list[str],
@@ -268,7 +270,8 @@ class Machine:
             return ['-virtfs', 'local,path=%s,mount_tag=%s,security_model='
                     'none,%s' % (path, tag, options)]
 
-        with open(shared / 'log') as log, subprocess.Popen(
+        with open(shared / 'log') as log, \
+                open(shared / 'errors', 'w') as errors, subprocess.Popen(
                 ['setpriv', '--pdeathsig', 'KILL',
                  'qemu-system-x86_64', '-accel', 'tcg,thread=multi',
                  '-cpu', 'max', '-smp', '2', '-m', str(_MEMORY),
@@ -281,7 +284,7 @@ class Machine:
                         'readonly=on,multidevs=remap'),
                  *share(self._kernel.modules, 'modules', 'readonly=on'),
                  *share(shared, 'shared', 'multidevs=remap'), *drives],
-                stdin=subprocess.DEVNULL) as machine:
+                stdin=subprocess.DEVNULL, stderr=errors) as machine:
             deadline = time.monotonic() + limit
             try:
                 while (machine.poll() is None
