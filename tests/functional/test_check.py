@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 
+from kuryr_break0 import kernel
 from tests.functional.test_cli import CLITestCase
 from tests import lab
 
@@ -21,8 +22,13 @@ class TestCheck(CLITestCase):
     def test_a_node_that_is_fine(self) -> None:
         before = self.lab.state()
         found = self.check('--parent', lab.PARENT)
+        lacking = set() if self.has_egress() else {'guard'}
+        # In another process namespace it does not show them by their numbers.
+        if (kernel.release() >= (7, 0) and os.stat('/proc/self/ns/pid').st_ino
+                != 0xeffffffc):  # PROC_PID_INIT_INO
+            lacking.add('end of namespaces')
         self.assertEqual(
-            set() if self.has_egress() else {'guard'},
+            lacking,
             {what for what, (state, _) in found.items() if state != 'ok'},
             found)
         self.assertLessEqual(
