@@ -174,6 +174,8 @@ class Kernel:
              cwd=here / 'packages')
         for package in sorted((here / 'packages').iterdir()):
             _run('dpkg-deb', '-x', str(package), str(here / 'root'))
+        for each in ('lists', 'apt', 'packages'):
+            shutil.rmtree(here / each)
 
     def _make_first_files(self) -> None:
         """Make the initrd: what it needs to see the files of this machine."""
