@@ -44,6 +44,26 @@ class Policy:
             return 'outside [break0] allowed_cidrs'
         return reason
 
+    @staticmethod
+    def against(address: IPAddress, discovered: bool,
+                own: Collection[IPAddress], routes: kernel.Routes,
+                next_hops_seen: Collection[str]) -> Optional[str]:
+        """Return why an address cannot be a pod's on this node; else None.
+
+        :param discovered: whether discovery brings it
+        :param own: the addresses of the node
+        :param next_hops_seen: the last next hops of this boot
+        """
+        if address in own:
+            return OWN
+        if address in routes.next_hops:
+            return NEXT_HOP
+        if discovered and address in routes.left_out:
+            return OWN_NEXT_HOP
+        if discovered and str(address) in next_hops_seen:
+            return EARLIER_NEXT_HOP
+        return None
+
     def refused(self, address: IPAddress,
                 reason: str) -> exceptions.AddressRefused:
         """Return the error of an address that is what it must not be."""

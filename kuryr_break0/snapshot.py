@@ -35,7 +35,6 @@ from kuryr_break0.model import Origin
 from kuryr_break0.model import Record
 from kuryr_break0.model import Wanted
 from kuryr_break0 import plan
-from kuryr_break0 import policy
 from kuryr_break0.policy import Policy
 
 #: Seconds to wait for a bind or unbind to end.
@@ -114,7 +113,9 @@ class Parent:
                     and kernel.read_sysctl('ipv6/conf/%s/disable_ipv6'
                                            % self.device) != 0):
                 yield ('%s: IPv6 is disabled, but there are containers with '
-                       'IPv6 addresses' % self.device)
+                       'IPv6 addresses. Enable it: sysctl -w net/ipv6/conf/'
+                       '%s/disable_ipv6=0; kuryr-break0 sync' % (
+                           self.device, self.device))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,11 +340,10 @@ class _Reading:
     def snapshot(self) -> Snapshot:
         self._sort_claims()
         for address, record in self._live.items():
-            reason = self._policy.not_allowed(address)
-            if reason is None and address in self._own:
-                reason = policy.OWN
-            if reason is None:
-                reason = self._is_next_hop(record)
+            reason = self._policy.not_allowed(address) or (
+                self._policy.against(
+                    address, record.origin is Origin.DISCOVERED, self._own,
+                    self._view.routes, self._view.next_hops_seen))
             if reason is not None:
                 self._refused[address] = reason
         parents = dict(self._parents())
@@ -355,17 +355,6 @@ class _Reading:
             self._refused,
             None if any(parent.present == primary
                         for parent in parents.values()) else primary)
-
-    def _is_next_hop(self, record: Record) -> Optional[str]:
-        view = self._view
-        if record.address in view.routes.next_hops:
-            return policy.NEXT_HOP
-        if record.origin is not Origin.DISCOVERED:
-            return None
-        if record.address in view.routes.left_out:
-            return policy.OWN_NEXT_HOP
-        return (policy.EARLIER_NEXT_HOP
-                if str(record.address) in view.next_hops_seen else None)
 
     def _sort_claims(self) -> None:
         judge = kernel.Judge()

@@ -45,6 +45,8 @@ _FLOOD_PAUSE = 0.1
 #: Seconds between two tries to serve CNI requests, as while an earlier agent
 #: ends.
 _RETRY = 0.5
+#: Seconds after the start until containers should have been bound.
+_FIRST_LOOK = 2.0
 
 
 class Agent:
@@ -73,6 +75,8 @@ class Agent:
         #: monotonic time before which there is no sync, but by the timer
         self._not_before = 0.0
         self._failures = 0
+        #: monotonic time at which to look for containers that are not bound
+        self._unserved_at = time.monotonic() + _FIRST_LOOK
 
     def run(self) -> None:
         """Work until SIGTERM or SIGINT."""
@@ -145,6 +149,9 @@ class Agent:
                 files, [], conditions, self._until_look(timeout))
             if not self._cni.is_complete:
                 self._cni.listen(self._options)
+            if time.monotonic() >= self._unserved_at:
+                self._unserved_at = time.monotonic() + (
+                    self._metrics.look_for_unserved())
             if self._finder is not None:
                 self._look(changed, ready)
             if woken.fileno() in ready:
@@ -169,9 +176,10 @@ class Agent:
     def _until_look(self, timeout: float) -> float:
         if not self._cni.is_complete:
             timeout = min(timeout, _RETRY)
+        timeout = min(timeout, self._unserved_at - time.monotonic())
         due = None if self._finder is None else self._finder.due()
-        return timeout if due is None else max(
-            0.0, min(timeout, due - time.monotonic()))
+        return max(0.0, timeout if due is None else min(
+            timeout, due - time.monotonic()))
 
     def _look(self, changed: list[int], ready: list[int]) -> None:
         """Find containers, if it is time to."""

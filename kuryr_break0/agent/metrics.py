@@ -15,6 +15,7 @@ from prometheus_client import core
 from prometheus_client import registry as prometheus_registry
 
 from kuryr_break0 import config
+from kuryr_break0 import containers
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import journal
@@ -30,6 +31,8 @@ LOG = log.get_logger(__name__)
 _PREFIX = 'kuryr_break0'
 #: Upper limits in seconds: from a bind, some milliseconds, to lock_timeout.
 _BUCKETS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10)
+#: Seconds after which what usually passes should have.
+_PASSES = 5.0
 
 
 class Metrics(prometheus_registry.Collector):
@@ -86,6 +89,14 @@ class Metrics(prometheus_registry.Collector):
         self._losses = prometheus_client.Counter(
             'events_lost', 'Netlink events lost because the socket buffer '
             'was full.', **ours)
+        unserved = prometheus_client.Gauge(
+            'containers_unserved', 'Addresses of containers that are not '
+            'bound, by reason.', ['reason'], **ours)
+        self._unserved = {reason: unserved.labels(reason.value)
+                          for reason in containers.Reason}
+        #: what was not bound when that was looked for last, by what it says
+        self._waiting: set[str] = set()
+        self._logged: set[str] = set()
         self._options: Optional[config.Options] = None
         self._reading = threading.Lock()
         self._outdated = False
@@ -119,6 +130,40 @@ class Metrics(prometheus_registry.Collector):
         lost = sum(event.what == 'lost' for event in events)
         self._events.inc(len(events) - lost)
         self._losses.inc(lost)
+
+    def look_for_unserved(self) -> float:
+        """Count what is not bound, and log each once.
+
+        What usually passes is waited for.
+
+        :returns: seconds until the next time
+        """
+        assert self._options is not None
+        ledger = Ledger(self._options.state_dir, self._options.lock_timeout)
+        seen = self._read_snapshot()
+        if seen is None:
+            return self._options.resync_interval
+        try:
+            found = containers.unserved(seen, ledger)
+        except exceptions.Break0Error as err:
+            LOG.error('Cannot find out which containers are not bound: %s',
+                      err)
+            return self._options.resync_interval
+        texts = {str(each) for each in found}
+        lasting = [each for each in found
+                   if each.reason not in containers.PASSING
+                   or str(each) in self._waiting]
+        for each in lasting:
+            if str(each) not in self._logged:
+                LOG.warning('The container address %s. See kuryr-break0 '
+                            'doctor', each)
+        self._logged = self._logged & texts | set(map(str, lasting))
+        is_new = not texts <= self._waiting
+        self._waiting = texts
+        counts = collections.Counter(each.reason for each in lasting)
+        for reason, gauge in self._unserved.items():
+            gauge.set(counts[reason])
+        return _PASSES if is_new else self._options.resync_interval
 
     def unwell(self) -> Optional[str]:
         """Return why the agent does not reconcile; None if it does."""

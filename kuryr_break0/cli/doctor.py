@@ -19,9 +19,6 @@ from kuryr_break0.doctor.examination import examine
 from kuryr_break0.doctor import findings
 from kuryr_break0.doctor import report
 from kuryr_break0 import exceptions
-from kuryr_break0 import kernel
-from kuryr_break0.ledger import Ledger
-from kuryr_break0 import snapshot
 
 
 def add_parser(subparsers: Any) -> None:
@@ -57,15 +54,9 @@ def add_parser(subparsers: Any) -> None:
 def _bundle(conf: cfg.ConfigOpts, done: Examination,
             counts: dict[str, int]) -> None:
     options = config.load(conf)
-
-    def state() -> str:
-        with kernel.Netlink() as netlink:
-            return json.dumps(status.as_json(snapshot.read(
-                options, Ledger(options.state_dir, options.lock_timeout),
-                netlink)), indent=2)
-
     bundle.Bundle(options, conf.command.redact).write(conf.command.bundle, {
-        'status.json': state,
+        'status.json': lambda: json.dumps(status.as_json(options),
+                                          indent=2),
         'doctor.json': lambda: report.as_json(
             done.findings, done.not_examined, **counts)})
 

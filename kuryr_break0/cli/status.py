@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import sys
+import textwrap
 import time
 from typing import Any, Iterator
 
@@ -16,6 +17,7 @@ import prettytable
 
 from kuryr_break0.cli import common
 from kuryr_break0 import config
+from kuryr_break0 import containers
 from kuryr_break0 import device
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
@@ -38,9 +40,10 @@ _PAUSE = 2.0
 
 _DESCRIPTION = """\
 Show break0 and the addresses behind it: first a summary and what is wrong,
-then each address. Exit status: 0 if everything is in sync, 1 if something
-stops traffic or a sync would change something, 2 for wrong usage or
-configuration, 3 if the kernel or the state directory cannot be read.
+then containers that are not bound, and each address. Exit status: 0 if
+everything is in sync, 1 if a container is not bound, something stops traffic
+or a sync would change something, 2 for wrong usage or configuration, 3 if the
+kernel or the state directory cannot be read.
 """
 
 
@@ -84,9 +87,9 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
 
 
 def _read(options: config.Options, wanted: Any) -> Status:
+    ledger = Ledger(options.state_dir, options.lock_timeout)
     with kernel.Netlink() as netlink:
-        return Status(snapshot.read(options, Ledger(
-            options.state_dir, options.lock_timeout), netlink), wanted)
+        return Status(snapshot.read(options, ledger, netlink), ledger, wanted)
 
 
 def _watch(options: config.Options, wanted: Any, before: Status) -> Status:
@@ -103,18 +106,20 @@ def _watch(options: config.Options, wanted: Any, before: Status) -> Status:
         before = now
 
 
-def as_json(seen: Snapshot) -> dict[str, Any]:
+def as_json(options: config.Options) -> dict[str, Any]:
     """Return what ``status --json`` prints."""
-    return Status(seen, argparse.Namespace(
+    return _read(options, argparse.Namespace(
         problems=False, pod=None, owner=None, origin=None)).as_json()
 
 
 class Status:
     """A snapshot as it is shown."""
 
-    def __init__(self, seen: Snapshot, wanted: Any) -> None:
+    def __init__(self, seen: Snapshot, ledger: Ledger, wanted: Any) -> None:
         self._seen = seen
-        self._problems = seen.problems()
+        self._unserved = containers.unserved(seen, ledger)
+        wrong, self._not_examined = containers.pod_sides(seen)
+        self._problems = {**wrong, **seen.problems()}
         self._of_node = list(seen.node_problems())
         self._wanted = wanted
         self._addresses = sorted(
@@ -134,7 +139,7 @@ class Status:
 
     @property
     def in_sync(self) -> bool:
-        return not (self._problems or self._of_node)
+        return not (self._problems or self._of_node or self._unserved)
 
     def as_json(self) -> dict[str, Any]:
         parents = list(self._seen.parents.values())
@@ -147,6 +152,15 @@ class Status:
                 str(address) for parent in parents if parent.node
                 for address in parent.node.addresses}),
             'problems': self._of_node,
+            'unserved': [{
+                'address': each.address and str(each.address),
+                'ifname': each.macvlan.link.name,
+                'netns': each.macvlan.netns, 'parent': each.macvlan.parent,
+                'reason': each.reason.value, 'problem': each.text}
+                for each in self._unserved],
+            'not_examined': [
+                {'address': str(address), 'why': why}
+                for address, why in self._not_examined.items()],
             'addresses': [self._address_as_json(address)
                           for address in self._addresses],
             'totals': self._totals()}
@@ -185,11 +199,12 @@ class Status:
                               for parent in self._seen.parents.values()
                               for address in {*self._seen.live,
                                               *self._problems}),
-                'out_of_sync': len(self._problems)}
+                'out_of_sync': len(self._problems),
+                'unserved': len(self._unserved)}
 
     def as_text(self, wide: bool = False) -> Iterator[str]:
         links = list(self._devices())
-        if not links and not self._seen.live:
+        if not (links or self._seen.live or self._unserved):
             yield ('There is no %s yet: it comes with the first container.'
                    % self._seen.options.device)
         if links:
@@ -203,6 +218,11 @@ class Status:
                'sync' % self._totals())
         for problem in self._of_node:
             yield 'Out of sync: ' + problem
+        for each in self._unserved:
+            yield _folded('Not bound: %s' % each)
+        for address, why in list(self._not_examined.items())[:1]:
+            yield _folded('Not examined from inside: %d addresses, as %s: %s'
+                          % (len(self._not_examined), address, why))
         if self._addresses:
             yield self._table(wide)
 
@@ -238,6 +258,9 @@ class Status:
         for problem in before._of_node:
             if problem not in self._of_node:
                 yield 'repaired: ' + problem
+        unserved, served = (list(map(str, each._unserved))
+                            for each in (self, before))
+        yield from ('! ' + each for each in unserved if each not in served)
         for address in sorted({*self._addresses, *before._addresses},
                               key=address_order):
             record, old = (each._seen.live.get(address)
@@ -252,6 +275,11 @@ class Status:
             if problem_now != problem_before:
                 yield '%s: %s' % (address, problem_now
                                   or 'repaired: %s' % problem_before)
+
+
+def _folded(text: str) -> str:
+    return textwrap.fill(text, _LINE - 1, subsequent_indent='  ',
+                         break_long_words=False, break_on_hyphens=False)
 
 
 def _owner(record: Record, wide: bool) -> str:

@@ -16,6 +16,7 @@ import time
 from typing import Iterable, Iterator, Optional
 
 from kuryr_break0 import config
+from kuryr_break0 import containers
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger.journal import Journal
@@ -335,18 +336,15 @@ class Finder:
         return True
 
     def _is_eligible(self, macvlan: kernel.Macvlan) -> bool:
-        parent = self._options.parent
-        parents = self._options.discover_parents
-        if macvlan.link.mode != 'bridge':
-            return False
-        if (not parents or macvlan.parent in parents) and (
-                parent in (None, macvlan.parent)):
-            return True
+        against = containers.of_interface(self._options, macvlan)
+        if against is None or against[0] is not containers.Reason.OTHER_PARENT:
+            return against is None
+        parents = (*self._options.discover_parents, self._options.parent)
         # An option whose interface is not there, as one that was renamed,
         # does not say that what is bound is on another one.
         return any(record.owner.ifname == macvlan.link.name for record in
                    self._records.get(macvlan.namespace, {}).values()) and (
-            not all(map(kernel.exists, filter(None, (*parents, parent)))))
+            not all(map(kernel.exists, filter(None, parents))))
 
     def _bind(self, address: IPAddress, macvlan: kernel.Macvlan,
               namespace: _Namespace) -> None:

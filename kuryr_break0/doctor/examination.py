@@ -5,16 +5,19 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Optional
 
 from oslo_config import cfg
 
 from kuryr_break0 import config
+from kuryr_break0 import containers
 from kuryr_break0.doctor import daemon
 from kuryr_break0.doctor import device
 from kuryr_break0.doctor import findings
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor import firewall
+from kuryr_break0.doctor.host import Host
 from kuryr_break0.doctor import installation
 from kuryr_break0.doctor.node import Node
 from kuryr_break0.doctor.node import ParentView
@@ -23,11 +26,15 @@ from kuryr_break0.doctor import reachability
 from kuryr_break0.doctor import records
 from kuryr_break0.doctor import routes
 from kuryr_break0.doctor import services
+from kuryr_break0.doctor import unserved
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
+from kuryr_break0 import snapshot
 
 #: Seconds for which the lock is waited for, that is held for milliseconds.
 PATIENCE = 2.0
+#: Seconds within which a container is bound.
+_SETTLED = 1.0
 
 
 @dataclasses.dataclass
@@ -58,7 +65,7 @@ def examine(conf: cfg.ConfigOpts, probe: bool = True) -> Examination:
 
     :param probe: ping pods and node, where all else is right
     """
-    done = Examination()
+    done, host = Examination(), Host.of(conf)
     done.findings += installation.check()
     done.findings += daemon.check()
     unknown = config.unknown(conf)
@@ -72,17 +79,32 @@ def examine(conf: cfg.ConfigOpts, probe: bool = True) -> Examination:
         done.invalid = True
         return done
     try:
-        _examine_node(options, done, probe)
+        _examine_node(options, done, host, probe)
     except exceptions.Break0Error as err:
         done.unreadable = err
+    done.findings = list(map(host.advised, done.findings))
     # What to do first; within that, causes before their effects.
     done.findings.sort(key=lambda each: findings.SEVERITIES.index(
         each.severity))
     return done
 
 
+def _unserved(node: Node) -> list[containers.Unserved]:
+    """Return what is not bound, and not about to be."""
+    found = containers.unserved(node.seen, node.ledger)
+    if found:
+        time.sleep(_SETTLED)
+        node.refresh()
+        with kernel.Netlink() as netlink:
+            still = set(map(str, containers.unserved(snapshot.read(
+                node.options, node.ledger, netlink), node.ledger)))
+        found = [each for each in found if str(each) in still
+                 and each.address not in node.changing]
+    return found
+
+
 def _examine_node(options: config.Options, done: Examination,
-                  probe: bool) -> None:
+                  host: Host, probe: bool) -> None:
     if not options.enabled:
         done.findings.append(findings.DISABLED.found(
             '[break0] enabled is false'))
@@ -95,6 +117,7 @@ def _examine_node(options: config.Options, done: Examination,
         done.addresses, done.pods = len(node.live), len(node.pods())
         done.findings += records.check_ledger(node)
         done.findings += routes.check_addresses(node)
+        done.findings += unserved.check(_unserved(node), options, host)
         for view in node.views:
             _examine_parent(view, netlink, done)
         done.findings += services.check(

@@ -22,7 +22,8 @@ NOTE = 'note'
 SEVERITIES = (ERROR, WARNING, NOTE)
 
 _SYNC = 'kuryr-break0 sync'
-_RESTART = 'Restart kuryr-daemon and the agent afterwards.'
+#: What :mod:`kuryr_break0.doctor.host` puts in the words of the host.
+RESTART = 'Restart kuryr-daemon and the agent afterwards.'
 _SYSCTL_D = ('/etc/sysctl.conf /etc/sysctl.d /run/sysctl.d '
              '/usr/lib/sysctl.d')
 
@@ -137,7 +138,7 @@ OPTIONS_INVALID = Kind(
     'With an invalid option Kuryr binds pods alone, and their node cannot '
     'reach them.',
     'Correct the option in kuryr.conf, or in the environment variable that '
-    'sets it. ' + _RESTART)
+    'sets it. ' + RESTART)
 
 OPTION_UNKNOWN = Kind(
     'option-unknown', WARNING,
@@ -306,7 +307,60 @@ ADDRESS_NOT_ALLOWED = Kind(
     'A pod has an address outside of [break0] allowed_cidrs.',
     'The address gets no route, so the node cannot reach the pod.',
     'If the network is one of pods, add it to [break0] allowed_cidrs in '
-    'kuryr.conf. ' + _RESTART)
+    'kuryr.conf. ' + RESTART)
+
+# Containers that are not bound
+
+CONTAINER_NOT_DISCOVERED = Kind(
+    'container-not-discovered', ERROR,
+    'A container has a macvlan on an interface of the node, and nobody binds '
+    'its addresses: [break0] discover is false, or no agent is running.',
+    'The node cannot reach the container, nor the container the node.',
+    'Let the agent discover containers in these networks. In Kubernetes, bind '
+    'pods that ran before the installation with adopt.')
+
+CONTAINER_NOT_ALLOWED = Kind(
+    'container-not-allowed', ERROR,
+    'The address of a container is outside of [break0] allowed_cidrs, or is '
+    'no address of a single host.',
+    'Only addresses of these networks are bound, because a container can '
+    'give itself any address.',
+    'If the network is one of containers, add it to [break0] allowed_cidrs in '
+    'kuryr.conf. ' + RESTART)
+
+CONTAINER_OTHER_PARENT = Kind(
+    'container-other-parent', ERROR,
+    'The macvlan of a container is on another interface than [break0] parent '
+    'or discover_parents name.',
+    'Only containers on these interfaces are bound.',
+    'Name the interface in kuryr.conf. If the containers on it are not to be '
+    'reached, ignore this finding. ' + RESTART)
+
+CONTAINER_MODE = Kind(
+    'container-mode', ERROR,
+    'The macvlan of a container is in private, vepa, passthru or source mode.',
+    'Only macvlans in bridge mode on the same parent reach each other, and '
+    'break0 is one.',
+    'Set the mode to bridge, now and where the container is configured. '
+    'Docker: docker network create --opt macvlan_mode=bridge. LXC, whose '
+    'default is private: lxc.net.0.macvlan.mode = bridge. Podman, CNI: '
+    '"mode": "bridge". In passthru mode, restart the container afterwards.')
+
+CONTAINER_REFUSED = Kind(
+    'container-refused', ERROR,
+    'The address of a container is one of the node, a next hop, or belongs '
+    'to another container or host.',
+    'A route to the container would take the address away from its holder.',
+    'Give the container another address.')
+
+CONTAINER_PENDING = Kind(
+    'container-pending', WARNING,
+    'A container has a macvlan on an interface of the node without an '
+    'address, with one that duplicate address detection has not passed, or '
+    'that the agent has not bound for a second.',
+    'Until it is bound, the node cannot reach the container.',
+    'If it has no address, look at its DHCP client. Otherwise look into the '
+    'log of the agent.')
 
 # break0 and its parent
 
@@ -334,7 +388,7 @@ PARENT_MISMATCH = Kind(
     'A macvlan reaches only macvlans on the same interface.',
     'Set [break0] parent to the interface of the pods, or remove the option: '
     'then pods may be on several interfaces, and each gets its own break0. '
-    + _RESTART)
+    + RESTART)
 
 PARENT_VRF = Kind(
     'parent-vrf', ERROR,
@@ -344,7 +398,7 @@ PARENT_VRF = Kind(
     'accept routes with an address of the VRF as their source.',
     'Set [break0] route_table in kuryr.conf to the table of the VRF, and run '
     'the command. The option is for all pods of a node, so all their parents '
-    'must be in the same VRF. ' + _RESTART,
+    'must be in the same VRF. ' + RESTART,
     ('OS_BREAK0__ROUTE_TABLE=%(table)d ' + _SYNC,))
 
 BREAK0_MISSING = Kind(
@@ -704,7 +758,7 @@ IPV6_NOT_CONFIGURED = Kind(
     'static_neighbours is false, and pods have IPv6 addresses.',
     'break0 takes no part in neighbour discovery, so node and pods do not '
     'find each other by IPv6.',
-    'Set [break0] static_neighbours = true in kuryr.conf. ' + _RESTART)
+    'Set [break0] static_neighbours = true in kuryr.conf. ' + RESTART)
 
 # Other programs of the node
 

@@ -43,13 +43,14 @@ def check() -> Iterator[Finding]:
             python=sys.executable, requirements=' '.join(
                 "'%s%s'" % (each.name, each.specifier) for each, _ in unfit))
         return  # what follows would only say the same in other words
-    if not _is_for_kuryr():
+    if not is_for_kuryr():
         return
     for group, name, module in _ENTRY_POINTS:
         yield from _check_entry_point(group, name, module)
 
 
-def _is_for_kuryr() -> bool:
+def is_for_kuryr() -> bool:
+    """Return whether Kuryr is in this Python environment."""
     return any(map(_version, _KURYR[:2]))
 
 
@@ -63,7 +64,7 @@ def _unfit() -> Iterator[tuple[requirements.Requirement, str]]:
         requirement = requirements.Requirement(text)
         if requirement.marker and not requirement.marker.evaluate():
             continue
-        if requirement.name in _KURYR and not _is_for_kuryr():
+        if requirement.name in _KURYR and not is_for_kuryr():
             continue
         found = _version(requirement.name)
         if not found or not requirement.specifier.contains(

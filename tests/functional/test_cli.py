@@ -52,7 +52,8 @@ class TestStatus(CLITestCase):
               'device': 'break0', 'routed': False, 'neighbour': None,
               'problem': 'its route is missing', 'in_sync': False}],
             status['addresses'])
-        self.assertEqual({'bound': 1, 'routed': 0, 'out_of_sync': 1},
+        self.assertEqual({'bound': 1, 'routed': 0, 'out_of_sync': 1,
+                          'unserved': 0},
                          status['totals'])
 
     def test_without_break0(self) -> None:

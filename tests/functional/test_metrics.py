@@ -492,7 +492,7 @@ class TestNames(MetricsTestCase):
         self.assertEqual(
             sorted(served), sorted(re.findall(
                 r'^   \* - ``(\w+)``\n     - (\w+)$', manual, re.M)))
-        reasons = re.findall(r'reason="(\w+)"', self.text)
+        reasons = re.findall(r'repairs_total{reason="(\w+)"', self.text)
         self.assertEqual(
             reasons, re.findall(r'^``(\w+)``\n    ', manual.split(
                 'Reasons of repairs:')[1], re.M))

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What the namespaces of the node say: who is not bound, who lost its side.
+
+A container that nobody binds has no record, and so no part in what is
+compared with the ledger. It is found by its macvlan on a NIC of the node.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import ipaddress
+from typing import Collection, Iterator, Optional
+
+from kuryr_break0 import config
+from kuryr_break0 import exceptions
+from kuryr_break0 import kernel
+from kuryr_break0.ledger import Ledger
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import IPNetwork
+from kuryr_break0.model import Record
+from kuryr_break0 import podside
+from kuryr_break0.policy import Policy
+from kuryr_break0.snapshot import Snapshot
+
+
+class Reason(enum.Enum):
+    """Why an address is not bound. The values are labels of a metric."""
+
+    MODE = 'mode'
+    OTHER_PARENT = 'other_parent'
+    NOT_ALLOWED = 'not_allowed'
+    DUPLICATE = 'duplicate'
+    REFUSED = 'refused'
+    NOT_DISCOVERED = 'not_discovered'
+    TENTATIVE = 'tentative'
+    NO_ADDRESS = 'no_address'
+    #: The agent will, or the log says why it could not.
+    PENDING = 'pending'
+
+
+#: What usually passes in a moment.
+PASSING = (Reason.NOT_DISCOVERED, Reason.TENTATIVE, Reason.NO_ADDRESS,
+           Reason.PENDING)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unserved:
+    """An address that is not bound, or an interface without one."""
+
+    macvlan: kernel.Macvlan
+    address: Optional[IPAddress]
+    reason: Reason
+    text: str
+
+    def __str__(self) -> str:
+        return '%s, on %s in %s, is not bound: %s' % (
+            self.address or 'an interface', self.macvlan.link.name,
+            self.macvlan.netns, self.text)
+
+
+def of_interface(options: config.Options, macvlan: kernel.Macvlan
+                 ) -> Optional[tuple[Reason, str]]:
+    """Return why no address of an interface may be bound; None if it may."""
+    if macvlan.link.mode != 'bridge':
+        return Reason.MODE, ('its macvlan is in %s mode, in which it reaches '
+                             'no other one' % macvlan.link.mode)
+    for name, wanted in (
+            ('parent', (options.parent,) if options.parent else ()),
+            ('discover_parents', options.discover_parents)):
+        if wanted and macvlan.parent not in wanted:
+            missing = [each for each in wanted if not kernel.exists(each)]
+            return Reason.OTHER_PARENT, (
+                'it is on %s, but [break0] %s is %s%s' % (
+                    macvlan.parent, name, ','.join(wanted),
+                    ', and there is no interface %s' % missing[0]
+                    if missing else ''))
+    return None
+
+
+def unserved(seen: Snapshot, ledger: Ledger) -> list[Unserved]:
+    """Look into all namespaces of the node, some 0.2 ms each.
+
+    A namespace that cannot be entered is left out, as one that just ends.
+
+    :raises SystemRefused: if this process cannot see all
+    """
+    options = seen.options
+    judge = _Judge(seen, ledger)
+    found: list[Unserved] = []
+    for place in kernel.find(options.netns_dirs, options.proc_dirs,
+                             kernel.mounted()):
+        try:
+            macvlans = kernel.macvlans_in(place.path, place.namespace)
+        except (exceptions.NetnsUnusable, exceptions.KernelRefused):
+            continue
+        for macvlan in macvlans:
+            found += judge.judge(macvlan)
+    return found
+
+
+def pod_sides(seen: Snapshot) -> tuple[dict[IPAddress, str],
+                                       dict[IPAddress, str]]:
+    """Compare what bound containers know of the node with what they need.
+
+    :returns: what a sync would change there, and what cannot be examined
+    """
+    wrong: dict[IPAddress, str] = {}
+    unknown: dict[IPAddress, str] = {}
+    for records in seen.interfaces():
+        parent = seen.parents.get(records[0].parent)
+        if parent is None or parent.node is None:
+            continue  # all of it is a problem already
+        addresses = [record.address for record in records]
+        if records[0].netns is None:
+            unknown.update(dict.fromkeys(
+                addresses, 'its namespace is not recorded'))
+            continue
+        try:
+            if podside.repair(records, parent.node, seen.options, True):
+                wrong.update(dict.fromkeys(
+                    addresses, 'its container lacks what it needs to reach '
+                    'the node: kuryr-break0 sync'))
+        except exceptions.Break0Error as err:
+            unknown.update(dict.fromkeys(addresses, str(err)))
+    return wrong, unknown
+
+
+def network_of(address: IPAddress) -> IPNetwork:
+    """Return the network of an address, as far as the node knows."""
+    with kernel.Netlink() as netlink:
+        # There is no route through break0, so this is that of the parent.
+        route = netlink.lookup(address)
+    length = route.dst_len if route is not None and route.dst else 0
+    if not 0 < length < address.max_prefixlen:
+        length = 24 if address.version == 4 else 64
+    return ipaddress.ip_network((address, length), strict=False)
+
+
+class _Judge:
+    """Compares interfaces with the ledger."""
+
+    def __init__(self, seen: Snapshot, ledger: Ledger) -> None:
+        self._seen = seen
+        self._options = seen.options
+        self._policy = Policy(seen.options)
+        self._is_attended = ledger.heartbeat.age() is not None
+        self._next_hops_seen = ledger.next_hops_seen()
+
+    def judge(self, macvlan: kernel.Macvlan) -> Iterator[Unserved]:
+        of_all = of_interface(self._options, macvlan)
+        for address in macvlan.addresses:
+            claims = [*self._seen.contents.claims.get(address, ())]
+            if not any(_is_of(claim, macvlan) for claim in claims) and (
+                    address not in self._seen.contents.unreadable):
+                yield Unserved(macvlan, address, *(
+                    of_all or self._of_address(macvlan, address, claims)))
+        if not macvlan.addresses and not any(
+                _is_of(claim, macvlan) for claims
+                in self._seen.contents.claims.values() for claim in claims):
+            yield Unserved(macvlan, None, *(of_all or (
+                Reason.NO_ADDRESS, 'it has no address yet')))
+
+    def _of_address(self, macvlan: kernel.Macvlan, address: IPAddress,
+                    claims: Collection[Record]) -> tuple[Reason, str]:
+        reason = self._policy.not_allowed(address)
+        if reason is not None:
+            return Reason.NOT_ALLOWED, 'it is ' + reason
+        if address in macvlan.duplicates:
+            return Reason.DUPLICATE, ('another host has it, as duplicate '
+                                      'address detection has found')
+        if address in macvlan.unproven:
+            return Reason.TENTATIVE, ('duplicate address detection has not '
+                                      'ended yet')
+        reason = self._policy.against(
+            address, True, self._seen.own, self._seen.routes,
+            self._next_hops_seen)
+        if reason is not None:
+            return Reason.REFUSED, 'it is ' + reason
+        living = [claim for claim in claims
+                  if claim not in self._seen.gone]
+        if living:
+            return Reason.REFUSED, 'it belongs to %s' % living[0].owner
+        if not self._options.discover:
+            return Reason.NOT_DISCOVERED, ('nobody has bound it, and [break0] '
+                                           'discover is false')
+        if not self._is_attended:
+            return Reason.NOT_DISCOVERED, 'no agent is running'
+        return Reason.PENDING, ('the agent has not bound it yet; if that '
+                                'stays so, its log says why')
+
+
+def _is_of(claim: Record, macvlan: kernel.Macvlan) -> bool:
+    if claim.namespace is None:
+        return claim.mac in (None, macvlan.link.mac)
+    return claim.namespace.is_same(macvlan.namespace)

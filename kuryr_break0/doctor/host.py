@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What advice depends on: the configuration in use, and who starts what."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+
+from oslo_config import cfg
+
+from kuryr_break0.doctor.findings import Finding
+from kuryr_break0.doctor.findings import RESTART
+from kuryr_break0.doctor import installation
+
+_AGENT = 'kuryr-break0-agent'
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """A host, for which advice is written.
+
+    :ivar file: the configuration file in use, or the one to make
+    """
+
+    file: str
+    has_kuryr: bool
+    has_systemd: bool
+
+    @classmethod
+    def of(cls, conf: cfg.ConfigOpts) -> Host:
+        has_kuryr = installation.is_for_kuryr()
+        files = getattr(conf, 'config_file', None) or [
+            '/etc/kuryr/kuryr.conf' if has_kuryr
+            else '/etc/kuryr-break0/kuryr-break0.conf']
+        return cls(files[-1], has_kuryr, os.path.isdir('/run/systemd/system'))
+
+    @property
+    def is_of_units(self) -> bool:
+        """Return whether the agent is a service of systemd here."""
+        return self.has_systemd and not self.has_kuryr
+
+    @property
+    def start(self) -> str:
+        return ('systemctl enable --now ' + _AGENT if self.is_of_units
+                else 'kuryr-break0 --config-file %s agent' % self.file)
+
+    def set(self, **values: str) -> list[str]:
+        """Return commands that set options of [break0], and apply them."""
+        try:
+            with open(self.file) as file:
+                text = file.read()
+        except OSError:
+            text = ''
+        path, commands = shlex.quote(self.file), []
+        for name, value in values.items():
+            line = '%s = %s' % (name, value)
+            if re.search(r'(?m)^\s*%s\s*=' % name, text):
+                commands.append("sed -i 's|^ *%s *=.*|%s|' %s" % (
+                    name, line, path))
+            elif re.search(r'(?m)^\[break0\]', text):
+                commands.append("sed -i '/^\\[break0\\]/a %s' %s" % (
+                    line, path))
+            else:
+                commands.append("printf '\\n[break0]\\n%s\\n' >> %s" % (
+                    line, path))
+                text += '\n[break0]\n'
+        if self.is_of_units:
+            commands.append('systemctl restart ' + _AGENT)
+        return commands
+
+    def advised(self, finding: Finding) -> Finding:
+        """Return a finding in the words of this host."""
+        remedy = finding.remedy
+        if not self.has_kuryr:
+            remedy = remedy.replace(RESTART, 'Restart the agent afterwards.')
+        return dataclasses.replace(
+            finding, remedy=remedy.replace('kuryr.conf', self.file))

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Reports containers that are not bound, with what makes them so."""
+
+from __future__ import annotations
+
+from typing import Iterator, Sequence
+
+from kuryr_break0 import config
+from kuryr_break0 import containers
+from kuryr_break0.containers import Reason
+from kuryr_break0.containers import Unserved
+from kuryr_break0.doctor import findings
+from kuryr_break0.doctor.findings import Finding
+from kuryr_break0.doctor.host import Host
+from kuryr_break0 import kernel
+from kuryr_break0.model import address_order
+
+_KINDS = {
+    Reason.MODE: findings.CONTAINER_MODE,
+    Reason.OTHER_PARENT: findings.CONTAINER_OTHER_PARENT,
+    Reason.NOT_ALLOWED: findings.CONTAINER_NOT_ALLOWED,
+    Reason.DUPLICATE: findings.CONTAINER_REFUSED,
+    Reason.REFUSED: findings.CONTAINER_REFUSED,
+    Reason.NOT_DISCOVERED: findings.CONTAINER_NOT_DISCOVERED,
+    Reason.TENTATIVE: findings.CONTAINER_PENDING,
+    Reason.NO_ADDRESS: findings.CONTAINER_PENDING,
+    Reason.PENDING: findings.CONTAINER_PENDING}
+
+
+def check(found: Sequence[Unserved], options: config.Options,
+          host: Host) -> Iterator[Finding]:
+    """Report them by what has to be done."""
+    for kind in dict.fromkeys(_KINDS.values()):
+        some = [each for each in found if _KINDS[each.reason] is kind]
+        if some:
+            yield kind.found(
+                str(some[0]),
+                [each.address or '%s in %s' % (each.macvlan.link.name,
+                                               each.macvlan.netns)
+                 for each in some],
+                commands=_commands(kind, some, options, host))
+
+
+def _commands(kind: findings.Kind, found: Sequence[Unserved],
+              options: config.Options, host: Host) -> list[str]:
+    if kind is findings.CONTAINER_MODE:
+        return list(dict.fromkeys(
+            'nsenter --net=%s ip link set %s type macvlan mode bridge' % (
+                each.macvlan.netns, each.macvlan.link.name)
+            for each in found if each.macvlan.link.mode != 'passthru'))
+    if kind is findings.CONTAINER_OTHER_PARENT:
+        return _with_parents({each.macvlan.parent for each in found},
+                             options, host)
+    if kind is findings.CONTAINER_NOT_ALLOWED:
+        return host.set(allowed_cidrs=_with_networks(found, options))
+    if kind is findings.CONTAINER_NOT_DISCOVERED:
+        if host.has_kuryr:
+            return ['kuryr-break0 adopt']
+        return [*([] if options.discover else host.set(
+            discover='true', allowed_cidrs=_with_networks(found, options))),
+            host.start]
+    return []
+
+
+def _with_networks(found: Sequence[Unserved],
+                   options: config.Options) -> str:
+    new = {containers.network_of(each.address) for each in found
+           if each.address is not None}
+    return ','.join(map(str, (
+        *options.allowed_cidrs, *sorted(
+            new - {*options.allowed_cidrs},
+            key=lambda each: address_order(each.network_address)))))
+
+
+def _with_parents(parents: set[str], options: config.Options,
+                  host: Host) -> list[str]:
+    if options.parent not in (None, *parents):
+        # It names one interface only; without it there may be several.
+        return host.set(parent=min(parents) if not kernel.exists(
+            str(options.parent)) else '')
+    return host.set(discover_parents=','.join((
+        *filter(kernel.exists, options.discover_parents),
+        *sorted(parents - {*options.discover_parents}))))

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Containers that nobody binds are shown, with the reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+from unittest import mock
+import urllib.request
+
+from oslo_config import cfg
+import psutil
+
+from kuryr_break0 import config
+from kuryr_break0 import containers
+from kuryr_break0.doctor import examination
+from kuryr_break0.doctor import host
+from tests.functional import base
+from tests.functional import test_discovery
+from tests import lab
+
+PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
+ONE, ONE6 = '100.75.30.81', 'fd00:30::81'
+#: What adopts pods, where Kuryr is; here it is as on a Docker host.
+NO_KURYR = mock.patch.object(host.installation, 'is_for_kuryr',
+                             lambda: False)
+
+
+class UnservedTestCase(test_discovery.DiscoveryTestCase):
+
+    def configure(self, *lines: str) -> None:
+        with open(test_discovery.CONF, 'w') as file:
+            file.write('[break0]\n' + '\n'.join((*lines, '')))
+
+    def call(self, verb: str, *args: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [PROGRAM, '--config-file', test_discovery.CONF, verb, *args],
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.assertNotIn('Traceback', done.stderr)
+        return done
+
+    def status(self) -> list[tuple[Any, str]]:
+        """The addresses that status shows as not bound, and why."""
+        done = self.call('status', '--json')
+        found = json.loads(done.stdout)
+        self.assertEqual(int(not found['in_sync']), done.returncode)
+        if found['unserved']:
+            self.assertEqual(1, done.returncode)
+            text = self.call('status').stdout
+            for each in found['unserved']:
+                self.assertIn(each['problem'], text)
+        return [(each['address'], each['reason'])
+                for each in found['unserved']]
+
+    def finding(self, expected: str) -> dict[str, Any]:
+        done = json.loads(self.call('doctor', '--json').stdout)
+        found: dict[str, Any] = {each['id']: each
+                                 for each in done['findings']}
+        self.assertIn(expected, found)
+        finding: dict[str, Any] = found[expected]
+        return finding
+
+    def follow(self, expected: str) -> None:
+        """Do what the doctor says."""
+        commands = [each for each in self.finding(expected)['commands']
+                    if not each.startswith(('systemctl', 'kuryr-break0'))]
+        self.assertTrue(commands)
+        for command in commands:
+            self.lab.run('sh', '-c', command)
+
+
+class TestReasons(UnservedTestCase):
+
+    def test_nobody_discovers(self) -> None:
+        self.configure('enabled = true')
+        self.assertEqual([], self.status())
+        self.lab.add_pod('one', ONE)
+        self.assertEqual([(ONE, 'not_discovered')], self.status())
+        self.assertEqual(['kuryr-break0 adopt'],
+                         self.finding('container-not-discovered')['commands'])
+
+    def test_its_advice_without_kuryr(self) -> None:
+        self.configure('enabled = true')
+        self.lab.add_pod('one', ONE)
+        self.lab.run('ip', 'address', 'add', '100.99.0.9/16', 'dev',
+                     lab.PARENT)
+        self.lab.add_pod('two', '100.99.7.2')
+        os.makedirs('/run/systemd/system')
+        with NO_KURYR:
+            found = self.examined()
+        finding = found['container-not-discovered']
+        self.assertEqual('systemctl enable --now kuryr-break0-agent',
+                         finding.commands[-1])
+        for command in finding.commands:
+            if not command.startswith('systemctl'):
+                self.lab.run('sh', '-c', command)
+        options = config.load(self.conf())
+        self.assertTrue(options.discover)
+        self.assertEqual(['100.75.30.0/24', '100.99.0.0/16'],
+                         list(map(str, options.allowed_cidrs)))
+
+    @staticmethod
+    def conf() -> Any:
+        conf = cfg.ConfigOpts()
+        conf([], default_config_files=[test_discovery.CONF])
+        return conf
+
+    def examined(self) -> dict[str, Any]:
+        return {each.id: each for each in examination.examine(
+            self.conf(), False).findings}
+
+    def test_no_agent(self) -> None:
+        self.configure('discover = true', 'allowed_cidrs = 100.75.0.0/16')
+        self.lab.add_pod('one', ONE)
+        self.assertEqual([(ONE, 'not_discovered')], self.status())
+        os.makedirs('/run/systemd/system')
+        with NO_KURYR:
+            self.assertEqual(
+                ('systemctl enable --now kuryr-break0-agent',),
+                self.examined()['container-not-discovered'].commands)
+
+    def test_outside_of_allowed_cidrs(self) -> None:
+        self.lab.add_pod('one', ONE, ONE6)
+        self.start('discover = true\nallowed_cidrs = 100.76.0.0/16,'
+                   'fd00:30::/64\n')
+        self.until_bound(ONE6)
+        self.assertEqual([(ONE, 'not_allowed')], self.status())
+        self.until(lambda: 'The container address %s, on eth0 in '
+                   '/run/netns/one, is not bound: it is outside' % ONE
+                   in self.log())
+        self.follow('container-not-allowed')
+        self.restart()
+        self.until_bound(ONE, ONE6)
+        self.assertEqual([], self.status())
+
+    def restart(self) -> None:
+        with open(test_discovery.CONF) as file:
+            text = file.read().replace('[break0]\n', '')
+        for agent in self.agents():
+            agent.kill()
+            agent.wait()
+        self.start(text)
+
+    def agents(self) -> list[Any]:
+        return [each for each in psutil.Process().children()
+                if 'agent' in each.cmdline()]
+
+    def test_another_parent(self) -> None:
+        self.lab.add_pod('one', ONE)
+        self.start(test_discovery.OPTIONS + 'discover_parents = eth7\n')
+        self.until(lambda: self.status() == [(ONE, 'other_parent')])
+        finding = self.finding('container-other-parent')
+        self.assertIn('there is no interface eth7', finding['seen'])
+        self.follow('container-other-parent')
+        self.restart()
+        self.until_bound(ONE)
+        self.assertEqual([], self.status())
+
+    def test_modes(self) -> None:
+        path = self.lab.add_pod('one', ONE)
+        self.start()
+        self.until_bound(ONE)
+        for mode in ('private', 'vepa'):
+            self.lab.run('ip', 'link', 'set', lab.PARENT, 'type', 'macvlan',
+                         'mode', mode, netns='one')
+            self.until(lambda: self.bound() == set())
+            self.assertEqual([(ONE, 'mode')], self.status())
+            finding = self.finding('container-mode')
+            self.assertIn(path, finding['seen'])
+            self.assertIn('lxc.net.0.macvlan.mode = bridge',
+                          finding['remedy'])
+            self.follow('container-mode')
+            self.until_bound(ONE)
+            self.assertEqual([], self.status())
+
+    def test_refused(self) -> None:
+        """The address of another container, of the node, of a next hop."""
+        self.bind(ONE, mac_of_pod='02:00:00:00:00:01')
+        self.lab.add_pod('one', ONE, lab.NODE)
+        self.lab.add_pod('two', lab.LAN)
+        self.start()
+        self.until(lambda: 'another' in self.log()
+                   or 'belongs to' in self.log())
+        self.assertEqual(
+            {(ONE, 'refused'), (lab.NODE, 'refused'), (lab.LAN, 'refused')},
+            set(self.status()))
+        self.assertIn('container-refused', str(self.finding(
+            'container-refused')))
+
+    def test_addresses_that_are_not_ready(self) -> None:
+        self.lab.add_pod('one')
+        self.configure('discover = true', 'allowed_cidrs = fd00:30::/64')
+        self.assertEqual([(None, 'no_address')], self.status())
+        self.lab.run('sysctl', '-w', 'net.ipv6.conf.eth0.dad_transmits=200',
+                     netns='one')
+        self.lab.run('ip', 'address', 'add', ONE6 + '/64', 'dev', 'eth0',
+                     netns='one')
+        self.assertEqual([(ONE6, 'tentative')], self.status())
+        self.assertIn('duplicate address detection',
+                      self.finding('container-pending')['seen'])
+
+    def test_a_duplicate(self) -> None:
+        self.lab.run('ip', 'address', 'add', ONE6 + '/64', 'dev', 'nic',
+                     'nodad', netns='lan')
+        self.configure('discover = true', 'allowed_cidrs = fd00:30::/64')
+        self.lab.add_pod('one')
+        self.lab.run('ip', 'address', 'add', ONE6 + '/64', 'dev', 'eth0',
+                     netns='one')
+        self.until_reason((ONE6, 'duplicate'))
+
+    def until_reason(self, expected: tuple[str, str]) -> None:
+        lab.until(lambda: self.status() == [expected])
+
+
+class TestBound(UnservedTestCase):
+
+    def test_who_is_bound_is_not_listed(self) -> None:
+        """By any way: with its namespace, or its MAC address alone."""
+        self.configure('enabled = true')
+        self.bind(ONE, netns=self.lab.add_pod('one', ONE))
+        mac = '02:00:00:00:00:82'
+        self.lab.add_pod('two', '100.75.30.82', mac=mac)
+        self.bind('100.75.30.82', mac_of_pod=mac, owner=base.OTHER_OWNER)
+        self.assertEqual([], self.status())
+        # Of one whose way is bound, another address.
+        self.lab.run('ip', 'address', 'add', '100.75.30.83/24', 'dev',
+                     'eth0', netns='one')
+        self.assertEqual([('100.75.30.83', 'not_discovered')], self.status())
+
+    def test_metrics_and_log(self) -> None:
+        self.lab.add_pod('one', ONE)
+        self.start('metrics_bind = 127.0.0.1:9817\nresync_interval = 1\n')
+
+        def metrics() -> str:
+            with urllib.request.urlopen('http://127.0.0.1:9817/metrics',
+                                        timeout=lab.PATIENCE) as answer:
+                return str(answer.read().decode())
+
+        def count() -> bool:
+            return ('kuryr_break0_containers_unserved{'
+                    'reason="not_discovered"} 1.0' in metrics())
+
+        self.until(count)
+        time.sleep(3)  # several looks
+        self.assertEqual(1, self.log().count('%s, on eth0 in /run/netns/one, '
+                                             'is not bound' % ONE))
+        self.bind(ONE, netns='/run/netns/one')
+        self.until(lambda: not count())
+
+
+class TestPodSide(UnservedTestCase):
+
+    def test_entries_flushed(self) -> None:
+        self.configure('enabled = true')
+        self.bind(ONE, netns=self.lab.add_pod('one', ONE))
+        self.assertEqual(0, self.call('status').returncode)
+        self.lab.run('ip', 'neigh', 'flush', 'dev', 'eth0', 'nud',
+                     'permanent', netns='one')
+        done = self.call('status')
+        self.assertEqual(1, done.returncode)
+        self.assertIn('its container lacks what it needs',
+                      ' '.join(done.stdout.split()))
+        self.call('sync')
+        self.assertEqual(0, self.call('status').returncode)
+
+    def test_what_is_not_examined(self) -> None:
+        self.configure('enabled = true')
+        self.bind(ONE)
+        done = self.call('status')
+        self.assertEqual(0, done.returncode, done.stdout)
+        self.assertIn('Not examined from inside: 1 addresses, as %s: '
+                      'its namespace is not recorded' % ONE,
+                      done.stdout)
+
+    def test_ipv6_disabled(self) -> None:
+        self.configure('enabled = true')
+        self.bind(ONE6, netns=self.lab.add_pod('one', ONE6))
+        self.lab.run('sysctl', '-w', 'net.ipv6.conf.break0.disable_ipv6=1')
+        done = self.call('status')
+        self.assertEqual(1, done.returncode)
+        command = done.stdout.partition('Enable it: ')[2].splitlines()[0]
+        self.lab.run('sh', '-c', 'PATH=%s:$PATH; %s' % (
+            os.path.dirname(PROGRAM), command))
+        self.assertEqual(0, self.call('status').returncode)
+
+
+class TestCost(base.LabTestCase):
+
+    def test_a_sync_costs_nothing_more(self) -> None:
+        """The agent looks for them by itself."""
+        self.bind(ONE)
+        with mock.patch.object(containers, 'unserved') as look:
+            self.manager().sync()
+        look.assert_not_called()
