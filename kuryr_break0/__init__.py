@@ -14,7 +14,7 @@ The kernel
 - It uses inode numbers of namespaces again, in about half of all cases, and a
   path can be a placeholder or another namespace's. It calls a namespace that
   a process may not see gone, as in a container: ``kernel.existence``.
-- It interrupts dumps while a table changes: ``kernel.rtnetlink``.
+- It interrupts dumps while a table changes: ``kernel.netlink``.
 - It ignores an alias at creation; a macvlan without an address answers the
   LAN for the node's addresses, joins groups, asks for routers: ``device``.
 - A namespace outlives its interface, and the next one there has another MAC

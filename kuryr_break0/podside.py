@@ -196,7 +196,7 @@ def configure(records: Collection[Record], node: NodeAddresses,
     """
     record = next(iter(records))
     with kernel.entered(str(record.netns), record.namespace), \
-            kernel.Netlink(MOST) as netlink:
+            kernel.Netlink(most=MOST) as netlink:
         side = PodSide(netlink, records, options)
         side.configure(node)
         return side.others()
@@ -213,7 +213,7 @@ def repair(records: Collection[Record], node: NodeAddresses,
     """
     record = next(iter(records))
     with kernel.entered(str(record.netns), record.namespace), \
-            kernel.Netlink(MOST) as netlink:
+            kernel.Netlink(most=MOST) as netlink:
         return PodSide(netlink, records, options).repair(node, dry_run)
 
 
@@ -224,7 +224,7 @@ def has_address(record: Record, options: config.Options) -> bool:
     :raises KernelRefused: if its kernel cannot be asked
     """
     with kernel.entered(str(record.netns), record.namespace), \
-            kernel.Netlink(MOST) as netlink:
+            kernel.Netlink(most=MOST) as netlink:
         return record.address in PodSide(netlink, [record],
                                          options).addresses()
 
@@ -240,7 +240,7 @@ def withdraw(record: Record, options: config.Options,
     :raises KernelRefused: the first error of its kernel
     """
     with kernel.entered(str(record.netns), record.namespace), \
-            kernel.Netlink(MOST) as netlink:
+            kernel.Netlink(most=MOST) as netlink:
         if kernel.index_of(record.owner.ifname) is None:
             _release(record)
             return
@@ -261,7 +261,7 @@ def take_back(record: Record, options: config.Options,
     :raises KernelRefused: the first error of its kernel
     """
     with kernel.entered(str(record.netns), record.namespace), \
-            kernel.Netlink(MOST) as netlink:
+            kernel.Netlink(most=MOST) as netlink:
         if not dry_run:
             _release(record)
         if kernel.index_of(record.owner.ifname) is None:

@@ -14,8 +14,13 @@ from kuryr_break0.kernel.conflict import claimants
 from kuryr_break0.kernel.conntrack import forget_connections
 from kuryr_break0.kernel.errors import IPDB_DISTURBED
 from kuryr_break0.kernel.errors import undisturbed
+from kuryr_break0.kernel.events import Changes
 from kuryr_break0.kernel.events import Event
 from kuryr_break0.kernel.events import Events
+from kuryr_break0.kernel.events import mounted
+from kuryr_break0.kernel.events import Mounts
+from kuryr_break0.kernel.events import NamespaceEvents
+from kuryr_break0.kernel.events import number
 from kuryr_break0.kernel.existence import find_taps
 from kuryr_break0.kernel.existence import Judge
 from kuryr_break0.kernel.existence import State
@@ -28,11 +33,6 @@ from kuryr_break0.kernel.macvlans import Macvlan
 from kuryr_break0.kernel.macvlans import macvlan_of
 from kuryr_break0.kernel.macvlans import macvlans
 from kuryr_break0.kernel.macvlans import macvlans_in
-from kuryr_break0.kernel.namespace_events import Changes
-from kuryr_break0.kernel.namespace_events import mounted
-from kuryr_break0.kernel.namespace_events import Mounts
-from kuryr_break0.kernel.namespace_events import NamespaceEvents
-from kuryr_break0.kernel.namespace_events import number
 from kuryr_break0.kernel.namespaces import container_of
 from kuryr_break0.kernel.namespaces import entered
 from kuryr_break0.kernel.namespaces import find
@@ -59,25 +59,25 @@ from kuryr_break0.kernel.rtnetlink import GatewayRoute
 from kuryr_break0.kernel.rtnetlink import Netlink
 from kuryr_break0.kernel.rtnetlink import Path
 from kuryr_break0.kernel.rtnetlink import Routes
-from kuryr_break0.kernel.wire import Change
-from kuryr_break0.kernel.wire import Link
-from kuryr_break0.kernel.wire import Route
-from kuryr_break0.kernel.wire import RT_SCOPE_LINK
+from kuryr_break0.kernel.values import Change
+from kuryr_break0.kernel.values import Link
+from kuryr_break0.kernel.values import Route
+from kuryr_break0.kernel.values import RT_SCOPE_LINK
+from kuryr_break0.kernel.values import RTN_UNICAST
+from kuryr_break0.kernel.values import Verb
 from kuryr_break0.kernel.wire import RT_SCOPE_NOWHERE
 from kuryr_break0.kernel.wire import RT_TABLE_MAIN
-from kuryr_break0.kernel.wire import RTN_UNICAST
-from kuryr_break0.kernel.wire import Verb
 
 __all__ = (
     'Change', 'Changes', 'Event', 'Events', 'Found', 'GatewayRoute',
-    'IPDB_DISTURBED', 'Judge', 'Link', 'Macvlan', 'Mounts', 'NamespaceEvents',
-    'Netlink', 'Nft', 'NftEvents', 'Pair', 'Path', 'RTN_UNICAST',
-    'RT_SCOPE_LINK', 'RT_SCOPE_NOWHERE', 'RT_TABLE_MAIN', 'Route', 'Routes',
-    'State', 'Verb', 'Verdict', 'claimants', 'container_of',
-    'count_host_routes',
-    'create_macvlan', 'current_name', 'entered', 'exists', 'find',
-    'find_program', 'find_taps', 'forget_connections', 'identify',
-    'identify_or_fail', 'index_of', 'ipdb_of_interfaces', 'macvlan_of',
-    'macvlans', 'macvlans_in', 'mounted', 'name_of', 'node_nft', 'number',
-    'prepare', 'read_sysctl', 'release', 'share_nft', 'source_for', 'state',
-    'undisturbed', 'unshare', 'write_sysctl')
+    'IPDB_DISTURBED', 'Judge', 'Link', 'Macvlan',
+    'Mounts', 'NamespaceEvents', 'Netlink', 'Nft', 'NftEvents', 'Pair',
+    'Path', 'RTN_UNICAST', 'RT_SCOPE_LINK', 'RT_SCOPE_NOWHERE',
+    'RT_TABLE_MAIN', 'Route', 'Routes', 'State', 'Verb', 'Verdict',
+    'claimants', 'container_of', 'count_host_routes', 'create_macvlan',
+    'current_name', 'entered', 'exists', 'find', 'find_program', 'find_taps',
+    'forget_connections', 'identify', 'identify_or_fail', 'index_of',
+    'ipdb_of_interfaces', 'macvlan_of', 'macvlans', 'macvlans_in',
+    'mounted', 'name_of', 'node_nft', 'number', 'prepare', 'read_sysctl',
+    'release', 'share_nft', 'source_for', 'state', 'undisturbed',
+    'unshare', 'write_sysctl')

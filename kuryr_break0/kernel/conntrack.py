@@ -10,6 +10,10 @@ from __future__ import annotations
 import struct
 from typing import Iterator
 
+from kuryr_break0.kernel.netlink import attribute
+from kuryr_break0.kernel.netlink import Message
+from kuryr_break0.kernel.netlink import NESTED
+from kuryr_break0.kernel.netlink import number
 from kuryr_break0.kernel import nft
 from kuryr_break0.kernel.node import read_sysctl
 from kuryr_break0.kernel import wire
@@ -19,7 +23,6 @@ _DELETE = 1 << 8 | 2  # NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_DELETE
 _ORIGINAL, _REPLY = 1, 2  # CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, and their flags
 _TUPLE_IP, _FILTER = 1, 25
 _SOURCE, _DESTINATION = 1, 2  # CTA_FILTER_F_CTA_IP_SRC, _DST; CTA_IP_V4_*
-_NESTED = 0x8000
 
 
 def forget_connections(address: IPAddress) -> None:
@@ -34,7 +37,7 @@ def forget_connections(address: IPAddress) -> None:
         nft.post(list(deletions(address)))
 
 
-def deletions(address: IPAddress) -> Iterator[wire.Message]:
+def deletions(address: IPAddress) -> Iterator[Message]:
     """Return a request for each way in which an address takes part.
 
     It began a connection, was spoken to, or answers for the address of a
@@ -44,8 +47,8 @@ def deletions(address: IPAddress) -> Iterator[wire.Message]:
                        (_REPLY, _SOURCE)):
         # CTA_IP_V6_SRC and CTA_IP_V6_DST are two more.
         kind = end if address.version == 4 else end + 2
-        yield wire.Message(_DELETE, 0, b''.join((
+        yield Message(_DELETE, 0, b''.join((
             struct.pack('!BBH', wire.family_of(address), 0, 0),
-            wire.attribute(which, wire.attribute(
-                _TUPLE_IP, wire.attribute(kind, address.packed))),
-            wire.attribute(_NESTED | _FILTER, wire.number(which, end)))))
+            attribute(which, attribute(
+                _TUPLE_IP, attribute(kind, address.packed))),
+            attribute(NESTED | _FILTER, number(which, end)))))

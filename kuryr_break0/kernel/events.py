@@ -1,19 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Netlink events of the namespace of this thread."""
+"""Events of the namespace of this thread, and of the others of the node.
+
+The kernel gives the events of all namespaces that this one has a number for
+to one socket (NETLINK_LISTEN_ALL_NSID), and says when a number begins and
+ends. A namespace gets one when an interface moves into it, or by
+:func:`number`. That it has got a name is seen as a change of the mounts.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import socket
-from typing import Optional
+import os
+import re
+from typing import Iterable, NamedTuple, Optional
 
+from kuryr_break0.kernel import namespaces
+from kuryr_break0.kernel import netlink
+from kuryr_break0.kernel.rtnetlink import Netlink
+from kuryr_break0.kernel import values
 from kuryr_break0.kernel import wire
 from kuryr_break0.model import IPAddress
 
+_LISTEN_ALL_NSID = 8
 # linux/rtnetlink.h: RTMGRP_LINK, _NEIGH, _IPV4_IFADDR, _IPV4_ROUTE,
 # _IPV6_IFADDR, _IPV6_ROUTE, and RTNLGRP_NEXTHOP as a bit
 _GROUPS = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400 | 1 << 31
+# RTMGRP_LINK, _IPV4_IFADDR, _IPV6_IFADDR, and RTNLGRP_NSID as a bit
+_GROUPS_OF_ALL = 0x1 | 0x10 | 0x100 | 1 << 27
 _KINDS = {wire.RTM_NEWLINK: ('link', False), wire.RTM_DELLINK: ('link', True),
           wire.RTM_NEWADDR: ('address', False),
           wire.RTM_DELADDR: ('address', True),
@@ -23,8 +37,7 @@ _KINDS = {wire.RTM_NEWLINK: ('link', False), wire.RTM_DELLINK: ('link', True),
           wire.RTM_DELNEXTHOP: ('nexthop', True),
           wire.RTM_NEWNEIGH: ('neighbour', False),
           wire.RTM_DELNEIGH: ('neighbour', True)}
-#: Datagrams that are read at once. Each has one message.
-_AT_ONCE = 256
+_MOUNTS = '/proc/self/mountinfo'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,59 +58,145 @@ class Event:
     what: str
     gone: bool = False
     ifindex: Optional[int] = None
-    link: Optional[wire.Link] = None
+    link: Optional[values.Link] = None
     dst: Optional[IPAddress] = None
     protocol: Optional[int] = None
-    next_hops: tuple[wire.NextHop, ...] = ()
+    next_hops: tuple[values.NextHop, ...] = ()
 
 
-class Events:
+class Events(netlink.EventSocket):
     """Receives changes in the namespace of the calling thread."""
 
     def __init__(self) -> None:
-        self._socket = socket.socket(
-            socket.AF_NETLINK,
-            socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)  # NETLINK_ROUTE
-        self._socket.bind((0, _GROUPS))
-
-    def __enter__(self) -> Events:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._socket.close()
-
-    def fileno(self) -> int:
-        """For select(2): readable when there is something to :meth:`get`."""
-        return self._socket.fileno()
+        super().__init__(netlink.NETLINK_ROUTE, _GROUPS)
 
     def get(self) -> list[Event]:
         """Return what has come; nothing if nothing has."""
         events: list[Event] = []
-        for _ in range(_AT_ONCE):
+        for data, _ in self._received():
             try:
-                data = self._socket.recv(2 ** 16)
                 events += [_event(data, header)
-                           for header in wire.headers(data)
+                           for header in netlink.headers(data)
                            if header.kind in _KINDS]
-            except BlockingIOError:
-                break
-            except OSError:  # ENOBUFS, EBADMSG
+            except OSError:  # EBADMSG
+                data = b''
+            if not data:
                 events.append(Event('lost'))
         return events
 
 
-def _event(data: bytes, header: wire.Header) -> Event:
+def _event(data: bytes, header: netlink.Header) -> Event:
     what, gone = _KINDS[header.kind]
     found = wire.parse(data, header)
-    if isinstance(found, wire.Link):
+    if isinstance(found, values.Link):
         return Event(what, gone, found.index, found)
-    if isinstance(found, wire.Route):
+    if isinstance(found, values.Route):
         host = found.host_route
         return Event(what, gone, found.oif, dst=host.dst if host else None,
                      protocol=found.protocol, next_hops=found.next_hops)
-    if isinstance(found, wire.NeighbourState):
+    if isinstance(found, values.NeighbourState):
         return Event(what, gone, found.ifindex, dst=found.dst,
                      protocol=found.protocol)
-    if isinstance(found, wire.InterfaceAddress):
+    if isinstance(found, values.InterfaceAddress):
         return Event(what, gone, found.ifindex, dst=found.address)
     return Event(what, gone, next_hops=found)
+
+
+class Changes(NamedTuple):
+    """What has happened since it was asked for last.
+
+    :ivar changed: numbers of namespaces in which something changed
+    :ivar ended: numbers of namespaces that are no more
+    :ivar is_new: whether there may be namespaces that are not known
+    :ivar lost: whether there was more than the socket could hold
+    :ivar messages: how many were read
+    """
+
+    changed: set[int]
+    ended: set[int]
+    is_new: bool
+    lost: bool
+    messages: int
+
+
+class NamespaceEvents(netlink.EventSocket):
+    """Receives changes of all numbered namespaces."""
+
+    def __init__(self) -> None:
+        super().__init__(netlink.NETLINK_ROUTE, _GROUPS_OF_ALL,
+                         _LISTEN_ALL_NSID)
+
+    def get(self) -> Changes:
+        """Return what has come; nothing if nothing has."""
+        changed: set[int] = set()
+        ended: set[int] = set()
+        is_new = lost = False
+        messages = 0
+        for messages, (data, extra) in enumerate(self._received(), 1):
+            lost |= not data
+            number = _number_of(extra)
+            if number is not None:
+                changed.add(number)
+                continue
+            for header in netlink.headers(data):
+                is_new |= header.kind == wire.RTM_NEWNSID
+                if header.kind == wire.RTM_DELNSID:
+                    ended.add(wire.parse(data, header))
+        return Changes(changed, ended, is_new, lost, messages)
+
+
+def _number_of(extra: Iterable[tuple[int, int, bytes]]) -> Optional[int]:
+    for level, kind, data in extra:
+        if (level, kind) == (netlink.SOL_NETLINK, _LISTEN_ALL_NSID):
+            return int(netlink.S32.unpack_from(data)[0])
+    return None
+
+
+class Mounts:
+    """Notices changes of the mounts of this process's namespace.
+
+    For select(2), a change is an exceptional condition (proc(5)).
+    """
+
+    def __init__(self) -> None:
+        self._fd = os.open(_MOUNTS, os.O_RDONLY | os.O_CLOEXEC)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def mounted() -> list[str]:
+    """List the paths at which network namespaces are mounted."""
+    with open(_MOUNTS, errors='surrogateescape') as file:
+        lines = file.readlines()
+    found = []
+    for line in lines:
+        # ID parent major:minor root point options ... - type source ...
+        fields, _, rest = line.partition(' - ')
+        if rest.startswith('nsfs '):
+            root, point = fields.split()[3:5]
+            if root.startswith('net:'):
+                found.append(re.sub(
+                    r'\\([0-7]{3})', lambda code: chr(int(code[1], 8)),
+                    point))
+    return found
+
+
+def number(found: namespaces.Found) -> int:
+    """Return the number that this namespace has for another one.
+
+    It gets one if it has none, and keeps it until it ends.
+
+    :raises NetnsUnusable: if it cannot be opened
+    :raises KernelRefused: if it cannot be numbered
+    """
+    with namespaces.opened(found.path, found.namespace) as fd, \
+            Netlink() as own:
+        present = own.namespace_number(fd)
+        if present >= 0:
+            return present
+        own.number_namespace(fd)
+        return own.namespace_number(fd)

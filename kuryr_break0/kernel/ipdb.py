@@ -17,7 +17,7 @@ from pyroute2.netlink import rtnl
 from pyroute2 import netns as pyroute2_netns
 
 from kuryr_break0.kernel.errors import undisturbed
-from kuryr_break0.kernel.wire import Link
+from kuryr_break0.kernel.values import Link
 
 LOG = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from typing import Iterable, Iterator, NamedTuple, Optional
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel import namespaces
 from kuryr_break0.kernel.rtnetlink import Netlink
+from kuryr_break0.kernel.values import InterfaceAddress
+from kuryr_break0.kernel.values import Link
 from kuryr_break0.kernel.wire import IFA_F_DADFAILED
 from kuryr_break0.kernel.wire import IFA_F_TENTATIVE
-from kuryr_break0.kernel.wire import InterfaceAddress
-from kuryr_break0.kernel.wire import Link
 from kuryr_break0 import log
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import NamespaceId

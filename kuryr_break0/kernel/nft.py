@@ -17,9 +17,13 @@ import threading
 from typing import Iterable, Iterator, NamedTuple, Optional, Sequence
 
 from kuryr_break0 import exceptions
-from kuryr_break0.kernel import wire
+from kuryr_break0.kernel import netlink
+from kuryr_break0.kernel.netlink import attribute
+from kuryr_break0.kernel.netlink import attributes
+from kuryr_break0.kernel.netlink import Header
+from kuryr_break0.kernel.netlink import Message
+from kuryr_break0.kernel.netlink import text
 
-_NETLINK_NETFILTER = 12
 _SUBSYSTEM = 10  # NFNL_SUBSYS_NFTABLES
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
 _NETDEV = 5  # NFPROTO_NETDEV
@@ -27,11 +31,9 @@ _NETDEV = 5  # NFPROTO_NETDEV
  _GETRULE, _DELRULE, _, _, _DELSET, _NEWSETELEM, _GETSETELEM,
  _DELSETELEM) = range(15)
 _GROUP = 7  # NFNLGRP_NFTABLES
-_APPEND = 0x800
 _NF_DROP, _NF_ACCEPT = 0, 1
 _EGRESS = 1  # NF_NETDEV_EGRESS
 _META_OIF = 5  # NFT_META_OIF
-_TIMEOUT = 10  # seconds
 #: Of a shared socket. An answer is there when send(2) returns; one that is not
 #: there was read by a process that should not have.
 _SHARED_TIMEOUT = 1
@@ -67,28 +69,14 @@ class Pair(NamedTuple):
 SETS = ('pairs4', 'pairs6', 'addresses4', 'addresses6')
 
 
-class Nft:
+class Nft(netlink.RequestSocket):
     """A netlink socket of nftables in the namespace of the calling thread.
 
     To be used as a context manager. Its methods raise KernelRefused.
     """
 
-    def __init__(self, timeout: int = _TIMEOUT) -> None:
-        try:
-            self._socket = socket.socket(
-                socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
-        except OSError as err:
-            raise _refused('open a socket of nftables', err.errno or 0
-                           ) from err
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO,
-                                struct.pack('@ll', timeout, 0))
-        self._sequence = 0
-
-    def __enter__(self) -> Nft:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._socket.close()
+    protocol = netlink.NETLINK_NETFILTER
+    advice = 'See the tables: nft list ruleset'
 
     def take_over(self) -> None:
         """Prepare a socket that another process may have used last.
@@ -108,7 +96,7 @@ class Nft:
                 if err.errno != errno.ENOBUFS:  # more than had room
                     return
 
-    def post(self, messages: Sequence[wire.Message], drain: bool) -> None:
+    def post(self, messages: Sequence[Message], drain: bool) -> None:
         """Send what nobody waits for an answer to.
 
         What is sent is done when this returns. Errors have a number that no
@@ -121,8 +109,7 @@ class Nft:
             self._socket.send(b''.join(message.packed(0)
                                        for message in messages))
         except OSError as err:
-            raise _refused('take a message for netfilter', err.errno or 0
-                           ) from err
+            raise self._failed('take a message for netfilter', err) from err
         if drain:
             self._drain()
 
@@ -131,7 +118,7 @@ class Nft:
 
         :raises KernelRefused: with ENOENT if there is no such table
         """
-        messages = [_message(_NEWSETELEM, wire.NLM_F_CREATE,
+        messages = [_message(_NEWSETELEM, netlink.NLM_F_CREATE,
                              _elements(table, pair)) for pair in pairs]
         for start in range(0, len(messages), _AT_ONCE):
             self._batch('let pods pass in the table ' + table,
@@ -158,33 +145,36 @@ class Nft:
 
         :raises KernelRefused: with ENOENT if there is no such table
         """
-        found = set()
+        found: set[Pair] = set()
         for name in SETS:
-            for body in self._dump('list a set of the table ' + table,
-                                   _GETSETELEM, wire.text(1, table)
-                                   + wire.text(2, name)):
-                for key in _keys(body):
-                    found.add(Pair(key[8:], key[:6]) if 'pairs' in name
-                              else Pair(key, None))
+            for keys in self._dump(
+                    'list a set of the table ' + table,
+                    _message(_GETSETELEM, 0, text(1, table) + text(2, name)),
+                    lambda data, header: list(_keys(
+                        data[header.start:header.end]))):
+                found.update(Pair(key[8:], key[:6]) if 'pairs' in name
+                             else Pair(key, None) for key in keys)
         return found
 
-    def rules(self, table: str) -> list[int]:
-        """List the handles of the rules of a table; none without it."""
-        handles = []
-        for body in self._dump('list the rules of the table ' + table,
-                               _GETRULE, wire.text(1, table)):
-            found = wire.attributes(body, 4, len(body))
-            if found.get(1, b'').rstrip(b'\0').decode() == table:
-                handles.append(int.from_bytes(found.get(3, b''), 'big'))
-        return handles
+    def rules(self, table: str, limit: Optional[int] = None) -> list[int]:
+        """List the handles of the rules of a table; none without it.
+
+        :param limit: of the rules, of which a pod can add any number
+        :raises KernelRefused: with E2BIG if there are more
+        """
+        return [int.from_bytes(found.get(3, b''), 'big')
+                for found in self._dump(
+                    'list the rules of the table ' + table,
+                    _message(_GETRULE, 0, text(1, table)), _attributes, limit)
+                if netlink.read_text(found.get(1)) == table]
 
     def binds_source(self, table: str, index: int, mac: bytes) -> bool:
         """Return whether :meth:`bind_source` was done for an interface.
 
         Whatever its pod has put into the table, this is one message each way.
         """
-        chain = self._get(_GETCHAIN, wire.text(1, table)
-                          + wire.text(3, _source_chain(index, mac)))
+        chain = self._get(_GETCHAIN, text(1, table)
+                          + text(3, _source_chain(index, mac)))
         return chain is not None and chain.get(6) == _U32.pack(1)  # its rules
 
     def bind_source(self, table: str, device: str, index: int,
@@ -200,10 +190,10 @@ class Nft:
         if self.binds_source(table, index, mac):
             return  # to undo a batch takes the kernel some 15 ms
         chain = _source_chain(index, mac)
-        hook = wire.attribute(_NESTED | 4, (
-            _be32(1, _EGRESS) + _be32(2, 0) + wire.text(3, device)))
-        drop = wire.attribute(_NESTED | 2, wire.attribute(
-            _NESTED | 2, _be32(1, _NF_DROP)))
+        hook = attribute(netlink.NESTED | 4, (
+            _be32(1, _EGRESS) + _be32(2, 0) + text(3, device)))
+        drop = attribute(netlink.NESTED | 2, attribute(
+            netlink.NESTED | 2, _be32(1, _NF_DROP)))
         expressions = b''.join((
             _expression('meta', _be32(1, 1) + _be32(2, _META_OIF)),
             _compared(_EQUAL, struct.pack('=I', index)),
@@ -211,14 +201,14 @@ class Nft:
             _expression('immediate', _be32(1, 0) + drop)))
         action = 'guard the interface ' + device
         creation = [
-            _message(_NEWTABLE, wire.NLM_F_CREATE | wire.NLM_F_EXCL,
-                     wire.text(1, table)),
-            _message(_NEWCHAIN, wire.NLM_F_CREATE, (
-                wire.text(1, table) + wire.text(3, chain) + hook
-                + _be32(5, _NF_ACCEPT) + wire.text(7, 'filter'))),
-            _message(_NEWRULE, wire.NLM_F_CREATE | _APPEND, (
-                wire.text(1, table) + wire.text(2, chain)
-                + wire.attribute(_NESTED | 4, expressions)))]
+            _message(_NEWTABLE, netlink.NLM_F_CREATE | netlink.NLM_F_EXCL,
+                     text(1, table)),
+            _message(_NEWCHAIN, netlink.NLM_F_CREATE, (
+                text(1, table) + text(3, chain) + hook
+                + _be32(5, _NF_ACCEPT) + text(7, 'filter'))),
+            _message(_NEWRULE, netlink.NLM_F_CREATE | netlink.NLM_F_APPEND, (
+                text(1, table) + text(2, chain)
+                + attribute(netlink.NESTED | 4, expressions)))]
         try:
             self._batch(action, creation)
         except exceptions.KernelRefused as err:
@@ -251,13 +241,13 @@ class Nft:
             _immediate(4, struct.pack('=I', index)),
             _expression('fwd', _be32(1, 4))))
         self._batch('answer neighbour solicitations in the table ' + table, [
-            _message(_NEWRULE, wire.NLM_F_CREATE | _APPEND, (
-                wire.text(1, table) + wire.text(2, chain)
-                + wire.attribute(_NESTED | 4, expressions)))])
+            _message(_NEWRULE, netlink.NLM_F_CREATE | netlink.NLM_F_APPEND, (
+                text(1, table) + text(2, chain)
+                + attribute(netlink.NESTED | 4, expressions)))])
 
     def delete_table(self, table: str) -> bool:
         """Delete a table; whether there was one."""
-        if self._get(_GETTABLE, wire.text(1, table)) is None:
+        if self._get(_GETTABLE, text(1, table)) is None:
             return False  # to undo a batch takes the kernel some 15 ms
         try:
             self._batch('delete the table ' + table, [_deletion(table)])
@@ -267,62 +257,26 @@ class Nft:
             raise
         return True
 
-    def _batch(self, action: str, messages: Sequence[wire.Message]) -> None:
+    def _batch(self, action: str, messages: Sequence[Message]) -> None:
         """Have the kernel do all of it, or nothing."""
         edge = struct.pack('!BBH', 0, 0, _SUBSYSTEM)
-        last = messages[-1]
-        batch = [wire.Message(_BATCH_BEGIN, 0, edge), *messages[:-1],
-                 last._replace(flags=last.flags | wire.NLM_F_ACK),
-                 wire.Message(_BATCH_END, 0, edge)]
-        first = self._sequence + 1
-        self._sequence += len(batch)
         try:
-            self._socket.send(b''.join(
-                message.packed(number)
-                for number, message in enumerate(batch, first)))
-            while True:
-                data = self._socket.recv(2 ** 16)
-                for header in wire.headers(data):
-                    if (header.kind != wire.NLMSG_ERROR or not
-                            first <= header.sequence <= self._sequence):
-                        continue
-                    code = wire.error(data, header)[0]
-                    if code:
-                        raise _refused(action, code)
-                    return
+            refused = self._send([Message(_BATCH_BEGIN, 0, edge), *messages,
+                                  Message(_BATCH_END, 0, edge)], -2, True)
         except OSError as err:
-            raise _refused(action, err.errno or 0) from err
+            raise self._failed(action, err) from err
+        for each in refused.values():
+            raise self._refused(action, each)
 
     def _get(self, kind: int, body: bytes) -> Optional[dict[int, bytes]]:
         """Return the attributes of one object; None if it is not there."""
         try:
-            for found in list(self._dump('read a table', kind, body,
-                                         wire.NLM_F_ACK)):
-                return wire.attributes(found, 4, len(found))
+            return next(iter(self._ask('read a table', _message(
+                kind, 0, body), _attributes)), None)
         except exceptions.KernelRefused as err:
-            if err.errno != errno.ENOENT:
-                raise
-        return None
-
-    def _dump(self, action: str, kind: int, body: bytes,
-              flags: int = wire.NLM_F_DUMP) -> Iterator[bytes]:
-        self._sequence += 1
-        try:
-            self._socket.send(_message(kind, flags, body).packed(
-                self._sequence))
-            while True:
-                data = self._socket.recv(2 ** 17)
-                for header in wire.headers(data):
-                    if header.sequence != self._sequence:
-                        continue
-                    if header.kind in (wire.NLMSG_ERROR, wire.NLMSG_DONE):
-                        code = wire.error(data, header)[0]
-                        if code:
-                            raise _refused(action, code)
-                        return
-                    yield data[header.start:header.end]
-        except OSError as err:
-            raise _refused(action, err.errno or 0) from err
+            if err.errno == errno.ENOENT:
+                return None
+            raise
 
 
 _kept = threading.local()
@@ -366,7 +320,7 @@ def node_nft(exclusive: bool = False) -> Nft:
     return kept
 
 
-def post(messages: Sequence[wire.Message]) -> None:
+def post(messages: Sequence[Message]) -> None:
     """Send messages to netfilter that nobody waits for an answer to.
 
     By a socket that stays open, which needs no lock, since nothing is read.
@@ -380,62 +334,45 @@ def post(messages: Sequence[wire.Message]) -> None:
         node_nft().post(messages, drain=True)
 
 
-class NftEvents:
+class NftEvents(netlink.EventSocket):
     """Receives what is deleted of our tables, in this namespace."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix.encode()
-        self._socket = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK,
-            _NETLINK_NETFILTER)
-        self._socket.bind((0, 1 << _GROUP - 1))
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
-    def close(self) -> None:
-        self._socket.close()
+        super().__init__(netlink.NETLINK_NETFILTER, 1 << _GROUP - 1)
 
     def get(self) -> bool:
         """Return whether some of ours may have been deleted."""
         deleted = False
-        for _ in range(256):
-            try:
-                data = self._socket.recv(2 ** 16)
-            except BlockingIOError:
-                break
-            except OSError:  # ENOBUFS
-                deleted = True
-                continue
-            deleted |= self._prefix in data and any(
+        for data, _ in self._received():
+            deleted |= not data or (self._prefix in data and any(
                 header.kind & 0xff in (_DELTABLE, _DELCHAIN, _DELRULE,
                                        _DELSET)
-                for header in wire.headers(data))
+                for header in netlink.headers(data)))
         return deleted
 
 
-_NESTED = 0x8000
 _EQUAL, _UNEQUAL = 0, 1  # NFT_CMP_EQ, NFT_CMP_NEQ
 _LINK, _NETWORK, _TRANSPORT = range(3)  # NFT_PAYLOAD_LL_HEADER and so on
 
 
-def _message(kind: int, flags: int, body: bytes) -> wire.Message:
-    return wire.Message(_SUBSYSTEM << 8 | kind, flags,
-                        struct.pack('!BBH', _NETDEV, 0, 0) + body)
+def _message(kind: int, flags: int, body: bytes) -> Message:
+    return Message(_SUBSYSTEM << 8 | kind, flags,
+                   struct.pack('!BBH', _NETDEV, 0, 0) + body)
 
 
 def _be32(kind: int, value: int) -> bytes:
-    return wire.attribute(kind, _U32.pack(value))
+    return attribute(kind, _U32.pack(value))
 
 
 def _expression(name: str, data: bytes) -> bytes:
-    return wire.attribute(_NESTED | 1, wire.text(1, name)
-                          + wire.attribute(_NESTED | 2, data))
+    return attribute(netlink.NESTED | 1, text(1, name)
+                     + attribute(netlink.NESTED | 2, data))
 
 
 def _compared(operator: int, value: bytes) -> bytes:
     return _expression('cmp', _be32(1, 1) + _be32(2, operator)
-                       + wire.attribute(_NESTED | 3, wire.attribute(1, value)))
+                       + attribute(netlink.NESTED | 3, attribute(1, value)))
 
 
 def _loaded(register: int, base: int, offset: int, size: int) -> bytes:
@@ -455,8 +392,8 @@ def _stored(register: int, base: int, offset: int, size: int) -> bytes:
 
 
 def _immediate(register: int, value: bytes) -> bytes:
-    return _expression('immediate', _be32(1, register) + wire.attribute(
-        _NESTED | 2, wire.attribute(1, value)))
+    return _expression('immediate', _be32(1, register) + attribute(
+        netlink.NESTED | 2, attribute(1, value)))
 
 
 def _source_chain(index: int, mac: bytes) -> str:
@@ -464,32 +401,23 @@ def _source_chain(index: int, mac: bytes) -> str:
     return 'source-%s-%d' % (mac.hex(), index)
 
 
-def _deletion(table: str) -> wire.Message:
-    return _message(_DELTABLE, 0, wire.text(1, table))
+def _deletion(table: str) -> Message:
+    return _message(_DELTABLE, 0, text(1, table))
 
 
 def _elements(table: str, pair: Pair) -> bytes:
-    key = wire.attribute(_NESTED | 1, wire.attribute(1, pair.key))
-    return (wire.text(1, table) + wire.text(2, pair.set_name)
-            + wire.attribute(_NESTED | 3, wire.attribute(_NESTED | 1, key)))
+    key = attribute(netlink.NESTED | 1, attribute(1, pair.key))
+    return (text(1, table) + text(2, pair.set_name)
+            + attribute(netlink.NESTED | 3,
+                        attribute(netlink.NESTED | 1, key)))
 
 
 def _keys(body: bytes) -> Iterator[bytes]:
-    elements = wire.attributes(body, 4, len(body)).get(3, b'')
-    start = 0
-    while start + 4 <= len(elements):
-        length = struct.unpack_from('=H', elements, start)[0]
-        if length < 4:
-            return
-        element = elements[start + 4:start + length]
-        key = wire.attributes(element, 0, len(element)).get(1, b'')
-        value = wire.attributes(key, 0, len(key)).get(1)
+    for _, element in netlink.listed(attributes(body, 4).get(3, b'')):
+        value = attributes(attributes(element).get(1, b'')).get(1)
         if value:
             yield value
-        start += length + 3 & ~3
 
 
-def _refused(action: str, code: int) -> exceptions.KernelRefused:
-    return exceptions.KernelRefused(
-        action, os.strerror(code), code,
-        'See the tables: nft list ruleset')
+def _attributes(data: bytes, header: Header) -> dict[int, bytes]:
+    return attributes(data, header.start + 4, header.end)

@@ -22,8 +22,8 @@ from kuryr_break0 import device
 from kuryr_break0 import exceptions
 from kuryr_break0 import guard
 from kuryr_break0 import kernel
+from kuryr_break0.kernel import netlink
 from kuryr_break0.kernel import nft
-from kuryr_break0.kernel import wire
 from kuryr_break0.model import Owner
 from kuryr_break0 import podside
 from kuryr_break0 import reconciler
@@ -686,14 +686,14 @@ class TestInThePod(BorderTestCase):
                 self.assertFalse(self.manager().sync())
 
     def test_what_a_pod_puts_there_is_not_read(self) -> None:
-        headers = nft.wire.headers
+        headers = netlink.headers
         sizes: list[int] = []
 
-        def counted(data: bytes) -> Iterator[wire.Header]:
+        def counted(data: bytes) -> Iterator[netlink.Header]:
             sizes.append(len(data))
             return headers(data)
 
-        with mock.patch.object(nft.wire, 'headers', counted):
+        with mock.patch.object(netlink, 'headers', counted):
             self.assertFalse(self.manager().sync())
         before = sum(sizes)
         with open('/run/rules', 'w') as file:
@@ -703,7 +703,7 @@ class TestInThePod(BorderTestCase):
         for _ in range(3):  # one batch of more does not fit into a socket
             self.lab.run('nft', '-f', '/run/rules', netns='pod')
         sizes.clear()
-        with mock.patch.object(nft.wire, 'headers', counted):
+        with mock.patch.object(netlink, 'headers', counted):
             self.manager().sync()
         self.assertLess(sum(sizes), before + 3000)
         self.unbind(POD, POD6)

@@ -4,12 +4,18 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import gc
 import ipaddress
+import json
 import socket
+from typing import Any, Callable
 from unittest import mock
 
+from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
+from kuryr_break0.kernel import netlink as netlink_module
 from kuryr_break0.kernel import wire
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import Neighbour
@@ -201,3 +207,101 @@ class TestChange(base.LabTestCase):
             self.garbage(netlink, 1)
             self.assertEqual(self.garbage(netlink, 1),
                              self.garbage(netlink, 60))
+
+
+TABLE = 'pod'
+
+
+class TestDumps(base.LabTestCase):
+    """What a dump does while others, as a pod, change what it reads."""
+
+    #: more than the kernel prepares before the first part has been read
+    RULES = 1500
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.reads = self.dumps = 0
+
+    def load(self, *program: str, lines: list[str]) -> None:
+        with open('/run/lines', 'w') as file:
+            file.writelines(line + '\n' for line in lines)
+        self.lab.run(*program, '/run/lines')
+
+    def add_rules(self, count: int) -> None:
+        self.load('nft', '-f', lines=[
+            'add table netdev ' + TABLE, 'add chain netdev %s mine' % TABLE,
+            *['add rule netdev %s mine counter' % TABLE] * count])
+
+    def handles(self) -> list[int]:
+        return [each['rule']['handle'] for each in json.loads(self.lab.run(
+            'nft', '-j', 'list', 'table', 'netdev', TABLE).stdout)['nftables']
+            if 'rule' in each]
+
+    def heard(self, opened: Any, after: Callable[[], object]) -> None:
+        """Have something done each time that a socket is read."""
+        real = opened._socket
+
+        def send(data: bytes) -> None:
+            self.dumps += 1
+            self.reads = 0
+            real.send(data)
+
+        def receive(size: int) -> bytes:
+            data: bytes = real.recv(size)
+            self.reads += 1
+            after()
+            return data
+
+        opened._socket = mock.Mock(wraps=real, recv=receive, send=send)
+
+    def insert(self) -> None:
+        """Move all rules, so that one is seen twice."""
+        self.lab.run('nft', 'insert', 'rule', 'netdev', TABLE, 'mine',
+                     'counter')
+
+    def test_rules_that_change_meanwhile(self) -> None:
+        self.add_rules(self.RULES)
+        with kernel.Nft() as nft:
+            self.heard(nft, lambda: (self.dumps, self.reads) == (1, 1)
+                       and self.insert())
+            found = nft.rules(TABLE)
+        self.assertEqual(self.RULES + 1, len(found))
+        self.assertEqual(self.handles(), found)
+
+    def test_rules_that_change_each_time(self) -> None:
+        self.add_rules(self.RULES)
+        with kernel.Nft() as nft, mock.patch.multiple(
+                netlink_module, DUMP_TRIES=3, DUMP_PAUSE=0), \
+                self.assertRaises(exceptions.KernelRefused) as caught:
+            self.heard(nft, lambda: self.reads == 1 and self.insert())
+            nft.rules(TABLE)
+        self.assertEqual(errno.EINTR, caught.exception.errno)
+        self.assertIn('changed each time', str(caught.exception))
+
+    def assert_bounded(self, opened: Any, count: int,
+                       dump: Callable[..., list[Any]]) -> None:
+        """A dump ends at its limit, and the socket can be used again."""
+        with self.subTest(dump=dump):
+            self.heard(opened, lambda: None)
+            with self.assertRaises(exceptions.KernelRefused) as caught:
+                dump(limit=10)
+            self.assertEqual(errno.E2BIG, caught.exception.errno)
+            self.assertIn('more than 10', str(caught.exception))
+            self.assertEqual(1, self.reads)
+            self.assertEqual(count, len(dump(limit=2 * count)))
+
+    def test_what_a_pod_has_too_much_of(self) -> None:
+        index = kernel.index_of(lab.PARENT) or 0
+        self.load('ip', '-batch', lines=[
+            line % (number // 250, number % 250, lab.PARENT)
+            for number in range(3000) for line in (
+                'route add 10.1.%d.%d dev %s table 1000',
+                'neigh add 10.1.%d.%d lladdr 02:00:00:00:00:01 dev %s')])
+        self.add_rules(self.RULES)
+        with kernel.Netlink() as netlink, kernel.Nft() as nft:
+            self.assert_bounded(netlink, 3000, functools.partial(
+                netlink.host_routes_of, index, 1000))
+            self.assert_bounded(netlink, 3000, functools.partial(
+                netlink.neighbours, index))
+            self.assert_bounded(nft, self.RULES, functools.partial(
+                nft.rules, TABLE))

@@ -12,8 +12,8 @@ from unittest import mock
 
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
+from kuryr_break0.kernel import netlink
 from kuryr_break0.kernel import nft
-from kuryr_break0.kernel import wire
 from kuryr_break0 import ledger
 from kuryr_break0.model import Owner
 from tests.functional import base
@@ -102,7 +102,7 @@ class TestSharedSocket(base.LabTestCase):
 
     def test_what_is_posted_disturbs_nobody(self) -> None:
         """Its errors stay unread, until somebody else uses the socket."""
-        refused = wire.Message(1 << 8 | 99, 0, bytes(4))
+        refused = netlink.Message(1 << 8 | 99, 0, bytes(4))
         for _ in range(3):
             nft.post([refused])
         with self.ledger.lock():
@@ -116,7 +116,7 @@ class TestSharedSocket(base.LabTestCase):
     def test_an_answer_that_another_has_read(self) -> None:
         """As where the state directory, and so the lock, was replaced."""
         pair = nft.Pair(bytes((100, 75, 30, 99)), None)
-        with mock.patch.object(nft.wire, 'headers', return_value=[]), \
+        with mock.patch.object(netlink, 'headers', return_value=[]), \
                 self.assertRaises(exceptions.KernelRefused) as caught:
             self.shared.add(TABLE, [pair])
         self.assertEqual(errno.EAGAIN, caught.exception.errno)
@@ -124,10 +124,10 @@ class TestSharedSocket(base.LabTestCase):
 
     def test_very_many_unread_answers(self) -> None:
         for _ in range(3000):
-            nft.post([wire.Message(1 << 8 | 99, 0, bytes(4))])
+            nft.post([netlink.Message(1 << 8 | 99, 0, bytes(4))])
         self.assert_works()
 
-    def killed(self, *messages: wire.Message) -> None:
+    def killed(self, *messages: netlink.Message) -> None:
         """Have a worker send something, and killed before it reads."""
         def die() -> bool:
             self.shared._socket.send(b''.join(
@@ -157,10 +157,11 @@ class TestSharedSocket(base.LabTestCase):
 
     def test_a_worker_is_killed_with_an_answer_unread(self) -> None:
         edge = (nft._BATCH_BEGIN, nft._BATCH_END)
-        begin, end = (wire.Message(kind, 0, b'\0\0\0\x0a') for kind in edge)
+        begin, end = (netlink.Message(kind, 0, b'\0\0\0\x0a')
+                      for kind in edge)
         gone = nft._elements(TABLE, nft.Pair(bytes((192, 0, 2, 9)), None))
         # An error, since there is no such element.
-        self.killed(begin, nft._message(nft._DELSETELEM, wire.NLM_F_ACK,
+        self.killed(begin, nft._message(nft._DELSETELEM, netlink.NLM_F_ACK,
                                         gone), end)
         self.assert_works()
 
@@ -169,6 +170,6 @@ class TestSharedSocket(base.LabTestCase):
             own.add(TABLE, [nft.Pair(bytes((10, 9, high, low)), None)
                             for high in range(20) for low in range(100)])
         self.killed(nft._message(
-            nft._GETSETELEM, wire.NLM_F_DUMP, wire.text(1, TABLE)
-            + wire.text(2, 'addresses4')))
+            nft._GETSETELEM, netlink.NLM_F_DUMP, netlink.text(1, TABLE)
+            + netlink.text(2, 'addresses4')))
         self.assert_works()

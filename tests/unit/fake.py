@@ -19,7 +19,7 @@ from unittest import mock
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import node
-from kuryr_break0.kernel import wire
+from kuryr_break0.kernel import values
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import NamespaceId
@@ -143,8 +143,8 @@ class FakeNetlink:
     def links(self) -> list[kernel.Link]:
         return list(self._fake.links.values())
 
-    def addresses(self) -> list[wire.InterfaceAddress]:
-        return [wire.InterfaceAddress(self._fake.links[name].index, address)
+    def addresses(self) -> list[values.InterfaceAddress]:
+        return [values.InterfaceAddress(self._fake.links[name].index, address)
                 for name, address in self._fake.owned
                 if name in self._fake.links]
 

@@ -33,6 +33,7 @@ from kuryr_break0 import config
 from kuryr_break0.discovery import engines
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel import events
+from kuryr_break0.kernel import netlink
 from kuryr_break0.kernel import nft
 from kuryr_break0.kernel import wire
 from kuryr_break0.kuryr import vif as break0_vif
@@ -179,9 +180,10 @@ class TestFiles(unittest.TestCase):
 #: Messages whose length may be right or wrong, of kinds that are read.
 attributes = st.lists(st.tuples(
     st.integers(0, 60), st.binary(max_size=24) | st.builds(
-        lambda kind, inner: wire.attribute(kind, inner),
+        lambda kind, inner: netlink.attribute(kind, inner),
         st.integers(0, 20), st.binary(max_size=16))), max_size=6).map(
-            lambda pairs: b''.join(wire.attribute(*each) for each in pairs))
+            lambda pairs: b''.join(netlink.attribute(*each)
+                                   for each in pairs))
 bodies = st.binary(max_size=80) | st.builds(
     lambda fixed, rest: fixed + rest,
     st.binary(min_size=8, max_size=16), attributes)
@@ -193,8 +195,9 @@ def datagrams(draw: st.DrawFn) -> bytes:
     length = draw(st.just(len(body) + 16) | st.integers(0, 2 ** 32 - 1))
     kind = draw(st.sampled_from([2, 3, 16, 17, 20, 21, 24, 25, 28, 29, 88])
                 | st.integers(0, 2 ** 16 - 1))
-    return wire.HEADER.pack(length, kind, draw(st.integers(0, 2 ** 16 - 1)),
-                            draw(st.integers(0, 2 ** 32 - 1)), 0) + body
+    return netlink.HEADER.pack(
+        length, kind, draw(st.integers(0, 2 ** 16 - 1)),
+        draw(st.integers(0, 2 ** 32 - 1)), 0) + body
 
 
 class TestNetlink(unittest.TestCase):
@@ -203,14 +206,15 @@ class TestNetlink(unittest.TestCase):
     @given(st.binary(max_size=200) | st.lists(datagrams(), max_size=3).map(
         b''.join))
     def test_messages(self, data: bytes) -> None:
-        for header in wire.headers(data):
-            self.assertLessEqual(header.start, header.end + wire.HEADER.size)
+        for header in netlink.headers(data):
+            self.assertLessEqual(header.start,
+                                 header.end + netlink.HEADER.size)
             with contextlib.suppress(OSError):
                 wire.parse(data, header)
             wire.route_protocol(data, header.start)
-            if header.kind in (wire.NLMSG_ERROR, wire.NLMSG_DONE):
+            if header.kind in (netlink.NLMSG_ERROR, netlink.NLMSG_DONE):
                 with contextlib.suppress(struct.error):
-                    wire.error(data, header)
+                    netlink.error(data, header)
             list(nft._keys(data[header.start:header.end]))
 
     @fuzzed

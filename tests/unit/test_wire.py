@@ -18,8 +18,10 @@ from pyroute2.netlink.rtnl import ndmsg
 from pyroute2.netlink.rtnl import rtmsg
 
 from kuryr_break0.kernel import conntrack
+from kuryr_break0.kernel import netlink
+from kuryr_break0.kernel.values import Link
+from kuryr_break0.kernel.values import Verb
 from kuryr_break0.kernel import wire
-from kuryr_break0.kernel.wire import Verb
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import Neighbour
 
@@ -31,7 +33,7 @@ MAC = 'fa:16:3e:00:00:01'
 
 def encoded(message: Any, kind: int, flags: int, sequence: int = 7) -> bytes:
     """The bytes that pyroute2 makes of a message."""
-    message['header'].update(type=kind, flags=flags | wire.NLM_F_REQUEST,
+    message['header'].update(type=kind, flags=flags | netlink.NLM_F_REQUEST,
                              sequence_number=sequence, pid=0)
     message.encode()
     return bytes(message.data)
@@ -48,7 +50,7 @@ class TestRequests(unittest.TestCase):
 
     maxDiff = None
 
-    def assert_same(self, expected: bytes, message: wire.Message) -> None:
+    def assert_same(self, expected: bytes, message: netlink.Message) -> None:
         self.assertEqual(expected.hex(' '), message.packed(7).hex(' '))
 
     def test_connections(self) -> None:
@@ -128,11 +130,11 @@ class TestRequests(unittest.TestCase):
                                 ('IFLA_INFO_DATA', {'attrs': [
                                     ('IFLA_MACVLAN_MODE', 'bridge')]})]})]
         body = (wire.pack_link(5, 1, 0x1001)
-                + wire.text(wire.IFLA_IFNAME, 'eth0')
-                + wire.number(wire.IFLA_LINK, 2)
-                + wire.attribute(wire.IFLA_ADDRESS, wire.pack_mac(MAC))
-                + wire.number(wire.IFLA_MTU, 1400))
-        made = wire.Message(16, 0, body + wire.pack_macvlan()).packed(7)
+                + netlink.text(wire.IFLA_IFNAME, 'eth0')
+                + netlink.number(wire.IFLA_LINK, 2)
+                + netlink.attribute(wire.IFLA_ADDRESS, wire.pack_mac(MAC))
+                + netlink.number(wire.IFLA_MTU, 1400))
+        made = netlink.Message(16, 0, body + wire.pack_macvlan()).packed(7)
         # pyroute2 ends the name of the kind with a NUL, and we do not, so
         # what is read of both is compared.
         theirs = encoded(message, 16, 0)
@@ -145,7 +147,7 @@ class TestRequests(unittest.TestCase):
         address.update(family=10, prefixlen=128, flags=2, index=5)
         address['attrs'] = [('IFA_LOCAL', 'fd00::1'),
                             ('IFA_ADDRESS', 'fd00::1')]
-        self.assert_same(encoded(address, 20, 0), wire.Message(
+        self.assert_same(encoded(address, 20, 0), netlink.Message(
             20, 0, wire.pack_address(5, ADDRESS6)))
 
 
@@ -164,18 +166,18 @@ class TestAnswers(unittest.TestCase):
                     ('IFLA_MACVLAN_MODE', 'private')]})]})]
         data = encoded(message, 16, 0)
         self.assertEqual(
-            wire.Link('break0', 5, 'macvlan', 'private', 2, 3, 1400, MAC,
-                      'mine', True, True, False, 7, False, None),
+            Link('break0', 5, 'macvlan', 'private', 2, 3, 1400, MAC,
+                 'mine', True, True, False, 7, False, None),
             wire.parse_link(data, 16, len(data)))
 
     def test_a_link_in_a_vrf(self) -> None:
         message = ifinfmsg.ifinfmsg()
         message.update(index=2, flags=0x11043)
         message['attrs'] = [('IFLA_IFNAME', 'eth0'), ('IFLA_MASTER', 7)]
-        data = encoded(message, 16, 0) + wire.attribute(
+        data = encoded(message, 16, 0) + netlink.attribute(
             wire.IFLA_LINKINFO,
-            wire.text(wire.IFLA_INFO_SLAVE_KIND, 'vrf')
-            + wire.attribute(wire.IFLA_INFO_SLAVE_DATA, wire.number(
+            netlink.text(wire.IFLA_INFO_SLAVE_KIND, 'vrf')
+            + netlink.attribute(wire.IFLA_INFO_SLAVE_DATA, netlink.number(
                 wire.IFLA_VRF_PORT_TABLE, 1000)))
         found = wire.parse_link(data, 16, len(data))
         self.assertEqual(((7, 1000), True), (found.vrf, found.carrier))
@@ -209,8 +211,8 @@ class TestAnswers(unittest.TestCase):
     def test_an_error(self) -> None:
         body = struct.pack('=i', -errno.EEXIST) + bytes(16)
         data = struct.pack('=IHHII', 16 + len(body), 2, 0x100, 7, 0) + body
-        header, = wire.headers(data)
-        self.assertEqual((errno.EEXIST, ''), wire.error(data, header))
+        header, = netlink.headers(data)
+        self.assertEqual((errno.EEXIST, ''), netlink.error(data, header))
 
     def test_what_is_cut_off_is_an_error(self) -> None:
         message = rtmsg.rtmsg()
@@ -219,9 +221,9 @@ class TestAnswers(unittest.TestCase):
                             ('RTA_MULTIPATH', [])]
         data = encoded(message, 24, 0)
         for end in range(16, 28):  # up to the end of rtmsg
-            header, = wire.headers(data[:end])
+            header, = netlink.headers(data[:end])
             with self.assertRaises(OSError) as caught:
                 wire.parse(data[:end], header)
             self.assertEqual(errno.EBADMSG, caught.exception.errno)
-        header, = wire.headers(data)
+        header, = netlink.headers(data)
         self.assertEqual(5, wire.parse(data, header).oif)

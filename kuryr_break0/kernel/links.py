@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""An rtnetlink socket for interfaces, their addresses, and namespaces."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+from typing import Any, Callable, Optional
+
+from kuryr_break0 import exceptions
+from kuryr_break0.kernel.namespaces import opened
+from kuryr_break0.kernel import netlink
+from kuryr_break0.kernel.netlink import attribute
+from kuryr_break0.kernel.netlink import Header
+from kuryr_break0.kernel.netlink import Message
+from kuryr_break0.kernel.netlink import number
+from kuryr_break0.kernel.netlink import text
+from kuryr_break0.kernel.node import index_of
+from kuryr_break0.kernel import values
+from kuryr_break0.kernel import wire
+from kuryr_break0.model import IPAddress
+
+
+_WITHOUT_COUNTERS = number(wire.IFLA_EXT_MASK, wire.RTEXT_FILTER_SKIP_STATS)
+_ANY_NUMBER = netlink.S32.pack(-1)  # NETNSA_NSID_NOT_ASSIGNED
+
+
+class LinkSocket(netlink.RequestSocket):
+    """The part of :class:`kuryr_break0.kernel.Netlink` for interfaces."""
+
+    options = (*netlink.RequestSocket.options,
+               netlink.NETLINK_GET_STRICT_CHK)
+
+    def _get(self, action: str, kind: int, body: bytes) -> Any:
+        """Ask a question that has one answer."""
+        answer, = self._ask(action, Message(kind, 0, body), wire.parse)
+        return answer
+
+    def _list(self, action: str, kind: int, body: bytes,
+              read: Callable[[bytes, Header], Any] = wire.parse,
+              limit: Optional[int] = None) -> list[Any]:
+        return self._dump(action, Message(kind, 0, body), read, limit)
+
+    def link(self, name: str) -> Optional[values.Link]:
+        """Return an interface by its name, or None."""
+        if not 0 < len(name.encode(errors='replace')) < 16:
+            return None  # the kernel would refuse to look for it
+        try:
+            link: values.Link = self._get(
+                'read the interface ' + name, wire.RTM_GETLINK,
+                wire.pack_link() + text(wire.IFLA_IFNAME, name)
+                + _WITHOUT_COUNTERS)
+            return link
+        except exceptions.KernelRefused as err:
+            if err.errno == errno.ENODEV:
+                return None
+            raise
+
+    def links(self) -> list[values.Link]:
+        """List all interfaces, by a dump."""
+        return self._list('list the interfaces', wire.RTM_GETLINK,
+                          wire.pack_link() + _WITHOUT_COUNTERS)
+
+    def create_macvlan(self, name: str, parent: values.Link, netns: str, *,
+                       mac: str, mtu: int, up: bool = True) -> None:
+        """Create a macvlan in bridge mode in another namespace.
+
+        It is never in that of the parent, so nobody there hears of it.
+
+        :param netns: the path of the namespace
+        :raises KernelRefused: with EEXIST also if an interface of this
+            namespace has the name, on a kernel that looks for it here (5.10
+            and 6.12 do, 6.18 does not)
+        """
+        with opened(netns) as other:
+            self._order(
+                'create the macvlan %s of the pod on %s' % (name,
+                                                            parent.name),
+                Message(wire.RTM_NEWLINK,
+                        netlink.NLM_F_CREATE | netlink.NLM_F_EXCL,
+                        wire.pack_link(0, *(wire.IFF_UP,) * 2 * up)
+                        + text(wire.IFLA_IFNAME, name)
+                        + number(wire.IFLA_LINK, parent.index)
+                        + attribute(wire.IFLA_ADDRESS, wire.pack_mac(mac))
+                        + number(wire.IFLA_MTU, mtu)
+                        + number(wire.IFLA_NET_NS_FD, other)
+                        + wire.pack_macvlan()))
+
+    def rename_and_raise(self, link: values.Link, name: str) -> None:
+        """Give an interface that is down a name, and set it up."""
+        self._order(
+            'name the interface %s %s, and set it up' % (link.name, name),
+            Message(wire.RTM_NEWLINK, 0, wire.pack_link(
+                link.index, wire.IFF_UP, wire.IFF_UP)
+                + text(wire.IFLA_IFNAME, name)))
+
+    def set_mtu(self, link: values.Link, mtu: int) -> None:
+        self._set(link, 'MTU to %d' % mtu, number(wire.IFLA_MTU, mtu))
+
+    def set_mac(self, link: values.Link, mac: str) -> None:
+        self._set(link, 'MAC address to ' + mac,
+                  attribute(wire.IFLA_ADDRESS, wire.pack_mac(mac)))
+
+    def set_vrf(self, link: values.Link, vrf: Optional[values.Vrf]) -> None:
+        """Put an interface in a VRF, or take it out of the one it is in."""
+        self._set(link, 'VRF', number(wire.IFLA_MASTER,
+                                      vrf.ifindex if vrf else 0))
+
+    def set_alias(self, link: values.Link, alias: str) -> None:
+        """Give an interface a text that it keeps as long as it exists.
+
+        The kernel ignores one in the request that creates it.
+        """
+        self._set(link, 'alias to ' + alias,
+                  attribute(wire.IFLA_IFALIAS, alias.encode()))
+
+    def set_group(self, link: values.Link, group: int) -> None:
+        self._set(link, 'group to %d' % group,
+                  number(wire.IFLA_GROUP, group))
+
+    def _set(self, link: values.Link, what: str, attribute: bytes) -> None:
+        self._order('set the %s of %s' % (what, link.name), Message(
+            wire.RTM_NEWLINK, 0, wire.pack_link(link.index) + attribute))
+
+    def raise_link(self, link: values.Link) -> None:
+        """Set an interface up, with multicast off."""
+        self._order(
+            'set up the interface ' + link.name,
+            Message(wire.RTM_NEWLINK, 0, wire.pack_link(
+                link.index, wire.IFF_UP, wire.IFF_UP | wire.IFF_MULTICAST)),
+            'Where another macvlan has its MAC address, as one that was '
+            'renamed, delete that or rename it back: ip link show type '
+            'macvlan')
+
+    def delete_link(self, name: str) -> None:
+        """Delete an interface; one that is not there is fine."""
+        index = index_of(name)
+        try:
+            if index is not None:
+                self._order('delete the interface ' + name, Message(
+                    wire.RTM_DELLINK, 0, wire.pack_link(index)))
+        except exceptions.KernelRefused as err:
+            if err.errno != errno.ENODEV:
+                raise
+
+    def put_address(self, link: values.Link, address: IPAddress) -> None:
+        """Put an address on an interface, alone in its prefix."""
+        self._order('put the address %s on %s' % (address, link.name),
+                    Message(wire.RTM_NEWADDR,
+                            netlink.NLM_F_CREATE | netlink.NLM_F_REPLACE,
+                            wire.pack_address(link.index, address)))
+
+    def delete_link_local(self, link: values.Link, address: IPAddress
+                          ) -> None:
+        """Delete an address that the kernel has made for an interface."""
+        self._order('delete the address %s of %s' % (address, link.name),
+                    Message(wire.RTM_DELADDR, 0, wire.pack_prefix(
+                        link.index, ipaddress.ip_interface('%s/64' % address)
+                    )))
+
+    def addresses(self, flags: int = 0, limit: Optional[int] = None
+                  ) -> list[values.InterfaceAddress]:
+        """List the addresses of all interfaces, by a dump.
+
+        :param flags: of which each must have one; 0 for all addresses
+        """
+        def read(data: bytes, header: Header) -> Any:
+            if flags and not wire.address_flags(data, header.start) & flags:
+                return None
+            return wire.parse(data, header)
+
+        return self._list('list the addresses', wire.RTM_GETADDR,
+                          wire.pack_address_dump(), read, limit)
+
+    def namespace_number(self, fd: int) -> int:
+        """Return what this namespace calls another; -1 for nothing."""
+        answer: int = self._get('number a namespace', wire.RTM_GETNSID,
+                                bytes(4) + number(wire.NETNSA_FD, fd))
+        return answer
+
+    def number_namespace(self, fd: int) -> None:
+        """Have this namespace call another by a number.
+
+        :raises KernelRefused: if it cannot be; not if it has one
+        """
+        try:
+            self._order('number a namespace', Message(
+                wire.RTM_NEWNSID, 0, bytes(4) + number(wire.NETNSA_FD, fd)
+                + attribute(wire.NETNSA_NSID, _ANY_NUMBER)))
+        except exceptions.KernelRefused as err:
+            if err.errno != errno.EEXIST:
+                raise

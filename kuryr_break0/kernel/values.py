@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What the kernel has: interfaces, addresses, routes, neighbours."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import socket
+from typing import NamedTuple, Optional
+
+from kuryr_break0.model import HostRoute
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Item
+
+RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
+RTN_UNICAST, RTN_LOCAL = 1, 2
+#: Learnt by use, as IPv6's path MTUs are: not a route of the table.
+RTM_F_CLONED = 0x200
+
+
+class Verb(enum.Enum):
+    """What to do with a route or a neighbour.
+
+    ADD fails where there is one, REPLACE puts it in its place; DELETE is of
+    the route with this interface, protocol and table, or of the neighbour,
+    whatever its MAC address.
+    """
+
+    ADD = 'add'
+    REPLACE = 'set'
+    DELETE = 'delete'
+
+
+Change = tuple[Verb, Item]
+
+
+class Vrf(NamedTuple):
+    """A VRF that an interface is in.
+
+    :ivar ifindex: that of the VRF
+    :ivar table: number of its routing table
+    """
+
+    ifindex: int
+    table: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """A network interface as the kernel reports it.
+
+    :ivar kind: None for a physical one
+    :ivar mode: of a macvlan
+    :ivar lower: ifindex of the interface that it is stacked on
+    :ivar lower_namespace: the number that this namespace has for the one in
+        which ``lower`` counts; None if that is this one
+    :ivar alias: free text that somebody gave it
+    :ivar group: a number that somebody gave it; 0 is the default
+    :ivar carrier: whether it is up and the link below it works
+    :ivar vrf: None if it is in none
+    """
+
+    name: str
+    index: int
+    kind: Optional[str]
+    mode: Optional[str]
+    lower: Optional[int]
+    lower_namespace: Optional[int]
+    mtu: int
+    mac: str
+    alias: Optional[str]
+    multicast: bool
+    up: bool
+    loopback: bool
+    group: int
+    carrier: bool
+    vrf: Optional[Vrf]
+
+    @property
+    def lower_of_macvlans(self) -> tuple[Optional[int], Optional[int]]:
+        """Return ``lower`` and ``lower_namespace`` of macvlans on it.
+
+        The kernel puts a macvlan of a macvlan beside that, on the lower
+        interface of both (macvlan_common_newlink).
+        """
+        if self.kind == 'macvlan':
+            return self.lower, self.lower_namespace
+        return self.index, None
+
+
+class NextHop(NamedTuple):
+    """A router, and the interface that it is on."""
+
+    gateway: IPAddress
+    oif: Optional[int]
+
+
+class Route(NamedTuple):
+    """A route.
+
+    :ivar dst: None for a default route
+    :ivar next_hops: those with a gateway; none of a nexthop object, where
+        the kernel names that alone (net.ipv4.nexthop_compat_mode)
+    :ivar several: whether it has more than one
+    """
+
+    family: int
+    dst: Optional[IPAddress]
+    dst_len: int
+    type: int
+    scope: int
+    protocol: int
+    table: int
+    flags: int
+    oif: Optional[int]
+    src: Optional[IPAddress]
+    metric: int
+    next_hops: tuple[NextHop, ...]
+    several: bool
+
+    @property
+    def host_route(self) -> Optional[HostRoute]:
+        """Return it as a route to a single address; None if it is none."""
+        if (self.dst is None or self.dst_len != self.dst.max_prefixlen
+                or self.type == RTN_LOCAL or self.flags & RTM_F_CLONED):
+            return None
+        return HostRoute(
+            self.dst, self.oif, self.protocol, self.table, self.src,
+            self.metric, direct=self.is_on_link and (
+                self.family == socket.AF_INET6
+                or self.scope == RT_SCOPE_LINK))
+
+    @property
+    def is_on_link(self) -> bool:
+        """Return whether it has no gateway."""
+        return (self.type == RTN_UNICAST and not self.next_hops
+                and not self.several)
+
+
+class InterfaceAddress(NamedTuple):
+    """An address of an interface; the own one, where a peer has one too."""
+
+    ifindex: int
+    address: IPAddress
+
+
+class NeighbourState(NamedTuple):
+    """A neighbour, in whatever state.
+
+    :ivar protocol: None if no program marked it
+    """
+
+    dst: Optional[IPAddress]
+    ifindex: int
+    state: int
+    mac: str
+    protocol: Optional[int]
