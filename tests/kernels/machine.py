@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import glob
 import lzma
 import os
 import pathlib
@@ -319,16 +318,9 @@ def packed(folders: Iterable[str], without: Iterable[str] = ()
 
 def _mirror() -> str:
     """Return the mirror of Debian that this machine uses."""
-    for path in (*glob.glob('/etc/apt/sources.list.d/*.sources'),
-                 *glob.glob('/etc/apt/sources.list.d/*.list'),
-                 '/etc/apt/sources.list'):
-        with contextlib.suppress(OSError):
-            found = re.search(r'^(?:URIs:|deb\s).*?(https?://\S+)',
-                              pathlib.Path(path).read_text(), re.MULTILINE)
-            if found:
-                return found[1]
-    raise Unusable('No mirror of Debian is named in /etc/apt/sources.list, '
-                   'so no kernel can be downloaded')
+    found = re.search(r'^\S+/debian/*$', _run(
+        'apt-get', 'indextargets', '--format', '$(REPO_URI)'), re.MULTILINE)
+    return found[0] if found else 'http://deb.debian.org/debian'
 
 
 def _only(directory: pathlib.Path, *patterns: str) -> pathlib.Path:
