@@ -17,6 +17,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any, Iterable, Iterator, TextIO
 import unittest
@@ -110,15 +111,20 @@ def _each(tests: Iterable[Any]) -> Iterator[unittest.TestCase]:
 
 def _start(module: str, place: str, into: pathlib.Path) -> int:
     """Run one module in a process of its own."""
-    try:
-        # What is logged on the way is of no interest here.
-        return subprocess.run(
-            [*PLACES[place], sys.executable, '-W', 'ignore', '-m',
-             'tests.kernels.suite', '--into', str(into), module],
-            stderr=subprocess.DEVNULL, timeout=LIMIT).returncode
-    except subprocess.TimeoutExpired:
-        print('%s did not end within %d s' % (module, LIMIT), flush=True)
-        return 1
+    with tempfile.TemporaryFile('w+', errors='replace') as errors:
+        try:
+            status = subprocess.run(
+                [*PLACES[place], sys.executable, '-W', 'ignore', '-m',
+                 'tests.kernels.suite', '--into', str(into), module],
+                stderr=errors, timeout=LIMIT).returncode
+        except subprocess.TimeoutExpired:
+            status = 124
+        # What is logged on the way is of no interest otherwise.
+        if not (into / (module + '.json')).exists():
+            errors.seek(0)
+            print('%s ended with %d\n%s' % (module, status, ''.join(
+                errors.readlines()[-20:])), flush=True)
+    return status
 
 
 def _run(module: str, into: pathlib.Path) -> int:
