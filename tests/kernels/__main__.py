@@ -14,6 +14,7 @@ import collections
 import json
 import os
 import pathlib
+import re
 import shlex
 import signal
 import sys
@@ -90,6 +91,8 @@ def _run(guest: machine.Machine, kernel: machine.Kernel, place: str,
          tests: list[str]) -> int:
     print('Linux %s, %s process namespace' % (kernel.version, place))
     results = RESULTS / kernel.name / place
+    results.mkdir(parents=True, exist_ok=True)
+    (results / 'version').write_text(kernel.version)
     for test in tests:
         (results / (test + '.json')).unlink(missing_ok=True)
     status = guest.run(
@@ -105,7 +108,6 @@ def _run(guest: machine.Machine, kernel: machine.Kernel, place: str,
         if not (results / (test + '.json')).exists():
             (results / (test + '.json')).write_text(json.dumps({
                 'passed': 0, 'lacks': {}, 'failed': {test: 'it did not end'}}))
-    (results / 'version').write_text(kernel.version)
     return 1 if status is None else status
 
 
@@ -143,18 +145,19 @@ def _reasons(results: dict[str, Any]) -> dict[str, int]:
 def _rst() -> str:
     """Return the table, as of the documentation."""
     columns = _columns()
+    rows = [('Tests', *('%s, %s' % (re.split('[-+]', version)[0], place)
+                        for version, place, _ in columns)),
+            *((text, *(_cell(results.get(name)) or 'not run'
+                       for _, _, results in columns))
+              for name, text in SUITES.items())]
     lines = ['.. Made by "make kernels-table", of the results of "make '
              'kernels".', '', '.. csv-table::', '   :header-rows: 1', '',
-             '   Tests, ' + ', '.join('"%s, %s"' % (
-                 version.partition('-')[0].partition('+')[0], place)
-                 for version, place, _ in columns)]
-    for name, text in SUITES.items():
-        lines.append('   %s, %s' % (text, ', '.join(
-            '"%s"' % (_cell(results.get(name)) or 'not run')
-            for _, _, results in columns)))
-    lines += ['', 'Left out:', '']
-    for reason in sorted({reason for _, _, results in columns
-                          for reason in _reasons(results)}):
+             *('   "%s"' % '", "'.join(row) for row in rows),
+             '']
+    reasons = sorted({reason for _, _, results in columns
+                      for reason in _reasons(results)})
+    lines += ['Left out:', ''] if reasons else []
+    for reason in reasons:
         lines += ['- %s: %s' % (reason, ', '.join(
             '%d under %s (%s)' % (_reasons(results)[reason], version, place)
             for version, place, results in columns
