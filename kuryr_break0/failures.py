@@ -9,6 +9,7 @@ from typing import Iterator
 
 from kuryr_break0 import exceptions
 from kuryr_break0 import log
+from kuryr_break0.model import IPAddress
 
 LOG = log.get_logger(__name__)
 
@@ -17,30 +18,30 @@ class Failures:
     """Goes on after an error, and raises the first one in the end.
 
     :ivar errors: all of them
-    :ivar device_lost: whether one was that of an interface down or gone
+    :ivar failed: the addresses that they are about
     """
 
     def __init__(self) -> None:
         self.errors: list[exceptions.Break0Error] = []
-        self.device_lost = False
+        self.failed: set[IPAddress] = set()
 
-    def note(self, err: exceptions.Break0Error) -> None:
+    def note(self, err: exceptions.Break0Error,
+             *addresses: IPAddress) -> None:
         """Keep the first error, and log the others."""
-        if isinstance(err, exceptions.KernelRefused):
-            self.device_lost |= err.device_lost
         if self.errors:
             LOG.error('%s', err)
         self.errors.append(err)
+        self.failed.update(addresses)
 
     @contextlib.contextmanager
-    def noted(self) -> Iterator[None]:
+    def noted(self, *addresses: IPAddress) -> Iterator[None]:
         """:meth:`note` what is raised in the block."""
         try:
             yield
         except exceptions.Break0Error as err:
-            self.note(err)
+            self.note(err, *addresses)
         except OSError as err:  # as EMFILE, at whatever was to be opened
-            self.note(exceptions.SystemRefused(reason=err))
+            self.note(exceptions.SystemRefused(reason=err), *addresses)
 
     @contextlib.contextmanager
     def logged(self) -> Iterator[None]:

@@ -7,74 +7,43 @@ costs the same for any number of pods: no dumps of what grows with them.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
-import ipaddress
-import itertools
 from typing import Any, Callable, Collection, Iterable, Iterator, Optional
 
+from kuryr_break0 import claims
 from kuryr_break0 import config
+from kuryr_break0.engine import Engine
 from kuryr_break0 import exceptions
 from kuryr_break0.failures import Failures
-from kuryr_break0.guard import Guard
-from kuryr_break0.guard import pair
-from kuryr_break0.guard import pairs
 from kuryr_break0 import kernel
-from kuryr_break0.kernel import Verb
 from kuryr_break0.ledger import files
 from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger.journal import Journal
 from kuryr_break0.ledger.journal import timed
 from kuryr_break0.ledger import Ledger
-from kuryr_break0.ledger.records import MAX_SIBLINGS
 from kuryr_break0.ledger.records import MAX_SUBNETS
 from kuryr_break0 import log
 from kuryr_break0.model import address_order
-from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import IPNetwork
 from kuryr_break0.model import MAC
 from kuryr_break0.model import NAME
-from kuryr_break0.model import Neighbour
-from kuryr_break0.model import NodeAddresses
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
-from kuryr_break0.model import Wanted
-from kuryr_break0.plan import compute
 from kuryr_break0 import podside
 from kuryr_break0 import policy
 from kuryr_break0.policy import Policy
-from kuryr_break0.reconciler import foreign_route
-from kuryr_break0.reconciler import forget_connections
 from kuryr_break0.reconciler import Outcome
 from kuryr_break0.reconciler import Reconciler
-from kuryr_break0.reconciler import take_over
 
 LOG = log.get_logger(__name__)
 
-#: As LOG.info, but later; see :meth:`Break0Manager._locked`.
-Say = Callable[..., None]
-
-#: Seconds for which what was read of the node is cached: its next hops, its
-#: addresses, and that break0 is what it should be. That it is there and up,
-#: the kernel says to each pod.
-CACHED = 30
 #: Addresses that one interface may have: each takes some 0.1 ms of the lock.
 MAX_ADDRESSES = 512
 #: Addresses that the housekeeping of one ADD or DEL examines for sandboxes
 #: that are gone. More than the 110 pods that kubelet allows by default.
 EXAMINED = 128
-
-
-@dataclasses.dataclass
-class _Shim:
-    """The break0 that the addresses of one bind go through."""
-
-    name: str
-    index: int
-    mac: str
-    routes_lost: bool
 
 
 class Break0Manager:
@@ -91,8 +60,8 @@ class Break0Manager:
         self._policy = Policy(options)
         self._ledger = Ledger(options.state_dir, options.lock_timeout)
         self._records = self._ledger.records
-        self._journal = Journal(options.state_dir)
-        self._reconciler = Reconciler(options, self._ledger, self._journal)
+        self._journal = Journal(options.state_dir)  # of @timed
+        self._engine = Engine(options, self._ledger)
 
     @timed(Done.BIND, Done.BIND_FAILED)
     def bind(self, owner: Owner, addresses: Iterable[IPAddress], *,
@@ -100,7 +69,8 @@ class Break0Manager:
              subnets: Collection[IPNetwork] = (),
              netns: Optional[str] = None, pod: Optional[str] = None,
              yielding: bool = False, origin: Optional[Origin] = None,
-             network: Optional[str] = None) -> None:
+             network: Optional[str] = None,
+             bound_at: Optional[float] = None) -> None:
         """Make the addresses of a sandbox reachable through break0.
 
         The newest claim on an address wins; those of other sandboxes that
@@ -116,8 +86,10 @@ class Break0Manager:
         :param pod: its namespace and name in Kubernetes
         :param origin: by which way it came
         :param network: name of its CNI network
-        :param yielding: refuse what another existing sandbox has, and leave
-            no record of what fails
+        :param bound_at: when it was asked for, in seconds since the boot, so
+            that :meth:`unbind` can undo just that; None for now
+        :param yielding: refuse what another existing sandbox has, and undo
+            what fails, address by address
         :raises Break0Error: the first error of one of the addresses; the
             others are bound all the same
         """
@@ -139,7 +111,7 @@ class Break0Manager:
                 LOG.warning('Cannot identify the namespace %s, so its end '
                             'will not be noticed: %s', netns, err)
         tap = kernel.find_taps().get(mac) if mac and netns is None else None
-        bound_at = files.now()
+        bound_at = files.now() if bound_at is None else bound_at
         # What can be is done before others have to wait.
         records = [Record(address, owner, parent, mac,
                           tuple(subnets)[:MAX_SUBNETS], netns, namespace,
@@ -151,19 +123,7 @@ class Break0Manager:
             failure.raise_first()  # nothing to make break0 for
             return
         self._require_parent(parent)
-        passed: list[IPAddress] = []
-        replaced: list[Record] = []
-        shim = None
-        with self._locked() as say:
-            records = list(self._recorded(records, passed, replaced, yielding,
-                                          failure))
-            with failure.noted(), kernel.Netlink() as netlink:
-                shim = self._bind_all(netlink, records, failure, say,
-                                      replaced)
-            if yielding and failure.errors:
-                self._roll_back(records, shim)
-        forget_connections(passed)
-        if shim is not None and shim.routes_lost:
+        if self._engine.bind(records, yielding, failure):
             # It was created or brought up, so those of the others are gone.
             with failure.logged():
                 self.sync()
@@ -202,7 +162,7 @@ class Break0Manager:
         with contextlib.suppress(PermissionError):
             if kernel.source_for(address, parent) == address:
                 return policy.OWN
-        next_hops = self._ledger.cache.get('next_hops', CACHED)
+        next_hops = self._ledger.cache.fresh('next_hops')
         if next_hops is None:
             with kernel.Netlink() as netlink:
                 found = netlink.next_hops(
@@ -217,13 +177,9 @@ class Break0Manager:
         return (policy.EARLIER_NEXT_HOP if origin is Origin.DISCOVERED
                 and str(address) in self._ledger.next_hops_seen() else None)
 
-    def _devices(self) -> set[str]:
-        identity = self._ledger.identity()
-        return {self._options.device,
-                *(identity.devices.values() if identity else ())}
-
     def _device_indexes(self) -> list[int]:
-        return [index for index in map(kernel.index_of, self._devices())
+        names = self._engine.devices.names()
+        return [index for index in map(kernel.index_of, names)
                 if index is not None]
 
     def _require_parent(self, parent: str) -> None:
@@ -234,162 +190,11 @@ class Break0Manager:
             raise exceptions.ParentMismatch(configured=configured,
                                             actual=parent)
 
-    def _recorded(self, records: Iterable[Record], passed: list[IPAddress],
-                  replaced: list[Record], yielding: bool, failure: Failures
-                  ) -> Iterator[Record]:
-        """Write the records; those that may go on to the kernel.
-
-        :param passed: gets the addresses that other sandboxes had
-        :param replaced: gets the earlier claims of the same interface
-        """
-        for record in records:
-            try:
-                claims = self._records.claims(record.address)
-            except exceptions.LedgerUnavailable as err:
-                LOG.error('%s', err)
-                claims = ()
-            earlier = [claim for claim in claims
-                       if _is_of_same_interface(claim, record)]
-            replaced += earlier
-            others = [claim for claim in claims if claim not in earlier]
-            existing = [claim for claim in others if kernel.state(
-                *claim.place) is not kernel.State.GONE]
-            if yielding and existing:
-                failure.note(exceptions.AddressTaken(
-                    address=record.address, owner=existing[0].owner,
-                    **vars(existing[0].owner)))
-                continue
-            if others:
-                passed.append(record.address)
-            # An unwritable ledger must not cost the pod its route: what is
-            # in the kernel is recorded when it can be again.
-            with failure.noted() if yielding else failure.logged():
-                self._records.put([record, *(
-                    claim for claim in existing
-                    if claim.namespace or claim.tap)])
-            yield record
-
-    def _bind_all(self, netlink: kernel.Netlink, records: list[Record],
-                  failure: Failures, say: Say,
-                  replaced: Iterable[Record] = ()) -> Optional[_Shim]:
-        """Make sure of break0, routes, neighbours and the pod side."""
-        if not records:
-            return None
-        first = records[0]
-        shim = self._shim(netlink, first.parent)
-        sources = {record.address: self._policy.source(record, shim.name)
-                   for record in records}
-        bound = []
-        with failure.noted():
-            self._admit(shim.name, records, replaced)
-        for record in records:
-            with failure.noted():
-                self._bind(netlink, record, shim, sources[record.address],
-                           say)
-                bound.append(record)
-        if first.netns is not None and bound:
-            self._configure(bound, shim.name, self._node_addresses(
-                netlink, shim, first.parent, sources.values()))
-        return shim
-
-    def _admit(self, device: str, records: list[Record],
-               replaced: Iterable[Record] = ()) -> None:
-        """Let a pod pass the guard, and no more who had its addresses.
-
-        :raises GuardUnavailable: if that fails and [break0] guard is on
-        """
-        guarding = Guard(self._options, self._ledger, device)
-        if not guarding.is_wanted:
-            return
-        before = [*replaced, *(
-            claim for record in records
-            for claim in self._records.claims(record.address)[1:])]
-        admitted = pairs(records)
-        try:
-            missing = not guarding.change(
-                admitted, set(pairs(before)) - set(admitted))
-            reason = 'it is not loaded'
-        except exceptions.KernelRefused as err:
-            missing, reason = True, str(err)
-            LOG.warning('The guard of %s does not admit %s: %s', device,
-                        records[0].owner, err)
-        if missing and self._options.guard == config.ON:
-            raise exceptions.GuardUnavailable(device=device, reason=reason)
-
-    def _configure(self, records: list[Record], device: str,
-                   node: NodeAddresses) -> None:
-        """Configure the pod side, and record that only when it was done.
-
-        Without, IPv4 works by ARP where the node is in the pod's subnet, so
-        a failure is no error; it is repaired by each sync.
-        """
-        try:
-            others = podside.configure(records, node, self._options)
-        except exceptions.Break0Error as err:
-            LOG.warning('The sandbox %s is not configured to reach the node '
-                        'yet: %s', records[0].owner, err)
-            cache = self._ledger.cache  # so that no sync says it again
-            cache.put('unconfigured', [*(cache.get('unconfigured') or ()),
-                                       str(records[0].owner)])
-            return
-        siblings = self._siblings(records[0], others)
-        macs = tuple(dict.fromkeys(each.mac for each in siblings
-                                   if each.mac is not None))
-        done = [dataclasses.replace(record, configured=node.digest,
-                                    siblings=macs) for record in records]
-        mac = records[0].mac
-        if mac is not None:
-            done += [dataclasses.replace(each, siblings=(
-                *each.siblings, mac)) for each in siblings
-                if mac not in each.siblings]
-        for record in done:
-            try:
-                claims = self._records.claims(record.address)
-                if claims and claims[0].owner == record.owner:
-                    self._records.put([record, *claims[1:]])
-            except exceptions.LedgerUnavailable as err:
-                LOG.debug('%s', err)
-        if siblings:
-            self._admit(device, done)
-
-    def _siblings(self, record: Record,
-                  addresses: Iterable[IPAddress]) -> list[Record]:
-        """Return the records of other interfaces of a sandbox on its parent.
-
-        :param addresses: those of these interfaces; what is not recorded for
-            the sandbox counts for nothing
-        """
-        found = []
-        for address in itertools.islice(addresses, MAX_SIBLINGS):
-            with contextlib.suppress(exceptions.LedgerUnavailable):
-                other = self._records.get(address)
-                if other is not None and other.parent == record.parent and (
-                        other.namespace == record.namespace):
-                    found.append(other)
-        return found
-
-    def _roll_back(self, records: Iterable[Record],
-                   shim: Optional[_Shim]) -> None:
-        """Leave nothing of a bind that yields to others, and failed."""
-        for record in records:
-            with Failures().logged():
-                self._drop(record)
-                if shim is not None:
-                    with kernel.Netlink() as netlink:
-                        self._unset(netlink, record.address, shim.index)
-
-    def _drop(self, record: Record) -> None:
-        left = [claim for claim in self._records.claims(record.address)
-                if claim.owner != record.owner]
-        if left:
-            self._records.put(left)
-        else:
-            self._records.remove(record.address)
-
     @timed(Done.UNBIND, Done.UNBIND_FAILED)
     def unbind(self, owner: Owner, addresses: Optional[Iterable[IPAddress]],
                netns: Optional[str] = None, mac: Optional[str] = None,
-               interface_goes: bool = False) -> list[IPAddress]:
+               interface_goes: bool = False,
+               bound_at: Optional[float] = None) -> list[IPAddress]:
         """Take back what :meth:`bind` did for these addresses.
 
         Claims of other owners stay, since a DEL can come late; the newest of
@@ -398,10 +203,11 @@ class Break0Manager:
 
         :param addresses: None for all that are recorded for it, which takes
             the longer the more records there are
-        :param netns: path of the sandbox's namespace, by which what was
-            adopted is known as its own; see :meth:`Owner.adopted`
+        :param netns: path of the sandbox's namespace, by which with the MAC
+            address what was adopted is known; see :meth:`Owner.adopted`
         :param mac: MAC address of the sandbox's interface, by which a route
             without record is known as its own
+        :param bound_at: undo the bind that was asked for then, and no other
         :param interface_goes: the interface is about to be deleted, so
             nothing has to be taken back there
         :returns: the addresses that this owner had
@@ -409,112 +215,24 @@ class Break0Manager:
             others are unbound all the same
         """
         failure = Failures()
-        removed: list[Record] = []
-        owners = {owner}
         namespace = kernel.identify(netns)
-        if namespace is not None:
-            owners |= {Owner.adopted(namespace, owner.ifname),
-                       Owner.adopted(namespace._replace(cookie=None),
-                                     owner.ifname)}
+        mac = mac and mac.lower()
+
+        def is_own(claim: Record) -> bool:
+            return claims.is_own(claim, owner, namespace, mac, bound_at)
+
         if addresses is None:
-            addresses = self._recorded_for(owners)
-        with self._locked(required=True) as say, \
-                kernel.Netlink() as netlink:
-            for address in addresses:
-                with failure.noted():
-                    removed += self._unbind(netlink, owners, owner, address,
-                                            mac, say)
-        forget_connections(record.address for record in removed)
+            # An adopted one has its namespace in place of a container id.
+            addresses = sorted({
+                claim.address for found in self._records.containing(
+                    owner.container_id, Owner.ADOPTED)
+                for claim in found if is_own(claim)}, key=address_order)
+        removed = self._engine.unbind(addresses, is_own, owner, mac, failure)
         for record in removed:
             if not interface_goes:
                 self._withdraw(record)
         failure.raise_first()
         return [record.address for record in removed]
-
-    def _recorded_for(self, owners: Iterable[Owner]) -> list[IPAddress]:
-        return sorted({claim.address for owner in owners for claims
-                       in self._records.containing(owner.container_id)
-                       for claim in claims if claim.owner == owner},
-                      key=address_order)
-
-    def _unbind(self, netlink: kernel.Netlink, owners: Collection[Owner],
-                owner: Owner, address: IPAddress, mac: Optional[str],
-                say: Say) -> list[Record]:
-        claims = self._records.claims(address)
-        own = [claim for claim in claims if claim.owner in owners]
-        left = [claim for claim in claims if claim.owner not in owners]
-        if claims and not own:
-            say('%s stays bound: it belongs to %s, not to %s any more',
-                address, claims[0].owner, owner)
-            return []
-        if own and claims[0] is not own[0]:
-            # A newer claim has the route.
-            self._records.put(left)
-            say('Removed the earlier claim of %s on %s, which belongs to %s',
-                owner, address, claims[0].owner)
-            return own
-        successor = self._successor(left)
-        macs = {each for claim in own for each in claim.macs}
-        if not own and mac is not None:
-            macs.add(mac.lower())
-        identity = self._ledger.identity()
-        known = identity.devices.values() if identity else ()
-        # On any of them, since the parent may have another name by now.
-        names = {*known} if known and own else self._devices()
-        devices = [name for name in names
-                   if not self._reconciler.is_others(netlink.link(name))]
-        deleted = self._withdraw_on_node(netlink, address, devices, macs,
-                                         bool(own))
-        if successor is None:
-            self._records.remove(address)
-        else:
-            self._records.put(left[left.index(successor):])
-            if len(devices) == len(names):
-                # Else a bind might take over that of another ledger.
-                self._bind_all(netlink, [successor], Failures(), say)
-        say('Unbound %s from break0 for %s%s', address, owner,
-            '' if deleted else ' (it had no route of its own)')
-        return own
-
-    def _successor(self, claims: list[Record]) -> Optional[Record]:
-        """Return the newest claim whose sandbox still has the address."""
-        for claim in claims:
-            if kernel.state(*claim.place) is kernel.State.GONE:
-                continue
-            try:
-                if podside.has_address(claim, self._options):
-                    return claim
-            except exceptions.Break0Error as err:
-                LOG.debug('The claim of %s counts: %s', claim.owner, err)
-                return claim
-        return None
-
-    def _withdraw_on_node(self, netlink: kernel.Netlink, address: IPAddress,
-                          devices: list[str], macs: set[str],
-                          is_recorded: bool) -> bool:
-        """Delete what an address has; whether it had a route.
-
-        But not if its neighbour has another MAC address than the sandbox
-        had: then a pod has it that could not be recorded.
-        """
-        deleted = False
-        for name in devices:
-            index = kernel.index_of(name)
-            if index is None:
-                continue
-            with Failures().logged():
-                Guard(self._options, self._ledger, name).change(
-                    (), [pair(address, each) for each in macs]
-                    or [pair(address, None)])
-            present, kind = netlink.neighbour(index, address)
-            if kind == 'permanent' and macs and present not in macs:
-                LOG.warning('Keeping %s on %s: %s has the address and is not '
-                            'recorded yet', address, name, present)
-                continue
-            if not is_recorded and (kind != 'permanent' or not macs):
-                continue  # nothing says whose it is
-            deleted |= self._unset(netlink, address, index)
-        return deleted
 
     def _withdraw(self, record: Record) -> None:
         """Take back the pod side in a namespace that is still there.
@@ -545,7 +263,7 @@ class Break0Manager:
         :raises Break0Error: the first error; what else there was to do is
             done
         """
-        outcome = self._reconciler.sync(dry_run)
+        outcome = Reconciler(self._options, self._ledger).sync(dry_run)
         if outcome.errors:
             raise outcome.errors[0]
         return outcome
@@ -584,7 +302,7 @@ class Break0Manager:
         gone = [address for address in addresses
                 if self._records.may_be_gone(address, judge)]
         if gone:
-            self._reconciler.remove_gone(gone)
+            self._engine.remove_gone(gone)
 
     def _repair(self) -> None:
         """Sync if routes are missing.
@@ -616,193 +334,15 @@ class Break0Manager:
                           if not each.address.is_link_local)
 
     def _missing(self) -> int:
-        with self._locked():  # so that no pod is half bound
+        with self._engine.locked():  # so that no pod is half bound
             table = self._options.route_table
             if table == kernel.RT_TABLE_MAIN:
                 return self._records.count() - kernel.count_host_routes(
-                    self._devices())
+                    self._engine.devices.names())
             with kernel.Netlink() as netlink:
                 return self._records.count() - sum(
                     len(netlink.host_routes_of(index, table))
                     for index in self._device_indexes())
-
-    @contextlib.contextmanager
-    def _locked(self, required: bool = False) -> Iterator[Say]:
-        """Keep others out.
-
-        Where the lock cannot be had, a pod is worth more than the lock: it
-        is recorded and bound without. What takes away needs it.
-
-        :returns: a LOG.info whose lines are written when the lock is free
-            again, since to write one can take as long as to set a route
-        """
-        said: list[tuple[Any, ...]] = []
-        try:
-            with contextlib.ExitStack() as stack:
-                try:
-                    stack.enter_context(self._ledger.lock())
-                except exceptions.LedgerUnavailable as err:
-                    LOG.error('Working without a lock. %s', err)
-                except exceptions.LockTimeout as err:
-                    if required:
-                        raise
-                    LOG.error('Working without a lock. %s', err)
-                yield lambda *line: said.append(line)
-        finally:
-            for line in said:
-                LOG.info(*line)
-
-    def _shim(self, netlink: kernel.Netlink, parent: str) -> _Shim:
-        """Make sure of the break0 of a parent.
-
-        An ifindex is not used again, so the interface that has it is the one
-        that was examined.
-        """
-        cache = self._ledger.cache
-        cached = cache.get('device.' + parent, CACHED)
-        if cached is not None:
-            with contextlib.suppress(TypeError, ValueError, IndexError):
-                name, index, mac, *rest = cached
-                if (rest == self._circumstances(parent)
-                        and kernel.index_of(name) == index):
-                    return _Shim(name, index, mac, False)
-        ensured = self._reconciler.ensure_device(netlink, parent, claim=True)
-        link = ensured.link
-        cache.put('device.' + parent, [
-            link.name, link.index, link.mac, *self._circumstances(parent)])
-        return _Shim(link.name, link.index, link.mac, ensured.routes_lost)
-
-    def _circumstances(self, parent: str) -> list[Any]:
-        options = self._options
-        return [options.device, options.devices.get(parent),
-                kernel.index_of(parent), options.mac,
-                *map(str, options.addr)]
-
-    def _node_addresses(self, netlink: kernel.Netlink, shim: _Shim,
-                        parent: str,
-                        sources: Collection[Optional[IPAddress]]
-                        ) -> NodeAddresses:
-        """Return what pods must know of the node.
-
-        Its addresses are read again if it turns out to use another one.
-        """
-        index = kernel.index_of(parent)
-        cached: Optional[list[tuple[int, IPAddress]]] = None
-        with contextlib.suppress(TypeError, ValueError):
-            cached = [(int(at), ipaddress.ip_address(address)) for at, address
-                      in self._ledger.cache.get('addresses', CACHED) or ()]
-        if not cached or {src for src in sources if src} - {
-                address for _, address in cached}:
-            cached = [(each.ifindex, each.address)
-                      for each in netlink.addresses()]
-            self._ledger.cache.put('addresses', [
-                [at, str(address)] for at, address in cached])
-        return self._policy.node_addresses(
-            {address for _, address in cached},
-            [address for at, address in cached if at == index],
-            sources, shim.mac, shim.name)
-
-    def _bind(self, netlink: kernel.Netlink, record: Record, shim: _Shim,
-              src: Optional[IPAddress], say: Say) -> None:
-        """Set what an address must have on the node."""
-        wanted = self._policy.wanted(record, shim.name, shim.index, src)
-        if wanted is None:
-            LOG.debug('IPv6 is disabled on %s, so %s is not reachable through '
-                      'it', shim.name, record.address)
-            return
-        if record.address.version == 6 and (
-                not self._options.static_neighbours):
-            LOG.warning('From its pod, %s, the node cannot be reached: that '
-                        'needs [break0] static_neighbours', record.address)
-        # NLM_F_EXCL does not notice a route of another metric.
-        present = netlink.route_to(record.address)
-        if present is not None:
-            self._require_free(wanted, [present])
-        err = self._add(netlink, wanted)
-        if err is not None and err.device_lost:
-            # break0 is down, or has just gone.
-            ensured = self._reconciler.ensure_device(netlink, record.parent,
-                                                     claim=True)
-            shim.index, shim.mac = ensured.link.index, ensured.link.mac
-            shim.routes_lost |= ensured.routes_lost
-            wanted = self._policy.wanted(record, shim.name, shim.index,
-                                         src) or wanted
-            err = self._add(netlink, wanted)
-        if err is not None and err.errno == errno.EEXIST:
-            self._replace(netlink, wanted, present)
-        elif err is not None:
-            raise err
-        say('Bound %s to %s for %s, source %s', record.address, shim.name,
-            record.owner, src or 'by device')
-
-    @staticmethod
-    def _add(netlink: kernel.Netlink,
-             wanted: Wanted) -> Optional[exceptions.KernelRefused]:
-        """Set neighbour and route where there is no route."""
-        changes: list[kernel.Change] = [(Verb.ADD, wanted.route)]
-        if wanted.neighbour is not None:
-            # Before the route, or it might be asked for on the wire.
-            changes.insert(0, (Verb.REPLACE, wanted.neighbour))
-        *others, err = netlink.change(changes)
-        for other in others:
-            if other is not None and not other.device_lost:
-                LOG.error('%s', other)
-        return err
-
-    def _require_free(self, wanted: Wanted,
-                      in_the_way: Iterable[HostRoute]) -> None:
-        """Refuse to override a route of others, or take it over.
-
-        :raises ForeignRoute: if it stays
-        """
-        route = wanted.route
-        plan = compute({route.dst: wanted}, in_the_way,
-                       device=route.oif or 0, protocol=route.protocol,
-                       takeover=self._options.takeover)
-        if not plan.replace and plan.foreign:
-            raise foreign_route(plan.foreign[0])
-        for foreign in plan.foreign:
-            take_over(foreign, self._ledger, self._journal)
-
-    def _replace(self, netlink: kernel.Netlink, wanted: Wanted,
-                 present: Optional[HostRoute]) -> None:
-        """Set a route in place of what is there, if that may be.
-
-        :param present: what was in use, which is known to be free
-        """
-        route = wanted.route
-        if present is None or (present.table, present.metric) != (
-                route.table, route.metric):
-            # One that is not the one in use is only to be seen in a dump.
-            self._require_free(wanted, [
-                each for each in netlink.routes().host
-                if each.dst == route.dst])
-        changes: list[kernel.Change] = [(Verb.REPLACE, route)]
-        if wanted.neighbour is None:
-            # It was an earlier pod's, which had another MAC address.
-            changes.append((Verb.DELETE, Neighbour(
-                route.dst, route.oif or 0, '', None)))
-        err = netlink.change(changes)[0]
-        if err is not None:
-            raise err
-
-    def _unset(self, netlink: kernel.Netlink, address: IPAddress,
-               index: int) -> bool:
-        """Delete what an address has; whether it had a route.
-
-        The neighbour too if it was learnt: the next pod of this address has
-        another MAC address, and the kernel would use the old one for some
-        seconds.
-        """
-        err, neighbour_err = netlink.change([
-            (Verb.DELETE, dataclasses.replace(
-                self._policy.route(address, index), metric=None)),
-            (Verb.DELETE, Neighbour(address, index, '', None))])
-        if neighbour_err is not None and not neighbour_err.absent:
-            LOG.debug('%s', neighbour_err)
-        if err is not None and not err.absent:
-            raise err
-        return err is None
 
 
 def _sane(owner: Owner, addresses: list[IPAddress], parent: str,
@@ -836,18 +376,6 @@ def _sane(owner: Owner, addresses: list[IPAddress], parent: str,
     if reason is not None:
         raise exceptions.InputRefused(owner=str(owner)[:160], reason=reason)
     return list(dict.fromkeys(addresses)), mac
-
-
-def _is_of_same_interface(claim: Record, record: Record) -> bool:
-    """Return whether a claim is an earlier one of the same interface.
-
-    What was discovered or rebuilt may be bound by its engine later.
-    """
-    return claim.owner == record.owner or (
-        (claim.origin is Origin.DISCOVERED or claim.is_rebuilt)
-        and claim.owner.ifname == record.owner.ifname
-        and claim.namespace is not None
-        and claim.namespace == record.namespace)
 
 
 def _number(facts: Optional[list[Any]]) -> int:

@@ -40,8 +40,13 @@ class Plan:
     forget: tuple[Neighbour, ...] = ()
     unclaimed: tuple[Item, ...] = ()
 
+    @property
+    def changes(self) -> tuple[Item, ...]:
+        """Return all that is to be set or deleted."""
+        return (*self.learn, *self.replace, *self.delete, *self.forget)
+
     def __bool__(self) -> bool:
-        return bool(self.replace or self.delete or self.learn or self.forget)
+        return bool(self.changes)
 
 
 def compute(desired: Mapping[IPAddress, Wanted],
@@ -107,20 +112,21 @@ def compute(desired: Mapping[IPAddress, Wanted],
     return Plan(
         replace=tuple(wanted.route for wanted in in_order
                       if wanted.route.dst not in settled),
-        delete=tuple(sorted(delete, key=_order)),
-        foreign=tuple(sorted(foreign.values(), key=_order)),
+        delete=tuple(sorted(delete, key=by_order)),
+        foreign=tuple(sorted(foreign.values(), key=by_order)),
         learn=tuple(wanted.neighbour for wanted in in_order
                     if wanted.neighbour is not None
                     and wanted.neighbour.dst not in known),
-        forget=tuple(sorted(forget, key=_order)),
-        unclaimed=tuple(sorted(unclaimed, key=_order)))
+        forget=tuple(sorted(forget, key=by_order)),
+        unclaimed=tuple(sorted(unclaimed, key=by_order)))
 
 
 def _by_metric(route: HostRoute) -> tuple[int, ...]:
-    return (route.metric or 0, *_order(route))
+    return (route.metric or 0, *by_order(route))
 
 
-def _order(item: Union[HostRoute, Neighbour]) -> tuple[int, ...]:
+def by_order(item: Union[HostRoute, Neighbour]) -> tuple[int, ...]:
+    """Return a sort key: by address, routes before neighbours."""
     if isinstance(item, HostRoute):
         return (*address_order(item.dst), item.table, item.protocol,
                 item.oif or 0, item.metric or 0)

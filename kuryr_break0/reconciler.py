@@ -15,39 +15,32 @@ import collections
 import contextlib
 import dataclasses
 import gc
-import logging
-from typing import Any, Collection, Iterable, Iterator, Mapping, Optional
+from typing import Any, Collection, Iterator, Mapping, Optional
 
+from kuryr_break0.claims import Claims
 from kuryr_break0 import config
-from kuryr_break0 import device
+from kuryr_break0.engine import Engine
 from kuryr_break0 import exceptions
 from kuryr_break0.failures import Failures
-from kuryr_break0.guard import Guard
-from kuryr_break0.guard import pair
-from kuryr_break0.guard import pairs
 from kuryr_break0.guard import said
-from kuryr_break0.guard import unclaimed_pairs
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
+from kuryr_break0.ledger import Contents
 from kuryr_break0.ledger import files
-from kuryr_break0.ledger.identity import Alias
-from kuryr_break0.ledger.identity import follows
-from kuryr_break0.ledger.identity import Identity
 from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger.journal import Journal
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
-from kuryr_break0.model import best_metric
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Item
-from kuryr_break0.model import Neighbour
 from kuryr_break0.model import NodeAddresses
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
+from kuryr_break0.plan import by_order
 from kuryr_break0.plan import Plan
-from kuryr_break0 import podside
 from kuryr_break0.policy import Policy
+from kuryr_break0.routes import foreign_route
 from kuryr_break0 import snapshot
 from kuryr_break0.snapshot import Parent
 from kuryr_break0.snapshot import Snapshot
@@ -56,11 +49,6 @@ LOG = log.get_logger(__name__)
 
 #: Addresses that a sync changes before it lets others have the lock.
 CHANGED_AT_ONCE = 16
-#: Pods whose namespaces one sync enters to compare the pod side, beside those
-#: that are known to differ. Each takes about half a millisecond.
-ENTERED = 128
-#: Seconds within which a route that was taken over is not taken again.
-TRUCE = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,161 +78,9 @@ class Outcome(Plan):
 class Reconciler:
     """Compares snapshot and ledger, and makes the difference none."""
 
-    def __init__(self, options: config.Options, ledger: Ledger,
-                 journal: Journal) -> None:
+    def __init__(self, options: config.Options, ledger: Ledger) -> None:
         self._options = options
-        self._policy = Policy(options)
         self._ledger = ledger
-        self._journal = journal
-
-    def ensure_device(self, netlink: kernel.Netlink, parent: str,
-                      claim: bool = False) -> device.Ensured:
-        """Make sure of the break0 of a parent. Call it under the lock.
-
-        :param claim: take it over if it belongs to another ledger
-        :raises Break0Error: if it cannot be made so
-        :raises OtherLedger: if it belongs to another ledger and stays so
-        """
-        options, ledger = self._options, self._ledger
-        try:
-            identity = ledger.ensure_identity()
-        except exceptions.LedgerUnavailable as err:
-            # A pod is worth more than a MAC address that stays the same.
-            LOG.error('%s', err)
-            identity = Identity.new()
-        link = netlink.link(options.device)
-        others = device.devices(identity, netlink.link, (parent,))
-        primary = device.primary_of(options, others, link, ())
-        name = device.name_for(options, parent, primary, others)
-        if name != options.device:
-            link = netlink.link(name)
-        other = device.owned_by_other(link, identity) if link else None
-        if other is not None and not claim:
-            raise self.other_ledger(name, other)
-        made = device.Device(options, name, parent, identity)
-        ensured = made.ensure(netlink, device.derived_mac(identity.secret,
-                                                          name))
-        known = dataclasses.replace(
-            identity,
-            devices={**{other_parent: each for other_parent, each
-                        in others.items() if each != name},
-                     parent: name},
-            macs={**identity.macs, name: ensured.link.mac})
-        if other is not None and other.directory == options.state_dir:
-            known = dataclasses.replace(known, claimed={
-                **identity.claimed, name: other.ledger})
-        if known != identity:
-            ledger.cache.drop('device.' + parent)  # it has the earlier MAC
-            with Failures().logged():
-                ledger.put_identity(known)
-        if ensured.repaired:
-            with contextlib.suppress(exceptions.LedgerUnavailable):
-                # A repair, unless it is made for the first pod.
-                if not claim or ledger.records.count() > 1:
-                    self._journal.add(Done.DEVICE)
-        self._ensure_guard(netlink, ensured.link, parent)
-        return ensured
-
-    def other_ledger(self, name: str, other: Alias) -> exceptions.OtherLedger:
-        """Return the error of a break0 that belongs to another ledger."""
-        return exceptions.OtherLedger(
-            device=name, own=self._options.state_dir, **other._asdict())
-
-    def is_others(self, link: Optional[kernel.Link]) -> bool:
-        """Return whether a break0 is another ledger's, and say so.
-
-        That may know of pods which this one does not know, so nothing is
-        taken away there.
-
-        :raises LedgerUnavailable: if the identity of this one is damaged
-        """
-        identity = self._ledger.identity()
-        other = device.owned_by_other(link, identity) if link else None
-        if link is None or other is None or follows(
-                identity, self._options.state_dir, other, link.name):
-            return False
-        LOG.warning('%s', self.other_ledger(link.name, other))
-        return True
-
-    def _ensure_guard(self, netlink: kernel.Netlink, link: kernel.Link,
-                      parent: str) -> None:
-        """Make sure of the guard of a break0.
-
-        :raises GuardUnavailable: if it cannot be had and [break0] guard is
-            on; else that is logged, once
-        """
-        guarding = Guard(self._options, self._ledger, link.name)
-        if not guarding.is_wanted and not guarding.is_loaded():
-            return
-        try:
-            found, index = netlink.addresses(), kernel.index_of(parent)
-            hosts = self._policy.solicited(
-                {each.address for each in found},
-                [each.address for each in found if each.ifindex == index],
-                link.name)
-            if guarding.is_wanted and guarding.is_intact(link, hosts):
-                return
-            claims, _ = self._ledger.records.read()
-            guarding.ensure(link, {
-                *pairs(each[0] for each in claims.values()
-                       if each[0].parent == parent),
-                *self._unclaimed_pairs(netlink, link, claims)}, hosts)
-            self.warn_once('unguarded', '')
-        except (exceptions.GuardUnavailable, exceptions.KernelRefused,
-                exceptions.LedgerUnavailable, OSError) as err:
-            if self._options.guard == config.ON:
-                raise
-            self.warn_once('unguarded', str(err))
-
-    def warn_once(self, what: str, text: str, fact: str = '') -> None:
-        """Log something that is wrong, unless that was the last thing logged.
-
-        :param what: the name that it is cached by
-        :param text: empty if it is not wrong any more
-        :param fact: compared in place of a text that changes
-        """
-        known = [text and (fact or text)]
-        if (self._ledger.cache.get(what) or ['']) != known:
-            self._ledger.cache.put(what, known)
-            if text:
-                LOG.warning('%s', text)
-
-    def _unclaimed_pairs(self, netlink: kernel.Netlink, link: kernel.Link,
-                         claimed: Collection[IPAddress]) -> set[kernel.Pair]:
-        options = self._options
-        return unclaimed_pairs(
-            netlink.host_routes_of(link.index, options.route_table),
-            netlink.neighbours(link.index), options.route_protocol, claimed)
-
-    def repair_guard(self, netlink: kernel.Netlink, parent: Parent,
-                     seen: Snapshot) -> bool:
-        """Let the guard know just the pods of a parent.
-
-        :returns: whether it knew others
-        :raises KernelRefused: if the kernel refuses it
-        """
-        guarding = Guard(self._options, self._ledger, parent.device)
-        if (parent.link is None or not guarding.is_loaded()
-                or not (parent.barred or parent.admitted)):
-            return False
-        wrong = parent.barred | parent.admitted
-        # With what decides about these: the other records of their pods.
-        pods = {parent.live[address].namespace for address in wrong
-                if address in parent.live} - {None}
-        records = {address: self._ledger.records.get(address)
-                   for address in wrong.union(
-                       address for address, record in parent.live.items()
-                       if record.namespace in pods)}
-        missing, extra = guarding.difference(
-            pairs(record for address, record in records.items()
-                  if record is not None and record.parent == parent.name
-                  and address not in seen.refused),
-            self._unclaimed_pairs(netlink, parent.link, {
-                address for address, record in records.items() if record}))
-        looked_at = {address.packed for address in records}
-        extra = {each for each in extra if each.address in looked_at}
-        guarding.change(missing, extra)
-        return bool(missing or extra)
 
     def sync(self, dry_run: bool = False, claim: bool = False,
              prune: bool = False) -> Outcome:
@@ -261,106 +97,36 @@ class Reconciler:
         failure = Failures()
         outcome = Outcome()
         with failure.noted(), kernel.Netlink() as netlink, uncollected():
-            outcome = _Sync(self, netlink, failure, dry_run, claim,
-                            prune).run()
+            outcome = _Sync(self._options, self._ledger, netlink, failure,
+                            dry_run, claim, prune).run()
         return dataclasses.replace(outcome, errors=tuple(failure.errors))
-
-    def remove_gone(self, addresses: Iterable[IPAddress]) -> list[Record]:
-        """Remove claims whose sandbox is proven not to exist.
-
-        :returns: the claims that are left on these addresses
-        :raises Break0Error: the first error of one of the addresses
-        """
-        failure = Failures()
-        left: list[Record] = []
-        with kernel.Netlink() as netlink:
-            for address in addresses:
-                with failure.noted():
-                    left += self.remove_gone_claims(netlink, address)
-        failure.raise_first()
-        return left
-
-    def remove_gone_claims(self, netlink: kernel.Netlink, address: IPAddress
-                           ) -> list[Record]:
-        """Remove the claims of gone sandboxes on one address.
-
-        :returns: the claims that are left
-        :raises Break0Error: if that fails; then they are still there
-        """
-        with self._ledger.lock():
-            claims = self._ledger.records.claims(address)
-            judge = kernel.Judge()
-            gone = [claim for claim in claims if judge.judge(
-                *claim.place).state is kernel.State.GONE]
-            left = [claim for claim in claims if claim not in gone]
-            if not gone:
-                return left
-            if left:
-                self._ledger.records.put(left)
-            else:
-                self._withdraw(netlink, gone)
-                self._ledger.records.remove(address)
-        for claim in gone:
-            LOG.info('Sandbox %s no longer exists; removed %s from break0',
-                     claim.owner, address)
-            self._journal.add(Done.SANDBOX_GONE)
-        if not left:
-            forget_connections([address])
-        return left
-
-    def _withdraw(self, netlink: kernel.Netlink, gone: list[Record]) -> None:
-        """Delete routes and neighbour of an address that is nobody's.
-
-        But not if its neighbour has another MAC address than any of the
-        sandboxes had: then a pod has it that could not be recorded. Nor on a
-        break0 of another ledger, which may know of one.
-        """
-        identity = self._ledger.identity()
-        address = gone[0].address
-        names = {self._options.device, *(
-            identity.devices.values() if identity else ())}
-        macs = {claim.mac for claim in gone}
-        for name in names:
-            link = netlink.link(name)
-            if link is None or self.is_others(link):
-                continue
-            Guard(self._options, self._ledger, name).change(
-                (), [pair(address, mac) for mac in macs
-                     | {each for claim in gone for each in claim.siblings}])
-            present, state = netlink.neighbour(link.index, address)
-            if (state == 'permanent' and None not in macs
-                    and present not in macs):
-                continue
-            for err in netlink.change(removals(
-                    self._policy.route(address, link.index))):
-                if err is not None and not err.absent:
-                    raise err
 
 
 class _Sync:
     """One sync."""
 
-    def __init__(self, reconciler: Reconciler, netlink: kernel.Netlink,
-                 failure: Failures, dry_run: bool, claim: bool,
-                 prune: bool) -> None:
-        self._reconciler = reconciler
-        self._options = reconciler._options
-        self._ledger = reconciler._ledger
-        self._records = reconciler._ledger.records
-        self._journal = reconciler._journal
+    def __init__(self, options: config.Options, ledger: Ledger,
+                 netlink: kernel.Netlink, failure: Failures, dry_run: bool,
+                 claim: bool, prune: bool) -> None:
+        self._options = options
+        self._ledger = ledger
+        self._records = ledger.records
+        self._engine = Engine(options, ledger)
+        self._devices = self._engine.devices
+        self._journal = Journal(options.state_dir)
         self._netlink = netlink
         self._failure = failure
         self._dry_run = dry_run
         self._claim = claim
         self._prune = prune
+        self._contents: Optional[Contents] = None
+        #: what was changed, as far as it was in the plan
+        self._applied: set[Item] = set()
 
     def run(self) -> Outcome:
-        if not self._dry_run:
-            with self._ledger.lock():
-                # It moves to quarantine what is damaged.
-                self._note_parents(self._records.read()[0].values())
-                self._records.sweep()
         seen = self._read()
+        if not self._dry_run:
+            self._tidy(seen)
         devices = self._ensure_devices(seen)
         if devices and not self._dry_run:
             seen = self._read()
@@ -368,41 +134,88 @@ class _Sync:
         if rebuilt and not self._dry_run:
             seen = self._read()
         for address, reason in seen.refused.items():
-            LOG.error('%s', self._reconciler._policy.refused(address, reason))
-        if not self._dry_run:
-            # Of how many, and of which one, may change with each sync.
-            self._reconciler.warn_once('unjudged', seen.unjudged_problem,
-                                       'some')
-            self._ledger.cache.put('next_hops', sorted(map(
-                str, seen.routes.next_hops)))  # which spares the next bind it
-            self._ledger.note_next_hops(seen.routes.next_hops
-                                        | seen.routes.left_out)
-        own = [parent.plan for parent in seen.parents.values()
-               if not self._is_left(seen, parent)]
-        items: dict[str, Any] = {
-            name: tuple(item for plan in own for item in getattr(plan, name))
-            for name in ('replace', 'delete', 'foreign', 'learn', 'forget')}
-        claimed = {record.address for record in rebuilt}
-        outcome = Outcome(devices=tuple(devices), rebuilt=tuple(rebuilt),
-                          gone=seen.gone, unjudged=seen.unjudged,
-                          unclaimed=tuple(
-                              item for parent in seen.parents.values()
-                              for item in parent.plan.unclaimed
-                              if item.dst not in claimed), **items)
+            LOG.error('%s', Policy(self._options).refused(address, reason))
+        for parent in seen.parents.values():
+            for route in parent.plan.foreign:
+                if not self._is_left(seen, parent):
+                    LOG.error('%s', foreign_route(route))
+        pruned: set[Item] = set()
         if self._prune:
-            outcome = self._pruned(outcome, {
-                item for plan in own for item in plan.unclaimed})
-        for route in outcome.foreign:
-            LOG.error('%s', foreign_route(route))
+            pruned = self._pruned(seen, {each.address for each in rebuilt})
         if not self._dry_run:
+            self._note(seen)
+            # What a gone one had, the next that has its address gets.
+            gone = {record.address for record in seen.gone}
+            for address in gone:
+                with self._failure.noted(address):
+                    self._engine.remove_gone_claims(self._netlink, address)
+            done = gone - self._failure.failed
             for parent in seen.parents.values():
-                self._apply(seen, parent)
-            for address in {record.address for record in seen.gone}:
-                with self._failure.noted():
-                    self._reconciler.remove_gone_claims(self._netlink,
-                                                        address)
+                self._apply(parent, seen, gone)
+            self._applied.update(
+                item for parent in seen.parents.values()
+                for item in parent.plan.changes if item.dst in done)
             self._note_taps(seen)
-        return dataclasses.replace(outcome, pods=tuple(self._pods(seen)))
+        return self._outcome(seen, devices, rebuilt, pruned)
+
+    def _outcome(self, seen: Snapshot, devices: list[tuple[str, str]],
+                 rebuilt: list[Record], pruned: set[Item]) -> Outcome:
+        """Return what was done; of a dry run, what there is to do."""
+        claimed = {record.address for record in rebuilt}
+        items: dict[str, list[Any]] = {
+            name: [] for name in ('replace', 'delete', 'foreign', 'learn',
+                                  'forget', 'unclaimed')}
+        for parent in seen.parents.values():
+            is_left = self._is_left(seen, parent)
+            for name, found in items.items():
+                found += [
+                    item for item in getattr(parent.plan, name)
+                    if name == 'unclaimed' and item.dst not in claimed
+                    and item not in pruned
+                    or not is_left and (
+                        name == 'foreign' or name != 'unclaimed' and (
+                            self._dry_run or item in self._applied))]
+        for item in sorted(pruned, key=by_order):
+            items['delete' if isinstance(item, HostRoute)
+                  else 'forget'].append(item)
+        return Outcome(
+            devices=tuple(devices), rebuilt=tuple(rebuilt), gone=seen.gone,
+            unjudged=seen.unjudged, pods=tuple(self._engine.pods.repair(
+                self._interfaces(seen), self._failure, self._dry_run)),
+            **{name: tuple(found) for name, found in items.items()})
+
+    def _interfaces(self, seen: Snapshot
+                    ) -> Iterator[tuple[list[Record], NodeAddresses]]:
+        for records in seen.interfaces():
+            for name in {record.parent for record in records}:
+                parent = seen.parents[name]
+                some = [record for record in records
+                        if record.parent == name and record.netns is not None]
+                if some and parent.node is not None and not (
+                        self._is_left(seen, parent)):
+                    yield some, parent.node
+
+    def _tidy(self, seen: Snapshot) -> None:
+        """Note what an earlier version did not, and sweep."""
+        with self._ledger.lock():
+            for address in (*self._records.addresses(),
+                            *seen.contents.unreadable):
+                claims = seen.contents.claims.get(address, ())
+                with self._failure.noted(), contextlib.suppress(
+                        exceptions.RecordNewer):
+                    if address in seen.contents.unreadable or any(
+                            claim.parent_index is None for claim in claims):
+                        # Which moves it to quarantine if it is damaged.
+                        self._note_parents(self._records.claims(address))
+            self._records.sweep()
+
+    def _note(self, seen: Snapshot) -> None:
+        # Of how many, and of which one, may change with each sync.
+        self._devices.warn_once('unjudged', seen.unjudged_problem, 'some')
+        self._ledger.cache.put('next_hops', sorted(map(
+            str, seen.routes.next_hops)))  # which spares the next bind it
+        self._ledger.note_next_hops(seen.routes.next_hops
+                                    | seen.routes.left_out)
 
     def _note_taps(self, seen: Snapshot) -> None:
         """Record the macvtaps of VMs that were started after their bind."""
@@ -432,18 +245,19 @@ class _Sync:
         return parent.other is not None and not (
             self._dry_run and self._claims(seen, parent))
 
-    def _note_parents(self, found: Iterable[tuple[Record, ...]]) -> None:
+    def _note_parents(self, claims: Claims) -> None:
         """Note the ifindex of parents that an earlier version did not."""
-        for claims in found:
-            noted = [dataclasses.replace(claim, parent_index=kernel.index_of(
-                claim.parent)) if claim.parent_index is None else claim
-                for claim in claims]
-            if noted != [*claims]:
-                with self._failure.noted():
-                    self._records.put(noted)
+        noted = [dataclasses.replace(claim, parent_index=kernel.index_of(
+            claim.parent)) if claim.parent_index is None else claim
+            for claim in claims]
+        if noted != [*claims]:
+            self._records.put(noted)
 
     def _read(self) -> Snapshot:
-        return snapshot.read(self._options, self._ledger, self._netlink)
+        seen = snapshot.read(self._options, self._ledger, self._netlink,
+                             known=self._contents)
+        self._contents = seen.contents
+        return seen
 
     def _ensure_devices(self, seen: Snapshot) -> list[tuple[str, str]]:
         """Make sure of each break0; what it was and should not be.
@@ -460,7 +274,7 @@ class _Sync:
                 continue
             if parent.other is not None and not claim:
                 if parent.live or (self._prune and parent.plan.unclaimed):
-                    self._failure.note(self._reconciler.other_ledger(
+                    self._failure.note(self._devices.other_ledger(
                         parent.device, parent.other))
                 continue
             if not parent.live and not claim:
@@ -483,11 +297,11 @@ class _Sync:
                 # None, if all of them have been unbound meanwhile.
                 if claim or any(map(self._records.get, parent.live)):
                     if texts:
-                        self._reconciler.ensure_device(self._netlink,
-                                                       parent.name, claim)
+                        self._devices.ensure(self._netlink, parent.name,
+                                             claim)
                     # Not where pods have come and gone since it was read.
-                    if self._reconciler.repair_guard(self._netlink, parent,
-                                                     seen):
+                    if self._devices.repair_guard(self._netlink, parent,
+                                                  seen.refused):
                         found += [(parent.device, text)
                                   for text in known_wrongly]
         return found
@@ -556,74 +370,61 @@ class _Sync:
             return True
         return False
 
-    def _pruned(self, outcome: Outcome, own: Collection[Item]) -> Outcome:
-        """Turn what is unclaimed into what is to be deleted.
-
-        :param own: what is on no break0 of another ledger
-        """
-        unclaimed = [item for item in outcome.unclaimed if item in own]
+    def _pruned(self, seen: Snapshot, claimed: Collection[IPAddress]
+                ) -> set[Item]:
+        """Delete what is unclaimed; but on no break0 of another ledger."""
+        unclaimed = [item for parent in seen.parents.values()
+                     if not self._is_left(seen, parent)
+                     for item in parent.plan.unclaimed
+                     if item.dst not in claimed]
         if not self._dry_run:
             with self._ledger.lock():
                 unclaimed = [item for item in unclaimed
                              if not self._records.claims(item.dst)]
-                self._change(None, [(Verb.DELETE, item)
-                                    for item in unclaimed], {})
-        return dataclasses.replace(
-            outcome, unclaimed=tuple(
-                item for item in outcome.unclaimed if item not in own),
-            delete=outcome.delete + tuple(
-                item for item in unclaimed if isinstance(item, HostRoute)),
-            forget=outcome.forget + tuple(
-                item for item in unclaimed
-                if not isinstance(item, HostRoute)))
+                self._change('', [(Verb.DELETE, item)
+                                  for item in unclaimed], {})
+        return set(unclaimed)
 
-    def _apply(self, seen: Snapshot, parent: Parent) -> None:
-        """Change routes and neighbours of one parent, address by address."""
+    def _apply(self, parent: Parent, seen: Snapshot,
+               moved: Collection[IPAddress]) -> None:
+        """Change routes and neighbours of one parent, address by address.
+
+        Neighbours are set before routes. An address is left out whose claims
+        are not those that were read: whoever has changed them has done it.
+        """
         if parent.link is None or self._is_left(seen, parent):
             return  # what another ledger knows of it is not known here
-        plan = parent.plan
-        replaced = {route.dst for route in plan.replace}
-        taken = {route.dst: route for route in plan.foreign
-                 if route.dst in replaced}
-        to_set: dict[IPAddress, list[kernel.Change]] = {}
-        to_delete: dict[IPAddress, list[kernel.Change]] = {}
-        wanted: list[Item] = [*plan.learn, *plan.replace]
-        for item in wanted:
-            to_set.setdefault(item.dst, []).append((Verb.REPLACE, item))
-        # With the record of a gone sandbox goes what it has.
-        gone = {record.address for record in seen.gone}
-        unwanted: list[Item] = [*plan.delete, *plan.forget]
-        for item in unwanted:
-            if item.dst not in gone:
-                to_delete.setdefault(item.dst, []).append((Verb.DELETE,
-                                                           item))
-
-        def may_set(address: IPAddress) -> bool:
-            claims = self._records.claims(address)
-            if parent.live.get(address) not in claims[:1]:
-                return False  # whoever changed it has done it
-            if address in taken:
-                take_over(taken[address], self._ledger, self._journal)
-            return True
-
-        def may_delete(address: IPAddress) -> bool:
-            return (self._records.claims(address)
-                    == seen.contents.claims.get(address, ()))
-
+        taken = {route.dst: route for route in parent.plan.foreign}
         owners = {address: record.owner
                   for address, record in parent.live.items()}
-        for may, changes in ((may_set, to_set), (may_delete, to_delete)):
+        plan = parent.plan
+        stages: tuple[tuple[Verb, tuple[Item, ...]], ...] = (
+            (Verb.REPLACE, (*plan.learn, *plan.replace)),
+            (Verb.DELETE, (*plan.delete, *plan.forget)))
+        for verb, items in stages:
+            changes: dict[IPAddress, list[kernel.Change]] = {}
+            for item in items:
+                if item.dst not in moved:
+                    changes.setdefault(item.dst, []).append((verb, item))
             for some in _chunks(list(changes), CHANGED_AT_ONCE):
                 batch: list[kernel.Change] = []
                 with self._failure.noted(), self._ledger.lock():
                     for address in some:
-                        with self._failure.noted():
-                            if may(address):
-                                batch += changes[address]
-                    if not self._change(parent, batch, owners):
+                        with self._failure.noted(address):
+                            if not self._is_as_read(address, seen):
+                                continue
+                            if verb is Verb.REPLACE and address in taken:
+                                self._engine.routes.take_over(taken[address])
+                            batch += changes[address]
+                    if not self._change(' on ' + parent.device, batch,
+                                        owners):
                         return  # the others would fail alike
 
-    def _change(self, parent: Optional[Parent], batch: list[kernel.Change],
+    def _is_as_read(self, address: IPAddress, seen: Snapshot) -> bool:
+        return (self._records.claims(address)
+                == seen.contents.claims.get(address, ()))
+
+    def _change(self, where: str, batch: list[kernel.Change],
                 owners: Mapping[IPAddress, Owner]) -> bool:
         """Make changes, and say so; False if break0 is down or gone."""
         done: collections.Counter[Done] = collections.Counter()
@@ -633,136 +434,17 @@ class _Sync:
                 self._failure.note(err)
                 usable &= not err.device_lost
                 continue
+            self._applied.add(item)
             is_route = isinstance(item, HostRoute)
             LOG.info('%s the %s of %s%s for %s',
                      'Deleted' if verb is Verb.DELETE else 'Set',
-                     'route' if is_route else 'neighbour', item.dst,
-                     ' on ' + parent.device if parent else '',
+                     'route' if is_route else 'neighbour', item.dst, where,
                      owners.get(item.dst, 'nobody'))
             done[Done.UNCLAIMED if verb is Verb.DELETE else
                  Done.ROUTE if is_route else Done.NEIGHBOUR] += 1
         for reason, times in done.items():
             self._journal.add(reason, times=times)
         return usable
-
-    def _pods(self, seen: Snapshot) -> Iterator[Owner]:
-        """Configure the pod sides that are known to differ, and some more.
-
-        Those that are compared go round, so that each has its turn.
-        """
-        cache = self._ledger.cache
-        outdated: list[tuple[list[Record], NodeAddresses]] = []
-        others: list[tuple[list[Record], NodeAddresses]] = []
-        for records in seen.interfaces():
-            for name in {record.parent for record in records}:
-                parent = seen.parents[name]
-                some = [record for record in records
-                        if record.parent == name and record.netns is not None]
-                if not some or parent.node is None or (
-                        self._is_left(seen, parent)):
-                    continue
-                is_outdated = any(record.configured != parent.node.digest
-                                  for record in some)
-                (outdated if is_outdated else others).append(
-                    (some, parent.node))
-        position = (cache.get('entered') or [0])[0]
-        if not isinstance(position, int) or not others:
-            position = 0
-        start = position % len(others) if others else 0
-        turn = (others[start:] + others[:start])[:ENTERED]
-        if len(others) > ENTERED and not self._dry_run:
-            cache.put('entered', [(start + ENTERED) % len(others)])
-        failed = set(cache.get('unconfigured') or ())
-        still: list[str] = []
-        for records, node in (*outdated, *turn):
-            owner = records[0].owner
-            try:
-                changes = podside.repair(
-                    records, node, self._options, self._dry_run)
-            except exceptions.Break0Error as err:
-                still.append(str(owner))
-                if str(owner) not in failed:  # once, not with each sync
-                    LOG.warning('The sandbox %s cannot be configured to '
-                                'reach the node: %s', owner, err)
-                continue
-            if changes:
-                yield owner
-                LOG.log(logging.DEBUG if self._dry_run else logging.INFO,
-                        'Configured %s for %s to reach the node',
-                        ', '.join(str(record.address) for record in records),
-                        owner)
-            if not self._dry_run:
-                if changes:
-                    self._journal.add(Done.POD)
-                self._put_configured(records, node)
-        if sorted(failed) != sorted(still) and not self._dry_run:
-            cache.put('unconfigured', still)
-
-    def _put_configured(self, records: list[Record],
-                        node: NodeAddresses) -> None:
-        """Record that the pod side was configured, after it was."""
-        outdated = [record for record in records
-                    if record.configured != node.digest]
-        if not outdated:
-            return
-        with self._failure.noted(), self._ledger.lock():
-            for record in outdated:
-                claims = self._records.claims(record.address)
-                if claims and claims[0] == record:
-                    self._records.put([dataclasses.replace(
-                        record, configured=node.digest), *claims[1:]])
-                elif not claims:
-                    # It was unbound meanwhile, which found nothing yet.
-                    with contextlib.suppress(exceptions.Break0Error):
-                        podside.withdraw(record, self._options,
-                                         lambda address: False)
-
-
-def removals(route: HostRoute) -> list[kernel.Change]:
-    """Return what deletes the route and the neighbour of an address."""
-    return [(Verb.DELETE, dataclasses.replace(route, metric=None, src=None)),
-            (Verb.DELETE, Neighbour(route.dst, route.oif or 0, '', None))]
-
-
-def foreign_route(route: HostRoute, reason: str = 'it is left alone, unless '
-                  '[break0] takeover is set') -> exceptions.ForeignRoute:
-    """Return the error of a route of others in the way of a pod's."""
-    return exceptions.ForeignRoute(
-        address=route.dst, on=kernel.name_of(route.oif),
-        protocol=route.protocol, reason=reason)
-
-
-def take_over(route: HostRoute, ledger: Ledger, journal: Journal) -> None:
-    """Note that a route of others is about to be replaced or overridden.
-
-    :raises ForeignRoute: if it has just been replaced already
-    """
-    now = files.now()
-    recent = {}
-    with contextlib.suppress(TypeError, ValueError):
-        recent = {str(address): float(when) for address, when
-                  in ledger.cache.get('takeovers', TRUCE) or ()
-                  if 0 <= now - float(when) < TRUCE}
-    if str(route.dst) in recent:
-        if route.metric != best_metric(route.dst):
-            return  # it was not set again, but has stayed beside ours
-        raise foreign_route(
-            route, 'somebody has set it again after it was taken over, so it '
-            'is left alone for a minute')
-    recent[str(route.dst)] = now
-    ledger.cache.put('takeovers', sorted(recent.items()))
-    LOG.warning('Taking over the route of %s on %s with protocol %s',
-                route.dst, kernel.name_of(route.oif), route.protocol)
-    journal.add(Done.TAKEOVER)
-
-
-def forget_connections(addresses: Iterable[IPAddress]) -> None:
-    """Let none of an earlier pod's connections be the next one's."""
-    for address in addresses:
-        try:
-            kernel.forget_connections(address)
-        except exceptions.KernelRefused as err:
-            LOG.debug('%s', err)
 
 
 @contextlib.contextmanager

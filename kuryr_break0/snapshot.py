@@ -255,14 +255,16 @@ class Snapshot:
 
 
 def read(options: config.Options, ledger: Ledger, netlink: kernel.Netlink,
-         patience: float = PATIENCE) -> Snapshot:
+         patience: float = PATIENCE,
+         known: Optional[Contents] = None) -> Snapshot:
     """Read ledger and kernel at one moment. Changes nothing.
 
     :param patience: seconds to wait for a bind or unbind to end
+    :param known: what the ledger had a moment ago; see ``inspection``
     :raises Break0Error: if any of them cannot be read
     """
     contents, kernel_view, is_steady = ledger.inspect(
-        lambda: _KernelView(options, ledger, netlink), patience)
+        lambda: _KernelView(options, ledger, netlink), patience, known)
     return _Reading(options, ledger, contents, kernel_view,
                     is_steady).snapshot()
 

@@ -180,12 +180,10 @@ class CNIServer:
             client.sendall(b'%d %d\n' % (answer.status, len(output)) + output)
         except OSError:
             # To the runtime it has failed, and it may have sent its DEL.
-            if answer.status == 0 and (
-                    environment['CNI_COMMAND'] == request.ADD):
+            if answer.undo is not None:
                 LOG.warning('Nobody waits for the ADD of %s any more: '
                             'undoing it', environment['CNI_CONTAINERID'])
-                plugin.answer({**environment, 'CNI_COMMAND': request.DEL},
-                              body, self._load)
+                answer.undo()
 
     def _load(self) -> config.Options:
         if self._options is None:

@@ -23,7 +23,6 @@ from kuryr_break0.discovery import finder
 from kuryr_break0 import exceptions
 from kuryr_break0 import guard
 from kuryr_break0 import kernel
-from kuryr_break0.ledger.journal import Journal
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
 from kuryr_break0.reconciler import Reconciler
@@ -202,8 +201,7 @@ class Agent:
         began, spent = time.monotonic(), time.thread_time()
         error: Optional[Exception] = None
         try:
-            outcome = Reconciler(self._options, ledger, Journal(
-                self._options.state_dir)).sync()
+            outcome = Reconciler(self._options, ledger).sync()
             for error in outcome.errors[:1]:
                 LOG.error('Reconciliation failed in part: %s', error)
             interests.update()

@@ -19,7 +19,6 @@ from kuryr_break0.guard import Guard
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
 from kuryr_break0.ledger.identity import Alias
-from kuryr_break0.ledger.journal import Journal
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import Record
 from kuryr_break0 import podside
@@ -143,8 +142,8 @@ class Cleanup:
         """Return records of pods that are bound, but not recorded."""
         if not seen.unclaimed:
             return ()
-        return Reconciler(self._options, self._ledger, Journal(
-            self._options.state_dir)).sync(dry_run=True).rebuilt
+        return Reconciler(self._options, self._ledger).sync(
+            dry_run=True).rebuilt
 
     @staticmethod
     def _interfaces(seen: Snapshot, lost: Iterable[Record]) -> list[Record]:

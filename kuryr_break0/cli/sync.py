@@ -12,7 +12,6 @@ from oslo_config import cfg
 from kuryr_break0.cli import common
 from kuryr_break0 import config
 from kuryr_break0 import kernel
-from kuryr_break0.ledger.journal import Journal
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import Item
@@ -47,8 +46,7 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     """Reconcile once, and print what there was to do."""
     wanted = conf.command
     outcome = Reconciler(
-        options, Ledger(options.state_dir, options.lock_timeout),
-        Journal(options.state_dir)).sync(
+        options, Ledger(options.state_dir, options.lock_timeout)).sync(
             wanted.dry_run, wanted.claim, wanted.delete_unclaimed)
     if wanted.json:
         print(json.dumps(_as_json(outcome, options), indent=2))

@@ -15,6 +15,7 @@ from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0 import guard
 from kuryr_break0 import kernel
+from kuryr_break0.ledger import files
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
 from kuryr_break0.manager import Break0Manager
@@ -46,10 +47,12 @@ class Answer(NamedTuple):
 
     :ivar status: exit status of the plugin
     :ivar output: what it writes to standard output
+    :ivar undo: takes back what an ADD has done, and no other one
     """
 
     status: int
     output: str
+    undo: Optional[Callable[[], None]] = None
 
 
 def answer(environment: Mapping[str, str], data: bytes,
@@ -66,7 +69,10 @@ def answer(environment: Mapping[str, str], data: bytes,
             result: Any = {'cniVersion': request.version,
                            'supportedVersions': list(requests.SUPPORTED)}
         else:
-            result = Plugin(load(), request).run()
+            plugin = Plugin(load(), request)
+            result = plugin.run()
+            if request.command == requests.ADD:
+                return Answer(0, json.dumps(result) + '\n', plugin.undo)
         return Answer(0, json.dumps(result) + '\n' if result else '')
     except (CNIError, exceptions.Break0Error) as err:
         return failure(err, data)
@@ -95,6 +101,8 @@ class Plugin:
         self._request = request
         self._manager = Break0Manager(options)
         self._ledger = Ledger(options.state_dir, options.lock_timeout)
+        #: when this was asked for: what its bind is known by
+        self._began = files.now()
         self._strict = (options.strict if request.strict is None
                         else request.strict)
 
@@ -134,7 +142,7 @@ class Plugin:
                 parent=macvlan.parent, mac=macvlan.link.mac,
                 subnets=list(dict.fromkeys(each.subnet for each in own)),
                 netns=request.netns, pod=request.pod, origin=Origin.CNI,
-                network=request.network)
+                network=request.network, bound_at=self._began)
             if not addresses:
                 raise exceptions.NoAddress(owner=owner)
             for each in addresses:
@@ -145,7 +153,7 @@ class Plugin:
                             map(str, macvlan.addresses)) or 'no address')
         except exceptions.Break0Error as err:
             if self._strict or isinstance(err, exceptions.GuardUnavailable):
-                self._undo([each.address for each in addresses])
+                self.undo()
                 raise
             LOG.error('%s may not be reachable from its node: %s', owner, err)
         return previous
@@ -156,9 +164,16 @@ class Plugin:
         return kernel.macvlan_of(netns, self._owner.ifname,
                                  self._options.parent)
 
-    def _undo(self, addresses: list[IPAddress]) -> None:
+    def undo(self) -> None:
+        """Take back what this ADD has done.
+
+        The runtime may have asked again meanwhile, which stays.
+        """
         try:
-            self._manager.unbind(self._owner, addresses, self._request.netns)
+            self._manager.unbind(
+                self._owner, [each.address for each
+                              in self._request.addresses()],
+                self._request.netns, bound_at=self._began)
         except exceptions.Break0Error as err:  # the first one is reported
             LOG.error('Cannot undo the ADD of %s: %s', self._owner, err)
 
@@ -175,9 +190,9 @@ class Plugin:
         except CNIError:
             addresses = []
         unbound = self._manager.unbind(
-            owner, addresses, request.netns) if addresses else []
+            owner, addresses, request.netns, request.mac) if addresses else []
         if not unbound:
-            self._manager.unbind(owner, None, request.netns)
+            self._manager.unbind(owner, None, request.netns, request.mac)
 
     def _check(self) -> None:
         """Compare record, route, neighbours and pod side with the kernel."""

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import ipaddress
 import json
@@ -130,6 +131,17 @@ class Request:
             if number is None or number in own:
                 found.append(_address(each.get('address')))
         return found
+
+    @property
+    def mac(self) -> Optional[str]:
+        """Return the MAC address of the interface, if the result says it."""
+        assert self.owner is not None
+        with contextlib.suppress(CNIError):
+            for each in _objects(self.previous, 'interfaces'):
+                if each.get('name') == self.owner.ifname and each.get(
+                        'sandbox') and isinstance(each.get('mac'), str):
+                    return str(each['mac']).lower()
+        return None
 
     def attachments(self) -> Optional[set[Attachment]]:
         """Return the attachments that are valid; None for null.

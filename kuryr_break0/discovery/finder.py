@@ -17,9 +17,9 @@ from typing import Iterable, Iterator, Optional
 
 from kuryr_break0 import config
 from kuryr_break0 import containers
+from kuryr_break0.engine import Engine
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
-from kuryr_break0.ledger.journal import Journal
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
 from kuryr_break0.manager import Break0Manager
@@ -29,7 +29,6 @@ from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
 from kuryr_break0.policy import Policy
-from kuryr_break0.reconciler import Reconciler
 
 LOG = log.get_logger(__name__)
 
@@ -428,9 +427,8 @@ class Finder:
             # while this process lacks descriptors.
             if all(kernel.state(*record.place) is kernel.State.GONE
                    for record in records.values()) and not any(
-                    claim.namespace == namespace for claim in Reconciler(
-                        self._options, self._ledger, Journal(
-                            self._options.state_dir)).remove_gone(records)):
+                    claim.namespace == namespace for claim in Engine(
+                        self._options, self._ledger).remove_gone(records)):
                 self._has_changed |= bool(records)
                 self._records.pop(namespace, None)
                 return

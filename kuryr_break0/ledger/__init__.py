@@ -95,7 +95,8 @@ class Ledger:
         except OSError as err:
             raise self._unavailable(err) from err
 
-    def inspect(self, look: Callable[[], T], patience: float
+    def inspect(self, look: Callable[[], T], patience: float,
+                known: Optional[Contents] = None
                 ) -> tuple[Contents, T, bool]:
         """Read all records, and something that must agree with them.
 
@@ -105,8 +106,7 @@ class Ledger:
         """
         try:
             return inspection.at_one_moment(
-                self.records, self._lock,
-                lambda: inspection.inspect(self.records), look, patience)
+                self.records, self._lock, look, patience, known)
         except OSError as err:
             raise self._unavailable(err) from err
 

@@ -17,6 +17,10 @@ from kuryr_break0.ledger import files
 #: Bytes, as of the next hops of a router.
 _MAX_SIZE = 2 ** 20
 SUFFIX = '.json'
+#: Seconds for which what was read of the node is fresh: its next hops, its
+#: addresses, and that break0 is what it should be. That it is there and up,
+#: the kernel says to each pod.
+MAX_AGE = 30
 
 
 class Cache:
@@ -42,6 +46,10 @@ class Cache:
             return list(content['facts'])
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
+
+    def fresh(self, name: str) -> Optional[list[Any]]:
+        """Return the facts of a name, unless they are to be read again."""
+        return self.get(name, MAX_AGE)
 
     def put(self, name: str, facts: list[Any]) -> None:
         """Keep facts; failing is harmless."""

@@ -75,7 +75,11 @@ def replace(path: str, text: str) -> None:
         raise
 
 
-def stamp(path: str) -> Optional[tuple[int, int, int]]:
+#: What a later file of the same name does not have in common with one.
+Stamp = tuple[int, int, int]
+
+
+def stamp(path: str) -> Optional[Stamp]:
     """Return the identity of a file, which a later one of its name has not."""
     try:
         found = os.stat(path)

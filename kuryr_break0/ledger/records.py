@@ -183,7 +183,6 @@ class Records:
     def __init__(self, directory: str, quarantine: str) -> None:
         self.directory = directory
         self.quarantine = quarantine
-        self._stamps: dict[IPAddress, Optional[tuple[int, int, int]]] = {}
 
     def claims(self, address: IPAddress) -> tuple[Record, ...]:
         """Return the claims on an address, the newest first.
@@ -288,7 +287,6 @@ class Records:
         found: dict[IPAddress, tuple[Record, ...]] = {}
         unreadable = set()
         for address in self.addresses():
-            self._stamps[address] = files.stamp(self._path(address))
             try:
                 claims = self.claims(address)
             except exceptions.LedgerUnavailable as err:
@@ -299,16 +297,6 @@ class Records:
                 found[address] = claims
         unreadable.update(self._parsed_names(self.quarantine))
         return found, unreadable - found.keys()
-
-    def is_as_read(self, address: IPAddress) -> bool:
-        """Return whether the record of an address is still as last read.
-
-        It is at a tenth of what it takes to read it again. For that the
-        file has to be another one, or of another time, since one is never
-        written twice.
-        """
-        stamp = files.stamp(self._path(address))
-        return stamp is not None and stamp == self._stamps.get(address)
 
     def may_be_gone(self, address: IPAddress,
                     judge: existence.Judge) -> bool:

@@ -24,6 +24,7 @@ from kuryr_break0 import guard
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import netlink
 from kuryr_break0.kernel import nft
+from kuryr_break0.ledger import cache
 from kuryr_break0.model import Owner
 from kuryr_break0 import podside
 from kuryr_break0 import reconciler
@@ -466,8 +467,7 @@ class TestTable(BorderTestCase):
             self.manager().sync()
             self.assertTrue(self.lab.ping(POD))
             reconciler.Reconciler(
-                base.options(), self.manager()._ledger,
-                self.manager()._journal).sync(prune=True)
+                base.options(), self.manager()._ledger).sync(prune=True)
             self.manager().sync()
         self.assertNotIn((MAC, POD), self.pairs())
 
@@ -515,7 +515,7 @@ class TestTable(BorderTestCase):
             self.assertEqual([], self.problems())
             self.bind('100.75.30.80', owner=Owner('c', 'eth0'),
                       mac_of_pod='fa:16:3e:00:00:09')
-            with mock.patch.object(base.manager, 'CACHED', 0):
+            with mock.patch.object(cache, 'MAX_AGE', 0):
                 with self.assertRaises(exceptions.GuardUnavailable):
                     self.bind('100.75.30.81', owner=Owner('d', 'eth0'),
                               mac_of_pod='fa:16:3e:00:00:09', guard='on')
@@ -532,7 +532,7 @@ class TestTable(BorderTestCase):
                 with mock.patch.object(kernel, 'find_program',
                                        return_value='/run/nft'), \
                         mock.patch.object(guard, '_TIMEOUT', 1), \
-                        mock.patch.object(base.manager, 'CACHED', 0), \
+                        mock.patch.object(cache, 'MAX_AGE', 0), \
                         self.assertLogs('kuryr_break0', 'WARNING') as logs:
                     self.bind(address, owner=Owner('c', 'eth0'),
                               mac_of_pod='fa:16:3e:00:00:09')

@@ -315,8 +315,8 @@ class TestOthersAtWork(CleanupTestCase):
         read = reconciler.snapshot.read
         cleaned: list[str] = []
 
-        def read_then_cleaned_up(*args: Any) -> Any:
-            found = read(*args)
+        def read_then_cleaned_up(*args: Any, **known: Any) -> Any:
+            found = read(*args, **known)
             if not cleaned:
                 self.assertEqual({ipaddress.ip_address(each)
                                   for each in (POD, POD6, FAR_POD)},

@@ -15,11 +15,12 @@ import subprocess
 from typing import Any, Optional
 from unittest import mock
 
+from kuryr_break0 import devices
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import namespaces
 from kuryr_break0 import ledger
-from kuryr_break0.ledger import journal
+from kuryr_break0.ledger import cache
 from kuryr_break0.ledger import lock
 from kuryr_break0.ledger import records
 from kuryr_break0.model import Owner
@@ -52,8 +53,7 @@ class DoubtTestCase(base.LabTestCase):
         """What an agent does, as often as it could be tempted."""
         own = base.options(**overrides)
         reconcile = reconciler.Reconciler(
-            own, ledger.Ledger(own.state_dir, own.lock_timeout),
-            journal.Journal(own.state_dir)).sync
+            own, ledger.Ledger(own.state_dir, own.lock_timeout)).sync
         first = reconcile()
         for _ in range(2):
             reconcile()
@@ -186,8 +186,9 @@ class TestLostLedger(DoubtTestCase):
     def test_what_was_rebuilt_goes_with_its_pod(self) -> None:
         shutil.rmtree(STATE)
         self.assert_rebuilt(POD, OTHER_POD)
-        # By its DEL, which names the namespace,
-        self.manager().unbind(OWNER, base.addresses(POD), self.netns)
+        # By its DEL, which names namespace and MAC address,
+        self.manager().unbind(OWNER, base.addresses(POD), self.netns,
+                              MAC % 1)
         self.assertEqual({OTHER_POD}, set(self.lab.routes()))
         # or by its end.
         self.lab.del_netns('other')
@@ -216,8 +217,8 @@ class TestLostLedger(DoubtTestCase):
         os.unlink(self.file())
         own = base.options()
         outcome = reconciler.Reconciler(
-            own, ledger.Ledger(own.state_dir, 10),
-            journal.Journal(own.state_dir)).sync(dry_run=True, prune=True)
+            own, ledger.Ledger(own.state_dir, 10)).sync(
+                dry_run=True, prune=True)
         self.assertEqual(1, len(outcome.rebuilt))
         self.assertEqual(((), (), ()), (
             outcome.unclaimed, outcome.delete, outcome.forget))
@@ -260,7 +261,7 @@ class TestOtherLedger(DoubtTestCase):
         self.bind('100.75.30.80', state_dir='/run/other',
                   owner=Owner('c', 'eth0'), mac_of_pod=MAC % 9)
         self.bind(POD, netns=self.netns, mac_of_pod=MAC % 1)
-        with mock.patch.object(base.manager, 'CACHED', 0):
+        with mock.patch.object(cache, 'MAX_AGE', 0):
             self.bind(POD, netns=self.netns, mac_of_pod=MAC % 1)
         self.lab.run('ip', 'route', 'del', '100.75.30.80')
         outcome = self.reconcile(state_dir='/run/other')
@@ -270,8 +271,7 @@ class TestOtherLedger(DoubtTestCase):
     def test_a_person_says_so(self) -> None:
         own = base.options(state_dir='/run/other')
         outcome = reconciler.Reconciler(
-            own, ledger.Ledger(own.state_dir, 10),
-            journal.Journal(own.state_dir)).sync(claim=True)
+            own, ledger.Ledger(own.state_dir, 10)).sync(claim=True)
         self.assertEqual((), outcome.errors)
         self.assertEqual(2, len(outcome.rebuilt))
         self.assertEqual([], self.problems(state_dir='/run/other'))
@@ -283,9 +283,8 @@ class TestOtherLedger(DoubtTestCase):
     def test_a_dry_run_shows_what_is_taken_over(self) -> None:
         own = base.options(state_dir='/run/other')
         outcome = reconciler.Reconciler(
-            own, ledger.Ledger(own.state_dir, 10),
-            journal.Journal(own.state_dir)).sync(dry_run=True, claim=True,
-                                                 prune=True)
+            own, ledger.Ledger(own.state_dir, 10)).sync(
+                dry_run=True, claim=True, prune=True)
         self.assertEqual((), outcome.errors)
         self.assertEqual(2, len(outcome.rebuilt))
         self.assertEqual(((), (), ()), (
@@ -300,7 +299,7 @@ class TestOtherLedger(DoubtTestCase):
     def test_unbind_changes_nothing_of_it(self) -> None:
         self.bind(POD, netns=self.netns, mac_of_pod=MAC % 1,
                   state_dir='/run/other')
-        with mock.patch.object(base.manager, 'CACHED', 0):
+        with mock.patch.object(cache, 'MAX_AGE', 0):
             self.bind(POD, netns=self.netns, mac_of_pod=MAC % 1)
             self.bind('100.75.30.90', owner=Owner('c', 'eth0'))
         before = self.state()
@@ -325,7 +324,7 @@ class TestOtherLedger(DoubtTestCase):
                          'eth0', netns=os.path.basename(netns))
             self.bind(POD, owner=owner, netns=netns, mac_of_pod=MAC % number,
                       state_dir='/run/other')
-        with mock.patch.object(base.manager, 'CACHED', 0):
+        with mock.patch.object(cache, 'MAX_AGE', 0):
             self.bind(POD, netns=self.netns, mac_of_pod=MAC % 1)
             before = self.state()
             self.unbind(POD, state_dir='/run/other')
@@ -350,7 +349,7 @@ class TestOtherLedger(DoubtTestCase):
         self.assertEqual([], self.problems())
         os.rename(STATE, '/run/of-the-agent')
         os.rename('/run/of-the-daemon', STATE)
-        with mock.patch.object(base.manager, 'CACHED', 0):
+        with mock.patch.object(cache, 'MAX_AGE', 0):
             self.bind('100.75.30.80', owner=Owner('c', 'eth0'))
         self.assertEqual([], self.problems())
         os.rename(STATE, '/run/of-the-daemon')
@@ -455,7 +454,7 @@ class TestErrorsStayWhereTheyArise(DoubtTestCase):
                 lock.Lock, 'held', side_effect=exceptions.LockTimeout(
                     path='lock', timeout=1)),
             'device': mock.patch.object(
-                reconciler.Reconciler, 'ensure_device',
+                devices.Devices, 'ensure',
                 side_effect=exceptions.KernelRefused('make', 'no', 1)),
             'change': mock.patch.object(
                 kernel.Netlink, '_send',
@@ -465,7 +464,7 @@ class TestErrorsStayWhereTheyArise(DoubtTestCase):
             netns = self.lab.add_pod('pod-' + name, address,
                                      mac=MAC % (32 + number))
             with self.subTest(fault=name):
-                with mock.patch.object(base.manager, 'CACHED', 0), fault, \
+                with mock.patch.object(cache, 'MAX_AGE', 0), fault, \
                         self.assertLogs('kuryr_break0') as logs:
                     logging.getLogger('kuryr_break0').info('so that it has')
                     try:

@@ -16,6 +16,7 @@ from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import nft
 from kuryr_break0 import ledger
+from kuryr_break0.ledger import cache
 from kuryr_break0.ledger import records
 from tests.functional import base
 from tests.functional.base import OTHER_OWNER
@@ -334,7 +335,7 @@ class TestRoutes(base.LabTestCase):
 
             with mock.patch.object(socket, 'socket', CountingSocket), \
                     mock.patch.object(nft, '_kept', threading.local()):
-                # Its pair in the guard; which route is used; neighbour and
+                # Which route is used; its pair in the guard; neighbour and
                 # route; in the pod, whether the node is on its link, the
                 # node as neighbour, its table, and its other interfaces
                 self.bind(netns=netns, mac_of_pod=MAC)
@@ -350,7 +351,7 @@ class TestRoutes(base.LabTestCase):
         # The last of each request is acknowledged. A batch of nftables has a
         # first and a last message.
         self.assertEqual(
-            ['16 0x1', '2572 0x405', '17 0x1', '26 0x5', '28 0x501',
+            ['26 0x5', '16 0x1', '2572 0x405', '17 0x1', '28 0x501',
              '24 0x605',
              '18 0x5', '26 0x5', '28 0x505', '2564 0x5', '16 0x1',
              '2560 0x601', '2563 0x401', '2566 0xc05', '17 0x1', '22 0x301',
@@ -562,7 +563,7 @@ class TestDevice(base.LabTestCase):
         self.bind()
         kernel.write_sysctl('ipv4/conf/break0/arp_filter', 0)
         self.lab.run('ip', 'link', 'set', 'break0', 'mtu', '1300')
-        with mock.patch.object(base.manager, 'CACHED', 0):
+        with mock.patch.object(cache, 'MAX_AGE', 0):
             self.bind()
         self.assertEqual(
             1, kernel.read_sysctl('ipv4/conf/break0/arp_filter'))
@@ -749,7 +750,7 @@ class TestRefused(base.LabTestCase):
         self.lab.run('ip', 'nexthop', 'add', 'id', '1', 'via', POD, 'dev',
                      'break0')
         self.assertFalse(self.manager().sync())
-        with mock.patch.object(base.manager, 'CACHED', 0):
+        with mock.patch.object(cache, 'MAX_AGE', 0):
             self.bind(POD, 'fd00:30::71')
         self.assertLessEqual({POD, 'fd00:30::71'}, set(self.lab.routes()))
 
@@ -796,7 +797,7 @@ class TestLedgerAndLock(base.LabTestCase):
         self.addCleanup(os.close, tell)
         os.read(ready, 1)
         # A pod is bound and recorded all the same; what takes away waits.
-        with self.assertLogs('kuryr_break0.manager', 'ERROR') as logs:
+        with self.assertLogs('kuryr_break0.engine', 'ERROR') as logs:
             self.bind(lock_timeout=1)
         self.assertIn('/run/kuryr-break0/lock', '\n'.join(logs.output))
         self.assertIn(POD, self.lab.routes())

@@ -14,6 +14,7 @@ from unittest import mock
 
 from kuryr_break0 import device
 from kuryr_break0 import exceptions
+from kuryr_break0.ledger import cache
 from kuryr_break0.model import Owner
 from tests.functional import base
 from tests.functional.base import OWNER
@@ -157,7 +158,7 @@ class TestTwoParents(ParentsTestCase):
         for hop in ('100.75.60.1', lab.LAN):
             self.lab.run('ip', 'route', 'add', '198.51.100.%d/32' % (
                 ipaddress.ip_address(hop).packed[2]), 'via', hop)
-        with mock.patch.object(base.manager, 'CACHED', 0):
+        with mock.patch.object(cache, 'MAX_AGE', 0):
             for hop in ('100.75.60.1', lab.LAN):
                 with self.assertRaises(exceptions.AddressRefused):
                     self.bind(hop, owner=Owner('x', 'eth0'))

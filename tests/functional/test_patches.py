@@ -113,13 +113,13 @@ class TestCost(test_driver.DriverTestCase):
     PROGRAM = '''
         from kuryr_break0 import kernel
         from kuryr_break0.kuryr import vif as break0_vif
-        from kuryr_break0 import manager
+        from kuryr_break0.ledger import cache
         from kuryr_kubernetes.cni.binding import base as b_base
         from kuryr_kubernetes import config
         import os
         import sys
         from tests import kuryr
-        manager.CACHED = 0  # as after a while without an ADD
+        cache.MAX_AGE = 0  # as after a while without an ADD
         config.CONF([], project='kuryr', default_config_files=[])
         config.CONF.set_override('link_iface', 'eth0', group='binding')
         vif = kuryr.macvlan_vif(

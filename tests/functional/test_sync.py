@@ -11,7 +11,6 @@ from kuryr_break0 import kernel
 from kuryr_break0 import ledger
 from kuryr_break0.ledger import cache
 from kuryr_break0.ledger import files
-from kuryr_break0.ledger import journal
 from kuryr_break0.ledger import records
 from kuryr_break0 import manager
 from kuryr_break0 import reconciler
@@ -145,8 +144,8 @@ class TestMeanwhile(SyncTestCase):
         read = reconciler.snapshot.read
         changed = []
 
-        def read_and_change(*args: Any) -> Any:
-            seen = read(*args)
+        def read_and_change(*args: Any, **known: Any) -> Any:
+            seen = read(*args, **known)
             if not changed:
                 changed.append(True)
                 # There is something to be held back.
@@ -297,8 +296,7 @@ class TestUnclaimed(SyncTestCase):
     def test_it_goes_when_somebody_says_so(self) -> None:
         own = base.options()
         reconcile = reconciler.Reconciler(
-            own, ledger.Ledger(own.state_dir, own.lock_timeout),
-            journal.Journal(own.state_dir)).sync
+            own, ledger.Ledger(own.state_dir, own.lock_timeout)).sync
         self.assertIn(POD, {str(each.dst) for each in reconcile(
             dry_run=True, prune=True).delete})
         self.assertIn(POD, self.lab.routes())

@@ -17,7 +17,7 @@ from kuryr_break0 import device
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0 import ledger
-from kuryr_break0.ledger import journal
+from kuryr_break0.ledger import files
 from kuryr_break0 import manager
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
@@ -54,17 +54,17 @@ class EngineTestCase(fake.FakeKernelTestCase):
 
     def bind(self, *addresses: IPAddress, owner: Owner = OWNER,
              netns: str = '/a', mac: str = MAC, parent: str = 'eth0',
-             **overrides: Any) -> None:
+             yielding: bool = False, **overrides: Any) -> None:
         manager.Break0Manager(self.options(**overrides)).bind(
-            owner, addresses, parent=parent, mac=mac, netns=netns)
+            owner, addresses, parent=parent, mac=mac, netns=netns,
+            yielding=yielding)
 
     def unbind(self, *addresses: IPAddress, owner: Owner = OWNER) -> None:
         manager.Break0Manager(self.options()).unbind(owner, addresses)
 
     def sync(self, **overrides: Any) -> reconciler.Outcome:
         return reconciler.Reconciler(
-            self.options(**overrides), self.ledger(),
-            journal.Journal(self.state)).sync()
+            self.options(**overrides), self.ledger()).sync()
 
     def ledger(self) -> ledger.Ledger:
         return ledger.Ledger(self.state, 1)
@@ -126,6 +126,87 @@ class TestManager(EngineTestCase):
         self.fake.fail = fail
         self.bind(POD)
         self.assertIn(POD, self.routed())
+
+
+class TestUndo(EngineTestCase):
+    """An undo takes back just what was set, address by address."""
+
+    def test_an_add_that_was_given_up_leaves_the_next_one(self) -> None:
+        made = manager.Break0Manager(self.options())
+        for late in (False, True):
+            with self.subTest(late=late):
+                given_up, following = files.now(), files.now()
+                order = [given_up, following]
+                for bound_at in reversed(order) if late else order:
+                    made.bind(OWNER, [POD], parent='eth0', mac=MAC,
+                              netns='/a', bound_at=bound_at)
+                made.unbind(OWNER, [POD], '/a', bound_at=given_up)
+                self.assertEqual(({POD}, {POD}), (self.routed(),
+                                                  self.recorded()))
+                made.unbind(OWNER, [POD], '/a', bound_at=following)
+                self.assertEqual((set(), set()), (self.routed(),
+                                                  self.recorded()))
+
+    def test_what_is_refused_costs_no_other_address(self) -> None:
+        foreign = HostRoute(POD, 1, 4, 254, None, 0)
+        self.fake.host[POD, 254] = foreign
+        with self.assertRaises(exceptions.ForeignRoute):
+            self.bind(POD, OTHER, yielding=True)
+        self.assertEqual({OTHER}, self.recorded())
+        self.assertEqual(foreign, self.fake.host[POD, 254])
+        self.assertIn((OTHER, 254), self.fake.host)
+        self.assertEqual({OTHER}, {each.dst for each
+                                   in self.fake.known.values()})
+
+    def test_what_was_there_before_stays(self) -> None:
+        self.bind(POD)
+        before = dict(self.fake.host), dict(self.fake.known)
+        self.fake.fail = lambda verb, item: (
+            errno.ENOBUFS if verb is kernel.Verb.ADD else None)
+        with self.assertRaises(exceptions.KernelRefused):
+            self.bind(POD, OTHER, yielding=True)
+        self.assertEqual(before, (self.fake.host, self.fake.known))
+        self.assertEqual({POD}, self.recorded())
+
+    def test_of_an_adopted_one_without_evidence(self) -> None:
+        adopted = Owner.adopted(self.fake.namespaces['/a'], 'eth0')
+        late = Owner('of-a-container-before', 'eth0')
+        made = manager.Break0Manager(self.options())
+        for addresses in ([POD], None):
+            self.bind(POD, owner=adopted)
+            for mac in (OTHER_MAC, None):
+                with self.subTest(addresses=addresses, mac=mac):
+                    made.unbind(late, addresses, '/a', mac=mac)
+                    self.assertEqual({POD}, self.recorded())
+            self.assertEqual([POD], made.unbind(late, addresses, '/a',
+                                                mac=MAC))
+            self.assertEqual(set(), self.routed())
+
+
+class TestSuccession(EngineTestCase):
+    """The survivor of two claims gets what the address had."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.bind(POD)
+        self.bind(POD, owner=OTHER_OWNER, netns='/b', mac=OTHER_MAC)
+        self.fake.gone.add(self.fake.namespaces['/b'])
+
+    def neighbour(self) -> str:
+        return self.fake.known[self.fake.links['break0'].index, POD].mac
+
+    def test_one_sync_is_enough(self) -> None:
+        outcome = self.sync()
+        self.assertEqual([OTHER_OWNER], [each.owner for each
+                                         in outcome.gone])
+        self.assertEqual(MAC, self.neighbour())
+        self.assertEqual(((), ()), (outcome.delete, outcome.forget))
+        self.assertFalse(self.sync())
+
+    def test_without_an_agent(self) -> None:
+        manager.Break0Manager(self.options()).housekeep()
+        self.assertEqual(MAC, self.neighbour())
+        self.assertFalse(self.sync())
 
 
 class TestReconciler(EngineTestCase):

@@ -210,20 +210,45 @@ class TestServer(base.WithShim, ShimTestCase):
 
     def test_add_that_nobody_waits_for_is_undone(self) -> None:
         netns = self.lab.add_netns('one')
-        previous = self.runtime.macvlan('ADD', network(), netns)
+        add = self.add_of(netns)
         # As a runtime that was killed meanwhile.
         with lab_base.locked():
             with self.connected() as client, lab_base.until_opened(
                     '/run/kuryr-break0/lock'):
-                client.sendall(b'\0'.join([
-                    b'CNI_COMMAND=ADD', b'CNI_CONTAINERID=' + ID.encode(),
-                    b'CNI_IFNAME=eth0', b'CNI_NETNS=' + netns.encode(),
-                    b'CNI_PATH=/x', b'', json.dumps(self.runtime.single(
-                        network(), previous=previous)).encode()]))
+                client.sendall(add)
                 client.shutdown(socket.SHUT_WR)
         lab.until(lambda: 'Nobody waits' in self.log() and not self.bound(),
                   self.log)
         self.assertEqual({}, self.lab.routes())
+
+    def add_of(self, netns: str) -> bytes:
+        """The request of an ADD."""
+        previous = self.runtime.macvlan('ADD', network(), netns)
+        return b'\0'.join([
+            b'CNI_COMMAND=ADD', b'CNI_CONTAINERID=' + ID.encode(),
+            b'CNI_IFNAME=eth0', b'CNI_NETNS=' + netns.encode(),
+            b'CNI_PATH=/x', b'', json.dumps(self.runtime.single(
+                network(), previous=previous)).encode()])
+
+    def test_add_that_nobody_waits_for_and_the_next_one(self) -> None:
+        add = self.add_of(self.lab.add_netns('one'))
+        for number in range(1, 21):
+            with self.connected() as following:
+                with lab_base.locked():
+                    with self.connected() as client, lab_base.until_opened(
+                            '/run/kuryr-break0/lock'):
+                        client.sendall(add)
+                        client.shutdown(socket.SHUT_WR)
+                    following.sendall(add)
+                    following.shutdown(socket.SHUT_WR)
+                self.assertEqual(b'0 ', following.makefile('rb').read()[:2])
+            lab.until(lambda: self.log().count('Nobody waits') == number,
+                      self.log)
+            self.assertEqual(2, len(self.bound()), self.log())
+            self.assertEqual(self.bound(), set(self.lab.routes()))
+            # Whatever is left of the undo has the lock before that.
+            with lab_base.locked():
+                self.assertEqual(self.bound(), set(self.lab.routes()))
 
     def test_killed_and_restarted_in_a_burst(self) -> None:
         """100 ADDs and DELs, tried again as a runtime does."""

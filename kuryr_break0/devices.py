@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The break0s of a ledger: whose they are, and that they are there.
+
+Whether a break0 belongs to another ledger is asked here, before anything is
+changed on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any, Collection, Optional
+
+from kuryr_break0 import config
+from kuryr_break0 import device
+from kuryr_break0 import exceptions
+from kuryr_break0.failures import Failures
+from kuryr_break0.guard import Guard
+from kuryr_break0.guard import pairs
+from kuryr_break0.guard import unclaimed_pairs
+from kuryr_break0 import kernel
+from kuryr_break0.ledger.identity import Alias
+from kuryr_break0.ledger.identity import follows
+from kuryr_break0.ledger.identity import Identity
+from kuryr_break0.ledger.journal import Done
+from kuryr_break0.ledger.journal import Journal
+from kuryr_break0.ledger import Ledger
+from kuryr_break0 import log
+from kuryr_break0.model import IPAddress
+from kuryr_break0.policy import Policy
+
+LOG = log.get_logger(__name__)
+
+
+@dataclasses.dataclass
+class Break0:
+    """The break0 that the addresses of one bind go through.
+
+    :ivar routes_lost: whether it was created or brought up for them
+    """
+
+    name: str
+    index: int
+    mac: str
+    routes_lost: bool
+
+
+class Devices:
+    """Finds, examines and repairs them. Call it under the lock."""
+
+    def __init__(self, options: config.Options, ledger: Ledger) -> None:
+        self._options = options
+        self._policy = Policy(options)
+        self._ledger = ledger
+        self._journal = Journal(options.state_dir)
+
+    def names(self, recorded: bool = False) -> set[str]:
+        """Return the names of all that this ledger may have.
+
+        On any of them, since the parent may have another name by now.
+
+        :param recorded: without [break0] device, if it has made others
+        """
+        identity = self._ledger.identity()
+        known = set(identity.devices.values()) if identity else set()
+        return known if known and recorded else {self._options.device, *known}
+
+    def name(self, parent: str) -> Optional[str]:
+        """Return the name of that of a parent; None if it is not known."""
+        identity = self._ledger.identity()
+        return identity.devices.get(parent) if identity else None
+
+    def get(self, netlink: kernel.Netlink, parent: str) -> Break0:
+        """Make sure of the break0 of a parent.
+
+        An ifindex is not used again, so the interface that has it is the one
+        that was examined.
+        """
+        cache = self._ledger.cache
+        cached = cache.fresh('device.' + parent)
+        if cached is not None:
+            with contextlib.suppress(TypeError, ValueError, IndexError):
+                name, index, mac, *rest = cached
+                if (rest == self._circumstances(parent)
+                        and kernel.index_of(name) == index):
+                    return Break0(name, index, mac, False)
+        ensured = self.ensure(netlink, parent, claim=True)
+        link = ensured.link
+        cache.put('device.' + parent, [
+            link.name, link.index, link.mac, *self._circumstances(parent)])
+        return Break0(link.name, link.index, link.mac, ensured.routes_lost)
+
+    def renew(self, netlink: kernel.Netlink, break0: Break0,
+              parent: str) -> None:
+        """Make sure of one that has just been down or gone."""
+        ensured = self.ensure(netlink, parent, claim=True)
+        break0.index, break0.mac = ensured.link.index, ensured.link.mac
+        break0.routes_lost |= ensured.routes_lost
+
+    def _circumstances(self, parent: str) -> list[Any]:
+        options = self._options
+        return [options.device, options.devices.get(parent),
+                kernel.index_of(parent), options.mac,
+                *map(str, options.addr)]
+
+    def ensure(self, netlink: kernel.Netlink, parent: str,
+               claim: bool = False) -> device.Ensured:
+        """Make sure of the break0 of a parent. Call it under the lock.
+
+        :param claim: take it over if it belongs to another ledger
+        :raises Break0Error: if it cannot be made so
+        :raises OtherLedger: if it belongs to another ledger and stays so
+        """
+        options, ledger = self._options, self._ledger
+        try:
+            identity = ledger.ensure_identity()
+        except exceptions.LedgerUnavailable as err:
+            # A pod is worth more than a MAC address that stays the same.
+            LOG.error('%s', err)
+            identity = Identity.new()
+        link = netlink.link(options.device)
+        others = device.devices(identity, netlink.link, (parent,))
+        primary = device.primary_of(options, others, link, ())
+        name = device.name_for(options, parent, primary, others)
+        if name != options.device:
+            link = netlink.link(name)
+        other = device.owned_by_other(link, identity) if link else None
+        if other is not None and not claim:
+            raise self.other_ledger(name, other)
+        made = device.Device(options, name, parent, identity)
+        ensured = made.ensure(netlink, device.derived_mac(identity.secret,
+                                                          name))
+        known = dataclasses.replace(
+            identity,
+            devices={**{other_parent: each for other_parent, each
+                        in others.items() if each != name},
+                     parent: name},
+            macs={**identity.macs, name: ensured.link.mac})
+        if other is not None and other.directory == options.state_dir:
+            known = dataclasses.replace(known, claimed={
+                **identity.claimed, name: other.ledger})
+        if known != identity:
+            ledger.cache.drop('device.' + parent)  # it has the earlier MAC
+            with Failures().logged():
+                ledger.put_identity(known)
+        if ensured.repaired:
+            with contextlib.suppress(exceptions.LedgerUnavailable):
+                # A repair, unless it is made for the first pod.
+                if not claim or ledger.records.count() > 1:
+                    self._journal.add(Done.DEVICE)
+        self._ensure_guard(netlink, ensured.link, parent)
+        return ensured
+
+    def other_ledger(self, name: str, other: Alias) -> exceptions.OtherLedger:
+        """Return the error of a break0 that belongs to another ledger."""
+        return exceptions.OtherLedger(
+            device=name, own=self._options.state_dir, **other._asdict())
+
+    def is_others(self, link: Optional[kernel.Link]) -> bool:
+        """Return whether a break0 is another ledger's, and say so.
+
+        That may know of pods which this one does not know, so nothing is
+        taken away there.
+
+        :raises LedgerUnavailable: if the identity of this one is damaged
+        """
+        identity = self._ledger.identity()
+        other = device.owned_by_other(link, identity) if link else None
+        if link is None or other is None or follows(
+                identity, self._options.state_dir, other, link.name):
+            return False
+        LOG.warning('%s', self.other_ledger(link.name, other))
+        return True
+
+    def _ensure_guard(self, netlink: kernel.Netlink, link: kernel.Link,
+                      parent: str) -> None:
+        """Make sure of the guard of a break0.
+
+        :raises GuardUnavailable: if it cannot be had and [break0] guard is
+            on; else that is logged, once
+        """
+        guarding = Guard(self._options, self._ledger, link.name)
+        if not guarding.is_wanted and not guarding.is_loaded():
+            return
+        try:
+            found, index = netlink.addresses(), kernel.index_of(parent)
+            hosts = self._policy.solicited(
+                {each.address for each in found},
+                [each.address for each in found if each.ifindex == index],
+                link.name)
+            if guarding.is_wanted and guarding.is_intact(link, hosts):
+                return
+            claims, _ = self._ledger.records.read()
+            guarding.ensure(link, {
+                *pairs(each[0] for each in claims.values()
+                       if each[0].parent == parent),
+                *self._unclaimed_pairs(netlink, link, claims)}, hosts)
+            self.warn_once('unguarded', '')
+        except (exceptions.GuardUnavailable, exceptions.KernelRefused,
+                exceptions.LedgerUnavailable, OSError) as err:
+            if self._options.guard == config.ON:
+                raise
+            self.warn_once('unguarded', str(err))
+
+    def warn_once(self, what: str, text: str, fact: str = '') -> None:
+        """Log something that is wrong, unless that was the last thing logged.
+
+        :param what: the name that it is cached by
+        :param text: empty if it is not wrong any more
+        :param fact: compared in place of a text that changes
+        """
+        known = [text and (fact or text)]
+        if (self._ledger.cache.get(what) or ['']) != known:
+            self._ledger.cache.put(what, known)
+            if text:
+                LOG.warning('%s', text)
+
+    def _unclaimed_pairs(self, netlink: kernel.Netlink, link: kernel.Link,
+                         claimed: Collection[IPAddress]) -> set[kernel.Pair]:
+        options = self._options
+        return unclaimed_pairs(
+            netlink.host_routes_of(link.index, options.route_table),
+            netlink.neighbours(link.index), options.route_protocol, claimed)
+
+    def repair_guard(self, netlink: kernel.Netlink, parent: Any,
+                     refused: Collection[IPAddress]) -> bool:
+        """Let the guard know just the pods of a parent.
+
+        :param parent: as :class:`kuryr_break0.snapshot.Parent`
+        :param refused: addresses that get nothing
+
+        :returns: whether it knew others
+        :raises KernelRefused: if the kernel refuses it
+        """
+        guarding = Guard(self._options, self._ledger, parent.device)
+        if (parent.link is None or not guarding.is_loaded()
+                or not (parent.barred or parent.admitted)):
+            return False
+        wrong = parent.barred | parent.admitted
+        # With what decides about these: the other records of their pods.
+        pods = {parent.live[address].namespace for address in wrong
+                if address in parent.live} - {None}
+        records = {address: self._ledger.records.get(address)
+                   for address in wrong.union(
+                       address for address, record in parent.live.items()
+                       if record.namespace in pods)}
+        missing, extra = guarding.difference(
+            pairs(record for address, record in records.items()
+                  if record is not None and record.parent == parent.name
+                  and address not in refused),
+            self._unclaimed_pairs(netlink, parent.link, {
+                address for address, record in records.items() if record}))
+        looked_at = {address.packed for address in records}
+        extra = {each for each in extra if each.address in looked_at}
+        guarding.change(missing, extra)
+        return bool(missing or extra)

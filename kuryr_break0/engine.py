@@ -1,0 +1,414 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Changes the kernel for the claims on some addresses.
+
+A bind adds a claim, an unbind and an undo drop some, and so does what is
+proven gone: each is a move from the claims before to those after. A move that
+adds writes the ledger first, one that drops writes it last. Killed at any
+instruction, what is left is a record without a route, never a live pod
+without a record. Nothing is read that grows with the number of pods.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import (Any, Callable, Collection, Iterable, Iterator, NamedTuple,
+                    Optional)
+
+from kuryr_break0 import claims as claims_
+from kuryr_break0.claims import Claims
+from kuryr_break0 import config
+from kuryr_break0.devices import Break0
+from kuryr_break0.devices import Devices
+from kuryr_break0 import exceptions
+from kuryr_break0.failures import Failures
+from kuryr_break0.guard import Guard
+from kuryr_break0.guard import pair
+from kuryr_break0.guard import pairs
+from kuryr_break0 import kernel
+from kuryr_break0.kernel import Verb
+from kuryr_break0.ledger.journal import Done
+from kuryr_break0.ledger.journal import Journal
+from kuryr_break0.ledger import Ledger
+from kuryr_break0 import log
+from kuryr_break0.model import HostRoute
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Neighbour
+from kuryr_break0.model import Record
+from kuryr_break0.model import Wanted
+from kuryr_break0.pods import Pods
+from kuryr_break0 import podside
+from kuryr_break0.policy import Policy
+from kuryr_break0.routes import Routes
+
+LOG = log.get_logger(__name__)
+
+#: As LOG.info, but later; see :meth:`Engine.locked`.
+Say = Callable[..., None]
+
+
+class Move(NamedTuple):
+    """A change of the claims on one address."""
+
+    before: Claims
+    after: Claims
+
+
+class Engine:
+    """Makes moves, under the lock of the ledger."""
+
+    def __init__(self, options: config.Options, ledger: Ledger) -> None:
+        self._options = options
+        self._policy = Policy(options)
+        self._ledger = ledger
+        self._records = ledger.records
+        self._journal = Journal(options.state_dir)
+        self.devices = Devices(options, ledger)
+        self.routes = Routes(options, ledger, self.devices)
+        self.pods = Pods(options, ledger)
+
+    @contextlib.contextmanager
+    def locked(self, required: bool = False) -> Iterator[Say]:
+        """Keep others out.
+
+        Where the lock cannot be had, a pod is worth more than the lock: it
+        is recorded and bound without. What takes away needs it.
+
+        :returns: a LOG.info whose lines are written when the lock is free
+            again, since to write one can take as long as to set a route
+        """
+        said: list[tuple[Any, ...]] = []
+        try:
+            with contextlib.ExitStack() as stack:
+                try:
+                    stack.enter_context(self._ledger.lock())
+                except exceptions.LedgerUnavailable as err:
+                    LOG.error('Working without a lock. %s', err)
+                except exceptions.LockTimeout as err:
+                    if required:
+                        raise
+                    LOG.error('Working without a lock. %s', err)
+                yield lambda *line: said.append(line)
+        finally:
+            for line in said:
+                LOG.info(*line)
+
+    def bind(self, records: Collection[Record], yielding: bool,
+             failure: Failures) -> bool:
+        """Add claims of one interface, and set what follows from them.
+
+        :param yielding: refuse what another existing sandbox has, and undo
+            what fails, address by address
+        :param failure: gets the errors
+        :returns: whether break0 had lost its routes
+        """
+        passed: list[IPAddress] = []
+        moves: dict[IPAddress, Move] = {}
+        break0 = None
+        with self.locked() as say:
+            for record in records:
+                self._add_claim(record, yielding, moves, passed, failure)
+            with failure.noted(*moves), kernel.Netlink() as netlink:
+                break0 = self._set(netlink, [
+                    record for record in records if record.address in moves
+                ], moves, failure, say)
+            for address in failure.failed & moves.keys() if yielding else ():
+                with Failures().logged(), kernel.Netlink() as netlink:
+                    self._drop(netlink, address, Move(
+                        moves[address].after, moves[address].before), say)
+        forget_connections(passed)
+        return break0 is not None and break0.routes_lost
+
+    def _add_claim(self, record: Record, yielding: bool,
+                   moves: dict[IPAddress, Move], passed: list[IPAddress],
+                   failure: Failures) -> None:
+        """Write a claim, unless it is refused or came too late.
+
+        An unwritable ledger must not cost a pod its route: what is in the
+        kernel is recorded when it can be again.
+        """
+        address = record.address
+        before: Claims = ()
+        with Failures().logged():
+            before = self._records.claims(address)
+        added = claims_.add(record, before, _is_gone)
+        if added.after[0] != record:
+            LOG.info('%s has bound %s again meanwhile', record.owner, address)
+            return
+        if yielding and added.rivals:
+            failure.note(exceptions.AddressTaken(
+                address=address, owner=added.rivals[0].owner,
+                **vars(added.rivals[0].owner)))
+            return
+        if added.passed:
+            passed.append(address)
+        moves[address] = Move(before, added.after)
+        with failure.noted(address) if yielding else Failures().logged():
+            self._records.put(added.after)
+
+    def unbind(self, addresses: Iterable[IPAddress],
+               is_own: Callable[[Record], bool], name: object,
+               mac: Optional[str], failure: Failures) -> list[Record]:
+        """Drop claims, and what the addresses had because of them.
+
+        :param is_own: whether a claim is to be dropped
+        :param name: of their owner, for the log
+        :param mac: what a route without record is known by
+        :param failure: gets the errors
+        :returns: the claims that were dropped
+        """
+        dropped: list[Record] = []
+        with self.locked(required=True) as say, kernel.Netlink() as netlink:
+            for address in addresses:
+                with failure.noted(address):
+                    before = self._records.claims(address)
+                    own, others = claims_.split(
+                        before, lambda claim: not is_own(claim))
+                    if before and not own:
+                        say('%s stays bound: it belongs to %s now, and was '
+                            'to be unbound for %s', address, before[0].owner,
+                            name)
+                        continue
+                    deleted = self._drop(netlink, address,
+                                         Move(before, others), say, mac)
+                    say('Unbound %s from break0 for %s%s', address, name,
+                        '' if deleted else ' (it had no route of its own)')
+                    dropped += own
+        forget_connections(record.address for record in dropped)
+        return dropped
+
+    def remove_gone(self, addresses: Iterable[IPAddress]) -> list[Record]:
+        """Drop claims whose sandbox is proven not to exist.
+
+        :returns: the claims that are left on these addresses
+        :raises Break0Error: the first error of one of the addresses
+        """
+        failure = Failures()
+        left: list[Record] = []
+        with kernel.Netlink() as netlink:
+            for address in addresses:
+                with failure.noted():
+                    left += self.remove_gone_claims(netlink, address)
+        failure.raise_first()
+        return left
+
+    def remove_gone_claims(self, netlink: kernel.Netlink, address: IPAddress
+                           ) -> Claims:
+        """Drop the claims of gone sandboxes on one address.
+
+        :returns: the claims that are left
+        :raises Break0Error: if that fails; then they are still there
+        """
+        with self._ledger.lock():
+            before = self._records.claims(address)
+            judge = kernel.Judge()
+            living, gone = claims_.split(before, lambda claim: judge.judge(
+                *claim.place).state is kernel.State.GONE)
+            if gone:
+                self._drop(netlink, address, Move(before, living), LOG.info)
+        for claim in gone:
+            LOG.info('Sandbox %s no longer exists; removed %s from break0',
+                     claim.owner, address)
+            self._journal.add(Done.SANDBOX_GONE)
+        if gone and not living:
+            forget_connections([address])
+        return living
+
+    def _drop(self, netlink: kernel.Netlink, address: IPAddress, move: Move,
+              say: Say, mac: Optional[str] = None) -> bool:
+        """Make a move to fewer claims; whether a route was deleted.
+
+        This is the one place that deletes what an address has because its
+        claim is gone. The newest claim that is left gets it.
+
+        :param mac: what it is known by if there is no claim
+        :raises Break0Error: if the kernel refuses; then the claims are there
+        """
+        before, after = move
+        if after and after[0] == before[0]:  # it has the route
+            self._records.put(after)
+            return False
+        dropped = [claim for claim in before if claim not in after]
+        after = self._from_successor(after)
+        known = self.devices.names(recorded=bool(dropped))
+        own = [name for name in known
+               if not self.devices.is_others(netlink.link(name))]
+        # Else a bind might take over a break0 of another ledger.
+        may_set = bool(after) and len(own) == len(known)
+        deleted = self._withdraw(
+            netlink, address, [name for name in own if not may_set or (
+                name != self.devices.name(after[0].parent))],
+            dropped, after, mac)
+        if not after:
+            self._records.remove(address)
+            return deleted
+        self._records.put(after)
+        if may_set:
+            failure = Failures()
+            with failure.noted():
+                self._set(netlink, after[:1], {address: move}, failure, say)
+            for err in failure.errors[:1]:
+                LOG.error('%s', err)
+        return deleted
+
+    def _from_successor(self, claims: Claims) -> Claims:
+        """Return the claims from the newest that still has the address."""
+        for place, claim in enumerate(claims):
+            if _is_gone(claim):
+                continue
+            try:
+                if not podside.has_address(claim, self._options):
+                    continue
+            except exceptions.Break0Error as err:
+                LOG.debug('The claim of %s counts: %s', claim.owner, err)
+            return claims[place:]
+        return ()
+
+    def _withdraw(self, netlink: kernel.Netlink, address: IPAddress,
+                  devices: Iterable[str], dropped: Collection[Record],
+                  after: Claims = (), mac: Optional[str] = None) -> bool:
+        """Delete what an address has on break0s; whether it had a route.
+
+        But not if its neighbour has another MAC address than the sandbox
+        had: then a pod has it that could not be recorded. Nor if there was
+        no claim and nothing says whose it is.
+        """
+        macs = {each for claim in dropped for each in claim.macs}
+        if mac is not None and not dropped:
+            macs.add(mac.lower())
+        known = macs.union(*(claim.macs for claim in after))
+        is_exact = bool(macs) and all(claim.mac for claim in dropped)
+        deleted = False
+        for name in devices:
+            index = kernel.index_of(name)
+            if index is None:
+                continue
+            with Failures().logged():
+                Guard(self._options, self._ledger, name).change(
+                    (), [pair(address, each) for each in macs]
+                    or [pair(address, None)])
+            present, kind = netlink.neighbour(index, address)
+            if is_exact and kind == 'permanent' and present not in known:
+                LOG.warning('Keeping %s on %s: %s has the address and is not '
+                            'recorded yet', address, name, present)
+                continue
+            if not dropped and (kind != 'permanent' or not macs):
+                continue
+            deleted |= self._unset(netlink, address, index)
+        return deleted
+
+    def _unset(self, netlink: kernel.Netlink, address: IPAddress,
+               index: int) -> bool:
+        """Delete what an address has; whether it had a route.
+
+        The neighbour too if it was learnt: the next pod of this address has
+        another MAC address, and the kernel would use the old one for some
+        seconds.
+        """
+        err, neighbour_err = netlink.change([
+            (Verb.DELETE, dataclasses.replace(
+                self._policy.route(address, index), metric=None)),
+            (Verb.DELETE, Neighbour(address, index, '', None))])
+        if neighbour_err is not None and not neighbour_err.absent:
+            LOG.debug('%s', neighbour_err)
+        if err is not None and not err.absent:
+            raise err
+        return err is None
+
+    def _set(self, netlink: kernel.Netlink, records: Collection[Record],
+             moves: dict[IPAddress, Move], failure: Failures, say: Say
+             ) -> Optional[Break0]:
+        """Set what the addresses of one interface must have.
+
+        What is refused is refused before anything is admitted. All else is
+        added as if nothing was there; what the kernel has already is read
+        then, and compared.
+        """
+        if not records:
+            return None
+        first = next(iter(records))
+        break0 = self.devices.get(netlink, first.parent)
+        sources = {record.address: self._policy.source(record, break0.name)
+                   for record in records}
+        ready: list[tuple[Record, Wanted, Optional[HostRoute]]] = []
+        for record in records:
+            with failure.noted(record.address):
+                wanted = self._wanted(record, break0,
+                                      sources[record.address])
+                if wanted is not None:
+                    # NLM_F_EXCL does not notice a route of another metric.
+                    present = netlink.route_to(record.address)
+                    if present is not None:
+                        self.routes.require_free(wanted, [present])
+                    ready.append((record, wanted, present))
+        before = [claim for move in moves.values() for claim in move.before]
+        with failure.noted(*moves):
+            self._admit(break0.name, [record for record, *_ in ready], before)
+        bound = []
+        for record, wanted, present in ready:
+            with failure.noted(record.address):
+                if any(claim.parent != record.parent for claim
+                       in moves[record.address].before):
+                    self._withdraw(netlink, record.address, [
+                        name for name in self.devices.names(recorded=True)
+                        if name != break0.name],
+                        moves[record.address].before)
+                self.routes.add(netlink, record, wanted, present, break0,
+                                sources[record.address])
+                say('Bound %s to %s for %s, source %s', record.address,
+                    break0.name, record.owner,
+                    sources[record.address] or 'by device')
+                bound.append(record)
+        if first.netns is not None and bound:
+            self._admit(break0.name, self.pods.configure(
+                bound, self.pods.node_addresses(
+                    netlink, break0, first.parent, sources.values())))
+        return break0
+
+    def _wanted(self, record: Record, break0: Break0,
+                src: Optional[IPAddress]) -> Optional[Wanted]:
+        wanted = self._policy.wanted(record, break0.name, break0.index, src)
+        if wanted is None:
+            LOG.debug('IPv6 is disabled on %s, so %s is not reachable through '
+                      'it', break0.name, record.address)
+        elif record.address.version == 6 and (
+                not self._options.static_neighbours):
+            LOG.warning('From its pod, %s, the node cannot be reached: that '
+                        'needs [break0] static_neighbours', record.address)
+        return wanted
+
+    def _admit(self, device: str, records: Collection[Record],
+               before: Iterable[Record] = ()) -> None:
+        """Admit a pod; revoke earlier holders of its addresses.
+
+        :raises GuardUnavailable: if that fails and [break0] guard is on
+        """
+        guarding = Guard(self._options, self._ledger, device)
+        before = list(before)
+        if not guarding.is_wanted or not (records or before):
+            return
+        admitted = pairs(records)
+        try:
+            missing = not guarding.change(
+                admitted, set(pairs(before)) - set(admitted))
+            reason = 'it is not loaded'
+        except exceptions.KernelRefused as err:
+            missing, reason = True, str(err)
+            LOG.warning('The guard of %s does not admit %s: %s', device,
+                        (*records, *before)[0].owner, err)
+        if missing and self._options.guard == config.ON:
+            raise exceptions.GuardUnavailable(device=device, reason=reason)
+
+
+def _is_gone(claim: Record) -> bool:
+    return kernel.state(*claim.place) is kernel.State.GONE
+
+
+def forget_connections(addresses: Iterable[IPAddress]) -> None:
+    """Let none of an earlier pod's connections be the next one's."""
+    for address in addresses:
+        try:
+            kernel.forget_connections(address)
+        except exceptions.KernelRefused as err:
+            LOG.debug('%s', err)
