@@ -290,7 +290,7 @@ class TestCNI(unittest.TestCase):
 
     def assert_answered(self, environment: dict[str, str],
                         data: bytes) -> None:
-        status, output = plugin.answer(environment, data, _refuse_all)
+        status, output, _ = plugin.answer(environment, data, _refuse_all)
         found = json.loads(output)
         if status == 0:
             self.assertEqual('VERSION', environment['CNI_COMMAND'])
