@@ -31,6 +31,7 @@ class Plan:
     :ivar learn: neighbours to set, in place of what is there
     :ivar forget: our neighbours that must go
     :ivar unclaimed: our routes and neighbours of addresses without a record
+    :ivar blocked: addresses that get nothing, because of a foreign route
     """
 
     replace: tuple[HostRoute, ...] = ()
@@ -39,6 +40,8 @@ class Plan:
     learn: tuple[Neighbour, ...] = ()
     forget: tuple[Neighbour, ...] = ()
     unclaimed: tuple[Item, ...] = ()
+    blocked: frozenset[IPAddress] = dataclasses.field(
+        default=frozenset(), compare=False)
 
     @property
     def changes(self) -> tuple[Item, ...]:
@@ -106,7 +109,9 @@ def compute(desired: Mapping[IPAddress, Wanted],
     foreign = {address: route for address, route in foreign.items()
                if address not in held
                or route.metric == desired[address].route.metric}
-    settled = present if takeover else present | set(foreign)
+    # What is refused gets nothing else either.
+    blocked = set() if takeover else set(foreign) - present
+    settled = present | blocked
     in_order = [desired[address]
                 for address in sorted(desired, key=address_order)]
     return Plan(
@@ -116,9 +121,10 @@ def compute(desired: Mapping[IPAddress, Wanted],
         foreign=tuple(sorted(foreign.values(), key=by_order)),
         learn=tuple(wanted.neighbour for wanted in in_order
                     if wanted.neighbour is not None
-                    and wanted.neighbour.dst not in known),
+                    and wanted.neighbour.dst not in known | blocked),
         forget=tuple(sorted(forget, key=by_order)),
-        unclaimed=tuple(sorted(unclaimed, key=by_order)))
+        unclaimed=tuple(sorted(unclaimed, key=by_order)),
+        blocked=frozenset(blocked))
 
 
 def _by_metric(route: HostRoute) -> tuple[int, ...]:

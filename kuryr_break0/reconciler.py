@@ -182,7 +182,8 @@ class _Sync:
             devices=tuple(devices), rebuilt=tuple(rebuilt), gone=seen.gone,
             unjudged=seen.unjudged, pods=tuple(self._engine.pods.repair(
                 self._interfaces(seen), self._failure, self._dry_run)),
-            **{name: tuple(found) for name, found in items.items()})
+            **dict[str, Any]((name, tuple(found))
+                             for name, found in items.items()))
 
     def _interfaces(self, seen: Snapshot
                     ) -> Iterator[tuple[list[Record], NodeAddresses]]:
@@ -301,7 +302,8 @@ class _Sync:
                                              claim)
                     # Not where pods have come and gone since it was read.
                     if self._devices.repair_guard(self._netlink, parent,
-                                                  seen.refused):
+                                                  {*seen.refused,
+                                                   *parent.plan.blocked}):
                         found += [(parent.device, text)
                                   for text in known_wrongly]
         return found

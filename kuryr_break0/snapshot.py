@@ -429,8 +429,17 @@ class _Reading:
         neighbours = view.neighbours(index) if usable is not None else []
         routes = {route.dst: route for route in view.routes.host
                   if route.oif == index and usable is not None}
+        difference = plan.compute(
+            desired, view.routes.host, neighbours, device=index,
+            protocol=options.route_protocol, takeover=options.takeover,
+            withdrawn=self._withdrawn(neighbours),
+            elsewhere={*self._contents.claims, *self._contents.unreadable})
         guard, barred, admitted = self._guard(
-            usable, parent, live, routes.values(), neighbours)
+            usable, parent, {
+                address: record for address, record in live.items()
+                if address not in self._refused
+                and address not in difference.blocked},
+            routes.values(), neighbours)
         return Parent(
             name, device_name, parent, link, usable, conflict,
             device.owned_by_other(usable, identity) if usable else None,
@@ -438,14 +447,8 @@ class _Reading:
                 each.text for each in made.differences(
                     usable, parent, view.addresses_of(index))))
             if usable is not None and parent is not None else (),
-            guard, barred, admitted, live, desired,
-            plan.compute(
-                desired, view.routes.host, neighbours, device=index,
-                protocol=options.route_protocol, takeover=options.takeover,
-                withdrawn=self._withdrawn(neighbours),
-                elsewhere={*self._contents.claims,
-                           *self._contents.unreadable}),
-            routes, {each.dst: each for each in neighbours},
+            guard, barred, admitted, live, desired, difference, routes,
+            {each.dst: each for each in neighbours},
             view.addresses_of(index) if usable is not None else (),
             self._node_addresses(parent, usable, desired))
 
@@ -461,13 +464,14 @@ class _Reading:
 
     def _guard(self, link: Optional[kernel.Link],
                parent: Optional[kernel.Link],
-               live: Mapping[IPAddress, Record], routes: Iterable[HostRoute],
+               allowed: Mapping[IPAddress, Record],
+               routes: Iterable[HostRoute],
                neighbours: Collection[Neighbour]
                ) -> tuple[Optional[str], frozenset[IPAddress],
                           frozenset[IPAddress]]:
         """Return what is wrong, who is barred, and who is admitted."""
         nobody: frozenset[IPAddress] = frozenset()
-        if link is None or parent is None or not live:
+        if link is None or parent is None or not allowed:
             return None, nobody, nobody
         guard = Guard(self._options, self._ledger, link.name)
         problem = guard.problem(link, self._policy.solicited(
@@ -475,8 +479,7 @@ class _Reading:
         if problem is not None or not guard.is_possible:
             return problem, nobody, nobody
         missing, extra = guard.difference(
-            pairs(record for address, record in live.items()
-                  if address not in self._refused),
+            pairs(allowed.values()),
             unclaimed_pairs(routes, neighbours, self._options.route_protocol,
                             self._contents.claims))
         return None, _addresses(missing), _addresses(extra)

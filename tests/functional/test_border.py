@@ -179,6 +179,27 @@ class TestForgery(BorderTestCase):
             self.assert_received(udp(source, lab.NODE))
         self.assert_received(udp(OTHER6, lab.NODE6), family=socket.AF_INET6)
 
+    def test_a_refused_bind_is_never_admitted(self) -> None:
+        refused = '100.75.30.90'
+        self.lab.run('ip', 'route', 'add', refused, 'dev', 'lo')
+        with mock.patch.object(kernel.Nft, 'add', autospec=True,
+                               side_effect=kernel.Nft.add) as add:
+            for yielding in (True, False):
+                with self.assertRaises(exceptions.ForeignRoute):
+                    self.manager().bind(
+                        Owner('c', 'eth0'), base.addresses(refused),
+                        parent=lab.PARENT, mac=MAC, yielding=yielding)
+            self.manager().sync()
+            packed_pairs = [pair for call in add.call_args_list
+                            for pair in call.args[2]]
+        self.assertEqual([], packed_pairs)
+        self.assertEqual({POD, POD6, OTHER_POD, OTHER6, refused},
+                         self.bound())
+        self.assertEqual(1, len(self.problems()), self.problems())
+        self.lab.run('ip', 'route', 'del', refused, 'dev', 'lo')
+        self.manager().sync()
+        self.assertEqual([], self.problems())
+
 
 class TestRedirection(BorderTestCase):
 

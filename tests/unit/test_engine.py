@@ -18,6 +18,7 @@ from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0 import ledger
 from kuryr_break0.ledger import files
+from kuryr_break0.ledger import records
 from kuryr_break0 import manager
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
@@ -275,6 +276,18 @@ class TestReconciler(EngineTestCase):
         self.sync()
         self.assertEqual(MAC, self.fake.known[index, POD].mac)
         self.assertEqual({POD}, self.routed())
+
+    def test_each_record_is_parsed_once(self) -> None:
+        addresses = [POD + number for number in range(20)]
+        self.bind(*addresses)
+        for fault in (lambda: None, lambda: self.fake.replace(
+                self.fake.links['break0'], mtu=1400)):
+            fault()  # after the second it reads again
+            with mock.patch.object(records, 'from_json',
+                                   side_effect=records.from_json) as parsed:
+                self.sync()
+            self.assertLessEqual(parsed.call_count, len(addresses) + 1)
+        self.assertEqual(1500, self.fake.links['break0'].mtu)
 
     def test_parents_are_apart(self) -> None:
         self.fake.add_link('eth1')
