@@ -321,9 +321,12 @@ OPTS = [
         default=[],
         help='Addresses of the node that pods reach through break0, '
              'separated by commas. By default all addresses of the parent, '
-             'and the one that the node uses towards its pods. Addresses '
-             'that the node does not have are ignored. They differ on each '
-             'node, like addr.'),
+             'those that the node uses towards its pods, and those that it '
+             'may masquerade with: the sources of its routes, and of each '
+             'other interface the first IPv4 address and the IPv6 addresses, '
+             'at most 16, none of dummy interfaces. Addresses that the node '
+             'does not have are ignored. They differ on each node, like '
+             'addr.'),
     cfg.Opt(
         'route_protocol',
         type=WholeNumber(min=5, max=255),

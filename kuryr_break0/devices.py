@@ -66,6 +66,10 @@ class Devices:
         known = set(identity.devices.values()) if identity else set()
         return known if known and recorded else {self._options.device, *known}
 
+    def indexes(self) -> list[int]:
+        return [index for index in map(kernel.index_of, self.names())
+                if index is not None]
+
     def name(self, parent: str) -> Optional[str]:
         """Return the name of that of a parent; None if it is not known."""
         identity = self._ledger.identity()

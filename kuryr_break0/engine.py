@@ -66,7 +66,7 @@ class Engine:
         self._journal = Journal(options.state_dir)
         self.devices = Devices(options, ledger)
         self.routes = Routes(options, ledger, self.devices)
-        self.pods = Pods(options, ledger)
+        self.pods = Pods(options, ledger, self.devices)
 
     @contextlib.contextmanager
     def locked(self, required: bool = False) -> Iterator[Say]:

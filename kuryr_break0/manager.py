@@ -165,8 +165,8 @@ class Break0Manager:
         next_hops = self._ledger.cache.fresh('next_hops')
         if next_hops is None:
             with kernel.Netlink() as netlink:
-                found = netlink.next_hops(
-                    self._device_indexes(), self._options.route_protocol)
+                found = netlink.next_hops(self._engine.devices.indexes(),
+                                          self._options.route_protocol)
             next_hops = sorted(map(str, found))
             with contextlib.suppress(exceptions.LedgerUnavailable):
                 self._ledger.prepare()  # by the first pod
@@ -176,11 +176,6 @@ class Break0Manager:
             return policy.NEXT_HOP
         return (policy.EARLIER_NEXT_HOP if origin is Origin.DISCOVERED
                 and str(address) in self._ledger.next_hops_seen() else None)
-
-    def _device_indexes(self) -> list[int]:
-        names = self._engine.devices.names()
-        return [index for index in map(kernel.index_of, names)
-                if index is not None]
 
     def _require_parent(self, parent: str) -> None:
         configured = self._options.parent
@@ -342,7 +337,7 @@ class Break0Manager:
             with kernel.Netlink() as netlink:
                 return self._records.count() - sum(
                     len(netlink.host_routes_of(index, table))
-                    for index in self._device_indexes())
+                    for index in self._engine.devices.indexes())
 
 
 def _sane(owner: Owner, addresses: list[IPAddress], parent: str,

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Collection, Iterable, Optional
+import itertools
+from typing import Collection, Iterable, Iterator, Optional
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
@@ -20,6 +21,8 @@ from kuryr_break0.model import NodeAddresses
 from kuryr_break0.model import Record
 from kuryr_break0.model import Wanted
 
+#: Addresses of other interfaces than the parent that a pod has to know.
+MAX_ELSEWHERE = 16
 OWN = 'an address of the node itself'
 NEXT_HOP = 'a next hop of a route of the node'
 #: Only where discovery brought it; others may serve a VPN.
@@ -128,7 +131,8 @@ class Policy:
 
         :param own: all addresses of the node
         :param on_parent: those of the parent
-        :param sources: those that the node speaks to pods from
+        :param sources: those that the node speaks to pods from; see
+            :func:`elsewhere` too
         :param mac: that of break0
         :param device: the name of that
         """
@@ -141,3 +145,43 @@ class Policy:
                           and not address.is_unspecified),
                          key=address_order)),
             mac if self._options.static_neighbours else None)
+
+
+def elsewhere(found: Iterable[tuple[int, IPAddress]],
+              preferred: Collection[IPAddress]) -> list[IPAddress]:
+    """Return what else the node may speak from, at most MAX_ELSEWHERE.
+
+    MASQUERADE ignores the source of a route: on break0, which has no address,
+    it takes in IPv4 the first one of all interfaces, in the order in which
+    they came (inet_select_addr), and in IPv6 any (RFC 6724). A program can
+    bind to the source that other routes have.
+
+    :param found: all addresses of the node with their ifindexes, in the order
+        of the kernel
+    :param preferred: the sources of its routes
+    """
+    return list(itertools.islice(dict.fromkeys((
+        *sorted(preferred, key=address_order), *_of_interfaces(found))),
+        MAX_ELSEWHERE))
+
+
+def _of_interfaces(found: Iterable[tuple[int, IPAddress]]
+                   ) -> Iterator[IPAddress]:
+    for index, pairs in itertools.groupby(
+            sorted(found, key=lambda each: each[0]), lambda each: each[0]):
+        usable = [address for _, address in pairs if not (
+            address.is_link_local or address.is_loopback)]
+        if usable and not has_services(index):
+            yield from [each for each in usable if each.version == 4][:1]
+            yield from (each for each in usable if each.version == 6)
+
+
+def has_services(index: int) -> bool:
+    """Return whether the addresses of an interface are those of services.
+
+    So are those of kube-ipvs0, thousands maybe, and of other dummies. In
+    pods they lead elsewhere.
+    """
+    with kernel.Netlink() as netlink:
+        link = netlink.link(kernel.name_of(index))
+    return link is not None and link.kind == 'dummy'

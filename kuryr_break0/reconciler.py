@@ -217,6 +217,7 @@ class _Sync:
             str, seen.routes.next_hops)))  # which spares the next bind it
         self._ledger.note_next_hops(seen.routes.next_hops
                                     | seen.routes.left_out)
+        self._ledger.cache.put('elsewhere', list(map(str, seen.elsewhere)))
 
     def _note_taps(self, seen: Snapshot) -> None:
         """Record the macvtaps of VMs that were started after their bind."""

@@ -35,6 +35,7 @@ from kuryr_break0.model import Origin
 from kuryr_break0.model import Record
 from kuryr_break0.model import Wanted
 from kuryr_break0 import plan
+from kuryr_break0 import policy
 from kuryr_break0.policy import Policy
 
 #: Seconds to wait for a bind or unbind to end.
@@ -127,6 +128,7 @@ class Snapshot:
     :ivar identity: of the ledger; None if it was never used
     :ivar parents: by their names
     :ivar own: the addresses of the node
+    :ivar elsewhere: those that it may speak from, whatever the parent
     :ivar routes: the routes of the node
     :ivar live: the newest claim of an existing sandbox on each address
     :ivar rivals: earlier claims of sandboxes that exist too
@@ -145,6 +147,7 @@ class Snapshot:
     identity: Optional[Identity]
     parents: dict[str, Parent]
     own: frozenset[IPAddress]
+    elsewhere: list[IPAddress]
     routes: kernel.Routes
     live: dict[IPAddress, Record]
     rivals: dict[IPAddress, tuple[Record, ...]]
@@ -333,6 +336,8 @@ class _Reading:
         self._view = view
         self._is_steady = is_steady
         self._own = frozenset(address for _, address in view.addresses)
+        self._elsewhere = policy.elsewhere(view.addresses,
+                                           view.routes.sources)
         self._live: dict[IPAddress, Record] = {}
         self._rivals: dict[IPAddress, tuple[Record, ...]] = {}
         self._gone: list[Record] = []
@@ -352,9 +357,9 @@ class _Reading:
         primary = self._view.primary_link
         return Snapshot(
             self._options, self._contents, self._is_steady,
-            self._view.identity, parents, self._own, self._view.routes,
-            self._live, self._rivals, tuple(self._gone), self._unjudged,
-            self._refused,
+            self._view.identity, parents, self._own, self._elsewhere,
+            self._view.routes, self._live, self._rivals, tuple(self._gone),
+            self._unjudged, self._refused,
             None if any(parent.present == primary
                         for parent in parents.values()) else primary)
 
@@ -530,8 +535,9 @@ class _Reading:
             return None
         return self._policy.node_addresses(
             self._own, self._view.addresses_of(parent.index),
-            {wanted.route.src for wanted in desired.values()}, link.mac,
-            link.name)
+            {*self._elsewhere, *(wanted.route.src
+                                 for wanted in desired.values())},
+            link.mac, link.name)
 
 
 def by_interface(records: Iterable[Record]) -> list[list[Record]]:

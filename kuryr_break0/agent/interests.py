@@ -12,6 +12,7 @@ from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import IPAddress
+from kuryr_break0 import policy
 
 
 class Interests:
@@ -30,6 +31,8 @@ class Interests:
         self._links: dict[int, Any] = {}
         self._addresses: set[tuple[int, Any]] = set()
         self._next_hops: set[IPAddress] = set()
+        self._sources: set[Optional[IPAddress]] = {None}
+        self._of_services: set[int] = set()
 
     def update(self) -> None:
         """Note what is there now, after a sync.
@@ -49,6 +52,9 @@ class Interests:
                            if link is not None}
             self._addresses = {(index, address) for index, address
                                in netlink.addresses()}
+        self._of_services = set(filter(policy.has_services, {
+            index for index, address in self._addresses
+            if not (address.is_link_local or address.is_loopback)}))
 
     def include(self, event: kernel.Event) -> bool:
         """Return whether an event may be of something to repair."""
@@ -59,11 +65,12 @@ class Interests:
             changed = (place in self._addresses) == event.gone
             (self._addresses.discard if event.gone
              else self._addresses.add)(place)
-            return changed and (event.ifindex in self._links
+            return changed and (event.ifindex not in self._of_services
                                 or self._is_recorded(event.dst))
         if event.what == 'route':
             ours = event.protocol == self._options.route_protocol
             return self._changes_next_hops(event) or (
+                not ours and self._is_new_source(event)) or (
                 event.gone or not ours) and self._is_recorded(event.dst)
         if event.what == 'nexthop':
             return self._changes_next_hops(event)
@@ -88,6 +95,12 @@ class Interests:
         self._next_hops |= new
         self._ledger.note_next_hops(new)
         return any(map(self._is_recorded, new))
+
+    def _is_new_source(self, event: kernel.Event) -> bool:
+        if event.gone or event.source in self._sources:
+            return False  # one that is not used any more does no harm
+        self._sources.add(event.source)
+        return True
 
     def _changes_link(self, event: kernel.Event) -> bool:
         link, index = event.link, event.ifindex

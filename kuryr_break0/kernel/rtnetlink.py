@@ -8,7 +8,7 @@ import errno
 import os
 import socket
 import struct
-from typing import Any, NamedTuple, Optional, Sequence
+from typing import Any, Iterator, NamedTuple, Optional, Sequence
 
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel.links import LinkSocket
@@ -50,11 +50,13 @@ class Routes(NamedTuple):
     :ivar host: those to single addresses
     :ivar next_hops: the gateways of all, but through those left out
     :ivar left_out: the gateways through those
+    :ivar sources: the preferred ones of all, but through those left out
     """
 
     host: tuple[HostRoute, ...]
     next_hops: frozenset[IPAddress]
     left_out: frozenset[IPAddress] = frozenset()
+    sources: frozenset[IPAddress] = frozenset()
 
 
 class GatewayRoute(NamedTuple):
@@ -252,18 +254,23 @@ class Netlink(LinkSocket):
         :param devices: interfaces whose next hops are left out
         """
         host: list[HostRoute] = []
+        sources: set[Optional[IPAddress]] = set()
         next_hops = set(self._next_hop_objects())
         for family in (socket.AF_INET, socket.AF_INET6):
             for route in self._list('list the routes', wire.RTM_GETROUTE,
                                     wire.pack_route_dump(family)):
                 next_hops.update(route.next_hops)
+                if route.oif not in devices:
+                    sources.add(route.preferred)
                 found = route.host_route
                 if found is not None:
                     host.append(found)
-        return Routes(tuple(host), *(
+        gateways, left_out = (
             frozenset(each.gateway for each in next_hops
-                      if (each.oif in devices) is left_out)
-            for left_out in (False, True)))
+                      if (each.oif in devices) is is_left_out)
+            for is_left_out in (False, True))
+        return Routes(tuple(host), gateways, left_out, frozenset(
+            each for each in sources if each is not None))
 
     def _next_hop_objects(self) -> list[values.NextHop]:
         """List the next hops that routes may refer to, by a dump."""
@@ -311,17 +318,31 @@ class Netlink(LinkSocket):
         :param devices: ifindexes of the interfaces that are left out
         :param protocol: what marks their routes, which have no gateway
         """
+        return frozenset(each.gateway for each in (
+            *self._next_hop_objects(), *(
+                each for route in self._routes_but_of(devices, protocol)
+                for each in route.next_hops)) if each.oif not in devices)
+
+    def preferred_sources(self, devices: Sequence[int],
+                          protocol: Optional[int]) -> frozenset[IPAddress]:
+        """Read the preferred sources of all routes but of some interfaces.
+
+        By parameters as those of :meth:`next_hops`.
+        """
+        return frozenset(
+            route.preferred
+            for route in self._routes_but_of(devices, protocol)
+            if route.preferred is not None and route.oif not in devices)
+
+    def _routes_but_of(self, devices: Sequence[int], protocol: Optional[int]
+                       ) -> Iterator[values.Route]:
         others = [index for index, _ in socket.if_nameindex()
                   if index not in devices]
         asked: Sequence[Optional[int]] = (
             others if len(others) <= _ASKED_ONE_BY_ONE else [None])
-        found = self._next_hop_objects()
         for oif in asked:
             for family in (socket.AF_INET, socket.AF_INET6):
-                for route in self._routes_of(family, oif, protocol):
-                    found += route.next_hops
-        return frozenset(each.gateway for each in found
-                         if each.oif not in devices)
+                yield from self._routes_of(family, oif, protocol)
 
     def _routes_of(self, family: int, oif: Optional[int],
                    protocol: Optional[int]) -> list[values.Route]:

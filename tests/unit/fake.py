@@ -154,6 +154,8 @@ class FakeNetlink:
     def next_hops(self, *args: Any) -> frozenset[IPAddress]:
         return frozenset()
 
+    preferred_sources = next_hops
+
     def neighbours(self, ifindex: int) -> list[Neighbour]:
         return [each for (index, _), each in self._fake.known.items()
                 if index == ifindex]
