@@ -422,6 +422,12 @@ class _Sync:
                     if not self._change(' on ' + parent.device, batch,
                                         owners):
                         return  # the others would fail alike
+                    if parent.parent is not None and verb is Verb.REPLACE:
+                        # Without its route, the LAN was asked for it.
+                        self._netlink.forget_unresolved(
+                            parent.parent.index, {
+                                item.dst for item in plan.replace
+                                if item.dst in some})
 
     def _is_as_read(self, address: IPAddress, seen: Snapshot) -> bool:
         return (self._records.claims(address)
