@@ -4,7 +4,7 @@
 
 What a container does in its namespace is its own business, and it may do it
 a thousand times a second. So an event only marks a namespace to be read,
-each is read less and less often the more it changes, and all of it takes
+each is read once a second if it changes all the time, and all of it takes
 a tenth of a processor at most. The timer of the agent is the guarantee.
 """
 
@@ -37,9 +37,9 @@ LOG = log.get_logger(__name__)
 MAX_ADDRESSES = 32
 #: Seconds from an event to the look that it causes: a burst is one.
 _BURST = 0.03
-#: Seconds between two reads of one namespace: doubled with each that comes
-#: this soon after the one before, up to the last.
-_SOON, _LAST = 0.06, 1.0
+#: Seconds between two reads of one namespace: the first for as many reads as
+#: an engine may cause that replaces an interface a few times, then the last.
+_SOON, _QUICK, _LAST = 0.06, 24.0, 1.0
 #: Seconds of looks after which the rest waits, since the agent has other work.
 _AT_ONCE = 0.05
 #: The part of a processor that looks may take.
@@ -62,23 +62,29 @@ class _Namespace:
     :ivar container: what it is of; see :func:`kernel.container_of`
     :ivar due: monotonic time of the next look; None if nothing has changed
     :ivar looked: monotonic time of the last look
-    :ivar pause: seconds that have to pass between two
+    :ivar quick: looks that may follow each other quickly; one more with every
+        two seconds
+    :ivar marked: monotonic time from which that was counted
     """
 
     found: kernel.Found
     container: Optional[int] = None
     due: Optional[float] = None
     looked: float = 0.0
-    pause: float = _SOON
+    quick: float = _QUICK
+    marked: float = 0.0
 
     def mark(self, now: float) -> None:
         """Mark it to be read soon."""
         if self.due is not None:
             return
-        if now - self.looked > 4 * _LAST:
-            self.pause = _SOON
-        self.due = max(now + _BURST, self.looked + self.pause)
-        self.pause = min(2 * self.pause, _LAST)
+        self.quick = min(_QUICK, self.quick + (now - self.marked) / 2)
+        self.marked = now
+        pause = _LAST
+        if self.quick >= 1:
+            self.quick -= 1
+            pause = _SOON
+        self.due = max(now + _BURST, self.looked + pause)
 
 
 class Finder:

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""An interface that is replaced in a living container is found at once."""
+
+from __future__ import annotations
+
+import unittest
+from unittest import mock
+
+from kuryr_break0.discovery import finder
+from tests.functional import test_discovery
+from tests.functional.test_discovery import ONE
+from tests.functional.test_discovery import ONE6
+from tests import lab
+
+
+class TestReplaced(test_discovery.DiscoveryTestCase):
+
+    def replace(self, mac: str) -> None:
+        """Replace it as Docker does: disconnect, connect."""
+        self.inside('one', 'ip', 'link', 'del', 'eth0')
+        self.lab.run('ip', 'link', 'add', 'tmp0', 'link', lab.PARENT,
+                     'type', 'macvlan', 'mode', 'bridge')
+        self.lab.run('ip', 'link', 'set', 'tmp0', 'netns', 'one')
+        self.inside('one', 'ip', 'link', 'set', 'tmp0', 'name', 'eth0',
+                    'address', mac)
+        for address in (ONE + '/24', ONE6 + '/64'):
+            self.inside('one', 'ip', 'address', 'add', address, 'dev', 'eth0',
+                        *(('nodad',) if ':' in address else ()))
+        self.inside('one', 'ip', 'link', 'set', 'eth0', 'up')
+
+    def known(self) -> dict[str, str]:
+        return {each['dst']: each['lladdr'] for each in self.lab.ip(
+            'neighbour', 'show', 'dev', 'break0', 'nud', 'permanent')}
+
+    def test_with_another_mac_address(self) -> None:
+        self.start()
+        self.lab.add_pod('one', ONE, ONE6)
+        self.until_bound(ONE, ONE6)
+        for number in range(3):
+            mac = '02:00:00:00:02:%02x' % number
+            self.replace(mac)
+            self.until(lambda: self.known() == {ONE: mac, ONE6: mac})
+            self.until_bound(ONE, ONE6)
+            for address in (ONE, ONE6):
+                self.assert_reachable(address, 'one')
+
+
+class TestPace(unittest.TestCase):
+    """When a namespace is read, by a clock of the test."""
+
+    def reads(self, events: list[float]) -> list[float]:
+        """The times of the reads that events at these times lead to."""
+        namespace = finder._Namespace(mock.Mock())
+        times = []
+        for event in events:
+            while namespace.due is not None and namespace.due <= event:
+                times.append(namespace.due)
+                namespace.looked, namespace.due = namespace.due, None
+            namespace.mark(event)
+        return [*times, *(each for each in [namespace.due] if each)]
+
+    def test_engine_that_takes_its_time(self) -> None:
+        # An event each 40 ms, as of links, addresses and routes.
+        for pause in (5, 10):
+            events = [100 + start * pause + number * 0.04
+                      for start in range(3) for number in range(12)]
+            reads = self.reads(events)
+            for event in events:
+                read = min(each for each in reads if each > event)
+                self.assertLess(read - event, 0.1, (event, reads))
+
+    def test_container_that_changes_all_the_time(self) -> None:
+        reads = self.reads([100 + number * 0.001
+                            for number in range(30000)])
+        self.assertLess(len(reads), 90)  # of 30000 events
+        self.assertTrue([each for each in reads if each > 129])
