@@ -18,6 +18,7 @@ from tests import bench
 from tests.bench import binding
 from tests.bench import bulk
 from tests.bench import cni
+from tests.bench import gaps
 from tests.bench import healing
 from tests.bench import hops
 from tests.bench import own
@@ -29,7 +30,7 @@ from tests import lab
 SECTIONS: dict[str, bench.Measure] = {
     'pods': pods.pairs, 'own': own.calls, 'lock': own.lock,
     'hops': hops.next_hops, 'bulk': bulk.syncs,
-    'healing': healing.repairs, 'paths': paths.paths,
+    'healing': healing.repairs, 'gaps': gaps.gaps, 'paths': paths.paths,
     'binding': binding.binding, 'single': binding.single,
     'scale': scale.scale,
     'bursts': binding.bursts, 'cni': cni.adds}
