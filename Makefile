@@ -147,7 +147,8 @@ genconfig: $(VENV)/installed
 # What is in git is compared with it by the tests.
 .PHONY: completion
 completion: $(VENV)/installed
-	$(BIN)/python -m tests.completion > etc/bash-completion/kuryr-break0
+	$(BIN)/kuryr-break0 --shell_completion bash >etc/bash-completion/kuryr-break0
+	$(BIN)/kuryr-break0 --shell_completion zsh >etc/zsh/_kuryr-break0
 
 .PHONY: genconfig-check
 # The sample that is in git is what the options say.

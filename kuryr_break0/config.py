@@ -12,7 +12,7 @@ import glob
 import ipaddress
 import os
 import re
-from typing import Any, NamedTuple, Optional
+from typing import Any, Iterable, NamedTuple, Optional
 
 from oslo_config import cfg
 from oslo_config import types
@@ -561,11 +561,15 @@ def unknown(conf: cfg.ConfigOpts) -> list[str]:
     texts = []
     for name, where in sorted(found.items()):
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
             texts.append('[break0] %s in %s is no option%s' % (
-                name[:64], where, ': did you mean %s?' % close[0]
-                if close else ''))
+                name[:64], where, close_to(name, known)))
     return texts
+
+
+def close_to(name: str, known: Iterable[str]) -> str:
+    """Return a question for the known name that was meant, if there is one."""
+    close = difflib.get_close_matches(name, known, 1)
+    return ': did you mean %s?' % close[0] if close else ''
 
 
 def link_iface(conf: cfg.ConfigOpts) -> Optional[str]:

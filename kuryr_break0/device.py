@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import re
 import secrets
 from typing import (Callable, Collection, Iterator, Mapping, NamedTuple,
@@ -126,7 +127,7 @@ def name_for(options: config.Options, parent: str, primary: Optional[str],
         return name
     # The first characters of long names are often the same.
     return '%s-%s' % (options.device[:6], hashlib.sha256(
-        parent.encode()).hexdigest()[:8])
+        os.fsencode(parent)).hexdigest()[:8])
 
 
 def primary_of(options: config.Options, known: Mapping[str, str],

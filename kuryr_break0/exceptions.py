@@ -196,7 +196,27 @@ class CannotTrace(Break0Error):
 
 
 class NoTarget(Break0Error):
-    msg_fmt = 'Give the address of a pod, or --all for each that is bound.'
+    msg_fmt = ('Give an address or the name of a container or pod, or --all '
+               'for each that is bound.')
+
+
+class NoSuchContainer(Break0Error):
+    msg_fmt = ('%(reason)s, nor the name of a container or pod that is bound '
+               'here%(close)s. See all: kuryr-break0 status')
+
+
+class Ambiguous(Break0Error):
+    msg_fmt = ('Several containers or pods are called %(name)s: %(owners)s. '
+               'Give the address and --owner.')
+
+
+class NothingToUnbind(Break0Error):
+    msg_fmt = ('Give addresses and the --owner of their bind, or only --pod '
+               'with the name of a container or pod.')
+
+
+class NotRoot(Break0Error):
+    msg_fmt = 'Run it as root: sudo kuryr-break0 %(command)s'
 
 
 class ParentUnknown(Break0Error):

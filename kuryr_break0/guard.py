@@ -12,6 +12,7 @@ with its own MAC address only.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import subprocess
 from typing import Collection, Iterable, Iterator, Optional, Sized
@@ -87,7 +88,7 @@ def table_of(device: str) -> str:
     if re.fullmatch(r'[A-Za-z0-9_.-]+', device):
         return '%s-%s' % (PREFIX, device)
     return '%s-%s' % (PREFIX, hashlib.sha256(
-        device.encode()).hexdigest()[:8])
+        os.fsencode(device)).hexdigest()[:8])
 
 
 def is_installed() -> bool:
@@ -107,7 +108,7 @@ def _load(nft: str, text: str, *options: str) -> Optional[str]:
     """Have nft load rules, all or none; return what is against it."""
     try:
         done = subprocess.run([nft, *options, '-f', '-'], input=text,
-                              text=True, errors='replace',
+                              text=True, errors='surrogateescape',
                               stdout=subprocess.DEVNULL,
                               stderr=subprocess.PIPE, timeout=_TIMEOUT)
     except subprocess.TimeoutExpired:
@@ -325,8 +326,8 @@ class Guard:
 
         The answer goes to an ifindex, which the next break0 does not have.
         """
-        return hashlib.sha256(('%d %s' % (link.index, self._text(
-            link, (), hosts, egress=True))).encode()).hexdigest()[:16]
+        return hashlib.sha256(os.fsencode('%d %s' % (link.index, self._text(
+            link, (), hosts, egress=True)))).hexdigest()[:16]
 
     def remove(self) -> bool:
         """Delete the table; whether there was one."""

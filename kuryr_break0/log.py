@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Loggers of this package: those of oslo.log, with each error said once."""
+"""Loggers of this package: those of oslo.log, with each error said once.
+
+And what makes a text safe for a log and a terminal, whoever chose it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,21 @@ import logging
 from typing import Any
 
 from oslo_log import log as oslo_logging
+
+
+def safe(text: str) -> str:
+    """Return a text of one line in which no character acts on a terminal.
+
+    A name of an interface or an alias can have control characters, of C1
+    too, characters that change the direction of what follows, and bytes that
+    are not UTF-8. They are written as in Python: ``\\x9b``.
+    """
+    if text.isprintable():
+        return text
+    return ''.join(
+        each if each.isprintable() else '\\x%02x' % (ord(each) & 0xff)
+        if '\udc80' <= each <= '\udcff'  # a byte (PEP 383)
+        else each.encode('unicode_escape').decode() for each in text)
 
 
 class _Logger(oslo_logging.KeywordArgumentAdapter):
@@ -20,6 +38,9 @@ class _Logger(oslo_logging.KeywordArgumentAdapter):
         already. It does not for a ValueError
         (oslo_log.formatters._get_error_summary).
         """
+        if not self.isEnabledFor(level):
+            return
+        msg, args = safe(str(msg) % args if args else str(msg)), ()
         if level < logging.WARNING or kwargs.get('exc_info'):
             super().log(level, msg, *args, **kwargs)
             return

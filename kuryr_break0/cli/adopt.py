@@ -4,16 +4,15 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 from typing import Any, Iterable, Optional, TYPE_CHECKING
 import warnings
 
 from oslo_config import cfg
-import prettytable
 
 from kuryr_break0.cli import common
+from kuryr_break0.cli import output
+from kuryr_break0.cli import parser
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
@@ -48,16 +47,14 @@ example:
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        'adopt', help='make pods reachable that are already running',
-        description=_DESCRIPTION, epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--dry-run', action='store_true',
-                        help='print the changes, but make none')
-    parser.add_argument('--json', action='store_true',
-                        help='print JSON instead of a table')
-    parser.set_defaults(func=_run)
+def add_parsers(subparsers: Any) -> None:
+    added = parser.add_verb(
+        subparsers, 'adopt', 'make pods reachable that are already running',
+        _run, _DESCRIPTION, _EPILOG)
+    added.add_argument('--dry-run', action='store_true',
+                       help='print the changes, but make none')
+    added.add_argument('--wide', action='store_true',
+                       help='do not fold long lines')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +97,20 @@ def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
         kernel.macvlans(options.netns_dirs,
                         [api.proc(), *options.proc_dirs]),
         conf.command.dry_run)
-    findings = [adopter.adopt(port) for port in ports]
+    with output.Counter('adopt') as counter:
+        findings = [adopter.adopt(port) for port in counter.over(ports)]
     if conf.command.json:
-        print(json.dumps([{**vars(each), 'addresses': list(
-            map(str, each.addresses))} for each in findings], indent=2))
+        output.write_json([{**vars(each), 'addresses': list(
+            map(str, each.addresses))} for each in findings])
     else:
-        _print_table(findings)
+        output.table(
+            ['Pod', 'Interface', 'Addresses', 'Outcome', 'Namespace',
+             'Reason'],
+            [[each.pod, each.ifname or '-',
+              ' '.join(map(str, each.addresses)) or '-',
+              output.Wrong(each.outcome) if each.outcome == 'failed'
+              else each.outcome, each.netns or '-', each.reason or '-']
+             for each in findings], conf.command.wide)
     outcomes = {each.outcome for each in findings}
     if 'failed' in outcomes or (conf.command.dry_run
                                 and 'adopted' in outcomes):
@@ -189,14 +194,3 @@ class Adopter:
                 subnets=port.subnets, netns=macvlan.netns, pod=port.pod,
                 yielding=True, origin=Origin.KURYR)
         return bool(unbound)
-
-
-def _print_table(findings: list[Finding]) -> None:
-    table = prettytable.PrettyTable(
-        ['Pod', 'Interface', 'Addresses', 'Outcome', 'Namespace', 'Reason'])
-    for each in findings:
-        table.add_row([
-            each.pod, each.ifname or '-',
-            ' '.join(map(str, each.addresses)) or '-', each.outcome,
-            each.netns or '-', each.reason or '-'])
-    print(table)

@@ -10,6 +10,7 @@ from oslo_config import cfg
 
 from kuryr_break0.agent.loop import Agent
 from kuryr_break0.cli import common
+from kuryr_break0.cli import parser
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0 import log
@@ -17,20 +18,27 @@ from kuryr_break0 import log
 LOG = log.get_logger(__name__)
 
 
-def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        'agent', help='repair at once what other programs change',
-        description='Run until SIGTERM. Repair break0, routes and pods when '
-                    'another program changes them, and reconcile everything '
-                    'every resync_interval seconds. Serve metrics and the '
-                    'CNI plugin, and find containers if [break0] discover is '
-                    'true. SIGHUP reads the configuration again.')
-    parser.set_defaults(func=run)
+def add_parsers(subparsers: Any) -> None:
+    parser.add_verb(
+        subparsers, 'agent', 'repair at once what other programs change', run,
+        'Run until SIGTERM. Repair break0, routes and containers when another '
+        'program\nchanges them, and reconcile everything every '
+        'resync_interval seconds. Serve\nmetrics and the CNI plugin, and find '
+        'containers if [break0] discover is true.\nSIGHUP reads the '
+        'configuration again. Exit status: 2 if the configuration is\nwrong.',
+        json=False)
 
 
 def _warn(conf: cfg.ConfigOpts) -> None:
     for text in config.unknown(conf):
         LOG.warning('%s. It has no effect.', text)
+    used = [*(conf.config_file or ()), *(conf.config_dir or ())]
+    LOG.info('The configuration is read from %s', ', '.join(used)
+             or 'no file: all options have their defaults')
+    if conf.config_file == parser.files()[0]:
+        for path in parser.files()[1]:
+            LOG.warning('%s is not read, because there is %s. Move its '
+                        'options there, or delete that file.', path, used[0])
 
 
 def run(conf: cfg.ConfigOpts, options: config.Options) -> int:

@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
-from typing import Any, Iterable
+from typing import Any, Iterable, Optional
 
 from oslo_config import cfg
 
 from kuryr_break0.cli import common
+from kuryr_break0.cli import output
+from kuryr_break0.cli import parser
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
@@ -49,13 +49,17 @@ For Docker and Podman, the path of the namespace is SandboxKey in the output of
 docker inspect or podman inspect.
 """
 _UNBIND = """\
-Revert bind. An address that belongs to another owner stays. Exit status: 0 if
-the addresses are unbound now, 1 if one belongs to another owner, 3 if the
-kernel or the state directory refuses.
+Revert bind: give the addresses and --owner, or --pod for all addresses of a
+container or pod, however they were bound. The agent binds a container that it
+finds again, until the container ends. An address that belongs to another
+owner stays. Exit status: 0 if the addresses are unbound now, 1 if one belongs
+to another owner, 2 for wrong arguments, 3 if the kernel or the state
+directory refuses.
 """
 _UNBIND_EPILOG = """\
-example:
+examples:
   kuryr-break0 unbind 192.0.2.80 2001:db8::80 --owner web
+  kuryr-break0 unbind --pod web
 """
 #: What is wrong with the arguments, or with what they name.
 _NOT_MEANT = (exceptions.AddressRefused, exceptions.InputRefused,
@@ -66,48 +70,42 @@ _NOT_MEANT = (exceptions.AddressRefused, exceptions.InputRefused,
 
 
 def add_parsers(subparsers: Any) -> None:
-    bind = subparsers.add_parser(
-        'bind', help='make the addresses of a container reachable',
-        description=_BIND, epilog=_BIND_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    unbind = subparsers.add_parser(
-        'unbind', help='revert bind',
-        description=_UNBIND, epilog=_UNBIND_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    for parser in (bind, unbind):
-        parser.add_argument(
-            'address', metavar='ADDRESS',
-            nargs='*' if parser is bind else '+',
-            type=common.argument(config.HostAddress()),
+    bind = parser.add_verb(
+        subparsers, 'bind', 'make the addresses of a container reachable',
+        _bind, _BIND, _BIND_EPILOG)
+    unbind = parser.add_verb(subparsers, 'unbind', 'revert bind', _unbind,
+                             _UNBIND, _UNBIND_EPILOG)
+    for each in (bind, unbind):
+        each.add_argument(
+            'address', metavar='ADDRESS', nargs='*',
+            type=parser.argument(config.HostAddress()),
             help='IPv4 or IPv6 address' + (
                 ' (default: those that the interface has in the namespace)'
-                if parser is bind else ''))
-        parser.add_argument(
-            '--owner', metavar='NAME', required=True,
-            type=common.argument(_owner),
+                if each is bind else ''))
+        each.add_argument(
+            '--owner', metavar='NAME', required=each is bind,
+            type=parser.argument(_owner),
             help='owner of the addresses: a name that nobody else uses; '
                  'unbind needs the same name')
-        parser.add_argument(
+        each.add_argument(
             '--ifname', metavar='NAME', default='eth0',
-            type=common.argument(config.DeviceName()),
+            type=parser.argument(config.DeviceName()),
             help="interface of the container (default: eth0)")
-        parser.add_argument('--json', action='store_true',
-                            help='print JSON instead of lines')
+    unbind.add_argument('--pod', metavar='NAME',
+                        help='name of a container or pod')
     bind.add_argument(
         '--netns', metavar='PATH',
-        type=common.argument(config.AbsolutePath()),
+        type=parser.argument(config.AbsolutePath()),
         help="absolute path of the container's network namespace")
     bind.add_argument(
-        '--mac', metavar='MAC', type=common.argument(config.UnicastMAC()),
+        '--mac', metavar='MAC', type=parser.argument(config.UnicastMAC()),
         help="MAC address of the container's interface (default: what it "
              'has in the namespace)')
     bind.add_argument(
         '--parent', metavar='NAME',
-        type=common.argument(config.DeviceName()),
+        type=parser.argument(config.DeviceName()),
         help='interface of the node that it is on (default: [break0] parent, '
              'then [binding] link_iface, then the actual one)')
-    bind.set_defaults(func=_bind)
-    unbind.set_defaults(func=_unbind)
 
 
 def _owner(name: str) -> str:
@@ -147,11 +145,11 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
     devices = identity.devices if identity else {}
     device = devices.get(parent, options.device)
     if wanted.json:
-        print(json.dumps({**vars(owner), 'interface': device,
-                          'addresses': list(map(str, addresses))}, indent=2))
+        output.write_json({**vars(owner), 'interface': device,
+                           'addresses': list(map(str, addresses))})
     else:
         for address in addresses:
-            print('Bound %s to %s for %s' % (address, device, owner))
+            output.write('Bound %s to %s for %s' % (address, device, owner))
     return common.IN_SYNC
 
 
@@ -174,14 +172,19 @@ def _require_addresses(macvlan: kernel.Macvlan,
 
 
 def _unbind(conf: cfg.ConfigOpts, options: config.Options) -> int:
-    owner = Owner(conf.command.owner, conf.command.ifname)
-    addresses = conf.command.address
+    wanted = conf.command
+    ledger = Ledger(options.state_dir, options.lock_timeout)
+    try:
+        owner, addresses, netns = _meant(wanted, ledger)
+    except (exceptions.Ambiguous, exceptions.NoSuchContainer,
+            exceptions.NothingToUnbind) as err:
+        return common.fail(common.USAGE, err)
     manager = Break0Manager(options)
     try:
-        unbound = manager.unbind(owner, addresses)
+        unbound = manager.unbind(owner, addresses, netns)
     finally:
         _housekeep(manager)
-    records = Ledger(options.state_dir, options.lock_timeout).records
+    records = ledger.records
     code = common.IN_SYNC
     outcomes = []
     for address in addresses:
@@ -192,9 +195,30 @@ def _unbind(conf: cfg.ConfigOpts, options: config.Options) -> int:
         if record is not None and outcome == 'taken':
             code = common.fail(common.DRIFT, exceptions.AddressTaken(
                 address=address, owner=record.owner, **vars(record.owner)))
-        elif not conf.command.json:
-            print('Unbound %s' % address if address in unbound
-                  else '%s was not bound' % address)
-    if conf.command.json:
-        print(json.dumps({**vars(owner), 'addresses': outcomes}, indent=2))
+        elif not wanted.json:
+            output.write('Unbound %s' % address if address in unbound
+                         else '%s was not bound' % address)
+    if wanted.json:
+        output.write_json({**vars(owner), 'addresses': outcomes})
     return code
+
+
+def _meant(wanted: Any, ledger: Ledger
+           ) -> tuple[Owner, list[IPAddress], Optional[str]]:
+    """Return the owner of what to unbind, its addresses and namespace."""
+    if wanted.pod is None:
+        if wanted.owner is None or not wanted.address:
+            raise exceptions.NothingToUnbind()
+        return Owner(wanted.owner, wanted.ifname), wanted.address, None
+    if wanted.owner is not None or wanted.address:
+        raise exceptions.NothingToUnbind()
+    live = {address: claims[0] for address, claims
+            in ledger.contents().claims.items()}
+    found = [live[address] for address in common.addresses_of(
+        wanted.pod, live) if address in live]
+    owners = {each.owner: each for each in found}
+    if len(owners) != 1:
+        raise exceptions.Ambiguous(name=wanted.pod, owners=', '.join(
+            sorted(map(str, owners))))
+    (owner, record), = owners.items()
+    return owner, [each.address for each in found], record.netns

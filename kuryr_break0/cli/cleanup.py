@@ -4,15 +4,15 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
-import json
 from typing import Any, Iterable, Iterator, NamedTuple, Optional
 
 from oslo_config import cfg
 
 from kuryr_break0.cli import common
+from kuryr_break0.cli import output
+from kuryr_break0.cli import parser
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0.guard import Guard
@@ -45,16 +45,12 @@ example:
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        'cleanup', help='delete everything that was made on this node',
-        description=_DESCRIPTION, epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--dry-run', action='store_true',
-                        help='print the changes, but make none')
-    parser.add_argument('--json', action='store_true',
-                        help='print JSON instead of lines')
-    parser.set_defaults(func=_run)
+def add_parsers(subparsers: Any) -> None:
+    added = parser.add_verb(
+        subparsers, 'cleanup', 'delete everything that was made on this node',
+        _run, _DESCRIPTION, _EPILOG)
+    added.add_argument('--dry-run', action='store_true',
+                       help='print the changes, but make none')
 
 
 def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
@@ -64,13 +60,13 @@ def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
         for removal in cleanup.run():
             done.append(removal)
             if not conf.command.json:
-                print(removal)
+                output.write((output.Wrong if removal.reason else str)(
+                    removal))
     finally:
         if conf.command.json:
-            print(json.dumps({
+            output.write_json({
                 'removed': [each.what for each in done if not each.reason],
-                'left': [each._asdict() for each in done if each.reason]},
-                indent=2))
+                'left': [each._asdict() for each in done if each.reason]})
     if conf.command.dry_run:
         return common.DRIFT if done else common.IN_SYNC
     return (common.DRIFT if any(each.reason for each in done)

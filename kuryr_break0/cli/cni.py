@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import pathlib
 import shlex
@@ -15,6 +13,8 @@ from typing import Any, Iterator
 from oslo_config import cfg
 
 from kuryr_break0.cli import common
+from kuryr_break0.cli import output
+from kuryr_break0.cli import parser
 from kuryr_break0.cni import plugin
 from kuryr_break0.cni import request
 from kuryr_break0 import config
@@ -42,34 +42,31 @@ _INSTALL_EPILOG = """\
 example:
   kuryr-break0 cni-install --bin-dir /opt/cni/bin
 """
-#: Where a shim may be: of a checkout, of an image.
-_SHIMS = (pathlib.Path(__file__).parents[2] / 'build/cni' / PLUGIN,
-          pathlib.Path('/usr/libexec/kuryr-break0') / PLUGIN)
+#: Where "make cni" leaves the shim, in a clone that has its source.
+_BUILT, _SOURCE = 'build/cni/' + PLUGIN, 'kuryr_break0/cni/shim.c'
+#: Where "make install" and an image have it.
+_INSTALLED = '/usr/libexec/kuryr-break0/' + PLUGIN
 
 
 def add_parsers(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        'cni', help='be the CNI plugin, chained behind macvlan',
-        description=_CNI, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(func=run)
-    parser = subparsers.add_parser(
-        'cni-install', help='install the CNI plugin',
-        description=_INSTALL, epilog=_INSTALL_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
+    parser.add_verb(
+        subparsers, 'cni', 'be the CNI plugin, chained behind macvlan', run,
+        _CNI, json=False)
+    added = parser.add_verb(subparsers, 'cni-install',
+                            'install the CNI plugin', install, _INSTALL,
+                            _INSTALL_EPILOG)
+    added.add_argument(
         '--bin-dir', metavar='DIR', required=True,
-        type=common.argument(config.AbsolutePath()),
+        type=parser.argument(config.AbsolutePath()),
         help='absolute path of the directory of CNI plugins')
-    parser.add_argument(
-        '--shim', metavar='FILE', type=common.argument(config.AbsolutePath()),
+    added.add_argument(
+        '--shim', metavar='FILE', type=parser.argument(config.AbsolutePath()),
         help='absolute path of the shim (default: build/cni/break0 in the '
-             'checkout, then /usr/libexec/kuryr-break0/break0)')
-    parser.add_argument(
+             'clone that the package or this directory is of, then '
+             '/usr/libexec/kuryr-break0/break0)')
+    added.add_argument(
         '--without-agent', action='store_true',
         help='install the script, even if there is a shim')
-    parser.add_argument('--json', action='store_true',
-                        help='print JSON instead of a line')
-    parser.set_defaults(func=_install)
 
 
 def is_asked_for(arguments: Any) -> bool:
@@ -100,13 +97,12 @@ def run(conf: cfg.ConfigOpts) -> int:
     return answer.status
 
 
-def _install(conf: cfg.ConfigOpts, options: config.Options) -> int:
+def install(conf: cfg.ConfigOpts, options: config.Options) -> int:
+    """Install the plugin: the shim, or the script."""
     wanted = conf.command
     target = os.path.join(wanted.bin_dir, PLUGIN)
-    shims = [wanted.shim] if wanted.shim else [
-        str(path) for path in _SHIMS if path.is_file()]
-    if wanted.without_agent:
-        shims = []
+    shims = [] if wanted.without_agent else (
+        [wanted.shim] if wanted.shim else list(_shims()))
     try:
         if shims:
             with open(shims[0], 'rb') as file:
@@ -114,17 +110,37 @@ def _install(conf: cfg.ConfigOpts, options: config.Options) -> int:
         else:
             content = '\n'.join(_script(conf)).encode()
         _replace(target, content)
+    except PermissionError:
+        return common.fail(common.USAGE, exceptions.NotRoot(
+            command=shlex.join(sys.argv[1:])))
     except OSError as err:
         return common.fail(common.USAGE, exceptions.CannotInstall(
             target=target, reason='%s: %s' % (err.filename, err.strerror)))
     if wanted.json:
-        print(json.dumps({'installed': target,
-                          'shim': shims[0] if shims else None}, indent=2))
+        output.write_json({'installed': target,
+                           'shim': shims[0] if shims else None})
     else:
-        print('Installed %s: %s' % (
+        output.write('Installed %s: %s' % (
             target, 'the shim ' + shims[0] if shims
             else 'a script that runs kuryr-break0 cni'))
     return common.IN_SYNC
+
+
+def _shims() -> Iterator[str]:
+    """Return the shims that are there, but for those that others can write.
+
+    A directory that root happens to be in may be of anybody.
+    """
+    trusted = {0, os.geteuid(), int(os.environ.get('SUDO_UID') or 0)}
+    for clone in (pathlib.Path(__file__).parents[2], pathlib.Path.cwd()):
+        path = clone / _BUILT
+        if path.is_file() and (clone / _SOURCE).is_file() and all(
+                each.stat().st_uid in trusted
+                and not each.stat().st_mode & 0o002
+                for each in (path, *list(path.parents)[:3])):
+            yield str(path)
+    if os.path.isfile(_INSTALLED):
+        yield _INSTALLED
 
 
 def _script(conf: cfg.ConfigOpts) -> Iterator[str]:

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Exit statuses, errors and formats that all verbs share."""
+"""Exit statuses, errors, and how the verbs name what they are about."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from typing import Any, Callable
+from typing import Mapping
 
+from kuryr_break0.cli import output
+from kuryr_break0 import config
+from kuryr_break0 import exceptions
+from kuryr_break0.model import address_order
 from kuryr_break0.model import HostRoute
+from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Item
+from kuryr_break0.model import Record
 
 #: Exit codes of all verbs.
 IN_SYNC, DRIFT, USAGE, UNREADABLE, WARNINGS = range(5)
@@ -17,17 +22,8 @@ IN_SYNC, DRIFT, USAGE, UNREADABLE, WARNINGS = range(5)
 CLOSED_PIPE = 141
 #: Of a program that Ctrl-C ended.
 INTERRUPTED = 130
-
-
-def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a type of argparse with the errors of an option's type."""
-    def checked(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as err:
-            raise argparse.ArgumentTypeError(str(err)) from err
-
-    return checked
+#: Characters of a container id that engines print, and take for it.
+_SHORT_ID = 12
 
 
 def described(item: Item, device: str) -> str:
@@ -42,7 +38,34 @@ def described(item: Item, device: str) -> str:
     return 'neighbour %s dev %s lladdr %s' % (item.dst, device, item.mac)
 
 
-def fail(code: int, err: Exception) -> int:
+def fail(code: int, err: object) -> int:
     """Print an error, and return the exit code."""
-    print('kuryr-break0: %s' % err, file=sys.stderr)
+    output.write(output.Wrong(output.speak('kuryr-break0: %s' % err)),
+                 sys.stderr)
     return code
+
+
+def is_called(record: Record, name: str) -> bool:
+    """Return whether a name means the container or pod of a record."""
+    owner, pod = record.owner.container_id, record.pod or ''
+    return name in (owner, pod, pod.rpartition('/')[2]) or (
+        len(name) >= _SHORT_ID and owner.startswith(name))
+
+
+def addresses_of(name: str, live: Mapping[IPAddress, Record]
+                 ) -> list[IPAddress]:
+    """Return the addresses that a container or pod has, or the one named.
+
+    :param live: the records of this node
+    :raises NoSuchContainer: if it means none
+    """
+    try:
+        return [config.HostAddress()(name)]
+    except ValueError as err:
+        found = sorted((address for address, record in live.items()
+                        if is_called(record, name)), key=address_order)
+        if not found:
+            raise exceptions.NoSuchContainer(reason=err, close=config.close_to(
+                name, [each.pod or each.owner.container_id
+                       for each in live.values()]))
+        return found

@@ -4,13 +4,15 @@
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
 import json
 from typing import Any
 
 from oslo_config import cfg
 
 from kuryr_break0.cli import common
+from kuryr_break0.cli import output
+from kuryr_break0.cli import parser
 from kuryr_break0.cli import status
 from kuryr_break0 import config
 from kuryr_break0.doctor import bundle
@@ -21,34 +23,33 @@ from kuryr_break0.doctor import report
 from kuryr_break0 import exceptions
 
 
-def add_parser(subparsers: Any) -> None:
-    """Register the subcommand."""
-    parser = subparsers.add_parser(
-        'doctor', help='find out what is wrong on this node',
-        description='Examine everything that node and pods need to reach '
-                    'each other. For each finding, print what was seen, why '
-                    'it matters, and what to do. Changes nothing. Exit '
-                    'status: 0 if nothing is wrong, 1 if there are errors, '
-                    '4 if there are only warnings, 2 for wrong usage or '
-                    'configuration, 3 if the kernel or the state directory '
-                    'cannot be read.')
-    parser.add_argument('--ignore', metavar='ID', action='append',
-                        default=[], type=common.argument(_known),
-                        help='leave out this finding, for example '
-                             'route-foreign; may be repeated')
-    parser.add_argument('--json', action='store_true',
-                        help='print JSON instead of text')
-    parser.add_argument('--no-probe', action='store_true',
-                        help='send no pings; by default they are the last '
-                             'check if nothing else was found')
-    parser.add_argument('--bundle', metavar='FILE',
-                        help='also write an archive (tar.gz) for a bug '
-                             'report: versions, options, status, findings, '
-                             'ledger, network, rules, sysctls, logs; at most '
-                             '10 MiB before it is packed, without secrets')
-    parser.add_argument('--redact', action='store_true',
-                        help='replace addresses, ids and names in the archive')
-    parser.set_defaults(func=run)
+_DESCRIPTION = """\
+Examine everything that node and pods need to reach each other. For each
+finding, print what was seen, why it matters, and what to do. Changes nothing.
+Exit status: 0 if nothing is wrong, 1 if there are errors, 4 if there are only
+warnings, 2 for wrong usage or configuration, 3 if the kernel or the state
+directory cannot be read.
+"""
+
+
+def add_parsers(subparsers: Any) -> None:
+    added = parser.add_verb(
+        subparsers, 'doctor', 'find out what is wrong on this node', run,
+        _DESCRIPTION)
+    added.add_argument('--ignore', metavar='ID', action='append',
+                       default=[], type=parser.argument(_known),
+                       help='leave out this finding, for example '
+                            'route-foreign; may be repeated')
+    added.add_argument('--no-probe', action='store_true',
+                       help='send no pings; by default they are the last '
+                            'check if nothing else was found')
+    added.add_argument('--bundle', metavar='FILE',
+                       help='also write an archive (tar.gz) for a bug '
+                            'report: versions, options, status, findings, '
+                            'ledger, network, rules, sysctls, logs; at most '
+                            '10 MiB before it is packed, without secrets')
+    added.add_argument('--redact', action='store_true',
+                       help='replace addresses, ids and names in the archive')
 
 
 def _bundle(conf: cfg.ConfigOpts, done: Examination,
@@ -65,21 +66,31 @@ def _known(name: str) -> str:
     known = [each.id for each in vars(findings).values()
              if isinstance(each, findings.Kind)]
     if name not in known:
-        close = difflib.get_close_matches(name, known, 1)
         raise ValueError('%r is no finding%s' % (
-            name, ': did you mean %s?' % close[0] if close else ''))
+            name, config.close_to(name, known)))
     return name
 
 
 def run(conf: cfg.ConfigOpts) -> int:
     """Print what is wrong, and return the exit code."""
-    done = examine(conf, not conf.command.no_probe)
+    with output.Counter('doctor'):
+        done = examine(conf, not conf.command.no_probe)
     done.findings = [each for each in done.findings
                      if each.id not in conf.command.ignore]
     counts = {'addresses': done.addresses, 'looked_up': done.looked_up,
               'pods': done.pods, 'entered': done.entered}
-    print((report.as_json if conf.command.json else report.as_text)(
-        done.findings, done.not_examined, **counts))
+    if conf.command.json:
+        print(report.as_json(done.findings, done.not_examined, **counts))
+    else:
+        text = report.as_text([dataclasses.replace(
+            each, seen=output.speak(each.seen), why=output.speak(each.why),
+            remedy=output.speak(each.remedy)) for each in done.findings],
+            done.not_examined, **counts)
+        *blocks, summary = text.split('\n\n')
+        for line in '\n\n'.join([*blocks, '']).split('\n')[:-1]:
+            output.write((output.Wrong if line.startswith((
+                findings.ERROR, findings.WARNING)) else str)(line))
+        output.say(' '.join(summary.split()))
     if conf.command.bundle is not None:
         try:
             _bundle(conf, done, counts)

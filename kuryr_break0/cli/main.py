@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
+import shlex
 import sys
 from typing import Any, Optional, Sequence
 
@@ -19,7 +21,10 @@ from kuryr_break0.cli import check
 from kuryr_break0.cli import cleanup
 from kuryr_break0.cli import cni
 from kuryr_break0.cli import common
+from kuryr_break0.cli import completion
 from kuryr_break0.cli import doctor
+from kuryr_break0.cli import output
+from kuryr_break0.cli import parser
 from kuryr_break0.cli import probe
 from kuryr_break0.cli import status
 from kuryr_break0.cli import sync
@@ -29,11 +34,14 @@ from kuryr_break0 import exceptions
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a verb and return its exit code."""
-    conf = cfg.ConfigOpts()
+    conf = parser.Config()
     logging.register_options(conf)
     conf.set_default('use_stderr', True)  # stdout is for what was asked
     conf.register_cli_opt(cfg.SubCommandOpt(
         'command', title='commands', handler=add_parsers))
+    # What no locale has, as in an odd name, is no reason to fail.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors='backslashreplace')  # type: ignore
     try:
         return _run(conf, sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
@@ -45,38 +53,61 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def _run(conf: cfg.ConfigOpts, argv: Sequence[str]) -> int:
+    if not argv:
+        whole_parser().print_help()
+        return common.USAGE
+    if argv[0] == '--shell_completion' and argv[-1] in completion.SHELLS:
+        print(completion.script(argv[-1], whole_parser()), end='')
+        return common.IN_SYNC
     try:
-        # kuryr.conf is where Kuryr's own programs look for it. Hosts without
-        # have a file of ours: /etc/kuryr-break0/kuryr-break0.conf.
-        files = (cfg.find_config_files(project='kuryr', prog='kuryr-break0')
-                 or cfg.find_config_files(project='kuryr-break0',
-                                          prog='kuryr-break0'))
-        conf(argv, project='kuryr', prog='kuryr-break0',
-             default_config_files=files,
-             version=importlib.metadata.version('kuryr-break0'))
-        logging.setup(conf, 'kuryr-break0')
-        if conf.command.func is not agent.run and not conf.debug:
-            logging.getLogger(None).logger.setLevel(logging.WARNING)
-        # The doctor examines invalid options too; a CNI runtime is answered.
-        args = [conf] if conf.command.func in (doctor.run, cni.run) else [
-            conf, config.load(conf)]
-    except (cfg.Error, exceptions.InvalidOption, OSError,
+        conf(argv, project='kuryr', prog=parser.PROGRAM,
+             default_config_files=parser.files()[0],
+             version=importlib.metadata.version(parser.PROGRAM))
+        args = _prepare(conf, argv)
+    except (cfg.Error, exceptions.InvalidOption, exceptions.NotRoot, OSError,
             logging.LogConfigError, UnicodeDecodeError) as err:
-        # OSError is of a log file, or of oslo.config's --shell_completion,
-        # whose template its package lacks.
-        if isinstance(err, UnicodeDecodeError):
-            err = exceptions.InvalidOption(
-                option='(all)', reason='%s is no text in UTF-8: %s' % (
-                    _unreadable(argv) or 'a configuration file', err))
+        # OSError is of a log file.
         if cni.is_asked_for(argv):
-            return cni.fail(err)
-        return common.fail(common.USAGE, err)
+            return cni.fail(_told(err, argv))
+        return common.fail(common.USAGE, _told(err, argv))
     try:
         code: int = conf.command.func(*args)
         sys.stdout.flush()  # so that a closed pipe is seen here
         return code
     except exceptions.Break0Error as err:
         return common.fail(common.UNREADABLE, err)
+
+
+def _prepare(conf: cfg.ConfigOpts, argv: Sequence[str]) -> list[Any]:
+    """Set up logging, and return the arguments of the verb."""
+    verb = conf.command.func
+    # A plugin can be installed by whoever may write its directory.
+    if os.geteuid() != 0 and verb is not cni.install:
+        raise exceptions.NotRoot(command=shlex.join(argv))
+    logging.setup(conf, parser.PROGRAM)
+    if verb is not agent.run and not conf.debug:
+        logging.getLogger(None).logger.setLevel(logging.WARNING)
+    try:
+        options = config.load(conf)
+    except exceptions.InvalidOption:
+        # The doctor examines these too; a CNI runtime is answered.
+        if verb in (doctor.run, cni.run):
+            return [conf]
+        raise
+    if options.discover and not importlib.util.find_spec('kuryr_kubernetes'):
+        output.speak_of_containers()
+    return [conf] if verb in (doctor.run, cni.run) else [conf, options]
+
+
+def _told(err: Exception, argv: Sequence[str]) -> Exception:
+    """Return an error with what to do about it."""
+    if isinstance(err, UnicodeDecodeError):
+        return exceptions.InvalidOption(
+            option='(all)', reason='%s is no text in UTF-8: %s' % (
+                _unreadable(argv) or 'a configuration file', err))
+    if isinstance(err, cfg.ConfigFilesPermissionDeniedError) and os.geteuid():
+        return exceptions.NotRoot(command=shlex.join(argv))
+    return err
 
 
 def _unreadable(argv: Sequence[str]) -> Optional[str]:
@@ -92,15 +123,15 @@ def _unreadable(argv: Sequence[str]) -> Optional[str]:
     return None
 
 
+def whole_parser() -> parser.Parser:
+    """Return a parser of all verbs, without the options of oslo.config."""
+    made = parser.Parser(prog=parser.PROGRAM)
+    add_parsers(made.add_subparsers())
+    return made
+
+
 def add_parsers(subparsers: Any) -> None:
-    """Register all verbs, in the order of ``--help``."""
-    status.add_parser(subparsers)
-    check.add_parser(subparsers)
-    doctor.add_parser(subparsers)
-    sync.add_parser(subparsers)
-    agent.add_parser(subparsers)
-    adopt.add_parser(subparsers)
-    bind.add_parsers(subparsers)
-    cleanup.add_parser(subparsers)
-    cni.add_parsers(subparsers)
-    probe.add_parser(subparsers)
+    """Register all verbs, in the order of the documentation."""
+    for module in (status, probe, doctor, check, sync, agent, bind, adopt,
+                   cleanup, cni):
+        module.add_parsers(subparsers)

@@ -4,16 +4,15 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
-import json
 from typing import Any, Optional
 
 from oslo_config import cfg
-import prettytable
 
 from kuryr_break0.cli import common
+from kuryr_break0.cli import output
+from kuryr_break0.cli import parser
 from kuryr_break0 import config
 from kuryr_break0.doctor.prober import Probe
 from kuryr_break0.doctor.prober import Prober
@@ -30,12 +29,11 @@ from kuryr_break0.model import Record
 from kuryr_break0 import snapshot
 
 _DESCRIPTION = """\
-Ping the address of a pod from the node and, if its network namespace is
-known, the addresses of the node from inside the pod. For each direction it
-shows interface and source address that the kernel selects (ip route get), the
-MAC address that it sends to and the state of that neighbour, how many pings
-were answered, and the minimum, mean and maximum round-trip time in
-milliseconds.
+Ping a container or pod from the node and, if its network namespace is known,
+the addresses of the node from inside. For each direction it shows the source
+address and the interface that the kernel selects (ip route get), the MAC
+address that it sends to and the state of that neighbour, how many pings were
+answered, and the minimum, mean and maximum round-trip time in milliseconds.
 
 It changes nothing, except that the kernel may learn a neighbour. Exit status:
 0 if all pings were answered and those of the node went through break0, 1 if
@@ -44,49 +42,47 @@ directory cannot be read.
 """
 _EPILOG = """\
 examples:
-  kuryr-break0 probe 192.0.2.71
+  kuryr-break0 probe homeassistant
   kuryr-break0 probe 192.0.2.71 --tcp 8080
-  kuryr-break0 probe 192.0.2.71 --trace
+  kuryr-break0 probe default/web-1 --trace
   kuryr-break0 probe --all --count 1
 """
 #: Seconds for those who have an address to say so.
 _ASKED = 1.5
 
 
-def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        'probe', help='ping a pod from the node, and the node from the pod',
-        description=_DESCRIPTION, epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('address', metavar='ADDRESS', nargs='?',
-                        type=common.argument(config.HostAddress()),
-                        help="the pod's IPv4 or IPv6 address")
-    parser.add_argument('--all', action='store_true',
-                        help='probe each bound address')
-    parser.add_argument('--tcp', metavar='PORT',
-                        type=common.argument(config.WholeNumber(
-                            min=1, max=65535)),
-                        help='connect to this TCP port instead of pinging; a '
-                             'refused connection is an answer too')
-    parser.add_argument('--conflict', action='store_true',
-                        help="ask from the pod's interface whether other "
-                             'hosts have the address too; they receive the '
-                             'question')
-    parser.add_argument('--trace', action='store_true',
-                        help='show which rule drops a packet, on the node or '
-                             'in the pod; a table of nftables marks these '
-                             'packets while the probe runs')
-    parser.add_argument('--count', metavar='N', default=3,
-                        type=common.argument(config.WholeNumber(
-                            min=1, max=1000)),
-                        help='pings in each direction (default: 3)')
-    parser.add_argument('--timeout', metavar='SECONDS', default=1,
-                        type=common.argument(config.WholeNumber(
-                            min=1, max=60)),
-                        help='time to wait for each answer (default: 1)')
-    parser.add_argument('--json', action='store_true',
-                        help='print JSON instead of a table')
-    parser.set_defaults(func=_run)
+def add_parsers(subparsers: Any) -> None:
+    added = parser.add_verb(
+        subparsers, 'probe',
+        'ping a container from the node, and the node from it', _run,
+        _DESCRIPTION, _EPILOG)
+    added.add_argument('target', metavar='NAME', nargs='?',
+                       help='address, or name of a container or pod')
+    added.add_argument('--all', action='store_true',
+                       help='probe each bound address')
+    added.add_argument('--tcp', metavar='PORT',
+                       type=parser.argument(config.WholeNumber(
+                           min=1, max=65535)),
+                       help='connect to this TCP port instead of pinging; a '
+                            'refused connection is an answer too')
+    added.add_argument('--conflict', action='store_true',
+                       help="ask from the container's interface whether "
+                            'other hosts have the address too; they receive '
+                            'the question')
+    added.add_argument('--trace', action='store_true',
+                       help='show which rule drops a packet, on the node or '
+                            'in the container; a table of nftables marks '
+                            'these packets while the probe runs')
+    added.add_argument('--count', metavar='N', default=3,
+                       type=parser.argument(config.WholeNumber(
+                           min=1, max=1000)),
+                       help='pings in each direction (default: 3)')
+    added.add_argument('--timeout', metavar='SECONDS', default=1,
+                       type=parser.argument(config.WholeNumber(
+                           min=1, max=60)),
+                       help='time to wait for each answer (default: 1)')
+    added.add_argument('--wide', action='store_true',
+                       help='do not fold long lines')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,32 +118,66 @@ class Result:
 
 def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     wanted = conf.command
-    if wanted.all == (wanted.address is not None):
+    if wanted.all == (wanted.target is not None):
         return common.fail(common.USAGE, exceptions.NoTarget())
     with kernel.Netlink() as netlink:
         seen = snapshot.read(options, Ledger(
             options.state_dir, options.lock_timeout), netlink)
+    try:
+        addresses = (sorted(seen.live, key=address_order) if wanted.all
+                     else common.addresses_of(wanted.target, seen.live))
+    except exceptions.NoSuchContainer as err:
+        return common.fail(common.USAGE, err)
     prober = Prober(wanted.count, wanted.timeout, wanted.tcp)
-    results = [_result(prober, options, seen, address, wanted)
-               for address in (sorted(seen.live, key=address_order)
-                               if wanted.all else [wanted.address])]
+    with output.Counter('probe') as counter:
+        results = [_result(prober, options, seen, address, wanted)
+                   for address in counter.over(addresses)]
     if wanted.json:
         found = [each.as_json() for each in results]
-        print(json.dumps(found if wanted.all else found[0], indent=2))
+        is_one = not wanted.all and wanted.target == str(addresses[0])
+        output.write_json(found[0] if is_one else found)
     else:
-        _print_table([probe for each in results for probe in each.probes])
-        for each in results:
-            if each.note is not None:
-                print('%sThe way from the pod was not probed: %s' % (
-                    '%s: ' % each.address if wanted.all else '', each.note))
-            if each.trace is not None and any(
-                    probe.problem for probe in each.probes):
-                for text in each.trace.explain():
-                    print('%s: %s' % (each.address, text))
-            for mac in each.claimants or ():
-                print('%s is at %s too, on the link' % (each.address, mac))
+        _print(results, wanted.wide)
     return (common.IN_SYNC if all(each.reached for each in results)
             else common.DRIFT)
+
+
+def _print(results: list[Result], wide: bool) -> None:
+    probes = [probe for each in results for probe in each.probes]
+    output.table(['Direction', 'From', 'To', 'Through', 'Answered'],
+                 map(_row, probes), wide)
+    for probe in probes:
+        if probe.problem is not None:
+            output.say(output.Wrong('%s, to %s: %s' % (
+                probe.direction, probe.to, probe.problem)))
+    for each in results:
+        if each.note is not None:
+            output.say('%s: the way from the pod was not probed: %s' % (
+                each.address, each.note))
+        if each.trace is not None and any(
+                probe.problem for probe in each.probes):
+            for text in each.trace.explain():
+                output.say(output.Wrong('%s: %s' % (each.address, text)))
+        for mac in each.claimants or ():
+            output.say(output.Wrong('%s is at %s too, on the link' % (
+                each.address, mac)))
+
+
+def _row(probe: Probe) -> list[str]:
+    path, times = probe.path, probe.answered
+    answered = '%d of %d' % (len(times), len(probe.times))
+    if times:
+        answered += ' in %.3f / %.3f / %.3f ms' % (
+            min(times) * 1000, sum(times) / len(times) * 1000,
+            max(times) * 1000)
+    return [output.speak(probe.direction),
+            str(path.source) if path and path.source else '-',
+            '%s%s' % (probe.to, ' via %s' % path.gateway
+                      if path and path.gateway else ''),
+            '%s %s %s' % (path.device if path else '-', probe.mac or '-',
+                          probe.state or 'unknown'),
+            answered if len(times) == len(probe.times)
+            else output.Wrong(answered)]
 
 
 def _result(prober: Prober, options: config.Options,
@@ -208,26 +238,3 @@ def _as_json(probe: Probe) -> dict[str, Any]:
         'round_trip_ms': [None if time is None else round(time * 1000, 3)
                           for time in probe.times],
         'problem': probe.problem}
-
-
-def _print_table(probes: list[Probe]) -> None:
-    table = prettytable.PrettyTable(
-        ['Direction', 'From', 'To', 'Interface', 'Neighbour', 'Answered',
-         'Round trip (ms)'])
-    for probe in probes:
-        path, times = probe.path, probe.answered
-        table.add_row([
-            probe.direction, path.source if path and path.source else '-',
-            '%s%s' % (probe.to, ' via %s' % path.gateway
-                      if path and path.gateway else ''),
-            path.device if path else '-',
-            '%s %s' % (probe.mac or '-', probe.state or 'unknown'),
-            '%d of %d' % (len(times), len(probe.times)),
-            '%.3f / %.3f / %.3f' % (
-                min(times) * 1000, sum(times) / len(times) * 1000,
-                max(times) * 1000) if times else '-'])
-    print(table)
-    for probe in probes:
-        if probe.problem is not None:
-            print('%s, to %s: %s' % (probe.direction, probe.to,
-                                     probe.problem))

@@ -6,19 +6,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
-import textwrap
 import time
-from typing import Any, Iterator
+from typing import Any, Iterator, Optional
 
 from oslo_config import cfg
-import prettytable
 
 from kuryr_break0.cli import common
+from kuryr_break0.cli import output
+from kuryr_break0.cli import parser
 from kuryr_break0 import config
 from kuryr_break0 import containers
 from kuryr_break0 import device
+from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import address_order
@@ -32,54 +32,51 @@ from kuryr_break0.snapshot import Snapshot
 #: Characters of a container id, as docker and crictl print it; more for what
 #: stands for one that is not known.
 _SHORT = 24
-_COLUMNS = ['Address', 'Container', 'Origin', 'Route', 'Neighbour', 'In sync']
-#: Characters of a name, and of a line.
-_NAME, _LINE = 32, 120
 #: Seconds between two snapshots of --watch.
 _PAUSE = 2.0
 
 _DESCRIPTION = """\
 Show break0 and the addresses behind it: first a summary and what is wrong,
-then containers that are not bound, and each address. Exit status: 0 if
-everything is in sync, 1 if a container is not bound, something stops traffic
-or a sync would change something, 2 for wrong usage or configuration, 3 if the
-kernel or the state directory cannot be read.
+then containers that are not bound, and each address, or those of one container
+or pod. Exit status: 0 if everything is in sync, 1 if a container is not bound,
+something stops traffic or a sync would change something, 2 for wrong usage or
+configuration, 3 if the kernel or the state directory cannot be read.
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        'status', help='show break0 and the addresses behind it',
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--json', action='store_true',
-                        help='print JSON instead of tables')
-    parser.add_argument('--wide', action='store_true',
-                        help='print container ids and names in full, and '
-                             'neighbours')
-    parser.add_argument('--problems', action='store_true',
-                        help='show only addresses with a problem')
-    parser.add_argument('--pod', metavar='TEXT',
-                        help='show only pods or containers whose name '
-                             'contains this')
-    parser.add_argument('--owner', metavar='ID',
-                        help='show only containers whose id starts with this')
-    parser.add_argument('--origin', choices=[each.value for each in Origin],
-                        help='show only addresses that were bound this way')
-    parser.add_argument('--watch', action='store_true',
-                        help='then print each change, until Ctrl-C')
-    parser.set_defaults(func=run)
+def add_parsers(subparsers: Any) -> None:
+    added = parser.add_verb(
+        subparsers, 'status', 'show break0 and the addresses behind it', run,
+        _DESCRIPTION)
+    added.add_argument('target', metavar='NAME', nargs='?',
+                       help='address, or name of a container or pod')
+    added.add_argument('--wide', action='store_true',
+                       help='print ids and neighbours in full, and do not '
+                            'fold long lines')
+    added.add_argument('--problems', action='store_true',
+                       help='show only addresses with a problem')
+    added.add_argument('--pod', metavar='TEXT',
+                       help='show only pods or containers whose name '
+                            'contains this')
+    added.add_argument('--owner', metavar='ID',
+                       help='show only containers whose id starts with this')
+    added.add_argument('--origin', choices=[each.value for each in Origin],
+                       help='show only addresses that were bound this way')
+    added.add_argument('--watch', action='store_true',
+                       help='then print each change, until Ctrl-C')
 
 
 def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     """Print what is, and what is wrong with it."""
     wanted = conf.command
-    shown = _read(options, wanted)
+    try:
+        shown = _read(options, wanted)
+    except exceptions.NoSuchContainer as err:
+        return common.fail(common.USAGE, err)
     if wanted.json:
-        print(json.dumps(shown.as_json(), indent=2))
+        output.write_json(shown.as_json())
     else:
-        for part in shown.as_text(wanted.wide):
-            print(part)
+        shown.print(wanted.wide)
     if wanted.watch:
         with contextlib.suppress(KeyboardInterrupt):
             shown = _watch(options, wanted, shown)
@@ -102,14 +99,15 @@ def _watch(options: config.Options, wanted: Any, before: Status) -> Status:
         except KeyboardInterrupt:
             return before
         for line in now.changes(before):
-            print(time.strftime('%H:%M:%S'), line)
+            output.write('%s %s' % (time.strftime('%H:%M:%S'), line))
         before = now
 
 
 def as_json(options: config.Options) -> dict[str, Any]:
     """Return what ``status --json`` prints."""
     return _read(options, argparse.Namespace(
-        problems=False, pod=None, owner=None, origin=None)).as_json()
+        target=None, problems=False, pod=None, owner=None,
+        origin=None)).as_json()
 
 
 class Status:
@@ -122,13 +120,16 @@ class Status:
         self._problems = {**wrong, **seen.problems()}
         self._of_node = list(seen.node_problems())
         self._wanted = wanted
+        self._named = wanted.target and common.addresses_of(
+            wanted.target, seen.live)
         self._addresses = sorted(
             filter(self._is_wanted, seen.live.keys() | self._problems.keys()),
             key=address_order)
 
     def _is_wanted(self, address: IPAddress) -> bool:
         wanted, record = self._wanted, self._seen.live.get(address)
-        if wanted.problems and address not in self._problems:
+        if wanted.problems and address not in self._problems or (
+                self._named and address not in self._named):
             return False
         if record is None:
             return not (wanted.pod or wanted.owner or wanted.origin)
@@ -202,53 +203,40 @@ class Status:
                 'out_of_sync': len(self._problems),
                 'unserved': len(self._unserved)}
 
-    def as_text(self, wide: bool = False) -> Iterator[str]:
+    def print(self, wide: bool = False) -> None:
+        """Print a summary, what is wrong, and a table of the addresses."""
         links = list(self._devices())
         if not (links or self._seen.live or self._unserved):
-            yield ('There is no %s yet: it comes with the first container.'
-                   % self._seen.options.device)
+            output.say('There is no %s yet: it comes with the first container.'
+                       % self._seen.options.device)
         if links:
-            table = prettytable.PrettyTable(
+            output.table(
                 ['Device', 'Kind', 'Parent', 'MAC', 'MTU', 'Addresses',
-                 'State'])
-            for link in links:
-                table.add_row(_device_row(*link))
-            yield str(table)
-        yield ('%(bound)d bound, %(routed)d routed, %(out_of_sync)d out of '
-               'sync' % self._totals())
+                 'State'], [_device_row(*link) for link in links], wide)
+        output.write('%(bound)d bound, %(routed)d routed, %(out_of_sync)d '
+                     'out of sync' % self._totals())
         for problem in self._of_node:
-            yield 'Out of sync: ' + problem
+            output.say(output.Wrong('Out of sync: ' + problem))
         for each in self._unserved:
-            yield _folded('Not bound: %s' % each)
+            output.say(output.Wrong('Not bound: %s' % each))
         for address, why in list(self._not_examined.items())[:1]:
-            yield _folded('Not examined from inside: %d addresses, as %s: %s'
-                          % (len(self._not_examined), address, why))
+            output.say('Not examined from inside: %d addresses, as %s: %s' % (
+                len(self._not_examined), address, why))
         if self._addresses:
-            yield self._table(wide)
-
-    def _table(self, wide: bool) -> str:
-        """Return a table of the addresses, those with a problem first."""
-        rows = [self._row(address, wide) for address in sorted(
-            self._addresses, key=lambda each: each not in self._problems)]
-        table = prettytable.PrettyTable(_COLUMNS)
-        table.add_rows(rows)
-        if wide:
-            return str(table)
-        table.del_column('Neighbour')
-        # A column has a blank on each side, and a line before it.
-        others = sum(max(len(row[place]) for row in (_COLUMNS, *rows)) + 3
-                     for place, name in enumerate(_COLUMNS)
-                     if name not in ('Neighbour', 'In sync'))
-        table.max_width['In sync'] = max(_LINE - others - 4, 12)
-        return str(table)
+            head = ['Address', 'Container', 'Origin', 'Route', 'In sync']
+            if wide:
+                head.insert(4, 'Neighbour')
+            output.table(head, [self._row(address, wide) for address in sorted(
+                self._addresses, key=lambda each: each not in self._problems)],
+                wide)
 
     def _row(self, address: IPAddress, wide: bool) -> list[str]:
         each = self._address_as_json(address)
-        record = self._seen.live.get(address)
-        return [str(address), _owner(record, wide) if record else 'nobody',
+        return [str(address), _owner(self._seen.live.get(address), wide),
                 each['origin'] or '-', 'yes' if each['routed'] else '-',
-                each['neighbour'] or '-',
-                'no: ' + each['problem'] if each['problem'] else 'yes']
+                *([each['neighbour'] or '-'] if wide else []),
+                output.Wrong(output.speak('no: ' + each['problem']))
+                if each['problem'] else 'yes']
 
     def changes(self, before: Status) -> Iterator[str]:
         """Return what is not as it was, a line each."""
@@ -265,11 +253,13 @@ class Status:
                               key=address_order):
             record, old = (each._seen.live.get(address)
                            for each in (self, before))
-            whose, whose_before = (_owner(each, True) if each else 'nobody'
+            whose, whose_before = (_owner(each, True)
                                    for each in (record, old))
             if whose != whose_before:
-                yield '%s belongs to %s, before to %s' % (
-                    address, whose, whose_before)
+                yield '%s: %s, before %s' % (address, *(
+                    'bound for ' + each if known else 'not bound'
+                    for each, known in ((whose, record),
+                                        (whose_before, old))))
             problem_now = self._problems.get(address)
             problem_before = before._problems.get(address)
             if problem_now != problem_before:
@@ -277,19 +267,15 @@ class Status:
                                   or 'repaired: %s' % problem_before)
 
 
-def _folded(text: str) -> str:
-    return textwrap.fill(text, _LINE - 1, subsequent_indent='  ',
-                         break_long_words=False, break_on_hyphens=False)
-
-
-def _owner(record: Record, wide: bool) -> str:
+def _owner(record: Optional[Record], wide: bool) -> str:
     """Say whose an address is: by name, or as engines shorten ids."""
+    if record is None:
+        return '-'
     if wide:
         return '%s%s' % (record.owner,
                          ' (%s)' % record.pod if record.pod else '')
-    name = record.pod or record.owner.container_id[:_SHORT]
-    return '%s/%s' % (name if len(name) <= _NAME else name[:_NAME - 3]
-                      + '...', record.owner.ifname)
+    return '%s/%s' % (record.pod or record.owner.container_id[:_SHORT],
+                      record.owner.ifname)
 
 
 def _device_as_json(link: kernel.Link,

@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Iterator, Optional
 
 from oslo_config import cfg
 
 from kuryr_break0.cli import common
+from kuryr_break0.cli import output
+from kuryr_break0.cli import parser
 from kuryr_break0 import config
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
@@ -19,40 +20,40 @@ from kuryr_break0.reconciler import Outcome
 from kuryr_break0.reconciler import Reconciler
 
 
-def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        'sync', help='repair everything once',
-        description='Make break0, its routes and the pods match the '
-                    'ledger, and print each change: + for what is set, - for '
-                    'what is deleted, ~ for what is repaired, ! for what is '
-                    'left. If the ledger was lost, it is rebuilt from the '
-                    'kernel first. Exit status: 0 if everything is in sync '
-                    'afterwards, 1 if not (with --dry-run: if there is '
-                    'something to do), 3 if the kernel or the state '
-                    'directory refuses.')
-    parser.add_argument('--dry-run', action='store_true',
-                        help='print the changes, but make none')
-    parser.add_argument('--claim', action='store_true',
-                        help='take over break0 from another ledger')
-    parser.add_argument('--delete-unclaimed', action='store_true',
-                        help='also delete our routes and neighbours that have '
-                             'no record and match no pod')
-    parser.add_argument('--json', action='store_true',
-                        help='print JSON instead of a diff')
-    parser.set_defaults(func=run)
+_DESCRIPTION = """\
+Make break0, its routes and the containers match the ledger, and print each
+change: + for what is set, - for what is deleted, ~ for what is repaired, !
+for what is left. If the ledger was lost, it is rebuilt from the kernel first.
+Exit status: 0 if everything is in sync afterwards, 1 if not (with --dry-run:
+if there is something to do), 3 if the kernel or the state directory refuses.
+"""
+
+
+def add_parsers(subparsers: Any) -> None:
+    added = parser.add_verb(subparsers, 'sync', 'repair everything once', run,
+                            _DESCRIPTION)
+    added.add_argument('--dry-run', action='store_true',
+                       help='print the changes, but make none')
+    added.add_argument('--claim', action='store_true',
+                       help='take over break0 from another ledger')
+    added.add_argument('--delete-unclaimed', action='store_true',
+                       help='also delete our routes and neighbours that have '
+                            'no record and match no pod')
 
 
 def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     """Reconcile once, and print what there was to do."""
     wanted = conf.command
-    outcome = Reconciler(
-        options, Ledger(options.state_dir, options.lock_timeout)).sync(
-            wanted.dry_run, wanted.claim, wanted.delete_unclaimed)
+    with output.Counter('sync'):
+        outcome = Reconciler(
+            options, Ledger(options.state_dir, options.lock_timeout)).sync(
+                wanted.dry_run, wanted.claim, wanted.delete_unclaimed)
     if wanted.json:
-        print(json.dumps(_as_json(outcome, options), indent=2))
+        output.write_json(_as_json(outcome, options))
     else:
         for line in _lines(outcome, options):
-            print(line)
+            output.write((output.Wrong if line.startswith('!') else str)(
+                line))
     for err in outcome.errors:
         common.fail(common.UNREADABLE, err)
     if outcome.errors:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import socket
 import struct
 import time
@@ -47,7 +48,7 @@ def claimants(interface: str, address: IPAddress, seconds: float
 
 
 def _mac_of(wire: socket.socket, interface: str) -> bytes:
-    request = struct.pack('256s', interface.encode()[:15])
+    request = struct.pack('256s', os.fsencode(interface)[:15])
     return bytes(fcntl.ioctl(wire.fileno(), _SIOCGIFHWADDR,
                              request)[18:24])
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import os
 from typing import Any, Callable, Optional
 
 from kuryr_break0 import exceptions
@@ -44,8 +45,11 @@ class LinkSocket(netlink.RequestSocket):
 
     def link(self, name: str) -> Optional[values.Link]:
         """Return an interface by its name, or None."""
-        if not 0 < len(name.encode(errors='replace')) < 16:
-            return None  # the kernel would refuse to look for it
+        try:
+            if not 0 < len(os.fsencode(name)) < 16:
+                return None  # the kernel would refuse to look for it
+        except UnicodeEncodeError:
+            return None  # no interface has a name that is no bytes
         try:
             link: values.Link = self._get(
                 'read the interface ' + name, wire.RTM_GETLINK,
@@ -113,7 +117,7 @@ class LinkSocket(netlink.RequestSocket):
         The kernel ignores one in the request that creates it.
         """
         self._set(link, 'alias to ' + alias,
-                  attribute(wire.IFLA_IFALIAS, alias.encode()))
+                  attribute(wire.IFLA_IFALIAS, os.fsencode(alias)))
 
     def set_group(self, link: values.Link, group: int) -> None:
         self._set(link, 'group to %d' % group,

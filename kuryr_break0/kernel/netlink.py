@@ -121,7 +121,7 @@ def number(kind: int, value: int) -> bytes:
 
 def text(kind: int, value: str) -> bytes:
     """Pack an attribute that is a text."""
-    return attribute(kind, value.encode() + b'\0')
+    return attribute(kind, os.fsencode(value) + b'\0')
 
 
 def attributes(data: bytes, start: int = 0,
@@ -150,7 +150,8 @@ def read_number(packed: Optional[bytes]) -> Optional[int]:
 def read_text(packed: Optional[bytes]) -> Optional[str]:
     if packed is None:
         return None
-    return packed.rstrip(b'\0').decode(errors='replace')
+    # Names are bytes to the kernel, and must go back to it unchanged.
+    return os.fsdecode(packed.rstrip(b'\0'))
 
 
 class Refusal(NamedTuple):

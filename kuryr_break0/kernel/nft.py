@@ -338,7 +338,7 @@ class NftEvents(netlink.EventSocket):
     """Receives what is deleted of our tables, in this namespace."""
 
     def __init__(self, prefix: str) -> None:
-        self._prefix = prefix.encode()
+        self._prefix = os.fsencode(prefix)
         super().__init__(netlink.NETLINK_NETFILTER, 1 << _GROUP - 1)
 
     def get(self) -> bool:

@@ -90,7 +90,7 @@ def source_for(address: IPAddress,
         try:
             if device is not None:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE,
-                                 device.encode())
+                                 os.fsencode(device))
             probe.connect((str(address), 9))
             source = ipaddress.ip_address(probe.getsockname()[0])
         except PermissionError:

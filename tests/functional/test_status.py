@@ -47,13 +47,16 @@ class TestStatus(CLITestCase):
 
     def test_width_and_names(self) -> None:
         self.lab.run('ip', 'route', 'del', '100.75.30.71', 'dev', 'break0')
+        for width in (80, 100):
+            done = self.call('status', COLUMNS=str(width))
+            self.assertLessEqual(max(map(len, done.stdout.splitlines())),
+                                 width, done.stdout)
         text = self.text(code=1)
-        self.assertLessEqual(max(map(len, text.splitlines())), 120)
         self.assertIn('shop/web/eth0', text)
         self.assertIn('discovered-77/eth0', text)
         self.assertNotIn(ID, text)
-        self.assertIn('%s/eth0 (%s)' % (ID, LONG),
-                      self.text('--wide', code=1))
+        wide = self.call('status', '--wide', COLUMNS='80').stdout
+        self.assertIn('%s/eth0 (%s)' % (ID, LONG), wide)
 
     def test_problems_first(self) -> None:
         self.lab.run('ip', 'route', 'del', '100.75.30.72', 'dev', 'break0')
@@ -77,6 +80,17 @@ class TestStatus(CLITestCase):
         self.assertEqual(
             [('shop/web', 'cni')] * 2,
             [(each['pod'], each['origin']) for each in found['addresses']])
+
+    def test_one_by_its_name(self) -> None:
+        for name, last in (('shop/web', '72'), ('web', '72'), (LONG, '71'),
+                           (ID[:12], '71'), ('discovered-77', '73')):
+            self.assertEqual('100.75.30.' + last, self.rows(name)[0])
+            self.assertEqual(2, len(self.rows(name)), name)
+        self.assertEqual(['100.75.30.72'], self.rows('100.75.30.72'))
+        done = self.call('status', 'wep')
+        self.assertEqual(2, done.returncode)
+        self.assertIn('did you mean', self.call('status', 'shop/wep').stderr)
+        self.assertEqual(1, done.stderr.count('\n'))
 
     def test_thousand_begin_with_a_summary(self) -> None:
         self.bind(*('10.1.%d.%d' % divmod(number, 256)
@@ -102,7 +116,7 @@ class TestStatus(CLITestCase):
         self.unbind('100.75.30.73', owner=Owner('discovered-77', 'eth0'))
         seen = ''
         while ('repaired: its route is missing' not in seen
-               or '100.75.30.73 belongs to nobody' not in seen):
+               or '100.75.30.73: not bound, before' not in seen):
             seen += watching.stdout.readline()
         watching.send_signal(signal.SIGINT)
         output, _ = watching.communicate(timeout=lab.PATIENCE)

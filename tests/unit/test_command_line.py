@@ -24,7 +24,30 @@ def setUpModule() -> None:
 def help_of(*command: str) -> str:
     return subprocess.run([os.path.join(BIN, 'kuryr-break0'), *command,
                            '--help'], check=True, text=True,
-                          stdout=subprocess.PIPE).stdout
+                          stdout=subprocess.PIPE,
+                          env={**os.environ, 'COLUMNS': '80'}).stdout
+
+
+class TestHelp(unittest.TestCase):
+
+    def test_all_fits_80_columns(self) -> None:
+        page = help_of()
+        verbs = re.findall(r'(?m)^  ([a-z-]+)  ', page)
+        self.assertGreater(len(verbs), 10)
+        for verb in verbs:
+            page += help_of(verb)
+        self.assertLessEqual(max(map(len, page.splitlines())), 80)
+
+    def test_the_first_page_is_of_verbs(self) -> None:
+        page = help_of()
+        for text in ('Look:', 'Repair:', 'Set up:', '/etc/kuryr-break0'):
+            self.assertIn(text, page)
+        self.assertLess(len(page.splitlines()), 40)
+        self.assertNotIn('--log', page)
+        everything = subprocess.run(
+            [os.path.join(BIN, 'kuryr-break0'), '--help-all'], check=True,
+            text=True, stdout=subprocess.PIPE).stdout
+        self.assertIn('--log-file', everything)
 
 
 class TestDirective(unittest.TestCase):
@@ -45,9 +68,8 @@ class TestDirective(unittest.TestCase):
             with open(directory + '/out/index.txt') as file:
                 sections = re.split(r'\n\n(\S+)\n[-=*]+\n', file.read())
         shown = dict(zip(sections[1::2], sections[2::2]))
-        listed = re.search(r'\{([\w,-]+)\}', help_of())
-        assert listed is not None
-        self.assertEqual(listed[1].split(','), list(shown))
+        self.assertEqual(re.findall(r'(?m)^  ([a-z-]+)  ', help_of()),
+                         list(shown))
         for command, text in shown.items():
             options = set(re.findall(r'^  (?:-\w.*, )?(--[\w-]+)',
                                      help_of(command),

@@ -1,43 +1,122 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The completion that is shipped is that of the command."""
+"""Completion in real shells, from what is shipped and what is printed."""
 
 from __future__ import annotations
 
 import os
-import shlex
+import pathlib
+import pty
+import re
+import select
+import shutil
+import signal
 import subprocess
+import sys
+import tempfile
 import unittest
 
-from tests import completion
 from tests import overlay
 
-SHIPPED = os.path.join(overlay.ROOT, 'etc', 'bash-completion',
-                       'kuryr-break0')
+ETC = pathlib.Path(overlay.ROOT) / 'etc'
+SHIPPED = {'bash': ETC / 'bash-completion/kuryr-break0',
+           'zsh': ETC / 'zsh/_kuryr-break0'}
+BIN = pathlib.Path(sys.executable).parent
+LOADER = '/usr/share/bash-completion/bash_completion'
+#: Seconds for a shell to answer.
+PATIENCE = 120
+
+
+def printed(shell: str) -> str:
+    return subprocess.run(
+        [str(BIN / 'kuryr-break0'), '--shell_completion', shell], text=True,
+        check=True, stdout=subprocess.PIPE).stdout
+
+
+class Terminal:
+    """A shell that somebody types into."""
+
+    def __init__(self, *command: str, **environ: str) -> None:
+        self.pid, self._fd = pty.fork()
+        if self.pid == 0:
+            os.execvpe(command[0], command, {
+                **os.environ, 'TERM': 'dumb', 'PS1': '> ', **environ})
+
+    def type(self, text: str, until: str) -> str:
+        """Type, and return what comes up to what is waited for."""
+        os.write(self._fd, text.encode())
+        seen = ''
+        while not re.search(until, seen):
+            ready, _, _ = select.select([self._fd], [], [], PATIENCE)
+            assert ready, '%r has no %r' % (seen, until)
+            seen += os.read(self._fd, 4096).decode(errors='replace')
+        return seen
+
+    def close(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.close(self._fd)
+        os.waitpid(self.pid, 0)
 
 
 class TestCompletion(unittest.TestCase):
 
-    def complete(self, *words: str) -> set[str]:
-        """What bash offers for the last of these words."""
-        done = subprocess.run(
-            ['bash', '-c', '. %s\nCOMP_WORDS=(%s)\nCOMP_CWORD=%d\n'
-             '_shtab_kuryr_break0 kuryr-break0\nprintf "%%s\\n" '
-             '"${COMPREPLY[@]}"' % (
-                 SHIPPED, shlex.join(('kuryr-break0', *words)), len(words))],
-            capture_output=True, text=True)
-        self.assertEqual((0, ''), (done.returncode, done.stderr))
-        return set(done.stdout.split())
+    def setUp(self) -> None:
+        super().setUp()
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.dir = pathlib.Path(directory.name)
+
+    def start(self, *command: str, **environ: str) -> Terminal:
+        terminal = Terminal(*command, HOME=str(self.dir), PATH='%s:%s' % (
+            BIN, os.environ['PATH']), **environ)
+        self.addCleanup(terminal.close)
+        return terminal
+
+    def assert_completes(self, shell: Terminal) -> None:
+        shell.type('echo rea""dy\n', 'ready')
+        for typed, until in (
+                ('kuryr-break0 sta\t', r'status '),
+                ('--prob\t', r'--problems '),
+                ('--origin disc\t', r'discovered '),
+                ('\x15kuryr-break0 sync --dele\t', '--delete-unclaimed '),
+                ('\x15kuryr-break0 --config-f\t', '--config-file '),
+                ('\x15kuryr-break0 doctor --bundle %s/a-f\t' % self.dir,
+                 'a-file')):
+            shell.type(typed, until)
 
     def test_it_is_up_to_date(self) -> None:
-        with open(SHIPPED) as file:
-            self.assertEqual(completion.script() + '\n', file.read(),
+        for shell, path in SHIPPED.items():
+            self.assertEqual(printed(shell), path.read_text(),
                              'run: make completion')
 
-    def test_verbs_and_their_options(self) -> None:
-        self.assertEqual({'status'}, self.complete('stat'))
-        self.assertEqual({'--json'}, self.complete('status', '--j'))
-        self.assertLessEqual({'--dry-run', '--claim', '--delete-unclaimed'},
-                             self.complete('sync', '--'))
-        self.assertLessEqual({'--config-file', '--config-dir'},
-                             self.complete('--conf'))
+    @unittest.skipUnless(os.path.exists(LOADER), 'no bash-completion here')
+    def test_bash_finds_what_is_installed(self) -> None:
+        """By "make install" or pip, in share of a prefix that it knows."""
+        (self.dir / 'a-file').touch()
+        target = self.dir / 'share/bash-completion/completions'
+        target.mkdir(parents=True)
+        shutil.copy(SHIPPED['bash'], target)
+        rc = self.dir / 'rc'
+        rc.write_text('. %s\nbind "set bell-style none"\nPS1="> "\n' % LOADER)
+        self.assert_completes(self.start(
+            'bash', '--rcfile', str(rc), '-i',
+            XDG_DATA_DIRS='%s/share:/usr/share' % self.dir))
+
+    def test_bash_reads_what_is_printed(self) -> None:
+        (self.dir / 'a-file').touch()
+        rc = self.dir / 'rc'
+        rc.write_text('eval "$(kuryr-break0 --shell_completion bash)"\n'
+                      'bind "set bell-style none"\nPS1="> "\n')
+        self.assert_completes(self.start('bash', '--rcfile', str(rc), '-i'))
+
+    @unittest.skipUnless(shutil.which('zsh'), 'no zsh here')
+    def test_zsh_in_both_ways(self) -> None:
+        (self.dir / 'a-file').touch()
+        for lines in ('fpath=(%s $fpath)\nautoload -Uz compinit && compinit '
+                      '-u\n' % SHIPPED['zsh'].parent,
+                      'autoload -Uz compinit && compinit -u\neval "$('
+                      'kuryr-break0 --shell_completion zsh)"\n'):
+            with self.subTest(lines):
+                (self.dir / '.zshrc').write_text(
+                    'bindkey -e\nunsetopt beep\nPS1="> "\n' + lines)
+                self.assert_completes(self.start('zsh', '-d', '-i'))

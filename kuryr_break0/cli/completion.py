@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Completion for shells, made of the parser."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Iterator
+
+from kuryr_break0.cli.parser import Parser
+
+_OPTIONS = '--help --help-all --version --debug --config-file --config-dir'
+_BASH = """\
+# Completion of kuryr-break0 for bash.
+_kuryr_break0() {
+    local word verb= words=
+    local previous=${COMP_WORDS[COMP_CWORD-1]}
+    for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
+%s
+    done
+%s
+    COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+complete -o default -F _kuryr_break0 kuryr-break0
+"""
+_ZSH = """\
+#compdef kuryr-break0
+# Completion of kuryr-break0 for zsh.
+_kuryr_break0() {
+    local word verb= words_= previous=${words[CURRENT-1]}
+    for word in ${words[2,CURRENT-1]}; do
+%s
+    done
+%s
+    compadd -- ${=words_} || _files
+}
+if [ "${funcstack[1]}" = _kuryr-break0 ]; then
+    _kuryr_break0 "$@"
+else
+    compdef _kuryr_break0 kuryr-break0
+fi
+"""
+
+
+def script(shell: str, parser: Parser) -> str:
+    """Return a script that a shell reads.
+
+    :param shell: bash or zsh
+    :param parser: of all verbs
+    """
+    made, variable = SHELLS[shell]
+    return made % ('\n'.join(_verbs(parser)),
+                   '\n'.join(_words(parser, variable)))
+
+
+#: By shell: its script, and its variable for what it offers.
+SHELLS = {'bash': (_BASH, 'words'), 'zsh': (_ZSH, 'words_')}
+
+
+def _verbs(parser: Parser) -> Iterator[str]:
+    yield '        case $word in'
+    yield '        %s)' % '|'.join(parser.verbs)
+    yield '            verb=$word; break ;;'
+    yield '        esac'
+
+
+def _words(parser: Parser, variable: str) -> Iterator[str]:
+    """Return what is offered after a verb, and after its options.
+
+    After an option that takes anything nothing is, so that the shell offers
+    files.
+    """
+    yield '    case "$verb $previous" in'
+    yield "    ' --config-file'|' --config-dir') ;;"
+    for verb, each in parser.verbs.items():
+        free = []
+        for action in each._actions:
+            if not action.option_strings or action.nargs == 0:
+                continue
+            patterns = ["'%s %s'" % (verb, option)
+                        for option in action.option_strings]
+            if action.choices:
+                yield "    %s) %s='%s' ;;" % ('|'.join(patterns), variable,
+                                              ' '.join(action.choices))
+            else:
+                free += patterns
+        if free:
+            yield '    %s) ;;' % ('|\\\n    '.join(free))
+        yield "    '%s '*)\n        %s='%s' ;;" % (
+            verb, variable, ' '.join(
+                action.option_strings[-1] for action in each._actions
+                if action.option_strings
+                and action.help is not argparse.SUPPRESS))
+    yield "    *)\n        %s='%s\n        %s' ;;" % (
+        variable, ' '.join(parser.verbs), _OPTIONS)
+    yield '    esac'

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Prints rows, texts and JSON, as wide and coloured as the reader can see."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+import textwrap
+import threading
+import time
+from typing import Any, Iterable, Iterator, Optional, Sequence, TextIO, TypeVar
+
+import prettytable
+
+from kuryr_break0.log import safe
+
+T = TypeVar('T')
+
+#: A host of containers, without Kubernetes, has no pods.
+_WORDS = {'pod': 'container', 'Pod': 'Container', 'node': 'host',
+          'Node': 'Host', 'ADD': 'start', 'DEL': 'stop'}
+_WORD = re.compile(r"(?<![^\s(])(an )?(%s)(?=s?(?:'s)?[.,;:)]?(?:\s|$))"
+                   % '|'.join(_WORDS))
+#: Columns that a word is broken at, if nothing else helps.
+_LEAST = 8
+#: Clears the line from the cursor on.
+_CLEAR = '\x1b[K'
+
+
+class Wrong(str):
+    """A text that is red on a terminal."""
+
+
+class _Reader:
+    """Who reads: with or without Kubernetes, and what a counter shows."""
+
+    has_pods = True
+    counting = False
+
+
+def speak_of_containers() -> None:
+    """Say container and host from now on, in place of pod and node."""
+    _Reader.has_pods = False
+
+
+def speak(text: str) -> str:
+    """Return a text in the words of this host."""
+    if _Reader.has_pods:
+        return text
+    return type(text)(_WORD.sub(
+        lambda found: ('a ' if found[1] else '') + _WORDS[found[2]], text))
+
+
+def columns() -> int:
+    """Return how wide a line may be: COLUMNS, the terminal, or 80."""
+    return max(shutil.get_terminal_size((80, 24)).columns, 40)
+
+
+def fold(text: str, indent: str = '') -> str:
+    """Return a paragraph in lines that fit.
+
+    :param indent: of all lines but the first
+    """
+    return type(text)(textwrap.fill(
+        safe(text), columns(), subsequent_indent=indent,
+        break_on_hyphens=False, break_long_words=False))
+
+
+def say(text: str) -> None:
+    """Print a paragraph for people, in the words of this host."""
+    write(fold(speak(text)))
+
+
+def write(text: str, stream: Optional[TextIO] = None) -> None:
+    """Print lines as they are, but for what would act on a terminal."""
+    stream = stream or sys.stdout
+    if _Reader.counting:
+        print(end=_CLEAR, file=sys.stderr, flush=True)
+    for line in text.split('\n'):
+        line = safe(line)
+        print(_red(line, stream) if isinstance(text, Wrong) else line,
+              file=stream)
+
+
+def write_json(document: Any) -> None:
+    """Print a document for programs."""
+    print(json.dumps(document, indent=2))
+
+
+def _red(text: str, stream: TextIO) -> str:
+    if (not text or os.environ.get('NO_COLOR') or not stream.isatty()
+            or os.environ.get('TERM') == 'dumb'):
+        return text
+    return '\x1b[31m%s\x1b[0m' % text
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]],
+          wide: bool = False) -> None:
+    """Print rows below a head, and fold what is too long.
+
+    :param wide: fold nothing
+    """
+    cells = [[(Wrong if isinstance(each, Wrong) else str)(safe(str(each)))
+              for each in row] for row in rows]
+    if not wide:
+        widths = _widths(list(zip(head, *cells)))
+        cells = [[type(each)('\n'.join(textwrap.wrap(
+            each, width, break_on_hyphens=False)))
+            for each, width in zip(row, widths)] for row in cells]
+    made = prettytable.PrettyTable(list(head))
+    for row in cells:
+        made.add_row(['\n'.join(
+            _red(line, sys.stdout) for line in each.split('\n'))
+            if isinstance(each, Wrong) else each for each in row])
+    if _Reader.counting:
+        print(end=_CLEAR, file=sys.stderr, flush=True)
+    print(made)
+
+
+def _widths(cells: Sequence[Sequence[str]]) -> list[int]:
+    """Return the widths of columns: words are broken if nothing else helps."""
+    # A column has a blank on each side, and a line before it.
+    room = columns() - 3 * len(cells) - 1
+    widths = [max(map(len, column)) for column in cells]
+    for floors in ([max(len(word) for cell in column for word in cell.split())
+                    for column in cells], [_LEAST] * len(cells)):
+        floors = [max(floor, len(column[0]))
+                  for floor, column in zip(floors, cells)]
+        while sum(widths) > room:
+            place = max(range(len(cells)), key=lambda each: (
+                widths[each] > floors[each]) * widths[each])
+            if widths[place] <= floors[place]:
+                break
+            widths[place] -= 1
+    return widths
+
+
+class Counter:
+    """Shows on a terminal that long work goes on, and elsewhere nothing.
+
+    :param what: the verb that works
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._text = ''
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Counter:
+        if sys.stderr.isatty():
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._done.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+            _Reader.counting = False
+            print(end=_CLEAR, file=sys.stderr, flush=True)
+
+    def _run(self) -> None:
+        began = time.monotonic()
+        while not self._done.wait(1):
+            _Reader.counting = True
+            # The cursor goes back: the next line is written over it.
+            print('%s: %s%d s' % (self._what, self._text,
+                                  time.monotonic() - began),
+                  end=_CLEAR + '\r', file=sys.stderr, flush=True)
+
+    def over(self, items: Sequence[T]) -> Iterator[T]:
+        """Iterate over items, and show how many are done."""
+        for number, each in enumerate(items):
+            self._text = '%d of %d, ' % (number, len(items))
+            yield each
