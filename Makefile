@@ -49,8 +49,19 @@ build/cni/break0: kuryr_break0/cni/shim.c
 # doc/source/install/docker.rst. DESTDIR and PREFIX are as usual.
 PREFIX ?= /opt/kuryr-break0
 UNITS = $(DESTDIR)/etc/systemd/system
-MAN = $(DESTDIR)/usr/local/share/man/man8
+LOCAL = $(DESTDIR)/usr/local
+SHARE = $(LOCAL)/share
+MAN = $(SHARE)/man/man8
+SHIM = $(DESTDIR)/usr/libexec/kuryr-break0/break0
 SETTINGS = $(DESTDIR)/etc/kuryr-break0/kuryr-break0.conf
+# Of etc/, for programs that would change break0, and for ip(8).
+DROP_INS = systemd/network/10-kuryr-break0.network \
+    systemd/networkd.conf.d/kuryr-break0.conf \
+    NetworkManager/conf.d/kuryr-break0.conf \
+    iproute2/rt_protos.d/kuryr-break0.conf
+# What wins over SETTINGS: see "kuryr-break0 --help".
+EARLIER = $(addprefix $(DESTDIR)/etc/,kuryr/kuryr.conf kuryr.conf \
+    kuryr/kuryr-break0.conf kuryr-break0.conf)
 .PHONY: install install-files uninstall
 install: install-files
 	$(PYTHON) -m venv $(DESTDIR)$(PREFIX)
@@ -63,22 +74,54 @@ install: install-files
 
 install-files:
 ifeq ($(CIDRS),)
-	@[ -e $(SETTINGS) ] || { echo 'Name the networks of the containers,' \
-	    'as: make install CIDRS=192.0.2.0/24' >&2; exit 2; }
+	@[ -e $(SETTINGS) ] || { found=$$($(PYTHON) etc/networks); \
+	    echo 'Name the networks of your containers.' \
+	    "$${found:+This host has these: }make install" \
+	    "CIDRS=$${found:-192.168.1.0/24}" >&2; exit 2; }
+else
+	@$(PYTHON) etc/networks '$(CIDRS)'
 endif
-	install -d $(UNITS) $(dir $(SETTINGS)) $(DESTDIR)/usr/local/bin $(MAN)
-	install -m 644 etc/man/kuryr-break0.8 $(MAN)
+	install -D -m 644 etc/man/kuryr-break0.8 $(MAN)/kuryr-break0.8
+	install -D -m 644 etc/bash-completion/kuryr-break0 \
+	    $(SHARE)/bash-completion/completions/kuryr-break0
+	install -D -m 644 etc/zsh/_kuryr-break0 \
+	    $(SHARE)/zsh/site-functions/_kuryr-break0
+	install -d $(UNITS) $(dir $(SETTINGS)) $(LOCAL)/bin
 	cp -r etc/systemd/system/kuryr-break0-agent.service \
 	    etc/systemd/system/kuryr-break0-agent.service.d $(UNITS)
-	ln -sf $(PREFIX)/bin/kuryr-break0 $(DESTDIR)/usr/local/bin/
-	[ -e $(SETTINGS) ] || sed 's|@CIDRS@|$(CIDRS)|' \
-	    etc/kuryr-break0.conf.discover >$(SETTINGS)
+	ln -sf $(PREFIX)/bin/kuryr-break0 $(LOCAL)/bin/
+	[ ! -e build/cni/break0 ] || install -D -m 755 build/cni/break0 $(SHIM)
+	@for each in $(DROP_INS); do \
+	    file=$(DESTDIR)/etc/$$each; \
+	    if [ ! -e $$file ]; then install -D -m 644 etc/$$each $$file; \
+	    elif ! cmp -s etc/$$each $$file; then \
+	        echo "Kept $$file, which differs from etc/$$each"; fi; done
+	@if [ -e $(SETTINGS) ]; then echo "Kept $(SETTINGS), which is there" \
+	    "already$(CIDRS:%=; CIDRS is not used)"; \
+	else sed 's|@CIDRS@|$(CIDRS)|' etc/kuryr-break0.conf.discover \
+	    >$(SETTINGS); fi
+	@for each in $(EARLIER); do [ ! -e $$each ] || echo "$$each is read" \
+	    'in place of $(SETTINGS): set [break0] discover and allowed_cidrs' \
+	    'there.'; done
+	@echo 'If they run: systemctl restart systemd-networkd;' \
+	    'nmcli general reload'
 
-# What break0 has set up is taken away by "kuryr-break0 cleanup", before.
+# What break0 has set up would stay, with nothing to take it away.
 uninstall:
+ifeq ($(DESTDIR),)
+	@[ ! -x $(PREFIX)/bin/kuryr-break0 ] || { \
+	    $(PREFIX)/bin/kuryr-break0 cleanup --dry-run >/dev/null 2>&1; \
+	    [ $$? -ne 1 ]; } || { echo 'break0 is in use. First run:' \
+	    'systemctl disable --now kuryr-break0-agent;' \
+	    'kuryr-break0 cleanup' >&2; exit 1; }
+endif
+	@for each in $(DROP_INS); do cmp -s etc/$$each $(DESTDIR)/etc/$$each && \
+	    rm $(DESTDIR)/etc/$$each || true; done
 	rm -rf $(UNITS)/kuryr-break0-agent.service \
 	    $(UNITS)/kuryr-break0-agent.service.d $(DESTDIR)$(PREFIX) \
-	    $(DESTDIR)/usr/local/bin/kuryr-break0 $(MAN)/kuryr-break0.8
+	    $(LOCAL)/bin/kuryr-break0 $(MAN)/kuryr-break0.8 $(SHIM) \
+	    $(SHARE)/bash-completion/completions/kuryr-break0 \
+	    $(SHARE)/zsh/site-functions/_kuryr-break0
 
 # What depends on the kernel, under other ones, emulated: all of it takes hours.
 # A part: make kernels KERNEL=5.10 PLACE=own TESTS=tests.functional.test_border

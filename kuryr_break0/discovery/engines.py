@@ -100,6 +100,8 @@ class Namer:
                     or name_by_cgroup(record))
             if name:
                 self._write(record.owner, name)
+                LOG.info('%s of %s is the container %s', record.owner,
+                         record.address, name)
 
     def _names(self, path: str) -> dict[NamespaceId, str]:
         if not os.path.exists(path):

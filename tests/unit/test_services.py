@@ -14,6 +14,7 @@ from kuryr_kubernetes import opts as kuryr_opts
 from oslo_config import cfg
 from oslo_log import log as logging
 
+from kuryr_break0.cli import common
 from kuryr_break0 import config
 from tests import overlay
 
@@ -74,6 +75,11 @@ class TestUnit(unittest.TestCase):
         # kill(1) is of procps, which a minimal Debian lacks.
         self.assertEqual("sh -c 'kill -HUP $MAINPID'",
                          service['ExecReload'])
+
+    def test_a_wrong_configuration_is_tried_once(self) -> None:
+        service = parsed('systemd', 'system', UNIT)['Service']
+        self.assertEqual(str(common.USAGE),
+                         service['RestartPreventExitStatus'])
 
     def test_exposure(self) -> None:
         # Of 0 to 100, where 100 is a service that may do anything.

@@ -10,9 +10,11 @@ import pathlib
 import subprocess
 import tempfile
 import unittest
+from unittest import mock
 
 import yaml
 
+from kuryr_break0.cli import cni
 from tests.functional.cni import base
 
 ETC = pathlib.Path(__file__).parents[3] / 'etc/cni'
@@ -67,6 +69,21 @@ class TestInstall(unittest.TestCase):
             [str(self.bin / 'break0')], input='', text=True,
             stdout=subprocess.PIPE, env={'CNI_COMMAND': 'VERSION'})
         self.assertIn('1.1.0', json.loads(done.stdout)['supportedVersions'])
+
+    def test_what_make_cni_has_built(self) -> None:
+        """It is found in the clone that one is in, if only root can write."""
+        for name in (cni._BUILT, cni._SOURCE):
+            path = self.path / name
+            path.parent.mkdir(parents=True)
+            path.write_text('')
+            path.chmod(0o755)
+        built = str(self.path / cni._BUILT)
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.path)
+        with mock.patch.object(cni, '__file__', '/none/of/a/clone.py'):
+            self.assertIn(built, list(cni._shims()))
+            (self.path / 'build').chmod(0o777)
+            self.assertNotIn(built, list(cni._shims()))
 
     def test_what_cannot_be(self) -> None:
         (self.path / 'file').write_text('')

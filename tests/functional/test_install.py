@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""``make install`` and ``make uninstall``, but for what pip does in them."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+from tests.functional.base import POD
+from tests.functional.test_cli import CLITestCase
+from tests.functional.test_cli import PROGRAM
+
+DEST = pathlib.Path('/run/dest')
+CIDRS = 'CIDRS=100.75.30.0/24,fd00:30::/64'
+
+
+class TestInstall(CLITestCase):
+
+    def make(self, target: str, *args: str, code: int = 0) -> str:
+        done = self.lab.run('make', '--silent', target, *args, check=False)
+        self.assertEqual(code, done.returncode, done.stdout)
+        return str(done.stdout)
+
+    def install(self, *args: str, code: int = 0) -> str:
+        return self.make('install-files', 'DESTDIR=%s' % DEST, *args,
+                         code=code)
+
+    def test_it_proposes_networks(self) -> None:
+        self.lab.add_ipv6()
+        self.assertIn('make install CIDRS=192.168.1.0/24',
+                      self.install(code=2))
+        self.lab.add_pod('one', POD, 'fd00:30::71')
+        self.assertIn('This host has these: make install ' + CIDRS,
+                      self.install(code=2))
+        self.assertFalse(DEST.exists())
+
+    def test_what_is_no_network(self) -> None:
+        for text, answer in (('foo', 'is no network'),
+                             ('100.75.30.51/24',
+                              'did you mean 100.75.30.0/24?'),
+                             ('100.75.30.0/24,', 'is no network')):
+            self.assertIn(answer, self.install('CIDRS=' + text, code=2))
+        self.assertFalse(DEST.exists())
+
+    def test_what_it_installs_and_keeps(self) -> None:
+        self.assertNotIn('Kept', self.install(CIDRS))
+        for path in ('etc/systemd/networkd.conf.d/kuryr-break0.conf',
+                     'etc/systemd/network/10-kuryr-break0.network',
+                     'etc/NetworkManager/conf.d/kuryr-break0.conf',
+                     'etc/iproute2/rt_protos.d/kuryr-break0.conf',
+                     'usr/local/share/bash-completion/completions/'
+                     'kuryr-break0',
+                     'usr/local/share/zsh/site-functions/_kuryr-break0'):
+            self.assertTrue((DEST / path).is_file(), path)
+        settings = DEST / 'etc/kuryr-break0/kuryr-break0.conf'
+        before = settings.read_text()
+        self.assertIn(CIDRS[6:], before)
+        (DEST / 'etc/NetworkManager/conf.d/kuryr-break0.conf').write_text('')
+        (DEST / 'etc/kuryr').mkdir()
+        (DEST / 'etc/kuryr/kuryr.conf').touch()
+        shown = self.install('CIDRS=10.0.0.0/8')
+        self.assertIn('Kept %s, which is there already; CIDRS is not used'
+                      % settings, shown)
+        self.assertIn('Kept %s/etc/NetworkManager' % DEST, shown)
+        self.assertIn('%s/etc/kuryr/kuryr.conf is read in place of %s'
+                      % (DEST, settings), shown)
+        self.assertEqual(before, settings.read_text())
+        self.make('uninstall', 'DESTDIR=%s' % DEST)
+        left = {str(path.relative_to(DEST)) for path in DEST.rglob('*')
+                if not path.is_dir()}
+        self.assertEqual({'etc/kuryr-break0/kuryr-break0.conf',
+                          'etc/kuryr/kuryr.conf',
+                          'etc/NetworkManager/conf.d/kuryr-break0.conf'},
+                         left)
+
+    def test_uninstall_refuses_while_it_is_in_use(self) -> None:
+        os.makedirs('/run/prefix/bin')
+        os.symlink(PROGRAM, '/run/prefix/bin/kuryr-break0')
+        uninstall = ('PREFIX=/run/prefix', 'LOCAL=/run/local',
+                     'UNITS=/run/units', 'SHIM=/run/shim', 'DROP_INS=')
+        self.bind(POD)
+        self.assertIn('kuryr-break0 cleanup',
+                      self.make('uninstall', *uninstall, code=2))
+        self.assertTrue(os.path.exists('/run/prefix/bin'))
+        self.call('cleanup')
+        self.make('uninstall', *uninstall)
+        self.assertFalse(os.path.exists('/run/prefix'))
