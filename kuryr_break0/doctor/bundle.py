@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import io
 import ipaddress
+import json
 import os
 import platform
 import re
@@ -53,6 +54,12 @@ _NAMES = tuple(map(re.compile, (r'[\w.-]+', r'[A-Za-z0-9.-]+',
 #: A shorter name may be a word of any text, and these are.
 _SHORTEST = 4
 _WORDS = ('default', 'kube-system', 'kube-public', 'kube-node-lease')
+#: Names of interfaces that say nothing of whose they are.
+_COMMON = re.compile(r'(?:break0-)?(?:break|br|bond|docker|dummy|en[ops]|eth|'
+                     r'ifb|tap|tun|veth|vlan|wg|wlan|wlp)[0-9][0-9a-fnps.]*')
+#: Texts that people choose: comments of rules, aliases of interfaces.
+_FREE = re.compile(r'(\bcomment )("[^"]*"|(?<=--comment )\S+)'
+                   r'|(?m:^(\s+alias )(?!kuryr-break0 ledger )(.+)$)')
 #: Keys whose values are never in a bundle: of the ledger, and of any file.
 _SECRET = re.compile(r'(?i)("?\b\w*(?:secret|password|token)\w*"?\s*[:=]\s*)'
                      r'("[^"]*"|\S+)')
@@ -62,8 +69,9 @@ class Bundle:
     """Collects parts, and writes them as a ``tar.gz``.
 
     Secrets are left out of all of it. With ``redact``, addresses, MAC
-    addresses, container ids, and the names of pods and of the node are
-    replaced by aliases that are the same throughout.
+    addresses, container ids, names of pods, networks, namespaces, interfaces
+    and the node, aliases of interfaces and comments of rules are replaced by
+    others that are the same throughout.
     """
 
     def __init__(self, options: config.Options, redact: bool) -> None:
@@ -135,8 +143,9 @@ class Bundle:
     def _add(self, archive: tarfile.TarFile, name: str, text: str) -> None:
         text = _SECRET.sub(r'\1***', text)
         if self._redact:
-            text, name = (_ADDRESS.sub(self._alias, self._without_names(each))
-                          for each in (text, name))
+            text, name = (_ADDRESS.sub(self._alias, self._without_names(
+                _FREE.sub(self._without_text, each)))
+                for each in (text, name))
         data = text.encode(errors='replace')[:_PART]
         data = data[:max(0, _MOST - self._size)]
         self._size += len(data)
@@ -146,16 +155,27 @@ class Bundle:
 
     @functools.cached_property
     def _names(self) -> set[str]:
-        """Return the names of this node, and of its pods and containers."""
+        """Return the names of this node, and of what is on it."""
         names = {socket.gethostname(),
-                 os.environ.get('KUBERNETES_NODE_NAME', '')}
+                 os.environ.get('KUBERNETES_NODE_NAME', ''),
+                 *(name for _, name in socket.if_nameindex())}
+        for directory in self._options.netns_dirs:
+            with contextlib.suppress(OSError):
+                names |= {*os.listdir(directory)}
         with contextlib.suppress(exceptions.Break0Error):
             ledger = Ledger(self._options.state_dir, 1)
             for claims in ledger.contents().claims.values():
                 for claim in claims:
                     names |= {*(claim.pod or '').split('/'),
-                              claim.owner.container_id}
-        return {each for each in names - {*_WORDS} if len(each) >= _SHORTEST}
+                              claim.owner.container_id, claim.parent,
+                              claim.owner.ifname, claim.network or '',
+                              os.path.basename(claim.netns or '')}
+        return {each for each in names - {*_WORDS}
+                if len(each) >= _SHORTEST and not _COMMON.fullmatch(each)}
+
+    def _without_text(self, found: re.Match[str]) -> str:
+        return (found[1] or found[3]) + self._digest('text',
+                                                     found[2] or found[4])
 
     def _without_names(self, text: str) -> str:
         """Replace names, however many there are, in one pass per pattern."""
@@ -165,6 +185,10 @@ class Bundle:
                 return found[0]
             return self._digest('name', name) + found[0][len(name):]
 
+        for name in self._names:
+            if not _NAMES[0].fullmatch(name):  # as of an odd interface
+                for form in (name, json.dumps(name)[1:-1]):
+                    text = text.replace(form, self._digest('name', name))
         for words in _NAMES:
             text = words.sub(alias, text)
         return text
@@ -182,7 +206,7 @@ class Bundle:
 
     def _digest(self, kind: str, text: str) -> str:
         return '<%s-%s>' % (kind, hashlib.blake2b(
-            text.encode(), key=self._salt, digest_size=4).hexdigest())
+            os.fsencode(text), key=self._salt, digest_size=4).hexdigest())
 
 
 def _output(command: tuple[str, ...]) -> str:
@@ -192,7 +216,8 @@ def _output(command: tuple[str, ...]) -> str:
     try:
         done = subprocess.run(
             [path, *command[1:]], stdout=subprocess.PIPE, text=True,
-            stderr=subprocess.STDOUT, timeout=_TIMEOUT, errors='replace')
+            stderr=subprocess.STDOUT, timeout=_TIMEOUT,
+            errors='surrogateescape')
     except (OSError, subprocess.SubprocessError) as err:
         return 'It failed: %s' % err
     return '$ %s\n%s\n(exit %d)' % (' '.join(command), done.stdout[-_PART:],

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+import subprocess
 import tarfile
 import time
 from unittest import mock
@@ -132,6 +133,31 @@ class TestCommand(DoctorTestCase):
             'commands/ip_route_show_table_all.txt'])
         assert name
         self.assertIn(name[0], redacted['status.json'])
+
+    def test_redacted_names_and_texts(self) -> None:
+        path = self.lab.add_pod('acme-web', '100.75.30.79',
+                                mac='02:00:00:00:00:79')
+        subprocess.run([b'ip', b'link', b'add', b'acme-lan0', b'type', b'veth',
+                        b'peer', b'name', b'acme\xff+'], check=True)
+        self.lab.run('ip', 'link', 'set', 'acme-lan0', 'alias',
+                     'uplink of ACME')
+        self.lab.run('nft', 'add table ip t; add chain ip t c; add rule ip t '
+                     'c accept comment "door of ACME"')
+        self.lab.run('iptables-nft', '-A', 'INPUT', '-m', 'comment',
+                     '--comment', 'ACME', '-j', 'ACCEPT')
+        self.manager().bind(
+            OWNER_79, base.addresses('100.75.30.79'), parent='eth0',
+            mac='02:00:00:00:00:79', netns=path, network='acme-net')
+        plain = str(self.unpacked())
+        for text in ('acme-web', 'acme-lan0', 'uplink of ACME', 'acme-net',
+                     'door of ACME', 'comment ACME'):
+            self.assertIn(text, plain)
+        redacted = self.unpacked('--redact')
+        self.assertNotIn('acme', str(redacted).lower())
+        links = redacted['commands/ip_-d_link.txt']
+        self.assertRegex(links, r'alias <text-\w+>')
+        for text in ('eth0', 'break0', 'kuryr-break0 ledger'):
+            self.assertIn(text, links)
 
     def test_bundle_that_cannot_be_written(self) -> None:
         with open('/run/there', 'w') as file:
