@@ -51,10 +51,8 @@ def add_parsers(subparsers: Any) -> None:
     added = parser.add_verb(
         subparsers, 'adopt', 'make pods reachable that are already running',
         _run, _DESCRIPTION, _EPILOG)
-    added.add_argument('--dry-run', action='store_true',
-                       help='print the changes, but make none')
-    added.add_argument('--wide', action='store_true',
-                       help='do not fold long lines')
+    added.add_flag('--dry-run', 'print the changes, but make none')
+    added.add_flag('--wide', 'do not fold long lines')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,29 +141,30 @@ class Adopter:
 
         :raises LedgerUnavailable: if it cannot be known
         """
-        found = Finding(port.pod, port.ifname, port.addresses, 'adopted')
-        if port.not_ours is not None:
-            return dataclasses.replace(found, outcome='skipped',
-                                       reason=port.not_ours)
-        if port.damaged is not None:
-            return dataclasses.replace(found, outcome='failed',
-                                       reason=port.damaged)
         macvlan = self._macvlans.get(port.mac)
+        outcome, reason = self._adopt(port, macvlan)
+        return Finding(
+            port.pod, port.ifname, port.addresses, outcome, reason,
+            None if macvlan is None or port.not_ours or port.damaged
+            else macvlan.netns)
+
+    def _adopt(self, port: Port, macvlan: Optional[kernel.Macvlan]
+               ) -> tuple[str, Optional[str]]:
+        if port.not_ours is not None:
+            return 'skipped', port.not_ours
+        if port.damaged is not None:
+            return 'failed', port.damaged
         if macvlan is None:
-            return dataclasses.replace(
-                found, outcome='not found', reason='no namespace has a '
-                'macvlan in bridge mode with its MAC address %s%s' % (
-                    port.mac, ' on ' + self._parent if self._parent else ''))
-        found = dataclasses.replace(found, netns=macvlan.netns)
+            return 'not found', (
+                'no namespace has a macvlan in bridge mode with its MAC '
+                'address %s%s' % (port.mac, ' on ' + self._parent
+                                  if self._parent else ''))
         try:
-            return dataclasses.replace(
-                found, outcome='adopted' if self._bind(port, macvlan)
-                else 'bound')
+            return 'adopted' if self._bind(port, macvlan) else 'bound', None
         except exceptions.LedgerUnavailable:
             raise
         except exceptions.Break0Error as err:
-            return dataclasses.replace(found, outcome='failed',
-                                       reason=str(err))
+            return 'failed', str(err)
 
     def _bind(self, port: Port, macvlan: kernel.Macvlan) -> bool:
         """Bind what is not bound; whether there was any.

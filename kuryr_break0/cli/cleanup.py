@@ -49,8 +49,7 @@ def add_parsers(subparsers: Any) -> None:
     added = parser.add_verb(
         subparsers, 'cleanup', 'delete everything that was made on this node',
         _run, _DESCRIPTION, _EPILOG)
-    added.add_argument('--dry-run', action='store_true',
-                       help='print the changes, but make none')
+    added.add_flag('--dry-run', 'print the changes, but make none')
 
 
 def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:

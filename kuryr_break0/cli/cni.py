@@ -64,9 +64,8 @@ def add_parsers(subparsers: Any) -> None:
         help='absolute path of the shim (default: build/cni/break0 in the '
              'clone that the package or this directory is of, then '
              '/usr/libexec/kuryr-break0/break0)')
-    added.add_argument(
-        '--without-agent', action='store_true',
-        help='install the script, even if there is a shim')
+    added.add_flag(
+        '--without-agent', 'install the script, even if there is a shim')
 
 
 def is_asked_for(arguments: Any) -> bool:

@@ -40,16 +40,16 @@ def add_parsers(subparsers: Any) -> None:
                        default=[], type=parser.argument(_known),
                        help='leave out this finding, for example '
                             'route-foreign; may be repeated')
-    added.add_argument('--no-probe', action='store_true',
-                       help='send no pings; by default they are the last '
-                            'check if nothing else was found')
+    added.add_flag(
+        '--no-probe', 'send no pings; by default they are the last check if '
+        'nothing else was found')
     added.add_argument('--bundle', metavar='FILE',
                        help='also write an archive (tar.gz) for a bug '
                             'report: versions, options, status, findings, '
                             'ledger, network, rules, sysctls, logs; at most '
                             '10 MiB before it is packed, without secrets')
-    added.add_argument('--redact', action='store_true',
-                       help='replace addresses, ids and names in the archive')
+    added.add_flag(
+        '--redact', 'replace addresses, ids and names in the archive')
 
 
 def _bundle(conf: cfg.ConfigOpts, done: Examination,

@@ -58,6 +58,10 @@ class Parser(argparse.ArgumentParser):
         return next((dict(each.choices) for each in self._actions if
                      isinstance(each, argparse._SubParsersAction)), {})
 
+    def add_flag(self, name: str, text: str) -> None:
+        """Add an option without a value."""
+        self.add_argument(name, action='store_true', help=text)
+
     def format_help(self) -> str:
         """Return the page of all verbs, or that of one."""
         return ''.join(_page(self.verbs)) if self.verbs else (
@@ -138,8 +142,7 @@ def add_verb(subparsers: Any, name: str, summary: str, func: Any,
     parser.summary = summary
     parser.set_defaults(func=func)
     if json:
-        parser.add_argument('--json', action='store_true',
-                            help='print JSON for programs')
+        parser.add_flag('--json', 'print JSON for programs')
     return parser
 
 

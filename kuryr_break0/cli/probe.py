@@ -58,21 +58,19 @@ def add_parsers(subparsers: Any) -> None:
         _DESCRIPTION, _EPILOG)
     added.add_argument('target', metavar='NAME', nargs='?',
                        help='address, or name of a container or pod')
-    added.add_argument('--all', action='store_true',
-                       help='probe each bound address')
+    added.add_flag('--all', 'probe each bound address')
     added.add_argument('--tcp', metavar='PORT',
                        type=parser.argument(config.WholeNumber(
                            min=1, max=65535)),
                        help='connect to this TCP port instead of pinging; a '
                             'refused connection is an answer too')
-    added.add_argument('--conflict', action='store_true',
-                       help="ask from the container's interface whether "
-                            'other hosts have the address too; they receive '
-                            'the question')
-    added.add_argument('--trace', action='store_true',
-                       help='show which rule drops a packet, on the node or '
-                            'in the container; a table of nftables marks '
-                            'these packets while the probe runs')
+    added.add_flag(
+        '--conflict', "ask from the container's interface whether other "
+        "hosts have the address too; they receive the question")
+    added.add_flag(
+        '--trace', 'show which rule drops a packet, on the node or in the '
+        'container; a table of nftables marks these packets while the probe '
+        'runs')
     added.add_argument('--count', metavar='N', default=3,
                        type=parser.argument(config.WholeNumber(
                            min=1, max=1000)),
@@ -81,8 +79,7 @@ def add_parsers(subparsers: Any) -> None:
                        type=parser.argument(config.WholeNumber(
                            min=1, max=60)),
                        help='time to wait for each answer (default: 1)')
-    added.add_argument('--wide', action='store_true',
-                       help='do not fold long lines')
+    added.add_flag('--wide', 'do not fold long lines')
 
 
 @dataclasses.dataclass(frozen=True)

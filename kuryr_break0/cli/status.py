@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 import time
@@ -50,11 +49,10 @@ def add_parsers(subparsers: Any) -> None:
         _DESCRIPTION)
     added.add_argument('target', metavar='NAME', nargs='?',
                        help='address, or name of a container or pod')
-    added.add_argument('--wide', action='store_true',
-                       help='print ids and neighbours in full, and do not '
-                            'fold long lines')
-    added.add_argument('--problems', action='store_true',
-                       help='show only addresses with a problem')
+    added.add_flag(
+        '--wide', 'print ids and neighbours in full, and do not fold long '
+        'lines')
+    added.add_flag('--problems', 'show only addresses with a problem')
     added.add_argument('--pod', metavar='TEXT',
                        help='show only pods or containers whose name '
                             'contains this')
@@ -62,8 +60,7 @@ def add_parsers(subparsers: Any) -> None:
                        help='show only containers whose id starts with this')
     added.add_argument('--origin', choices=[each.value for each in Origin],
                        help='show only addresses that were bound this way')
-    added.add_argument('--watch', action='store_true',
-                       help='then print each change, until Ctrl-C')
+    added.add_flag('--watch', 'then print each change, until Ctrl-C')
 
 
 def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
@@ -83,7 +80,7 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     return common.IN_SYNC if shown.in_sync else common.DRIFT
 
 
-def _read(options: config.Options, wanted: Any) -> Status:
+def _read(options: config.Options, wanted: Any = None) -> Status:
     ledger = Ledger(options.state_dir, options.lock_timeout)
     with kernel.Netlink() as netlink:
         return Status(snapshot.read(options, ledger, netlink), ledger, wanted)
@@ -105,22 +102,21 @@ def _watch(options: config.Options, wanted: Any, before: Status) -> Status:
 
 def as_json(options: config.Options) -> dict[str, Any]:
     """Return what ``status --json`` prints."""
-    return _read(options, argparse.Namespace(
-        target=None, problems=False, pod=None, owner=None,
-        origin=None)).as_json()
+    return _read(options).as_json()
 
 
 class Status:
     """A snapshot as it is shown."""
 
-    def __init__(self, seen: Snapshot, ledger: Ledger, wanted: Any) -> None:
+    def __init__(self, seen: Snapshot, ledger: Ledger,
+                 wanted: Any = None) -> None:
         self._seen = seen
         self._unserved = containers.unserved(seen, ledger)
         wrong, self._not_examined = containers.pod_sides(seen)
         self._problems = {**wrong, **seen.problems()}
         self._of_node = list(seen.node_problems())
         self._wanted = wanted
-        self._named = wanted.target and common.addresses_of(
+        self._named = wanted and wanted.target and common.addresses_of(
             wanted.target, seen.live)
         self._addresses = sorted(
             filter(self._is_wanted, seen.live.keys() | self._problems.keys()),
@@ -128,6 +124,8 @@ class Status:
 
     def _is_wanted(self, address: IPAddress) -> bool:
         wanted, record = self._wanted, self._seen.live.get(address)
+        if wanted is None:
+            return True
         if wanted.problems and address not in self._problems or (
                 self._named and address not in self._named):
             return False

@@ -32,13 +32,11 @@ if there is something to do), 3 if the kernel or the state directory refuses.
 def add_parsers(subparsers: Any) -> None:
     added = parser.add_verb(subparsers, 'sync', 'repair everything once', run,
                             _DESCRIPTION)
-    added.add_argument('--dry-run', action='store_true',
-                       help='print the changes, but make none')
-    added.add_argument('--claim', action='store_true',
-                       help='take over break0 from another ledger')
-    added.add_argument('--delete-unclaimed', action='store_true',
-                       help='also delete our routes and neighbours that have '
-                            'no record and match no pod')
+    added.add_flag('--dry-run', 'print the changes, but make none')
+    added.add_flag('--claim', 'take over break0 from another ledger')
+    added.add_flag(
+        '--delete-unclaimed', 'also delete our routes and neighbours that '
+        'have no record and match no pod')
 
 
 def run(conf: cfg.ConfigOpts, options: config.Options) -> int:

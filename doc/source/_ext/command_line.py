@@ -36,10 +36,8 @@ class CommandLine(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         self.env.note_dependency(cli.__file__)
-        subparsers = argparse.ArgumentParser(prog=PROGRAM).add_subparsers()
-        cli.add_parsers(subparsers)
         lines = statemachine.StringList()
-        for line in describe(subparsers.choices):
+        for line in describe(cli.whole_parser().verbs):
             lines.append(line, cli.__file__)
         parent = nodes.section(document=self.state.document)
         parent.document = self.state.document
