@@ -30,6 +30,7 @@ import requests
 
 from tests import kubeapi
 from tests import lab
+from tests import program
 
 NODENAME = 'node-1'
 ADDRESS = '127.0.0.1:5036'
@@ -140,12 +141,12 @@ def stock_environment(path: str) -> str:
             continue  # an editable installation
         if not re.match(r'(__editable__.*)?kuryr[_-]break0', name):
             os.symlink(os.path.join(ours, name), os.path.join(theirs, name))
-    for program in ('kuryr-daemon', 'kuryr-cni'):
-        with open(os.path.join(BIN, program)) as file:
+    for name in ('kuryr-daemon', 'kuryr-cni'):
+        with open(os.path.join(BIN, name)) as file:
             text = file.read().split('\n', 1)[1]
-        with open(os.path.join(bin_dir, program), 'w') as file:
+        with open(os.path.join(bin_dir, name), 'w') as file:
             file.write('#!%s\n%s' % (python, text))
-        os.chmod(os.path.join(bin_dir, program), 0o755)
+        os.chmod(os.path.join(bin_dir, name), 0o755)
     probe = subprocess.run([python, '-c', 'import kuryr_break0'], cwd=path,
                            stderr=subprocess.PIPE, text=True)
     assert "No module named 'kuryr_break0'" in probe.stderr, probe.stderr
@@ -187,7 +188,7 @@ class Node:
         self.dir = self._stack.enter_context(tempfile.TemporaryDirectory())
         self.log = os.path.join(self.dir, 'kuryr-daemon.log')
         self.conf = os.path.join(self.dir, 'kuryr.conf')
-        self.daemon: Optional[subprocess.Popen[bytes]] = None
+        self.daemon: Any = None
         self._stack.callback(self.kill_daemon)
 
     def __enter__(self) -> Node:
@@ -214,7 +215,7 @@ class Node:
         :param break0: lines of the section ``[break0]``
         """
         self.write_conf(break0)
-        self.daemon = subprocess.Popen(
+        self.daemon = program.start(
             [os.path.join(bin_dir, 'kuryr-daemon'),
              '--config-file', self.conf], cwd=self.dir,
             env={**os.environ, 'KUBERNETES_NODE_NAME': NODENAME,
@@ -230,8 +231,10 @@ class Node:
         """Kill the daemon and all its workers; none is fine."""
         if self.daemon is not None:
             # Its services have process groups of their own.
-            family = [psutil.Process(self.daemon.pid)]
-            family += family[0].children(recursive=True)
+            family = []
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family.append(psutil.Process(self.daemon.pid))
+                family += family[0].children(recursive=True)
             for process in family:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()

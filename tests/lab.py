@@ -30,6 +30,7 @@ import time
 from typing import Any, Callable, Iterator, Optional, Sequence
 
 from kuryr_break0 import kernel
+from tests import program
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWNET = 0x40000000
@@ -355,8 +356,8 @@ class Lab:
         """Run a command on the node, or in another namespace."""
         if netns:
             command = ('ip', 'netns', 'exec', netns, *command)
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True,
-                              stderr=subprocess.STDOUT)
+        done = program.run(command, stdout=subprocess.PIPE, text=True,
+                           stderr=subprocess.STDOUT)
         if check and done.returncode:
             raise AssertionError('%s: exit %d\n%s' % (
                 ' '.join(command), done.returncode, done.stdout))

@@ -16,6 +16,7 @@ from tests.e2e.test_daemon import POD
 from tests.functional import test_json
 from tests import kuryr
 from tests import lab
+from tests import program
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 POD6 = 'fd00:30::71'
@@ -27,7 +28,7 @@ class AdoptTestCase(DaemonTestCase):
 
     def call(self, *args: str, code: int = 0, **environ: str) -> str:
         """Run kuryr-break0 as on the node; what it prints."""
-        done = subprocess.run(
+        done = program.run(
             [PROGRAM, '--config-file', self.node.conf, *args], text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={**os.environ, 'KUBERNETES_NODE_NAME': kuryr.NODENAME,

@@ -14,6 +14,7 @@ import unittest
 from kuryr_break0 import ledger
 from tests import kuryr
 from tests import lab
+from tests import program
 
 PROGRAM = os.path.join(kuryr.BIN, 'kuryr-break0')
 
@@ -28,7 +29,7 @@ class TestDoctor(unittest.TestCase):
         self.node.lab.add_ipv6()
 
     def findings(self, **environ: str) -> dict[str, Any]:
-        done = subprocess.run(
+        done = program.run(
             [PROGRAM, '--config-file', self.node.conf, '--nodebug',
              '--nouse-journal', 'doctor', '--json'], text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -38,7 +39,7 @@ class TestDoctor(unittest.TestCase):
         return {each['id']: each for each in found}
 
     def start_agent(self) -> None:
-        agent = subprocess.Popen(
+        agent = program.start(
             [PROGRAM, '--config-file', self.node.conf, 'agent'],
             stderr=subprocess.DEVNULL)
         self.addCleanup(agent.wait)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from typing import Optional
 
@@ -11,6 +10,7 @@ from tests.e2e.test_daemon import DaemonTestCase
 from tests import kuryr
 from tests import lab
 from tests import metrics
+from tests import program
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 
@@ -19,7 +19,7 @@ class TestMetrics(DaemonTestCase):
     """The workers of the daemon end with their request; the agent counts."""
 
     def start_agent(self) -> None:
-        agent = subprocess.Popen(
+        agent = program.start(
             [PROGRAM, '--config-file', self.node.conf, '--log-file',
              os.path.join(self.node.dir, 'agent.log'), 'agent'])
         self.addCleanup(agent.wait)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 from typing import Iterator
 
 import psutil
@@ -19,11 +20,12 @@ from tests.e2e.test_daemon import DaemonTestCase
 from tests.e2e.test_daemon import POD
 from tests import kuryr
 from tests import lab
+from tests import program
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 
 #: Seconds for which agent and daemon are killed at random.
-SOAK = int(os.environ.get('SOAK_SECONDS', '90'))
+SOAK = int(os.environ.get('SOAK_SECONDS', '30'))
 
 OTHER_POD = '100.75.30.72'
 
@@ -49,8 +51,8 @@ class NothingLostTestCase(DaemonTestCase):
 
     def sync(self) -> None:
         """Do what the agent's timer would do."""
-        subprocess.run([PROGRAM, '--config-file', self.node.conf, 'sync'],
-                       stdout=subprocess.DEVNULL, check=True)
+        program.run([PROGRAM, '--config-file', self.node.conf, 'sync'],
+                    stdout=subprocess.DEVNULL, check=True)
 
     def end_sandbox(self, pod: kuryr.Pod) -> None:
         self.node.lab.del_netns(pod.name)
@@ -183,7 +185,7 @@ class TestKills(NothingLostTestCase):
                 for number in range(100, 108)]
         bound: set[str] = set()
         unsure = killed = 0
-        for number in range(50):
+        for number in range(SOAK * 2 // 3):
             commands = {pod.name: 'DEL' if pod.name in bound else 'ADD'
                         for pod in pods}
             with self.killing(randomness), \
@@ -217,7 +219,7 @@ class TestKills(NothingLostTestCase):
         pods = [self.node.add_pod('pod-%d' % number, '100.75.30.%d' % number)
                 for number in range(100, 130)]
         bound: set[str] = set()
-        for number in range(20):
+        for number in range(SOAK // 3):
             # A third of them changes sides in each round.
             turn = pods[number % 3::3] if number else pods[::2]
             with concurrent.futures.ThreadPoolExecutor(30) as pool:
@@ -308,8 +310,8 @@ class TestKilledWithinAnAdd(NothingLostTestCase):
 
 class TestAgentBeside(NothingLostTestCase):
 
-    def start_agent(self) -> subprocess.Popen[bytes]:
-        agent = subprocess.Popen(
+    def start_agent(self) -> Any:
+        agent = program.start(
             [PROGRAM, '--config-file', self.node.conf, 'agent'],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.addCleanup(agent.wait)
@@ -323,7 +325,7 @@ class TestAgentBeside(NothingLostTestCase):
         self.node.start_daemon()
         fixed = {'10.20.%d.%d' % divmod(number, 250)
                  for number in range(1, 493)}
-        program = (
+        code = (
             'import ipaddress, sys\n'
             'from oslo_config import cfg\n'
             'from kuryr_break0 import config, ledger, manager\n'
@@ -332,7 +334,7 @@ class TestAgentBeside(NothingLostTestCase):
             '    ledger.Owner("fixed", "eth0"),\n'
             '    [ipaddress.ip_address(a) for a in sys.argv[1:]],\n'
             '    parent="eth0")\n')
-        subprocess.run([sys.executable, '-c', program, *sorted(fixed)],
+        subprocess.run([sys.executable, '-c', code, *sorted(fixed)],
                        check=True, stdout=subprocess.DEVNULL)
         pods = [self.node.add_pod('pod-%d' % number, '100.75.30.%d' % number)
                 for number in range(100, 108)]

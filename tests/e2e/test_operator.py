@@ -15,6 +15,7 @@ from tests.e2e.test_adopt import PROGRAM
 from tests.e2e.test_adopt import SUBNETS
 from tests import kuryr
 from tests import lab
+from tests import program
 
 FAR = '100.75.40.71'
 
@@ -55,7 +56,7 @@ class TestOperator(AdoptTestCase):
             self.assertEqual(expected, self.node.lab.ping(*way), way)
 
     def in_sync(self) -> bool:
-        return subprocess.run(
+        return program.run(
             [PROGRAM, '--config-file', self.node.conf, 'status'],
             stdout=subprocess.DEVNULL).returncode == 0
 
@@ -102,7 +103,7 @@ class TestOperator(AdoptTestCase):
         self.assert_reachable_all_ways()
 
         # And without a hand.
-        agent = subprocess.Popen(
+        agent = program.start(
             [PROGRAM, '--config-file', self.node.conf, 'agent'],
             stderr=subprocess.DEVNULL)
         self.addCleanup(agent.wait)

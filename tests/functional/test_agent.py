@@ -23,6 +23,7 @@ from tests.functional.base import OTHER_POD
 from tests.functional.base import POD
 from tests import lab
 from tests import metrics
+from tests import program
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 #: 250 pods, of which one is really there.
@@ -49,9 +50,9 @@ class AgentTestCase(base.LabTestCase):
         self.bind(POD, netns=self.netns, mac_of_pod=MAC)
 
     def start(self) -> subprocess.Popen[str]:
-        agent = subprocess.Popen(
+        agent = program.start(
             [PROGRAM, '--config-file', CONF, '--log-file', '/run/agent.log',
-             'agent'], text=True)
+             'agent'])
         self.addCleanup(agent.wait)
         self.addCleanup(agent.kill)
         self.wait_for(lambda: metrics.value('sync_seconds_count'))

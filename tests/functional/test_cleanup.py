@@ -27,6 +27,7 @@ from tests.functional.test_cli import CLITestCase
 from tests.functional.test_cli import PROGRAM
 from tests import lab
 from tests import metrics
+from tests import program
 
 STATE_DIR = '/run/kuryr-break0'
 POD6 = 'fd00:30::71'
@@ -292,7 +293,7 @@ class TestOthersAtWork(CleanupTestCase):
 
     def test_an_agent_makes_nothing_again(self) -> None:
         before = self.lab.state()
-        agent = subprocess.Popen(
+        agent = program.start(
             [PROGRAM, 'agent'], stderr=subprocess.DEVNULL,
             env={**os.environ, 'OS_BREAK0__RESYNC_INTERVAL': '1',
                  })

@@ -12,16 +12,20 @@ from tests.functional import base
 from tests.functional.base import OTHER_POD
 from tests.functional.base import POD
 from tests import lab
+from tests import program
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 
 
 class CLITestCase(base.LabTestCase):
 
+    #: How the program is run.
+    run_program = staticmethod(program.run)
+
     def call(self, *args: str,
              **environ: str) -> subprocess.CompletedProcess[str]:
         environ.setdefault('COLUMNS', '500')  # nothing is folded
-        done = subprocess.run(
+        done = self.run_program(
             [PROGRAM, *args], text=True, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, env={**os.environ, **environ})
         self.assertNotIn('Traceback', done.stderr)
@@ -29,6 +33,9 @@ class CLITestCase(base.LabTestCase):
 
 
 class TestStatus(CLITestCase):
+
+    # As an operator does, here.
+    run_program = staticmethod(subprocess.run)
 
     def test_tables(self) -> None:
         self.bind(POD, OTHER_POD)

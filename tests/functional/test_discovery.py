@@ -32,6 +32,7 @@ from kuryr_break0.model import Record
 from tests import dhcp
 from tests.functional import base
 from tests import lab
+from tests import program
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 CONF = '/run/break0.conf'
@@ -54,7 +55,7 @@ class DiscoveryTestCase(base.LabTestCase):
         with open(CONF, 'w') as file:
             file.write('[break0]\n' + options)
         with open('/run/agent.log', 'ab') as log:
-            agent = subprocess.Popen(
+            agent = program.start(
                 [*before, PROGRAM, '--config-file', CONF, 'agent'],
                 stderr=log)
         self.addCleanup(agent.wait)
@@ -447,8 +448,8 @@ class TestOwnership(DiscoveryTestCase):
             discover=True, allowed_cidrs=['10.0.0.0/8']).discover)
         with open(CONF, 'w') as file:
             file.write('[break0]\ndiscover = true\n')
-        done = subprocess.run([PROGRAM, '--config-file', CONF, 'agent'],
-                              stderr=subprocess.PIPE, text=True)
+        done = program.run([PROGRAM, '--config-file', CONF, 'agent'],
+                           stderr=subprocess.PIPE, text=True)
         self.assertEqual(2, done.returncode)
         self.assertIn('allowed_cidrs', done.stderr)
 
@@ -799,7 +800,7 @@ class TestInstalled(DiscoveryTestCase):
         os.makedirs('/run/home')
         os.rename('/run/dest/etc/kuryr-break0', '/run/home/.kuryr-break0')
         with open('/run/agent.log', 'ab') as log:
-            agent = subprocess.Popen([PROGRAM, 'agent'], stderr=log, env={
+            agent = program.start([PROGRAM, 'agent'], stderr=log, env={
                 **os.environ, 'HOME': '/run/home'})
         self.addCleanup(agent.wait)
         self.addCleanup(agent.kill)

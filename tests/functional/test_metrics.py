@@ -27,6 +27,7 @@ from tests.functional.base import OTHER_POD
 from tests.functional.base import POD
 from tests import lab
 from tests import metrics
+from tests import program
 from tests.unit import test_monitoring
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
@@ -54,7 +55,7 @@ class MetricsTestCase(base.LabTestCase):
         """
         self.configure(*(lines or ('resync_interval = 3600',)),
                        default=default)
-        self.agent = subprocess.Popen(
+        self.agent = program.start(
             [*self.prefix, PROGRAM, '--config-file', CONF, '--log-file', LOG,
              'agent'])
         self.addCleanup(self.agent.wait)
@@ -205,8 +206,8 @@ class TestRepairs(MetricsTestCase):
     def test_by_other_processes(self) -> None:
         # A sync by hand, and what a bind finds, without an agent.
         self.lab.run('ip', 'route', 'del', POD)
-        subprocess.run([PROGRAM, 'sync'], check=True,
-                       stdout=subprocess.DEVNULL)
+        program.run([PROGRAM, 'sync'], check=True,
+                    stdout=subprocess.DEVNULL)
         self.lab.run('ip', 'link', 'del', 'break0')
         self.bind(OTHER_POD)
         self.start()
@@ -573,8 +574,8 @@ class = oslo_log.formatters.JSONFormatter
 ''' % LOG)
         self.configure('resync_interval = 1',
                        default='log_config_append = /run/logging.conf')
-        self.agent = subprocess.Popen([PROGRAM, '--config-file', CONF,
-                                       'agent'])
+        self.agent = program.start([PROGRAM, '--config-file', CONF,
+                                    'agent'])
         self.addCleanup(self.agent.wait)
         self.addCleanup(self.agent.kill)
         self.wait_for(lambda: 'Watching ' in self.log())

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import pathlib
-import subprocess
 import time
 from typing import Any, Callable, ClassVar, Optional
 import unittest
@@ -29,6 +28,7 @@ from tests.functional.doctor.base import PROGRAM
 from tests.functional.doctor.base import SUBNETS
 from tests.functional import test_parents
 from tests import lab
+from tests import program
 
 CONF, LOG = '/run/kuryr.conf', '/run/agent.log'
 VLAN = '50'
@@ -142,7 +142,7 @@ class ParentKindTestCase(DoctorTestCase):
         with open(CONF, 'w') as file:
             file.write('[break0]\nresync_interval = 3600\n' + ''.join(
                 '%s = %s\n' % each for each in self.OPTIONS.items()))
-        agent = subprocess.Popen([
+        agent = program.start([
             PROGRAM, '--config-file', CONF, '--log-file', LOG, 'agent'])
         self.addCleanup(agent.wait)
         self.addCleanup(agent.kill)

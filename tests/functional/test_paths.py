@@ -17,6 +17,7 @@ from typing import Any, Optional
 from tests.functional import base
 from tests.functional.base import Owner
 from tests import lab
+from tests import program
 
 POD = '100.75.30.71'
 POD6 = 'fd00:30::71'
@@ -220,8 +221,8 @@ class TestSilence(DualStackTestCase):
             for number in range(2, 11):
                 self.unbind(self.v4(number), self.v6(number),
                             owner=Owner('pod-%d' % number, 'eth0'))
-            agent = subprocess.Popen([PROGRAM, 'agent'],
-                                     stderr=subprocess.DEVNULL)
+            agent = program.start([PROGRAM, 'agent'],
+                                  stderr=subprocess.DEVNULL)
             self.addCleanup(agent.wait)
             self.addCleanup(agent.kill)
             for _ in range(2):

@@ -6,7 +6,6 @@ import ipaddress
 import os
 import socket
 import struct
-import subprocess
 import time
 from typing import Callable, Optional
 
@@ -17,6 +16,7 @@ from tests.functional.doctor.base import DoctorTestCase
 from tests.functional.test_cli import CLITestCase
 from tests.functional.test_cli import PROGRAM
 from tests import lab
+from tests import program
 
 ONE, ONE6 = '100.75.30.81', 'fd00:30::81'
 TWO, TWO6 = '100.75.30.82', 'fd00:30::82'
@@ -301,7 +301,7 @@ class TestEnd(VMTestCase):
         with open('/run/kuryr.conf', 'w') as file:
             # Nothing here may be due to the timer.
             file.write('[break0]\nresync_interval = 3600\n')
-        agent = subprocess.Popen(
+        agent = program.start(
             [PROGRAM, '--config-file', '/run/kuryr.conf', '--log-file',
              '/run/agent.log', 'agent'])
         self.addCleanup(agent.wait)

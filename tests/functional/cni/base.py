@@ -16,6 +16,7 @@ from typing import Any, Optional
 
 from tests.functional import base
 from tests import lab
+from tests import program
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 PLUGINS = '/usr/lib/cni'
@@ -70,9 +71,10 @@ class Runtime:
         variables = {'CNI_COMMAND': command, 'CNI_CONTAINERID': container,
                      'CNI_IFNAME': ifname, 'CNI_NETNS': netns,
                      'CNI_ARGS': args, 'CNI_PATH': PLUGINS, **environ}
-        done = subprocess.run(
-            [plugin or self.plugin], input=data, timeout=lab.PATIENCE,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        done = program.run(
+            program.of_script(plugin or self.plugin), input=data,
+            timeout=lab.PATIENCE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             env={'PATH': os.environ['PATH'], **{
                 name: value for name, value in variables.items()
                 if value is not None}})
@@ -144,6 +146,8 @@ class CNITestCase(base.LabTestCase):
 
     #: [break0] options
     conf = ''
+    #: How an agent is started.
+    start_program: Any = staticmethod(program.start)
 
     def setUp(self) -> None:
         super().setUp()
@@ -161,7 +165,7 @@ class CNITestCase(base.LabTestCase):
         raise AssertionError('a subclass says how')
 
     def installed(self, *args: str) -> str:
-        done = subprocess.run(
+        done = program.run(
             [PROGRAM, '--config-file', CONF, 'cni-install', '--bin-dir', BIN,
              *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True)
@@ -172,8 +176,8 @@ class CNITestCase(base.LabTestCase):
         """Start an agent, and wait until it serves CNI requests."""
         inode = self.socket_inode()
         with open('/run/agent.log', 'ab') as log:
-            agent = subprocess.Popen([PROGRAM, '--config-file', CONF,
-                                      'agent'], stderr=log)
+            agent = self.start_program([PROGRAM, '--config-file', CONF,
+                                        'agent'], stderr=log)
         self.addCleanup(agent.wait)
         self.addCleanup(agent.kill)
         lab.until(lambda: self.socket_inode() != inode and is_served(),

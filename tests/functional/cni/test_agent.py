@@ -28,6 +28,7 @@ from tests.functional.cni.base import ID
 from tests.functional.cni.base import network
 from tests.functional.cni.base import SOCKET
 from tests import lab
+from tests import program
 
 #: Seconds for which the shim waits for an answer.
 PATIENCE = 9
@@ -161,7 +162,7 @@ class TestServer(base.WithShim, ShimTestCase):
     def test_second_agent_leaves_it(self) -> None:
         inode = self.socket_inode()
         with open('/run/second.log', 'wb') as log:
-            second = subprocess.Popen([
+            second = program.start([
                 base.PROGRAM, '--config-file', base.CONF, 'agent'],
                 stderr=log)
         self.addCleanup(second.wait)
@@ -318,6 +319,8 @@ class TestHindered(base.WithShim, ShimTestCase):
     #: Bytes that each thread of the agent takes, by RLIMIT_STACK: so much
     #: that threads are all that a limit of memory hinders.
     stack = 2 ** 28
+    # The limit is one of a start.
+    start_program = staticmethod(subprocess.Popen)
 
     def install(self) -> str:
         limits = resource.getrlimit(resource.RLIMIT_STACK)
@@ -328,7 +331,7 @@ class TestHindered(base.WithShim, ShimTestCase):
     def start_hindered(self) -> subprocess.Popen[bytes]:
         """Start an agent where another serves CNI requests."""
         with open('/run/second.log', 'wb') as log:
-            agent = subprocess.Popen([
+            agent = self.start_program([
                 base.PROGRAM, '--config-file', base.CONF, 'agent'],
                 stderr=log)
         self.addCleanup(agent.wait)

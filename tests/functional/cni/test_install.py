@@ -16,6 +16,7 @@ import yaml
 
 from kuryr_break0.cli import cni
 from tests.functional.cni import base
+from tests import program
 
 ETC = pathlib.Path(__file__).parents[3] / 'etc/cni'
 
@@ -33,7 +34,7 @@ class TestInstall(unittest.TestCase):
         self.conf.write_text('[break0]\n')
 
     def install(self, *args: str, code: int = 0) -> str:
-        done = subprocess.run(
+        done = program.run(
             [base.PROGRAM, '--config-file', str(self.conf), 'cni-install',
              *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True)

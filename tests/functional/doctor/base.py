@@ -20,6 +20,7 @@ from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import Owner
 from tests.functional import base
 from tests.functional.base import OTHER_OWNER
+from tests import program
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 POD4, POD6 = '100.75.30.71', 'fd00:30::71'
@@ -58,7 +59,7 @@ class DoctorTestCase(base.LabTestCase):
     def call(self, *args: str, code: int = 0, config: str = '',
              **environ: str) -> subprocess.CompletedProcess[str]:
         options = ['--config-file', config] if config else []
-        done = subprocess.run(
+        done = program.run(
             [PROGRAM, *options, 'doctor', *args], text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, env={**os.environ, **environ})

@@ -11,13 +11,14 @@ from tests.functional.doctor.base import DoctorTestCase
 from tests.functional.doctor.base import POD4
 from tests.functional.doctor.base import PROGRAM
 from tests import lab
+from tests import program
 
 
 class TestHealthy(DoctorTestCase):
 
     def test_nothing_is_found(self) -> None:
-        agent = subprocess.Popen([PROGRAM, 'agent'],
-                                 stderr=subprocess.DEVNULL)
+        agent = program.start([PROGRAM, 'agent'],
+                              stderr=subprocess.DEVNULL)
         self.addCleanup(agent.wait)
         self.addCleanup(agent.send_signal, signal.SIGTERM)
         done = json.loads(self.call('--json').stdout)
