@@ -15,8 +15,12 @@ PIP = $(BIN)/pip install -qq --disable-pip-version-check \
 demo: debian-packages $(VENV)/demo
 	$(IN_LAB) -m tests.demo
 
-test: debian-packages lint genconfig-check docs $(VENV)/installed
-	tests/run
+# All at once: tests wait for others longer than they compute.
+test: debian-packages $(VENV)/installed
+	@mkdir -p build
+	@$(MAKE) lint genconfig-check docs >build/checks 2>&1 & checks=$$!; \
+	tests/run; status=$$?; \
+	wait $$checks || { status=$$?; cat build/checks; }; exit $$status
 
 # While you work: all that needs neither root nor Debian packages.
 quick: lint genconfig-check
@@ -217,5 +221,5 @@ $(VENV)/installed: $(VENV)/demo test-requirements.txt doc/requirements.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .stestr .mypy_cache build dist *.egg-info doc/build \
+	rm -rf $(VENV) .mypy_cache build dist *.egg-info doc/build \
 	    doc/source/configuration/_static releasenotes/build

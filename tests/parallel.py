@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Run tests, many classes of them at once: see tests/run.
+
+Each class has a process, which is forked from one that has imported all tests.
+Who is done takes the next class, so that nobody waits for a worker that has
+got the long ones. It ends with the failures, and writes how many passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import gc
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+import traceback
+from typing import Any, BinaryIO, Iterator, NamedTuple
+import unittest
+
+from tests import program
+
+#: The modules that take longest, since what begins last should be short.
+FIRST = (
+    'tests.e2e.test_nothing_lost', 'tests.functional.test_bench',
+    'tests.e2e.test_daemon', 'tests.functional.doctor.test_pods',
+    'tests.functional.test_probe', 'tests.functional.cni.test_agent',
+    'tests.functional.test_storm', 'tests.functional.test_discovery',
+    'tests.e2e.test_operator', 'tests.e2e.test_adopt',
+    'tests.functional.cni.test_plugin', 'tests.functional.test_doubt')
+
+
+class Job(NamedTuple):
+    """The tests of a class, and the files that its process writes."""
+
+    tests: list[unittest.TestCase]
+    results: BinaryIO
+    output: BinaryIO
+
+
+class Result(unittest.TestResult):
+    """Shows each test that ends, and writes down what came of it."""
+
+    def __init__(self, shown: int, written: BinaryIO, quiet: bool) -> None:
+        super().__init__()
+        self._shown = shown
+        self._written = written
+        self._quiet = quiet
+        self._began = 0.0
+        self._failed: list[str] = []
+        self._skipped = ''
+
+    def startTest(self, test: Any) -> None:
+        super().startTest(test)
+        self._began = time.monotonic()
+        self._failed = []
+        self._skipped = ''
+
+    def addError(self, test: Any, err: Any) -> None:
+        self._failed.append(''.join(traceback.format_exception(*err)))
+        if not isinstance(test, unittest.TestCase):  # but setUpClass
+            self._write(test)
+
+    addFailure = addError
+
+    def addSubTest(self, test: Any, subtest: Any, err: Any) -> None:
+        if err is not None:
+            self._failed.append('%s\n%s' % (subtest, ''.join(
+                traceback.format_exception(*err))))
+
+    def addSkip(self, test: Any, reason: str) -> None:
+        self._skipped = 'skipped: ' + reason
+
+    def addUnexpectedSuccess(self, test: Any) -> None:
+        self._failed.append('It succeeded, which was not expected.')
+
+    def stopTest(self, test: Any) -> None:
+        super().stopTest(test)
+        self._write(test)
+
+    def _write(self, test: Any) -> None:
+        outcome = ('FAILED' if self._failed else 'skipped' if self._skipped
+                   else 'ok')
+        if outcome != 'ok' or not self._quiet:
+            os.write(self._shown, ('%s [%.1f s] ... %s\n' % (
+                test.id(), time.monotonic() - self._began,
+                self._skipped or outcome)).encode())
+        self._written.write(json.dumps(
+            [test.id(), outcome, self._failed]).encode() + b'\n')
+        self._written.flush()
+
+
+def _tests(suite: Any) -> Iterator[unittest.TestCase]:
+    for each in suite:
+        if isinstance(each, unittest.TestCase):
+            yield each
+        else:
+            yield from _tests(each)
+
+
+def _classes(patterns: list[str], skip: str) -> list[list[unittest.TestCase]]:
+    """Return the tests that match, by class, in the order to begin them."""
+    found: dict[str, list[unittest.TestCase]] = {}
+    for test in _tests(unittest.defaultTestLoader.discover(
+            'tests', top_level_dir='.')):
+        name = test.id()
+        if (any(re.search(each, name) for each in patterns or [''])
+                and not (skip and re.search(skip, name))):
+            found.setdefault(name.rpartition('.')[0], []).append(test)
+
+    def rank(name: str) -> int:
+        return next((number for number, module in enumerate(FIRST)
+                     if name.startswith(module)), len(FIRST))
+
+    return [found[name] for name in sorted(found, key=rank)]
+
+
+def _start(job: Job, quiet: bool) -> int:
+    """Run a class in a process of its own; its number."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    shown = os.dup(1)
+    for number in (1, 2):
+        os.dup2(job.output.fileno(), number)
+    unittest.TestSuite(job.tests).run(Result(
+        shown, job.results, quiet))
+    # As Python ends, but without freeing all that was imported.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _finished(job: Job, status: int) -> tuple[int, dict[str, str]]:
+    """Return how many tests of a class passed, and why others failed."""
+    job.results.seek(0)
+    ended = [json.loads(line) for line in job.results]
+    failed = {name: '\n'.join(texts) for name, outcome, texts in ended
+              if outcome == 'FAILED'}
+    if status:
+        failed.update({name: 'Its process ended with status %d.' % status
+                       for name in {test.id() for test in job.tests}
+                       - {name for name, _, _ in ended}})
+    if failed:
+        job.output.seek(0)
+        print(job.output.read().decode(errors='replace')[-20000:])
+    return sum(outcome == 'ok' for _, outcome, _ in ended), failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog='tests.parallel')
+    parser.add_argument('--jobs', type=int, required=True)
+    parser.add_argument('--only', default='', help='all must match this')
+    parser.add_argument('--skip', default='', help='and none may match this')
+    parser.add_argument('--quiet', action='store_true',
+                        help='show failures and skipped tests only')
+    parser.add_argument('--count', type=argparse.FileType('w'),
+                        default='/dev/null',
+                        help='write how many passed and failed to this file')
+    parser.add_argument('patterns', nargs='*', help='or all, of those')
+    args = parser.parse_args()
+    waiting = [tests for tests in _classes(args.patterns, args.skip)
+               if re.search(args.only, tests[0].id())][::-1]
+    if any(not each[0].id().startswith('tests.unit') for each in waiting):
+        for each in (program.BREAK0, program.DAEMON):
+            program.serve(each)
+    # What is not collected is not copied by those who are forked.
+    gc.collect()
+    gc.freeze()
+    running: dict[int, Job] = {}
+    passed, failed = 0, {}  # how many, and why
+    while waiting or running:
+        while waiting and len(running) < args.jobs:
+            job = Job(waiting.pop(), tempfile.TemporaryFile(),
+                      tempfile.TemporaryFile())
+            running[_start(job, args.quiet)] = job
+        pid, status = os.wait()
+        if pid in running:
+            job = running.pop(pid)
+            count, texts = _finished(job, status)
+            passed += count
+            failed.update(texts)
+            job.results.close()
+            job.output.close()
+    # What a log of which only the end is kept has to hold.
+    for text in failed.values():
+        print('\n'.join(line[:300] for line in text.splitlines()[-40:]))
+    for name in failed:
+        print('FAILED: ' + name)
+    print('%d passed, %d failed' % (passed, len(failed)))
+    args.count.write('%d %d\n' % (passed, len(failed)))
+    return int(bool(failed))
+
+
+if __name__ == '__main__':
+    sys.exit(main())
