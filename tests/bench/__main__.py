@@ -34,6 +34,8 @@ SECTIONS: dict[str, bench.Measure] = {
     'binding': binding.binding, 'single': binding.single,
     'scale': scale.scale,
     'bursts': binding.bursts, 'cni': cni.adds}
+#: Those with numbers of pods, which --small divides by ten.
+SIZED: tuple[Any, ...] = (binding, bulk, hops, own, pods, scale)
 #: Run only where they are named: they take some ten minutes.
 LONG: dict[str, bench.Measure] = {'soak': binding.soak}
 
@@ -90,6 +92,8 @@ def _arguments(argv: Optional[list[str]]) -> argparse.Namespace:
     parser.add_argument('--repeat', metavar='N', type=_positive, default=200,
                         help='pairs by each way and number of routes; a '
                         'slow way gets fewer (default: %(default)d)')
+    parser.add_argument('--small', action='store_true',
+                        help='with a tenth of the pods, to see that it runs')
     parser.add_argument('sections', metavar='SECTION', nargs='*',
                         choices=[*SECTIONS, *LONG, []], default=[],
                         help='only these of: %s; not run without its name:'
@@ -100,6 +104,8 @@ def _arguments(argv: Optional[list[str]]) -> argparse.Namespace:
 def main(argv: Optional[list[str]] = None) -> int:
     args = _arguments(argv)
     logging.disable(logging.INFO)
+    for module in SIZED if args.small else ():
+        module.SIZES = tuple(size // 10 for size in module.SIZES)
     try:
         sections = {}
         for name in args.sections or SECTIONS:
