@@ -9,8 +9,8 @@ import hashlib
 import os
 import re
 import secrets
-from typing import (Callable, Collection, Iterator, Mapping, NamedTuple,
-                    Optional)
+from typing import (Callable, Collection, Iterable, Iterator, Mapping,
+                    NamedTuple, Optional)
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
@@ -106,6 +106,20 @@ def devices(identity: Optional[Identity],
     return found
 
 
+def of_lost_ledger(links: Iterable[kernel.Link],
+                   directory: str) -> dict[str, str]:
+    """Return the break0s, by parent, that name a directory as their ledger's.
+
+    The ledger that is there now may be a new one.
+    """
+    found = {}
+    for link in links:
+        alias, parent = Alias.parse(link.alias), lower_name(link)
+        if alias and parent and alias.directory == directory:
+            found[parent] = link.name
+    return found
+
+
 def name_for(options: config.Options, parent: str, primary: Optional[str],
              known: Optional[Mapping[str, str]] = None) -> str:
     """Return the name of the break0 of a parent; always the same.
@@ -116,11 +130,13 @@ def name_for(options: config.Options, parent: str, primary: Optional[str],
     named = options.devices.get(parent)
     if named is not None:
         return named
-    if primary in (None, parent):
+    if primary == parent:
         return options.device
     known = known or {}
     if known.get(parent, options.device) != options.device:
         return known[parent]  # it may be of the parent's earlier name
+    if primary is None:
+        return options.device
     name = '%s-%s' % (options.device, parent)
     if (len(name) <= _MAX_NAME and name not in known.values()
             and re.fullmatch(r'[\w.-]+', name, re.ASCII)):

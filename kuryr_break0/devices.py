@@ -109,10 +109,14 @@ class Devices:
                 *map(str, options.addr)]
 
     def ensure(self, netlink: kernel.Netlink, parent: str,
-               claim: bool = False) -> device.Ensured:
+               claim: bool = False,
+               refused: Collection[IPAddress] = (),
+               name: Optional[str] = None) -> device.Ensured:
         """Make sure of the break0 of a parent. Call it under the lock.
 
         :param claim: take it over if it belongs to another ledger
+        :param refused: addresses that get nothing, as far as it is known
+        :param name: what it is called; None if a snapshot did not say
         :raises Break0Error: if it cannot be made so
         :raises OtherLedger: if it belongs to another ledger and stays so
         """
@@ -124,9 +128,11 @@ class Devices:
             LOG.error('%s', err)
             identity = Identity.new()
         link = netlink.link(options.device)
-        others = device.devices(identity, netlink.link, (parent,))
+        others = (device.devices(identity, netlink.link, (parent,))
+                  if identity.devices else device.of_lost_ledger(
+                      netlink.links(), options.state_dir))
         primary = device.primary_of(options, others, link, ())
-        name = device.name_for(options, parent, primary, others)
+        name = name or device.name_for(options, parent, primary, others)
         if name != options.device:
             link = netlink.link(name)
         other = device.owned_by_other(link, identity) if link else None
@@ -153,7 +159,7 @@ class Devices:
                 # A repair, unless it is made for the first pod.
                 if not claim or ledger.records.count() > 1:
                     self._journal.add(Done.DEVICE)
-        self._ensure_guard(netlink, ensured.link, parent)
+        self._ensure_guard(netlink, ensured.link, parent, refused)
         return ensured
 
     def other_ledger(self, name: str, other: Alias) -> exceptions.OtherLedger:
@@ -178,7 +184,7 @@ class Devices:
         return True
 
     def _ensure_guard(self, netlink: kernel.Netlink, link: kernel.Link,
-                      parent: str) -> None:
+                      parent: str, refused: Collection[IPAddress]) -> None:
         """Make sure of the guard of a break0.
 
         :raises GuardUnavailable: if it cannot be had and [break0] guard is
@@ -197,8 +203,9 @@ class Devices:
                 return
             claims, _ = self._ledger.records.read()
             guarding.ensure(link, {
-                *pairs(each[0] for each in claims.values()
-                       if each[0].parent == parent),
+                *pairs(each[0] for address, each in claims.items()
+                       if each[0].parent == parent
+                       and address not in refused),
                 *self._unclaimed_pairs(netlink, link, claims)}, hosts)
             self.warn_once('unguarded', '')
         except (exceptions.GuardUnavailable, exceptions.KernelRefused,

@@ -342,18 +342,23 @@ class Engine:
                     if present is not None:
                         self.routes.require_free(wanted, [present])
                     ready.append((record, wanted, present))
-        before = [claim for move in moves.values() for claim in move.before]
+        # A table that was just loaded has all that is recorded.
+        refused = [record for record in records
+                   if record.address in failure.failed]
         with failure.noted(*moves):
-            self._admit(break0.name, [record for record, *_ in ready], before)
+            self._admit(break0.name, [
+                record for record in records if record not in refused
+            ], [*refused, *(claim for move in moves.values()
+                            for claim in move.before)])
         bound = []
+        for address, move in moves.items():
+            if any(claim.parent != first.parent for claim in move.before):
+                with failure.noted(address):
+                    self._withdraw(netlink, address, [
+                        name for name in self.devices.names(recorded=True)
+                        if name != break0.name], move.before, move.after)
         for record, wanted, present in ready:
             with failure.noted(record.address):
-                if any(claim.parent != record.parent for claim
-                       in moves[record.address].before):
-                    self._withdraw(netlink, record.address, [
-                        name for name in self.devices.names(recorded=True)
-                        if name != break0.name],
-                        moves[record.address].before)
                 self.routes.add(netlink, record, wanted, present, break0,
                                 sources[record.address])
                 say('Bound %s to %s for %s, source %s', record.address,
@@ -379,13 +384,12 @@ class Engine:
         return wanted
 
     def _admit(self, device: str, records: Collection[Record],
-               before: Iterable[Record] = ()) -> None:
+               before: Collection[Record] = ()) -> None:
         """Admit a pod; revoke earlier holders of its addresses.
 
         :raises GuardUnavailable: if that fails and [break0] guard is on
         """
         guarding = Guard(self._options, self._ledger, device)
-        before = list(before)
         if not guarding.is_wanted or not (records or before):
             return
         admitted = pairs(records)

@@ -15,7 +15,7 @@ import collections
 import contextlib
 import dataclasses
 import gc
-from typing import Any, Collection, Iterator, Mapping, Optional
+from typing import Any, Collection, Iterable, Iterator, Mapping, Optional
 
 from kuryr_break0.claims import Claims
 from kuryr_break0 import config
@@ -145,18 +145,24 @@ class _Sync:
         if not self._dry_run:
             self._note(seen)
             # What a gone one had, the next that has its address gets.
-            gone = {record.address for record in seen.gone}
-            for address in gone:
-                with self._failure.noted(address):
-                    self._engine.remove_gone_claims(self._netlink, address)
-            done = gone - self._failure.failed
-            for parent in seen.parents.values():
-                self._apply(parent, seen, gone)
+            moved = {record.address for record in seen.gone if record
+                     == seen.contents.claims[record.address][0]}
+            self._remove_gone(moved)
             self._applied.update(
                 item for parent in seen.parents.values()
-                for item in parent.plan.changes if item.dst in done)
+                for item in parent.plan.changes
+                if item.dst in moved - self._failure.failed)
+            for parent in seen.parents.values():
+                self._apply(parent, seen, moved)
+            self._remove_gone({record.address for record in seen.gone}
+                              - moved)
             self._note_taps(seen)
         return self._outcome(seen, devices, rebuilt, pruned)
+
+    def _remove_gone(self, addresses: Iterable[IPAddress]) -> None:
+        for address in addresses:
+            with self._failure.noted(address):
+                self._engine.remove_gone_claims(self._netlink, address)
 
     def _outcome(self, seen: Snapshot, devices: list[tuple[str, str]],
                  rebuilt: list[Record], pruned: set[Item]) -> Outcome:
@@ -295,16 +301,16 @@ class _Sync:
                 found += [(parent.device, text) for text in known_wrongly]
             if self._dry_run or not (texts or known_wrongly):
                 continue
+            refused = {*seen.refused, *parent.plan.blocked}
             with self._failure.noted(), self._ledger.lock():
                 # None, if all of them have been unbound meanwhile.
                 if claim or any(map(self._records.get, parent.live)):
                     if texts:
                         self._devices.ensure(self._netlink, parent.name,
-                                             claim)
+                                             claim, refused, parent.device)
                     # Not where pods have come and gone since it was read.
                     if self._devices.repair_guard(self._netlink, parent,
-                                                  {*seen.refused,
-                                                   *parent.plan.blocked}):
+                                                  refused):
                         found += [(parent.device, text)
                                   for text in known_wrongly]
         return found

@@ -287,7 +287,8 @@ class _KernelView:
         self.addresses = netlink.addresses()
         #: break0 by its parent, as the ledger or else the kernel knows
         self.devices = (self.identity.devices if self.identity
-                        else self._of_lost_ledger(options.state_dir))
+                        else device.of_lost_ledger(netlink.links(),
+                                                   options.state_dir))
         found = {name: self.link(name)
                  for name in (options.device, *self.devices.values())}
         self.indexes = [link.index for link in found.values()
@@ -297,16 +298,6 @@ class _KernelView:
         self.next_hops_seen = frozenset(ledger.next_hops_seen())
         self._neighbours = {index: netlink.neighbours(index)
                             for index in self.indexes}
-
-    def _of_lost_ledger(self, directory: str) -> dict[str, str]:
-        """Find what says that it belongs to this directory."""
-        found = {}
-        for link in self._netlink.links():
-            alias = Alias.parse(link.alias)
-            parent = device.lower_name(link)
-            if alias and parent and alias.directory == directory:
-                found[parent] = link.name
-        return found
 
     def link(self, name: str) -> Optional[kernel.Link]:
         if name not in self._links:
@@ -393,8 +384,8 @@ class _Reading:
         known = (device.devices(view.identity, view.link, used)
                  if view.identity else view.devices)
         primary = device.primary_of(options, known, view.primary_link, used)
-        if primary is None and used:
-            primary = min(used, key=lambda name: min(
+        if primary is None and used.keys() - known.keys():
+            primary = min(used.keys() - known.keys(), key=lambda name: min(
                 record.bound_at for record in used[name].values()))
         names = {*used, *known}
         if primary is not None:
@@ -437,13 +428,13 @@ class _Reading:
         difference = plan.compute(
             desired, view.routes.host, neighbours, device=index,
             protocol=options.route_protocol, takeover=options.takeover,
-            withdrawn=self._withdrawn(neighbours),
+            withdrawn=self._withdrawn(name, neighbours),
             elsewhere={*self._contents.claims, *self._contents.unreadable})
         guard, barred, admitted = self._guard(
-            usable, parent, {
-                address: record for address, record in live.items()
+            usable if live else None, parent, [
+                record for address, record in live.items()
                 if address not in self._refused
-                and address not in difference.blocked},
+                and address not in difference.blocked],
             routes.values(), neighbours)
         return Parent(
             name, device_name, parent, link, usable, conflict,
@@ -469,14 +460,14 @@ class _Reading:
 
     def _guard(self, link: Optional[kernel.Link],
                parent: Optional[kernel.Link],
-               allowed: Mapping[IPAddress, Record],
+               allowed: Iterable[Record],
                routes: Iterable[HostRoute],
                neighbours: Collection[Neighbour]
                ) -> tuple[Optional[str], frozenset[IPAddress],
                           frozenset[IPAddress]]:
         """Return what is wrong, who is barred, and who is admitted."""
         nobody: frozenset[IPAddress] = frozenset()
-        if link is None or parent is None or not allowed:
+        if link is None or parent is None:
             return None, nobody, nobody
         guard = Guard(self._options, self._ledger, link.name)
         problem = guard.problem(link, self._policy.solicited(
@@ -484,7 +475,7 @@ class _Reading:
         if problem is not None or not guard.is_possible:
             return problem, nobody, nobody
         missing, extra = guard.difference(
-            pairs(allowed.values()),
+            pairs(allowed),
             unclaimed_pairs(routes, neighbours, self._options.route_protocol,
                             self._contents.claims))
         return None, _addresses(missing), _addresses(extra)
@@ -509,15 +500,18 @@ class _Reading:
                     address, index, sources[key]))
         return desired
 
-    def _withdrawn(self, neighbours: Collection[Neighbour]
+    def _withdrawn(self, parent: str, neighbours: Collection[Neighbour]
                    ) -> set[IPAddress]:
-        """Return the addresses that are nobody's any more.
+        """Return the addresses that are nobody's any more on a parent.
+
+        Such is one whose record is on another parent by now.
 
         Not one whose neighbour has another MAC address than its record: a
         pod has it that could not be recorded, or another ledger has.
         """
         macs = {each.dst: each.mac for each in neighbours}
-        withdrawn = set(self._refused)
+        withdrawn = {address for address, record in self._live.items()
+                     if address in self._refused or record.parent != parent}
         gone: dict[IPAddress, set[Optional[str]]] = {}
         for record in self._gone:
             if record.address not in self._live:

@@ -9,6 +9,7 @@ import dataclasses
 import os
 from typing import Callable, Optional, TypeVar
 
+from kuryr_break0.kernel import node
 from kuryr_break0.ledger import files
 from kuryr_break0.ledger.lock import Lock
 from kuryr_break0.ledger import records
@@ -64,11 +65,9 @@ def inspect(ledger: Records, known: Optional[Contents] = None) -> Contents:
             found = {records.address_of(name)}
             for address in found:
                 stamps[address] = files.stamp(path)
-                claims[address] = (
-                    known.claims[address] if known is not None
-                    and address in known.claims and stamps[address]
-                    and stamps[address] == known.stamps[address]
-                    else ledger.parsed(path, address))
+                claims[address] = _still(
+                    known, address, stamps[address]) or ledger.parsed(
+                        path, address)
         except (FileNotFoundError, NotADirectoryError):
             pass  # unbound meanwhile
         except NewerVersion as err:
@@ -86,6 +85,20 @@ def inspect(ledger: Records, known: Optional[Contents] = None) -> Contents:
          for address in sorted(claims, key=address_order)},
         damaged, newer, tuple(sorted(quarantined)),
         frozenset(unreadable - claims.keys()), stamps)
+
+
+def _still(known: Optional[Contents], address: IPAddress,
+           stamp: Optional[files.Stamp]) -> tuple[Record, ...]:
+    """Return the claims that were read before, if nothing has changed.
+
+    A parent that was renamed meanwhile has another name in them.
+    """
+    found = known.claims.get(address, ()) if known is not None else ()
+    if known is None or stamp is None or stamp != known.stamps.get(address):
+        return ()
+    return found if all(
+        claim.parent == node.current_name(claim.parent, claim.parent_index)
+        for claim in found) else ()
 
 
 def at_one_moment(ledger: Records, lock: Lock, look: Callable[[], B],

@@ -12,11 +12,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-from typing import Any, Iterator, Optional, Sequence
+import ipaddress
+from typing import Any, Iterable, Iterator, Optional, Sequence
 import unittest
 from unittest import mock
 
 from kuryr_break0 import exceptions
+from kuryr_break0 import guard
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import node
 from kuryr_break0.kernel import values
@@ -44,6 +46,7 @@ class FakeKernel:
         self.namespaces: dict[str, NamespaceId] = {}
         self.gone: set[NamespaceId] = set()
         self.macvlans_found: list[kernel.Macvlan] = []
+        self.tables: dict[str, set[kernel.Pair]] = {}
         self.fail: Any = lambda verb, item: None
         self.next_index = 1
 
@@ -62,7 +65,44 @@ class FakeKernel:
         self.links[link.name] = dataclasses.replace(self.links[link.name],
                                                     **fields)
 
+    @property
+    def pairs(self) -> list[kernel.Pair]:
+        """Return the elements of all tables."""
+        return [each for pairs in self.tables.values() for each in pairs]
+
+    def lose(self, name: str) -> None:
+        """Let an interface go, with all that is on it."""
+        link = self.links.pop(name)
+        self.host = {key: route for key, route in self.host.items()
+                     if route.oif != link.index}
+        self.known = {key: each for key, each in self.known.items()
+                      if key[0] != link.index}
+        # Its table is still there, without what was attached to it.
+        self.tables.pop(guard.table_of(name), None)
+
     # The functions of the package
+
+    def node_nft(self, exclusive: bool = False) -> FakeNft:
+        return FakeNft(self)
+
+    def find_program(self, name: str) -> Optional[str]:
+        return '/usr/sbin/' + name
+
+    def load(self, nft: str, text: str, *options: str) -> Optional[str]:
+        """Load a table, as nft does it."""
+        table = text.split()[2]
+        pairs = self.tables[table] = set()
+        for line in text.splitlines():
+            if line.startswith('add element'):
+                *mac, address = line.partition('{')[2].strip(' }').split(' . ')
+                pairs.add(kernel.Pair(
+                    ipaddress.ip_address(address).packed,
+                    bytes.fromhex(mac[0].replace(':', '')) if mac else None))
+        return None
+
+    def count_host_routes(self, devices: Any) -> int:
+        return sum(self.name_of(route.oif) in devices
+                   for route in self.host.values())
 
     def create_macvlan(self, name: str, parent: kernel.Link,
                        mac: str) -> None:
@@ -151,6 +191,10 @@ class FakeNetlink:
     def routes(self, devices: Any = ()) -> kernel.Routes:
         return kernel.Routes(tuple(self._fake.host.values()), frozenset())
 
+    def host_routes_of(self, ifindex: int, table: int) -> list[HostRoute]:
+        return [route for route in self._fake.host.values()
+                if (route.oif, route.table) == (ifindex, table)]
+
     def next_hops(self, *args: Any) -> frozenset[IPAddress]:
         return frozenset()
 
@@ -209,7 +253,8 @@ class FakeNetlink:
         key = item.dst, item.table
         present = self._fake.host.get(key)
         if verb is kernel.Verb.DELETE:
-            if present is None or present.protocol != item.protocol:
+            if present is None or present.protocol != item.protocol or (
+                    item.oif not in (None, present.oif)):
                 return _refused(errno.ESRCH)
             del self._fake.host[key]
         elif verb is kernel.Verb.ADD and present is not None:
@@ -223,22 +268,53 @@ def _refused(code: int) -> exceptions.KernelRefused:
     return exceptions.KernelRefused('change', 'so it is', code)
 
 
+class FakeNft:
+    """What a :class:`kernel.Nft` on it answers, of the table of a break0."""
+
+    def __init__(self, fake: FakeKernel) -> None:
+        self._fake = fake
+
+    def add(self, table: str, pairs: Iterable[kernel.Pair]) -> None:
+        if table in self._fake.tables:
+            self._fake.tables[table] |= set(pairs)
+
+    def delete(self, table: str, pairs: Iterable[kernel.Pair]) -> None:
+        if table in self._fake.tables:
+            self._fake.tables[table] -= set(pairs)
+
+    def elements(self, table: str) -> set[kernel.Pair]:
+        return set(self._fake.tables.get(table, ()))
+
+    def rules(self, table: str) -> list[int]:
+        return [1, 2] if table in self._fake.tables else []
+
+    def add_answer(self, *args: Any) -> None:
+        pass
+
+    def delete_table(self, table: str) -> bool:
+        return self._fake.tables.pop(table, None) is not None
+
+
+def patchers(fake: FakeKernel) -> Iterator[Any]:
+    """Return what puts a fake kernel in the place of the real one."""
+    for name in ('count_host_routes', 'create_macvlan', 'current_name',
+                 'exists', 'identify', 'identify_or_fail', 'index_of',
+                 'name_of', 'macvlans', 'node_nft', 'source_for',
+                 'read_sysctl', 'write_sysctl', 'find_program',
+                 'forget_connections', 'entered'):
+        yield mock.patch.object(kernel, name, getattr(fake, name))
+    yield mock.patch.object(kernel, 'Netlink', fake.socket)
+    yield mock.patch.object(kernel.Judge, 'judge', fake.judge)
+    yield mock.patch.object(node, 'current_name', fake.current_name)
+    yield mock.patch.object(guard, '_load', fake.load)
+
+
 class FakeKernelTestCase(unittest.TestCase):
     """A test whose kernel is a fake one."""
 
     def setUp(self) -> None:
         super().setUp()
         self.fake = FakeKernel()
-        for name in ('create_macvlan', 'current_name', 'exists', 'identify',
-                     'identify_or_fail', 'index_of', 'name_of', 'macvlans',
-                     'source_for', 'read_sysctl', 'write_sysctl',
-                     'forget_connections', 'entered'):
-            self._patch(kernel, name, getattr(self.fake, name))
-        self._patch(kernel, 'Netlink', self.fake.socket)
-        self._patch(kernel.Judge, 'judge', self.fake.judge)
-        self._patch(node, 'current_name', self.fake.current_name)
-
-    def _patch(self, where: Any, name: str, value: Any) -> None:
-        patcher = mock.patch.object(where, name, value)
-        patcher.start()
-        self.addCleanup(patcher.stop)
+        for patcher in patchers(self.fake):
+            patcher.start()
+            self.addCleanup(patcher.stop)

@@ -1,0 +1,460 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Random orders of all that happens to a node, against a kernel in memory.
+
+The invariants are those of the engine: each live claim has its items and
+nobody else's; nothing of a dead one is left; what is not ours is never
+touched; one more sync changes nothing.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import errno
+import ipaddress
+import itertools
+import logging
+import os
+import shutil
+import tempfile
+from typing import Any, Callable, Iterator, Optional
+import unittest
+from unittest import mock
+
+import hypothesis
+from hypothesis import stateful
+from hypothesis import strategies as st
+
+from kuryr_break0 import exceptions
+from kuryr_break0 import kernel
+from kuryr_break0 import ledger
+from kuryr_break0.ledger import records
+from kuryr_break0 import manager
+from kuryr_break0.model import HostRoute
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import NamespaceId
+from kuryr_break0.model import Origin
+from kuryr_break0.model import Owner
+from kuryr_break0 import reconciler
+from tests.functional import base
+from tests.unit import fake
+
+ADDRESSES = [ipaddress.ip_address(text) for text in (
+    '10.0.0.71', '10.0.0.72', 'fd00::71')]
+PARENTS = 'eth0', 'eth1'
+PATHS = ['/run/netns/%d' % number for number in range(4)]
+
+addresses = st.sampled_from(ADDRESSES)
+some = st.integers(0, 2 ** 16)
+
+
+# To shrink takes minutes; set it where a person waits for that.
+PHASES = [hypothesis.Phase.generate] + (
+    [hypothesis.Phase.shrink] if os.environ.get('SHRINK') else [])
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@dataclasses.dataclass
+class Sandbox:
+    """A namespace with a macvlan; its path may be another one's later."""
+
+    path: str
+    namespace: NamespaceId
+    parent: str
+    mac: str
+    owner: Owner
+    addresses: set[IPAddress] = dataclasses.field(default_factory=set)
+    lives: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Add:
+    """What was asked for once, and can be undone, repeated or be late."""
+
+    sandbox: int
+    address: IPAddress
+    bound_at: float
+
+
+class Node(stateful.RuleBasedStateMachine):
+    """The node: what is asked for, and what must be there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stack = contextlib.ExitStack()
+        directory = self._stack.enter_context(tempfile.TemporaryDirectory(
+            dir='/dev/shm' if os.path.isdir('/dev/shm') else None))
+        self.options = base.options(state_dir=os.path.join(directory, 's'))
+        self.fake = fake.FakeKernel()
+        for number, parent in enumerate(PARENTS):
+            self.fake.add_link(parent)
+            self.fake.owned += [
+                (parent, ipaddress.ip_address('10.0.%d.1' % number)),
+                (parent, ipaddress.ip_address('fd00::%d:1' % number))]
+        for patcher in fake.patchers(self.fake):
+            self._stack.enter_context(patcher)
+        self.sandboxes: list[Sandbox] = []
+        self.adds: list[Add] = []
+        #: owners by address, the newest first
+        self.claims: dict[IPAddress, list[Sandbox]] = (
+            collections.defaultdict(list))
+        self.bound_at: dict[tuple[IPAddress, int], float] = {}
+        #: whose record was rebuilt, so that nobody knows their owner
+        self.rebuilt: set[int] = set()
+        self.discovered: set[tuple[IPAddress, int]] = set()
+        self.clock = itertools.count(1)
+        self.was_killed = False
+        self.foreign: dict[Any, HostRoute] = {}
+        self.others = HostRoute(ipaddress.ip_address('10.9.9.9'), 1, 4, 254)
+        self.fake.host[self.others.dst, 254] = self.others
+
+    def teardown(self) -> None:
+        self._stack.close()
+
+    # What happens
+
+    @stateful.rule(path=st.sampled_from(PATHS),
+                   parent=st.sampled_from(PARENTS))
+    def new_sandbox(self, path: str, parent: str) -> None:
+        for each in self.sandboxes:
+            if each.path == path and each.lives:
+                self.end(each)
+        number = len(self.sandboxes)
+        # The kernel uses inode numbers again, and cookies never.
+        namespace = NamespaceId(4, 100 + PATHS.index(path), 1000 + number)
+        self.fake.namespaces[path] = namespace
+        self.sandboxes.append(Sandbox(
+            path, namespace, parent, 'fa:16:3e:00:00:%02x' % number,
+            Owner('container-%d' % number, 'eth0')))
+
+    @stateful.precondition(lambda self: self.sandboxes)
+    @stateful.rule(which=some)
+    def end_sandbox(self, which: int) -> None:
+        found = self.sandbox(which)
+        if found.lives:
+            del self.fake.namespaces[found.path]
+            self.end(found)
+
+    def end(self, sandbox: Sandbox) -> None:
+        sandbox.lives = False
+        self.fake.gone.add(sandbox.namespace)
+
+    def sandbox(self, which: int) -> Sandbox:
+        return self.sandboxes[which % len(self.sandboxes)]
+
+    @stateful.precondition(lambda self: self.sandboxes)
+    @stateful.rule(which=some, address=addresses, yields=st.booleans(),
+                   killed=st.none() | st.integers(0, 6),
+                   fails=st.sampled_from((0, 0, 0, errno.ENOBUFS)))
+    def add(self, which: int, address: IPAddress, yields: bool,
+            killed: Optional[int], fails: int) -> None:
+        sandbox = self.sandbox(which)
+        if sandbox.lives:
+            made = Add(self.sandboxes.index(sandbox), address,
+                       float(next(self.clock)))
+            self.adds.append(made)
+            self.bind(made, yields, killed, fails)
+
+    @stateful.precondition(lambda self: self.adds)
+    @stateful.rule(which=some)
+    def add_late(self, which: int) -> None:
+        """One that waited for the lock while others did not."""
+        made = self.adds[which % len(self.adds)]
+        if self.sandboxes[made.sandbox].lives:
+            self.bind(made, False, None, 0)
+
+    def bind(self, made: Add, yields: bool, killed: Optional[int],
+             fails: int) -> None:
+        sandbox = self.sandboxes[made.sandbox]
+        sandbox.addresses.add(made.address)
+        present = self.claims[made.address]
+        key = made.address, made.sandbox
+        owner = sandbox.owner
+        if yields:  # as discovery
+            owner = Owner('discovered-%d' % made.sandbox, 'eth0')
+        is_known = key in self.bound_at and sandbox in present and (
+            made.sandbox not in self.rebuilt)
+        if is_known and (key in self.discovered) != yields:
+            return  # an engine and discovery at once are for other tests
+        rivals = [each for each in present
+                  if each.lives and each is not sandbox]
+        is_late = is_known and self.bound_at[key] > made.bound_at
+        ended = self.attempt(made.address, sandbox, killed, fails, lambda: (
+            manager.Break0Manager(self.options).bind(
+                owner, [made.address], parent=sandbox.parent,
+                mac=sandbox.mac, netns=sandbox.path, yielding=yields,
+                origin=Origin.DISCOVERED if yields else Origin.CNI,
+                bound_at=made.bound_at)))
+        if is_late:
+            assert ended is None or killed is not None, ended
+            return
+        if yields and rivals:
+            assert isinstance(ended, (exceptions.AddressTaken, Killed)), ended
+            return
+        if ended is None:
+            assert (made.address, 254) not in self.foreign
+        is_foreign = isinstance(ended, exceptions.ForeignRoute)
+        if is_foreign:
+            assert (made.address, 254) in self.foreign
+        if ended is None or is_foreign and not yields:
+            self.claims[made.address] = [sandbox, *(
+                each for each in present if each is not sandbox)]
+            self.note(made, yields)
+        elif self.recorded(made.address)[:1] == [sandbox] and (
+                self.ledger().records.claims(made.address)[0].bound_at
+                == made.bound_at):
+            self.note(made, yields)
+        if ended is None:
+            self.assert_served(made.address)
+
+    def note(self, made: Add, yields: bool) -> None:
+        key = made.address, made.sandbox
+        self.bound_at[key] = made.bound_at
+        self.discovered.discard(key)
+        if yields:
+            self.discovered.add(key)
+        self.rebuilt.discard(made.sandbox)
+
+    @stateful.precondition(lambda self: self.adds)
+    @stateful.rule(which=some, undoes=st.booleans(),
+                   all_of_it=st.booleans(),
+                   killed=st.none() | st.integers(0, 6),
+                   fails=st.sampled_from((0, 0, 0, errno.ENOBUFS)))
+    def delete(self, which: int, undoes: bool, all_of_it: bool,
+               killed: Optional[int], fails: int) -> None:
+        """A DEL: in time, late, again; or an undo."""
+        made = self.adds[which % len(self.adds)]
+        sandbox = self.sandboxes[made.sandbox]
+        key = made.address, made.sandbox
+        owner = (Owner('discovered-%d' % made.sandbox, 'eth0')
+                 if key in self.discovered else sandbox.owner)
+        was_it = not undoes or self.bound_at.get(key) == made.bound_at
+        if made.sandbox in self.rebuilt:
+            # By its namespace, which the path has to be of.
+            was_it &= not undoes and sandbox.lives
+        ended = self.attempt(made.address, sandbox, killed, fails, lambda: (
+            manager.Break0Manager(self.options).unbind(
+                owner, None if all_of_it and not undoes else [made.address],
+                sandbox.path, sandbox.mac,
+                bound_at=made.bound_at if undoes else None)))
+        if ended is not None:
+            return
+        for address in ADDRESSES if all_of_it and not undoes else [
+                made.address]:
+            present = self.claims[address]
+            if was_it and sandbox in present and (
+                    (address, made.sandbox) in self.discovered) == (
+                        key in self.discovered):
+                present.remove(sandbox)
+
+    @stateful.rule()
+    def housekeep(self) -> None:
+        with contextlib.suppress(exceptions.Break0Error):
+            manager.Break0Manager(self.options).housekeep()
+
+    @stateful.rule(killed=st.integers(0, 9))
+    def killed_sync(self, killed: int) -> None:
+        with self.dying(killed), contextlib.suppress(
+                Killed, exceptions.Break0Error):
+            self.sync()
+
+    @stateful.rule(address=addresses)
+    def foreign_route(self, address: IPAddress) -> None:
+        self.foreign[address, 254] = self.fake.host[address, 254] = HostRoute(
+            address, 1, 4, 254, None, 0)
+
+    @stateful.precondition(lambda self: self.foreign)
+    @stateful.rule(which=some)
+    def foreign_route_goes(self, which: int) -> None:
+        key = list(self.foreign)[which % len(self.foreign)]
+        del self.foreign[key], self.fake.host[key]
+
+    @stateful.rule(address=addresses, what=st.integers(0, 4))
+    def somebody_deletes(self, address: IPAddress, what: int) -> None:
+        if what == 0 and (address, 254) not in self.foreign:
+            self.fake.host.pop((address, 254), None)
+        elif what == 1:
+            for key in [key for key in self.fake.known if key[1] == address]:
+                del self.fake.known[key]
+        elif what == 2:
+            for pairs in self.fake.tables.values():
+                pairs.clear()
+        elif what == 3:
+            for name in [name for name in self.fake.links
+                         if name.startswith('break0')]:
+                self.fake.lose(name)
+        elif what == 4:
+            for name in [name for name in self.fake.links
+                         if name.startswith('break0')]:
+                self.fake.replace(self.fake.links[name], mtu=1400)
+
+    @stateful.rule()
+    def lose_the_ledger(self) -> None:
+        self.settle()
+        served = {address: self.claims[address][0] for address in ADDRESSES
+                  if self.claims[address]
+                  and (address, 254) not in self.foreign}
+        shutil.rmtree(self.options.state_dir, ignore_errors=True)
+        for address in ADDRESSES:
+            self.claims[address] = []
+            if address in served:
+                sandbox = served[address]
+                number = self.sandboxes.index(sandbox)
+                self.claims[address] = [sandbox]
+                self.rebuilt.add(number)
+                self.discovered.discard((address, number))
+                self.bound_at.pop((address, number), None)
+        for address, _ in self.foreign:
+            # Of what is blocked a neighbour may be left, as unclaimed.
+            for key in [key for key in self.fake.known if key[1] == address]:
+                del self.fake.known[key]
+        self.sync()
+        self.settle()
+
+    @stateful.rule()
+    def settle(self) -> None:
+        """A sync makes everything right, and the next one finds nothing."""
+        self.sync()
+        outcome = self.sync()
+        assert not outcome, outcome
+        # If the new owner of an address was killed before it set anything,
+        # and ended, nothing says whose is what is left of the one before.
+        doubtful = {item.dst for item in outcome.unclaimed}
+        assert self.was_killed or not doubtful, outcome
+        assert not outcome.errors, outcome.errors
+        for address in ADDRESSES:
+            self.claims[address] = [each for each in self.claims[address]
+                                    if each.lives]
+            assert self.recorded(address) == self.claims[address], (
+                address, self.recorded(address), self.claims[address])
+            if address not in doubtful:
+                self.assert_served(address)
+        served = doubtful.union(address for address in ADDRESSES
+                                if self.claims[address])
+        assert {dst for _, dst in self.fake.known} <= served
+        assert {each.address for each in self.fake.pairs} <= {
+            each.packed for each in served}
+
+    # What must be
+
+    def assert_served(self, address: IPAddress) -> None:
+        """The newest claim has its items, and nobody else's."""
+        living = [each for each in self.claims[address] if each.lives]
+        route = self.fake.host.get((address, 254))
+        known = {index: each.mac for (index, dst), each
+                 in self.fake.known.items() if dst == address}
+        pairs = [each.mac for each in self.fake.pairs
+                 if each.address == address.packed]
+        if (address, 254) in self.foreign:
+            assert not pairs, pairs
+            return
+        if not living:
+            assert (route, known, pairs) == (None, {}, [])
+            return
+        sandbox = living[0]
+        parent = self.fake.links[sandbox.parent].index
+        index = next(each.index for each in self.fake.links.values()
+                     if each.kind == 'macvlan' and each.lower == parent)
+        assert route is not None and (route.oif, route.protocol) == (
+            index, 176), route
+        assert known == {index: sandbox.mac}, (known, sandbox)
+        assert pairs == [bytes.fromhex(sandbox.mac.replace(':', ''))], pairs
+
+    @stateful.invariant()
+    def others_are_as_they_were(self) -> None:
+        for key, route in self.foreign.items():
+            assert self.fake.host.get(key) is route
+        assert self.fake.host[self.others.dst, 254] is self.others
+
+    # How
+
+    def ledger(self) -> ledger.Ledger:
+        return ledger.Ledger(self.options.state_dir, 1)
+
+    def recorded(self, address: IPAddress) -> list[Sandbox]:
+        by_namespace = {each.namespace: each for each in self.sandboxes}
+        return [by_namespace[claim.namespace] for claim
+                in self.ledger().records.claims(address)
+                if claim.namespace is not None]
+
+    def sync(self) -> reconciler.Outcome:
+        link = self.fake.links['eth0']
+        self.fake.macvlans_found = [
+            kernel.Macvlan(each.path, each.namespace, each.parent,
+                           dataclasses.replace(link, name='eth0',
+                                               mac=each.mac),
+                           tuple(sorted(each.addresses, key=str)))
+            for each in self.sandboxes if each.lives]
+        return reconciler.Reconciler(self.options, self.ledger()).sync()
+
+    def attempt(self, address: IPAddress, sandbox: Sandbox,
+                killed: Optional[int], fails: int,
+                action: Callable[[], Any]) -> Optional[BaseException]:
+        """Do something that may fail or be killed; how it ended.
+
+        Then it may have been done or not, but for nobody else.
+        """
+        self.fake.fail = lambda verb, item: fails
+        try:
+            with self.dying(killed):
+                action()
+            return None
+        except (Killed, exceptions.Break0Error) as err:
+            for each in ADDRESSES:
+                before = [other for other in self.claims[each]
+                          if other is not sandbox and other.lives]
+                found = [other for other in self.recorded(each)
+                         if other.lives]
+                assert [other for other in found
+                        if other is not sandbox] == before, (found, before)
+                self.claims[each] = found
+            return err
+        finally:
+            self.fake.fail = lambda verb, item: 0
+
+    @contextlib.contextmanager
+    def dying(self, left: Optional[int]) -> Iterator[None]:
+        """Kill this process after so many steps."""
+        if left is None:
+            yield
+            return
+        steps = itertools.count()
+
+        def counted(original: Any) -> Any:
+            def step(*args: Any) -> Any:
+                if next(steps) == left:
+                    self.was_killed = True
+                    raise Killed
+                return original(*args)
+            return step
+
+        with contextlib.ExitStack() as stack:
+            for owner, name in ((records.Records, 'put'),
+                                (records.Records, 'remove'),
+                                (fake.FakeNetlink, 'change'),
+                                (fake.FakeNft, 'add'),
+                                (fake.FakeNft, 'delete'),
+                                (fake.FakeNetlink, 'raise_link')):
+                stack.enter_context(mock.patch.object(
+                    owner, name, counted(getattr(owner, name))))
+            yield
+
+
+class TestModel(unittest.TestCase):
+
+    def test_any_order_of_events(self) -> None:
+        logger = logging.getLogger('kuryr_break0')
+        self.addCleanup(logger.setLevel, logger.level)
+        logger.setLevel(logging.CRITICAL)
+        stateful.run_state_machine_as_test(
+            Node, settings=hypothesis.settings(
+                max_examples=int(os.environ.get('EXAMPLES', 60)),
+                stateful_step_count=40, deadline=None, database=None,
+                phases=PHASES,
+                derandomize='EXAMPLES' not in os.environ,
+                suppress_health_check=list(hypothesis.HealthCheck)))
