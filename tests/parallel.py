@@ -50,7 +50,7 @@ class Result(unittest.TestResult):
         self._shown = shown
         self._written = written
         self._quiet = quiet
-        self._began = 0.0
+        self._began = time.monotonic()
         self._failed: list[str] = []
         self._skipped = ''
 

@@ -40,7 +40,6 @@ BREAK0 = os.path.join(BIN, 'kuryr-break0')
 DAEMON = os.path.join(BIN, 'kuryr-daemon')
 
 _NAMESPACES = ('net', 'mnt')
-_PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 #: The socket of the server of each program.
 _servers: dict[str, str] = {}
@@ -195,7 +194,9 @@ def _address(program: str) -> str:
     if program not in _servers:
         serve(program)
     # It has to import what the program imports, once.
+    ends = time.monotonic() + 300
     while not os.path.exists(_servers[program]):
+        assert time.monotonic() < ends, 'no server of ' + program
         time.sleep(0.02)
     return _servers[program]
 
@@ -228,7 +229,7 @@ def _imported(program: str) -> Callable[[], Any]:
 
 
 def _serve(program: str, path: str) -> None:
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = os.getppid()
     # As in a start of the program.
     sys.path[0] = os.path.dirname(program)
     main = _imported(program)
@@ -239,14 +240,18 @@ def _serve(program: str, path: str) -> None:
         server.bind(path + '.new')
         server.listen(100)
         os.rename(path + '.new', path)
-        while True:
-            client = server.accept()[0]
-            if not os.fork():
-                break
-            client.close()
+        server.settimeout(1)
+        while os.getppid() == parent:
+            with contextlib.suppress(socket.timeout):
+                client = server.accept()[0]
+                if not os.fork():
+                    break
+                client.close()
             with contextlib.suppress(ChildProcessError):
                 while os.waitpid(-1, os.WNOHANG)[0]:
                     pass
+        else:
+            return
     data, files, _, _ = socket.recv_fds(client, 2 ** 20, 5)
     pid = os.fork()
     if pid:
@@ -258,9 +263,15 @@ def _serve(program: str, path: str) -> None:
     client.close()
     for file in files[3:]:
         assert _libc.setns(file, 0) == 0, os.strerror(ctypes.get_errno())
-    for number, file in enumerate(files):
-        if number < 3:
-            os.dup2(file, number)
+    for number, name in enumerate(('stdin', 'stdout', 'stderr')):
+        os.dup2(files[number], number)
+        # The one of the server is about another file.
+        stream = getattr(sys, name)
+        setattr(sys, name, open(
+            number, stream.mode, encoding=stream.encoding,
+            errors=stream.errors, closefd=False,
+            buffering=1 if name == 'stderr' else -1))
+    for file in files:
         os.close(file)
     wanted = json.loads(data)
     os.chdir(wanted['cwd'])
