@@ -4,24 +4,28 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
-
-from kuryr_break0.cli import common
-from kuryr_break0.doctor import installation
-from kuryr_break0.doctor import report
 
 
 def main() -> int:
     """Run ``kuryr-break0`` and return its exit code."""
+    if sys.argv[1:] == ['--version']:
+        print(importlib.metadata.version('kuryr-break0'))
+        return 0
     try:
         from kuryr_break0.cli import main as cli
     except ImportError as err:
-        # For example by a pyroute2 that is too new. The doctor reports it.
+        # As of a dependency that is too new. The doctor reports it.
         return _explain(err)
     return cli.main()
 
 
 def _explain(err: ImportError) -> int:
+    from kuryr_break0.cli import common
+    from kuryr_break0.doctor import installation
+    from kuryr_break0.doctor import report
+
     found = list(installation.check())
     if 'doctor' in sys.argv[1:] and found:
         print((report.as_json if '--json' in sys.argv else report.as_text)(

@@ -52,6 +52,12 @@ class DeviceConflict(Break0Error):
                'delete it, or choose another name by [break0] device.')
 
 
+class CannotCreate(Break0Error):
+    msg_fmt = ('The interface %(device)s cannot be created, since pyroute2 '
+               'cannot be imported: %(reason)s. See which version is needed: '
+               'kuryr-break0 doctor')
+
+
 class AddressRefused(Break0Error):
     msg_fmt = ('The address %(address)s gets no route through %(device)s: '
                '%(reason)s.')

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Loggers of this package: those of oslo.log, with each error said once.
+"""Loggers of this package, for oslo.log, which is not imported.
 
 And what makes a text safe for a log and a terminal, whoever chose it.
 """
@@ -8,9 +8,12 @@ And what makes a text safe for a log and a terminal, whoever chose it.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
-from oslo_log import log as oslo_logging
+if TYPE_CHECKING:
+    _Adapter = logging.LoggerAdapter[logging.Logger]
+else:
+    _Adapter = logging.LoggerAdapter
 
 
 def safe(text: str) -> str:
@@ -28,7 +31,7 @@ def safe(text: str) -> str:
         else each.encode('unicode_escape').decode() for each in text)
 
 
-class _Logger(oslo_logging.KeywordArgumentAdapter):
+class _Logger(_Adapter):
 
     def log(self, level: int, msg: Any, *args: Any, **kwargs: Any) -> None:
         """Log a line, as the base class does.
@@ -50,6 +53,6 @@ class _Logger(oslo_logging.KeywordArgumentAdapter):
             super().log(level, msg, *args, **kwargs)
 
 
-def get_logger(name: str) -> logging.LoggerAdapter[logging.Logger]:
+def get_logger(name: str) -> _Adapter:
     """Return the logger of a module of this package."""
-    return _Logger(logging.getLogger(name), {'project': 'kuryr-break0'})
+    return _Logger(logging.getLogger(name), {})

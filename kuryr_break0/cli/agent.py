@@ -8,7 +8,6 @@ from typing import Any
 
 from oslo_config import cfg
 
-from kuryr_break0.agent.loop import Agent
 from kuryr_break0.cli import common
 from kuryr_break0.cli import parser
 from kuryr_break0 import config
@@ -51,6 +50,9 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
                 'read; the line before says why')
         _warn(conf)
         return config.load(conf)
+
+    # No other verb needs what serves metrics.
+    from kuryr_break0.agent.loop import Agent
 
     _warn(conf)
     Agent(options, load).run()

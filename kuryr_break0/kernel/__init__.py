@@ -10,10 +10,9 @@ No NetlinkError leaves this package, since Kuryr takes any that carries EEXIST
 for a VLAN conflict, and answers any other with a page of HTML.
 """
 
+from kuryr_break0 import exceptions
 from kuryr_break0.kernel.conflict import claimants
 from kuryr_break0.kernel.conntrack import forget_connections
-from kuryr_break0.kernel.errors import IPDB_DISTURBED
-from kuryr_break0.kernel.errors import undisturbed
 from kuryr_break0.kernel.events import Changes
 from kuryr_break0.kernel.events import Event
 from kuryr_break0.kernel.events import Events
@@ -26,9 +25,6 @@ from kuryr_break0.kernel.existence import Judge
 from kuryr_break0.kernel.existence import State
 from kuryr_break0.kernel.existence import state
 from kuryr_break0.kernel.existence import Verdict
-from kuryr_break0.kernel.ipdb import create_macvlan
-from kuryr_break0.kernel.ipdb import ipdb_of_interfaces
-from kuryr_break0.kernel.ipdb import prepare
 from kuryr_break0.kernel.macvlans import Macvlan
 from kuryr_break0.kernel.macvlans import macvlan_of
 from kuryr_break0.kernel.macvlans import macvlans
@@ -70,14 +66,25 @@ from kuryr_break0.kernel.wire import RT_TABLE_MAIN
 
 __all__ = (
     'Change', 'Changes', 'Event', 'Events', 'Found', 'GatewayRoute',
-    'IPDB_DISTURBED', 'Judge', 'Link', 'Macvlan',
-    'Mounts', 'NamespaceEvents', 'Netlink', 'Nft', 'NftEvents', 'Pair',
-    'Path', 'RTN_UNICAST', 'RT_SCOPE_LINK', 'RT_SCOPE_NOWHERE',
-    'RT_TABLE_MAIN', 'Route', 'Routes', 'State', 'Verb', 'Verdict',
-    'claimants', 'container_of', 'count_host_routes', 'create_macvlan',
-    'current_name', 'entered', 'exists', 'find', 'find_program', 'find_taps',
-    'forget_connections', 'identify', 'identify_or_fail', 'index_of',
-    'ipdb_of_interfaces', 'macvlan_of', 'macvlans', 'macvlans_in',
-    'mounted', 'name_of', 'node_nft', 'number', 'prepare', 'read_sysctl',
-    'release', 'share_nft', 'source_for', 'state', 'undisturbed',
+    'Judge', 'Link', 'Macvlan', 'Mounts', 'NamespaceEvents', 'Netlink',
+    'Nft', 'NftEvents', 'Pair', 'Path', 'RTN_UNICAST', 'RT_SCOPE_LINK',
+    'RT_SCOPE_NOWHERE', 'RT_TABLE_MAIN', 'Route', 'Routes', 'State',
+    'Verb', 'Verdict', 'claimants', 'container_of', 'count_host_routes',
+    'create_macvlan', 'current_name', 'entered', 'exists', 'find',
+    'find_program', 'find_taps', 'forget_connections', 'identify',
+    'identify_or_fail', 'index_of', 'macvlan_of', 'macvlans',
+    'macvlans_in', 'mounted', 'name_of', 'node_nft', 'number',
+    'read_sysctl', 'release', 'share_nft', 'source_for', 'state',
     'unshare', 'write_sysctl')
+
+
+def create_macvlan(name: str, parent: Link, mac: str) -> None:
+    """Create a macvlan as :func:`kuryr_break0.kernel.ipdb.create_macvlan`.
+
+    :raises CannotCreate: if pyroute2 cannot be imported
+    """
+    try:
+        from kuryr_break0.kernel import ipdb
+    except ImportError as err:  # as of a version that is too new
+        raise exceptions.CannotCreate(device=name, reason=err) from err
+    ipdb.create_macvlan(name, parent, mac)

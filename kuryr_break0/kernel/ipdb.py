@@ -1,28 +1,82 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Uses IPDB, as Kuryr does."""
+"""Uses IPDB, as Kuryr does, with its errors as ours.
+
+Import it only where an IPDB is used: pyroute2 takes as long to import as all
+that most commands need.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+import random
+import time
 import types
-from typing import Any, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional, TypeVar
 
 import pyroute2
+from pyroute2.ipdb import exceptions as ipdb_exceptions
 from pyroute2.ipdb import interfaces as ipdb_interfaces
 from pyroute2.netlink import exceptions as nl_exceptions
 from pyroute2.netlink import rtnl
 from pyroute2 import netns as pyroute2_netns
 
-from kuryr_break0.kernel.errors import undisturbed
+from kuryr_break0 import exceptions
+from kuryr_break0.kernel import netlink
 from kuryr_break0.kernel.values import Link
 
 LOG = logging.getLogger(__name__)
 
 _INTERFACE_GROUPS = (rtnl.RTMGRP_LINK | rtnl.RTMGRP_IPV4_IFADDR
                      | rtnl.RTMGRP_IPV6_IFADDR)
+#: What IPDB raises if it misses something: RuntimeError if it could not
+#: even go back to what was before.
+IPDB_DISTURBED = (RuntimeError, ipdb_exceptions.CommitException,
+                  nl_exceptions.NetlinkDumpInterrupted)
+
+_T = TypeVar('_T')
+
+
+@contextlib.contextmanager
+def translated(action: str, advice: str = '') -> Iterator[None]:
+    """Let no error of pyroute2 or the socket out.
+
+    :param action: what is done, for the error
+    :raises KernelRefused: in place of each
+    """
+    try:
+        yield
+    except nl_exceptions.NetlinkError as err:
+        reason = os.strerror(err.code) if err.code > 0 else str(err)
+        raise exceptions.KernelRefused(action, reason, err.code,
+                                       advice) from err
+    except OSError as err:  # of the socket
+        raise exceptions.KernelRefused(action, err.strerror or str(err),
+                                       err.errno or 0, advice) from err
+    except (ipdb_exceptions.CommitException,
+            ipdb_exceptions.CreateException) as err:
+        raise exceptions.KernelRefused(action, str(err), 0, advice) from err
+
+
+def undisturbed(action: str, function: Callable[..., _T], *args: Any) -> _T:
+    """Call what reads the node by dumps, and again if one is interrupted.
+
+    The kernel marks a dump that the table has changed under; pyroute2 raises
+    that as an error. ``function`` must be safe to repeat.
+
+    :param action: what it does, for the error
+    :raises KernelRefused: for a netlink error of another kind, or if every
+        try was interrupted
+    """
+    with translated(action):
+        for _ in range(netlink.DUMP_TRIES - 1):
+            try:
+                return function(*args)
+            except nl_exceptions.NetlinkDumpInterrupted:
+                time.sleep(random.uniform(0, netlink.DUMP_PAUSE))
+        return function(*args)
 
 
 def create_macvlan(name: str, parent: Link, mac: str) -> None:

@@ -16,6 +16,7 @@ from kuryr_kubernetes import utils as k_utils
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
+from kuryr_break0.kernel import ipdb
 from kuryr_break0.kuryr import patches
 from kuryr_break0.kuryr import pod_binding
 from kuryr_break0.kuryr import vif as break0_vif
@@ -64,8 +65,8 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                 patches.replace_configure_l3(vif, self._configure_l3)
             else:
                 with patches.interfaces_only():
-                    kernel.undisturbed('connect ' + ifname, super().connect,
-                                       vif, ifname, netns, container_id)
+                    ipdb.undisturbed('connect ' + ifname, super().connect,
+                                     vif, ifname, netns, container_id)
                 pod_binding.finish(sandbox, ifname)
                 patches.repeat_configure_l3()
         except exceptions.Break0Error as err:
@@ -249,9 +250,9 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                 pod_binding.disconnect(sandbox, ifname, vif.vif_name)
                 return
             with patches.interfaces_only():
-                kernel.undisturbed('disconnect ' + ifname,
-                                   super().disconnect, vif, ifname, netns,
-                                   container_id)
+                ipdb.undisturbed('disconnect ' + ifname,
+                                 super().disconnect, vif, ifname, netns,
+                                 container_id)
         except exceptions.KernelRefused as err:
             raise k_exc.CNIBindingFailure(str(err)) from err
 

@@ -70,6 +70,7 @@ def _serve() -> None:
     from kuryr_break0 import config
     from kuryr_break0 import exceptions
     from kuryr_break0 import kernel
+    from kuryr_break0.kernel import ipdb
     from kuryr_break0.kuryr import patches
     from kuryr_break0.kuryr import vif
 
@@ -77,7 +78,7 @@ def _serve() -> None:
     driver: Any = stv_driver.DriverManager(
         namespace=b_base._BINDING_NAMESPACE, name=name).driver
     obj_base.VersionedObjectRegistry.register(vif.VIFMacvlanBreak0)
-    kernel.prepare()
+    ipdb.prepare()
     patches.note_pod_names()
     LOG.info('%s VIFs are bound by %s.%s', vif.VIFMacvlanBreak0.obj_name(),
              driver.__module__, driver.__name__)

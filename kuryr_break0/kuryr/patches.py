@@ -29,7 +29,7 @@ from typing import Any, Callable, Iterator, Optional
 
 from kuryr_kubernetes.cni.binding import base as b_base
 
-from kuryr_break0 import kernel
+from kuryr_break0.kernel import ipdb
 from kuryr_break0 import log
 
 LOG = log.get_logger(__name__)
@@ -90,7 +90,7 @@ def interfaces_only() -> Iterator[None]:
 
 def _get_ipdb_of_interfaces(netns: Optional[str] = None) -> Any:
     assert _get_ipdb is not None
-    return (not netns and kernel.ipdb_of_interfaces()) or _get_ipdb(netns)
+    return (not netns and ipdb.ipdb_of_interfaces()) or _get_ipdb(netns)
 
 
 def restore_configure_l3() -> None:
@@ -138,7 +138,7 @@ def _configure_l3_repeatedly(*args: Any) -> None:
         try:
             _configure_l3(*args)
             return
-        except kernel.IPDB_DISTURBED as err:
+        except ipdb.IPDB_DISTURBED as err:
             LOG.warning('Configuring the addresses of a pod again, since '
                         'IPDB failed: %r', err)
     _configure_l3(*args)

@@ -19,7 +19,7 @@ from pyroute2.netlink import exceptions as nl_exceptions
 
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
-from kuryr_break0.kernel import errors
+from kuryr_break0.kernel import netlink
 from kuryr_break0.kuryr import driver
 from kuryr_break0.kuryr import patches
 from kuryr_break0.kuryr import vif as break0_vif
@@ -320,7 +320,7 @@ class TestNetlinkErrors(DriverTestCase):
 
     def test_but_not_for_ever(self) -> None:
         with self.interrupted(times=10 ** 6), mock.patch.object(
-                errors, '_DUMP_PAUSE', 0):
+                netlink, 'DUMP_PAUSE', 0):
             with self.assertRaisesRegex(driver.PodNotConnected,
                                         'interrupted'):
                 self.connect()

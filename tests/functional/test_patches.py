@@ -111,7 +111,7 @@ class TestNotAsExpected(test_driver.DriverTestCase):
 class TestCost(test_driver.DriverTestCase):
 
     PROGRAM = '''
-        from kuryr_break0 import kernel
+        from kuryr_break0.kernel import ipdb
         from kuryr_break0.kuryr import vif as break0_vif
         from kuryr_break0.ledger import cache
         from kuryr_kubernetes.cni.binding import base as b_base
@@ -128,7 +128,7 @@ class TestCost(test_driver.DriverTestCase):
         if sys.argv[1] == 'break0':
             vif = break0_vif.VIFMacvlanBreak0._obj_from_primitive(
                 None, '1.0', vif.obj_to_primitive())
-            kernel.prepare()  # as kuryr-daemon does it
+            ipdb.prepare()  # as kuryr-daemon does it
         os.write(2, b'begins')  # sys.stderr waits for the end of the line
         for work in (b_base.connect, b_base.disconnect):
             work(vif, None, 'eth0', netns='/run/netns/pod',

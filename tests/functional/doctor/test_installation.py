@@ -52,13 +52,34 @@ class TestInstallation(DoctorTestCase):
         os.mkdir(self.PATH + '/pyroute2')
         with open(self.PATH + '/pyroute2/__init__.py', 'w') as file:
             file.write('raise ImportError("no transactional")\n')
-        self.assert_only('dependency-unfit', 'pyroute2 is 0.9.7', code=2)
+        self.assert_only('dependency-unfit', 'pyroute2 is 0.9.7')
+        # It is needed for one thing alone.
+        self.assertIn('In sync', self.run_with('status', code=0).stdout)
+        self.lab.run('ip', 'link', 'del', 'break0')
+        self.assertRegex(
+            self.run_with('sync', code=3).stderr,
+            'break0 cannot be created, since pyroute2 cannot be imported: '
+            'no transactional. See which version is needed: ')
+
+    def test_oslo_config_that_cannot_be_imported(self) -> None:
+        self.install('oslo.config', '1.0')
+        os.mkdir(self.PATH + '/oslo_config')
+        with open(self.PATH + '/oslo_config/__init__.py', 'w') as file:
+            file.write('raise ImportError("no ConfigOpts")\n')
+        self.assert_only('dependency-unfit', 'oslo.config is 1.0', code=2)
+        self.assertRegex(
+            self.run_with('status', code=2).stderr,
+            r'\Akuryr-break0: It cannot be loaded: no ConfigOpts. '
+            r'oslo.config is 1.0, [^\n]*\n\Z')
+
+    def run_with(self, verb: str, code: int
+                 ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [PROGRAM, 'status'], text=True, stderr=subprocess.PIPE,
+            [PROGRAM, verb], text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             env={**os.environ, 'PYTHONPATH': self.PATH})
-        self.assertEqual(2, done.returncode)
-        self.assertRegex(done.stderr, r'\Akuryr-break0: It cannot be loaded: '
-                         r'no transactional. pyroute2 is 0.9.7, [^\n]*\n\Z')
+        self.assertEqual(code, done.returncode, done.stderr)
+        return done
 
     def test_entry_points_missing(self) -> None:
         self.install('kuryr_break0', '9')

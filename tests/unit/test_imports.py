@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a command imports, on which depends how long it takes to start."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import unittest
+
+#: What takes long to import, and who needs it.
+SLOW = {'pyroute2', 'waitress', 'prometheus_client', 'kuryr_kubernetes',
+        'os_vif', 'requests'}
+PROGRAM = """\
+import atexit, json, sys
+atexit.register(lambda: print(json.dumps(sorted(sys.modules)),
+                              file=sys.stderr))
+from kuryr_break0.__main__ import main
+sys.argv = ['kuryr-break0', *sys.argv[1:]]
+sys.exit(main())
+"""
+
+
+def imported(*arguments: str, **environ: str) -> set[str]:
+    """Return what a command has imported when it ends."""
+    done = subprocess.run(
+        [sys.executable, '-c', PROGRAM, *arguments], text=True, input='{}',
+        env={**os.environ, **environ}, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE)
+    found: list[str] = json.loads(done.stderr.splitlines()[-1])
+    return set(found)
+
+
+class TestImports(unittest.TestCase):
+
+    def test_verbs(self) -> None:
+        for verb in ('status', 'check', 'doctor', 'sync', 'agent', 'adopt',
+                     'bind', 'unbind', 'cleanup', 'cni', 'cni-install',
+                     'probe'):
+            with self.subTest(verb=verb):
+                self.assertEqual(set(), SLOW & imported(verb, '--help'))
+
+    def test_cni_plugin_in_one_process(self) -> None:
+        found = imported('cni', CNI_COMMAND='VERSION')
+        self.assertIn('kuryr_break0.cni.plugin', found)
+        self.assertEqual(set(), SLOW & found)
+
+    def test_version(self) -> None:
+        found = imported('--version')
+        self.assertIn('importlib.metadata', found)
+        self.assertEqual(set(), {'oslo_config', 'oslo_log',
+                                 'kuryr_break0.cli.main'} & found)
