@@ -105,6 +105,14 @@ class CNIServer:
         return 'CNI requests are not served: %s' % (
             self._complained or 'the socket or its threads are gone')
 
+    def stuck(self) -> Optional[str]:
+        """Return why a restart may help; None if requests are served.
+
+        As where no thread can be started. A socket that cannot be bound
+        could not be bound by another process either.
+        """
+        return self.problem() if self._is_own() else None
+
     def _complain(self, text: str) -> None:
         if self._complained != text:
             self._complained = text

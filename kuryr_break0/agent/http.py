@@ -28,13 +28,13 @@ _CONNECTIONS, _THREADS, _HEADER = 32, 2, 8192
 class Server:
     """Serves ``/metrics``, ``/healthz``, ``/livez``, in its own threads.
 
-    :param stuck: returns why the agent should be restarted, if it should
+    :param judges: return why the agent is not well, by the path
     """
 
     def __init__(self, metrics: Metrics,
-                 stuck: Callable[[], Optional[str]]) -> None:
+                 judges: dict[str, Callable[[], Optional[str]]]) -> None:
         self._metrics = metrics
-        self._stuck = stuck
+        self._judges = judges
         self._endpoint: Optional[config.Endpoint] = None
         self._exposition = prometheus_client.make_wsgi_app(metrics.registry)
         self._server: Optional[_HTTPServer] = None
@@ -77,8 +77,7 @@ class Server:
             answer: Iterable[bytes] = self._exposition(environ,
                                                        start_response)
             return answer
-        judge = {'/healthz': self._metrics.unwell,
-                 '/livez': self._stuck}.get(environ['PATH_INFO'])
+        judge = self._judges.get(environ['PATH_INFO'])
         if judge is not None:
             reason = judge()
             status = '503 Service Unavailable' if reason else '200 OK'

@@ -64,8 +64,10 @@ class Agent:
         self._options = options
         self._metrics = Metrics()
         self._cni = CNIServer()
-        self._server = Server(self._metrics, lambda: (
-            self._metrics.stuck() or self._cni.problem()))
+        self._server = Server(self._metrics, {
+            '/healthz': lambda: (self._metrics.unwell()
+                                 or self._cni.problem()),
+            '/livez': lambda: self._metrics.stuck() or self._cni.stuck()})
         self._tables: Optional[kernel.NftEvents] = None
         self._finder: Optional[finder.Finder] = None
         self._namer: Optional[engines.Namer] = None

@@ -367,10 +367,10 @@ class TestHindered(base.WithShim, ShimTestCase):
             return True
         return False
 
-    def livez(self) -> tuple[int, str]:
+    def health(self, path: str) -> tuple[int, str]:
         asking = http.client.HTTPConnection('127.0.0.1', 9817, timeout=30)
         with contextlib.closing(asking):
-            asking.request('GET', '/livez')
+            asking.request('GET', path)
             answer = asking.getresponse()
             return answer.status, answer.read().decode()
 
@@ -383,9 +383,9 @@ class TestHindered(base.WithShim, ShimTestCase):
         self.runtime.remove(network(), netns)
         self.runtime.add(network(), netns)
         self.assertEqual(2, len(self.bound()))
-        self.assertEqual((200, 'ok\n'), self.livez())
+        self.assertEqual((200, 'ok\n'), self.health('/livez'))
 
-    def test_livez_fails_while_it_cannot_serve(self) -> None:
+    def test_livez_fails_where_a_restart_helps(self) -> None:
         self.agent.terminate()
         self.agent.wait()
         with contextlib.ExitStack() as stack:
@@ -394,17 +394,20 @@ class TestHindered(base.WithShim, ShimTestCase):
             other.bind(SOCKET)
             other.listen()
             self.agent = self.start_hindered()
-            self.wait_for(lambda: 'CNI requests are not served: %s: another '
-                          'agent listens there' % SOCKET in self.livez()[1])
-            self.assertEqual(503, self.livez()[0])
+            self.wait_for(lambda: self.health('/healthz') == (
+                503, 'CNI requests are not served: %s: another agent listens '
+                'there. Set [break0] state_dir to another directory.\n' %
+                SOCKET))
+            self.assertEqual((200, 'ok\n'), self.health('/livez'))
             stack.enter_context(self.without_threads())
             other.close()
             self.wait_for(lambda: "can't start new thread"
                           in self.log_of_second())
-            status, text = self.livez()
+            status, text = self.health('/livez')
             self.assertEqual(503, status)
             self.assertIn("can't start new thread, and 0 of 4 run", text)
-        self.wait_for(lambda: self.livez() == (200, 'ok\n'))
+        for path in ('/livez', '/healthz'):
+            self.wait_for(lambda: self.health(path) == (200, 'ok\n'))
         self.assertTrue(self.serves())
         self.assertEqual(1, self.log_of_second().count(
             "can't start new thread"))
@@ -421,6 +424,18 @@ class TestHindered(base.WithShim, ShimTestCase):
 
 class TestServerInThisProcess(lab_base.LabTestCase):
 
+    def test_a_socket_that_can_never_be_bound(self) -> None:
+        server = CNIServer()
+        self.addCleanup(server.close)
+        options = lab_base.options(state_dir='/run/' + 'x' * 200)
+        os.mkdir(options.state_dir, 0o700)
+        with self.assertLogs('kuryr_break0', 'ERROR') as logs:
+            server.listen(options)
+            server.listen(options)
+        self.assertEqual(1, len(logs.output))
+        self.assertIn('AF_UNIX path too long', server.problem() or '')
+        self.assertIsNone(server.stuck())  # a restart changes nothing
+
     def test_threads_that_die_are_replaced(self) -> None:
         server = CNIServer()
         self.addCleanup(server.close)
@@ -432,10 +447,11 @@ class TestServerInThisProcess(lab_base.LabTestCase):
         with mock.patch.object(server, '_serve', side_effect=MemoryError), \
                 mock.patch.object(threading, 'excepthook'):
             deadline = time.monotonic() + 30
-            while server.problem() is None:
+            while server.stuck() is None:
                 with socket.socket(socket.AF_UNIX) as client:
                     client.connect(SOCKET)
                     self.assertLess(time.monotonic(), deadline)
+            self.assertEqual(server.problem(), server.stuck())
         server.listen(options)
         self.assertIsNone(server.problem())
         self.assertTrue(server.is_complete)
