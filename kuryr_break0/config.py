@@ -22,7 +22,7 @@ from kuryr_break0.model import IPAddress
 from kuryr_break0.model import IPNetwork
 
 GROUP = 'break0'
-#: Values of pod_binding
+#: Values of pod_binding, beside auto
 KURYR = 'kuryr'
 DIRECT = 'direct'
 #: Values of guard
@@ -259,13 +259,16 @@ OPTS = [
     cfg.Opt(
         'pod_binding',
         type=OneOf(choices=[
+            (AUTO, 'kuryr-break0 if Kuryr\'s code for that is known, as that '
+             'of Kuryr 6.0.0 to 10.0.0; Kuryr if that was changed'),
             (KURYR, 'Kuryr, with IPDB: on the node under a temporary name, '
              'then moved, renamed and configured'),
             (DIRECT, 'kuryr-break0: in the namespace of the pod, with two '
              'requests. The result is the same, in a tenth of the time')]),
-        default=KURYR,
+        default=AUTO,
         help='What creates the macvlan interface of a pod. If enabled is '
-             'false, Kuryr does. You can change this on a node with pods.'),
+             'false, Kuryr does. The log of kuryr-daemon says what auto '
+             'stands for. You can change this on a node with pods.'),
     cfg.Opt(
         'device',
         type=DeviceName(),

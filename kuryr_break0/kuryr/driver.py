@@ -17,6 +17,7 @@ from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import ipdb
+from kuryr_break0.kuryr import comparison
 from kuryr_break0.kuryr import patches
 from kuryr_break0.kuryr import pod_binding
 from kuryr_break0.kuryr import vif as break0_vif
@@ -195,8 +196,10 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
 
     @staticmethod
     def _is_direct(options: Optional[config.Options]) -> bool:
-        return (options is not None and options.enabled
-                and options.pod_binding == config.DIRECT)
+        return options is not None and options.enabled and (
+            options.pod_binding == config.DIRECT
+            or (options.pod_binding == config.AUTO
+                and comparison.compare().is_known))
 
     def _connect_directly(self, vif: Any, ifname: str, sandbox: str) -> None:
         """Do what Kuryr's connect does, with the same errors."""

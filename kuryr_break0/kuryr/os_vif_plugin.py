@@ -71,6 +71,7 @@ def _serve() -> None:
     from kuryr_break0 import exceptions
     from kuryr_break0 import kernel
     from kuryr_break0.kernel import ipdb
+    from kuryr_break0.kuryr import comparison
     from kuryr_break0.kuryr import patches
     from kuryr_break0.kuryr import vif
 
@@ -91,6 +92,11 @@ def _serve() -> None:
     else:
         LOG.info('break0 is %s: %s', 'in use' if options.enabled
                  else 'disabled', options)
+        if options.pod_binding == config.AUTO:
+            found = comparison.compare()
+            LOG.info('The interfaces of pods are created by %s: of '
+                     'Kuryr\'s code for that, %s', 'kuryr-break0'
+                     if found.is_known else 'Kuryr', found.text)
         if options.guard != config.OFF:
             # A kernel without nftables refuses; each bind says so then.
             with contextlib.suppress(exceptions.KernelRefused):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import time
 from typing import Any
 
 from kuryr_break0 import exceptions
@@ -26,6 +27,9 @@ LOG = log.get_logger(__name__)
 
 #: The group of a macvlan that Kuryr has not yet made a pod's ("br0").
 UNFINISHED = 0x627230
+
+#: Seconds to wait for a MAC address, and between two tries.
+_PATIENCE, _PAUSE = 1.0, 0.05
 
 _EVERYTHING = {4: ipaddress.ip_network('0.0.0.0/0'),
                6: ipaddress.ip_network('::/0')}
@@ -45,18 +49,25 @@ def connect(netlink: kernel.Netlink, netns: str, ifname: str,
     :param passing: the name that Kuryr gives it before it renames it
     :raises NetnsUnusable: if the pod's namespace cannot be entered
     :raises KernelRefused: with EADDRINUSE where another macvlan on the
-        parent has the MAC address
+        parent has the MAC address, and keeps it
     """
     with kernel.entered(netns), kernel.Netlink() as pods:
         for name in (passing, ifname):
             if kernel.index_of(name) is not None:
                 _remove(pods, name, netns)
-    try:
-        netlink.create_macvlan(ifname, parent, netns, mac=mac, mtu=mtu)
-        return
-    except exceptions.KernelRefused as err:
-        if err.errno != errno.EEXIST:
-            raise
+    began = time.monotonic()
+    while True:
+        try:
+            netlink.create_macvlan(ifname, parent, netns, mac=mac, mtu=mtu)
+            return
+        except exceptions.KernelRefused as err:
+            if err.errno == errno.EEXIST:
+                break
+            # The namespace that had the address last is being deleted.
+            if (err.errno != errno.EADDRINUSE
+                    or time.monotonic() - began >= _PATIENCE):
+                raise
+        time.sleep(_PAUSE)
     # The NIC of the node is named like that of the pod, and the kernel looks
     # for the name on the node, where that of the VIF is free.
     netlink.create_macvlan(passing, parent, netns, mac=mac, mtu=mtu, up=False)

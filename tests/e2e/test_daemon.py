@@ -201,7 +201,7 @@ class TestFailures(DaemonTestCase):
 
 class TestBursts(DaemonTestCase):
 
-    options = ''
+    options = 'pod_binding = kuryr'
 
     def assert_all(self, status: int, answers: list[kuryr.Answer]) -> None:
         failed = [answer for answer in answers if answer.status != status]

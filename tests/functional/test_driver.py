@@ -20,6 +20,7 @@ from pyroute2.netlink import exceptions as nl_exceptions
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import netlink
+from kuryr_break0.kuryr import comparison
 from kuryr_break0.kuryr import driver
 from kuryr_break0.kuryr import patches
 from kuryr_break0.kuryr import vif as break0_vif
@@ -245,6 +246,33 @@ class TestConnectDirectly(TestConnect):
 
     binding = 'direct'
     disconnecting = driver.pod_binding
+
+    def test_who_makes_it_by_default(self) -> None:
+        for is_known in (True, False):
+            with self.subTest(is_known=is_known), mock.patch.object(
+                    nested.MacvlanDriver, 'connect', autospec=True,
+                    side_effect=nested.MacvlanDriver.connect) as kuryrs, \
+                    mock.patch.object(
+                        comparison, 'compare', return_value=comparison.
+                        Comparison(is_known, 'of the test')):
+                k_config.CONF.clear_override('pod_binding',
+                                             group=driver.config.GROUP)
+                self.connect()
+            self.assertIs(not is_known, kuryrs.called)
+            self.assertIn(POD, self.lab.routes())
+
+    def test_a_mac_address_that_is_not_free_yet(self) -> None:
+        self.connect()
+        # As by the kernel, which is still deleting the namespace of the pod.
+        delete = mock.Mock(side_effect=lambda _: self.lab.run(
+            'ip', 'link', 'del', 'eth0', netns='pod'))
+        netns = self.lab.add_netns('other')
+        with mock.patch.object(driver.pod_binding.time, 'sleep', delete):
+            self.connect(netns=netns, container_id='b')
+        delete.assert_called_once()
+        self.assertIn(str(self.vif.address), [
+            each['address'] for each in self.lab.ip('link', 'show',
+                                                    netns='other')])
 
     @contextlib.contextmanager
     def older_kernel(self) -> Iterator[None]:
@@ -593,6 +621,7 @@ class TestKuryrsOwn(test_binding.TestNestedMacvlanDriver):
         self.netns = self.node.add_netns('pod')
         self.vif = vif('192.168.0.2', subnets=['192.168.0.1/24'], mtu=1)
         self.vif.vif_name = 'h_interface'
+        set_options(self, pod_binding='kuryr')
         # A test that calls the driver alone leaves this for the next request
         # of its process, which in kuryr-daemon has only one.
         patches.restore_configure_l3()

@@ -32,7 +32,7 @@ class TestLoad(unittest.TestCase):
     def test_defaults(self) -> None:
         self.assertEqual(
             config.Options(
-                enabled=True, pod_binding='kuryr', device='break0',
+                enabled=True, pod_binding='auto', device='break0',
                 devices={}, parent=None, addr=(), mac=None,
                 static_neighbours=True, host_addresses=(), route_protocol=176,
                 route_table=254, allowed_cidrs=(),
@@ -116,7 +116,7 @@ metrics_bind = [::1]:80
     def test_bad_values(self) -> None:
         for line, *texts in (
                 ('enabled = perhaps', "'perhaps'", 'true nor false'),
-                ('pod_binding = both', "'both'", 'kuryr, direct'),
+                ('pod_binding = both', "'both'", 'auto, kuryr, direct'),
                 ('device = more than fifteen', 'more than', '15 characters'),
                 ('device = ..', "'..'", 'interface name'),
                 ('device = a/b', "'a/b'", '"/"'),

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Says whether Kuryr's code is one that direct binding was compared with.
+
+``pod_binding = direct`` does what these functions do. A distribution may
+have changed them, and so may a later release.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.util
+from typing import Callable, Iterator, NamedTuple, Optional
+
+#: What is replaced, and what calls it, by modules of kuryr_kubernetes.
+FUNCTIONS = {
+    'cni/binding/base.py': ('_enable_ipv6', '_configure_l3', 'connect',
+                            'disconnect', '_need_configure_l3'),
+    'cni/binding/nested.py': ('_detect_iface_name', '_remove_ifaces',
+                              '_get_iface_create_args', 'connect',
+                              'disconnect')}
+#: Digests of what was compared; ``python -m tests.releases`` prints them.
+DIGESTS = {'7da9ea26c694e531': '6.0.0',
+           '123a7dd60b449324': '7.0.0 to 10.0.0'}
+
+
+class Comparison(NamedTuple):
+    """Whether the installed Kuryr was compared, and which one it is."""
+
+    is_known: bool
+    text: str
+
+
+def digest(read: Callable[[str], Optional[str]]) -> str:
+    """Return a number for the source of the functions.
+
+    :param read: returns the text of a module of kuryr_kubernetes
+    """
+    found = hashlib.sha256()
+    for path, names in FUNCTIONS.items():
+        text = read(path) or ''
+        for name, source in _sources(text):
+            if name in names:
+                found.update(source.encode())
+    return found.hexdigest()[:16]
+
+
+def _sources(text: str) -> Iterator[tuple[str, str]]:
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            yield node.name, ast.get_source_segment(text, node) or ''
+
+
+@functools.lru_cache(maxsize=None)
+def compare() -> Comparison:
+    """Compare the installed Kuryr; once in a process and its children."""
+    try:
+        number = digest(_read)
+    except (OSError, SyntaxError, ValueError) as err:
+        return Comparison(False, 'its source cannot be read: %s' % err)
+    if number in DIGESTS:
+        return Comparison(True, 'it is that of Kuryr %s, which was compared' %
+                          DIGESTS[number])
+    return Comparison(False, 'it is none that was compared, as that of Kuryr '
+                      '6.0.0 to 10.0.0')
+
+
+def _read(path: str) -> str:
+    name = 'kuryr_kubernetes.' + path[:-len('.py')].replace('/', '.')
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise OSError('there is no module %s' % name)
+    with open(spec.origin, encoding='utf-8') as file:
+        return file.read()
