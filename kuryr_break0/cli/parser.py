@@ -42,7 +42,8 @@ def files() -> tuple[list[str], list[str]]:
     kuryr.conf is where Kuryr's own programs look for it. Hosts without have
     a file of ours: /etc/kuryr-break0/kuryr-break0.conf.
     """
-    ours = cfg.find_config_files(project=PROGRAM, prog=PROGRAM)
+    # The same one twice, as project and program have one name.
+    ours = cfg.find_config_files(project=PROGRAM, prog=PROGRAM)[:1]
     used = cfg.find_config_files(project='kuryr', prog=PROGRAM) or ours
     return used, [each for each in ours if each not in used]
 
@@ -123,9 +124,8 @@ def _page(verbs: dict[str, Parser]) -> Iterator[str]:
             yield '  %-12s %s\n' % (name, verbs[name].summary)
     used, ignored = files()
     yield _FOOT % ''.join(
-        '%s %s here: %s.\n' % (what, 'is' if len(paths) == 1 else 'are',
-                               ' '.join(paths))
-        for what, paths in (('Read', used), ('Not read', ignored)) if paths)
+        '%s: %s\n' % (what, ' '.join(paths)) for what, paths in (
+            ('On this host', used), ('Not read', ignored)) if paths)
 
 
 def add_verb(subparsers: Any, name: str, summary: str, func: Any,

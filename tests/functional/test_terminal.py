@@ -108,6 +108,35 @@ class TestTerminal(CLITestCase):
                 self.assertIn(text, done.stderr)
                 self.assertNotIn('usage:', done.stderr)
 
+    def test_which_configuration_is_read(self) -> None:
+        paths = ['/run/home/.kuryr/kuryr.conf',
+                 '/run/home/.kuryr-break0/kuryr-break0.conf']
+        for path in paths:
+            os.makedirs(os.path.dirname(path))
+            with open(path, 'w') as file:
+                file.write('[break0]\nresync_interval = 1\n')
+        shown = self.call('--help', HOME='/run/home').stdout
+        self.assertIn('On this host: %s\nNot read: %s\n' % tuple(paths), shown)
+        agent = subprocess.Popen(
+            [PROGRAM, 'agent'], stderr=subprocess.PIPE, text=True,
+            env={**os.environ, 'HOME': '/run/home'})
+        self.addCleanup(agent.wait)
+        self.addCleanup(agent.kill)
+        assert agent.stderr
+        for text in ('is read from ' + paths[0],
+                     '%s is not read, because' % paths[1]):
+            while text not in (line := agent.stderr.readline()):
+                self.assertTrue(line, 'it has ended')
+        os.remove(paths[0])
+        self.assertIn('On this host: %s\n' % paths[1],
+                      self.call('--help', HOME='/run/home').stdout)
+
+    def test_a_wrong_configuration_ends_the_agent(self) -> None:
+        done = self.call('agent', OS_BREAK0__DISCOVER='true')
+        self.assertEqual(2, done.returncode)
+        self.assertIn('allowed_cidrs', done.stderr)
+        self.assertEqual(1, done.stderr.count('\n'), done.stderr)
+
     def test_not_root(self) -> None:
         for verb in ('status', 'doctor', 'agent', 'sync'):
             with mock.patch.object(os, 'geteuid', return_value=1000):
