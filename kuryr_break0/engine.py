@@ -369,6 +369,10 @@ class Engine:
             self._admit(break0.name, self.pods.configure(
                 bound, self.pods.node_addresses(
                     netlink, break0, first.parent, sources.values())))
+        # The node may have looked for them on the LAN, before they were here.
+        Guard(self._options, self._ledger, break0.name).release(
+            netlink, kernel.index_of(first.parent),
+            {record.address: record.mac for record in bound})
         return break0
 
     def _wanted(self, record: Record, break0: Break0,

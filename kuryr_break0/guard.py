@@ -11,16 +11,19 @@ with its own MAC address only.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import subprocess
-from typing import Collection, Iterable, Iterator, Optional, Sized
+from typing import (Collection, Iterable, Iterator, Mapping, Optional,
+                    Sized)
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import Pair
+from kuryr_break0.kernel import Verb
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
 from kuryr_break0.model import HostRoute
@@ -50,6 +53,8 @@ table netdev {table} {{
     set pairs6 {{ type ether_addr . ipv6_addr; }}
     set addresses4 {{ type ipv4_addr; }}
     set addresses6 {{ type ipv6_addr; }}
+    set held4 {{ type ether_addr . ipv4_addr; timeout 1s; }}
+    set held6 {{ type ether_addr . ipv6_addr; timeout 1s; }}
     chain {answer} {{
     }}
     chain from-pods {{
@@ -72,8 +77,14 @@ arp saddr ether . arp saddr ip @pairs4 accept
 _EGRESS = '''    chain to-the-wire {{
         type filter hook egress device "{lower}" priority 0; policy accept;
         ether saddr {mac} drop
+        {held}
         {solicited}
     }}
+'''
+# What the node sends to the LAN in place of a pod, see Guard.release. If it
+# has no such interface, break0 sends it back here, where it is dropped.
+_HELD = '''ether daddr . ip daddr @held4 ether saddr set {mac} fwd to {device}
+        ether daddr . ip6 daddr @held6 ether saddr set {mac} fwd to {device}
 '''
 # Of a bound pair, for an address of the node, with the one option that says
 # where the answer is to go.
@@ -81,6 +92,14 @@ _SOLICITED = '''icmpv6 type nd-neighbor-solicit ip6 hoplimit 255 \
 ip6 length 32 @th,192,16 0x0101 @th,64,128 {{ {hosts} }} \
 ether saddr . ip6 saddr @pairs6 goto {answer}'''
 _ANSWER = 'answer'
+
+
+class _Held(Pair):
+    """A pod that the node holds something for, for a second."""
+
+    @property
+    def set_name(self) -> str:
+        return 'held%d' % (4 if len(self.address) == 4 else 6)
 
 
 def table_of(device: str) -> str:
@@ -190,7 +209,7 @@ class Guard:
     @property
     def answers(self) -> bool:
         """Return whether it answers neighbour solicitations."""
-        return (self._cache.get(self._key) or ())[1:2] == [True]
+        return (self._cache.get(self._key) or ())[2:3] == [True]
 
     def problem(self, link: kernel.Link,
                 hosts: Iterable[IPAddress]) -> Optional[str]:
@@ -232,7 +251,7 @@ class Guard:
         known = self._cache.get(self._key)
         if not known or known[0] != self._digest(link, hosts):
             return False
-        return kernel.node_nft().rules(self.table) == known[2:]
+        return kernel.node_nft().rules(self.table) == known[3:]
 
     def difference(self, wanted: Iterable[Pair], unclaimed: Iterable[Pair]
                    ) -> tuple[set[Pair], set[Pair]]:
@@ -269,13 +288,14 @@ class Guard:
             raise exceptions.GuardUnavailable(
                 device=self._device, reason='there is no program nft')
         admitted = list(admitted)
-        # An old nft may not understand what answers.
-        texts = [self._text(link, admitted, hosts, egress=True),
-                 self._text(link, admitted, (), egress=True)]
+        # An old nft may not understand what answers, or what forwards.
+        texts = [self._text(link, admitted, hosts),
+                 self._text(link, admitted, hosts, held=''),
+                 self._text(link, admitted, (), held='')]
         if self._options.guard == config.AUTO:
             # Linux before 5.16 has no hook for what leaves.
-            texts.append(self._text(link, admitted, (), egress=False))
-        for text in texts:
+            texts.append(self._text(link, admitted, (), egress=''))
+        for place, text in enumerate(texts):
             said_by_nft = _load(nft, text)
             if said_by_nft is None:
                 break
@@ -285,7 +305,7 @@ class Guard:
                 device=self._device, reason=said_by_nft)
         self._cache.put(self._key, [
             self._digest(link, hosts),
-            text is texts[0] and self._answer(link),
+            place == 0, place < 2 and self._answer(link),
             *kernel.node_nft().rules(self.table)])
         return True
 
@@ -301,7 +321,8 @@ class Guard:
         return True
 
     def _text(self, link: kernel.Link, admitted: Iterable[Pair],
-              hosts: Iterable[IPAddress], egress: bool) -> str:
+              hosts: Iterable[IPAddress], held: str = _HELD,
+              egress: str = _EGRESS) -> str:
         lower = kernel.name_of(link.lower)
         elements = []
         for each in admitted:
@@ -314,12 +335,12 @@ class Guard:
         solicited = ','.join('0x' + host.packed.hex() for host in hosts)
         if solicited:
             solicited = _SOLICITED.format(hosts=solicited, answer=_ANSWER)
+        held = held.format(mac=link.mac, device='"%s"' % link.name)
         return _TABLE.format(
             table=self.table, device=link.name, answer=_ANSWER,
-            solicited=solicited,
-            egress=_EGRESS.format(lower=lower, mac=link.mac,
-                                  solicited=solicited) if egress
-            else '', elements='\n'.join(elements) + '\n')
+            solicited=solicited, egress=egress.format(
+                lower=lower, mac=link.mac, held=held, solicited=solicited),
+            elements='\n'.join(elements) + '\n')
 
     def _digest(self, link: kernel.Link, hosts: Iterable[IPAddress]) -> str:
         """Name what the table depends on.
@@ -327,7 +348,7 @@ class Guard:
         The answer goes to an ifindex, which the next break0 does not have.
         """
         return hashlib.sha256(os.fsencode('%d %s' % (link.index, self._text(
-            link, (), hosts, egress=True)))).hexdigest()[:16]
+            link, (), hosts)))).hexdigest()[:16]
 
     def remove(self) -> bool:
         """Delete the table; whether there was one."""
@@ -348,3 +369,30 @@ class Guard:
         nft.delete(self.table, expelled)
         nft.add(self.table, admitted)
         return True
+
+    def release(self, netlink: kernel.Netlink, parent: Optional[int],
+                macs: Mapping[IPAddress, Optional[str]]) -> None:
+        """Let go of what the node holds for pods, if it asked the LAN.
+
+        The kernel holds it for three seconds, in which TCP does not send it
+        again (tcp_retransmit_skb), and reports then that the pod cannot be
+        reached, which ends a connection that is being made. So it is sent on
+        its way, which the table makes one to the pod; without, it is dropped,
+        and reported at once.
+
+        :param parent: the ifindex of the parent, where they were asked for
+        :param macs: the MAC addresses of their pods, which have a route now
+        """
+        for address, mac in macs.items():
+            if parent is None or netlink.neighbour(
+                    parent, address)[1] != 'incomplete':
+                continue
+            changes: list[kernel.Change] = [
+                (Verb.DELETE, Neighbour(address, parent, '', None))]
+            if mac and (self._cache.get(self._key) or ())[1:2] == [True]:
+                with contextlib.suppress(exceptions.KernelRefused):
+                    self._nft().add(self.table, [
+                        _Held(*pair(address, mac))])
+                    changes.insert(0, (Verb.REPLACE, Neighbour(
+                        address, parent, mac, None)))
+            netlink.change(changes)

@@ -22,6 +22,7 @@ from kuryr_break0 import config
 from kuryr_break0.engine import Engine
 from kuryr_break0 import exceptions
 from kuryr_break0.failures import Failures
+from kuryr_break0.guard import Guard
 from kuryr_break0.guard import said
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
@@ -430,10 +431,11 @@ class _Sync:
                         return  # the others would fail alike
                     if parent.parent is not None and verb is Verb.REPLACE:
                         # Without its route, the LAN was asked for it.
-                        self._netlink.forget_unresolved(
-                            parent.parent.index, {
-                                item.dst for item in plan.replace
-                                if item.dst in some})
+                        Guard(self._options, self._ledger,
+                              parent.device).release(
+                            self._netlink, parent.parent.index,
+                            {item.dst: parent.live[item.dst].mac
+                             for item in plan.replace if item.dst in some})
 
     def _is_as_read(self, address: IPAddress, seen: Snapshot) -> bool:
         return (self._records.claims(address)

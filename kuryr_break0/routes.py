@@ -67,9 +67,6 @@ class Routes:
             self._replace(netlink, wanted, present)
         elif err is not None:
             raise err
-        # The node may have looked for it on the LAN, before it was there.
-        netlink.forget_unresolved(kernel.index_of(record.parent) or 0,
-                                  [record.address])
 
     @staticmethod
     def _add_exclusively(netlink: kernel.Netlink, wanted: Wanted

@@ -8,7 +8,7 @@ import errno
 import os
 import socket
 import struct
-from typing import Any, Iterable, Iterator, NamedTuple, Optional, Sequence
+from typing import Any, Iterator, NamedTuple, Optional, Sequence
 
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel.links import LinkSocket
@@ -247,18 +247,6 @@ class Netlink(LinkSocket):
         except exceptions.KernelRefused:
             return None, None
         return answer.mac or None, _NUD.get(answer.state, 'none')
-
-    def forget_unresolved(self, ifindex: int,
-                          addresses: Iterable[IPAddress]) -> None:
-        """Delete neighbours that the kernel waits for an answer of.
-
-        It holds packets for them for three seconds, and TCP sends none again
-        that is held (tcp_retransmit_skb). Others are left alone.
-        """
-        self.change([
-            (values.Verb.DELETE, Neighbour(address, ifindex, '', None))
-            for address in addresses
-            if self.neighbour(ifindex, address)[1] == 'incomplete'])
 
     def routes(self, devices: Sequence[int] = ()) -> Routes:
         """Read all routes of the node, by a dump.

@@ -209,9 +209,6 @@ class FakeNetlink:
         found = self._fake.known.get((ifindex, address))
         return (found.mac, 'permanent') if found else (None, None)
 
-    def forget_unresolved(self, ifindex: int, addresses: Any) -> None:
-        pass
-
     def route_to(self, address: IPAddress) -> Optional[HostRoute]:
         return next((route for route in self._fake.host.values()
                      if route.dst == address), None)

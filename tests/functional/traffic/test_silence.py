@@ -12,6 +12,7 @@ import socket
 from typing import Optional
 
 from kuryr_break0.model import Owner
+from tests.functional import test_border
 from tests.functional.traffic import base
 from tests import lab
 
@@ -78,8 +79,77 @@ class TestRepair(SilenceTestCase):
         self.assertEqual('INCOMPLETE', self.state(stranger))
         self.assertEqual('PERMANENT', self.state(base.POD))
 
+    def test_without_the_guard(self) -> None:
+        client, server = self.connection(base.POD)
+        self.manager(guard='off').sync()
+        self.lab.run('ip', 'link', 'del', 'break0')
+        client.send(b'spam')
+        self.until_held(base.POD)
+        self.manager(guard='off').sync()
+        self.assertIsNone(self.state(base.POD))
+        self.assertEqual(b'spam', server.recv(100))
+
 
 class TestBind(SilenceTestCase):
+
+    def test_connection_begun_before_the_container_started(self) -> None:
+        for address in (LATE, LATE6):
+            client = self.lab.socket(
+                socket.AF_INET6 if ':' in address else socket.AF_INET)
+            self.addCleanup(client.close)
+            client.setblocking(False)
+            client.connect_ex((address, base.PORT))
+            self.until_held(address)
+            name = 'late%d' % len(address)
+            self.lab.add_pod(name, address, mac=LATE_MAC)
+            with self.serving(name), self.lab.capture() as frames:
+                self.bind(address, owner=Owner(name, 'eth0'),
+                          netns='/run/netns/' + name, mac_of_pod=LATE_MAC,
+                          subnets=base.SUBNETS)
+                self.assertIsNone(self.state(address))
+                client.settimeout(lab.PATIENCE)
+                self.assertEqual((lab.NODE6 if ':' in address
+                                  else lab.NODE).encode(), client.recv(100))
+            self.assertEqual([], [frame for frame in frames
+                                  if frame.dst == LATE_MAC])
+            self.unbind(address, owner=Owner(name, 'eth0'))
+            self.lab.del_netns(name)
+
+    def test_containers_cannot_use_the_way(self) -> None:
+        """One in private mode reaches no container of its node, as before."""
+        self.lab.add_netns('private')
+        self.lab.run('ip', 'link', 'add', 'new', 'link', 'eth0', 'netns',
+                     'private', 'type', 'macvlan', 'mode', 'private')
+        self.lab.run('ip', 'link', 'set', 'new', 'up', netns='private')
+        payload = test_border.udp(lab.LAN, base.POD)
+        with self.lab.socket(socket.AF_INET, socket.SOCK_DGRAM,
+                             'pod') as pod, self.lab.socket(
+                socket.AF_PACKET, socket.SOCK_RAW, 'private') as made:
+            pod.bind(('', 9999))
+            made.bind(('new', 0))
+            with self.lab.capture() as frames:
+                for source in (lab.PARENT, 'nic'):
+                    link, = self.lab.ip('link', 'show', source, netns=None
+                                        if source == lab.PARENT else 'lan')
+                    made.send(test_border.packed(base.MAC)
+                              + test_border.packed(link['address'])
+                              + payload)
+            # They have gone to the LAN, and nowhere else.
+            self.assertEqual(2, len([frame for frame in frames
+                                     if frame.dst == base.MAC]))
+            pod.settimeout(0.3)
+            self.assertRaises(socket.timeout, pod.recv, 100)
+
+    def test_its_interface_is_down(self) -> None:
+        self.hold(LATE)
+        self.lab.add_pod('late', LATE, mac=LATE_MAC)
+        self.lab.run('ip', 'link', 'set', 'eth0', 'down', netns='late')
+        with self.lab.capture() as frames:
+            self.bind(LATE, owner=Owner('late', 'eth0'),
+                      netns='/run/netns/late', mac_of_pod=LATE_MAC)
+            self.assertIsNone(self.state(LATE))
+        self.assertEqual([], [frame for frame in frames
+                              if frame.dst == LATE_MAC])
 
     def test_nothing_is_held_after_a_bind(self) -> None:
         for address in (LATE, LATE6):
