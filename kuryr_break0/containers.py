@@ -149,6 +149,9 @@ class _Judge:
         self._next_hops_seen = ledger.next_hops_seen()
 
     def judge(self, macvlan: kernel.Macvlan) -> Iterator[Unserved]:
+        parent = self._seen.parents.get(macvlan.parent)
+        if parent is not None and parent.other is not None:
+            return  # another ledger has bound it, or this one before a loss
         of_all = of_interface(self._options, macvlan)
         for address in macvlan.addresses:
             claims = [*self._seen.contents.claims.get(address, ())]

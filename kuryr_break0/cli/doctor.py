@@ -16,13 +16,19 @@ from kuryr_break0.cli import parser
 from kuryr_break0.cli import status
 from kuryr_break0 import config
 from kuryr_break0.doctor import bundle
+from kuryr_break0.doctor import examination
 from kuryr_break0.doctor.examination import Examination
-from kuryr_break0.doctor.examination import examine
 from kuryr_break0.doctor import findings
 from kuryr_break0.doctor import report
 from kuryr_break0 import exceptions
 
 
+_CHECK = """\
+Check what break0 needs, before you install it: capabilities, kernel, macvlan
+on the interface, free names and numbers, sysctls, namespaces, and programs
+that manage interfaces. Prints findings as the doctor does, with the same exit
+status. Changes nothing.
+"""
 _DESCRIPTION = """\
 Examine everything that node and pods need to reach each other. For each
 finding, print what was seen, why it matters, and what to do. Changes nothing.
@@ -33,16 +39,14 @@ directory cannot be read.
 
 
 def add_parsers(subparsers: Any) -> None:
+    """Register the doctor, and its mode for before the installation."""
     added = parser.add_verb(
         subparsers, 'doctor', 'find out what is wrong on this node', run,
         _DESCRIPTION)
-    added.add_argument('--ignore', metavar='ID', action='append',
-                       default=[], type=parser.argument(_known),
-                       help='leave out this finding, for example '
-                            'route-foreign; may be repeated')
+    _add_ignore(added)
     added.add_flag(
-        '--no-probe', 'send no pings; by default they are the last check if '
-        'nothing else was found')
+        '--no-probe', 'send no pings, and no ARP requests, which follow where '
+        'nothing else explains that a ping is not answered')
     added.add_argument('--bundle', metavar='FILE',
                        help='also write an archive (tar.gz) for a bug '
                             'report: versions, options, status, findings, '
@@ -50,6 +54,24 @@ def add_parsers(subparsers: Any) -> None:
                             '10 MiB before it is packed, without secrets')
     added.add_flag(
         '--redact', 'replace addresses, ids and names in the archive')
+    added.set_defaults(before=False)
+    added = parser.add_verb(
+        subparsers, 'check', 'check whether break0 will work on this node',
+        run, _CHECK)
+    added.add_argument(
+        '--parent', metavar='NAME',
+        type=parser.argument(config.DeviceName()),
+        help='interface that the containers will be on (default: [break0] '
+             'parent, then [binding] link_iface)')
+    _add_ignore(added)
+    added.set_defaults(before=True, bundle=None)
+
+
+def _add_ignore(added: Any) -> None:
+    added.add_argument('--ignore', metavar='ID', action='append',
+                       default=[], type=parser.argument(_known),
+                       help='leave out this finding, for example '
+                            'route-foreign; may be repeated')
 
 
 def _bundle(conf: cfg.ConfigOpts, done: Examination,
@@ -73,19 +95,24 @@ def _known(name: str) -> str:
 
 def run(conf: cfg.ConfigOpts) -> int:
     """Print what is wrong, and return the exit code."""
-    with output.Counter('doctor'):
-        done = examine(conf, not conf.command.no_probe)
+    wanted = conf.command
+    with output.Counter('check' if wanted.before else 'doctor'):
+        done = (examination.examine_before(conf, wanted.parent)
+                if wanted.before
+                else examination.examine(conf, not wanted.no_probe))
     done.findings = [each for each in done.findings
-                     if each.id not in conf.command.ignore]
-    counts = {'addresses': done.addresses, 'looked_up': done.looked_up,
-              'pods': done.pods, 'entered': done.entered}
-    if conf.command.json:
+                     if each.id not in wanted.ignore]
+    counts = {} if wanted.before else {
+        'addresses': done.addresses, 'looked_up': done.looked_up,
+        'pods': done.pods, 'entered': done.entered,
+        'pinged': done.pinged, 'answered': done.answered}
+    if wanted.json:
         print(report.as_json(done.findings, done.not_examined, **counts))
     else:
         text = report.as_text([dataclasses.replace(
             each, seen=output.speak(each.seen), why=output.speak(each.why),
             remedy=output.speak(each.remedy)) for each in done.findings],
-            done.not_examined, **counts)
+            done.not_examined, done.examined, **counts)
         *blocks, summary = text.split('\n\n')
         for line in '\n\n'.join([*blocks, '']).split('\n')[:-1]:
             output.write((output.Wrong if line.startswith((

@@ -17,7 +17,6 @@ from oslo_log import log as logging
 from kuryr_break0.cli import adopt
 from kuryr_break0.cli import agent
 from kuryr_break0.cli import bind
-from kuryr_break0.cli import check
 from kuryr_break0.cli import cleanup
 from kuryr_break0.cli import cni
 from kuryr_break0.cli import common
@@ -132,6 +131,6 @@ def whole_parser() -> parser.Parser:
 
 def add_parsers(subparsers: Any) -> None:
     """Register all verbs, in the order of the documentation."""
-    for module in (status, probe, doctor, check, sync, agent, bind, adopt,
-                   cleanup, cni):
+    for module in (status, probe, doctor, sync, agent, bind, adopt, cleanup,
+                   cni):
         module.add_parsers(subparsers)

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from typing import Any, Optional
 
@@ -16,7 +15,7 @@ from kuryr_break0.cli import parser
 from kuryr_break0 import config
 from kuryr_break0.doctor.prober import Probe
 from kuryr_break0.doctor.prober import Prober
-from kuryr_break0.doctor.trace import Place
+from kuryr_break0.doctor.trace import places
 from kuryr_break0.doctor.trace import Trace
 from kuryr_break0.doctor.trace import traced
 from kuryr_break0 import exceptions
@@ -110,7 +109,7 @@ class Result:
             'probes': [_as_json(probe) for probe in self.probes],
             'note': self.note, 'claimants': self.claimants,
             'trace': None if self.trace is None else {
-                'dropped': self.trace.dropped, 'seen': self.trace.seen}}
+                'dropped': list(self.trace.dropped), 'seen': self.trace.seen}}
 
 
 def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
@@ -186,13 +185,7 @@ def _result(prober: Prober, options: config.Options,
     if not wanted.trace:
         return _probed(prober, device, record, parent, address,
                        wanted.conflict)
-    places = [Place('on the node', device, contextlib.nullcontext)]
-    if record is not None and record.netns is not None:
-        netns, namespace = record.netns, record.namespace
-        places.append(Place(
-            'in the pod', record.owner.ifname,
-            lambda: kernel.entered(netns, namespace)))
-    with traced(address, places) as trace:
+    with traced(address, places(device, record)) as trace:
         found = _probed(prober, device, record, parent, address,
                         wanted.conflict)
     return dataclasses.replace(found, trace=trace)

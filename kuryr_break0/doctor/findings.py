@@ -260,8 +260,8 @@ AGENT_NOT_RUNNING = Kind(
     'No kuryr-break0 agent uses this state_dir.',
     'If another program changes break0 or its routes, that is repaired only '
     'by the next ADD or DEL of a pod.',
-    'Start the agent beside kuryr-daemon, with the same kuryr.conf.',
-    ('kuryr-break0 agent',))
+    'Start the agent, with the configuration of kuryr-daemon, if that runs.',
+    ('%(start)s',))
 
 AGENT_STUCK = Kind(
     'agent-stuck', ERROR,
@@ -523,6 +523,13 @@ GUARD_UNAVAILABLE = Kind(
     'Install nftables where kuryr-daemon and the agent run. If you do not '
     'want the guard, set [break0] guard = off.')
 
+EGRESS_UNGUARDED = Kind(
+    'egress-unguarded', WARNING,
+    'The guard cannot see what leaves an interface, which needs Linux 5.16.',
+    'A pod can use both addresses of another pod towards the node, and VMs '
+    'cannot reach the node by IPv6.',
+    'Use Linux 5.16 or later where pods are not trusted.')
+
 IPV6_DISABLED = Kind(
     'ipv6-disabled', ERROR,
     'disable_ipv6 of break0 is 1, and pods have IPv6 addresses.',
@@ -544,6 +551,14 @@ SECOND_MACVLAN = Kind(
      'sysctl -w net/ipv4/conf/%(other)s/arp_filter=1'))
 
 # Routes and neighbours of the node
+
+NODE_ADDRESS_MISSING = Kind(
+    'node-address-missing', ERROR,
+    'Pods have addresses of a version of IP of which the node has none.',
+    'The node has no address to send from. By IPv6 it would use one of '
+    'another link (fe80::), which no pod can answer.',
+    'Give the node its address again, on the interface of the pods.',
+    ('ip address add ADDRESS/LENGTH dev %(parent)s',))
 
 ROUTE_MISSING = Kind(
     'route-missing', ERROR,
@@ -569,8 +584,7 @@ ROUTE_FOREIGN = Kind(
     'It leads elsewhere, so the node cannot reach the pod. It is not '
     'replaced: two programs that set the same route would never stop.',
     'Find out which program set it, then delete it. To have such routes '
-    'replaced, set [break0] takeover = true in kuryr.conf.',
-    ('ip route show table all %(address)s', _SYNC))
+    'replaced, set [break0] takeover = true in kuryr.conf.')
 
 ROUTE_STALE = Kind(
     'route-stale', WARNING,
@@ -622,13 +636,13 @@ NEIGHBOUR_STALE = Kind(
 
 PACKET_DROPPED = Kind(
     'packet-dropped', ERROR,
-    'A ping between node and pod is not answered, and the trace of the '
-    'kernel shows the rule that drops it, on the node or in the pod. This is '
-    'tried last, if nothing else was found, for at most 128 pods.',
+    'A ping between node and pod is not answered, and a rule in the pod drops '
+    'it, as the trace of nftables or the counters of iptables show. Pings '
+    'are sent to at most 128 pods, and not where another finding stops them.',
     'Node and pod cannot reach each other, although break0 is set up '
     'correctly.',
-    'Let the rule accept traffic between the node and its pods through '
-    'break0. The probe shows the whole trace.',
+    'Let the rule in the pod accept traffic between the pod and its node. The '
+    'probe shows the whole trace.',
     ('kuryr-break0 probe %(address)s --trace',))
 
 PACKET_LOST = Kind(
@@ -642,13 +656,23 @@ PACKET_LOST = Kind(
     'where packets were seen.',
     ('ip rule show', 'kuryr-break0 probe %(address)s --trace'))
 
+ADDRESS_DUPLICATE = Kind(
+    'address-duplicate', ERROR,
+    'A ping between node and pod is not answered, nothing else explains it, '
+    'and another host on the link says that it has the address. The doctor '
+    'asks by ARP or neighbour discovery, from the pod.',
+    'Other hosts, and the node, may reach either.',
+    'Find the host with this MAC address, and give one of the two another '
+    'address.', ('kuryr-break0 probe %(address)s --conflict',))
+
 PROBE_UNANSWERED = Kind(
     'probe-unanswered', WARNING,
     'A ping between node and pod arrives, but is not answered.',
-    'All that break0 needs is set up. The pod may be configured not to '
-    'answer pings.',
-    'Try a service of the pod by its port. If it answers, ignore this '
-    'finding.', ('kuryr-break0 probe %(address)s --trace',))
+    'All that break0 needs is set up. The one that was pinged may be '
+    'configured not to answer pings.',
+    'Try a service by its port: kuryr-break0 probe with --tcp. If it '
+    'answers, ignore this finding.',
+    ('kuryr-break0 probe %(address)s --trace',))
 
 # From the pod to its node
 
@@ -774,12 +798,15 @@ NETWORKD_MANAGES = Kind(
 
 NETWORKD_FOREIGN_ROUTES = Kind(
     'networkd-foreign-routes', WARNING,
-    'systemd-networkd has run on the node, and ManageForeignRoutes is not '
-    'switched off. By default it is on.',
-    'As soon as a .network file matches break0, even by a wildcard, '
-    'systemd-networkd deletes its routes, and again at each restart.',
-    'Let it keep routes that it did not set.',
-    ('mkdir -p /etc/systemd/networkd.conf.d',
+    'systemd-networkd has run on the node, one of its .network files matches '
+    'break0, as one with a wildcard, and ManageForeignRoutes is not switched '
+    'off. By default it is on.',
+    'systemd-networkd deletes the routes of interfaces that it manages, and '
+    'again at each restart.',
+    'Let it ignore break0, and keep routes that it did not set.',
+    ("printf '[Match]\\nName=%(device)s\\n\\n[Link]\\nUnmanaged=yes\\n' "
+     '> /etc/systemd/network/05-%(device)s.network',
+     'mkdir -p /etc/systemd/networkd.conf.d',
      "printf '[Network]\\nManageForeignRoutes=no\\n' "
      '> /etc/systemd/networkd.conf.d/kuryr-break0.conf',
      'systemctl restart systemd-networkd'))
@@ -797,31 +824,107 @@ NETWORKMANAGER_MANAGES = Kind(
 
 FIREWALL_DROPS = Kind(
     'firewall-drops', ERROR,
-    'A chain of nftables or iptables drops or rejects all traffic between '
-    'the node and its pods through break0, by a rule or by its policy.',
+    'A ping between node and pod is not answered, and a rule of the node '
+    'drops it, as the trace of nftables or the counters of iptables show.',
     'Traffic between the node and its pods passes the input and output '
     'chains with break0 as the interface.',
     'Add a rule before it that accepts traffic through break0.',
-    ('%(accept)s',))
+    ('kuryr-break0 probe %(address)s --trace',))
 
 SOURCE_REWRITTEN = Kind(
     'source-rewritten', WARNING,
-    'A MASQUERADE or SNAT rule of nftables or iptables matches all traffic '
-    'from the node to its pods.',
-    'Pods see another source address than the one that the node has used. '
+    'A pod sees another source address than the one that the node sends '
+    'from, because of a MASQUERADE or SNAT rule. It is an error if the pod '
+    'has no way back to that address, so that pings are not answered.',
     'break0 has no address, so MASQUERADE takes that of any other interface.',
     'Add a rule before it that excepts break0.',
-    ('%(accept)s',))
+    ('kuryr-break0 probe %(address)s --trace',))
+
+SOURCE_KEPT = Kind(
+    'source-kept', NOTE,
+    'The node forwards packets, and a MASQUERADE or SNAT rule names the '
+    'parent as the interface that they leave by.',
+    'What the node forwards to its pods, as for clients of a VPN, leaves by '
+    'break0, so the rule does not match it. Pods answer by their gateway, '
+    'unless that has a route to the clients.',
+    'If such clients do not reach pods, add the same rule for break0.',
+    ('iptables -t nat -A POSTROUTING -o %(device)s ! -s 127.0.0.0/8 '
+     '-m addrtype ! --src-type LOCAL -j MASQUERADE',))
 
 FIREWALL_RESTRICTS = Kind(
     'firewall-restricts', NOTE,
-    'A chain drops part of the traffic through break0: by a rule that names '
-    'the interface, by a policy where only some ports are accepted, or for '
-    'traffic that is forwarded to pods from elsewhere.',
-    'This may be intended. Pings may be dropped too, so none are sent.',
-    'If it is not intended, add a rule before it that accepts traffic '
-    'through break0.',
-    ('%(accept)s',))
+    'The firewall of the node drops a connection of a pod to a TCP port on '
+    'which nobody listens, or pings of pods, but not connections to services '
+    'of the node.',
+    'Most firewalls accept only chosen ports, so this may be intended. '
+    'Services of the node, such as DNS, are reached from pods only if their '
+    'ports are accepted.',
+    'If pods need more services of the node, accept their ports, or all that '
+    'comes through break0.')
+
+# Before the installation
+
+CAPABILITY_MISSING = Kind(
+    'capability-missing', ERROR,
+    'kuryr-break0 check runs without CAP_NET_ADMIN or CAP_SYS_ADMIN.',
+    'Interfaces and routes cannot be set, or namespaces not entered.',
+    'Run it as root, in a container with these capabilities.')
+
+CAPABILITY_USEFUL = Kind(
+    'capability-useful', WARNING,
+    'kuryr-break0 check runs without CAP_NET_RAW or CAP_NET_BROADCAST.',
+    'The probe needs NET_RAW. Discovery without NET_BROADCAST looks for '
+    'containers every second, in place of hearing of them.',
+    'Give it these capabilities if you use these functions.')
+
+KERNEL_OLD = Kind(
+    'kernel-old', WARNING,
+    'The kernel is older than 4.20.',
+    'It cannot filter dumps, so they take longer.',
+    'Use a later kernel on nodes with many routes.')
+
+MACVLAN_IMPOSSIBLE = Kind(
+    'macvlan-impossible', ERROR,
+    'No macvlan can be created on the interface of the containers.',
+    'break0 is a macvlan.',
+    'Load the module. On another macvlan, or the loopback, none can be.',
+    ('modprobe macvlan',))
+
+PROTOCOL_TAKEN = Kind(
+    'protocol-taken', ERROR,
+    'Routes of other programs have the number of [break0] route_protocol.',
+    'By this number break0 knows its own routes.',
+    'Set [break0] route_protocol in kuryr.conf to a number that no other '
+    'program uses.')
+
+SYSCTLS_READ_ONLY = Kind(
+    'sysctls-read-only', ERROR,
+    'The sysctls of the network cannot be written.',
+    'Without them break0 would speak on the LAN.',
+    'In a container, mount /proc/sys/net of the node elsewhere, and name that '
+    'by [break0] sysctl_dir.')
+
+NAMESPACES_UNSEEN = Kind(
+    'namespaces-unseen', WARNING,
+    'kuryr-break0 check sees no network namespace besides that of the node.',
+    'Pods in namespaces that are not seen cannot be configured.',
+    'If containers run, mount the directory of their namespaces with '
+    'HostToContainer: see [break0] netns_dirs.')
+
+DROP_IN_MISSING = Kind(
+    'drop-in-missing', NOTE,
+    'systemd-networkd or NetworkManager is there, and no file tells it to '
+    'leave break0 alone.',
+    'As soon as one of its files matches break0, as one for all interfaces '
+    'does, it removes what it has not set.',
+    'Install the drop-in of the project.', ('%(command)s',))
+
+ENGINE_NOT_DISCOVERED = Kind(
+    'engine-not-discovered', NOTE,
+    'A container engine is there, and [break0] discover is false.',
+    'Its containers are bound only by the CNI plugin or by hand.',
+    'To have them found, set discover and allowed_cidrs of [break0] in '
+    'kuryr.conf.')
 
 #: All there are, in the order in which they are looked for.
 KINDS = tuple(value for value in list(globals().values())

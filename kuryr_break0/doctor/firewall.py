@@ -1,22 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checks whether a firewall of the node drops traffic of its pods."""
+"""Names rules of iptables by their counters, and what lets traffic pass.
+
+The kernel's trace shows the rules of nftables, and of iptables that uses
+nftables, but not those of iptables-legacy. Their counters do: the rule whose
+counter rises with a packet that is lost has dropped it.
+"""
 
 from __future__ import annotations
 
+import fnmatch
+import re
 import subprocess
-from typing import Any, Callable, Iterator, Optional
+from typing import Iterator, NamedTuple, Optional
 
-from kuryr_break0.doctor import findings
-from kuryr_break0.doctor.findings import Finding
-from kuryr_break0.doctor import iptables
-from kuryr_break0.doctor import nftables
-from kuryr_break0.doctor.node import ParentView
-from kuryr_break0.doctor.packet_filter import Chain
-from kuryr_break0.doctor.packet_filter import Obstacle
-from kuryr_break0.doctor.packet_filter import obstacles
-from kuryr_break0.doctor.packet_filter import Packet
-from kuryr_break0.doctor.packet_filter import rewriting
 from kuryr_break0 import kernel
 from kuryr_break0 import log
 
@@ -24,101 +21,136 @@ LOG = log.get_logger(__name__)
 
 #: Seconds for a program to list all rules.
 _TIMEOUT = 10
-_FORWARDING = {4: 'ipv4/ip_forward', 6: 'ipv6/conf/all/forwarding'}
+#: Of iptables, whose own program keeps what it has set.
+_BUILT_IN = ('PREROUTING', 'INPUT', 'OUTPUT', 'FORWARD', 'POSTROUTING')
+_POLICY = re.compile(r':(\S+) (\w+) \[(\d+):')
+_RULE = re.compile(r'\[(\d+):\d+\] (-A (\S+).*)')
+_DROPS = re.compile(r'-j (DROP|REJECT)\b')
+_REWRITES = re.compile(r'(?i)\b(masquerade|snat)\b')
 
 
-def check(view: ParentView) -> Iterator[Finding]:
-    """Follow packets between node and pods through all rules."""
-    packets = list(_packets(view))
-    if not packets:
-        return
-    found: dict[findings.Kind, list[Obstacle]] = {}
-    for table in _tables():
-        for obstacle in obstacles(table, packets):
-            found.setdefault(
-                findings.FIREWALL_DROPS if obstacle.all
-                else findings.FIREWALL_RESTRICTS, []).append(obstacle)
-        found.setdefault(findings.SOURCE_REWRITTEN, []).extend(
-            rewriting(table, packets))
-    for kind, chains in found.items():
-        if chains:
-            first = chains[0]
-            yield kind.found(
-                'the chain %s, hook %s, has: %s' % (
-                    first.chain.title, first.chain.hook, first.what),
-                [each.chain.title for each in chains],
-                commands=[_accept(each.chain, view.name) for each in chains])
+class Rule(NamedTuple):
+    """A rule of iptables, or a policy."""
+
+    program: str
+    table: str
+    chain: str
+    text: str
+    place: int
+
+    @property
+    def drops(self) -> bool:
+        return bool(_DROPS.search(self.text))
+
+    @property
+    def rewrites(self) -> bool:
+        return bool(_REWRITES.search(self.text))
+
+    def accept(self, device: str, comes_in: bool) -> str:
+        """Return the command for a rule that lets traffic pass before it."""
+        if self.chain.startswith('ufw'):
+            return _ufw(device, comes_in)
+        return '%s -t %s -I %s %s %s -j ACCEPT' % (
+            self.program, self.table, self.chain, '-i' if comes_in else '-o',
+            device)
+
+    def __str__(self) -> str:
+        return 'the table %s of %s, chain %s, has: %s' % (
+            self.table, self.program, self.chain, self.text)
 
 
-def _accept(chain: Chain, device: str) -> str:
-    """Return the command for a rule that accepts what passes break0."""
-    comes_in = chain.hook in ('prerouting', 'input')
-    return chain.accept % {
-        'device': device, 'short': '-i' if comes_in else '-o',
-        'long': 'iifname' if comes_in else 'oifname'}
+def accept(table: str, chain: str, device: str, comes_in: bool) -> str:
+    """Return the command for a rule of nftables, as :meth:`Rule.accept`.
+
+    :param table: family and name
+    """
+    family, name = table.split(' ', 1)
+    if name == 'firewalld':
+        return ('firewall-cmd --permanent --zone=trusted --add-interface=%s '
+                '&& firewall-cmd --reload' % device)
+    if chain.startswith('ufw'):
+        return _ufw(device, comes_in)
+    if family in ('ip', 'ip6') and chain in _BUILT_IN:
+        return Rule('iptables' if family == 'ip' else 'ip6tables', name,
+                    chain, '', 0).accept(device, comes_in)
+    return 'nft insert rule %s %s %s %s accept' % (
+        table, chain, 'iifname' if comes_in else 'oifname', device)
+
+
+def _ufw(device: str, comes_in: bool) -> str:
+    return 'ufw allow %s on %s' % ('in' if comes_in else 'out', device)
 
 
 def not_examined() -> Iterator[str]:
-    """Return which rules could not be examined."""
-    if kernel.find_program('nft') is None:
-        yield ('the rules of nftables: there is no program nft. Install the '
-               'package nftables.')
-        if kernel.find_program('iptables-save') is None:
-            yield ('the rules of iptables: there is no program '
-                   'iptables-save. Install the package iptables.')
+    """Return which rules cannot be named, if they drop a packet."""
+    missing = [program for program in ('nft', 'iptables-save')
+               if kernel.find_program(program) is None]
+    if 'nft' in missing:
+        for program in missing:
+            package = {'nft': 'nftables'}.get(program, 'iptables')
+            yield ('the rules of %s: there is no program %s. Install the '
+                   'package %s.' % (package, program, package))
 
 
-def _packets(view: ParentView) -> Iterator[Packet]:
-    """Return packets between the node and one pod of each family."""
-    device = view.name
-    for version in (4, 6):
-        pod = next((address for address in view.desired
-                    if address.version == version), None)
-        if pod is None:
-            continue
-        host = next((address for address in
-                     (view.known.addresses if view.known else ())
-                     if address.version == version), None)
-        for hook in ('prerouting', 'input'):
-            yield Packet(hook, device, '', pod, host, version)
-        for hook in ('output', 'postrouting'):
-            yield Packet(hook, '', device, host, pod, version)
-        # What comes from elsewhere for a service of a pod of this node.
-        if kernel.read_sysctl(_FORWARDING[version]):
-            yield Packet('forward', view.parent_name or '', device, None,
-                         pod, version)
+def rewrites(text: str) -> bool:
+    """Return whether a rule gives packets another source address."""
+    return bool(_REWRITES.search(text))
 
 
-def _tables() -> Iterator[dict[str, Chain]]:
-    """Return the tables of nftables, and those that only iptables shows.
+def counters(version: int) -> dict[Rule, int]:
+    """Return how many packets have met each rule that no trace shows.
 
-    Where its programs are not at hand there is nothing to say.
+    In the namespace of this thread, of iptables for one version of IP.
     """
-    rules = _run('nft', '--json', 'list', 'ruleset')
-    if rules is not None:
-        yield from _parsed(nftables.parse, rules)
-    for version, prefix, names in ((4, 'iptables', 'ip_tables_names'),
-                                   (6, 'ip6tables', 'ip6_tables_names')):
-        legacy = _legacy_in_use(names)
-        if rules is not None and not legacy:
-            continue
-        saved = _run(prefix + '-legacy-save') if legacy else None
-        if saved is None:
-            saved = _run(prefix + '-save')
+    prefix, names = (('iptables', 'ip_tables_names') if version == 4
+                     else ('ip6tables', 'ip6_tables_names'))
+    if _is_in_use(names):
+        saved = _run(prefix + '-legacy-save', '-c')
         if saved is not None:
-            yield from _parsed(iptables.parse, saved, version)
+            return dict(_parsed(saved, prefix + '-legacy'))
+    elif kernel.find_program('nft') is not None:
+        return {}
+    return dict(_parsed(_run(prefix + '-save', '-c') or '', prefix))
 
 
-def _parsed(parse: Callable[..., list[dict[str, Chain]]],
-            *args: Any) -> list[dict[str, Chain]]:
-    try:
-        return parse(*args)
-    except ValueError as err:
-        LOG.warning('Cannot examine the rules of the firewall: %s', err)
-        return []
+def risen(before: dict[Rule, int], after: dict[Rule, int],
+          device: str) -> list[Rule]:
+    """Return the rules that more packets have met, of any interface or this.
+
+    :param device: the interface that they pass
+    """
+    return [rule for rule, count in after.items()
+            if count > before.get(rule, count) and all(
+                fnmatch.fnmatchcase(device, name.replace('+', '*'))
+                for name in re.findall(r'(?<! !) -[io] (\S+)', rule.text))]
 
 
-def _legacy_in_use(names: str) -> bool:
+def _parsed(text: str, program: str) -> Iterator[tuple[Rule, int]]:
+    table = ''
+    for place, line in enumerate(text.splitlines()):
+        if line.startswith('*'):
+            table = line[1:]
+        policy, rule = _POLICY.match(line), _RULE.match(line)
+        if policy:
+            yield Rule(program, table, policy[1], 'policy -j ' + policy[2],
+                       place), int(policy[3])
+        elif rule:
+            yield Rule(program, table, rule[3], rule[2], place), int(rule[1])
+
+
+def masquerading(parent: str) -> Optional[str]:
+    """Return a rule that rewrites what leaves by an interface, if any."""
+    names = re.compile(r'(?:-o|oif(?:name)?) "?%s"?\s' % re.escape(parent))
+    for text in (_run('nft', 'list', 'ruleset'),
+                 *(_run(each) for each in ('iptables-legacy-save',)
+                   if _is_in_use('ip_tables_names'))):
+        for line in (text or '').splitlines():
+            if names.search(line) and rewrites(line):
+                return line.strip()
+    return None
+
+
+def _is_in_use(names: str) -> bool:
     try:
         with open('/proc/thread-self/net/' + names) as file:
             return bool(file.read().strip())

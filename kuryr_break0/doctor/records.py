@@ -13,6 +13,7 @@ from typing import Iterator, Optional
 from kuryr_break0 import config
 from kuryr_break0.doctor import findings
 from kuryr_break0.doctor.findings import Finding
+from kuryr_break0.doctor.host import Host
 from kuryr_break0.doctor.node import Node
 from kuryr_break0 import exceptions
 
@@ -71,7 +72,7 @@ def _mount_of(path: str) -> tuple[str, str]:
     return best
 
 
-def check_ledger(node: Node) -> Iterator[Finding]:
+def check_ledger(node: Node, host: Host) -> Iterator[Finding]:
     """Examine the records, the lock and the agent."""
     contents = node.contents
     if contents.damaged:
@@ -95,7 +96,8 @@ def check_ledger(node: Node) -> Iterator[Finding]:
     silent = node.ledger.heartbeat.age()
     if silent is None:
         yield findings.AGENT_NOT_RUNNING.found(
-            'no agent uses the state directory %s' % node.options.state_dir)
+            'no agent uses the state directory %s' % node.options.state_dir,
+            start=host.start)
     elif silent > node.options.patience:
         yield findings.AGENT_STUCK.found(
             'the agent has not ended a sync for %d s; it is %s'

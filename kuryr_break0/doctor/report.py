@@ -30,9 +30,12 @@ def as_json(findings: Iterable[Finding],
 
 
 def as_text(findings: list[Finding], not_examined: Sequence[str] = (),
-            **counts: int) -> str:
+            examined: str = '', **counts: int) -> str:
     """Return a paragraph for each finding, and what was examined."""
     blocks = list(map(_block, findings))
+    if counts.get('pinged'):
+        blocks.insert(0, 'Pings, both ways: %(answered)d of %(pinged)d '
+                      'addresses answered.' % counts)
     errors, warnings = (sum(each.severity == severity for each in findings)
                         for severity in (ERROR, WARNING))
     if errors or warnings:
@@ -40,6 +43,8 @@ def as_text(findings: list[Finding], not_examined: Sequence[str] = (),
     else:
         summary = ('Nothing wrong was found.' if not_examined or findings
                    else 'Nothing is wrong.')
+    if examined:
+        summary += ' Examined: %s.' % examined
     if counts:
         summary += (
             ' Examined: %(entered)d of %(pods)d pods from inside, and the '

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Iterator, Optional, Sequence, TypeVar
 
 from kuryr_break0.doctor import findings
@@ -12,11 +13,16 @@ from kuryr_break0.doctor.node import Node
 from kuryr_break0.doctor.node import ParentView
 from kuryr_break0 import kernel
 from kuryr_break0.model import address_order
+from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 
 #: Addresses for which the kernel is asked what it would use. Each costs up
 #: to two requests, about a millisecond in all.
 LOOKED_UP = 128
+
+#: Where ip(8) has the names of protocols.
+_PROTOCOLS = tuple(directory + '/iproute2/rt_protos' for directory in (
+    '/etc', '/usr/share', '/usr/lib'))
 
 _T = TypeVar('_T')
 
@@ -81,6 +87,18 @@ def _taken_elsewhere(node: Node) -> dict[IPAddress, str]:
     return found
 
 
+def check_sources(view: ParentView) -> Iterator[Finding]:
+    """Look whether the node has an address to send from."""
+    own = {address.version for address in view.node.seen.own
+           if not (address.is_link_local or address.is_loopback)}
+    without = view.settled(address for address in view.live
+                           if address.version not in own)
+    if without:
+        yield findings.NODE_ADDRESS_MISSING.found(
+            'the node has no IPv%d address' % without[0].version, without,
+            parent=view.parent_name)
+
+
 def check_routes(view: ParentView) -> Iterator[Finding]:
     """Compare the routes with the entries."""
     options, plan = view.options, view.plan
@@ -103,8 +121,10 @@ def check_routes(view: ParentView) -> Iterator[Finding]:
         route = foreign[in_the_way[0]]
         yield findings.ROUTE_FOREIGN.found(
             'addresses of pods have a route that is not ours, on %s with '
-            'protocol %d' % (kernel.name_of(route.oif), route.protocol),
-            in_the_way, address=route.dst)
+            'protocol %s' % (kernel.name_of(route.oif),
+                             _protocol(route.protocol)), in_the_way,
+            commands=[*(_deletion(foreign[each]) for each in in_the_way),
+                      'kuryr-break0 sync'])
     stale = sorted({item.dst for item in plan.unclaimed
                     if item.dst in view.routes
                     and view.unclaimed(item.dst)
@@ -114,6 +134,25 @@ def check_routes(view: ParentView) -> Iterator[Finding]:
             'there are routes through %s that no pod claims' %
             view.name, stale, address=stale[0], device=view.name,
             protocol=options.route_protocol, table=options.route_table)
+
+
+def _deletion(route: HostRoute) -> str:
+    """Return the command that deletes a route, and no other."""
+    return 'ip %sroute del %s%s proto %s%s table %d' % (
+        '-6 ' if route.dst.version == 6 else '', route.dst,
+        ' dev ' + kernel.name_of(route.oif) if route.oif else '',
+        _protocol(route.protocol),
+        ' metric %d' % route.metric if route.metric else '', route.table)
+
+
+def _protocol(number: int) -> str:
+    """Return the name of a protocol, as ip(8) has it."""
+    for path in _PROTOCOLS:
+        with contextlib.suppress(OSError), open(path) as file:
+            for fields in map(str.split, file):
+                if fields[:1] in ([str(number)], [hex(number)]):
+                    return fields[1]
+    return str(number)
 
 
 def check_use(view: ParentView, netlink: kernel.Netlink,

@@ -23,6 +23,7 @@ _SYSTEMD = ('/etc/systemd', '/run/systemd', '/usr/local/lib/systemd',
             '/usr/lib/systemd', '/lib/systemd')
 #: Of which there may be several, like ``configuring`` (networkctl(1)).
 _NETWORKD_LEAVES_ALONE = ('', 'unmanaged', 'pending', 'initialized', 'linger')
+_NETWORKMANAGER = ('/etc', '/run', '/usr/lib')
 _NETWORKMANAGER_DEVICES = '/run/NetworkManager/devices'
 
 
@@ -30,11 +31,51 @@ def check(links: Sequence[kernel.Link]) -> Iterator[Finding]:
     """Look for systemd-networkd and NetworkManager on this node."""
     for link in links:
         yield from _check_link(link)
+    yield from _check_foreign_routes(
+        [(link.name, link.mac) for link in links])
+
+
+def check_drop_ins(name: str) -> Iterator[Finding]:
+    """Look what they will do to a break0 that is not there yet."""
+    found = list(_check_foreign_routes([(name, '')]))
+    yield from found
+    if not found and os.path.isdir(_NETWORKD_LINKS) and not _file_for(
+            'network', name, '')[0]:
+        yield _drop_in_missing('systemd-networkd is', name,
+                               findings.NETWORKD_MANAGES.commands[0])
+    if os.path.isdir(_NETWORKMANAGER_DEVICES) and not any(
+            'interface-name:' + name in line for directory
+            in _NETWORKMANAGER for path in glob.glob(os.path.join(
+                directory, 'NetworkManager', 'conf.d', '*.conf'))
+            for line in _lines(path)):
+        yield _drop_in_missing('NetworkManager is', name,
+                               findings.NETWORKMANAGER_MANAGES.commands[1])
+
+
+def _drop_in_missing(who: str, name: str, command: str) -> Finding:
+    return findings.DROP_IN_MISSING.found(
+        '%s on this node, and no file names %s' % (who, name),
+        command=command % {'device': name})
+
+
+def _check_foreign_routes(devices: Iterable[tuple[str, str]]
+                          ) -> Iterator[Finding]:
+    """Look for a file of networkd by which it will manage a break0.
+
+    By one that is for other interfaces only, nothing is done to it.
+    """
     where = manages_foreign_routes()
-    if links and os.path.isdir(_NETWORKD_LINKS) and where is not None:
-        yield findings.NETWORKD_FOREIGN_ROUTES.found(
-            'systemd-networkd has run on this node, with '
-            'ManageForeignRoutes=yes %s' % where)
+    if where is None or not os.path.isdir(_NETWORKD_LINKS):
+        return
+    for name, mac in devices:
+        path, lines = _file_for('network', name, mac)
+        if path and not _is_true(dict(_assignments(_section(
+                lines, 'Link'))).get('Unmanaged', '')):
+            yield findings.NETWORKD_FOREIGN_ROUTES.found(
+                '%s matches %s, and systemd-networkd has '
+                'ManageForeignRoutes=yes %s' % (path, name, where),
+                device=name)
+            return
 
 
 def _check_link(link: kernel.Link) -> Iterator[Finding]:
@@ -62,36 +103,44 @@ def _check_link(link: kernel.Link) -> Iterator[Finding]:
 def _link_file(link: kernel.Link) -> tuple[str, Optional[str]]:
     """Return the .link file of an interface, and how it sets a MAC address.
 
-    udev applies the first that matches, by the names of the files. A policy
-    "persistent" does not count: it leaves an interface alone that was created
-    with a MAC address, as break0 is (systemd.link(5)).
+    A policy "persistent" does not count: it leaves an interface alone that
+    was created with a MAC address, as break0 is (systemd.link(5)).
     """
-    paths: dict[str, str] = {}
-    for directory in _SYSTEMD:
-        for path in glob.glob(os.path.join(directory, 'network', '*.link')):
-            paths.setdefault(os.path.basename(path), path)
-    for _, path in sorted(paths.items()):
-        lines = list(_lines(path))
-        matches = [_matches(key, value, link) for key, value
-                   in _assignments(_section(lines, 'Match'))]
-        if not lines or False in matches:
-            continue  # an empty file is how one is masked
-        if None in matches:
-            break
-        settings = dict(_assignments(_section(lines, 'Link')))
-        if settings.get('MACAddress'):
-            return path, 'MACAddress=' + settings['MACAddress']
-        if settings.get('MACAddressPolicy') == 'random':
-            return path, 'MACAddressPolicy=random'
-        break
+    path, lines = _file_for('link', link.name, link.mac)
+    settings = dict(_assignments(_section(lines, 'Link')))
+    if settings.get('MACAddress'):
+        return path, 'MACAddress=' + settings['MACAddress']
+    if settings.get('MACAddressPolicy') == 'random':
+        return path, 'MACAddressPolicy=random'
     return '', None
 
 
-def _matches(key: str, value: str, link: kernel.Link) -> Optional[bool]:
+def _file_for(suffix: str, name: str, mac: str) -> tuple[str, list[str]]:
+    """Return the file of systemd for a break0, and its lines.
+
+    The first that matches is applied, by the names of the files. If it is in
+    doubt whether one does, none is returned.
+    """
+    paths: dict[str, str] = {}
+    for directory in _SYSTEMD:
+        for path in glob.glob(os.path.join(directory, 'network',
+                                           '*.' + suffix)):
+            paths.setdefault(os.path.basename(path), path)
+    for _, path in sorted(paths.items()):
+        lines = list(_lines(path))
+        matches = [_matches(key, value, name, mac) for key, value
+                   in _assignments(_section(lines, 'Match'))]
+        if not lines or False in matches:
+            continue  # an empty file is how one is masked
+        return ('', []) if None in matches else (path, lines)
+    return '', []
+
+
+def _matches(key: str, value: str, name: str, mac: str) -> Optional[bool]:
     """Return whether an interface meets a condition; None if in doubt."""
-    actual = {'OriginalName': link.name, 'Kind': link.kind,
-              'Type': link.kind, 'MACAddress': link.mac, 'Driver': '',
-              'Path': '', 'PermanentMACAddress': ''}.get(key)
+    actual = {'OriginalName': name, 'Name': name, 'Kind': 'macvlan',
+              'Type': 'ether', 'MACAddress': mac, 'Driver': '', 'Path': '',
+              'PermanentMACAddress': ''}.get(key)
     if actual is None:
         return None
     negated = value.startswith('!')

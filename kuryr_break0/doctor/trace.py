@@ -4,7 +4,8 @@
 
 A table of its own marks these packets (``meta nftrace``), on the node and in
 the pod, and ``nft monitor trace`` prints each rule that they come to, those of
-iptables-nft too. It is removed afterwards. iptables-legacy cannot be traced.
+iptables-nft too. It is removed afterwards. For iptables-legacy, which cannot
+be traced, and where there is no nft, the counters of rules are compared.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ import contextlib
 import re
 import subprocess
 import time
-from typing import Callable, ContextManager, Iterator, NamedTuple, Optional
+from typing import (Callable, ContextManager, Iterable, Iterator, NamedTuple,
+                    Optional)
 
+from kuryr_break0.doctor import firewall
 from kuryr_break0 import exceptions
+from kuryr_break0 import guard
 from kuryr_break0 import kernel
 from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Record
 
 _TABLE = 'break0-trace'
 _RULES = '''\
@@ -56,22 +61,42 @@ class Place(NamedTuple):
     :ivar name: what it is called in sentences
     :ivar device: the interface that leads to the other side
     :ivar entered: enters it, within the block
+    :ivar is_node: whether it is that of the node
     """
 
     name: str
     device: str
     entered: Callable[[], ContextManager[None]]
+    is_node: bool = False
+
+
+def places(device: str, record: Optional[Record]) -> list[Place]:
+    """Return the node, and the namespace of a pod, if that is recorded.
+
+    :param device: the break0 that leads there
+    """
+    found = [Place('on the node', device, contextlib.nullcontext, True)]
+    if record is not None and record.netns is not None:
+        netns, namespace = record.netns, record.namespace
+        found.append(Place('in the pod', record.owner.ifname,
+                           lambda: kernel.entered(netns, namespace)))
+    return found
 
 
 class Trace:
     """What was seen of the packets.
 
-    :ivar dropped: sentences, each of what dropped one
+    :ivar dropped: sentences, each of what dropped one, with the command that
+        lets it pass; empty for a rule in the pod, or of our own guard
+    :ivar rewritten: those of what gave one another source address
     :ivar seen: where packets to and from the pod came by
+    :ivar is_complete: whether that was traced
     """
 
-    def __init__(self) -> None:
-        self.dropped: list[str] = []
+    def __init__(self, is_complete: bool) -> None:
+        self.is_complete = is_complete
+        self.dropped: dict[str, str] = {}
+        self.rewritten: dict[str, str] = {}
         self.seen: list[str] = []
 
     def arrived(self, at_pod: bool) -> bool:
@@ -85,6 +110,10 @@ class Trace:
         yield from self.dropped
         if self.dropped:
             return
+        if not self.is_complete:
+            yield ('no rule of iptables dropped it. More can be said only '
+                   'with the program nft')
+            return
         yield ('no rule of nftables dropped it. It was seen: %s. Between the '
                'last of these and the next, the kernel dropped it for '
                'another reason: rp_filter, a neighbour or an interface; '
@@ -93,46 +122,80 @@ class Trace:
 
     def read(self, place: Place, address: IPAddress, text: str) -> None:
         """Take in what ``nft monitor trace`` has printed."""
+        to_pod: dict[str, bool] = {}
         for line in text.splitlines():
             found = _LINE.match(line)
             if found is None:
                 continue
-            table, chain = found['table'], found['chain']
-            if table.endswith(' ' + _TABLE):
-                if found['what'] == 'packet:':
-                    to_pod = ('daddr %s ' % address) in found['text']
-                    self._note(self.seen, '%s, %s (%s)' % (
-                        'to the pod' if to_pod else 'from the pod',
-                        place.name, chain))
-            elif found['what'] == 'rule' and 'verdict drop' in found['text']:
-                self._note(self.dropped, '%s the table %s, chain %s, drops '
-                           'it: %s' % (place.name, table, chain, re.sub(
-                               r'\s*\(verdict.*', '', found['text'])))
-            elif found['what'] == 'policy' and 'drop' in found['text']:
-                self._note(self.dropped, '%s the policy of the table %s, '
-                           'chain %s, drops it' % (place.name, table, chain))
+            table, chain, what = found['table'], found['chain'], found['text']
+            if found['what'] == 'packet:':
+                to_pod[found['id']] = ('daddr %s ' % address) in what
+                if table.endswith(' ' + _TABLE):
+                    came_by = '%s, %s (%s)' % (
+                        'to the pod' if to_pod[found['id']]
+                        else 'from the pod', place.name, chain)
+                    if came_by not in self.seen:
+                        self.seen.append(came_by)
+                continue
+            where = 'the table %s, chain %s, ' % (table, chain)
+            accept = '' if guard.PREFIX in table or not place.is_node else (
+                firewall.accept(table, chain, place.device,
+                                not to_pod.get(found['id'], False)))
+            if found['what'] == 'policy' and 'drop' in what:
+                self.dropped['%s the policy of %sdrops it' % (
+                    place.name, where)] = accept
+            elif found['what'] == 'rule' and 'verdict drop' in what:
+                self.dropped['%s %sdrops it: %s' % (
+                    place.name, where, _plain(what))] = accept
+            elif found['what'] == 'rule' and firewall.rewrites(what):
+                self.rewritten['%s %shas: %s' % (
+                    place.name, where, _plain(what))] = accept
 
-    @staticmethod
-    def _note(texts: list[str], text: str) -> None:
-        if text not in texts:
-            texts.append(text)
+    def count(self, place: Place, rules: Iterable[firewall.Rule]) -> None:
+        """Take in the rules whose counters have risen."""
+        for rule in rules:
+            comes_in = rule.chain in ('PREROUTING', 'INPUT') or (
+                ' -i ' in rule.text)
+            accept = (rule.accept(place.device, comes_in) if place.is_node
+                      else '')
+            if rule.drops:
+                self.dropped['%s %s' % (place.name, rule)] = accept
+            elif rule.rewrites:
+                self.rewritten['%s %s' % (place.name, rule)] = accept
+
+
+def _plain(rule: str) -> str:
+    return re.sub(r'\s*\(verdict.*|counter packets \d+ bytes \d+ ', '', rule)
 
 
 @contextlib.contextmanager
 def traced(address: IPAddress, places: list[Place]) -> Iterator[Trace]:
     """Trace what goes to and from an address, within the block.
 
-    :raises CannotTrace: without nft, or if it refuses
+    :raises CannotTrace: without nft and iptables, or if nft refuses
     """
     nft = kernel.find_program('nft')
-    if nft is None:
+    if nft is None and kernel.find_program('iptables-save') is None:
         raise exceptions.CannotTrace(reason='there is no program nft')
-    trace = Trace()
+    trace = Trace(nft is not None)
     with contextlib.ExitStack() as stack:
         for place in places:
-            stack.enter_context(_traced_at(nft, place, address, trace))
+            stack.enter_context(_counted_at(place, address, trace))
+            if nft is not None:
+                stack.enter_context(_traced_at(nft, place, address, trace))
         yield trace
         time.sleep(_ENDS)
+
+
+@contextlib.contextmanager
+def _counted_at(place: Place, address: IPAddress,
+                trace: Trace) -> Iterator[None]:
+    with place.entered():
+        before = firewall.counters(address.version)
+    yield
+    with contextlib.suppress(exceptions.NetnsUnusable), place.entered():
+        trace.count(place, firewall.risen(
+            before, firewall.counters(address.version), place.device))
 
 
 @contextlib.contextmanager

@@ -97,9 +97,9 @@ def source_for(address: IPAddress,
             raise
         except OSError:
             return None
-    # A node without an address of the family would send from 0.0.0.0.
+    # A node without an address of the family would send from 0.0.0.0 or ::1.
     return (None if source.is_link_local or source.is_unspecified
-            else source)
+            or source.is_loopback and not address.is_loopback else source)
 
 
 def count_host_routes(devices: Collection[str]) -> int:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
-from typing import Optional
 import unittest
 
 from kuryr_break0.doctor import findings
-from kuryr_break0.doctor import iptables
-from kuryr_break0.doctor import nftables
-from kuryr_break0.doctor import packet_filter
+from kuryr_break0.doctor import firewall
 from kuryr_break0.doctor import report
 
 PAGE = os.path.join(os.path.dirname(__file__),
                     '../../doc/source/admin/doctor.rst')
-POD = ipaddress.ip_address('100.75.30.71')
-NODE = ipaddress.ip_address('100.75.30.51')
 
 
 class TestKinds(unittest.TestCase):
@@ -60,94 +54,35 @@ class TestReport(unittest.TestCase):
         self.assertIn('do 19', report.as_json([found]))
 
 
-class TestPacketFilter(unittest.TestCase):
+class TestCounters(unittest.TestCase):
 
-    def outcome(self, *rules: str, policy: str = 'ACCEPT',
-                chains: str = '') -> Optional[bool]:
-        """Whether all is dropped of what comes in; None if nothing is."""
-        tables = iptables.parse('\n'.join((
-            '# a comment', '*filter', ':INPUT %s [0:0]' % policy,
-            ':OUTPUT ACCEPT [0:0]', chains, *rules, 'COMMIT')), 4)
-        packet = packet_filter.Packet('input', 'break0', '', POD, NODE, 4)
-        found = [each for table in tables
-                 for each in packet_filter.obstacles(table, [packet])]
-        self.assertLess(len(found), 2)
-        return found[0].all if found else None
+    def saved(self, first: int, second: int) -> dict[firewall.Rule, int]:
+        return dict(firewall._parsed(
+            '*filter\n:INPUT DROP [%d:84]\n:mine - [0:0]\n'
+            '[%d:84] -A mine -i eth+ -j DROP\n'
+            '[%d:84] -A mine -i break+ -j REJECT\nCOMMIT\n' % (
+                first, second, second), 'iptables-legacy'))
 
-    def test_what_decides(self) -> None:
-        for rules, policy, expected in (
-                ((), 'ACCEPT', None),
-                ((), 'DROP', True),
-                (('-A INPUT -i break0 -j DROP',), 'ACCEPT', True),
-                (('-A INPUT ! -i break0 -j DROP',), 'ACCEPT', None),
-                (('-A INPUT -i eth+ -j DROP',), 'ACCEPT', None),
-                (('-A INPUT -s 100.75.30.64/26 -j REJECT --reject-with '
-                  'icmp-port-unreachable',), 'ACCEPT', True),
-                (('-A INPUT ! -s 100.75.30.64/26 -j DROP',), 'ACCEPT', None),
-                (('-A INPUT -d 100.75.30.51/32 -j DROP',), 'ACCEPT', True),
-                (('-A INPUT -i break0 -j ACCEPT', '-A INPUT -j DROP'),
-                 'DROP', None),
-                (('-A INPUT -i break0 -p tcp -m tcp --dport 22 -j DROP',),
-                 'ACCEPT', False),
-                (('-A INPUT -p tcp -m tcp --dport 22 -j DROP',),
-                 'ACCEPT', None),
-                (('-A INPUT -p tcp -m tcp --dport 22 -j ACCEPT',),
-                 'DROP', False),
-                (('-A INPUT -m mark --mark 0x4 -j ACCEPT',), 'DROP', None),
-                (('-A INPUT -m mark --mark 0x4 -j DROP',), 'ACCEPT', None),
-                (('-A INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j '
-                  'ACCEPT',), 'DROP', True),
-                (('-A INPUT -m conntrack --ctstate NEW -j DROP',), 'ACCEPT',
-                 True),
-                (('-A INPUT -m conntrack --ctstate INVALID -j DROP',),
-                 'ACCEPT', None),
-                (('-A INPUT -m comment --comment "all -j DROP" -j LOG '
-                  '--log-prefix "-j DROP"',), 'ACCEPT', None),
-                (('-A INPUT -m set ! --match-set pods src -j DROP',),
-                 'ACCEPT', None)):
-            with self.subTest(rules=rules, policy=policy):
-                self.assertIs(expected, self.outcome(*rules, policy=policy))
+    def test_what_has_risen(self) -> None:
+        """Of rules for other interfaces nothing is said."""
+        rules = firewall.risen(self.saved(1, 1), self.saved(2, 2), 'break0')
+        self.assertEqual(
+            ['the table filter of iptables-legacy, chain INPUT, has: policy '
+             '-j DROP', 'the table filter of iptables-legacy, chain mine, '
+             'has: -A mine -i break+ -j REJECT'], list(map(str, rules)))
+        self.assertTrue(all(rule.drops for rule in rules))
+        self.assertEqual([], firewall.risen(self.saved(1, 1),
+                                            self.saved(1, 1), 'break0'))
 
-    def test_chains(self) -> None:
-        for rules, expected in (
-                (('-A INPUT -j PODS', '-A PODS -j DROP'), True),
-                (('-A INPUT -j PODS', '-A PODS -i break0 -j RETURN',
-                  '-A PODS -j DROP'), None),
-                (('-A INPUT -i break0 -j PODS',
-                  '-A PODS -p tcp -j DROP'), False),
-                (('-A INPUT -g PODS', '-A INPUT -j DROP'), None),
-                (('-A INPUT -j PODS', '-A INPUT -j DROP'), True),
-                (('-A INPUT -j PODS', '-A PODS -j PODS'), None)):
-            with self.subTest(rules=rules):
-                self.assertIs(expected, self.outcome(*rules,
-                                                     chains=':PODS - [0:0]'))
-
-    def test_what_is_no_ruleset(self) -> None:
-        for text in ('', '[]', '{}', '{"nftables": 1}', '{"nftables": [1]}',
-                     '{"nftables": [{"chain": {}}]}',
-                     '{"nftables": [{"rule": {"family": "ip", "table": "t", '
-                     '"chain": "c"}}]}'):
-            with self.subTest(text), self.assertRaises(ValueError):
-                nftables.parse(text)
-        for text in ('-A INPUT -j DROP', '*filter\n:INPUT',
-                     '*filter\n:INPUT DROP\n-A INPUT -j',
-                     '*filter\n:INPUT DROP\n-A INPUT -s x -j DROP',
-                     '*filter\n:INPUT DROP\n-A INPUT -m comment --comment "'):
-            with self.subTest(text), self.assertRaises(ValueError):
-                iptables.parse(text, 4)
-
-    def test_a_rule_of_an_unknown_form(self) -> None:
-        for statement in ('1', '{"match": 1}', '{"match": {"op": "=="}}',
-                          '{"vmap": {"key": {"meta": {}}, "data": [1]}}',
-                          '{"match": {"op": "==", "left": {"payload": {'
-                          '"protocol": "ip", "field": "saddr"}}, "right": '
-                          '"example.org"}}'):
-            table, = nftables.parse(
-                '{"nftables": [{"chain": {"family": "ip", "table": "t", '
-                '"name": "c", "hook": "input", "policy": "drop"}}, {"rule": '
-                '{"family": "ip", "table": "t", "chain": "c", "expr": [%s, '
-                '{"drop": null}]}}]}' % statement)
-            packet = packet_filter.Packet('input', 'break0', '', POD, NODE, 4)
-            with self.subTest(statement):
-                self.assertEqual([], list(
-                    packet_filter.obstacles(table, [packet])))
+    def test_what_lets_pass(self) -> None:
+        for table, chain, command in (
+                ('ip filter', 'INPUT',
+                 'iptables -t filter -I INPUT -i break0 -j ACCEPT'),
+                ('inet firewalld', 'filter_IN_public', 'firewall-cmd '
+                 '--permanent --zone=trusted --add-interface=break0 && '
+                 'firewall-cmd --reload'),
+                ('ip filter', 'ufw-user-input', 'ufw allow in on break0'),
+                ('inet mine', 'in',
+                 'nft insert rule inet mine in iifname break0 accept')):
+            self.assertEqual(command, firewall.accept(table, chain, 'break0',
+                                                      True))

@@ -63,14 +63,19 @@ class TestCommand(DoctorTestCase):
         self.lab.run('nft', 'table inet filter { chain in { type filter hook '
                      'input priority 0; policy drop; ct state established '
                      'accept; tcp dport 22 accept; }; }')
-        done = self.call(code=0)
-        self.assertIn('note: firewall-restricts', done.stdout)
-        self.assertIn('Nothing wrong was found.', done.stdout)
-        self.assertNotIn('Nothing is wrong.', done.stdout)
-        self.lab.run('ip', 'route', 'del', POD4)
-        done = self.call(code=1)
-        self.assertLess(done.stdout.index('error: route-missing'),
-                        done.stdout.index('note: firewall-restricts'))
+        with self.lab.socket(socket.AF_INET) as service:
+            service.bind(('', 22))
+            service.listen()
+            done = self.call(code=0)
+            self.assertIn('note: firewall-restricts', done.stdout)
+            self.assertIn('Nothing wrong was found.', done.stdout)
+            self.assertNotIn('Nothing is wrong.', done.stdout)
+            self.lab.run('ip', 'route', 'del', POD4)
+            done = self.call(code=1)
+            self.assertLess(done.stdout.index('error: route-missing'),
+                            done.stdout.index('note: firewall-restricts'))
+        # Nothing of the node is reached.
+        self.assertIn('error: firewall-drops', self.call(code=1).stdout)
 
     def unpacked(self, *args: str) -> dict[str, str]:
         """The parts of a bundle, by their names."""
@@ -228,7 +233,8 @@ class TestCommand(DoctorTestCase):
         done = json.loads(self.call('--json').stdout)
         self.assertEqual([], done['findings'])
         self.assertEqual({'addresses': 254, 'looked_up': 128, 'pods': 252,
-                          'entered': 2}, done['looked_at'])
+                          'entered': 2, 'pinged': 4, 'answered': 4},
+                         done['looked_at'])
         self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
         finding = self.findings()['route-missing']
         self.assertEqual(252, len(finding['subjects']))

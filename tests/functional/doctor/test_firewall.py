@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 
 from tests.functional.doctor.base import DoctorTestCase
+from tests.functional.doctor.base import OTHER4
 from tests.functional.doctor.base import POD4
+from tests.functional.doctor.base import POD6
+from tests.functional.doctor.base import PROGRAM
 from tests import lab
 
 
@@ -44,41 +45,44 @@ class TestFirewall(DoctorTestCase):
                 meta mark 0x4000 accept
               }
             }''')
-        found = self.findings()
-        # What is said of SMTP is said of break0 by name.
-        self.assertEqual(['firewall-restricts'], list(found))
-        self.assertIn('tcp dport 25', found['firewall-restricts']['seen'])
-        self.nft('delete rule inet filter pods handle %d' % self.handle(
-            'pods', 'reject'))
         self.assertEqual({}, self.findings())
         self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
         self.assertTrue(self.lab.ping(POD4))
 
-    def handle(self, chain: str, statement: str) -> int:
-        rules = json.loads(self.lab.run(
-            'nft', '--json', 'list', 'chain', 'inet', 'filter',
-            chain).stdout)['nftables']
-        return int(next(each['rule']['handle'] for each in rules
-                        if 'rule' in each and any(
-                            statement in one for one in each['rule']['expr'])))
+    def assert_drops(self, text: str) -> None:
+        """The doctor names the rule, and what it advises lets pings pass."""
+        finding = self.findings()['firewall-drops']
+        self.assertEqual('error', finding['severity'])
+        self.assertIn(text, finding['seen'])
+        self.assertNotIn('FORWARD', str(finding))
+        self.follow(finding)
+        self.assertEqual({}, self.findings())
 
     def test_a_rule_for_break0(self) -> None:
         self.nft('table inet filter { chain in { type filter hook input '
                  'priority 0; iifname "break0" counter drop; }; }')
         self.assertFalse(self.lab.ping(lab.NODE, 'pod'))
-        self.follow(self.assert_found(
-            'firewall-drops', 'iifname break0 drop', 'inet filter in',
-            severity='error'))
+        self.assert_drops('on the node the table inet filter, chain in, '
+                          'drops it: iifname "break0" drop')
         self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
-        self.assertEqual({}, self.findings())
+
+    def test_the_result_of_pings_comes_first(self) -> None:
+        """Whatever else was found, if that does not stop them."""
+        self.lab.run('ip', 'link', 'set', 'break0', 'mtu', '1400')
+        self.nft('table inet filter { chain in { type filter hook input '
+                 'priority 0; iifname "break0" drop; }; }')
+        done = self.call(code=1)
+        self.assertTrue(done.stdout.startswith(
+            'Pings, both ways: 0 of 4 addresses answered.\n\nerror: '
+            'firewall-drops'), done.stdout)
+        self.assertIn('warning: break0-mtu', done.stdout)
 
     def test_a_rule_for_pods(self) -> None:
         self.nft('table ip filter { chain out { type filter hook output '
                  'priority 0; ip daddr 100.75.30.64-100.75.30.95 reject; }; '
                  '}')
         self.assertFalse(self.lab.ping(POD4))
-        self.follow(self.assert_found('firewall-drops', 'reject',
-                                      'ip filter out'))
+        self.assert_drops('the table ip filter, chain out, drops it')
         self.assertTrue(self.lab.ping(POD4))
 
     def test_policy(self) -> None:
@@ -86,23 +90,117 @@ class TestFirewall(DoctorTestCase):
                  'priority 0; policy drop; ct state established,related '
                  'accept; iifname "lo" accept; }; }')
         self.assertFalse(self.lab.ping(lab.NODE, 'pod'))
-        self.follow(self.assert_found('firewall-drops', 'policy drop',
-                                      'inet filter in'))
+        self.assert_drops('the policy of the table inet filter, chain in, '
+                          'drops it')
         self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
 
-    def test_only_some_ports(self) -> None:
+    def test_only_pings_and_some_ports(self) -> None:
         self.nft('table inet filter { chain in { type filter hook input '
                  'priority 0; policy drop; ct state established,related '
-                 'accept; tcp dport { 22, 10250 } accept; ip6 nexthdr icmpv6 '
-                 'accept; }; }')
-        self.assert_found('firewall-restricts', 'policy drop',
-                          'inet filter in', severity='note')
+                 'accept; tcp dport { 22, 10250 } accept; meta l4proto { '
+                 'icmp, icmpv6 } accept; }; }')
+        self.follow(self.assert_found('firewall-restricts', 'policy',
+                                      severity='note'))
+        self.assertEqual({}, self.findings())
 
-    def test_a_zone(self) -> None:
-        """As firewalld does it."""
+    def test_a_source_that_stays_what_it_is(self) -> None:
+        self.nft('table ip ours { chain out { type nat hook postrouting '
+                 'priority 100; ip daddr 100.75.30.0/24 snat to '
+                 '100.75.30.51; }; }')
+        self.assertEqual({}, self.findings())
+
+    def test_masquerade_to_an_address_without_a_way_back(self) -> None:
+        """As that of another interface, which is the first with one."""
+        self.lab.run('ip', 'link', 'add', 'docker0', 'type', 'bridge')
+        self.lab.run('ip', 'address', 'add', '172.17.0.1/16', 'dev',
+                     'docker0')
+        self.lab.run('ip', 'link', 'set', 'docker0', 'up')
+        self.nft('table ip ours { chain out { type nat hook postrouting '
+                 'priority 100; oifname != "lo" snat to 172.17.0.1; }; }')
+        self.assertFalse(self.lab.ping(POD4))
+        finding = self.assert_found(
+            'source-rewritten', 'has: oifname != "lo" snat to 172.17.0.1. The '
+            'pod has no way back', POD4, OTHER4, severity='error')
+        self.follow(finding)
+        self.assertTrue(self.lab.ping(POD4))
+        self.assertEqual({}, self.findings())
+
+    def test_masquerade_that_pods_answer(self) -> None:
+        for flavour in ('nft', 'legacy'):
+            with self.subTest(flavour):
+                self.lab.run('ip', 'address', 'replace', '100.75.30.9/32',
+                             'dev', lab.PARENT)
+                self.lab.run('iptables-' + flavour, '-t', 'nat', '-A',
+                             'POSTROUTING', '-d', '100.75.30.0/24', '-j',
+                             'SNAT', '--to-source', '100.75.30.9')
+                self.manager().sync()  # pods know the address, too
+                finding = self.assert_found(
+                    'source-rewritten', 'sees the node as 100.75.30.9, not '
+                    'as 100.75.30.51', severity='warning')
+                self.assertIn('POSTROUTING -o break0 -j ACCEPT',
+                              finding['commands'][0])
+                self.follow(finding)
+                self.assertEqual({}, self.findings())
+                self.lab.run('iptables-' + flavour, '-t', 'nat', '-F')
+
+    def test_a_healthy_host_of_docker(self) -> None:
+        """Also one of kube-proxy, which rewrites what it has marked."""
+        self.sysctl('ipv4.ip_forward', 1)
+        self.lab.run('iptables', '-P', 'FORWARD', 'DROP')
+        self.lab.run('ip', 'link', 'add', 'docker0', 'type', 'bridge')
+        self.lab.run('ip', 'address', 'add', '172.17.0.1/16', 'dev',
+                     'docker0')
+        self.lab.run('ip', 'link', 'set', 'docker0', 'up')
+        self.lab.run('iptables', '-N', 'DOCKER')
+        for rule in (('FORWARD', '-o', 'docker0', '-m', 'conntrack',
+                      '--ctstate', 'RELATED,ESTABLISHED', '-j', 'ACCEPT'),
+                     ('FORWARD', '-o', 'docker0', '-j', 'DOCKER'),
+                     ('FORWARD', '-i', 'docker0', '-j', 'ACCEPT')):
+            self.lab.run('iptables', '-A', *rule)
+        self.lab.run('iptables', '-t', 'nat', '-N', 'KUBE')
+        for rule in (('POSTROUTING', '-s', '172.17.0.0/16', '!', '-o',
+                      'docker0', '-j', 'MASQUERADE'),
+                     ('POSTROUTING', '-j', 'KUBE'),
+                     ('KUBE', '-m', 'mark', '!', '--mark', '0x4000/0x4000',
+                      '-j', 'RETURN'),
+                     ('KUBE', '-j', 'MARK', '--set-xmark', '0x4000/0x0'),
+                     ('KUBE', '-j', 'MASQUERADE', '--random-fully')):
+            self.lab.run('iptables', '-t', 'nat', '-A', *rule)
+        self.nft('table ip kube-proxy { chain masquerading { meta mark & '
+                 '0x4000 == 0 return; meta mark set meta mark ^ 0x4000; '
+                 'masquerade fully-random; }; chain nat-postrouting { type '
+                 'nat hook postrouting priority 100; jump masquerading; }; }')
+        self.assertEqual({}, self.findings())
+        self.assertIn('4 of 4 addresses answered', self.call().stdout)
+        # A pod's own firewall is found here too.
+        self.lab.run('nft', 'table inet t { chain c { type filter hook input '
+                     'priority 0; policy drop; }; }', netns='pod')
+        self.assert_found('packet-dropped', 'in the pod', POD4, POD6,
+                          severity='error')
+
+    def test_ufw(self) -> None:
+        """As installed: pings pass, and services only if they are allowed."""
+        for rule in (('-N', 'ufw-before-input'), ('-N', 'ufw-after-input'),
+                     ('-P', 'INPUT', 'DROP'),
+                     ('-A', 'INPUT', '-j', 'ufw-before-input'),
+                     ('-A', 'INPUT', '-j', 'ufw-after-input'),
+                     ('-A', 'ufw-before-input', '-i', 'lo', '-j', 'ACCEPT'),
+                     ('-A', 'ufw-before-input', '-m', 'conntrack',
+                      '--ctstate', 'RELATED,ESTABLISHED', '-j', 'ACCEPT'),
+                     ('-A', 'ufw-before-input', '-p', 'icmp', '--icmp-type',
+                      'echo-request', '-j', 'ACCEPT'),
+                     ('-A', 'ufw-after-input', '-j', 'DROP')):
+            self.lab.run('iptables', *rule)
+        finding = self.assert_found('firewall-restricts', 'ufw-after-input',
+                                    severity='note')
+        self.assertEqual(['ufw allow in on break0'], finding['commands'])
+        self.assertIn('Nothing wrong was found.', self.call(code=0).stdout)
+
+    def test_firewalld(self) -> None:
         self.nft('''
             table inet firewalld {
-              chain public { tcp dport 22 accept; }
+              chain public { tcp dport 22 accept;
+                             meta l4proto { icmp, ipv6-icmp } accept; }
               chain zones {
                 iifname "eth1" goto public
                 goto public
@@ -115,67 +213,17 @@ class TestFirewall(DoctorTestCase):
                 reject with icmpx admin-prohibited
               }
             }''')
-        self.assertFalse(self.lab.ping(lab.NODE, 'pod'))
-        self.assert_found('firewall-restricts', 'reject',
-                          'inet firewalld filter_INPUT')
+        finding = self.assert_found('firewall-restricts', 'reject with',
+                                    severity='note')
+        self.assertIn('firewall-cmd', finding['commands'][0])
 
-    def test_source_rewritten(self) -> None:
-        catch_all = ('table ip ours { chain out { type nat hook postrouting '
-                     'priority 100; ip daddr 100.75.30.0/24 masquerade; }; }')
-        self.nft(catch_all)
-        finding = self.assert_found('source-rewritten', 'masquerade',
-                                    'ip ours out', severity='warning')
-        self.follow(finding)
-        self.assertEqual({}, self.findings())
-        self.nft('delete table ip ours')
-        self.nft(catch_all.replace('masquerade', 'snat to 203.0.113.9'))
-        self.assert_found('source-rewritten', 'snat', 'ip ours out')
-
-    def test_source_rewritten_by_iptables(self) -> None:
-        self.lab.run('iptables', '-t', 'nat', '-A', 'POSTROUTING', '-j',
-                     'MASQUERADE')
-        self.follow(self.assert_found('source-rewritten', '',
-                                      'ip nat POSTROUTING'))
-        self.assertEqual({}, self.findings())
-
-    def test_the_source_of_others_is_rewritten(self) -> None:
-        """As by Docker, and by kube-proxy of what it has marked."""
-        for rule in (('-s', '172.17.0.0/16', '!', '-o', 'docker0', '-j',
-                      'MASQUERADE'),
-                     ('-o', lab.PARENT, '-j', 'MASQUERADE'),
-                     ('-j', 'KUBE')):
-            self.lab.run('iptables', '-t', 'nat', '-N', 'KUBE', check=False)
-            self.lab.run('iptables', '-t', 'nat', '-A', 'POSTROUTING', *rule)
-        for rule in (('-m', 'mark', '!', '--mark', '0x4000/0x4000', '-j',
-                      'RETURN'), ('-j', 'MARK', '--set-xmark', '0x4000/0x0'),
-                     ('-j', 'MASQUERADE', '--random-fully')):
-            self.lab.run('iptables', '-t', 'nat', '-A', 'KUBE', *rule)
-        self.nft('table ip kube-proxy { chain masquerading { meta mark & '
-                 '0x4000 == 0 return; meta mark set meta mark ^ 0x4000; '
-                 'masquerade fully-random; }; chain nat-postrouting { type '
-                 'nat hook postrouting priority 100; jump masquerading; }; }')
-        self.assertEqual({}, self.findings())
-
-    def test_before_and_after_routing(self) -> None:
-        for hook, match in (('prerouting', 'iifname'),
-                            ('postrouting', 'oifname')):
-            with self.subTest(hook):
-                self.nft('table inet raw { chain c { type filter hook %s '
-                         'priority -300; %s "break0" drop; }; }' % (hook,
-                                                                    match))
-                self.follow(self.assert_found('firewall-drops', hook,
-                                              'inet raw c'))
-                self.assertEqual({}, self.findings())
-                self.nft('delete table inet raw')
-
-    def test_forwarding(self) -> None:
-        self.nft('table ip filter { chain FORWARD { type filter hook forward '
-                 'priority 0; policy drop; }; }')
+    def test_what_is_forwarded_keeps_its_source(self) -> None:
+        """As that of clients of a VPN, whose rule names the NIC."""
+        self.lab.run('iptables', '-t', 'nat', '-A', 'POSTROUTING', '-o',
+                     lab.PARENT, '-j', 'MASQUERADE')
         self.assertEqual({}, self.findings())
         self.sysctl('ipv4.ip_forward', 1)
-        self.follow(self.assert_found('firewall-restricts', 'hook forward',
-                                      'ip filter FORWARD'))
-        self.assertEqual({}, self.findings())
+        self.assert_found('source-kept', 'masquerade', severity='note')
 
     def test_other_interfaces(self) -> None:
         self.nft('table netdev t { chain c { type filter hook ingress device '
@@ -186,48 +234,15 @@ class TestFirewall(DoctorTestCase):
                  'tcp dport 25 drop; meta mark 7 drop; }; }')
         self.assertEqual({}, self.findings())
 
-    def test_rules_of_all_kinds(self) -> None:
-        """They are all understood, or given the benefit of the doubt."""
-        self.nft('\n'.join((
-            'table inet filter {',
-            '  set known { type ipv4_addr; flags dynamic, timeout; }',
-            '  map services {',
-            '    type ipv4_addr . inet_proto . inet_service : verdict',
-            '    elements = { 10.0.0.1 . tcp . 443 : goto service } }',
-            '  counter seen { packets 0 bytes 0; }',
-            '  chain service { drop; }',
-            '  chain in { type filter hook input priority 0; policy accept;',
-            '    counter name seen',
-            '    ip daddr . meta l4proto . th dport vmap @services',
-            '    meta mark & 0x4000 == 0x4000 drop',
-            '    fib daddr type broadcast drop',
-            '    numgen random mod 2 vmap { 0 : jump service }',
-            '    limit rate over 10/second drop',
-            '    tcp flags & (fin|syn) == (fin|syn) drop',
-            '    th dport 1-1024 ip protocol udp drop',
-            '    ip6 saddr fe80::/10 drop',
-            '    ip saddr != { 100.75.0.0/16, 10.1.0.1-10.1.0.9 } drop',
-            '    icmpv6 type { echo-request, nd-neighbor-solicit } accept',
-            '    ether saddr 02:00:00:00:00:99 drop',
-            '    iifgroup 7 drop',
-            '    meta l4proto { tcp, udp } th sport 53 drop',
-            '    ct status dnat drop',
-            '    ct mark 5 drop',
-            '    ip saddr @known drop',
-            '    rt type 0 drop',
-            '    socket transparent 1 drop',
-            '    jump service_of_nobody',
-            '  }',
-            '  chain service_of_nobody { log prefix "none"; return; }',
-            '}')))
-        with self.assertLogs('kuryr_break0', 'WARNING') as logs:
-            logging.getLogger('kuryr_break0').warning('a line')
-            self.assertEqual({}, self.findings(probe=False))
-        self.assertEqual(1, len(logs.output))
-        self.nft('insert rule inet filter in iifname "break0" ct mark 5 drop')
-        self.assertEqual(['firewall-restricts'], list(self.findings()))
-        self.nft('add element inet filter known { %s timeout 1h }' % POD4)
-        self.assertEqual(['firewall-drops'], list(self.findings()))
+    def test_before_and_after_routing(self) -> None:
+        for hook, match in (('prerouting', 'iifname'),
+                            ('postrouting', 'oifname')):
+            with self.subTest(hook):
+                self.nft('table inet raw { chain c { type filter hook %s '
+                         'priority -300; %s "break0" drop; }; }' % (hook,
+                                                                    match))
+                self.assert_drops('inet raw')
+                self.nft('delete table inet raw')
 
     def test_iptables(self) -> None:
         for program, ping in (('iptables', lab.NODE), ('ip6tables',
@@ -238,13 +253,28 @@ class TestFirewall(DoctorTestCase):
                                  '-i', 'break+', '-m', 'comment',
                                  '--comment', 'a -j ACCEPT', '-j', 'REJECT')
                     self.assertFalse(self.lab.ping(ping, 'pod'))
-                    finding = self.assert_found(
-                        'firewall-drops', 'REJECT',
-                        finding_chain(program, flavour))
-                    self.lab.run('sh', '-c', finding['commands'][0].replace(
-                        program, '%s-%s' % (program, flavour), 1))
+                    finding = self.findings()['firewall-drops']
+                    self.assertEqual(
+                        ['%s -t filter -I INPUT -i break0 -j ACCEPT' % (
+                            program + ('-legacy' if flavour == 'legacy'
+                                       else ''))], finding['commands'])
+                    self.follow(finding)
                     self.assertTrue(self.lab.ping(ping, 'pod'))
                     self.assertEqual({}, self.findings())
+
+    def test_a_policy_of_iptables_legacy(self) -> None:
+        self.lab.run('iptables-legacy', '-P', 'INPUT', 'DROP')
+        self.assertFalse(self.lab.ping(lab.NODE, 'pod'))
+        self.assert_drops('the table filter of iptables-legacy, chain INPUT, '
+                          'has: policy -j DROP')
+
+    def test_a_trace_names_a_rule_of_iptables_legacy(self) -> None:
+        self.lab.run('iptables-legacy', '-A', 'OUTPUT', '-d', POD4, '-j',
+                     'DROP')
+        done = self.lab.run(PROGRAM, 'probe', POD4, '--trace', check=False)
+        self.assertIn('on the node the table filter of iptables-legacy, chain '
+                      'OUTPUT, has: -A OUTPUT -d %s/32 -j DROP' % POD4,
+                      ' '.join(done.stdout.split()))
 
     def hide(self, name: str) -> None:
         """Be on a node where there is no such program."""
@@ -262,10 +292,8 @@ class TestFirewall(DoctorTestCase):
         self.lab.run('iptables', '-A', 'OUTPUT', '!', '-o', 'break0', '-j',
                      'ACCEPT')
         self.assertFalse(self.lab.ping(POD4))
-        self.follow(self.assert_found('firewall-drops', 'policy drop',
-                                      'iptables filter OUTPUT'))
+        self.follow(self.findings()['firewall-drops'])
         self.assertTrue(self.lab.ping(POD4))
-        self.assertEqual({}, self.findings())
 
     def test_where_there_is_neither(self) -> None:
         self.lab.run('iptables', '-P', 'OUTPUT', 'DROP')
@@ -273,9 +301,3 @@ class TestFirewall(DoctorTestCase):
             self.hide(name)
         self.assertEqual({}, self.findings(probe=False))
         self.assertEqual(['probe-unanswered'], list(self.findings()))
-
-
-def finding_chain(program: str, flavour: str) -> str:
-    if flavour == 'legacy':
-        return program + ' filter INPUT'
-    return ('ip' if program == 'iptables' else 'ip6') + ' filter INPUT'

@@ -24,7 +24,8 @@ class TestHealthy(DoctorTestCase):
         done = json.loads(self.call('--json').stdout)
         self.assertEqual([], done['findings'])
         self.assertEqual({'addresses': 4, 'looked_up': 4, 'pods': 2,
-                          'entered': 2}, done['looked_at'])
+                          'entered': 2, 'pinged': 4, 'answered': 4},
+                         done['looked_at'])
         self.assertIn('Nothing is wrong.', self.call().stdout)
         self.assertTrue(self.lab.ping(POD4))
         self.assertTrue(self.lab.ping(lab.NODE6, 'pod'))

@@ -7,7 +7,9 @@ import json
 import os
 import sys
 from typing import Any
+from unittest import mock
 
+from kuryr_break0.doctor import reachability
 from tests.functional.base import OTHER_OWNER
 from tests.functional.doctor.base import DoctorTestCase
 from tests.functional.doctor.base import MACS
@@ -326,11 +328,78 @@ class TestReachability(DoctorTestCase):
     def test_pod_that_answers_no_pings(self) -> None:
         self.lab.run('sysctl', '-w', 'net.ipv4.icmp_echo_ignore_all=1',
                      netns='pod')
-        finding = self.assert_found('probe-unanswered', 'from the node',
-                                    severity='warning')
+        finding = self.assert_found(
+            'probe-unanswered', 'ipv4/icmp_echo_ignore_all of the pod is 1',
+            severity='warning')
         self.assertEqual([POD4], finding['subjects'])
         self.assertEqual({}, self.findings(probe=False))
         done = self.call('--no-probe')
         self.assertIn('Not examined: whether pings are answered: it was not '
                       'asked for', done.stdout)
         self.assertIn('Nothing wrong was found.', done.stdout)
+        self.follow(finding)
+        self.assertEqual({}, self.findings())
+
+    def test_node_that_answers_no_pings(self) -> None:
+        for name in ('ipv4.icmp_echo_ignore_all',
+                     'ipv6.icmp.echo_ignore_all'):
+            with self.subTest(name):
+                self.sysctl(name, 1)
+                finding = self.assert_found(
+                    'probe-unanswered', '%s of the node is 1'
+                    % name.replace('.', '/'), severity='warning')
+                self.follow(finding)
+                self.assertEqual({}, self.findings())
+
+    def test_a_reply_that_leaves_by_another_interface(self) -> None:
+        for netns in ('pod', 'other'):
+            self.lab.run('ip', 'link', 'add', 'net1', 'type', 'bridge',
+                         netns=netns)
+            self.lab.run('ip', 'link', 'set', 'net1', 'up', netns=netns)
+            # For replies alone: the pod's own pings ask without a source.
+            self.lab.run('ip', 'rule', 'add', 'from', {
+                'pod': POD4, 'other': OTHER4}[netns], 'lookup', '99',
+                netns=netns)
+            self.lab.run('ip', 'route', 'add', 'default', 'dev', 'net1',
+                         'table', '99', netns=netns)
+        self.assertIn('the reply of the pod leaves through net1',
+                      self.assert_found('packet-lost',
+                                        severity='error')['seen'])
+
+    def test_a_node_without_its_ipv6_address(self) -> None:
+        self.lab.run('ip', '-6', 'address', 'del', lab.NODE6 + '/64', 'dev',
+                     lab.PARENT)
+        self.manager().sync()
+        finding = self.assert_found('node-address-missing', 'no IPv6 address',
+                                    severity='error')
+        self.assertEqual([POD6, OTHER6], finding['subjects'])
+
+    def test_a_parent_without_an_address(self) -> None:
+        """The node has its address elsewhere, which is as good."""
+        self.lab.run('ip', 'link', 'add', 'other', 'type', 'bridge')
+        self.lab.run('ip', 'link', 'set', 'other', 'up')
+        for address in ('100.99.0.1/24', 'fd00:99::1/64'):
+            self.lab.run('ip', 'address', 'add', address, 'dev', 'other',
+                         *(('nodad',) if ':' in address else ()))
+        self.lab.run('ip', 'address', 'flush', 'dev', lab.PARENT, 'scope',
+                     'global')
+        self.manager().sync()
+        self.assertEqual({}, self.findings())
+        # And none at all.
+        self.lab.run('ip', 'link', 'del', 'other')
+        self.manager().sync()
+        self.assertIn('node-address-missing', self.findings())
+
+    def test_a_duplicate_on_the_lan(self) -> None:
+        """It is asked for where nothing else explains the failure."""
+        self.lab.run('ip', 'address', 'add', POD4 + '/24', 'dev', 'nic',
+                     netns='lan')
+        mac = self.lab.ip('link', 'show', 'nic', netns='lan')[0]['address']
+        self.assertEqual({}, self.findings())
+        self.lab.run('nft', 'add table inet t; add chain inet t c { type '
+                     'filter hook input priority 0; policy drop; }',
+                     netns='pod')
+        with mock.patch.object(reachability.Pings, '_traced',
+                               return_value=None):
+            finding = self.assert_found('address-duplicate', severity='error')
+        self.assertIn('%s is at %s too' % (POD4, mac), finding['seen'])

@@ -7,7 +7,9 @@ import json
 import os
 import signal
 import time
+from unittest import mock
 
+from kuryr_break0.doctor import installation
 from kuryr_break0.ledger import files
 from kuryr_break0.ledger import Ledger
 from tests.functional import base
@@ -24,9 +26,25 @@ class TestRecords(DoctorTestCase):
         return '%s/addresses/%s.json' % (self.STATE, address)
 
     def test_no_agent(self) -> None:
+        """The command starts it as on this host."""
         self.agent.close()
-        self.assert_found('agent-not-running', self.STATE,
-                          severity='warning')
+        finding = self.assert_found('agent-not-running', self.STATE,
+                                    severity='warning')
+        self.assertRegex(finding['commands'][0],
+                         r'^kuryr-break0 --config-file \S+ agent$')
+        os.makedirs('/run/systemd/system')
+        with mock.patch.object(installation, 'is_for_kuryr',
+                               return_value=False):
+            finding = self.assert_found('agent-not-running')
+        self.assertEqual(['systemctl enable --now kuryr-break0-agent'],
+                         finding['commands'])
+
+    def test_the_configuration_in_use_is_named(self) -> None:
+        with open('/run/mine.conf', 'w') as file:
+            file.write('[break0]\nallowed_cidrs = 10.0.0.0/8\n')
+        done = self.call(code=1, config='/run/mine.conf')
+        self.assertIn('allowed_cidrs in /run/mine.conf',
+                      ' '.join(done.stdout.split()))
 
     def test_stuck_agent(self) -> None:
         path = self.STATE + '/heartbeat'

@@ -45,14 +45,20 @@ class TestRoutes(DoctorTestCase):
 
     def test_foreign(self) -> None:
         self.lab.run('ip', 'route', 'replace', POD4, 'dev', 'lo')
-        self.assert_found('route-foreign', 'protocol 3', POD4)
+        finding = self.assert_found('route-foreign', 'protocol boot', POD4)
+        self.assertEqual('ip route del %s dev lo proto boot table 254' % POD4,
+                         finding['commands'][0])
+        self.follow(finding)
+        self.assertEqual({}, self.findings())
 
     def test_foreign_and_preferred(self) -> None:
         # Nothing is better than ours but what takes its place.
         self.lab.run('ip', 'route', 'replace', POD6, 'dev', 'lo', 'metric',
                      '1')
-        self.assert_found('route-foreign', 'on lo with', POD6)
+        finding = self.assert_found('route-foreign', 'on lo with', POD6)
         self.assertFalse(self.lab.ping(POD6))
+        self.follow(finding)
+        self.assertEqual({}, self.findings())
 
     def test_stale(self) -> None:
         self.lab.run('ip', 'route', 'add', '100.75.30.99', 'dev', 'break0',

@@ -88,9 +88,32 @@ class TestServices(DoctorTestCase):
                                     '/etc/systemd/network/any.network')
         self.assertIn('Unmanaged=yes', finding['commands'][0])
 
+    def test_networkd_with_a_file_for_the_nic(self) -> None:
+        """A healthy node, with the drop-ins of the project and without."""
+        self.replace_etc()
+        self.networkd('ADMIN_STATE=unmanaged\n')
+        self.write('/etc/systemd/networkd.conf', '[Network]\n')
+        self.write('/etc/systemd/network/20-lan.network',
+                   '[Match]\nName=eth0\n[Network]\nDHCP=yes\n')
+        self.assertEqual({}, self.findings())
+        self.write('/etc/systemd/network/30-any.network',
+                   '[Match]\nName=*\n[Network]\nDHCP=yes\n')
+        self.assert_found('networkd-foreign-routes', '30-any.network matches '
+                          'break0', severity='warning')
+        with open('etc/systemd/network/10-kuryr-break0.network') as file:
+            self.write('/etc/systemd/network/10-kuryr-break0.network',
+                       file.read())
+        self.assertEqual({}, self.findings())
+
+    def for_all(self) -> None:
+        """A file of networkd that is for break0 too."""
+        self.write('/etc/systemd/network/30-any.network',
+                   '[Match]\nType=ether\n[Network]\nDHCP=yes\n')
+
     def test_networkd_and_foreign_routes(self) -> None:
         self.replace_etc()
         self.networkd('ADMIN_STATE=unmanaged\n')
+        self.for_all()
         self.write('/etc/systemd/networkd.conf',
                    '[Network]\n#ManageForeignRoutes=no\n[DHCPv4]\n'
                    'ManageForeignRoutes=no\n')
@@ -112,6 +135,7 @@ class TestServices(DoctorTestCase):
     def test_networkd_does_as_it_is_told(self) -> None:
         self.replace_etc()
         self.networkd('ADMIN_STATE=unmanaged\n')
+        self.for_all()
         self.write('/etc/systemd/networkd.conf', '[Network]\n')
         finding = self.assert_found('networkd-foreign-routes')
         for command in finding['commands'][:-1]:  # but for the restart
