@@ -31,7 +31,7 @@ Kuryr
 - It chooses the driver by the name of a class, and two entry points of one
   name fail each pod: ``kuryr.os_vif_plugin``.
 - It passes on the DEL of an old sandbox with the addresses of a new one, or
-  passes on none: ``manager.Break0Manager.unbind``, ``housekeep``.
+  passes on none: ``claims.is_own``, ``manager.Break0Manager.housekeep``.
 - An empty namespace path makes it delete eth0 of the node, and one that is
   gone makes it create one: ``kuryr.driver``.
 - Killed, it leaves an interface on the node, and deletes whatever has the name
@@ -44,7 +44,7 @@ The ledger
 - It is wiped, is another directory in another container, is of an earlier
   boot, has records of the wrong shape, or no room for one: ``reconciler``,
   ``ledger.identity``, ``ledger.records``.
-- Two sandboxes claim one address: ``ledger.records``, which keeps both.
+- Two sandboxes claim one address: ``claims``, which keeps both.
 - The clock is set back: ``ledger.files.now``.
 
 Others on the node

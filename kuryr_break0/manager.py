@@ -31,10 +31,10 @@ from kuryr_break0.model import NAME
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
+from kuryr_break0.plan import Outcome
 from kuryr_break0 import podside
 from kuryr_break0 import policy
 from kuryr_break0.policy import Policy
-from kuryr_break0.reconciler import Outcome
 from kuryr_break0.reconciler import Reconciler
 
 LOG = log.get_logger(__name__)

@@ -11,11 +11,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Collection, Iterable, Mapping, Union
 
+from kuryr_break0 import exceptions
 from kuryr_break0.model import address_order
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Item
 from kuryr_break0.model import Neighbour
+from kuryr_break0.model import Owner
+from kuryr_break0.model import Record
 from kuryr_break0.model import Wanted
 
 
@@ -50,6 +53,30 @@ class Plan:
 
     def __bool__(self) -> bool:
         return bool(self.changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome(Plan):
+    """What there was to do on all parents, and what it came to.
+
+    :ivar devices: what break0 was and should not be, by its name
+    :ivar pods: the sandboxes whose pod side differed
+    :ivar rebuilt: records that were made of what the kernel holds
+    :ivar gone: records whose sandbox is proven not to exist
+    :ivar unjudged: records of which that cannot be found out, and why
+    :ivar errors: what failed
+    """
+
+    devices: tuple[tuple[str, str], ...] = ()
+    pods: tuple[Owner, ...] = ()
+    rebuilt: tuple[Record, ...] = ()
+    gone: tuple[Record, ...] = ()
+    unjudged: Mapping[Record, str] = dataclasses.field(default_factory=dict)
+    errors: tuple[exceptions.Break0Error, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.devices or self.pods or self.rebuilt or self.gone
+                    or super().__bool__())
 
 
 def compute(desired: Mapping[IPAddress, Wanted],

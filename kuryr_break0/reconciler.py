@@ -17,6 +17,7 @@ import dataclasses
 import gc
 from typing import Any, Collection, Iterable, Iterator, Mapping, Optional
 
+from kuryr_break0 import actual
 from kuryr_break0.claims import Claims
 from kuryr_break0 import config
 from kuryr_break0.engine import Engine
@@ -27,7 +28,6 @@ from kuryr_break0.guard import said
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
 from kuryr_break0.ledger import Contents
-from kuryr_break0.ledger import files
 from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger.journal import Journal
 from kuryr_break0.ledger import Ledger
@@ -39,10 +39,10 @@ from kuryr_break0.model import NodeAddresses
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
 from kuryr_break0.plan import by_order
-from kuryr_break0.plan import Plan
+from kuryr_break0.plan import Outcome
 from kuryr_break0.policy import Policy
+from kuryr_break0 import rebuild
 from kuryr_break0.routes import foreign_route
-from kuryr_break0 import snapshot
 from kuryr_break0.snapshot import Parent
 from kuryr_break0.snapshot import Snapshot
 
@@ -50,30 +50,6 @@ LOG = log.get_logger(__name__)
 
 #: Addresses that a sync changes before it lets others have the lock.
 CHANGED_AT_ONCE = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome(Plan):
-    """What there was to do on all parents, and what it came to.
-
-    :ivar devices: what break0 was and should not be, by its name
-    :ivar pods: the sandboxes whose pod side differed
-    :ivar rebuilt: records that were made of what the kernel holds
-    :ivar gone: records whose sandbox is proven not to exist
-    :ivar unjudged: records of which that cannot be found out, and why
-    :ivar errors: what failed
-    """
-
-    devices: tuple[tuple[str, str], ...] = ()
-    pods: tuple[Owner, ...] = ()
-    rebuilt: tuple[Record, ...] = ()
-    gone: tuple[Record, ...] = ()
-    unjudged: Mapping[Record, str] = dataclasses.field(default_factory=dict)
-    errors: tuple[exceptions.Break0Error, ...] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.devices or self.pods or self.rebuilt or self.gone
-                    or super().__bool__())
 
 
 class Reconciler:
@@ -263,8 +239,8 @@ class _Sync:
             self._records.put(noted)
 
     def _read(self) -> Snapshot:
-        seen = snapshot.read(self._options, self._ledger, self._netlink,
-                             known=self._contents)
+        seen = actual.read(self._options, self._ledger, self._netlink,
+                           known=self._contents)
         self._contents = seen.contents
         return seen
 
@@ -317,54 +293,11 @@ class _Sync:
         return found
 
     def _rebuild(self, seen: Snapshot) -> list[Record]:
-        """Make records of what the kernel holds and the ledger does not.
-
-        A macvlan on the same parent with the address, and with the MAC
-        address of its neighbour if there is one, is what was bound.
-        """
-        wanted: dict[IPAddress, Parent] = {}
-        for parent in seen.parents.values():
-            if self._is_left(seen, parent):
-                continue  # what another ledger has bound is recorded there
-            for item in snapshot.items_of(parent):
-                if (item.protocol == self._options.route_protocol
-                        and item.dst in seen.contents.unreadable):
-                    wanted[item.dst] = parent
-            wanted.update({item.dst: parent
-                           for item in parent.plan.unclaimed})
-        if not wanted:
-            return []
-        rebuilt = []
-        for macvlan in kernel.macvlans(self._options.netns_dirs,
-                                       self._options.proc_dirs):
-            for address in macvlan.addresses:
-                found = wanted.get(address)
-                if found is None or macvlan.parent != found.name:
-                    continue
-                neighbour = found.neighbours.get(address)
-                if neighbour is not None and (
-                        neighbour.mac != macvlan.link.mac):
-                    continue
-                record = dataclasses.replace(
-                    self._sibling(seen, macvlan), address=address,
-                    mac=macvlan.link.mac, parent=macvlan.parent,
-                    parent_index=kernel.index_of(macvlan.parent),
-                    netns=macvlan.netns, namespace=macvlan.namespace,
-                    configured=None, bound_at=files.now())
-                if self._dry_run or self._put_rebuilt(record):
-                    rebuilt.append(record)
-        return rebuilt
-
-    @staticmethod
-    def _sibling(seen: Snapshot, macvlan: kernel.Macvlan) -> Record:
-        """Return a record of the same interface, which says whose it is."""
-        for record in seen.live.values():
-            if (record.namespace is not None
-                    and record.namespace.is_same(macvlan.namespace)
-                    and record.owner.ifname == macvlan.link.name):
-                return record
-        return Record(macvlan.addresses[0], Owner.adopted(
-            macvlan.namespace, macvlan.link.name), macvlan.parent)
+        """Make records of what the kernel holds and the ledger does not."""
+        return [record for record in rebuild.find(
+            self._options, seen, [parent for parent in seen.parents.values()
+                                  if not self._is_left(seen, parent)])
+                if self._dry_run or self._put_rebuilt(record)]
 
     def _put_rebuilt(self, record: Record) -> bool:
         with self._failure.noted(), self._ledger.lock():

@@ -14,6 +14,7 @@ import prometheus_client
 from prometheus_client import core
 from prometheus_client import registry as prometheus_registry
 
+from kuryr_break0 import actual
 from kuryr_break0 import config
 from kuryr_break0 import containers
 from kuryr_break0 import exceptions
@@ -23,7 +24,6 @@ from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
 from kuryr_break0.model import Origin
-from kuryr_break0 import snapshot
 from kuryr_break0.snapshot import Snapshot
 
 LOG = log.get_logger(__name__)
@@ -220,7 +220,7 @@ class Metrics(prometheus_registry.Collector):
         assert options is not None
         try:
             with kernel.Netlink() as netlink:
-                return snapshot.read(options, Ledger(
+                return actual.read(options, Ledger(
                     options.state_dir, options.lock_timeout), netlink)
         except exceptions.Break0Error as err:
             LOG.error('Serving metrics without addresses: %s', err)

@@ -10,6 +10,7 @@ from typing import Any, Iterable, Iterator, NamedTuple, Optional
 
 from oslo_config import cfg
 
+from kuryr_break0 import actual
 from kuryr_break0.cli import common
 from kuryr_break0.cli import output
 from kuryr_break0.cli import parser
@@ -112,11 +113,11 @@ class Cleanup:
         existed = self._ledger.exists()
         with contextlib.ExitStack() as stack:
             netlink = stack.enter_context(kernel.Netlink())
-            seen = snapshot.read(self._options, self._ledger, netlink)
+            seen = actual.read(self._options, self._ledger, netlink)
             lost = self._lost(seen)
             if not self._dry_run:
                 stack.enter_context(self._ledger.lock())
-                seen = snapshot.read(self._options, self._ledger, netlink, 0)
+                seen = actual.read(self._options, self._ledger, netlink, 0)
             for address in seen.contents.unreadable:
                 yield Removal(
                     'record of %s' % address, 'it cannot be read, so its pod '

@@ -9,6 +9,7 @@ from typing import Any, Optional
 
 from oslo_config import cfg
 
+from kuryr_break0 import actual
 from kuryr_break0.cli import common
 from kuryr_break0.cli import output
 from kuryr_break0.cli import parser
@@ -117,7 +118,7 @@ def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     if wanted.all == (wanted.target is not None):
         return common.fail(common.USAGE, exceptions.NoTarget())
     with kernel.Netlink() as netlink:
-        seen = snapshot.read(options, Ledger(
+        seen = actual.read(options, Ledger(
             options.state_dir, options.lock_timeout), netlink)
     try:
         addresses = (sorted(seen.live, key=address_order) if wanted.all

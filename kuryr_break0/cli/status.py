@@ -11,6 +11,7 @@ from typing import Any, Iterator, Optional
 
 from oslo_config import cfg
 
+from kuryr_break0 import actual
 from kuryr_break0.cli import common
 from kuryr_break0.cli import output
 from kuryr_break0.cli import parser
@@ -24,7 +25,6 @@ from kuryr_break0.model import address_order
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Record
-from kuryr_break0 import snapshot
 from kuryr_break0.snapshot import Snapshot
 
 
@@ -83,7 +83,7 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
 def _read(options: config.Options, wanted: Any = None) -> Status:
     ledger = Ledger(options.state_dir, options.lock_timeout)
     with kernel.Netlink() as netlink:
-        return Status(snapshot.read(options, ledger, netlink), ledger, wanted)
+        return Status(actual.read(options, ledger, netlink), ledger, wanted)
 
 
 def _watch(options: config.Options, wanted: Any, before: Status) -> Status:

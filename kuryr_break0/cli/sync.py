@@ -16,7 +16,7 @@ from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import Item
-from kuryr_break0.reconciler import Outcome
+from kuryr_break0.plan import Outcome
 from kuryr_break0.reconciler import Reconciler
 
 

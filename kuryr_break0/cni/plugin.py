@@ -8,6 +8,7 @@ import json
 import os
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional
 
+from kuryr_break0 import actual
 from kuryr_break0.cni import request as requests
 from kuryr_break0.cni.request import CNIError
 from kuryr_break0.cni.request import Request
@@ -23,7 +24,6 @@ from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from kuryr_break0 import podside
-from kuryr_break0 import snapshot
 
 LOG = log.get_logger(__name__)
 
@@ -207,7 +207,7 @@ class Plugin:
 
     def _differences(self, addresses: list[IPAddress]) -> Iterator[str]:
         with kernel.Netlink() as netlink:
-            seen = snapshot.read(self._options, self._ledger, netlink)
+            seen = actual.read(self._options, self._ledger, netlink)
         problems = seen.problems()
         namespace = kernel.identify(self._request.netns)
         own = []

@@ -10,6 +10,7 @@ from typing import Callable, Optional
 
 from oslo_config import cfg
 
+from kuryr_break0 import actual
 from kuryr_break0 import config
 from kuryr_break0 import containers
 from kuryr_break0.doctor import daemon
@@ -30,7 +31,6 @@ from kuryr_break0.doctor import services
 from kuryr_break0.doctor import unserved
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
-from kuryr_break0 import snapshot
 
 #: Seconds for which the lock is waited for, that is held for milliseconds.
 PATIENCE = 2.0
@@ -126,7 +126,7 @@ def _unserved(node: Node) -> list[containers.Unserved]:
         time.sleep(_SETTLED)
         node.refresh()
         with kernel.Netlink() as netlink:
-            still = set(map(str, containers.unserved(snapshot.read(
+            still = set(map(str, containers.unserved(actual.read(
                 node.options, node.ledger, netlink), node.ledger)))
         found = [each for each in found if str(each) in still
                  and each.address not in node.changing]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Iterable, Optional
 
+from kuryr_break0 import actual
 from kuryr_break0 import config
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
@@ -36,7 +37,7 @@ class Node:
         self.options = options
         self.ledger = Ledger(options.state_dir, options.lock_timeout)
         self._patience = patience
-        self.seen = snapshot.read(options, self.ledger, netlink, patience)
+        self.seen = actual.read(options, self.ledger, netlink, patience)
         self.contents = self.seen.contents
         self.live = self.seen.live
         self.gone = self.seen.gone

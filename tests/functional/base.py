@@ -16,6 +16,7 @@ import inotify_simple
 from oslo_config import cfg
 import psutil
 
+from kuryr_break0 import actual
 from kuryr_break0 import config
 from kuryr_break0 import kernel
 from kuryr_break0 import ledger
@@ -156,7 +157,7 @@ class LabTestCase(unittest.TestCase):
     def seen(self, **overrides: Any) -> snapshot.Snapshot:
         own = options(**overrides)
         with kernel.Netlink() as netlink:
-            return snapshot.read(own, ledger.Ledger(
+            return actual.read(own, ledger.Ledger(
                 own.state_dir, own.lock_timeout), netlink)
 
     def problems(self, **overrides: Any) -> list[str]:

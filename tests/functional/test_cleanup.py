@@ -313,7 +313,7 @@ class TestOthersAtWork(CleanupTestCase):
     def test_a_sync_that_has_read_the_ledger_before(self) -> None:
         before = self.lab.state()
         self.bind_both()
-        read = reconciler.snapshot.read
+        read = reconciler.actual.read
         cleaned: list[str] = []
 
         def read_then_cleaned_up(*args: Any, **known: Any) -> Any:
@@ -326,7 +326,7 @@ class TestOthersAtWork(CleanupTestCase):
             return found
 
         self.lab.run('ip', 'link', 'del', 'break0')  # a reason to change it
-        with mock.patch.object(reconciler.snapshot, 'read',
+        with mock.patch.object(reconciler.actual, 'read',
                                read_then_cleaned_up):
             self.manager().sync()
         self.assertEqual(before, self.lab.state())

@@ -141,7 +141,7 @@ class TestMeanwhile(SyncTestCase):
 
     def sync_while(self, change: Callable[[], object]) -> None:
         """Sync, with a change between the look and what follows from it."""
-        read = reconciler.snapshot.read
+        read = reconciler.actual.read
         changed = []
 
         def read_and_change(*args: Any, **known: Any) -> Any:
@@ -157,7 +157,7 @@ class TestMeanwhile(SyncTestCase):
         self.lab.run('ip', 'route', 'del', self.ADDRESS)
         self.lab.run('ip', 'neigh', 'flush', 'dev', 'break0',
                      'nud', 'permanent')
-        with mock.patch.object(reconciler.snapshot, 'read',
+        with mock.patch.object(reconciler.actual, 'read',
                                read_and_change):
             self.sync()
 

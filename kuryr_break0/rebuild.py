@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Finds out whose what is that the kernel holds and no record claims.
+
+A macvlan on the same parent with the address, and with the MAC address of its
+neighbour if there is one, is what was bound.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Collection, Iterator
+
+from kuryr_break0 import config
+from kuryr_break0 import kernel
+from kuryr_break0.ledger import files
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Owner
+from kuryr_break0.model import Record
+from kuryr_break0.snapshot import items_of
+from kuryr_break0.snapshot import Parent
+from kuryr_break0.snapshot import Snapshot
+
+
+def find(options: config.Options, seen: Snapshot,
+         parents: Collection[Parent]) -> Iterator[Record]:
+    """Return the records that are missing.
+
+    :param parents: those whose break0 is of this ledger; what another one
+        has bound is recorded there
+    """
+    wanted: dict[IPAddress, Parent] = {}
+    for parent in parents:
+        for item in items_of(parent):
+            if (item.protocol == options.route_protocol
+                    and item.dst in seen.contents.unreadable):
+                wanted[item.dst] = parent
+        wanted.update({item.dst: parent for item in parent.plan.unclaimed})
+    for macvlan in kernel.macvlans(options.netns_dirs, options.proc_dirs
+                                   ) if wanted else ():
+        for address in macvlan.addresses:
+            found = wanted.get(address)
+            if found is None or macvlan.parent != found.name:
+                continue
+            neighbour = found.neighbours.get(address)
+            if neighbour is None or neighbour.mac == macvlan.link.mac:
+                yield dataclasses.replace(
+                    _sibling(seen, macvlan), address=address,
+                    mac=macvlan.link.mac, parent=macvlan.parent,
+                    parent_index=kernel.index_of(macvlan.parent),
+                    netns=macvlan.netns, namespace=macvlan.namespace,
+                    configured=None, bound_at=files.now())
+
+
+def _sibling(seen: Snapshot, macvlan: kernel.Macvlan) -> Record:
+    """Return a record of the same interface, which says whose it is."""
+    for record in seen.live.values():
+        if (record.namespace is not None
+                and record.namespace.is_same(macvlan.namespace)
+                and record.owner.ifname == macvlan.link.name):
+            return record
+    return Record(macvlan.addresses[0], Owner.adopted(
+        macvlan.namespace, macvlan.link.name), macvlan.parent)
