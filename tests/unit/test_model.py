@@ -47,6 +47,9 @@ PARENTS = 'eth0', 'eth1'
 PATHS = ['/run/netns/%d' % number for number in range(4)]
 
 addresses = st.sampled_from(ADDRESSES)
+#: After how many steps a process is killed; not, more often than not.
+kills = st.sampled_from((*[None] * 9, *range(7)))
+errors = st.sampled_from((*[0] * 9, errno.ENOBUFS))
 some = st.integers(0, 2 ** 16)
 
 
@@ -114,16 +117,24 @@ class Node(stateful.RuleBasedStateMachine):
         self.fake.host[self.others.dst, 254] = self.others
 
     def teardown(self) -> None:
-        self._stack.close()
+        try:
+            self.settle()
+        finally:
+            self._stack.close()
 
     # What happens
 
+    @stateful.initialize(where=st.lists(addresses, min_size=3, max_size=3))
+    def some_containers(self, where: list[IPAddress]) -> None:
+        for path, parent, address in zip(PATHS, ('eth0', *PARENTS), where):
+            self.new_sandbox(path, parent)
+            self.add(-1, address, False, None, 0)
+
     @stateful.rule(path=st.sampled_from(PATHS),
-                   parent=st.sampled_from(PARENTS))
+                   parent=st.sampled_from(('eth0', *PARENTS)))
     def new_sandbox(self, path: str, parent: str) -> None:
-        for each in self.sandboxes:
-            if each.path == path and each.lives:
-                self.end(each)
+        if path in self.fake.namespaces:
+            return
         number = len(self.sandboxes)
         # The kernel uses inode numbers again, and cookies never.
         namespace = NamespaceId(4, 100 + PATHS.index(path), 1000 + number)
@@ -149,8 +160,8 @@ class Node(stateful.RuleBasedStateMachine):
 
     @stateful.precondition(lambda self: self.sandboxes)
     @stateful.rule(which=some, address=addresses, yields=st.booleans(),
-                   killed=st.none() | st.integers(0, 6),
-                   fails=st.sampled_from((0, 0, 0, errno.ENOBUFS)))
+                   killed=kills,
+                   fails=errors)
     def add(self, which: int, address: IPAddress, yields: bool,
             killed: Optional[int], fails: int) -> None:
         sandbox = self.sandbox(which)
@@ -159,6 +170,20 @@ class Node(stateful.RuleBasedStateMachine):
                        float(next(self.clock)))
             self.adds.append(made)
             self.bind(made, yields, killed, fails)
+
+    @stateful.precondition(lambda self: self.sandboxes)
+    @stateful.rule(which=some, address=addresses)
+    def add_by_an_engine(self, which: int, address: IPAddress) -> None:
+        self.add(which, address, False, None, 0)
+
+    @stateful.precondition(lambda self: self.sandboxes)
+    @stateful.rule(which=some, address=addresses)
+    def two_claims(self, which: int, address: IPAddress) -> None:
+        """The later one ends, and its end is noticed."""
+        for number in which, which + 1:
+            self.add(number, address, False, None, 0)
+        self.end_sandbox(which + 1)
+        self.settle()
 
     @stateful.precondition(lambda self: self.adds)
     @stateful.rule(which=some)
@@ -223,8 +248,8 @@ class Node(stateful.RuleBasedStateMachine):
     @stateful.precondition(lambda self: self.adds)
     @stateful.rule(which=some, undoes=st.booleans(),
                    all_of_it=st.booleans(),
-                   killed=st.none() | st.integers(0, 6),
-                   fails=st.sampled_from((0, 0, 0, errno.ENOBUFS)))
+                   killed=kills,
+                   fails=errors)
     def delete(self, which: int, undoes: bool, all_of_it: bool,
                killed: Optional[int], fails: int) -> None:
         """A DEL: in time, late, again; or an undo."""
@@ -293,8 +318,10 @@ class Node(stateful.RuleBasedStateMachine):
                          if name.startswith('break0')]:
                 self.fake.replace(self.fake.links[name], mtu=1400)
 
-    @stateful.rule()
-    def lose_the_ledger(self) -> None:
+    @stateful.rule(really=st.sampled_from((True, *[False] * 4)))
+    def lose_the_ledger(self, really: bool) -> None:
+        if not really:
+            return
         self.settle()
         served = {address: self.claims[address][0] for address in ADDRESSES
                   if self.claims[address]
@@ -316,9 +343,11 @@ class Node(stateful.RuleBasedStateMachine):
         self.sync()
         self.settle()
 
-    @stateful.rule()
-    def settle(self) -> None:
+    @stateful.rule(really=st.sampled_from((True, False)))
+    def settle(self, really: bool = True) -> None:
         """A sync makes everything right, and the next one finds nothing."""
+        if not really:
+            return
         self.sync()
         outcome = self.sync()
         assert not outcome, outcome
