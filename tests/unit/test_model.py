@@ -112,6 +112,8 @@ class Node(stateful.RuleBasedStateMachine):
         self.discovered: set[tuple[IPAddress, int]] = set()
         self.clock = itertools.count(1)
         self.was_killed = False
+        #: by a kill since the last sync, so that something may be left over
+        self.is_unsettled = False
         self.foreign: dict[Any, HostRoute] = {}
         self.others = HostRoute(ipaddress.ip_address('10.9.9.9'), 1, 4, 254)
         self.fake.host[self.others.dst, 254] = self.others
@@ -234,7 +236,7 @@ class Node(stateful.RuleBasedStateMachine):
                 self.ledger().records.claims(made.address)[0].bound_at
                 == made.bound_at):
             self.note(made, yields)
-        if ended is None:
+        if ended is None and not self.is_unsettled:
             self.assert_served(made.address)
 
     def note(self, made: Add, yields: bool) -> None:
@@ -356,6 +358,7 @@ class Node(stateful.RuleBasedStateMachine):
         doubtful = {item.dst for item in outcome.unclaimed}
         assert self.was_killed or not doubtful, outcome
         assert not outcome.errors, outcome.errors
+        self.is_unsettled = False
         for address in ADDRESSES:
             self.claims[address] = [each for each in self.claims[address]
                                     if each.lives]
@@ -457,7 +460,7 @@ class Node(stateful.RuleBasedStateMachine):
         def counted(original: Any) -> Any:
             def step(*args: Any) -> Any:
                 if next(steps) == left:
-                    self.was_killed = True
+                    self.was_killed = self.is_unsettled = True
                     raise Killed
                 return original(*args)
             return step
