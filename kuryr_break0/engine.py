@@ -38,8 +38,8 @@ from kuryr_break0.model import Neighbour
 from kuryr_break0.model import Record
 from kuryr_break0.model import Wanted
 from kuryr_break0.pods import Pods
-from kuryr_break0 import podside
 from kuryr_break0.policy import Policy
+from kuryr_break0.routes import forget_connections
 from kuryr_break0.routes import Routes
 
 LOG = log.get_logger(__name__)
@@ -230,7 +230,7 @@ class Engine:
             self._records.put(after)
             return False
         dropped = [claim for claim in before if claim not in after]
-        after = self._from_successor(after)
+        after = self.pods.from_successor(after, _is_gone)
         known = self.devices.names(recorded=bool(dropped))
         own = [name for name in known
                if not self.devices.is_others(netlink.link(name))]
@@ -251,19 +251,6 @@ class Engine:
             for err in failure.errors[:1]:
                 LOG.error('%s', err)
         return deleted
-
-    def _from_successor(self, claims: Claims) -> Claims:
-        """Return the claims from the newest that still has the address."""
-        for place, claim in enumerate(claims):
-            if _is_gone(claim):
-                continue
-            try:
-                if not podside.has_address(claim, self._options):
-                    continue
-            except exceptions.Break0Error as err:
-                LOG.debug('The claim of %s counts: %s', claim.owner, err)
-            return claims[place:]
-        return ()
 
     def _withdraw(self, netlink: kernel.Netlink, address: IPAddress,
                   devices: Iterable[str], dropped: Collection[Record],
@@ -339,8 +326,8 @@ class Engine:
                 if wanted is not None:
                     # NLM_F_EXCL does not notice a route of another metric.
                     present = netlink.route_to(record.address)
-                    if present is not None:
-                        self.routes.require_free(wanted, [present])
+                    self._require_free(netlink, wanted, present,
+                                       moves[record.address])
                     ready.append((record, wanted, present))
         # A table that was just loaded has all that is recorded.
         refused = [record for record in records
@@ -374,6 +361,22 @@ class Engine:
             netlink, kernel.index_of(first.parent),
             {record.address: record.mac for record in bound})
         return break0
+
+    def _require_free(self, netlink: kernel.Netlink, wanted: Wanted,
+                      present: Optional[HostRoute], move: Move) -> None:
+        """Refuse an address with a route of others, or take that over.
+
+        :raises ForeignRoute: if it stays; then nothing is left of the claims
+            that were there before
+        """
+        try:
+            if present is not None:
+                self.routes.require_free(wanted, [present])
+        except exceptions.ForeignRoute:
+            if move.before:
+                self._withdraw(netlink, wanted.route.dst, self.devices.names(
+                    recorded=True), move.before, move.after)
+            raise
 
     def _wanted(self, record: Record, break0: Break0,
                 src: Optional[IPAddress]) -> Optional[Wanted]:
@@ -411,12 +414,3 @@ class Engine:
 
 def _is_gone(claim: Record) -> bool:
     return kernel.state(*claim.place) is kernel.State.GONE
-
-
-def forget_connections(addresses: Iterable[IPAddress]) -> None:
-    """Let none of an earlier pod's connections be the next one's."""
-    for address in addresses:
-        try:
-            kernel.forget_connections(address)
-        except exceptions.KernelRefused as err:
-            LOG.debug('%s', err)

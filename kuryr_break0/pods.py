@@ -9,8 +9,9 @@ import dataclasses
 import ipaddress
 import itertools
 import logging
-from typing import Collection, Iterable, Iterator, Optional
+from typing import Callable, Collection, Iterable, Iterator, Optional
 
+from kuryr_break0.claims import Claims
 from kuryr_break0 import config
 from kuryr_break0.devices import Break0
 from kuryr_break0.devices import Devices
@@ -81,6 +82,20 @@ class Pods:
             {address for _, address in cached},
             [address for at, address in cached if at == index],
             [*sources, *elsewhere], break0.mac, break0.name)
+
+    def from_successor(self, claims: Claims,
+                       is_gone: Callable[[Record], bool]) -> Claims:
+        """Return the claims from the newest that still has the address."""
+        for place, claim in enumerate(claims):
+            if is_gone(claim):
+                continue
+            try:
+                if not podside.has_address(claim, self._options):
+                    continue
+            except exceptions.Break0Error as err:
+                LOG.debug('The claim of %s counts: %s', claim.owner, err)
+            return claims[place:]
+        return ()
 
     def configure(self, records: list[Record], node: NodeAddresses
                   ) -> list[Record]:

@@ -145,3 +145,12 @@ def foreign_route(route: HostRoute, reason: str = 'it is left alone, unless '
     return exceptions.ForeignRoute(
         address=route.dst, on=kernel.name_of(route.oif),
         protocol=route.protocol, reason=reason)
+
+
+def forget_connections(addresses: Iterable[IPAddress]) -> None:
+    """Let none of an earlier pod's connections be the next one's."""
+    for address in addresses:
+        try:
+            kernel.forget_connections(address)
+        except exceptions.KernelRefused as err:
+            LOG.debug('%s', err)

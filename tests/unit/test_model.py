@@ -112,7 +112,7 @@ class Node(stateful.RuleBasedStateMachine):
         self.discovered: set[tuple[IPAddress, int]] = set()
         self.clock = itertools.count(1)
         self.was_killed = False
-        #: by a kill since the last sync, so that something may be left over
+        #: by a kill or error since the last sync: something may be left over
         self.is_unsettled = False
         self.foreign: dict[Any, HostRoute] = {}
         self.others = HostRoute(ipaddress.ip_address('10.9.9.9'), 1, 4, 254)
@@ -437,6 +437,7 @@ class Node(stateful.RuleBasedStateMachine):
                 action()
             return None
         except (Killed, exceptions.Break0Error) as err:
+            self.is_unsettled = True
             for each in ADDRESSES:
                 before = [other for other in self.claims[each]
                           if other is not sandbox and other.lives]
