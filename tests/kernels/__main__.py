@@ -38,6 +38,8 @@ SUITES = {'tests.e2e.test_daemon': 'Kuryr, end to end',
           'tests.functional.test_vms': 'Virtual machines',
           'tests.functional.test_existence': 'End of sandboxes',
           'tests.functional.test_check': 'Check of a node'}
+NAMES = {**SUITES, 'core-kuryr': 'Core of CI: Kuryr, end to end',
+         'core': 'Core of CI: others'}
 TABLE = pathlib.Path('doc/source/install/kernels.inc')
 RESULTS = pathlib.Path('build/kernels')
 #: What no test of a suite reads, in this folder or in Python's library
@@ -149,7 +151,7 @@ def _rst() -> str:
                         for version, place, _ in columns)),
             *((text, *(_cell(results.get(name)) or 'not run'
                        for _, _, results in columns))
-              for name, text in SUITES.items())]
+              for name, text in NAMES.items())]
     lines = ['.. Made by "make kernels-table", of the results of "make '
              'kernels".', '', '.. csv-table::', '   :header-rows: 1', '',
              *('   "%s"' % '", "'.join(row) for row in rows),
@@ -173,7 +175,7 @@ def _table() -> str:
         ['Suite', *('%s\n%s' % (version.partition('+')[0], place)
                     for version, place, _ in columns)])
     for name in names:
-        table.add_row([SUITES.get(name, name), *(
+        table.add_row([NAMES.get(name, name), *(
             _cell(results.get(name)) for _, _, results in columns)])
     lines = [str(table)]
     for version, place, results in columns:
