@@ -120,7 +120,7 @@ def against_egress() -> Optional[str]:
     return _load(
         str(kernel.find_program('nft')), 'table netdev %s {\n%s}' % (
             PREFIX, _EGRESS.format(lower='lo', mac='02:00:00:00:00:00',
-                                   solicited='')), '--check')
+                                   held='', solicited='')), '--check')
 
 
 def _load(nft: str, text: str, *options: str) -> Optional[str]:
