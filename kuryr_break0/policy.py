@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from typing import Collection, Iterable, Iterator, Optional
+from typing import Collection, Iterable, Optional
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
@@ -160,23 +160,24 @@ def elsewhere(found: Iterable[tuple[int, IPAddress]],
         of the kernel
     :param preferred: the sources of its routes
     """
-    return list(itertools.islice(dict.fromkeys((
-        *sorted(preferred, key=address_order), *_of_interfaces(found))),
-        MAX_ELSEWHERE))
-
-
-def _of_interfaces(found: Iterable[tuple[int, IPAddress]]
-                   ) -> Iterator[IPAddress]:
+    chosen = sorted(preferred, key=address_order)
     for index, pairs in itertools.groupby(
             sorted(found, key=lambda each: each[0]), lambda each: each[0]):
         usable = [address for _, address in pairs if not (
             address.is_link_local or address.is_loopback)]
-        if usable and not has_services(index):
-            yield from [each for each in usable if each.version == 4][:1]
-            yield from (each for each in usable if each.version == 6)
+        four = next((each for each in usable if each.version == 4), None)
+        new = [each for each in usable
+               if each not in chosen and (each.version == 6 or each is four)]
+        # Hundreds of interfaces can have the same one, as those of pods have
+        # by other CNI plugins.
+        if new and not has_services(index):
+            chosen += new
+        if len(chosen) >= MAX_ELSEWHERE:
+            break
+    return chosen[:MAX_ELSEWHERE]
 
 
-def has_services(index: int) -> bool:
+def has_services(index: Optional[int]) -> bool:
     """Return whether the addresses of an interface are those of services.
 
     So are those of kube-ipvs0, thousands maybe, and of other dummies. In

@@ -32,7 +32,7 @@ class Interests:
         self._addresses: set[tuple[int, Any]] = set()
         self._next_hops: set[IPAddress] = set()
         self._sources: set[Optional[IPAddress]] = {None}
-        self._of_services: set[int] = set()
+        self._of_services: dict[Optional[int], bool] = {}
 
     def update(self) -> None:
         """Note what is there now, after a sync.
@@ -52,9 +52,7 @@ class Interests:
                            if link is not None}
             self._addresses = {(index, address) for index, address
                                in netlink.addresses()}
-        self._of_services = set(filter(policy.has_services, {
-            index for index, address in self._addresses
-            if not (address.is_link_local or address.is_loopback)}))
+        self._of_services.clear()
 
     def include(self, event: kernel.Event) -> bool:
         """Return whether an event may be of something to repair."""
@@ -65,7 +63,7 @@ class Interests:
             changed = (place in self._addresses) == event.gone
             (self._addresses.discard if event.gone
              else self._addresses.add)(place)
-            return changed and (event.ifindex not in self._of_services
+            return changed and (not self._is_of_services(event.ifindex)
                                 or self._is_recorded(event.dst))
         if event.what == 'route':
             ours = event.protocol == self._options.route_protocol
@@ -95,6 +93,11 @@ class Interests:
         self._next_hops |= new
         self._ledger.note_next_hops(new)
         return any(map(self._is_recorded, new))
+
+    def _is_of_services(self, index: Optional[int]) -> bool:
+        if index not in self._of_services:
+            self._of_services[index] = policy.has_services(index)
+        return self._of_services[index]
 
     def _is_new_source(self, event: kernel.Event) -> bool:
         if event.gone or event.source in self._sources:

@@ -135,6 +135,15 @@ class TestOrder(SourcesTestCase):
                 [str(each) for each in policy.elsewhere(
                     found, {ipaddress.ip_address('10.9.0.1')})])
 
+    def test_interfaces_with_the_same_address_are_not_read(self) -> None:
+        found = [(index, ipaddress.ip_address('10.1.0.1'))
+                 for index in range(1, 1000)]
+        with mock.patch.object(kernel, 'Netlink') as netlink:
+            netlink().__enter__().link.return_value = None
+            netlink.reset_mock()
+            self.assertEqual([found[0][1]], policy.elsewhere(found, ()))
+            self.assertEqual(1, netlink.call_count)
+
     def test_not_of_dummies(self) -> None:
         def link(name: str) -> Any:
             return mock.Mock(kind='dummy' if name == 'if2' else None)
