@@ -197,6 +197,17 @@ class TestManagementFirst(TableTestCase):
         self.run_table()
 
 
+class TestStrict(TestManagementFirst):
+    """The same with rp_filter = 1 on all interfaces, also in the pods."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        for netns in (None, 'pod', 'other', 'container'):
+            for name in ('all', 'default', 'eth0'):
+                self.lab.run('sysctl', '-qw', 'net.ipv4.conf.%s.rp_filter=1'
+                             % name, netns=netns)
+
+
 class TestManagementLast(TableTestCase):
     """A node whose other NIC comes after that of the pods."""
 
