@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import io
 import os
 import shlex
 import sys
@@ -38,9 +39,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     conf.set_default('use_stderr', True)  # stdout is for what was asked
     conf.register_cli_opt(cfg.SubCommandOpt(
         'command', title='commands', handler=add_parsers))
-    # What no locale has, as in an odd name, is no reason to fail.
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors='backslashreplace')  # type: ignore
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that the locale cannot write is no reason to fail.
+        sys.stdout.reconfigure(errors='backslashreplace')
     try:
         return _run(conf, sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:

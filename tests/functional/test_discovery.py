@@ -807,6 +807,19 @@ class TestInstalled(DiscoveryTestCase):
         self.lab.add_pod('one', ONE, ONE6)
         self.until_bound(ONE, ONE6)
 
+    def test_cleanup_beside_the_agent(self) -> None:
+        """As remove.rst says: it is bound again, and the doctor is content."""
+        self.start(OPTIONS + 'resync_interval = 1\n')
+        self.lab.add_pod('one', ONE)
+        self.until_bound(ONE)
+        command = PROGRAM, '--config-file', CONF
+        done = self.lab.run(*command, 'cleanup', check=False)
+        self.assertEqual(1, done.returncode)
+        self.assertIn('! agent', done.stdout)
+        self.until_bound(ONE)
+        done = self.lab.run(*command, 'doctor', check=False)
+        self.assertNotIn('error: ', done.stdout)
+
 
 class TestFaults(DiscoveryTestCase):
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 from typing import Any
 
 import jsonschema
 
+from kuryr_break0.cli import main
 from kuryr_break0 import ledger
 from tests.functional.base import options
 from tests.functional.base import OTHER_POD
@@ -76,9 +76,7 @@ class TestEach(JSONTestCase):
         'cni-install': ('--bin-dir', '/run')}
 
     def commands(self) -> list[str]:
-        listed = re.search(r'\{([\w,-]+)\}', self.call('--help').stdout)
-        assert listed is not None
-        return [command for command in listed[1].split(',')
+        return [command for command in main.whole_parser().verbs
                 if '--json' in self.call(command, '--help').stdout]
 
     def test_in_sync_and_not(self) -> None:

@@ -40,7 +40,8 @@ class UnservedTestCase(test_discovery.DiscoveryTestCase):
     def call(self, verb: str, *args: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [PROGRAM, '--config-file', test_discovery.CONF, verb, *args],
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, 'COLUMNS': '500'})  # nothing is folded
         self.assertNotIn('Traceback', done.stderr)
         return done
 
