@@ -68,11 +68,6 @@ def add_parsers(subparsers: Any) -> None:
         '--without-agent', 'install the script, even if there is a shim')
 
 
-def is_asked_for(arguments: Any) -> bool:
-    """Return whether errors are for a CNI runtime."""
-    return list(arguments)[-1:] == ['cni']
-
-
 def fail(err: Exception) -> int:
     """Answer with what is wrong with the configuration."""
     sys.stdout.write(plugin.failure(exceptions.InvalidOption(

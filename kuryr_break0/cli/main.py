@@ -4,46 +4,48 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import io
 import os
 import shlex
 import sys
-from typing import Any, Optional, Sequence
+from typing import Any, Iterable, Optional, Sequence
 
 from oslo_config import cfg
 from oslo_log import log as logging
 
-from kuryr_break0.cli import adopt
-from kuryr_break0.cli import agent
-from kuryr_break0.cli import bind
-from kuryr_break0.cli import cleanup
-from kuryr_break0.cli import cni
 from kuryr_break0.cli import common
 from kuryr_break0.cli import completion
-from kuryr_break0.cli import doctor
 from kuryr_break0.cli import output
 from kuryr_break0.cli import parser
-from kuryr_break0.cli import probe
-from kuryr_break0.cli import status
-from kuryr_break0.cli import sync
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
+
+#: The module of each verb, in the order of the documentation. Only that of the
+#: verb that is asked for is imported.
+_MODULES = {'status': 'status', 'probe': 'probe', 'doctor': 'doctor',
+            'check': 'doctor', 'sync': 'sync', 'agent': 'agent',
+            'bind': 'bind', 'unbind': 'bind', 'adopt': 'adopt',
+            'cleanup': 'cleanup', 'cni': 'cni', 'cni-install': 'cni'}
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a verb and return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     conf = parser.Config()
     logging.register_options(conf)
     conf.set_default('use_stderr', True)  # stdout is for what was asked
     conf.register_cli_opt(cfg.SubCommandOpt(
-        'command', title='commands', handler=add_parsers))
+        'command', title='commands', handler=functools.partial(
+            add_parsers, verbs=_verbs_of(argv))))
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A name that the locale cannot write is no reason to fail.
         sys.stdout.reconfigure(errors='backslashreplace')
     try:
-        return _run(conf, sys.argv[1:] if argv is None else argv)
+        return _run(conf, argv)
     except KeyboardInterrupt:
         return common.INTERRUPTED
     except BrokenPipeError:
@@ -67,7 +69,8 @@ def _run(conf: cfg.ConfigOpts, argv: Sequence[str]) -> int:
     except (cfg.Error, exceptions.InvalidOption, exceptions.NotRoot, OSError,
             logging.LogConfigError, UnicodeDecodeError) as err:
         # OSError is of a log file.
-        if cni.is_asked_for(argv):
+        if argv[-1:] == ['cni']:
+            from kuryr_break0.cli import cni
             return cni.fail(_told(err, argv))
         return common.fail(common.USAGE, _told(err, argv))
     try:
@@ -80,23 +83,23 @@ def _run(conf: cfg.ConfigOpts, argv: Sequence[str]) -> int:
 
 def _prepare(conf: cfg.ConfigOpts, argv: Sequence[str]) -> list[Any]:
     """Set up logging, and return the arguments of the verb."""
-    verb = conf.command.func
+    verb = conf.command.name
     # A plugin can be installed by whoever may write its directory.
-    if os.geteuid() != 0 and verb is not cni.install:
+    if os.geteuid() != 0 and verb != 'cni-install':
         raise exceptions.NotRoot(command=shlex.join(argv))
     logging.setup(conf, parser.PROGRAM)
-    if verb is not agent.run and not conf.debug:
+    if verb != 'agent' and not conf.debug:
         logging.getLogger(None).logger.setLevel(logging.WARNING)
     try:
         options = config.load(conf)
     except exceptions.InvalidOption:
         # The doctor examines these too; a CNI runtime is answered.
-        if verb in (doctor.run, cni.run):
+        if verb in ('doctor', 'check', 'cni'):
             return [conf]
         raise
     if options.discover and not importlib.util.find_spec('kuryr_kubernetes'):
         output.speak_of_containers()
-    return [conf] if verb in (doctor.run, cni.run) else [conf, options]
+    return [conf] if verb in ('doctor', 'check', 'cni') else [conf, options]
 
 
 def _told(err: Exception, argv: Sequence[str]) -> Exception:
@@ -130,8 +133,17 @@ def whole_parser() -> parser.Parser:
     return made
 
 
-def add_parsers(subparsers: Any) -> None:
-    """Register all verbs, in the order of the documentation."""
-    for module in (status, probe, doctor, sync, agent, bind, adopt, cleanup,
-                   cni):
-        module.add_parsers(subparsers)
+def _verbs_of(argv: Sequence[str]) -> Iterable[str]:
+    """Return the verbs that arguments can be for: all, if it is none."""
+    found = [each for each in argv if each in _MODULES]
+    if not found or any(each.startswith(('-h', '--h'))
+                        for each in argv[:argv.index(found[0])]):
+        return _MODULES
+    return found
+
+
+def add_parsers(subparsers: Any, verbs: Iterable[str] = _MODULES) -> None:
+    """Register verbs, those of one module together."""
+    for name in dict.fromkeys(_MODULES[verb] for verb in verbs):
+        importlib.import_module('kuryr_break0.cli.' + name).add_parsers(
+            subparsers)

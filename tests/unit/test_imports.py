@@ -13,6 +13,10 @@ import unittest
 #: What takes long to import, and who needs it.
 SLOW = {'pyroute2', 'waitress', 'prometheus_client', 'kuryr_kubernetes',
         'os_vif', 'requests'}
+#: The modules of a verb, if not one of its name; and those of all verbs.
+VERBS = {'unbind': {'bind'}, 'cni-install': {'cni'},
+         'doctor': {'doctor', 'status'}}
+SHARED = {'main', 'common', 'completion', 'output', 'parser'}
 PROGRAM = """\
 import atexit, json, sys
 atexit.register(lambda: print(json.dumps(sorted(sys.modules)),
@@ -40,12 +44,23 @@ class TestImports(unittest.TestCase):
                      'bind', 'unbind', 'cleanup', 'cni', 'cni-install',
                      'probe'):
             with self.subTest(verb=verb):
-                self.assertEqual(set(), SLOW & imported(verb, '--help'))
+                found = imported(verb, '--help')
+                self.assertEqual(set(), SLOW & found)
+                # Each has its own module, which imports what it needs.
+                own = VERBS.get(verb, {verb})
+                self.assertEqual(SHARED | own, {
+                    name.rpartition('.')[2] for name in found
+                    if name.startswith('kuryr_break0.cli.')})
+
+    def test_help(self) -> None:
+        self.assertLessEqual(
+            {'kuryr_break0.cli.' + each for each in ('status', 'cni', 'bind')},
+            imported('--help'))
 
     def test_cni_plugin_in_one_process(self) -> None:
         found = imported('cni', CNI_COMMAND='VERSION')
         self.assertIn('kuryr_break0.cni.plugin', found)
-        self.assertEqual(set(), SLOW & found)
+        self.assertEqual(set(), {*SLOW, 'kuryr_break0.doctor'} & found)
 
     def test_version(self) -> None:
         found = imported('--version')
