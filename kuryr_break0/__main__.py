@@ -7,6 +7,8 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 
+_USAGE = 2  # as of kuryr_break0.cli.common
+
 
 def main() -> int:
     """Run ``kuryr-break0`` and return its exit code."""
@@ -22,7 +24,7 @@ def main() -> int:
 
 
 def _explain(err: ImportError) -> int:
-    from kuryr_break0.cli import common
+    # Nothing that imports oslo.config, which may be what is unfit.
     from kuryr_break0.doctor import installation
     from kuryr_break0.doctor import report
 
@@ -33,7 +35,7 @@ def _explain(err: ImportError) -> int:
     else:
         print('kuryr-break0: It cannot be loaded: %s. %s' % (
             err, ' '.join(each.seen for each in found)), file=sys.stderr)
-    return common.USAGE
+    return _USAGE
 
 
 if __name__ == '__main__':
