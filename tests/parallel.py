@@ -15,6 +15,7 @@ import gc
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -165,6 +166,8 @@ def main() -> int:
                         help='write how many passed and failed to this file')
     parser.add_argument('patterns', nargs='*', help='or all, of those')
     args = parser.parse_args()
+    # A shell has what it starts in the background ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     waiting = [tests for tests in _classes(args.patterns, args.skip)
                if re.search(args.only, tests[0].id())][::-1]
     if any(not each[0].id().startswith('tests.unit') for each in waiting):

@@ -165,15 +165,16 @@ def _is_served(args: Sequence[str], env: Optional[Mapping[str, str]]) -> bool:
 
 
 def of_script(path: str) -> list[str]:
-    """Return the command of a script as cni-install writes it, or the path."""
+    """Return what a script runs that cni-install wrote; other paths as is."""
     with open(path, 'rb') as file:
         lines = file.read(10000).split(b'\n')
     if lines[0] != b'#!/bin/sh':
         return [path]
-    exec_, *command = shlex.split(lines[-2].decode())
-    assert (exec_, command[:3]) == (
-        'exec', [sys.executable, '-m', 'kuryr_break0']), lines
-    return [BREAK0, *command[3:]]
+    command = shlex.split(lines[-2].decode())
+    # Not if it is another Python.
+    if command[:4] != ['exec', sys.executable, '-m', 'kuryr_break0']:
+        return [path]
+    return [BREAK0, *command[4:]]
 
 
 def serve(program: str) -> None:
