@@ -23,6 +23,7 @@ from kuryr_break0.doctor import host
 from tests.functional import base
 from tests.functional import test_discovery
 from tests import lab
+from tests import program
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 ONE, ONE6 = '100.75.30.81', 'fd00:30::81'
@@ -38,7 +39,7 @@ class UnservedTestCase(test_discovery.DiscoveryTestCase):
             file.write('[break0]\n' + '\n'.join((*lines, '')))
 
     def call(self, verb: str, *args: str) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
+        done = program.run(
             [PROGRAM, '--config-file', test_discovery.CONF, verb, *args],
             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={**os.environ, 'COLUMNS': '500'})  # nothing is folded
