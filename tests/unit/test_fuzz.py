@@ -376,9 +376,9 @@ class TestHTTP(unittest.TestCase):
         super().setUpClass()
         node = lab.Lab()
         cls.addClassCleanup(node.close)
-        metrics = mock.Mock(**{'unwell.return_value': None})
         with mock.patch('prometheus_client.make_wsgi_app'):
-            cls.server = http.Server(metrics, metrics.stuck)
+            cls.server = http.Server(mock.Mock(),
+                                     {'/healthz': lambda: None})
         cls.endpoint = config.Endpoint(ipaddress.ip_address('127.0.0.1'),
                                        19817)
         cls.server.listen(cls.endpoint)

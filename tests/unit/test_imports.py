@@ -15,7 +15,7 @@ SLOW = {'pyroute2', 'waitress', 'prometheus_client', 'kuryr_kubernetes',
         'os_vif', 'requests'}
 #: The modules of a verb, if not one of its name; and those of all verbs.
 VERBS = {'unbind': {'bind'}, 'cni-install': {'cni'},
-         'doctor': {'doctor', 'status'}}
+         'doctor': {'doctor', 'status'}, 'check': {'doctor', 'status'}}
 SHARED = {'main', 'common', 'completion', 'output', 'parser'}
 PROGRAM = """\
 import atexit, json, sys
