@@ -374,7 +374,9 @@ class TestWheel(unittest.TestCase):
                  in os.walk(os.path.join(overlay.ROOT, 'etc'))
                  for name in names}
         self.assertEqual(there - self.LEFT_OUT, set(held))
-        # Where bash and man look for them, below /usr and /usr/local.
+        # Where shells and man look for them, below /usr and /usr/local.
+        self.assertEqual('share/zsh/site-functions',
+                         held.pop('etc/zsh/_kuryr-break0'))
         self.assertEqual('share/bash-completion/completions',
                          held.pop('etc/bash-completion/kuryr-break0'))
         self.assertEqual('share/man/man8',
