@@ -336,9 +336,9 @@ class TestRoutes(base.LabTestCase):
             with mock.patch.object(socket, 'socket', CountingSocket), \
                     mock.patch.object(nft, '_kept', threading.local()):
                 # Which route is used; its pair in the guard; neighbour and
-                # route; whether it was looked for on the LAN; in the pod,
-                # whether the node is on its link, the node as neighbour, its
-                # table, and its other interfaces
+                # route; in the pod, whether the node is on its link, the
+                # node as neighbour, its table, and its other interfaces;
+                # whether it was looked for on the LAN
                 self.bind(netns=netns, mac_of_pod=MAC)
                 # Whose break0 it is; its pair; whose neighbour it is; route
                 # and neighbour; in the pod, which addresses it has, its
@@ -353,9 +353,10 @@ class TestRoutes(base.LabTestCase):
         # first and a last message.
         self.assertEqual(
             ['26 0x5', '16 0x1', '2572 0x405', '17 0x1', '28 0x501',
-             '24 0x605', '30 0x5',
+             '24 0x605',
              '18 0x5', '26 0x5', '28 0x505', '2564 0x5', '16 0x1',
              '2560 0x601', '2563 0x401', '2566 0xc05', '17 0x1', '22 0x305',
+             '30 0x5',
              '18 0x5', '16 0x1', '2574 0x5', '17 0x1', '30 0x5', '25 0x1',
              '29 0x5',
              '18 0x5', '22 0x305', '2561 0x5', '16 0x1', '2562 0x5', '17 0x1',
