@@ -184,7 +184,8 @@ def _check_border(view: ParentView, link: kernel.Link,
             'node: %s' % (link.name, ', '.join(names)))
     # Whoever is not to pass any more is reported for what is against it.
     known = {*view.node.seen.refused,
-             *(record.address for record in view.node.gone)}
+             *(record.address for record in view.node.gone),
+             *(route.dst for route in view.seen.plan.foreign)}
     texts = [view.seen.guard] if view.seen.guard is not None else [*said(
         view.settled(view.seen.barred),
         view.settled(view.seen.admitted - known))]
