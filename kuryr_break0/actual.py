@@ -306,9 +306,8 @@ class _Reading:
             return None
         return self._policy.node_addresses(
             self._own, self._view.addresses_of(parent.index),
-            {*self._elsewhere, *(wanted.route.src
-                                 for wanted in desired.values())},
-            link.mac, link.name)
+            {wanted.route.src for wanted in desired.values()},
+            self._elsewhere, link.mac, link.name)
 
 
 def _addresses(pairs: Iterable[kernel.Pair]) -> frozenset[IPAddress]:

@@ -324,12 +324,21 @@ OPTS = [
         default=[],
         help='Addresses of the node that pods reach through break0, '
              'separated by commas. By default all addresses of the parent, '
-             'those that the node uses towards its pods, and those that it '
-             'may masquerade with: the sources of its routes, and of each '
-             'other interface the first IPv4 address and the IPv6 addresses, '
-             'at most 16, none of dummy interfaces. Addresses that the node '
-             'does not have are ignored. They differ on each node, like '
-             'addr.'),
+             'those that the node uses towards its pods, and those of '
+             'all_addresses. Addresses that the node does not have are '
+             'ignored. They differ on each node, like addr.'),
+    cfg.Opt(
+        'all_addresses',
+        type=YesOrNo(),
+        default=False,
+        help='Let pods also reach addresses on other interfaces of the node '
+             'through break0, and so answer what the node masquerades with '
+             'these: the sources of its routes, and of each interface the '
+             'first IPv4 address and the IPv6 addresses, at most 16, none of '
+             'dummy interfaces. Set it where kube-proxy or Docker masquerades '
+             'with the address of another NIC. Do not where containers have '
+             'interfaces on several NICs. Where the parent has no address, '
+             'pods know these in any case.'),
     cfg.Opt(
         'route_protocol',
         type=WholeNumber(min=5, max=255),
@@ -484,6 +493,7 @@ class Options:
     mac: Optional[str]
     static_neighbours: bool
     host_addresses: tuple[IPAddress, ...]
+    all_addresses: bool
     route_protocol: int
     route_table: int
     allowed_cidrs: tuple[IPNetwork, ...]

@@ -81,7 +81,7 @@ class Pods:
         return self._policy.node_addresses(
             {address for _, address in cached},
             [address for at, address in cached if at == index],
-            [*sources, *elsewhere], break0.mac, break0.name)
+            sources, elsewhere, break0.mac, break0.name)
 
     def from_successor(self, claims: Claims,
                        is_gone: Callable[[Record], bool]) -> Claims:

@@ -111,34 +111,41 @@ class Policy:
                          best_metric(address))
 
     def solicited(self, own: Collection[IPAddress],
-                  on_parent: Iterable[IPAddress],
+                  on_parent: Collection[IPAddress],
                   device: str) -> list[IPAddress]:
         """Return the addresses of the node that are answered for by IPv6.
 
         By parameters as those of :meth:`node_addresses`.
         """
-        return [address for address in self.node_addresses(
-            own, on_parent, (), '', device).addresses if address.version == 6]
+        known = self.node_addresses(own, on_parent, (), (), '', device)
+        return [each for each in known.addresses if each.version == 6]
 
     def node_addresses(self, own: Collection[IPAddress],
-                       on_parent: Iterable[IPAddress],
-                       sources: Iterable[Optional[IPAddress]], mac: str,
+                       on_parent: Collection[IPAddress],
+                       sources: Iterable[Optional[IPAddress]],
+                       elsewhere: Iterable[IPAddress], mac: str,
                        device: str) -> NodeAddresses:
         """Return what pods must know of the node.
 
         [break0] host_addresses that are not the node's own are left out: a
-        pod would take break0 for its gateway.
+        pod would take break0 for its gateway. Addresses of other interfaces
+        are left out too, unless [break0] all_addresses is set or the parent
+        has none: a container that is connected to a network there later has
+        them as its neighbours, and Docker refuses to connect it while a route
+        to one of them is in its way.
 
         :param own: all addresses of the node
         :param on_parent: those of the parent
-        :param sources: those that the node speaks to pods from; see
-            :func:`elsewhere` too
+        :param sources: those that the node speaks to pods from
+        :param elsewhere: see :func:`elsewhere`
         :param mac: that of break0
         :param device: the name of that
         """
         addr = self._options.addr if device == self._options.device else ()
         addresses = set(self._options.host_addresses) & {*own, *addr} or {
-            *on_parent, *(src for src in sources if src is not None), *addr}
+            *on_parent, *(src for src in sources if src is not None), *addr,
+            *(elsewhere if self._options.all_addresses or not any(
+                not each.is_link_local for each in on_parent) else ())}
         return NodeAddresses(
             tuple(sorted((address for address in addresses
                           if not address.is_link_local

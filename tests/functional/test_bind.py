@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 from tests.functional.base import POD
@@ -38,9 +39,15 @@ class ByHandTestCase(CLITestCase):
         return self.run_it('unbind', ADDRESS, '--owner', 'web', *args,
                            code=code)
 
-    def assert_in_sync(self) -> None:
-        done = self.call('status')
-        self.assertEqual(0, done.returncode, done.stdout)
+    def assert_in_sync(self, *unbound: str) -> None:
+        """What is bound is in sync; all is, but for some addresses."""
+        done = self.call('status', '--json')
+        self.assertEqual(1 if unbound else 0, done.returncode, done.stdout)
+        status = json.loads(done.stdout)
+        self.assertEqual((0, []), (status['totals']['out_of_sync'],
+                                   status['problems']))
+        self.assertEqual(sorted(unbound), sorted(
+            each['address'] for each in status['unserved']))
 
     def assert_reachable(self, expected: bool = True) -> None:
         self.assertEqual(
@@ -77,7 +84,7 @@ class TestBind(ByHandTestCase):
     def test_again_is_harmless(self) -> None:
         for _ in range(2):
             self.bind_web('--netns', NETNS)
-            self.assert_in_sync()
+            self.assert_in_sync(ADDRESS6)
         self.assert_reachable()
 
     def test_it_ends_with_its_namespace(self) -> None:
@@ -203,7 +210,7 @@ class TestAddressesOfOthers(ByHandTestCase):
                 self.run_it(command, POD, '--owner', 'web', *(
                     ('--netns', NETNS) if command == 'bind' else ()),
                     code=1))
-        self.assert_in_sync()
+        self.assert_in_sync(POD, ADDRESS, ADDRESS6)
         self.assertTrue(self.lab.ping(POD))
         # What the text says helps.
         self.run_it('unbind', POD, '--owner', 'sandbox-1',

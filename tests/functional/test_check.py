@@ -35,7 +35,7 @@ class TestCheck(CLITestCase):
             self.check('--parent', lab.PARENT)
         self.assertEqual([], [frame for frame in frames
                               if frame.src.startswith('02:00:00')])
-        text = self.call('check', '--parent', lab.PARENT).stdout
+        text = self.call('check', '--parent', lab.PARENT, COLUMNS='79').stdout
         self.assertIn('Examined: capabilities, kernel, the parent, macvlans '
                       'on it', ' '.join(text.split()))
         self.assertIn('Nothing is wrong.', text)
@@ -80,9 +80,10 @@ class TestCheck(CLITestCase):
     def test_a_kernel_that_guards_nothing_that_leaves(self) -> None:
         # With a program that stands in for nft on such a kernel.
         with open('/run/nft', 'w') as file:
-            file.write('#!/bin/sh\n! grep -q egress || exit 1\n')
+            file.write('#!/bin/sh\n! grep -q egress || '
+                       '{ echo Error >&2; exit 1; }\n')
         os.chmod('/run/nft', 0o755)
-        self.assert_found('egress-unguarded', 'warning', 'nft refuses',
+        self.assert_found('egress-unguarded', 'warning', 'nft says: Error',
                           PATH='/run:' + os.environ['PATH'])
 
     def test_parent_that_is_not_known(self) -> None:

@@ -174,7 +174,7 @@ class TestMatrix(DualStackTestCase):
 
     def test_by_arp(self) -> None:
         # What is possible without telling them of each other.
-        with self.assertLogs('kuryr_break0.manager', 'WARNING') as logs:
+        with self.assertLogs('kuryr_break0', 'WARNING') as logs:
             self.add_pod(1, static_neighbours=False)
             self.add_far_pod(static_neighbours=False)
         self.assertIn('needs [break0] static_neighbours',

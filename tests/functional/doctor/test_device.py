@@ -75,7 +75,6 @@ class TestDevice(DoctorTestCase):
     def test_an_address_that_is_not_configured(self) -> None:
         self.lab.run('ip', 'address', 'add', '100.75.30.7/32', 'dev',
                      'break0')
-        self.manager().sync()  # as an agent, since pods are to know it
         self.follow(self.assert_found('break0-addresses', 'not set',
                                       '100.75.30.7'))
         self.assertEqual({}, self.findings())

@@ -151,7 +151,6 @@ class TestFirewall(DoctorTestCase):
         self.lab.run('ip', 'address', 'add', '172.17.0.1/16', 'dev',
                      'docker0')
         self.lab.run('ip', 'link', 'set', 'docker0', 'up')
-        self.manager().sync()  # as an agent, since pods are to know it
         self.lab.run('iptables', '-N', 'DOCKER')
         for rule in (('FORWARD', '-o', 'docker0', '-m', 'conntrack',
                       '--ctstate', 'RELATED,ESTABLISHED', '-j', 'ACCEPT'),

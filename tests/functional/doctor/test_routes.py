@@ -131,7 +131,6 @@ class TestRoutes(DoctorTestCase):
 
     def test_an_address_of_the_node(self) -> None:
         self.lab.run('ip', 'address', 'add', OTHER4 + '/32', 'dev', 'lo')
-        self.manager().sync()  # as an agent, since pods are to know it
         self.assert_found('address-refused', 'of the node itself', OTHER4)
 
     def test_a_next_hop(self) -> None:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 from typing import Any, Iterator, NamedTuple, Optional
+from unittest import mock
 
 from kuryr_break0 import kernel
 from kuryr_break0.model import Owner
@@ -148,6 +149,10 @@ class TrafficTestCase(base.LabTestCase):
 
     def setUp(self) -> None:
         super().setUp()
+        options = mock.patch.dict(os.environ,
+                                  OS_BREAK0__ALL_ADDRESSES='true')
+        options.start()
+        self.addCleanup(options.stop)
         self.lab.run('ip', 'link', 'del', 'eth0')
         for path in ('ipv4/ip_forward', 'ipv6/conf/all/forwarding'):
             kernel.write_sysctl(path, 1)

@@ -90,6 +90,12 @@ class TestOneNIC(SourcesTestCase):
         self.assertEqual([], [each for each in self.problems()
                               if '100.75.30.73' in each])
 
+    def test_by_default_they_are_not_known(self) -> None:
+        """Or Docker connects no container to a network on that NIC."""
+        self.add_interface('net1', OTHER + '/24', OTHER6 + '/64')
+        self.manager(all_addresses=False).sync()
+        self.assertEqual({lab.NODE, lab.NODE6}, self.known())
+
     def test_host_addresses_limit_them(self) -> None:
         self.add_interface('net1', OTHER + '/24')
         self.manager(host_addresses=[lab.NODE, lab.NODE6]).sync()
