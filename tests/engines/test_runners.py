@@ -43,8 +43,8 @@ class TestRunners(test_discovery.DiscoveryTestCase):
     def shown(self) -> set[str]:
         """The containers that status shows."""
         return set(re.findall(r'(\S+/\S+) +\| +discovered', self.lab.run(
-            base.PROGRAM, '--config-file', base.CONF, 'status',
-            check=False).stdout))
+            'env', 'COLUMNS=200', base.PROGRAM, '--config-file', base.CONF,
+            'status', check=False).stdout))  # no name is folded
 
     def cases(self, kind: type[runners.Runner], is_named: bool = True
               ) -> None:
