@@ -130,13 +130,13 @@ endif
 # What depends on the kernel, under other ones, emulated: all of it takes hours.
 # A part: make kernels KERNEL=5.10 PLACE=own TESTS=tests.functional.test_border
 .PHONY: kernels kernels-core kernels-table
-kernels: $(VENV)/installed
+kernels: debian-packages $(VENV)/installed
 	tests/debian-packages test kernels
 	make --silent cni
 	$(BIN)/python -m tests.kernels $(KERNEL:%=--kernel %) \
 	    $(PLACE:%=--place %) $(TESTS)
 
-# What CI runs of it.
+# A few tests of each suite, on an old and a new kernel.
 kernels-core:
 	$(MAKE) --silent kernels KERNEL='5.10 7' PLACE=own TESTS='core-kuryr core'
 

@@ -441,8 +441,9 @@ class Finder:
                 return
         except exceptions.Break0Error as err:
             LOG.error('%s', err)
-        if pause < _GIVE_UP:  # then the timer will
-            self._ended[namespace] = now + pause, 2 * pause
+        finally:
+            if namespace in self._records and pause < _GIVE_UP:
+                self._ended[namespace] = now + pause, 2 * pause
 
 
 def _owner_id(namespace: NamespaceId) -> str:

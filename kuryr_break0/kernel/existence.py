@@ -272,12 +272,12 @@ def _is_shown(path: str) -> Optional[bool]:
 
 
 def _why_blind() -> str:
-    with open('/proc/thread-self/status') as file:
-        effective = next(int(line.split()[1], 16) for line in file
-                         if line.startswith('CapEff:'))
-    if not effective >> _CAP_SYS_ADMIN & 1:
-        return 'this process lacks CAP_SYS_ADMIN'
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # as of no descriptors left
+        with open('/proc/thread-self/status') as file:
+            effective = next(int(line.split()[1], 16) for line in file
+                             if line.startswith('CapEff:'))
+        if not effective >> _CAP_SYS_ADMIN & 1:
+            return 'this process lacks CAP_SYS_ADMIN'
         if os.stat('/proc/self/ns/pid').st_ino != _FIRST_PROCESS_NAMESPACE:
             return 'this process is not in the first process namespace'
     return 'this process may not see other namespaces'

@@ -221,7 +221,8 @@ class Records:
         As a container id. Others are not parsed, which takes ten times as
         long as to read them.
 
-        :raises LedgerUnavailable: if the directory cannot be read
+        :raises LedgerUnavailable: if the directory cannot be read, or this
+            process has no descriptors left
         """
         wanted = [json.dumps(text)[:-1] for text in texts]
         for name in self.names(self.directory):
@@ -231,7 +232,12 @@ class Records:
                 if not any(text in content for text in wanted):
                     continue
                 claims = self.claims(address)
-            except (OSError, ValueError, exceptions.LedgerUnavailable):
+            except (OSError, ValueError,
+                    exceptions.LedgerUnavailable) as err:
+                cause = err.__cause__ or err
+                if isinstance(cause, OSError) and (
+                        cause.errno in exceptions.EXHAUSTED):
+                    raise self._unavailable(cause) from err
                 continue  # nothing says whose it is
             if claims:
                 yield claims

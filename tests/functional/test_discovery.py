@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import ipaddress
 import os
 import resource
@@ -26,6 +27,7 @@ from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import existence
 from kuryr_break0 import ledger
+from kuryr_break0.ledger import files
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
@@ -961,6 +963,30 @@ class TestExhausted(base.LabTestCase):
             self.finder.search()
             lab.until(lambda: self.step() or judges.called)
             self.assertEqual({ONE}, self.bound())
+        self.assert_bound()
+
+    def test_end_that_an_error_interrupts(self) -> None:
+        self.lab.add_pod('one', ONE)
+        self.finder.search()
+        self.assert_bound(ONE)
+        self.lab.del_netns('one')
+        with mock.patch.object(finder, 'Engine', side_effect=OSError(
+                errno.EMFILE, 'no descriptor')):
+            self.finder.search()
+            with self.assertRaises(OSError):
+                lab.until(self.step)
+        self.assert_bound()
+
+    def test_records_that_cannot_be_read(self) -> None:
+        """They are not taken for those of nobody."""
+        self.lab.add_pod('one', ONE)
+        self.finder.search()
+        self.assert_bound(ONE)
+        with mock.patch.object(files, 'read', side_effect=OSError(
+                errno.EMFILE, 'no descriptor')):
+            self.finder.mark_all()
+        self.lab.del_netns('one')
+        self.finder.search()
         self.assert_bound()
 
     def test_ledger_that_cannot_be_read(self) -> None:
