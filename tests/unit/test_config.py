@@ -34,7 +34,8 @@ class TestLoad(unittest.TestCase):
             config.Options(
                 enabled=True, pod_binding='auto', device='break0',
                 devices={}, parent=None, addr=(), mac=None,
-                static_neighbours=True, host_addresses=(), route_protocol=176,
+                static_neighbours=True, host_addresses=(),
+                all_addresses=False, route_protocol=176,
                 route_table=254, allowed_cidrs=(),
                 takeover=False, resync_interval=60, strict=False,
                 guard='auto', discover=False, discover_parents=(),
@@ -59,6 +60,7 @@ addr = 100.75.30.7, fd00::7/128
 mac = 02:AA:00:00:00:01
 static_neighbours = no
 host_addresses = 100.75.30.51
+all_addresses = true
 route_protocol = 200
 route_table = 1000
 allowed_cidrs = 10.0.0.0/8,fd00::/64
@@ -84,6 +86,7 @@ metrics_bind = [::1]:80
                       ipaddress.ip_address('fd00::7')),
                 mac='02:aa:00:00:00:01', static_neighbours=False,
                 host_addresses=(ipaddress.ip_address('100.75.30.51'),),
+                all_addresses=True,
                 route_protocol=200, route_table=1000,
                 allowed_cidrs=(ipaddress.ip_network('10.0.0.0/8'),
                                ipaddress.ip_network('fd00::/64')),
