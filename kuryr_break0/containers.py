@@ -152,6 +152,10 @@ class _Judge:
         parent = self._seen.parents.get(macvlan.parent)
         if parent is not None and parent.other is not None:
             return  # another ledger has bound it, or this one before a loss
+        if not self._options.discover and any(
+                _is_of(claim, macvlan) for address in macvlan.addresses
+                for claim in self._seen.contents.claims.get(address, ())):
+            return  # who binds it chooses which of its addresses
         of_all = of_interface(self._options, macvlan)
         for address in macvlan.addresses:
             claims = [*self._seen.contents.claims.get(address, ())]
