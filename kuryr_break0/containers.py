@@ -33,6 +33,8 @@ class Reason(enum.Enum):
     NOT_ALLOWED = 'not_allowed'
     DUPLICATE = 'duplicate'
     REFUSED = 'refused'
+    #: By another container of the node.
+    CLAIMED = 'claimed'
     NOT_DISCOVERED = 'not_discovered'
     TENTATIVE = 'tentative'
     NO_ADDRESS = 'no_address'
@@ -40,7 +42,9 @@ class Reason(enum.Enum):
     PENDING = 'pending'
 
 
-#: What usually passes in a moment.
+#: What the finder logs at once, and what usually passes in a moment.
+FINDERS = (Reason.NOT_ALLOWED, Reason.DUPLICATE, Reason.REFUSED,
+           Reason.CLAIMED, Reason.PENDING)
 PASSING = (Reason.NOT_DISCOVERED, Reason.TENTATIVE, Reason.NO_ADDRESS,
            Reason.PENDING)
 
@@ -188,7 +192,7 @@ class _Judge:
         living = [claim for claim in claims
                   if claim not in self._seen.gone]
         if living:
-            return Reason.REFUSED, 'it belongs to %s' % living[0].owner
+            return Reason.CLAIMED, 'it belongs to %s' % living[0].owner
         if not self._options.discover:
             return Reason.NOT_DISCOVERED, ('nobody has bound it, and [break0] '
                                            'discover is false')

@@ -154,7 +154,9 @@ class Metrics(prometheus_registry.Collector):
                    if each.reason not in containers.PASSING
                    or str(each) in self._waiting]
         for each in lasting:
-            if str(each) not in self._logged:
+            if str(each) not in self._logged and not (
+                    self._options.discover
+                    and each.reason in containers.FINDERS):
                 LOG.warning('The container address %s. See kuryr-break0 '
                             'doctor', each)
         self._logged = self._logged & texts | set(map(str, lasting))

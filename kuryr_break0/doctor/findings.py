@@ -349,7 +349,7 @@ CONTAINER_MODE = Kind(
 CONTAINER_REFUSED = Kind(
     'container-refused', ERROR,
     'The address of a container is one of the node, a next hop, or belongs '
-    'to another container or host.',
+    'to another host.',
     'A route to the container would take the address away from its holder.',
     'Give the container another address.')
 

@@ -58,33 +58,6 @@ def check_addresses(node: Node) -> Iterator[Finding]:
                 first, node.live[first].owner,
                 ', '.join(str(each.owner) for each in rivals[first])),
             contested)
-    taken = _taken_elsewhere(node)
-    if taken:
-        address, netns = next(iter(taken.items()))
-        yield findings.ADDRESS_TWICE.found(
-            '%s belongs to %s, and an interface in %s has it too' % (
-                address, node.live[address].owner, netns), taken)
-
-
-def _taken_elsewhere(node: Node) -> dict[IPAddress, str]:
-    """Find addresses that a namespace has besides the one they belong to.
-
-    :returns: the paths of such namespaces
-    """
-    claimed = {(claim.address, claim.namespace)
-               for claims in node.contents.claims.values()
-               for claim in claims}
-    found: dict[IPAddress, str] = {}
-    for macvlan in kernel.macvlans(node.options.netns_dirs,
-                                   node.options.proc_dirs):
-        for address in macvlan.addresses:
-            record = node.live.get(address)
-            if (record is not None and record.namespace is not None
-                    and record.parent == macvlan.parent
-                    and address not in node.changing
-                    and (address, macvlan.namespace) not in claimed):
-                found[address] = macvlan.netns
-    return found
 
 
 def check_sources(view: ParentView) -> Iterator[Finding]:

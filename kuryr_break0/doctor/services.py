@@ -69,8 +69,8 @@ def _check_foreign_routes(devices: Iterable[tuple[str, str]]
         return
     for name, mac in devices:
         path, lines = _file_for('network', name, mac)
-        if path and not _is_true(dict(_assignments(_section(
-                lines, 'Link'))).get('Unmanaged', '')):
+        if path and not _is_true(dict(_assignments(
+                lines, 'Link')).get('Unmanaged', '')):
             yield findings.NETWORKD_FOREIGN_ROUTES.found(
                 '%s matches %s, and systemd-networkd has '
                 'ManageForeignRoutes=yes %s' % (path, name, where),
@@ -107,7 +107,7 @@ def _link_file(link: kernel.Link) -> tuple[str, Optional[str]]:
     was created with a MAC address, as break0 is (systemd.link(5)).
     """
     path, lines = _file_for('link', link.name, link.mac)
-    settings = dict(_assignments(_section(lines, 'Link')))
+    settings = dict(_assignments(lines, 'Link'))
     if settings.get('MACAddress'):
         return path, 'MACAddress=' + settings['MACAddress']
     if settings.get('MACAddressPolicy') == 'random':
@@ -129,7 +129,7 @@ def _file_for(suffix: str, name: str, mac: str) -> tuple[str, list[str]]:
     for _, path in sorted(paths.items()):
         lines = list(_lines(path))
         matches = [_matches(key, value, name, mac) for key, value
-                   in _assignments(_section(lines, 'Match'))]
+                   in _assignments(lines, 'Match')]
         if not lines or False in matches:
             continue  # an empty file is how one is masked
         return ('', []) if None in matches else (path, lines)
@@ -160,7 +160,7 @@ def manages_foreign_routes() -> Optional[str]:
             for directory in _SYSTEMD):
         return None
     for path in files:
-        for key, text in _assignments(_section(_lines(path), 'Network')):
+        for key, text in _assignments(_lines(path), 'Network'):
             if key == 'ManageForeignRoutes':
                 value, where = text == '' or _is_true(text), 'by ' + path
     return where if value else None
@@ -193,19 +193,14 @@ def _lines(path: str) -> Iterator[str]:
         pass
 
 
-def _section(lines: Iterable[str], name: str) -> Iterator[str]:
-    within = False
-    for line in lines:
-        if line.startswith('['):
-            within = line == '[%s]' % name
-        elif within:
-            yield line
-
-
-def _assignments(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+def _assignments(lines: Iterable[str],
+                 section: str = '') -> Iterator[tuple[str, str]]:
+    within = ''
     for line in lines:
         key, equals, value = line.partition('=')
-        if equals:
+        if line.startswith('['):
+            within = line.strip('[]')
+        elif equals and within == section:
             yield key.strip(), value.strip()
 
 

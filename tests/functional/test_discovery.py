@@ -400,8 +400,8 @@ class TestOwnership(DiscoveryTestCase):
         done = self.lab.run(PROGRAM, '--config-file', CONF, 'doctor',
                             check=False)
         self.assertIn('warning: address-twice', done.stdout)
-        self.assertIn('/run/netns/two has it too', ' '.join(
-            done.stdout.split()))
+        self.assertIn('in /run/netns/two, is not bound: it belongs to',
+                      ' '.join(done.stdout.split()))
         self.lab.del_netns('one')
         self.until(lambda: [record.mac for record
                             in self.seen().live.values()]
