@@ -193,14 +193,15 @@ def _lines(path: str) -> Iterator[str]:
         pass
 
 
-def _assignments(lines: Iterable[str],
-                 section: str = '') -> Iterator[tuple[str, str]]:
+def _assignments(lines: Iterable[str], section: Optional[str] = None
+                 ) -> Iterator[tuple[str, str]]:
+    """Return the settings of a section, or of all."""
     within = ''
     for line in lines:
         key, equals, value = line.partition('=')
         if line.startswith('['):
             within = line.strip('[]')
-        elif equals and within == section:
+        elif equals and section in (None, within):
             yield key.strip(), value.strip()
 
 
