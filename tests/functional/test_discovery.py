@@ -911,8 +911,14 @@ class TestExhausted(base.LabTestCase):
                     self.step()
 
     def assert_bound(self, *addresses: str) -> None:
-        self.work()
-        self.assertEqual(set(addresses), self.bound())
+        def is_so() -> bool:
+            # The kernel tells of the end of a namespace when it is deleted,
+            # which may take it a while.
+            self.work()
+            self.step()
+            return self.bound() == set(addresses)
+
+        lab.until(is_so)
         self.assertEqual(set(addresses), set(self.lab.routes()))
 
     def test_what_came_meanwhile(self) -> None:
