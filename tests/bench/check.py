@@ -208,6 +208,10 @@ def main() -> int:
                         type=argparse.FileType('w'))
     args = parser.parse_args()
     logging.disable(logging.INFO)
+    if args.renew is None and not FILE.exists():
+        print('There is nothing to compare with yet: make bench-ratios, on a '
+              'machine that has nothing else to do', file=sys.stderr)
+        return 2
     if args.renew is None:
         return compare(json.loads(FILE.read_text()))
     runs = [measure([*PARTS]) for _ in range(RUNS)]
