@@ -157,6 +157,7 @@ class Finder:
             namespace = self._namespaces.pop(number, None)
             if namespace is not None:
                 self._end(namespace.found.namespace)
+                self.search()  # it may have the number of one before it
         if changes.messages >= _FLOOD:
             # Not longer than until there is something to do.
             time.sleep(max(0.0, min(_FLOOD_PAUSE, (self.due() or now + 1)
@@ -254,6 +255,7 @@ class Finder:
         present = {}
         for found in kernel.find(self._options.netns_dirs,
                                  self._options.proc_dirs, kernel.mounted()):
+            self._ended.pop(found.namespace, None)
             number = known.get(found.namespace)
             if number is None:
                 try:
@@ -276,10 +278,12 @@ class Finder:
                 if self._events is None:
                     present[number].mark(now)
         for number, namespace in self._namespaces.items():
-            if number in present:
-                continue
             identity = namespace.found.namespace
-            if identity in self._records and kernel.state(
+            if number in present:
+                # The kernel uses numbers again.
+                if present[number].found.namespace != identity:
+                    self._end(identity)
+            elif identity in self._records and kernel.state(
                     namespace.found.path, identity) is kernel.State.LIVING:
                 # Somebody keeps it open, as Podman 4's server does. The
                 # kernel has it by its number, and tells of its end.

@@ -971,6 +971,35 @@ class TestExhausted(base.LabTestCase):
             self.assertEqual({ONE}, self.bound())
         self.assert_bound()
 
+    def test_number_that_is_used_again(self) -> None:
+        self.lab.add_pod('one', ONE)
+        self.finder.search()
+        self.assert_bound(ONE)
+        number, = [each for each, namespace
+                   in self.finder._namespaces.items()
+                   if namespace.found.path.endswith('/one')]
+        self.lab.del_netns('one')
+        self.lab.add_pod('two', TWO)
+        with mock.patch.object(kernel, 'number', return_value=number):
+            self.finder.search()
+            lab.until(lambda: self.step() or any(
+                each.found.path.endswith('/two')
+                for each in self.finder._namespaces.values()))
+        self.assert_bound(TWO)
+
+    def test_end_of_one_that_had_the_number_before(self) -> None:
+        self.lab.add_pod('one', ONE)
+        self.finder.search()
+        self.assert_bound(ONE)
+        with mock.patch.object(self.finder, '_events') as events:
+            events.get.return_value = kernel.Changes(
+                set(), set(self.finder._namespaces), False, False, 1)
+            self.finder.note()
+        self.assert_bound(ONE)
+        self.lab.run('ip', 'address', 'add', TWO + '/24', 'dev', 'eth0',
+                     netns='one')
+        self.assert_bound(ONE, TWO)
+
     def test_end_that_an_error_interrupts(self) -> None:
         self.lab.add_pod('one', ONE)
         self.finder.search()
