@@ -39,9 +39,9 @@ class LinkSocket(netlink.RequestSocket):
         return answer
 
     def _list(self, action: str, kind: int, body: bytes,
-              read: Callable[[bytes, Header], Any] = wire.parse,
-              limit: Optional[int] = None) -> list[Any]:
-        return self._dump(action, Message(kind, 0, body), read, limit)
+              read: Callable[[bytes, Header], Any] = wire.parse
+              ) -> list[Any]:
+        return self._dump(action, Message(kind, 0, body), read)
 
     def link(self, name: str) -> Optional[values.Link]:
         """Return an interface by its name, or None."""
@@ -163,8 +163,7 @@ class LinkSocket(netlink.RequestSocket):
                         link.index, ipaddress.ip_interface('%s/64' % address)
                     )))
 
-    def addresses(self, flags: int = 0, limit: Optional[int] = None
-                  ) -> list[values.InterfaceAddress]:
+    def addresses(self, flags: int = 0) -> list[values.InterfaceAddress]:
         """List the addresses of all interfaces, by a dump.
 
         :param flags: of which each must have one; 0 for all addresses
@@ -175,7 +174,7 @@ class LinkSocket(netlink.RequestSocket):
             return wire.parse(data, header)
 
         return self._list('list the addresses', wire.RTM_GETADDR,
-                          wire.pack_address_dump(), read, limit)
+                          wire.pack_address_dump(), read)
 
     def namespace_number(self, fd: int) -> int:
         """Return what this namespace calls another; -1 for nothing."""

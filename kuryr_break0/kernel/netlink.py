@@ -257,15 +257,11 @@ class RequestSocket:
         return refused
 
     def _ask(self, action: str, message: Message,
-             read: Callable[[bytes, Header], Optional[_T]],
-             limit: Optional[int] = None) -> list[_T]:
+             read: Callable[[bytes, Header], Optional[_T]]) -> list[_T]:
         """Ask the kernel a question.
 
         :param read: reads a message of the answer; None for nothing
-        :param limit: of the messages
-        :raises KernelRefused: if it does not answer; with E2BIG, if there is
-            more than the limit. The rest is not read: the socket is opened
-            again, in the namespace of the calling thread
+        :raises KernelRefused: if it does not answer
         """
         found: list[_T] = []
         count, is_interrupted = 0, False
@@ -281,15 +277,11 @@ class RequestSocket:
                     if refusal.code:
                         raise self._refused(action, refusal)
                     break
-                if count in (limit, self._most):
+                if count == self._most:
                     # It would be answered with the rest of this.
                     self._socket.close()
                     self._open()
-                    if count != limit:
-                        return found
-                    raise exceptions.KernelRefused(
-                        action, 'there are more than %d' % limit, errno.E2BIG,
-                        self.advice)
+                    return found
                 count += 1
                 each = read(data, header)
                 if each is not None:
@@ -301,8 +293,7 @@ class RequestSocket:
         return found
 
     def _dump(self, action: str, message: Message,
-              read: Callable[[bytes, Header], Optional[_T]],
-              limit: Optional[int] = None) -> list[_T]:
+              read: Callable[[bytes, Header], Optional[_T]]) -> list[_T]:
         """List what the kernel has of a kind; again if it changed meanwhile.
 
         :raises KernelRefused: as :meth:`_ask`; with EINTR, if it changed
@@ -311,7 +302,7 @@ class RequestSocket:
         request = message._replace(flags=message.flags | NLM_F_DUMP)
         for _ in range(FEW_TRIES if self._most else DUMP_TRIES):
             try:
-                return self._ask(action, request, read, limit)
+                return self._ask(action, request, read)
             except _Interrupted:
                 time.sleep(random.uniform(0, DUMP_PAUSE))
         raise exceptions.KernelRefused(

@@ -156,16 +156,12 @@ class Nft(netlink.RequestSocket):
                              else Pair(key, None) for key in keys)
         return found
 
-    def rules(self, table: str, limit: Optional[int] = None) -> list[int]:
-        """List the handles of the rules of a table; none without it.
-
-        :param limit: of the rules, of which a pod can add any number
-        :raises KernelRefused: with E2BIG if there are more
-        """
+    def rules(self, table: str) -> list[int]:
+        """List the handles of the rules of a table; none without it."""
         return [int.from_bytes(found.get(3, b''), 'big')
                 for found in self._dump(
                     'list the rules of the table ' + table,
-                    _message(_GETRULE, 0, text(1, table)), _attributes, limit)
+                    _message(_GETRULE, 0, text(1, table)), _attributes)
                 if netlink.read_text(found.get(1)) == table]
 
     def binds_source(self, table: str, index: int, mac: bytes) -> bool:

@@ -283,21 +283,15 @@ class Netlink(LinkSocket):
                 return []
             raise
 
-    def host_routes_of(self, ifindex: int, table: int,
-                       limit: Optional[int] = None) -> list[HostRoute]:
-        """List the host routes of one interface in one table, by a dump.
-
-        :param limit: of the routes of all kinds there, in each family: a pod
-            can have any number
-        :raises KernelRefused: with E2BIG if there are more
-        """
+    def host_routes_of(self, ifindex: int, table: int) -> list[HostRoute]:
+        """List the host routes of one interface in one table, by a dump."""
         found = []
         for family in (socket.AF_INET, socket.AF_INET6):
             try:
                 found += self._list(
                     'list the routes of ' + name_of(ifindex),
                     wire.RTM_GETROUTE,
-                    wire.pack_route_dump(family, table, ifindex), limit=limit)
+                    wire.pack_route_dump(family, table, ifindex))
             except exceptions.KernelRefused as err:
                 # The interface or the table is not there.
                 if err.errno not in (errno.ENODEV, errno.ENOENT):
@@ -363,17 +357,12 @@ class Netlink(LinkSocket):
                 return []
             raise
 
-    def neighbours(self, ifindex: int,
-                   limit: Optional[int] = None) -> list[Neighbour]:
-        """List the permanent neighbours of an interface, by a dump.
-
-        :param limit: of neighbours in any state; as of
-            :meth:`host_routes_of`
-        """
+    def neighbours(self, ifindex: int) -> list[Neighbour]:
+        """List the permanent neighbours of an interface, by a dump."""
         try:
             found = self._list('list the neighbours of ' + name_of(ifindex),
                                wire.RTM_GETNEIGH,
-                               wire.pack_neighbour_dump(ifindex), limit=limit)
+                               wire.pack_neighbour_dump(ifindex))
         except exceptions.KernelRefused as err:
             if err.errno == errno.ENODEV:
                 return []

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import abc
 import os
 import secrets
 import shutil
@@ -26,7 +27,7 @@ def address6(number: int) -> str:
     return 'fd00:30::%d' % (200 + number)
 
 
-class Runner:
+class Runner(abc.ABC):
     """An engine; its containers are on a macvlan of eth0, in bridge mode."""
 
     #: the interface of a container
@@ -35,26 +36,28 @@ class Runner:
     def __init__(self, test: base.EngineTestCase) -> None:
         self.test = test
 
+    @abc.abstractmethod
     def version(self) -> str:
-        raise NotImplementedError
+        """Return which release it is."""
 
+    @abc.abstractmethod
     def run(self, name: str, number: int, mac: str) -> None:
         """Run a container, which may have run before, and let it sleep.
 
         It has its addresses when this returns.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def stop(self, name: str) -> None:
-        raise NotImplementedError
+        """Let it end in order."""
 
+    @abc.abstractmethod
     def kill(self, name: str) -> None:
         """Let it end without warning."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def inside(self, name: str) -> Callable[..., bool]:
         """Run a command in a container; whether it succeeds."""
-        raise NotImplementedError
 
     def output(self, *command: str) -> str:
         return self.test.lab.run(*command).stdout.strip()

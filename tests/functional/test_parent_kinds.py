@@ -9,6 +9,7 @@ They belong to the tests then, so never name those of a machine in use.
 
 from __future__ import annotations
 
+import abc
 import os
 import pathlib
 import time
@@ -73,9 +74,9 @@ class ParentKindTestCase(DoctorTestCase):
     OPTIONS: ClassVar[dict[str, Any]] = {}
     VRF: Optional[str] = None
 
+    @abc.abstractmethod
     def build(self) -> None:
         """Make the parent of the NIC."""
-        raise NotImplementedError
 
     def set_up_pods(self) -> None:
         run = self.lab.run
