@@ -325,7 +325,7 @@ class TestFinding(DiscoveryTestCase):
         self.lab.add_pod('one', ONE)
         self.start(OPTIONS, 'setpriv', '--bounding-set=-net_broadcast',
                    '--inh-caps=-net_broadcast')
-        self.assertIn('CAP_NET_BROADCAST', self.log())
+        self.until(lambda: 'CAP_NET_BROADCAST' in self.log())
         self.until_bound(ONE)
         self.inside('one', 'ip', 'address', 'add', TWO + '/24', 'dev', 'eth0')
         self.until_bound(ONE, TWO)
