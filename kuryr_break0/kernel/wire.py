@@ -303,7 +303,7 @@ _PARSERS = {RTM_NEWLINK: parse_link, RTM_DELLINK: parse_link,
             RTM_NEWADDR: parse_address, RTM_DELADDR: parse_address,
             RTM_NEWROUTE: parse_route, RTM_DELROUTE: parse_route,
             RTM_NEWNEIGH: parse_neighbour, RTM_DELNEIGH: parse_neighbour,
-            RTM_NEWNSID: parse_nsid,
+            RTM_NEWNSID: parse_nsid, RTM_DELNSID: parse_nsid,
             RTM_NEWNEXTHOP: parse_next_hop, RTM_DELNEXTHOP: parse_next_hop}
 
 

@@ -209,6 +209,21 @@ class TestChange(base.LabTestCase):
                              self.garbage(netlink, 60))
 
 
+class TestNamespaceEvents(base.LabTestCase):
+
+    def test_life_of_a_namespace(self) -> None:
+        path = self.lab.add_netns('one')
+        identity = kernel.identify(path)
+        assert identity is not None
+        with kernel.NamespaceEvents() as events:
+            number = kernel.number(kernel.Found(path, identity))
+            self.assertTrue(events.get().is_new)
+            self.lab.run('ip', 'link', 'set', 'lo', 'down', netns='one')
+            self.assertEqual({number}, events.get().changed)
+            self.lab.del_netns('one')
+            lab.until(lambda: events.get().ended == {number})
+
+
 TABLE = 'pod'
 
 
