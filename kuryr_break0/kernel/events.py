@@ -5,7 +5,8 @@
 The kernel gives the events of all namespaces that this one has a number for
 to one socket (NETLINK_LISTEN_ALL_NSID), and says when a number begins and
 ends. A namespace gets one when an interface moves into it, or by
-:func:`number`. That it has got a name is seen as a change of the mounts.
+:func:`number`. That it has got a name is seen as a change of the mounts; of a
+macvlan that is made in one without either, the parent is all that has events.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ class NamespaceEvents(netlink.EventSocket):
                 changed.add(number)
                 continue
             for header in netlink.headers(data):
-                is_new |= header.kind == wire.RTM_NEWNSID
+                is_new |= header.kind in (wire.RTM_NEWNSID, wire.RTM_NEWLINK)
                 if header.kind == wire.RTM_DELNSID:
                     ended.add(wire.parse(data, header))
         return Changes(changed, ended, is_new, lost, messages)

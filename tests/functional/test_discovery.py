@@ -848,10 +848,10 @@ class TestFaults(DiscoveryTestCase):
         self.until_bound(ONE, TWO)
 
 
-class TestExhausted(base.LabTestCase):
-    """A search that this process has no descriptors for.
+class FinderTestCase(base.LabTestCase):
+    """A finder in this process, which hears of nothing but what it asks for.
 
-    With a finder in this process, so that it is known how many it has.
+    An agent also searches after each sync, which hides what is not noticed.
     """
 
     def setUp(self) -> None:
@@ -884,6 +884,43 @@ class TestExhausted(base.LabTestCase):
         else:
             self.finder.look()
 
+    def assert_bound(self, *addresses: str) -> None:
+        def is_so() -> bool:
+            # The kernel tells of the end of a namespace when it is deleted,
+            # which may take it a while.
+            self.work()
+            self.step()
+            return self.bound() == set(addresses)
+
+        lab.until(is_so)
+        self.assertEqual(set(addresses), set(self.lab.routes()))
+
+
+class TestWithoutName(FinderTestCase):
+
+    def test_container_with_a_new_macvlan(self) -> None:
+        """As of systemd-nspawn: nothing is mounted, and nothing is moved."""
+        self.work()
+        process = subprocess.Popen(['unshare', '--net', 'sleep', '1000'])
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        pid = str(process.pid)
+        lab.until(lambda: os.readlink('/proc/%s/ns/net' % pid)
+                  != os.readlink('/proc/self/ns/net'))
+        self.lab.run('ip', 'link', 'add', 'mv-eth0', 'link', 'eth0', 'netns',
+                     pid, 'type', 'macvlan', 'mode', 'bridge')
+        for command in ('link set mv-eth0 up',
+                        'address add %s/24 dev mv-eth0' % ONE):
+            self.lab.run('nsenter', '--net', '--target', pid, 'ip',
+                         *command.split())
+        self.assert_bound(ONE)
+        process.kill()
+        self.assert_bound()
+
+
+class TestExhausted(FinderTestCase):
+    """A search that this process has no descriptors for."""
+
     @contextlib.contextmanager
     def descriptors(self, count: int) -> Iterator[None]:
         """Leave this process so many, within the block."""
@@ -909,17 +946,6 @@ class TestExhausted(base.LabTestCase):
             for _ in range(4):
                 with contextlib.suppress(OSError, exceptions.Break0Error):
                     self.step()
-
-    def assert_bound(self, *addresses: str) -> None:
-        def is_so() -> bool:
-            # The kernel tells of the end of a namespace when it is deleted,
-            # which may take it a while.
-            self.work()
-            self.step()
-            return self.bound() == set(addresses)
-
-        lab.until(is_so)
-        self.assertEqual(set(addresses), set(self.lab.routes()))
 
     def test_what_came_meanwhile(self) -> None:
         expected = set()
