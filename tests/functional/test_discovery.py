@@ -854,9 +854,12 @@ class FinderTestCase(base.LabTestCase):
     An agent also searches after each sync, which hides what is not noticed.
     """
 
+    #: where it sees processes: those of other tests have namespaces too
+    PROC = '/run/proc'
+
     def setUp(self) -> None:
         super().setUp()
-        options = base.options(discover=True,
+        options = base.options(discover=True, proc_dirs=[self.PROC],
                                allowed_cidrs=['100.75.0.0/16'])
         kept = ledger.Ledger(options.state_dir, options.lock_timeout)
         kept.prepare()
@@ -907,6 +910,9 @@ class TestWithoutName(FinderTestCase):
         pid = str(process.pid)
         lab.until(lambda: os.readlink('/proc/%s/ns/net' % pid)
                   != os.readlink('/proc/self/ns/net'))
+        os.mkdir(self.PROC)
+        for each in ('1', pid):
+            os.symlink('/proc/' + each, '%s/%s' % (self.PROC, each))
         self.lab.run('ip', 'link', 'add', 'mv-eth0', 'link', 'eth0', 'netns',
                      pid, 'type', 'macvlan', 'mode', 'bridge')
         for command in ('link set mv-eth0 up',
