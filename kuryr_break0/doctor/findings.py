@@ -843,11 +843,11 @@ SOURCE_REWRITTEN = Kind(
 SOURCE_KEPT = Kind(
     'source-kept', NOTE,
     'The node forwards packets, and a MASQUERADE or SNAT rule names the '
-    'parent as the interface that they leave by.',
+    'parent as the interface that they leave by, but none names break0.',
     'What the node forwards to its pods, as for clients of a VPN, leaves by '
     'break0, so the rule does not match it. Pods answer by their gateway, '
     'unless that has a route to the clients.',
-    'If such clients do not reach pods, add the same rule for break0.',
+    'If such clients do not reach pods, add a rule for break0 too.',
     ('iptables -t nat -A POSTROUTING -o %(device)s ! -s 127.0.0.0/8 '
      '-m addrtype ! --src-type LOCAL -j MASQUERADE',))
 

@@ -48,7 +48,8 @@ class Rule(NamedTuple):
 
     def accept(self, device: str, comes_in: bool) -> str:
         """Return the command for a rule that lets traffic pass before it."""
-        if self.chain.startswith('ufw'):
+        if self.chain.startswith('ufw') or (
+                self.text.startswith('policy') and _has_ufw()):
             return _ufw(device, comes_in)
         return '%s -t %s -I %s %s %s -j ACCEPT' % (
             self.program, self.table, self.chain, '-i' if comes_in else '-o',
@@ -59,10 +60,12 @@ class Rule(NamedTuple):
             self.table, self.program, self.chain, self.text)
 
 
-def accept(table: str, chain: str, device: str, comes_in: bool) -> str:
+def accept(table: str, chain: str, device: str, comes_in: bool,
+           text: str = '') -> str:
     """Return the command for a rule of nftables, as :meth:`Rule.accept`.
 
     :param table: family and name
+    :param text: begins with "policy" if it is no rule but a policy
     """
     family, name = table.split(' ', 1)
     if name == 'firewalld':
@@ -72,7 +75,7 @@ def accept(table: str, chain: str, device: str, comes_in: bool) -> str:
         return _ufw(device, comes_in)
     if family in ('ip', 'ip6') and chain in _BUILT_IN:
         return Rule('iptables' if family == 'ip' else 'ip6tables', name,
-                    chain, '', 0).accept(device, comes_in)
+                    chain, text, 0).accept(device, comes_in)
     return 'nft insert rule %s %s %s %s accept' % (
         table, chain, 'iifname' if comes_in else 'oifname', device)
 
@@ -138,16 +141,30 @@ def _parsed(text: str, program: str) -> Iterator[tuple[Rule, int]]:
             yield Rule(program, table, rule[3], rule[2], place), int(rule[1])
 
 
-def masquerading(parent: str) -> Optional[str]:
-    """Return a rule that rewrites what leaves by an interface, if any."""
-    names = re.compile(r'(?:-o|oif(?:name)?) "?%s"?\s' % re.escape(parent))
-    for text in (_run('nft', 'list', 'ruleset'),
-                 *(_run(each) for each in ('iptables-legacy-save',)
-                   if _is_in_use('ip_tables_names'))):
-        for line in (text or '').splitlines():
-            if names.search(line) and rewrites(line):
-                return line.strip()
-    return None
+def masquerading(parent: str, device: str) -> Optional[str]:
+    """Return a rule that rewrites what leaves by a parent, if any.
+
+    None too if there is one for the device on it.
+    """
+    out = r'(?:-o|oif(?:name)?) "?%s"?\s'
+    by_parent, by_device = (re.compile(out % re.escape(name))
+                            for name in (parent, device))
+    lines = [line.strip() for text in _rulesets()
+             for line in text.splitlines() if rewrites(line)]
+    if any(map(by_device.search, lines)):
+        return None
+    return next(filter(by_parent.search, lines), None)
+
+
+def _has_ufw() -> bool:
+    """Return whether ufw has set up the rules, and so the policies."""
+    return any('ufw-before-input' in text for text in _rulesets())
+
+
+def _rulesets() -> Iterator[str]:
+    yield _run('nft', 'list', 'ruleset') or ''
+    if _is_in_use('ip_tables_names'):
+        yield _run('iptables-legacy-save') or ''
 
 
 def _is_in_use(names: str) -> bool:

@@ -281,7 +281,7 @@ class Pings:
                 commands=list(filter(None, rules.values())),
                 address=record.address)
         elif kernel.read_sysctl(_FORWARDING[version]) and version == 4:
-            rule = firewall.masquerading(view.parent_name or '')
+            rule = firewall.masquerading(view.parent_name or '', view.name)
             if rule is not None:
                 yield findings.SOURCE_KEPT.found(
                     'the node forwards, and has the rule: %s' % rule,

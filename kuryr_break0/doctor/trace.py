@@ -140,7 +140,8 @@ class Trace:
             where = 'the table %s, chain %s, ' % (table, chain)
             accept = '' if guard.PREFIX in table or not place.is_node else (
                 firewall.accept(table, chain, place.device,
-                                not to_pod.get(found['id'], False)))
+                                not to_pod.get(found['id'], False),
+                                found['what']))
             if found['what'] == 'policy' and 'drop' in what:
                 self.dropped['%s the policy of %sdrops it' % (
                     place.name, where)] = accept

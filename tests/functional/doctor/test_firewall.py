@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 
+from tests import firewalls
 from tests.functional.doctor.base import DoctorTestCase
 from tests.functional.doctor.base import OTHER4
 from tests.functional.doctor.base import POD4
@@ -180,42 +181,24 @@ class TestFirewall(DoctorTestCase):
 
     def test_ufw(self) -> None:
         """As installed: pings pass, and services only if they are allowed."""
-        for rule in (('-N', 'ufw-before-input'), ('-N', 'ufw-after-input'),
-                     ('-P', 'INPUT', 'DROP'),
-                     ('-A', 'INPUT', '-j', 'ufw-before-input'),
-                     ('-A', 'INPUT', '-j', 'ufw-after-input'),
-                     ('-A', 'ufw-before-input', '-i', 'lo', '-j', 'ACCEPT'),
-                     ('-A', 'ufw-before-input', '-m', 'conntrack',
-                      '--ctstate', 'RELATED,ESTABLISHED', '-j', 'ACCEPT'),
-                     ('-A', 'ufw-before-input', '-p', 'icmp', '--icmp-type',
-                      'echo-request', '-j', 'ACCEPT'),
-                     ('-A', 'ufw-after-input', '-j', 'DROP')):
-            self.lab.run('iptables', *rule)
-        finding = self.assert_found('firewall-restricts', 'ufw-after-input',
-                                    severity='note')
+        firewalls.set_up_ufw()
+        self.lab.run('ufw', '--force', 'enable')
+        finding = self.assert_found(
+            'firewall-restricts', 'the policy of the table ip filter, chain '
+            'INPUT, drops it', severity='note')
         self.assertEqual(['ufw allow in on break0'], finding['commands'])
         self.assertIn('Nothing wrong was found.', self.call(code=0).stdout)
+        self.follow(finding)
+        self.assertEqual({}, self.findings())
 
     def test_firewalld(self) -> None:
-        self.nft('''
-            table inet firewalld {
-              chain public { tcp dport 22 accept;
-                             meta l4proto { icmp, ipv6-icmp } accept; }
-              chain zones {
-                iifname "eth1" goto public
-                goto public
-              }
-              chain filter_INPUT {
-                type filter hook input priority 10; policy accept;
-                ct state { established, related } accept
-                iifname "lo" accept
-                jump zones
-                reject with icmpx admin-prohibited
-              }
-            }''')
-        finding = self.assert_found('firewall-restricts', 'reject with',
-                                    severity='note')
-        self.assertIn('firewall-cmd', finding['commands'][0])
+        firewalls.start_firewalld(self)
+        finding = self.assert_found(
+            'firewall-restricts', 'the table inet firewalld, chain '
+            'filter_IN_public, drops it', severity='note')
+        self.assertIn('Nothing wrong was found.', self.call(code=0).stdout)
+        self.follow(finding)
+        self.assertEqual({}, self.findings())
 
     def test_what_is_forwarded_keeps_its_source(self) -> None:
         """As that of clients of a VPN, whose rule names the NIC."""
@@ -223,7 +206,9 @@ class TestFirewall(DoctorTestCase):
                      lab.PARENT, '-j', 'MASQUERADE')
         self.assertEqual({}, self.findings())
         self.sysctl('ipv4.ip_forward', 1)
-        self.assert_found('source-kept', 'masquerade', severity='note')
+        self.follow(self.assert_found('source-kept', 'masquerade',
+                                      severity='note'))
+        self.assertEqual({}, self.findings())
 
     def test_other_interfaces(self) -> None:
         self.nft('table netdev t { chain c { type filter hook ingress device '

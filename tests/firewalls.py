@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The real ufw and firewalld, on the node that the process has become."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import unittest
+
+from tests import lab
+
+
+def _copy(path: str, into: str) -> None:
+    try:
+        shutil.copytree(path, into)
+    except (OSError, shutil.Error) as err:
+        raise unittest.SkipTest('as another user than root: %s' % err)
+
+
+def set_up_ufw() -> None:
+    """Let ufw of this node write its files without those of the machine."""
+    _copy('/etc/ufw', '/run/ufw')
+    subprocess.run(['mount', '--bind', '/run/ufw', '/etc/ufw'], check=True)
+
+
+def start_firewalld(test: unittest.TestCase) -> None:
+    """Start firewalld as installed, until the test ends.
+
+    Its bus is not that of the system, which would want to be another user.
+    """
+    _copy('/etc/firewalld', '/run/firewalld')
+    bus = 'unix:path=/run/bus'
+    os.environ['DBUS_SYSTEM_BUS_ADDRESS'] = bus
+    test.addCleanup(os.environ.pop, 'DBUS_SYSTEM_BUS_ADDRESS')
+    with open('/run/firewalld.log', 'ab') as log:
+        for command in (
+                ('dbus-daemon', '--session', '--nofork', '--nopidfile',
+                 '--address=' + bus),
+                ('firewalld', '--nofork', '--nopid', '--system-config',
+                 '/run/firewalld', '--log-file', '/run/firewalld.log')):
+            server = subprocess.Popen(command, stdout=log, stderr=log)
+            test.addCleanup(server.wait)
+            test.addCleanup(server.terminate)
+            lab.until(lambda: os.path.exists('/run/bus'))
+    lab.until(lambda: subprocess.run(
+        ['firewall-cmd', '--state'], stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL).returncode == 0,
+        open('/run/firewalld.log').read)
