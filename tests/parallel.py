@@ -35,6 +35,11 @@ FIRST = (
     'tests.functional.cni.test_plugin', 'tests.functional.test_doubt')
 
 
+#: Lines of what is printed of a failure: where it is from, and the last ones
+#: of what was logged. CI keeps the end of all that is printed.
+FIRST_LINES, LAST_LINES = 20, 20
+
+
 class Job(NamedTuple):
     """The tests of a class, and the files that its process writes."""
 
@@ -62,7 +67,7 @@ class Result(unittest.TestResult):
         self._skipped = ''
 
     def addError(self, test: Any, err: Any) -> None:
-        self._failed.append(''.join(traceback.format_exception(*err)))
+        self._failed.append(_trace(*err))
         if not isinstance(test, unittest.TestCase):  # but setUpClass
             self._write(test)
 
@@ -70,8 +75,7 @@ class Result(unittest.TestResult):
 
     def addSubTest(self, test: Any, subtest: Any, err: Any) -> None:
         if err is not None:
-            self._failed.append('%s\n%s' % (subtest, ''.join(
-                traceback.format_exception(*err))))
+            self._failed.append('%s\n%s' % (subtest, _trace(*err)))
 
     def addSkip(self, test: Any, reason: str) -> None:
         self._skipped = 'skipped: ' + reason
@@ -93,6 +97,21 @@ class Result(unittest.TestResult):
         self._written.write(json.dumps(
             [test.id(), outcome, self._failed]).encode() + b'\n')
         self._written.flush()
+
+
+def _trace(kind: Any, err: Any, trace: Any) -> str:
+    """Return how an error came about, without what unittest does before."""
+    while trace and '__unittest' in trace.tb_frame.f_globals:
+        trace = trace.tb_next
+    return ''.join(traceback.format_exception(kind, err, trace))
+
+
+def _shortened(text: str) -> str:
+    """Return the first and the last lines of a text."""
+    lines = [line[:300] for line in text.splitlines()]
+    if len(lines) > FIRST_LINES + LAST_LINES:
+        lines[FIRST_LINES:-LAST_LINES] = ['[...]']
+    return '\n'.join(lines)
 
 
 def _tests(suite: Any) -> Iterator[unittest.TestCase]:
@@ -150,7 +169,7 @@ def _finished(job: Job, status: int) -> tuple[int, dict[str, str]]:
                        - {name for name, _, _ in ended}})
     if failed:
         job.output.seek(0)
-        print(job.output.read().decode(errors='replace')[-20000:])
+        print(_shortened(job.output.read().decode(errors='replace')))
     return sum(outcome == 'ok' for _, outcome, _ in ended), failed
 
 
@@ -191,9 +210,8 @@ def main() -> int:
             failed.update(texts)
             job.results.close()
             job.output.close()
-    # What a log of which only the end is kept has to hold.
-    for text in failed.values():
-        print('\n'.join(line[:300] for line in text.splitlines()[-40:]))
+    for name, text in failed.items():
+        print('%s:\n%s' % (name, _shortened(text)))
     for name in failed:
         print('FAILED: ' + name)
     print('%d passed, %d failed' % (passed, len(failed)))

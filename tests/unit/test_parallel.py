@@ -75,9 +75,18 @@ class TestParallel(unittest.TestCase):
         self.assertEqual(['test_fails', 'test_raises', 'test_subtests'],
                          sorted(failed))
         self.assertIn('for this reason', failed['test_fails'])
+        self.assertIn('in test_fails\n', failed['test_fails'].split('File')[1])
         self.assertIn('an error', failed['test_raises'])
         self.assertIn('number=1', failed['test_subtests'])
         self.assertIn('printed before', printed)
+
+    def test_long_text(self) -> None:
+        lines = ['where', *map(str, range(1000)), 'x' * 1000]
+        found = parallel._shortened('\n'.join(lines)).splitlines()
+        self.assertEqual((lines[:20], '[...]', lines[-20:-1]),
+                         (found[:20], found[20], found[21:-1]))
+        self.assertEqual('x' * 300, found[-1])
+        self.assertEqual('a\nb', parallel._shortened('a\nb'))
 
     def test_a_class_that_cannot_be_prepared(self) -> None:
         passed, failed, _ = self.run_class(Sample.Unprepared)
