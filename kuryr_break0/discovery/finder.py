@@ -100,7 +100,7 @@ class Finder:
         self._ledger = ledger
         self._policy = Policy(options)
         self._manager = Break0Manager(options)
-        self._mounts = kernel.Mounts()
+        self._mounts = kernel.open_mounts()
         self._events: Optional[kernel.NamespaceEvents] = None
         try:
             self._events = kernel.NamespaceEvents()

@@ -17,9 +17,9 @@ from kuryr_break0.kernel.events import Changes
 from kuryr_break0.kernel.events import Event
 from kuryr_break0.kernel.events import Events
 from kuryr_break0.kernel.events import mounted
-from kuryr_break0.kernel.events import Mounts
 from kuryr_break0.kernel.events import NamespaceEvents
 from kuryr_break0.kernel.events import number
+from kuryr_break0.kernel.events import open_mounts
 from kuryr_break0.kernel.existence import find_taps
 from kuryr_break0.kernel.existence import Judge
 from kuryr_break0.kernel.existence import State
@@ -66,14 +66,14 @@ from kuryr_break0.kernel.wire import RT_TABLE_MAIN
 
 __all__ = (
     'Change', 'Changes', 'Event', 'Events', 'Found', 'GatewayRoute',
-    'Judge', 'Link', 'Macvlan', 'Mounts', 'NamespaceEvents', 'Netlink',
+    'Judge', 'Link', 'Macvlan', 'NamespaceEvents', 'Netlink',
     'Nft', 'NftEvents', 'Pair', 'Path', 'RTN_UNICAST', 'RT_SCOPE_LINK',
     'RT_SCOPE_NOWHERE', 'RT_TABLE_MAIN', 'Route', 'Routes', 'State',
     'Verb', 'Verdict', 'claimants', 'container_of', 'count_host_routes',
     'create_macvlan', 'current_name', 'entered', 'exists', 'find',
     'find_program', 'find_taps', 'forget_connections', 'identify',
     'identify_or_fail', 'index_of', 'macvlan_of', 'macvlans',
-    'macvlans_in', 'mounted', 'name_of', 'node_nft', 'number',
+    'macvlans_in', 'mounted', 'name_of', 'node_nft', 'number', 'open_mounts',
     'read_sysctl', 'release', 'share_nft', 'source_for', 'state',
     'unshare', 'write_sysctl')
 

@@ -12,9 +12,8 @@ macvlan that is made in one without either, the parent is all that has events.
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-from typing import Iterable, NamedTuple, Optional
+from typing import BinaryIO, NamedTuple, Optional
 
 from kuryr_break0.kernel import namespaces
 from kuryr_break0.kernel import netlink
@@ -29,15 +28,10 @@ _LISTEN_ALL_NSID = 8
 _GROUPS = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400 | 1 << 31
 # RTMGRP_LINK, _IPV4_IFADDR, _IPV6_IFADDR, and RTNLGRP_NSID as a bit
 _GROUPS_OF_ALL = 0x1 | 0x10 | 0x100 | 1 << 27
-_KINDS = {wire.RTM_NEWLINK: ('link', False), wire.RTM_DELLINK: ('link', True),
-          wire.RTM_NEWADDR: ('address', False),
-          wire.RTM_DELADDR: ('address', True),
-          wire.RTM_NEWROUTE: ('route', False),
-          wire.RTM_DELROUTE: ('route', True),
-          wire.RTM_NEWNEXTHOP: ('nexthop', False),
-          wire.RTM_DELNEXTHOP: ('nexthop', True),
-          wire.RTM_NEWNEIGH: ('neighbour', False),
-          wire.RTM_DELNEIGH: ('neighbour', True)}
+#: By the kind of what is new; what is gone has the next number.
+_KINDS = {wire.RTM_NEWLINK: 'link', wire.RTM_NEWADDR: 'address',
+          wire.RTM_NEWROUTE: 'route', wire.RTM_NEWNEXTHOP: 'nexthop',
+          wire.RTM_NEWNEIGH: 'neighbour'}
 _MOUNTS = '/proc/self/mountinfo'
 
 
@@ -78,9 +72,9 @@ class Events(netlink.EventSocket):
         events: list[Event] = []
         for data, _ in self._received():
             try:
-                events += [_event(data, header)
-                           for header in netlink.headers(data)
-                           if header.kind in _KINDS]
+                events += [_event(message)
+                           for message in netlink.messages(data)
+                           if message.kind & ~1 in _KINDS]
             except OSError:  # EBADMSG
                 data = b''
             if not data:
@@ -88,9 +82,9 @@ class Events(netlink.EventSocket):
         return events
 
 
-def _event(data: bytes, header: netlink.Header) -> Event:
-    what, gone = _KINDS[header.kind]
-    found = wire.parse(data, header)
+def _event(message: netlink.Received) -> Event:
+    what, gone = _KINDS[message.kind & ~1], bool(message.kind & 1)
+    found = wire.parse(message)
     if isinstance(found, values.Link):
         return Event(what, gone, found.index, found)
     if isinstance(found, values.Route):
@@ -135,41 +129,29 @@ class NamespaceEvents(netlink.EventSocket):
         changed: set[int] = set()
         ended: set[int] = set()
         is_new = lost = False
-        messages = 0
-        for messages, (data, extra) in enumerate(self._received(), 1):
+        count = 0
+        for count, (data, extra) in enumerate(self._received(), 1):
             lost |= not data
-            number = _number_of(extra)
+            number = next((netlink.S32.unpack_from(value)[0]
+                           for level, kind, value in extra if (level, kind)
+                           == (netlink.SOL_NETLINK, _LISTEN_ALL_NSID)), None)
             if number is not None:
                 changed.add(number)
                 continue
-            for header in netlink.headers(data):
-                is_new |= header.kind in (wire.RTM_NEWNSID, wire.RTM_NEWLINK)
-                if header.kind == wire.RTM_DELNSID:
-                    ended.add(wire.parse(data, header))
-        return Changes(changed, ended, is_new, lost, messages)
+            for message in netlink.messages(data):
+                is_new |= message.kind in (wire.RTM_NEWNSID,
+                                           wire.RTM_NEWLINK)
+                if message.kind == wire.RTM_DELNSID:
+                    ended.add(wire.parse(message))
+        return Changes(changed, ended, is_new, lost, count)
 
 
-def _number_of(extra: Iterable[tuple[int, int, bytes]]) -> Optional[int]:
-    for level, kind, data in extra:
-        if (level, kind) == (netlink.SOL_NETLINK, _LISTEN_ALL_NSID):
-            return int(netlink.S32.unpack_from(data)[0])
-    return None
-
-
-class Mounts:
-    """Notices changes of the mounts of this process's namespace.
+def open_mounts() -> BinaryIO:
+    """Open a file that notices changes of the mounts of this process.
 
     For select(2), a change is an exceptional condition (proc(5)).
     """
-
-    def __init__(self) -> None:
-        self._fd = os.open(_MOUNTS, os.O_RDONLY | os.O_CLOEXEC)
-
-    def fileno(self) -> int:
-        return self._fd
-
-    def close(self) -> None:
-        os.close(self._fd)
+    return open(_MOUNTS, 'rb')
 
 
 def mounted() -> list[str]:

@@ -9,15 +9,14 @@ import ipaddress
 import os
 from typing import Any, Callable, Optional
 
-from kuryr_break0 import exceptions
 from kuryr_break0.kernel.namespaces import opened
 from kuryr_break0.kernel import netlink
 from kuryr_break0.kernel.netlink import attribute
-from kuryr_break0.kernel.netlink import Header
 from kuryr_break0.kernel.netlink import Message
 from kuryr_break0.kernel.netlink import number
+from kuryr_break0.kernel.netlink import Received
 from kuryr_break0.kernel.netlink import text
-from kuryr_break0.kernel.node import index_of
+from kuryr_break0.kernel.netlink import tolerated
 from kuryr_break0.kernel import values
 from kuryr_break0.kernel import wire
 from kuryr_break0.model import IPAddress
@@ -35,31 +34,24 @@ class LinkSocket(netlink.RequestSocket):
 
     def _get(self, action: str, kind: int, body: bytes) -> Any:
         """Ask a question that has one answer."""
-        answer, = self._ask(action, Message(kind, 0, body), wire.parse)
+        (answer,), _ = self._ask(action, Message(kind, 0, body), wire.parse)
         return answer
 
     def _list(self, action: str, kind: int, body: bytes,
-              read: Callable[[bytes, Header], Any] = wire.parse
-              ) -> list[Any]:
+              read: Callable[[Received], Any] = wire.parse) -> list[Any]:
         return self._dump(action, Message(kind, 0, body), read)
 
     def link(self, name: str) -> Optional[values.Link]:
         """Return an interface by its name, or None."""
-        try:
-            if not 0 < len(os.fsencode(name)) < 16:
-                return None  # the kernel would refuse to look for it
-        except UnicodeEncodeError:
-            return None  # no interface has a name that is no bytes
-        try:
+        if not _is_name(name):
+            return None
+        with tolerated(errno.ENODEV):
             link: values.Link = self._get(
                 'read the interface ' + name, wire.RTM_GETLINK,
                 wire.pack_link() + text(wire.IFLA_IFNAME, name)
                 + _WITHOUT_COUNTERS)
             return link
-        except exceptions.KernelRefused as err:
-            if err.errno == errno.ENODEV:
-                return None
-            raise
+        return None
 
     def links(self) -> list[values.Link]:
         """List all interfaces, by a dump."""
@@ -139,27 +131,29 @@ class LinkSocket(netlink.RequestSocket):
 
     def delete_link(self, name: str) -> None:
         """Delete an interface; one that is not there is fine."""
-        index = index_of(name)
-        try:
-            if index is not None:
+        if _is_name(name):
+            with tolerated(errno.ENODEV):
                 self._order('delete the interface ' + name, Message(
-                    wire.RTM_DELLINK, 0, wire.pack_link(index)))
-        except exceptions.KernelRefused as err:
-            if err.errno != errno.ENODEV:
-                raise
+                    wire.RTM_DELLINK, 0,
+                    wire.pack_link() + text(wire.IFLA_IFNAME, name)))
 
     def put_address(self, link: values.Link, address: IPAddress) -> None:
-        """Put an address on an interface, alone in its prefix."""
+        """Put an address on an interface, alone in its prefix.
+
+        Without duplicate address detection, which would be sent to the LAN.
+        """
         self._order('put the address %s on %s' % (address, link.name),
                     Message(wire.RTM_NEWADDR,
                             netlink.NLM_F_CREATE | netlink.NLM_F_REPLACE,
-                            wire.pack_address(link.index, address)))
+                            wire.pack_address(
+                                link.index, ipaddress.ip_interface(address),
+                                wire.IFA_F_NODAD * (address.version == 6))))
 
     def delete_link_local(self, link: values.Link, address: IPAddress
                           ) -> None:
         """Delete an address that the kernel has made for an interface."""
         self._order('delete the address %s of %s' % (address, link.name),
-                    Message(wire.RTM_DELADDR, 0, wire.pack_prefix(
+                    Message(wire.RTM_DELADDR, 0, wire.pack_address(
                         link.index, ipaddress.ip_interface('%s/64' % address)
                     )))
 
@@ -168,13 +162,13 @@ class LinkSocket(netlink.RequestSocket):
 
         :param flags: of which each must have one; 0 for all addresses
         """
-        def read(data: bytes, header: Header) -> Any:
-            if flags and not wire.address_flags(data, header.start) & flags:
+        def read(message: Received) -> Any:
+            if flags and not wire.address_flags(message.body) & flags:
                 return None
-            return wire.parse(data, header)
+            return wire.parse(message)
 
         return self._list('list the addresses', wire.RTM_GETADDR,
-                          wire.pack_address_dump(), read)
+                          wire.ALL_ADDRESSES, read)
 
     def namespace_number(self, fd: int) -> int:
         """Return what this namespace calls another; -1 for nothing."""
@@ -187,10 +181,15 @@ class LinkSocket(netlink.RequestSocket):
 
         :raises KernelRefused: if it cannot be; not if it has one
         """
-        try:
+        with tolerated(errno.EEXIST):
             self._order('number a namespace', Message(
                 wire.RTM_NEWNSID, 0, bytes(4) + number(wire.NETNSA_FD, fd)
                 + attribute(wire.NETNSA_NSID, _ANY_NUMBER)))
-        except exceptions.KernelRefused as err:
-            if err.errno != errno.EEXIST:
-                raise
+
+
+def _is_name(name: str) -> bool:
+    """Return whether the kernel looks for a name; it refuses others."""
+    try:
+        return 0 < len(os.fsencode(name)) < 16
+    except UnicodeEncodeError:
+        return False  # no bytes

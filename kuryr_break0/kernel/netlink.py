@@ -8,6 +8,7 @@ more than ten times as long.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -27,7 +28,7 @@ NLM_F_DUMP = 0x300
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE, NLM_F_APPEND = (0x100, 0x200, 0x400,
                                                          0x800)
 _NLM_F_CAPPED, _NLM_F_ACK_TLVS = 0x100, 0x200
-_NLMSGERR_ATTR_MSG = 1
+_NLMSGERR_ATTR_MSG, _MAX_ERRNO = 1, 4095
 
 SOL_NETLINK = 270  # linux/socket.h
 NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
@@ -70,42 +71,42 @@ class Message(NamedTuple):
                 + self.body + bytes(-length % 4))
 
 
-class Header(NamedTuple):
-    """The header of a message that was received, and where its body is."""
+class Received(NamedTuple):
+    """A message that was received."""
 
     kind: int
     flags: int
     sequence: int
-    start: int
-    end: int
+    body: bytes
+
+    def error(self) -> Optional[OSError]:
+        """Return the error in an NLMSG_ERROR or NLMSG_DONE; None for none."""
+        body = self.body.ljust(S32.size + U32.size, b'\0')
+        code = min(-S32.unpack_from(body)[0], _MAX_ERRNO)
+        if code == 0:
+            return None
+        reason = os.strerror(code)
+        if self.kind == NLMSG_ERROR and self.flags & _NLM_F_ACK_TLVS:
+            # They stand behind the request, or its header.
+            request = (HEADER.size if self.flags & _NLM_F_CAPPED
+                       else U32.unpack_from(body, S32.size)[0])
+            explanation = read_text(attributes(
+                body, S32.size + (request + 3 & ~3)).get(_NLMSGERR_ATTR_MSG))
+            if explanation:
+                reason += ' (%s)' % explanation
+        return OSError(code, reason)
 
 
-def headers(data: bytes) -> Iterator[Header]:
+def messages(data: bytes) -> Iterator[Received]:
     """Iterate over the messages of what was received at once."""
     start = 0
     while start + HEADER.size <= len(data):
         length, kind, flags, sequence, _ = HEADER.unpack_from(data, start)
         if length < HEADER.size:
             return  # or it would not end
-        yield Header(kind, flags, sequence, start + HEADER.size,
-                     min(start + length, len(data)))
+        yield Received(kind, flags, sequence,
+                       data[start + HEADER.size:start + length])
         start += length + 3 & ~3
-
-
-def error(data: bytes, header: Header) -> tuple[int, str]:
-    """Read an NLMSG_ERROR or NLMSG_DONE: errno (0 for none), explanation."""
-    if header.end - header.start < S32.size:
-        return 0, ''
-    code = -S32.unpack_from(data, header.start)[0]
-    explanation = ''
-    if header.kind == NLMSG_ERROR and header.flags & _NLM_F_ACK_TLVS:
-        skipped = header.start + S32.size + HEADER.size
-        if not header.flags & _NLM_F_CAPPED:
-            length, = U32.unpack_from(data, header.start + S32.size)
-            skipped = header.start + S32.size + (length + 3 & ~3)
-        explanation = read_text(attributes(data, skipped, header.end)
-                                .get(_NLMSGERR_ATTR_MSG)) or ''
-    return code, explanation
 
 
 def attribute(kind: int, payload: bytes) -> bytes:
@@ -124,18 +125,14 @@ def text(kind: int, value: str) -> bytes:
     return attribute(kind, os.fsencode(value) + b'\0')
 
 
-def attributes(data: bytes, start: int = 0,
-               end: Optional[int] = None) -> dict[int, bytes]:
+def attributes(data: bytes, start: int = 0) -> dict[int, bytes]:
     """Read attributes by their kind."""
-    return {kind: value for kind, value in listed(data, start, end)}
+    return dict(listed(data, start))
 
 
-def listed(data: bytes, start: int = 0, end: Optional[int] = None
-           ) -> Iterator[tuple[int, bytes]]:
+def listed(data: bytes, start: int = 0) -> Iterator[tuple[int, bytes]]:
     """Iterate over attributes, of which several may be of one kind."""
-    if end is None:
-        end = len(data)
-    while start + _ATTRIBUTE.size <= end:
+    while start + _ATTRIBUTE.size <= len(data):
         length, kind = _ATTRIBUTE.unpack_from(data, start)
         if length < _ATTRIBUTE.size:
             return  # or it would not end
@@ -148,33 +145,41 @@ def read_number(packed: Optional[bytes]) -> Optional[int]:
 
 
 def read_text(packed: Optional[bytes]) -> Optional[str]:
-    if packed is None:
-        return None
     # Names are bytes to the kernel, and must go back to it unchanged.
-    return os.fsdecode(packed.rstrip(b'\0'))
+    return None if packed is None else os.fsdecode(packed.rstrip(b'\0'))
 
 
-class Refusal(NamedTuple):
-    """The error that the kernel answered a request with."""
-
-    code: int
-    explanation: str = ''
-
-    @property
-    def reason(self) -> str:
-        return os.strerror(self.code) + (
-            ' (%s)' % self.explanation if self.explanation else '')
+@contextlib.contextmanager
+def tolerated(*numbers: int) -> Iterator[None]:
+    """Go on behind the block if the kernel refuses with one of some errors."""
+    try:
+        yield
+    except exceptions.KernelRefused as err:
+        if err.errno not in numbers:
+            raise
 
 
-class _Interrupted(Exception):
-    """A table has changed while it was dumped."""
+class _Socket:
+    """A context manager that closes its socket."""
+
+    _socket: socket.socket
+
+    def __enter__(self: _T) -> _T:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._socket.close()
 
 
-class RequestSocket:
+class RequestSocket(_Socket):
     """A socket in the namespace of the calling thread, for requests.
 
     To be used as a context manager. Its methods raise KernelRefused.
 
+    :param timeout: seconds to wait for an answer
     :param most: messages that a list is read to at most, where others can
         make it as long as they like; None for all
     :cvar advice: what to do about an error
@@ -195,6 +200,9 @@ class RequestSocket:
         try:
             self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW,
                                          self.protocol)
+            # The kernel alone may answer. In a pod's namespace, the pod could
+            # (netlink_getsockbyportid).
+            self._socket.connect((0, 0))
         except OSError as err:
             raise self._failed('open a netlink socket', err) from err
         for option in self.options:
@@ -203,31 +211,30 @@ class RequestSocket:
                                 struct.pack('@ll', self._timeout, 0))
 
     def _set_option(self, option: int, value: int = 1) -> None:
-        try:
+        with contextlib.suppress(OSError):
             self._socket.setsockopt(SOL_NETLINK, option, value)
-        except OSError:
-            pass
-
-    def __enter__(self: _T) -> _T:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._socket.close()
 
     def _order(self, action: str, message: Message, advice: str = '') -> None:
         """Have the kernel do something.
 
         :raises KernelRefused: if it does not
         """
+        self._order_all(action, [message], -1, advice)
+
+    def _order_all(self, action: str, messages: Sequence[Message],
+                   acknowledged: int, advice: str = '') -> None:
+        """Have the kernel do what makes sense as a whole only.
+
+        :raises KernelRefused: the first error
+        """
         try:
-            refused = self._send([message]).get(0)
+            for err in self._send(messages, acknowledged, True).values():
+                raise err
         except OSError as err:
             raise self._failed(action, err, advice) from err
-        if refused is not None:
-            raise self._refused(action, refused, advice)
 
     def _send(self, messages: Sequence[Message], acknowledged: int = -1,
-              atomic: bool = False) -> dict[int, Refusal]:
+              atomic: bool = False) -> dict[int, OSError]:
         """Send all at once; the errors, by the place of the message.
 
         The kernel answers each that it refuses, and one that it is asked to
@@ -244,56 +251,57 @@ class RequestSocket:
         self._socket.send(b''.join(
             message.packed(sequence)
             for sequence, message in enumerate(sent, first)))
-        refused: dict[int, Refusal] = {}
-        for data, header in self._answers(first):
-            if header.kind != NLMSG_ERROR:
+        refused: dict[int, OSError] = {}
+        for answer in self._answers(first):
+            if answer.kind != NLMSG_ERROR:
                 continue
-            place = header.sequence - first
-            refusal = Refusal(*error(data, header))
-            if refusal.code:
-                refused[place] = refusal
+            place = answer.sequence - first
+            err = answer.error()
+            if err is not None:
+                refused[place] = err
             if place - len(sent) == acknowledged or (atomic and refused):
                 break
         return refused
 
     def _ask(self, action: str, message: Message,
-             read: Callable[[bytes, Header], Optional[_T]]) -> list[_T]:
+             read: Callable[[Received], Optional[_T]]
+             ) -> tuple[list[_T], bool]:
         """Ask the kernel a question.
 
         :param read: reads a message of the answer; None for nothing
+        :returns: what was read, and whether it is of one moment
         :raises KernelRefused: if it does not answer
         """
         found: list[_T] = []
-        count, is_interrupted = 0, False
+        count, is_whole = 0, True
         self._sequence += 1
         try:
             # An answer that is no dump ends with the acknowledgement.
             self._socket.send(message._replace(
                 flags=message.flags | NLM_F_ACK).packed(self._sequence))
-            for data, header in self._answers(self._sequence):
-                is_interrupted |= bool(header.flags & NLM_F_DUMP_INTR)
-                if header.kind in (NLMSG_ERROR, NLMSG_DONE):
-                    refusal = Refusal(*error(data, header))
-                    if refusal.code:
-                        raise self._refused(action, refusal)
+            for answer in self._answers(self._sequence):
+                if answer.flags & NLM_F_DUMP_INTR:
+                    is_whole = False
+                if answer.kind in (NLMSG_ERROR, NLMSG_DONE):
+                    err = answer.error()
+                    if err is not None:
+                        raise err
                     break
                 if count == self._most:
                     # It would be answered with the rest of this.
                     self._socket.close()
                     self._open()
-                    return found
+                    return found, True
                 count += 1
-                each = read(data, header)
+                each = read(answer)
                 if each is not None:
                     found.append(each)
         except OSError as err:
             raise self._failed(action, err) from err
-        if is_interrupted:
-            raise _Interrupted
-        return found
+        return found, is_whole
 
     def _dump(self, action: str, message: Message,
-              read: Callable[[bytes, Header], Optional[_T]]) -> list[_T]:
+              read: Callable[[Received], Optional[_T]]) -> list[_T]:
         """List what the kernel has of a kind; again if it changed meanwhile.
 
         :raises KernelRefused: as :meth:`_ask`; with EINTR, if it changed
@@ -301,29 +309,22 @@ class RequestSocket:
         """
         request = message._replace(flags=message.flags | NLM_F_DUMP)
         for _ in range(FEW_TRIES if self._most else DUMP_TRIES):
-            try:
-                return self._ask(action, request, read)
-            except _Interrupted:
-                time.sleep(random.uniform(0, DUMP_PAUSE))
-        raise exceptions.KernelRefused(
-            action, 'it changed each time that it was read', errno.EINTR,
-            self.advice)
+            found, is_whole = self._ask(action, request, read)
+            if is_whole:
+                return found
+            time.sleep(random.uniform(0, DUMP_PAUSE))
+        raise self._failed(action, OSError(
+            errno.EINTR, 'it changed each time that it was read'))
 
-    def _answers(self, first: int) -> Iterator[tuple[bytes, Header]]:
+    def _answers(self, first: int) -> Iterator[Received]:
         """Iterate without end over the answers to requests from a number on.
 
         Others are what is left of an earlier request.
         """
         while True:
-            data = self._socket.recv(_RECEIVED)
-            for header in headers(data):
-                if first <= header.sequence <= self._sequence:
-                    yield data, header
-
-    def _refused(self, action: str, refusal: Refusal,
-                 advice: str = '') -> exceptions.KernelRefused:
-        return exceptions.KernelRefused(action, refusal.reason, refusal.code,
-                                        advice or self.advice)
+            for answer in messages(self._socket.recv(_RECEIVED)):
+                if first <= answer.sequence <= self._sequence:
+                    yield answer
 
     def _failed(self, action: str, err: OSError,
                 advice: str = '') -> exceptions.KernelRefused:
@@ -331,7 +332,7 @@ class RequestSocket:
                                         err.errno or 0, advice or self.advice)
 
 
-class EventSocket:
+class EventSocket(_Socket):
     """A socket that receives events in the namespace of the calling thread.
 
     :param groups: multicast groups, as bits
@@ -350,15 +351,6 @@ class EventSocket:
             self._socket.close()
             raise
 
-    def __enter__(self: _T) -> _T:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._socket.close()
-
-    def close(self) -> None:
-        self._socket.close()
-
     def fileno(self) -> int:
         """For select(2): readable when there is something to read."""
         return self._socket.fileno()
@@ -370,9 +362,12 @@ class EventSocket:
         """
         for _ in range(_AT_ONCE):
             try:
-                yield self._socket.recvmsg(
-                    _DATAGRAM, socket.CMSG_SPACE(U32.size))[:2]
+                data, extra, flags, _ = self._socket.recvmsg(
+                    _DATAGRAM, socket.CMSG_SPACE(U32.size))
             except BlockingIOError:
                 return
             except OSError:
                 yield b'', ()
+            else:
+                # What was cut off could be read as something else.
+                yield b'' if flags & socket.MSG_TRUNC else data, extra

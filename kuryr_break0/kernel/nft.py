@@ -16,13 +16,14 @@ import struct
 import threading
 from typing import Iterable, Iterator, NamedTuple, Optional, Sequence
 
-from kuryr_break0 import exceptions
 from kuryr_break0.kernel import netlink
 from kuryr_break0.kernel.netlink import attribute
 from kuryr_break0.kernel.netlink import attributes
-from kuryr_break0.kernel.netlink import Header
 from kuryr_break0.kernel.netlink import Message
+from kuryr_break0.kernel.netlink import NESTED
+from kuryr_break0.kernel.netlink import Received
 from kuryr_break0.kernel.netlink import text
+from kuryr_break0.kernel.netlink import tolerated
 
 _SUBSYSTEM = 10  # NFNL_SUBSYS_NFTABLES
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
@@ -122,7 +123,7 @@ class Nft(netlink.RequestSocket):
                              _elements(table, pair)) for pair in pairs]
         for start in range(0, len(messages), _AT_ONCE):
             self._batch('let pods pass in the table ' + table,
-                        messages[start:start + _AT_ONCE])
+                        *messages[start:start + _AT_ONCE])
 
     def delete(self, table: str, pairs: Iterable[Pair]) -> None:
         """Delete elements; those that are not there are fine.
@@ -132,13 +133,9 @@ class Nft(netlink.RequestSocket):
         :raises KernelRefused: if they are there and stay
         """
         for pair in pairs:  # one that is not there ends a batch
-            try:
+            with tolerated(errno.ENOENT):
                 self._batch('let a pod pass no more in the table ' + table,
-                            [_message(_DELSETELEM, 0,
-                                      _elements(table, pair))])
-            except exceptions.KernelRefused as err:
-                if err.errno != errno.ENOENT:
-                    raise
+                            _message(_DELSETELEM, 0, _elements(table, pair)))
 
     def elements(self, table: str) -> set[Pair]:
         """List the elements of all sets of a table, by dumps.
@@ -150,8 +147,7 @@ class Nft(netlink.RequestSocket):
             for keys in self._dump(
                     'list a set of the table ' + table,
                     _message(_GETSETELEM, 0, text(1, table) + text(2, name)),
-                    lambda data, header: list(_keys(
-                        data[header.start:header.end]))):
+                    lambda message: list(_keys(message.body))):
                 found.update(Pair(key[8:], key[:6]) if 'pairs' in name
                              else Pair(key, None) for key in keys)
         return found
@@ -186,10 +182,10 @@ class Nft(netlink.RequestSocket):
         if self.binds_source(table, index, mac):
             return  # to undo a batch takes the kernel some 15 ms
         chain = _source_chain(index, mac)
-        hook = attribute(netlink.NESTED | 4, (
+        hook = attribute(NESTED | 4, (
             _be32(1, _EGRESS) + _be32(2, 0) + text(3, device)))
-        drop = attribute(netlink.NESTED | 2, attribute(
-            netlink.NESTED | 2, _be32(1, _NF_DROP)))
+        drop = attribute(NESTED | 2, attribute(
+            NESTED | 2, _be32(1, _NF_DROP)))
         expressions = b''.join((
             _expression('meta', _be32(1, 1) + _be32(2, _META_OIF)),
             _compared(_EQUAL, struct.pack('=I', index)),
@@ -202,16 +198,12 @@ class Nft(netlink.RequestSocket):
             _message(_NEWCHAIN, netlink.NLM_F_CREATE, (
                 text(1, table) + text(3, chain) + hook
                 + _be32(5, _NF_ACCEPT) + text(7, 'filter'))),
-            _message(_NEWRULE, netlink.NLM_F_CREATE | netlink.NLM_F_APPEND, (
-                text(1, table) + text(2, chain)
-                + attribute(netlink.NESTED | 4, expressions)))]
-        try:
-            self._batch(action, creation)
-        except exceptions.KernelRefused as err:
-            if err.errno != errno.EEXIST:
-                raise
-            # That of an earlier interface of this name, or of 1.0.0.
-            self._batch(action, [_deletion(table), *creation])
+            _rule(table, chain, expressions)]
+        with tolerated(errno.EEXIST):
+            self._batch(action, *creation)
+            return
+        # That of an earlier interface of this name, or of 1.0.0.
+        self._batch(action, _deletion(table), *creation)
 
     def add_answer(self, table: str, chain: str, index: int,
                    mac: bytes) -> None:
@@ -236,43 +228,31 @@ class Nft(netlink.RequestSocket):
             _immediate(4, b'\x60\0\0\0'), _stored(4, _TRANSPORT, 4, 4),
             _immediate(4, struct.pack('=I', index)),
             _expression('fwd', _be32(1, 4))))
-        self._batch('answer neighbour solicitations in the table ' + table, [
-            _message(_NEWRULE, netlink.NLM_F_CREATE | netlink.NLM_F_APPEND, (
-                text(1, table) + text(2, chain)
-                + attribute(netlink.NESTED | 4, expressions)))])
+        self._batch('answer neighbour solicitations in the table ' + table,
+                    _rule(table, chain, expressions))
 
     def delete_table(self, table: str) -> bool:
         """Delete a table; whether there was one."""
         if self._get(_GETTABLE, text(1, table)) is None:
             return False  # to undo a batch takes the kernel some 15 ms
-        try:
-            self._batch('delete the table ' + table, [_deletion(table)])
-        except exceptions.KernelRefused as err:
-            if err.errno == errno.ENOENT:
-                return False
-            raise
-        return True
+        with tolerated(errno.ENOENT):
+            self._batch('delete the table ' + table, _deletion(table))
+            return True
+        return False
 
-    def _batch(self, action: str, messages: Sequence[Message]) -> None:
+    def _batch(self, action: str, *messages: Message) -> None:
         """Have the kernel do all of it, or nothing."""
         edge = struct.pack('!BBH', 0, 0, _SUBSYSTEM)
-        try:
-            refused = self._send([Message(_BATCH_BEGIN, 0, edge), *messages,
-                                  Message(_BATCH_END, 0, edge)], -2, True)
-        except OSError as err:
-            raise self._failed(action, err) from err
-        for each in refused.values():
-            raise self._refused(action, each)
+        self._order_all(action, [Message(_BATCH_BEGIN, 0, edge), *messages,
+                                 Message(_BATCH_END, 0, edge)], -2)
 
     def _get(self, kind: int, body: bytes) -> Optional[dict[int, bytes]]:
         """Return the attributes of one object; None if it is not there."""
-        try:
-            return next(iter(self._ask('read a table', _message(
-                kind, 0, body), _attributes)), None)
-        except exceptions.KernelRefused as err:
-            if err.errno == errno.ENOENT:
-                return None
-            raise
+        with tolerated(errno.ENOENT):
+            found, _ = self._ask('read a table', _message(kind, 0, body),
+                                 _attributes)
+            return next(iter(found), None)
+        return None
 
 
 _kept = threading.local()
@@ -342,9 +322,9 @@ class NftEvents(netlink.EventSocket):
         deleted = False
         for data, _ in self._received():
             deleted |= not data or (self._prefix in data and any(
-                header.kind & 0xff in (_DELTABLE, _DELCHAIN, _DELRULE,
-                                       _DELSET)
-                for header in netlink.headers(data)))
+                message.kind & 0xff in (_DELTABLE, _DELCHAIN, _DELRULE,
+                                        _DELSET)
+                for message in netlink.messages(data)))
         return deleted
 
 
@@ -362,13 +342,13 @@ def _be32(kind: int, value: int) -> bytes:
 
 
 def _expression(name: str, data: bytes) -> bytes:
-    return attribute(netlink.NESTED | 1, text(1, name)
-                     + attribute(netlink.NESTED | 2, data))
+    return attribute(NESTED | 1, text(1, name)
+                     + attribute(NESTED | 2, data))
 
 
 def _compared(operator: int, value: bytes) -> bytes:
     return _expression('cmp', _be32(1, 1) + _be32(2, operator)
-                       + attribute(netlink.NESTED | 3, attribute(1, value)))
+                       + attribute(NESTED | 3, attribute(1, value)))
 
 
 def _loaded(register: int, base: int, offset: int, size: int) -> bytes:
@@ -389,7 +369,7 @@ def _stored(register: int, base: int, offset: int, size: int) -> bytes:
 
 def _immediate(register: int, value: bytes) -> bytes:
     return _expression('immediate', _be32(1, register) + attribute(
-        netlink.NESTED | 2, attribute(1, value)))
+        NESTED | 2, attribute(1, value)))
 
 
 def _source_chain(index: int, mac: bytes) -> str:
@@ -401,11 +381,17 @@ def _deletion(table: str) -> Message:
     return _message(_DELTABLE, 0, text(1, table))
 
 
+def _rule(table: str, chain: str, expressions: bytes) -> Message:
+    """Return what adds a rule to the end of a chain."""
+    return _message(_NEWRULE, netlink.NLM_F_CREATE | netlink.NLM_F_APPEND, (
+        text(1, table) + text(2, chain) + attribute(NESTED | 4, expressions)))
+
+
 def _elements(table: str, pair: Pair) -> bytes:
-    key = attribute(netlink.NESTED | 1, attribute(1, pair.key))
+    key = attribute(NESTED | 1, attribute(1, pair.key))
     return (text(1, table) + text(2, pair.set_name)
-            + attribute(netlink.NESTED | 3,
-                        attribute(netlink.NESTED | 1, key)))
+            + attribute(NESTED | 3,
+                        attribute(NESTED | 1, key)))
 
 
 def _keys(body: bytes) -> Iterator[bytes]:
@@ -415,5 +401,5 @@ def _keys(body: bytes) -> Iterator[bytes]:
             yield value
 
 
-def _attributes(data: bytes, header: Header) -> dict[int, bytes]:
-    return attributes(data, header.start + 4, header.end)
+def _attributes(message: Received) -> dict[int, bytes]:
+    return attributes(message.body, 4)

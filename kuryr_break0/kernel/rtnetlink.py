@@ -13,9 +13,9 @@ from typing import Any, Iterator, NamedTuple, Optional, Sequence
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel.links import LinkSocket
 from kuryr_break0.kernel import netlink
-from kuryr_break0.kernel.netlink import Header
 from kuryr_break0.kernel.netlink import Message
-from kuryr_break0.kernel.netlink import Refusal
+from kuryr_break0.kernel.netlink import Received
+from kuryr_break0.kernel.netlink import tolerated
 from kuryr_break0.kernel.node import index_of
 from kuryr_break0.kernel.node import name_of
 from kuryr_break0.kernel import values
@@ -24,6 +24,7 @@ from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import IPInterface
 from kuryr_break0.model import IPNetwork
+from kuryr_break0.model import Item
 from kuryr_break0.model import Neighbour
 
 #: Changes in one request, which has to fit into the socket's buffer, as do
@@ -100,27 +101,24 @@ class Netlink(LinkSocket):
         if index is None:
             raise exceptions.KernelRefused(
                 'configure ' + link, os.strerror(errno.ENODEV), errno.ENODEV)
-        messages = [Message(wire.RTM_NEWADDR, _NEW,
-                            wire.pack_prefix(index, address))
-                    for address in addresses]
-        messages += [Message(wire.RTM_NEWROUTE, _NEW,
-                             wire.pack_gateway_route(*route))
-                     for route in routes]
-        if not messages:
+        steps: list[tuple[Any, bool, Message]] = [
+            (address, True, Message(wire.RTM_NEWADDR, _NEW,
+                                    wire.pack_address(index, address)))
+            for address in addresses]
+        steps += [('%s by %s' % route, route.network.prefixlen == 0,
+                   Message(wire.RTM_NEWROUTE, _NEW,
+                           wire.pack_gateway_route(*route)))
+                  for route in routes]
+        if not steps:
             return
         try:
-            refused = self._send(messages)
+            refused = self._send([message for _, _, message in steps])
         except OSError as err:
             raise self._failed('configure ' + link, err) from err
-        for place, why in sorted(refused.items()):
-            is_route = place >= len(addresses)
-            if why.code == errno.EEXIST and not (
-                    is_route and routes[place - len(addresses)][0].prefixlen):
-                continue
-            what: Any = addresses[place] if not is_route else (
-                '%s by %s' % routes[place - len(addresses)])
-            raise exceptions.KernelRefused(
-                'give %s %s' % (link, what), why.reason, why.code)
+        for place, refusal in sorted(refused.items()):
+            what, may_exist, _ = steps[place]
+            if refusal.errno != errno.EEXIST or not may_exist:
+                raise self._failed('give %s %s' % (link, what), refusal)
 
     def change(self, changes: Sequence[values.Change]
                ) -> list[Optional[exceptions.KernelRefused]]:
@@ -148,27 +146,16 @@ class Netlink(LinkSocket):
                 middle = len(changes) // 2
                 return [*self._change(changes[:middle]),
                         *self._change(changes[middle:])]
-            refused = {0: Refusal(err.errno or 0)}
+            refused = {0: err}
         except (struct.error, ValueError) as err:
             # One that cannot be packed must not hold up the others.
             if len(changes) > 1:
                 return [each for change in changes
                         for each in self._change([change])]
-            refused = {0: Refusal(errno.EINVAL, str(err))}
-        return [self._refusal(change, refused.get(place))
+            refused = {0: OSError(errno.EINVAL, str(err))}
+        return [self._failed(_description(*change), refused[place])
+                if place in refused else None
                 for place, change in enumerate(changes)]
-
-    @staticmethod
-    def _refusal(change: values.Change, err: Optional[Refusal]
-                 ) -> Optional[exceptions.KernelRefused]:
-        if err is None:
-            return None
-        verb, what = change
-        kind, ifindex = (('route to', what.oif) if isinstance(what, HostRoute)
-                         else ('neighbour', what.ifindex))
-        return exceptions.KernelRefused(
-            '%s the %s %s on %s' % (verb.value, kind, what.dst,
-                                    name_of(ifindex)), err.reason, err.code)
 
     def lookup(self, address: IPAddress, source: Optional[IPAddress] = None,
                vrf: int = 0) -> Optional[values.Route]:
@@ -274,28 +261,22 @@ class Netlink(LinkSocket):
 
     def _next_hop_objects(self) -> list[values.NextHop]:
         """List the next hops that routes may refer to, by a dump."""
-        try:
+        with tolerated(errno.EOPNOTSUPP):  # before Linux 5.3
             return [each for found in self._list(
                 'list the nexthop objects', wire.RTM_GETNEXTHOP,
-                wire.pack_next_hop_dump()) for each in found]
-        except exceptions.KernelRefused as err:
-            if err.errno == errno.EOPNOTSUPP:  # before Linux 5.3
-                return []
-            raise
+                wire.ALL_NEXT_HOPS) for each in found]
+        return []
 
     def host_routes_of(self, ifindex: int, table: int) -> list[HostRoute]:
         """List the host routes of one interface in one table, by a dump."""
-        found = []
+        found: list[values.Route] = []
         for family in (socket.AF_INET, socket.AF_INET6):
-            try:
+            # The interface or the table is not there.
+            with tolerated(errno.ENODEV, errno.ENOENT):
                 found += self._list(
                     'list the routes of ' + name_of(ifindex),
                     wire.RTM_GETROUTE,
                     wire.pack_route_dump(family, table, ifindex))
-            except exceptions.KernelRefused as err:
-                # The interface or the table is not there.
-                if err.errno not in (errno.ENODEV, errno.ENOENT):
-                    raise
         return [host for host in (route.host_route for route in found
                                   if route.oif == ifindex
                                   and route.table == table)
@@ -304,10 +285,6 @@ class Netlink(LinkSocket):
     def next_hops(self, devices: Sequence[int] = (),
                   protocol: Optional[int] = None) -> frozenset[IPAddress]:
         """Read the gateways of all routes but of some interfaces.
-
-        The number of routes of those interfaces is that of the pods. The
-        kernel passes over them if it is asked for each of the others; where
-        these are many, it is faster to pass over the messages here.
 
         :param devices: ifindexes of the interfaces that are left out
         :param protocol: what marks their routes, which have no gateway
@@ -330,44 +307,50 @@ class Netlink(LinkSocket):
 
     def _routes_but_of(self, devices: Sequence[int], protocol: Optional[int]
                        ) -> Iterator[values.Route]:
-        others = [index for index, _ in socket.if_nameindex()
-                  if index not in devices]
+        """List the routes of other interfaces, by dumps.
+
+        The number of routes of those interfaces is that of the pods. The
+        kernel passes over them if it is asked for each of the others; where
+        these are many, it is faster to pass over the messages here.
+        """
+        def read(message: Received) -> Any:
+            if protocol is not None and (
+                    wire.route_protocol(message.body) == protocol):
+                return None
+            return wire.parse(message)
+
+        try:
+            others = [index for index, _ in socket.if_nameindex()
+                      if index not in devices]
+        except OSError as err:
+            raise self._failed('list the interfaces', err) from err
         asked: Sequence[Optional[int]] = (
             others if len(others) <= _ASKED_ONE_BY_ONE else [None])
         for oif in asked:
             for family in (socket.AF_INET, socket.AF_INET6):
-                yield from self._routes_of(family, oif, protocol)
-
-    def _routes_of(self, family: int, oif: Optional[int],
-                   protocol: Optional[int]) -> list[values.Route]:
-        def read(data: bytes, header: Header) -> Any:
-            if protocol is not None and (
-                    wire.route_protocol(data, header.start) == protocol):
-                return None
-            return wire.parse(data, header)
-
-        try:
-            return self._list('list the next hops', wire.RTM_GETROUTE,
-                              wire.pack_route_dump(
-                                  family, oif=oif, kind=values.RTN_UNICAST),
-                              read)
-        except exceptions.KernelRefused as err:
-            # The interface has gone meanwhile, or the node is without IPv6.
-            if err.errno in (errno.ENODEV, errno.EOPNOTSUPP):
-                return []
-            raise
+                # The interface may go meanwhile, or the node be without IPv6.
+                with tolerated(errno.ENODEV, errno.EOPNOTSUPP):
+                    yield from self._list(
+                        'list the next hops', wire.RTM_GETROUTE,
+                        wire.pack_route_dump(
+                            family, oif=oif, kind=values.RTN_UNICAST), read)
 
     def neighbours(self, ifindex: int) -> list[Neighbour]:
         """List the permanent neighbours of an interface, by a dump."""
-        try:
+        found: list[values.NeighbourState] = []
+        with tolerated(errno.ENODEV):
             found = self._list('list the neighbours of ' + name_of(ifindex),
                                wire.RTM_GETNEIGH,
                                wire.pack_neighbour_dump(ifindex))
-        except exceptions.KernelRefused as err:
-            if err.errno == errno.ENODEV:
-                return []
-            raise
         return [Neighbour(each.dst, ifindex, each.mac, each.protocol)
                 for each in found
                 if each.ifindex == ifindex and each.dst is not None
                 and each.state & wire.NUD_PERMANENT]
+
+
+def _description(verb: values.Verb, what: Item) -> str:
+    """Return what a change does, for errors."""
+    kind, ifindex = (('route to', what.oif) if isinstance(what, HostRoute)
+                     else ('neighbour', what.ifindex))
+    return '%s the %s %s on %s' % (verb.value, kind, what.dst,
+                                   name_of(ifindex))

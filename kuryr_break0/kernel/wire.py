@@ -16,17 +16,13 @@ import socket
 import struct
 from typing import Any, Iterator, Optional
 
+from kuryr_break0.kernel import netlink
 from kuryr_break0.kernel.netlink import attribute
 from kuryr_break0.kernel.netlink import attributes
-from kuryr_break0.kernel.netlink import Header
 from kuryr_break0.kernel.netlink import Message
-from kuryr_break0.kernel.netlink import NLM_F_CREATE
-from kuryr_break0.kernel.netlink import NLM_F_EXCL
-from kuryr_break0.kernel.netlink import NLM_F_REPLACE
 from kuryr_break0.kernel.netlink import number
 from kuryr_break0.kernel.netlink import read_number
 from kuryr_break0.kernel.netlink import read_text
-from kuryr_break0.kernel.netlink import S32
 from kuryr_break0.kernel import values
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
@@ -78,10 +74,13 @@ _ROUTE = struct.Struct('=8BI')  # rtmsg
 _NEIGHBOUR = struct.Struct('=BxxxiHBB')  # ndmsg
 _NEXT_HOP = struct.Struct('=HBBi')  # rtnexthop
 _NEXT_HOP_OBJECT = struct.Struct('=4BI')  # nhmsg
+#: The requests for all of a kind
+ALL_ADDRESSES, ALL_NEXT_HOPS = bytes(_IFADDR.size), bytes(
+    _NEXT_HOP_OBJECT.size)
 _MODES = {1: 'private', 2: 'vepa', 4: 'bridge', 8: 'passthru', 16: 'source'}
 
-_FLAGS = {values.Verb.ADD: NLM_F_CREATE | NLM_F_EXCL,
-          values.Verb.REPLACE: NLM_F_CREATE | NLM_F_REPLACE,
+_FLAGS = {values.Verb.ADD: netlink.NLM_F_CREATE | netlink.NLM_F_EXCL,
+          values.Verb.REPLACE: netlink.NLM_F_CREATE | netlink.NLM_F_REPLACE,
           values.Verb.DELETE: 0}
 
 
@@ -131,8 +130,7 @@ def pack_neighbour(dst: IPAddress, ifindex: int, state: int = 0) -> bytes:
 
 def pack_neighbour_dump(ifindex: int) -> bytes:
     """Pack the request for all neighbours of an interface."""
-    return (_NEIGHBOUR.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
-            + number(NDA_IFINDEX, ifindex))
+    return bytes(_NEIGHBOUR.size) + number(NDA_IFINDEX, ifindex)
 
 
 def pack_route_dump(family: int, table: int = 0, oif: Optional[int] = None,
@@ -156,25 +154,13 @@ def pack_lookup(address: IPAddress, flags: int = 0,
     return body + attribute(RTA_SRC, source.packed) if source else body
 
 
-def pack_address(ifindex: int, address: IPAddress) -> bytes:
-    """Pack an address, alone in its prefix, without duplicate detection.
-
-    That would be sent to the LAN.
-    """
-    return _IFADDR.pack(
-        family_of(address), address.max_prefixlen,
-        IFA_F_NODAD if address.version == 6 else 0, 0, ifindex) + (
-            attribute(IFA_LOCAL, address.packed)
-            + attribute(IFA_ADDRESS, address.packed))
-
-
-def pack_prefix(ifindex: int, address: IPInterface) -> bytes:
-    """Pack an address with its prefix, as a pod gets it."""
-    body = _IFADDR.pack(family_of(address.ip), address.network.prefixlen, 0,
-                        0, ifindex)
-    if address.version == 4:
-        body += attribute(IFA_LOCAL, address.ip.packed)
-    return body + attribute(IFA_ADDRESS, address.ip.packed)
+def pack_address(ifindex: int, address: IPInterface,
+                 flags: int = 0) -> bytes:
+    """Pack an address with its prefix."""
+    packed = address.ip.packed
+    return (_IFADDR.pack(family_of(address), address.network.prefixlen, flags,
+                         0, ifindex)
+            + attribute(IFA_LOCAL, packed) + attribute(IFA_ADDRESS, packed))
 
 
 def pack_gateway_route(network: IPNetwork, gateway: IPAddress) -> bytes:
@@ -185,10 +171,6 @@ def pack_gateway_route(network: IPNetwork, gateway: IPAddress) -> bytes:
     if network.prefixlen:
         body += attribute(RTA_DST, network.network_address.packed)
     return body + attribute(RTA_GATEWAY, gateway.packed)
-
-
-def pack_address_dump() -> bytes:
-    return _IFADDR.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
 
 
 def pack_link(ifindex: int = 0, flags: int = 0, change: int = 0) -> bytes:
@@ -203,16 +185,15 @@ def pack_macvlan() -> bytes:
                          IFLA_MACVLAN_MODE, MACVLAN_MODE_BRIDGE)))
 
 
-def parse_link(data: bytes, start: int, end: int) -> values.Link:
-    _, _, index, flags, _ = _IFINFO.unpack_from(data, start)
-    found = attributes(data, start + _IFINFO.size, end)
+def parse_link(body: bytes) -> values.Link:
+    _, _, index, flags, _ = _IFINFO.unpack_from(body)
+    found = attributes(body, _IFINFO.size)
     info = attributes(found.get(IFLA_LINKINFO, b''))
     kind = read_text(info.get(IFLA_INFO_KIND))
-    mode = None
+    mode = vrf = None
     if kind == 'macvlan':
         mode = _MODES.get(read_number(attributes(info.get(
             IFLA_INFO_DATA, b'')).get(IFLA_MACVLAN_MODE)) or 0)
-    vrf = None
     if read_text(info.get(IFLA_INFO_SLAVE_KIND)) == 'vrf':
         table = attributes(info.get(IFLA_INFO_SLAVE_DATA, b'')).get(
             IFLA_VRF_PORT_TABLE)
@@ -222,7 +203,7 @@ def parse_link(data: bytes, start: int, end: int) -> values.Link:
     return values.Link(
         name=read_text(found.get(IFLA_IFNAME)) or '', index=index, kind=kind,
         mode=mode, lower=read_number(found.get(IFLA_LINK)),
-        lower_namespace=S32.unpack(lower)[0] if lower else None,
+        lower_namespace=netlink.S32.unpack(lower)[0] if lower else None,
         mtu=read_number(found.get(IFLA_MTU)) or 0,
         mac=found.get(IFLA_ADDRESS, b'').hex(':'),
         alias=read_text(found.get(IFLA_IFALIAS)),
@@ -232,10 +213,10 @@ def parse_link(data: bytes, start: int, end: int) -> values.Link:
         carrier=bool(flags & IFF_LOWER_UP), vrf=vrf)
 
 
-def parse_route(data: bytes, start: int, end: int) -> values.Route:
+def parse_route(body: bytes) -> values.Route:
     (family, dst_len, _, _, table, protocol, scope, kind,
-     flags) = _ROUTE.unpack_from(data, start)
-    found = attributes(data, start + _ROUTE.size, end)
+     flags) = _ROUTE.unpack_from(body)
+    found = attributes(body, _ROUTE.size)
     oif = read_number(found.get(RTA_OIF))
     return values.Route(
         family, _address(found.get(RTA_DST)), dst_len, kind, scope, protocol,
@@ -245,47 +226,38 @@ def parse_route(data: bytes, start: int, end: int) -> values.Route:
         tuple(_next_hops(found, oif)), RTA_MULTIPATH in found)
 
 
-def pack_next_hop_dump() -> bytes:
-    """Pack the request for all nexthop objects."""
-    return _NEXT_HOP_OBJECT.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
-
-
-def parse_next_hop(data: bytes, start: int,
-                   end: int) -> tuple[values.NextHop, ...]:
+def parse_next_hop(body: bytes) -> tuple[values.NextHop, ...]:
     """Read a nexthop object: none for a group, which consists of others.
 
     Nor for one of a forwarding table, which is no route's.
     """
-    _NEXT_HOP_OBJECT.unpack_from(data, start)
-    found = attributes(data, start + _NEXT_HOP_OBJECT.size, end)
+    found = attributes(body, _NEXT_HOP_OBJECT.size)
     gateway = _address(found.get(NHA_GATEWAY))
     if gateway is None or NHA_FDB in found:
         return ()
     return (values.NextHop(gateway, read_number(found.get(NHA_OIF))),)
 
 
-def route_protocol(data: bytes, start: int) -> int:
+def route_protocol(body: bytes) -> int:
     """Read the protocol number of a route, and nothing else of it."""
-    return data[start + 5] if start + 5 < len(data) else 0  # rtm_protocol
+    return body[5] if len(body) > 5 else 0  # rtm_protocol
 
 
-def parse_address(data: bytes, start: int,
-                  end: int) -> values.InterfaceAddress:
-    ifindex = _IFADDR.unpack_from(data, start)[4]
-    found = attributes(data, start + _IFADDR.size, end)
+def parse_address(body: bytes) -> values.InterfaceAddress:
+    ifindex = _IFADDR.unpack_from(body)[4]
+    found = attributes(body, _IFADDR.size)
     return values.InterfaceAddress(ifindex, ipaddress.ip_address(
         found.get(IFA_LOCAL) or found[IFA_ADDRESS]))
 
 
-def address_flags(data: bytes, start: int) -> int:
+def address_flags(body: bytes) -> int:
     """Read the flags of an address, and nothing else of it: the low eight."""
-    return data[start + 2] if start + 2 < len(data) else 0  # ifa_flags
+    return body[2] if len(body) > 2 else 0  # ifa_flags
 
 
-def parse_neighbour(data: bytes, start: int,
-                    end: int) -> values.NeighbourState:
-    _, ifindex, state, _, _ = _NEIGHBOUR.unpack_from(data, start)
-    found = attributes(data, start + _NEIGHBOUR.size, end)
+def parse_neighbour(body: bytes) -> values.NeighbourState:
+    _, ifindex, state, _, _ = _NEIGHBOUR.unpack_from(body)
+    found = attributes(body, _NEIGHBOUR.size)
     protocol = found.get(NDA_PROTOCOL)
     return values.NeighbourState(
         _address(found.get(NDA_DST)), ifindex, state,
@@ -293,32 +265,30 @@ def parse_neighbour(data: bytes, start: int,
         protocol[0] if protocol else None)
 
 
-def parse_nsid(data: bytes, start: int, end: int) -> int:
+def parse_nsid(body: bytes) -> int:
     """Read the number of a namespace; -1 for one that has none."""
-    found = attributes(data, start + 4, end).get(NETNSA_NSID)
-    return int(S32.unpack(found)[0]) if found else -1
+    found = attributes(body, 4).get(NETNSA_NSID)
+    return int(netlink.S32.unpack(found)[0]) if found else -1
 
 
-_PARSERS = {RTM_NEWLINK: parse_link, RTM_DELLINK: parse_link,
-            RTM_NEWADDR: parse_address, RTM_DELADDR: parse_address,
-            RTM_NEWROUTE: parse_route, RTM_DELROUTE: parse_route,
-            RTM_NEWNEIGH: parse_neighbour, RTM_DELNEIGH: parse_neighbour,
-            RTM_NEWNSID: parse_nsid, RTM_DELNSID: parse_nsid,
-            RTM_NEWNEXTHOP: parse_next_hop, RTM_DELNEXTHOP: parse_next_hop}
+#: By the kind of what is new; what is deleted has the next number.
+_PARSERS = {RTM_NEWLINK: parse_link, RTM_NEWADDR: parse_address,
+            RTM_NEWROUTE: parse_route, RTM_NEWNEIGH: parse_neighbour,
+            RTM_NEWNSID: parse_nsid, RTM_NEWNEXTHOP: parse_next_hop}
 
 
-def parse(data: bytes, header: Header) -> Any:
+def parse(message: netlink.Received) -> Any:
     """Read a message of one of the kinds above; None if it is of another.
 
     :raises OSError: EBADMSG, if it is not of the format that the kernel
         promises
     """
-    parser = _PARSERS.get(header.kind)
+    parser = _PARSERS.get(message.kind & ~1)
     try:
-        return parser and parser(data, header.start, header.end)
+        return parser and parser(message.body)
     except (struct.error, ValueError, LookupError, RecursionError) as err:
         raise OSError(errno.EBADMSG, 'a message of kind %d cannot be read: '
-                      '%r' % (header.kind, err)) from err
+                      '%r' % (message.kind, err)) from err
 
 
 def family_of(address: IPAddress) -> int:
@@ -338,8 +308,8 @@ def _next_hops(found: dict[int, bytes],
         length, _, _, ifindex = _NEXT_HOP.unpack_from(hops, start)
         if length < _NEXT_HOP.size:
             break
-        yield from _next_hops(attributes(hops, start + _NEXT_HOP.size,
-                                         start + length), ifindex)
+        yield from _next_hops(attributes(hops[start:start + length],
+                                         _NEXT_HOP.size), ifindex)
         start += length + 3 & ~3
 
 

@@ -707,14 +707,14 @@ class TestInThePod(BorderTestCase):
                 self.assertFalse(self.manager().sync())
 
     def test_what_a_pod_puts_there_is_not_read(self) -> None:
-        headers = netlink.headers
+        messages = netlink.messages
         sizes: list[int] = []
 
-        def counted(data: bytes) -> Iterator[netlink.Header]:
+        def counted(data: bytes) -> Iterator[netlink.Received]:
             sizes.append(len(data))
-            return headers(data)
+            return messages(data)
 
-        with mock.patch.object(netlink, 'headers', counted):
+        with mock.patch.object(netlink, 'messages', counted):
             self.assertFalse(self.manager().sync())
         before = sum(sizes)
         with open('/run/rules', 'w') as file:
@@ -724,7 +724,7 @@ class TestInThePod(BorderTestCase):
         for _ in range(3):  # one batch of more does not fit into a socket
             self.lab.run('nft', '-f', '/run/rules', netns='pod')
         sizes.clear()
-        with mock.patch.object(netlink, 'headers', counted):
+        with mock.patch.object(netlink, 'messages', counted):
             self.manager().sync()
         self.assertLess(sum(sizes), before + 3000)
         self.unbind(POD, POD6)

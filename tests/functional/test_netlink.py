@@ -4,13 +4,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import gc
 import ipaddress
 import json
+import os
+import resource
+import select
 import socket
-from typing import Any, Callable
+import struct
+from typing import Any, Callable, Iterator
 from unittest import mock
 
 from kuryr_break0 import exceptions
@@ -215,13 +220,48 @@ class TestNamespaceEvents(base.LabTestCase):
         path = self.lab.add_netns('one')
         identity = kernel.identify(path)
         assert identity is not None
-        with kernel.NamespaceEvents() as events:
+        with contextlib.closing(kernel.NamespaceEvents()) as events:
             number = kernel.number(kernel.Found(path, identity))
             self.assertTrue(events.get().is_new)
             self.lab.run('ip', 'link', 'set', 'lo', 'down', netns='one')
             self.assertEqual({number}, events.get().changed)
             self.lab.del_netns('one')
             lab.until(lambda: events.get().ended == {number})
+class TestHostile(base.LabTestCase):
+
+    def test_an_answer_that_is_not_of_the_kernel(self) -> None:
+        """As a pod with CAP_NET_ADMIN can send it in its namespace."""
+        # ENODEV, in answer to the second request
+        forged = netlink_module.HEADER.pack(36, 2, 0, 2, 0) + struct.pack(
+            '=i16x', -errno.ENODEV)
+        with kernel.Netlink() as netlink, socket.socket(
+                socket.AF_NETLINK, socket.SOCK_RAW, 0) as other:
+            self.assertIsNotNone(netlink.link('lo'))
+            with contextlib.suppress(ConnectionRefusedError):
+                other.sendto(forged, netlink._socket.getsockname())
+            self.assertIsNotNone(netlink.link(lab.PARENT))
+
+    @contextlib.contextmanager
+    def no_descriptors(self) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+    def test_without_descriptors(self) -> None:
+        """A fault of this process is not taken for what it asks for."""
+        self.lab.run('ip', 'link', 'add', 'veth7', 'type', 'veth')
+        with kernel.Netlink() as netlink:
+            with self.no_descriptors():
+                with self.assertRaises(exceptions.KernelRefused) as caught:
+                    netlink.next_hops()
+                netlink.delete_link('veth7')
+            self.assertTrue(caught.exception.exhausted)
+            self.assertIsNone(netlink.link('veth7'))
+            for name in ('veth0', '', 'x' * 16, '\udcff' * 16, '\ud800'):
+                netlink.delete_link(name)  # none of which is there
 
 
 TABLE = 'pod'

@@ -116,7 +116,7 @@ class TestSharedSocket(base.LabTestCase):
     def test_an_answer_that_another_has_read(self) -> None:
         """As where the state directory, and so the lock, was replaced."""
         pair = nft.Pair(bytes((100, 75, 30, 99)), None)
-        with mock.patch.object(netlink, 'headers', return_value=[]), \
+        with mock.patch.object(netlink, 'messages', return_value=[]), \
                 self.assertRaises(exceptions.KernelRefused) as caught:
             self.shared.add(TABLE, [pair])
         self.assertEqual(errno.EAGAIN, caught.exception.errno)

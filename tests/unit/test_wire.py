@@ -138,7 +138,7 @@ class TestRequests(unittest.TestCase):
         # pyroute2 ends the name of the kind with a NUL, and we do not, so
         # what is read of both is compared.
         theirs = encoded(message, 16, 0)
-        for parse in (lambda data: wire.parse_link(data, 16, len(data)),
+        for parse in (lambda data: wire.parse_link(data[16:]),
                       lambda data: decoded(ifinfmsg.ifinfmsg, data).get_nested(
                           'IFLA_LINKINFO', 'IFLA_INFO_DATA').get_attr(
                               'IFLA_MACVLAN_MODE')):
@@ -148,7 +148,8 @@ class TestRequests(unittest.TestCase):
         address['attrs'] = [('IFA_LOCAL', 'fd00::1'),
                             ('IFA_ADDRESS', 'fd00::1')]
         self.assert_same(encoded(address, 20, 0), netlink.Message(
-            20, 0, wire.pack_address(5, ADDRESS6)))
+            20, 0, wire.pack_address(5, ipaddress.ip_interface(ADDRESS6),
+                                     wire.IFA_F_NODAD)))
 
 
 class TestAnswers(unittest.TestCase):
@@ -168,7 +169,7 @@ class TestAnswers(unittest.TestCase):
         self.assertEqual(
             Link('break0', 5, 'macvlan', 'private', 2, 3, 1400, MAC,
                  'mine', True, True, False, 7, False, None),
-            wire.parse_link(data, 16, len(data)))
+            wire.parse_link(data[16:]))
 
     def test_a_link_in_a_vrf(self) -> None:
         message = ifinfmsg.ifinfmsg()
@@ -179,7 +180,7 @@ class TestAnswers(unittest.TestCase):
             netlink.text(wire.IFLA_INFO_SLAVE_KIND, 'vrf')
             + netlink.attribute(wire.IFLA_INFO_SLAVE_DATA, netlink.number(
                 wire.IFLA_VRF_PORT_TABLE, 1000)))
-        found = wire.parse_link(data, 16, len(data))
+        found = wire.parse_link(data[16:])
         self.assertEqual(((7, 1000), True), (found.vrf, found.carrier))
 
     def test_a_route(self) -> None:
@@ -189,12 +190,12 @@ class TestAnswers(unittest.TestCase):
         message['attrs'] = [('RTA_DST', '10.1.0.0'), ('RTA_PRIORITY', 50),
                             ('RTA_GATEWAY', '10.0.0.1'), ('RTA_OIF', 5)]
         data = encoded(message, 24, 0)
-        found = wire.parse_route(data, 16, len(data))
+        found = wire.parse_route(data[16:])
         self.assertEqual((5, 50, ((ADDRESS4, 5),), 4, False), (
             found.oif, found.metric, found.next_hops, found.protocol,
             found.is_on_link))
         self.assertIsNone(found.host_route)
-        self.assertEqual(4, wire.route_protocol(data, 16))
+        self.assertEqual(4, wire.route_protocol(data[16:]))
 
     def test_a_prefix_of_32_is_a_host_in_one_family_only(self) -> None:
         for text, length, is_host in (('10.0.0.1', 32, True),
@@ -206,13 +207,36 @@ class TestAnswers(unittest.TestCase):
             message['attrs'] = [('RTA_DST', text), ('RTA_OIF', 5)]
             data = encoded(message, 24, 0)
             self.assertEqual(is_host, wire.parse_route(
-                data, 16, len(data)).host_route is not None, text)
+                data[16:]).host_route is not None, text)
 
     def test_an_error(self) -> None:
         body = struct.pack('=i', -errno.EEXIST) + bytes(16)
         data = struct.pack('=IHHII', 16 + len(body), 2, 0x100, 7, 0) + body
-        header, = netlink.headers(data)
-        self.assertEqual((errno.EEXIST, ''), netlink.error(data, header))
+        message, = netlink.messages(data)
+        err = message.error()
+        assert err is not None
+        self.assertEqual((errno.EEXIST, 'File exists'),
+                         (err.errno, err.strerror))
+
+    def test_an_error_that_is_explained(self) -> None:
+        explanation = netlink.text(1, 'because')
+        for capped, request in ((0x100, bytes(16)),
+                                (0, struct.pack('=I', 21) + bytes(20))):
+            message = netlink.Received(
+                2, 0x200 | capped, 7, struct.pack('=i', -errno.EPERM)
+                + request + explanation)
+            self.assertEqual('Operation not permitted (because)',
+                             str(message.error().strerror))
+            for end in range(4, len(message.body)):  # cut off
+                err = message._replace(body=message.body[:end]).error()
+                self.assertEqual(errno.EPERM, err and err.errno)
+
+    def test_the_number_of_a_namespace(self) -> None:
+        """In the messages that it has begun, and that it has ended."""
+        body = bytes(4) + netlink.attribute(1, struct.pack('=i', 5))
+        for kind in (wire.RTM_NEWNSID, wire.RTM_DELNSID):
+            self.assertEqual(5, wire.parse(netlink.Received(
+                kind, 0, 0, body)))
 
     def test_what_is_cut_off_is_an_error(self) -> None:
         message = rtmsg.rtmsg()
@@ -221,9 +245,9 @@ class TestAnswers(unittest.TestCase):
                             ('RTA_MULTIPATH', [])]
         data = encoded(message, 24, 0)
         for end in range(16, 28):  # up to the end of rtmsg
-            header, = netlink.headers(data[:end])
+            received, = netlink.messages(data[:end])
             with self.assertRaises(OSError) as caught:
-                wire.parse(data[:end], header)
+                wire.parse(received)
             self.assertEqual(errno.EBADMSG, caught.exception.errno)
-        header, = netlink.headers(data)
-        self.assertEqual(5, wire.parse(data, header).oif)
+        received, = netlink.messages(data)
+        self.assertEqual(5, wire.parse(received).oif)
