@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from typing import Any, Collection, Iterable, Iterator, Mapping, Optional
 
 from kuryr_break0 import config
@@ -12,6 +11,7 @@ from kuryr_break0 import device
 from kuryr_break0.device import Device
 from kuryr_break0 import exceptions
 from kuryr_break0.guard import Guard
+from kuryr_break0.guard import Pairs
 from kuryr_break0.guard import pairs
 from kuryr_break0.guard import unclaimed_pairs
 from kuryr_break0 import kernel
@@ -207,8 +207,8 @@ class _Reading:
             protocol=options.route_protocol, takeover=options.takeover,
             withdrawn=self._withdrawn(name, neighbours),
             elsewhere={*self._contents.claims, *self._contents.unreadable})
-        guard, barred, admitted = self._guard(
-            usable if live else None, parent, [
+        guard, missing, extra = self._guard(
+            usable, parent, live, [
                 record for address, record in live.items()
                 if address not in self._refused
                 and address not in difference.blocked],
@@ -220,7 +220,7 @@ class _Reading:
                 each.text for each in made.differences(
                     usable, parent, view.addresses_of(index))))
             if usable is not None and parent is not None else (),
-            guard, barred, admitted, live, desired, difference, routes,
+            guard, missing, extra, live, desired, difference, routes,
             {each.dst: each for each in neighbours},
             view.addresses_of(index) if usable is not None else (),
             self._node_addresses(parent, usable, desired))
@@ -236,26 +236,25 @@ class _Reading:
                 yield 'its parent %s is called %s now' % (parent, name)
 
     def _guard(self, link: Optional[kernel.Link],
-               parent: Optional[kernel.Link],
-               allowed: Iterable[Record],
-               routes: Iterable[HostRoute],
+               parent: Optional[kernel.Link], live: Collection[IPAddress],
+               allowed: Iterable[Record], routes: Iterable[HostRoute],
                neighbours: Collection[Neighbour]
-               ) -> tuple[Optional[str], frozenset[IPAddress],
-                          frozenset[IPAddress]]:
-        """Return what is wrong, who is barred, and who is admitted."""
-        nobody: frozenset[IPAddress] = frozenset()
+               ) -> tuple[Optional[str], Pairs, Pairs]:
+        """Return what is wrong, what is missing, and what is too much.
+
+        Where no pods are, no table has to be there.
+        """
         if link is None or parent is None:
-            return None, nobody, nobody
+            return None, {}, {}
         guard = Guard(self._options, self._ledger, link.name)
         problem = guard.problem(link, self._policy.solicited(
             self._own, self._view.addresses_of(parent.index), link.name))
-        if problem is not None or not guard.is_possible:
-            return problem, nobody, nobody
-        missing, extra = guard.difference(
+        if problem is not None or not guard.is_loaded():
+            return problem if live else None, {}, {}
+        return None, *guard.difference(
             pairs(allowed),
             unclaimed_pairs(routes, neighbours, self._options.route_protocol,
                             self._contents.claims))
-        return None, _addresses(missing), _addresses(extra)
 
     def _desired(self, device_name: str, index: int,
                  live: Mapping[IPAddress, Record]
@@ -308,7 +307,3 @@ class _Reading:
             self._own, self._view.addresses_of(parent.index),
             {wanted.route.src for wanted in desired.values()},
             self._elsewhere, link.mac, link.name)
-
-
-def _addresses(pairs: Iterable[kernel.Pair]) -> frozenset[IPAddress]:
-    return frozenset(ipaddress.ip_address(each.address) for each in pairs)

@@ -244,36 +244,42 @@ class Device:
         parent = netlink.link(self.parent)
         if parent is None:
             raise exceptions.ParentNotFound(parent=self.parent)
-        link = netlink.link(self.name)
-        if link is not None:
-            self.require_ours(link, parent)
-            differences = self._repair(netlink, link, parent)
-            repaired = tuple(each.text for each in differences)
-            if repaired:
-                LOG.info('Repaired %s on %s: %s', link.name, parent.name,
-                         '; '.join(repaired))
-                link = netlink.link(self.name) or link
-            return Ensured(link, any(each.loses_routes
-                                     for each in differences), repaired)
-        link = self._create(netlink, parent, self._mac or new_mac)
-        LOG.info('Created %s: a macvlan in bridge mode on %s, MAC address '
-                 '%s, MTU %d', link.name, parent.name, link.mac, link.mtu)
-        return Ensured(link, True, ('it was missing',))
-
-    def _create(self, netlink: kernel.Netlink, parent: kernel.Link,
-                mac: str) -> kernel.Link:
-        """Create it; what cannot be finished is gone again."""
-        try:
-            kernel.create_macvlan(self.name, parent, mac)
+        link, is_new = netlink.link(self.name), False
+        if link is None:
+            try:
+                kernel.create_macvlan(self.name, parent, self._mac or new_mac)
+                is_new = True
+            except exceptions.KernelRefused:
+                # Unless another process, without the lock, was faster.
+                if netlink.link(self.name) is None:
+                    raise
             link = netlink.link(self.name)
-            if link is None:
-                raise exceptions.KernelRefused(
-                    'keep %s' % self.name, 'it vanished at once', 0)
-            self._repair(netlink, link, parent)
-            return netlink.link(self.name) or link
+        if link is None:
+            raise exceptions.KernelRefused(
+                'keep %s' % self.name, 'it vanished at once', 0)
+        self.require_ours(link, parent)
+        try:
+            differences = list(self.differences(link, parent, {
+                address for index, address in netlink.addresses()
+                if index == link.index}))
+            for each in differences:
+                each.repair(netlink)
         except Exception:
-            netlink.delete_link(self.name)
+            if is_new:
+                netlink.delete_link(self.name)
             raise
+        if differences:
+            link = netlink.link(self.name) or link
+        if is_new:
+            LOG.info('Created %s: a macvlan in bridge mode on %s, MAC address '
+                     '%s, MTU %d', link.name, parent.name, link.mac, link.mtu)
+            return Ensured(link, True, ('it was missing',))
+        repaired = tuple(each.text for each in differences)
+        if repaired:
+            LOG.info('Repaired %s on %s: %s', link.name, parent.name,
+                     '; '.join(repaired))
+        return Ensured(link, any(each.loses_routes for each in differences),
+                       repaired)
 
     def _raise(self, netlink: kernel.Netlink, link: kernel.Link) -> None:
         """Set it up, with another MAC address if a pod has taken its own.
@@ -299,15 +305,6 @@ class Device:
             netlink.set_mac(link, derived_mac(secrets.token_hex(16),
                                               self.name))
             netlink.raise_link(link)
-
-    def _repair(self, netlink: kernel.Netlink, link: kernel.Link,
-                parent: kernel.Link) -> list[Difference]:
-        differences = list(self.differences(link, parent, {
-            address for index, address in netlink.addresses()
-            if index == link.index}))
-        for each in differences:
-            each.repair(netlink)
-        return differences
 
     @staticmethod
     def _set_mac(netlink: kernel.Netlink, link: kernel.Link,

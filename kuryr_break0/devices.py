@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Any, Collection, Optional
+from typing import Any, Optional
 
 from kuryr_break0 import config
 from kuryr_break0 import device
@@ -27,7 +27,6 @@ from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger.journal import Journal
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
-from kuryr_break0.model import IPAddress
 from kuryr_break0.policy import Policy
 
 LOG = log.get_logger(__name__)
@@ -109,13 +108,11 @@ class Devices:
                 *map(str, options.addr)]
 
     def ensure(self, netlink: kernel.Netlink, parent: str,
-               claim: bool = False,
-               refused: Collection[IPAddress] = (),
-               name: Optional[str] = None) -> device.Ensured:
+               claim: bool = False, name: Optional[str] = None
+               ) -> device.Ensured:
         """Make sure of the break0 of a parent. Call it under the lock.
 
         :param claim: take it over if it belongs to another ledger
-        :param refused: addresses that get nothing, as far as it is known
         :param name: what it is called; None if a snapshot did not say
         :raises Break0Error: if it cannot be made so
         :raises OtherLedger: if it belongs to another ledger and stays so
@@ -159,7 +156,7 @@ class Devices:
                 # A repair, unless it is made for the first pod.
                 if not claim or ledger.records.count() > 1:
                     self._journal.add(Done.DEVICE)
-        self._ensure_guard(netlink, ensured.link, parent, refused)
+        self._ensure_guard(netlink, ensured.link, parent)
         return ensured
 
     def other_ledger(self, name: str, other: Alias) -> exceptions.OtherLedger:
@@ -184,33 +181,37 @@ class Devices:
         return True
 
     def _ensure_guard(self, netlink: kernel.Netlink, link: kernel.Link,
-                      parent: str, refused: Collection[IPAddress]) -> None:
+                      parent: str) -> None:
         """Make sure of the guard of a break0.
+
+        It lets in who has a route through break0. Whoever gets one later is
+        let in then; who gets none, for a route of others, is not.
 
         :raises GuardUnavailable: if it cannot be had and [break0] guard is
             on; else that is logged, once
         """
-        guarding = Guard(self._options, self._ledger, link.name)
-        if not guarding.is_wanted and not guarding.is_loaded():
-            return
+        options = self._options
+
+        def admitted() -> set[kernel.Pair]:
+            claims, _ = self._ledger.records.read()
+            routes = netlink.host_routes_of(link.index, options.route_table)
+            return {*pairs(claims[route.dst][0] for route in routes
+                           if route.dst in claims
+                           and claims[route.dst][0].parent == parent),
+                    *unclaimed_pairs(routes, netlink.neighbours(link.index),
+                                     options.route_protocol, claims)}
+
         try:
             found, index = netlink.addresses(), kernel.index_of(parent)
-            hosts = self._policy.solicited(
-                {each.address for each in found},
-                [each.address for each in found if each.ifindex == index],
-                link.name)
-            if guarding.is_wanted and guarding.is_intact(link, hosts):
-                return
-            claims, _ = self._ledger.records.read()
-            guarding.ensure(link, {
-                *pairs(each[0] for address, each in claims.items()
-                       if each[0].parent == parent
-                       and address not in refused),
-                *self._unclaimed_pairs(netlink, link, claims)}, hosts)
+            Guard(options, self._ledger, link.name).ensure(
+                link, admitted, self._policy.solicited(
+                    {each.address for each in found},
+                    [each.address for each in found if each.ifindex == index],
+                    link.name))
             self.warn_once('unguarded', '')
         except (exceptions.GuardUnavailable, exceptions.KernelRefused,
                 exceptions.LedgerUnavailable, OSError) as err:
-            if self._options.guard == config.ON:
+            if options.guard == config.ON:
                 raise
             self.warn_once('unguarded', str(err))
 
@@ -226,43 +227,3 @@ class Devices:
             self._ledger.cache.put(what, known)
             if text:
                 LOG.warning('%s', text)
-
-    def _unclaimed_pairs(self, netlink: kernel.Netlink, link: kernel.Link,
-                         claimed: Collection[IPAddress]) -> set[kernel.Pair]:
-        options = self._options
-        return unclaimed_pairs(
-            netlink.host_routes_of(link.index, options.route_table),
-            netlink.neighbours(link.index), options.route_protocol, claimed)
-
-    def repair_guard(self, netlink: kernel.Netlink, parent: Any,
-                     refused: Collection[IPAddress]) -> bool:
-        """Let the guard know just the pods of a parent.
-
-        :param parent: as :class:`kuryr_break0.snapshot.Parent`
-        :param refused: addresses that get nothing
-
-        :returns: whether it knew others
-        :raises KernelRefused: if the kernel refuses it
-        """
-        guarding = Guard(self._options, self._ledger, parent.device)
-        if (parent.link is None or not guarding.is_loaded()
-                or not (parent.barred or parent.admitted)):
-            return False
-        wrong = parent.barred | parent.admitted
-        # With what decides about these: the other records of their pods.
-        pods = {parent.live[address].namespace for address in wrong
-                if address in parent.live} - {None}
-        records = {address: self._ledger.records.get(address)
-                   for address in wrong.union(
-                       address for address, record in parent.live.items()
-                       if record.namespace in pods)}
-        missing, extra = guarding.difference(
-            pairs(record for address, record in records.items()
-                  if record is not None and record.parent == parent.name
-                  and address not in refused),
-            self._unclaimed_pairs(netlink, parent.link, {
-                address for address, record in records.items() if record}))
-        looked_at = {address.packed for address in records}
-        extra = {each for each in extra if each.address in looked_at}
-        guarding.change(missing, extra)
-        return bool(missing or extra)

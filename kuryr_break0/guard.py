@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import ipaddress
 import os
 import re
 import subprocess
-from typing import (Collection, Iterable, Iterator, Mapping, Optional,
-                    Sized)
+from typing import (Callable, Collection, Iterable, Iterator, Mapping,
+                    Optional, Sized)
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
@@ -34,6 +35,8 @@ from kuryr_break0.model import Neighbour
 from kuryr_break0.model import Record
 
 LOG = log.get_logger(__name__)
+
+Pairs = dict[IPAddress, list[Pair]]
 
 #: Begins the names of our tables, on the node and in pods.
 PREFIX = 'kuryr-break0'
@@ -174,6 +177,15 @@ def unclaimed_pairs(routes: Iterable[HostRoute],
             if item.protocol == protocol and item.dst not in claimed}
 
 
+def by_address(found: Iterable[Pair]) -> Pairs:
+    """Return the pairs of each address."""
+    pairs_of: Pairs = {}
+    for each in found:
+        pairs_of.setdefault(ipaddress.ip_address(each.address), []).append(
+            each)
+    return pairs_of
+
+
 def said(missing: Sized, extra: Sized) -> Iterator[str]:
     """Say that the guard knows other pods than it should, if it does."""
     if missing or extra:
@@ -254,7 +266,7 @@ class Guard:
         return kernel.node_nft().rules(self.table) == known[3:]
 
     def difference(self, wanted: Iterable[Pair], unclaimed: Iterable[Pair]
-                   ) -> tuple[set[Pair], set[Pair]]:
+                   ) -> tuple[Pairs, Pairs]:
         """Return which elements are missing, and which are too many.
 
         :param unclaimed: of addresses of which it is not known whose they
@@ -263,38 +275,42 @@ class Guard:
         """
         present, wanted = kernel.node_nft().elements(self.table), set(wanted)
         doubtful = {each.address for each in unclaimed}
-        return wanted - present, {each for each in present - wanted
-                                  if each.address not in doubtful}
+        return by_address(wanted - present), by_address(
+            each for each in present - wanted
+            if each.address not in doubtful)
 
-    def ensure(self, link: kernel.Link, admitted: Iterable[Pair],
-               hosts: Collection[IPAddress]) -> bool:
-        """Make sure of the table; whether that was to be done.
+    def ensure(self, link: kernel.Link,
+               admitted: Callable[[], Iterable[Pair]],
+               hosts: Collection[IPAddress]) -> None:
+        """Make sure of the table.
 
         It is loaded as a whole, so no pod is cut off meanwhile. Call it under
         the lock.
 
         :param link: break0
-        :param admitted: what may come from its pods
+        :param admitted: returns what may come from its pods
         :param hosts: as for :meth:`problem`
         :raises GuardUnavailable: if it cannot be had
         """
         if not self.is_wanted:
-            return self.remove()
+            if self.is_loaded():
+                self.remove()
+            return
         if self.is_intact(link, hosts):
-            return False
+            return
         nft = kernel.find_program('nft')
         if nft is None:
             self._cache.drop(self._key)
             raise exceptions.GuardUnavailable(
                 device=self._device, reason='there is no program nft')
-        admitted = list(admitted)
+        elements = list(admitted())
         # An old nft may not understand what answers, or what forwards.
-        texts = [self._text(link, admitted, hosts),
-                 self._text(link, admitted, hosts, held=''),
-                 self._text(link, admitted, (), held='')]
+        texts = [self._text(link, elements, hosts),
+                 self._text(link, elements, hosts, held=''),
+                 self._text(link, elements, (), held='')]
         if self._options.guard == config.AUTO:
             # Linux before 5.16 has no hook for what leaves.
-            texts.append(self._text(link, admitted, (), egress=''))
+            texts.append(self._text(link, elements, (), egress=''))
         for place, text in enumerate(texts):
             said_by_nft = _load(nft, text)
             if said_by_nft is None:
@@ -307,7 +323,6 @@ class Guard:
             self._digest(link, hosts),
             place == 0, place < 2 and self._answer(link),
             *kernel.node_nft().rules(self.table)])
-        return True
 
     def _answer(self, link: kernel.Link) -> bool:
         """Let the table answer solicitations, which nft cannot express."""

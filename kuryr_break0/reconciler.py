@@ -15,10 +15,9 @@ import collections
 import contextlib
 import dataclasses
 import gc
-from typing import Any, Collection, Iterable, Iterator, Mapping, Optional
+from typing import Any, Collection, Iterable, Iterator, Optional
 
 from kuryr_break0 import actual
-from kuryr_break0.claims import Claims
 from kuryr_break0 import config
 from kuryr_break0.engine import Engine
 from kuryr_break0 import exceptions
@@ -32,14 +31,15 @@ from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger.journal import Journal
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
+from kuryr_break0.model import address_order
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Item
+from kuryr_break0.model import Neighbour
 from kuryr_break0.model import NodeAddresses
-from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
-from kuryr_break0.plan import by_order
 from kuryr_break0.plan import Outcome
+from kuryr_break0.plan import Plan
 from kuryr_break0.policy import Policy
 from kuryr_break0 import rebuild
 from kuryr_break0.routes import foreign_route
@@ -69,7 +69,8 @@ class Reconciler:
         :param dry_run: change nothing
         :param claim: take over what belongs to another ledger
         :param prune: delete what has no record and could not be matched
-        :returns: what there was to do; errors are in it
+        :returns: what was done; of a dry run, what there is to do. Errors
+            are in it
         """
         failure = Failures()
         outcome = Outcome()
@@ -97,76 +98,89 @@ class _Sync:
         self._claim = claim
         self._prune = prune
         self._contents: Optional[Contents] = None
+        self._repaired: list[tuple[str, str]] = []
         #: what was changed, as far as it was in the plan
         self._applied: set[Item] = set()
+        self._guarded: set[tuple[str, IPAddress]] = set()
 
     def run(self) -> Outcome:
         seen = self._read()
         if not self._dry_run:
             self._tidy(seen)
-        devices = self._ensure_devices(seen)
-        if devices and not self._dry_run:
+        if self._ensure_devices(seen):
             seen = self._read()
         rebuilt = self._rebuild(seen)
         if rebuilt and not self._dry_run:
             seen = self._read()
+        plans = {name: self._plan(seen, parent, rebuilt)
+                 for name, parent in seen.parents.items()}
         for address, reason in seen.refused.items():
             LOG.error('%s', Policy(self._options).refused(address, reason))
-        for parent in seen.parents.values():
-            for route in parent.plan.foreign:
-                if not self._is_left(seen, parent):
-                    LOG.error('%s', foreign_route(route))
-        pruned: set[Item] = set()
-        if self._prune:
-            pruned = self._pruned(seen, {each.address for each in rebuilt})
+        for plan in plans.values():
+            for route in plan.foreign:
+                LOG.error('%s', foreign_route(route))
         if not self._dry_run:
             self._note(seen)
             # What a gone one had, the next that has its address gets.
             moved = {record.address for record in seen.gone if record
                      == seen.contents.claims[record.address][0]}
             self._remove_gone(moved)
-            self._applied.update(
-                item for parent in seen.parents.values()
-                for item in parent.plan.changes
-                if item.dst in moved - self._failure.failed)
-            for parent in seen.parents.values():
-                self._apply(parent, seen, moved)
+            self._applied.update(item for plan in plans.values()
+                                 for item in plan.changes
+                                 if item.dst in moved - self._failure.failed)
+            for name, parent in seen.parents.items():
+                self._apply(parent, plans[name], seen, moved)
             self._remove_gone({record.address for record in seen.gone}
                               - moved)
             self._note_taps(seen)
-        return self._outcome(seen, devices, rebuilt, pruned)
+        return self._outcome(seen, plans.values(), rebuilt)
+
+    def _plan(self, seen: Snapshot, parent: Parent,
+              rebuilt: Collection[Record]) -> Plan:
+        """Return what is to be done on a parent.
+
+        Of the break0 of another ledger, only what is unclaimed is reported.
+        """
+        plan, found = parent.plan, {record.address for record in rebuilt}
+        unclaimed = tuple(item for item in plan.unclaimed
+                          if item.dst not in found)
+        if self._is_left(seen, parent):
+            return Plan(unclaimed=unclaimed)
+        if not self._prune:
+            return dataclasses.replace(plan, unclaimed=unclaimed)
+        return dataclasses.replace(
+            plan, unclaimed=(),
+            delete=(*plan.delete, *(item for item in unclaimed
+                                    if isinstance(item, HostRoute))),
+            forget=(*plan.forget, *(item for item in unclaimed
+                                    if isinstance(item, Neighbour))))
 
     def _remove_gone(self, addresses: Iterable[IPAddress]) -> None:
         for address in addresses:
             with self._failure.noted(address):
                 self._engine.remove_gone_claims(self._netlink, address)
 
-    def _outcome(self, seen: Snapshot, devices: list[tuple[str, str]],
-                 rebuilt: list[Record], pruned: set[Item]) -> Outcome:
-        """Return what was done; of a dry run, what there is to do."""
-        claimed = {record.address for record in rebuilt}
-        items: dict[str, list[Any]] = {
-            name: [] for name in ('replace', 'delete', 'foreign', 'learn',
-                                  'forget', 'unclaimed')}
+    def _outcome(self, seen: Snapshot, plans: Collection[Plan],
+                 rebuilt: list[Record]) -> Outcome:
+        items: dict[str, Any] = {name: tuple(
+            item for plan in plans for item in getattr(plan, name)
+            if self._dry_run or item in self._applied
+            or name in ('foreign', 'unclaimed'))
+            for name in ('replace', 'delete', 'foreign', 'learn', 'forget',
+                         'unclaimed')}
         for parent in seen.parents.values():
-            is_left = self._is_left(seen, parent)
-            for name, found in items.items():
-                found += [
-                    item for item in getattr(parent.plan, name)
-                    if name == 'unclaimed' and item.dst not in claimed
-                    and item not in pruned
-                    or not is_left and (
-                        name == 'foreign' or name != 'unclaimed' and (
-                            self._dry_run or item in self._applied))]
-        for item in sorted(pruned, key=by_order):
-            items['delete' if isinstance(item, HostRoute)
-                  else 'forget'].append(item)
+            if not self._is_left(seen, parent):
+                self._repaired += [(parent.device, text) for text in said(*(
+                    [address for address in pairs if self._dry_run
+                     or (parent.device, address) in self._guarded]
+                    for pairs in (parent.guard_missing,
+                                  parent.guard_extra)))]
         return Outcome(
-            devices=tuple(devices), rebuilt=tuple(rebuilt), gone=seen.gone,
-            unjudged=seen.unjudged, pods=tuple(self._engine.pods.repair(
+            devices=tuple(self._repaired), rebuilt=tuple(rebuilt),
+            gone=seen.gone, unjudged=seen.unjudged,
+            pods=tuple(self._engine.pods.repair(
                 self._interfaces(seen), self._failure, self._dry_run)),
-            **dict[str, Any]((name, tuple(found))
-                             for name, found in items.items()))
+            **items)
 
     def _interfaces(self, seen: Snapshot
                     ) -> Iterator[tuple[list[Record], NodeAddresses]]:
@@ -180,24 +194,21 @@ class _Sync:
                     yield some, parent.node
 
     def _tidy(self, seen: Snapshot) -> None:
-        """Note what an earlier version did not, and sweep."""
+        """Move what is damaged to quarantine, and sweep."""
         with self._ledger.lock():
-            for address in (*self._records.addresses(),
-                            *seen.contents.unreadable):
-                claims = seen.contents.claims.get(address, ())
+            self._records.addresses()
+            for address in seen.contents.unreadable:
                 with self._failure.noted(), contextlib.suppress(
                         exceptions.RecordNewer):
-                    if address in seen.contents.unreadable or any(
-                            claim.parent_index is None for claim in claims):
-                        # Which moves it to quarantine if it is damaged.
-                        self._note_parents(self._records.claims(address))
+                    self._records.claims(address)
             self._records.sweep()
 
     def _note(self, seen: Snapshot) -> None:
+        """Cache what spares the next bind a dump."""
         # Of how many, and of which one, may change with each sync.
         self._devices.warn_once('unjudged', seen.unjudged_problem, 'some')
         self._ledger.cache.put('next_hops', sorted(map(
-            str, seen.routes.next_hops)))  # which spares the next bind it
+            str, seen.routes.next_hops)))
         self._ledger.note_next_hops(seen.routes.next_hops
                                     | seen.routes.left_out)
         self._ledger.cache.put('elsewhere', list(map(str, seen.elsewhere)))
@@ -218,7 +229,11 @@ class _Sync:
                         record, tap=tap), *claims[1:]])
 
     def _claims(self, seen: Snapshot, parent: Parent) -> bool:
-        """Return whether a break0 of another ledger is to be taken over."""
+        """Return whether a break0 of another ledger is to be taken over.
+
+        A ledger that was lost, as its directory was wiped, is followed by
+        this one: it takes over what says that it belongs to this directory.
+        """
         return parent.other is not None and (self._claim
                                              or seen.follows(parent))
 
@@ -230,27 +245,14 @@ class _Sync:
         return parent.other is not None and not (
             self._dry_run and self._claims(seen, parent))
 
-    def _note_parents(self, claims: Claims) -> None:
-        """Note the ifindex of parents that an earlier version did not."""
-        noted = [dataclasses.replace(claim, parent_index=kernel.index_of(
-            claim.parent)) if claim.parent_index is None else claim
-            for claim in claims]
-        if noted != [*claims]:
-            self._records.put(noted)
-
     def _read(self) -> Snapshot:
         seen = actual.read(self._options, self._ledger, self._netlink,
                            known=self._contents)
         self._contents = seen.contents
         return seen
 
-    def _ensure_devices(self, seen: Snapshot) -> list[tuple[str, str]]:
-        """Make sure of each break0; what it was and should not be.
-
-        A ledger that was lost, as its directory was wiped, is followed by
-        this one: it takes over what says that it belongs to this directory.
-        """
-        found: list[tuple[str, str]] = []
+    def _ensure_devices(self, seen: Snapshot) -> bool:
+        """Make sure of each break0; whether one may have been changed."""
         for parent in seen.parents.values():
             claim = self._claims(seen, parent)
             if parent.conflict is not None:
@@ -272,25 +274,15 @@ class _Sync:
             if parent.other is not None:
                 texts.append('it belonged to the ledger %s in %s'
                              % parent.other)
-            known_wrongly = [*said(parent.barred, parent.admitted)]
-            found += [(parent.device, text) for text in texts]
-            if self._dry_run:
-                found += [(parent.device, text) for text in known_wrongly]
-            if self._dry_run or not (texts or known_wrongly):
+            self._repaired += [(parent.device, text) for text in texts]
+            if self._dry_run or not texts:
                 continue
-            refused = {*seen.refused, *parent.plan.blocked}
             with self._failure.noted(), self._ledger.lock():
                 # None, if all of them have been unbound meanwhile.
                 if claim or any(map(self._records.get, parent.live)):
-                    if texts:
-                        self._devices.ensure(self._netlink, parent.name,
-                                             claim, refused, parent.device)
-                    # Not where pods have come and gone since it was read.
-                    if self._devices.repair_guard(self._netlink, parent,
-                                                  refused):
-                        found += [(parent.device, text)
-                                  for text in known_wrongly]
-        return found
+                    self._devices.ensure(self._netlink, parent.name, claim,
+                                         parent.device)
+        return bool(self._repaired) and not self._dry_run
 
     def _rebuild(self, seen: Snapshot) -> list[Record]:
         """Make records of what the kernel holds and the ledger does not."""
@@ -313,69 +305,62 @@ class _Sync:
             return True
         return False
 
-    def _pruned(self, seen: Snapshot, claimed: Collection[IPAddress]
-                ) -> set[Item]:
-        """Delete what is unclaimed; but on no break0 of another ledger."""
-        unclaimed = [item for parent in seen.parents.values()
-                     if not self._is_left(seen, parent)
-                     for item in parent.plan.unclaimed
-                     if item.dst not in claimed]
-        if not self._dry_run:
-            with self._ledger.lock():
-                unclaimed = [item for item in unclaimed
-                             if not self._records.claims(item.dst)]
-                self._change('', [(Verb.DELETE, item)
-                                  for item in unclaimed], {})
-        return set(unclaimed)
-
-    def _apply(self, parent: Parent, seen: Snapshot,
+    def _apply(self, parent: Parent, plan: Plan, seen: Snapshot,
                moved: Collection[IPAddress]) -> None:
-        """Change routes and neighbours of one parent, address by address.
+        """Change what addresses have on one parent, some at once.
 
-        Neighbours are set before routes. An address is left out whose claims
+        Of each, guard and neighbour are set before the route, and the route
+        is deleted before the neighbour. An address is left out whose claims
         are not those that were read: whoever has changed them has done it.
         """
         if parent.link is None or self._is_left(seen, parent):
             return  # what another ledger knows of it is not known here
-        taken = {route.dst: route for route in parent.plan.foreign}
-        owners = {address: record.owner
-                  for address, record in parent.live.items()}
-        plan = parent.plan
-        stages: tuple[tuple[Verb, tuple[Item, ...]], ...] = (
-            (Verb.REPLACE, (*plan.learn, *plan.replace)),
-            (Verb.DELETE, (*plan.delete, *plan.forget)))
-        for verb, items in stages:
-            changes: dict[IPAddress, list[kernel.Change]] = {}
-            for item in items:
-                if item.dst not in moved:
-                    changes.setdefault(item.dst, []).append((verb, item))
-            for some in _chunks(list(changes), CHANGED_AT_ONCE):
-                batch: list[kernel.Change] = []
-                with self._failure.noted(), self._ledger.lock():
-                    for address in some:
-                        with self._failure.noted(address):
-                            if not self._is_as_read(address, seen):
-                                continue
-                            if verb is Verb.REPLACE and address in taken:
-                                self._engine.routes.take_over(taken[address])
-                            batch += changes[address]
-                    if not self._change(' on ' + parent.device, batch,
-                                        owners):
-                        return  # the others would fail alike
-                    if parent.parent is not None and verb is Verb.REPLACE:
-                        # Without its route, the LAN was asked for it.
-                        Guard(self._options, self._ledger,
-                              parent.device).release(
-                            self._netlink, parent.parent.index,
-                            {item.dst: parent.live[item.dst].mac
-                             for item in plan.replace if item.dst in some})
+        taken = {route.dst: route for route in plan.foreign}
+        guard = Guard(self._options, self._ledger, parent.device)
+        changes: dict[IPAddress, list[kernel.Change]] = {
+            address: [] for address in (*parent.guard_missing,
+                                        *parent.guard_extra)}
+        found: list[Item] = [*plan.learn, *plan.replace]
+        ordered = [(Verb.REPLACE, item) for item in found]
+        found = [*plan.delete, *plan.forget]
+        ordered += [(Verb.DELETE, item) for item in found]
+        for change in ordered:
+            changes.setdefault(change[1].dst, []).append(change)
+        set_anew = {route.dst for route in plan.replace}
+        for some in _chunks(sorted(changes.keys() - moved, key=address_order),
+                            CHANGED_AT_ONCE):
+            ready: list[IPAddress] = []
+            with self._failure.noted(), self._ledger.lock():
+                for address in some:
+                    with self._failure.noted(address):
+                        if not self._is_as_read(address, seen):
+                            continue
+                        if address in set_anew and address in taken:
+                            self._engine.routes.take_over(taken[address])
+                        ready.append(address)
+                admitted, expelled = ([
+                    pair for address in ready
+                    for pair in pairs.get(address, ())] for pairs in (
+                        parent.guard_missing, parent.guard_extra))
+                with self._failure.noted():
+                    if (admitted or expelled) and guard.change(admitted,
+                                                               expelled):
+                        self._guarded.update((parent.device, address)
+                                             for address in ready)
+                if not self._change(parent, [
+                        change for address in ready
+                        for change in changes[address]]):
+                    return  # the others would fail alike
+                # Without its route, the LAN was asked for it.
+                guard.release(self._netlink, kernel.index_of(parent.name), {
+                    address: parent.live[address].mac
+                    for address in ready if address in set_anew})
 
     def _is_as_read(self, address: IPAddress, seen: Snapshot) -> bool:
         return (self._records.claims(address)
                 == seen.contents.claims.get(address, ()))
 
-    def _change(self, where: str, batch: list[kernel.Change],
-                owners: Mapping[IPAddress, Owner]) -> bool:
+    def _change(self, parent: Parent, batch: list[kernel.Change]) -> bool:
         """Make changes, and say so; False if break0 is down or gone."""
         done: collections.Counter[Done] = collections.Counter()
         usable = True
@@ -386,10 +371,11 @@ class _Sync:
                 continue
             self._applied.add(item)
             is_route = isinstance(item, HostRoute)
-            LOG.info('%s the %s of %s%s for %s',
+            owner = parent.live.get(item.dst)
+            LOG.info('%s the %s of %s on %s for %s',
                      'Deleted' if verb is Verb.DELETE else 'Set',
-                     'route' if is_route else 'neighbour', item.dst, where,
-                     owners.get(item.dst, 'nobody'))
+                     'route' if is_route else 'neighbour', item.dst,
+                     parent.device, owner.owner if owner else 'nobody')
             done[Done.UNCLAIMED if verb is Verb.DELETE else
                  Done.ROUTE if is_route else Done.NEIGHBOUR] += 1
         for reason, times in done.items():

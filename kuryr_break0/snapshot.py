@@ -13,6 +13,7 @@ from typing import Any, Iterable, Iterator, Optional
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
+from kuryr_break0.guard import Pairs
 from kuryr_break0.guard import said
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Contents
@@ -42,8 +43,8 @@ class Parent:
     :ivar other: the ledger that its break0 belongs to, if not this one
     :ivar differences: what its break0 is, and should not be
     :ivar guard: what is wrong with the table of its guard, if anything
-    :ivar barred: addresses that its guard does not let pass, and should
-    :ivar admitted: addresses that its guard lets pass, and should not
+    :ivar guard_missing: what its guard does not let pass, and should
+    :ivar guard_extra: what its guard lets pass, and should not
     :ivar live: the records of its pods, the newest claim on each address
     :ivar desired: what these addresses must have
     :ivar plan: the difference to what they have
@@ -62,8 +63,8 @@ class Parent:
     other: Optional[Alias]
     differences: tuple[str, ...]
     guard: Optional[str]
-    barred: frozenset[IPAddress]
-    admitted: frozenset[IPAddress]
+    guard_missing: Pairs
+    guard_extra: Pairs
     live: dict[IPAddress, Record]
     desired: dict[IPAddress, Wanted]
     plan: Plan
@@ -88,15 +89,16 @@ class Parent:
             if self.other is not None:
                 yield '%s belongs to the ledger %s in %s' % (
                     self.device, *self.other)
-            elif not self.live:
+            for text in said(self.guard_missing, self.guard_extra):
+                yield '%s: %s' % (self.device, text)
+            if not self.live:
                 return
             if self.parent is not None and not self.parent.carrier:
                 yield '%s, the parent of %s, %s' % (
                     self.name, self.device, 'has no carrier'
                     if self.parent.up else 'is down')
             for text in (*self.differences, *(
-                    [self.guard] if self.guard else []),
-                    *said(self.barred, self.admitted)):
+                    [self.guard] if self.guard else [])):
                 yield '%s: %s' % (self.device, text)
             if (any(address.version == 6 for address in self.live)
                     and kernel.read_sysctl('ipv6/conf/%s/disable_ipv6'

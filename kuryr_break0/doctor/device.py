@@ -187,8 +187,8 @@ def _check_border(view: ParentView, link: kernel.Link,
              *(record.address for record in view.node.gone),
              *(route.dst for route in view.seen.plan.foreign)}
     texts = [view.seen.guard] if view.seen.guard is not None else [*said(
-        view.settled(view.seen.barred),
-        view.settled(view.seen.admitted - known))]
+        view.settled(view.seen.guard_missing),
+        view.settled(view.seen.guard_extra.keys() - known))]
     if texts:
         yield findings.GUARD_MISSING.found('%s: %s' % (link.name, *texts))
     elif view.options.guard == config.AUTO and not Guard(

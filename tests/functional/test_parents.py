@@ -400,19 +400,6 @@ class TestRenamed(ParentsTestCase):
         self.manager().sync()
         self.assert_in_sync({'ens3': 'break0', self.NIC: self.device1})
 
-    def test_records_of_an_earlier_version(self) -> None:
-        for path in glob.glob('/run/kuryr-break0/addresses/*.json'):
-            with open(path) as file:
-                fields = json.load(file)
-            for claim in fields['claims']:
-                del claim['parent_index']
-            with open(path, 'w') as file:
-                json.dump(fields, file)
-        self.manager().sync()
-        self.rename('eth0', 'ens3')
-        self.bind_new('ens3')
-        self.assert_all_answer()
-
     def test_a_lost_record(self) -> None:
         self.rename('eth0', 'ens3')
         for path in glob.glob('/run/kuryr-break0/addresses/*%s*' % POD):
