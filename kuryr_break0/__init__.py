@@ -10,7 +10,7 @@ The kernel
 - It deletes all routes of a break0 that goes down, all routes whose source
   address leaves the node, and break0 with its parent: ``reconciler``.
 - It keeps the macvlans and the ifindex of a parent that is renamed, so names
-  in records are old: ``ledger.records``, ``device.devices``.
+  in records are old: ``ledger.records``, ``devices.Names``.
 - It uses inode numbers of namespaces again, in about half of all cases, and a
   path can be a placeholder or another namespace's. It calls a namespace that
   a process may not see gone, as in a container: ``kernel.existence``.

@@ -9,6 +9,7 @@ from typing import Any, Collection, Iterable, Iterator, Mapping, Optional
 from kuryr_break0 import config
 from kuryr_break0 import device
 from kuryr_break0.device import Device
+from kuryr_break0 import devices
 from kuryr_break0 import exceptions
 from kuryr_break0.guard import Guard
 from kuryr_break0.guard import Pairs
@@ -59,16 +60,12 @@ class _KernelView:
         except exceptions.LedgerUnavailable:
             self.identity = None  # it is damaged, and will be created again
         self._netlink = netlink
+        self.links = netlink.links
         self._links: dict[str, Optional[kernel.Link]] = {}
-        self.primary_link = self.link(options.device)
         self.addresses = netlink.addresses()
-        #: break0 by its parent, as the ledger or else the kernel knows
-        self.devices = (self.identity.devices if self.identity
-                        else device.of_lost_ledger(netlink.links(),
-                                                   options.state_dir))
-        found = {name: self.link(name)
-                 for name in (options.device, *self.devices.values())}
-        self.indexes = [link.index for link in found.values()
+        found = {options.device, *devices.recorded(
+            options, self.identity, netlink.links).values()}
+        self.indexes = [link.index for link in map(self.link, found)
                         if link is not None]
         # A next hop through a break0 is a pod, as one that serves a VPN.
         self.routes = netlink.routes(self.indexes)
@@ -122,7 +119,7 @@ class _Reading:
             if reason is not None:
                 self._refused[address] = reason
         parents = dict(self._parents())
-        primary = self._view.primary_link
+        primary = self._view.link(self._options.device)
         return Snapshot(
             self._options, self._contents, self._is_steady,
             self._view.identity, parents, self._own, self._elsewhere,
@@ -158,23 +155,17 @@ class _Reading:
         used: dict[str, dict[IPAddress, Record]] = {}
         for address, record in self._live.items():
             used.setdefault(record.parent, {})[address] = record
-        known = (device.devices(view.identity, view.link, used)
-                 if view.identity else view.devices)
-        primary = device.primary_of(options, known, view.primary_link, used)
-        if primary is None and used.keys() - known.keys():
-            primary = min(used.keys() - known.keys(), key=lambda name: min(
+        names = devices.Names(options, view.identity, view.link, view.links,
+                              used)
+        new, link = used.keys() - names.known.keys(), view.link(options.device)
+        if names.primary is None and new:
+            names.primary = min(new, key=lambda name: min(
                 record.bound_at for record in used[name].values()))
-        names = {*used, *known}
-        if primary is not None:
-            names.add(primary)
-        elif view.primary_link is not None:
-            # Not made by us: it is that of the interface that it is on.
-            lower = device.lower_name(view.primary_link)
-            names.update([lower] if lower else [])
-        for name in sorted(names):
+        # One that was not made by us is that of the interface that it is on.
+        primary = names.primary or (device.lower_name(link) if link else None)
+        for name in sorted({*used, *names.known, *filter(None, [primary])}):
             live = used.get(name, {})
-            found = self._parent(name, device.name_for(
-                options, name, primary, known), live)
+            found = self._parent(name, names.of(name), live)
             if live or found.present is not None or name == options.parent:
                 yield name, found
 

@@ -6,11 +6,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
-import re
 import secrets
-from typing import (Callable, Collection, Iterable, Iterator, Mapping,
-                    NamedTuple, Optional)
+from typing import Callable, Collection, Iterator, NamedTuple, Optional
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
@@ -52,7 +49,6 @@ BORDER = {'ipv4/conf/%s/rp_filter': 1,
           'ipv6/conf/%s/accept_source_route': 0,
           'ipv6/conf/%s/proxy_ndp': 0,
           'ipv6/conf/%s/autoconf': 0}
-_MAX_NAME = 15  # IFNAMSIZ, with the closing NUL
 
 
 class Difference(NamedTuple):
@@ -79,91 +75,6 @@ class Ensured(NamedTuple):
     link: kernel.Link
     routes_lost: bool
     repaired: tuple[str, ...]
-
-
-def devices(identity: Optional[Identity],
-            link_of: Callable[[str], Optional[kernel.Link]],
-            used: Collection[str]) -> dict[str, str]:
-    """Return the break0s of a ledger by the names their parents have now.
-
-    A break0 stays on its parent when that is renamed.
-
-    :param link_of: returns an interface by its name
-    :param used: parents that pods are on, by their names of now. One of
-        these that is gone was not renamed: it was a macvlan beside break0.
-    """
-    found = {}
-    for parent, name in (identity.devices if identity else {}).items():
-        known, link = link_of(parent), link_of(name)
-        now = known.name if known is not None else parent
-        if link is not None and is_ours(link, identity) and (
-                now not in used if known is None
-                else known.lower_of_macvlans
-                != (link.lower, link.lower_namespace)):
-            now = lower_name(link) or now
-        if link is not None or now not in found:
-            found[now] = name
-    return found
-
-
-def of_lost_ledger(links: Iterable[kernel.Link],
-                   directory: str) -> dict[str, str]:
-    """Return the break0s, by parent, that name a directory as their ledger's.
-
-    The ledger that is there now may be a new one.
-    """
-    found = {}
-    for link in links:
-        alias, parent = Alias.parse(link.alias), lower_name(link)
-        if alias and parent and alias.directory == directory:
-            found[parent] = link.name
-    return found
-
-
-def name_for(options: config.Options, parent: str, primary: Optional[str],
-             known: Optional[Mapping[str, str]] = None) -> str:
-    """Return the name of the break0 of a parent; always the same.
-
-    :param primary: the parent that has [break0] device
-    :param known: the break0s that there are; see :func:`devices`
-    """
-    named = options.devices.get(parent)
-    if named is not None:
-        return named
-    if primary == parent:
-        return options.device
-    known = known or {}
-    if known.get(parent, options.device) != options.device:
-        return known[parent]  # it may be of the parent's earlier name
-    if primary is None:
-        return options.device
-    name = '%s-%s' % (options.device, parent)
-    if (len(name) <= _MAX_NAME and name not in known.values()
-            and re.fullmatch(r'[\w.-]+', name, re.ASCII)):
-        return name
-    # The first characters of long names are often the same.
-    return '%s-%s' % (options.device[:6], hashlib.sha256(
-        os.fsencode(parent)).hexdigest()[:8])
-
-
-def primary_of(options: config.Options, known: Mapping[str, str],
-               link: Optional[kernel.Link],
-               used: Collection[str]) -> Optional[str]:
-    """Return the parent whose break0 is [break0] device; None if none is yet.
-
-    :param known: the break0s that there are; see :func:`devices`
-    :param link: the interface of that name
-    :param used: parents that pods are on
-    """
-    if options.parent is not None:
-        return options.parent
-    for parent, name in known.items():
-        if name == options.device and (
-                parent in used or kernel.index_of(parent) is not None):
-            return parent
-    if link is not None and Alias.parse(link.alias) is not None:
-        return lower_name(link)
-    return None
 
 
 def lower_name(link: kernel.Link) -> Optional[str]:

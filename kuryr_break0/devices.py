@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Any, Optional
+import hashlib
+import os
+import re
+from typing import Any, Callable, Collection, Iterable, Optional
 
 from kuryr_break0 import config
 from kuryr_break0 import device
@@ -31,6 +34,8 @@ from kuryr_break0.policy import Policy
 
 LOG = log.get_logger(__name__)
 
+_MAX_NAME = 15  # IFNAMSIZ, with the closing NUL
+
 
 @dataclasses.dataclass
 class Break0:
@@ -43,6 +48,81 @@ class Break0:
     index: int
     mac: str
     routes_lost: bool
+
+
+class Names:
+    """The names of the break0s of a ledger.
+
+    :ivar known: those that there are, by the names their parents have now: a
+        break0 stays on its parent when that is renamed
+    :ivar primary: the parent that has [break0] device; None if none has yet
+
+    :param identity: of the ledger
+    :param link_of: returns an interface by its name
+    :param links: lists all, for a ledger that may be a new one
+    :param used: parents that pods are on, by their names of now. One of
+        these that is gone was not renamed: it was a macvlan beside break0.
+    """
+
+    def __init__(self, options: config.Options, identity: Optional[Identity],
+                 link_of: Callable[[str], Optional[kernel.Link]],
+                 links: Callable[[], Iterable[kernel.Link]],
+                 used: Collection[str]) -> None:
+        self._options = options
+        self.known: dict[str, str] = {}
+        for parent, name in recorded(options, identity, links).items():
+            known, link = link_of(parent), link_of(name)
+            now = known.name if known is not None else parent
+            if link is not None and device.is_ours(link, identity) and (
+                    now not in used if known is None
+                    else known.lower_of_macvlans
+                    != (link.lower, link.lower_namespace)):
+                now = device.lower_name(link) or now
+            if link is not None or now not in self.known:
+                self.known[now] = name
+        self.primary = options.parent or next(
+            (parent for parent, name in self.known.items()
+             if name == options.device and (
+                 parent in used or kernel.index_of(parent) is not None)),
+            None)
+        link = link_of(options.device)
+        if self.primary is None and link and Alias.parse(link.alias):
+            self.primary = device.lower_name(link)
+
+    def of(self, parent: str) -> str:
+        """Return the name of the break0 of a parent; always the same."""
+        options = self._options
+        named = options.devices.get(parent)
+        if named is not None:
+            return named
+        known = self.known.get(parent, options.device)
+        if self.primary != parent and known != options.device:
+            return known  # it may be of the parent's earlier name
+        if self.primary in (None, parent):
+            return options.device
+        name = '%s-%s' % (options.device, parent)
+        if (len(name) <= _MAX_NAME and name not in self.known.values()
+                and re.fullmatch(r'[\w.-]+', name, re.ASCII)):
+            return name
+        # The first characters of long names are often the same.
+        return '%s-%s' % (options.device[:6], hashlib.sha256(
+            os.fsencode(parent)).hexdigest()[:8])
+
+
+def recorded(options: config.Options, identity: Optional[Identity],
+             links: Callable[[], Iterable[kernel.Link]]) -> dict[str, str]:
+    """Return the break0s by their parents, as the ledger knows these.
+
+    Of one that knows none, and may be new, those that name its directory.
+    """
+    if identity is not None and identity.devices:
+        return identity.devices
+    found = {}
+    for link in links():
+        alias, parent = Alias.parse(link.alias), device.lower_name(link)
+        if alias and parent and alias.directory == options.state_dir:
+            found[parent] = link.name
+    return found
 
 
 class Devices:
@@ -124,14 +204,10 @@ class Devices:
             # A pod is worth more than a MAC address that stays the same.
             LOG.error('%s', err)
             identity = Identity.new()
-        link = netlink.link(options.device)
-        others = (device.devices(identity, netlink.link, (parent,))
-                  if identity.devices else device.of_lost_ledger(
-                      netlink.links(), options.state_dir))
-        primary = device.primary_of(options, others, link, ())
-        name = name or device.name_for(options, parent, primary, others)
-        if name != options.device:
-            link = netlink.link(name)
+        names = Names(options, identity, netlink.link, netlink.links,
+                      (parent,))
+        name = name or names.of(parent)
+        link = netlink.link(name)
         other = device.owned_by_other(link, identity) if link else None
         if other is not None and not claim:
             raise self.other_ledger(name, other)
@@ -141,7 +217,7 @@ class Devices:
         known = dataclasses.replace(
             identity,
             devices={**{other_parent: each for other_parent, each
-                        in others.items() if each != name},
+                        in names.known.items() if each != name},
                      parent: name},
             macs={**identity.macs, name: ensured.link.mac})
         if other is not None and other.directory == options.state_dir:

@@ -37,7 +37,7 @@ from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Neighbour
 from kuryr_break0.model import Record
 from kuryr_break0.model import Wanted
-from kuryr_break0.pods import Pods
+from kuryr_break0.podside import Pods
 from kuryr_break0.policy import Policy
 from kuryr_break0.routes import forget_connections
 from kuryr_break0.routes import Routes

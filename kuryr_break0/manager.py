@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from typing import Any, Callable, Collection, Iterable, Iterator, Optional
+from typing import Callable, Collection, Iterable, Iterator, Optional
 
 from kuryr_break0 import claims
 from kuryr_break0 import config
@@ -289,7 +289,7 @@ class Break0Manager:
         ends.
         """
         cache = self._ledger.cache
-        position = _number(cache.get('pruned'))
+        position = cache.number('pruned')
         addresses, count = self._records.some(position, EXAMINED)
         if count > EXAMINED:
             cache.put('pruned', [(position + EXAMINED) % count])
@@ -307,7 +307,7 @@ class Break0Manager:
         1 ms for 1,000. What a sync could not set is not missed again.
         """
         cache = self._ledger.cache
-        expected = _number(cache.get('missing'))
+        expected = cache.number('missing')
         missing = self._missing()
         if missing > expected:
             LOG.warning('%d addresses have no route through break0: '
@@ -371,9 +371,3 @@ def _sane(owner: Owner, addresses: list[IPAddress], parent: str,
     if reason is not None:
         raise exceptions.InputRefused(owner=str(owner)[:160], reason=reason)
     return list(dict.fromkeys(addresses)), mac
-
-
-def _number(facts: Optional[list[Any]]) -> int:
-    """Read a number that was cached; 0 for anything else."""
-    value = facts[0] if facts else 0
-    return value if isinstance(value, int) and value >= 0 else 0

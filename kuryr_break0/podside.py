@@ -7,18 +7,33 @@ and by the guard, if that can, for IPv6. Where the node is outside its subnets
 it would go by its gateway, a way that the node with ``rp_filter`` = 1 takes no
 packets from. So its namespace gets the MAC address of each address of the
 node, and a route where needed. Both carry our protocol number there too.
+
+The functions raise NetnsUnusable if a namespace cannot be entered, and
+KernelRefused with the first error of its kernel.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import Callable, Collection, Iterable, Iterator
+import dataclasses
+import ipaddress
+import itertools
+import logging
+from typing import Callable, Collection, Iterable, Iterator, Optional
 
+from kuryr_break0.claims import Claims
 from kuryr_break0 import config
+from kuryr_break0.devices import Break0
+from kuryr_break0.devices import Devices
 from kuryr_break0 import exceptions
+from kuryr_break0.failures import Failures
 from kuryr_break0.guard import table_of
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
+from kuryr_break0.ledger.journal import Done
+from kuryr_break0.ledger.journal import Journal
+from kuryr_break0.ledger import Ledger
+from kuryr_break0.ledger.records import MAX_SIBLINGS
 from kuryr_break0 import log
 from kuryr_break0.model import best_metric
 from kuryr_break0.model import HostRoute
@@ -26,13 +41,19 @@ from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Item
 from kuryr_break0.model import Neighbour
 from kuryr_break0.model import NodeAddresses
+from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
+from kuryr_break0 import policy
+from kuryr_break0.policy import Policy
 
 LOG = log.get_logger(__name__)
 
 #: Entries of a list that are read in a pod, whose own business it is how many
 #: there are. What is beyond is set again, and deleted in time.
 MOST = 512
+#: Pods whose namespaces one sync enters to compare the pod side, beside those
+#: that are known to differ. Each takes about half a millisecond.
+ENTERED = 128
 
 
 class PodSide:
@@ -55,6 +76,7 @@ class PodSide:
                 netns=self._record.netns,
                 reason='has no interface %s' % self._record.owner.ifname)
         self._index = link.index
+        self._mac = bytes.fromhex(link.mac.replace(':', ''))
         # One with another MAC address may be the next of that name already.
         self._guarded = (options.guard != config.OFF
                          and link.mac == self._record.mac)
@@ -64,20 +86,16 @@ class PodSide:
 
         The interface has no address yet when Kuryr has just made it; neither
         neighbours nor routes need one.
-
-        :raises KernelRefused: the first error of its kernel
         """
-        _apply(self._netlink, [
-            (Verb.REPLACE, item) for item in self._wanted(node)])
+        self.apply((Verb.REPLACE, item) for item in self._wanted(node))
         self._bind_source()
 
-    def is_unguarded(self) -> bool:
+    def _is_unguarded(self) -> bool:
         """Return whether the interface can send with any MAC address."""
         if not self._guarded:
             return False
         with kernel.Nft() as nft:
-            return not nft.binds_source(self._table, self._index,
-                                        self._source())
+            return not nft.binds_source(self._table, self._index, self._mac)
 
     def _bind_source(self) -> bool:
         """Let the interface send with its own MAC address only.
@@ -92,56 +110,23 @@ class PodSide:
         try:
             with kernel.Nft() as nft:
                 nft.bind_source(self._table, self._record.owner.ifname,
-                                self._index, self._source())
+                                self._index, self._mac)
         except exceptions.KernelRefused as err:
             LOG.debug('The pod %s can forge MAC addresses: %s',
                       self._record.owner, err)
             return False
         return True
 
-    def _source(self) -> bytes:
-        return bytes.fromhex(str(self._record.mac).replace(':', ''))
-
-    def changes(self, node: NodeAddresses) -> list[kernel.Change]:
-        """Compare what is there with what the pod needs.
-
-        :raises KernelRefused: if its kernel cannot be asked
-        """
-        neighbours = {each.dst: each for each
-                      in self._netlink.neighbours(self._index)}
-        routes = {route.dst: route for route in self._netlink.host_routes_of(
-            self._index, kernel.RT_TABLE_MAIN)
-            if route.protocol == self._protocol}
-        changes: list[kernel.Change] = []
-        hosts = self._hosts(node)
-        for dst, route in routes.items():
-            if dst not in hosts:
-                changes.append((Verb.DELETE, route))
-        for dst, each in neighbours.items():
-            if (each.protocol == self._protocol
-                    and (dst not in hosts or node.mac is None)):
-                changes.append((Verb.DELETE, each))
-        for item in self._wanted(node):
-            present = (neighbours if isinstance(item, Neighbour)
-                       else routes).get(item.dst)
-            if present != item:
-                changes.append((Verb.REPLACE, item))
-        return changes
-
-    def apply(self, changes: Iterable[kernel.Change]) -> None:
-        """Make changes in the pod's namespace.
-
-        :raises KernelRefused: the first error of its kernel
-        """
-        _apply(self._netlink, changes)
-
     def repair(self, node: NodeAddresses, dry_run: bool) -> bool:
-        """Make it what the pod needs; whether there was anything to do.
-
-        :raises KernelRefused: the first error of its kernel
-        """
-        changes = self.changes(node)
-        unguarded = self.is_unguarded()
+        """Make it what the pod needs; whether there was anything to do."""
+        present, hosts = self.marked(), self._hosts(node)
+        changes: list[kernel.Change] = [
+            (Verb.DELETE, item) for item in present
+            if item.dst not in hosts or (node.mac is None
+                                         and isinstance(item, Neighbour))]
+        changes += [(Verb.REPLACE, item) for item in self._wanted(node)
+                    if item not in present]
+        unguarded = self._is_unguarded()
         if dry_run:
             # An earlier kernel may have the hook, which only a try can show.
             unguarded &= kernel.release() >= (5, 16)
@@ -151,16 +136,19 @@ class PodSide:
         self.apply(changes)
         return bool(unguarded and self._bind_source() or changes)
 
-    def addresses(self) -> set[IPAddress]:
-        """Return the addresses that the interface has."""
-        return {address for index, address in self._netlink.addresses()
-                if index == self._index}
+    def apply(self, changes: Iterable[kernel.Change]) -> None:
+        """Make changes in the pod's namespace."""
+        changes = list(changes)
+        for (verb, _), err in zip(changes, self._netlink.change(changes)):
+            if err is not None and not (verb is Verb.DELETE and err.absent):
+                raise err
 
-    def others(self) -> set[IPAddress]:
-        """Return the addresses of other interfaces of the pod."""
+    def addresses(self, of_others: bool = False) -> set[IPAddress]:
+        """Return the addresses of the interface, or of the pod's others."""
         return {address for index, address in self._netlink.addresses()
-                if index != self._index and not address.is_link_local
-                and not address.is_loopback}
+                if (index != self._index) is of_others and not (
+                    of_others and (address.is_link_local
+                                   or address.is_loopback))}
 
     def marked(self) -> list[Item]:
         """List what carries our protocol number on the interface."""
@@ -185,21 +173,12 @@ class PodSide:
                                 metric=best_metric(host))
 
 
-def configure(records: Collection[Record], node: NodeAddresses,
-              options: config.Options) -> set[IPAddress]:
-    """Configure a pod that has just been bound. It may be repeated.
-
-    :param records: those of one interface, not empty
-    :returns: the addresses of its other interfaces
-    :raises NetnsUnusable: if its namespace cannot be entered
-    :raises KernelRefused: the first error of its kernel
-    """
-    record = next(iter(records))
+@contextlib.contextmanager
+def _entered(record: Record) -> Iterator[kernel.Netlink]:
+    """Be in the namespace of a record, with a socket there."""
     with kernel.entered(str(record.netns), record.namespace), \
             kernel.Netlink(most=MOST) as netlink:
-        side = PodSide(netlink, records, options)
-        side.configure(node)
-        return side.others()
+        yield netlink
 
 
 def repair(records: Collection[Record], node: NodeAddresses,
@@ -208,66 +187,34 @@ def repair(records: Collection[Record], node: NodeAddresses,
 
     :param records: those of one interface, not empty
     :returns: whether something differed
-    :raises NetnsUnusable: if its namespace cannot be entered
-    :raises KernelRefused: the first error of its kernel
     """
-    record = next(iter(records))
-    with kernel.entered(str(record.netns), record.namespace), \
-            kernel.Netlink(most=MOST) as netlink:
+    with _entered(next(iter(records))) as netlink:
         return PodSide(netlink, records, options).repair(node, dry_run)
 
 
-def has_address(record: Record, options: config.Options) -> bool:
-    """Return whether a sandbox still has the address of its record.
-
-    :raises NetnsUnusable: if its namespace cannot be entered
-    :raises KernelRefused: if its kernel cannot be asked
-    """
-    with kernel.entered(str(record.netns), record.namespace), \
-            kernel.Netlink(most=MOST) as netlink:
-        return record.address in PodSide(netlink, [record],
-                                         options).addresses()
-
-
 def withdraw(record: Record, options: config.Options,
-             is_bound: Callable[[IPAddress], bool]) -> None:
+             is_bound: Callable[[IPAddress], bool] = lambda address: False,
+             dry_run: bool = False) -> list[Item]:
     """Take back what the pod side of an address was configured with.
 
     What another bound address of the interface needs stays.
 
     :param is_bound: whether an address of the interface is bound still
-    :raises NetnsUnusable: if its namespace cannot be entered
-    :raises KernelRefused: the first error of its kernel
+    :returns: what that is, but for the table of nftables
     """
-    with kernel.entered(str(record.netns), record.namespace), \
-            kernel.Netlink(most=MOST) as netlink:
-        if kernel.index_of(record.owner.ifname) is None:
+    with _entered(record) as netlink:
+        side = None
+        needed: set[int] = set()
+        if kernel.index_of(record.owner.ifname) is not None:
+            side = PodSide(netlink, [record], options)
+            needed = {address.version for address in side.addresses()
+                      if is_bound(address)}
+        if not (needed or dry_run):
             _release(record)
-            return
-        side = PodSide(netlink, [record], options)
-        needed = {address.version for address in side.addresses()
-                  if is_bound(address)}
-        if not needed:
-            _release(record)
-        side.apply((Verb.DELETE, item) for item in side.marked()
-                   if item.dst.version not in needed)
-
-
-def take_back(record: Record, options: config.Options,
-              dry_run: bool = False) -> list[Item]:
-    """Take away what carries our protocol number in a pod's namespace.
-
-    :raises NetnsUnusable: if its namespace cannot be entered
-    :raises KernelRefused: the first error of its kernel
-    """
-    with kernel.entered(str(record.netns), record.namespace), \
-            kernel.Netlink(most=MOST) as netlink:
-        if not dry_run:
-            _release(record)
-        if kernel.index_of(record.owner.ifname) is None:
+        if side is None:
             return []
-        side = PodSide(netlink, [record], options)
-        items = side.marked()
+        items = [item for item in side.marked()
+                 if item.dst.version not in needed]
         if not dry_run:
             side.apply((Verb.DELETE, item) for item in items)
         return items
@@ -279,9 +226,181 @@ def _release(record: Record) -> None:
         nft.delete_table(table_of(record.owner.ifname))
 
 
-def _apply(netlink: kernel.Netlink,
-           changes: Iterable[kernel.Change]) -> None:
-    changes = list(changes)
-    for (verb, _), err in zip(changes, netlink.change(changes)):
-        if err is not None and not (verb is Verb.DELETE and err.absent):
-            raise err
+class Pods:
+    """The pod sides of a node."""
+
+    def __init__(self, options: config.Options, ledger: Ledger,
+                 devices: Devices) -> None:
+        self._options = options
+        self._policy = Policy(options)
+        self._ledger = ledger
+        self._devices = devices
+        self._records = ledger.records
+        self._journal = Journal(options.state_dir)
+
+    def node_addresses(self, netlink: kernel.Netlink, break0: Break0,
+                       parent: str,
+                       sources: Collection[Optional[IPAddress]]
+                       ) -> NodeAddresses:
+        """Return what pods must know of the node.
+
+        Its addresses are read again if it turns out to use another one.
+        """
+        index = kernel.index_of(parent)
+        cache = self._ledger.cache
+        cached: Optional[list[tuple[int, IPAddress]]] = None
+        elsewhere: Optional[list[IPAddress]] = None
+        with contextlib.suppress(TypeError, ValueError):
+            cached = [(int(at), ipaddress.ip_address(address)) for at, address
+                      in cache.fresh('addresses') or ()]
+            known = cache.fresh('elsewhere')
+            elsewhere = None if known is None else [
+                *map(ipaddress.ip_address, known)]
+        if not cached or elsewhere is None or {
+                src for src in sources if src} - {
+                address for _, address in cached}:
+            cached = [(each.ifindex, each.address)
+                      for each in netlink.addresses()]
+            elsewhere = policy.elsewhere(cached, netlink.preferred_sources(
+                self._devices.indexes(), self._options.route_protocol))
+            cache.put('addresses', [[at, str(address)]
+                                    for at, address in cached])
+            cache.put('elsewhere', list(map(str, elsewhere)))
+        return self._policy.node_addresses(
+            {address for _, address in cached},
+            [address for at, address in cached if at == index],
+            sources, elsewhere, break0.mac, break0.name)
+
+    def from_successor(self, claims: Claims,
+                       is_gone: Callable[[Record], bool]) -> Claims:
+        """Return the claims from the newest that still has the address."""
+        for place, claim in enumerate(claims):
+            if is_gone(claim):
+                continue
+            try:
+                with _entered(claim) as netlink:
+                    if claim.address not in PodSide(
+                            netlink, [claim], self._options).addresses():
+                        continue
+            except exceptions.Break0Error as err:
+                LOG.debug('The claim of %s counts: %s', claim.owner, err)
+            return claims[place:]
+        return ()
+
+    def configure(self, records: list[Record], node: NodeAddresses
+                  ) -> list[Record]:
+        """Configure the pod side, and record that only when it was done.
+
+        Without, IPv4 works by ARP where the node is in the pod's subnet, so
+        a failure is no error; it is repaired by each sync.
+
+        :returns: the records to admit again, if it has other interfaces
+        """
+        try:
+            with _entered(records[0]) as netlink:
+                side = PodSide(netlink, records, self._options)
+                side.configure(node)
+                others = side.addresses(of_others=True)
+        except exceptions.Break0Error as err:
+            LOG.warning('The sandbox %s is not configured to reach the node '
+                        'yet: %s', records[0].owner, err)
+            cache = self._ledger.cache  # so that no sync says it again
+            cache.put('unconfigured', [*(cache.get('unconfigured') or ()),
+                                       str(records[0].owner)])
+            return []
+        siblings = self._siblings(records[0], others)
+        macs = tuple(dict.fromkeys(each.mac for each in siblings
+                                   if each.mac is not None))
+        done = [dataclasses.replace(record, configured=node.digest,
+                                    siblings=macs) for record in records]
+        mac = records[0].mac
+        if mac is not None:
+            done += [dataclasses.replace(each, siblings=(
+                *each.siblings, mac)) for each in siblings
+                if mac not in each.siblings]
+        for record in done:
+            try:
+                claims = self._records.claims(record.address)
+                if claims and claims[0].owner == record.owner:
+                    self._records.put([record, *claims[1:]])
+            except exceptions.LedgerUnavailable as err:
+                LOG.debug('%s', err)
+        return done if siblings else []
+
+    def _siblings(self, record: Record,
+                  addresses: Iterable[IPAddress]) -> list[Record]:
+        """Return the records of other interfaces of a sandbox on its parent.
+
+        :param addresses: those of these interfaces; what is not recorded for
+            the sandbox counts for nothing
+        """
+        found = []
+        for address in itertools.islice(addresses, MAX_SIBLINGS):
+            with contextlib.suppress(exceptions.LedgerUnavailable):
+                other = self._records.get(address)
+                if other is not None and other.parent == record.parent and (
+                        other.namespace == record.namespace):
+                    found.append(other)
+        return found
+
+    def repair(self, found: Iterable[tuple[list[Record], NodeAddresses]],
+               failure: Failures, dry_run: bool) -> Iterator[Owner]:
+        """Configure the pod sides that are known to differ, and some more.
+
+        Those that are compared go round, so that each has its turn.
+
+        :param found: the records of each interface, with what it must know
+        :returns: those that were to be changed
+        """
+        cache = self._ledger.cache
+        outdated: list[tuple[list[Record], NodeAddresses]] = []
+        others: list[tuple[list[Record], NodeAddresses]] = []
+        for records, node in found:
+            (outdated if any(record.configured != node.digest for record
+                             in records) else others).append((records, node))
+        start = cache.number('entered') % max(len(others), 1)
+        turn = (others[start:] + others[:start])[:ENTERED]
+        if len(others) > ENTERED and not dry_run:
+            cache.put('entered', [(start + ENTERED) % len(others)])
+        failed = set(cache.get('unconfigured') or ())
+        still: list[str] = []
+        for records, node in (*outdated, *turn):
+            owner = records[0].owner
+            try:
+                changes = repair(records, node, self._options, dry_run)
+            except exceptions.Break0Error as err:
+                still.append(str(owner))
+                if str(owner) not in failed:  # once, not with each sync
+                    LOG.warning('The sandbox %s cannot be configured to '
+                                'reach the node: %s', owner, err)
+                continue
+            if changes:
+                yield owner
+                LOG.log(logging.DEBUG if dry_run else logging.INFO,
+                        'Configured %s for %s to reach the node',
+                        ', '.join(str(record.address) for record in records),
+                        owner)
+            if not dry_run:
+                if changes:
+                    self._journal.add(Done.POD)
+                self._put_configured(records, node, failure)
+        if sorted(failed) != sorted(still) and not dry_run:
+            cache.put('unconfigured', still)
+
+    def _put_configured(self, records: list[Record], node: NodeAddresses,
+                        failure: Failures) -> None:
+        """Record that the pod side was configured, after it was."""
+        outdated = [record for record in records
+                    if record.configured != node.digest]
+        if not outdated:
+            return
+        with failure.noted(), self._ledger.lock():
+            for record in outdated:
+                claims = self._records.claims(record.address)
+                if claims and claims[0] == record:
+                    self._records.put([dataclasses.replace(
+                        record, configured=node.digest), *claims[1:]])
+                elif not claims:
+                    # It was unbound meanwhile, which found nothing yet.
+                    with contextlib.suppress(exceptions.Break0Error):
+                        withdraw(record, self._options)

@@ -161,7 +161,8 @@ class Cleanup:
 
     def _pod(self, record: Record) -> Iterator[Removal]:
         try:
-            items = podside.take_back(record, self._options, self._dry_run)
+            items = podside.withdraw(record, self._options,
+                                     dry_run=self._dry_run)
         except (exceptions.NetnsUnusable, exceptions.KernelRefused) as err:
             yield Removal('namespace %s' % record.netns, str(err))
         else:

@@ -47,6 +47,11 @@ class Cache:
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
 
+    def number(self, name: str) -> int:
+        """Return a number that was kept; 0 for anything else."""
+        value = next(iter(self.get(name) or ()), 0)
+        return value if isinstance(value, int) and value >= 0 else 0
+
     def fresh(self, name: str) -> Optional[list[Any]]:
         """Return the facts of a name, unless they are to be read again."""
         return self.get(name, MAX_AGE)

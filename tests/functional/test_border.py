@@ -680,10 +680,10 @@ class TestInThePod(BorderTestCase):
         self.delete_interface()
         records = [record for record in self.seen().live.values()
                    if record.owner == OWNER]
-        self.assertEqual([], podside.take_back(records[0], base.options(),
-                                               dry_run=True))
+        self.assertEqual([], podside.withdraw(records[0], base.options(),
+                                              dry_run=True))
         self.assertIn(self.TABLE, self.ruleset())
-        self.assertEqual([], podside.take_back(records[0], base.options()))
+        self.assertEqual([], podside.withdraw(records[0], base.options()))
         self.assertEqual('', self.ruleset())
 
     def test_what_it_should_not_be_is_repaired(self) -> None:

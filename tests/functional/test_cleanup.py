@@ -258,7 +258,7 @@ class TestOtherLedger(CleanupTestCase):
     def test_killed(self) -> None:
         before = self.state()
         for owner, name, after in (
-                (podside, 'take_back', True), (kernel.Netlink, 'change', True),
+                (podside, 'withdraw', True), (kernel.Netlink, 'change', True),
                 (Guard, 'remove', False), (Guard, 'remove', True),
                 (kernel.Netlink, 'delete_link', True),
                 (ledger.Ledger, 'clear', False)):

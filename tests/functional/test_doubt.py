@@ -598,13 +598,13 @@ class TestPodSide(DoubtTestCase):
     def test_it_is_recorded_only_when_it_was_done(self) -> None:
         self.lab.run('ip', 'address', 'add', 'fd00:30::52/64', 'dev',
                      lab.PARENT, 'nodad')
-        for name in ('configure', 'repair'):
+        for name in ('PodSide.configure', 'repair'):
             with mock.patch('kuryr_break0.podside.' + name,
                             side_effect=lambda *args, **kwargs: base.die()):
                 self.assertEqual(-9, base.wait_for(base.in_child(
                     (lambda: self.bind(POD6, netns=self.netns, subnets=[
                         'fd00:30::/64'], mac_of_pod=MAC % 1))
-                    if name == 'configure'
+                    if name == 'PodSide.configure'
                     else (lambda: self.manager().sync()))))
             self.assertIn('its container is not configured to reach the node',
                           self.problems())

@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 from kuryr_break0 import device
+from kuryr_break0 import devices
 from kuryr_break0 import exceptions
 from kuryr_break0.ledger import cache
 from kuryr_break0.model import Owner
@@ -478,7 +479,10 @@ class TestRenamedWithAnAgent(test_discovery.DiscoveryTestCase):
 class TestNames(base.LabTestCase):
 
     def name(self, parent: str, primary: str = 'eth0', **options: Any) -> str:
-        return device.name_for(base.options(**options), parent, primary)
+        names = devices.Names(base.options(**options), None,
+                              lambda name: None, list, ())
+        names.primary = primary
+        return names.of(parent)
 
     def test_always_the_same_and_short_enough(self) -> None:
         for parent, expected in (('eth0', 'break0'), ('eth1', 'break0-eth1'),
