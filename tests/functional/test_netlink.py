@@ -10,9 +10,7 @@ import functools
 import gc
 import ipaddress
 import json
-import os
 import resource
-import select
 import socket
 import struct
 from typing import Any, Callable, Iterator
@@ -227,6 +225,8 @@ class TestNamespaceEvents(base.LabTestCase):
             self.assertEqual({number}, events.get().changed)
             self.lab.del_netns('one')
             lab.until(lambda: events.get().ended == {number})
+
+
 class TestHostile(base.LabTestCase):
 
     def test_an_answer_that_is_not_of_the_kernel(self) -> None:
