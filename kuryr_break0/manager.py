@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from typing import Callable, Collection, Iterable, Iterator, Optional
+from typing import Collection, Iterable, Iterator, Optional
 
 from kuryr_break0 import claims
 from kuryr_break0 import config
@@ -28,6 +28,7 @@ from kuryr_break0.model import IPAddress
 from kuryr_break0.model import IPNetwork
 from kuryr_break0.model import MAC
 from kuryr_break0.model import NAME
+from kuryr_break0.model import NamespaceId
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
@@ -74,10 +75,8 @@ class Break0Manager:
         """Make the addresses of a sandbox reachable through break0.
 
         The newest claim on an address wins; those of other sandboxes that
-        exist are kept, and count again when it is unbound. The ledger is
-        written before the kernel: killed at any instruction, what is left is
-        a record without a route, never a live pod without a record. Nor does
-        any error but a refusal leave one without.
+        exist are kept, and count again when it is unbound. No error but a
+        refusal leaves a live pod without a record.
 
         :param parent: the interface that the pod's macvlan is on
         :param mac: MAC address of the pod's interface
@@ -94,22 +93,11 @@ class Break0Manager:
             others are bound all the same
         """
         failure = Failures()
-        namespace = None
         addresses, mac = _sane(owner, list(addresses), parent, mac, netns,
                                pod)
         parent_index = kernel.index_of(parent)
         parent = kernel.current_name(parent, parent_index)  # no altname
-        if netns is not None:
-            try:
-                namespace = kernel.identify_or_fail(netns)
-            except OSError as err:
-                if err.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENXIO,
-                                 errno.EINVAL, errno.ELOOP):
-                    raise exceptions.NetnsUnusable(
-                        netns=netns, reason='is gone, or is another kind of '
-                        'file') from err
-                LOG.warning('Cannot identify the namespace %s, so its end '
-                            'will not be noticed: %s', netns, err)
+        namespace = _identified(netns) if netns is not None else None
         tap = kernel.find_taps().get(mac) if mac and netns is None else None
         bound_at = files.now() if bound_at is None else bound_at
         # What can be is done before others have to wait.
@@ -122,7 +110,12 @@ class Break0Manager:
         if not records:
             failure.raise_first()  # nothing to make break0 for
             return
-        self._require_parent(parent)
+        configured = self._options.parent
+        if not kernel.exists(configured or parent):
+            raise exceptions.ParentNotFound(parent=configured or parent)
+        if configured not in (None, parent):
+            raise exceptions.ParentMismatch(configured=configured,
+                                            actual=parent)
         if self._engine.bind(records, yielding, failure):
             # It was created or brought up, so those of the others are gone.
             with failure.logged():
@@ -137,14 +130,12 @@ class Break0Manager:
         What cannot be found out now is for the reconciler to refuse.
         """
         for address in addresses:
+            reason = self._policy.not_allowed(address)
             try:
-                reason = self._policy.not_allowed(address)
-                if reason is None:
-                    reason = self._not_usable(address, parent, origin)
+                reason = reason or self._not_usable(address, parent, origin)
             except (exceptions.Break0Error, OSError) as err:
                 LOG.warning('Binding %s without knowing whether it is in use '
                             'on this node: %s', address, err)
-                reason = None
             if reason is None:
                 yield address
             else:
@@ -177,14 +168,6 @@ class Break0Manager:
         return (policy.EARLIER_NEXT_HOP if origin is Origin.DISCOVERED
                 and str(address) in self._ledger.next_hops_seen() else None)
 
-    def _require_parent(self, parent: str) -> None:
-        configured = self._options.parent
-        if not kernel.exists(configured or parent):
-            raise exceptions.ParentNotFound(parent=configured or parent)
-        if configured not in (None, parent):
-            raise exceptions.ParentMismatch(configured=configured,
-                                            actual=parent)
-
     @timed(Done.UNBIND, Done.UNBIND_FAILED)
     def unbind(self, owner: Owner, addresses: Optional[Iterable[IPAddress]],
                netns: Optional[str] = None, mac: Optional[str] = None,
@@ -193,8 +176,7 @@ class Break0Manager:
         """Take back what :meth:`bind` did for these addresses.
 
         Claims of other owners stay, since a DEL can come late; the newest of
-        them counts from now on. What is not there is fine. The ledger is
-        written last.
+        them counts from now on. What is not there is fine.
 
         :param addresses: None for all that are recorded for it, which takes
             the longer the more records there are
@@ -224,31 +206,24 @@ class Break0Manager:
                 for claim in found if is_own(claim)}, key=address_order)
         removed = self._engine.unbind(addresses, is_own, owner, mac, failure)
         for record in removed:
-            if not interface_goes:
+            # With the interface, all that was configured there goes.
+            if not interface_goes and record.netns and record.configured:
                 self._withdraw(record)
         failure.raise_first()
         return [record.address for record in removed]
 
     def _withdraw(self, record: Record) -> None:
-        """Take back the pod side in a namespace that is still there.
+        """Take back the pod side in a namespace that is still there."""
+        def is_bound(address: IPAddress) -> bool:
+            found = self._records.get(address)
+            return found is not None and found.owner == record.owner
 
-        Kuryr deletes the interface first, and all of it goes with that.
-        """
-        if record.netns is None or record.configured is None or kernel.state(
-                record.netns, record.namespace) is kernel.State.GONE:
-            return
         try:
-            podside.withdraw(record, self._options,
-                             self._is_bound_to(record.owner))
+            if kernel.state(*record.place) is not kernel.State.GONE:
+                podside.withdraw(record, self._options, is_bound)
         except exceptions.Break0Error as err:
             LOG.debug('The sandbox %s keeps what it needed to reach the '
                       'node: %s', record.owner, err)
-
-    def _is_bound_to(self, owner: Owner) -> Callable[[IPAddress], bool]:
-        def is_bound(address: IPAddress) -> bool:
-            record = self._records.get(address)
-            return record is not None and record.owner == owner
-        return is_bound
 
     def sync(self, dry_run: bool = False) -> Outcome:
         """Make break0, routes, neighbours and pods what the ledger says.
@@ -312,7 +287,9 @@ class Break0Manager:
         if missing > expected:
             LOG.warning('%d addresses have no route through break0: '
                         'repairing', missing)
-        own = self._own_addresses()
+        with kernel.Netlink() as netlink:
+            own = sorted('%d %s' % each for each in netlink.addresses()
+                         if not each.address.is_link_local)
         known = cache.get('own_addresses')
         if missing > expected or known not in (None, own):
             self.sync()
@@ -322,15 +299,9 @@ class Break0Manager:
         if own != known:
             cache.put('own_addresses', own)
 
-    def _own_addresses(self) -> list[str]:
-        """Return the addresses of the node, but for those that pods share."""
-        with kernel.Netlink() as netlink:
-            return sorted('%d %s' % each for each in netlink.addresses()
-                          if not each.address.is_link_local)
-
     def _missing(self) -> int:
+        table = self._options.route_table
         with self._engine.locked():  # so that no pod is half bound
-            table = self._options.route_table
             if table == kernel.RT_TABLE_MAIN:
                 return self._records.count() - kernel.count_host_routes(
                     self._engine.devices.names())
@@ -338,6 +309,24 @@ class Break0Manager:
                 return self._records.count() - sum(
                     len(netlink.host_routes_of(index, table))
                     for index in self._engine.devices.indexes())
+
+
+def _identified(netns: str) -> Optional[NamespaceId]:
+    """Return what a namespace is; None if this process cannot find out.
+
+    :raises NetnsUnusable: if it is none
+    """
+    try:
+        return kernel.identify_or_fail(netns)
+    except OSError as err:
+        if err.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENXIO,
+                         errno.EINVAL, errno.ELOOP):
+            raise exceptions.NetnsUnusable(
+                netns=netns, reason='is gone, or is another kind of '
+                'file') from err
+        LOG.warning('Cannot identify the namespace %s, so its end will not '
+                    'be noticed: %s', netns, err)
+        return None
 
 
 def _sane(owner: Owner, addresses: list[IPAddress], parent: str,
