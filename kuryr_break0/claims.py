@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Which claim on an address counts. Pure: who exists is told by the caller.
+"""Which claim on an address counts. Pure: the caller says who exists.
 
 The claims on one address are ordered, the newest first. The newest of a
 sandbox that exists counts; the others wait for its end.

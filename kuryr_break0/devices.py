@@ -27,7 +27,6 @@ from kuryr_break0.ledger.identity import Alias
 from kuryr_break0.ledger.identity import follows
 from kuryr_break0.ledger.identity import Identity
 from kuryr_break0.ledger.journal import Done
-from kuryr_break0.ledger.journal import Journal
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
 from kuryr_break0.policy import Policy
@@ -132,7 +131,6 @@ class Devices:
         self._options = options
         self._policy = Policy(options)
         self._ledger = ledger
-        self._journal = Journal(options.state_dir)
 
     def names(self, recorded: bool = False) -> set[str]:
         """Return the names of all that this ledger may have.
@@ -231,7 +229,7 @@ class Devices:
             with contextlib.suppress(exceptions.LedgerUnavailable):
                 # A repair, unless it is made for the first pod.
                 if not claim or ledger.records.count() > 1:
-                    self._journal.add(Done.DEVICE)
+                    self._ledger.journal.add(Done.DEVICE)
         self._ensure_guard(netlink, ensured.link, parent)
         return ensured
 

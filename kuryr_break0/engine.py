@@ -29,7 +29,6 @@ from kuryr_break0.guard import pairs
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
 from kuryr_break0.ledger.journal import Done
-from kuryr_break0.ledger.journal import Journal
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
 from kuryr_break0.model import HostRoute
@@ -63,7 +62,6 @@ class Engine:
         self._policy = Policy(options)
         self._ledger = ledger
         self._records = ledger.records
-        self._journal = Journal(options.state_dir)
         self.devices = Devices(options, ledger)
         self.routes = Routes(options, ledger, self.devices)
         self.pods = Pods(options, ledger, self.devices)
@@ -178,28 +176,22 @@ class Engine:
         forget_connections(record.address for record in dropped)
         return dropped
 
-    def remove_gone(self, addresses: Iterable[IPAddress]) -> list[Record]:
+    def remove_gone(self, addresses: Collection[IPAddress],
+                    failure: Failures) -> list[Record]:
         """Drop claims whose sandbox is proven not to exist.
 
+        :param failure: gets the errors; then the claims are still there
         :returns: the claims that are left on these addresses
-        :raises Break0Error: the first error of one of the addresses
         """
-        failure = Failures()
         left: list[Record] = []
         with kernel.Netlink() as netlink:
             for address in addresses:
-                with failure.noted():
-                    left += self.remove_gone_claims(netlink, address)
-        failure.raise_first()
+                with failure.noted(address):
+                    left += self._remove_gone(netlink, address)
         return left
 
-    def remove_gone_claims(self, netlink: kernel.Netlink, address: IPAddress
-                           ) -> Claims:
-        """Drop the claims of gone sandboxes on one address.
-
-        :returns: the claims that are left
-        :raises Break0Error: if that fails; then they are still there
-        """
+    def _remove_gone(self, netlink: kernel.Netlink, address: IPAddress
+                     ) -> Claims:
         with self._ledger.lock():
             before = self._records.claims(address)
             judge = kernel.Judge()
@@ -210,7 +202,7 @@ class Engine:
         for claim in gone:
             LOG.info('Sandbox %s no longer exists; removed %s from break0',
                      claim.owner, address)
-            self._journal.add(Done.SANDBOX_GONE)
+            self._ledger.journal.add(Done.SANDBOX_GONE)
         if gone and not living:
             forget_connections([address])
         return living
@@ -308,28 +300,30 @@ class Engine:
              ) -> Optional[Break0]:
         """Set what the addresses of one interface must have.
 
-        What is refused is refused before anything is admitted. All else is
-        added as if nothing was there; what the kernel has already is read
-        then, and compared.
+        What is refused is refused before anything is admitted, and nothing is
+        left of the claims that were there before. All else is added as if
+        nothing was there; what the kernel has already is read then, and
+        compared.
         """
         if not records:
             return None
         first = next(iter(records))
         break0 = self.devices.get(netlink, first.parent)
-        sources = {record.address: self._policy.source(record, break0.name)
-                   for record in records}
         ready: list[tuple[Record, Wanted, Optional[HostRoute]]] = []
+        blocked: set[IPAddress] = set()
         for record in records:
             with failure.noted(record.address):
-                wanted = self._wanted(record, break0,
-                                      sources[record.address])
-                if wanted is not None:
-                    # NLM_F_EXCL does not notice a route of another metric.
-                    present = netlink.route_to(record.address)
-                    self._require_free(netlink, wanted, present,
-                                       moves[record.address])
-                    ready.append((record, wanted, present))
-        # A table that was just loaded has all that is recorded.
+                wanted = self._wanted(record, break0)
+                if wanted is None:
+                    continue
+                # NLM_F_EXCL does not notice a route of another metric.
+                present = netlink.route_to(record.address)
+                try:
+                    self.routes.require_free(wanted, filter(None, [present]))
+                except exceptions.ForeignRoute:
+                    blocked.add(record.address)
+                    raise
+                ready.append((record, wanted, present))
         refused = [record for record in records
                    if record.address in failure.failed]
         with failure.noted(*moves):
@@ -337,50 +331,37 @@ class Engine:
                 record for record in records if record not in refused
             ], [*refused, *(claim for move in moves.values()
                             for claim in move.before)])
-        bound = []
         for address, move in moves.items():
-            if any(claim.parent != first.parent for claim in move.before):
+            if address in blocked or any(claim.parent != first.parent
+                                         for claim in move.before):
+                kept = set() if address in blocked else {break0.name}
                 with failure.noted(address):
-                    self._withdraw(netlink, address, [
-                        name for name in self.devices.names(recorded=True)
-                        if name != break0.name], move.before, move.after)
+                    self._withdraw(
+                        netlink, address, self.devices.names(recorded=True)
+                        - kept, move.before, move.after)
+        bound = []
         for record, wanted, present in ready:
             with failure.noted(record.address):
-                self.routes.add(netlink, record, wanted, present, break0,
-                                sources[record.address])
+                self.routes.add(netlink, record, wanted, present, break0)
                 say('Bound %s to %s for %s, source %s', record.address,
                     break0.name, record.owner,
-                    sources[record.address] or 'by device')
+                    wanted.route.src or 'by device')
                 bound.append(record)
         if first.netns is not None and bound:
             self._admit(break0.name, self.pods.configure(
                 bound, self.pods.node_addresses(
-                    netlink, break0, first.parent, sources.values())))
+                    netlink, break0, first.parent,
+                    {wanted.route.src for _, wanted, _ in ready})))
         # The node may have looked for them on the LAN, before they were here.
         Guard(self._options, self._ledger, break0.name).release(
             netlink, kernel.index_of(first.parent),
             {record.address: record.mac for record in bound})
         return break0
 
-    def _require_free(self, netlink: kernel.Netlink, wanted: Wanted,
-                      present: Optional[HostRoute], move: Move) -> None:
-        """Refuse an address with a route of others, or take that over.
-
-        :raises ForeignRoute: if it stays; then nothing is left of the claims
-            that were there before
-        """
-        try:
-            if present is not None:
-                self.routes.require_free(wanted, [present])
-        except exceptions.ForeignRoute:
-            if move.before:
-                self._withdraw(netlink, wanted.route.dst, self.devices.names(
-                    recorded=True), move.before, move.after)
-            raise
-
-    def _wanted(self, record: Record, break0: Break0,
-                src: Optional[IPAddress]) -> Optional[Wanted]:
-        wanted = self._policy.wanted(record, break0.name, break0.index, src)
+    def _wanted(self, record: Record, break0: Break0) -> Optional[Wanted]:
+        wanted = self._policy.wanted(
+            record, break0.name, break0.index,
+            self._policy.source(record, break0.name))
         if wanted is None:
             LOG.debug('IPv6 is disabled on %s, so %s is not reachable through '
                       'it', break0.name, record.address)

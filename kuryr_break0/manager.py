@@ -18,7 +18,6 @@ from kuryr_break0.failures import Failures
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import files
 from kuryr_break0.ledger.journal import Done
-from kuryr_break0.ledger.journal import Journal
 from kuryr_break0.ledger.journal import timed
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.ledger.records import MAX_SUBNETS
@@ -61,7 +60,6 @@ class Break0Manager:
         self._policy = Policy(options)
         self._ledger = Ledger(options.state_dir, options.lock_timeout)
         self._records = self._ledger.records
-        self._journal = Journal(options.state_dir)  # of @timed
         self._engine = Engine(options, self._ledger)
 
     @timed(Done.BIND, Done.BIND_FAILED)
@@ -251,12 +249,12 @@ class Break0Manager:
             return
         failure = Failures()
         with failure.noted():
-            self._prune()
+            self._prune(failure)
         with failure.noted():
             self._repair()
         failure.raise_first()
 
-    def _prune(self) -> None:
+    def _prune(self, failure: Failures) -> None:
         """Unbind some addresses whose sandbox is gone.
 
         Kuryr passes on no DEL for a pod that the API no longer knows, so each
@@ -272,7 +270,7 @@ class Break0Manager:
         gone = [address for address in addresses
                 if self._records.may_be_gone(address, judge)]
         if gone:
-            self._engine.remove_gone(gone)
+            self._engine.remove_gone(gone, failure)
 
     def _repair(self) -> None:
         """Sync if routes are missing.

@@ -13,7 +13,6 @@ from typing import ClassVar, NamedTuple, Optional, Union
 
 IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
-
 IPInterface = Union[ipaddress.IPv4Interface, ipaddress.IPv6Interface]
 
 #: What names an owner, an interface, a path: no control characters, which
@@ -30,7 +29,7 @@ def address_order(address: IPAddress) -> tuple[int, int]:
 class NamespaceId(NamedTuple):
     """Identity of a network namespace, unique within this boot.
 
-    :ivar device: device number of nsfs, which is the same for all
+    :ivar device: of nsfs, which is the same for all
     :ivar inode: the kernel uses it again once the namespace is gone
     :ivar cookie: the kernel never uses it again (NS_GET_ID, linux 6.18);
         None on a kernel that does not provide it
@@ -48,10 +47,7 @@ class NamespaceId(NamedTuple):
 
 
 class Tap(NamedTuple):
-    """A macvtap of the node that was seen: the interface of a VM.
-
-    :ivar namespace: where it was seen, which is that of the node
-    """
+    """The interface of a VM, and the namespace of the node that it is in."""
 
     namespace: NamespaceId
     mac: str
@@ -112,7 +108,7 @@ class Record:
     :ivar origin: by which way it came; None if that is not known
     :ivar network: name of the CNI network that it is an attachment to
     :ivar parent_index: ifindex of the parent, which it keeps when it is
-        renamed; None if an earlier version has written the record
+        renamed
     :ivar tap: its macvtap, if it is a VM and that was seen
     """
 

@@ -9,7 +9,7 @@ lost or be another's. Such items are ``unclaimed``.
 from __future__ import annotations
 
 import dataclasses
-from typing import Collection, Iterable, Mapping, Union
+from typing import Collection, Iterable, Mapping
 
 from kuryr_break0 import exceptions
 from kuryr_break0.model import address_order
@@ -144,21 +144,21 @@ def compute(desired: Mapping[IPAddress, Wanted],
     return Plan(
         replace=tuple(wanted.route for wanted in in_order
                       if wanted.route.dst not in settled),
-        delete=tuple(sorted(delete, key=by_order)),
-        foreign=tuple(sorted(foreign.values(), key=by_order)),
+        delete=tuple(sorted(delete, key=_by_order)),
+        foreign=tuple(sorted(foreign.values(), key=_by_order)),
         learn=tuple(wanted.neighbour for wanted in in_order
                     if wanted.neighbour is not None
                     and wanted.neighbour.dst not in known | blocked),
-        forget=tuple(sorted(forget, key=by_order)),
-        unclaimed=tuple(sorted(unclaimed, key=by_order)),
+        forget=tuple(sorted(forget, key=_by_order)),
+        unclaimed=tuple(sorted(unclaimed, key=_by_order)),
         blocked=frozenset(blocked))
 
 
 def _by_metric(route: HostRoute) -> tuple[int, ...]:
-    return (route.metric or 0, *by_order(route))
+    return (route.metric or 0, *_by_order(route))
 
 
-def by_order(item: Union[HostRoute, Neighbour]) -> tuple[int, ...]:
+def _by_order(item: Item) -> tuple[int, ...]:
     """Return a sort key: by address, routes before neighbours."""
     if isinstance(item, HostRoute):
         return (*address_order(item.dst), item.table, item.protocol,

@@ -31,7 +31,6 @@ from kuryr_break0.guard import table_of
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
 from kuryr_break0.ledger.journal import Done
-from kuryr_break0.ledger.journal import Journal
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.ledger.records import MAX_SIBLINGS
 from kuryr_break0 import log
@@ -236,7 +235,6 @@ class Pods:
         self._ledger = ledger
         self._devices = devices
         self._records = ledger.records
-        self._journal = Journal(options.state_dir)
 
     def node_addresses(self, netlink: kernel.Netlink, break0: Break0,
                        parent: str,
@@ -382,7 +380,7 @@ class Pods:
                         owner)
             if not dry_run:
                 if changes:
-                    self._journal.add(Done.POD)
+                    self._ledger.journal.add(Done.POD)
                 self._put_configured(records, node, failure)
         if sorted(failed) != sorted(still) and not dry_run:
             cache.put('unconfigured', still)

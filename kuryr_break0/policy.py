@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Decides what an address gets, by options and node. Changes nothing.
-"""
+"""Decides what an address gets, by options and node. Changes nothing."""
 
 from __future__ import annotations
 
@@ -53,8 +52,6 @@ class Policy:
                 next_hops_seen: Collection[str]) -> Optional[str]:
         """Return why an address cannot be a pod's on this node; else None.
 
-        :param discovered: whether discovery brings it
-        :param own: the addresses of the node
         :param next_hops_seen: the last next hops of this boot
         """
         if address in own:
@@ -69,16 +66,12 @@ class Policy:
 
     def refused(self, address: IPAddress,
                 reason: str) -> exceptions.AddressRefused:
-        """Return the error of an address that is what it must not be."""
         return exceptions.AddressRefused(
             address=address, device=self._options.device,
             reason='it is ' + reason)
 
     def source(self, record: Record, device: str) -> Optional[IPAddress]:
-        """Return what the node speaks to a pod from; None for break0's own.
-
-        :param device: the name of its break0
-        """
+        """Return what the node speaks from; None for break0's own address."""
         if device == self._options.device and any(
                 own.version == record.address.version
                 for own in self._options.addr):
@@ -89,11 +82,7 @@ class Policy:
 
     def wanted(self, record: Record, device: str, index: int,
                src: Optional[IPAddress]) -> Optional[Wanted]:
-        """Return what an address must have; None if its family is off.
-
-        :param device: the name of its break0
-        :param index: ifindex of that
-        """
+        """Return what an address must have; None if its family is off."""
         if record.address.version == 6 and kernel.read_sysctl(
                 'ipv6/conf/%s/disable_ipv6' % device) != 0:
             return None
@@ -105,7 +94,6 @@ class Policy:
 
     def route(self, address: IPAddress, index: int,
               src: Optional[IPAddress] = None) -> HostRoute:
-        """Return the route of an address."""
         return HostRoute(address, index, self._options.route_protocol,
                          self._options.route_table, src,
                          best_metric(address))
@@ -113,10 +101,7 @@ class Policy:
     def solicited(self, own: Collection[IPAddress],
                   on_parent: Collection[IPAddress],
                   device: str) -> list[IPAddress]:
-        """Return the addresses of the node that are answered for by IPv6.
-
-        By parameters as those of :meth:`node_addresses`.
-        """
+        """Return the addresses of the node that are answered for by IPv6."""
         known = self.node_addresses(own, on_parent, (), (), '', device)
         return [each for each in known.addresses if each.version == 6]
 
@@ -138,8 +123,6 @@ class Policy:
         :param on_parent: those of the parent
         :param sources: those that the node speaks to pods from
         :param elsewhere: see :func:`elsewhere`
-        :param mac: that of break0
-        :param device: the name of that
         """
         addr = self._options.addr if device == self._options.device else ()
         addresses = set(self._options.host_addresses) & {*own, *addr} or {

@@ -15,7 +15,7 @@ import collections
 import contextlib
 import dataclasses
 import gc
-from typing import Any, Collection, Iterable, Iterator, Optional
+from typing import Any, Collection, Iterator, Optional
 
 from kuryr_break0 import actual
 from kuryr_break0 import config
@@ -28,7 +28,6 @@ from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
 from kuryr_break0.ledger import Contents
 from kuryr_break0.ledger.journal import Done
-from kuryr_break0.ledger.journal import Journal
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
 from kuryr_break0.model import address_order
@@ -91,7 +90,6 @@ class _Sync:
         self._records = ledger.records
         self._engine = Engine(options, ledger)
         self._devices = self._engine.devices
-        self._journal = Journal(options.state_dir)
         self._netlink = netlink
         self._failure = failure
         self._dry_run = dry_run
@@ -124,14 +122,15 @@ class _Sync:
             # What a gone one had, the next that has its address gets.
             moved = {record.address for record in seen.gone if record
                      == seen.contents.claims[record.address][0]}
-            self._remove_gone(moved)
+            self._engine.remove_gone(moved, self._failure)
             self._applied.update(item for plan in plans.values()
                                  for item in plan.changes
                                  if item.dst in moved - self._failure.failed)
             for name, parent in seen.parents.items():
                 self._apply(parent, plans[name], seen, moved)
-            self._remove_gone({record.address for record in seen.gone}
-                              - moved)
+            self._engine.remove_gone(
+                {record.address for record in seen.gone} - moved,
+                self._failure)
             self._note_taps(seen)
         return self._outcome(seen, plans.values(), rebuilt)
 
@@ -154,11 +153,6 @@ class _Sync:
                                     if isinstance(item, HostRoute))),
             forget=(*plan.forget, *(item for item in unclaimed
                                     if isinstance(item, Neighbour))))
-
-    def _remove_gone(self, addresses: Iterable[IPAddress]) -> None:
-        for address in addresses:
-            with self._failure.noted(address):
-                self._engine.remove_gone_claims(self._netlink, address)
 
     def _outcome(self, seen: Snapshot, plans: Collection[Plan],
                  rebuilt: list[Record]) -> Outcome:
@@ -298,7 +292,7 @@ class _Sync:
                 return False
             self._ledger.ensure_identity()
             self._records.put([record])
-            self._journal.add(Done.REBUILT)
+            self._ledger.journal.add(Done.REBUILT)
             LOG.warning('The record of %s was lost; rebuilt it: %s on %s has '
                         'it in %s', record.address, record.owner.ifname,
                         record.parent, record.netns)
@@ -379,7 +373,7 @@ class _Sync:
             done[Done.UNCLAIMED if verb is Verb.DELETE else
                  Done.ROUTE if is_route else Done.NEIGHBOUR] += 1
         for reason, times in done.items():
-            self._journal.add(reason, times=times)
+            self._ledger.journal.add(reason, times=times)
         return usable
 
 

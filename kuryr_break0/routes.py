@@ -20,7 +20,6 @@ from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
 from kuryr_break0.ledger import files
 from kuryr_break0.ledger.journal import Done
-from kuryr_break0.ledger.journal import Journal
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
 from kuryr_break0.model import best_metric
@@ -45,13 +44,11 @@ class Routes:
                  devices: Devices) -> None:
         self._options = options
         self._policy = Policy(options)
-        self._cache = ledger.cache
-        self._journal = Journal(options.state_dir)
+        self._ledger = ledger
         self._devices = devices
 
     def add(self, netlink: kernel.Netlink, record: Record, wanted: Wanted,
-            present: Optional[HostRoute], break0: Break0,
-            src: Optional[IPAddress]) -> None:
+            present: Optional[HostRoute], break0: Break0) -> None:
         """Add neighbour and route, where nothing is in the way.
 
         :param present: the route that was in use, which is known to be free
@@ -61,7 +58,7 @@ class Routes:
             # break0 is down, or has just gone.
             self._devices.renew(netlink, break0, record.parent)
             wanted = self._policy.wanted(record, break0.name, break0.index,
-                                         src) or wanted
+                                         wanted.route.src) or wanted
             err = self._add_exclusively(netlink, wanted)
         if err is not None and err.errno == errno.EEXIST:
             self._replace(netlink, wanted, present)
@@ -124,7 +121,7 @@ class Routes:
         recent = {}
         with contextlib.suppress(TypeError, ValueError):
             recent = {str(address): float(when) for address, when
-                      in self._cache.get('takeovers', TRUCE) or ()
+                      in self._ledger.cache.get('takeovers', TRUCE) or ()
                       if 0 <= now - float(when) < TRUCE}
         if str(route.dst) in recent:
             if route.metric != best_metric(route.dst):
@@ -133,10 +130,10 @@ class Routes:
                 route, 'somebody has set it again after it was taken over, '
                 'so it is left alone for a minute')
         recent[str(route.dst)] = now
-        self._cache.put('takeovers', sorted(recent.items()))
+        self._ledger.cache.put('takeovers', sorted(recent.items()))
         LOG.warning('Taking over the route of %s on %s with protocol %s',
                     route.dst, kernel.name_of(route.oif), route.protocol)
-        self._journal.add(Done.TAKEOVER)
+        self._ledger.journal.add(Done.TAKEOVER)
 
 
 def foreign_route(route: HostRoute, reason: str = 'it is left alone, unless '

@@ -19,6 +19,7 @@ from kuryr_break0 import config
 from kuryr_break0 import containers
 from kuryr_break0.engine import Engine
 from kuryr_break0 import exceptions
+from kuryr_break0.failures import Failures
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
@@ -433,16 +434,19 @@ class Finder:
         """
         _, pause = self._ended.pop(namespace)
         records = self._records.get(namespace, {})
+        failure = Failures()
         try:
             # None of it may be left: what was proven a moment ago may not be
             # while this process lacks descriptors.
             if all(kernel.state(*record.place) is kernel.State.GONE
-                   for record in records.values()) and not any(
-                    claim.namespace == namespace for claim in Engine(
-                        self._options, self._ledger).remove_gone(records)):
-                self._has_changed |= bool(records)
-                self._records.pop(namespace, None)
-                return
+                   for record in records.values()):
+                left = Engine(self._options, self._ledger).remove_gone(
+                    records, failure)
+                failure.raise_first()
+                if not any(claim.namespace == namespace for claim in left):
+                    self._has_changed |= bool(records)
+                    self._records.pop(namespace, None)
+                    return
         except exceptions.Break0Error as err:
             LOG.error('%s', err)
         finally:

@@ -24,6 +24,7 @@ from kuryr_break0.ledger import identity
 from kuryr_break0.ledger.identity import Identity
 from kuryr_break0.ledger import inspection
 from kuryr_break0.ledger.inspection import Contents
+from kuryr_break0.ledger.journal import Journal
 from kuryr_break0.ledger.lock import Lock
 from kuryr_break0.ledger.records import Records
 from kuryr_break0 import log
@@ -48,6 +49,7 @@ class Ledger:
     :param lock_timeout: seconds that :meth:`lock` waits
     :ivar records: who has which address
     :ivar cache: what is expensive to read from the kernel
+    :ivar journal: counts of what was done
     :ivar heartbeat: whether an agent runs
     """
 
@@ -56,6 +58,7 @@ class Ledger:
         self.records = Records(os.path.join(path, 'addresses'),
                                os.path.join(path, 'quarantine'))
         self.cache = Cache(path)
+        self.journal = Journal(path)
         self.heartbeat = Heartbeat(os.path.join(path, 'heartbeat'))
         self._lock = Lock(os.path.join(path, 'lock'), lock_timeout)
         self._identity_path = os.path.join(path, 'identity')

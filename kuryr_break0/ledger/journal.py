@@ -115,7 +115,7 @@ class Journal:
 def timed(done: Done, failed: Done) -> Callable[[_F], _F]:
     """Leave in the journal how a method ended and how long it took.
 
-    Its object has the journal as ``_journal``.
+    Its object has the ledger as ``_ledger``.
     """
     def decorate(method: _F) -> _F:
         @functools.wraps(method)
@@ -127,6 +127,7 @@ def timed(done: Done, failed: Done) -> Callable[[_F], _F]:
                 what = done
                 return result
             finally:
-                self._journal.add(what, seconds=time.monotonic() - began)
+                self._ledger.journal.add(
+                    what, seconds=time.monotonic() - began)
         return cast(_F, timed_method)
     return decorate
