@@ -4,11 +4,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Collection, Iterable, Iterator, Mapping, Optional
 
 from kuryr_break0 import config
 from kuryr_break0 import device
-from kuryr_break0.device import Device
 from kuryr_break0 import devices
 from kuryr_break0 import exceptions
 from kuryr_break0.guard import Guard
@@ -21,7 +21,6 @@ from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Neighbour
-from kuryr_break0.model import NodeAddresses
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Record
 from kuryr_break0.model import Wanted
@@ -44,87 +43,68 @@ def read(options: config.Options, ledger: Ledger, netlink: kernel.Netlink,
     :param known: what the ledger had a moment ago; see ``inspection``
     :raises Break0Error: if any of them cannot be read
     """
-    contents, kernel_view, is_steady = ledger.inspect(
-        lambda: _KernelView(options, ledger, netlink), patience, known)
-    return _Reading(options, ledger, contents, kernel_view,
-                    is_steady).snapshot()
+    contents, reading, is_steady = ledger.inspect(
+        lambda: _Reading(options, ledger, netlink), patience, known)
+    return reading.snapshot(contents, is_steady)
 
 
-class _KernelView:
-    """What the kernel holds, and what the devices of the ledger are."""
+class _Reading:
+    """What the kernel holds, and what follows from it with the claims."""
 
     def __init__(self, options: config.Options, ledger: Ledger,
                  netlink: kernel.Netlink) -> None:
-        try:
-            self.identity = ledger.identity()
-        except exceptions.LedgerUnavailable:
-            self.identity = None  # it is damaged, and will be created again
+        self._options = options
+        self._policy = Policy(options)
+        self._ledger = ledger
         self._netlink = netlink
-        self.links = netlink.links
+        self._identity = None
+        # If it is damaged, it will be created again.
+        with contextlib.suppress(exceptions.LedgerUnavailable):
+            self._identity = ledger.identity()
         self._links: dict[str, Optional[kernel.Link]] = {}
-        self.addresses = netlink.addresses()
-        found = {options.device, *devices.recorded(
-            options, self.identity, netlink.links).values()}
-        self.indexes = [link.index for link in map(self.link, found)
-                        if link is not None]
+        self._addresses = netlink.addresses()
+        names = {options.device, *devices.recorded(
+            options, self._identity, netlink.links).values()}
+        indexes = [link.index for link in map(self._link, names)
+                   if link is not None]
         # A next hop through a break0 is a pod, as one that serves a VPN.
-        self.routes = netlink.routes(self.indexes)
-        self.next_hops_seen = frozenset(ledger.next_hops_seen())
+        self._routes = netlink.routes(indexes)
+        self._next_hops_seen = frozenset(ledger.next_hops_seen())
         self._neighbours = {index: netlink.neighbours(index)
-                            for index in self.indexes}
+                            for index in indexes}
+        self._own = frozenset(address for _, address in self._addresses)
+        self._elsewhere = policy.elsewhere(self._addresses,
+                                           self._routes.sources)
 
-    def link(self, name: str) -> Optional[kernel.Link]:
+    def _link(self, name: str) -> Optional[kernel.Link]:
         if name not in self._links:
             self._links[name] = self._netlink.link(name)
         return self._links[name]
 
-    def neighbours(self, index: int) -> list[Neighbour]:
-        if index not in self._neighbours:
-            self._neighbours[index] = self._netlink.neighbours(index)
-        return self._neighbours[index]
-
-    def addresses_of(self, index: int) -> tuple[IPAddress, ...]:
-        return tuple(address for at, address in self.addresses
+    def _addresses_of(self, index: int) -> tuple[IPAddress, ...]:
+        return tuple(address for at, address in self._addresses
                      if at == index)
 
-
-class _Reading:
-    """Makes a snapshot of what was read."""
-
-    def __init__(self, options: config.Options, ledger: Ledger,
-                 contents: Contents, view: _KernelView,
-                 is_steady: bool) -> None:
-        self._options = options
-        self._policy = Policy(options)
-        self._ledger = ledger
+    def snapshot(self, contents: Contents, is_steady: bool) -> Snapshot:
         self._contents = contents
-        self._view = view
-        self._is_steady = is_steady
-        self._own = frozenset(address for _, address in view.addresses)
-        self._elsewhere = policy.elsewhere(view.addresses,
-                                           view.routes.sources)
         self._live: dict[IPAddress, Record] = {}
         self._rivals: dict[IPAddress, tuple[Record, ...]] = {}
         self._gone: list[Record] = []
         self._unjudged: dict[Record, str] = {}
-        self._refused: dict[IPAddress, str] = {}
-
-    def snapshot(self) -> Snapshot:
         self._sort_claims()
+        self._refused: dict[IPAddress, str] = {}
         for address, record in self._live.items():
-            reason = self._policy.not_allowed(address) or (
-                self._policy.against(
-                    address, record.origin is Origin.DISCOVERED, self._own,
-                    self._view.routes, self._view.next_hops_seen))
+            reason = self._policy.not_allowed(address) or self._policy.against(
+                address, record.origin is Origin.DISCOVERED, self._own,
+                self._routes, self._next_hops_seen)
             if reason is not None:
                 self._refused[address] = reason
         parents = dict(self._parents())
-        primary = self._view.link(self._options.device)
+        primary = self._link(self._options.device)
         return Snapshot(
-            self._options, self._contents, self._is_steady,
-            self._view.identity, parents, self._own, self._elsewhere,
-            self._view.routes, self._live, self._rivals, tuple(self._gone),
-            self._unjudged, self._refused,
+            self._options, contents, is_steady, self._identity, parents,
+            self._own, self._elsewhere, self._routes, self._live,
+            self._rivals, tuple(self._gone), self._unjudged, self._refused,
             None if any(parent.present == primary
                         for parent in parents.values()) else primary)
 
@@ -151,13 +131,14 @@ class _Reading:
                 self._rivals[address] = tuple(living[1:])
 
     def _parents(self) -> Iterator[tuple[str, Parent]]:
-        options, view = self._options, self._view
+        options = self._options
         used: dict[str, dict[IPAddress, Record]] = {}
         for address, record in self._live.items():
             used.setdefault(record.parent, {})[address] = record
-        names = devices.Names(options, view.identity, view.link, view.links,
-                              used)
-        new, link = used.keys() - names.known.keys(), view.link(options.device)
+        names = devices.Names(options, self._identity, self._link,
+                              self._netlink.links, used)
+        new, link = used.keys() - names.known.keys(), self._link(
+            options.device)
         if names.primary is None and new:
             names.primary = min(new, key=lambda name: min(
                 record.bound_at for record in used[name].values()))
@@ -171,10 +152,9 @@ class _Reading:
 
     def _parent(self, name: str, device_name: str,
                 live: dict[IPAddress, Record]) -> Parent:
-        options, view = self._options, self._view
-        identity = view.identity
-        made = Device(options, device_name, name, identity)
-        parent, link = view.link(name), view.link(device_name)
+        options, identity = self._options, self._identity
+        made = device.Device(options, device_name, name, identity)
+        parent, link = self._link(name), self._link(device_name)
         conflict: Optional[exceptions.Break0Error] = None
         if parent is None:
             conflict = exceptions.ParentNotFound(parent=name)
@@ -188,60 +168,64 @@ class _Reading:
                 conflict = err
         usable = None if conflict is not None else link
         index = usable.index if usable is not None else 0
+        if usable is not None and index not in self._neighbours:
+            self._neighbours[index] = self._netlink.neighbours(index)
+        neighbours = self._neighbours[index] if usable is not None else []
+        addresses = self._addresses_of(index) if usable is not None else ()
+        routes = {route.dst: route for route in self._routes.host
+                  if route.oif == index and usable is not None}
         desired = {} if conflict is not None and parent is not None else (
             self._desired(device_name, index, live))
-        neighbours = view.neighbours(index) if usable is not None else []
-        routes = {route.dst: route for route in view.routes.host
-                  if route.oif == index and usable is not None}
         difference = plan.compute(
-            desired, view.routes.host, neighbours, device=index,
+            desired, self._routes.host, neighbours, device=index,
             protocol=options.route_protocol, takeover=options.takeover,
             withdrawn=self._withdrawn(name, neighbours),
             elsewhere={*self._contents.claims, *self._contents.unreadable})
-        guard, missing, extra = self._guard(
-            usable, parent, live, [
+        guard: tuple[Optional[str], Pairs, Pairs] = None, {}, {}
+        differences: tuple[str, ...] = ()
+        node = None
+        if usable is not None and parent is not None:
+            guard = self._guard(usable, parent, [
                 record for address, record in live.items()
                 if address not in self._refused
-                and address not in difference.blocked],
-            routes.values(), neighbours)
+                and address not in difference.blocked
+            ], bool(live), routes.values(), neighbours)
+            differences = (*self._earlier_name(name, device_name), *(
+                each.text for each in made.differences(usable, parent,
+                                                       addresses)))
+            node = self._policy.node_addresses(
+                self._own, self._addresses_of(parent.index),
+                {wanted.route.src for wanted in desired.values()},
+                self._elsewhere, usable.mac, usable.name)
         return Parent(
             name, device_name, parent, link, usable, conflict,
             device.owned_by_other(usable, identity) if usable else None,
-            (*self._earlier_name(name, device_name), *(
-                each.text for each in made.differences(
-                    usable, parent, view.addresses_of(index))))
-            if usable is not None and parent is not None else (),
-            guard, missing, extra, live, desired, difference, routes,
-            {each.dst: each for each in neighbours},
-            view.addresses_of(index) if usable is not None else (),
-            self._node_addresses(parent, usable, desired))
+            differences, *guard, live, desired, difference, routes,
+            {each.dst: each for each in neighbours}, addresses, node)
 
     def _earlier_name(self, name: str, device_name: str) -> Iterator[str]:
         """Say that the ledger knows the parent of a break0 by another name.
 
         Until it knows the new one, as by a sync.
         """
-        for parent, known in (self._view.identity.devices.items()
-                              if self._view.identity else ()):
+        for parent, known in (self._identity.devices.items()
+                              if self._identity else ()):
             if known == device_name and parent != name:
                 yield 'its parent %s is called %s now' % (parent, name)
 
-    def _guard(self, link: Optional[kernel.Link],
-               parent: Optional[kernel.Link], live: Collection[IPAddress],
-               allowed: Iterable[Record], routes: Iterable[HostRoute],
-               neighbours: Collection[Neighbour]
+    def _guard(self, link: kernel.Link, parent: kernel.Link,
+               allowed: Collection[Record], is_used: bool,
+               routes: Iterable[HostRoute], neighbours: Collection[Neighbour]
                ) -> tuple[Optional[str], Pairs, Pairs]:
         """Return what is wrong, what is missing, and what is too much.
 
         Where no pods are, no table has to be there.
         """
-        if link is None or parent is None:
-            return None, {}, {}
         guard = Guard(self._options, self._ledger, link.name)
         problem = guard.problem(link, self._policy.solicited(
-            self._own, self._view.addresses_of(parent.index), link.name))
+            self._own, self._addresses_of(parent.index), link.name))
         if problem is not None or not guard.is_loaded():
-            return problem if live else None, {}, {}
+            return problem if is_used else None, {}, {}
         return None, *guard.difference(
             pairs(allowed),
             unclaimed_pairs(routes, neighbours, self._options.route_protocol,
@@ -287,14 +271,3 @@ class _Reading:
             if None in known or macs.get(address) in {None, *known}:
                 withdrawn.add(address)
         return withdrawn
-
-    def _node_addresses(self, parent: Optional[kernel.Link],
-                        link: Optional[kernel.Link],
-                        desired: Mapping[IPAddress, Wanted]
-                        ) -> Optional[NodeAddresses]:
-        if link is None or parent is None:
-            return None
-        return self._policy.node_addresses(
-            self._own, self._view.addresses_of(parent.index),
-            {wanted.route.src for wanted in desired.values()},
-            self._elsewhere, link.mac, link.name)
