@@ -235,20 +235,34 @@ runtime = "crun"
 
 
 class Docker(Engine):
-    """Docker, without bridge and iptables."""
+    """Docker, by default without its bridge and its iptables."""
 
-    def __init__(self, test: EngineTestCase) -> None:
+    def __init__(self, test: EngineTestCase, bridge: bool = False) -> None:
         super().__init__(test)
-        test.start('dockerd', '--bridge=none', '--iptables=false',
-                   '--ip6tables=false', '--storage-driver', 'vfs',
-                   '--data-root', '/run/docker-data', '--exec-root',
-                   '/run/docker-exec', '--pidfile', '/run/docker.pid',
-                   '--host', 'unix:///run/docker.sock')
+        self._options = () if bridge else (
+            '--bridge=none', '--iptables=false', '--ip6tables=false')
+        self.server = self.start()
         self.command = ['docker', '--host', 'unix:///run/docker.sock']
-        test.until(lambda: test.lab.run(
-            *self.command, 'version', check=False).returncode == 0)
+        self.until_served()
         self('import', image_tar(), 'box')
         test.addCleanup(self.remove_all)
+
+    def start(self) -> subprocess.Popen[bytes]:
+        return self.test.start(
+            'dockerd', *self._options, '--storage-driver', 'vfs',
+            '--data-root', '/run/docker-data', '--exec-root',
+            '/run/docker-exec', '--pidfile', '/run/docker.pid',
+            '--shutdown-timeout', '1', '--host', 'unix:///run/docker.sock')
+
+    def until_served(self) -> None:
+        self.test.until(lambda: self.test.lab.run(
+            *self.command, 'version', check=False).returncode == 0)
+
+    def restart(self) -> None:
+        self.server.terminate()
+        self.server.wait()
+        self.server = self.start()
+        self.until_served()
 
     def run_with_mac(self, name: str, mac: str, address: str,
                      address6: str) -> None:

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The commands of the page "Recipes for Docker hosts", as they are there."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from typing import Callable, Iterator, NamedTuple
+import unittest
+
+from tests.engines import base
+from tests.engines import runners
+from tests import firewalls
+
+PAGE = (pathlib.Path(__file__).parents[2]
+        / 'doc/source/install/recipes.rst').read_text()
+NODE = '192.168.1.10'
+NAME_SERVER = ('dnsmasq', '--user=root', '--keep-in-foreground',
+               '--no-resolv', '--no-hosts',
+               '--address=/www.example.org/192.0.2.80',
+               '--local=/www.example.org/')
+#: As on a host of Docker, on which no Kuryr is.
+PROGRAM = os.path.join(os.path.dirname(sys.executable),
+                       '../without-kuryr/bin/kuryr-break0')
+#: What the images run, which stand in for those of the page.
+IMAGES = {
+    'pihole/pihole': NAME_SERVER,
+    'homeassistant': ('httpd', '-f', '-p', '8123', '-h', '/www'),
+    'nginx': ('nc', '-ll', '-p', '80', '-e', 'nc', '192.168.1.225', '8123'),
+}
+#: The namespace of each other host of the page.
+HOSTS = {'other': 'lan', 'phone': 'phone'}
+#: What is another one each time.
+_VARIES = re.compile(r'([0-9a-f]{2}:){5}[0-9a-f]{2}|\d+\.\d{3}(?!\.\d)|'
+                     r'\d+(?=ms)|ref \d|used \S+|(?<=/proc/)\d+')
+
+
+class Step(NamedTuple):
+    """A command of the page, where it is run, and what it prints."""
+
+    host: str
+    command: str
+    output: str
+
+
+def steps(title: str) -> Iterator[Step]:
+    """Return the commands of a section, in the order of the page."""
+    section = re.split(r'\n(.+)\n==+\n', PAGE)
+    text = section[section.index(title) + 1]
+    for block in re.findall(r'code-block:: console\n\n((?:   .*\n|\n)+)',
+                            text):
+        for host, command, output in re.findall(
+                r'(?m)^(\w*)[#$] ((?:.*\\\n)*.*)\n((?:(?!\w*[#$] ).*\n)*)',
+                textwrap.dedent(block)):
+            yield Step(host, command, output.strip('\n'))
+
+
+@unittest.skipUnless(os.path.exists(PROGRAM), 'needs tests/without-kuryr')
+class TestRecipes(base.EngineTestCase):
+
+    conf = 'discover = true\nallowed_cidrs = 192.168.1.0/24\nmetrics_bind =\n'
+    maxDiff = None
+
+    def setUp(self) -> None:
+        super().setUp()
+        for device, netns, address in (('eth0', None, NODE),
+                                       ('nic', 'lan', '192.168.1.1')):
+            self.lab.run('ip', 'address', 'flush', 'dev', device, 'scope',
+                         'global', netns=netns)
+            self.lab.run('ip', 'address', 'add', address + '/24', 'dev',
+                         device, netns=netns)
+        self.lab.run('ip', 'route', 'add', 'default', 'via', '192.168.1.1')
+        # As the page calls it.
+        self.lab.run('ip', 'link', 'set', 'nic', 'down', netns='lan')
+        self.lab.run('ip', 'link', 'set', 'nic', 'name', 'eth0', 'up',
+                     netns='lan')
+        # Commands of the page that are others here.
+        self.more: dict[str, str] = {}  # what files have besides
+        self.instead: dict[str, Callable[[], object]] = {}
+        os.mkdir('/run/bin')
+        with open('/run/bin/kuryr-break0', 'w') as file:
+            os.fchmod(file.fileno(), 0o755)
+            file.write('#!/bin/sh\nexec %s --config-file %s "$@"\n'
+                       % (PROGRAM, base.CONF))
+        os.symlink('/bin/busybox', '/run/bin/wget')
+
+    def start_host(self) -> None:
+        """Start Docker with its bridge and its rules, and the containers."""
+        root = base.rootfs()
+        for name in ('httpd', 'nslookup', 'wget'):
+            os.symlink('busybox', '%s/bin/%s' % (root, name))
+        os.makedirs(root + '/var/run')
+        os.mkdir(root + '/www')
+        for path, text in (('/www/index.html', '<h1>Home Assistant</h1>'),
+                           ('/etc/passwd', 'root:x:0:0::/:/bin/sh'),
+                           ('/etc/group', 'root:x:0:')):
+            os.makedirs(os.path.dirname(root + path), exist_ok=True)
+            pathlib.Path(root + path).write_text(text + '\n')
+        for path in ('/usr/sbin/dnsmasq', *re.findall(
+                r'(/\S+) \(',
+                self.lab.run('ldd', '/usr/sbin/dnsmasq').stdout)):
+            into = root + path.replace('/usr/sbin', '/bin')
+            os.makedirs(os.path.dirname(into), exist_ok=True)
+            shutil.copy(path, into)
+        self.docker = base.Docker(self, bridge=True)
+        for name, command in IMAGES.items():
+            # Its first process ends when Docker says so.
+            self.docker('import', '--change', 'CMD trap exit TERM; %s & wait'
+                        % ' '.join(command), base.image_tar(), name)
+        self.start_agent()
+        self.follow('The host of these recipes')
+
+    def follow(self, title: str) -> None:
+        """Do what a section says, and compare what it prints."""
+        found = list(steps(title))
+        self.assertTrue(found)
+        for step in found:
+            shown = re.fullmatch(r'(?:cat|grep \S+) (\S+)', step.command)
+            if shown:
+                self.write(shown[1], step.output)
+            elif step.command in self.instead:
+                self.instead[step.command]()
+            else:
+                self.run_step(step)
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file of this node, and none of the machine."""
+        path = pathlib.Path('/run', name)
+        if path.is_file():
+            os.makedirs('/run/files', exist_ok=True)
+            private = '/run/files/' + path.name
+            pathlib.Path(private).touch()
+            self.lab.run('mount', '--bind', private, str(path))
+        elif path.is_absolute() and not str(path).startswith('/run/'):
+            there = next(each for each in path.parents if each.is_dir())
+            self.assertGreater(len(there.parts), 2)
+            self.lab.run('mount', '-t', 'tmpfs', 'private', str(there))
+            path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + '\n' + self.more.get(name, ''))
+
+    def run_step(self, step: Step) -> None:
+        command = step.command
+        if shutil.which('docker-compose'):  # the command of Debian 12
+            command = command.replace('docker compose', 'docker-compose')
+        place = (['nsenter', '--net=/run/netns/' + HOSTS[step.host]]
+                 if step.host else [])
+        outputs = []
+
+        def done() -> bool:
+            done = subprocess.run(
+                [*place, 'sh', '-c', command], text=True, cwd='/run',
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={
+                    **os.environ, 'COLUMNS': '80',
+                    'PATH': '/run/bin:' + os.environ['PATH']})
+            outputs.append(done.stdout)
+            if not step.output:
+                self.assertEqual(0, done.returncode, (step, done.stdout))
+            return not step.output or masked(done.stdout) == masked(
+                step.output)
+
+        if re.match('(docker exec|firewall-cmd --get|getent|ip (route|neigh)|'
+                    'kuryr-break0|ping|wget) ', command):
+            try:
+                self.until(done)
+            except AssertionError:
+                self.assertEqual(step.output, outputs[-1], self.logs())
+                raise
+        elif not done():
+            self.assertEqual(step.output, outputs[-1], self.logs())
+
+    def test_ufw(self) -> None:
+        self.start_host()
+        self.start(*NAME_SERVER, '--listen-address=' + NODE,
+                   '--bind-interfaces', '--pid-file=')
+        firewalls.set_up_ufw()
+        self.addCleanup(self.lab.run, 'ufw', '--force', 'disable')
+        self.follow('ufw: containers use services of the host')
+
+    def test_firewalld(self) -> None:
+        self.start_host()
+        self.start(*NAME_SERVER, '--listen-address=' + NODE,
+                   '--bind-interfaces', '--pid-file=')
+        firewalls.start_firewalld(self)
+        self.follow('firewalld: containers use services of the host')
+
+    def test_dns_proxy_and_compose(self) -> None:
+        self.start_host()
+        self.follow('A container is the name server of its host')
+        self.follow('A reverse proxy on a bridge')
+        self.follow('Docker Compose')
+        self.instead['systemctl restart docker'] = self.docker.restart
+        self.follow('Docker is restarted or upgraded')
+
+    def test_vpn_and_keepalived(self) -> None:
+        self.start_host()
+        self.lab.add_netns('phone')
+        self.lab.run('ip', 'link', 'add', 'wg0', 'type', 'veth', 'peer',
+                     'name', 'wg0', 'netns', 'phone')
+        for netns, number in ((None, 1), ('phone', 2)):
+            self.lab.run('ip', 'link', 'set', 'wg0', 'up', netns=netns)
+            self.lab.run('ip', 'address', 'add', '10.8.0.%d/24' % number,
+                         'dev', 'wg0', netns=netns)
+        self.lab.run('ip', 'route', 'add', 'default', 'via', '10.8.0.1',
+                     netns='phone')
+        self.follow('A VPN that ends on the host')
+        servers = []
+        self.instead['systemctl start keepalived'] = lambda: servers.append(
+            self.start('keepalived', '--dont-fork', '--log-console'))
+        self.instead['systemctl stop keepalived'] = lambda: (
+            servers[0].terminate(), servers[0].wait())
+        self.follow('keepalived: an address that moves between hosts')
+
+    def test_lxc(self) -> None:
+        lxc = runners.LXC(self)
+        self.more['/var/lib/lxc/nas/config'] = (
+            'lxc.rootfs.path = dir:%s\nlxc.init.cmd = /bin/sleep 1000\n'
+            'lxc.apparmor.profile = unconfined\n' % lxc.rootfs('nas'))
+        self.addCleanup(self.lab.run, 'lxc-stop', '--kill', 'nas',
+                        check=False)
+        self.start_agent()
+        self.follow('LXC: the mode of the interface')
+
+
+def masked(text: str) -> str:
+    """Leave out what is another one each time, as where it is folded."""
+    return ' '.join(_VARIES.sub('', text).split())
