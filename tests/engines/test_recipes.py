@@ -180,14 +180,14 @@ class TestRecipes(base.EngineTestCase):
                    '--bind-interfaces', '--pid-file=')
         firewalls.set_up_ufw()
         self.addCleanup(self.lab.run, 'ufw', '--force', 'disable')
-        self.follow('ufw: containers use services of the host')
+        self.follow('ufw: services of the host')
 
     def test_firewalld(self) -> None:
         self.start_host()
         self.start(*NAME_SERVER, '--listen-address=' + NODE,
                    '--bind-interfaces', '--pid-file=')
         firewalls.start_firewalld(self)
-        self.follow('firewalld: containers use services of the host')
+        self.follow('firewalld: services of the host')
 
     def test_dns_proxy_and_compose(self) -> None:
         self.start_host()
