@@ -354,6 +354,13 @@ class TestOthersAtWork(CleanupTestCase):
 
 class TestWithoutThePackage(base.LabTestCase):
 
+    def move(self, path: str, to: str) -> None:
+        """Give a namespace another path."""
+        open(to, 'w').close()
+        self.lab.run('mount', '--bind', path, to)
+        self.lab.run('umount', path)
+        os.remove(path)
+
     def test_lines_of_the_documentation(self) -> None:
         self.lab.add_ipv6()
         page = pathlib.Path(__file__).parents[2] / (
@@ -363,16 +370,24 @@ class TestWithoutThePackage(base.LabTestCase):
             lambda line: not line or line.startswith('   '),
             text.splitlines())))
         self.assertIn('ip link delete break0', lines)
-        path = self.lab.add_pod('pod', base.POD, 'fd00:30::71')
+        pods = {'pod': (base.OWNER, POD, POD6),
+                'docker': (OTHER_OWNER, OTHER_POD, 'fd00:30::72')}
+        paths = [self.lab.add_pod(name, *texts)
+                 for name, (_, *texts) in pods.items()]
         before = self.lab.state()
-        # One in another subnet needs routes inside as well.
-        self.bind(base.POD, 'fd00:30::71', netns=path, mac_of_pod=str(
-            self.lab.ip('link', 'show', 'eth0', netns='pod')[0]['address']))
-        self.assertTrue(self.lab.ping(base.POD))
+        for path, (name, (owner, *texts)) in zip(paths, pods.items()):
+            self.bind(*texts, owner=owner, netns=path, mac_of_pod=str(
+                self.lab.ip('link', 'show', 'eth0', netns=name)[0][
+                    'address']))
+            self.assertTrue(self.lab.ping(texts[0]))
+        # As Docker has its namespaces.
+        os.makedirs('/run/docker/netns')
+        self.move(paths[1], '/run/docker/netns/1a2b')
         done = self.lab.run('sh', '-c', lines, check=False)
         self.assertNotIn('not found', done.stdout)
         self.assertFalse(os.path.exists('/run/kuryr-break0'))
+        self.move('/run/docker/netns/1a2b', paths[1])
         self.assertEqual(before, self.lab.state())
-        for netns in (None, 'pod'):
+        for netns in (None, 'pod', 'docker'):
             self.assertEqual('', self.lab.run('nft', 'list', 'ruleset',
                                               netns=netns).stdout)
