@@ -12,8 +12,7 @@ from __future__ import annotations
 import abc
 import os
 import pathlib
-import time
-from typing import Any, Callable, ClassVar, Optional
+from typing import Any, ClassVar, Optional
 import unittest
 
 from kuryr_break0 import exceptions
@@ -118,12 +117,6 @@ class ParentKindTestCase(DoctorTestCase):
     def reaches_lan(self) -> bool:
         return self.ping(lab.LAN) and self.ping(lab.LAN6)
 
-    def until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + lab.PATIENCE
-        while not condition():
-            self.assertLess(time.monotonic(), deadline)
-            time.sleep(0.1)
-
     def assert_well(self) -> None:
         """All reach each other, and neither status nor doctor complains."""
         self.lab.forget_neighbours()
@@ -148,7 +141,7 @@ class ParentKindTestCase(DoctorTestCase):
         self.addCleanup(agent.wait)
         self.addCleanup(agent.kill)
         log = pathlib.Path(LOG)
-        self.until(lambda: log.exists() and 'Watching ' in log.read_text())
+        lab.until(lambda: log.exists() and 'Watching ' in log.read_text())
 
     def carrier(self, state: str) -> None:
         for name in self.NICS:
@@ -184,30 +177,30 @@ class Cases(FewCases):
         self.follow(finding)
         self.address()
         self.sync()
-        self.until(self.reaches_lan)
+        lab.until(self.reaches_lan)
         self.assert_well()
 
     def test_no_carrier(self: Any) -> None:
         text = self.PARENT + ', the parent of break0, has no carrier'
         self.carrier('down')
-        self.until(lambda: text in self.problems(**self.OPTIONS))
+        lab.until(lambda: text in self.problems(**self.OPTIONS))
         self.assertFalse(self.ping(POD4))
         self.assert_found('parent-down', 'has no carrier', **self.OPTIONS)
         self.carrier('up')
-        self.until(lambda: self.problems(**self.OPTIONS) == []
-                   and self.reaches_lan())
+        lab.until(lambda: self.problems(**self.OPTIONS) == []
+                  and self.reaches_lan())
         self.assert_well()
 
     def test_the_agent_repairs(self: Any) -> None:
         self.start_agent()
         self.lab.run('ip', 'link', 'del', 'break0')
-        self.until(lambda: self.problems(**self.OPTIONS) == [])
+        lab.until(lambda: self.problems(**self.OPTIONS) == [])
         self.assert_well()
         self.lab.run('ip', 'link', 'set', self.PARENT, 'down')
         self.lab.run('ip', 'link', 'set', self.PARENT, 'up')
         self.address()
-        self.until(lambda: self.problems(**self.OPTIONS) == []
-                   and self.reaches_lan())
+        lab.until(lambda: self.problems(**self.OPTIONS) == []
+                  and self.reaches_lan())
         self.assert_well()
 
 
@@ -233,7 +226,7 @@ class TestVlan(Cases, ParentKindTestCase):
         self.lab.run('ip', 'link', 'set', lab.PARENT, 'up')
         self.address()
         self.sync()
-        self.until(self.reaches_lan)
+        lab.until(self.reaches_lan)
         self.assert_well()
 
 
@@ -270,10 +263,10 @@ class TestBond(Cases, ParentKindTestCase):
         return str((self.lab.link(name) or {})['address'])
 
     def test_fail_over(self) -> None:
-        self.until(lambda: self.active() == lab.PARENT)
+        lab.until(lambda: self.active() == lab.PARENT)
         before, own = self.mac(self.PARENT), self.mac('break0')
         self.lab.run('ip', 'link', 'set', 'nic', 'down', netns='lan')
-        self.until(lambda: self.active() == 'eth1')
+        lab.until(lambda: self.active() == 'eth1')
         self.assertNotEqual(before, self.mac(self.PARENT))
         self.assertEqual(own, self.mac('break0'))
         self.assert_well()
@@ -282,21 +275,21 @@ class TestBond(Cases, ParentKindTestCase):
         self.assertEqual(own, self.mac('break0'))
         self.lab.run('ip', 'link', 'set', 'nic', 'up', netns='lan')
         self.lab.run('ip', 'link', 'set', 'nic1', 'down', netns='lan')
-        self.until(lambda: self.active() == lab.PARENT)
+        lab.until(lambda: self.active() == lab.PARENT)
         self.assert_well()
 
     def test_fail_over_while_the_agent_runs(self) -> None:
-        self.until(lambda: self.active() == lab.PARENT)
+        lab.until(lambda: self.active() == lab.PARENT)
         own = self.mac('break0')
         self.start_agent()
         for down, up, active in (('nic', 'nic1', 'eth1'),
                                  ('nic1', 'nic', lab.PARENT)):
             self.lab.run('ip', 'link', 'set', up, 'up', netns='lan')
             self.lab.run('ip', 'link', 'set', down, 'down', netns='lan')
-            self.until(lambda: self.active() == active)
+            lab.until(lambda: self.active() == active)
             self.assert_well()
             self.lab.run('ip', 'link', 'del', 'break0')
-            self.until(lambda: self.problems() == [])
+            lab.until(lambda: self.problems() == [])
             self.assertEqual(own, self.mac('break0'))
             self.assert_well()
 

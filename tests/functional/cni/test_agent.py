@@ -368,7 +368,8 @@ class TestHindered(base.WithShim, ShimTestCase):
         return False
 
     def health(self, path: str) -> tuple[int, str]:
-        asking = http.client.HTTPConnection('127.0.0.1', 9817, timeout=30)
+        asking = http.client.HTTPConnection('127.0.0.1', 9817,
+                                            timeout=lab.PATIENCE)
         with contextlib.closing(asking), \
                 contextlib.suppress(ConnectionRefusedError):
             asking.request('GET', path)
@@ -448,11 +449,12 @@ class TestServerInThisProcess(lab_base.LabTestCase):
         self.assertIsNone(server.problem())
         with mock.patch.object(server, '_serve', side_effect=MemoryError), \
                 mock.patch.object(threading, 'excepthook'):
-            deadline = time.monotonic() + 30
-            while server.stuck() is None:
+            def is_stuck() -> bool:
                 with socket.socket(socket.AF_UNIX) as client:
                     client.connect(SOCKET)
-                    self.assertLess(time.monotonic(), deadline)
+                return server.stuck() is not None
+
+            lab.until(is_stuck)
             self.assertEqual(server.problem(), server.stuck())
         server.listen(options)
         self.assertIsNone(server.problem())
