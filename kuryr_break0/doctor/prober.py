@@ -8,7 +8,7 @@ import dataclasses
 from typing import Optional
 
 from kuryr_break0 import kernel
-from kuryr_break0.kernel import icmp
+from kuryr_break0.kernel import probes
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import NamespaceId
 from kuryr_break0.model import NodeAddresses
@@ -90,8 +90,8 @@ class Prober:
             link = netlink.link(device) if device is not None else None
             vrf = link.vrf.ifindex if link is not None and link.vrf else 0
             path = netlink.path_to(to, vrf)
-            times = (icmp.ping(to, self._count, self._timeout, vrf)
-                     if self._port is None else icmp.connect(
+            times = (probes.ping(to, self._count, self._timeout, vrf)
+                     if self._port is None else probes.connect(
                          to, self._port, self._count, self._timeout, vrf))
             found, state = (None, None) if path is None else netlink.neighbour(
                 path.ifindex, path.gateway or to)

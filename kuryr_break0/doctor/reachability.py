@@ -26,7 +26,7 @@ from kuryr_break0.doctor import trace
 from kuryr_break0 import exceptions
 from kuryr_break0 import guard
 from kuryr_break0 import kernel
-from kuryr_break0.kernel import icmp
+from kuryr_break0.kernel import probes
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Record
 
@@ -182,7 +182,7 @@ class Pings:
         ports = list(_listening())
         with contextlib.suppress(exceptions.NetnsUnusable), \
                 kernel.entered(str(record.netns), record.namespace):
-            return any(icmp.connect(to, port, 1, _TIMEOUT) != [None]
+            return any(probes.connect(to, port, 1, _TIMEOUT) != [None]
                        for port in ports[:_SERVICES])
         return False
 
@@ -247,7 +247,7 @@ class Pings:
         def connect() -> bool:
             assert to is not None
             with kernel.entered(str(record.netns), record.namespace):
-                return icmp.connect(to, _PORT, 1, _CONNECTED) == [None]
+                return probes.connect(to, _PORT, 1, _CONNECTED) == [None]
 
         with contextlib.suppress(exceptions.NetnsUnusable):
             if to is not None and connect():

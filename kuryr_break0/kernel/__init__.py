@@ -11,7 +11,6 @@ for a VLAN conflict, and answers any other with a page of HTML.
 """
 
 from kuryr_break0 import exceptions
-from kuryr_break0.kernel.conflict import claimants
 from kuryr_break0.kernel.conntrack import forget_connections
 from kuryr_break0.kernel.events import Changes
 from kuryr_break0.kernel.events import Event
@@ -44,13 +43,14 @@ from kuryr_break0.kernel.nft import share_nft
 from kuryr_break0.kernel.node import count_host_routes
 from kuryr_break0.kernel.node import current_name
 from kuryr_break0.kernel.node import exists
+from kuryr_break0.kernel.node import find_program
 from kuryr_break0.kernel.node import index_of
 from kuryr_break0.kernel.node import name_of
 from kuryr_break0.kernel.node import read_sysctl
 from kuryr_break0.kernel.node import release
 from kuryr_break0.kernel.node import source_for
 from kuryr_break0.kernel.node import write_sysctl
-from kuryr_break0.kernel.programs import find_program
+from kuryr_break0.kernel.probes import claimants
 from kuryr_break0.kernel.rtnetlink import GatewayRoute
 from kuryr_break0.kernel.rtnetlink import Netlink
 from kuryr_break0.kernel.rtnetlink import Path
@@ -58,24 +58,8 @@ from kuryr_break0.kernel.rtnetlink import Routes
 from kuryr_break0.kernel.values import Change
 from kuryr_break0.kernel.values import Link
 from kuryr_break0.kernel.values import Route
-from kuryr_break0.kernel.values import RT_SCOPE_LINK
-from kuryr_break0.kernel.values import RTN_UNICAST
 from kuryr_break0.kernel.values import Verb
-from kuryr_break0.kernel.wire import RT_SCOPE_NOWHERE
 from kuryr_break0.kernel.wire import RT_TABLE_MAIN
-
-__all__ = (
-    'Change', 'Changes', 'Event', 'Events', 'Found', 'GatewayRoute',
-    'Judge', 'Link', 'Macvlan', 'NamespaceEvents', 'Netlink',
-    'Nft', 'NftEvents', 'Pair', 'Path', 'RTN_UNICAST', 'RT_SCOPE_LINK',
-    'RT_SCOPE_NOWHERE', 'RT_TABLE_MAIN', 'Route', 'Routes', 'State',
-    'Verb', 'Verdict', 'claimants', 'container_of', 'count_host_routes',
-    'create_macvlan', 'current_name', 'entered', 'exists', 'find',
-    'find_program', 'find_taps', 'forget_connections', 'identify',
-    'identify_or_fail', 'index_of', 'macvlan_of', 'macvlans',
-    'macvlans_in', 'mounted', 'name_of', 'node_nft', 'number', 'open_mounts',
-    'read_sysctl', 'release', 'share_nft', 'source_for', 'state',
-    'unshare', 'write_sysctl')
 
 
 def create_macvlan(name: str, parent: Link, mac: str) -> None:

@@ -241,13 +241,12 @@ def _look_at(place: str) -> _View:
             continue
         path = '%s/%s%s' % (place, name, '/ns/net' if is_proc else '')
         try:
-            found = os.stat(path)
+            found = namespaces.seen(path, own)
+            if found:
+                paths.setdefault(found, path)
         except OSError as err:
             if err.errno not in (errno.ENOENT, errno.ESRCH, errno.ELOOP):
                 hides = True  # it has not just ended
-            continue
-        if found.st_dev == own.st_dev and found.st_ino != own.st_ino:
-            paths.setdefault((found.st_dev, found.st_ino), path)
     return _View(paths, hides)
 
 
@@ -289,20 +288,19 @@ def _made() -> Iterator[Optional[str]]:
 
     None if this process may not.
     """
-    opened: list[int] = []
+    made: list[int] = []
 
     def make() -> None:
         with contextlib.suppress(OSError):
             if namespaces.unshare():
-                opened.append(os.open(namespaces.OWN,
-                                      os.O_RDONLY | os.O_CLOEXEC))
+                made.append(os.open(namespaces.OWN,
+                                    os.O_RDONLY | os.O_CLOEXEC))
 
     with contextlib.suppress(RuntimeError):  # no thread can be started
         thread = threading.Thread(target=make)
         thread.start()
         thread.join()
-    try:
-        yield '/proc/self/fd/%d' % opened[0] if opened else None
-    finally:
-        for each in opened:
-            os.close(each)
+    with contextlib.ExitStack() as stack:
+        for fd in made:
+            stack.callback(os.close, fd)
+        yield '/proc/self/fd/%d' % made[0] if made else None

@@ -24,6 +24,7 @@ from pyroute2.netlink import rtnl
 from pyroute2 import netns as pyroute2_netns
 
 from kuryr_break0 import exceptions
+from kuryr_break0.kernel import namespaces
 from kuryr_break0.kernel import netlink
 from kuryr_break0.kernel.values import Link
 
@@ -39,27 +40,6 @@ IPDB_DISTURBED = (RuntimeError, ipdb_exceptions.CommitException,
 _T = TypeVar('_T')
 
 
-@contextlib.contextmanager
-def translated(action: str, advice: str = '') -> Iterator[None]:
-    """Let no error of pyroute2 or the socket out.
-
-    :param action: what is done, for the error
-    :raises KernelRefused: in place of each
-    """
-    try:
-        yield
-    except nl_exceptions.NetlinkError as err:
-        reason = os.strerror(err.code) if err.code > 0 else str(err)
-        raise exceptions.KernelRefused(action, reason, err.code,
-                                       advice) from err
-    except OSError as err:  # of the socket
-        raise exceptions.KernelRefused(action, err.strerror or str(err),
-                                       err.errno or 0, advice) from err
-    except (ipdb_exceptions.CommitException,
-            ipdb_exceptions.CreateException) as err:
-        raise exceptions.KernelRefused(action, str(err), 0, advice) from err
-
-
 def undisturbed(action: str, function: Callable[..., _T], *args: Any) -> _T:
     """Call what reads the node by dumps, and again if one is interrupted.
 
@@ -67,16 +47,25 @@ def undisturbed(action: str, function: Callable[..., _T], *args: Any) -> _T:
     that as an error. ``function`` must be safe to repeat.
 
     :param action: what it does, for the error
-    :raises KernelRefused: for a netlink error of another kind, or if every
-        try was interrupted
+    :raises KernelRefused: for another error of pyroute2 or a socket, or if
+        every try was interrupted
     """
-    with translated(action):
+    try:
         for _ in range(netlink.DUMP_TRIES - 1):
             try:
                 return function(*args)
             except nl_exceptions.NetlinkDumpInterrupted:
                 time.sleep(random.uniform(0, netlink.DUMP_PAUSE))
         return function(*args)
+    except nl_exceptions.NetlinkError as err:
+        reason = os.strerror(err.code) if err.code > 0 else str(err)
+        raise exceptions.KernelRefused(action, reason, err.code) from err
+    except OSError as err:
+        raise exceptions.KernelRefused(action, err.strerror or str(err),
+                                       err.errno or 0) from err
+    except (ipdb_exceptions.CommitException,
+            ipdb_exceptions.CreateException) as err:
+        raise exceptions.KernelRefused(action, str(err), 0) from err
 
 
 def create_macvlan(name: str, parent: Link, mac: str) -> None:
@@ -167,8 +156,5 @@ def prepare() -> None:
     with contextlib.suppress(OSError, nl_exceptions.NetlinkError):
         with pyroute2.IPRoute() as ipr:
             ipr.link('get', index=1)
-        own = os.open('/proc/thread-self/ns/net', os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with namespaces.own_file() as own:
             pyroute2_netns.setns(own)
-        finally:
-            os.close(own)

@@ -85,11 +85,9 @@ class LinkSocket(netlink.RequestSocket):
 
     def rename_and_raise(self, link: values.Link, name: str) -> None:
         """Give an interface that is down a name, and set it up."""
-        self._order(
-            'name the interface %s %s, and set it up' % (link.name, name),
-            Message(wire.RTM_NEWLINK, 0, wire.pack_link(
-                link.index, wire.IFF_UP, wire.IFF_UP)
-                + text(wire.IFLA_IFNAME, name)))
+        self._alter('name the interface %s %s, and set it up'
+                    % (link.name, name), link, text(wire.IFLA_IFNAME, name),
+                    wire.IFF_UP, wire.IFF_UP)
 
     def set_mtu(self, link: values.Link, mtu: int) -> None:
         self._set(link, 'MTU to %d' % mtu, number(wire.IFLA_MTU, mtu))
@@ -115,19 +113,22 @@ class LinkSocket(netlink.RequestSocket):
         self._set(link, 'group to %d' % group,
                   number(wire.IFLA_GROUP, group))
 
-    def _set(self, link: values.Link, what: str, attribute: bytes) -> None:
-        self._order('set the %s of %s' % (what, link.name), Message(
-            wire.RTM_NEWLINK, 0, wire.pack_link(link.index) + attribute))
-
     def raise_link(self, link: values.Link) -> None:
         """Set an interface up, with multicast off."""
-        self._order(
-            'set up the interface ' + link.name,
-            Message(wire.RTM_NEWLINK, 0, wire.pack_link(
-                link.index, wire.IFF_UP, wire.IFF_UP | wire.IFF_MULTICAST)),
+        self._alter(
+            'set up the interface ' + link.name, link, b'', wire.IFF_UP,
+            wire.IFF_UP | wire.IFF_MULTICAST,
             'Where another macvlan has its MAC address, as one that was '
             'renamed, delete that or rename it back: ip link show type '
             'macvlan')
+
+    def _set(self, link: values.Link, what: str, attribute: bytes) -> None:
+        self._alter('set the %s of %s' % (what, link.name), link, attribute)
+
+    def _alter(self, action: str, link: values.Link, attributes: bytes,
+               flags: int = 0, mask: int = 0, advice: str = '') -> None:
+        self._order(action, Message(wire.RTM_NEWLINK, 0, wire.pack_link(
+            link.index, flags, mask) + attributes), advice)
 
     def delete_link(self, name: str) -> None:
         """Delete an interface; one that is not there is fine."""

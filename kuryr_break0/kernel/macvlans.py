@@ -5,12 +5,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 from typing import Iterable, Iterator, NamedTuple, Optional
 
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel import namespaces
+from kuryr_break0.kernel.node import absence
 from kuryr_break0.kernel.rtnetlink import Netlink
 from kuryr_break0.kernel.values import InterfaceAddress
 from kuryr_break0.kernel.values import Link
@@ -121,12 +121,9 @@ def _required(netns: str, namespace: Optional[NamespaceId]) -> NamespaceId:
 def _entered(netns: str, namespace: NamespaceId
              ) -> Iterator[tuple[Netlink, int]]:
     """Be in a namespace, with a socket there and a file of the own one."""
-    own = os.open(namespaces.OWN, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        with namespaces.entered(netns, namespace), Netlink() as netlink:
-            yield netlink, own
-    finally:
-        os.close(own)
+    with namespaces.own_file() as own, \
+            namespaces.entered(netns, namespace), Netlink() as netlink:
+        yield netlink, own
 
 
 def _parent_of(link: Link, here: int) -> Iterator[str]:
@@ -136,7 +133,7 @@ def _parent_of(link: Link, here: int) -> Iterator[str]:
         with another number, its lower interface counts elsewhere
     """
     if link.lower_namespace == here and link.lower is not None:
-        with contextlib.suppress(OSError):  # just deleted
+        with absence('cannot name the parent of a macvlan'):  # just deleted
             yield socket.if_indextoname(link.lower)
 
 

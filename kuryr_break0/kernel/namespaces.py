@@ -21,6 +21,7 @@ import struct
 from typing import Iterable, Iterator, NamedTuple, Optional
 
 from kuryr_break0 import exceptions
+from kuryr_break0.kernel.node import absence
 from kuryr_break0.model import NamespaceId
 
 #: The network namespace of this thread
@@ -36,6 +37,7 @@ _NS_GET_PARENT = 0xb702
 _FILEID_NSFS = 0xf1
 _CLONE_NEWNET = 0x40000000
 _HANDLE = struct.Struct('=IiQII')  # size, type; id, kind, inode
+_UNSEEN = 'network namespaces cannot be listed'
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -94,6 +96,16 @@ def _opened(path: str) -> Iterator[int]:
         os.close(fd)
 
 
+@contextlib.contextmanager
+def own_file() -> Iterator[int]:
+    """Open the namespace of this thread; the descriptor is of the block."""
+    fd = os.open(OWN, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def open_by_number(known: NamespaceId) -> int:
     """Open a namespace by the number that it alone has.
 
@@ -103,16 +115,13 @@ def open_by_number(known: NamespaceId) -> int:
     """
     handle = ctypes.create_string_buffer(_HANDLE.pack(
         16, _FILEID_NSFS, known.cookie, _CLONE_NEWNET, known.inode))
-    mount = os.open(OWN, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with own_file() as mount:
         fd: int = _LIBC.open_by_handle_at(mount, handle,
                                           os.O_RDONLY | os.O_CLOEXEC)
         if fd < 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
         return fd
-    finally:
-        os.close(mount)
 
 
 @contextlib.contextmanager
@@ -155,8 +164,7 @@ def entered(netns: str,
     :param known: as of :func:`opened`
     :raises NetnsUnusable: if it cannot be entered
     """
-    own = os.open(OWN, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with own_file() as home:
         with opened(netns, known) as other:
             if _LIBC.setns(other, _CLONE_NEWNET) != 0:
                 raise exceptions.NetnsUnusable(
@@ -165,11 +173,9 @@ def entered(netns: str,
         try:
             yield
         finally:
-            if _LIBC.setns(own, _CLONE_NEWNET) != 0:
+            if _LIBC.setns(home, _CLONE_NEWNET) != 0:
                 # Whatever this thread did next, it would do to a pod.
                 os._exit(os.EX_OSERR)
-    finally:
-        os.close(own)
 
 
 def unshare() -> bool:
@@ -206,36 +212,52 @@ def find(directories: Iterable[str], processes: Iterable[str],
     :raises SystemRefused: if this process lacks descriptors or memory, so
         that it cannot see all
     """
-    own = _identity_of(OWN)
+    place = os.stat(OWN)
     paths: dict[tuple[int, int], str] = {}
     for path in itertools.chain((
             os.path.join(directory, name) for directory in directories
             for name in sorted(_names(directory))), mounts):
-        found = _nsfs_inode(path, own)
-        if found:
-            paths.setdefault(found, path)
+        with absence(_UNSEEN):
+            found = seen(path, place)
+            if found:
+                paths.setdefault(found, path)
     oldest: dict[tuple[int, int], tuple[int, int, str]] = {}
     inside: dict[tuple[int, int], str] = {}
     for order, proc in enumerate(processes):
-        for name in _names(proc):
-            if not name.isdigit():
-                continue
-            path = os.path.join(proc, name, 'ns/net')
-            found = _nsfs_inode(path, own)
-            if found:
-                inside.setdefault(found, os.path.join(proc, name))
-            if found and found not in paths:
-                with _absence(), contextlib.suppress(IndexError, ValueError):
-                    candidate = (_started(os.path.join(proc, name)), order,
-                                 path)
+        for name in filter(str.isdigit, _names(proc)):
+            process = os.path.join(proc, name)
+            with absence(_UNSEEN), contextlib.suppress(IndexError, ValueError):
+                found = seen(process + '/ns/net', place)
+                if found is None:
+                    continue
+                inside.setdefault(found, process)
+                if found not in paths:
+                    candidate = _started(process), order, process + '/ns/net'
                     oldest[found] = min(oldest.get(found, candidate),
                                         candidate)
     paths.update({found: path for found, (_, _, path) in oldest.items()})
-    return [Found(path, namespace, inside.get(namespace[:2]))
-            for path, namespace in
-            ((path, _identity_of(path)) for path in paths.values())
-            if namespace is not None
-            and not (own and namespace.is_same(own))]
+    namespaces = []
+    for path in paths.values():
+        with absence(_UNSEEN):
+            namespace = identify_or_fail(path)
+            if namespace[:2] != (place.st_dev, place.st_ino):
+                namespaces.append(Found(path, namespace,
+                                        inside.get(namespace[:2])))
+    return namespaces
+
+
+def seen(path: str, own: os.stat_result) -> Optional[tuple[int, int]]:
+    """Return device and inode of the namespace at a path, without opening it.
+
+    :param own: the status of our own
+    :returns: None for that, and for a file of another kind
+    :raises OSError: if there is nothing, or it may not be seen
+    """
+    found = os.stat(path)
+    if found.st_dev != own.st_dev or found.st_ino == own.st_ino or (
+            stat.S_ISDIR(found.st_mode)):
+        return None
+    return found.st_dev, found.st_ino
 
 
 def container_of(process: Optional[str]) -> Optional[int]:
@@ -249,65 +271,29 @@ def container_of(process: Optional[str]) -> Optional[int]:
     """
     if process is None:
         return None
-    try:
+    found = None
+    # It ends at our own, or with an error at what is beyond our view.
+    with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
         own = os.stat('/proc/self/ns/pid').st_ino
         fd = os.open(process + '/ns/pid', os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    found = None
-    while True:
-        inode = os.fstat(fd).st_ino
-        try:
-            parent = -1 if inode == own else fcntl.ioctl(fd, _NS_GET_PARENT)
-        except OSError:  # it is beyond what this process may see
-            parent = -1
-        os.close(fd)
-        if inode == own:
-            return found
-        found, fd = inode, parent
-        if fd < 0:
-            return found
-
-
-@contextlib.contextmanager
-def _absence() -> Iterator[None]:
-    """Take an error as absence, unless it is a fault of this process.
-
-    :raises SystemRefused: for such a fault
-    """
-    try:
-        yield
-    except OSError as err:
-        if err.errno in exceptions.EXHAUSTED:
-            raise exceptions.SystemRefused(
-                reason='network namespaces cannot be listed: %s' % err
-            ) from err
-
-
-def _identity_of(path: str) -> Optional[NamespaceId]:
-    with _absence():
-        return identify_or_fail(path)
-    return None
+        while True:
+            stack.callback(os.close, fd)
+            inode = os.fstat(fd).st_ino
+            if inode == own:
+                break
+            found = inode
+            fd = fcntl.ioctl(fd, _NS_GET_PARENT)
+    return found
 
 
 def _names(directory: str) -> list[str]:
-    with _absence():
+    with absence(_UNSEEN):
         return os.listdir(directory)
     return []
 
 
-def _nsfs_inode(path: str, own: Optional[NamespaceId]
-                ) -> Optional[tuple[int, int]]:
-    with _absence():
-        found = os.stat(path)
-        if own is not None and found.st_dev == own.device and not (
-                stat.S_ISDIR(found.st_mode)):
-            return found.st_dev, found.st_ino
-    return None
-
-
 def _started(process: str) -> int:
     """Return when a process was started, in ticks since the boot."""
-    with open(os.path.join(process, 'stat')) as file:
-        # The name of the program, in parentheses, may have any character.
-        return int(file.read().rpartition(')')[2].split()[19])
+    with open(os.path.join(process, 'stat'), 'rb') as file:
+        # The name of the program, in parentheses, may have any byte.
+        return int(file.read().rpartition(b')')[2].split()[19])

@@ -202,7 +202,7 @@ class Nft(netlink.RequestSocket):
         with tolerated(errno.EEXIST):
             self._batch(action, *creation)
             return
-        # That of an earlier interface of this name, or of 1.0.0.
+        # That of an earlier interface of this name.
         self._batch(action, _deletion(table), *creation)
 
     def add_answer(self, table: str, chain: str, index: int,

@@ -12,15 +12,39 @@ import ipaddress
 import os
 import platform
 import re
+import shutil
 import socket
 from typing import Collection, Iterator, Optional
 
 from kuryr_break0 import exceptions
+from kuryr_break0.kernel.wire import family_of
 from kuryr_break0.model import IPAddress
 
 #: Flags in /proc/net/route and ipv6_route (linux/route.h, ipv6_route.h)
 RTF_GATEWAY = 0x2
 RTF_LOCAL = 0x80000000
+#: Of programs; they are in none that a service or a user may search.
+_DIRECTORIES = '/usr/sbin:/sbin'
+
+
+@contextlib.contextmanager
+def absence(what: str) -> Iterator[None]:
+    """Take an error as absence, unless it is a fault of this process.
+
+    :param what: what fails then
+    :raises SystemRefused: for such a fault
+    """
+    try:
+        yield
+    except OSError as err:
+        if err.errno in exceptions.EXHAUSTED:
+            raise exceptions.SystemRefused(
+                reason='%s: %s' % (what, err)) from err
+
+
+def find_program(name: str) -> Optional[str]:
+    """Return the path of a program; None if it is not installed."""
+    return shutil.which(name) or shutil.which(name, path=_DIRECTORIES)
 
 
 def release() -> tuple[int, int]:
@@ -85,8 +109,7 @@ def source_for(address: IPAddress,
     :raises PermissionError: where the routes say that it is no host's: for
         the broadcast address of a subnet, or a prohibited one
     """
-    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+    with socket.socket(family_of(address), socket.SOCK_DGRAM) as probe:
         try:
             if device is not None:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE,
@@ -121,8 +144,10 @@ def count_host_routes(devices: Collection[str]) -> int:
 
 
 def _proc_net(name: str) -> Iterator[list[str]]:
+    # The name of an interface may have any byte.
     with contextlib.suppress(OSError), \
-            open('/proc/thread-self/net/' + name) as file:
+            open('/proc/thread-self/net/' + name,
+                 errors='surrogateescape') as file:
         yield from map(str.split, file)
 
 
@@ -131,12 +156,13 @@ def read_sysctl(path: str) -> Optional[int]:
 
     :param path: below /proc/sys/net, with slashes
     :returns: None where there is none, as all of IPv6's where that is off
+    :raises SystemRefused: if this process lacks descriptors or memory
     """
-    try:
-        with open('/proc/sys/net/' + path) as sysctl:
-            return int(sysctl.read())
-    except (OSError, ValueError):
-        return None
+    full = '/proc/sys/net/' + path
+    with absence('cannot read a sysctl'), \
+            contextlib.suppress(ValueError), open(full) as sysctl:
+        return int(sysctl.read())
+    return None
 
 
 def write_sysctl(path: str, value: int,

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -36,8 +37,6 @@ _NEW = netlink.NLM_F_CREATE | netlink.NLM_F_EXCL
 #: States of a neighbour, by their bits (linux/neighbour.h).
 _NUD = {0x01: 'incomplete', 0x02: 'reachable', 0x04: 'stale', 0x08: 'delay',
         0x10: 'probe', 0x20: 'failed', 0x40: 'noarp', 0x80: 'permanent'}
-
-
 #: What a look-up fails with for each kind of route that leads nowhere
 #: (fib_props in fib_semantics.c, ip6_rt_type_to_error).
 _LEADS_NOWHERE = {errno.EINVAL: wire.RTN_BLACKHOLE,
@@ -70,8 +69,7 @@ class GatewayRoute(NamedTuple):
 class Path(NamedTuple):
     """The way that a packet would go, as ``ip route get`` says it.
 
-    :ivar device: the name of the interface it leaves by
-    :ivar ifindex: of that
+    :ivar device: the name of the interface that it leaves by
     :ivar gateway: the router that it is sent to, if it is
     :ivar source: the address that it is sent from
     """
@@ -164,10 +162,10 @@ class Netlink(LinkSocket):
         :param source: the node's address that it is reached from
         :param vrf: ifindex of the VRF that it is reached in; 0 for none
         """
-        try:
+        # Unreachable, prohibited and a blackhole are errors as well.
+        with contextlib.suppress(exceptions.KernelRefused):
             return self._looked_up(address, source, vrf)
-        except exceptions.KernelRefused:
-            return None  # unreachable, prohibited, a blackhole
+        return None
 
     def _looked_up(self, address: IPAddress,
                    source: Optional[IPAddress] = None,

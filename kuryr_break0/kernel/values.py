@@ -37,11 +37,7 @@ Change = tuple[Verb, Item]
 
 
 class Vrf(NamedTuple):
-    """A VRF that an interface is in.
-
-    :ivar ifindex: that of the VRF
-    :ivar table: number of its routing table
-    """
+    """A VRF that an interface is in, and the number of its routing table."""
 
     ifindex: int
     table: int
@@ -122,7 +118,7 @@ class Route(NamedTuple):
 
     @property
     def host_route(self) -> Optional[HostRoute]:
-        """Return it as a route to a single address; None if it is none."""
+        """Return it as a route to a single address, if it is one."""
         if (self.dst is None or self.dst_len != self.dst.max_prefixlen
                 or self.type == RTN_LOCAL or self.flags & RTM_F_CLONED):
             return None
@@ -134,10 +130,7 @@ class Route(NamedTuple):
 
     @property
     def preferred(self) -> Optional[IPAddress]:
-        """Return the source that somebody gave it, if so.
-
-        Not that of a route which the kernel made for an address.
-        """
+        """Return the source that somebody gave it, not the kernel."""
         return self.src if (self.type == RTN_UNICAST
                             and self.protocol != RTPROT_KERNEL) else None
 
@@ -156,10 +149,7 @@ class InterfaceAddress(NamedTuple):
 
 
 class NeighbourState(NamedTuple):
-    """A neighbour, in whatever state.
-
-    :ivar protocol: None if no program marked it
-    """
+    """A neighbour in any state; its protocol is None if nobody marked it."""
 
     dst: Optional[IPAddress]
     ifindex: int

@@ -19,7 +19,8 @@ from unittest import mock
 import pyroute2
 
 from kuryr_break0.guard import Guard
-from kuryr_break0 import kernel
+from kuryr_break0.kernel import values
+from kuryr_break0.kernel import wire
 from tests.bench import at_most
 from tests.bench import blamed
 from tests.bench import Node
@@ -86,9 +87,9 @@ def _kept_open(node: Node, stack: contextlib.ExitStack) -> Way:
     common = {'dst': POD_HOST, 'oif': node.index,
               'proto': node.options.route_protocol}
     return Way('pyroute2 IPRoute, kept open',
-               lambda: ipr.route('replace', scope=kernel.RT_SCOPE_LINK,
+               lambda: ipr.route('replace', scope=values.RT_SCOPE_LINK,
                                  prefsrc=lab.NODE, **common),
-               lambda: ipr.route('del', scope=kernel.RT_SCOPE_NOWHERE,
+               lambda: ipr.route('del', scope=wire.RT_SCOPE_NOWHERE,
                                  **common))
 
 
@@ -103,8 +104,8 @@ def _raw(node: Node, stack: contextlib.ExitStack) -> Way:
         sock.send(struct.pack(
             '=IHHII 8BI HH4s HHI HH4s', 52, kind, flags, 1, 0,
             socket.AF_INET, 32, 0, 0, node.options.route_table,
-            node.options.route_protocol, kernel.RT_SCOPE_LINK,
-            kernel.RTN_UNICAST, 0, 8, 1, POD.packed, 8, 4, node.index,
+            node.options.route_protocol, values.RT_SCOPE_LINK,
+            values.RTN_UNICAST, 0, 8, 1, POD.packed, 8, 4, node.index,
             8, 7, socket.inet_aton(lab.NODE)))
         answer, error = struct.unpack_from('=4xH10xi', sock.recv(4096))
         if answer != 2 or error:  # NLMSG_ERROR, which an ack is too
@@ -132,7 +133,7 @@ def _ipdb(node: Node) -> Way:
         with pyroute2.IPDB() as ip:
             ip.routes.add({'dst': POD_HOST, 'oif': node.index,
                            'proto': node.options.route_protocol,
-                           'scope': kernel.RT_SCOPE_LINK,
+                           'scope': values.RT_SCOPE_LINK,
                            'prefsrc': lab.NODE}).commit()
 
     def delete() -> None:

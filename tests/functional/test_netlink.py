@@ -10,9 +10,12 @@ import functools
 import gc
 import ipaddress
 import json
+import os
 import resource
+import signal
 import socket
 import struct
+import time
 from typing import Any, Callable, Iterator
 from unittest import mock
 
@@ -258,10 +261,51 @@ class TestHostile(base.LabTestCase):
                 with self.assertRaises(exceptions.KernelRefused) as caught:
                     netlink.next_hops()
                 netlink.delete_link('veth7')
+                with self.assertRaises(exceptions.SystemRefused):
+                    kernel.read_sysctl('ipv6/conf/all/disable_ipv6')
             self.assertTrue(caught.exception.exhausted)
+            self.assertIsNone(kernel.read_sysctl('ipv6/conf/none/mtu'))
             self.assertIsNone(netlink.link('veth7'))
             for name in ('veth0', '', 'x' * 16, '\udcff' * 16, '\ud800'):
                 netlink.delete_link(name)  # none of which is there
+
+    def test_a_parent_that_cannot_be_named(self) -> None:
+        path = self.lab.add_pod('pod', base.POD)
+        for code, expected in ((errno.EMFILE, exceptions.SystemRefused),
+                               (errno.ENXIO, None)):
+            with mock.patch.object(socket, 'if_indextoname',
+                                   side_effect=OSError(code, 'of the test')):
+                if expected is None:  # it has just been deleted
+                    self.assertEqual([], kernel.macvlans_in(path))
+                    continue
+                with self.assertRaises(expected):
+                    kernel.macvlans_in(path)
+        self.assertEqual(1, len(kernel.macvlans_in(path)))
+
+    def test_names_that_are_not_utf_8(self) -> None:
+        """An interface, and the only process of a container."""
+        self.lab.run('ip', 'link', 'add', '\udcff', 'type', 'veth',
+                     'peer', 'name', 'x')
+        self.lab.run('ip', 'link', 'set', '\udcff', 'up')
+        for device in ('\udcff', lab.PARENT):
+            self.lab.run('ip', 'route', 'add', '10.7.0.%d' % len(
+                device), 'dev', device)
+        self.assertEqual(1, kernel.count_host_routes([lab.PARENT]))
+        self.assertEqual(1, kernel.count_host_routes(['\udcff']))
+
+        def contained() -> None:
+            assert kernel.unshare()
+            with open('/proc/self/comm', 'wb') as file:
+                file.write(b'\xff')
+            time.sleep(1000)
+
+        pid = base.in_child(contained)
+        try:
+            lab.until(lambda: '/proc/%d' % pid in {
+                each.process for each in kernel.find([], ['/proc'])})
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            base.wait_for(pid)
 
 
 TABLE = 'pod'
