@@ -40,7 +40,7 @@ def read(options: config.Options, ledger: Ledger, netlink: kernel.Netlink,
     """Read ledger and kernel at one moment. Changes nothing.
 
     :param patience: seconds to wait for a bind or unbind to end
-    :param known: what the ledger had a moment ago; see ``inspection``
+    :param known: what the ledger had a moment ago; see ``Ledger.contents``
     :raises Break0Error: if any of them cannot be read
     """
     contents, reading, is_steady = ledger.inspect(

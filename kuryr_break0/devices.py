@@ -267,7 +267,7 @@ class Devices:
         options = self._options
 
         def admitted() -> set[kernel.Pair]:
-            claims, _ = self._ledger.records.read()
+            claims = self._ledger.contents().claims
             routes = netlink.host_routes_of(link.index, options.route_table)
             return {*pairs(claims[route.dst][0] for route in routes
                            if route.dst in claims

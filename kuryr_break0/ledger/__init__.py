@@ -10,24 +10,27 @@ not the truth: see :mod:`kuryr_break0.reconciler`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import logging
 import os
 import stat
-from typing import Any, Callable, Iterable, Iterator, Optional, TypeVar
+from typing import Callable, Iterable, Iterator, Optional, TypeVar
 
 from kuryr_break0 import exceptions
+from kuryr_break0.kernel import node
 from kuryr_break0.ledger.cache import Cache
 from kuryr_break0.ledger import files
 from kuryr_break0.ledger.heartbeat import Heartbeat
 from kuryr_break0.ledger import identity
 from kuryr_break0.ledger.identity import Identity
-from kuryr_break0.ledger import inspection
-from kuryr_break0.ledger.inspection import Contents
 from kuryr_break0.ledger.journal import Journal
 from kuryr_break0.ledger.lock import Lock
+from kuryr_break0.ledger.records import address_of
+from kuryr_break0.ledger.records import NewerVersion
 from kuryr_break0.ledger.records import Records
 from kuryr_break0 import log
+from kuryr_break0.model import address_order
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
@@ -38,8 +41,35 @@ __all__ = ('Contents', 'Ledger', 'Owner', 'Record')
 
 T = TypeVar('T')
 
+#: Retries when the ledger changed while it was being read.
+_RETRIES = 5
+#: What is in the directory, beside what ends with .json.
+_FILES = ('cni.sock', 'heartbeat', 'identity', 'journal', 'lock')
+#: The directory, in that of what cannot be read, for records of other boots.
+_EARLIER = 'earlier-boot'
 #: Next hops that are kept after they are gone.
 MAX_NEXT_HOPS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """All that is in a state directory, as it is.
+
+    :ivar claims: on each address, the newest first; ordered by address
+    :ivar damaged: the path of each record that is none, and why
+    :ivar newer: the same of those that a later version has written
+    :ivar quarantined: the paths of those that were moved there
+    :ivar unreadable: the addresses of all of these
+    :ivar stamps: of the files of claims
+    """
+
+    claims: dict[IPAddress, tuple[Record, ...]]
+    damaged: dict[str, str]
+    newer: dict[str, str]
+    quarantined: tuple[str, ...]
+    unreadable: frozenset[IPAddress]
+    stamps: dict[IPAddress, Optional[files.Stamp]] = dataclasses.field(
+        default_factory=dict)
 
 
 class Ledger:
@@ -76,10 +106,8 @@ class Ledger:
         """
         self.prepare()
         with contextlib.ExitStack() as stack:
-            try:
+            with self._usable():
                 stack.enter_context(self._lock.held())
-            except OSError as err:
-                raise self._unavailable(err) from err
             yield
 
     @property
@@ -93,32 +121,74 @@ class Ledger:
         :returns: whether it was free within so many seconds
         :raises LedgerUnavailable: if the lock file cannot be opened
         """
-        try:
+        with self._usable():
             return self._lock.is_free_within(seconds)
-        except OSError as err:
-            raise self._unavailable(err) from err
 
     def inspect(self, look: Callable[[], T], patience: float,
                 known: Optional[Contents] = None
                 ) -> tuple[Contents, T, bool]:
-        """Read all records, and something that must agree with them.
+        """Read all records, and something else that must agree with them.
 
-        Changes nothing; see :func:`inspection.at_one_moment`.
+        Nothing is changed. In between, who holds the lock is waited for,
+        since what belongs to its record may be half done. If a record has
+        come or gone meanwhile, both are read again, a few times.
 
+        :param patience: seconds to wait for
+        :param known: as for :meth:`contents`
+        :returns: what they return, and whether it is of one moment
         :raises LedgerUnavailable: if they cannot be read
         """
-        try:
-            return inspection.at_one_moment(
-                self.records, self._lock, look, patience, known)
-        except OSError as err:
-            raise self._unavailable(err) from err
+        directory = self.records.directory
+        with self._usable():
+            for _ in range(_RETRIES):
+                before = files.stamp(directory)
+                found = known = self.contents(known)
+                is_free = self._lock.is_free_within(patience)
+                other = look()
+                is_steady = is_free and before == files.stamp(directory)
+                if is_steady or not is_free:
+                    break
+        return found, other, is_steady
 
-    def contents(self) -> Contents:
-        """Read all records, and change nothing.
+    def contents(self, known: Optional[Contents] = None) -> Contents:
+        """Read all there is, and leave it as it is: nothing is moved.
 
-        :raises LedgerUnavailable: if they cannot be read
+        :param known: what was read a moment ago. A file that has not been
+            replaced since, which takes a tenth of the time to find out, is
+            not read again.
+        :raises LedgerUnavailable: if the directory cannot be read
         """
-        return inspection.inspect(self.records)
+        claims: dict[IPAddress, tuple[Record, ...]] = {}
+        unreadable: set[IPAddress] = set()
+        stamps: dict[IPAddress, Optional[files.Stamp]] = {}
+        damaged, newer, quarantined = {}, {}, []
+        for name in self.records.names(self.records.directory):
+            path = os.path.join(self.records.directory, name)
+            found = set()  # no address, if that is what is wrong
+            try:
+                address = address_of(name)
+                found = {address}
+                stamps[address] = files.stamp(path)
+                claims[address] = _still(
+                    known, address, stamps[address]) or self.records.parsed(
+                        path, address)
+            except (FileNotFoundError, NotADirectoryError):
+                pass  # unbound meanwhile
+            except NewerVersion as err:
+                newer[path] = str(err)
+                unreadable |= found
+            except (ValueError, OSError) as err:
+                damaged[path] = str(err)
+                unreadable |= found
+        for name in self.records.names(self.records.quarantine):
+            quarantined.append(os.path.join(self.records.quarantine, name))
+            with contextlib.suppress(ValueError):
+                unreadable.add(address_of(name))
+        return Contents(
+            {address: claims[address]
+             for address in sorted(claims, key=address_order)},
+            damaged, newer, tuple(sorted(quarantined)),
+            frozenset(unreadable - claims.keys()), stamps)
 
     def identity(self) -> Optional[Identity]:
         """Return what this ledger is; None if it was never used.
@@ -128,8 +198,9 @@ class Ledger:
         try:
             return identity.read(self._identity_path)
         except ValueError as err:
-            raise self._unavailable('%s: %s' % (self._identity_path, err)
-                                    ) from err
+            raise exceptions.LedgerUnavailable(
+                path=self.path, reason='%s: %s' % (self._identity_path, err)
+            ) from err
 
     def ensure_identity(self) -> Identity:
         """Return what this ledger is; call it under the lock.
@@ -164,20 +235,16 @@ class Ledger:
 
         :raises LedgerUnavailable: if it cannot be written
         """
-        try:
+        with self._usable():
             files.replace(self._identity_path, found.to_json())
-        except OSError as err:
-            raise self._unavailable(err) from err
 
     def _quarantine_all(self) -> None:
-        target = os.path.join(self.records.quarantine, 'earlier-boot')
-        try:
+        target = os.path.join(self.records.quarantine, _EARLIER)
+        with self._usable():
             os.makedirs(target, mode=0o700, exist_ok=True)
             for name in os.listdir(self.records.directory):
                 os.replace(os.path.join(self.records.directory, name),
                            os.path.join(target, name))
-        except OSError as err:
-            raise self._unavailable(err) from err
 
     def next_hops_seen(self) -> list[str]:
         """Return the last next hops that the node has had in this boot."""
@@ -208,49 +275,57 @@ class Ledger:
         quarantine = self.records.quarantine
         try:
             for directory in (
-                    self.records.directory,
-                    os.path.join(quarantine, 'earlier-boot'), quarantine,
-                    os.path.join(self.path, 'damaged'),  # of version 1
-                    self.path):
+                    self.records.directory, os.path.join(
+                        quarantine, _EARLIER), quarantine, self.path):
                 with contextlib.suppress(FileNotFoundError):
                     for name in os.listdir(directory):
-                        if (name.endswith('.json')
-                                or name.startswith('.unfinished')
-                                or name in ('attended', 'cni.sock',
-                                            'heartbeat',
-                                            'identity', 'journal', 'lock')):
+                        if name in _FILES or name.endswith('.json') or (
+                                name.startswith(files.UNFINISHED)):
                             os.unlink(os.path.join(directory, name))
                     os.rmdir(directory)
         except OSError as err:
             # Others have put something there, or mounted it.
             if err.errno not in (errno.ENOTEMPTY, errno.EBUSY):
-                raise self._unavailable(err) from err
+                raise exceptions.LedgerUnavailable(path=self.path,
+                                                   reason=err) from err
 
     def prepare(self) -> None:
         """Make sure of the directory, and that nobody else can write it.
 
         :raises LedgerUnavailable: if it cannot be used
         """
-        try:
+        with self._usable():
             if not os.path.isdir(self.path):
                 os.makedirs(self.path, mode=0o700, exist_ok=True)
             found = os.stat(self.path)
             if found.st_uid != os.geteuid():
-                raise self._unavailable('it belongs to user %d, not to %d' %
-                                        (found.st_uid, os.geteuid()))
+                raise OSError('it belongs to user %d, not to %d' %
+                              (found.st_uid, os.geteuid()))
             used = os.path.isdir(self.records.directory)
-            if stat.S_IMODE(found.st_mode) & 0o077:
+            mode = stat.S_IMODE(found.st_mode)
+            if mode & 0o077:
                 # An empty one may be of kubelet, for a volume.
                 LOG.log(logging.WARNING if used else logging.DEBUG,
                         'Other users had access to the state directory %s '
-                        '(mode %o). Removed their access.', self.path,
-                        stat.S_IMODE(found.st_mode))
+                        '(mode %o). Removed their access.', self.path, mode)
                 os.chmod(self.path, 0o700)
             if not used:
                 os.makedirs(self.records.directory, mode=0o700,
                             exist_ok=True)
-        except OSError as err:
-            raise self._unavailable(err) from err
 
-    def _unavailable(self, err: Any) -> exceptions.LedgerUnavailable:
-        return exceptions.LedgerUnavailable(path=self.path, reason=err)
+    def _usable(self) -> contextlib.AbstractContextManager[None]:
+        return files.usable(self.path)
+
+
+def _still(known: Optional[Contents], address: IPAddress,
+           stamp: Optional[files.Stamp]) -> tuple[Record, ...]:
+    """Return the claims that were read before, if nothing has changed.
+
+    A parent that was renamed meanwhile has another name in them.
+    """
+    found = known.claims.get(address, ()) if known is not None else ()
+    if known is None or stamp is None or stamp != known.stamps.get(address):
+        return ()
+    return found if all(
+        claim.parent == node.current_name(claim.parent, claim.parent_index)
+        for claim in found) else ()

@@ -1,23 +1,83 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Reads small untrusted files, and replaces files atomically."""
+"""Reads small untrusted files, locks files, and replaces them atomically."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import stat
-import threading
 import time
-from typing import Optional
+from typing import Iterator, Optional
+
+from kuryr_break0 import exceptions
 
 #: Begins the names of files whose writer has not finished, or was killed.
 UNFINISHED = '.unfinished.'
+#: Seconds that :func:`take` waits at least if another has the lock.
+_PAUSE = 0.001
 
 
 def now() -> float:
     """Return the seconds since the boot, which nobody can set back."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+@contextlib.contextmanager
+def usable(directory: str) -> Iterator[None]:
+    """Raise LedgerUnavailable for an error of the system in the block."""
+    try:
+        yield
+    except OSError as err:
+        raise exceptions.LedgerUnavailable(path=directory,
+                                           reason=err) from err
+
+
+@contextlib.contextmanager
+def opened(path: str, flags: int) -> Iterator[int]:
+    """Open a file; the descriptor is of the block.
+
+    A link or a pipe is none of ours; neither must hold up a pod.
+    """
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC,
+                 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def take(fd: int, kind: int, seconds: float = 0) -> bool:
+    """Lock an open file by flock(2), which its end frees.
+
+    The lock belongs to the open file, so that other users of the file in the
+    same process neither have it nor lose it, as they would one of fcntl(2).
+
+    :param kind: LOCK_EX or LOCK_SH
+    :returns: whether it could be had within so many seconds
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
+            return True
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() >= deadline:
+                return False
+        time.sleep(_PAUSE)
+
+
+def is_at(fd: int, path: str) -> bool:
+    """Return whether an open file is the one that others open at a path.
+
+    It is not if its directory was lost, and made again.
+    """
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def read(path: str, max_size: int) -> str:
@@ -28,23 +88,17 @@ def read(path: str, max_size: int) -> str:
     :raises OSError: if it is not there or cannot be read
     """
     try:
-        # A link or a pipe is none of ours; neither must hold up a pod.
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-                     | os.O_CLOEXEC)
+        with opened(path, os.O_RDONLY) as fd:
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):
+                raise ValueError('it is not a regular file')
+            if found.st_size > max_size:
+                raise ValueError('it is larger than %d bytes' % max_size)
+            return os.read(fd, found.st_size).decode()
     except OSError as err:
         if err.errno == errno.ELOOP:
             raise ValueError('it is a link')
         raise
-    try:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError('it is not a regular file')
-        if found.st_size > max_size:
-            raise ValueError('it is larger than %d bytes' % max_size)
-        content = os.read(fd, found.st_size)
-    finally:
-        os.close(fd)
-    return content.decode()
 
 
 def replace(path: str, text: str) -> None:
@@ -53,25 +107,21 @@ def replace(path: str, text: str) -> None:
     :raises OSError: if it cannot be written
     """
     directory, name = os.path.split(path)
-    # Writers of one file may be several, where one could not have the lock.
-    unfinished = os.path.join(directory, '%s%d.%s' % (
-        UNFINISHED, threading.get_native_id(), name))
+    # Writers of one file may be several, where one could not have the lock,
+    # and of several process namespaces, with one number.
+    unfinished = os.path.join(directory, '%s%s.%s' % (
+        UNFINISHED, os.urandom(8).hex(), name))
     try:
-        fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-                     | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
+        with opened(unfinished,
+                    os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
             # A short write says ENOSPC only when it is repeated.
             content = text.encode()
             while content:
                 content = content[os.write(fd, content):]
-        finally:
-            os.close(fd)
         os.replace(unfinished, path)
     except OSError:
-        try:
+        with contextlib.suppress(OSError):
             os.unlink(unfinished)
-        except OSError:
-            pass
         raise
 
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from typing import Callable, Iterator, Optional
@@ -14,19 +15,18 @@ from kuryr_break0 import log
 
 LOG = log.get_logger(__name__)
 
+#: Seconds to wait for those who only ask whether the agent has the lock.
+_PATIENCE = 0.05
+
 
 class Heartbeat:
     """A file that the agent holds a lock on and writes with each sync.
-
-    The kernel ends the lock with the agent (flock(2)).
 
     :ivar path: of the file
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._fd = -1
-        self._reason: Optional[str] = None
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[Callable[[], None]]:
@@ -34,54 +34,37 @@ class Heartbeat:
 
         :returns: what to call with each sync
         """
+        fd = -1
+        reason: Optional[str] = None
         with contextlib.ExitStack() as stack:
             def beat() -> None:
+                nonlocal fd, reason
                 try:
-                    if not self._is_current():
+                    if fd < 0 or not files.is_at(fd, self.path):
                         stack.close()
-                        self._fd = os.open(
-                            self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-                            | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
-                        stack.callback(os.close, self._fd)
-                        stack.callback(setattr, self, '_fd', -1)
-                        fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                    os.pwrite(self._fd, b'%020.3f\n' % files.now(), 0)
-                    self._reason = None
+                        fd = -1
+                        made = stack.enter_context(files.opened(
+                            self.path, os.O_RDWR | os.O_CREAT))
+                        if not files.take(made, fcntl.LOCK_SH, _PATIENCE):
+                            raise OSError(errno.EAGAIN, 'it is locked')
+                        fd = made
+                    os.pwrite(fd, b'%020.3f\n' % files.now(), 0)
+                    reason = None
                 except OSError as err:
-                    if err.strerror != self._reason:
+                    if err.strerror != reason:
                         LOG.error('Cannot write the heartbeat of the agent '
                                   'to %s: %s. Without it each ADD and DEL '
                                   'also repairs routes, which takes longer.',
                                   self.path, err.strerror)
-                    self._reason = err.strerror
+                    reason = err.strerror
 
             beat()
             yield beat
 
-    def _is_current(self) -> bool:
-        """Return whether the file is still at its path.
-
-        It is not if the state directory was lost, and made again.
-        """
-        with contextlib.suppress(FileNotFoundError):
-            return self._fd >= 0 and os.path.samestat(
-                os.fstat(self._fd), os.stat(self.path))
-        return False
-
     def age(self) -> Optional[float]:
         """Return the seconds since the last beat; None without an agent."""
-        try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK
-                         | os.O_CLOEXEC)
-        except OSError:
-            return None
-        try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        with contextlib.suppress(OSError, ValueError), \
+                files.opened(self.path, os.O_RDONLY) as fd:
+            if not files.take(fd, fcntl.LOCK_EX):
                 return max(files.now() - float(os.read(fd, 64)), 0)
-        except (OSError, ValueError):
-            pass
-        finally:
-            os.close(fd)
         return None

@@ -16,7 +16,9 @@ import functools
 import os
 import struct
 import time
-from typing import Any, Callable, cast, Iterator, NamedTuple, TypeVar
+from typing import Any, Callable, cast, NamedTuple, TypeVar
+
+from kuryr_break0.ledger import files
 
 _F = TypeVar('_F', bound=Callable[..., Any])
 
@@ -25,9 +27,9 @@ _F = TypeVar('_F', bound=Callable[..., Any])
 _RECORD = struct.Struct('<BxxxId')
 #: Bytes; what is to be added to a file of that size is lost.
 LIMIT = 64 * 1024
-#: Others hold the lock for some microseconds, unless they were stopped.
-_TRIES = 10
-_PAUSE = 0.001
+#: Seconds. Others hold the lock for some microseconds, unless they were
+#: stopped.
+_PATIENCE = 0.01
 
 
 class Done(enum.IntEnum):
@@ -75,41 +77,25 @@ class Journal:
 
     def add(self, what: Done, *, times: int = 1, seconds: float = 0) -> None:
         """Leave a record. If that fails it is lost, which is harmless."""
-        with contextlib.suppress(OSError):
-            with self._opened(os.O_WRONLY | os.O_APPEND | os.O_CREAT,
-                              fcntl.LOCK_SH) as fd:
-                if os.fstat(fd).st_size + _RECORD.size <= LIMIT:
-                    os.write(fd, _RECORD.pack(what, times, seconds))
+        with contextlib.suppress(OSError), files.opened(
+                self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT) as fd:
+            if files.take(fd, fcntl.LOCK_SH, _PATIENCE) and (
+                    os.fstat(fd).st_size + _RECORD.size <= LIMIT):
+                os.write(fd, _RECORD.pack(what, times, seconds))
 
     def drain(self) -> list[Record]:
         """Take out all records; none if the file cannot be read."""
-        try:
-            with self._opened(os.O_RDWR, fcntl.LOCK_EX) as fd:
+        content = b''
+        with contextlib.suppress(OSError), \
+                files.opened(self._path, os.O_RDWR) as fd:
+            if files.take(fd, fcntl.LOCK_EX, _PATIENCE):
                 content = os.read(fd, LIMIT)
                 if content:
                     os.ftruncate(fd, 0)
-        except OSError:
-            return []
         whole = len(content) - len(content) % _RECORD.size
         known = {int(each): each for each in Done}
         return [Record(known[what], times, seconds) for what, times, seconds
                 in _RECORD.iter_unpack(content[:whole]) if what in known]
-
-    @contextlib.contextmanager
-    def _opened(self, flags: int, lock: int) -> Iterator[int]:
-        fd = os.open(self._path, flags | os.O_NOFOLLOW | os.O_NONBLOCK
-                     | os.O_CLOEXEC, 0o600)
-        try:
-            for _ in range(_TRIES):
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(fd, lock | fcntl.LOCK_NB)
-                    break
-                time.sleep(_PAUSE)
-            else:
-                raise BlockingIOError('%s stays locked' % self._path)
-            yield fd
-        finally:
-            os.close(fd)
 
 
 def timed(done: Done, failed: Done) -> Callable[[_F], _F]:

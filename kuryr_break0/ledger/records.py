@@ -34,7 +34,6 @@ from kuryr_break0.model import Tap
 
 LOG = log.get_logger(__name__)
 
-#: Version 1 had one sandbox per address, and no number of its namespace.
 VERSION = 2
 SUFFIX = '.json'
 _MAX_SIZE = 2 ** 16  # bytes; a record has a hundredth of it
@@ -69,7 +68,7 @@ def to_json(claims: Sequence[Record]) -> str:
 
 
 def from_json(text: str) -> tuple[Record, ...]:
-    """Read what :meth:`to_json` wrote, or version 1.
+    """Read what :func:`to_json` wrote.
 
     :raises NewerVersion: for what a later version wrote
     :raises ValueError: for anything else
@@ -80,24 +79,16 @@ def from_json(text: str) -> tuple[Record, ...]:
         if isinstance(version, int) and version > VERSION:
             raise NewerVersion('its format is version %d, which is newer '
                                'than this program' % version)
-        if version not in (1, VERSION):
+        if version != VERSION:
             raise ValueError('its format is version %r' % version)
         address = ipaddress.ip_address(_text(fields['address']))
-        claims = fields['claims'] if version == VERSION else [
-            _from_version_1(fields)]
+        claims = fields['claims']
         if not claims:
             raise ValueError('it has no claims')
         return tuple(_claim(address, claim) for claim in claims[:MAX_CLAIMS])
     except (AttributeError, KeyError, TypeError, RecursionError,
             OverflowError) as err:
         raise ValueError('it is no record (%r)' % err)
-
-
-def _from_version_1(fields: dict[str, Any]) -> dict[str, Any]:
-    # Its time was that of a clock that can be set, and what the pod was
-    # configured with is compared with the pod.
-    return {**fields, 'namespace': fields['netns_id'], 'bound_at': 0.0,
-            'configured': None}
 
 
 def _claim(address: IPAddress, fields: dict[str, Any]) -> Record:
@@ -195,18 +186,16 @@ class Records:
         """
         path = self._path(address)
         try:
-            return self.parsed(path, address)
-        except (FileNotFoundError, NotADirectoryError):
-            return ()
+            with self._usable(), contextlib.suppress(FileNotFoundError,
+                                                     NotADirectoryError):
+                return self.parsed(path, address)
         except ValueError as err:
             self._quarantine(path, err)
-            return ()
         except NewerVersion as err:
             raise exceptions.RecordNewer(
                 address=address, path=os.path.dirname(self.directory),
                 reason=err) from err
-        except OSError as err:
-            raise self._unavailable(err) from err
+        return ()
 
     def get(self, address: IPAddress) -> Optional[Record]:
         """Return the newest claim on an address, or None.
@@ -228,17 +217,17 @@ class Records:
         for name in self.names(self.directory):
             try:
                 address = address_of(name)
-                content = files.read(self._path(address), _MAX_SIZE)
+                with self._usable():
+                    content = files.read(self._path(address), _MAX_SIZE)
                 if not any(text in content for text in wanted):
                     continue
                 claims = self.claims(address)
-            except (OSError, ValueError,
-                    exceptions.LedgerUnavailable) as err:
-                cause = err.__cause__ or err
-                if isinstance(cause, OSError) and (
-                        cause.errno in exceptions.EXHAUSTED):
-                    raise self._unavailable(cause) from err
+            except ValueError:
                 continue  # nothing says whose it is
+            except exceptions.LedgerUnavailable as err:
+                if getattr(err.__cause__, 'errno', 0) in exceptions.EXHAUSTED:
+                    raise
+                continue
             if claims:
                 yield claims
 
@@ -265,44 +254,17 @@ class Records:
         :raises LedgerUnavailable: if they cannot be written; then what was
             there before is still there
         """
-        try:
+        with self._usable():
             files.replace(self._path(claims[0].address), to_json(claims))
-        except OSError as err:
-            raise self._unavailable(err) from err
 
     def remove(self, address: IPAddress) -> None:
         """Remove the record of an address; none is fine.
 
         :raises LedgerUnavailable: if it cannot be removed
         """
-        try:
+        with self._usable(), contextlib.suppress(FileNotFoundError,
+                                                 NotADirectoryError):
             os.unlink(self._path(address))
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except OSError as err:
-            raise self._unavailable(err) from err
-
-    def read(self) -> tuple[dict[IPAddress, tuple[Record, ...]],
-                            set[IPAddress]]:
-        """Read all claims, ordered by address.
-
-        :returns: them, and the addresses of which it is not known whose
-            they are, since their record cannot be read
-        :raises LedgerUnavailable: if the directory cannot be read
-        """
-        found: dict[IPAddress, tuple[Record, ...]] = {}
-        unreadable = set()
-        for address in self.addresses():
-            try:
-                claims = self.claims(address)
-            except exceptions.LedgerUnavailable as err:
-                LOG.warning('Ignoring the record of %s: %s', address, err)
-                unreadable.add(address)
-                continue
-            if claims:
-                found[address] = claims
-        unreadable.update(self._parsed_names(self.quarantine))
-        return found, unreadable - found.keys()
 
     def may_be_gone(self, address: IPAddress,
                     judge: existence.Judge) -> bool:
@@ -330,7 +292,8 @@ class Records:
 
         :raises LedgerUnavailable: if the directory cannot be read
         """
-        return sorted(self._parsed_names(self.directory), key=address_order)
+        return sorted(self._parsed(self.names(self.directory)),
+                      key=address_order)
 
     def count(self) -> int:
         """Count the records, at a tenth of what it takes to list them.
@@ -352,27 +315,23 @@ class Records:
         if count > most:
             start = position % count
             names = (names + names)[start:start + most]
-        return self._parsed(self.directory, names), count
+        return self._parsed(names), count
 
     def sweep(self) -> None:
         """Remove what killed writers have left. Call it under the lock."""
-        with contextlib.suppress(OSError):
-            for name in os.listdir(self.directory):
-                if name.startswith(files.UNFINISHED):
-                    os.unlink(os.path.join(self.directory, name))
+        for directory in (self.directory, os.path.dirname(self.directory)):
+            with contextlib.suppress(OSError):
+                for name in os.listdir(directory):
+                    if name.startswith(files.UNFINISHED):
+                        os.unlink(os.path.join(directory, name))
 
-    def _parsed_names(self, directory: str) -> list[IPAddress]:
-        return self._parsed(directory, self.names(directory))
-
-    def _parsed(self, directory: str,
-                names: Iterable[str]) -> list[IPAddress]:
+    def _parsed(self, names: Iterable[str]) -> list[IPAddress]:
         found = []
         for name in names:
             try:
                 found.append(address_of(name))
             except ValueError as err:
-                if directory == self.directory:
-                    self._quarantine(os.path.join(directory, name), err)
+                self._quarantine(os.path.join(self.directory, name), err)
         return found
 
     def names(self, directory: str) -> list[str]:
@@ -380,14 +339,11 @@ class Records:
 
         :raises LedgerUnavailable: if it cannot be read
         """
-        try:
+        with self._usable(), contextlib.suppress(FileNotFoundError):
             return [name for name in os.listdir(directory)
                     if name.endswith(SUFFIX)
                     and not name.startswith(files.UNFINISHED)]
-        except FileNotFoundError:
-            return []
-        except OSError as err:
-            raise self._unavailable(err) from err
+        return []
 
     def _quarantine(self, path: str, reason: ValueError) -> None:
         moved = os.path.join(self.quarantine, os.path.basename(path))
@@ -404,9 +360,8 @@ class Records:
     def _path(self, address: IPAddress) -> str:
         return '%s/%s%s' % (self.directory, address, SUFFIX)
 
-    def _unavailable(self, err: Any) -> exceptions.LedgerUnavailable:
-        return exceptions.LedgerUnavailable(
-            path=os.path.dirname(self.directory), reason=err)
+    def _usable(self) -> contextlib.AbstractContextManager[None]:
+        return files.usable(os.path.dirname(self.directory))
 
 
 def address_of(name: str) -> IPAddress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import ipaddress
 import json
 import os
@@ -32,13 +33,6 @@ RECORD = ledger.Record(
     namespace=NamespaceId(4, 4026531840, 77), bound_at=1000.5,
     configured='0123456789abcdef',
     subnets=(ipaddress.ip_network('100.75.30.0/24'),))
-VERSION_1 = {
-    'version': 1, 'address': '100.75.30.71',
-    'owner': {'container_id': 'sandbox-1', 'ifname': 'eth0'},
-    'parent': 'eth0', 'mac': 'fa:16:3e:00:00:01', 'subnets':
-    ['100.75.30.0/24'], 'netns': '/run/netns/pod',
-    'netns_id': [4, 4026531840], 'pod': None, 'bound_at': 1764000000.5,
-    'peer': {'addresses': ['100.75.30.51'], 'mac': '02:00:00:00:00:01'}}
 
 
 class LedgerTestCase(unittest.TestCase):
@@ -60,8 +54,14 @@ class LedgerTestCase(unittest.TestCase):
             file.write(text)
 
     def all(self) -> list[ledger.Record]:
-        return [claim for claims in self.records.read()[0].values()
-                for claim in claims]
+        """All claims; what is damaged is moved to quarantine."""
+        return [claim for address in self.records.addresses()
+                for claim in self.records.claims(address)]
+
+    def read(self) -> tuple[Any, Any]:
+        """All claims, and the addresses of which it is not known whose."""
+        contents = self.ledger.contents()
+        return contents.claims, set(contents.unreadable)
 
     def hold(self) -> Callable[[], None]:
         """Have another process hold the lock; what ends that."""
@@ -182,13 +182,6 @@ class TestRecords(LedgerTestCase):
                          [claim.owner for claim in claims])
         self.assertEqual(many[0].subnets[:16], claims[0].subnets)
 
-    def test_of_version_1(self) -> None:
-        self.write(json.dumps(VERSION_1))
-        self.assertEqual(
-            dataclasses.replace(RECORD, namespace=NamespaceId(
-                4, 4026531840, None), bound_at=0.0, configured=None),
-            self.records.get(ADDRESS))
-
     def test_remove(self) -> None:
         self.records.put([RECORD])
         self.records.remove(ADDRESS)
@@ -234,10 +227,26 @@ class TestRecords(LedgerTestCase):
         self.assertEqual([RECORD], self.all())
         self.records.put([RECORD])
         self.assertEqual([RECORD], self.all())
+        cached = os.path.join(self.path, '.unfinished.42.next_hops.json')
+        shutil.copy(unfinished, cached)
         with self.ledger.lock():
             self.records.sweep()
+        self.assertFalse(os.path.exists(cached))
         self.assertEqual(['100.75.30.71.json'],
                          os.listdir(os.path.dirname(unfinished)))
+
+    def test_two_writers_at_once(self) -> None:
+        """As in two containers, whose processes have the same numbers."""
+        write, texts = os.write, ['the longer one', 'short']
+
+        def interrupted(fd: int, data: bytes) -> int:
+            if len(texts) > 1:
+                files.replace(self.file(), texts.pop(0))
+            return write(fd, data)
+
+        with mock.patch.object(os, 'write', interrupted):
+            files.replace(self.file(), texts[1])
+        self.assertEqual('short', files.read(self.file(), 100))
 
     def test_a_full_disk_leaves_what_was_there(self) -> None:
         self.records.put([RECORD])
@@ -295,6 +304,9 @@ class TestRecords(LedgerTestCase):
     def test_damage_is_moved_to_quarantine_and_costs_no_other(self) -> None:
         for name in self.damage():
             with self.subTest(name=name):
+                contents = self.ledger.contents()
+                self.assertEqual({ADDRESS: (RECORD,)}, contents.claims)
+                self.assertEqual([self.file(name)], list(contents.damaged))
                 with self.assertLogs('kuryr_break0.ledger',
                                      'WARNING') as logs:
                     self.assertEqual([RECORD], self.all())
@@ -315,10 +327,11 @@ class TestRecords(LedgerTestCase):
     def test_whose_it_was_is_not_known(self) -> None:
         self.records.put([RECORD])
         self.write('damaged')
-        self.assertEqual(({}, {ADDRESS}), self.records.read())
-        self.assertEqual(({}, {ADDRESS}), self.records.read())
+        self.assertEqual(({}, {ADDRESS}), self.read())
+        self.assertIsNone(self.records.get(ADDRESS))  # it is moved
+        self.assertEqual(({}, {ADDRESS}), self.read())
         self.records.put([RECORD])
-        self.assertEqual(({ADDRESS: (RECORD,)}, set()), self.records.read())
+        self.assertEqual(({ADDRESS: (RECORD,)}, set()), self.read())
 
     def test_a_newer_version_is_refused_and_untouched(self) -> None:
         self.records.put([RECORD])
@@ -326,7 +339,7 @@ class TestRecords(LedgerTestCase):
         self.write(newer)
         with self.assertRaisesRegex(exceptions.LedgerUnavailable, 'newer'):
             self.records.get(ADDRESS)
-        self.assertEqual(({}, {ADDRESS}), self.records.read())
+        self.assertEqual(({}, {ADDRESS}), self.read())
         with open(self.file()) as file:
             self.assertEqual(newer, file.read())
 
@@ -335,7 +348,7 @@ class TestRecords(LedgerTestCase):
                      for number in range(10000)]
         for address in addresses:
             self.records.put([ledger.Record(address, RECORD.owner, 'eth0')])
-        self.assertEqual(addresses, list(self.records.read()[0]))
+        self.assertEqual(addresses, list(self.read()[0]))
 
     def test_a_directory_that_is_a_file(self) -> None:
         shutil.rmtree(self.path)
@@ -505,6 +518,17 @@ class TestNextHops(LedgerTestCase):
 
 
 class TestHeartbeat(LedgerTestCase):
+
+    def test_who_asks_at_its_first_beat(self) -> None:
+        """As a bind does, which has the lock for a moment."""
+        heartbeat = self.ledger.heartbeat
+        with open(heartbeat.path, 'w') as asked:
+            fcntl.flock(asked, fcntl.LOCK_EX)
+            with self.assertLogs('kuryr_break0.ledger', 'ERROR'), \
+                    heartbeat.kept() as beat:
+                asked.close()
+                beat()
+                self.assertIsNotNone(heartbeat.age())
 
     def test_after_the_directory_was_lost(self) -> None:
         heartbeat = self.ledger.heartbeat
