@@ -209,6 +209,7 @@ class Devices:
         other = device.owned_by_other(link, identity) if link else None
         if other is not None and not claim:
             raise self.other_ledger(name, other)
+        index = kernel.index_of(parent)
         made = device.Device(options, name, parent, identity)
         ensured = made.ensure(netlink, device.derived_mac(identity.secret,
                                                           name))
@@ -230,7 +231,7 @@ class Devices:
                 # A repair, unless it is made for the first pod.
                 if not claim or ledger.records.count() > 1:
                     self._ledger.journal.add(Done.DEVICE)
-        self._ensure_guard(netlink, ensured.link, parent)
+        self._ensure_guard(netlink, ensured.link, parent, index)
         return ensured
 
     def other_ledger(self, name: str, other: Alias) -> exceptions.OtherLedger:
@@ -255,12 +256,14 @@ class Devices:
         return True
 
     def _ensure_guard(self, netlink: kernel.Netlink, link: kernel.Link,
-                      parent: str) -> None:
+                      parent: str, index: Optional[int]) -> None:
         """Make sure of the guard of a break0.
 
         It lets in who has a route through break0. Whoever gets one later is
         let in then; who gets none, for a route of others, is not.
 
+        :param parent: its name when it was examined
+        :param index: its ifindex
         :raises GuardUnavailable: if it cannot be had and [break0] guard is
             on; else that is logged, once
         """
@@ -268,15 +271,17 @@ class Devices:
 
         def admitted() -> set[kernel.Pair]:
             claims = self._ledger.contents().claims
+            # Records say what it is called now, if it was renamed just then.
+            names = parent, kernel.current_name(parent, index)
             routes = netlink.host_routes_of(link.index, options.route_table)
             return {*pairs(claims[route.dst][0] for route in routes
                            if route.dst in claims
-                           and claims[route.dst][0].parent == parent),
+                           and claims[route.dst][0].parent in names),
                     *unclaimed_pairs(routes, netlink.neighbours(link.index),
                                      options.route_protocol, claims)}
 
         try:
-            found, index = netlink.addresses(), kernel.index_of(parent)
+            found = netlink.addresses()
             Guard(options, self._ledger, link.name).ensure(
                 link, admitted, self._policy.solicited(
                     {each.address for each in found},

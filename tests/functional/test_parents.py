@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import ipaddress
 import json
@@ -390,6 +391,24 @@ class TestRenamed(ParentsTestCase):
         self.assertEqual({POD, POD6}, set(self.lab.routes()))
         for address in (POD, POD6):
             self.assertTrue(self.lab.ping(address), address)
+
+    def test_while_its_guard_is_loaded(self) -> None:
+        """No pod is cut off, also where no sync can come after that."""
+        ensure = device.Device.ensure
+
+        def then_renamed(self_: device.Device, *args: Any) -> device.Ensured:
+            ensured = ensure(self_, *args)
+            if self_.parent == 'eth0':
+                self.rename('eth0', 'ens3')
+            return ensured
+
+        self.lab.run('nft', 'flush', 'ruleset')
+        with mock.patch.object(device.Device, 'ensure', then_renamed), \
+                contextlib.suppress(exceptions.Break0Error):
+            self.manager(parent='eth0').sync()
+        self.assertEqual({POD, POD6}, set(self.lab.routes()))
+        self.assertTrue(self.lab.ping(POD))
+        self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
 
     def test_by_an_altname(self) -> None:
         self.rename('eth0', 'ens3')
