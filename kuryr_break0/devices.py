@@ -135,8 +135,6 @@ class Devices:
     def names(self, recorded: bool = False) -> set[str]:
         """Return the names of all that this ledger may have.
 
-        On any of them, since the parent may have another name by now.
-
         :param recorded: without [break0] device, if it has made others
         """
         identity = self._ledger.identity()

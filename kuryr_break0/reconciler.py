@@ -57,6 +57,9 @@ class Reconciler:
     def __init__(self, options: config.Options, ledger: Ledger) -> None:
         self._options = options
         self._ledger = ledger
+        self._records = ledger.records
+        self._engine = Engine(options, ledger)
+        self._devices = self._engine.devices
 
     def sync(self, dry_run: bool = False, claim: bool = False,
              prune: bool = False) -> Outcome:
@@ -71,37 +74,20 @@ class Reconciler:
         :returns: what was done; of a dry run, what there is to do. Errors
             are in it
         """
-        failure = Failures()
-        outcome = Outcome()
-        with failure.noted(), kernel.Netlink() as netlink, uncollected():
-            outcome = _Sync(self._options, self._ledger, netlink, failure,
-                            dry_run, claim, prune).run()
-        return dataclasses.replace(outcome, errors=tuple(failure.errors))
-
-
-class _Sync:
-    """One sync."""
-
-    def __init__(self, options: config.Options, ledger: Ledger,
-                 netlink: kernel.Netlink, failure: Failures, dry_run: bool,
-                 claim: bool, prune: bool) -> None:
-        self._options = options
-        self._ledger = ledger
-        self._records = ledger.records
-        self._engine = Engine(options, ledger)
-        self._devices = self._engine.devices
-        self._netlink = netlink
-        self._failure = failure
-        self._dry_run = dry_run
-        self._claim = claim
-        self._prune = prune
+        self._dry_run, self._claim, self._prune = dry_run, claim, prune
+        self._failure = Failures()
         self._contents: Optional[Contents] = None
         self._repaired: list[tuple[str, str]] = []
         #: what was changed, as far as it was in the plan
         self._applied: set[Item] = set()
         self._guarded: set[tuple[str, IPAddress]] = set()
+        outcome = Outcome()
+        with self._failure.noted(), kernel.Netlink() as self._netlink, \
+                uncollected():
+            outcome = self._sync()
+        return dataclasses.replace(outcome, errors=tuple(self._failure.errors))
 
-    def run(self) -> Outcome:
+    def _sync(self) -> Outcome:
         seen = self._read()
         if not self._dry_run:
             self._tidy(seen)
@@ -179,13 +165,10 @@ class _Sync:
     def _interfaces(self, seen: Snapshot
                     ) -> Iterator[tuple[list[Record], NodeAddresses]]:
         for records in seen.interfaces():
-            for name in {record.parent for record in records}:
-                parent = seen.parents[name]
-                some = [record for record in records
-                        if record.parent == name and record.netns is not None]
-                if some and parent.node is not None and not (
-                        self._is_left(seen, parent)):
-                    yield some, parent.node
+            parent = seen.parents[records[0].parent]
+            if records[0].netns is not None and parent.node is not None and (
+                    not self._is_left(seen, parent)):
+                yield records, parent.node
 
     def _tidy(self, seen: Snapshot) -> None:
         """Move what is damaged to quarantine, and sweep."""

@@ -180,10 +180,7 @@ class Snapshot:
         return self.unclaimed.get(address)
 
     def interfaces(self) -> list[list[Record]]:
-        """Return the records of each interface of each pod.
-
-        Its owners can differ, where a record was rebuilt.
-        """
+        """Return the records of each interface of each pod."""
         return by_interface(self.live.values())
 
     def problems(self) -> dict[IPAddress, str]:
@@ -248,11 +245,16 @@ class Snapshot:
 
 
 def by_interface(records: Iterable[Record]) -> list[list[Record]]:
-    """Return records by the interface, in its namespace, that they are of."""
+    """Return records by the interface that they are of.
+
+    Its owners can differ, where a record was rebuilt; and its parents, while
+    it is made again on another one.
+    """
     found: dict[Any, list[Record]] = {}
     for record in records:
-        found.setdefault((record.namespace or record.owner.container_id,
-                          record.owner.ifname), []).append(record)
+        found.setdefault((
+            record.namespace or record.owner.container_id,
+            record.owner.ifname, record.parent), []).append(record)
     return list(found.values())
 
 
