@@ -107,8 +107,8 @@ class Node(stateful.RuleBasedStateMachine):
         self.claims: dict[IPAddress, list[Sandbox]] = (
             collections.defaultdict(list))
         self.bound_at: dict[tuple[IPAddress, int], float] = {}
-        #: whose record was rebuilt, so that nobody knows their owner
-        self.rebuilt: set[int] = set()
+        #: of what the record was rebuilt, so that nobody knows its owner
+        self.rebuilt: set[tuple[IPAddress, int]] = set()
         self.discovered: set[tuple[IPAddress, int]] = set()
         self.clock = itertools.count(1)
         self.was_killed = False
@@ -205,7 +205,7 @@ class Node(stateful.RuleBasedStateMachine):
         if yields:  # as discovery
             owner = Owner('discovered-%d' % made.sandbox, 'eth0')
         is_known = key in self.bound_at and sandbox in present and (
-            made.sandbox not in self.rebuilt)
+            key not in self.rebuilt)
         if is_known and (key in self.discovered) != yields:
             return  # an engine and discovery at once are for other tests
         rivals = [each for each in present
@@ -245,7 +245,7 @@ class Node(stateful.RuleBasedStateMachine):
         self.discovered.discard(key)
         if yields:
             self.discovered.add(key)
-        self.rebuilt.discard(made.sandbox)
+        self.rebuilt.discard(key)
 
     @stateful.precondition(lambda self: self.adds)
     @stateful.rule(which=some, undoes=st.booleans(),
@@ -261,9 +261,6 @@ class Node(stateful.RuleBasedStateMachine):
         owner = (Owner('discovered-%d' % made.sandbox, 'eth0')
                  if key in self.discovered else sandbox.owner)
         was_it = not undoes or self.bound_at.get(key) == made.bound_at
-        if made.sandbox in self.rebuilt:
-            # By its namespace, which the path has to be of.
-            was_it &= not undoes and sandbox.lives
         ended = self.attempt(made.address, sandbox, killed, fails, lambda: (
             manager.Break0Manager(self.options).unbind(
                 owner, None if all_of_it and not undoes else [made.address],
@@ -273,10 +270,14 @@ class Node(stateful.RuleBasedStateMachine):
             return
         for address in ADDRESSES if all_of_it and not undoes else [
                 made.address]:
-            present = self.claims[address]
-            if was_it and sandbox in present and (
-                    (address, made.sandbox) in self.discovered) == (
-                        key in self.discovered):
+            present, each = self.claims[address], (address, made.sandbox)
+            if each in self.rebuilt:
+                # By its namespace, which the path has to be of.
+                is_own = not undoes and sandbox.lives
+            else:
+                is_own = was_it and (each in self.discovered) == (
+                    key in self.discovered)
+            if is_own and sandbox in present:
                 present.remove(sandbox)
 
     @stateful.rule()
@@ -335,7 +336,7 @@ class Node(stateful.RuleBasedStateMachine):
                 sandbox = served[address]
                 number = self.sandboxes.index(sandbox)
                 self.claims[address] = [sandbox]
-                self.rebuilt.add(number)
+                self.rebuilt.add((address, number))
                 self.discovered.discard((address, number))
                 self.bound_at.pop((address, number), None)
         for address, _ in self.foreign:
