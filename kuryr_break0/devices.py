@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The break0s of a ledger: whose they are, and that they are there.
+"""The break0s of a ledger: their names, whose they are, that they are there.
 
 Whether a break0 belongs to another ledger is asked here, before anything is
 changed on it.
@@ -186,12 +186,12 @@ class Devices:
     def ensure(self, netlink: kernel.Netlink, parent: str,
                claim: bool = False, name: Optional[str] = None
                ) -> device.Ensured:
-        """Make sure of the break0 of a parent. Call it under the lock.
+        """Make sure of the break0 of a parent.
 
         :param claim: take it over if it belongs to another ledger
         :param name: what it is called; None if a snapshot did not say
-        :raises Break0Error: if it cannot be made so
         :raises OtherLedger: if it belongs to another ledger and stays so
+        :raises Break0Error: if it cannot be made what it should be
         """
         options, ledger = self._options, self._ledger
         try:
@@ -233,7 +233,6 @@ class Devices:
         return ensured
 
     def other_ledger(self, name: str, other: Alias) -> exceptions.OtherLedger:
-        """Return the error of a break0 that belongs to another ledger."""
         return exceptions.OtherLedger(
             device=name, own=self._options.state_dir, **other._asdict())
 

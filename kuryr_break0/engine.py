@@ -55,7 +55,10 @@ class Move(NamedTuple):
 
 
 class Engine:
-    """Makes moves, under the lock of the ledger."""
+    """Makes moves, under the lock of the ledger.
+
+    Errors of single addresses are added to ``failure``.
+    """
 
     def __init__(self, options: config.Options, ledger: Ledger) -> None:
         self._options = options
@@ -98,7 +101,6 @@ class Engine:
 
         :param yielding: refuse what another existing sandbox has, and undo
             what fails, address by address
-        :param failure: gets the errors
         :returns: whether break0 had lost its routes
         """
         passed: list[IPAddress] = []
@@ -153,7 +155,6 @@ class Engine:
         :param is_own: whether a claim is to be dropped
         :param name: of their owner, for the log
         :param mac: what a route without record is known by
-        :param failure: gets the errors
         :returns: the claims that were dropped
         """
         dropped: list[Record] = []
@@ -180,8 +181,7 @@ class Engine:
                     failure: Failures) -> list[Record]:
         """Drop claims whose sandbox is proven not to exist.
 
-        :param failure: gets the errors; then the claims are still there
-        :returns: the claims that are left on these addresses
+        :returns: those that are left, but of addresses where that failed
         """
         left: list[Record] = []
         with kernel.Netlink() as netlink:

@@ -106,7 +106,7 @@ class _Held(Pair):
 
 
 def table_of(device: str) -> str:
-    """Return the name of the table of a break0."""
+    """Return the name of the table of an interface."""
     if re.fullmatch(r'[A-Za-z0-9_.-]+', device):
         return '%s-%s' % (PREFIX, device)
     return '%s-%s' % (PREFIX, hashlib.sha256(
@@ -167,9 +167,6 @@ def unclaimed_pairs(routes: Iterable[HostRoute],
 
     A pod whose record is lost keeps its route, so it is not cut off here
     either.
-
-    :param routes: those on break0
-    :param neighbours: those on break0
     """
     macs = {each.dst: each.mac for each in neighbours}
     items: list[Item] = [*routes, *neighbours]
@@ -177,8 +174,7 @@ def unclaimed_pairs(routes: Iterable[HostRoute],
             if item.protocol == protocol and item.dst not in claimed}
 
 
-def by_address(found: Iterable[Pair]) -> Pairs:
-    """Return the pairs of each address."""
+def _by_address(found: Iterable[Pair]) -> Pairs:
     pairs_of: Pairs = {}
     for each in found:
         pairs_of.setdefault(ipaddress.ip_address(each.address), []).append(
@@ -194,10 +190,7 @@ def said(missing: Sized, extra: Sized) -> Iterator[str]:
 
 
 class Guard:
-    """The guard of one break0.
-
-    :param device: the name of that
-    """
+    """The guard of one break0."""
 
     def __init__(self, options: config.Options, ledger: Ledger,
                  device: str) -> None:
@@ -227,7 +220,6 @@ class Guard:
                 hosts: Iterable[IPAddress]) -> Optional[str]:
         """Return what is wrong with its table; None if nothing is.
 
-        :param link: break0
         :param hosts: the IPv6 addresses of the node, in their order
         :raises KernelRefused: if it cannot be read
         """
@@ -254,12 +246,7 @@ class Guard:
 
     def is_intact(self, link: kernel.Link,
                   hosts: Iterable[IPAddress]) -> bool:
-        """Return whether the table is there as it was loaded.
-
-        :param link: break0
-        :param hosts: as for :meth:`problem`
-        :raises KernelRefused: if it cannot be read
-        """
+        """Return whether the table is there as it was loaded."""
         known = self._cache.get(self._key)
         if not known or known[0] != self._digest(link, hosts):
             return False
@@ -275,19 +262,17 @@ class Guard:
         """
         present, wanted = kernel.node_nft().elements(self.table), set(wanted)
         doubtful = {each.address for each in unclaimed}
-        return by_address(wanted - present), by_address(
+        return _by_address(wanted - present), _by_address(
             each for each in present - wanted
             if each.address not in doubtful)
 
     def ensure(self, link: kernel.Link,
                admitted: Callable[[], Iterable[Pair]],
                hosts: Collection[IPAddress]) -> None:
-        """Make sure of the table.
+        """Make sure of the table. Call it under the lock.
 
-        It is loaded as a whole, so no pod is cut off meanwhile. Call it under
-        the lock.
+        It is loaded as a whole, so no pod is cut off meanwhile.
 
-        :param link: break0
         :param admitted: returns what may come from its pods
         :param hosts: as for :meth:`problem`
         :raises GuardUnavailable: if it cannot be had
@@ -375,7 +360,6 @@ class Guard:
         """Let pods pass, and others no more, if the table is there.
 
         :returns: whether it is there
-        :raises KernelRefused: if the kernel refuses it
         """
         # The kernel is asked where the state directory says nothing.
         if not self.is_wanted or not (self.is_loaded() or self.is_there()):

@@ -43,14 +43,12 @@ class Parent:
     :ivar other: the ledger that its break0 belongs to, if not this one
     :ivar differences: what its break0 is, and should not be
     :ivar guard: what is wrong with the table of its guard, if anything
-    :ivar guard_missing: what its guard does not let pass, and should
-    :ivar guard_extra: what its guard lets pass, and should not
+    :ivar guard_missing: what that does not let pass, and should
+    :ivar guard_extra: what that lets pass, and should not
     :ivar live: the records of its pods, the newest claim on each address
     :ivar desired: what these addresses must have
     :ivar plan: the difference to what they have
-    :ivar routes: the host routes on its break0
-    :ivar neighbours: the permanent neighbours on its break0
-    :ivar addresses: those of its break0
+    :ivar routes, neighbours, addresses: what its break0 has
     :ivar node: what its pods must know of the node; None without break0
     """
 
