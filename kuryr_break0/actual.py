@@ -194,7 +194,7 @@ class _Reading:
                 each.text for each in made.differences(usable, parent,
                                                        addresses)))
             node = self._policy.node_addresses(
-                self._own, self._addresses_of(parent.index),
+                self._addresses_of(parent.index),
                 {wanted.route.src for wanted in desired.values()},
                 self._elsewhere, usable.mac, usable.name)
         return Parent(
@@ -223,7 +223,7 @@ class _Reading:
         """
         guard = Guard(self._options, self._ledger, link.name)
         problem = guard.problem(link, self._policy.solicited(
-            self._own, self._addresses_of(parent.index), link.name))
+            self._addresses_of(parent.index), link.name))
         if problem is not None or not guard.is_loaded():
             return problem if is_used else None, {}, {}
         return None, *guard.difference(

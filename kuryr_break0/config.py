@@ -9,17 +9,16 @@ import copy
 import dataclasses
 import difflib
 import glob
-import ipaddress
 import os
 import re
-from typing import Any, Iterable, NamedTuple, Optional
+from typing import Any, Iterable, Optional
 
 from oslo_config import cfg
-from oslo_config import types
 
 from kuryr_break0 import exceptions
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import IPNetwork
+from kuryr_break0 import option_types as types
 
 GROUP = 'break0'
 #: Values of pod_binding, beside auto
@@ -29,236 +28,23 @@ DIRECT = 'direct'
 AUTO = 'auto'
 ON = 'on'
 OFF = 'off'
-
-#: The kernel's limit is IFNAMSIZ, 16 bytes with the closing NUL; ``/`` and
-#: white space are refused by dev_valid_name(), and ``%d`` stands for a number
-#: that it chooses.
-_DEVICE_NAME = r'(?!\.{1,2}$)[^/:%\s\x00-\x1f\x7f]{1,15}'
-
-
-class Endpoint(NamedTuple):
-    """An address and a TCP port of it."""
-
-    address: IPAddress
-    port: int
-
-    def __str__(self) -> str:
-        form = '[%s]:%d' if self.address.version == 6 else '%s:%d'
-        return form % self
-
-
-class _Checked(types.ConfigType):
-    """A configuration value that a function parses or refuses."""
-
-    def __init__(self, type_name: str) -> None:
-        super().__init__(type_name=type_name)
-
-    def __repr__(self) -> str:
-        return self.type_name
-
-    def _formatter(self, value: Any) -> str:
-        return str(value)
-
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-class DeviceName(_Checked):
-    """A name that the kernel takes for a network interface."""
-
-    def __init__(self) -> None:
-        super().__init__('interface name')
-
-    def __call__(self, value: str) -> str:
-        if (not re.fullmatch(_DEVICE_NAME, value)
-                or len(value.encode('utf-8', 'surrogateescape')) > 15):
-            raise ValueError(
-                '%r is not an interface name: 1 to 15 characters without '
-                'white space, "/", ":" and "%%" are allowed' % value)
-        return value
-
-
-class DeviceNames(_Checked):
-    """Names of interfaces by the names of their parents."""
-
-    def __init__(self) -> None:
-        super().__init__('parent:interface pairs')
-
-    def _formatter(self, value: Any) -> str:
-        return ','.join('%s:%s' % pair for pair in value.items())
-
-    def __call__(self, value: Any) -> dict[str, str]:
-        if isinstance(value, dict):
-            return value
-        found: dict[str, str] = {}
-        for pair in filter(None, map(str.strip, value.split(','))):
-            parent, colon, device = pair.partition(':')
-            if not colon:
-                raise ValueError('%r is not a pair of two interfaces: what '
-                                 'is allowed looks like eth1:break1' % pair)
-            names = DeviceName()
-            parent, device = names(parent.strip()), names(device.strip())
-            if parent in found or device in found.values():
-                raise ValueError('%r has %s twice' % (
-                    value, parent if parent in found else device))
-            found[parent] = device
-        return found
-
-
-class HostAddress(_Checked):
-    """An address of a single host; /32 or /128 may follow it."""
-
-    def __init__(self) -> None:
-        super().__init__('host address')
-
-    def __call__(self, value: Any) -> IPAddress:
-        if isinstance(value, (ipaddress.IPv4Address, ipaddress.IPv6Address)):
-            return value
-        try:
-            interface = ipaddress.ip_interface(value)
-        except ValueError:
-            raise ValueError('%r is not an IPv4 or IPv6 address' % value)
-        if interface.network.num_addresses != 1:
-            # A shorter prefix would add an on-link route for all of it.
-            raise ValueError(
-                '%r has a prefix: only a host address is allowed, %s' %
-                (value, interface.ip))
-        reason = not_a_host(interface.ip)
-        if reason:
-            raise ValueError('%r is %s: only the address of a single host '
-                             'is allowed' % (value, reason))
-        return interface.ip
-
-
-class Network(_Checked):
-    """A network in CIDR notation, without host bits."""
-
-    def __init__(self) -> None:
-        super().__init__('network in CIDR notation')
-
-    def __call__(self, value: Any) -> IPNetwork:
-        if isinstance(value, (ipaddress.IPv4Network, ipaddress.IPv6Network)):
-            return value
-        try:
-            return ipaddress.ip_network(value)
-        except ValueError as err:
-            raise ValueError('%r is not a network: %s; what is allowed looks '
-                             'like 10.0.0.0/16 or fd00::/64' % (value, err))
-
-
-class UnicastMAC(_Checked):
-    """A MAC address of a single interface, as six hexadecimal octets."""
-
-    def __init__(self) -> None:
-        super().__init__('MAC address')
-
-    def __call__(self, value: str) -> str:
-        if not re.fullmatch(r'([0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}', value):
-            raise ValueError('%r is not a MAC address: six hexadecimal '
-                             'octets with colons are allowed' % value)
-        if int(value[:2], 16) & 1 or not value.strip('0:'):
-            raise ValueError('%r is not the address of one interface: only '
-                             'unicast MAC addresses are allowed' % value)
-        return value.lower()
-
-
-class WholeNumber(types.Integer):
-    """A whole number within limits, whose error names value and limits."""
-
-    def __call__(self, value: Any) -> Any:
-        try:
-            return super().__call__(value)
-        except ValueError:
-            raise ValueError('%r is not a whole number from %s to %s' %
-                             (value, self.min, self.max))
-
-
-class YesOrNo(types.Boolean):
-    """A truth value, whose error names the value and what is allowed."""
-
-    def __call__(self, value: Any) -> Any:
-        try:
-            return super().__call__(value)
-        except ValueError:
-            raise ValueError('%r is neither true nor false' % value)
-
-
-class OneOf(types.String):
-    """One of a few words, whose error names the value and all of them."""
-
-    def __call__(self, value: Any) -> Any:
-        try:
-            return super().__call__(value)
-        except ValueError:
-            raise ValueError('%r is none of: %s' %
-                             (value, ', '.join(self.choices or ())))
-
-
-class ListeningOn(_Checked):
-    """An endpoint to listen on; empty for none."""
-
-    def __init__(self) -> None:
-        super().__init__('address and port')
-
-    def __call__(self, value: Any) -> Optional[Endpoint]:
-        if value == '' or isinstance(value, Endpoint):
-            return value or None
-        # No names: what is listened on must not hang on a resolver.
-        found = re.fullmatch(r'(?:\[([^]]*:[^]]*)\]|([^][:]*)):(\d{1,5})',
-                             value)
-        try:
-            if found is None or not 0 < int(found[3]) < 65536:
-                raise ValueError
-            return Endpoint(ipaddress.ip_address(found[1] or found[2]),
-                            int(found[3]))
-        except ValueError:
-            raise ValueError('%r is not an IP address and a port: what is '
-                             'allowed looks like 127.0.0.1:9817, [::1]:9817 '
-                             'or is empty' % value)
-
-
-class AbsolutePath(_Checked):
-    """A path that does not depend on where a process was started."""
-
-    def __init__(self) -> None:
-        super().__init__('absolute path')
-
-    def __call__(self, value: str) -> str:
-        if not value.startswith('/') or '\0' in value:
-            raise ValueError('%r is not an absolute path' % value)
-        return value
-
-
-def not_a_host(address: IPAddress) -> Optional[str]:
-    """Return why an address cannot be that of any pod; None if it can.
-
-    IPv4-mapped IPv6 addresses count as what they map, since no packet of
-    theirs may be on a wire (RFC 4291, 2.5.5.2).
-    """
-    for kind in ('multicast', 'unspecified', 'loopback', 'link_local'):
-        if getattr(address, 'is_' + kind):
-            return 'a %s address' % kind.replace('_', '-')
-    if address.version == 4 and (address.is_reserved
-                                 or int(address) >> 24 == 0):
-        return 'a reserved address'
-    if getattr(address, 'ipv4_mapped', None):
-        return 'an IPv4-mapped address'
-    return None
-
+#: Seconds to wait for another process that is changing break0: less than the
+#: CNI shim waits for an answer. Then a pod is bound without the lock, and what
+#: deletes something fails.
+LOCK_TIMEOUT = 10
 
 OPTS = [
     cfg.Opt(
         'enabled',
-        type=YesOrNo(),
+        type=types.YesOrNo(),
         default=True,
-        help='Make new pods reachable through break0. If false, Kuryr alone '
-             'binds new pods. Pods that are bound already are unbound when '
-             'they go.'),
+        help='Make new pods reachable through break0. For who wants to be '
+             'rid of it, or to try without: if false, Kuryr alone binds new '
+             'pods, and pods that are bound already are unbound when they '
+             'go.'),
     cfg.Opt(
         'pod_binding',
-        type=OneOf(choices=[
+        type=types.OneOf(choices=[
             (AUTO, 'kuryr-break0 if Kuryr\'s code for that is known, as that '
              'of Kuryr 6.0.0 to 10.0.0; Kuryr if that was changed'),
             (KURYR, 'Kuryr, with IPDB: on the node under a temporary name, '
@@ -266,131 +52,93 @@ OPTS = [
             (DIRECT, 'kuryr-break0: in the namespace of the pod, with two '
              'requests. The result is the same, in a tenth of the time')]),
         default=AUTO,
-        help='What creates the macvlan interface of a pod. If enabled is '
-             'false, Kuryr does. The log of kuryr-daemon says what auto '
-             'stands for. You can change this on a node with pods.'),
+        help='What creates the macvlan interface of a pod. For who has '
+             'changed Kuryr\'s code. If enabled is false, Kuryr does. The '
+             'log of kuryr-daemon says what auto stands for. You can change '
+             'this on a node with pods.'),
     cfg.Opt(
         'device',
-        type=DeviceName(),
+        type=types.DEVICE_NAME,
         default='break0',
         help='Name of the macvlan interface in the namespace of the node: 1 '
-             'to 15 characters without white space, "/" and ":". If an '
-             'interface with this name exists that is not a macvlan in '
-             'bridge mode on the parent of the pods, it is not changed, and '
-             'pods are not bound. If pods are on several interfaces, this is '
-             'the name for the first.'),
-    cfg.Opt(
-        'devices',
-        type=DeviceNames(),
-        default={},
-        help='Names of macvlan interfaces for further parents: '
-             'eth1:break1,eth2:break2. By default they are named after '
-             'device and parent (break0-eth1), or numbered if that is too '
-             'long.'),
+             'to 15 characters without white space, "/" and ":". For nodes '
+             'on which another program has this name. An interface with it '
+             'that is not a macvlan in bridge mode on the parent of the pods '
+             'is not changed, and pods are not bound. If pods are on several '
+             'interfaces, this is the name for the first; others are named '
+             'after it and the parent (break0-eth1), or numbered if that is '
+             'too long.'),
     cfg.Opt(
         'parent',
-        type=DeviceName(),
-        help='Interface that the pods must be on. Pods on another one are '
-             'not bound, with an error in the log. By default pods may be on '
-             'any interface, and each such interface gets a break0.'),
+        type=types.DEVICE_NAME,
+        help='Interface that the pods must be on. For nodes on which a '
+             'macvlan on another interface is not to be reached: it is not '
+             'bound, with an error in the log, and not discovered. By '
+             'default pods may be on any interface, and each such interface '
+             'gets a break0.'),
     cfg.ListOpt(
         'addr',
-        item_type=HostAddress(),
+        item_type=types.HOST_ADDRESS,
         default=[],
         help='Addresses of break0 itself, separated by commas. They are '
-             'added as /32 or /128. By default break0 has no address, and '
-             'the node uses its own towards its pods. They must differ on '
-             'each node: if kuryr.conf is the same for all nodes, set the '
-             'environment variable OS_BREAK0__ADDR instead.'),
-    cfg.Opt(
-        'mac',
-        type=UnicastMAC(),
-        help='MAC address of break0. By default it is derived from a secret '
-             'of the node, and stays the same when break0 is created again. '
-             'It must differ on each node.'),
-    cfg.Opt(
-        'static_neighbours',
-        type=YesOrNo(),
-        default=True,
-        help='Set permanent neighbours, so that neither side has to ask for '
-             'the other: on the node one for each address of a pod, in each '
-             'pod one for each address of the node. If false, they ask by '
-             'ARP. Then the LAN hears requests with the MAC address of '
-             'break0, which port security of Neutron may drop as spoofed, '
-             'and IPv6 does not work from pod to node.'),
-    cfg.ListOpt(
-        'host_addresses',
-        item_type=HostAddress(),
-        default=[],
-        help='Addresses of the node that pods reach through break0, '
-             'separated by commas. By default all addresses of the parent, '
-             'those that the node uses towards its pods, and those of '
-             'all_addresses. Addresses that the node does not have are '
-             'ignored. They differ on each node, like addr.'),
+             'added as /32 or /128. For who wants the node to have one '
+             'address towards pods that it has nowhere else. By default '
+             'break0 has no address, and the node uses its own. They must '
+             'differ on each node: if kuryr.conf is the same for all nodes, '
+             'set the environment variable OS_BREAK0__ADDR instead.'),
     cfg.Opt(
         'all_addresses',
-        type=YesOrNo(),
+        type=types.YesOrNo(),
         default=False,
         help='Let pods also reach addresses on other interfaces of the node '
              'through break0, and so answer what the node masquerades with '
              'these: the sources of its routes, and of each interface the '
              'first IPv4 address and the IPv6 addresses, at most 16, none of '
-             'dummy interfaces. Set it where kube-proxy or Docker masquerades '
-             'with the address of another NIC. Do not where containers have '
-             'interfaces on several NICs. Where the parent has no address, '
-             'pods know these in any case.'),
+             'dummy interfaces. For nodes on which kube-proxy or Docker '
+             'masquerades with the address of another NIC. Not for those '
+             'whose containers have interfaces on several NICs. Where the '
+             'parent has no address, pods know these in any case.'),
     cfg.Opt(
         'route_protocol',
-        type=WholeNumber(min=5, max=255),
+        type=types.WholeNumber(min=5, max=255),
         default=176,
-        help='Number that marks our routes (ip route: proto), 5 to 255. Only '
-             'routes on break0 with this number are ever changed or deleted, '
-             'so no other program on the node may use it. Change it only on '
-             'a node without bound pods.'),
+        help='Number that marks our routes (ip route: proto), 5 to 255. For '
+             'nodes on which another program uses 176: only routes on break0 '
+             'with this number are ever changed or deleted. Change it only '
+             'on a node without bound pods.'),
     cfg.Opt(
         'route_table',
-        type=WholeNumber(min=1, max=4294967295),
+        type=types.WholeNumber(min=1, max=4294967295),
         default=254,
         help='Number of the routing table for the routes. 254 is the table '
-             'main. For any other table, add the routing rule that leads to '
-             'it (ip rule) yourself. If the parents are in a VRF, set the '
-             'table of that, which needs no rule.'),
+             'main. For parents in a VRF: set the table of that. For any '
+             'other table, add the routing rule that leads to it (ip rule) '
+             'yourself.'),
     cfg.ListOpt(
         'allowed_cidrs',
-        item_type=Network(),
+        item_type=types.NETWORK,
         default=[],
         help='Networks that addresses of pods must be in, separated by '
              'commas: 10.0.0.0/16,fd00:10::/64. Other addresses get no '
              'route, with an error in the log. By default any address is '
              'allowed, except those of the node, its next hops, and '
-             'addresses that are not of a single host. Set it to the subnets '
-             'of the pods: otherwise anyone who can write a KuryrPort can '
-             'redirect the node\'s traffic to other addresses.'),
+             'addresses that are not of a single host. For everybody: '
+             'without the subnets of the pods, anyone who can write a '
+             'KuryrPort can redirect the node\'s traffic to other '
+             'addresses.'),
     cfg.Opt(
         'discover',
-        type=YesOrNo(),
+        type=types.YesOrNo(),
         default=False,
         help='Let the agent find containers of any engine: every macvlan in '
              'bridge mode in another network namespace, on an interface of '
-             'the node. Their addresses are bound when they appear and '
-             'unbound when they go. This needs allowed_cidrs, because a '
-             'container can give itself any address.'),
-    cfg.ListOpt(
-        'discover_parents',
-        item_type=DeviceName(),
-        default=[],
-        help='Interfaces of the node whose containers are found, separated '
-             'by commas. By default all.'),
-    cfg.ListOpt(
-        'engine_sockets',
-        item_type=AbsolutePath(),
-        default=['/run/docker.sock', '/run/podman/podman.sock'],
-        help='Absolute paths of API sockets of container engines, separated '
-             'by commas. If an engine answers, status and metrics show the '
-             'names of discovered containers. Nothing else depends on it.'),
+             'the node. For hosts without Kuryr. Addresses are bound when '
+             'they appear and unbound when they go. This needs '
+             'allowed_cidrs, because a container can give itself any '
+             'address.'),
     cfg.Opt(
         'guard',
-        type=OneOf(choices=[
+        type=types.OneOf(choices=[
             (AUTO, 'if nft is installed; otherwise pods are bound without it'),
             (ON, 'always; without it the ADD of a pod fails'),
             (OFF, 'never')]),
@@ -398,83 +146,86 @@ OPTS = [
         help='Use an nftables table that admits through break0 only packets '
              'from MAC address and address of a bound pod, and lets no frame '
              'with the MAC address of break0 leave the node. This needs the '
-             'program nft, and for the latter Linux 5.16.'),
+             'program nft, and for the latter Linux 5.16. "on" is for who '
+             'does not trust pods, "off" for who has no use for it.'),
     cfg.Opt(
         'takeover',
-        type=YesOrNo(),
+        type=types.YesOrNo(),
         default=False,
         help='Replace routes to addresses of pods that another program has '
-             'set, on another interface and with another protocol number. One '
-             'with another metric stays, but ours is used. By default they '
-             'are reported and ours is not set, because two programs that '
-             'set the same route would never stop. If true, a route that '
-             'returns within a minute stays.'),
+             'set, on another interface and with another protocol number. '
+             'For nodes with routes of an earlier solution that nothing sets '
+             'again. One with another metric stays, but ours is used. By '
+             'default they are reported and ours is not set, because two '
+             'programs that set the same route would never stop. If true, a '
+             'route that returns within a minute stays.'),
     cfg.Opt(
         'resync_interval',
-        type=WholeNumber(min=1, max=86400),
+        type=types.WholeNumber(min=1, max=86400),
         default=60,
         help='Interval between full reconciliations by the agent, in '
              'seconds. The agent repairs at once what the kernel sends '
-             'events about, and everything else at this interval.'),
+             'events about, and everything else at this interval. For nodes '
+             'on which a minute is too long, or too often.'),
     cfg.Opt(
         'strict',
-        type=YesOrNo(),
+        type=types.YesOrNo(),
         default=False,
         help='Fail the ADD of a pod that cannot be bound, so that kubelet '
-             'tries again. By default that is an error in the log, and the '
-             'pod runs, but its node cannot reach it until it is repaired.'),
+             'tries again. For clusters in which a pod without a way to its '
+             'node is of no use. By default that is an error in the log, and '
+             'the pod runs, but its node cannot reach it until it is '
+             'repaired.'),
     cfg.Opt(
         'state_dir',
-        type=AbsolutePath(),
+        type=types.ABSOLUTE_PATH,
         default='/run/kuryr-break0',
         help='Absolute path of the directory that records which sandbox each '
              'address belongs to. It is created with mode 0700. It must not '
              'survive a reboot, since pods do not either, so put it on a '
              'tmpfs. It must be the same for kuryr-daemon, agent and '
-             'command. If it is not writable, pods are bound with an error '
-             'in the log.'),
-    cfg.ListOpt(
-        'netns_dirs',
-        item_type=AbsolutePath(),
-        default=['/run/netns', '/var/run/netns'],
-        help='Absolute paths of directories with network namespaces of pods, '
-             'separated by commas. "kuryr-break0 adopt" and the rebuilding '
-             'of a lost ledger search them, and then the namespaces of all '
-             'processes (proc_dirs).'),
+             'command. For containers in which /run is not the node\'s. If '
+             'it is not writable, pods are bound with an error in the log.'),
     cfg.ListOpt(
         'proc_dirs',
-        item_type=AbsolutePath(),
+        item_type=types.ABSOLUTE_PATH,
         default=['/proc', '/host_proc'],
         help='Absolute paths of directories that show the processes of the '
              'node, as /proc does, separated by commas. Missing ones are '
-             'ignored. In a container without the process namespace of the '
-             'node, mount its /proc there.'),
+             'ignored. For a container without the process namespace of the '
+             'node, into which its /proc is mounted elsewhere.'),
     cfg.Opt(
         'sysctl_dir',
-        type=AbsolutePath(),
+        type=types.ABSOLUTE_PATH,
         default='/proc/sys',
         help='Absolute path of the directory through which sysctls of break0 '
-             'are set. In an unprivileged container /proc/sys is read-only: '
-             'mount the /proc/sys/net of the node as "net" in another '
-             'directory, and set this to that directory.'),
-    cfg.Opt(
-        'lock_timeout',
-        type=WholeNumber(min=1, max=170),
-        default=10,
-        help='Time to wait for another process that is changing break0, in '
-             'seconds. After that, a pod is bound without the lock, and '
-             'operations that delete something fail. Kuryr gives up a '
-             'request after 180 seconds.'),
+             'are set. For an unprivileged container, in which /proc/sys is '
+             'read-only: mount the /proc/sys/net of the node as "net" in '
+             'another directory, and set this to that directory.'),
     cfg.Opt(
         'metrics_bind',
-        type=ListeningOn(),
+        type=types.LISTENING_ON,
         default='127.0.0.1:9817',
         help='IP address and TCP port on which the agent serves /metrics, '
              '/healthz and /livez. Write an IPv6 address in brackets: '
-             '[::1]:9817. By default only the node itself can reach it. '
-             'There is no password and no TLS: protect other addresses with '
-             'a firewall. Empty for none.'),
+             '[::1]:9817. By default only the node itself can reach it; '
+             'another address is for a Prometheus elsewhere. There is no '
+             'password and no TLS: protect it with a firewall. Empty for '
+             'none.'),
 ]
+
+#: Options that there are no more, with what is done instead.
+DROPPED = {
+    'devices': 'further interfaces are named after device and parent',
+    'mac': 'the MAC address of break0 is derived, and stays the same',
+    'static_neighbours': 'permanent neighbours are always set',
+    'host_addresses': 'pods reach the addresses of the parent and those that '
+                      'the node uses towards them',
+    'discover_parents': 'discovery finds all containers with an address in '
+                        'allowed_cidrs, or those on parent',
+    'engine_sockets': 'Docker and Podman are asked at their usual sockets',
+    'netns_dirs': 'namespaces are found in /run/netns and by processes',
+    'lock_timeout': 'it is %d seconds' % LOCK_TIMEOUT}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -487,34 +238,26 @@ class Options:
     enabled: bool
     pod_binding: str
     device: str
-    devices: dict[str, str]
     parent: Optional[str]
     addr: tuple[IPAddress, ...]
-    mac: Optional[str]
-    static_neighbours: bool
-    host_addresses: tuple[IPAddress, ...]
     all_addresses: bool
     route_protocol: int
     route_table: int
     allowed_cidrs: tuple[IPNetwork, ...]
     discover: bool
-    discover_parents: tuple[str, ...]
-    engine_sockets: tuple[str, ...]
     guard: str
     takeover: bool
     resync_interval: int
     strict: bool
     state_dir: str
-    netns_dirs: tuple[str, ...]
     proc_dirs: tuple[str, ...]
     sysctl_dir: str
-    lock_timeout: int
-    metrics_bind: Optional[Endpoint]
+    metrics_bind: Optional[types.Endpoint]
 
     @property
     def patience(self) -> int:
         """Seconds without a sync after which the agent is not well."""
-        return 3 * self.resync_interval + self.lock_timeout
+        return 3 * self.resync_interval + LOCK_TIMEOUT
 
 
 def register(conf: cfg.ConfigOpts) -> None:
@@ -536,10 +279,6 @@ def load(conf: cfg.ConfigOpts) -> Options:
     """
     register(conf)
     options = Options(**{opt.dest: _value(conf, opt) for opt in OPTS})
-    if options.device in options.devices.values():
-        raise exceptions.InvalidOption(
-            option='devices', reason='%s is [break0] device, so it cannot be '
-            'another one too' % options.device)
     if options.discover and not options.allowed_cidrs:
         raise exceptions.InvalidOption(
             option='discover', reason='it needs [break0] allowed_cidrs, the '
@@ -575,7 +314,8 @@ def unknown(conf: cfg.ConfigOpts) -> list[str]:
     for name, where in sorted(found.items()):
         if name not in known:
             texts.append('[break0] %s in %s is no option%s' % (
-                name[:64], where, close_to(name, known)))
+                name[:64], where, ' any more: ' + DROPPED[name]
+                if name in DROPPED else close_to(name, known)))
     return texts
 
 
@@ -596,21 +336,12 @@ def link_iface(conf: cfg.ConfigOpts) -> Optional[str]:
 
 def device_name(conf: cfg.ConfigOpts) -> str:
     """Read the name of break0 alone, whatever is wrong with the options."""
-    return str(_value_or_default(conf, 'device'))
-
-
-def device_names(conf: cfg.ConfigOpts) -> set[str]:
-    """Read the names that break0s are given, as :func:`device_name`."""
-    return {device_name(conf), *_value_or_default(conf, 'devices').values()}
-
-
-def _value_or_default(conf: cfg.ConfigOpts, name: str) -> Any:
     register(conf)
-    opt = next(opt for opt in OPTS if opt.dest == name)
+    opt = next(opt for opt in OPTS if opt.dest == 'device')
     try:
-        return _value(conf, opt)
+        return str(_value(conf, opt))
     except exceptions.InvalidOption:
-        return opt.default
+        return str(opt.default)
 
 
 def _value(conf: cfg.ConfigOpts, opt: cfg.Opt) -> Any:

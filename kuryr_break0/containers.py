@@ -42,6 +42,8 @@ class Reason(enum.Enum):
     PENDING = 'pending'
 
 
+#: Of Docker and Podman.
+ENGINE_SOCKETS = '/run/docker.sock', '/run/podman/podman.sock'
 #: What the finder logs at once, and what usually passes in a moment.
 FINDERS = (Reason.NOT_ALLOWED, Reason.DUPLICATE, Reason.REFUSED,
            Reason.CLAIMED, Reason.PENDING)
@@ -70,16 +72,12 @@ def of_interface(options: config.Options, macvlan: kernel.Macvlan
     if macvlan.link.mode != 'bridge':
         return Reason.MODE, ('its macvlan is in %s mode, in which it reaches '
                              'no other one' % macvlan.link.mode)
-    for name, wanted in (
-            ('parent', (options.parent,) if options.parent else ()),
-            ('discover_parents', options.discover_parents)):
-        if wanted and macvlan.parent not in wanted:
-            missing = [each for each in wanted if not kernel.exists(each)]
-            return Reason.OTHER_PARENT, (
-                'it is on %s, but [break0] %s is %s%s' % (
-                    macvlan.parent, name, ','.join(wanted),
-                    ', and there is no interface %s' % missing[0]
-                    if missing else ''))
+    wanted = options.parent
+    if wanted is not None and macvlan.parent != wanted:
+        return Reason.OTHER_PARENT, (
+            'it is on %s, but [break0] parent is %s%s' % (
+                macvlan.parent, wanted, '' if kernel.exists(wanted)
+                else ', and there is no such interface'))
     return None
 
 
@@ -90,11 +88,9 @@ def unserved(seen: Snapshot, ledger: Ledger) -> list[Unserved]:
 
     :raises SystemRefused: if this process cannot see all
     """
-    options = seen.options
     judge = _Judge(seen, ledger)
     found: list[Unserved] = []
-    for place in kernel.find(options.netns_dirs, options.proc_dirs,
-                             kernel.mounted()):
+    for place in kernel.find(seen.options.proc_dirs, kernel.mounted()):
         try:
             macvlans = kernel.macvlans_in(place.path, place.namespace)
         except (exceptions.NetnsUnusable, exceptions.KernelRefused):

@@ -129,11 +129,10 @@ class Device:
         self._options = options
         self._alias = (identity.alias(options.state_dir)
                        if identity is not None else None)
+        self._mac = (identity.macs.get(name) if identity is not None
+                     else None)
         # They are of the one that the operator has named.
-        primary = name == options.device
-        self._mac = (options.mac if primary else None) or (
-            identity.macs.get(name) if identity is not None else None)
-        self.addresses = options.addr if primary else ()
+        self.addresses = options.addr if name == options.device else ()
 
     def ensure(self, netlink: kernel.Netlink, new_mac: str) -> Ensured:
         """Make sure that it exists, is what it should be, and is up.

@@ -91,9 +91,6 @@ class Names:
     def of(self, parent: str) -> str:
         """Return the name of the break0 of a parent; always the same."""
         options = self._options
-        named = options.devices.get(parent)
-        if named is not None:
-            return named
         known = self.known.get(parent, options.device)
         if self.primary != parent and known != options.device:
             return known  # it may be of the parent's earlier name
@@ -178,10 +175,8 @@ class Devices:
         break0.routes_lost |= ensured.routes_lost
 
     def _circumstances(self, parent: str) -> list[Any]:
-        options = self._options
-        return [options.device, options.devices.get(parent),
-                kernel.index_of(parent), options.mac,
-                *map(str, options.addr)]
+        return [self._options.device, kernel.index_of(parent),
+                *map(str, self._options.addr)]
 
     def ensure(self, netlink: kernel.Netlink, parent: str,
                claim: bool = False, name: Optional[str] = None
@@ -281,7 +276,6 @@ class Devices:
             found = netlink.addresses()
             Guard(options, self._ledger, link.name).ensure(
                 link, admitted, self._policy.solicited(
-                    {each.address for each in found},
                     [each.address for each in found if each.ifindex == index],
                     link.name))
             self.warn_once('unguarded', '')

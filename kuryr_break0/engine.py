@@ -365,10 +365,6 @@ class Engine:
         if wanted is None:
             LOG.debug('IPv6 is disabled on %s, so %s is not reachable through '
                       'it', break0.name, record.address)
-        elif record.address.version == 6 and (
-                not self._options.static_neighbours):
-            LOG.warning('From its pod, %s, the node cannot be reached: that '
-                        'needs [break0] static_neighbours', record.address)
         return wanted
 
     def _admit(self, device: str, records: Collection[Record],

@@ -58,7 +58,7 @@ class Break0Manager:
     def __init__(self, options: config.Options) -> None:
         self._options = options
         self._policy = Policy(options)
-        self._ledger = Ledger(options.state_dir, options.lock_timeout)
+        self._ledger = Ledger(options.state_dir)
         self._records = self._ledger.records
         self._engine = Engine(options, self._ledger)
 

@@ -26,6 +26,23 @@ def address_order(address: IPAddress) -> tuple[int, int]:
     return address.version, int(address)
 
 
+def not_a_host(address: IPAddress) -> Optional[str]:
+    """Return why an address cannot be that of any pod; None if it can.
+
+    IPv4-mapped IPv6 addresses count as what they map, since no packet of
+    theirs may be on a wire (RFC 4291, 2.5.5.2).
+    """
+    for kind in ('multicast', 'unspecified', 'loopback', 'link_local'):
+        if getattr(address, 'is_' + kind):
+            return 'a %s address' % kind.replace('_', '-')
+    if address.version == 4 and (address.is_reserved
+                                 or int(address) >> 24 == 0):
+        return 'a reserved address'
+    if getattr(address, 'ipv4_mapped', None):
+        return 'an IPv4-mapped address'
+    return None
+
+
 class NamespaceId(NamedTuple):
     """Identity of a network namespace, unique within this boot.
 
@@ -207,12 +224,11 @@ class NodeAddresses:
     """The node's addresses, as a pod must know them.
 
     :ivar addresses: in their order
-    :ivar mac: the MAC address of break0, which they are reached at; None if
-        the pod must ask for it by ARP
+    :ivar mac: the MAC address of break0, which they are reached at
     """
 
     addresses: tuple[IPAddress, ...]
-    mac: Optional[str]
+    mac: str
 
     @property
     def digest(self) -> str:

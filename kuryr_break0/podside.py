@@ -121,8 +121,7 @@ class PodSide:
         present, hosts = self.marked(), self._hosts(node)
         changes: list[kernel.Change] = [
             (Verb.DELETE, item) for item in present
-            if item.dst not in hosts or (node.mac is None
-                                         and isinstance(item, Neighbour))]
+            if item.dst not in hosts]
         changes += [(Verb.REPLACE, item) for item in self._wanted(node)
                     if item not in present]
         unguarded = self._is_unguarded()
@@ -162,8 +161,7 @@ class PodSide:
 
     def _wanted(self, node: NodeAddresses) -> Iterator[Item]:
         for host in self._hosts(node):
-            if node.mac is not None:
-                yield Neighbour(host, self._index, node.mac, self._protocol)
+            yield Neighbour(host, self._index, node.mac, self._protocol)
             # A route by another interface of the pod is as good.
             if not (any(host in subnet for subnet in self._record.subnets)
                     or self._netlink.is_on_link(host)):
@@ -265,7 +263,6 @@ class Pods:
                                     for at, address in cached])
             cache.put('elsewhere', list(map(str, elsewhere)))
         return self._policy.node_addresses(
-            {address for _, address in cached},
             [address for at, address in cached if at == index],
             sources, elsewhere, break0.mac, break0.name)
 

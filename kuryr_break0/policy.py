@@ -17,6 +17,7 @@ from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Neighbour
 from kuryr_break0.model import NodeAddresses
+from kuryr_break0.model import not_a_host
 from kuryr_break0.model import Record
 from kuryr_break0.model import Wanted
 
@@ -39,7 +40,7 @@ class Policy:
 
     def not_allowed(self, address: IPAddress) -> Optional[str]:
         """Return why an address cannot be a pod's on any node; else None."""
-        reason = config.not_a_host(address)
+        reason = not_a_host(address)
         allowed = self._options.allowed_cidrs
         if reason is None and allowed and not any(
                 address in network for network in allowed):
@@ -87,7 +88,7 @@ class Policy:
                 'ipv6/conf/%s/disable_ipv6' % device) != 0:
             return None
         neighbour = None
-        if record.mac is not None and self._options.static_neighbours:
+        if record.mac is not None:
             neighbour = Neighbour(record.address, index, record.mac,
                                   self._options.route_protocol)
         return Wanted(self.route(record.address, index, src), neighbour)
@@ -98,34 +99,30 @@ class Policy:
                          self._options.route_table, src,
                          best_metric(address))
 
-    def solicited(self, own: Collection[IPAddress],
-                  on_parent: Collection[IPAddress],
+    def solicited(self, on_parent: Collection[IPAddress],
                   device: str) -> list[IPAddress]:
         """Return the addresses of the node that are answered for by IPv6."""
-        known = self.node_addresses(own, on_parent, (), (), '', device)
+        known = self.node_addresses(on_parent, (), (), '', device)
         return [each for each in known.addresses if each.version == 6]
 
-    def node_addresses(self, own: Collection[IPAddress],
-                       on_parent: Collection[IPAddress],
+    def node_addresses(self, on_parent: Collection[IPAddress],
                        sources: Iterable[Optional[IPAddress]],
                        elsewhere: Iterable[IPAddress], mac: str,
                        device: str) -> NodeAddresses:
         """Return what pods must know of the node.
 
-        [break0] host_addresses that are not the node's own are left out: a
-        pod would take break0 for its gateway. Addresses of other interfaces
-        are left out too, unless [break0] all_addresses is set or the parent
-        has none: a container that is connected to a network there later has
-        them as its neighbours, and Docker refuses to connect it while a route
-        to one of them is in its way.
+        Addresses of other interfaces are left out, unless [break0]
+        all_addresses is set or the parent has none: a container that is
+        connected to a network there later has them as its neighbours, and
+        Docker refuses to connect it while a route to one of them is in its
+        way.
 
-        :param own: all addresses of the node
         :param on_parent: those of the parent
         :param sources: those that the node speaks to pods from
         :param elsewhere: see :func:`elsewhere`
         """
         addr = self._options.addr if device == self._options.device else ()
-        addresses = set(self._options.host_addresses) & {*own, *addr} or {
+        addresses = {
             *on_parent, *(src for src in sources if src is not None), *addr,
             *(elsewhere if self._options.all_addresses or not any(
                 not each.is_link_local for each in on_parent) else ())}
@@ -133,8 +130,7 @@ class Policy:
             tuple(sorted((address for address in addresses
                           if not address.is_link_local
                           and not address.is_unspecified),
-                         key=address_order)),
-            mac if self._options.static_neighbours else None)
+                         key=address_order)), mac)
 
 
 def elsewhere(found: Iterable[tuple[int, IPAddress]],

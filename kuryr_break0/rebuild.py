@@ -36,8 +36,7 @@ def find(options: config.Options, seen: Snapshot,
                     and item.dst in seen.contents.unreadable):
                 wanted[item.dst] = parent
         wanted.update({item.dst: parent for item in parent.plan.unclaimed})
-    for macvlan in kernel.macvlans(options.netns_dirs, options.proc_dirs
-                                   ) if wanted else ():
+    for macvlan in kernel.macvlans(options.proc_dirs) if wanted else ():
         for address in macvlan.addresses:
             found = wanted.get(address)
             if found is None or macvlan.parent != found.name:

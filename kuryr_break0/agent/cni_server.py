@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import select
 import socket
@@ -29,9 +28,6 @@ _BACKLOG = 512
 #: Seconds that a client may send nothing, and bytes that it may send.
 _TIMEOUT = 3
 _LIMIT = request.LIMIT + 2 ** 18
-#: Seconds to wait for the lock of the ledger, at most: less than the shim
-#: waits for the answer.
-_LOCK_TIMEOUT = 6
 _CREDENTIALS = struct.Struct('3i')  # struct ucred of socket(7)
 
 
@@ -59,9 +55,7 @@ class CNIServer:
         It is again where somebody has removed the socket, and so are threads
         that have ended. What hinders is an error in the log, once.
         """
-        # Its clients wait for less than the lock may take.
-        self._options = dataclasses.replace(options, lock_timeout=min(
-            options.lock_timeout, _LOCK_TIMEOUT))
+        self._options = options
         path = os.path.join(options.state_dir, NAME)
         if path != self._path or not self._is_own():
             self._close_socket()

@@ -13,9 +13,9 @@ import waitress
 from waitress import wasyncore
 
 from kuryr_break0.agent.metrics import Metrics
-from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0 import log
+from kuryr_break0.option_types import Endpoint
 
 LOG = log.get_logger(__name__)
 
@@ -35,12 +35,12 @@ class Server:
                  judges: dict[str, Callable[[], Optional[str]]]) -> None:
         self._metrics = metrics
         self._judges = judges
-        self._endpoint: Optional[config.Endpoint] = None
+        self._endpoint: Optional[Endpoint] = None
         self._exposition = prometheus_client.make_wsgi_app(metrics.registry)
         self._server: Optional[_HTTPServer] = None
         self._complained = False
 
-    def listen(self, endpoint: Optional[config.Endpoint]) -> None:
+    def listen(self, endpoint: Optional[Endpoint]) -> None:
         """Serve there, if that is still to be done, and nowhere else.
 
         What hinders is an error in the log, once: an address that the node
@@ -96,7 +96,7 @@ class _HTTPServer:
     and its memory.
     """
 
-    def __init__(self, endpoint: config.Endpoint,
+    def __init__(self, endpoint: Endpoint,
                  application: Callable[..., Any]) -> None:
         listening = socket.socket(
             socket.AF_INET6 if endpoint.address.version == 6

@@ -97,7 +97,7 @@ class Agent:
     def _work(self, events: kernel.Events, woken: socket.socket) -> None:
         """Work with the options as they are now."""
         options = self._options
-        ledger = Ledger(options.state_dir, options.lock_timeout)
+        ledger = Ledger(options.state_dir)
         interests = Interests(options, ledger)
         self._metrics.configure(options)
         with contextlib.suppress(exceptions.LedgerUnavailable):

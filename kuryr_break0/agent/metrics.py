@@ -29,7 +29,7 @@ from kuryr_break0.snapshot import Snapshot
 LOG = log.get_logger(__name__)
 
 _PREFIX = 'kuryr_break0'
-#: Upper limits in seconds: from a bind, some milliseconds, to lock_timeout.
+#: Upper limits in seconds: from a bind, some milliseconds, on.
 _BUCKETS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10)
 #: Seconds after which what usually passes should have.
 _PASSES = 5.0
@@ -139,7 +139,7 @@ class Metrics(prometheus_registry.Collector):
         :returns: seconds until the next time
         """
         assert self._options is not None
-        ledger = Ledger(self._options.state_dir, self._options.lock_timeout)
+        ledger = Ledger(self._options.state_dir)
         seen = self._read_snapshot()
         if seen is None:
             return self._options.resync_interval
@@ -222,8 +222,7 @@ class Metrics(prometheus_registry.Collector):
         assert options is not None
         try:
             with kernel.Netlink() as netlink:
-                return actual.read(options, Ledger(
-                    options.state_dir, options.lock_timeout), netlink)
+                return actual.read(options, Ledger(options.state_dir), netlink)
         except exceptions.Break0Error as err:
             LOG.error('Serving metrics without addresses: %s', err)
             return None

@@ -29,8 +29,8 @@ _DESCRIPTION = """\
 Make pods reachable that Kuryr bound before break0 was installed, without
 restarting them. Kuryr's API client lists the pods of this node, with the
 [kubernetes] options and KUBERNETES_NODE_NAME, as in kuryr-daemon. Each pod is
-found by the MAC address of its macvlan, in the namespaces in [break0]
-netns_dirs and of all processes. Their later DEL unbinds them.
+found by the MAC address of its macvlan, in the namespaces in /run/netns and
+of all processes. Their later DEL unbinds them.
 
 Run it on each node, where kuryr-daemon runs, after you have restarted
 kuryr-daemon with break0. You can repeat it: pods that are bound stay as they
@@ -92,8 +92,7 @@ def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
             or 'none that can be seen')
     adopter = Adopter(
         options, options.parent or api.link_iface(),
-        kernel.macvlans(options.netns_dirs,
-                        [api.proc(), *options.proc_dirs]),
+        kernel.macvlans([api.proc(), *options.proc_dirs]),
         conf.command.dry_run)
     with output.Counter('adopt') as counter:
         findings = [adopter.adopt(port) for port in counter.over(ports)]
@@ -134,7 +133,7 @@ class Adopter:
                           if macvlan.link.mode == 'bridge'
                           and parent in (None, macvlan.parent)}
         self._dry_run = dry_run
-        self._ledger = Ledger(options.state_dir, options.lock_timeout)
+        self._ledger = Ledger(options.state_dir)
 
     def adopt(self, port: Port) -> Finding:
         """Bind an interface of a pod, unless it is.

@@ -21,6 +21,7 @@ from kuryr_break0.manager import Break0Manager
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
+from kuryr_break0 import option_types
 
 LOG = log.get_logger(__name__)
 
@@ -78,7 +79,7 @@ def add_parsers(subparsers: Any) -> None:
     for each in (bind, unbind):
         each.add_argument(
             'address', metavar='ADDRESS', nargs='*',
-            type=parser.argument(config.HostAddress()),
+            type=parser.argument(option_types.host_address),
             help='IPv4 or IPv6 address' + (
                 ' (default: those that the interface has in the namespace)'
                 if each is bind else ''))
@@ -89,21 +90,21 @@ def add_parsers(subparsers: Any) -> None:
                  'unbind needs the same name')
         each.add_argument(
             '--ifname', metavar='NAME', default='eth0',
-            type=parser.argument(config.DeviceName()),
+            type=parser.argument(option_types.device_name),
             help="interface of the container (default: eth0)")
     unbind.add_argument('--pod', metavar='NAME',
                         help='name of a container or pod')
     bind.add_argument(
         '--netns', metavar='PATH',
-        type=parser.argument(config.AbsolutePath()),
+        type=parser.argument(option_types.absolute_path),
         help="absolute path of the container's network namespace")
     bind.add_argument(
-        '--mac', metavar='MAC', type=parser.argument(config.UnicastMAC()),
+        '--mac', metavar='MAC', type=parser.argument(option_types.unicast_mac),
         help="MAC address of the container's interface (default: what it "
              'has in the namespace)')
     bind.add_argument(
         '--parent', metavar='NAME',
-        type=parser.argument(config.DeviceName()),
+        type=parser.argument(option_types.device_name),
         help='interface of the node that it is on (default: [break0] parent, '
              'then [binding] link_iface, then the actual one)')
 
@@ -141,7 +142,7 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
         return common.fail(common.USAGE, err)
     finally:
         _housekeep(manager)
-    identity = Ledger(options.state_dir, options.lock_timeout).identity()
+    identity = Ledger(options.state_dir).identity()
     devices = identity.devices if identity else {}
     device = devices.get(parent, options.device)
     if wanted.json:
@@ -173,7 +174,7 @@ def _require_addresses(macvlan: kernel.Macvlan,
 
 def _unbind(conf: cfg.ConfigOpts, options: config.Options) -> int:
     wanted = conf.command
-    ledger = Ledger(options.state_dir, options.lock_timeout)
+    ledger = Ledger(options.state_dir)
     try:
         owner, addresses, netns = _meant(wanted, ledger)
     except (exceptions.Ambiguous, exceptions.NoSuchContainer,

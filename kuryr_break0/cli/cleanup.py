@@ -100,7 +100,7 @@ class Cleanup:
         self._options = options
         self._link_iface = link_iface
         self._dry_run = dry_run
-        self._ledger = Ledger(options.state_dir, options.lock_timeout)
+        self._ledger = Ledger(options.state_dir)
 
     def run(self) -> Iterator[Removal]:
         """Delete what was made; return each thing when it is deleted.

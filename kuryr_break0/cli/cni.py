@@ -21,6 +21,7 @@ from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0 import log
 from kuryr_break0.manager import Break0Manager
+from kuryr_break0 import option_types
 
 LOG = log.get_logger(__name__)
 
@@ -57,10 +58,11 @@ def add_parsers(subparsers: Any) -> None:
                             _INSTALL_EPILOG)
     added.add_argument(
         '--bin-dir', metavar='DIR', required=True,
-        type=parser.argument(config.AbsolutePath()),
+        type=parser.argument(option_types.absolute_path),
         help='absolute path of the directory of CNI plugins')
     added.add_argument(
-        '--shim', metavar='FILE', type=parser.argument(config.AbsolutePath()),
+        '--shim', metavar='FILE',
+        type=parser.argument(option_types.absolute_path),
         help='absolute path of the shim (default: build/cni/break0 in the '
              'clone that the package or this directory is of, then '
              '/usr/libexec/kuryr-break0/break0)')

@@ -15,6 +15,7 @@ from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Item
 from kuryr_break0.model import Record
+from kuryr_break0 import option_types
 
 #: Exit codes of all verbs.
 IN_SYNC, DRIFT, USAGE, UNREADABLE, WARNINGS = range(5)
@@ -60,7 +61,7 @@ def addresses_of(name: str, live: Mapping[IPAddress, Record]
     :raises NoSuchContainer: if it means none
     """
     try:
-        return [config.HostAddress()(name)]
+        return [option_types.host_address(name)]
     except ValueError as err:
         found = sorted((address for address, record in live.items()
                         if is_called(record, name)), key=address_order)

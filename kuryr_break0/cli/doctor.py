@@ -21,6 +21,7 @@ from kuryr_break0.doctor.examination import Examination
 from kuryr_break0.doctor import findings
 from kuryr_break0.doctor import report
 from kuryr_break0 import exceptions
+from kuryr_break0 import option_types
 
 
 _CHECK = """\
@@ -60,7 +61,7 @@ def add_parsers(subparsers: Any) -> None:
         run, _CHECK)
     added.add_argument(
         '--parent', metavar='NAME',
-        type=parser.argument(config.DeviceName()),
+        type=parser.argument(option_types.device_name),
         help='interface that the containers will be on (default: [break0] '
              'parent, then [binding] link_iface)')
     _add_ignore(added)

@@ -26,6 +26,7 @@ from kuryr_break0.model import address_order
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
+from kuryr_break0 import option_types
 from kuryr_break0 import snapshot
 
 _DESCRIPTION = """\
@@ -60,7 +61,7 @@ def add_parsers(subparsers: Any) -> None:
                        help='address, or name of a container or pod')
     added.add_flag('--all', 'probe each bound address')
     added.add_argument('--tcp', metavar='PORT',
-                       type=parser.argument(config.WholeNumber(
+                       type=parser.argument(option_types.WholeNumber(
                            min=1, max=65535)),
                        help='connect to this TCP port instead of pinging; a '
                             'refused connection is an answer too')
@@ -72,11 +73,11 @@ def add_parsers(subparsers: Any) -> None:
         'container; a table of nftables marks these packets while the probe '
         'runs')
     added.add_argument('--count', metavar='N', default=3,
-                       type=parser.argument(config.WholeNumber(
+                       type=parser.argument(option_types.WholeNumber(
                            min=1, max=1000)),
                        help='pings in each direction (default: 3)')
     added.add_argument('--timeout', metavar='SECONDS', default=1,
-                       type=parser.argument(config.WholeNumber(
+                       type=parser.argument(option_types.WholeNumber(
                            min=1, max=60)),
                        help='time to wait for each answer (default: 1)')
     added.add_flag('--wide', 'do not fold long lines')
@@ -118,8 +119,7 @@ def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     if wanted.all == (wanted.target is not None):
         return common.fail(common.USAGE, exceptions.NoTarget())
     with kernel.Netlink() as netlink:
-        seen = actual.read(options, Ledger(
-            options.state_dir, options.lock_timeout), netlink)
+        seen = actual.read(options, Ledger(options.state_dir), netlink)
     try:
         addresses = (sorted(seen.live, key=address_order) if wanted.all
                      else common.addresses_of(wanted.target, seen.live))

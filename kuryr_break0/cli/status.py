@@ -81,7 +81,7 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
 
 
 def _read(options: config.Options, wanted: Any = None) -> Status:
-    ledger = Ledger(options.state_dir, options.lock_timeout)
+    ledger = Ledger(options.state_dir)
     with kernel.Netlink() as netlink:
         return Status(actual.read(options, ledger, netlink), ledger, wanted)
 

@@ -44,7 +44,7 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     wanted = conf.command
     with output.Counter('sync'):
         outcome = Reconciler(
-            options, Ledger(options.state_dir, options.lock_timeout)).sync(
+            options, Ledger(options.state_dir)).sync(
                 wanted.dry_run, wanted.claim, wanted.delete_unclaimed)
     if wanted.json:
         output.write_json(_as_json(outcome, options))

@@ -100,7 +100,7 @@ class Plugin:
         self._options = options
         self._request = request
         self._manager = Break0Manager(options)
-        self._ledger = Ledger(options.state_dir, options.lock_timeout)
+        self._ledger = Ledger(options.state_dir)
         #: when this was asked for: what its bind is known by
         self._began = files.now()
         self._strict = (options.strict if request.strict is None

@@ -20,7 +20,7 @@
 #include <unistd.h>
 
 #define SOCKET "/run/kuryr-break0/cni.sock"
-#define PATIENCE 9000 /* ms, for all of it: a runtime must not hang */
+#define PATIENCE 12000 /* ms, for all of it: a runtime must not hang */
 #define LIMIT (1 << 20) /* bytes of input, and of output */
 #define SUPPORTED "\"0.3.1\",\"0.4.0\",\"1.0.0\",\"1.1.0\""
 

@@ -19,6 +19,7 @@ import threading
 from typing import Any, Iterator, Optional, TypeVar
 
 from kuryr_break0 import config
+from kuryr_break0.containers import ENGINE_SOCKETS
 from kuryr_break0.discovery import finder
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
@@ -93,7 +94,7 @@ class Namer:
         if not new:
             return
         names = {}
-        for path in self._options.engine_sockets:
+        for path in ENGINE_SOCKETS:
             names.update(self._names(path))
         for record in new.values():
             name = (record.namespace and names.get(record.namespace)

@@ -123,7 +123,6 @@ class Finder:
         self._not_before = 0.0
         self._refusals: set[tuple[IPAddress, Optional[int], str]] = set()
         self._has_changed = False
-        self._missing: list[str] = []  # of the parents that are configured
 
     def close(self) -> None:
         self._mounts.close()
@@ -169,14 +168,6 @@ class Finder:
         now = time.monotonic()
         self._read_records()
         self.search()
-        missing = [name for name in self._options.discover_parents
-                   if not kernel.exists(name)]
-        if missing and missing != self._missing:
-            LOG.warning('[break0] discover_parents names %s, but there is no '
-                        'such interface. If it was renamed, set its new '
-                        'name: until then new containers on it are not '
-                        'bound', ', '.join(missing))
-        self._missing = missing
         for namespace in self._namespaces.values():
             namespace.mark(now)
 
@@ -254,8 +245,8 @@ class Finder:
                  for number, namespace in self._namespaces.items()}
         now = time.monotonic()
         present = {}
-        for found in kernel.find(self._options.netns_dirs,
-                                 self._options.proc_dirs, kernel.mounted()):
+        for found in kernel.find(self._options.proc_dirs,
+                                 kernel.mounted()):
             self._ended.pop(found.namespace, None)
             number = known.get(found.namespace)
             if number is None:
@@ -349,12 +340,11 @@ class Finder:
         against = containers.of_interface(self._options, macvlan)
         if against is None or against[0] is not containers.Reason.OTHER_PARENT:
             return against is None
-        parents = (*self._options.discover_parents, self._options.parent)
         # An option whose interface is not there, as one that was renamed,
         # does not say that what is bound is on another one.
         return any(record.owner.ifname == macvlan.link.name for record in
                    self._records.get(macvlan.namespace, {}).values()) and (
-            not all(map(kernel.exists, filter(None, parents))))
+            not kernel.exists(str(self._options.parent)))
 
     def _bind(self, address: IPAddress, macvlan: kernel.Macvlan,
               namespace: _Namespace) -> None:

@@ -159,7 +159,7 @@ class Bundle:
         names = {socket.gethostname(),
                  os.environ.get('KUBERNETES_NODE_NAME', ''),
                  *(name for _, name in socket.if_nameindex())}
-        for directory in self._options.netns_dirs:
+        for directory in kernel.NETNS_DIRS:
             with contextlib.suppress(OSError):
                 names |= {*os.listdir(directory)}
         with contextlib.suppress(exceptions.Break0Error):

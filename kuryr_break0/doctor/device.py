@@ -74,14 +74,8 @@ def _name_vrf(link: kernel.Link) -> str:
 def _check_mac(view: ParentView, link: kernel.Link) -> Iterator[Finding]:
     """Check the MAC address: when it changes, the kernel drops neighbours."""
     identity = view.node.seen.identity
-    configured = view.options.mac
     before = identity.macs.get(view.name) if identity else None
-    if (configured is not None and view.name == view.options.device
-            and link.mac != configured):
-        yield findings.BREAK0_MAC.found(
-            'the MAC address of %s is %s, but [break0] mac is %s' % (
-                link.name, link.mac, configured))
-    elif before is not None and link.mac != before:
+    if before is not None and link.mac != before:
         yield findings.BREAK0_MAC.found(
             'the MAC address of %s is %s, but pods were configured with %s' %
             (link.name, link.mac, before))

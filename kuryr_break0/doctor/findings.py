@@ -249,8 +249,8 @@ LOCK_HELD = Kind(
     'lock-held', ERROR,
     'The lock of state_dir was not free for two seconds. The finding names '
     'the process that holds it.',
-    'Each ADD, DEL and repair waits for the lock, up to [break0] '
-    'lock_timeout. It is normally held for milliseconds.',
+    'Each ADD, DEL and repair waits for the lock, 10 seconds at most. It is '
+    'normally held for milliseconds.',
     'Find out what the process does. If it is stopped, let it continue. If '
     'it hangs, kill it: the kernel then frees the lock.',
     ('fuser --verbose %(path)s',))
@@ -266,7 +266,7 @@ AGENT_NOT_RUNNING = Kind(
 AGENT_STUCK = Kind(
     'agent-stuck', ERROR,
     'The agent has not completed a sync for three times [break0] '
-    'resync_interval plus lock_timeout. The finding names its process.',
+    'resync_interval and 10 seconds. The finding names its process.',
     'The agent is stopped or hangs. Until it continues, only the next ADD or '
     'DEL of a pod repairs the node.',
     'Find out what the process does. If it is stopped, let it continue. If '
@@ -330,11 +330,12 @@ CONTAINER_NOT_ALLOWED = Kind(
 
 CONTAINER_OTHER_PARENT = Kind(
     'container-other-parent', ERROR,
-    'The macvlan of a container is on another interface than [break0] parent '
-    'or discover_parents name.',
-    'Only containers on these interfaces are bound.',
-    'Name the interface in kuryr.conf. If the containers on it are not to be '
-    'reached, ignore this finding. ' + RESTART)
+    'The macvlan of a container is on another interface than [break0] '
+    'parent.',
+    'Only containers on that interface are bound.',
+    'Set parent in kuryr.conf, or remove it for all interfaces. If the '
+    'containers on the other one are not to be reached, ignore this finding. '
+    + RESTART)
 
 CONTAINER_MODE = Kind(
     'container-mode', ERROR,
@@ -768,21 +769,13 @@ RP_FILTER = Kind(
 ARP_IGNORED = Kind(
     'arp-ignored', ERROR,
     'arp_ignore of "all" or of break0 is set, as kube-proxy does in IPVS '
-    'mode, and pods have to ask for their node: static_neighbours is false, '
-    'or they could not be configured.',
+    'mode, and pods have to ask for their node: they could not be configured, '
+    'or were bound without a namespace.',
     'These pods ask for the MAC address of their node by ARP. break0 does '
     'not answer, because the address is on another interface.',
-    'Set [break0] static_neighbours = true, or bind pods with the path of '
-    'their namespace. Or let break0 answer: it answers pods only, because of '
-    'arp_filter.',
+    'Bind pods with the path of their namespace. Or let break0 answer: it '
+    'answers pods only, because of arp_filter.',
     ('sysctl -w net/ipv4/conf/%(where)s/arp_ignore=0',))
-
-IPV6_NOT_CONFIGURED = Kind(
-    'ipv6-not-configured', ERROR,
-    'static_neighbours is false, and pods have IPv6 addresses.',
-    'break0 takes no part in neighbour discovery, so node and pods do not '
-    'find each other by IPv6.',
-    'Set [break0] static_neighbours = true in kuryr.conf. ' + RESTART)
 
 # Other programs of the node
 
@@ -909,7 +902,7 @@ NAMESPACES_UNSEEN = Kind(
     'kuryr-break0 check sees no network namespace besides that of the node.',
     'Pods in namespaces that are not seen cannot be configured.',
     'If containers run, mount the directory of their namespaces with '
-    'HostToContainer: see [break0] netns_dirs.')
+    'HostToContainer: mount it at /run/netns.')
 
 DROP_IN_MISSING = Kind(
     'drop-in-missing', NOTE,

@@ -35,7 +35,7 @@ class Node:
     def __init__(self, options: config.Options, netlink: kernel.Netlink,
                  patience: float) -> None:
         self.options = options
-        self.ledger = Ledger(options.state_dir, options.lock_timeout)
+        self.ledger = Ledger(options.state_dir)
         self._patience = patience
         self.seen = actual.read(options, self.ledger, netlink, patience)
         self.contents = self.seen.contents

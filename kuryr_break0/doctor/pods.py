@@ -71,7 +71,7 @@ class _Pod:
     @property
     def mistaken(self) -> tuple[IPAddress, ...]:
         """Return the addresses of the node with a wrong or no neighbour."""
-        if self.error is not None or self.known.mac is None:
+        if self.error is not None:
             return ()
         return tuple(host for host in self.hosts
                      if self.macs.get(host) != self.known.mac)
@@ -101,13 +101,6 @@ def check_configured(view: ParentView) -> Iterator[Finding]:
         yield findings.SOLICITATIONS_UNANSWERED.found(
             'addresses are bound without a namespace, and no guard answers '
             'for the node by IPv6', asking)
-    if not options.static_neighbours:
-        asking = [record.address for record in records
-                  if record.address.version == 6]
-        if asking:
-            yield findings.IPV6_NOT_CONFIGURED.found(
-                'static_neighbours is false, but pods have IPv6 addresses',
-                asking)
     yield from _check_arp(view, records)
 
 
@@ -119,8 +112,7 @@ def _is_not_configured(view: ParentView, record: Record) -> bool:
 def _check_arp(view: ParentView, records: list[Record]) -> Iterator[Finding]:
     asking = [record.address for record in records
               if record.address.version == 4
-              and (record.configured is None
-                   or not view.options.static_neighbours)]
+              and record.configured is None]
     if not asking:
         return
     # The larger of all and the interface is what counts.

@@ -10,6 +10,7 @@ import platform
 from typing import Callable, Iterator, Optional
 
 from kuryr_break0 import config
+from kuryr_break0 import containers
 from kuryr_break0.doctor import findings
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor import records
@@ -159,8 +160,7 @@ class Preconditions:
                 '%s: %s' % (path, err.strerror))
 
     def _namespaces(self) -> Iterator[Finding]:
-        if not kernel.find(self._options.netns_dirs, self._options.proc_dirs,
-                           kernel.mounted()):
+        if not kernel.find(self._options.proc_dirs, kernel.mounted()):
             yield findings.NAMESPACES_UNSEEN.found(
                 'no namespace is seen besides that of the node')
         own = kernel.identify('/proc/thread-self/ns/net')
@@ -171,7 +171,7 @@ class Preconditions:
                 'their numbers: %s' % blindness)
 
     def _engines(self) -> Iterator[Finding]:
-        found = [path for path in self._options.engine_sockets
+        found = [path for path in containers.ENGINE_SOCKETS
                  if os.path.exists(path)]
         if found and not self._options.discover:
             yield findings.ENGINE_NOT_DISCOVERED.found(

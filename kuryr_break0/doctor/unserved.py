@@ -51,8 +51,10 @@ def _commands(kind: findings.Kind, found: Sequence[Unserved],
                 each.macvlan.netns, each.macvlan.link.name)
             for each in found if each.macvlan.link.mode != 'passthru'))
     if kind is findings.CONTAINER_OTHER_PARENT:
-        return _with_parents({each.macvlan.parent for each in found},
-                             options, host)
+        parents = {each.macvlan.parent for each in found}
+        # It names one interface only; without it there may be several.
+        return host.set(parent=min(parents) if not kernel.exists(
+            str(options.parent)) else '')
     if kind is findings.CONTAINER_NOT_ALLOWED:
         return host.set(allowed_cidrs=_with_networks(found, options))
     if kind is findings.CONTAINER_NOT_DISCOVERED:
@@ -72,14 +74,3 @@ def _with_networks(found: Sequence[Unserved],
         *options.allowed_cidrs, *sorted(
             new - {*options.allowed_cidrs},
             key=lambda each: address_order(each.network_address)))))
-
-
-def _with_parents(parents: set[str], options: config.Options,
-                  host: Host) -> list[str]:
-    if options.parent not in (None, *parents):
-        # It names one interface only; without it there may be several.
-        return host.set(parent=min(parents) if not kernel.exists(
-            str(options.parent)) else '')
-    return host.set(discover_parents=','.join((
-        *filter(kernel.exists, options.discover_parents),
-        *sorted(parents - {*options.discover_parents}))))

@@ -143,16 +143,14 @@ def _of_link(link: Link, addresses: Iterable[InterfaceAddress]
                  if index == link.index and not address.is_link_local)
 
 
-def macvlans(directories: Iterable[str],
-             processes: Iterable[str]) -> Iterator[Macvlan]:
+def macvlans(processes: Iterable[str]) -> Iterator[Macvlan]:
     """List those of all namespaces that this process can see.
 
     A namespace that cannot be entered is logged, and has none.
 
-    :param directories: where namespaces have names
     :param processes: where processes are to be seen, as /proc
     """
-    for found in namespaces.find(directories, processes):
+    for found in namespaces.find(processes):
         try:
             yield from macvlans_in(found.path, found.namespace)
         except (exceptions.NetnsUnusable, exceptions.KernelRefused) as err:

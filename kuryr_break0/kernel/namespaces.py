@@ -26,6 +26,8 @@ from kuryr_break0.model import NamespaceId
 
 #: The network namespace of this thread
 OWN = '/proc/thread-self/ns/net'
+#: Where namespaces have names.
+NETNS_DIRS = '/run/netns', '/var/run/netns'
 #: ioctl(2) on nsfs: the number of a namespace that is never used again
 #: (linux/nsfs.h, linux 6.18). It is SO_NETNS_COOKIE, without entering.
 _NS_GET_ID = 0x8008b70d
@@ -198,7 +200,7 @@ class Found(NamedTuple):
     process: Optional[str] = None
 
 
-def find(directories: Iterable[str], processes: Iterable[str],
+def find(processes: Iterable[str],
          mounts: Iterable[str] = ()) -> list[Found]:
     """List the namespaces but the own one, by one path each.
 
@@ -206,7 +208,6 @@ def find(directories: Iterable[str], processes: Iterable[str],
     goes by the process that has been in it for longest: any other may end
     before it does.
 
-    :param directories: where namespaces have names
     :param processes: where processes are to be seen, as /proc
     :param mounts: further paths of namespaces
     :raises SystemRefused: if this process lacks descriptors or memory, so
@@ -215,7 +216,7 @@ def find(directories: Iterable[str], processes: Iterable[str],
     place = os.stat(OWN)
     paths: dict[tuple[int, int], str] = {}
     for path in itertools.chain((
-            os.path.join(directory, name) for directory in directories
+            os.path.join(directory, name) for directory in NETNS_DIRS
             for name in sorted(_names(directory))), mounts):
         with absence(_UNSEEN):
             found = seen(path, place)

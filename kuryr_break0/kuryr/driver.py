@@ -149,10 +149,9 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
     @staticmethod
     def _kept_for_break0(names: Iterable[Any]) -> set[Any]:
         """Return those of some names that break0s have, or may get."""
-        devices = config.device_names(k_config.CONF)
-        prefix = config.device_name(k_config.CONF)[:6] + '-'
-        return {name for name in names
-                if name in devices or str(name).startswith(prefix)}
+        device = config.device_name(k_config.CONF)
+        return {name for name in names if name == device
+                or str(name).startswith(device[:6] + '-')}
 
     @classmethod
     def _vacate(cls, name: str) -> None:

@@ -17,6 +17,7 @@ import os
 import stat
 from typing import Callable, Iterable, Iterator, Optional, TypeVar
 
+from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel import node
 from kuryr_break0.ledger.cache import Cache
@@ -83,7 +84,8 @@ class Ledger:
     :ivar heartbeat: whether an agent runs
     """
 
-    def __init__(self, path: str, lock_timeout: float) -> None:
+    def __init__(self, path: str,
+                 lock_timeout: float = config.LOCK_TIMEOUT) -> None:
         self.path = path
         self.records = Records(os.path.join(path, 'addresses'),
                                os.path.join(path, 'quarantine'))

@@ -75,8 +75,7 @@ class Node:
         conf(args=[], default_config_files=[], default_config_dirs=[],
              use_env=False)
         self.options = config.load(conf)
-        self.ledger = ledger.Ledger(self.options.state_dir,
-                                    self.options.lock_timeout)
+        self.ledger = ledger.Ledger(self.options.state_dir)
         self.lab = node
         self.netns = node.add_pod('pod', str(POD), mac=MAC)
         # Makes break0, which is once per boot and not what is measured.

@@ -208,8 +208,7 @@ class TestBursts(DaemonTestCase):
         self.assertEqual([], failed, self.node.errors())
 
     def test_the_first_thirty_make_one_break0(self) -> None:
-        # Where it takes longer to make the first, others go on without a lock.
-        self.node.start_daemon(self.options + '\nlock_timeout = 170')
+        self.node.start_daemon(self.options)
         pods = [self.node.add_pod('pod-%d' % number, '100.75.30.%d' % number)
                 for number in range(100, 130)]
         answers = self.node.requests(pods, 'ADD')

@@ -157,8 +157,7 @@ class LabTestCase(unittest.TestCase):
     def seen(self, **overrides: Any) -> snapshot.Snapshot:
         own = options(**overrides)
         with kernel.Netlink() as netlink:
-            return actual.read(own, ledger.Ledger(
-                own.state_dir, own.lock_timeout), netlink)
+            return actual.read(own, ledger.Ledger(own.state_dir), netlink)
 
     def problems(self, **overrides: Any) -> list[str]:
         """All that status would say is wrong."""

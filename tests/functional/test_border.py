@@ -342,23 +342,6 @@ class TestTheMACAddress(BorderTestCase):
                   subnets=SUBNETS)
         self.assert_renewed()
 
-    def test_the_one_that_the_operator_chose(self) -> None:
-        chosen = '02:00:00:00:00:88'
-        self.manager(mac=chosen).sync()
-        for down in ('set break0 down', 'del break0'):
-            self.lab.run('ip', 'link', *down.split())
-            self.take(chosen)
-            self.manager(mac=chosen).sync()
-            self.assertNotEqual(
-                chosen, (self.lab.link('break0') or {})['address'])
-            self.assertTrue(self.lab.ping(POD))
-            self.assertTrue(self.lab.ping(lab.NODE6, 'pod'))
-            # It has it again as soon as it is free.
-            self.take(OTHER_MAC)
-            self.manager(mac=chosen).sync()
-            self.assertEqual({chosen}, self.known_to_pods())
-            self.assert_reachable()
-
     def test_an_interface_of_the_node_has_it(self) -> None:
         self.lab.run('ip', 'link', 'set', 'break0', 'down')
         self.lab.run('ip', 'link', 'set', 'eth0', 'address', self.mac)
@@ -574,7 +557,8 @@ class TestTable(BorderTestCase):
         for name in ('pod', 'other'):
             self.lab.run('ip', 'neigh', 'flush', 'nud', 'permanent',
                          netns=name)
-        self.manager(static_neighbours=False).sync()
+        self.lab.run('ip', 'neigh', 'flush', 'dev', 'break0', 'nud',
+                     'permanent')
         self.assertTrue(self.lab.ping(POD))
         self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
 

@@ -145,7 +145,7 @@ class TestUsage(CLITestCase):
         for args, environ, text in (
                 (('--config-file', '/run/none.conf', 'status'), {},
                  '/run/none.conf'),
-                (('status',), {'OS_BREAK0__MAC': 'x'}, "'x' is not a MAC"),
+                (('status',), {'OS_BREAK0__ADDR': 'x'}, "'x' is not an IPv4"),
                 (('status',), {'OS_BREAK0__STATE_DIR': 'x'},
                  'absolute path')):
             with self.subTest(args=args, environ=environ):
@@ -166,7 +166,7 @@ class TestUsage(CLITestCase):
                 (b'\xff\xfe\0', 'is no text in UTF-8'),
                 (b'[break0]\ndevice = $break0.device\n', 'refers to itself'),
                 (b'[break0\n', 'Invalid section'),
-                (b'[break0]\nmac = ${nothing}\n', 'mac')):
+                (b'[break0]\nparent = ${nothing}\n', 'parent')):
             with open('/run/kuryr.conf', 'wb') as file:
                 file.write(content)
             for verb in ('status', 'doctor', 'agent', 'cleanup'):

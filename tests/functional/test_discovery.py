@@ -189,8 +189,7 @@ class TestFinding(DiscoveryTestCase):
 
         options = base.options(discover=True, proc_dirs=[], allowed_cidrs=[
             '100.75.0.0/16', 'fd00:30::/64'])
-        found = finder.Finder(options, ledger.Ledger(
-            options.state_dir, options.lock_timeout))
+        found = finder.Finder(options, ledger.Ledger(options.state_dir))
         self.addCleanup(found.close)
 
         def is_quiet() -> bool:
@@ -284,7 +283,7 @@ class TestFinding(DiscoveryTestCase):
                     'type', 'macvlan', 'mode', 'bridge')
         self.inside('nested', 'ip', 'address', 'add', '100.75.30.86/24',
                     'dev', 'eth0')
-        self.start(OPTIONS + 'discover_parents = eth0\n')
+        self.start(OPTIONS + 'parent = eth0\n')
         self.lab.add_pod('one', ONE)
         self.until_bound(ONE)
         self.until_looked()
@@ -867,7 +866,7 @@ class FinderTestCase(base.LabTestCase):
         super().setUp()
         options = base.options(discover=True, proc_dirs=[self.PROC],
                                allowed_cidrs=['100.75.0.0/16'])
-        kept = ledger.Ledger(options.state_dir, options.lock_timeout)
+        kept = ledger.Ledger(options.state_dir)
         kept.prepare()
         self.finder = finder.Finder(options, kept)
         self.addCleanup(self.finder.close)
@@ -1103,7 +1102,6 @@ class TestRecords(base.LabTestCase):
         self.manager().bind(Owner('discovered', 'eth0'),
                             base.addresses(TWO), parent='eth0', netns=netns,
                             origin=Origin.MANUAL)
-        finder.take_back(options, ledger.Ledger(options.state_dir,
-                                                options.lock_timeout))
+        finder.take_back(options, ledger.Ledger(options.state_dir))
         self.assertEqual({TWO}, self.bound())
         self.assertEqual({TWO}, set(self.lab.routes()))

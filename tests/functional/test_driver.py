@@ -97,7 +97,6 @@ class TestConnect(DriverTestCase):
         self.lab.add_ipv6()
         self.vif = vif(POD, 'fd00:30::71', mtu=1400,
                        subnets=['100.75.30.0/24', 'fd00:30::/64'])
-        set_options(self, static_neighbours=False)
         self.connect()
         b_base._configure_l3(self.vif, 'eth0', self.netns, True)
         ours = self.pod()
@@ -169,10 +168,10 @@ class TestConnect(DriverTestCase):
         self.assertIn(POD, self.lab.routes())
 
     def test_an_invalid_option_costs_no_pod(self) -> None:
-        with mock.patch.dict(os.environ, {'OS_BREAK0__MAC': 'ff:ff'}):
+        with mock.patch.dict(os.environ, {'OS_BREAK0__ADDR': 'x'}):
             with self.assertLogs('kuryr_break0', 'ERROR') as logs:
                 self.connect()
-        self.assertIn("'ff:ff' is not a MAC address", '\n'.join(logs.output))
+        self.assertIn("'x' is not an IPv4", '\n'.join(logs.output))
         self.assertEqual(['eth0'], list(self.pod_links()))
 
     def test_what_nobody_foresaw_costs_no_pod(self) -> None:

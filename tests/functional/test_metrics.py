@@ -290,7 +290,7 @@ class TestHealth(MetricsTestCase):
 
     def test_syncs_that_fail(self) -> None:
         self.bind(POD)
-        self.start('resync_interval = 1', 'lock_timeout = 1')
+        self.start('resync_interval = 1')
         self.lab.run('ip', 'link', 'del', lab.PARENT)
         # A single failure is none: pods are bound all the same.
         self.wait_for(lambda: self.value('sync_failures_total'))
@@ -306,21 +306,21 @@ class TestHealth(MetricsTestCase):
 
     def test_stuck(self) -> None:
         own = Metrics()
-        own.configure(base.options(resync_interval=10, lock_timeout=1))
+        own.configure(base.options(resync_interval=10))
         for error in (None, exceptions.ParentNotFound(parent='eth0')):
             now = time.monotonic()
             with mock.patch('time.monotonic', return_value=now):
                 own.synced(0.1, error)
-            with mock.patch('time.monotonic', return_value=now + 30):
+            with mock.patch('time.monotonic', return_value=now + 40):
                 self.assertIsNone(own.stuck())
-            with mock.patch('time.monotonic', return_value=now + 32):
-                self.assertEqual('No sync has ended for 32 s', own.stuck())
+            with mock.patch('time.monotonic', return_value=now + 41):
+                self.assertEqual('No sync has ended for 41 s', own.stuck())
 
     def test_a_lock_that_is_not_free(self) -> None:
         self.bind(POD)
-        self.start('resync_interval = 1', 'lock_timeout = 1')
+        self.start('resync_interval = 1')
         own = base.options()
-        with ledger.Ledger(own.state_dir, own.lock_timeout).lock():
+        with ledger.Ledger(own.state_dir).lock():
             # Each try ends, if without success.
             self.wait_for(lambda: self.health()[0] == 503)
             self.assertEqual((200, 'ok\n'), self.health('/livez'))

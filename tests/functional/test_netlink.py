@@ -302,7 +302,7 @@ class TestHostile(base.LabTestCase):
         pid = base.in_child(contained)
         try:
             lab.until(lambda: '/proc/%d' % pid in {
-                each.process for each in kernel.find([], ['/proc'])})
+                each.process for each in kernel.find(['/proc'])})
         finally:
             os.kill(pid, signal.SIGKILL)
             base.wait_for(pid)

@@ -172,23 +172,6 @@ class TestMatrix(DualStackTestCase):
                              'break0').stdout
         return int(json.loads(stats)[0]['stats64']['rx']['packets'])
 
-    def test_by_arp(self) -> None:
-        # What is possible without telling them of each other.
-        with self.assertLogs('kuryr_break0', 'WARNING') as logs:
-            self.add_pod(1, static_neighbours=False)
-            self.add_far_pod(static_neighbours=False)
-        self.assertIn('needs [break0] static_neighbours',
-                      '\n'.join(logs.output))
-        for rp_filter in (0, 1, 2):
-            self.set_rp_filter(rp_filter)
-            for name, pod in (('pod-1', POD), ('far', FAR)):
-                with self.subTest(pod=pod, rp_filter=rp_filter):
-                    self.assertTrue(self.lab.ping(pod))
-                    self.assertTrue(self.lab.ping(lab.NODE, name))
-        self.assertFalse(self.lab.ping(lab.NODE6, 'pod-1'))
-        self.set_sysctl('ipv4/conf/all/arp_ignore', 1)
-        self.assertFalse(self.lab.ping(lab.NODE, 'pod-1'))
-
 
 class TestSilence(DualStackTestCase):
 
@@ -285,18 +268,6 @@ class TestSilence(DualStackTestCase):
         self.set_rp_filter(0)
         self.assertEqual({eth0, self.mac}, set(self.answers()[0]))
 
-    def test_by_arp_the_lan_learns_the_node_at_break0(self) -> None:
-        # Why static_neighbours is not for the sake of IPv6 alone: the node
-        # asks for its pod, to all, from its own address at break0's MAC.
-        self.add_pod(1, static_neighbours=False, guard='off')
-        self.assertTrue(self.lab.ping(lab.NODE, 'lan'))
-        time.sleep(1.5)  # for a second the kernel keeps what it has learnt
-        self.lab.run('ip', 'neighbour', 'flush', 'dev', 'break0')
-        self.assertTrue(self.lab.ping(POD, cold=False))
-        lab.until(lambda: self.lab.ip(
-            'neighbour', 'show', lab.NODE, netns='lan')[0]['lladdr']
-            == self.mac)
-
 
 class TestConnections(DualStackTestCase):
 
@@ -388,20 +359,6 @@ class TestNeighbours(DualStackTestCase):
         self.assertEqual([], self.problems())
         self.assertFalse(self.manager().sync())
 
-    def test_host_addresses(self) -> None:
-        self.manager(host_addresses=[lab.NODE]).sync()
-        for pod in ('pod-1', 'far'):
-            self.assertEqual({lab.NODE: self.mac},
-                             self.neighbours('eth0', pod))
-
-    def test_switched_off(self) -> None:
-        self.manager(static_neighbours=False).sync()
-        self.assertEqual({}, self.neighbours('break0'))
-        self.assertEqual({}, self.neighbours('eth0', 'pod-1'))
-        self.assertTrue(self.lab.ping(lab.NODE, 'pod-1'))
-        self.assertTrue(self.lab.ping(FAR))
-        self.assertEqual([], self.problems(static_neighbours=False))
-
     def test_damage_is_mended(self) -> None:
         before = self.neighbours('break0')
         for command in ('del %s dev break0' % POD,
@@ -438,7 +395,9 @@ class TestNeighbours(DualStackTestCase):
         self.assertTrue(self.lab.ping(lab.NODE, 'pod-2', cold=False))
         self.assertEqual(MAC % 1, self.neighbours('break0')[POD])
         # By ARP it can, where no guard is.
-        self.manager(static_neighbours=False, guard='off').sync()
+        self.manager(guard='off').sync()
+        self.lab.run('ip', 'neighbour', 'flush', 'dev', 'break0', 'nud',
+                     'permanent')
         self.assertTrue(self.lab.ping(POD))
         time.sleep(1.5)  # for a second the kernel keeps what it has learnt
         self.claim('pod-2')
@@ -450,13 +409,6 @@ class TestNeighbours(DualStackTestCase):
                      'lladdr', '02:00:00:00:00:09')
         self.manager().sync()
         self.assertIn('100.75.30.99', self.neighbours('break0'))
-
-    def test_another_mac_is_told_to_the_pods(self) -> None:
-        self.manager(mac='02:00:00:00:00:07').sync()
-        for pod in ('pod-1', 'far'):
-            self.assertEqual({'02:00:00:00:00:07'},
-                             set(self.neighbours('eth0', pod).values()))
-            self.assertTrue(self.lab.ping(lab.NODE6, pod))
 
     def test_a_pod_that_cannot_be_told(self) -> None:
         path = self.lab.add_pod('none', '100.75.30.80', mac=MAC % 80)

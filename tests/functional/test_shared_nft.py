@@ -38,7 +38,7 @@ class TestSharedSocket(base.LabTestCase):
         self.shared = nft._shared[1]
         self.addCleanup(self.shared._socket.close)
         own = base.options()
-        self.ledger = ledger.Ledger(own.state_dir, own.lock_timeout)
+        self.ledger = ledger.Ledger(own.state_dir)
 
     def child(self, function: Callable[[], bool]) -> int:
         """Call it in a forked process, holding the lock; how that ended."""

@@ -228,8 +228,7 @@ class TestWithoutAgent(SyncTestCase):
 
     def test_that_is_left_to_an_agent(self) -> None:
         own = base.options()
-        with ledger.Ledger(own.state_dir,
-                           own.lock_timeout).heartbeat.kept():
+        with ledger.Ledger(own.state_dir).heartbeat.kept():
             self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
             self.next_pod()
             self.assertEqual({POD}, set(self.lab.routes()))
@@ -238,7 +237,7 @@ class TestWithoutAgent(SyncTestCase):
 
     def test_that_is_not_left_to_an_agent_that_hangs(self) -> None:
         own = base.options()
-        found = ledger.Ledger(own.state_dir, own.lock_timeout)
+        found = ledger.Ledger(own.state_dir)
         with found.heartbeat.kept() as beat:
             self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
             with mock.patch.object(files, 'now', return_value=(
@@ -296,7 +295,7 @@ class TestUnclaimed(SyncTestCase):
     def test_it_goes_when_somebody_says_so(self) -> None:
         own = base.options()
         reconcile = reconciler.Reconciler(
-            own, ledger.Ledger(own.state_dir, own.lock_timeout)).sync
+            own, ledger.Ledger(own.state_dir)).sync
         self.assertIn(POD, {str(each.dst) for each in reconcile(
             dry_run=True, prune=True).delete})
         self.assertIn(POD, self.lab.routes())

@@ -154,10 +154,11 @@ class TestReasons(UnservedTestCase):
 
     def test_another_parent(self) -> None:
         self.lab.add_pod('one', ONE)
-        self.start(test_discovery.OPTIONS + 'discover_parents = eth7\n')
+        self.start(test_discovery.OPTIONS + 'parent = eth7\n')
         self.until(lambda: self.status() == [(ONE, 'other_parent')])
         finding = self.finding('container-other-parent')
-        self.assertIn('there is no interface eth7', finding['seen'])
+        self.assertIn('parent is eth7, and there is no such interface',
+                      finding['seen'])
         self.follow('container-other-parent')
         self.restart()
         self.until_bound(ONE)

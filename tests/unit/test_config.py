@@ -14,6 +14,7 @@ from oslo_config import cfg
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
+from kuryr_break0 import option_types
 
 
 def load(section: str = '', **environ: str) -> config.Options:
@@ -33,19 +34,13 @@ class TestLoad(unittest.TestCase):
         self.assertEqual(
             config.Options(
                 enabled=True, pod_binding='auto', device='break0',
-                devices={}, parent=None, addr=(), mac=None,
-                static_neighbours=True, host_addresses=(),
-                all_addresses=False, route_protocol=176,
+                parent=None, addr=(), all_addresses=False, route_protocol=176,
                 route_table=254, allowed_cidrs=(),
                 takeover=False, resync_interval=60, strict=False,
-                guard='auto', discover=False, discover_parents=(),
-                engine_sockets=('/run/docker.sock',
-                                '/run/podman/podman.sock'),
+                guard='auto', discover=False,
                 state_dir='/run/kuryr-break0',
-                netns_dirs=('/run/netns', '/var/run/netns'),
-                proc_dirs=('/proc', '/host_proc'),
-                sysctl_dir='/proc/sys', lock_timeout=10,
-                metrics_bind=config.Endpoint(
+                proc_dirs=('/proc', '/host_proc'), sysctl_dir='/proc/sys',
+                metrics_bind=option_types.Endpoint(
                     ipaddress.ip_address('127.0.0.1'), 9817)),
             load())
 
@@ -54,12 +49,8 @@ class TestLoad(unittest.TestCase):
 enabled = no
 pod_binding = direct
 device = shim
-devices = eth1:shim1, eth2:shim2
 parent = eth0
 addr = 100.75.30.7, fd00::7/128
-mac = 02:AA:00:00:00:01
-static_neighbours = no
-host_addresses = 100.75.30.51
 all_addresses = true
 route_protocol = 200
 route_table = 1000
@@ -69,35 +60,26 @@ resync_interval = 5
 strict = true
 guard = on
 discover = true
-discover_parents = eth0, eth1
-engine_sockets = /run/other.sock
 state_dir = /run/other
-netns_dirs = /run/docker/netns
 proc_dirs = /host/proc
 sysctl_dir = /host/proc/sys
-lock_timeout = 5
 metrics_bind = [::1]:80
 ''')
         self.assertEqual(
             config.Options(
                 enabled=False, pod_binding='direct', device='shim',
-                devices={'eth1': 'shim1', 'eth2': 'shim2'}, parent='eth0',
+                parent='eth0',
                 addr=(ipaddress.ip_address('100.75.30.7'),
                       ipaddress.ip_address('fd00::7')),
-                mac='02:aa:00:00:00:01', static_neighbours=False,
-                host_addresses=(ipaddress.ip_address('100.75.30.51'),),
                 all_addresses=True,
                 route_protocol=200, route_table=1000,
                 allowed_cidrs=(ipaddress.ip_network('10.0.0.0/8'),
                                ipaddress.ip_network('fd00::/64')),
                 takeover=True, resync_interval=5, strict=True,
                 guard='on', discover=True,
-                discover_parents=('eth0', 'eth1'),
-                engine_sockets=('/run/other.sock',),
-                state_dir='/run/other', netns_dirs=('/run/docker/netns',),
-                proc_dirs=('/host/proc',),
-                sysctl_dir='/host/proc/sys', lock_timeout=5,
-                metrics_bind=config.Endpoint(
+                state_dir='/run/other', proc_dirs=('/host/proc',),
+                sysctl_dir='/host/proc/sys',
+                metrics_bind=option_types.Endpoint(
                     ipaddress.ip_address('::1'), 80)),
             options)
 
@@ -125,18 +107,11 @@ metrics_bind = [::1]:80
                 ('device = a/b', "'a/b'", '"/"'),
                 ('device = br%d', "'br%d'", '"%"'),
                 ('device = éééééééé', 'interface name', '15'),
-                ('devices = eth1', "'eth1'", 'eth1:break1'),
-                ('devices = eth1:a b', "'a b'", 'interface name'),
-                ('devices = eth1:br1,eth2:br1', 'br1', 'twice'),
-                ('devices = eth1:br1,eth1:br2', 'eth1', 'twice'),
                 ('parent = a b', "'a b'", 'interface name'),
                 ('addr = 100.75.30.7/24', '100.75.30.7/24', 'host address'),
                 ('addr = eth0', "'eth0'", 'IPv4 or IPv6'),
                 ('addr = 224.0.0.1', '224.0.0.1', 'multicast'),
                 ('addr = fe80::1', 'fe80::1', 'link-local'),
-                ('mac = 2:0:0:0:0:1', '2:0:0:0:0:1', 'six hexadecimal'),
-                ('mac = 01:00:5e:00:00:01', '01:00:5e', 'unicast'),
-                ('mac = 00:00:00:00:00:00', '00:00:00', 'unicast'),
                 ('route_protocol = 4', "'4'", 'from 5 to 255'),
                 ('route_protocol = kernel', "'kernel'", 'from 5 to 255'),
                 ('route_table = 0', "'0'", 'from 1 to 4294967295'),
@@ -145,7 +120,6 @@ metrics_bind = [::1]:80
                 ('strict = 2', "'2'", 'true nor false'),
                 ('state_dir = run', "'run'", 'absolute path'),
                 ('sysctl_dir = proc/sys', "'proc/sys'", 'absolute path'),
-                ('lock_timeout = 0', "'0'", 'from 1 to 170'),
                 ('metrics_bind = 9817', "'9817'", '127.0.0.1:9817'),
                 ('metrics_bind = localhost:9817', 'localhost', 'IP address'),
                 ('metrics_bind = ::1:9817', '::1:9817', '[::1]:9817'),
@@ -168,7 +142,7 @@ metrics_bind = [::1]:80
             load(OS_BREAK0__STRICT='maybe')
 
     def test_the_name_is_known_whatever_is_wrong(self) -> None:
-        for section, name in (('device = shim\nmac = x', 'shim'),
+        for section, name in (('device = shim\naddr = x', 'shim'),
                               ('device = a/b', 'break0')):
             with tempfile.NamedTemporaryFile('w') as file:
                 file.write('[break0]\n' + section)
@@ -207,6 +181,21 @@ class TestHelp(unittest.TestCase):
         self.assertEqual('[]', loaded.strip())
 
 
+class TestUnicastMAC(unittest.TestCase):
+    """Of an argument, not of an option."""
+
+    def test_bad_ones(self) -> None:
+        for text, reason in (('2:0:0:0:0:1', 'six hexadecimal'),
+                             ('01:00:5e:00:00:01', 'unicast'),
+                             ('00:00:00:00:00:00', 'unicast')):
+            with self.assertRaisesRegex(ValueError, reason):
+                option_types.unicast_mac(text)
+
+    def test_it_is_written_as_the_kernel_writes_it(self) -> None:
+        self.assertEqual('02:aa:00:00:00:01',
+                         option_types.unicast_mac('02:AA:00:00:00:01'))
+
+
 class TestUnknown(unittest.TestCase):
 
     def test_a_program_that_has_read_no_files(self) -> None:
@@ -216,3 +205,11 @@ class TestUnknown(unittest.TestCase):
             self.assertEqual(
                 ['[break0] strikt in the environment is no option: did you '
                  'mean strict?'], config.unknown(conf))
+
+    def test_an_option_that_was_dropped(self) -> None:
+        self.assertFalse({each.dest for each in config.OPTS}
+                         & {*config.DROPPED})
+        with mock.patch.dict(os.environ, OS_BREAK0__LOCK_TIMEOUT='20'):
+            self.assertEqual(
+                ['[break0] lock_timeout in the environment is no option any '
+                 'more: it is 10 seconds'], config.unknown(cfg.ConfigOpts()))

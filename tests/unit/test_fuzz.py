@@ -43,6 +43,7 @@ from kuryr_break0.model import MAC
 from kuryr_break0.model import NAME
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
+from kuryr_break0 import option_types
 from tests.functional.cni.base import SHIM
 from tests import kuryr
 from tests import lab
@@ -265,7 +266,7 @@ class TestCommandLine(unittest.TestCase):
     @fuzzed
     @given(hostile)
     def test_types_of_arguments(self, text: str) -> None:
-        for kind in (config.HostAddress(), config.DeviceName()):
+        for kind in (option_types.host_address, option_types.device_name):
             with contextlib.suppress(ValueError):
                 self.assertNotRegex(str(kind(text)), r'[\s\x00-\x1f\x7f/]')
 
@@ -383,8 +384,8 @@ class TestHTTP(unittest.TestCase):
         with mock.patch('prometheus_client.make_wsgi_app'):
             cls.server = http.Server(mock.Mock(),
                                      {'/healthz': lambda: None})
-        cls.endpoint = config.Endpoint(ipaddress.ip_address('127.0.0.1'),
-                                       19817)
+        cls.endpoint = option_types.Endpoint(
+            ipaddress.ip_address('127.0.0.1'), 19817)
         cls.server.listen(cls.endpoint)
         cls.addClassCleanup(cls.server.close)
 

@@ -31,7 +31,7 @@ from tests import lab
 from tests import program
 
 #: Seconds for which the shim waits for an answer.
-PATIENCE = 9
+PATIENCE = 12
 
 
 class ShimTestCase(base.CNITestCase):

@@ -34,7 +34,6 @@ MACS = {'pod': '02:00:00:00:00:71', 'other': '02:00:00:00:00:72',
 class DoctorTestCase(base.LabTestCase):
     """A node with two bound pods of both families, and an agent."""
 
-    static_neighbours = True
     maxDiff = None
 
     def setUp(self) -> None:
@@ -53,8 +52,7 @@ class DoctorTestCase(base.LabTestCase):
                 ('other', OTHER_OWNER, (OTHER4, OTHER6))):
             path = self.lab.add_pod(name, *addresses, mac=MACS[name])
             self.bind(*addresses, owner=owner, netns=path,
-                      mac_of_pod=MACS[name], subnets=SUBNETS,
-                      static_neighbours=self.static_neighbours)
+                      mac_of_pod=MACS[name], subnets=SUBNETS)
 
     def call(self, *args: str, code: int = 0, config: str = '',
              **environ: str) -> subprocess.CompletedProcess[str]:

@@ -106,8 +106,8 @@ class TestInstallation(DoctorTestCase):
 
     def test_invalid_option(self) -> None:
         os.mkdir(self.PATH)
-        self.assert_only('options-invalid', "mac: 'x' is not a MAC address",
-                         code=2, OS_BREAK0__MAC='x')
+        self.assert_only('options-invalid', "addr: 'x' is not an IPv4",
+                         code=2, OS_BREAK0__ADDR='x')
 
     def test_disabled(self) -> None:
         os.mkdir(self.PATH)

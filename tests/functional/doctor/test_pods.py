@@ -10,7 +10,6 @@ from typing import Any
 from unittest import mock
 
 from kuryr_break0.doctor import reachability
-from tests.functional.base import OTHER_OWNER
 from tests.functional.doctor.base import DoctorTestCase
 from tests.functional.doctor.base import MACS
 from tests.functional.doctor.base import OTHER4
@@ -157,12 +156,11 @@ class TestARP(DoctorTestCase):
     """Where pods and node ask each other."""
 
     def set_up_pods(self) -> None:
-        path = self.lab.add_pod('pod', POD4, mac=MACS['pod'])
-        self.bind(POD4, netns=path, mac_of_pod=MACS['pod'],
-                  subnets=SUBNETS[:1], static_neighbours=False)
+        self.lab.add_pod('pod', POD4, mac=MACS['pod'])
+        self.bind(POD4, mac_of_pod=MACS['pod'], subnets=SUBNETS[:1])
 
     def test_healthy(self) -> None:
-        self.assertEqual({}, self.findings(static_neighbours=False))
+        self.assertEqual({}, self.findings())
         self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
 
     def test_ignored(self) -> None:
@@ -171,25 +169,16 @@ class TestARP(DoctorTestCase):
                 self.sysctl('ipv4.conf.%s.arp_ignore' % where, 1)
                 self.assertFalse(self.lab.ping(lab.NODE, 'pod'))
                 finding = self.assert_found(
-                    'arp-ignored', 'arp_ignore of %s is 1' % where, POD4,
-                    static_neighbours=False)
+                    'arp-ignored', 'arp_ignore of %s is 1' % where, POD4)
                 self.follow(finding)
                 self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
 
     def test_it_does_not_matter_to_who_has_been_told(self) -> None:
         self.sysctl('ipv4.conf.all.arp_ignore', 1)
-        self.manager().sync()
+        self.bind(POD4, netns='/run/netns/pod', mac_of_pod=MACS['pod'],
+                  subnets=SUBNETS[:1])
         self.assertEqual({}, self.findings())
         self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
-
-    def test_not_for_ipv6(self) -> None:
-        path = self.lab.add_pod('other', OTHER6, mac=MACS['other'])
-        self.bind(OTHER6, owner=OTHER_OWNER, netns=path,
-                  mac_of_pod=MACS['other'], subnets=SUBNETS[1:],
-                  static_neighbours=False)
-        self.assertFalse(self.lab.ping(lab.NODE6, 'other'))
-        self.assert_found('ipv6-not-configured', '', OTHER6,
-                          static_neighbours=False)
 
 
 class TestInterfaces(DoctorTestCase):

@@ -96,11 +96,6 @@ class TestOneNIC(SourcesTestCase):
         self.manager(all_addresses=False).sync()
         self.assertEqual({lab.NODE, lab.NODE6}, self.known())
 
-    def test_host_addresses_limit_them(self) -> None:
-        self.add_interface('net1', OTHER + '/24')
-        self.manager(host_addresses=[lab.NODE, lab.NODE6]).sync()
-        self.assertEqual({lab.NODE, lab.NODE6}, self.known())
-
     def test_there_is_a_limit(self) -> None:
         for number in range(policy.MAX_ELSEWHERE + 5):
             self.add_interface('net%d' % number, '10.77.%d.1/24' % number)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What options and arguments may be, with errors that say so.
+
+The functions parse a text, and raise a ValueError that names it and what is
+allowed.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from typing import Any, Callable, NamedTuple, Optional
+
+from oslo_config import types
+
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import IPNetwork
+from kuryr_break0.model import not_a_host
+
+#: The kernel's limit is IFNAMSIZ, 16 bytes with the closing NUL; ``/`` and
+#: white space are refused by dev_valid_name(), and ``%d`` stands for a number
+#: that it chooses.
+_DEVICE_NAME = r'(?!\.{1,2}$)[^/:%\s\x00-\x1f\x7f]{1,15}'
+
+
+class Endpoint(NamedTuple):
+    """An address and a TCP port of it."""
+
+    address: IPAddress
+    port: int
+
+    def __str__(self) -> str:
+        form = '[%s]:%d' if self.address.version == 6 else '%s:%d'
+        return form % self
+
+
+def device_name(text: str) -> str:
+    """Return a name that the kernel takes for a network interface."""
+    if (not re.fullmatch(_DEVICE_NAME, text)
+            or len(text.encode('utf-8', 'surrogateescape')) > 15):
+        raise ValueError('%r is not an interface name: 1 to 15 characters '
+                         'without white space, "/", ":" and "%%" are allowed'
+                         % text)
+    return text
+
+
+def host_address(text: str) -> IPAddress:
+    """Return the address of a single host; /32 or /128 may follow it."""
+    try:
+        interface = ipaddress.ip_interface(text)
+    except ValueError:
+        raise ValueError('%r is not an IPv4 or IPv6 address' % text)
+    if interface.network.num_addresses != 1:
+        # A shorter prefix would add an on-link route for all of it.
+        raise ValueError('%r has a prefix: only a host address is allowed, %s'
+                         % (text, interface.ip))
+    reason = not_a_host(interface.ip)
+    if reason:
+        raise ValueError('%r is %s: only the address of a single host is '
+                         'allowed' % (text, reason))
+    return interface.ip
+
+
+def network(text: str) -> IPNetwork:
+    """Return a network in CIDR notation, without host bits."""
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError as err:
+        raise ValueError('%r is not a network: %s; what is allowed looks like '
+                         '10.0.0.0/16 or fd00::/64' % (text, err))
+
+
+def unicast_mac(text: str) -> str:
+    """Return the MAC address of a single interface, in lower case."""
+    if not re.fullmatch(r'([0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}', text):
+        raise ValueError('%r is not a MAC address: six hexadecimal octets '
+                         'with colons are allowed' % text)
+    if int(text[:2], 16) & 1 or not text.strip('0:'):
+        raise ValueError('%r is not the address of one interface: only '
+                         'unicast MAC addresses are allowed' % text)
+    return text.lower()
+
+
+def listening_on(text: str) -> Optional[Endpoint]:
+    """Return an endpoint to listen on; None for an empty text."""
+    if not text:
+        return None
+    # No names: what is listened on must not hang on a resolver.
+    found = re.fullmatch(r'(?:\[([^]]*:[^]]*)\]|([^][:]*)):(\d{1,5})', text)
+    try:
+        if found is None or not 0 < int(found[3]) < 65536:
+            raise ValueError
+        return Endpoint(ipaddress.ip_address(found[1] or found[2]),
+                        int(found[3]))
+    except ValueError:
+        raise ValueError('%r is not an IP address and a port: what is allowed '
+                         'looks like 127.0.0.1:9817, [::1]:9817 or is empty'
+                         % text)
+
+
+def absolute_path(text: str) -> str:
+    """Return a path that does not depend on where a process was started."""
+    if not text.startswith('/') or '\0' in text:
+        raise ValueError('%r is not an absolute path' % text)
+    return text
+
+
+class Checked(types.ConfigType):
+    """The type of an option that a function parses.
+
+    :param type_name: what the sample configuration calls it
+    :param parse: the function
+    """
+
+    def __init__(self, type_name: str, parse: Callable[[str], Any]) -> None:
+        super().__init__(type_name=type_name)
+        self._parse = parse
+
+    def __call__(self, value: Any) -> Any:
+        # A default that is no text is one that was parsed.
+        return self._parse(value) if isinstance(value, str) else value
+
+    def __repr__(self) -> str:
+        return self.type_name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Checked) and other._parse is self._parse
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _formatter(self, value: Any) -> str:
+        return str(value)
+
+
+class WholeNumber(types.Integer):
+    """A whole number within limits, whose error names value and limits."""
+
+    def __call__(self, value: Any) -> Any:
+        try:
+            return super().__call__(value)
+        except ValueError:
+            raise ValueError('%r is not a whole number from %s to %s' %
+                             (value, self.min, self.max))
+
+
+class YesOrNo(types.Boolean):
+    """A truth value, whose error names the value and what is allowed."""
+
+    def __call__(self, value: Any) -> Any:
+        try:
+            return super().__call__(value)
+        except ValueError:
+            raise ValueError('%r is neither true nor false' % value)
+
+
+class OneOf(types.String):
+    """One of a few words, whose error names the value and all of them."""
+
+    def __call__(self, value: Any) -> Any:
+        try:
+            return super().__call__(value)
+        except ValueError:
+            raise ValueError('%r is none of: %s' %
+                             (value, ', '.join(self.choices or ())))
+
+
+DEVICE_NAME = Checked('interface name', device_name)
+HOST_ADDRESS = Checked('host address', host_address)
+NETWORK = Checked('network in CIDR notation', network)
+LISTENING_ON = Checked('address and port', listening_on)
+ABSOLUTE_PATH = Checked('absolute path', absolute_path)
