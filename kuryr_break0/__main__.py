@@ -4,23 +4,19 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
 
-_USAGE = 2  # as of kuryr_break0.cli.common
+from kuryr_break0.cli import common
+from kuryr_break0.cli import main as cli
 
 
 def main() -> int:
     """Run ``kuryr-break0`` and return its exit code."""
-    if sys.argv[1:] == ['--version']:
-        print(importlib.metadata.version('kuryr-break0'))
-        return 0
     try:
-        from kuryr_break0.cli import main as cli
+        return cli.main()
     except ImportError as err:
         # As of a dependency that is too new. The doctor reports it.
         return _explain(err)
-    return cli.main()
 
 
 def _explain(err: ImportError) -> int:
@@ -35,7 +31,7 @@ def _explain(err: ImportError) -> int:
     else:
         print('kuryr-break0: It cannot be loaded: %s. %s' % (
             err, ' '.join(each.seen for each in found)), file=sys.stderr)
-    return _USAGE
+    return common.USAGE
 
 
 if __name__ == '__main__':

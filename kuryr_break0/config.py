@@ -7,11 +7,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import difflib
 import glob
 import os
 import re
-from typing import Any, Iterable, Optional
+from typing import Any, Optional
 
 from oslo_config import cfg
 
@@ -19,6 +18,7 @@ from kuryr_break0 import exceptions
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import IPNetwork
 from kuryr_break0 import option_types as types
+from kuryr_break0.texts import close_to
 
 GROUP = 'break0'
 #: Values of pod_binding, beside auto
@@ -317,12 +317,6 @@ def unknown(conf: cfg.ConfigOpts) -> list[str]:
                 name[:64], where, ' any more: ' + DROPPED[name]
                 if name in DROPPED else close_to(name, known)))
     return texts
-
-
-def close_to(name: str, known: Iterable[str]) -> str:
-    """Return a question for the known name that was meant, if there is one."""
-    close = difflib.get_close_matches(name, known, 1)
-    return ': did you mean %s?' % close[0] if close else ''
 
 
 def link_iface(conf: cfg.ConfigOpts) -> Optional[str]:

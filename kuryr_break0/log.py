@@ -1,34 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Loggers of this package, for oslo.log, which is not imported.
-
-And what makes a text safe for a log and a terminal, whoever chose it.
-"""
+"""Loggers of this package, for oslo.log, which is not imported."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any, TYPE_CHECKING
 
+from kuryr_break0.texts import safe
+
 if TYPE_CHECKING:
     _Adapter = logging.LoggerAdapter[logging.Logger]
 else:
     _Adapter = logging.LoggerAdapter
-
-
-def safe(text: str) -> str:
-    """Return a text of one line in which no character acts on a terminal.
-
-    A name of an interface or an alias can have control characters, of C1
-    too, characters that change the direction of what follows, and bytes that
-    are not UTF-8. They are written as in Python: ``\\x9b``.
-    """
-    if text.isprintable():
-        return text
-    return ''.join(
-        each if each.isprintable() else '\\x%02x' % (ord(each) & 0xff)
-        if '\udc80' <= each <= '\udcff'  # a byte (PEP 383)
-        else each.encode('unicode_escape').decode() for each in text)
 
 
 class _Logger(_Adapter):

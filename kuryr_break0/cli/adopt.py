@@ -49,8 +49,7 @@ example:
 
 def add_parsers(subparsers: Any) -> None:
     added = parser.add_verb(
-        subparsers, 'adopt', 'make pods reachable that are already running',
-        _run, _DESCRIPTION, _EPILOG)
+        subparsers, 'adopt', _run, _DESCRIPTION, _EPILOG)
     added.add_flag('--dry-run', 'print the changes, but make none')
     added.add_flag('--wide', 'do not fold long lines')
 

@@ -10,6 +10,7 @@ from oslo_config import cfg
 
 from kuryr_break0.cli import common
 from kuryr_break0.cli import parser
+from kuryr_break0.cli import verbs
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0 import log
@@ -19,7 +20,7 @@ LOG = log.get_logger(__name__)
 
 def add_parsers(subparsers: Any) -> None:
     parser.add_verb(
-        subparsers, 'agent', 'repair at once what other programs change', run,
+        subparsers, 'agent', run,
         'Run until SIGTERM. Repair break0, routes and containers when another '
         'program\nchanges them, and reconcile everything every '
         'resync_interval seconds. Serve\nmetrics and the CNI plugin, and find '
@@ -34,8 +35,8 @@ def _warn(conf: cfg.ConfigOpts) -> None:
     used = [*(conf.config_file or ()), *(conf.config_dir or ())]
     LOG.info('The configuration is read from %s', ', '.join(used)
              or 'no file: all options have their defaults')
-    if conf.config_file == parser.files()[0]:
-        for path in parser.files()[1]:
+    if conf.config_file == verbs.files()[0]:
+        for path in verbs.files()[1]:
             LOG.warning('%s is not read, because there is %s. Move its '
                         'options there, or delete that file.', path, used[0])
 

@@ -10,6 +10,7 @@ from typing import Any, Iterable, Optional
 from oslo_config import cfg
 
 from kuryr_break0.cli import common
+from kuryr_break0.cli import names
 from kuryr_break0.cli import output
 from kuryr_break0.cli import parser
 from kuryr_break0 import config
@@ -71,11 +72,9 @@ _NOT_MEANT = (exceptions.AddressRefused, exceptions.InputRefused,
 
 
 def add_parsers(subparsers: Any) -> None:
-    bind = parser.add_verb(
-        subparsers, 'bind', 'make the addresses of a container reachable',
-        _bind, _BIND, _BIND_EPILOG)
-    unbind = parser.add_verb(subparsers, 'unbind', 'revert bind', _unbind,
-                             _UNBIND, _UNBIND_EPILOG)
+    bind = parser.add_verb(subparsers, 'bind', _bind, _BIND, _BIND_EPILOG)
+    unbind = parser.add_verb(subparsers, 'unbind', _unbind, _UNBIND,
+                             _UNBIND_EPILOG)
     for each in (bind, unbind):
         each.add_argument(
             'address', metavar='ADDRESS', nargs='*',
@@ -215,7 +214,7 @@ def _meant(wanted: Any, ledger: Ledger
         raise exceptions.NothingToUnbind()
     live = {address: claims[0] for address, claims
             in ledger.contents().claims.items()}
-    found = [live[address] for address in common.addresses_of(
+    found = [live[address] for address in names.addresses_of(
         wanted.pod, live) if address in live]
     owners = {each.owner: each for each in found}
     if len(owners) != 1:

@@ -12,6 +12,7 @@ from oslo_config import cfg
 
 from kuryr_break0 import actual
 from kuryr_break0.cli import common
+from kuryr_break0.cli import names
 from kuryr_break0.cli import output
 from kuryr_break0.cli import parser
 from kuryr_break0 import config
@@ -48,8 +49,7 @@ example:
 
 def add_parsers(subparsers: Any) -> None:
     added = parser.add_verb(
-        subparsers, 'cleanup', 'delete everything that was made on this node',
-        _run, _DESCRIPTION, _EPILOG)
+        subparsers, 'cleanup', _run, _DESCRIPTION, _EPILOG)
     added.add_flag('--dry-run', 'print the changes, but make none')
 
 
@@ -167,7 +167,7 @@ class Cleanup:
             yield Removal('namespace %s' % record.netns, str(err))
         else:
             for item in items:
-                yield Removal('%s namespace %s' % (common.described(
+                yield Removal('%s namespace %s' % (names.described(
                     item, record.owner.ifname), record.netns))
 
     def _node(self, netlink: kernel.Netlink, seen: Snapshot,
@@ -189,7 +189,7 @@ class Cleanup:
         for item, err in zip(items, errors):
             if err is not None and not err.absent:
                 raise err
-            yield Removal(common.described(item, link.name))
+            yield Removal(names.described(item, link.name))
         # While break0 is there, another run would find both.
         guarding = Guard(self._options, self._ledger, link.name)
         if guarding.is_loaded() or guarding.is_there():

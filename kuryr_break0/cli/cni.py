@@ -50,11 +50,8 @@ _INSTALLED = '/usr/libexec/kuryr-break0/' + PLUGIN
 
 
 def add_parsers(subparsers: Any) -> None:
-    parser.add_verb(
-        subparsers, 'cni', 'be the CNI plugin, chained behind macvlan', run,
-        _CNI, json=False)
-    added = parser.add_verb(subparsers, 'cni-install',
-                            'install the CNI plugin', install, _INSTALL,
+    parser.add_verb(subparsers, 'cni', run, _CNI, json=False)
+    added = parser.add_verb(subparsers, 'cni-install', install, _INSTALL,
                             _INSTALL_EPILOG)
     added.add_argument(
         '--bin-dir', metavar='DIR', required=True,

@@ -1,21 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Exit statuses, errors, and how the verbs name what they are about."""
+"""Exit statuses and errors of all verbs. Imports nothing slow."""
 
 from __future__ import annotations
 
 import sys
-from typing import Mapping
 
 from kuryr_break0.cli import output
-from kuryr_break0 import config
-from kuryr_break0 import exceptions
-from kuryr_break0.model import address_order
-from kuryr_break0.model import HostRoute
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Item
-from kuryr_break0.model import Record
-from kuryr_break0 import option_types
+from kuryr_break0.cli import verbs
 
 #: Exit codes of all verbs.
 IN_SYNC, DRIFT, USAGE, UNREADABLE, WARNINGS = range(5)
@@ -23,20 +15,7 @@ IN_SYNC, DRIFT, USAGE, UNREADABLE, WARNINGS = range(5)
 CLOSED_PIPE = 141
 #: Of a program that Ctrl-C ended.
 INTERRUPTED = 130
-#: Characters of a container id that engines print, and take for it.
-_SHORT_ID = 12
-
-
-def described(item: Item, device: str) -> str:
-    """Return a route or neighbour in the words of ip(8).
-
-    :param device: the name of its interface
-    """
-    if isinstance(item, HostRoute):
-        return 'route %s dev %s proto %d table %d%s' % (
-            item.dst, device, item.protocol, item.table,
-            ' src %s' % item.src if item.src else '')
-    return 'neighbour %s dev %s lladdr %s' % (item.dst, device, item.mac)
+NO_VERB = 'there is no command %%s%%s (see %s --help)' % verbs.PROGRAM
 
 
 def fail(code: int, err: object) -> int:
@@ -44,29 +23,3 @@ def fail(code: int, err: object) -> int:
     output.write(output.Wrong(output.speak('kuryr-break0: %s' % err)),
                  sys.stderr)
     return code
-
-
-def is_called(record: Record, name: str) -> bool:
-    """Return whether a name means the container or pod of a record."""
-    owner, pod = record.owner.container_id, record.pod or ''
-    return name in (owner, pod, pod.rpartition('/')[2]) or (
-        len(name) >= _SHORT_ID and owner.startswith(name))
-
-
-def addresses_of(name: str, live: Mapping[IPAddress, Record]
-                 ) -> list[IPAddress]:
-    """Return the addresses that a container or pod has, or the one named.
-
-    :param live: the records of this node
-    :raises NoSuchContainer: if it means none
-    """
-    try:
-        return [option_types.host_address(name)]
-    except ValueError as err:
-        found = sorted((address for address, record in live.items()
-                        if is_called(record, name)), key=address_order)
-        if not found:
-            raise exceptions.NoSuchContainer(reason=err, close=config.close_to(
-                name, [each.pod or each.owner.container_id
-                       for each in live.values()]))
-        return found

@@ -22,6 +22,7 @@ from kuryr_break0.doctor import findings
 from kuryr_break0.doctor import report
 from kuryr_break0 import exceptions
 from kuryr_break0 import option_types
+from kuryr_break0.texts import close_to
 
 
 _CHECK = """\
@@ -41,9 +42,7 @@ directory cannot be read.
 
 def add_parsers(subparsers: Any) -> None:
     """Register the doctor, and its mode for before the installation."""
-    added = parser.add_verb(
-        subparsers, 'doctor', 'find out what is wrong on this node', run,
-        _DESCRIPTION)
+    added = parser.add_verb(subparsers, 'doctor', run, _DESCRIPTION)
     _add_ignore(added)
     added.add_flag(
         '--no-probe', 'send no pings, and no ARP requests, which follow where '
@@ -56,9 +55,7 @@ def add_parsers(subparsers: Any) -> None:
     added.add_flag(
         '--redact', 'replace addresses, ids and names in the archive')
     added.set_defaults(before=False)
-    added = parser.add_verb(
-        subparsers, 'check', 'check whether break0 will work on this node',
-        run, _CHECK)
+    added = parser.add_verb(subparsers, 'check', run, _CHECK)
     added.add_argument(
         '--parent', metavar='NAME',
         type=parser.argument(option_types.device_name),
@@ -90,7 +87,7 @@ def _known(name: str) -> str:
              if isinstance(each, findings.Kind)]
     if name not in known:
         raise ValueError('%r is no finding%s' % (
-            name, config.close_to(name, known)))
+            name, close_to(name, known)))
     return name
 
 

@@ -7,16 +7,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import sys
-import textwrap
 import threading
 import time
 from typing import Any, Iterable, Iterator, Optional, Sequence, TextIO, TypeVar
 
-import prettytable
-
-from kuryr_break0.log import safe
+from kuryr_break0.texts import safe
 
 T = TypeVar('T')
 
@@ -57,6 +53,8 @@ def speak(text: str) -> str:
 
 def columns() -> int:
     """Return how wide a line may be: COLUMNS, the terminal, or 80."""
+    import shutil  # which takes long to import, and is for some verbs only
+
     return max(shutil.get_terminal_size((80, 24)).columns, 40)
 
 
@@ -65,6 +63,8 @@ def fold(text: str, indent: str = '') -> str:
 
     :param indent: of all lines but the first
     """
+    import textwrap
+
     return type(text)(textwrap.fill(
         safe(text), columns(), subsequent_indent=indent,
         break_on_hyphens=False, break_long_words=False))
@@ -104,6 +104,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]],
 
     :param wide: fold nothing
     """
+    import textwrap
+
+    import prettytable
+
     cells = [[(Wrong if isinstance(each, Wrong) else str)(safe(str(each)))
               for each in row] for row in rows]
     if not wide:

@@ -11,6 +11,7 @@ from oslo_config import cfg
 
 from kuryr_break0 import actual
 from kuryr_break0.cli import common
+from kuryr_break0.cli import names
 from kuryr_break0.cli import output
 from kuryr_break0.cli import parser
 from kuryr_break0 import config
@@ -54,9 +55,7 @@ _ASKED = 1.5
 
 def add_parsers(subparsers: Any) -> None:
     added = parser.add_verb(
-        subparsers, 'probe',
-        'ping a container from the node, and the node from it', _run,
-        _DESCRIPTION, _EPILOG)
+        subparsers, 'probe', _run, _DESCRIPTION, _EPILOG)
     added.add_argument('target', metavar='NAME', nargs='?',
                        help='address, or name of a container or pod')
     added.add_flag('--all', 'probe each bound address')
@@ -122,7 +121,7 @@ def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
         seen = actual.read(options, Ledger(options.state_dir), netlink)
     try:
         addresses = (sorted(seen.live, key=address_order) if wanted.all
-                     else common.addresses_of(wanted.target, seen.live))
+                     else names.addresses_of(wanted.target, seen.live))
     except exceptions.NoSuchContainer as err:
         return common.fail(common.USAGE, err)
     prober = Prober(wanted.count, wanted.timeout, wanted.tcp)

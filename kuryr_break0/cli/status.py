@@ -13,6 +13,7 @@ from oslo_config import cfg
 
 from kuryr_break0 import actual
 from kuryr_break0.cli import common
+from kuryr_break0.cli import names
 from kuryr_break0.cli import output
 from kuryr_break0.cli import parser
 from kuryr_break0 import config
@@ -45,8 +46,7 @@ configuration, 3 if the kernel or the state directory cannot be read.
 
 def add_parsers(subparsers: Any) -> None:
     added = parser.add_verb(
-        subparsers, 'status', 'show break0 and the addresses behind it', run,
-        _DESCRIPTION)
+        subparsers, 'status', run, _DESCRIPTION)
     added.add_argument('target', metavar='NAME', nargs='?',
                        help='address, or name of a container or pod')
     added.add_flag(
@@ -116,7 +116,7 @@ class Status:
         self._problems = {**wrong, **seen.problems()}
         self._of_node = list(seen.node_problems())
         self._wanted = wanted
-        self._named = wanted and wanted.target and common.addresses_of(
+        self._named = wanted and wanted.target and names.addresses_of(
             wanted.target, seen.live)
         self._addresses = sorted(
             filter(self._is_wanted, seen.live.keys() | self._problems.keys()),

@@ -9,6 +9,7 @@ from typing import Any, Iterator, Optional
 from oslo_config import cfg
 
 from kuryr_break0.cli import common
+from kuryr_break0.cli import names
 from kuryr_break0.cli import output
 from kuryr_break0.cli import parser
 from kuryr_break0 import config
@@ -30,8 +31,7 @@ if there is something to do), 3 if the kernel or the state directory refuses.
 
 
 def add_parsers(subparsers: Any) -> None:
-    added = parser.add_verb(subparsers, 'sync', 'repair everything once', run,
-                            _DESCRIPTION)
+    added = parser.add_verb(subparsers, 'sync', run, _DESCRIPTION)
     added.add_flag('--dry-run', 'print the changes, but make none')
     added.add_flag('--claim', 'take over break0 from another ledger')
     added.add_flag(
@@ -82,8 +82,8 @@ def _lines(outcome: Outcome, options: config.Options) -> Iterator[str]:
         *(('!', item) for item in outcome.unclaimed)]
     for sign, item in signed:
         at = item.oif if isinstance(item, HostRoute) else item.ifindex
-        yield '%s %s' % (sign, common.described(item, _name_of(at,
-                                                               options)))
+        yield '%s %s' % (sign, names.described(item,
+                                               _name_of(at, options)))
     for record in outcome.gone:
         yield '- record %s owner %s: its sandbox is gone' % (record.address,
                                                              record.owner)

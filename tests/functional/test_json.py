@@ -11,7 +11,7 @@ from typing import Any
 
 import jsonschema
 
-from kuryr_break0.cli import main
+from kuryr_break0.cli import parser
 from kuryr_break0 import ledger
 from tests.functional.base import options
 from tests.functional.base import OTHER_POD
@@ -81,7 +81,7 @@ class TestEach(JSONTestCase):
         'cni-install': ('--bin-dir', '/run')}
 
     def commands(self) -> list[str]:
-        return [command for command in main.whole_parser().verbs
+        return [command for command in parser.whole().verbs
                 if '--json' in self.call(command, '--help').stdout]
 
     def test_in_sync_and_not(self) -> None:

@@ -121,6 +121,7 @@ class TestProbe(CLITestCase):
     def test_a_namespace_that_is_gone(self) -> None:
         self.bind_pod()
         self.lab.del_netns('pod')
+        lab.until(lambda: not self.lab.ping(POD))
         found = self.probe(POD, '--count', '1', code=1)
         self.assertEqual(1, len(found['probes']))
         self.assertIn('no pod on this node is recorded', found['note'])

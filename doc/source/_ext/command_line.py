@@ -26,7 +26,7 @@ from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import nested_parse_with_titles
 from sphinx.util.rst import escape
 
-from kuryr_break0.cli import main as cli
+from kuryr_break0.cli import parser as cli
 
 PROGRAM = 'kuryr-break0'
 
@@ -37,7 +37,7 @@ class CommandLine(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         self.env.note_dependency(cli.__file__)
         lines = statemachine.StringList()
-        for line in describe(cli.whole_parser().verbs):
+        for line in describe(cli.whole().verbs):
             lines.append(line, cli.__file__)
         parent = nodes.section(document=self.state.document)
         parent.document = self.state.document

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Reads the configuration, sets up logging, and runs a verb."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import shlex
+from typing import Any, Callable, Optional, Sequence
+
+from oslo_config import cfg
+from oslo_log import _options as log_options
+
+from kuryr_break0.cli import common
+from kuryr_break0.cli import output
+from kuryr_break0.cli import parser
+from kuryr_break0.cli import verbs
+from kuryr_break0 import config
+from kuryr_break0 import exceptions
+
+#: Verbs that read the options themselves: the doctor examines those that are
+#: wrong too, and a CNI runtime is answered.
+_READERS = 'doctor', 'check', 'cni'
+#: Options of oslo.log that ask for more than warnings on stderr.
+_LOGGED = ('debug', 'log_config_append', 'log_file', 'log_dir', 'use_syslog',
+           'use_journal', 'use_json')
+
+
+class _Parser(parser.Parser, cfg._CachedArgumentParser):
+    """Our parser, as oslo.config uses it."""
+
+
+class _HelpAll(argparse.Action):
+    """Prints the options of oslo.config and oslo.log too."""
+
+    def __call__(self, parser: argparse.ArgumentParser,
+                 *args: Any, **kwargs: Any) -> None:
+        print(argparse.ArgumentParser.format_help(parser), end='')
+        parser.exit()
+
+
+class Config(cfg.ConfigOpts):
+    """oslo.config with our parser, which it lets nobody choose."""
+
+    def _pre_setup(self, *args: Any) -> Any:
+        found = super()._pre_setup(*args)
+        assert self._oparser is not None
+        self._oparser.__class__ = _Parser
+        self._oparser.add_parser_argument(
+            self._oparser, '--help-all', nargs=0, action=_HelpAll,
+            help='show this help message and exit')
+        return found
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the verb of these arguments, and return its exit code."""
+    if argv[0] == '--shell_completion':
+        from kuryr_break0.cli import completion
+
+        if argv[-1] in completion.SHELLS:
+            print(completion.script(argv[-1], parser.whole()), end='')
+            return common.IN_SYNC
+    try:
+        conf = _read(argv)
+        # A plugin can be installed by whoever may write its directory.
+        if os.geteuid() != 0 and conf.command.name != 'cni-install':
+            raise exceptions.NotRoot(command=shlex.join(argv))
+        conf = _set_up_logging(conf, argv)
+        args = _arguments(conf)
+    except (cfg.Error, exceptions.InvalidOption, exceptions.NotRoot, OSError,
+            UnicodeDecodeError) as err:
+        # OSError is of a log file.
+        if argv[-1:] == ['cni']:
+            from kuryr_break0.cli import cni
+
+            return cni.fail(_explained(err, argv))
+        return common.fail(common.USAGE, _explained(err, argv))
+    try:
+        code: int = conf.command.func(*args)
+        return code
+    except exceptions.Break0Error as err:
+        return common.fail(common.UNREADABLE, err)
+
+
+def _register_log_options(conf: cfg.ConfigOpts) -> None:
+    """Make the options of oslo.log known, without its import."""
+    for opts in log_options.common_cli_opts, log_options.logging_cli_opts:
+        conf.register_cli_opts(opts)
+    for opts in log_options.generic_log_opts, log_options.log_opts:
+        conf.register_opts(opts)
+
+
+def _read(argv: Sequence[str], register: Callable[
+        [cfg.ConfigOpts], None] = _register_log_options) -> Config:
+    """Read arguments and configuration files.
+
+    :param register: registers the options of oslo.log
+    """
+    conf = Config()
+    register(conf)
+    conf.set_default('use_stderr', True)  # stdout is for what was asked
+    conf.register_cli_opt(cfg.SubCommandOpt(
+        'command', title='commands', handler=functools.partial(
+            parser.add_parsers, names=[
+                each for each in argv if each in verbs.VERBS] or verbs.VERBS)))
+    conf(argv, project='kuryr', prog=verbs.PROGRAM,
+         default_config_files=verbs.files()[0],
+         version=importlib.metadata.version(verbs.PROGRAM)
+         if '--version' in argv else None)
+    return conf
+
+
+def _set_up_logging(conf: Config, argv: Sequence[str]) -> Config:
+    """Log as Kuryr's options say; without any, warnings to stderr.
+
+    To import oslo.log takes a quarter of the start of a verb.
+
+    :returns: the configuration, which was read again if oslo.log is used
+    :raises cfg.Error: if the options name a file that cannot be read
+    """
+    verb = conf.command.name
+    if verb != 'agent' and not any(getattr(conf, each) for each in _LOGGED):
+        logging.basicConfig(format='%(asctime)s %(levelname)s %(message)s',
+                            level=logging.WARNING)
+        return conf
+    from oslo_log import log
+
+    conf = _read(argv, log.register_options)
+    try:
+        log.setup(conf, verbs.PROGRAM)
+    except log.LogConfigError as err:
+        raise cfg.Error(str(err)) from err
+    if verb != 'agent' and not conf.debug:
+        logging.getLogger().setLevel(logging.WARNING)
+    return conf
+
+
+def _arguments(conf: Config) -> list[Any]:
+    """Return the arguments of the verb."""
+    is_reader = conf.command.name in _READERS
+    try:
+        options = config.load(conf)
+    except exceptions.InvalidOption:
+        if is_reader:
+            return [conf]
+        raise
+    if options.discover and not importlib.util.find_spec('kuryr_kubernetes'):
+        output.speak_of_containers()
+    return [conf] if is_reader else [conf, options]
+
+
+def _explained(err: Exception, argv: Sequence[str]) -> Exception:
+    """Return an error with what to do about it."""
+    if isinstance(err, UnicodeDecodeError):
+        return exceptions.InvalidOption(
+            option='(all)', reason='%s is no text in UTF-8: %s' % (
+                _unreadable(argv) or 'a configuration file', err))
+    if isinstance(err, cfg.ConfigFilesPermissionDeniedError) and os.geteuid():
+        return exceptions.NotRoot(command=shlex.join(argv))
+    return err
+
+
+def _unreadable(argv: Sequence[str]) -> Optional[str]:
+    """Return which file of the arguments is no text."""
+    for path in [each.partition('=')[2] or each for each in argv]:
+        try:
+            with open(path, encoding='utf-8') as file:
+                file.read(2 ** 20)
+        except UnicodeDecodeError:
+            return path
+        except (OSError, ValueError):
+            continue
+    return None

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""How the verbs name what they are about, and understand such names."""
+
+from __future__ import annotations
+
+from typing import Mapping
+
+from kuryr_break0 import exceptions
+from kuryr_break0.model import address_order
+from kuryr_break0.model import HostRoute
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Item
+from kuryr_break0.model import Record
+from kuryr_break0 import option_types
+from kuryr_break0.texts import close_to
+
+#: Characters of a container id that engines print, and take for it.
+_SHORT_ID = 12
+
+
+def described(item: Item, device: str) -> str:
+    """Return a route or neighbour in the words of ip(8).
+
+    :param device: the name of its interface
+    """
+    if isinstance(item, HostRoute):
+        return 'route %s dev %s proto %d table %d%s' % (
+            item.dst, device, item.protocol, item.table,
+            ' src %s' % item.src if item.src else '')
+    return 'neighbour %s dev %s lladdr %s' % (item.dst, device, item.mac)
+
+
+def is_called(record: Record, name: str) -> bool:
+    """Return whether a name means the container or pod of a record."""
+    owner, pod = record.owner.container_id, record.pod or ''
+    return name in (owner, pod, pod.rpartition('/')[2]) or (
+        len(name) >= _SHORT_ID and owner.startswith(name))
+
+
+def addresses_of(name: str, live: Mapping[IPAddress, Record]
+                 ) -> list[IPAddress]:
+    """Return the addresses that a container or pod has, or the one named.
+
+    :param live: the records of this node
+    :raises NoSuchContainer: if it means none
+    """
+    try:
+        return [option_types.host_address(name)]
+    except ValueError as err:
+        found = sorted((address for address, record in live.items()
+                        if is_called(record, name)), key=address_order)
+        if not found:
+            raise exceptions.NoSuchContainer(reason=err, close=close_to(
+                name, [each.pod or each.owner.container_id
+                       for each in live.values()]))
+        return found

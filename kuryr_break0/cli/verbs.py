@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""All verbs, and the page that lists them. Imports nothing slow."""
+
+from __future__ import annotations
+
+import os
+from typing import Iterator, NamedTuple, Optional
+
+PROGRAM = 'kuryr-break0'
+
+
+class Verb(NamedTuple):
+    """What is known of a verb before its module is imported."""
+
+    module: str
+    summary: str
+
+
+#: By their headings in --help, in its order.
+_GROUPS = {
+    'Look': {
+        'status': Verb('status', 'show break0 and the addresses behind it'),
+        'probe': Verb('probe', 'ping a container from the node, and the node '
+                      'from it'),
+        'doctor': Verb('doctor', 'find out what is wrong on this node'),
+        'check': Verb('doctor', 'check whether break0 will work on this '
+                      'node')},
+    'Repair': {
+        'sync': Verb('sync', 'repair everything once'),
+        'agent': Verb('agent', 'repair at once what other programs change')},
+    'Set up': {
+        'bind': Verb('bind', 'make the addresses of a container reachable'),
+        'unbind': Verb('bind', 'revert bind'),
+        'adopt': Verb('adopt', 'make pods reachable that are already running'),
+        'cleanup': Verb('cleanup', 'delete everything that was made on this '
+                        'node'),
+        'cni': Verb('cni', 'be the CNI plugin, chained behind macvlan'),
+        'cni-install': Verb('cni', 'install the CNI plugin')}}
+VERBS = {name: verb for verbs in _GROUPS.values()
+         for name, verb in verbs.items()}
+_HEAD = """\
+Let a host and the macvlan containers or pods on its interfaces reach each
+other, which the kernel by itself prevents.
+
+usage: kuryr-break0 COMMAND [ARGUMENT ...]
+"""
+_FOOT = """
+The configuration is the section [break0] of kuryr.conf and kuryr-break0.conf,
+each from the first of ~/.kuryr, ~, /etc/kuryr and /etc that has it. If there
+is neither: kuryr-break0.conf in ~/.kuryr-break0, ~, /etc/kuryr-break0, /etc.
+%s
+kuryr-break0 COMMAND --help explains a command. --help-all lists the options
+for configuration files and logging, which come before COMMAND.
+"""
+
+
+def page() -> str:
+    """Return what --help prints."""
+    return ''.join(_page())
+
+
+def _page() -> Iterator[str]:
+    yield _HEAD
+    for title, verbs in _GROUPS.items():
+        yield '\n%s:\n' % title
+        for name, verb in verbs.items():
+            yield '  %-12s %s\n' % (name, verb.summary)
+    used, ignored = files()
+    yield _FOOT % ''.join(
+        '%s: %s\n' % (what, ' '.join(paths)) for what, paths in (
+            ('On this host', used), ('Not read', ignored)) if paths)
+
+
+def files() -> tuple[list[str], list[str]]:
+    """Return the configuration files that are read, and those that are not.
+
+    kuryr.conf is where Kuryr's own programs look for it, by oslo.config.
+    Hosts without have a file of ours: /etc/kuryr-break0/kuryr-break0.conf.
+    """
+    of_kuryr = [_find('kuryr', name) for name in ('kuryr', PROGRAM)]
+    ours = [path for path in [_find(PROGRAM, PROGRAM)] if path]
+    used = [path for path in of_kuryr if path] or ours
+    return used, [path for path in ours if path not in used]
+
+
+def _find(project: str, name: str) -> Optional[str]:
+    for directory in ('~/.' + project, '~', '/etc/' + project, '/etc'):
+        path = os.path.join(os.path.expanduser(directory), name + '.conf')
+        if os.path.exists(path):
+            return path
+    return None
