@@ -25,6 +25,7 @@ from tests.bench import own
 from tests.bench import paths
 from tests.bench import pods
 from tests.bench import scale
+from tests.bench import soak
 from tests import lab
 
 SECTIONS: dict[str, bench.Measure] = {
@@ -36,8 +37,8 @@ SECTIONS: dict[str, bench.Measure] = {
     'bursts': binding.bursts, 'cni': cni.adds}
 #: Those with numbers of pods, which --small divides by ten.
 SIZED: tuple[Any, ...] = (binding, bulk, hops, own, pods, scale)
-#: Run only where they are named: they take some ten minutes.
-LONG: dict[str, bench.Measure] = {'soak': binding.soak}
+#: Run only where it is named, and alone; see --hours.
+SOAK = 'soak'
 
 
 def _table(title: Optional[str], columns: list[str],
@@ -94,23 +95,31 @@ def _arguments(argv: Optional[list[str]]) -> argparse.Namespace:
                         'slow way gets fewer (default: %(default)d)')
     parser.add_argument('--small', action='store_true',
                         help='with a tenth of the pods, to see that it runs')
+    parser.add_argument('--hours', metavar='N', type=float, default=2,
+                        help='how long the soak lasts (default: %(default)d)')
     parser.add_argument('sections', metavar='SECTION', nargs='*',
-                        choices=[*SECTIONS, *LONG, []], default=[],
-                        help='only these of: %s; not run without its name:'
-                        ' %s' % (', '.join(SECTIONS), ', '.join(LONG)))
-    return parser.parse_args(argv)
+                        choices=[*SECTIONS, SOAK, []], default=[],
+                        help='only these of: %s; or %s: whether all holds '
+                        'through hours of churn, kills and other faults' % (
+                            ', '.join(SECTIONS), SOAK))
+    args = parser.parse_args(argv)
+    if SOAK in args.sections and len(args.sections) > 1:
+        parser.error('%s is run alone' % SOAK)
+    return args
 
 
 def main(argv: Optional[list[str]] = None) -> int:
     args = _arguments(argv)
     logging.disable(logging.INFO)
+    if args.sections == [SOAK]:
+        return soak.run(args.hours)
     for module in SIZED if args.small else ():
         module.SIZES = tuple(size // 10 for size in module.SIZES)
     try:
         sections = {}
         for name in args.sections or SECTIONS:
             with contextlib.closing(lab.Lab()) as made:
-                sections[name] = {**SECTIONS, **LONG}[name](
+                sections[name] = SECTIONS[name](
                     bench.Node(made), args.repeat)
         results = _report(sections, args.repeat)
         if args.json:

@@ -41,8 +41,6 @@ ROUND = 2
 PODS_SHARE = 10
 BURSTS_SHARE = 25
 BURST = 30
-#: As many as a busy node sees in months.
-SOAK = 10000
 POD = '100.75.30.72'
 STOCK = 'stock Kuryr'
 KURYR = 'break0, pod_binding = kuryr'
@@ -270,37 +268,6 @@ def bursts(outer: Node, repeat: int) -> Section:
                 '%d' % failures[DIRECT], failures[DIRECT] == 0)],
         {'medians_ms': medians, 'failed': failures, 'held_ms': holds,
          'of': count * BURST})
-
-
-def soak(outer: Node, repeat: int) -> Section:
-    """Whether any of very many ADDs fails, and what they leave behind."""
-    failures = 0
-    times = []
-    bursts_of = -(-SOAK // BURST)
-    with kuryr.Node() as node:
-        others = Node(node.lab)
-        with _daemon(node, DIRECT, '') as held:
-            for number in range(bursts_of):
-                say('burst %d of %d' % (number + 1, bursts_of))
-                taken, failed = _burst(node, 'pod-%d' % number)
-                times.append(taken)
-                failures += failed
-        routes = len(node.lab.routes(others.options.device))
-        records = others.ledger.records.count()
-    count = bursts_of * BURST
-    return Section(
-        '%d ADDs and DELs by kuryr-daemon, %d at once, %s' % (
-            count, BURST, DIRECT),
-        ['bursts', 'median ms', 'slowest', 'failed', 'routes left',
-         'records left', 'longest hold of the lock'],
-        [['%d' % bursts_of, '%.0f' % statistics.median(times),
-          '%.0f' % max(times), '%d' % failures, '%d' % routes,
-          '%d' % records, '%.1f' % max(held)]],
-        [Target('no ADD fails', '%d' % failures, failures == 0),
-         Target('nothing is left', '%d' % (routes + records),
-                routes + records == 0)],
-        {'failed': failures, 'of': count, 'routes': routes,
-         'records': records, 'bursts_ms': times})
 
 
 def single(outer: Node, repeat: int) -> Section:
