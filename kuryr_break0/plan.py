@@ -138,7 +138,7 @@ def compute(desired: Mapping[IPAddress, Wanted],
                or route.metric == desired[address].route.metric}
     # What is refused gets nothing else either.
     blocked = set() if takeover else set(foreign) - present
-    settled = present | blocked
+    settled, answered = present | blocked, known | blocked
     in_order = [desired[address]
                 for address in sorted(desired, key=address_order)]
     return Plan(
@@ -148,7 +148,7 @@ def compute(desired: Mapping[IPAddress, Wanted],
         foreign=tuple(sorted(foreign.values(), key=_by_order)),
         learn=tuple(wanted.neighbour for wanted in in_order
                     if wanted.neighbour is not None
-                    and wanted.neighbour.dst not in known | blocked),
+                    and wanted.neighbour.dst not in answered),
         forget=tuple(sorted(forget, key=_by_order)),
         unclaimed=tuple(sorted(unclaimed, key=_by_order)),
         blocked=frozenset(blocked))
