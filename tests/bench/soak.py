@@ -51,6 +51,8 @@ NETWORK = cni.network()
 SANDBOXES = 8
 #: Seconds of each part of a minute, and within which all must be in order.
 FAULTS, CALM, ORDER = 36, 10, 60
+#: Seconds after which an operator deletes what is left of a lost ledger.
+DOUBT = 10
 #: These faults are for the first minutes of each cycle. After those, agent and
 #: daemon live until its end, with no more memory and files than at first.
 KILLS = ('agent killed', 'agent restarted', 'daemon killed')
@@ -198,7 +200,8 @@ class Soak:
         self.ending = threading.Event()
         self.calm = threading.Event()
         self.wrong: list[str] = []
-        self.refused = 0
+        self.refused = self.deleted = 0
+        self.lost = False
         self.interrupted: dict[str, list[float]] = {}
         self.with_kills = True
         self.next: list[str] = []  # faults
@@ -213,7 +216,7 @@ class Soak:
             'guard deleted': lambda: self.lab.run(
                 'nft', 'delete', 'table', 'netdev', guard.table_of('break0'),
                 check=False),
-            'state lost': lambda: shutil.rmtree(STATE, ignore_errors=True),
+            'state lost': self._lose_state,
             'parent down and up': self._parent_down,
             'agent killed': lambda: self._restart_agent(signal.SIGKILL),
             'agent restarted': lambda: self._restart_agent(signal.SIGTERM),
@@ -232,6 +235,10 @@ class Soak:
             return subprocess.Popen(
                 [PROGRAM, '--config-file', CONF, 'agent'],
                 stdout=log, stderr=log)
+
+    def _lose_state(self) -> None:
+        shutil.rmtree(STATE, ignore_errors=True)
+        self.lost = True
 
     def _restart_agent(self, number: signal.Signals) -> None:
         self.agent.send_signal(number)
@@ -322,9 +329,9 @@ class Soak:
             return
         self.faults[name]()
         stays = [way.live[0] for way in self.ways if 0 in way.live]
-        self.interrupted.setdefault(name, []).append(lab.until(
-            lambda: all(self._ping(each.addresses[0], seconds=0.3)
-                        for each in stays)))
+        taken = lab.until(lambda: all(
+            self._ping(each.addresses[0], seconds=0.3) for each in stays))
+        self.interrupted.setdefault(name, []).append(taken)
 
     def note(self, text: str) -> None:
         text = ' '.join(text.split())
@@ -355,7 +362,16 @@ class Soak:
                                     for each in live
                                     if not self._is_reachable(each)]
             if not problems:
+                self.lost = False
                 return taken
+            if self.lost and taken > DOUBT:
+                # What ended just then can be matched with nothing, so it
+                # stays until an operator says that it may go.
+                self.lost = False
+                self.deleted += subprocess.run(
+                    [PROGRAM, '--config-file', CONF, 'sync',
+                     '--delete-unclaimed'], text=True,
+                    stdout=subprocess.PIPE).stdout.count('- route')
             if taken > ORDER:
                 self.note('; '.join(problems))
                 return taken
@@ -543,6 +559,7 @@ def _run(soak: Soak, hours: float) -> int:
             print('%s %s: %d, median %.2f, 99 %% %.2f, longest %.2f %s' % (
                 kind, name, len(values), statistics.median(values),
                 sorted(values)[int(len(values) * .99)], max(values), unit))
-    print('%d minutes, %d requests failed during faults, %d wrong' % (
-        minute, soak.refused, len(soak.wrong)))
+    print('%d minutes, %d requests failed during faults, %d routes were left '
+          'by lost ledgers, %d wrong' % (minute, soak.refused, soak.deleted,
+                                         len(soak.wrong)))
     return 1 if soak.wrong else 0
