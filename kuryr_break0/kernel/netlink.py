@@ -339,6 +339,8 @@ class EventSocket(_Socket):
     :param options: to be set before it is bound
     """
 
+    _overrun = False
+
     def __init__(self, protocol: int, groups: int, *options: int) -> None:
         self._socket = socket.socket(
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK,
@@ -358,15 +360,21 @@ class EventSocket(_Socket):
     def _received(self) -> Iterator[tuple[bytes, Any]]:
         """Iterate over the datagrams that have come, with ancillary data.
 
-        An empty one stands for some that were lost, as by ENOBUFS.
+        An empty one stands for some that were lost, as by ENOBUFS. From then
+        on the kernel drops what comes until all that it has kept was read,
+        and does not say so again (netlink_overrun), so another one follows.
         """
         for _ in range(_AT_ONCE):
             try:
                 data, extra, flags, _ = self._socket.recvmsg(
                     _DATAGRAM, socket.CMSG_SPACE(U32.size))
             except BlockingIOError:
+                if self._overrun:
+                    self._overrun = False
+                    yield b'', ()
                 return
             except OSError:
+                self._overrun = True
                 yield b'', ()
             else:
                 # What was cut off could be read as something else.

@@ -403,3 +403,30 @@ class TestDumps(base.LabTestCase):
                 netlink.neighbours, index))
             self.assert_bounded(nft, self.RULES, functools.partial(
                 nft.rules, TABLE))
+
+
+class TestEvents(base.LabTestCase):
+
+    def test_what_is_lost_until_all_was_read(self) -> None:
+        # The kernel says once that it drops events, and goes on dropping
+        # them until the queue is empty.
+        with kernel.Events() as events, open('/run/batch', 'w') as batch:
+            events._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF,
+                                      2 ** 18)
+            for number in range(5000):
+                batch.write('route add 10.1.%d.%d dev eth0\n' % divmod(
+                    number, 250))
+            batch.flush()
+            self.lab.run('ip', '-batch', batch.name)
+            first = events.get()
+            self.assertEqual('lost', first[0].what)
+            self.assertGreater(len(first), 100)
+            self.lab.run('ip', 'route', 'add', '10.2.0.1', 'dev', 'eth0')
+            rest = [each for _ in range(20) for each in events.get()]
+            self.assertNotIn('10.2.0.1', {str(each.dst) for each in rest})
+            self.assertEqual(['lost'], [each.what for each in rest
+                                        if each.what != 'route'])
+            self.assertEqual('lost', rest[-1].what)
+            self.lab.run('ip', 'route', 'add', '10.2.0.2', 'dev', 'eth0')
+            self.assertEqual(['10.2.0.2'], [str(each.dst)
+                                            for each in events.get()])
