@@ -334,8 +334,7 @@ class Reconciler:
                     for address in ready if address in set_anew})
 
     def _is_as_read(self, address: IPAddress, seen: Snapshot) -> bool:
-        return (self._records.claims(address)
-                == seen.contents.claims.get(address, ()))
+        return seen.contents.is_still(self._records, address)
 
     def _change(self, parent: Parent, batch: list[kernel.Change]) -> bool:
         """Make changes, and say so; False if break0 is down or gone."""

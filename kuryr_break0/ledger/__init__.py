@@ -72,6 +72,16 @@ class Contents:
     stamps: dict[IPAddress, Optional[files.Stamp]] = dataclasses.field(
         default_factory=dict)
 
+    def is_still(self, records: Records, address: IPAddress) -> bool:
+        """Return whether an address has the claims that were read.
+
+        :raises LedgerUnavailable: as :meth:`Records.claims`
+        """
+        stamp = self.stamps.get(address)
+        return stamp is not None and stamp == files.stamp(
+            records.path(address)) or records.claims(
+                address) == self.claims.get(address, ())
+
 
 class Ledger:
     """A state directory.

@@ -43,6 +43,8 @@ MAX_SUBNETS = 16
 MAX_SIBLINGS = 8
 
 _network = functools.lru_cache(maxsize=128)(ipaddress.ip_network)
+# Each is read of the name of a file, and then of its content.
+_address = functools.lru_cache(maxsize=1024)(ipaddress.ip_address)
 
 
 class NewerVersion(Exception):
@@ -81,7 +83,7 @@ def from_json(text: str) -> tuple[Record, ...]:
                                'than this program' % version)
         if version != VERSION:
             raise ValueError('its format is version %r' % version)
-        address = ipaddress.ip_address(_text(fields['address']))
+        address = _address(_text(fields['address']))
         claims = fields['claims']
         if not claims:
             raise ValueError('it has no claims')
@@ -184,7 +186,7 @@ class Records:
         :raises LedgerUnavailable: if it cannot be read, or a later version
             of this program has written it
         """
-        path = self._path(address)
+        path = self.path(address)
         try:
             with self._usable(), contextlib.suppress(FileNotFoundError,
                                                      NotADirectoryError):
@@ -218,7 +220,7 @@ class Records:
             try:
                 address = address_of(name)
                 with self._usable():
-                    content = files.read(self._path(address), _MAX_SIZE)
+                    content = files.read(self.path(address), _MAX_SIZE)
                 if not any(text in content for text in wanted):
                     continue
                 claims = self.claims(address)
@@ -233,7 +235,7 @@ class Records:
 
     def exists(self, address: IPAddress) -> bool:
         """Return whether an address has a record, readable or not."""
-        return os.path.lexists(self._path(address))
+        return os.path.lexists(self.path(address))
 
     @staticmethod
     def parsed(path: str, address: IPAddress) -> tuple[Record, ...]:
@@ -255,7 +257,7 @@ class Records:
             there before is still there
         """
         with self._usable():
-            files.replace(self._path(claims[0].address), to_json(claims))
+            files.replace(self.path(claims[0].address), to_json(claims))
 
     def remove(self, address: IPAddress) -> None:
         """Remove the record of an address; none is fine.
@@ -264,7 +266,7 @@ class Records:
         """
         with self._usable(), contextlib.suppress(FileNotFoundError,
                                                  NotADirectoryError):
-            os.unlink(self._path(address))
+            os.unlink(self.path(address))
 
     def may_be_gone(self, address: IPAddress,
                     judge: existence.Judge) -> bool:
@@ -275,7 +277,7 @@ class Records:
         addresses and networks of texts.
         """
         try:
-            fields = json.loads(files.read(self._path(address), _MAX_SIZE))
+            fields = json.loads(files.read(self.path(address), _MAX_SIZE))
             return any(judge.judge(
                 claim['netns'], claim['namespace'] and NamespaceId(
                     *claim['namespace']), claim.get('tap') and _tap(
@@ -357,7 +359,7 @@ class Records:
             LOG.warning('Moved the damaged record %s to quarantine, as %s: '
                         '%s', path, moved, reason)
 
-    def _path(self, address: IPAddress) -> str:
+    def path(self, address: IPAddress) -> str:
         return '%s/%s%s' % (self.directory, address, SUFFIX)
 
     def _usable(self) -> contextlib.AbstractContextManager[None]:
@@ -369,7 +371,7 @@ def address_of(name: str) -> IPAddress:
 
     :raises ValueError: if it is none, or not written as we write it
     """
-    address = ipaddress.ip_address(name[:-len(SUFFIX)])
+    address = _address(name[:-len(SUFFIX)])
     if str(address) + SUFFIX != name or getattr(address, 'scope_id', None):
         raise ValueError('its name is not that of the address %s' % address)
     return address
