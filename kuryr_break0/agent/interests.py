@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Optional
+from typing import Any, Iterable, Optional
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
@@ -53,6 +53,11 @@ class Interests:
             self._addresses = {(index, address) for index, address
                                in netlink.addresses()}
         self._of_services.clear()
+
+    def lost(self, events: Iterable[kernel.Event]) -> bool:
+        """Return whether a break0 or a parent was deleted."""
+        return any(event.what == 'link' and event.gone
+                   and event.ifindex in self._links for event in events)
 
     def include(self, event: kernel.Event) -> bool:
         """Return whether an event may be of something to repair."""

@@ -34,10 +34,13 @@ _BURST = 0.05
 #: Seconds after which a record that is new must have its route. A bind takes
 #: a thousandth of that, so one that has none was killed.
 _SETTLED = 1.0
-#: Seconds between two syncs at least; and the part of a processor that the
-#: agent spends on them, whatever happens on the node.
+#: Seconds between two syncs at least; the part of a processor that the agent
+#: spends on them, whatever happens on the node; and the seconds of it that it
+#: may spend before that counts, so that what happens rarely is repaired at
+#: once.
 _PAUSE = 0.1
 _SHARE = 0.1
+_CREDIT = 0.25
 #: So many events at once are a flood, which is read in larger portions.
 _FLOOD = 32
 _FLOOD_PAUSE = 0.1
@@ -75,6 +78,9 @@ class Agent:
         self._reload = False
         #: monotonic time before which there is no sync, but by the timer
         self._not_before = 0.0
+        #: seconds of the processor that syncs have taken beyond their share
+        self._debt = 0.0
+        self._synced_at = time.monotonic()
         self._failures = 0
         #: monotonic time at which to look for containers that are not bound
         self._unserved_at = time.monotonic() + _FIRST_LOOK
@@ -166,8 +172,10 @@ class Agent:
             if events.fileno() in ready:
                 heard = events.get()
                 self._metrics.heard(heard)
+                # All routes went with it, and nothing of that burst is new.
+                wait = 0 if interests.lost(heard) else _BURST
                 if any([interests.include(event) for event in heard]):
-                    due = min(due, time.monotonic() + _BURST)
+                    due = min(due, time.monotonic() + wait)
                 if len(heard) >= _FLOOD:
                     # Not longer than until there is something to do.
                     at = max(due, self._not_before)
@@ -216,7 +224,10 @@ class Agent:
         # at last with the timer only.
         self._failures = 0 if error is None else min(self._failures + 1, 20)
         # Of the processor, since on a busy node others have most of the time.
-        pause = max(_PAUSE, (time.thread_time() - spent) * (1 / _SHARE - 1),
+        self._debt = time.thread_time() - spent + max(
+            0.0, self._debt - _SHARE * (ended - self._synced_at))
+        self._synced_at = ended
+        pause = max(_PAUSE, (self._debt - _CREDIT) / _SHARE,
                     self._failures and _PAUSE * 2 ** self._failures)
         self._not_before = ended + min(pause, self._options.resync_interval)
 

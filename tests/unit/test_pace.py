@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from typing import Any
+import unittest
+from unittest import mock
+
+from kuryr_break0.agent import loop
+from kuryr_break0.plan import Outcome
+from tests.functional import base
+
+
+class TestPace(unittest.TestCase):
+    """How long the agent waits after a sync, by a clock of its own."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.now = self.spent = 0.0
+        for name, clock in (('monotonic', lambda: self.now),
+                            ('thread_time', lambda: self.spent)):
+            patch = mock.patch.object(loop.time, name, clock)
+            patch.start()
+            self.addCleanup(patch.stop)
+        self.agent = loop.Agent(base.options(), base.options)
+        self.agent._metrics = mock.Mock()
+
+    def sync(self, seconds: float) -> float:
+        """Have a sync that takes so long; the seconds until the next."""
+        def work(*args: Any) -> Outcome:
+            self.now += seconds
+            self.spent += seconds
+            return Outcome()
+
+        with mock.patch.object(loop.Reconciler, 'sync', work):
+            self.agent._sync(mock.Mock(), mock.Mock())
+        return self.agent._not_before - self.now
+
+    def test_rare_syncs_delay_none(self) -> None:
+        for _ in range(100):
+            self.assertAlmostEqual(loop._PAUSE, self.sync(0.05))
+            self.now += 1
+
+    def test_many_keep_to_their_share(self) -> None:
+        self.now, began = 1000.0, 1000.0
+        for _ in range(100):
+            self.now += self.sync(0.05)
+        self.assertLess(self.spent, (
+            self.now - began) * loop._SHARE + loop._CREDIT + 0.05)
+        self.assertGreater(self.spent, (self.now - began) * loop._SHARE)
+
+    def test_a_long_one_is_paid_for(self) -> None:
+        self.assertGreater(self.sync(5), 40)
