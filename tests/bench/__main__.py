@@ -65,6 +65,10 @@ def _report(sections: dict[str, bench.Section],
         print(_table(None, ['target', 'measured', 'result'], [
             [name, measured, 'met' if met else 'MISSED']
             for name, measured, met in targets]))
+        missed = [target.name for target in targets if not target.met]
+        print('Missed, %d of %d: %s' % (
+            len(missed), len(targets), '; '.join(missed)) if missed
+            else 'All %d targets are met' % len(targets))
     return {'environment': environment, 'repeat': repeat,
             'sections': {name: {'title': section.title, **section.data}
                          for name, section in sections.items()},
