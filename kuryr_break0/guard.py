@@ -250,7 +250,9 @@ class Guard:
         known = self._cache.get(self._key)
         if not known or known[0] != self._digest(link, hosts):
             return False
-        return kernel.node_nft().rules(self.table) == known[3:]
+        # None, if somebody deleted it before they could be read.
+        return bool(known[3:]) and (
+            kernel.node_nft().rules(self.table) == known[3:])
 
     def difference(self, wanted: Iterable[Pair], unclaimed: Iterable[Pair]
                    ) -> tuple[Pairs, Pairs]:

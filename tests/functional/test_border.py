@@ -461,6 +461,23 @@ class TestTable(BorderTestCase):
                 self.assert_reachable()
                 self.assertFalse(self.manager().sync())
 
+    def test_what_others_delete_while_it_is_loaded_is_repaired(self) -> None:
+        load = guard._load
+
+        def interrupted(*args: Any) -> Optional[str]:
+            reason = load(*args)
+            self.lab.run('nft', 'delete', 'table', 'netdev',
+                         'kuryr-break0-break0')
+            return reason
+
+        self.lab.run('nft', 'flush', 'ruleset')
+        with mock.patch.object(guard, '_load', interrupted):
+            self.manager().sync()
+        self.assertIn('guard', '\n'.join(self.problems()))
+        self.manager().sync()
+        self.assertEqual([], self.problems())
+        self.assertFalse(self.received(udp(lab.LAN, lab.NODE)))
+
     def test_a_pod_whose_record_is_lost_is_not_cut_off(self) -> None:
         os.unlink(base.options().state_dir + '/addresses/%s.json' % POD)
         self.assertTrue(self.lab.ping(POD))
