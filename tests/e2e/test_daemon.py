@@ -222,7 +222,8 @@ class TestBursts(DaemonTestCase):
     def test_bursts_lose_none(self) -> None:
         # Stock Kuryr loses 18 of 240 pods here: another one's interface
         # interrupts its look at those of the node.
-        self.node.start_daemon(self.options)
+        # A DEL that does not get the lock in time leaves its route to a sync.
+        self.node.start_daemon(self.options + '\nlock_timeout = 170')
         for burst in range(3):
             pods = [self.node.add_pod('pod-%d-%d' % (burst, number),
                                       '100.75.30.%d' % number)

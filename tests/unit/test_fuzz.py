@@ -20,6 +20,7 @@ import unittest
 from unittest import mock
 
 from hypothesis import given
+from hypothesis import HealthCheck
 from hypothesis import settings
 from hypothesis import strategies as st
 
@@ -49,7 +50,8 @@ from tests import kuryr
 from tests import lab
 
 EXAMPLES = int(os.environ.get('FUZZ_EXAMPLES', 200))
-fuzzed = settings(max_examples=EXAMPLES, deadline=None)
+fuzzed = settings(max_examples=EXAMPLES, deadline=None,
+                  suppress_health_check=[HealthCheck.too_slow])
 
 POD = ipaddress.ip_address('10.0.0.1')
 addresses = st.ip_addresses()
@@ -339,7 +341,7 @@ class TestCNI(unittest.TestCase):
             self.assertLessEqual(len(environment), data.count(b'\0') + 1)
 
     @unittest.skipUnless(SHIM.exists(), 'needs the shim: make cni')
-    @settings(max_examples=min(EXAMPLES, 500), deadline=None)
+    @settings(fuzzed, max_examples=min(EXAMPLES, 500))
     @given(st.binary(max_size=300) | configs.map(
         lambda fields: json.dumps(fields).encode()))
     def test_shim_without_agent(self, data: bytes) -> None:
