@@ -95,6 +95,24 @@ class EngineTestCase(base.LabTestCase):
                     found.append('%s:\n%s' % (name, file.read()[-3000:]))
         return '\n'.join(found)
 
+    def again(self, call: Callable[[], str]) -> str:
+        """Have an engine do something, as who uses it does: again if needed.
+
+        The shim waits for an answer of the agent for 9 seconds only.
+        """
+        found: list[str] = []
+
+        def is_done() -> bool:
+            try:
+                found.append(call())
+            except (AssertionError, grpc.RpcError) as err:
+                if 'has not answered on' not in str(err):
+                    raise
+            return bool(found)
+
+        self.until(is_done)
+        return found[0]
+
     def assert_reaches(self, address: str, inside: Callable[..., bool]
                        ) -> None:
         """Node and container reach each other."""
@@ -229,9 +247,13 @@ runtime = "crun"
         test.addCleanup(self, 'rm', '--force', '--all', '--time', '0',
                         check=False)
 
+    def __call__(self, *args: str, check: bool = True) -> str:
+        return self.test.again(
+            lambda: super(Podman, self).__call__(*args, check=check))
+
     def run(self, name: str, *options: str) -> None:
         # For ping, which later releases do not let them do of themselves.
-        super().run(name, '--cap-add', 'NET_RAW', *options)
+        super().run(name, '--replace', '--cap-add', 'NET_RAW', *options)
 
 
 class Docker(Engine):
@@ -302,6 +324,7 @@ class Containerd:
     SERVICE = '/runtime.v1.RuntimeService/'
 
     def __init__(self, test: EngineTestCase, bin_dir: str) -> None:
+        self.test = test
         with open('/run/containerd.toml', 'w') as file:
             file.write('''
 version = 2
@@ -344,8 +367,9 @@ state = "/run/containerd-state"
         metadata = (message(1, name) + message(2, 'uid-' + name)
                     + message(3, 'shop'))
         linux = message(1, '/break0-lab')
-        return self.call('RunPodSandbox', message(
-            1, message(1, metadata) + message(8, linux)))[1].decode()
+        request = message(1, message(1, metadata) + message(8, linux))
+        return self.test.again(
+            lambda: self.call('RunPodSandbox', request)[1].decode())
 
     def netns(self, sandbox: str) -> str:
         """The path of its namespace, as containerd says it in detail."""
