@@ -277,7 +277,16 @@ class Lab:
         self.run('ip', 'link', 'add', 'new', 'link', parent, 'netns', netns,
                  *(('address', mac) if mac else ()),
                  'type', 'macvlan', 'mode', mode)
-        self.run('ip', 'link', 'set', 'new', 'name', name, 'up', netns=netns)
+        self.run('ip', 'link', 'set', 'new', 'name', name, netns=netns)
+
+        def is_up() -> bool:
+            done = self.run('ip', 'link', 'set', name, 'up', netns=netns,
+                            check=False)
+            assert not done.returncode or 'in use' in done.stdout, done.stdout
+            return done.returncode == 0
+
+        # One of a namespace that was deleted has its MAC address for a while.
+        until(is_up)
 
     def add_vm(self, name: str, *addresses: str,
                mac: Optional[str] = None) -> VM:
