@@ -11,6 +11,7 @@ from __future__ import annotations
 import socket
 from typing import Optional
 
+from kuryr_break0 import kernel
 from kuryr_break0.model import Owner
 from tests.functional import test_border
 from tests.functional.traffic import base
@@ -21,6 +22,13 @@ LATE_MAC = 'fa:16:3e:00:00:73'
 
 
 class SilenceTestCase(base.TrafficTestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        # It asks once and waits for long, however slow this machine is.
+        for family in ('ipv4', 'ipv6'):
+            kernel.write_sysctl('%s/neigh/eth0/retrans_time_ms' % family,
+                                1000 * lab.PATIENCE)
 
     def state(self, address: str) -> Optional[str]:
         """The state of a neighbour on the NIC."""
