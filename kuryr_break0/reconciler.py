@@ -212,7 +212,7 @@ class Reconciler:
         this one: it takes over what says that it belongs to this directory.
         """
         return parent.other is not None and (self._claim
-                                             or seen.follows(parent))
+                                             or not seen.is_others(parent))
 
     def _is_left(self, seen: Snapshot, parent: Parent) -> bool:
         """Return whether a break0 is, and stays, that of another ledger.

@@ -164,6 +164,10 @@ class Snapshot:
                         reason))
         return ''
 
+    def is_others(self, parent: Parent) -> bool:
+        """Return whether a break0 is another ledger's, and stays so."""
+        return parent.other is not None and not self.follows(parent)
+
     def follows(self, parent: Parent) -> bool:
         """Return whether a break0 is of a ledger that this one replaces."""
         return parent.other is not None and identity.follows(

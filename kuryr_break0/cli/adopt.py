@@ -140,29 +140,27 @@ class Adopter:
         :raises LedgerUnavailable: if it cannot be known
         """
         macvlan = self._macvlans.get(port.mac)
-        outcome, reason = self._adopt(port, macvlan)
-        return Finding(
-            port.pod, port.ifname, port.addresses, outcome, reason,
-            None if macvlan is None or port.not_ours or port.damaged
-            else macvlan.netns)
-
-    def _adopt(self, port: Port, macvlan: Optional[kernel.Macvlan]
-               ) -> tuple[str, Optional[str]]:
+        outcome, reason, netns = 'bound', None, None
         if port.not_ours is not None:
-            return 'skipped', port.not_ours
-        if port.damaged is not None:
-            return 'failed', port.damaged
-        if macvlan is None:
-            return 'not found', (
+            outcome, reason = 'skipped', port.not_ours
+        elif port.damaged is not None:
+            outcome, reason = 'failed', port.damaged
+        elif macvlan is None:
+            outcome, reason = 'not found', (
                 'no namespace has a macvlan in bridge mode with its MAC '
                 'address %s%s' % (port.mac, ' on ' + self._parent
                                   if self._parent else ''))
-        try:
-            return 'adopted' if self._bind(port, macvlan) else 'bound', None
-        except exceptions.LedgerUnavailable:
-            raise
-        except exceptions.Break0Error as err:
-            return 'failed', str(err)
+        else:
+            netns = macvlan.netns
+            try:
+                if self._bind(port, macvlan):
+                    outcome = 'adopted'
+            except exceptions.LedgerUnavailable:
+                raise
+            except exceptions.Break0Error as err:
+                outcome, reason = 'failed', str(err)
+        return Finding(port.pod, port.ifname, port.addresses, outcome, reason,
+                       netns)
 
     def _bind(self, port: Port, macvlan: kernel.Macvlan) -> bool:
         """Bind what is not bound; whether there was any.

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 from typing import Any, Iterable, Iterator, NamedTuple, Optional
 
@@ -24,7 +25,7 @@ from kuryr_break0.ledger.identity import Alias
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import Record
 from kuryr_break0 import podside
-from kuryr_break0.reconciler import Reconciler
+from kuryr_break0 import rebuild
 from kuryr_break0 import snapshot
 from kuryr_break0.snapshot import Parent
 from kuryr_break0.snapshot import Snapshot
@@ -88,19 +89,17 @@ class Removal(NamedTuple):
                 else '! %s: %s' % self)
 
 
+@dataclasses.dataclass
 class Cleanup:
     """Deletes what was made on the node.
 
-    :param link_iface: the interface that Kuryr puts pods on, if configured
-    :param dry_run: change nothing
+    :ivar link_iface: the interface that Kuryr puts pods on, if configured
+    :ivar dry_run: change nothing
     """
 
-    def __init__(self, options: config.Options, link_iface: Optional[str],
-                 dry_run: bool) -> None:
-        self._options = options
-        self._link_iface = link_iface
-        self._dry_run = dry_run
-        self._ledger = Ledger(options.state_dir)
+    options: config.Options
+    link_iface: Optional[str]
+    dry_run: bool
 
     def run(self) -> Iterator[Removal]:
         """Delete what was made; return each thing when it is deleted.
@@ -110,39 +109,41 @@ class Cleanup:
 
         :raises Break0Error: if it cannot be read, or the kernel refuses
         """
-        existed = self._ledger.exists()
+        options = self.options
+        ledger = Ledger(options.state_dir)
+        existed = ledger.exists()
         with contextlib.ExitStack() as stack:
             netlink = stack.enter_context(kernel.Netlink())
-            seen = actual.read(self._options, self._ledger, netlink)
-            lost = self._lost(seen)
-            if not self._dry_run:
-                stack.enter_context(self._ledger.lock())
-                seen = actual.read(self._options, self._ledger, netlink, 0)
+            seen = actual.read(options, ledger, netlink)
+            # Pods that are bound, but not recorded.
+            records = list(rebuild.find(options, seen, [
+                parent for parent in seen.parents.values()
+                if not seen.is_others(parent)]))
+            if not self.dry_run:
+                stack.enter_context(ledger.lock())
+                seen = actual.read(options, ledger, netlink, 0)
             for address in seen.contents.unreadable:
                 yield Removal(
                     'record of %s' % address, 'it cannot be read, so its pod '
                     'keeps what it needs to reach the node')
-            for record in self._interfaces(seen, lost):
+            records += itertools.chain(*seen.contents.claims.values())
+            for record in self._interfaces(seen, records):
                 yield from self._pod(record)
             for parent in seen.parents.values():
-                yield from self._node(netlink, seen, parent)
-            if self._ledger.heartbeat.age() is not None:
+                yield from self._node(
+                    netlink, seen, parent,
+                    Guard(options, ledger, parent.device))
+            if ledger.heartbeat.age() is not None:
                 yield Removal('agent', 'it is running, and makes the state '
                               'directory again; stop it')
             if existed:
-                yield Removal('directory %s' % self._options.state_dir)
-            if not self._dry_run:
-                self._ledger.clear()
-
-    def _lost(self, seen: Snapshot) -> tuple[Record, ...]:
-        """Return records of pods that are bound, but not recorded."""
-        if not seen.unclaimed:
-            return ()
-        return Reconciler(self._options, self._ledger).sync(
-            dry_run=True).rebuilt
+                yield Removal('directory %s' % options.state_dir)
+            if not self.dry_run:
+                ledger.clear()
 
     @staticmethod
-    def _interfaces(seen: Snapshot, lost: Iterable[Record]) -> list[Record]:
+    def _interfaces(seen: Snapshot, records: Iterable[Record]
+                    ) -> list[Record]:
         """Return one record of each interface in a namespace that exists.
 
         Not where the break0 is another ledger's: its pods need what they
@@ -150,19 +151,17 @@ class Cleanup:
         """
         found = {}
         left = {parent.name for parent in seen.parents.values()
-                if parent.other is not None and not seen.follows(parent)}
-        for record in (*lost, *itertools.chain.from_iterable(
-                seen.contents.claims.values())):
+                if seen.is_others(parent)}
+        for record in records:
             if (record.netns is not None and record not in seen.gone
                     and record.parent not in left):
                 found[record.netns, record.owner.ifname] = record
-        return [record for _, record in sorted(
-            found.items(), key=lambda each: each[0])]
+        return [found[key] for key in sorted(found)]
 
     def _pod(self, record: Record) -> Iterator[Removal]:
         try:
-            items = podside.withdraw(record, self._options,
-                                     dry_run=self._dry_run)
+            items = podside.withdraw(record, self.options,
+                                     dry_run=self.dry_run)
         except (exceptions.NetnsUnusable, exceptions.KernelRefused) as err:
             yield Removal('namespace %s' % record.netns, str(err))
         else:
@@ -170,9 +169,9 @@ class Cleanup:
                 yield Removal('%s namespace %s' % (names.described(
                     item, record.owner.ifname), record.netns))
 
-    def _node(self, netlink: kernel.Netlink, seen: Snapshot,
-              parent: Parent) -> Iterator[Removal]:
-        link = netlink.link(parent.device)
+    def _node(self, netlink: kernel.Netlink, seen: Snapshot, parent: Parent,
+              guarding: Guard) -> Iterator[Removal]:
+        link = parent.present
         if link is None:
             return
         # Before the first change: pods of others may live by what is there.
@@ -181,22 +180,21 @@ class Cleanup:
             yield Removal('interface %s' % link.name, reason)
             return
         items = [item for item in snapshot.items_of(parent)
-                 if item.protocol == self._options.route_protocol]
+                 if item.protocol == self.options.route_protocol]
         changes: list[kernel.Change] = [(Verb.DELETE, item)
                                         for item in items]
-        errors = ([None] * len(items) if self._dry_run
+        errors = ([None] * len(items) if self.dry_run
                   else netlink.change(changes))
         for item, err in zip(items, errors):
             if err is not None and not err.absent:
                 raise err
             yield Removal(names.described(item, link.name))
         # While break0 is there, another run would find both.
-        guarding = Guard(self._options, self._ledger, link.name)
         if guarding.is_loaded() or guarding.is_there():
-            if not self._dry_run:
+            if not self.dry_run:
                 guarding.remove()
             yield Removal('table netdev %s' % guarding.table)
-        if not self._dry_run:
+        if not self.dry_run:
             netlink.delete_link(link.name)
         yield Removal('interface %s' % link.name)
 
@@ -208,10 +206,10 @@ class Cleanup:
         """
         if parent.conflict is not None:
             return str(parent.conflict)
-        if parent.other is not None and not seen.follows(parent):
+        if parent.other is not None and seen.is_others(parent):
             return 'it belongs to the ledger %s in %s' % parent.other
-        known = {self._options.parent, self._link_iface}
-        if parent.live or parent.name in known or Alias.parse(link.alias):
+        if parent.live or Alias.parse(link.alias) or parent.name in (
+                self.options.parent, self.link_iface):
             return None
         return ('it may be of others: no pod is recorded, and it does not '
                 'have the alias that it gets. If it is not, set [break0] '
