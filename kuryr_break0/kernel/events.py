@@ -97,7 +97,7 @@ def _event(message: netlink.Received) -> Event:
                      protocol=found.protocol)
     if isinstance(found, values.InterfaceAddress):
         return Event(what, gone, found.ifindex, dst=found.address)
-    return Event(what, gone, next_hops=found)
+    return Event(what, gone, next_hops=found or ())
 
 
 class Changes(NamedTuple):

@@ -32,6 +32,8 @@ _FIRST_PROCESS_NAMESPACE = 0xeffffffc  # PROC_PID_INIT_INO
 #: Living namespaces whose handles must all open before one that does not
 #: counts as gone. Those of another user namespace may be refused.
 _CONTROLS = 4
+#: What the path of a process or a namespace that has just ended fails with.
+_ENDED = (errno.ENOENT, errno.ESRCH, errno.ELOOP)
 
 
 class State(enum.Enum):
@@ -43,10 +45,7 @@ class State(enum.Enum):
 
 
 class Verdict(NamedTuple):
-    """What could be found out.
-
-    :ivar reason: why it is UNKNOWN, and what would help
-    """
+    """What could be found out; why, and what would help, if UNKNOWN."""
 
     state: State
     reason: str = ''
@@ -62,10 +61,7 @@ def state(path: Optional[str], known: Optional[NamespaceId],
 
 
 def find_taps() -> dict[str, Tap]:
-    """Return the macvtaps of this namespace by their MAC addresses.
-
-    :raises KernelRefused: if the interfaces cannot be listed
-    """
+    """Return the macvtaps of this namespace by their MAC addresses."""
     own = namespaces.identify(namespaces.OWN)
     with Netlink() as netlink:
         return {link.mac: Tap(own, link.mac) for link in netlink.links()
@@ -163,9 +159,13 @@ class Judge:
         for each in {place, _PROC}:
             view = self._view(each)
             found = view.paths.get(known[:2])
-            with contextlib.suppress(OSError):
+            try:
                 if found and namespaces.identify_or_fail(found).is_same(known):
                     return LIVING
+            except OSError as err:
+                if err.errno not in (*_ENDED, errno.ENXIO):  # as EMFILE
+                    return self._unknown(known, path, '%s: %s' % (
+                        found, err.strerror))
             # A name goes with its sandbox, so where the kernel has nothing
             # better, processes that are not seen do not count.
             if view.hides and (each == place or known.cookie is not None):
@@ -245,8 +245,7 @@ def _look_at(place: str) -> _View:
             if found:
                 paths.setdefault(found, path)
         except OSError as err:
-            if err.errno not in (errno.ENOENT, errno.ESRCH, errno.ELOOP):
-                hides = True  # it has not just ended
+            hides |= err.errno not in _ENDED
     return _View(paths, hides)
 
 

@@ -158,15 +158,17 @@ class LinkSocket(netlink.RequestSocket):
                         link.index, ipaddress.ip_interface('%s/64' % address)
                     )))
 
-    def addresses(self, flags: int = 0) -> list[values.InterfaceAddress]:
+    def addresses(self, flags: Optional[dict[values.InterfaceAddress, int]]
+                  = None) -> list[values.InterfaceAddress]:
         """List the addresses of all interfaces, by a dump.
 
-        :param flags: of which each must have one; 0 for all addresses
+        :param flags: takes the flags of each, if they are asked for
         """
         def read(message: Received) -> Any:
-            if flags and not wire.address_flags(message.body) & flags:
-                return None
-            return wire.parse(message)
+            found = wire.parse(message)
+            if flags is not None and found is not None:
+                flags[found] = wire.address_flags(message.body)
+            return found
 
         return self._list('list the addresses', wire.RTM_GETADDR,
                           wire.ALL_ADDRESSES, read)
@@ -178,10 +180,7 @@ class LinkSocket(netlink.RequestSocket):
         return answer
 
     def number_namespace(self, fd: int) -> None:
-        """Have this namespace call another by a number.
-
-        :raises KernelRefused: if it cannot be; not if it has one
-        """
+        """Have this namespace call another by a number, if it does not."""
         with tolerated(errno.EEXIST):
             self._order('number a namespace', Message(
                 wire.RTM_NEWNSID, 0, bytes(4) + number(wire.NETNSA_FD, fd)

@@ -22,6 +22,10 @@ from kuryr_break0.model import NamespaceId
 
 LOG = log.get_logger(__name__)
 
+#: Interfaces and addresses that are read of a namespace, which its container
+#: can have as many of as it likes, and change all the time.
+_MOST = 2 ** 14
+
 
 class Macvlan(NamedTuple):
     """A macvlan on an interface of the node, in another namespace.
@@ -49,23 +53,22 @@ def macvlans_in(netns: str, namespace: Optional[NamespaceId] = None
     :param netns: its path
     :param namespace: what it must be
     :raises NetnsUnusable: if it cannot be entered
-    :raises KernelRefused: if its interfaces cannot be listed
+    :raises SystemRefused: if this process lacks descriptors
     """
     namespace = _required(netns, namespace)
+    flags: dict[InterfaceAddress, int] = {}
     with _entered(netns, namespace) as (netlink, own):
         # Engines rename an interface before they give it addresses, so the
         # name that is read after these is the one that it keeps.
-        addresses = netlink.addresses()
+        addresses = netlink.addresses(flags)
         links = [link for link in netlink.links() if link.kind == 'macvlan']
         # Whoever lists interfaces gives a number to each namespace that
         # one of them is on; the number of one that none is on is -1.
         here = netlink.namespace_number(own) if links else -1
-        # After the addresses, so that none is taken for proven that came
-        # meanwhile. An optimistic one is tentative too.
-        unproven = netlink.addresses(
-            IFA_F_TENTATIVE | IFA_F_DADFAILED) if links and any(
-            each.address.version == 6 for each in addresses) else []
-        duplicates = netlink.addresses(IFA_F_DADFAILED) if unproven else []
+    # An optimistic one is tentative too.
+    unproven, duplicates = (
+        [each for each in addresses if flags[each] & mask] for mask in (
+            IFA_F_TENTATIVE | IFA_F_DADFAILED, IFA_F_DADFAILED))
     return [Macvlan(netns, namespace, parent, link,
                     _of_link(link, addresses),
                     frozenset(_of_link(link, unproven)),
@@ -82,7 +85,6 @@ def macvlan_of(netns: str, ifname: str,
     :param parent: what it should be on; None for any interface of the node
     :raises NotAMacvlan: if it is none
     :raises NetnsUnusable: if the namespace cannot be entered
-    :raises KernelRefused: if the interface cannot be read
     """
     namespace = _required(netns, None)
     with _entered(netns, namespace) as (netlink, own):
@@ -122,7 +124,8 @@ def _entered(netns: str, namespace: NamespaceId
              ) -> Iterator[tuple[Netlink, int]]:
     """Be in a namespace, with a socket there and a file of the own one."""
     with namespaces.own_file() as own, \
-            namespaces.entered(netns, namespace), Netlink() as netlink:
+            namespaces.entered(netns, namespace), \
+            Netlink(most=_MOST) as netlink:
         yield netlink, own
 
 

@@ -49,12 +49,9 @@ def identify(path: Optional[str]) -> Optional[NamespaceId]:
     A file that is no network namespace, as a placeholder, a pipe or a
     device, is none, and is not opened.
     """
-    if path is None:
-        return None
-    try:
-        return identify_or_fail(path)
-    except OSError:
-        return None
+    with contextlib.suppress(OSError):
+        return None if path is None else identify_or_fail(path)
+    return None
 
 
 def identify_or_fail(path: str) -> NamespaceId:
@@ -162,9 +159,7 @@ def entered(netns: str,
             known: Optional[NamespaceId] = None) -> Iterator[None]:
     """Be in another network namespace; this thread, within the block.
 
-    :param netns: its path
-    :param known: as of :func:`opened`
-    :raises NetnsUnusable: if it cannot be entered
+    By parameters, and with errors, as those of :func:`opened`.
     """
     with own_file() as home:
         with opened(netns, known) as other:

@@ -215,18 +215,12 @@ class RequestSocket(_Socket):
             self._socket.setsockopt(SOL_NETLINK, option, value)
 
     def _order(self, action: str, message: Message, advice: str = '') -> None:
-        """Have the kernel do something.
-
-        :raises KernelRefused: if it does not
-        """
+        """Have the kernel do something."""
         self._order_all(action, [message], -1, advice)
 
     def _order_all(self, action: str, messages: Sequence[Message],
                    acknowledged: int, advice: str = '') -> None:
-        """Have the kernel do what makes sense as a whole only.
-
-        :raises KernelRefused: the first error
-        """
+        """Have the kernel do what makes sense as a whole only."""
         try:
             for err in self._send(messages, acknowledged, True).values():
                 raise err
@@ -270,7 +264,6 @@ class RequestSocket(_Socket):
 
         :param read: reads a message of the answer; None for nothing
         :returns: what was read, and whether it is of one moment
-        :raises KernelRefused: if it does not answer
         """
         found: list[_T] = []
         count, is_whole = 0, True
@@ -304,8 +297,7 @@ class RequestSocket(_Socket):
               read: Callable[[Received], Optional[_T]]) -> list[_T]:
         """List what the kernel has of a kind; again if it changed meanwhile.
 
-        :raises KernelRefused: as :meth:`_ask`; with EINTR, if it changed
-            each time
+        :raises KernelRefused: with EINTR, if it changed each time
         """
         request = message._replace(flags=message.flags | NLM_F_DUMP)
         for _ in range(FEW_TRIES if self._most else DUMP_TRIES):

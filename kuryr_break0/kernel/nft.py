@@ -129,8 +129,6 @@ class Nft(netlink.RequestSocket):
         """Delete elements; those that are not there are fine.
 
         For one of these the kernel takes some 15 ms, to undo the batch.
-
-        :raises KernelRefused: if they are there and stay
         """
         for pair in pairs:  # one that is not there ends a batch
             with tolerated(errno.ENOENT):

@@ -54,22 +54,32 @@ def release() -> tuple[int, int]:
 
 
 def index_of(device: str) -> Optional[int]:
-    """Return the ifindex of an interface; None if there is none."""
-    try:
-        return socket.if_nametoindex(device)
-    except OSError:
-        return None
+    """Return the ifindex of an interface; None if there is none.
+
+    :raises SystemRefused: if this process lacks descriptors
+    """
+    for _ in range(2):  # it may come in between
+        # An error of Python's, which does not say why.
+        with contextlib.suppress(OSError):
+            return socket.if_nametoindex(device)
+        if not _has_settings(device):
+            return None
+    raise exceptions.SystemRefused(
+        reason='cannot ask for the number of ' + device)
 
 
 def exists(device: str) -> bool:
-    """Return whether there is an interface of a name.
+    """Return whether there is an interface of a name; needs no descriptor."""
+    try:
+        return socket.if_nametoindex(device) > 0
+    except OSError:
+        return _has_settings(device)
 
-    Unlike :func:`index_of` it needs no descriptor, so it does not take an
-    interface for missing when a process has none left.
-    """
-    return index_of(device) is not None or (
-        device not in ('', '.', '..', 'all', 'default') and '/' not in device
-        and os.path.isdir('/proc/sys/net/ipv4/conf/' + device))
+
+def _has_settings(device: str) -> bool:
+    return (device not in ('', '.', '..', 'all', 'default')
+            and '/' not in device
+            and os.path.isdir('/proc/sys/net/ipv4/conf/' + device))
 
 
 def name_of(ifindex: Optional[int]) -> str:

@@ -91,9 +91,7 @@ class Netlink(LinkSocket):
         """Give an interface addresses, and its namespace routes.
 
         All in one request. What is there is fine for addresses and default
-        routes.
-
-        :raises KernelRefused: the first error
+        routes. The first error is raised.
         """
         index = index_of(link)
         if index is None:
@@ -294,10 +292,7 @@ class Netlink(LinkSocket):
 
     def preferred_sources(self, devices: Sequence[int],
                           protocol: Optional[int]) -> frozenset[IPAddress]:
-        """Read the preferred sources of all routes but of some interfaces.
-
-        By parameters as those of :meth:`next_hops`.
-        """
+        """Read the preferred sources of these routes, as :meth:`next_hops`."""
         return frozenset(
             route.preferred
             for route in self._routes_but_of(devices, protocol)

@@ -35,7 +35,7 @@ RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 RTM_NEWNSID, RTM_DELNSID, RTM_GETNSID = 88, 89, 90
-RTM_NEWNEXTHOP, RTM_DELNEXTHOP, RTM_GETNEXTHOP = 104, 105, 106
+RTM_NEWNEXTHOP, RTM_GETNEXTHOP = 104, 106
 
 RT_TABLE_COMPAT = 252  # in the header, for a table that does not fit there
 RT_TABLE_MAIN = 254
@@ -58,7 +58,7 @@ RTEXT_FILTER_SKIP_STATS = 1 << 3
 
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK = 1, 3, 4, 5
 IFLA_LINKINFO, IFLA_IFALIAS, IFLA_GROUP, IFLA_NET_NS_FD = 18, 20, 27, 28
-IFLA_EXT_MASK, IFLA_LINK_NETNSID, IFLA_NEW_NETNSID = 29, 37, 45
+IFLA_EXT_MASK, IFLA_LINK_NETNSID = 29, 37
 IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_MACVLAN_MODE = 1, 2, 1
 IFLA_INFO_SLAVE_KIND, IFLA_INFO_SLAVE_DATA, IFLA_VRF_PORT_TABLE = 4, 5, 1
 IFLA_MASTER = 10
@@ -243,11 +243,13 @@ def route_protocol(body: bytes) -> int:
     return body[5] if len(body) > 5 else 0  # rtm_protocol
 
 
-def parse_address(body: bytes) -> values.InterfaceAddress:
+def parse_address(body: bytes) -> Optional[values.InterfaceAddress]:
+    """Read an address of an interface; None of another family, as MCTP."""
     ifindex = _IFADDR.unpack_from(body)[4]
     found = attributes(body, _IFADDR.size)
-    return values.InterfaceAddress(ifindex, ipaddress.ip_address(
-        found.get(IFA_LOCAL) or found[IFA_ADDRESS]))
+    address = _address(found.get(IFA_LOCAL) or found.get(IFA_ADDRESS))
+    return None if address is None else values.InterfaceAddress(
+        ifindex, address)
 
 
 def address_flags(body: bytes) -> int:
@@ -300,8 +302,9 @@ def _next_hops(found: dict[int, bytes],
                oif: Optional[int]) -> Iterator[values.NextHop]:
     # RTA_VIA is of another family than the route, and says of which.
     for packed in (found.get(RTA_GATEWAY), found.get(RTA_VIA, b'')[2:]):
-        if packed:
-            yield values.NextHop(ipaddress.ip_address(packed), oif)
+        gateway = _address(packed)
+        if gateway is not None:
+            yield values.NextHop(gateway, oif)
     hops = found.get(RTA_MULTIPATH, b'')
     start = 0
     while start + _NEXT_HOP.size <= len(hops):
@@ -314,4 +317,6 @@ def _next_hops(found: dict[int, bytes],
 
 
 def _address(packed: Optional[bytes]) -> Optional[IPAddress]:
-    return ipaddress.ip_address(packed) if packed else None
+    """Read an IP address; None for none, or one of another family."""
+    return ipaddress.ip_address(packed) if packed and len(packed) in (
+        4, 16) else None

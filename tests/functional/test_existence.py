@@ -126,6 +126,12 @@ class TestJudge(base.LabTestCase):
         self.lab.run('rm', self.path)
         self.assertIs(kernel.State.LIVING, self.judge())
         self.assertIs(kernel.State.LIVING, self.judge(cookie=None))
+        # One that it cannot open just now proves nothing, nor does another.
+        identify = namespaces.identify_or_fail
+        with mock.patch.object(namespaces, 'identify_or_fail', side_effect=(
+                lambda path: self.fault() if path.startswith('/proc/')
+                and identify(path).is_same(self.known) else identify(path))):
+            self.assertIs(kernel.State.UNKNOWN, self.judge(cookie=None))
         # Its own path says the same.
         path = '/proc/%d/ns/net' % process.pid
         self.assertIs(kernel.State.LIVING, self.judge(path, cookie=None))
@@ -135,6 +141,10 @@ class TestJudge(base.LabTestCase):
         for each in (self.path, path):
             self.assertIs(kernel.State.GONE, self.judge(each))
             self.assertIs(kernel.State.GONE, self.judge(each, cookie=None))
+
+    @staticmethod
+    def fault() -> NamespaceId:
+        raise OSError(errno.EMFILE, 'Too many open files')
 
     def test_where_no_other_is_left(self) -> None:
         """As on a host whose last container has ended."""

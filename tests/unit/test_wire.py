@@ -231,6 +231,17 @@ class TestAnswers(unittest.TestCase):
                 err = message._replace(body=message.body[:end]).error()
                 self.assertEqual(errno.EPERM, err and err.errno)
 
+    def test_other_families(self) -> None:
+        """A dump of all has them too, as those of MCTP (45)."""
+        address = bytes([45, 0, 0, 0]) + struct.pack('=I', 5) + (
+            netlink.attribute(wire.IFA_LOCAL, b'\x09'))
+        self.assertIsNone(wire.parse(netlink.Received(
+            wire.RTM_NEWADDR, 0, 0, address)))
+        neighbour = bytes([45]) + bytes(11) + (
+            netlink.attribute(wire.NDA_DST, b'\x09'))
+        self.assertIsNone(wire.parse(netlink.Received(
+            wire.RTM_NEWNEIGH, 0, 0, neighbour)).dst)
+
     def test_the_number_of_a_namespace(self) -> None:
         """In the messages that it has begun, and that it has ended."""
         body = bytes(4) + netlink.attribute(1, struct.pack('=i', 5))
