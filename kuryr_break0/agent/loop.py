@@ -20,6 +20,7 @@ from kuryr_break0.agent.metrics import Metrics
 from kuryr_break0 import config
 from kuryr_break0.discovery import engines
 from kuryr_break0.discovery import finder
+from kuryr_break0.discovery import records
 from kuryr_break0 import exceptions
 from kuryr_break0 import guard
 from kuryr_break0 import kernel
@@ -246,7 +247,7 @@ def _finding(options: config.Options, ledger: Ledger
                                  Optional[engines.Namer]]]:
     """Find containers, or take back what was found, by the options."""
     if not (options.discover and options.enabled):
-        finder.take_back(options, ledger)
+        records.take_back(options, ledger)
         yield None, None
         return
     with contextlib.closing(finder.Finder(options, ledger)) as found, \

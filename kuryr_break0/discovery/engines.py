@@ -20,7 +20,7 @@ from typing import Any, Iterator, Optional, TypeVar
 
 from kuryr_break0 import config
 from kuryr_break0.containers import ENGINE_SOCKETS
-from kuryr_break0.discovery import finder
+from kuryr_break0.discovery.records import discovered
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
@@ -86,7 +86,7 @@ class Namer:
 
     def _update(self) -> None:
         unnamed = {record.owner: record for record
-                   in finder.discovered(self._ledger) if record.pod is None}
+                   in discovered(self._ledger) if record.pod is None}
         new = {owner: record for owner, record in unnamed.items()
                if self._asked.get(owner, 0) < _TRIES}
         self._asked = {owner: self._asked.get(owner, 0) + (owner in new)

@@ -13,10 +13,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from typing import Iterable, Iterator, Optional
+from typing import Optional
 
 from kuryr_break0 import config
 from kuryr_break0 import containers
+from kuryr_break0.discovery.namespace import BURST
+from kuryr_break0.discovery.namespace import LAST
+from kuryr_break0.discovery.namespace import Namespace
+from kuryr_break0.discovery.records import followed
+from kuryr_break0.discovery.records import owner_id
 from kuryr_break0.engine import Engine
 from kuryr_break0 import exceptions
 from kuryr_break0.failures import Failures
@@ -36,11 +41,6 @@ LOG = log.get_logger(__name__)
 #: Addresses of one container that are bound. It can have thousands, and make
 #: namespaces with more.
 MAX_ADDRESSES = 32
-#: Seconds from an event to the look that it causes: a burst is one.
-_BURST = 0.03
-#: Seconds between two reads of one namespace: the first for as many reads as
-#: an engine may cause that replaces an interface a few times, then the last.
-_SOON, _QUICK, _LAST = 0.06, 24.0, 1.0
 #: Seconds of looks after which the rest waits, since the agent has other work.
 _AT_ONCE = 0.05
 #: The part of a processor that looks may take.
@@ -54,38 +54,6 @@ _BLIND = 1.0
 _GIVE_UP = 60.0
 #: Different refusals that are remembered, so that each is logged once.
 _REMEMBERED = 1024
-
-
-@dataclasses.dataclass
-class _Namespace:
-    """A namespace of the node.
-
-    :ivar container: what it is of; see :func:`kernel.container_of`
-    :ivar due: monotonic time of the next look; None if nothing has changed
-    :ivar looked: monotonic time of the last look
-    :ivar quick: looks that may follow each other quickly; one more with every
-        two seconds
-    :ivar marked: monotonic time from which that was counted
-    """
-
-    found: kernel.Found
-    container: Optional[int] = None
-    due: Optional[float] = None
-    looked: float = 0.0
-    quick: float = _QUICK
-    marked: float = 0.0
-
-    def mark(self, now: float) -> None:
-        """Mark it to be read soon."""
-        if self.due is not None:
-            return
-        self.quick = min(_QUICK, self.quick + (now - self.marked) / 2)
-        self.marked = now
-        pause = _LAST
-        if self.quick >= 1:
-            self.quick -= 1
-            pause = _SOON
-        self.due = max(now + _BURST, self.looked + pause)
 
 
 class Finder:
@@ -109,7 +77,7 @@ class Finder:
             LOG.warning('The kernel sends no events of containers (%s), so '
                         'they are looked for every second. Give the agent '
                         'CAP_NET_BROADCAST.', err)
-        self._namespaces: dict[int, _Namespace] = {}
+        self._namespaces: dict[int, Namespace] = {}
         #: those that one container is in, or has made
         self._of_container: dict[int, list[NamespaceId]] = {}
         #: namespaces that have ended: when to unbind what they had, and
@@ -184,7 +152,7 @@ class Finder:
     def search(self) -> None:
         """Have namespaces searched for, as when mounts have changed."""
         if self._search_at is None:
-            self._search_at = time.monotonic() + _BURST
+            self._search_at = time.monotonic() + BURST
 
     def due(self) -> Optional[float]:
         """Return the monotonic time of the next :meth:`look`, if any."""
@@ -197,7 +165,7 @@ class Finder:
 
     def postpone(self) -> None:
         """Do nothing for a second, as after a fault of this process."""
-        self._not_before = time.monotonic() + _LAST
+        self._not_before = time.monotonic() + LAST
 
     def look(self) -> bool:
         """Do what is due: bind what is new, unbind what is not there.
@@ -262,7 +230,7 @@ class Finder:
                     LOG.debug('Changes of %s are noticed by the timer '
                               'only: %s', found.path, err)
                     number = -found.namespace.inode
-                present[number] = _Namespace(
+                present[number] = Namespace(
                     found, kernel.container_of(found.process), due=now)
             else:
                 present[number] = dataclasses.replace(
@@ -290,7 +258,7 @@ class Finder:
                 self._of_container.setdefault(namespace.container, []).append(
                     namespace.found.namespace)
 
-    def _look_at(self, namespace: _Namespace) -> bool:
+    def _look_at(self, namespace: Namespace) -> bool:
         """Bind and unbind what has changed; False if it is not there."""
         found = namespace.found
         try:
@@ -347,7 +315,7 @@ class Finder:
             not kernel.exists(str(self._options.parent)))
 
     def _bind(self, address: IPAddress, macvlan: kernel.Macvlan,
-              namespace: _Namespace) -> None:
+              namespace: Namespace) -> None:
         """Bind an address, unless it is another's or may not be.
 
         Each by itself, so that one that is refused costs no other.
@@ -356,7 +324,7 @@ class Finder:
         if reason is not None:
             self._refuse(address, macvlan.namespace, 'it is ' + reason)
             return
-        owner = Owner(_owner_id(macvlan.namespace), macvlan.link.name)
+        owner = Owner(owner_id(macvlan.namespace), macvlan.link.name)
         with contextlib.suppress(exceptions.LedgerUnavailable):
             for claim in self._ledger.records.claims(address):
                 if claim.owner == owner or kernel.state(
@@ -400,7 +368,7 @@ class Finder:
             LOG.warning('The container address %s is not bound: %s', address,
                         reason)
 
-    def _unbind(self, record: Record, namespace: _Namespace) -> None:
+    def _unbind(self, record: Record, namespace: Namespace) -> None:
         try:
             self._manager.unbind(record.owner, [record.address],
                                  namespace.found.path)
@@ -414,7 +382,7 @@ class Finder:
 
     def _end(self, namespace: NamespaceId) -> None:
         """Have what a namespace had unbound soon."""
-        self._ended.setdefault(namespace, (time.monotonic() + _BURST, _BURST))
+        self._ended.setdefault(namespace, (time.monotonic() + BURST, BURST))
 
     def _unbind_ended(self, namespace: NamespaceId, now: float) -> None:
         """Unbind what a namespace had that is no more.
@@ -442,45 +410,3 @@ class Finder:
         finally:
             if namespace in self._records and pause < _GIVE_UP:
                 self._ended[namespace] = now + pause, 2 * pause
-
-
-def _owner_id(namespace: NamespaceId) -> str:
-    """Return the owner for a container whose id is unknown."""
-    return 'discovered-%d' % (namespace.cookie or namespace.inode)
-
-
-def take_back(options: config.Options, ledger: Ledger) -> None:
-    """Unbind all that was discovered."""
-    manager = Break0Manager(options)
-    records: list[Record] = []
-    with contextlib.suppress(exceptions.LedgerUnavailable):
-        records += discovered(ledger)
-    for record in records:
-        try:
-            manager.unbind(record.owner, [record.address], record.netns)
-        except exceptions.Break0Error as err:
-            LOG.error('%s stays bound: %s', record.address, err)
-
-
-def discovered(ledger: Ledger) -> Iterable[Record]:
-    """Return the claims that were discovered.
-
-    :raises LedgerUnavailable: if the ledger cannot be read
-    """
-    return (record for record in followed(ledger)
-            if record.origin is Origin.DISCOVERED)
-
-
-def followed(ledger: Ledger) -> Iterator[Record]:
-    """Return the claims that discovery renews and withdraws.
-
-    Those that it has made, and those that were rebuilt: nothing says who has
-    made them, and nobody else may be there to withdraw them.
-
-    :raises LedgerUnavailable: if the ledger cannot be read
-    """
-    for claims in ledger.records.containing(Origin.DISCOVERED.value,
-                                            Owner.ADOPTED):
-        for claim in claims:
-            if claim.origin is Origin.DISCOVERED or claim.is_rebuilt:
-                yield claim

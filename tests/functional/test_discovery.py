@@ -23,6 +23,8 @@ import psutil
 
 from kuryr_break0.discovery import engines
 from kuryr_break0.discovery import finder
+from kuryr_break0.discovery import namespace
+from kuryr_break0.discovery import records
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import existence
@@ -82,7 +84,7 @@ class DiscoveryTestCase(base.LabTestCase):
         A namespace is looked at a second after its event at the latest, and
         before those whose turn comes later.
         """
-        time.sleep(finder._LAST)
+        time.sleep(namespace.LAST)
         self.lab.add_pod('later', LATER)
         self.until(lambda: LATER in self.bound())
         self.lab.del_netns('later')
@@ -871,7 +873,7 @@ class FinderTestCase(base.LabTestCase):
         self.finder = finder.Finder(options, kept)
         self.addCleanup(self.finder.close)
         # It waits for less long between two looks at the same.
-        pauses = mock.patch.object(finder, '_LAST', 0.1)
+        pauses = mock.patch.object(namespace, 'LAST', 0.1)
         pauses.start()
         self.addCleanup(pauses.stop)
 
@@ -1102,6 +1104,6 @@ class TestRecords(base.LabTestCase):
         self.manager().bind(Owner('discovered', 'eth0'),
                             base.addresses(TWO), parent='eth0', netns=netns,
                             origin=Origin.MANUAL)
-        finder.take_back(options, ledger.Ledger(options.state_dir))
+        records.take_back(options, ledger.Ledger(options.state_dir))
         self.assertEqual({TWO}, self.bound())
         self.assertEqual({TWO}, set(self.lab.routes()))

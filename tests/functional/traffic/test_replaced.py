@@ -7,7 +7,7 @@ from __future__ import annotations
 import unittest
 from unittest import mock
 
-from kuryr_break0.discovery import finder
+from kuryr_break0.discovery.namespace import Namespace
 from tests.functional import test_discovery
 from tests.functional.test_discovery import ONE
 from tests.functional.test_discovery import ONE6
@@ -51,7 +51,7 @@ class TestPace(unittest.TestCase):
 
     def reads(self, events: list[float]) -> list[float]:
         """The times of the reads that events at these times lead to."""
-        namespace = finder._Namespace(mock.Mock())
+        namespace = Namespace(mock.Mock())
         times = []
         for event in events:
             while namespace.due is not None and namespace.due <= event:
