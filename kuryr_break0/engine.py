@@ -201,7 +201,7 @@ class Engine:
                 self._drop(netlink, address, Move(before, living), LOG.info)
         for claim in gone:
             LOG.info('Sandbox %s no longer exists; removed %s from break0',
-                     claim.owner, address)
+                     claim.whose, address)
             self._ledger.journal.add(Done.SANDBOX_GONE)
         if gone and not living:
             forget_connections([address])
@@ -344,7 +344,7 @@ class Engine:
             with failure.noted(record.address):
                 self.routes.add(netlink, record, wanted, present, break0)
                 say('Bound %s to %s for %s, source %s', record.address,
-                    break0.name, record.owner,
+                    break0.name, record.whose,
                     wanted.route.src or 'by device')
                 bound.append(record)
         if first.netns is not None and bound:

@@ -30,7 +30,11 @@ class Break0Error(Exception):
         super().__init__(self.msg_fmt % kwargs)
 
 
-class InvalidOption(Break0Error):
+class WrongUsage(Break0Error):
+    """What a person has asked for or configured cannot be meant."""
+
+
+class InvalidOption(WrongUsage):
     msg_fmt = 'Invalid configuration: [break0] %(option)s: %(reason)s'
 
 
@@ -154,14 +158,9 @@ class CannotListen(Break0Error):
                'to another one, or to nothing.')
 
 
-class CannotWrite(Break0Error):
-    msg_fmt = ('Cannot write %(path)s: %(reason)s. Name a new file in a '
-               'directory that you may write.')
-
-
-class CannotInstall(Break0Error):
-    msg_fmt = ('Cannot write the CNI plugin %(target)s: %(reason)s. Give a '
-               'directory that exists and that you may write, by --bin-dir.')
+class CannotWrite(WrongUsage):
+    msg_fmt = ('Cannot write %(path)s: %(reason)s. Name another place, in a '
+               'directory that exists and that you may write.')
 
 
 class NetnsUnusable(Break0Error):
@@ -180,7 +179,7 @@ class NotItsAddress(Break0Error):
                'an address that it has, or give none to bind all.')
 
 
-class NoAddress(Break0Error):
+class NoAddress(WrongUsage):
     msg_fmt = ('There is no address to bind for %(owner)s. Give one, or '
                '--netns of a namespace whose interface has one.')
 
@@ -201,31 +200,31 @@ class CannotTrace(Break0Error):
     msg_fmt = 'Packets cannot be traced: %(reason)s.'
 
 
-class NoTarget(Break0Error):
+class NoTarget(WrongUsage):
     msg_fmt = ('Give an address or the name of a container or pod, or --all '
                'for each that is bound.')
 
 
-class NoSuchContainer(Break0Error):
+class NoSuchContainer(WrongUsage):
     msg_fmt = ('%(reason)s, nor the name of a container or pod that is bound '
                'here%(close)s. See all: kuryr-break0 status')
 
 
-class Ambiguous(Break0Error):
+class Ambiguous(WrongUsage):
     msg_fmt = ('Several containers or pods are called %(name)s: %(owners)s. '
                'Give the address and --owner.')
 
 
-class NothingToUnbind(Break0Error):
+class NothingToUnbind(WrongUsage):
     msg_fmt = ('Give addresses and the --owner of their bind, or only --pod '
                'with the name of a container or pod.')
 
 
-class NotRoot(Break0Error):
+class NotRoot(WrongUsage):
     msg_fmt = 'Run it as root: sudo kuryr-break0 %(command)s'
 
 
-class ParentUnknown(Break0Error):
+class ParentUnknown(WrongUsage):
     msg_fmt = ('Nothing says which interface the address is behind. Give '
                '--netns or --parent, or set [break0] parent.')
 

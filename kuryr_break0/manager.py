@@ -221,7 +221,7 @@ class Break0Manager:
                 podside.withdraw(record, self._options, is_bound)
         except exceptions.Break0Error as err:
             LOG.debug('The sandbox %s keeps what it needed to reach the '
-                      'node: %s', record.owner, err)
+                      'node: %s', record.whose, err)
 
     def sync(self, dry_run: bool = False) -> Outcome:
         """Make break0, routes, neighbours and pods what the ledger says.

@@ -158,6 +158,15 @@ class Record:
             Owner.ADOPTED)
 
     @property
+    def whose(self) -> str:
+        """Return its owner, with the name that people know, if there is one.
+
+        The id of a container that was discovered says nothing to anybody.
+        """
+        return '%s (%s)' % (self.owner, self.pod) if self.pod else str(
+            self.owner)
+
+    @property
     def macs(self) -> tuple[str, ...]:
         """Return all MAC addresses that the address may come from."""
         return () if self.mac is None else (self.mac, *self.siblings)

@@ -112,7 +112,7 @@ class PodSide:
                                 self._index, self._mac)
         except exceptions.KernelRefused as err:
             LOG.debug('The pod %s can forge MAC addresses: %s',
-                      self._record.owner, err)
+                      self._record.whose, err)
             return False
         return True
 
@@ -278,7 +278,7 @@ class Pods:
                             netlink, [claim], self._options).addresses():
                         continue
             except exceptions.Break0Error as err:
-                LOG.debug('The claim of %s counts: %s', claim.owner, err)
+                LOG.debug('The claim of %s counts: %s', claim.whose, err)
             return claims[place:]
         return ()
 

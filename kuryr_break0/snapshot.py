@@ -160,7 +160,7 @@ class Snapshot:
         for record, reason in self.unjudged.items():
             return ('cannot find out whether the sandboxes of %d addresses '
                     'still exist, so they stay bound, as %s of %s: %s' % (
-                        len(self.unjudged), record.address, record.owner,
+                        len(self.unjudged), record.address, record.whose,
                         reason))
         return ''
 
@@ -196,7 +196,7 @@ class Snapshot:
                 problems[record.address] = 'its sandbox is gone'
         for address, rivals in self.rivals.items():
             problems.setdefault(address, 'it is claimed by %s too' % (
-                ', '.join(str(rival.owner) for rival in rivals)))
+                ', '.join(rival.whose for rival in rivals)))
         for address in self.contents.unreadable:
             problems[address] = 'its record in the ledger cannot be read'
         return {address: problems[address]

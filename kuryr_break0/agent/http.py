@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from typing import Any, Callable, Iterable, Optional
@@ -37,7 +38,7 @@ class Server:
         self._judges = judges
         self._endpoint: Optional[Endpoint] = None
         self._exposition = prometheus_client.make_wsgi_app(metrics.registry)
-        self._server: Optional[_HTTPServer] = None
+        self._server: Any = None  # of waitress
         self._complained = False
 
     def listen(self, endpoint: Optional[Endpoint]) -> None:
@@ -55,7 +56,7 @@ class Server:
         if endpoint is None or self._server is not None:
             return
         try:
-            self._server = _HTTPServer(endpoint, self._answer)
+            self._start(endpoint)
         except OSError as err:
             if not self._complained:
                 self._complained = True
@@ -64,11 +65,47 @@ class Server:
             return
         LOG.info('Serving /metrics and /healthz on %s', endpoint)
 
+    def _start(self, endpoint: Endpoint) -> None:
+        """Serve on one socket, in threads of its own, and bounded.
+
+        Idle connections end after a while, and no more than some are
+        accepted at once: whoever opens hundreds waits, and the agent keeps
+        its descriptors and its memory.
+
+        :raises OSError: if it cannot be listened on
+        """
+        with contextlib.ExitStack() as stack:
+            listening = stack.enter_context(socket.socket(
+                socket.AF_INET6 if endpoint.address.version == 6
+                else socket.AF_INET, socket.SOCK_STREAM))
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind((str(endpoint.address), endpoint.port))
+            sockets: dict[int, Any] = {}
+            server = waitress.create_server(
+                self._answer, map=sockets, sockets=[listening],
+                threads=_THREADS, connection_limit=_CONNECTIONS,
+                channel_timeout=_TIMEOUT, cleanup_interval=_TIMEOUT // 2,
+                max_request_header_size=_HEADER, max_request_body_size=1,
+                ident=None, backlog=_CONNECTIONS,
+                clear_untrusted_proxy_headers=True)
+            stack.pop_all()
+        self._server = server
+        self._thread = threading.Thread(
+            target=self._serve, args=(server, sockets), daemon=True)
+        self._thread.start()
+
+    def _serve(self, server: Any, sockets: dict[int, Any]) -> None:
+        while self._server is server:
+            wasyncore.loop(_TIMEOUT // 2, use_poll=True, map=sockets, count=1)
+        server.task_dispatcher.shutdown(timeout=1)
+        wasyncore.close_all(sockets)
+
     def close(self) -> None:
         """End; without having begun is fine."""
         if self._server is not None:
-            self._server.end()
-            self._server = None
+            server, self._server = self._server, None
+            server.pull_trigger()
+            self._thread.join()
 
     def _answer(self, environ: dict[str, Any],
                 start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -86,47 +123,3 @@ class Server:
             reason = 'See /metrics, /healthz and /livez'
         start_response(status, [('Content-Type', 'text/plain; charset=utf-8')])
         return [('%s\n' % (reason or 'ok')).encode()]
-
-
-class _HTTPServer:
-    """waitress on one socket, in its own threads, and bounded.
-
-    Idle connections end after a while, and no more than some are accepted at
-    once: whoever opens hundreds waits, and the agent keeps its descriptors
-    and its memory.
-    """
-
-    def __init__(self, endpoint: Endpoint,
-                 application: Callable[..., Any]) -> None:
-        listening = socket.socket(
-            socket.AF_INET6 if endpoint.address.version == 6
-            else socket.AF_INET, socket.SOCK_STREAM)
-        try:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind((str(endpoint.address), endpoint.port))
-            self._map: dict[int, Any] = {}
-            self._server = waitress.create_server(
-                application, map=self._map, sockets=[listening],
-                threads=_THREADS, connection_limit=_CONNECTIONS,
-                channel_timeout=_TIMEOUT, cleanup_interval=_TIMEOUT // 2,
-                max_request_header_size=_HEADER, max_request_body_size=1,
-                ident=None, backlog=_CONNECTIONS,
-                clear_untrusted_proxy_headers=True)
-        except BaseException:
-            listening.close()
-            raise
-        self._ending = False
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        while not self._ending:
-            wasyncore.loop(_TIMEOUT // 2, use_poll=True, map=self._map,
-                           count=1)
-        self._server.task_dispatcher.shutdown(timeout=1)
-        wasyncore.close_all(self._map)
-
-    def end(self) -> None:
-        self._ending = True
-        self._server.pull_trigger()
-        self._thread.join()

@@ -63,12 +63,11 @@ examples:
   kuryr-break0 unbind 192.0.2.80 2001:db8::80 --owner web
   kuryr-break0 unbind --pod web
 """
-#: What is wrong with the arguments, or with what they name.
+#: What is wrong with what the arguments name.
 _NOT_MEANT = (exceptions.AddressRefused, exceptions.InputRefused,
-              exceptions.NetnsUnusable,
-              exceptions.NoAddress, exceptions.NotAMacvlan,
+              exceptions.NetnsUnusable, exceptions.NotAMacvlan,
               exceptions.NotItsAddress, exceptions.ParentMismatch,
-              exceptions.ParentNotFound, exceptions.ParentUnknown)
+              exceptions.ParentNotFound)
 
 
 def add_parsers(subparsers: Any) -> None:
@@ -144,12 +143,11 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
     identity = Ledger(options.state_dir).identity()
     devices = identity.devices if identity else {}
     device = devices.get(parent, options.device)
-    if wanted.json:
-        output.write_json({**vars(owner), 'interface': device,
-                           'addresses': list(map(str, addresses))})
-    else:
-        for address in addresses:
-            output.write('Bound %s to %s for %s' % (address, device, owner))
+    output.show(
+        wanted.json, {**vars(owner), 'interface': device,
+                      'addresses': list(map(str, addresses))},
+        ['Bound %s to %s for %s' % (address, device, owner)
+         for address in addresses])
     return common.IN_SYNC
 
 
@@ -174,11 +172,7 @@ def _require_addresses(macvlan: kernel.Macvlan,
 def _unbind(conf: cfg.ConfigOpts, options: config.Options) -> int:
     wanted = conf.command
     ledger = Ledger(options.state_dir)
-    try:
-        owner, addresses, netns = _meant(wanted, ledger)
-    except (exceptions.Ambiguous, exceptions.NoSuchContainer,
-            exceptions.NothingToUnbind) as err:
-        return common.fail(common.USAGE, err)
+    owner, addresses, netns = _meant(wanted, ledger)
     manager = Break0Manager(options)
     try:
         unbound = manager.unbind(owner, addresses, netns)

@@ -104,18 +104,16 @@ def install(conf: cfg.ConfigOpts, options: config.Options) -> int:
             content = '\n'.join(_script(conf)).encode()
         _replace(target, content)
     except PermissionError:
-        return common.fail(common.USAGE, exceptions.NotRoot(
-            command=shlex.join(sys.argv[1:])))
+        raise exceptions.NotRoot(command=shlex.join(sys.argv[1:]))
     except OSError as err:
-        return common.fail(common.USAGE, exceptions.CannotInstall(
-            target=target, reason='%s: %s' % (err.filename, err.strerror)))
-    if wanted.json:
-        output.write_json({'installed': target,
-                           'shim': shims[0] if shims else None})
-    else:
-        output.write('Installed %s: %s' % (
+        raise exceptions.CannotWrite(path=target, reason='%s: %s' % (
+            err.filename, err.strerror))
+    output.show(
+        wanted.json,
+        {'installed': target, 'shim': shims[0] if shims else None},
+        ['Installed %s: %s' % (
             target, 'the shim ' + shims[0] if shims
-            else 'a script that runs kuryr-break0 cni'))
+            else 'a script that runs kuryr-break0 cni')])
     return common.IN_SYNC
 
 

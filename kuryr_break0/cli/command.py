@@ -72,7 +72,7 @@ def run(argv: Sequence[str]) -> int:
             raise exceptions.NotRoot(command=shlex.join(argv))
         conf = _set_up_logging(conf, argv)
         args = _arguments(conf)
-    except (cfg.Error, exceptions.InvalidOption, exceptions.NotRoot, OSError,
+    except (cfg.Error, exceptions.WrongUsage, OSError,
             UnicodeDecodeError) as err:
         # OSError is of a log file.
         if argv[-1:] == ['cni']:
@@ -83,6 +83,8 @@ def run(argv: Sequence[str]) -> int:
     try:
         code: int = conf.command.func(*args)
         return code
+    except exceptions.WrongUsage as err:
+        return common.fail(common.USAGE, err)
     except exceptions.Break0Error as err:
         return common.fail(common.UNREADABLE, err)
 

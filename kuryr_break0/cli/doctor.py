@@ -120,8 +120,8 @@ def run(conf: cfg.ConfigOpts) -> int:
         try:
             _bundle(conf, done, counts)
         except (OSError, exceptions.InvalidOption) as err:
-            return common.fail(common.USAGE, exceptions.CannotWrite(
-                path=conf.command.bundle, reason=err))
+            raise exceptions.CannotWrite(path=conf.command.bundle,
+                                         reason=err)
     if done.unreadable is not None:
         return common.fail(common.UNREADABLE, done.unreadable)
     if done.invalid:

@@ -91,6 +91,15 @@ def write_json(document: Any) -> None:
     print(json.dumps(document, indent=2))
 
 
+def show(as_json: bool, document: Any, lines: Iterable[str]) -> None:
+    """Print a document, or lines that say the same, of which ! is wrong."""
+    if as_json:
+        write_json(document)
+        return
+    for line in lines:
+        write(Wrong(line) if line.startswith('!') else line)
+
+
 def _red(text: str, stream: TextIO) -> str:
     if (not text or os.environ.get('NO_COLOR') or not stream.isatty()
             or os.environ.get('TERM') == 'dumb'):

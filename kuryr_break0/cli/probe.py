@@ -116,14 +116,11 @@ class Result:
 def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     wanted = conf.command
     if wanted.all == (wanted.target is not None):
-        return common.fail(common.USAGE, exceptions.NoTarget())
+        raise exceptions.NoTarget()
     with kernel.Netlink() as netlink:
         seen = actual.read(options, Ledger(options.state_dir), netlink)
-    try:
-        addresses = (sorted(seen.live, key=address_order) if wanted.all
-                     else names.addresses_of(wanted.target, seen.live))
-    except exceptions.NoSuchContainer as err:
-        return common.fail(common.USAGE, err)
+    addresses = (sorted(seen.live, key=address_order) if wanted.all
+                 else names.addresses_of(wanted.target, seen.live))
     prober = Prober(wanted.count, wanted.timeout, wanted.tcp)
     with output.Counter('probe') as counter:
         results = [_result(prober, options, seen, address, wanted)

@@ -19,7 +19,6 @@ from kuryr_break0.cli import parser
 from kuryr_break0 import config
 from kuryr_break0 import containers
 from kuryr_break0 import device
-from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import address_order
@@ -66,10 +65,7 @@ def add_parsers(subparsers: Any) -> None:
 def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     """Print what is, and what is wrong with it."""
     wanted = conf.command
-    try:
-        shown = _read(options, wanted)
-    except exceptions.NoSuchContainer as err:
-        return common.fail(common.USAGE, err)
+    shown = _read(options, wanted)
     if wanted.json:
         output.write_json(shown.as_json())
     else:
@@ -270,8 +266,7 @@ def _owner(record: Optional[Record], wide: bool) -> str:
     if record is None:
         return '-'
     if wide:
-        return '%s%s' % (record.owner,
-                         ' (%s)' % record.pod if record.pod else '')
+        return record.whose
     return '%s/%s' % (record.pod or record.owner.container_id[:_SHORT],
                       record.owner.ifname)
 

@@ -46,12 +46,8 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
         outcome = Reconciler(
             options, Ledger(options.state_dir)).sync(
                 wanted.dry_run, wanted.claim, wanted.delete_unclaimed)
-    if wanted.json:
-        output.write_json(_as_json(outcome, options))
-    else:
-        for line in _lines(outcome, options):
-            output.write((output.Wrong if line.startswith('!') else str)(
-                line))
+    output.show(wanted.json, _as_json(outcome, options),
+                _lines(outcome, options))
     for err in outcome.errors:
         common.fail(common.UNREADABLE, err)
     if outcome.errors:

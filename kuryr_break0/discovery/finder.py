@@ -333,8 +333,7 @@ class Finder:
                 if claim.namespace is None or not claim.namespace.is_same(
                         macvlan.namespace):
                     self._refuse(address, macvlan.namespace,
-                                 'it belongs to %s' % (claim.pod
-                                                       or claim.owner))
+                                 'it belongs to ' + claim.whose)
                     # Which may be about to end.
                     namespace.mark(time.monotonic())
                 elif claim.is_rebuilt and (

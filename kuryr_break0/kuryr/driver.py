@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import types
-from typing import Any, Iterable, Optional
+from typing import Any, Iterable, Iterator, Optional
 
 from kuryr_kubernetes.cni.binding import nested
 from kuryr_kubernetes import config as k_config
@@ -56,20 +57,22 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         """
         owner = Owner(container_id, ifname)
         unreachable = 'Pod %s may not be reachable from its node' % owner
-        options = self._options(unreachable)
+        options = None
+        with self._logged(unreachable):
+            options = config.load(k_config.CONF)
         patches.restore_configure_l3()
         try:
             sandbox = self._sandbox(netns)
             self._vacate(str(vif.vif_name))
             if self._is_direct(options):
                 self._connect_directly(vif, ifname, sandbox)
-                patches.replace_configure_l3(vif, self._configure_l3)
+                patches.replace_configure_l3(self._configure_l3, vif)
             else:
                 with patches.interfaces_only():
                     ipdb.undisturbed('connect ' + ifname, super().connect,
                                      vif, ifname, netns, container_id)
                 pod_binding.finish(sandbox, ifname)
-                patches.repeat_configure_l3()
+                patches.replace_configure_l3(patches.configure_l3_repeatedly)
         except exceptions.Break0Error as err:
             raise PodNotConnected(str(err)) from err
         if options is None or not options.enabled:
@@ -83,10 +86,11 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                 pod=patches.pod_name())
             self._housekeep(options)
         except Exception as err:  # whatever it is, a pod is worth more
-            self._log(unreachable, err)
+            _log(unreachable, err)
             if options.strict or isinstance(
                     err, exceptions.GuardUnavailable):
-                self._undo(vif, ifname, netns, container_id)
+                with self._logged('Cannot undo the ADD'):
+                    self.disconnect(vif, ifname, netns, container_id)
                 raise PodNotConnected(str(err)) from err
 
     def disconnect(self, vif: Any, ifname: str, netns: str,
@@ -98,8 +102,9 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         """
         owner = Owner(container_id, ifname)
         still_routed = 'The addresses of %s may still be routed' % owner
-        options = self._options(still_routed)
-        sandbox = None
+        options, sandbox = None, None
+        with self._logged(still_routed):
+            options = config.load(k_config.CONF)
         try:
             sandbox = self._sandbox(netns)
         except exceptions.NetnsUnusable as err:
@@ -107,12 +112,10 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         if options is not None:
             # Before the interface goes: what the node sent to the pod
             # meanwhile would leave on the wire.
-            try:
+            with self._logged(still_routed):
                 Break0Manager(options).unbind(
                     owner, break0_vif.addresses(vif), sandbox,
                     mac=str(vif.address), interface_goes=True)
-            except Exception as err:  # must not hinder Kuryr
-                self._log(still_routed, err)
         try:
             if sandbox is not None:
                 self._disconnect_pod(vif, ifname, netns, container_id,
@@ -185,14 +188,6 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                 netns=path, reason="is the node's own")
         return path
 
-    def _options(self, consequence: str) -> Optional[config.Options]:
-        """Read the options; None if they are not valid, which is logged."""
-        try:
-            return config.load(k_config.CONF)
-        except Exception as err:  # whatever it is, a pod is worth more
-            self._log(consequence, err)
-            return None
-
     @staticmethod
     def _is_direct(options: Optional[config.Options]) -> bool:
         return options is not None and options.enabled and (
@@ -259,20 +254,20 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
             raise k_exc.CNIBindingFailure(str(err)) from err
 
     def _housekeep(self, options: config.Options) -> None:
-        try:
+        with self._logged('Cannot repair what other pods need'):
             Break0Manager(options).housekeep()
-        except Exception as err:  # it is not about this pod
-            self._log('Cannot repair what other pods need', err)
-
-    def _undo(self, vif: Any, ifname: str, netns: str,
-              container_id: str) -> None:
-        try:
-            self.disconnect(vif, ifname, netns, container_id)
-        except Exception as err:  # the first error is the one to raise
-            self._log('Cannot undo the ADD', err)
 
     @staticmethod
-    def _log(what: str, err: Exception) -> None:
-        # One line for what was foreseen, a traceback for what was not.
-        LOG.error('%s: %s', what, err,
-                  exc_info=not isinstance(err, exceptions.Break0Error))
+    @contextlib.contextmanager
+    def _logged(consequence: str) -> Iterator[None]:
+        """Log what fails in the block; whatever it is, a pod is worth more."""
+        try:
+            yield
+        except Exception as err:
+            _log(consequence, err)
+
+
+def _log(what: str, err: Exception) -> None:
+    # One line for what was foreseen, a traceback for what was not.
+    LOG.error('%s: %s', what, err,
+              exc_info=not isinstance(err, exceptions.Break0Error))

@@ -102,21 +102,12 @@ def restore_configure_l3() -> None:
         b_base._configure_l3 = _configure_l3
 
 
-def repeat_configure_l3() -> None:
-    """Have Kuryr configure the addresses of a pod again if IPDB fails.
-
-    For the addresses that it is about to configure in this process. What is
-    there from a first try is fine for the next.
-    """
-    if _configure_l3 is not None and getattr(
-            b_base, '_configure_l3', None) is _configure_l3:
-        b_base._configure_l3 = _configure_l3_repeatedly
-
-
-def replace_configure_l3(vif: Any, configure: Callable[..., None]) -> None:
-    """Have a VIF, if it is the next of this process, configured otherwise.
+def replace_configure_l3(configure: Callable[..., None],
+                         vif: Optional[Any] = None) -> None:
+    """Have the next VIF of this process configured by another function.
 
     :param configure: takes what Kuryr's function does
+    :param vif: the one that is meant; None for any
     """
     if _configure_l3 is None or getattr(
             b_base, '_configure_l3', None) is not _configure_l3:
@@ -125,15 +116,19 @@ def replace_configure_l3(vif: Any, configure: Callable[..., None]) -> None:
     def once(*args: Any) -> None:
         b_base._configure_l3 = _configure_l3
         assert _configure_l3 is not None
-        (configure if args[0] is vif else _configure_l3)(*args)
+        (configure if vif is None or vif is args[0]
+         else _configure_l3)(*args)
 
     once.is_of_break0 = True  # type: ignore[attr-defined]
     b_base._configure_l3 = once
 
 
-def _configure_l3_repeatedly(*args: Any) -> None:
+def configure_l3_repeatedly(*args: Any) -> None:
+    """Configure the addresses of a pod as Kuryr does, again if IPDB fails.
+
+    What is there from a first try is fine for the next.
+    """
     assert _configure_l3 is not None
-    b_base._configure_l3 = _configure_l3
     for _ in range(_TRIES - 1):
         try:
             _configure_l3(*args)
@@ -142,6 +137,3 @@ def _configure_l3_repeatedly(*args: Any) -> None:
             LOG.warning('Configuring the addresses of a pod again, since '
                         'IPDB failed: %r', err)
     _configure_l3(*args)
-
-
-_configure_l3_repeatedly.is_of_break0 = True  # type: ignore[attr-defined]

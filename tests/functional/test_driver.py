@@ -397,7 +397,7 @@ class TestAddressing(DriverTestCase):
 
     def test_after_a_first_try_that_came_far(self) -> None:
         self.configure(failures=0)
-        patches.repeat_configure_l3()
+        patches.replace_configure_l3(patches.configure_l3_repeatedly)
         b_base._configure_l3(self.vif, 'eth0', self.netns, True)
         self.assertTrue(self.lab.ping(POD))
 
