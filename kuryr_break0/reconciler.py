@@ -348,10 +348,11 @@ class Reconciler:
             self._applied.add(item)
             is_route = isinstance(item, HostRoute)
             owner = parent.live.get(item.dst)
-            LOG.info('%s the %s of %s on %s for %s',
+            LOG.info('%s the %s of %s on %s%s',
                      'Deleted' if verb is Verb.DELETE else 'Set',
                      'route' if is_route else 'neighbour', item.dst,
-                     parent.device, owner.owner if owner else 'nobody')
+                     parent.device, ' for %s' % owner.owner if owner
+                     else ', which no record claims')
             done[Done.UNCLAIMED if verb is Verb.DELETE else
                  Done.ROUTE if is_route else Done.NEIGHBOUR] += 1
         for reason, times in done.items():
