@@ -25,7 +25,6 @@ from kuryr_break0.model import Origin
 from kuryr_break0.model import Record
 from kuryr_break0.model import Wanted
 from kuryr_break0 import plan
-from kuryr_break0 import policy
 from kuryr_break0.policy import Policy
 from kuryr_break0.snapshot import Parent
 from kuryr_break0.snapshot import Snapshot
@@ -73,8 +72,6 @@ class _Reading:
         self._neighbours = {index: netlink.neighbours(index)
                             for index in indexes}
         self._own = frozenset(address for _, address in self._addresses)
-        self._elsewhere = policy.elsewhere(self._addresses,
-                                           self._routes.sources)
 
     def _link(self, name: str) -> Optional[kernel.Link]:
         if name not in self._links:
@@ -103,8 +100,8 @@ class _Reading:
         primary = self._link(self._options.device)
         return Snapshot(
             self._options, contents, is_steady, self._identity, parents,
-            self._own, self._elsewhere, self._routes, self._live,
-            self._rivals, tuple(self._gone), self._unjudged, self._refused,
+            self._own, self._routes, self._live, self._rivals,
+            tuple(self._gone), self._unjudged, self._refused,
             None if any(parent.present == primary
                         for parent in parents.values()) else primary)
 
@@ -192,11 +189,11 @@ class _Reading:
             ], bool(live), routes.values(), neighbours)
             differences = (*self._earlier_name(name, device_name), *(
                 each.text for each in made.differences(usable, parent,
-                                                       addresses)))
+                                                       self._addresses)))
             node = self._policy.node_addresses(
-                self._addresses_of(parent.index),
+                self._addresses, parent.index,
                 {wanted.route.src for wanted in desired.values()},
-                self._elsewhere, usable.mac, usable.name)
+                usable.mac, usable.name)
         return Parent(
             name, device_name, parent, link, usable, conflict,
             device.owned_by_other(usable, identity) if usable else None,
@@ -223,7 +220,7 @@ class _Reading:
         """
         guard = Guard(self._options, self._ledger, link.name)
         problem = guard.problem(link, self._policy.solicited(
-            self._addresses_of(parent.index), link.name))
+            self._addresses, parent.index, link.name))
         if problem is not None or not guard.is_loaded():
             return problem if is_used else None, {}, {}
         return None, *guard.difference(

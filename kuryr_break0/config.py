@@ -83,21 +83,12 @@ OPTS = [
         help='Addresses of break0 itself, separated by commas. They are '
              'added as /32 or /128. For who wants the node to have one '
              'address towards pods that it has nowhere else. By default '
-             'break0 has no address, and the node uses its own. They must '
-             'differ on each node: if kuryr.conf is the same for all nodes, '
-             'set the environment variable OS_BREAK0__ADDR instead.'),
-    cfg.Opt(
-        'all_addresses',
-        type=types.YesOrNo(),
-        default=False,
-        help='Let pods also reach addresses on other interfaces of the node '
-             'through break0, and so answer what the node masquerades with '
-             'these: the sources of its routes, and of each interface the '
-             'first IPv4 address and the IPv6 addresses, at most 16, none of '
-             'dummy interfaces. For nodes on which kube-proxy or Docker '
-             'masquerades with the address of another NIC. Not for those '
-             'whose containers have interfaces on several NICs. Where the '
-             'parent has no address, pods know these in any case.'),
+             'break0 has no address, and the node uses its own. Only where '
+             'the kernel would masquerade with one of another interface than '
+             'the parent, break0 has one in 169.254.0.0/16 for that, which '
+             'only its pods know. They must differ on each node: if '
+             'kuryr.conf is the same for all nodes, set the environment '
+             'variable OS_BREAK0__ADDR instead.'),
     cfg.Opt(
         'route_protocol',
         type=types.WholeNumber(min=5, max=255),
@@ -240,7 +231,6 @@ class Options:
     device: str
     parent: Optional[str]
     addr: tuple[IPAddress, ...]
-    all_addresses: bool
     route_protocol: int
     route_table: int
     allowed_cidrs: tuple[IPNetwork, ...]

@@ -16,6 +16,7 @@ from kuryr_break0.ledger.identity import Alias
 from kuryr_break0.ledger.identity import Identity
 from kuryr_break0 import log
 from kuryr_break0.model import IPAddress
+from kuryr_break0 import policy
 
 LOG = log.get_logger(__name__)
 
@@ -131,8 +132,7 @@ class Device:
                        if identity is not None else None)
         self._mac = (identity.macs.get(name) if identity is not None
                      else None)
-        # They are of the one that the operator has named.
-        self.addresses = options.addr if name == options.device else ()
+        self._policy = policy.Policy(options)
 
     def ensure(self, netlink: kernel.Netlink, new_mac: str) -> Ensured:
         """Make sure that it exists, is what it should be, and is up.
@@ -169,9 +169,8 @@ class Device:
                 'keep %s' % self.name, 'it vanished at once', 0)
         self.require_ours(link, parent)
         try:
-            differences = list(self.differences(link, parent, {
-                address for index, address in netlink.addresses()
-                if index == link.index}))
+            differences = list(self.differences(link, parent,
+                                                netlink.addresses()))
             for each in differences:
                 each.repair(netlink)
         except Exception:
@@ -249,14 +248,14 @@ class Device:
             expected='a macvlan in bridge mode on ' + parent.name)
 
     def differences(self, link: kernel.Link, parent: kernel.Link,
-                    addresses: Collection[IPAddress]
+                    addresses: Collection[tuple[int, IPAddress]]
                     ) -> Iterator[Difference]:
         """Compare what it is with what it should be.
 
         In the order in which that is to be repaired: it must be silent
         before it is up.
 
-        :param addresses: those that it has
+        :param addresses: those of the node, with their ifindexes
         """
         for path, (found, value) in sysctl_drift(link.name).items():
             yield Difference(
@@ -291,15 +290,18 @@ class Device:
             yield Difference('it is down',
                              lambda netlink: self._raise(netlink, link),
                              loses_routes=True)
-        for address in addresses:
+        present = {address for index, address in addresses
+                   if index == link.index}
+        for address in present:
             # The kernel forgets addr_gen_mode while the MTU is below 1280.
             if address.version == 6 and address.is_link_local:
                 yield Difference(
                     'it has the address %s, must have none' % address,
                     lambda netlink, address=address:  # type: ignore[misc]
                     netlink.delete_link_local(link, address))
-        for address in self.addresses:
-            if address not in addresses:
+        for address in self._policy.own_addresses(addresses, parent.index,
+                                                  self.name):
+            if address not in present:
                 yield Difference(
                     'it lacks the address %s' % address,
                     lambda netlink, address=address:  # type: ignore[misc]

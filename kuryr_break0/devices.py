@@ -273,11 +273,9 @@ class Devices:
                                      options.route_protocol, claims)}
 
         try:
-            found = netlink.addresses()
             Guard(options, self._ledger, link.name).ensure(
                 link, admitted, self._policy.solicited(
-                    [each.address for each in found if each.ifindex == index],
-                    link.name))
+                    netlink.addresses(), index, link.name))
             self.warn_once('unguarded', '')
         except (exceptions.GuardUnavailable, exceptions.KernelRefused,
                 exceptions.LedgerUnavailable, OSError) as err:

@@ -67,7 +67,7 @@ class Engine:
         self._records = ledger.records
         self.devices = Devices(options, ledger)
         self.routes = Routes(options, ledger, self.devices)
-        self.pods = Pods(options, ledger, self.devices)
+        self.pods = Pods(options, ledger)
 
     @contextlib.contextmanager
     def locked(self, required: bool = False) -> Iterator[Say]:

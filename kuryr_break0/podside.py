@@ -24,7 +24,6 @@ from typing import Callable, Collection, Iterable, Iterator, Optional
 from kuryr_break0.claims import Claims
 from kuryr_break0 import config
 from kuryr_break0.devices import Break0
-from kuryr_break0.devices import Devices
 from kuryr_break0 import exceptions
 from kuryr_break0.failures import Failures
 from kuryr_break0.guard import table_of
@@ -42,7 +41,6 @@ from kuryr_break0.model import Neighbour
 from kuryr_break0.model import NodeAddresses
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
-from kuryr_break0 import policy
 from kuryr_break0.policy import Policy
 
 LOG = log.get_logger(__name__)
@@ -226,12 +224,10 @@ def _release(record: Record) -> None:
 class Pods:
     """The pod sides of a node."""
 
-    def __init__(self, options: config.Options, ledger: Ledger,
-                 devices: Devices) -> None:
+    def __init__(self, options: config.Options, ledger: Ledger) -> None:
         self._options = options
         self._policy = Policy(options)
         self._ledger = ledger
-        self._devices = devices
         self._records = ledger.records
 
     def node_addresses(self, netlink: kernel.Netlink, break0: Break0,
@@ -242,29 +238,20 @@ class Pods:
 
         Its addresses are read again if it turns out to use another one.
         """
-        index = kernel.index_of(parent)
         cache = self._ledger.cache
         cached: Optional[list[tuple[int, IPAddress]]] = None
-        elsewhere: Optional[list[IPAddress]] = None
         with contextlib.suppress(TypeError, ValueError):
             cached = [(int(at), ipaddress.ip_address(address)) for at, address
                       in cache.fresh('addresses') or ()]
-            known = cache.fresh('elsewhere')
-            elsewhere = None if known is None else [
-                *map(ipaddress.ip_address, known)]
-        if not cached or elsewhere is None or {
-                src for src in sources if src} - {
+        if not cached or {src for src in sources if src} - {
                 address for _, address in cached}:
             cached = [(each.ifindex, each.address)
                       for each in netlink.addresses()]
-            elsewhere = policy.elsewhere(cached, netlink.preferred_sources(
-                self._devices.indexes(), self._options.route_protocol))
             cache.put('addresses', [[at, str(address)]
                                     for at, address in cached])
-            cache.put('elsewhere', list(map(str, elsewhere)))
         return self._policy.node_addresses(
-            [address for at, address in cached if at == index],
-            sources, elsewhere, break0.mac, break0.name)
+            cached, kernel.index_of(parent), sources, break0.mac,
+            break0.name)
 
     def from_successor(self, claims: Claims,
                        is_gone: Callable[[Record], bool]) -> Claims:

@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
+import hashlib
+import ipaddress
+import os
 from typing import Collection, Iterable, Optional
 
 from kuryr_break0 import config
@@ -21,8 +23,9 @@ from kuryr_break0.model import not_a_host
 from kuryr_break0.model import Record
 from kuryr_break0.model import Wanted
 
-#: Addresses of other interfaces than the parent that a pod has to know.
+#: IPv6 addresses of other interfaces that a pod has to know.
 MAX_ELSEWHERE = 16
+_NOWHERE = ipaddress.ip_address('192.0.2.1')  # RFC 5737
 OWN = 'an address of the node itself'
 NEXT_HOP = 'a next hop of a route of the node'
 #: Only where discovery brought it; others may serve a VPN.
@@ -99,68 +102,98 @@ class Policy:
                          self._options.route_table, src,
                          best_metric(address))
 
-    def solicited(self, on_parent: Collection[IPAddress],
-                  device: str) -> list[IPAddress]:
-        """Return the addresses of the node that are answered for by IPv6."""
-        known = self.node_addresses(on_parent, (), (), '', device)
+    def own_addresses(self, found: Collection[tuple[int, IPAddress]],
+                      parent: Optional[int], device: str
+                      ) -> tuple[IPAddress, ...]:
+        """Return the addresses that a break0 itself must have.
+
+        MASQUERADE ignores the source of a route. On an interface without an
+        address it takes the first one of all interfaces, in the order in
+        which they came (inet_select_addr). If pods do not know that, they
+        would answer it by their gateway. So break0 then gets one of its own,
+        which only its pods know. It keeps that: connections may use it, and
+        with its last address an interface loses its routes (fib_disable_ip).
+        It is none of the node's, or the kernel would take break0 for the
+        interface of that, and send by it what a program that is bound to it
+        sends to a group (__ip_dev_find).
+
+        By parameters as those of :meth:`node_addresses`.
+        """
+        addr = self._options.addr if device == self._options.device else ()
+        taken, own = None, link_address(device)
+        with contextlib.suppress(PermissionError):
+            taken = kernel.source_for(_NOWHERE, 'lo')  # as of any without one
+        is_needed = taken is not None and (parent, taken) not in found and (
+            not any(each.version == 4 for each in addr))
+        if is_needed or any(address == own for _, address in found):
+            return *addr, own
+        return addr
+
+    def solicited(self, found: Collection[tuple[int, IPAddress]],
+                  parent: Optional[int], device: str) -> list[IPAddress]:
+        """Return the addresses of the node that are answered for by IPv6.
+
+        By parameters as those of :meth:`node_addresses`.
+        """
+        known = self.node_addresses(found, parent, (), '', device)
         return [each for each in known.addresses if each.version == 6]
 
-    def node_addresses(self, on_parent: Collection[IPAddress],
-                       sources: Iterable[Optional[IPAddress]],
-                       elsewhere: Iterable[IPAddress], mac: str,
+    def node_addresses(self, found: Collection[tuple[int, IPAddress]],
+                       parent: Optional[int],
+                       sources: Iterable[Optional[IPAddress]], mac: str,
                        device: str) -> NodeAddresses:
         """Return what pods must know of the node.
 
-        Addresses of other interfaces are left out, unless [break0]
-        all_addresses is set or the parent has none: a container that is
-        connected to a network there later has them as its neighbours, and
-        Docker refuses to connect it while a route to one of them is in its
-        way.
+        Addresses of other interfaces are left out, unless the parent has
+        none: a container that is connected to a network there later has them
+        as its neighbours, and Docker refuses to connect it while a route to
+        one of them is in its way.
 
-        :param on_parent: those of the parent
+        :param found: all addresses of the node with their ifindexes
+        :param parent: ifindex of the parent
         :param sources: those that the node speaks to pods from
-        :param elsewhere: see :func:`elsewhere`
         """
-        addr = self._options.addr if device == self._options.device else ()
-        addresses = {
-            *on_parent, *(src for src in sources if src is not None), *addr,
-            *(elsewhere if self._options.all_addresses or not any(
-                not each.is_link_local for each in on_parent) else ())}
-        return NodeAddresses(
-            tuple(sorted((address for address in addresses
-                          if not address.is_link_local
-                          and not address.is_unspecified),
-                         key=address_order)), mac)
+        on_parent = {address for index, address in found
+                     if index == parent and not address.is_link_local}
+        own = self.own_addresses(found, parent, device)
+        known = {*on_parent, *(src for src in sources if src is not None),
+                 *(() if on_parent else ipv6_elsewhere(found))}
+        return NodeAddresses((*sorted(known.difference(own),
+                                      key=address_order), *own), mac)
 
 
-def elsewhere(found: Iterable[tuple[int, IPAddress]],
-              preferred: Collection[IPAddress]) -> list[IPAddress]:
-    """Return what else the node may speak from, at most MAX_ELSEWHERE.
+def link_address(device: str) -> IPAddress:
+    """Return the IPv4 address of a break0 that only its pods know.
 
-    MASQUERADE ignores the source of a route: on break0, which has no address,
-    it takes in IPv4 the first one of all interfaces, in the order in which
-    they came (inet_select_addr), and in IPv6 any (RFC 6724). A program can
-    bind to the source that other routes have.
-
-    :param found: all addresses of the node with their ifindexes, in the order
-        of the kernel
-    :param preferred: the sources of its routes
+    Another one for each, since a pod may be on several. It is link-local, so
+    neither node nor pod has it for anything else.
     """
-    chosen = sorted(preferred, key=address_order)
-    for index, pairs in itertools.groupby(
-            sorted(found, key=lambda each: each[0]), lambda each: each[0]):
-        usable = [address for _, address in pairs if not (
-            address.is_link_local or address.is_loopback)]
-        four = next((each for each in usable if each.version == 4), None)
-        new = [each for each in usable
-               if each not in chosen and (each.version == 6 or each is four)]
+    high, low = hashlib.sha256(os.fsencode(device)).digest()[:2]
+    # RFC 3927 reserves the first and the last 256.
+    return ipaddress.ip_address('169.254.%d.%d' % (high % 254 + 1, low))
+
+
+def ipv6_elsewhere(found: Iterable[tuple[int, IPAddress]]
+                   ) -> list[IPAddress]:
+    """Return the IPv6 addresses of the node, at most MAX_ELSEWHERE.
+
+    Any of them may be nearest to a pod, and so its source (RFC 6724).
+    """
+    chosen: list[IPAddress] = []
+    services: dict[int, bool] = {}
+    for index, address in sorted(found, key=lambda each: each[0]):
+        if len(chosen) == MAX_ELSEWHERE:
+            break
         # Hundreds of interfaces can have the same one, as those of pods have
         # by other CNI plugins.
-        if new and not has_services(index):
-            chosen += new
-        if len(chosen) >= MAX_ELSEWHERE:
-            break
-    return chosen[:MAX_ELSEWHERE]
+        if address.version == 4 or address in chosen or (
+                address.is_link_local or address.is_loopback):
+            continue
+        if index not in services:
+            services[index] = has_services(index)
+        if not services[index]:
+            chosen.append(address)
+    return chosen
 
 
 def has_services(index: Optional[int]) -> bool:

@@ -188,7 +188,6 @@ class Reconciler:
             str, seen.routes.next_hops)))
         self._ledger.note_next_hops(seen.routes.next_hops
                                     | seen.routes.left_out)
-        self._ledger.cache.put('elsewhere', list(map(str, seen.elsewhere)))
 
     def _note_taps(self, seen: Snapshot) -> None:
         """Record the macvtaps of VMs that were started after their bind."""

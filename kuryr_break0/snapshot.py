@@ -116,7 +116,6 @@ class Snapshot:
     :ivar identity: of the ledger; None if it was never used
     :ivar parents: by their names
     :ivar own: the addresses of the node
-    :ivar elsewhere: those that it may speak from, whatever the parent
     :ivar routes: the routes of the node
     :ivar live: the newest claim of an existing sandbox on each address
     :ivar rivals: earlier claims of sandboxes that exist too
@@ -135,7 +134,6 @@ class Snapshot:
     identity: Optional[Identity]
     parents: dict[str, Parent]
     own: frozenset[IPAddress]
-    elsewhere: list[IPAddress]
     routes: kernel.Routes
     live: dict[IPAddress, Record]
     rivals: dict[IPAddress, tuple[Record, ...]]

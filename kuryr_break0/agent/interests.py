@@ -31,7 +31,6 @@ class Interests:
         self._links: dict[int, Any] = {}
         self._addresses: set[tuple[int, Any]] = set()
         self._next_hops: set[IPAddress] = set()
-        self._sources: set[Optional[IPAddress]] = {None}
         self._of_services: dict[Optional[int], bool] = {}
 
     def update(self) -> None:
@@ -73,7 +72,6 @@ class Interests:
         if event.what == 'route':
             ours = event.protocol == self._options.route_protocol
             return self._changes_next_hops(event) or (
-                not ours and self._is_new_source(event)) or (
                 event.gone or not ours) and self._is_recorded(event.dst)
         if event.what == 'nexthop':
             return self._changes_next_hops(event)
@@ -103,12 +101,6 @@ class Interests:
         if index not in self._of_services:
             self._of_services[index] = policy.has_services(index)
         return self._of_services[index]
-
-    def _is_new_source(self, event: kernel.Event) -> bool:
-        if event.gone or event.source in self._sources:
-            return False  # one that is not used any more does no harm
-        self._sources.add(event.source)
-        return True
 
     def _changes_link(self, event: kernel.Event) -> bool:
         link, index = event.link, event.ifindex

@@ -14,6 +14,7 @@ from kuryr_break0.doctor.node import ParentView
 from kuryr_break0.guard import Guard
 from kuryr_break0.guard import said
 from kuryr_break0 import kernel
+from kuryr_break0 import policy
 
 _ARP_FILTER = 'ipv4/conf/%s/arp_filter'
 
@@ -192,17 +193,17 @@ def _check_border(view: ParentView, link: kernel.Link,
 
 
 def _check_addresses(view: ParentView, link: kernel.Link) -> Iterator[Finding]:
-    has = set(view.seen.addresses)
-    wants = set(view.options.addr if view.name == view.options.device
-                else ())
+    has, own = set(view.seen.addresses), policy.link_address(link.name)
+    wants = {*(view.options.addr if view.name == view.options.device else ()),
+             *({own} & set(view.known.addresses if view.known else ()))}
     # A link-local one comes from addr_gen_mode, which is checked too.
     strange = {address for address in has - wants
-               if not address.is_link_local}
+               if address.version == 4 or not address.is_link_local}
     if strange or wants - has:
         yield findings.BREAK0_ADDRESSES.found(
-            '%s has %s, but [break0] addr is %s' % (
-                link.name, ', '.join(sorted(map(str, has))) or 'no address',
-                ', '.join(map(str, view.options.addr)) or 'not set'),
+            '%s has %s, but must have %s' % (
+                link.name, *(', '.join(sorted(map(str, addresses)))
+                             or 'no address' for addresses in (has, wants))),
             sorted(map(str, strange | (wants - has))),
             commands=[
                 *('ip address delete %s dev %s' % (address, link.name)

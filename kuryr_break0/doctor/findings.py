@@ -471,10 +471,9 @@ UDEV_SETS_MAC = Kind(
 BREAK0_ADDRESSES = Kind(
     'break0-addresses', WARNING,
     'break0 has an address that [break0] addr does not name, or lacks one '
-    'that it names.',
-    'Pods reach break0 itself at the addresses of [break0] addr. Any other '
-    'address attracts traffic to its prefix, and the LAN gets answers for '
-    'it.',
+    'that it names, or the one that the node masquerades with.',
+    'Pods reach break0 itself at these addresses. Any other address attracts '
+    'traffic to its prefix, and the LAN gets answers for it.',
     'Delete the other addresses. Sync adds those that are missing.')
 
 BREAK0_ANSWERS_LAN = Kind(
@@ -829,7 +828,8 @@ SOURCE_REWRITTEN = Kind(
     'A pod sees another source address than the one that the node sends '
     'from, because of a MASQUERADE or SNAT rule. It is an error if the pod '
     'has no way back to that address, so that pings are not answered.',
-    'break0 has no address, so MASQUERADE takes that of any other interface.',
+    'The rule matches what the node itself sends, and not only what it '
+    'forwards.',
     'Add a rule before it that excepts break0.',
     ('kuryr-break0 probe %(address)s --trace',))
 

@@ -48,7 +48,6 @@ class Event:
     :ivar dst: of a neighbour or an address, or of a route to a single one
     :ivar protocol: of a route or neighbour
     :ivar next_hops: of a route or nexthop object
-    :ivar source: the preferred one of a route
     """
 
     what: str
@@ -58,7 +57,6 @@ class Event:
     dst: Optional[IPAddress] = None
     protocol: Optional[int] = None
     next_hops: tuple[values.NextHop, ...] = ()
-    source: Optional[IPAddress] = None
 
 
 class Events(netlink.EventSocket):
@@ -90,8 +88,7 @@ def _event(message: netlink.Received) -> Event:
     if isinstance(found, values.Route):
         host = found.host_route
         return Event(what, gone, found.oif, dst=host.dst if host else None,
-                     protocol=found.protocol, next_hops=found.next_hops,
-                     source=found.preferred)
+                     protocol=found.protocol, next_hops=found.next_hops)
     if isinstance(found, values.NeighbourState):
         return Event(what, gone, found.ifindex, dst=found.dst,
                      protocol=found.protocol)

@@ -50,13 +50,11 @@ class Routes(NamedTuple):
     :ivar host: those to single addresses
     :ivar next_hops: the gateways of all, but through those left out
     :ivar left_out: the gateways through those
-    :ivar sources: the preferred ones of all, but through those left out
     """
 
     host: tuple[HostRoute, ...]
     next_hops: frozenset[IPAddress]
     left_out: frozenset[IPAddress] = frozenset()
-    sources: frozenset[IPAddress] = frozenset()
 
 
 class GatewayRoute(NamedTuple):
@@ -237,23 +235,18 @@ class Netlink(LinkSocket):
         :param devices: interfaces whose next hops are left out
         """
         host: list[HostRoute] = []
-        sources: set[Optional[IPAddress]] = set()
         next_hops = set(self._next_hop_objects())
         for family in (socket.AF_INET, socket.AF_INET6):
             for route in self._list('list the routes', wire.RTM_GETROUTE,
                                     wire.pack_route_dump(family)):
                 next_hops.update(route.next_hops)
-                if route.oif not in devices:
-                    sources.add(route.preferred)
                 found = route.host_route
                 if found is not None:
                     host.append(found)
-        gateways, left_out = (
+        return Routes(tuple(host), *(
             frozenset(each.gateway for each in next_hops
-                      if (each.oif in devices) is is_left_out)
-            for is_left_out in (False, True))
-        return Routes(tuple(host), gateways, left_out, frozenset(
-            each for each in sources if each is not None))
+                      if (each.oif in devices) is left_out)
+            for left_out in (False, True)))
 
     def _next_hop_objects(self) -> list[values.NextHop]:
         """List the next hops that routes may refer to, by a dump."""
@@ -289,14 +282,6 @@ class Netlink(LinkSocket):
             *self._next_hop_objects(), *(
                 each for route in self._routes_but_of(devices, protocol)
                 for each in route.next_hops)) if each.oif not in devices)
-
-    def preferred_sources(self, devices: Sequence[int],
-                          protocol: Optional[int]) -> frozenset[IPAddress]:
-        """Read the preferred sources of these routes, as :meth:`next_hops`."""
-        return frozenset(
-            route.preferred
-            for route in self._routes_but_of(devices, protocol)
-            if route.preferred is not None and route.oif not in devices)
 
     def _routes_but_of(self, devices: Sequence[int], protocol: Optional[int]
                        ) -> Iterator[values.Route]:

@@ -15,7 +15,6 @@ from kuryr_break0.model import Item
 
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
 RTN_UNICAST, RTN_LOCAL = 1, 2
-RTPROT_KERNEL = 2
 #: Learnt by use, as IPv6's path MTUs are: not a route of the table.
 RTM_F_CLONED = 0x200
 
@@ -127,12 +126,6 @@ class Route(NamedTuple):
             self.metric, direct=self.is_on_link and (
                 self.family == socket.AF_INET6
                 or self.scope == RT_SCOPE_LINK))
-
-    @property
-    def preferred(self) -> Optional[IPAddress]:
-        """Return the source that somebody gave it, not the kernel."""
-        return self.src if (self.type == RTN_UNICAST
-                            and self.protocol != RTPROT_KERNEL) else None
 
     @property
     def is_on_link(self) -> bool:

@@ -126,6 +126,8 @@ class TestDocker(DiscoveryTestCase):
         for name in ('eth1', 'nic1'):
             self.lab.run('ip', 'link', 'set', name, 'up')
         self.lab.run('ip', 'address', 'add', '10.9.0.1/24', 'dev', 'eth1')
+        # With one that comes before all others, break0 has one of its own.
+        self.lab.run('ip', 'address', 'add', '10.255.0.51/32', 'dev', 'lo')
         self.docker('network', 'create', '--driver', 'macvlan', '--subnet',
                     '10.9.0.0/24', '--ip-range', '10.9.0.128/25', '--opt',
                     'parent=eth1', 'storage')

@@ -198,8 +198,6 @@ class FakeNetlink:
     def next_hops(self, *args: Any) -> frozenset[IPAddress]:
         return frozenset()
 
-    preferred_sources = next_hops
-
     def neighbours(self, ifindex: int) -> list[Neighbour]:
         return [each for (index, _), each in self._fake.known.items()
                 if index == ifindex]

@@ -34,7 +34,7 @@ class TestLoad(unittest.TestCase):
         self.assertEqual(
             config.Options(
                 enabled=True, pod_binding='auto', device='break0',
-                parent=None, addr=(), all_addresses=False, route_protocol=176,
+                parent=None, addr=(), route_protocol=176,
                 route_table=254, allowed_cidrs=(),
                 takeover=False, resync_interval=60, strict=False,
                 guard='auto', discover=False,
@@ -51,7 +51,6 @@ pod_binding = direct
 device = shim
 parent = eth0
 addr = 100.75.30.7, fd00::7/128
-all_addresses = true
 route_protocol = 200
 route_table = 1000
 allowed_cidrs = 10.0.0.0/8,fd00::/64
@@ -71,7 +70,6 @@ metrics_bind = [::1]:80
                 parent='eth0',
                 addr=(ipaddress.ip_address('100.75.30.7'),
                       ipaddress.ip_address('fd00::7')),
-                all_addresses=True,
                 route_protocol=200, route_table=1000,
                 allowed_cidrs=(ipaddress.ip_network('10.0.0.0/8'),
                                ipaddress.ip_network('fd00::/64')),

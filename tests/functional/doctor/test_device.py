@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from kuryr_break0 import policy
 from tests.functional.doctor.base import DoctorTestCase
 from tests.functional.doctor.base import OTHER4
 from tests.functional.doctor.base import OTHER6
@@ -76,7 +77,7 @@ class TestDevice(DoctorTestCase):
     def test_an_address_that_is_not_configured(self) -> None:
         self.lab.run('ip', 'address', 'add', '100.75.30.7/32', 'dev',
                      'break0')
-        self.follow(self.assert_found('break0-addresses', 'not set',
+        self.follow(self.assert_found('break0-addresses', 'must have no',
                                       '100.75.30.7'))
         self.assertEqual({}, self.findings())
 
@@ -87,6 +88,19 @@ class TestDevice(DoctorTestCase):
         self.lab.run('ip', 'address', 'del', addr[1] + '/32', 'dev',
                      'break0')
         self.assert_found('break0-addresses', addr[0], addr[1], addr=addr)
+
+    def test_the_address_to_masquerade_with_is_missing(self) -> None:
+        self.lab.run('ip', 'address', 'add', '10.255.0.51/32', 'dev', 'lo')
+        self.manager().sync()
+        self.assertEqual({}, self.findings())
+        own = str(policy.link_address('break0'))
+        # With the last one, the kernel would drop the routes as well.
+        for verb, address in ('add', '100.75.30.7'), ('del', own):
+            self.lab.run('ip', 'address', verb, address + '/32', 'dev',
+                         'break0')
+        self.follow(self.assert_found('break0-addresses', 'must have ' + own,
+                                      '100.75.30.7', own))
+        self.assertEqual({}, self.findings())
 
     def test_parent_missing(self) -> None:
         self.lab.run('ip', 'link', 'del', lab.PARENT)

@@ -130,7 +130,8 @@ class TestRoutes(DoctorTestCase):
         self.assertEqual({}, self.findings())
 
     def test_an_address_of_the_node(self) -> None:
-        self.lab.run('ip', 'address', 'add', OTHER4 + '/32', 'dev', 'lo')
+        self.lab.run('ip', 'link', 'add', 'br0', 'type', 'bridge')
+        self.lab.run('ip', 'address', 'add', OTHER4 + '/32', 'dev', 'br0')
         self.assert_found('address-refused', 'of the node itself', OTHER4)
 
     def test_a_next_hop(self) -> None:

@@ -17,10 +17,10 @@ import subprocess
 import sys
 import threading
 from typing import Any, Iterator, NamedTuple, Optional
-from unittest import mock
 
 from kuryr_break0 import kernel
 from kuryr_break0.model import Owner
+from kuryr_break0 import policy
 from tests.functional import base
 from tests import lab
 
@@ -38,6 +38,8 @@ CONTAINER, CONTAINER6 = '172.30.0.2', 'fd00:172::2'
 TUNNEL, TUNNEL6 = '10.8.0.1', 'fd00:8::1'
 CLIENT, CLIENT6 = '10.8.0.2', 'fd00:8::2'
 CLUSTER, CLUSTER6 = '10.96.0.10', 'fd00:96::10'
+#: What break0 has where it needs an address.
+BREAK0 = str(policy.link_address('break0'))
 PORT = 8080  # of whoever serves
 PUBLISHED = 30080  # of the node, for somebody else
 PROTOCOLS = ('ping', 'tcp', 'udp')
@@ -65,8 +67,8 @@ ENDS = {
     'node (other NIC)': End(None, MANAGEMENT, MANAGEMENT6),
     'node (lo)': End(None, LOOPBACK, LOOPBACK6),
     # IPv6 takes the address that is nearest to the other one.
-    'node (other NIC, IPv4 only)': End(None, MANAGEMENT, lab.NODE6),
-    'node (lo, IPv4 only)': End(None, LOOPBACK, lab.NODE6),
+    'break0': End(None, BREAK0, lab.NODE6),
+    'break0, other NIC': End(None, BREAK0, MANAGEMENT6),
     'node (bridge)': End(None, BRIDGE, BRIDGE6),
     'pod': End('pod', POD, POD6),
     'other pod': End('other', OTHER, OTHER6),
@@ -149,10 +151,6 @@ class TrafficTestCase(base.LabTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        options = mock.patch.dict(os.environ,
-                                  OS_BREAK0__ALL_ADDRESSES='true')
-        options.start()
-        self.addCleanup(options.stop)
         self.lab.run('ip', 'link', 'del', 'eth0')
         for path in ('ipv4/ip_forward', 'ipv6/conf/all/forwarding'):
             kernel.write_sysctl(path, 1)

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pods know all addresses that their node may speak from, and no others."""
+"""Pods know each address that their node may speak from, and no others."""
 
 from __future__ import annotations
 
-import ipaddress
 import os
+import socket
+import struct
 import subprocess
-from typing import Any
-from unittest import mock
 
-from kuryr_break0 import kernel
+from kuryr_break0.model import Owner
 from kuryr_break0 import policy
 from tests.functional.traffic import base
 from tests import lab
@@ -27,6 +26,12 @@ class SourcesTestCase(base.TrafficTestCase):
         neighbours = self.neighbours_of(netns)
         self.assertLessEqual(set(neighbours.values()), {mac})
         return set(neighbours)
+
+    def own(self, device: str = 'break0') -> list[str]:
+        """The addresses of a break0 itself."""
+        return [each['local'] for link in self.lab.ip('address', 'show',
+                                                      device)
+                for each in link['addr_info']]
 
     def start_agent(self) -> None:
         agent = subprocess.Popen(
@@ -55,56 +60,140 @@ class TestOneNIC(SourcesTestCase):
             route['dst'] for family in ('-4', '-6')
             for route in self.lab.ip(family, 'route', 'show', netns='pod')
             if not route['dst'].startswith('fe80')})
+        self.assertEqual([], self.own())
 
-    def test_changes_are_followed(self) -> None:
-        self.start_agent()
+    def test_nothing_is_needed_for_what_came_later(self) -> None:
+        """As a bridge of Docker; or no container could be connected there."""
         self.add_interface('net1', OTHER + '/24', OTHER6 + '/64')
-        expected = {lab.NODE, lab.NODE6, OTHER, OTHER6}
+        self.manager().sync()
+        self.assertEqual({lab.NODE, lab.NODE6}, self.known())
+        self.assertEqual([], self.own())
+
+    def test_what_is_needed_is_followed(self) -> None:
+        """An address on lo comes before all others."""
+        self.start_agent()
+        self.lab.run('ip', 'address', 'add', OTHER + '/32', 'dev', 'lo')
+        expected = {lab.NODE, lab.NODE6, base.BREAK0}
         for netns in ('pod', 'other'):
             lab.until(lambda: self.known(netns) == expected)
-            for address in (OTHER, OTHER6):
-                self.assertTrue(self.lab.ping(address, netns))
-        self.lab.run('ip', 'link', 'del', 'net1')
-        for netns in ('pod', 'other'):
-            lab.until(lambda: self.known(netns) == {lab.NODE, lab.NODE6})
-        self.assertFalse(self.lab.ping(OTHER, 'pod'))
-
-    def test_the_source_of_a_new_route_is_followed(self) -> None:
-        # Not the first address of its interface, which is known anyway.
-        self.add_interface('net1', '10.77.0.9/24', OTHER + '/32')
+            self.assertTrue(self.lab.ping(base.BREAK0, netns))
+        self.assertEqual([], self.problems())
+        # Connections may use it.
+        self.lab.run('ip', 'address', 'del', OTHER + '/32', 'dev', 'lo')
         self.manager().sync()
-        self.assertNotIn(OTHER, self.known())
+        self.assertEqual([base.BREAK0], self.own())
+        self.assertEqual(expected, self.known())
+        self.lab.run('ip', 'link', 'del', 'break0')
+        lab.until(lambda: self.lab.link('break0') and self.known() == {
+            lab.NODE, lab.NODE6})
+        self.assertEqual([], self.own())
+
+
+class TestOtherNICFirst(SourcesTestCase):
+
+    nics = ('mgmt', 'eth0')
+
+    def test_a_new_pod_knows_the_address_of_break0(self) -> None:
+        self.assertEqual([base.BREAK0], self.own())
+        for netns in ('pod', 'other'):
+            self.assertEqual({lab.NODE, lab.NODE6, base.BREAK0},
+                             self.known(netns))
+        self.assertEqual([], self.problems())
+        with self.quiet():
+            self.assertFalse(self.manager().sync())
+
+    def test_one_that_is_deleted_comes_back(self) -> None:
         self.start_agent()
-        self.lab.run('ip', 'route', 'add', '198.51.100.0/24', 'dev', 'net1',
-                     'src', OTHER)
-        lab.until(lambda: OTHER in self.known())
-        self.assertTrue(self.lab.ping(OTHER, 'pod'))
+        self.lab.run('ip', 'address', 'flush', 'dev', 'break0')
+        lab.until(lambda: self.own() == [base.BREAK0])
 
-    def test_a_new_pod_knows_the_source_of_a_route(self) -> None:
-        self.add_interface('net1', '10.77.0.9/24', OTHER + '/32')
-        self.lab.run('ip', 'route', 'add', '198.51.100.0/24', 'dev', 'net1',
-                     'src', OTHER)
-        self.manager().sync()  # or what was read before is used for a while
-        self.add_pod('new', 'fa:16:3e:00:00:73', '100.75.30.73')
-        self.assertEqual({lab.NODE, '10.77.0.9', OTHER}, self.known('new'))
-        self.assertEqual([], [each for each in self.problems()
-                              if '100.75.30.73' in each])
+    def test_an_address_of_the_operator_is_taken_instead(self) -> None:
+        self.lab.run('ip', 'link', 'del', 'break0')
+        self.manager(addr=['100.75.30.7']).sync()
+        self.assertEqual(['100.75.30.7'], self.own())
+        self.assertEqual({lab.NODE, lab.NODE6, '100.75.30.7'}, self.known())
 
-    def test_by_default_they_are_not_known(self) -> None:
-        """Or Docker connects no container to a network on that NIC."""
-        self.add_interface('net1', OTHER + '/24', OTHER6 + '/64')
-        self.manager(all_addresses=False).sync()
-        self.assertEqual({lab.NODE, lab.NODE6}, self.known())
+    def test_pods_on_both_nics(self) -> None:
+        """Each break0 has another one, or none where it needs none."""
+        path = self.lab.add_pod('managed', parent='mgmt')
+        self.lab.add_macvlan('managed', 'eth1')
+        for name, device, address, parent in (
+                ('m', 'eth0', '10.9.0.71', 'mgmt'),
+                ('m', 'eth1', '100.75.30.74', 'eth0')):
+            self.lab.run('ip', 'address', 'add', address + '/24', 'dev',
+                         device, netns='managed')
+            link, = self.lab.ip('link', 'show', device, netns='managed')
+            self.bind(address, owner=Owner(name, device), netns=path,
+                      mac_of_pod=link['address'], parent=parent,
+                      subnets=[address.rpartition('.')[0] + '.0/24'])
+        self.assertEqual([], self.own('break0-mgmt'))
+        self.assertEqual({lab.NODE, base.BREAK0, base.MANAGEMENT},
+                         set(self.neighbours_of('managed')))
+        for address in (lab.NODE, base.BREAK0, base.MANAGEMENT):
+            self.assertTrue(self.lab.ping(address, 'managed'))
+        for address in ('10.9.0.71', '100.75.30.74'):
+            self.assertTrue(self.lab.ping(address))
+        self.assertEqual([], self.problems())
 
-    def test_there_is_a_limit(self) -> None:
-        for number in range(policy.MAX_ELSEWHERE + 5):
-            self.add_interface('net%d' % number, '10.77.%d.1/24' % number)
+    def test_the_lan_hears_what_is_sent_to_a_group(self) -> None:
+        """By a program that names an interface by its address."""
+        self.assertEqual([base.BREAK0], self.own())
+        group = socket.inet_aton('224.0.0.251')
+        for to, option in (('224.0.0.251', socket.IP_MULTICAST_IF),
+                           ('224.0.0.251', None), ('255.255.255.255', None)):
+            with self.lab.socket(socket.AF_INET, socket.SOCK_DGRAM, 'lan'
+                                 ) as hears, self.lab.socket(
+                    socket.AF_INET, socket.SOCK_DGRAM) as sends:
+                hears.bind(('', 5353))
+                hears.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP,
+                                 struct.pack('4s4s', group,
+                                             socket.inet_aton(lab.LAN)))
+                sends.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+                if option is None:
+                    sends.bind((lab.NODE, 0))
+                else:
+                    sends.setsockopt(socket.IPPROTO_IP, option,
+                                     socket.inet_aton(lab.NODE))
+                sends.sendto(b'who?', (to, 5353))
+                self.assertEqual(lab.NODE, hears.recvfrom(100)[1][0])
+
+
+class TestSilence(SourcesTestCase):
+    """No frame of break0 is on the wire, also without the guard."""
+
+    overrides = {'guard': 'off'}
+
+    def test_when_it_gets_the_address(self) -> None:
+        self.lab.run('ip', 'address', 'add', OTHER + '/32', 'dev', 'lo')
+        self.lab.settle()
+        with self.lab.capture() as frames:
+            self.manager(guard='off').sync()
+            self.assertEqual([base.BREAK0], self.own())
+            self.assertTrue(self.lab.ping(base.POD))
+            self.assertTrue(self.lab.ping(base.BREAK0, 'pod'))
+            # Who asks the LAN for it is answered by eth0, as for any address
+            # of the node.
+            self.lab.run('ip', 'route', 'add', base.BREAK0, 'dev', 'nic',
+                         netns='lan')
+            self.lab.ping(base.BREAK0, 'lan')
+        mac = (self.lab.link('break0') or {})['address']
+        self.assertEqual([], [each for each in frames if each.src == mac])
+        self.assertTrue(any(each.asks == base.BREAK0 for each in frames))
+
+
+class TestBareParent(SourcesTestCase):
+
+    nics = ('mgmt', 'eth0')
+    is_bare = True
+
+    def test_any_ipv6_address_is_known(self) -> None:
+        for number in range(1, policy.MAX_ELSEWHERE + 5):
+            self.add_interface('net%d' % number, 'fd00:77:%d::1/64' % number)
         self.manager().sync()
         known = self.known()
-        # The node's own ones by the NIC of the pods are not among these.
-        self.assertEqual({lab.NODE, lab.NODE6, *(
-            '10.77.%d.1' % number
-            for number in range(policy.MAX_ELSEWHERE - 2))}, known)
+        self.assertEqual({base.MANAGEMENT, base.BREAK0, base.MANAGEMENT6, *(
+            'fd00:77:%d::1' % number
+            for number in range(1, policy.MAX_ELSEWHERE))}, known)
         self.manager().sync()
         self.assertEqual(known, self.known())
 
@@ -112,46 +201,8 @@ class TestOneNIC(SourcesTestCase):
         if self.lab.run('ip', 'link', 'add', 'kube-ipvs0', 'type', 'dummy',
                         check=False).returncode:
             self.skipTest('this kernel has no dummy interfaces')
-        for number in range(3):
-            self.lab.run('ip', 'address', 'add', '10.96.0.%d/32' % number,
-                         'dev', 'kube-ipvs0')
+        self.lab.run('ip', 'address', 'add', 'fd00:96::1/128', 'dev',
+                     'kube-ipvs0', 'nodad')
         self.manager().sync()
-        self.assertEqual({lab.NODE, lab.NODE6}, self.known())
-
-
-class TestOrder(SourcesTestCase):
-    """Which they are does not depend on the order of what is read."""
-
-    def test_first_of_each_interface(self) -> None:
-        found = [(index, ipaddress.ip_address(address))
-                 for index, address in (
-                     (3, '10.3.0.1'), (3, '10.3.0.2'), (3, 'fd00:3::1'),
-                     (3, 'fd00:3::2'), (1, '127.0.0.1'), (1, '10.1.0.1'),
-                     (2, 'fe80::1'), (2, '10.2.0.1'))]
-        with mock.patch.object(kernel, 'Netlink') as netlink:
-            netlink().__enter__().link.return_value = None
-            self.assertEqual(
-                ['10.9.0.1', '10.1.0.1', '10.2.0.1', '10.3.0.1',
-                 'fd00:3::1', 'fd00:3::2'],
-                [str(each) for each in policy.elsewhere(
-                    found, {ipaddress.ip_address('10.9.0.1')})])
-
-    def test_interfaces_with_the_same_address_are_not_read(self) -> None:
-        found = [(index, ipaddress.ip_address('10.1.0.1'))
-                 for index in range(1, 1000)]
-        with mock.patch.object(kernel, 'Netlink') as netlink:
-            netlink().__enter__().link.return_value = None
-            netlink.reset_mock()
-            self.assertEqual([found[0][1]], policy.elsewhere(found, ()))
-            self.assertEqual(1, netlink.call_count)
-
-    def test_not_of_dummies(self) -> None:
-        def link(name: str) -> Any:
-            return mock.Mock(kind='dummy' if name == 'if2' else None)
-
-        found = [(index, ipaddress.ip_address('10.%d.0.1' % index))
-                 for index in (2, 3)]
-        with mock.patch.object(kernel, 'Netlink') as netlink, \
-                mock.patch.object(kernel, 'name_of', 'if{}'.format):
-            netlink().__enter__().link.side_effect = link
-            self.assertEqual([found[1][1]], policy.elsewhere(found, ()))
+        self.assertEqual({base.MANAGEMENT, base.BREAK0, base.MANAGEMENT6},
+                         self.known())
