@@ -178,12 +178,16 @@ class Pod:
 
 
 class Node:
-    """A lab with the stand-in for the API, and a kuryr-daemon on demand."""
+    """A lab with the stand-in for the API, and a kuryr-daemon on demand.
 
-    def __init__(self) -> None:
+    :param node: the lab; by default a new one, which ends with this
+    """
+
+    def __init__(self, node: Optional[lab.Lab] = None) -> None:
         self._stack = contextlib.ExitStack()
-        self.lab = lab.Lab()
-        self._stack.callback(self.lab.close)
+        self.lab = node or lab.Lab()
+        if node is None:
+            self._stack.callback(self.lab.close)
         self.api = self._stack.enter_context(kubeapi.KubeAPI())
         self.dir = self._stack.enter_context(tempfile.TemporaryDirectory())
         self.log = os.path.join(self.dir, 'kuryr-daemon.log')

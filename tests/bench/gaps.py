@@ -22,6 +22,7 @@ from tests.bench import Node
 from tests.bench import say
 from tests.bench import Section
 from tests.bench import Target
+from tests import kuryr
 from tests import lab
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
@@ -117,14 +118,20 @@ def gaps(node: Node, repeat: int) -> Section:
         agent.send_signal(number)
         agent.wait()
 
+    def restart_daemon() -> None:
+        daemon.kill_daemon()
+        daemon.start_daemon()
+
     def ip(*commands: str) -> None:
         for command in commands:
             node.lab.run('ip', *command.split())
 
-    cases: list[tuple[str, Callable[[], None]]] = [
+    cases: list[tuple[str, Callable[[], object]]] = [
         ('agent stopped', end), ('agent started', start),
         ('agent killed', lambda: end(signal.SIGKILL)),
         ('agent started again', start),
+        ('agent restarted, as by an upgrade', lambda: (end(), start())),
+        ('kuryr-daemon killed and started', restart_daemon),
         ('break0 deleted', lambda: ip('link del break0')),
         ('break0 down', lambda: ip('link set break0 down')),
         ('its routes flushed', lambda: ip('route flush dev break0')),
@@ -141,6 +148,8 @@ def gaps(node: Node, repeat: int) -> Section:
     found: dict[str, dict[str, float]] = {}
     start()
     with contextlib.ExitStack() as stack:
+        daemon = stack.enter_context(kuryr.Node(node.lab))
+        daemon.start_daemon()
         stack.callback(lambda: [end() for _ in list(agents)])
         streams = {}
         for name, source, target, four, six in (
@@ -153,8 +162,8 @@ def gaps(node: Node, repeat: int) -> Section:
         for what, disturb in cases:
             say(what)
             time.sleep(0.5)
-            disturb()
             began = time.monotonic()
+            disturb()
             time.sleep(_AFTER)
             with bench.blamed(what):
                 found[what] = {name: stream.silence_since(began)
