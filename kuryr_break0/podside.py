@@ -84,7 +84,7 @@ class PodSide:
         The interface has no address yet when Kuryr has just made it; neither
         neighbours nor routes need one.
         """
-        self.apply((Verb.REPLACE, item) for item in self._wanted(node))
+        self.apply((Verb.REPLACE, item) for item in self.wanted(node))
         self._bind_source()
 
     def _is_unguarded(self) -> bool:
@@ -120,7 +120,7 @@ class PodSide:
         changes: list[kernel.Change] = [
             (Verb.DELETE, item) for item in present
             if item.dst not in hosts]
-        changes += [(Verb.REPLACE, item) for item in self._wanted(node)
+        changes += [(Verb.REPLACE, item) for item in self.wanted(node)
                     if item not in present]
         unguarded = self._is_unguarded()
         if dry_run:
@@ -157,7 +157,8 @@ class PodSide:
         return [host for host in node.addresses
                 if host.version in self._versions]
 
-    def _wanted(self, node: NodeAddresses) -> Iterator[Item]:
+    def wanted(self, node: NodeAddresses) -> Iterator[Item]:
+        """Return what it needs, but for routes where it has a way."""
         for host in self._hosts(node):
             yield Neighbour(host, self._index, node.mac, self._protocol)
             # A route by another interface of the pod is as good.

@@ -72,14 +72,13 @@ def _add_ignore(added: Any) -> None:
                             'route-foreign; may be repeated')
 
 
-def _bundle(conf: cfg.ConfigOpts, done: Examination,
-            counts: dict[str, int]) -> None:
+def _bundle(conf: cfg.ConfigOpts, done: Examination) -> None:
     options = config.load(conf)
     bundle.Bundle(options, conf.command.redact).write(conf.command.bundle, {
         'status.json': lambda: json.dumps(status.as_json(options),
                                           indent=2),
         'doctor.json': lambda: report.as_json(
-            done.findings, done.not_examined, **counts)})
+            done.findings, done.not_examined, **done.counts)})
 
 
 def _known(name: str) -> str:
@@ -94,40 +93,37 @@ def _known(name: str) -> str:
 def run(conf: cfg.ConfigOpts) -> int:
     """Print what is wrong, and return the exit code."""
     wanted = conf.command
-    with output.Counter('check' if wanted.before else 'doctor'):
+    with output.Counter('check' if wanted.before else 'doctor') as counter:
         done = (examination.examine_before(conf, wanted.parent)
-                if wanted.before
-                else examination.examine(conf, not wanted.no_probe))
-    done.findings = [each for each in done.findings
-                     if each.id not in wanted.ignore]
-    counts = {} if wanted.before else {
-        'addresses': done.addresses, 'looked_up': done.looked_up,
-        'pods': done.pods, 'entered': done.entered,
-        'pinged': done.pinged, 'answered': done.answered}
+                if wanted.before else examination.examine(
+                    conf, not wanted.no_probe, counter.over))
+    done.findings = [dataclasses.replace(
+        each, seen=output.speak(each.seen), why=output.speak(each.why),
+        remedy=output.speak(each.remedy)) for each in done.findings
+        if each.id not in wanted.ignore]
+    done.not_examined = list(map(output.speak, done.not_examined))
     if wanted.json:
-        print(report.as_json(done.findings, done.not_examined, **counts))
+        print(report.as_json(done.findings, done.not_examined, **done.counts))
     else:
-        text = report.as_text([dataclasses.replace(
-            each, seen=output.speak(each.seen), why=output.speak(each.why),
-            remedy=output.speak(each.remedy)) for each in done.findings],
-            done.not_examined, done.examined, **counts)
-        *blocks, summary = text.split('\n\n')
-        for line in '\n\n'.join([*blocks, '']).split('\n')[:-1]:
-            output.write((output.Wrong if line.startswith((
-                findings.ERROR, findings.WARNING)) else str)(line))
-        output.say(' '.join(summary.split()))
-    if conf.command.bundle is not None:
+        _print(done)
+    if wanted.bundle is not None:
         try:
-            _bundle(conf, done, counts)
+            _bundle(conf, done)
         except (OSError, exceptions.InvalidOption) as err:
-            raise exceptions.CannotWrite(path=conf.command.bundle,
-                                         reason=err)
+            raise exceptions.CannotWrite(path=wanted.bundle, reason=err)
     if done.unreadable is not None:
         return common.fail(common.UNREADABLE, done.unreadable)
     if done.invalid:
         return common.USAGE
-    if any(each.severity == findings.ERROR for each in done.findings):
-        return common.DRIFT
-    return (common.WARNINGS if any(
-        each.severity == findings.WARNING for each in done.findings)
-        else common.IN_SYNC)
+    return (common.DRIFT if done.has(findings.ERROR) else common.WARNINGS
+            if done.has(findings.WARNING) else common.IN_SYNC)
+
+
+def _print(done: Examination) -> None:
+    *blocks, summary = report.as_text(
+        done.findings, done.not_examined, done.examined,
+        **done.counts).split('\n\n')
+    for line in '\n\n'.join([*blocks, '']).split('\n')[:-1]:
+        output.write((output.Wrong if line.startswith((
+            findings.ERROR, findings.WARNING)) else str)(line))
+    output.say(' '.join(summary.split()))

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from typing import Callable, Iterator
+from typing import Callable
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
@@ -89,63 +89,37 @@ class Bundle:
         :param parts: what the caller knows: names, and what returns a text
         :raises OSError: if it cannot be written
         """
+        parts = {'versions.txt': _versions, 'options.txt': lambda: '\n'.join(
+            '%s = %s' % each for each in vars(self._options).items()),
+            **parts, **self._state()}
+        for command in _COMMANDS:
+            parts['commands/%s.txt' % '_'.join(command).replace(
+                '/', '_')[:60]] = functools.partial(_output, command)
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(fd, 'wb') as file, tarfile.open(
                 fileobj=file, mode='w:gz') as archive:
-            for name, text in self._parts(parts):
+            for name, make in parts.items():
+                try:
+                    text = make()
+                except Exception as err:  # the rest is worth having
+                    text = 'It cannot be had: %r' % err
                 self._add(archive, name, text)
 
-    def _parts(self, parts: dict[str, Callable[[], str]]
-               ) -> Iterator[tuple[str, str]]:
-        yield 'versions.txt', self._versions()
-        yield 'options.txt', '\n'.join(
-            '%s = %s' % each for each in vars(self._options).items())
-        for name, make in parts.items():
-            try:
-                yield name, make()
-            except Exception as err:  # the rest is worth having
-                yield name, 'It cannot be had: %r' % err
-        yield from self._state()
-        for command in _COMMANDS:
-            yield 'commands/%s.txt' % '_'.join(command).replace(
-                '/', '_')[:60], _output(command)
-
-    @staticmethod
-    def _versions() -> str:
-        lines = [' '.join((platform.system(), platform.release(),
-                           platform.version(), platform.machine())),
-                 'Python ' + sys.version]
-        for name in _PACKAGES:
-            try:
-                lines.append('%s %s' % (name,
-                                        importlib.metadata.version(name)))
-            except importlib.metadata.PackageNotFoundError:
-                lines.append('%s is not installed' % name)
-        for program in ('ip', 'nft', 'iptables-save'):
-            lines.append('%s: %s' % (program, kernel.find_program(program)))
-        return '\n'.join(lines)
-
-    def _state(self) -> Iterator[tuple[str, str]]:
-        """Return the files of the state directory."""
-        for directory, _, names in sorted(os.walk(self._options.state_dir)):
-            for name in sorted(names):
-                path = os.path.join(directory, name)
-                if not os.path.isfile(path) or os.path.islink(path):
-                    continue
-                try:
-                    with open(path, errors='replace') as file:
-                        text = file.read(_PART)
-                except OSError as err:
-                    text = 'It cannot be read: %s' % err
-                yield 'state/%s' % os.path.relpath(
-                    path, self._options.state_dir), text
+    def _state(self) -> dict[str, Callable[[], str]]:
+        """Return what reads each file of the state directory."""
+        top = self._options.state_dir
+        return {
+            'state/%s' % os.path.relpath(path, top):
+            functools.partial(_content, path)
+            for directory, _, names in sorted(os.walk(top))
+            for path in (os.path.join(directory, each)
+                         for each in sorted(names))
+            if os.path.isfile(path) and not os.path.islink(path)}
 
     def _add(self, archive: tarfile.TarFile, name: str, text: str) -> None:
         text = _SECRET.sub(r'\1***', text)
         if self._redact:
-            text, name = (_ADDRESS.sub(self._alias, self._without_names(
-                _FREE.sub(self._without_text, each)))
-                for each in (text, name))
+            text, name = map(self._redacted, (text, name))
         data = text.encode(errors='replace')[:_PART]
         data = data[:max(0, _MOST - self._size)]
         self._size += len(data)
@@ -173,11 +147,7 @@ class Bundle:
         return {each for each in names - {*_WORDS}
                 if len(each) >= _SHORTEST and not _COMMON.fullmatch(each)}
 
-    def _without_text(self, found: re.Match[str]) -> str:
-        return (found[1] or found[3]) + self._digest('text',
-                                                     found[2] or found[4])
-
-    def _without_names(self, text: str) -> str:
+    def _redacted(self, text: str) -> str:
         """Replace names, however many there are, in one pass per pattern."""
         def alias(found: re.Match[str]) -> str:
             name = found[0].rstrip('.-')
@@ -185,15 +155,17 @@ class Bundle:
                 return found[0]
             return self._digest('name', name) + found[0][len(name):]
 
+        text = _FREE.sub(lambda found: (found[1] or found[3]) + self._digest(
+            'text', found[2] or found[4]), text)
         for name in self._names:
             if not _NAMES[0].fullmatch(name):  # as of an odd interface
                 for form in (name, json.dumps(name)[1:-1]):
                     text = text.replace(form, self._digest('name', name))
         for words in _NAMES:
             text = words.sub(alias, text)
-        return text
+        return _ADDRESS.sub(self._address, text)
 
-    def _alias(self, found: re.Match[str]) -> str:
+    def _address(self, found: re.Match[str]) -> str:
         text = found[0]
         if _MAC.fullmatch(text):
             return self._digest('mac', text.lower())
@@ -209,16 +181,31 @@ class Bundle:
             os.fsencode(text), key=self._salt, digest_size=4).hexdigest())
 
 
+def _versions() -> str:
+    lines = [' '.join((platform.system(), platform.release(),
+                       platform.version(), platform.machine())),
+             'Python ' + sys.version]
+    for name in _PACKAGES:
+        try:
+            lines.append('%s %s' % (name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            lines.append('%s is not installed' % name)
+    return '\n'.join((*lines, *(
+        '%s: %s' % (program, kernel.find_program(program))
+        for program in ('ip', 'nft', 'iptables-save'))))
+
+
+def _content(path: str) -> str:
+    with open(path, errors='replace') as file:
+        return file.read(_PART)
+
+
 def _output(command: tuple[str, ...]) -> str:
     path = kernel.find_program(command[0])
     if path is None:
         return 'There is no program %s.' % command[0]
-    try:
-        done = subprocess.run(
-            [path, *command[1:]], stdout=subprocess.PIPE, text=True,
-            stderr=subprocess.STDOUT, timeout=_TIMEOUT,
-            errors='surrogateescape')
-    except (OSError, subprocess.SubprocessError) as err:
-        return 'It failed: %s' % err
+    done = subprocess.run(
+        [path, *command[1:]], stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.STDOUT, timeout=_TIMEOUT, errors='surrogateescape')
     return '$ %s\n%s\n(exit %d)' % (' '.join(command), done.stdout[-_PART:],
                                     done.returncode)

@@ -5,15 +5,11 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from typing import Callable, Optional
 
 from oslo_config import cfg
 
-from kuryr_break0 import actual
 from kuryr_break0 import config
-from kuryr_break0 import containers
-from kuryr_break0.doctor import daemon
 from kuryr_break0.doctor import device
 from kuryr_break0.doctor import findings
 from kuryr_break0.doctor.findings import Finding
@@ -21,7 +17,8 @@ from kuryr_break0.doctor import firewall
 from kuryr_break0.doctor.host import Host
 from kuryr_break0.doctor import installation
 from kuryr_break0.doctor.node import Node
-from kuryr_break0.doctor.node import ParentView
+from kuryr_break0.doctor.node import Over
+from kuryr_break0.doctor.node import sample
 from kuryr_break0.doctor import pods
 from kuryr_break0.doctor.preconditions import Preconditions
 from kuryr_break0.doctor import reachability
@@ -31,24 +28,21 @@ from kuryr_break0.doctor import services
 from kuryr_break0.doctor import unserved
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
+from kuryr_break0.snapshot import Parent
 
 #: Seconds for which the lock is waited for, that is held for milliseconds.
 PATIENCE = 2.0
-#: Seconds within which a container is bound.
-_SETTLED = 1.0
+#: Pods that are entered and pinged, and addresses that are looked up: each
+#: takes some milliseconds. More than the 110 that kubelet allows on a node.
+MOST = 128
 
 
 @dataclasses.dataclass
 class Examination:
     """What was found, and how much was examined.
 
-    :ivar addresses: those that pods of the node have
-    :ivar looked_up: those for which the kernel was asked what it uses
-    :ivar pods: their number
-    :ivar entered: those whose namespaces were entered
-    :ivar pinged: addresses that were pinged, both ways
-    :ivar answered: those of which each ping was answered
-    :ivar useless: the break0s by which nothing can be reached
+    :ivar counts: how much there is of what, and how much was examined, by
+        the names of the schema; empty before the installation
     :ivar examined: what was, in words, before the installation
     :ivar invalid: whether it ended early, by the configuration
     :ivar unreadable: what ended it early
@@ -56,26 +50,46 @@ class Examination:
     """
 
     findings: list[Finding] = dataclasses.field(default_factory=list)
-    addresses: int = 0
-    looked_up: int = 0
-    pods: int = 0
-    entered: int = 0
-    pinged: int = 0
-    answered: int = 0
-    useless: set[str] = dataclasses.field(default_factory=set)
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
     examined: str = ''
     invalid: bool = False
     unreadable: Optional[exceptions.Break0Error] = None
     not_examined: list[str] = dataclasses.field(default_factory=list)
 
+    def has(self, severity: str) -> bool:
+        """Return whether something of a severity was found."""
+        return any(each.severity == severity for each in self.findings)
 
-def examine(conf: cfg.ConfigOpts, probe: bool = True) -> Examination:
+
+def examine(conf: cfg.ConfigOpts, probe: bool = True,
+            over: Over = iter) -> Examination:
     """Examine a node, and change nothing.
 
     :param probe: ping pods and node, unless what was found stops that
+    :param over: iterates over what takes long, and may show how far it is
     """
-    return _examined(conf, lambda options, done, host: _examine_node(
-        options, done, host, probe))
+    def check(options: config.Options, done: Examination,
+              host: Host) -> None:
+        done.counts = dict.fromkeys((
+            'addresses', 'looked_up', 'pods', 'entered', 'pinged',
+            'answered'), 0)
+        if not options.enabled:
+            done.findings.append(findings.DISABLED.found(
+                '[break0] enabled is false'))
+        done.findings += records.check_directory(options)
+        if any(each.id == findings.STATE_DIR_UNUSABLE.id
+               for each in done.findings):
+            return  # without it nothing can be compared
+        with kernel.Netlink() as netlink:
+            node = Node(options, netlink, PATIENCE, over)
+            _examine_node(node, netlink, done, host)
+            if node.live and probe:
+                done.findings[:0] = _ping(node, done)
+            elif node.live:
+                done.not_examined.append('whether pings are answered: it was '
+                                         'not asked for')
+
+    return _examined(conf, check)
 
 
 def examine_before(conf: cfg.ConfigOpts,
@@ -100,7 +114,7 @@ def _examined(conf: cfg.ConfigOpts, check: Callable[
         [config.Options, Examination, Host], None]) -> Examination:
     done, host = Examination(), Host.of(conf)
     done.findings += installation.check()
-    done.findings += daemon.check()
+    done.findings += installation.check_daemon()
     unknown = config.unknown(conf)
     if unknown:
         done.findings.append(findings.OPTION_UNKNOWN.found(
@@ -112,116 +126,89 @@ def _examined(conf: cfg.ConfigOpts, check: Callable[
         done.invalid = True
     except exceptions.Break0Error as err:
         done.unreadable = err
-    done.findings = list(map(host.advised, done.findings))
     # What to do first; within that, pings, then causes before effects.
-    done.findings.sort(key=lambda each: findings.SEVERITIES.index(
-        each.severity))
+    done.findings = sorted(map(host.advised, done.findings), key=lambda each:
+                           findings.SEVERITIES.index(each.severity))
     return done
 
 
-def _unserved(node: Node) -> list[containers.Unserved]:
-    """Return what is not bound, and not about to be."""
-    found = containers.unserved(node.seen, node.ledger)
-    if found:
-        time.sleep(_SETTLED)
-        node.refresh()
-        with kernel.Netlink() as netlink:
-            still = set(map(str, containers.unserved(actual.read(
-                node.options, node.ledger, netlink), node.ledger)))
-        found = [each for each in found if str(each) in still
-                 and each.address not in node.changing]
-    return found
-
-
-def _examine_node(options: config.Options, done: Examination,
-                  host: Host, probe: bool) -> None:
-    if not options.enabled:
-        done.findings.append(findings.DISABLED.found(
-            '[break0] enabled is false'))
-    directory = list(records.check_directory(options))
-    done.findings += directory
-    if any(each.id == findings.STATE_DIR_UNUSABLE.id for each in directory):
-        return  # without it nothing can be compared
-    with kernel.Netlink() as netlink:
-        node = Node(options, netlink, PATIENCE)
-        done.addresses, done.pods = len(node.live), len(node.pods())
-        done.findings += records.check_ledger(node, host)
-        done.findings += routes.check_addresses(node)
-        done.findings += unserved.check(_unserved(node), options, host)
-        for view in node.views:
-            _examine_parent(view, netlink, done)
-        done.findings += services.check(
-            [view.link for view in node.views if view.link is not None])
-        for what, looked, of in (
-                ('pods from inside', done.entered, done.pods),
-                ('the routing of addresses', done.looked_up, done.addresses)):
-            if looked < of:
-                done.not_examined.append('%s: %d of %d were examined' % (
-                    what, looked, of))
-        if not node.live:
-            return
+def _examine_node(node: Node, netlink: kernel.Netlink, done: Examination,
+                  host: Host) -> None:
+    counts, parents = done.counts, node.seen.parents.values()
+    counts.update(addresses=len(node.live), pods=len(node.pods()))
+    done.findings += records.check_ledger(node, host)
+    done.findings += routes.check_addresses(node)
+    done.findings += unserved.check(node, netlink, host)
+    for parent in parents:
+        _examine_parent(node, parent, netlink, done)
+    done.findings += services.check(
+        [each.present for each in parents if each.present is not None])
+    for what, some, whole in (
+            ('pods from inside', 'entered', 'pods'),
+            ('the routing of addresses', 'looked_up', 'addresses')):
+        if counts[some] < counts[whole]:
+            done.not_examined.append('%s: %d of %d were examined' % (
+                what, counts[some], counts[whole]))
+    if node.live:
         done.not_examined += firewall.not_examined()
-        if probe:
-            done.findings = [*_ping(node, done), *done.findings]
-        else:
-            done.not_examined.append('whether pings are answered: it was not '
-                                     'asked for')
+
+
+def _examine_parent(node: Node, parent: Parent, netlink: kernel.Netlink,
+                    done: Examination) -> None:
+    useless = [*device.check_parent(node, parent)] or [
+        *device.check_existence(node, parent)]
+    done.findings += useless
+    if useless:
+        node.useless.add(parent.device)
+    # What is on an interface that is not there, or not ours, says nothing
+    # more.
+    if useless or parent.link is None:
+        return
+    done.findings += device.check_owner(node, parent)
+    done.findings += device.check_properties(node, parent)
+    done.findings += device.check_others(
+        parent, netlink, {each.device for each in node.seen.parents.values()})
+    done.findings += routes.check_sources(node, parent)
+    done.findings += routes.check_routes(node, parent)
+    done.findings += routes.check_neighbours(node, parent)
+    looked_up = sample(routes.usable(node, parent), MOST)
+    done.counts['looked_up'] += len(looked_up)
+    done.findings += routes.check_use(node, parent, netlink, looked_up)
+    done.findings += pods.check_configured(node, parent)
+    entered = sample(pods.enterable(node, parent), MOST)
+    done.counts['entered'] += len(entered)
+    done.findings += pods.check_inside(node, parent, entered)
 
 
 def _ping(node: Node, done: Examination) -> list[Finding]:
     """Ping, but where what was found stops these very pings."""
+    errors = [each for each in done.findings
+              if each.severity == findings.ERROR]
     stopped = {subject for each in done.findings
-               if each.severity == findings.ERROR
-               or each.id == findings.NEIGHBOUR_MISSING.id
+               if each in errors or each.id == findings.NEIGHBOUR_MISSING.id
                for subject in each.subjects}
     # What is wrong with an interface concerns all of its addresses.
     ill = {subject for each in done.findings if each.id.startswith('pod-')
-           and each.severity == findings.ERROR or each.id == 'pod-unreadable'
+           and each in errors or each.id == findings.POD_UNREADABLE.id
            for subject in each.subjects}
     found: list[Finding] = []
-    for view in node.views:
-        records = [record for each in routes.sample(
-            pods.enterable(view), pods.ENTERED)
-            if view.name not in done.useless and not ill & {
-                str(each[0].owner), *(str(one.address) for one in each)}
+    for parent in node.seen.parents.values():
+        chosen = [] if parent.device in node.useless else [
+            record for each in sample(pods.enterable(node, parent), MOST)
+            if not ill & {str(each[0].owner), *(str(one.address)
+                                                for one in each)}
             for record in each if str(record.address) not in stopped]
-        pings = reachability.Pings(view)
+        pings = reachability.Pings(node, parent)
         try:
-            found += pings.check(records)
+            found += pings.check(chosen)
         except exceptions.NotPermitted as err:
             done.not_examined.append('whether pings are answered: %s' % err)
-        done.pinged += pings.pinged
-        done.answered += pings.pinged - len(pings.silent)
-        if len(records) < len(view.live):
+        done.counts['pinged'] += pings.pinged
+        done.counts['answered'] += pings.pinged - len(pings.silent)
+        if len(chosen) < len(parent.live):
             done.not_examined.append(
                 'whether pings are answered: %d of %d addresses were left '
                 'out, because of what was found, or since their namespaces '
-                'are not known' % (len(view.live) - len(records),
-                                   len(view.live)))
+                'are not known' % (len(parent.live) - len(chosen),
+                                   len(parent.live)))
     return found
-
-
-def _examine_parent(view: ParentView, netlink: kernel.Netlink,
-                    done: Examination) -> None:
-    useless = [*device.check_parent(view)] or [*device.check_existence(view)]
-    done.findings += useless
-    if useless:
-        done.useless.add(view.name)
-    # What is on an interface that is not there, or not ours, says nothing
-    # more.
-    if useless or view.seen.link is None:
-        return
-    done.findings += device.check_owner(view)
-    done.findings += device.check_properties(view)
-    done.findings += device.check_others(
-        view, netlink, {each.name for each in view.node.views})
-    done.findings += routes.check_sources(view)
-    done.findings += routes.check_routes(view)
-    done.findings += routes.check_neighbours(view)
-    looked_up = routes.sample(routes.usable(view), routes.LOOKED_UP)
-    done.looked_up += len(looked_up)
-    done.findings += routes.check_use(view, netlink, looked_up)
-    done.findings += pods.check_configured(view)
-    entered = routes.sample(pods.enterable(view), pods.ENTERED)
-    done.entered += len(entered)
-    done.findings += pods.check_inside(view, entered)

@@ -21,12 +21,6 @@ NOTE = 'note'
 #: What to do first.
 SEVERITIES = (ERROR, WARNING, NOTE)
 
-_SYNC = 'kuryr-break0 sync'
-#: What :mod:`kuryr_break0.doctor.host` puts in the words of the host.
-RESTART = 'Restart kuryr-daemon and the agent afterwards.'
-_SYSCTL_D = ('/etc/sysctl.conf /etc/sysctl.d /run/sysctl.d '
-             '/usr/lib/sysctl.d')
-
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
@@ -80,53 +74,55 @@ class Kind:
             tuple(map(str, subjects)))
 
 
+_SYNC = 'kuryr-break0 sync'
+_DELETE_UNCLAIMED = 'kuryr-break0 sync --delete-unclaimed'
+_TRACE = 'kuryr-break0 probe %(address)s --trace'
+_RESTART = 'Then restart the agent, and kuryr-daemon if there is one.'
+_GREP = ('grep -rsE "%(names)s" /etc/sysctl.conf /etc/sysctl.d /run/sysctl.d '
+         '/usr/lib/sysctl.d')
+_UNMANAGED = (
+    "printf '[Match]\\nName=%(device)s\\n\\n[Link]\\nUnmanaged=yes\\n' "
+    '> /etc/systemd/network/05-%(device)s.network')
+
 # Installation and options
 
 ENTRY_POINT_MISSING = Kind(
     'entry-point-missing', ERROR,
-    'The entry point VIFMacvlanBreak0 of kuryr_kubernetes.cni.binding, or '
-    'kuryr_break0 of os_vif, is missing from the Python environment of this '
-    'command, or is there twice.',
-    'Kuryr loads the driver by these entry points. Without them Kuryr binds '
-    'pods alone, and their node cannot reach them.',
-    'Install the package into the Python environment of kuryr-daemon, then '
-    'restart kuryr-daemon.',
+    'An entry point of the driver, VIFMacvlanBreak0 of '
+    'kuryr_kubernetes.cni.binding or kuryr_break0 of os_vif, is missing from '
+    'the Python environment of this command, or is there twice.',
+    'Kuryr does not load the driver, so the node cannot reach new pods.',
+    'Install the package where kuryr-daemon runs, then restart that.',
     ('%(python)s -m pip install --force-reinstall --no-deps ./kuryr-break0',))
 
 DRIVER_BROKEN = Kind(
     'driver-broken', ERROR,
-    'The entry point exists, but its module cannot be imported.',
-    'kuryr-daemon starts without the driver and binds pods alone, so their '
-    'node cannot reach them.',
-    'Repair the installation until this command succeeds, then restart '
-    'kuryr-daemon.',
+    'The module of an entry point cannot be imported.',
+    'Kuryr runs without the driver, so the node cannot reach new pods.',
+    'Repair the installation until this succeeds, then restart kuryr-daemon.',
     ('%(python)s -c "import %(module)s"',))
 
 DEPENDENCY_UNFIT = Kind(
     'dependency-unfit', ERROR,
-    'A required package is missing, or its version is outside the supported '
-    'range: pyroute2 0.8, for example.',
-    'Driver and Kuryr are not known to work with other versions. With '
-    'pyroute2 0.8, for example, kuryr-daemon does not start.',
+    'A required package is missing or has an unsupported version.',
+    'With pyroute2 0.8, for example, kuryr-daemon does not start.',
     'Install supported versions, then restart kuryr-daemon.',
     ('%(python)s -m pip install %(requirements)s',))
 
 DAEMON_ELSEWHERE = Kind(
     'daemon-elsewhere', ERROR,
     'A kuryr-daemon runs from another Python environment than this command. '
-    'The doctor does not see a daemon in another container.',
-    'The driver must be installed in the Python environment of kuryr-daemon. '
-    'The doctor has examined only its own environment.',
-    'Install the package there, restart kuryr-daemon, and run the doctor '
-    'from that environment.',
+    'One in another container is not seen.',
+    'The driver must be installed where kuryr-daemon runs, and only the '
+    'environment of this command was examined.',
+    'Install it there, restart kuryr-daemon, and run the doctor from there.',
     ('%(directory)s/python -m pip install ./kuryr-break0',
      '%(directory)s/kuryr-break0 doctor'))
 
 DAEMON_NOT_RESTARTED = Kind(
     'daemon-not-restarted', WARNING,
     'kuryr-daemon was started before the package was installed.',
-    'It still runs what was installed when it started: an earlier version, '
-    'or no driver at all. Without the driver, the node cannot reach new pods.',
+    'It still runs an earlier version of the driver, or none.',
     'Restart kuryr-daemon. Running pods are not affected.',
     ('kubectl --namespace kube-system rollout restart daemonset '
      'kuryr-cni-ds',))
@@ -135,168 +131,143 @@ OPTIONS_INVALID = Kind(
     'options-invalid', ERROR,
     'An option of [break0] has a value that is not allowed. The doctor ends '
     'here, with exit status 2.',
-    'With an invalid option Kuryr binds pods alone, and their node cannot '
-    'reach them.',
-    'Correct the option in kuryr.conf, or in the environment variable that '
-    'sets it. ' + RESTART)
+    'No pod is bound, so the node cannot reach new ones.',
+    'Correct it in kuryr.conf, or in the environment variable that sets it. '
+    + _RESTART)
 
 OPTION_UNKNOWN = Kind(
     'option-unknown', WARNING,
     'A name in the section [break0], or an environment variable '
-    'OS_BREAK0__NAME, is not an option. kuryr-daemon and the agent also warn '
-    'of it when they start.',
-    'It has no effect. If the name is misspelt, the option keeps its '
-    'default. Without allowed_cidrs, for example, every address is allowed.',
+    'OS_BREAK0__NAME, is not an option.',
+    'It has no effect: an option whose name is misspelt keeps its default.',
     'Correct the name, or delete the line.')
 
 DISABLED = Kind(
     'disabled', WARNING,
     '[break0] enabled is false.',
-    'Kuryr binds new pods alone, and their node cannot reach them.',
-    'Set [break0] enabled = true in kuryr.conf, then restart kuryr-daemon.')
+    'No pod is bound, so the node cannot reach new ones.',
+    'Set [break0] enabled = true in kuryr.conf. ' + _RESTART)
 
 # State directory, records, lock and agent
 
 STATE_DIR_UNUSABLE = Kind(
     'state-dir-unusable', ERROR,
-    'state_dir, or the directory that it would be created in, is not a '
-    'writable directory. The doctor cannot examine pods.',
-    'Without the records of the owners of addresses nothing is repaired, and '
-    'a late DEL of an old pod deletes the route of the new one.',
-    'Make it a directory that root can write, or set [break0] state_dir to '
-    'such a directory.',
-    ('ls -ld %(path)s', 'findmnt --target %(path)s'))
+    'state_dir, or where it would be created, is no writable directory.',
+    'Without records of who has which address, nothing is bound or repaired, '
+    'and pods cannot be examined.',
+    'Make it writable for root, or set [break0] state_dir to a directory that '
+    'is.', ('ls -ld %(path)s', 'findmnt --target %(path)s'))
 
 STATE_DIR_MODE = Kind(
     'state-dir-mode', WARNING,
     'state_dir belongs to another user than root, or others have access.',
-    "Anyone who can write to it can redirect the node's traffic for any "
-    'address to a pod.',
+    "Anyone who can write to it can redirect the node's traffic to a pod.",
     'Give access to root only.',
     ('chown root %(path)s', 'chmod 0700 %(path)s'))
 
 STATE_DIR_PERSISTENT = Kind(
     'state-dir-persistent', WARNING,
     'state_dir is on a file system that survives a reboot.',
-    'Pods do not survive a reboot, so their records must not either. '
-    'Otherwise addresses of pods that are gone are routed to break0.',
-    'Set [break0] state_dir to a directory on a tmpfs, such as '
-    '/run/kuryr-break0, while no pods run on the node.')
+    'Pods do not, so addresses of pods that are gone stay routed to break0.',
+    'While no pods run, set [break0] state_dir to a directory on a tmpfs, '
+    'such as /run/kuryr-break0.')
 
 LEDGER_DAMAGED = Kind(
     'ledger-damaged', ERROR,
     'Records in state_dir cannot be read.',
-    'The owner of the address is unknown, so nothing is set or deleted for '
-    'it. The next sync quarantines the record, and rebuilds it if it finds '
-    'the pod.',
-    'Restart the pod that has the address. Its ADD writes a new record.')
+    'Nothing is set or deleted for an address whose owner is unknown.',
+    'Sync rebuilds them from the kernel, and quarantines the files. Restart '
+    'pods that it does not find.', (_SYNC,))
 
 LEDGER_QUARANTINED = Kind(
     'ledger-quarantined', WARNING,
     'Damaged records were moved to the directory quarantine in state_dir.',
-    'Until these addresses are bound again, nothing is deleted for them, '
-    'whether a pod has them or not.',
-    'Find out what wrote to the state directory. Restart the pods that have '
-    'these addresses, then delete the files.',
+    'Until their addresses are bound again, nothing is deleted for them.',
+    'Find out what wrote to the state directory. If "kuryr-break0 status" '
+    'lacks these addresses, restart their pods. Then delete the files.',
     ('rm -r %(directory)s',))
 
 LEDGER_LOST = Kind(
     'ledger-lost', ERROR,
-    'A break0 belongs to a ledger that was in this state_dir and no longer '
-    'exists.',
-    'No record says which sandbox has which address. So no route is repaired, '
-    'and no route of a deleted pod is removed.',
-    'Rebuild the ledger from the routes, neighbours and namespaces of the '
-    'node. Find out what emptied the directory.', (_SYNC,))
+    'A break0 belongs to a ledger that was in this state_dir and is gone.',
+    'No record says which pod has which address, so nothing is repaired.',
+    'Sync rebuilds the ledger from routes, neighbours and namespaces. Find '
+    'out what emptied the directory.', (_SYNC,))
 
 LEDGER_OTHER = Kind(
     'ledger-other', ERROR,
     'A break0 belongs to the ledger of another state_dir.',
-    'The addresses that the other ledger has bound are unknown here, so '
-    'nothing is repaired or deleted.',
-    'Set [break0] state_dir of kuryr-daemon, agent and command to the same '
-    'directory. In containers, mount the same directory there. If the other '
-    'ledger no longer exists, take over its break0.',
-    ('kuryr-break0 sync --claim',))
+    'Which addresses that ledger has bound is unknown here, so nothing is '
+    'repaired or deleted.',
+    'Use one [break0] state_dir everywhere, and mount it in each container. '
+    'If the other ledger no longer exists, take over its break0.',
+    (_SYNC + ' --claim',))
 
 ADDRESS_CONTESTED = Kind(
     'address-contested', WARNING,
     'Several existing sandboxes claim one address.',
-    'Traffic to the address goes to the sandbox that claimed it last. When '
-    'that one is gone, it goes to the one before.',
-    'Find out why two sandboxes have the address, for example because of a '
-    'duplicate KuryrPort. Delete the one that should not have it.')
+    'The node reaches the one that claimed it last.',
+    'Delete the one that should not have it, for example a duplicate '
+    'KuryrPort.')
 
 ADDRESS_TWICE = Kind(
     'address-twice', WARNING,
-    'An interface in another namespace has the address of a pod or '
-    'container too, and no record of it exists.',
-    'The node reaches the owner of the address. Other hosts on the LAN may '
-    'reach either.',
-    'Find out which container or pod should have the address, and remove it '
-    'from the other one.')
+    'An interface that nobody has bound has the address of a bound pod too.',
+    'The node reaches the bound one. Other hosts on the LAN may reach either.',
+    'Remove the address from the one that should not have it.')
 
 LEDGER_NEWER = Kind(
     'ledger-newer', ERROR,
-    'Records have a format that this version does not know.',
-    'They were written by a later version. Nothing is set or deleted for '
-    'their addresses.',
+    'Records have the format of a later version.',
+    'Nothing is set or deleted for their addresses.',
     'Install the later version again. Or delete the files and restart the '
     'pods that have these addresses.',
     ('%(python)s -m pip install --upgrade ./kuryr-break0',))
 
 LOCK_HELD = Kind(
     'lock-held', ERROR,
-    'The lock of state_dir was not free for two seconds. The finding names '
-    'the process that holds it.',
-    'Each ADD, DEL and repair waits for the lock, 10 seconds at most. It is '
-    'normally held for milliseconds.',
-    'Find out what the process does. If it is stopped, let it continue. If '
-    'it hangs, kill it: the kernel then frees the lock.',
+    'The lock of state_dir was not free for two seconds.',
+    'No pod can be bound or unbound meanwhile, and nothing be repaired.',
+    'Find out what the process does. If it is stopped, let it continue. If it '
+    'hangs, kill it: the kernel then frees the lock.',
     ('fuser --verbose %(path)s',))
 
 AGENT_NOT_RUNNING = Kind(
     'agent-not-running', WARNING,
     'No kuryr-break0 agent uses this state_dir.',
-    'If another program changes break0 or its routes, that is repaired only '
-    'by the next ADD or DEL of a pod.',
-    'Start the agent, with the configuration of kuryr-daemon, if that runs.',
+    'What other programs change is repaired only when a pod is bound or '
+    'unbound, and no container is discovered.',
+    'Start the agent, with the configuration of this command.',
     ('%(start)s',))
 
 AGENT_STUCK = Kind(
     'agent-stuck', ERROR,
     'The agent has not completed a sync for three times [break0] '
-    'resync_interval and 10 seconds. The finding names its process.',
-    'The agent is stopped or hangs. Until it continues, only the next ADD or '
-    'DEL of a pod repairs the node.',
-    'Find out what the process does. If it is stopped, let it continue. If '
-    'it hangs, restart it. A liveness probe of /livez does that by itself.',
+    'resync_interval and 10 seconds.',
+    'It is stopped or hangs, so nothing is repaired or discovered.',
+    'Find out what the process does. If it is stopped, let it continue. If it '
+    'hangs, restart it, as a liveness probe of /livez does.',
     ('fuser --verbose %(path)s',))
 
 SANDBOX_GONE = Kind(
     'sandbox-gone', WARNING,
     'Records belong to sandboxes whose namespaces no longer exist.',
-    'Their addresses are still routed to break0. Kuryr reports no DEL for a '
-    'pod that the API no longer knows.',
-    'Do nothing if it passes: the agent, and each ADD and DEL, clean up. '
-    'Otherwise sync now.', (_SYNC,))
+    'Their addresses are still routed to break0.',
+    'Sync deletes their routes, as the agent does by itself.', (_SYNC,))
 
 SANDBOX_UNKNOWN = Kind(
     'sandbox-unknown', WARNING,
-    'This process sees neither that the sandbox of a record exists, nor that '
-    'it is gone.',
-    'Its addresses stay bound, so those of a pod that is gone are routed to '
-    'break0 until they are bound again.',
+    'This process cannot find out whether the sandbox of a record exists.',
+    'Its address stays routed to break0, even if the pod is gone.',
     'Run kuryr-break0 with CAP_SYS_ADMIN in the first process namespace '
-    '(hostPID), or where it sees the paths of namespaces: mount their '
-    'directory with HostToContainer.')
+    '(hostPID), or mount the directory of namespaces with HostToContainer.')
 
 ADDRESS_REFUSED = Kind(
     'address-refused', ERROR,
     'A pod has an address of the node itself, or of a next hop of its '
     'routes.',
-    'A route through break0 would take the address away from its holder, so '
-    'none is set.',
+    'A route to the pod would take the address from its holder, so none is '
+    'set.',
     'Take the address out of the allocation pools of the pod subnets, and '
     'create the pod again. To give break0 an address, use [break0] addr.',
     ('openstack subnet set --no-allocation-pool --allocation-pool '
@@ -307,7 +278,7 @@ ADDRESS_NOT_ALLOWED = Kind(
     'A pod has an address outside of [break0] allowed_cidrs.',
     'The address gets no route, so the node cannot reach the pod.',
     'If the network is one of pods, add it to [break0] allowed_cidrs in '
-    'kuryr.conf. ' + RESTART)
+    'kuryr.conf. ' + _RESTART)
 
 # Containers that are not bound
 
@@ -323,25 +294,21 @@ CONTAINER_NOT_ALLOWED = Kind(
     'container-not-allowed', ERROR,
     'The address of a container is outside of [break0] allowed_cidrs, or is '
     'no address of a single host.',
-    'Only addresses of these networks are bound, because a container can '
-    'give itself any address.',
+    'It is not bound, because a container can give itself any address.',
     'If the network is one of containers, add it to [break0] allowed_cidrs in '
-    'kuryr.conf. ' + RESTART)
+    'kuryr.conf. ' + _RESTART)
 
 CONTAINER_OTHER_PARENT = Kind(
     'container-other-parent', ERROR,
-    'The macvlan of a container is on another interface than [break0] '
-    'parent.',
+    'The macvlan of a container is on another interface than [break0] parent.',
     'Only containers on that interface are bound.',
-    'Set parent in kuryr.conf, or remove it for all interfaces. If the '
-    'containers on the other one are not to be reached, ignore this finding. '
-    + RESTART)
+    'Set parent in kuryr.conf, or remove it for all interfaces. If these '
+    'containers are not to be reached, ignore this finding. ' + _RESTART)
 
 CONTAINER_MODE = Kind(
     'container-mode', ERROR,
     'The macvlan of a container is in private, vepa, passthru or source mode.',
-    'Only macvlans in bridge mode on the same parent reach each other, and '
-    'break0 is one.',
+    'Only macvlans in bridge mode reach each other, and break0 is one.',
     'Set the mode to bridge, now and where the container is configured. '
     'Docker: docker network create --opt macvlan_mode=bridge. LXC, whose '
     'default is private: lxc.net.0.macvlan.mode = bridge. Podman, CNI: '
@@ -351,7 +318,7 @@ CONTAINER_REFUSED = Kind(
     'container-refused', ERROR,
     'The address of a container is one of the node, a next hop, or belongs '
     'to another host.',
-    'A route to the container would take the address away from its holder.',
+    'A route to the container would take the address from its holder.',
     'Give the container another address.')
 
 CONTAINER_PENDING = Kind(
@@ -369,8 +336,7 @@ PARENT_MISSING = Kind(
     'parent-missing', ERROR,
     'The interface that pods are on, or that [break0] parent names, does not '
     'exist.',
-    'Pods and break0 are macvlans on this interface. Without it neither '
-    'exists.',
+    'Pods and break0 are macvlans on it, and do not exist without it.',
     'Find out why it is gone. If it was renamed, set [binding] link_iface to '
     'the new name, and [break0] parent to the same name or not at all.',
     ('ip -details link show',))
@@ -378,8 +344,7 @@ PARENT_MISSING = Kind(
 PARENT_DOWN = Kind(
     'parent-down', ERROR,
     'The interface that the pods are on is down, or has no carrier.',
-    'Macvlans on such an interface send and receive nothing, not even to each '
-    'other.',
+    'Macvlans on it send and receive nothing, not even to each other.',
     'Bring it up. If it has no carrier, look at the cable, the members of the '
     'bond, or the ports of the bridge.', ('ip link set %(parent)s up',))
 
@@ -388,18 +353,15 @@ PARENT_MISMATCH = Kind(
     'Pods are on another interface than [break0] parent.',
     'A macvlan reaches only macvlans on the same interface.',
     'Set [break0] parent to the interface of the pods, or remove the option: '
-    'then pods may be on several interfaces, and each gets its own break0. '
-    + RESTART)
+    'then each interface with pods gets its own break0. ' + _RESTART)
 
 PARENT_VRF = Kind(
     'parent-vrf', ERROR,
     'The interface that the pods are on is in a VRF, and [break0] '
     'route_table is not the table of that VRF.',
-    'In a VRF only its own table is used. In another one the kernel does not '
-    'accept routes with an address of the VRF as their source.',
+    'In a VRF only its own table is used.',
     'Set [break0] route_table in kuryr.conf to the table of the VRF, and run '
-    'the command. The option is for all pods of a node, so all their parents '
-    'must be in the same VRF. ' + RESTART,
+    'the command. All parents of a node must be in one VRF. ' + _RESTART,
     ('OS_BREAK0__ROUTE_TABLE=%(table)d ' + _SYNC,))
 
 BREAK0_MISSING = Kind(
@@ -413,16 +375,14 @@ BREAK0_MISSING = Kind(
 BREAK0_FOREIGN = Kind(
     'break0-foreign', ERROR,
     'The interface with this name is not a macvlan in bridge mode.',
-    'It leads to no pod. It may be in use, so it is left as it is, and the '
-    'node cannot reach pods.',
+    'It leads to no pod. It may be in use, so it is left as it is.',
     'Delete it if nobody uses it, or set [break0] device to another name.',
     ('ip link delete %(device)s', _SYNC))
 
 BREAK0_WRONG_PARENT = Kind(
     'break0-wrong-parent', ERROR,
     'break0 is on another interface than the pods.',
-    'A macvlan reaches only macvlans on the same interface. It is left as it '
-    'is, and the node cannot reach pods.',
+    'A macvlan reaches only macvlans on the same interface.',
     'Delete it. Sync creates it on the interface of the pods.',
     ('ip link delete %(device)s', _SYNC))
 
@@ -438,8 +398,7 @@ BREAK0_VRF = Kind(
     'break0 is not in the VRF of its parent, or it is in a VRF and its parent '
     'is not.',
     'The node does not accept what pods send to its addresses.',
-    'Sync puts it in the VRF of its parent, or takes it out, and sets the '
-    'routes again.', (_SYNC,))
+    'Sync corrects that, and sets the routes again.', (_SYNC,))
 
 BREAK0_MTU = Kind(
     'break0-mtu', WARNING,
@@ -449,18 +408,14 @@ BREAK0_MTU = Kind(
 
 BREAK0_MAC = Kind(
     'break0-mac', ERROR,
-    'The MAC address of break0 differs from [break0] mac, or from the one '
-    'that pods were configured with.',
-    'Pods send to the MAC address that they were configured with. When it '
-    'changed, the kernel also deleted the neighbours on break0.',
-    'Sync sets the configured MAC address, if there is one, and configures '
-    'the pods with it.',
+    'The MAC address of break0 is not the one that pods were configured with.',
+    'Pods send to the MAC address that they were configured with.',
+    'Sync sets it again.',
     (_SYNC,))
 
 UDEV_SETS_MAC = Kind(
     'udev-sets-mac', WARNING,
-    'A .link file of systemd-udevd matches break0 and sets a MAC address '
-    '(MACAddress, or MACAddressPolicy=random).',
+    'A .link file of systemd-udevd matches break0 and sets a MAC address.',
     'Whenever break0 is created, udev changes its MAC address afterwards. '
     'Until the next sync, pods send to the old one.',
     'Give break0 its own .link file, which comes first and changes nothing.',
@@ -472,7 +427,7 @@ BREAK0_ADDRESSES = Kind(
     'break0-addresses', WARNING,
     'break0 has an address that [break0] addr does not name, or lacks one '
     'that it names, or the one that the node masquerades with.',
-    'Pods reach break0 itself at these addresses. Any other address attracts '
+    'Pods reach break0 at these addresses. Any other attracts '
     'traffic to its prefix, and the LAN gets answers for it.',
     'Delete the other addresses. Sync adds those that are missing.')
 
@@ -484,43 +439,39 @@ BREAK0_ANSWERS_LAN = Kind(
     'The LAN learns two MAC addresses for the node. If the port accepts only '
     'its own, as with port security of Neutron, traffic to the node is lost.',
     'Set the sysctl. If it changes again, look for it in files of sysctl.d.',
-    ('sysctl -w %(key)s=%(value)d', 'grep -rs %(name)s ' + _SYSCTL_D))
+    ('sysctl -w %(key)s=%(value)d', _GREP))
 
 BREAK0_HEARD = Kind(
     'break0-heard', WARNING,
     'A setting of break0 makes it send on the LAN: multicast, addr_gen_mode, '
     'accept_ra, force_mld_version, forwarding.',
-    'Frames with its MAC address go out on the LAN: duplicate address '
-    'detection, MLD reports, router solicitations. Switches learn the '
-    'address, and port security may take that for an attack.',
+    'Switches learn the MAC address of break0, and port security may take '
+    'that for an attack.',
     'Sync sets it again. If it changes again, look for it in files of '
-    'sysctl.d.',
-    (_SYNC, 'grep -rsE "%(names)s" ' + _SYSCTL_D))
+    'sysctl.d.', (_SYNC, _GREP))
 
 BREAK0_OPEN = Kind(
     'break0-open', WARNING,
-    'Sysctls of break0 that protect the node differ from what was set: '
-    'rp_filter, accept_redirects and others.',
-    'A pod reaches its node through break0 without passing port security. '
-    'With these settings it cannot use the addresses of others.',
-    'Sync sets them again. Find out what changes them.', (_SYNC,))
+    'Sysctls of break0 that protect the node were changed: rp_filter, '
+    'accept_redirects and others.',
+    'Port security does not see what pods send through break0. Without these '
+    'settings a pod can use the addresses of others.',
+    'Sync sets them again. Find out what changes them.', (_SYNC, _GREP))
 
 GUARD_MISSING = Kind(
     'guard-missing', WARNING,
     'The nftables table of break0 is missing, was changed, or does not admit '
     'exactly the bound pods.',
-    'The table admits only packets from MAC address and address of a bound '
-    'pod, and lets no frame of break0 leave on the wire. Without it a pod '
-    'can use the address of another one.',
+    'Without it a pod can use the addresses of another one, and frames of '
+    'break0 can get on the wire.',
     'Sync loads it again, and so does the agent. If it disappears again, '
     'find out what flushes the ruleset.', (_SYNC,))
 
 GUARD_UNAVAILABLE = Kind(
     'guard-unavailable', WARNING,
     'The program nft is not installed, and [break0] guard is auto.',
-    'Sysctls alone do not stop a pod from using the IPv4 address of another '
-    'pod, or any IPv6 address, towards the node.',
-    'Install nftables where kuryr-daemon and the agent run. If you do not '
+    'Sysctls alone do not stop a pod from using the addresses of another one.',
+    'Install nftables where the agent and kuryr-daemon run. If you do not '
     'want the guard, set [break0] guard = off.')
 
 EGRESS_UNGUARDED = Kind(
@@ -534,15 +485,14 @@ IPV6_DISABLED = Kind(
     'ipv6-disabled', ERROR,
     'disable_ipv6 of break0 is 1, and pods have IPv6 addresses.',
     'The node cannot reach these pods by IPv6.',
-    'Enable IPv6 on break0 and set the routes again. If it is disabled '
-    'again, look for disable_ipv6 in files of sysctl.d.',
+    'Enable it and set the routes again. If it is disabled again, look for it '
+    'in files of sysctl.d.',
     ('sysctl -w net/ipv6/conf/%(device)s/disable_ipv6=0', _SYNC))
 
 SECOND_MACVLAN = Kind(
     'second-macvlan', WARNING,
     'The node has another macvlan in bridge mode on the interface of the '
-    'pods, which is up and answers ARP requests for all addresses of the '
-    'node.',
+    'pods that answers ARP requests for all addresses of the node.',
     'The LAN learns its MAC address for the node. If the port accepts only '
     'its own, as with port security of Neutron, traffic to the node is lost.',
     'If it was made for the same purpose as break0, delete it. Otherwise let '
@@ -555,8 +505,7 @@ SECOND_MACVLAN = Kind(
 NODE_ADDRESS_MISSING = Kind(
     'node-address-missing', ERROR,
     'Pods have addresses of a version of IP of which the node has none.',
-    'The node has no address to send from. By IPv6 it would use one of '
-    'another link (fe80::), which no pod can answer.',
+    'The node has no address to send from that pods can answer.',
     'Give the node its address again, on the interface of the pods.',
     ('ip address add ADDRESS/LENGTH dev %(parent)s',))
 
@@ -572,8 +521,7 @@ ROUTE_WRONG = Kind(
     'route-wrong', ERROR,
     'The route of a pod has another interface, scope, source address, metric '
     'or protocol number than it was set with.',
-    'The node may not reach the pod, or may not recognise the route as its '
-    'own later.',
+    'The node may not reach the pod, or not know the route as its own later.',
     'Sync sets the routes again. If they change again, find out which '
     'program changes them.',
     (_SYNC, 'ip monitor route'))
@@ -589,17 +537,15 @@ ROUTE_FOREIGN = Kind(
 ROUTE_STALE = Kind(
     'route-stale', WARNING,
     'A route has our protocol number, and no record claims its address.',
-    'No namespace that can be seen from here has the address. A pod may '
-    'still have it, so the route is not deleted.',
-    'If a pod has the address, run this command where the namespaces of pods '
-    'can be seen, for example in the container of kuryr-daemon. If no pod '
-    'has it, delete the route.',
-    ('kuryr-break0 sync --delete-unclaimed',))
+    'A pod whose namespace is not seen from here may have the address, so the '
+    'route is not deleted.',
+    'If a pod has it, run this where the namespaces of pods can be seen, for '
+    'example in the container of the agent. Otherwise delete the route.',
+    (_DELETE_UNCLAIMED,))
 
 ROUTE_NOT_USED = Kind(
     'route-not-used', ERROR,
-    'The route of a pod exists, but the kernel would use another one '
-    '(ip route get).',
+    'The route of a pod exists, but the kernel would use another one.',
     'A routing rule, or a table that comes first, sends the traffic '
     'elsewhere.',
     'Change or delete the rule, or add a rule before it. If [break0] '
@@ -609,8 +555,7 @@ ROUTE_NOT_USED = Kind(
 NEIGHBOUR_MISSING = Kind(
     'neighbour-missing', WARNING,
     'The address of a pod has no permanent neighbour on break0.',
-    'The node asks for the MAC address of the pod by broadcast, which goes '
-    'out on the LAN.',
+    'The node asks for the MAC address of the pod on the LAN.',
     'Sync sets them again. If they disappear again, find out which program '
     'deletes them.',
     (_SYNC, 'ip monitor neigh'))
@@ -627,40 +572,35 @@ NEIGHBOUR_STALE = Kind(
     'neighbour-stale', WARNING,
     'A permanent neighbour on break0 has our protocol number, and no record '
     'claims its address.',
-    'No namespace that can be seen from here has the address. A pod may '
-    'still have it, so the neighbour is not deleted.',
-    'If a pod has the address, run this command where the namespaces of pods '
-    'can be seen, for example in the container of kuryr-daemon. If no pod '
-    'has it, delete the neighbour.',
-    ('kuryr-break0 sync --delete-unclaimed',))
+    'A pod whose namespace is not seen from here may have the address, so the '
+    'neighbour is not deleted.',
+    'If a pod has it, run this where the namespaces of pods can be seen, for '
+    'example in the container of the agent. Otherwise delete the neighbour.',
+    (_DELETE_UNCLAIMED,))
 
 PACKET_DROPPED = Kind(
     'packet-dropped', ERROR,
     'A ping between node and pod is not answered, and a rule in the pod drops '
-    'it, as the trace of nftables or the counters of iptables show. Pings '
-    'are sent to at most 128 pods, and not where another finding stops them.',
+    'it. At most 128 pods are pinged.',
     'Node and pod cannot reach each other, although break0 is set up '
     'correctly.',
-    'Let the rule in the pod accept traffic between the pod and its node. The '
-    'probe shows the whole trace.',
-    ('kuryr-break0 probe %(address)s --trace',))
+    'Let the rule in the pod accept traffic between the pod and its node.',
+    (_TRACE,))
 
 PACKET_LOST = Kind(
     'packet-lost', ERROR,
     'A ping between node and pod does not arrive, or is sent elsewhere, and '
-    'no rule of nftables drops it.',
-    'Node and pod cannot reach each other. A route in the pod, a routing '
-    'rule, a firewall mark or a sysctl sends the packet elsewhere or drops '
-    'it.',
+    'no rule of a firewall drops it.',
+    'Node and pod cannot reach each other: a route in the pod, a routing '
+    'rule, a firewall mark or a sysctl is in the way.',
     'Look at routes and rules, on the node and in the pod. The probe shows '
     'where packets were seen.',
-    ('ip rule show', 'kuryr-break0 probe %(address)s --trace'))
+    ('ip rule show', _TRACE))
 
 ADDRESS_DUPLICATE = Kind(
     'address-duplicate', ERROR,
     'A ping between node and pod is not answered, nothing else explains it, '
-    'and another host on the link says that it has the address. The doctor '
-    'asks by ARP or neighbour discovery, from the pod.',
+    'and another host on the LAN says that it has the address.',
     'Other hosts, and the node, may reach either.',
     'Find the host with this MAC address, and give one of the two another '
     'address.', ('kuryr-break0 probe %(address)s --conflict',))
@@ -671,8 +611,7 @@ PROBE_UNANSWERED = Kind(
     'All that break0 needs is set up. The one that was pinged may be '
     'configured not to answer pings.',
     'Try a service by its port: kuryr-break0 probe with --tcp. If it '
-    'answers, ignore this finding.',
-    ('kuryr-break0 probe %(address)s --trace',))
+    'answers, ignore this finding.', (_TRACE,))
 
 # From the pod to its node
 
@@ -680,16 +619,16 @@ POD_NOT_CONFIGURED = Kind(
     'pod-not-configured', ERROR,
     'A pod is not configured with the addresses of the node, or with '
     'addresses that it no longer has.',
-    'The pod asks for the MAC address of its node. By IPv6 only the guard '
-    'answers, and an outdated MAC address leads nowhere.',
+    'The pod has to ask for the node, which by IPv6 only the guard answers, '
+    'or sends to an outdated MAC address.',
     'Sync configures the pods.', (_SYNC,))
 
 SOLICITATIONS_UNANSWERED = Kind(
     'solicitations-unanswered', ERROR,
-    'A VM has an IPv6 address, and nothing answers it for the node.',
-    'What is bound without --netns asks for the MAC address of its node by '
-    'neighbour solicitation. Only the guard answers that. It needs the '
-    'program nft, and Linux 5.16 or later.',
+    'An IPv6 address is bound without a namespace, as that of a VM, and no '
+    'guard answers it for the node.',
+    'The VM asks for the MAC address of the node, and only the guard answers. '
+    'It needs the program nft, and Linux 5.16 or later.',
     'Install nftables, do not set [break0] guard to off, and run a sync. '
     'Bind a container with --netns.', (_SYNC,))
 
@@ -697,10 +636,9 @@ POD_UNREADABLE = Kind(
     'pod-unreadable', WARNING,
     'The namespace of a pod cannot be entered, or has no interface of the '
     'recorded name.',
-    'The doctor could not examine the pod.',
+    'The pod could not be examined.',
     'Run the doctor where the namespaces of pods can be seen, for example in '
-    'the container of kuryr-daemon. If the namespace is broken, delete the '
-    'pod.')
+    'the container of the agent. If the namespace is broken, delete the pod.')
 
 POD_APART = Kind(
     'pod-apart', ERROR,
@@ -714,9 +652,8 @@ POD_DOWN = Kind(
     'pod-down', ERROR,
     'The interface of a pod is down.',
     'It sends and receives nothing.',
-    'Bring it up. Going down, it lost routes and IPv6 addresses: the agent '
-    'or a sync configures it again. Only a process with NET_ADMIN in the pod '
-    'can have brought it down.')
+    'Bring it up: what it lost, a sync sets again. Only a process with '
+    'NET_ADMIN in the pod can have brought it down.')
 
 POD_ADDRESS_MISSING = Kind(
     'pod-address-missing', ERROR,
@@ -729,32 +666,31 @@ POD_MAC = Kind(
     'pod-mac', ERROR,
     'The interface of a pod has another MAC address than when it was bound.',
     'The node sends to the MAC address that the pod had when it was bound.',
-    'Set the MAC address again, which Neutron expects too, or delete the '
-    'pod.')
+    'Set it again, since Neutron expects it too, or delete the pod.')
 
 POD_NEIGHBOUR_MISSING = Kind(
     'pod-neighbour-missing', ERROR,
     'A pod has no neighbour for an address of the node.',
-    'The pod asks for the MAC address of its node. By IPv6 it gets no '
-    'answer.',
-    'Sync configures the pod again, and so does the agent by its timer. Only '
-    'a process with NET_ADMIN in the pod can have deleted it.')
+    'The pod asks for the MAC address of its node, which by IPv6 is not '
+    'answered.',
+    'Sync sets it again, and so does the agent by its timer. Only a process '
+    'with NET_ADMIN in the pod can have deleted it.', (_SYNC,))
 
 POD_NEIGHBOUR_WRONG = Kind(
     'pod-neighbour-wrong', ERROR,
     'In a pod, the neighbour of an address of the node has another MAC '
     'address than break0.',
     'Packets from the pod to its node do not arrive.',
-    'Sync configures the pod again, and so does the agent by its timer. Only '
-    'a process with NET_ADMIN in the pod can have changed it.')
+    'Sync sets it again, and so does the agent by its timer. Only a process '
+    'with NET_ADMIN in the pod can have changed it.', (_SYNC,))
 
 POD_ROUTE_MISSING = Kind(
     'pod-route-missing', WARNING,
     'A pod in another subnet than its node has no route of its own to it.',
     'The pod sends by its gateway, and the node answers directly. Firewalls '
     'on the way see half of the traffic.',
-    'Sync configures the pod again, and so does the agent by its timer. Only '
-    'a process with NET_ADMIN in the pod can have deleted it.')
+    'Sync sets it again, and so does the agent by its timer. Only a process '
+    'with NET_ADMIN in the pod can have deleted it.', (_SYNC,))
 
 RP_FILTER = Kind(
     'rp-filter', ERROR,
@@ -770,10 +706,10 @@ ARP_IGNORED = Kind(
     'arp_ignore of "all" or of break0 is set, as kube-proxy does in IPVS '
     'mode, and pods have to ask for their node: they could not be configured, '
     'or were bound without a namespace.',
-    'These pods ask for the MAC address of their node by ARP. break0 does '
-    'not answer, because the address is on another interface.',
+    'break0 does not answer these pods by ARP, because the address of the '
+    'node is on another interface.',
     'Bind pods with the path of their namespace. Or let break0 answer: it '
-    'answers pods only, because of arp_filter.',
+    'answers only pods.',
     ('sysctl -w net/ipv4/conf/%(where)s/arp_ignore=0',))
 
 # Other programs of the node
@@ -782,23 +718,17 @@ NETWORKD_MANAGES = Kind(
     'networkd-manages-break0', ERROR,
     'systemd-networkd has configured break0, by its state in '
     '/run/systemd/netif/links.',
-    'systemd-networkd removes addresses and routes that it did not set from '
-    'the interfaces that it manages.',
-    'Let it ignore break0.',
-    ("printf '[Match]\\nName=%(device)s\\n\\n[Link]\\nUnmanaged=yes\\n' "
-     '> /etc/systemd/network/05-%(device)s.network', 'networkctl reload'))
+    'It removes addresses and routes that it did not set.',
+    'Let it ignore break0.', (_UNMANAGED, 'networkctl reload'))
 
 NETWORKD_FOREIGN_ROUTES = Kind(
     'networkd-foreign-routes', WARNING,
-    'systemd-networkd has run on the node, one of its .network files matches '
-    'break0, as one with a wildcard, and ManageForeignRoutes is not switched '
-    'off. By default it is on.',
-    'systemd-networkd deletes the routes of interfaces that it manages, and '
-    'again at each restart.',
+    'A .network file of systemd-networkd matches break0, as one with a '
+    'wildcard, and ManageForeignRoutes is not switched off.',
+    'It deletes the routes of interfaces that it manages, and again at each '
+    'restart.',
     'Let it ignore break0, and keep routes that it did not set.',
-    ("printf '[Match]\\nName=%(device)s\\n\\n[Link]\\nUnmanaged=yes\\n' "
-     '> /etc/systemd/network/05-%(device)s.network',
-     'mkdir -p /etc/systemd/networkd.conf.d',
+    (_UNMANAGED, 'mkdir -p /etc/systemd/networkd.conf.d',
      "printf '[Network]\\nManageForeignRoutes=no\\n' "
      '> /etc/systemd/networkd.conf.d/kuryr-break0.conf',
      'systemctl restart systemd-networkd'))
@@ -807,8 +737,8 @@ NETWORKMANAGER_MANAGES = Kind(
     'networkmanager-manages-break0', ERROR,
     'NetworkManager manages break0, by its state in '
     '/run/NetworkManager/devices.',
-    'NetworkManager removes addresses and routes that it did not set from '
-    'the interfaces that it manages, and may bring them down.',
+    'It removes addresses and routes that it did not set, and may bring '
+    'break0 down.',
     'Let it ignore break0, now and after the next boot.',
     ('nmcli device set %(device)s managed no',
      "printf '[keyfile]\\nunmanaged-devices+=interface-name:%(device)s\\n' "
@@ -817,11 +747,10 @@ NETWORKMANAGER_MANAGES = Kind(
 FIREWALL_DROPS = Kind(
     'firewall-drops', ERROR,
     'A ping between node and pod is not answered, and a rule of the node '
-    'drops it, as the trace of nftables or the counters of iptables show.',
+    'drops it, by the trace of nftables or the counters of iptables.',
     'Traffic between the node and its pods passes the input and output '
     'chains with break0 as the interface.',
-    'Add a rule before it that accepts traffic through break0.',
-    ('kuryr-break0 probe %(address)s --trace',))
+    'Add a rule before it that accepts traffic through break0.', (_TRACE,))
 
 SOURCE_REWRITTEN = Kind(
     'source-rewritten', WARNING,
@@ -830,8 +759,7 @@ SOURCE_REWRITTEN = Kind(
     'has no way back to that address, so that pings are not answered.',
     'The rule matches what the node itself sends, and not only what it '
     'forwards.',
-    'Add a rule before it that excepts break0.',
-    ('kuryr-break0 probe %(address)s --trace',))
+    'Add a rule before it that excepts break0.', (_TRACE,))
 
 SOURCE_KEPT = Kind(
     'source-kept', NOTE,
@@ -849,11 +777,9 @@ FIREWALL_RESTRICTS = Kind(
     'The firewall of the node drops a connection of a pod to a TCP port on '
     'which nobody listens, or pings of pods, but not connections to services '
     'of the node.',
-    'Most firewalls accept only chosen ports, so this may be intended. '
-    'Services of the node, such as DNS, are reached from pods only if their '
-    'ports are accepted.',
-    'If pods need more services of the node, accept their ports, or all that '
-    'comes through break0.')
+    'Most firewalls accept only chosen ports, so this may be intended.',
+    'If pods need more services of the node, such as DNS, accept their ports, '
+    'or all that comes through break0.')
 
 # Before the installation
 
@@ -866,8 +792,8 @@ CAPABILITY_MISSING = Kind(
 CAPABILITY_USEFUL = Kind(
     'capability-useful', WARNING,
     'kuryr-break0 check runs without CAP_NET_RAW or CAP_NET_BROADCAST.',
-    'The probe needs NET_RAW. Discovery without NET_BROADCAST looks for '
-    'containers every second, in place of hearing of them.',
+    'The probe needs NET_RAW. Without NET_BROADCAST, discovery looks for '
+    'containers every second instead of hearing of them.',
     'Give it these capabilities if you use these functions.')
 
 KERNEL_OLD = Kind(

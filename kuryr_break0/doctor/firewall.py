@@ -42,10 +42,6 @@ class Rule(NamedTuple):
     def drops(self) -> bool:
         return bool(_DROPS.search(self.text))
 
-    @property
-    def rewrites(self) -> bool:
-        return bool(_REWRITES.search(self.text))
-
     def accept(self, device: str, comes_in: bool) -> str:
         """Return the command for a rule that lets traffic pass before it."""
         if self.chain.startswith('ufw') or (
@@ -86,13 +82,12 @@ def _ufw(device: str, comes_in: bool) -> str:
 
 def not_examined() -> Iterator[str]:
     """Return which rules cannot be named, if they drop a packet."""
-    missing = [program for program in ('nft', 'iptables-save')
-               if kernel.find_program(program) is None]
-    if 'nft' in missing:
-        for program in missing:
-            package = {'nft': 'nftables'}.get(program, 'iptables')
-            yield ('the rules of %s: there is no program %s. Install the '
-                   'package %s.' % (package, program, package))
+    if kernel.find_program('nft') is None:
+        for program, package in (('nft', 'nftables'),
+                                 ('iptables-save', 'iptables')):
+            if kernel.find_program(program) is None:
+                yield ('the rules of %s: there is no program %s. Install the '
+                       'package %s.' % (package, program, package))
 
 
 def rewrites(text: str) -> bool:
@@ -105,15 +100,14 @@ def counters(version: int) -> dict[Rule, int]:
 
     In the namespace of this thread, of iptables for one version of IP.
     """
-    prefix, names = (('iptables', 'ip_tables_names') if version == 4
-                     else ('ip6tables', 'ip6_tables_names'))
-    if _is_in_use(names):
-        saved = _run(prefix + '-legacy-save', '-c')
+    program = 'iptables' if version == 4 else 'ip6tables'
+    if _is_legacy_in_use(version):
+        saved = _run(program + '-legacy-save', '-c')
         if saved is not None:
-            return dict(_parsed(saved, prefix + '-legacy'))
+            return dict(_parsed(saved, program + '-legacy'))
     elif kernel.find_program('nft') is not None:
         return {}
-    return dict(_parsed(_run(prefix + '-save', '-c') or '', prefix))
+    return dict(_parsed(_run(program + '-save', '-c') or '', program))
 
 
 def risen(before: dict[Rule, int], after: dict[Rule, int],
@@ -163,13 +157,15 @@ def _has_ufw() -> bool:
 
 def _rulesets() -> Iterator[str]:
     yield _run('nft', 'list', 'ruleset') or ''
-    if _is_in_use('ip_tables_names'):
+    if _is_legacy_in_use(4):
         yield _run('iptables-legacy-save') or ''
 
 
-def _is_in_use(names: str) -> bool:
+def _is_legacy_in_use(version: int) -> bool:
+    """Return whether iptables-legacy has tables for a version of IP."""
     try:
-        with open('/proc/thread-self/net/' + names) as file:
+        with open('/proc/thread-self/net/ip%s_tables_names' % (
+                '' if version == 4 else '6')) as file:
             return bool(file.read().strip())
     except OSError:
         return False
@@ -181,14 +177,10 @@ def _run(program: str, *args: str) -> Optional[str]:
     if path is None:
         return None
     try:
-        done = subprocess.run([path, *args], stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, text=True,
-                              timeout=_TIMEOUT)
+        return subprocess.run(
+            [path, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, timeout=_TIMEOUT, check=True).stdout
     except (OSError, subprocess.SubprocessError) as err:
-        LOG.warning('Cannot examine the rules of the firewall: %s', err)
+        LOG.warning('Cannot examine the rules of the firewall: %s: %s', err,
+                    getattr(err, 'stderr', None) or '')
         return None
-    if done.returncode:
-        LOG.warning('Cannot examine the rules of the firewall: %s: %s',
-                    program, done.stderr.strip())
-        return None
-    return done.stdout

@@ -12,7 +12,6 @@ import shlex
 from oslo_config import cfg
 
 from kuryr_break0.doctor.findings import Finding
-from kuryr_break0.doctor.findings import RESTART
 from kuryr_break0.doctor import installation
 
 _AGENT = 'kuryr-break0-agent'
@@ -23,11 +22,12 @@ class Host:
     """A host, for which advice is written.
 
     :ivar file: the configuration file in use, or the one to make
+    :ivar has_units: whether the agent is a service of systemd here
     """
 
     file: str
     has_kuryr: bool
-    has_systemd: bool
+    has_units: bool
 
     @classmethod
     def of(cls, conf: cfg.ConfigOpts) -> Host:
@@ -35,16 +35,13 @@ class Host:
         files = getattr(conf, 'config_file', None) or [
             '/etc/kuryr/kuryr.conf' if has_kuryr
             else '/etc/kuryr-break0/kuryr-break0.conf']
-        return cls(files[-1], has_kuryr, os.path.isdir('/run/systemd/system'))
-
-    @property
-    def is_of_units(self) -> bool:
-        """Return whether the agent is a service of systemd here."""
-        return self.has_systemd and not self.has_kuryr
+        return cls(files[-1], has_kuryr,
+                   os.path.isdir('/run/systemd/system') and not has_kuryr)
 
     @property
     def start(self) -> str:
-        return ('systemctl enable --now ' + _AGENT if self.is_of_units
+        """Return the command that starts the agent."""
+        return ('systemctl enable --now ' + _AGENT if self.has_units
                 else 'kuryr-break0 --config-file %s agent' % self.file)
 
     def set(self, **values: str) -> list[str]:
@@ -67,14 +64,11 @@ class Host:
                 commands.append("printf '\\n[break0]\\n%s\\n' >> %s" % (
                     line, path))
                 text += '\n[break0]\n'
-        if self.is_of_units:
+        if self.has_units:
             commands.append('systemctl restart ' + _AGENT)
         return commands
 
     def advised(self, finding: Finding) -> Finding:
-        """Return a finding in the words of this host."""
-        remedy = finding.remedy
-        if not self.has_kuryr:
-            remedy = remedy.replace(RESTART, 'Restart the agent afterwards.')
-        return dataclasses.replace(
-            finding, remedy=remedy.replace('kuryr.conf', self.file))
+        """Return a finding that names the configuration of this host."""
+        return dataclasses.replace(finding, remedy=finding.remedy.replace(
+            'kuryr.conf', self.file))

@@ -8,9 +8,12 @@ also if an unsupported version cannot be imported.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import os
 import re
 import sys
+import time
 from typing import Iterator
 import warnings
 
@@ -29,12 +32,16 @@ _ENTRY_POINTS = (('kuryr_kubernetes.cni.binding', 'VIFMacvlanBreak0',
                   'kuryr_break0.kuryr.driver'),
                  ('os_vif', 'kuryr_break0',
                   'kuryr_break0.kuryr.os_vif_plugin'))
+#: cotyledon's title of the process that starts the others, and what it is
+#: where the setproctitle that it needs for that is not there.
+_TITLES = (re.compile(r'kuryr-daemon: master process \[(/\S*)'),
+           re.compile(r'\S*python[0-9.]*\0(/\S*/kuryr-daemon)\0'))
 
 
 def check() -> Iterator[Finding]:
     """Examine the Python environment of this process."""
     unfit = list(_unfit())
-    if unfit:
+    if unfit:  # what follows would only say the same in other words
         yield findings.DEPENDENCY_UNFIT.found(
             '; '.join('%s is %s, but %s is needed' % (
                 each.name, found or 'not installed',
@@ -42,11 +49,9 @@ def check() -> Iterator[Finding]:
                 for each, found in unfit),
             python=sys.executable, requirements=' '.join(
                 "'%s%s'" % (each.name, each.specifier) for each, _ in unfit))
-        return  # what follows would only say the same in other words
-    if not is_for_kuryr():
-        return
-    for group, name, module in _ENTRY_POINTS:
-        yield from _check_entry_point(group, name, module)
+    elif is_for_kuryr():
+        for group, name, module in _ENTRY_POINTS:
+            yield from _check_entry_point(group, name, module)
 
 
 def is_for_kuryr() -> bool:
@@ -56,12 +61,10 @@ def is_for_kuryr() -> bool:
 
 def _unfit() -> Iterator[tuple[requirements.Requirement, str]]:
     """Return the requirements that are not met, with the present version."""
-    try:
+    wanted: list[str] = []  # without a distribution, nor has it entry points
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         wanted = importlib.metadata.requires(_DISTRIBUTION) or []
-    except importlib.metadata.PackageNotFoundError:
-        return  # it has no entry points either
-    for text in wanted:
-        requirement = requirements.Requirement(text)
+    for requirement in map(requirements.Requirement, wanted):
         if requirement.marker and not requirement.marker.evaluate():
             continue
         if requirement.name in _KURYR and not is_for_kuryr():
@@ -76,10 +79,8 @@ def _version(name: str) -> str:
     """Return the version of a distribution; empty if not installed."""
     # Before Python 3.10, oslo.config is not found as oslo_config is.
     for spelling in (name, _normalized(name)):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(spelling)
-        except importlib.metadata.PackageNotFoundError:
-            pass
     return ''
 
 
@@ -119,3 +120,66 @@ def _entry_points(group: str) -> Iterator[importlib.metadata.EntryPoint]:
 
 def _normalized(name: str) -> str:
     return re.sub('[-_.]+', '_', name or '').lower()
+
+
+def check_daemon() -> Iterator[Finding]:
+    """Compare kuryr-daemon with the Python environment of this process.
+
+    Where it is in a container of its own it is not seen, and nothing is
+    said.
+    """
+    installed = _installed_at()
+    for pid, program, since in _daemons():
+        if os.path.dirname(program) != os.path.dirname(sys.executable):
+            yield findings.DAEMON_ELSEWHERE.found(
+                'kuryr-daemon, process %d, is %s, but this program runs '
+                'with %s' % (pid, program, sys.executable),
+                directory=os.path.dirname(program))
+        elif since < installed:
+            yield findings.DAEMON_NOT_RESTARTED.found(
+                'kuryr-daemon, process %d, was started %s, and the package '
+                'installed %s' % (pid, _readable(since),
+                                  _readable(installed)))
+
+
+def _readable(when: float) -> str:
+    return time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(when))
+
+
+def _daemons() -> Iterator[tuple[int, str, float]]:
+    """Return the daemons that see the same files as this process.
+
+    Each by its process, its program, and since when it runs (of the epoch).
+    """
+    seen = set()
+    for pid in sorted(map(int, filter(str.isdigit, os.listdir('/proc')))):
+        with contextlib.suppress(OSError):  # it ended, or is not ours
+            with open('/proc/%d/cmdline' % pid, errors='replace') as file:
+                title = file.read()
+            match = next(filter(None, (pattern.match(title)
+                                       for pattern in _TITLES)), None)
+            # A child may have the title of its parent.
+            if (match is not None and match[1] not in seen
+                    and os.path.samefile('/proc/%d/ns/mnt' % pid,
+                                         '/proc/self/ns/mnt')):
+                seen.add(match[1])
+                yield pid, match[1], _started_at(pid)
+
+
+def _started_at(pid: int) -> float:
+    with open('/proc/%d/stat' % pid) as file:
+        # The name, in parentheses, may have anything in it.
+        ticks = int(file.read().rpartition(')')[2].split()[19])
+    since_boot = ticks / os.sysconf('SC_CLK_TCK')
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot
+
+
+def _installed_at() -> float:
+    """Return when pip wrote what it writes last; 0 if that is unknown."""
+    with contextlib.suppress(OSError,
+                             importlib.metadata.PackageNotFoundError):
+        distribution = importlib.metadata.distribution(_DISTRIBUTION)
+        for file in distribution.files or ():
+            if file.name == 'RECORD':
+                return os.stat(str(distribution.locate_file(file))).st_mtime
+    return 0

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Iterable, Optional
+from typing import Any, Callable, Iterable, Optional, Sequence, TypeVar
 
 from kuryr_break0 import actual
 from kuryr_break0 import config
@@ -13,18 +13,22 @@ from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Record
 from kuryr_break0 import snapshot
-from kuryr_break0.snapshot import Parent
+
+_T = TypeVar('_T')
+#: Iterates over a sequence, and may show how far it is.
+Over = Callable[[Sequence[Any]], Iterable[Any]]
 
 
 class Node:
     """The snapshot that all checks use, so that they agree.
 
     Whoever binds or unbinds has the lock from the first change to the last.
-    So between reading ledger and kernel those are waited for who have it,
-    and what is another record after than before is being changed: of that
-    nothing is said. Nor of what no record claims, if there may have been one.
+    Addresses whose record differs between two reads of the ledger are in
+    flight: nothing is said of them.
 
     :ivar seen: what was read
+    :ivar live: the newest claim on each address
+    :ivar useless: the break0s by which nothing can be reached
     :ivar changing: addresses that are just being bound or unbound
     :ivar lock_free: whether all who had the lock have let it go
 
@@ -33,19 +37,17 @@ class Node:
     """
 
     def __init__(self, options: config.Options, netlink: kernel.Netlink,
-                 patience: float) -> None:
+                 patience: float, over: Over = iter) -> None:
         self.options = options
         self.ledger = Ledger(options.state_dir)
+        self.over = over
         self._patience = patience
         self.seen = actual.read(options, self.ledger, netlink, patience)
-        self.contents = self.seen.contents
         self.live = self.seen.live
-        self.gone = self.seen.gone
+        self.useless: set[str] = set()
         self.lock_free = True
         self.changing: set[IPAddress] = set()
         self.refresh()
-        self.views = [ParentView(self, parent)
-                      for parent in self.seen.parents.values()]
 
     def refresh(self) -> None:
         """Note what is being changed, or was, since the records were read.
@@ -54,7 +56,8 @@ class Node:
         """
         self.lock_free = (self.lock_free
                           and self.ledger.is_free_within(self._patience))
-        before, after = self.contents.claims, self.ledger.contents().claims
+        before, after = (self.seen.contents.claims,
+                         self.ledger.contents().claims)
         self.changing |= {
             address for address in before.keys() | after.keys()
             if _without_pod_side(before.get(address, ()))
@@ -65,68 +68,43 @@ class Node:
         return [address for address in addresses
                 if address not in self.changing]
 
-    def unclaimed(self, address: IPAddress) -> bool:
-        """Return whether no record says whose an address is."""
-        return self.seen.is_steady and not (
-            address in self.contents.claims or address in self.changing
-            or address in self.contents.unreadable)
+    def unclaimed(self, parent: snapshot.Parent,
+                  addresses: Iterable[IPAddress]) -> list[IPAddress]:
+        """Return those of a parent that no record, nor another ledger, has.
 
-    def pods(self) -> list[list[Record]]:
-        """Return the records of each pod that nobody is just changing."""
-        return snapshot.by_interface(
-            record for record in self.live.values()
-            if record.address not in self.changing)
-
-
-class ParentView:
-    """One parent of the node, and its break0.
-
-    :ivar node: the whole
-    :ivar seen: what was read of it
-    """
-
-    def __init__(self, node: Node, parent: Parent) -> None:
-        self.node = node
-        self.seen = parent
-        self.options = node.options
-        self.name = parent.device
-        self.link = parent.present
-        self.parent_name = parent.name
-        self.parent = parent.parent
-        self.live = parent.live
-        self.desired = parent.desired
-        self.plan = parent.plan
-        self.routes = parent.routes
-        self.neighbours = parent.neighbours
-        self.known = parent.node
-        self.index = parent.index
-
-    @property
-    def changing(self) -> set[IPAddress]:
-        return self.node.changing
-
-    def refresh(self) -> None:
-        self.node.refresh()
-
-    def settled(self, addresses: Iterable[IPAddress]) -> list[IPAddress]:
-        return self.node.settled(addresses)
-
-    def unclaimed(self, address: IPAddress) -> bool:
-        return self.node.unclaimed(address)
-
-    def pods(self) -> list[list[Record]]:
-        """Return the records of each pod on this parent."""
-        return snapshot.by_interface(
-            record for record in self.live.values()
-            if record.address not in self.changing)
-
-    def sysctl(self, path: str, *devices: Optional[str]) -> int:
-        """Return the largest value that interfaces have of a sysctl.
-
-        :param path: below /proc/sys/net, with ``%s`` for the interface
+        None if there may have been a record meanwhile.
         """
-        return max(kernel.read_sysctl(path % device) or 0
-                   for device in devices if device is not None)
+        contents = self.seen.contents
+        if parent.other is not None or not self.seen.is_steady:
+            return []
+        return [address for address in self.settled(addresses)
+                if address not in contents.claims
+                and address not in contents.unreadable]
+
+    def pods(self, parent: Optional[snapshot.Parent] = None
+             ) -> list[list[Record]]:
+        """Return the records of each pod that nobody is just changing."""
+        live = self.live if parent is None else parent.live
+        return snapshot.by_interface(
+            live[address] for address in self.settled(live))
+
+
+def sample(items: Sequence[_T], size: int) -> list[_T]:
+    """Return so many of a sequence at most, evenly over all of it."""
+    if len(items) <= size:
+        return list(items)
+    return [items[number * len(items) // size] for number in range(size)]
+
+
+def largest_sysctl(path: str, *devices: Optional[str]) -> int:
+    """Return the largest value that interfaces have of a sysctl.
+
+    That of ``all`` and of the interface is what the kernel takes for many.
+
+    :param path: below /proc/sys/net, with ``%s`` for the interface
+    """
+    return max(kernel.read_sysctl(path % device) or 0
+               for device in devices if device is not None)
 
 
 def _without_pod_side(claims: Iterable[Record]) -> list[object]:

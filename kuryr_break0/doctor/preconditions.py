@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
-import contextlib
+from concurrent import futures
 import os
 import platform
+import threading
 from typing import Callable, Iterator, Optional
 
 from kuryr_break0 import config
@@ -79,57 +80,43 @@ class Preconditions:
                 'the kernel is ' + platform.release())
 
     def _link(self) -> Iterator[Finding]:
-        parent = self._parent
-        if parent is None:
+        if self._parent is None:
             return
         with kernel.Netlink() as netlink:
-            link = netlink.link(parent)
+            link = netlink.link(self._parent)
         if link is None or link.loopback:
             yield findings.PARENT_MISSING.found(
-                'there is no interface %s on this node' % parent
-                if link is None else '%s is the loopback' % parent)
+                'there is no interface %s on this node' % self._parent
+                if link is None else '%s is the loopback' % self._parent)
         elif not link.up:
-            yield findings.PARENT_DOWN.found('%s is down' % parent,
-                                             parent=parent)
+            yield findings.PARENT_DOWN.found(
+                '%s is down' % self._parent, parent=self._parent)
 
     def _macvlan(self) -> Iterator[Finding]:
-        """Make one in a namespace of a child, with which it ends."""
-        parent = self._parent
-        if parent is None or kernel.index_of(parent) is None:
+        """Make one in a namespace of a thread, with which both end."""
+        if self._parent is None:
             return
-        reading, writing = os.pipe()
-        release, hold = os.pipe()
-        child = os.fork()
-        if not child:
-            with contextlib.suppress(BaseException):
-                os.close(hold)
-                os.write(writing, b'1' if kernel.unshare() else b'0')
-                os.read(release, 1)
-            os._exit(0)
-        os.close(release)
-        os.close(writing)
-        try:
-            if os.read(reading, 1) != b'1':
+        with kernel.Netlink() as netlink, \
+                futures.ThreadPoolExecutor(1) as other:
+            parent = netlink.link(self._parent)
+            if parent is None:
+                return
+            if not other.submit(kernel.unshare).result():
                 raise OSError('no namespace can be created to try one in')
-            with kernel.Netlink() as netlink:
-                link = netlink.link(parent)
-                assert link is not None
-                netlink.create_macvlan('break0-check', link,
-                                       '/proc/%d/ns/net' % child,
-                                       mac='02:00:00:00:00:00', mtu=link.mtu,
-                                       up=False)  # it would be heard
-        except exceptions.KernelRefused as err:
-            yield findings.MACVLAN_IMPOSSIBLE.found(str(err).rstrip('.'))
-        finally:
-            os.close(reading)
-            os.close(hold)
-            os.waitpid(child, 0)
+            thread = other.submit(threading.get_native_id).result()
+            try:
+                netlink.create_macvlan(
+                    'break0-check', parent, '/proc/self/task/%d/ns/net' %
+                    thread, mac='02:00:00:00:00:00', mtu=parent.mtu,
+                    up=False)  # it would be heard
+            except exceptions.KernelRefused as err:
+                yield findings.MACVLAN_IMPOSSIBLE.found(str(err).rstrip('.'))
 
     def _names(self) -> Iterator[Finding]:
         options = self._options
         with kernel.Netlink() as netlink:
             link = netlink.link(options.device)
-            others = [route for route in netlink.routes().host
+            others = [route.dst for route in netlink.routes().host
                       if route.protocol == options.route_protocol
                       and not kernel.name_of(route.oif).startswith('break0')]
         if link is not None and (link.kind, link.mode) != ('macvlan',
@@ -140,11 +127,9 @@ class Preconditions:
         if others:
             yield findings.PROTOCOL_TAKEN.found(
                 '%d routes of other programs have the number %d' % (
-                    len(others), options.route_protocol),
-                [route.dst for route in others])
+                    len(others), options.route_protocol), others)
         if options.guard == config.AUTO and not guard.is_installed():
-            yield findings.GUARD_UNAVAILABLE.found(
-                'there is no program nft')
+            yield findings.GUARD_UNAVAILABLE.found('there is no program nft')
         elif options.guard != config.OFF:
             reason = guard.against_egress()
             if reason is not None:

@@ -27,14 +27,18 @@ class Probe:
     :ivar misrouted: whether the kernel sends it elsewhere
     """
 
-    direction: str
+    is_to_pod: bool
     to: IPAddress
     path: Optional[kernel.Path]
     mac: Optional[str]
     state: Optional[str]
     times: tuple[Optional[float], ...]
     problem: Optional[str]
-    misrouted: bool = False
+    misrouted: bool
+
+    @property
+    def direction(self) -> str:
+        return 'node to pod' if self.is_to_pod else 'pod to node'
 
     @property
     def answered(self) -> list[float]:
@@ -42,19 +46,18 @@ class Probe:
         return [time for time in self.times if time is not None]
 
 
+@dataclasses.dataclass(frozen=True)
 class Prober:
     """Probes one address of a pod.
 
-    :param count: pings in each direction
-    :param timeout: seconds to wait for each
-    :param port: what to connect to by TCP, in place of pings
+    :ivar count: pings in each direction
+    :ivar timeout: seconds to wait for each
+    :ivar port: what to connect to by TCP, in place of pings
     """
 
-    def __init__(self, count: int, timeout: float,
-                 port: Optional[int] = None) -> None:
-        self._count = count
-        self._timeout = timeout
-        self._port = port
+    count: int
+    timeout: float
+    port: Optional[int] = None
 
     def from_node(self, address: IPAddress, device: str,
                   mac: Optional[str]) -> Probe:
@@ -64,7 +67,7 @@ class Prober:
         :param mac: that of the pod; None if it is not known
         :raises Break0Error: if the kernel cannot be asked
         """
-        return self._probe('node to pod', address, device, mac)
+        return self._probe(address, device, mac)
 
     def from_pod(self, address: IPAddress, netns: str,
                  namespace: Optional[NamespaceId],
@@ -75,38 +78,36 @@ class Prober:
         :raises Break0Error: if the kernel cannot be asked
         """
         with kernel.entered(netns, namespace):
-            return [self._probe('pod to node', host, None, node.mac)
+            return [self._probe(host, None, node.mac)
                     for host in node.addresses
                     if host.version == address.version]
 
-    def _probe(self, direction: str, to: IPAddress, device: Optional[str],
+    def _probe(self, to: IPAddress, device: Optional[str],
                mac: Optional[str]) -> Probe:
-        """From the namespace of this thread.
+        """Probe from the namespace of this thread.
 
-        :param device: what it is to go through; None for any interface
+        :param device: the break0 to a pod; None from a pod
         :param mac: what it is to be sent to; None for any
         """
         with kernel.Netlink() as netlink:
             link = netlink.link(device) if device is not None else None
             vrf = link.vrf.ifindex if link is not None and link.vrf else 0
             path = netlink.path_to(to, vrf)
-            times = (probes.ping(to, self._count, self._timeout, vrf)
-                     if self._port is None else probes.connect(
-                         to, self._port, self._count, self._timeout, vrf))
+            times = (probes.ping(to, self.count, self.timeout, vrf)
+                     if self.port is None else probes.connect(
+                         to, self.port, self.count, self.timeout, vrf))
             found, state = (None, None) if path is None else netlink.neighbour(
                 path.ifindex, path.gateway or to)
-        problem, misrouted = None, True
-        answered = sum(time is not None for time in times)
         if path is None:
             problem = 'there is no route to it'
-        elif device is not None and path.device != device:
+        elif device not in (None, path.device):
             problem = 'it does not go through %s' % device
-        elif mac is not None and found is not None and found != mac:
+        elif mac is not None and found not in (None, mac):
             problem = 'it is sent to %s, but should be to %s' % (found, mac)
         else:
-            misrouted = False
-            if answered < len(times):
-                problem = '%d of %d were not answered' % (
-                    len(times) - answered, len(times))
-        return Probe(direction, to, path, found, state, tuple(times), problem,
-                     misrouted)
+            problem = ''
+        lost = times.count(None)
+        return Probe(
+            device is not None, to, path, found, state, tuple(times),
+            problem or ('%d of %d were not answered' % (lost, len(times))
+                        if lost else None), bool(problem))

@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
 import sys
-from typing import Iterator, Optional
+from typing import Iterator
 
 from kuryr_break0 import config
 from kuryr_break0.doctor import findings
@@ -23,8 +24,7 @@ _IN_MEMORY = ('tmpfs', 'ramfs', 'devtmpfs')
 
 def check_directory(options: config.Options) -> Iterator[Finding]:
     """Examine the state directory. It need not exist yet."""
-    path = options.state_dir
-    there = path
+    path = there = options.state_dir
     while not os.path.lexists(there):
         there = os.path.dirname(there)
     if not os.path.isdir(there):
@@ -46,10 +46,9 @@ def check_directory(options: config.Options) -> Iterator[Finding]:
     if kind not in _IN_MEMORY:
         yield findings.STATE_DIR_PERSISTENT.found(
             '%s is on %s, which is %s' % (path, mount, kind))
-    if there != path:
-        return
-    found = os.stat(path)
-    if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+    found = os.stat(there)
+    if there == path and (found.st_uid != os.geteuid()
+                          or found.st_mode & 0o077):
         yield findings.STATE_DIR_MODE.found(
             '%s belongs to user %d and has mode %04o' % (
                 path, found.st_uid, stat.S_IMODE(found.st_mode)), path=path)
@@ -74,15 +73,12 @@ def _mount_of(path: str) -> tuple[str, str]:
 
 def check_ledger(node: Node, host: Host) -> Iterator[Finding]:
     """Examine the records, the lock and the agent."""
-    contents = node.contents
-    if contents.damaged:
-        yield findings.LEDGER_DAMAGED.found(
-            'records cannot be read: ' + next(iter(
-                contents.damaged.values())), contents.damaged)
-    if contents.newer:
-        yield findings.LEDGER_NEWER.found(
-            'records cannot be read: ' + next(iter(contents.newer.values())),
-            contents.newer, python=sys.executable)
+    contents, ledger = node.seen.contents, node.ledger
+    for kind, unreadable in ((findings.LEDGER_DAMAGED, contents.damaged),
+                             (findings.LEDGER_NEWER, contents.newer)):
+        if unreadable:
+            yield kind.found('records cannot be read: ' + next(iter(
+                unreadable.values())), unreadable, python=sys.executable)
     if contents.quarantined:
         yield findings.LEDGER_QUARANTINED.found(
             'records were moved to quarantine', contents.quarantined,
@@ -90,10 +86,9 @@ def check_ledger(node: Node, host: Host) -> Iterator[Finding]:
     if not node.lock_free:
         yield findings.LOCK_HELD.found(
             'the lock %s was not free for seconds; %s has it' % (
-                node.ledger.lock_path,
-                _holder(node.ledger.lock_path)),
-            path=node.ledger.lock_path)
-    silent = node.ledger.heartbeat.age()
+                ledger.lock_path, _holder(ledger.lock_path)),
+            path=ledger.lock_path)
+    silent = ledger.heartbeat.age()
     if silent is None:
         yield findings.AGENT_NOT_RUNNING.found(
             'no agent uses the state directory %s' % node.options.state_dir,
@@ -101,9 +96,9 @@ def check_ledger(node: Node, host: Host) -> Iterator[Finding]:
     elif silent > node.options.patience:
         yield findings.AGENT_STUCK.found(
             'the agent has not ended a sync for %d s; it is %s'
-            % (silent, _holder(node.ledger.heartbeat.path)),
-            path=node.ledger.heartbeat.path)
-    gone = [record for record in node.gone
+            % (silent, _holder(ledger.heartbeat.path)),
+            path=ledger.heartbeat.path)
+    gone = [record for record in node.seen.gone
             if record.address not in node.changing]
     if gone:
         yield findings.SANDBOX_GONE.found(
@@ -121,18 +116,12 @@ def _holder(path: str) -> str:
     place = '%02x:%02x:%d' % (os.major(found.st_dev),
                               os.minor(found.st_dev), found.st_ino)
     with open('/proc/locks') as locks:
-        for line in locks:
+        for fields in map(str.split, locks):
             # 1: FLOCK  ADVISORY  WRITE 1234 00:19:567 0 EOF
-            fields = line.split()
             if fields[1] == 'FLOCK' and place in fields:
-                return 'process %s (%s)' % (
-                    fields[4], _command(fields[4]) or 'unknown')
+                command = ''
+                with contextlib.suppress(OSError), open(
+                        '/proc/%s/cmdline' % fields[4]) as file:
+                    command = file.read().replace('\0', ' ').strip()
+                return 'process %s (%s)' % (fields[4], command or 'unknown')
     return 'a process of another container'
-
-
-def _command(pid: str) -> Optional[str]:
-    try:
-        with open('/proc/%s/cmdline' % pid) as file:
-            return file.read().replace('\0', ' ').strip()
-    except OSError:
-        return None

@@ -50,38 +50,31 @@ def as_text(findings: list[Finding], not_examined: Sequence[str] = (),
             ' Examined: %(entered)d of %(pods)d pods from inside, and the '
             'routing of %(looked_up)d of %(addresses)d addresses.'
             % counts)
-    blocks += ['\n'.join(_wrapped(each, 'Not examined: ', ' ' * 14)
-                         for each in not_examined)] if not_examined else []
-    return '\n\n'.join([*blocks, _wrapped(summary, '', '')])
+    if not_examined:
+        blocks.append('\n'.join(_wrapped(each, 'Not examined: ')
+                                for each in not_examined))
+    return '\n\n'.join([*blocks, _wrapped(summary)])
 
 
 def _block(finding: Finding) -> str:
     seen = finding.seen
     if not all(subject in seen for subject in finding.subjects):
-        seen += ': ' + _some(finding.subjects)
+        more = len(finding.subjects) - _SHOWN
+        seen += ': ' + ', '.join(finding.subjects[:_SHOWN]) + (
+            ' and %d more' % more if more > 0 else '')
+    # Commands are never broken, so that they can be pasted.
     lines = ['%s: %s' % (finding.severity, finding.id),
-             _paragraph('seen', seen + '.'),
-             _paragraph('why', finding.why),
-             _paragraph('do', finding.remedy)]
-    # Never broken, so that they can be pasted.
-    lines += ['          ' + command for command in finding.commands[:_SHOWN]]
+             _wrapped(seen + '.', '  seen  '),
+             _wrapped(finding.why, '  why   '),
+             _wrapped(finding.remedy, '  do    '),
+             *('          ' + each for each in finding.commands[:_SHOWN])]
     if len(finding.commands) > _SHOWN:
         lines.append('          # and %d more, see --json' %
                      (len(finding.commands) - _SHOWN))
     return '\n'.join(lines)
 
 
-def _some(subjects: tuple[str, ...]) -> str:
-    shown = ', '.join(subjects[:_SHOWN])
-    more = len(subjects) - _SHOWN
-    return shown + (' and %d more' % more if more > 0 else '')
-
-
-def _paragraph(label: str, text: str) -> str:
-    return _wrapped(text, '  %-4s  ' % label, '        ')
-
-
-def _wrapped(text: str, first: str, later: str) -> str:
-    return textwrap.fill(text, _WIDTH, initial_indent=first,
-                         subsequent_indent=later, break_long_words=False,
-                         break_on_hyphens=False)
+def _wrapped(text: str, label: str = '') -> str:
+    return textwrap.fill(text, _WIDTH, initial_indent=label,
+                         subsequent_indent=' ' * len(label),
+                         break_long_words=False, break_on_hyphens=False)

@@ -39,23 +39,20 @@ def check_drop_ins(name: str) -> Iterator[Finding]:
     """Look what they will do to a break0 that is not there yet."""
     found = list(_check_foreign_routes([(name, '')]))
     yield from found
-    if not found and os.path.isdir(_NETWORKD_LINKS) and not _file_for(
-            'network', name, '')[0]:
-        yield _drop_in_missing('systemd-networkd is', name,
-                               findings.NETWORKD_MANAGES.commands[0])
-    if os.path.isdir(_NETWORKMANAGER_DEVICES) and not any(
-            'interface-name:' + name in line for directory
-            in _NETWORKMANAGER for path in glob.glob(os.path.join(
-                directory, 'NetworkManager', 'conf.d', '*.conf'))
-            for line in _lines(path)):
-        yield _drop_in_missing('NetworkManager is', name,
-                               findings.NETWORKMANAGER_MANAGES.commands[1])
-
-
-def _drop_in_missing(who: str, name: str, command: str) -> Finding:
-    return findings.DROP_IN_MISSING.found(
-        '%s on this node, and no file names %s' % (who, name),
-        command=command % {'device': name})
+    for who, there, is_known, command in (
+            ('systemd-networkd', _NETWORKD_LINKS,
+             found or _file_for('network', name, '')[0],
+             findings.NETWORKD_MANAGES.commands[0]),
+            ('NetworkManager', _NETWORKMANAGER_DEVICES, any(
+                'interface-name:' + name in line
+                for directory in _NETWORKMANAGER for path in glob.glob(
+                    directory + '/NetworkManager/conf.d/*.conf')
+                for line in _lines(path)),
+             findings.NETWORKMANAGER_MANAGES.commands[1])):
+        if os.path.isdir(there) and not is_known:
+            yield findings.DROP_IN_MISSING.found(
+                '%s is on this node, and no file names %s' % (who, name),
+                command=command % {'device': name})
 
 
 def _check_foreign_routes(devices: Iterable[tuple[str, str]]
@@ -64,7 +61,7 @@ def _check_foreign_routes(devices: Iterable[tuple[str, str]]
 
     By one that is for other interfaces only, nothing is done to it.
     """
-    where = manages_foreign_routes()
+    where = _manages_foreign_routes()
     if where is None or not os.path.isdir(_NETWORKD_LINKS):
         return
     for name, mac in devices:
@@ -79,40 +76,30 @@ def _check_foreign_routes(devices: Iterable[tuple[str, str]]
 
 
 def _check_link(link: kernel.Link) -> Iterator[Finding]:
-    state = dict(_assignments(_lines(
-        os.path.join(_NETWORKD_LINKS, str(link.index)))))
-    if state.get('ADMIN_STATE', '') not in _NETWORKD_LEAVES_ALONE:
+    networkd, manager = (
+        dict(_assignments(_lines('%s/%d' % (directory, link.index))))
+        for directory in (_NETWORKD_LINKS, _NETWORKMANAGER_DEVICES))
+    state = networkd.get('ADMIN_STATE', '')
+    if state not in _NETWORKD_LEAVES_ALONE:
         yield findings.NETWORKD_MANAGES.found(
             'systemd-networkd has %s as %s, by %s' % (
-                link.name, state['ADMIN_STATE'],
-                state.get('NETWORK_FILE') or 'an unknown file'),
+                link.name, state,
+                networkd.get('NETWORK_FILE') or 'an unknown file'),
             device=link.name)
-    state = dict(_assignments(_lines(
-        os.path.join(_NETWORKMANAGER_DEVICES, str(link.index)))))
-    if _is_true(state.get('managed', '')):
+    if _is_true(manager.get('managed', '')):
         yield findings.NETWORKMANAGER_MANAGES.found(
             'NetworkManager has %s (interface %d) as managed' % (
                 link.name, link.index), device=link.name)
-    path, setting = _link_file(link)
-    if setting is not None:
-        yield findings.UDEV_SETS_MAC.found(
-            '%s matches %s and has %s' % (path, link.name, setting),
-            device=link.name)
-
-
-def _link_file(link: kernel.Link) -> tuple[str, Optional[str]]:
-    """Return the .link file of an interface, and how it sets a MAC address.
-
-    A policy "persistent" does not count: it leaves an interface alone that
-    was created with a MAC address, as break0 is (systemd.link(5)).
-    """
+    # A policy "persistent" does not count: it leaves an interface alone that
+    # was created with a MAC address, as break0 is (systemd.link(5)).
     path, lines = _file_for('link', link.name, link.mac)
-    settings = dict(_assignments(lines, 'Link'))
-    if settings.get('MACAddress'):
-        return path, 'MACAddress=' + settings['MACAddress']
-    if settings.get('MACAddressPolicy') == 'random':
-        return path, 'MACAddressPolicy=random'
-    return '', None
+    for key, value in dict(_assignments(lines, 'Link')).items():
+        if key == 'MACAddress' or (key, value) == ('MACAddressPolicy',
+                                                   'random'):
+            yield findings.UDEV_SETS_MAC.found(
+                '%s matches %s and has %s=%s' % (path, link.name, key, value),
+                device=link.name)
+            return
 
 
 def _file_for(suffix: str, name: str, mac: str) -> tuple[str, list[str]]:
@@ -121,19 +108,22 @@ def _file_for(suffix: str, name: str, mac: str) -> tuple[str, list[str]]:
     The first that matches is applied, by the names of the files. If it is in
     doubt whether one does, none is returned.
     """
-    paths: dict[str, str] = {}
-    for directory in _SYSTEMD:
-        for path in glob.glob(os.path.join(directory, 'network',
-                                           '*.' + suffix)):
-            paths.setdefault(os.path.basename(path), path)
-    for _, path in sorted(paths.items()):
+    for path in _files('network', '*.' + suffix):
         lines = list(_lines(path))
         matches = [_matches(key, value, name, mac) for key, value
                    in _assignments(lines, 'Match')]
-        if not lines or False in matches:
-            continue  # an empty file is how one is masked
-        return ('', []) if None in matches else (path, lines)
+        if lines and False not in matches:  # an empty file masks one
+            return ('', []) if None in matches else (path, lines)
     return '', []
+
+
+def _files(directory: str, pattern: str) -> list[str]:
+    """Return files of systemd, of each name the one that hides the others."""
+    found: dict[str, str] = {}
+    for place in _SYSTEMD:
+        for path in glob.glob(os.path.join(place, directory, pattern)):
+            found.setdefault(os.path.basename(path), path)
+    return [path for _, path in sorted(found.items())]
 
 
 def _matches(key: str, value: str, name: str, mac: str) -> Optional[bool]:
@@ -143,21 +133,20 @@ def _matches(key: str, value: str, name: str, mac: str) -> Optional[bool]:
               'PermanentMACAddress': ''}.get(key)
     if actual is None:
         return None
-    negated = value.startswith('!')
-    return negated != any(fnmatch.fnmatchcase(actual, pattern) for pattern
-                          in value.lstrip('!').split())
+    return value.startswith('!') != any(
+        fnmatch.fnmatchcase(actual, pattern)
+        for pattern in value.lstrip('!').split())
 
 
-def manages_foreign_routes() -> Optional[str]:
+def _manages_foreign_routes() -> Optional[str]:
     """Return what makes networkd delete routes of other programs.
 
     None also where networkd's files are not at hand, as in a container.
     """
     value, where = True, 'by default'
-    files = list(_configuration('networkd.conf'))
-    if not files and not any(os.path.exists(
-            os.path.join(directory, 'systemd-networkd'))
-            for directory in _SYSTEMD):
+    files = [*_files('', 'networkd.conf'),
+             *_files('networkd.conf.d', '*.conf')]
+    if not files and not _files('', 'systemd-networkd'):
         return None
     for path in files:
         for key, text in _assignments(_lines(path), 'Network'):
@@ -166,27 +155,11 @@ def manages_foreign_routes() -> Optional[str]:
     return where if value else None
 
 
-def _configuration(name: str) -> Iterator[str]:
-    """Return the files of a configuration of systemd, in their order."""
-    for directory in _SYSTEMD:
-        path = os.path.join(directory, name)
-        if os.path.exists(path):
-            yield path
-            break
-    drop_ins: dict[str, str] = {}
-    for directory in _SYSTEMD:
-        for path in glob.glob(os.path.join(directory, name + '.d', '*.conf')):
-            drop_ins.setdefault(os.path.basename(path), path)
-    for _, path in sorted(drop_ins.items()):
-        yield path
-
-
 def _lines(path: str) -> Iterator[str]:
     """Return the lines of a file without comments; none without a file."""
     try:
         with open(path, errors='replace') as file:
-            for line in file:
-                line = line.strip()
+            for line in map(str.strip, file):
                 if line and line[0] not in '#;':
                     yield line
     except OSError:

@@ -14,8 +14,7 @@ import contextlib
 import re
 import subprocess
 import time
-from typing import (Callable, ContextManager, Iterable, Iterator, NamedTuple,
-                    Optional)
+from typing import (Callable, ContextManager, Iterator, NamedTuple, Optional)
 
 from kuryr_break0.doctor import firewall
 from kuryr_break0 import exceptions
@@ -25,26 +24,24 @@ from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Record
 
 _TABLE = 'break0-trace'
+_MARK = '''\
+        {family} saddr {address} meta nftrace set 1
+        {family} daddr {address} meta nftrace set 1
+'''
 _RULES = '''\
 table inet {table} {{
     chain prerouting {{
         type filter hook prerouting priority -400; policy accept;
-        {family} saddr {address} meta nftrace set 1
-        {family} daddr {address} meta nftrace set 1
-    }}
+{mark}    }}
     chain output {{
         type filter hook output priority -400; policy accept;
-        {family} saddr {address} meta nftrace set 1
-        {family} daddr {address} meta nftrace set 1
-    }}
+{mark}    }}
 }}
 table netdev {table} {{
     chain ingress {{
         type filter hook ingress device "{device}" priority -500;
         policy accept;
-        {family} saddr {address} meta nftrace set 1
-        {family} daddr {address} meta nftrace set 1
-    }}
+{mark}    }}
 }}
 '''
 #: Seconds until nft has printed what it heard, and for anything that it does.
@@ -107,66 +104,56 @@ class Trace:
 
     def explain(self) -> Iterator[str]:
         """Return what is to be said, if packets were not answered."""
-        yield from self.dropped
         if self.dropped:
-            return
-        if not self.is_complete:
+            yield from self.dropped
+        elif not self.is_complete:
             yield ('no rule of iptables dropped it. More can be said only '
                    'with the program nft')
-            return
-        yield ('no rule of nftables dropped it. It was seen: %s. Between the '
-               'last of these and the next, the kernel dropped it for '
-               'another reason: rp_filter, a neighbour or an interface; '
-               'see kuryr-break0 doctor' % (', '.join(self.seen)
-                                            or 'nowhere'))
+        else:
+            yield ('no rule of nftables dropped it. It was seen: %s. Between '
+                   'the last of these and the next, the kernel dropped it '
+                   'for another reason: rp_filter, a neighbour or an '
+                   'interface; see kuryr-break0 doctor' % (
+                       ', '.join(self.seen) or 'nowhere'))
 
     def read(self, place: Place, address: IPAddress, text: str) -> None:
         """Take in what ``nft monitor trace`` has printed."""
-        to_pod: dict[str, bool] = {}
-        for line in text.splitlines():
-            found = _LINE.match(line)
-            if found is None:
-                continue
-            table, chain, what = found['table'], found['chain'], found['text']
-            if found['what'] == 'packet:':
-                to_pod[found['id']] = ('daddr %s ' % address) in what
-                if table.endswith(' ' + _TABLE):
-                    came_by = '%s, %s (%s)' % (
-                        'to the pod' if to_pod[found['id']]
-                        else 'from the pod', place.name, chain)
-                    if came_by not in self.seen:
-                        self.seen.append(came_by)
+        to_pod: set[str] = set()
+        for found in filter(None, map(_LINE.match, text.splitlines())):
+            number, table, chain, what, text = found.groups()
+            if what == 'packet:':
+                if 'daddr %s ' % address in text:
+                    to_pod.add(number)
+                came_by = '%s the pod, %s (%s)' % (
+                    'to' if number in to_pod else 'from', place.name, chain)
+                if table.endswith(' ' + _TABLE) and came_by not in self.seen:
+                    self.seen.append(came_by)
                 continue
             where = 'the table %s, chain %s, ' % (table, chain)
+            rule = re.sub(r'\s*\(verdict.*|counter packets \d+ bytes \d+ ',
+                          '', text)
             accept = '' if guard.PREFIX in table or not place.is_node else (
                 firewall.accept(table, chain, place.device,
-                                not to_pod.get(found['id'], False),
-                                found['what']))
-            if found['what'] == 'policy' and 'drop' in what:
+                                number not in to_pod, what))
+            if what == 'policy' and 'drop' in text:
                 self.dropped['%s the policy of %sdrops it' % (
                     place.name, where)] = accept
-            elif found['what'] == 'rule' and 'verdict drop' in what:
+            elif what == 'rule' and 'verdict drop' in text:
                 self.dropped['%s %sdrops it: %s' % (
-                    place.name, where, _plain(what))] = accept
-            elif found['what'] == 'rule' and firewall.rewrites(what):
+                    place.name, where, rule)] = accept
+            elif what == 'rule' and firewall.rewrites(text):
                 self.rewritten['%s %shas: %s' % (
-                    place.name, where, _plain(what))] = accept
+                    place.name, where, rule)] = accept
 
-    def count(self, place: Place, rules: Iterable[firewall.Rule]) -> None:
-        """Take in the rules whose counters have risen."""
-        for rule in rules:
-            comes_in = rule.chain in ('PREROUTING', 'INPUT') or (
-                ' -i ' in rule.text)
-            accept = (rule.accept(place.device, comes_in) if place.is_node
-                      else '')
-            if rule.drops:
-                self.dropped['%s %s' % (place.name, rule)] = accept
-            elif rule.rewrites:
-                self.rewritten['%s %s' % (place.name, rule)] = accept
-
-
-def _plain(rule: str) -> str:
-    return re.sub(r'\s*\(verdict.*|counter packets \d+ bytes \d+ ', '', rule)
+    def count(self, place: Place, rule: firewall.Rule) -> None:
+        """Take in a rule whose counter has risen."""
+        accept = rule.accept(
+            place.device, rule.chain in ('PREROUTING', 'INPUT')
+            or ' -i ' in rule.text) if place.is_node else ''
+        if rule.drops:
+            self.dropped['%s %s' % (place.name, rule)] = accept
+        elif firewall.rewrites(rule.text):
+            self.rewritten['%s %s' % (place.name, rule)] = accept
 
 
 @contextlib.contextmanager
@@ -195,15 +182,16 @@ def _counted_at(place: Place, address: IPAddress,
         before = firewall.counters(address.version)
     yield
     with contextlib.suppress(exceptions.NetnsUnusable), place.entered():
-        trace.count(place, firewall.risen(
-            before, firewall.counters(address.version), place.device))
+        for rule in firewall.risen(
+                before, firewall.counters(address.version), place.device):
+            trace.count(place, rule)
 
 
 @contextlib.contextmanager
 def _traced_at(nft: str, place: Place, address: IPAddress,
                trace: Trace) -> Iterator[None]:
-    rules = _RULES.format(table=_TABLE, device=place.device, address=address,
-                          family='ip' if address.version == 4 else 'ip6')
+    rules = _RULES.format(table=_TABLE, device=place.device, mark=_MARK.format(
+        address=address, family='ip' if address.version == 4 else 'ip6'))
     monitor: Optional[subprocess.Popen[str]] = None
     try:
         with place.entered():
@@ -232,15 +220,14 @@ def _wait_until_it_listens(monitor: subprocess.Popen[str]) -> None:
     """Wait for its socket to be in a group, as /proc/net/netlink shows it."""
     deadline = time.monotonic() + _TIMEOUT
     while time.monotonic() < deadline and monitor.poll() is None:
-        with contextlib.suppress(OSError, ValueError):
-            with open('/proc/%d/net/netlink' % monitor.pid) as file:
-                for line in file:
-                    # sk Eth Pid Groups ...
-                    _, protocol, port, groups, *_ = line.split()
-                    if (protocol, port) == (_NETLINK_NETFILTER,
-                                            str(monitor.pid)) and (
-                            int(groups, 16)):
-                        return
+        with contextlib.suppress(OSError, ValueError), open(
+                '/proc/%d/net/netlink' % monitor.pid) as file:
+            for line in file:
+                # sk Eth Pid Groups ...
+                _, protocol, port, groups, *_ = line.split()
+                if (protocol, port) == (_NETLINK_NETFILTER, str(
+                        monitor.pid)) and int(groups, 16):
+                    return
         time.sleep(0.02)
 
 

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import time
 from typing import Iterator, Sequence
 
+from kuryr_break0 import actual
 from kuryr_break0 import config
 from kuryr_break0 import containers
 from kuryr_break0.containers import Reason
@@ -13,9 +15,12 @@ from kuryr_break0.containers import Unserved
 from kuryr_break0.doctor import findings
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.host import Host
+from kuryr_break0.doctor.node import Node
 from kuryr_break0 import kernel
 from kuryr_break0.model import address_order
 
+#: Seconds within which a container is bound.
+_SETTLED = 1.0
 _KINDS = {
     Reason.MODE: findings.CONTAINER_MODE,
     Reason.OTHER_PARENT: findings.CONTAINER_OTHER_PARENT,
@@ -29,9 +34,17 @@ _KINDS = {
     Reason.PENDING: findings.CONTAINER_PENDING}
 
 
-def check(found: Sequence[Unserved], options: config.Options,
-          host: Host) -> Iterator[Finding]:
-    """Report them by what has to be done."""
+def check(node: Node, netlink: kernel.Netlink, host: Host
+          ) -> Iterator[Finding]:
+    """Report what is not bound, nor about to be, by what has to be done."""
+    found = containers.unserved(node.seen, node.ledger)
+    if found:
+        time.sleep(_SETTLED)
+        node.refresh()
+        still = set(map(str, containers.unserved(actual.read(
+            node.options, node.ledger, netlink), node.ledger)))
+        found = [each for each in found if str(each) in still
+                 and each.address not in node.changing]
     for kind in dict.fromkeys(_KINDS.values()):
         some = [each for each in found if _KINDS[each.reason] is kind]
         if some:
@@ -40,7 +53,7 @@ def check(found: Sequence[Unserved], options: config.Options,
                 [each.address or '%s in %s' % (each.macvlan.link.name,
                                                each.macvlan.netns)
                  for each in some],
-                commands=_commands(kind, some, options, host))
+                commands=_commands(kind, some, node.options, host))
 
 
 def _commands(kind: findings.Kind, found: Sequence[Unserved],
@@ -69,8 +82,6 @@ def _commands(kind: findings.Kind, found: Sequence[Unserved],
 def _with_networks(found: Sequence[Unserved],
                    options: config.Options) -> str:
     new = {containers.network_of(each.address) for each in found
-           if each.address is not None}
-    return ','.join(map(str, (
-        *options.allowed_cidrs, *sorted(
-            new - {*options.allowed_cidrs},
-            key=lambda each: address_order(each.network_address)))))
+           if each.address is not None} - {*options.allowed_cidrs}
+    return ','.join(map(str, (*options.allowed_cidrs, *sorted(
+        new, key=lambda each: address_order(each.network_address)))))
