@@ -19,6 +19,8 @@ from kuryr_break0 import policy
 from kuryr_break0.snapshot import Parent
 
 _ARP_FILTER = 'ipv4/conf/%s/arp_filter'
+#: Seconds for who has an address to say so.
+_ASKED = 1.5
 
 
 def check_parent(node: Node, seen: Parent) -> Iterator[Finding]:
@@ -142,6 +144,39 @@ def _check_addresses(node: Node, seen: Parent) -> Iterator[Finding]:
                 *('ip address delete %s dev %s' % (address, seen.device)
                   for address in sorted(map(str, strange))),
                 'kuryr-break0 sync'])
+
+
+def check_addr(node: Node, seen: Parent, netlink: kernel.Netlink,
+               ask: bool) -> Iterator[Finding]:
+    """Look for addresses of [break0] addr that were the node's, and are not.
+
+    One that break0 alone has is fine in a network of the parent, until
+    another host has it.
+
+    :param ask: ask the LAN for that
+    """
+    if seen.parent is None or seen.device != node.options.device:
+        return
+    addresses = netlink.addresses()
+    known = {address.version for index, address in addresses
+             if index == seen.parent.index and not address.is_link_local}
+    alone = {*seen.addresses} - {address for index, address in addresses
+                                 if index != seen.index}
+    for address in node.options.addr:
+        if address not in alone or address.version not in known:
+            continue
+        # Of its own the kernel would say that it is local.
+        why = ''
+        if not netlink.is_on_link(type(address)(int(address) ^ 1)):
+            why = 'it is in no network of %s' % seen.name
+        elif ask:
+            for mac in kernel.claimants(seen.name, address, _ASKED):
+                why = 'it is at %s on the LAN' % mac
+        if why:
+            yield findings.BREAK0_ADDR_STALE.found(
+                '[break0] addr is %s, but no other interface of the node has '
+                'it, and %s' % (address, why), address=address,
+                device=seen.device)
 
 
 def _check_answers(name: str) -> Iterator[Finding]:

@@ -82,7 +82,7 @@ def examine(conf: cfg.ConfigOpts, probe: bool = True,
             return  # without it nothing can be compared
         with kernel.Netlink() as netlink:
             node = Node(options, netlink, PATIENCE, over)
-            _examine_node(node, netlink, done, host)
+            _examine_node(node, netlink, done, host, probe)
             if node.live and probe:
                 done.findings[:0] = _ping(node, done)
             elif node.live:
@@ -133,14 +133,14 @@ def _examined(conf: cfg.ConfigOpts, check: Callable[
 
 
 def _examine_node(node: Node, netlink: kernel.Netlink, done: Examination,
-                  host: Host) -> None:
+                  host: Host, probe: bool) -> None:
     counts, parents = done.counts, node.seen.parents.values()
     counts.update(addresses=len(node.live), pods=len(node.pods()))
     done.findings += records.check_ledger(node, host)
     done.findings += routes.check_addresses(node)
     done.findings += unserved.check(node, netlink, host)
     for parent in parents:
-        _examine_parent(node, parent, netlink, done)
+        _examine_parent(node, parent, netlink, done, probe)
     done.findings += services.check(
         [each.present for each in parents if each.present is not None])
     for what, some, whole in (
@@ -154,7 +154,7 @@ def _examine_node(node: Node, netlink: kernel.Netlink, done: Examination,
 
 
 def _examine_parent(node: Node, parent: Parent, netlink: kernel.Netlink,
-                    done: Examination) -> None:
+                    done: Examination, probe: bool) -> None:
     useless = [*device.check_parent(node, parent)] or [
         *device.check_existence(node, parent)]
     done.findings += useless
@@ -166,6 +166,7 @@ def _examine_parent(node: Node, parent: Parent, netlink: kernel.Netlink,
         return
     done.findings += device.check_owner(node, parent)
     done.findings += device.check_properties(node, parent)
+    done.findings += device.check_addr(node, parent, netlink, probe)
     done.findings += device.check_others(
         parent, netlink, {each.device for each in node.seen.parents.values()})
     done.findings += routes.check_sources(node, parent)

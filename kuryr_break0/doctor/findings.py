@@ -431,6 +431,16 @@ BREAK0_ADDRESSES = Kind(
     'traffic to its prefix, and the LAN gets answers for it.',
     'Delete the other addresses. Sync adds those that are missing.')
 
+BREAK0_ADDR_STALE = Kind(
+    'break0-addr-stale', WARNING,
+    'No other interface of the node has an address of [break0] addr, and it '
+    'is in no network of the parent, or another host on the LAN has it.',
+    'The node had it when addr was set. Now it answers the LAN for an address '
+    'that is not its own.',
+    'Set [break0] addr in kuryr.conf to addresses that the node has, or not '
+    'at all. ' + _RESTART + ' Then delete the old one.',
+    ('ip address delete %(address)s dev %(device)s',))
+
 BREAK0_ANSWERS_LAN = Kind(
     'break0-answers-lan', ERROR,
     'break0 answers ARP requests from the LAN for addresses of the node '
@@ -768,9 +778,8 @@ SOURCE_KEPT = Kind(
     'What the node forwards to its pods, as for clients of a VPN, leaves by '
     'break0, so the rule does not match it. Pods answer by their gateway, '
     'unless that has a route to the clients.',
-    'If such clients do not reach pods, add a rule for break0 too.',
-    ('iptables -t nat -A POSTROUTING -o %(device)s ! -s 127.0.0.0/8 '
-     '-m addrtype ! --src-type LOCAL -j MASQUERADE',))
+    'If such clients do not reach pods, add the same rule for break0, but for '
+    'what the node itself sends.', ('%(command)s',))
 
 FIREWALL_RESTRICTS = Kind(
     'firewall-restricts', NOTE,

@@ -135,19 +135,33 @@ def _parsed(text: str, program: str) -> Iterator[tuple[Rule, int]]:
             yield Rule(program, table, rule[3], rule[2], place), int(rule[1])
 
 
-def masquerading(parent: str, device: str) -> Optional[str]:
+def masquerading(parent: str, device: str) -> Optional[tuple[str, str]]:
     """Return a rule that rewrites what leaves by a parent, if any.
 
-    None too if there is one for the device on it.
+    With the command that adds it for the device on it, but for what the node
+    itself sends, which has no address there. None if that has one.
     """
-    out = r'(?:-o|oif(?:name)?) "?%s"?\s'
-    by_parent, by_device = (re.compile(out % re.escape(name))
-                            for name in (parent, device))
-    lines = [line.strip() for text in _rulesets()
-             for line in text.splitlines() if rewrites(line)]
-    if any(map(by_device.search, lines)):
+    out = r'(-o|oif(?:name)?) "?%s"?(?=\s)'
+    named = re.compile(out % re.escape(parent))
+    if any(re.search(out % re.escape(device), line) and rewrites(line)
+           for text in _rulesets() for line in text.splitlines()):
         return None
-    return next(filter(by_parent.search, lines), None)
+    for program in (*(['iptables-legacy'] if _is_legacy_in_use(4) else []),
+                    'iptables'):
+        for line in (_run(program + '-save', '-t', 'nat') or '').splitlines():
+            if named.search(line) and rewrites(line):
+                return line, '%s -t nat %s' % (program, named.sub(
+                    r'\1 %s -m addrtype ! --src-type LOCAL' % device, line))
+    place = ['', '']
+    for line in (_run('nft', 'list', 'ruleset') or '').splitlines():
+        words = line.split()
+        if words[:1] in (['table'], ['chain']):
+            place[words[0] == 'chain'] = ' '.join(words[1:-1])
+        elif named.search(line) and rewrites(line):
+            rule = named.sub('oifname %s fib saddr type != local' % device,
+                             plain(line.strip()))
+            return line.strip(), 'nft "add rule %s %s %s"' % (*place, rule)
+    return None
 
 
 def _has_ufw() -> bool:
@@ -159,6 +173,11 @@ def _rulesets() -> Iterator[str]:
     yield _run('nft', 'list', 'ruleset') or ''
     if _is_legacy_in_use(4):
         yield _run('iptables-legacy-save') or ''
+
+
+def plain(rule: str) -> str:
+    """Return a rule of nftables without its verdict and counter."""
+    return re.sub(r'\s*\(verdict.*|counter packets \d+ bytes \d+ ', '', rule)
 
 
 def _is_legacy_in_use(version: int) -> bool:

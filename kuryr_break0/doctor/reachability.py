@@ -270,8 +270,8 @@ class Pings:
             rule = firewall.masquerading(self._parent.name, device)
             if rule is not None:
                 yield findings.SOURCE_KEPT.found(
-                    'the node forwards, and has the rule: %s' % rule,
-                    device=device)
+                    'the node forwards, and has the rule: %s' % rule[0],
+                    command=rule[1])
 
 
 def _inside(record: Record) -> ContextManager[None]:

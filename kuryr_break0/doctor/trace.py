@@ -130,8 +130,7 @@ class Trace:
                     self.seen.append(came_by)
                 continue
             where = 'the table %s, chain %s, ' % (table, chain)
-            rule = re.sub(r'\s*\(verdict.*|counter packets \d+ bytes \d+ ',
-                          '', text)
+            rule = firewall.plain(text)
             accept = '' if guard.PREFIX in table or not place.is_node else (
                 firewall.accept(table, chain, place.device,
                                 number not in to_pod, what))

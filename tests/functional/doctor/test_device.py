@@ -102,6 +102,37 @@ class TestDevice(DoctorTestCase):
                                       '100.75.30.7', own))
         self.assertEqual({}, self.findings())
 
+    def test_a_configured_address_that_the_node_has_no_more(self) -> None:
+        addr = [lab.NODE]  # as by hand, for MASQUERADE
+        self.manager(addr=addr).sync()
+        self.assertEqual({}, self.findings(addr=addr))
+        self.lab.run('ip', 'address', 'del', lab.NODE + '/24', 'dev',
+                     lab.PARENT)
+        self.lab.run('ip', 'address', 'add', '100.75.30.52/24', 'dev',
+                     lab.PARENT)
+        self.manager(addr=addr).sync()
+        # As good as any other of its own, until somebody else has it.
+        self.assertEqual({}, self.findings(addr=addr))
+        self.lab.run('ip', 'address', 'add', lab.NODE + '/24', 'dev', 'nic',
+                     netns='lan')
+        self.assertEqual({}, self.findings(False, addr=addr))
+        self.assert_found('break0-addr-stale', 'on the LAN', addr=addr,
+                          severity='warning')
+        self.lab.run('ip', 'address', 'del', lab.NODE + '/24', 'dev', 'nic',
+                     netns='lan')
+        # Or in another network by now.
+        self.lab.run('ip', 'address', 'replace', '100.99.0.51/24', 'dev',
+                     lab.PARENT)
+        self.lab.run('ip', 'address', 'flush', 'dev', lab.PARENT, 'to',
+                     '100.75.30.0/24')
+        self.manager(addr=addr).sync()
+        found = self.findings(False, addr=addr)
+        self.assertIn('in no network of eth0',
+                      found['break0-addr-stale']['seen'])
+        # With addr taken out of the configuration.
+        self.follow(found['break0-addr-stale'])
+        self.assertNotIn('break0-addr-stale', self.findings(False))
+
     def test_parent_missing(self) -> None:
         self.lab.run('ip', 'link', 'del', lab.PARENT)
         self.assert_found('parent-missing', 'no interface eth0')

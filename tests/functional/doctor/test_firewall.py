@@ -201,14 +201,42 @@ class TestFirewall(DoctorTestCase):
         self.assertEqual({}, self.findings())
 
     def test_what_is_forwarded_keeps_its_source(self) -> None:
-        """As that of clients of a VPN, whose rule names the NIC."""
-        self.lab.run('iptables', '-t', 'nat', '-A', 'POSTROUTING', '-o',
-                     lab.PARENT, '-j', 'MASQUERADE')
-        self.assertEqual({}, self.findings())
-        self.sysctl('ipv4.ip_forward', 1)
-        self.follow(self.assert_found('source-kept', 'masquerade',
-                                      severity='note'))
-        self.assertEqual({}, self.findings())
+        """As that of clients of a VPN, whose rule names the NIC.
+
+        The pod answers by its gateway, which knows nothing of the client.
+        """
+        vpn = self.lab.add_netns('vpn')
+        self.lab.run('ip', 'link', 'add', 'tun0', 'type', 'veth', 'peer',
+                     'name', 'tun0', 'netns', os.path.basename(vpn))
+        for address, netns in (('10.8.0.1/24', None), ('10.8.0.2/24', 'vpn')):
+            self.lab.run('ip', 'address', 'add', address, 'dev', 'tun0',
+                         netns=netns)
+            self.lab.run('ip', 'link', 'set', 'tun0', 'up', netns=netns)
+        self.lab.run('ip', 'route', 'add', 'default', 'via', '10.8.0.1',
+                     netns='vpn')
+        legacy, native = ('-t', 'nat', '-A', 'POSTROUTING', '-s',
+                          '10.8.0.0/24', '-o', lab.PARENT, '-j',
+                          'MASQUERADE'), (
+            'table ip vpn { chain out { type nat hook postrouting priority '
+            '100; ip saddr 10.8.0.0/24 oifname "eth0" counter masquerade; }; '
+            '}')
+        for program, *rule in (('nft', native), ('iptables-nft', *legacy),
+                               ('iptables-legacy', *legacy)):
+            with self.subTest(program):
+                self.sysctl('ipv4.ip_forward', 0)
+                self.lab.run(program, *rule)
+                self.assertEqual({}, self.findings())
+                self.sysctl('ipv4.ip_forward', 1)
+                self.assertFalse(self.lab.ping(POD4, 'vpn'))
+                finding = self.assert_found('source-kept', '10.8.0.0/24',
+                                            severity='note')
+                self.follow(finding)
+                self.assertTrue(self.lab.ping(POD4, 'vpn'))
+                self.assertEqual({}, self.findings())
+                if program == 'nft':
+                    self.nft('delete table ip vpn')
+                else:
+                    self.lab.run(program, '-t', 'nat', '-F')
 
     def test_other_interfaces(self) -> None:
         self.nft('table netdev t { chain c { type filter hook ingress device '
