@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Collection, Iterator
 
 from kuryr_break0 import config
@@ -15,6 +16,7 @@ from kuryr_break0.doctor.node import Node
 from kuryr_break0.guard import Guard
 from kuryr_break0.guard import said
 from kuryr_break0 import kernel
+from kuryr_break0.model import address_order
 from kuryr_break0 import policy
 from kuryr_break0.snapshot import Parent
 
@@ -218,11 +220,14 @@ def _check_guard(node: Node, seen: Parent) -> Iterator[Finding]:
     # Whoever is not to pass any more is reported for what is against it.
     known = {*node.seen.refused, *(each.address for each in node.seen.gone),
              *(route.dst for route in seen.plan.foreign)}
+    barred = sorted(node.settled(seen.guard_missing), key=address_order)
     texts = [seen.guard] if seen.guard is not None else list(said(
-        node.settled(seen.guard_missing),
-        node.settled(seen.guard_extra.keys() - known)))
+        barred, node.settled(seen.guard_extra.keys() - known)))
     if texts:
-        yield findings.GUARD_MISSING.found('%s: %s' % (seen.device, *texts))
+        found = findings.GUARD_MISSING.found(
+            '%s: %s' % (seen.device, *texts), barred)
+        yield dataclasses.replace(
+            found, severity=findings.ERROR) if barred else found
     elif node.options.guard == config.AUTO and not Guard(
             node.options, node.ledger, seen.device).is_possible:
         yield findings.GUARD_UNAVAILABLE.found(

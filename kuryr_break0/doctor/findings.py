@@ -158,6 +158,13 @@ STATE_DIR_UNUSABLE = Kind(
     'Make it writable for root, or set [break0] state_dir to a directory that '
     'is.', ('ls -ld %(path)s', 'findmnt --target %(path)s'))
 
+STATE_DIR_FULL = Kind(
+    'state-dir-full', ERROR,
+    'The file system of state_dir is full.',
+    'No record can be written, so no new pod is bound.',
+    'Find out what fills it, and make room.',
+    ('df -h %(path)s', 'df -i %(path)s', 'du -a %(path)s'))
+
 STATE_DIR_MODE = Kind(
     'state-dir-mode', WARNING,
     'state_dir belongs to another user than root, or others have access.',
@@ -473,7 +480,7 @@ GUARD_MISSING = Kind(
     'The nftables table of break0 is missing, was changed, or does not admit '
     'exactly the bound pods.',
     'Without it a pod can use the addresses of another one, and frames of '
-    'break0 can get on the wire.',
+    'break0 can get on the wire. It is an error if a pod is not admitted.',
     'Sync loads it again, and so does the agent. If it disappears again, '
     'find out what flushes the ruleset.', (_SYNC,))
 
@@ -560,7 +567,8 @@ ROUTE_NOT_USED = Kind(
     'elsewhere.',
     'Change or delete the rule, or add a rule before it. If [break0] '
     'route_table is not 254, a rule must lead to that table.',
-    ('ip route get %(get)s', 'ip rule show', 'ip -6 rule show'))
+    ('ip route get %(get)s', 'ip %(family)s route show table all %(address)s',
+     'ip %(family)s rule show'))
 
 NEIGHBOUR_MISSING = Kind(
     'neighbour-missing', WARNING,
@@ -602,10 +610,10 @@ PACKET_LOST = Kind(
     'A ping between node and pod does not arrive, or is sent elsewhere, and '
     'no rule of a firewall drops it.',
     'Node and pod cannot reach each other: a route in the pod, a routing '
-    'rule, a firewall mark or a sysctl is in the way.',
-    'Look at routes and rules, on the node and in the pod. The probe shows '
-    'where packets were seen.',
-    ('ip rule show', _TRACE))
+    'rule, a firewall mark, a sysctl or a queue (tc) is in the way.',
+    'Look at routes, rules and queues, on the node and in the pod. The probe '
+    'shows where packets were seen.',
+    ('ip rule show', 'tc qdisc show', _TRACE))
 
 ADDRESS_DUPLICATE = Kind(
     'address-duplicate', ERROR,
@@ -647,8 +655,9 @@ POD_UNREADABLE = Kind(
     'The namespace of a pod cannot be entered, or has no interface of the '
     'recorded name.',
     'The pod could not be examined.',
-    'Run the doctor where the namespaces of pods can be seen, for example in '
-    'the container of the agent. If the namespace is broken, delete the pod.')
+    'If the interface was renamed or replaced, start the agent, which follows '
+    'that, or bind the pod again. If the namespace is not seen from here, run '
+    'the doctor where it is, for example in the container of the agent.')
 
 POD_APART = Kind(
     'pod-apart', ERROR,
@@ -696,9 +705,9 @@ POD_NEIGHBOUR_WRONG = Kind(
 
 POD_ROUTE_MISSING = Kind(
     'pod-route-missing', WARNING,
-    'A pod in another subnet than its node has no route of its own to it.',
+    'A pod needs a route of its own to its node, and has none.',
     'The pod sends by its gateway, and the node answers directly. Firewalls '
-    'on the way see half of the traffic.',
+    'on the way see half of the traffic. It is an error without a gateway.',
     'Sync sets it again, and so does the agent by its timer. Only a process '
     'with NET_ADMIN in the pod can have deleted it.', (_SYNC,))
 
@@ -783,9 +792,9 @@ SOURCE_KEPT = Kind(
 
 FIREWALL_RESTRICTS = Kind(
     'firewall-restricts', NOTE,
-    'The firewall of the node drops a connection of a pod to a TCP port on '
-    'which nobody listens, or pings of pods, but not connections to services '
-    'of the node.',
+    'The firewall of the node, or of a pod, drops a connection of the pod to '
+    'a TCP port on which nobody listens. Or that of the node drops pings of '
+    'pods, but not connections to its services.',
     'Most firewalls accept only chosen ports, so this may be intended.',
     'If pods need more services of the node, such as DNS, accept their ports, '
     'or all that comes through break0.')

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Collection, Iterator, Optional, Sequence
+from typing import Collection, Iterator, Mapping, Optional, Sequence
 
 from kuryr_break0.doctor import findings
 from kuryr_break0.doctor.findings import Finding
@@ -35,7 +35,8 @@ class _Pod:
     :ivar missing: its addresses that the interface does not have
     :ivar is_apart: whether its interface can never reach break0
     :ivar mistaken: neighbours of the node that it needs, and what it has
-    :ivar astray: the addresses of the node that it goes to by a gateway
+    :ivar astray: the addresses of the node that it has no own route to, and
+        whether it goes there by a gateway
     :ivar error: why it could not be examined
     """
 
@@ -44,7 +45,8 @@ class _Pod:
     missing: tuple[IPAddress, ...] = ()
     is_apart: bool = False
     mistaken: tuple[tuple[Neighbour, Optional[str]], ...] = ()
-    astray: tuple[IPAddress, ...] = ()
+    astray: Mapping[IPAddress, bool] = dataclasses.field(
+        default_factory=dict)
     error: Optional[str] = None
 
     @property
@@ -159,8 +161,10 @@ def _look_inside(node: Node, parent: Parent,
             macs = {each.dst: each.mac
                     for each in netlink.neighbours(link.index)}
             needed = list(side.wanted(parent.node))
+            astray = {item.dst: netlink.lookup(item.dst) is not None
+                      for item in needed if isinstance(item, HostRoute)}
     except (exceptions.NetnsUnusable, exceptions.KernelRefused) as err:
-        return _Pod(records, error=str(err))
+        return _Pod(records, error=str(err).rstrip('.'))
     # The number of the namespace that its parent is in is of no use here.
     is_apart = (link.kind, link.mode, link.lower) != (
         'macvlan', 'bridge', parent.present and parent.present.lower)
@@ -172,7 +176,7 @@ def _look_inside(node: Node, parent: Parent,
         tuple((item, macs.get(item.dst)) for item in needed
               if isinstance(item, Neighbour)
               and macs.get(item.dst) != item.mac),
-        tuple(item.dst for item in needed if isinstance(item, HostRoute)))
+        astray)
 
 
 def _check_links(pods: list[_Pod], lower: Optional[int]
@@ -251,9 +255,13 @@ def _check_ways(node: Node, parent: Parent,
     """Look for pods that go to their node by a gateway."""
     is_strict = largest_sysctl('ipv4/conf/%s/rp_filter', 'all',
                                parent.name) == 1
-    astray = [(pod.record, host) for pod in pods for host in pod.astray]
-    dropped = [each for each in astray if is_strict and each[1].version == 4]
-    detour = [each for each in astray if each not in dropped]
+    by_gateway, nowhere = (
+        [(pod.record, host) for pod in pods
+         for host, has_gateway in pod.astray.items() if has_gateway is wanted]
+        for wanted in (True, False))
+    dropped = [each for each in by_gateway
+               if is_strict and each[1].version == 4]
+    detour = [each for each in by_gateway if each not in dropped]
     unconfigured = [
         (record, host) for record in parent.live.values()
         for host in (parent.node.addresses if parent.node else ())
@@ -270,8 +278,13 @@ def _check_ways(node: Node, parent: Parent,
             commands=[*(['kuryr-break0 sync'] if dropped else []),
                       *(['sysctl -w net/ipv4/conf/%s/rp_filter=2'
                          % parent.name] if unconfigured else [])])
-    if detour:
-        yield findings.POD_ROUTE_MISSING.found(
-            'the sandbox %s has no route of its own to the node %s' % (
-                detour[0][0].owner, detour[0][1]),
-            dict.fromkeys(record.address for record, _ in detour))
+    for some, way, severity in (
+            (nowhere, 'no route', findings.ERROR),
+            (detour, 'no route of its own', findings.WARNING)):
+        if some:
+            yield dataclasses.replace(findings.POD_ROUTE_MISSING.found(
+                'the sandbox %s has %s to the node %s' % (
+                    some[0][0].owner, way, some[0][1]),
+                dict.fromkeys(record.address for record, _ in some)),
+                severity=severity)
+            return

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import socket
@@ -86,12 +87,13 @@ class Pings:
             if record.address in self.silent:
                 yield self._explained(record, probe)
                 break
+        answering = [record for record in records
+                     if record.address not in self.silent]
+        yield from self._restricted(answering)
         # One of each version of IP, until there is something to report.
-        for check in (self._restricted, self._rewritten):
-            answering = {record.address.version: record for record in records
-                         if record.address not in self.silent}
-            yield from itertools.islice(itertools.chain.from_iterable(
-                map(check, answering.values())), 1)
+        yield from itertools.islice(itertools.chain.from_iterable(
+            map(self._rewritten, {record.address.version: record
+                                  for record in answering}.values())), 1)
 
     def _unanswered(self, record: Record) -> Optional[Probe]:
         """Return the probe without an answer that says most, if any."""
@@ -135,10 +137,7 @@ class Pings:
         found = self._traced(record, lambda: self._unanswered(record))
         is_traced = found is not None and found.is_complete
         arrived = found is not None and found.arrived(probe.is_to_pod)
-        # What our own guard drops is an effect of something else.
-        dropped = {text: accept for text, accept in (
-            found.dropped if found is not None else {}).items()
-            if ' %s-' % guard.PREFIX not in text}
+        dropped = _but_by_guard(found)
         accept = [each for each in dropped.values() if each]
         if dropped:
             return (findings.PACKET_DROPPED if not accept
@@ -153,7 +152,9 @@ class Pings:
         astray = str(probe.problem) if probe.misrouted else self._astray(
             record, probe)
         if astray is not None:
-            return findings.PACKET_LOST, astray, ()
+            return findings.PACKET_LOST, astray, () if probe.is_to_pod else [
+                'nsenter --net=%s ip route get %s' % (record.netns, probe.to),
+                'nsenter --net=%s ip route show table all' % record.netns]
         if arrived or not is_traced:
             ignoring = self._ignoring(record, probe.is_to_pod)
             if ignoring is not None:
@@ -165,8 +166,7 @@ class Pings:
                     record.address, ', '.join(claimants))), ()
         if found is not None and is_traced and not arrived:
             return findings.PACKET_LOST, '; '.join((
-                'it was seen %s' % (', '.join(found.seen) or 'nowhere'),
-                *found.dropped)), ()
+                'it was seen ' + found.way, *found.dropped)), ()
         return findings.PROBE_UNANSWERED, (
             '' if is_traced else 'its way could not be traced by nft'), ()
 
@@ -200,8 +200,8 @@ class Pings:
                 return ('the reply of the %s leaves nowhere: there is no '
                         'route to %s' % (who, path.source))
             if kernel.name_of(way.oif) != wanted:
-                return 'the reply of the %s leaves through %s' % (
-                    who, kernel.name_of(way.oif))
+                return 'the reply of the %s leaves through %s, to %s' % (
+                    who, kernel.name_of(way.oif), path.source)
         return None
 
     @staticmethod
@@ -227,26 +227,29 @@ class Pings:
                                            record.address, _ASKED))
         return []
 
-    def _restricted(self, record: Record) -> Iterator[Finding]:
-        """Try a connection, which a firewall may drop that lets pings pass."""
-        assert self._parent.node is not None
-        to = next((each for each in self._parent.node.addresses
-                   if each.version == record.address.version), None)
-        if to is None:
-            return
+    def _restricted(self, records: Sequence[Record]) -> Iterator[Finding]:
+        """Try connections, which a firewall may drop that lets pings pass."""
+        hosts = {each.version: each for each in reversed(
+            self._parent.node.addresses if self._parent.node else ())}
 
-        def is_lost() -> bool:
-            with _inside(record):
-                return probes.connect(to, _PORT, 1, _CONNECTED) == [None]
+        def is_lost(record: Record) -> bool:
+            to = hosts.get(record.address.version)
+            with contextlib.suppress(exceptions.NetnsUnusable), \
+                    _inside(record):
+                return to is not None and probes.connect(
+                    to, _PORT, 1, _CONNECTED) == [None]
+            return False
 
-        with contextlib.suppress(exceptions.NetnsUnusable):
-            found = self._traced(record, is_lost) if is_lost() else None
-            if found is not None and any(found.dropped.values()):
+        lost = next(filter(is_lost, records), None)
+        if lost is not None:
+            dropped = _but_by_guard(self._traced(
+                lost, functools.partial(is_lost, lost)))
+            if dropped:
                 yield findings.FIREWALL_RESTRICTS.found(
                     'pings pass, but a connection from the pod %s to TCP '
                     'port %d of the node does not: %s' % (
-                        record.address, _PORT, '; '.join(found.dropped)),
-                    commands=list(filter(None, found.dropped.values())))
+                        lost.address, _PORT, '; '.join(dropped)),
+                    commands=list(filter(None, dropped.values())))
 
     def _rewritten(self, record: Record) -> Iterator[Finding]:
         """Look which source address the pod sees."""
@@ -272,6 +275,16 @@ class Pings:
                 yield findings.SOURCE_KEPT.found(
                     'the node forwards, and has the rule: %s' % rule[0],
                     command=rule[1])
+
+
+def _but_by_guard(found: Optional[trace.Trace]) -> dict[str, str]:
+    """Return what dropped packets, and what lets them pass.
+
+    What our own guard drops is an effect of something else.
+    """
+    return {text: accept for text, accept in (
+        found.dropped if found is not None else {}).items()
+        if ' %s-' % guard.PREFIX not in text}
 
 
 def _inside(record: Record) -> ContextManager[None]:

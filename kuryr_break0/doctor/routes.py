@@ -61,8 +61,9 @@ def check_routes(node: Node, parent: Parent) -> Iterator[Finding]:
     """Compare the routes with the entries."""
     plan, table = parent.plan, node.options.route_table
     foreign = {route.dst: route for route in plan.foreign}
-    there = {route.dst for route in node.seen.routes.host
+    there = {route.dst: route for route in node.seen.routes.host
              if route.table == table}
+    wanted = {route.dst: route for route in plan.replace}
     lost = node.settled(route.dst for route in plan.replace
                         if route.dst not in foreign)
     missing = [address for address in lost if address not in there]
@@ -73,7 +74,9 @@ def check_routes(node: Node, parent: Parent) -> Iterator[Finding]:
                 parent.device, table), missing)
     if wrong:
         yield findings.ROUTE_WRONG.found(
-            'routes of pods are not as they were set', wrong)
+            'routes of pods are not as they were set: that of %s has %s' % (
+                wrong[0], _difference(there[wrong[0]], wanted[wrong[0]])),
+            wrong)
     in_the_way = node.settled(foreign)
     if in_the_way:
         route = foreign[in_the_way[0]]
@@ -90,6 +93,17 @@ def check_routes(node: Node, parent: Parent) -> Iterator[Finding]:
         yield findings.ROUTE_STALE.found(
             'there are routes through %s that no pod claims' % parent.device,
             stale)
+
+
+def _difference(found: HostRoute, wanted: HostRoute) -> str:
+    return ', '.join(
+        '%s %s, not %s' % each for each in (
+            ('the interface', kernel.name_of(found.oif),
+             kernel.name_of(wanted.oif)),
+            ('the protocol', found.protocol, wanted.protocol),
+            ('the source', found.src, wanted.src),
+            ('the metric', found.metric, wanted.metric))
+        if each[1] != each[2]) or 'another scope'
 
 
 def _deletion(route: HostRoute) -> str:
@@ -144,7 +158,7 @@ def check_use(node: Node, parent: Parent, netlink: kernel.Netlink,
         yield findings.ROUTE_NOT_USED.found(
             'addresses of pods are not reached through %s but %s; %d were '
             'looked up' % (parent.device, through, len(addresses)), settled,
-            get=get)
+            get=get, address=settled[0], family='-%d' % settled[0].version)
 
 
 def _way(way: Optional[kernel.Route]) -> str:

@@ -114,7 +114,14 @@ class Trace:
                    'the last of these and the next, the kernel dropped it '
                    'for another reason: rp_filter, a neighbour or an '
                    'interface; see kuryr-break0 doctor' % (
-                       ', '.join(self.seen) or 'nowhere'))
+                       self.way))
+
+    @property
+    def way(self) -> str:
+        """Return where packets came by, in the order of their way."""
+        return ', '.join(sorted(self.seen, key=lambda each: (
+            each.startswith('from'),
+            each.startswith('from') is ('on the node' in each)))) or 'nowhere'
 
     def read(self, place: Place, address: IPAddress, text: str) -> None:
         """Take in what ``nft monitor trace`` has printed."""

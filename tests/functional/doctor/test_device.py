@@ -62,6 +62,16 @@ class TestDevice(DoctorTestCase):
         self.follow(self.assert_found('break0-down'))
         self.assertEqual({}, self.findings())
 
+    def test_a_guard_that_does_not_admit_a_pod(self) -> None:
+        for name in ('pairs4', 'addresses4'):
+            self.lab.run('nft', 'flush', 'set', 'netdev',
+                         'kuryr-break0-break0', name)
+        self.assertFalse(self.lab.ping(POD4))
+        self.follow(self.assert_found('guard-missing', '2 pods too few',
+                                      POD4, OTHER4, severity='error'))
+        self.assertTrue(self.lab.ping(POD4))
+        self.assertEqual({}, self.findings())
+
     def test_mtu(self) -> None:
         self.lab.run('ip', 'link', 'set', 'break0', 'mtu', '1400')
         self.follow(self.assert_found('break0-mtu', '1400'))

@@ -104,6 +104,14 @@ class TestFirewall(DoctorTestCase):
                                       severity='note'))
         self.assertEqual({}, self.findings())
 
+    def test_a_pod_that_drops_all_but_pings(self) -> None:
+        self.lab.run('nft', 'table inet t { chain c { type filter hook input '
+                     'priority 0; meta l4proto tcp drop; }; }', netns='pod')
+        finding = self.assert_found(
+            'firewall-restricts', 'in the pod the table inet t, chain c, '
+            'drops it', severity='note')
+        self.assertEqual([], finding['commands'])
+
     def test_a_source_that_stays_what_it_is(self) -> None:
         self.nft('table ip ours { chain out { type nat hook postrouting '
                  'priority 100; ip daddr 100.75.30.0/24 snat to '

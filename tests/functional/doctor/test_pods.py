@@ -78,7 +78,7 @@ class TestPods(DoctorTestCase):
 
     def test_no_interface(self) -> None:
         self.lab.run('ip', 'link', 'del', 'eth0', netns='pod')
-        self.assert_found('pod-unreadable', 'no interface eth0',
+        self.assert_found('pod-unreadable', "' has no interface eth0",
                           'sandbox-1/eth0')
 
     def test_a_namespace_that_is_none(self) -> None:
@@ -287,6 +287,43 @@ class TestReachability(DoctorTestCase):
                 self.lab.run('ip', 'route', 'del', *route, netns='pod')
                 self.lab.run('ip', 'neigh', 'flush', lab.LAN, netns='pod')
                 self.assertEqual({}, self.findings())
+
+    def test_no_route_in_the_pod(self) -> None:
+        """That of its network is gone, and it has no gateway."""
+        path = self.lab.add_pod('bare', '100.75.30.79', mac=MACS['far'])
+        self.bind('100.75.30.79', owner=OWNER_79, netns=path,
+                  mac_of_pod=MACS['far'])  # its network is not known
+        self.lab.run('ip', 'route', 'flush', 'dev', 'eth0', netns='bare')
+        self.assertFalse(self.lab.ping(lab.NODE, 'bare'))
+        finding = self.assert_found(
+            'pod-route-missing', 'has no route to the node ' + lab.NODE,
+            severity='error')
+        self.assertEqual(['100.75.30.79'], finding['subjects'])
+        self.follow(finding)
+        self.assertTrue(self.lab.ping(lab.NODE, 'bare'))
+        self.assertEqual({}, self.findings())
+
+    def test_a_source_that_nobody_has_bound(self) -> None:
+        self.lab.run('ip', 'address', 'add', '100.99.0.9/32', 'dev', 'eth0',
+                     netns='pod')
+        self.lab.run('ip', 'route', 'replace', '100.75.30.0/24', 'dev',
+                     'eth0', 'src', '100.99.0.9', netns='pod')
+        finding = self.assert_found(
+            'packet-lost', 'the reply of the node leaves through eth0, to '
+            '100.99.0.9', severity='error')
+        self.assertEqual([POD4], finding['subjects'])
+
+    def test_a_queue_that_drops(self) -> None:
+        self.lab.run('tc', 'qdisc', 'add', 'dev', 'break0', 'root', 'pfifo',
+                     'limit', '0')
+        finding = self.assert_found(
+            'packet-lost', 'it was seen to the pod, on the node (output), '
+            'from the pod, in the pod (output), from the pod, on the node '
+            '(ingress)',
+            severity='error')
+        self.assertIn('pfifo', self.lab.run('sh', '-c', next(
+            each for each in finding['commands']
+            if each.startswith('tc'))).stdout)
 
     def test_marks(self) -> None:
         """As a service mesh or a VPN of the node sets them."""

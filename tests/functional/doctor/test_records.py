@@ -135,6 +135,16 @@ class TestRecords(DoctorTestCase):
         self.assert_found('state-dir-unusable', '/run/file is not a dir',
                           state_dir='/run/file/state')
 
+    def test_full(self) -> None:
+        self.lab.run('mount', '-t', 'tmpfs', '-o', 'size=64k,mode=700',
+                     'tmpfs', '/mnt')
+        self.addCleanup(self.lab.run, 'umount', '/mnt')
+        self.assertNotIn('state-dir-full', self.findings(state_dir='/mnt'))
+        self.lab.run('sh', '-c', 'yes > /mnt/log || true')
+        found = self.findings(state_dir='/mnt')
+        self.assertEqual('error', found['state-dir-full']['severity'])
+        self.assertIn('/mnt', found['state-dir-full']['commands'][0])
+
     def test_persistent(self) -> None:
         for name in ('lower', 'upper', 'work'):
             os.makedirs('/run/disk/' + name)

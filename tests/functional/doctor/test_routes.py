@@ -34,13 +34,16 @@ class TestRoutes(DoctorTestCase):
         found = self.findings()
         self.assertEqual(['route-wrong', 'pod-not-configured'], list(found))
         self.assertEqual([POD4], found['route-wrong']['subjects'])
+        self.assertIn('has the source 100.75.30.52, not 100.75.30.51',
+                      found['route-wrong']['seen'])
         self.follow(found['route-wrong'])
         self.assertEqual({}, self.findings())
 
     def test_changed_protocol(self) -> None:
         self.lab.run('ip', 'route', 'replace', POD4, 'dev', 'break0',
                      'scope', 'link', 'src', lab.NODE)
-        self.follow(self.assert_found('route-wrong', '', POD4))
+        self.follow(self.assert_found('route-wrong', 'the protocol 3, not 176',
+                                      POD4))
         self.assertEqual({}, self.findings())
 
     def test_foreign(self) -> None:
@@ -87,6 +90,15 @@ class TestRoutes(DoctorTestCase):
         self.assertIn('ip route get %s from %s' % (POD4, lab.NODE),
                       finding['commands'])
         self.assertFalse(self.lab.ping(lab.NODE, 'pod'))
+
+    def test_an_address_that_is_local(self) -> None:
+        """As a load balancer makes one, or an address that is left over."""
+        self.lab.run('ip', 'route', 'add', 'local', POD4, 'dev', 'lo',
+                     'table', 'local')
+        finding = self.assert_found('route-not-used', 'through lo', POD4)
+        shown = [self.lab.run('sh', '-c', command).stdout
+                 for command in finding['commands']]
+        self.assertIn('local %s dev lo' % POD4, ''.join(shown))
 
     def test_a_more_preferred_table(self) -> None:
         self.lab.run('ip', 'route', 'add', 'unreachable', POD4, 'table',
