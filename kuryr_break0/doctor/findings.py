@@ -75,9 +75,17 @@ class Kind:
 
 
 _SYNC = 'kuryr-break0 sync'
+_AGAIN = ('Sync sets them again. If that does not last, find out what changes '
+          'them.')
+_POD_AGAIN = ('Sync sets it again, and so does the agent by its timer. Only a '
+              'process with NET_ADMIN in the pod can have changed it.')
+_ELSEWHERE = ('If a pod has it, run this where its namespace is seen, as in '
+              'the container of the agent. Otherwise delete the %s.')
 _DELETE_UNCLAIMED = 'kuryr-break0 sync --delete-unclaimed'
 _TRACE = 'kuryr-break0 probe %(address)s --trace'
-_RESTART = 'Then restart the agent, and kuryr-daemon if there is one.'
+#: What is left out where there is no Kuryr.
+OF_KURYR = ', and kuryr-daemon if there is one'
+_RESTART = 'Then restart the agent%s.' % OF_KURYR
 _GREP = ('grep -rsE "%(names)s" /etc/sysctl.conf /etc/sysctl.d /run/sysctl.d '
          '/usr/lib/sysctl.d')
 _UNMANAGED = (
@@ -88,9 +96,8 @@ _UNMANAGED = (
 
 ENTRY_POINT_MISSING = Kind(
     'entry-point-missing', ERROR,
-    'An entry point of the driver, VIFMacvlanBreak0 of '
-    'kuryr_kubernetes.cni.binding or kuryr_break0 of os_vif, is missing from '
-    'the Python environment of this command, or is there twice.',
+    'An entry point of the driver is missing from the Python environment of '
+    'this command, or is there twice.',
     'Kuryr does not load the driver, so the node cannot reach new pods.',
     'Install the package where kuryr-daemon runs, then restart that.',
     ('%(python)s -m pip install --force-reinstall --no-deps ./kuryr-break0',))
@@ -113,8 +120,7 @@ DAEMON_ELSEWHERE = Kind(
     'daemon-elsewhere', ERROR,
     'A kuryr-daemon runs from another Python environment than this command. '
     'One in another container is not seen.',
-    'The driver must be installed where kuryr-daemon runs, and only the '
-    'environment of this command was examined.',
+    'The driver must be installed in its environment, which was not examined.',
     'Install it there, restart kuryr-daemon, and run the doctor from there.',
     ('%(directory)s/python -m pip install ./kuryr-break0',
      '%(directory)s/kuryr-break0 doctor'))
@@ -153,10 +159,9 @@ DISABLED = Kind(
 STATE_DIR_UNUSABLE = Kind(
     'state-dir-unusable', ERROR,
     'state_dir, or where it would be created, is no writable directory.',
-    'Without records of who has which address, nothing is bound or repaired, '
-    'and pods cannot be examined.',
-    'Make it writable for root, or set [break0] state_dir to a directory that '
-    'is.', ('ls -ld %(path)s', 'findmnt --target %(path)s'))
+    'Without records, nothing is bound, repaired or examined.',
+    'Make it writable for root, or set [break0] state_dir to another one.',
+    ('ls -ld %(path)s', 'findmnt --target %(path)s'))
 
 STATE_DIR_FULL = Kind(
     'state-dir-full', ERROR,
@@ -176,22 +181,21 @@ STATE_DIR_PERSISTENT = Kind(
     'state-dir-persistent', WARNING,
     'state_dir is on a file system that survives a reboot.',
     'Pods do not, so addresses of pods that are gone stay routed to break0.',
-    'While no pods run, set [break0] state_dir to a directory on a tmpfs, '
-    'such as /run/kuryr-break0.')
+    'While no pods run, set [break0] state_dir to /run/kuryr-break0.')
 
 LEDGER_DAMAGED = Kind(
     'ledger-damaged', ERROR,
     'Records in state_dir cannot be read.',
     'Nothing is set or deleted for an address whose owner is unknown.',
-    'Sync rebuilds them from the kernel, and quarantines the files. Restart '
-    'pods that it does not find.', (_SYNC,))
+    'Sync rebuilds them, if it finds their pods. Restart the others.',
+    (_SYNC,))
 
 LEDGER_QUARANTINED = Kind(
     'ledger-quarantined', WARNING,
     'Damaged records were moved to the directory quarantine in state_dir.',
     'Until their addresses are bound again, nothing is deleted for them.',
-    'Find out what wrote to the state directory. If "kuryr-break0 status" '
-    'lacks these addresses, restart their pods. Then delete the files.',
+    'Find out what wrote to the state directory. Restart pods whose addresses '
+    'status does not show. Then delete the files.',
     ('rm -r %(directory)s',))
 
 LEDGER_LOST = Kind(
@@ -204,8 +208,7 @@ LEDGER_LOST = Kind(
 LEDGER_OTHER = Kind(
     'ledger-other', ERROR,
     'A break0 belongs to the ledger of another state_dir.',
-    'Which addresses that ledger has bound is unknown here, so nothing is '
-    'repaired or deleted.',
+    'What that ledger has bound is unknown here, so nothing is repaired.',
     'Use one [break0] state_dir everywhere, and mount it in each container. '
     'If the other ledger no longer exists, take over its break0.',
     (_SYNC + ' --claim',))
@@ -214,8 +217,7 @@ ADDRESS_CONTESTED = Kind(
     'address-contested', WARNING,
     'Several existing sandboxes claim one address.',
     'The node reaches the one that claimed it last.',
-    'Delete the one that should not have it, for example a duplicate '
-    'KuryrPort.')
+    'Delete the one that should not have it, as a duplicate KuryrPort.')
 
 ADDRESS_TWICE = Kind(
     'address-twice', WARNING,
@@ -227,8 +229,8 @@ LEDGER_NEWER = Kind(
     'ledger-newer', ERROR,
     'Records have the format of a later version.',
     'Nothing is set or deleted for their addresses.',
-    'Install the later version again. Or delete the files and restart the '
-    'pods that have these addresses.',
+    'Install the later version again, or delete the files and restart their '
+    'pods.',
     ('%(python)s -m pip install --upgrade ./kuryr-break0',))
 
 LOCK_HELD = Kind(
@@ -242,8 +244,7 @@ LOCK_HELD = Kind(
 AGENT_NOT_RUNNING = Kind(
     'agent-not-running', WARNING,
     'No kuryr-break0 agent uses this state_dir.',
-    'What other programs change is repaired only when a pod is bound or '
-    'unbound, and no container is discovered.',
+    'No container is discovered, and little is repaired.',
     'Start the agent, with the configuration of this command.',
     ('%(start)s',))
 
@@ -271,10 +272,8 @@ SANDBOX_UNKNOWN = Kind(
 
 ADDRESS_REFUSED = Kind(
     'address-refused', ERROR,
-    'A pod has an address of the node itself, or of a next hop of its '
-    'routes.',
-    'A route to the pod would take the address from its holder, so none is '
-    'set.',
+    'A pod has an address of the node, or of a next hop of its routes.',
+    'A route to the pod would take the address from its holder.',
     'Take the address out of the allocation pools of the pod subnets, and '
     'create the pod again. To give break0 an address, use [break0] addr.',
     ('openstack subnet set --no-allocation-pool --allocation-pool '
@@ -334,8 +333,7 @@ CONTAINER_PENDING = Kind(
     'address, with one that duplicate address detection has not passed, or '
     'that the agent has not bound for a second.',
     'Until it is bound, the node cannot reach the container.',
-    'If it has no address, look at its DHCP client. Otherwise look into the '
-    'log of the agent.')
+    'Look at the log of the agent or, without an address, at the DHCP client.')
 
 # break0 and its parent
 
@@ -402,8 +400,7 @@ BREAK0_DOWN = Kind(
 
 BREAK0_VRF = Kind(
     'break0-vrf', ERROR,
-    'break0 is not in the VRF of its parent, or it is in a VRF and its parent '
-    'is not.',
+    'break0 is not in the VRF of its parent, or in one and its parent is not.',
     'The node does not accept what pods send to its addresses.',
     'Sync corrects that, and sets the routes again.', (_SYNC,))
 
@@ -432,8 +429,8 @@ UDEV_SETS_MAC = Kind(
 
 BREAK0_ADDRESSES = Kind(
     'break0-addresses', WARNING,
-    'break0 has an address that [break0] addr does not name, or lacks one '
-    'that it names, or the one that the node masquerades with.',
+    'break0 has an address that is not in [break0] addr, or lacks one, or the '
+    'one that the node masquerades with.',
     'Pods reach break0 at these addresses. Any other attracts '
     'traffic to its prefix, and the LAN gets answers for it.',
     'Delete the other addresses. Sync adds those that are missing.')
@@ -462,17 +459,15 @@ BREAK0_HEARD = Kind(
     'break0-heard', WARNING,
     'A setting of break0 makes it send on the LAN: multicast, addr_gen_mode, '
     'accept_ra, force_mld_version, forwarding.',
-    'Switches learn the MAC address of break0, and port security may take '
-    'that for an attack.',
-    'Sync sets it again. If it changes again, look for it in files of '
-    'sysctl.d.', (_SYNC, _GREP))
+    'Switches learn its MAC address. Port security may call that an attack.',
+    'Sync sets it again. If that does not last, look into files of sysctl.d.',
+    (_SYNC, _GREP))
 
 BREAK0_OPEN = Kind(
     'break0-open', WARNING,
     'Sysctls of break0 that protect the node were changed: rp_filter, '
     'accept_redirects and others.',
-    'Port security does not see what pods send through break0. Without these '
-    'settings a pod can use the addresses of others.',
+    'A pod can use the addresses of others: port security sees none of it.',
     'Sync sets them again. Find out what changes them.', (_SYNC, _GREP))
 
 GUARD_MISSING = Kind(
@@ -481,15 +476,15 @@ GUARD_MISSING = Kind(
     'exactly the bound pods.',
     'Without it a pod can use the addresses of another one, and frames of '
     'break0 can get on the wire. It is an error if a pod is not admitted.',
-    'Sync loads it again, and so does the agent. If it disappears again, '
-    'find out what flushes the ruleset.', (_SYNC,))
+    'Sync loads it again. If that does not last, find out what flushes it.',
+    (_SYNC,))
 
 GUARD_UNAVAILABLE = Kind(
     'guard-unavailable', WARNING,
     'The program nft is not installed, and [break0] guard is auto.',
     'Sysctls alone do not stop a pod from using the addresses of another one.',
-    'Install nftables where the agent and kuryr-daemon run. If you do not '
-    'want the guard, set [break0] guard = off.')
+    'Install nftables where the agent runs%s. If you do not want the guard, '
+    'set [break0] guard = off.' % OF_KURYR)
 
 EGRESS_UNGUARDED = Kind(
     'egress-unguarded', WARNING,
@@ -502,8 +497,7 @@ IPV6_DISABLED = Kind(
     'ipv6-disabled', ERROR,
     'disable_ipv6 of break0 is 1, and pods have IPv6 addresses.',
     'The node cannot reach these pods by IPv6.',
-    'Enable it and set the routes again. If it is disabled again, look for it '
-    'in files of sysctl.d.',
+    'Enable it. If that does not last, look for it in files of sysctl.d.',
     ('sysctl -w net/ipv6/conf/%(device)s/disable_ipv6=0', _SYNC))
 
 SECOND_MACVLAN = Kind(
@@ -512,8 +506,8 @@ SECOND_MACVLAN = Kind(
     'pods that answers ARP requests for all addresses of the node.',
     'The LAN learns its MAC address for the node. If the port accepts only '
     'its own, as with port security of Neutron, traffic to the node is lost.',
-    'If it was made for the same purpose as break0, delete it. Otherwise let '
-    'it answer for its own addresses only.',
+    'If its purpose is that of break0, delete it. Otherwise let it answer for '
+    'its own addresses only.',
     ('ip -details address show dev %(other)s',
      'sysctl -w net/ipv4/conf/%(other)s/arp_filter=1'))
 
@@ -536,12 +530,9 @@ ROUTE_MISSING = Kind(
 
 ROUTE_WRONG = Kind(
     'route-wrong', ERROR,
-    'The route of a pod has another interface, scope, source address, metric '
-    'or protocol number than it was set with.',
+    'The route of a pod is not as it was set.',
     'The node may not reach the pod, or not know the route as its own later.',
-    'Sync sets the routes again. If they change again, find out which '
-    'program changes them.',
-    (_SYNC, 'ip monitor route'))
+    _AGAIN, (_SYNC, 'ip monitor route'))
 
 ROUTE_FOREIGN = Kind(
     'route-foreign', ERROR,
@@ -554,17 +545,13 @@ ROUTE_FOREIGN = Kind(
 ROUTE_STALE = Kind(
     'route-stale', WARNING,
     'A route has our protocol number, and no record claims its address.',
-    'A pod whose namespace is not seen from here may have the address, so the '
-    'route is not deleted.',
-    'If a pod has it, run this where the namespaces of pods can be seen, for '
-    'example in the container of the agent. Otherwise delete the route.',
-    (_DELETE_UNCLAIMED,))
+    'A pod whose namespace is not seen from here may have the address.',
+    _ELSEWHERE % 'route', (_DELETE_UNCLAIMED,))
 
 ROUTE_NOT_USED = Kind(
     'route-not-used', ERROR,
     'The route of a pod exists, but the kernel would use another one.',
-    'A routing rule, or a table that comes first, sends the traffic '
-    'elsewhere.',
+    'A routing rule, or a table that comes first, leads elsewhere.',
     'Change or delete the rule, or add a rule before it. If [break0] '
     'route_table is not 254, a rule must lead to that table.',
     ('ip route get %(get)s', 'ip %(family)s route show table all %(address)s',
@@ -574,34 +561,26 @@ NEIGHBOUR_MISSING = Kind(
     'neighbour-missing', WARNING,
     'The address of a pod has no permanent neighbour on break0.',
     'The node asks for the MAC address of the pod on the LAN.',
-    'Sync sets them again. If they disappear again, find out which program '
-    'deletes them.',
-    (_SYNC, 'ip monitor neigh'))
+    _AGAIN, (_SYNC, 'ip monitor neigh'))
 
 NEIGHBOUR_WRONG = Kind(
     'neighbour-wrong', ERROR,
     'The neighbour of a pod on break0 has another MAC address than the pod.',
     'The node sends to a MAC address that the pod does not have.',
-    'Sync sets them again. If they change again, find out which program '
-    'changes them.',
-    (_SYNC, 'ip monitor neigh'))
+    _AGAIN, (_SYNC, 'ip monitor neigh'))
 
 NEIGHBOUR_STALE = Kind(
     'neighbour-stale', WARNING,
     'A permanent neighbour on break0 has our protocol number, and no record '
     'claims its address.',
-    'A pod whose namespace is not seen from here may have the address, so the '
-    'neighbour is not deleted.',
-    'If a pod has it, run this where the namespaces of pods can be seen, for '
-    'example in the container of the agent. Otherwise delete the neighbour.',
-    (_DELETE_UNCLAIMED,))
+    'A pod whose namespace is not seen from here may have the address.',
+    _ELSEWHERE % 'neighbour', (_DELETE_UNCLAIMED,))
 
 PACKET_DROPPED = Kind(
     'packet-dropped', ERROR,
     'A ping between node and pod is not answered, and a rule in the pod drops '
     'it. At most 128 pods are pinged.',
-    'Node and pod cannot reach each other, although break0 is set up '
-    'correctly.',
+    'Node and pod cannot reach each other, but break0 is as it should be.',
     'Let the rule in the pod accept traffic between the pod and its node.',
     (_TRACE,))
 
@@ -620,16 +599,15 @@ ADDRESS_DUPLICATE = Kind(
     'A ping between node and pod is not answered, nothing else explains it, '
     'and another host on the LAN says that it has the address.',
     'Other hosts, and the node, may reach either.',
-    'Find the host with this MAC address, and give one of the two another '
-    'address.', ('kuryr-break0 probe %(address)s --conflict',))
+    'Find the host with this MAC address. Give one of them another address.',
+    ('kuryr-break0 probe %(address)s --conflict',))
 
 PROBE_UNANSWERED = Kind(
     'probe-unanswered', WARNING,
     'A ping between node and pod arrives, but is not answered.',
-    'All that break0 needs is set up. The one that was pinged may be '
-    'configured not to answer pings.',
-    'Try a service by its port: kuryr-break0 probe with --tcp. If it '
-    'answers, ignore this finding.', (_TRACE,))
+    'break0 is as it should be. Who was pinged may not answer pings.',
+    'Probe a service with --tcp PORT. If it answers, ignore this finding.',
+    (_TRACE,))
 
 # From the pod to its node
 
@@ -664,8 +642,7 @@ POD_APART = Kind(
     'The interface of a pod is not a macvlan in bridge mode on its recorded '
     'parent.',
     'Only macvlans in bridge mode on the same parent reach each other.',
-    'Set its mode to bridge. If it is on another parent, or not a macvlan, '
-    'restart the pod.')
+    'Set its mode to bridge or, if that is not what differs, restart the pod.')
 
 POD_DOWN = Kind(
     'pod-down', ERROR,
@@ -678,8 +655,7 @@ POD_ADDRESS_MISSING = Kind(
     'pod-address-missing', ERROR,
     'The interface of a pod lacks an address that is bound for it.',
     'The pod does not answer for the address.',
-    'Add the address again, or restart the pod. If the address was removed '
-    'on purpose, unbind it.')
+    'Add it again, or restart the pod. If that was on purpose, unbind it.')
 
 POD_MAC = Kind(
     'pod-mac', ERROR,
@@ -690,26 +666,22 @@ POD_MAC = Kind(
 POD_NEIGHBOUR_MISSING = Kind(
     'pod-neighbour-missing', ERROR,
     'A pod has no neighbour for an address of the node.',
-    'The pod asks for the MAC address of its node, which by IPv6 is not '
-    'answered.',
-    'Sync sets it again, and so does the agent by its timer. Only a process '
-    'with NET_ADMIN in the pod can have deleted it.', (_SYNC,))
+    'The pod asks for the MAC address of its node: by IPv6 without an answer.',
+    _POD_AGAIN, (_SYNC,))
 
 POD_NEIGHBOUR_WRONG = Kind(
     'pod-neighbour-wrong', ERROR,
     'In a pod, the neighbour of an address of the node has another MAC '
     'address than break0.',
     'Packets from the pod to its node do not arrive.',
-    'Sync sets it again, and so does the agent by its timer. Only a process '
-    'with NET_ADMIN in the pod can have changed it.', (_SYNC,))
+    _POD_AGAIN, (_SYNC,))
 
 POD_ROUTE_MISSING = Kind(
     'pod-route-missing', WARNING,
     'A pod needs a route of its own to its node, and has none.',
     'The pod sends by its gateway, and the node answers directly. Firewalls '
     'on the way see half of the traffic. It is an error without a gateway.',
-    'Sync sets it again, and so does the agent by its timer. Only a process '
-    'with NET_ADMIN in the pod can have deleted it.', (_SYNC,))
+    _POD_AGAIN, (_SYNC,))
 
 RP_FILTER = Kind(
     'rp-filter', ERROR,
@@ -744,8 +716,7 @@ NETWORKD_FOREIGN_ROUTES = Kind(
     'networkd-foreign-routes', WARNING,
     'A .network file of systemd-networkd matches break0, as one with a '
     'wildcard, and ManageForeignRoutes is not switched off.',
-    'It deletes the routes of interfaces that it manages, and again at each '
-    'restart.',
+    'It deletes the routes of interfaces that it manages, at each restart.',
     'Let it ignore break0, and keep routes that it did not set.',
     (_UNMANAGED, 'mkdir -p /etc/systemd/networkd.conf.d',
      "printf '[Network]\\nManageForeignRoutes=no\\n' "
@@ -756,8 +727,7 @@ NETWORKMANAGER_MANAGES = Kind(
     'networkmanager-manages-break0', ERROR,
     'NetworkManager manages break0, by its state in '
     '/run/NetworkManager/devices.',
-    'It removes addresses and routes that it did not set, and may bring '
-    'break0 down.',
+    'It removes routes that it did not set, and may bring break0 down.',
     'Let it ignore break0, now and after the next boot.',
     ('nmcli device set %(device)s managed no',
      "printf '[keyfile]\\nunmanaged-devices+=interface-name:%(device)s\\n' "
@@ -810,8 +780,7 @@ CAPABILITY_MISSING = Kind(
 CAPABILITY_USEFUL = Kind(
     'capability-useful', WARNING,
     'kuryr-break0 check runs without CAP_NET_RAW or CAP_NET_BROADCAST.',
-    'The probe needs NET_RAW. Without NET_BROADCAST, discovery looks for '
-    'containers every second instead of hearing of them.',
+    'Probes need NET_RAW. Without NET_BROADCAST, discovery has to poll.',
     'Give it these capabilities if you use these functions.')
 
 KERNEL_OLD = Kind(
@@ -852,8 +821,7 @@ DROP_IN_MISSING = Kind(
     'drop-in-missing', NOTE,
     'systemd-networkd or NetworkManager is there, and no file tells it to '
     'leave break0 alone.',
-    'As soon as one of its files matches break0, as one for all interfaces '
-    'does, it removes what it has not set.',
+    'When one of its files matches break0, it removes what it has not set.',
     'Install the drop-in of the project.', ('%(command)s',))
 
 ENGINE_NOT_DISCOVERED = Kind(

@@ -12,6 +12,7 @@ import shlex
 from oslo_config import cfg
 
 from kuryr_break0.doctor.findings import Finding
+from kuryr_break0.doctor.findings import OF_KURYR
 from kuryr_break0.doctor import installation
 
 _AGENT = 'kuryr-break0-agent'
@@ -69,6 +70,8 @@ class Host:
         return commands
 
     def advised(self, finding: Finding) -> Finding:
-        """Return a finding that names the configuration of this host."""
-        return dataclasses.replace(finding, remedy=finding.remedy.replace(
-            'kuryr.conf', self.file))
+        """Return a finding that names what this host has."""
+        remedy = finding.remedy.replace('kuryr.conf', self.file)
+        return dataclasses.replace(
+            finding, remedy=remedy if self.has_kuryr
+            else remedy.replace(OF_KURYR, ''))

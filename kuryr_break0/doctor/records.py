@@ -48,7 +48,8 @@ def check_directory(options: config.Options) -> Iterator[Finding]:
             '%s is on %s, which is %s' % (path, mount, kind))
     if not (os.statvfs(there).f_bavail and os.statvfs(there).f_favail):
         yield findings.STATE_DIR_FULL.found(
-            '%s, which %s is on, is full' % (mount, path), path=there)
+            'the file system of %s, mounted on %s, is full' % (path, mount),
+            path=there)
     found = os.stat(there)
     if there == path and (found.st_uid != os.geteuid()
                           or found.st_mode & 0o077):

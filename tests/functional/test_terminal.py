@@ -91,6 +91,8 @@ class TestTerminal(CLITestCase):
         self.lab.run('ip', 'link', 'set', 'eth0', 'down', netns='web')
         seen = self.on_terminal('probe', '--all', '--count', '3')
         self.assertRegex(seen, r'probe: \d of 2, \d+ s')
+        self.assertRegex(self.on_terminal('doctor'),
+                         r'doctor: \d of \d, \d+ s')
         done = self.call('probe', '--all', '--count', '3')
         self.assertNotIn(' s\x1b', done.stdout + done.stderr)
         self.assertEqual('', done.stderr)

@@ -69,5 +69,12 @@ class TestWithoutKuryr(base.CNITestCase):
         self.assertEqual(['agent-not-running'], re.findall(
             r'^[a-z]+: (.*)', self.call('doctor', code=4), re.M))
         self.runtime.remove(lan, netns)
+        # As on a host of Docker, it speaks of containers.
+        with open(base.CONF, 'a') as file:
+            file.write('discover = true\nallowed_cidrs = 100.76.0.0/16\n')
+        self.lab.add_pod('two', '100.75.30.81')
+        shown = self.call('doctor', code=1)
+        self.assertIn('container-not-allowed', shown)
+        self.assertNotRegex(shown, r'(?i)\b(pod|node)s?\b|kuryr-daemon')
         self.call('cleanup')
         self.assertIsNone(self.lab.link('break0'))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import unittest
+from unittest import mock
 
+from kuryr_break0.cli import output
 from kuryr_break0.doctor import findings
 from kuryr_break0.doctor import firewall
 from kuryr_break0.doctor import report
@@ -39,6 +41,13 @@ class TestKinds(unittest.TestCase):
                                  r'|\A(\[break0\]|\w+_\w+,?|break0) '
                                  r'.*[^.]\.\Z',
                                  kind.id)
+
+    def test_they_speak_of_containers(self) -> None:
+        with mock.patch.object(output._Reader, 'has_pods', False):
+            for kind in findings.KINDS:
+                for text in (kind.why, kind.remedy):
+                    self.assertNotRegex(output.speak(text),
+                                        r'\b([Pp]od|[Nn]ode)s?\b|ADD|DEL')
 
 
 class TestReport(unittest.TestCase):
