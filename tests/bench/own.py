@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import ipaddress
 import multiprocessing
 import statistics
@@ -112,12 +111,12 @@ def _work(number: int, node: Node, results: multiprocessing.Queue[list[float]]
     owner = ledger.Owner('%064x' % number, 'eth0')
     manager.Ledger = _TimedLedger  # type: ignore[misc]
     # However slow this machine is, each gets the lock.
-    options = dataclasses.replace(node.options, lock_timeout=3600)
+    _TimedLedger.__init__.__defaults__ = (3600,)  # type: ignore[misc]
     try:
         for _ in range(PAIRS):
-            manager.Break0Manager(options).bind(
+            manager.Break0Manager(node.options).bind(
                 owner, [address], parent=lab.PARENT, mac='fa:16:3e:02:00:01')
-            manager.Break0Manager(options).unbind(owner, [address])
+            manager.Break0Manager(node.options).unbind(owner, [address])
     finally:
         results.put(_TimedLedger.held)
 
