@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import http.client
 import json
 import os
@@ -13,6 +14,7 @@ import signal
 import socket
 import stat
 import subprocess
+import termios
 import threading
 import time
 from typing import Callable
@@ -231,6 +233,11 @@ class TestServer(base.WithShim, ShimTestCase):
             b'CNI_PATH=/x', b'', json.dumps(self.runtime.single(
                 network(), previous=previous)).encode()])
 
+    @staticmethod
+    def is_read(client: socket.socket) -> bool:
+        """Whether the other end has read all that was sent."""
+        return not any(fcntl.ioctl(client, termios.TIOCOUTQ, bytes(4)))
+
     def test_add_that_nobody_waits_for_and_the_next_one(self) -> None:
         add = self.add_of(self.lab.add_netns('one'))
         for number in range(1, 21):
@@ -240,6 +247,8 @@ class TestServer(base.WithShim, ShimTestCase):
                             '/run/kuryr-break0/lock'):
                         client.sendall(add)
                         client.shutdown(socket.SHUT_WR)
+                        # By this one, and not by a sync of the agent.
+                        lab.until(lambda: self.is_read(client))
                     following.sendall(add)
                     following.shutdown(socket.SHUT_WR)
                 self.assertEqual(b'0 ', following.makefile('rb').read()[:2])
@@ -503,7 +512,7 @@ class TestAnswers(base.WithShim, base.CNITestCase):
 class TestInvalidOptions(base.InOneProcess, base.CNITestCase):
 
     def test_are_answered_in_json(self) -> None:
-        for text, pattern in (('mac = nonsense', 'mac'),
+        for text, pattern in (('addr = nonsense', 'addr'),
                               ('device = a b', 'device')):
             self.configure(text)
             self.assert_fails(7, pattern, 'ADD', self.runtime.single(
