@@ -59,7 +59,8 @@ def add_parsers(subparsers: Any) -> None:
                        help='show only containers whose id starts with this')
     added.add_argument('--origin', choices=[each.value for each in Origin],
                        help='show only addresses that were bound this way')
-    added.add_flag('--watch', 'then print each change, until Ctrl-C')
+    added.add_flag(
+        '--watch', 'then print what comes (+) and what goes (-), until Ctrl-C')
 
 
 def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
@@ -91,8 +92,12 @@ def _watch(options: config.Options, wanted: Any, before: Status) -> Status:
             now = _read(options, wanted)
         except KeyboardInterrupt:
             return before
-        for line in now.changes(before):
-            output.write('%s %s' % (time.strftime('%H:%M:%S'), line))
+        old, new = dict.fromkeys(before.facts()), dict.fromkeys(now.facts())
+        for sign, facts, others in ('-', old, new), ('+', new, old):
+            for each in facts:
+                if each not in others:
+                    output.write('%s %s %s' % (time.strftime('%H:%M:%S'),
+                                               sign, each))
         before = now
 
 
@@ -232,33 +237,16 @@ class Status:
                 output.Wrong(output.speak('no: ' + each['problem']))
                 if each['problem'] else 'yes']
 
-    def changes(self, before: Status) -> Iterator[str]:
-        """Return what is not as it was, a line each."""
-        for problem in self._of_node:
-            if problem not in before._of_node:
-                yield '! ' + problem
-        for problem in before._of_node:
-            if problem not in self._of_node:
-                yield 'repaired: ' + problem
-        unserved, served = (list(map(str, each._unserved))
-                            for each in (self, before))
-        yield from ('! ' + each for each in unserved if each not in served)
-        for address in sorted({*self._addresses, *before._addresses},
-                              key=address_order):
-            record, old = (each._seen.live.get(address)
-                           for each in (self, before))
-            whose, whose_before = (_owner(each, True)
-                                   for each in (record, old))
-            if whose != whose_before:
-                yield '%s: %s, before %s' % (address, *(
-                    'bound for ' + each if known else 'not bound'
-                    for each, known in ((whose, record),
-                                        (whose_before, old))))
-            problem_now = self._problems.get(address)
-            problem_before = before._problems.get(address)
-            if problem_now != problem_before:
-                yield '%s: %s' % (address, problem_now
-                                  or 'repaired: %s' % problem_before)
+    def facts(self) -> Iterator[str]:
+        """Return what is wrong and what is bound, a line each."""
+        yield from self._of_node
+        yield from map(str, self._unserved)
+        for address in self._addresses:
+            if address in self._seen.live:
+                yield '%s: bound for %s' % (address,
+                                            self._seen.live[address].whose)
+            if address in self._problems:
+                yield '%s: %s' % (address, self._problems[address])
 
 
 def _owner(record: Optional[Record], wide: bool) -> str:

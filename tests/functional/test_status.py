@@ -109,14 +109,14 @@ class TestStatus(CLITestCase):
         while 'discovered-77' not in watching.stdout.readline():
             pass
         self.lab.run('ip', 'route', 'del', '100.75.30.72', 'dev', 'break0')
-        while '100.75.30.72: its route is missing' not in (
+        while '+ 100.75.30.72: its route is missing' not in (
                 watching.stdout.readline()):
             pass
         self.call('sync')
         self.unbind('100.75.30.73', owner=Owner('discovered-77', 'eth0'))
         seen = ''
-        while ('repaired: its route is missing' not in seen
-               or '100.75.30.73: not bound, before' not in seen):
+        while ('- 100.75.30.72: its route is missing' not in seen
+               or '- 100.75.30.73: bound for discovered-77' not in seen):
             seen += watching.stdout.readline()
         watching.send_signal(signal.SIGINT)
         output, _ = watching.communicate(timeout=lab.PATIENCE)
