@@ -38,10 +38,9 @@ OPTS = [
         'enabled',
         type=types.YesOrNo(),
         default=True,
-        help='Make new pods reachable through break0. For who wants to be '
-             'rid of it, or to try without: if false, Kuryr alone binds new '
-             'pods, and pods that are bound already are unbound when they '
-             'go.'),
+        help='Make new pods reachable through break0. Set it to false to '
+             'go back to Kuryr alone: it then binds new pods, and pods '
+             'that are bound already are unbound when they go.'),
     cfg.Opt(
         'pod_binding',
         type=types.OneOf(choices=[
@@ -52,10 +51,11 @@ OPTS = [
             (DIRECT, 'kuryr-break0: in the namespace of the pod, with two '
              'requests. The result is the same, in a tenth of the time')]),
         default=AUTO,
-        help='What creates the macvlan interface of a pod. For who has '
-             'changed Kuryr\'s code. If enabled is false, Kuryr does. The '
-             'log of kuryr-daemon says what auto stands for. You can change '
-             'this on a node with pods.'),
+        help='What creates the macvlan interface of a pod. Set it if you '
+             'have changed Kuryr\'s code for that, or if you want that of '
+             'Kuryr. If enabled is false, Kuryr does. The log of '
+             'kuryr-daemon says what auto stands for. You can change this '
+             'on a node with pods.'),
     cfg.Opt(
         'device',
         type=types.DEVICE_NAME,
@@ -81,14 +81,15 @@ OPTS = [
         item_type=types.HOST_ADDRESS,
         default=[],
         help='Addresses of break0 itself, separated by commas. They are '
-             'added as /32 or /128. For who wants the node to have one '
-             'address towards pods that it has nowhere else. By default '
-             'break0 has no address, and the node uses its own. Only where '
-             'the kernel would masquerade with one of another interface than '
-             'the parent, break0 has one in 169.254.0.0/16 for that, which '
-             'only its pods know. They must differ on each node: if '
-             'kuryr.conf is the same for all nodes, set the environment '
-             'variable OS_BREAK0__ADDR instead.'),
+             'added as /32 or /128. For services and firewall rules that '
+             'need an address of the node that only its pods reach. By '
+             'default break0 has no address, and the node uses its own '
+             'towards its pods. Only where the kernel would masquerade '
+             'with one of another interface than the parent, break0 has '
+             'one in 169.254.0.0/16 for that, which only its pods know. '
+             'They must differ on each node: if kuryr.conf is the same for '
+             'all nodes, set the environment variable OS_BREAK0__ADDR '
+             'instead.'),
     cfg.Opt(
         'route_protocol',
         type=types.WholeNumber(min=5, max=255),
@@ -113,9 +114,9 @@ OPTS = [
              'commas: 10.0.0.0/16,fd00:10::/64. Other addresses get no '
              'route, with an error in the log. By default any address is '
              'allowed, except those of the node, its next hops, and '
-             'addresses that are not of a single host. For everybody: '
-             'without the subnets of the pods, anyone who can write a '
-             'KuryrPort can redirect the node\'s traffic to other '
+             'addresses that are not of a single host. Set it to the '
+             'subnets of the pods on every node: otherwise anyone who can '
+             'write a KuryrPort can redirect the node\'s traffic to other '
              'addresses.'),
     cfg.Opt(
         'discover',
@@ -134,11 +135,12 @@ OPTS = [
             (ON, 'always; without it the ADD of a pod fails'),
             (OFF, 'never')]),
         default=AUTO,
-        help='Use an nftables table that admits through break0 only packets '
-             'from MAC address and address of a bound pod, and lets no frame '
-             'with the MAC address of break0 leave the node. This needs the '
-             'program nft, and for the latter Linux 5.16. "on" is for who '
-             'does not trust pods, "off" for who has no use for it.'),
+        help='Use an nftables table that admits through break0 only '
+             'packets from MAC address and address of a bound pod, and '
+             'lets no frame with the MAC address of break0 leave the node. '
+             'This needs the program nft, and for the latter Linux 5.16. '
+             '"on" is for nodes whose pods are not trusted, "off" for '
+             'those whose pods all are.'),
     cfg.Opt(
         'takeover',
         type=types.YesOrNo(),
@@ -156,8 +158,8 @@ OPTS = [
         default=60,
         help='Interval between full reconciliations by the agent, in '
              'seconds. The agent repairs at once what the kernel sends '
-             'events about, and everything else at this interval. For nodes '
-             'on which a minute is too long, or too often.'),
+             'events about, and everything else at this interval. Lengthen '
+             'it on nodes with many thousands of addresses.'),
     cfg.Opt(
         'strict',
         type=types.YesOrNo(),
@@ -212,6 +214,8 @@ DROPPED = {
     'static_neighbours': 'permanent neighbours are always set',
     'host_addresses': 'pods reach the addresses of the parent and those that '
                       'the node uses towards them',
+    'all_addresses': 'where the node masquerades with an address that pods do '
+                     'not know, break0 has one for that',
     'discover_parents': 'discovery finds all containers with an address in '
                         'allowed_cidrs, or those on parent',
     'engine_sockets': 'Docker and Podman are asked at their usual sockets',
