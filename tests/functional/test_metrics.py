@@ -318,7 +318,9 @@ class TestHealth(MetricsTestCase):
 
     def test_a_lock_that_is_not_free(self) -> None:
         self.bind(POD)
-        self.start('resync_interval = 1')
+        # A try may take ten seconds, and some more where others have the
+        # processor.
+        self.start('resync_interval = 3')
         own = base.options()
         with ledger.Ledger(own.state_dir).lock():
             # Each try ends, if without success.
