@@ -33,8 +33,19 @@ class Interests:
         self._next_hops: set[IPAddress] = set()
         self._of_services: dict[Optional[int], bool] = {}
 
+    def prepare(self) -> None:
+        """Note what is there before a sync.
+
+        So what changes while that reads is an event, and causes another one.
+
+        :raises Break0Error: if it cannot be read
+        """
+        with kernel.Netlink() as netlink:
+            self._links = self._read_links(netlink)
+            self._addresses = set(netlink.addresses())
+
     def update(self) -> None:
-        """Note what is there now, after a sync.
+        """Note what a sync may have made: break0s, and all of them.
 
         :raises Break0Error: if it cannot be read
         """
@@ -42,16 +53,27 @@ class Interests:
         with contextlib.suppress(exceptions.LedgerUnavailable):
             identity = self._ledger.identity()
         devices = identity.devices if identity else {}
-        self._names = {self._options.device, *devices, *devices.values()}
+        made = {self._options.device, *devices.values()}
+        self._names = {*made, *devices}
         if self._options.parent is not None:
             self._names.add(self._options.parent)
         with kernel.Netlink() as netlink:
-            links = [netlink.link(name) for name in self._names]
-            self._links = {link.index: _essence(link) for link in links
-                           if link is not None}
-            self._addresses = {(index, address) for index, address
-                               in netlink.addresses()}
+            links = self._read_links(netlink)
+            ours = {index for index, essence in links.items()
+                    if essence[0] in made}
+            self._links = {**links, **{
+                index: essence for index, essence in self._links.items()
+                if index in links and index not in ours}}
+            self._addresses = {
+                *(each for each in self._addresses if each[0] not in ours),
+                *(each for each in netlink.addresses()
+                  if each.ifindex in ours)}
         self._of_services.clear()
+
+    def _read_links(self, netlink: kernel.Netlink) -> dict[int, Any]:
+        links = map(netlink.link, self._names)
+        return {link.index: _essence(link) for link in links
+                if link is not None}
 
     def lost(self, events: Iterable[kernel.Event]) -> bool:
         """Return whether a break0 or a parent was deleted."""

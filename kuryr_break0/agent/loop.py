@@ -212,6 +212,7 @@ class Agent:
         began, spent = time.monotonic(), time.thread_time()
         error: Optional[Exception] = None
         try:
+            interests.prepare()
             outcome = Reconciler(self._options, ledger).sync()
             for error in outcome.errors[:1]:
                 LOG.error('Reconciliation failed in part: %s', error)

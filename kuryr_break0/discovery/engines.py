@@ -16,6 +16,7 @@ import os
 import re
 import socket
 import threading
+import time
 from typing import Any, Iterator, Optional, TypeVar
 
 from kuryr_break0 import config
@@ -43,9 +44,12 @@ _CGROUP = re.compile(
     r'|machine-([^/\n]+)\.scope)(?=/|$)', re.M)
 _TIMEOUT = 2  # seconds
 _LIMIT = 2 ** 23  # bytes of an answer
-_TRIES = 3
 #: Seconds after a change: then the engine itself knows of it.
 _SETTLED = 0.3
+#: Seconds for which the name of a container is asked for; a busy engine needs
+#: some, and who has none is no container of an engine.
+_PATIENCE = 60
+_AGAIN = 1  # second, and twice as long each time
 
 
 class Namer:
@@ -54,8 +58,8 @@ class Namer:
     def __init__(self, options: config.Options, ledger: Ledger) -> None:
         self._options = options
         self._ledger = ledger
-        #: how often the engines were asked for one that they do not know
-        self._asked: dict[Owner, int] = {}
+        #: until when to ask for one that the engines do not know
+        self._until: dict[Owner, float] = {}
         self._wanted = threading.Event()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -71,38 +75,46 @@ class Namer:
         self._thread.join(2 * _TIMEOUT)
 
     def _run(self) -> None:
+        pause: Optional[float] = None
         while True:
-            self._wanted.wait()
+            is_new = self._wanted.wait(pause)
             self._stopped.wait(_SETTLED)
             if self._stopped.is_set():
                 return
             self._wanted.clear()
+            again = _AGAIN if is_new or pause is None else 2 * pause
+            pause = None
             try:
-                self._update()
+                if self._update():
+                    pause = again
             except exceptions.LedgerUnavailable as err:
                 LOG.debug('Containers get no names for now: %s', err)
             except Exception:  # must not end the thread
                 LOG.exception('Cannot read the names of containers')
 
-    def _update(self) -> None:
+    def _update(self) -> bool:
+        """Return whether to ask again."""
+        now = time.monotonic()
         unnamed = {record.owner: record for record
                    in discovered(self._ledger) if record.pod is None}
-        new = {owner: record for owner, record in unnamed.items()
-               if self._asked.get(owner, 0) < _TRIES}
-        self._asked = {owner: self._asked.get(owner, 0) + (owner in new)
+        self._until = {owner: self._until.get(owner, now + _PATIENCE)
                        for owner in unnamed}
+        new = {owner: record for owner, record in unnamed.items()
+               if now < self._until[owner]}
         if not new:
-            return
+            return False
         names = {}
         for path in ENGINE_SOCKETS:
             names.update(self._names(path))
-        for record in new.values():
+        for record in list(new.values()):
             name = (record.namespace and names.get(record.namespace)
                     or name_by_cgroup(record))
             if name:
                 self._write(record.owner, name)
                 LOG.info('%s of %s is the container %s', record.owner,
                          record.address, name)
+                del new[record.owner]
+        return bool(new)
 
     def _names(self, path: str) -> dict[NamespaceId, str]:
         if not os.path.exists(path):

@@ -313,18 +313,6 @@ class TestNamespaces(AdoptTestCase):
         lab.until(lambda: os.stat(
             '/proc/%d/ns/net' % process.pid).st_ino != own)
 
-    def test_a_directory_of_its_own(self) -> None:
-        os.makedirs('/run/docker/netns')
-        with open('/run/docker/netns/abc', 'w'):
-            pass
-        self.node.lab.run('mount', '--bind', '/run/netns/pod',
-                          '/run/docker/netns/abc')
-        self.node.lab.run('ip', 'netns', 'del', 'pod')
-        self.assertEqual('/run/docker/netns/abc', self.adopt(
-            OS_BREAK0__NETNS_DIRS='/run/none,/run/docker/netns')
-            ['default/pod/eth0']['netns'])
-        self.call('status')
-
     def test_the_process_that_has_been_there_for_longest(self) -> None:
         first = self.unname()
         found = self.adopt()['default/pod/eth0']
