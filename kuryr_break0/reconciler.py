@@ -40,6 +40,7 @@ from kuryr_break0.model import Record
 from kuryr_break0.plan import Outcome
 from kuryr_break0.plan import Plan
 from kuryr_break0.policy import Policy
+from kuryr_break0.problems import unjudged_problem
 from kuryr_break0 import rebuild
 from kuryr_break0.routes import foreign_route
 from kuryr_break0.snapshot import Parent
@@ -183,7 +184,7 @@ class Reconciler:
     def _note(self, seen: Snapshot) -> None:
         """Cache what spares the next bind a dump."""
         # Of how many, and of which one, may change with each sync.
-        self._devices.warn_once('unjudged', seen.unjudged_problem, 'some')
+        self._devices.warn_once('unjudged', unjudged_problem(seen), 'some')
         self._ledger.cache.put('next_hops', sorted(map(
             str, seen.routes.next_hops)))
         self._ledger.note_next_hops(seen.routes.next_hops

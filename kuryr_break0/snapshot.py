@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Ledger and kernel at one moment, and what is wrong by that.
+"""Ledger and kernel at one moment.
 
 The reconciler, status, metrics and doctor all use this, so that they agree.
 :mod:`kuryr_break0.actual` reads it.
@@ -9,18 +9,16 @@ The reconciler, status, metrics and doctor all use this, so that they agree.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Iterable, Iterator, Optional
+from typing import Any, Iterable, Optional
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0.guard import Pairs
-from kuryr_break0.guard import said
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Contents
-from kuryr_break0.ledger import identity
 from kuryr_break0.ledger.identity import Alias
+from kuryr_break0.ledger.identity import follows
 from kuryr_break0.ledger.identity import Identity
-from kuryr_break0.model import address_order
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Item
@@ -76,36 +74,6 @@ class Parent:
         """ifindex of its break0; 0, the kernel's number for none."""
         return self.link.index if self.link is not None else 0
 
-    def problems(self) -> Iterator[str]:
-        """Return what is wrong with break0 itself; nothing without pods."""
-        if self.conflict is not None:
-            yield str(self.conflict)
-        elif self.link is None and self.live:
-            yield '%s is missing on %s, but %d addresses are bound' % (
-                self.device, self.name, len(self.live))
-        elif self.link is not None:
-            if self.other is not None:
-                yield '%s belongs to the ledger %s in %s' % (
-                    self.device, *self.other)
-            for text in said(self.guard_missing, self.guard_extra):
-                yield '%s: %s' % (self.device, text)
-            if not self.live:
-                return
-            if self.parent is not None and not self.parent.carrier:
-                yield '%s, the parent of %s, %s' % (
-                    self.name, self.device, 'has no carrier'
-                    if self.parent.up else 'is down')
-            for text in (*self.differences, *(
-                    [self.guard] if self.guard else [])):
-                yield '%s: %s' % (self.device, text)
-            if (any(address.version == 6 for address in self.live)
-                    and kernel.read_sysctl('ipv6/conf/%s/disable_ipv6'
-                                           % self.device) != 0):
-                yield ('%s: IPv6 is disabled, but there are containers with '
-                       'IPv6 addresses. Enable it: sysctl -w net/ipv6/conf/'
-                       '%s/disable_ipv6=0; kuryr-break0 sync' % (
-                           self.device, self.device))
-
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
@@ -150,25 +118,12 @@ class Snapshot:
     @property
     def is_lost(self) -> bool:
         """Return whether the ledger that bound pods here was lost."""
-        return any(map(self.follows, self.parents.values()))
-
-    @property
-    def unjudged_problem(self) -> str:
-        """Say that sandboxes may be gone; empty if it is known of each."""
-        for record, reason in self.unjudged.items():
-            return ('cannot find out whether the sandboxes of %d addresses '
-                    'still exist, so they stay bound, as %s of %s: %s' % (
-                        len(self.unjudged), record.address, record.whose,
-                        reason))
-        return ''
+        return any(parent.other is not None and not self.is_others(parent)
+                   for parent in self.parents.values())
 
     def is_others(self, parent: Parent) -> bool:
-        """Return whether a break0 is another ledger's, and stays so."""
-        return parent.other is not None and not self.follows(parent)
-
-    def follows(self, parent: Parent) -> bool:
-        """Return whether a break0 is of a ledger that this one replaces."""
-        return parent.other is not None and identity.follows(
+        """Return whether a break0 is of another ledger that may exist."""
+        return parent.other is not None and not follows(
             self.identity, self.options.state_dir, parent.other,
             parent.device)
 
@@ -182,66 +137,6 @@ class Snapshot:
     def interfaces(self) -> list[list[Record]]:
         """Return the records of each interface of each pod."""
         return by_interface(self.live.values())
-
-    def problems(self) -> dict[IPAddress, str]:
-        """Return what stops traffic to which address, or differs."""
-        problems = {address: 'it is ' + reason
-                    for address, reason in self.refused.items()}
-        for parent in self.parents.values():
-            problems.update(self._problems_on(parent))
-        for record in self.gone:
-            if record.address not in self.live:
-                problems[record.address] = 'its sandbox is gone'
-        for address, rivals in self.rivals.items():
-            problems.setdefault(address, 'it is claimed by %s too' % (
-                ', '.join(rival.whose for rival in rivals)))
-        for address in self.contents.unreadable:
-            problems[address] = 'its record in the ledger cannot be read'
-        return {address: problems[address]
-                for address in sorted(problems, key=address_order)}
-
-    def node_problems(self) -> Iterator[str]:
-        """Return what is wrong with a break0, or with the ledger."""
-        if self.is_lost:
-            yield ('the ledger in %s was lost; a sync rebuilds it'
-                   % self.options.state_dir)
-        if self.stranger is not None:
-            yield str(exceptions.DeviceConflict(
-                device=self.stranger.name, found='a %s' % (
-                    self.stranger.kind or 'physical interface'),
-                expected='a macvlan in bridge mode on the parent of pods'))
-        if self.unjudged:
-            yield self.unjudged_problem
-        for parent in self.parents.values():
-            yield from parent.problems()
-
-    def _problems_on(self, parent: Parent) -> dict[IPAddress, str]:
-        problems: dict[IPAddress, str] = {}
-        for address, record in parent.live.items():
-            if parent.conflict is not None:
-                problems[address] = str(parent.conflict)
-            elif (record.netns is not None and parent.node is not None
-                    and record.configured != parent.node.digest):
-                problems[address] = ('its container is not configured to '
-                                     'reach the node')
-            elif address not in parent.desired and (
-                    address not in self.refused):
-                problems[address] = 'IPv6 is disabled on ' + parent.device
-        for neighbour in parent.plan.learn:
-            problems[neighbour.dst] = 'its neighbour entry is ' + (
-                'wrong' if neighbour.dst in parent.neighbours else 'missing')
-        for route in parent.plan.replace:
-            problems[route.dst] = 'its route is ' + (
-                'wrong' if route.dst in parent.routes else 'missing')
-        for route in parent.plan.delete:
-            problems.setdefault(route.dst, 'it has a route too many')
-        for route in parent.plan.foreign:
-            problems[route.dst] = (
-                'it has a route of others, on %s with protocol %s' %
-                (kernel.name_of(route.oif), route.protocol))
-        for item in parent.plan.unclaimed:
-            problems[item.dst] = 'no container claims it'
-        return problems
 
 
 def by_interface(records: Iterable[Record]) -> list[list[Record]]:

@@ -24,6 +24,8 @@ from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
 from kuryr_break0.model import Origin
+from kuryr_break0.problems import address_problems
+from kuryr_break0.problems import node_problems
 from kuryr_break0.snapshot import Snapshot
 
 LOG = log.get_logger(__name__)
@@ -229,7 +231,7 @@ class Metrics(prometheus_registry.Collector):
 
 
 def _gauges(seen: Snapshot) -> Iterator[core.Metric]:
-    problems = seen.problems()
+    problems = address_problems(seen)
     rows: dict[str, tuple[int, ...]] = {}
     for parent in seen.parents.values():
         rows[parent.name] = (
@@ -276,5 +278,5 @@ def _gauges(seen: Snapshot) -> Iterator[core.Metric]:
             ('addresses_unjudged', 'Addresses of sandboxes of which it cannot '
              'be found out whether they exist.', len(seen.unjudged)),
             ('node_problems', 'Faults of break0 itself or of the ledger.',
-             len(list(seen.node_problems())))):
+             len(list(node_problems(seen))))):
         yield core.GaugeMetricFamily('%s_%s' % (_PREFIX, name), text, value)

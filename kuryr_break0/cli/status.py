@@ -25,6 +25,8 @@ from kuryr_break0.model import address_order
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Record
+from kuryr_break0.problems import address_problems
+from kuryr_break0.problems import node_problems
 from kuryr_break0.snapshot import Snapshot
 
 
@@ -114,8 +116,8 @@ class Status:
         self._seen = seen
         self._unserved = containers.unserved(seen, ledger)
         wrong, self._not_examined = containers.pod_sides(seen)
-        self._problems = {**wrong, **seen.problems()}
-        self._of_node = list(seen.node_problems())
+        self._problems = {**wrong, **address_problems(seen)}
+        self._of_node = list(node_problems(seen))
         self._wanted = wanted
         self._named = wanted and wanted.target and names.addresses_of(
             wanted.target, seen.live)

@@ -24,6 +24,8 @@ from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from kuryr_break0 import podside
+from kuryr_break0.problems import address_problems
+from kuryr_break0.problems import parent_problems
 
 LOG = log.get_logger(__name__)
 
@@ -208,7 +210,7 @@ class Plugin:
     def _differences(self, addresses: list[IPAddress]) -> Iterator[str]:
         with kernel.Netlink() as netlink:
             seen = actual.read(self._options, self._ledger, netlink)
-        problems = seen.problems()
+        problems = address_problems(seen)
         namespace = kernel.identify(self._request.netns)
         own = []
         for address in addresses:
@@ -225,7 +227,7 @@ class Plugin:
                 yield '%s: %s' % (address, problems[address])
         for name in {record.parent for record in own}:
             parent = seen.parents[name]
-            yield from parent.problems()
+            yield from parent_problems(parent)
             if parent.node is not None and podside.repair(
                     [record for record in own if record.parent == name],
                     parent.node, self._options, dry_run=True):

@@ -17,6 +17,7 @@ from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.host import Host
 from kuryr_break0.doctor.node import Node
 from kuryr_break0 import exceptions
+from kuryr_break0.problems import unjudged_problem
 
 #: File systems that end with the boot.
 _IN_MEMORY = ('tmpfs', 'ramfs', 'devtmpfs')
@@ -110,7 +111,7 @@ def check_ledger(node: Node, host: Host) -> Iterator[Finding]:
             ['%s (%s)' % (record.address, record.owner) for record in gone])
     if node.seen.unjudged:
         yield findings.SANDBOX_UNKNOWN.found(
-            node.seen.unjudged_problem,
+            unjudged_problem(node.seen),
             [record.address for record in node.seen.unjudged])
 
 

@@ -23,6 +23,8 @@ from kuryr_break0 import ledger
 from kuryr_break0 import manager
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Owner
+from kuryr_break0.problems import address_problems
+from kuryr_break0.problems import node_problems
 from kuryr_break0 import snapshot
 from tests import lab
 
@@ -162,4 +164,4 @@ class LabTestCase(unittest.TestCase):
     def problems(self, **overrides: Any) -> list[str]:
         """All that status would say is wrong."""
         seen = self.seen(**overrides)
-        return [*seen.node_problems(), *seen.problems().values()]
+        return [*node_problems(seen), *address_problems(seen).values()]

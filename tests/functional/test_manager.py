@@ -18,6 +18,7 @@ from kuryr_break0.kernel import nft
 from kuryr_break0 import ledger
 from kuryr_break0.ledger import cache
 from kuryr_break0.ledger import records
+from kuryr_break0.problems import address_problems
 from tests.functional import base
 from tests.functional.base import OTHER_OWNER
 from tests.functional.base import OTHER_POD
@@ -842,4 +843,4 @@ class TestStatus(base.LabTestCase):
             {POD: 'its route is missing',
              '100.75.30.73': 'no container claims it'},
             {str(address): problem
-             for address, problem in seen.problems().items()})
+             for address, problem in address_problems(seen).items()})

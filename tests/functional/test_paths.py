@@ -14,6 +14,7 @@ import sys
 import time
 from typing import Any, Optional
 
+from kuryr_break0.problems import address_problems
 from tests.functional import base
 from tests.functional.base import Owner
 from tests import lab
@@ -438,7 +439,7 @@ class TestFamilies(base.LabTestCase):
         self.assertTrue(self.lab.ping(POD))
         self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
         self.assertEqual(['IPv6 is disabled on break0'], [
-            problem for problem in self.seen().problems().values()])
+            problem for problem in address_problems(self.seen()).values()])
         self.assertFalse(self.manager().sync())
         self.unbind(POD, POD6)
         self.assertEqual(set(), self.bound())

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What is wrong by a snapshot, in words: for status, CHECK and metrics."""
+
+from __future__ import annotations
+
+from typing import Iterator
+
+from kuryr_break0 import exceptions
+from kuryr_break0.guard import said
+from kuryr_break0 import kernel
+from kuryr_break0.model import address_order
+from kuryr_break0.model import IPAddress
+from kuryr_break0.snapshot import Parent
+from kuryr_break0.snapshot import Snapshot
+
+
+def address_problems(seen: Snapshot) -> dict[IPAddress, str]:
+    """Return what stops traffic to which address, or differs."""
+    problems = {address: 'it is ' + reason
+                for address, reason in seen.refused.items()}
+    for parent in seen.parents.values():
+        problems.update(_on(parent, seen))
+    for record in seen.gone:
+        if record.address not in seen.live:
+            problems[record.address] = 'its sandbox is gone'
+    for address, rivals in seen.rivals.items():
+        problems.setdefault(address, 'it is claimed by %s too' % (
+            ', '.join(rival.whose for rival in rivals)))
+    for address in seen.contents.unreadable:
+        problems[address] = 'its record in the ledger cannot be read'
+    return {address: problems[address]
+            for address in sorted(problems, key=address_order)}
+
+
+def _on(parent: Parent, seen: Snapshot) -> dict[IPAddress, str]:
+    problems: dict[IPAddress, str] = {}
+    for address, record in parent.live.items():
+        if parent.conflict is not None:
+            problems[address] = str(parent.conflict)
+        elif (record.netns is not None and parent.node is not None
+                and record.configured != parent.node.digest):
+            problems[address] = ('its container is not configured to '
+                                 'reach the node')
+        elif address not in parent.desired and (
+                address not in seen.refused):
+            problems[address] = 'IPv6 is disabled on ' + parent.device
+    for neighbour in parent.plan.learn:
+        problems[neighbour.dst] = 'its neighbour entry is ' + (
+            'wrong' if neighbour.dst in parent.neighbours else 'missing')
+    for route in parent.plan.replace:
+        problems[route.dst] = 'its route is ' + (
+            'wrong' if route.dst in parent.routes else 'missing')
+    for route in parent.plan.delete:
+        problems.setdefault(route.dst, 'it has a route too many')
+    for route in parent.plan.foreign:
+        problems[route.dst] = (
+            'it has a route of others, on %s with protocol %s' %
+            (kernel.name_of(route.oif), route.protocol))
+    for item in parent.plan.unclaimed:
+        problems[item.dst] = 'no container claims it'
+    return problems
+
+
+def node_problems(seen: Snapshot) -> Iterator[str]:
+    """Return what is wrong with a break0, or with the ledger."""
+    if seen.is_lost:
+        yield ('the ledger in %s was lost; a sync rebuilds it'
+               % seen.options.state_dir)
+    if seen.stranger is not None:
+        yield str(exceptions.DeviceConflict(
+            device=seen.stranger.name, found='a %s' % (
+                seen.stranger.kind or 'physical interface'),
+            expected='a macvlan in bridge mode on the parent of pods'))
+    if seen.unjudged:
+        yield unjudged_problem(seen)
+    for parent in seen.parents.values():
+        yield from parent_problems(parent)
+
+
+def parent_problems(parent: Parent) -> Iterator[str]:
+    """Return what is wrong with break0 itself; nothing without pods."""
+    if parent.conflict is not None:
+        yield str(parent.conflict)
+    elif parent.link is None and parent.live:
+        yield '%s is missing on %s, but %d addresses are bound' % (
+            parent.device, parent.name, len(parent.live))
+    elif parent.link is not None:
+        if parent.other is not None:
+            yield '%s belongs to the ledger %s in %s' % (
+                parent.device, *parent.other)
+        for text in said(parent.guard_missing, parent.guard_extra):
+            yield '%s: %s' % (parent.device, text)
+        if not parent.live:
+            return
+        if parent.parent is not None and not parent.parent.carrier:
+            yield '%s, the parent of %s, %s' % (
+                parent.name, parent.device, 'has no carrier'
+                if parent.parent.up else 'is down')
+        for text in (*parent.differences, *(
+                [parent.guard] if parent.guard else [])):
+            yield '%s: %s' % (parent.device, text)
+        if (any(address.version == 6 for address in parent.live)
+                and kernel.read_sysctl('ipv6/conf/%s/disable_ipv6'
+                                       % parent.device) != 0):
+            yield ('%s: IPv6 is disabled, but there are containers with '
+                   'IPv6 addresses. Enable it: sysctl -w net/ipv6/conf/'
+                   '%s/disable_ipv6=0; kuryr-break0 sync' % (
+                       parent.device, parent.device))
+
+
+def unjudged_problem(seen: Snapshot) -> str:
+    """Say that sandboxes may be gone; empty if it is known of each."""
+    for record, reason in seen.unjudged.items():
+        return ('cannot find out whether the sandboxes of %d addresses '
+                'still exist, so they stay bound, as %s of %s: %s' % (
+                    len(seen.unjudged), record.address, record.whose,
+                    reason))
+    return ''
