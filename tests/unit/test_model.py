@@ -110,7 +110,8 @@ class Node(stateful.RuleBasedStateMachine):
         #: of what the record was rebuilt, so that nobody knows its owner
         self.rebuilt: set[tuple[IPAddress, int]] = set()
         self.discovered: set[tuple[IPAddress, int]] = set()
-        self.clock = itertools.count(1)
+        # After what is rebuilt, whose time is that of this boot.
+        self.clock = itertools.count(2 ** 40)
         self.was_killed = False
         #: by a kill or error since the last sync: something may be left over
         self.is_unsettled = False
@@ -354,8 +355,8 @@ class Node(stateful.RuleBasedStateMachine):
         self.sync()
         outcome = self.sync()
         assert not outcome, outcome
-        # If the new owner of an address was killed before it set anything,
-        # and ended, nothing says whose is what is left of the one before.
+        # If the new owner of an address was killed, or failed, before it set
+        # anything, and ended, nothing says whose is what the one before has.
         doubtful = {item.dst for item in outcome.unclaimed}
         assert self.was_killed or not doubtful, outcome
         assert not outcome.errors, outcome.errors
@@ -439,6 +440,7 @@ class Node(stateful.RuleBasedStateMachine):
             return None
         except (Killed, exceptions.Break0Error) as err:
             self.is_unsettled = True
+            self.was_killed |= bool(fails)
             for each in ADDRESSES:
                 before = [other for other in self.claims[each]
                           if other is not sandbox and other.lives]
