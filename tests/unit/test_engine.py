@@ -17,6 +17,7 @@ from kuryr_break0 import device
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0 import ledger
+from kuryr_break0.ledger import cache
 from kuryr_break0.ledger import files
 from kuryr_break0.ledger import records
 from kuryr_break0 import manager
@@ -210,6 +211,35 @@ class TestSuccession(EngineTestCase):
         self.assertFalse(self.sync())
 
 
+class TestGuard(EngineTestCase):
+
+    def admitted(self) -> set[IPAddress]:
+        return {ipaddress.ip_address(each.address)
+                for each in self.fake.pairs}
+
+    def test_one_that_is_loaded_again_lets_in_no_blocked_address(self
+                                                                 ) -> None:
+        self.bind(POD, guard='auto')
+        self.fake.host[OTHER, 254] = HostRoute(OTHER, 1, 4, 254, None, 0)
+        with self.assertRaises(exceptions.ForeignRoute):
+            self.bind(OTHER, owner=OTHER_OWNER, netns='/b', mac=OTHER_MAC,
+                      guard='auto')
+        self.fake.tables.clear()
+        with mock.patch.object(cache, 'MAX_AGE', 0):
+            self.bind(POD + 2, guard='auto')
+        self.assertEqual({POD, POD + 2}, self.admitted())
+
+    def test_of_a_break0_without_pods(self) -> None:
+        self.bind(POD, guard='auto')
+        left, = self.fake.pairs
+        manager.Break0Manager(self.options(guard='auto')).unbind(OWNER, [POD])
+        for pairs in self.fake.tables.values():
+            pairs.add(left)
+        self.assertEqual({POD}, self.admitted())
+        self.assertTrue(self.sync(guard='auto'))
+        self.assertEqual(set(), self.admitted())
+
+
 class TestReconciler(EngineTestCase):
 
     def test_one_that_fails_holds_up_no_other(self) -> None:
@@ -345,6 +375,15 @@ class TestDevice(EngineTestCase):
             with self.assertRaises(exceptions.KernelRefused):
                 self.ensure()
         self.assertNotIn('break0', self.fake.links)
+
+    def test_one_that_another_process_has_just_made(self) -> None:
+        def late(name: str, parent: kernel.Link, mac: str) -> None:
+            self.fake.create_macvlan(name, parent, mac)
+            raise exceptions.KernelRefused('create', 'there is one', 17)
+
+        with mock.patch.object(kernel, 'create_macvlan', late):
+            self.assertTrue(self.ensure().link.up)
+        self.assertIn('break0', self.fake.links)
 
     def test_each_difference_is_repaired(self) -> None:
         self.ensure()
