@@ -32,6 +32,7 @@ SECTIONS: dict[str, bench.Measure] = {
     'pods': pods.pairs, 'own': own.calls, 'lock': own.lock,
     'hops': hops.next_hops, 'bulk': bulk.syncs,
     'healing': healing.repairs, 'gaps': gaps.gaps, 'paths': paths.paths,
+    'guarded': paths.guarded,
     'binding': binding.binding, 'single': binding.single,
     'scale': scale.scale,
     'bursts': binding.bursts, 'cni': cni.adds}

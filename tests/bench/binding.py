@@ -21,6 +21,7 @@ import os_vif
 from os_vif.objects import instance_info
 
 from kuryr_break0 import config
+from kuryr_break0 import kernel
 from kuryr_break0.kuryr import vif as break0_vif
 from tests.bench import at_most
 from tests.bench import blamed
@@ -76,6 +77,19 @@ class _Binding:
     def disconnect(self, way: str) -> float:
         return self._request(way, b_base.disconnect)
 
+    def deletion(self) -> float:
+        """Bind the pod; how long the kernel takes to delete its interface."""
+        self.connect(DIRECT)
+        taken = []
+
+        def delete() -> None:
+            with kernel.Netlink() as netlink:
+                taken.append(timed(lambda: netlink.delete_link('eth0')))
+
+        self._node.lab.in_netns(delete, 'bound')
+        self.disconnect(DIRECT)
+        return taken[0]
+
     def verify(self, way: str) -> None:
         """Bind and unbind the pod, and look at what that does."""
         with blamed(way):
@@ -116,6 +130,7 @@ def binding(node: Node, repeat: int) -> Section:
     ways = (STOCK, KURYR, DIRECT)
     connects: Times = {way: {size: [] for size in SIZES} for way in ways}
     disconnects: Times = {way: {size: [] for size in SIZES} for way in ways}
+    deletions: list[float] = []
     pods = -(-repeat // PODS_SHARE)
     for start in range(0, pods, ROUND):
         say('pod %d of %d bound by Kuryr' % (start + 1, pods))
@@ -132,8 +147,10 @@ def binding(node: Node, repeat: int) -> Section:
                             connects[way][size].append(bound.connect(way))
                             disconnects[way][size].append(
                                 bound.disconnect(way))
+                    deletions.append(bound.deletion())
     connect, disconnect = _medians(connects), _medians(disconnects)
     low, _, high = SIZES
+    deletion = statistics.median(deletions)
     return Section(
         'b_base.connect / disconnect of one pod, median ms',
         ['way', *('%d other pods' % size for size in SIZES),
@@ -142,9 +159,12 @@ def binding(node: Node, repeat: int) -> Section:
                  for size in SIZES),
           '%.2f' % (connect[way][low] / connect[STOCK][low]),
           '%.2f' % (connect[way][high] / connect[way][low])]
-         for way in ways],
-        _binding_targets(connect, disconnect),
-        {'connect_ms': connect, 'disconnect_ms': disconnect})
+         for way in ways] + [
+             ['the kernel, to delete a macvlan', '- / %.0f' % deletion,
+              *['-'] * len(SIZES), '-']],
+        _binding_targets(connect, disconnect, deletion),
+        {'connect_ms': connect, 'disconnect_ms': disconnect,
+         'deletion_ms': deletion})
 
 
 def _medians(times: Times) -> Medians:
@@ -153,9 +173,10 @@ def _medians(times: Times) -> Medians:
             for way, by_size in times.items()}
 
 
-def _binding_targets(connect: Medians, disconnect: Medians
-                     ) -> list[Target]:
+def _binding_targets(connect: Medians, disconnect: Medians,
+                     deletion: float) -> list[Target]:
     low, _, high = SIZES
+    stock, direct = disconnect[STOCK][low], disconnect[DIRECT][low]
     return [
         *(at_most('connect at %d pods, %s' % (high, way), connect[way][high],
                   connect[way][low], 1.15, 'that at %d' % low)
@@ -163,8 +184,10 @@ def _binding_targets(connect: Medians, disconnect: Medians
         *(at_most('connect at %d pods, %s' % (size, DIRECT),
                   connect[DIRECT][size], connect[STOCK][low], 0.1,
                   'stock at %d' % low) for size in (low, high)),
-        at_most('disconnect at %d pods, %s' % (low, DIRECT),
-                disconnect[DIRECT][low], disconnect[STOCK][low], 0.35,
+        at_most('disconnect at %d pods, %s' % (low, DIRECT), direct, stock,
+                0.4, 'stock at %d' % low),
+        at_most('the same, without what the kernel takes of both',
+                direct - deletion, stock - deletion, 0.4,
                 'stock at %d' % low)]
 
 

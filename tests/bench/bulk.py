@@ -4,12 +4,15 @@
 
 from __future__ import annotations
 
-import statistics
+from typing import Callable
+from unittest import mock
 
+from kuryr_break0 import guard
 from kuryr_break0 import manager
 from tests.bench import at_most
 from tests.bench import Broken
 from tests.bench import Node
+from tests.bench import own
 from tests.bench import say
 from tests.bench import Section
 from tests.bench import Target
@@ -19,6 +22,7 @@ SIZES = (1000, 10000)
 BATCH = 'ip -batch'
 FROM_NOTHING = 'sync from nothing'
 NOTHING_TO_DO = 'sync with nothing to do'
+HELD = 'longest hold of the lock'
 
 
 def syncs(node: Node, repeat: int) -> Section:
@@ -39,7 +43,7 @@ def syncs(node: Node, repeat: int) -> Section:
     for size in SIZES:
         node.resize(size)
         node.write_batch('add', node.records(0, size))
-        for number in range(min(repeat, 9)):
+        for number in range(min(repeat, 5)):
             say('sync %d of %d pods' % (number + 1, size))
             flush()
             times[BATCH][size].append(timed(node.run_batch))
@@ -50,20 +54,70 @@ def syncs(node: Node, repeat: int) -> Section:
             times[NOTHING_TO_DO][size].append(timed(sync))
             if manager.Break0Manager(node.options).sync(dry_run=True):
                 raise Broken('a sync leaves something to do')
-    medians = {name: {size: statistics.median(taken)
-                      for size, taken in by_size.items()}
-               for name, by_size in times.items()}
+    # The least, since other processes of the machine can only add to it.
+    least = {name: {size: min(taken) for size, taken in by_size.items()}
+             for name, by_size in times.items()}
     low, high = SIZES
-    targets = [at_most('%s, %d pods' % (name, low), medians[name][low],
-                       medians[BATCH][low], 6, BATCH)
-               for name in (FROM_NOTHING, NOTHING_TO_DO)]
+    targets = [at_most('%s, %d pods' % (name, size), least[name][size],
+                       least[BATCH][size], limit, BATCH)
+               for name, size, limit in (
+                   (FROM_NOTHING, low, 6), (NOTHING_TO_DO, low, 6),
+                   (NOTHING_TO_DO, high, 2.5))]
     for name in (FROM_NOTHING, NOTHING_TO_DO):
-        growth = medians[name][high] / medians[name][low]
+        growth = least[name][high] / least[name][low]
         targets.append(Target('%s, %d against %d: at most 12 x' % (
             name, high, low), '%.1f x' % growth, growth <= 12))
+    rows = [[name, '%.0f' % least[name][low], '%.0f' % least[name][high]]
+            for name in least]
+    held: list[float] = []
+    loads = _loads(node, sync, held)
+    size = node.others
+    rows += [[name, *('%.0f' % taken if each == size else '-'
+                      for each in SIZES)]
+             for name, taken in (*loads.items(), (HELD, max(held)))]
+    targets += [Target('%s, %d pods: at most %d ms' % (name, size, limit),
+                       '%.0f ms' % taken, taken <= limit)
+                for name, taken, limit in (*(
+                    (*load, 1000) for load in loads.items()),
+                    (HELD, max(held), 100))]
     return Section(
-        'All pods of a node at once, median ms',
-        ['way', *('%d pods' % size for size in SIZES)],
-        [[name, *('%.0f' % taken for taken in by_size.values())]
-         for name, by_size in medians.items()],
-        targets, {'medians_ms': medians})
+        'All pods of a node at once, ms',
+        ['way', *('%d pods' % size for size in SIZES)], rows, targets,
+        {'least_ms': least, 'loads_ms': loads, 'held_ms': held})
+
+
+def _loads(node: Node, sync: Callable[[], None],
+           held: list[float]) -> dict[str, float]:
+    """Return what a sync takes that has to load the guard, in ms.
+
+    With fewer pods, where nft cannot load that many: as root of a user
+    namespace, it may send no larger message.
+
+    :param held: gets how long the lock was held, in ms
+    """
+    table = guard.table_of(node.options.device)
+    commands = {'sync, guard deleted': 'delete table netdev ' + table,
+                'sync, guard changed':
+                    'flush chain netdev %s from-pods' % table}
+
+    def load(command: str) -> float:
+        node.lab.run('nft', command)
+        return timed(sync)
+
+    def is_done() -> bool:
+        return not manager.Break0Manager(node.options).sync(dry_run=True)
+
+    load(commands['sync, guard deleted'])
+    if not is_done():
+        node.resize(SIZES[0])
+        sync()
+    found = {}
+    with mock.patch.object(manager, 'Ledger', own.TimedLedger):
+        own.TimedLedger.held.clear()
+        for name, command in commands.items():
+            say(name)
+            found[name] = min(load(command) for _ in range(5))
+            if not is_done():
+                raise Broken('%s leaves something to do' % name)
+        held += [1000 * each for each in own.TimedLedger.held]
+    return found
