@@ -4,7 +4,8 @@
 
 Some ratios of times measured in one run are compared with those in git, in
 ratios.json: machines differ, and ratios much less. What is worse is measured
-again, since machines are noisy too; it counts if it is worse each time.
+again, since machines are noisy too; it counts if it is worse each time. Each
+time is the least of several, since what else runs can only add to it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import logging
 import os
 import pathlib
 import signal
-import statistics
 import subprocess
 import sys
 from typing import Callable, Iterator, Mapping
@@ -46,74 +46,82 @@ Ratios = Mapping[str, float]
 Part = Callable[[bench.Node], Iterator[tuple[str, float]]]
 
 
-def _median(call: Callable[[], object], count: int) -> float:
-    return statistics.median(bench.timed(call) for _ in range(count))
+def _least(calls: dict[str, Callable[[], float]], rounds: int
+           ) -> dict[str, float]:
+    """Measure alternately, and return the least of each.
+
+    Whatever else runs on the machine can only add to that.
+    """
+    taken = [{name: call() for name, call in calls.items()}
+             for _ in range(rounds)]
+    return {name: min(each[name] for each in taken) for name in calls}
+
+
+def _ratios(least: dict[str, float]) -> Iterator[tuple[str, float]]:
+    """Yield what all others are of the first."""
+    (unit, of), *others = least.items()
+    for name, taken in others:
+        yield '%s / %s' % (name, unit), taken / of
 
 
 def _pairs(node: bench.Node) -> Iterator[tuple[str, float]]:
     """Yield what one pod costs, alone and in a process just forked."""
     node.resize(PODS)
-    ways: dict[str, Callable[[Callable[[], None]], float]] = {
-        '': bench.timed,
-        ', just forked': lambda call: bench.in_child(
-            lambda: bench.timed(call))}
     bench.keep()
     kernel.share_nft()  # as kuryr-daemon does before it forks
-    for way, measure in ways.items():
-        times: dict[str, list[float]] = {'bind': [], 'unbind': []}
-        units = []
-        for _ in range(3):
-            units.append(bench.unit(node))
-            for _ in range(30):
-                times['bind'].append(measure(node.bind))
-                times['unbind'].append(measure(node.unbind))
-        for name, taken in times.items():
-            yield ('%s%s / ip processes' % (name, way),
-                   statistics.median(taken) / statistics.median(units))
+
+    def forked(call: Callable[[], None]) -> Callable[[], float]:
+        return lambda: bench.in_child(lambda: bench.timed(call))
+
+    # Not by turns: what is forked shares memory with this process, which is
+    # then copied as it is written to.
+    for calls in ({'bind': lambda: bench.timed(node.bind),
+                   'unbind': lambda: bench.timed(node.unbind)},
+                  {'bind, just forked': forked(node.bind),
+                   'unbind, just forked': forked(node.unbind)}):
+        yield from _ratios(_least({
+            bench.UNIT: lambda: bench.unit(node, min, 2), **calls}, 50))
 
 
 def _syncs(node: bench.Node) -> Iterator[tuple[str, float]]:
     node.resize(1000)
     node.write_batch('add', node.records(0, 1000))
     device = node.options.device
-    times: dict[str, list[float]] = {name: [] for name in (
-        'ip -batch', 'sync from nothing', 'sync with nothing to do')}
 
     def flush() -> None:
         node.lab.run('ip', 'route', 'flush', 'dev', device)
         node.lab.run('ip', 'neigh', 'flush', 'dev', device,
                      'nud', 'permanent')
 
-    for _ in range(5):
+    def from_nothing(call: Callable[[], object]) -> float:
         flush()
-        sync = manager.Break0Manager(node.options).sync
-        calls: list[Callable[[], object]] = [node.run_batch, sync, sync]
-        for (name, taken), call in zip(times.items(), calls):
-            if name == 'sync from nothing':
-                flush()
-            taken.append(bench.timed(call))
+        taken = bench.timed(call)
         node.require(False, False)
-    unit, *others = (statistics.median(taken) for taken in times.values())
-    for name, median in zip([*times][1:], others):
-        yield name + ' / ip -batch', median / unit
+        return taken
+
+    sync = manager.Break0Manager(node.options).sync
+    yield from _ratios(_least({
+        'ip -batch': lambda: from_nothing(node.run_batch),
+        'sync from nothing': lambda: from_nothing(sync),
+        'sync with nothing to do': lambda: bench.timed(sync)}, 6))
 
 
 def _starts(node: bench.Node) -> Iterator[tuple[str, float]]:
-    def run(*command: str) -> Callable[[], object]:
-        return lambda: subprocess.run(command, check=True,
-                                      stdout=subprocess.DEVNULL,
-                                      stderr=subprocess.DEVNULL)
+    def run(*command: str) -> Callable[[], float]:
+        return lambda: bench.timed(lambda: subprocess.run(
+            command, check=True, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL))
 
     node.resize(PODS)
     # What is out of sync, as these pods without interfaces, makes it exit 1.
-    status = ('sh', '-c', '%s status || [ $? = 1 ]' % PROGRAM)
-    unit = _median(run(*PYTHON), 20)
-    yield '--version / python', _median(run(PROGRAM, '--version'), 20) / unit
-    yield 'status / python', _median(run(*status), 10) / unit
+    status = '%s status || [ $? = 1 ]' % PROGRAM
+    yield from _ratios(_least({
+        'python': run(*PYTHON), '--version': run(PROGRAM, '--version'),
+        'status': run('sh', '-c', status)}, 8))
 
 
 def _agent(node: bench.Node) -> Iterator[tuple[str, float]]:
-    """Yield its memory, and what it takes to restore break0."""
+    """Yield its memory, when it has restored break0 a few times."""
     node.resize(PODS)
     agent = subprocess.Popen(
         [PROGRAM, 'agent'], env={**os.environ, 'OS_BREAK0__METRICS_BIND': ''},
@@ -121,9 +129,7 @@ def _agent(node: bench.Node) -> Iterator[tuple[str, float]]:
     with subprocess.Popen([sys.executable, '-c', 'input()'],
                           stdin=subprocess.PIPE) as python:
         try:
-            taken = healing.deletions(node, 9)
-            yield ('repair of break0 / ip processes',
-                   statistics.median(taken) / bench.unit(node))
+            healing.deletions(node, 3)
             memory = [psutil.Process(each.pid).memory_info().rss
                       for each in (agent, python)]
             yield "the agent's memory / python", memory[0] / memory[1]
@@ -134,22 +140,18 @@ def _agent(node: bench.Node) -> Iterator[tuple[str, float]]:
 
 
 def _plugin(node: bench.Node) -> Iterator[tuple[str, float]]:
-    medians = cni.adds(node, 40).data['medians']
-    for name in (cni.OURS, cni.SCRIPT):
-        yield 'ADD of %s / tuning' % name, medians[name] / medians['tuning']
+    times = cni.adds(node, 60).data['times']
+    yield from _ratios({'ADD of ' + name: min(times[name]) for name in (
+        'tuning', cni.OURS, cni.SCRIPT)})
 
 
 def _daemon(node: bench.Node) -> Iterator[tuple[str, float]]:
     """Yield an ADD by the real kuryr-daemon."""
-    taken = {}
     with kuryr.Node() as each:
         stock = kuryr.stock_environment(os.path.join(each.dir, 'venv'))
-        for way in (binding.STOCK, binding.KURYR, binding.DIRECT):
-            taken[way] = statistics.median(
-                add for add, _ in binding.singles(each, way, stock, 6))
-    for way in (binding.KURYR, binding.DIRECT):
-        yield ('ADD by kuryr-daemon, %s / stock' % way.partition(', ')[2],
-               taken[way] / taken[binding.STOCK])
+        yield from _ratios({'ADD by ' + way: min(
+            add for add, _ in binding.singles(each, way, stock, 8))
+            for way in (binding.STOCK, binding.KURYR, binding.DIRECT)})
 
 
 PARTS = (_pairs, _syncs, _starts, _agent, _plugin, _daemon)
@@ -204,7 +206,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog='make bench-check',
                                      description=__doc__)
     parser.add_argument('--renew', metavar='FILE', help='measure %d times, '
-                        'and write the medians' % RUNS,
+                        'and write the least' % RUNS,
                         type=argparse.FileType('w'))
     args = parser.parse_args()
     logging.disable(logging.INFO)
@@ -216,9 +218,8 @@ def main() -> int:
         return compare(json.loads(FILE.read_text()))
     runs = [measure([*PARTS]) for _ in range(RUNS)]
     with args.renew:
-        json.dump({name: round(statistics.median(
-            run[name][1] for run in runs), 3) for name in runs[0]},
-            args.renew, indent=2)
+        json.dump({name: round(min(run[name][1] for run in runs), 3)
+                   for name in runs[0]}, args.renew, indent=2)
         args.renew.write('\n')
     return 0
 
