@@ -186,14 +186,16 @@ class TestProcess(AgentTestCase):
 
     def test_sighup(self) -> None:
         with open(CONF, 'w') as file:
-            file.write('[break0]\nmac = x\n')
+            file.write('[break0]\naddr = x\n')
         self.agent.send_signal(signal.SIGHUP)
         self.wait_for(lambda: 'Keeping the previous' in self.log())
         with open(CONF, 'w') as file:
-            file.write('[break0]\nmac = 02:00:00:00:00:07\n')
+            file.write('[break0]\naddr = 10.99.0.7\n')
         self.agent.send_signal(signal.SIGHUP)
-        self.wait_for(lambda: (self.lab.link('break0') or {})['address']
-                      == '02:00:00:00:00:07')
+        self.wait_for(lambda: '10.99.0.7' in {
+            address['local'] for link in self.lab.ip(
+                'address', 'show', 'dev', 'break0')
+            for address in link.get('addr_info', ())})
 
     def test_the_timer(self) -> None:
         with open(CONF, 'w') as file:
