@@ -93,7 +93,7 @@ class Namer:
                 LOG.exception('Cannot read the names of containers')
 
     def _update(self) -> bool:
-        """Return whether to ask again."""
+        """Return whether to ask again: an engine that is busy may not know."""
         now = time.monotonic()
         unnamed = {record.owner: record for record
                    in discovered(self._ledger) if record.pod is None}
@@ -114,7 +114,7 @@ class Namer:
                 LOG.info('%s of %s is the container %s', record.owner,
                          record.address, name)
                 del new[record.owner]
-        return bool(new)
+        return bool(new) and any(map(os.path.exists, ENGINE_SOCKETS))
 
     def _names(self, path: str) -> dict[NamespaceId, str]:
         if not os.path.exists(path):
