@@ -788,10 +788,8 @@ class TestHostile(DiscoveryTestCase):
             self.lab.add_pod('c%d' % number, '100.75.32.%d' % number
                              if number else '100.75.32.200')
         self.until(lambda: len(self.bound()) == 102)
-        process = psutil.Process(self.agent.pid)
-        self.until(lambda: base.is_idle(process))
-        cpu = self.cpu_while(lambda: None, 5)
-        self.assertLess(cpu, 0.005)
+        # There may still be a sync that waits, for its share of a processor.
+        self.until(lambda: self.cpu_while(lambda: None, 5) < 0.005)
 
 
 class TestInstalled(DiscoveryTestCase):
