@@ -46,8 +46,10 @@ class TestHelp(unittest.TestCase):
         self.assertNotIn('--log', page)
         everything = subprocess.run(
             [os.path.join(BIN, 'kuryr-break0'), '--help-all'], check=True,
-            text=True, stdout=subprocess.PIPE).stdout
+            text=True, stdout=subprocess.PIPE,
+            env={**os.environ, 'COLUMNS': '80'}).stdout
         self.assertIn('--log-file', everything)
+        self.assertLessEqual(max(map(len, everything.splitlines())), 80)
 
 
 class TestDirective(unittest.TestCase):
