@@ -126,7 +126,7 @@ class Engine:
         """Write a claim, unless it is refused or came too late.
 
         An unwritable ledger must not cost a pod its route: what is in the
-        kernel is recorded when it can be again.
+        kernel is recorded when it can be again. Who yields tries again.
         """
         address = record.address
         before: Claims = ()
@@ -141,11 +141,14 @@ class Engine:
                 address=address, owner=added.rivals[0].owner,
                 **vars(added.rivals[0].owner)))
             return
-        if added.passed:
-            passed.append(address)
-        moves[address] = Move(before, added.after)
+        is_recorded = False
         with failure.noted(address) if yielding else Failures().logged():
             self._records.put(added.after)
+            is_recorded = True
+        if is_recorded or not yielding:
+            moves[address] = Move(before, added.after)
+            if added.passed:
+                passed.append(address)
 
     def unbind(self, addresses: Iterable[IPAddress],
                is_own: Callable[[Record], bool], name: object,

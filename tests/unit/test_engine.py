@@ -110,6 +110,18 @@ class TestManager(EngineTestCase):
         self.assertEqual({OTHER}, self.routed())
         self.assertEqual({POD, OTHER}, self.recorded())
 
+    def test_who_yields_is_not_bound_without_a_record(self) -> None:
+        asked: list[object] = []
+        self.fake.fail = lambda verb, item: asked.append(item)
+        with mock.patch.object(
+                files, 'replace', side_effect=OSError(
+                    errno.ENOSPC, 'of the test')):
+            with self.assertRaises(exceptions.LedgerUnavailable):
+                self.bind(POD, yielding=True)
+            self.assertEqual([], asked)
+            self.bind(POD)
+        self.assertEqual({POD}, self.routed())
+
     def test_an_unbind_that_fails_keeps_the_record(self) -> None:
         self.bind(POD)
         self.fake.fail = lambda verb, item: errno.ENOBUFS
