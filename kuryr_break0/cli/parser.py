@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with one line that says what is wrong."""
-        found = re.match(r"argument VERB: invalid choice: '(.*?)'", message)
+        found = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
         if found:
             sys.exit(common.fail(common.USAGE, common.NO_VERB % (
                 found[1], close_to(found[1], VERBS))))
@@ -64,7 +64,7 @@ def whole() -> Parser:
 
 def add_parsers(subparsers: Any, names: Iterable[str] = VERBS) -> None:
     """Register verbs, those of one module together."""
-    subparsers.metavar = 'VERB'  # the list of all is wider than a screen
+    subparsers.metavar = 'COMMAND'  # the list of all is wider than a screen
     for name in dict.fromkeys(VERBS[each].module for each in names):
         importlib.import_module('kuryr_break0.cli.' + name).add_parsers(
             subparsers)
