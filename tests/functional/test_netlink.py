@@ -440,8 +440,8 @@ class TestEvents(base.LabTestCase):
             self.lab.run('ip', 'route', 'add', '10.2.0.1', 'dev', 'eth0')
             rest = [each for _ in range(20) for each in events.get()]
             self.assertNotIn('10.2.0.1', {str(each.dst) for each in rest})
-            self.assertEqual(['lost'], [each.what for each in rest
-                                        if each.what != 'route'])
+            # Others may be of addresses, as one of IPv6 becomes usable.
+            self.assertEqual(1, [each.what for each in rest].count('lost'))
             self.assertEqual('lost', rest[-1].what)
             self.lab.run('ip', 'route', 'add', '10.2.0.2', 'dev', 'eth0')
             self.assertEqual(['10.2.0.2'], [str(each.dst)

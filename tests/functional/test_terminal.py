@@ -100,7 +100,7 @@ class TestTerminal(CLITestCase):
     def test_errors_are_one_line(self) -> None:
         for args, text in ((('statsu',), 'did you mean status?'),
                            (('status', '--jsno'), 'did you mean --json?'),
-                           (('bind',), 'required'), (('-d',), 'command'),
+                           (('bind',), 'required'), (('-d',), 'COMMAND'),
                            (('probe', 'x'), 'name of a container'),
                            (('agent', 'x'), 'agent --help')):
             with self.subTest(args):
