@@ -167,8 +167,11 @@ lxc.net.0.hwaddr = %s
 lxc.net.0.ipv4.address = %s/24
 lxc.net.0.ipv6.address = %s/64
 ''' % (name, self.rootfs(name), mac, address(number), address6(number)))
-        self.output(*self.lxc('start', name, '--logfile=/run/lxc.log',
-                              '--logpriority=INFO'))
+        # The MAC address may not be free yet: LXC does not wait until the
+        # namespace that had it is deleted.
+        self.test.until(lambda: self.test.lab.run(
+            *self.lxc('start', name, '--logfile=/run/lxc.log',
+                      '--logpriority=INFO'), check=False).returncode == 0)
 
     def stop(self, name: str) -> None:
         # Its init does not know the signal for it, so it is killed at last.
@@ -192,7 +195,7 @@ class Nspawn(LXC):
     #: What systemd does in a unit.
     _IN_UNIT = 'mkdir -p "$1"; echo $$ >"$1/cgroup.procs"; shift; exec "$@"'
     _INIT = '''ip link set mv-eth0 address %s
-        ip link set mv-eth0 up
+        until ip link set mv-eth0 up; do sleep 0.05; done
         ip address add %s/24 dev mv-eth0
         ip address add %s/64 dev mv-eth0
         echo >/configured
