@@ -9,6 +9,7 @@ to see more finds the logs in build/soak.
 
 from __future__ import annotations
 
+import abc
 import collections
 import contextlib
 import http.client
@@ -72,7 +73,7 @@ class Sandbox(NamedTuple):
     end: Callable[[], None]
 
 
-class Way:
+class Way(abc.ABC):
     """One way in which containers come; a way of its own per subclass."""
 
     name = ''
@@ -85,12 +86,12 @@ class Way:
         self.live: dict[int, Sandbox] = {}
         self.times: list[float] = []
 
+    @abc.abstractmethod
     def start(self, name: str, number: int) -> Sandbox:
         """Start a container.
 
         :raises Exception: if that fails, and has left nothing
         """
-        raise NotImplementedError
 
 
 class ByKuryr(Way):

@@ -417,6 +417,5 @@ class TestFullFilter(Cases, ParentKindTestCase):
                 'crowd', 'type', 'macvlan', 'mode', 'bridge')
             run('ip', 'link', 'set', name, 'up', netns='crowd')
 
-    @unittest.skip('the hub of QEMU never takes the carrier away')
-    def test_no_carrier(self) -> None:
-        pass
+    #: None: the hub of QEMU never takes the carrier away.
+    test_no_carrier = None  # type: ignore[assignment]
