@@ -94,7 +94,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.place is None:
         return _run(args.modules[0], args.into)
-    with futures.ThreadPoolExecutor(os.cpu_count()) as workers:
+    # Tests wait most of the time.
+    with futures.ThreadPoolExecutor((os.cpu_count() or 1) + 1) as workers:
         return max(workers.map(lambda module: _start(
             module, args.place, args.into), args.modules))
 
