@@ -135,8 +135,10 @@ def _load(nft: str, text: str, *options: str) -> Optional[str]:
                               stderr=subprocess.PIPE, timeout=_TIMEOUT)
     except subprocess.TimeoutExpired:
         return 'nft does not end within %d seconds' % _TIMEOUT
-    return None if done.returncode == 0 else 'nft says: ' + ' '.join(
-        done.stderr.split())[:300]
+    # The first error says why; what follows quotes the rules.
+    first = re.search('Error: (.*)', done.stderr)
+    return None if done.returncode == 0 else 'nft says: ' + (
+        first[1] if first else ' '.join(done.stderr.split()))[:300]
 
 
 def pair(address: IPAddress, mac: Optional[str]) -> Pair:

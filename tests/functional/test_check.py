@@ -79,13 +79,19 @@ class TestCheck(CLITestCase):
         self.assertEqual('warning', found['namespaces-unseen'][0])
 
     def test_a_kernel_that_guards_nothing_that_leaves(self) -> None:
-        # With a program that stands in for nft on such a kernel.
+        # With a program that says what nft says on Linux 5.10.
         with open('/run/nft', 'w') as file:
-            file.write('#!/bin/sh\n! grep -q egress || '
-                       '{ echo Error >&2; exit 1; }\n')
+            file.write('#!/bin/sh\n! grep -q egress || { echo \''
+                       '/dev/stdin:3:9-54: Error: Chain of type "filter" is '
+                       'not supported, perhaps kernel support is missing?\n'
+                       'type filter hook egress device "lo"\n^^^\n\' >&2; '
+                       'exit 1; }\n')
         os.chmod('/run/nft', 0o755)
-        self.assert_found('egress-unguarded', 'warning', 'nft says: Error',
-                          PATH='/run:' + os.environ['PATH'])
+        found = self.check('--parent', lab.PARENT, code=4,
+                           PATH='/run:' + os.environ['PATH'])
+        self.assertEqual({'egress-unguarded': (
+            'warning', 'nft says: Chain of type "filter" is not supported, '
+            'perhaps kernel support is missing?')}, found)
 
     def test_parent_that_is_not_known(self) -> None:
         done = self.call('check', '--json')
