@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any, Collection, Iterable, Iterator, Mapping, Optional
 
+from kuryr_break0 import claims as claims_
 from kuryr_break0 import config
 from kuryr_break0 import device
 from kuryr_break0 import devices
@@ -254,17 +255,15 @@ class _Reading:
 
         Such is one whose record is on another parent by now.
 
-        Not one whose neighbour has another MAC address than its record: a
-        pod has it that could not be recorded, or another ledger has.
+        Not one that has what its claims did not get.
         """
         macs = {each.dst: each.mac for each in neighbours}
         withdrawn = {address for address, record in self._live.items()
                      if address in self._refused or record.parent != parent}
-        gone: dict[IPAddress, set[Optional[str]]] = {}
+        gone: dict[IPAddress, list[Record]] = {}
         for record in self._gone:
             if record.address not in self._live:
-                gone.setdefault(record.address, set()).add(record.mac)
-        for address, known in gone.items():
-            if None in known or macs.get(address) in {None, *known}:
-                withdrawn.add(address)
-        return withdrawn
+                gone.setdefault(record.address, []).append(record)
+        return withdrawn.union(
+            address for address, claims in gone.items()
+            if claims_.have(claims, macs.get(address)))

@@ -98,3 +98,15 @@ def is_own(claim: Record, owner: Owner, namespace: Optional[NamespaceId],
         and claim.owner in (
             Owner.adopted(namespace, owner.ifname),
             Owner.adopted(namespace._replace(cookie=None), owner.ifname)))
+
+
+def have(claims: Collection[Record], mac: Optional[str]) -> bool:
+    """Return whether what an address has on break0 is that of claims on it.
+
+    Else a pod has it that could not be recorded, or another ledger has. What
+    claims without a MAC address have cannot be told from that.
+
+    :param mac: of the permanent neighbour of the address; None without one
+    """
+    return mac is None or any(claim.mac is None or mac in claim.macs
+                              for claim in claims)

@@ -252,15 +252,12 @@ class Engine:
                   after: Claims = (), mac: Optional[str] = None) -> bool:
         """Delete what an address has on break0s; whether it had a route.
 
-        But not if its neighbour has another MAC address than the sandbox
-        had: then a pod has it that could not be recorded. Nor if there was
-        no claim and nothing says whose it is.
+        But not what the claims did not get, nor, without any, what nothing
+        says whose it is.
         """
         macs = {each for claim in dropped for each in claim.macs}
         if mac is not None and not dropped:
             macs.add(mac.lower())
-        known = macs.union(*(claim.macs for claim in after))
-        is_exact = bool(macs) and all(claim.mac for claim in dropped)
         deleted = False
         for name in devices:
             index = kernel.index_of(name)
@@ -271,13 +268,13 @@ class Engine:
                     (), [pair(address, each) for each in macs]
                     or [pair(address, None)])
             present, kind = netlink.neighbour(index, address)
-            if is_exact and kind == 'permanent' and present not in known:
+            found = present if kind == 'permanent' else None
+            if dropped and claims_.have((*dropped, *after), found) or (
+                    not dropped and found in macs):
+                deleted |= self._unset(netlink, address, index)
+            elif found is not None and macs:
                 LOG.warning('Keeping %s on %s: %s has the address and is not '
-                            'recorded yet', address, name, present)
-                continue
-            if not dropped and (kind != 'permanent' or not macs):
-                continue
-            deleted |= self._unset(netlink, address, index)
+                            'recorded yet', address, name, found)
         return deleted
 
     def _unset(self, netlink: kernel.Netlink, address: IPAddress,
