@@ -95,7 +95,7 @@ def main() -> int:
     if args.place is None:
         return _run(args.modules[0], args.into)
     # Tests wait most of the time.
-    with futures.ThreadPoolExecutor((os.cpu_count() or 1) + 1) as workers:
+    with futures.ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as workers:
         return max(workers.map(lambda module: _start(
             module, args.place, args.into), args.modules))
 
