@@ -57,6 +57,10 @@ def _on(parent: Parent, seen: Snapshot) -> dict[IPAddress, str]:
         problems[route.dst] = (
             'it has a route of others, on %s with protocol %s' %
             (kernel.name_of(route.oif), route.protocol))
+    for address, (through, get) in parent.astray.items():
+        problems.setdefault(address, 'it is not reached through %s but %s. '
+                            'See: ip route get %s; ip -%d rule' % (
+                                parent.device, through, get, address.version))
     for item in parent.plan.unclaimed:
         problems[item.dst] = 'no container claims it'
     return problems

@@ -224,7 +224,7 @@ class Reconciler:
 
     def _read(self) -> Snapshot:
         seen = actual.read(self._options, self._ledger, self._netlink,
-                           known=self._contents)
+                           known=self._contents, ways=False)
         self._contents = seen.contents
         return seen
 

@@ -48,6 +48,8 @@ class Parent:
     :ivar plan: the difference to what they have
     :ivar routes, neighbours, addresses: what its break0 has
     :ivar node: what its pods must know of the node; None without break0
+    :ivar astray: the addresses that the kernel does not reach by their
+        routes: how it does, and what to show it with ``ip route get``
     """
 
     name: str
@@ -68,6 +70,7 @@ class Parent:
     neighbours: dict[IPAddress, Neighbour]
     addresses: tuple[IPAddress, ...]
     node: Optional[NodeAddresses]
+    astray: dict[IPAddress, tuple[str, str]]
 
     @property
     def index(self) -> int:

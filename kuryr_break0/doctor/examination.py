@@ -32,8 +32,8 @@ from kuryr_break0.snapshot import Parent
 
 #: Seconds for which the lock is waited for, that is held for milliseconds.
 PATIENCE = 2.0
-#: Pods that are entered and pinged, and addresses that are looked up: each
-#: takes some milliseconds. More than the 110 that kubelet allows on a node.
+#: Pods that are entered and pinged: each takes some milliseconds. More than
+#: the 110 that kubelet allows on a node.
 MOST = 128
 
 
@@ -172,9 +172,9 @@ def _examine_parent(node: Node, parent: Parent, netlink: kernel.Netlink,
     done.findings += routes.check_sources(node, parent)
     done.findings += routes.check_routes(node, parent)
     done.findings += routes.check_neighbours(node, parent)
-    looked_up = sample(routes.usable(node, parent), MOST)
-    done.counts['looked_up'] += len(looked_up)
-    done.findings += routes.check_use(node, parent, netlink, looked_up)
+    usable = routes.usable(node, parent)
+    done.counts['looked_up'] += len(usable)
+    done.findings += routes.check_use(parent, usable)
     done.findings += pods.check_configured(node, parent)
     entered = sample(pods.enterable(node, parent), MOST)
     done.counts['entered'] += len(entered)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Iterator, Optional, Sequence
+from typing import Collection, Iterator
 
 from kuryr_break0.doctor import findings
 from kuryr_break0.doctor.findings import Finding
@@ -133,38 +133,16 @@ def usable(node: Node, parent: Parent) -> list[IPAddress]:
                         if address not in wrong)
 
 
-def check_use(node: Node, parent: Parent, netlink: kernel.Netlink,
-              addresses: Sequence[IPAddress]) -> Iterator[Finding]:
-    """Ask the kernel what it would use to reach pods whose routes are right.
-
-    For what the node sends of itself, and for its answers, whose source
-    address is set already. Up to two requests for each, some 0.5 ms.
-    """
-    astray: dict[IPAddress, tuple[str, str]] = {}
-    vrf = parent.link.vrf.ifindex if parent.link and parent.link.vrf else 0
-    for address in node.over(addresses):
-        src = parent.desired[address].route.src
-        for source in (None,) if src is None else (None, src):
-            way = netlink.lookup(address, source, vrf)
-            if way is None or way.oif != parent.index:
-                astray.setdefault(address, (_way(way), '%s%s%s' % (
-                    address, ' from %s' % source if source else '',
-                    ' vrf ' + kernel.name_of(vrf) if vrf else '')))
+def check_use(parent: Parent, addresses: Collection[IPAddress]
+              ) -> Iterator[Finding]:
+    """Report pods whose routes are right, and not used."""
+    astray = [address for address in addresses if address in parent.astray]
     if astray:
-        node.refresh()
-    settled = node.settled(astray)
-    if settled:
-        through, get = astray[settled[0]]
+        through, get = parent.astray[astray[0]]
         yield findings.ROUTE_NOT_USED.found(
-            'addresses of pods are not reached through %s but %s; %d were '
-            'looked up' % (parent.device, through, len(addresses)), settled,
-            get=get, address=settled[0], family='-%d' % settled[0].version)
-
-
-def _way(way: Optional[kernel.Route]) -> str:
-    if way is None:
-        return 'not at all'
-    return 'through %s, by table %d' % (kernel.name_of(way.oif), way.table)
+            'addresses of pods are not reached through %s but %s' % (
+                parent.device, through), astray,
+            get=get, address=astray[0], family='-%d' % astray[0].version)
 
 
 def check_neighbours(node: Node, parent: Parent) -> Iterator[Finding]:

@@ -59,6 +59,7 @@ from kuryr_break0.kernel.rtnetlink import Routes
 from kuryr_break0.kernel.values import Change
 from kuryr_break0.kernel.values import Link
 from kuryr_break0.kernel.values import Route
+from kuryr_break0.kernel.values import RTN_LOCAL
 from kuryr_break0.kernel.values import Verb
 from kuryr_break0.kernel.wire import RT_TABLE_MAIN
 

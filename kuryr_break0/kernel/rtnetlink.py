@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import os
 import socket
 import struct
@@ -33,6 +34,10 @@ from kuryr_break0.model import Neighbour
 _BATCH = 128
 #: Interfaces that are asked for their routes one by one; each takes 0.04 ms.
 _ASKED_ONE_BY_ONE = 32
+#: Priority and table of the rules that a namespace begins with; IPv4 has one
+#: more, to a table behind main.
+_DEFAULT_RULES = (0, wire.RT_TABLE_LOCAL), (32766, wire.RT_TABLE_MAIN)
+_LAST_RULE = socket.AF_INET, 32767, wire.RT_TABLE_DEFAULT
 _NEW = netlink.NLM_F_CREATE | netlink.NLM_F_EXCL
 #: States of a neighbour, by their bits (linux/neighbour.h).
 _NUD = {0x01: 'incomplete', 0x02: 'reachable', 0x04: 'stale', 0x08: 'delay',
@@ -50,11 +55,13 @@ class Routes(NamedTuple):
     :ivar host: those to single addresses
     :ivar next_hops: the gateways of all, but through those left out
     :ivar left_out: the gateways through those
+    :ivar local: those of table local to what the node takes for its own
     """
 
     host: tuple[HostRoute, ...]
     next_hops: frozenset[IPAddress]
     left_out: frozenset[IPAddress] = frozenset()
+    local: tuple[IPNetwork, ...] = ()
 
 
 class GatewayRoute(NamedTuple):
@@ -235,6 +242,7 @@ class Netlink(LinkSocket):
         :param devices: interfaces whose next hops are left out
         """
         host: list[HostRoute] = []
+        local: list[IPNetwork] = []
         next_hops = set(self._next_hop_objects())
         for family in (socket.AF_INET, socket.AF_INET6):
             for route in self._list('list the routes', wire.RTM_GETROUTE,
@@ -243,10 +251,22 @@ class Netlink(LinkSocket):
                 found = route.host_route
                 if found is not None:
                     host.append(found)
-        return Routes(tuple(host), *(
-            frozenset(each.gateway for each in next_hops
-                      if (each.oif in devices) is left_out)
-            for left_out in (False, True)))
+                elif route.type == values.RTN_LOCAL and route.dst:
+                    local.append(ipaddress.ip_network((route.dst,
+                                                       route.dst_len)))
+        left_out, others = (frozenset(
+            each.gateway for each in next_hops
+            if (each.oif in devices) is wanted) for wanted in (True, False))
+        return Routes(tuple(host), others, left_out, tuple(local))
+
+    def has_default_rules(self) -> bool:
+        """Return whether the tables local and main decide, in this order."""
+        found = {rule for rule in self._list(
+            'list the rules', wire.RTM_GETRULE, wire.ALL_RULES)
+            if rule[0] in (socket.AF_INET, socket.AF_INET6)}
+        return found - {_LAST_RULE} == {
+            (family, *rule) for family in {socket.AF_INET, *(
+                each[0] for each in found)} for rule in _DEFAULT_RULES}
 
     def _next_hop_objects(self) -> list[values.NextHop]:
         """List the next hops that routes may refer to, by a dump."""

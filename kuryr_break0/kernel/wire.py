@@ -34,11 +34,12 @@ RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
+RTM_NEWRULE, RTM_GETRULE = 32, 34
 RTM_NEWNSID, RTM_DELNSID, RTM_GETNSID = 88, 89, 90
 RTM_NEWNEXTHOP, RTM_GETNEXTHOP = 104, 106
 
 RT_TABLE_COMPAT = 252  # in the header, for a table that does not fit there
-RT_TABLE_MAIN = 254
+RT_TABLE_DEFAULT, RT_TABLE_MAIN, RT_TABLE_LOCAL = 253, 254, 255
 RTPROT_STATIC = 4
 #: In a deletion, any scope. With 0, universe, the kernel finds no route that
 #: is scoped to the link.
@@ -68,15 +69,17 @@ RTA_PREFSRC, RTA_MULTIPATH, RTA_TABLE, RTA_VIA = 7, 9, 15, 18
 NHA_OIF, NHA_GATEWAY, NHA_FDB = 5, 6, 11
 NDA_DST, NDA_LLADDR, NDA_IFINDEX, NDA_PROTOCOL = 1, 2, 8, 12
 NETNSA_NSID, NETNSA_FD = 1, 3
+FRA_PRIORITY, FRA_TABLE = 6, 15
 _IFINFO = struct.Struct('=BxHiII')  # ifinfomsg
 _IFADDR = struct.Struct('=4BI')  # ifaddrmsg
 _ROUTE = struct.Struct('=8BI')  # rtmsg
 _NEIGHBOUR = struct.Struct('=BxxxiHBB')  # ndmsg
+_RULE = struct.Struct('=BxxxBxxxI')  # fib_rule_hdr
 _NEXT_HOP = struct.Struct('=HBBi')  # rtnexthop
 _NEXT_HOP_OBJECT = struct.Struct('=4BI')  # nhmsg
 #: The requests for all of a kind
-ALL_ADDRESSES, ALL_NEXT_HOPS = bytes(_IFADDR.size), bytes(
-    _NEXT_HOP_OBJECT.size)
+ALL_ADDRESSES, ALL_NEXT_HOPS, ALL_RULES = map(bytes, (
+    _IFADDR.size, _NEXT_HOP_OBJECT.size, _RULE.size))
 _MODES = {1: 'private', 2: 'vepa', 4: 'bridge', 8: 'passthru', 16: 'source'}
 
 _FLAGS = {values.Verb.ADD: netlink.NLM_F_CREATE | netlink.NLM_F_EXCL,
@@ -238,6 +241,14 @@ def parse_next_hop(body: bytes) -> tuple[values.NextHop, ...]:
     return (values.NextHop(gateway, read_number(found.get(NHA_OIF))),)
 
 
+def parse_rule(body: bytes) -> tuple[int, int, int]:
+    """Read family, priority and table of a rule, and nothing else of it."""
+    family, table, _ = _RULE.unpack_from(body)
+    found = attributes(body, _RULE.size)
+    return (family, read_number(found.get(FRA_PRIORITY)) or 0,
+            read_number(found.get(FRA_TABLE)) or table)
+
+
 def route_protocol(body: bytes) -> int:
     """Read the protocol number of a route, and nothing else of it."""
     return body[5] if len(body) > 5 else 0  # rtm_protocol
@@ -276,7 +287,8 @@ def parse_nsid(body: bytes) -> int:
 #: By the kind of what is new; what is deleted has the next number.
 _PARSERS = {RTM_NEWLINK: parse_link, RTM_NEWADDR: parse_address,
             RTM_NEWROUTE: parse_route, RTM_NEWNEIGH: parse_neighbour,
-            RTM_NEWNSID: parse_nsid, RTM_NEWNEXTHOP: parse_next_hop}
+            RTM_NEWRULE: parse_rule, RTM_NEWNSID: parse_nsid,
+            RTM_NEWNEXTHOP: parse_next_hop}
 
 
 def parse(message: netlink.Received) -> Any:

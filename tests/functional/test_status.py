@@ -8,7 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+from unittest import mock
 
+from kuryr_break0 import kernel
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from tests.functional import base
@@ -99,6 +101,47 @@ class TestStatus(CLITestCase):
         summary = next(number for number, line in enumerate(lines)
                        if '505 bound' in line)
         self.assertLess(summary, 10)
+
+    def test_an_address_that_another_table_or_rule_leads_astray(self) -> None:
+        pod, pod6 = '100.75.30.72', 'fd00:30:1234:5678:9abc:def0:1234:1'
+        self.lab.run('ip', 'route', 'add', 'default', 'via', lab.LAN,
+                     'table', '100')
+        for what, where, text in (
+                (('route',), ('local', pod, 'dev', 'lo', 'table', 'local'),
+                 'taken for one of the node'),
+                (('-6', 'route'), ('local', pod6 + '/127', 'dev', 'lo',
+                                   'table', 'local'),
+                 'taken for one of the node'),
+                (('-6', 'route'), (pod6, 'from', lab.NODE6, 'dev', 'lo'),
+                 'by table 254'),
+                (('rule',), ('to', pod, 'table', '100'),
+                 'through eth0, by table 100'),
+                (('rule',), ('from', lab.NODE, 'to', pod, 'table', '100'),
+                 'ip route get %s from %s' % (pod, lab.NODE))):
+            with self.subTest(where=where):
+                self.lab.run('ip', *what, 'add', *where)
+                found = self.call('status')
+                doctor = self.call('doctor', '--json').stdout
+                self.lab.run('ip', *what, 'del', *where)
+                self.assertEqual(1, found.returncode, found.stdout)
+                self.assertIn('it is not reached through break0 but ',
+                              found.stdout)
+                self.assertIn(text, found.stdout)
+                self.assertIn(text, doctor)
+                self.text()
+
+    def test_who_is_asked_for_ways(self) -> None:
+        """Only what default rules could lead elsewhere costs a request."""
+        with mock.patch.object(kernel.Netlink, 'lookup', autospec=True,
+                               return_value=None) as lookup:
+            self.assertEqual([], self.problems())
+            lookup.assert_not_called()
+            self.lab.run('ip', 'rule', 'add', 'to', '192.0.2.1', 'table',
+                         '100')
+            self.assertEqual(6, len(self.problems()))
+            self.assertEqual(6, lookup.call_count)
+            self.manager().sync()
+            self.assertEqual(6, lookup.call_count)
 
     def test_watch(self) -> None:
         watching = subprocess.Popen(

@@ -78,8 +78,7 @@ class TestRoutes(DoctorTestCase):
         self.lab.run('ip', 'route', 'add', 'default', 'via', lab.LAN,
                      'table', '100')
         self.lab.run('ip', 'rule', 'add', 'to', POD4, 'table', '100')
-        self.assert_found('route-not-used', 'by table 100; 4 were looked up',
-                          POD4)
+        self.assert_found('route-not-used', 'by table 100', POD4)
         self.assertFalse(self.lab.ping(POD4))
 
     def test_a_rule_in_the_way_of_answers(self) -> None:
@@ -95,7 +94,7 @@ class TestRoutes(DoctorTestCase):
         """As a load balancer makes one, or an address that is left over."""
         self.lab.run('ip', 'route', 'add', 'local', POD4, 'dev', 'lo',
                      'table', 'local')
-        finding = self.assert_found('route-not-used', 'through lo', POD4)
+        finding = self.assert_found('route-not-used', 'one of the node', POD4)
         shown = [self.lab.run('sh', '-c', command).stdout
                  for command in finding['commands']]
         self.assertIn('local %s dev lo' % POD4, ''.join(shown))
