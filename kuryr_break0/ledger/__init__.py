@@ -5,6 +5,8 @@
 kuryr-daemon serves each request in a new process, and is restarted at will,
 so what must be known later is in the state directory. The ledger is evidence,
 not the truth: see :mod:`kuryr_break0.reconciler`.
+
+What cannot be read or written raises LedgerUnavailable.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from kuryr_break0.ledger.heartbeat import Heartbeat
 from kuryr_break0.ledger import identity
 from kuryr_break0.ledger.identity import Identity
 from kuryr_break0.ledger.journal import Journal
-from kuryr_break0.ledger.lock import Lock
+from kuryr_break0.ledger import lock
 from kuryr_break0.ledger.records import address_of
 from kuryr_break0.ledger.records import NewerVersion
 from kuryr_break0.ledger.records import Records
@@ -73,10 +75,7 @@ class Contents:
         default_factory=dict)
 
     def is_still(self, records: Records, address: IPAddress) -> bool:
-        """Return whether an address has the claims that were read.
-
-        :raises LedgerUnavailable: as :meth:`Records.claims`
-        """
+        """Return whether an address has the claims that were read."""
         stamp = self.stamps.get(address)
         return stamp is not None and stamp == files.stamp(
             records.path(address)) or records.claims(
@@ -88,6 +87,7 @@ class Ledger:
 
     :param path: the directory; it is created when it is first needed
     :param lock_timeout: seconds that :meth:`lock` waits
+    :ivar is_locked: whether the lock is held through this object
     :ivar records: who has which address
     :ivar cache: what is expensive to read from the kernel
     :ivar journal: counts of what was done
@@ -102,39 +102,32 @@ class Ledger:
         self.cache = Cache(path)
         self.journal = Journal(path)
         self.heartbeat = Heartbeat(os.path.join(path, 'heartbeat'))
-        self._lock = Lock(os.path.join(path, 'lock'), lock_timeout)
+        self.lock_path = os.path.join(path, 'lock')
+        self.is_locked = False
+        self._lock_timeout = lock_timeout
         self._identity_path = os.path.join(path, 'identity')
-
-    @property
-    def lock_path(self) -> str:
-        return self._lock.path
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Keep all other threads and processes of this ledger out.
 
         :raises LockTimeout: when another held it for too long
-        :raises LedgerUnavailable: when the lock file cannot be made
         """
         self.prepare()
         with contextlib.ExitStack() as stack:
             with self._usable():
-                stack.enter_context(self._lock.held())
-            yield
-
-    @property
-    def is_locked(self) -> bool:
-        """Return whether the lock is held through this object."""
-        return self._lock.is_held
+                stack.enter_context(lock.held(self.lock_path,
+                                              self._lock_timeout))
+            self.is_locked = True
+            try:
+                yield
+            finally:
+                self.is_locked = False
 
     def is_free_within(self, seconds: float) -> bool:
-        """Wait until who holds the lock now has let it go.
-
-        :returns: whether it was free within so many seconds
-        :raises LedgerUnavailable: if the lock file cannot be opened
-        """
+        """Wait for the lock; see :func:`lock.is_free_within`."""
         with self._usable():
-            return self._lock.is_free_within(seconds)
+            return lock.is_free_within(self.lock_path, seconds)
 
     def inspect(self, look: Callable[[], T], patience: float,
                 known: Optional[Contents] = None
@@ -148,14 +141,13 @@ class Ledger:
         :param patience: seconds to wait for
         :param known: as for :meth:`contents`
         :returns: what they return, and whether it is of one moment
-        :raises LedgerUnavailable: if they cannot be read
         """
         directory = self.records.directory
         with self._usable():
             for _ in range(_RETRIES):
                 before = files.stamp(directory)
                 found = known = self.contents(known)
-                is_free = self._lock.is_free_within(patience)
+                is_free = lock.is_free_within(self.lock_path, patience)
                 other = look()
                 is_steady = is_free and before == files.stamp(directory)
                 if is_steady or not is_free:
@@ -168,7 +160,6 @@ class Ledger:
         :param known: what was read a moment ago. A file that has not been
             replaced since, which takes a tenth of the time to find out, is
             not read again.
-        :raises LedgerUnavailable: if the directory cannot be read
         """
         claims: dict[IPAddress, tuple[Record, ...]] = {}
         unreadable: set[IPAddress] = set()
@@ -203,10 +194,7 @@ class Ledger:
             frozenset(unreadable - claims.keys()), stamps)
 
     def identity(self) -> Optional[Identity]:
-        """Return what this ledger is; None if it was never used.
-
-        :raises LedgerUnavailable: if that is damaged
-        """
+        """Return what this ledger is; None if it was never used."""
         try:
             return identity.read(self._identity_path)
         except ValueError as err:
@@ -219,8 +207,6 @@ class Ledger:
 
         It is new with the first use of the directory, and if what was in it
         was lost.
-
-        :raises LedgerUnavailable: if it cannot be written
         """
         try:
             found = identity.read(self._identity_path)
@@ -243,10 +229,7 @@ class Ledger:
         return found
 
     def put_identity(self, found: Identity) -> None:
-        """Write what this ledger is.
-
-        :raises LedgerUnavailable: if it cannot be written
-        """
+        """Write what this ledger is."""
         with self._usable():
             files.replace(self._identity_path, found.to_json())
 
@@ -281,8 +264,6 @@ class Ledger:
 
         It stays, empty, where it is a mount point, as in a container. Call
         it under the lock, which goes with it.
-
-        :raises LedgerUnavailable: if something cannot be removed
         """
         quarantine = self.records.quarantine
         try:
@@ -302,10 +283,7 @@ class Ledger:
                                                    reason=err) from err
 
     def prepare(self) -> None:
-        """Make sure of the directory, and that nobody else can write it.
-
-        :raises LedgerUnavailable: if it cannot be used
-        """
+        """Make sure of the directory, and that nobody else can write it."""
         with self._usable():
             if not os.path.isdir(self.path):
                 os.makedirs(self.path, mode=0o700, exist_ok=True)

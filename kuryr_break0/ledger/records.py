@@ -5,6 +5,8 @@
 The file has the claims of all sandboxes that have the address, the newest
 first. It is replaced as a whole by rename(2), so one that is there is
 complete, at whatever instruction its writer was killed.
+
+What cannot be read or written raises LedgerUnavailable.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import ipaddress
 import json
 import os
 import struct
-from typing import Any, Iterable, Iterator, Optional, Sequence
+from typing import Any, Callable, Iterable, Iterator, Optional, Sequence
+from typing import TypeVar
 
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel import existence
@@ -33,6 +36,8 @@ from kuryr_break0.model import Record
 from kuryr_break0.model import Tap
 
 LOG = log.get_logger(__name__)
+
+_T = TypeVar('_T')
 
 VERSION = 2
 SUFFIX = '.json'
@@ -94,48 +99,44 @@ def from_json(text: str) -> tuple[Record, ...]:
 
 
 def _claim(address: IPAddress, fields: dict[str, Any]) -> Record:
-    owner = Owner(**fields['owner'])
-    _text(owner.container_id)
-    _text(owner.ifname)
-    tap = fields.get('tap')
-    mac = fields['mac']
-    if mac is not None:
-        _mac(mac)
     if isinstance(fields['subnets'], str):
         raise ValueError('its subnets are a text')
-    index = fields.get('parent_index')
-    if index is not None:
-        _number(index)
+    index = _optional(_number, fields.get('parent_index'))
     return Record(
-        address, owner, node.current_name(_text(fields['parent']), index), mac,
+        address, Owner(**{name: _text(text) for name, text
+                          in fields['owner'].items()}),
+        node.current_name(_text(fields['parent']), index),
+        _optional(_mac, fields['mac']),
         tuple(map(_network, map(_text, fields['subnets'][:MAX_SUBNETS]))),
-        _optional(fields['netns']), _namespace(fields['namespace']),
-        _optional(fields['pod']),
-        _optional(fields['configured']), _seconds(fields['bound_at']),
+        _optional(_text, fields['netns']),
+        _optional(_namespace, fields['namespace']),
+        _optional(_text, fields['pod']),
+        _optional(_text, fields['configured']), _seconds(fields['bound_at']),
         tuple(map(_mac, fields.get('siblings', ()))),
-        _origin(fields.get('origin')), _optional(fields.get('network')),
-        index, tap and _tap(*tap))
+        _origin(fields.get('origin')),
+        _optional(_text, fields.get('network')), index,
+        _optional(_tap, fields.get('tap')))
 
 
-def _tap(namespace: Any, mac: Any) -> Optional[Tap]:
-    found = _namespace(namespace)
-    return found and Tap(found, _mac(mac))
+def _optional(read: Callable[[Any], _T], value: Any) -> Optional[_T]:
+    return None if value is None else read(value)
 
 
-def _namespace(value: Any) -> Optional[NamespaceId]:
-    if value is None:
-        return None
-    device, inode, *cookie = value
-    return NamespaceId(
-        _number(device), _number(inode),
-        _number(cookie[0]) if cookie and cookie[0] is not None else None)
+def _tap(value: Any) -> Tap:
+    namespace, mac = value
+    return Tap(_namespace(namespace), _mac(mac))
+
+
+def _namespace(value: Any) -> NamespaceId:
+    device, inode, cookie = value
+    return NamespaceId(_number(device), _number(inode),
+                       _optional(_number, cookie))
 
 
 def _origin(value: Any) -> Optional[Origin]:
-    try:
-        return None if value is None else Origin(value)
-    except ValueError:
-        return None  # of a later version; nothing is decided by it
+    with contextlib.suppress(ValueError):
+        return Origin(value)
+    return None  # of a later version; nothing is decided by it
 
 
 def _number(value: Any) -> int:
@@ -162,10 +163,6 @@ def _text(value: Any) -> str:
     return value
 
 
-def _optional(value: Any) -> Optional[str]:
-    return None if value is None else _text(value)
-
-
 class Records:
     """The records in a directory.
 
@@ -183,8 +180,7 @@ class Records:
         One that is damaged is moved to quarantine, with a warning, and is
         none.
 
-        :raises LedgerUnavailable: if it cannot be read, or a later version
-            of this program has written it
+        :raises RecordNewer: for what a later version wrote
         """
         path = self.path(address)
         try:
@@ -200,20 +196,15 @@ class Records:
         return ()
 
     def get(self, address: IPAddress) -> Optional[Record]:
-        """Return the newest claim on an address, or None.
-
-        :raises LedgerUnavailable: as :meth:`claims`
-        """
+        """Return the newest claim on an address, or None."""
         return next(iter(self.claims(address)), None)
 
     def containing(self, *texts: str) -> Iterator[tuple[Record, ...]]:
         """Find records by how a text in their files begins.
 
         As a container id. Others are not parsed, which takes ten times as
-        long as to read them.
-
-        :raises LedgerUnavailable: if the directory cannot be read, or this
-            process has no descriptors left
+        long as to read them. One that cannot be read is left out, unless it
+        is for want of descriptors.
         """
         wanted = [json.dumps(text)[:-1] for text in texts]
         for name in self.names(self.directory):
@@ -253,17 +244,13 @@ class Records:
     def put(self, claims: Sequence[Record]) -> None:
         """Write the claims on one address, the newest first.
 
-        :raises LedgerUnavailable: if they cannot be written; then what was
-            there before is still there
+        If that fails, what was there before is still there.
         """
         with self._usable():
             files.replace(self.path(claims[0].address), to_json(claims))
 
     def remove(self, address: IPAddress) -> None:
-        """Remove the record of an address; none is fine.
-
-        :raises LedgerUnavailable: if it cannot be removed
-        """
+        """Remove the record of an address; none is fine."""
         with self._usable(), contextlib.suppress(FileNotFoundError,
                                                  NotADirectoryError):
             os.unlink(self.path(address))
@@ -279,10 +266,9 @@ class Records:
         try:
             fields = json.loads(files.read(self.path(address), _MAX_SIZE))
             return any(judge.judge(
-                claim['netns'], claim['namespace'] and NamespaceId(
-                    *claim['namespace']), claim.get('tap') and _tap(
-                        *claim['tap'])).state is existence.State.GONE
-                for claim in fields['claims'])
+                claim['netns'], _optional(_namespace, claim['namespace']),
+                _optional(_tap, claim.get('tap'))
+            ).state is existence.State.GONE for claim in fields['claims'])
         except (FileNotFoundError, NotADirectoryError):
             return False
         except (OSError, ValueError, KeyError, TypeError, RecursionError,
@@ -290,18 +276,12 @@ class Records:
             return True  # it is damaged
 
     def addresses(self) -> list[IPAddress]:
-        """List the addresses that have a record, in their order.
-
-        :raises LedgerUnavailable: if the directory cannot be read
-        """
+        """List the addresses that have a record, in their order."""
         return sorted(self._parsed(self.names(self.directory)),
                       key=address_order)
 
     def count(self) -> int:
-        """Count the records, at a tenth of what it takes to list them.
-
-        :raises LedgerUnavailable: if the directory cannot be read
-        """
+        """Count the records, at a tenth of what it takes to list them."""
         return len(self.names(self.directory))
 
     def some(self, position: int, most: int) -> tuple[list[IPAddress], int]:
@@ -310,7 +290,6 @@ class Records:
         They are in some order, and from its end on from its beginning.
 
         :param position: in that order, of the first
-        :raises LedgerUnavailable: if the directory cannot be read
         """
         names = sorted(self.names(self.directory))
         count = len(names)
@@ -337,10 +316,7 @@ class Records:
         return found
 
     def names(self, directory: str) -> list[str]:
-        """List the names of the files of records in a directory.
-
-        :raises LedgerUnavailable: if it cannot be read
-        """
+        """List the names of the files of records in a directory."""
         with self._usable(), contextlib.suppress(FileNotFoundError):
             return [name for name in os.listdir(directory)
                     if name.endswith(SUFFIX)

@@ -451,7 +451,7 @@ class TestErrorsStayWhereTheyArise(DoubtTestCase):
                 kernel, 'identify_or_fail',
                 side_effect=OSError(errno.EMFILE, 'Too many open files')),
             'lock': mock.patch.object(
-                lock.Lock, 'held', side_effect=exceptions.LockTimeout(
+                lock, 'held', side_effect=exceptions.LockTimeout(
                     path='lock', timeout=1)),
             'device': mock.patch.object(
                 devices.Devices, 'ensure',
