@@ -92,7 +92,7 @@ def _event(message: netlink.Received) -> Event:
     if isinstance(found, values.NeighbourState):
         return Event(what, gone, found.ifindex, dst=found.dst,
                      protocol=found.protocol)
-    if isinstance(found, values.InterfaceAddress):
+    if isinstance(found, values.AddressState):
         return Event(what, gone, found.ifindex, dst=found.address)
     return Event(what, gone, next_hops=found or ())
 
@@ -172,9 +172,6 @@ def number(found: namespaces.Found) -> int:
     """Return the number that this namespace has for another one.
 
     It gets one if it has none, and keeps it until it ends.
-
-    :raises NetnsUnusable: if it cannot be opened
-    :raises KernelRefused: if it cannot be numbered
     """
     with namespaces.opened(found.path, found.namespace) as fd, \
             Netlink() as own:

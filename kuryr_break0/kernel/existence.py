@@ -18,7 +18,7 @@ import errno
 import os
 import re
 import threading
-from typing import Iterator, NamedTuple, Optional
+from typing import NamedTuple, Optional, TextIO
 
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel import namespaces
@@ -209,10 +209,8 @@ class Judge:
                 if is_shown is False:
                     return _why_blind()
                 shown += is_shown is True
-        if shown:
-            return ''
-        with _made() as made:  # there is none but our own
-            return '' if made and _is_shown(made) else _why_blind()
+        # Where there is none but our own, one is made.
+        return '' if shown or _is_made_one_shown() else _why_blind()
 
     def _view(self, place: str) -> _View:
         if place not in self._views:
@@ -230,15 +228,13 @@ def _look_at(place: str) -> _View:
     """See which namespaces are at a place, without opening any."""
     paths: dict[tuple[int, int], str] = {}
     hides = False
-    is_proc = os.path.isdir(place + '/1')
     try:
         own = os.stat(namespaces.OWN)
         names = os.listdir(place)
     except OSError:
         return _View({}, True)
-    for name in names:
-        if is_proc and not name.isdigit():
-            continue
+    is_proc = os.path.isdir(place + '/1')
+    for name in filter(str.isdigit, names) if is_proc else names:
         path = '%s/%s%s' % (place, name, '/ns/net' if is_proc else '')
         try:
             found = namespaces.seen(path, own)
@@ -281,25 +277,21 @@ def _why_blind() -> str:
     return 'this process may not see other namespaces'
 
 
-@contextlib.contextmanager
-def _made() -> Iterator[Optional[str]]:
-    """Make a namespace that is there within the block, and return a path.
+def _is_made_one_shown() -> bool:
+    """Make a namespace; whether it can be opened by its number.
 
-    None if this process may not.
+    False if this process may make none.
     """
-    made: list[int] = []
-
-    def make() -> None:
-        with contextlib.suppress(OSError):
-            if namespaces.unshare():
-                made.append(os.open(namespaces.OWN,
-                                    os.O_RDONLY | os.O_CLOEXEC))
-
-    with contextlib.suppress(RuntimeError):  # no thread can be started
-        thread = threading.Thread(target=make)
-        thread.start()
-        thread.join()
     with contextlib.ExitStack() as stack:
-        for fd in made:
-            stack.callback(os.close, fd)
-        yield '/proc/self/fd/%d' % made[0] if made else None
+        def make() -> None:
+            if namespaces.unshare():
+                with contextlib.suppress(OSError):
+                    made.append(stack.enter_context(open(namespaces.OWN)))
+
+        made: list[TextIO] = []
+        with contextlib.suppress(RuntimeError):  # no thread can be started
+            thread = threading.Thread(target=make)
+            thread.start()
+            thread.join()
+        return any(_is_shown('/proc/self/fd/%d' % file.fileno())
+                   for file in made)

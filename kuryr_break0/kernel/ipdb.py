@@ -156,5 +156,5 @@ def prepare() -> None:
     with contextlib.suppress(OSError, nl_exceptions.NetlinkError):
         with pyroute2.IPRoute() as ipr:
             ipr.link('get', index=1)
-        with namespaces.own_file() as own:
-            pyroute2_netns.setns(own)
+        with open(namespaces.OWN) as own:
+            pyroute2_netns.setns(own.fileno())

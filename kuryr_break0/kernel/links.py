@@ -158,20 +158,15 @@ class LinkSocket(netlink.RequestSocket):
                         link.index, ipaddress.ip_interface('%s/64' % address)
                     )))
 
-    def addresses(self, flags: Optional[dict[values.InterfaceAddress, int]]
-                  = None) -> list[values.InterfaceAddress]:
-        """List the addresses of all interfaces, by a dump.
+    def addresses(self) -> list[values.InterfaceAddress]:
+        """List the addresses of all interfaces, by a dump."""
+        return [values.InterfaceAddress(each.ifindex, each.address)
+                for each in self.address_states()]
 
-        :param flags: takes the flags of each, if they are asked for
-        """
-        def read(message: Received) -> Any:
-            found = wire.parse(message)
-            if flags is not None and found is not None:
-                flags[found] = wire.address_flags(message.body)
-            return found
-
+    def address_states(self) -> list[values.AddressState]:
+        """List them with their flags."""
         return self._list('list the addresses', wire.RTM_GETADDR,
-                          wire.ALL_ADDRESSES, read)
+                          wire.ALL_ADDRESSES)
 
     def namespace_number(self, fd: int) -> int:
         """Return what this namespace calls another; -1 for nothing."""

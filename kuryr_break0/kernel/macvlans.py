@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The macvlans of other namespaces that are on interfaces of this one."""
+"""The macvlans of other namespaces that are on interfaces of this one.
+
+What takes the path of a namespace raises as in
+:mod:`kuryr_break0.kernel.namespaces`, also for that of the node.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import socket
 from typing import Iterable, Iterator, NamedTuple, Optional
 
@@ -12,7 +15,7 @@ from kuryr_break0 import exceptions
 from kuryr_break0.kernel import namespaces
 from kuryr_break0.kernel.node import absence
 from kuryr_break0.kernel.rtnetlink import Netlink
-from kuryr_break0.kernel.values import InterfaceAddress
+from kuryr_break0.kernel.values import AddressState
 from kuryr_break0.kernel.values import Link
 from kuryr_break0.kernel.wire import IFA_F_DADFAILED
 from kuryr_break0.kernel.wire import IFA_F_TENTATIVE
@@ -52,29 +55,9 @@ def macvlans_in(netns: str, namespace: Optional[NamespaceId] = None
 
     :param netns: its path
     :param namespace: what it must be
-    :raises NetnsUnusable: if it cannot be entered
-    :raises SystemRefused: if this process lacks descriptors
     """
-    namespace = _required(netns, namespace)
-    flags: dict[InterfaceAddress, int] = {}
-    with _entered(netns, namespace) as (netlink, own):
-        # Engines rename an interface before they give it addresses, so the
-        # name that is read after these is the one that it keeps.
-        addresses = netlink.addresses(flags)
-        links = [link for link in netlink.links() if link.kind == 'macvlan']
-        # Whoever lists interfaces gives a number to each namespace that
-        # one of them is on; the number of one that none is on is -1.
-        here = netlink.namespace_number(own) if links else -1
-    # An optimistic one is tentative too.
-    unproven, duplicates = (
-        [each for each in addresses if flags[each] & mask] for mask in (
-            IFA_F_TENTATIVE | IFA_F_DADFAILED, IFA_F_DADFAILED))
-    return [Macvlan(netns, namespace, parent, link,
-                    _of_link(link, addresses),
-                    frozenset(_of_link(link, unproven)),
-                    frozenset(_of_link(link, duplicates)))
-            for link in links
-            for parent in _parent_of(link, here)]
+    return [macvlan for macvlan in _read(netns, namespace)
+            if macvlan.link.kind == 'macvlan' and macvlan.parent]
 
 
 def macvlan_of(netns: str, ifname: str,
@@ -84,66 +67,66 @@ def macvlan_of(netns: str, ifname: str,
     :param netns: path of its namespace
     :param parent: what it should be on; None for any interface of the node
     :raises NotAMacvlan: if it is none
-    :raises NetnsUnusable: if the namespace cannot be entered
     """
-    namespace = _required(netns, None)
-    with _entered(netns, namespace) as (netlink, own):
-        link = netlink.link(ifname)
-        here = netlink.namespace_number(own) if link else -1
-        addresses = netlink.addresses() if link else []
-    if link is None:
-        found = 'there is none of that name'
-    elif link.kind != 'macvlan':
-        found = 'it is a %s' % (link.kind or 'physical interface')
-    else:
-        found = 'it is on no interface of this node'
-        for actual in _parent_of(link, here):
-            if link.mode == 'bridge' and parent in (None, actual):
-                return Macvlan(netns, namespace, actual, link,
-                               _of_link(link, addresses))
-            found = 'it is in %s mode on %s' % (link.mode, actual)
+    found = 'there is none of that name'
+    for macvlan in _read(netns):
+        link = macvlan.link
+        if link.name != ifname:
+            continue
+        if link.kind != 'macvlan':
+            found = 'it is a %s' % (link.kind or 'physical interface')
+        elif not macvlan.parent:
+            found = 'it is on no interface of this node'
+        elif link.mode == 'bridge' and parent in (None, macvlan.parent):
+            return macvlan
+        else:
+            found = 'it is in %s mode on %s' % (link.mode, macvlan.parent)
     raise exceptions.NotAMacvlan(
         ifname=ifname, netns=netns, found=found,
         parent=parent or 'an interface of this node')
 
 
-def _required(netns: str, namespace: Optional[NamespaceId]) -> NamespaceId:
-    """Return what a namespace is, which must not be that of the node."""
-    found = namespace or namespaces.identify(netns)
-    own = namespaces.identify(namespaces.OWN)
-    if found is None:
-        raise exceptions.NetnsUnusable(
-            netns=netns, reason='does not exist, or is another kind of file')
-    if own is not None and found.is_same(own):
-        raise exceptions.NetnsUnusable(netns=netns, reason="is the node's own")
+def _read(netns: str, known: Optional[NamespaceId] = None) -> list[Macvlan]:
+    """List all interfaces of a namespace; without parent, if on none."""
+    namespace = namespaces.require_other(netns, known)
+    with namespaces.opened(namespaces.OWN) as own, \
+            namespaces.entered(netns, namespace), \
+            Netlink(most=_MOST) as netlink:
+        # Engines rename an interface before they give it addresses, so the
+        # name that is read after these is the one that it keeps.
+        addresses = netlink.address_states()
+        links = netlink.links()
+        # Whoever lists interfaces gives a number to each namespace that
+        # one of them is on; the number of one that none is on is -1.
+        here = netlink.namespace_number(own)
+
+    own_of: dict[int, list[AddressState]] = {}
+    for each in addresses:
+        if not each.address.is_link_local:
+            own_of.setdefault(each.ifindex, []).append(each)
+    found = []
+    for link in links:
+        states = own_of.get(link.index, ())
+        # An optimistic one is tentative too.
+        unproven, duplicates = (
+            frozenset(each.address for each in states if each.flags & mask)
+            for mask in (IFA_F_TENTATIVE | IFA_F_DADFAILED, IFA_F_DADFAILED))
+        found.append(Macvlan(
+            netns, namespace, _parent_of(link, here), link,
+            tuple(each.address for each in states), unproven, duplicates))
     return found
 
 
-@contextlib.contextmanager
-def _entered(netns: str, namespace: NamespaceId
-             ) -> Iterator[tuple[Netlink, int]]:
-    """Be in a namespace, with a socket there and a file of the own one."""
-    with namespaces.own_file() as own, \
-            namespaces.entered(netns, namespace), \
-            Netlink(most=_MOST) as netlink:
-        yield netlink, own
+def _parent_of(link: Link, here: int) -> str:
+    """Return the interface of the node that one is on; empty if on none.
 
-
-def _parent_of(link: Link, here: int) -> Iterator[str]:
-    """Return the interface of the node that a macvlan is on, if on one.
-
-    :param here: the number of the node's namespace in that of the macvlan;
-        with another number, its lower interface counts elsewhere
+    :param here: the number of the node's namespace in that of the link; with
+        another number, its lower interface counts elsewhere
     """
     if link.lower_namespace == here and link.lower is not None:
         with absence('cannot name the parent of a macvlan'):  # just deleted
-            yield socket.if_indextoname(link.lower)
-
-
-def _of_link(link: Link, addresses: Iterable[InterfaceAddress]
-             ) -> tuple[IPAddress, ...]:
-    return tuple(address for index, address in addresses
-                 if index == link.index and not address.is_link_local)
+            return socket.if_indextoname(link.lower)
+    return ''
 
 
 def macvlans(processes: Iterable[str]) -> Iterator[Macvlan]:

@@ -6,6 +6,10 @@ A path proves little. The file may be a placeholder whose mount has not been
 propagated, it may be the path of another mount or process namespace, and the
 kernel uses inode numbers again. Whether one still exists is for
 :mod:`kuryr_break0.kernel.existence` to say.
+
+What takes the path of a namespace raises NetnsUnusable if that cannot be
+opened, or is another one, and SystemRefused if this process lacks descriptors
+or memory.
 """
 
 from __future__ import annotations
@@ -14,10 +18,10 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import itertools
 import os
 import stat
 import struct
+import sys
 from typing import Iterable, Iterator, NamedTuple, Optional
 
 from kuryr_break0 import exceptions
@@ -60,7 +64,7 @@ def identify_or_fail(path: str) -> NamespaceId:
     :raises OSError: ENOENT if nothing is there, ENXIO if it is no namespace,
         EINVAL if it is no path; any other is of this process, as EMFILE
     """
-    with _opened(path) as fd:
+    with _file(path) as fd:
         return _identify(fd)
 
 
@@ -69,14 +73,34 @@ def _identify(fd: int) -> NamespaceId:
     number = bytearray(8)
     try:
         fcntl.ioctl(fd, _NS_GET_ID, number)
-        cookie: Optional[int] = struct.unpack('=Q', number)[0]
     except OSError:
-        cookie = None
-    return NamespaceId(found.st_dev, found.st_ino, cookie)
+        return NamespaceId(found.st_dev, found.st_ino)
+    return NamespaceId(found.st_dev, found.st_ino,
+                       int.from_bytes(number, sys.byteorder))
+
+
+def require_other(path: str,
+                  known: Optional[NamespaceId] = None) -> NamespaceId:
+    """Return what the namespace at a path is, which must be another one.
+
+    :param known: what it is, if that is known
+    """
+    try:
+        found = known or identify_or_fail(path)
+        is_own = found.is_same(identify_or_fail(OWN))
+    except OSError as err:
+        if err.errno in exceptions.EXHAUSTED:
+            raise exceptions.SystemRefused(reason=err) from err
+        raise exceptions.NetnsUnusable(
+            netns=path, reason='does not exist, or is another kind of file'
+        ) from err
+    if is_own:
+        raise exceptions.NetnsUnusable(netns=path, reason="is the node's own")
+    return found
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[int]:
+def _file(path: str) -> Iterator[int]:
     """Open a file of nsfs, and nothing else: that could block.
 
     :raises OSError: ENXIO for a file of another kind
@@ -95,16 +119,6 @@ def _opened(path: str) -> Iterator[int]:
         os.close(fd)
 
 
-@contextlib.contextmanager
-def own_file() -> Iterator[int]:
-    """Open the namespace of this thread; the descriptor is of the block."""
-    fd = os.open(OWN, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
 def open_by_number(known: NamespaceId) -> int:
     """Open a namespace by the number that it alone has.
 
@@ -114,7 +128,7 @@ def open_by_number(known: NamespaceId) -> int:
     """
     handle = ctypes.create_string_buffer(_HANDLE.pack(
         16, _FILEID_NSFS, known.cookie, _CLONE_NEWNET, known.inode))
-    with own_file() as mount:
+    with _file(OWN) as mount:
         fd: int = _LIBC.open_by_handle_at(mount, handle,
                                           os.O_RDONLY | os.O_CLOEXEC)
         if fd < 0:
@@ -128,15 +142,12 @@ def opened(netns: str,
            known: Optional[NamespaceId] = None) -> Iterator[int]:
     """Open a namespace; the file descriptor is valid in the block.
 
-    :param netns: its path
     :param known: what it must be; by its number it is found even if the
         path is not there any more
-    :raises NetnsUnusable: if it cannot be opened, or is another one
-    :raises SystemRefused: if this process lacks descriptors or memory
     """
     with contextlib.ExitStack() as stack:
         try:
-            fd = stack.enter_context(_opened(netns))
+            fd = stack.enter_context(_file(netns))
             if known is not None and not _identify(fd).is_same(known):
                 raise OSError(errno.ESTALE, 'it is another one by now')
         except OSError as err:
@@ -157,11 +168,8 @@ def opened(netns: str,
 @contextlib.contextmanager
 def entered(netns: str,
             known: Optional[NamespaceId] = None) -> Iterator[None]:
-    """Be in another network namespace; this thread, within the block.
-
-    By parameters, and with errors, as those of :func:`opened`.
-    """
-    with own_file() as home:
+    """Be in another network namespace; this thread, within the block."""
+    with opened(OWN) as home:
         with opened(netns, known) as other:
             if _LIBC.setns(other, _CLONE_NEWNET) != 0:
                 raise exceptions.NetnsUnusable(
@@ -205,16 +213,14 @@ def find(processes: Iterable[str],
 
     :param processes: where processes are to be seen, as /proc
     :param mounts: further paths of namespaces
-    :raises SystemRefused: if this process lacks descriptors or memory, so
-        that it cannot see all
     """
-    place = os.stat(OWN)
+    own = os.stat(OWN)
     paths: dict[tuple[int, int], str] = {}
-    for path in itertools.chain((
-            os.path.join(directory, name) for directory in NETNS_DIRS
-            for name in sorted(_names(directory))), mounts):
+    names = [os.path.join(directory, name) for directory in NETNS_DIRS
+             for name in sorted(_names(directory))]
+    for path in (*names, *mounts):
         with absence(_UNSEEN):
-            found = seen(path, place)
+            found = seen(path, own)
             if found:
                 paths.setdefault(found, path)
     oldest: dict[tuple[int, int], tuple[int, int, str]] = {}
@@ -223,20 +229,19 @@ def find(processes: Iterable[str],
         for name in filter(str.isdigit, _names(proc)):
             process = os.path.join(proc, name)
             with absence(_UNSEEN), contextlib.suppress(IndexError, ValueError):
-                found = seen(process + '/ns/net', place)
+                found = seen(process + '/ns/net', own)
                 if found is None:
                     continue
                 inside.setdefault(found, process)
                 if found not in paths:
-                    candidate = _started(process), order, process + '/ns/net'
-                    oldest[found] = min(oldest.get(found, candidate),
-                                        candidate)
+                    since = _started(process), order, process + '/ns/net'
+                    oldest[found] = min(oldest.get(found, since), since)
     paths.update({found: path for found, (_, _, path) in oldest.items()})
     namespaces = []
     for path in paths.values():
         with absence(_UNSEEN):
             namespace = identify_or_fail(path)
-            if namespace[:2] != (place.st_dev, place.st_ino):
+            if namespace[:2] != (own.st_dev, own.st_ino):
                 namespaces.append(Found(path, namespace,
                                         inside.get(namespace[:2])))
     return namespaces
@@ -247,7 +252,6 @@ def seen(path: str, own: os.stat_result) -> Optional[tuple[int, int]]:
 
     :param own: the status of our own
     :returns: None for that, and for a file of another kind
-    :raises OSError: if there is nothing, or it may not be seen
     """
     found = os.stat(path)
     if found.st_dev != own.st_dev or found.st_ino == own.st_ino or (
@@ -272,13 +276,11 @@ def container_of(process: Optional[str]) -> Optional[int]:
     with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
         own = os.stat('/proc/self/ns/pid').st_ino
         fd = os.open(process + '/ns/pid', os.O_RDONLY | os.O_CLOEXEC)
-        while True:
-            stack.callback(os.close, fd)
-            inode = os.fstat(fd).st_ino
-            if inode == own:
-                break
-            found = inode
+        stack.callback(os.close, fd)
+        while os.fstat(fd).st_ino != own:
+            found = os.fstat(fd).st_ino
             fd = fcntl.ioctl(fd, _NS_GET_PARENT)
+            stack.callback(os.close, fd)
     return found
 
 

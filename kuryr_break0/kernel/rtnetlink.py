@@ -139,21 +139,19 @@ class Netlink(LinkSocket):
 
     def _change(self, changes: Sequence[values.Change]
                 ) -> list[Optional[exceptions.KernelRefused]]:
-        """Change a batch; if it fails as a whole, its halves."""
+        """Change a batch; if it fails as a whole, its halves.
+
+        One that cannot be packed must not hold up the others.
+        """
         try:
             refused = self._send([wire.change(*each) for each in changes])
-        except OSError as err:
+        except (OSError, struct.error, ValueError) as err:
             if len(changes) > 1:
                 middle = len(changes) // 2
                 return [*self._change(changes[:middle]),
                         *self._change(changes[middle:])]
-            refused = {0: err}
-        except (struct.error, ValueError) as err:
-            # One that cannot be packed must not hold up the others.
-            if len(changes) > 1:
-                return [each for change in changes
-                        for each in self._change([change])]
-            refused = {0: OSError(errno.EINVAL, str(err))}
+            refused = {0: err if isinstance(err, OSError)
+                       else OSError(errno.EINVAL, str(err))}
         return [self._failed(_description(*change), refused[place])
                 if place in refused else None
                 for place, change in enumerate(changes)]

@@ -141,6 +141,14 @@ class InterfaceAddress(NamedTuple):
     address: IPAddress
 
 
+class AddressState(NamedTuple):
+    """An :class:`InterfaceAddress`, with its flags: the low eight."""
+
+    ifindex: int
+    address: IPAddress
+    flags: int
+
+
 class NeighbourState(NamedTuple):
     """A neighbour in any state; its protocol is None if nobody marked it."""
 

@@ -254,18 +254,13 @@ def route_protocol(body: bytes) -> int:
     return body[5] if len(body) > 5 else 0  # rtm_protocol
 
 
-def parse_address(body: bytes) -> Optional[values.InterfaceAddress]:
+def parse_address(body: bytes) -> Optional[values.AddressState]:
     """Read an address of an interface; None of another family, as MCTP."""
-    ifindex = _IFADDR.unpack_from(body)[4]
+    _, _, flags, _, ifindex = _IFADDR.unpack_from(body)
     found = attributes(body, _IFADDR.size)
     address = _address(found.get(IFA_LOCAL) or found.get(IFA_ADDRESS))
-    return None if address is None else values.InterfaceAddress(
-        ifindex, address)
-
-
-def address_flags(body: bytes) -> int:
-    """Read the flags of an address, and nothing else of it: the low eight."""
-    return body[2] if len(body) > 2 else 0  # ifa_flags
+    return None if address is None else values.AddressState(
+        ifindex, address, flags)
 
 
 def parse_neighbour(body: bytes) -> values.NeighbourState:

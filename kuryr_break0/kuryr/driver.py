@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import types
 from typing import Any, Iterable, Iterator, Optional
 
@@ -177,15 +176,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         if not netns:
             raise exceptions.NetnsUnusable(netns=netns, reason='is not named')
         path = str(k_utils.convert_netns(netns))
-        try:
-            found = os.stat(path)
-        except OSError as err:
-            raise exceptions.NetnsUnusable(
-                netns=path, reason='cannot be opened: %s' % err.strerror)
-        own = os.stat('/proc/thread-self/ns/net')
-        if (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino):
-            raise exceptions.NetnsUnusable(
-                netns=path, reason="is the node's own")
+        kernel.require_other(path)
         return path
 
     @staticmethod
