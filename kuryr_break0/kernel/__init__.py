@@ -53,7 +53,6 @@ from kuryr_break0.kernel.node import release
 from kuryr_break0.kernel.node import source_for
 from kuryr_break0.kernel.node import write_sysctl
 from kuryr_break0.kernel.probes import claimants
-from kuryr_break0.kernel.rtnetlink import GatewayRoute
 from kuryr_break0.kernel.rtnetlink import Netlink
 from kuryr_break0.kernel.rtnetlink import Path
 from kuryr_break0.kernel.rtnetlink import Routes

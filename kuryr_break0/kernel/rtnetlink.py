@@ -64,13 +64,6 @@ class Routes(NamedTuple):
     local: tuple[IPNetwork, ...] = ()
 
 
-class GatewayRoute(NamedTuple):
-    """A route by a gateway."""
-
-    network: IPNetwork
-    gateway: IPAddress
-
-
 class Path(NamedTuple):
     """The way that a packet would go, as ``ip route get`` says it.
 
@@ -92,11 +85,13 @@ class Netlink(LinkSocket):
     """
 
     def configure(self, link: str, addresses: Sequence[IPInterface],
-                  routes: Sequence[GatewayRoute]) -> None:
+                  routes: Sequence[tuple[IPNetwork, IPAddress]]) -> None:
         """Give an interface addresses, and its namespace routes.
 
         All in one request. What is there is fine for addresses and default
         routes. The first error is raised.
+
+        :param routes: networks with their gateways
         """
         index = index_of(link)
         if index is None:
@@ -106,7 +101,7 @@ class Netlink(LinkSocket):
             (address, True, Message(wire.RTM_NEWADDR, _NEW,
                                     wire.pack_address(index, address)))
             for address in addresses]
-        steps += [('%s by %s' % route, route.network.prefixlen == 0,
+        steps += [('%s by %s' % route, route[0].prefixlen == 0,
                    Message(wire.RTM_NEWROUTE, _NEW,
                            wire.pack_gateway_route(*route)))
                   for route in routes]

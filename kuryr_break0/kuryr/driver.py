@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from typing import Any, Iterable, Iterator, Optional
+from typing import Any, Iterator, Optional
 
 from kuryr_kubernetes.cni.binding import nested
 from kuryr_kubernetes import config as k_config
@@ -62,7 +62,9 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         patches.restore_configure_l3()
         try:
             sandbox = self._sandbox(netns)
-            self._vacate(str(vif.vif_name))
+            if self._is_kept_for_break0(vif.vif_name):
+                raise exceptions.NameOfBreak0(name=str(vif.vif_name))
+            pod_binding.remove_leftover(str(vif.vif_name))
             if self._is_direct(options):
                 self._connect_directly(vif, ifname, sandbox)
                 patches.replace_configure_l3(self._configure_l3, vif)
@@ -101,7 +103,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         """
         owner = Owner(container_id, ifname)
         still_routed = 'The addresses of %s may still be routed' % owner
-        options, sandbox = None, None
+        options = sandbox = None
         with self._logged(still_routed):
             options = config.load(k_config.CONF)
         try:
@@ -116,9 +118,15 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                     owner, break0_vif.addresses(vif), sandbox,
                     mac=str(vif.address), interface_goes=True)
         try:
-            if sandbox is not None:
-                self._disconnect_pod(vif, ifname, netns, container_id,
-                                     sandbox, self._is_direct(options))
+            if sandbox is not None and self._is_direct(options):
+                pod_binding.disconnect(sandbox, ifname, vif.vif_name)
+            elif sandbox is not None:
+                with patches.interfaces_only():
+                    ipdb.undisturbed('disconnect ' + ifname,
+                                     super().disconnect, vif, ifname, netns,
+                                     container_id)
+        except exceptions.KernelRefused as err:
+            raise k_exc.CNIBindingFailure(str(err)) from err
         finally:
             if options is not None:
                 self._housekeep(options)
@@ -140,31 +148,17 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                 'must be the interface that %s is made on.' % (device,
                                                                device))
         # Copied in one step, since a thread of IPDB keeps it up to date.
-        links = dict(h_ipdb.interfaces)
-        kept = self._kept_for_break0(links)
-        others = {name: link for name, link in links.items()
-                  if name not in kept}
+        others = {name: link for name, link in dict(h_ipdb.interfaces).items()
+                  if not self._is_kept_for_break0(name)}
         self._parent = super()._detect_iface_name(
             types.SimpleNamespace(interfaces=others))
         return self._parent
 
     @staticmethod
-    def _kept_for_break0(names: Iterable[Any]) -> set[Any]:
-        """Return those of some names that break0s have, or may get."""
+    def _is_kept_for_break0(name: Any) -> bool:
+        """Return whether a break0 has a name, or may get it."""
         device = config.device_name(k_config.CONF)
-        return {name for name in names if name == device
-                or str(name).startswith(device[:6] + '-')}
-
-    @classmethod
-    def _vacate(cls, name: str) -> None:
-        """Make sure of the name that the VIF will have on the node.
-
-        :raises NameOfBreak0: if break0 is, or would be, named so
-        :raises NotALeftover: if it is that of another interface of the node
-        """
-        if cls._kept_for_break0([name]):
-            raise exceptions.NameOfBreak0(name=name)
-        pod_binding.remove_leftover(name)
+        return str(name) == device or str(name).startswith(device[:6] + '-')
 
     @staticmethod
     def _sandbox(netns: str) -> str:
@@ -229,20 +223,6 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                                    if index == link.index]}
             for link in links}))
         return next(link for link in links if link.name == name)
-
-    def _disconnect_pod(self, vif: Any, ifname: str, netns: str,
-                        container_id: str, sandbox: str,
-                        directly: bool) -> None:
-        try:
-            if directly:
-                pod_binding.disconnect(sandbox, ifname, vif.vif_name)
-                return
-            with patches.interfaces_only():
-                ipdb.undisturbed('disconnect ' + ifname,
-                                 super().disconnect, vif, ifname, netns,
-                                 container_id)
-        except exceptions.KernelRefused as err:
-            raise k_exc.CNIBindingFailure(str(err)) from err
 
     def _housekeep(self, options: config.Options) -> None:
         with self._logged('Cannot repair what other pods need'):

@@ -10,14 +10,18 @@ Killed before the move, Kuryr leaves an interface on the node. The VIF cannot
 say that it is one: whoever writes the KuryrPort chooses name and MAC address.
 So Kuryr is made to create it in a group that nothing else is in, which the
 kernel does in the same request.
+
+All raises NetnsUnusable if the pod's namespace cannot be entered, and
+KernelRefused with the first error of the kernel.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import time
-from typing import Any
+from typing import Any, Iterator
 
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
@@ -35,23 +39,26 @@ _EVERYTHING = {4: ipaddress.ip_network('0.0.0.0/0'),
                6: ipaddress.ip_network('::/0')}
 
 
+@contextlib.contextmanager
+def _entered(netns: str) -> Iterator[kernel.Netlink]:
+    """Be in the namespace of a pod, with a socket there."""
+    with kernel.entered(netns), kernel.Netlink() as netlink:
+        yield netlink
+
+
 def connect(netlink: kernel.Netlink, netns: str, ifname: str,
             parent: kernel.Link, *, mac: str, mtu: int,
             passing: str) -> None:
     """Make the macvlan of a pod, in bridge mode and up.
 
     May be repeated: what an ADD before it has left is removed first, as
-    Kuryr does it. Refused, it leaves nothing.
+    Kuryr does it. Refused, as with EADDRINUSE where another macvlan on the
+    parent has the MAC address and keeps it, it leaves nothing.
 
-    :param kernel: in the node's namespace
-    :param netns: path of the pod's
-    :param parent: on the node
+    :param netlink: in the node's namespace
     :param passing: the name that Kuryr gives it before it renames it
-    :raises NetnsUnusable: if the pod's namespace cannot be entered
-    :raises KernelRefused: with EADDRINUSE where another macvlan on the
-        parent has the MAC address, and keeps it
     """
-    with kernel.entered(netns), kernel.Netlink() as pods:
+    with _entered(netns) as pods:
         for name in (passing, ifname):
             if kernel.index_of(name) is not None:
                 _remove(pods, name, netns)
@@ -71,7 +78,7 @@ def connect(netlink: kernel.Netlink, netns: str, ifname: str,
     # The NIC of the node is named like that of the pod, and the kernel looks
     # for the name on the node, where that of the VIF is free.
     netlink.create_macvlan(passing, parent, netns, mac=mac, mtu=mtu, up=False)
-    with kernel.entered(netns), kernel.Netlink() as pods:
+    with _entered(netns) as pods:
         link = pods.link(passing)
         if link is None:
             raise exceptions.NetnsUnusable(
@@ -89,25 +96,20 @@ def configure_l3(vif: Any, ifname: str, netns: str,
     """Give a pod its addresses and routes, as Kuryr's _configure_l3 does.
 
     In one request, where Kuryr opens IPDB and waits for each. What is there
-    already, as after a first try, is fine.
-
-    :raises NetnsUnusable: if the pod's namespace cannot be entered
-    :raises KernelRefused: the first error, as for a gateway on no link
+    already, as after a first try, is fine. A gateway on no link is refused.
     """
     addresses, routes = [], []
     for subnet in vif.network.subnets.objects:
         length = subnet.cidr.prefixlen
         addresses += [ipaddress.ip_interface('%s/%d' % (each.address, length))
                       for each in subnet.ips.objects]
-        routes += [kernel.GatewayRoute(
-            ipaddress.ip_network(str(route.cidr)),
-            ipaddress.ip_address(str(route.gateway)))
-            for route in subnet.routes.objects]
+        routes += [(ipaddress.ip_network(str(route.cidr)),
+                    ipaddress.ip_address(str(route.gateway)))
+                   for route in subnet.routes.objects]
         if is_default_gateway and hasattr(subnet, 'gateway'):
             gateway = ipaddress.ip_address(str(subnet.gateway))
-            routes.append(kernel.GatewayRoute(
-                _EVERYTHING[gateway.version], gateway))
-    with kernel.entered(netns), kernel.Netlink() as netlink:
+            routes.append((_EVERYTHING[gateway.version], gateway))
+    with _entered(netns) as netlink:
         if any(each.version == 6 for each in addresses):
             # An engine may have disabled it, as Docker with --net=none.
             kernel.write_sysctl('ipv6/conf/all/disable_ipv6', 0)
@@ -115,12 +117,8 @@ def configure_l3(vif: Any, ifname: str, netns: str,
 
 
 def disconnect(netns: str, *names: str) -> None:
-    """Delete interfaces of a pod; one that is not there is fine.
-
-    :raises NetnsUnusable: if its namespace cannot be entered
-    :raises KernelRefused: if one can't be deleted
-    """
-    with kernel.entered(netns), kernel.Netlink() as netlink:
+    """Delete interfaces of a pod; one that is not there is fine."""
+    with _entered(netns) as netlink:
         for name in names:
             netlink.delete_link(name)
 
@@ -143,12 +141,8 @@ def remove_leftover(name: str) -> None:
 
 
 def finish(netns: str, ifname: str) -> None:
-    """Take the interface that Kuryr has made for a pod out of the group.
-
-    :raises NetnsUnusable: if the pod's namespace cannot be entered
-    :raises KernelRefused: if the kernel refuses it
-    """
-    with kernel.entered(netns), kernel.Netlink() as netlink:
+    """Take the interface that Kuryr has made for a pod out of the group."""
+    with _entered(netns) as netlink:
         link = netlink.link(ifname)
         if link is not None:
             netlink.set_group(link, 0)

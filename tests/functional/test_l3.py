@@ -219,8 +219,8 @@ class TestErrors(L3TestCase):
         with kernel.entered('/run/netns/ours'), kernel.Netlink() as netlink:
             netlink.configure('eth0', [
                 ipaddress.ip_interface(POD4 + '/24')], [
-                kernel.GatewayRoute(ipaddress.ip_network('0.0.0.0/0'),
-                                    ipaddress.ip_address(lab.LAN))])
+                    (ipaddress.ip_network('0.0.0.0/0'),
+                     ipaddress.ip_address(lab.LAN))])
             with self.assertRaises(exceptions.KernelRefused):
                 netlink.configure('nope', [], [])
         self.assertEqual(before, self.pod('ours'))
