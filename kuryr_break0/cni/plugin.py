@@ -59,10 +59,8 @@ class Answer(NamedTuple):
 
 def answer(environment: Mapping[str, str], data: bytes,
            load: Callable[[], config.Options]) -> Answer:
-    """Do what a runtime asks for.
+    """Do what a runtime asks for, by its environment and standard input.
 
-    :param environment: its variables, of which those of CNI count
-    :param data: what it writes to standard input
     :param load: returns the options, or raises InvalidOption
     """
     try:
@@ -109,11 +107,7 @@ class Plugin:
                         else request.strict)
 
     def run(self) -> Optional[dict[str, Any]]:
-        """Do what is asked; the result, if the command has one.
-
-        :raises CNIError: what the runtime must know
-        :raises Break0Error: as that
-        """
+        """Do what is asked; the result, if the command has one."""
         return {
             requests.ADD: self._add, requests.DEL: self._del,
             requests.CHECK: self._check, requests.GC: self._gc,
@@ -137,12 +131,12 @@ class Plugin:
         if not self._options.enabled:
             return previous
         own = [each for each in addresses
-               if each.address in macvlan.addresses]
+               if each.ip in macvlan.addresses]
         try:
             self._manager.bind(
-                owner, [each.address for each in own],
+                owner, [each.ip for each in own],
                 parent=macvlan.parent, mac=macvlan.link.mac,
-                subnets=list(dict.fromkeys(each.subnet for each in own)),
+                subnets=list(dict.fromkeys(each.network for each in own)),
                 netns=request.netns, pod=request.pod, origin=Origin.CNI,
                 network=request.network, bound_at=self._began)
             if not addresses:
@@ -150,7 +144,7 @@ class Plugin:
             for each in addresses:
                 if each not in own:
                     raise exceptions.NotItsAddress(
-                        address=each.address, ifname=owner.ifname,
+                        address=each.ip, ifname=owner.ifname,
                         netns=request.netns, found=', '.join(
                             map(str, macvlan.addresses)) or 'no address')
         except exceptions.Break0Error as err:
@@ -161,9 +155,7 @@ class Plugin:
         return previous
 
     def _macvlan(self) -> kernel.Macvlan:
-        netns = self._request.netns
-        assert netns is not None
-        return kernel.macvlan_of(netns, self._owner.ifname,
+        return kernel.macvlan_of(str(self._request.netns), self._owner.ifname,
                                  self._options.parent)
 
     def undo(self) -> None:
@@ -173,8 +165,7 @@ class Plugin:
         """
         try:
             self._manager.unbind(
-                self._owner, [each.address for each
-                              in self._request.addresses()],
+                self._owner, [each.ip for each in self._request.addresses()],
                 self._request.netns, bound_at=self._began)
         except exceptions.Break0Error as err:  # the first one is reported
             LOG.error('Cannot undo the ADD of %s: %s', self._owner, err)
@@ -188,7 +179,7 @@ class Plugin:
         """
         request, owner = self._request, self._owner
         try:
-            addresses = [each.address for each in request.addresses()]
+            addresses = [each.ip for each in request.addresses()]
         except CNIError:
             addresses = []
         unbound = self._manager.unbind(
@@ -198,16 +189,16 @@ class Plugin:
 
     def _check(self) -> None:
         """Compare record, route, neighbours and pod side with the kernel."""
-        request = self._request
-        addresses = [each.address for each in request.addresses()]
+        addresses = [each.ip for each in self._request.addresses()]
         self._macvlan()
-        differences = (list(self._differences(addresses))
-                       if self._options.enabled else [])
+        differences = '; '.join(self._differences(addresses))
         if differences:
-            raise CNIError(DIFFERS, '%s. Repair it: kuryr-break0 sync'
-                           % '; '.join(differences))
+            raise CNIError(DIFFERS, differences
+                           + '. Repair it: kuryr-break0 sync')
 
     def _differences(self, addresses: list[IPAddress]) -> Iterator[str]:
+        if not self._options.enabled:
+            return
         with kernel.Netlink() as netlink:
             seen = actual.read(self._options, self._ledger, netlink)
         problems = address_problems(seen)
@@ -252,7 +243,7 @@ class Plugin:
                     unwanted = kernel.state(
                         claim.netns, claim.namespace) is kernel.State.GONE
                 else:
-                    unwanted = tuple(vars(claim.owner).values()) not in valid
+                    unwanted = claim.owner not in valid
                 if not unwanted:
                     continue
                 try:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Parses and checks the request of a CNI runtime."""
+"""Parses and checks the request of a CNI runtime.
+
+What is wrong with it is raised as a CNIError that says so.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,9 @@ import ipaddress
 import json
 import math
 import re
-from typing import Any, Mapping, NamedTuple, Optional
+from typing import Any, Mapping, Optional
 
-from kuryr_break0.model import IPAddress
-from kuryr_break0.model import IPNetwork
+from kuryr_break0.model import IPInterface
 from kuryr_break0.model import Owner
 
 #: Versions of the specification, the newest last.
@@ -43,20 +45,6 @@ class CNIError(Exception):
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
         self.code = code
-
-
-class Attachment(NamedTuple):
-    """What ``cni.dev/valid-attachments`` lists."""
-
-    container_id: str
-    ifname: str
-
-
-class PreviousAddress(NamedTuple):
-    """An address of an interface, in the result of the plugin before."""
-
-    address: IPAddress
-    subnet: IPNetwork
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,53 +89,43 @@ class Request:
 
     @property
     def previous(self) -> dict[str, Any]:
-        """Return the result of the previous plugin.
-
-        :raises CNIError: if there is none
-        """
+        """Return the result of the previous plugin."""
         previous = self.config.get('prevResult')
         if not isinstance(previous, dict):
             raise CNIError(INVALID, 'There is no prevResult: break0 has to '
                            'stand behind macvlan in the list of plugins')
         return previous
 
-    def addresses(self) -> list[PreviousAddress]:
-        """Return the addresses of this interface in this namespace.
-
-        :raises CNIError: if the previous result does not say
-        """
+    def _interfaces(self) -> dict[int, dict[str, Any]]:
+        """Return this interface by its number in the previous result."""
         assert self.owner is not None
-        previous = self.previous
-        interfaces = _objects(previous, 'interfaces')
-        own = {number for number, each in enumerate(interfaces)
+        interfaces = _objects(self.previous, 'interfaces')
+        own = {number: each for number, each in enumerate(interfaces)
                if each.get('name') == self.owner.ifname
                and each.get('sandbox')}
         if interfaces and not own:
             raise CNIError(INVALID, 'prevResult has no interface %s in a '
                            'sandbox' % self.owner.ifname)
-        found = []
-        for each in _objects(previous, 'ips'):
-            number = each.get('interface')
-            if number is None or number in own:
-                found.append(_address(each.get('address')))
-        return found
+        return own
+
+    def addresses(self) -> list[IPInterface]:
+        """Return the addresses of this interface, with their networks."""
+        own = self._interfaces()
+        return [_address(each.get('address'))
+                for each in _objects(self.previous, 'ips')
+                if each.get('interface') in (None, *own)]
 
     @property
     def mac(self) -> Optional[str]:
         """Return the MAC address of the interface, if the result says it."""
-        assert self.owner is not None
         with contextlib.suppress(CNIError):
-            for each in _objects(self.previous, 'interfaces'):
-                if each.get('name') == self.owner.ifname and each.get(
-                        'sandbox') and isinstance(each.get('mac'), str):
+            for each in self._interfaces().values():
+                if isinstance(each.get('mac'), str):
                     return str(each['mac']).lower()
         return None
 
-    def attachments(self) -> Optional[set[Attachment]]:
-        """Return the attachments that are valid; None for null.
-
-        :raises CNIError: if they are missing
-        """
+    def attachments(self) -> Optional[set[Owner]]:
+        """Return the attachments that are valid; None for null."""
         key = 'cni.dev/valid-attachments'
         if key not in self.config:
             raise CNIError(INVALID, 'There is no %s, so nothing is known to '
@@ -160,15 +138,12 @@ class Request:
             if not all(isinstance(field, str) and field for field in fields):
                 raise CNIError(INVALID, '%s has an entry without containerID '
                                'and ifname' % key)
-            found.add(Attachment(*map(str, fields)))
+            found.add(Owner(*map(str, fields)))
         return found
 
 
 def parse(environment: Mapping[str, str], data: bytes) -> Request:
-    """Read a request.
-
-    :raises CNIError: saying what is wrong with it
-    """
+    """Read a request."""
     command = environment.get('CNI_COMMAND', '')
     if command not in (ADD, DEL, CHECK, GC, STATUS, VERSION):
         raise CNIError(BAD_VARIABLE, 'CNI_COMMAND is %s, which is none of '
@@ -293,15 +268,12 @@ def _objects(of: dict[str, Any], key: str) -> list[dict[str, Any]]:
     return found
 
 
-def _address(text: Any) -> PreviousAddress:
-    try:
-        if not isinstance(text, str) or '/' not in text:
-            raise ValueError
-        interface = ipaddress.ip_interface(text)
-    except ValueError:
-        raise CNIError(INVALID, 'prevResult has the address %s, which is '
-                       'none with a prefix' % _short(text)) from None
-    return PreviousAddress(interface.ip, interface.network)
+def _address(text: Any) -> IPInterface:
+    if isinstance(text, str) and '/' in text:
+        with contextlib.suppress(ValueError):
+            return ipaddress.ip_interface(text)
+    raise CNIError(INVALID, 'prevResult has the address %s, which is none '
+                   'with a prefix' % _short(text))
 
 
 def _short(value: Any) -> str:

@@ -330,7 +330,7 @@ class TestCNI(unittest.TestCase):
                 json.dumps({**fields, 'cniVersion': '1.0.0',
                             'name': 'lan'}).encode())
             for each in found.addresses():
-                self.assertIn(each.address, each.subnet)
+                self.assertIn(each.ip, each.network)
 
     @fuzzed
     @given(st.binary(max_size=300))
