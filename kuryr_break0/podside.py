@@ -66,12 +66,13 @@ class PodSide:
         self._record = next(iter(records))
         self._versions = {record.address.version for record in records}
         self._protocol = options.route_protocol
-        self._table = table_of(self._record.owner.ifname)
-        link = netlink.link(self._record.owner.ifname)
+        ifname = self._record.owner.ifname
+        self._table = table_of(ifname)
+        link = netlink.link(ifname)
         if link is None:
             raise exceptions.NetnsUnusable(
                 netns=self._record.netns,
-                reason='has no interface %s' % self._record.owner.ifname)
+                reason='has no interface %s' % ifname)
         self._index = link.index
         self._mac = bytes.fromhex(link.mac.replace(':', ''))
         # One with another MAC address may be the next of that name already.
@@ -87,50 +88,43 @@ class PodSide:
         self.apply((Verb.REPLACE, item) for item in self.wanted(node))
         self._bind_source()
 
-    def _is_unguarded(self) -> bool:
-        """Return whether the interface can send with any MAC address."""
-        if not self._guarded:
-            return False
-        with kernel.Nft() as nft:
-            return not nft.binds_source(self._table, self._index, self._mac)
-
-    def _bind_source(self) -> bool:
+    def _bind_source(self, dry_run: bool = False) -> bool:
         """Let the interface send with its own MAC address only.
 
         Else the pod could take the MAC address and the address of another.
         With CAP_NET_ADMIN it can still undo that.
 
-        :returns: whether that could be done
+        :returns: whether that was to be done, and could be
         """
         if not self._guarded:
             return False
         try:
             with kernel.Nft() as nft:
-                nft.bind_source(self._table, self._record.owner.ifname,
-                                self._index, self._mac)
+                if not dry_run:
+                    return nft.bind_source(
+                        self._table, self._record.owner.ifname, self._index,
+                        self._mac)
+                # An earlier kernel may have the hook, which only a try shows.
+                return kernel.release() >= (5, 16) and not nft.binds_source(
+                    self._table, self._index, self._mac)
         except exceptions.KernelRefused as err:
             LOG.debug('The pod %s can forge MAC addresses: %s',
                       self._record.whose, err)
             return False
-        return True
 
     def repair(self, node: NodeAddresses, dry_run: bool) -> bool:
         """Make it what the pod needs; whether there was anything to do."""
-        present, hosts = self.marked(), self._hosts(node)
-        changes: list[kernel.Change] = [
-            (Verb.DELETE, item) for item in present
-            if item.dst not in hosts]
-        changes += [(Verb.REPLACE, item) for item in self.wanted(node)
+        present, wanted = self.marked(), list(self.wanted(node))
+        hosts = {item.dst for item in wanted}
+        changes = [(Verb.DELETE, item) for item in present
+                   if item.dst not in hosts]
+        changes += [(Verb.REPLACE, item) for item in wanted
                     if item not in present]
-        unguarded = self._is_unguarded()
-        if dry_run:
-            # An earlier kernel may have the hook, which only a try can show.
-            unguarded &= kernel.release() >= (5, 16)
-            return bool(changes or unguarded)
-        if not self._guarded:
-            _release(self._record)
-        self.apply(changes)
-        return bool(unguarded and self._bind_source() or changes)
+        if not dry_run:
+            if not self._guarded:
+                _release(self._record)
+            self.apply(changes)
+        return self._bind_source(dry_run) or bool(changes)
 
     def apply(self, changes: Iterable[kernel.Change]) -> None:
         """Make changes in the pod's namespace."""
@@ -153,13 +147,11 @@ class PodSide:
             *self._netlink.neighbours(self._index)]
         return [item for item in items if item.protocol == self._protocol]
 
-    def _hosts(self, node: NodeAddresses) -> list[IPAddress]:
-        return [host for host in node.addresses
-                if host.version in self._versions]
-
     def wanted(self, node: NodeAddresses) -> Iterator[Item]:
         """Return what it needs, but for routes where it has a way."""
-        for host in self._hosts(node):
+        for host in node.addresses:
+            if host.version not in self._versions:
+                continue
             yield Neighbour(host, self._index, node.mac, self._protocol)
             # A route by another interface of the pod is as good.
             if not (any(host in subnet for subnet in self._record.subnets)
@@ -246,8 +238,7 @@ class Pods:
                       in cache.fresh('addresses') or ()]
         if not cached or {src for src in sources if src} - {
                 address for _, address in cached}:
-            cached = [(each.ifindex, each.address)
-                      for each in netlink.addresses()]
+            cached = [*netlink.addresses()]
             cache.put('addresses', [[at, str(address)]
                                     for at, address in cached])
         return self._policy.node_addresses(

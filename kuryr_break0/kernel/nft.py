@@ -168,17 +168,18 @@ class Nft(netlink.RequestSocket):
         return chain is not None and chain.get(6) == _U32.pack(1)  # its rules
 
     def bind_source(self, table: str, device: str, index: int,
-                    mac: bytes) -> None:
+                    mac: bytes) -> bool:
         """Let an interface send with its own MAC address only.
 
         By a table with one chain and one rule. A chain outlives its interface,
         and since Linux 6.16 it is attached to the next one of that name, so
         the rule names the number of the interface too.
 
+        :returns: whether it was not so yet
         :raises KernelRefused: if the kernel has no such hook
         """
         if self.binds_source(table, index, mac):
-            return  # to undo a batch takes the kernel some 15 ms
+            return False  # to undo a batch takes the kernel some 15 ms
         chain = _source_chain(index, mac)
         hook = attribute(NESTED | 4, (
             _be32(1, _EGRESS) + _be32(2, 0) + text(3, device)))
@@ -199,9 +200,10 @@ class Nft(netlink.RequestSocket):
             _rule(table, chain, expressions)]
         with tolerated(errno.EEXIST):
             self._batch(action, *creation)
-            return
+            return True
         # That of an earlier interface of this name.
         self._batch(action, _deletion(table), *creation)
+        return True
 
     def add_answer(self, table: str, chain: str, index: int,
                    mac: bytes) -> None:
@@ -241,8 +243,8 @@ class Nft(netlink.RequestSocket):
     def _batch(self, action: str, *messages: Message) -> None:
         """Have the kernel do all of it, or nothing."""
         edge = struct.pack('!BBH', 0, 0, _SUBSYSTEM)
-        self._order_all(action, [Message(_BATCH_BEGIN, 0, edge), *messages,
-                                 Message(_BATCH_END, 0, edge)], -2)
+        self._order(action, Message(_BATCH_BEGIN, 0, edge), *messages,
+                    Message(_BATCH_END, 0, edge), acknowledged=-2)
 
     def _get(self, kind: int, body: bytes) -> Optional[dict[int, bytes]]:
         """Return the attributes of one object; None if it is not there."""
