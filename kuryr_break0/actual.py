@@ -72,8 +72,8 @@ class _Reading:
         # A next hop through a break0 is a pod, as one that serves a VPN.
         self._routes = netlink.routes(indexes)
         self._next_hops_seen = frozenset(ledger.next_hops_seen())
-        self._neighbours = {index: netlink.neighbours(index)
-                            for index in indexes}
+        self._neighbours = {0: [], **{index: netlink.neighbours(index)
+                                      for index in indexes}}
         self._own = frozenset(address for _, address in self._addresses)
         self._astray = dict(self._find_astray({
             link.index: link.vrf.ifindex if link.vrf else 0
@@ -83,10 +83,6 @@ class _Reading:
         if name not in self._links:
             self._links[name] = self._netlink.link(name)
         return self._links[name]
-
-    def _addresses_of(self, index: int) -> tuple[IPAddress, ...]:
-        return tuple(address for at, address in self._addresses
-                     if at == index)
 
     def _find_astray(self, devices: Mapping[int, int]
                      ) -> Iterator[tuple[IPAddress, tuple[str, str]]]:
@@ -153,7 +149,7 @@ class _Reading:
         judge = kernel.Judge()
         verdicts: dict[Any, kernel.Verdict] = {}
         for address, claims in self._contents.claims.items():
-            living = []
+            living: list[Record] = []
             for claim in claims:
                 key = claim.place
                 if key not in verdicts:
@@ -167,9 +163,9 @@ class _Reading:
                         and (claim.namespace or claim.tap)):
                     self._unjudged[claim] = reason
             if living:
-                self._live[address] = living[0]
-            if len(living) > 1:
-                self._rivals[address] = tuple(living[1:])
+                self._live[address], *rivals = living
+                if rivals:
+                    self._rivals[address] = tuple(rivals)
 
     def _parents(self) -> Iterator[tuple[str, Parent]]:
         options = self._options
@@ -208,13 +204,12 @@ class _Reading:
             except exceptions.DeviceConflict as err:
                 conflict = err
         usable = None if conflict is not None else link
-        index = usable.index if usable is not None else 0
-        if usable is not None and index not in self._neighbours:
+        index = usable.index if usable is not None else 0  # of none
+        if index not in self._neighbours:
             self._neighbours[index] = self._netlink.neighbours(index)
-        neighbours = self._neighbours[index] if usable is not None else []
-        addresses = self._addresses_of(index) if usable is not None else ()
+        neighbours = self._neighbours[index]
         routes = {route.dst: route for route in self._routes.host
-                  if route.oif == index and usable is not None}
+                  if route.oif == index}
         desired = {} if conflict is not None and parent is not None else (
             self._desired(device_name, index, live))
         difference = plan.compute(
@@ -242,7 +237,9 @@ class _Reading:
             name, device_name, parent, link, usable, conflict,
             device.owned_by_other(usable, identity) if usable else None,
             differences, *guard, live, desired, difference, routes,
-            {each.dst: each for each in neighbours}, addresses, node,
+            {each.dst: each for each in neighbours},
+            tuple(address for at, address in self._addresses
+                  if at == index), node,
             {address: self._astray[address]
              for address in self._astray.keys() & desired.keys()})
 

@@ -82,12 +82,10 @@ class Parent:
 class Snapshot:
     """What was read at one moment, and what follows from it.
 
-    :ivar contents: of the ledger
     :ivar is_steady: whether nothing was being bound or unbound meanwhile
     :ivar identity: of the ledger; None if it was never used
     :ivar parents: by their names
     :ivar own: the addresses of the node
-    :ivar routes: the routes of the node
     :ivar live: the newest claim of an existing sandbox on each address
     :ivar rivals: earlier claims of sandboxes that exist too
     :ivar gone: claims of sandboxes that are proven not to exist

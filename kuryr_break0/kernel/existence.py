@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
+import itertools
 import os
 import re
 import threading
@@ -200,17 +201,13 @@ class Judge:
         own = namespaces.identify(namespaces.OWN)
         if own is not None and own.cookie is None:
             return 'this kernel gives namespaces none (linux 6.18 does)'
-        shown = 0
-        for place in {_PROC, _place_of(path or _PROC)}:
-            for each in self._view(place).paths.values():
-                if shown == _CONTROLS:
-                    break
-                is_shown = _is_shown(each)
-                if is_shown is False:
-                    return _why_blind()
-                shown += is_shown is True
+        living = (each for place in {_PROC, _place_of(path or _PROC)}
+                  for each in self._view(place).paths.values())
+        shown = list(itertools.islice(
+            (each for each in map(_is_shown, living) if each is not None),
+            _CONTROLS))
         # Where there is none but our own, one is made.
-        return '' if shown or _is_made_one_shown() else _why_blind()
+        return '' if all(shown or [_is_made_one_shown()]) else _why_blind()
 
     def _view(self, place: str) -> _View:
         if place not in self._views:

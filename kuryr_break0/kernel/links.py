@@ -128,7 +128,7 @@ class LinkSocket(netlink.RequestSocket):
     def _alter(self, action: str, link: values.Link, attributes: bytes,
                flags: int = 0, mask: int = 0, advice: str = '') -> None:
         self._order(action, Message(wire.RTM_NEWLINK, 0, wire.pack_link(
-            link.index, flags, mask) + attributes), advice)
+            link.index, flags, mask) + attributes), advice=advice)
 
     def delete_link(self, name: str) -> None:
         """Delete an interface; one that is not there is fine."""

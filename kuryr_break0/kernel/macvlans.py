@@ -51,11 +51,7 @@ class Macvlan(NamedTuple):
 
 def macvlans_in(netns: str, namespace: Optional[NamespaceId] = None
                 ) -> list[Macvlan]:
-    """List those of one namespace.
-
-    :param netns: its path
-    :param namespace: what it must be
-    """
+    """List those of the namespace at a path, and what that must be."""
     return [macvlan for macvlan in _read(netns, namespace)
             if macvlan.link.kind == 'macvlan' and macvlan.parent]
 
@@ -64,7 +60,6 @@ def macvlan_of(netns: str, ifname: str,
                parent: Optional[str] = None) -> Macvlan:
     """Return an interface that a node can reach through a break0.
 
-    :param netns: path of its namespace
     :param parent: what it should be on; None for any interface of the node
     :raises NotAMacvlan: if it is none
     """

@@ -214,13 +214,12 @@ class RequestSocket(_Socket):
         with contextlib.suppress(OSError):
             self._socket.setsockopt(SOL_NETLINK, option, value)
 
-    def _order(self, action: str, message: Message, advice: str = '') -> None:
-        """Have the kernel do something."""
-        self._order_all(action, [message], -1, advice)
+    def _order(self, action: str, *messages: Message, acknowledged: int = -1,
+               advice: str = '') -> None:
+        """Have the kernel do what makes sense as a whole only.
 
-    def _order_all(self, action: str, messages: Sequence[Message],
-                   acknowledged: int, advice: str = '') -> None:
-        """Have the kernel do what makes sense as a whole only."""
+        :param acknowledged: as for :meth:`_send`
+        """
         try:
             for err in self._send(messages, acknowledged, True).values():
                 raise err

@@ -3,7 +3,7 @@
 """Asks others by raw sockets: who answers, and who has an address.
 
 An image may have no ``ping``. All of it is done in the network namespace of
-the calling thread.
+the calling thread, and without CAP_NET_RAW raises NotPermitted.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ def ping(address: IPAddress, count: int, timeout: float,
     :param timeout: seconds to wait for each reply
     :param vrf: ifindex of the VRF to send them in; 0 for none
     :returns: seconds that each took; None for one without a reply
-    :raises NotPermitted: without CAP_NET_RAW
     """
     try:
         wire = socket.socket(
@@ -81,7 +80,6 @@ def claimants(interface: str, address: IPAddress, seconds: float
     Nobody learns anything from it.
 
     :returns: the MAC addresses of those who answer, but the own one
-    :raises NotPermitted: without CAP_NET_RAW
     :raises SystemRefused: if the interface cannot be used
     """
     try:

@@ -23,11 +23,7 @@ _ALIAS = re.compile(r'kuryr-break0 ledger ([0-9a-f]{16}) in (/.*)')
 
 
 class Alias(NamedTuple):
-    """What a break0 says of its ledger.
-
-    :ivar ledger: its id
-    :ivar directory: its state directory
-    """
+    """What a break0 says of its ledger: its id, and its state directory."""
 
     ledger: str
     directory: str
