@@ -82,11 +82,9 @@ def _bundle(conf: cfg.ConfigOpts, done: Examination) -> None:
 
 
 def _known(name: str) -> str:
-    known = [each.id for each in vars(findings).values()
-             if isinstance(each, findings.Kind)]
-    if name not in known:
+    if name not in findings.KINDS:
         raise ValueError('%r is no finding%s' % (
-            name, close_to(name, known)))
+            name, close_to(name, findings.KINDS)))
     return name
 
 

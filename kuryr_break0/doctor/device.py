@@ -9,8 +9,9 @@ from typing import Collection, Iterator
 
 from kuryr_break0 import config
 from kuryr_break0 import device
-from kuryr_break0.doctor import findings
+from kuryr_break0.doctor.findings import ERROR
 from kuryr_break0.doctor.findings import Finding
+from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor.node import largest_sysctl
 from kuryr_break0.doctor.node import Node
 from kuryr_break0.guard import Guard
@@ -29,13 +30,13 @@ def check_parent(node: Node, seen: Parent) -> Iterator[Finding]:
     """Compare the parent with the one that is configured."""
     configured, table = node.options.parent, node.options.route_table
     if configured not in (None, seen.name) and seen.live:
-        yield findings.PARENT_MISMATCH.found(
+        yield KINDS['parent-mismatch'].found(
             '[break0] parent is %s, but there are pods on %s' % (
                 configured, seen.name), list(seen.live))
     parent = seen.parent
     if (parent is not None and parent.vrf is not None and seen.live
             and parent.vrf.table != table):
-        yield findings.PARENT_VRF.found(
+        yield KINDS['parent-vrf'].found(
             '%s is in %s, whose table is %d, but [break0] route_table is %d'
             % (parent.name, _vrf_of(parent), parent.vrf.table, table),
             table=parent.vrf.table)
@@ -45,40 +46,40 @@ def check_existence(node: Node, seen: Parent) -> Iterator[Finding]:
     """Find what makes it useless. Without such faults the rest is checked."""
     link, parent, name = seen.present, seen.parent, seen.device
     if parent is None:
-        yield findings.PARENT_MISSING.found(
+        yield KINDS['parent-missing'].found(
             'there is no interface %s on this node, but %s' % (
                 seen.name, 'pods are bound on it' if seen.live
                 else '[break0] parent names it'))
     elif link is None:
         if seen.live:
-            yield findings.BREAK0_MISSING.found(
+            yield KINDS['break0-missing'].found(
                 'there is no interface %s, but %d addresses are bound' % (
                     name, len(seen.live)))
     elif (link.kind, link.mode) != ('macvlan', 'bridge'):
-        yield findings.BREAK0_FOREIGN.found(
+        yield KINDS['break0-foreign'].found(
             '%s is a %s%s, where a macvlan in bridge mode is needed' % (
                 name, link.kind or 'physical interface',
                 ' in %s mode' % link.mode if link.mode else ''), device=name)
     elif (link.lower, link.lower_namespace) != parent.lower_of_macvlans:
         if seen.live:  # otherwise it is reported for the parent of pods
-            yield findings.BREAK0_WRONG_PARENT.found(
+            yield KINDS['break0-wrong-parent'].found(
                 '%s is on %s, but the pods are on %s' % (
                     name, device.lower_name(link)
                     or 'an interface of another namespace', seen.name),
                 device=name)
     elif not (parent.up and parent.carrier):
-        yield findings.PARENT_DOWN.found(
+        yield KINDS['parent-down'].found(
             '%s, which the pods and %s are on, %s' % (
                 parent.name, name, 'has no carrier' if parent.up
                 else 'is down'),
             commands=['ip -details link show ' + parent.name] if parent.up
             else (), parent=parent.name)
     elif link.vrf != parent.vrf:
-        yield findings.BREAK0_VRF.found(
+        yield KINDS['break0-vrf'].found(
             '%s is in %s, but %s is in %s' % (
                 name, _vrf_of(link), parent.name, _vrf_of(parent)))
     elif not link.up:
-        yield findings.BREAK0_DOWN.found('%s is down' % name)
+        yield KINDS['break0-down'].found('%s is down' % name)
     else:
         yield from _check_mac(node, link)
 
@@ -93,7 +94,7 @@ def _check_mac(node: Node, link: kernel.Link) -> Iterator[Finding]:
     identity = node.seen.identity
     before = identity.macs.get(link.name) if identity else None
     if before not in (None, link.mac):
-        yield findings.BREAK0_MAC.found(
+        yield KINDS['break0-mac'].found(
             'the MAC address of %s is %s, but pods were configured with %s' %
             (link.name, link.mac, before))
 
@@ -101,8 +102,8 @@ def _check_mac(node: Node, link: kernel.Link) -> Iterator[Finding]:
 def check_owner(node: Node, seen: Parent) -> Iterator[Finding]:
     """Look whether break0 belongs to this ledger."""
     if seen.other is not None:
-        yield (findings.LEDGER_LOST if node.seen.is_lost
-               else findings.LEDGER_OTHER).found(
+        yield (KINDS['ledger-lost'] if node.seen.is_lost
+               else KINDS['ledger-other']).found(
             '%s belongs to the ledger %s in %s, but state_dir is %s' % (
                 seen.device, *seen.other, node.options.state_dir))
 
@@ -113,7 +114,7 @@ def check_properties(node: Node, seen: Parent) -> Iterator[Finding]:
     if link is None or parent is None:
         return
     if link.mtu != parent.mtu:
-        yield findings.BREAK0_MTU.found(
+        yield KINDS['break0-mtu'].found(
             'the MTU of %s is %d, that of its parent %s is %d' % (
                 link.name, link.mtu, parent.name, parent.mtu))
     yield from _check_addresses(node, seen)
@@ -123,7 +124,7 @@ def check_properties(node: Node, seen: Parent) -> Iterator[Finding]:
     of_ipv6 = [address for address in seen.live if address.version == 6]
     if of_ipv6 and kernel.read_sysctl(
             'ipv6/conf/%s/disable_ipv6' % link.name) != 0:
-        yield findings.IPV6_DISABLED.found(
+        yield KINDS['ipv6-disabled'].found(
             'IPv6 is disabled on %s, but there are containers with IPv6 '
             'addresses' % link.name, of_ipv6, device=link.name)
 
@@ -137,7 +138,7 @@ def _check_addresses(node: Node, seen: Parent) -> Iterator[Finding]:
     strange = {address for address in has - wants
                if address.version == 4 or not address.is_link_local}
     if strange or wants - has:
-        yield findings.BREAK0_ADDRESSES.found(
+        yield KINDS['break0-addresses'].found(
             '%s has %s, but must have %s' % (
                 seen.device, *(', '.join(sorted(map(str, addresses)))
                                or 'no address' for addresses in (has, wants))),
@@ -175,7 +176,7 @@ def check_addr(node: Node, seen: Parent, netlink: kernel.Netlink,
             for mac in kernel.claimants(seen.name, address, _ASKED):
                 why = 'it is at %s on the LAN' % mac
         if why:
-            yield findings.BREAK0_ADDR_STALE.found(
+            yield KINDS['break0-addr-stale'].found(
                 '[break0] addr is %s, but no other interface of the node has '
                 'it, and %s' % (address, why), address=address,
                 device=seen.device)
@@ -184,14 +185,14 @@ def check_addr(node: Node, seen: Parent, netlink: kernel.Netlink,
 def _check_answers(name: str) -> Iterator[Finding]:
     """Look if it answers the LAN's ARP requests."""
     if not largest_sysctl(_ARP_FILTER, 'all', name):
-        yield findings.BREAK0_ANSWERS_LAN.found(
+        yield KINDS['break0-answers-lan'].found(
             'arp_filter of %s is 0: it answers ARP requests for all '
             'addresses of the node' % name,
             key='net/ipv4/conf/%s/arp_filter' % name, value=1,
             names='arp_filter')
     for where in ('all', name):
         if kernel.read_sysctl('ipv4/conf/%s/proxy_arp' % where):
-            yield findings.BREAK0_ANSWERS_LAN.found(
+            yield KINDS['break0-answers-lan'].found(
                 'proxy_arp of %s is 1: %s answers ARP requests for all that '
                 'the node has a route to' % (where, name),
                 key='net/ipv4/conf/%s/proxy_arp' % where, value=0,
@@ -206,11 +207,11 @@ def _check_sysctls(link: kernel.Link) -> Iterator[Finding]:
              *(name for name in drift if name in quiet)]
     opened = [name for name in drift if name not in quiet]
     if heard:
-        yield findings.BREAK0_HEARD.found(
+        yield KINDS['break0-heard'].found(
             '%s has settings that make it speak on the LAN: %s' % (
                 link.name, ', '.join(heard)), names='|'.join(heard))
     if opened:
-        yield findings.BREAK0_OPEN.found(
+        yield KINDS['break0-open'].found(
             '%s has settings by which a pod can do more than speak to its '
             'node: %s' % (link.name, ', '.join(opened)),
             names='|'.join(opened))
@@ -224,13 +225,13 @@ def _check_guard(node: Node, seen: Parent) -> Iterator[Finding]:
     texts = [seen.guard] if seen.guard is not None else list(said(
         barred, node.settled(seen.guard_extra.keys() - known)))
     if texts:
-        found = findings.GUARD_MISSING.found(
+        found = KINDS['guard-missing'].found(
             '%s: %s' % (seen.device, *texts), barred)
         yield dataclasses.replace(
-            found, severity=findings.ERROR) if barred else found
+            found, severity=ERROR) if barred else found
     elif node.options.guard == config.AUTO and not Guard(
             node.options, node.ledger, seen.device).is_possible:
-        yield findings.GUARD_UNAVAILABLE.found(
+        yield KINDS['guard-unavailable'].found(
             'there is no program nft, so %s has no guard' % seen.device)
 
 
@@ -250,7 +251,7 @@ def check_others(seen: Parent, netlink: kernel.Netlink,
                 and not largest_sysctl(_ARP_FILTER, 'all', link.name)
                 and not largest_sysctl('ipv4/conf/%s/arp_ignore', 'all',
                                        link.name)):
-            yield findings.SECOND_MACVLAN.found(
+            yield KINDS['second-macvlan'].found(
                 '%s is a macvlan on %s too, and answers ARP requests for all '
                 'addresses of the node' % (link.name, parent.name),
                 other=link.name)

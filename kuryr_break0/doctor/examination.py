@@ -11,8 +11,10 @@ from oslo_config import cfg
 
 from kuryr_break0 import config
 from kuryr_break0.doctor import device
-from kuryr_break0.doctor import findings
+from kuryr_break0.doctor.findings import ERROR
 from kuryr_break0.doctor.findings import Finding
+from kuryr_break0.doctor.findings import KINDS
+from kuryr_break0.doctor.findings import SEVERITIES
 from kuryr_break0.doctor import firewall
 from kuryr_break0.doctor.host import Host
 from kuryr_break0.doctor import installation
@@ -74,10 +76,10 @@ def examine(conf: cfg.ConfigOpts, probe: bool = True,
             'addresses', 'looked_up', 'pods', 'entered', 'pinged',
             'answered'), 0)
         if not options.enabled:
-            done.findings.append(findings.DISABLED.found(
+            done.findings.append(KINDS['disabled'].found(
                 '[break0] enabled is false'))
         done.findings += records.check_directory(options)
-        if any(each.id == findings.STATE_DIR_UNUSABLE.id
+        if any(each.id == KINDS['state-dir-unusable'].id
                for each in done.findings):
             return  # without it nothing can be compared
         with kernel.Netlink() as netlink:
@@ -117,18 +119,18 @@ def _examined(conf: cfg.ConfigOpts, check: Callable[
     done.findings += installation.check_daemon()
     unknown = config.unknown(conf)
     if unknown:
-        done.findings.append(findings.OPTION_UNKNOWN.found(
+        done.findings.append(KINDS['option-unknown'].found(
             unknown[0], unknown[1:]))
     try:
         check(config.load(conf), done, host)
     except exceptions.InvalidOption as err:
-        done.findings.append(findings.OPTIONS_INVALID.found(str(err)))
+        done.findings.append(KINDS['options-invalid'].found(str(err)))
         done.invalid = True
     except exceptions.Break0Error as err:
         done.unreadable = err
     # What to do first; within that, pings, then causes before effects.
     done.findings = sorted(map(host.advised, done.findings), key=lambda each:
-                           findings.SEVERITIES.index(each.severity))
+                           SEVERITIES.index(each.severity))
     return done
 
 
@@ -184,13 +186,13 @@ def _examine_parent(node: Node, parent: Parent, netlink: kernel.Netlink,
 def _ping(node: Node, done: Examination) -> list[Finding]:
     """Ping, but where what was found stops these very pings."""
     errors = [each for each in done.findings
-              if each.severity == findings.ERROR]
+              if each.severity == ERROR]
     stopped = {subject for each in done.findings
-               if each in errors or each.id == findings.NEIGHBOUR_MISSING.id
+               if each in errors or each.id == KINDS['neighbour-missing'].id
                for subject in each.subjects}
     # What is wrong with an interface concerns all of its addresses.
     ill = {subject for each in done.findings if each.id.startswith('pod-')
-           and each in errors or each.id == findings.POD_UNREADABLE.id
+           and each in errors or each.id == KINDS['pod-unreadable'].id
            for subject in each.subjects}
     found: list[Finding] = []
     for parent in node.seen.parents.values():

@@ -12,10 +12,11 @@ import shlex
 from oslo_config import cfg
 
 from kuryr_break0.doctor.findings import Finding
-from kuryr_break0.doctor.findings import OF_KURYR
 from kuryr_break0.doctor import installation
 
 _AGENT = 'kuryr-break0-agent'
+#: What remedies say, and is left out where there is no Kuryr.
+_OF_KURYR = ', and kuryr-daemon if there is one'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,4 +75,4 @@ class Host:
         remedy = finding.remedy.replace('kuryr.conf', self.file)
         return dataclasses.replace(
             finding, remedy=remedy if self.has_kuryr
-            else remedy.replace(OF_KURYR, ''))
+            else remedy.replace(_OF_KURYR, ''))

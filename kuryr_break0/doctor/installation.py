@@ -19,8 +19,8 @@ import warnings
 
 from packaging import requirements
 
-from kuryr_break0.doctor import findings
 from kuryr_break0.doctor.findings import Finding
+from kuryr_break0.doctor.findings import KINDS
 
 _DISTRIBUTION = 'kuryr-break0'
 #: What is required for Kuryr alone. Where none of the first two is installed,
@@ -42,7 +42,7 @@ def check() -> Iterator[Finding]:
     """Examine the Python environment of this process."""
     unfit = list(_unfit())
     if unfit:  # what follows would only say the same in other words
-        yield findings.DEPENDENCY_UNFIT.found(
+        yield KINDS['dependency-unfit'].found(
             '; '.join('%s is %s, but %s is needed' % (
                 each.name, found or 'not installed',
                 str(each.specifier) or 'any version')
@@ -88,7 +88,7 @@ def _check_entry_point(group: str, name: str,
                        module: str) -> Iterator[Finding]:
     found = [each for each in _entry_points(group) if each.name == name]
     if len(found) != 1:
-        yield findings.ENTRY_POINT_MISSING.found(
+        yield KINDS['entry-point-missing'].found(
             '%s has %d entry points named %s, where there must be one, for '
             '%s' % (group, len(found), name, sys.executable),
             python=sys.executable)
@@ -98,7 +98,7 @@ def _check_entry_point(group: str, name: str,
             warnings.simplefilter('ignore')  # Kuryr's imports warn
             found[0].load()
     except Exception as err:  # whatever its import raises
-        yield findings.DRIVER_BROKEN.found(
+        yield KINDS['driver-broken'].found(
             'the entry point %s of %s does not load: %s: %s' % (
                 name, group, type(err).__name__, err),
             python=sys.executable, module=module)
@@ -131,12 +131,12 @@ def check_daemon() -> Iterator[Finding]:
     installed = _installed_at()
     for pid, program, since in _daemons():
         if os.path.dirname(program) != os.path.dirname(sys.executable):
-            yield findings.DAEMON_ELSEWHERE.found(
+            yield KINDS['daemon-elsewhere'].found(
                 'kuryr-daemon, process %d, is %s, but this program runs '
                 'with %s' % (pid, program, sys.executable),
                 directory=os.path.dirname(program))
         elif since < installed:
-            yield findings.DAEMON_NOT_RESTARTED.found(
+            yield KINDS['daemon-not-restarted'].found(
                 'kuryr-daemon, process %d, was started %s, and the package '
                 'installed %s' % (pid, _readable(since),
                                   _readable(installed)))

@@ -8,8 +8,10 @@ import dataclasses
 import time
 from typing import Collection, Iterator, Mapping, Optional, Sequence
 
-from kuryr_break0.doctor import findings
+from kuryr_break0.doctor.findings import ERROR
 from kuryr_break0.doctor.findings import Finding
+from kuryr_break0.doctor.findings import KINDS
+from kuryr_break0.doctor.findings import WARNING
 from kuryr_break0.doctor.node import largest_sysctl
 from kuryr_break0.doctor.node import Node
 from kuryr_break0 import exceptions
@@ -84,13 +86,13 @@ def check_configured(node: Node, parent: Parent) -> Iterator[Finding]:
                     if parent.node is not None and record.netns is not None
                     and record.configured != parent.node.digest]
     if unconfigured:
-        yield findings.POD_NOT_CONFIGURED.found(
+        yield KINDS['pod-not-configured'].found(
             'pods are not configured with the addresses of the node, or with '
             'others', _addresses(unconfigured))
     asking = [record for record in records
               if record.netns is None and record.address.version == 6]
     if asking and not Guard(node.options, node.ledger, parent.device).answers:
-        yield findings.SOLICITATIONS_UNANSWERED.found(
+        yield KINDS['solicitations-unanswered'].found(
             'addresses are bound without a namespace, and no guard answers '
             'for the node by IPv6', _addresses(asking))
     asking = [record for record in records if record.address.version == 4
@@ -99,7 +101,7 @@ def check_configured(node: Node, parent: Parent) -> Iterator[Finding]:
     for where in ('all', parent.device):
         value = kernel.read_sysctl('ipv4/conf/%s/arp_ignore' % where)
         if value and asking:
-            yield findings.ARP_IGNORED.found(
+            yield KINDS['arp-ignored'].found(
                 'arp_ignore of %s is %d' % (where, value),
                 _addresses(asking), where=where)
             return
@@ -136,7 +138,7 @@ def check_inside(node: Node, parent: Parent, pods: Sequence[list[Record]]
     unreadable = {str(pod.record.owner): pod.error for pod in ill
                   if pod.error is not None}
     if unreadable:
-        yield findings.POD_UNREADABLE.found(
+        yield KINDS['pod-unreadable'].found(
             str(next(iter(unreadable.values()))), unreadable)
     yield from _check_links(ill, parent.present.lower if parent.present
                             else None)
@@ -189,7 +191,7 @@ def _check_links(pods: list[_Pod], lower: Optional[int]
     if apart:
         link = apart[0].link
         assert link is not None
-        yield findings.POD_APART.found(
+        yield KINDS['pod-apart'].found(
             '%s is a %s%s, and not in bridge mode on %s' % (
                 apart[0], link.kind or 'physical interface',
                 ' in %s mode' % link.mode if link.mode else '',
@@ -203,13 +205,13 @@ def _check_links(pods: list[_Pod], lower: Optional[int]
     pods = [pod for pod in pods if not pod.is_apart]
     down = [pod for pod in pods if pod.is_down]
     if down:
-        yield findings.POD_DOWN.found(
+        yield KINDS['pod-down'].found(
             '%s is down' % down[0], [pod.record.address for pod in down],
             commands=[*(pod.command('link set %s up' % pod.record.owner.ifname)
                         for pod in down), 'kuryr-break0 sync'])
     without = [(pod, address) for pod in pods for address in pod.missing]
     if without:
-        yield findings.POD_ADDRESS_MISSING.found(
+        yield KINDS['pod-address-missing'].found(
             '%s does not have %s' % without[0],
             [address for _, address in without],
             commands=[pod.command('address add %s/%d dev %s' % (
@@ -218,7 +220,7 @@ def _check_links(pods: list[_Pod], lower: Optional[int]
     changed = [pod for pod in pods if pod.has_another_mac and not pod.is_down]
     if changed:
         first = changed[0]
-        yield findings.POD_MAC.found(
+        yield KINDS['pod-mac'].found(
             'the MAC address of %s is %s, but was %s' % (
                 first, first.link and first.link.mac, first.record.mac),
             [pod.record.address for pod in changed],
@@ -237,9 +239,9 @@ def _check_neighbours(pods: list[_Pod]) -> Iterator[Finding]:
     mistaken = [(pod, needed, found) for pod in pods
                 if not pod.has_another_mac for needed, found in pod.mistaken]
     for kind, some in (
-            (findings.POD_NEIGHBOUR_MISSING,
+            (KINDS['pod-neighbour-missing'],
              [each for each in mistaken if each[2] is None]),
-            (findings.POD_NEIGHBOUR_WRONG,
+            (KINDS['pod-neighbour-wrong'],
              [each for each in mistaken if each[2] is not None])):
         if some:
             pod, needed, found = some[0]
@@ -271,7 +273,7 @@ def _check_ways(node: Node, parent: Parent,
         and not any(host in subnet for subnet in record.subnets)]
     if dropped or unconfigured:
         record, host = (dropped + unconfigured)[0]
-        yield findings.RP_FILTER.found(
+        yield KINDS['rp-filter'].found(
             'rp_filter of %s is 1, and the sandbox %s has no route of its '
             'own to the node %s' % (parent.name, record.owner, host),
             dict.fromkeys(each.address for each, _ in dropped + unconfigured),
@@ -279,10 +281,10 @@ def _check_ways(node: Node, parent: Parent,
                       *(['sysctl -w net/ipv4/conf/%s/rp_filter=2'
                          % parent.name] if unconfigured else [])])
     for some, way, severity in (
-            (nowhere, 'no route', findings.ERROR),
-            (detour, 'no route of its own', findings.WARNING)):
+            (nowhere, 'no route', ERROR),
+            (detour, 'no route of its own', WARNING)):
         if some:
-            yield dataclasses.replace(findings.POD_ROUTE_MISSING.found(
+            yield dataclasses.replace(KINDS['pod-route-missing'].found(
                 'the sandbox %s has %s to the node %s' % (
                     some[0][0].owner, way, some[0][1]),
                 dict.fromkeys(record.address for record, _ in some)),

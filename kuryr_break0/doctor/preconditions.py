@@ -12,8 +12,8 @@ from typing import Callable, Iterator, Optional
 
 from kuryr_break0 import config
 from kuryr_break0 import containers
-from kuryr_break0.doctor import findings
 from kuryr_break0.doctor.findings import Finding
+from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor import records
 from kuryr_break0.doctor import services
 from kuryr_break0 import exceptions
@@ -65,8 +65,8 @@ class Preconditions:
         with open('/proc/thread-self/status') as file:
             effective = next(int(line.split()[1], 16) for line in file
                              if line.startswith('CapEff:'))
-        for kind, wanted in ((findings.CAPABILITY_MISSING, _NEEDED),
-                             (findings.CAPABILITY_USEFUL, _USEFUL)):
+        for kind, wanted in ((KINDS['capability-missing'], _NEEDED),
+                             (KINDS['capability-useful'], _USEFUL)):
             missing = [name for bit, name in wanted.items()
                        if not effective >> bit & 1]
             if missing:
@@ -76,7 +76,7 @@ class Preconditions:
     @staticmethod
     def _kernel() -> Iterator[Finding]:
         if kernel.release() < (4, 20):
-            yield findings.KERNEL_OLD.found(
+            yield KINDS['kernel-old'].found(
                 'the kernel is ' + platform.release())
 
     def _link(self) -> Iterator[Finding]:
@@ -85,11 +85,11 @@ class Preconditions:
         with kernel.Netlink() as netlink:
             link = netlink.link(self._parent)
         if link is None or link.loopback:
-            yield findings.PARENT_MISSING.found(
+            yield KINDS['parent-missing'].found(
                 'there is no interface %s on this node' % self._parent
                 if link is None else '%s is the loopback' % self._parent)
         elif not link.up:
-            yield findings.PARENT_DOWN.found(
+            yield KINDS['parent-down'].found(
                 '%s is down' % self._parent, parent=self._parent)
 
     def _macvlan(self) -> Iterator[Finding]:
@@ -110,7 +110,7 @@ class Preconditions:
                     thread, mac='02:00:00:00:00:00', mtu=parent.mtu,
                     up=False)  # it would be heard
             except exceptions.KernelRefused as err:
-                yield findings.MACVLAN_IMPOSSIBLE.found(str(err).rstrip('.'))
+                yield KINDS['macvlan-impossible'].found(str(err).rstrip('.'))
 
     def _names(self) -> Iterator[Finding]:
         options = self._options
@@ -121,19 +121,19 @@ class Preconditions:
                       and not kernel.name_of(route.oif).startswith('break0')]
         if link is not None and (link.kind, link.mode) != ('macvlan',
                                                            'bridge'):
-            yield findings.BREAK0_FOREIGN.found(
+            yield KINDS['break0-foreign'].found(
                 '%s is a %s' % (link.name, link.kind or 'physical interface'),
                 device=link.name)
         if others:
-            yield findings.PROTOCOL_TAKEN.found(
+            yield KINDS['protocol-taken'].found(
                 '%d routes of other programs have the number %d' % (
                     len(others), options.route_protocol), others)
         if options.guard == config.AUTO and not guard.is_installed():
-            yield findings.GUARD_UNAVAILABLE.found('there is no program nft')
+            yield KINDS['guard-unavailable'].found('there is no program nft')
         elif options.guard != config.OFF:
             reason = guard.against_egress()
             if reason is not None:
-                yield findings.EGRESS_UNGUARDED.found(reason.rstrip('.'))
+                yield KINDS['egress-unguarded'].found(reason.rstrip('.'))
 
     def _sysctls(self) -> Iterator[Finding]:
         path = os.path.join(self._options.sysctl_dir,
@@ -141,17 +141,17 @@ class Preconditions:
         try:
             os.close(os.open(path, os.O_WRONLY))
         except OSError as err:
-            yield findings.SYSCTLS_READ_ONLY.found(
+            yield KINDS['sysctls-read-only'].found(
                 '%s: %s' % (path, err.strerror))
 
     def _namespaces(self) -> Iterator[Finding]:
         if not kernel.find(self._options.proc_dirs, kernel.mounted()):
-            yield findings.NAMESPACES_UNSEEN.found(
+            yield KINDS['namespaces-unseen'].found(
                 'no namespace is seen besides that of the node')
         own = kernel.identify('/proc/thread-self/ns/net')
         blindness = kernel.Judge().blindness()
         if blindness and own is not None and own.cookie is not None:
-            yield findings.SANDBOX_UNKNOWN.found(
+            yield KINDS['sandbox-unknown'].found(
                 'the end of namespaces is seen by their paths only, not by '
                 'their numbers: %s' % blindness)
 
@@ -159,5 +159,5 @@ class Preconditions:
         found = [path for path in containers.ENGINE_SOCKETS
                  if os.path.exists(path)]
         if found and not self._options.discover:
-            yield findings.ENGINE_NOT_DISCOVERED.found(
+            yield KINDS['engine-not-discovered'].found(
                 '%s exists, and [break0] discover is false' % found[0])

@@ -17,8 +17,10 @@ import socket
 import time
 from typing import Callable, ContextManager, Iterator, Optional, Sequence
 
-from kuryr_break0.doctor import findings
+from kuryr_break0.doctor.findings import ERROR
 from kuryr_break0.doctor.findings import Finding
+from kuryr_break0.doctor.findings import Kind
+from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor import firewall
 from kuryr_break0.doctor.node import Node
 from kuryr_break0.doctor.prober import Probe
@@ -128,11 +130,11 @@ class Pings:
                 reason and ': ' + reason),
             self.silent, commands=commands, address=record.address)
         return finding if kind in (
-            findings.PROBE_UNANSWERED, findings.FIREWALL_RESTRICTS) else (
-                dataclasses.replace(finding, severity=findings.ERROR))
+            KINDS['probe-unanswered'], KINDS['firewall-restricts']) else (
+                dataclasses.replace(finding, severity=ERROR))
 
     def _why(self, record: Record, probe: Probe
-             ) -> tuple[findings.Kind, str, Sequence[str]]:
+             ) -> tuple[Kind, str, Sequence[str]]:
         """Return the finding, what was seen, and other commands than its."""
         found = self._traced(record, lambda: self._unanswered(record))
         is_traced = found is not None and found.is_complete
@@ -140,34 +142,34 @@ class Pings:
         dropped = _but_by_guard(found)
         accept = [each for each in dropped.values() if each]
         if dropped:
-            return (findings.PACKET_DROPPED if not accept
-                    else findings.FIREWALL_RESTRICTS if not probe.is_to_pod
+            return (KINDS['packet-dropped'] if not accept
+                    else KINDS['firewall-restricts'] if not probe.is_to_pod
                     and self._serves(record, probe.to)
-                    else findings.FIREWALL_DROPS), '; '.join(dropped), accept
+                    else KINDS['firewall-drops']), '; '.join(dropped), accept
         if found is not None and found.rewritten and probe.is_to_pod:
-            return findings.SOURCE_REWRITTEN, (
+            return KINDS['source-rewritten'], (
                 '; '.join(found.rewritten)
                 + '. The pod has no way back to that address'), list(
                     filter(None, found.rewritten.values()))
         astray = str(probe.problem) if probe.misrouted else self._astray(
             record, probe)
         if astray is not None:
-            return findings.PACKET_LOST, astray, () if probe.is_to_pod else [
+            return KINDS['packet-lost'], astray, () if probe.is_to_pod else [
                 'nsenter --net=%s ip route get %s' % (record.netns, probe.to),
                 'nsenter --net=%s ip route show table all' % record.netns]
         if arrived or not is_traced:
             ignoring = self._ignoring(record, probe.is_to_pod)
             if ignoring is not None:
-                return findings.PROBE_UNANSWERED, *ignoring
+                return KINDS['probe-unanswered'], *ignoring
         claimants = self._claimants(record)
         if claimants:
-            return findings.ADDRESS_DUPLICATE, (
+            return KINDS['address-duplicate'], (
                 '%s is at %s too, by ARP or neighbour discovery' % (
                     record.address, ', '.join(claimants))), ()
         if found is not None and is_traced and not arrived:
-            return findings.PACKET_LOST, '; '.join((
+            return KINDS['packet-lost'], '; '.join((
                 'it was seen ' + found.way, *found.dropped)), ()
-        return findings.PROBE_UNANSWERED, (
+        return KINDS['probe-unanswered'], (
             '' if is_traced else 'its way could not be traced by nft'), ()
 
     @staticmethod
@@ -245,7 +247,7 @@ class Pings:
             dropped = _but_by_guard(self._traced(
                 lost, functools.partial(is_lost, lost)))
             if dropped:
-                yield findings.FIREWALL_RESTRICTS.found(
+                yield KINDS['firewall-restricts'].found(
                     'pings pass, but a connection from the pod %s to TCP '
                     'port %d of the node does not: %s' % (
                         lost.address, _PORT, '; '.join(dropped)),
@@ -262,7 +264,7 @@ class Pings:
         if source not in (None, str(path.source)):
             found = self._traced(record, lambda: _source_seen(record))
             rules = found.rewritten if found is not None else {}
-            yield findings.SOURCE_REWRITTEN.found(
+            yield KINDS['source-rewritten'].found(
                 'the pod %s sees the node as %s, not as %s%s' % (
                     record.address, source, path.source,
                     ''.join(': ' + each for each in rules)),
@@ -272,7 +274,7 @@ class Pings:
                 'ipv4/ip_forward'):
             rule = firewall.masquerading(self._parent.name, device)
             if rule is not None:
-                yield findings.SOURCE_KEPT.found(
+                yield KINDS['source-kept'].found(
                     'the node forwards, and has the rule: %s' % rule[0],
                     command=rule[1])
 

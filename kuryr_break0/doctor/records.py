@@ -12,8 +12,8 @@ import sys
 from typing import Iterator
 
 from kuryr_break0 import config
-from kuryr_break0.doctor import findings
 from kuryr_break0.doctor.findings import Finding
+from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor.host import Host
 from kuryr_break0.doctor.node import Node
 from kuryr_break0 import exceptions
@@ -29,7 +29,7 @@ def check_directory(options: config.Options) -> Iterator[Finding]:
     while not os.path.lexists(there):
         there = os.path.dirname(there)
     if not os.path.isdir(there):
-        yield findings.STATE_DIR_UNUSABLE.found(
+        yield KINDS['state-dir-unusable'].found(
             '%s is not a directory' % there, path=there)
         return
     for directory in (there, os.path.join(path, 'addresses')):
@@ -39,22 +39,22 @@ def check_directory(options: config.Options) -> Iterator[Finding]:
             if os.geteuid() != 0:
                 raise exceptions.LedgerUnavailable(
                     path=directory, reason='only root can examine it')
-            yield findings.STATE_DIR_UNUSABLE.found(
+            yield KINDS['state-dir-unusable'].found(
                 'user %d cannot write to %s' % (os.geteuid(), directory),
                 path=directory)
             return
     mount, kind = _mount_of(there)
     if kind not in _IN_MEMORY:
-        yield findings.STATE_DIR_PERSISTENT.found(
+        yield KINDS['state-dir-persistent'].found(
             '%s is on %s, which is %s' % (path, mount, kind))
     if not (os.statvfs(there).f_bavail and os.statvfs(there).f_favail):
-        yield findings.STATE_DIR_FULL.found(
+        yield KINDS['state-dir-full'].found(
             'the file system of %s, mounted on %s, is full' % (path, mount),
             path=there)
     found = os.stat(there)
     if there == path and (found.st_uid != os.geteuid()
                           or found.st_mode & 0o077):
-        yield findings.STATE_DIR_MODE.found(
+        yield KINDS['state-dir-mode'].found(
             '%s belongs to user %d and has mode %04o' % (
                 path, found.st_uid, stat.S_IMODE(found.st_mode)), path=path)
 
@@ -79,38 +79,38 @@ def _mount_of(path: str) -> tuple[str, str]:
 def check_ledger(node: Node, host: Host) -> Iterator[Finding]:
     """Examine the records, the lock and the agent."""
     contents, ledger = node.seen.contents, node.ledger
-    for kind, unreadable in ((findings.LEDGER_DAMAGED, contents.damaged),
-                             (findings.LEDGER_NEWER, contents.newer)):
+    for kind, unreadable in ((KINDS['ledger-damaged'], contents.damaged),
+                             (KINDS['ledger-newer'], contents.newer)):
         if unreadable:
             yield kind.found('records cannot be read: ' + next(iter(
                 unreadable.values())), unreadable, python=sys.executable)
     if contents.quarantined:
-        yield findings.LEDGER_QUARANTINED.found(
+        yield KINDS['ledger-quarantined'].found(
             'records were moved to quarantine', contents.quarantined,
             directory=os.path.dirname(contents.quarantined[0]))
     if not node.lock_free:
-        yield findings.LOCK_HELD.found(
+        yield KINDS['lock-held'].found(
             'the lock %s was not free for seconds; %s has it' % (
                 ledger.lock_path, _holder(ledger.lock_path)),
             path=ledger.lock_path)
     silent = ledger.heartbeat.age()
     if silent is None:
-        yield findings.AGENT_NOT_RUNNING.found(
+        yield KINDS['agent-not-running'].found(
             'no agent uses the state directory %s' % node.options.state_dir,
             start=host.start)
     elif silent > node.options.patience:
-        yield findings.AGENT_STUCK.found(
+        yield KINDS['agent-stuck'].found(
             'the agent has not ended a sync for %d s; it is %s'
             % (silent, _holder(ledger.heartbeat.path)),
             path=ledger.heartbeat.path)
     gone = [record for record in node.seen.gone
             if record.address not in node.changing]
     if gone:
-        yield findings.SANDBOX_GONE.found(
+        yield KINDS['sandbox-gone'].found(
             'addresses belong to sandboxes that do not exist',
             ['%s (%s)' % (record.address, record.owner) for record in gone])
     if node.seen.unjudged:
-        yield findings.SANDBOX_UNKNOWN.found(
+        yield KINDS['sandbox-unknown'].found(
             unjudged_problem(node.seen),
             [record.address for record in node.seen.unjudged])
 

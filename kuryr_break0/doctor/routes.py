@@ -7,8 +7,8 @@ from __future__ import annotations
 import contextlib
 from typing import Collection, Iterator
 
-from kuryr_break0.doctor import findings
 from kuryr_break0.doctor.findings import Finding
+from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor.node import Node
 from kuryr_break0 import kernel
 from kuryr_break0.model import address_order
@@ -28,17 +28,17 @@ def check_addresses(node: Node) -> Iterator[Finding]:
     not_allowed = [address for address, reason in refused.items()
                    if 'allowed_cidrs' in reason]
     if not_allowed:
-        yield findings.ADDRESS_NOT_ALLOWED.found(
+        yield KINDS['address-not-allowed'].found(
             'addresses of pods are outside [break0] allowed_cidrs',
             not_allowed)
     others = [address for address in refused if address not in not_allowed]
     if others:
-        yield findings.ADDRESS_REFUSED.found(
+        yield KINDS['address-refused'].found(
             'the address of a pod is ' + refused[others[0]], others)
     contested = node.settled(node.seen.rivals)
     if contested:
         first = contested[0]
-        yield findings.ADDRESS_CONTESTED.found(
+        yield KINDS['address-contested'].found(
             '%s is claimed by %s and by %s, and all of them exist' % (
                 first, node.live[first].owner, ', '.join(
                     str(each.owner) for each in node.seen.rivals[first])),
@@ -52,7 +52,7 @@ def check_sources(node: Node, parent: Parent) -> Iterator[Finding]:
     without = node.settled(address for address in parent.live
                            if address.version not in own)
     if without:
-        yield findings.NODE_ADDRESS_MISSING.found(
+        yield KINDS['node-address-missing'].found(
             'the node has no IPv%d address' % without[0].version, without,
             parent=parent.name)
 
@@ -69,18 +69,18 @@ def check_routes(node: Node, parent: Parent) -> Iterator[Finding]:
     missing = [address for address in lost if address not in there]
     wrong = [address for address in lost if address in there]
     if missing:
-        yield findings.ROUTE_MISSING.found(
+        yield KINDS['route-missing'].found(
             'addresses of pods have no route through %s in table %d' % (
                 parent.device, table), missing)
     if wrong:
-        yield findings.ROUTE_WRONG.found(
+        yield KINDS['route-wrong'].found(
             'routes of pods are not as they were set: that of %s has %s' % (
                 wrong[0], _difference(there[wrong[0]], wanted[wrong[0]])),
             wrong)
     in_the_way = node.settled(foreign)
     if in_the_way:
         route = foreign[in_the_way[0]]
-        yield findings.ROUTE_FOREIGN.found(
+        yield KINDS['route-foreign'].found(
             'addresses of pods have a route that is not ours, on %s with '
             'protocol %s' % (kernel.name_of(route.oif),
                              _protocol(route.protocol)), in_the_way,
@@ -90,7 +90,7 @@ def check_routes(node: Node, parent: Parent) -> Iterator[Finding]:
         item.dst for item in plan.unclaimed if item.dst in parent.routes}),
         key=address_order)
     if stale:
-        yield findings.ROUTE_STALE.found(
+        yield KINDS['route-stale'].found(
             'there are routes through %s that no pod claims' % parent.device,
             stale)
 
@@ -139,7 +139,7 @@ def check_use(parent: Parent, addresses: Collection[IPAddress]
     astray = [address for address in addresses if address in parent.astray]
     if astray:
         through, get = parent.astray[astray[0]]
-        yield findings.ROUTE_NOT_USED.found(
+        yield KINDS['route-not-used'].found(
             'addresses of pods are not reached through %s but %s' % (
                 parent.device, through), astray,
             get=get, address=astray[0], family='-%d' % astray[0].version)
@@ -154,17 +154,17 @@ def check_neighbours(node: Node, parent: Parent) -> Iterator[Finding]:
     missing = [each for each in node.settled(macs) if each not in known]
     wrong = [each for each in node.settled(macs) if each in known]
     if missing:
-        yield findings.NEIGHBOUR_MISSING.found(
+        yield KINDS['neighbour-missing'].found(
             'addresses of pods have no permanent neighbour entry on %s' %
             name, missing)
     if wrong:
-        yield findings.NEIGHBOUR_WRONG.found(
+        yield KINDS['neighbour-wrong'].found(
             'the neighbour entry of %s on %s is %s, but its pod has %s' % (
                 wrong[0], name, known[wrong[0]].mac, macs[wrong[0]]), wrong)
     stale = node.unclaimed(parent, (
         item.dst for item in parent.plan.unclaimed
         if item.dst not in parent.routes))
     if stale:
-        yield findings.NEIGHBOUR_STALE.found(
+        yield KINDS['neighbour-stale'].found(
             'there are neighbour entries on %s that no pod claims' % name,
             stale)

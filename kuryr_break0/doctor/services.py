@@ -13,8 +13,8 @@ import glob
 import os
 from typing import Iterable, Iterator, Optional, Sequence
 
-from kuryr_break0.doctor import findings
 from kuryr_break0.doctor.findings import Finding
+from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0 import kernel
 
 _NETWORKD_LINKS = '/run/systemd/netif/links'
@@ -42,15 +42,15 @@ def check_drop_ins(name: str) -> Iterator[Finding]:
     for who, there, is_known, command in (
             ('systemd-networkd', _NETWORKD_LINKS,
              found or _file_for('network', name, '')[0],
-             findings.NETWORKD_MANAGES.commands[0]),
+             KINDS['networkd-manages-break0'].commands[0]),
             ('NetworkManager', _NETWORKMANAGER_DEVICES, any(
                 'interface-name:' + name in line
                 for directory in _NETWORKMANAGER for path in glob.glob(
                     directory + '/NetworkManager/conf.d/*.conf')
                 for line in _lines(path)),
-             findings.NETWORKMANAGER_MANAGES.commands[1])):
+             KINDS['networkmanager-manages-break0'].commands[1])):
         if os.path.isdir(there) and not is_known:
-            yield findings.DROP_IN_MISSING.found(
+            yield KINDS['drop-in-missing'].found(
                 '%s is on this node, and no file names %s' % (who, name),
                 command=command % {'device': name})
 
@@ -68,7 +68,7 @@ def _check_foreign_routes(devices: Iterable[tuple[str, str]]
         path, lines = _file_for('network', name, mac)
         if path and not _is_true(dict(_assignments(
                 lines, 'Link')).get('Unmanaged', '')):
-            yield findings.NETWORKD_FOREIGN_ROUTES.found(
+            yield KINDS['networkd-foreign-routes'].found(
                 '%s matches %s, and systemd-networkd has '
                 'ManageForeignRoutes=yes %s' % (path, name, where),
                 device=name)
@@ -81,13 +81,13 @@ def _check_link(link: kernel.Link) -> Iterator[Finding]:
         for directory in (_NETWORKD_LINKS, _NETWORKMANAGER_DEVICES))
     state = networkd.get('ADMIN_STATE', '')
     if state not in _NETWORKD_LEAVES_ALONE:
-        yield findings.NETWORKD_MANAGES.found(
+        yield KINDS['networkd-manages-break0'].found(
             'systemd-networkd has %s as %s, by %s' % (
                 link.name, state,
                 networkd.get('NETWORK_FILE') or 'an unknown file'),
             device=link.name)
     if _is_true(manager.get('managed', '')):
-        yield findings.NETWORKMANAGER_MANAGES.found(
+        yield KINDS['networkmanager-manages-break0'].found(
             'NetworkManager has %s (interface %d) as managed' % (
                 link.name, link.index), device=link.name)
     # A policy "persistent" does not count: it leaves an interface alone that
@@ -96,7 +96,7 @@ def _check_link(link: kernel.Link) -> Iterator[Finding]:
     for key, value in dict(_assignments(lines, 'Link')).items():
         if key == 'MACAddress' or (key, value) == ('MACAddressPolicy',
                                                    'random'):
-            yield findings.UDEV_SETS_MAC.found(
+            yield KINDS['udev-sets-mac'].found(
                 '%s matches %s and has %s=%s' % (path, link.name, key, value),
                 device=link.name)
             return

@@ -12,8 +12,9 @@ from kuryr_break0 import config
 from kuryr_break0 import containers
 from kuryr_break0.containers import Reason
 from kuryr_break0.containers import Unserved
-from kuryr_break0.doctor import findings
 from kuryr_break0.doctor.findings import Finding
+from kuryr_break0.doctor.findings import Kind
+from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor.host import Host
 from kuryr_break0.doctor.node import Node
 from kuryr_break0 import kernel
@@ -22,16 +23,16 @@ from kuryr_break0.model import address_order
 #: Seconds within which a container is bound.
 _SETTLED = 1.0
 _KINDS = {
-    Reason.MODE: findings.CONTAINER_MODE,
-    Reason.OTHER_PARENT: findings.CONTAINER_OTHER_PARENT,
-    Reason.NOT_ALLOWED: findings.CONTAINER_NOT_ALLOWED,
-    Reason.DUPLICATE: findings.CONTAINER_REFUSED,
-    Reason.REFUSED: findings.CONTAINER_REFUSED,
-    Reason.CLAIMED: findings.ADDRESS_TWICE,
-    Reason.NOT_DISCOVERED: findings.CONTAINER_NOT_DISCOVERED,
-    Reason.TENTATIVE: findings.CONTAINER_PENDING,
-    Reason.NO_ADDRESS: findings.CONTAINER_PENDING,
-    Reason.PENDING: findings.CONTAINER_PENDING}
+    Reason.MODE: KINDS['container-mode'],
+    Reason.OTHER_PARENT: KINDS['container-other-parent'],
+    Reason.NOT_ALLOWED: KINDS['container-not-allowed'],
+    Reason.DUPLICATE: KINDS['container-refused'],
+    Reason.REFUSED: KINDS['container-refused'],
+    Reason.CLAIMED: KINDS['address-twice'],
+    Reason.NOT_DISCOVERED: KINDS['container-not-discovered'],
+    Reason.TENTATIVE: KINDS['container-pending'],
+    Reason.NO_ADDRESS: KINDS['container-pending'],
+    Reason.PENDING: KINDS['container-pending']}
 
 
 def check(node: Node, netlink: kernel.Netlink, host: Host
@@ -56,21 +57,21 @@ def check(node: Node, netlink: kernel.Netlink, host: Host
                 commands=_commands(kind, some, node.options, host))
 
 
-def _commands(kind: findings.Kind, found: Sequence[Unserved],
+def _commands(kind: Kind, found: Sequence[Unserved],
               options: config.Options, host: Host) -> list[str]:
-    if kind is findings.CONTAINER_MODE:
+    if kind is KINDS['container-mode']:
         return list(dict.fromkeys(
             'nsenter --net=%s ip link set %s type macvlan mode bridge' % (
                 each.macvlan.netns, each.macvlan.link.name)
             for each in found if each.macvlan.link.mode != 'passthru'))
-    if kind is findings.CONTAINER_OTHER_PARENT:
+    if kind is KINDS['container-other-parent']:
         parents = {each.macvlan.parent for each in found}
         # It names one interface only; without it there may be several.
         return host.set(parent=min(parents) if not kernel.exists(
             str(options.parent)) else '')
-    if kind is findings.CONTAINER_NOT_ALLOWED:
+    if kind is KINDS['container-not-allowed']:
         return host.set(allowed_cidrs=_with_networks(found, options))
-    if kind is findings.CONTAINER_NOT_DISCOVERED:
+    if kind is KINDS['container-not-discovered']:
         if host.has_kuryr:
             return ['kuryr-break0 adopt']
         return [*([] if options.discover else host.set(

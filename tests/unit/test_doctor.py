@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import unittest
@@ -19,7 +20,7 @@ PAGE = os.path.join(os.path.dirname(__file__),
 class TestKinds(unittest.TestCase):
 
     def test_all_are_documented_once(self) -> None:
-        ids = [kind.id for kind in findings.KINDS]
+        ids = list(findings.KINDS)
         documented = []
         with open(PAGE) as page:
             for first, last in re.findall(r'^\.\. findings:: (\S+) (\S+)$',
@@ -27,14 +28,23 @@ class TestKinds(unittest.TestCase):
                 documented += ids[ids.index(first):ids.index(last) + 1]
         self.assertEqual(ids, documented)
 
-    def test_they_are_different(self) -> None:
-        ids = [kind.id for kind in findings.KINDS]
-        self.assertEqual(len(ids), len(set(ids)))
-        for each in ids:
+    def test_all_are_read_once(self) -> None:
+        with open(findings.PATH) as file:
+            heads = re.findall(r'^(\S+): (?:error|warning|note)$',
+                               file.read(), re.MULTILINE)
+        self.assertEqual(heads, list(findings.KINDS))
+        for each in heads:
             self.assertRegex(each, r'\A[a-z0-9]+(-[a-z0-9]+)+\Z|\Adisabled\Z')
 
+    def test_each_is_found_by_a_check(self) -> None:
+        named: set[str] = set()
+        for path in glob.glob(os.path.dirname(findings.PATH) + '/*.py'):
+            with open(path) as file:
+                named.update(re.findall(r"KINDS\['([^']+)'\]", file.read()))
+        self.assertEqual(set(findings.KINDS), named)
+
     def test_they_are_sentences(self) -> None:
-        for kind in findings.KINDS:
+        for kind in findings.KINDS.values():
             for text in (kind.when, kind.why, kind.remedy):
                 self.assertRegex(text, r'\A[^ a-z%].*[^.]\.\Z'
                                  r'|\A(kuryr|systemd)-.*[^.]\.\Z'
@@ -44,7 +54,7 @@ class TestKinds(unittest.TestCase):
 
     def test_they_speak_of_containers(self) -> None:
         with mock.patch.object(output._Reader, 'has_pods', False):
-            for kind in findings.KINDS:
+            for kind in findings.KINDS.values():
                 for text in (kind.why, kind.remedy):
                     self.assertNotRegex(output.speak(text),
                                         r'\b([Pp]od|[Nn]ode)s?\b|ADD|DEL')
@@ -53,7 +63,7 @@ class TestKinds(unittest.TestCase):
 class TestReport(unittest.TestCase):
 
     def test_long_lists_are_cut(self) -> None:
-        found = findings.ROUTE_MISSING.found(
+        found = findings.KINDS['route-missing'].found(
             'none', list(range(20)), commands=['do %d' % number
                                                for number in range(20)])
         text = report.as_text([found])

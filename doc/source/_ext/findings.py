@@ -32,16 +32,17 @@ class Findings(SphinxDirective):
     required_arguments = 2
 
     def run(self) -> list[nodes.Node]:
-        self.env.note_dependency(findings.__file__)
-        ids = [kind.id for kind in findings.KINDS]
+        self.env.note_dependency(findings.PATH)
+        kinds = list(findings.KINDS.values())
+        ids = list(findings.KINDS)
         try:
             first, last = map(ids.index, self.arguments)
         except ValueError as err:
             raise self.error(str(err)) from err
         lines = statemachine.StringList()
-        for kind in findings.KINDS[first:last + 1]:
+        for kind in kinds[first:last + 1]:
             for line in describe(kind):
-                lines.append(line, findings.__file__)
+                lines.append(line, findings.PATH)
         parent = nodes.Element()
         self.state.nested_parse(lines, self.content_offset, parent)
         return parent.children
