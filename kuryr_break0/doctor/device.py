@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Collection, Iterator
 
 from kuryr_break0 import config
@@ -18,7 +17,8 @@ from kuryr_break0.guard import Guard
 from kuryr_break0.guard import said
 from kuryr_break0 import kernel
 from kuryr_break0.model import address_order
-from kuryr_break0 import policy
+from kuryr_break0.model import IPAddress
+from kuryr_break0.policy import Policy
 from kuryr_break0.snapshot import Parent
 
 _ARP_FILTER = 'ipv4/conf/%s/arp_filter'
@@ -26,25 +26,30 @@ _ARP_FILTER = 'ipv4/conf/%s/arp_filter'
 _ASKED = 1.5
 
 
-def check_parent(node: Node, seen: Parent) -> Iterator[Finding]:
+def check_use(node: Node, seen: Parent) -> Iterator[Finding]:
+    """Find what makes it useless. Without such faults the rest is checked."""
+    yield from _check_options(node, seen) or _check_existence(node, seen)
+
+
+def _check_options(node: Node, seen: Parent) -> list[Finding]:
     """Compare the parent with the one that is configured."""
-    configured, table = node.options.parent, node.options.route_table
-    if configured not in (None, seen.name) and seen.live:
-        yield KINDS['parent-mismatch'].found(
+    found: list[Finding] = []
+    parent, table = seen.parent, node.options.route_table
+    if seen.live and node.options.parent not in (None, seen.name):
+        found.append(KINDS['parent-mismatch'].found(
             '[break0] parent is %s, but there are pods on %s' % (
-                configured, seen.name), list(seen.live))
-    parent = seen.parent
-    if (parent is not None and parent.vrf is not None and seen.live
-            and parent.vrf.table != table):
-        yield KINDS['parent-vrf'].found(
+                node.options.parent, seen.name), list(seen.live)))
+    if seen.live and parent and parent.vrf and parent.vrf.table != table:
+        found.append(KINDS['parent-vrf'].found(
             '%s is in %s, whose table is %d, but [break0] route_table is %d'
             % (parent.name, _vrf_of(parent), parent.vrf.table, table),
-            table=parent.vrf.table)
+            table=parent.vrf.table))
+    return found
 
 
-def check_existence(node: Node, seen: Parent) -> Iterator[Finding]:
-    """Find what makes it useless. Without such faults the rest is checked."""
+def _check_existence(node: Node, seen: Parent) -> Iterator[Finding]:
     link, parent, name = seen.present, seen.parent, seen.device
+    macs = node.seen.identity.macs if node.seen.identity else {}
     if parent is None:
         yield KINDS['parent-missing'].found(
             'there is no interface %s on this node, but %s' % (
@@ -80,8 +85,11 @@ def check_existence(node: Node, seen: Parent) -> Iterator[Finding]:
                 name, _vrf_of(link), parent.name, _vrf_of(parent)))
     elif not link.up:
         yield KINDS['break0-down'].found('%s is down' % name)
-    else:
-        yield from _check_mac(node, link)
+    # When it changes, the kernel drops the neighbours.
+    elif macs.get(name, link.mac) != link.mac:
+        yield KINDS['break0-mac'].found(
+            'the MAC address of %s is %s, but pods were configured with %s' % (
+                name, link.mac, macs[name]))
 
 
 def _vrf_of(link: kernel.Link) -> str:
@@ -89,35 +97,26 @@ def _vrf_of(link: kernel.Link) -> str:
             else 'no VRF')
 
 
-def _check_mac(node: Node, link: kernel.Link) -> Iterator[Finding]:
-    """Check the MAC address: when it changes, the kernel drops neighbours."""
-    identity = node.seen.identity
-    before = identity.macs.get(link.name) if identity else None
-    if before not in (None, link.mac):
-        yield KINDS['break0-mac'].found(
-            'the MAC address of %s is %s, but pods were configured with %s' %
-            (link.name, link.mac, before))
+def check(node: Node, seen: Parent, netlink: kernel.Netlink,
+          ask: bool) -> Iterator[Finding]:
+    """Check a break0 that can be used, and what else is on its parent.
 
-
-def check_owner(node: Node, seen: Parent) -> Iterator[Finding]:
-    """Look whether break0 belongs to this ledger."""
-    if seen.other is not None:
-        yield (KINDS['ledger-lost'] if node.seen.is_lost
-               else KINDS['ledger-other']).found(
-            '%s belongs to the ledger %s in %s, but state_dir is %s' % (
-                seen.device, *seen.other, node.options.state_dir))
-
-
-def check_properties(node: Node, seen: Parent) -> Iterator[Finding]:
-    """Check the settings that keep it silent, its MTU and addresses."""
-    link, parent = seen.present, seen.parent
+    :param ask: ask the LAN who has addresses
+    """
+    link, parent = seen.link, seen.parent
     if link is None or parent is None:
         return
+    if seen.other is not None:
+        yield KINDS['ledger-lost' if node.seen.is_lost
+                    else 'ledger-other'].found(
+            '%s belongs to the ledger %s in %s, but state_dir is %s' % (
+                seen.device, *seen.other, node.options.state_dir))
     if link.mtu != parent.mtu:
         yield KINDS['break0-mtu'].found(
             'the MTU of %s is %d, that of its parent %s is %d' % (
                 link.name, link.mtu, parent.name, parent.mtu))
-    yield from _check_addresses(node, seen)
+    addresses = netlink.addresses()
+    yield from _check_addresses(node, seen, parent, addresses)
     yield from _check_answers(link.name)
     yield from _check_sysctls(link)
     yield from _check_guard(node, seen)
@@ -127,21 +126,28 @@ def check_properties(node: Node, seen: Parent) -> Iterator[Finding]:
         yield KINDS['ipv6-disabled'].found(
             'IPv6 is disabled on %s, but there are containers with IPv6 '
             'addresses' % link.name, of_ipv6, device=link.name)
+    if seen.device == node.options.device:
+        yield from _check_addr(node, seen, netlink, addresses, ask)
+    if seen.live:
+        yield from _check_siblings(parent, netlink, {
+            parent.name, *(each.device for each
+                           in node.seen.parents.values())})
 
 
-def _check_addresses(node: Node, seen: Parent) -> Iterator[Finding]:
-    has, own = set(seen.addresses), policy.link_address(seen.device)
-    wants = {*(node.options.addr if seen.device == node.options.device
-               else ()),
-             *({own} & set(seen.node.addresses if seen.node else ()))}
+def _check_addresses(node: Node, seen: Parent, parent: kernel.Link,
+                     addresses: Collection[tuple[int, IPAddress]]
+                     ) -> Iterator[Finding]:
+    has = set(seen.addresses)
+    wants = set(Policy(node.options).own_addresses(
+        addresses, parent.index, seen.device))
     # A link-local one comes from addr_gen_mode, which is checked too.
     strange = {address for address in has - wants
                if address.version == 4 or not address.is_link_local}
     if strange or wants - has:
         yield KINDS['break0-addresses'].found(
             '%s has %s, but must have %s' % (
-                seen.device, *(', '.join(sorted(map(str, addresses)))
-                               or 'no address' for addresses in (has, wants))),
+                seen.device, *(', '.join(sorted(map(str, some)))
+                               or 'no address' for some in (has, wants))),
             sorted(map(str, strange | (wants - has))),
             commands=[
                 *('ip address delete %s dev %s' % (address, seen.device)
@@ -149,20 +155,17 @@ def _check_addresses(node: Node, seen: Parent) -> Iterator[Finding]:
                 'kuryr-break0 sync'])
 
 
-def check_addr(node: Node, seen: Parent, netlink: kernel.Netlink,
-               ask: bool) -> Iterator[Finding]:
+def _check_addr(node: Node, seen: Parent, netlink: kernel.Netlink,
+                addresses: Collection[tuple[int, IPAddress]],
+                ask: bool) -> Iterator[Finding]:
     """Look for addresses of [break0] addr that were the node's, and are not.
 
     One that break0 alone has is fine in a network of the parent, until
     another host has it.
-
-    :param ask: ask the LAN for that
     """
-    if seen.parent is None or seen.device != node.options.device:
-        return
-    addresses = netlink.addresses()
     known = {address.version for index, address in addresses
-             if index == seen.parent.index and not address.is_link_local}
+             if seen.parent and index == seen.parent.index
+             and not address.is_link_local}
     alone = {*seen.addresses} - {address for index, address in addresses
                                  if index != seen.index}
     for address in node.options.addr:
@@ -183,38 +186,30 @@ def check_addr(node: Node, seen: Parent, netlink: kernel.Netlink,
 
 
 def _check_answers(name: str) -> Iterator[Finding]:
-    """Look if it answers the LAN's ARP requests."""
+    """Look if it answers the LAN's ARP requests for others."""
+    wrong = [('proxy_arp', where, 0) for where in ('all', name)
+             if kernel.read_sysctl('ipv4/conf/%s/proxy_arp' % where)]
     if not largest_sysctl(_ARP_FILTER, 'all', name):
+        wrong.insert(0, ('arp_filter', name, 1))
+    for key, where, value in wrong:
         yield KINDS['break0-answers-lan'].found(
-            'arp_filter of %s is 0: it answers ARP requests for all '
-            'addresses of the node' % name,
-            key='net/ipv4/conf/%s/arp_filter' % name, value=1,
-            names='arp_filter')
-    for where in ('all', name):
-        if kernel.read_sysctl('ipv4/conf/%s/proxy_arp' % where):
-            yield KINDS['break0-answers-lan'].found(
-                'proxy_arp of %s is 1: %s answers ARP requests for all that '
-                'the node has a route to' % (where, name),
-                key='net/ipv4/conf/%s/proxy_arp' % where, value=0,
-                names='proxy_arp')
+            '%s of %s is %d' % (key, where, not value),
+            key='net/ipv4/conf/%s/%s' % (where, key), value=value, names=key)
 
 
 def _check_sysctls(link: kernel.Link) -> Iterator[Finding]:
     drift = [path.rpartition('/')[2] for path in device.sysctl_drift(
         link.name) if not path.endswith(('/arp_filter', '/proxy_arp'))]
     quiet = {path.rpartition('/')[2] for path in device.QUIET}
-    heard = [*(['multicast'] if link.multicast else []),
-             *(name for name in drift if name in quiet)]
-    opened = [name for name in drift if name not in quiet]
-    if heard:
-        yield KINDS['break0-heard'].found(
-            '%s has settings that make it speak on the LAN: %s' % (
-                link.name, ', '.join(heard)), names='|'.join(heard))
-    if opened:
-        yield KINDS['break0-open'].found(
-            '%s has settings by which a pod can do more than speak to its '
-            'node: %s' % (link.name, ', '.join(opened)),
-            names='|'.join(opened))
+    for kind, names, what in (
+            ('break0-heard', [*(['multicast'] if link.multicast else []),
+                              *(name for name in drift if name in quiet)],
+             'make it speak on the LAN'),
+            ('break0-open', [name for name in drift if name not in quiet],
+             'let a pod do more than speak to its node')):
+        if names:
+            yield KINDS[kind].found('%s has settings that %s: %s' % (
+                link.name, what, ', '.join(names)), names='|'.join(names))
 
 
 def _check_guard(node: Node, seen: Parent) -> Iterator[Finding]:
@@ -225,28 +220,24 @@ def _check_guard(node: Node, seen: Parent) -> Iterator[Finding]:
     texts = [seen.guard] if seen.guard is not None else list(said(
         barred, node.settled(seen.guard_extra.keys() - known)))
     if texts:
-        found = KINDS['guard-missing'].found(
-            '%s: %s' % (seen.device, *texts), barred)
-        yield dataclasses.replace(
-            found, severity=ERROR) if barred else found
+        yield KINDS['guard-missing'].found(
+            '%s: %s' % (seen.device, *texts), barred,
+            severity=ERROR if barred else None)
     elif node.options.guard == config.AUTO and not Guard(
             node.options, node.ledger, seen.device).is_possible:
         yield KINDS['guard-unavailable'].found(
             'there is no program nft, so %s has no guard' % seen.device)
 
 
-def check_others(seen: Parent, netlink: kernel.Netlink,
-                 ours: Collection[str]) -> Iterator[Finding]:
+def _check_siblings(parent: kernel.Link, netlink: kernel.Netlink,
+                    ours: Collection[str]) -> Iterator[Finding]:
     """Look for macvlans of the node that answer the LAN in its name.
 
-    :param ours: names of break0s
+    :param ours: names of break0s, and of the parent
     """
-    parent = seen.parent
-    if parent is None or not seen.live:
-        return
     for link in netlink.links():
         if ((link.lower, link.lower_namespace) == parent.lower_of_macvlans
-                and link.name not in (*ours, parent.name)
+                and link.name not in ours
                 and link.up and link.mode == 'bridge'
                 and not largest_sysctl(_ARP_FILTER, 'all', link.name)
                 and not largest_sysctl('ipv4/conf/%s/arp_ignore', 'all',

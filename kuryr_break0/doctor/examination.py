@@ -14,6 +14,7 @@ from kuryr_break0.doctor import device
 from kuryr_break0.doctor.findings import ERROR
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.findings import KINDS
+from kuryr_break0.doctor.findings import merged
 from kuryr_break0.doctor.findings import SEVERITIES
 from kuryr_break0.doctor import firewall
 from kuryr_break0.doctor.host import Host
@@ -139,7 +140,7 @@ def _examine_node(node: Node, netlink: kernel.Netlink, done: Examination,
     counts, parents = done.counts, node.seen.parents.values()
     counts.update(addresses=len(node.live), pods=len(node.pods()))
     done.findings += records.check_ledger(node, host)
-    done.findings += routes.check_addresses(node)
+    done.findings += merged(routes.check_addresses(node))
     done.findings += unserved.check(node, netlink, host)
     for parent in parents:
         _examine_parent(node, parent, netlink, done, probe)
@@ -157,8 +158,7 @@ def _examine_node(node: Node, netlink: kernel.Netlink, done: Examination,
 
 def _examine_parent(node: Node, parent: Parent, netlink: kernel.Netlink,
                     done: Examination, probe: bool) -> None:
-    useless = [*device.check_parent(node, parent)] or [
-        *device.check_existence(node, parent)]
+    useless = list(device.check_use(node, parent))
     done.findings += useless
     if useless:
         node.useless.add(parent.device)
@@ -166,14 +166,8 @@ def _examine_parent(node: Node, parent: Parent, netlink: kernel.Netlink,
     # more.
     if useless or parent.link is None:
         return
-    done.findings += device.check_owner(node, parent)
-    done.findings += device.check_properties(node, parent)
-    done.findings += device.check_addr(node, parent, netlink, probe)
-    done.findings += device.check_others(
-        parent, netlink, {each.device for each in node.seen.parents.values()})
-    done.findings += routes.check_sources(node, parent)
-    done.findings += routes.check_routes(node, parent)
-    done.findings += routes.check_neighbours(node, parent)
+    done.findings += device.check(node, parent, netlink, probe)
+    done.findings += merged(routes.check(node, parent))
     usable = routes.usable(node, parent)
     done.counts['looked_up'] += len(usable)
     done.findings += routes.check_use(parent, usable)

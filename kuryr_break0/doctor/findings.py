@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from typing import Any, Collection, Iterator, Optional
+from typing import Any, Collection, Iterable, Iterator, Optional
 
 #: Node and pods cannot reach each other, or soon will not.
 ERROR = 'error'
@@ -82,6 +82,23 @@ class Kind:
             tuple(commands) or tuple(command % fields
                                      for command in self.commands),
             tuple(map(str, subjects)))
+
+
+def merged(found: Iterable[Finding]) -> Iterator[Finding]:
+    """Make one finding of all of a kind, in the words of the worst.
+
+    A command that several have is the last one, as a sync after all others.
+    """
+    kinds: dict[str, list[Finding]] = {}
+    for each in found:
+        kinds.setdefault(each.id, []).append(each)
+    for cases in kinds.values():
+        worst = min(cases, key=lambda each: SEVERITIES.index(each.severity))
+        commands = [command for each in cases for command in each.commands]
+        yield dataclasses.replace(
+            worst, commands=tuple(dict.fromkeys(commands[::-1]))[::-1],
+            subjects=tuple(dict.fromkeys(
+                subject for each in cases for subject in each.subjects)))
 
 
 def _read() -> Iterator[Kind]:

@@ -23,76 +23,79 @@ _PROTOCOLS = tuple(directory + '/iproute2/rt_protos' for directory in (
 
 def check_addresses(node: Node) -> Iterator[Finding]:
     """Look for addresses that cannot be those of pods of this node."""
-    refused = {address: node.seen.refused[address]
-               for address in node.settled(node.seen.refused)}
-    not_allowed = [address for address, reason in refused.items()
-                   if 'allowed_cidrs' in reason]
-    if not_allowed:
-        yield KINDS['address-not-allowed'].found(
-            'addresses of pods are outside [break0] allowed_cidrs',
-            not_allowed)
-    others = [address for address in refused if address not in not_allowed]
-    if others:
-        yield KINDS['address-refused'].found(
-            'the address of a pod is ' + refused[others[0]], others)
-    contested = node.settled(node.seen.rivals)
-    if contested:
-        first = contested[0]
+    for address in node.settled(node.seen.refused):
+        reason = node.seen.refused[address]
+        yield KINDS['address-not-allowed' if 'allowed_cidrs' in reason
+                    else 'address-refused'].found(
+            'the address of a pod is ' + reason, [address])
+    for address in node.settled(node.seen.rivals):
         yield KINDS['address-contested'].found(
             '%s is claimed by %s and by %s, and all of them exist' % (
-                first, node.live[first].owner, ', '.join(
-                    str(each.owner) for each in node.seen.rivals[first])),
-            contested)
+                address, node.live[address].owner, ', '.join(
+                    str(each.owner) for each in node.seen.rivals[address])),
+            [address])
 
 
-def check_sources(node: Node, parent: Parent) -> Iterator[Finding]:
-    """Look whether the node has an address to send from."""
+def check(node: Node, parent: Parent) -> Iterator[Finding]:
+    """Compare routes and neighbours of a break0 with the records."""
     own = {address.version for address in node.seen.own
            if not (address.is_link_local or address.is_loopback)}
-    without = node.settled(address for address in parent.live
-                           if address.version not in own)
-    if without:
-        yield KINDS['node-address-missing'].found(
-            'the node has no IPv%d address' % without[0].version, without,
-            parent=parent.name)
+    for address in node.settled(parent.live):
+        if address.version not in own:
+            yield KINDS['node-address-missing'].found(
+                'the node has no IPv%d address' % address.version, [address],
+                parent=parent.name)
+    yield from _check_routes(node, parent)
+    yield from _check_neighbours(node, parent)
+    for address in sorted(node.unclaimed(parent, {
+            item.dst for item in parent.plan.unclaimed}), key=address_order):
+        kind, what = (('route-stale', 'routes through')
+                      if address in parent.routes
+                      else ('neighbour-stale', 'neighbour entries on'))
+        yield KINDS[kind].found('there are %s %s that no pod claims' % (
+            what, parent.device), [address])
 
 
-def check_routes(node: Node, parent: Parent) -> Iterator[Finding]:
-    """Compare the routes with the entries."""
+def _check_routes(node: Node, parent: Parent) -> Iterator[Finding]:
     plan, table = parent.plan, node.options.route_table
     foreign = {route.dst: route for route in plan.foreign}
     there = {route.dst: route for route in node.seen.routes.host
              if route.table == table}
-    wanted = {route.dst: route for route in plan.replace}
-    lost = node.settled(route.dst for route in plan.replace
-                        if route.dst not in foreign)
-    missing = [address for address in lost if address not in there]
-    wrong = [address for address in lost if address in there]
-    if missing:
-        yield KINDS['route-missing'].found(
-            'addresses of pods have no route through %s in table %d' % (
-                parent.device, table), missing)
-    if wrong:
-        yield KINDS['route-wrong'].found(
-            'routes of pods are not as they were set: that of %s has %s' % (
-                wrong[0], _difference(there[wrong[0]], wanted[wrong[0]])),
-            wrong)
-    in_the_way = node.settled(foreign)
-    if in_the_way:
-        route = foreign[in_the_way[0]]
+    wanted = {route.dst: route for route in plan.replace
+              if route.dst not in foreign}
+    for address in node.settled(wanted):
+        if address not in there:
+            yield KINDS['route-missing'].found(
+                'addresses of pods have no route through %s in table %d' % (
+                    parent.device, table), [address])
+        else:
+            yield KINDS['route-wrong'].found(
+                'routes of pods are not as they were set: that of %s has %s'
+                % (address, _difference(there[address], wanted[address])),
+                [address])
+    for address in node.settled(foreign):
+        route = foreign[address]
         yield KINDS['route-foreign'].found(
             'addresses of pods have a route that is not ours, on %s with '
             'protocol %s' % (kernel.name_of(route.oif),
-                             _protocol(route.protocol)), in_the_way,
-            commands=[*(_deletion(foreign[each]) for each in in_the_way),
-                      'kuryr-break0 sync'])
-    stale = sorted(node.unclaimed(parent, {
-        item.dst for item in plan.unclaimed if item.dst in parent.routes}),
-        key=address_order)
-    if stale:
-        yield KINDS['route-stale'].found(
-            'there are routes through %s that no pod claims' % parent.device,
-            stale)
+                             _protocol(route.protocol)), [address],
+            commands=[_deletion(route), 'kuryr-break0 sync'])
+
+
+def _check_neighbours(node: Node, parent: Parent) -> Iterator[Finding]:
+    name, known = parent.device, parent.neighbours
+    wanted = {each.dst: each.mac for each in parent.plan.learn}
+    for address in node.settled(wanted):
+        if address not in known:
+            yield KINDS['neighbour-missing'].found(
+                'addresses of pods have no permanent neighbour entry on %s'
+                % name, [address])
+        # Who has marked one changes nothing of where packets go.
+        elif known[address].mac != wanted[address]:
+            yield KINDS['neighbour-wrong'].found(
+                'the neighbour entry of %s on %s is %s, but its pod has %s' % (
+                    address, name, known[address].mac, wanted[address]),
+                [address])
 
 
 def _difference(found: HostRoute, wanted: HostRoute) -> str:
@@ -143,28 +146,3 @@ def check_use(parent: Parent, addresses: Collection[IPAddress]
             'addresses of pods are not reached through %s but %s' % (
                 parent.device, through), astray,
             get=get, address=astray[0], family='-%d' % astray[0].version)
-
-
-def check_neighbours(node: Node, parent: Parent) -> Iterator[Finding]:
-    """Compare the permanent neighbours on break0 with the entries."""
-    name, known = parent.device, parent.neighbours
-    # Who has marked one changes nothing of where packets go.
-    macs = {each.dst: each.mac for each in parent.plan.learn
-            if each.dst not in known or known[each.dst].mac != each.mac}
-    missing = [each for each in node.settled(macs) if each not in known]
-    wrong = [each for each in node.settled(macs) if each in known]
-    if missing:
-        yield KINDS['neighbour-missing'].found(
-            'addresses of pods have no permanent neighbour entry on %s' %
-            name, missing)
-    if wrong:
-        yield KINDS['neighbour-wrong'].found(
-            'the neighbour entry of %s on %s is %s, but its pod has %s' % (
-                wrong[0], name, known[wrong[0]].mac, macs[wrong[0]]), wrong)
-    stale = node.unclaimed(parent, (
-        item.dst for item in parent.plan.unclaimed
-        if item.dst not in parent.routes))
-    if stale:
-        yield KINDS['neighbour-stale'].found(
-            'there are neighbour entries on %s that no pod claims' % name,
-            stale)
