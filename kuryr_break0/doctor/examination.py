@@ -80,8 +80,7 @@ def examine(conf: cfg.ConfigOpts, probe: bool = True,
             done.findings.append(KINDS['disabled'].found(
                 '[break0] enabled is false'))
         done.findings += records.check_directory(options)
-        if any(each.id == KINDS['state-dir-unusable'].id
-               for each in done.findings):
+        if any(each.id == 'state-dir-unusable' for each in done.findings):
             return  # without it nothing can be compared
         with kernel.Netlink() as netlink:
             node = Node(options, netlink, PATIENCE, over)
@@ -179,14 +178,11 @@ def _examine_parent(node: Node, parent: Parent, netlink: kernel.Netlink,
 
 def _ping(node: Node, done: Examination) -> list[Finding]:
     """Ping, but where what was found stops these very pings."""
-    errors = [each for each in done.findings
-              if each.severity == ERROR]
-    stopped = {subject for each in done.findings
-               if each in errors or each.id == KINDS['neighbour-missing'].id
-               for subject in each.subjects}
+    errors = [each for each in done.findings if each.severity == ERROR
+              or each.id in ('neighbour-missing', 'pod-unreadable')]
+    stopped = {subject for each in errors for subject in each.subjects}
     # What is wrong with an interface concerns all of its addresses.
-    ill = {subject for each in done.findings if each.id.startswith('pod-')
-           and each in errors or each.id == KINDS['pod-unreadable'].id
+    ill = {subject for each in errors if each.id.startswith('pod-')
            for subject in each.subjects}
     found: list[Finding] = []
     for parent in node.seen.parents.values():

@@ -9,7 +9,6 @@ kernel's own trace then says what drops the packet.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import os
@@ -19,7 +18,6 @@ from typing import Callable, ContextManager, Iterator, Optional, Sequence
 
 from kuryr_break0.doctor.findings import ERROR
 from kuryr_break0.doctor.findings import Finding
-from kuryr_break0.doctor.findings import Kind
 from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor import firewall
 from kuryr_break0.doctor.node import Node
@@ -68,24 +66,20 @@ class Pings:
 
         :raises NotPermitted: without CAP_NET_RAW
         """
-        silent: list[Record] = []
+        silent: dict[Record, Probe] = {}
         for record in self._node.over(records):
             self.pinged += 1
-            if self._unanswered(record) is not None:
-                silent.append(record)
+            silent.update(self._unanswered(record))
             if len({each.owner for each in silent}) >= _ENOUGH:
                 break
-        lost: list[Probe] = []
-        for _ in range(_TRIES if silent else 0):
-            time.sleep(_SETTLED)
-            again = [(record, self._unanswered(record)) for record in silent]
-            silent = [record for record, probe in again if probe]
-            lost = [probe for _, probe in again if probe]
-            if not silent:
-                break
+        for _ in range(_TRIES):
+            if silent:
+                time.sleep(_SETTLED)
+                silent = {record: probe for each in silent for record, probe
+                          in self._unanswered(each).items()}
         self._node.refresh()
         self.silent = self._node.settled(each.address for each in silent)
-        for record, probe in zip(silent, lost):
+        for record, probe in silent.items():
             if record.address in self.silent:
                 yield self._explained(record, probe)
                 break
@@ -97,8 +91,8 @@ class Pings:
             map(self._rewritten, {record.address.version: record
                                   for record in answering}.values())), 1)
 
-    def _unanswered(self, record: Record) -> Optional[Probe]:
-        """Return the probe without an answer that says most, if any."""
+    def _unanswered(self, record: Record) -> dict[Record, Probe]:
+        """Return it with the probe without an answer that says most."""
         prober = Prober(1, _TIMEOUT)
         assert record.netns is not None and self._parent.node is not None
         tried = [prober.from_node(record.address, self._parent.device,
@@ -109,68 +103,65 @@ class Pings:
         # What break0 should have, and has not, is reported by itself.
         silent = [probe for probe in tried if not probe.answered
                   and probe.to in {record.address, *self._node.seen.own}]
-        return next((probe for probe in silent if probe.misrouted),
-                    silent[0] if silent else None)
+        return {record: max(silent, key=lambda probe: probe.misrouted)
+                } if silent else {}
 
     def _traced(self, record: Record,
-                send: Callable[[], object]) -> Optional[trace.Trace]:
-        """Return the trace of what is sent; None if there can be none."""
+                send: Callable[[], object]) -> trace.Trace:
+        """Return the trace of what is sent, empty if there can be none."""
         with contextlib.suppress(exceptions.Break0Error, OSError), \
                 trace.traced(record.address, trace.places(
                     self._parent.device, record)) as found:
             send()
             return found
-        return None
+        return trace.Trace(is_complete=False)
 
     def _explained(self, record: Record, probe: Probe) -> Finding:
         kind, reason, commands = self._why(record, probe)
-        finding = kind.found(
+        return KINDS[kind].found(
             'a ping from the %s, to %s, is not answered%s' % (
                 'node' if probe.is_to_pod else 'pod', probe.to,
                 reason and ': ' + reason),
-            self.silent, commands=commands, address=record.address)
-        return finding if kind in (
-            KINDS['probe-unanswered'], KINDS['firewall-restricts']) else (
-                dataclasses.replace(finding, severity=ERROR))
+            self.silent, commands, address=record.address,
+            severity=ERROR if kind == 'source-rewritten' else None)
 
     def _why(self, record: Record, probe: Probe
-             ) -> tuple[Kind, str, Sequence[str]]:
+             ) -> tuple[str, str, Sequence[str]]:
         """Return the finding, what was seen, and other commands than its."""
         found = self._traced(record, lambda: self._unanswered(record))
-        is_traced = found is not None and found.is_complete
-        arrived = found is not None and found.arrived(probe.is_to_pod)
+        arrived = found.arrived(probe.is_to_pod)
         dropped = _but_by_guard(found)
-        accept = [each for each in dropped.values() if each]
+        accept = list(filter(None, dropped.values()))
         if dropped:
-            return (KINDS['packet-dropped'] if not accept
-                    else KINDS['firewall-restricts'] if not probe.is_to_pod
-                    and self._serves(record, probe.to)
-                    else KINDS['firewall-drops']), '; '.join(dropped), accept
-        if found is not None and found.rewritten and probe.is_to_pod:
-            return KINDS['source-rewritten'], (
+            kind = ('packet-dropped' if not accept
+                    else 'firewall-restricts' if not probe.is_to_pod
+                    and self._serves(record, probe.to) else 'firewall-drops')
+            return kind, '; '.join(dropped), accept
+        if found.rewritten and probe.is_to_pod:
+            return 'source-rewritten', (
                 '; '.join(found.rewritten)
                 + '. The pod has no way back to that address'), list(
                     filter(None, found.rewritten.values()))
         astray = str(probe.problem) if probe.misrouted else self._astray(
             record, probe)
         if astray is not None:
-            return KINDS['packet-lost'], astray, () if probe.is_to_pod else [
+            return 'packet-lost', astray, () if probe.is_to_pod else [
                 'nsenter --net=%s ip route get %s' % (record.netns, probe.to),
                 'nsenter --net=%s ip route show table all' % record.netns]
-        if arrived or not is_traced:
+        if arrived or not found.is_complete:
             ignoring = self._ignoring(record, probe.is_to_pod)
             if ignoring is not None:
-                return KINDS['probe-unanswered'], *ignoring
+                return 'probe-unanswered', *ignoring
         claimants = self._claimants(record)
         if claimants:
-            return KINDS['address-duplicate'], (
+            return 'address-duplicate', (
                 '%s is at %s too, by ARP or neighbour discovery' % (
                     record.address, ', '.join(claimants))), ()
-        if found is not None and is_traced and not arrived:
-            return KINDS['packet-lost'], '; '.join((
+        if found.is_complete and not arrived:
+            return 'packet-lost', '; '.join((
                 'it was seen ' + found.way, *found.dropped)), ()
-        return KINDS['probe-unanswered'], (
-            '' if is_traced else 'its way could not be traced by nft'), ()
+        return 'probe-unanswered', '' if found.is_complete else (
+            'its way could not be traced by nft'), ()
 
     @staticmethod
     def _serves(record: Record, to: IPAddress) -> bool:
@@ -262,8 +253,8 @@ class Pings:
             return
         source = _source_seen(record)
         if source not in (None, str(path.source)):
-            found = self._traced(record, lambda: _source_seen(record))
-            rules = found.rewritten if found is not None else {}
+            rules = self._traced(
+                record, lambda: _source_seen(record)).rewritten
             yield KINDS['source-rewritten'].found(
                 'the pod %s sees the node as %s, not as %s%s' % (
                     record.address, source, path.source,
@@ -279,14 +270,13 @@ class Pings:
                     command=rule[1])
 
 
-def _but_by_guard(found: Optional[trace.Trace]) -> dict[str, str]:
+def _but_by_guard(found: trace.Trace) -> dict[str, str]:
     """Return what dropped packets, and what lets them pass.
 
     What our own guard drops is an effect of something else.
     """
-    return {text: accept for text, accept in (
-        found.dropped if found is not None else {}).items()
-        if ' %s-' % guard.PREFIX not in text}
+    return {text: accept for text, accept in found.dropped.items()
+            if ' %s-' % guard.PREFIX not in text}
 
 
 def _inside(record: Record) -> ContextManager[None]:

@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 from kuryr_break0.doctor import reachability
+from kuryr_break0.doctor import trace
 from tests.functional.doctor.base import DoctorTestCase
 from tests.functional.doctor.base import MACS
 from tests.functional.doctor.base import OTHER4
@@ -426,6 +427,6 @@ class TestReachability(DoctorTestCase):
                      'filter hook input priority 0; policy drop; }',
                      netns='pod')
         with mock.patch.object(reachability.Pings, '_traced',
-                               return_value=None):
+                               return_value=trace.Trace(is_complete=False)):
             finding = self.assert_found('address-duplicate', severity='error')
         self.assertIn('%s is at %s too' % (POD4, mac), finding['seen'])
