@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""All errors of this package: one class and one line of text each.
+"""All errors of this package that are caught, or raised in several places.
 
 Every text names the object, what was found, and what to do about it, so that
 the log line that carries it needs no other.
@@ -21,13 +21,14 @@ EXHAUSTED = frozenset((errnos.EMFILE, errnos.ENFILE, errnos.ENOMEM,
 class Break0Error(Exception):
     """Base of all errors of this package.
 
+    :param text: used instead of ``msg_fmt``
     :param kwargs: the values of the fields named in ``msg_fmt``
     """
 
     msg_fmt = 'An unknown error occurred.'
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(self.msg_fmt % kwargs)
+    def __init__(self, text: str = '', **kwargs: Any) -> None:
+        super().__init__(text or self.msg_fmt % kwargs)
 
 
 class WrongUsage(Break0Error):
@@ -152,12 +153,6 @@ class OtherLedger(Break0Error):
                'by: kuryr-break0 sync --claim')
 
 
-class CannotListen(Break0Error):
-    msg_fmt = ('Metrics cannot be served on %(endpoint)s yet: %(reason)s. '
-               'See who has the port: ss -ltnp. Set [break0] metrics_bind '
-               'to another one, or to nothing.')
-
-
 class CannotWrite(WrongUsage):
     msg_fmt = ('Cannot write %(path)s: %(reason)s. Name another place, in a '
                'directory that exists and that you may write.')
@@ -200,44 +195,13 @@ class CannotTrace(Break0Error):
     msg_fmt = 'Packets cannot be traced: %(reason)s.'
 
 
-class NoTarget(WrongUsage):
-    msg_fmt = ('Give an address or the name of a container or pod, or --all '
-               'for each that is bound.')
-
-
-class NoSuchContainer(WrongUsage):
-    msg_fmt = ('%(reason)s, nor the name of a container or pod that is bound '
-               'here%(close)s. See all: kuryr-break0 status')
-
-
-class Ambiguous(WrongUsage):
-    msg_fmt = ('Several containers or pods are called %(name)s: %(owners)s. '
-               'Give the address and --owner.')
-
-
-class NothingToUnbind(WrongUsage):
-    msg_fmt = ('Give addresses and the --owner of their bind, or only --pod '
-               'with the name of a container or pod.')
-
-
 class NotRoot(WrongUsage):
     msg_fmt = 'Run it as root: sudo kuryr-break0 %(command)s'
-
-
-class ParentUnknown(WrongUsage):
-    msg_fmt = ('Nothing says which interface the address is behind. Give '
-               '--netns or --parent, or set [break0] parent.')
 
 
 class NotPermitted(Break0Error):
     msg_fmt = ('This process may not %(action)s: it needs %(capability)s. '
                'Run it as root, in a container with that capability.')
-
-
-class NothingToAdopt(Break0Error):
-    msg_fmt = ('The API has no KuryrPort for the node %(node)r, which is '
-               'KUBERNETES_NODE_NAME of the environment, or else the name of '
-               'the host. Nodes that have some: %(others)s.')
 
 
 class KubernetesUnavailable(Break0Error):

@@ -14,7 +14,6 @@ import waitress
 from waitress import wasyncore
 
 from kuryr_break0.agent.metrics import Metrics
-from kuryr_break0 import exceptions
 from kuryr_break0 import log
 from kuryr_break0.option_types import Endpoint
 
@@ -60,8 +59,10 @@ class Server:
         except OSError as err:
             if not self._complained:
                 self._complained = True
-                LOG.error('%s', exceptions.CannotListen(
-                    endpoint=endpoint, reason=err.strerror))
+                LOG.error('Metrics cannot be served on %s yet: %s. See who '
+                          'has the port: ss -ltnp. Set [break0] metrics_bind '
+                          'to another one, or to nothing.', endpoint,
+                          err.strerror)
             return
         LOG.info('Serving /metrics and /healthz on %s', endpoint)
 

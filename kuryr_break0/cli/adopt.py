@@ -86,9 +86,12 @@ def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
         return common.fail(common.USAGE, err)
     ports = api.ports()
     if not ports:
-        raise exceptions.NothingToAdopt(
-            node=api.node_name(), others=', '.join(api.other_nodes()[:20])
-            or 'none that can be seen')
+        raise exceptions.Break0Error(
+            'The API has no KuryrPort for the node %r, which is '
+            'KUBERNETES_NODE_NAME of the environment, or else the name of the '
+            'host. Nodes that have some: %s.' % (
+                api.node_name(), ', '.join(api.other_nodes()[:20])
+                or 'none that can be seen'))
     adopter = Adopter(
         options, options.parent or api.link_iface(),
         kernel.macvlans([api.proc(), *options.proc_dirs]),

@@ -130,7 +130,9 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
         if not addresses:
             raise exceptions.NoAddress(owner=owner)
         if parent is None:
-            raise exceptions.ParentUnknown()
+            raise exceptions.WrongUsage(
+                'Nothing says which interface the address is behind. Give '
+                '--netns or --parent, or set [break0] parent.')
         manager.bind(owner, addresses, parent=parent, mac=mac,
                      netns=wanted.netns, yielding=True,
                      origin=Origin.MANUAL)
@@ -200,19 +202,23 @@ def _unbind(conf: cfg.ConfigOpts, options: config.Options) -> int:
 def _meant(wanted: Any, ledger: Ledger
            ) -> tuple[Owner, list[IPAddress], Optional[str]]:
     """Return the owner of what to unbind, its addresses and namespace."""
+    # Both, or the pod alone.
+    if {wanted.owner is not None, bool(wanted.address)} != {
+            wanted.pod is None}:
+        raise exceptions.WrongUsage(
+            'Give addresses and the --owner of their bind, or only --pod with '
+            'the name of a container or pod.')
     if wanted.pod is None:
-        if wanted.owner is None or not wanted.address:
-            raise exceptions.NothingToUnbind()
         return Owner(wanted.owner, wanted.ifname), wanted.address, None
-    if wanted.owner is not None or wanted.address:
-        raise exceptions.NothingToUnbind()
     live = {address: claims[0] for address, claims
             in ledger.contents().claims.items()}
     found = [live[address] for address in names.addresses_of(
         wanted.pod, live) if address in live]
     owners = {each.owner: each for each in found}
     if len(owners) != 1:
-        raise exceptions.Ambiguous(name=wanted.pod, owners=', '.join(
-            sorted(map(str, owners))))
+        raise exceptions.WrongUsage(
+            'Several containers or pods are called %s: %s. Give the address '
+            'and --owner.' % (wanted.pod, ', '.join(
+                sorted(map(str, owners)))))
     (owner, record), = owners.items()
     return owner, [each.address for each in found], record.netns

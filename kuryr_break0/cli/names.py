@@ -43,7 +43,7 @@ def addresses_of(name: str, live: Mapping[IPAddress, Record]
     """Return the addresses that a container or pod has, or the one named.
 
     :param live: the records of this node
-    :raises NoSuchContainer: if it means none
+    :raises WrongUsage: if it means none
     """
     try:
         return [option_types.host_address(name)]
@@ -51,7 +51,9 @@ def addresses_of(name: str, live: Mapping[IPAddress, Record]
         found = sorted((address for address, record in live.items()
                         if is_called(record, name)), key=address_order)
         if not found:
-            raise exceptions.NoSuchContainer(reason=err, close=close_to(
-                name, [each.pod or each.owner.container_id
-                       for each in live.values()]))
+            raise exceptions.WrongUsage(
+                '%s, nor the name of a container or pod that is bound here%s. '
+                'See all: kuryr-break0 status' % (err, close_to(name, [
+                    each.pod or each.owner.container_id
+                    for each in live.values()])))
         return found

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any, Optional
 
@@ -26,9 +27,8 @@ from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import address_order
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Owner
-from kuryr_break0.model import Record
 from kuryr_break0 import option_types
-from kuryr_break0 import snapshot
+from kuryr_break0.snapshot import Snapshot
 
 _DESCRIPTION = """\
 Ping a container or pod from the node and, if its network namespace is known,
@@ -95,8 +95,8 @@ class Result:
     owner: Optional[Owner]
     probes: list[Probe]
     note: Optional[str]
-    claimants: Optional[list[str]] = None
-    trace: Optional[Trace] = None
+    claimants: Optional[list[str]]
+    trace: Optional[Trace]
 
     @property
     def reached(self) -> bool:
@@ -116,7 +116,9 @@ class Result:
 def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     wanted = conf.command
     if wanted.all == (wanted.target is not None):
-        raise exceptions.NoTarget()
+        raise exceptions.WrongUsage(
+            'Give an address or the name of a container or pod, or --all for '
+            'each that is bound.')
     with kernel.Netlink() as netlink:
         seen = actual.read(options, Ledger(options.state_dir), netlink)
     addresses = (sorted(seen.live, key=address_order) if wanted.all
@@ -173,45 +175,33 @@ def _row(probe: Probe) -> list[str]:
             else output.Wrong(answered)]
 
 
-def _result(prober: Prober, options: config.Options,
-            seen: snapshot.Snapshot, address: IPAddress,
-            wanted: Any) -> Result:
-    record = seen.live.get(address)
-    parent = seen.parent_of(address)
+def _result(prober: Prober, options: config.Options, seen: Snapshot,
+            address: IPAddress, wanted: Any) -> Result:
+    record, parent = seen.live.get(address), seen.parent_of(address)
     device = parent.device if parent else options.device
-    if not wanted.trace:
-        return _probed(prober, device, record, parent, address,
-                       wanted.conflict)
-    with traced(address, places(device, record)) as trace:
-        found = _probed(prober, device, record, parent, address,
-                        wanted.conflict)
-    return dataclasses.replace(found, trace=trace)
-
-
-def _probed(prober: Prober, device: str, record: Optional[Record],
-            parent: Optional[snapshot.Parent], address: IPAddress,
-            conflict: bool) -> Result:
-    probes = [prober.from_node(address, device,
-                               record.mac if record else None)]
     note, claimants = None, None
-    if record is None:
-        note = 'no pod on this node is recorded for this address'
-    elif record.netns is None:
-        note = 'the namespace of %s is not recorded' % record.owner
-    elif parent is None or parent.node is None:
-        note = 'there is no break0 on %s' % record.parent
-    else:
-        try:
-            probes += prober.from_pod(address, record.netns,
-                                      record.namespace, parent.node)
-            if conflict:
-                with kernel.entered(record.netns, record.namespace):
-                    claimants = sorted(kernel.claimants(
-                        record.owner.ifname, address, _ASKED))
-        except exceptions.NetnsUnusable as err:
-            note = str(err)
+    with (traced(address, places(device, record)) if wanted.trace
+          else contextlib.nullcontext()) as trace:
+        probes = [prober.from_node(address, device,
+                                   record.mac if record else None)]
+        if record is None:
+            note = 'no pod on this node is recorded for this address'
+        elif record.netns is None:
+            note = 'the namespace of %s is not recorded' % record.owner
+        elif parent is None or parent.node is None:
+            note = 'there is no break0 on %s' % record.parent
+        else:
+            try:
+                probes += prober.from_pod(address, record.netns,
+                                          record.namespace, parent.node)
+                if wanted.conflict:
+                    with kernel.entered(record.netns, record.namespace):
+                        claimants = sorted(kernel.claimants(
+                            record.owner.ifname, address, _ASKED))
+            except exceptions.NetnsUnusable as err:
+                note = str(err)
     return Result(address, record.owner if record else None, probes, note,
-                  claimants)
+                  claimants, trace)
 
 
 def _as_json(probe: Probe) -> dict[str, Any]:
@@ -219,7 +209,7 @@ def _as_json(probe: Probe) -> dict[str, Any]:
     return {
         'direction': probe.direction, 'to': str(probe.to),
         'from': str(path.source) if path and path.source else None,
-        'interface': path.device if path else None,
+        'interface': path and path.device,
         'gateway': str(path.gateway) if path and path.gateway else None,
         'neighbour': {'mac': probe.mac, 'state': probe.state},
         'round_trip_ms': [None if time is None else round(time * 1000, 3)

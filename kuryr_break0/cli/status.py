@@ -75,8 +75,14 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
         shown.print(wanted.wide)
     if wanted.watch:
         with contextlib.suppress(KeyboardInterrupt):
-            shown = _watch(options, wanted, shown)
+            while True:
+                shown = _watch(options, wanted, shown)
     return common.IN_SYNC if shown.in_sync else common.DRIFT
+
+
+def as_json(options: config.Options) -> dict[str, Any]:
+    """Return what ``status --json`` prints."""
+    return _read(options).as_json()
 
 
 def _read(options: config.Options, wanted: Any = None) -> Status:
@@ -86,30 +92,24 @@ def _read(options: config.Options, wanted: Any = None) -> Status:
 
 
 def _watch(options: config.Options, wanted: Any, before: Status) -> Status:
-    """Print what changes, a line each, until it is interrupted."""
-    while True:
-        sys.stdout.flush()
-        try:
-            time.sleep(_PAUSE)
-            now = _read(options, wanted)
-        except KeyboardInterrupt:
-            return before
-        old, new = dict.fromkeys(before.facts()), dict.fromkeys(now.facts())
-        for sign, facts, others in ('-', old, new), ('+', new, old):
-            for each in facts:
-                if each not in others:
-                    output.write('%s %s %s' % (time.strftime('%H:%M:%S'),
-                                               sign, each))
-        before = now
-
-
-def as_json(options: config.Options) -> dict[str, Any]:
-    """Return what ``status --json`` prints."""
-    return _read(options).as_json()
+    """Wait, and print what has changed meanwhile, a line each."""
+    sys.stdout.flush()
+    time.sleep(_PAUSE)
+    now = _read(options, wanted)
+    old, new = dict.fromkeys(before.facts()), dict.fromkeys(now.facts())
+    for sign, facts, others in ('-', old, new), ('+', new, old):
+        for each in facts:
+            if each not in others:
+                output.write('%s %s %s' % (time.strftime('%H:%M:%S'), sign,
+                                           each))
+    return now
 
 
 class Status:
-    """A snapshot as it is shown."""
+    """A snapshot as it is shown.
+
+    :param wanted: the arguments, which say what of it; None for all
+    """
 
     def __init__(self, seen: Snapshot, ledger: Ledger,
                  wanted: Any = None) -> None:
@@ -118,34 +118,27 @@ class Status:
         wrong, self._not_examined = containers.pod_sides(seen)
         self._problems = {**wrong, **address_problems(seen)}
         self._of_node = list(node_problems(seen))
-        self._wanted = wanted
-        self._named = wanted and wanted.target and names.addresses_of(
-            wanted.target, seen.live)
-        self._addresses = sorted(
-            filter(self._is_wanted, seen.live.keys() | self._problems.keys()),
-            key=address_order)
-
-    def _is_wanted(self, address: IPAddress) -> bool:
-        wanted, record = self._wanted, self._seen.live.get(address)
-        if wanted is None:
-            return True
-        if wanted.problems and address not in self._problems or (
-                self._named and address not in self._named):
-            return False
-        if record is None:
-            return not (wanted.pod or wanted.owner or wanted.origin)
-        return ((wanted.pod or '') in (record.pod or '')
-                and record.owner.container_id.startswith(wanted.owner or '')
-                and wanted.origin in (None, record.origin
-                                      and record.origin.value))
+        self._addresses = sorted(seen.live.keys() | self._problems.keys(),
+                                 key=address_order)
+        if wanted is not None:
+            named = wanted.target and names.addresses_of(wanted.target,
+                                                         seen.live)
+            self._addresses = [
+                each for each in self._addresses
+                if (not named or each in named)
+                and (not wanted.problems or each in self._problems)
+                and _is_of(seen.live.get(each), wanted)]
 
     @property
     def in_sync(self) -> bool:
         return not (self._problems or self._of_node or self._unserved)
 
     def as_json(self) -> dict[str, Any]:
-        parents = list(self._seen.parents.values())
-        devices = [_device_as_json(*each) for each in self._devices()]
+        parents = self._seen.parents.values()
+        devices = [_device_as_json(parent.present, parent.addresses)
+                   for parent in parents if parent.present is not None]
+        if self._seen.stranger is not None:
+            devices.append(_device_as_json(self._seen.stranger, ()))
         return {
             'in_sync': self.in_sync,
             'device': next(iter(devices), None),
@@ -163,59 +156,46 @@ class Status:
             'not_examined': [
                 {'address': str(address), 'why': why}
                 for address, why in self._not_examined.items()],
-            'addresses': [self._address_as_json(address)
-                          for address in self._addresses],
-            'totals': self._totals()}
-
-    def _devices(self) -> Iterator[tuple[kernel.Link,
-                                         tuple[IPAddress, ...]]]:
-        for parent in self._seen.parents.values():
-            if parent.present is not None:
-                yield parent.present, parent.addresses
-        if self._seen.stranger is not None:
-            yield self._seen.stranger, ()
+            'addresses': list(map(self._address_as_json, self._addresses)),
+            'totals': {
+                'bound': len(self._seen.live),
+                'routed': sum(address in parent.routes for parent in parents
+                              for address in {*self._seen.live,
+                                              *self._problems}),
+                'out_of_sync': len(self._problems),
+                'unserved': len(self._unserved)}}
 
     def _address_as_json(self, address: IPAddress) -> dict[str, Any]:
         record = self._seen.live.get(address)
         parent = self._seen.parent_of(address)
+        neighbour = parent and parent.neighbours.get(address)
         problem = self._problems.get(address)
-        neighbour = parent.neighbours.get(address) if parent else None
         return {
             'address': str(address),
-            'container_id': record.owner.container_id if record else None,
-            'ifname': record.owner.ifname if record else None,
-            'pod': record.pod if record else None,
-            'origin': record.origin.value if record and record.origin
-            else None,
-            'network': record.network if record else None,
-            'netns': record.netns if record else None,
-            'parent': parent.name if parent else None,
-            'device': parent.device if parent else None,
+            'container_id': record and record.owner.container_id,
+            'ifname': record and record.owner.ifname,
+            'pod': record and record.pod,
+            'origin': record and record.origin and record.origin.value,
+            'network': record and record.network,
+            'netns': record and record.netns,
+            'parent': parent and parent.name,
+            'device': parent and parent.device,
             'routed': parent is not None and address in parent.routes,
-            'neighbour': neighbour.mac if neighbour else None,
+            'neighbour': neighbour and neighbour.mac,
             'problem': problem, 'in_sync': problem is None}
-
-    def _totals(self) -> dict[str, int]:
-        return {'bound': len(self._seen.live),
-                'routed': sum(address in parent.routes
-                              for parent in self._seen.parents.values()
-                              for address in {*self._seen.live,
-                                              *self._problems}),
-                'out_of_sync': len(self._problems),
-                'unserved': len(self._unserved)}
 
     def print(self, wide: bool = False) -> None:
         """Print a summary, what is wrong, and a table of the addresses."""
-        links = list(self._devices())
-        if not (links or self._seen.live or self._unserved):
-            output.say('There is no %s yet: it comes with the first container.'
-                       % self._seen.options.device)
-        if links:
+        shown = self.as_json()
+        if shown['devices']:
             output.table(
                 ['Device', 'Kind', 'Parent', 'MAC', 'MTU', 'Addresses',
-                 'State'], [_device_row(*link) for link in links], wide)
+                 'State'], map(_device_row, shown['devices']), wide)
+        elif not (self._seen.live or self._unserved):
+            output.say('There is no %s yet: it comes with the first container.'
+                       % self._seen.options.device)
         output.write('%(bound)d bound, %(routed)d routed, %(out_of_sync)d '
-                     'out of sync' % self._totals())
+                     'out of sync' % shown['totals'])
         for problem in self._of_node:
             output.say(output.Wrong('Out of sync: ' + problem))
         for each in self._unserved:
@@ -223,18 +203,24 @@ class Status:
         for address, why in list(self._not_examined.items())[:1]:
             output.say('Not examined from inside: %d addresses, as %s: %s' % (
                 len(self._not_examined), address, why))
-        if self._addresses:
-            head = ['Address', 'Container', 'Origin', 'Route', 'In sync']
-            if wide:
-                head.insert(4, 'Neighbour')
-            output.table(head, [self._row(address, wide) for address in sorted(
-                self._addresses, key=lambda each: each not in self._problems)],
-                wide)
+        if shown['addresses']:
+            head = ['Address', 'Container', 'Origin', 'Route',
+                    *(['Neighbour'] if wide else []), 'In sync']
+            output.table(head, [
+                self._row(each, wide) for each in sorted(
+                    self._addresses,
+                    key=lambda each: each not in self._problems)], wide)
 
     def _row(self, address: IPAddress, wide: bool) -> list[str]:
-        each = self._address_as_json(address)
-        return [str(address), _owner(self._seen.live.get(address), wide),
-                each['origin'] or '-', 'yes' if each['routed'] else '-',
+        each, record = self._address_as_json(address), self._seen.live.get(
+            address)
+        owner = '-'
+        if record is not None:  # by name, or as engines shorten ids
+            owner = record.whose if wide else '%s/%s' % (
+                record.pod or record.owner.container_id[:_SHORT],
+                record.owner.ifname)
+        return [each['address'], owner, each['origin'] or '-',
+                'yes' if each['routed'] else '-',
                 *([each['neighbour'] or '-'] if wide else []),
                 output.Wrong(output.speak('no: ' + each['problem']))
                 if each['problem'] else 'yes']
@@ -251,14 +237,14 @@ class Status:
                 yield '%s: %s' % (address, self._problems[address])
 
 
-def _owner(record: Optional[Record], wide: bool) -> str:
-    """Say whose an address is: by name, or as engines shorten ids."""
+def _is_of(record: Optional[Record], wanted: Any) -> bool:
+    """Return whether a record is what --pod, --owner and --origin mean."""
     if record is None:
-        return '-'
-    if wide:
-        return record.whose
-    return '%s/%s' % (record.pod or record.owner.container_id[:_SHORT],
-                      record.owner.ifname)
+        return not (wanted.pod or wanted.owner or wanted.origin)
+    return ((wanted.pod or '') in (record.pod or '')
+            and record.owner.container_id.startswith(wanted.owner or '')
+            and wanted.origin in (None, record.origin
+                                  and record.origin.value))
 
 
 def _device_as_json(link: kernel.Link,
@@ -271,9 +257,9 @@ def _device_as_json(link: kernel.Link,
         'addresses': [str(each) for each in addresses]}
 
 
-def _device_row(link: kernel.Link,
-                addresses: tuple[IPAddress, ...]) -> list[Any]:
-    return [link.name, '%s %s' % (link.kind or 'physical', link.mode or ''),
-            device.lower_name(link) or '-', link.mac, link.mtu,
-            ' '.join(map(str, addresses)) or 'unnumbered',
-            'up' if link.up else 'down']
+def _device_row(each: dict[str, Any]) -> list[Any]:
+    return [each['name'],
+            '%s %s' % (each['kind'] or 'physical', each['mode'] or ''),
+            each['parent'] or '-', each['mac'], each['mtu'],
+            ' '.join(each['addresses']) or 'unnumbered',
+            'up' if each['up'] else 'down']
