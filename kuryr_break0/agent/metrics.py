@@ -8,7 +8,7 @@ import collections
 import importlib.metadata
 import threading
 import time
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any, Iterator, Mapping, Optional, Sequence
 
 import prometheus_client
 from prometheus_client import core
@@ -231,45 +231,45 @@ class Metrics(prometheus_registry.Collector):
 
 
 def _gauges(seen: Snapshot) -> Iterator[core.Metric]:
-    problems = address_problems(seen)
-    rows: dict[str, tuple[int, ...]] = {}
-    for parent in seen.parents.values():
-        rows[parent.name] = (
-            len(parent.live), len(parent.routes),
-            len({route.dst for route in parent.plan.foreign}),
-            len({item.dst for item in parent.plan.unclaimed}),
-            sum(found is parent
-                for found in map(seen.parent_of, problems)),
-            int(parent.link is not None and parent.link.up))
+    def gauge(name: str, text: str, values: Mapping[tuple[str, ...], int],
+              *labels: str) -> core.Metric:
+        made = core.GaugeMetricFamily('%s_%s' % (_PREFIX, name), text,
+                                      labels=labels)
+        for of, value in values.items():
+            made.add_metric(of, value)
+        return made
+
+    problems = collections.Counter(
+        found.name if found else '' for found
+        in map(seen.parent_of, address_problems(seen)))
+    rows = {parent.name: (
+        len(parent.live), len(parent.routes),
+        len({route.dst for route in parent.plan.foreign}),
+        len({item.dst for item in parent.plan.unclaimed}),
+        problems[parent.name],
+        int(parent.link is not None and parent.link.up))
+        for parent in seen.parents.values()}
     # What is of no parent, as a record that cannot be read.
-    stray = sum(seen.parent_of(address) is None for address in problems)
-    if stray or not rows:
-        rows[''] = (0, 0, 0, 0, stray, 0)
-    texts = (
-        ('addresses_desired', 'Addresses that pods have.'),
-        ('addresses_routed', 'Addresses with a host route through break0.'),
-        ('addresses_foreign', 'Addresses of pods with a route of others.'),
-        ('addresses_unclaimed', 'Addresses with a route or neighbour of ours '
-         'and without a record.'),
-        ('addresses_out_of_sync', 'Addresses that cannot be reached, or that '
-         'a sync would change.'),
-        ('device_up', 'Whether break0 exists and is up.'))
-    for place, (name, text) in enumerate(texts):
-        metric = core.GaugeMetricFamily('%s_%s' % (_PREFIX, name), text,
-                                        labels=['parent'])
-        for label, values in rows.items():
-            metric.add_metric([label], values[place])
-        yield metric
-    containers = core.GaugeMetricFamily(
-        _PREFIX + '_container_addresses', 'Addresses of discovered '
-        'containers, by the names that their engines give them.',
-        labels=['container', 'parent'])
-    for (container, parent_name), count in collections.Counter(
+    if problems[''] or not rows:
+        rows[''] = (0, 0, 0, 0, problems[''], 0)
+    for place, (name, text) in enumerate((
+            ('addresses_desired', 'Addresses that pods have.'),
+            ('addresses_routed',
+             'Addresses with a host route through break0.'),
+            ('addresses_foreign', 'Addresses of pods with a route of others.'),
+            ('addresses_unclaimed', 'Addresses with a route or neighbour of '
+             'ours and without a record.'),
+            ('addresses_out_of_sync', 'Addresses that cannot be reached, or '
+             'that a sync would change.'),
+            ('device_up', 'Whether break0 exists and is up.'))):
+        yield gauge(name, text, {(parent,): values[place] for parent, values
+                                 in rows.items()}, 'parent')
+    yield gauge(
+        'container_addresses', 'Addresses of discovered containers, by the '
+        'names that their engines give them.', collections.Counter(
             (record.pod or record.owner.container_id, record.parent)
             for record in seen.live.values()
-            if record.origin is Origin.DISCOVERED).items():
-        containers.add_metric([container, parent_name], count)
-    yield containers
+            if record.origin is Origin.DISCOVERED), 'container', 'parent')
     for name, text, value in (
             ('ledger_records', 'Addresses that have a record.',
              len(seen.contents.claims)),
@@ -279,4 +279,4 @@ def _gauges(seen: Snapshot) -> Iterator[core.Metric]:
              'be found out whether they exist.', len(seen.unjudged)),
             ('node_problems', 'Faults of break0 itself or of the ledger.',
              len(list(node_problems(seen))))):
-        yield core.GaugeMetricFamily('%s_%s' % (_PREFIX, name), text, value)
+        yield gauge(name, text, {(): value})
