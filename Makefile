@@ -86,9 +86,9 @@ else
 	@$(PYTHON) etc/networks '$(CIDRS)'
 endif
 	install -D -m 644 etc/man/kuryr-break0.8 $(MAN)/kuryr-break0.8
-	install -D -m 644 etc/bash-completion/kuryr-break0 \
+	install -D -m 644 kuryr_break0/cli/completion/kuryr-break0 \
 	    $(SHARE)/bash-completion/completions/kuryr-break0
-	install -D -m 644 etc/zsh/_kuryr-break0 \
+	install -D -m 644 kuryr_break0/cli/completion/_kuryr-break0 \
 	    $(SHARE)/zsh/site-functions/_kuryr-break0
 	install -d $(UNITS) $(dir $(SETTINGS)) $(LOCAL)/bin
 	cp -r etc/systemd/system/kuryr-break0-agent.service \
@@ -196,8 +196,7 @@ genconfig: $(VENV)/installed
 # What is in git is compared with it by the tests.
 .PHONY: completion
 completion: $(VENV)/installed
-	$(BIN)/kuryr-break0 --shell_completion bash >etc/bash-completion/kuryr-break0
-	$(BIN)/kuryr-break0 --shell_completion zsh >etc/zsh/_kuryr-break0
+	$(BIN)/python -m tests.completion
 
 .PHONY: genconfig-check
 # The sample that is in git is what the options say.

@@ -23,6 +23,10 @@ from kuryr_break0.cli import verbs
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
 
+#: By shell, the script for it, which is made of the parser.
+COMPLETION = {shell: os.path.join(os.path.dirname(__file__), 'completion',
+                                  name) for shell, name in (
+    ('bash', verbs.PROGRAM), ('zsh', '_' + verbs.PROGRAM))}
 #: Verbs that read the options themselves: the doctor examines those that are
 #: wrong too, and a CNI runtime is answered.
 _READERS = 'doctor', 'check', 'cni'
@@ -59,12 +63,10 @@ class Config(cfg.ConfigOpts):
 
 def run(argv: Sequence[str]) -> int:
     """Run the verb of these arguments, and return its exit code."""
-    if argv[0] == '--shell_completion':
-        from kuryr_break0.cli import completion
-
-        if argv[-1] in completion.SHELLS:
-            print(completion.script(argv[-1], parser.whole()), end='')
-            return common.IN_SYNC
+    if argv[0] == '--shell_completion' and argv[-1] in COMPLETION:
+        with open(COMPLETION[argv[-1]]) as file:
+            print(file.read(), end='')
+        return common.IN_SYNC
     try:
         conf = _read(argv)
         # A plugin can be installed by whoever may write its directory.

@@ -16,11 +16,11 @@ import sys
 import tempfile
 import unittest
 
-from tests import overlay
+from kuryr_break0.cli import command
+from tests import completion
 
-ETC = pathlib.Path(overlay.ROOT) / 'etc'
-SHIPPED = {'bash': ETC / 'bash-completion/kuryr-break0',
-           'zsh': ETC / 'zsh/_kuryr-break0'}
+SHIPPED = {shell: pathlib.Path(path)
+           for shell, path in command.COMPLETION.items()}
 BIN = pathlib.Path(sys.executable).parent
 LOADER = '/usr/share/bash-completion/bash_completion'
 #: Seconds for a shell to answer.
@@ -86,8 +86,9 @@ class TestCompletion(unittest.TestCase):
 
     def test_it_is_up_to_date(self) -> None:
         for shell, path in SHIPPED.items():
-            self.assertEqual(printed(shell), path.read_text(),
+            self.assertEqual(completion.script(shell), path.read_text(),
                              'run: make completion')
+            self.assertEqual(path.read_text(), printed(shell))
 
     @unittest.skipUnless(os.path.exists(LOADER), 'no bash-completion here')
     def test_bash_finds_what_is_installed(self) -> None:

@@ -369,16 +369,18 @@ class TestWheel(unittest.TestCase):
                     name = os.path.relpath(path, overlay.ROOT)
                     self.assertNotIn(name, held)
                     held[name] = target
+        # Where shells and man look for them, below /usr and /usr/local.
+        self.assertEqual(
+            'share/zsh/site-functions',
+            held.pop('kuryr_break0/cli/completion/_kuryr-break0'))
+        self.assertEqual(
+            'share/bash-completion/completions',
+            held.pop('kuryr_break0/cli/completion/kuryr-break0'))
         there = {os.path.relpath(os.path.join(directory, name), overlay.ROOT)
                  for directory, _, names
                  in os.walk(os.path.join(overlay.ROOT, 'etc'))
                  for name in names}
         self.assertEqual(there - self.LEFT_OUT, set(held))
-        # Where shells and man look for them, below /usr and /usr/local.
-        self.assertEqual('share/zsh/site-functions',
-                         held.pop('etc/zsh/_kuryr-break0'))
-        self.assertEqual('share/bash-completion/completions',
-                         held.pop('etc/bash-completion/kuryr-break0'))
         self.assertEqual('share/man/man8',
                          held.pop('etc/man/kuryr-break0.8'))
         # All else in its place below one directory.

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Completion for shells, made of the parser."""
+"""Writes the completion for shells, made of the parser: make completion."""
 
 from __future__ import annotations
 
 import argparse
+import pathlib
 from typing import Iterator
 
+from kuryr_break0.cli import command
+from kuryr_break0.cli import parser
 from kuryr_break0.cli.parser import Parser
 
 _OPTIONS = '--help --help-all --version --debug --config-file --config-dir'
@@ -42,15 +45,15 @@ fi
 """
 
 
-def script(shell: str, parser: Parser) -> str:
+def script(shell: str) -> str:
     """Return a script that a shell reads.
 
     :param shell: bash or zsh
-    :param parser: of all verbs
     """
     made, variable = SHELLS[shell]
-    return made % ('\n'.join(_verbs(parser)),
-                   '\n'.join(_words(parser, variable)))
+    verbs = parser.whole()
+    return made % ('\n'.join(_verbs(verbs)),
+                   '\n'.join(_words(verbs, variable)))
 
 
 #: By shell: its script, and its variable for what it offers.
@@ -94,3 +97,8 @@ def _words(parser: Parser, variable: str) -> Iterator[str]:
     yield "    *)\n        %s='%s\n        %s' ;;" % (
         variable, ' '.join(parser.verbs), _OPTIONS)
     yield '    esac'
+
+
+if __name__ == '__main__':
+    for _shell, _path in command.COMPLETION.items():
+        pathlib.Path(_path).write_text(script(_shell))
