@@ -182,8 +182,8 @@ def _result(prober: Prober, options: config.Options, seen: Snapshot,
     note, claimants = None, None
     with (traced(address, places(device, record)) if wanted.trace
           else contextlib.nullcontext()) as trace:
-        probes = [prober.from_node(address, device,
-                                   record.mac if record else None)]
+        probes = [prober.probe(address, device,
+                               record.mac if record else None)]
         if record is None:
             note = 'no pod on this node is recorded for this address'
         elif record.netns is None:

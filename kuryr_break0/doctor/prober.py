@@ -59,16 +59,6 @@ class Prober:
     timeout: float
     port: Optional[int] = None
 
-    def from_node(self, address: IPAddress, device: str,
-                  mac: Optional[str]) -> Probe:
-        """Probe the way to a pod.
-
-        :param device: the break0 that it must go through
-        :param mac: that of the pod; None if it is not known
-        :raises Break0Error: if the kernel cannot be asked
-        """
-        return self._probe(address, device, mac)
-
     def from_pod(self, address: IPAddress, netns: str,
                  namespace: Optional[NamespaceId],
                  node: NodeAddresses) -> list[Probe]:
@@ -78,16 +68,18 @@ class Prober:
         :raises Break0Error: if the kernel cannot be asked
         """
         with kernel.entered(netns, namespace):
-            return [self._probe(host, None, node.mac)
+            return [self.probe(host, None, node.mac)
                     for host in node.addresses
                     if host.version == address.version]
 
-    def _probe(self, to: IPAddress, device: Optional[str],
-               mac: Optional[str]) -> Probe:
+    def probe(self, to: IPAddress, device: Optional[str],
+              mac: Optional[str]) -> Probe:
         """Probe from the namespace of this thread.
 
-        :param device: the break0 to a pod; None from a pod
-        :param mac: what it is to be sent to; None for any
+        :param device: the break0 that it must go through, to a pod; None
+            from a pod
+        :param mac: what it must be sent to; None for any
+        :raises Break0Error: if the kernel cannot be asked
         """
         with kernel.Netlink() as netlink:
             link = netlink.link(device) if device is not None else None
