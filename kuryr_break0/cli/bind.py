@@ -75,36 +75,29 @@ def add_parsers(subparsers: Any) -> None:
     unbind = parser.add_verb(subparsers, 'unbind', _unbind, _UNBIND,
                              _UNBIND_EPILOG)
     for each in (bind, unbind):
-        each.add_argument(
-            'address', metavar='ADDRESS', nargs='*',
-            type=parser.argument(option_types.host_address),
-            help='IPv4 or IPv6 address' + (
+        each.add_value(
+            'address', 'ADDRESS', 'IPv4 or IPv6 address' + (
                 ' (default: those that the interface has in the namespace)'
-                if each is bind else ''))
-        each.add_argument(
-            '--owner', metavar='NAME', required=each is bind,
-            type=parser.argument(_owner),
-            help='owner of the addresses: a name that nobody else uses; '
-                 'unbind needs the same name')
-        each.add_argument(
-            '--ifname', metavar='NAME', default='eth0',
-            type=parser.argument(option_types.device_name),
-            help="interface of the container (default: eth0)")
-    unbind.add_argument('--pod', metavar='NAME',
-                        help='name of a container or pod')
-    bind.add_argument(
-        '--netns', metavar='PATH',
-        type=parser.argument(option_types.absolute_path),
-        help="absolute path of the container's network namespace")
-    bind.add_argument(
-        '--mac', metavar='MAC', type=parser.argument(option_types.unicast_mac),
-        help="MAC address of the container's interface (default: what it "
-             'has in the namespace)')
-    bind.add_argument(
-        '--parent', metavar='NAME',
-        type=parser.argument(option_types.device_name),
-        help='interface of the node that it is on (default: [break0] parent, '
-             'then [binding] link_iface, then the actual one)')
+                if each is bind else ''),
+            option_types.host_address, nargs='*')
+        each.add_value(
+            '--owner', 'NAME', 'owner of the addresses: a name that nobody '
+            'else uses; unbind needs the same name', _owner,
+            required=each is bind)
+        each.add_value(
+            '--ifname', 'NAME', 'interface of the container (default: eth0)',
+            option_types.device_name, default='eth0')
+    unbind.add_value('--pod', 'NAME', 'name of a container or pod')
+    bind.add_value(
+        '--netns', 'PATH', "absolute path of the container's network "
+        'namespace', option_types.absolute_path)
+    bind.add_value(
+        '--mac', 'MAC', "MAC address of the container's interface (default: "
+        'what it has in the namespace)', option_types.unicast_mac)
+    bind.add_value(
+        '--parent', 'NAME', 'interface of the node that it is on (default: '
+        '[break0] parent, then [binding] link_iface, then the actual one)',
+        option_types.device_name)
 
 
 def _owner(name: str) -> str:

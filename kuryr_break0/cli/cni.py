@@ -53,16 +53,14 @@ def add_parsers(subparsers: Any) -> None:
     parser.add_verb(subparsers, 'cni', run, _CNI, json=False)
     added = parser.add_verb(subparsers, 'cni-install', install, _INSTALL,
                             _INSTALL_EPILOG)
-    added.add_argument(
-        '--bin-dir', metavar='DIR', required=True,
-        type=parser.argument(option_types.absolute_path),
-        help='absolute path of the directory of CNI plugins')
-    added.add_argument(
-        '--shim', metavar='FILE',
-        type=parser.argument(option_types.absolute_path),
-        help='absolute path of the shim (default: build/cni/break0 in the '
-             'clone that the package or this directory is of, then '
-             '/usr/libexec/kuryr-break0/break0)')
+    added.add_value(
+        '--bin-dir', 'DIR', 'absolute path of the directory of CNI plugins',
+        option_types.absolute_path, required=True)
+    added.add_value(
+        '--shim', 'FILE', 'absolute path of the shim (default: '
+        'build/cni/break0 in the clone that the package or this directory is '
+        'of, then /usr/libexec/kuryr-break0/break0)',
+        option_types.absolute_path)
     added.add_flag(
         '--without-agent', 'install the script, even if there is a shim')
 

@@ -47,29 +47,26 @@ def add_parsers(subparsers: Any) -> None:
     added.add_flag(
         '--no-probe', 'send no pings, and no ARP requests, which follow where '
         'nothing else explains that a ping is not answered')
-    added.add_argument('--bundle', metavar='FILE',
-                       help='also write an archive (tar.gz) for a bug '
-                            'report: versions, options, status, findings, '
-                            'ledger, network, rules, sysctls, logs; at most '
-                            '10 MiB before it is packed, without secrets')
+    added.add_value(
+        '--bundle', 'FILE', 'also write an archive (tar.gz) for a bug report: '
+        'versions, options, status, findings, ledger, network, rules, '
+        'sysctls, logs; at most 10 MiB before it is packed, without secrets')
     added.add_flag(
         '--redact', 'replace addresses, ids and names in the archive')
     added.set_defaults(before=False)
     added = parser.add_verb(subparsers, 'check', run, _CHECK)
-    added.add_argument(
-        '--parent', metavar='NAME',
-        type=parser.argument(option_types.device_name),
-        help='interface that the containers will be on (default: [break0] '
-             'parent, then [binding] link_iface)')
+    added.add_value(
+        '--parent', 'NAME', 'interface that the containers will be on '
+        '(default: [break0] parent, then [binding] link_iface)',
+        option_types.device_name)
     _add_ignore(added)
     added.set_defaults(before=True, bundle=None)
 
 
 def _add_ignore(added: Any) -> None:
-    added.add_argument('--ignore', metavar='ID', action='append',
-                       default=[], type=parser.argument(_known),
-                       help='leave out this finding, for example '
-                            'route-foreign; may be repeated')
+    added.add_value(
+        '--ignore', 'ID', 'leave out this finding, for example route-foreign; '
+        'may be repeated', _known, action='append', default=[])
 
 
 def _bundle(conf: cfg.ConfigOpts, done: Examination) -> None:

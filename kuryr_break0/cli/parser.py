@@ -29,6 +29,21 @@ class Parser(argparse.ArgumentParser):
         """Add an option without a value."""
         self.add_argument(name, action='store_true', help=text)
 
+    def add_value(self, name: str, metavar: str, text: str,
+                  parse: Callable[[str], Any] = str, **kwargs: Any) -> None:
+        """Add an argument with the errors of an option's type.
+
+        :param parse: raises a ValueError that says what is wrong
+        """
+        def checked(value: str) -> Any:
+            try:
+                return parse(value)
+            except ValueError as err:
+                raise argparse.ArgumentTypeError(str(err)) from err
+
+        self.add_argument(name, metavar=metavar, help=text, type=checked,
+                          **kwargs)
+
     def format_help(self) -> str:
         """Return the page of all verbs, or that of one."""
         return known_verbs.page() if self.verbs else super().format_help()
@@ -83,14 +98,3 @@ def add_verb(subparsers: Any, name: str, func: Any, description: str,
     if json:
         parser.add_flag('--json', 'print JSON for programs')
     return parser
-
-
-def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a type of argparse with the errors of an option's type."""
-    def checked(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as err:
-            raise argparse.ArgumentTypeError(str(err)) from err
-
-    return checked

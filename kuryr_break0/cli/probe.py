@@ -56,14 +56,13 @@ _ASKED = 1.5
 def add_parsers(subparsers: Any) -> None:
     added = parser.add_verb(
         subparsers, 'probe', _run, _DESCRIPTION, _EPILOG)
-    added.add_argument('target', metavar='NAME', nargs='?',
-                       help='address, or name of a container or pod')
+    added.add_value('target', 'NAME', 'address, or name of a container or pod',
+                    nargs='?')
     added.add_flag('--all', 'probe each bound address')
-    added.add_argument('--tcp', metavar='PORT',
-                       type=parser.argument(option_types.WholeNumber(
-                           min=1, max=65535)),
-                       help='connect to this TCP port instead of pinging; a '
-                            'refused connection is an answer too')
+    added.add_value(
+        '--tcp', 'PORT', 'connect to this TCP port instead of pinging; a '
+        'refused connection is an answer too',
+        option_types.WholeNumber(min=1, max=65535))
     added.add_flag(
         '--conflict', "ask from the container's interface whether other "
         "hosts have the address too; they receive the question")
@@ -71,14 +70,11 @@ def add_parsers(subparsers: Any) -> None:
         '--trace', 'show which rule drops a packet, on the node or in the '
         'container; a table of nftables marks these packets while the probe '
         'runs')
-    added.add_argument('--count', metavar='N', default=3,
-                       type=parser.argument(option_types.WholeNumber(
-                           min=1, max=1000)),
-                       help='pings in each direction (default: 3)')
-    added.add_argument('--timeout', metavar='SECONDS', default=1,
-                       type=parser.argument(option_types.WholeNumber(
-                           min=1, max=60)),
-                       help='time to wait for each answer (default: 1)')
+    added.add_value('--count', 'N', 'pings in each direction (default: 3)',
+                    option_types.WholeNumber(min=1, max=1000), default=3)
+    added.add_value(
+        '--timeout', 'SECONDS', 'time to wait for each answer (default: 1)',
+        option_types.WholeNumber(min=1, max=60), default=1)
     added.add_flag('--wide', 'do not fold long lines')
 
 

@@ -48,17 +48,16 @@ configuration, 3 if the kernel or the state directory cannot be read.
 def add_parsers(subparsers: Any) -> None:
     added = parser.add_verb(
         subparsers, 'status', run, _DESCRIPTION)
-    added.add_argument('target', metavar='NAME', nargs='?',
-                       help='address, or name of a container or pod')
+    added.add_value('target', 'NAME', 'address, or name of a container or pod',
+                    nargs='?')
     added.add_flag(
         '--wide', 'print ids and neighbours in full, and do not fold long '
         'lines')
     added.add_flag('--problems', 'show only addresses with a problem')
-    added.add_argument('--pod', metavar='TEXT',
-                       help='show only pods or containers whose name '
-                            'contains this')
-    added.add_argument('--owner', metavar='ID',
-                       help='show only containers whose id starts with this')
+    added.add_value('--pod', 'TEXT', 'show only pods or containers whose name '
+                    'contains this')
+    added.add_value('--owner', 'ID', 'show only containers whose id starts '
+                    'with this')
     added.add_argument('--origin', choices=[each.value for each in Origin],
                        help='show only addresses that were bound this way')
     added.add_flag(
