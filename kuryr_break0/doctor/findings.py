@@ -25,39 +25,23 @@ SEVERITIES = (ERROR, WARNING, NOTE)
 
 PATH = os.path.join(os.path.dirname(__file__), 'findings.txt')
 #: A line continues the one before it if it is indented by six blanks.
-_KIND = re.compile(r'(?P<id>\S+): (?P<severity>\w+)\n'
+_TEXT = re.compile(r'(?P<id>\S+): (?P<severity>\w+)\n'
                    r'when  (?P<when>.*)\nwhy   (?P<why>.*)\n'
                    r'do    (?P<remedy>.*)(?P<commands>(?:\n    \$ .*)*)')
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """Something that is not as it should be.
-
-    :ivar seen: what was found, in this case
-    :ivar remedy: what to do about it
-    :ivar commands: how, by commands that can be pasted into a shell
-    :ivar subjects: what it is about, if it is several: addresses, files
-    """
-
-    id: str
-    severity: str
-    seen: str
-    why: str
-    remedy: str
-    commands: tuple[str, ...] = ()
-    subjects: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """Template of a finding; ``found()`` fills it in.
+    """Something that is not as it should be, or the template of that.
 
     :ivar when: the condition under which it is reported, for the
         documentation
     :ivar why: why it matters
     :ivar remedy: what to do about it
-    :ivar commands: with fields of the form ``%(name)s``
+    :ivar commands: how, by commands that can be pasted into a shell; those
+        of a template have fields of the form ``%(name)s``
+    :ivar seen: what was found, in this case
+    :ivar subjects: what it is about, if it is several: addresses, files
     """
 
     id: str
@@ -65,23 +49,25 @@ class Kind:
     when: str
     why: str
     remedy: str
-    commands: tuple[str, ...] = ()
+    commands: tuple[str, ...]
+    seen: str = ''
+    subjects: tuple[str, ...] = ()
 
     def found(self, seen: str, subjects: Collection[Any] = (),
               commands: Collection[str] = (), severity: Optional[str] = None,
               **fields: Any) -> Finding:
-        """Make the finding.
+        """Fill in the template.
 
         :param subjects: printed after ``seen``, the first of them
-        :param commands: used instead of the commands of the kind
-        :param severity: used instead of that of the kind
+        :param commands: used instead of those of the template
+        :param severity: used instead of that of the template
         :param fields: values for the fields of the commands
         """
-        return Finding(
-            self.id, severity or self.severity, seen, self.why, self.remedy,
-            tuple(commands) or tuple(command % fields
-                                     for command in self.commands),
-            tuple(map(str, subjects)))
+        return dataclasses.replace(
+            self, severity=severity or self.severity, seen=seen,
+            commands=tuple(commands) or tuple(command % fields
+                                              for command in self.commands),
+            subjects=tuple(map(str, subjects)))
 
 
 def merged(found: Iterable[Finding]) -> Iterator[Finding]:
@@ -101,13 +87,13 @@ def merged(found: Iterable[Finding]) -> Iterator[Finding]:
                 subject for each in cases for subject in each.subjects)))
 
 
-def _read() -> Iterator[Kind]:
+def _read() -> Iterator[Finding]:
     with open(PATH) as file:
-        for each in _KIND.finditer(file.read().replace('\n      ', ' ')):
-            texts = each.groupdict()
+        for each in _TEXT.finditer(file.read().replace('\n      ', ' ')):
+            texts: dict[str, Any] = each.groupdict()
             commands = texts.pop('commands').split('\n    $ ')[1:]
-            yield Kind(**texts, commands=tuple(commands))
+            yield Finding(**texts, commands=tuple(commands))
 
 
-#: By their ids, in the order in which they are looked for.
+#: The templates by their ids, in the order in which they are looked for.
 KINDS = {kind.id: kind for kind in _read()}

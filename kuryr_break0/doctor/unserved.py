@@ -13,7 +13,6 @@ from kuryr_break0 import containers
 from kuryr_break0.containers import Reason
 from kuryr_break0.containers import Unserved
 from kuryr_break0.doctor.findings import Finding
-from kuryr_break0.doctor.findings import Kind
 from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor.host import Host
 from kuryr_break0.doctor.node import Node
@@ -23,16 +22,16 @@ from kuryr_break0.model import address_order
 #: Seconds within which a container is bound.
 _SETTLED = 1.0
 _KINDS = {
-    Reason.MODE: KINDS['container-mode'],
-    Reason.OTHER_PARENT: KINDS['container-other-parent'],
-    Reason.NOT_ALLOWED: KINDS['container-not-allowed'],
-    Reason.DUPLICATE: KINDS['container-refused'],
-    Reason.REFUSED: KINDS['container-refused'],
-    Reason.CLAIMED: KINDS['address-twice'],
-    Reason.NOT_DISCOVERED: KINDS['container-not-discovered'],
-    Reason.TENTATIVE: KINDS['container-pending'],
-    Reason.NO_ADDRESS: KINDS['container-pending'],
-    Reason.PENDING: KINDS['container-pending']}
+    Reason.MODE: 'container-mode',
+    Reason.OTHER_PARENT: 'container-other-parent',
+    Reason.NOT_ALLOWED: 'container-not-allowed',
+    Reason.DUPLICATE: 'container-refused',
+    Reason.REFUSED: 'container-refused',
+    Reason.CLAIMED: 'address-twice',
+    Reason.NOT_DISCOVERED: 'container-not-discovered',
+    Reason.TENTATIVE: 'container-pending',
+    Reason.NO_ADDRESS: 'container-pending',
+    Reason.PENDING: 'container-pending'}
 
 
 def check(node: Node, netlink: kernel.Netlink, host: Host
@@ -47,9 +46,9 @@ def check(node: Node, netlink: kernel.Netlink, host: Host
         found = [each for each in found if str(each) in still
                  and each.address not in node.changing]
     for kind in dict.fromkeys(_KINDS.values()):
-        some = [each for each in found if _KINDS[each.reason] is kind]
+        some = [each for each in found if _KINDS[each.reason] == kind]
         if some:
-            yield kind.found(
+            yield KINDS[kind].found(
                 str(some[0]),
                 [each.address or '%s in %s' % (each.macvlan.link.name,
                                                each.macvlan.netns)
@@ -57,21 +56,21 @@ def check(node: Node, netlink: kernel.Netlink, host: Host
                 commands=_commands(kind, some, node.options, host))
 
 
-def _commands(kind: Kind, found: Sequence[Unserved],
+def _commands(kind: str, found: Sequence[Unserved],
               options: config.Options, host: Host) -> list[str]:
-    if kind is KINDS['container-mode']:
+    if kind == 'container-mode':
         return list(dict.fromkeys(
             'nsenter --net=%s ip link set %s type macvlan mode bridge' % (
                 each.macvlan.netns, each.macvlan.link.name)
             for each in found if each.macvlan.link.mode != 'passthru'))
-    if kind is KINDS['container-other-parent']:
+    if kind == 'container-other-parent':
         parents = {each.macvlan.parent for each in found}
         # It names one interface only; without it there may be several.
         return host.set(parent=min(parents) if not kernel.exists(
             str(options.parent)) else '')
-    if kind is KINDS['container-not-allowed']:
+    if kind == 'container-not-allowed':
         return host.set(allowed_cidrs=_with_networks(found, options))
-    if kind is KINDS['container-not-discovered']:
+    if kind == 'container-not-discovered':
         if host.has_kuryr:
             return ['kuryr-break0 adopt']
         return [*([] if options.discover else host.set(

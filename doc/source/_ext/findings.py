@@ -48,7 +48,7 @@ class Findings(SphinxDirective):
         return parent.children
 
 
-def describe(kind: findings.Kind) -> Iterator[str]:
+def describe(kind: findings.Finding) -> Iterator[str]:
     """Return the lines of reStructuredText for a finding."""
     yield '``%s`` (%s)' % (kind.id, kind.severity)
     for label, text in (('Found when', kind.when), ('Why', kind.why),
