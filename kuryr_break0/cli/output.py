@@ -141,14 +141,12 @@ def _widths(cells: Sequence[Sequence[str]]) -> list[int]:
     widths = [max(map(len, column)) for column in cells]
     for floors in ([max(len(word) for cell in column for word in cell.split())
                     for column in cells], [_LEAST] * len(cells)):
-        floors = [max(floor, len(column[0]))
-                  for floor, column in zip(floors, cells)]
         while sum(widths) > room:
-            place = max(range(len(cells)), key=lambda each: (
-                widths[each] > floors[each]) * widths[each])
-            if widths[place] <= floors[place]:
+            wide = [place for place, column in enumerate(cells)
+                    if widths[place] > max(floors[place], len(column[0]))]
+            if not wide:
                 break
-            widths[place] -= 1
+            widths[max(wide, key=widths.__getitem__)] -= 1
     return widths
 
 

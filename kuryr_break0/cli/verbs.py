@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import os
-from typing import Iterator, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 PROGRAM = 'kuryr-break0'
 
@@ -57,19 +57,14 @@ for configuration files and logging, which come before COMMAND.
 
 def page() -> str:
     """Return what --help prints."""
-    return ''.join(_page())
-
-
-def _page() -> Iterator[str]:
-    yield _HEAD
+    text = _HEAD
     for title, verbs in _GROUPS.items():
-        yield '\n%s:\n' % title
-        for name, verb in verbs.items():
-            yield '  %-12s %s\n' % (name, verb.summary)
-    used, ignored = files()
-    yield _FOOT % ''.join(
-        '%s: %s\n' % (what, ' '.join(paths)) for what, paths in (
-            ('On this host', used), ('Not read', ignored)) if paths)
+        text += '\n%s:\n' % title + ''.join(
+            '  %-12s %s\n' % (name, verb.summary)
+            for name, verb in verbs.items())
+    return text + _FOOT % ''.join(
+        '%s: %s\n' % (what, ' '.join(paths)) for what, paths in zip(
+            ('On this host', 'Not read'), files()) if paths)
 
 
 def files() -> tuple[list[str], list[str]]:
