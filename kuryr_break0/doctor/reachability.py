@@ -14,7 +14,7 @@ import itertools
 import os
 import socket
 import time
-from typing import Callable, ContextManager, Iterator, Optional, Sequence
+from typing import Callable, Iterator, Optional, Sequence, TypeVar
 
 from kuryr_break0.doctor.findings import ERROR
 from kuryr_break0.doctor.findings import Finding
@@ -32,6 +32,7 @@ from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Record
 from kuryr_break0.snapshot import Parent
 
+_T = TypeVar('_T')
 #: Seconds for an answer, and pods without one after which it is enough.
 _TIMEOUT = 0.5
 _ENOUGH = 3
@@ -152,7 +153,8 @@ class Pings:
             ignoring = self._ignoring(record, probe.is_to_pod)
             if ignoring is not None:
                 return 'probe-unanswered', *ignoring
-        claimants = self._claimants(record)
+        claimants = _asked(record, lambda: sorted(kernel.claimants(
+            record.owner.ifname, record.address, _ASKED)))
         if claimants:
             return 'address-duplicate', (
                 '%s is at %s too, by ARP or neighbour discovery' % (
@@ -170,10 +172,9 @@ class Pings:
         Then the firewall accepts what is wanted, and pings are not.
         """
         ports = list(_listening())[:_SERVICES]
-        with contextlib.suppress(exceptions.NetnsUnusable), _inside(record):
-            return any(probes.connect(to, port, 1, _TIMEOUT) != [None]
-                       for port in ports)
-        return False
+        return bool(_asked(record, lambda: any(
+            probes.connect(to, port, 1, _TIMEOUT) != [None]
+            for port in ports)))
 
     def _astray(self, record: Record, probe: Probe) -> Optional[str]:
         """Return by which other interface request or reply leaves."""
@@ -183,42 +184,34 @@ class Pings:
         if not probe.is_to_pod and path.device != ifname:
             return 'the pod sends it through %s, not %s' % (path.device,
                                                             ifname)
-        who, wanted, place = (
-            ('pod', ifname, _inside(record)) if probe.is_to_pod
-            else ('node', self._parent.device, contextlib.nullcontext()))
-        with contextlib.suppress(exceptions.NetnsUnusable), place, \
-                kernel.Netlink() as netlink:
-            way = netlink.lookup(path.source, probe.to)
-            if way is None or way.oif is None:
-                return ('the reply of the %s leaves nowhere: there is no '
-                        'route to %s' % (who, path.source))
-            if kernel.name_of(way.oif) != wanted:
-                return 'the reply of the %s leaves through %s, to %s' % (
-                    who, kernel.name_of(way.oif), path.source)
-        return None
+        source = path.source
+
+        def of_reply() -> str:
+            with kernel.Netlink() as netlink:
+                way = netlink.lookup(source, probe.to)
+            return kernel.name_of(way.oif) if way and way.oif else ''
+
+        who, wanted, leaves = (
+            ('pod', ifname, _asked(record, of_reply)) if probe.is_to_pod
+            else ('node', self._parent.device, of_reply()))
+        if leaves == '':
+            return ('the reply of the %s leaves nowhere: there is no route to '
+                    '%s' % (who, source))
+        return None if leaves in (None, wanted) else (
+            'the reply of the %s leaves through %s, to %s' % (
+                who, leaves, source))
 
     @staticmethod
     def _ignoring(record: Record, is_to_pod: bool
                   ) -> Optional[tuple[str, Sequence[str]]]:
         """Return the sysctl by which pings are ignored, and its command."""
         path = _IGNORING[record.address.version]
-        command = 'sysctl -w net/%s=0' % path
-        with contextlib.suppress(exceptions.NetnsUnusable), (
-                _inside(record) if is_to_pod else contextlib.nullcontext()):
-            if kernel.read_sysctl(path):
-                return '%s of the %s is 1' % (
-                    path, 'pod' if is_to_pod else 'node'), [
-                        'nsenter --net=%s %s' % (record.netns, command)
-                        if is_to_pod else command]
-        return None
-
-    @staticmethod
-    def _claimants(record: Record) -> list[str]:
-        """Ask the LAN who has the address too."""
-        with contextlib.suppress(exceptions.Break0Error), _inside(record):
-            return sorted(kernel.claimants(record.owner.ifname,
-                                           record.address, _ASKED))
-        return []
+        who, value, before = (
+            ('pod', _asked(record, lambda: kernel.read_sysctl(path)),
+             'nsenter --net=%s ' % record.netns) if is_to_pod
+            else ('node', kernel.read_sysctl(path), ''))
+        return ('%s of the %s is 1' % (path, who), [
+            '%ssysctl -w net/%s=0' % (before, path)]) if value else None
 
     def _restricted(self, records: Sequence[Record]) -> Iterator[Finding]:
         """Try connections, which a firewall may drop that lets pings pass."""
@@ -227,11 +220,8 @@ class Pings:
 
         def is_lost(record: Record) -> bool:
             to = hosts.get(record.address.version)
-            with contextlib.suppress(exceptions.NetnsUnusable), \
-                    _inside(record):
-                return to is not None and probes.connect(
-                    to, _PORT, 1, _CONNECTED) == [None]
-            return False
+            return to is not None and [None] == _asked(
+                record, lambda: probes.connect(to, _PORT, 1, _CONNECTED))
 
         lost = next(filter(is_lost, records), None)
         if lost is not None:
@@ -279,8 +269,12 @@ def _but_by_guard(found: trace.Trace) -> dict[str, str]:
             if ' %s-' % guard.PREFIX not in text}
 
 
-def _inside(record: Record) -> ContextManager[None]:
-    return kernel.entered(str(record.netns), record.namespace)
+def _asked(record: Record, ask: Callable[[], _T]) -> Optional[_T]:
+    """Ask in the namespace of a pod; None if that cannot be."""
+    with contextlib.suppress(exceptions.Break0Error), \
+            kernel.entered(str(record.netns), record.namespace):
+        return ask()
+    return None
 
 
 def _listening() -> Iterator[int]:
@@ -300,7 +294,7 @@ def _source_seen(record: Record) -> Optional[str]:
     mark = os.urandom(16)
     with contextlib.suppress(exceptions.Break0Error, OSError), \
             contextlib.ExitStack() as stack:
-        with _inside(record):
+        with kernel.entered(str(record.netns), record.namespace):
             # It stays in that namespace, and gets a copy of each datagram.
             wire = stack.enter_context(socket.socket(
                 family, socket.SOCK_RAW, socket.IPPROTO_UDP))
