@@ -63,6 +63,21 @@ class TestKinds(unittest.TestCase):
                                         r'\b([Pp]od|[Nn]ode)s?\b|ADD|DEL')
 
 
+class TestMerged(unittest.TestCase):
+
+    def test_one_of_each_kind(self) -> None:
+        missing = findings.KINDS['pod-route-missing']
+        one, other = findings.merged([
+            missing.found('first', [1, 2], ['do 1', 'sync']),
+            findings.KINDS['pod-down'].found('down', [3]),
+            missing.found('worse', [2, 4], ['do 2', 'sync'],
+                          findings.ERROR)])
+        self.assertEqual(('worse', findings.ERROR, ('1', '2', '4'),
+                          ('do 1', 'do 2', 'sync')),
+                         (one.seen, one.severity, one.subjects, one.commands))
+        self.assertEqual(('down', ('3',)), (other.seen, other.subjects))
+
+
 class TestReport(unittest.TestCase):
 
     def test_long_lists_are_cut(self) -> None:
