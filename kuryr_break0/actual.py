@@ -259,17 +259,19 @@ class _Reading:
                ) -> tuple[Optional[str], Pairs, Pairs]:
         """Return what is wrong, what is missing, and what is too much.
 
-        Where no pods are, no table has to be there.
+        Where no pods are, no table has to be there. What is to be in one that
+        is loaded again was in it before, also if nobody claims it.
         """
         guard = Guard(self._options, self._ledger, link.name)
         problem = guard.problem(link, self._policy.solicited(
             self._addresses, parent.index, link.name))
-        if problem is not None or not guard.is_loaded():
+        if not (guard.is_loaded() if problem is None else guard.is_there()):
             return problem if is_used else None, {}, {}
-        return None, *guard.difference(
-            pairs(allowed),
-            unclaimed_pairs(routes, neighbours, self._options.route_protocol,
-                            self._contents.claims))
+        unclaimed = unclaimed_pairs(
+            routes, neighbours, self._options.route_protocol,
+            self._contents.claims)
+        return problem if is_used else None, *guard.difference(
+            {*pairs(allowed), *(unclaimed if problem else ())}, unclaimed)
 
     def _desired(self, device_name: str, index: int,
                  live: Mapping[IPAddress, Record]

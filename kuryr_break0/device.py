@@ -68,13 +68,13 @@ class Difference(NamedTuple):
 class Ensured(NamedTuple):
     """A break0, and what was done for it.
 
-    :ivar routes_lost: whether it was created or brought up, so that it has
-        no routes
+    :ivar needs_sync: whether it was created or brought up, so that it has no
+        routes
     :ivar repaired: what it was
     """
 
     link: kernel.Link
-    routes_lost: bool
+    needs_sync: bool
     repaired: tuple[str, ...]
 
 

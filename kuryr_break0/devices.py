@@ -20,8 +20,6 @@ from kuryr_break0 import device
 from kuryr_break0 import exceptions
 from kuryr_break0.failures import Failures
 from kuryr_break0.guard import Guard
-from kuryr_break0.guard import pairs
-from kuryr_break0.guard import unclaimed_pairs
 from kuryr_break0 import kernel
 from kuryr_break0.ledger.identity import Alias
 from kuryr_break0.ledger.identity import follows
@@ -40,13 +38,14 @@ _MAX_NAME = 15  # IFNAMSIZ, with the closing NUL
 class Break0:
     """The break0 that the addresses of one bind go through.
 
-    :ivar routes_lost: whether it was created or brought up for them
+    :ivar needs_sync: whether it was created or brought up for them, or its
+        guard was deleted, so that those of others are to be restored
     """
 
     name: str
     index: int
     mac: str
-    routes_lost: bool
+    needs_sync: bool
 
 
 class Names:
@@ -142,6 +141,16 @@ class Devices:
         return [index for index in map(kernel.index_of, self.names())
                 if index is not None]
 
+    def count_routes(self, names: Collection[str]) -> int:
+        """Count the host routes on some interfaces."""
+        table = self._options.route_table
+        if table == kernel.RT_TABLE_MAIN:
+            return kernel.count_host_routes(names)
+        with kernel.Netlink() as netlink:
+            return sum(len(netlink.host_routes_of(index, table))
+                       for index in map(kernel.index_of, names)
+                       if index is not None)
+
     def name(self, parent: str) -> Optional[str]:
         """Return the name of that of a parent; None if it is not known."""
         identity = self._ledger.identity()
@@ -165,14 +174,14 @@ class Devices:
         link = ensured.link
         cache.put('device.' + parent, [
             link.name, link.index, link.mac, *self._circumstances(parent)])
-        return Break0(link.name, link.index, link.mac, ensured.routes_lost)
+        return Break0(link.name, link.index, link.mac, ensured.needs_sync)
 
     def renew(self, netlink: kernel.Netlink, break0: Break0,
               parent: str) -> None:
         """Make sure of one that has just been down or gone."""
         ensured = self.ensure(netlink, parent, claim=True)
         break0.index, break0.mac = ensured.link.index, ensured.link.mac
-        break0.routes_lost |= ensured.routes_lost
+        break0.needs_sync |= ensured.needs_sync
 
     def _circumstances(self, parent: str) -> list[Any]:
         return [self._options.device, kernel.index_of(parent),
@@ -224,8 +233,8 @@ class Devices:
                 # A repair, unless it is made for the first pod.
                 if not claim or ledger.records.count() > 1:
                     self._ledger.journal.add(Done.DEVICE)
-        self._ensure_guard(netlink, ensured.link, parent, index)
-        return ensured
+        is_open = self.ensure_guard(netlink, ensured.link, index)
+        return ensured._replace(needs_sync=ensured.needs_sync or is_open)
 
     def other_ledger(self, name: str, other: Alias) -> exceptions.OtherLedger:
         return exceptions.OtherLedger(
@@ -247,41 +256,32 @@ class Devices:
         LOG.warning('%s', self.other_ledger(link.name, other))
         return True
 
-    def _ensure_guard(self, netlink: kernel.Netlink, link: kernel.Link,
-                      parent: str, index: Optional[int]) -> None:
+    def ensure_guard(self, netlink: kernel.Netlink, link: kernel.Link,
+                     parent: Optional[int], is_filled: bool = False) -> bool:
         """Make sure of the guard of a break0.
 
-        It lets in who has a route through break0. Whoever gets one later is
-        let in then; who gets none, for a route of others, is not.
+        Who has no route through break0 is let in when he gets one.
 
-        :param parent: its name when it was examined
-        :param index: its ifindex
+        :param parent: the ifindex of its parent
+        :param is_filled: whether all who have one are in the table
+        :returns: whether a sync is to put them there
         :raises GuardUnavailable: if it cannot be had and [break0] guard is
             on; else that is logged, once
         """
-        options = self._options
-
-        def admitted() -> set[kernel.Pair]:
-            claims = self._ledger.contents().claims
-            # Records say what it is called now, if it was renamed just then.
-            names = parent, kernel.current_name(parent, index)
-            routes = netlink.host_routes_of(link.index, options.route_table)
-            return {*pairs(claims[route.dst][0] for route in routes
-                           if route.dst in claims
-                           and claims[route.dst][0].parent in names),
-                    *unclaimed_pairs(routes, netlink.neighbours(link.index),
-                                     options.route_protocol, claims)}
-
         try:
-            Guard(options, self._ledger, link.name).ensure(
-                link, admitted, self._policy.solicited(
-                    netlink.addresses(), index, link.name))
-            self.warn_once('unguarded', '')
+            is_open = Guard(self._options, self._ledger, link.name).ensure(
+                link, self._policy.solicited(netlink.addresses(), parent,
+                                             link.name),
+                lambda: self.count_routes([link.name]) > 0, is_filled)
         except (exceptions.GuardUnavailable, exceptions.KernelRefused,
-                exceptions.LedgerUnavailable, OSError) as err:
-            if options.guard == config.ON:
+                OSError) as err:
+            if self._options.guard == config.ON:
                 raise
             self.warn_once('unguarded', str(err))
+            return False
+        if not is_open:
+            self.warn_once('unguarded', '')
+        return is_open
 
     def warn_once(self, what: str, text: str, fact: str = '') -> None:
         """Log something that is wrong, unless that was the last thing logged.

@@ -101,7 +101,7 @@ class Engine:
 
         :param yielding: refuse what another existing sandbox has, and undo
             what fails, address by address
-        :returns: whether break0 had lost its routes
+        :returns: whether a sync is to restore what the others need
         """
         passed: list[IPAddress] = []
         moves: dict[IPAddress, Move] = {}
@@ -118,7 +118,7 @@ class Engine:
                     self._drop(netlink, address, Move(
                         moves[address].after, moves[address].before), say)
         forget_connections(passed)
-        return break0 is not None and break0.routes_lost
+        return break0 is not None and break0.needs_sync
 
     def _add_claim(self, record: Record, yielding: bool,
                    moves: dict[IPAddress, Move], passed: list[IPAddress],

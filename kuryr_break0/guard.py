@@ -48,9 +48,7 @@ _TIMEOUT = 5  # seconds; others wait for the lock meanwhile
 # asks: who belongs to the group of an address reports that to the LAN. So
 # the table itself answers solicitations, on their way to the wire, which is
 # the one that those to a group take, and on break0.
-_TABLE = '''
-table netdev {table}
-delete table netdev {table}
+_SETS = '''
 table netdev {table} {{
     set pairs4 {{ type ether_addr . ipv4_addr; }}
     set pairs6 {{ type ether_addr . ipv6_addr; }}
@@ -58,6 +56,26 @@ table netdev {table} {{
     set addresses6 {{ type ipv6_addr; }}
     set held4 {{ type ether_addr . ipv4_addr; timeout 1s; }}
     set held6 {{ type ether_addr . ipv6_addr; timeout 1s; }}
+}}
+'''
+# In place of a table with all of it, or of chains beside sets that stay.
+_ANEW = '''
+table netdev {table}
+delete table netdev {table}
+''' + _SETS
+_AGAIN = '''
+table netdev {table} {{
+    chain {answer} {{ }}
+    chain from-pods {{ }}
+    chain to-the-wire {{ }}
+}}
+flush table netdev {table}
+delete chain netdev {table} {answer}
+delete chain netdev {table} from-pods
+delete chain netdev {table} to-the-wire
+'''
+_CHAINS = '''
+table netdev {table} {{
     chain {answer} {{
     }}
     chain from-pods {{
@@ -76,7 +94,7 @@ arp saddr ether . arp saddr ip @pairs4 accept
         ether type arp arp saddr ip @addresses4 accept
     }}
 {egress}}}
-{elements}'''
+'''
 _EGRESS = '''    chain to-the-wire {{
         type filter hook egress device "{lower}" priority 0; policy accept;
         ether saddr {mac} drop
@@ -242,7 +260,7 @@ class Guard:
     def is_there(self) -> bool:
         """Return whether the kernel has the table."""
         try:
-            return bool(self._nft().rules(self.table))
+            return self._nft().has_table(self.table)
         except exceptions.KernelRefused:
             return False  # this kernel has no nftables
 
@@ -262,56 +280,69 @@ class Guard:
 
         :param unclaimed: of addresses of which it is not known whose they
             are, so that nothing about them is right or wrong
+        :returns: none of either where there is no such table
         :raises KernelRefused: if they cannot be listed
         """
-        present, wanted = kernel.node_nft().elements(self.table), set(wanted)
+        try:
+            present = kernel.node_nft().elements(self.table)
+        except exceptions.KernelRefused as err:
+            if not err.absent:
+                raise
+            return {}, {}
+        wanted = set(wanted)
         doubtful = {each.address for each in unclaimed}
         return _by_address(wanted - present), _by_address(
             each for each in present - wanted
             if each.address not in doubtful)
 
-    def ensure(self, link: kernel.Link,
-               admitted: Callable[[], Iterable[Pair]],
-               hosts: Collection[IPAddress]) -> None:
+    def ensure(self, link: kernel.Link, hosts: Collection[IPAddress],
+               is_used: Callable[[], bool], is_filled: bool) -> bool:
         """Make sure of the table. Call it under the lock.
 
-        It is loaded as a whole, so no pod is cut off meanwhile.
+        Where pods have routes, its chains must not come before all of these
+        pods are in its sets; until then, it lets in who it did before.
 
-        :param admitted: returns what may come from its pods
         :param hosts: as for :meth:`problem`
+        :param is_used: returns whether pods have routes through break0
+        :param is_filled: whether all of them are in its sets
+        :returns: whether they are to be put there, to call this again then
         :raises GuardUnavailable: if it cannot be had
         """
         if not self.is_wanted:
             if self.is_loaded():
                 self.remove()
-            return
+            return False
         if self.is_intact(link, hosts):
-            return
+            return False
         nft = kernel.find_program('nft')
-        if nft is None:
-            self._cache.drop(self._key)
-            raise exceptions.GuardUnavailable(
-                device=self._device, reason='there is no program nft')
-        elements = list(admitted())
+        against: Optional[str] = 'there is no program nft'
+        is_open = not is_filled and is_used()
         # An old nft may not understand what answers, or what forwards.
-        texts = [self._text(link, elements, hosts),
-                 self._text(link, elements, hosts, held=''),
-                 self._text(link, elements, (), held='')]
+        texts = [self._text(link, hosts), self._text(link, hosts, held=''),
+                 self._text(link, (), held='')]
         if self._options.guard == config.AUTO:
             # Linux before 5.16 has no hook for what leaves.
-            texts.append(self._text(link, elements, (), egress=''))
-        for place, text in enumerate(texts):
-            said_by_nft = _load(nft, text)
-            if said_by_nft is None:
+            texts.append(self._text(link, (), egress=''))
+        around, anew, sets = (each.format(table=self.table, answer=_ANSWER)
+                              for each in (_AGAIN, _ANEW, _SETS))
+        for place, text in enumerate(texts if nft else ()):
+            against = _load(str(nft), (around if is_filled else anew) + text,
+                            *['--check'] * is_open)
+            if against is None:
                 break
-        else:
+        if is_open and against is None:
+            # Those of an earlier version may be others.
+            against = _load(str(nft), sets) and _load(str(nft), anew)
+        if against is not None:
             self._cache.drop(self._key)
-            raise exceptions.GuardUnavailable(
-                device=self._device, reason=said_by_nft)
-        self._cache.put(self._key, [
-            self._digest(link, hosts),
-            place == 0, place < 2 and self._answer(link),
-            *kernel.node_nft().rules(self.table)])
+            raise exceptions.GuardUnavailable(device=self._device,
+                                              reason=against)
+        if not is_open:
+            self._cache.put(self._key, [
+                self._digest(link, hosts),
+                place == 0, place < 2 and self._answer(link),
+                *kernel.node_nft().rules(self.table)])
+        return is_open
 
     def _answer(self, link: kernel.Link) -> bool:
         """Let the table answer solicitations, which nft cannot express."""
@@ -324,35 +355,26 @@ class Guard:
             return False
         return True
 
-    def _text(self, link: kernel.Link, admitted: Iterable[Pair],
-              hosts: Iterable[IPAddress], held: str = _HELD,
-              egress: str = _EGRESS) -> str:
+    def _text(self, link: kernel.Link, hosts: Iterable[IPAddress],
+              held: str = _HELD, egress: str = _EGRESS) -> str:
+        """Return what defines its chains."""
         lower = kernel.name_of(link.lower)
-        elements = []
-        for each in admitted:
-            address = '.'.join(map(str, each.address)) if len(
-                each.address) == 4 else ':'.join(
-                    each.address.hex()[at:at + 4] for at in range(0, 32, 4))
-            elements.append('add element netdev %s %s { %s%s }' % (
-                self.table, each.set_name,
-                each.mac.hex(':') + ' . ' if each.mac else '', address))
         solicited = ','.join('0x' + host.packed.hex() for host in hosts)
         if solicited:
             solicited = _SOLICITED.format(hosts=solicited, answer=_ANSWER)
         held = held.format(mac=link.mac, device='"%s"' % link.name)
-        return _TABLE.format(
+        return _CHAINS.format(
             table=self.table, device=link.name, answer=_ANSWER,
             solicited=solicited, egress=egress.format(
-                lower=lower, mac=link.mac, held=held, solicited=solicited),
-            elements='\n'.join(elements) + '\n')
+                lower=lower, mac=link.mac, held=held, solicited=solicited))
 
     def _digest(self, link: kernel.Link, hosts: Iterable[IPAddress]) -> str:
         """Name what the table depends on.
 
         The answer goes to an ifindex, which the next break0 does not have.
         """
-        return hashlib.sha256(os.fsencode('%d %s' % (link.index, self._text(
-            link, (), hosts)))).hexdigest()[:16]
+        return hashlib.sha256(os.fsencode('%d %s%s' % (
+            link.index, _SETS, self._text(link, hosts)))).hexdigest()[:16]
 
     def remove(self) -> bool:
         """Delete the table; whether there was one."""

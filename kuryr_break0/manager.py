@@ -115,7 +115,7 @@ class Break0Manager:
             raise exceptions.ParentMismatch(configured=configured,
                                             actual=parent)
         if self._engine.bind(records, yielding, failure):
-            # It was created or brought up, so those of the others are gone.
+            # Those of the others are gone, or are to be in its guard again.
             with failure.logged():
                 self.sync()
         failure.raise_first()
@@ -298,15 +298,10 @@ class Break0Manager:
             cache.put('own_addresses', own)
 
     def _missing(self) -> int:
-        table = self._options.route_table
+        devices = self._engine.devices
         with self._engine.locked():  # so that no pod is half bound
-            if table == kernel.RT_TABLE_MAIN:
-                return self._records.count() - kernel.count_host_routes(
-                    self._engine.devices.names())
-            with kernel.Netlink() as netlink:
-                return self._records.count() - sum(
-                    len(netlink.host_routes_of(index, table))
-                    for index in self._engine.devices.indexes())
+            return self._records.count() - devices.count_routes(
+                devices.names())
 
 
 def _identified(netns: str) -> Optional[NamespaceId]:

@@ -93,7 +93,8 @@ def parent_problems(parent: Parent) -> Iterator[str]:
         if parent.other is not None:
             yield '%s belongs to the ledger %s in %s' % (
                 parent.device, *parent.other)
-        for text in said(parent.guard_missing, parent.guard_extra):
+        for text in () if parent.guard else said(parent.guard_missing,
+                                                 parent.guard_extra):
             yield '%s: %s' % (parent.device, text)
         if not parent.live:
             return

@@ -150,7 +150,7 @@ class Reconciler:
             for name in ('replace', 'delete', 'foreign', 'learn', 'forget',
                          'unclaimed')}
         for parent in seen.parents.values():
-            if not self._is_left(seen, parent):
+            if not parent.guard and not self._is_left(seen, parent):
                 self._repaired += [(parent.device, text) for text in said(*(
                     [address for address in pairs if self._dry_run
                      or (parent.device, address) in self._guarded]
@@ -304,13 +304,17 @@ class Reconciler:
         for change in ordered:
             changes.setdefault(change[1].dst, []).append(change)
         set_anew = {route.dst for route in plan.replace}
-        for some in _chunks(sorted(changes.keys() - moved, key=address_order),
+        left = changes.keys() - moved
+        for some in _chunks(sorted(left, key=address_order),
                             CHANGED_AT_ONCE):
+            read: list[IPAddress] = []
             ready: list[IPAddress] = []
             with self._failure.noted(), self._ledger.lock():
                 for address in some:
                     with self._failure.noted(address):
-                        if not self._is_as_read(address, seen):
+                        is_as_read = self._is_as_read(address, seen)
+                        read.append(address)
+                        if not is_as_read:
                             continue
                         if address in set_anew and address in taken:
                             self._engine.routes.take_over(taken[address])
@@ -324,6 +328,7 @@ class Reconciler:
                                                                expelled):
                         self._guarded.update((parent.device, address)
                                              for address in ready)
+                    left.difference_update(read)
                 if not self._change(parent, [
                         change for address in ready
                         for change in changes[address]]):
@@ -332,6 +337,11 @@ class Reconciler:
                 guard.release(self._netlink, kernel.index_of(parent.name), {
                     address: parent.live[address].mac
                     for address in ready if address in set_anew})
+        if parent.guard and not left and guard.is_there():
+            with self._failure.noted(), self._ledger.lock():
+                self._devices.ensure_guard(
+                    self._netlink, parent.link,
+                    kernel.index_of(parent.name), is_filled=True)
 
     def _is_as_read(self, address: IPAddress, seen: Snapshot) -> bool:
         return seen.contents.is_still(self._records, address)

@@ -231,9 +231,13 @@ class Nft(netlink.RequestSocket):
         self._batch('answer neighbour solicitations in the table ' + table,
                     _rule(table, chain, expressions))
 
+    def has_table(self, table: str) -> bool:
+        """Return whether there is a table."""
+        return self._get(_GETTABLE, text(1, table)) is not None
+
     def delete_table(self, table: str) -> bool:
         """Delete a table; whether there was one."""
-        if self._get(_GETTABLE, text(1, table)) is None:
+        if not self.has_table(table):
             return False  # to undo a batch takes the kernel some 15 ms
         with tolerated(errno.ENOENT):
             self._batch('delete the table ' + table, _deletion(table))

@@ -15,7 +15,7 @@ import struct
 import subprocess
 import threading
 import time
-from typing import Any, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional
 from unittest import mock
 
 from kuryr_break0 import device
@@ -26,6 +26,7 @@ from kuryr_break0.kernel import netlink
 from kuryr_break0.kernel import nft
 from kuryr_break0.ledger import cache
 from kuryr_break0.model import Owner
+from kuryr_break0.model import Record
 from kuryr_break0 import podside
 from kuryr_break0 import reconciler
 from tests.functional import base
@@ -466,9 +467,7 @@ class TestTable(BorderTestCase):
 
         def interrupted(*args: Any) -> Optional[str]:
             reason = load(*args)
-            if reason is None:  # else without the hook egress, next
-                self.lab.run('nft', 'delete', 'table', 'netdev',
-                             'kuryr-break0-break0')
+            self.lab.run('nft', 'flush', 'ruleset')
             return reason
 
         self.lab.run('nft', 'flush', 'ruleset')
@@ -478,6 +477,71 @@ class TestTable(BorderTestCase):
         self.manager().sync()
         self.assertEqual([], self.problems())
         self.assertFalse(self.received(udp(lab.LAN, lab.NODE)))
+
+    def sync_checked(self, check: Callable[[], None]) -> None:
+        """Check something after each text that nft loads in a sync."""
+        load, texts = guard._load, []
+
+        def checked(*args: str) -> Optional[str]:
+            reason = load(*args)
+            texts.append(args[1])
+            check()
+            return reason
+
+        with mock.patch.object(guard, '_load', checked):
+            self.manager().sync()
+        self.assertIn('policy drop', texts[-1])
+        self.assertLess(1, len(texts))
+        self.assertEqual([], self.problems())
+        self.assertFalse(self.received(udp(lab.LAN, lab.NODE)))
+
+    def test_no_pod_is_cut_off_while_it_is_loaded_again(self) -> None:
+        for command in ('flush ruleset', 'flush ruleset; add table netdev '
+                        'kuryr-break0-break0; add set netdev '
+                        'kuryr-break0-break0 pairs4 { type mark; }'):
+            with self.subTest(command=command):
+                self.lab.run('nft', command)
+                self.sync_checked(self.assert_reachable)
+                self.assert_reachable()
+
+    def test_nobody_else_gets_in_while_it_is_loaded_again(self) -> None:
+        """As for another address of the node."""
+        self.lab.run('ip', 'address', 'add', 'fd00:30::99/64', 'dev', 'eth0',
+                     'nodad')
+        with mock.patch.object(kernel.Nft, 'add',
+                               side_effect=AssertionError):
+            self.sync_checked(lambda: self.assertFalse(
+                self.received(udp(lab.LAN, lab.NODE))))
+        self.assert_reachable()
+
+    def test_it_is_not_closed_before_all_pods_are_in_it(self) -> None:
+        self.lab.run('nft', 'flush', 'ruleset')
+        with mock.patch.object(
+                kernel.Nft, 'add', side_effect=exceptions.KernelRefused(
+                    'let pods pass', 'no memory', errno.ENOMEM)):
+            with self.assertRaises(exceptions.KernelRefused):
+                self.manager().sync()
+        self.assert_reachable()
+        self.assertIn('guard', '\n'.join(self.problems()))
+        self.bind('100.75.30.80', owner=Owner('c', 'eth0'),
+                  mac_of_pod='fa:16:3e:00:00:09')
+        self.assert_reachable()
+        self.manager().sync()
+        self.assertEqual([], self.problems())
+        self.assert_reachable()
+
+    def test_more_pods_than_nft_can_load_at_once(self) -> None:
+        """As root of a user namespace it may send no larger message."""
+        first = ipaddress.ip_address('10.0.0.1')
+        made = self.manager()._ledger.records
+        for number in range(3000):
+            made.put([Record(first + number, OWNER, lab.PARENT,
+                             'fa:16:3e:00:%02x:%02x' % divmod(number, 256))])
+        self.manager().sync()
+        self.lab.run('nft', 'flush', 'ruleset')
+        self.manager().sync()
+        self.assertEqual(3002, len(self.pairs()))
+        self.assertEqual([], self.problems())
 
     def test_a_pod_whose_record_is_lost_is_not_cut_off(self) -> None:
         os.unlink(base.options().state_dir + '/addresses/%s.json' % POD)

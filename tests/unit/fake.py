@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import ipaddress
 from typing import Any, Iterable, Iterator, Optional, Sequence
 import unittest
 from unittest import mock
@@ -33,6 +32,7 @@ class FakeKernel:
     """The state, and the functions of :mod:`kuryr_break0.kernel`.
 
     :ivar links: by name
+    :ivar closed: tables of :ivar:`tables` that have their chains
     :ivar namespaces: what is at which path, and whether it exists
     :ivar fail: called with each change; what it returns is its error
     """
@@ -47,6 +47,7 @@ class FakeKernel:
         self.gone: set[NamespaceId] = set()
         self.macvlans_found: list[kernel.Macvlan] = []
         self.tables: dict[str, set[kernel.Pair]] = {}
+        self.closed: set[str] = set()
         self.fail: Any = lambda verb, item: None
         self.next_index = 1
 
@@ -91,13 +92,12 @@ class FakeKernel:
     def load(self, nft: str, text: str, *options: str) -> Optional[str]:
         """Load a table, as nft does it."""
         table = text.split()[2]
-        pairs = self.tables[table] = set()
-        for line in text.splitlines():
-            if line.startswith('add element'):
-                *mac, address = line.partition('{')[2].strip(' }').split(' . ')
-                pairs.add(kernel.Pair(
-                    ipaddress.ip_address(address).packed,
-                    bytes.fromhex(mac[0].replace(':', '')) if mac else None))
+        if '--check' not in options:
+            if 'delete table' in text or table not in self.tables:
+                self.tables[table] = set()
+                self.closed.discard(table)
+            if 'hook ingress' in text:
+                self.closed.add(table)
         return None
 
     def count_host_routes(self, devices: Any) -> int:
@@ -281,7 +281,11 @@ class FakeNft:
         return set(self._fake.tables.get(table, ()))
 
     def rules(self, table: str) -> list[int]:
-        return [1, 2] if table in self._fake.tables else []
+        return [1, 2] if self.has_table(table) and (
+            table in self._fake.closed) else []
+
+    def has_table(self, table: str) -> bool:
+        return table in self._fake.tables
 
     def add_answer(self, *args: Any) -> None:
         pass

@@ -359,7 +359,7 @@ class TestDevice(EngineTestCase):
 
     def test_it_is_made_once(self) -> None:
         first, second = self.ensure(), self.ensure()
-        self.assertTrue(first.routes_lost)
+        self.assertTrue(first.needs_sync)
         self.assertEqual((False, ()), second[1:])
         self.assertEqual(first.link, second.link)
         self.assertTrue(first.link.up and not first.link.multicast)
@@ -403,7 +403,7 @@ class TestDevice(EngineTestCase):
                        {'alias': 'mine'}, {'alias': None}):
             with self.subTest(change=change):
                 self.fake.replace(self.fake.links['break0'], **change)
-                self.assertEqual('up' in change, self.ensure().routes_lost)
+                self.assertEqual('up' in change, self.ensure().needs_sync)
                 self.assertEqual((), self.ensure().repaired)
         for path in device.QUIET:
             self.fake.sysctls[path % 'break0'] = 7
