@@ -61,6 +61,8 @@ class Reconciler:
         self._records = ledger.records
         self._engine = Engine(options, ledger)
         self._devices = self._engine.devices
+        #: the ledger as it was read last, of which most is as it was
+        self._contents: Optional[Contents] = None
 
     def sync(self, dry_run: bool = False, claim: bool = False,
              prune: bool = False) -> Outcome:
@@ -77,7 +79,6 @@ class Reconciler:
         """
         self._dry_run, self._claim, self._prune = dry_run, claim, prune
         self._failure = Failures()
-        self._contents: Optional[Contents] = None
         self._repaired: list[tuple[str, str]] = []
         #: what was changed, as far as it was in the plan
         self._applied: set[Item] = set()

@@ -76,9 +76,13 @@ class Interests:
                 if link is not None}
 
     def lost(self, events: Iterable[kernel.Event]) -> bool:
-        """Return whether a break0 or a parent was deleted."""
-        return any(event.what == 'link' and event.gone
-                   and event.ifindex in self._links for event in events)
+        """Return whether a break0 or a parent was deleted, or set down.
+
+        Before it is deleted, it is set down, with an event for each neighbour.
+        """
+        return any(event.what == 'link' and event.ifindex in self._links
+                   and (event.gone or event.link is not None
+                        and not event.link.up) for event in events)
 
     def include(self, event: kernel.Event) -> bool:
         """Return whether an event may be of something to repair."""

@@ -106,6 +106,7 @@ class Agent:
         options = self._options
         ledger = Ledger(options.state_dir)
         interests = Interests(options, ledger)
+        reconciler = Reconciler(options, ledger)
         self._metrics.configure(options)
         with contextlib.suppress(exceptions.LedgerUnavailable):
             ledger.prepare()
@@ -117,7 +118,7 @@ class Agent:
                 with _watching(ledger) as watch:
                     self._cni.listen(options)
                     self._server.listen(options.metrics_bind)
-                    self._sync(ledger, interests)
+                    self._sync(reconciler, interests)
                     beat()
                     if self._finder is not None:
                         self._finder.mark_all()
@@ -177,11 +178,10 @@ class Agent:
                 wait = 0 if interests.lost(heard) else _BURST
                 if any([interests.include(event) for event in heard]):
                     due = min(due, time.monotonic() + wait)
-                if len(heard) >= _FLOOD:
-                    # Not longer than until there is something to do.
-                    at = max(due, self._not_before)
-                    time.sleep(min(_FLOOD_PAUSE,
-                                   max(0, at - time.monotonic())))
+                # Not longer than until there is something to do.
+                pause = max(due, self._not_before) - time.monotonic()
+                if len(heard) >= _FLOOD and pause > 0:
+                    time.sleep(min(_FLOOD_PAUSE, pause))
 
     def _until_look(self, timeout: float) -> float:
         if not self._cni.is_complete:
@@ -208,12 +208,12 @@ class Agent:
                 self._finder.postpone()
                 LOG.error('Containers could not be found: %r', err)
 
-    def _sync(self, ledger: Ledger, interests: Interests) -> None:
+    def _sync(self, reconciler: Reconciler, interests: Interests) -> None:
         began, spent = time.monotonic(), time.thread_time()
         error: Optional[Exception] = None
         try:
             interests.prepare()
-            outcome = Reconciler(self._options, ledger).sync()
+            outcome = reconciler.sync()
             for error in outcome.errors[:1]:
                 LOG.error('Reconciliation failed in part: %s', error)
             interests.update()

@@ -12,6 +12,7 @@ from unittest import mock
 
 import psutil
 
+from kuryr_break0.agent import interests
 from kuryr_break0.agent import loop
 from kuryr_break0 import kernel
 from kuryr_break0 import ledger
@@ -170,6 +171,23 @@ class TestRepair(AgentTestCase):
         self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
         os.kill(self.agent.pid, signal.SIGCONT)
         self.wait_for(self.healed)
+
+
+class TestInterests(base.LabTestCase):
+
+    def test_a_break0_is_lost_before_the_last_event_of_it(self) -> None:
+        self.bind(POD, mac_of_pod=MAC)
+        own = base.options()
+        heard = interests.Interests(own, ledger.Ledger(own.state_dir))
+        heard.update()
+        with kernel.Events() as events:
+            for command, lost in (('set break0 mtu 1400', False),
+                                  ('set lo down', False),
+                                  ('set break0 down', True)):
+                self.lab.run('ip', 'link', *command.split())
+                self.assertEqual(lost, heard.lost(events.get()), command)
+            self.lab.run('ip', 'link', 'del', 'break0')
+            self.assertTrue(heard.lost(events.get()))
 
 
 class TestProcess(AgentTestCase):

@@ -33,7 +33,8 @@ class TestPace(unittest.TestCase):
             return Outcome()
 
         with mock.patch.object(loop.Reconciler, 'sync', work):
-            self.agent._sync(mock.Mock(), mock.Mock())
+            self.agent._sync(loop.Reconciler(base.options(), mock.Mock()),
+                             mock.Mock())
         return self.agent._not_before - self.now
 
     def test_rare_syncs_delay_none(self) -> None:
