@@ -417,5 +417,10 @@ class TestFullFilter(Cases, ParentKindTestCase):
                 'crowd', 'type', 'macvlan', 'mode', 'bridge')
             run('ip', 'link', 'set', name, 'up', netns='crowd')
 
+    def findings(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        found = super().findings(*args, **kwargs)
+        del found['container-pending']  # nobody gives the crowd addresses
+        return found
+
     #: None: the hub of QEMU never takes the carrier away.
     test_no_carrier = None  # type: ignore[assignment]
