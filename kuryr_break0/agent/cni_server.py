@@ -16,7 +16,6 @@ from typing import Optional
 from kuryr_break0.cni import plugin
 from kuryr_break0.cni import request
 from kuryr_break0 import config
-from kuryr_break0 import exceptions
 from kuryr_break0 import log
 
 LOG = log.get_logger(__name__)
@@ -174,7 +173,9 @@ class CNIServer:
         if not data:
             return  # an agent that waits for this one to end
         environment, body = _parse(bytes(data))
-        answer = plugin.answer(environment, body, self._load)
+        options = self._options
+        assert options is not None  # since it listens
+        answer = plugin.answer(environment, body, lambda: options)
         output = answer.output.encode()
         try:
             if _is_closed(client):
@@ -186,11 +187,6 @@ class CNIServer:
                 LOG.warning('Nobody waits for the ADD of %s any more: '
                             'undoing it', environment['CNI_CONTAINERID'])
                 answer.undo()
-
-    def _load(self) -> config.Options:
-        if self._options is None:
-            raise exceptions.InvalidOption(option='(all)', reason='not read')
-        return self._options
 
 
 def _bound(path: str) -> socket.socket:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import Any, Iterable, Optional
 
 from kuryr_break0 import config
@@ -59,10 +60,10 @@ class Interests:
             self._names.add(self._options.parent)
         with kernel.Netlink() as netlink:
             links = self._read_links(netlink)
-            ours = {index for index, essence in links.items()
-                    if essence[0] in made}
+            ours = {index for index, link in links.items()
+                    if link.name in made}
             self._links = {**links, **{
-                index: essence for index, essence in self._links.items()
+                index: link for index, link in self._links.items()
                 if index in links and index not in ours}}
             self._addresses = {
                 *(each for each in self._addresses if each[0] not in ours),
@@ -70,7 +71,7 @@ class Interests:
                   if each.ifindex in ours)}
         self._of_services.clear()
 
-    def _read_links(self, netlink: kernel.Netlink) -> dict[int, Any]:
+    def _read_links(self, netlink: kernel.Netlink) -> dict[int, kernel.Link]:
         links = map(netlink.link, self._names)
         return {link.index: _essence(link) for link in links
                 if link is not None}
@@ -136,16 +137,14 @@ class Interests:
             # A VM ends with its macvtap.
             return (link.kind == 'macvtap' if event.gone
                     else link.name in self._names)
-        essence: Optional[Any] = None if event.gone else _essence(link)
-        changed = bool(self._links[index] != essence)
-        self._links[index] = essence
-        return changed
+        before = self._links[index]
+        self._links[index] = None if event.gone else _essence(link)
+        return bool(self._links[index] != before)
 
     def _is_recorded(self, address: Optional[IPAddress]) -> bool:
         return address is not None and self._ledger.records.exists(address)
 
 
-def _essence(link: kernel.Link) -> Any:
+def _essence(link: kernel.Link) -> kernel.Link:
     """Return what of an interface a break0 depends on."""
-    return (link.name, link.kind, link.mode, link.lower, link.mtu, link.mac,
-            link.alias, link.up, link.multicast, link.vrf)
+    return dataclasses.replace(link, carrier=True, group=0)
