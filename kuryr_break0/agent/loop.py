@@ -66,7 +66,7 @@ class Agent:
                  load: Callable[[], config.Options]) -> None:
         self._load = load
         self._options = options
-        self._metrics = Metrics()
+        self._metrics = Metrics(options)
         self._cni = CNIServer()
         self._server = Server(self._metrics, {
             '/healthz': lambda: (self._metrics.unwell()
@@ -107,7 +107,7 @@ class Agent:
         ledger = Ledger(options.state_dir)
         interests = Interests(options, ledger)
         reconciler = Reconciler(options, ledger)
-        self._metrics.configure(options)
+        self._metrics.options = options
         with contextlib.suppress(exceptions.LedgerUnavailable):
             ledger.prepare()
         with ledger.heartbeat.kept() as beat, _finding(

@@ -45,9 +45,12 @@ class Metrics(prometheus_registry.Collector):
     journal.
 
     The thread of the agent writes; those of the server read.
+
+    :ivar options: those that the agent goes by
     """
 
-    def __init__(self) -> None:
+    def __init__(self, options: config.Options) -> None:
+        self.options = options
         # Those would repeat for each figure when the agent started.
         prometheus_client.disable_created_metrics()
         self.registry = prometheus_client.CollectorRegistry()
@@ -99,17 +102,12 @@ class Metrics(prometheus_registry.Collector):
         #: what was not bound when that was looked for last, by what it says
         self._waiting: set[str] = set()
         self._logged: set[str] = set()
-        self._options: Optional[config.Options] = None
         self._reading = threading.Lock()
         self._outdated = False
         self._seen: Optional[Snapshot] = None
         self._error: Optional[str] = None
         self._succeeded: Optional[float] = None
         self._ended = time.monotonic()
-
-    def configure(self, options: config.Options) -> None:
-        """Go by these options from now on."""
-        self._options = options
 
     def synced(self, seconds: float, error: Optional[Exception]) -> None:
         """Note that a sync of the agent has ended.
@@ -140,24 +138,23 @@ class Metrics(prometheus_registry.Collector):
 
         :returns: seconds until the next time
         """
-        assert self._options is not None
-        ledger = Ledger(self._options.state_dir)
+        ledger = Ledger(self.options.state_dir)
         seen = self._read_snapshot()
         if seen is None:
-            return self._options.resync_interval
+            return self.options.resync_interval
         try:
             found = containers.unserved(seen, ledger)
         except exceptions.Break0Error as err:
             LOG.error('Cannot find out which containers are not bound: %s',
                       err)
-            return self._options.resync_interval
+            return self.options.resync_interval
         texts = {str(each) for each in found}
         lasting = [each for each in found
                    if each.reason not in containers.PASSING
                    or str(each) in self._waiting]
         for each in lasting:
             if str(each) not in self._logged and not (
-                    self._options.discover
+                    self.options.discover
                     and each.reason in containers.FINDERS):
                 LOG.warning('The container address %s. See kuryr-break0 '
                             'doctor', each)
@@ -167,7 +164,7 @@ class Metrics(prometheus_registry.Collector):
         counts = collections.Counter(each.reason for each in lasting)
         for reason, gauge in self._unserved.items():
             gauge.set(counts[reason])
-        return _PASSES if is_new else self._options.resync_interval
+        return _PASSES if is_new else self.options.resync_interval
 
     def unwell(self) -> Optional[str]:
         """Return why the agent does not reconcile; None if it does."""
@@ -175,7 +172,7 @@ class Metrics(prometheus_registry.Collector):
             since = 'yet'
         else:
             age = time.monotonic() - self._succeeded
-            if age <= self._patience:
+            if age <= self.options.patience:
                 return None
             since = 'for %d s' % age
         return 'No sync has succeeded %s: %s' % (
@@ -184,14 +181,9 @@ class Metrics(prometheus_registry.Collector):
     def stuck(self) -> Optional[str]:
         """Return why it should be restarted; None while it tries."""
         age = time.monotonic() - self._ended
-        if age <= self._patience:
+        if age <= self.options.patience:
             return None
         return 'No sync has ended for %d s' % age
-
-    @property
-    def _patience(self) -> float:
-        assert self._options is not None
-        return self._options.patience
 
     def refresh(self) -> None:
         """Refresh the values that :meth:`collect` returns."""
@@ -207,9 +199,8 @@ class Metrics(prometheus_registry.Collector):
             yield from _gauges(self._seen)
 
     def _read_journal(self) -> None:
-        assert self._options is not None
         for what, times, seconds in journal.Journal(
-                self._options.state_dir).drain():
+                self.options.state_dir).drain():
             if what in self._repairs:
                 self._repairs[what].inc(times)
                 continue
@@ -220,8 +211,7 @@ class Metrics(prometheus_registry.Collector):
             self._seconds[done].observe(seconds)
 
     def _read_snapshot(self) -> Optional[Snapshot]:
-        options = self._options
-        assert options is not None
+        options = self.options
         try:
             with kernel.Netlink() as netlink:
                 return actual.read(options, Ledger(options.state_dir), netlink)

@@ -305,8 +305,7 @@ class TestHealth(MetricsTestCase):
         self.wait_for(lambda: self.health() == (200, 'ok\n'))
 
     def test_stuck(self) -> None:
-        own = Metrics()
-        own.configure(base.options(resync_interval=10))
+        own = Metrics(base.options(resync_interval=10))
         for error in (None, exceptions.ParentNotFound(parent='eth0')):
             now = time.monotonic()
             with mock.patch('time.monotonic', return_value=now):
