@@ -74,7 +74,6 @@ class Agent:
             '/livez': lambda: self._metrics.stuck() or self._cni.stuck()})
         self._tables: Optional[kernel.NftEvents] = None
         self._finder: Optional[finder.Finder] = None
-        self._namer: Optional[engines.Namer] = None
         self._stop = False
         self._reload = False
         #: monotonic time before which there is no sync, but by the timer
@@ -111,7 +110,7 @@ class Agent:
         with contextlib.suppress(exceptions.LedgerUnavailable):
             ledger.prepare()
         with ledger.heartbeat.kept() as beat, _finding(
-                options, ledger) as (self._finder, self._namer):
+                options, ledger) as self._finder:
             while not self._stop and not self._reload:
                 # Again each time, since the directory may be another one.
                 # What changes from now on may be too late for the sync.
@@ -122,8 +121,6 @@ class Agent:
                     beat()
                     if self._finder is not None:
                         self._finder.mark_all()
-                    if self._namer is not None:
-                        self._namer.want()
                     self._wait(events, woken, watch, interests)
         if self._reload:
             self._reload_options()
@@ -201,8 +198,7 @@ class Agent:
         due = self._finder.due()
         if due is not None and due <= time.monotonic():
             try:
-                if self._finder.look() and self._namer is not None:
-                    self._namer.want()
+                self._finder.look()
             except Exception as err:  # must not end the agent
                 # What it was to do is still due, or found by the timer.
                 self._finder.postpone()
@@ -244,17 +240,16 @@ class Agent:
 
 @contextlib.contextmanager
 def _finding(options: config.Options, ledger: Ledger
-             ) -> Iterator[tuple[Optional[finder.Finder],
-                                 Optional[engines.Namer]]]:
+             ) -> Iterator[Optional[finder.Finder]]:
     """Find containers, or take back what was found, by the options."""
     if not (options.discover and options.enabled):
         records.take_back(options, ledger)
-        yield None, None
+        yield None
         return
-    with contextlib.closing(finder.Finder(options, ledger)) as found, \
-            contextlib.closing(engines.Namer(options, ledger)) as namer:
-        namer.want()
-        yield found, namer
+    with contextlib.closing(engines.Namer(options, ledger)) as namer, \
+            contextlib.closing(finder.Finder(options, ledger, namer.want)
+                               ) as found:
+        yield found
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from typing import Optional
+from typing import Callable, Optional
 
 from kuryr_break0 import config
 from kuryr_break0 import containers
@@ -62,9 +62,11 @@ class Finder:
     To be used by one thread.
 
     :param options: with ``discover``
+    :param changed: called when what is bound has changed
     """
 
-    def __init__(self, options: config.Options, ledger: Ledger) -> None:
+    def __init__(self, options: config.Options, ledger: Ledger,
+                 changed: Callable[[], None] = lambda: None) -> None:
         self._options = options
         self._ledger = ledger
         self._policy = Policy(options)
@@ -90,7 +92,7 @@ class Finder:
         self._search_at: Optional[float] = 0.0
         self._not_before = 0.0
         self._refusals: set[tuple[IPAddress, Optional[int], str]] = set()
-        self._has_changed = False
+        self._changed = changed
 
     def close(self) -> None:
         self._mounts.close()
@@ -138,6 +140,7 @@ class Finder:
         self.search()
         for namespace in self._namespaces.values():
             namespace.mark(now)
+        self._changed()
 
     def _read_records(self) -> None:
         records: dict[NamespaceId, dict[IPAddress, Record]] = {}
@@ -167,14 +170,11 @@ class Finder:
         """Do nothing for a second, as after a fault of this process."""
         self._not_before = time.monotonic() + LAST
 
-    def look(self) -> bool:
+    def look(self) -> None:
         """Do what is due: bind what is new, unbind what is not there.
 
         After an error, what it did not get to is still due.
-
-        :returns: whether there was any of that
         """
-        self._has_changed = False
         began, spent = time.monotonic(), time.thread_time()
         if self._search_at is not None and self._search_at <= began:
             self._find()
@@ -199,7 +199,6 @@ class Finder:
                 raise
         self._not_before = time.monotonic() + (
             time.thread_time() - spent) * (1 / _SHARE - 1)
-        return self._has_changed
 
     def _find(self) -> None:
         """Find the namespaces of the node, and number those that are new.
@@ -354,7 +353,7 @@ class Finder:
             address, owner, macvlan.parent, macvlan.link.mac,
             netns=macvlan.netns, namespace=macvlan.namespace,
             origin=Origin.DISCOVERED)
-        self._has_changed = True
+        self._changed()
 
     def _refuse(self, address: IPAddress, namespace: NamespaceId,
                 reason: str) -> None:
@@ -377,7 +376,7 @@ class Finder:
             return
         if record.namespace is not None:
             self._records.get(record.namespace, {}).pop(record.address, None)
-        self._has_changed = True
+        self._changed()
 
     def _end(self, namespace: NamespaceId) -> None:
         """Have what a namespace had unbound soon."""
@@ -401,8 +400,8 @@ class Finder:
                     records, failure)
                 failure.raise_first()
                 if not any(claim.namespace == namespace for claim in left):
-                    self._has_changed |= bool(records)
-                    self._records.pop(namespace, None)
+                    if self._records.pop(namespace, None):
+                        self._changed()
                     return
         except exceptions.Break0Error as err:
             LOG.error('%s', err)
