@@ -39,7 +39,7 @@ class Preconditions:
         self._parent = parent
         self._checks: dict[str, Callable[[], Iterator[Finding]]] = {
             'capabilities': self._capabilities, 'kernel': self._kernel,
-            'the parent': self._link, 'macvlans on it': self._macvlan,
+            'the parent, macvlans on it': self._link,
             'names and numbers': self._names, 'sysctls': self._sysctls,
             'the state directory': lambda: records.check_directory(options),
             'namespaces': self._namespaces,
@@ -80,37 +80,33 @@ class Preconditions:
                 'the kernel is ' + platform.release())
 
     def _link(self) -> Iterator[Finding]:
-        if self._parent is None:
+        name = self._parent
+        if name is None:
             return
         with kernel.Netlink() as netlink:
-            link = netlink.link(self._parent)
-        if link is None or link.loopback:
-            yield KINDS['parent-missing'].found(
-                'there is no interface %s on this node' % self._parent
-                if link is None else '%s is the loopback' % self._parent)
-        elif not link.up:
-            yield KINDS['parent-down'].found(
-                '%s is down' % self._parent, parent=self._parent)
-
-    def _macvlan(self) -> Iterator[Finding]:
-        """Make one in a namespace of a thread, with which both end."""
-        if self._parent is None:
-            return
-        with kernel.Netlink() as netlink, \
-                futures.ThreadPoolExecutor(1) as other:
-            parent = netlink.link(self._parent)
-            if parent is None:
+            link = netlink.link(name)
+            if link is None or link.loopback:
+                yield KINDS['parent-missing'].found(
+                    'there is no interface %s on this node' % name
+                    if link is None else '%s is the loopback' % name)
+            elif not link.up:
+                yield KINDS['parent-down'].found('%s is down' % name,
+                                                 parent=name)
+            if link is None:
                 return
-            if not other.submit(kernel.unshare).result():
-                raise OSError('no namespace can be created to try one in')
-            thread = other.submit(threading.get_native_id).result()
-            try:
-                netlink.create_macvlan(
-                    'break0-check', parent, '/proc/self/task/%d/ns/net' %
-                    thread, mac='02:00:00:00:00:00', mtu=parent.mtu,
-                    up=False)  # it would be heard
-            except exceptions.KernelRefused as err:
-                yield KINDS['macvlan-impossible'].found(str(err).rstrip('.'))
+            # Make a macvlan in a namespace of a thread: both end with that.
+            with futures.ThreadPoolExecutor(1) as other:
+                if not other.submit(kernel.unshare).result():
+                    raise OSError('no namespace can be created to try one in')
+                thread = other.submit(threading.get_native_id).result()
+                try:
+                    netlink.create_macvlan(
+                        'break0-check', link, '/proc/self/task/%d/ns/net' %
+                        thread, mac='02:00:00:00:00:00', mtu=link.mtu,
+                        up=False)  # it would be heard
+                except exceptions.KernelRefused as err:
+                    yield KINDS['macvlan-impossible'].found(
+                        str(err).rstrip('.'))
 
     def _names(self) -> Iterator[Finding]:
         options = self._options
