@@ -44,8 +44,10 @@ class Rule(NamedTuple):
 
     def accept(self, device: str, comes_in: bool) -> str:
         """Return the command for a rule that lets traffic pass before it."""
+        # The policies are of ufw too, if there are chains of it.
         if self.chain.startswith('ufw') or (
-                self.text.startswith('policy') and _has_ufw()):
+                self.text.startswith('policy') and any(
+                    'ufw-before-input' in text for text in _rulesets())):
             return _ufw(device, comes_in)
         return '%s -t %s -I %s %s %s -j ACCEPT' % (
             self.program, self.table, self.chain, '-i' if comes_in else '-o',
@@ -162,11 +164,6 @@ def masquerading(parent: str, device: str) -> Optional[tuple[str, str]]:
                              plain(line.strip()))
             return line.strip(), 'nft "add rule %s %s %s"' % (*place, rule)
     return None
-
-
-def _has_ufw() -> bool:
-    """Return whether ufw has set up the rules, and so the policies."""
-    return any('ufw-before-input' in text for text in _rulesets())
 
 
 def _rulesets() -> Iterator[str]:
