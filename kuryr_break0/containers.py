@@ -185,8 +185,7 @@ class _Judge:
             self._next_hops_seen)
         if reason is not None:
             return Reason.REFUSED, 'it is ' + reason
-        living = [claim for claim in claims
-                  if claim not in self._seen.gone]
+        living = [claim for claim in claims if claim not in self._seen.gone]
         if living:
             return Reason.CLAIMED, 'it belongs to %s' % living[0].owner
         if not self._options.discover:

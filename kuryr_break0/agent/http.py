@@ -112,8 +112,7 @@ class Server:
                 start_response: Callable[..., Any]) -> Iterable[bytes]:
         if environ['PATH_INFO'] == '/metrics':
             self._metrics.refresh()
-            answer: Iterable[bytes] = self._exposition(environ,
-                                                       start_response)
+            answer: Iterable[bytes] = self._exposition(environ, start_response)
             return answer
         judge = self._judges.get(environ['PATH_INFO'])
         if judge is not None:

@@ -48,8 +48,7 @@ example:
 
 
 def add_parsers(subparsers: Any) -> None:
-    added = parser.add_verb(
-        subparsers, 'adopt', _run, _DESCRIPTION, _EPILOG)
+    added = parser.add_verb(subparsers, 'adopt', _run, _DESCRIPTION, _EPILOG)
     added.add_flag('--dry-run', 'print the changes, but make none')
     added.add_flag('--wide', 'do not fold long lines')
 

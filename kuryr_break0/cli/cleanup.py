@@ -49,8 +49,7 @@ example:
 
 
 def add_parsers(subparsers: Any) -> None:
-    added = parser.add_verb(
-        subparsers, 'cleanup', _run, _DESCRIPTION, _EPILOG)
+    added = parser.add_verb(subparsers, 'cleanup', _run, _DESCRIPTION, _EPILOG)
     added.add_flag('--dry-run', 'print the changes, but make none')
 
 
@@ -181,8 +180,7 @@ class Cleanup:
             return
         items = [item for item in snapshot.items_of(parent)
                  if item.protocol == self.options.route_protocol]
-        changes: list[kernel.Change] = [(Verb.DELETE, item)
-                                        for item in items]
+        changes: list[kernel.Change] = [(Verb.DELETE, item) for item in items]
         errors = ([None] * len(items) if self.dry_run
                   else netlink.change(changes))
         for item, err in zip(items, errors):

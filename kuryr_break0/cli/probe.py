@@ -54,8 +54,7 @@ _ASKED = 1.5
 
 
 def add_parsers(subparsers: Any) -> None:
-    added = parser.add_verb(
-        subparsers, 'probe', _run, _DESCRIPTION, _EPILOG)
+    added = parser.add_verb(subparsers, 'probe', _run, _DESCRIPTION, _EPILOG)
     added.add_value('target', 'NAME', 'address, or name of a container or pod',
                     nargs='?')
     added.add_flag('--all', 'probe each bound address')

@@ -46,8 +46,7 @@ configuration, 3 if the kernel or the state directory cannot be read.
 
 
 def add_parsers(subparsers: Any) -> None:
-    added = parser.add_verb(
-        subparsers, 'status', run, _DESCRIPTION)
+    added = parser.add_verb(subparsers, 'status', run, _DESCRIPTION)
     added.add_value('target', 'NAME', 'address, or name of a container or pod',
                     nargs='?')
     added.add_flag(

@@ -78,8 +78,7 @@ def _lines(outcome: Outcome, options: config.Options) -> Iterator[str]:
         *(('!', item) for item in outcome.unclaimed)]
     for sign, item in signed:
         at = item.oif if isinstance(item, HostRoute) else item.ifindex
-        yield '%s %s' % (sign, names.described(item,
-                                               _name_of(at, options)))
+        yield '%s %s' % (sign, names.described(item, _name_of(at, options)))
     for record in outcome.gone:
         yield '- record %s owner %s: its sandbox is gone' % (record.address,
                                                              record.owner)

@@ -183,8 +183,7 @@ def containers(path: str, proc_dirs: tuple[str, ...]
             details = _get(path, '/containers/%s/json' % identity)
         except ValueError:
             continue  # it has just ended
-        key = _part(_part(details, 'NetworkSettings', dict), 'SandboxKey',
-                    str)
+        key = _part(_part(details, 'NetworkSettings', dict), 'SandboxKey', str)
         if key.startswith('/'):
             yield name, key
         pid = _part(_part(details, 'State', dict), 'Pid', int)

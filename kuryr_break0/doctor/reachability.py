@@ -96,8 +96,7 @@ class Pings:
         """Return it with the probe without an answer that says most."""
         prober = Prober(1, _TIMEOUT)
         assert record.netns is not None and self._parent.node is not None
-        tried = [prober.probe(record.address, self._parent.device,
-                              record.mac)]
+        tried = [prober.probe(record.address, self._parent.device, record.mac)]
         with contextlib.suppress(exceptions.NetnsUnusable):
             tried += prober.from_pod(record.address, record.netns,
                                      record.namespace, self._parent.node)

@@ -31,8 +31,7 @@ def check(links: Sequence[kernel.Link]) -> Iterator[Finding]:
     """Look for systemd-networkd and NetworkManager on this node."""
     for link in links:
         yield from _check_link(link)
-    yield from _check_foreign_routes(
-        [(link.name, link.mac) for link in links])
+    yield from _check_foreign_routes([(link.name, link.mac) for link in links])
 
 
 def check_drop_ins(name: str) -> Iterator[Finding]:
