@@ -36,17 +36,15 @@ PATIENCE = 1.0
 
 
 def read(options: config.Options, ledger: Ledger, netlink: kernel.Netlink,
-         patience: float = PATIENCE,
-         known: Optional[Contents] = None, ways: bool = True) -> Snapshot:
+         patience: float = PATIENCE, ways: bool = True) -> Snapshot:
     """Read ledger and kernel at one moment. Changes nothing.
 
     :param patience: seconds to wait for a bind or unbind to end
-    :param known: what the ledger had a moment ago; see ``Ledger.contents``
     :param ways: find out whether the kernel uses the routes through break0
     :raises Break0Error: if any of them cannot be read
     """
     contents, reading, is_steady = ledger.inspect(
-        lambda: _Reading(options, ledger, netlink, ways), patience, known)
+        lambda: _Reading(options, ledger, netlink, ways), patience)
     return reading.snapshot(contents, is_steady)
 
 

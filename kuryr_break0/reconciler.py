@@ -15,7 +15,7 @@ import collections
 import contextlib
 import dataclasses
 import gc
-from typing import Any, Collection, Iterator, Optional
+from typing import Any, Collection, Iterator
 
 from kuryr_break0 import actual
 from kuryr_break0 import config
@@ -26,7 +26,6 @@ from kuryr_break0.guard import Guard
 from kuryr_break0.guard import said
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
-from kuryr_break0.ledger import Contents
 from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
@@ -62,7 +61,6 @@ class Reconciler:
         self._engine = Engine(options, ledger)
         self._devices = self._engine.devices
         #: the ledger as it was read last, of which most is as it was
-        self._contents: Optional[Contents] = None
 
     def sync(self, dry_run: bool = False, claim: bool = False,
              prune: bool = False) -> Outcome:
@@ -224,10 +222,8 @@ class Reconciler:
             self._dry_run and self._claims(seen, parent))
 
     def _read(self) -> Snapshot:
-        seen = actual.read(self._options, self._ledger, self._netlink,
-                           known=self._contents, ways=False)
-        self._contents = seen.contents
-        return seen
+        return actual.read(self._options, self._ledger, self._netlink,
+                           ways=False)
 
     def _ensure_devices(self, seen: Snapshot) -> bool:
         """Make sure of each break0; whether one may have been changed."""

@@ -21,7 +21,6 @@ from typing import Callable, Iterable, Iterator, Optional, TypeVar
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
-from kuryr_break0.kernel import node
 from kuryr_break0.ledger.cache import Cache
 from kuryr_break0.ledger import files
 from kuryr_break0.ledger.heartbeat import Heartbeat
@@ -63,7 +62,6 @@ class Contents:
     :ivar newer: the same of those that a later version has written
     :ivar quarantined: the paths of those that were moved there
     :ivar unreadable: the addresses of all of these
-    :ivar stamps: of the files of claims
     """
 
     claims: dict[IPAddress, tuple[Record, ...]]
@@ -71,15 +69,13 @@ class Contents:
     newer: dict[str, str]
     quarantined: tuple[str, ...]
     unreadable: frozenset[IPAddress]
-    stamps: dict[IPAddress, Optional[files.Stamp]] = dataclasses.field(
-        default_factory=dict)
 
     def is_still(self, records: Records, address: IPAddress) -> bool:
         """Return whether an address has the claims that were read."""
-        stamp = self.stamps.get(address)
-        return stamp is not None and stamp == files.stamp(
-            records.path(address)) or records.claims(
-                address) == self.claims.get(address, ())
+        claims = self.claims.get(address, ())
+        stamp = files.stamp(records.path(address))  # mostly that says it
+        return records.known.get(address) == (stamp, claims) or (
+            records.claims(address) == claims)
 
 
 class Ledger:
@@ -129,8 +125,7 @@ class Ledger:
         with self._usable():
             return lock.is_free_within(self.lock_path, seconds)
 
-    def inspect(self, look: Callable[[], T], patience: float,
-                known: Optional[Contents] = None
+    def inspect(self, look: Callable[[], T], patience: float
                 ) -> tuple[Contents, T, bool]:
         """Read all records, and something else that must agree with them.
 
@@ -139,14 +134,13 @@ class Ledger:
         come or gone meanwhile, both are read again, a few times.
 
         :param patience: seconds to wait for
-        :param known: as for :meth:`contents`
         :returns: what they return, and whether it is of one moment
         """
         directory = self.records.directory
         with self._usable():
             for _ in range(_RETRIES):
                 before = files.stamp(directory)
-                found = known = self.contents(known)
+                found = self.contents()
                 is_free = lock.is_free_within(self.lock_path, patience)
                 other = look()
                 is_steady = is_free and before == files.stamp(directory)
@@ -154,16 +148,10 @@ class Ledger:
                     break
         return found, other, is_steady
 
-    def contents(self, known: Optional[Contents] = None) -> Contents:
-        """Read all there is, and leave it as it is: nothing is moved.
-
-        :param known: what was read a moment ago. A file that has not been
-            replaced since, which takes a tenth of the time to find out, is
-            not read again.
-        """
+    def contents(self) -> Contents:
+        """Read all there is, and leave it as it is: nothing is moved."""
         claims: dict[IPAddress, tuple[Record, ...]] = {}
         unreadable: set[IPAddress] = set()
-        stamps: dict[IPAddress, Optional[files.Stamp]] = {}
         damaged, newer, quarantined = {}, {}, []
         for name in self.records.names(self.records.directory):
             path = os.path.join(self.records.directory, name)
@@ -171,10 +159,7 @@ class Ledger:
             try:
                 address = address_of(name)
                 found = {address}
-                stamps[address] = files.stamp(path)
-                claims[address] = _still(
-                    known, address, stamps[address]) or self.records.parsed(
-                        path, address)
+                claims[address] = self.records.parsed(address)
             except (FileNotFoundError, NotADirectoryError):
                 pass  # unbound meanwhile
             except NewerVersion as err:
@@ -183,6 +168,9 @@ class Ledger:
             except (ValueError, OSError) as err:
                 damaged[path] = str(err)
                 unreadable |= found
+        known = self.records.known
+        self.records.known = {address: known[address] for address in claims
+                              if address in known}
         for name in self.records.names(self.records.quarantine):
             quarantined.append(os.path.join(self.records.quarantine, name))
             with contextlib.suppress(ValueError):
@@ -191,7 +179,7 @@ class Ledger:
             {address: claims[address]
              for address in sorted(claims, key=address_order)},
             damaged, newer, tuple(sorted(quarantined)),
-            frozenset(unreadable - claims.keys()), stamps)
+            frozenset(unreadable - claims.keys()))
 
     def identity(self) -> Optional[Identity]:
         """Return what this ledger is; None if it was never used."""
@@ -305,17 +293,3 @@ class Ledger:
 
     def _usable(self) -> contextlib.AbstractContextManager[None]:
         return files.usable(self.path)
-
-
-def _still(known: Optional[Contents], address: IPAddress,
-           stamp: Optional[files.Stamp]) -> tuple[Record, ...]:
-    """Return the claims that were read before, if nothing has changed.
-
-    A parent that was renamed meanwhile has another name in them.
-    """
-    found = known.claims.get(address, ()) if known is not None else ()
-    if known is None or stamp is None or stamp != known.stamps.get(address):
-        return ()
-    return found if all(
-        claim.parent == node.current_name(claim.parent, claim.parent_index)
-        for claim in found) else ()
