@@ -59,7 +59,6 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         options = None
         with self._logged(unreachable):
             options = config.load(k_config.CONF)
-        patches.restore_configure_l3()
         try:
             sandbox = self._sandbox(netns)
             if self._is_kept_for_break0(vif.vif_name):

@@ -93,15 +93,6 @@ def _get_ipdb_of_interfaces(netns: Optional[str] = None) -> Any:
     return (not netns and ipdb.ipdb_of_interfaces()) or _get_ipdb(netns)
 
 
-def restore_configure_l3() -> None:
-    """Undo what an earlier pod of this process has left, if it was not used.
-
-    As for a VIF that Kuryr gives no addresses.
-    """
-    if hasattr(getattr(b_base, '_configure_l3', None), 'is_of_break0'):
-        b_base._configure_l3 = _configure_l3
-
-
 def replace_configure_l3(configure: Callable[..., None],
                          vif: Optional[Any] = None) -> None:
     """Have the next VIF of this process configured by another function.
@@ -109,8 +100,10 @@ def replace_configure_l3(configure: Callable[..., None],
     :param configure: takes what Kuryr's function does
     :param vif: the one that is meant; None for any
     """
-    if _configure_l3 is None or getattr(
-            b_base, '_configure_l3', None) is not _configure_l3:
+    present = getattr(b_base, '_configure_l3', None)
+    # One of ours was not used for a VIF that Kuryr gave no addresses.
+    if _configure_l3 is None or (present is not _configure_l3 and not hasattr(
+            present, 'is_of_break0')):
         return
 
     def once(*args: Any) -> None:

@@ -623,7 +623,7 @@ class TestKuryrsOwn(test_binding.TestNestedMacvlanDriver):
         set_options(self, pod_binding='kuryr')
         # A test that calls the driver alone leaves this for the next request
         # of its process, which in kuryr-daemon has only one.
-        patches.restore_configure_l3()
+        b_base._configure_l3 = patches._configure_l3
 
     def test_it_is_our_driver(self) -> None:
         self.assertIsInstance(b_base._get_binding_driver(self.vif),

@@ -50,7 +50,7 @@ class L3TestCase(base.LabTestCase):
         os_vif.initialize()
         # A test that calls the driver alone leaves this for the next request
         # of its process, which in kuryr-daemon has only one.
-        patches.restore_configure_l3()
+        b_base._configure_l3 = patches._configure_l3
 
     def connect(self, vif: Any, name: str, is_default: bool = True,
                 prepare: tuple[str, ...] = ()) -> Optional[str]:
