@@ -14,6 +14,7 @@ from kuryr_break0.cni.request import CNIError
 from kuryr_break0.cni.request import Request
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
+from kuryr_break0.failures import Failures
 from kuryr_break0 import guard
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import files
@@ -233,7 +234,7 @@ class Plugin:
         """
         request = self._request
         valid = request.attachments()
-        errors = []
+        failure = Failures()
         for claims in list(self._ledger.records.containing(request.network)):
             for claim in claims:
                 if (claim.network != request.network
@@ -244,33 +245,24 @@ class Plugin:
                         claim.netns, claim.namespace) is kernel.State.GONE
                 else:
                     unwanted = claim.owner not in valid
-                if not unwanted:
-                    continue
-                try:
-                    self._manager.unbind(claim.owner, [claim.address])
-                except exceptions.Break0Error as err:
-                    errors.append(err)
-        if errors:
-            raise errors[0]
+                if unwanted:
+                    with failure.noted():
+                        self._manager.unbind(claim.owner, [claim.address])
+        failure.raise_first()
 
     def _status(self) -> None:
         """Say whether an ADD would succeed."""
-        for reason in self._hindrances():
-            raise CNIError(requests.UNAVAILABLE, reason)
-
-    def _hindrances(self) -> Iterator[str]:
         options = self._options
-        if os.geteuid() != 0:
-            yield str(exceptions.NotPermitted(
-                action='change the network', capability='CAP_NET_ADMIN'))
         try:
+            if os.geteuid() != 0:
+                raise exceptions.NotPermitted(
+                    action='change the network', capability='CAP_NET_ADMIN')
             if options.guard == config.ON and not guard.is_installed():
                 raise exceptions.GuardUnavailable(
                     device=options.device, reason='there is no program nft')
-            if not self._strict:
-                return
-            self._ledger.prepare()
-            if options.parent and not kernel.exists(options.parent):
-                raise exceptions.ParentNotFound(parent=options.parent)
+            if self._strict:
+                self._ledger.prepare()
+                if options.parent and not kernel.exists(options.parent):
+                    raise exceptions.ParentNotFound(parent=options.parent)
         except exceptions.Break0Error as err:
-            yield str(err)
+            raise CNIError(requests.UNAVAILABLE, str(err)) from err

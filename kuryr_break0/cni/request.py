@@ -222,14 +222,12 @@ def _pod(environment: Mapping[str, str]) -> Optional[str]:
             raise CNIError(BAD_VARIABLE, 'CNI_ARGS has %s, which is no '
                            'NAME=VALUE' % _short(pair))
         arguments[name] = value
-    names = [arguments.get(name, '') for name
-             in ('K8S_POD_NAMESPACE', 'K8S_POD_NAME')]
-    if not all(_POD.fullmatch(name) for name in names if name):
-        return None  # it is for people only
-    if not names[1]:
-        return None
+    namespace, name = (arguments.get('K8S_POD_NAMESPACE', ''),
+                       arguments.get('K8S_POD_NAME', ''))
     # Podman gives the name of the container for both.
-    return (names[1] if names[0] in ('', names[1]) else '/'.join(names))
+    parts = [name] if namespace in ('', name) else [namespace, name]
+    # It is for people only.
+    return '/'.join(parts) if all(map(_POD.fullmatch, parts)) else None
 
 
 def _config(data: bytes) -> dict[str, Any]:
