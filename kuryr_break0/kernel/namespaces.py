@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import math
 import os
 import stat
 import struct
@@ -223,27 +224,24 @@ def find(processes: Iterable[str],
             found = seen(path, own)
             if found:
                 paths.setdefault(found, path)
-    oldest: dict[tuple[int, int], tuple[int, int, str]] = {}
-    inside: dict[tuple[int, int], str] = {}
-    for order, proc in enumerate(processes):
+    inside: dict[tuple[int, int], list[str]] = {}
+    for proc in processes:
         for name in filter(str.isdigit, _names(proc)):
             process = os.path.join(proc, name)
-            with absence(_UNSEEN), contextlib.suppress(IndexError, ValueError):
+            with absence(_UNSEEN):
                 found = seen(process + '/ns/net', own)
-                if found is None:
-                    continue
-                inside.setdefault(found, process)
-                if found not in paths:
-                    since = _started(process), order, process + '/ns/net'
-                    oldest[found] = min(oldest.get(found, since), since)
-    paths.update({found: path for found, (_, _, path) in oldest.items()})
+                if found:
+                    inside.setdefault(found, []).append(process)
+    for found, members in inside.items():
+        if found not in paths:
+            paths[found] = min(members, key=_started) + '/ns/net'
     namespaces = []
     for path in paths.values():
         with absence(_UNSEEN):
             namespace = identify_or_fail(path)
             if namespace[:2] != (own.st_dev, own.st_ino):
-                namespaces.append(Found(path, namespace,
-                                        inside.get(namespace[:2])))
+                namespaces.append(Found(path, namespace, next(
+                    iter(inside.get(namespace[:2], ())), None)))
     return namespaces
 
 
@@ -290,8 +288,10 @@ def _names(directory: str) -> list[str]:
     return []
 
 
-def _started(process: str) -> int:
-    """Return when a process was started, in ticks since the boot."""
-    with open(os.path.join(process, 'stat'), 'rb') as file:
+def _started(process: str) -> float:
+    """Return when a process was started, in ticks; late if it has ended."""
+    with absence(_UNSEEN), contextlib.suppress(IndexError, ValueError), \
+            open(process + '/stat', 'rb') as file:
         # The name of the program, in parentheses, may have any byte.
         return int(file.read().rpartition(b')')[2].split()[19])
+    return math.inf

@@ -15,9 +15,6 @@ from typing import Any, Iterator, NamedTuple, Optional, Sequence
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel.links import LinkSocket
 from kuryr_break0.kernel import netlink
-from kuryr_break0.kernel.netlink import Message
-from kuryr_break0.kernel.netlink import Received
-from kuryr_break0.kernel.netlink import tolerated
 from kuryr_break0.kernel.node import index_of
 from kuryr_break0.kernel.node import name_of
 from kuryr_break0.kernel import values
@@ -79,10 +76,7 @@ class Path(NamedTuple):
 
 
 class Netlink(LinkSocket):
-    """One rtnetlink socket in the namespace of the calling thread.
-
-    To be used as a context manager. Its methods raise KernelRefused.
-    """
+    """One rtnetlink socket in the namespace of the calling thread."""
 
     def configure(self, link: str, addresses: Sequence[IPInterface],
                   routes: Sequence[tuple[IPNetwork, IPAddress]]) -> None:
@@ -97,22 +91,21 @@ class Netlink(LinkSocket):
         if index is None:
             raise exceptions.KernelRefused(
                 'configure ' + link, os.strerror(errno.ENODEV), errno.ENODEV)
-        steps: list[tuple[Any, bool, Message]] = [
-            (address, True, Message(wire.RTM_NEWADDR, _NEW,
-                                    wire.pack_address(index, address)))
-            for address in addresses]
+        steps: list[tuple[Any, bool, int, bytes]] = [
+            (address, True, wire.RTM_NEWADDR,
+             wire.pack_address(index, address)) for address in addresses]
         steps += [('%s by %s' % route, route[0].prefixlen == 0,
-                   Message(wire.RTM_NEWROUTE, _NEW,
-                           wire.pack_gateway_route(*route)))
+                   wire.RTM_NEWROUTE, wire.pack_gateway_route(*route))
                   for route in routes]
         if not steps:
             return
         try:
-            refused = self._send([message for _, _, message in steps])
+            refused = self._send([netlink.Message(kind, _NEW, body)
+                                  for _, _, kind, body in steps])
         except OSError as err:
             raise self._failed('configure ' + link, err) from err
         for place, refusal in sorted(refused.items()):
-            what, may_exist, _ = steps[place]
+            what, may_exist, _, _ = steps[place]
             if refusal.errno != errno.EEXIST or not may_exist:
                 raise self._failed('give %s %s' % (link, what), refusal)
 
@@ -263,7 +256,7 @@ class Netlink(LinkSocket):
 
     def _next_hop_objects(self) -> list[values.NextHop]:
         """List the next hops that routes may refer to, by a dump."""
-        with tolerated(errno.EOPNOTSUPP):  # before Linux 5.3
+        with netlink.tolerated(errno.EOPNOTSUPP):  # before Linux 5.3
             return [each for found in self._list(
                 'list the nexthop objects', wire.RTM_GETNEXTHOP,
                 wire.ALL_NEXT_HOPS) for each in found]
@@ -274,7 +267,7 @@ class Netlink(LinkSocket):
         found: list[values.Route] = []
         for family in (socket.AF_INET, socket.AF_INET6):
             # The interface or the table is not there.
-            with tolerated(errno.ENODEV, errno.ENOENT):
+            with netlink.tolerated(errno.ENODEV, errno.ENOENT):
                 found += self._list(
                     'list the routes of ' + name_of(ifindex),
                     wire.RTM_GETROUTE,
@@ -304,7 +297,7 @@ class Netlink(LinkSocket):
         kernel passes over them if it is asked for each of the others; where
         these are many, it is faster to pass over the messages here.
         """
-        def read(message: Received) -> Any:
+        def read(message: netlink.Received) -> Any:
             if protocol is not None and (
                     wire.route_protocol(message.body) == protocol):
                 return None
@@ -320,7 +313,7 @@ class Netlink(LinkSocket):
         for oif in asked:
             for family in (socket.AF_INET, socket.AF_INET6):
                 # The interface may go meanwhile, or the node be without IPv6.
-                with tolerated(errno.ENODEV, errno.EOPNOTSUPP):
+                with netlink.tolerated(errno.ENODEV, errno.EOPNOTSUPP):
                     yield from self._list(
                         'list the next hops', wire.RTM_GETROUTE,
                         wire.pack_route_dump(
@@ -329,7 +322,7 @@ class Netlink(LinkSocket):
     def neighbours(self, ifindex: int) -> list[Neighbour]:
         """List the permanent neighbours of an interface, by a dump."""
         found: list[values.NeighbourState] = []
-        with tolerated(errno.ENODEV):
+        with netlink.tolerated(errno.ENODEV):
             found = self._list('list the neighbours of ' + name_of(ifindex),
                                wire.RTM_GETNEIGH,
                                wire.pack_neighbour_dump(ifindex))
