@@ -18,17 +18,6 @@ from kuryr_break0.model import Record
 Claims = tuple[Record, ...]
 
 
-class Split(NamedTuple):
-    """The claims on one address, by whether their sandboxes exist.
-
-    :ivar living: those that count, now or later: nothing proves their end
-    :ivar gone: those of sandboxes that are proven not to exist
-    """
-
-    living: Claims
-    gone: Claims
-
-
 class Addition(NamedTuple):
     """What becomes of the claims on an address with one more.
 
@@ -43,10 +32,13 @@ class Addition(NamedTuple):
 
 
 def split(claims: Collection[Record],
-          is_gone: Callable[[Record], bool]) -> Split:
-    """Tell the claims of sandboxes that are gone from the others."""
+          is_gone: Callable[[Record], bool]) -> tuple[Claims, Claims]:
+    """Tell the claims that count, now or later, from those that are gone.
+
+    These are of sandboxes that are proven not to exist.
+    """
     gone = tuple(claim for claim in claims if is_gone(claim))
-    return Split(tuple(claim for claim in claims if claim not in gone), gone)
+    return tuple(claim for claim in claims if claim not in gone), gone
 
 
 def add(record: Record, claims: Claims,
@@ -61,7 +53,7 @@ def add(record: Record, claims: Claims,
         return Addition(claims, (), False)
     others = [claim for claim in claims
               if not is_of_same_interface(claim, record)]
-    rivals = split(others, is_gone).living
+    rivals, _ = split(others, is_gone)
     # The end of one without these is never proven.
     kept = tuple(claim for claim in rivals if claim.namespace or claim.tap)
     return Addition((record, *kept), rivals, bool(others))

@@ -12,7 +12,6 @@ for a VLAN conflict, and answers any other with a page of HTML.
 
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel.conntrack import forget_connections
-from kuryr_break0.kernel.events import Changes
 from kuryr_break0.kernel.events import Event
 from kuryr_break0.kernel.events import Events
 from kuryr_break0.kernel.events import mounted

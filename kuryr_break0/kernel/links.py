@@ -69,13 +69,14 @@ class LinkSocket(netlink.RequestSocket):
             namespace has the name, on a kernel that looks for it here (5.10
             and 6.12 do, 6.18 does not)
         """
+        flags = wire.IFF_UP if up else 0
         with opened(netns) as other:
             self._order(
                 'create the macvlan %s of the pod on %s' % (name,
                                                             parent.name),
                 Message(wire.RTM_NEWLINK,
                         netlink.NLM_F_CREATE | netlink.NLM_F_EXCL,
-                        wire.pack_link(0, *(wire.IFF_UP,) * 2 * up)
+                        wire.pack_link(0, flags, flags)
                         + text(wire.IFLA_IFNAME, name)
                         + number(wire.IFLA_LINK, parent.index)
                         + attribute(wire.IFLA_ADDRESS, wire.pack_mac(mac))

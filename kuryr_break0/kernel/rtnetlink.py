@@ -153,12 +153,11 @@ class Netlink(LinkSocket):
         """
         # Unreachable, prohibited and a blackhole are errors as well.
         with contextlib.suppress(exceptions.KernelRefused):
-            return self._looked_up(address, source, vrf)
+            return self._look_up(address, source, vrf)
         return None
 
-    def _looked_up(self, address: IPAddress,
-                   source: Optional[IPAddress] = None,
-                   vrf: int = 0) -> values.Route:
+    def _look_up(self, address: IPAddress, source: Optional[IPAddress] = None,
+                 vrf: int = 0) -> values.Route:
         # In strict mode the kernel refuses RTM_F_LOOKUP_TABLE for IPv6.
         self._set_option(netlink.NETLINK_GET_STRICT_CHK, 0)
         try:
@@ -178,7 +177,7 @@ class Netlink(LinkSocket):
         it does not name, those of its kind are dumped.
         """
         try:
-            return self._looked_up(address).host_route
+            return self._look_up(address).host_route
         except exceptions.KernelRefused as err:
             kind = _LEADS_NOWHERE.get(err.errno)
         if kind is None:

@@ -1030,7 +1030,7 @@ class TestExhausted(FinderTestCase):
         self.finder.search()
         self.assert_bound(ONE)
         with mock.patch.object(self.finder, '_events') as events:
-            events.get.return_value = kernel.Changes(
+            events.get.return_value = kernel.events.Changes(
                 set(), set(self.finder._namespaces), False, False, 1)
             self.finder.note()
         self.assert_bound(ONE)
