@@ -219,10 +219,10 @@ class _Reading:
         differences: tuple[str, ...] = ()
         node = None
         if usable is not None and parent is not None:
+            kept_out = difference.blocked.union(self._refused)
             guard = self._guard(usable, parent, [
                 record for address, record in live.items()
-                if address not in self._refused
-                and address not in difference.blocked
+                if address not in kept_out
             ], bool(live), routes.values(), neighbours)
             differences = (*self._earlier_name(name, device_name), *(
                 each.text for each in made.differences(usable, parent,
@@ -299,13 +299,13 @@ class _Reading:
 
         Not one that has what its claims did not get.
         """
-        macs = {each.dst: each.mac for each in neighbours}
         withdrawn = {address for address, record in self._live.items()
-                     if address in self._refused or record.parent != parent}
+                     if record.parent != parent}.union(self._refused)
         gone: dict[IPAddress, list[Record]] = {}
         for record in self._gone:
             if record.address not in self._live:
                 gone.setdefault(record.address, []).append(record)
+        macs = {each.dst: each.mac for each in neighbours} if gone else {}
         return withdrawn.union(
             address for address, claims in gone.items()
             if claims_.have(claims, macs.get(address)))

@@ -188,10 +188,11 @@ def unclaimed_pairs(routes: Iterable[HostRoute],
     A pod whose record is lost keeps its route, so it is not cut off here
     either.
     """
-    macs = {each.dst: each.mac for each in neighbours}
     items: list[Item] = [*routes, *neighbours]
-    return {pair(item.dst, macs.get(item.dst)) for item in items
-            if item.protocol == protocol and item.dst not in claimed}
+    found = {item.dst for item in items
+             if item.protocol == protocol and item.dst not in claimed}
+    macs = {each.dst: each.mac for each in neighbours} if found else {}
+    return {pair(address, macs.get(address)) for address in found}
 
 
 def _by_address(found: Iterable[Pair]) -> Pairs:

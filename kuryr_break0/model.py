@@ -20,6 +20,9 @@ IPInterface = Union[ipaddress.IPv4Interface, ipaddress.IPv6Interface]
 NAME = re.compile(r'[^\x00-\x1f\x7f\u2028\u2029]{0,512}')
 MAC = re.compile(r'[0-9a-f]{2}(:[0-9a-f]{2}){5}')
 
+#: First bytes of IPv4 addresses that are of hosts, whatever follows.
+_HOSTS = frozenset(range(1, 224)) - {127, 169}
+
 
 def address_order(address: IPAddress) -> tuple[int, int]:
     """Return a sort key: IPv4 before IPv6, then by number."""
@@ -32,11 +35,12 @@ def not_a_host(address: IPAddress) -> Optional[str]:
     IPv4-mapped IPv6 addresses count as what they map, since no packet of
     theirs may be on a wire (RFC 4291, 2.5.5.2).
     """
+    if address.version == 4 and address.packed[0] in _HOSTS:
+        return None
     for kind in ('multicast', 'unspecified', 'loopback', 'link_local'):
         if getattr(address, 'is_' + kind):
             return 'a %s address' % kind.replace('_', '-')
-    if address.version == 4 and (address.is_reserved
-                                 or int(address) >> 24 == 0):
+    if address.version == 4 and address.packed[0] not in _HOSTS | {169}:
         return 'a reserved address'
     if getattr(address, 'ipv4_mapped', None):
         return 'an IPv4-mapped address'

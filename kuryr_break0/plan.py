@@ -139,16 +139,16 @@ def compute(desired: Mapping[IPAddress, Wanted],
     # What is refused gets nothing else either.
     blocked = set() if takeover else set(foreign) - present
     settled, answered = present | blocked, known | blocked
-    in_order = [desired[address]
-                for address in sorted(desired, key=address_order)]
     return Plan(
-        replace=tuple(wanted.route for wanted in in_order
-                      if wanted.route.dst not in settled),
+        replace=tuple(sorted((
+            wanted.route for wanted in desired.values()
+            if wanted.route.dst not in settled), key=_by_order)),
         delete=tuple(sorted(delete, key=_by_order)),
         foreign=tuple(sorted(foreign.values(), key=_by_order)),
-        learn=tuple(wanted.neighbour for wanted in in_order
-                    if wanted.neighbour is not None
-                    and wanted.neighbour.dst not in answered),
+        learn=tuple(sorted((
+            wanted.neighbour for wanted in desired.values()
+            if wanted.neighbour is not None
+            and wanted.neighbour.dst not in answered), key=_by_order)),
         forget=tuple(sorted(forget, key=_by_order)),
         unclaimed=tuple(sorted(unclaimed, key=_by_order)),
         blocked=frozenset(blocked))

@@ -31,7 +31,7 @@ def find(options: config.Options, seen: Snapshot,
     """
     wanted: dict[IPAddress, Parent] = {}
     for parent in parents:
-        for item in items_of(parent):
+        for item in items_of(parent) if seen.contents.unreadable else ():
             if (item.protocol == options.route_protocol
                     and item.dst in seen.contents.unreadable):
                 wanted[item.dst] = parent

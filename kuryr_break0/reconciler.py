@@ -173,7 +173,8 @@ class Reconciler:
     def _tidy(self, seen: Snapshot) -> None:
         """Move what is damaged to quarantine, and sweep."""
         with self._ledger.lock():
-            self._records.addresses()
+            if seen.contents.damaged:
+                self._records.addresses()
             for address in seen.contents.unreadable:
                 with self._failure.noted(), contextlib.suppress(
                         exceptions.RecordNewer):

@@ -126,8 +126,18 @@ def text(kind: int, value: str) -> bytes:
 
 
 def attributes(data: bytes, start: int = 0) -> dict[int, bytes]:
-    """Read attributes by their kind."""
-    return dict(listed(data, start))
+    """Read attributes by their kind.
+
+    As of :func:`listed`, at less than half of the time that takes.
+    """
+    found, end = {}, len(data) - _ATTRIBUTE.size
+    while start <= end:
+        length, kind = _ATTRIBUTE.unpack_from(data, start)
+        if length < _ATTRIBUTE.size:
+            break  # or it would not end
+        found[kind & _KIND] = data[start + 4:start + length]
+        start += length + 3 & ~3
+    return found
 
 
 def listed(data: bytes, start: int = 0) -> Iterator[tuple[int, bytes]]:

@@ -14,7 +14,7 @@ import errno
 import ipaddress
 import socket
 import struct
-from typing import Any, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional
 
 from kuryr_break0.kernel import netlink
 from kuryr_break0.kernel.netlink import attribute
@@ -80,6 +80,9 @@ _NEXT_HOP_OBJECT = struct.Struct('=4BI')  # nhmsg
 #: The requests for all of a kind
 ALL_ADDRESSES, ALL_NEXT_HOPS, ALL_RULES = map(bytes, (
     _IFADDR.size, _NEXT_HOP_OBJECT.size, _RULE.size))
+#: By the length of what is packed
+_ADDRESSES: dict[int, Callable[[int], IPAddress]] = {
+    4: ipaddress.IPv4Address, 16: ipaddress.IPv6Address}
 _MODES = {1: 'private', 2: 'vepa', 4: 'bridge', 8: 'passthru', 16: 'source'}
 
 _FLAGS = {values.Verb.ADD: netlink.NLM_F_CREATE | netlink.NLM_F_EXCL,
@@ -325,5 +328,5 @@ def _next_hops(found: dict[int, bytes],
 
 def _address(packed: Optional[bytes]) -> Optional[IPAddress]:
     """Read an IP address; None for none, or one of another family."""
-    return ipaddress.ip_address(packed) if packed and len(packed) in (
-        4, 16) else None
+    kind = _ADDRESSES.get(len(packed or b''))
+    return kind(int.from_bytes(packed or b'', 'big')) if kind else None

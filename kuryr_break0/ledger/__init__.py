@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import logging
 import os
 import stat
@@ -21,6 +22,7 @@ from typing import Callable, Iterable, Iterator, Optional, TypeVar
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
+from kuryr_break0.kernel import node
 from kuryr_break0.ledger.cache import Cache
 from kuryr_break0.ledger import files
 from kuryr_break0.ledger.heartbeat import Heartbeat
@@ -74,8 +76,11 @@ class Contents:
         """Return whether an address has the claims that were read."""
         claims = self.claims.get(address, ())
         stamp = files.stamp(records.path(address))  # mostly that says it
-        return records.known.get(address) == (stamp, claims) or (
-            records.claims(address) == claims)
+        try:
+            return records.known.get(address) == (stamp, claims) or (
+                records.claims(address) == claims)
+        except exceptions.RecordNewer:
+            return address in self.unreadable
 
 
 class Ledger:
@@ -153,31 +158,33 @@ class Ledger:
         claims: dict[IPAddress, tuple[Record, ...]] = {}
         unreadable: set[IPAddress] = set()
         damaged, newer, quarantined = {}, {}, []
+        current_name = functools.lru_cache(node.current_name)
         for name in self.records.names(self.records.directory):
             path = os.path.join(self.records.directory, name)
-            found = set()  # no address, if that is what is wrong
+            found: tuple[IPAddress, ...] = ()  # if that is what is wrong
             try:
                 address = address_of(name)
-                found = {address}
-                claims[address] = self.records.parsed(address)
+                found = (address,)
+                claims[address] = self.records.parsed(address, current_name)
             except (FileNotFoundError, NotADirectoryError):
                 pass  # unbound meanwhile
             except NewerVersion as err:
                 newer[path] = str(err)
-                unreadable |= found
+                unreadable.update(found)
             except (ValueError, OSError) as err:
                 damaged[path] = str(err)
-                unreadable |= found
+                unreadable.update(found)
         known = self.records.known
-        self.records.known = {address: known[address] for address in claims
-                              if address in known}
+        if len(known) > len(claims):
+            self.records.known = {address: known[address]
+                                  for address in claims if address in known}
         for name in self.records.names(self.records.quarantine):
             quarantined.append(os.path.join(self.records.quarantine, name))
             with contextlib.suppress(ValueError):
                 unreadable.add(address_of(name))
         return Contents(
-            {address: claims[address]
-             for address in sorted(claims, key=address_order)},
+            dict(sorted(claims.items(), key=lambda each: address_order(
+                each[0]))),
             damaged, newer, tuple(sorted(quarantined)),
             frozenset(unreadable - claims.keys()))
 

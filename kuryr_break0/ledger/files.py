@@ -35,14 +35,16 @@ def usable(directory: str) -> Iterator[None]:
                                            reason=err) from err
 
 
+_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
 @contextlib.contextmanager
 def opened(path: str, flags: int) -> Iterator[int]:
     """Open a file; the descriptor is of the block.
 
     A link or a pipe is none of ours; neither must hold up a pod.
     """
-    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC,
-                 0o600)
+    fd = os.open(path, flags | _FLAGS, 0o600)
     try:
         yield fd
     finally:
@@ -80,6 +82,10 @@ def is_at(fd: int, path: str) -> bool:
         return False
 
 
+#: What a later file of the same name does not have in common with one.
+Stamp = tuple[int, int, int]
+
+
 def read(path: str, max_size: int) -> str:
     """Read a small regular file.
 
@@ -87,18 +93,29 @@ def read(path: str, max_size: int) -> str:
     :raises ValueError: if it is anything else
     :raises OSError: if it is not there or cannot be read
     """
+    return read_stamped(path, max_size)[0]
+
+
+def read_stamped(path: str, max_size: int) -> tuple[str, Stamp]:
+    """Read a file as :func:`read`, and its :func:`stamp`.
+
+    Without :func:`opened`, which takes a quarter of the time.
+    """
     try:
-        with opened(path, os.O_RDONLY) as fd:
-            found = os.fstat(fd)
-            if not stat.S_ISREG(found.st_mode):
-                raise ValueError('it is not a regular file')
-            if found.st_size > max_size:
-                raise ValueError('it is larger than %d bytes' % max_size)
-            return os.read(fd, found.st_size).decode()
+        fd = os.open(path, _FLAGS)
     except OSError as err:
         if err.errno == errno.ELOOP:
             raise ValueError('it is a link')
         raise
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError('it is not a regular file')
+        if found.st_size > max_size:
+            raise ValueError('it is larger than %d bytes' % max_size)
+        return os.read(fd, found.st_size).decode(), _stamp(found)
+    finally:
+        os.close(fd)
 
 
 def replace(path: str, text: str) -> None:
@@ -125,14 +142,13 @@ def replace(path: str, text: str) -> None:
         raise
 
 
-#: What a later file of the same name does not have in common with one.
-Stamp = tuple[int, int, int]
-
-
 def stamp(path: str) -> Optional[Stamp]:
     """Return the identity of a file, which a later one of its name has not."""
     try:
-        found = os.stat(path)
+        return _stamp(os.stat(path))
     except OSError:
         return None
+
+
+def _stamp(found: os.stat_result) -> Stamp:
     return found.st_ino, found.st_mtime_ns, found.st_size

@@ -12,6 +12,7 @@ What cannot be read or written raises LedgerUnavailable.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import ipaddress
 import json
@@ -38,6 +39,7 @@ from kuryr_break0.model import Tap
 LOG = log.get_logger(__name__)
 
 _T = TypeVar('_T')
+_Namer = Callable[[str, Optional[int]], str]
 
 VERSION = 2
 SUFFIX = '.json'
@@ -105,7 +107,7 @@ def _claim(address: IPAddress, fields: dict[str, Any]) -> Record:
     return Record(
         address, Owner(**{name: _text(text) for name, text
                           in fields['owner'].items()}),
-        node.current_name(_text(fields['parent']), index),
+        _text(fields['parent']),
         _optional(_mac, fields['mac']),
         tuple(map(_network, map(_text, fields['subnets'][:MAX_SUBNETS]))),
         _optional(_text, fields['netns']),
@@ -230,26 +232,32 @@ class Records:
         """Return whether an address has a record, readable or not."""
         return os.path.lexists(self.path(address))
 
-    def parsed(self, address: IPAddress) -> tuple[Record, ...]:
+    def parsed(self, address: IPAddress,
+               current_name: Optional[_Namer] = None) -> tuple[Record, ...]:
         """Read one file, but not again if it has not been replaced since.
 
         To find that out takes a tenth of the time. A parent that was renamed
         meanwhile has another name.
 
+        :param current_name: another :func:`node.current_name`, as a cached
+            one
         :raises ValueError: if it is damaged
         :raises NewerVersion: if a later version has written it
         :raises OSError: if it is not there or cannot be read
         """
-        path = self.path(address)
-        stamp = files.stamp(path)
-        known, claims = self.known.get(address, (None, ()))
-        if stamp is None or stamp != known or any(
-                claim.parent != node.current_name(
-                    claim.parent, claim.parent_index) for claim in claims):
-            claims = from_json(files.read(path, _MAX_SIZE))
+        path, current = self.path(address), current_name or node.current_name
+        stamp, claims = self.known.get(address, (None, ()))
+        if stamp is None or stamp != files.stamp(path):
+            text, stamp = files.read_stamped(path, _MAX_SIZE)
+            claims = from_json(text)
             if claims[0].address != address:
                 raise ValueError('it is of %s' % claims[0].address)
-            self.known[address] = stamp, claims
+        names = [current(claim.parent, claim.parent_index)
+                 for claim in claims]
+        if names != [claim.parent for claim in claims]:
+            claims = tuple(dataclasses.replace(claim, parent=name)
+                           for claim, name in zip(claims, names))
+        self.known[address] = stamp, claims
         return claims
 
     def put(self, claims: Sequence[Record]) -> None:

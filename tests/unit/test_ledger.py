@@ -19,6 +19,7 @@ from unittest import mock
 
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
+from kuryr_break0.kernel import node
 from kuryr_break0 import ledger
 from kuryr_break0.ledger import files
 from kuryr_break0.ledger import identity
@@ -145,6 +146,32 @@ class TestInspection(LedgerTestCase):
         self.assertEqual({'100.75.30.72', '100.75.30.73'},
                          set(map(str, contents.unreadable)))
         self.assertTrue(os.path.exists(self.file('100.75.30.72.json')))
+        for address in (ADDRESS, ADDRESS + 2):
+            self.assertTrue(contents.is_still(self.records, address))
+        self.write('{"version": 3}')
+        self.assertFalse(contents.is_still(self.records, ADDRESS))
+
+    def test_nothing_is_read_or_asked_twice(self) -> None:
+        self.records.put([dataclasses.replace(RECORD, parent_index=7)])
+        self.records.put([dataclasses.replace(
+            RECORD, address=ADDRESS + 1, parent_index=7)])
+        with mock.patch.object(node, 'current_name',
+                               return_value='eth7') as asked:
+            before = self.ledger.contents()
+        self.assertEqual(1, asked.call_count)
+        self.records.put([dataclasses.replace(RECORD, parent_index=7,
+                                              pod='a/b')])
+        # It is called something else again.
+        with mock.patch.object(node, 'current_name', return_value='eth8'), \
+                mock.patch.object(records, 'from_json',
+                                  side_effect=records.from_json) as parsed:
+            after = self.ledger.contents()
+        self.assertEqual(1, parsed.call_count)
+        self.assertEqual(
+            ([('eth7', None)] * 2, [('eth8', 'a/b'), ('eth8', None)]),
+            tuple([(claim.parent, claim.pod)
+                   for claims in each.claims.values() for claim in claims]
+                  for each in (before, after)))
 
 
 class TestRecords(LedgerTestCase):
