@@ -15,7 +15,7 @@ import collections
 import contextlib
 import dataclasses
 import gc
-from typing import Any, Collection, Iterator
+from typing import Any, Collection, Iterator, Optional
 
 from kuryr_break0 import actual
 from kuryr_break0 import config
@@ -48,7 +48,7 @@ from kuryr_break0.snapshot import Snapshot
 LOG = log.get_logger(__name__)
 
 #: Addresses that a sync changes before it lets others have the lock.
-CHANGED_AT_ONCE = 16
+CHANGED_AT_ONCE = 64
 
 
 class Reconciler:
@@ -307,6 +307,8 @@ class Reconciler:
                             CHANGED_AT_ONCE):
             read: list[IPAddress] = []
             ready: list[IPAddress] = []
+            batch: list[kernel.Change] = []
+            errors: list[Optional[exceptions.KernelRefused]] = []
             with self._failure.noted(), self._ledger.lock():
                 for address in some:
                     with self._failure.noted(address):
@@ -327,14 +329,17 @@ class Reconciler:
                         self._guarded.update((parent.device, address)
                                              for address in ready)
                     left.difference_update(read)
-                if not self._change(parent, [
-                        change for address in ready
-                        for change in changes[address]]):
-                    return  # the others would fail alike
-                # Without its route, the LAN was asked for it.
+                batch = [change for address in ready
+                         for change in changes[address]]
+                errors = self._netlink.change(batch)
+            # What takes time as well, but not from those who wait.
+            if not self._note_changes(parent, batch, errors):
+                return  # the others would fail alike
+            # Without its route, the LAN was asked for it.
+            with self._failure.noted():
                 guard.release(self._netlink, kernel.index_of(parent.name), {
-                    address: parent.live[address].mac
-                    for address in ready if address in set_anew})
+                    change[1].dst: parent.live[change[1].dst].mac
+                    for change in batch if change[1].dst in set_anew})
         if parent.guard and not left and guard.is_there():
             with self._failure.noted(), self._ledger.lock():
                 self._devices.ensure_guard(
@@ -344,11 +349,13 @@ class Reconciler:
     def _is_as_read(self, address: IPAddress, seen: Snapshot) -> bool:
         return seen.contents.is_still(self._records, address)
 
-    def _change(self, parent: Parent, batch: list[kernel.Change]) -> bool:
-        """Make changes, and say so; False if break0 is down or gone."""
+    def _note_changes(self, parent: Parent, batch: list[kernel.Change],
+                      errors: list[Optional[exceptions.KernelRefused]]
+                      ) -> bool:
+        """Say what was changed; False if break0 is down or gone."""
         done: collections.Counter[Done] = collections.Counter()
         usable = True
-        for (verb, item), err in zip(batch, self._netlink.change(batch)):
+        for (verb, item), err in zip(batch, errors):
             if err is not None and not (verb is Verb.DELETE and err.absent):
                 self._failure.note(err)
                 usable &= not err.device_lost

@@ -10,6 +10,7 @@ formats are those of linux/netfilter/nf_tables.h and nfnetlink.h.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import socket
 import struct
@@ -119,11 +120,14 @@ class Nft(netlink.RequestSocket):
 
         :raises KernelRefused: with ENOENT if there is no such table
         """
-        messages = [_message(_NEWSETELEM, netlink.NLM_F_CREATE,
-                             _elements(table, pair)) for pair in pairs]
-        for start in range(0, len(messages), _AT_ONCE):
-            self._batch('let pods pass in the table ' + table,
-                        *messages[start:start + _AT_ONCE])
+        pairs = sorted(pairs, key=lambda pair: pair.set_name)
+        for start in range(0, len(pairs), _AT_ONCE):
+            self._batch('let pods pass in the table ' + table, *(
+                _message(_NEWSETELEM, netlink.NLM_F_CREATE,
+                         _elements(table, name, some))
+                for name, some in itertools.groupby(
+                    pairs[start:start + _AT_ONCE],
+                    lambda pair: pair.set_name)))
 
     def delete(self, table: str, pairs: Iterable[Pair]) -> None:
         """Delete elements; those that are not there are fine.
@@ -133,7 +137,9 @@ class Nft(netlink.RequestSocket):
         for pair in pairs:  # one that is not there ends a batch
             with tolerated(errno.ENOENT):
                 self._batch('let a pod pass no more in the table ' + table,
-                            _message(_DELSETELEM, 0, _elements(table, pair)))
+                            _message(
+                                _DELSETELEM, 0, _elements(
+                                    table, pair.set_name, [pair])))
 
     def elements(self, table: str) -> set[Pair]:
         """List the elements of all sets of a table, by dumps.
@@ -391,11 +397,10 @@ def _rule(table: str, chain: str, expressions: bytes) -> Message:
         text(1, table) + text(2, chain) + attribute(NESTED | 4, expressions)))
 
 
-def _elements(table: str, pair: Pair) -> bytes:
-    key = attribute(NESTED | 1, attribute(1, pair.key))
-    return (text(1, table) + text(2, pair.set_name)
-            + attribute(NESTED | 3,
-                        attribute(NESTED | 1, key)))
+def _elements(table: str, name: str, pairs: Iterable[Pair]) -> bytes:
+    return text(1, table) + text(2, name) + attribute(
+        NESTED | 3, b''.join(attribute(NESTED | 1, attribute(
+            NESTED | 1, attribute(1, pair.key))) for pair in pairs))
 
 
 def _keys(body: bytes) -> Iterator[bytes]:

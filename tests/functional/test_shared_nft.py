@@ -159,7 +159,8 @@ class TestSharedSocket(base.LabTestCase):
         edge = (nft._BATCH_BEGIN, nft._BATCH_END)
         begin, end = (netlink.Message(kind, 0, b'\0\0\0\x0a')
                       for kind in edge)
-        gone = nft._elements(TABLE, nft.Pair(bytes((192, 0, 2, 9)), None))
+        gone = nft._elements(TABLE, 'addresses4', [
+            nft.Pair(bytes((192, 0, 2, 9)), None)])
         # An error, since there is no such element.
         self.killed(begin, nft._message(nft._DELSETELEM, netlink.NLM_F_ACK,
                                         gone), end)

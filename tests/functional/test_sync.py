@@ -7,10 +7,12 @@ from typing import Any, Callable
 from unittest import mock
 
 from kuryr_break0 import exceptions
+from kuryr_break0 import guard
 from kuryr_break0 import kernel
 from kuryr_break0 import ledger
 from kuryr_break0.ledger import cache
 from kuryr_break0.ledger import files
+from kuryr_break0.ledger import journal
 from kuryr_break0.ledger import records
 from kuryr_break0 import manager
 from kuryr_break0 import reconciler
@@ -44,6 +46,24 @@ class SyncTestCase(base.LabTestCase):
 class TestFaults(SyncTestCase):
 
     def test_none(self) -> None:
+        self.assert_healed(changed=False)
+
+    def test_nobody_waits_for_what_needs_no_lock(self) -> None:
+        self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
+        state = ledger.Ledger(base.options().state_dir)
+        were_free: list[bool] = []
+
+        def seen(*args: Any, **kwargs: Any) -> None:
+            were_free.append(state.is_free_within(0))
+
+        with mock.patch.object(guard.Guard, 'release', seen), \
+                mock.patch.object(journal.Journal, 'add', seen), \
+                mock.patch.object(reconciler.LOG, 'info', seen), \
+                mock.patch.object(records.Records, 'addresses',
+                                  side_effect=AssertionError):
+            self.sync()
+        self.assertLess(len(PODS), len(were_free))
+        self.assertEqual({True}, set(were_free))
         self.assert_healed(changed=False)
 
     def test_break0_deleted(self) -> None:
