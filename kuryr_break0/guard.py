@@ -277,19 +277,18 @@ class Guard:
 
     def difference(self, wanted: Iterable[Pair], unclaimed: Iterable[Pair]
                    ) -> tuple[Pairs, Pairs]:
-        """Return which elements are missing, and which are too many.
+        """Return which elements are missing, and which too many, of a table.
 
         :param unclaimed: of addresses of which it is not known whose they
             are, so that nothing about them is right or wrong
-        :returns: none of either where there is no such table
         :raises KernelRefused: if they cannot be listed
         """
         try:
             present = kernel.node_nft().elements(self.table)
         except exceptions.KernelRefused as err:
-            if not err.absent:
-                raise
-            return {}, {}
+            if err.absent:
+                return {}, {}
+            raise
         wanted = set(wanted)
         doubtful = {each.address for each in unclaimed}
         return _by_address(wanted - present), _by_address(
@@ -309,13 +308,11 @@ class Guard:
         :returns: whether they are to be put there, to call this again then
         :raises GuardUnavailable: if it cannot be had
         """
-        if not self.is_wanted:
-            if self.is_loaded():
-                self.remove()
+        if not self.is_wanted and self.is_loaded():
+            self.remove()
+        if not self.is_wanted or self.is_intact(link, hosts):
             return False
-        if self.is_intact(link, hosts):
-            return False
-        nft = kernel.find_program('nft')
+        nft = kernel.find_program('nft') or ''
         against: Optional[str] = 'there is no program nft'
         is_open = not is_filled and is_used()
         # An old nft may not understand what answers, or what forwards.
@@ -327,13 +324,12 @@ class Guard:
         around, anew, sets = (each.format(table=self.table, answer=_ANSWER)
                               for each in (_AGAIN, _ANEW, _SETS))
         for place, text in enumerate(texts if nft else ()):
-            against = _load(str(nft), (around if is_filled else anew) + text,
+            against = _load(nft, (around if is_filled else anew) + text,
                             *['--check'] * is_open)
             if against is None:
                 break
-        if is_open and against is None:
-            # Those of an earlier version may be others.
-            against = _load(str(nft), sets) and _load(str(nft), anew)
+        if is_open and against is None:  # those of an earlier version differ
+            against = _load(nft, sets) and _load(nft, anew)
         if against is not None:
             self._cache.drop(self._key)
             raise exceptions.GuardUnavailable(device=self._device,

@@ -50,6 +50,8 @@ LOG = log.get_logger(__name__)
 #: Addresses that a sync changes before it lets others have the lock.
 CHANGED_AT_ONCE = 64
 
+_Result = tuple[kernel.Change, Optional[exceptions.KernelRefused]]
+
 
 class Reconciler:
     """Compares snapshot and ledger, and makes the difference none."""
@@ -303,16 +305,18 @@ class Reconciler:
             changes.setdefault(change[1].dst, []).append(change)
         set_anew = {route.dst for route in plan.replace}
         left = changes.keys() - moved
-        for some in _chunks(sorted(left, key=address_order),
-                            CHANGED_AT_ONCE):
+        in_order = sorted(left, key=address_order)
+        done: list[_Result] = []
+        for start in range(0, len(in_order), CHANGED_AT_ONCE):
             read: list[IPAddress] = []
             ready: list[IPAddress] = []
             batch: list[kernel.Change] = []
             errors: list[Optional[exceptions.KernelRefused]] = []
             with self._failure.noted(), self._ledger.lock():
-                for address in some:
+                for address in in_order[start:start + CHANGED_AT_ONCE]:
                     with self._failure.noted(address):
-                        is_as_read = self._is_as_read(address, seen)
+                        is_as_read = seen.contents.is_still(
+                            self._records, address)
                         read.append(address)
                         if not is_as_read:
                             continue
@@ -332,47 +336,48 @@ class Reconciler:
                 batch = [change for address in ready
                          for change in changes[address]]
                 errors = self._netlink.change(batch)
-            # What takes time as well, but not from those who wait.
-            if not self._note_changes(parent, batch, errors):
-                return  # the others would fail alike
+            done += zip(batch, errors)
+            if any(err is not None and err.device_lost for err in errors):
+                break  # the others would fail alike
             # Without its route, the LAN was asked for it.
             with self._failure.noted():
                 guard.release(self._netlink, kernel.index_of(parent.name), {
                     change[1].dst: parent.live[change[1].dst].mac
                     for change in batch if change[1].dst in set_anew})
-        if parent.guard and not left and guard.is_there():
-            with self._failure.noted(), self._ledger.lock():
-                self._devices.ensure_guard(
-                    self._netlink, parent.link,
-                    kernel.index_of(parent.name), is_filled=True)
+        else:
+            if parent.guard and not left and guard.is_there():
+                with self._failure.noted(), self._ledger.lock():
+                    self._devices.ensure_guard(
+                        self._netlink, parent.link,
+                        kernel.index_of(parent.name), is_filled=True)
+        self._note_changes(parent, done)
 
-    def _is_as_read(self, address: IPAddress, seen: Snapshot) -> bool:
-        return seen.contents.is_still(self._records, address)
+    def _note_changes(self, parent: Parent,
+                      changes: Collection[_Result]) -> None:
+        """Log and count what was changed. It takes as long as the changes.
 
-    def _note_changes(self, parent: Parent, batch: list[kernel.Change],
-                      errors: list[Optional[exceptions.KernelRefused]]
-                      ) -> bool:
-        """Say what was changed; False if break0 is down or gone."""
+        A route has one line with its neighbour.
+        """
         done: collections.Counter[Done] = collections.Counter()
-        usable = True
-        for (verb, item), err in zip(batch, errors):
+        routed = {item.dst for (_, item), _ in changes
+                  if isinstance(item, HostRoute)}
+        for (verb, item), err in changes:
             if err is not None and not (verb is Verb.DELETE and err.absent):
                 self._failure.note(err)
-                usable &= not err.device_lost
                 continue
             self._applied.add(item)
             is_route = isinstance(item, HostRoute)
             owner = parent.live.get(item.dst)
-            LOG.info('%s the %s of %s on %s%s',
-                     'Deleted' if verb is Verb.DELETE else 'Set',
-                     'route' if is_route else 'neighbour', item.dst,
-                     parent.device, ' for %s' % owner.owner if owner
-                     else ', which no record claims')
+            if is_route or item.dst not in routed:
+                LOG.info('%s the %s of %s on %s%s',
+                         'Deleted' if verb is Verb.DELETE else 'Set',
+                         'route' if is_route else 'neighbour', item.dst,
+                         parent.device, ' for %s' % owner.owner if owner
+                         else ', which no record claims')
             done[Done.UNCLAIMED if verb is Verb.DELETE else
                  Done.ROUTE if is_route else Done.NEIGHBOUR] += 1
         for reason, times in done.items():
             self._ledger.journal.add(reason, times=times)
-        return usable
 
 
 @contextlib.contextmanager
@@ -388,8 +393,3 @@ def uncollected() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
-
-
-def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start:start + size]
