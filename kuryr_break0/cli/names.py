@@ -34,7 +34,7 @@ def described(item: Item, device: str) -> str:
 def is_called(record: Record, name: str) -> bool:
     """Return whether a name means the container or pod of a record."""
     owner, pod = record.owner.container_id, record.pod or ''
-    return name in (owner, pod, pod.rpartition('/')[2]) or (
+    return name in filter(None, (owner, pod, pod.rpartition('/')[2])) or (
         len(name) >= _SHORT_ID and owner.startswith(name))
 
 

@@ -119,11 +119,11 @@ class Status:
         self._addresses = sorted(seen.live.keys() | self._problems.keys(),
                                  key=address_order)
         if wanted is not None:
-            named = wanted.target and names.addresses_of(wanted.target,
-                                                         seen.live)
+            named = None if wanted.target is None else names.addresses_of(
+                wanted.target, seen.live)
             self._addresses = [
                 each for each in self._addresses
-                if (not named or each in named)
+                if (named is None or each in named)
                 and (not wanted.problems or each in self._problems)
                 and _is_of(seen.live.get(each), wanted)]
 

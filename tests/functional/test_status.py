@@ -94,6 +94,15 @@ class TestStatus(CLITestCase):
         self.assertIn('did you mean', self.call('status', 'shop/wep').stderr)
         self.assertEqual(1, done.stderr.count('\n'))
 
+    def test_an_empty_name(self) -> None:
+        """As of a variable that is not set: it means nobody."""
+        for args in (['status', ''], ['probe', ''], ['unbind', '--pod', '']):
+            done = self.call(*args)
+            self.assertEqual(2, done.returncode, args)
+            self.assertIn("'' is not an IPv4 or IPv6 address, nor the name",
+                          done.stderr)
+        self.assertEqual(6, len(self.bound()))
+
     def test_thousand_begin_with_a_summary(self) -> None:
         self.bind(*('10.1.%d.%d' % divmod(number, 256)
                     for number in range(1, 500)))
