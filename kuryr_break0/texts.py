@@ -26,5 +26,7 @@ def close_to(name: str, known: Iterable[str]) -> str:
     """Return a question for the known name that was meant, if there is one."""
     import difflib  # only where something is wrong
 
-    close = difflib.get_close_matches(name, known, 1)
+    known = list(known)
+    close = (difflib.get_close_matches(name, known, 1, 0.7)
+             or difflib.get_close_matches(name.lower(), known, 1, 0.7))
     return ': did you mean %s?' % close[0] if close else ''

@@ -63,8 +63,12 @@ class Config(cfg.ConfigOpts):
 
 def run(argv: Sequence[str]) -> int:
     """Run the verb of these arguments, and return its exit code."""
-    if argv[0] == '--shell_completion' and argv[-1] in COMPLETION:
-        with open(COMPLETION[argv[-1]]) as file:
+    if argv[0].startswith('--shell_completion'):
+        shell = argv[-1].rpartition('=')[2]
+        if shell not in COMPLETION:
+            return common.fail(common.USAGE, '--shell_completion takes %s, '
+                               'not %s' % (' or '.join(COMPLETION), shell))
+        with open(COMPLETION[shell]) as file:
             print(file.read(), end='')
         return common.IN_SYNC
     try:
@@ -164,6 +168,8 @@ def _explained(err: Exception, argv: Sequence[str]) -> Exception:
         return exceptions.InvalidOption(
             option='(all)', reason='%s is no text in UTF-8: %s' % (
                 _unreadable(argv) or 'a configuration file', err))
+    if isinstance(err, OSError):
+        return exceptions.CannotWrite(path=err.filename, reason=err.strerror)
     if isinstance(err, cfg.ConfigFilesPermissionDeniedError) and os.geteuid():
         return exceptions.NotRoot(command=shlex.join(argv))
     return err

@@ -11,7 +11,6 @@ from typing import Optional, Sequence
 
 from kuryr_break0.cli import common
 from kuryr_break0.cli import verbs
-from kuryr_break0.texts import close_to
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -43,8 +42,7 @@ def _answer(argv: Sequence[str]) -> int:
         print(importlib.metadata.version(verbs.PROGRAM))
         return common.IN_SYNC
     if not first.startswith('-') and first not in verbs.VERBS:
-        return common.fail(common.USAGE, common.NO_VERB % (
-            first, close_to(first, verbs.VERBS)))
+        return common.no_verb(first)
     from kuryr_break0.cli import command
 
     return command.run(argv)

@@ -8,7 +8,8 @@ import argparse
 import importlib
 import re
 import sys
-from typing import Any, Callable, Iterable, NoReturn, Optional
+from typing import Any, Callable, Iterable, Iterator, NoReturn, Optional
+from typing import Sequence
 
 from kuryr_break0.cli import common
 from kuryr_break0.cli import verbs as known_verbs
@@ -18,6 +19,10 @@ from kuryr_break0.texts import close_to
 
 class Parser(argparse.ArgumentParser):
     """The parser of the command and of each verb."""
+
+    #: What it is given, and for a verb the parser of what comes before.
+    _args: Sequence[str] = ()
+    _first: Optional[Parser] = None
 
     @property
     def verbs(self) -> dict[str, Parser]:
@@ -51,23 +56,49 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None,
                          namespace: Any = None) -> Any:
         """Parse; what a verb does not know is its own error."""
+        self._args = args or []
+        for verb in self.verbs.values():
+            verb._first = self
         found, rest = super().parse_known_args(args, namespace)
         if rest:
             self.error('unrecognized arguments: ' + ' '.join(rest))
         return found, rest
 
     def error(self, message: str) -> NoReturn:
-        """End with one line that says what is wrong."""
-        found = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
-        if found:
-            sys.exit(common.fail(common.USAGE, common.NO_VERB % (
-                found[1], close_to(found[1], VERBS))))
-        found = re.match(r'unrecognized arguments: (\S*)', message)
-        if found:
+        """End with one line that says what is wrong.
+
+        An option that is unknown can be why something else is missing.
+        """
+        unknown = [each for parser in (self._first, self) if parser
+                   for each in parser._unknown()]
+        if unknown:
             message = '%s is not understood%s' % (
-                found[1], close_to(found[1], self._option_string_actions))
-        sys.exit(common.fail(common.USAGE, '%s (see %s --help)' % (
-            message, self.prog)))
+                unknown[0], self._meant(unknown[0].partition('=')[0]))
+        found = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
+        sys.exit(common.no_verb(found[1]) if found else common.fail(
+            common.USAGE, '%s (see %s --help)' % (re.sub(
+                '^unrecognized arguments: (.*)', r'\1 is not understood',
+                message, flags=re.S), self.prog)))
+
+    def _unknown(self) -> Iterator[str]:
+        """Iterate over the options that were given, and are none here."""
+        for each in self._args:
+            if each == '--' or each in self.verbs:
+                return
+            if each.startswith('-') and each != '-' and not any(
+                    known.startswith(each.partition('=')[0])
+                    or known == each[:2]
+                    for known in self._option_string_actions):
+                yield each
+
+    def _meant(self, name: str) -> str:
+        """Return where an option belongs, or which one may be meant."""
+        if self._first and name in self._first._option_string_actions:
+            return ': it comes before COMMAND'
+        if any(name in verb._option_string_actions for verb in (
+                [self] if self._first else self.verbs.values())):
+            return ': it comes after COMMAND'
+        return close_to(name, self._option_string_actions)
 
 
 def whole() -> Parser:

@@ -189,12 +189,52 @@ class TestUsage(CLITestCase):
         self.assertEqual(130, syncing.returncode, stderr)
         self.assertNotIn('Traceback', stderr)
 
-    def test_unknown_or_no_command(self) -> None:
-        for args in ((), ('frobnicate',), ('status', '--frobnicate')):
-            done = self.call(*args)
-            self.assertEqual(2, done.returncode)
-            self.assertIn('usage: kuryr-break0' if not args else ' --help)',
-                          done.stdout + done.stderr)
+    def test_no_command(self) -> None:
+        done = self.call()
+        self.assertEqual(2, done.returncode)
+        self.assertIn('usage: kuryr-break0', done.stdout)
+
+    def test_typos(self) -> None:
+        for args, text in (
+                (['--foo'], '--foo is not understood (see kuryr-break0 --h'),
+                (['-x'], '-x is not understood'),
+                (['--foo', 'status'], '--foo is not understood'),
+                (['--foo', 'bind'], '--foo is not understood'),
+                (['bind', '--foo'], '--foo is not understood'),
+                (['--config-flie', '/x', 'status'],
+                 '--config-flie is not understood: did you mean --config-fi'),
+                (['--config-flie=/x', 'status'],
+                 '--config-flie=/x is not understood: did you mean --config-'),
+                (['status', '--frobnicate'], '--frobnicate is not under'),
+                (['sync', '--dryrun'], 'did you mean --dry-run?'),
+                (['--json', 'status'], '--json is not understood: it comes '
+                 'after COMMAND'),
+                (['--json'], 'it comes after COMMAND'),
+                (['--owner', 'bind'], 'it comes after COMMAND'),
+                (['status', '--debug'], '--debug is not understood: it comes '
+                 'before COMMAND'),
+                (['unbind', '--mac', 'x'], '--mac is not understood (see '
+                 'kuryr-break0 unbind'),
+                (['--debug'], 'arguments are required: COMMAND'),
+                (['frobnicate'], 'no command frobnicate (see'),
+                (['statsu'], 'no command statsu: did you mean status?'),
+                (['--debug', 'statsu'], 'no command statsu: did you mean'),
+                (['STATUS'], 'did you mean status?'),
+                ([''], "no command ''"),
+                (['--debug', ''], "no command ''"),
+                (['sta\ntus'], 'no command sta\\ntus: did you mean status?'),
+                (['--f\noo'], '--f\\noo is not understood'),
+                (['\udcff'], 'no command \\xff'),
+                (['--\udcff'], '--\\xff is not understood'),
+                (['status', 'a', 'b'], 'b is not understood'),
+                (['--shell_completion', 'fish'], 'bash or zsh, not fish'),
+                (['--log-file', '/none/log', 'status'],
+                 'Cannot write /none/log: No such file')):
+            with self.subTest(args=args):
+                done = self.call(*args)
+                self.assertEqual(2, done.returncode)
+                self.assertEqual(1, done.stderr.count('\n'), done.stderr)
+                self.assertIn(text, done.stderr)
 
     def test_help_and_version(self) -> None:
         self.assertIn('status', self.call('--help').stdout)
