@@ -224,8 +224,10 @@ class Engine:
         if after and after[0] == before[0]:  # it has the route
             self._records.put(after)
             return False
-        dropped = [claim for claim in before if claim not in after]
+        # An undo goes back to claims of which some may be of dead ones.
+        dropped = [*before, *after]
         after = self.pods.from_successor(after, _is_gone)
+        dropped = [claim for claim in dropped if claim not in after]
         known = self.devices.names(recorded=bool(dropped))
         own = [name for name in known
                if not self.devices.is_others(netlink.link(name))]

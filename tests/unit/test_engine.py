@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import ipaddress
@@ -14,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 from kuryr_break0 import device
+from kuryr_break0 import devices
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0 import ledger
@@ -181,6 +183,30 @@ class TestUndo(EngineTestCase):
             self.bind(POD, OTHER, yielding=True)
         self.assertEqual(before, (self.fake.host, self.fake.known))
         self.assertEqual({POD}, self.recorded())
+
+    def test_what_a_dead_one_had_before_goes(self) -> None:
+        """Whatever fails, and the neighbour may be its own still."""
+        verbs = kernel.Verb
+        for failing in ((verbs.ADD, verbs.REPLACE), (verbs.ADD,), ()):
+            with self.subTest(failing=failing):
+                self.bind(POD, guard='auto')
+                self.fake.gone.add(self.fake.namespaces['/a'])
+                self.fake.fail = lambda verb, item, failing=failing: (
+                    errno.ENOBUFS if verb in failing else None)
+                with self.assertRaises(exceptions.KernelRefused), (
+                        contextlib.nullcontext() if failing
+                        else mock.patch.object(
+                            devices.Devices, 'get',
+                            side_effect=exceptions.KernelRefused(
+                                'look', 'of the test', errno.ENOBUFS))):
+                    self.bind(POD, owner=OTHER_OWNER, netns='/b',
+                              mac=OTHER_MAC, yielding=True, guard='auto')
+                self.assertEqual(
+                    (set(), set(), {}, []),
+                    (self.routed(), self.recorded(), self.fake.known,
+                     self.fake.pairs))
+                self.fake.fail = lambda verb, item: None
+                self.fake.gone.clear()
 
     def test_of_an_adopted_one_without_evidence(self) -> None:
         adopted = Owner.adopted(self.fake.namespaces['/a'], 'eth0')
