@@ -61,7 +61,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
             options = config.load(k_config.CONF)
         try:
             sandbox = self._sandbox(netns)
-            if self._is_kept_for_break0(vif.vif_name):
+            if _is_kept(vif.vif_name, config.device_name(k_config.CONF)):
                 raise exceptions.NameOfBreak0(name=str(vif.vif_name))
             pod_binding.remove_leftover(str(vif.vif_name))
             if self._is_direct(options):
@@ -148,16 +148,10 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                                                                device))
         # Copied in one step, since a thread of IPDB keeps it up to date.
         others = {name: link for name, link in dict(h_ipdb.interfaces).items()
-                  if not self._is_kept_for_break0(name)}
+                  if not _is_kept(name, device)}
         self._parent = super()._detect_iface_name(
             types.SimpleNamespace(interfaces=others))
         return self._parent
-
-    @staticmethod
-    def _is_kept_for_break0(name: Any) -> bool:
-        """Return whether a break0 has a name, or may get it."""
-        device = config.device_name(k_config.CONF)
-        return str(name) == device or str(name).startswith(device[:6] + '-')
 
     @staticmethod
     def _sandbox(netns: str) -> str:
@@ -235,6 +229,11 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
             yield
         except Exception as err:
             _log(consequence, err)
+
+
+def _is_kept(name: Any, device: str) -> bool:
+    """Return whether a break0 has a name, or may get it."""
+    return str(name) == device or str(name).startswith(device[:6] + '-')
 
 
 def _log(what: str, err: Exception) -> None:
