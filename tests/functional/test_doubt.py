@@ -711,6 +711,7 @@ class TestStatus(test_cli.CLITestCase):
     def test_a_state_directory_that_cannot_be_used(self) -> None:
         self.lab.run('mount', '-t', 'tmpfs', '-o', 'size=4k,nr_inodes=2',
                      'full', '/mnt')
+        self.addCleanup(self.lab.run, 'umount', '/mnt')
         for state in ('/proc/nothing', '/mnt'):
             for command in (('sync',), ('bind', '100.75.30.99', '--owner',
                                         'web', '--parent', lab.PARENT)):
