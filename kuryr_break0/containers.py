@@ -53,17 +53,23 @@ PASSING = (Reason.NOT_DISCOVERED, Reason.TENTATIVE, Reason.NO_ADDRESS,
 
 @dataclasses.dataclass(frozen=True)
 class Unserved:
-    """An address that is not bound, or an interface without one."""
+    """An address that is not bound, or an interface without one.
+
+    :ivar name: of the container, if a record of it has one. To ask an engine
+        can take seconds, for which who shows this does not wait
+    """
 
     macvlan: kernel.Macvlan
+    name: Optional[str]
     address: Optional[IPAddress]
     reason: Reason
     text: str
 
     def __str__(self) -> str:
+        netns = self.macvlan.netns
         return '%s, on %s in %s, is not bound: %s' % (
             self.address or 'an interface', self.macvlan.link.name,
-            self.macvlan.netns, self.text)
+            '%s (%s)' % (self.name, netns) if self.name else netns, self.text)
 
 
 def of_interface(options: config.Options, macvlan: kernel.Macvlan
@@ -147,6 +153,9 @@ class _Judge:
         self._policy = Policy(seen.options)
         self._is_attended = ledger.heartbeat.age() is not None
         self._next_hops_seen = ledger.next_hops_seen()
+        self._names = {claim.namespace: claim.pod for claims
+                       in seen.contents.claims.values() for claim in claims
+                       if claim.pod and claim.namespace}
 
     def judge(self, macvlan: kernel.Macvlan) -> Iterator[Unserved]:
         parent = self._seen.parents.get(macvlan.parent)
@@ -157,16 +166,17 @@ class _Judge:
                 for claim in self._seen.contents.claims.get(address, ())):
             return  # who binds it chooses which of its addresses
         of_all = of_interface(self._options, macvlan)
+        name = self._names.get(macvlan.namespace)
         for address in macvlan.addresses:
             claims = [*self._seen.contents.claims.get(address, ())]
             if not any(_is_of(claim, macvlan) for claim in claims) and (
                     address not in self._seen.contents.unreadable):
-                yield Unserved(macvlan, address, *(
+                yield Unserved(macvlan, name, address, *(
                     of_all or self._of_address(macvlan, address, claims)))
         if not macvlan.addresses and not any(
                 _is_of(claim, macvlan) for claims
                 in self._seen.contents.claims.values() for claim in claims):
-            yield Unserved(macvlan, None, *(of_all or (
+            yield Unserved(macvlan, name, None, *(of_all or (
                 Reason.NO_ADDRESS, 'it has no address yet')))
 
     def _of_address(self, macvlan: kernel.Macvlan, address: IPAddress,

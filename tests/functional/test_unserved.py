@@ -21,6 +21,7 @@ from kuryr_break0 import config
 from kuryr_break0 import containers
 from kuryr_break0.doctor import examination
 from kuryr_break0.doctor import host
+from kuryr_break0.model import Owner
 from tests.functional import base
 from tests.functional import test_discovery
 from tests import lab
@@ -106,6 +107,16 @@ class TestReasons(UnservedTestCase):
         self.assertTrue(options.discover)
         self.assertEqual(['100.75.30.0/24', '100.99.0.0/16'],
                          list(map(str, options.allowed_cidrs)))
+
+    def test_its_name(self) -> None:
+        """That another address of the container is bound with."""
+        self.configure('discover = true', 'allowed_cidrs = fd00:30::/64')
+        netns = self.lab.add_pod('one', ONE, ONE6)
+        self.manager().bind(Owner('c0ffee', 'eth0'), base.addresses(ONE6),
+                            parent=lab.PARENT, netns=netns, pod='shop/web')
+        text = '%s, on eth0 in shop/web (%s), is not bound' % (ONE, netns)
+        self.assertIn(text, self.call('status').stdout)
+        self.assertIn(text, self.finding('container-not-allowed')['seen'])
 
     @staticmethod
     def conf() -> Any:
