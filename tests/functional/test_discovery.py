@@ -21,6 +21,7 @@ from unittest import mock
 
 import psutil
 
+from kuryr_break0 import containers
 from kuryr_break0.discovery import engines
 from kuryr_break0.discovery import finder
 from kuryr_break0.discovery import namespace
@@ -325,6 +326,36 @@ class TestFinding(DiscoveryTestCase):
         self.assert_reachable(second, 'one')
         client.send_signal(signal.SIGUSR2)  # releases it
         self.until_bound()
+
+    def test_a_macvlan_of_keepalived(self) -> None:
+        """That is the node's own, like its address: nobody's container."""
+        address = '100.75.30.200'
+        self.lab.add_pod('one', ONE)
+        self.start()
+        self.until_bound(ONE)
+        with open('/run/keepalived.conf', 'w') as file:
+            file.write('vrrp_instance home {\n interface %s\n use_vmac\n'
+                       ' virtual_router_id 51\n virtual_ipaddress {\n  %s\n'
+                       ' }\n}\n' % (lab.PARENT, address))
+        keepalived = subprocess.Popen(
+            ['keepalived', '--dont-fork', '--use-file=/run/keepalived.conf',
+             '--pid=/run/keepalived.pid', '--vrrp_pid=/run/vrrp.pid'],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            self.until(lambda: self.lab.ping(address, 'lan'))
+            made, = self.lab.ip('link', 'show', 'vrrp.51')
+            self.assertEqual('private', made[
+                'linkinfo']['info_data']['mode'])
+            self.until_looked()
+            self.assertTrue(self.lab.ping(address, 'one'))
+            self.assert_reachable(ONE, 'one')
+            self.assertEqual([], self.problems())
+            self.assertEqual({ONE}, self.bound())
+            self.assertEqual([], containers.unserved(
+                self.seen(), ledger.Ledger('/run/kuryr-break0')))
+        finally:
+            keepalived.terminate()
+            keepalived.wait()
 
     def test_without_events(self) -> None:
         self.lab.add_pod('one', ONE)
