@@ -80,12 +80,14 @@ class Engine:
             again, since to write one can take as long as to set a route
         """
         said: list[tuple[Any, ...]] = []
+        self._unwritable: Optional[exceptions.LedgerUnavailable] = None
         try:
             with contextlib.ExitStack() as stack:
                 try:
                     stack.enter_context(self._ledger.lock())
                 except exceptions.LedgerUnavailable as err:
                     LOG.error('Working without a lock. %s', err)
+                    self._unwritable = err
                 except exceptions.LockTimeout as err:
                     if required:
                         raise
@@ -165,6 +167,8 @@ class Engine:
             for address in addresses:
                 with failure.noted(address):
                     before = self._records.claims(address)
+                    if before and self._unwritable is not None:
+                        raise self._unwritable  # it would stay recorded
                     own, others = claims_.split(
                         before, lambda claim: not is_own(claim))
                     if before and not own:

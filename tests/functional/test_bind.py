@@ -150,6 +150,16 @@ class TestRefusals(ByHandTestCase):
         self.assertIn('eth7 does not exist on this node',
                       self.bind_web('--parent', 'eth7', code=2))
 
+    def test_a_state_directory_that_is_read_only(self) -> None:
+        """Nothing is taken away that would stay recorded."""
+        self.bind_web('--netns', NETNS)
+        for options in 'bind', 'remount,bind,ro':
+            self.lab.run('mount', '-o', options, '/run/kuryr-break0',
+                         '/run/kuryr-break0')
+        self.addCleanup(self.lab.run, 'umount', '/run/kuryr-break0')
+        self.assertIn('Read-only', self.unbind_web(code=3))
+        self.assertTrue(self.lab.ping(ADDRESS))
+
     def test_another_parent(self) -> None:
         self.lab.run('ip', 'link', 'add', 'eth1', 'type', 'veth',
                      'peer', 'name', 'nic1', 'netns', 'lan')
