@@ -14,6 +14,7 @@ from kuryr_break0.cli import names
 from kuryr_break0.cli import output
 from kuryr_break0.cli import parser
 from kuryr_break0 import config
+from kuryr_break0.devices import Devices
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
@@ -112,8 +113,15 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
     owner = Owner(wanted.owner, wanted.ifname)
     parent = wanted.parent or options.parent or config.link_iface(conf)
     mac, addresses = wanted.mac, wanted.address
+    ledger = Ledger(options.state_dir)
+    ledger.prepare()
+    devices = Devices(options, ledger)
     manager = Break0Manager(options)
     try:
+        if parent in devices.names():
+            raise exceptions.InputRefused(
+                owner=owner, reason='%s is none of the interfaces that '
+                'containers are on, but made for those' % parent)
         if wanted.netns is not None:
             macvlan = kernel.macvlan_of(wanted.netns, wanted.ifname, parent)
             parent = macvlan.parent
@@ -135,9 +143,7 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
         return common.fail(common.USAGE, err)
     finally:
         _housekeep(manager)
-    identity = Ledger(options.state_dir).identity()
-    devices = identity.devices if identity else {}
-    device = devices.get(parent, options.device)
+    device = devices.name(parent) or options.device
     output.show(
         wanted.json, {**vars(owner), 'interface': device,
                       'addresses': list(map(str, addresses))},
@@ -167,6 +173,7 @@ def _require_addresses(macvlan: kernel.Macvlan,
 def _unbind(conf: cfg.ConfigOpts, options: config.Options) -> int:
     wanted = conf.command
     ledger = Ledger(options.state_dir)
+    ledger.prepare()
     owner, addresses, netns = _meant(wanted, ledger)
     manager = Break0Manager(options)
     try:

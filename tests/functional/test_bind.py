@@ -150,6 +150,23 @@ class TestRefusals(ByHandTestCase):
         self.assertIn('eth7 does not exist on this node',
                       self.bind_web('--parent', 'eth7', code=2))
 
+    def test_break0_as_the_parent(self) -> None:
+        self.bind_web('--netns', NETNS)
+        self.assertIn('break0 is none of the interfaces', self.run_it(
+            'bind', '100.75.30.81', '--owner', 'other', '--parent', 'break0',
+            code=2))
+        self.assertIsNone(self.lab.link('break0-break0'))
+
+    def test_a_state_directory_that_is_none(self) -> None:
+        for path in '/dev/null', '/sys/none':
+            for verb in 'bind', 'unbind':
+                done = self.call(verb, ADDRESS, '--owner', 'web', '--parent'
+                                 if verb == 'bind' else '--ifname', 'eth0',
+                                 OS_BREAK0__STATE_DIR=path)
+                self.assertEqual(3, done.returncode, done.stderr)
+                self.assertEqual(1, done.stderr.count('\n'), done.stderr)
+                self.assertIn('state directory ' + path, done.stderr)
+
     def test_a_state_directory_that_is_read_only(self) -> None:
         """Nothing is taken away that would stay recorded."""
         self.bind_web('--netns', NETNS)
