@@ -14,6 +14,7 @@ import re
 import secrets
 from typing import Any, NamedTuple, Optional
 
+from kuryr_break0 import exceptions
 from kuryr_break0.ledger import files
 from kuryr_break0.model import MAC
 
@@ -129,4 +130,6 @@ def read(path: str) -> Optional[Identity]:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as err:
+        if err.errno in exceptions.EXHAUSTED:  # which says nothing of it
+            raise exceptions.SystemRefused(reason=err) from err
         raise ValueError(err.strerror or str(err))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import ipaddress
 import json
@@ -442,6 +443,15 @@ class TestIdentity(LedgerTestCase):
         for text in (None, '', 'uplink', 'kuryr-break0 ledger x in /run'):
             self.assertIsNone(identity.Alias.parse(text))
         self.assertLessEqual(len(str(found.alias('/' + 'x' * 500))), 255)
+
+    def test_what_this_process_lacks_is_no_damage(self) -> None:
+        found = self.ledger.ensure_identity()
+        with mock.patch.object(os, 'open', side_effect=OSError(
+                errno.EMFILE, 'of the test')):
+            for ask in self.ledger.identity, self.ledger.ensure_identity:
+                with self.assertRaises(exceptions.SystemRefused):
+                    ask()
+        self.assertEqual(found, self.ledger.ensure_identity())
 
     def test_damage_is_replaced(self) -> None:
         for text in ('', '{', '[]', '{"version": 1}', '{"version": 2}',
