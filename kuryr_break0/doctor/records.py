@@ -47,7 +47,9 @@ def check_directory(options: config.Options) -> Iterator[Finding]:
     if kind not in _IN_MEMORY:
         yield KINDS['state-dir-persistent'].found(
             '%s is on %s, which is %s' % (path, mount, kind))
-    if not (os.statvfs(there).f_bavail and os.statvfs(there).f_favail):
+    size = os.statvfs(there)  # of 0 blocks or files where none is set
+    if (size.f_blocks and not size.f_bavail
+            or size.f_files and not size.f_favail):
         yield KINDS['state-dir-full'].found(
             'the file system of %s, mounted on %s, is full' % (path, mount),
             path=there)

@@ -140,6 +140,8 @@ class TestRecords(DoctorTestCase):
                      'tmpfs', '/mnt')
         self.addCleanup(self.lab.run, 'umount', '/mnt')
         self.assertNotIn('state-dir-full', self.findings(state_dir='/mnt'))
+        # One without a limit has 0 blocks, as has btrfs 0 files.
+        self.assertNotIn('state-dir-full', self.findings(state_dir='/sys/x'))
         self.lab.run('sh', '-c', 'yes > /mnt/log || true')
         found = self.findings(state_dir='/mnt')
         self.assertEqual('error', found['state-dir-full']['severity'])
