@@ -39,7 +39,8 @@ def not_a_host(address: IPAddress) -> Optional[str]:
         return None
     for kind in ('multicast', 'unspecified', 'loopback', 'link_local'):
         if getattr(address, 'is_' + kind):
-            return 'a %s address' % kind.replace('_', '-')
+            return '%s %s address' % ('an' if kind[0] == 'u' else 'a',
+                                      kind.replace('_', '-'))
     if address.version == 4 and address.packed[0] not in _HOSTS | {169}:
         return 'a reserved address'
     if getattr(address, 'ipv4_mapped', None):

@@ -101,7 +101,7 @@ def listening_on(text: str) -> Optional[Endpoint]:
 
 def absolute_path(text: str) -> str:
     """Return a path that does not depend on where a process was started."""
-    if not text.startswith('/') or '\0' in text:
+    if not re.fullmatch(r'/[^\x00-\x1f\x7f]*', text):
         raise ValueError('%r is not an absolute path' % text)
     return text
 

@@ -80,17 +80,23 @@ def run(argv: Sequence[str]) -> int:
         args = _arguments(conf)
     except (cfg.Error, exceptions.WrongUsage, OSError,
             UnicodeDecodeError) as err:
-        # OSError is of a log file.
         if argv[-1:] == ['cni']:
             from kuryr_break0.cli import cni
 
             return cni.fail(_explained(err, argv))
         return common.fail(common.USAGE, _explained(err, argv))
+    except SystemExit as end:
+        # With 1 ends oslo.config, which has printed what value is wrong.
+        raise SystemExit(common.USAGE if end.code == 1 else end.code)
     try:
         code: int = conf.command.func(*args)
         return code
     except exceptions.WrongUsage as err:
         return common.fail(common.USAGE, err)
+    except OSError as err:
+        if err.filename is None:  # of what is printed, perhaps
+            raise
+        return common.fail(common.UNREADABLE, 'Cannot go on: %s' % err)
     except exceptions.Break0Error as err:
         return common.fail(common.UNREADABLE, err)
 
@@ -143,6 +149,9 @@ def _set_up_logging(conf: Config, argv: Sequence[str]) -> Config:
         log.setup(conf, verbs.PROGRAM)
     except log.LogConfigError as err:
         raise cfg.Error(str(err)) from err
+    except OSError as err:
+        raise exceptions.CannotWrite(path=err.filename,
+                                     reason=err.strerror) from err
     if verb != 'agent' and not conf.debug:
         logging.getLogger().setLevel(logging.WARNING)
     return conf
@@ -168,8 +177,6 @@ def _explained(err: Exception, argv: Sequence[str]) -> Exception:
         return exceptions.InvalidOption(
             option='(all)', reason='%s is no text in UTF-8: %s' % (
                 _unreadable(argv) or 'a configuration file', err))
-    if isinstance(err, OSError):
-        return exceptions.CannotWrite(path=err.filename, reason=err.strerror)
     if isinstance(err, cfg.ConfigFilesPermissionDeniedError) and os.geteuid():
         return exceptions.NotRoot(command=shlex.join(argv))
     return err

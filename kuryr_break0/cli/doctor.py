@@ -99,7 +99,7 @@ def run(conf: cfg.ConfigOpts) -> int:
     done.not_examined = list(map(output.speak, done.not_examined))
     if wanted.json:
         print(report.as_json(done.findings, done.not_examined, **done.counts))
-    else:
+    elif done.findings or done.unreadable is None:
         _print(done)
     if wanted.bundle is not None:
         try:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -21,14 +22,18 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         sys.stdout.reconfigure(errors='backslashreplace')
     try:
         code = _answer(argv)
-        sys.stdout.flush()  # so that a closed pipe is seen here
+        if sys.stdout is not None:
+            sys.stdout.flush()  # so that a closed pipe is seen here
         return code
     except KeyboardInterrupt:
         return common.INTERRUPTED
-    except BrokenPipeError:
+    except OSError as err:
+        if err.errno not in (errno.EPIPE, errno.ENOSPC) or err.filename:
+            raise
         # As by ``| head``. What is left in the buffer has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return common.CLOSED_PIPE
+        return common.CLOSED_PIPE if err.errno == errno.EPIPE else common.fail(
+            common.UNREADABLE, 'Cannot print: %s' % err.strerror)
 
 
 def _answer(argv: Sequence[str]) -> int:

@@ -85,7 +85,7 @@ class Parser(argparse.ArgumentParser):
         for each in self._args:
             if each == '--' or each in self.verbs:
                 return
-            if each.startswith('-') and each != '-' and not any(
+            if re.match('-[^0-9]', each) and not any(
                     known.startswith(each.partition('=')[0])
                     or known == each[:2]
                     for known in self._option_string_actions):

@@ -166,6 +166,8 @@ class TestUsage(CLITestCase):
                 (b'\xff\xfe\0', 'is no text in UTF-8'),
                 (b'[break0]\ndevice = $break0.device\n', 'refers to itself'),
                 (b'[break0\n', 'Invalid section'),
+                (b'[DEFAULT]\ndebug = maybe\n', 'Boolean value: maybe'),
+                (b'[break0]\nstate_dir = /run/a\n  b\n', 'absolute path'),
                 (b'[break0]\nparent = ${nothing}\n', 'parent')):
             with open('/run/kuryr.conf', 'wb') as file:
                 file.write(content)
@@ -227,6 +229,8 @@ class TestUsage(CLITestCase):
                 (['\udcff'], 'no command \\xff'),
                 (['--\udcff'], '--\\xff is not understood'),
                 (['status', 'a', 'b'], 'b is not understood'),
+                (['probe', '--count', '-1'], "'-1' is not a whole number"),
+                (['bind', '::'], 'an unspecified address'),
                 (['--shell_completion', 'fish'], 'bash or zsh, not fish'),
                 (['--log-file', '/none/log', 'status'],
                  'Cannot write /none/log: No such file')):
@@ -235,6 +239,31 @@ class TestUsage(CLITestCase):
                 self.assertEqual(2, done.returncode)
                 self.assertEqual(1, done.stderr.count('\n'), done.stderr)
                 self.assertIn(text, done.stderr)
+
+    def test_where_nothing_can_be_printed(self) -> None:
+        self.bind()
+        for args in ['status'], ['--help'], ['doctor', '--no-probe']:
+            with open('/dev/full', 'w') as full:
+                done = program.run([PROGRAM, *args], stdout=full, text=True,
+                                   stderr=subprocess.PIPE)
+            self.assertEqual((3, 'kuryr-break0: Cannot print: No space left '
+                              'on device\n'), (done.returncode, done.stderr))
+        for args, code in (['status'], 0), (['statsu'], 2), (['--help'], 0):
+            done = self.run_program(
+                ['sh', '-c', 'exec "$0" "$@" >&-', PROGRAM, *args],
+                stderr=subprocess.PIPE, text=True)
+            self.assertEqual(code, done.returncode, done.stderr)
+            self.assertNotIn('Traceback', done.stderr)
+
+    def test_a_file_that_the_kernel_lacks(self) -> None:
+        self.bind()
+        done = subprocess.run(
+            ['unshare', '--mount', 'sh', '-c', 'mount -t tmpfs none /proc; '
+             'exec %s status' % PROGRAM], text=True, capture_output=True)
+        self.assertEqual(3, done.returncode)
+        self.assertEqual(
+            'kuryr-break0: Cannot go on: [Errno 2] No such file or directory:'
+            " '/proc/thread-self/ns/net'\n", done.stderr)
 
     def test_help_and_version(self) -> None:
         self.assertIn('status', self.call('--help').stdout)
