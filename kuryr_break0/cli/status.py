@@ -74,7 +74,10 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     if wanted.watch:
         with contextlib.suppress(KeyboardInterrupt):
             while True:
-                shown = _watch(options, wanted, shown)
+                sys.stdout.flush()
+                time.sleep(_PAUSE)
+                before, shown = shown, _read(options, wanted)
+                _print_changes(before, shown)
     return common.IN_SYNC if shown.in_sync else common.DRIFT
 
 
@@ -89,18 +92,14 @@ def _read(options: config.Options, wanted: Any = None) -> Status:
         return Status(actual.read(options, ledger, netlink), ledger, wanted)
 
 
-def _watch(options: config.Options, wanted: Any, before: Status) -> Status:
-    """Wait, and print what has changed meanwhile, a line each."""
-    sys.stdout.flush()
-    time.sleep(_PAUSE)
-    now = _read(options, wanted)
+def _print_changes(before: Status, now: Status) -> None:
+    """Print what came and went, a line each."""
     old, new = dict.fromkeys(before.facts()), dict.fromkeys(now.facts())
     for sign, facts, others in ('-', old, new), ('+', new, old):
         for each in facts:
             if each not in others:
                 output.write('%s %s %s' % (time.strftime('%H:%M:%S'), sign,
                                            each))
-    return now
 
 
 class Status:
