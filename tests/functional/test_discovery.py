@@ -958,6 +958,7 @@ class TestWithoutName(FinderTestCase):
                          *command.split())
         self.assert_bound(ONE)
         process.kill()
+        process.wait()
         self.assert_bound()
 
 
