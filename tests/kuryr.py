@@ -290,7 +290,8 @@ class Node:
         response = requests.post(
             'http://%s/%sNetwork' % (ADDRESS, command.lower()),
             json={**pod.params(command, **overrides), 'config_kuryr': {}},
-            headers={'Connection': 'close'}, timeout=180)
+            headers={'Connection': 'close'},
+            timeout=max(180, lab.PATIENCE))
         return Answer(response.status_code, response.text)
 
     def requests(self, pods: list[Pod], command: str) -> list[Answer]:
