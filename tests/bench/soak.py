@@ -297,8 +297,12 @@ class Soak:
         calm = self.calm.is_set()
         if number in way.live:
             if number:
-                way.live[number].end()
-                del way.live[number]
+                end = way.live.pop(number).end
+                try:
+                    end()
+                except Exception:
+                    _insist(end)  # it may be half gone
+                    raise
             return
         sandbox = way.live[number] = way.start(name, number)
         if calm and way.is_request and not self._is_reachable(sandbox, 1):
