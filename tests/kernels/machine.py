@@ -76,7 +76,7 @@ mount -t tmpfs shm /dev/shm
 mount -t tmpfs run /run
 mkdir -p /run/lock /run/netns
 mount -t cgroup2 cgroup /sys/fs/cgroup
-modprobe virtio_net
+modprobe -a virtio_net tun
 mount -t securityfs security /sys/kernel/security 2>/dev/null
 export PATH={path} HOME=/root LANG=C.UTF-8
 ulimit -n 65536
