@@ -62,7 +62,6 @@ class Reconciler:
         self._records = ledger.records
         self._engine = Engine(options, ledger)
         self._devices = self._engine.devices
-        #: the ledger as it was read last, of which most is as it was
 
     def sync(self, dry_run: bool = False, claim: bool = False,
              prune: bool = False) -> Outcome:

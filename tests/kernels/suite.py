@@ -43,6 +43,10 @@ PARTS = {
         'test_discovery.TestFinding.test_before_and_after_the_agent',
         'test_parents.TestTwoParents.test_after_both_were_deleted',
         'test_parent_kinds.TestBond.test_node_and_pods',
+        'test_parent_kinds.TestVlan.test_node_and_pods',
+        'test_parent_kinds.TestVrf.test_node_and_pods',
+        'traffic.test_sources.TestBareParent.'
+        'test_addresses_of_services_are_not_known',
         'cni.test_plugin.TestShim.test_both_families_both_ways')]}
 #: What measures processors, or loads them: that says nothing of the kernel
 UNNEEDED = {'test_bursts_lose_none', 'test_changes_its_mac_address',
