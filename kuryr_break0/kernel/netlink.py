@@ -36,6 +36,8 @@ NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
 _NETLINK_CAP_ACK, _NETLINK_EXT_ACK = 10, 11
 NETLINK_GET_STRICT_CHK = 12
 
+_SO_RCVBUFFORCE = 33  # asm-generic/socket.h
+
 _RECEIVED = 2 ** 17  # bytes; a dump fills at most 32 KiB at once
 #: Seconds after which an answer is lost. The kernel answers while the
 #: request is being sent, so only a fault can make it as long.
@@ -46,6 +48,9 @@ DUMP_TRIES, FEW_TRIES = 20, 3
 DUMP_PAUSE = 0.05  # seconds, at most
 #: Datagrams of events that are read at once, and bytes of each.
 _AT_ONCE, _DATAGRAM = 256, 2 ** 16
+#: Bytes of events that a socket holds until they are read: some 10,000. The
+#: usual 208 KiB hold 250, and a break0 that is deleted has two per address.
+_HELD = 2 ** 23
 
 HEADER = struct.Struct('=IHHII')  # nlmsghdr
 _ATTRIBUTE = struct.Struct('=HH')  # nlattr
@@ -347,6 +352,10 @@ class EventSocket(_Socket):
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK,
             protocol)
         try:
+            # Not as root of a user namespace
+            with contextlib.suppress(PermissionError):
+                self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE,
+                                        _HELD)
             for option in options:
                 self._socket.setsockopt(SOL_NETLINK, option, 1)
             self._socket.bind((0, groups))
