@@ -60,7 +60,8 @@ def add_parsers(subparsers: Any) -> None:
     added.add_argument('--origin', choices=[each.value for each in Origin],
                        help='show only addresses that were bound this way')
     added.add_flag(
-        '--watch', 'then print what comes (+) and what goes (-), until Ctrl-C')
+        '--watch', 'then print what comes (+) and what goes (-), or with '
+        '--json all again when something has changed, until Ctrl-C')
 
 
 def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
@@ -77,7 +78,10 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
                 sys.stdout.flush()
                 time.sleep(_PAUSE)
                 before, shown = shown, _read(options, wanted)
-                _print_changes(before, shown)
+                if not wanted.json:
+                    _print_changes(before, shown)
+                elif shown.as_json() != before.as_json():
+                    output.write_json(shown.as_json())
     return common.IN_SYNC if shown.in_sync else common.DRIFT
 
 

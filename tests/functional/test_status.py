@@ -152,11 +152,26 @@ class TestStatus(CLITestCase):
             self.manager().sync()
             self.assertEqual(6, lookup.call_count)
 
-    def test_watch(self) -> None:
+    def watch(self, *options: str) -> subprocess.Popen[str]:
         watching = subprocess.Popen(
             [os.path.join(os.path.dirname(sys.executable), 'kuryr-break0'),
-             'status', '--watch'], stdout=subprocess.PIPE, text=True)
+             'status', '--watch', *options], stdout=subprocess.PIPE, text=True)
+        self.addCleanup(watching.communicate)
         self.addCleanup(watching.kill)
+        return watching
+
+    def test_watch_as_json(self) -> None:
+        watching = self.watch('--json')
+        assert watching.stdout
+        for is_in_sync in (True, False):
+            document = watching.stdout.readline()
+            while not document.endswith('\n}\n'):
+                document += watching.stdout.readline()
+            self.assertEqual(is_in_sync, json.loads(document)['in_sync'])
+            self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
+
+    def test_watch(self) -> None:
+        watching = self.watch()
         assert watching.stdout
         while 'discovered-77' not in watching.stdout.readline():
             pass
