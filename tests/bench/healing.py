@@ -33,19 +33,22 @@ def repairs(node: Node, repeat: int) -> Section:
         [PROGRAM, 'agent'], env={**os.environ, 'OS_BREAK0__METRICS_BIND': ''},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        times = deletions(node, min(repeat, 21))
+        times = deletions(node, min(max(repeat, 2), 21))
     finally:
         agent.terminate()
         agent.wait()
     median = statistics.median(times)
     name = 'break0 deleted with %d pods' % PODS
+    # The first break0 that an agent creates has it import pyroute2, which
+    # takes 10 MiB of memory that most agents never need.
     return Section(
         name + ', until all is restored and a pod and the node hear each '
-        'other, ms', ['times', 'fastest', 'median', 'slowest'],
+        'other, ms', ['times', 'first', 'fastest', 'median', 'slowest other'],
         [[str(len(times)), *('%.0f' % value for value in
-                             (min(times), median, max(times)))]],
+                             (times[0], min(times), median, max(times[1:])))]],
         [at_most(name, median, unit(node), 25),
-         at_most(name + ', the slowest', max(times), median, 2.5,
+         at_most(name + ', the first', times[0], median, 3.5, 'the median'),
+         at_most(name + ', the slowest other', max(times[1:]), median, 2.5,
                  'the median')],
         {'times_ms': times, 'median_ms': median})
 
