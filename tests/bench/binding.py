@@ -64,14 +64,24 @@ class _Binding:
         # Its disconnect warns of what it has to delete.
         logging.getLogger('kuryr_kubernetes').setLevel(logging.ERROR)
         self._node = node
-        self._netns = node.lab.add_netns('bound')
+        self._count = 0
         stock = kuryr.macvlan_vif(POD)
         ours = break0_vif.VIFMacvlanBreak0._obj_from_primitive(
             None, '1.0', stock.obj_to_primitive())
         self._vifs = {STOCK: stock, KURYR: ours, DIRECT: ours}
 
+    @property
+    def _name(self) -> str:
+        return 'bound-%d' % self._count
+
     def connect(self, way: str) -> float:
-        """Bind the pod; how long it has taken, in ms."""
+        """Bind a new pod; how long it has taken, in ms.
+
+        In one that had an interface before, the kernel would have to wait
+        until nobody uses the tables of that any more.
+        """
+        self._count += 1
+        self._node.lab.add_netns(self._name)
         return self._request(way, b_base.connect)
 
     def disconnect(self, way: str) -> float:
@@ -86,7 +96,7 @@ class _Binding:
             with kernel.Netlink() as netlink:
                 taken.append(timed(lambda: netlink.delete_link('eth0')))
 
-        self._node.lab.in_netns(delete, 'bound')
+        self._node.lab.in_netns(delete, self._name)
         self.disconnect(DIRECT)
         return taken[0]
 
@@ -101,7 +111,7 @@ class _Binding:
     def _require(self, bound: bool, routed: bool) -> None:
         found = [(link['ifname'], address['local'])
                  for link in self._node.lab.ip('address', 'show',
-                                               netns='bound')
+                                               netns=self._name)
                  for address in link['addr_info']
                  if address['scope'] == 'global']
         if found != ([('eth0', POD)] if bound else []):
@@ -118,7 +128,8 @@ class _Binding:
                 'pod_binding', way.rpartition(' ')[2] if way != STOCK
                 else config.KURYR, group=config.GROUP)
             return timed(lambda: work(
-                self._vifs[way], info, 'eth0', netns=self._netns,
+                self._vifs[way], info, 'eth0',
+                netns='/run/netns/' + self._name,
                 container_id='c' * 64))
 
         return in_child(measure)
