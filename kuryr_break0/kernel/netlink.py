@@ -283,9 +283,7 @@ class RequestSocket(_Socket):
         count, is_whole = 0, True
         self._sequence += 1
         try:
-            # An answer that is no dump ends with the acknowledgement.
-            self._socket.send(message._replace(
-                flags=message.flags | NLM_F_ACK).packed(self._sequence))
+            self._socket.send(message.packed(self._sequence))
             for answer in self._answers(self._sequence):
                 if answer.flags & NLM_F_DUMP_INTR:
                     is_whole = False
@@ -303,6 +301,8 @@ class RequestSocket(_Socket):
                 each = read(answer)
                 if each is not None:
                     found.append(each)
+                if not message.flags & NLM_F_DUMP:
+                    break  # that is all
         except OSError as err:
             raise self._failed(action, err) from err
         return found, is_whole
