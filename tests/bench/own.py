@@ -22,6 +22,7 @@ from tests.bench import Broken
 from tests.bench import in_child
 from tests.bench import keep
 from tests.bench import Node
+from tests.bench import POD
 from tests.bench import say
 from tests.bench import Section
 from tests.bench import timed
@@ -54,6 +55,9 @@ def calls(node: Node, repeat: int) -> Section:
         beat()
         attended = statistics.median(
             in_child(lambda: timed(node.housekeep)) for _ in range(repeat))
+    # The kernel walks through all of the table, whose size is of the memory.
+    forgetting = statistics.median(
+        timed(lambda: kernel.forget_connections(POD)) for _ in range(repeat))
     few, many, forked = medians.values()
     processes = unit(node)
     pair = forked['bind'] + forked['unbind']
@@ -70,6 +74,8 @@ def calls(node: Node, repeat: int) -> Section:
         [*([name, *('%.3f' % by_name[name] for by_name in medians.values())]
            for name in few),
          ['housekeeping with an agent', '-', '-', '%.3f' % attended],
+         ['of an unbind, to forget connections', '%.3f' % forgetting, '-',
+          '-'],
          [UNIT, '%.3f' % processes, '-', '-']],
         targets, {'medians_ms': medians, 'attended_ms': attended,
                   'unit_ms': processes})
