@@ -260,14 +260,19 @@ class TestBond(Cases, ParentKindTestCase):
             'active_slave')
         return active
 
+    def wait_for(self, name: str) -> None:
+        """Return when this NIC is in use, and the LAN has noticed."""
+        lab.until(lambda: self.active() == name)
+        lab.until(self.reaches_lan)
+
     def mac(self, name: str) -> str:
         return str((self.lab.link(name) or {})['address'])
 
     def test_fail_over(self) -> None:
-        lab.until(lambda: self.active() == lab.PARENT)
+        self.wait_for(lab.PARENT)
         before, own = self.mac(self.PARENT), self.mac('break0')
         self.lab.run('ip', 'link', 'set', 'nic', 'down', netns='lan')
-        lab.until(lambda: self.active() == 'eth1')
+        self.wait_for('eth1')
         self.assertNotEqual(before, self.mac(self.PARENT))
         self.assertEqual(own, self.mac('break0'))
         self.assert_well()
@@ -276,18 +281,18 @@ class TestBond(Cases, ParentKindTestCase):
         self.assertEqual(own, self.mac('break0'))
         self.lab.run('ip', 'link', 'set', 'nic', 'up', netns='lan')
         self.lab.run('ip', 'link', 'set', 'nic1', 'down', netns='lan')
-        lab.until(lambda: self.active() == lab.PARENT)
+        self.wait_for(lab.PARENT)
         self.assert_well()
 
     def test_fail_over_while_the_agent_runs(self) -> None:
-        lab.until(lambda: self.active() == lab.PARENT)
+        self.wait_for(lab.PARENT)
         own = self.mac('break0')
         self.start_agent()
         for down, up, active in (('nic', 'nic1', 'eth1'),
                                  ('nic1', 'nic', lab.PARENT)):
             self.lab.run('ip', 'link', 'set', up, 'up', netns='lan')
             self.lab.run('ip', 'link', 'set', down, 'down', netns='lan')
-            lab.until(lambda: self.active() == active)
+            self.wait_for(active)
             self.assert_well()
             self.lab.run('ip', 'link', 'del', 'break0')
             lab.until(lambda: self.problems() == [])
