@@ -58,6 +58,14 @@ table netdev {table} {{
     set held6 {{ type ether_addr . ipv6_addr; timeout 1s; }}
 }}
 '''
+# Linux 5.10 does not mind that a set is there with another type, but no element
+# goes into it then.
+_TRIAL = ''.join(
+    '%s element netdev {table} %s%d {{ %s%s }}\n' % (
+        verb, name, version, mac, address)
+    for verb in ('add', 'delete')
+    for name, mac in (('pairs', '00:00:00:00:00:00 . '), ('addresses', ''))
+    for version, address in ((4, '0.0.0.0'), (6, '::')))
 # In place of a table with all of it, or of chains beside sets that stay.
 _ANEW = '''
 table netdev {table}
@@ -322,7 +330,7 @@ class Guard:
             # Linux before 5.16 has no hook for what leaves.
             texts.append(self._text(link, (), egress=''))
         around, anew, sets = (each.format(table=self.table, answer=_ANSWER)
-                              for each in (_AGAIN, _ANEW, _SETS))
+                              for each in (_AGAIN, _ANEW, _SETS + _TRIAL))
         for place, text in enumerate(texts if nft else ()):
             against = _load(nft, (around if is_filled else anew) + text,
                             *['--check'] * is_open)
