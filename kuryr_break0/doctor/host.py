@@ -66,9 +66,15 @@ class Host:
                 commands.append("printf '\\n[break0]\\n%s\\n' >> %s" % (
                     line, path))
                 text += '\n[break0]\n'
-        if self.has_units:
-            commands.append('systemctl restart ' + _AGENT)
-        return commands
+        return commands + self._restart()
+
+    def unset(self, name: str) -> list[str]:
+        """Return commands that take an option out of the file."""
+        return ["sed -i '/^ *%s *=/d' %s" % (name, shlex.quote(self.file)),
+                *self._restart()]
+
+    def _restart(self) -> list[str]:
+        return ['systemctl restart ' + _AGENT] if self.has_units else []
 
     def advised(self, finding: Finding) -> Finding:
         """Return a finding that names what this host has."""

@@ -64,10 +64,10 @@ def _commands(kind: str, found: Sequence[Unserved],
                 each.macvlan.netns, each.macvlan.link.name)
             for each in found if each.macvlan.link.mode != 'passthru'))
     if kind == 'container-other-parent':
-        parents = {each.macvlan.parent for each in found}
         # It names one interface only; without it there may be several.
-        return host.set(parent=min(parents) if not kernel.exists(
-            str(options.parent)) else '')
+        return host.unset('parent') if kernel.exists(
+            str(options.parent)) else host.set(
+                parent=min(each.macvlan.parent for each in found))
     if kind == 'container-not-allowed':
         return host.set(allowed_cidrs=_with_networks(found, options))
     if kind == 'container-not-discovered':

@@ -175,6 +175,15 @@ class TestReasons(UnservedTestCase):
         self.until_bound(ONE)
         self.assertEqual([], self.status())
 
+    def test_another_parent_beside_the_one_that_is_set(self) -> None:
+        self.lab.run('ip', 'link', 'add', 'eth1', 'up', 'type', 'veth',
+                     'peer', 'name', 'nic1', 'netns', 'lan')
+        self.lab.add_pod('one', ONE, parent='eth1')
+        self.configure(test_discovery.OPTIONS, 'parent = eth0')
+        self.assertEqual([(ONE, 'other_parent')], self.status())
+        self.follow('container-other-parent')
+        self.assertEqual([(ONE, 'not_discovered')], self.status())
+
     def test_modes(self) -> None:
         path = self.lab.add_pod('one', ONE)
         self.start()
