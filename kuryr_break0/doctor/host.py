@@ -43,8 +43,11 @@ class Host:
     @property
     def start(self) -> str:
         """Return the command that starts the agent."""
-        return ('systemctl enable --now ' + _AGENT if self.has_units
-                else 'kuryr-break0 --config-file %s agent' % self.file)
+        if self.has_units:
+            return 'systemctl enable --now ' + _AGENT
+        return 'kuryr-break0 %sagent' % (
+            '--config-file %s ' % self.file if os.path.exists(self.file)
+            else '')
 
     def set(self, **values: str) -> list[str]:
         """Return commands that set options of [break0], and apply them."""
@@ -53,7 +56,10 @@ class Host:
                 text = file.read()
         except OSError:
             text = ''
-        path, commands = shlex.quote(self.file), []
+        path = shlex.quote(self.file)
+        directory = os.path.dirname(os.path.abspath(self.file))
+        commands = [] if os.path.isdir(directory) else [
+            'mkdir -p ' + shlex.quote(directory)]
         for name, value in values.items():
             line = '%s = %s' % (name, value)
             if re.search(r'(?m)^\s*%s\s*=' % name, text):

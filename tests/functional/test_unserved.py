@@ -108,6 +108,13 @@ class TestReasons(UnservedTestCase):
         self.assertEqual(['100.75.30.0/24', '100.99.0.0/16'],
                          list(map(str, options.allowed_cidrs)))
 
+    def test_its_advice_without_a_directory(self) -> None:
+        path = '/run/no such/kuryr-break0.conf'
+        for command in host.Host(path, False, False).set(discover='true'):
+            self.lab.run('sh', '-c', command)
+        with open(path) as file:
+            self.assertIn('discover = true', file.read())
+
     def test_its_name(self) -> None:
         """That another address of the container is bound with."""
         self.configure('discover = true', 'allowed_cidrs = fd00:30::/64')

@@ -30,8 +30,7 @@ class TestRecords(DoctorTestCase):
         self.agent.close()
         finding = self.assert_found('agent-not-running', self.STATE,
                                     severity='warning')
-        self.assertRegex(finding['commands'][0],
-                         r'^kuryr-break0 --config-file \S+ agent$')
+        self.assertEqual(['kuryr-break0 agent'], finding['commands'])
         os.makedirs('/run/systemd/system')
         with mock.patch.object(installation, 'is_for_kuryr',
                                return_value=False):
@@ -45,6 +44,10 @@ class TestRecords(DoctorTestCase):
         done = self.call(code=1, config='/run/mine.conf')
         self.assertIn('allowed_cidrs in /run/mine.conf',
                       ' '.join(done.stdout.split()))
+        self.agent.close()
+        done = self.call(code=1, config='/run/mine.conf')
+        self.assertIn('kuryr-break0 --config-file /run/mine.conf agent\n',
+                      done.stdout)
 
     def test_stuck_agent(self) -> None:
         path = self.STATE + '/heartbeat'
