@@ -193,7 +193,7 @@ class _Reading:
         conflict: Optional[exceptions.Break0Error] = None
         if parent is None:
             conflict = exceptions.ParentNotFound(parent=name)
-        elif options.parent not in (None, name):
+        elif live and options.parent not in (None, name):
             conflict = exceptions.ParentMismatch(configured=options.parent,
                                                  actual=name)
         elif link is not None:
