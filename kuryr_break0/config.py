@@ -10,6 +10,7 @@ import dataclasses
 import glob
 import os
 import re
+import socket
 from typing import Any, Optional
 
 from oslo_config import cfg
@@ -273,6 +274,9 @@ def load(conf: cfg.ConfigOpts) -> Options:
     """
     register(conf)
     options = Options(**{opt.dest: _value(conf, opt) for opt in OPTS})
+    with contextlib.suppress(OSError):  # its name, if that is an altname
+        options = dataclasses.replace(options, parent=socket.if_indextoname(
+            socket.if_nametoindex(options.parent or '')))
     if options.discover and not options.allowed_cidrs:
         raise exceptions.InvalidOption(
             option='discover', reason='it needs [break0] allowed_cidrs, the '

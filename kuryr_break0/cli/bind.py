@@ -112,6 +112,8 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
     wanted = conf.command
     owner = Owner(wanted.owner, wanted.ifname)
     parent = wanted.parent or options.parent or config.link_iface(conf)
+    if parent is not None:  # by an altname, perhaps
+        parent = kernel.current_name(parent, kernel.index_of(parent))
     mac, addresses = wanted.mac, wanted.address
     ledger = Ledger(options.state_dir)
     ledger.prepare()

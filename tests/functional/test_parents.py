@@ -25,6 +25,7 @@ from tests.functional.base import POD
 from tests.functional import test_cli
 from tests.functional import test_discovery
 from tests import lab
+from tests import program
 
 POD6 = 'fd00:30::71'
 ONE, ONE6, TWO = (test_discovery.ONE, test_discovery.ONE6,
@@ -421,6 +422,19 @@ class TestRenamed(ParentsTestCase):
         self.manager().sync()
         self.assert_in_sync({'ens3': 'break0', self.NIC: self.device1})
 
+    def test_the_option_by_an_altname(self) -> None:
+        self.lab.run('ip', 'link', 'property', 'add', 'dev', 'eth0',
+                     'altname', 'enp0s3')
+        self.unbind(POD1, POD1_6, owner=OWNER1)
+        self.manager(parent='enp0s3').sync()
+        self.assertEqual({POD, POD6}, set(self.lab.routes()))
+        self.assertEqual([], self.problems(parent='enp0s3'))
+        netns = self.lab.add_pod('x', '100.75.30.73')
+        done = program.run([program.BREAK0, 'bind', '--owner', 'x', '--netns',
+                            netns, '--parent', 'enp0s3'])
+        self.assertEqual(0, done.returncode)
+        self.assertTrue(self.lab.ping('100.75.30.73'))
+
     def test_a_lost_record(self) -> None:
         self.rename('eth0', 'ens3')
         for path in glob.glob('/run/kuryr-break0/addresses/*%s*' % POD):
@@ -533,11 +547,17 @@ class TestNames(base.LabTestCase):
                          self.problems())
 
     def test_the_parent_option_is_for_one(self) -> None:
-        self.lab.run('ip', 'link', 'add', 'eth1', 'type', 'veth', 'peer',
-                     'name', 'peer1')
+        self.lab.run('ip', 'link', 'add', 'eth1', 'up', 'type', 'veth',
+                     'peer', 'name', 'peer1')
         with self.assertRaises(exceptions.ParentMismatch):
             self.manager(parent='eth0').bind(OWNER, base.addresses(POD),
                                              parent='eth1')
+        self.bind(POD, parent='eth0')
+        self.bind(POD1, parent='eth1', owner=OWNER1)
+        self.assertIn('pods of this node are on eth1',
+                      self.problems(parent='eth0')[0])
+        self.unbind(POD1, owner=OWNER1)
+        self.assertEqual([], self.problems(parent='eth0'))
 
 
 class TestBond(base.LabTestCase):
