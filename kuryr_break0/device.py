@@ -50,6 +50,8 @@ BORDER = {'ipv4/conf/%s/rp_filter': 1,
           'ipv6/conf/%s/accept_source_route': 0,
           'ipv6/conf/%s/proxy_ndp': 0,
           'ipv6/conf/%s/autoconf': 0}
+#: Below it, an interface has no IPv6 (IPV6_MIN_MTU).
+_IPV6_MIN_MTU = 1280
 
 
 class Difference(NamedTuple):
@@ -215,6 +217,21 @@ class Device:
                                               self.name))
             netlink.raise_link(link)
 
+    def _set_mtu(self, netlink: kernel.Netlink, link: kernel.Link,
+                 mtu: int) -> None:
+        """Set its MTU; where that brings IPv6 back, while it is down.
+
+        For that has then the settings that new interfaces have.
+        """
+        if not link.mtu < _IPV6_MIN_MTU <= mtu:
+            netlink.set_mtu(link, mtu)
+            return
+        netlink.lower_link(link)
+        netlink.set_mtu(link, mtu)
+        for path, (_, value) in sysctl_drift(link.name).items():
+            kernel.write_sysctl(path, value, self._options.sysctl_dir)
+        self._raise(netlink, link)
+
     @staticmethod
     def _set_mac(netlink: kernel.Netlink, link: kernel.Link,
                  mac: str) -> None:
@@ -266,7 +283,8 @@ class Device:
         if link.mtu != parent.mtu:
             yield Difference(
                 'its MTU is %d, must be %d' % (link.mtu, parent.mtu),
-                lambda netlink: netlink.set_mtu(link, parent.mtu))
+                lambda netlink: self._set_mtu(netlink, link, parent.mtu),
+                loses_routes=link.mtu < _IPV6_MIN_MTU <= parent.mtu)
         mac = self._mac
         if mac is not None and link.mac != mac:
             yield Difference(

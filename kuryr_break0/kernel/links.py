@@ -123,6 +123,10 @@ class LinkSocket(netlink.RequestSocket):
             'renamed, delete that or rename it back: ip link show type '
             'macvlan')
 
+    def lower_link(self, link: values.Link) -> None:
+        self._alter('set down the interface ' + link.name, link, b'', 0,
+                    wire.IFF_UP)
+
     def _set(self, link: values.Link, what: str, attribute: bytes) -> None:
         self._alter('set the %s of %s' % (what, link.name), link, attribute)
 

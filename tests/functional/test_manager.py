@@ -510,6 +510,20 @@ class TestDevice(base.LabTestCase):
             each for link in self.lab.ip('address', 'show', 'break0')
             for each in link['addr_info']])
 
+    def test_an_mtu_that_brings_ipv6_back(self) -> None:
+        netns = self.lab.add_pod('pod', POD, mac='02:00:00:00:00:71')
+        self.bind(netns=netns, mac_of_pod='02:00:00:00:00:71', guard='off')
+        for mtu in '1000', '1500':
+            self.lab.run('ip', 'link', 'set', lab.PARENT, 'mtu', mtu)
+        self.assertEqual(1000, (self.lab.link('break0') or {})['mtu'])
+        with self.lab.capture() as frames:
+            self.manager(guard='off').sync()
+            mac = (self.lab.link('break0') or {})['address']
+        self.assertEqual([], [frame for frame in frames if frame.src == mac])
+        self.assertEqual([], self.problems(guard='off'))
+        self.assertTrue(self.lab.ping(POD))
+        self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
+
     def test_its_name_is_an_option(self) -> None:
         self.bind(device='shim')
         self.assertIsNotNone(self.lab.link('shim'))
