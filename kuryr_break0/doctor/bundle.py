@@ -45,8 +45,10 @@ _PACKAGES = ('kuryr-break0', 'kuryr-kubernetes', 'os-vif', 'pyroute2',
 _ADDRESS = re.compile(
     r'\b\d{1,3}(?:\.\d{1,3}){3}\b'
     r'|(?<![\w:])[0-9A-Fa-f]*:[0-9A-Fa-f:]*:[0-9A-Fa-f.]*(?![\w:])'
-    r'|\b[0-9a-f]{12,64}\b')
-_MAC = re.compile(r'(?:[0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}')
+    r'|\b[0-9a-f]{12,64}\b'
+    r'|\b0x[0-9a-f]{9,}\b')  # as nft has those that it compares with bits
+#: Also without leading zeros, as ip(8) has that of a bridge.
+_MAC = re.compile(r'(?:[0-9A-Fa-f]{1,2}:){5}[0-9A-Fa-f]{1,2}')
 #: What may be a name: a longer one first, of which another is a part, as of
 #: the name of a host with its domain or of a log file.
 _NAMES = tuple(map(re.compile, (r'[\w.-]+', r'[A-Za-z0-9.-]+',
@@ -59,7 +61,8 @@ _COMMON = re.compile(r'(?:break0-)?(?:break|br|bond|docker|dummy|en[ops]|eth|'
                      r'ifb|tap|tun|veth|vlan|wg|wlan|wlp)[0-9][0-9a-fnps.]*')
 #: Texts that people choose: comments of rules, aliases of interfaces.
 _FREE = re.compile(r'(\bcomment )("[^"]*"|(?<=--comment )\S+)'
-                   r'|(?m:^(\s+alias )(?!kuryr-break0 ledger )(.+)$)')
+                   r'|(?m:^(\s+(?:alias|altname) )'
+                   r'(?!kuryr-break0 ledger )(.+)$)')
 #: Keys whose values are never in a bundle: of the ledger, and of any file.
 _SECRET = re.compile(r'(?i)("?\b\w*(?:secret|password|token)\w*"?\s*[:=]\s*)'
                      r'("[^"]*"|\S+)')
@@ -168,7 +171,8 @@ class Bundle:
     def _address(self, found: re.Match[str]) -> str:
         text = found[0]
         if _MAC.fullmatch(text):
-            return self._digest('mac', text.lower())
+            return self._digest('mac', ':'.join(
+                octet.zfill(2) for octet in text.lower().split(':')))
         if not set(text) & set('.:'):
             return self._digest('id', text)
         try:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from tests.functional.doctor.base import OWNER_79
 from tests.functional.doctor.base import POD4
 from tests.functional.doctor.base import POD6
 from tests.functional.doctor.base import SUBNETS
+from tests import lab
 
 
 class TestCommand(DoctorTestCase):
@@ -146,6 +148,10 @@ class TestCommand(DoctorTestCase):
                         b'peer', b'name', b'acme\xff+'], check=True)
         self.lab.run('ip', 'link', 'set', 'acme-lan0', 'alias',
                      'uplink of ACME')
+        self.lab.run('ip', 'link', 'property', 'add', 'dev', 'eth0', 'altname',
+                     'enx0200acme', 'altname', 'enx020000000077')
+        self.lab.run('ip', 'link', 'add', 'br0', 'address',
+                     '02:00:0a:00:00:79', 'type', 'bridge')
         self.lab.run('nft', 'add table ip t; add chain ip t c; add rule ip t '
                      'c accept comment "door of ACME"')
         self.lab.run('iptables-nft', '-A', 'INPUT', '-m', 'comment',
@@ -153,12 +159,18 @@ class TestCommand(DoctorTestCase):
         self.manager().bind(
             OWNER_79, base.addresses('100.75.30.79'), parent='eth0',
             mac='02:00:00:00:00:79', netns=path, network='acme-net')
+        # Addresses as programs write them: without leading zeros, as one
+        # number, in a name.
+        forms = '2:0:a:0:0:79', '020000000077'
         plain = str(self.unpacked())
         for text in ('acme-web', 'acme-lan0', 'uplink of ACME', 'acme-net',
-                     'door of ACME', 'comment ACME'):
+                     'door of ACME', 'comment ACME', *forms):
             self.assertIn(text, plain)
         redacted = self.unpacked('--redact')
-        self.assertNotIn('acme', str(redacted).lower())
+        # The last where the guard answers solicitations.
+        for text in ('acme', *forms,
+                     '0x%x' % int(ipaddress.ip_address(lab.NODE6))):
+            self.assertNotIn(text, str(redacted).lower())
         links = redacted['commands/ip_-d_link.txt']
         self.assertRegex(links, r'alias <text-\w+>')
         for text in ('eth0', 'break0', 'kuryr-break0 ledger'):
