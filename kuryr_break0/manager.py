@@ -196,13 +196,15 @@ class Break0Manager:
         def is_own(claim: Record) -> bool:
             return claims.is_own(claim, owner, namespace, mac, bound_at)
 
-        if addresses is None:
+        named = None if addresses is None else list(dict.fromkeys(addresses))
+        if named is None or len(named) > MAX_ADDRESSES:
             # An adopted one has its namespace in place of a container id.
-            addresses = sorted({
-                claim.address for found in self._records.containing(
-                    owner.container_id, Owner.ADOPTED)
-                for claim in found if is_own(claim)}, key=address_order)
-        removed = self._engine.unbind(addresses, is_own, owner, mac, failure)
+            found = {claim.address for each in self._records.containing(
+                owner.container_id, Owner.ADOPTED)
+                for claim in each if is_own(claim)}
+            named = sorted(found if named is None else found.intersection(
+                named), key=address_order)
+        removed = self._engine.unbind(named, is_own, owner, mac, failure)
         for record in removed:
             # With the interface, all that was configured there goes.
             if not interface_goes and record.netns and record.configured:

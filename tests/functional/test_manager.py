@@ -746,6 +746,18 @@ class TestRefused(base.LabTestCase):
                         'fd00::3', 'fd00::4'):
             self.assert_refused(address, 'a next hop')
 
+    def test_too_many_at_once(self) -> None:
+        many = ['10.0.%d.%d' % (each // 250, each % 250 + 1)
+                for each in range(1000)]
+        with self.assertRaises(exceptions.InputRefused):
+            self.bind(POD, *many)
+        self.bind(POD, OTHER_POD)
+        # A DEL follows, which holds up others only for what there is.
+        with self.assertLogs('kuryr_break0.engine', 'INFO') as logs:
+            self.unbind(*many, POD)
+        self.assertEqual(1, len(logs.output), logs.output)
+        self.assertEqual({OTHER_POD}, set(self.lab.routes()))
+
     def test_a_pod_that_is_a_next_hop(self) -> None:
         self.bind(POD, 'fd00:30::71')
         self.lab.run('ip', 'route', 'add', '192.0.2.0/24', 'via', POD)
