@@ -114,7 +114,7 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
     parent = wanted.parent or options.parent or config.link_iface(conf)
     if parent is not None:  # by an altname, perhaps
         parent = kernel.current_name(parent, kernel.index_of(parent))
-    mac, addresses = wanted.mac, wanted.address
+    mac, addresses = wanted.mac, list(dict.fromkeys(wanted.address))
     ledger = Ledger(options.state_dir)
     ledger.prepare()
     devices = Devices(options, ledger)
@@ -211,7 +211,8 @@ def _meant(wanted: Any, ledger: Ledger
             'Give addresses and the --owner of their bind, or only --pod with '
             'the name of a container or pod.')
     if wanted.pod is None:
-        return Owner(wanted.owner, wanted.ifname), wanted.address, None
+        return Owner(wanted.owner, wanted.ifname), list(dict.fromkeys(
+            wanted.address)), None
     live = {address: claims[0] for address, claims
             in ledger.contents().claims.items()}
     found = [live[address] for address in names.addresses_of(

@@ -63,8 +63,8 @@ class TestBind(ByHandTestCase):
         self.assertEqual(
             'Bound %s to break0 for web/eth0\n'
             'Bound %s to break0 for web/eth0\n' % (ADDRESS, ADDRESS6),
-            self.run_it('bind', ADDRESS, ADDRESS6, '--owner', 'web',
-                        '--netns', NETNS))
+            self.run_it('bind', ADDRESS, ADDRESS + '/32', ADDRESS6,
+                        '--owner', 'web', '--netns', NETNS))
         self.assert_reachable()
         self.assertTrue(self.lab.ping(ADDRESS6))
         self.assertTrue(self.lab.ping(lab.NODE6, 'web'))
@@ -75,7 +75,10 @@ class TestBind(ByHandTestCase):
             {each['dst']: each['lladdr'] for each in self.lab.ip(
                 'neighbour', 'show', 'dev', 'break0', 'nud', 'permanent')})
         self.assert_in_sync()
-        self.run_it('unbind', ADDRESS, ADDRESS6, '--owner', 'web')
+        self.assertEqual(
+            'Unbound %s\nUnbound %s\n' % (ADDRESS, ADDRESS6),
+            self.run_it('unbind', ADDRESS, ADDRESS6, ADDRESS, '--owner',
+                        'web'))
         self.assert_reachable(False)
         self.lab.run('ip', 'link', 'del', 'break0')
         self.assertEqual(before, self.lab.state())
