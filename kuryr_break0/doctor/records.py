@@ -17,6 +17,7 @@ from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor.host import Host
 from kuryr_break0.doctor.node import Node
 from kuryr_break0 import exceptions
+from kuryr_break0.ledger import Ledger
 from kuryr_break0.problems import unjudged_problem
 
 #: File systems that end with the boot.
@@ -42,6 +43,13 @@ def check_directory(options: config.Options) -> Iterator[Finding]:
             yield KINDS['state-dir-unusable'].found(
                 'user %d cannot write to %s' % (os.geteuid(), directory),
                 path=directory)
+            return
+    ledger = Ledger(path)
+    if there == path and not os.path.isdir(ledger.records.directory):
+        for name in ledger.foreign()[:1]:
+            yield KINDS['state-dir-unusable'].found(
+                '%s has no records, but %s of others' % (path, name),
+                path=path)
             return
     mount, kind = _mount_of(there)
     if kind not in _IN_MEMORY:

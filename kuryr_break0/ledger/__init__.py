@@ -49,6 +49,8 @@ T = TypeVar('T')
 _RETRIES = 5
 #: What is in the directory, beside what ends with .json.
 _FILES = ('cni.sock', 'heartbeat', 'identity', 'journal', 'lock')
+#: What may be in one that has lost its records.
+_OTHERS = ('quarantine', 'lost+found')
 #: The directory, in that of what cannot be read, for records of other boots.
 _EARLIER = 'earlier-boot'
 #: Next hops that are kept after they are gone.
@@ -254,6 +256,15 @@ class Ledger:
         """Return whether there is a state directory."""
         return os.path.isdir(self.path)
 
+    def foreign(self) -> list[str]:
+        """Return the names of what others have in a directory without records.
+
+        As in /run: who cannot use that any more, or loses files there, is
+        harmed.
+        """
+        return sorted(name for name in os.listdir(self.path) if not (
+            name in _OTHERS or _is_file_of_ours(name)))
+
     def clear(self) -> None:
         """Remove the directory with all that this package puts there.
 
@@ -267,13 +278,12 @@ class Ledger:
                         quarantine, _EARLIER), quarantine, self.path):
                 with contextlib.suppress(FileNotFoundError):
                     for name in os.listdir(directory):
-                        if name in _FILES or name.endswith('.json') or (
-                                name.startswith(files.UNFINISHED)):
+                        if _is_file_of_ours(name):
                             os.unlink(os.path.join(directory, name))
                     os.rmdir(directory)
         except OSError as err:
-            # Others have put something there, or mounted it.
-            if err.errno not in (errno.ENOTEMPTY, errno.EBUSY):
+            # Others have put something there, or mounted it, or it is a link.
+            if err.errno not in (errno.ENOTEMPTY, errno.EBUSY, errno.ENOTDIR):
                 raise exceptions.LedgerUnavailable(path=self.path,
                                                    reason=err) from err
 
@@ -287,6 +297,9 @@ class Ledger:
                 raise OSError('it belongs to user %d, not to %d' %
                               (found.st_uid, os.geteuid()))
             used = os.path.isdir(self.records.directory)
+            if not used and self.foreign():
+                raise OSError('it has no records, but %s of others' %
+                              self.foreign()[0])
             mode = stat.S_IMODE(found.st_mode)
             if mode & 0o077:
                 # An empty one may be of kubelet, for a volume.
@@ -300,3 +313,8 @@ class Ledger:
 
     def _usable(self) -> contextlib.AbstractContextManager[None]:
         return files.usable(self.path)
+
+
+def _is_file_of_ours(name: str) -> bool:
+    return (name in _FILES or name.endswith('.json')
+            or name.startswith((files.UNFINISHED, 'cni.sock.')))

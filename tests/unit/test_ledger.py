@@ -401,6 +401,35 @@ class TestDirectory(LedgerTestCase):
         self.ledger.prepare()
         self.assertEqual(0o700, stat.S_IMODE(os.stat(self.path).st_mode))
 
+    def test_one_that_others_use_is_refused(self) -> None:
+        shutil.rmtree(self.path)
+        os.makedirs(self.path + '/others')
+        os.chmod(self.path, 0o755)
+        open(self.path + '/x.json', 'w').close()
+        for refused in self.ledger.prepare, self.ledger.lock().__enter__:
+            with self.assertRaisesRegex(exceptions.LedgerUnavailable,
+                                        'has no records, but others'):
+                refused()
+        self.assertEqual(0o755, stat.S_IMODE(os.stat(self.path).st_mode))
+        self.assertEqual({'others', 'x.json'}, {*os.listdir(self.path)})
+
+    def test_one_that_has_lost_its_records_is_used(self) -> None:
+        with self.ledger.lock():
+            self.ledger.ensure_identity()
+            self.ledger.cache.put('fact', [1])
+        shutil.rmtree(self.records.directory)
+        os.mkdir(self.path + '/quarantine')
+        self.ledger.prepare()
+        self.assertTrue(os.path.isdir(self.records.directory))
+
+    def test_one_behind_a_link_is_cleared(self) -> None:
+        os.rename(self.path, self.path + '-real')
+        os.symlink(self.path + '-real', self.path)
+        self.addCleanup(shutil.rmtree, self.path + '-real')
+        with self.ledger.lock():
+            self.ledger.clear()
+        self.assertEqual([], os.listdir(self.path))
+
     def test_one_that_others_can_use_is_closed(self) -> None:
         os.chmod(self.path, 0o777)
         with self.assertLogs('kuryr_break0.ledger', 'WARNING') as logs:

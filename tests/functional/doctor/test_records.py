@@ -138,6 +138,13 @@ class TestRecords(DoctorTestCase):
         self.assert_found('state-dir-unusable', '/run/file is not a dir',
                           state_dir='/run/file/state')
 
+    def test_of_others(self) -> None:
+        for path in '/run', '/run/netns':
+            finding = self.assert_found('state-dir-unusable', path,
+                                        state_dir=path)
+            self.assertIn('of others', finding['seen'])
+            self.assertNotIn('chmod', str(finding['commands']))
+
     def test_full(self) -> None:
         self.lab.run('mount', '-t', 'tmpfs', '-o', 'size=64k,mode=700',
                      'tmpfs', '/mnt')
@@ -145,7 +152,7 @@ class TestRecords(DoctorTestCase):
         self.assertNotIn('state-dir-full', self.findings(state_dir='/mnt'))
         # One without a limit has 0 blocks, as has btrfs 0 files.
         self.assertNotIn('state-dir-full', self.findings(state_dir='/sys/x'))
-        self.lab.run('sh', '-c', 'yes > /mnt/log || true')
+        self.lab.run('sh', '-c', 'yes > /mnt/journal || true')
         found = self.findings(state_dir='/mnt')
         self.assertEqual('error', found['state-dir-full']['severity'])
         self.assertIn('/mnt', found['state-dir-full']['commands'][0])
