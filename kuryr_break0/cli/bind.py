@@ -128,7 +128,7 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
             macvlan = kernel.macvlan_of(wanted.netns, wanted.ifname, parent)
             parent = macvlan.parent
             mac = mac or macvlan.link.mac
-            addresses = addresses or macvlan.addresses
+            addresses = addresses or list(macvlan.addresses)
             _require_addresses(macvlan, addresses)
         if not addresses:
             raise exceptions.NoAddress(owner=owner)

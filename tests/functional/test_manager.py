@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 import os
 import socket
@@ -796,6 +797,22 @@ class TestLedgerAndLock(base.LabTestCase):
         self.assertIn(POD, self.lab.routes())
         manager.unbind(OWNER, base.addresses(POD), mac=MAC)
         self.assertEqual({}, self.lab.routes())
+
+    def test_the_first_bind_after_a_boot(self) -> None:
+        self.bind(POD)
+        # A directory that survives, whose record may look like a rival's.
+        found = ledger.Ledger('/run/kuryr-break0')
+        identity = found.ensure_identity()
+        found.put_identity(dataclasses.replace(identity, boot='earlier'))
+        self.lab.run('ip', 'link', 'del', 'break0')
+        self.manager().bind(OTHER_OWNER, base.addresses(POD, OTHER_POD),
+                            parent=lab.PARENT, yielding=True)
+        self.assertEqual({POD, OTHER_POD}, self.bound())
+        self.assertEqual({OTHER_OWNER}, {
+            claim.owner for claims in self.seen().contents.claims.values()
+            for claim in claims})
+        self.assertFalse(self.manager().sync())
+        self.assertEqual({POD, OTHER_POD}, set(self.lab.routes()))
 
     def test_the_state_dir_is_for_root_alone(self) -> None:
         self.bind()
