@@ -17,13 +17,15 @@ from kuryr_break0.cli import verbs
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a verb and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    for name, mode in ('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w'):
+        if getattr(sys, name) is None:  # its caller has closed it
+            setattr(sys, name, open(os.devnull, mode))
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A name that the locale cannot write is no reason to fail.
         sys.stdout.reconfigure(errors='backslashreplace')
     try:
         code = _answer(argv)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # so that a closed pipe is seen here
+        sys.stdout.flush()  # so that a closed pipe is seen here
         return code
     except KeyboardInterrupt:
         return common.INTERRUPTED

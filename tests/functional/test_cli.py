@@ -248,12 +248,15 @@ class TestUsage(CLITestCase):
                                    stderr=subprocess.PIPE)
             self.assertEqual((3, 'kuryr-break0: Cannot print: No space left '
                               'on device\n'), (done.returncode, done.stderr))
-        for args, code in (['status'], 0), (['statsu'], 2), (['--help'], 0):
-            done = self.run_program(
-                ['sh', '-c', 'exec "$0" "$@" >&-', PROGRAM, *args],
-                stderr=subprocess.PIPE, text=True)
-            self.assertEqual(code, done.returncode, done.stderr)
-            self.assertNotIn('Traceback', done.stderr)
+        self.lab.run('ip', 'link', 'set', 'break0', 'mtu', '1400')
+        for args, code in ((['status'], 1), (['statsu'], 2), (['--help'], 0),
+                           (['doctor', '--no-probe'], 4), (['cni'], 1)):
+            for closed in '>&-', '<&- >&-':
+                done = self.run_program(
+                    ['sh', '-c', 'exec "$0" "$@" ' + closed, PROGRAM, *args],
+                    stderr=subprocess.PIPE, text=True)
+                self.assertEqual(code, done.returncode, done.stderr)
+                self.assertNotIn('Traceback', done.stderr)
 
     def test_a_file_that_the_kernel_lacks(self) -> None:
         self.bind()
