@@ -109,9 +109,11 @@ class Engine:
         moves: dict[IPAddress, Move] = {}
         break0 = None
         with self.locked() as say:
-            # Records of an earlier boot must go before there are new ones.
-            with contextlib.suppress(exceptions.LedgerUnavailable):
-                self._ledger.ensure_identity()
+            # The first one of a boot: records of an earlier one must go before
+            # there are new ones.
+            if kernel.index_of(self._options.device) is None:
+                with contextlib.suppress(exceptions.LedgerUnavailable):
+                    self._ledger.ensure_identity()
             for record in records:
                 self._add_claim(record, yielding, moves, passed, failure)
             with failure.noted(*moves), kernel.Netlink() as netlink:
