@@ -58,8 +58,8 @@ table netdev {table} {{
     set held6 {{ type ether_addr . ipv6_addr; timeout 1s; }}
 }}
 '''
-# Linux 5.10 does not mind that a set is there with another type, but no element
-# goes into it then.
+# Linux 5.10 does not mind that a set is there with another type, but no
+# element goes into it then.
 _TRIAL = ''.join(
     '%s element netdev {table} %s%d {{ %s%s }}\n' % (
         verb, name, version, mac, address)
