@@ -216,7 +216,7 @@ class _Reading:
             withdrawn=self._withdrawn(name, neighbours),
             elsewhere={*self._contents.claims, *self._contents.unreadable})
         guard: tuple[Optional[str], Pairs, Pairs] = None, {}, {}
-        differences: tuple[str, ...] = ()
+        differences: tuple[tuple[str, str], ...] = ()
         node = None
         if usable is not None and parent is not None:
             kept_out = difference.blocked.union(self._refused)
@@ -225,8 +225,8 @@ class _Reading:
                 if address not in kept_out
             ], bool(live), routes.values(), neighbours)
             differences = (*self._earlier_name(name, device_name), *(
-                each.text for each in made.differences(usable, parent,
-                                                       self._addresses)))
+                (each.kind, each.text) for each in made.differences(
+                    usable, parent, self._addresses)))
             node = self._policy.node_addresses(
                 self._addresses, parent.index,
                 {wanted.route.src for wanted in desired.values()},
@@ -241,7 +241,8 @@ class _Reading:
             {address: self._astray[address]
              for address in self._astray.keys() & desired.keys()})
 
-    def _earlier_name(self, name: str, device_name: str) -> Iterator[str]:
+    def _earlier_name(self, name: str, device_name: str
+                      ) -> Iterator[tuple[str, str]]:
         """Say that the ledger knows the parent of a break0 by another name.
 
         Until it knows the new one, as by a sync.
@@ -249,7 +250,8 @@ class _Reading:
         for parent, known in (self._identity.devices.items()
                               if self._identity else ()):
             if known == device_name and parent != name:
-                yield 'its parent %s is called %s now' % (parent, name)
+                yield 'name', 'its parent %s is called %s now' % (
+                    parent, name)
 
     def _guard(self, link: kernel.Link, parent: kernel.Link,
                allowed: Collection[Record], is_used: bool,

@@ -57,11 +57,13 @@ _IPV6_MIN_MTU = 1280
 class Difference(NamedTuple):
     """Something that a break0 is, and should not be.
 
+    :ivar kind: what follows from it, as the doctor calls it
     :ivar text: what it is, and what it should be
     :ivar repair: makes it so
     :ivar loses_routes: whether the kernel has dropped its routes with that
     """
 
+    kind: str
     text: str
     repair: Callable[[kernel.Netlink], None]
     loses_routes: bool = False
@@ -229,7 +231,8 @@ class Device:
         netlink.lower_link(link)
         netlink.set_mtu(link, mtu)
         for path, (_, value) in sysctl_drift(link.name).items():
-            kernel.write_sysctl(path, value, self._options.sysctl_dir)
+            kernel.write_sysctl(path % link.name, value,
+                                self._options.sysctl_dir)
         self._raise(netlink, link)
 
     @staticmethod
@@ -276,36 +279,40 @@ class Device:
         """
         for path, (found, value) in sysctl_drift(link.name).items():
             yield Difference(
+                'answers-lan' if path.endswith(('/arp_filter', '/proxy_arp'))
+                else 'heard' if path in QUIET else 'open',
                 '%s is %d, must be %d' % (path.rpartition('/')[2], found,
                                           value),
                 lambda _, path=path, value=value:  # type: ignore[misc]
-                kernel.write_sysctl(path, value, self._options.sysctl_dir))
+                kernel.write_sysctl(path % link.name, value,
+                                    self._options.sysctl_dir))
         if link.mtu != parent.mtu:
             yield Difference(
-                'its MTU is %d, must be %d' % (link.mtu, parent.mtu),
+                'mtu', 'its MTU is %d, must be %d' % (link.mtu, parent.mtu),
                 lambda netlink: self._set_mtu(netlink, link, parent.mtu),
                 loses_routes=link.mtu < _IPV6_MIN_MTU <= parent.mtu)
         mac = self._mac
         if mac is not None and link.mac != mac:
             yield Difference(
-                'its MAC address is %s, must be %s' % (link.mac, mac),
+                'mac', 'its MAC address is %s, but pods were configured with '
+                '%s' % (link.mac, mac),
                 lambda netlink: self._set_mac(netlink, link, str(mac)))
         alias = self._alias
         if alias is not None and link.alias != str(alias):
             yield Difference(
-                'its alias does not name this ledger',
+                'owner', 'its alias does not name this ledger',
                 lambda netlink: netlink.set_alias(link, str(alias)))
         if link.vrf != parent.vrf:
             yield Difference(
-                'it is not in the VRF of %s' % parent.name if parent.vrf
+                'vrf', 'it is not in the VRF of %s' % parent.name if parent.vrf
                 else 'it is in a VRF, and %s is not' % parent.name,
                 lambda netlink: netlink.set_vrf(link, parent.vrf),
                 loses_routes=True)
         if link.multicast:
-            yield Difference('multicast is on, must be off',
+            yield Difference('heard', 'multicast is on, must be off',
                              lambda netlink: self._raise(netlink, link))
         if not link.up:
-            yield Difference('it is down',
+            yield Difference('down', 'it is down',
                              lambda netlink: self._raise(netlink, link),
                              loses_routes=True)
         present = {address for index, address in addresses
@@ -314,6 +321,7 @@ class Device:
             # The kernel forgets addr_gen_mode while the MTU is below 1280.
             if address.version == 6 and address.is_link_local:
                 yield Difference(
+                    'addresses',
                     'it has the address %s, must have none' % address,
                     lambda netlink, address=address:  # type: ignore[misc]
                     netlink.delete_link_local(link, address))
@@ -321,15 +329,17 @@ class Device:
                                                   self.name):
             if address not in present:
                 yield Difference(
-                    'it lacks the address %s' % address,
+                    'addresses', 'it lacks the address %s' % address,
                     lambda netlink, address=address:  # type: ignore[misc]
                     netlink.put_address(link, address))
 
 
 def sysctl_drift(name: str) -> dict[str, tuple[int, int]]:
-    """Return the sysctls of a break0 that it must not have: is, must be."""
-    wanted = {path % name: value
-              for path, value in {**QUIET, **BORDER}.items()}
-    found = {path: kernel.read_sysctl(path) for path in wanted}
+    """Return the sysctls of a break0 that it must not have: is, must be.
+
+    By their paths, with ``%s`` for the interface.
+    """
+    wanted = {**QUIET, **BORDER}
+    found = {path: kernel.read_sysctl(path % name) for path in wanted}
     return {path: (value, wanted[path]) for path, value in found.items()
             if value not in (wanted[path], None)}

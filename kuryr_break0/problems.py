@@ -102,7 +102,7 @@ def parent_problems(parent: Parent) -> Iterator[str]:
             yield '%s, the parent of %s, %s' % (
                 parent.name, parent.device, 'has no carrier'
                 if parent.parent.up else 'is down')
-        for text in (*parent.differences, *(
+        for text in (*(text for _, text in parent.differences), *(
                 [parent.guard] if parent.guard else [])):
             yield '%s: %s' % (parent.device, text)
         if (any(address.version == 6 for address in parent.live)

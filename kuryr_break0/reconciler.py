@@ -242,7 +242,7 @@ class Reconciler:
                 continue
             if not parent.live and not claim:
                 continue
-            texts = [*parent.differences]
+            texts = [text for _, text in parent.differences]
             if parent.link is None:
                 texts.append('it was missing')
             if parent.guard is not None:

@@ -39,7 +39,8 @@ class Parent:
     :ivar link: its break0; None if there is none that can be used
     :ivar conflict: why it cannot be used, or the parent is not there
     :ivar other: the ledger that its break0 belongs to, if not this one
-    :ivar differences: what its break0 is, and should not be
+    :ivar differences: what its break0 is, and should not be, each with the
+        kind of a :class:`~kuryr_break0.device.Difference`
     :ivar guard: what is wrong with the table of its guard, if anything
     :ivar guard_missing: what that does not let pass, and should
     :ivar guard_extra: what that lets pass, and should not
@@ -59,7 +60,7 @@ class Parent:
     link: Optional[kernel.Link]
     conflict: Optional[exceptions.Break0Error]
     other: Optional[Alias]
-    differences: tuple[str, ...]
+    differences: tuple[tuple[str, str], ...]
     guard: Optional[str]
     guard_missing: Pairs
     guard_extra: Pairs

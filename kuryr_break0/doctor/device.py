@@ -49,7 +49,6 @@ def _check_options(node: Node, seen: Parent) -> list[Finding]:
 
 def _check_existence(node: Node, seen: Parent) -> Iterator[Finding]:
     link, parent, name = seen.present, seen.parent, seen.device
-    macs = node.seen.identity.macs if node.seen.identity else {}
     if parent is None:
         yield KINDS['parent-missing'].found(
             'there is no interface %s on this node, but %s' % (
@@ -83,13 +82,21 @@ def _check_existence(node: Node, seen: Parent) -> Iterator[Finding]:
         yield KINDS['break0-vrf'].found(
             '%s is in %s, but %s is in %s' % (
                 name, _vrf_of(link), parent.name, _vrf_of(parent)))
-    elif not link.up:
-        yield KINDS['break0-down'].found('%s is down' % name)
-    # When it changes, the kernel drops the neighbours.
-    elif macs.get(name, link.mac) != link.mac:
-        yield KINDS['break0-mac'].found(
-            'the MAC address of %s is %s, but pods were configured with %s' % (
-                name, link.mac, macs[name]))
+    else:
+        # When the MAC address changes, the kernel drops the neighbours.
+        yield from _check_differences(seen, 'break0-down', 'break0-mac')
+
+
+def _check_differences(seen: Parent, *kinds: str) -> Iterator[Finding]:
+    """Report what a sync repairs, by what follows from it."""
+    for kind in kinds:
+        texts = [text for each, text in seen.differences
+                 if 'break0-' + each == kind]
+        if texts:
+            yield KINDS[kind].found(
+                '%s: %s' % (seen.device, ', '.join(texts)),
+                # That of a sysctl begins with its name.
+                names='|'.join(text.split()[0] for text in texts))
 
 
 def _vrf_of(link: kernel.Link) -> str:
@@ -111,14 +118,11 @@ def check(node: Node, seen: Parent, netlink: kernel.Netlink,
                     else 'ledger-other'].found(
             '%s belongs to the ledger %s in %s, but state_dir is %s' % (
                 seen.device, *seen.other, node.options.state_dir))
-    if link.mtu != parent.mtu:
-        yield KINDS['break0-mtu'].found(
-            'the MTU of %s is %d, that of its parent %s is %d' % (
-                link.name, link.mtu, parent.name, parent.mtu))
+    yield from _check_differences(seen, 'break0-mtu', 'break0-heard',
+                                  'break0-open')
     addresses = netlink.addresses()
     yield from _check_addresses(node, seen, parent, addresses)
     yield from _check_answers(link.name)
-    yield from _check_sysctls(link)
     yield from _check_guard(node, seen)
     of_ipv6 = [address for address in seen.live if address.version == 6]
     if of_ipv6 and kernel.read_sysctl(
@@ -195,21 +199,6 @@ def _check_answers(name: str) -> Iterator[Finding]:
         yield KINDS['break0-answers-lan'].found(
             '%s of %s is %d' % (key, where, not value),
             key='net/ipv4/conf/%s/%s' % (where, key), value=value, names=key)
-
-
-def _check_sysctls(link: kernel.Link) -> Iterator[Finding]:
-    drift = [path.rpartition('/')[2] for path in device.sysctl_drift(
-        link.name) if not path.endswith(('/arp_filter', '/proxy_arp'))]
-    quiet = {path.rpartition('/')[2] for path in device.QUIET}
-    for kind, names, what in (
-            ('break0-heard', [*(['multicast'] if link.multicast else []),
-                              *(name for name in drift if name in quiet)],
-             'make it speak on the LAN'),
-            ('break0-open', [name for name in drift if name not in quiet],
-             'let a pod do more than speak to its node')):
-        if names:
-            yield KINDS[kind].found('%s has settings that %s: %s' % (
-                link.name, what, ', '.join(names)), names='|'.join(names))
 
 
 def _check_guard(node: Node, seen: Parent) -> Iterator[Finding]:
