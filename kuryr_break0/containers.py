@@ -95,15 +95,8 @@ def unserved(seen: Snapshot, ledger: Ledger) -> list[Unserved]:
     :raises SystemRefused: if this process cannot see all
     """
     judge = _Judge(seen, ledger)
-    found: list[Unserved] = []
-    for place in kernel.find(seen.options.proc_dirs, kernel.mounted()):
-        try:
-            macvlans = kernel.macvlans_in(place.path, place.namespace)
-        except (exceptions.NetnsUnusable, exceptions.KernelRefused):
-            continue
-        for macvlan in macvlans:
-            found += judge.judge(macvlan)
-    return found
+    return [each for macvlan in kernel.macvlans(seen.options.proc_dirs)
+            for each in judge.judge(macvlan)]
 
 
 def pod_sides(seen: Snapshot) -> tuple[dict[IPAddress, str],

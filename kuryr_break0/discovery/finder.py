@@ -212,8 +212,7 @@ class Finder:
                  for number, namespace in self._namespaces.items()}
         now = time.monotonic()
         present = {}
-        for found in kernel.find(self._options.proc_dirs,
-                                 kernel.mounted()):
+        for found in kernel.find(self._options.proc_dirs):
             self._ended.pop(found.namespace, None)
             number = known.get(found.namespace)
             if number is None:

@@ -141,7 +141,7 @@ class Preconditions:
                 '%s: %s' % (path, err.strerror))
 
     def _namespaces(self) -> Iterator[Finding]:
-        if not kernel.find(self._options.proc_dirs, kernel.mounted()):
+        if not kernel.find(self._options.proc_dirs):
             yield KINDS['namespaces-unseen'].found(
                 'no namespace is seen besides that of the node')
         own = kernel.identify('/proc/thread-self/ns/net')

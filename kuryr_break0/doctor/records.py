@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import stat
 import sys
 from typing import Iterator
@@ -17,6 +16,7 @@ from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor.host import Host
 from kuryr_break0.doctor.node import Node
 from kuryr_break0 import exceptions
+from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.problems import unjudged_problem
 
@@ -73,16 +73,11 @@ def _mount_of(path: str) -> tuple[str, str]:
     """Mount point and type of the file system that a path is on."""
     best = ('/', 'unknown')
     path = os.path.realpath(path)
-    with open('/proc/self/mountinfo') as mounts:
-        for line in mounts:
-            # ID parent major:minor root point options ... - type source ...
-            fields, _, rest = line.partition(' - ')
-            point = re.sub(r'\\([0-7]{3})', lambda code: chr(int(code[1], 8)),
-                           fields.split()[4])
-            # A later mount on the same point hides the earlier.
-            if (os.path.commonpath((point, path)) == point
-                    and len(point) >= len(best[0])):
-                best = point, rest.split()[0]
+    for _, point, kind in kernel.mounts():
+        # A later mount on the same point hides the earlier.
+        if (os.path.commonpath((point, path)) == point
+                and len(point) >= len(best[0])):
+            best = point, kind
     return best
 
 

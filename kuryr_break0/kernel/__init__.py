@@ -14,7 +14,6 @@ from kuryr_break0 import exceptions
 from kuryr_break0.kernel.conntrack import forget_connections
 from kuryr_break0.kernel.events import Event
 from kuryr_break0.kernel.events import Events
-from kuryr_break0.kernel.events import mounted
 from kuryr_break0.kernel.events import NamespaceEvents
 from kuryr_break0.kernel.events import number
 from kuryr_break0.kernel.events import open_mounts
@@ -46,6 +45,7 @@ from kuryr_break0.kernel.node import current_name
 from kuryr_break0.kernel.node import exists
 from kuryr_break0.kernel.node import find_program
 from kuryr_break0.kernel.node import index_of
+from kuryr_break0.kernel.node import mounts
 from kuryr_break0.kernel.node import name_of
 from kuryr_break0.kernel.node import read_sysctl
 from kuryr_break0.kernel.node import release

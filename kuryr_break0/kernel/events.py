@@ -12,11 +12,11 @@ macvlan that is made in one without either, the parent is all that has events.
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import BinaryIO, NamedTuple, Optional
 
 from kuryr_break0.kernel import namespaces
 from kuryr_break0.kernel import netlink
+from kuryr_break0.kernel import node
 from kuryr_break0.kernel.rtnetlink import Netlink
 from kuryr_break0.kernel import values
 from kuryr_break0.kernel import wire
@@ -32,7 +32,6 @@ _GROUPS_OF_ALL = 0x1 | 0x10 | 0x100 | 1 << 27
 _KINDS = {wire.RTM_NEWLINK: 'link', wire.RTM_NEWADDR: 'address',
           wire.RTM_NEWROUTE: 'route', wire.RTM_NEWNEXTHOP: 'nexthop',
           wire.RTM_NEWNEIGH: 'neighbour'}
-_MOUNTS = '/proc/self/mountinfo'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,24 +147,7 @@ def open_mounts() -> BinaryIO:
 
     For select(2), a change is an exceptional condition (proc(5)).
     """
-    return open(_MOUNTS, 'rb')
-
-
-def mounted() -> list[str]:
-    """List the paths at which network namespaces are mounted."""
-    with open(_MOUNTS, errors='surrogateescape') as file:
-        lines = file.readlines()
-    found = []
-    for line in lines:
-        # ID parent major:minor root point options ... - type source ...
-        fields, _, rest = line.partition(' - ')
-        if rest.startswith('nsfs '):
-            root, point = fields.split()[3:5]
-            if root.startswith('net:'):
-                found.append(re.sub(
-                    r'\\([0-7]{3})', lambda code: chr(int(code[1], 8)),
-                    point))
-    return found
+    return open(node.MOUNTS, 'rb')
 
 
 def number(found: namespaces.Found) -> int:

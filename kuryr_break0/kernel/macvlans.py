@@ -127,7 +127,7 @@ def _parent_of(link: Link, here: int) -> str:
 def macvlans(processes: Iterable[str]) -> Iterator[Macvlan]:
     """List those of all namespaces that this process can see.
 
-    A namespace that cannot be entered is logged, and has none.
+    A namespace that cannot be entered has none: mostly it is just ending.
 
     :param processes: where processes are to be seen, as /proc
     """
@@ -135,4 +135,4 @@ def macvlans(processes: Iterable[str]) -> Iterator[Macvlan]:
         try:
             yield from macvlans_in(found.path, found.namespace)
         except (exceptions.NetnsUnusable, exceptions.KernelRefused) as err:
-            LOG.warning('Skipping a network namespace: %s', err)
+            LOG.debug('Skipping a network namespace: %s', err)

@@ -27,6 +27,7 @@ from typing import Iterable, Iterator, NamedTuple, Optional
 
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel.node import absence
+from kuryr_break0.kernel.node import mounts
 from kuryr_break0.model import NamespaceId
 
 #: The network namespace of this thread
@@ -204,8 +205,7 @@ class Found(NamedTuple):
     process: Optional[str] = None
 
 
-def find(processes: Iterable[str],
-         mounts: Iterable[str] = ()) -> list[Found]:
+def find(processes: Iterable[str]) -> list[Found]:
     """List the namespaces but the own one, by one path each.
 
     A name in a directory lives as long as the namespace. One that has none
@@ -213,13 +213,14 @@ def find(processes: Iterable[str],
     before it does.
 
     :param processes: where processes are to be seen, as /proc
-    :param mounts: further paths of namespaces
     """
     own = os.stat(OWN)
     paths: dict[tuple[int, int], str] = {}
     names = [os.path.join(directory, name) for directory in NETNS_DIRS
              for name in sorted(_names(directory))]
-    for path in (*names, *mounts):
+    names += [path for root, path, kind in mounts()
+              if kind == 'nsfs' and root.startswith('net:')]
+    for path in names:
         with absence(_UNSEEN):
             found = seen(path, own)
             if found:

@@ -23,6 +23,8 @@ from kuryr_break0.model import IPAddress
 #: Flags in /proc/net/route and ipv6_route (linux/route.h, ipv6_route.h)
 RTF_GATEWAY = 0x2
 RTF_LOCAL = 0x80000000
+#: The mounts that this process sees.
+MOUNTS = '/proc/self/mountinfo'
 #: Of programs; they are in none that a service or a user may search.
 _DIRECTORIES = '/usr/sbin:/sbin'
 
@@ -159,6 +161,19 @@ def _proc_net(name: str) -> Iterator[list[str]]:
             open('/proc/thread-self/net/' + name,
                  errors='surrogateescape') as file:
         yield from map(str.split, file)
+
+
+def mounts() -> list[tuple[str, str, str]]:
+    """List what of which file system is mounted where: root, path, type."""
+    found = []
+    with open(MOUNTS, errors='surrogateescape') as file:
+        for line in file.readlines():
+            # ID parent major:minor root point options ... - type source ...
+            _, _, _, root, point, rest = line.split(' ', 5)
+            found.append((root, re.sub(
+                r'\\([0-7]{3})', lambda code: chr(int(code[1], 8)), point),
+                rest.partition(' - ')[2].split(' ', 1)[0]))
+    return found
 
 
 def read_sysctl(path: str) -> Optional[int]:
