@@ -68,19 +68,6 @@ class Node:
         return [address for address in addresses
                 if address not in self.changing]
 
-    def unclaimed(self, parent: snapshot.Parent,
-                  addresses: Iterable[IPAddress]) -> list[IPAddress]:
-        """Return those of a parent that no record, nor another ledger, has.
-
-        None if there may have been a record meanwhile.
-        """
-        contents = self.seen.contents
-        if parent.other is not None or not self.seen.is_steady:
-            return []
-        return [address for address in self.settled(addresses)
-                if address not in contents.claims
-                and address not in contents.unreadable]
-
     def pods(self, parent: Optional[snapshot.Parent] = None
              ) -> list[list[Record]]:
         """Return the records of each pod that nobody is just changing."""

@@ -47,8 +47,11 @@ def check(node: Node, parent: Parent) -> Iterator[Finding]:
                 parent=parent.name)
     yield from _check_routes(node, parent)
     yield from _check_neighbours(node, parent)
-    for address in sorted(node.unclaimed(parent, {
-            item.dst for item in parent.plan.unclaimed}), key=address_order):
+    # What another ledger knows of, or was just being bound, is claimed.
+    is_known = parent.other is None and node.seen.is_steady
+    for address in node.settled(sorted({
+            item.dst for item in parent.plan.unclaimed if is_known},
+            key=address_order)):
         kind, what = (('route-stale', 'routes through')
                       if address in parent.routes
                       else ('neighbour-stale', 'neighbour entries on'))
