@@ -256,6 +256,13 @@ class Break0Manager:
             self._repair()
         failure.raise_first()
 
+    def try_to_housekeep(self) -> None:
+        """:meth:`housekeep`, and log what fails: it is of other pods."""
+        try:
+            self.housekeep()
+        except exceptions.Break0Error as err:
+            LOG.warning('Cannot repair what other containers need: %s', err)
+
     def _prune(self, failure: Failures) -> None:
         """Unbind some addresses whose sandbox is gone.
 

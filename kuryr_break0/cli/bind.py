@@ -18,14 +18,11 @@ from kuryr_break0.devices import Devices
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
-from kuryr_break0 import log
 from kuryr_break0.manager import Break0Manager
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from kuryr_break0 import option_types
-
-LOG = log.get_logger(__name__)
 
 _BIND = """\
 Make addresses of a container reachable through break0, if neither Kuryr nor
@@ -144,7 +141,7 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
     except _NOT_MEANT as err:
         return common.fail(common.USAGE, err)
     finally:
-        _housekeep(manager)
+        manager.try_to_housekeep()
     device = devices.name(parent) or options.device
     output.show(
         wanted.json, {**vars(owner), 'interface': device,
@@ -152,14 +149,6 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
         ['Bound %s to %s for %s' % (address, device, owner)
          for address in addresses])
     return common.IN_SYNC
-
-
-def _housekeep(manager: Break0Manager) -> None:
-    """Repair what other containers need, as each ADD and DEL does."""
-    try:
-        manager.housekeep()
-    except exceptions.Break0Error as err:
-        LOG.warning('Cannot repair what other containers need: %s', err)
 
 
 def _require_addresses(macvlan: kernel.Macvlan,
@@ -181,7 +170,7 @@ def _unbind(conf: cfg.ConfigOpts, options: config.Options) -> int:
     try:
         unbound = manager.unbind(owner, addresses, netns)
     finally:
-        _housekeep(manager)
+        manager.try_to_housekeep()
     records = ledger.records
     code = common.IN_SYNC
     outcomes = []

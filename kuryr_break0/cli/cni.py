@@ -19,11 +19,8 @@ from kuryr_break0.cni import plugin
 from kuryr_break0.cni import request
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
-from kuryr_break0 import log
 from kuryr_break0.manager import Break0Manager
 from kuryr_break0 import option_types
-
-LOG = log.get_logger(__name__)
 
 PLUGIN = 'break0'
 _CNI = """\
@@ -81,10 +78,7 @@ def run(conf: cfg.ConfigOpts) -> int:
     sys.stdout.flush()
     if answer.status == 0 and os.environ.get('CNI_COMMAND') in (
             request.ADD, request.DEL):
-        try:
-            Break0Manager(config.load(conf)).housekeep()
-        except exceptions.Break0Error as err:  # it is of other containers
-            LOG.warning('Cannot repair what other containers need: %s', err)
+        Break0Manager(config.load(conf)).try_to_housekeep()
     return answer.status
 
 
