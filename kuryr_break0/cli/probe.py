@@ -49,8 +49,6 @@ examples:
   kuryr-break0 probe default/web-1 --trace
   kuryr-break0 probe --all --count 1
 """
-#: Seconds for those who have an address to say so.
-_ASKED = 1.5
 
 
 def add_parsers(subparsers: Any) -> None:
@@ -191,8 +189,8 @@ def _result(prober: Prober, options: config.Options, seen: Snapshot,
                                           record.namespace, parent.node)
                 if wanted.conflict:
                     with kernel.entered(record.netns, record.namespace):
-                        claimants = sorted(kernel.claimants(
-                            record.owner.ifname, address, _ASKED))
+                        claimants = kernel.claimants(record.owner.ifname,
+                                                     address)
             except exceptions.NetnsUnusable as err:
                 note = str(err)
     return Result(address, record.owner if record else None, probes, note,

@@ -22,8 +22,6 @@ from kuryr_break0.policy import Policy
 from kuryr_break0.snapshot import Parent
 
 _ARP_FILTER = 'ipv4/conf/%s/arp_filter'
-#: Seconds for who has an address to say so.
-_ASKED = 1.5
 
 
 def check_use(node: Node, seen: Parent) -> Iterator[Finding]:
@@ -180,7 +178,7 @@ def _check_addr(node: Node, seen: Parent, netlink: kernel.Netlink,
         if not netlink.is_on_link(type(address)(int(address) ^ 1)):
             why = 'it is in no network of %s' % seen.name
         elif ask:
-            for mac in kernel.claimants(seen.name, address, _ASKED):
+            for mac in kernel.claimants(seen.name, address):
                 why = 'it is at %s on the LAN' % mac
         if why:
             yield KINDS['break0-addr-stale'].found(

@@ -40,8 +40,8 @@ _ENOUGH = 3
 #: IPv6 addresses may be tentative.
 _SETTLED, _TRIES = 1.0, 3
 #: Seconds for a connection, of which the kernel repeats the first packet
-#: after one, and for who has an address to say so.
-_CONNECTED, _ASKED = 2.5, 1.5
+#: after one.
+_CONNECTED = 2.5
 #: A port on which nobody listens (RFC 863). That it is refused is an answer.
 _PORT = 9
 #: Services of the node that are tried at most.
@@ -152,8 +152,8 @@ class Pings:
             ignoring = self._ignoring(record, probe.is_to_pod)
             if ignoring is not None:
                 return 'probe-unanswered', *ignoring
-        claimants = _asked(record, lambda: sorted(kernel.claimants(
-            record.owner.ifname, record.address, _ASKED)))
+        claimants = _asked(record, lambda: kernel.claimants(
+            record.owner.ifname, record.address))
         if claimants:
             return 'address-duplicate', (
                 '%s is at %s too, by ARP or neighbour discovery' % (

@@ -26,7 +26,7 @@ _ETH_P_ALL = 3
 _ARP, _IPV6 = 0x0806, 0x86dd
 _BROADCAST = b'\xff' * 6
 #: An address that is asked for may be asked for by others, or lost.
-_TRIES = 3
+_TRIES, _PAUSE = 3, 0.5
 
 
 def ping(address: IPAddress, count: int, timeout: float,
@@ -72,8 +72,7 @@ def connect(address: IPAddress, port: int, count: int, timeout: float,
     return times
 
 
-def claimants(interface: str, address: IPAddress, seconds: float
-              ) -> set[str]:
+def claimants(interface: str, address: IPAddress) -> list[str]:
     """Ask a link who has an address, as one who has none yet.
 
     As RFC 5227 and RFC 4862 do it, with the MAC address of an interface.
@@ -93,8 +92,8 @@ def claimants(interface: str, address: IPAddress, seconds: float
             for _ in range(_TRIES):
                 wire.send(question)
                 found.update(_claimant(frame, address) for frame, _
-                             in _heard(wire, seconds / _TRIES))
-            return {each.hex(':') for each in found - {own} if each}
+                             in _heard(wire, _PAUSE))
+            return sorted(each.hex(':') for each in found - {own} if each)
     except PermissionError as err:
         raise exceptions.NotPermitted(
             action='ask for an address', capability='CAP_NET_RAW') from err
