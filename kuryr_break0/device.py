@@ -258,11 +258,10 @@ class Device:
                 and (link.lower, link.lower_namespace)
                 == parent.lower_of_macvlans):
             return
-        found = 'a %s' % (link.kind or 'physical interface')
+        found = link.described
         if link.kind == 'macvlan':
-            found += ' in %s mode on %s' % (
-                link.mode,
-                lower_name(link) or 'an interface of another namespace')
+            found += ' on ' + (lower_name(link)
+                               or 'an interface of another namespace')
         raise exceptions.DeviceConflict(
             device=link.name, found=found,
             expected='a macvlan in bridge mode on ' + parent.name)

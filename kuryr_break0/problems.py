@@ -73,8 +73,7 @@ def node_problems(seen: Snapshot) -> Iterator[str]:
                % seen.options.state_dir)
     if seen.stranger is not None:
         yield str(exceptions.DeviceConflict(
-            device=seen.stranger.name, found='a %s' % (
-                seen.stranger.kind or 'physical interface'),
+            device=seen.stranger.name, found=seen.stranger.described,
             expected='a macvlan in bridge mode on the parent of pods'))
     if seen.unjudged:
         yield unjudged_problem(seen)

@@ -59,9 +59,8 @@ def _check_existence(node: Node, seen: Parent) -> Iterator[Finding]:
                     name, len(seen.live)))
     elif (link.kind, link.mode) != ('macvlan', 'bridge'):
         yield KINDS['break0-foreign'].found(
-            '%s is a %s%s, where a macvlan in bridge mode is needed' % (
-                name, link.kind or 'physical interface',
-                ' in %s mode' % link.mode if link.mode else ''), device=name)
+            '%s is %s, where a macvlan in bridge mode is needed' % (
+                name, link.described), device=name)
     elif (link.lower, link.lower_namespace) != parent.lower_of_macvlans:
         if seen.live:  # otherwise it is reported for the parent of pods
             yield KINDS['break0-wrong-parent'].found(

@@ -115,10 +115,8 @@ def _check_pod(node: Node, parent: Parent, records: Sequence[Record]
         link.kind, link.lower) == ('macvlan', parent.present.lower)
     if not is_beside or link.mode != 'bridge':
         yield KINDS['pod-apart'].found(
-            '%s is a %s%s, and not in bridge mode on %s' % (
-                place, link.kind or 'physical interface',
-                ' in %s mode' % link.mode if link.mode else '',
-                record.parent), [record.address],
+            '%s is %s, and not in bridge mode on %s' % (
+                place, link.described, record.parent), [record.address],
             commands=[ip + 'link set %s type macvlan mode bridge' % ifname]
             if is_beside else ())
         return

@@ -118,8 +118,7 @@ class Preconditions:
         if link is not None and (link.kind, link.mode) != ('macvlan',
                                                            'bridge'):
             yield KINDS['break0-foreign'].found(
-                '%s is a %s' % (link.name, link.kind or 'physical interface'),
-                device=link.name)
+                '%s is %s' % (link.name, link.described), device=link.name)
         if others:
             yield KINDS['protocol-taken'].found(
                 '%d routes of other programs have the number %d' % (

@@ -69,7 +69,7 @@ def macvlan_of(netns: str, ifname: str,
         if link.name != ifname:
             continue
         if link.kind != 'macvlan':
-            found = 'it is a %s' % (link.kind or 'physical interface')
+            found = 'it is ' + link.described
         elif not macvlan.parent:
             found = 'it is on no interface of this node'
         elif link.mode == 'bridge' and parent in (None, macvlan.parent):

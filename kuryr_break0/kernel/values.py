@@ -74,6 +74,12 @@ class Link:
     vrf: Optional[Vrf]
 
     @property
+    def described(self) -> str:
+        """Return what it is, in words."""
+        return 'a %s%s' % (self.kind or 'physical interface',
+                           ' in %s mode' % self.mode if self.mode else '')
+
+    @property
     def lower_of_macvlans(self) -> tuple[Optional[int], Optional[int]]:
         """Return ``lower`` and ``lower_namespace`` of macvlans on it.
 

@@ -134,9 +134,9 @@ def remove_leftover(name: str) -> None:
         link = netlink.link(name)
         if (link is None or link.kind != 'macvlan'
                 or link.group != UNFINISHED):
-            raise exceptions.NotALeftover(name=name, found='a %s' % (
-                link.kind or 'physical interface') if link is not None
-                else 'an alternative name')
+            raise exceptions.NotALeftover(
+                name=name, found='an alternative name' if link is None
+                else link.described)
         _remove(netlink, link.name, 'the node')
 
 
