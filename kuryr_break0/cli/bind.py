@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Iterable, Optional
+from typing import Any, Optional
 
 from oslo_config import cfg
 
@@ -126,7 +126,7 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
             parent = macvlan.parent
             mac = mac or macvlan.link.mac
             addresses = addresses or list(macvlan.addresses)
-            _require_addresses(macvlan, addresses)
+            macvlan.require(addresses)
         if not addresses:
             raise exceptions.NoAddress(owner=owner)
         if parent is None:
@@ -149,16 +149,6 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
         ['Bound %s to %s for %s' % (address, device, owner)
          for address in addresses])
     return common.IN_SYNC
-
-
-def _require_addresses(macvlan: kernel.Macvlan,
-                       addresses: Iterable[IPAddress]) -> None:
-    for address in addresses:
-        if address not in macvlan.addresses:
-            raise exceptions.NotItsAddress(
-                address=address, ifname=macvlan.link.name,
-                netns=macvlan.netns,
-                found=', '.join(map(str, macvlan.addresses)) or 'no address')
 
 
 def _unbind(conf: cfg.ConfigOpts, options: config.Options) -> int:

@@ -142,12 +142,7 @@ class Plugin:
                 network=request.network, bound_at=self._began)
             if not addresses:
                 raise exceptions.NoAddress(owner=owner)
-            for each in addresses:
-                if each not in own:
-                    raise exceptions.NotItsAddress(
-                        address=each.ip, ifname=owner.ifname,
-                        netns=request.netns, found=', '.join(
-                            map(str, macvlan.addresses)) or 'no address')
+            macvlan.require(each.ip for each in addresses)
         except exceptions.Break0Error as err:
             if self._strict or isinstance(err, exceptions.GuardUnavailable):
                 self.undo()

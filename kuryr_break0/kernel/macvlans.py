@@ -48,6 +48,17 @@ class Macvlan(NamedTuple):
     unproven: frozenset[IPAddress] = frozenset()
     duplicates: frozenset[IPAddress] = frozenset()
 
+    def require(self, addresses: Iterable[IPAddress]) -> None:
+        """Make sure that it has addresses.
+
+        :raises NotItsAddress: of the first that it does not have
+        """
+        for address in addresses:
+            if address not in self.addresses:
+                raise exceptions.NotItsAddress(
+                    address=address, ifname=self.link.name, netns=self.netns,
+                    found=', '.join(map(str, self.addresses)) or 'no address')
+
 
 def macvlans_in(netns: str, namespace: Optional[NamespaceId] = None
                 ) -> list[Macvlan]:
