@@ -273,10 +273,11 @@ class Finder:
         present = [(address, macvlan) for macvlan in macvlans
                    for address in macvlan.addresses
                    if address not in macvlan.unproven]
-        for macvlan in macvlans:
-            for address in macvlan.duplicates:
-                self._refuse(address, found.namespace, 'another host has it, '
-                             'as duplicate address detection has found')
+        duplicates = [each for macvlan in macvlans
+                      for each in macvlan.duplicates]
+        for address in duplicates[:MAX_ADDRESSES]:
+            self._refuse(address, found.namespace, 'another host has it, as '
+                         'duplicate address detection has found')
         # Those that are bound come first, so that others do not displace
         # them where there are too many.
         present.sort(key=lambda each: each[0] not in own)

@@ -665,6 +665,25 @@ class TestDuplicates(DiscoveryTestCase):
         self.until_bound(ONE, TWO, ONE6)
         self.assert_reachable(ONE6, 'one')
 
+    def test_many_are_not_all_logged(self) -> None:
+        text = ''.join('address add fd00:30::%x/64 dev %%s %%s\n' % number
+                       for number in range(0x100, 0x140))
+        for name, *values in (('lan', 'nic', 'nodad'), ('one', 'eth0', '')):
+            if name == 'one':
+                self.lab.add_pod('one', ONE)
+            with open('/run/batch', 'w') as file:
+                file.write(text.replace('%s %s', ' '.join(values)))
+            self.inside(name, 'ip', '-batch', '/run/batch')
+        self.until(lambda: len([
+            each for link in self.lab.ip('address', 'show', 'dev', 'eth0',
+                                         netns='one')
+            for each in link['addr_info'] if each.get('dadfailed')]) == 0x40)
+        self.start()
+        self.until_bound(ONE)
+        self.until_looked()
+        self.assertEqual(finder.MAX_ADDRESSES, self.log().count(
+            ' is not bound: another host has it'))
+
     def test_not_before_it_is_proven(self) -> None:
         self.lab.add_pod('one', ONE)
         for key in ('dad_transmits=2', 'optimistic_dad=1'):
