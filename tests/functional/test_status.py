@@ -91,7 +91,8 @@ class TestStatus(CLITestCase):
         self.assertEqual(['100.75.30.72'], self.rows('100.75.30.72'))
         done = self.call('status', 'wep')
         self.assertEqual(2, done.returncode)
-        self.assertIn('did you mean', self.call('status', 'shop/wep').stderr)
+        self.assertTrue(self.call('status', 'shop/wep').stderr.endswith(
+            ': did you mean shop/web?\n'))
         self.assertEqual(1, done.stderr.count('\n'))
 
     def test_an_empty_name(self) -> None:
