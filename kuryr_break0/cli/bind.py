@@ -129,6 +129,10 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
             macvlan.require(addresses)
         if not addresses:
             raise exceptions.NoAddress(owner=owner)
+        if mac is None and any(each.version == 6 for each in addresses):
+            raise exceptions.WrongUsage(
+                'An IPv6 address needs --mac or --netns, since break0 finds '
+                'no MAC address by IPv6.')
         if parent is None:
             raise exceptions.WrongUsage(
                 'Nothing says which interface the address is behind. Give '

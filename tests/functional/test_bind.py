@@ -136,6 +136,8 @@ class TestRefusals(ByHandTestCase):
                 (('bind', '127.0.0.1', '--owner', 'web'), 'loopback'),
                 (('bind', ADDRESS, '--owner', 'a b'), 'is not a name'),
                 (('bind', ADDRESS), '--owner'),
+                (('bind', ADDRESS6, '--owner', 'web', '--parent', 'eth0'),
+                 'needs --mac or --netns'),
                 (('bind', ADDRESS, '--owner', 'web', '--mac', 'x'),
                  'is not a MAC address'),
                 (('bind', ADDRESS, '--owner', 'web', '--netns', 'web'),
