@@ -83,8 +83,10 @@ def add_parsers(subparsers: Any) -> None:
             'else uses; unbind needs the same name', _owner,
             required=each is bind)
         each.add_value(
-            '--ifname', 'NAME', 'interface of the container (default: eth0)',
-            option_types.device_name, default='eth0')
+            '--ifname', 'NAME', 'interface of the container (default: eth0%s)'
+            % ('' if each is bind else ', or with --pod any'),
+            option_types.device_name,
+            default='eth0' if each is bind else None)
     unbind.add_value('--pod', 'NAME', 'name of a container or pod')
     bind.add_value(
         '--netns', 'PATH', "absolute path of the container's network "
@@ -194,17 +196,20 @@ def _meant(wanted: Any, ledger: Ledger
             'Give addresses and the --owner of their bind, or only --pod with '
             'the name of a container or pod.')
     if wanted.pod is None:
-        return Owner(wanted.owner, wanted.ifname), list(dict.fromkeys(
-            wanted.address)), None
+        return Owner(wanted.owner, wanted.ifname or 'eth0'), list(
+            dict.fromkeys(wanted.address)), None
     live = {address: claims[0] for address, claims
             in ledger.contents().claims.items()}
     found = [live[address] for address in names.addresses_of(
-        wanted.pod, live) if address in live]
+        wanted.pod, live) if address in live and wanted.ifname in (
+            None, live[address].owner.ifname)]
     owners = {each.owner: each for each in found}
     if len(owners) != 1:
         raise exceptions.WrongUsage(
-            'Several containers or pods are called %s: %s. Give the address '
-            'and --owner.' % (wanted.pod, ', '.join(
-                sorted(map(str, owners)))))
+            'Several containers or interfaces are meant by %s: %s. Give '
+            '--ifname, or the address and --owner.' % (wanted.pod, ', '.join(
+                sorted(map(str, owners)))) if owners else
+            'Nothing is bound of %s%s.' % (
+                wanted.pod, '/' + wanted.ifname if wanted.ifname else ''))
     (owner, record), = owners.items()
     return owner, [each.address for each in found], record.netns

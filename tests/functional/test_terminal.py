@@ -81,6 +81,10 @@ class TestTerminal(CLITestCase):
         self.assertEqual(4, done.stdout.count('1 of 1'))
         self.assertEqual(2, self.call('unbind', '--pod', 'x').returncode)
         self.assertEqual(2, self.call('unbind', POD).returncode)
+        for args in ('web', '--ifname', 'net1'), ('100.75.30.99',):
+            done = self.call('unbind', '--pod', *args)
+            self.assertEqual(2, done.returncode, done.stdout)
+            self.assertIn('Nothing is bound of', done.stderr)
         done = self.call('unbind', '--pod', 'shop/web')
         self.assertEqual(0, done.returncode, done.stderr)
         self.assertEqual(set(), self.bound())
