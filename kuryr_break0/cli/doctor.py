@@ -52,7 +52,8 @@ def add_parsers(subparsers: Any) -> None:
         'versions, options, status, findings, ledger, network, rules, '
         'sysctls, logs; at most 10 MiB before it is packed, without secrets')
     added.add_flag(
-        '--redact', 'replace addresses, ids and names in the archive')
+        '--redact', 'replace addresses, ids and names in the archive of '
+        '--bundle')
     added.set_defaults(before=False)
     added = parser.add_verb(subparsers, 'check', run, _CHECK)
     added.add_value(
@@ -60,7 +61,7 @@ def add_parsers(subparsers: Any) -> None:
         '(default: [break0] parent, then [binding] link_iface)',
         option_types.device_name)
     _add_ignore(added)
-    added.set_defaults(before=True, bundle=None)
+    added.set_defaults(before=True, bundle=None, redact=False)
 
 
 def _add_ignore(added: Any) -> None:
@@ -88,6 +89,9 @@ def _known(name: str) -> str:
 def run(conf: cfg.ConfigOpts) -> int:
     """Print what is wrong, and return the exit code."""
     wanted = conf.command
+    if wanted.redact and wanted.bundle is None:
+        raise exceptions.WrongUsage(
+            '--redact is for an archive: give --bundle too.')
     with output.Counter('check' if wanted.before else 'doctor') as counter:
         done = (examination.examine_before(conf, wanted.parent)
                 if wanted.before else examination.examine(

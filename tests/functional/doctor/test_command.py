@@ -176,6 +176,11 @@ class TestCommand(DoctorTestCase):
         for text in ('eth0', 'break0', 'kuryr-break0 ledger'):
             self.assertIn(text, links)
 
+    def test_nothing_is_redacted_without_a_bundle(self) -> None:
+        done = self.call('--redact', code=2)
+        self.assertEqual('', done.stdout)
+        self.assertIn('give --bundle too', done.stderr)
+
     def test_bundle_that_cannot_be_written(self) -> None:
         with open('/run/there', 'w') as file:
             file.write('mine')
