@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import pathlib
 import textwrap
 from typing import Any, Iterator
 
@@ -35,7 +36,8 @@ class CommandLine(SphinxDirective):
     """One section per subcommand, in the order of ``--help``."""
 
     def run(self) -> list[nodes.Node]:
-        self.env.note_dependency(cli.__file__)
+        for path in pathlib.Path(cli.__file__).parent.glob('*.py'):
+            self.env.note_dependency(str(path))
         lines = statemachine.StringList()
         for line in describe(cli.whole().verbs):
             lines.append(line, cli.__file__)
