@@ -8,6 +8,7 @@ allowed.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import re
 from typing import Any, Callable, NamedTuple, Optional
@@ -137,11 +138,13 @@ class WholeNumber(types.Integer):
     """A whole number within limits, whose error names value and limits."""
 
     def __call__(self, value: Any) -> Any:
-        try:
-            return super().__call__(value)
-        except ValueError:
+        found = None  # what oslo.config takes an empty text for, too
+        with contextlib.suppress(ValueError):
+            found = super().__call__(value)
+        if found is None:
             raise ValueError('%r is not a whole number from %s to %s' %
                              (value, self.min, self.max))
+        return found
 
 
 class YesOrNo(types.Boolean):
