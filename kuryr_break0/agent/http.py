@@ -76,11 +76,13 @@ class Server:
         :raises OSError: if it cannot be listened on
         """
         with contextlib.ExitStack() as stack:
-            listening = stack.enter_context(socket.socket(
-                socket.AF_INET6 if endpoint.address.version == 6
-                else socket.AF_INET, socket.SOCK_STREAM))
+            # With the interface of a link-local one, which bind(2) needs.
+            family, kind, _, _, where = socket.getaddrinfo(
+                str(endpoint.address), endpoint.port, type=socket.SOCK_STREAM,
+                flags=socket.AI_NUMERICHOST)[0]
+            listening = stack.enter_context(socket.socket(family, kind))
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind((str(endpoint.address), endpoint.port))
+            listening.bind(where)
             sockets: dict[int, Any] = {}
             server = waitress.create_server(
                 self._answer, map=sockets, sockets=[listening],

@@ -352,6 +352,13 @@ class TestServer(MetricsTestCase):
         self.start('metrics_bind = [::1]:80')
         self.assertEqual([('::1', 80)], self.listening())
 
+    def test_ipv6_of_a_link(self) -> None:
+        self.lab.run('ip', 'address', 'add', 'fe80::9/64', 'dev', 'lo',
+                     'nodad')
+        self.where = '[fe80::9%lo]:80'
+        self.start('metrics_bind = ' + self.where)
+        self.assertEqual(80, self.listening()[0][1])
+
     def test_none(self) -> None:
         self.bind(POD)
         self.start('metrics_bind =', serving=False)
