@@ -302,8 +302,9 @@ def unknown(conf: cfg.ConfigOpts) -> list[str]:
         sections: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError, cfg.ParseError):
             cfg.ConfigParser(path, sections).parse()
-        for name in sections.get(GROUP, {}):
-            found.setdefault(name.replace('-', '_'), path)
+        for section, names in sections.items():
+            if section.lower() == GROUP:  # as oslo.config reads it
+                found.update(dict.fromkeys(names, path))
     prefix = 'OS_%s__' % GROUP.upper()
     for name in os.environ:
         if name.startswith(prefix):

@@ -207,6 +207,20 @@ class TestUnknown(unittest.TestCase):
                 ['[break0] strikt in the environment is no option: did you '
                  'mean strict?'], config.unknown(conf))
 
+    def test_names_that_oslo_config_does_not_take(self) -> None:
+        with tempfile.NamedTemporaryFile('w', suffix='.conf') as file:
+            file.write('[break0]\nallowed-cidrs = 10.0.0.0/8\n'
+                       '[Break0]\nstrikt = true\n')
+            file.flush()
+            conf = cfg.ConfigOpts()
+            conf(['--config-file', file.name])
+            self.assertEqual((), config.load(conf).allowed_cidrs)
+            self.assertEqual(
+                ['[break0] %s in %s is no option: did you mean %s?' % (
+                    name, file.name, meant) for name, meant in (
+                        ('allowed-cidrs', 'allowed_cidrs'),
+                        ('strikt', 'strict'))], config.unknown(conf))
+
     def test_an_option_that_was_dropped(self) -> None:
         self.assertFalse({each.dest for each in config.OPTS}
                          & {*config.DROPPED})
