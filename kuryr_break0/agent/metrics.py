@@ -156,8 +156,8 @@ class Metrics(prometheus_registry.Collector):
             if str(each) not in self._logged and not (
                     self.options.discover
                     and each.reason in containers.FINDERS):
-                LOG.warning('The container address %s. See kuryr-break0 '
-                            'doctor', each)
+                LOG.warning('A container is not served: %s. See '
+                            'kuryr-break0 doctor', each)
         self._logged = self._logged & texts | set(map(str, lasting))
         is_new = not texts <= self._waiting
         self._waiting = texts

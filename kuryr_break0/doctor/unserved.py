@@ -18,6 +18,7 @@ from kuryr_break0.doctor.host import Host
 from kuryr_break0.doctor.node import Node
 from kuryr_break0 import kernel
 from kuryr_break0.model import address_order
+from kuryr_break0.model import not_a_host
 
 #: Seconds within which a container is bound.
 _SETTLED = 1.0
@@ -69,7 +70,11 @@ def _commands(kind: str, found: Sequence[Unserved],
             str(options.parent)) else host.set(
                 parent=min(each.macvlan.parent for each in found))
     if kind == 'container-not-allowed':
-        return host.set(allowed_cidrs=_with_networks(found, options))
+        # No option allows what is not of a single host.
+        found = [each for each in found if each.address is not None
+                 and not_a_host(each.address) is None]
+        return host.set(allowed_cidrs=_with_networks(
+            found, options)) if found else []
     if kind == 'container-not-discovered':
         if host.has_kuryr:
             return ['kuryr-break0 adopt']

@@ -158,6 +158,13 @@ class TestReasons(UnservedTestCase):
         self.until_bound(ONE, ONE6)
         self.assertEqual([], self.status())
 
+    def test_of_no_single_host(self) -> None:
+        self.lab.add_pod('one', '224.0.0.7')
+        self.configure('discover = true', 'allowed_cidrs = 100.75.0.0/16')
+        finding = self.finding('container-not-allowed')
+        self.assertIn('a multicast address', finding['seen'])
+        self.assertEqual([], finding['commands'])
+
     def restart(self) -> None:
         with open(test_discovery.CONF) as file:
             text = file.read().replace('[break0]\n', '')
