@@ -9,6 +9,7 @@ the log line that carries it needs no other.
 from __future__ import annotations
 
 import errno as errnos
+import shlex
 from typing import Any
 
 
@@ -82,6 +83,11 @@ class AddressTaken(Break0Error):
     msg_fmt = ('The address %(address)s belongs to %(owner)s, and stays so. '
                'If that is wrong, take it away first: kuryr-break0 unbind '
                '%(address)s --owner %(container_id)s --ifname %(ifname)s')
+
+    def __init__(self, container_id: str, ifname: str, **kwargs: Any) -> None:
+        # A container chooses the names of its interfaces.
+        super().__init__(container_id=shlex.quote(container_id),
+                         ifname=shlex.quote(ifname), **kwargs)
 
 
 class ForeignRoute(Break0Error):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shlex
 from typing import Any, Collection, Iterable, Iterator, Optional
 
 #: Node and pods cannot reach each other, or soon will not.
@@ -68,6 +69,16 @@ class Finding:
             commands=tuple(commands) or tuple(command % fields
                                               for command in self.commands),
             subjects=tuple(map(str, subjects)))
+
+
+def inside(netns: object, command: str, *names: object) -> str:
+    """Return a command that is run in a namespace.
+
+    :param names: what others have chosen, as a container the names of its
+        interfaces, for the fields of the command; it goes into a shell
+    """
+    return 'nsenter --net=%s %s' % (shlex.quote(str(netns)), command % tuple(
+        shlex.quote(str(name)) for name in names))
 
 
 def merged(found: Iterable[Finding]) -> Iterator[Finding]:

@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Iterator, Sequence
 
 from kuryr_break0.doctor.findings import ERROR
 from kuryr_break0.doctor.findings import Finding
+from kuryr_break0.doctor.findings import inside
 from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor.findings import merged
 from kuryr_break0.doctor.node import largest_sysctl
@@ -91,7 +93,7 @@ def _check_pod(node: Node, parent: Parent, records: Sequence[Record]
     """Look into a pod: what is yielded first explains what would follow."""
     record, ifname = records[0], records[0].owner.ifname
     place = 'the interface %s in the sandbox %s' % (ifname, record.owner)
-    ip = 'nsenter --net=%s ip ' % record.netns
+    command = functools.partial(inside, record.netns)
     assert parent.node is not None  # it is enterable
     try:
         with kernel.entered(str(record.netns), record.namespace), \
@@ -117,26 +119,29 @@ def _check_pod(node: Node, parent: Parent, records: Sequence[Record]
         yield KINDS['pod-apart'].found(
             '%s is %s, and not in bridge mode on %s' % (
                 place, link.described, record.parent), [record.address],
-            commands=[ip + 'link set %s type macvlan mode bridge' % ifname]
+            commands=[command(
+                'ip link set %s type macvlan mode bridge', ifname)]
             if is_beside else ())
         return
     if not link.up:
         yield KINDS['pod-down'].found(
             '%s is down' % place, [record.address],
-            commands=[ip + 'link set %s up' % ifname, _SYNC])
+            commands=[command('ip link set %s up', ifname), _SYNC])
     for each in records:
         if each.address not in present:
             yield KINDS['pod-address-missing'].found(
                 '%s does not have %s' % (place, each.address), [each.address],
-                commands=[ip + 'address add %s/%d dev %s' % (
-                    each.address, _prefix(record, each.address), ifname)])
+                commands=[command(
+                    'ip address add %s/%s dev %s', each.address,
+                    _prefix(record, each.address), ifname)])
     if not link.up:
         return  # it has lost what is looked for next
     if record.mac not in (None, link.mac):
         yield KINDS['pod-mac'].found(
             'the MAC address of %s is %s, but was %s' % (
                 place, link.mac, record.mac), [record.address],
-            commands=[ip + 'link set %s address %s' % (ifname, record.mac),
+            commands=[command('ip link set %s address %s', ifname,
+                              record.mac),
                       _SYNC])
     else:  # and with it, its neighbours
         for item in needed:

@@ -18,6 +18,7 @@ from typing import Callable, Iterator, Optional, Sequence, TypeVar
 
 from kuryr_break0.doctor.findings import ERROR
 from kuryr_break0.doctor.findings import Finding
+from kuryr_break0.doctor.findings import inside
 from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor import firewall
 from kuryr_break0.doctor.node import Node
@@ -146,8 +147,8 @@ class Pings:
             record, probe)
         if astray is not None:
             return 'packet-lost', astray, () if probe.is_to_pod else [
-                'nsenter --net=%s ip route get %s' % (record.netns, probe.to),
-                'nsenter --net=%s ip route show table all' % record.netns]
+                inside(record.netns, 'ip route get %s', probe.to),
+                inside(record.netns, 'ip route show table all')]
         if arrived or not found.is_complete:
             ignoring = self._ignoring(record, probe.is_to_pod)
             if ignoring is not None:
@@ -205,12 +206,13 @@ class Pings:
                   ) -> Optional[tuple[str, Sequence[str]]]:
         """Return the sysctl by which pings are ignored, and its command."""
         path = _IGNORING[record.address.version]
-        who, value, before = (
+        command = 'sysctl -w net/%s=0' % path
+        who, value, command = (
             ('pod', _asked(record, lambda: kernel.read_sysctl(path)),
-             'nsenter --net=%s ' % record.netns) if is_to_pod
-            else ('node', kernel.read_sysctl(path), ''))
-        return ('%s of the %s is 1' % (path, who), [
-            '%ssysctl -w net/%s=0' % (before, path)]) if value else None
+             inside(record.netns, command)) if is_to_pod
+            else ('node', kernel.read_sysctl(path), command))
+        return ('%s of the %s is 1' % (path, who), [command]
+                ) if value else None
 
     def _restricted(self, records: Sequence[Record]) -> Iterator[Finding]:
         """Try connections, which a firewall may drop that lets pings pass."""

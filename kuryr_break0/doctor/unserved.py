@@ -13,6 +13,7 @@ from kuryr_break0 import containers
 from kuryr_break0.containers import Reason
 from kuryr_break0.containers import Unserved
 from kuryr_break0.doctor.findings import Finding
+from kuryr_break0.doctor.findings import inside
 from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor.host import Host
 from kuryr_break0.doctor.node import Node
@@ -61,8 +62,9 @@ def _commands(kind: str, found: Sequence[Unserved],
               options: config.Options, host: Host) -> list[str]:
     if kind == 'container-mode':
         return list(dict.fromkeys(
-            'nsenter --net=%s ip link set %s type macvlan mode bridge' % (
-                each.macvlan.netns, each.macvlan.link.name)
+            inside(each.macvlan.netns,
+                   'ip link set %s type macvlan mode bridge',
+                   each.macvlan.link.name)
             for each in found if each.macvlan.link.mode != 'passthru'))
     if kind == 'container-other-parent':
         # It names one interface only; without it there may be several.

@@ -215,6 +215,23 @@ class TestReasons(UnservedTestCase):
             self.until_bound(ONE)
             self.assertEqual([], self.status())
 
+    def test_a_name_that_a_shell_would_run(self) -> None:
+        name = 'x;cd>$HOME;#'
+        self.lab.run('ip', 'netns', 'add', 'one')
+        self.lab.add_macvlan('one', name, mode='private')
+        self.lab.run('ip', 'address', 'add', ONE + '/24', 'dev', name,
+                     netns='one')
+        self.start()
+        self.until(lambda: self.status() == [(ONE, 'mode')])
+        with mock.patch.dict(os.environ, HOME='/run/ran'):
+            self.follow('container-mode')
+            self.until_bound(ONE)
+        self.assertFalse(os.path.exists('/run/ran'))
+        # In a message too, which is pasted as well.
+        done = self.call('bind', ONE, '--owner', 'x', '--parent', 'eth0')
+        self.assertEqual(1, done.returncode)
+        self.assertIn("--ifname '%s'" % name, done.stderr)
+
     def test_refused(self) -> None:
         """The address of another container, of the node, of a next hop."""
         self.bind(ONE, mac_of_pod='02:00:00:00:00:01')
