@@ -35,6 +35,9 @@ _PREFIX = 'kuryr_break0'
 _BUCKETS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10)
 #: Seconds after which what usually passes should have.
 _PASSES = 5.0
+#: Lines of one look: a container may have thousands of addresses, and others
+#: the next time.
+_LOGGED = 8
 
 
 class Metrics(prometheus_registry.Collector):
@@ -152,12 +155,15 @@ class Metrics(prometheus_registry.Collector):
         lasting = [each for each in found
                    if each.reason not in containers.PASSING
                    or str(each) in self._waiting]
-        for each in lasting:
-            if str(each) not in self._logged and not (
-                    self.options.discover
-                    and each.reason in containers.FINDERS):
-                LOG.warning('A container is not served: %s. See '
-                            'kuryr-break0 doctor', each)
+        new = [each for each in lasting if str(each) not in self._logged
+               and not (self.options.discover
+                        and each.reason in containers.FINDERS)]
+        for each in new[:_LOGGED]:
+            LOG.warning('A container is not served: %s. See kuryr-break0 '
+                        'doctor', each)
+        if new[_LOGGED:]:
+            LOG.warning('%d addresses more are not served. See kuryr-break0 '
+                        'doctor', len(new) - _LOGGED)
         self._logged = self._logged & texts | set(map(str, lasting))
         is_new = not texts <= self._waiting
         self._waiting = texts

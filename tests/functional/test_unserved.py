@@ -314,6 +314,13 @@ class TestBound(UnservedTestCase):
         self.bind(ONE, netns='/run/netns/one')
         self.until(lambda: not count())
 
+    def test_the_log_of_one_with_many_addresses(self) -> None:
+        self.lab.add_pod('one', *('100.75.30.%d' % number
+                                  for number in range(100, 120)))
+        self.start('resync_interval = 1\n')
+        self.until(lambda: '12 addresses more are not served' in self.log())
+        self.assertEqual(8, self.log().count('is not bound'))
+
 
 class TestPodSide(UnservedTestCase):
 
