@@ -19,6 +19,7 @@ from kuryr_break0.guard import pairs
 from kuryr_break0.guard import unclaimed_pairs
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Contents
+from kuryr_break0.ledger.identity import boot_id
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
@@ -127,6 +128,7 @@ class _Reading:
         self._gone: list[Record] = []
         self._unjudged: dict[Record, str] = {}
         self._sort_claims()
+        self._require_node()
         self._refused: dict[IPAddress, str] = {}
         for address, record in self._live.items():
             reason = self._policy.not_allowed(address) or self._policy.against(
@@ -142,6 +144,19 @@ class _Reading:
             tuple(self._gone), self._unjudged, self._refused,
             None if any(parent.present == primary
                         for parent in parents.values()) else primary)
+
+    def _require_node(self) -> None:
+        """Make sure that this is not the namespace of a pod.
+
+        As by ``ip netns exec``. There, all pods would be configured with that
+        pod in place of the node. Records of an earlier boot say nothing.
+        """
+        if self._identity and self._identity.boot != boot_id():
+            return
+        own = kernel.identify(kernel.OWN)
+        for record in self._live.values():
+            if own and record.namespace and record.namespace.is_same(own):
+                raise exceptions.NotTheNode(owner=record.whose)
 
     def _sort_claims(self) -> None:
         judge = kernel.Judge()

@@ -168,6 +168,11 @@ class NetnsUnusable(Break0Error):
     msg_fmt = 'The network namespace %(netns)r %(reason)s.'
 
 
+class NotTheNode(Break0Error):
+    msg_fmt = ('This is the network namespace of %(owner)s, and not that of '
+               'the node: run it there.')
+
+
 class NotAMacvlan(Break0Error):
     msg_fmt = ('The interface %(ifname)s in the network namespace %(netns)s '
                'is not a macvlan in bridge mode on %(parent)s: %(found)s. '

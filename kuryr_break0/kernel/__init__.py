@@ -33,6 +33,7 @@ from kuryr_break0.kernel.namespaces import Found
 from kuryr_break0.kernel.namespaces import identify
 from kuryr_break0.kernel.namespaces import identify_or_fail
 from kuryr_break0.kernel.namespaces import NETNS_DIRS
+from kuryr_break0.kernel.namespaces import OWN
 from kuryr_break0.kernel.namespaces import require_other
 from kuryr_break0.kernel.namespaces import unshare
 from kuryr_break0.kernel.nft import Nft

@@ -565,6 +565,19 @@ class TestClaims(DoubtTestCase):
         self.assertEqual({OTHER_POD}, self.bound())
 
 
+class TestElsewhere(base.LabTestCase):
+
+    def test_in_the_namespace_of_a_pod(self) -> None:
+        self.bind(POD, netns=self.lab.add_pod('pod', POD))
+        before = self.lab.ip('link', netns='pod')
+        for change in self.manager().sync, self.seen:
+            with self.assertRaisesRegex(exceptions.Break0Error,
+                                        'namespace of sandbox-1/eth0, and'):
+                self.lab.in_netns(change, 'pod')
+        self.assertEqual(before, self.lab.ip('link', netns='pod'))
+        self.assertEqual([], self.problems())
+
+
 class TestPodSide(DoubtTestCase):
 
     def setUp(self) -> None:
