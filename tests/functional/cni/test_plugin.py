@@ -228,8 +228,16 @@ class PluginSuite(base.CNITestCase):
             self.assertIn(text, failed.exception.text)
             self.paused('CONT')
             self.lab.run(base.PROGRAM, '--config-file', base.CONF, 'sync')
-            self.runtime.check(self.lan, self.netns)
+            # The agent may be about to repair the same.
+            lab.until(self.is_checked)
         self.assertEqual(mac, self.lab.link('break0') or {})
+
+    def is_checked(self) -> bool:
+        try:
+            self.runtime.check(self.lan, self.netns)
+        except base.Failed:
+            return False
+        return True
 
     def paused(self, signal: str) -> None:
         """Stop the agent, if there is one, or let it go on."""
