@@ -65,7 +65,9 @@ def undisturbed(action: str, function: Callable[..., _T], *args: Any) -> _T:
                                        err.errno or 0) from err
     except (ipdb_exceptions.CommitException,
             ipdb_exceptions.CreateException) as err:
-        raise exceptions.KernelRefused(action, str(err), 0) from err
+        # Some of them say nothing.
+        raise exceptions.KernelRefused(action, str(err) or 'IPDB raised %r' %
+                                       err, 0) from err
 
 
 def create_macvlan(name: str, parent: Link, mac: str) -> None:

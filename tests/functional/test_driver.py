@@ -15,6 +15,7 @@ from kuryr_kubernetes.cni.binding import nested
 from kuryr_kubernetes import config as k_config
 from kuryr_kubernetes import exceptions as k_exc
 from kuryr_kubernetes.tests.unit.cni import test_binding
+from pyroute2.ipdb import exceptions as ipdb_exceptions
 from pyroute2.netlink import exceptions as nl_exceptions
 
 from kuryr_break0 import exceptions
@@ -353,6 +354,13 @@ class TestNetlinkErrors(DriverTestCase):
                                         'interrupted'):
                 self.connect()
         self.assertLess(self.calls, 100)
+
+    def test_an_error_of_ipdb_without_a_text(self) -> None:
+        with mock.patch.object(nested.MacvlanDriver, 'connect',
+                               side_effect=ipdb_exceptions.CommitException):
+            with self.assertRaisesRegex(driver.PodNotConnected,
+                                        'IPDB raised CommitException'):
+                self.connect()
 
     def test_none_leaves_disconnect(self) -> None:
         error = nl_exceptions.NetlinkError(17, 'File exists')
