@@ -49,8 +49,9 @@ PARTS = {
         'test_addresses_of_services_are_not_known',
         'cni.test_plugin.TestShim.test_both_families_both_ways')]}
 #: What measures processors, or loads them: that says nothing of the kernel
-UNNEEDED = {'test_bursts_lose_none', 'test_changes_its_mac_address',
-            'test_hundred_containers_at_rest', 'test_thousand_addresses'}
+UNNEEDED = ('TestBursts.test_the_first_thirty_make_one_break0',
+            'test_bursts_lose_none', 'test_changes_its_mac_address',
+            'test_hundred_containers_at_rest', 'test_thousand_addresses')
 #: Seconds for one module: one that hangs does not cost the others
 LIMIT = 3600
 
@@ -138,7 +139,7 @@ def _run(module: str, into: pathlib.Path) -> int:
         unittest.TestSuite(test for test in _each(
             unittest.defaultTestLoader.loadTestsFromNames(
                 PARTS.get(module, (module,))))
-            if test.id().rpartition('.')[2] not in UNNEEDED).run(result)
+            if not test.id().endswith(UNNEEDED)).run(result)
     failed = {str(test): text for test, text in (
         *result.failures, *result.errors)}
     count = len({_name(test.id()) for test, _ in (
