@@ -109,19 +109,19 @@ class Agent:
         self._metrics.options = options
         with contextlib.suppress(exceptions.LedgerUnavailable):
             ledger.prepare()
-        with ledger.heartbeat.kept() as beat, _finding(
+        with ledger.heartbeat.kept() as beat, _inotify() as watch, _finding(
                 options, ledger) as self._finder:
             while not self._stop and not self._reload:
-                # Again each time, since the directory may be another one.
                 # What changes from now on may be too late for the sync.
-                with _watching(ledger) as watch:
-                    self._cni.listen(options)
-                    self._server.listen(options.metrics_bind)
-                    self._sync(reconciler, interests)
-                    beat()
-                    if self._finder is not None:
-                        self._finder.mark_all()
-                    self._wait(events, woken, watch, interests)
+                if watch is not None:
+                    _watch(watch, ledger.records.directory)
+                self._cni.listen(options)
+                self._server.listen(options.metrics_bind)
+                self._sync(reconciler, interests)
+                beat()
+                if self._finder is not None:
+                    self._finder.mark_all()
+                self._wait(events, woken, watch, interests)
         if self._reload:
             self._reload_options()
 
@@ -268,9 +268,11 @@ def _tables() -> Iterator[Optional[kernel.NftEvents]]:
 
 
 @contextlib.contextmanager
-def _watching(ledger: Ledger) -> Iterator[Optional[inotify_simple.INotify]]:
-    """Watch the records; None if that is not possible."""
-    flags = inotify_simple.flags
+def _inotify() -> Iterator[Optional[inotify_simple.INotify]]:
+    """Open an inotify; None if that is not possible.
+
+    To close it takes the kernel more than 10 ms (fsnotify_mark_srcu).
+    """
     try:
         watch = inotify_simple.INotify(nonblocking=True)
     except OSError as err:
@@ -279,10 +281,16 @@ def _watching(ledger: Ledger) -> Iterator[Optional[inotify_simple.INotify]]:
         yield None
         return
     with watch:
-        try:
-            watch.add_watch(ledger.records.directory,
-                            flags.MOVED_TO | flags.DELETE
-                            | flags.DELETE_SELF)
-        except OSError:
-            pass  # it is made with the first pod
         yield watch
+
+
+def _watch(watch: inotify_simple.INotify, directory: str) -> None:
+    """Watch the records from now on.
+
+    Again before each sync, since the directory may be another one by then.
+    """
+    flags = inotify_simple.flags
+    with contextlib.suppress(OSError):  # it is made with the first pod
+        watch.add_watch(directory, flags.MOVED_TO | flags.DELETE
+                        | flags.DELETE_SELF)
+    watch.read(timeout=0)
