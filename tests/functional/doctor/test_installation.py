@@ -123,8 +123,12 @@ class TestInstallation(DoctorTestCase):
             '--json', code=4, config='/run/kuryr.conf',
             OS_BREAK0__STRIKT='true').stdout)['findings']
         self.assertEqual(
-            [('option-unknown', ['[break0] strikt in the environment is no '
-                                 'option: did you mean strict?'])],
+            [('option-unknown', [
+                # oslo.config reads no dash for it.
+                '[break0] resync-interval in /run/kuryr.conf is no option: '
+                'did you mean resync_interval?',
+                '[break0] strikt in the environment is no option: did you '
+                'mean strict?'])],
             [(each['id'], each['subjects']) for each in found])
         self.assertIn('allowed_cidr in /run/kuryr.conf is no option: did you '
                       'mean allowed_cidrs?', found[0]['seen'])
