@@ -17,8 +17,7 @@ import ipaddress
 import os
 import re
 import subprocess
-from typing import (Callable, Collection, Iterable, Iterator, Mapping,
-                    Optional, Sized)
+from typing import Callable, Collection, Iterable, Mapping, Optional
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
@@ -209,13 +208,6 @@ def _by_address(found: Iterable[Pair]) -> Pairs:
         pairs_of.setdefault(ipaddress.ip_address(each.address), []).append(
             each)
     return pairs_of
-
-
-def said(missing: Sized, extra: Sized) -> Iterator[str]:
-    """Say that the guard knows other pods than it should, if it does."""
-    if missing or extra:
-        yield ('its guard lets %d pods too few pass, and %d too many'
-               % (len(missing), len(extra)))
 
 
 class Guard:

@@ -4,10 +4,9 @@
 
 from __future__ import annotations
 
-from typing import Iterator
+from typing import Iterator, Sized
 
 from kuryr_break0 import exceptions
-from kuryr_break0.guard import said
 from kuryr_break0 import kernel
 from kuryr_break0.model import address_order
 from kuryr_break0.model import IPAddress
@@ -92,8 +91,8 @@ def parent_problems(parent: Parent) -> Iterator[str]:
         if parent.other is not None:
             yield '%s belongs to the ledger %s in %s' % (
                 parent.device, *parent.other)
-        for text in () if parent.guard else said(parent.guard_missing,
-                                                 parent.guard_extra):
+        for text in () if parent.guard else guard_text(
+                parent.guard_missing, parent.guard_extra):
             yield '%s: %s' % (parent.device, text)
         if not parent.live:
             return
@@ -121,3 +120,10 @@ def unjudged_problem(seen: Snapshot) -> str:
                     len(seen.unjudged), record.address, record.whose,
                     reason))
     return ''
+
+
+def guard_text(missing: Sized, extra: Sized) -> Iterator[str]:
+    """Say that the guard knows other pods than it should, if it does."""
+    if missing or extra:
+        yield ('its guard lets %d pods too few pass, and %d too many'
+               % (len(missing), len(extra)))

@@ -23,7 +23,6 @@ from kuryr_break0.engine import Engine
 from kuryr_break0 import exceptions
 from kuryr_break0.failures import Failures
 from kuryr_break0.guard import Guard
-from kuryr_break0.guard import said
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
 from kuryr_break0.ledger.journal import Done
@@ -39,6 +38,7 @@ from kuryr_break0.model import Record
 from kuryr_break0.plan import Outcome
 from kuryr_break0.plan import Plan
 from kuryr_break0.policy import Policy
+from kuryr_break0.problems import guard_text
 from kuryr_break0.problems import unjudged_problem
 from kuryr_break0 import rebuild
 from kuryr_break0.routes import foreign_route
@@ -151,11 +151,12 @@ class Reconciler:
                          'unclaimed')}
         for parent in seen.parents.values():
             if not parent.guard and not self._is_left(seen, parent):
-                self._repaired += [(parent.device, text) for text in said(*(
-                    [address for address in pairs if self._dry_run
-                     or (parent.device, address) in self._guarded]
-                    for pairs in (parent.guard_missing,
-                                  parent.guard_extra)))]
+                self._repaired += [
+                    (parent.device, text) for text in guard_text(*(
+                        [address for address in pairs if self._dry_run
+                         or (parent.device, address) in self._guarded]
+                        for pairs in (parent.guard_missing,
+                                      parent.guard_extra)))]
         return Outcome(
             devices=tuple(self._repaired), rebuilt=tuple(rebuilt),
             gone=seen.gone, unjudged=seen.unjudged,

@@ -14,11 +14,11 @@ from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor.node import largest_sysctl
 from kuryr_break0.doctor.node import Node
 from kuryr_break0.guard import Guard
-from kuryr_break0.guard import said
 from kuryr_break0 import kernel
 from kuryr_break0.model import address_order
 from kuryr_break0.model import IPAddress
 from kuryr_break0.policy import Policy
+from kuryr_break0.problems import guard_text
 from kuryr_break0.snapshot import Parent
 
 _ARP_FILTER = 'ipv4/conf/%s/arp_filter'
@@ -203,7 +203,7 @@ def _check_guard(node: Node, seen: Parent) -> Iterator[Finding]:
     known = {*node.seen.refused, *(each.address for each in node.seen.gone),
              *(route.dst for route in seen.plan.foreign)}
     barred = sorted(node.settled(seen.guard_missing), key=address_order)
-    texts = [seen.guard] if seen.guard is not None else list(said(
+    texts = [seen.guard] if seen.guard is not None else list(guard_text(
         barred, node.settled(seen.guard_extra.keys() - known)))
     if texts:
         yield KINDS['guard-missing'].found(
