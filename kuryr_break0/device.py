@@ -149,8 +149,10 @@ class Device:
         :raises ParentNotFound: if there is no such parent
         :raises DeviceConflict: if the name is taken by another kind of
             interface
-        :raises KernelRefused: if it cannot be made so; one that was created
-            for it is gone again
+        :raises InvalidOption: if [break0] addr names a router of the node
+        :raises KernelRefused: if it cannot be made so
+
+        One that was created for it is gone again then.
 
         Where a pod has taken its MAC address while it was gone or down, it
         gets another one: then all pods have to be configured again.
@@ -234,6 +236,15 @@ class Device:
             kernel.write_sysctl(path % link.name, value,
                                 self._options.sysctl_dir)
         self._raise(netlink, link)
+
+    @staticmethod
+    def _put_address(netlink: kernel.Netlink, link: kernel.Link,
+                     address: IPAddress) -> None:
+        # The node would answer itself, in place of its router.
+        if address in netlink.next_hops():
+            raise exceptions.InvalidOption(
+                option='addr', reason='%s is %s' % (address, policy.NEXT_HOP))
+        netlink.put_address(link, address)
 
     @staticmethod
     def _set_mac(netlink: kernel.Netlink, link: kernel.Link,
@@ -330,7 +341,7 @@ class Device:
                 yield Difference(
                     'addresses', 'it lacks the address %s' % address,
                     lambda netlink, address=address:  # type: ignore[misc]
-                    netlink.put_address(link, address))
+                    self._put_address(netlink, link, address))
 
 
 def sysctl_drift(name: str) -> dict[str, tuple[int, int]]:

@@ -20,9 +20,10 @@ from kuryr_break0.model import IPNetwork
 from kuryr_break0.model import not_a_host
 
 #: The kernel's limit is IFNAMSIZ, 16 bytes with the closing NUL; ``/`` and
-#: white space are refused by dev_valid_name(), and ``%d`` stands for a number
-#: that it chooses.
-_DEVICE_NAME = r'(?!\.{1,2}$)[^/:%\s\x00-\x1f\x7f]{1,15}'
+#: white space are refused by dev_valid_name(), ``%d`` stands for a number
+#: that it chooses, and the sysctls of ``all`` and ``default`` are those of all
+#: interfaces (sysctl_dev_name_is_allowed).
+_DEVICE_NAME = r'(?!(?:\.{1,2}|all|default)$)[^/:%\s\x00-\x1f\x7f]{1,15}'
 
 
 class Endpoint(NamedTuple):
@@ -41,8 +42,8 @@ def device_name(text: str) -> str:
     if (not re.fullmatch(_DEVICE_NAME, text)
             or len(text.encode('utf-8', 'surrogateescape')) > 15):
         raise ValueError('%r is not an interface name: 1 to 15 characters '
-                         'without white space, "/", ":" and "%%" are allowed'
-                         % text)
+                         'without white space, "/", ":" and "%%" are '
+                         'allowed, but for "all" and "default"' % text)
     return text
 
 

@@ -42,8 +42,10 @@ class Policy:
         self._options = options
 
     def not_allowed(self, address: IPAddress) -> Optional[str]:
-        """Return why an address cannot be a pod's on any node; else None."""
+        """Return why no pod of these options has an address; else None."""
         reason = not_a_host(address)
+        if address in self._options.addr:  # even before break0 has it
+            return OWN
         allowed = self._options.allowed_cidrs
         if reason is None and allowed and not any(
                 address in network for network in allowed):

@@ -593,6 +593,19 @@ class TestDevice(base.LabTestCase):
             each['local'] for link in self.lab.ip('address', 'show', 'break0')
             for each in link['addr_info']])
 
+    def test_the_address_of_a_router(self) -> None:
+        self.lab.add_ipv6()
+        for addr in (lab.LAN, lab.LAN6):
+            with self.subTest(addr), self.assertRaisesRegex(
+                    exceptions.InvalidOption, addr + ' is a next hop'):
+                self.bind(addr=[addr])
+            self.assertIsNone(self.lab.link('break0'))
+            self.assertTrue(self.lab.ping(addr))
+
+    def test_its_address_is_no_pods(self) -> None:
+        with self.assertRaisesRegex(exceptions.AddressRefused, 'itself'):
+            self.bind(addr=[POD])
+
     def test_another_interface_in_its_place(self) -> None:
         self.bind()
         self.lab.run('ip', 'link', 'del', 'break0')
