@@ -54,6 +54,10 @@ FILES = {
         '[Match]\nName=eth0\n[Network]\nAddress=100.75.30.2/24\n'
         'Address=fd00:75:30::2/64\nGateway=100.75.30.1\n'
         'LinkLocalAddressing=ipv6\nIPv6AcceptRA=no\n',
+    # As systemd-nspawn(1) says: it fails where the NIC is not there yet.
+    '/etc/systemd/system/systemd-nspawn@.service.d/nic.conf':
+        '[Unit]\nBindsTo=sys-subsystem-net-devices-eth0.device\n'
+        'After=sys-subsystem-net-devices-eth0.device\n',
     # What the two units run is this file.
     '/etc/systemd/system/reach.service':
         '[Service]\nExecStart=%(here)s reach\n'
@@ -87,6 +91,7 @@ def install() -> None:
     """Make the node and its containers, in the tree of the node."""
     here = os.path.abspath(__file__)
     for path, text in FILES.items():
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, 'w') as file:
             file.write(text % {'here': here})
     os.makedirs('/var/log/journal', exist_ok=True)  # kept over a reboot
