@@ -94,8 +94,10 @@ class Reconciler:
             self._tidy(seen)
         if self._ensure_devices(seen):
             seen = self._read()
-        rebuilt = self._rebuild(seen)
-        if rebuilt and not self._dry_run:
+        lost = self._lost(seen)
+        rebuilt = [record for record in lost
+                   if self._dry_run or self._put_rebuilt(record)]
+        if lost and not self._dry_run:  # another sync may have rebuilt them
             seen = self._read()
         plans = {name: self._plan(seen, parent, rebuilt)
                  for name, parent in seen.parents.items()}
@@ -261,12 +263,11 @@ class Reconciler:
                                          parent.device)
         return bool(self._repaired) and not self._dry_run
 
-    def _rebuild(self, seen: Snapshot) -> list[Record]:
-        """Make records of what the kernel holds and the ledger does not."""
-        return [record for record in rebuild.find(
+    def _lost(self, seen: Snapshot) -> list[Record]:
+        """Return records of what the kernel holds and the ledger does not."""
+        return list(rebuild.find(
             self._options, seen, [parent for parent in seen.parents.values()
-                                  if not self._is_left(seen, parent)])
-                if self._dry_run or self._put_rebuilt(record)]
+                                  if not self._is_left(seen, parent)]))
 
     def _put_rebuilt(self, record: Record) -> bool:
         with self._failure.noted(), self._ledger.lock():

@@ -24,6 +24,7 @@ from kuryr_break0.ledger import cache
 from kuryr_break0.ledger import lock
 from kuryr_break0.ledger import records
 from kuryr_break0.model import Owner
+from kuryr_break0 import rebuild
 from kuryr_break0 import reconciler
 from tests.functional import base
 from tests.functional.base import OTHER_OWNER
@@ -182,6 +183,20 @@ class TestLostLedger(DoubtTestCase):
         with open(self.file(), 'w') as file:
             file.write('{')
         self.assert_rebuilt(POD)
+
+    def test_another_sync_is_faster(self) -> None:
+        os.unlink(self.file())
+        find = rebuild.find
+
+        def and_another_sync(*args: Any) -> list[Any]:
+            found = list(find(*args))
+            with mock.patch.object(rebuild, 'find', find):
+                self.assert_rebuilt(POD)
+            return found
+
+        with mock.patch.object(rebuild, 'find', and_another_sync):
+            outcome = self.manager().sync()
+        self.assertEqual(((), ()), (outcome.rebuilt, outcome.unclaimed))
 
     def test_what_was_rebuilt_goes_with_its_pod(self) -> None:
         shutil.rmtree(STATE)
