@@ -44,8 +44,7 @@ table netdev {table} {{
 {mark}    }}
 }}
 '''
-#: Seconds until nft has printed what it heard, and for anything that it does.
-_ENDS = 0.4
+#: Seconds for anything that nft does.
 _TIMEOUT = 10
 _NETLINK_NETFILTER = '12'
 _LINE = re.compile(r'trace id (?P<id>\w+) (?P<table>\w+ \S+) (?P<chain>\S+) '
@@ -178,7 +177,6 @@ def traced(address: IPAddress, places: list[Place]) -> Iterator[Trace]:
             if nft is not None:
                 stack.enter_context(_traced_at(nft, place, address, trace))
         yield trace
-        time.sleep(_ENDS)
 
 
 @contextlib.contextmanager
@@ -210,8 +208,9 @@ def _traced_at(nft: str, place: Place, address: IPAddress,
             monitor = subprocess.Popen(
                 [nft, 'monitor', 'trace'], stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL, text=True, errors='replace')
-            _wait_until_it_listens(monitor)
+            _wait(monitor, lambda: _unread(monitor) is not None)
         yield
+        _wait(monitor, lambda: _unread(monitor) == 0 and _sleeps(monitor))
     finally:
         if monitor is not None:
             monitor.terminate()
@@ -222,19 +221,33 @@ def _traced_at(nft: str, place: Place, address: IPAddress,
             _remove(nft)
 
 
-def _wait_until_it_listens(monitor: subprocess.Popen[str]) -> None:
-    """Wait for its socket to be in a group, as /proc/net/netlink shows it."""
+def _wait(monitor: subprocess.Popen[str],
+          condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + _TIMEOUT
-    while time.monotonic() < deadline and monitor.poll() is None:
-        with contextlib.suppress(OSError, ValueError), open(
-                '/proc/%d/net/netlink' % monitor.pid) as file:
-            for line in file:
-                # sk Eth Pid Groups ...
-                _, protocol, port, groups, *_ = line.split()
-                if (protocol, port) == (_NETLINK_NETFILTER, str(
-                        monitor.pid)) and int(groups, 16):
-                    return
+    while (time.monotonic() < deadline and monitor.poll() is None
+           and not condition()):
         time.sleep(0.02)
+
+
+def _unread(monitor: subprocess.Popen[str]) -> Optional[int]:
+    """Return the bytes that its socket has for it; None before it listens."""
+    with contextlib.suppress(OSError, ValueError), open(
+            '/proc/%d/net/netlink' % monitor.pid) as file:
+        for line in file:
+            # sk Eth Pid Groups Rmem ...
+            _, protocol, port, groups, unread, *_ = line.split()
+            if (protocol, port) == (_NETLINK_NETFILTER, str(
+                    monitor.pid)) and int(groups, 16):
+                return int(unread)
+    return None
+
+
+def _sleeps(monitor: subprocess.Popen[str]) -> bool:
+    """Return whether it has printed what it has read."""
+    with contextlib.suppress(OSError), open(
+            '/proc/%d/stat' % monitor.pid) as file:
+        return file.read().rpartition(')')[2].split()[0] == 'S'
+    return False
 
 
 def _remove(nft: str) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 from typing import Any
 from unittest import mock
 
@@ -250,6 +252,26 @@ class TestReachability(DoctorTestCase):
         self.assert_dropped('in the pod the policy of the table inet t')
         self.lab.run('nft', 'delete', 'table', 'inet', 't', netns='pod')
         self.assertEqual({}, self.findings())
+
+    def test_nft_that_prints_late(self) -> None:
+        """As where others have the processor."""
+        wait, late = trace._wait, []
+
+        def stopped(monitor: Any, condition: Any) -> None:
+            wait(monitor, condition)
+            if monitor not in late:  # it listens
+                late.append(monitor)
+                monitor.send_signal(signal.SIGSTOP)
+                timer = threading.Timer(2, monitor.send_signal,
+                                        (signal.SIGCONT,))
+                timer.start()
+                self.addCleanup(timer.join)
+
+        self.lab.run('nft', 'add table inet t; add chain inet t c { type '
+                     'filter hook input priority 0; policy drop; }',
+                     netns='pod')
+        with mock.patch.object(trace, '_wait', stopped):
+            self.assert_dropped('in the pod the policy of the table inet t')
 
     def test_rules_at_prerouting_and_ingress(self) -> None:
         for rules, family in (
