@@ -219,12 +219,20 @@ class Lab:
         self.run('ip', 'route', 'add', 'default', 'via', LAN6)
 
     def settle(self) -> None:
-        """Wait until the kernel has made sure of all IPv6 addresses."""
-        until(lambda: not any(
-            address.get('tentative')
-            for netns in (None, *os.listdir('/run/netns'))
-            for link in self.ip('address', 'show', netns=netns)
-            for address in link['addr_info']))
+        """Wait until the kernel has made sure of all IPv6 addresses.
+
+        The ends of the link get theirs a moment after they are up.
+        """
+        until(lambda: all(
+            'fe80::' in str(link['addr_info'])
+            for name, netns in ((PARENT, None), ('nic', 'lan'))
+            for link in self.ip('address', netns=netns)
+            if link['ifname'] == name and 'LOWER_UP' in link['flags'])
+            and not any(
+                address.get('tentative')
+                for netns in (None, *os.listdir('/run/netns'))
+                for link in self.ip('address', 'show', netns=netns)
+                for address in link['addr_info']))
 
     def add_other_subnet(self) -> None:
         """Make the LAN host the gateway of another subnet on its link."""
@@ -400,12 +408,6 @@ class Lab:
 
         Not what the kernel has learnt or counted.
         """
-        # The ends of the link get theirs a moment after they are up.
-        until(lambda: all('fe80::' in str(link['addr_info'])
-                          for name, netns in ((PARENT, None), ('nic', 'lan'))
-                          for link in self.ip('address', netns=netns)
-                          if link['ifname'] == name
-                          and 'LOWER_UP' in link['flags']))
         self.settle()
         found = {}
         for netns in (None, *sorted(os.listdir('/run/netns'))):

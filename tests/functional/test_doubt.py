@@ -584,6 +584,7 @@ class TestElsewhere(base.LabTestCase):
 
     def test_in_the_namespace_of_a_pod(self) -> None:
         self.bind(POD, netns=self.lab.add_pod('pod', POD))
+        self.lab.settle()
         before = self.lab.ip('link', netns='pod')
         for change in self.manager().sync, self.seen:
             with self.assertRaisesRegex(exceptions.Break0Error,

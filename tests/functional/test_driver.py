@@ -470,6 +470,7 @@ class TestNetns(DriverTestCase):
     """Kuryr must not be asked for a namespace that is not a pod's."""
 
     def unusable(self) -> Iterator[str]:
+        self.lab.settle()
         for netns in ('', '/run/netns/gone', '/proc/self/ns/net'):
             with self.subTest(netns=netns):
                 before = self.lab.ip('link', 'show')
