@@ -63,13 +63,14 @@ class DiscoveryTestCase(base.LabTestCase):
         with open(CONF, 'w') as file:
             file.write('[break0]\n' + options)
         with open('/run/agent.log', 'ab') as log:
-            agent = program.start(
+            earlier = self.log().count('Watching ')
+            self.agent = program.start(
                 [*before, PROGRAM, '--config-file', CONF, 'agent'],
                 stderr=log)
-        self.addCleanup(agent.wait)
-        self.addCleanup(agent.kill)
-        self.until(lambda: 'Watching ' in self.log())
-        return agent
+        self.addCleanup(self.agent.wait)
+        self.addCleanup(self.agent.kill)
+        self.until(lambda: self.log().count('Watching ') > earlier)
+        return self.agent
 
     @staticmethod
     def log() -> str:
@@ -100,9 +101,10 @@ class DiscoveryTestCase(base.LabTestCase):
         self.lab.run(*command, netns=name)
 
     def assert_reachable(self, address: str, name: str) -> None:
+        # The container is configured a moment after its route is set.
         node = lab.NODE6 if ':' in address else lab.NODE
-        self.assertTrue(self.lab.ping(address), self.log())
-        self.assertTrue(self.lab.ping(node, name), self.log())
+        self.until(lambda: self.lab.ping(address))
+        self.until(lambda: self.lab.ping(node, name))
 
 
 class TestFinding(DiscoveryTestCase):
@@ -737,7 +739,7 @@ class TestHostile(DiscoveryTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.agent = self.start()
+        self.start()
         self.lab.add_pod('hostile', ONE)
         self.lab.add_pod('victim', TWO)
         self.until_bound(ONE, TWO)
@@ -839,7 +841,7 @@ class TestHostile(DiscoveryTestCase):
     def test_hundred_containers_at_rest(self) -> None:
         self.agent.kill()
         self.agent.wait()
-        self.agent = self.start(QUIET)
+        self.start(QUIET)
         for number in range(100):
             self.lab.add_pod('c%d' % number, '100.75.32.%d' % number
                              if number else '100.75.32.200')

@@ -451,7 +451,7 @@ class TestRenamedWithAnAgent(test_discovery.DiscoveryTestCase):
     def setUp(self) -> None:
         super().setUp()
         self.lab.add_pod('one', ONE, ONE6, mac=MAC)
-        self.agent = self.start()
+        self.start()
         self.until_bound(ONE, ONE6)
 
     def rename(self, old: str, new: str) -> None:

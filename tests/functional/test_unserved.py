@@ -15,7 +15,6 @@ from unittest import mock
 import urllib.request
 
 from oslo_config import cfg
-import psutil
 
 from kuryr_break0 import config
 from kuryr_break0 import containers
@@ -168,14 +167,9 @@ class TestReasons(UnservedTestCase):
     def restart(self) -> None:
         with open(test_discovery.CONF) as file:
             text = file.read().replace('[break0]\n', '')
-        for agent in self.agents():
-            agent.kill()
-            agent.wait()
+        self.agent.kill()
+        self.agent.wait()
         self.start(text)
-
-    def agents(self) -> list[Any]:
-        return [each for each in psutil.Process().children()
-                if 'agent' in each.cmdline()]
 
     def test_another_parent(self) -> None:
         self.lab.add_pod('one', ONE)
