@@ -31,6 +31,19 @@ class DaemonTestCase(unittest.TestCase):
         self.node.__enter__()
         self.addCleanup(self.node.__exit__)
 
+    def start_patient_daemon(self, break0: str = '') -> None:
+        """Start one whose workers wait for each other; see base.patient().
+
+        :param break0: lines of the section ``[break0]``
+        """
+        with open(os.path.join(self.node.dir, 'sitecustomize.py'),
+                  'w') as file:
+            file.write('from kuryr_break0 import ledger\n'
+                       'from kuryr_break0.ledger import journal\n'
+                       'ledger.Ledger.__init__.__defaults__ = (170,)\n'
+                       'journal._PATIENCE = 170\n')
+        self.node.start_daemon(break0, PYTHONPATH=self.node.dir)
+
     def add(self, pod: kuryr.Pod) -> None:
         """Send an ADD that must succeed."""
         answer = self.node.request(pod, 'ADD')
@@ -207,19 +220,8 @@ class TestBursts(DaemonTestCase):
         failed = [answer for answer in answers if answer.status != status]
         self.assertEqual([], failed, self.node.errors())
 
-    def start_patient_daemon(self) -> None:
-        """Start one that waits for the lock for longer than ten seconds.
-
-        On a slow machine others go on without it, or leave it to a sync.
-        """
-        with open(os.path.join(self.node.dir, 'sitecustomize.py'),
-                  'w') as file:
-            file.write('from kuryr_break0 import ledger\n'
-                       'ledger.Ledger.__init__.__defaults__ = (170,)\n')
-        self.node.start_daemon(self.options, PYTHONPATH=self.node.dir)
-
     def test_the_first_thirty_make_one_break0(self) -> None:
-        self.start_patient_daemon()
+        self.start_patient_daemon(self.options)
         pods = [self.node.add_pod('pod-%d' % number, '100.75.30.%d' % number)
                 for number in range(100, 130)]
         answers = self.node.requests(pods, 'ADD')
@@ -233,7 +235,7 @@ class TestBursts(DaemonTestCase):
     def test_bursts_lose_none(self) -> None:
         # Stock Kuryr loses 18 of 240 pods here: another one's interface
         # interrupts its look at those of the node.
-        self.start_patient_daemon()
+        self.start_patient_daemon(self.options)
         for burst in range(3):
             pods = [self.node.add_pod('pod-%d-%d' % (burst, number),
                                       '100.75.30.%d' % number)

@@ -42,7 +42,7 @@ class TestMetrics(DaemonTestCase):
                 for number in numbers]
 
     def test_binds_of_workers(self) -> None:
-        self.node.start_daemon()
+        self.start_patient_daemon()
         before = self.pods(range(100, 110))
         self.node.requests(before, 'ADD')
         for pod in before[:4]:

@@ -11,6 +11,7 @@ import signal
 import time
 from typing import Any, Callable, Iterator, Optional, Sequence
 import unittest
+from unittest import mock
 
 import inotify_simple
 from oslo_config import cfg
@@ -20,6 +21,7 @@ from kuryr_break0 import actual
 from kuryr_break0 import config
 from kuryr_break0 import kernel
 from kuryr_break0 import ledger
+from kuryr_break0.ledger import journal
 from kuryr_break0 import manager
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Owner
@@ -87,6 +89,19 @@ def until_opened(path: str) -> Iterator[None]:
         watch.add_watch(path, flags.OPEN)
         yield
         assert watch.read(timeout=1000 * lab.PATIENCE), 'nobody opens it'
+
+
+@contextlib.contextmanager
+def patient() -> Iterator[None]:
+    """Wait for others as long as it takes, within the block.
+
+    On a slow machine a bind goes on without the lock after ten seconds, an
+    unbind is left to a sync, and a count that is to be added is lost.
+    """
+    with mock.patch.object(ledger.Ledger.__init__, '__defaults__',
+                           (lab.PATIENCE,)), \
+            mock.patch.object(journal, '_PATIENCE', lab.PATIENCE):
+        yield
 
 
 @contextlib.contextmanager

@@ -237,8 +237,9 @@ class TestBinds(MetricsTestCase):
                 self.bind('10.20.0.%d' % number)
                 self.unbind('10.20.0.%d' % number)
 
-        children = [base.in_child(lambda number=number: life(number))
-                    for number in range(1, 9)]
+        with base.patient():
+            children = [base.in_child(lambda number=number: life(number))
+                        for number in range(1, 9)]
         self.assertEqual([0] * 8, [base.wait_for(pid) for pid in children])
         self.wait_for_value(80, 'bind_seconds_count')
         self.wait_for_value(80, 'unbind_seconds_count')
@@ -419,7 +420,7 @@ class TestServer(MetricsTestCase):
                   for _ in range(10)]
         self.assertEqual(0, self.value('events_lost_total'))
         self.agent.terminate()
-        self.assertEqual(0, self.agent.wait(20))
+        self.assertEqual(0, self.agent.wait(lab.PATIENCE))
         for each in silent:
             each.close()
 
