@@ -145,8 +145,7 @@ class TestAgentInItsContainer(ContainerTestCase):
             'sysctl', 'net.ipv4.conf.break0.arp_filter').stdout)
         self.assertNotIn('ERROR', self.log())
         # It ran as said, and not with the rights of this machine's root.
-        process, = psutil.Process(
-            self.agent.pid).children(recursive=True)
+        process, = psutil.Process(self.agent.pid).children()
         with open('/proc/%d/status' % process.pid) as file:
             status = dict(line.split(':\t') for line in file)
         rights = 1 << 12 | 1 << 21  # CAP_NET_ADMIN, CAP_SYS_ADMIN

@@ -317,6 +317,7 @@ class TestRoutes(base.LabTestCase):
             self.bind(lab.NODE, POD)
         self.assertEqual({POD}, set(self.lab.routes()))
 
+    @mock.patch.object(cache, 'MAX_AGE', 3600)
     def test_cost_does_not_grow_with_the_pods(self) -> None:
         netns = self.lab.add_pod('pod', POD, mac=MAC)
 
@@ -456,6 +457,8 @@ class TestConnectionTracking(base.LabTestCase):
         with open(rules, 'w') as file:
             file.write(self.RULES)
         self.lab.run('nft', '-f', rules)
+        # For 30 seconds after a ping the kernel tracks it, by default.
+        kernel.write_sysctl('netfilter/nf_conntrack_icmp_timeout', 3600)
         self.lab.add_pod('pod', POD)
         self.lab.add_pod('other', OTHER_POD)
         for address in (POD, OTHER_POD, '10.96.0.1'):

@@ -51,7 +51,7 @@ class TestRecords(DoctorTestCase):
 
     def test_stuck_agent(self) -> None:
         path = self.STATE + '/heartbeat'
-        for age, ids in ((180, []), (200, ['agent-stuck'])):
+        for age, ids in ((100, []), (200, ['agent-stuck'])):
             base.beat_at(path, files.now() - age)
             with self.subTest(age=age):
                 self.assertEqual(ids, list(self.findings()))
