@@ -296,6 +296,14 @@ class Lab:
         # One of a namespace that was deleted has its MAC address for a while.
         until(is_up)
 
+    def until_free(self, mac: str) -> None:
+        """Wait until no macvlan on the NIC has a MAC address any more."""
+        self.run('ip', 'link', 'add', 'next', 'link', PARENT, 'address', mac,
+                 'type', 'macvlan', 'mode', 'bridge')
+        until(lambda: self.run('ip', 'link', 'set', 'next', 'up',
+                               check=False).returncode == 0)
+        self.run('ip', 'link', 'del', 'next')
+
     def add_vm(self, name: str, *addresses: str,
                mac: Optional[str] = None) -> VM:
         """Start a virtual machine on the NIC.

@@ -167,11 +167,8 @@ lxc.net.0.hwaddr = %s
 lxc.net.0.ipv4.address = %s/24
 lxc.net.0.ipv6.address = %s/64
 ''' % (name, self.rootfs(name), mac, address(number), address6(number)))
-        # The MAC address may not be free yet: LXC does not wait until the
-        # namespace that had it is deleted.
-        self.test.until(lambda: self.test.lab.run(
-            *self.lxc('start', name, '--logfile=/run/lxc.log',
-                      '--logpriority=INFO'), check=False).returncode == 0)
+        self.output(*self.lxc('start', name, '--logfile=/run/lxc.log',
+                              '--logpriority=INFO'))
 
     def stop(self, name: str) -> None:
         # Its init does not know the signal for it, so it is killed at last.

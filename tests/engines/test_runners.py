@@ -80,6 +80,8 @@ class TestRunners(test_discovery.DiscoveryTestCase):
                 row['names'] = 'by name' if is_named else 'discovered-N'
             (runner.stop if last % 2 else runner.kill)('web')
             self.until_bound_by(runner, 1)
+            # Engines do not wait for that.
+            self.lab.until_free(mac)
         runner.stop('before')
         self.assert_nothing_left()
         row['result'] = 'works'

@@ -118,7 +118,7 @@ class L3TestCase(base.LabTestCase):
                 refused = self.connect(vif, name, is_default, prepare)
                 found.append((refused, self.pod(name)))
                 self.lab.del_netns(name)
-                lab.until(self.mac_is_free)
+                self.lab.until_free(MAC)
                 # IPDB gives up now and then, and says nothing.
                 return refused != 'RuntimeError'
 
@@ -128,14 +128,6 @@ class L3TestCase(base.LabTestCase):
         self.assertEqual(*pods)
         self.assertIsNone(pods[1][0])
         return pods[1][1]
-
-    def mac_is_free(self) -> bool:
-        """Whether the namespace that had the MAC address has let it go."""
-        self.lab.run('ip', 'link', 'add', 'probe', 'link', 'eth0', 'address',
-                     MAC, 'type', 'macvlan', 'mode', 'bridge')
-        up = self.lab.run('ip', 'link', 'set', 'probe', 'up', check=False)
-        self.lab.run('ip', 'link', 'del', 'probe')
-        return up.returncode == 0
 
 
 class TestSameAsKuryr(L3TestCase):
