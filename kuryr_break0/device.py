@@ -89,6 +89,20 @@ def lower_name(link: kernel.Link) -> Optional[str]:
     return kernel.name_of(link.lower)
 
 
+def against_macvlans(link: kernel.Link) -> Optional[str]:
+    """Return why no pod can be on an interface; None if one can."""
+    if link.loopback:
+        return 'it is the loopback'
+    if not link.ethernet:
+        return 'it has no MAC addresses, as a tunnel'
+    if link.port_of is not None:
+        master = kernel.name_of(link.port_of)
+        return 'it is a port of %s. Name %s in its place' % (master, master)
+    if Alias.parse(link.alias):
+        return 'it is made by kuryr-break0. Name the interface of the pods'
+    return None
+
+
 def derived_mac(secret: str, device: str) -> str:
     """Return the MAC address that a break0 gets.
 
@@ -147,6 +161,7 @@ class Device:
         :param new_mac: what it gets if it is created and nothing says which
             it had
         :raises ParentNotFound: if there is no such parent
+        :raises ParentUnfit: if no macvlan can be on it
         :raises DeviceConflict: if the name is taken by another kind of
             interface
         :raises InvalidOption: if [break0] addr names a router of the node
@@ -162,6 +177,10 @@ class Device:
             raise exceptions.ParentNotFound(parent=self.parent)
         link, is_new = netlink.link(self.name), False
         if link is None:
+            reason = against_macvlans(parent)
+            if reason is not None:  # IPDB would try for ten seconds
+                raise exceptions.ParentUnfit(parent=parent.name,
+                                             reason=reason)
             try:
                 kernel.create_macvlan(self.name, parent, self._mac or new_mac)
                 is_new = True

@@ -42,8 +42,12 @@ class InvalidOption(WrongUsage):
 
 class ParentNotFound(Break0Error):
     msg_fmt = ('The parent interface %(parent)s does not exist on this node. '
-               'Set [binding] link_iface to the interface that carries the '
-               'pods, and [break0] parent to the same one or not at all.')
+               'Correct it where it is named: --parent, [break0] parent, or '
+               '[binding] link_iface of Kuryr.')
+
+
+class ParentUnfit(Break0Error):
+    msg_fmt = 'Pods cannot be on %(parent)s: %(reason)s.'
 
 
 class ParentMismatch(Break0Error):

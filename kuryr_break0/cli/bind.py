@@ -65,7 +65,7 @@ examples:
 _NOT_MEANT = (exceptions.AddressRefused, exceptions.InputRefused,
               exceptions.NetnsUnusable, exceptions.NotAMacvlan,
               exceptions.NotItsAddress, exceptions.ParentMismatch,
-              exceptions.ParentNotFound)
+              exceptions.ParentNotFound, exceptions.ParentUnfit)
 
 
 def add_parsers(subparsers: Any) -> None:
@@ -119,16 +119,12 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
     devices = Devices(options, ledger)
     manager = Break0Manager(options)
     try:
-        if parent in devices.names():
-            raise exceptions.InputRefused(
-                owner=owner, reason='%s is none of the interfaces that '
-                'containers are on, but made for those' % parent)
         if wanted.netns is not None:
             macvlan = kernel.macvlan_of(wanted.netns, wanted.ifname, parent)
             parent = macvlan.parent
-            mac = mac or macvlan.link.mac
             addresses = addresses or list(macvlan.addresses)
-            macvlan.require(addresses)
+            macvlan.require(addresses, mac)
+            mac = macvlan.link.mac
         if not addresses:
             raise exceptions.NoAddress(owner=owner)
         if mac is None and any(each.version == 6 for each in addresses):
@@ -139,6 +135,10 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
             raise exceptions.WrongUsage(
                 'Nothing says which interface the address is behind. Give '
                 '--netns or --parent, or set [break0] parent.')
+        if wanted.mac in _macs({parent, *devices.names()}):
+            raise exceptions.WrongUsage(
+                'An interface of the node has the MAC address %s. Give that '
+                'of the container.' % wanted.mac)
         manager.bind(owner, addresses, parent=parent, mac=mac,
                      netns=wanted.netns, yielding=True,
                      origin=Origin.MANUAL)
@@ -155,6 +155,12 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
         ['Bound %s to %s for %s' % (address, device, owner)
          for address in addresses])
     return common.IN_SYNC
+
+
+def _macs(names: set[str]) -> set[str]:
+    """Return the MAC addresses of interfaces of the node."""
+    with kernel.Netlink() as netlink:
+        return {link.mac for link in map(netlink.link, names) if link}
 
 
 def _unbind(conf: cfg.ConfigOpts, options: config.Options) -> int:

@@ -12,6 +12,7 @@ from typing import Callable, Iterator, Optional
 
 from kuryr_break0 import config
 from kuryr_break0 import containers
+from kuryr_break0 import device
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor import records
@@ -46,8 +47,11 @@ class Preconditions:
             'programs that manage interfaces': lambda: services.check_drop_ins(
                 options.device),
             'container engines': self._engines}
-        self.not_examined: list[str] = [] if parent is not None else [
-            'the interface of the containers: name it by --parent NAME']
+        self.not_examined: list[str] = []
+        if parent is None:
+            del self._checks['the parent, macvlans on it']
+            self.not_examined.append(
+                'the interface of the containers: name it by --parent NAME')
 
     @property
     def examined(self) -> str:
@@ -85,15 +89,18 @@ class Preconditions:
             return
         with kernel.Netlink() as netlink:
             link = netlink.link(name)
-            if link is None or link.loopback:
+            if link is None:
                 yield KINDS['parent-missing'].found(
-                    'there is no interface %s on this node' % name
-                    if link is None else '%s is the loopback' % name)
-            elif not link.up:
+                    'there is no interface %s on this node' % name)
+                return
+            against = device.against_macvlans(link)
+            if against is not None:
+                yield KINDS['macvlan-impossible'].found(
+                    'containers cannot be on %s: %s' % (name, against))
+                return
+            if not link.up:
                 yield KINDS['parent-down'].found('%s is down' % name,
                                                  parent=name)
-            if link is None:
-                return
             # Make a macvlan in a namespace of a thread: both end with that.
             with futures.ThreadPoolExecutor(1) as other:
                 if not other.submit(kernel.unshare).result():

@@ -48,11 +48,17 @@ class Macvlan(NamedTuple):
     unproven: frozenset[IPAddress] = frozenset()
     duplicates: frozenset[IPAddress] = frozenset()
 
-    def require(self, addresses: Iterable[IPAddress]) -> None:
+    def require(self, addresses: Iterable[IPAddress],
+                mac: Optional[str] = None) -> None:
         """Make sure that it has addresses.
 
+        :param mac: its MAC address; None for any
         :raises NotItsAddress: of the first that it does not have
         """
+        if mac not in (None, self.link.mac):
+            raise exceptions.NotItsAddress(
+                address=mac, ifname=self.link.name, netns=self.netns,
+                found=self.link.mac)
         for address in addresses:
             if address not in self.addresses:
                 raise exceptions.NotItsAddress(

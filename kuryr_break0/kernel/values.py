@@ -55,6 +55,9 @@ class Link:
     :ivar group: a number that somebody gave it; 0 is the default
     :ivar carrier: whether it is up and the link below it works
     :ivar vrf: None if it is in none
+    :ivar port_of: ifindex of the bridge, bond or team that takes what it
+        receives; None if none does
+    :ivar ethernet: whether it has MAC addresses
     """
 
     name: str
@@ -72,6 +75,8 @@ class Link:
     group: int
     carrier: bool
     vrf: Optional[Vrf]
+    port_of: Optional[int]
+    ethernet: bool
 
     @property
     def described(self) -> str:

@@ -54,6 +54,10 @@ IFF_UP, IFF_LOOPBACK, IFF_MULTICAST = 0x1, 0x8, 0x1000
 IFA_F_NODAD, IFA_F_DADFAILED, IFA_F_TENTATIVE = 0x02, 0x08, 0x40
 MACVLAN_MODE_BRIDGE = 4
 IFF_LOWER_UP = 0x10000
+ARPHRD_ETHER = 1
+#: What takes the frames of its ports, as a macvlan takes those of its parent
+#: (netdev_rx_handler_register): an interface has one of these at most.
+_TAKERS = ('bridge', 'bond', 'team', 'openvswitch')
 #: Leave the counters out of an interface's message.
 RTEXT_FILTER_SKIP_STATS = 1 << 3
 
@@ -192,7 +196,7 @@ def pack_macvlan() -> bytes:
 
 
 def parse_link(body: bytes) -> values.Link:
-    _, _, index, flags, _ = _IFINFO.unpack_from(body)
+    _, hardware, index, flags, _ = _IFINFO.unpack_from(body)
     found = attributes(body, _IFINFO.size)
     info = attributes(found.get(IFLA_LINKINFO, b''))
     kind = read_text(info.get(IFLA_INFO_KIND))
@@ -200,11 +204,12 @@ def parse_link(body: bytes) -> values.Link:
     if kind == 'macvlan':
         mode = _MODES.get(read_number(attributes(info.get(
             IFLA_INFO_DATA, b'')).get(IFLA_MACVLAN_MODE)) or 0)
-    if read_text(info.get(IFLA_INFO_SLAVE_KIND)) == 'vrf':
+    master = read_number(found.get(IFLA_MASTER))
+    below = read_text(info.get(IFLA_INFO_SLAVE_KIND))
+    if below == 'vrf':
         table = attributes(info.get(IFLA_INFO_SLAVE_DATA, b'')).get(
             IFLA_VRF_PORT_TABLE)
-        vrf = values.Vrf(read_number(found.get(IFLA_MASTER)) or 0,
-                         read_number(table) or 0)
+        vrf = values.Vrf(master or 0, read_number(table) or 0)
     lower = found.get(IFLA_LINK_NETNSID)
     return values.Link(
         name=read_text(found.get(IFLA_IFNAME)) or '', index=index, kind=kind,
@@ -216,7 +221,9 @@ def parse_link(body: bytes) -> values.Link:
         multicast=bool(flags & IFF_MULTICAST), up=bool(flags & IFF_UP),
         loopback=bool(flags & IFF_LOOPBACK),
         group=read_number(found.get(IFLA_GROUP)) or 0,
-        carrier=bool(flags & IFF_LOWER_UP), vrf=vrf)
+        carrier=bool(flags & IFF_LOWER_UP), vrf=vrf,
+        port_of=master if below in _TAKERS else None,
+        ethernet=hardware == ARPHRD_ETHER)
 
 
 def parse_route(body: bytes) -> values.Route:

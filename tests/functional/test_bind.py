@@ -13,6 +13,16 @@ ADDRESS = '100.75.30.80'
 ADDRESS6 = 'fd00:30::80'
 NETNS = '/run/netns/web'
 OTHER_NETNS = '/run/netns/other'
+#: Interfaces that no container can be on, and what is said of them.
+UNFIT = {'lo': 'it is the loopback', 'port': 'it is a port of bridge. Name',
+         'tun': 'it has no MAC addresses'}
+
+
+def add_unfit(node: lab.Lab) -> None:
+    node.run('ip', 'link', 'add', 'bridge', 'type', 'bridge')
+    node.run('ip', 'link', 'add', 'port', 'master', 'bridge', 'type', 'veth',
+             'peer', 'name', 'far')
+    node.run('ip', 'tuntap', 'add', 'dev', 'tun', 'mode', 'tun')
 
 
 class ByHandTestCase(CLITestCase):
@@ -157,10 +167,29 @@ class TestRefusals(ByHandTestCase):
 
     def test_break0_as_the_parent(self) -> None:
         self.bind_web('--netns', NETNS)
-        self.assertIn('break0 is none of the interfaces', self.run_it(
+        self.assertIn('break0: it is made by kuryr-break0', self.run_it(
             'bind', '100.75.30.81', '--owner', 'other', '--parent', 'break0',
             code=2))
         self.assertIsNone(self.lab.link('break0-break0'))
+
+    def test_parents_that_no_macvlan_can_be_on(self) -> None:
+        add_unfit(self.lab)
+        for parent, text in UNFIT.items():
+            found = self.bind_web('--parent', parent, code=2)
+            self.assertIn('cannot be on %s: %s' % (parent, text), found)
+            self.assertEqual(1, found.count('\n'), found)
+        self.assertEqual(set(), self.bound())
+
+    def test_a_mac_address_that_is_not_its_own(self) -> None:
+        self.bind_web('--netns', NETNS)
+        for name in lab.PARENT, 'break0':
+            mac = self.lab.ip('link', 'show', name)[0]['address']
+            self.assertIn('has the MAC address ' + mac, self.bind_web(
+                '--parent', lab.PARENT, '--mac', mac, code=2))
+        self.assertIn('does not have the address 02:00:00:00:00:08',
+                      self.bind_web('--netns', NETNS, '--mac',
+                                    '02:00:00:00:00:08', code=2))
+        self.assert_reachable()
 
     def test_a_state_directory_that_is_none(self) -> None:
         for path in '/dev/null', '/sys/none':

@@ -57,7 +57,8 @@ class FakeKernel:
             'mode': None, 'lower': None, 'lower_namespace': None,
             'mtu': 1500, 'mac': '02:00:00:00:00:%02x' % self.next_index,
             'alias': None, 'multicast': False, 'up': True, 'loopback': False,
-            'group': 0, 'carrier': True, 'vrf': None, **fields})
+            'group': 0, 'carrier': True, 'vrf': None, 'port_of': None,
+            'ethernet': True, **fields})
         self.next_index += 1
         self.links[name] = made
         return made

@@ -168,7 +168,7 @@ class TestAnswers(unittest.TestCase):
         data = encoded(message, 16, 0)
         self.assertEqual(
             Link('break0', 5, 'macvlan', 'private', 2, 3, 1400, MAC,
-                 'mine', True, True, False, 7, False, None),
+                 'mine', True, True, False, 7, False, None, None, False),
             wire.parse_link(data[16:]))
 
     def test_a_link_in_a_vrf(self) -> None:
