@@ -6,21 +6,27 @@ from __future__ import annotations
 
 import sys
 
-from kuryr_break0.cli import common
-from kuryr_break0.cli import main as cli
+#: Of a program that Ctrl-C ended.
+_INTERRUPTED = 130
 
 
 def main() -> int:
     """Run ``kuryr-break0`` and return its exit code."""
     try:
+        # Here, since Ctrl-C can come while they are imported.
+        from kuryr_break0.cli import main as cli
+
         return cli.main()
     except ImportError as err:
         # As of a dependency that is too new. The doctor reports it.
         return _explain(err)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
 
 
 def _explain(err: ImportError) -> int:
     # Nothing that imports oslo.config, which may be what is unfit.
+    from kuryr_break0.cli import common
     from kuryr_break0.doctor import installation
     from kuryr_break0.doctor import report
 

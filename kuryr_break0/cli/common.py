@@ -15,8 +15,6 @@ from kuryr_break0.texts import safe
 IN_SYNC, DRIFT, USAGE, UNREADABLE, WARNINGS = range(5)
 #: Of a program that SIGPIPE ended, as shells have it.
 CLOSED_PIPE = 141
-#: Of a program that Ctrl-C ended.
-INTERRUPTED = 130
 
 
 def fail(code: int, err: object) -> int:

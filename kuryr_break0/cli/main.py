@@ -27,8 +27,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         code = _answer(argv)
         sys.stdout.flush()  # so that a closed pipe is seen here
         return code
-    except KeyboardInterrupt:
-        return common.INTERRUPTED
     except OSError as err:
         if err.errno not in (errno.EPIPE, errno.ENOSPC) or err.filename:
             raise

@@ -191,6 +191,17 @@ class TestUsage(CLITestCase):
         self.assertEqual(130, syncing.returncode, stderr)
         self.assertNotIn('Traceback', stderr)
 
+    def test_interrupted_while_it_starts(self) -> None:
+        with open('/run/sitecustomize.py', 'w') as file:
+            file.write('import signal, sys\n'
+                       'class Finder:\n'
+                       '    def find_spec(self, name, *args):\n'
+                       '        if name == "kuryr_break0.cli.common":\n'
+                       '            signal.raise_signal(signal.SIGINT)\n'
+                       'sys.meta_path.insert(0, Finder())\n')
+        done = self.call('status', PYTHONPATH='/run')
+        self.assertEqual((130, ''), (done.returncode, done.stderr))
+
     def test_no_command(self) -> None:
         done = self.call()
         self.assertEqual(2, done.returncode)
