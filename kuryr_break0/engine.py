@@ -24,6 +24,8 @@ from kuryr_break0.devices import Devices
 from kuryr_break0 import exceptions
 from kuryr_break0.failures import Failures
 from kuryr_break0.guard import Guard
+from kuryr_break0.guard import is_installed
+from kuryr_break0.guard import NO_NFT
 from kuryr_break0.guard import pair
 from kuryr_break0.guard import pairs
 from kuryr_break0 import kernel
@@ -391,13 +393,15 @@ class Engine:
         try:
             missing = not guarding.change(
                 admitted, set(pairs(before)) - set(admitted))
-            reason = 'it is not loaded'
+            reason = ''
         except exceptions.KernelRefused as err:
             missing, reason = True, str(err)
             LOG.warning('The guard of %s does not admit %s: %s', device,
                         (*records, *before)[0].owner, err)
         if missing and self._options.guard == config.ON:
-            raise exceptions.GuardUnavailable(device=device, reason=reason)
+            raise exceptions.GuardUnavailable(
+                device=device, reason=reason or (
+                    'it is not loaded' if is_installed() else NO_NFT))
 
 
 def _is_gone(claim: Record) -> bool:

@@ -27,8 +27,8 @@ class Failures:
 
     def note(self, err: exceptions.Break0Error,
              *addresses: IPAddress) -> None:
-        """Keep the first error, and log the others."""
-        if self.errors:
+        """Keep the first error, and log others that differ from it."""
+        if self.errors and str(err) != str(self.errors[0]):
             LOG.error('%s', err)
         self.errors.append(err)
         self.failed.update(addresses)

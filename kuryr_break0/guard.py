@@ -119,7 +119,7 @@ _HELD = '''ether daddr . ip daddr @held4 ether saddr set {mac} fwd to {device}
 _SOLICITED = '''icmpv6 type nd-neighbor-solicit ip6 hoplimit 255 \
 ip6 length 32 @th,192,16 0x0101 @th,64,128 {{ {hosts} }} \
 ether saddr . ip6 saddr @pairs6 goto {answer}'''
-_ANSWER = 'answer'
+_ANSWER, NO_NFT = 'answer', 'there is no program nft'
 
 
 class _Held(Pair):
@@ -313,7 +313,7 @@ class Guard:
         if not self.is_wanted or self.is_intact(link, hosts):
             return False
         nft = kernel.find_program('nft') or ''
-        against: Optional[str] = 'there is no program nft'
+        against: Optional[str] = NO_NFT
         is_open = not is_filled and is_used()
         # An old nft may not understand what answers, or what forwards.
         texts = [self._text(link, hosts), self._text(link, hosts, held=''),

@@ -254,7 +254,7 @@ class Plugin:
                     action='change the network', capability='CAP_NET_ADMIN')
             if options.guard == config.ON and not guard.is_installed():
                 raise exceptions.GuardUnavailable(
-                    device=options.device, reason='there is no program nft')
+                    device=options.device, reason=guard.NO_NFT)
             if self._strict:
                 self._ledger.prepare()
                 if options.parent and not kernel.exists(options.parent):

@@ -14,6 +14,8 @@ from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor.node import largest_sysctl
 from kuryr_break0.doctor.node import Node
 from kuryr_break0.guard import Guard
+from kuryr_break0.guard import is_installed
+from kuryr_break0.guard import NO_NFT
 from kuryr_break0 import kernel
 from kuryr_break0.model import address_order
 from kuryr_break0.model import IPAddress
@@ -199,6 +201,13 @@ def _check_answers(name: str) -> Iterator[Finding]:
 
 
 def _check_guard(node: Node, seen: Parent) -> Iterator[Finding]:
+    guard = Guard(node.options, node.ledger, seen.device)
+    if guard.is_wanted and not is_installed() and (
+            seen.guard is not None or not guard.is_possible):
+        yield KINDS['guard-unavailable'].found(
+            '%s, so %s has no guard' % (NO_NFT, seen.device),
+            severity=ERROR if node.options.guard == config.ON else None)
+        return
     # Whoever is not to pass any more is reported for what is against it.
     known = {*node.seen.refused, *(each.address for each in node.seen.gone),
              *(route.dst for route in seen.plan.foreign)}
@@ -209,10 +218,6 @@ def _check_guard(node: Node, seen: Parent) -> Iterator[Finding]:
         yield KINDS['guard-missing'].found(
             '%s: %s' % (seen.device, *texts), barred,
             severity=ERROR if barred else None)
-    elif node.options.guard == config.AUTO and not Guard(
-            node.options, node.ledger, seen.device).is_possible:
-        yield KINDS['guard-unavailable'].found(
-            'there is no program nft, so %s has no guard' % seen.device)
 
 
 def _check_siblings(parent: kernel.Link, netlink: kernel.Netlink,

@@ -13,6 +13,7 @@ from typing import Callable, Iterator, Optional
 from kuryr_break0 import config
 from kuryr_break0 import containers
 from kuryr_break0 import device
+from kuryr_break0.doctor.findings import ERROR
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor import records
@@ -130,8 +131,10 @@ class Preconditions:
             yield KINDS['protocol-taken'].found(
                 '%d routes of other programs have the number %d' % (
                     len(others), options.route_protocol), others)
-        if options.guard == config.AUTO and not guard.is_installed():
-            yield KINDS['guard-unavailable'].found('there is no program nft')
+        if options.guard != config.OFF and not guard.is_installed():
+            yield KINDS['guard-unavailable'].found(
+                guard.NO_NFT, severity=ERROR if options.guard == config.ON
+                else None)
         elif options.guard != config.OFF:
             reason = guard.against_egress()
             if reason is not None:

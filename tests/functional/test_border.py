@@ -601,10 +601,16 @@ class TestTable(BorderTestCase):
             self.assertEqual([], self.problems())
             self.bind('100.75.30.80', owner=Owner('c', 'eth0'),
                       mac_of_pod='fa:16:3e:00:00:09')
-            with mock.patch.object(cache, 'MAX_AGE', 0):
-                with self.assertRaises(exceptions.GuardUnavailable):
-                    self.bind('100.75.30.81', owner=Owner('d', 'eth0'),
+            for age in 0, cache.MAX_AGE:
+                with mock.patch.object(cache, 'MAX_AGE', age), \
+                        self.assertRaisesRegex(exceptions.GuardUnavailable,
+                                               'no program nft'), \
+                        self.assertLogs('kuryr_break0') as logs:
+                    self.bind('100.75.30.81', 'fd00:30::81',
+                              owner=Owner('d', 'eth0'),
                               mac_of_pod='fa:16:3e:00:00:09', guard='on')
+                # Once, by who is told of it.
+                self.assertNotIn('no program nft', str(logs.output))
 
     def test_an_nft_that_fails_or_hangs_costs_no_route(self) -> None:
         for number, script in enumerate(('exit 1', 'echo -e "\\xff" >&2; '

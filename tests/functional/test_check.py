@@ -108,6 +108,17 @@ class TestCheck(CLITestCase):
             ('warning', 'nft says: Chain of type "filter" is not supported, '
              'perhaps kernel support is missing?'), found['egress-unguarded'])
 
+    def test_no_nft(self) -> None:
+        nft = kernel.find_program('nft') or ''
+        self.lab.run('mount', '--bind', '/dev/null', nft)
+        self.addCleanup(self.lab.run, 'umount', nft)
+        for guard, severity, code in ('auto', 'warning', 4), ('on', 'error',
+                                                              1):
+            found = self.check('--parent', lab.PARENT, code=code,
+                               OS_BREAK0__GUARD=guard)
+            self.assertEqual((severity, 'there is no program nft'),
+                             found['guard-unavailable'])
+
     def test_parent_that_is_not_known(self) -> None:
         done = self.call('check', '--json')
         self.assertEqual(['the interface of the containers: name it by '

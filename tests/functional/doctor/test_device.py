@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
+from kuryr_break0 import kernel
 from kuryr_break0 import policy
 from tests.functional.doctor.base import DoctorTestCase
 from tests.functional.doctor.base import OTHER4
@@ -71,6 +74,13 @@ class TestDevice(DoctorTestCase):
                                       POD4, OTHER4, severity='error'))
         self.assertTrue(self.lab.ping(POD4))
         self.assertEqual({}, self.findings())
+
+    def test_no_nft(self) -> None:
+        self.lab.run('nft', 'flush', 'ruleset')
+        with mock.patch.object(kernel, 'find_program', return_value=None):
+            for guard, severity in ('on', 'error'), ('auto', 'warning'):
+                self.assert_found('guard-unavailable', 'no program nft',
+                                  severity=severity, guard=guard)
 
     def test_mtu(self) -> None:
         self.lab.run('ip', 'link', 'set', 'break0', 'mtu', '1400')
