@@ -128,8 +128,10 @@ class KernelRefused(Break0Error):
 
     def __init__(self, action: str, reason: str, errno: int,
                  advice: str = '') -> None:
-        super().__init__(action=action, reason=reason,
-                         advice=advice or 'See the kernel log: dmesg')
+        super().__init__(
+            action=action, reason=reason, advice=advice or (
+                'Run it as root, in a container with CAP_NET_ADMIN.'
+                if errno == errnos.EPERM else 'See the kernel log: dmesg'))
         self.errno = errno
 
     @property

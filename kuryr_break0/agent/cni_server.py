@@ -63,8 +63,9 @@ class CNIServer:
                 self._socket = _bound(path)
                 self._inode = os.stat(path).st_ino
             except OSError as err:
-                self._complain('%s: %s. Set [break0] state_dir to another '
-                               'directory.' % (path, err.strerror or err))
+                self._complain('%s: %s' % (path, err.strerror and (
+                    err.strerror + '. Set [break0] state_dir to another '
+                    'directory.') or err))
                 return
             self._threads = []  # those before end with their socket
             LOG.info('Serving CNI requests on %s', path)
@@ -198,7 +199,8 @@ def _bound(path: str) -> socket.socket:
         other.settimeout(1)
         with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
             other.connect(path)
-            raise OSError('another agent listens there')
+            raise OSError('another agent listens there. Stop one of them: '
+                          'a node needs one.')
     listening = socket.socket(socket.AF_UNIX)
     # Under another name until nobody else can use it.
     new = '%s.%d' % (path, os.getpid())

@@ -98,6 +98,8 @@ def install(conf: cfg.ConfigOpts, options: config.Options) -> int:
     except PermissionError:
         raise exceptions.NotRoot(command=shlex.join(sys.argv[1:]))
     except OSError as err:
+        if err.filename in shims:
+            raise exceptions.WrongUsage('Cannot read the shim: %s' % err)
         raise exceptions.CannotWrite(path=target, reason='%s: %s' % (
             err.filename, err.strerror))
     output.show(

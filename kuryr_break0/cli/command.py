@@ -126,6 +126,9 @@ def _read(argv: Sequence[str], register: Callable[
          default_config_files=verbs.files()[0],
          version=importlib.metadata.version(verbs.PROGRAM)
          if '--version' in argv else None)
+    for path in conf.config_dir or ():
+        if not os.path.isdir(path):  # oslo.config would find no files in it
+            raise exceptions.WrongUsage('%s is not a directory' % path)
     return conf
 
 

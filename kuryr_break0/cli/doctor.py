@@ -109,7 +109,8 @@ def run(conf: cfg.ConfigOpts) -> int:
         try:
             _bundle(conf, done)
         except (OSError, exceptions.InvalidOption) as err:
-            raise exceptions.CannotWrite(path=wanted.bundle, reason=err)
+            raise exceptions.CannotWrite(
+                path=wanted.bundle, reason=getattr(err, 'strerror', err))
     if done.unreadable is not None:
         return common.fail(common.UNREADABLE, done.unreadable)
     if done.invalid:

@@ -52,7 +52,7 @@ def addresses_of(name: str, live: Mapping[IPAddress, Record]
                         if is_called(record, name)), key=address_order)
         if not found:
             raise exceptions.WrongUsage(
-                '%s, nor the name of a container or pod that is bound here '
+                '%s, and no container or pod of that name is bound here '
                 '(see kuryr-break0 status)%s' % (err, close_to(name, [
                     each.pod or each.owner.container_id
                     for each in live.values()])))

@@ -7,6 +7,7 @@ import os
 
 from tests.functional.base import POD
 from tests.functional.test_cli import CLITestCase
+from tests.functional.test_cli import PROGRAM
 from tests import lab
 
 ADDRESS = '100.75.30.80'
@@ -179,6 +180,15 @@ class TestRefusals(ByHandTestCase):
             self.assertIn('cannot be on %s: %s' % (parent, text), found)
             self.assertEqual(1, found.count('\n'), found)
         self.assertEqual(set(), self.bound())
+
+    def test_without_rights(self) -> None:
+        done = self.lab.run(
+            'setpriv', '--bounding-set', '-all', '--inh-caps', '-all',
+            PROGRAM, 'bind', ADDRESS, '--owner', 'web', '--parent',
+            lab.PARENT, check=False)
+        self.assertEqual(3, done.returncode, done.stdout)
+        self.assertIn('not permitted. Run it as root, in a container with '
+                      'CAP_NET_ADMIN', done.stdout)
 
     def test_a_mac_address_that_is_not_its_own(self) -> None:
         self.bind_web('--netns', NETNS)

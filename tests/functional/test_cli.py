@@ -176,9 +176,11 @@ class TestUsage(CLITestCase):
                 self.assertEqual(2, done.returncode, (verb, done.stderr))
                 self.assertIn(text, done.stderr + done.stdout)
                 self.assertNotIn('Traceback', done.stderr)
-        done = self.call('--log-config-append', '/run/none', 'status')
-        self.assertEqual(2, done.returncode)
-        self.assertEqual(1, done.stderr.count('\n'), done.stderr)
+        for option, path in (('--log-config-append', '/run/none'),
+                             ('--config-dir', '/run/kuryr.conf')):
+            done = self.call(option, path, 'status')
+            self.assertEqual(2, done.returncode, done.stdout)
+            self.assertEqual(1, done.stderr.count('\n'), done.stderr)
 
     def test_interrupted(self) -> None:
         self.bind()

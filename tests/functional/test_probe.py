@@ -142,7 +142,7 @@ class TestProbe(CLITestCase):
         self.assertNotIn('Traceback', done.stdout)
 
     def test_usage(self) -> None:
-        for args, text in ((('x',), 'nor the name of a container or pod'),
+        for args, text in ((('x',), 'no container or pod of that name'),
                            ((POD, '--count', '0'), 'from 1 to 1000')):
             done = self.call('probe', *args)
             self.assertEqual(2, done.returncode)

@@ -169,7 +169,8 @@ class TestServer(base.WithShim, ShimTestCase):
                 stderr=log)
         self.addCleanup(second.wait)
         self.addCleanup(second.kill)
-        lab.until(lambda: 'another agent' in open('/run/second.log').read())
+        lab.until(lambda: 'another agent listens there. Stop one of them'
+                  in open('/run/second.log').read())
         second.terminate()
         second.wait()
         self.assertEqual(inode, self.socket_inode())
@@ -408,8 +409,7 @@ class TestHindered(base.WithShim, ShimTestCase):
             self.agent = self.start_hindered()
             self.wait_for(lambda: self.health('/healthz') == (
                 503, 'CNI requests are not served: %s: another agent listens '
-                'there. Set [break0] state_dir to another directory.\n' %
-                SOCKET))
+                'there. Stop one of them: a node needs one.\n' % SOCKET))
             self.assertEqual((200, 'ok\n'), self.health('/livez'))
             stack.enter_context(self.without_threads())
             other.close()

@@ -184,8 +184,8 @@ class TestCommand(DoctorTestCase):
     def test_bundle_that_cannot_be_written(self) -> None:
         with open('/run/there', 'w') as file:
             file.write('mine')
-        for path, text in (('/run/there', 'File exists'),
-                           ('/run/none/x', 'No such file')):
+        for path, text in (('/run/there', 'there: File exists. Name'),
+                           ('/run/none/x', 'x: No such file')):
             self.assertIn(text, self.call('--bundle', path, code=2).stderr)
         with open('/run/there') as file:
             self.assertEqual('mine', file.read())
