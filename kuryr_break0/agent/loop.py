@@ -111,11 +111,16 @@ class Agent:
             ledger.prepare()
         with ledger.heartbeat.kept() as beat, _inotify() as watch, _finding(
                 options, ledger) as self._finder:
+            withdraws = self._finder is None
             while not self._stop and not self._reload:
                 # What changes from now on may be too late for the sync.
                 if watch is not None:
                     _watch(watch, ledger.records.directory)
                 self._cni.listen(options)
+                # Not what another agent has found, which serves them then.
+                if withdraws and self._cni.is_complete:
+                    records.take_back(options, ledger)
+                    withdraws = False
                 self._server.listen(options.metrics_bind)
                 self._sync(reconciler, interests)
                 beat()
@@ -241,9 +246,8 @@ class Agent:
 @contextlib.contextmanager
 def _finding(options: config.Options, ledger: Ledger
              ) -> Iterator[Optional[finder.Finder]]:
-    """Find containers, or take back what was found, by the options."""
+    """Find containers; None if that is not wanted."""
     if not (options.discover and options.enabled):
-        records.take_back(options, ledger)
         yield None
         return
     with contextlib.closing(engines.Namer(options, ledger)) as namer, \

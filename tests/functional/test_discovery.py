@@ -451,6 +451,17 @@ class TestOwnership(DiscoveryTestCase):
                    == [self.mac('two')])
         self.assertTrue(self.lab.ping(ONE))
 
+    def test_beside_an_agent_without_discovery(self) -> None:
+        first = self.start()
+        self.lab.add_pod('one', ONE)
+        self.until_bound(ONE)
+        self.start('metrics_bind =\nresync_interval = 1\n')
+        self.until(lambda: 'another agent listens' in self.log())
+        self.assertNotIn('Unbound', self.log())
+        self.assert_reachable(ONE, 'one')
+        first.terminate()  # now it is the only one
+        self.until_bound()
+
     def test_restarted_and_switched_off(self) -> None:
         agent = self.start()
         self.lab.add_pod('one', ONE)
