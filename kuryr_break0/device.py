@@ -98,8 +98,10 @@ def against_macvlans(link: kernel.Link) -> Optional[str]:
     if link.port_of is not None:
         master = kernel.name_of(link.port_of)
         return 'it is a port of %s. Name %s in its place' % (master, master)
-    if Alias.parse(link.alias):
-        return 'it is made by kuryr-break0. Name the interface of the pods'
+    if link.kind == 'macvtap' or Alias.parse(link.alias):
+        return 'it is %s. Name the interface that it is on' % (
+            'a macvtap' if link.kind == 'macvtap'
+            else 'made by kuryr-break0')
     return None
 
 

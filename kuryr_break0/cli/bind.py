@@ -14,6 +14,7 @@ from kuryr_break0.cli import names
 from kuryr_break0.cli import output
 from kuryr_break0.cli import parser
 from kuryr_break0 import config
+from kuryr_break0.device import lower_name
 from kuryr_break0.devices import Devices
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
@@ -135,10 +136,8 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
             raise exceptions.WrongUsage(
                 'Nothing says which interface the address is behind. Give '
                 '--netns or --parent, or set [break0] parent.')
-        if wanted.mac in _macs({parent, *devices.names()}):
-            raise exceptions.WrongUsage(
-                'An interface of the node has the MAC address %s. Give that '
-                'of the container.' % wanted.mac)
+        if wanted.mac is not None:
+            _require_other(wanted.mac, parent, devices.names())
         manager.bind(owner, addresses, parent=parent, mac=mac,
                      netns=wanted.netns, yielding=True,
                      origin=Origin.MANUAL)
@@ -157,10 +156,25 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
     return common.IN_SYNC
 
 
-def _macs(names: set[str]) -> set[str]:
-    """Return the MAC addresses of interfaces of the node."""
+def _require_other(mac: str, parent: str, devices: set[str]) -> None:
+    """Make sure that a container or VM on a parent can have a MAC address.
+
+    :param devices: the break0s
+    :raises WrongUsage: if it cannot
+    """
     with kernel.Netlink() as netlink:
-        return {link.mac for link in map(netlink.link, names) if link}
+        links = [link for link in netlink.links() if link.mac == mac]
+    for link in links:
+        if link.name in (parent, *devices):
+            raise exceptions.WrongUsage(
+                'The MAC address %s is that of %s. Give that of the '
+                'container.' % (mac, link.name))
+        on = lower_name(link)
+        if link.kind == 'macvtap' and (link.mode, on) != ('bridge', parent):
+            raise exceptions.WrongUsage(
+                'The macvtap %s with the MAC address %s is in %s mode on %s. '
+                'Only one in bridge mode on %s can be reached.' % (
+                    link.name, mac, link.mode, on, parent))
 
 
 def _unbind(conf: cfg.ConfigOpts, options: config.Options) -> int:

@@ -88,7 +88,8 @@ def macvlan_of(netns: str, ifname: str,
         if link.kind != 'macvlan':
             found = 'it is ' + link.described
         elif not macvlan.parent:
-            found = 'it is on no interface of this node'
+            found = ('it is on no interface of this node. In a container, '
+                     'run this with the network of the host')
         elif link.mode == 'bridge' and parent in (None, macvlan.parent):
             return macvlan
         else:

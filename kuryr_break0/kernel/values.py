@@ -47,7 +47,7 @@ class Link:
     """A network interface as the kernel reports it.
 
     :ivar kind: None for a physical one
-    :ivar mode: of a macvlan
+    :ivar mode: of a macvlan or macvtap
     :ivar lower: ifindex of the interface that it is stacked on
     :ivar lower_namespace: the number that this namespace has for the one in
         which ``lower`` counts; None if that is this one

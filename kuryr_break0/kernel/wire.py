@@ -201,7 +201,7 @@ def parse_link(body: bytes) -> values.Link:
     info = attributes(found.get(IFLA_LINKINFO, b''))
     kind = read_text(info.get(IFLA_INFO_KIND))
     mode = vrf = None
-    if kind == 'macvlan':
+    if kind in ('macvlan', 'macvtap'):
         mode = _MODES.get(read_number(attributes(info.get(
             IFLA_INFO_DATA, b'')).get(IFLA_MACVLAN_MODE)) or 0)
     master = read_number(found.get(IFLA_MASTER))

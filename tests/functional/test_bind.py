@@ -181,6 +181,21 @@ class TestRefusals(ByHandTestCase):
             self.assertEqual(1, found.count('\n'), found)
         self.assertEqual(set(), self.bound())
 
+    def test_macvtaps_that_cannot_be_reached(self) -> None:
+        self.lab.run('ip', 'link', 'add', 'eth1', 'type', 'veth', 'peer',
+                     'name', 'nic1', 'netns', 'lan')
+        mac = '02:00:00:00:00:98'
+        if self.lab.run('ip', 'link', 'add', 'link', lab.PARENT, 'name', 'tap',
+                        'address', mac, 'type', 'macvtap', 'mode', 'vepa',
+                        check=False).returncode:
+            self.skipTest('needs the module macvtap')
+        for parent, text in ((lab.PARENT, 'in vepa mode on eth0. Only one'),
+                             ('eth1', 'in bridge mode on eth1 can be'),
+                             ('tap', 'cannot be on tap: it is a macvtap')):
+            self.assertIn(text, self.bind_web(
+                '--parent', parent, '--mac', mac if parent != 'tap'
+                else '02:00:00:00:00:99', code=2))
+
     def test_without_rights(self) -> None:
         done = self.lab.run(
             'setpriv', '--bounding-set', '-all', '--inh-caps', '-all',
@@ -194,7 +209,7 @@ class TestRefusals(ByHandTestCase):
         self.bind_web('--netns', NETNS)
         for name in lab.PARENT, 'break0':
             mac = self.lab.ip('link', 'show', name)[0]['address']
-            self.assertIn('has the MAC address ' + mac, self.bind_web(
+            self.assertIn('%s is that of %s' % (mac, name), self.bind_web(
                 '--parent', lab.PARENT, '--mac', mac, code=2))
         self.assertIn('does not have the address 02:00:00:00:00:08',
                       self.bind_web('--netns', NETNS, '--mac',
