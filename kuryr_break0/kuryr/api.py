@@ -92,7 +92,7 @@ def other_nodes() -> list[str]:
         return sorted({str(each['metadata']['labels'][
             k_const.KURYRPORT_LABEL]) for each in found})
     except (k_exc.K8sClientException, RuntimeError, OSError, KeyError,
-            TypeError, ValueError):
+            TypeError, ValueError, AttributeError):
         return []
 
 
@@ -113,10 +113,12 @@ def _read() -> tuple[list[Any], list[Any]]:
     # Those of requests are OSErrors; a RuntimeError is of a file that is
     # missing, a KeyError of the environment of a container.
     except (k_exc.K8sClientException, RuntimeError, OSError, KeyError,
-            ValueError) as err:
+            ValueError, TypeError, AttributeError) as err:
+        # By the last ones, Kuryr's client reads an answer of another program.
         raise exceptions.KubernetesUnavailable(
             url=k_config.CONF.kubernetes.api_root or 'its service address',
-            reason=' '.join(str(err).split()) or repr(err)) from err
+            reason='%s is missing' % err if isinstance(err, KeyError)
+            else ' '.join(str(err).split()) or repr(err)) from err
 
 
 def _name(obj: Any) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from typing import Any, Optional
 
@@ -357,6 +359,25 @@ class TestTheAPI(AdoptTestCase):
         self.assertIn('The Kubernetes API at %s cannot be used' %
                       self.node.api.url, err)
         self.assertEqual(1, err.count('\n'), err)
+
+    def test_it_is_another_program(self) -> None:
+        for answer in b'[]', b'null', b'{}', b'<html>':
+            with socket.create_server(('127.0.0.1', 0)) as server:
+                def serve(answer: bytes = answer) -> None:
+                    client = server.accept()[0]
+                    with client:
+                        client.recv(2 ** 16)
+                        client.sendall(b'HTTP/1.0 200 OK\r\n\r\n' + answer)
+
+                thread = threading.Thread(target=serve)
+                thread.start()
+                with open(self.node.conf, 'a') as conf:
+                    conf.write('[kubernetes]\napi_root = http://127.0.0.1:%d'
+                               '\n' % server.getsockname()[1])
+                err = self.call('adopt', code=3)
+                thread.join()
+            self.assertIn('cannot be used: ', err)
+            self.assertEqual(1, err.count('\n'), err)
 
     def test_no_token(self) -> None:
         with open(self.node.conf, 'a') as conf:
