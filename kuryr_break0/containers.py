@@ -99,6 +99,12 @@ def unserved(seen: Snapshot, ledger: Ledger) -> list[Unserved]:
             for each in judge.judge(macvlan)]
 
 
+def blindness() -> str:
+    """Return why no container is seen that is not bound; empty if all are."""
+    return '' if kernel.capabilities() >> kernel.CAP_SYS_ADMIN & 1 else (
+        'containers that are not bound: this process lacks CAP_SYS_ADMIN')
+
+
 def pod_sides(seen: Snapshot) -> tuple[dict[IPAddress, str],
                                        dict[IPAddress, str]]:
     """Compare what bound containers know of the node with what they need.

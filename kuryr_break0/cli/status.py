@@ -201,6 +201,8 @@ class Status:
             output.say(output.Wrong('Out of sync: ' + problem))
         for each in self._unserved:
             output.say(output.Wrong('Not bound: %s' % each))
+        if containers.blindness():
+            output.say('Not examined: ' + containers.blindness())
         for address, why in list(self._not_examined.items())[:1]:
             output.say('Not examined from inside: %d addresses, as %s: %s' % (
                 len(self._not_examined), address, why))

@@ -10,6 +10,7 @@ from typing import Callable, Optional
 from oslo_config import cfg
 
 from kuryr_break0 import config
+from kuryr_break0 import containers
 from kuryr_break0.doctor import device
 from kuryr_break0.doctor.findings import ERROR
 from kuryr_break0.doctor.findings import Finding
@@ -141,6 +142,7 @@ def _examine_node(node: Node, netlink: kernel.Netlink, done: Examination,
     done.findings += records.check_ledger(node, host)
     done.findings += merged(routes.check_addresses(node))
     done.findings += unserved.check(node, netlink, host)
+    done.not_examined += filter(None, [containers.blindness()])
     for parent in parents:
         _examine_parent(node, parent, netlink, done, probe)
     done.findings += services.check(

@@ -23,7 +23,7 @@ from kuryr_break0 import guard
 from kuryr_break0 import kernel
 
 #: linux/capability.h
-_NEEDED = {12: 'NET_ADMIN', 21: 'SYS_ADMIN'}
+_NEEDED = {12: 'NET_ADMIN', kernel.CAP_SYS_ADMIN: 'SYS_ADMIN'}
 _USEFUL = {13: 'NET_RAW', 11: 'NET_BROADCAST'}
 
 
@@ -67,9 +67,7 @@ class Preconditions:
 
     @staticmethod
     def _capabilities() -> Iterator[Finding]:
-        with open('/proc/thread-self/status') as file:
-            effective = next(int(line.split()[1], 16) for line in file
-                             if line.startswith('CapEff:'))
+        effective = kernel.capabilities()
         for kind, wanted in ((KINDS['capability-missing'], _NEEDED),
                              (KINDS['capability-useful'], _USEFUL)):
             missing = [name for bit, name in wanted.items()

@@ -41,6 +41,8 @@ from kuryr_break0.kernel.nft import NftEvents
 from kuryr_break0.kernel.nft import node_nft
 from kuryr_break0.kernel.nft import Pair
 from kuryr_break0.kernel.nft import share_nft
+from kuryr_break0.kernel.node import CAP_SYS_ADMIN
+from kuryr_break0.kernel.node import capabilities
 from kuryr_break0.kernel.node import count_host_routes
 from kuryr_break0.kernel.node import current_name
 from kuryr_break0.kernel.node import exists

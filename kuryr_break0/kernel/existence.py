@@ -23,12 +23,12 @@ from typing import NamedTuple, Optional, TextIO
 
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel import namespaces
+from kuryr_break0.kernel import node
 from kuryr_break0.kernel.rtnetlink import Netlink
 from kuryr_break0.model import NamespaceId
 from kuryr_break0.model import Tap
 
 _PROC = '/proc'
-_CAP_SYS_ADMIN = 21  # linux/capability.h
 _FIRST_PROCESS_NAMESPACE = 0xeffffffc  # PROC_PID_INIT_INO
 #: Living namespaces whose handles must all open before one that does not
 #: counts as gone. Those of another user namespace may be refused.
@@ -264,10 +264,7 @@ def _is_shown(path: str) -> Optional[bool]:
 
 def _why_blind() -> str:
     with contextlib.suppress(OSError):  # as of no descriptors left
-        with open('/proc/thread-self/status') as file:
-            effective = next(int(line.split()[1], 16) for line in file
-                             if line.startswith('CapEff:'))
-        if not effective >> _CAP_SYS_ADMIN & 1:
+        if not node.capabilities() >> node.CAP_SYS_ADMIN & 1:
             return 'this process lacks CAP_SYS_ADMIN'
         if os.stat('/proc/self/ns/pid').st_ino != _FIRST_PROCESS_NAMESPACE:
             return 'this process is not in the first process namespace'

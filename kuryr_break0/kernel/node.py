@@ -23,6 +23,8 @@ from kuryr_break0.model import IPAddress
 #: Flags in /proc/net/route and ipv6_route (linux/route.h, ipv6_route.h)
 RTF_GATEWAY = 0x2
 RTF_LOCAL = 0x80000000
+#: Of capabilities (linux/capability.h); to enter namespaces.
+CAP_SYS_ADMIN = 21
 #: The mounts that this process sees.
 MOUNTS = '/proc/self/mountinfo'
 #: Of programs; they are in none that a service or a user may search.
@@ -47,6 +49,13 @@ def absence(what: str) -> Iterator[None]:
 def find_program(name: str) -> Optional[str]:
     """Return the path of a program; None if it is not installed."""
     return shutil.which(name) or shutil.which(name, path=_DIRECTORIES)
+
+
+def capabilities() -> int:
+    """Return the effective capabilities of this thread, as bits."""
+    with open('/proc/thread-self/status') as file:
+        return next(int(line.split()[1], 16) for line in file
+                    if line.startswith('CapEff:'))
 
 
 def release() -> tuple[int, int]:

@@ -186,6 +186,15 @@ class TestSync(base.LabTestCase):
         self.assertEqual((0, ''), (done.returncode, done.stdout), done.stderr)
         self.assert_untouched()
 
+    def test_what_few_rights_do_not_show_is_said(self) -> None:
+        self.lab.add_pod('unbound', '100.75.30.99')
+        for verb in 'doctor', 'status':
+            for rights, expected in (FEW_RIGHTS, True), ((), False):
+                done = self.call(*rights, 'kuryr-break0', verb)
+                self.assertEqual(expected, 'Not examined: containers that are '
+                                 'not bound' in ' '.join(done.stdout.split()),
+                                 done.stdout)
+
     def test_with_few_rights_and_a_view_that_hides_them(self) -> None:
         command = (*HIDDEN, *FEW_RIGHTS, 'kuryr-break0')
         for options in (('--dry-run',), ()):
