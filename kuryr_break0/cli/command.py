@@ -150,7 +150,8 @@ def _set_up_logging(conf: Config, argv: Sequence[str]) -> Config:
     conf = _read(argv, log.register_options)
     try:
         log.setup(conf, verbs.PROGRAM)
-    except log.LogConfigError as err:
+    # A RuntimeError if --use-journal lacks Python's systemd.
+    except (log.LogConfigError, RuntimeError) as err:
         raise cfg.Error(str(err)) from err
     except OSError as err:
         raise exceptions.CannotWrite(path=err.filename,

@@ -177,7 +177,8 @@ class TestUsage(CLITestCase):
                 self.assertIn(text, done.stderr + done.stdout)
                 self.assertNotIn('Traceback', done.stderr)
         for option, path in (('--log-config-append', '/run/none'),
-                             ('--config-dir', '/run/kuryr.conf')):
+                             ('--config-dir', '/run/kuryr.conf'),
+                             ('--log-file=/run/log', '--use-journal')):
             done = self.call(option, path, 'status')
             self.assertEqual(2, done.returncode, done.stdout)
             self.assertEqual(1, done.stderr.count('\n'), done.stderr)
