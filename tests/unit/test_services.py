@@ -81,6 +81,10 @@ class TestUnit(unittest.TestCase):
         self.assertEqual(str(common.USAGE),
                          service['RestartPreventExitStatus'])
 
+    def test_a_reload_while_it_starts_is_no_end(self) -> None:
+        service = parsed('systemd', 'system', UNIT)['Service']
+        self.assertEqual('SIGHUP', service['RestartForceExitStatus'])
+
     def test_exposure(self) -> None:
         # Of 0 to 100, where 100 is a service that may do anything.
         self.analyze('security', '--offline=true', '--threshold=30')
