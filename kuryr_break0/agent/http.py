@@ -59,10 +59,10 @@ class Server:
         except OSError as err:
             if not self._complained:
                 self._complained = True
-                LOG.error('Metrics cannot be served on %s yet: %s. See who '
-                          'has the port: ss -ltnp. Set [break0] metrics_bind '
-                          'to another one, or to nothing.', endpoint,
-                          err.strerror)
+                LOG.error('Metrics cannot be served on %s yet: %s. See '
+                          'what there is: ip address; ss -ltnp. Set [break0] '
+                          'metrics_bind to another one, or to nothing.',
+                          endpoint, err.strerror)
             return
         LOG.info('Serving /metrics and /healthz on %s', endpoint)
 
