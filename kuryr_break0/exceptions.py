@@ -192,8 +192,8 @@ class NotItsAddress(Break0Error):
 
 
 class NoAddress(WrongUsage):
-    msg_fmt = ('There is no address to bind for %(owner)s. Give one, or '
-               '--netns of a namespace whose interface has one.')
+    msg_fmt = ('There is no address to bind for %(owner)s. Give ADDRESS or '
+               '--netns to bind, or ipam to the CNI plugin macvlan.')
 
 
 class NameOfBreak0(Break0Error):
