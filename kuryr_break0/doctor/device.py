@@ -229,7 +229,7 @@ def _check_siblings(parent: kernel.Link, netlink: kernel.Netlink,
     for link in netlink.links():
         if ((link.lower, link.lower_namespace) == parent.lower_of_macvlans
                 and link.name not in ours
-                and link.up and link.mode == 'bridge'
+                and link.up and (link.kind, link.mode) == ('macvlan', 'bridge')
                 and not largest_sysctl(_ARP_FILTER, 'all', link.name)
                 and not largest_sysctl('ipv4/conf/%s/arp_ignore', 'all',
                                        link.name)):

@@ -100,7 +100,7 @@ class TestStatus(CLITestCase):
         for args in (['status', ''], ['probe', ''], ['unbind', '--pod', '']):
             done = self.call(*args)
             self.assertEqual(2, done.returncode, args)
-            self.assertIn("'' is not an IPv4 or IPv6 address, nor the name",
+            self.assertIn("'' is not an IPv4 or IPv6 address, and no cont",
                           done.stderr)
         self.assertEqual(6, len(self.bound()))
 

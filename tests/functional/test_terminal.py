@@ -105,7 +105,7 @@ class TestTerminal(CLITestCase):
         for args, text in ((('statsu',), 'did you mean status?'),
                            (('status', '--jsno'), 'did you mean --json?'),
                            (('bind',), 'required'), (('-d',), 'COMMAND'),
-                           (('probe', 'x'), 'name of a container'),
+                           (('probe', 'x'), 'no container or pod'),
                            (('agent', 'x'), 'agent --help')):
             with self.subTest(args):
                 done = self.call(*args)
