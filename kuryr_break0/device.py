@@ -94,7 +94,7 @@ def against_macvlans(link: kernel.Link) -> Optional[str]:
     if link.loopback:
         return 'it is the loopback'
     if not link.ethernet:
-        return 'it has no MAC addresses, as a tunnel'
+        return 'it has no MAC addresses, like a tunnel'
     if link.port_of is not None:
         master = kernel.name_of(link.port_of)
         return 'it is a port of %s. Name %s in its place' % (master, master)
