@@ -56,7 +56,8 @@ def add(record: Record, claims: Claims,
     rivals, _ = split(others, is_gone)
     # The end of one without these is never proven.
     kept = tuple(claim for claim in rivals if claim.namespace or claim.tap)
-    return Addition((record, *kept), rivals, bool(others))
+    return Addition((record, *kept), rivals,
+                    bool(others) and others[0] == claims[0])
 
 
 def is_of_same_interface(claim: Record, record: Record) -> bool:

@@ -170,6 +170,7 @@ class Engine:
         :returns: the claims that were dropped
         """
         dropped: list[Record] = []
+        passed: list[IPAddress] = []
         with self.locked(required=True) as say, kernel.Netlink() as netlink:
             for address in addresses:
                 with failure.noted(address):
@@ -188,7 +189,9 @@ class Engine:
                     say('Unbound %s from break0 for %s%s', address, name,
                         '' if deleted else ' (it had no route of its own)')
                     dropped += own
-        forget_connections(record.address for record in dropped)
+                    if own and own[0] == before[0]:  # else it was another's
+                        passed.append(address)
+        forget_connections(passed)
         return dropped
 
     def remove_gone(self, addresses: Collection[IPAddress],
@@ -217,7 +220,7 @@ class Engine:
             LOG.info('Sandbox %s no longer exists; removed %s from break0',
                      claim.whose, address)
             self._ledger.journal.add(Done.SANDBOX_GONE)
-        if gone and not living:
+        if gone and gone[0] == before[0]:
             forget_connections([address])
         return living
 

@@ -485,6 +485,34 @@ class TestConnectionTracking(base.LabTestCase):
         self.bind(owner=OWNER)
         self.assertEqual(3, self.tracked(POD))
 
+    def test_the_end_of_an_earlier_owner_leaves_them(self) -> None:
+        self.bind(owner=OTHER_OWNER, netns='/run/netns/other')
+        self.bind(owner=OWNER, netns='/run/netns/pod')
+        self.assertTrue(self.lab.ping('10.96.0.1'))
+        self.bind(owner=OWNER, netns='/run/netns/pod')
+        self.assertEqual(1, self.tracked(POD))
+        self.unbind(owner=OTHER_OWNER)
+        self.assertEqual(1, self.tracked(POD))
+        self.unbind(owner=OWNER)
+        self.assertEqual(0, self.tracked(POD))
+
+    def test_who_has_it_after_one_that_is_gone_does_not_get_them(
+            self) -> None:
+        self.lab.run('ip', 'address', 'add', POD + '/24', 'dev', 'eth0',
+                     netns='other')
+        self.bind(owner=OTHER_OWNER, netns='/run/netns/other')
+        self.bind(owner=OWNER, netns='/run/netns/pod')
+        self.assertTrue(self.lab.ping('10.96.0.1'))
+        self.lab.del_netns('pod')
+
+        def is_removed() -> bool:
+            self.manager().sync()
+            return self.seen().live[base.addresses(POD)[0]].owner == (
+                OTHER_OWNER)
+
+        lab.until(is_removed)
+        self.assertEqual(0, self.tracked(POD))
+
 
 class TestDevice(base.LabTestCase):
 
