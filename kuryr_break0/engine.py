@@ -217,8 +217,8 @@ class Engine:
             if gone:
                 self._drop(netlink, address, Move(before, living), LOG.info)
         for claim in gone:
-            LOG.info('Sandbox %s no longer exists; removed %s from break0',
-                     claim.whose, address)
+            LOG.info('Sandbox %s no longer exists; removed %s%s from break0',
+                     claim.whose, 'its claim on ' if living else '', address)
             self._ledger.journal.add(Done.SANDBOX_GONE)
         if gone and gone[0] == before[0]:
             forget_connections([address])

@@ -48,6 +48,8 @@ _FLOOD_PAUSE = 0.1
 #: Seconds between two tries to serve CNI requests, as while an earlier agent
 #: ends.
 _RETRY = 0.5
+#: Seconds of doing nothing after a fault of this process.
+_RECOVERY = 1.0
 #: Seconds after the start until containers should have been bound.
 _FIRST_LOOK = 2.0
 
@@ -126,7 +128,12 @@ class Agent:
                 beat()
                 if self._finder is not None:
                     self._finder.mark_all()
-                self._wait(events, woken, watch, interests)
+                try:
+                    self._wait(events, woken, watch, interests)
+                except Exception as err:  # must not end the agent
+                    # What it has not got to, the next sync finds.
+                    LOG.error('Cannot wait for events: %r', err)
+                    time.sleep(_RECOVERY)
         if self._reload:
             self._reload_options()
 

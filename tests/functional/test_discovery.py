@@ -910,6 +910,8 @@ class TestFaults(DiscoveryTestCase):
         process.rlimit(psutil.RLIMIT_NOFILE, (process.num_fds(), before[1]))
         self.lab.add_pod('two', TWO)
         self.until(lambda: 'Too many open files' in self.log())
+        # Of that, it asks whether it is of services.
+        self.lab.run('ip', 'address', 'add', '100.75.30.54/24', 'dev', 'eth0')
         times = process.cpu_times()
         lines = self.log().count('\n')
         time.sleep(3)

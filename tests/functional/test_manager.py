@@ -510,7 +510,9 @@ class TestConnectionTracking(base.LabTestCase):
             return self.seen().live[base.addresses(POD)[0]].owner == (
                 OTHER_OWNER)
 
-        lab.until(is_removed)
+        with self.assertLogs('kuryr_break0', 'INFO') as logs:
+            lab.until(is_removed)
+        self.assertIn('removed its claim on ' + POD, str(logs.output))
         self.assertEqual(0, self.tracked(POD))
 
 
