@@ -117,7 +117,7 @@ class Agent:
             while not self._stop and not self._reload:
                 # What changes from now on may be too late for the sync.
                 if watch is not None:
-                    _watch(watch, ledger.records.directory)
+                    _watch(watch, ledger)
                 self._cni.listen(options)
                 # Not what another agent has found, which serves them then.
                 if withdraws and self._cni.is_complete:
@@ -295,13 +295,15 @@ def _inotify() -> Iterator[Optional[inotify_simple.INotify]]:
         yield watch
 
 
-def _watch(watch: inotify_simple.INotify, directory: str) -> None:
+def _watch(watch: inotify_simple.INotify, ledger: Ledger) -> None:
     """Watch the records from now on.
 
     Again before each sync, since the directory may be another one by then.
     """
     flags = inotify_simple.flags
-    with contextlib.suppress(OSError):  # it is made with the first pod
-        watch.add_watch(directory, flags.MOVED_TO | flags.DELETE
-                        | flags.DELETE_SELF)
+    with contextlib.suppress(OSError, exceptions.LedgerUnavailable):
+        ledger.prepare()
+        watch.add_watch(ledger.path, flags.MOVE_SELF)
+        watch.add_watch(ledger.records.directory, flags.MOVED_TO
+                        | flags.DELETE | flags.DELETE_SELF | flags.MOVE_SELF)
     watch.read(timeout=0)

@@ -173,6 +173,45 @@ class TestRepair(AgentTestCase):
         self.wait_for(self.healed)
 
 
+class TestStateDirectory(AgentTestCase):
+    """It is watched for as long as the agent works, whatever becomes of it."""
+
+    def assert_noticed(self) -> None:
+        """A record without a route gets one."""
+        made = ledger.Ledger('/run/kuryr-break0', 10)
+        address = ipaddress.ip_address(OTHER_POD)
+        with made.lock():
+            made.records.put([ledger.Record(address, OTHER_OWNER,
+                                            lab.PARENT)])
+        self.wait_for(lambda: OTHER_POD in self.lab.routes())
+
+    def count(self) -> float:
+        return metrics.value('sync_seconds_count') or 0
+
+    def change(self, *command: str) -> None:
+        """Do something to it that causes a sync."""
+        self.lab.settle()
+        before = self.count()
+        self.lab.run(*command)
+        self.wait_for(lambda: self.count() > before)
+
+    def test_removed(self) -> None:
+        self.change('rm', '-r', '/run/kuryr-break0')
+        self.assert_noticed()
+
+    def test_records_removed(self) -> None:
+        self.change('rm', '-r', '/run/kuryr-break0/addresses')
+        self.assert_noticed()
+
+    def test_moved(self) -> None:
+        self.change('mv', '/run/kuryr-break0', '/run/earlier')
+        self.assert_noticed()
+
+    def test_records_moved(self) -> None:
+        self.change('mv', '/run/kuryr-break0/addresses', '/run/earlier')
+        self.assert_noticed()
+
+
 class TestInterests(base.LabTestCase):
 
     def test_a_break0_is_lost_before_the_last_event_of_it(self) -> None:
