@@ -21,7 +21,9 @@ from kuryr_break0.model import IPAddress
 from kuryr_break0.model import IPNetwork
 from kuryr_break0.model import Record
 from kuryr_break0 import podside
+from kuryr_break0 import policy
 from kuryr_break0.policy import Policy
+from kuryr_break0.problems import foreign_text
 from kuryr_break0.snapshot import Snapshot
 
 
@@ -155,6 +157,13 @@ class _Judge:
         self._names = {claim.namespace: claim.pod for claims
                        in seen.contents.claims.values() for claim in claims
                        if claim.pod and claim.namespace}
+        options, devices = seen.options, {
+            parent.index for parent in seen.parents.values()}
+        #: what no route of ours is set in place of, by their addresses
+        self._foreign = {} if options.takeover else {
+            route.dst: route for route in seen.routes.host
+            if route.table == options.route_table and route.oif not in devices
+            and route.protocol != options.route_protocol}
 
     def judge(self, macvlan: kernel.Macvlan) -> Iterator[Unserved]:
         parent = self._seen.parents.get(macvlan.parent)
@@ -194,6 +203,9 @@ class _Judge:
             self._next_hops_seen)
         if reason is not None:
             return Reason.REFUSED, 'it is ' + reason
+        route = self._foreign.get(address)
+        if route is not None:
+            return Reason.REFUSED, foreign_text(route)
         living = [claim for claim in claims if claim not in self._seen.gone]
         if living:
             return Reason.CLAIMED, 'it belongs to %s' % living[0].owner
@@ -202,6 +214,10 @@ class _Judge:
                                            'discover is false')
         if not self._is_attended:
             return Reason.NOT_DISCOVERED, 'no agent is running'
+        try:
+            kernel.source_for(address)
+        except PermissionError:
+            return Reason.REFUSED, 'it is ' + policy.NO_HOST
         return Reason.PENDING, ('the agent has not bound it yet; if that '
                                 'stays so, its log says why')
 

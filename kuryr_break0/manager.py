@@ -145,7 +145,7 @@ class Break0Manager:
             if kernel.source_for(address) == address:
                 return policy.OWN
         except PermissionError:
-            return 'not of a host, by the routes of the node'
+            return policy.NO_HOST
         # Only a socket in a VRF sees the addresses there. Before 5.7 it needs
         # CAP_NET_RAW to be there.
         with contextlib.suppress(PermissionError):

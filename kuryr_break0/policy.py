@@ -27,6 +27,7 @@ from kuryr_break0.model import Wanted
 MAX_ELSEWHERE = 16
 _NOWHERE = ipaddress.ip_address('192.0.2.1')  # RFC 5737
 OWN = 'an address of the node itself'
+NO_HOST = 'not of a host, by the routes of the node'
 NEXT_HOP = 'a next hop of a route of the node'
 #: Only where discovery brought it; others may serve a VPN.
 OWN_NEXT_HOP = ('a next hop of a route that leads through break0. If its '

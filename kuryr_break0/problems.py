@@ -9,6 +9,7 @@ from typing import Iterator, Sized
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.model import address_order
+from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.snapshot import Parent
 from kuryr_break0.snapshot import Snapshot
@@ -53,9 +54,7 @@ def _on(parent: Parent, seen: Snapshot) -> dict[IPAddress, str]:
     for route in parent.plan.delete:
         problems.setdefault(route.dst, 'it has a route too many')
     for route in parent.plan.foreign:
-        problems[route.dst] = (
-            'it has a route of others, on %s with protocol %s' %
-            (kernel.name_of(route.oif), route.protocol))
+        problems[route.dst] = foreign_text(route)
     for address, (through, get) in parent.astray.items():
         problems.setdefault(address, 'it is not reached through %s but %s. '
                             'See: ip route get %s; ip -%d rule' % (
@@ -120,6 +119,12 @@ def unjudged_problem(seen: Snapshot) -> str:
                     len(seen.unjudged), record.address, record.whose,
                     reason))
     return ''
+
+
+def foreign_text(route: HostRoute) -> str:
+    """Say that a route of others is in the way."""
+    return 'it has a route of others, on %s with protocol %s' % (
+        kernel.name_of(route.oif), route.protocol)
 
 
 def guard_text(missing: Sized, extra: Sized) -> Iterator[str]:

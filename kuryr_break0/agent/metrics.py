@@ -147,7 +147,7 @@ class Metrics(prometheus_registry.Collector):
             return self.options.resync_interval
         try:
             found = containers.unserved(seen, ledger)
-        except exceptions.Break0Error as err:
+        except (exceptions.Break0Error, OSError) as err:
             LOG.error('Cannot find out which containers are not bound: %s',
                       err)
             return self.options.resync_interval
@@ -221,7 +221,7 @@ class Metrics(prometheus_registry.Collector):
         try:
             with kernel.Netlink() as netlink:
                 return actual.read(options, Ledger(options.state_dir), netlink)
-        except exceptions.Break0Error as err:
+        except (exceptions.Break0Error, OSError) as err:
             LOG.error('Serving metrics without addresses: %s', err)
             return None
 

@@ -227,15 +227,20 @@ class TestReasons(UnservedTestCase):
         self.assertIn("--ifname '%s'" % name, done.stderr)
 
     def test_refused(self) -> None:
-        """The address of another container, of the node, of a next hop."""
+        """The address of another container, of the node, of a next hop.
+
+        And one that is no host's, and one with a route of others.
+        """
         self.bind(ONE, mac_of_pod='02:00:00:00:00:01')
+        self.lab.run('ip', 'route', 'add', '100.75.30.84', 'dev', 'lo')
         self.lab.add_pod('one', ONE, lab.NODE)
-        self.lab.add_pod('two', lab.LAN)
+        self.lab.add_pod('two', lab.LAN, '100.75.30.84', '100.75.30.255')
         self.start()
         self.until(lambda: 'another' in self.log()
                    or 'belongs to' in self.log())
         self.assertEqual(
-            {(ONE, 'claimed'), (lab.NODE, 'refused'), (lab.LAN, 'refused')},
+            {(ONE, 'claimed'), *((each, 'refused') for each in (
+                lab.NODE, lab.LAN, '100.75.30.84', '100.75.30.255'))},
             set(self.status()))
         self.assertIn('container-refused', str(self.finding(
             'container-refused')))
