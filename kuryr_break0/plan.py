@@ -64,6 +64,7 @@ class Outcome(Plan):
     :ivar rebuilt: records that were made of what the kernel holds
     :ivar gone: records whose sandbox is proven not to exist
     :ivar unjudged: records of which that cannot be found out, and why
+    :ivar refused: what is against which address, which gets nothing
     :ivar errors: what failed
     """
 
@@ -72,6 +73,7 @@ class Outcome(Plan):
     rebuilt: tuple[Record, ...] = ()
     gone: tuple[Record, ...] = ()
     unjudged: Mapping[Record, str] = dataclasses.field(default_factory=dict)
+    refused: Mapping[IPAddress, str] = dataclasses.field(default_factory=dict)
     errors: tuple[exceptions.Break0Error, ...] = ()
 
     def __bool__(self) -> bool:

@@ -161,7 +161,7 @@ class Reconciler:
                                       parent.guard_extra)))]
         return Outcome(
             devices=tuple(self._repaired), rebuilt=tuple(rebuilt),
-            gone=seen.gone, unjudged=seen.unjudged,
+            gone=seen.gone, unjudged=seen.unjudged, refused=seen.refused,
             pods=tuple(self._engine.pods.repair(
                 self._interfaces(seen), self._failure, self._dry_run)),
             **items)

@@ -54,7 +54,7 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     if outcome.errors:
         return common.UNREADABLE
     left = (outcome.foreign or outcome.unclaimed or outcome.unjudged
-            or (wanted.dry_run and outcome))
+            or outcome.refused or (wanted.dry_run and outcome))
     return common.DRIFT if left else common.IN_SYNC
 
 
@@ -86,6 +86,8 @@ def _lines(outcome: Outcome, options: config.Options) -> Iterator[str]:
     for record, reason in outcome.unjudged.items():
         yield ('! record %s owner %s: cannot find out whether its sandbox '
                'exists: %s' % (record.address, record.owner, reason))
+    for address, reason in outcome.refused.items():
+        yield '! address %s: it is %s' % (address, reason)
     for owner in outcome.pods:
         yield '~ sandbox %s: neighbours and routes to the node' % owner
 
@@ -122,4 +124,6 @@ def _as_json(outcome: Outcome, options: config.Options) -> dict[str, Any]:
         'gone': list(map(record, outcome.gone)),
         'unjudged': [{**record(each), 'reason': reason}
                      for each, reason in outcome.unjudged.items()],
+        'refused': [{'address': str(address), 'reason': reason}
+                    for address, reason in outcome.refused.items()],
         'errors': [str(err) for err in outcome.errors]}

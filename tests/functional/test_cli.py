@@ -132,6 +132,15 @@ class TestSync(CLITestCase):
         self.assertIn('a route of others, on lo with protocol 3',
                       self.call('status').stdout)
 
+    def test_an_address_that_is_refused(self) -> None:
+        self.lab.run('ip', 'address', 'add', POD, 'dev', 'lo')
+        for args in ('--dry-run',), ():
+            done = self.call('sync', *args)
+            self.assertEqual(1, done.returncode)
+            self.assertIn('! address %s: it is an address of the node itself'
+                          % POD, done.stdout)
+        self.assertEqual(1, self.call('status').returncode)
+
     def test_no_parent(self) -> None:
         self.lab.run('ip', 'link', 'del', lab.PARENT)
         done = self.call('sync')

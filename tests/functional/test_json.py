@@ -201,8 +201,9 @@ class TestSync(JSONTestCase):
 
     def test_changes(self) -> None:
         self.add_pod()
-        self.bind(OTHER_POD, owner=Owner('2', 'eth0'))
+        self.bind(OTHER_POD, '100.75.30.73', owner=Owner('2', 'eth0'))
         self.lab.run('ip', 'route', 'replace', OTHER_POD, 'dev', 'lo')
+        self.lab.run('ip', 'address', 'add', '100.75.30.73', 'dev', 'lo')
         self.lab.run('ip', 'route', 'add', '100.75.30.99', 'dev', 'break0',
                      'proto', '176')
         self.lab.run('ip', 'neigh', 'add', '100.75.30.99', 'dev', 'break0',
@@ -213,6 +214,8 @@ class TestSync(JSONTestCase):
         for args in (('--dry-run', '--delete-unclaimed'),
                      ('--delete-unclaimed',)):
             changes = self.valid('sync', *args)
+            self.assertEqual(['100.75.30.73'], [
+                each['address'] for each in changes['refused']])
             for kind, names in (('routes', ('set', 'delete', 'foreign')),
                                 ('neighbours', ('set', 'delete'))):
                 for name in names:
