@@ -107,13 +107,14 @@ def blindness() -> str:
         'containers that are not bound: this process lacks CAP_SYS_ADMIN')
 
 
-def pod_sides(seen: Snapshot) -> tuple[dict[IPAddress, str],
-                                       dict[IPAddress, str]]:
+def pod_sides(seen: Snapshot) -> tuple[dict[IPAddress, str], ...]:
     """Compare what bound containers know of the node with what they need.
 
-    :returns: what a sync would change there, and what cannot be examined
+    :returns: what a sync would change there, what cannot be examined, and
+        what is wrong that no sync changes
     """
     wrong: dict[IPAddress, str] = {}
+    lost: dict[IPAddress, str] = {}
     unknown: dict[IPAddress, str] = {}
     for records in seen.interfaces():
         parent = seen.parents.get(records[0].parent)
@@ -129,9 +130,11 @@ def pod_sides(seen: Snapshot) -> tuple[dict[IPAddress, str],
                 wrong.update(dict.fromkeys(
                     addresses, 'its container lacks what it needs to reach '
                     'the node: kuryr-break0 sync'))
+        except exceptions.InterfaceGone as err:
+            lost.update(dict.fromkeys(addresses, str(err)))
         except exceptions.Break0Error as err:
             unknown.update(dict.fromkeys(addresses, str(err)))
-    return wrong, unknown
+    return wrong, unknown, lost
 
 
 def network_of(address: IPAddress) -> IPNetwork:

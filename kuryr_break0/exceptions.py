@@ -174,6 +174,11 @@ class NetnsUnusable(Break0Error):
     msg_fmt = 'The network namespace %(netns)r %(reason)s.'
 
 
+class InterfaceGone(NetnsUnusable):
+    msg_fmt = ('The network namespace %(netns)r has no interface %(ifname)s. '
+               'If it went with its parent, restart the container.')
+
+
 class NotTheNode(Break0Error):
     msg_fmt = ('This is the network namespace of %(owner)s, and not that of '
                'the node: run it there.')

@@ -57,7 +57,7 @@ class PodSide:
     """The interface of one pod, while this thread is in its namespace.
 
     :param records: those of the interface, all with the same namespace
-    :raises NetnsUnusable: if there is no such interface
+    :raises InterfaceGone: if there is no such interface
     """
 
     def __init__(self, netlink: kernel.Netlink, records: Collection[Record],
@@ -70,9 +70,8 @@ class PodSide:
         self._table = table_of(ifname)
         link = netlink.link(ifname)
         if link is None:
-            raise exceptions.NetnsUnusable(
-                netns=self._record.netns,
-                reason='has no interface %s' % ifname)
+            raise exceptions.InterfaceGone(netns=self._record.netns,
+                                           ifname=ifname)
         self._index = link.index
         self._mac = bytes.fromhex(link.mac.replace(':', ''))
         # One with another MAC address may be the next of that name already.
@@ -178,6 +177,18 @@ def repair(records: Collection[Record], node: NodeAddresses,
     """
     with _entered(next(iter(records))) as netlink:
         return PodSide(netlink, records, options).repair(node, dry_run)
+
+
+def has_lost_interface(record: Record, options: config.Options) -> bool:
+    """Return whether a namespace is there without the interface."""
+    try:
+        with _entered(record) as netlink:
+            PodSide(netlink, [record], options)
+    except exceptions.InterfaceGone:
+        return True
+    except exceptions.Break0Error:
+        pass  # nothing is known of it
+    return False
 
 
 def withdraw(record: Record, options: config.Options,

@@ -116,8 +116,8 @@ class Status:
                  wanted: Any = None) -> None:
         self._seen = seen
         self._unserved = containers.unserved(seen, ledger)
-        wrong, self._not_examined = containers.pod_sides(seen)
-        self._problems = {**wrong, **address_problems(seen)}
+        wrong, self._not_examined, lost = containers.pod_sides(seen)
+        self._problems = {**wrong, **address_problems(seen), **lost}
         self._of_node = list(node_problems(seen))
         self._addresses = sorted(seen.live.keys() | self._problems.keys(),
                                  key=address_order)

@@ -35,7 +35,8 @@ def check_configured(node: Node, parent: Parent) -> Iterator[Finding]:
     records = [parent.live[address] for address in node.settled(parent.live)]
     unconfigured = [record.address for record in records
                     if parent.node is not None and record.netns is not None
-                    and record.configured != parent.node.digest]
+                    and record.configured != parent.node.digest
+                    and not podside.has_lost_interface(record, node.options)]
     if unconfigured:
         yield KINDS['pod-not-configured'].found(
             'pods are not configured with the addresses of the node, or with '
@@ -63,7 +64,8 @@ def enterable(node: Node, parent: Parent) -> list[list[Record]]:
     """Return the records of each pod whose namespace can be entered."""
     return [records for records in node.pods(parent)
             if records[0].netns is not None and parent.node is not None
-            and records[0].configured == parent.node.digest]
+            and (records[0].configured == parent.node.digest
+                 or podside.has_lost_interface(records[0], node.options))]
 
 
 def check_inside(node: Node, parent: Parent, pods: Sequence[list[Record]]
@@ -108,6 +110,11 @@ def _check_pod(node: Node, parent: Parent, records: Sequence[Record]
             needed = list(side.wanted(parent.node))
             has_way = {item.dst: netlink.lookup(item.dst) is not None
                        for item in needed if isinstance(item, HostRoute)}
+    except exceptions.InterfaceGone:
+        yield KINDS['pod-interface-gone'].found(
+            'the namespace %r has no interface %s' % (record.netns, ifname),
+            [each.address for each in records])
+        return
     except (exceptions.NetnsUnusable, exceptions.KernelRefused) as err:
         yield KINDS['pod-unreadable'].found(str(err).rstrip('.'),
                                             [record.owner])

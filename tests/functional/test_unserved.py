@@ -336,6 +336,16 @@ class TestPodSide(UnservedTestCase):
         self.call('sync')
         self.assertEqual(0, self.call('status').returncode)
 
+    def test_interface_gone(self) -> None:
+        self.configure('enabled = true')
+        self.bind(ONE, netns=self.lab.add_pod('one', ONE))
+        self.lab.run('ip', 'link', 'del', 'eth0', netns='one')
+        done = self.call('status')
+        self.assertEqual(1, done.returncode)
+        self.assertIn('has no interface eth0. If it went with its parent, '
+                      'restart the container',
+                      ' '.join(done.stdout.split()))
+
     def test_what_is_not_examined(self) -> None:
         self.configure('enabled = true')
         self.bind(ONE)

@@ -81,8 +81,21 @@ class TestPods(DoctorTestCase):
 
     def test_no_interface(self) -> None:
         self.lab.run('ip', 'link', 'del', 'eth0', netns='pod')
-        self.assert_found('pod-unreadable', "' has no interface eth0",
-                          'sandbox-1/eth0')
+        self.assert_found('pod-interface-gone', "' has no interface eth0",
+                          POD4, POD6, severity='error')
+
+    def test_parent_made_anew(self) -> None:
+        """It took the interfaces with it: no sync cures that."""
+        self.lab.run('ip', 'link', 'del', lab.PARENT)
+        self.lab.add_nic()
+        self.manager().sync()
+        found = self.findings()
+        self.assertIn('Restart the pod',
+                      found['pod-interface-gone']['remedy'])
+        self.assertNotIn('pod-not-configured', found)
+        self.lab.add_ipv6()
+        self.manager().sync()
+        self.assertIn('pod-interface-gone', self.findings())
 
     def test_a_namespace_that_is_none(self) -> None:
         # As in a container that mounts are not propagated to, with a kernel
