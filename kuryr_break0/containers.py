@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import ipaddress
+import itertools
 from typing import Collection, Iterator, Optional
 
 from kuryr_break0 import config
@@ -44,6 +45,9 @@ class Reason(enum.Enum):
     PENDING = 'pending'
 
 
+#: A container can make thousands of macvlans beside its own, in namespaces of
+#: its own, with thousands of addresses each.
+MOST = 2 ** 12
 #: Of Docker and Podman.
 ENGINE_SOCKETS = '/run/docker.sock', '/run/podman/podman.sock'
 #: What the finder logs at once, and what usually passes in a moment.
@@ -94,11 +98,13 @@ def unserved(seen: Snapshot, ledger: Ledger) -> list[Unserved]:
 
     A namespace that cannot be entered is left out, as one that just ends.
 
+    :returns: MOST of them at most
     :raises SystemRefused: if this process cannot see all
     """
     judge = _Judge(seen, ledger)
-    return [each for macvlan in kernel.macvlans(seen.options.proc_dirs)
-            for each in judge.judge(macvlan)]
+    return list(itertools.islice(
+        (each for macvlan in kernel.macvlans(seen.options.proc_dirs)
+         for each in judge.judge(macvlan)), MOST))
 
 
 def blindness() -> str:

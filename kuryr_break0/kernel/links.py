@@ -55,8 +55,16 @@ class LinkSocket(netlink.RequestSocket):
 
     def links(self) -> list[values.Link]:
         """List all interfaces, by a dump."""
+        return self._links(b'')
+
+    def macvlans(self) -> list[values.Link]:
+        """List those that are macvlans."""
+        return [each for each in self._links(wire.OF_KIND_MACVLAN)
+                if each.kind == 'macvlan']  # it may not know this kind yet
+
+    def _links(self, attributes: bytes) -> list[values.Link]:
         return self._list('list the interfaces', wire.RTM_GETLINK,
-                          wire.pack_link() + _WITHOUT_COUNTERS)
+                          wire.pack_link() + _WITHOUT_COUNTERS + attributes)
 
     def create_macvlan(self, name: str, parent: values.Link, netns: str, *,
                        mac: str, mtu: int, up: bool = True) -> None:
@@ -168,10 +176,13 @@ class LinkSocket(netlink.RequestSocket):
         return [values.InterfaceAddress(each.ifindex, each.address)
                 for each in self.address_states()]
 
-    def address_states(self) -> list[values.AddressState]:
-        """List them with their flags."""
+    def address_states(self, ifindex: int = 0) -> list[values.AddressState]:
+        """List them with their flags.
+
+        :param ifindex: of one interface; 0 for all
+        """
         return self._list('list the addresses', wire.RTM_GETADDR,
-                          wire.ALL_ADDRESSES)
+                          wire.pack_address_dump(ifindex))
 
     def namespace_number(self, fd: int) -> int:
         """Return what this namespace calls another; -1 for nothing."""

@@ -9,7 +9,7 @@ What takes the path of a namespace raises as in
 from __future__ import annotations
 
 import socket
-from typing import Iterable, Iterator, NamedTuple, Optional
+from typing import Callable, Iterable, Iterator, NamedTuple, Optional
 
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel import namespaces
@@ -69,8 +69,9 @@ class Macvlan(NamedTuple):
 def macvlans_in(netns: str, namespace: Optional[NamespaceId] = None
                 ) -> list[Macvlan]:
     """List those of the namespace at a path, and what that must be."""
-    return [macvlan for macvlan in _read(netns, namespace)
-            if macvlan.link.kind == 'macvlan' and macvlan.parent]
+    return [macvlan for macvlan in _read(
+        netns, namespace, lambda netlink: netlink.macvlans())
+        if macvlan.parent]
 
 
 def macvlan_of(netns: str, ifname: str,
@@ -81,9 +82,10 @@ def macvlan_of(netns: str, ifname: str,
     :raises NotAMacvlan: if it is none
     """
     found = 'there is none of that name'
-    for macvlan in _read(netns):
+    for macvlan in _read(netns, None, lambda netlink: list(filter(
+            None, [netlink.link(ifname)]))):
         link = macvlan.link
-        if link.name != ifname:
+        if link.name != ifname:  # but an altname
             continue
         if link.kind != 'macvlan':
             found = 'it is ' + link.described
@@ -99,27 +101,36 @@ def macvlan_of(netns: str, ifname: str,
         parent=parent or 'an interface of this node')
 
 
-def _read(netns: str, known: Optional[NamespaceId] = None) -> list[Macvlan]:
-    """List all interfaces of a namespace; without parent, if on none."""
+def _read(netns: str, known: Optional[NamespaceId],
+          listed: Callable[[Netlink], list[Link]]) -> list[Macvlan]:
+    """Read interfaces of a namespace; without parent, if on none.
+
+    The addresses of others there are not read: who has unshared it can add
+    thousands of these in a moment.
+    """
     namespace = namespaces.require_other(netns, known)
+    own_of: dict[int, list[AddressState]] = {}
     with namespaces.opened(namespaces.OWN) as own, \
             namespaces.entered(netns, namespace), \
             Netlink(most=_MOST) as netlink:
-        # Engines rename an interface before they give it addresses, so the
-        # name that is read after these is the one that it keeps.
-        addresses = netlink.address_states()
-        links = netlink.links()
+        links, room = listed(netlink), _MOST
         # Whoever lists interfaces gives a number to each namespace that
         # one of them is on; the number of one that none is on is -1.
         here = netlink.namespace_number(own)
+        for link in links:
+            if link.lower_namespace == here and room > 0:
+                states = netlink.address_states(link.index)
+                own_of[link.index] = [each for each in states
+                                      if not each.address.is_link_local]
+                room -= len(states)
+        # Engines rename an interface before they give it addresses, so the
+        # name that is read after these is the one that it keeps.
+        if any(own_of.values()):
+            links = listed(netlink)
 
-    own_of: dict[int, list[AddressState]] = {}
-    for each in addresses:
-        if not each.address.is_link_local:
-            own_of.setdefault(each.ifindex, []).append(each)
     found = []
     for link in links:
-        states = own_of.get(link.index, ())
+        states = own_of.get(link.index, [])
         # An optimistic one is tentative too.
         unproven, duplicates = (
             frozenset(each.address for each in states if each.flags & mask)

@@ -82,8 +82,7 @@ _RULE = struct.Struct('=BxxxBxxxI')  # fib_rule_hdr
 _NEXT_HOP = struct.Struct('=HBBi')  # rtnexthop
 _NEXT_HOP_OBJECT = struct.Struct('=4BI')  # nhmsg
 #: The requests for all of a kind
-ALL_ADDRESSES, ALL_NEXT_HOPS, ALL_RULES = map(bytes, (
-    _IFADDR.size, _NEXT_HOP_OBJECT.size, _RULE.size))
+ALL_NEXT_HOPS, ALL_RULES = map(bytes, (_NEXT_HOP_OBJECT.size, _RULE.size))
 #: By the length of what is packed
 _ADDRESSES: dict[int, Callable[[int], IPAddress]] = {
     4: ipaddress.IPv4Address, 16: ipaddress.IPv6Address}
@@ -164,6 +163,11 @@ def pack_lookup(address: IPAddress, flags: int = 0,
     return body + attribute(RTA_SRC, source.packed) if source else body
 
 
+def pack_address_dump(ifindex: int) -> bytes:
+    """Pack the request for the addresses of an interface; 0 for all."""
+    return _IFADDR.pack(socket.AF_UNSPEC, 0, 0, 0, ifindex)
+
+
 def pack_address(ifindex: int, address: IPInterface,
                  flags: int = 0) -> bytes:
     """Pack an address with its prefix."""
@@ -193,6 +197,11 @@ def pack_macvlan() -> bytes:
     return attribute(IFLA_LINKINFO, attribute(IFLA_INFO_KIND, b'macvlan')
                      + attribute(IFLA_INFO_DATA, number(
                          IFLA_MACVLAN_MODE, MACVLAN_MODE_BRIDGE)))
+
+
+#: In a request for interfaces: those of that kind
+OF_KIND_MACVLAN = attribute(IFLA_LINKINFO, attribute(IFLA_INFO_KIND,
+                                                     b'macvlan'))
 
 
 def parse_link(body: bytes) -> values.Link:

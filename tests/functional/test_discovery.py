@@ -186,10 +186,10 @@ class TestFinding(DiscoveryTestCase):
         self.lab.add_pod('one')
         for command in ('link set eth0 down', 'link set eth0 name dm-1'):
             self.inside('one', 'ip', *command.split())
-        links = kernel.Netlink.links
+        macvlans = kernel.Netlink.macvlans
 
         def then_renamed(netlink: kernel.Netlink) -> list[kernel.Link]:
-            found = links(netlink)
+            found = macvlans(netlink)
             if any(link.name == 'dm-1' for link in found):
                 for command in ('link set dm-1 name eth0',
                                 'address add %s/24 dev eth0' % ONE,
@@ -209,7 +209,7 @@ class TestFinding(DiscoveryTestCase):
                                   in self.seen().live.values()}, {'eth0'})
             return found.due() is None and bool(self.bound())
 
-        with self.quiet(), mock.patch.object(kernel.Netlink, 'links',
+        with self.quiet(), mock.patch.object(kernel.Netlink, 'macvlans',
                                              then_renamed):
             lab.until(is_quiet)
         self.assertTrue(self.lab.ping(ONE))

@@ -20,6 +20,8 @@ from kuryr_break0 import config
 from kuryr_break0 import containers
 from kuryr_break0.doctor import examination
 from kuryr_break0.doctor import host
+from kuryr_break0 import kernel
+from kuryr_break0 import ledger
 from kuryr_break0.model import Owner
 from tests.functional import base
 from tests.functional import test_discovery
@@ -368,6 +370,37 @@ class TestPodSide(UnservedTestCase):
 
 
 class TestCost(base.LabTestCase):
+
+    def test_addresses_of_other_interfaces_are_not_read(self) -> None:
+        """Any process can unshare a namespace, and fill that."""
+        read = kernel.Netlink.address_states
+        seen: list[int] = []
+
+        def states(self: kernel.Netlink, ifindex: int = 0) -> Any:
+            found = read(self, ifindex)
+            seen.append(len(found))
+            return found
+
+        path = self.lab.add_netns('one')
+        for number in range(9):
+            self.lab.run('ip', 'address', 'add', '10.0.0.%d' % number, 'dev',
+                         'lo', netns='one')
+        with mock.patch.object(kernel.Netlink, 'address_states', states):
+            self.assertEqual([], kernel.macvlans_in(path))
+            self.assertEqual([], seen)
+            self.lab.add_macvlan('one')
+            self.lab.run('ip', 'address', 'add', ONE, 'dev', 'eth0',
+                         netns='one')
+            (found,) = kernel.macvlans_in(path)
+            self.assertEqual(tuple(base.addresses(ONE)), found.addresses)
+            self.assertLess(sum(seen), 3)
+
+    def test_one_with_thousands_of_addresses(self) -> None:
+        self.lab.add_pod('one', *('100.75.30.%d' % number
+                                  for number in range(100, 109)))
+        with mock.patch.object(containers, 'MOST', 5):
+            self.assertEqual(5, len(containers.unserved(
+                self.seen(), ledger.Ledger('/run/kuryr-break0'))))
 
     def test_a_sync_costs_nothing_more(self) -> None:
         """The agent looks for them by itself."""
