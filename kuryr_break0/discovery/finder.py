@@ -52,8 +52,10 @@ _FLOOD_PAUSE = 0.1
 _BLIND = 1.0
 #: Seconds after which an end that cannot be proven is left to the timer.
 _GIVE_UP = 60.0
-#: Different refusals that are remembered, so that each is logged once.
-_REMEMBERED = 1024
+#: Different refusals that are remembered, so that each is logged once, and
+#: seconds until others are logged after these: a container can cause any
+#: number.
+_REMEMBERED, _FORGET = 1024, 60.0
 
 
 class Finder:
@@ -92,6 +94,7 @@ class Finder:
         self._search_at: Optional[float] = 0.0
         self._not_before = 0.0
         self._refusals: set[tuple[IPAddress, Optional[int], str]] = set()
+        self._forget_at = 0.0
         self._changed = changed
 
     def close(self) -> None:
@@ -284,7 +287,8 @@ class Finder:
         others = sum(len(self._records.get(other, ())) for other
                      in self._of_container.get(namespace.container or 0, ())
                      if other != found.namespace)
-        most = max(MAX_ADDRESSES - others, 0)
+        # More are bound where they were rebuilt, which others had bound.
+        most = max(MAX_ADDRESSES - others, len(own))
         wanted = dict(present[:most])
         if len(present) > most:
             self._refuse(present[-1][0], found.namespace, 'its container in '
@@ -359,10 +363,13 @@ class Finder:
                 reason: str) -> None:
         """Log why an address is not bound, once."""
         refusal = address, namespace.cookie, reason
-        if refusal not in self._refusals:
-            if len(self._refusals) >= _REMEMBERED:
-                self._refusals.clear()
+        now = time.monotonic()
+        if len(self._refusals) >= _REMEMBERED and now >= self._forget_at:
+            self._refusals.clear()
+        if refusal not in self._refusals and (
+                len(self._refusals) < _REMEMBERED):
             self._refusals.add(refusal)
+            self._forget_at = now + _FORGET
             LOG.warning('The container address %s is not bound: %s', address,
                         reason)
 

@@ -31,6 +31,7 @@ from kuryr_break0 import kernel
 from kuryr_break0.kernel import existence
 from kuryr_break0 import ledger
 from kuryr_break0.ledger import files
+from kuryr_break0.model import NamespaceId
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
@@ -1160,6 +1161,37 @@ class TestExhausted(FinderTestCase):
                 self.finder.look()
         self.assertLess(asked.call_count, 20)
         self.assertEqual({ONE}, self.bound())
+
+
+class TestBounds(FinderTestCase):
+
+    def test_more_addresses_that_others_had_bound(self) -> None:
+        """Their records were lost, and rebuilt."""
+        addresses = ['100.75.30.%d' % (100 + number)
+                     for number in range(finder.MAX_ADDRESSES + 5)]
+        path = self.lab.add_pod('one', *addresses, mac='02:00:00:00:00:01')
+        self.bind(*addresses, netns=path, mac_of_pod='02:00:00:00:00:01')
+        shutil.rmtree('/run/kuryr-break0')
+        self.manager().sync()
+        self.assertEqual(set(addresses), self.bound())
+        self.finder.mark_all()
+        self.assert_bound(*addresses)
+
+    def test_refusals_that_are_logged(self) -> None:
+        def refuse() -> None:
+            for number in range(9):
+                self.finder._refuse(*base.addresses('10.0.0.%d' % number),
+                                    NamespaceId(1, 2), 'of the test')
+
+        with mock.patch.object(finder, '_REMEMBERED', 4), \
+                self.assertLogs('kuryr_break0', 'WARNING') as logs:
+            refuse()
+            refuse()
+            self.assertEqual(4, len(logs.output))
+            with mock.patch.object(time, 'monotonic', return_value=(
+                    time.monotonic() + finder._FORGET)):
+                refuse()
+            self.assertEqual(8, len(logs.output))
 
 
 class TestRecords(base.LabTestCase):
