@@ -201,8 +201,11 @@ class Judge:
         own = namespaces.identify(namespaces.OWN)
         if own is not None and own.cookie is None:
             return 'this kernel gives namespaces none (linux 6.18 does)'
-        living = (each for place in {_PROC, _place_of(path or _PROC)}
-                  for each in self._view(place).paths.values())
+        # Near the path first: a container can have thousands of processes,
+        # of which each takes 8 us, under the lock.
+        living = (each for place in dict.fromkeys((
+            _place_of(path or _PROC + '/1/ns/net'), _PROC))
+            for each in self._view(place).paths.values())
         shown = list(itertools.islice(
             (each for each in map(_is_shown, living) if each is not None),
             _CONTROLS))

@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 from kuryr_break0 import kernel
+from kuryr_break0.kernel import existence
 from kuryr_break0.kernel import namespaces
 from kuryr_break0.model import NamespaceId
 from tests.functional import base
@@ -71,6 +72,19 @@ class TestJudge(base.LabTestCase):
         self.lab.del_netns('judged')
         self.assertIs(kernel.State.GONE, self.judge())
         self.assertIs(kernel.State.GONE, self.judge(cookie=None))
+
+    def test_without_all_processes(self) -> None:
+        """Where others are near: a container can have thousands."""
+        if self.known.cookie is None:
+            return  # such a kernel knows no better way
+        for name in 'abc':
+            self.lab.add_netns(name)
+        self.lab.del_netns('judged')
+        look = existence._look_at
+        with mock.patch.object(existence, '_look_at',
+                               side_effect=look) as looked:
+            self.assertIs(kernel.State.GONE, self.judge())
+        looked.assert_called_once_with(self.directory)
 
     def test_a_path_that_is_another_ones(self) -> None:
         self.lab.del_netns('judged')

@@ -318,10 +318,11 @@ class TestHostile(base.LabTestCase):
         path = self.lab.add_pod('pod', base.POD)
         with mock.patch.object(kernel.Netlink, '_ask',
                                return_value=([], False)) as asked, \
-                mock.patch.object(netlink_module, 'DUMP_PAUSE', 0), \
+                mock.patch.object(time, 'sleep') as slept, \
                 self.assertRaises(exceptions.KernelRefused):
             kernel.macvlans_in(path)
         self.assertEqual(netlink_module.FEW_TRIES, asked.call_count)
+        slept.assert_not_called()
 
 
 TABLE = 'pod'
