@@ -230,9 +230,13 @@ class Agent:
             error = err
         ended = time.monotonic()
         self._metrics.synced(ended - began, error)
-        # One that fails again and again is repeated less and less often, and
-        # at last with the timer only.
-        self._failures = 0 if error is None else min(self._failures + 1, 20)
+        # One that fails each time as soon as it may, as when its own changes
+        # are events, is repeated less and less often, and at last with the
+        # timer only. Any other must not delay what else there is to repair.
+        is_later = began - self._not_before > (
+            self._not_before - self._synced_at)
+        self._failures = 0 if error is None else 1 if is_later else min(
+            self._failures + 1, 20)
         # Of the processor, since on a busy node others have most of the time.
         self._debt = time.thread_time() - spent + max(
             0.0, self._debt - _SHARE * (ended - self._synced_at))

@@ -7,6 +7,7 @@ import unittest
 from unittest import mock
 
 from kuryr_break0.agent import loop
+from kuryr_break0 import exceptions
 from kuryr_break0.plan import Outcome
 from tests.functional import base
 
@@ -25,12 +26,13 @@ class TestPace(unittest.TestCase):
         self.agent = loop.Agent(base.options(), base.options)
         self.agent._metrics = mock.Mock()
 
-    def sync(self, seconds: float) -> float:
+    def sync(self, seconds: float,
+             *errors: exceptions.Break0Error) -> float:
         """Have a sync that takes so long; the seconds until the next."""
         def work(*args: Any) -> Outcome:
             self.now += seconds
             self.spent += seconds
-            return Outcome()
+            return Outcome(errors=errors)
 
         with mock.patch.object(loop.Reconciler, 'sync', work):
             self.agent._sync(loop.Reconciler(base.options(), mock.Mock()),
@@ -49,6 +51,23 @@ class TestPace(unittest.TestCase):
         self.assertLess(self.spent, (
             self.now - began) * loop._SHARE + loop._CREDIT + 0.05)
         self.assertGreater(self.spent, (self.now - began) * loop._SHARE)
+
+    def test_one_that_fails_with_the_timer_delays_none(self) -> None:
+        """As for a parent that is gone: pods on others are to be repaired."""
+        with self.assertLogs('kuryr_break0', 'ERROR'):
+            for _ in range(100):
+                self.assertLess(self.sync(
+                    0.01, exceptions.ParentNotFound(parent='eth1')), 1)
+                self.now += 60
+
+    def test_one_that_fails_at_once_again(self) -> None:
+        pause = 0.0
+        with self.assertLogs('kuryr_break0', 'ERROR'):
+            for _ in range(100):
+                self.now += pause
+                pause = self.sync(
+                    0.01, exceptions.ParentNotFound(parent='eth1'))
+        self.assertEqual(base.options().resync_interval, pause)
 
     def test_a_long_one_is_paid_for(self) -> None:
         self.assertGreater(self.sync(5), 40)
