@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 from typing import Any, Collection, Iterable, Iterator, Mapping, Optional
 
 from kuryr_break0 import claims as claims_
@@ -234,11 +235,10 @@ class _Reading:
         differences: tuple[tuple[str, str], ...] = ()
         node = None
         if usable is not None and parent is not None:
-            kept_out = difference.blocked.union(self._refused)
-            guard = self._guard(usable, parent, [
-                record for address, record in live.items()
-                if address not in kept_out
-            ], bool(live), routes.values(), neighbours)
+            kept_out = {address.packed for address
+                        in difference.blocked.union(self._refused)}
+            guard = self._guard(usable, parent, live.values(), kept_out,
+                                routes.values(), neighbours)
             differences = (*self._earlier_name(name, device_name), *(
                 (each.kind, each.text) for each in made.differences(
                     usable, parent, self._addresses)))
@@ -269,7 +269,7 @@ class _Reading:
                     parent, name)
 
     def _guard(self, link: kernel.Link, parent: kernel.Link,
-               allowed: Collection[Record], is_used: bool,
+               live: Collection[Record], kept_out: Collection[bytes],
                routes: Iterable[HostRoute], neighbours: Collection[Neighbour]
                ) -> tuple[Optional[str], Pairs, Pairs]:
         """Return what is wrong, what is missing, and what is too much.
@@ -281,12 +281,16 @@ class _Reading:
         problem = guard.problem(link, self._policy.solicited(
             self._addresses, parent.index, link.name))
         if not (guard.is_loaded() if problem is None else guard.is_there()):
-            return problem if is_used else None, {}, {}
+            return problem if live else None, {}, {}
+        # The interfaces that records speak of may be of other pods by now.
+        allowed = {each for each in pairs(
+            dataclasses.replace(record, siblings=()) if record.siblings
+            else record for record in live) if each.address not in kept_out}
         unclaimed = unclaimed_pairs(
             routes, neighbours, self._options.route_protocol,
             self._contents.claims)
-        return problem if is_used else None, *guard.difference(
-            {*pairs(allowed), *(unclaimed if problem else ())}, unclaimed)
+        return problem if live else None, *guard.difference(
+            {*allowed, *(unclaimed if problem else ())}, unclaimed)
 
     def _desired(self, device_name: str, index: int,
                  live: Mapping[IPAddress, Record]

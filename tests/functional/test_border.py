@@ -445,6 +445,23 @@ class TestTable(BorderTestCase):
         self.assertEqual({(MAC, POD), (OTHER_MAC, OTHER_POD)}, self.pairs())
         self.assertTrue(self.lab.ping(POD))
 
+    def test_another_interface_of_a_pod_goes(self) -> None:
+        """Who gets its MAC address does not get those of the pod."""
+        second, mac = '100.75.30.79', '02:00:00:00:00:79'
+        self.lab.add_macvlan('pod', 'net1', mac=mac)
+        self.lab.run('ip', 'address', 'add', second, 'dev', 'net1',
+                     netns='pod')
+        self.bind(second, owner=Owner(OWNER.container_id, 'net1'),
+                  netns='/run/netns/pod', mac_of_pod=mac)
+        others = {(MAC, POD), (OTHER_MAC, OTHER_POD)}
+        self.assertEqual(others | {(mac, second), (MAC, second), (mac, POD)},
+                         self.pairs())
+        self.manager().sync()
+        self.assertIn((mac, POD), self.pairs())
+        self.unbind(second, owner=Owner(OWNER.container_id, 'net1'))
+        self.manager().sync()
+        self.assertEqual(others, self.pairs())
+
     def test_what_others_do_to_it_is_repaired(self) -> None:
         table = 'netdev kuryr-break0-break0'
         for command in ('flush ruleset', 'delete table ' + table,
