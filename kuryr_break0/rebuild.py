@@ -36,13 +36,16 @@ def find(options: config.Options, seen: Snapshot,
                     and item.dst in seen.contents.unreadable):
                 wanted[item.dst] = parent
         wanted.update({item.dst: parent for item in parent.plan.unclaimed})
-    for macvlan in kernel.macvlans(options.proc_dirs) if wanted else ():
+    found = kernel.macvlans(options.proc_dirs) if wanted else ()
+    # Another one can have the MAC address of a pod as long as it is down.
+    for macvlan in sorted(found, key=lambda each: not each.link.up):
         for address in macvlan.addresses:
-            found = wanted.get(address)
-            if found is None or macvlan.parent != found.name:
+            place = wanted.get(address)
+            if place is None or macvlan.parent != place.name:
                 continue
-            neighbour = found.neighbours.get(address)
+            neighbour = place.neighbours.get(address)
             if neighbour is None or neighbour.mac == macvlan.link.mac:
+                del wanted[address]
                 yield dataclasses.replace(
                     _sibling(seen, macvlan), address=address,
                     mac=macvlan.link.mac, parent=macvlan.parent,

@@ -221,6 +221,18 @@ class TestLostLedger(DoubtTestCase):
         self.assertEqual({POD, OTHER_POD}, set(self.lab.routes()))
         self.assertEqual(2, self.problems().count('no container claims it'))
 
+    def test_another_one_with_its_address_and_mac_address(self) -> None:
+        """As the kernel allows while it is down."""
+        self.lab.add_pod('evil')
+        for command in ('link add mv0 link eth0 address %s type macvlan mode '
+                        'bridge' % (MAC % 1),
+                        'address add %s/24 dev mv0' % POD):
+            self.lab.run('ip', *command.split(), netns='evil')
+        shutil.rmtree(STATE)
+        self.assert_rebuilt(POD, OTHER_POD)
+        self.assertEqual(self.netns, self.seen().live[
+            base.addresses(POD)[0]].netns)
+
     def test_a_dry_run_says_it_and_does_nothing(self) -> None:
         os.unlink(self.file())
         outcome = self.manager().sync(dry_run=True)
