@@ -129,10 +129,13 @@ class Adopter:
                  dry_run: bool) -> None:
         self._options = options
         self._parent = parent
-        # A MAC address is there once per parent (macvlan_hash_lookup).
-        self._macvlans = {macvlan.link.mac: macvlan for macvlan in macvlans
-                          if macvlan.link.mode == 'bridge'
-                          and parent in (None, macvlan.parent)}
+        # A MAC address is up once per parent (macvlan_open); one that is down
+        # may have that of another, which comes later here, and stays.
+        self._macvlans = {
+            macvlan.link.mac: macvlan
+            for macvlan in sorted(macvlans, key=lambda each: each.link.up)
+            if macvlan.link.mode == 'bridge'
+            and parent in (None, macvlan.parent)}
         self._dry_run = dry_run
         self._ledger = Ledger(options.state_dir)
 
