@@ -124,8 +124,8 @@ class Agent:
                     records.take_back(options, ledger)
                     withdraws = False
                 self._server.listen(options.metrics_bind)
-                self._sync(reconciler, interests)
-                beat()
+                if self._sync(reconciler, interests):
+                    beat()  # else each ADD and DEL repairs what it can
                 if self._finder is not None:
                     self._finder.mark_all()
                 try:
@@ -216,7 +216,8 @@ class Agent:
                 self._finder.postpone()
                 LOG.error('Containers could not be found: %r', err)
 
-    def _sync(self, reconciler: Reconciler, interests: Interests) -> None:
+    def _sync(self, reconciler: Reconciler, interests: Interests) -> bool:
+        """Reconcile; whether nothing of that failed."""
         began, spent = time.monotonic(), time.thread_time()
         error: Optional[Exception] = None
         try:
@@ -244,6 +245,7 @@ class Agent:
         pause = max(_PAUSE, (self._debt - _CREDIT) / _SHARE,
                     self._failures and _PAUSE * 2 ** self._failures)
         self._not_before = ended + min(pause, self._options.resync_interval)
+        return error is None
 
     def _reload_options(self) -> None:
         self._reload = False

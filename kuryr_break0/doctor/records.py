@@ -105,7 +105,7 @@ def check_ledger(node: Node, host: Host) -> Iterator[Finding]:
             start=host.start)
     elif silent > node.options.patience:
         yield KINDS['agent-stuck'].found(
-            'the agent has not ended a sync for %d s; it is %s'
+            'no sync of the agent has succeeded for %d s; it is %s'
             % (silent, _holder(ledger.heartbeat.path)),
             path=ledger.heartbeat.path)
     gone = [record for record in node.seen.gone

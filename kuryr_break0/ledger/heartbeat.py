@@ -20,7 +20,9 @@ _PATIENCE = 0.05
 
 
 class Heartbeat:
-    """A file that the agent holds a lock on and writes with each sync.
+    """A file that the agent holds a lock on and writes after its syncs.
+
+    But not after one that fails: then others do what they would without it.
 
     :ivar path: of the file
     """
@@ -32,7 +34,7 @@ class Heartbeat:
     def kept(self) -> Iterator[Callable[[], None]]:
         """Be the agent within the block.
 
-        :returns: what to call with each sync
+        :returns: what to call after each sync that succeeds
         """
         fd = -1
         reason: Optional[str] = None

@@ -267,6 +267,13 @@ class TestProcess(AgentTestCase):
         heartbeat = ledger.Ledger('/run/kuryr-break0', 10).heartbeat
         base.beat_at(heartbeat.path, files.now() - 7200)
         self.assertGreater(heartbeat.age() or 0, 3600)
+        # Where a sync fails, each ADD and DEL does what it can.
+        self.lab.run('ip', 'link', 'set', 'break0', 'name', 'mine')
+        self.wait_for(lambda: 'Address already in use' in self.log())
+        self.assertGreater(heartbeat.age() or 0, 3600)
+        self.lab.run('ip', 'link', 'set', 'mine', 'name', 'break0')
+        self.wait_for(lambda: (heartbeat.age() or 0) < 3600)
+        base.beat_at(heartbeat.path, files.now() - 7200)
         self.lab.run('ip', 'link', 'del', 'break0')
         self.wait_for(lambda: (heartbeat.age() or 0) < 3600)
         self.agent.kill()
