@@ -52,6 +52,9 @@ _RETRY = 0.5
 _RECOVERY = 1.0
 #: Seconds after the start until containers should have been bound.
 _FIRST_LOOK = 2.0
+_UNWATCHED = ('Cannot watch the state directory, so new records are noticed '
+              'only by the timer: %s. For want of room, raise the sysctls '
+              'fs.inotify.max_user_watches and max_user_instances.')
 
 
 class Agent:
@@ -84,6 +87,8 @@ class Agent:
         self._debt = 0.0
         self._synced_at = time.monotonic()
         self._failures = 0
+        #: why the records are not watched
+        self._unwatched: Optional[str] = None
         #: monotonic time at which to look for containers that are not bound
         self._unserved_at = time.monotonic() + _FIRST_LOOK
 
@@ -117,7 +122,7 @@ class Agent:
             while not self._stop and not self._reload:
                 # What changes from now on may be too late for the sync.
                 if watch is not None:
-                    _watch(watch, ledger)
+                    self._watch(watch, ledger)
                 self._cni.listen(options)
                 # Not what another agent has found, which serves them then.
                 if withdraws and self._cni.is_complete:
@@ -216,6 +221,26 @@ class Agent:
                 self._finder.postpone()
                 LOG.error('Containers could not be found: %r', err)
 
+    def _watch(self, watch: inotify_simple.INotify, ledger: Ledger) -> None:
+        """Watch the records from now on.
+
+        Again before each sync, since the directory may be another one by
+        then.
+        """
+        flags, reason = inotify_simple.flags, None
+        try:
+            ledger.prepare()
+            watch.add_watch(ledger.path, flags.MOVE_SELF)
+            watch.add_watch(
+                ledger.records.directory, flags.MOVED_TO | flags.DELETE
+                | flags.DELETE_SELF | flags.MOVE_SELF)
+        except (OSError, exceptions.LedgerUnavailable) as err:
+            reason = str(err)
+        if reason not in (None, self._unwatched):
+            LOG.warning(_UNWATCHED, reason)
+        self._unwatched = reason
+        watch.read(timeout=0)
+
     def _sync(self, reconciler: Reconciler, interests: Interests) -> bool:
         """Reconcile; whether nothing of that failed."""
         began, spent = time.monotonic(), time.thread_time()
@@ -293,23 +318,8 @@ def _inotify() -> Iterator[Optional[inotify_simple.INotify]]:
     try:
         watch = inotify_simple.INotify(nonblocking=True)
     except OSError as err:
-        LOG.warning('Cannot watch the state directory, so new records are '
-                    'noticed only by the timer: %s', err)
+        LOG.warning(_UNWATCHED, err)
         yield None
         return
     with watch:
         yield watch
-
-
-def _watch(watch: inotify_simple.INotify, ledger: Ledger) -> None:
-    """Watch the records from now on.
-
-    Again before each sync, since the directory may be another one by then.
-    """
-    flags = inotify_simple.flags
-    with contextlib.suppress(OSError, exceptions.LedgerUnavailable):
-        ledger.prepare()
-        watch.add_watch(ledger.path, flags.MOVE_SELF)
-        watch.add_watch(ledger.records.directory, flags.MOVED_TO
-                        | flags.DELETE | flags.DELETE_SELF | flags.MOVE_SELF)
-    watch.read(timeout=0)

@@ -207,6 +207,19 @@ class TestStateDirectory(AgentTestCase):
         self.change('mv', '/run/kuryr-break0', '/run/earlier')
         self.assert_noticed()
 
+    def test_no_room_to_watch_it(self) -> None:
+        path = '/proc/sys/user/max_inotify_watches'
+        with open(path) as file:
+            self.addCleanup(self.lab.run, 'sysctl', '-w',
+                            'user.max_inotify_watches=' + file.read().strip())
+        with open(path, 'w') as file:
+            file.write('0')
+        self.change('rm', '-r', '/run/kuryr-break0/addresses')
+        self.wait_for(lambda: 'max_user_watches' in self.log())
+        self.lab.run('ip', 'link', 'del', 'break0')
+        self.wait_for(lambda: self.lab.link('break0'))
+        self.assertEqual(1, self.log().count('max_user_watches'))
+
     def test_records_moved(self) -> None:
         self.change('mv', '/run/kuryr-break0/addresses', '/run/earlier')
         self.assert_noticed()
