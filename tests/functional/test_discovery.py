@@ -1177,6 +1177,15 @@ class TestBounds(FinderTestCase):
         self.finder.mark_all()
         self.assert_bound(*addresses)
 
+    def test_namespaces_without_containers_that_end(self) -> None:
+        self.work()
+        with mock.patch.object(finder, 'Engine') as engine:
+            for number in range(9):
+                self.finder._end(NamespaceId(1, 2, number))
+            self.work()
+        engine.assert_not_called()
+        self.assertEqual({}, self.finder._ended)
+
     def test_refusals_that_are_logged(self) -> None:
         def refuse() -> None:
             for number in range(9):
