@@ -214,11 +214,12 @@ class Engine:
             judge = kernel.Judge()
             living, gone = claims_.split(before, lambda claim: judge.judge(
                 *claim.place).state is kernel.State.GONE)
-            if gone:
-                self._drop(netlink, address, Move(before, living), LOG.info)
+            deleted = bool(gone) and self._drop(
+                netlink, address, Move(before, living), LOG.info)
         for claim in gone:
-            LOG.info('Sandbox %s no longer exists; removed %s%s from break0',
-                     claim.whose, 'its claim on ' if living else '', address)
+            LOG.info('Sandbox %s no longer exists; removed %s', claim.whose,
+                     '%s from break0' % address if deleted
+                     else 'its claim on %s' % address)
             self._ledger.journal.add(Done.SANDBOX_GONE)
         if gone and gone[0] == before[0]:
             forget_connections([address])

@@ -275,6 +275,18 @@ class TestLostLedger(DoubtTestCase):
 
 class TestOtherLedger(DoubtTestCase):
 
+    def test_the_end_of_a_sandbox_is_said_as_it_is(self) -> None:
+        """Nothing is deleted of the break0 of another one."""
+        self.bind('100.75.30.99', owner=Owner('new', 'eth0'),
+                  state_dir='/run/other')
+        self.lab.del_netns('other')
+        with self.assertLogs('kuryr_break0', 'INFO') as logs:
+            with self.assertRaises(exceptions.OtherLedger):
+                self.manager().sync()
+        self.assertIn('removed its claim on ' + OTHER_POD, str(logs.output))
+        self.assertNotIn(OTHER_POD + ' from break0', str(logs.output))
+        self.assertIn(OTHER_POD, self.lab.routes())
+
     def test_an_agent_with_another_directory(self) -> None:
         outcome = self.reconcile(state_dir='/run/other')
         self.assert_reachable()
