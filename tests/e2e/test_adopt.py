@@ -123,6 +123,8 @@ class TestWithTheDaemon(AdoptTestCase):
         self.adopt()
         first = self.pod.netns
         self.node.lab.del_netns('pod')
+        # After a second the driver leaves that to the next try of the runtime.
+        self.node.lab.until_free(str(self.pod.vifs['eth0'].address))
         self.pod.name, self.pod.netns = 'pod', self.node.lab.add_netns('new')
         self.pod.container_id = 'the-sandbox-after-it'
         self.add(self.pod)
