@@ -126,8 +126,7 @@ class Agent:
                 self._cni.listen(options)
                 # Not what another agent has found, which serves them then.
                 if withdraws and self._cni.is_complete:
-                    records.take_back(options, ledger)
-                    withdraws = False
+                    withdraws = not records.take_back(options, ledger)
                 self._server.listen(options.metrics_bind)
                 if self._sync(reconciler, interests):
                     beat()  # else each ADD and DEL repairs what it can

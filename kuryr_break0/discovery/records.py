@@ -25,17 +25,21 @@ def owner_id(namespace: NamespaceId) -> str:
     return 'discovered-%d' % (namespace.cookie or namespace.inode)
 
 
-def take_back(options: config.Options, ledger: Ledger) -> None:
-    """Unbind all that was discovered."""
+def take_back(options: config.Options, ledger: Ledger) -> bool:
+    """Unbind all that was discovered; whether that was done."""
     manager = Break0Manager(options)
     records: list[Record] = []
+    is_done = False
     with contextlib.suppress(exceptions.LedgerUnavailable):
         records += discovered(ledger)
+        is_done = True
     for record in records:
         try:
             manager.unbind(record.owner, [record.address], record.netns)
         except exceptions.Break0Error as err:
-            LOG.error('%s stays bound: %s', record.address, err)
+            LOG.error('%s stays bound for now: %s', record.address, err)
+            is_done = False
+    return is_done
 
 
 def discovered(ledger: Ledger) -> Iterable[Record]:

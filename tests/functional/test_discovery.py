@@ -1215,6 +1215,15 @@ class TestRecords(base.LabTestCase):
         self.manager().bind(Owner('discovered', 'eth0'),
                             base.addresses(TWO), parent='eth0', netns=netns,
                             origin=Origin.MANUAL)
-        records.take_back(options, ledger.Ledger(options.state_dir))
+        found = ledger.Ledger(options.state_dir)
+        # What fails is tried again with the next sync.
+        with mock.patch.object(ledger.Ledger, 'lock', side_effect=(
+                exceptions.LockTimeout(path='/run', timeout=0))):
+            self.assertFalse(records.take_back(options, found))
+        with mock.patch.object(found.records, 'names', side_effect=(
+                exceptions.LedgerUnavailable(path='/run', reason='x'))):
+            self.assertFalse(records.take_back(options, found))
+        self.assertEqual({ONE, TWO}, self.bound())
+        self.assertTrue(records.take_back(options, found))
         self.assertEqual({TWO}, self.bound())
         self.assertEqual({TWO}, set(self.lab.routes()))
