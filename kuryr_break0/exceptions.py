@@ -17,6 +17,11 @@ from typing import Any
 #: descriptors or memory.
 EXHAUSTED = frozenset((errnos.EMFILE, errnos.ENFILE, errnos.ENOMEM,
                        errnos.ENOBUFS))
+#: What helps against an error of the kernel.
+_ADVICE = {
+    errnos.EPERM: 'Run it as root, in a container with CAP_NET_ADMIN.',
+    errnos.EADDRINUSE: 'Another interface on the same parent has its MAC '
+                       'address, perhaps of a pod that is just being deleted'}
 
 
 class Break0Error(Exception):
@@ -129,9 +134,8 @@ class KernelRefused(Break0Error):
     def __init__(self, action: str, reason: str, errno: int,
                  advice: str = '') -> None:
         super().__init__(
-            action=action, reason=reason, advice=advice or (
-                'Run it as root, in a container with CAP_NET_ADMIN.'
-                if errno == errnos.EPERM else 'See the kernel log: dmesg'))
+            action=action, reason=reason, advice=advice or _ADVICE.get(
+                errno, 'See the kernel log: dmesg'))
         self.errno = errno
 
     @property

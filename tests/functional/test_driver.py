@@ -199,7 +199,8 @@ class TestConnect(DriverTestCase):
         self.connect()
         netns = self.lab.add_netns('other')
         with self.assertRaisesRegex(driver.PodNotConnected,
-                                    'Address already in use'):
+                                    'Address already in use.*just being '
+                                    'deleted'):
             self.connect(netns=netns, container_id='b')
 
     def test_what_is_left_in_the_pod_is_removed(self) -> None:
