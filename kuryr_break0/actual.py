@@ -303,13 +303,14 @@ class _Reading:
                 continue
             key = next((subnet for subnet in record.subnets
                         if address in subnet), address)
-            if key not in sources:
-                sources[key] = self._policy.source(record, device_name)
-            wanted = self._policy.wanted(record, device_name, index,
-                                         sources[key])
+            try:
+                src = sources[key]
+            except KeyError:
+                src = sources[key] = self._policy.source(record, device_name)
+            wanted = self._policy.wanted(record, device_name, index, src)
             if wanted is not None or index == 0:
                 desired[address] = wanted or Wanted(self._policy.route(
-                    address, index, sources[key]))
+                    address, index, src))
         return desired
 
     def _withdrawn(self, parent: str, neighbours: Collection[Neighbour]

@@ -157,7 +157,7 @@ class Ledger:
 
     def contents(self) -> Contents:
         """Read all there is, and leave it as it is: nothing is moved."""
-        claims: dict[IPAddress, tuple[Record, ...]] = {}
+        read: list[tuple[IPAddress, tuple[Record, ...]]] = []
         unreadable: set[IPAddress] = set()
         damaged, newer, quarantined = {}, {}, []
         current_name = functools.lru_cache(node.current_name)
@@ -167,7 +167,8 @@ class Ledger:
             try:
                 address = address_of(name)
                 found = (address,)
-                claims[address] = self.records.parsed(address, current_name)
+                read.append((address, self.records.parsed(address,
+                                                          current_name)))
             except (FileNotFoundError, NotADirectoryError):
                 pass  # unbound meanwhile
             except NewerVersion as err:
@@ -176,6 +177,7 @@ class Ledger:
             except (ValueError, OSError) as err:
                 damaged[path] = str(err)
                 unreadable.update(found)
+        claims = dict(sorted(read, key=lambda each: address_order(each[0])))
         known = self.records.known
         if len(known) > len(claims):
             self.records.known = {address: known[address]
@@ -185,9 +187,7 @@ class Ledger:
             with contextlib.suppress(ValueError):
                 unreadable.add(address_of(name))
         return Contents(
-            dict(sorted(claims.items(), key=lambda each: address_order(
-                each[0]))),
-            damaged, newer, tuple(sorted(quarantined)),
+            claims, damaged, newer, tuple(sorted(quarantined)),
             frozenset(unreadable - claims.keys()))
 
     def identity(self) -> Optional[Identity]:

@@ -49,6 +49,8 @@ MAX_CLAIMS = 8
 MAX_SUBNETS = 16
 MAX_SIBLINGS = 8
 
+_ORIGINS: dict[Any, Origin] = {each.value: each for each in Origin}
+
 _network = functools.lru_cache(maxsize=128)(ipaddress.ip_network)
 # Each is read of the name of a file, and then of its content.
 _address = functools.lru_cache(maxsize=1024)(ipaddress.ip_address)
@@ -115,7 +117,8 @@ def _claim(address: IPAddress, fields: dict[str, Any]) -> Record:
         _optional(_text, fields['pod']),
         _optional(_text, fields['configured']), _seconds(fields['bound_at']),
         tuple(map(_mac, fields.get('siblings', ()))),
-        _origin(fields.get('origin')),
+        # One of a later version is none; nothing is decided by it.
+        _ORIGINS.get(fields.get('origin')),
         _optional(_text, fields.get('network')), index,
         _optional(_tap, fields.get('tap')))
 
@@ -133,12 +136,6 @@ def _namespace(value: Any) -> NamespaceId:
     device, inode, cookie = value
     return NamespaceId(_number(device), _number(inode),
                        _optional(_number, cookie))
-
-
-def _origin(value: Any) -> Optional[Origin]:
-    with contextlib.suppress(ValueError):
-        return Origin(value)
-    return None  # of a later version; nothing is decided by it
 
 
 def _number(value: Any) -> int:
