@@ -361,9 +361,10 @@ class Examination:
         run('cp', drop_in, '/run/systemd/system/confined.service.d')
         for command in ('sync', 'doctor'):
             with open('/run/systemd/system/confined.service', 'w') as file:
-                file.write(re.sub(r'Restart=.*', 'Type=oneshot', re.sub(
-                    r'ExecStart=.*', 'ExecStart=kuryr-break0 ' + command,
-                    unit)))
+                # systemd refuses the settings of a restart for a oneshot.
+                file.write(re.sub(r'(?m)^Restart.*', '', unit) + (
+                    '[Service]\nType=oneshot\nExecStart=\n'
+                    'ExecStart=kuryr-break0 %s\n' % command))
             since = mark()
             run('systemctl', 'daemon-reload')
             failed = run('systemctl', 'start', 'confined', fails=True)
