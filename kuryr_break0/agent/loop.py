@@ -26,6 +26,7 @@ from kuryr_break0 import guard
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
+from kuryr_break0.pace import Pace
 from kuryr_break0.reconciler import Reconciler
 
 LOG = log.get_logger(__name__)
@@ -35,13 +36,8 @@ _BURST = 0.05
 #: Seconds after which a record that is new must have its route. A bind takes
 #: a thousandth of that, so one that has none was killed.
 _SETTLED = 1.0
-#: Seconds between two syncs at least; the part of a processor that the agent
-#: spends on them, whatever happens on the node; and the seconds of it that it
-#: may spend before that counts, so that what happens rarely is repaired at
-#: once.
+#: Seconds between two syncs at least.
 _PAUSE = 0.1
-_SHARE = 0.1
-_CREDIT = 0.25
 #: So many events at once are a flood, which is read in larger portions.
 _FLOOD = 32
 _FLOOD_PAUSE = 0.1
@@ -84,7 +80,7 @@ class Agent:
         #: monotonic time before which there is no sync, but by the timer
         self._not_before = 0.0
         #: seconds of the processor that syncs have taken beyond their share
-        self._debt = 0.0
+        self._pace = Pace()
         self._synced_at = time.monotonic()
         self._failures = 0
         #: why the records are not watched
@@ -242,7 +238,8 @@ class Agent:
 
     def _sync(self, reconciler: Reconciler, interests: Interests) -> bool:
         """Reconcile; whether nothing of that failed."""
-        began, spent = time.monotonic(), time.thread_time()
+        began = time.monotonic()
+        self._pace.begin()
         error: Optional[Exception] = None
         try:
             interests.prepare()
@@ -262,11 +259,8 @@ class Agent:
             self._not_before - self._synced_at)
         self._failures = 0 if error is None else 1 if is_later else min(
             self._failures + 1, 20)
-        # Of the processor, since on a busy node others have most of the time.
-        self._debt = time.thread_time() - spent + max(
-            0.0, self._debt - _SHARE * (ended - self._synced_at))
         self._synced_at = ended
-        pause = max(_PAUSE, (self._debt - _CREDIT) / _SHARE,
+        pause = max(_PAUSE, self._pace.end(),
                     self._failures and _PAUSE * 2 ** self._failures)
         self._not_before = ended + min(pause, self._options.resync_interval)
         return error is None

@@ -34,6 +34,7 @@ from kuryr_break0.model import NamespaceId
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
+from kuryr_break0.pace import Pace
 from kuryr_break0.policy import Policy
 
 LOG = log.get_logger(__name__)
@@ -43,8 +44,6 @@ LOG = log.get_logger(__name__)
 MAX_ADDRESSES = 32
 #: Seconds of looks after which the rest waits, since the agent has other work.
 _AT_ONCE = 0.05
-#: The part of a processor that looks may take.
-_SHARE = 0.1
 #: So many messages at once are a flood, which is read in larger portions.
 _FLOOD = 32
 _FLOOD_PAUSE = 0.1
@@ -93,6 +92,7 @@ class Finder:
         #: monotonic time of the next search for namespaces
         self._search_at: Optional[float] = 0.0
         self._not_before = 0.0
+        self._pace = Pace()
         self._refusals: set[tuple[IPAddress, Optional[int], str]] = set()
         self._forget_at = 0.0
         self._changed = changed
@@ -178,7 +178,8 @@ class Finder:
 
         After an error, what it did not get to is still due.
         """
-        began, spent = time.monotonic(), time.thread_time()
+        began = time.monotonic()
+        self._pace.begin()
         if self._search_at is not None and self._search_at <= began:
             self._find()
             self._search_at = None if self._events is not None else (
@@ -200,8 +201,7 @@ class Finder:
             except Exception:
                 namespace.mark(now)
                 raise
-        self._not_before = time.monotonic() + (
-            time.thread_time() - spent) * (1 / _SHARE - 1)
+        self._not_before = time.monotonic() + self._pace.end()
 
     def _find(self) -> None:
         """Find the namespaces of the node, and number those that are new.

@@ -8,6 +8,7 @@ from unittest import mock
 
 from kuryr_break0.agent import loop
 from kuryr_break0 import exceptions
+from kuryr_break0 import pace
 from kuryr_break0.plan import Outcome
 from tests.functional import base
 
@@ -49,8 +50,8 @@ class TestPace(unittest.TestCase):
         for _ in range(100):
             self.now += self.sync(0.05)
         self.assertLess(self.spent, (
-            self.now - began) * loop._SHARE + loop._CREDIT + 0.05)
-        self.assertGreater(self.spent, (self.now - began) * loop._SHARE)
+            self.now - began) * pace.SHARE + pace.CREDIT + 0.05)
+        self.assertGreater(self.spent, (self.now - began) * pace.SHARE)
 
     def test_one_that_fails_with_the_timer_delays_none(self) -> None:
         """As for a parent that is gone: pods on others are to be repaired."""
@@ -71,3 +72,11 @@ class TestPace(unittest.TestCase):
 
     def test_a_long_one_is_paid_for(self) -> None:
         self.assertGreater(self.sync(5), 40)
+
+    def test_what_comes_first_delays_nothing(self) -> None:
+        """As the first break0, which is slow, and the next container."""
+        paced = pace.Pace()
+        for spent, is_free in ((0.2, True), (0.01, True), (0.2, False)):
+            paced.begin()
+            self.spent += spent
+            self.assertEqual(is_free, paced.end() == 0)
