@@ -21,6 +21,7 @@ from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import IPNetwork
 from kuryr_break0.model import Record
+from kuryr_break0.plan import is_others
 from kuryr_break0 import podside
 from kuryr_break0 import policy
 from kuryr_break0.policy import Policy
@@ -171,8 +172,8 @@ class _Judge:
         #: what no route of ours is set in place of, by their addresses
         self._foreign = {} if options.takeover else {
             route.dst: route for route in seen.routes.host
-            if route.table == options.route_table and route.oif not in devices
-            and route.protocol != options.route_protocol}
+            if route.table == options.route_table and is_others(
+                route, devices, options.route_protocol)}
 
     def judge(self, macvlan: kernel.Macvlan) -> Iterator[Unserved]:
         parent = self._seen.parents.get(macvlan.parent)

@@ -9,7 +9,7 @@ lost or be another's. Such items are ``unclaimed``.
 from __future__ import annotations
 
 import dataclasses
-from typing import Collection, Iterable, Mapping
+from typing import Collection, Iterable, Mapping, Optional
 
 from kuryr_break0 import exceptions
 from kuryr_break0.model import address_order
@@ -81,6 +81,15 @@ class Outcome(Plan):
                     or super().__bool__())
 
 
+def is_others(route: HostRoute, devices: Collection[Optional[int]],
+              protocol: int) -> bool:
+    """Return whether a route was set by another program, and for no pod.
+
+    :param devices: ifindexes of break0s
+    """
+    return route.oif not in devices and route.protocol != protocol
+
+
 def compute(desired: Mapping[IPAddress, Wanted],
             routes: Iterable[HostRoute], neighbours: Iterable[Neighbour] = (),
             *, device: int, protocol: int, takeover: bool = False,
@@ -112,7 +121,7 @@ def compute(desired: Mapping[IPAddress, Wanted],
         if wanted is not None and route.table == wanted.route.table:
             if route == wanted.route:
                 present.add(route.dst)
-            if route.oif != device and route.protocol != protocol:
+            if is_others(route, (device,), protocol):
                 foreign[route.dst] = min(
                     route, foreign.get(route.dst, route), key=_by_metric)
             elif route.metric == wanted.route.metric:

@@ -78,6 +78,15 @@ class AgentTestCase(base.LabTestCase):
                 and self.lab.ping(POD, cold=False)
                 and self.lab.ping(lab.NODE, 'pod', cold=False))
 
+    def assert_noticed(self) -> None:
+        """A record without a route gets one."""
+        made = ledger.Ledger('/run/kuryr-break0', 10)
+        address = ipaddress.ip_address(OTHER_POD)
+        with made.lock():
+            made.records.put([ledger.Record(address, OTHER_OWNER,
+                                            lab.PARENT)])
+        self.wait_for(lambda: OTHER_POD in self.lab.routes())
+
     def fault(self, name: str, *commands: str) -> None:
         """Break something; the agent must mend it."""
         with self.subTest(fault=name):
@@ -128,12 +137,7 @@ class TestRepair(AgentTestCase):
 
     def test_a_worker_killed_before_its_route(self) -> None:
         # Only the ledger tells of it.
-        made = ledger.Ledger('/run/kuryr-break0', 10)
-        address = ipaddress.ip_address(OTHER_POD)
-        with made.lock():
-            made.records.put([ledger.Record(address, OTHER_OWNER,
-                                            lab.PARENT)])
-        self.wait_for(lambda: OTHER_POD in self.lab.routes())
+        self.assert_noticed()
 
     def test_the_same_while_it_repairs(self) -> None:
         self.agent.kill()
@@ -175,15 +179,6 @@ class TestRepair(AgentTestCase):
 
 class TestStateDirectory(AgentTestCase):
     """It is watched for as long as the agent works, whatever becomes of it."""
-
-    def assert_noticed(self) -> None:
-        """A record without a route gets one."""
-        made = ledger.Ledger('/run/kuryr-break0', 10)
-        address = ipaddress.ip_address(OTHER_POD)
-        with made.lock():
-            made.records.put([ledger.Record(address, OTHER_OWNER,
-                                            lab.PARENT)])
-        self.wait_for(lambda: OTHER_POD in self.lab.routes())
 
     def count(self) -> float:
         return metrics.value('sync_seconds_count') or 0
