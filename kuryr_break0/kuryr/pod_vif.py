@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The driver of kuryr-controller for nested macvlan, which works.
+
+Only kuryr-controller imports it, if ``[kubernetes] pod_vif_driver`` names it.
+Kuryr's own driver, in 6.0.0 to 10.0.0, does not initialize its base classes,
+so each pod fails; and it reads the port of the node outside of the lock under
+which it writes it, so most of the pods that come at once fail too, and leave
+their ports in Neutron.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, ClassVar, Optional
+
+from kuryr.lib import exceptions as kl_exc
+from kuryr_kubernetes import clients
+from kuryr_kubernetes import config as k_config
+from kuryr_kubernetes.controller.drivers import nested_macvlan_vif
+from kuryr_kubernetes.controller.drivers import utils as k_utils
+from kuryr_kubernetes.controller.drivers import vif_pool
+from kuryr_kubernetes import exceptions as k_exc
+from kuryr_kubernetes.objects import vif as k_vif
+from kuryr_kubernetes import os_vif_util
+
+from kuryr_break0.kuryr import address_pairs
+from kuryr_break0 import log
+
+LOG = log.get_logger(__name__)
+
+#: The name of its entry point.
+NAME = 'nested-macvlan-break0'
+
+
+class PortNotReady(k_exc.PortNotReady):  # type: ignore[misc]
+    """A pod has no port yet, or has it still, for a reason that may pass.
+
+    By the name of this class, Kuryr calls the driver again for up to 500
+    seconds, and does not report its handler unhealthy, which would restart
+    the controller (kuryr_kubernetes.handlers.retry).
+    """
+
+    def __init__(self, text: str) -> None:
+        Exception.__init__(self, text)
+
+
+class NestedMacvlanDriver(
+        nested_macvlan_vif.NestedMacvlanPodVIFDriver):  # type: ignore[misc]
+    """Creates and deletes the port of a pod, and its pairs on the node's."""
+
+    #: By the address of the node. Kuryr can make several drivers of a class.
+    _nodes: ClassVar[dict[str, address_pairs.AddressPairs]] = {}
+
+    def __init__(self) -> None:
+        # In place of that of Kuryr's class, which omits this call.
+        super(nested_macvlan_vif.NestedMacvlanPodVIFDriver, self).__init__()
+        if k_config.CONF.kubernetes.pod_vif_driver == NAME:
+            # Kuryr finds the driver that activates and releases a VIF by the
+            # class of the VIF, in a table that no option can extend.
+            vif_pool.VIF_TYPE_TO_DRIVER_MAPPING[
+                k_vif.VIFMacvlanNested.__name__] = NAME
+
+    def request_vif(self, pod: Any, project_id: str, subnets: Any,
+                    security_groups: Any) -> Optional[Any]:
+        """Create the port of a pod; return its VIF.
+
+        :returns: None if the pod is being deleted
+        :raises PortNotReady: if it failed; nothing is left in Neutron then
+        """
+        if pod['metadata'].get('deletionTimestamp'):
+            return None
+        node = pod.get('status', {}).get('hostIP')
+        if not node:
+            raise PortNotReady('kubelet has not reported the address of the '
+                               'node of pod %s yet' % _name(pod))
+        port = clients.get_network_client().create_port(
+            **self._get_port_request(pod, project_id, subnets,
+                                     security_groups))
+        try:
+            self._check_port_binding([port])
+            if not self._tag_on_creation:
+                k_utils.tag_neutron_resources([port])
+            vif = os_vif_util.neutron_to_osvif_vif_nested_macvlan(port,
+                                                                  subnets)
+            self._pairs(node).assign(port.mac_address, (
+                each['ip_address'] for each in port.fixed_ips))
+            return vif
+        except BaseException as err:
+            self._remove(pod, port.id, port.mac_address)
+            if not isinstance(err, Exception):
+                raise
+            text = ('Pod %s gets no port on node %s (%s): %s' % (
+                _name(pod), pod['spec'].get('nodeName'), node, _reason(err)))
+            LOG.error('%s', text)
+            raise PortNotReady(text) from err
+
+    def request_vifs(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(
+            'There are no pools of nested macvlan ports. Set [kubernetes] '
+            'vif_pool_driver = noop.')
+
+    def release_vif(self, pod: Any, vif: Any, *args: Any,
+                    **kwargs: Any) -> None:
+        """Delete the port of a pod, and its pairs of the node's port.
+
+        :raises PortNotReady: if something of it is left
+        """
+        if not self._remove(pod, vif.id, str(vif.address)):
+            raise PortNotReady('Port %s of pod %s is not released yet' % (
+                vif.id, _name(pod)))
+
+    def _remove(self, pod: Any, port: str, mac: str) -> bool:
+        """Return whether neither the port nor its pairs are left."""
+        is_removed = True
+        node = pod.get('status', {}).get('hostIP')
+        try:
+            if node:
+                self._pairs(node).assign(mac)
+            else:
+                LOG.warning('Pod %s is deleted without an address of its '
+                            'node. If the port of the node has an allowed '
+                            'address pair with MAC address %s, remove it.',
+                            _name(pod), mac)
+        except kl_exc.NoResourceException:
+            LOG.warning('No port in Neutron has the address %s of the node '
+                        'of pod %s, so there is no allowed address pair to '
+                        'remove.', node, _name(pod))
+        except Exception as err:
+            is_removed = False
+            LOG.error('The allowed address pairs with MAC address %s of pod '
+                      '%s are still on the port of its node (%s): %s',
+                      mac, _name(pod), node, _reason(err))
+        try:
+            network = clients.get_network_client()
+            address_pairs.repeat(functools.partial(network.delete_port, port))
+        except Exception as err:
+            is_removed = False
+            LOG.error('Port %s of pod %s could not be deleted. If it is '
+                      'still there later, run: openstack port delete %s '
+                      '(%s)', port, _name(pod), port, _reason(err))
+        return is_removed
+
+    def _pairs(self, node: str) -> address_pairs.AddressPairs:
+        return self._nodes.setdefault(node, address_pairs.AddressPairs(
+            functools.partial(self._get_parent_port_by_host_ip, node),
+            self._update_port_address_pairs))
+
+
+def _name(pod: Any) -> str:
+    return '%(namespace)s/%(name)s' % pod['metadata']
+
+
+def _reason(err: BaseException) -> str:
+    if address_pairs.is_exhausted(err):
+        return ('the port of the node has as many allowed address pairs as '
+                'Neutron permits. Set max_allowed_address_pair, in the '
+                'section [DEFAULT] of neutron.conf, to the number of pod '
+                'addresses that a node may have, and restart the Neutron '
+                'server (%s)' % err)
+    if isinstance(err, kl_exc.NoResourceException):
+        return ('no port in Neutron has this address in one of the subnets '
+                'of [pod_vif_nested] worker_nodes_subnets')
+    return ' '.join(str(err).split()) or repr(err)
