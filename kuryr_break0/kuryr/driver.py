@@ -11,7 +11,6 @@ from typing import Any, Iterator, Optional
 from kuryr_kubernetes.cni.binding import nested
 from kuryr_kubernetes import config as k_config
 from kuryr_kubernetes import exceptions as k_exc
-from kuryr_kubernetes import utils as k_utils
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
@@ -60,7 +59,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         with self._logged(unreachable):
             options = config.load(k_config.CONF)
         try:
-            sandbox = self._sandbox(netns)
+            sandbox = pod_binding.sandbox_path(netns)
             if _is_kept(vif.vif_name, config.device_name(k_config.CONF)):
                 raise exceptions.NameOfBreak0(name=str(vif.vif_name))
             pod_binding.remove_leftover(str(vif.vif_name))
@@ -106,7 +105,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         with self._logged(still_routed):
             options = config.load(k_config.CONF)
         try:
-            sandbox = self._sandbox(netns)
+            sandbox = pod_binding.sandbox_path(netns)
         except exceptions.NetnsUnusable as err:
             LOG.info('Nothing to disconnect from: %s', err)
         if options is not None:
@@ -154,19 +153,6 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         return self._parent
 
     @staticmethod
-    def _sandbox(netns: str) -> str:
-        """Return the pod's namespace as a path that this process can open.
-
-        Kuryr would take an empty one for the node's own, and delete the
-        node's eth0; one that is gone it would create.
-        """
-        if not netns:
-            raise exceptions.NetnsUnusable(netns=netns, reason='is not named')
-        path = str(k_utils.convert_netns(netns))
-        kernel.require_other(path)
-        return path
-
-    @staticmethod
     def _is_direct(options: Optional[config.Options]) -> bool:
         return options is not None and options.enabled and (
             options.pod_binding == config.DIRECT
@@ -188,16 +174,16 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                                 mac=str(vif.address), mtu=vif.network.mtu,
                                 passing=vif.vif_name)
 
-    @classmethod
-    def _configure_l3(cls, vif: Any, ifname: str, netns: str,
+    @staticmethod
+    def _configure_l3(vif: Any, ifname: str, netns: str,
                       is_default_gateway: bool) -> None:
         """Do what Kuryr does after connect, in one request.
 
         :raises PodNotConnected: if the kernel refuses it
         """
         try:
-            pod_binding.configure_l3(vif, ifname, cls._sandbox(netns),
-                                     is_default_gateway)
+            pod_binding.configure_l3(vif, ifname, pod_binding.sandbox_path(
+                netns), is_default_gateway)
         except exceptions.Break0Error as err:
             raise PodNotConnected(str(err)) from err
 

@@ -81,6 +81,7 @@ def _serve() -> None:
     obj_base.VersionedObjectRegistry.register(vif.VIFMacvlanBreak0)
     ipdb.prepare()
     patches.note_pod_names()
+    patches.keep_node_interfaces()
     LOG.info('%s VIFs are bound by %s.%s', vif.VIFMacvlanBreak0.obj_name(),
              driver.__module__, driver.__name__)
     for text in config.unknown(cfg.CONF):

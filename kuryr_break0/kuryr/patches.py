@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""All monkey patches of Kuryr: three functions.
+"""All monkey patches of Kuryr: four functions.
 
 Two are private functions of ``kuryr_kubernetes.cni.binding.base``, tried with
 Kuryr 6.0.0 to 10.0.0. They are changed in the process of one request only, and
-only where they are what they were when this module was imported. The third is
-a method of the plugin that asks for the binding.
+only where they are what they were when this module was imported. The others
+are changed in kuryr-daemon before it forks.
 
 ``get_ipdb``: Kuryr opens IPDB on the node's namespace twice per pod, and IPDB
 reads all routes and neighbours. break0 has one of each per pod, while Kuryr
@@ -15,6 +15,12 @@ reads only the interfaces and their addresses.
 has returned. While many pods are added at once, IPDB now and then misses
 what it waits for, gives up with a RuntimeError that says nothing, and the ADD
 fails. So it is tried again, or with ``pod_binding`` = direct done otherwise.
+
+``cleanup``, of the same module: Kuryr calls it for a DEL whose KuryrPort is
+gone, and it deletes the interface named CNI_IFNAME. If CNI_NETNS is empty, it
+does so in the namespace of kuryr-daemon: the node loses its NIC, unless that
+is hardware. containerd 1.6 repeats a DEL in this way for most pods. So Kuryr's
+function is called for the namespaces of pods only.
 
 ``K8sCNIRegistryPlugin._do_work``: it knows the name of the pod, and does not
 pass it on to the driver. It is noted before, for people.
@@ -29,7 +35,9 @@ from typing import Any, Callable, Iterator, Optional
 
 from kuryr_kubernetes.cni.binding import base as b_base
 
+from kuryr_break0 import exceptions
 from kuryr_break0.kernel import ipdb
+from kuryr_break0.kuryr import pod_binding
 from kuryr_break0 import log
 
 LOG = log.get_logger(__name__)
@@ -39,6 +47,7 @@ _TRIES = 3
 
 _get_ipdb = getattr(b_base, 'get_ipdb', None)
 _configure_l3 = getattr(b_base, '_configure_l3', None)
+_cleanup = getattr(b_base, 'cleanup', None)
 
 
 _POD = re.compile(r'[A-Za-z0-9./_-]{1,320}')
@@ -64,6 +73,22 @@ def note_pod_names() -> None:
         return work(self, params, *args, **kwargs)
 
     setattr(kind, '_do_work', noting)
+
+
+def keep_node_interfaces() -> None:
+    """Have Kuryr clean up in no namespace but those of pods."""
+    if _cleanup is not None and getattr(b_base, 'cleanup', None) is _cleanup:
+        b_base.cleanup = _cleanup_sandbox
+
+
+def _cleanup_sandbox(ifname: str, netns: str) -> None:
+    assert _cleanup is not None
+    try:
+        pod_binding.sandbox_path(netns)
+    except exceptions.NetnsUnusable as err:
+        LOG.info('Nothing to clean up: %s', err)
+    else:
+        _cleanup(ifname, netns)
 
 
 def pod_name() -> Optional[str]:

@@ -23,6 +23,8 @@ import ipaddress
 import time
 from typing import Any, Iterator
 
+from kuryr_kubernetes import utils as k_utils
+
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0 import log
@@ -37,6 +39,23 @@ _PATIENCE, _PAUSE = 1.0, 0.05
 
 _EVERYTHING = {4: ipaddress.ip_network('0.0.0.0/0'),
                6: ipaddress.ip_network('::/0')}
+
+
+def sandbox_path(netns: str) -> str:
+    """Return the namespace of a pod as a path that this process can open.
+
+    Kuryr would take an empty path for the namespace of kuryr-daemon, and
+    delete the node's eth0; pyroute2.NetNS creates a path that does not exist.
+
+    :param netns: CNI_NETNS of the request
+    :raises NetnsUnusable: if it is empty, does not exist, or is the
+        namespace of this process
+    """
+    if not netns:
+        raise exceptions.NetnsUnusable(netns=netns, reason='is not named')
+    path = str(k_utils.convert_netns(netns))
+    kernel.require_other(path)
+    return path
 
 
 @contextlib.contextmanager

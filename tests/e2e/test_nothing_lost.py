@@ -132,6 +132,21 @@ class TestLateDel(NothingLostTestCase):
                 self.assert_reachable(self.old)
             earlier = self.old.container_id
 
+    def test_without_a_namespace_after_the_pod_is_gone(self) -> None:
+        """containerd repeats a DEL without CNI_NETNS.
+
+        Once the KuryrPort is gone, Kuryr itself would delete the interface
+        of that name, in the namespace of kuryr-daemon: the node's NIC.
+        """
+        self.delete(self.old)
+        self.node.delete_pod(self.old)
+        gone = '/run/netns/gone'
+        for netns in ('', '/proc/%d/ns/net' % os.getpid(), gone):
+            self.delete(self.old, CNI_NETNS=netns)
+            self.assertIsNotNone(self.node.lab.link(lab.PARENT), netns)
+        # Kuryr's library makes a namespace of a path that does not exist.
+        self.assertFalse(os.path.exists(gone))
+
     def test_one_that_kuryr_tells_nobody_of(self) -> None:
         # The pod was forgotten while the daemon was down.
         self.node.kill_daemon()
