@@ -4,14 +4,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
-import shutil
 import socket
 import subprocess
-import tarfile
 from typing import Any, Callable, Optional
 import unittest
 
@@ -19,12 +15,11 @@ import grpc
 
 from tests.functional import base
 from tests.functional.cni import base as cni_base
+from tests import images
 from tests import lab
 
 PROGRAM = cni_base.PROGRAM
 CONF = cni_base.CONF
-#: What is in the image: busybox by these names.
-_TOOLS = ('sh', 'sleep', 'ping', 'ip', 'nc')
 
 
 def is_root() -> bool:
@@ -135,44 +130,6 @@ class EngineTestCase(base.LabTestCase):
         self.assertEqual([], self.problems())
 
 
-def rootfs() -> str:
-    """A directory with busybox, as an image has it."""
-    path = '/run/rootfs'
-    if not os.path.isdir(path):
-        os.makedirs(path + '/bin')
-        shutil.copy('/bin/busybox', path + '/bin')
-        for name in _TOOLS:
-            os.symlink('busybox', path + '/bin/' + name)
-    return path
-
-
-def image_tar() -> str:
-    """An archive of it, for engines that import."""
-    with tarfile.open('/run/rootfs.tar', 'w') as archive:
-        archive.add(rootfs(), '.')
-    return '/run/rootfs.tar'
-
-
-def saved_image(name: str, *command: str) -> str:
-    """An image as by "docker save", for containerd."""
-    with open(image_tar(), 'rb') as file:
-        layer = file.read()
-    config = json.dumps({
-        'architecture': 'amd64' if os.uname().machine == 'x86_64'
-        else 'arm64', 'os': 'linux', 'config': {'Cmd': command},
-        'rootfs': {'type': 'layers', 'diff_ids': [
-            'sha256:' + hashlib.sha256(layer).hexdigest()]}}).encode()
-    manifest = json.dumps([{'Config': 'config.json', 'RepoTags': [name],
-                            'Layers': ['layer.tar']}]).encode()
-    with tarfile.open('/run/saved.tar', 'w') as archive:
-        for path, content in (('layer.tar', layer), ('config.json', config),
-                              ('manifest.json', manifest)):
-            info = tarfile.TarInfo(path)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return '/run/saved.tar'
-
-
 class Engine:
     """An engine that is used by its command."""
 
@@ -243,7 +200,7 @@ runtime = "crun"
             '--storage-driver', 'vfs']
         self.environ = {'CONTAINERS_CONF': '/run/containers.conf',
                         'PODMAN_IGNORE_CGROUPSV1_WARNING': '1'}
-        self('import', image_tar(), 'box')
+        self('import', images.tar('/run'), 'box')
         test.addCleanup(self, 'rm', '--force', '--all', '--time', '0',
                         check=False)
 
@@ -266,7 +223,7 @@ class Docker(Engine):
         self.server = self.start()
         self.command = ['docker', '--host', 'unix:///run/docker.sock']
         self.until_served()
-        self('import', image_tar(), 'box')
+        self('import', images.tar('/run'), 'box')
         test.addCleanup(self.remove_all)
 
     def start(self) -> subprocess.Popen[bytes]:
@@ -347,8 +304,8 @@ state = "/run/containerd-state"
             'ctr', '--address', '/run/containerd.sock', 'version',
             check=False).returncode == 0)
         for arguments in (
-                ('image', 'import', saved_image('docker.io/lab/pause:1',
-                                                '/bin/sleep', '1000')),
+                ('image', 'import', images.saved(
+                    '/run', 'docker.io/lab/pause:1', '/bin/sleep', '1000')),
                 ('image', 'tag', 'docker.io/lab/pause:1', 'lab/pause:1')):
             test.lab.run('ctr', '--address', '/run/containerd.sock',
                          '--namespace', 'k8s.io', *arguments, check=(

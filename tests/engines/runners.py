@@ -13,6 +13,7 @@ import tarfile
 from typing import Callable
 
 from tests.engines import base
+from tests import images
 from tests import lab
 
 #: Incus of Debian, from release 13 on.
@@ -138,7 +139,7 @@ class LXC(Runner):
         """Have a directory of its own for it."""
         path = '/run/machines/' + self.name(name)
         if not os.path.isdir(path):
-            shutil.copytree(base.rootfs(), path, symlinks=True)
+            shutil.copytree(images.rootfs('/run'), path, symlinks=True)
             for each in ('dev', 'etc', 'proc', 'sys', 'usr'):
                 os.mkdir('%s/%s' % (path, each))
         return path

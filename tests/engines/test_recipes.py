@@ -17,6 +17,7 @@ import unittest
 from tests.engines import base
 from tests.engines import runners
 from tests import firewalls
+from tests import images
 
 PAGE = (pathlib.Path(__file__).parents[2]
         / 'doc/source/install/recipes.rst').read_text()
@@ -92,7 +93,7 @@ class TestRecipes(base.EngineTestCase):
 
     def start_host(self) -> None:
         """Start Docker with its bridge and its rules, and the containers."""
-        root = base.rootfs()
+        root = images.rootfs('/run')
         for name in ('httpd', 'nslookup', 'wget'):
             os.symlink('busybox', '%s/bin/%s' % (root, name))
         os.makedirs(root + '/var/run')
@@ -112,7 +113,7 @@ class TestRecipes(base.EngineTestCase):
         for name, command in IMAGES.items():
             # Its first process ends when Docker says so.
             self.docker('import', '--change', 'CMD trap exit TERM; %s & wait'
-                        % ' '.join(command), base.image_tar(), name)
+                        % ' '.join(command), images.tar('/run'), name)
         self.start_agent()
         self.follow('The host of these recipes')
 
