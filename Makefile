@@ -127,6 +127,23 @@ endif
 	    $(SHARE)/bash-completion/completions/kuryr-break0 \
 	    $(SHARE)/zsh/site-functions/_kuryr-break0
 
+# A whole Kubernetes cluster with Kuryr and Neutron, as root on Debian 12. The
+# first run builds Kubernetes, which takes some minutes.
+.PHONY: cluster cluster-test cluster-programs
+cluster: cluster-programs
+	tests/in-root-lab $(BIN)/python -W ignore -m tests.cluster.demo
+
+# All of it takes half an hour; a part: make cluster-test TESTS=test_faults
+cluster-test: cluster-programs
+	tests/in-root-lab $(BIN)/python -W ignore -m tests.cluster $(TESTS)
+
+cluster-programs:
+	@tests/cluster/programs --check
+	@$(MAKE) --silent debian-packages $(VENV)/demo
+	tests/debian-packages cluster
+	tests/kuryr-sources $(VENV)/kuryr-sources
+	tests/cluster/programs
+
 # What depends on the kernel, under other ones, emulated: all of it takes hours.
 # A part: make kernels KERNEL=5.10 PLACE=own TESTS=tests.functional.test_border
 .PHONY: kernels kernels-core kernels-table

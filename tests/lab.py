@@ -324,13 +324,16 @@ class Lab:
     @staticmethod
     def in_netns(function: Callable[[], None],
                  netns: Optional[str] = None) -> None:
-        """Call a function in another namespace."""
+        """Call a function in another namespace.
+
+        :param netns: its name, or its path
+        """
         errors: list[Exception] = []
 
         def call() -> None:
             try:
                 if netns:
-                    with open('/run/netns/' + netns) as file:
+                    with open(os.path.join('/run/netns', netns)) as file:
                         _call('setns', file.fileno(), CLONE_NEWNET)
                 function()
             except Exception as err:

@@ -114,18 +114,18 @@ def _shortened(text: str) -> str:
     return '\n'.join(lines)
 
 
-def _tests(suite: Any) -> Iterator[unittest.TestCase]:
+def tests(suite: Any) -> Iterator[unittest.TestCase]:
     for each in suite:
         if isinstance(each, unittest.TestCase):
             yield each
         else:
-            yield from _tests(each)
+            yield from tests(each)
 
 
 def _classes(patterns: list[str], skip: str) -> list[list[unittest.TestCase]]:
     """Return the tests that match, by class, in the order to begin them."""
     found: dict[str, list[unittest.TestCase]] = {}
-    for test in _tests(unittest.defaultTestLoader.discover(
+    for test in tests(unittest.defaultTestLoader.discover(
             'tests', top_level_dir='.')):
         name = test.id()
         if (any(re.search(each, name) for each in patterns or [''])

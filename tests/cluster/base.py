@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What the tests of the cluster share: one cluster, and what holds after all.
+
+The cluster is started by the first test, and ends with the process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import socket
+import threading
+import time
+from typing import Any, Callable, Iterator, Optional
+import unittest
+
+import requests
+
+from tests.cluster import cluster as clusters
+from tests.cluster import kubernetes
+from tests.cluster import node as nodes
+from tests import lab
+
+_stack = contextlib.ExitStack()
+_running: list[clusters.Cluster] = []
+
+
+def running_cluster() -> clusters.Cluster:
+    """Return the cluster of this process, which is started once."""
+    if not _running:
+        atexit.register(_stack.close)
+        _running.append(_stack.enter_context(clusters.running(2)))
+    return _running[0]
+
+
+class ClusterTestCase(unittest.TestCase):
+    """A test that begins and ends with a cluster without pods.
+
+    At its end each pod is ready, no container was restarted, and no route,
+    neighbour, guard entry, record or Neutron port is without a pod.
+    """
+
+    #: whether the test itself restarts containers
+    restarts_containers = False
+
+    def setUp(self) -> None:
+        self.cluster = running_cluster()
+        self.control = self.cluster.control
+        self.first, self.second = self.cluster.nodes
+        self.addCleanup(self._delete_all)
+
+    def tearDown(self) -> None:
+        self.until(self._is_settled, lambda: '\n'.join(
+            self.cluster.leftovers() + [self.cluster.report()]))
+        if not self.restarts_containers:
+            self.assertEqual({}, {
+                pod['metadata']['name']: clusters.restarts(pod)
+                for pod in kubernetes.items('pods')
+                if clusters.restarts(pod)}, self.cluster.report())
+
+    def _is_settled(self) -> bool:
+        pods = kubernetes.items('pods')
+        return not self.cluster.leftovers() and all(
+            clusters.is_ready(pod) or pod['status']['phase'] == 'Succeeded'
+            for pod in pods)
+
+    def _delete_all(self) -> None:
+        for plural in ('deployments', 'statefulsets', 'cronjobs', 'jobs',
+                       'pods'):
+            for name in kubernetes.names(plural):
+                kubernetes.delete(plural, name, check=False)
+        for name in kubernetes.names('services'):
+            if name != 'kubernetes':
+                kubernetes.delete('services', name)
+        self.until(lambda: not kubernetes.names('pods')
+                   and not self.cluster.leftovers(), lambda: '\n'.join(
+            self.cluster.leftovers() + [self.cluster.report()]))
+        kubernetes.kubectl(self.control, 'delete', 'events', '--all')
+
+    def until(self, condition: Callable[[], Any],
+              log: Optional[Callable[[], str]] = None) -> float:
+        """Wait until it holds; how many seconds that took."""
+        return lab.until(condition, log or self.cluster.report)
+
+    def node_of(self, pod: dict[str, Any]) -> nodes.Node:
+        return next(node for node in self.cluster.nodes
+                    if node.name == pod['spec']['nodeName'])
+
+    def netns_of(self, pod: dict[str, Any]) -> str:
+        """Return the path of the network namespace of a pod."""
+        machine = self.node_of(pod).machine
+        directory = machine.path('/run/netns')
+        for name in os.listdir(directory):
+            shown = machine.run('ip', '-netns', name, 'address', 'show',
+                                check=False).stdout
+            if ' %s/' % clusters.address(pod) in shown:
+                return os.path.join(directory, name)
+        raise AssertionError('no namespace has ' + clusters.address(pod))
+
+    @staticmethod
+    def fetch(address: str, netns: str, port: int = 80) -> Optional[str]:
+        """Fetch the page of a pod from a namespace; None if there is none.
+
+        :param netns: name or path of a namespace, or '' for the LAN
+        """
+        answers: list[str] = []
+        host = '[%s]' % address if ':' in address else address
+
+        def get() -> None:
+            with contextlib.suppress(requests.RequestException):
+                answers.append(requests.get('http://%s:%d/' % (host, port),
+                                            timeout=2).text.strip())
+
+        lab.Lab.in_netns(get, netns or None)
+        return answers[0] if answers else None
+
+    def assert_all_reach(self, pods: list[dict[str, Any]]) -> None:
+        """Each node, the LAN and each pod fetch the page of each pod."""
+        places = {'lan': '', **{node.name: node.name
+                                for node in self.cluster.nodes},
+                  **{pod['metadata']['name']: self.netns_of(pod)
+                     for pod in pods}}
+        for pod in pods:
+            for name, netns in places.items():
+                self.assertEqual(
+                    pod['metadata']['name'],
+                    self.fetch(clusters.address(pod), netns),
+                    'from %s to %s' % (name, clusters.address(pod)))
+
+    def deploy(self, name: str, replicas: int,
+               node: Optional[nodes.Node] = None, **spec: Any
+               ) -> list[dict[str, Any]]:
+        """Create a Deployment; its pods, when all are ready."""
+        self.cluster.deploy(name, replicas, node, **spec)
+        self.cluster.until_ready(name, replicas)
+        return self.cluster.pods(name)
+
+    def unhealthy(self) -> list[str]:
+        """Return what failed probes have said since the test began."""
+        return [event['message'] for event in kubernetes.items('events')
+                if event['reason'] == 'Unhealthy']
+
+    @contextlib.contextmanager
+    def watched(self, pods: list[dict[str, Any]]) -> Iterator[None]:
+        """Connect to pods from their nodes all the time; none may fail."""
+        ending = threading.Event()
+        failures: list[str] = []
+
+        def connect(pod: dict[str, Any]) -> None:
+            where = (clusters.address(pod), 80)
+            netns = self.node_of(pod).name
+
+            def again() -> None:
+                while not ending.wait(0.2):
+                    try:
+                        socket.create_connection(where, 3).close()
+                    except OSError as err:
+                        failures.append('%s %s: %s' % (
+                            time.strftime('%X'), where[0], err))
+
+            lab.Lab.in_netns(again, netns)
+
+        threads = [threading.Thread(target=connect, args=(pod,))
+                   for pod in pods]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            ending.set()
+            for thread in threads:
+                thread.join()
+        self.assertEqual([], failures)

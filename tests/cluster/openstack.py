@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Neutron on MariaDB, and Kuryr's controller."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any, Optional
+import uuid
+
+import requests
+
+from tests.cluster import machine as machines
+from tests import lab
+
+PORT = 9696
+URL = 'http://%s:%d' % (lab.LAN, PORT)
+PROJECT = uuid.uuid5(uuid.NAMESPACE_DNS, 'kuryr-break0').hex
+
+DATABASE = '/var/lib/cluster/mysql'
+SOCKET = '/run/mariadb.sock'
+
+#: max_allowed_address_pair is 10 by default, which ends at the tenth pod of a
+#: node: the port of the node has a pair for each of them.
+CONF = '''\
+[DEFAULT]
+auth_strategy = noauth
+transport_url = fake://
+api_paste_config = %(paste)s
+core_plugin = ml2
+service_plugins = revisions,tag,timestamp
+max_allowed_address_pair = 500
+notify_nova_on_port_status_changes = false
+notify_nova_on_port_data_changes = false
+use_stderr = true
+[database]
+connection = mysql+pymysql://root@localhost/neutron?unix_socket=%(socket)s
+[ml2]
+type_drivers = flat
+tenant_network_types =
+mechanism_drivers = binds_all
+extension_drivers = port_security
+[ml2_type_flat]
+flat_networks = lan
+[oslo_concurrency]
+lock_path = /run/neutron-locks
+[quotas]
+quota_port = -1
+'''
+
+#: Neutron reads the arguments of the process, which are those of the server
+#: if that is a command.
+SERVER = '''
+import waitress
+from neutron.wsgi import api
+waitress.serve(api.application, listen='%s:%d', threads=8)
+'''
+
+#: No agent of Neutron runs here, so nothing else binds the ports.
+DRIVER = '''\
+from neutron_lib.plugins.ml2 import api
+
+
+class BindsAll(api.MechanismDriver):
+
+    def initialize(self):
+        pass
+
+    def bind_port(self, context):
+        segment = context.segments_to_bind[0]
+        context.set_binding(segment[api.ID], 'other', {}, status='ACTIVE')
+'''
+ENTRY_POINT = '''\
+[neutron.ml2.mechanism_drivers]
+binds_all = binds_all:BindsAll
+'''
+
+CONTROLLER_CONF = '''\
+[DEFAULT]
+debug = true
+use_stderr = true
+[kubernetes]
+api_root = %(api)s
+token_file = /etc/kuryr/token
+ssl_verify_server_crt = false
+enabled_handlers = vif,kuryrport
+pod_vif_driver = %(driver)s
+vif_pool_driver = noop
+[neutron]
+auth_type = none
+endpoint = %(neutron)s
+[neutron_defaults]
+project = %(project)s
+pod_subnet = %(subnet)s
+pod_security_groups = %(group)s
+service_subnet = %(subnet)s
+[pod_vif_nested]
+worker_nodes_subnets = %(subnet)s
+[oslo_concurrency]
+lock_path = /run/kuryr-locks
+'''
+
+
+class Neutron:
+    """Neutron with the network of the LAN.
+
+    :param machine: the machine that it runs on
+    :param kept: where ``tests/cluster/programs`` has put it
+    """
+
+    def __init__(self, machine: machines.Machine, kept: str) -> None:
+        self._machine = machine
+        self._kept = kept
+        self._bin = os.path.join(kept, 'neutron/bin')
+        self.network = self.subnet = self.group = ''
+        self.database = machine.add(
+            'mariadb', ['mariadbd', '--no-defaults', '--user=root',
+                        '--datadir=' + DATABASE, '--skip-networking',
+                        '--skip-grant-tables', '--socket=' + SOCKET,
+                        '--pid-file=/run/mariadb.pid'],
+            is_ready=lambda: machine.run(
+                'mariadb-admin', '--no-defaults', '--socket=' + SOCKET,
+                'ping', check=False).returncode == 0)
+        self.server = machine.add(
+            'neutron', [self._bin + '/python', '-c', SERVER % (
+                lab.LAN, PORT)],
+            environ={'PYTHONPATH': '/opt/neutron-driver',
+                     'OS_NEUTRON_CONFIG_FILES': '/etc/neutron.conf',
+                     'OS_NEUTRON_CONFIG_DIR': '/etc'},
+            is_ready=self._answers)
+
+    def start(self) -> None:
+        """Start it; when it serves, the LAN is a network of it."""
+        self._machine.write('/etc/neutron.conf', CONF % {
+            'socket': SOCKET, 'paste': os.path.join(
+                self._kept, 'neutron/etc/neutron/api-paste.ini')})
+        self._machine.write('/opt/neutron-driver/binds_all.py', DRIVER)
+        for name, text in (('entry_points.txt', ENTRY_POINT),
+                           ('METADATA', 'Metadata-Version: 2.1\n'
+                            'Name: binds-all\nVersion: 1\n')):
+            self._machine.write(
+                '/opt/neutron-driver/binds_all-1.dist-info/' + name, text)
+        self._make_database()
+        self.server.start()
+        if not self.network:
+            self._make_network()
+
+    def _make_database(self) -> None:
+        """Start MariaDB with Neutron's tables, which are made once."""
+        directory = self._machine.path(DATABASE)
+        made = os.path.join(self._kept, 'database')
+        if os.path.isdir(made) and not os.path.isdir(directory):
+            shutil.copytree(made, directory)
+        if os.path.isdir(directory):
+            self.database.start()
+            return
+        os.makedirs(directory)
+        self._machine.run('mariadb-install-db', '--no-defaults',
+                          '--user=root', '--datadir=' + DATABASE,
+                          '--auth-root-authentication-method=normal')
+        self.database.start()
+        self._machine.run('mariadb', '--no-defaults', '--socket=' + SOCKET,
+                          '--execute=CREATE DATABASE neutron')
+        self._machine.run(self._bin + '/neutron-db-manage', '--config-file',
+                          '/etc/neutron.conf', 'upgrade', 'heads')
+        self.database.terminate()
+        shutil.rmtree(made + '.new', ignore_errors=True)
+        shutil.copytree(directory, made + '.new')
+        os.rename(made + '.new', made)
+        self.database.start()
+
+    def _make_network(self) -> None:
+        self.network = self.create(
+            'network', {'name': 'lan', 'project_id': PROJECT,
+                        'provider:network_type': 'flat',
+                        'provider:physical_network': 'lan'})['id']
+        self.subnet = self.create(
+            'subnet', {'name': 'lan', 'network_id': self.network,
+                       'project_id': PROJECT, 'ip_version': 4,
+                       'cidr': '100.75.30.0/24', 'gateway_ip': lab.LAN,
+                       'enable_dhcp': False, 'allocation_pools': [
+                           {'start': '100.75.30.100',
+                            'end': '100.75.30.250'}]})['id']
+        self.group = next(
+            each['id'] for each in self.items('security-groups')
+            if each['project_id'] == PROJECT)
+
+    def _answers(self) -> bool:
+        try:
+            return self._call('GET', 'networks').ok
+        except requests.ConnectionError:
+            return False
+
+    def _call(self, method: str, path: str,
+              body: Optional[Any] = None) -> requests.Response:
+        return requests.request(
+            method, '%s/v2.0/%s' % (URL, path), json=body, timeout=60,
+            headers={'X-Project-Id': PROJECT, 'X-Roles': 'admin'})
+
+    def _checked(self, method: str, path: str,
+                 body: Optional[Any] = None) -> Any:
+        answer = self._call(method, path, body)
+        assert answer.ok, '%s %s: %d %s' % (method, path, answer.status_code,
+                                            answer.text)
+        return answer.json() if answer.text else None
+
+    def create(self, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = self._checked(
+            'POST', kind + 's', {kind: fields})[kind]
+        return found
+
+    def update(self, kind: str, uid: str, **fields: Any) -> None:
+        self._checked('PUT', '%ss/%s' % (kind, uid), {kind: fields})
+
+    def delete(self, kind: str, uid: str) -> None:
+        self._checked('DELETE', '%ss/%s' % (kind, uid))
+
+    def items(self, kinds: str) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self._checked('GET', kinds)[
+            kinds.replace('-', '_')]
+        return found
+
+    def add_node(self, name: str, address: str, mac: str) -> str:
+        """Give Neutron the port of a node; its id."""
+        found: str = self.create('port', {
+            'name': name, 'network_id': self.network, 'project_id': PROJECT,
+            'mac_address': mac, 'admin_state_up': True, 'fixed_ips': [
+                {'subnet_id': self.subnet, 'ip_address': address}],
+            'device_owner': 'compute:nova', 'binding:host_id': name})['id']
+        return found
+
+    def pools(self) -> list[dict[str, str]]:
+        """Return the ranges of addresses that pods get theirs from."""
+        found: list[dict[str, str]] = self._checked(
+            'GET', 'subnets/' + self.subnet)['subnet']['allocation_pools']
+        return found
+
+    def set_pools(self, pools: list[dict[str, str]]) -> None:
+        self.update('subnet', self.subnet, allocation_pools=pools)
+
+    def pods(self) -> dict[str, dict[str, Any]]:
+        """The ports that Kuryr has made, by their IPv4 address."""
+        return {each['fixed_ips'][0]['ip_address']: each
+                for each in self.items('ports')
+                if each['device_owner'] == 'compute:kuryr'}
+
+    def pairs(self, port: str) -> dict[str, str]:
+        """The allowed address pairs of a port: MAC address by address."""
+        found = self._checked('GET', 'ports/' + port)['port']
+        return {each['ip_address']: each['mac_address']
+                for each in found['allowed_address_pairs']}
+
+
+class Controller:
+    """kuryr-controller.
+
+    :param driver: [kubernetes] pod_vif_driver
+    """
+
+    def __init__(self, machine: machines.Machine, neutron: Neutron,
+                 api: str, token: str, program: str, driver: str) -> None:
+        self._machine = machine
+        self._neutron = neutron
+        self._fields = {'api': api, 'driver': driver, 'neutron': URL,
+                        'project': PROJECT}
+        self._token = token
+        self.program = machine.add(
+            'kuryr-controller', [program, '--config-file',
+                                 '/etc/kuryr/kuryr.conf'], is_family=True,
+            is_ready=self._answers)
+
+    def start(self) -> None:
+        self._machine.write('/etc/kuryr/token', self._token)
+        self._machine.write('/etc/kuryr/kuryr.conf', CONTROLLER_CONF % {
+            **self._fields, 'subnet': self._neutron.subnet,
+            'group': self._neutron.group})
+        self.program.start()
+
+    @staticmethod
+    def _answers() -> bool:
+        try:
+            return requests.get('http://127.0.0.1:8082/alive',
+                                timeout=5).ok
+        except requests.RequestException:
+            return False
