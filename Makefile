@@ -129,13 +129,25 @@ endif
 
 # A whole Kubernetes cluster with Kuryr and Neutron, as root on Debian 12. The
 # first run builds Kubernetes, which takes some minutes.
-.PHONY: cluster cluster-test cluster-programs
+.PHONY: cluster cluster-test cluster-core cluster-releases \
+        cluster-programs
 cluster: cluster-programs
 	tests/in-root-lab $(BIN)/python -W ignore -m tests.cluster.demo
 
 # All of it takes half an hour; a part: make cluster-test TESTS=test_faults
 cluster-test: cluster-programs
 	tests/in-root-lab $(BIN)/python -W ignore -m tests.cluster $(TESTS)
+
+# As many of them as CI has time for.
+cluster-core: cluster-programs
+	tests/in-root-lab $(BIN)/python -W ignore -m tests.cluster --core
+
+# Burst, deletion and probes with other releases of Kuryr.
+RELEASES ?= 6.0.1:3.11 8.0.0:3.11 10.0.0:3.11
+cluster-releases: cluster-programs
+	KURYR_SOURCES='$(abspath $(VENV)/kuryr-sources)' \
+	    RUN='tests/in-root-lab python -W ignore -m tests.cluster --releases' \
+	    tests/compat $(RELEASES)
 
 cluster-programs:
 	@tests/cluster/programs --check

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from typing import Any
 import unittest
 
 from tests import parallel
@@ -22,20 +23,40 @@ CORE = (
     'test_restarts.TestRestarts.test_kuryr_daemon',
     'test_faults.TestReboot')
 
+#: The tests of each release of Kuryr.
+RELEASES = (
+    'test_workloads.TestDeployment', 'test_faults.TestBreak0.test_deleted',
+    'test_restarts.TestRestarts.test_kuryr_daemon')
+
+
+class Result(unittest.TextTestResult):
+    """Prints a failure when it happens: the tests take long."""
+
+    def addFailure(self, test: unittest.TestCase, err: Any) -> None:
+        super().addFailure(test, err)
+        print(self.failures[-1][1], flush=True)
+
+    def addError(self, test: unittest.TestCase, err: Any) -> None:
+        super().addError(test, err)
+        print(self.errors[-1][1], flush=True)
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--core', action='store_true',
                         help='run the tests that CI runs')
+    parser.add_argument('--releases', action='store_true',
+                        help='run the tests of each release of Kuryr')
     parser.add_argument('patterns', nargs='*', metavar='PATTERN')
     args = parser.parse_args()
-    patterns = [*args.patterns, *(CORE if args.core else ())]
+    patterns = [*args.patterns, *(CORE if args.core else ()),
+                *(RELEASES if args.releases else ())]
     suite = unittest.TestSuite(
         test for test in parallel.tests(unittest.defaultTestLoader.discover(
             'tests/cluster', top_level_dir='.'))
         if any(re.search(each, test.id()) for each in patterns or ['']))
     result = unittest.TextTestRunner(
-        stream=sys.stdout, verbosity=2).run(suite)
+        stream=sys.stdout, verbosity=2, resultclass=Result).run(suite)
     failed = len(result.failures) + len(result.errors)
     print('%d passed, %d failed' % (
         result.testsRun - failed - len(result.skipped), failed))

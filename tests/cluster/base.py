@@ -52,6 +52,9 @@ class ClusterTestCase(unittest.TestCase):
         self.addCleanup(self._delete_all)
 
     def tearDown(self) -> None:
+        outcome: Any = self._outcome  # type: ignore[attr-defined]
+        if not outcome.success:
+            return
         self.until(self._is_settled, lambda: '\n'.join(
             self.cluster.leftovers() + [self.cluster.report()]))
         if not self.restarts_containers:
@@ -111,7 +114,7 @@ class ClusterTestCase(unittest.TestCase):
         def get() -> None:
             with contextlib.suppress(requests.RequestException):
                 answers.append(requests.get('http://%s:%d/' % (host, port),
-                                            timeout=2).text.strip())
+                                            timeout=10).text.strip())
 
         lab.Lab.in_netns(get, netns or None)
         return answers[0] if answers else None
@@ -123,11 +126,11 @@ class ClusterTestCase(unittest.TestCase):
                   **{pod['metadata']['name']: self.netns_of(pod)
                      for pod in pods}}
         for pod in pods:
-            for name, netns in places.items():
-                self.assertEqual(
-                    pod['metadata']['name'],
-                    self.fetch(clusters.address(pod), netns),
-                    'from %s to %s' % (name, clusters.address(pod)))
+            for address in clusters.addresses(pod):
+                for name, netns in places.items():
+                    self.assertEqual(pod['metadata']['name'],
+                                     self.fetch(address, netns),
+                                     'from %s to %s' % (name, address))
 
     def deploy(self, name: str, replicas: int,
                node: Optional[nodes.Node] = None, **spec: Any

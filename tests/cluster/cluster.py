@@ -45,10 +45,12 @@ class Cluster:
     :param logs: where the logs of all programs are written
     :param parent: the name of the NIC of each node
     :param driver: [kubernetes] pod_vif_driver of kuryr-controller
+    :param is_dual: whether pods have an IPv6 address too
     """
 
     def __init__(self, size: int, logs: str, parent: str = 'eth0',
-                 driver: str = DRIVER) -> None:
+                 driver: str = DRIVER, is_dual: bool = True) -> None:
+        self._is_dual = is_dual
         self._parent = parent
         self.kept = kept_programs()
         self.logs = logs
@@ -86,7 +88,8 @@ class Cluster:
         self.control = machines.Machine('control', directory, is_on_lan=True)
         stack.callback(self.control.halt)
         self.control.boot()
-        sources = os.path.join(sysconfig.get_path('data'), 'kuryr-sources')
+        sources = os.environ.get('KURYR_SOURCES', os.path.join(
+            sysconfig.get_path('data'), 'kuryr-sources'))
         crds = next(each.path for each in os.scandir(sources)
                     if each.is_dir()) + '/kubernetes_crds/kuryr_crds'
         self.plane = kubernetes.ControlPlane(
@@ -94,7 +97,7 @@ class Cluster:
         self.neutron = openstack.Neutron(self.control, self.kept)
         self.controller = openstack.Controller(
             self.control, self.neutron, kubernetes.URL, kubernetes.TOKEN,
-            BIN + '/kuryr-k8s-controller', self._driver)
+            BIN + '/kuryr-k8s-controller', self._driver, self._is_dual)
         image = images.saved(directory, 'docker.io/' + IMAGE, '/bin/sh', '-c',
                              'exec sleep 100000')
         self.nodes = [nodes.Node(number, directory, self.kept, image, BIN,
@@ -112,7 +115,7 @@ class Cluster:
     @staticmethod
     def _make_lan() -> None:
         for command in (
-                'link set lo up', 'link add lan type bridge',
+                'link set lo up', 'link add lan type bridge mcast_snooping 0',
                 'link set lan up', 'address add %s/24 dev lan' % lab.LAN,
                 'address add %s/64 dev lan nodad' % lab.LAN6):
             _run('ip', *command.split())
@@ -164,10 +167,10 @@ class Cluster:
         Routes, neighbours, entries of the guard and records of each node, and
         ports and address pairs of Neutron, are compared with the pods.
         """
-        pods = {(pod['spec']['nodeName'], address['ip'])
+        pods = {(pod['spec']['nodeName'], address)
                 for pod in kubernetes.items('pods')
                 if not pod['spec'].get('hostNetwork')
-                for address in pod['status'].get('podIPs', ())}
+                for address in addresses(pod)}
         found: list[str] = []
 
         def compare(name: str, has: set[str], wanted: set[str]) -> None:
@@ -176,10 +179,10 @@ class Cluster:
             found.extend('%s missing: %s' % (name, each)
                          for each in sorted(wanted - has))
 
-        addresses = {address for _, address in pods}
+        bound = {address for _, address in pods}
         compare('Neutron port', {
             fixed['ip_address'] for port in self.neutron.pods().values()
-            for fixed in port['fixed_ips']}, addresses)
+            for fixed in port['fixed_ips']}, bound)
         for node in self.nodes:
             own = {address for name, address in pods if name == node.name}
             compare('address pair of ' + node.name, set(
@@ -236,8 +239,14 @@ def restarts(pod: dict[str, Any]) -> int:
 
 
 def address(pod: dict[str, Any]) -> str:
+    """Return the IPv4 address of a pod."""
     found: str = pod['status']['podIP']
     return found
+
+
+def addresses(pod: dict[str, Any]) -> set[str]:
+    """Return all addresses that a pod has by now."""
+    return {each['ip'] for each in pod['status'].get('podIPs', ())}
 
 
 def _at_once(*calls: Callable[[], None]) -> None:

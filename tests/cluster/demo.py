@@ -168,7 +168,7 @@ def main() -> int:
     began = time.monotonic()
     # Kuryr alone would delete an eth0 of the node together with that of a pod,
     # if it is a virtual one as here.
-    with clusters.running(2, parent='ens3') as cluster:
+    with clusters.running(2, parent='ens3', is_dual=False) as cluster:
         print('It runs after %d s.' % (time.monotonic() - began), flush=True)
         wrong = Demo(cluster).run()
     if wrong:

@@ -72,6 +72,7 @@ class ControlPlane:
             '--token-auth-file=/etc/kubernetes/tokens',
             '--authorization-mode=RBAC', '--allow-privileged=true',
             '--service-cluster-ip-range=' + SERVICES,
+            '--feature-gates=IPv6DualStack=true',
             '--service-account-issuer=' + URL,
             '--service-account-key-file=%s/accounts.key' % _CERTIFICATES,
             '--service-account-signing-key-file=%s/accounts.key'

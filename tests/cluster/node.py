@@ -89,7 +89,8 @@ class Node:
             '--node-status-update-frequency=2s',
             # As many as the cluster has addresses for.
             '--max-pods=200', '--kube-api-qps=50', '--kube-api-burst=100',
-            '--registry-qps=0', '--event-qps=50'],
+            '--feature-gates=IPv6DualStack=true', '--registry-qps=0',
+            '--event-qps=50'],
             is_ready=self._is_node_ready)
         self.proxy = add('kube-proxy', [
             kept + '/bin/kube-proxy',

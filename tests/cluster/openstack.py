@@ -76,6 +76,24 @@ ENTRY_POINT = '''\
 binds_all = binds_all:BindsAll
 '''
 
+#: Kuryr's own drivers know one subnet for a pod.
+SUBNETS_DRIVER = '''\
+from kuryr_kubernetes.controller.drivers import base
+from kuryr_kubernetes import utils
+from oslo_config import cfg
+
+
+class TwoSubnets(base.PodSubnetsDriver):
+
+    def get_subnets(self, pod, project_id):
+        return {each: utils.get_subnet(each) for each in
+                cfg.CONF.neutron_defaults.pod_subnet.split(',')}
+'''
+SUBNETS_ENTRY_POINT = '''\
+[kuryr_kubernetes.controller.drivers.pod_subnets]
+two = two_subnets:TwoSubnets
+'''
+
 CONTROLLER_CONF = '''\
 [DEFAULT]
 debug = true
@@ -86,13 +104,14 @@ token_file = /etc/kuryr/token
 ssl_verify_server_crt = false
 enabled_handlers = vif,kuryrport
 pod_vif_driver = %(driver)s
+pod_subnets_driver = %(subnets_driver)s
 vif_pool_driver = noop
 [neutron]
 auth_type = none
 endpoint = %(neutron)s
 [neutron_defaults]
 project = %(project)s
-pod_subnet = %(subnet)s
+pod_subnet = %(pod_subnets)s
 pod_security_groups = %(group)s
 service_subnet = %(subnet)s
 [pod_vif_nested]
@@ -113,7 +132,7 @@ class Neutron:
         self._machine = machine
         self._kept = kept
         self._bin = os.path.join(kept, 'neutron/bin')
-        self.network = self.subnet = self.group = ''
+        self.network = self.subnet = self.subnet6 = self.group = ''
         self.database = machine.add(
             'mariadb', ['mariadbd', '--no-defaults', '--user=root',
                         '--datadir=' + DATABASE, '--skip-networking',
@@ -135,12 +154,8 @@ class Neutron:
         self._machine.write('/etc/neutron.conf', CONF % {
             'socket': SOCKET, 'paste': os.path.join(
                 self._kept, 'neutron/etc/neutron/api-paste.ini')})
-        self._machine.write('/opt/neutron-driver/binds_all.py', DRIVER)
-        for name, text in (('entry_points.txt', ENTRY_POINT),
-                           ('METADATA', 'Metadata-Version: 2.1\n'
-                            'Name: binds-all\nVersion: 1\n')):
-            self._machine.write(
-                '/opt/neutron-driver/binds_all-1.dist-info/' + name, text)
+        _add_entry_point(self._machine, '/opt/neutron-driver/binds_all',
+                         DRIVER, ENTRY_POINT)
         self._make_database()
         self.server.start()
         if not self.network:
@@ -182,6 +197,13 @@ class Neutron:
                        'enable_dhcp': False, 'allocation_pools': [
                            {'start': '100.75.30.100',
                             'end': '100.75.30.250'}]})['id']
+        self.subnet6 = self.create(
+            'subnet', {'name': 'lan6', 'network_id': self.network,
+                       'project_id': PROJECT, 'ip_version': 6,
+                       'cidr': 'fd00:30::/64', 'gateway_ip': lab.LAN6,
+                       'enable_dhcp': False, 'allocation_pools': [
+                           {'start': 'fd00:30::1000',
+                            'end': 'fd00:30::ffff'}]})['id']
         self.group = next(
             each['id'] for each in self.items('security-groups')
             if each['project_id'] == PROJECT)
@@ -256,10 +278,13 @@ class Controller:
     """kuryr-controller.
 
     :param driver: [kubernetes] pod_vif_driver
+    :param is_dual: whether pods have an address of each family
     """
 
     def __init__(self, machine: machines.Machine, neutron: Neutron,
-                 api: str, token: str, program: str, driver: str) -> None:
+                 api: str, token: str, program: str, driver: str,
+                 is_dual: bool) -> None:
+        self._is_dual = is_dual
         self._machine = machine
         self._neutron = neutron
         self._fields = {'api': api, 'driver': driver, 'neutron': URL,
@@ -268,12 +293,19 @@ class Controller:
         self.program = machine.add(
             'kuryr-controller', [program, '--config-file',
                                  '/etc/kuryr/kuryr.conf'], is_family=True,
+            environ={'PYTHONPATH': '/opt/kuryr-driver'},
             is_ready=self._answers)
 
     def start(self) -> None:
+        subnet = self._neutron.subnet
+        _add_entry_point(self._machine, '/opt/kuryr-driver/two_subnets',
+                         SUBNETS_DRIVER, SUBNETS_ENTRY_POINT)
         self._machine.write('/etc/kuryr/token', self._token)
         self._machine.write('/etc/kuryr/kuryr.conf', CONTROLLER_CONF % {
-            **self._fields, 'subnet': self._neutron.subnet,
+            **self._fields, 'subnet': subnet, 'pod_subnets': ','.join(
+                [subnet, self._neutron.subnet6] if self._is_dual
+                else [subnet]),
+            'subnets_driver': 'two' if self._is_dual else 'default',
             'group': self._neutron.group})
         self.program.start()
 
@@ -284,3 +316,15 @@ class Controller:
                                 timeout=5).ok
         except requests.RequestException:
             return False
+
+
+def _add_entry_point(machine: machines.Machine, path: str, module: str,
+                     entry_point: str) -> None:
+    """Write a module with an entry point, as if it were installed.
+
+    :param path: of the module, without its suffix
+    """
+    machine.write(path + '.py', module)
+    machine.write(path + '-1.dist-info/entry_points.txt', entry_point)
+    machine.write(path + '-1.dist-info/METADATA', 'Metadata-Version: 2.1\n'
+                  'Name: %s\nVersion: 1\n' % os.path.basename(path))

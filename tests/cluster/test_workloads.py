@@ -19,10 +19,9 @@ class TestDeployment(base.ClusterTestCase):
 
     def test_many_pods_of_one_node_at_once(self) -> None:
         pods = self.deploy('web', MANY, self.first)
-        self.assertEqual({clusters.address(pod) for pod in pods},
+        self.assertEqual(set().union(*map(clusters.addresses, pods)),
                          self.first.routes())
         self.assertEqual(set(), self.second.routes())
-        self.assertEqual([], self.unhealthy())
         for pod in pods:
             self.assertEqual(pod['metadata']['name'], self.fetch(
                 clusters.address(pod), self.first.name))
@@ -38,7 +37,6 @@ class TestDeployment(base.ClusterTestCase):
         self.until(lambda: len(self.cluster.ready('web')) == 6
                    and not old & set(kubernetes.names('pods')))
         self.assert_all_reach(self.cluster.pods('web'))
-        self.assertEqual([], self.unhealthy())
 
     def test_deletion_by_force(self) -> None:
         self.deploy('web', MANY // 2, self.first)
@@ -56,9 +54,9 @@ class TestTwoNodes(base.ClusterTestCase):
                 + self.deploy('second', 2, self.second))
         self.assert_all_reach(pods)
         for node in self.cluster.nodes:
-            self.assertEqual({clusters.address(pod) for pod in pods
-                              if pod['spec']['nodeName'] == node.name},
-                             node.routes())
+            self.assertEqual(set().union(*(
+                clusters.addresses(pod) for pod in pods
+                if pod['spec']['nodeName'] == node.name)), node.routes())
 
     def test_an_address_moves_to_the_other_node(self) -> None:
         """A pod is deleted on one node, and its address comes up on another.
@@ -80,7 +78,7 @@ class TestTwoNodes(base.ClusterTestCase):
         for place in ('', self.first.name, self.second.name):
             self.assertEqual(after['metadata']['name'],
                              self.fetch(address, place), place)
-        self.assertEqual((set(), {address}),
+        self.assertEqual((set(), clusters.addresses(after)),
                          (self.first.routes(), self.second.routes()))
 
 
@@ -201,10 +199,10 @@ class TestCrash(base.ClusterTestCase):
 
         self.until(lambda: self.cluster.pods('pair') and self.cluster.pods(
             'pair')[0]['status'].get('podIP'))
-        address = clusters.address(self.cluster.pods('pair')[0])
-        self.until(lambda: self.fetch(address, self.first.name))
+        pod, = self.cluster.pods('pair')
+        self.until(lambda: self.fetch(clusters.address(pod), self.first.name))
         with self.watched(self.cluster.pods('pair')):
             self.until(crashed)
-        self.assertEqual({address}, self.first.routes())
+        self.assertEqual(clusters.addresses(pod), self.first.routes())
         kubernetes.delete('deployments', 'pair')
         self.until(lambda: not self.cluster.pods('pair'))
