@@ -205,14 +205,16 @@ def deployment(name: str, replicas: int, node: Optional[str] = None,
 
 
 def template(name: str, node: Optional[str] = None, *,
-             period: int = 2, **spec: Any) -> dict[str, Any]:
+             period: int = 2, timeout: int = 1,
+             **spec: Any) -> dict[str, Any]:
     """Return the template of a pod that answers HTTP on port 80.
 
     :param node: the node to run on; any by default
     :param period: seconds between two probes of each kind
+    :param timeout: seconds for which a probe waits for its answer
     """
     probe = {'httpGet': {'path': '/', 'port': 80}, 'periodSeconds': period,
-             'timeoutSeconds': 1}
+             'timeoutSeconds': timeout}
     return {'metadata': {'labels': {'app': name}}, 'spec': {
         **({'nodeSelector': {'kubernetes.io/hostname': node}}
            if node else {}),
@@ -221,7 +223,7 @@ def template(name: str, node: Optional[str] = None, *,
         'containers': [{
             'name': 'web', 'image': IMAGE, 'imagePullPolicy': 'Never',
             'command': ['sh', '-c', 'mkdir /www; hostname >/www/index.html; '
-                        'exec httpd -f -p 80 -h /www'],
+                        'exec httpd -f -p [::]:80 -h /www'],
             'readinessProbe': probe,
             'livenessProbe': {**probe, 'failureThreshold': 3}}],
         **spec}}
