@@ -15,6 +15,7 @@ from oslo_config import cfg
 from kuryr_break0.cli import common
 from kuryr_break0.cli import output
 from kuryr_break0.cli import parser
+from kuryr_break0 import cni
 from kuryr_break0.cni import plugin
 from kuryr_break0.cni import request
 from kuryr_break0 import config
@@ -38,8 +39,8 @@ status: 0 if done, 2 if not.
 """
 _INSTALL_EPILOG = """\
 example:
-  kuryr-break0 cni-install --bin-dir /opt/cni/bin
-"""
+  kuryr-break0 cni-install --bin-dir %s
+""" % cni.PLUGIN_DIRS[0]
 #: Where "make cni" leaves the shim, in a clone that has its source.
 _BUILT, _SOURCE = 'build/cni/' + PLUGIN, 'kuryr_break0/cni/shim.c'
 #: Where "make install" and an image have it.

@@ -6,3 +6,7 @@
 in the agent, which the shim in C asks by its socket, or in a process of its
 own. Source of all of it: the CNI specification, 0.3.1 to 1.1.0.
 """
+
+#: The directories in which runtimes find plugins: the usual one, then those of
+#: the packages of Debian and of Fedora.
+PLUGIN_DIRS = ('/opt/cni/bin', '/usr/lib/cni', '/usr/libexec/cni')

@@ -118,6 +118,7 @@ def _examined(conf: cfg.ConfigOpts, check: Callable[
     done, host = Examination(), Host.of(conf)
     done.findings += installation.check()
     done.findings += installation.check_daemon()
+    done.findings += installation.check_plugin()
     unknown = config.unknown(conf)
     if unknown:
         done.findings.append(KINDS['option-unknown'].found(

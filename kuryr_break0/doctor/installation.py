@@ -12,13 +12,15 @@ import contextlib
 import importlib.metadata
 import os
 import re
+import stat
 import sys
 import time
-from typing import Iterator
+from typing import Iterator, Optional
 import warnings
 
 from packaging import requirements
 
+from kuryr_break0 import cni
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.findings import KINDS
 
@@ -36,6 +38,14 @@ _ENTRY_POINTS = (('kuryr_kubernetes.cni.binding', 'VIFMacvlanBreak0',
 #: where the setproctitle that it needs for that is not there.
 _TITLES = (re.compile(r'kuryr-daemon: master process \[(/\S*)'),
            re.compile(r'\S*python[0-9.]*\0(/\S*/kuryr-daemon)\0'))
+#: Kuryr's CNI plugin: pip installs one in Python, Kuryr's image has one in Go.
+_PLUGIN = 'kuryr-cni'
+#: A script that is in Python, enters an environment of it, or starts it
+_PYTHON = re.compile('python|kuryr_kubernetes', re.IGNORECASE)
+_COMMENT = re.compile(r'\n\s*#.*')
+_PATH = re.compile(r'(?<![\w.])/[\w./+@-]+')
+#: Bytes of a script that are read, and scripts that start one another
+_SCRIPT_SIZE, _SCRIPTS = 2 ** 16, 16
 
 
 def check() -> Iterator[Finding]:
@@ -183,3 +193,49 @@ def _installed_at() -> float:
             if file.name == 'RECORD':
                 return os.stat(str(distribution.locate_file(file))).st_mtime
     return 0
+
+
+def check_plugin() -> Iterator[Finding]:
+    """Report Kuryr's CNI plugin in Python, which pip installs."""
+    found = {path: program for path, program in (
+        (path, _python_of(path)) for path in (
+            os.path.join(directory, _PLUGIN)
+            for directory in cni.PLUGIN_DIRS)) if program is not None}
+    if found:
+        path, program = next(iter(found.items()))
+        yield KINDS['plugin-slow'].found(
+            '%s runs Python%s' % (path, ', by %s' % program
+                                  if program != path else ''), list(found))
+
+
+def _python_of(path: str) -> Optional[str]:
+    """Return the script by which a program runs Python.
+
+    :returns: the path without links of the program itself, or of a script
+        that it names; None if there is none, or if a file cannot be read
+    """
+    paths = [path]
+    for each in paths:  # the list grows meanwhile
+        script = _script(each)
+        if _PYTHON.search(script):
+            return os.path.realpath(each)
+        named = [one for one in _PATH.findall(script) if one not in paths]
+        paths += named[:max(0, _SCRIPTS - len(paths))]
+    return None
+
+
+def _script(path: str) -> str:
+    """Return the beginning of a script without comments; empty if it is none.
+
+    A pipe or a device must neither hold up this process nor be read.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return ''
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, 'rb') as file:
+            data = file.read(_SCRIPT_SIZE)
+    except OSError:
+        return ''
+    return '' if data.startswith(b'\x7fELF') else _COMMENT.sub(
+        '\n', os.fsdecode(data))

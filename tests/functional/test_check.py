@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 from kuryr_break0 import kernel
+from tests.functional.cni import base as cni_base
 from tests.functional.test_bind import add_unfit
 from tests.functional.test_bind import UNFIT
 from tests.functional.test_cli import CLITestCase
+from tests.functional.test_cli import PROGRAM
 from tests import lab
 
 
@@ -92,6 +95,16 @@ class TestCheck(CLITestCase):
         found = self.check('--parent', lab.PARENT, code=1,
                            OS_BREAK0__PROC_DIRS='/run')
         self.assertEqual('warning', found['namespaces-unseen'][0])
+
+    def test_the_slow_plugin_of_kuryr(self) -> None:
+        self.lab.run('mount', '-t', 'tmpfs', 'plugins', cni_base.PLUGINS)
+        self.addCleanup(self.lab.run, 'umount', cni_base.PLUGINS)
+        path = os.path.join(cni_base.PLUGINS, 'kuryr-cni')
+        os.symlink(os.path.join(os.path.dirname(PROGRAM), 'kuryr-cni'), path)
+        self.assert_found('plugin-slow', 'note', path)
+        os.unlink(path)
+        shutil.copy('/bin/true', path)
+        self.assert_fine()
 
     def test_a_kernel_that_guards_nothing_that_leaves(self) -> None:
         # With a program that says what nft says on Linux 5.10.

@@ -5,12 +5,17 @@ from __future__ import annotations
 import glob
 import os
 import re
+import socket
+import tempfile
+from typing import Optional
 import unittest
 from unittest import mock
 
 from kuryr_break0.cli import output
+from kuryr_break0 import cni
 from kuryr_break0.doctor import findings
 from kuryr_break0.doctor import firewall
+from kuryr_break0.doctor import installation
 from kuryr_break0.doctor import report
 
 PAGE = os.path.join(os.path.dirname(__file__),
@@ -123,3 +128,128 @@ class TestCounters(unittest.TestCase):
                  'nft insert rule inet mine in iifname break0 accept')):
             self.assertEqual(command, firewall.accept(table, chain, 'break0',
                                                       True))
+
+
+class TestKuryrsPlugin(unittest.TestCase):
+    """Files that may be in the place of Kuryr's CNI plugin."""
+
+    #: As pip writes it
+    PIP = ('#!%s\n# -*- coding: utf-8 -*-\nimport re\nimport sys\n'
+           'from kuryr_kubernetes.cmd.cni import run\n')
+    #: As pip does where the path is too long for the kernel
+    LONG = "/bin/sh\n'''exec' /long/python \"$0\" \"$@\"\n' '''"
+    PYTHON = PIP % '/opt/kuryr/bin/python'
+
+    def setUp(self) -> None:
+        super().setUp()
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.dir = directory.name
+        self.path = os.path.join(self.dir, 'kuryr-cni')
+        patched = mock.patch.object(cni, 'PLUGIN_DIRS', (
+            self.dir, '/nonexistent'))
+        patched.start()
+        self.addCleanup(patched.stop)
+
+    def write(self, text: str, name: str = 'kuryr-cni') -> str:
+        path = os.path.join(self.dir, name)
+        with open(path, 'w') as file:
+            file.write(text)
+        return path
+
+    def assert_python(self, program: Optional[str] = None) -> None:
+        found, = installation.check_plugin()
+        self.assertEqual(('plugin-slow', findings.NOTE, (self.path,)),
+                         (found.id, found.severity, found.subjects))
+        for each in (self.path, program or self.path):
+            self.assertIn(each, found.seen)
+
+    def assert_none(self) -> None:
+        self.assertEqual([], list(installation.check_plugin()))
+
+    def test_a_script_of_pip(self) -> None:
+        for interpreter in ('/opt/kuryr/bin/python3', self.LONG,
+                            '/usr/bin/env python3', '/usr/bin/pypy3'):
+            self.write(self.PIP % interpreter)
+            self.assert_python()
+
+    def test_a_link(self) -> None:
+        other = self.write(self.PYTHON, 'kuryr-cni-py')
+        os.symlink(other, self.path)
+        self.assert_python(other)
+
+    def test_wrappers(self) -> None:
+        program = self.write(self.PYTHON, 'program')
+        activate = self.write('# Of a venv\nunset PYTHONHOME\n', 'activate')
+        inner = self.write('#!/bin/sh\nexec %s\n' % program, 'inner')
+        for text, named in (
+                ('exec %s "$@"' % program, program),
+                ("# a comment\n\nPATH=/bin '%s' \"$@\"" % program, program),
+                ('. %s; exec kuryr-cni "$@"' % activate, activate),
+                ('exec /opt/kuryr/bin/python -m kuryr', self.path),
+                ('exec %s "$@"' % inner, program)):
+            self.write('#!/bin/sh\n%s\n' % text)
+            self.assert_python(named)
+
+    def test_wrappers_of_another_program(self) -> None:
+        # Each of them names each of them.
+        other = os.path.join(self.dir, 'other')
+        for name in ('kuryr-cni', 'other'):
+            self.write('#!/bin/sh\n  # not the Python one\nexec %s %s\n'
+                       % (self.path, other), name)
+        self.assert_none()
+        self.write('#!/bin/sh\n' + ''.join(
+            'exec %s\n' % self.write('#!/bin/sh\n', str(number))
+            for number in range(100)))
+        self.assert_none()
+
+    def test_a_program_of_the_machine(self) -> None:
+        with open(self.path, 'wb') as file:
+            file.write(b'\x7fELF\0 python kuryr_kubernetes /usr/bin/python3')
+        self.assert_none()
+
+    def test_a_huge_file(self) -> None:
+        self.write(self.PYTHON)
+        os.truncate(self.path, 2 ** 40)
+        self.assert_python()
+        with open(self.path, 'wb') as file:
+            file.truncate(2 ** 40)
+        self.assert_none()
+
+    def test_files_that_are_no_program(self) -> None:
+        self.assert_none()  # missing
+        for target in ('/nonexistent/kuryr-cni', self.path, '/dev/zero'):
+            os.symlink(target, self.path)
+            self.assert_none()
+            os.unlink(self.path)
+        os.mkdir(self.path)
+        self.assert_none()
+        os.rmdir(self.path)
+        os.mkfifo(self.path)
+        self.assert_none()
+        os.unlink(self.path)
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(self.path)
+            self.assert_none()
+        os.unlink(self.path)
+        os.mkfifo(os.path.join(self.dir, 'pipe'))
+        for data in (b'', b'#!\xff\0/\xff\n/\0/\xfe', os.fsencode(
+                '#!/bin/sh\nexec %s/pipe %s\n' % (self.dir, self.dir))):
+            with open(self.path, 'wb') as file:
+                file.write(data)
+            self.assert_none()
+
+    def test_a_file_that_cannot_be_read(self) -> None:
+        self.write(self.PYTHON)
+        for error in (PermissionError, FileNotFoundError):
+            with mock.patch.object(os, 'open', side_effect=error):
+                self.assert_none()
+
+    def test_directories_with_one_each(self) -> None:
+        self.write(self.PYTHON)
+        other = os.path.join(self.dir, 'other')
+        os.mkdir(other)
+        self.write(self.PYTHON, 'other/kuryr-cni')
+        with mock.patch.object(cni, 'PLUGIN_DIRS', (self.dir, other)):
+            found, = installation.check_plugin()
+        self.assertEqual((self.path, other + '/kuryr-cni'), found.subjects)

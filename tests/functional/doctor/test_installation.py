@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 
+from tests.functional.cni import base as cni_base
 from tests.functional.doctor.base import DoctorTestCase
 from tests.functional.doctor.base import PROGRAM
 
@@ -132,3 +134,18 @@ class TestInstallation(DoctorTestCase):
             [(each['id'], each['subjects']) for each in found])
         self.assertIn('allowed_cidr in /run/kuryr.conf is no option: did you '
                       'mean allowed_cidrs?', found[0]['seen'])
+
+
+class TestKuryrsPlugin(DoctorTestCase):
+
+    def test_the_slow_one(self) -> None:
+        self.lab.run('mount', '-t', 'tmpfs', 'plugins', cni_base.PLUGINS)
+        self.addCleanup(self.lab.run, 'umount', cni_base.PLUGINS)
+        path = os.path.join(cni_base.PLUGINS, 'kuryr-cni')
+        program = os.path.join(os.path.dirname(PROGRAM), 'kuryr-cni')
+        with open(path, 'w') as file:
+            file.write('#!/bin/sh\nexec %s "$@"\n' % program)
+        self.assert_found('plugin-slow', program, path, severity='note')
+        self.call()  # a note does not change its exit status
+        shutil.copy('/bin/true', path)
+        self.assertEqual({}, self.findings())
