@@ -10,17 +10,16 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable
 import unittest
 
 from tests.engines import base
 from tests.engines import runners
 from tests import firewalls
 from tests import images
+from tests import pages
 
-PAGE = (pathlib.Path(__file__).parents[2]
-        / 'doc/source/install/recipes.rst').read_text()
+PAGE = 'install/recipes.rst'
 NODE = '192.168.1.10'
 NAME_SERVER = ('dnsmasq', '--user=root', '--keep-in-foreground',
                '--no-resolv', '--no-hosts',
@@ -40,26 +39,6 @@ HOSTS = {'other': 'lan', 'phone': 'phone'}
 #: What is another one each time.
 _VARIES = re.compile(r'([0-9a-f]{2}:){5}[0-9a-f]{2}|\d+\.\d{3}(?!\.\d)|'
                      r'\d+(?=ms)|ref \d|used \S+|(?<=/proc/)\d+')
-
-
-class Step(NamedTuple):
-    """A command of the page, where it is run, and what it prints."""
-
-    host: str
-    command: str
-    output: str
-
-
-def steps(title: str) -> Iterator[Step]:
-    """Return the commands of a section, in the order of the page."""
-    section = re.split(r'\n(.+)\n==+\n', PAGE)
-    text = section[section.index(title) + 1]
-    for block in re.findall(r'code-block:: console\n\n((?:   .*\n|\n)+)',
-                            text):
-        for host, command, output in re.findall(
-                r'(?m)^(\w*)[#$] ((?:.*\\\n)*.*)\n((?:(?!\w*[#$] ).*\n)*)',
-                textwrap.dedent(block)):
-            yield Step(host, command, output.strip('\n'))
 
 
 @unittest.skipUnless(os.path.exists(PROGRAM), 'needs tests/without-kuryr')
@@ -119,7 +98,7 @@ class TestRecipes(base.EngineTestCase):
 
     def follow(self, title: str) -> None:
         """Do what a section says, and compare what it prints."""
-        found = list(steps(title))
+        found = list(pages.steps(PAGE, title))
         self.assertTrue(found)
         for step in found:
             shown = re.fullmatch(r'(?:cat|grep \S+) (\S+)', step.command)
@@ -145,7 +124,7 @@ class TestRecipes(base.EngineTestCase):
             path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + '\n' + self.more.get(name, ''))
 
-    def run_step(self, step: Step) -> None:
+    def run_step(self, step: pages.Step) -> None:
         command = step.command
         if shutil.which('docker-compose'):  # the command of Debian 12
             command = command.replace('docker compose', 'docker-compose')
