@@ -267,15 +267,26 @@ class Node:
 
     def add_pod(self, name: str, *addresses: str, vif: Any = None,
                 extra_vifs: Optional[dict[str, Any]] = None,
-                netns: Optional[str] = None) -> Pod:
-        """Create a pod, its KuryrPort and its sandbox's namespace."""
+                netns: Optional[str] = None, has_port: bool = True) -> Pod:
+        """Create a pod, its KuryrPort and its sandbox's namespace.
+
+        :param netns: path of a namespace that is there, or will be
+        :param has_port: whether it has its KuryrPort yet; see add_port()
+        """
         vifs = {'eth0': vif or macvlan_vif(*addresses), **(extra_vifs or {})}
         manifest = self.api.create('pods', kubeapi.pod(name, NODENAME))
+        pod = Pod(name, vifs, netns or self.lab.add_netns(name),
+                  manifest['metadata']['uid'])
+        if has_port:
+            self.add_port(pod)
+        return pod
+
+    def add_port(self, pod: Pod) -> None:
+        """Create the KuryrPort of a pod, as Kuryr's controller does."""
         self.api.create('kuryrports', kubeapi.kuryrport(
-            manifest, {ifname: each.obj_to_primitive()
-                       for ifname, each in vifs.items()}, NODENAME))
-        return Pod(name, vifs, netns or self.lab.add_netns(name),
-                   manifest['metadata']['uid'])
+            self.api.get('pods', 'default', pod.name),
+            {ifname: each.obj_to_primitive()
+             for ifname, each in pod.vifs.items()}, NODENAME))
 
     def delete_pod(self, pod: Pod) -> None:
         """Delete the KuryrPort and the pod from the API."""

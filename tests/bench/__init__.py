@@ -2,7 +2,8 @@
 
 """What a pod costs, what a repair costs, and what a packet costs.
 
-Run it as ``tests/in-lab python -W ignore -m tests.bench``. Progress goes to
+Run it as ``tests/in-lab python -W ignore -m tests.bench``, or as root of the
+machine, which some sections need, by ``tests/in-root-lab``. Progress goes to
 stderr, tables to stdout. A target that is missed is said, but is no failure,
 since the machine may be a busy one; a way that does not do what it says is.
 Each section is a module with a function of the type :data:`Measure`.
@@ -38,6 +39,10 @@ OTHER_SUBNET = ipaddress.ip_network('10.75.0.0/16')
 
 class Broken(Exception):
     """Something does not do what it says, so its time means nothing."""
+
+
+class LeftOut(Exception):
+    """A section cannot be measured here."""
 
 
 class Target(NamedTuple):

@@ -24,6 +24,7 @@ from tests.bench import hops
 from tests.bench import own
 from tests.bench import paths
 from tests.bench import pods
+from tests.bench import sandboxes
 from tests.bench import scale
 from tests.bench import soak
 from tests import lab
@@ -35,7 +36,8 @@ SECTIONS: dict[str, bench.Measure] = {
     'guarded': paths.guarded,
     'binding': binding.binding, 'single': binding.single,
     'scale': scale.scale,
-    'bursts': binding.bursts, 'cni': cni.adds}
+    'bursts': binding.bursts, 'cni': cni.adds,
+    'sandboxes': sandboxes.sandboxes}
 #: Those with numbers of pods, which --small divides by ten.
 SIZED: tuple[Any, ...] = (binding, bulk, hops, own, pods, scale)
 #: Run only where it is named, and alone; see --hours.
@@ -124,8 +126,11 @@ def main(argv: Optional[list[str]] = None) -> int:
         sections = {}
         for name in args.sections or SECTIONS:
             with contextlib.closing(lab.Lab()) as made:
-                sections[name] = SECTIONS[name](
-                    bench.Node(made), args.repeat)
+                try:
+                    sections[name] = SECTIONS[name](
+                        bench.Node(made), args.repeat)
+                except bench.LeftOut as err:
+                    bench.say('Left out: %s: %s' % (name, err))
         results = _report(sections, args.repeat)
         if args.json:
             with args.json:

@@ -319,11 +319,14 @@ state = "/run/containerd-state"
             request, timeout=lab.PATIENCE, wait_for_ready=True)
         return _fields(answer)
 
-    def run_sandbox(self, name: str) -> str:
-        """Have a sandbox; its id."""
-        metadata = (message(1, name) + message(2, 'uid-' + name)
-                    + message(3, 'shop'))
-        linux = message(1, '/break0-lab')
+    def run_sandbox(self, name: str, namespace: str = 'shop', uid: str = 'uid',
+                    linux: bytes = b'') -> str:
+        """Have a sandbox; its id.
+
+        :param linux: more fields of LinuxPodSandboxConfig
+        """
+        metadata = message(1, name) + message(2, uid) + message(3, namespace)
+        linux = message(1, '/break0-lab') + linux
         request = message(1, message(1, metadata) + message(8, linux))
         return self.test.again(
             lambda: self.call('RunPodSandbox', request)[1].decode())

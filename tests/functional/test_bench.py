@@ -19,3 +19,6 @@ class TestBench(unittest.TestCase):
         for text in ('ours', 'raw netlink socket', 'IPDB per operation',
                      'pod_binding = direct', 'ADDs at once', 'target'):
             self.assertIn(text, done.stdout)
+        # tests.engines.test_bench measures it.
+        self.assertIn('Left out: sandboxes: containerd needs root of the '
+                      'machine\n', done.stderr)
