@@ -22,6 +22,7 @@ HOST = '127.0.0.1'
 # plural: (path, apiVersion, kind)
 RESOURCES = {
     'pods': ('/api/v1', 'v1', 'Pod'),
+    'nodes': ('/api/v1', 'v1', 'Node'),  # in the namespace "default" here
     'events': ('/api/v1', 'v1', 'Event'),
     'kuryrports': ('/apis/openstack.org/v1', 'openstack.org/v1', 'KuryrPort')}
 PATH_RE = re.compile(r'(/api/v1|/apis/openstack\.org/v1)'
@@ -356,7 +357,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         _, namespace, plural, name = match.groups()
         method = self.command, bool(name)
         if method == ('GET', True):
-            return api.get(plural, namespace, name)
+            return api.get(plural, namespace or 'default', name)
         if method == ('DELETE', True):
             return api.delete(plural, namespace, name)
         if method == ('PUT', True):

@@ -10,6 +10,7 @@ of a port as one value, so each change reads and writes all of them.
 from __future__ import annotations
 
 import collections
+import contextlib
 import random
 import threading
 import time
@@ -74,16 +75,26 @@ class AddressPairs:
         """
         change = _Change(mac, addresses)
         self._waiting.append(change)
-        with self._lock:
-            if not change.is_done:
-                changes = []
-                while self._waiting:
-                    changes.append(self._waiting.popleft())
-                if change not in changes:  # its thread was killed
-                    changes.append(change)
-                self._settle(changes)
+        try:
+            with self._lock:
+                if not change.is_done:
+                    self._settle(self._take(change))
+        except BaseException:  # this thread is killed
+            with contextlib.suppress(ValueError):
+                self._waiting.remove(change)
+            raise
         if change.error is not None:
             raise change.error
+
+    def _take(self, change: _Change) -> list[_Change]:
+        """Return all changes that wait, and this one.
+
+        It does not wait any more if another thread took it and was killed.
+        """
+        changes = []
+        while self._waiting:
+            changes.append(self._waiting.popleft())
+        return changes if change in changes else [*changes, change]
 
     def _settle(self, changes: list[_Change]) -> None:
         """Write all changes; a refused change does not hinder the others."""
@@ -134,8 +145,8 @@ class AddressPairs:
 def repeat(request: Callable[[], _T]) -> _T:
     """Return the result of a request; repeat it after a transient error.
 
-    :raises Exception: the last error, after at most 7 attempts and 7 seconds
-        besides the time that the requests take
+    :raises Exception: the last error, after at most 7 attempts, and at most
+        10 seconds besides the requests themselves
     """
     for delay in _DELAYS:
         try:

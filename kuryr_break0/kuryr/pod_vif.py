@@ -11,9 +11,11 @@ their ports in Neutron.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any, ClassVar, Optional
 
+from kuryr.lib import constants as kl_const
 from kuryr.lib import exceptions as kl_exc
 from kuryr_kubernetes import clients
 from kuryr_kubernetes import config as k_config
@@ -66,33 +68,41 @@ class NestedMacvlanDriver(
         """Create the port of a pod; return its VIF.
 
         :returns: None if the pod is being deleted
-        :raises PortNotReady: if it failed; nothing is left in Neutron then
+        :raises PortNotReady: if a step after the creation of the port fails;
+            the port and its pairs are deleted then
         """
         if pod['metadata'].get('deletionTimestamp'):
+            self._remove_others(pod)
             return None
-        node = pod.get('status', {}).get('hostIP')
-        if not node:
+        if not _node(pod):
             raise PortNotReady('kubelet has not reported the address of the '
                                'node of pod %s yet' % _name(pod))
         port = clients.get_network_client().create_port(
             **self._get_port_request(pod, project_id, subnets,
                                      security_groups))
         try:
-            self._check_port_binding([port])
+            if port.binding_vif_type == 'binding_failed':
+                raise PortNotReady('Neutron could not bind its port %s to '
+                                   'the node. The log of the Neutron server '
+                                   'says why' % port.id)
             if not self._tag_on_creation:
                 k_utils.tag_neutron_resources([port])
             vif = os_vif_util.neutron_to_osvif_vif_nested_macvlan(port,
                                                                   subnets)
-            self._pairs(node).assign(port.mac_address, (
+            self._pairs(_node(pod)).assign(port.mac_address, (
                 each['ip_address'] for each in port.fixed_ips))
             return vif
-        except BaseException as err:
+        except BaseException as err:  # also at the end of the controller
             self._remove(pod, port.id, port.mac_address)
             if not isinstance(err, Exception):
                 raise
-            text = ('Pod %s gets no port on node %s (%s): %s' % (
-                _name(pod), pod['spec'].get('nodeName'), node, _reason(err)))
+            text = 'Pod %s gets no port on node %s (%s): %s' % (
+                _name(pod), pod['spec'].get('nodeName'), _node(pod),
+                _reason(err))
             LOG.error('%s', text)
+            with contextlib.suppress(Exception):  # for kubectl describe pod
+                clients.get_kubernetes_client().add_event(
+                    pod, 'NoPort', text, 'Warning')
             raise PortNotReady(text) from err
 
     def request_vifs(self, *args: Any, **kwargs: Any) -> Any:
@@ -102,18 +112,46 @@ class NestedMacvlanDriver(
 
     def release_vif(self, pod: Any, vif: Any, *args: Any,
                     **kwargs: Any) -> None:
-        """Delete the port of a pod, and its pairs of the node's port.
+        """Delete all ports of a pod that ends, and their pairs.
 
-        :raises PortNotReady: if something of it is left
+        :raises PortNotReady: if a port or a pair is left
         """
-        if not self._remove(pod, vif.id, str(vif.address)):
+        is_removed = self._remove(pod, vif.id, str(vif.address))
+        if not self._remove_others(pod) or not is_removed:
             raise PortNotReady('Port %s of pod %s is not released yet' % (
                 vif.id, _name(pod)))
 
+    def _remove_others(self, pod: Any) -> bool:
+        """Delete the ports of a pod that no VIF names.
+
+        A controller that is killed leaves them, if it has created a port and
+        not written the VIF into the KuryrPort.
+
+        :returns: whether none is left
+        """
+        metadata = pod['metadata']
+        # If the pod is gone, Kuryr passes the metadata of its KuryrPort.
+        uids = [metadata['uid'], *(
+            owner['uid'] for owner in metadata.get('ownerReferences', ())
+            if owner['kind'] == 'Pod')]
+        try:
+            ports = list(clients.get_network_client().ports(
+                device_owner=kl_const.DEVICE_OWNER, device_id=uids))
+        except Exception as err:
+            LOG.error('The ports of pod %s cannot be listed: %s', _name(pod),
+                      _reason(err))
+            return False
+        return all([self._remove(pod, port.id, port.mac_address)
+                    for port in ports if port.device_id in uids])
+
     def _remove(self, pod: Any, port: str, mac: str) -> bool:
-        """Return whether neither the port nor its pairs are left."""
+        """Delete a port and its pairs; return whether none of it is left.
+
+        If one of both fails, the other is deleted all the same, since Kuryr
+        does not always ask again.
+        """
         is_removed = True
-        node = pod.get('status', {}).get('hostIP')
+        node = _node(pod)
         try:
             if node:
                 self._pairs(node).assign(mac)
@@ -123,28 +161,33 @@ class NestedMacvlanDriver(
                             'address pair with MAC address %s, remove it.',
                             _name(pod), mac)
         except kl_exc.NoResourceException:
-            LOG.warning('No port in Neutron has the address %s of the node '
-                        'of pod %s, so there is no allowed address pair to '
-                        'remove.', node, _name(pod))
+            LOG.info('No port in Neutron has the address %s of the node of '
+                     'pod %s, so no allowed address pair is removed', node,
+                     _name(pod))
         except Exception as err:
             is_removed = False
             LOG.error('The allowed address pairs with MAC address %s of pod '
-                      '%s are still on the port of its node (%s): %s',
+                      '%s may still be on the port of its node (%s): %s',
                       mac, _name(pod), node, _reason(err))
         try:
             network = clients.get_network_client()
             address_pairs.repeat(functools.partial(network.delete_port, port))
         except Exception as err:
             is_removed = False
-            LOG.error('Port %s of pod %s could not be deleted. If it is '
-                      'still there later, run: openstack port delete %s '
-                      '(%s)', port, _name(pod), port, _reason(err))
+            LOG.error('Port %s of pod %s could not be deleted: %s. If it is '
+                      'still there when the pod is gone, run: openstack port '
+                      'delete %s', port, _name(pod), _reason(err), port)
         return is_removed
 
     def _pairs(self, node: str) -> address_pairs.AddressPairs:
         return self._nodes.setdefault(node, address_pairs.AddressPairs(
             functools.partial(self._get_parent_port_by_host_ip, node),
             self._update_port_address_pairs))
+
+
+def _node(pod: Any) -> str:
+    """Return the address of a pod's node; empty if it is not known."""
+    return str(pod.get('status', {}).get('hostIP') or '')
 
 
 def _name(pod: Any) -> str:
