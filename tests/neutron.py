@@ -196,7 +196,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     server: _Server
 
     def log_message(self, *args: Any) -> None:
-        """Say nothing: `Neutron.requests` tells what was asked."""
+        """Say nothing: `Neutron.requests` has all requests."""
 
     def reply(self) -> None:
         neutron = self.server.neutron

@@ -32,6 +32,7 @@ FIRST = (
     'tests.functional.test_probe', 'tests.functional.cni.test_agent',
     'tests.functional.test_storm', 'tests.functional.test_discovery',
     'tests.e2e.test_operator', 'tests.e2e.test_adopt',
+    'tests.e2e.test_controller',
     'tests.functional.cni.test_plugin', 'tests.functional.test_doubt')
 
 

@@ -1,3 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""All code that depends on Kuryr: driver, API client, patches."""
+"""All code that depends on Kuryr: drivers, API client, patches."""

@@ -98,7 +98,7 @@ class AddressPairs:
 
     def _settle(self, changes: list[_Change]) -> None:
         """Write all changes; a refused change does not hinder the others."""
-        # Pairs that go make room for those that come.
+        # Deleted pairs make room for new ones.
         changes.sort(key=lambda change: bool(change.addresses))
         size = len(changes)
         while changes:
@@ -115,7 +115,7 @@ class AddressPairs:
                 if is_exhausted(err):
                     part = changes
             except Exception as err:
-                # It would meet all other changes too.
+                # The other changes would fail too.
                 part, error = changes, err
             for change in part:
                 change.finish(error)
@@ -152,7 +152,7 @@ def repeat(request: Callable[[], _T]) -> _T:
         try:
             return request()
         except Exception as err:
-            if not _is_transient(err):
+            if not is_transient(err):
                 raise
         # Two controllers that conflict must not do so again.
         time.sleep(delay * random.uniform(0.5, 1.5))
@@ -168,7 +168,8 @@ def is_exhausted(err: BaseException) -> bool:
         return False
 
 
-def _is_transient(err: Exception) -> bool:
+def is_transient(err: BaseException) -> bool:
+    """Return whether the same request may succeed a moment later."""
     if isinstance(err, os_exc.HttpException):
         status = err.status_code or 0
         return status in _TRANSIENT or status >= 500

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The driver of kuryr-controller for nested macvlan, which works.
+"""A driver of kuryr-controller for nested macvlan.
 
 Only kuryr-controller imports it, if ``[kubernetes] pod_vif_driver`` names it.
-Kuryr's own driver, in 6.0.0 to 10.0.0, does not initialize its base classes,
-so each pod fails; and it reads the port of the node outside of the lock under
-which it writes it, so most of the pods that come at once fail too, and leave
-their ports in Neutron.
+Kuryr's own driver, in 6.0.0 to 10.0.0, has two faults. It does not initialize
+its base classes, so no pod gets a port. It reads the port of the node outside
+of the lock under which it writes that port, so most pods that come at once get
+no port, and the ports of their failed attempts stay in Neutron.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from kuryr_kubernetes.controller.drivers import vif_pool
 from kuryr_kubernetes import exceptions as k_exc
 from kuryr_kubernetes.objects import vif as k_vif
 from kuryr_kubernetes import os_vif_util
+from openstack import exceptions as os_exc
 
 from kuryr_break0.kuryr import address_pairs
 from kuryr_break0 import log
@@ -55,7 +56,7 @@ class NestedMacvlanDriver(
     _nodes: ClassVar[dict[str, address_pairs.AddressPairs]] = {}
 
     def __init__(self) -> None:
-        # In place of that of Kuryr's class, which omits this call.
+        # Kuryr's class has an __init__ that omits this call.
         super(nested_macvlan_vif.NestedMacvlanPodVIFDriver, self).__init__()
         if k_config.CONF.kubernetes.pod_vif_driver == NAME:
             # Kuryr finds the driver that activates and releases a VIF by the
@@ -68,8 +69,11 @@ class NestedMacvlanDriver(
         """Create the port of a pod; return its VIF.
 
         :returns: None if the pod is being deleted
-        :raises PortNotReady: if a step after the creation of the port fails;
-            the port and its pairs are deleted then
+        :raises PortNotReady: if Neutron fails, or refuses the pairs; the port
+            and its pairs are deleted then
+        :raises openstack.exceptions.HttpException: if Neutron refuses to
+            create a port; Kuryr waits if the quota is exceeded, or if a
+            security group is gone
         """
         if pod['metadata'].get('deletionTimestamp'):
             self._remove_others(pod)
@@ -77,9 +81,15 @@ class NestedMacvlanDriver(
         if not _node(pod):
             raise PortNotReady('kubelet has not reported the address of the '
                                'node of pod %s yet' % _name(pod))
-        port = clients.get_network_client().create_port(
-            **self._get_port_request(pod, project_id, subnets,
-                                     security_groups))
+        try:
+            port = clients.get_network_client().create_port(
+                **self._get_port_request(pod, project_id, subnets,
+                                         security_groups))
+        except Exception as err:
+            if (isinstance(err, os_exc.ResourceNotFound)
+                    or not address_pairs.is_transient(err)):
+                raise
+            raise _failed(pod, err) from err
         try:
             if port.binding_vif_type == 'binding_failed':
                 raise PortNotReady('Neutron could not bind its port %s to '
@@ -96,14 +106,7 @@ class NestedMacvlanDriver(
             self._remove(pod, port.id, port.mac_address)
             if not isinstance(err, Exception):
                 raise
-            text = 'Pod %s gets no port on node %s (%s): %s' % (
-                _name(pod), pod['spec'].get('nodeName'), _node(pod),
-                _reason(err))
-            LOG.error('%s', text)
-            with contextlib.suppress(Exception):  # for kubectl describe pod
-                clients.get_kubernetes_client().add_event(
-                    pod, 'NoPort', text, 'Warning')
-            raise PortNotReady(text) from err
+            raise _failed(pod, err) from err
 
     def request_vifs(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
@@ -192,6 +195,17 @@ def _node(pod: Any) -> str:
 
 def _name(pod: Any) -> str:
     return '%(namespace)s/%(name)s' % pod['metadata']
+
+
+def _failed(pod: Any, err: Exception) -> PortNotReady:
+    """Report that a pod gets no port; return the error to raise."""
+    text = 'Pod %s gets no port on node %s (%s): %s' % (
+        _name(pod), pod['spec'].get('nodeName'), _node(pod), _reason(err))
+    LOG.error('%s', text)
+    with contextlib.suppress(Exception):  # for kubectl describe pod
+        clients.get_kubernetes_client().add_event(pod, 'NoPort', text,
+                                                  'Warning')
+    return PortNotReady(text)
 
 
 def _reason(err: BaseException) -> str:
