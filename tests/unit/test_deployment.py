@@ -261,6 +261,26 @@ class TestDockerfile(unittest.TestCase):
         self.assertNotIn('.git', self.copied(self.stages[1]))
 
 
+class TestControllerDockerfile(unittest.TestCase):
+
+    def test_it_installs_as_that_of_the_daemonset_does(self) -> None:
+        texts = []
+        for name in ('Dockerfile', 'controller.Dockerfile'):
+            with open(os.path.join(overlay.OVERLAY, name)) as file:
+                texts.append(file.read())
+        ours, other = (set(text.replace('\\\n', ' ').splitlines())
+                       for text in reversed(texts))
+        self.assertEqual(
+            {'COPY', 'FROM', 'RUN', 'WORKDIR'},
+            {line.split()[0] for line in ours & other if line[:1].isalpha()})
+        # Kuryr's entry point and user are kept.
+        self.assertEqual(
+            ['FROM ${BASE}', 'USER root', 'USER kuryr'],
+            [line for line in texts[1].partition('AS wheel')[2].splitlines()
+             if line.startswith(('FROM', 'USER', 'ENTRYPOINT', 'CMD'))][1:])
+        self.assertIn('kuryr_break0.kuryr.pod_vif', texts[1])
+
+
 class TestInstallPackage(unittest.TestCase):
     """What the Dockerfile runs, with another Kuryr in the environment."""
 
