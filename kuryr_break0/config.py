@@ -327,6 +327,17 @@ def link_iface(conf: cfg.ConfigOpts) -> Optional[str]:
     return conf.binding.link_iface or None
 
 
+def names_kubernetes(conf: cfg.ConfigOpts) -> bool:
+    """Return whether the configuration of Kuryr names a Kubernetes API.
+
+    An empty name counts: Kuryr then uses the service address of the API.
+
+    :param conf: one that Kuryr has not registered its options with
+    """
+    conf.register_opt(cfg.StrOpt('api_root'), group='kubernetes')
+    return conf.kubernetes.api_root is not None
+
+
 def device_name(conf: cfg.ConfigOpts) -> str:
     """Read the name of break0 alone, whatever is wrong with the options."""
     register(conf)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any, Iterable, Optional, TYPE_CHECKING
-import warnings
 
 from oslo_config import cfg
 
@@ -75,12 +74,7 @@ class Finding:
 
 def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     try:
-        # It takes a second, and the other subcommands do without. What its
-        # libraries say of theirs is not for who calls this.
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            from kuryr_break0.kuryr import api
-        api.configure(conf.config_file or [], conf.config_dir or [])
+        api = common.kuryr_api(conf)
     except (ImportError, cfg.Error) as err:
         return common.fail(common.USAGE, err)
     ports = api.ports()

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
+import warnings
 
 from kuryr_break0.cli import output
 from kuryr_break0.cli import verbs
@@ -22,6 +24,21 @@ def fail(code: int, err: object) -> int:
     output.write(output.Wrong(safe(output.speak('kuryr-break0: %s' % err))),
                  sys.stderr)
     return code
+
+
+def kuryr_api(conf: Any) -> Any:
+    """Return kuryr_break0.kuryr.api with the configuration of a command.
+
+    :raises ImportError: if Kuryr cannot be imported
+    :raises oslo_config.cfg.Error: if its options cannot be read
+    """
+    # It takes a second, and most verbs do without. What its libraries say of
+    # theirs is not for who calls this.
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        from kuryr_break0.kuryr import api
+    api.configure(conf.config_file or [], conf.config_dir or [])
+    return api
 
 
 def no_verb(name: str) -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, Callable, Optional
 
 from oslo_config import cfg
 
@@ -19,6 +19,7 @@ from kuryr_break0.doctor import bundle
 from kuryr_break0.doctor import examination
 from kuryr_break0.doctor.examination import Examination
 from kuryr_break0.doctor import findings
+from kuryr_break0.doctor import installation
 from kuryr_break0.doctor import report
 from kuryr_break0 import exceptions
 from kuryr_break0 import option_types
@@ -38,6 +39,8 @@ Exit status: 0 if nothing is wrong, 1 if there are errors, 4 if there are only
 warnings, 2 for wrong usage or configuration, 3 if the kernel or the state
 directory cannot be read.
 """
+#: Seconds for which an answer of the Kubernetes API is waited for.
+_TIMEOUT = 5
 
 
 def add_parsers(subparsers: Any) -> None:
@@ -86,6 +89,25 @@ def _known(name: str) -> str:
     return name
 
 
+def _waiting(conf: cfg.ConfigOpts
+             ) -> Optional[Callable[[float], list[str]]]:
+    """Return how to list the pods that wait for a port, where Kuryr is."""
+    if not (installation.is_for_kuryr() and config.names_kubernetes(conf)):
+        return None
+
+    def waiting(seconds: float) -> list[str]:
+        try:
+            api = common.kuryr_api(conf)
+        except (ImportError, cfg.Error) as err:
+            raise exceptions.KubernetesUnavailable(
+                url=conf.kubernetes.api_root or 'its service address',
+                reason=err)
+        found: list[str] = api.waiting(seconds, _TIMEOUT)
+        return found
+
+    return waiting
+
+
 def run(conf: cfg.ConfigOpts) -> int:
     """Print what is wrong, and return the exit code."""
     wanted = conf.command
@@ -95,7 +117,7 @@ def run(conf: cfg.ConfigOpts) -> int:
     with output.Counter('check' if wanted.before else 'doctor') as counter:
         done = (examination.examine_before(conf, wanted.parent)
                 if wanted.before else examination.examine(
-                    conf, not wanted.no_probe, counter.over))
+                    conf, not wanted.no_probe, counter.over, _waiting(conf)))
     done.findings = [dataclasses.replace(
         each, seen=output.speak(each.seen), why=output.speak(each.why),
         remedy=output.speak(each.remedy)) for each in done.findings

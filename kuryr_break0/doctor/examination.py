@@ -24,6 +24,7 @@ from kuryr_break0.doctor.node import Node
 from kuryr_break0.doctor.node import Over
 from kuryr_break0.doctor.node import sample
 from kuryr_break0.doctor import pods
+from kuryr_break0.doctor import ports
 from kuryr_break0.doctor.preconditions import Preconditions
 from kuryr_break0.doctor import reachability
 from kuryr_break0.doctor import records
@@ -65,12 +66,15 @@ class Examination:
         return any(each.severity == severity for each in self.findings)
 
 
-def examine(conf: cfg.ConfigOpts, probe: bool = True,
-            over: Over = iter) -> Examination:
+def examine(conf: cfg.ConfigOpts, probe: bool = True, over: Over = iter,
+            waiting: Optional[Callable[[float], list[str]]] = None
+            ) -> Examination:
     """Examine a node, and change nothing.
 
     :param probe: ping pods and node, unless what was found stops that
     :param over: iterates over what takes long, and may show how far it is
+    :param waiting: returns the pods of the node that have waited for a port
+        for some seconds; None if no Kubernetes API is configured
     """
     def check(options: config.Options, done: Examination,
               host: Host) -> None:
@@ -80,6 +84,12 @@ def examine(conf: cfg.ConfigOpts, probe: bool = True,
         if not options.enabled:
             done.findings.append(KINDS['disabled'].found(
                 '[break0] enabled is false'))
+        if waiting is not None:
+            try:
+                done.findings += ports.check(waiting)
+            except exceptions.KubernetesUnavailable as err:
+                done.not_examined.append(
+                    'whether pods wait for a port: %s' % err)
         done.findings += records.check_directory(options)
         if any(each.id == 'state-dir-unusable' for each in done.findings):
             return  # without it nothing can be compared

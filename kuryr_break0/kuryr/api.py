@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import calendar
 import dataclasses
+import time
 from typing import Any, Iterator, Optional, Sequence
 from urllib import parse
 
@@ -22,6 +24,8 @@ from kuryr_break0 import exceptions
 from kuryr_break0.kuryr import vif as break0_vif
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import IPNetwork
+
+_NO_VIF = 'it has no VIF yet'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +81,21 @@ def ports() -> list[Port]:
     by_name = {_name(pod): pod for pod in pods}
     return [port for kuryrport in kuryrports
             for port in _ports(kuryrport, by_name.get(_name(kuryrport)))]
+
+
+def waiting(seconds: float, timeout: int) -> list[str]:
+    """List the pods of this node whose KuryrPorts have no VIF.
+
+    :param seconds: the age that such a KuryrPort has at least
+    :param timeout: for an answer of the API, in seconds
+    :raises KubernetesUnavailable: if Kuryr's objects cannot be read
+    """
+    for option in ('watch_connection_timeout', 'watch_read_timeout'):
+        k_config.CONF.set_override(option, timeout, 'kubernetes')
+    kuryrports, pods = _read()
+    by_name = {_name(pod): pod for pod in pods}
+    return sorted(_name(each) for each in kuryrports if _has_waited(
+        each, by_name.get(_name(each)), seconds))
 
 
 def node_name() -> str:
@@ -147,6 +166,16 @@ def _port(pod: str, ifname: str, primitive: Any) -> Port:
                 tuple(break0_vif.subnets(vif)))
 
 
+def _has_waited(kuryrport: Any, pod: Optional[Any], seconds: float) -> bool:
+    try:
+        created = calendar.timegm(time.strptime(
+            kuryrport['metadata']['creationTimestamp'], '%Y-%m-%dT%H:%M:%SZ'))
+        return (_not_running(kuryrport, pod) == _NO_VIF
+                and time.time() - created >= seconds)
+    except Exception:  # whoever writes it may write anything
+        return False
+
+
 def _not_running(kuryrport: Any, pod: Optional[Any]) -> Optional[str]:
     """Return why it is not that of a running pod; None if it is."""
     if pod is None:
@@ -162,5 +191,5 @@ def _not_running(kuryrport: Any, pod: Optional[Any]) -> Optional[str]:
     if pod.get('status', {}).get('phase') in ('Succeeded', 'Failed'):
         return 'it has ended'
     if not kuryrport.get('status', {}).get('vifs'):
-        return 'it has no VIF yet'
+        return _NO_VIF
     return None
