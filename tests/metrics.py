@@ -20,9 +20,10 @@ class Answer(NamedTuple):
     text: str
 
 
-def get(path: str = '/metrics', where: str = DEFAULT) -> Optional[Answer]:
+def get(path: str = '/metrics', where: str = DEFAULT,
+        timeout: float = lab.PATIENCE) -> Optional[Answer]:
     """An answer of the agent; None if nobody gives one."""
-    connection = http.client.HTTPConnection(where, timeout=lab.PATIENCE)
+    connection = http.client.HTTPConnection(where, timeout=timeout)
     with contextlib.closing(connection):
         try:
             connection.request('GET', path)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import collections
 import importlib.metadata
-import threading
 import time
 from typing import Any, Iterator, Mapping, Optional, Sequence
 
@@ -105,9 +104,8 @@ class Metrics(prometheus_registry.Collector):
         #: what was not bound when that was looked for last, by what it says
         self._waiting: set[str] = set()
         self._logged: set[str] = set()
-        self._reading = threading.Lock()
         self._outdated = False
-        self._seen: Optional[Snapshot] = None
+        self._gauges: list[core.Metric] = []
         self._error: Optional[str] = None
         self._succeeded: Optional[float] = None
         self._ended = time.monotonic()
@@ -192,17 +190,16 @@ class Metrics(prometheus_registry.Collector):
         return 'No sync has ended for %d s' % age
 
     def refresh(self) -> None:
-        """Refresh the values that :meth:`collect` returns."""
+        """Refresh the values that :meth:`collect` returns, one at a time."""
         self._read_journal()
-        with self._reading:
-            if self._outdated:
-                self._outdated = False  # a sync may end meanwhile
-                self._seen = self._read_snapshot()
+        if self._outdated:
+            self._outdated = False  # a sync may end meanwhile
+            seen = self._read_snapshot()
+            self._gauges = [] if seen is None else list(_gauges(seen))
 
     def collect(self) -> Iterator[core.Metric]:
         """Return the values that were read; none if that failed."""
-        if self._seen is not None:
-            yield from _gauges(self._seen)
+        yield from self._gauges
 
     def _read_journal(self) -> None:
         for what, times, seconds in journal.Journal(

@@ -7,16 +7,22 @@ import json
 import os
 import re
 import resource
+import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Iterator, Optional
 from unittest import mock
 
+from prometheus_client import core
+from prometheus_client import registry
 import psutil
 
+from kuryr_break0 import actual
+from kuryr_break0.agent import http
 from kuryr_break0.agent.metrics import Metrics
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
@@ -449,10 +455,14 @@ class TestServer(MetricsTestCase):
 class TestHostile(MetricsTestCase):
     """Unprivileged processes of the node, at the port of the metrics."""
 
+    #: timeoutSeconds of the liveness probe in etc/kubernetes/agent.yaml
+    probe_timeout = 10
+
     def setUp(self) -> None:
         super().setUp()
         self.bind(POD)
         self.start()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
 
     def connect(self, data: bytes = b'') -> socket.socket:
         host, _, port = self.where.rpartition(':')
@@ -462,8 +472,143 @@ class TestHostile(MetricsTestCase):
             made.sendall(data)
         return made
 
+    def has_ended(self, client: socket.socket) -> bool:
+        """Return whether the agent has ended a connection."""
+        poll = select.poll()
+        poll.register(client, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    @contextlib.contextmanager
+    def attacked(self, connections: int, first: bytes, then: bytes = b'',
+                 prepare: Callable[[socket.socket], None] = lambda _: None
+                 ) -> Iterator[None]:
+        """Keep connections open within the block, as a slow client.
+
+        :param first: the data that each connection sends when it is made
+        :param then: the data that each one sends every second
+        :param prepare: is called with each socket before it connects
+        """
+        host, _, port = self.where.rpartition(':')
+        stop, begun = threading.Event(), threading.Event()
+        unsent: dict[socket.socket, bytes] = {}
+
+        def attack() -> None:
+            while not stop.is_set():
+                while len(unsent) < connections:
+                    client = socket.socket()
+                    prepare(client)
+                    client.setblocking(False)
+                    client.connect_ex((host, int(port)))
+                    unsent[client] = first
+                for client, data in list(unsent.items()):
+                    try:
+                        sent = client.send(data or then)
+                        unsent[client] = data[sent:]
+                    except OSError:
+                        if self.has_ended(client):
+                            client.close()
+                            del unsent[client]
+                begun.set()
+                stop.wait(1)
+            for client in unsent:
+                client.close()
+
+        attacker = threading.Thread(target=attack)
+        attacker.start()
+        try:
+            begun.wait()
+            yield
+        finally:
+            stop.set()
+            attacker.join()
+
+    def assert_alive(self) -> None:
+        """Expect answers to liveness probes, within their time-out."""
+        for _ in range(5):
+            self.assertEqual(
+                (200, 'ok\n'),
+                metrics.get('/livez', self.where, self.probe_timeout))
+            time.sleep(0.3)
+
+    def test_slow_headers(self) -> None:
+        for connections in 40, 400:
+            with self.subTest(connections), self.attacked(
+                    connections, b'GET /livez HTTP/1.1\r\nX: ', b'x'):
+                self.assert_alive()
+
+    def test_bodies(self) -> None:
+        for connections in 40, 400:
+            for length, body in (1, b''), (300, b'x'):
+                with self.subTest(connections, length=length), self.attacked(
+                        connections, b'POST /livez HTTP/1.1\r\n'
+                        b'Content-Length: %d\r\n\r\n' % length, body):
+                    self.assert_alive()
+
+    def test_silence(self) -> None:
+        for connections in 40, 400:
+            for first in b'', b'GET /livez':
+                with self.subTest(connections, first=first), self.attacked(
+                        connections, first):
+                    self.assert_alive()
+
+    def test_answers_that_are_not_read(self) -> None:
+        def shrink(client: socket.socket) -> None:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+
+        # So that not even one answer has room.
+        self.lab.run('sysctl', '-w', 'net.ipv4.tcp_wmem=4096 4096 4096')
+        for connections in 40, 400:
+            for requests in 1, 300:
+                with self.subTest(connections, requests=requests), \
+                        self.attacked(
+                            connections, b'GET /metrics HTTP/1.1\r\n\r\n'
+                            * requests, b'', shrink):
+                    self.assert_alive()
+        process = psutil.Process(self.agent.pid)
+        # Nor are the answers kept.
+        self.assertLess(process.memory_info().rss, 80 * 2 ** 20)
+
+    def test_one_request_at_a_time(self) -> None:
+        request = b'GET /livez HTTP/1.1\r\n\r\n'
+        with self.connect() as client:
+            for _ in range(3):
+                client.sendall(request[:-2])
+                time.sleep(0.1)
+                client.sendall(request[-2:])
+                self.assertIn(b'\r\n\r\nok\n', self.answer(client))
+        for first, then in ((request * 2, b''), (request[:-1], b'\nG')):
+            with self.connect(first) as client:
+                time.sleep(0.1)
+                client.sendall(then)
+                self.wait_for(lambda: self.has_ended(client))
+
+    def answer(self, client: socket.socket) -> bytes:
+        data = b''
+        while not data.endswith(b'ok\n'):
+            data += client.recv(2 ** 16)
+        return data
+
+    def test_each_request_ends(self) -> None:
+        self.lab.run('sysctl', '-w', 'net.ipv4.tcp_wmem=4096 4096 4096')
+        slow = self.connect(b'GET /livez HTTP/1.1\r\nX: ')
+        reader = socket.socket()
+        self.addCleanup(reader.close)
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        reader.connect(slow.getpeername())
+        reader.sendall(b'GET /metrics HTTP/1.1\r\n\r\n')
+
+        def is_ended() -> bool:
+            with contextlib.suppress(OSError):
+                slow.send(b'x')
+                reader.recv(1)
+            return self.has_ended(slow)
+
+        self.wait_for(is_ended)
+        self.wait_for(lambda: not [
+            each for each in psutil.Process(self.agent.pid).connections()
+            if each.raddr == reader.getsockname()])
+
     def test_idle_connections_stop_no_repair(self) -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
         opened: list[socket.socket] = []
         with contextlib.suppress(OSError):
             for _ in range(1100):
@@ -472,9 +617,7 @@ class TestHostile(MetricsTestCase):
         self.assertLess(process.num_fds(), 100)
         self.lab.run('ip', 'route', 'del', POD)
         self.wait_for(lambda: POD in self.lab.routes())
-        for each in opened:
-            each.close()
-        self.wait_for(lambda: self.get('/healthz'))
+        self.assert_alive()
 
     def test_long_headers_cost_no_memory(self) -> None:
         process = psutil.Process(self.agent.pid)
@@ -483,6 +626,69 @@ class TestHostile(MetricsTestCase):
             with contextlib.suppress(OSError):
                 self.connect(b'GET / HTTP/1.1\r\nX: ' + b'x' * 2 ** 20)
         self.assertLess(process.memory_info().rss - before, 32 * 2 ** 20)
+
+
+class TestExposition(base.LabTestCase):
+    """Answers to requests for metrics that come at any rate."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.own = Metrics(base.options())
+        self.exposition = http.Exposition(self.own)
+
+    def answer(self, query: str = '') -> str:
+        made = self.exposition.answer({
+            'REQUEST_METHOD': 'GET', 'PATH_INFO': '/metrics',
+            'QUERY_STRING': query, 'HTTP_ACCEPT_ENCODING': 'gzip'})
+        self.assertEqual('200 OK', made.status)
+        return b''.join(made.body).decode()
+
+    def test_a_part_of_a_processor(self) -> None:
+        made = []
+
+        class Slow(registry.Collector):
+
+            def collect(self) -> list[core.Metric]:
+                made.append(time.thread_time())
+                while time.thread_time() < made[-1] + 0.01:
+                    pass
+                return []
+
+        self.own.registry.register(Slow())
+        made.clear()
+        before = self.answer()
+        self.assertIn('kuryr_break0_sync_failures_total 0.0\n', before)
+        self.own.synced(0.1, exceptions.ParentNotFound(parent='eth9'))
+        self.assertIn('kuryr_break0_sync_failures_total 1.0\n',
+                      self.answer())
+        for _ in range(200):
+            self.answer()
+        self.assertLess(len(made), 150)
+        # The figures are read again later.
+        self.own.synced(0.1, exceptions.ParentNotFound(parent='eth9'))
+        lab.until(lambda: 'kuryr_break0_sync_failures_total 2.0\n'
+                  in self.answer())
+
+    def test_one_reads(self) -> None:
+        before = self.answer()
+        self.own.synced(0.1, None)
+        reading, end = threading.Event(), threading.Event()
+
+        def read(*args: Any) -> Any:
+            reading.set()
+            end.wait()
+
+        with mock.patch.object(actual, 'read', read):
+            thread = threading.Thread(target=self.answer)
+            thread.start()
+            reading.wait()
+            self.assertEqual(before, self.answer())
+            end.set()
+            thread.join()
+
+    def test_no_client_decides_for_the_next(self) -> None:
+        self.assertIn('kuryr_break0_sync_failures_total',
+                      self.answer('name[]=kuryr_break0_build_info'))
 
 
 class TestNames(MetricsTestCase):
