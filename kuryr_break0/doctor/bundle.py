@@ -6,11 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib.metadata
 import io
-import ipaddress
-import json
 import os
 import platform
 import re
@@ -22,6 +19,7 @@ import time
 from typing import Callable
 
 from kuryr_break0 import config
+from kuryr_break0.doctor.redaction import Redactor
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
@@ -39,30 +37,9 @@ _COMMANDS = (
     ('ps', '-eo', 'pid,lstart,args'), ('dmesg',),
     *(('journalctl', '--no-pager', '--no-hostname', '-n', '5000', '-u', unit)
       for unit in ('kuryr-break0-agent', 'kuryr-daemon')))
+_STATE = 'state/'
 _PACKAGES = ('kuryr-break0', 'kuryr-kubernetes', 'os-vif', 'pyroute2',
              'oslo.config', 'oslo.log')
-#: What may be an address, a MAC address or a container id.
-_ADDRESS = re.compile(
-    r'\b\d{1,3}(?:\.\d{1,3}){3}\b'
-    r'|(?<![\w:])[0-9A-Fa-f]*:[0-9A-Fa-f:]*:[0-9A-Fa-f.]*(?![\w:])'
-    r'|\b[0-9a-f]{12,64}\b'
-    r'|\b0x[0-9a-f]{9,}\b')  # as nft has those that it compares with bits
-#: Also without leading zeros, as ip(8) has that of a bridge.
-_MAC = re.compile(r'(?:[0-9A-Fa-f]{1,2}:){5}[0-9A-Fa-f]{1,2}')
-#: What may be a name: a longer one first, of which another is a part, as of
-#: the name of a host with its domain or of a log file.
-_NAMES = tuple(map(re.compile, (r'[\w.-]+', r'[A-Za-z0-9.-]+',
-                                r'[A-Za-z0-9-]+')))
-#: A shorter name may be a word of any text, and these are.
-_SHORTEST = 4
-_WORDS = ('default', 'kube-system', 'kube-public', 'kube-node-lease')
-#: Names of interfaces that say nothing of whose they are.
-_COMMON = re.compile(r'(?:break0-)?(?:break|br|bond|docker|dummy|en[ops]|eth|'
-                     r'ifb|tap|tun|veth|vlan|wg|wlan|wlp)[0-9][0-9a-fnps.]*')
-#: Texts that people choose: comments of rules, aliases of interfaces.
-_FREE = re.compile(r'(\bcomment )("[^"]*"|(?<=--comment )\S+)'
-                   r'|(?m:^(\s+(?:alias|altname) )'
-                   r'(?!kuryr-break0 ledger )(.+)$)')
 #: Keys whose values are never in a bundle: of the ledger, and of any file.
 _SECRET = re.compile(r'(?i)("?\b\w*(?:secret|password|token)\w*"?\s*[:=]\s*)'
                      r'("[^"]*"|\S+)')
@@ -71,17 +48,13 @@ _SECRET = re.compile(r'(?i)("?\b\w*(?:secret|password|token)\w*"?\s*[:=]\s*)'
 class Bundle:
     """Collects parts, and writes them as a ``tar.gz``.
 
-    Secrets are left out of all of it. With ``redact``, addresses, MAC
-    addresses, container ids, names of pods, networks, namespaces, interfaces
-    and the node, aliases of interfaces and comments of rules are replaced by
-    others that are the same throughout.
+    Secrets are left out of all of it. With ``redact``, each text is that of
+    :class:`Redactor`.
     """
 
     def __init__(self, options: config.Options, redact: bool) -> None:
         self._options = options
-        self._redact = redact
-        # So that nobody can try which address it is.
-        self._salt = os.urandom(16)
+        self._redactor = Redactor(self._names()) if redact else None
         self._size = 0
         self._stem = 'kuryr-break0-%s' % time.strftime('%Y%m%d-%H%M%S')
 
@@ -112,7 +85,7 @@ class Bundle:
         """Return what reads each file of the state directory."""
         top = self._options.state_dir
         return {
-            'state/%s' % os.path.relpath(path, top):
+            _STATE + os.path.relpath(path, top):
             functools.partial(_content, path)
             for directory, _, names in sorted(os.walk(top))
             for path in (os.path.join(directory, each)
@@ -121,8 +94,10 @@ class Bundle:
 
     def _add(self, archive: tarfile.TarFile, name: str, text: str) -> None:
         text = _SECRET.sub(r'\1***', text)
-        if self._redact:
-            text, name = map(self._redacted, (text, name))
+        if self._redactor is not None:
+            text = self._redactor.redact(text)
+            if name.startswith(_STATE):  # the other names are ours
+                name = self._redactor.redact(name)
         data = text.encode(errors='replace')[:_PART]
         data = data[:max(0, _MOST - self._size)]
         self._size += len(data)
@@ -130,7 +105,6 @@ class Bundle:
         info.size, info.mtime, info.mode = len(data), int(time.time()), 0o600
         archive.addfile(info, io.BytesIO(data))
 
-    @functools.cached_property
     def _names(self) -> set[str]:
         """Return the names of this node, and of what is on it."""
         names = {socket.gethostname(),
@@ -147,42 +121,7 @@ class Bundle:
                               claim.owner.container_id, claim.parent,
                               claim.owner.ifname, claim.network or '',
                               os.path.basename(claim.netns or '')}
-        return {each for each in names - {*_WORDS}
-                if len(each) >= _SHORTEST and not _COMMON.fullmatch(each)}
-
-    def _redacted(self, text: str) -> str:
-        """Replace names, however many there are, in one pass per pattern."""
-        def alias(found: re.Match[str]) -> str:
-            name = found[0].rstrip('.-')
-            if name not in self._names:
-                return found[0]
-            return self._digest('name', name) + found[0][len(name):]
-
-        text = _FREE.sub(lambda found: (found[1] or found[3]) + self._digest(
-            'text', found[2] or found[4]), text)
-        for name in self._names:
-            if not _NAMES[0].fullmatch(name):  # as of an odd interface
-                for form in (name, json.dumps(name)[1:-1]):
-                    text = text.replace(form, self._digest('name', name))
-        for words in _NAMES:
-            text = words.sub(alias, text)
-        return _ADDRESS.sub(self._address, text)
-
-    def _address(self, found: re.Match[str]) -> str:
-        text = found[0]
-        if _MAC.fullmatch(text):
-            return self._digest('mac', ':'.join(
-                octet.zfill(2) for octet in text.lower().split(':')))
-        if not set(text) & set('.:'):
-            return self._digest('id', text)
-        try:
-            return self._digest('address', str(ipaddress.ip_address(text)))
-        except ValueError:
-            return text  # as a time of day
-
-    def _digest(self, kind: str, text: str) -> str:
-        return '<%s-%s>' % (kind, hashlib.blake2b(
-            os.fsencode(text), key=self._salt, digest_size=4).hexdigest())
+        return names
 
 
 def _versions() -> str:

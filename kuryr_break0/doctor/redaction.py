@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Replaces the names that users and administrators have chosen."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import ipaddress
+import json
+import os
+import re
+from typing import Iterator
+
+import kuryr_break0
+
+#: May be an address, a MAC address or a container id.
+_ADDRESS = re.compile(
+    r'\b\d{1,3}(?:\.\d{1,3}){3}\b'
+    r'|(?<![\w:])[0-9A-Fa-f]*:[0-9A-Fa-f:]*:[0-9A-Fa-f.]*(?![\w:])'
+    r'|\b[0-9a-f]{12,64}\b'
+    # As nft(8) prints values that it compares with bits.
+    r'|\b0x[0-9a-f]{9,}\b|(?<=,32 )0x[0-9a-f]+\b')
+#: Also without leading zeros, as ip(8) prints the MAC address of a bridge.
+_MAC = re.compile(r'(?:[0-9A-Fa-f]{1,2}:){5}[0-9A-Fa-f]{1,2}')
+#: May be a name that has several words. A longer form comes first, such as
+#: the name of a host with its domain.
+_NAMES = tuple(map(re.compile, (r'[\w.-]+', r'[A-Za-z0-9.-]+',
+                                r'[A-Za-z0-9-]+')))
+#: A known name that is shorter may be a word of any text, as these are.
+_SHORTEST = 4
+_COMMON_NAMES = ('default', 'kube-system', 'kube-public', 'kube-node-lease')
+#: Texts of several words that administrators choose: comments and prefixes of
+#: rules, aliases of interfaces, the prefix of a packet in the kernel's log.
+_FREE = re.compile(
+    r'(\b(?:comment|prefix) )(\\".*?\\"|"(?:[^"\\]|\\.)*"'
+    r'|(?:(?<=--comment )|(?<=-prefix ))\S+)'
+    r'|(?m:^(\s+(?:alias|altname) )(?!kuryr-break0 ledger )(.+)$)'
+    r'|(?m:^(\[[^]]*\] )(.+?)(?=IN=\S* OUT=))')
+#: A word, and the replacements that are in the text already.
+_WORD = re.compile(r'<(?:name|address|mac|id|text)-[0-9a-f]{8}>|\w+(?:-+\w+)*')
+#: Words that are no names.
+_KNOWN = re.compile(r"""
+    .{1,2}                                        # too short
+    | _*[0-9_-]+                                  # numbers, with units
+      (?:[num]?s|[hdm]|min|sec|[KMGT]?i?[Bb](?:it|ps|ytes)?|[KMG]|x|th)?
+    | 0x[0-9a-f]+ | [0-9-]+T[0-9]+Z?              # flags, times
+    | (?:python|cpython-)[0-9]+ | [0-9-]+(?:cloud-)?(?:amd64|arm64|generic)
+    | (?:kuryr-)?(?:break0-)?                     # interfaces
+      (?:break|br|bond|docker|dummy|en[ops]|eth|if|ifb|tap|tun|veth|virbr|vlan|
+      wg|wlan|wlp)[0-9][0-9a-fnps]*(?:-[0-9]+)?
+    | KUBE(?:-[A-Z]+)+(?:-[A-Z0-9]{16})?          # chains
+    | DOCKER(?:-[A-Z]+|-[A-Z]+-STAGE-\d)*
+    """, re.VERBOSE)
+_PACKAGES = ('kuryr_kubernetes', 'os_vif')
+
+
+class Redactor:
+    """Replaces addresses and names by digests, the same ones throughout.
+
+    A word stays only if this package, Kuryr, or a program whose output is
+    redacted uses it (``words.txt``), and it is no known name of this node. So
+    the names of chains, and of pods that have ended, need not be known.
+
+    :param names: the known names of this node
+    """
+
+    def __init__(self, names: set[str]) -> None:
+        # So that nobody can try which address it is.
+        self._salt = os.urandom(16)
+        self._names = {
+            each for each in names - {*_COMMON_NAMES}
+            if len(each) >= _SHORTEST and not _KNOWN.fullmatch(each)}
+
+    def redact(self, text: str) -> str:
+        """Return a text without names and addresses."""
+        text = _FREE.sub(self._free, text)
+        for name in self._names:
+            if not _NAMES[0].fullmatch(name):  # as of an odd interface
+                for form in (name, json.dumps(name)[1:-1]):
+                    text = text.replace(form, self._digest('name', name))
+        for words in _NAMES:
+            text = words.sub(self._name, text)
+        return _WORD.sub(self._word, _ADDRESS.sub(self._address, text))
+
+    def _free(self, found: re.Match[str]) -> str:
+        before, text = (each for each in found.groups() if each is not None)
+        return before + self._digest('text', text.strip('\\" '))
+
+    def _name(self, found: re.Match[str]) -> str:
+        name = found[0].rstrip('.-')
+        if name not in self._names:
+            return found[0]
+        return self._digest('name', name) + found[0][len(name):]
+
+    def _word(self, found: re.Match[str]) -> str:
+        word = found[0]
+        if (word.startswith('<') or _KNOWN.fullmatch(word)
+                or word.lower() in _vocabulary()):
+            return word
+        return self._digest('name', word)
+
+    def _address(self, found: re.Match[str]) -> str:
+        text = found[0]
+        if _MAC.fullmatch(text):
+            return self._digest('mac', ':'.join(
+                octet.zfill(2) for octet in text.lower().split(':')))
+        if not set(text) & set('.:'):
+            return self._digest('id', text)
+        try:
+            return self._digest('address', str(ipaddress.ip_address(text)))
+        except ValueError:
+            return text  # as a time of day
+
+    def _digest(self, kind: str, text: str) -> str:
+        return '<%s-%s>' % (kind, hashlib.blake2b(
+            os.fsencode(text), key=self._salt, digest_size=4).hexdigest())
+
+
+@functools.lru_cache(maxsize=None)
+def _vocabulary() -> frozenset[str]:
+    """Return all words of this package, of Kuryr and of sysctls."""
+    words: set[str] = set()
+    for path in _sources():
+        with contextlib.suppress(OSError), open(
+                path, errors='replace') as file:
+            words.update(found[0].lower()
+                         for found in _WORD.finditer(file.read()))
+    for place in 'ipv4', 'ipv4/conf/all', 'ipv6/conf/all':
+        with contextlib.suppress(OSError):
+            words.update(os.listdir('/proc/sys/net/' + place))
+    return frozenset(words)
+
+
+def _sources() -> Iterator[str]:
+    places = list(kuryr_break0.__path__)
+    for package in _PACKAGES:
+        spec = importlib.util.find_spec(package)  # which imports nothing
+        places += spec and spec.submodule_search_locations or []
+    for place in places:
+        for directory, below, names in os.walk(place):
+            below[:] = sorted({*below} - {'tests', '__pycache__'})
+            yield from (os.path.join(directory, name) for name in names
+                        if name.endswith(('.py', '.txt')))
