@@ -186,7 +186,8 @@ class HostRoute:
     :ivar metric: of several routes to an address the lowest one wins; None
         in a deletion means any
     :ivar direct: whether it leads to a neighbour on that interface: unicast,
-        without gateway and, for IPv4, scoped to the link
+        without gateway, MTU and encapsulation, and, for IPv4, scoped to the
+        link
     """
 
     dst: IPAddress

@@ -93,6 +93,11 @@ class Policy:
         if record.address.version == 6 and kernel.read_sysctl(
                 'ipv6/conf/%s/disable_ipv6' % device) != 0:
             return None
+        return self.items(record, index, src)
+
+    def items(self, record: Record, index: int,
+              src: Optional[IPAddress]) -> Wanted:
+        """Return what an address must have, where its family is on."""
         neighbour = None
         if record.mac is not None:
             neighbour = Neighbour(record.address, index, record.mac,

@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Any, Iterable, Optional
+from typing import Any, Iterable, Iterator, Optional
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Wanted
+from kuryr_break0.plan import Plan
 from kuryr_break0 import policy
 
 
@@ -22,13 +24,21 @@ class Interests:
     Most events are of no use: of the interfaces of pods that are made on the
     node and moved away, of the routes of others, of what we set ourselves. A
     pod can cause as many as it likes, as by switching promiscuous mode, so
-    an event counts only if it changes something that is known here.
+    an event counts only if it changes something that is known here, or
+    differs from what the record of its address asks for.
     """
 
     def __init__(self, options: config.Options, ledger: Ledger) -> None:
         self._options = options
         self._ledger = ledger
+        self._policy = policy.Policy(options)
         self._names: set[str] = set()
+        #: name and ifindex of the break0 of each parent
+        self._devices: dict[str, tuple[str, int]] = {}
+        #: the events that the last sync has caused
+        self._own: frozenset[kernel.Event] = frozenset()
+        #: source addresses since the last sync, by parent and subnet
+        self._sources: dict[tuple[str, Any], Optional[IPAddress]] = {}
         self._links: dict[int, Any] = {}
         self._addresses: set[tuple[int, Any]] = set()
         self._next_hops: set[IPAddress] = set()
@@ -45,11 +55,14 @@ class Interests:
             self._links = self._read_links(netlink)
             self._addresses = set(netlink.addresses())
 
-    def update(self) -> None:
+    def update(self, done: Plan = Plan()) -> None:
         """Note what a sync may have made: break0s, and all of them.
 
+        :param done: the routes and neighbours that it has set and deleted
         :raises Break0Error: if it cannot be read
         """
+        self._own = frozenset(_effects(done))
+        self._sources.clear()
         identity = None
         with contextlib.suppress(exceptions.LedgerUnavailable):
             identity = self._ledger.identity()
@@ -60,6 +73,10 @@ class Interests:
             self._names.add(self._options.parent)
         with kernel.Netlink() as netlink:
             links = self._read_links(netlink)
+            indexes = {link.name: link.index for link in links.values()}
+            self._devices = {parent: (name, indexes[name])
+                             for parent, name in devices.items()
+                             if name in indexes}
             ours = {index for index, link in links.items()
                     if link.name in made}
             self._links = {**links, **{
@@ -97,15 +114,45 @@ class Interests:
             return changed and (not self._is_of_services(event.ifindex)
                                 or self._is_recorded(event.dst))
         if event.what == 'route':
-            ours = event.protocol == self._options.route_protocol
-            return self._changes_next_hops(event) or (
-                event.gone or not ours) and self._is_recorded(event.dst)
+            return self._changes_next_hops(event) or self._differs(event)
         if event.what == 'nexthop':
             return self._changes_next_hops(event)
         if event.what == 'neighbour':
-            return (event.gone and event.ifindex in self._links
-                    and self._is_recorded(event.dst))
+            return self._is_of_break0(event.ifindex) and self._differs(event)
         return True  # events were lost
+
+    def _is_of_break0(self, ifindex: Optional[int]) -> bool:
+        return any(ifindex == each for _, each in self._devices.values())
+
+    def _differs(self, event: kernel.Event) -> bool:
+        """Return whether a recorded address has another item than it must.
+
+        So the items that break0 itself sets cause no sync.
+        """
+        if event.dst is None or event in self._own or (
+                not self._is_recorded(event.dst)):
+            return False
+        wanted = self._wanted(event.dst)
+        if wanted is None:
+            return True
+        if event.what == 'neighbour':
+            return (None if event.gone else event.item) != wanted.neighbour
+        return event.gone or event.item != wanted.route
+
+    def _wanted(self, address: IPAddress) -> Optional[Wanted]:
+        """Return what a recorded address must have; None if unknown."""
+        record = None
+        with contextlib.suppress(exceptions.LedgerUnavailable):
+            record = self._ledger.records.get(address)
+        if record is None or record.parent not in self._devices:
+            return None
+        device, index = self._devices[record.parent]
+        # As in a snapshot: a subnet is reached from one address.
+        key = record.parent, next((
+            subnet for subnet in record.subnets if address in subnet), address)
+        if key not in self._sources:
+            self._sources[key] = self._policy.source(record, device)
+        return self._policy.items(record, index, self._sources[key])
 
     def _changes_next_hops(self, event: kernel.Event) -> bool:
         """Return whether an address of a pod is a next hop from now on.
@@ -143,6 +190,20 @@ class Interests:
 
     def _is_recorded(self, address: Optional[IPAddress]) -> bool:
         return address is not None and self._ledger.records.exists(address)
+
+
+def _effects(done: Plan) -> Iterator[kernel.Event]:
+    """Return the events of changes. A deleted neighbour fails before."""
+    for routes, gone in (done.replace, False), (done.delete, True):
+        for route in routes:
+            yield kernel.Event('route', gone, route.oif, dst=route.dst,
+                               item=route)
+    for each in done.learn:
+        yield kernel.Event('neighbour', False, each.ifindex, dst=each.dst,
+                           item=each)
+    for each in done.forget:
+        for gone in (False, True):
+            yield kernel.Event('neighbour', gone, each.ifindex, dst=each.dst)
 
 
 def _essence(link: kernel.Link) -> kernel.Link:

@@ -246,7 +246,7 @@ class Agent:
             outcome = reconciler.sync()
             for error in outcome.errors[:1]:
                 LOG.error('Reconciliation failed in part: %s', error)
-            interests.update()
+            interests.update(outcome)
         except Exception as err:  # must not end the agent
             LOG.exception('Reconciliation failed')
             error = err

@@ -109,7 +109,7 @@ def _difference(found: HostRoute, wanted: HostRoute) -> str:
             ('the protocol', found.protocol, wanted.protocol),
             ('the source', found.src, wanted.src),
             ('the metric', found.metric, wanted.metric))
-        if each[1] != each[2]) or 'another scope'
+        if each[1] != each[2]) or 'another scope, an MTU or an encapsulation'
 
 
 def _deletion(route: HostRoute) -> str:

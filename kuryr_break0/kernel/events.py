@@ -21,6 +21,7 @@ from kuryr_break0.kernel.rtnetlink import Netlink
 from kuryr_break0.kernel import values
 from kuryr_break0.kernel import wire
 from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Item
 
 _LISTEN_ALL_NSID = 8
 # linux/rtnetlink.h: RTMGRP_LINK, _NEIGH, _IPV4_IFADDR, _IPV4_ROUTE,
@@ -45,7 +46,7 @@ class Event:
     :ivar ifindex: of a link, or of that of the others
     :ivar link: of a link, what it is now
     :ivar dst: of a neighbour or an address, or of a route to a single one
-    :ivar protocol: of a route or neighbour
+    :ivar item: a route to a single address, or a permanent neighbour
     :ivar next_hops: of a route or nexthop object
     """
 
@@ -54,7 +55,7 @@ class Event:
     ifindex: Optional[int] = None
     link: Optional[values.Link] = None
     dst: Optional[IPAddress] = None
-    protocol: Optional[int] = None
+    item: Optional[Item] = None
     next_hops: tuple[values.NextHop, ...] = ()
 
 
@@ -87,10 +88,10 @@ def _event(message: netlink.Received) -> Event:
     if isinstance(found, values.Route):
         host = found.host_route
         return Event(what, gone, found.oif, dst=host.dst if host else None,
-                     protocol=found.protocol, next_hops=found.next_hops)
+                     item=host, next_hops=found.next_hops)
     if isinstance(found, values.NeighbourState):
         return Event(what, gone, found.ifindex, dst=found.dst,
-                     protocol=found.protocol)
+                     item=found.permanent)
     if isinstance(found, values.AddressState):
         return Event(what, gone, found.ifindex, dst=found.address)
     return Event(what, gone, next_hops=found or ())

@@ -325,10 +325,8 @@ class Netlink(LinkSocket):
             found = self._list('list the neighbours of ' + name_of(ifindex),
                                wire.RTM_GETNEIGH,
                                wire.pack_neighbour_dump(ifindex))
-        return [Neighbour(each.dst, ifindex, each.mac, each.protocol)
-                for each in found
-                if each.ifindex == ifindex and each.dst is not None
-                and each.state & wire.NUD_PERMANENT]
+        return [each for each in (state.permanent for state in found)
+                if each is not None and each.ifindex == ifindex]
 
 
 def _description(verb: values.Verb, what: Item) -> str:

@@ -12,9 +12,11 @@ from typing import NamedTuple, Optional
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Item
+from kuryr_break0.model import Neighbour
 
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
 RTN_UNICAST, RTN_LOCAL = 1, 2
+NUD_PERMANENT = 0x80
 #: Learnt by use, as IPv6's path MTUs are: not a route of the table.
 RTM_F_CLONED = 0x200
 
@@ -110,6 +112,7 @@ class Route(NamedTuple):
     :ivar next_hops: those with a gateway; none of a nexthop object, where
         the kernel names that alone (net.ipv4.nexthop_compat_mode)
     :ivar several: whether it has more than one
+    :ivar altered: whether it changes packets, by an MTU or an encapsulation
     """
 
     family: int
@@ -125,6 +128,7 @@ class Route(NamedTuple):
     metric: int
     next_hops: tuple[NextHop, ...]
     several: bool
+    altered: bool
 
     @property
     def host_route(self) -> Optional[HostRoute]:
@@ -134,7 +138,8 @@ class Route(NamedTuple):
             return None
         return HostRoute(
             self.dst, self.oif, self.protocol, self.table, self.src,
-            self.metric, direct=self.is_on_link and (
+            self.metric,
+            direct=self.is_on_link and not self.altered and (
                 self.family == socket.AF_INET6
                 or self.scope == RT_SCOPE_LINK))
 
@@ -168,3 +173,10 @@ class NeighbourState(NamedTuple):
     state: int
     mac: str
     protocol: Optional[int]
+
+    @property
+    def permanent(self) -> Optional[Neighbour]:
+        """Return it as a permanent neighbour, if it is one."""
+        if self.dst is None or not self.state & NUD_PERMANENT:
+            return None
+        return Neighbour(self.dst, self.ifindex, self.mac, self.protocol)

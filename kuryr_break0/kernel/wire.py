@@ -49,7 +49,6 @@ RTN_BLACKHOLE, RTN_UNREACHABLE, RTN_PROHIBIT = 6, 7, 8
 RTM_F_LOOKUP_TABLE = 0x1000
 #: Answer with the route in the table, not with what follows from it.
 RTM_F_FIB_MATCH = 0x2000
-NUD_PERMANENT = 0x80
 IFF_UP, IFF_LOOPBACK, IFF_MULTICAST = 0x1, 0x8, 0x1000
 IFA_F_NODAD, IFA_F_DADFAILED, IFA_F_TENTATIVE = 0x02, 0x08, 0x40
 MACVLAN_MODE_BRIDGE = 4
@@ -69,7 +68,8 @@ IFLA_INFO_SLAVE_KIND, IFLA_INFO_SLAVE_DATA, IFLA_VRF_PORT_TABLE = 4, 5, 1
 IFLA_MASTER = 10
 IFA_ADDRESS, IFA_LOCAL = 1, 2
 RTA_DST, RTA_SRC, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY = 1, 2, 4, 5, 6
-RTA_PREFSRC, RTA_MULTIPATH, RTA_TABLE, RTA_VIA = 7, 9, 15, 18
+RTA_PREFSRC, RTA_METRICS, RTA_MULTIPATH, RTA_TABLE = 7, 8, 9, 15
+RTA_VIA, RTA_ENCAP = 18, 22
 NHA_OIF, NHA_GATEWAY, NHA_FDB = 5, 6, 11
 NDA_DST, NDA_LLADDR, NDA_IFINDEX, NDA_PROTOCOL = 1, 2, 8, 12
 NETNSA_NSID, NETNSA_FD = 1, 3
@@ -104,7 +104,7 @@ def change(verb: values.Verb, what: Item) -> Message:
         return Message(RTM_DELROUTE if deletes else RTM_NEWROUTE,
                        _FLAGS[verb], _pack_route(what, deletes))
     body = pack_neighbour(what.dst, what.ifindex,
-                          0 if deletes else NUD_PERMANENT)
+                          0 if deletes else values.NUD_PERMANENT)
     if not deletes:
         body += attribute(NDA_LLADDR, pack_mac(what.mac))
         if what.protocol is not None:
@@ -245,7 +245,8 @@ def parse_route(body: bytes) -> values.Route:
         read_number(found.get(RTA_TABLE)) or table, flags,
         oif, _address(found.get(RTA_PREFSRC)),
         read_number(found.get(RTA_PRIORITY)) or 0,
-        tuple(_next_hops(found, oif)), RTA_MULTIPATH in found)
+        tuple(_next_hops(found, oif)), RTA_MULTIPATH in found,
+        RTA_METRICS in found or RTA_ENCAP in found)
 
 
 def parse_next_hop(body: bytes) -> tuple[values.NextHop, ...]:

@@ -39,8 +39,9 @@ class AgentTestCase(base.LabTestCase):
         super().setUp()
         self.netns = self.lab.add_pod('pod', POD, mac=MAC)
         self.bind_all()
-        self.healthy = self.lab.routes()
-        self.assertEqual(PODS, set(self.healthy))
+        self.healthy = self.items()
+        for found in self.healthy:
+            self.assertEqual(PODS, set(found))
         with open(CONF, 'w') as file:
             # Nothing here may be due to the timer.
             file.write('[break0]\nresync_interval = 3600\n')
@@ -70,11 +71,16 @@ class AgentTestCase(base.LabTestCase):
         """Wait until it holds; how long that took."""
         return lab.until(condition, self.log)
 
+    def items(self) -> tuple[dict[str, Any], ...]:
+        """The routes and permanent neighbours of break0, by address."""
+        return self.lab.routes(), {
+            each['dst']: (each['lladdr'], each['protocol'])
+            for each in self.lab.ip(
+                'neigh', 'show', 'dev', 'break0', 'nud', 'permanent')
+        } if self.lab.link('break0') else {}
+
     def healed(self) -> bool:
-        neighbours = {each['dst'] for each in self.lab.ip(
-            'neigh', 'show', 'dev', 'break0', 'nud', 'permanent')
-        } if self.lab.link('break0') else set()
-        return (self.lab.routes() == self.healthy and neighbours == PODS
+        return (self.items() == self.healthy
                 and self.lab.ping(POD, cold=False)
                 and self.lab.ping(lab.NODE, 'pod', cold=False))
 
@@ -113,6 +119,29 @@ class TestRepair(AgentTestCase):
                    'ip route replace %s dev break0 proto static' % POD)
         self.fault('neighbours flushed',
                    'ip neigh flush dev break0 nud permanent')
+
+    def test_what_was_changed_in_its_place(self) -> None:
+        address = 'fd00:30::71'
+        self.lab.add_ipv6()
+        self.lab.run('ip', 'address', 'add', address + '/64', 'dev',
+                     lab.PARENT, 'nodad', netns='pod')
+        self.bind(address, netns=self.netns, mac_of_pod=MAC)
+        self.wait_for(lambda: self.lab.ping(lab.NODE6, 'pod', cold=False))
+        self.healthy = self.items()
+        for pod, source in (POD, lab.NODE), (address, lab.NODE6):
+            for state in 'permanent', 'noarp', 'stale':
+                self.fault('a neighbour of %s is %s' % (pod, state),
+                           'ip neigh replace %s dev break0 lladdr '
+                           '02:00:00:00:00:66 nud %s' % (pod, state))
+            for change in ('dev eth0', 'dev break0',
+                           'dev break0 mtu 600 src ' + source):
+                self.fault('a route to %s is %s' % (pod, change),
+                           'ip route replace %s proto 176 metric %d %s' % (
+                               pod, ':' in pod, change))
+            self.lab.run('ip', 'route', 'add', pod, 'dev', 'break0', 'proto',
+                         '176', 'metric', '5')
+            self.wait_for(lambda: len(self.lab.ip(
+                '-6' if ':' in pod else '-4', 'route', 'show', pod)) == 1)
 
     def test_parent_replaced(self) -> None:
         # Pods go with their parent, so only the routes come back.
@@ -221,6 +250,42 @@ class TestStateDirectory(AgentTestCase):
 
 
 class TestInterests(base.LabTestCase):
+
+    def test_own_changes_are_no_events(self) -> None:
+        self.lab.add_ipv6()
+        all_of_it = POD, 'fd00:30::71'
+        netns = self.lab.add_pod('pod', *all_of_it, mac=MAC)
+        self.bind('10.20.0.1')  # has break0 made
+        own = base.options()
+        heard = interests.Interests(own, ledger.Ledger(own.state_dir))
+        heard.update()
+        self.lab.settle()
+        flush = ['%s flush dev break0' % each for each in ('route', 'neigh')]
+        metric = 'route add %s dev break0 proto 176 metric 5' % POD
+        router = 'route %%s 192.0.2.0/24 via %s dev eth0' % POD
+
+        def bind() -> None:
+            self.bind(*all_of_it, netns=netns, mac_of_pod=MAC)
+
+        def sync() -> None:
+            heard.update(self.manager().sync())
+
+        steps: tuple[tuple[Callable[[], object], list[str]], ...] = (
+            (bind, []), (bind, flush), (bind, []),
+            (lambda: self.manager().sync(), flush), (sync, flush),
+            (sync, [metric]), (sync, [router % 'add']),
+            (sync, [router % 'del']), (lambda: self.unbind(*all_of_it), []))
+        with kernel.Events() as events:
+            for number, (step, before) in enumerate(steps):
+                for command in before:
+                    self.lab.run('ip', *command.split())
+                if before:
+                    events.get()
+                step()
+                found = events.get()
+                self.assertEqual([], list(filter(heard.include, found)),
+                                 number)
+                self.assertNotEqual([], found, number)
 
     def test_a_break0_is_lost_before_the_last_event_of_it(self) -> None:
         self.bind(POD, mac_of_pod=MAC)
