@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Any, Iterable, Iterator, Optional
+from typing import Any, Container, Iterable, Iterator, Optional
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
@@ -14,7 +14,7 @@ from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Wanted
-from kuryr_break0.plan import Plan
+from kuryr_break0.plan import Outcome
 from kuryr_break0 import policy
 
 
@@ -37,6 +37,8 @@ class Interests:
         self._devices: dict[str, tuple[str, int]] = {}
         #: the events that the last sync has caused
         self._own: frozenset[kernel.Event] = frozenset()
+        #: the addresses that it has refused, as a next hop
+        self._refused: Container[IPAddress] = ()
         #: source addresses since the last sync, by parent and subnet
         self._sources: dict[tuple[str, Any], Optional[IPAddress]] = {}
         self._links: dict[int, Any] = {}
@@ -55,13 +57,16 @@ class Interests:
             self._links = self._read_links(netlink)
             self._addresses = set(netlink.addresses())
 
-    def update(self, done: Plan = Plan()) -> None:
+    def update(self, done: Outcome = Outcome()) -> None:
         """Note what a sync may have made: break0s, and all of them.
 
-        :param done: the routes and neighbours that it has set and deleted
+        :param done: what it has done
         :raises Break0Error: if it cannot be read
         """
         self._own = frozenset(_effects(done))
+        self._refused = done.refused
+        # Others may have gone without an event, and be one again.
+        self._next_hops.intersection_update(done.refused)
         self._sources.clear()
         identity = None
         with contextlib.suppress(exceptions.LedgerUnavailable):
@@ -157,13 +162,13 @@ class Interests:
     def _changes_next_hops(self, event: kernel.Event) -> bool:
         """Return whether an address of a pod is a next hop from now on.
 
-        All are noted, since a container may take one that is gone by the
-        next sync.
+        Or is none any more, unless another route has it. All are noted,
+        since a container may take one that is gone by the next sync.
         """
         found = {each.gateway for each in event.next_hops}
         if event.gone:
-            self._next_hops -= found  # or one of several routes by it
-            return False
+            self._next_hops -= found
+            return any(map(self._is_recorded, found))
         new = found - self._next_hops
         if not new:
             return False
@@ -181,6 +186,10 @@ class Interests:
         if link is None or index is None:
             return True
         if index not in self._links:
+            # IPv4 routes, whose next hop may be a refused address, go with
+            # their interface without an event (fib_table_flush).
+            if self._refused and (event.gone or not link.up):
+                return True
             # A VM ends with its macvtap.
             return (link.kind == 'macvtap' if event.gone
                     else link.name in self._names)
@@ -192,7 +201,7 @@ class Interests:
         return address is not None and self._ledger.records.exists(address)
 
 
-def _effects(done: Plan) -> Iterator[kernel.Event]:
+def _effects(done: Outcome) -> Iterator[kernel.Event]:
     """Return the events of changes. A deleted neighbour fails before."""
     for routes, gone in (done.replace, False), (done.delete, True):
         for route in routes:

@@ -143,6 +143,32 @@ class TestRepair(AgentTestCase):
             self.wait_for(lambda: len(self.lab.ip(
                 '-6' if ':' in pod else '-4', 'route', 'show', pod)) == 1)
 
+    def test_an_address_that_was_a_next_hop(self) -> None:
+        # A route by a pod is refused to the pod as long as it is there, and
+        # one of several routes by it changes nothing.
+        agent = psutil.Process(self.agent.pid)
+        self.lab.run('ip', 'link', 'add', 'lan0', 'type', 'veth', 'peer',
+                     'name', 'lan1')
+        self.lab.run('ip', 'link', 'set', 'lan0', 'up')
+        several = 'route %s 192.0.2.0/25', 'route %s 192.0.2.128/25'
+        for names, device, ends in (
+                (several, lab.PARENT, [each % 'del' for each in several]),
+                (['nexthop %s id 7'], lab.PARENT, ['nexthop del id 7']),
+                # Of which the kernel sends no event of the route.
+                (several, 'lan0', ['link set lan0 down']),
+                (several, 'lan0', ['link del lan0'])):
+            if device == 'lan0':
+                self.lab.run('ip', 'link', 'set', device, 'up')
+            for name in names:
+                self.lab.run('ip', *(name % 'add').split(), 'via', POD,
+                             'dev', device, 'onlink')
+            self.wait_for(lambda: POD not in self.lab.routes())
+            for command in ends:
+                self.wait_for(lambda: base.is_idle(agent))
+                self.assertNotIn(POD, self.lab.routes())
+                self.lab.run('ip', *command.split())
+            self.wait_for(self.healed)
+
     def test_parent_replaced(self) -> None:
         # Pods go with their parent, so only the routes come back.
         self.lab.run('ip', 'link', 'del', lab.PARENT)
