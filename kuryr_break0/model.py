@@ -124,7 +124,7 @@ class Record:
     :ivar pod: its namespace and name in Kubernetes, where known
     :ivar configured: digest of the node addresses that the pod side was
         configured with; None if it was not
-    :ivar bound_at: seconds since the boot (CLOCK_BOOTTIME)
+    :ivar bound_at: seconds since the boot, as of :func:`ledger.files.now`
     :ivar siblings: MAC addresses of other interfaces of the sandbox on the
         parent; it may answer by any of them
     :ivar origin: by which way it came; None if that is not known

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import stat
 import time
@@ -21,8 +22,25 @@ _PAUSE = 0.001
 
 
 def now() -> float:
-    """Return the seconds since the boot, which nobody can set back."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+    """Return the seconds since the boot, which nobody can set back.
+
+    The same in each container, since processes compare their times.
+    """
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - _clock_offset()
+
+
+@functools.lru_cache(maxsize=None)
+def _clock_offset() -> float:
+    """Return the seconds that the clock of this time namespace is ahead.
+
+    0 on a kernel without time namespaces; see time_namespaces(7).
+    """
+    with contextlib.suppress(OSError, ValueError), \
+            open('/proc/self/timens_offsets') as file:
+        for clock, seconds, nanoseconds in map(str.split, file):
+            if clock == 'boottime':
+                return int(seconds) + int(nanoseconds) / 1e9
+    return 0.0
 
 
 @contextlib.contextmanager

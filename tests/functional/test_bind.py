@@ -101,6 +101,16 @@ class TestBind(ByHandTestCase):
             self.assert_in_sync()  # what it has besides is its own matter
         self.assert_reachable()
 
+    def test_after_a_container_with_another_clock(self) -> None:
+        for command, number in ((('unshare', '--time', '--boottime', '86400',
+                                  PROGRAM), 1), ((PROGRAM,), 2)):
+            self.lab.run('ip', 'link', 'set', 'dev', 'eth0', 'address',
+                         '02:00:00:00:05:%02x' % number, netns='web')
+            self.lab.run(*command, 'bind', ADDRESS, '--owner', 'web',
+                         '--netns', NETNS)
+            self.assert_reachable()
+            self.assert_in_sync()
+
     def test_it_ends_with_its_namespace(self) -> None:
         self.bind_web('--netns', NETNS)
         self.lab.del_netns('web')
