@@ -38,8 +38,9 @@ class LinkSocket(netlink.RequestSocket):
         return answer
 
     def _list(self, action: str, kind: int, body: bytes,
-              read: Callable[[Received], Any] = wire.parse) -> list[Any]:
-        return self._dump(action, Message(kind, 0, body), read)
+              read: Callable[[Received], Any] = wire.parse,
+              merges: bool = False) -> list[Any]:
+        return self._dump(action, Message(kind, 0, body), read, merges)
 
     def link(self, name: str) -> Optional[values.Link]:
         """Return an interface by its name, or None."""
@@ -172,17 +173,25 @@ class LinkSocket(netlink.RequestSocket):
                     )))
 
     def addresses(self) -> list[values.InterfaceAddress]:
-        """List the addresses of all interfaces, by a dump."""
-        return [values.InterfaceAddress(each.ifindex, each.address)
-                for each in self.address_states()]
+        """List the addresses of all interfaces, by a dump.
 
-    def address_states(self, ifindex: int = 0) -> list[values.AddressState]:
+        On a node where they change all the time, as those of services, some
+        may be listed that have just been deleted. In a pod, that decides
+        which ones are its own, so there it fails.
+        """
+        return list(dict.fromkeys(
+            values.InterfaceAddress(each.ifindex, each.address)
+            for each in self.address_states(merges=self._most is None)))
+
+    def address_states(self, ifindex: int = 0, merges: bool = False
+                       ) -> list[values.AddressState]:
         """List them with their flags.
 
         :param ifindex: of one interface; 0 for all
+        :param merges: see :meth:`netlink.RequestSocket._dump`
         """
         return self._list('list the addresses', wire.RTM_GETADDR,
-                          wire.pack_address_dump(ifindex))
+                          wire.pack_address_dump(ifindex), merges=merges)
 
     def namespace_number(self, fd: int) -> int:
         """Return what this namespace calls another; -1 for nothing."""

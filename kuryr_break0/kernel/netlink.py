@@ -308,18 +308,27 @@ class RequestSocket(_Socket):
         return found, is_whole
 
     def _dump(self, action: str, message: Message,
-              read: Callable[[Received], Optional[_T]]) -> list[_T]:
+              read: Callable[[Received], Optional[_T]],
+              merges: bool = False) -> list[_T]:
         """List what the kernel has of a kind; again if it changed meanwhile.
 
+        :param merges: return what was in one of a few lists, if it changed
+            each time. The kernel may pass over an item when one before it is
+            deleted, and each time that is another one
         :raises KernelRefused: with EINTR, if it changed each time
         """
         request = message._replace(flags=message.flags | NLM_F_DUMP)
-        for _ in range(FEW_TRIES if self._most else DUMP_TRIES):
+        merged: dict[_T, None] = {}
+        for _ in range(FEW_TRIES if self._most or merges else DUMP_TRIES):
             found, is_whole = self._ask(action, request, read)
             if is_whole:
                 return found
-            if self._most is None:  # or a pod would choose for how long
+            if merges:
+                merged.update(dict.fromkeys(found))
+            elif self._most is None:  # or a pod would choose for how long
                 time.sleep(random.uniform(0, DUMP_PAUSE))
+        if merges:
+            return list(merged)
         raise self._failed(action, OSError(
             errno.EINTR, 'it changed each time that it was read'))
 

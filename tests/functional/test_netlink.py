@@ -394,6 +394,35 @@ class TestDumps(base.LabTestCase):
         self.assertEqual(errno.EINTR, caught.exception.errno)
         self.assertIn('changed each time', str(caught.exception))
 
+    def test_addresses_that_change_each_time(self) -> None:
+        # The first one goes, so the kernel passes over the one that follows
+        # what it has sent, and another one comes.
+        self.lab.run('ip', 'link', 'add', 'many', 'type', 'veth')
+        self.load('ip', '-batch', lines=[
+            'address add 10.1.%d.%d/32 dev many' % divmod(number, 250)
+            for number in range(1500)])
+        changes = iter(range(1500))
+
+        def change() -> None:
+            if self.reads == 1:
+                number = next(changes)
+                for verb, high in ('del', 1), ('add', 2):
+                    self.lab.run('ip', 'address', verb, '10.%d.%d.%d/32' % (
+                        high, *divmod(number, 250)), 'dev', 'many')
+
+        with kernel.Netlink() as netlink:
+            before = set(netlink.addresses())
+            self.heard(netlink, change)
+            found = netlink.addresses()
+            self.assertEqual(len(set(found)), len(found))
+            self.assertEqual(set(), before - {*found})
+        # In a pod, that an address is missing means something.
+        with kernel.Netlink(most=2 ** 14) as netlink:
+            self.heard(netlink, change)
+            with self.assertRaises(exceptions.KernelRefused) as caught:
+                netlink.addresses()
+        self.assertEqual(errno.EINTR, caught.exception.errno)
+
     def assert_bounded(self, opened: Any, count: int,
                        dump: Callable[[], list[Any]]) -> None:
         """A list is not read to its end, and the socket can be used again."""
