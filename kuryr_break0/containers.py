@@ -133,7 +133,10 @@ def pod_sides(seen: Snapshot) -> tuple[dict[IPAddress, str], ...]:
                 addresses, 'its namespace is not recorded'))
             continue
         try:
-            if podside.repair(records, parent.node, seen.options, True):
+            changed, lacked = podside.repair(records, parent.node,
+                                             seen.options, True)
+            lost.update({each.record.address: str(each) for each in lacked})
+            if changed:
                 wrong.update(dict.fromkeys(
                     addresses, 'its container lacks what it needs to reach '
                     'the node: kuryr-break0 sync'))

@@ -30,15 +30,17 @@ from kuryr_break0.guard import pair
 from kuryr_break0.guard import pairs
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
+from kuryr_break0.ledger import files
 from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Neighbour
+from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
 from kuryr_break0.model import Wanted
-from kuryr_break0.podside import Pods
+from kuryr_break0.pods import Pods
 from kuryr_break0.policy import Policy
 from kuryr_break0.routes import forget_connections
 from kuryr_break0.routes import Routes
@@ -161,17 +163,22 @@ class Engine:
 
     def unbind(self, addresses: Iterable[IPAddress],
                is_own: Callable[[Record], bool], name: object,
-               mac: Optional[str], failure: Failures) -> list[Record]:
+               mac: Optional[str], failure: Failures,
+               ending: Optional[Owner] = None) -> list[Record]:
         """Drop claims, and what the addresses had because of them.
 
         :param is_own: whether a claim is to be dropped
         :param name: of their owner, for the log
         :param mac: what a route without record is known by
+        :param ending: the owner that a sync is to drop all earlier claims of
         :returns: the claims that were dropped
         """
         dropped: list[Record] = []
         passed: list[IPAddress] = []
+        now = files.now()
         with self.locked(required=True) as say, kernel.Netlink() as netlink:
+            if ending is not None:
+                self._ledger.note_end(ending, now)
             for address in addresses:
                 with failure.noted(address):
                     before = self._records.claims(address)

@@ -32,7 +32,6 @@ from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
 from kuryr_break0.plan import Outcome
-from kuryr_break0 import podside
 from kuryr_break0 import policy
 from kuryr_break0.policy import Policy
 from kuryr_break0.reconciler import Reconciler
@@ -170,7 +169,8 @@ class Break0Manager:
     def unbind(self, owner: Owner, addresses: Optional[Iterable[IPAddress]],
                netns: Optional[str] = None, mac: Optional[str] = None,
                interface_goes: bool = False,
-               bound_at: Optional[float] = None) -> list[IPAddress]:
+               bound_at: Optional[float] = None,
+               ends: bool = False) -> list[IPAddress]:
         """Take back what :meth:`bind` did for these addresses.
 
         Claims of other owners stay, since a DEL can come late; the newest of
@@ -185,6 +185,8 @@ class Break0Manager:
         :param bound_at: undo the bind that was asked for then, and no other
         :param interface_goes: the interface is about to be deleted, so
             nothing has to be taken back there
+        :param ends: the interface of this owner ends, so the next sync drops
+            the claims of an earlier bind too, with other addresses
         :returns: the addresses that this owner had
         :raises Break0Error: the first error of one of the addresses; the
             others are unbound all the same
@@ -204,26 +206,14 @@ class Break0Manager:
                 for claim in each if is_own(claim)}
             named = sorted(found if named is None else found.intersection(
                 named), key=address_order)
-        removed = self._engine.unbind(named, is_own, owner, mac, failure)
+        removed = self._engine.unbind(named, is_own, owner, mac, failure,
+                                      owner if ends else None)
         for record in removed:
             # With the interface, all that was configured there goes.
             if not interface_goes and record.netns and record.configured:
-                self._withdraw(record)
+                self._engine.pods.withdraw(record)
         failure.raise_first()
         return [record.address for record in removed]
-
-    def _withdraw(self, record: Record) -> None:
-        """Take back the pod side in a namespace that is still there."""
-        def is_bound(address: IPAddress) -> bool:
-            found = self._records.get(address)
-            return found is not None and found.owner == record.owner
-
-        try:
-            if kernel.state(*record.place) is not kernel.State.GONE:
-                podside.withdraw(record, self._options, is_bound)
-        except exceptions.Break0Error as err:
-            LOG.debug('The sandbox %s keeps what it needed to reach the '
-                      'node: %s', record.whose, err)
 
     def sync(self, dry_run: bool = False) -> Outcome:
         """Make break0, routes, neighbours and pods what the ledger says.

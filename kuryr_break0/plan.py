@@ -61,6 +61,10 @@ class Outcome(Plan):
 
     :ivar devices: what break0 was and should not be, by its name
     :ivar pods: the sandboxes whose pod side differed
+    :ivar released: records of addresses that their sandbox has released, and
+        how that is known
+    :ivar missing: records whose interface lacks the address for now, and
+        what is known of that
     :ivar rebuilt: records that were made of what the kernel holds
     :ivar gone: records whose sandbox is proven not to exist
     :ivar unjudged: records of which that cannot be found out, and why
@@ -70,6 +74,8 @@ class Outcome(Plan):
 
     devices: tuple[tuple[str, str], ...] = ()
     pods: tuple[Owner, ...] = ()
+    released: Mapping[Record, str] = dataclasses.field(default_factory=dict)
+    missing: Mapping[Record, str] = dataclasses.field(default_factory=dict)
     rebuilt: tuple[Record, ...] = ()
     gone: tuple[Record, ...] = ()
     unjudged: Mapping[Record, str] = dataclasses.field(default_factory=dict)
@@ -78,7 +84,7 @@ class Outcome(Plan):
 
     def __bool__(self) -> bool:
         return bool(self.devices or self.pods or self.rebuilt or self.gone
-                    or super().__bool__())
+                    or self.released or super().__bool__())
 
 
 def is_others(route: HostRoute, devices: Collection[Optional[int]],

@@ -15,42 +15,40 @@ KernelRefused with the first error of its kernel.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import ipaddress
-import itertools
-import logging
-from typing import Callable, Collection, Iterable, Iterator, Optional
+from typing import Callable, Collection, Iterable, Iterator, NamedTuple
 
-from kuryr_break0.claims import Claims
 from kuryr_break0 import config
-from kuryr_break0.devices import Break0
 from kuryr_break0 import exceptions
-from kuryr_break0.failures import Failures
 from kuryr_break0.guard import table_of
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
-from kuryr_break0.ledger.journal import Done
-from kuryr_break0.ledger import Ledger
-from kuryr_break0.ledger.records import MAX_SIBLINGS
 from kuryr_break0 import log
+from kuryr_break0 import missing
+from kuryr_break0.missing import Missing
 from kuryr_break0.model import best_metric
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Item
 from kuryr_break0.model import Neighbour
 from kuryr_break0.model import NodeAddresses
-from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
-from kuryr_break0.policy import Policy
 
 LOG = log.get_logger(__name__)
 
 #: Entries of a list that are read in a pod, whose own business it is how many
 #: there are. What is beyond is set again, and deleted in time.
 MOST = 512
-#: Pods whose namespaces one sync enters to compare the pod side, beside those
-#: that are known to differ. Each takes about half a millisecond.
-ENTERED = 128
+
+
+class Differences(NamedTuple):
+    """How a pod differs from its records.
+
+    :ivar changed: whether it lacked what it needs
+    :ivar missing: the addresses that its interface does not have
+    """
+
+    changed: bool
+    missing: list[Missing]
 
 
 class PodSide:
@@ -63,7 +61,9 @@ class PodSide:
     def __init__(self, netlink: kernel.Netlink, records: Collection[Record],
                  options: config.Options) -> None:
         self._netlink = netlink
-        self._record = next(iter(records))
+        self._records = records
+        # Of an interface that was made again, earlier ones may be there.
+        self._record = max(records, key=lambda record: record.bound_at)
         self._versions = {record.address.version for record in records}
         self._protocol = options.route_protocol
         ifname = self._record.owner.ifname
@@ -72,6 +72,7 @@ class PodSide:
         if link is None:
             raise exceptions.InterfaceGone(netns=self._record.netns,
                                            ifname=ifname)
+        self._link = link
         self._index = link.index
         self._mac = bytes.fromhex(link.mac.replace(':', ''))
         # One with another MAC address may be the next of that name already.
@@ -139,6 +140,13 @@ class PodSide:
                     of_others and (address.is_link_local
                                    or address.is_loopback))}
 
+    def missing(self) -> list[Missing]:
+        """Return the recorded addresses that the interface does not have."""
+        states = self._netlink.address_states()
+        if len(states) >= MOST:
+            return []  # there may be more
+        return missing.find(states, self._link, self._records)
+
     def marked(self) -> list[Item]:
         """List what carries our protocol number on the interface."""
         items: list[Item] = [*self._netlink.host_routes_of(
@@ -161,7 +169,7 @@ class PodSide:
 
 
 @contextlib.contextmanager
-def _entered(record: Record) -> Iterator[kernel.Netlink]:
+def entered(record: Record) -> Iterator[kernel.Netlink]:
     """Be in the namespace of a record, with a socket there."""
     with kernel.entered(str(record.netns), record.namespace), \
             kernel.Netlink(most=MOST) as netlink:
@@ -169,20 +177,20 @@ def _entered(record: Record) -> Iterator[kernel.Netlink]:
 
 
 def repair(records: Collection[Record], node: NodeAddresses,
-           options: config.Options, dry_run: bool = False) -> bool:
+           options: config.Options, dry_run: bool = False) -> Differences:
     """Compare a pod with what it needs, and change what differs.
 
     :param records: those of one interface, not empty
-    :returns: whether something differed
     """
-    with _entered(next(iter(records))) as netlink:
-        return PodSide(netlink, records, options).repair(node, dry_run)
+    with entered(next(iter(records))) as netlink:
+        side = PodSide(netlink, records, options)
+        return Differences(side.repair(node, dry_run), side.missing())
 
 
 def has_lost_interface(record: Record, options: config.Options) -> bool:
     """Return whether a namespace is there without the interface."""
     try:
-        with _entered(record) as netlink:
+        with entered(record) as netlink:
             PodSide(netlink, [record], options)
     except exceptions.InterfaceGone:
         return True
@@ -201,7 +209,7 @@ def withdraw(record: Record, options: config.Options,
     :param is_bound: whether an address of the interface is bound still
     :returns: what that is, but for the table of nftables
     """
-    with _entered(record) as netlink:
+    with entered(record) as netlink:
         side = None
         needed: set[int] = set()
         if kernel.index_of(record.owner.ifname) is not None:
@@ -223,169 +231,3 @@ def _release(record: Record) -> None:
     """Delete the table of an interface, which is there without it as well."""
     with contextlib.suppress(exceptions.KernelRefused), kernel.Nft() as nft:
         nft.delete_table(table_of(record.owner.ifname))
-
-
-class Pods:
-    """The pod sides of a node."""
-
-    def __init__(self, options: config.Options, ledger: Ledger) -> None:
-        self._options = options
-        self._policy = Policy(options)
-        self._ledger = ledger
-        self._records = ledger.records
-
-    def node_addresses(self, netlink: kernel.Netlink, break0: Break0,
-                       parent: str,
-                       sources: Collection[Optional[IPAddress]]
-                       ) -> NodeAddresses:
-        """Return what pods must know of the node.
-
-        Its addresses are read again if it turns out to use another one.
-        """
-        cache = self._ledger.cache
-        cached: Optional[list[tuple[int, IPAddress]]] = None
-        with contextlib.suppress(TypeError, ValueError):
-            cached = [(int(at), ipaddress.ip_address(address)) for at, address
-                      in cache.fresh('addresses') or ()]
-        if not cached or {src for src in sources if src} - {
-                address for _, address in cached}:
-            cached = [*netlink.addresses()]
-            cache.put('addresses', [[at, str(address)]
-                                    for at, address in cached])
-        return self._policy.node_addresses(
-            cached, kernel.index_of(parent), sources, break0.mac,
-            break0.name)
-
-    def from_successor(self, claims: Claims,
-                       is_gone: Callable[[Record], bool]) -> Claims:
-        """Return the claims from the newest that still has the address."""
-        for place, claim in enumerate(claims):
-            if is_gone(claim):
-                continue
-            try:
-                with _entered(claim) as netlink:
-                    if claim.address not in PodSide(
-                            netlink, [claim], self._options).addresses():
-                        continue
-            except exceptions.Break0Error as err:
-                LOG.debug('The claim of %s counts: %s', claim.whose, err)
-            return claims[place:]
-        return ()
-
-    def configure(self, records: list[Record], node: NodeAddresses
-                  ) -> list[Record]:
-        """Configure the pod side, and record that only when it was done.
-
-        Without, IPv4 works by ARP where the node is in the pod's subnet, so
-        a failure is no error; it is repaired by each sync.
-
-        :returns: the records to admit again, if it has other interfaces
-        """
-        try:
-            with _entered(records[0]) as netlink:
-                side = PodSide(netlink, records, self._options)
-                side.configure(node)
-                others = side.addresses(of_others=True)
-        except exceptions.Break0Error as err:
-            LOG.warning('The sandbox %s is not configured to reach the node '
-                        'yet: %s', records[0].owner, err)
-            cache = self._ledger.cache  # so that no sync says it again
-            cache.put('unconfigured', [*(cache.get('unconfigured') or ()),
-                                       str(records[0].owner)])
-            return []
-        siblings = self._siblings(records[0], others)
-        macs = tuple(dict.fromkeys(each.mac for each in siblings
-                                   if each.mac is not None))
-        done = [dataclasses.replace(record, configured=node.digest,
-                                    siblings=macs) for record in records]
-        mac = records[0].mac
-        if mac is not None:
-            done += [dataclasses.replace(each, siblings=(
-                *each.siblings, mac)) for each in siblings
-                if mac not in each.siblings]
-        for record in done:
-            try:
-                claims = self._records.claims(record.address)
-                if claims and claims[0].owner == record.owner:
-                    self._records.put([record, *claims[1:]])
-            except exceptions.LedgerUnavailable as err:
-                LOG.debug('%s', err)
-        return done if siblings else []
-
-    def _siblings(self, record: Record,
-                  addresses: Iterable[IPAddress]) -> list[Record]:
-        """Return the records of other interfaces of a sandbox on its parent.
-
-        :param addresses: those of these interfaces; what is not recorded for
-            the sandbox counts for nothing
-        """
-        found = []
-        for address in itertools.islice(addresses, MAX_SIBLINGS):
-            with contextlib.suppress(exceptions.LedgerUnavailable):
-                other = self._records.get(address)
-                if other is not None and other.parent == record.parent and (
-                        other.namespace == record.namespace):
-                    found.append(other)
-        return found
-
-    def repair(self, found: Iterable[tuple[list[Record], NodeAddresses]],
-               failure: Failures, dry_run: bool) -> Iterator[Owner]:
-        """Configure the pod sides that are known to differ, and some more.
-
-        Those that are compared go round, so that each has its turn.
-
-        :param found: the records of each interface, with what it must know
-        :returns: those that were to be changed
-        """
-        cache = self._ledger.cache
-        outdated: list[tuple[list[Record], NodeAddresses]] = []
-        others: list[tuple[list[Record], NodeAddresses]] = []
-        for records, node in found:
-            (outdated if any(record.configured != node.digest for record
-                             in records) else others).append((records, node))
-        start = cache.number('entered') % max(len(others), 1)
-        turn = (others[start:] + others[:start])[:ENTERED]
-        if len(others) > ENTERED and not dry_run:
-            cache.put('entered', [(start + ENTERED) % len(others)])
-        failed = set(cache.get('unconfigured') or ())
-        still: list[str] = []
-        for records, node in (*outdated, *turn):
-            owner = records[0].owner
-            try:
-                changes = repair(records, node, self._options, dry_run)
-            except exceptions.Break0Error as err:
-                still.append(str(owner))
-                if str(owner) not in failed:  # once, not with each sync
-                    LOG.warning('The sandbox %s cannot be configured to '
-                                'reach the node: %s', owner, err)
-                continue
-            if changes:
-                yield owner
-                LOG.log(logging.DEBUG if dry_run else logging.INFO,
-                        'Configured %s for %s to reach the node',
-                        ', '.join(str(record.address) for record in records),
-                        owner)
-            if not dry_run:
-                if changes:
-                    self._ledger.journal.add(Done.POD)
-                self._put_configured(records, node, failure)
-        if sorted(failed) != sorted(still) and not dry_run:
-            cache.put('unconfigured', still)
-
-    def _put_configured(self, records: list[Record], node: NodeAddresses,
-                        failure: Failures) -> None:
-        """Record that the pod side was configured, after it was."""
-        outdated = [record for record in records
-                    if record.configured != node.digest]
-        if not outdated:
-            return
-        with failure.noted(), self._ledger.lock():
-            for record in outdated:
-                claims = self._records.claims(record.address)
-                if claims and claims[0] == record:
-                    self._records.put([dataclasses.replace(
-                        record, configured=node.digest), *claims[1:]])
-                elif not claims:
-                    # It was unbound meanwhile, which found nothing yet.
-                    with contextlib.suppress(exceptions.Break0Error):
-                        withdraw(record, self._options)

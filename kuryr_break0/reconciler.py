@@ -25,6 +25,7 @@ from kuryr_break0.failures import Failures
 from kuryr_break0.guard import Guard
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
+from kuryr_break0.ledger import files
 from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
@@ -41,6 +42,9 @@ from kuryr_break0.policy import Policy
 from kuryr_break0.problems import guard_text
 from kuryr_break0.problems import unjudged_problem
 from kuryr_break0 import rebuild
+from kuryr_break0.released import by_change
+from kuryr_break0.released import by_del
+from kuryr_break0.released import drop
 from kuryr_break0.routes import foreign_route
 from kuryr_break0.snapshot import Parent
 from kuryr_break0.snapshot import Snapshot
@@ -89,6 +93,7 @@ class Reconciler:
         return dataclasses.replace(outcome, errors=tuple(self._failure.errors))
 
     def _sync(self) -> Outcome:
+        began = files.now()
         seen = self._read()
         if not self._dry_run:
             self._tidy(seen)
@@ -106,8 +111,14 @@ class Reconciler:
         for plan in plans.values():
             for route in plan.foreign:
                 LOG.error('%s', foreign_route(route))
+        ended = self._ledger.ended()
+        released = by_del(seen, ended)
         if not self._dry_run:
             self._note(seen)
+            drop(released, self._engine, self._ledger, self._failure)
+            if ended:
+                with self._failure.noted(), self._ledger.lock():
+                    self._ledger.forget_ends(began)
             # What a gone one had, the next that has its address gets.
             moved = {record.address for record in seen.gone if record
                      == seen.contents.claims[record.address][0]}
@@ -121,7 +132,15 @@ class Reconciler:
                 {record.address for record in seen.gone} - moved,
                 self._failure)
             self._note_taps(seen)
-        return self._outcome(seen, plans.values(), rebuilt)
+        pods = self._engine.pods.repair(
+            self._interfaces(seen, released), self._failure, self._dry_run)
+        by_pods = by_change(pods.released)
+        if not self._dry_run:
+            drop(by_pods, self._engine, self._ledger, self._failure)
+        return dataclasses.replace(
+            self._outcome(seen, plans.values(), rebuilt),
+            released={**released, **by_pods}, pods=tuple(pods.changed),
+            missing={each.record: str(each) for each in pods.missing})
 
     def _plan(self, seen: Snapshot, parent: Parent,
               rebuilt: Collection[Record]) -> Plan:
@@ -162,16 +181,17 @@ class Reconciler:
         return Outcome(
             devices=tuple(self._repaired), rebuilt=tuple(rebuilt),
             gone=seen.gone, unjudged=seen.unjudged, refused=seen.refused,
-            pods=tuple(self._engine.pods.repair(
-                self._interfaces(seen), self._failure, self._dry_run)),
             **items)
 
-    def _interfaces(self, seen: Snapshot
+    def _interfaces(self, seen: Snapshot, released: Collection[Record]
                     ) -> Iterator[tuple[list[Record], NodeAddresses]]:
         for records in seen.interfaces():
             parent = seen.parents[records[0].parent]
-            if records[0].netns is not None and parent.node is not None and (
-                    not self._is_left(seen, parent)):
+            if released:
+                records = [each for each in records if each not in released]
+            if records and records[0].netns is not None and (
+                    parent.node is not None
+                    and not self._is_left(seen, parent)):
                 yield records, parent.node
 
     def _tidy(self, seen: Snapshot) -> None:

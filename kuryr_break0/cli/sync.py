@@ -54,7 +54,8 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     if outcome.errors:
         return common.UNREADABLE
     left = (outcome.foreign or outcome.unclaimed or outcome.unjudged
-            or outcome.refused or (wanted.dry_run and outcome))
+            or outcome.refused or outcome.missing
+            or (wanted.dry_run and outcome))
     return common.DRIFT if left else common.IN_SYNC
 
 
@@ -83,6 +84,12 @@ def _lines(outcome: Outcome, options: config.Options) -> Iterator[str]:
     for record in outcome.gone:
         yield '- record %s owner %s: its sandbox is gone' % (record.address,
                                                              record.owner)
+    for record, reason in outcome.released.items():
+        yield '- record %s owner %s: %s' % (record.address, record.owner,
+                                            reason)
+    for record, reason in outcome.missing.items():
+        yield '! record %s owner %s: %s' % (record.address, record.owner,
+                                            reason)
     for record, reason in outcome.unjudged.items():
         yield ('! record %s owner %s: cannot find out whether its sandbox '
                'exists: %s' % (record.address, record.owner, reason))
@@ -122,8 +129,9 @@ def _as_json(outcome: Outcome, options: config.Options) -> dict[str, Any]:
         'pods': [str(owner) for owner in outcome.pods],
         'rebuilt': list(map(record, outcome.rebuilt)),
         'gone': list(map(record, outcome.gone)),
-        'unjudged': [{**record(each), 'reason': reason}
-                     for each, reason in outcome.unjudged.items()],
+        **{name: [{**record(each), 'reason': reason}
+                  for each, reason in getattr(outcome, name).items()]
+           for name in ('released', 'missing', 'unjudged')},
         'refused': [{'address': str(address), 'reason': reason}
                     for address, reason in outcome.refused.items()],
         'errors': [str(err) for err in outcome.errors]}

@@ -179,7 +179,8 @@ class Plugin:
         except CNIError:
             addresses = []
         unbound = self._manager.unbind(
-            owner, addresses, request.netns, request.mac) if addresses else []
+            owner, addresses, request.netns, request.mac,
+            ends=True) if addresses else []
         if not unbound:
             self._manager.unbind(owner, None, request.netns, request.mac)
 
@@ -217,7 +218,7 @@ class Plugin:
             yield from parent_problems(parent)
             if parent.node is not None and podside.repair(
                     [record for record in own if record.parent == name],
-                    parent.node, self._options, dry_run=True):
+                    parent.node, self._options, dry_run=True).changed:
                 yield ('the container is not configured to reach the node '
                        'by %s' % self._owner.ifname)
 

@@ -58,11 +58,13 @@ from kuryr_break0.kernel.probes import claimants
 from kuryr_break0.kernel.rtnetlink import Netlink
 from kuryr_break0.kernel.rtnetlink import Path
 from kuryr_break0.kernel.rtnetlink import Routes
+from kuryr_break0.kernel.values import AddressState
 from kuryr_break0.kernel.values import Change
 from kuryr_break0.kernel.values import Link
 from kuryr_break0.kernel.values import Route
 from kuryr_break0.kernel.values import RTN_LOCAL
 from kuryr_break0.kernel.values import Verb
+from kuryr_break0.kernel.wire import IFA_F_PERMANENT
 from kuryr_break0.kernel.wire import RT_TABLE_MAIN
 
 

@@ -114,7 +114,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
             with self._logged(still_routed):
                 Break0Manager(options).unbind(
                     owner, break0_vif.addresses(vif), sandbox,
-                    mac=str(vif.address), interface_goes=True)
+                    mac=str(vif.address), interface_goes=True, ends=True)
         try:
             if sandbox is not None and self._is_direct(options):
                 pod_binding.disconnect(sandbox, ifname, vif.vif_name)

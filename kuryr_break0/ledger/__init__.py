@@ -55,6 +55,8 @@ _OTHERS = ('quarantine', 'lost+found')
 _EARLIER = 'earlier-boot'
 #: Next hops that are kept after they are gone.
 MAX_NEXT_HOPS = 1024
+#: DELs that are kept until the next sync.
+MAX_ENDED = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +253,37 @@ class Ledger:
         if new:
             self.cache.put('next_hops_seen', [
                 identity.boot_id(), *[*seen, *sorted(new)][-MAX_NEXT_HOPS:]])
+
+    def ended(self) -> dict[Owner, float]:
+        """Return the owners that a DEL has ended, and when.
+
+        Of each the last DEL, and the last MAX_ENDED ones. A DEL names the
+        addresses of the last ADD, so the claims of an earlier one are left.
+        """
+        found = {}
+        for each in self.cache.get('ended') or ():
+            with contextlib.suppress(TypeError, ValueError):
+                container_id, ifname, when = each
+                found[Owner(str(container_id), str(ifname))] = float(when)
+        return found
+
+    def note_end(self, owner: Owner, when: float) -> None:
+        """Add to what :meth:`ended` returns. Call it under the lock."""
+        ended = self.ended()
+        ended.pop(owner, None)  # it is the last one from now on
+        self._put_ended({**ended, owner: when})
+
+    def forget_ends(self, before: float) -> None:
+        """Drop the ends before a time. Call it under the lock."""
+        ended = self.ended()
+        kept = {owner: when for owner, when in ended.items()
+                if when >= before}
+        if kept != ended:
+            self._put_ended(kept)
+
+    def _put_ended(self, ended: dict[Owner, float]) -> None:
+        self.cache.put('ended', [[*vars(owner).values(), when] for owner, when
+                                 in list(ended.items())[-MAX_ENDED:]])
 
     def exists(self) -> bool:
         """Return whether there is a state directory."""

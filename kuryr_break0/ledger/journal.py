@@ -48,6 +48,7 @@ class Done(enum.IntEnum):
     SANDBOX_GONE = 21
     TAKEOVER = 22
     REBUILT = 23
+    RELEASED = 24
 
 
 #: What is a repair.

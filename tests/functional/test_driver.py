@@ -424,6 +424,18 @@ class TestDisconnect(DriverTestCase):
         self.assertEqual({}, self.lab.routes())
         self.assertEqual(set(), self.bound())
 
+    def test_what_an_earlier_add_has_bound_goes_too(self) -> None:
+        self.lab.run('ip', 'link', 'del', 'eth0', netns='pod')
+        other = vif(base.OTHER_POD)
+        self.connect(vif=other)
+        # That of another sandbox ends nothing of this one.
+        self.disconnect(vif=other, container_id='an-earlier-one')
+        self.manager().sync()
+        self.assertEqual({POD, base.OTHER_POD}, self.bound())
+        self.disconnect(vif=other)
+        self.manager().sync()
+        self.assertEqual((set(), {}), (self.bound(), self.lab.routes()))
+
     def test_again_is_fine(self) -> None:
         self.disconnect()
         self.disconnect()

@@ -170,7 +170,7 @@ class TestRepairs(MetricsTestCase):
         """What is repaired after a fault, and nothing else."""
         before = {reason: self.repairs(reason) for reason in (
             'device', 'route', 'neighbour', 'pod', 'unclaimed',
-            'sandbox_gone', 'takeover', 'rebuilt')}
+            'sandbox_gone', 'released', 'takeover', 'rebuilt')}
         self.lab.run(*command)
         for reason, times in expected.items():
             self.wait_for_value(before[reason] + times, 'repairs_total',

@@ -25,6 +25,7 @@ from kuryr_break0 import ledger
 from kuryr_break0.ledger import files
 from kuryr_break0.ledger import identity
 from kuryr_break0.ledger import records
+from kuryr_break0 import missing
 from kuryr_break0.model import NamespaceId
 from tests.functional import base
 
@@ -581,6 +582,34 @@ class TestNextHops(LedgerTestCase):
             self.assertEqual([], self.ledger.next_hops_seen())
             self.assertEqual(['10.0.0.2'], self.note('10.0.0.2'))
         self.assertEqual([], self.ledger.next_hops_seen())
+
+
+class TestEnds(LedgerTestCase):
+
+    def test_noted_and_forgotten(self) -> None:
+        first, second = (ledger.Owner('sandbox-%d' % number, 'eth0')
+                         for number in range(2))
+        for owner, when in (first, 1.5), (second, 2.5), (first, 3.5):
+            self.ledger.note_end(owner, when)
+        self.assertEqual({first: 3.5, second: 2.5}, self.ledger.ended())
+        self.ledger.forget_ends(3.0)
+        self.assertEqual({first: 3.5}, self.ledger.ended())
+
+    def test_bounded(self) -> None:
+        with mock.patch.object(ledger, 'MAX_ENDED', 3):
+            for number in range(9):
+                self.ledger.note_end(ledger.Owner(str(number), 'eth0'),
+                                     float(number))
+        self.assertEqual([6.0, 7.0, 8.0], list(self.ledger.ended().values()))
+
+    def test_damage_is_as_nothing(self) -> None:
+        for facts in ([7], [['a', 'eth0']], [['a', 'eth0', 'now']], ['abc'],
+                      [None], [['a', 'eth0', {}]]):
+            self.ledger.cache.put('ended', facts)
+            self.assertEqual({}, self.ledger.ended(), facts)
+            self.ledger.cache.put('missing', facts)
+            self.assertFalse(missing.Sightings(self.ledger.cache).has(
+                [RECORD]))
 
 
 class TestHeartbeat(LedgerTestCase):

@@ -51,6 +51,26 @@ class PluginSuite(base.CNITestCase):
         self.assertEqual(set(), self.bound())
         self.assertEqual([], self.lab.ip('neigh', 'show', 'dev', 'break0'))
 
+    def test_a_second_add_with_other_addresses(self) -> None:
+        for number in (201, 202):
+            self.lan['plugins'][0]['ipam'] = {
+                'type': 'static', 'addresses': [
+                    {'address': '100.75.30.%d/24' % number},
+                    {'address': 'fd00:30::%d/64' % number}]}
+            self.lab.run('ip', 'link', 'del', 'eth0', netns='one',
+                         check=number == 202)
+            added = set(base.addresses(self.runtime.add(self.lan,
+                                                        self.netns)))
+        self.assertEqual(4, len(self.bound()))
+        self.runtime.remove(self.lan, self.netns)
+        # The sandbox stays, so nothing else says that the first has ended.
+        lab.until(lambda: not (self.manager().sync(), self.bound())[1])
+        self.assertEqual({}, self.lab.routes())
+        # Nor does that DEL end what comes later.
+        self.runtime.add(self.lan, self.netns)
+        self.manager().sync()
+        self.assertEqual(added, self.bound())
+
     def test_static_addresses(self) -> None:
         self.lan['plugins'][0]['ipam'] = {
             'type': 'static', 'addresses': [

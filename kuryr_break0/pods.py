@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The pod sides of a node: configured at a bind, compared by each sync."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import ipaddress
+import itertools
+import logging
+from typing import Callable, Collection, Iterable, NamedTuple, Optional
+
+from kuryr_break0.claims import Claims
+from kuryr_break0 import config
+from kuryr_break0.devices import Break0
+from kuryr_break0 import exceptions
+from kuryr_break0.failures import Failures
+from kuryr_break0 import kernel
+from kuryr_break0.ledger.journal import Done
+from kuryr_break0.ledger import Ledger
+from kuryr_break0.ledger.records import MAX_SIBLINGS
+from kuryr_break0 import log
+from kuryr_break0.missing import Missing
+from kuryr_break0.missing import Sightings
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import NodeAddresses
+from kuryr_break0.model import Owner
+from kuryr_break0.model import Record
+from kuryr_break0 import podside
+from kuryr_break0.policy import Policy
+
+LOG = log.get_logger(__name__)
+
+#: Pods whose namespaces one sync enters to compare the pod side, beside those
+#: that are known to differ. Each takes about half a millisecond.
+ENTERED = 128
+
+
+class Repairs(NamedTuple):
+    """What there was to do in pods, and what is to follow from it.
+
+    :ivar changed: the owners of those that were changed
+    :ivar released: addresses that were missing twice, in place of which the
+        interface has others
+    :ivar missing: other addresses that are missing
+    """
+
+    changed: list[Owner]
+    released: list[Missing]
+    missing: list[Missing]
+
+
+class Pods:
+    """The pod sides of a node."""
+
+    def __init__(self, options: config.Options, ledger: Ledger) -> None:
+        self._options = options
+        self._policy = Policy(options)
+        self._ledger = ledger
+        self._records = ledger.records
+
+    def node_addresses(self, netlink: kernel.Netlink, break0: Break0,
+                       parent: str,
+                       sources: Collection[Optional[IPAddress]]
+                       ) -> NodeAddresses:
+        """Return what pods must know of the node.
+
+        Its addresses are read again if it turns out to use another one.
+        """
+        cache = self._ledger.cache
+        cached: Optional[list[tuple[int, IPAddress]]] = None
+        with contextlib.suppress(TypeError, ValueError):
+            cached = [(int(at), ipaddress.ip_address(address)) for at, address
+                      in cache.fresh('addresses') or ()]
+        if not cached or {src for src in sources if src} - {
+                address for _, address in cached}:
+            cached = [*netlink.addresses()]
+            cache.put('addresses', [[at, str(address)]
+                                    for at, address in cached])
+        return self._policy.node_addresses(
+            cached, kernel.index_of(parent), sources, break0.mac,
+            break0.name)
+
+    def from_successor(self, claims: Claims,
+                       is_gone: Callable[[Record], bool]) -> Claims:
+        """Return the claims from the newest that still has the address."""
+        for place, claim in enumerate(claims):
+            if is_gone(claim):
+                continue
+            try:
+                with podside.entered(claim) as netlink:
+                    if claim.address not in podside.PodSide(
+                            netlink, [claim], self._options).addresses():
+                        continue
+            except exceptions.Break0Error as err:
+                LOG.debug('The claim of %s counts: %s', claim.whose, err)
+            return claims[place:]
+        return ()
+
+    def configure(self, records: list[Record], node: NodeAddresses
+                  ) -> list[Record]:
+        """Configure the pod side, and record that only when it was done.
+
+        Without, IPv4 works by ARP where the node is in the pod's subnet, so
+        a failure is no error; it is repaired by each sync.
+
+        :returns: the records to admit again, if it has other interfaces
+        """
+        try:
+            with podside.entered(records[0]) as netlink:
+                side = podside.PodSide(netlink, records, self._options)
+                side.configure(node)
+                others = side.addresses(of_others=True)
+        except exceptions.Break0Error as err:
+            LOG.warning('The sandbox %s is not configured to reach the node '
+                        'yet: %s', records[0].owner, err)
+            cache = self._ledger.cache  # so that no sync says it again
+            cache.put('unconfigured', [*(cache.get('unconfigured') or ()),
+                                       str(records[0].owner)])
+            return []
+        siblings = self._siblings(records[0], others)
+        macs = tuple(dict.fromkeys(each.mac for each in siblings
+                                   if each.mac is not None))
+        done = [dataclasses.replace(record, configured=node.digest,
+                                    siblings=macs) for record in records]
+        mac = records[0].mac
+        if mac is not None:
+            done += [dataclasses.replace(each, siblings=(
+                *each.siblings, mac)) for each in siblings
+                if mac not in each.siblings]
+        for record in done:
+            try:
+                claims = self._records.claims(record.address)
+                if claims and claims[0].owner == record.owner:
+                    self._records.put([record, *claims[1:]])
+            except exceptions.LedgerUnavailable as err:
+                LOG.debug('%s', err)
+        return done if siblings else []
+
+    def _siblings(self, record: Record,
+                  addresses: Iterable[IPAddress]) -> list[Record]:
+        """Return the records of other interfaces of a sandbox on its parent.
+
+        :param addresses: those of these interfaces; what is not recorded for
+            the sandbox counts for nothing
+        """
+        found = []
+        for address in itertools.islice(addresses, MAX_SIBLINGS):
+            with contextlib.suppress(exceptions.LedgerUnavailable):
+                other = self._records.get(address)
+                if other is not None and other.parent == record.parent and (
+                        other.namespace == record.namespace):
+                    found.append(other)
+        return found
+
+    def repair(self, found: Iterable[tuple[list[Record], NodeAddresses]],
+               failure: Failures, dry_run: bool) -> Repairs:
+        """Configure the pod sides that are known to differ, and some more.
+
+        Those that are compared go round, so that each has its turn.
+
+        :param found: the records of each interface, with what it must know
+        """
+        cache = self._ledger.cache
+        done = Repairs([], [], [])
+        sightings = Sightings(cache)
+        outdated: list[tuple[list[Record], NodeAddresses]] = []
+        others: list[tuple[list[Record], NodeAddresses]] = []
+        for records, node in found:
+            (outdated if any(record.configured != node.digest for record
+                             in records) or sightings.has(records)
+             else others).append((records, node))
+        start = cache.number('entered') % max(len(others), 1)
+        turn = (others[start:] + others[:start])[:ENTERED]
+        if len(others) > ENTERED and not dry_run:
+            cache.put('entered', [(start + ENTERED) % len(others)])
+        failed = set(cache.get('unconfigured') or ())
+        still: list[str] = []
+        for records, node in (*outdated, *turn):
+            owner = records[0].owner
+            try:
+                changed, lacked = podside.repair(
+                    records, node, self._options, dry_run)
+            except exceptions.Break0Error as err:
+                still.append(str(owner))
+                if str(owner) not in failed:  # once, not with each sync
+                    LOG.warning('The sandbox %s cannot be configured to '
+                                'reach the node: %s', owner, err)
+                continue
+            released = sightings.note(records, lacked)
+            done.released.extend(released)
+            done.missing.extend(each for each in lacked
+                                if each not in released)
+            if changed:
+                done.changed.append(owner)
+                LOG.log(logging.DEBUG if dry_run else logging.INFO,
+                        'Configured %s for %s to reach the node',
+                        ', '.join(str(record.address) for record in records),
+                        owner)
+            if not dry_run:
+                if changed:
+                    self._ledger.journal.add(Done.POD)
+                self._put_configured(records, node, failure)
+        if not dry_run:
+            sightings.keep(record for records, _ in (*outdated, *others)
+                           for record in records)
+            if sorted(failed) != sorted(still):
+                cache.put('unconfigured', still)
+        return done
+
+    def withdraw(self, record: Record) -> None:
+        """Take back the pod side in a namespace that is still there."""
+        def is_bound(address: IPAddress) -> bool:
+            found = self._records.get(address)
+            return found is not None and found.owner == record.owner
+
+        try:
+            if kernel.state(*record.place) is not kernel.State.GONE:
+                podside.withdraw(record, self._options, is_bound)
+        except exceptions.Break0Error as err:
+            LOG.debug('The sandbox %s keeps what it needed to reach the '
+                      'node: %s', record.whose, err)
+
+    def _put_configured(self, records: list[Record], node: NodeAddresses,
+                        failure: Failures) -> None:
+        """Record that the pod side was configured, after it was."""
+        outdated = [record for record in records
+                    if record.configured != node.digest]
+        if not outdated:
+            return
+        with failure.noted(), self._ledger.lock():
+            for record in outdated:
+                claims = self._records.claims(record.address)
+                if claims and claims[0] == record:
+                    self._records.put([dataclasses.replace(
+                        record, configured=node.digest), *claims[1:]])
+                elif not claims:
+                    # It was unbound meanwhile, which found nothing yet.
+                    with contextlib.suppress(exceptions.Break0Error):
+                        podside.withdraw(record, self._options)

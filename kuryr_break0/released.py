@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Drops claims on addresses that existing pods no longer use.
+
+Either a DEL has ended the interface, and named the addresses of its last ADD
+only, or the interface has other addresses in place of them.
+"""
+
+from __future__ import annotations
+
+from typing import Iterable, Mapping
+
+from kuryr_break0.engine import Engine
+from kuryr_break0.failures import Failures
+from kuryr_break0.ledger.journal import Done
+from kuryr_break0.ledger import Ledger
+from kuryr_break0 import log
+from kuryr_break0.missing import Missing
+from kuryr_break0.model import Origin
+from kuryr_break0.model import Owner
+from kuryr_break0.model import Record
+from kuryr_break0.snapshot import Snapshot
+
+LOG = log.get_logger(__name__)
+
+#: By these ways, one ADD binds all addresses of an interface.
+_BY_ADD = Origin.KURYR, Origin.CNI
+
+
+def by_del(seen: Snapshot, ended: Mapping[Owner, float]
+           ) -> dict[Record, str]:
+    """Return the claims whose interface a DEL has ended, and why.
+
+    :param ended: when, by :meth:`Ledger.ended`
+    """
+    return {claim: 'a DEL has ended its interface'
+            for claims in (seen.contents.claims.values() if ended else ())
+            for claim in claims
+            if claim.origin in _BY_ADD and claim not in seen.gone
+            and claim.bound_at < ended.get(claim.owner, 0)}
+
+
+def by_change(missing: Iterable[Missing]) -> dict[Record, str]:
+    """Return the claims in place of which there are other addresses."""
+    return {each.record: 'its interface has other addresses in its place, as '
+            'two syncs have seen' for each in missing}
+
+
+def drop(claims: Mapping[Record, str], engine: Engine, ledger: Ledger,
+         failure: Failures) -> None:
+    """Drop claims, unless their addresses have been bound again.
+
+    :param claims: with the reasons
+    """
+    for record, reason in claims.items():
+        def is_same(claim: Record, of: Record = record) -> bool:
+            return (claim.owner, claim.bound_at) == (of.owner, of.bound_at)
+
+        with failure.noted(record.address):
+            if engine.unbind([record.address], is_same, record.whose, None,
+                             failure):
+                LOG.warning('%s is not bound for %s any more: %s. See '
+                            'kuryr-break0 status', record.address,
+                            record.whose, reason)
+                engine.pods.withdraw(record)
+                ledger.journal.add(Done.RELEASED)

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Addresses that a container had when it was bound, and has no more."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+from typing import Any, Iterator
+from unittest import mock
+
+from kuryr_break0 import ledger
+from kuryr_break0.ledger import files
+from kuryr_break0 import missing
+from kuryr_break0.model import Origin
+from kuryr_break0.model import Owner
+from kuryr_break0.plan import Outcome
+from kuryr_break0 import reconciler
+from tests.functional import base
+from tests.functional.base import OTHER_OWNER
+from tests.functional.base import OWNER
+from tests.functional.base import POD
+from tests.functional import test_cli
+from tests.functional import test_discovery
+from tests import lab
+
+MAC, OTHER_MAC = '02:00:00:00:00:71', '02:00:00:00:00:72'
+POD6 = 'fd00:30::71'
+#: What the container has later, and what it has in a router's prefix.
+LATER, LATER6, LEARNT6 = '100.75.30.72', 'fd00:30::72', 'fd00:30::73'
+
+
+class MissingTestCase(test_cli.CLITestCase):
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.lab.add_ipv6()
+        self.netns = self.lab.add_pod('pod', POD, POD6, mac=MAC)
+        self.add(POD, POD6)
+
+    def add(self, *addresses: str, owner: Owner = OWNER, mac: str = MAC,
+            origin: Origin = Origin.CNI, **kwargs: Any) -> None:
+        self.manager().bind(
+            owner, base.addresses(*addresses), parent=lab.PARENT,
+            netns=kwargs.pop('netns', self.netns), mac=mac, origin=origin,
+            subnets=[ipaddress.ip_network(each) for each in (
+                '100.75.30.0/24', 'fd00:30::/64')], **kwargs)
+
+    def inside(self, *commands: str) -> None:
+        for command in commands:
+            self.lab.run('ip', *command.split(), netns='pod')
+
+    def change(self) -> None:
+        self.inside('address del %s/24 dev eth0' % POD,
+                    'address add %s/24 dev eth0' % LATER,
+                    'address del %s/64 dev eth0' % POD6,
+                    'address add %s/64 dev eth0 nodad' % LATER6)
+
+    @contextlib.contextmanager
+    def after(self, pauses: float) -> Iterator[None]:
+        """So much later in the block, as the ledger counts it."""
+        real = files.now
+
+        with mock.patch.object(files, 'now', lambda: (
+                real() + pauses * missing.PAUSE)):
+            yield
+
+    def sync(self, pauses: float, **kwargs: bool) -> Outcome:
+        own = base.options()
+        with self.after(pauses):
+            outcome = reconciler.Reconciler(
+                own, ledger.Ledger(own.state_dir)).sync(**kwargs)
+        self.assertEqual((), outcome.errors)
+        return outcome
+
+
+class TestReplaced(MissingTestCase):
+
+    def test_seen_twice(self) -> None:
+        for origin in (Origin.CNI, Origin.KURYR, Origin.MANUAL):
+            with self.subTest(origin=origin):
+                self.add(POD, POD6, origin=origin)
+                self.change()
+                self.assertFalse(self.sync(0.5).missing)
+                for pauses in (2, 2.5):
+                    outcome = self.sync(pauses)
+                    self.assertEqual(
+                        {POD, POD6}, {str(record.address)
+                                      for record in outcome.missing})
+                    self.assertFalse(outcome)
+                self.assertEqual({POD, POD6}, set(self.lab.routes()))
+                self.assertTrue(self.sync(3.1, dry_run=True).released)
+                self.assertEqual({POD, POD6}, set(self.lab.routes()))
+                outcome = self.sync(3.1)
+                self.assertEqual({POD, POD6}, {
+                    str(record.address) for record in outcome.released})
+                self.assertFalse(outcome.missing)
+                self.assertEqual((set(), {}), (self.bound(),
+                                               self.lab.routes()))
+                self.assertEqual([], self.lab.ip(
+                    'neighbour', 'show', 'dev', 'break0'))
+                self.assertFalse(self.sync(9))
+                # Nor does the container keep what it needed for them.
+                self.assertEqual([], self.lab.ip(
+                    'neighbour', 'show', 'nud', 'permanent', netns='pod'))
+                self.inside('address flush dev eth0 scope global',
+                            'address add %s/24 dev eth0' % POD,
+                            'address add %s/64 dev eth0 nodad' % POD6)
+
+    def test_a_host_of_the_lan_gets_it(self) -> None:
+        self.change()
+        for address, prefix in (POD, 24), (POD6, 64):
+            self.lab.run('ip', 'address', 'add', '%s/%d' % (address, prefix),
+                         'dev', 'nic', *(['nodad'] if prefix == 64 else []),
+                         netns='lan')
+            self.assertFalse(self.lab.ping(address))
+        self.sync(2)
+        self.sync(4)
+        self.assertTrue(self.lab.ping(POD))
+        self.assertTrue(self.lab.ping(POD6))
+
+    def test_what_is_bound_beside_it_stays(self) -> None:
+        self.change()
+        self.add(LATER, LATER6)
+        self.sync(2)
+        self.assertTrue(self.sync(4).released)
+        self.assertEqual({LATER, LATER6}, self.bound())
+        for address in (LATER, LATER6):
+            self.assertTrue(self.lab.ping(address))
+        for address in (lab.NODE, lab.NODE6):
+            self.assertTrue(self.lab.ping(address, 'pod'))
+        self.assertEqual([], self.problems())
+
+    def test_an_interface_that_was_made_again(self) -> None:
+        # As by a second ADD of the sandbox, with another MAC address.
+        self.inside('link del eth0')
+        self.lab.add_macvlan('pod', mac=OTHER_MAC)
+        self.inside('address add %s/24 dev eth0' % LATER)
+        self.add(LATER, mac=OTHER_MAC)
+        self.sync(2)
+        self.assertEqual({POD}, {str(record.address) for record
+                                 in self.sync(4).released})
+        self.assertEqual({LATER, POD6}, self.bound())
+        self.assertTrue(self.lab.ping(LATER))
+
+    def test_the_next_claim_counts(self) -> None:
+        # Of two containers with one address, the newer one gives it up.
+        other = self.lab.add_pod('other', POD, mac=OTHER_MAC)
+        self.lab.run('ip', 'link', 'set', 'eth0', 'down', netns='other')
+        self.add(POD, owner=OTHER_OWNER, netns=other, mac=OTHER_MAC)
+        self.add(POD, POD6)
+        self.lab.run('ip', 'link', 'set', 'eth0', 'up', netns='other')
+        self.change()
+        self.sync(2)
+        self.sync(4)
+        self.assertEqual(OTHER_OWNER, self.seen().live[
+            ipaddress.ip_address(POD)].owner)
+        self.assertTrue(self.lab.ping(POD))
+
+    def test_how_it_is_shown(self) -> None:
+        # The command has a clock of its own: what is bound just now is not
+        # missing, since Kuryr configures it after the bind.
+        text = ('has other addresses in its place. It is unbound if a sync '
+                'sees that again after 10 s')
+        self.change()
+        self.assertNotIn(text, self.call('status').stdout)
+        self.unbind(POD, POD6)
+        with self.after(-2):
+            self.add(POD, POD6)
+        done = self.call('status')
+        self.assertIn(text, ' '.join(done.stdout.split()))
+        self.assertEqual(1, done.returncode)
+        done = self.call('sync')
+        self.assertEqual(1, done.returncode)
+        self.assertIn('! record %s owner %s: the interface eth0' % (
+            POD, OWNER), done.stdout)
+
+
+class TestDoubt(MissingTestCase):
+    """What proves nothing; none of it costs a container its route."""
+
+    def assert_stays(self) -> None:
+        for pauses in range(2, 8):
+            self.sync(pauses)
+        self.assertEqual({POD, POD6}, self.bound())
+        self.assertEqual({POD, POD6}, set(self.lab.routes()))
+
+    def test_no_address_yet(self) -> None:
+        # As between the bind and Kuryr's _configure_l3.
+        self.inside('address flush dev eth0 scope global')
+        self.assert_stays()
+        self.assertIn(
+            'nor another IPv4 address in its place. It stays bound, since a '
+            'program in the container, as a DHCP client, may give it back',
+            ''.join(self.sync(9).missing.values()))
+
+    def test_the_first_of_two_families(self) -> None:
+        self.inside('address flush dev eth0 scope global',
+                    'address add %s/24 dev eth0' % POD)
+        self.assert_stays()
+
+    def test_addresses_by_router_advertisements(self) -> None:
+        self.inside('address flush dev eth0 scope global',
+                    'address add %s/24 dev eth0' % POD,
+                    'address add %s/64 dev eth0 nodad valid_lft 3600 '
+                    'preferred_lft 3600' % LEARNT6)
+        self.assert_stays()
+
+    def test_interface_that_is_down(self) -> None:
+        self.change()
+        self.inside('link set eth0 down')
+        self.assert_stays()
+
+    def test_another_mac_address(self) -> None:
+        self.change()
+        self.inside('link set eth0 address ' + OTHER_MAC)
+        self.assert_stays()
+
+    def test_interface_that_is_not_there(self) -> None:
+        self.inside('link del eth0')
+        self.assert_stays()
+
+    def test_on_another_interface_of_the_pod(self) -> None:
+        self.change()
+        self.inside('link add bridge type bridge',
+                    'address add %s/32 dev bridge' % POD,
+                    'address add %s/128 dev lo' % POD6)
+        self.assert_stays()
+
+    def test_too_many_addresses_to_read(self) -> None:
+        self.change()
+        with open('/run/batch', 'w') as file:
+            for number in range(600):
+                file.write('address add 10.9.%d.%d/32 dev eth0\n' % divmod(
+                    number, 250))
+        self.lab.run('ip', '-batch', '/run/batch', netns='pod')
+        self.assert_stays()
+
+    def test_seen_once(self) -> None:
+        there = ['address add %s/24 dev eth0' % POD,
+                 'address add %s/64 dev eth0 nodad' % POD6]
+        for pauses in range(2, 8, 2):
+            self.change()
+            self.assertEqual(2, len(self.sync(pauses).missing))
+            self.inside('address flush dev eth0 scope global', *there)
+            self.assertFalse(self.sync(pauses + 1).missing)
+        self.change()
+        self.sync(10)
+        # It is bound again meanwhile, and has it a little later.
+        with self.after(10.5):
+            self.add(POD, POD6)
+        self.sync(11.1)
+        self.inside('address flush dev eth0 scope global', *there)
+        self.assert_stays()
+
+    def test_another_namespace_by_now(self) -> None:
+        # The path is that of another container, with such an interface.
+        self.inside('link set eth0 down')
+        self.lab.run('mount', '--bind', self.lab.add_pod(
+            'other', LATER, LATER6, mac=MAC), self.netns)
+        self.addCleanup(self.lab.run, 'umount', self.netns)
+        self.assert_stays()
+
+
+class TestAgent(test_discovery.DiscoveryTestCase):
+
+    def test_a_container_of_cni_changes_its_address(self) -> None:
+        netns = self.lab.add_pod('one', test_discovery.ONE, mac=MAC)
+        self.manager().bind(
+            OWNER, base.addresses(test_discovery.ONE), parent=lab.PARENT,
+            netns=netns, mac=MAC, origin=Origin.CNI)
+        self.start(test_discovery.OPTIONS.replace('3600', '1'))
+        for verb, address in (('del', test_discovery.ONE),
+                              ('add', test_discovery.TWO)):
+            self.inside('one', 'ip', 'address', verb, address + '/24', 'dev',
+                        'eth0')
+        self.until_bound(test_discovery.TWO)
+        self.assert_reachable(test_discovery.TWO, 'one')
+        self.assertEqual([], self.problems())
+        self.assertIn('%s is not bound for %s any more' % (
+            test_discovery.ONE, OWNER), self.log())
