@@ -212,10 +212,14 @@ class _Reading:
         elif live and options.parent not in (None, name):
             conflict = exceptions.ParentMismatch(configured=options.parent,
                                                  actual=name)
-        elif link is not None:
+        else:
             try:
-                made.require_ours(link, parent)
-            except exceptions.DeviceConflict as err:
+                if link is not None:
+                    made.require_ours(link, parent)
+                elif live:
+                    device.require_fit(parent)
+            except (exceptions.DeviceConflict,
+                    exceptions.ParentUnfit) as err:
                 conflict = err
         usable = None if conflict is not None else link
         index = usable.index if usable is not None else 0  # of none

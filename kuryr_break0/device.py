@@ -105,6 +105,16 @@ def against_macvlans(link: kernel.Link) -> Optional[str]:
     return None
 
 
+def require_fit(parent: kernel.Link) -> None:
+    """Make sure that a break0 can be on an interface.
+
+    :raises ParentUnfit: if no macvlan can
+    """
+    reason = against_macvlans(parent)
+    if reason is not None:
+        raise exceptions.ParentUnfit(parent=parent.name, reason=reason)
+
+
 def derived_mac(secret: str, device: str) -> str:
     """Return the MAC address that a break0 gets.
 
@@ -179,10 +189,7 @@ class Device:
             raise exceptions.ParentNotFound(parent=self.parent)
         link, is_new = netlink.link(self.name), False
         if link is None:
-            reason = against_macvlans(parent)
-            if reason is not None:  # IPDB would try for ten seconds
-                raise exceptions.ParentUnfit(parent=parent.name,
-                                             reason=reason)
+            require_fit(parent)  # or IPDB would try for ten seconds
             try:
                 kernel.create_macvlan(self.name, parent, self._mac or new_mac)
                 is_new = True

@@ -252,6 +252,7 @@ class Reconciler:
 
     def _ensure_devices(self, seen: Snapshot) -> bool:
         """Make sure of each break0; whether one may have been changed."""
+        is_changed = False
         for parent in seen.parents.values():
             claim = self._claims(seen, parent)
             if parent.conflict is not None:
@@ -273,15 +274,18 @@ class Reconciler:
             if parent.other is not None:
                 texts.append('it belonged to the ledger %s in %s'
                              % parent.other)
-            self._repaired += [(parent.device, text) for text in texts]
+            repaired = [(parent.device, text) for text in texts]
             if self._dry_run or not texts:
+                self._repaired += repaired
                 continue
+            is_changed = True
             with self._failure.noted(), self._ledger.lock():
                 # None, if all of them have been unbound meanwhile.
                 if claim or any(map(self._records.get, parent.live)):
                     self._devices.ensure(self._netlink, parent.name, claim,
                                          parent.device)
-        return bool(self._repaired) and not self._dry_run
+                    self._repaired += repaired
+        return is_changed
 
     def _lost(self, seen: Snapshot) -> list[Record]:
         """Return records of what the kernel holds and the ledger does not."""
