@@ -63,6 +63,8 @@ class Policy:
         """
         if address in own:
             return OWN
+        if address in routes.broadcast:
+            return NO_HOST
         if address in routes.next_hops:
             return NEXT_HOP
         if discovered and address in routes.left_out:

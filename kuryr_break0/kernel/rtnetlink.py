@@ -53,12 +53,14 @@ class Routes(NamedTuple):
     :ivar next_hops: the gateways of all, but through those left out
     :ivar left_out: the gateways through those
     :ivar local: those of table local to what the node takes for its own
+    :ivar broadcast: the broadcast addresses of the node's subnets
     """
 
     host: tuple[HostRoute, ...]
     next_hops: frozenset[IPAddress]
     left_out: frozenset[IPAddress] = frozenset()
     local: tuple[IPNetwork, ...] = ()
+    broadcast: frozenset[IPAddress] = frozenset()
 
 
 class Path(NamedTuple):
@@ -228,11 +230,14 @@ class Netlink(LinkSocket):
         """
         host: list[HostRoute] = []
         local: list[IPNetwork] = []
+        broadcast: set[IPAddress] = set()
         next_hops = set(self._next_hop_objects())
         for family in (socket.AF_INET, socket.AF_INET6):
             for route in self._list('list the routes', wire.RTM_GETROUTE,
                                     wire.pack_route_dump(family)):
                 next_hops.update(route.next_hops)
+                if route.type == values.RTN_BROADCAST and route.dst:
+                    broadcast.add(route.dst)
                 found = route.host_route
                 if found is not None:
                     host.append(found)
@@ -242,7 +247,8 @@ class Netlink(LinkSocket):
         left_out, others = (frozenset(
             each.gateway for each in next_hops
             if (each.oif in devices) is wanted) for wanted in (True, False))
-        return Routes(tuple(host), others, left_out, tuple(local))
+        return Routes(tuple(host), others, left_out, tuple(local),
+                      frozenset(broadcast))
 
     def has_default_rules(self) -> bool:
         """Return whether the tables local and main decide, in this order."""

@@ -15,7 +15,7 @@ from kuryr_break0.model import Item
 from kuryr_break0.model import Neighbour
 
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
-RTN_UNICAST, RTN_LOCAL = 1, 2
+RTN_UNICAST, RTN_LOCAL, RTN_BROADCAST = 1, 2, 3
 NUD_PERMANENT = 0x80
 #: Learnt by use, as IPv6's path MTUs are: not a route of the table.
 RTM_F_CLONED = 0x200

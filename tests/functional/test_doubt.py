@@ -434,6 +434,41 @@ class TestErrorsStayWhereTheyArise(DoubtTestCase):
         problems = '\n'.join(self.problems())
         self.assertIn('eth7 does not exist on this node', problems)
 
+    def test_what_a_sync_cannot_do_is_no_repair(self) -> None:
+        self.wrong_records()
+        for dry_run in (True, False, False):
+            outcome = reconciler.Reconciler(
+                base.options(), ledger.Ledger(STATE)).sync(dry_run)
+            self.assertNotIn('break0-lo', dict(outcome.devices))
+            self.assertIn('Pods cannot be on lo: it is the loopback',
+                          '\n'.join(map(str, outcome.errors)))
+        self.assertIn('Pods cannot be on lo: it is the loopback',
+                      '\n'.join(self.problems()))
+        self.lab.run('ip', 'link', 'set', 'break0', 'down')
+        with mock.patch.object(kernel.Netlink, 'raise_link',
+                               side_effect=exceptions.KernelRefused(
+                                   'set it up', 'no memory', errno.ENOMEM)):
+            self.assertEqual((), self.reconcile().devices)
+        self.assertIn(('break0', 'it is down'), self.reconcile().devices)
+
+    def test_a_record_of_a_broadcast_address(self) -> None:
+        # A bind refuses it; a record can be written by hand, or the node get
+        # another subnet.
+        made = ledger.Ledger(STATE, 10).records
+        own, later = '100.75.30.255', '100.75.30.127'
+        for address in (own, later):
+            made.put([ledger.Record(base.addresses(address)[0], OTHER_OWNER,
+                                    lab.PARENT, MAC % 2, bound_at=1.0)])
+        self.assertEqual({own}, set(map(str, self.reconcile().refused)))
+        self.assertEqual({POD, OTHER_POD, later}, set(self.lab.routes()))
+        self.lab.run('ip', 'address', 'add', '100.75.30.126/25', 'brd', '+',
+                     'dev', lab.PARENT)
+        self.assertEqual({own, later}, set(map(
+            str, self.reconcile().refused)))
+        self.assertEqual({POD, OTHER_POD}, set(self.lab.routes()))
+        self.assertIn('it is not of a host, by the routes of the node',
+                      self.problems())
+
     def test_a_refused_bind_leaves_no_record(self) -> None:
         for parent, error in (('eth7', exceptions.ParentNotFound),
                               ('lo', exceptions.Break0Error)):
