@@ -203,11 +203,10 @@ def unclaimed_pairs(routes: Iterable[HostRoute],
 
 
 def _by_address(found: Iterable[Pair]) -> Pairs:
-    pairs_of: Pairs = {}
+    by: Pairs = {}
     for each in found:
-        pairs_of.setdefault(ipaddress.ip_address(each.address), []).append(
-            each)
-    return pairs_of
+        by.setdefault(ipaddress.ip_address(each.address), []).append(each)
+    return by
 
 
 class Guard:
@@ -260,10 +259,9 @@ class Guard:
 
     def is_there(self) -> bool:
         """Return whether the kernel has the table."""
-        try:
+        with contextlib.suppress(exceptions.KernelRefused):  # no nftables
             return self._nft().has_table(self.table)
-        except exceptions.KernelRefused:
-            return False  # this kernel has no nftables
+        return False
 
     def is_intact(self, link: kernel.Link,
                   hosts: Iterable[IPAddress]) -> bool:
@@ -335,6 +333,8 @@ class Guard:
             raise exceptions.GuardUnavailable(device=self._device,
                                               reason=against)
         if not is_open:
+            LOG.info('Loaded the guard of %s%s', self._device,
+                     ': it was missing or changed' * self.is_loaded())
             self._cache.put(self._key, [
                 self._digest(link, hosts),
                 place == 0, place < 2 and self._answer(link),

@@ -42,9 +42,7 @@ from kuryr_break0.policy import Policy
 from kuryr_break0.problems import guard_text
 from kuryr_break0.problems import unjudged_problem
 from kuryr_break0 import rebuild
-from kuryr_break0.released import by_change
-from kuryr_break0.released import by_del
-from kuryr_break0.released import drop
+from kuryr_break0 import released
 from kuryr_break0.routes import foreign_route
 from kuryr_break0.snapshot import Parent
 from kuryr_break0.snapshot import Snapshot
@@ -112,10 +110,10 @@ class Reconciler:
             for route in plan.foreign:
                 LOG.error('%s', foreign_route(route))
         ended = self._ledger.ended()
-        released = by_del(seen, ended)
+        by_del = released.by_del(seen, ended)
         if not self._dry_run:
             self._note(seen)
-            drop(released, self._engine, self._ledger, self._failure)
+            released.drop(by_del, self._engine, self._ledger, self._failure)
             if ended:
                 with self._failure.noted(), self._ledger.lock():
                     self._ledger.forget_ends(began)
@@ -133,13 +131,13 @@ class Reconciler:
                 self._failure)
             self._note_taps(seen)
         pods = self._engine.pods.repair(
-            self._interfaces(seen, released), self._failure, self._dry_run)
-        by_pods = by_change(pods.released)
+            self._interfaces(seen, by_del), self._failure, self._dry_run)
+        by_pods = released.by_change(pods.released)
         if not self._dry_run:
-            drop(by_pods, self._engine, self._ledger, self._failure)
+            released.drop(by_pods, self._engine, self._ledger, self._failure)
         return dataclasses.replace(
             self._outcome(seen, plans.values(), rebuilt),
-            released={**released, **by_pods}, pods=tuple(pods.changed),
+            released={**by_del, **by_pods}, pods=tuple(pods.changed),
             missing={each.record: str(each) for each in pods.missing})
 
     def _plan(self, seen: Snapshot, parent: Parent,
@@ -171,24 +169,26 @@ class Reconciler:
             for name in ('replace', 'delete', 'foreign', 'learn', 'forget',
                          'unclaimed')}
         for parent in seen.parents.values():
-            if not parent.guard and not self._is_left(seen, parent):
-                self._repaired += [
-                    (parent.device, text) for text in guard_text(*(
-                        [address for address in pairs if self._dry_run
-                         or (parent.device, address) in self._guarded]
-                        for pairs in (parent.guard_missing,
-                                      parent.guard_extra)))]
+            if parent.guard or self._is_left(seen, parent):
+                continue
+            for text in guard_text(*([
+                    address for address in pairs if self._dry_run
+                    or (parent.device, address) in self._guarded]
+                    for pairs in (parent.guard_missing, parent.guard_extra))):
+                self._repaired.append((parent.device, text))
+                if not self._dry_run:
+                    LOG.info('Repaired %s: %s', parent.device, text)
         return Outcome(
             devices=tuple(self._repaired), rebuilt=tuple(rebuilt),
             gone=seen.gone, unjudged=seen.unjudged, refused=seen.refused,
             **items)
 
-    def _interfaces(self, seen: Snapshot, released: Collection[Record]
+    def _interfaces(self, seen: Snapshot, dropped: Collection[Record]
                     ) -> Iterator[tuple[list[Record], NodeAddresses]]:
         for records in seen.interfaces():
             parent = seen.parents[records[0].parent]
-            if released:
-                records = [each for each in records if each not in released]
+            if dropped:
+                records = [each for each in records if each not in dropped]
             if records and records[0].netns is not None and (
                     parent.node is not None
                     and not self._is_left(seen, parent)):

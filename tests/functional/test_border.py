@@ -473,7 +473,12 @@ class TestTable(BorderTestCase):
             with self.subTest(command=command):
                 self.lab.run('nft', command)
                 self.assertIn('guard', '\n'.join(self.problems()))
-                self.assertTrue(self.manager().sync())
+                with self.assertLogs('kuryr_break0', 'INFO') as logs:
+                    self.assertTrue(self.manager().sync())
+                self.assertEqual(1, len([
+                    line for line in logs.output if 'the guard of break0: it '
+                    'was' in line or 'break0: its guard lets' in line]),
+                    logs.output)
                 self.assertEqual([], self.problems())
                 self.assertFalse(self.received(udp(lab.LAN, lab.NODE)))
                 self.assert_reachable()
