@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import os
 import socket
+import sys
 import threading
 import time
+import traceback
 from typing import Any, Callable, Iterator, Optional
 import unittest
 
@@ -24,15 +27,20 @@ from tests.cluster import node as nodes
 from tests import lab
 
 _stack = contextlib.ExitStack()
-_running: list[clusters.Cluster] = []
 
 
+@functools.lru_cache(maxsize=None)
 def running_cluster() -> clusters.Cluster:
-    """Return the cluster of this process, which is started once."""
-    if not _running:
-        atexit.register(_stack.close)
-        _running.append(_stack.enter_context(clusters.running(2)))
-    return _running[0]
+    """Return the cluster of this process, which is started once.
+
+    Without a cluster, the first test is the last.
+    """
+    atexit.register(_stack.close)
+    try:
+        return _stack.enter_context(clusters.running(2))
+    except Exception:
+        traceback.print_exc(file=sys.stdout)
+        sys.exit('The cluster could not be started.')
 
 
 class ClusterTestCase(unittest.TestCase):
