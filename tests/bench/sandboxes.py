@@ -56,7 +56,7 @@ WAYS = [(daemon, language) for daemon in DAEMONS for language in KURYR_CNI]
 
 
 class _Host(base.EngineTestCase):
-    """The node of a lab, for what the tests of engines start on it."""
+    """The node of a lab, on which containerd runs as in tests of engines."""
 
     def __init__(self, node: lab.Lab) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class _Sandboxes:
         self._node = node
         self._containerd = containerd
         self._count = 0
-        #: What was measured, in ms
+        #: Times in ms
         self.there: dict[Way, list[float]] = {way: [] for way in WAYS}
         self.later: dict[Way, list[float]] = {way: [] for way in WAYS}
         self.stop: dict[Way, list[float]] = {way: [] for way in WAYS}
