@@ -30,7 +30,6 @@ from kuryr_break0.guard import pair
 from kuryr_break0.guard import pairs
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
-from kuryr_break0.ledger import files
 from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
@@ -74,12 +73,14 @@ class Engine:
         self.pods = Pods(options, ledger)
 
     @contextlib.contextmanager
-    def locked(self, required: bool = False) -> Iterator[Say]:
+    def locked(self, required: bool = False,
+               writable: bool = False) -> Iterator[Say]:
         """Keep others out.
 
         Where the lock cannot be had, a pod is worth more than the lock: it
         is recorded and bound without. What takes away needs it.
 
+        :param writable: fail if nothing can be recorded
         :returns: a LOG.info whose lines are written when the lock is free
             again, since to write one can take as long as to set a route
         """
@@ -90,6 +91,8 @@ class Engine:
                 try:
                     stack.enter_context(self._ledger.lock())
                 except exceptions.LedgerUnavailable as err:
+                    if writable:
+                        raise
                     LOG.error('Working without a lock. %s', err)
                     self._unwritable = err
                 except exceptions.LockTimeout as err:
@@ -112,7 +115,7 @@ class Engine:
         passed: list[IPAddress] = []
         moves: dict[IPAddress, Move] = {}
         break0 = None
-        with self.locked() as say:
+        with self.locked(writable=yielding) as say:
             # The first one of a boot: records of an earlier one must go before
             # there are new ones.
             if kernel.index_of(self._options.device) is None:
@@ -164,21 +167,20 @@ class Engine:
     def unbind(self, addresses: Iterable[IPAddress],
                is_own: Callable[[Record], bool], name: object,
                mac: Optional[str], failure: Failures,
-               ending: Optional[Owner] = None) -> list[Record]:
+               ending: Optional[tuple[Owner, float]] = None) -> list[Record]:
         """Drop claims, and what the addresses had because of them.
 
         :param is_own: whether a claim is to be dropped
         :param name: of their owner, for the log
         :param mac: what a route without record is known by
-        :param ending: the owner that a sync is to drop all earlier claims of
+        :param ending: the owner that a sync is to end, and the time of that
         :returns: the claims that were dropped
         """
         dropped: list[Record] = []
         passed: list[IPAddress] = []
-        now = files.now()
         with self.locked(required=True) as say, kernel.Netlink() as netlink:
             if ending is not None:
-                self._ledger.note_end(ending, now)
+                self._ledger.note_end(*ending)
             for address in addresses:
                 with failure.noted(address):
                     before = self._records.claims(address)
@@ -305,9 +307,8 @@ class Engine:
                index: int) -> bool:
         """Delete what an address has; whether it had a route.
 
-        The neighbour too if it was learnt: the next pod of this address has
-        another MAC address, and the kernel would use the old one for some
-        seconds.
+        The neighbour too if it was learnt: the kernel would use its MAC
+        address for some seconds, and the next pod has another one.
         """
         err, neighbour_err = netlink.change([
             (Verb.DELETE, dataclasses.replace(

@@ -192,6 +192,7 @@ class Break0Manager:
             others are unbound all the same
         """
         failure = Failures()
+        began = files.now()
         namespace = kernel.identify(netns)
         mac = mac and mac.lower()
 
@@ -207,7 +208,7 @@ class Break0Manager:
             named = sorted(found if named is None else found.intersection(
                 named), key=address_order)
         removed = self._engine.unbind(named, is_own, owner, mac, failure,
-                                      owner if ends else None)
+                                      (owner, began) if ends else None)
         for record in removed:
             # With the interface, all that was configured there goes.
             if not interface_goes and record.netns and record.configured:

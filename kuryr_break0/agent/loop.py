@@ -24,6 +24,7 @@ from kuryr_break0.discovery import records
 from kuryr_break0 import exceptions
 from kuryr_break0 import guard
 from kuryr_break0 import kernel
+from kuryr_break0.ledger import files
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
 from kuryr_break0.pace import Pace
@@ -149,14 +150,14 @@ class Agent:
         """Return when there may be something to repair."""
         timer = time.monotonic() + self._options.resync_interval
         due = timer
-        files = [events.fileno(), woken.fileno()]
+        waited = [events.fileno(), woken.fileno()]
         if self._tables is not None:
-            files.append(self._tables.fileno())
+            waited.append(self._tables.fileno())
         if watch is not None:
-            files.append(watch.fileno())
+            waited.append(watch.fileno())
         conditions: list[int] = []
         if self._finder is not None:
-            files += self._finder.files()
+            waited += self._finder.files()
             conditions += self._finder.conditions()
         while not (self._stop or self._reload):
             at = min(timer, max(due, self._not_before))
@@ -164,7 +165,7 @@ class Agent:
             if timeout <= 0:
                 return
             ready, _, changed = select.select(
-                files, [], conditions, self._until_look(timeout))
+                waited, [], conditions, self._until_look(timeout))
             if not self._cni.is_complete:
                 self._cni.listen(self._options)
             if time.monotonic() >= self._unserved_at:
@@ -175,8 +176,10 @@ class Agent:
             if woken.fileno() in ready:
                 woken.recv(4096)
             if watch is not None and watch.fileno() in ready:
-                watch.read(timeout=0)
-                due = min(due, time.monotonic() + _SETTLED)
+                # A write that failed is no change, and each sync tries it.
+                if any(not each.name.startswith(files.UNFINISHED)
+                       for each in watch.read(timeout=0)):
+                    due = min(due, time.monotonic() + _SETTLED)
             if self._tables is not None and self._tables.fileno() in ready:
                 if self._tables.get():
                     due = min(due, time.monotonic() + _BURST)

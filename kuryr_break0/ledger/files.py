@@ -154,10 +154,11 @@ def replace(path: str, text: str) -> None:
             while content:
                 content = content[os.write(fd, content):]
         os.replace(unfinished, path)
-    except OSError:
+    except OSError as err:
         with contextlib.suppress(OSError):
             os.unlink(unfinished)
-        raise
+        # Each time the same, or each would be another line in the log.
+        raise OSError(err.errno, err.strerror, path) from err
 
 
 def stamp(path: str) -> Optional[Stamp]:

@@ -253,6 +253,17 @@ class TestStateDirectory(AgentTestCase):
         self.change('rm', '-r', '/run/kuryr-break0/addresses')
         self.assert_noticed()
 
+    def test_write_that_fails(self) -> None:
+        # As for want of room. Each sync would cause the next one.
+        process = psutil.Process(self.agent.pid)
+        self.wait_for(lambda: base.is_idle(process))
+        before = self.count()
+        path = '/run/kuryr-break0/addresses/%s1.json' % files.UNFINISHED
+        self.lab.run('sh', '-c', 'touch {0}; rm {0}'.format(path))
+        self.wait_for(lambda: base.is_idle(process))
+        self.assertEqual(before, self.count())
+        self.assert_noticed()
+
     def test_moved(self) -> None:
         self.change('mv', '/run/kuryr-break0', '/run/earlier')
         self.assert_noticed()

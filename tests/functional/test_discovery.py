@@ -900,6 +900,34 @@ class TestInstalled(DiscoveryTestCase):
 
 class TestFaults(DiscoveryTestCase):
 
+    def test_state_directory_that_cannot_be_written(self) -> None:
+        """What it could not record it would not unbind at the end."""
+        state = '/run/kuryr-break0'
+        line = '%s is not bound: The state directory' % TWO
+        self.lab.add_pod('one', ONE)
+        self.start()
+        self.until_bound(ONE)
+        for number in range(2):
+            self.lab.run('mount', '--bind', state, state)
+            self.lab.run('mount', '-o', 'remount,bind,ro', state)
+            if number:
+                self.agent.kill()
+                self.agent.wait()
+                self.start()
+            self.lab.add_pod('two', TWO)
+            self.until(lambda: self.log().count(line) == number + 1)
+            self.assertEqual({ONE}, set(self.lab.routes()))
+            self.assert_reachable(ONE, 'one')
+            # It tries again each second, and says it once.
+            lines = self.log().count('\n')
+            time.sleep(3)
+            self.assertLess(self.log().count('\n') - lines, 3)
+            self.lab.run('umount', state)
+            self.until_bound(ONE, TWO)
+            self.assert_reachable(TWO, 'two')
+            self.lab.del_netns('two')
+            self.until_bound(ONE)
+
     def test_no_descriptors_left(self) -> None:
         """It neither ends nor spins, and goes on when there are some."""
         agent = self.start(QUIET)
