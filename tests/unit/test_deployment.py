@@ -218,19 +218,29 @@ class TestDockerfile(unittest.TestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        with open(os.path.join(overlay.OVERLAY, 'Dockerfile')) as file:
+        self.stages = self.read('kubernetes')
+
+    @staticmethod
+    def read(name: str) -> list[list[tuple[str, list[str]]]]:
+        """The instructions of a Dockerfile: before its stages, and of each."""
+        with open(os.path.join(overlay.ROOT, 'etc', name,
+                               'Dockerfile')) as file:
             lines = file.read().replace('\\\n', ' ').splitlines()
-        self.stages: list[list[tuple[str, list[str]]]] = [[]]
+        stages: list[list[tuple[str, list[str]]]] = [[]]
         for line in lines:
             if line and not line.startswith('#'):
                 instruction, *words = line.split()
                 if instruction == 'FROM':
-                    self.stages.append([])
-                self.stages[-1].append((instruction, words))
+                    stages.append([])
+                stages[-1].append((instruction, words))
+        return stages
 
     def test_on_top_of_kuryrs_image(self) -> None:
-        before, _, last = self.stages
+        before, wheel, last = self.stages
         self.assertEqual([('ARG', ['BASE=kuryr/cni:latest'])], before)
+        # No other image is needed, so that it can be built where there is no
+        # registry but that of the cluster.
+        self.assertEqual(('FROM', ['${BASE}', 'AS', 'wheel']), wheel[0])
         self.assertEqual(('FROM', ['${BASE}']), last[0])
         # Its entry point and command are kept, as the DaemonSet expects.
         self.assertEqual({'FROM', 'COPY', 'RUN'},
@@ -239,8 +249,21 @@ class TestDockerfile(unittest.TestCase):
     def copied(self, stage: list[tuple[str, list[str]]]) -> set[str]:
         """What a stage copies from the repository."""
         return {source for instruction, words in stage
-                if instruction == 'COPY' and '--from=wheel' not in words
+                if instruction == 'COPY'
+                and not words[0].startswith('--from=')
                 for source in words[:-1]}
+
+    def test_builders_are_sent_what_is_copied(self) -> None:
+        with open(os.path.join(overlay.ROOT, '.dockerignore')) as file:
+            first, *lines = [line.strip() for line in file
+                             if not line.startswith('#')]
+        self.assertEqual('*', first)
+        copied = {source.partition('/')[0]
+                  for name in ('kubernetes', 'cni')
+                  for stage in self.read(name)
+                  for source in self.copied(stage)}
+        self.assertEqual({*('!' + name for name in copied),
+                          '**/__pycache__'}, set(lines))
 
     def test_all_that_is_copied_exists(self) -> None:
         for stage in self.stages:

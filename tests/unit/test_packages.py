@@ -60,8 +60,10 @@ class TestPackages(unittest.TestCase):
         self.assertEqual(expected, self.missing('test'))
 
     def test_a_profile_needs_what_is_of_it(self) -> None:
-        for profile in ('boot', 'kernels'):
-            self.assertIn('qemu-system-x86', self.missing(profile))
+        for profile, package in (('boot', 'qemu-system-x86'),
+                                 ('cluster', 'podman'),
+                                 ('kernels', 'qemu-system-x86')):
+            self.assertIn(package, self.missing(profile))
             self.assertLessEqual(self.missing(profile),
                                  set(listed(profile)))
             self.assertEqual(self.missing(profile) | self.missing('test'),

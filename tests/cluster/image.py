@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The image of kuryr-cni-ds with kuryr-break0, as the documentation builds it.
+
+::
+
+    python -m tests.cluster.image [DIRECTORY]
+
+As root, with the network of the machine. It runs those commands of
+``doc/source/install/kubernetes.rst`` that need the network too, in a clone of
+the working tree; the test of the DaemonSet runs the others there. ``docker``
+is Podman (``tests/cluster/bin``). The page begins with an image of Kuryr,
+which comes from no registry here: the steps of Kuryr's ``cni.Dockerfile`` are
+done on a Debian that debootstrap makes.
+
+Podman repeats no step whose input is the same, so only the first run takes
+minutes. All is kept in DIRECTORY, about 500 MB (kuryr-break0-cluster in
+$XDG_CACHE_HOME or /var/tmp). MIRROR in the environment names a Debian mirror
+other than that of apt.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+from tests import pages
+
+ROOT = pathlib.Path(__file__).parents[2]
+PAGE = 'install/kubernetes.rst'
+
+#: What images of Debian lack is removed.
+DEBIAN = r'''
+. tests/network-settings
+mkdir "$WORK/debian"
+debootstrap --variant=minbase --include=ca-certificates,iproute2,python3-venv \
+    bookworm "$WORK/debian" "$(debian_mirror)"
+cd "$WORK/debian"
+rm -rf usr/share/doc/* usr/share/locale/* usr/share/man/* var/cache/apt/* \
+    var/lib/apt/lists/* var/log/*
+echo 'Dir::Cache::pkgcache ""; Dir::Cache::srcpkgcache "";' \
+    >etc/apt/apt.conf.d/no-cache
+tar -c . | docker import - localhost/debian:bookworm
+'''
+KURYR = r'''
+tests/kuryr-cni-in-go "$IMAGES/kuryr-cni"
+tests/kuryr-sources "$SOURCES"
+cp -r "$SOURCES"/kuryr-kubernetes-*/ "$WORK/kuryr"
+rm -r "$WORK/kuryr/kuryr_cni"
+cp "$IMAGES/kuryr-cni" constraints.txt "$WORK"
+. tests/network-settings
+copy_network_settings "$WORK/machine"
+mkdir -p "$WORK/machine/opt/venv"
+pip_variables >"$WORK/machine/opt/venv/pip.conf"
+docker build -f tests/cluster/kuryr-cni.Dockerfile -t kuryr/cni:latest "$WORK"
+'''
+
+
+def environ(directory: str) -> dict[str, str]:
+    """Return an environment whose ``docker`` has the images of a directory."""
+    return {**os.environ, 'IMAGES': directory, 'PATH': os.pathsep.join(
+        [str(ROOT / 'tests/cluster/bin'), os.path.dirname(sys.executable),
+         os.environ['PATH']])}
+
+
+class Images:
+    """Builds images, and keeps them.
+
+    :param directory: where they are kept; no other process uses it meanwhile
+    :ivar clone: the directory in which the commands of the page are run
+    """
+
+    def __init__(self, directory: str) -> None:
+        self._environ = environ(directory)
+        self._directory = directory
+        self.clone = os.path.join(directory, 'clone')
+
+    def _run(self, script: str, cwd: str = str(ROOT),
+             **variables: str) -> None:
+        """Run a shell script, or exit with the end of its output."""
+        done = subprocess.run(
+            ['sh', '-ec', script], cwd=cwd, env={**self._environ, **variables},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            sys.exit('%s\ntests.cluster.image: failed: %s' % (
+                done.stdout[-3000:], script.strip().splitlines()[-1]))
+
+    def build(self) -> None:
+        """Build all that has changed."""
+        if subprocess.run(['docker', 'image', 'exists',
+                           'localhost/debian:bookworm'],
+                          env=self._environ).returncode:
+            print('Building the image of the DaemonSet; this takes minutes')
+            self._run_with_directory(DEBIAN)
+        self._run_with_directory(KURYR)
+        self._update_clone()
+        self._run(_command('1. Build the image', 'docker build'), self.clone)
+        if not glob.glob(self.clone + '/kuryr-kubernetes-*.tar.gz'):
+            self._run(_command("2. Get Kuryr's DaemonSet", 'pip download'),
+                      self.clone)
+        # Of earlier builds; after ten days the last build is repeated too.
+        self._run('docker image prune --force --filter until=240h')
+
+    def _run_with_directory(self, script: str) -> None:
+        with tempfile.TemporaryDirectory(dir=self._directory) as work:
+            self._run(script, WORK=work, SOURCES=os.path.join(
+                sys.prefix, 'kuryr-sources'))
+
+    def _update_clone(self) -> None:
+        """Replace all but the downloaded sources of Kuryr."""
+        os.makedirs(self.clone, exist_ok=True)
+        for entry in os.scandir(self.clone):
+            if entry.is_dir():
+                shutil.rmtree(entry.path)
+            elif not entry.name.endswith('.tar.gz'):
+                os.remove(entry.path)
+        listed = subprocess.check_output(
+            ['git', 'ls-files', '-z', '--cached', '--others',
+             '--exclude-standard'], cwd=ROOT, text=True)
+        for name in listed.split('\0'):
+            if os.path.isfile(ROOT / name):
+                target = os.path.join(self.clone, name)
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                shutil.copy2(ROOT / name, target)
+
+
+def _command(title: str, beginning: str) -> str:
+    """Return a command of a section of the page."""
+    return next(step.command for step in pages.steps(PAGE, title)
+                if step.command.startswith(beginning + ' '))
+
+
+def main(argv: list[str]) -> int:
+    if argv[:1] == ['--inside']:
+        subprocess.run(['mount', '-t', 'tmpfs', 'run', argv[1] + '/run'],
+                       check=True)
+        Images(argv[1]).build()
+        return 0
+    if os.geteuid():
+        sys.exit('tests.cluster.image: must be root')
+    if subprocess.run([ROOT / 'tests/debian-packages',
+                       'cluster']).returncode:
+        return 1
+    kept = argv[0] if argv else os.path.join(
+        os.environ.get('XDG_CACHE_HOME', '/var/tmp'), 'kuryr-break0-cluster')
+    directory = os.path.realpath(os.path.join(kept, 'images'))
+    os.makedirs(directory + '/run', exist_ok=True)
+    with open(directory + '/lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # What is mounted and started there ends with it.
+        return subprocess.run(
+            ['setpriv', '--pdeathsig', 'KILL', 'unshare', '--mount', '--pid',
+             '--fork', '--kill-child', '--mount-proc', sys.executable, '-m',
+             'tests.cluster.image', '--inside', directory], cwd=ROOT
+        ).returncode
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,22 @@
+# kuryr/cni by the steps of Kuryr's cni.Dockerfile, on Debian in place of CentOS
+# and RDO. The context has the sources of kuryr-kubernetes as "kuryr",
+# constraints.txt of this project, the plugin kuryr-cni that is built of the
+# sources, and in "machine" how pip and apt of this machine use the network.
+FROM debian:bookworm
+ARG OSLO_LOCK_PATH=/var/kuryr-lock
+ARG VIRTUAL_ENV=/opt/venv
+COPY machine /
+COPY kuryr /opt/kuryr-kubernetes
+COPY constraints.txt /tmp/
+RUN python3 -m venv $VIRTUAL_ENV
+ENV PATH="$VIRTUAL_ENV/bin:$PATH"
+RUN python3 -m pip --no-cache-dir install -c /tmp/constraints.txt /opt/kuryr-kubernetes \
+    && cp /opt/kuryr-kubernetes/cni_ds_init /usr/bin/cni_ds_init \
+    && mkdir -p /etc/kuryr-cni \
+    && cp /opt/kuryr-kubernetes/etc/cni/net.d/* /etc/kuryr-cni \
+    && rm -rf /opt/kuryr-kubernetes /tmp/constraints.txt \
+    && mkdir ${OSLO_LOCK_PATH}
+COPY kuryr-cni /kuryr-cni
+ENV CNI_DAEMON True
+ENV OSLO_LOCK_PATH=${OSLO_LOCK_PATH}
+ENTRYPOINT [ "cni_ds_init" ]
