@@ -60,7 +60,7 @@ class TestParallel(unittest.TestCase):
         """How many passed, why others failed, and what was printed."""
         with tempfile.TemporaryFile() as results, \
                 tempfile.TemporaryFile() as output:
-            job = parallel.Job(list(parallel._tests(
+            job = parallel.Job(list(parallel.tests(
                 unittest.defaultTestLoader.loadTestsFromTestCase(kind))),
                 results, output)
             status = os.waitpid(parallel._start(job, True), 0)[1]
