@@ -138,7 +138,7 @@ cluster: cluster-programs
 cluster-test: cluster-programs
 	tests/in-root-lab $(BIN)/python -W ignore -m tests.cluster $(TESTS)
 
-# As many of them as CI has time for.
+# A few of each kind.
 cluster-core: cluster-programs
 	tests/in-root-lab $(BIN)/python -W ignore -m tests.cluster --core
 

@@ -16,7 +16,7 @@ import unittest
 
 from tests import parallel
 
-#: The tests of CI, which take three minutes.
+#: A few tests of each kind.
 CORE = (
     'test_workloads.TestDeployment.test_many_pods_of_one_node_at_once',
     'test_workloads.TestTwoNodes', 'test_faults.TestBreak0.test_deleted',
@@ -44,7 +44,7 @@ class Result(unittest.TextTestResult):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--core', action='store_true',
-                        help='run the tests that CI runs')
+                        help='run a few tests of each kind')
     parser.add_argument('--releases', action='store_true',
                         help='run the tests of each release of Kuryr')
     parser.add_argument('patterns', nargs='*', metavar='PATTERN')
