@@ -73,7 +73,7 @@ class TestRecipes(base.EngineTestCase):
     def start_host(self) -> None:
         """Start Docker with its bridge and its rules, and the containers."""
         root = images.rootfs('/run')
-        for name in ('httpd', 'nslookup', 'wget'):
+        for name in ('nslookup', 'wget'):
             os.symlink('busybox', '%s/bin/%s' % (root, name))
         os.makedirs(root + '/var/run')
         os.mkdir(root + '/www')
