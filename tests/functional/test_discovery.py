@@ -28,7 +28,6 @@ from kuryr_break0.discovery import namespace
 from kuryr_break0.discovery import records
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
-from kuryr_break0 import pace
 from kuryr_break0.kernel import existence
 from kuryr_break0 import ledger
 from kuryr_break0.ledger import files
@@ -36,6 +35,7 @@ from kuryr_break0.model import NamespaceId
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
+from kuryr_break0 import pace
 from tests import dhcp
 from tests.functional import base
 from tests import lab
