@@ -120,6 +120,7 @@ class AddressPairs:
             for change in part:
                 change.finish(error)
             changes = changes[len(part):]
+            size *= 2
 
     def _update(self, changes: list[_Change]) -> None:
         port = self._read()

@@ -383,6 +383,30 @@ class TestFaults(ControllerTestCase):
         self.assert_fails('500')
         self.assertEqual(2, self.count('PUT'))
 
+    def test_an_update_that_arrives_late(self) -> None:
+        """The client has given up by then, and others have been faster."""
+        k_config.CONF.set_override('timeout', 1, 'neutron')
+        self.addCleanup(k_config.CONF.clear_override, 'timeout', 'neutron')
+        clients.setup_openstacksdk()
+        late = threading.Event()
+        statuses: list[int] = []
+
+        def fault(request: neutron.Request) -> None:
+            if request.method == 'PUT' and not late.is_set():
+                late.set()
+                lab.until(lambda: len(self.pairs()) == 2)
+                try:
+                    self.neutron.update(self.node, request.body['port'],
+                                        revision=1)
+                except neutron.Refusal as err:
+                    statuses.append(err.status)
+
+        self.neutron.fault = fault
+        vifs = self.request_all([pod('first'), pod('second')])
+        lab.until(lambda: statuses)
+        self.assertEqual([412], statuses)
+        self.assertEqual(self.addresses(vifs), self.pairs())
+
     def test_one_of_several_pods_is_refused(self) -> None:
         refused = []
 
