@@ -11,10 +11,12 @@ import contextlib
 import io
 import ipaddress
 import json
+import logging
 import os
 import shlex
 import socket
 import subprocess
+import tempfile
 from typing import Any
 import unittest
 from unittest import mock
@@ -37,6 +39,7 @@ from kuryr_break0.kernel import netlink
 from kuryr_break0.kernel import nft
 from kuryr_break0.kernel import wire
 from kuryr_break0.kuryr import vif as break0_vif
+from kuryr_break0 import ledger
 from kuryr_break0.ledger import identity
 from kuryr_break0.ledger import records
 from kuryr_break0 import manager
@@ -45,6 +48,7 @@ from kuryr_break0.model import NAME
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
 from kuryr_break0 import option_types
+from tests.functional import base
 from tests.functional.cni.base import SHIM
 from tests import kuryr
 from tests import lab
@@ -350,6 +354,151 @@ class TestCNI(unittest.TestCase):
             stderr=subprocess.DEVNULL, env={'CNI_COMMAND': 'ADD'})
         self.assertEqual(1, done.returncode)
         self.assertIn(json.loads(done.stdout)['code'], (6, 7, 11))
+
+
+@unittest.skipIf(os.geteuid(), 'needs root, as under tests/in-lab')
+class TestSocketOfTheAgent(unittest.TestCase):
+    """What another process of root sends to the agent, by the real server.
+
+    Its requests are carried out, on a node with a pod.
+    """
+
+    POD = '100.75.30.71'
+    netns = st.sampled_from([
+        '/run/netns/pod', '/run/netns/none', '/proc/self/ns/net', '/dev/zero',
+        '/proc/self/ns/mnt', '/', '/run/netns/pod/../pod'])
+    variables = st.fixed_dictionaries({
+        'CNI_COMMAND': st.sampled_from(
+            ['ADD', 'DEL', 'CHECK', 'GC', 'STATUS', 'VERSION']),
+        'CNI_CONTAINERID': st.just('c0ffee') | hostile,
+        'CNI_IFNAME': st.just('eth0') | hostile,
+        'CNI_PATH': st.just('/opt/cni/bin')}, optional={
+            'CNI_NETNS': netns | hostile, 'CNI_ARGS': hostile})
+    results = trees | st.fixed_dictionaries({
+        'ips': trees | st.lists(st.fixed_dictionaries({
+            'address': st.just(POD + '/24') | addresses.map(str) | leaves}),
+            max_size=3)}, optional={'interfaces': trees})
+    configs = st.fixed_dictionaries(
+        {'cniVersion': st.sampled_from(['0.3.1', '1.1.0']),
+         'name': st.just('lan') | leaves}, optional={
+            'strict': leaves, 'prevResult': results,
+            'cni.dev/valid-attachments': trees})
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        cls.node = lab.Lab()
+        cls.addClassCleanup(cls.node.close)
+        cls.node.add_pod('pod', cls.POD)
+        # A line for each that is refused
+        logging.disable(logging.ERROR)
+        cls.addClassCleanup(logging.disable, logging.NOTSET)
+        options = base.options(metrics_bind='')
+        ledger.Ledger(options.state_dir).prepare()
+        cls.server = cni_server.CNIServer()
+        cls.addClassCleanup(cls.server.close)
+        cls.server.listen(options)
+        cls.path = os.path.join(options.state_dir, cni_server.NAME)
+
+    def ask(self, data: bytes, ends: bool = True) -> bytes:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(lab.PATIENCE)
+            client.connect(self.path)
+            with contextlib.suppress(ConnectionError):
+                client.sendall(data)
+                if not ends:
+                    return b''  # it goes without waiting
+                client.shutdown(socket.SHUT_WR)
+                return b''.join(iter(lambda: client.recv(4096), b''))
+        return b''
+
+    def assert_served(self) -> None:
+        head, _, body = self.ask(
+            b'CNI_COMMAND=VERSION\0CNI_PATH=/\0\0').partition(b'\n')
+        self.assertEqual(b'0 %d' % len(body), head)
+        self.assertIn('supportedVersions', json.loads(body))
+        self.assertTrue(self.server.is_complete)
+
+    @fuzzed
+    @given(st.binary(max_size=300), st.booleans())
+    def test_any_data(self, data: bytes, ends: bool) -> None:
+        self.assert_answer(self.ask(data, ends))
+        self.assert_served()
+
+    @fuzzed
+    @given(variables, configs)
+    def test_requests(self, environment: dict[str, str],
+                      fields: dict[str, Any]) -> None:
+        data = ''.join('%s=%s\0' % each for each in environment.items())
+        before = self.interfaces()
+        self.assert_answer(self.ask(
+            data.encode(errors='surrogatepass') + b'\0'
+            + json.dumps(fields).encode()))
+        self.assertEqual(before, self.interfaces())
+        self.assert_served()
+
+    def interfaces(self) -> dict[str, list[str]]:
+        """The interfaces of the node, but break0, with their flags."""
+        return {link['ifname']: link['flags'] for link
+                in self.node.ip('link', 'show')
+                if link['ifname'] != 'break0'}
+
+    def assert_answer(self, answer: bytes) -> None:
+        if not answer:
+            return
+        head, _, body = answer.partition(b'\n')
+        self.assertRegex(head, rb'\A[01] \d+\Z')
+        self.assertEqual(int(head[2:]), len(body))
+        found = json.loads(body) if body else {}
+        if head[:1] == b'1':
+            self.assertNotEqual(plugin.UNEXPECTED, found['code'], found)
+            self.assertNotRegex(found['msg'], r'[\x00-\x1f\x7f]')
+
+
+@unittest.skipUnless(SHIM.exists(), 'needs the shim: make cni')
+class TestShim(unittest.TestCase):
+    """What the shim makes of an agent that answers anything."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.path = os.path.join(directory.name, 'socket')
+        self.listening = socket.socket(socket.AF_UNIX)
+        self.addCleanup(self.listening.close)
+        self.listening.bind(self.path)
+        self.listening.listen()
+        self.listening.settimeout(lab.PATIENCE)
+
+    def run_shim(self, answer: bytes, **environ: str) -> tuple[int, bytes]:
+        data = json.dumps({'cniVersion': '1.0.0',
+                           'socket': self.path}).encode()
+        with subprocess.Popen(
+                [SHIM], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, env=environ) as shim:
+            assert shim.stdin is not None and shim.stdout is not None
+            shim.stdin.write(data)
+            shim.stdin.close()
+            client, _ = self.listening.accept()
+            with client, contextlib.suppress(ConnectionError):
+                sent = b''.join(iter(lambda: client.recv(4096), b''))
+                self.assertTrue(sent.endswith(b'\0' + data))
+                client.sendall(answer)
+            output = shim.stdout.read()
+        return shim.returncode, output
+
+    @settings(fuzzed, max_examples=min(EXAMPLES, 500))
+    @given(st.binary(max_size=100) | st.builds(
+        lambda status, length, output: b'%d %d\n%s' % (
+            status, len(output) if length is None else length, output),
+        st.integers(), st.none() | st.integers(), st.binary(max_size=40)))
+    def test_answers(self, answer: bytes) -> None:
+        status, output = self.run_shim(answer, CNI_COMMAND='ADD')
+        self.assertGreaterEqual(status, 0)
+        if output.startswith(b'{"cniVersion"'):
+            self.assertEqual((1, 11), (status, json.loads(output)['code']))
+        else:
+            self.assertTrue(answer.endswith(output))
 
 
 class TestEngines(unittest.TestCase):
