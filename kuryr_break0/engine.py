@@ -12,7 +12,6 @@ without a record. Nothing is read that grows with the number of pods.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from typing import (Any, Callable, Collection, Iterable, Iterator, NamedTuple,
                     Optional)
 
@@ -311,8 +310,8 @@ class Engine:
         address for some seconds, and the next pod has another one.
         """
         err, neighbour_err = netlink.change([
-            (Verb.DELETE, dataclasses.replace(
-                self._policy.route(address, index), metric=None)),
+            (Verb.DELETE, self._policy.route(address, index)._replace(
+                metric=None)),
             (Verb.DELETE, Neighbour(address, index, '', None))])
         if neighbour_err is not None and not neighbour_err.absent:
             LOG.debug('%s', neighbour_err)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import ipaddress
 import os
 import re
 import subprocess
@@ -26,6 +25,7 @@ from kuryr_break0.kernel import Pair
 from kuryr_break0.kernel import Verb
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
+from kuryr_break0.model import address_from_bytes
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Item
@@ -205,7 +205,7 @@ def unclaimed_pairs(routes: Iterable[HostRoute],
 def _by_address(found: Iterable[Pair]) -> Pairs:
     by: Pairs = {}
     for each in found:
-        by.setdefault(ipaddress.ip_address(each.address), []).append(each)
+        by.setdefault(address_from_bytes(each.address), []).append(each)
     return by
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import hashlib
 import ipaddress
 import re
@@ -22,6 +23,68 @@ MAC = re.compile(r'[0-9a-f]{2}(:[0-9a-f]{2}){5}')
 
 #: First bytes of IPv4 addresses that are of hosts, whatever follows.
 _HOSTS = frozenset(range(1, 224)) - {127, 169}
+
+
+class _Kept:
+    """Computes the hash and the text of an address once.
+
+    The base class does so in Python each time, and a sync needs some 20
+    hashes of each address. Subclasses have the slots.
+    """
+
+    __slots__ = ()
+    _hash: int
+    _text: str
+
+    def __hash__(self) -> int:
+        try:
+            return self._hash
+        except AttributeError:
+            self._hash = super().__hash__()  # type: ignore[misc]
+            return self._hash
+
+    def __str__(self) -> str:
+        try:
+            return self._text
+        except AttributeError:
+            self._text = super().__str__()  # type: ignore[misc]
+            return self._text
+
+
+class IPv4Address(_Kept, ipaddress.IPv4Address):
+    """Equal to an :class:`ipaddress.IPv4Address`, with the same hash."""
+
+    __slots__ = ('_hash', '_text')
+
+
+class IPv6Address(_Kept, ipaddress.IPv6Address):
+    """Equal to an :class:`ipaddress.IPv6Address`, with the same hash."""
+
+    __slots__ = ('_hash', '_text')
+
+
+#: Addresses, or names of records, that are kept.
+KEPT = 2 ** 15
+
+
+@functools.lru_cache(maxsize=KEPT)
+def address_from_bytes(packed: bytes) -> IPAddress:
+    """Return an address of 4 or 16 bytes; the same object each time.
+
+    A table finds the same object faster than an equal one.
+    """
+    return (IPv4Address if len(packed) == 4 else IPv6Address)(packed)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def address_from_text(text: str) -> IPAddress:
+    """Return an address; one without a scope is the same object each time.
+
+    :raises ValueError: if the text is none
+    """
+    address = ipaddress.ip_address(text)
+    return (address if getattr(address, 'scope_id', None)
+            else address_from_bytes(address.packed))
 
 
 def address_order(address: IPAddress) -> tuple[int, int]:
@@ -177,8 +240,7 @@ class Record:
         return () if self.mac is None else (self.mac, *self.siblings)
 
 
-@dataclasses.dataclass(frozen=True)
-class HostRoute:
+class HostRoute(NamedTuple):
     """A route to a single address: /32, for IPv6 /128.
 
     :ivar oif: ifindex of its interface; None for one without, or several
@@ -207,8 +269,7 @@ def best_metric(address: IPAddress) -> int:
     return 0 if address.version == 4 else 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Neighbour:
+class Neighbour(NamedTuple):
     """The MAC address of an address on an interface, set for good.
 
     :ivar protocol: who set it, as of a route; None if no program marked it
@@ -223,8 +284,7 @@ class Neighbour:
 Item = Union[HostRoute, Neighbour]
 
 
-@dataclasses.dataclass(frozen=True)
-class Wanted:
+class Wanted(NamedTuple):
     """What a pod's address must have on the node.
 
     :ivar neighbour: None where it is found by ARP

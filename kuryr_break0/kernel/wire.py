@@ -11,10 +11,9 @@ neighbour.h. The tests compare each with pyroute2 and with the kernel.
 from __future__ import annotations
 
 import errno
-import ipaddress
 import socket
 import struct
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Iterator, Optional
 
 from kuryr_break0.kernel import netlink
 from kuryr_break0.kernel.netlink import attribute
@@ -24,6 +23,7 @@ from kuryr_break0.kernel.netlink import number
 from kuryr_break0.kernel.netlink import read_number
 from kuryr_break0.kernel.netlink import read_text
 from kuryr_break0.kernel import values
+from kuryr_break0.model import address_from_bytes
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import IPInterface
@@ -84,9 +84,6 @@ _NEXT_HOP = struct.Struct('=HBBi')  # rtnexthop
 _NEXT_HOP_OBJECT = struct.Struct('=4BI')  # nhmsg
 #: The requests for all of a kind
 ALL_NEXT_HOPS, ALL_RULES = map(bytes, (_NEXT_HOP_OBJECT.size, _RULE.size))
-#: By the length of what is packed
-_ADDRESSES: dict[int, Callable[[int], IPAddress]] = {
-    4: ipaddress.IPv4Address, 16: ipaddress.IPv6Address}
 _MODES = {1: 'private', 2: 'vepa', 4: 'bridge', 8: 'passthru', 16: 'source'}
 
 _FLAGS = {values.Verb.ADD: netlink.NLM_F_CREATE | netlink.NLM_F_EXCL,
@@ -346,5 +343,6 @@ def _next_hops(found: dict[int, bytes],
 
 def _address(packed: Optional[bytes]) -> Optional[IPAddress]:
     """Read an IP address; None for none, or one of another family."""
-    kind = _ADDRESSES.get(len(packed or b''))
-    return kind(int.from_bytes(packed or b'', 'big')) if kind else None
+    if packed is None or len(packed) not in (4, 16):
+        return None
+    return address_from_bytes(packed)

@@ -164,7 +164,7 @@ class Ledger:
         damaged, newer, quarantined = {}, {}, []
         current_name = functools.lru_cache(node.current_name)
         for name in self.records.names(self.records.directory):
-            path = os.path.join(self.records.directory, name)
+            path = '%s/%s' % (self.records.directory, name)
             found: tuple[IPAddress, ...] = ()  # if that is what is wrong
             try:
                 address = address_of(name)

@@ -26,8 +26,10 @@ from kuryr_break0.kernel import existence
 from kuryr_break0.kernel import node
 from kuryr_break0.ledger import files
 from kuryr_break0 import log
+from kuryr_break0.model import address_from_text
 from kuryr_break0.model import address_order
 from kuryr_break0.model import IPAddress
+from kuryr_break0.model import KEPT
 from kuryr_break0.model import MAC
 from kuryr_break0.model import NAME
 from kuryr_break0.model import NamespaceId
@@ -52,8 +54,6 @@ MAX_SIBLINGS = 8
 _ORIGINS: dict[Any, Origin] = {each.value: each for each in Origin}
 
 _network = functools.lru_cache(maxsize=128)(ipaddress.ip_network)
-# Each is read of the name of a file, and then of its content.
-_address = functools.lru_cache(maxsize=1024)(ipaddress.ip_address)
 
 
 class NewerVersion(Exception):
@@ -92,7 +92,7 @@ def from_json(text: str) -> tuple[Record, ...]:
                                'than this program' % version)
         if version != VERSION:
             raise ValueError('its format is version %r' % version)
-        address = _address(_text(fields['address']))
+        address = address_from_text(_text(fields['address']))
         claims = fields['claims']
         if not claims:
             raise ValueError('it has no claims')
@@ -358,12 +358,13 @@ class Records:
         return files.usable(os.path.dirname(self.directory))
 
 
+@functools.lru_cache(maxsize=KEPT)
 def address_of(name: str) -> IPAddress:
     """Return the address of a record by the name of its file.
 
     :raises ValueError: if it is none, or not written as we write it
     """
-    address = _address(name[:-len(SUFFIX)])
+    address = address_from_text(name[:-len(SUFFIX)])
     if str(address) + SUFFIX != name or getattr(address, 'scope_id', None):
         raise ValueError('its name is not that of the address %s' % address)
     return address

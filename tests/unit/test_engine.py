@@ -302,8 +302,8 @@ class TestReconciler(EngineTestCase):
         # That could not be recorded; its MAC address says so.
         self.bind(POD)
         index = self.fake.links['break0'].index
-        self.fake.known[index, POD] = dataclasses.replace(
-            self.fake.known[index, POD], mac=OTHER_MAC)
+        self.fake.known[index, POD] = self.fake.known[
+            index, POD]._replace(mac=OTHER_MAC)
         self.fake.gone.add(self.fake.namespaces['/a'])
         self.sync()
         self.assertEqual(({POD}, set()), (self.routed(), self.recorded()))

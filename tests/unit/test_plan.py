@@ -220,8 +220,7 @@ class TestPlan(unittest.TestCase):
             route = HostRoute(address, DEVICE, PROTOCOL, TABLE,
                               metric=best_metric(address))
             wanted = {address: Wanted(route)}
-            worse = dataclasses.replace(route, metric=1024, oif=3,
-                                        protocol=3)
+            worse = route._replace(metric=1024, oif=3, protocol=3)
             # Ours would override it, unless it came when ours was there.
             self.assertEqual(plan.Plan(foreign=(worse,)),
                              compute(wanted, Held([worse])))
@@ -231,14 +230,14 @@ class TestPlan(unittest.TestCase):
                 route, worse])))
             for others in ({'table': 100}, {'protocol': PROTOCOL},
                            {'oif': DEVICE}):
-                other = dataclasses.replace(worse, **others)
+                other = worse._replace(**others)
                 self.assertEqual(plan.Plan(replace=(route,)),
                                  compute(wanted, Held([other])))
             # As version 1 has set it for IPv6.
-            older = dataclasses.replace(route, metric=1024)
+            older = route._replace(metric=1024)
             self.assertEqual(plan.Plan(replace=(route,), delete=(older,)),
                              compute(wanted, Held([older])))
-            same = dataclasses.replace(worse, metric=route.metric)
+            same = worse._replace(metric=route.metric)
             self.assertEqual(plan.Plan(foreign=(same,)),
                              compute(wanted, Held([same])))
             self.assertEqual(plan.Plan(foreign=(same,)),
@@ -254,10 +253,10 @@ class TestPlan(unittest.TestCase):
         for change in ({'oif': 3}, {'protocol': 3}, {'src': None},
                        {'direct': False}):
             with self.subTest(change=change):
-                other = dataclasses.replace(route, **change)
+                other = route._replace(**change)
                 self.assertEqual(plan.Plan(replace=(route,)),
                                  compute(wanted, Held([other])))
-        other = dataclasses.replace(route, table=100)
+        other = route._replace(table=100)
         self.assertEqual(plan.Plan(replace=(route,), delete=(other,)),
                          compute(wanted, Held([other])))
 
@@ -266,8 +265,8 @@ class TestPlan(unittest.TestCase):
         neighbour = Neighbour(ADDRESS, DEVICE, MAC, PROTOCOL)
         wanted = {ADDRESS: Wanted(route, neighbour)}
         self.assertFalse(compute(wanted, Held([route], [neighbour])))
-        for held in ([], [dataclasses.replace(neighbour, mac=OTHER_MAC)],
-                     [dataclasses.replace(neighbour, protocol=None)]):
+        for held in ([], [neighbour._replace(mac=OTHER_MAC)],
+                     [neighbour._replace(protocol=None)]):
             with self.subTest(held=held):
                 self.assertEqual(plan.Plan(learn=(neighbour,)),
                                  compute(wanted, Held([route], held)))
