@@ -405,10 +405,10 @@ class Guard:
         :param parent: the ifindex of the parent, where they were asked for
         :param macs: the MAC addresses of their pods, which have a route now
         """
-        for address, mac in macs.items():
-            if parent is None or netlink.neighbour(
-                    parent, address)[1] != 'incomplete':
-                continue
+        if parent is None:
+            return
+        for address in netlink.unresolved(parent, macs):
+            mac = macs[address]
             changes: list[kernel.Change] = [
                 (Verb.DELETE, Neighbour(address, parent, '', None))]
             if mac and (self._cache.get(self._key) or ())[1:2] == [True]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import random
 import time
 import types
 from typing import Any, Callable, Iterator, Optional, TypeVar
@@ -51,11 +50,11 @@ def undisturbed(action: str, function: Callable[..., _T], *args: Any) -> _T:
         every try was interrupted
     """
     try:
-        for _ in range(netlink.DUMP_TRIES - 1):
+        for number in range(netlink.DUMP_TRIES - 1):
             try:
                 return function(*args)
             except nl_exceptions.NetlinkDumpInterrupted:
-                time.sleep(random.uniform(0, netlink.DUMP_PAUSE))
+                time.sleep(netlink.dump_pause(number))
         return function(*args)
     except nl_exceptions.NetlinkError as err:
         reason = os.strerror(err.code) if err.code > 0 else str(err)

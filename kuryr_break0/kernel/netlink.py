@@ -45,7 +45,9 @@ _TIMEOUT = 10
 #: An interrupted dump is repeated this often. Each try meets about as many
 #: changes as the last, so what counts is their number, not their distance.
 DUMP_TRIES, FEW_TRIES = 20, 3
-DUMP_PAUSE = 0.05  # seconds, at most
+#: Seconds between two tries at most: of the first two, and of any. What
+#: interrupts one is often over then, as the deletion of an interface.
+DUMP_PAUSE_FIRST, DUMP_PAUSE = 0.001, 0.05
 #: Datagrams of events that are read at once, and bytes of each.
 _AT_ONCE, _DATAGRAM = 256, 2 ** 16
 #: Bytes of events that a socket holds until they are read: some 10,000. The
@@ -100,6 +102,11 @@ class Received(NamedTuple):
             if explanation:
                 reason += ' (%s)' % explanation
         return OSError(code, reason)
+
+
+def dump_pause(tries: int) -> float:
+    """Return the seconds to wait after so many interrupted dumps, from 0."""
+    return random.uniform(0, min(DUMP_PAUSE, DUMP_PAUSE_FIRST * 2 ** tries))
 
 
 def messages(data: bytes) -> Iterator[Received]:
@@ -319,14 +326,15 @@ class RequestSocket(_Socket):
         """
         request = message._replace(flags=message.flags | NLM_F_DUMP)
         merged: dict[_T, None] = {}
-        for _ in range(FEW_TRIES if self._most or merges else DUMP_TRIES):
+        for number in range(
+                FEW_TRIES if self._most or merges else DUMP_TRIES):
             found, is_whole = self._ask(action, request, read)
             if is_whole:
                 return found
             if merges:
                 merged.update(dict.fromkeys(found))
             elif self._most is None:  # or a pod would choose for how long
-                time.sleep(random.uniform(0, DUMP_PAUSE))
+                time.sleep(dump_pause(number))
         if merges:
             return list(merged)
         raise self._failed(action, OSError(
@@ -362,10 +370,10 @@ class EventSocket(_Socket):
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK,
             protocol)
         try:
-            # Not as root of a user namespace
-            with contextlib.suppress(PermissionError):
-                self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE,
-                                        _HELD)
+            # Root of a user namespace gets no more than twice the usual.
+            for option in socket.SO_RCVBUF, _SO_RCVBUFFORCE:
+                with contextlib.suppress(PermissionError):
+                    self._socket.setsockopt(socket.SOL_SOCKET, option, _HELD)
             for option in options:
                 self._socket.setsockopt(SOL_NETLINK, option, 1)
             self._socket.bind((0, groups))

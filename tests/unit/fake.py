@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-from typing import Any, Iterable, Iterator, Optional, Sequence
+from typing import (Any, Collection, Iterable, Iterator, Optional,
+                    Sequence)
 import unittest
 from unittest import mock
 
@@ -202,6 +203,10 @@ class FakeNetlink:
     def neighbours(self, ifindex: int) -> list[Neighbour]:
         return [each for (index, _), each in self._fake.known.items()
                 if index == ifindex]
+
+    def unresolved(self, ifindex: int, addresses: Collection[IPAddress]
+                   ) -> list[IPAddress]:
+        return []
 
     def neighbour(self, ifindex: int, address: IPAddress
                   ) -> tuple[Optional[str], Optional[str]]:
