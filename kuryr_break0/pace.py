@@ -14,9 +14,13 @@ CREDIT = 0.25
 
 
 class Pace:
-    """How long to wait after pieces of work of one thread."""
+    """How long to wait after pieces of work of one thread.
 
-    def __init__(self) -> None:
+    :param credit: seconds of a processor
+    """
+
+    def __init__(self, credit: float = CREDIT) -> None:
+        self._credit = credit
         self._debt = 0.0
         self._spent = 0.0
         self._ended = time.monotonic()
@@ -32,4 +36,4 @@ class Pace:
         self._debt = time.thread_time() - self._spent + max(
             0.0, self._debt - SHARE * (now - self._ended))
         self._ended = now
-        return max(0.0, (self._debt - CREDIT) / SHARE)
+        return max(0.0, (self._debt - self._credit) / SHARE)

@@ -33,6 +33,8 @@ class Interests:
         self._ledger = ledger
         self._policy = policy.Policy(options)
         self._names: set[str] = set()
+        #: names of break0s by their parents
+        self._made: dict[str, str] = {}
         #: name and ifindex of the break0 of each parent
         self._devices: dict[str, tuple[str, int]] = {}
         #: the events that the last sync has caused
@@ -72,6 +74,7 @@ class Interests:
         with contextlib.suppress(exceptions.LedgerUnavailable):
             identity = self._ledger.identity()
         devices = identity.devices if identity else {}
+        self._made = devices
         made = {self._options.device, *devices.values()}
         self._names = {*made, *devices}
         if self._options.parent is not None:
@@ -102,10 +105,30 @@ class Interests:
         """Return whether a break0 or a parent was deleted, or set down.
 
         Before it is deleted, it is set down, with an event for each neighbour.
+        Its own event may be among lost ones, or come after a sync that found
+        it deleted.
         """
-        return any(event.what == 'link' and event.ifindex in self._links
-                   and (event.gone or event.link is not None
-                        and not event.link.up) for event in events)
+        lost = False
+        for event in events:
+            if event.what == 'link' and (
+                    event.ifindex in self._links or event.link is not None
+                    and event.link.name in self._names) and (
+                    event.gone or event.link is not None
+                    and not event.link.up):
+                return True
+            lost |= event.what == 'lost'
+        return lost and self._is_any_down()
+
+    def _is_any_down(self) -> bool:
+        """Return whether a break0 does not exist or is down."""
+        with contextlib.suppress(exceptions.KernelRefused), \
+                kernel.Netlink() as netlink:
+            for parent, name in self._made.items():
+                link = netlink.link(name)
+                if (link is None or not link.up) and (
+                        netlink.link(parent) is not None):
+                    return True
+        return False
 
     def include(self, event: kernel.Event) -> bool:
         """Return whether an event may be of something to repair."""

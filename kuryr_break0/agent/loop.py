@@ -39,6 +39,10 @@ _BURST = 0.05
 _SETTLED = 1.0
 #: Seconds between two syncs at least.
 _PAUSE = 0.1
+#: Seconds of a processor that repairs of lost break0s may take at once. Only
+#: the node itself can cause them, so their pace is one of its own, and no
+#: other event delays them.
+_CREDIT_OF_LOSSES = 2.0
 #: So many events at once are a flood, which is read in larger portions.
 _FLOOD = 32
 _FLOOD_PAUSE = 0.1
@@ -78,10 +82,14 @@ class Agent:
         self._finder: Optional[finder.Finder] = None
         self._stop = False
         self._reload = False
-        #: monotonic time before which there is no sync, but by the timer
+        #: monotonic time before which there is no sync, but by the timer, or
+        #: for a break0 or a parent that was lost
         self._not_before = 0.0
+        #: monotonic time before which there is no sync for that either
+        self._not_before_loss = 0.0
         #: seconds of the processor that syncs have taken beyond their share
         self._pace = Pace()
+        self._pace_of_losses = Pace(_CREDIT_OF_LOSSES)
         self._synced_at = time.monotonic()
         self._failures = 0
         #: why the records are not watched
@@ -149,7 +157,7 @@ class Agent:
               interests: Interests) -> None:
         """Return when there may be something to repair."""
         timer = time.monotonic() + self._options.resync_interval
-        due = timer
+        due = lost = timer
         waited = [events.fileno(), woken.fileno()]
         if self._tables is not None:
             waited.append(self._tables.fileno())
@@ -160,8 +168,7 @@ class Agent:
             waited += self._finder.files()
             conditions += self._finder.conditions()
         while not (self._stop or self._reload):
-            at = min(timer, max(due, self._not_before))
-            timeout = at - time.monotonic()
+            timeout = min(timer, self._next(due, lost)) - time.monotonic()
             if timeout <= 0:
                 return
             ready, _, changed = select.select(
@@ -186,14 +193,24 @@ class Agent:
             if events.fileno() in ready:
                 heard = events.get()
                 self._metrics.heard(heard)
-                # All routes went with it, and nothing of that burst is new.
-                wait = 0 if interests.lost(heard) else _BURST
+                is_lost, now = interests.lost(heard), time.monotonic()
                 if any([interests.include(event) for event in heard]):
-                    due = min(due, time.monotonic() + wait)
+                    due = min(due, now + _BURST)
+                    if is_lost:  # with all of its routes
+                        lost = min(lost, now)
                 # Not longer than until there is something to do.
-                pause = max(due, self._not_before) - time.monotonic()
+                pause = self._next(due, lost) - now
                 if len(heard) >= _FLOOD and pause > 0:
                     time.sleep(min(_FLOOD_PAUSE, pause))
+
+    def _next(self, due: float, lost: float) -> float:
+        """Return the monotonic time of the next sync.
+
+        :param due: when a sync is due because of any event
+        :param lost: when it is due because of a loss
+        """
+        return min(max(due, self._not_before),
+                   max(lost, self._not_before_loss))
 
     def _until_look(self, timeout: float) -> float:
         if not self._cni.is_complete:
@@ -242,7 +259,10 @@ class Agent:
     def _sync(self, reconciler: Reconciler, interests: Interests) -> bool:
         """Reconcile; whether nothing of that failed."""
         began = time.monotonic()
-        self._pace.begin()
+        is_early = began < self._not_before  # because of a loss
+        pace, allowed = ((self._pace_of_losses, self._not_before_loss)
+                         if is_early else (self._pace, self._not_before))
+        pace.begin()
         error: Optional[Exception] = None
         try:
             interests.prepare()
@@ -258,14 +278,19 @@ class Agent:
         # One that fails each time as soon as it may, as when its own changes
         # are events, is repeated less and less often, and at last with the
         # timer only. Any other must not delay what else there is to repair.
-        is_later = began - self._not_before > (
-            self._not_before - self._synced_at)
+        is_later = began - allowed > allowed - self._synced_at
         self._failures = 0 if error is None else 1 if is_later else min(
             self._failures + 1, 20)
         self._synced_at = ended
-        pause = max(_PAUSE, self._pace.end(),
-                    self._failures and _PAUSE * 2 ** self._failures)
-        self._not_before = ended + min(pause, self._options.resync_interval)
+        pause = _PAUSE * 2 ** self._failures if self._failures else _PAUSE
+        least, paced = (ended + min(seconds, self._options.resync_interval)
+                        for seconds in (pause, max(pause, pace.end())))
+        if is_early:
+            self._not_before = max(self._not_before, least)
+            self._not_before_loss = paced
+        else:
+            self._not_before = paced
+            self._not_before_loss = max(self._not_before_loss, least)
         return error is None
 
     def _reload_options(self) -> None:

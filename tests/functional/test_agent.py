@@ -232,6 +232,35 @@ class TestRepair(AgentTestCase):
         self.wait_for(self.healed)
 
 
+#: An agent that has spent its part of a processor for hours to come.
+_LATE = '''
+import sys
+from kuryr_break0.agent import loop
+from kuryr_break0 import pace
+loop.Pace = lambda credit=-1e4: pace.Pace(credit)
+from kuryr_break0.__main__ import main
+sys.exit(main())
+'''
+
+
+class TestLate(AgentTestCase):
+    """An agent that others' events have kept busy."""
+
+    def start(self) -> subprocess.Popen[str]:
+        agent = subprocess.Popen(
+            [sys.executable, '-W', 'ignore', '-c', _LATE, '--config-file',
+             CONF, '--log-file', '/run/agent.log', 'agent'], text=True)
+        self.addCleanup(agent.wait)
+        self.addCleanup(agent.kill)
+        self.wait_for(lambda: metrics.value('sync_seconds_count'))
+        return agent
+
+    def test_a_loss_is_repaired(self) -> None:
+        for _ in range(3):
+            self.fault('break0 deleted', 'ip link del break0')
+            self.fault('break0 down', 'ip link set break0 down')
+
+
 class TestStateDirectory(AgentTestCase):
     """It is watched for as long as the agent works, whatever becomes of it."""
 

@@ -48,10 +48,44 @@ class TestPace(unittest.TestCase):
     def test_many_keep_to_their_share(self) -> None:
         self.now, began = 1000.0, 1000.0
         for _ in range(100):
-            self.now += self.sync(0.05)
+            self.sync(0.05)
+            self.now = self.agent._not_before
         self.assertLess(self.spent, (
             self.now - began) * pace.SHARE + pace.CREDIT + 0.05)
         self.assertGreater(self.spent, (self.now - began) * pace.SHARE)
+
+    def until_repair(self) -> float:
+        """The seconds until a break0 that is lost now may be repaired."""
+        return max(0.0, self.agent._next(self.now + 3600, self.now) - self.now)
+
+    def test_a_loss_waits_for_no_other_event(self) -> None:
+        self.assertGreater(self.sync(5), 40)
+        self.assertAlmostEqual(loop._PAUSE, self.until_repair())
+        for _ in range(20):
+            self.now += 0.5 + self.until_repair()
+            before = self.agent._not_before
+            self.sync(0.1)
+            # Nor does a loss delay the others.
+            self.assertEqual(before, self.agent._not_before)
+            self.assertAlmostEqual(loop._PAUSE, self.until_repair())
+
+    def test_losses_keep_to_their_share(self) -> None:
+        """As where another program deletes each break0 at once."""
+        self.now, began = 1000.0, 1000.0
+        for _ in range(200):
+            self.now = self.agent._next(self.now + 3600, self.now)
+            self.sync(0.05)
+        passed = self.now - began
+        self.assertLess(self.spent, 2 * pace.SHARE * passed + pace.CREDIT
+                        + loop._CREDIT_OF_LOSSES + 0.1)
+
+    def test_a_repair_that_fails_at_once_again(self) -> None:
+        self.sync(5)
+        with self.assertLogs('kuryr_break0', 'ERROR'):
+            for _ in range(100):
+                self.now += self.until_repair()
+                self.sync(0.01, exceptions.ParentNotFound(parent='eth1'))
+        self.assertEqual(base.options().resync_interval, self.until_repair())
 
     def test_one_that_fails_with_the_timer_delays_none(self) -> None:
         """As for a parent that is gone: pods on others are to be repaired."""
