@@ -114,3 +114,35 @@ class TestPace(unittest.TestCase):
             paced.begin()
             self.spent += spent
             self.assertEqual(is_free, paced.end() == 0)
+
+    def work(self, paced: pace.Pace, cause: str, seconds: float) -> float:
+        paced.begin()
+        self.spent += seconds
+        self.now += seconds
+        return paced.end(cause)
+
+    def test_one_cause_delays_no_other(self) -> None:
+        paced = pace.Pace()
+        self.assertGreater(self.work(paced, 'noisy', 10), 90)
+        for _ in range(50):
+            self.assertEqual(0, self.work(paced, 'other', 0.02))
+            self.now += 1
+        self.assertLess(0, paced.wait('noisy'))
+
+    def test_late_causes_share_the_time(self) -> None:
+        paced, began = pace.Pace(), self.now
+        causes = [str(number) for number in range(10)]
+        for _ in range(1000):
+            cause = min(causes, key=paced.wait)
+            self.now += paced.wait(cause)
+            self.work(paced, cause, 0.01)
+        self.assertLess(self.spent, 1.1 * (self.now - began) * pace.SHARE
+                        + len(causes) * (pace.CREDIT + 0.01))
+        self.assertGreater(self.spent, (self.now - began) * pace.SHARE)
+
+    def test_causes_without_debt_are_forgotten(self) -> None:
+        paced = pace.Pace()
+        for number in range(3 * pace._MANY):
+            self.work(paced, str(number), 0)
+            self.now += 0.001
+        self.assertLessEqual(len(paced._free), pace._MANY + 1)
