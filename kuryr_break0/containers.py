@@ -97,15 +97,26 @@ def of_interface(options: config.Options, macvlan: kernel.Macvlan
 def unserved(seen: Snapshot, ledger: Ledger) -> list[Unserved]:
     """Look into all namespaces of the node, some 0.2 ms each.
 
-    A namespace that cannot be entered is left out, as one that just ends.
-
     :returns: MOST of them at most
     :raises SystemRefused: if this process cannot see all
     """
+    return list(itertools.islice(itertools.chain.from_iterable(
+        each_unserved(seen, ledger, kernel.MOST)), MOST))
+
+
+def each_unserved(seen: Snapshot, ledger: Ledger, limits: kernel.Limits
+                  ) -> Iterator[list[Unserved]]:
+    """Look into a namespace of the node after the other.
+
+    A namespace that cannot be entered is left out, as one that just ends.
+
+    :param limits: how much is read of each
+    :raises SystemRefused: if this process cannot see all
+    """
     judge = _Judge(seen, ledger)
-    return list(itertools.islice(
-        (each for macvlan in kernel.macvlans(seen.options.proc_dirs)
-         for each in judge.judge(macvlan)), MOST))
+    for found in kernel.find(seen.options.proc_dirs):
+        yield [each for macvlan in kernel.macvlans_at(found, limits)
+               for each in judge.judge(macvlan)]
 
 
 def blindness() -> str:
@@ -194,7 +205,7 @@ class _Judge:
                     address not in self._seen.contents.unreadable):
                 yield Unserved(macvlan, name, address, *(
                     of_all or self._of_address(macvlan, address, claims)))
-        if not macvlan.addresses and not any(
+        if not macvlan.addresses and macvlan.is_whole and not any(
                 _is_of(claim, macvlan) for claims
                 in self._seen.contents.claims.values() for claim in claims):
             yield Unserved(macvlan, name, None, *(of_all or (

@@ -136,7 +136,7 @@ class Agent:
                 if self._sync(reconciler, interests):
                     beat()  # else each ADD and DEL repairs what it can
                 if self._finder is not None:
-                    self._finder.mark_all()
+                    self._finder.note_records()
                 try:
                     self._wait(events, woken, watch, interests)
                 except Exception as err:  # must not end the agent
@@ -199,7 +199,9 @@ class Agent:
                     if is_lost:  # with all of its routes
                         lost = min(lost, now)
                 # Not longer than until there is something to do.
-                pause = self._next(due, lost) - now
+                pause = max(due, self._not_before) - time.monotonic()
+                if self._finder is not None:
+                    pause = min(pause, self._finder.due() - time.monotonic())
                 if len(heard) >= _FLOOD and pause > 0:
                     time.sleep(min(_FLOOD_PAUSE, pause))
 
@@ -216,19 +218,18 @@ class Agent:
         if not self._cni.is_complete:
             timeout = min(timeout, _RETRY)
         timeout = min(timeout, self._unserved_at - time.monotonic())
-        due = None if self._finder is None else self._finder.due()
-        return max(0.0, timeout if due is None else min(
-            timeout, due - time.monotonic()))
+        if self._finder is not None:
+            timeout = min(timeout, self._finder.due() - time.monotonic())
+        return max(0.0, timeout)
 
     def _look(self, changed: list[int], ready: list[int]) -> None:
         """Find containers, if it is time to."""
         assert self._finder is not None
         if changed:
-            self._finder.search()
+            self._finder.note_mounts()
         if any(each in ready for each in self._finder.files()):
             self._finder.note()
-        due = self._finder.due()
-        if due is not None and due <= time.monotonic():
+        if self._finder.due() <= time.monotonic():
             try:
                 self._finder.look()
             except Exception as err:  # must not end the agent

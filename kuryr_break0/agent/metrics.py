@@ -23,6 +23,7 @@ from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
 from kuryr_break0.model import Origin
+from kuryr_break0.pace import Pace
 from kuryr_break0.problems import address_problems
 from kuryr_break0.problems import node_problems
 from kuryr_break0.snapshot import Snapshot
@@ -34,6 +35,8 @@ _PREFIX = 'kuryr_break0'
 _BUCKETS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10)
 #: Seconds after which what usually passes should have.
 _PASSES = 5.0
+#: Seconds after which a look at all namespaces lets the agent do other work.
+_AT_ONCE = 0.02
 #: Lines of one look: a container may have thousands of addresses, and others
 #: the next time.
 _LOGGED = 8
@@ -104,6 +107,10 @@ class Metrics(prometheus_registry.Collector):
         #: what was not bound when that was looked for last, by what it says
         self._waiting: set[str] = set()
         self._logged: set[str] = set()
+        #: a look that goes on, and what it has found so far
+        self._looking: Optional[Iterator[list[containers.Unserved]]] = None
+        self._found: list[containers.Unserved] = []
+        self._pace = Pace()
         self._outdated = False
         self._gauges: list[core.Metric] = []
         self._error: Optional[str] = None
@@ -135,20 +142,38 @@ class Metrics(prometheus_registry.Collector):
     def look_for_unserved(self) -> float:
         """Count what is not bound, and log each once.
 
-        What usually passes is waited for.
+        What usually passes is waited for. A node can have thousands of
+        namespaces, so this returns after some of them.
 
-        :returns: seconds until the next time
+        :returns: seconds until it is to be called again
         """
-        ledger = Ledger(self.options.state_dir)
-        seen = self._read_snapshot()
-        if seen is None:
-            return self.options.resync_interval
+        self._pace.begin()
         try:
-            found = containers.unserved(seen, ledger)
+            return max(self._look(), self._pace.end())
         except (exceptions.Break0Error, OSError) as err:
+            self._looking = None
             LOG.error('Cannot find out which containers are not bound: %s',
                       err)
-            return self.options.resync_interval
+        return self.options.resync_interval
+
+    def _look(self) -> float:
+        if self._looking is None:
+            seen = self._read_snapshot()
+            if seen is None:
+                return self.options.resync_interval
+            self._found = []
+            self._looking = containers.each_unserved(
+                seen, Ledger(self.options.state_dir), kernel.FEW)
+        ends = time.monotonic() + _AT_ONCE
+        for each in self._looking:
+            self._found += each[:containers.MOST - len(self._found)]
+            if time.monotonic() > ends:
+                return 0.0
+        self._looking = None
+        return self._show_unserved(self._found)
+
+    def _show_unserved(self, found: Sequence[containers.Unserved]) -> float:
+        """Count and log what was found; return seconds until the next look."""
         texts = {str(each) for each in found}
         lasting = [each for each in found
                    if each.reason not in containers.PASSING

@@ -1,47 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Finds macvlans in other namespaces, and binds their addresses.
+"""Finds the namespaces of containers, and has their addresses bound.
 
-What a container does in its namespace is its own business, and it may do it
-a thousand times a second. So an event only marks a namespace to be read,
-each is read once a second if it changes all the time, and all of it takes
-a tenth of a processor at most. The timer of the agent is the guarantee.
+A container can change its namespace a thousand times a second. So an event
+only marks a namespace, and a namespace that changes all the time is read once
+a second. Containers that cause much work share a tenth of a processor, and
+delay no other container.
+
+A namespace is searched for among new mounts and new processes. A search among
+all is left to the timer, which is the guarantee, and to an event that the
+search among new ones does not explain.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
-from typing import Callable, Optional
+from typing import Callable, Hashable, Optional
 
 from kuryr_break0 import config
-from kuryr_break0 import containers
+from kuryr_break0.discovery.binder import Binder
 from kuryr_break0.discovery.namespace import BURST
 from kuryr_break0.discovery.namespace import LAST
 from kuryr_break0.discovery.namespace import Namespace
-from kuryr_break0.discovery.records import followed
-from kuryr_break0.discovery.records import owner_id
-from kuryr_break0.engine import Engine
+from kuryr_break0.discovery.turns import Turns
 from kuryr_break0 import exceptions
-from kuryr_break0.failures import Failures
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
-from kuryr_break0.manager import Break0Manager
-from kuryr_break0.model import IPAddress
 from kuryr_break0.model import NamespaceId
-from kuryr_break0.model import Origin
-from kuryr_break0.model import Owner
-from kuryr_break0.model import Record
 from kuryr_break0.pace import Pace
-from kuryr_break0.policy import Policy
 
 LOG = log.get_logger(__name__)
 
-#: Addresses of one container that are bound. It can have thousands, and make
-#: namespaces with more.
-MAX_ADDRESSES = 32
 #: Seconds of looks after which the rest waits, since the agent has other work.
 _AT_ONCE = 0.05
 #: So many messages at once are a flood, which is read in larger portions.
@@ -49,12 +40,30 @@ _FLOOD = 32
 _FLOOD_PAUSE = 0.1
 #: Seconds between two looks where the kernel sends no events.
 _BLIND = 1.0
+#: Seconds after a change in which another one is likely. When events were
+#: lost, a namespace with such a change is read before all others.
+_ACTIVE = 10.0
+#: Seconds from the end of a namespace in which the kernel deletes its
+#: macvlans, if it has little else to do.
+_ENDING = 1.0
 #: Seconds after which an end that cannot be proven is left to the timer.
 _GIVE_UP = 60.0
-#: Different refusals that are remembered, so that each is logged once, and
-#: seconds until others are logged after these: a container can cause any
-#: number.
-_REMEMBERED, _FORGET = 1024, 60.0
+
+
+@dataclasses.dataclass
+class _End:
+    """The end of a namespace, of which the kernel sends an event.
+
+    It is proven some ms after that event.
+
+    :ivar at: monotonic time of the next try to unbind its addresses
+    :ivar pause: seconds from that until another try
+    :ivar payer: see :attr:`Namespace.payer`
+    """
+
+    at: float
+    pause: float
+    payer: Hashable
 
 
 class Finder:
@@ -68,10 +77,7 @@ class Finder:
 
     def __init__(self, options: config.Options, ledger: Ledger,
                  changed: Callable[[], None] = lambda: None) -> None:
-        self._options = options
-        self._ledger = ledger
-        self._policy = Policy(options)
-        self._manager = Break0Manager(options)
+        self._binder = Binder(options, ledger, changed)
         self._mounts = kernel.open_mounts()
         self._events: Optional[kernel.NamespaceEvents] = None
         try:
@@ -80,22 +86,32 @@ class Finder:
             LOG.warning('The kernel sends no events of containers (%s), so '
                         'they are looked for every second. Give the agent '
                         'CAP_NET_BROADCAST.', err)
-        self._namespaces: dict[int, Namespace] = {}
-        #: those that one container is in, or has made
-        self._of_container: dict[int, list[NamespaceId]] = {}
-        #: namespaces that have ended: when to unbind what they had, and
-        #: seconds until the next try if that cannot be proven yet
-        self._ended: dict[NamespaceId, tuple[float, float]] = {}
-        #: what was discovered where, as recorded
-        self._records: dict[NamespaceId, dict[IPAddress, Record]] = {}
-        self._read_records()
-        #: monotonic time of the next search for namespaces
-        self._search_at: Optional[float] = 0.0
+        self._search = kernel.Search(options.proc_dirs)
+        #: found namespaces that are not examined yet, the next one last
+        self._found: dict[kernel.Place, kernel.Found] = {}
+        self._namespaces: dict[kernel.Place, Namespace] = {}
+        self._numbers: dict[int, Namespace] = {}
+        self._turns = Turns()
+        #: numbers of namespaces to search for
+        self._unknown: set[int] = set()
+        #: numbers of namespaces that no search has found
+        self._unseen: set[int] = set()
+        self._ended: dict[NamespaceId, _End] = {}
+        self._binder.read_records()
+        self._interval = options.resync_interval
+        #: monotonic time at which everything is marked
+        self._all_at = time.monotonic() + self._interval
+        #: monotonic times of the next search for new namespaces, and for all
+        self._search_at: Optional[float] = None
+        self._search_all_at: Optional[float] = 0.0
+        self._mounts_changed = False
+        #: whether an interface was put on one of the node in a namespace
+        #: that has no number
+        self._is_unexplained = False
+        self._explained_until = 0.0
         self._not_before = 0.0
-        self._pace = Pace()
-        self._refusals: set[tuple[IPAddress, Optional[int], str]] = set()
-        self._forget_at = 0.0
-        self._changed = changed
+        #: of searches
+        self._pace_of_new, self._pace_of_all = Pace(), Pace()
 
     def close(self) -> None:
         self._mounts.close()
@@ -110,310 +126,282 @@ class Finder:
         """Return what has an exceptional condition when mounts change."""
         return [self._mounts.fileno()]
 
+    def note_mounts(self) -> None:
+        """Have namespaces with new names searched for."""
+        self._mounts_changed = True
+        self._search_soon()
+
     def note(self) -> None:
-        """Read what has happened; nothing is done about it yet."""
+        """Read the events that have come, and mark their namespaces."""
         now = time.monotonic()
         if self._events is None:
             return
         changes = self._events.get()
         if changes.lost:
-            self.mark_all()
-        if changes.is_new:
-            self.search()
-        for number in changes.changed:
-            namespace = self._namespaces.get(number)
-            if namespace is not None:
-                namespace.mark(now)
-            else:
-                self.search()
-        for number in changes.ended:
-            namespace = self._namespaces.pop(number, None)
-            if namespace is not None:
-                self._end(namespace.found.namespace)
-                self.search()  # it may have the number of one before it
+            self._mark_active(now)
+        known = self._numbers.keys()
+        self._unknown |= ((changes.changed | changes.numbered) - known
+                          - self._unseen) - changes.ended
+        self._unseen -= changes.ended
+        for number in changes.changed & known:
+            self._turns.mark(self._numbers[number], now)
+        for number in changes.ended & known:
+            # Another namespace may have the number by now: examine it again.
+            found = self._numbers[number].found
+            self._forget(self._numbers[number])
+            self._found[found.place] = found
+        if changes.ended:
+            self._explained_until = now + _ENDING
+        # A macvlan in a namespace with a number has an event there, too. It
+        # is deleted after its namespace has ended.
+        self._is_unexplained |= changes.stacked and not changes.changed and (
+            now >= self._explained_until)
+        if changes.interfaces or changes.lost or self._unknown:
+            self._search_soon()
         if changes.messages >= _FLOOD:
             # Not longer than until there is something to do.
-            time.sleep(max(0.0, min(_FLOOD_PAUSE, (self.due() or now + 1)
-                                    - now)))
+            time.sleep(max(0.0, min(_FLOOD_PAUSE, self.due() - now)))
+
+    def note_records(self) -> None:
+        """Mark namespaces whose records another program has changed."""
+        now = time.monotonic()
+        for identity in self._binder.read_records():
+            namespace = self._namespaces.get(identity[:2])
+            if namespace is not None:
+                self._turns.mark(namespace, now)
 
     def mark_all(self) -> None:
-        """Mark everything to be read, like the timer."""
+        """Have all namespaces searched for and read."""
         now = time.monotonic()
-        self._read_records()
-        self.search()
+        self._all_at = now + self._interval
+        self.note_records()
+        self._unseen.clear()
+        self._search_all_soon()
+        self._turns.add_routine(self._namespaces.values())
+
+    def _mark_active(self, now: float) -> None:
+        """Mark namespaces that may have changed while events were lost."""
         for namespace in self._namespaces.values():
-            namespace.mark(now)
-        self._changed()
+            if now - namespace.marked < _ACTIVE or self._binder.has(
+                    namespace.found.namespace):
+                self._turns.mark(namespace, now)
+            else:
+                self._turns.add_routine([namespace])
 
-    def _read_records(self) -> None:
-        records: dict[NamespaceId, dict[IPAddress, Record]] = {}
-        # If it cannot be read, what it had before counts.
-        with contextlib.suppress(exceptions.LedgerUnavailable):
-            for record in followed(self._ledger):
-                if record.namespace is not None:
-                    records.setdefault(record.namespace, {})[
-                        record.address] = record
-            self._records = records
-
-    def search(self) -> None:
-        """Have namespaces searched for, as when mounts have changed."""
+    def _search_soon(self) -> None:
         if self._search_at is None:
             self._search_at = time.monotonic() + BURST
 
-    def due(self) -> Optional[float]:
-        """Return the monotonic time of the next :meth:`look`, if any."""
-        times = [namespace.due for namespace in self._namespaces.values()
-                 if namespace.due is not None]
-        times += [at for at, _ in self._ended.values()]
-        if self._search_at is not None:
-            times.append(self._search_at)
-        return max(min(times), self._not_before) if times else None
+    def _search_all_soon(self) -> None:
+        if self._search_all_at is None:
+            self._search_all_at = time.monotonic() + BURST
+
+    def due(self) -> float:
+        """Return the monotonic time of the next :meth:`look`."""
+        now = time.monotonic()
+        times = [now if self._found else self._all_at]
+        for at, pace in ((self._search_at, self._pace_of_new),
+                         (self._search_all_at, self._pace_of_all)):
+            if at is not None:
+                times.append(max(at, now + pace.wait()))
+        times.append(self._turns.at(now))
+        times += [max(each.at, now + self._turns.pace.wait(each.payer))
+                  for each in self._ended.values()]
+        return max(min(times), self._not_before)
 
     def postpone(self) -> None:
         """Do nothing for a second, as after a fault of this process."""
         self._not_before = time.monotonic() + LAST
 
     def look(self) -> None:
-        """Do what is due: bind what is new, unbind what is not there.
+        """Do the work that is due, or a part of it.
 
-        After an error, what it did not get to is still due.
+        After an error, the rest is still due.
         """
-        began = time.monotonic()
-        self._pace.begin()
-        if self._search_at is not None and self._search_at <= began:
-            self._find()
-            self._search_at = None if self._events is not None else (
-                began + _BLIND)
-        for identity, (at, _) in list(self._ended.items()):
-            if at <= began:
-                self._unbind_ended(identity, began)
-        for due, number in sorted(
-                (namespace.due, number) for number, namespace
-                in self._namespaces.items() if namespace.due is not None):
+        if self._all_at <= time.monotonic():
+            self.mark_all()
+        self._search_if_due()
+        self._unbind_ended()
+        now = time.monotonic()
+        ends = now + _AT_ONCE
+        while now < ends:
+            turn = self._turns.next(now)
+            if turn is None and self._found:
+                place, found = next(reversed(self._found.items()))
+                self._examine(found)
+                del self._found[place]
+            else:
+                turn = turn or self._turns.next_of_rest()
+                if turn is None:
+                    break
+                self._read(*turn)
             now = time.monotonic()
-            if due > began or now > began + _AT_ONCE:
-                break
-            namespace = self._namespaces[number]
-            namespace.due, namespace.looked = None, now
-            try:
-                if not self._look_at(namespace):
-                    del self._namespaces[number]
-            except Exception:
-                namespace.mark(now)
-                raise
-        self._not_before = time.monotonic() + self._pace.end()
+        if self._unknown and not self._found and self._search_at is None:
+            self._search_all_soon()
 
-    def _find(self) -> None:
-        """Find the namespaces of the node, and number those that are new.
+    def _search_if_due(self) -> None:
+        now = time.monotonic()
+        if self._search_all_at is not None and (
+                self._search_all_at <= now and not self._pace_of_all.wait()):
+            self._pace_of_all.begin()
+            self._search_all()
+            self._search_all_at = None if self._events is not None else (
+                now + _BLIND)
+            self._pace_of_all.end()
+        if self._search_at is not None and (
+                self._search_at <= now and not self._pace_of_new.wait()):
+            self._pace_of_new.begin()
+            self._search_new()
+            self._search_at = None
+            self._pace_of_new.end()
 
-        The events of one begin with that, so it is read afterwards.
+    def _search_new(self) -> None:
+        """Find the namespaces of new mounts and new processes."""
+        mounts_changed, self._mounts_changed = self._mounts_changed, False
+        try:
+            found = self._search.new(mounts_changed)
+        except Exception:
+            self._search_all_soon()
+            raise
+        new = {}
+        for each in found:
+            known = self._namespaces.get(each.place)
+            if known is None:
+                new[each.place] = each
+            elif each.is_named:
+                self._relocate(known, each)
+        self._found.update(new)
+        if self._is_unexplained and not new:
+            self._search_all_soon()
+        self._is_unexplained = False
+
+    def _search_all(self) -> None:
+        """Find all namespaces of the node, and forget the ones that are gone.
 
         :raises SystemRefused: if this process cannot see all; then none is
-            taken for gone
+            forgotten
         """
-        known = {namespace.found.namespace: number
-                 for number, namespace in self._namespaces.items()}
         now = time.monotonic()
-        present = {}
-        for found in kernel.find(self._options.proc_dirs):
-            self._ended.pop(found.namespace, None)
-            number = known.get(found.namespace)
-            if number is None:
-                try:
-                    number = kernel.number(found)
-                except exceptions.NetnsUnusable as err:
-                    LOG.debug('Skipping a network namespace for now: %s', err)
-                    continue
-                except exceptions.KernelRefused as err:
-                    if err.exhausted:
-                        raise
-                    # Without a number it has no events, but the timer.
-                    LOG.debug('Changes of %s are noticed by the timer '
-                              'only: %s', found.path, err)
-                    number = -found.namespace.inode
-                present[number] = Namespace(
-                    found, kernel.container_of(found.process), due=now)
-            else:
-                present[number] = dataclasses.replace(
-                    self._namespaces[number], found=found)
+        present = {each.place: each for each in self._search.all(
+            {place: each.found.path
+             for place, each in self._namespaces.items()})}
+        self._found.update({place: each for place, each in present.items()
+                            if place not in self._namespaces})
+        for place, namespace in list(self._namespaces.items()):
+            known = namespace.found
+            if place in present:
+                self._ended.pop(known.namespace, None)
+                self._relocate(namespace, present[place])
+                if known.process is None and present[place].process:
+                    self._found[place] = namespace.found  # of a container?
                 if self._events is None:
-                    present[number].mark(now)
-        for number, namespace in self._namespaces.items():
-            identity = namespace.found.namespace
-            if number in present:
-                # The kernel uses numbers again.
-                if present[number].found.namespace != identity:
-                    self._end(identity)
-            elif identity in self._records and kernel.state(
-                    namespace.found.path, identity) is kernel.State.LIVING:
-                # Somebody keeps it open, as Podman 4's server does. The
-                # kernel has it by its number, and tells of its end.
-                namespace.mark(now)
-                present[number] = namespace
+                    self._turns.mark(namespace, now)
+            elif self._binder.has(known.namespace) and kernel.state(
+                    known.path, known.namespace) is kernel.State.LIVING:
+                # Another program keeps it open, as Podman 4's server does.
+                # The kernel opens it by its number, and sends its end.
+                self._turns.mark(namespace, now)
             else:
-                self._end(identity)
-        self._namespaces = present
-        self._of_container = {}
-        for namespace in present.values():
-            if namespace.container is not None:
-                self._of_container.setdefault(namespace.container, []).append(
-                    namespace.found.namespace)
+                self._forget(namespace)
+        self._unseen |= self._unknown
+        self._unknown.clear()
+        self._is_unexplained = self._mounts_changed = False
 
-    def _look_at(self, namespace: Namespace) -> bool:
-        """Bind and unbind what has changed; False if it is not there."""
-        found = namespace.found
+    def _relocate(self, namespace: Namespace, found: kernel.Found) -> None:
+        """Note the path and the process of a namespace."""
+        is_same = namespace.found.path == found.path
+        namespace.found = found._replace(namespace=namespace.found.namespace)
+        if not is_same:
+            self._turns.mark(namespace, time.monotonic())
+
+    def _examine(self, found: kernel.Found) -> None:
+        """Identify a found namespace, and have it read.
+
+        Its events begin with the number that it gets, so it is read
+        afterwards.
+        """
+        self._turns.pace.begin()
         try:
-            macvlans = [each for each in kernel.macvlans_in(
-                found.path, found.namespace) if self._is_eligible(each)]
-        except exceptions.NetnsUnusable:
-            self._end(found.namespace)
-            return False
-        except exceptions.KernelRefused as err:
+            examined = kernel.examine(found)
+        except exceptions.NetnsUnusable as err:
             LOG.debug('Skipping a network namespace for now: %s', err)
-            namespace.mark(time.monotonic())
-            return True
-        own = self._records.get(found.namespace, {})
-        present = [(address, macvlan) for macvlan in macvlans
-                   for address in macvlan.addresses
-                   if address not in macvlan.unproven]
-        duplicates = [each for macvlan in macvlans
-                      for each in macvlan.duplicates]
-        for address in duplicates[:MAX_ADDRESSES]:
-            self._refuse(address, found.namespace, 'another host has it, as '
-                         'duplicate address detection has found')
-        # Those that are bound come first, so that others do not displace
-        # them where there are too many.
-        present.sort(key=lambda each: each[0] not in own)
-        others = sum(len(self._records.get(other, ())) for other
-                     in self._of_container.get(namespace.container or 0, ())
-                     if other != found.namespace)
-        # More are bound where they were rebuilt, which others had bound.
-        most = max(MAX_ADDRESSES - others, len(own))
-        wanted = dict(present[:most])
-        if len(present) > most:
-            self._refuse(present[-1][0], found.namespace, 'its container in '
-                         '%s has %d addresses, and %d are allowed' % (
-                             found.path, len(present) + others,
-                             MAX_ADDRESSES))
-        gone = [record for address, record in list(own.items())
-                if address not in wanted
-                or record.owner.ifname != wanted[address].link.name]
-        for record in gone:
-            self._unbind(record, namespace)
-        for address, macvlan in wanted.items():
-            bound = self._records.get(found.namespace, {}).get(address)
-            if bound is None or bound.mac != macvlan.link.mac or (
-                    bound.parent != macvlan.parent):
-                self._bind(address, macvlan, namespace)
-        return True
+            return
+        found, container, number = examined
+        known = self._namespaces.get(found.place)
+        if known is not None and known.found.namespace == found.namespace:
+            known.container = container
+        else:
+            # The kernel uses inodes and numbers again.
+            for earlier in (known, None if number is None
+                            else self._numbers.get(number)):
+                if earlier is not None:
+                    self._forget(earlier)
+            known = Namespace(found, container, number,
+                              marked=time.monotonic())
+            self._namespaces[found.place] = known
+            self._ended.pop(found.namespace, None)
+            if number is not None:
+                self._numbers[number] = known
+                self._unknown.discard(number)
+                self._unseen.discard(number)
+        self._turns.pace.end(known.payer)
+        self._turns.add(known, time.monotonic())
 
-    def _is_eligible(self, macvlan: kernel.Macvlan) -> bool:
-        against = containers.of_interface(self._options, macvlan)
-        if against is None or against[0] is not containers.Reason.OTHER_PARENT:
-            return against is None
-        # An option whose interface is not there, as one that was renamed,
-        # does not say that what is bound is on another one.
-        return any(record.owner.ifname == macvlan.link.name for record in
-                   self._records.get(macvlan.namespace, {}).values()) and (
-            not kernel.exists(str(self._options.parent)))
+    def _read(self, namespace: Namespace, payer: Hashable) -> None:
+        """Bind and unbind the addresses that have changed in a namespace.
 
-    def _bind(self, address: IPAddress, macvlan: kernel.Macvlan,
-              namespace: Namespace) -> None:
-        """Bind an address, unless it is another's or may not be.
-
-        Each by itself, so that one that is refused costs no other.
+        :param payer: the one that the time is charged to
         """
-        reason = self._policy.not_allowed(address)
-        if reason is not None:
-            self._refuse(address, macvlan.namespace, 'it is ' + reason)
-            return
-        owner = Owner(owner_id(macvlan.namespace), macvlan.link.name)
-        with contextlib.suppress(exceptions.LedgerUnavailable):
-            for claim in self._ledger.records.claims(address):
-                if claim.owner == owner or kernel.state(
-                        *claim.place) is kernel.State.GONE:
-                    continue
-                if claim.namespace is None or not claim.namespace.is_same(
-                        macvlan.namespace):
-                    self._refuse(address, macvlan.namespace,
-                                 'it belongs to ' + claim.whose)
-                    # Which may be about to end.
-                    namespace.mark(time.monotonic())
-                elif claim.is_rebuilt and (
-                        claim.owner.ifname == owner.ifname):
-                    continue  # rebuilt, before its MAC address changed
-                return  # or it was bound for this container by another way
-        try:
-            self._manager.bind(
-                owner, [address], parent=macvlan.parent,
-                mac=macvlan.link.mac, netns=macvlan.netns, yielding=True,
-                origin=Origin.DISCOVERED)
-        except exceptions.Break0Error as err:
-            self._refuse(address, macvlan.namespace, str(err))
-            if not isinstance(err, exceptions.AddressRefused):
-                namespace.mark(time.monotonic())
-            return
-        self._records.setdefault(macvlan.namespace, {})[address] = Record(
-            address, owner, macvlan.parent, macvlan.link.mac,
-            netns=macvlan.netns, namespace=macvlan.namespace,
-            origin=Origin.DISCOVERED)
-        self._changed()
-
-    def _refuse(self, address: IPAddress, namespace: NamespaceId,
-                reason: str) -> None:
-        """Log why an address is not bound, once."""
-        refusal = address, namespace.cookie, reason
         now = time.monotonic()
-        if len(self._refusals) >= _REMEMBERED and now >= self._forget_at:
-            self._refusals.clear()
-        if refusal not in self._refusals and (
-                len(self._refusals) < _REMEMBERED):
-            self._refusals.add(refusal)
-            self._forget_at = now + _FORGET
-            LOG.warning('The container address %s is not bound: %s', address,
-                        reason)
-
-    def _unbind(self, record: Record, namespace: Namespace) -> None:
+        self._turns.pace.begin()
+        namespace.looked = now
         try:
-            self._manager.unbind(record.owner, [record.address],
-                                 namespace.found.path)
-        except exceptions.Break0Error as err:
-            LOG.error('%s stays bound for now: %s', record.address, err)
-            namespace.mark(time.monotonic())
-            return
-        if record.namespace is not None:
-            self._records.get(record.namespace, {}).pop(record.address, None)
-        self._changed()
-
-    def _end(self, namespace: NamespaceId) -> None:
-        """Have what a namespace had unbound soon."""
-        self._ended.setdefault(namespace, (time.monotonic() + BURST, BURST))
-
-    def _unbind_ended(self, namespace: NamespaceId, now: float) -> None:
-        """Unbind what a namespace had that is no more.
-
-        The kernel sends that event some ms before it is proven. Each try
-        waits as long as all before it.
-        """
-        _, pause = self._ended.pop(namespace)
-        records = self._records.get(namespace)
-        if not records:
-            return  # as of each of the thousands that a container can make
-        failure = Failures()
-        try:
-            # None of it may be left: what was proven a moment ago may not be
-            # while this process lacks descriptors.
-            if all(kernel.state(*record.place) is kernel.State.GONE
-                   for record in records.values()):
-                left = Engine(self._options, self._ledger).remove_gone(
-                    records, failure)
-                failure.raise_first()
-                if not any(claim.namespace == namespace for claim in left):
-                    if self._records.pop(namespace, None):
-                        self._changed()
-                    return
-        except exceptions.Break0Error as err:
-            LOG.error('%s', err)
+            if not self._binder.update(namespace.found, namespace.container):
+                self._turns.mark(namespace, now)
+        except exceptions.NetnsUnusable:
+            found = kernel.state(namespace.found.path,
+                                 namespace.found.namespace)
+            if found is not kernel.State.GONE:
+                self._search_all_soon()  # it may have another path
+            if found is kernel.State.LIVING:
+                self._turns.mark(namespace, now)
+            else:
+                self._forget(namespace)
+        except Exception:
+            self._turns.mark(namespace, now)
+            raise
         finally:
-            if namespace in self._records and pause < _GIVE_UP:
-                self._ended[namespace] = now + pause, 2 * pause
+            self._turns.pace.end(payer)
+
+    def _forget(self, namespace: Namespace) -> None:
+        """Forget a namespace; if it is gone, have its addresses unbound."""
+        place, identity = namespace.found.place, namespace.found.namespace
+        if self._namespaces.get(place) is namespace:
+            del self._namespaces[place]
+        self._turns.remove(namespace)
+        if namespace.number is not None and (
+                self._numbers.get(namespace.number) is namespace):
+            del self._numbers[namespace.number]
+        if self._binder.has(identity):
+            self._ended.setdefault(identity, _End(
+                time.monotonic() + BURST, BURST, namespace.payer))
+
+    def _unbind_ended(self) -> None:
+        """Unbind the addresses of namespaces that have ended.
+
+        Each try waits as long as all before it.
+        """
+        now = time.monotonic()
+        for identity, end in list(self._ended.items()):
+            if end.at > now or self._turns.pace.wait(end.payer):
+                continue
+            self._turns.pace.begin()
+            is_done = False
+            try:
+                is_done = self._binder.unbind_ended(identity)
+            finally:
+                self._turns.pace.end(end.payer)
+                if is_done or end.pause >= _GIVE_UP:
+                    del self._ended[identity]
+                else:
+                    end.at, end.pause = now + end.pause, 2 * end.pause

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Says when a namespace is read again."""
+"""A namespace of the node, and the time at which it is read again."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Optional
+from typing import Hashable, Optional
 
 from kuryr_break0 import kernel
 
@@ -20,29 +20,37 @@ _SOON, _QUICK, LAST = 0.06, 24.0, 1.0
 class Namespace:
     """A namespace of the node.
 
-    :ivar container: what it is of; see :func:`kernel.container_of`
+    :ivar container: see :class:`kernel.Examined`
+    :ivar number: see :class:`kernel.Examined`
     :ivar due: monotonic time of the next look; None if nothing has changed
     :ivar looked: monotonic time of the last look
     :ivar quick: looks that may follow each other quickly; one more with every
         two seconds
-    :ivar marked: monotonic time from which that was counted
+    :ivar marked: monotonic time of the last change, from which that counts
     """
 
     found: kernel.Found
-    container: Optional[int] = None
+    container: Hashable = None
+    number: Optional[int] = None
     due: Optional[float] = None
     looked: float = 0.0
     quick: float = _QUICK
     marked: float = 0.0
 
-    def mark(self, now: float) -> None:
-        """Mark it to be read soon."""
-        if self.due is not None:
-            return
+    @property
+    def payer(self) -> Hashable:
+        """Return the key of the share of time that it is read with.
+
+        It is that of its container. A namespace of none has its own.
+        """
+        return self.container or self.found.namespace
+
+    def mark(self, now: float) -> float:
+        """Note a change; return the monotonic time of the look for it."""
         self.quick = min(_QUICK, self.quick + (now - self.marked) / 2)
         self.marked = now
         pause = LAST
         if self.quick >= 1:
             self.quick -= 1
             pause = _SOON
-        self.due = max(now + BURST, self.looked + pause)
+        return max(now + BURST, self.looked + pause)

@@ -148,7 +148,7 @@ class Preconditions:
                 '%s: %s' % (path, err.strerror))
 
     def _namespaces(self) -> Iterator[Finding]:
-        if not kernel.find(self._options.proc_dirs):
+        if not any(kernel.find(self._options.proc_dirs)):
             yield KINDS['namespaces-unseen'].found(
                 'no namespace is seen besides that of the node')
         own = kernel.identify('/proc/thread-self/ns/net')

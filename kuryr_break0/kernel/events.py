@@ -5,8 +5,9 @@
 The kernel gives the events of all namespaces that this one has a number for
 to one socket (NETLINK_LISTEN_ALL_NSID), and says when a number begins and
 ends. A namespace gets one when an interface moves into it, or by
-:func:`number`. That it has got a name is seen as a change of the mounts; of a
-macvlan that is made in one without either, the parent is all that has events.
+:func:`kuryr_break0.kernel.search.examine`. A new name of a namespace is a
+change of the mounts. A macvlan that is made in a namespace with neither has no
+event of its own: only its parent has one.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ from __future__ import annotations
 import dataclasses
 from typing import BinaryIO, NamedTuple, Optional
 
-from kuryr_break0.kernel import namespaces
 from kuryr_break0.kernel import netlink
 from kuryr_break0.kernel import node
-from kuryr_break0.kernel.rtnetlink import Netlink
 from kuryr_break0.kernel import values
 from kuryr_break0.kernel import wire
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Item
 
+#: Events of other namespaces that are read at once; each takes some 5 us.
+MOST = 2048
 _LISTEN_ALL_NSID = 8
+_ALL = 0xffffffff
 # linux/rtnetlink.h: RTMGRP_LINK, _NEIGH, _IPV4_IFADDR, _IPV4_ROUTE,
 # _IPV6_IFADDR, _IPV6_ROUTE, and RTNLGRP_NEXTHOP as a bit
 _GROUPS = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400 | 1 << 31
@@ -102,20 +104,30 @@ class Changes(NamedTuple):
 
     :ivar changed: numbers of namespaces in which something changed
     :ivar ended: numbers of namespaces that are no more
-    :ivar is_new: whether there may be namespaces that are not known
-    :ivar lost: whether there was more than the socket could hold
+    :ivar numbered: numbers that namespaces got
+    :ivar interfaces: whether an interface of the own namespace is new, or
+        changed
+    :ivar stacked: whether that may be because an interface was put on it, or
+        went, in another namespace
+    :ivar lost: whether there was more than is worth reading
     :ivar messages: how many were read
     """
 
     changed: set[int]
     ended: set[int]
-    is_new: bool
+    numbered: set[int]
+    interfaces: bool
+    stacked: bool
     lost: bool
     messages: int
 
 
 class NamespaceEvents(netlink.EventSocket):
-    """Receives changes of all numbered namespaces."""
+    """Receives changes of all numbered namespaces.
+
+    A container can cause more events than this process can read. What is
+    more than a namespace for each of them is worth, is dropped.
+    """
 
     def __init__(self) -> None:
         super().__init__(netlink.NETLINK_ROUTE, _GROUPS_OF_ALL,
@@ -125,10 +137,13 @@ class NamespaceEvents(netlink.EventSocket):
         """Return what has come; nothing if nothing has."""
         changed: set[int] = set()
         ended: set[int] = set()
-        is_new = lost = False
+        numbered: set[int] = set()
+        interfaces = stacked = made = lost = False
         count = 0
-        for count, (data, extra) in enumerate(self._received(), 1):
-            lost |= not data
+        for count, (data, extra) in enumerate(self._received(MOST), 1):
+            if not data:
+                lost = True
+                break
             number = next((netlink.S32.unpack_from(value)[0]
                            for level, kind, value in extra if (level, kind)
                            == (netlink.SOL_NETLINK, _LISTEN_ALL_NSID)), None)
@@ -136,11 +151,24 @@ class NamespaceEvents(netlink.EventSocket):
                 changed.add(number)
                 continue
             for message in netlink.messages(data):
-                is_new |= message.kind in (wire.RTM_NEWNSID,
-                                           wire.RTM_NEWLINK)
-                if message.kind == wire.RTM_DELNSID:
+                if message.kind == wire.RTM_NEWLINK:
+                    interfaces = True
+                    # rtnetlink_event() names no flags for that one, and
+                    # rtnl_configure_link() all for one that is new.
+                    flags = wire.changed_flags(message.body)
+                    stacked |= flags == 0
+                    made |= flags == _ALL
+                elif message.kind == wire.RTM_DELLINK:
+                    made = True
+                elif message.kind == wire.RTM_NEWNSID:
+                    numbered.add(wire.parse(message))
+                elif message.kind == wire.RTM_DELNSID:
                     ended.add(wire.parse(message))
-        return Changes(changed, ended, is_new, lost, count)
+        if lost or count == MOST:
+            lost = True
+            self._drop()
+        return Changes(changed, ended, numbered, interfaces,
+                       stacked and not made, lost, count)
 
 
 def open_mounts() -> BinaryIO:
@@ -149,17 +177,3 @@ def open_mounts() -> BinaryIO:
     For select(2), a change is an exceptional condition (proc(5)).
     """
     return open(node.MOUNTS, 'rb')
-
-
-def number(found: namespaces.Found) -> int:
-    """Return the number that this namespace has for another one.
-
-    It gets one if it has none, and keeps it until it ends.
-    """
-    with namespaces.opened(found.path, found.namespace) as fd, \
-            Netlink() as own:
-        present = own.namespace_number(fd)
-        if present >= 0:
-            return present
-        own.number_namespace(fd)
-        return own.namespace_number(fd)

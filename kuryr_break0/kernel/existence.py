@@ -19,7 +19,7 @@ import itertools
 import os
 import re
 import threading
-from typing import NamedTuple, Optional, TextIO
+from typing import Iterator, NamedTuple, Optional, TextIO
 
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel import namespaces
@@ -205,7 +205,7 @@ class Judge:
         # of which each takes 8 us, under the lock.
         living = (each for place in dict.fromkeys((
             _place_of(path or _PROC + '/1/ns/net'), _PROC))
-            for each in self._view(place).paths.values())
+            for _, each in _seen_at(place) if each is not None)
         shown = list(itertools.islice(
             (each for each in map(_is_shown, living) if each is not None),
             _CONTROLS))
@@ -228,21 +228,38 @@ def _look_at(place: str) -> _View:
     """See which namespaces are at a place, without opening any."""
     paths: dict[tuple[int, int], str] = {}
     hides = False
+    for found, path in _seen_at(place):
+        if path is None:
+            hides = True
+        else:
+            paths.setdefault(found, path)
+    return _View(paths, hides)
+
+
+def _seen_at(place: str
+             ) -> Iterator[tuple[tuple[int, int], Optional[str]]]:
+    """Iterate over the namespaces at a place: device and inode, path.
+
+    Without a path, it stands for one that could not be examined.
+    """
+    hidden = (0, 0), None
     try:
         own = os.stat(namespaces.OWN)
         names = os.listdir(place)
     except OSError:
-        return _View({}, True)
+        yield hidden
+        return
     is_proc = os.path.isdir(place + '/1')
     for name in filter(str.isdigit, names) if is_proc else names:
         path = '%s/%s%s' % (place, name, '/ns/net' if is_proc else '')
         try:
             found = namespaces.seen(path, own)
-            if found:
-                paths.setdefault(found, path)
         except OSError as err:
-            hides |= err.errno not in _ENDED
-    return _View(paths, hides)
+            if err.errno not in _ENDED:
+                yield hidden
+        else:
+            if found:
+                yield found, path
 
 
 def _is_shown(path: str) -> Optional[bool]:

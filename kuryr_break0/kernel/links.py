@@ -199,12 +199,19 @@ class LinkSocket(netlink.RequestSocket):
                                 bytes(4) + number(wire.NETNSA_FD, fd))
         return answer
 
-    def number_namespace(self, fd: int) -> None:
-        """Have this namespace call another by a number, if it does not."""
+    def ensure_namespace_number(self, fd: int) -> int:
+        """Return what this namespace calls another, from now on if need be.
+
+        :raises KernelRefused: if it can call it nothing
+        """
+        present = self.namespace_number(fd)
+        if present >= 0:
+            return present
         with tolerated(errno.EEXIST):
             self._order('number a namespace', Message(
                 wire.RTM_NEWNSID, 0, bytes(4) + number(wire.NETNSA_FD, fd)
                 + attribute(wire.NETNSA_NSID, _ANY_NUMBER)))
+        return self.namespace_number(fd)
 
 
 def _is_name(name: str) -> bool:

@@ -18,34 +18,26 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import math
 import os
 import stat
 import struct
 import sys
-from typing import Iterable, Iterator, NamedTuple, Optional
+from typing import Iterator, Optional
 
 from kuryr_break0 import exceptions
-from kuryr_break0.kernel.node import absence
-from kuryr_break0.kernel.node import mounts
 from kuryr_break0.model import NamespaceId
 
 #: The network namespace of this thread
 OWN = '/proc/thread-self/ns/net'
-#: Where namespaces have names.
-NETNS_DIRS = '/run/netns', '/var/run/netns'
 #: ioctl(2) on nsfs: the number of a namespace that is never used again
 #: (linux/nsfs.h, linux 6.18). It is SO_NETNS_COOKIE, without entering.
 _NS_GET_ID = 0x8008b70d
 #: ioctl(2) on nsfs: which kind it is, as for clone(2) (linux 4.11)
 _NS_GET_NSTYPE = 0xb703
-#: ioctl(2) on nsfs: the process namespace above another (linux 4.9)
-_NS_GET_PARENT = 0xb702
 # linux/nsfs.h and linux/exportfs.h: a file handle of a namespace
 _FILEID_NSFS = 0xf1
 _CLONE_NEWNET = 0x40000000
 _HANDLE = struct.Struct('=IiQII')  # size, type; id, kind, inode
-_UNSEEN = 'network namespaces cannot be listed'
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -67,10 +59,11 @@ def identify_or_fail(path: str) -> NamespaceId:
         EINVAL if it is no path; any other is of this process, as EMFILE
     """
     with _file(path) as fd:
-        return _identify(fd)
+        return identify_file(fd)
 
 
-def _identify(fd: int) -> NamespaceId:
+def identify_file(fd: int) -> NamespaceId:
+    """Return what an open namespace is."""
     found = os.fstat(fd)
     number = bytearray(8)
     try:
@@ -150,7 +143,7 @@ def opened(netns: str,
     with contextlib.ExitStack() as stack:
         try:
             fd = stack.enter_context(_file(netns))
-            if known is not None and not _identify(fd).is_same(known):
+            if known is not None and not identify_file(fd).is_same(known):
                 raise OSError(errno.ESTALE, 'it is another one by now')
         except OSError as err:
             try:
@@ -193,59 +186,6 @@ def unshare() -> bool:
     return bool(_LIBC.unshare(_CLONE_NEWNET) == 0)
 
 
-class Found(NamedTuple):
-    """A network namespace of this node.
-
-    :ivar path: one that is there as long as possible
-    :ivar process: the directory of a process that is in it, if one is seen
-    """
-
-    path: str
-    namespace: NamespaceId
-    process: Optional[str] = None
-
-
-def find(processes: Iterable[str]) -> list[Found]:
-    """List the namespaces but the own one, by one path each.
-
-    A name in a directory lives as long as the namespace. One that has none
-    goes by the process that has been in it for longest: any other may end
-    before it does.
-
-    :param processes: where processes are to be seen, as /proc
-    """
-    own = os.stat(OWN)
-    paths: dict[tuple[int, int], str] = {}
-    names = [os.path.join(directory, name) for directory in NETNS_DIRS
-             for name in sorted(_names(directory))]
-    names += [path for root, path, kind in mounts()
-              if kind == 'nsfs' and root.startswith('net:')]
-    for path in names:
-        with absence(_UNSEEN):
-            found = seen(path, own)
-            if found:
-                paths.setdefault(found, path)
-    inside: dict[tuple[int, int], list[str]] = {}
-    for proc in processes:
-        for name in filter(str.isdigit, _names(proc)):
-            process = os.path.join(proc, name)
-            with absence(_UNSEEN):
-                found = seen(process + '/ns/net', own)
-                if found:
-                    inside.setdefault(found, []).append(process)
-    for found, members in inside.items():
-        if found not in paths:
-            paths[found] = min(members, key=_started) + '/ns/net'
-    namespaces = []
-    for path in paths.values():
-        with absence(_UNSEEN):
-            namespace = identify_or_fail(path)
-            if namespace[:2] != (own.st_dev, own.st_ino):
-                namespaces.append(Found(path, namespace, next(
-                    iter(inside.get(namespace[:2], ())), None)))
-    return namespaces
-
-
 def seen(path: str, own: os.stat_result) -> Optional[tuple[int, int]]:
     """Return device and inode of the namespace at a path, without opening it.
 
@@ -257,42 +197,3 @@ def seen(path: str, own: os.stat_result) -> Optional[tuple[int, int]]:
             stat.S_ISDIR(found.st_mode)):
         return None
     return found.st_dev, found.st_ino
-
-
-def container_of(process: Optional[str]) -> Optional[int]:
-    """Return what all processes of a container have in common.
-
-    That is the process namespace below our own that they are in: it cannot
-    be left, and those that a container makes are below it.
-
-    :param process: directory of one of them; None if it is not known
-    :returns: None for a process of no container
-    """
-    if process is None:
-        return None
-    found = None
-    # It ends at our own, or with an error at what is beyond our view.
-    with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-        own = os.stat('/proc/self/ns/pid').st_ino
-        fd = os.open(process + '/ns/pid', os.O_RDONLY | os.O_CLOEXEC)
-        stack.callback(os.close, fd)
-        while os.fstat(fd).st_ino != own:
-            found = os.fstat(fd).st_ino
-            fd = fcntl.ioctl(fd, _NS_GET_PARENT)
-            stack.callback(os.close, fd)
-    return found
-
-
-def _names(directory: str) -> list[str]:
-    with absence(_UNSEEN):
-        return os.listdir(directory)
-    return []
-
-
-def _started(process: str) -> float:
-    """Return when a process was started, in ticks; late if it has ended."""
-    with absence(_UNSEEN), contextlib.suppress(IndexError, ValueError), \
-            open(process + '/stat', 'rb') as file:
-        # The name of the program, in parentheses, may have any byte.
-        return int(file.read().rpartition(b')')[2].split()[19])
-    return math.inf

@@ -366,33 +366,48 @@ class EventSocket(_Socket):
     _overrun = False
 
     def __init__(self, protocol: int, groups: int, *options: int) -> None:
-        self._socket = socket.socket(
+        self._groups = groups
+        self._options = options
+        self._protocol = protocol
+        self._socket = self._opened()
+
+    def _opened(self) -> socket.socket:
+        made = socket.socket(
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK,
-            protocol)
+            self._protocol)
         try:
-            # Root of a user namespace gets no more than twice the usual.
-            for option in socket.SO_RCVBUF, _SO_RCVBUFFORCE:
-                with contextlib.suppress(PermissionError):
-                    self._socket.setsockopt(socket.SOL_SOCKET, option, _HELD)
-            for option in options:
-                self._socket.setsockopt(SOL_NETLINK, option, 1)
-            self._socket.bind((0, groups))
+            # Not as root of a user namespace
+            with contextlib.suppress(PermissionError):
+                made.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _HELD)
+            for option in self._options:
+                made.setsockopt(SOL_NETLINK, option, 1)
+            made.bind((0, self._groups))
         except OSError:
-            self._socket.close()
+            made.close()
             raise
+        return made
 
     def fileno(self) -> int:
         """For select(2): readable when there is something to read."""
         return self._socket.fileno()
 
-    def _received(self) -> Iterator[tuple[bytes, Any]]:
+    def _drop(self) -> None:
+        """Drop what has come and was not read: to read it would take longer.
+
+        The socket is replaced by a new one, which has the same descriptor.
+        """
+        with contextlib.suppress(OSError), self._opened() as new:
+            os.dup2(new.fileno(), self._socket.fileno(), inheritable=False)
+            self._overrun = False
+
+    def _received(self, most: int = _AT_ONCE) -> Iterator[tuple[bytes, Any]]:
         """Iterate over the datagrams that have come, with ancillary data.
 
         An empty one stands for some that were lost, as by ENOBUFS. From then
         on the kernel drops what comes until all that it has kept was read,
         and does not say so again (netlink_overrun), so another one follows.
         """
-        for _ in range(_AT_ONCE):
+        for _ in range(most):
             try:
                 data, extra, flags, _ = self._socket.recvmsg(
                     _DATAGRAM, socket.CMSG_SPACE(U32.size))

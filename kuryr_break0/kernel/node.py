@@ -174,15 +174,21 @@ def _proc_net(name: str) -> Iterator[list[str]]:
 
 def mounts() -> list[tuple[str, str, str]]:
     """List what of which file system is mounted where: root, path, type."""
-    found = []
+    return list(map(parse_mount, read_mounts()))
+
+
+def read_mounts() -> list[str]:
+    """List the mounts as the kernel writes them (proc(5), mountinfo)."""
     with open(MOUNTS, errors='surrogateescape') as file:
-        for line in file.readlines():
-            # ID parent major:minor root point options ... - type source ...
-            _, _, _, root, point, rest = line.split(' ', 5)
-            found.append((root, re.sub(
-                r'\\([0-7]{3})', lambda code: chr(int(code[1], 8)), point),
-                rest.partition(' - ')[2].split(' ', 1)[0]))
-    return found
+        return file.readlines()
+
+
+def parse_mount(line: str) -> tuple[str, str, str]:
+    """Read one of :func:`read_mounts`: root, path, type."""
+    # ID parent major:minor root point options ... - type source ...
+    _, _, _, root, point, rest = line.split(' ', 5)
+    return (root, re.sub(r'\\([0-7]{3})', lambda code: chr(int(code[1], 8)),
+                         point), rest.partition(' - ')[2].split(' ', 1)[0])
 
 
 def read_sysctl(path: str) -> Optional[int]:

@@ -272,6 +272,11 @@ def route_protocol(body: bytes) -> int:
     return body[5] if len(body) > 5 else 0  # rtm_protocol
 
 
+def changed_flags(body: bytes) -> int:
+    """Read which flags of an interface have changed, and nothing else."""
+    return int(_IFINFO.unpack_from(body)[4])
+
+
 def parse_address(body: bytes) -> Optional[values.AddressState]:
     """Read an address of an interface; None of another family, as MCTP."""
     _, _, flags, _, ifindex = _IFADDR.unpack_from(body)

@@ -22,6 +22,7 @@ from unittest import mock
 import psutil
 
 from kuryr_break0 import containers
+from kuryr_break0.discovery import binder
 from kuryr_break0.discovery import engines
 from kuryr_break0.discovery import finder
 from kuryr_break0.discovery import namespace
@@ -51,6 +52,11 @@ QUIET = OPTIONS + 'proc_dirs = /run/none\n'
 ONE, TWO = '100.75.30.81', '100.75.30.82'
 ONE6 = 'fd00:30::81'
 LATER = '100.75.30.98'
+
+
+def is_idle(found: finder.Finder) -> bool:
+    """Whether nothing is to be done but by the timer."""
+    return found.due() > time.monotonic() + 600
 
 
 class DiscoveryTestCase(base.LabTestCase):
@@ -199,8 +205,9 @@ class TestFinding(DiscoveryTestCase):
                     self.inside('one', 'ip', *command.split())
             return found
 
-        options = base.options(discover=True, proc_dirs=[], allowed_cidrs=[
-            '100.75.0.0/16', 'fd00:30::/64'])
+        options = base.options(
+            discover=True, proc_dirs=[], resync_interval=3600,
+            allowed_cidrs=['100.75.0.0/16', 'fd00:30::/64'])
         found = finder.Finder(options, ledger.Ledger(options.state_dir))
         self.addCleanup(found.close)
 
@@ -209,7 +216,7 @@ class TestFinding(DiscoveryTestCase):
             found.look()
             self.assertLessEqual({record.owner.ifname for record
                                   in self.seen().live.values()}, {'eth0'})
-            return found.due() is None and bool(self.bound())
+            return is_idle(found) and bool(self.bound())
 
         with self.quiet(), mock.patch.object(kernel.Netlink, 'macvlans',
                                              then_renamed):
@@ -696,7 +703,7 @@ class TestDuplicates(DiscoveryTestCase):
         self.start()
         self.until_bound(ONE)
         self.until_looked()
-        self.assertEqual(finder.MAX_ADDRESSES, self.log().count(
+        self.assertEqual(binder.MAX_ADDRESSES, self.log().count(
             ' is not bound: another host has it'))
 
     def test_not_before_it_is_proven(self) -> None:
@@ -777,10 +784,10 @@ class TestHostile(DiscoveryTestCase):
             'hostile', 'ip', '-batch', '/run/batch'), 4)
         # The finder and the loop each have a credit beyond their share.
         self.assertLess(cpu, pace.SHARE + 2 * pace.CREDIT / 4)
-        self.until(lambda: len(self.bound()) > finder.MAX_ADDRESSES)
+        self.until(lambda: len(self.bound()) > binder.MAX_ADDRESSES)
         self.until_looked()
         bound = self.bound()
-        self.assertEqual(finder.MAX_ADDRESSES + 1, len(bound))
+        self.assertEqual(binder.MAX_ADDRESSES + 1, len(bound))
         self.assertLessEqual({ONE, TWO}, bound)
         self.assertEqual(1, self.log().count('has 1001 addresses'))
         self.assert_reachable(TWO, 'victim')
@@ -812,9 +819,9 @@ class TestHostile(DiscoveryTestCase):
                         40 + number, host, number))
             self.lab.run('nsenter', '--target', str(pid), '--net', 'ip',
                          '-batch', '/run/batch')
-        self.until(lambda: len(self.bound()) >= finder.MAX_ADDRESSES + 2)
+        self.until(lambda: len(self.bound()) >= binder.MAX_ADDRESSES + 2)
         self.until_looked()
-        self.assertEqual(finder.MAX_ADDRESSES + 2, len(self.bound()))
+        self.assertEqual(binder.MAX_ADDRESSES + 2, len(self.bound()))
         self.assertLessEqual({ONE, TWO}, self.bound())
 
     def cpu_while(self, action: Callable[[], Any], seconds: float) -> float:
@@ -966,8 +973,9 @@ class FinderTestCase(base.LabTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        options = base.options(discover=True, proc_dirs=[self.PROC],
-                               allowed_cidrs=['100.75.0.0/16'])
+        options = base.options(
+            discover=True, proc_dirs=[self.PROC], resync_interval=3600,
+            allowed_cidrs=['100.75.0.0/16'])
         kept = ledger.Ledger(options.state_dir)
         kept.prepare()
         self.finder = finder.Finder(options, kept)
@@ -980,15 +988,15 @@ class FinderTestCase(base.LabTestCase):
     def work(self) -> None:
         """Do as the agent does, until nothing is left to do."""
         def is_done() -> bool:
-            if self.finder.due() is not None:
+            if not is_idle(self.finder):
                 self.step()
-            return self.finder.due() is None
+            return is_idle(self.finder)
 
         lab.until(is_done)
 
     def step(self) -> None:
-        due = self.finder.due()
-        wait = 0.0 if due is None else max(0.0, due - time.monotonic())
+        wait = 0.0 if is_idle(self.finder) else max(
+            0.0, self.finder.due() - time.monotonic())
         if select.select(self.finder.files(), [], [], wait)[0]:
             self.finder.note()
         else:
@@ -1068,13 +1076,13 @@ class TestExhausted(FinderTestCase):
                 expected.add('100.75.30.%d' % (100 + count))
                 self.lab.add_pod('c%d' % count, '100.75.30.%d' % (
                     100 + count))
-                self.finder.search()
+                self.finder.note_mounts()
                 self.starve(count)
                 self.assert_bound(*expected)
 
     def test_what_changed_meanwhile(self) -> None:
         self.lab.add_pod('one', ONE)
-        self.finder.search()
+        self.finder.note_mounts()
         self.assert_bound(ONE)
         for count in range(12):
             for change, address in (('add', TWO), ('del', None)):
@@ -1090,38 +1098,38 @@ class TestExhausted(FinderTestCase):
         for count in range(12):
             with self.subTest(descriptors=count):
                 self.lab.add_pod('two', TWO)
-                self.finder.search()
+                self.finder.note_mounts()
                 self.assert_bound(ONE, TWO)
                 self.lab.del_netns('two')
-                self.finder.search()
+                self.finder.note_mounts()
                 self.starve(count)
                 self.assert_bound(ONE)
 
     def test_end_that_is_not_proven_again(self) -> None:
         """Under the lock fewer descriptors are left."""
         self.lab.add_pod('one', ONE)
-        self.finder.search()
+        self.finder.note_mounts()
         self.assert_bound(ONE)
         self.lab.del_netns('one')
         with mock.patch.object(kernel, 'Judge') as judges:
             judges.return_value.judge.return_value = existence.Verdict(
                 kernel.State.UNKNOWN)
-            self.finder.search()
+            self.finder.note_mounts()
             lab.until(lambda: self.step() or judges.called)
             self.assertEqual({ONE}, self.bound())
         self.assert_bound()
 
     def test_number_that_is_used_again(self) -> None:
         self.lab.add_pod('one', ONE)
-        self.finder.search()
+        self.finder.note_mounts()
         self.assert_bound(ONE)
-        number, = [each for each, namespace
-                   in self.finder._namespaces.items()
-                   if namespace.found.path.endswith('/one')]
+        number, = [number for number, each in self.finder._numbers.items()
+                   if each.found.path.endswith('/one')]
         self.lab.del_netns('one')
         self.lab.add_pod('two', TWO)
-        with mock.patch.object(kernel, 'number', return_value=number):
-            self.finder.search()
+        with mock.patch.object(kernel.Netlink, 'ensure_namespace_number',
+                               return_value=number):
+            self.finder.note_mounts()
             lab.until(lambda: self.step() or any(
                 each.found.path.endswith('/two')
                 for each in self.finder._namespaces.values()))
@@ -1129,11 +1137,12 @@ class TestExhausted(FinderTestCase):
 
     def test_end_of_one_that_had_the_number_before(self) -> None:
         self.lab.add_pod('one', ONE)
-        self.finder.search()
+        self.finder.note_mounts()
         self.assert_bound(ONE)
         with mock.patch.object(self.finder, '_events') as events:
             events.get.return_value = kernel.events.Changes(
-                set(), set(self.finder._namespaces), False, False, 1)
+                set(), set(self.finder._numbers), set(), False, False, False,
+                1)
             self.finder.note()
         self.assert_bound(ONE)
         self.lab.run('ip', 'address', 'add', TWO + '/24', 'dev', 'eth0',
@@ -1142,12 +1151,12 @@ class TestExhausted(FinderTestCase):
 
     def test_end_that_an_error_interrupts(self) -> None:
         self.lab.add_pod('one', ONE)
-        self.finder.search()
+        self.finder.note_mounts()
         self.assert_bound(ONE)
         self.lab.del_netns('one')
-        with mock.patch.object(finder, 'Engine', side_effect=OSError(
+        with mock.patch.object(binder, 'Engine', side_effect=OSError(
                 errno.EMFILE, 'no descriptor')):
-            self.finder.search()
+            self.finder.note_mounts()
             with self.assertRaises(OSError):
                 lab.until(self.step)
         self.assert_bound()
@@ -1155,19 +1164,19 @@ class TestExhausted(FinderTestCase):
     def test_records_that_cannot_be_read(self) -> None:
         """They are not taken for those of nobody."""
         self.lab.add_pod('one', ONE)
-        self.finder.search()
+        self.finder.note_mounts()
         self.assert_bound(ONE)
         with mock.patch.object(files, 'read', side_effect=OSError(
                 errno.EMFILE, 'no descriptor')):
             self.finder.mark_all()
         self.lab.del_netns('one')
-        self.finder.search()
+        self.finder.note_mounts()
         self.assert_bound()
 
     def test_ledger_that_cannot_be_read(self) -> None:
         """What was read before counts: what goes is noticed."""
         self.lab.add_pod('one', ONE)
-        self.finder.search()
+        self.finder.note_mounts()
         self.assert_bound(ONE)
         with self.descriptors(0):
             self.finder.mark_all()
@@ -1177,16 +1186,16 @@ class TestExhausted(FinderTestCase):
     def test_end_that_cannot_be_proven(self) -> None:
         """It is asked for less and less often."""
         self.lab.add_pod('one', ONE)
-        self.finder.search()
+        self.finder.note_mounts()
         self.assert_bound(ONE)
         self.lab.del_netns('one')
         now = [time.monotonic()]
         with mock.patch.object(
                 kernel, 'state', return_value=kernel.State.UNKNOWN) as asked, \
                 mock.patch.object(time, 'monotonic', lambda: now[0]):
-            self.finder.search()
-            while self.finder.due() is not None:
-                now[0] = self.finder.due() or 0.0
+            self.finder.note_mounts()
+            while not is_idle(self.finder):
+                now[0] = self.finder.due()
                 self.finder.note()
                 self.finder.look()
         self.assertLess(asked.call_count, 20)
@@ -1198,7 +1207,7 @@ class TestBounds(FinderTestCase):
     def test_more_addresses_that_others_had_bound(self) -> None:
         """Their records were lost, and rebuilt."""
         addresses = ['100.75.30.%d' % (100 + number)
-                     for number in range(finder.MAX_ADDRESSES + 5)]
+                     for number in range(binder.MAX_ADDRESSES + 5)]
         path = self.lab.add_pod('one', *addresses, mac='02:00:00:00:00:01')
         self.bind(*addresses, netns=path, mac_of_pod='02:00:00:00:00:01')
         shutil.rmtree('/run/kuryr-break0')
@@ -1209,9 +1218,10 @@ class TestBounds(FinderTestCase):
 
     def test_namespaces_without_containers_that_end(self) -> None:
         self.work()
-        with mock.patch.object(finder, 'Engine') as engine:
+        with mock.patch.object(binder, 'Engine') as engine:
             for number in range(9):
-                self.finder._end(NamespaceId(1, 2, number))
+                self.finder._forget(namespace.Namespace(kernel.Found(
+                    '/run/netns/gone', NamespaceId(1, 2, number))))
             self.work()
         engine.assert_not_called()
         self.assertEqual({}, self.finder._ended)
@@ -1219,18 +1229,213 @@ class TestBounds(FinderTestCase):
     def test_refusals_that_are_logged(self) -> None:
         def refuse() -> None:
             for number in range(9):
-                self.finder._refuse(*base.addresses('10.0.0.%d' % number),
-                                    NamespaceId(1, 2), 'of the test')
+                self.finder._binder._refuse(
+                    *base.addresses('10.0.0.%d' % number), NamespaceId(1, 2),
+                    'of the test')
 
-        with mock.patch.object(finder, '_REMEMBERED', 4), \
+        with mock.patch.object(binder, '_REMEMBERED', 4), \
                 self.assertLogs('kuryr_break0', 'WARNING') as logs:
             refuse()
             refuse()
             self.assertEqual(4, len(logs.output))
             with mock.patch.object(time, 'monotonic', return_value=(
-                    time.monotonic() + finder._FORGET)):
+                    time.monotonic() + binder._FORGET)):
                 refuse()
             self.assertEqual(8, len(logs.output))
+
+
+class TestNoisy(FinderTestCase):
+    """A container that causes much work, beside others."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.spent = 0.0
+        clock = mock.patch.object(time, 'thread_time', lambda: self.spent)
+        clock.start()
+        self.addCleanup(clock.stop)
+        read = kernel.macvlans_in
+
+        def reading(netns: str, *args: Any) -> list[kernel.Macvlan]:
+            if netns.endswith('/noisy'):
+                self.spent += 1000
+            return read(netns, *args)
+
+        patch = mock.patch.object(kernel, 'macvlans_in', reading)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def change(self, verb: str, address: str, name: str) -> None:
+        self.lab.run('ip', 'address', verb, address + '/24', 'dev', 'eth0',
+                     netns=name)
+
+    def test_delays_no_other(self) -> None:
+        self.lab.add_pod('noisy', ONE)
+        self.assert_bound(ONE)
+        # From now on it has to wait for a long time.
+        self.change('add', LATER, 'noisy')
+        self.lab.add_pod('one', TWO)
+        self.finder.note_mounts()
+        self.assert_bound(ONE, TWO)
+        for verb, expected in (('add', {ONE, TWO, '100.75.30.83'}),
+                               ('del', {ONE, TWO})):
+            self.change(verb, '100.75.30.83', 'one')
+            self.assert_bound(*expected)
+        self.lab.del_netns('one')
+        self.assert_bound(ONE)
+        # What it did itself is not forgotten.
+        now = time.monotonic
+        with mock.patch.object(time, 'monotonic', lambda: now() + 10 ** 6):
+            self.assert_bound(ONE, LATER)
+
+    def test_many_addresses_are_bound_by_and_by(self) -> None:
+        addresses = ['100.75.30.%d' % (100 + number) for number in range(9)]
+        self.lab.add_pod('one', *addresses)
+        with mock.patch.object(binder, '_AT_ONCE', 0.0):
+            while not self.bound():
+                self.step()
+            self.assertLess(len(self.bound()), len(addresses))
+            self.assert_bound(*addresses)
+
+    def test_what_is_bound_stays_beyond_the_limits(self) -> None:
+        self.lab.add_pod('one', ONE)
+        self.assert_bound(ONE)
+        with mock.patch.object(kernel, 'FEW', kernel.Limits(4, 3, 4)):
+            for number in range(9):
+                self.lab.add_macvlan('one', 'aa%d' % number)
+                self.lab.run('ip', 'address', 'add', '10.0.0.%d' % number,
+                             'dev', 'aa%d' % number, netns='one')
+                self.lab.run('ip', 'address', 'add', '10.0.1.%d' % number,
+                             'dev', 'eth0', netns='one')
+            # One that is read after those.
+            self.change('del', ONE, 'one')
+            self.change('add', ONE, 'one')
+            self.finder.mark_all()
+            self.assert_bound(ONE)
+            self.lab.run('ip', 'link', 'del', 'eth0', netns='one')
+            self.assert_bound()
+
+    def test_work_is_bounded(self) -> None:
+        self.lab.add_pod('one', ONE)
+        self.assert_bound(ONE)
+        for number in range(9):
+            self.lab.add_macvlan('one', 'aa%d' % number)
+        with mock.patch.object(kernel, 'FEW', kernel.Limits(4, 3, 4)), \
+                mock.patch.object(
+                    kernel.Netlink, 'address_states', autospec=True,
+                    side_effect=kernel.Netlink.address_states) as read:
+            found = kernel.macvlans_in('/run/netns/one', None, kernel.FEW,
+                                       ['aa8'])
+        self.assertEqual(3, read.call_count)
+        self.assertEqual('aa8', found[0].link.name)
+        self.assertLess(len(found), 7)
+        self.assertEqual(3, sum(each.is_whole for each in found))
+
+
+class TestEvents(FinderTestCase):
+
+    def test_old_process_with_a_new_macvlan(self) -> None:
+        """Nothing is new but the macvlan, of which its parent has an event."""
+        process = subprocess.Popen(['unshare', '--net', 'sleep', '1000'])
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        pid = str(process.pid)
+        lab.until(lambda: os.readlink('/proc/%s/ns/net' % pid)
+                  != os.readlink('/proc/self/ns/net'))
+        self.work()
+        with mock.patch.object(kernel.search._Processes, 'new',
+                               return_value=[]):
+            os.mkdir(self.PROC)
+            os.symlink('/proc/' + pid, '%s/%s' % (self.PROC, pid))
+            self.lab.run('ip', 'link', 'add', 'mv', 'link', 'eth0', 'netns',
+                         pid, 'type', 'macvlan', 'mode', 'bridge')
+            self.lab.run('nsenter', '--net', '--target', pid, 'ip', 'link',
+                         'set', 'mv', 'up')
+            self.lab.run('nsenter', '--net', '--target', pid, 'ip', 'address',
+                         'add', ONE + '/24', 'dev', 'mv')
+            self.assert_bound(ONE)
+
+    def test_macvlans_of_known_namespaces_cause_no_search_for_all(self
+                                                                  ) -> None:
+        self.lab.add_netns('one')
+        self.finder.note_mounts()
+        self.work()
+        with mock.patch.object(kernel.Search, 'all') as searched:
+            self.lab.add_pod('two', TWO)
+            self.finder.note_mounts()
+            self.assert_bound(TWO)
+            self.lab.add_macvlan('one')
+            self.lab.run('ip', 'address', 'add', ONE + '/24', 'dev', 'eth0',
+                         netns='one')
+            self.assert_bound(ONE, TWO)
+            self.lab.del_netns('two')
+            self.assert_bound(ONE)
+        searched.assert_not_called()
+
+    def test_flood(self) -> None:
+        """What is more than is worth reading is dropped, and no more."""
+        self.lab.add_pod('one', ONE)
+        self.assert_bound(ONE)
+        events = self.finder._events
+        assert events is not None
+        with mock.patch.object(kernel.events, 'MOST', 9):
+            for _ in range(9):
+                for verb in ('add', 'del'):
+                    self.lab.run('ip', 'address', verb, '10.0.0.1', 'dev',
+                                 'eth0', netns='one')
+            self.lab.run('ip', 'address', 'add', TWO + '/24', 'dev', 'eth0',
+                         netns='one')
+            self.lab.add_pod('two', LATER)
+            self.finder.note_mounts()
+            changes = events.get()
+            self.assertEqual((True, 9), (changes.lost, changes.messages))
+            self.assertEqual(0, events.get().messages)
+            with mock.patch.object(events, 'get', side_effect=[changes]):
+                self.finder.note()
+            self.assert_bound(ONE, TWO, LATER)
+        self.lab.run('ip', 'address', 'del', TWO + '/24', 'dev', 'eth0',
+                     netns='one')
+        self.assert_bound(ONE, LATER)
+
+    def test_records_that_another_program_has_changed(self) -> None:
+        self.lab.add_pod('one', ONE)
+        self.lab.add_pod('two', TWO)
+        self.assert_bound(ONE, TWO)
+        record = self.seen().live[ipaddress.ip_address(ONE)]
+        self.manager().unbind(record.owner, base.addresses(ONE))
+        self.assertEqual({TWO}, self.bound())
+        turns = self.finder._turns
+        with mock.patch.object(turns, 'mark', side_effect=turns.mark) as mark:
+            self.finder.note_records()
+        self.assertEqual([record.namespace], [
+            call.args[0].found.namespace for call in mark.mock_calls])
+        self.assert_bound(ONE, TWO)
+
+    def test_namespace_that_gets_a_name(self) -> None:
+        """It lives as long as the namespace, which a process may not."""
+        process = subprocess.Popen(['unshare', '--net', 'sleep', '1000'])
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        pid = str(process.pid)
+        lab.until(lambda: os.readlink('/proc/%s/ns/net' % pid)
+                  != os.readlink('/proc/self/ns/net'))
+        os.mkdir(self.PROC)
+        os.symlink('/proc/' + pid, '%s/%s' % (self.PROC, pid))
+        self.finder.mark_all()
+        self.lab.run('ip', 'link', 'add', 'eth0', 'link', 'eth0', 'netns', pid,
+                     'type', 'macvlan', 'mode', 'bridge')
+        self.lab.run('nsenter', '--net', '--target', pid, 'ip', 'address',
+                     'add', ONE + '/24', 'dev', 'eth0')
+        self.assert_bound(ONE)
+        self.lab.run('ip', 'netns', 'attach', 'one', pid)
+        self.finder.note_mounts()
+        process.kill()
+        process.wait()
+        os.remove('%s/%s' % (self.PROC, pid))
+        self.lab.run('ip', 'address', 'add', TWO + '/24', 'dev', 'eth0',
+                     netns='one')
+        self.assert_bound(ONE, TWO)
+        self.assertEqual({'/run/netns/one'}, {
+            record.netns for record in self.seen().live.values()})
 
 
 class TestRecords(base.LabTestCase):

@@ -80,9 +80,8 @@ class TestJudge(base.LabTestCase):
         for name in 'abc':
             self.lab.add_netns(name)
         self.lab.del_netns('judged')
-        look = existence._look_at
-        with mock.patch.object(existence, '_look_at',
-                               side_effect=look) as looked:
+        with mock.patch.object(existence, '_seen_at',
+                               side_effect=existence._seen_at) as looked:
             self.assertIs(kernel.State.GONE, self.judge())
         looked.assert_called_once_with(self.directory)
 

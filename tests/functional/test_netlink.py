@@ -245,12 +245,28 @@ class TestNamespaceEvents(base.LabTestCase):
         identity = kernel.identify(path)
         assert identity is not None
         with contextlib.closing(kernel.NamespaceEvents()) as events:
-            number = kernel.number(kernel.Found(path, identity))
-            self.assertTrue(events.get().is_new)
+            number = kernel.examine(kernel.Found(path, identity)).number
+            self.assertEqual({number}, events.get().numbered)
             self.lab.run('ip', 'link', 'set', 'lo', 'down', netns='one')
             self.assertEqual({number}, events.get().changed)
             self.lab.del_netns('one')
             lab.until(lambda: events.get().ended == {number})
+
+    def test_macvlans_of_namespaces_without_a_number(self) -> None:
+        self.lab.add_netns('one')
+        with contextlib.closing(kernel.NamespaceEvents()) as events:
+            self.lab.run('ip', 'link', 'add', 'mv', 'link', lab.PARENT,
+                         'netns', 'one', 'type', 'macvlan')
+            changes = events.get()
+            self.assertEqual((set(), True), (changes.changed,
+                                             changes.stacked))
+            # What is made here explains the event of its parent.
+            for command in ('add mv link eth0 type macvlan', 'del mv',
+                            'set eth0 promisc on'):
+                self.lab.run('ip', 'link', *command.split())
+                changes = events.get()
+                self.assertEqual((True, False), (changes.interfaces,
+                                                 changes.stacked), command)
 
 
 class TestHostile(base.LabTestCase):
