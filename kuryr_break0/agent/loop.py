@@ -80,6 +80,8 @@ class Agent:
             '/livez': lambda: self._metrics.stuck() or self._cni.stuck()})
         self._tables: Optional[kernel.NftEvents] = None
         self._finder: Optional[finder.Finder] = None
+        #: whether it has found containers, which may still be bound
+        self._has_discovered = False
         self._stop = False
         self._reload = False
         #: monotonic time before which there is no sync, but by the timer, or
@@ -123,15 +125,16 @@ class Agent:
             ledger.prepare()
         with ledger.heartbeat.kept() as beat, _inotify() as watch, _finding(
                 options, ledger) as self._finder:
-            withdraws = self._finder is None
+            withdraws = self._may_take_back(ledger)
             while not self._stop and not self._reload:
                 # What changes from now on may be too late for the sync.
                 if watch is not None:
                     self._watch(watch, ledger)
                 self._cni.listen(options)
-                # Not what another agent has found, which serves them then.
+                # While another agent serves requests, it may discover.
                 if withdraws and self._cni.is_complete:
                     withdraws = not records.take_back(options, ledger)
+                    self._has_discovered &= withdraws
                 self._server.listen(options.metrics_bind)
                 if self._sync(reconciler, interests):
                     beat()  # else each ADD and DEL repairs what it can
@@ -145,6 +148,26 @@ class Agent:
                     time.sleep(_RECOVERY)
         if self._reload:
             self._reload_options()
+
+    def _may_take_back(self, ledger: Ledger) -> bool:
+        """Return whether a person wants discovered containers unbound.
+
+        An agent that does not discover may run beside one that does, which
+        may have been killed a moment ago.
+        """
+        if self._finder is not None:
+            records.note_unit(ledger)
+            self._has_discovered = True
+            return False
+        if self._has_discovered or records.is_of_this_unit(ledger):
+            return True
+        with contextlib.suppress(exceptions.LedgerUnavailable):
+            count = sum(1 for _ in records.discovered(ledger))
+            if count:
+                LOG.info('%d addresses of containers that another agent has '
+                         'found stay bound until their containers end. To '
+                         'unbind them: kuryr-break0 cleanup', count)
+        return False
 
     def _signalled(self, number: int, frame: Any) -> None:
         if number == signal.SIGHUP:

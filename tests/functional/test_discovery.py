@@ -52,6 +52,8 @@ QUIET = OPTIONS + 'proc_dirs = /run/none\n'
 ONE, TWO = '100.75.30.81', '100.75.30.82'
 ONE6 = 'fd00:30::81'
 LATER = '100.75.30.98'
+#: The control group of a service.
+AGENT = '/system.slice/kuryr-break0-agent.service'
 
 
 def is_idle(found: finder.Finder) -> bool:
@@ -460,16 +462,75 @@ class TestOwnership(DiscoveryTestCase):
                    == [self.mac('two')])
         self.assertTrue(self.lab.ping(ONE))
 
+    def start_as(self, unit: str, options: str) -> subprocess.Popen[bytes]:
+        """Start an agent as if systemd had, by its control groups."""
+        with open('/run/cgroup-of-it', 'w') as file:
+            file.write('4:memory:/x\n1:name=systemd:%s\n0::%s\n' % (
+                unit, unit))
+        return self.start(
+            options, 'sh', '-c', 'cp /run/cgroup-of-it /run/cgroup-$$; '
+            'mount --bind /run/cgroup-$$ /proc/$$/cgroup; exec "$@"', 'sh')
+
     def test_beside_an_agent_without_discovery(self) -> None:
-        first = self.start()
+        for unit, name in (('/', 'one'), (AGENT, 'two')):
+            with self.subTest(unit=unit):
+                first = self.start_as(AGENT, OPTIONS)
+                self.lab.add_pod(name, ONE)
+                self.until_bound(ONE)
+                second = self.start_as(
+                    '/user.slice/session-3.scope' if unit == '/'
+                    else '/system.slice/other.service',
+                    'metrics_bind =\nresync_interval = 1\n')
+                served = self.log().count('Serving CNI requests')
+                first.kill()  # now it is the only one
+                self.until(lambda: self.log().count('Serving CNI requests')
+                           > served)
+                self.until(lambda: '1 addresses of containers that another '
+                           'agent has found stay bound' in self.log())
+                self.lab.run(PROGRAM, '--config-file', CONF, 'sync')
+                self.assert_reachable(ONE, name)
+                self.assertEqual({ONE}, self.bound())
+                self.assertNotIn('Unbound', self.log())
+                # Until its container ends.
+                self.lab.del_netns(name)
+                self.until_bound()
+                second.kill()
+                second.wait()
+
+    def test_started_again_by_the_same_unit(self) -> None:
+        for unit in (AGENT, AGENT + '/below'):  # as with Delegate=
+            with self.subTest(unit=unit):
+                agent = self.start_as(AGENT, OPTIONS)
+                self.lab.add_pod('one', ONE)
+                self.until_bound(ONE)
+                self.bind(base.POD)  # stays: nobody has discovered it
+                agent.kill()
+                agent.wait()
+                agent = self.start_as(unit, 'metrics_bind =\n')
+                self.until_bound(base.POD)
+                agent.kill()
+                agent.wait()
+                self.unbind(base.POD)
+                self.lab.del_netns('one')
+
+    def test_another_one_has_discovered_since(self) -> None:
+        agent = self.start_as(AGENT, OPTIONS)
         self.lab.add_pod('one', ONE)
         self.until_bound(ONE)
-        self.start('metrics_bind =\nresync_interval = 1\n')
-        self.until(lambda: 'another agent listens' in self.log())
-        self.assertNotIn('Unbound', self.log())
-        self.assert_reachable(ONE, 'one')
-        first.terminate()  # now it is the only one
-        self.until_bound()
+        agent.kill()
+        agent.wait()
+        for unit, options in (('/', OPTIONS), (AGENT, 'metrics_bind =\n')):
+            agent = self.start_as(unit, options)
+            self.lab.add_pod('later', LATER)
+            self.lab.del_netns('later')
+            agent.kill()
+            agent.wait()
+        self.until(lambda: 'stay bound until their containers end'
+                   in self.log())
+        self.assertEqual({ONE}, self.bound())
+        done = self.lab.run(PROGRAM, '--config-file', CONF, 'cleanup')
+        self.assertIn(ONE, done.stdout)
+        self.assertEqual({}, self.lab.routes())
 
     def test_restarted_and_switched_off(self) -> None:
         agent = self.start()
