@@ -11,7 +11,7 @@ import socket
 import struct
 import threading
 import time
-from typing import Optional
+from typing import Iterator, Optional
 
 from kuryr_break0.cni import plugin
 from kuryr_break0.cni import request
@@ -28,6 +28,9 @@ _BACKLOG = 512
 _TIMEOUT = 3
 _LIMIT = request.LIMIT + 2 ** 18
 _CREDENTIALS = struct.Struct('3i')  # struct ucred of socket(7)
+#: Bytes that the address of a socket has room for (unix(7)), less those that
+#: :func:`_bound` adds to its path.
+_ROOM = 108 - len('.4194304') - 1
 
 
 class CNIServer:
@@ -60,7 +63,8 @@ class CNIServer:
             self._close_socket()
             self._path = path
             try:
-                self._socket = _bound(path)
+                with _shortened(path) as short:
+                    self._socket = _bound(short)
                 self._inode = os.stat(path).st_ino
             except OSError as err:
                 self._complain('%s: %s' % (path, err.strerror and (
@@ -217,6 +221,20 @@ def _bound(path: str) -> socket.socket:
             os.unlink(new)
         raise
     return listening
+
+
+@contextlib.contextmanager
+def _shortened(path: str) -> Iterator[str]:
+    """Give a path that fits into the address of a socket, for the block."""
+    if len(os.fsencode(path)) <= _ROOM:
+        yield path
+        return
+    directory, name = os.path.split(path)
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield '/proc/self/fd/%d/%s' % (fd, name)
+    finally:
+        os.close(fd)
 
 
 def _parse(data: bytes) -> tuple[dict[str, str], bytes]:

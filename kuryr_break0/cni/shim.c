@@ -7,6 +7,7 @@
  *   request:  NAME=VALUE, NUL, for each variable; NUL; the input; end of file
  *   answer:   exit status, blank, bytes of the output, line feed; the output
  */
+#define _GNU_SOURCE /* O_PATH */
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -22,11 +23,13 @@
 #define SOCKET "/run/kuryr-break0/cni.sock"
 #define PATIENCE 12000 /* ms, for all of it: a runtime must not hang */
 #define LIMIT (1 << 20) /* bytes of input, and of output */
+#define LONGEST 4096 /* bytes of a path, as PATH_MAX */
 #define SUPPORTED "\"0.3.1\",\"0.4.0\",\"1.0.0\",\"1.1.0\""
 
 extern char **environ;
 static char input[LIMIT + 2], answer[LIMIT + 64];
 static char version[16] = "1.1.0";
+static char path[LONGEST] = SOCKET;
 
 static long now(void)
 {
@@ -147,9 +150,31 @@ static int call(int fd, long size, long deadline)
     return shutdown(fd, SHUT_WR);
 }
 
+/* Connect to the agent. An address of a socket has room for 108 bytes. */
+static int reach(int fd)
+{
+    struct sockaddr_un to = {.sun_family = AF_UNIX};
+    char *name = strrchr(path, '/');
+    int directory;
+    if (strlen(path) < sizeof(to.sun_path)) {
+        strcpy(to.sun_path, path);
+        return connect(fd, (void *)&to, sizeof(to));
+    }
+    *name = 0;
+    directory = open(path, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    *name = '/';
+    if (directory < 0)
+        return -1;
+    if ((size_t)snprintf(to.sun_path, sizeof(to.sun_path), "/proc/self/fd/%d%s",
+                         directory, name) >= sizeof(to.sun_path)) {
+        errno = ENAMETOOLONG;
+        return -1;
+    }
+    return connect(fd, (void *)&to, sizeof(to));
+}
+
 int main(void)
 {
-    struct sockaddr_un to = {.sun_family = AF_UNIX, .sun_path = SOCKET};
     const char *value, *command = getenv("CNI_COMMAND");
     long size, deadline = now() + PATIENCE, length;
     int fd, status, start;
@@ -166,13 +191,12 @@ int main(void)
         strspn(found, "0123456789.") == strlen(found) && *found)
         strcpy(version, found);
     value = value_of(input, "socket");
-    if (value && (text_of(value, to.sun_path, sizeof(to.sun_path)) ||
-                  *to.sun_path != '/'))
-        return fail(7, "socket has to be an absolute path of less than 108 "
+    if (value && (text_of(value, path, sizeof(path)) || *path != '/'))
+        return fail(7, "socket has to be an absolute path of less than 4096 "
                     "bytes", "", "");
     value = value_of(input, "strict");
     fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    if (fd < 0 || connect(fd, (void *)&to, sizeof(to))) {
+    if (fd < 0 || reach(fd)) {
         if (command && !strcmp(command, "STATUS") &&
             !(value && !strncmp(value, "true", 4)))
             return 0; /* or a missing agent would make the node NotReady */
@@ -182,9 +206,9 @@ int main(void)
                    version, SUPPORTED);
             return 0;
         }
-        fprintf(stderr, "break0: %s: %s\n", to.sun_path, strerror(errno));
+        fprintf(stderr, "break0: %s: %s\n", path, strerror(errno));
         return fail(11, "The agent of kuryr-break0 does not listen on ",
-                    to.sun_path, ". Start it, as by: systemctl start "
+                    path, ". Start it, as by: systemctl start "
                     "kuryr-break0-agent");
     }
     /* What cannot be sent, the agent has refused: it says why. */
@@ -193,7 +217,7 @@ int main(void)
     if (size < 0 || sscanf(answer, "%d %ld\n%n", &status, &length, &start) != 2
         || size - start != length)
         return fail(11, "The agent of kuryr-break0 has not answered on ",
-                    to.sun_path, ". See its log");
+                    path, ". See its log");
     if (give(1, answer + start, length, deadline))
         return 1;
     return status;

@@ -91,7 +91,7 @@ class TestWithoutAgent(ShimTestCase):
         for keys in ({'x': {'socket': '/run/no'}}, {'x': '"socket": "/run"'},
                      {'x': ['socket', ':', '/run/no']}):
             self.assert_fails(11, SOCKET, 'ADD', {**keys, **self.config})
-        for wrong in ('relative', '', 7, None, [], '/' + 'x' * 120,
+        for wrong in ('relative', '', 7, None, [], '/' + 'x' * 4096,
                       '/run/\n', '/run/"'):
             with self.subTest(socket=wrong):
                 self.assert_fails(7, 'socket has to be', 'ADD',
@@ -439,14 +439,34 @@ class TestServerInThisProcess(lab_base.LabTestCase):
     def test_a_socket_that_can_never_be_bound(self) -> None:
         server = CNIServer()
         self.addCleanup(server.close)
-        options = lab_base.options(state_dir='/run/' + 'x' * 200)
-        os.mkdir(options.state_dir, 0o700)
+        options = lab_base.options()
+        os.makedirs(SOCKET + '/in the way')
         with self.assertLogs('kuryr_break0', 'ERROR') as logs:
             server.listen(options)
             server.listen(options)
         self.assertEqual(1, len(logs.output))
-        self.assertIn('AF_UNIX path too long', server.problem() or '')
+        self.assertIn('Is a directory', server.problem() or '')
         self.assertIsNone(server.stuck())  # a restart changes nothing
+
+    def test_a_path_that_is_too_long_for_a_socket(self) -> None:
+        """An address of a socket has room for 108 bytes."""
+        for length in (85, 86, 100, 107, 108, 109, 1000):
+            directory = '/run/' + 'x' * (length % 250) + '/y' * (length // 250)
+            options = lab_base.options(state_dir=directory)
+            os.makedirs(directory, 0o700)
+            server = CNIServer()
+            with contextlib.closing(server), self.subTest(directory):
+                server.listen(options)
+                self.assertIsNone(server.problem())
+                self.assertTrue(server.is_complete)
+                base.Runtime(str(base.SHIM)).call('STATUS', {
+                    'cniVersion': '1.1.0', 'name': 'lan', 'type': 'break0',
+                    'strict': True, 'socket': directory + '/cni.sock'})
+                other = CNIServer()
+                with self.assertLogs('kuryr_break0', 'ERROR'):
+                    other.listen(options)
+                self.assertIn('another agent listens', other.problem() or '')
+            self.assertNotIn('cni.sock', os.listdir(directory))
 
     def test_threads_that_die_are_replaced(self) -> None:
         server = CNIServer()
