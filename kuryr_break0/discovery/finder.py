@@ -225,16 +225,19 @@ class Finder:
         now = time.monotonic()
         ends = now + _AT_ONCE
         while now < ends:
-            turn = self._turns.next(now)
-            if turn is None and self._found:
+            # In turn, since there may be any number of both.
+            is_new = bool(self._found)
+            if is_new:
                 place, found = next(reversed(self._found.items()))
                 self._examine(found)
                 del self._found[place]
-            else:
-                turn = turn or self._turns.next_of_rest()
-                if turn is None:
-                    break
+            turn = self._turns.next(now)
+            if turn is None and not is_new:
+                turn = self._turns.next_of_rest()
+            if turn is not None:
                 self._read(*turn)
+            elif not is_new:
+                break
             now = time.monotonic()
         if self._unknown and not self._found and self._search_at is None:
             self._search_all_soon()
@@ -315,7 +318,7 @@ class Finder:
             self._turns.mark(namespace, time.monotonic())
 
     def _examine(self, found: kernel.Found) -> None:
-        """Identify a found namespace, and have it read.
+        """Identify a found namespace, and read it.
 
         Its events begin with the number that it gets, so it is read
         afterwards.
@@ -345,7 +348,8 @@ class Finder:
                 self._unknown.discard(number)
                 self._unseen.discard(number)
         self._turns.pace.end(known.payer)
-        self._turns.add(known, time.monotonic())
+        if self._turns.may_begin(known):
+            self._read(known, known.payer)
 
     def _read(self, namespace: Namespace, payer: Hashable) -> None:
         """Bind and unbind the addresses that have changed in a namespace.

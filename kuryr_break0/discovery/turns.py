@@ -44,15 +44,21 @@ class Turns:
     def mark(self, namespace: Namespace, now: float) -> None:
         """Have a namespace that has changed read soon."""
         if namespace.due is None:
-            self._push(namespace, namespace.mark(now))
+            namespace.due = namespace.mark(now)
+            heapq.heappush(self._due, (namespace.due, next(self._count),
+                                       namespace))
 
-    def add(self, namespace: Namespace, now: float) -> None:
-        """Have a namespace read now."""
-        self._push(namespace, now)
+    def may_begin(self, namespace: Namespace) -> bool:
+        """Return whether a namespace that is new may be read at once.
 
-    def _push(self, namespace: Namespace, due: float) -> None:
-        namespace.due = due
-        heapq.heappush(self._due, (due, next(self._count), namespace))
+        Otherwise it waits for its turn.
+        """
+        if not self.pace.wait(namespace.payer):
+            return True
+        namespace.due = 0.0
+        self._late.setdefault(namespace.payer, collections.deque()).append(
+            namespace)
+        return False
 
     def add_routine(self, namespaces: Iterable[Namespace]) -> None:
         """Have namespaces read after all that have changed."""

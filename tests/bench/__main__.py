@@ -18,9 +18,11 @@ from tests import bench
 from tests.bench import binding
 from tests.bench import bulk
 from tests.bench import cni
+from tests.bench import found
 from tests.bench import gaps
 from tests.bench import healing
 from tests.bench import hops
+from tests.bench import hostile
 from tests.bench import own
 from tests.bench import paths
 from tests.bench import pods
@@ -37,9 +39,10 @@ SECTIONS: dict[str, bench.Measure] = {
     'binding': binding.binding, 'single': binding.single,
     'scale': scale.scale,
     'bursts': binding.bursts, 'cni': cni.adds,
-    'sandboxes': sandboxes.sandboxes}
+    'found': found.found, 'sandboxes': sandboxes.sandboxes}
 #: Those with numbers of pods, which --small divides by ten.
-SIZED: tuple[Any, ...] = (binding, bulk, hops, own, pods, scale)
+SIZED: tuple[Any, ...] = (binding, bulk, found, hops, own, pods,
+                          scale)
 #: Run only where it is named, and alone; see --hours.
 SOAK = 'soak'
 
@@ -102,8 +105,11 @@ def _arguments(argv: Optional[list[str]]) -> argparse.Namespace:
                         'slow way gets fewer (default: %(default)d)')
     parser.add_argument('--small', action='store_true',
                         help='with a tenth of the pods, to see that it runs')
-    parser.add_argument('--hours', metavar='N', type=float, default=2,
-                        help='how long the soak lasts (default: %(default)d)')
+    parser.add_argument('--hours', metavar='N', type=float,
+                        help='how long the soak lasts (default: 2, and half '
+                        'an hour with --hostile)')
+    parser.add_argument('--hostile', action='store_true', help='a soak beside '
+                        'a hostile container, in place of kills and faults')
     parser.add_argument('sections', metavar='SECTION', nargs='*',
                         choices=[*SECTIONS, SOAK, []], default=[],
                         help='only these of: %s; or %s: whether all holds '
@@ -112,6 +118,8 @@ def _arguments(argv: Optional[list[str]]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if SOAK in args.sections and len(args.sections) > 1:
         parser.error('%s is run alone' % SOAK)
+    if args.hostile and args.sections != [SOAK]:
+        parser.error('--hostile is for ' + SOAK)
     return args
 
 
@@ -119,7 +127,8 @@ def main(argv: Optional[list[str]] = None) -> int:
     args = _arguments(argv)
     logging.disable(logging.INFO)
     if args.sections == [SOAK]:
-        return soak.run(args.hours)
+        return (hostile.run(args.hours or 0.5) if args.hostile
+                else soak.run(args.hours or 2))
     for module in SIZED if args.small else ():
         module.SIZES = tuple(size // 10 for size in module.SIZES)
     try:

@@ -196,7 +196,7 @@ def _binding_targets(connect: Medians, disconnect: Medians,
                   connect[DIRECT][size], connect[STOCK][low], 0.1,
                   'stock at %d' % low) for size in (low, high)),
         at_most('disconnect at %d pods, %s' % (low, DIRECT), direct, stock,
-                0.4, 'stock at %d' % low),
+                0.8, 'stock at %d' % low),
         at_most('the same, without what the kernel takes of both',
                 direct - deletion, stock - deletion, 0.4,
                 'stock at %d' % low)]

@@ -73,11 +73,11 @@ def syncs(node: Node, repeat: int) -> Section:
     loads = _loads(node, sync, held)
     rows += [[name, '-', '%.0f' % taken]
              for name, taken in (*loads.items(), (HELD, max(held)))]
-    targets += [Target('%s, %d pods: at most %d ms' % (name, high, limit),
-                       '%.0f ms' % taken, taken <= limit)
+    targets += [at_most('%s, %d pods' % (name, high), taken,
+                        least[BATCH][high], limit, BATCH)
                 for name, taken, limit in (*(
-                    (*load, 1000) for load in loads.items()),
-                    (HELD, max(held), 100))]
+                    (*load, 7) for load in loads.items()),
+                    (HELD, max(held), 0.7))]
     return Section(
         'All pods of a node at once, ms',
         ['way', *('%d pods' % size for size in SIZES)], rows, targets,

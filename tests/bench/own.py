@@ -63,9 +63,9 @@ def calls(node: Node, repeat: int) -> Section:
     pair = forked['bind'] + forked['unbind']
     targets = [
         at_most('bind and unbind at %d pods' % low,
-                few['bind'] + few['unbind'], processes, 0.5),
+                few['bind'] + few['unbind'], processes, 1),
         at_most('the same, just forked, with an agent',
-                pair + 2 * attended, processes, 1.3)]
+                pair + 2 * attended, processes, 4)]
     targets += [at_most('%s at %d pods' % (name, high), many[name],
                         few[name], 1.2, 'that at %d' % low)
                 for name in ('bind', 'unbind')]

@@ -79,6 +79,8 @@ class Way(abc.ABC):
     """One way in which containers come; a way of its own per subclass."""
 
     name = ''
+    #: Added to the number of a container, it is the last part of its address.
+    first = 0
     #: Whether it is reachable when that returns.
     is_request = True
 
@@ -100,10 +102,11 @@ class ByKuryr(Way):
     """A pod, by kuryr-daemon."""
 
     name = 'kuryr'
+    first = 40
 
     def start(self, name: str, number: int) -> Sandbox:
-        addresses = ('100.75.30.%d' % (40 + number), 'fd00:30::%d' % (
-            40 + number))
+        addresses = ('100.75.30.%d' % (self.first + number),
+                     'fd00:30::%d' % (self.first + number))
         pod = self.node.add_pod(name, vif=kuryr.macvlan_vif(
             *addresses, subnets=SUBNETS))
 
@@ -158,11 +161,12 @@ class ByDiscovery(Way):
     """A container that nobody tells of."""
 
     name = 'found'
+    first = 80
     is_request = False
 
     def start(self, name: str, number: int) -> Sandbox:
-        addresses = ('100.75.30.%d' % (80 + number), 'fd00:30::%d' % (
-            80 + number))
+        addresses = ('100.75.30.%d' % (self.first + number),
+                     'fd00:30::%d' % (self.first + number))
 
         def end() -> None:
             self.node.lab.del_netns(name)
@@ -481,22 +485,27 @@ class Soak:
                           'first minutes' % (name, *more))
 
 
-def run(hours: float) -> int:
-    """Soak, with a line each minute; return 0 if nothing was wrong."""
+def prepare(node: kuryr.Node) -> None:
+    """Have logs, options, and what others have on a node."""
     shutil.rmtree(LOGS, ignore_errors=True)
     LOGS.mkdir(parents=True)
+    node.log = str(LOGS.absolute() / 'kuryr-daemon.log')
+    node.lab.add_ipv6()
+    for command in (
+            'ip link add other type veth peer name peer netns lan',
+            'ip link set other up',
+            'ip route add 198.51.100.7 dev other proto static',
+            'ip neighbour add 198.51.100.8 lladdr fa:16:3e:00:00:99 '
+            'dev other',
+            'nft add table inet other'):
+        node.lab.run(*command.split())
+    pathlib.Path(CONF).write_text('[break0]\n' + OPTIONS)
+
+
+def run(hours: float) -> int:
+    """Soak, with a line each minute; return 0 if nothing was wrong."""
     with kuryr.Node() as node:
-        node.log = str(LOGS.absolute() / 'kuryr-daemon.log')
-        node.lab.add_ipv6()
-        for command in (
-                'ip link add other type veth peer name peer netns lan',
-                'ip link set other up',
-                'ip route add 198.51.100.7 dev other proto static',
-                'ip neighbour add 198.51.100.8 lladdr fa:16:3e:00:00:99 '
-                'dev other',
-                'nft add table inet other'):
-            node.lab.run(*command.split())
-        pathlib.Path(CONF).write_text('[break0]\n' + OPTIONS)
+        prepare(node)
         soak = Soak(node)
         try:
             soak.start_daemon()
