@@ -222,7 +222,7 @@ class Agent:
                     if is_lost:  # with all of its routes
                         lost = min(lost, now)
                 # Not longer than until there is something to do.
-                pause = max(due, self._not_before) - time.monotonic()
+                pause = self._next(due, lost) - now
                 if self._finder is not None:
                     pause = min(pause, self._finder.due() - time.monotonic())
                 if len(heard) >= _FLOOD and pause > 0:
