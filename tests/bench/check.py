@@ -3,9 +3,10 @@
 """``make bench-check``: whether a change has made anything slower.
 
 Some ratios of times measured in one run are compared with those in git, in
-ratios.json: machines differ, and ratios much less. What is worse is measured
-again, since machines are noisy too; it counts if it is worse each time. Each
-time is the least of several, since what else runs can only add to it.
+ratios.json. Ratios differ less between machines than times do, but they do:
+those of one commit differed by a factor of up to 1.8 on two days. So a change
+that makes a ratio twice as large fails, and no smaller one. A ratio that is
+too large is measured again, and fails if it is too large each time.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tests import kuryr
 from tests import lab
 
 FILE = pathlib.Path(__file__).with_name('ratios.json')
-TOLERANCE = 1.25
+TOLERANCE = 2.0
 RUNS = 3
 PODS = 250
 PROGRAM = cni.PROGRAM
@@ -196,9 +197,9 @@ def compare(known: Ratios) -> int:
     if missing:
         print('Not measured any more: ' + ', '.join(missing))
     if worse:
-        print('More than %d %% worse in each of %d runs: %s\nIf that is worth '
-              'it: make bench-ratios, and say why in the commit' % (
-                  round(100 * (TOLERANCE - 1)), RUNS, ', '.join(worse)))
+        print('More than %g times as large in each of %d runs: %s\nIf that is '
+              'worth it: make bench-ratios, and say why in the commit' % (
+                  TOLERANCE, RUNS, ', '.join(worse)))
     return 1 if worse or missing else 0
 
 
