@@ -26,6 +26,10 @@ from tests.cluster import kubernetes
 from tests.cluster import node as nodes
 from tests import lab
 
+# kubelet deletes the sandboxes of a node one by one, and Kuryr waits for 5 s
+# within each DEL that comes after the pod is gone (k8s_cni_registry.py).
+lab.PATIENCE = max(lab.PATIENCE, 600)
+
 _stack = contextlib.ExitStack()
 
 
