@@ -94,7 +94,7 @@ class TestRecipes(base.EngineTestCase):
             self.docker('import', '--change', 'CMD trap exit TERM; %s & wait'
                         % ' '.join(command), images.tar('/run'), name)
         self.start_agent()
-        self.follow('The host of these recipes')
+        self.follow('Example host')
 
     def follow(self, title: str) -> None:
         """Do what a section says, and compare what it prints."""
@@ -158,22 +158,22 @@ class TestRecipes(base.EngineTestCase):
                    '--bind-interfaces', '--pid-file=')
         firewalls.set_up_ufw()
         self.addCleanup(self.lab.run, 'ufw', '--force', 'disable')
-        self.follow('ufw: services of the host')
+        self.follow('ufw: allow services of the host')
 
     def test_firewalld(self) -> None:
         self.start_host()
         self.start(*NAME_SERVER, '--listen-address=' + NODE,
                    '--bind-interfaces', '--pid-file=')
         firewalls.start_firewalld(self)
-        self.follow('firewalld: services of the host')
+        self.follow('firewalld: allow services of the host')
 
     def test_dns_proxy_and_compose(self) -> None:
         self.start_host()
-        self.follow('A container is the name server of its host')
+        self.follow('A container as the name server of its host')
         self.follow('A reverse proxy on a bridge')
         self.follow('Docker Compose')
         self.instead['systemctl restart docker'] = self.docker.restart
-        self.follow('Docker is restarted or upgraded')
+        self.follow('Restart or upgrade of Docker')
 
     def test_vpn_and_keepalived(self) -> None:
         self.start_host()
