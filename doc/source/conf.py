@@ -10,7 +10,7 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""How the documentation is built."""
+"""Configuration of Sphinx."""
 
 import os
 import sys
@@ -30,9 +30,9 @@ project = 'kuryr-break0'
 copyright = 'kuryr-break0 developers. Apache License, Version 2.0'
 
 exclude_patterns = []
-# Most literal blocks are output, which is of no language.
+# Most literal blocks are the output of a command.
 highlight_language = 'none'
-# Two hyphens in a description of a command are those of an option.
+# Keep the two hyphens of options in descriptions of commands.
 smartquotes = False
 
 html_theme = 'furo'
@@ -47,12 +47,12 @@ config_generator_config_file = [
 
 man_pages = [
     ('cli/kuryr-break0', 'kuryr-break0',
-     'reach the macvlan pods of a node from that node', '', 8),
+     'enable traffic between a host and its macvlan containers', '', 8),
 ]
 
 
 def _link_pages(app, relative_path, parent_docname, source):
-    """Let what links a file of the repository link the page of it here."""
+    """Link the page of an included file instead of the file."""
     source[0] = source[0].replace('`HACKING.rst <HACKING.rst>`_',
                                   ':doc:`hacking`')
 

@@ -10,7 +10,7 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""``.. command-line::``, the subcommands as their parser has them."""
+"""``.. command-line::``, the subcommands, rendered from their parser."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ class CommandLine(SphinxDirective):
 
 
 def describe(parsers: dict[str, argparse.ArgumentParser]) -> Iterator[str]:
-    """The lines of reStructuredText that say what subcommands there are.
+    """Return a section of reStructuredText for each subcommand.
 
-    :param parsers: by the names of the subcommands; those with several
-        names are described under the first
+    :param parsers: by the names of the subcommands. A subcommand with several
+        names is described under the first
     """
     described = []
     for name, parser in parsers.items():
@@ -80,7 +80,7 @@ def _describe(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def _forms(action: argparse.Action) -> Iterator[str]:
-    """How an argument is given: ``-n NUMBER``, ``--number NUMBER``."""
+    """Return the forms of an argument: ``-n NUMBER``, ``--number NUMBER``."""
     value = action.metavar or action.dest.upper()
     if action.choices is not None:
         value = '{%s}' % ','.join(map(str, action.choices))
@@ -92,12 +92,12 @@ def _forms(action: argparse.Action) -> Iterator[str]:
 
 def _text(text: str | None, parser: argparse.ArgumentParser, raw: bool,
           values: dict[str, Any] | None = None) -> Iterator[str]:
-    """A text of the parser, which has no markup."""
+    """Return a text of the parser, with its characters escaped."""
     if not text:
         return
     text = text % {**(values or {}), 'prog': parser.prog}
     if raw:
-        # Paragraphs whose lines are laid out stay as they are.
+        # An indented paragraph keeps its layout.
         for paragraph in text.strip('\n').split('\n\n'):
             if any(line.startswith(' ') for line in paragraph.split('\n')):
                 yield from _literal(paragraph)

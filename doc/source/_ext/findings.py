@@ -10,7 +10,7 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""``.. findings:: FIRST LAST``, the findings of the doctor from its code."""
+"""``.. findings:: FIRST LAST``, the doctor's findings between two ids."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from kuryr_break0.doctor import findings
 
 
 class Findings(SphinxDirective):
-    """A definition for each finding, from one id to another."""
+    """A definition for each finding, from the first id to the last."""
 
     required_arguments = 2
 
@@ -59,7 +59,7 @@ def describe(kind: findings.Finding) -> Iterator[str]:
         yield '   .. code-block:: none'
         yield ''
         for command in kind.commands:
-            # A field is what the doctor fills in.
+            # The doctor replaces these fields.
             yield '      ' + re.sub(
                 r'%\((\w+)\)[sd]', lambda field: field[1].upper(), command)
         yield ''

@@ -10,7 +10,7 @@
 # License for the specific language governing permissions and limitations
 # under the License.
 
-"""``.. modules:: PACKAGE``, what modules it has, by their imports."""
+"""``.. modules:: PACKAGE``, a table of modules in the order of imports."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from sphinx.util.docutils import SphinxDirective
 
 
 class Modules(SphinxDirective):
-    """A table of modules, each after those that it imports.
+    """A table of modules, each after the modules that it imports.
 
-    A package in the package is one of them.
+    A subpackage counts as one module.
 
-    :raises graphlib.CycleError: if imports do not go one way
+    :raises graphlib.CycleError: if the imports have a cycle
     """
 
     required_arguments = 1
@@ -49,7 +49,7 @@ class Modules(SphinxDirective):
                 continue
             self.env.note_dependency(str(path))
             tree = ast.parse(path.read_text())
-            # Of a package, __init__.py comes first.
+            # The docstring of a package is in __init__.py, the first file.
             texts.setdefault(name, (ast.get_docstring(tree) or '')
                              .split('\n\n')[0].replace('\n', ' '))
             imports.setdefault(name, set()).update(_imported(tree, package))
@@ -64,7 +64,7 @@ class Modules(SphinxDirective):
 
 
 def _imported(tree: ast.AST, package: str) -> Iterator[str]:
-    """The modules of the package that one of them imports, wherever."""
+    """Return the modules of the package that a module imports."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             first, *rest = node.module.split('.')
@@ -76,7 +76,7 @@ def _table(texts: dict[str, str],
            imports: dict[str, set[str]]) -> Iterator[str]:
     yield from ('.. list-table::', '   :header-rows: 1',
                 '   :widths: 15 50 35', '', '   * - Module',
-                '     - What it is', '     - What it imports of the others')
+                '     - Purpose', '     - Imported modules')
     sorter = graphlib.TopologicalSorter(imports)
     sorter.prepare()
     while sorter.is_active():
