@@ -13,6 +13,7 @@
 """Configuration of Sphinx."""
 
 import os
+import re
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), '_ext'))
@@ -53,8 +54,9 @@ man_pages = [
 
 def _link_pages(app, relative_path, parent_docname, source):
     """Link the page of an included file instead of the file."""
-    source[0] = source[0].replace('`HACKING.rst <HACKING.rst>`_',
-                                  ':doc:`hacking`')
+    source[0] = re.sub(
+        r'`[\w.]+\s+<(?:doc/source/contributor/)?(\w+)\.rst>`_',
+        lambda link: ':doc:`%s`' % link[1].lower(), source[0])
 
 
 def setup(app):

@@ -52,7 +52,7 @@ def describe(kind: findings.Finding) -> Iterator[str]:
     """Return the lines of reStructuredText for a finding."""
     yield '``%s`` (%s)' % (kind.id, kind.severity)
     for label, text in (('Found when', kind.when), ('Why', kind.why),
-                        ('What to do', kind.remedy)):
+                        ('Remedy', kind.remedy)):
         yield '   *%s:* %s' % (label, escape(text))
         yield ''
     if kind.commands:
