@@ -363,14 +363,16 @@ class Finder:
             if not self._binder.update(namespace.found, namespace.container):
                 self._turns.mark(namespace, now)
         except exceptions.NetnsUnusable:
-            found = kernel.state(namespace.found.path,
+            state = kernel.state(namespace.found.path,
                                  namespace.found.namespace)
-            if found is not kernel.State.GONE:
+            if state is not kernel.State.GONE:
                 self._search_all_soon()  # it may have another path
-            if found is kernel.State.LIVING:
+            if state is kernel.State.LIVING:
                 self._turns.mark(namespace, now)
             else:
                 self._forget(namespace)
+                # Another namespace may have its path by now.
+                self._found[namespace.found.place] = namespace.found
         except Exception:
             self._turns.mark(namespace, now)
             raise

@@ -1415,6 +1415,23 @@ class TestEvents(FinderTestCase):
                          'add', ONE + '/24', 'dev', 'mv')
             self.assert_bound(ONE)
 
+    def test_another_namespace_of_the_same_name(self) -> None:
+        """The event of the end of the first one is lost."""
+        self.lab.add_pod('one', ONE)
+        self.assert_bound(ONE)
+        known, = (each for each in self.finder._namespaces.values()
+                  if each.found.path.endswith('/one'))
+        self.lab.del_netns('one')
+        lab.until(lambda: kernel.state(
+            known.found.path, known.found.namespace) is kernel.State.GONE)
+        while select.select(self.finder.files(), [], [], 1)[0]:
+            self.finder._events.get()
+        self.lab.add_pod('one', TWO)
+        with mock.patch.object(kernel.Search, 'all', return_value=[]), \
+                mock.patch.object(kernel.Search, 'new', return_value=[]):
+            self.finder._turns.mark(known, time.monotonic())
+            self.assert_bound(TWO)
+
     def test_macvlans_of_known_namespaces_cause_no_search_for_all(self
                                                                   ) -> None:
         self.lab.add_netns('one')
