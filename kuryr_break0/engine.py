@@ -12,9 +12,13 @@ without a record. Nothing is read that grows with the number of pods.
 from __future__ import annotations
 
 import contextlib
+import errno
 from typing import (Any, Callable, Collection, Iterable, Iterator, NamedTuple,
                     Optional)
 
+from kuryr_break0.apply import Applied
+from kuryr_break0.apply import apply
+from kuryr_break0.apply import Work
 from kuryr_break0 import claims as claims_
 from kuryr_break0.claims import Claims
 from kuryr_break0 import config
@@ -23,17 +27,15 @@ from kuryr_break0.devices import Devices
 from kuryr_break0 import exceptions
 from kuryr_break0.failures import Failures
 from kuryr_break0.guard import Guard
-from kuryr_break0.guard import is_installed
-from kuryr_break0.guard import NO_NFT
 from kuryr_break0.guard import pair
 from kuryr_break0.guard import pairs
 from kuryr_break0 import kernel
-from kuryr_break0.kernel import Verb
 from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
-from kuryr_break0.model import HostRoute
+from kuryr_break0.model import by_address
 from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Item
 from kuryr_break0.model import Neighbour
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
@@ -68,7 +70,7 @@ class Engine:
         self._ledger = ledger
         self._records = ledger.records
         self.devices = Devices(options, ledger)
-        self.routes = Routes(options, ledger, self.devices)
+        self.routes = Routes(options, ledger)
         self.pods = Pods(options, ledger)
 
     @contextlib.contextmanager
@@ -279,6 +281,8 @@ class Engine:
 
         But not what the claims did not get, nor, without any, what nothing
         says whose it is.
+
+        :raises KernelRefused: if the kernel refuses
         """
         macs = {each for claim in dropped for each in claim.macs}
         if mac is not None and not dropped:
@@ -288,36 +292,27 @@ class Engine:
             index = kernel.index_of(name)
             if index is None:
                 continue
-            with Failures().logged():
-                Guard(self._options, self._ledger, name).change(
-                    (), [pair(address, each) for each in macs]
-                    or [pair(address, None)])
+            items: list[Item] = [pair(address, each)
+                                 for each in macs or (None,)]
             present, kind = netlink.neighbour(index, address)
             found = present if kind == 'permanent' else None
+            route = self._policy.route(address, index)._replace(metric=None)
             if dropped and claims_.have((*dropped, *after), found) or (
                     not dropped and found in macs):
-                deleted |= self._unset(netlink, address, index)
+                # The kernel would use the MAC address of the neighbour for
+                # some seconds, and the next pod has another one.
+                items += [route, Neighbour(address, index, '', None)]
             elif found is not None and macs:
                 LOG.warning('Keeping %s on %s: %s has the address and is not '
                             'recorded yet', address, name, found)
+            applied = apply(netlink, self._guard(name),
+                            [Work(address, unset=tuple(items))])
+            if applied.guard_error is not None:
+                LOG.error('%s', applied.guard_error)
+            for err in applied.errors.values():
+                raise err
+            deleted |= route in applied.items
         return deleted
-
-    def _unset(self, netlink: kernel.Netlink, address: IPAddress,
-               index: int) -> bool:
-        """Delete what an address has; whether it had a route.
-
-        The neighbour too if it was learnt: the kernel would use its MAC
-        address for some seconds, and the next pod has another one.
-        """
-        err, neighbour_err = netlink.change([
-            (Verb.DELETE, self._policy.route(address, index)._replace(
-                metric=None)),
-            (Verb.DELETE, Neighbour(address, index, '', None))])
-        if neighbour_err is not None and not neighbour_err.absent:
-            LOG.debug('%s', neighbour_err)
-        if err is not None and not err.absent:
-            raise err
-        return err is None
 
     def _set(self, netlink: kernel.Netlink, records: Collection[Record],
              moves: dict[IPAddress, Move], failure: Failures, say: Say
@@ -333,28 +328,27 @@ class Engine:
             return None
         first = next(iter(records))
         break0 = self.devices.get(netlink, first.parent)
-        ready: list[tuple[Record, Wanted, Optional[HostRoute]]] = []
+        sources: dict[IPAddress, Optional[IPAddress]] = {}
+        existing: set[IPAddress] = set()
         blocked: set[IPAddress] = set()
         for record in records:
-            with failure.noted(record.address):
+            address = record.address
+            with failure.noted(address):
                 wanted = self._wanted(record, break0)
                 if wanted is None:
                     continue
                 # NLM_F_EXCL does not notice a route of another metric.
-                present = netlink.route_to(record.address)
+                present = netlink.route_to(address)
                 try:
-                    self.routes.require_free(wanted, filter(None, [present]))
+                    self.routes.require_free(
+                        wanted.route, filter(None, [present]))
                 except exceptions.ForeignRoute:
-                    blocked.add(record.address)
+                    blocked.add(address)
                     raise
-                ready.append((record, wanted, present))
-        refused = [record for record in records
-                   if record.address in failure.failed]
-        with failure.noted(*moves):
-            self._admit(break0.name, [
-                record for record in records if record not in refused
-            ], [*refused, *(claim for move in moves.values()
-                            for claim in move.before)])
+                sources[address] = wanted.route.src
+                if present and (present.table, present.metric) == (
+                        wanted.route.table, wanted.route.metric):
+                    existing.add(address)
         for address, move in moves.items():
             if address in blocked or any(claim.parent != first.parent
                                          for claim in move.before):
@@ -363,24 +357,84 @@ class Engine:
                     self._withdraw(
                         netlink, address, self.devices.names(recorded=True)
                         - kept, move.before, move.after)
-        bound = []
-        for record, wanted, present in ready:
-            with failure.noted(record.address):
-                self.routes.add(netlink, record, wanted, present, break0)
-                say('Bound %s to %s for %s, source %s', record.address,
-                    break0.name, record.whose,
-                    wanted.route.src or 'by device')
-                bound.append(record)
+        refused = [record for record in records
+                   if record.address in failure.failed]
+        admitted = by_address(pairs(record for record in records
+                                    if record not in refused))
+        earlier = by_address(pairs([*refused, *(
+            claim for move in moves.values() for claim in move.before)]))
+
+        def work(record: Record) -> Work:
+            address = record.address
+            items: list[Item] = [*admitted.get(address, ())]
+            unset: list[Item] = [each for each in earlier.get(address, ())
+                                 if each not in items]
+            if address in sources:
+                wanted = self._policy.items(record, break0.index,
+                                            sources[address])
+                items += filter(None, (wanted.neighbour, wanted.route))
+                if wanted.neighbour is None:  # an earlier pod may have one
+                    unset.append(Neighbour(address, break0.index, '', None))
+            return Work(address, tuple(items), tuple(unset), record,
+                        is_new=address not in existing)
+
+        applied = self._apply(netlink, break0, map(work, records), failure)
+        if applied.is_device_lost:
+            self.devices.renew(netlink, break0, first.parent)
+            applied = self._apply(netlink, break0, map(work, records),
+                                  failure)
+        again = []
+        for each in applied.works:
+            err = applied.errors.get(each.address)
+            with failure.noted(each.address):
+                if err is not None and err.errno == errno.EEXIST:
+                    # A dump shows routes that are not the one in use.
+                    self.routes.require_free(each.route, [
+                        route for route in netlink.routes().host
+                        if route.dst == each.address])
+                    again.append(each._replace(is_new=False))
+                elif err is not None:
+                    raise err
+        applied = self._apply(netlink, break0, again, failure)
+        for address, err in applied.errors.items():
+            failure.note(err, address)
+        bound = [record for record in records if record.address in sources
+                 and record.address not in failure.failed]
+        for record in bound:
+            say('Bound %s to %s for %s, source %s', record.address,
+                break0.name, record.whose,
+                sources[record.address] or 'by device')
         if first.netns is not None and bound:
-            self._admit(break0.name, self.pods.configure(
+            siblings = self.pods.configure(
                 bound, self.pods.node_addresses(
-                    netlink, break0, first.parent,
-                    {wanted.route.src for _, wanted, _ in ready})))
-        # The node may have looked for them on the LAN, before they were here.
-        Guard(self._options, self._ledger, break0.name).release(
+                    netlink, break0, first.parent, set(sources.values())))
+            self._apply(netlink, break0, [
+                Work(address, tuple(items)) for address, items
+                in by_address(pairs(siblings)).items()], failure)
+        # The node may have asked the LAN for them, before they were here.
+        self._guard(break0.name).release(
             netlink, kernel.index_of(first.parent),
             {record.address: record.mac for record in bound})
         return break0
+
+    def _apply(self, netlink: kernel.Netlink, break0: Break0,
+               works: Iterable[Work], failure: Failures) -> Applied:
+        """Apply works of a bind, to which a failing guard is no error.
+
+        Unless [break0] guard is on.
+        """
+        applied = apply(netlink, self._guard(break0.name), list(works))
+        err = applied.guard_error
+        if isinstance(err, exceptions.GuardUnavailable):
+            failure.note(err, *(work.address for work in applied.works))
+        elif err is not None:
+            LOG.warning('The guard of %s does not admit %s: %s', break0.name,
+                        ', '.join(str(work.address)
+                                  for work in applied.works), err)
+        return applied
+
+    def _guard(self, device: str) -> Guard:
+        return Guard(self._options, self._ledger, device)
 
     def _wanted(self, record: Record, break0: Break0) -> Optional[Wanted]:
         wanted = self._policy.wanted(
@@ -390,29 +444,6 @@ class Engine:
             LOG.debug('IPv6 is disabled on %s, so %s is not reachable through '
                       'it', break0.name, record.address)
         return wanted
-
-    def _admit(self, device: str, records: Collection[Record],
-               before: Collection[Record] = ()) -> None:
-        """Admit a pod; revoke earlier holders of its addresses.
-
-        :raises GuardUnavailable: if that fails and [break0] guard is on
-        """
-        guarding = Guard(self._options, self._ledger, device)
-        if not guarding.is_wanted or not (records or before):
-            return
-        admitted = pairs(records)
-        try:
-            missing = not guarding.change(
-                admitted, set(pairs(before)) - set(admitted))
-            reason = ''
-        except exceptions.KernelRefused as err:
-            missing, reason = True, str(err)
-            LOG.warning('The guard of %s does not admit %s: %s', device,
-                        (*records, *before)[0].owner, err)
-        if missing and self._options.guard == config.ON:
-            raise exceptions.GuardUnavailable(
-                device=device, reason=reason or (
-                    'it is not loaded' if is_installed() else NO_NFT))
 
 
 def _is_gone(claim: Record) -> bool:

@@ -21,16 +21,16 @@ from typing import Callable, Collection, Iterable, Mapping, Optional
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
-from kuryr_break0.kernel import Pair
 from kuryr_break0.kernel import Verb
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
-from kuryr_break0.model import address_from_bytes
+from kuryr_break0.model import by_address
+from kuryr_break0.model import Entry
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Item
 from kuryr_break0.model import NamespaceId
 from kuryr_break0.model import Neighbour
+from kuryr_break0.model import Pair
 from kuryr_break0.model import Record
 
 LOG = log.get_logger(__name__)
@@ -195,18 +195,11 @@ def unclaimed_pairs(routes: Iterable[HostRoute],
     A pod whose record is lost keeps its route, so it is not cut off here
     either.
     """
-    items: list[Item] = [*routes, *neighbours]
+    items: list[Entry] = [*routes, *neighbours]
     found = {item.dst for item in items
              if item.protocol == protocol and item.dst not in claimed}
     macs = {each.dst: each.mac for each in neighbours} if found else {}
     return {pair(address, macs.get(address)) for address in found}
-
-
-def _by_address(found: Iterable[Pair]) -> Pairs:
-    by: Pairs = {}
-    for each in found:
-        by.setdefault(address_from_bytes(each.address), []).append(each)
-    return by
 
 
 class Guard:
@@ -217,7 +210,7 @@ class Guard:
         self._options = options
         self._ledger = ledger
         self._cache = ledger.cache
-        self._device = device
+        self.device = device
         self.table = table_of(device)
         self._key = 'guard.' + self.table
 
@@ -289,7 +282,7 @@ class Guard:
             raise
         wanted = set(wanted)
         doubtful = {each.address for each in unclaimed}
-        return _by_address(wanted - present), _by_address(
+        return by_address(wanted - present), by_address(
             each for each in present - wanted
             if each.address not in doubtful)
 
@@ -330,10 +323,10 @@ class Guard:
             against = _load(nft, sets) and _load(nft, anew)
         if against is not None:
             self._cache.drop(self._key)
-            raise exceptions.GuardUnavailable(device=self._device,
+            raise exceptions.GuardUnavailable(device=self.device,
                                               reason=against)
         if not is_open:
-            LOG.info('Loaded the guard of %s%s', self._device,
+            LOG.info('Loaded the guard of %s%s', self.device,
                      ': it was missing or changed' * self.is_loaded())
             self._cache.put(self._key, [
                 self._digest(link, hosts),
@@ -378,19 +371,33 @@ class Guard:
         self._cache.drop(self._key)
         return kernel.node_nft().delete_table(self.table)
 
-    def change(self, admitted: Iterable[Pair],
-               expelled: Iterable[Pair] = ()) -> bool:
-        """Let pods pass, and others no more, if the table is there.
+    def change(self, added: Collection[Pair],
+               deleted: Collection[Pair] = ()) -> bool:
+        """Add and delete guard entries, if the table exists.
 
-        :returns: whether it is there
+        :returns: whether it exists
+        :raises KernelRefused: if the kernel refuses that
+        :raises GuardUnavailable: if pods cannot be admitted and [break0]
+            guard is on
         """
-        # The kernel is asked where the state directory says nothing.
-        if not self.is_wanted or not (self.is_loaded() or self.is_there()):
+        if not self.is_wanted or not (added or deleted):
             return False
-        nft = self._nft()
-        nft.delete(self.table, expelled)
-        nft.add(self.table, admitted)
-        return True
+        reason = 'it is not loaded' if is_installed() else NO_NFT
+        # Without the cache of the state directory, the kernel knows.
+        if self.is_loaded() or self.is_there():
+            try:
+                nft = self._nft()
+                nft.delete(self.table, deleted)
+                nft.add(self.table, added)
+                return True
+            except exceptions.KernelRefused as err:
+                if self._options.guard != config.ON:
+                    raise
+                reason = str(err)
+        if added and self._options.guard == config.ON:
+            raise exceptions.GuardUnavailable(device=self.device,
+                                              reason=reason)
+        return False
 
     def release(self, netlink: kernel.Netlink, parent: Optional[int],
                 macs: Mapping[IPAddress, Optional[str]]) -> None:

@@ -10,7 +10,8 @@ import functools
 import hashlib
 import ipaddress
 import re
-from typing import ClassVar, NamedTuple, Optional, Union
+from typing import (ClassVar, Iterable, NamedTuple, Optional, TypeVar,
+                    Union)
 
 IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
@@ -281,7 +282,47 @@ class Neighbour(NamedTuple):
     protocol: Optional[int]
 
 
-Item = Union[HostRoute, Neighbour]
+class Pair(NamedTuple):
+    """A guard entry: the addresses that packets of a pod may come from.
+
+    :ivar address: the address of the pod, packed
+    :ivar mac: its MAC address, packed; None for any
+    """
+
+    address: bytes
+    mac: Optional[bytes]
+
+    @property
+    def dst(self) -> IPAddress:
+        """Return the address that the entry is for, as of other items."""
+        return address_from_bytes(self.address)
+
+    @property
+    def set_name(self) -> str:
+        """Return the name of its set in the table."""
+        return '%s%d' % ('addresses' if self.mac is None else 'pairs',
+                         4 if len(self.address) == 4 else 6)
+
+    @property
+    def key(self) -> bytes:
+        """Return its key in that set: each part is padded to 4 bytes."""
+        return (b'' if self.mac is None else self.mac + bytes(2)
+                ) + self.address
+
+
+#: An entry of the tables that rtnetlink changes.
+Entry = Union[HostRoute, Neighbour]
+#: An item that an address has on a break0.
+Item = Union[HostRoute, Neighbour, Pair]
+_Item = TypeVar('_Item', Pair, Item)
+
+
+def by_address(items: Iterable[_Item]) -> dict[IPAddress, list[_Item]]:
+    """Return items by their addresses, in the order of the items."""
+    found: dict[IPAddress, list[_Item]] = {}
+    for item in items:
+        found.setdefault(item.dst, []).append(item)
+    return found
 
 
 class Wanted(NamedTuple):

@@ -13,9 +13,9 @@ from typing import Collection, Iterable, Mapping, Optional
 
 from kuryr_break0 import exceptions
 from kuryr_break0.model import address_order
+from kuryr_break0.model import Entry
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Item
 from kuryr_break0.model import Neighbour
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
@@ -42,12 +42,12 @@ class Plan:
     foreign: tuple[HostRoute, ...] = ()
     learn: tuple[Neighbour, ...] = ()
     forget: tuple[Neighbour, ...] = ()
-    unclaimed: tuple[Item, ...] = ()
+    unclaimed: tuple[Entry, ...] = ()
     blocked: frozenset[IPAddress] = dataclasses.field(
         default=frozenset(), compare=False)
 
     @property
-    def changes(self) -> tuple[Item, ...]:
+    def changes(self) -> tuple[Entry, ...]:
         """Return all that is to be set or deleted."""
         return (*self.learn, *self.replace, *self.delete, *self.forget)
 
@@ -120,7 +120,7 @@ def compute(desired: Mapping[IPAddress, Wanted],
     held: set[IPAddress] = set()
     foreign: dict[IPAddress, HostRoute] = {}
     delete, forget = [], []
-    unclaimed: list[Item] = []
+    unclaimed: list[Entry] = []
     for route in routes:
         wanted = desired.get(route.dst)
         ours = route.oif == device and route.protocol == protocol
@@ -175,7 +175,7 @@ def _by_metric(route: HostRoute) -> tuple[int, ...]:
     return (route.metric or 0, *_by_order(route))
 
 
-def _by_order(item: Item) -> tuple[int, ...]:
+def _by_order(item: Entry) -> tuple[int, ...]:
     """Return a sort key: by address, routes before neighbours."""
     if isinstance(item, HostRoute):
         return (*address_order(item.dst), item.table, item.protocol,

@@ -26,9 +26,9 @@ from kuryr_break0 import log
 from kuryr_break0 import missing
 from kuryr_break0.missing import Missing
 from kuryr_break0.model import best_metric
+from kuryr_break0.model import Entry
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Item
 from kuryr_break0.model import Neighbour
 from kuryr_break0.model import NodeAddresses
 from kuryr_break0.model import Record
@@ -147,14 +147,14 @@ class PodSide:
             return []  # there may be more
         return missing.find(states, self._link, self._records)
 
-    def marked(self) -> list[Item]:
+    def marked(self) -> list[Entry]:
         """List what carries our protocol number on the interface."""
-        items: list[Item] = [*self._netlink.host_routes_of(
+        items: list[Entry] = [*self._netlink.host_routes_of(
             self._index, kernel.RT_TABLE_MAIN),
             *self._netlink.neighbours(self._index)]
         return [item for item in items if item.protocol == self._protocol]
 
-    def wanted(self, node: NodeAddresses) -> Iterator[Item]:
+    def wanted(self, node: NodeAddresses) -> Iterator[Entry]:
         """Return what it needs, but for routes where it has a way."""
         for host in node.addresses:
             if host.version not in self._versions:
@@ -201,7 +201,7 @@ def has_lost_interface(record: Record, options: config.Options) -> bool:
 
 def withdraw(record: Record, options: config.Options,
              is_bound: Callable[[IPAddress], bool] = lambda address: False,
-             dry_run: bool = False) -> list[Item]:
+             dry_run: bool = False) -> list[Entry]:
     """Take back what the pod side of an address was configured with.
 
     What another bound address of the interface needs stays.

@@ -31,10 +31,10 @@ def find(options: config.Options, seen: Snapshot,
     """
     wanted: dict[IPAddress, Parent] = {}
     for parent in parents:
-        for item in items_of(parent) if seen.contents.unreadable else ():
-            if (item.protocol == options.route_protocol
-                    and item.dst in seen.contents.unreadable):
-                wanted[item.dst] = parent
+        if seen.contents.unreadable:
+            wanted.update({item.dst: parent for item in items_of(
+                parent, options.route_protocol)
+                if item.dst in seen.contents.unreadable})
         wanted.update({item.dst: parent for item in parent.plan.unclaimed})
     found = kernel.macvlans(options.proc_dirs) if wanted else ()
     # Another one can have the MAC address of a pod as long as it is down.

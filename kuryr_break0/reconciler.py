@@ -11,30 +11,33 @@ own, and so is each address: what fails for one holds up no other.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import gc
-from typing import Any, Collection, Iterator, Optional
+from typing import Any, Collection, Iterator
 
 from kuryr_break0 import actual
+from kuryr_break0.apply import apply
+from kuryr_break0.apply import log_repairs
+from kuryr_break0.apply import Work
 from kuryr_break0 import config
 from kuryr_break0.engine import Engine
 from kuryr_break0 import exceptions
 from kuryr_break0.failures import Failures
 from kuryr_break0.guard import Guard
 from kuryr_break0 import kernel
-from kuryr_break0.kernel import Verb
 from kuryr_break0.ledger import files
 from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
 from kuryr_break0.model import address_order
+from kuryr_break0.model import by_address
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Item
 from kuryr_break0.model import Neighbour
 from kuryr_break0.model import NodeAddresses
+from kuryr_break0.model import Pair
 from kuryr_break0.model import Record
 from kuryr_break0.plan import Outcome
 from kuryr_break0.plan import Plan
@@ -51,8 +54,6 @@ LOG = log.get_logger(__name__)
 
 #: Addresses that a sync changes before it lets others have the lock.
 CHANGED_AT_ONCE = 64
-
-_Result = tuple[kernel.Change, Optional[exceptions.KernelRefused]]
 
 
 class Reconciler:
@@ -309,100 +310,86 @@ class Reconciler:
 
     def _apply(self, parent: Parent, plan: Plan, seen: Snapshot,
                moved: Collection[IPAddress]) -> None:
-        """Change what addresses have on one parent, some at once.
+        """Apply the plan of one parent, for some addresses at once.
 
-        Of each, guard and neighbour are set before the route, and the route
-        is deleted before the neighbour. An address is left out whose claims
-        are not those that were read: whoever has changed them has done it.
+        An address is left out whose claims are not those that were read:
+        another process has changed them, and what follows from them.
         """
         if parent.link is None or self._is_left(seen, parent):
             return  # what another ledger knows of it is not known here
-        taken = {route.dst: route for route in plan.foreign}
         guard = Guard(self._options, self._ledger, parent.device)
-        changes: dict[IPAddress, list[kernel.Change]] = {
-            address: [] for address in (*parent.guard_missing,
-                                        *parent.guard_extra)}
-        found: list[Item] = [*plan.learn, *plan.replace]
-        ordered = [(Verb.REPLACE, item) for item in found]
-        found = [*plan.delete, *plan.forget]
-        ordered += [(Verb.DELETE, item) for item in found]
-        for change in ordered:
-            changes.setdefault(change[1].dst, []).append(change)
-        set_anew = {route.dst for route in plan.replace}
-        left = changes.keys() - moved
-        in_order = sorted(left, key=address_order)
-        done: list[_Result] = []
-        for start in range(0, len(in_order), CHANGED_AT_ONCE):
-            read: list[IPAddress] = []
-            ready: list[IPAddress] = []
-            batch: list[kernel.Change] = []
-            errors: list[Optional[exceptions.KernelRefused]] = []
+        works = _works(parent, plan, moved)
+        unread = {work.address for work in works}
+        for start in range(0, len(works), CHANGED_AT_ONCE):
+            read: set[IPAddress] = set()
+            applied = None
             with self._failure.noted(), self._ledger.lock():
-                for address in in_order[start:start + CHANGED_AT_ONCE]:
-                    with self._failure.noted(address):
-                        is_as_read = seen.contents.is_still(
-                            self._records, address)
-                        read.append(address)
-                        if not is_as_read:
-                            continue
-                        if address in set_anew and address in taken:
-                            self._engine.routes.take_over(taken[address])
-                        ready.append(address)
-                admitted, expelled = ([
-                    pair for address in ready
-                    for pair in pairs.get(address, ())] for pairs in (
-                        parent.guard_missing, parent.guard_extra))
-                with self._failure.noted():
-                    if (admitted or expelled) and guard.change(admitted,
-                                                               expelled):
-                        self._guarded.update((parent.device, address)
-                                             for address in ready)
-                    left.difference_update(read)
-                batch = [change for address in ready
-                         for change in changes[address]]
-                errors = self._netlink.change(batch)
-            done += zip(batch, errors)
-            if any(err is not None and err.device_lost for err in errors):
+                applied = apply(self._netlink, guard, [
+                    work for work in works[start:start + CHANGED_AT_ONCE]
+                    if self._is_ready(work, plan, seen, read)])
+            if applied is None:
+                continue
+            if applied.guard_error is None:
+                unread -= read
+            else:
+                self._failure.note(applied.guard_error)
+            for address, err in applied.errors.items():
+                self._failure.note(err, address)
+            self._applied |= applied.items
+            self._guarded.update((parent.device, item.dst)
+                                 for item in applied.items
+                                 if isinstance(item, Pair))
+            log_repairs(parent.device, applied, self._ledger.journal)
+            if applied.is_device_lost:
                 break  # the others would fail alike
             # Without its route, the LAN was asked for it.
             with self._failure.noted():
                 guard.release(self._netlink, kernel.index_of(parent.name), {
-                    change[1].dst: parent.live[change[1].dst].mac
-                    for change in batch if change[1].dst in set_anew})
+                    item.dst: parent.live[item.dst].mac
+                    for item in applied.items
+                    if isinstance(item, HostRoute) and item in plan.replace})
         else:
-            if parent.guard and not left and guard.is_there():
+            if parent.guard and not unread and guard.is_there():
                 with self._failure.noted(), self._ledger.lock():
                     self._devices.ensure_guard(
                         self._netlink, parent.link,
                         kernel.index_of(parent.name), is_filled=True)
-        self._note_changes(parent, done)
 
-    def _note_changes(self, parent: Parent,
-                      changes: Collection[_Result]) -> None:
-        """Log and count what was changed. It takes as long as the changes.
+    def _is_ready(self, work: Work, plan: Plan, seen: Snapshot,
+                  read: set[IPAddress]) -> bool:
+        """Return whether the claims on an address are those that were read.
 
-        A route has one line with its neighbour.
+        :param read: gets the address, if that is known
         """
-        done: collections.Counter[Done] = collections.Counter()
-        routed = {item.dst for (_, item), _ in changes
-                  if isinstance(item, HostRoute)}
-        for (verb, item), err in changes:
-            if err is not None and not (verb is Verb.DELETE and err.absent):
-                self._failure.note(err)
-                continue
-            self._applied.add(item)
-            is_route = isinstance(item, HostRoute)
-            owner = parent.live.get(item.dst)
-            if is_route or item.dst not in routed:
-                LOG.info('%s the %s of %s on %s%s',
-                         'Deleted' if verb is Verb.DELETE else 'Set',
-                         'route' if is_route else 'neighbour', item.dst,
-                         parent.device, ' for %s' % owner.owner if owner
-                         else ', which no record claims')
-            done[Done.UNCLAIMED if verb is Verb.DELETE else
-                 Done.ROUTE if is_route else Done.NEIGHBOUR] += 1
-        for reason, times in done.items():
-            self._ledger.journal.add(reason, times=times)
+        with self._failure.noted(work.address):
+            is_as_read = seen.contents.is_still(self._records, work.address)
+            read.add(work.address)
+            for route in plan.foreign if is_as_read else ():
+                if route.dst == work.address and any(
+                        isinstance(item, HostRoute) for item in work.set):
+                    self._engine.routes.take_over(route)
+            return is_as_read
+        return False
+
+
+def _works(parent: Parent, plan: Plan,
+           moved: Collection[IPAddress]) -> list[Work]:
+    """Return the works of a plan, in the order of their addresses.
+
+    :param moved: addresses that have got their items already
+    """
+    items: list[Item] = [*plan.learn, *plan.replace]
+    for pairs in parent.guard_missing.values():
+        items += pairs
+    added = by_address(items)
+    items = [*plan.delete, *plan.forget]
+    for pairs in parent.guard_extra.values():
+        items += pairs
+    deleted = by_address(items)
+    return [Work(address, tuple(added.get(address, ())),
+                 tuple(deleted.get(address, ())), parent.live.get(address))
+            for address in sorted(added.keys() | deleted.keys(),
+                                  key=address_order) if address not in moved]
 
 
 @contextlib.contextmanager

@@ -19,9 +19,9 @@ from kuryr_break0.ledger import Contents
 from kuryr_break0.ledger.identity import Alias
 from kuryr_break0.ledger.identity import follows
 from kuryr_break0.ledger.identity import Identity
+from kuryr_break0.model import Entry
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Item
 from kuryr_break0.model import Neighbour
 from kuryr_break0.model import NodeAddresses
 from kuryr_break0.model import Record
@@ -155,6 +155,7 @@ def by_interface(records: Iterable[Record]) -> list[list[Record]]:
     return list(found.values())
 
 
-def items_of(parent: Parent) -> list[Item]:
-    """List the routes and neighbours on a break0."""
-    return [*parent.routes.values(), *parent.neighbours.values()]
+def items_of(parent: Parent, protocol: int) -> list[Entry]:
+    """List our routes and neighbours on a break0."""
+    items: list[Entry] = [*parent.routes.values(), *parent.neighbours.values()]
+    return [item for item in items if item.protocol == protocol]

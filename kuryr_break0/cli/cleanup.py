@@ -12,6 +12,8 @@ from typing import Any, Iterable, Iterator, NamedTuple, Optional
 from oslo_config import cfg
 
 from kuryr_break0 import actual
+from kuryr_break0.apply import apply
+from kuryr_break0.apply import Work
 from kuryr_break0.cli import common
 from kuryr_break0.cli import names
 from kuryr_break0.cli import output
@@ -20,9 +22,9 @@ from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0.guard import Guard
 from kuryr_break0 import kernel
-from kuryr_break0.kernel import Verb
 from kuryr_break0.ledger.identity import Alias
 from kuryr_break0.ledger import Ledger
+from kuryr_break0.model import by_address
 from kuryr_break0.model import Record
 from kuryr_break0 import podside
 from kuryr_break0 import rebuild
@@ -178,15 +180,15 @@ class Cleanup:
         if reason is not None:
             yield Removal('interface %s' % link.name, reason)
             return
-        items = [item for item in snapshot.items_of(parent)
-                 if item.protocol == self.options.route_protocol]
-        changes: list[kernel.Change] = [(Verb.DELETE, item) for item in items]
-        errors = ([None] * len(items) if self.dry_run
-                  else netlink.change(changes))
-        for item, err in zip(items, errors):
-            if err is not None and not err.absent:
-                raise err
-            yield Removal(names.described(item, link.name))
+        works = [Work(address, unset=tuple(items)) for address, items
+                 in by_address(snapshot.items_of(
+                     parent, self.options.route_protocol)).items()]
+        errors = {} if self.dry_run else apply(netlink, guarding, works).errors
+        for work in works:
+            if work.address in errors:
+                raise errors[work.address]
+            for item in work.unset:
+                yield Removal(names.described(item, link.name))
         # While break0 is there, another run would find both.
         if guarding.is_loaded() or guarding.is_there():
             if not self.dry_run:

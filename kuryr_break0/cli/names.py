@@ -11,6 +11,7 @@ from kuryr_break0.model import address_order
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Item
+from kuryr_break0.model import Neighbour
 from kuryr_break0.model import Record
 from kuryr_break0 import option_types
 from kuryr_break0.texts import close_to
@@ -28,7 +29,10 @@ def described(item: Item, device: str) -> str:
         return 'route %s dev %s proto %d table %d%s' % (
             item.dst, device, item.protocol, item.table,
             ' src %s' % item.src if item.src else '')
-    return 'neighbour %s dev %s lladdr %s' % (item.dst, device, item.mac)
+    if isinstance(item, Neighbour):
+        return 'neighbour %s dev %s lladdr %s' % (item.dst, device, item.mac)
+    return 'guard entry %s dev %s lladdr %s' % (
+        item.dst, device, item.mac.hex(':') if item.mac else 'any')
 
 
 def is_called(record: Record, name: str) -> bool:

@@ -15,8 +15,8 @@ from kuryr_break0.cli import parser
 from kuryr_break0 import config
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
+from kuryr_break0.model import Entry
 from kuryr_break0.model import HostRoute
-from kuryr_break0.model import Item
 from kuryr_break0.plan import Outcome
 from kuryr_break0.reconciler import Reconciler
 
@@ -71,7 +71,7 @@ def _lines(outcome: Outcome, options: config.Options) -> Iterator[str]:
     for record in outcome.rebuilt:
         yield '+ record %s owner %s netns %s' % (record.address,
                                                  record.owner, record.netns)
-    signed: list[tuple[str, Item]] = [
+    signed: list[tuple[str, Entry]] = [
         *(('+', item) for item in outcome.replace),
         *(('-', item) for item in outcome.delete),
         *(('!', item) for item in outcome.foreign),

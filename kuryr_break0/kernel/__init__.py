@@ -38,7 +38,6 @@ from kuryr_break0.kernel.namespaces import unshare
 from kuryr_break0.kernel.nft import Nft
 from kuryr_break0.kernel.nft import NftEvents
 from kuryr_break0.kernel.nft import node_nft
-from kuryr_break0.kernel.nft import Pair
 from kuryr_break0.kernel.nft import share_nft
 from kuryr_break0.kernel.node import CAP_SYS_ADMIN
 from kuryr_break0.kernel.node import capabilities

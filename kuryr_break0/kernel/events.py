@@ -19,8 +19,8 @@ from kuryr_break0.kernel import netlink
 from kuryr_break0.kernel import node
 from kuryr_break0.kernel import values
 from kuryr_break0.kernel import wire
+from kuryr_break0.model import Entry
 from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Item
 
 #: Events of other namespaces that are read at once; each takes some 5 us.
 MOST = 2048
@@ -57,7 +57,7 @@ class Event:
     ifindex: Optional[int] = None
     link: Optional[values.Link] = None
     dst: Optional[IPAddress] = None
-    item: Optional[Item] = None
+    item: Optional[Entry] = None
     next_hops: tuple[values.NextHop, ...] = ()
 
 

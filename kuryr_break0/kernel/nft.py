@@ -15,7 +15,7 @@ import os
 import socket
 import struct
 import threading
-from typing import Iterable, Iterator, NamedTuple, Optional, Sequence
+from typing import Iterable, Iterator, Optional, Sequence
 
 from kuryr_break0.kernel import netlink
 from kuryr_break0.kernel.netlink import attribute
@@ -25,6 +25,7 @@ from kuryr_break0.kernel.netlink import NESTED
 from kuryr_break0.kernel.netlink import Received
 from kuryr_break0.kernel.netlink import text
 from kuryr_break0.kernel.netlink import tolerated
+from kuryr_break0.model import Pair
 
 _SUBSYSTEM = 10  # NFNL_SUBSYS_NFTABLES
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
@@ -42,29 +43,6 @@ _SHARED_TIMEOUT = 1
 #: Elements of one batch, which has to fit into the socket's buffer.
 _AT_ONCE = 256
 _U32 = struct.Struct('!I')
-
-
-class Pair(NamedTuple):
-    """What may come from a pod.
-
-    :ivar address: its address, packed
-    :ivar mac: its MAC address, packed; None for any
-    """
-
-    address: bytes
-    mac: Optional[bytes]
-
-    @property
-    def set_name(self) -> str:
-        """Return the name of its set in the table."""
-        return '%s%d' % ('addresses' if self.mac is None else 'pairs',
-                         4 if len(self.address) == 4 else 6)
-
-    @property
-    def key(self) -> bytes:
-        """Return its key in that set: each part is padded to 4 bytes."""
-        return (b'' if self.mac is None else self.mac + bytes(2)
-                ) + self.address
 
 
 #: The sets of a table.

@@ -20,11 +20,11 @@ from kuryr_break0.kernel.node import index_of
 from kuryr_break0.kernel.node import name_of
 from kuryr_break0.kernel import values
 from kuryr_break0.kernel import wire
+from kuryr_break0.model import Entry
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import IPInterface
 from kuryr_break0.model import IPNetwork
-from kuryr_break0.model import Item
 from kuryr_break0.model import Neighbour
 
 #: Changes in one request, which has to fit into the socket's buffer, as do
@@ -356,7 +356,7 @@ class Netlink(LinkSocket):
         return [each for each in found if each.ifindex == ifindex]
 
 
-def _description(verb: values.Verb, what: Item) -> str:
+def _description(verb: values.Verb, what: Entry) -> str:
     """Return what a change does, for errors."""
     kind, ifindex = (('route to', what.oif) if isinstance(what, HostRoute)
                      else ('neighbour', what.ifindex))

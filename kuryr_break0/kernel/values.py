@@ -9,9 +9,9 @@ import enum
 import socket
 from typing import NamedTuple, Optional
 
+from kuryr_break0.model import Entry
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Item
 from kuryr_break0.model import Neighbour
 
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
@@ -34,7 +34,7 @@ class Verb(enum.Enum):
     DELETE = 'delete'
 
 
-Change = tuple[Verb, Item]
+Change = tuple[Verb, Entry]
 
 
 class Vrf(NamedTuple):

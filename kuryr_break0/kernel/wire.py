@@ -24,11 +24,11 @@ from kuryr_break0.kernel.netlink import read_number
 from kuryr_break0.kernel.netlink import read_text
 from kuryr_break0.kernel import values
 from kuryr_break0.model import address_from_bytes
+from kuryr_break0.model import Entry
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import IPInterface
 from kuryr_break0.model import IPNetwork
-from kuryr_break0.model import Item
 
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
@@ -95,7 +95,7 @@ def pack_mac(mac: str) -> bytes:
     return bytes.fromhex(mac.replace(':', ''))
 
 
-def change(verb: values.Verb, what: Item) -> Message:
+def change(verb: values.Verb, what: Entry) -> Message:
     """Make the message that sets or deletes a route or a neighbour."""
     deletes = verb is values.Verb.DELETE
     if isinstance(what, HostRoute):

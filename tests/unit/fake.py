@@ -26,6 +26,7 @@ from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import NamespaceId
 from kuryr_break0.model import Neighbour
+from kuryr_break0.model import Pair
 from kuryr_break0.model import Tap
 
 
@@ -47,7 +48,7 @@ class FakeKernel:
         self.namespaces: dict[str, NamespaceId] = {}
         self.gone: set[NamespaceId] = set()
         self.macvlans_found: list[kernel.Macvlan] = []
-        self.tables: dict[str, set[kernel.Pair]] = {}
+        self.tables: dict[str, set[Pair]] = {}
         self.closed: set[str] = set()
         self.fail: Any = lambda verb, item: None
         self.next_index = 1
@@ -69,7 +70,7 @@ class FakeKernel:
                                                     **fields)
 
     @property
-    def pairs(self) -> list[kernel.Pair]:
+    def pairs(self) -> list[Pair]:
         """Return the elements of all tables."""
         return [each for pairs in self.tables.values() for each in pairs]
 
@@ -275,15 +276,15 @@ class FakeNft:
     def __init__(self, fake: FakeKernel) -> None:
         self._fake = fake
 
-    def add(self, table: str, pairs: Iterable[kernel.Pair]) -> None:
+    def add(self, table: str, pairs: Iterable[Pair]) -> None:
         if table in self._fake.tables:
             self._fake.tables[table] |= set(pairs)
 
-    def delete(self, table: str, pairs: Iterable[kernel.Pair]) -> None:
+    def delete(self, table: str, pairs: Iterable[Pair]) -> None:
         if table in self._fake.tables:
             self._fake.tables[table] -= set(pairs)
 
-    def elements(self, table: str) -> set[kernel.Pair]:
+    def elements(self, table: str) -> set[Pair]:
         return set(self._fake.tables.get(table, ()))
 
     def rules(self, table: str) -> list[int]:

@@ -21,11 +21,13 @@ from kuryr_break0 import kernel
 from kuryr_break0 import ledger
 from kuryr_break0.ledger import cache
 from kuryr_break0.ledger import files
+from kuryr_break0.ledger import journal
 from kuryr_break0.ledger import records
 from kuryr_break0 import manager
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import NamespaceId
+from kuryr_break0.model import Neighbour
 from kuryr_break0.model import Owner
 from kuryr_break0 import reconciler
 from tests.functional import base
@@ -186,13 +188,13 @@ class TestUndo(EngineTestCase):
 
     def test_what_a_dead_one_had_before_goes(self) -> None:
         """Whatever fails, and the neighbour may be its own still."""
-        verbs = kernel.Verb
-        for failing in ((verbs.ADD, verbs.REPLACE), (verbs.ADD,), ()):
+        for failing in ((HostRoute, Neighbour), (HostRoute,), ()):
             with self.subTest(failing=failing):
                 self.bind(POD, guard='auto')
                 self.fake.gone.add(self.fake.namespaces['/a'])
                 self.fake.fail = lambda verb, item, failing=failing: (
-                    errno.ENOBUFS if verb in failing else None)
+                    errno.ENOBUFS if verb is not kernel.Verb.DELETE
+                    and isinstance(item, failing) else None)
                 with self.assertRaises(exceptions.KernelRefused), (
                         contextlib.nullcontext() if failing
                         else mock.patch.object(
@@ -344,6 +346,22 @@ class TestReconciler(EngineTestCase):
         self.sync()
         self.assertEqual(MAC, self.fake.known[index, POD].mac)
         self.assertEqual({POD}, self.routed())
+
+    def test_a_repair_is_counted_by_the_claim_on_its_address(self) -> None:
+        self.bind(POD)
+        index = self.fake.links['break0'].index
+        for table, unclaimed, reason in (
+                (100, POD, journal.Done.ROUTE),
+                (254, OTHER, journal.Done.UNCLAIMED)):
+            with self.subTest(reason=reason):
+                self.ledger().journal.drain()
+                self.fake.host[unclaimed, table] = HostRoute(
+                    unclaimed, index, 176, table)
+                reconciler.Reconciler(self.options(), self.ledger()).sync(
+                    prune=True)
+                self.assertNotIn((unclaimed, table), self.fake.host)
+                self.assertEqual([(reason, 1)], [
+                    each[:2] for each in self.ledger().journal.drain()])
 
     def test_each_record_is_parsed_once(self) -> None:
         addresses = [POD + number for number in range(20)]

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Sets and deletes the items of addresses on one break0.
+
+No other module does that. A bind, an unbind and a sync differ in how they find
+out which items to set and to delete; the order is the same for all of them.
+Guard entries come first, then neighbours, then routes, so that the kernel
+never asks the LAN for the address of a pod. A route is deleted before its
+neighbour.
+"""
+
+from __future__ import annotations
+
+import collections
+from typing import Collection, Iterator, NamedTuple, Optional
+
+from kuryr_break0 import exceptions
+from kuryr_break0.guard import Guard
+from kuryr_break0 import kernel
+from kuryr_break0.kernel import Verb
+from kuryr_break0.ledger.journal import Done
+from kuryr_break0.ledger.journal import Journal
+from kuryr_break0 import log
+from kuryr_break0.model import HostRoute
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Item
+from kuryr_break0.model import Neighbour
+from kuryr_break0.model import Pair
+from kuryr_break0.model import Record
+
+LOG = log.get_logger(__name__)
+
+
+class Work(NamedTuple):
+    """The changes for one address on a break0.
+
+    :ivar set: the items to set
+    :ivar unset: the items to delete; one that does not exist is no error
+    :ivar claim: the claim that the items are for; None if no record claims
+        the address
+    :ivar is_new: whether an existing route is the error EEXIST, and is not
+        replaced
+    """
+
+    address: IPAddress
+    set: tuple[Item, ...] = ()
+    unset: tuple[Item, ...] = ()
+    claim: Optional[Record] = None
+    is_new: bool = False
+
+    @property
+    def route(self) -> HostRoute:
+        """Return the route to set; an error if there is none."""
+        return next(item for item in self.set if isinstance(item, HostRoute))
+
+
+class Applied(NamedTuple):
+    """The result of some works on one break0.
+
+    :ivar works: all of them
+    :ivar items: the items that were set or deleted
+    :ivar errors: the first error of each address that failed
+    :ivar guard_error: the error of the guard entries of all of them
+    """
+
+    works: Collection[Work]
+    items: set[Item]
+    errors: dict[IPAddress, exceptions.KernelRefused]
+    guard_error: Optional[exceptions.Break0Error]
+
+    @property
+    def is_device_lost(self) -> bool:
+        """Return whether break0 was down or gone."""
+        return any(err.device_lost for err in self.errors.values())
+
+
+def apply(netlink: kernel.Netlink, guard: Guard,
+          works: Collection[Work]) -> Applied:
+    """Set and delete the items of some addresses. Call it under the lock.
+
+    An error of one address stops no other one.
+
+    :param guard: of the break0 that the items are on
+    """
+    done = Applied(works, set(), {}, None)
+    added = [item for work in works for item in work.set
+             if isinstance(item, Pair)]
+    deleted = [item for work in works for item in work.unset
+               if isinstance(item, Pair)]
+    try:
+        if guard.change(added, deleted):
+            done.items.update(added, deleted)
+    except (exceptions.KernelRefused,
+            exceptions.GuardUnavailable) as guard_error:
+        done = done._replace(guard_error=guard_error)
+    changes = [(work, change) for work in works for change in _changes(work)]
+    for (work, (verb, item)), err in zip(changes, netlink.change(
+            [change for _, change in changes])):
+        if err is None:
+            done.items.add(item)
+        elif not (verb is Verb.DELETE and err.absent):
+            done.errors.setdefault(work.address, err)
+    return done
+
+
+def _changes(work: Work) -> Iterator[kernel.Change]:
+    """Return the changes of routes and neighbours, in their order."""
+    for item in work.set:
+        if isinstance(item, Neighbour):
+            yield Verb.REPLACE, item
+    for item in work.set:
+        if isinstance(item, HostRoute):
+            yield Verb.ADD if work.is_new else Verb.REPLACE, item
+    for item in work.unset:
+        if isinstance(item, HostRoute):
+            yield Verb.DELETE, item
+    for item in work.unset:
+        if isinstance(item, Neighbour):
+            yield Verb.DELETE, item
+
+
+def log_repairs(device: str, applied: Applied, journal: Journal) -> None:
+    """Log and count the changes of a sync. Needs no lock.
+
+    A route has one line with its neighbour. Guard entries are logged for all
+    addresses of a break0.
+    """
+    done: collections.Counter[Done] = collections.Counter()
+    for work in applied.works:
+        changed = [('Set' if item in work.set else 'Deleted',
+                    isinstance(item, HostRoute))
+                   for item in (*work.set, *work.unset)
+                   if item in applied.items and not isinstance(item, Pair)]
+        has_route = any(is_route for _, is_route in changed)
+        for verb, is_route in changed:
+            if is_route or not has_route:
+                LOG.info('%s the %s of %s on %s%s', verb,
+                         'route' if is_route else 'neighbour', work.address,
+                         device, ' for %s' % work.claim.whose if work.claim
+                         else ', which no record claims')
+            done[Done.UNCLAIMED if work.claim is None else
+                 Done.ROUTE if is_route else Done.NEIGHBOUR] += 1
+    for reason, times in done.items():
+        journal.add(reason, times=times)
