@@ -7,7 +7,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-from typing import Any, Collection, Iterable, Iterator, Mapping, Optional
+from typing import Any, Collection, Iterator, Mapping, Optional
 
 from kuryr_break0 import claims as claims_
 from kuryr_break0 import config
@@ -15,19 +15,20 @@ from kuryr_break0 import device
 from kuryr_break0 import devices
 from kuryr_break0 import exceptions
 from kuryr_break0.guard import Guard
-from kuryr_break0.guard import Pairs
 from kuryr_break0.guard import pairs
-from kuryr_break0.guard import unclaimed_pairs
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Contents
 from kuryr_break0.ledger.identity import boot_id
 from kuryr_break0.ledger import Ledger
+from kuryr_break0.model import Entry
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Item
 from kuryr_break0.model import Neighbour
+from kuryr_break0.model import of_kind
 from kuryr_break0.model import Origin
+from kuryr_break0.model import Pair
 from kuryr_break0.model import Record
-from kuryr_break0.model import Wanted
 from kuryr_break0 import plan
 from kuryr_break0.policy import Policy
 from kuryr_break0.snapshot import Parent
@@ -230,30 +231,41 @@ class _Reading:
                   if route.oif == index}
         desired = {} if conflict is not None and parent is not None else (
             self._desired(device_name, index, live))
-        difference = plan.compute(
-            desired, self._routes.host, neighbours, device=index,
-            protocol=options.route_protocol, takeover=options.takeover,
-            withdrawn=self._withdrawn(name, neighbours),
-            elsewhere={*self._contents.claims, *self._contents.unreadable})
-        guard: tuple[Optional[str], Pairs, Pairs] = None, {}, {}
+        guard: Optional[str] = None
+        entries: Optional[set[Pair]] = None
         differences: tuple[tuple[str, str], ...] = ()
         node = None
         if usable is not None and parent is not None:
-            kept_out = {address.packed for address
-                        in difference.blocked.union(self._refused)}
-            guard = self._guard(usable, parent, live.values(), kept_out,
-                                routes.values(), neighbours)
+            guard, entries = self._guard(usable, parent)
             differences = (*self._earlier_name(name, device_name), *(
                 (each.kind, each.text) for each in made.differences(
                     usable, parent, self._addresses)))
             node = self._policy.node_addresses(
                 self._addresses, parent.index,
-                {wanted.route.src for wanted in desired.values()},
+                {route.src for some in desired.values()
+                 for route in of_kind(HostRoute, some)},
                 usable.mac, usable.name)
+        items: dict[IPAddress, tuple[Item, ...]] = {**desired}
+        # The interfaces that records speak of may be of other pods by now.
+        admitted = [] if entries is None else [
+            dataclasses.replace(record, siblings=()) if record.siblings
+            else record for record in live.values()
+            if record.address not in self._refused]
+        for pair in pairs(admitted):
+            items[pair.dst] = *items.get(pair.dst, ()), pair
+        difference = plan.compute(
+            items, (*self._routes.host, *neighbours, *(entries or ())),
+            device=index, protocol=options.route_protocol,
+            takeover=options.takeover,
+            withdrawn=self._withdrawn(name, neighbours),
+            claimed=self._contents.claims,
+            unreadable=self._contents.unreadable,
+            is_refilled=guard is not None and entries is not None)
         return Parent(
             name, device_name, parent, link, usable, conflict,
             device.owned_by_other(usable, identity) if usable else None,
-            differences, *guard, live, desired, difference, routes,
+            differences, guard if live else None, live, desired, difference,
+            routes,
             {each.dst: each for each in neighbours},
             tuple(address for at, address in self._addresses
                   if at == index), node,
@@ -272,38 +284,25 @@ class _Reading:
                 yield 'name', 'its parent %s is called %s now' % (
                     parent, name)
 
-    def _guard(self, link: kernel.Link, parent: kernel.Link,
-               live: Collection[Record], kept_out: Collection[bytes],
-               routes: Iterable[HostRoute], neighbours: Collection[Neighbour]
-               ) -> tuple[Optional[str], Pairs, Pairs]:
-        """Return what is wrong, what is missing, and what is too much.
-
-        Where no pods are, no table has to be there. What is to be in one that
-        is loaded again was in it before, also if nobody claims it.
-        """
+    def _guard(self, link: kernel.Link, parent: kernel.Link
+               ) -> tuple[Optional[str], Optional[set[Pair]]]:
+        """Return what is wrong with a table, and its entries if it exists."""
         guard = Guard(self._options, self._ledger, link.name)
         problem = guard.problem(link, self._policy.solicited(
             self._addresses, parent.index, link.name))
-        if not (guard.is_loaded() if problem is None else guard.is_there()):
-            return problem if live else None, {}, {}
-        # The interfaces that records speak of may be of other pods by now.
-        allowed = {each for each in pairs(
-            dataclasses.replace(record, siblings=()) if record.siblings
-            else record for record in live) if each.address not in kept_out}
-        unclaimed = unclaimed_pairs(
-            routes, neighbours, self._options.route_protocol,
-            self._contents.claims)
-        return problem if live else None, *guard.difference(
-            {*allowed, *(unclaimed if problem else ())}, unclaimed)
+        is_there = guard.is_loaded() if problem is None else guard.is_there()
+        return problem, guard.entries() if is_there else None
 
     def _desired(self, device_name: str, index: int,
                  live: Mapping[IPAddress, Record]
-                 ) -> dict[IPAddress, Wanted]:
+                 ) -> dict[IPAddress, tuple[Entry, ...]]:
         desired = {}
         # All addresses of a subnet are reached from the same one.
         sources: dict[Any, Optional[IPAddress]] = {}
         for address, record in live.items():
-            if address in self._refused:
+            if address in self._refused or not (
+                    index == 0 or self._policy.has_family(address,
+                                                          device_name)):
                 continue
             key = next((subnet for subnet in record.subnets
                         if address in subnet), address)
@@ -311,10 +310,7 @@ class _Reading:
                 src = sources[key]
             except KeyError:
                 src = sources[key] = self._policy.source(record, device_name)
-            wanted = self._policy.wanted(record, device_name, index, src)
-            if wanted is not None or index == 0:
-                desired[address] = wanted or Wanted(self._policy.route(
-                    address, index, src))
+            desired[address] = self._policy.items(record, index, src)
         return desired
 
     def _withdrawn(self, parent: str, neighbours: Collection[Neighbour]

@@ -25,6 +25,7 @@ from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Item
 from kuryr_break0.model import Neighbour
+from kuryr_break0.model import of_kind
 from kuryr_break0.model import Pair
 from kuryr_break0.model import Record
 
@@ -47,11 +48,6 @@ class Work(NamedTuple):
     unset: tuple[Item, ...] = ()
     claim: Optional[Record] = None
     is_new: bool = False
-
-    @property
-    def route(self) -> HostRoute:
-        """Return the route to set; an error if there is none."""
-        return next(item for item in self.set if isinstance(item, HostRoute))
 
 
 class Applied(NamedTuple):
@@ -83,10 +79,8 @@ def apply(netlink: kernel.Netlink, guard: Guard,
     :param guard: of the break0 that the items are on
     """
     done = Applied(works, set(), {}, None)
-    added = [item for work in works for item in work.set
-             if isinstance(item, Pair)]
-    deleted = [item for work in works for item in work.unset
-               if isinstance(item, Pair)]
+    added = [pair for work in works for pair in of_kind(Pair, work.set)]
+    deleted = [pair for work in works for pair in of_kind(Pair, work.unset)]
     try:
         if guard.change(added, deleted):
             done.items.update(added, deleted)
@@ -105,18 +99,14 @@ def apply(netlink: kernel.Netlink, guard: Guard,
 
 def _changes(work: Work) -> Iterator[kernel.Change]:
     """Return the changes of routes and neighbours, in their order."""
-    for item in work.set:
-        if isinstance(item, Neighbour):
-            yield Verb.REPLACE, item
-    for item in work.set:
-        if isinstance(item, HostRoute):
-            yield Verb.ADD if work.is_new else Verb.REPLACE, item
-    for item in work.unset:
-        if isinstance(item, HostRoute):
-            yield Verb.DELETE, item
-    for item in work.unset:
-        if isinstance(item, Neighbour):
-            yield Verb.DELETE, item
+    for neighbour in of_kind(Neighbour, work.set):
+        yield Verb.REPLACE, neighbour
+    for route in of_kind(HostRoute, work.set):
+        yield Verb.ADD if work.is_new else Verb.REPLACE, route
+    for route in of_kind(HostRoute, work.unset):
+        yield Verb.DELETE, route
+    for neighbour in of_kind(Neighbour, work.unset):
+        yield Verb.DELETE, neighbour
 
 
 def log_repairs(device: str, applied: Applied, journal: Journal) -> None:

@@ -27,19 +27,20 @@ from kuryr_break0.devices import Devices
 from kuryr_break0 import exceptions
 from kuryr_break0.failures import Failures
 from kuryr_break0.guard import Guard
-from kuryr_break0.guard import pair
 from kuryr_break0.guard import pairs
 from kuryr_break0 import kernel
 from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
 from kuryr_break0.model import by_address
+from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Item
 from kuryr_break0.model import Neighbour
+from kuryr_break0.model import of_kind
 from kuryr_break0.model import Owner
+from kuryr_break0.model import Pair
 from kuryr_break0.model import Record
-from kuryr_break0.model import Wanted
 from kuryr_break0.pods import Pods
 from kuryr_break0.policy import Policy
 from kuryr_break0.routes import forget_connections
@@ -292,7 +293,7 @@ class Engine:
             index = kernel.index_of(name)
             if index is None:
                 continue
-            items: list[Item] = [pair(address, each)
+            items: list[Item] = [Pair.of(address, each)
                                  for each in macs or (None,)]
             present, kind = netlink.neighbour(index, address)
             found = present if kind == 'permanent' else None
@@ -334,20 +335,23 @@ class Engine:
         for record in records:
             address = record.address
             with failure.noted(address):
-                wanted = self._wanted(record, break0)
-                if wanted is None:
+                if not self._policy.has_family(address, break0.name):
+                    LOG.debug('IPv6 is disabled on %s, so %s is not reachable '
+                              'through it', break0.name, address)
                     continue
+                route = self._policy.route(
+                    address, break0.index,
+                    self._policy.source(record, break0.name))
                 # NLM_F_EXCL does not notice a route of another metric.
                 present = netlink.route_to(address)
                 try:
-                    self.routes.require_free(
-                        wanted.route, filter(None, [present]))
+                    self.routes.require_free(route, filter(None, [present]))
                 except exceptions.ForeignRoute:
                     blocked.add(address)
                     raise
-                sources[address] = wanted.route.src
+                sources[address] = route.src
                 if present and (present.table, present.metric) == (
-                        wanted.route.table, wanted.route.metric):
+                        route.table, route.metric):
                     existing.add(address)
         for address, move in moves.items():
             if address in blocked or any(claim.parent != first.parent
@@ -370,10 +374,9 @@ class Engine:
             unset: list[Item] = [each for each in earlier.get(address, ())
                                  if each not in items]
             if address in sources:
-                wanted = self._policy.items(record, break0.index,
+                items += self._policy.items(record, break0.index,
                                             sources[address])
-                items += filter(None, (wanted.neighbour, wanted.route))
-                if wanted.neighbour is None:  # an earlier pod may have one
+                if record.mac is None:  # an earlier pod may have one
                     unset.append(Neighbour(address, break0.index, '', None))
             return Work(address, tuple(items), tuple(unset), record,
                         is_new=address not in existing)
@@ -389,9 +392,10 @@ class Engine:
             with failure.noted(each.address):
                 if err is not None and err.errno == errno.EEXIST:
                     # A dump shows routes that are not the one in use.
-                    self.routes.require_free(each.route, [
-                        route for route in netlink.routes().host
-                        if route.dst == each.address])
+                    route, = of_kind(HostRoute, each.set)
+                    self.routes.require_free(route, [
+                        other for other in netlink.routes().host
+                        if other.dst == each.address])
                     again.append(each._replace(is_new=False))
                 elif err is not None:
                     raise err
@@ -435,15 +439,6 @@ class Engine:
 
     def _guard(self, device: str) -> Guard:
         return Guard(self._options, self._ledger, device)
-
-    def _wanted(self, record: Record, break0: Break0) -> Optional[Wanted]:
-        wanted = self._policy.wanted(
-            record, break0.name, break0.index,
-            self._policy.source(record, break0.name))
-        if wanted is None:
-            LOG.debug('IPv6 is disabled on %s, so %s is not reachable through '
-                      'it', break0.name, record.address)
-        return wanted
 
 
 def _is_gone(claim: Record) -> bool:

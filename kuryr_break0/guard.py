@@ -24,9 +24,6 @@ from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
-from kuryr_break0.model import by_address
-from kuryr_break0.model import Entry
-from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import NamespaceId
 from kuryr_break0.model import Neighbour
@@ -34,8 +31,6 @@ from kuryr_break0.model import Pair
 from kuryr_break0.model import Record
 
 LOG = log.get_logger(__name__)
-
-Pairs = dict[IPAddress, list[Pair]]
 
 #: Begins the names of our tables, on the node and in pods.
 PREFIX = 'kuryr-break0'
@@ -166,12 +161,6 @@ def _load(nft: str, text: str, *options: str) -> Optional[str]:
         first[1] if first else ' '.join(done.stderr.split()))[:300]
 
 
-def pair(address: IPAddress, mac: Optional[str]) -> Pair:
-    """Return what may come from a pod with an address."""
-    return Pair(address.packed,
-                bytes.fromhex(mac.replace(':', '')) if mac else None)
-
-
 def pairs(records: Iterable[Record]) -> list[Pair]:
     """Return what may come from the pods of one parent.
 
@@ -182,24 +171,9 @@ def pairs(records: Iterable[Record]) -> list[Pair]:
     for record in records:
         if record.namespace is not None:
             of_sandbox.setdefault(record.namespace, set()).update(record.macs)
-    return [pair(record.address, mac) for record in records
+    return [Pair.of(record.address, mac) for record in records
             for mac in ({*record.macs, *of_sandbox.get(record.namespace, ())}
                         if record.mac is not None else {None})]
-
-
-def unclaimed_pairs(routes: Iterable[HostRoute],
-                    neighbours: Collection[Neighbour], protocol: int,
-                    claimed: Collection[IPAddress]) -> set[Pair]:
-    """Return what may come from addresses of ours that no record claims.
-
-    A pod whose record is lost keeps its route, so it is not cut off here
-    either.
-    """
-    items: list[Entry] = [*routes, *neighbours]
-    found = {item.dst for item in items
-             if item.protocol == protocol and item.dst not in claimed}
-    macs = {each.dst: each.mac for each in neighbours} if found else {}
-    return {pair(address, macs.get(address)) for address in found}
 
 
 class Guard:
@@ -266,25 +240,17 @@ class Guard:
         return bool(known[3:]) and (
             kernel.node_nft().rules(self.table) == known[3:])
 
-    def difference(self, wanted: Iterable[Pair], unclaimed: Iterable[Pair]
-                   ) -> tuple[Pairs, Pairs]:
-        """Return which elements are missing, and which too many, of a table.
+    def entries(self) -> Optional[set[Pair]]:
+        """Return the guard entries in the table; None without a table.
 
-        :param unclaimed: of addresses of which it is not known whose they
-            are, so that nothing about them is right or wrong
         :raises KernelRefused: if they cannot be listed
         """
         try:
-            present = kernel.node_nft().elements(self.table)
+            return kernel.node_nft().elements(self.table)
         except exceptions.KernelRefused as err:
             if err.absent:
-                return {}, {}
+                return None
             raise
-        wanted = set(wanted)
-        doubtful = {each.address for each in unclaimed}
-        return by_address(wanted - present), by_address(
-            each for each in present - wanted
-            if each.address not in doubtful)
 
     def ensure(self, link: kernel.Link, hosts: Collection[IPAddress],
                is_used: Callable[[], bool], is_filled: bool) -> bool:
@@ -421,7 +387,7 @@ class Guard:
             if mac and (self._cache.get(self._key) or ())[1:2] == [True]:
                 with contextlib.suppress(exceptions.KernelRefused):
                     self._nft().add(self.table, [
-                        _Held(*pair(address, mac))])
+                        _Held(*Pair.of(address, mac))])
                     changes.insert(0, (Verb.REPLACE, Neighbour(
                         address, parent, mac, None)))
             netlink.change(changes)

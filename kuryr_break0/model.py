@@ -292,6 +292,12 @@ class Pair(NamedTuple):
     address: bytes
     mac: Optional[bytes]
 
+    @classmethod
+    def of(cls, address: IPAddress, mac: Optional[str]) -> Pair:
+        """Return the guard entry of an address; without MAC, for any."""
+        return cls(address.packed,
+                   bytes.fromhex(mac.replace(':', '')) if mac else None)
+
     @property
     def dst(self) -> IPAddress:
         """Return the address that the entry is for, as of other items."""
@@ -313,8 +319,8 @@ class Pair(NamedTuple):
 #: An entry of the tables that rtnetlink changes.
 Entry = Union[HostRoute, Neighbour]
 #: An item that an address has on a break0.
-Item = Union[HostRoute, Neighbour, Pair]
-_Item = TypeVar('_Item', Pair, Item)
+Item = Union[Entry, Pair]
+_Item = TypeVar('_Item', bound=Item)
 
 
 def by_address(items: Iterable[_Item]) -> dict[IPAddress, list[_Item]]:
@@ -325,14 +331,9 @@ def by_address(items: Iterable[_Item]) -> dict[IPAddress, list[_Item]]:
     return found
 
 
-class Wanted(NamedTuple):
-    """What a pod's address must have on the node.
-
-    :ivar neighbour: None where it is found by ARP
-    """
-
-    route: HostRoute
-    neighbour: Optional[Neighbour] = None
+def of_kind(kind: type[_Item], items: Iterable[Item]) -> list[_Item]:
+    """Return the items of one kind, in their order."""
+    return [item for item in items if isinstance(item, kind)]
 
 
 @dataclasses.dataclass(frozen=True)

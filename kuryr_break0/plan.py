@@ -9,50 +9,39 @@ lost or be another's. Such items are ``unclaimed``.
 from __future__ import annotations
 
 import dataclasses
-from typing import Collection, Iterable, Mapping, Optional
+from typing import Any, Collection, Container, Iterable, Mapping, Optional
 
 from kuryr_break0 import exceptions
 from kuryr_break0.model import address_order
-from kuryr_break0.model import Entry
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Item
 from kuryr_break0.model import Neighbour
+from kuryr_break0.model import of_kind
 from kuryr_break0.model import Owner
+from kuryr_break0.model import Pair
 from kuryr_break0.model import Record
-from kuryr_break0.model import Wanted
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The difference. Neighbours are set before routes, and go after them.
+    """The difference, each part in order: by kind, then by address.
 
-    :ivar replace: routes to set, in place of what is there
-    :ivar delete: our routes that must go
-    :ivar foreign: routes of others that are in the way of a pod's route, the
-        best one of each address. Left alone, and ours is not set; or, where
-        they are taken over, those that ours is set in place of, or before
-    :ivar learn: neighbours to set, in place of what is there
-    :ivar forget: our neighbours that must go
-    :ivar unclaimed: our routes and neighbours of addresses without a record
-    :ivar blocked: addresses that get nothing, because of a foreign route
+    :ivar set: items to set, in place of what is there
+    :ivar unset: our items to delete
+    :ivar foreign: routes of others in the way of a pod's route, the best one
+        of each address. Such a route stays, and the address gets nothing;
+        or it is taken over, and ours is set in its place or before it
+    :ivar unclaimed: our items of addresses without a record
     """
 
-    replace: tuple[HostRoute, ...] = ()
-    delete: tuple[HostRoute, ...] = ()
+    set: tuple[Item, ...] = ()
+    unset: tuple[Item, ...] = ()
     foreign: tuple[HostRoute, ...] = ()
-    learn: tuple[Neighbour, ...] = ()
-    forget: tuple[Neighbour, ...] = ()
-    unclaimed: tuple[Entry, ...] = ()
-    blocked: frozenset[IPAddress] = dataclasses.field(
-        default=frozenset(), compare=False)
-
-    @property
-    def changes(self) -> tuple[Entry, ...]:
-        """Return all that is to be set or deleted."""
-        return (*self.learn, *self.replace, *self.delete, *self.forget)
+    unclaimed: tuple[Item, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.changes)
+        return bool(self.set or self.unset)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,88 +85,104 @@ def is_others(route: HostRoute, devices: Collection[Optional[int]],
     return route.oif not in devices and route.protocol != protocol
 
 
-def compute(desired: Mapping[IPAddress, Wanted],
-            routes: Iterable[HostRoute], neighbours: Iterable[Neighbour] = (),
-            *, device: int, protocol: int, takeover: bool = False,
-            withdrawn: Collection[IPAddress] = (),
-            elsewhere: Collection[IPAddress] = ()) -> Plan:
-    """Compare what must be with what is, for one break0.
+def compute(desired: Mapping[IPAddress, Collection[Item]],
+            present: Iterable[Item], *, device: int, protocol: int,
+            takeover: bool = False, withdrawn: Container[IPAddress] = (),
+            claimed: Container[IPAddress] = (),
+            unreadable: Container[IPAddress] = (),
+            is_refilled: bool = False) -> Plan:
+    """Compare the items that must be with those that are, for one break0.
 
     A route that is on break0, or carries our protocol number, was set for a
-    pod, so in the way of a pod's route it is replaced. All else belongs to
-    others, at any metric: ours is the best, so it would override them. One
-    that comes when ours is there, with another metric, takes no part. Only
-    what is both is ever deleted.
+    pod, so in the way of a pod's route it is replaced. All others are
+    foreign, at any metric: ours is the best, so it would override them. One
+    that comes when ours is there, with another metric, takes no part. Only a
+    route that is both is ever deleted.
 
-    :param desired: what the addresses of pods must have
-    :param routes: the host routes of the node
-    :param neighbours: the permanent neighbours on break0
+    :param desired: the items that the addresses of pods must have
+    :param present: the host routes of the node, the permanent neighbours on
+        break0 and the entries of its guard
     :param device: ifindex of break0
-    :param withdrawn: addresses that are known to be nobody's any more
-    :param elsewhere: addresses that have a record, but not for this break0
+    :param withdrawn: addresses whose claims on this break0 have ended
+    :param claimed: addresses that have a record, maybe for another break0
+    :param unreadable: addresses whose record cannot be read
+    :param is_refilled: whether the guard is loaded again: then it admits
+        addresses without a record as well, whose pods would be cut off
     """
-    present: set[IPAddress] = set()
+    kept: set[Item] = set()
     held: set[IPAddress] = set()
     foreign: dict[IPAddress, HostRoute] = {}
-    delete, forget = [], []
-    unclaimed: list[Entry] = []
-    for route in routes:
-        wanted = desired.get(route.dst)
-        ours = route.oif == device and route.protocol == protocol
-        if wanted is not None and route.table == wanted.route.table:
-            if route == wanted.route:
-                present.add(route.dst)
-            if is_others(route, (device,), protocol):
-                foreign[route.dst] = min(
-                    route, foreign.get(route.dst, route), key=_by_metric)
-            elif route.metric == wanted.route.metric:
-                held.add(route.dst)
-            elif ours:
-                delete.append(route)
-        elif ours and (wanted is not None or route.dst in withdrawn):
-            delete.append(route)
-        elif ours and route.dst not in elsewhere:
-            unclaimed.append(route)
-    known = set()
-    for neighbour in neighbours:
-        wanted = desired.get(neighbour.dst)
-        ours = (neighbour.ifindex == device
-                and neighbour.protocol == protocol)
-        if wanted is not None and wanted.neighbour is not None:
-            if neighbour == wanted.neighbour:
-                known.add(neighbour.dst)
-        elif ours and (wanted is not None or neighbour.dst in withdrawn):
-            forget.append(neighbour)
-        elif ours and neighbour.dst not in elsewhere:
-            unclaimed.append(neighbour)
+    unset: list[Item] = []
+    unclaimed: list[Item] = []
+    pairs: set[Pair] = set()
+    routes = {item.dst: item for items in desired.values()
+              for item in of_kind(HostRoute, items)}
+    for item in present:
+        if isinstance(item, Pair):
+            pairs.add(item)
+            continue
+        wanted = desired.get(item.dst, ())
+        if item in wanted:
+            kept.add(item)
+        if isinstance(item, HostRoute):
+            route = routes.get(item.dst)
+            ours = item.oif == device and item.protocol == protocol
+            if route is not None and item.table == route.table:
+                if is_others(item, (device,), protocol):
+                    foreign[item.dst] = min(
+                        item, foreign.get(item.dst, item), key=_by_metric)
+                elif item.metric == route.metric:
+                    held.add(item.dst)
+                elif ours:
+                    unset.append(item)
+                continue
+        else:
+            ours = item.ifindex == device and item.protocol == protocol
+            if of_kind(Neighbour, wanted):
+                continue
+        if ours and (wanted or item.dst in withdrawn):
+            unset.append(item)
+        elif ours and item.dst not in claimed:
+            unclaimed.append(item)
     foreign = {address: route for address, route in foreign.items()
                if address not in held
-               or route.metric == desired[address].route.metric}
-    # What is refused gets nothing else either.
-    blocked = set() if takeover else set(foreign) - present
-    settled, answered = present | blocked, known | blocked
+               or route.metric == routes[address].metric}
+    # An address that gets no route gets nothing else either.
+    blocked = set() if takeover else {
+        address for address in foreign if routes[address] not in kept}
+    missing = [item for address, items in desired.items()
+               if address not in blocked for item in items
+               if item not in kept]
+    admitted = set(of_kind(Pair, missing))
+    doubtful = {item.dst for item in unclaimed}
+    if is_refilled:
+        macs = {each.dst: each.mac for each in of_kind(Neighbour, unclaimed)}
+        missing += {Pair.of(address, macs.get(address))
+                    for address in doubtful} - admitted
+    for pair in pairs - admitted:
+        if pair.dst in doubtful:
+            unclaimed.append(pair)
+        elif pair.dst not in unreadable:
+            unset.append(pair)
     return Plan(
-        replace=tuple(sorted((
-            wanted.route for wanted in desired.values()
-            if wanted.route.dst not in settled), key=_by_order)),
-        delete=tuple(sorted(delete, key=_by_order)),
-        foreign=tuple(sorted(foreign.values(), key=_by_order)),
-        learn=tuple(sorted((
-            wanted.neighbour for wanted in desired.values()
-            if wanted.neighbour is not None
-            and wanted.neighbour.dst not in answered), key=_by_order)),
-        forget=tuple(sorted(forget, key=_by_order)),
-        unclaimed=tuple(sorted(unclaimed, key=_by_order)),
-        blocked=frozenset(blocked))
+        tuple(sorted((item for item in missing if item not in pairs),
+                     key=_by_order)),
+        tuple(sorted(unset, key=_by_order)),
+        tuple(sorted(foreign.values(), key=_by_order)),
+        tuple(sorted((item for item in unclaimed
+                      if item.dst not in unreadable), key=_by_order)))
 
 
 def _by_metric(route: HostRoute) -> tuple[int, ...]:
-    return (route.metric or 0, *_by_order(route))
+    return (route.metric or 0, *address_order(route.dst), route.table,
+            route.protocol, route.oif or 0)
 
 
-def _by_order(item: Entry) -> tuple[int, ...]:
-    """Return a sort key: by address, routes before neighbours."""
+def _by_order(item: Item) -> tuple[Any, ...]:
+    """Return a sort key: routes, neighbours, guard entries; by address."""
     if isinstance(item, HostRoute):
-        return (*address_order(item.dst), item.table, item.protocol,
+        return (0, *address_order(item.dst), item.table, item.protocol,
                 item.oif or 0, item.metric or 0)
-    return (*address_order(item.dst), 2 ** 32)
+    if isinstance(item, Neighbour):
+        return 1, *address_order(item.dst)
+    return 2, *address_order(item.dst), item.mac or b''

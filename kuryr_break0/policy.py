@@ -15,13 +15,13 @@ from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.model import address_order
 from kuryr_break0.model import best_metric
+from kuryr_break0.model import Entry
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Neighbour
 from kuryr_break0.model import NodeAddresses
 from kuryr_break0.model import not_a_host
 from kuryr_break0.model import Record
-from kuryr_break0.model import Wanted
 
 #: IPv6 addresses of other interfaces that a pod has to know.
 MAX_ELSEWHERE = 16
@@ -89,22 +89,23 @@ class Policy:
             return kernel.source_for(record.address, record.parent)
         return None
 
-    def wanted(self, record: Record, device: str, index: int,
-               src: Optional[IPAddress]) -> Optional[Wanted]:
-        """Return what an address must have; None if its family is off."""
-        if record.address.version == 6 and kernel.read_sysctl(
-                'ipv6/conf/%s/disable_ipv6' % device) != 0:
-            return None
-        return self.items(record, index, src)
+    @staticmethod
+    def has_family(address: IPAddress, device: str) -> bool:
+        """Return whether a break0 has the family of an address."""
+        return address.version == 4 or kernel.read_sysctl(
+            'ipv6/conf/%s/disable_ipv6' % device) == 0
 
     def items(self, record: Record, index: int,
-              src: Optional[IPAddress]) -> Wanted:
-        """Return what an address must have, where its family is on."""
-        neighbour = None
-        if record.mac is not None:
-            neighbour = Neighbour(record.address, index, record.mac,
-                                  self._options.route_protocol)
-        return Wanted(self.route(record.address, index, src), neighbour)
+              src: Optional[IPAddress]) -> tuple[Entry, ...]:
+        """Return the route that an address must have, after its neighbour.
+
+        There is no neighbour without a MAC address.
+        """
+        route = self.route(record.address, index, src)
+        if record.mac is None:
+            return (route,)
+        return Neighbour(record.address, index, record.mac,
+                         self._options.route_protocol), route
 
     def route(self, address: IPAddress, index: int,
               src: Optional[IPAddress] = None) -> HostRoute:

@@ -4,13 +4,17 @@
 
 from __future__ import annotations
 
-from typing import Iterator, Sized
+from typing import Iterable, Iterator
 
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.model import address_order
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Item
+from kuryr_break0.model import Neighbour
+from kuryr_break0.model import of_kind
+from kuryr_break0.model import Pair
 from kuryr_break0.snapshot import Parent
 from kuryr_break0.snapshot import Snapshot
 
@@ -45,13 +49,13 @@ def _on(parent: Parent, seen: Snapshot) -> dict[IPAddress, str]:
         elif address not in parent.desired and (
                 address not in seen.refused):
             problems[address] = 'IPv6 is disabled on ' + parent.device
-    for neighbour in parent.plan.learn:
+    for neighbour in of_kind(Neighbour, parent.plan.set):
         problems[neighbour.dst] = 'its neighbour entry is ' + (
             'wrong' if neighbour.dst in parent.neighbours else 'missing')
-    for route in parent.plan.replace:
+    for route in of_kind(HostRoute, parent.plan.set):
         problems[route.dst] = 'its route is ' + (
             'wrong' if route.dst in parent.routes else 'missing')
-    for route in parent.plan.delete:
+    for route in of_kind(HostRoute, parent.plan.unset):
         problems.setdefault(route.dst, 'it has a route too many')
     for route in parent.plan.foreign:
         problems[route.dst] = foreign_text(route)
@@ -91,7 +95,7 @@ def parent_problems(parent: Parent) -> Iterator[str]:
             yield '%s belongs to the ledger %s in %s' % (
                 parent.device, *parent.other)
         for text in () if parent.guard else guard_text(
-                parent.guard_missing, parent.guard_extra):
+                parent.plan.set, parent.plan.unset):
             yield '%s: %s' % (parent.device, text)
         if not parent.live:
             return
@@ -127,8 +131,11 @@ def foreign_text(route: HostRoute) -> str:
         kernel.name_of(route.oif), route.protocol)
 
 
-def guard_text(missing: Sized, extra: Sized) -> Iterator[str]:
-    """Say that the guard knows other pods than it should, if it does."""
-    if missing or extra:
-        yield ('its guard lets %d pods too few pass, and %d too many'
-               % (len(missing), len(extra)))
+def guard_text(added: Iterable[Item], deleted: Iterable[Item]
+               ) -> Iterator[str]:
+    """Return how many addresses have missing or stale guard entries."""
+    missing, stale = (len({pair.dst for pair in of_kind(Pair, items)})
+                      for items in (added, deleted))
+    if missing or stale:
+        yield ('its guard lacks the entries of %d addresses, and has stale '
+               'ones of %d' % (missing, stale))

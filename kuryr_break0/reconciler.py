@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-from typing import Any, Collection, Iterator
+from typing import Collection, Iterator, Mapping
 
 from kuryr_break0 import actual
 from kuryr_break0.apply import apply
@@ -35,9 +35,8 @@ from kuryr_break0.model import by_address
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Item
-from kuryr_break0.model import Neighbour
 from kuryr_break0.model import NodeAddresses
-from kuryr_break0.model import Pair
+from kuryr_break0.model import of_kind
 from kuryr_break0.model import Record
 from kuryr_break0.plan import Outcome
 from kuryr_break0.plan import Plan
@@ -84,7 +83,6 @@ class Reconciler:
         self._repaired: list[tuple[str, str]] = []
         #: what was changed, as far as it was in the plan
         self._applied: set[Item] = set()
-        self._guarded: set[tuple[str, IPAddress]] = set()
         outcome = Outcome()
         with self._failure.noted(), kernel.Netlink() as self._netlink, \
                 uncollected():
@@ -123,7 +121,7 @@ class Reconciler:
                      == seen.contents.claims[record.address][0]}
             self._engine.remove_gone(moved, self._failure)
             self._applied.update(item for plan in plans.values()
-                                 for item in plan.changes
+                                 for item in (*plan.set, *plan.unset)
                                  if item.dst in moved - self._failure.failed)
             for name, parent in seen.parents.items():
                 self._apply(parent, plans[name], seen, moved)
@@ -137,7 +135,7 @@ class Reconciler:
         if not self._dry_run:
             released.drop(by_pods, self._engine, self._ledger, self._failure)
         return dataclasses.replace(
-            self._outcome(seen, plans.values(), rebuilt),
+            self._outcome(seen, plans, rebuilt),
             released={**by_del, **by_pods}, pods=tuple(pods.changed),
             missing={each.record: str(each) for each in pods.missing})
 
@@ -154,35 +152,30 @@ class Reconciler:
             return Plan(unclaimed=unclaimed)
         if not self._prune:
             return dataclasses.replace(plan, unclaimed=unclaimed)
-        return dataclasses.replace(
-            plan, unclaimed=(),
-            delete=(*plan.delete, *(item for item in unclaimed
-                                    if isinstance(item, HostRoute))),
-            forget=(*plan.forget, *(item for item in unclaimed
-                                    if isinstance(item, Neighbour))))
+        return dataclasses.replace(plan, unclaimed=(),
+                                   unset=(*plan.unset, *unclaimed))
 
-    def _outcome(self, seen: Snapshot, plans: Collection[Plan],
+    def _outcome(self, seen: Snapshot, plans: Mapping[str, Plan],
                  rebuilt: list[Record]) -> Outcome:
-        items: dict[str, Any] = {name: tuple(
-            item for plan in plans for item in getattr(plan, name)
-            if self._dry_run or item in self._applied
-            or name in ('foreign', 'unclaimed'))
-            for name in ('replace', 'delete', 'foreign', 'learn', 'forget',
-                         'unclaimed')}
-        for parent in seen.parents.values():
-            if parent.guard or self._is_left(seen, parent):
-                continue
-            for text in guard_text(*([
-                    address for address in pairs if self._dry_run
-                    or (parent.device, address) in self._guarded]
-                    for pairs in (parent.guard_missing, parent.guard_extra))):
+        """Return what was done; of a dry run, what there is to do."""
+        added: list[Item] = []
+        deleted: list[Item] = []
+        for name, parent in seen.parents.items():
+            done = [[item for item in items
+                     if self._dry_run or item in self._applied]
+                    for items in (plans[name].set, plans[name].unset)]
+            added += done[0]
+            deleted += done[1]
+            for text in () if parent.guard else guard_text(*done):
                 self._repaired.append((parent.device, text))
                 if not self._dry_run:
                     LOG.info('Repaired %s: %s', parent.device, text)
         return Outcome(
+            tuple(added), tuple(deleted),
+            tuple(route for plan in plans.values() for route in plan.foreign),
+            tuple(item for plan in plans.values() for item in plan.unclaimed),
             devices=tuple(self._repaired), rebuilt=tuple(rebuilt),
-            gone=seen.gone, unjudged=seen.unjudged, refused=seen.refused,
-            **items)
+            gone=seen.gone, unjudged=seen.unjudged, refused=seen.refused)
 
     def _interfaces(self, seen: Snapshot, dropped: Collection[Record]
                     ) -> Iterator[tuple[list[Record], NodeAddresses]]:
@@ -336,18 +329,15 @@ class Reconciler:
             for address, err in applied.errors.items():
                 self._failure.note(err, address)
             self._applied |= applied.items
-            self._guarded.update((parent.device, item.dst)
-                                 for item in applied.items
-                                 if isinstance(item, Pair))
             log_repairs(parent.device, applied, self._ledger.journal)
             if applied.is_device_lost:
                 break  # the others would fail alike
             # Without its route, the LAN was asked for it.
             with self._failure.noted():
                 guard.release(self._netlink, kernel.index_of(parent.name), {
-                    item.dst: parent.live[item.dst].mac
-                    for item in applied.items
-                    if isinstance(item, HostRoute) and item in plan.replace})
+                    work.address: work.claim.mac for work in applied.works
+                    if work.claim and applied.items.intersection(
+                        of_kind(HostRoute, work.set))})
         else:
             if parent.guard and not unread and guard.is_there():
                 with self._failure.noted(), self._ledger.lock():
@@ -364,10 +354,10 @@ class Reconciler:
         with self._failure.noted(work.address):
             is_as_read = seen.contents.is_still(self._records, work.address)
             read.add(work.address)
-            for route in plan.foreign if is_as_read else ():
-                if route.dst == work.address and any(
-                        isinstance(item, HostRoute) for item in work.set):
-                    self._engine.routes.take_over(route)
+            if is_as_read and of_kind(HostRoute, work.set):
+                for route in plan.foreign:
+                    if route.dst == work.address:
+                        self._engine.routes.take_over(route)
             return is_as_read
         return False
 
@@ -378,14 +368,7 @@ def _works(parent: Parent, plan: Plan,
 
     :param moved: addresses that have got their items already
     """
-    items: list[Item] = [*plan.learn, *plan.replace]
-    for pairs in parent.guard_missing.values():
-        items += pairs
-    added = by_address(items)
-    items = [*plan.delete, *plan.forget]
-    for pairs in parent.guard_extra.values():
-        items += pairs
-    deleted = by_address(items)
+    added, deleted = by_address(plan.set), by_address(plan.unset)
     return [Work(address, tuple(added.get(address, ())),
                  tuple(deleted.get(address, ())), parent.live.get(address))
             for address in sorted(added.keys() | deleted.keys(),

@@ -17,7 +17,6 @@ from kuryr_break0 import log
 from kuryr_break0.model import best_metric
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Wanted
 from kuryr_break0.plan import compute
 
 LOG = log.get_logger(__name__)
@@ -40,10 +39,10 @@ class Routes:
         :param route: the route to set
         :raises ForeignRoute: if it stays
         """
-        plan = compute({route.dst: Wanted(route)}, present,
+        plan = compute({route.dst: (route,)}, present,
                        device=route.oif or 0, protocol=route.protocol,
                        takeover=self._options.takeover)
-        if not plan.replace and plan.foreign:
+        if not plan.set and plan.foreign:
             raise foreign_route(plan.foreign[0])
         for foreign in plan.foreign:
             self.take_over(foreign)

@@ -13,7 +13,6 @@ from typing import Any, Iterable, Optional
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
-from kuryr_break0.guard import Pairs
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Contents
 from kuryr_break0.ledger.identity import Alias
@@ -25,7 +24,6 @@ from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Neighbour
 from kuryr_break0.model import NodeAddresses
 from kuryr_break0.model import Record
-from kuryr_break0.model import Wanted
 from kuryr_break0.plan import Plan
 
 
@@ -42,10 +40,8 @@ class Parent:
     :ivar differences: what its break0 is, and should not be, each with the
         kind of a :class:`~kuryr_break0.device.Difference`
     :ivar guard: what is wrong with the table of its guard, if anything
-    :ivar guard_missing: what that does not let pass, and should
-    :ivar guard_extra: what that lets pass, and should not
     :ivar live: the records of its pods, the newest claim on each address
-    :ivar desired: what these addresses must have
+    :ivar desired: the neighbours and routes that these addresses must have
     :ivar plan: the difference to what they have
     :ivar routes, neighbours, addresses: what its break0 has
     :ivar node: what its pods must know of the node; None without break0
@@ -62,10 +58,8 @@ class Parent:
     other: Optional[Alias]
     differences: tuple[tuple[str, str], ...]
     guard: Optional[str]
-    guard_missing: Pairs
-    guard_extra: Pairs
     live: dict[IPAddress, Record]
-    desired: dict[IPAddress, Wanted]
+    desired: dict[IPAddress, tuple[Entry, ...]]
     plan: Plan
     routes: dict[IPAddress, HostRoute]
     neighbours: dict[IPAddress, Neighbour]

@@ -12,8 +12,11 @@ from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
+from kuryr_break0.model import Entry
+from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Wanted
+from kuryr_break0.model import Neighbour
+from kuryr_break0.model import of_kind
 from kuryr_break0.plan import Outcome
 from kuryr_break0 import policy
 
@@ -160,20 +163,19 @@ class Interests:
         if event.dst is None or event in self._own or (
                 not self._is_recorded(event.dst)):
             return False
-        wanted = self._wanted(event.dst)
-        if wanted is None:
-            return True
+        desired = self._desired(event.dst)
         if event.what == 'neighbour':
-            return (None if event.gone else event.item) != wanted.neighbour
-        return event.gone or event.item != wanted.route
+            return (None if event.gone else event.item) != next(
+                iter(of_kind(Neighbour, desired)), None)
+        return event.gone or event.item not in desired
 
-    def _wanted(self, address: IPAddress) -> Optional[Wanted]:
-        """Return what a recorded address must have; None if unknown."""
+    def _desired(self, address: IPAddress) -> tuple[Entry, ...]:
+        """Return the items of a recorded address; none if unknown."""
         record = None
         with contextlib.suppress(exceptions.LedgerUnavailable):
             record = self._ledger.records.get(address)
         if record is None or record.parent not in self._devices:
-            return None
+            return ()
         device, index = self._devices[record.parent]
         # As in a snapshot: a subnet is reached from one address.
         key = record.parent, next((
@@ -226,14 +228,14 @@ class Interests:
 
 def _effects(done: Outcome) -> Iterator[kernel.Event]:
     """Return the events of changes. A deleted neighbour fails before."""
-    for routes, gone in (done.replace, False), (done.delete, True):
-        for route in routes:
+    for items, gone in (done.set, False), (done.unset, True):
+        for route in of_kind(HostRoute, items):
             yield kernel.Event('route', gone, route.oif, dst=route.dst,
                                item=route)
-    for each in done.learn:
+    for each in of_kind(Neighbour, done.set):
         yield kernel.Event('neighbour', False, each.ifindex, dst=each.dst,
                            item=each)
-    for each in done.forget:
+    for each in of_kind(Neighbour, done.unset):
         for gone in (False, True):
             yield kernel.Event('neighbour', gone, each.ifindex, dst=each.dst)
 

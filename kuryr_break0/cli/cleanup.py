@@ -180,15 +180,14 @@ class Cleanup:
         if reason is not None:
             yield Removal('interface %s' % link.name, reason)
             return
-        works = [Work(address, unset=tuple(items)) for address, items
-                 in by_address(snapshot.items_of(
-                     parent, self.options.route_protocol)).items()]
+        items = snapshot.items_of(parent, self.options.route_protocol)
+        works = [Work(address, unset=tuple(some)) for address, some
+                 in by_address(items).items()]
         errors = {} if self.dry_run else apply(netlink, guarding, works).errors
-        for work in works:
-            if work.address in errors:
-                raise errors[work.address]
-            for item in work.unset:
-                yield Removal(names.described(item, link.name))
+        for err in errors.values():
+            raise err
+        for item in items:
+            yield Removal(names.described(item, link.name))
         # While break0 is there, another run would find both.
         if guarding.is_loaded() or guarding.is_there():
             if not self.dry_run:

@@ -8,10 +8,9 @@ from typing import Mapping
 
 from kuryr_break0 import exceptions
 from kuryr_break0.model import address_order
+from kuryr_break0.model import Entry
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Item
-from kuryr_break0.model import Neighbour
 from kuryr_break0.model import Record
 from kuryr_break0 import option_types
 from kuryr_break0.texts import close_to
@@ -20,7 +19,7 @@ from kuryr_break0.texts import close_to
 _SHORT_ID = 12
 
 
-def described(item: Item, device: str) -> str:
+def described(item: Entry, device: str) -> str:
     """Return a route or neighbour in the words of ip(8).
 
     :param device: the name of its interface
@@ -29,10 +28,7 @@ def described(item: Item, device: str) -> str:
         return 'route %s dev %s proto %d table %d%s' % (
             item.dst, device, item.protocol, item.table,
             ' src %s' % item.src if item.src else '')
-    if isinstance(item, Neighbour):
-        return 'neighbour %s dev %s lladdr %s' % (item.dst, device, item.mac)
-    return 'guard entry %s dev %s lladdr %s' % (
-        item.dst, device, item.mac.hex(':') if item.mac else 'any')
+    return 'neighbour %s dev %s lladdr %s' % (item.dst, device, item.mac)
 
 
 def is_called(record: Record, name: str) -> bool:

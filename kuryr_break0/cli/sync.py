@@ -15,8 +15,9 @@ from kuryr_break0.cli import parser
 from kuryr_break0 import config
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
-from kuryr_break0.model import Entry
 from kuryr_break0.model import HostRoute
+from kuryr_break0.model import Neighbour
+from kuryr_break0.model import of_kind
 from kuryr_break0.plan import Outcome
 from kuryr_break0.reconciler import Reconciler
 
@@ -71,16 +72,15 @@ def _lines(outcome: Outcome, options: config.Options) -> Iterator[str]:
     for record in outcome.rebuilt:
         yield '+ record %s owner %s netns %s' % (record.address,
                                                  record.owner, record.netns)
-    signed: list[tuple[str, Entry]] = [
-        *(('+', item) for item in outcome.replace),
-        *(('-', item) for item in outcome.delete),
-        *(('!', item) for item in outcome.foreign),
-        *(('+', item) for item in outcome.learn),
-        *(('-', item) for item in outcome.forget),
-        *(('!', item) for item in outcome.unclaimed)]
-    for sign, item in signed:
-        at = item.oif if isinstance(item, HostRoute) else item.ifindex
-        yield '%s %s' % (sign, names.described(item, _name_of(at, options)))
+    for sign, items in (('+', outcome.set), ('-', outcome.unset),
+                        ('!', outcome.foreign), ('!', outcome.unclaimed)):
+        # Guard entries are counted by the interface.
+        for route in of_kind(HostRoute, items):
+            yield '%s %s' % (sign, names.described(
+                route, _name_of(route.oif, options)))
+        for each in of_kind(Neighbour, items):
+            yield '%s %s' % (sign, names.described(
+                each, _name_of(each.ifindex, options)))
     for record in outcome.gone:
         yield '- record %s owner %s: its sandbox is gone' % (record.address,
                                                              record.owner)
@@ -118,11 +118,14 @@ def _as_json(outcome: Outcome, options: config.Options) -> dict[str, Any]:
                 'ifname': each.owner.ifname, 'netns': each.netns}
 
     return {
-        'routes': {'set': list(map(route, outcome.replace)),
-                   'delete': list(map(route, outcome.delete)),
+        'routes': {'set': list(map(route, of_kind(HostRoute, outcome.set))),
+                   'delete': list(map(route, of_kind(HostRoute,
+                                                     outcome.unset))),
                    'foreign': list(map(route, outcome.foreign))},
-        'neighbours': {'set': list(map(neighbour, outcome.learn)),
-                       'delete': list(map(neighbour, outcome.forget))},
+        'neighbours': {
+            name: list(map(neighbour, of_kind(Neighbour, items)))
+            for name, items in (('set', outcome.set),
+                                ('delete', outcome.unset))},
         'unclaimed': sorted({str(each.dst) for each in outcome.unclaimed}),
         'interfaces': [{'interface': name, 'repaired': text}
                        for name, text in outcome.devices],

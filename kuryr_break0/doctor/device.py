@@ -17,8 +17,9 @@ from kuryr_break0.guard import Guard
 from kuryr_break0.guard import is_installed
 from kuryr_break0.guard import NO_NFT
 from kuryr_break0 import kernel
-from kuryr_break0.model import address_order
 from kuryr_break0.model import IPAddress
+from kuryr_break0.model import of_kind
+from kuryr_break0.model import Pair
 from kuryr_break0.policy import Policy
 from kuryr_break0.problems import guard_text
 from kuryr_break0.snapshot import Parent
@@ -211,9 +212,13 @@ def _check_guard(node: Node, seen: Parent) -> Iterator[Finding]:
     # Whoever is not to pass any more is reported for what is against it.
     known = {*node.seen.refused, *(each.address for each in node.seen.gone),
              *(route.dst for route in seen.plan.foreign)}
-    barred = sorted(node.settled(seen.guard_missing), key=address_order)
+    missing, stale = (
+        [pair for pair in of_kind(Pair, items)
+         if pair.dst not in node.changing]
+        for items in (seen.plan.set, seen.plan.unset))
+    barred = list(dict.fromkeys(pair.dst for pair in missing))
     texts = [seen.guard] if seen.guard is not None else list(guard_text(
-        barred, node.settled(seen.guard_extra.keys() - known)))
+        missing, [pair for pair in stale if pair.dst not in known]))
     if texts:
         yield KINDS['guard-missing'].found(
             '%s: %s' % (seen.device, *texts), barred,

@@ -14,6 +14,8 @@ from kuryr_break0 import kernel
 from kuryr_break0.model import address_order
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Neighbour
+from kuryr_break0.model import of_kind
 from kuryr_break0.snapshot import Parent
 
 #: Where ip(8) has the names of protocols.
@@ -64,7 +66,7 @@ def _check_routes(node: Node, parent: Parent) -> Iterator[Finding]:
     foreign = {route.dst: route for route in plan.foreign}
     there = {route.dst: route for route in node.seen.routes.host
              if route.table == table}
-    wanted = {route.dst: route for route in plan.replace
+    wanted = {route.dst: route for route in of_kind(HostRoute, plan.set)
               if route.dst not in foreign}
     for address in node.settled(wanted):
         if address not in there:
@@ -87,7 +89,8 @@ def _check_routes(node: Node, parent: Parent) -> Iterator[Finding]:
 
 def _check_neighbours(node: Node, parent: Parent) -> Iterator[Finding]:
     name, known = parent.device, parent.neighbours
-    wanted = {each.dst: each.mac for each in parent.plan.learn}
+    wanted = {each.dst: each.mac
+              for each in of_kind(Neighbour, parent.plan.set)}
     for address in node.settled(wanted):
         if address not in known:
             yield KINDS['neighbour-missing'].found(
@@ -133,8 +136,8 @@ def _protocol(number: int) -> str:
 
 def usable(node: Node, parent: Parent) -> list[IPAddress]:
     """Return the addresses whose route is correct."""
-    wrong = {route.dst for route in (*parent.plan.replace,
-                                     *parent.plan.foreign)}
+    wrong = {route.dst for route in of_kind(HostRoute, (
+        *parent.plan.set, *parent.plan.foreign))}
     return node.settled(address for address in parent.desired
                         if address not in wrong)
 

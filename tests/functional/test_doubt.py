@@ -247,8 +247,7 @@ class TestLostLedger(DoubtTestCase):
             own, ledger.Ledger(own.state_dir, 10)).sync(
                 dry_run=True, prune=True)
         self.assertEqual(1, len(outcome.rebuilt))
-        self.assertEqual(((), (), ()), (
-            outcome.unclaimed, outcome.delete, outcome.forget))
+        self.assertEqual(((), ()), (outcome.unclaimed, outcome.unset))
 
     def test_a_pod_bound_on_a_full_disk_is_recorded_later(self) -> None:
         self.unbind(POD)
@@ -326,8 +325,7 @@ class TestOtherLedger(DoubtTestCase):
                 dry_run=True, claim=True, prune=True)
         self.assertEqual((), outcome.errors)
         self.assertEqual(2, len(outcome.rebuilt))
-        self.assertEqual(((), (), ()), (
-            outcome.unclaimed, outcome.delete, outcome.forget))
+        self.assertEqual(((), ()), (outcome.unclaimed, outcome.unset))
         self.assertFalse(os.path.exists('/run/other'))
 
     def state(self) -> list[Any]:

@@ -343,7 +343,7 @@ class TestRoutes(base.LabTestCase):
                 # node as neighbour, its table, and its other interfaces;
                 # whether it was looked for on the LAN
                 self.bind(netns=netns, mac_of_pod=MAC)
-                # Whose break0 it is; its pair; whose neighbour it is; route
+                # Whose break0 it is; whose neighbour it is; its pair; route
                 # and neighbour; in the pod, which addresses it has, its
                 # table, what is ours there, and the same
                 self.unbind()
@@ -360,7 +360,7 @@ class TestRoutes(base.LabTestCase):
              '18 0x1', '26 0x1', '28 0x505', '2564 0x1', '16 0x1',
              '2560 0x601', '2563 0x401', '2566 0xc05', '17 0x1', '22 0x301',
              '30 0x1',
-             '18 0x1', '16 0x1', '2574 0x5', '17 0x1', '30 0x1', '25 0x1',
+             '18 0x1', '30 0x1', '16 0x1', '2574 0x5', '17 0x1', '25 0x1',
              '29 0x5',
              '18 0x1', '22 0x301', '2561 0x1', '16 0x1', '2562 0x5', '17 0x1',
              '26 0x301', '26 0x301', '30 0x301', '29 0x5'], few)

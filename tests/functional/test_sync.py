@@ -6,6 +6,7 @@ import os
 from typing import Any, Callable
 from unittest import mock
 
+from kuryr_break0 import apply
 from kuryr_break0 import exceptions
 from kuryr_break0 import guard
 from kuryr_break0 import kernel
@@ -58,7 +59,7 @@ class TestFaults(SyncTestCase):
 
         with mock.patch.object(guard.Guard, 'release', seen), \
                 mock.patch.object(journal.Journal, 'add', seen), \
-                mock.patch.object(reconciler.LOG, 'info', seen), \
+                mock.patch.object(apply.LOG, 'info', seen), \
                 mock.patch.object(records.Records, 'addresses',
                                   side_effect=AssertionError):
             self.sync()
@@ -150,7 +151,7 @@ class TestFaults(SyncTestCase):
         before = self.lab.routes()
         plan = self.sync(dry_run=True)
         self.assertEqual(['100.75.30.100'],
-                         [str(route.dst) for route in plan.replace])
+                         [str(route.dst) for route in plan.set])
         self.assertEqual(before, self.lab.routes())
 
 

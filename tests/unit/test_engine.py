@@ -242,7 +242,7 @@ class TestSuccession(EngineTestCase):
         self.assertEqual([OTHER_OWNER], [each.owner for each
                                          in outcome.gone])
         self.assertEqual(MAC, self.neighbour())
-        self.assertEqual(((), ()), (outcome.delete, outcome.forget))
+        self.assertEqual((), outcome.unset)
         self.assertFalse(self.sync())
 
     def test_without_an_agent(self) -> None:

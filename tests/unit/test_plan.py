@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from kuryr_break0.model import best_metric
 from kuryr_break0.model import HostRoute
+from kuryr_break0.model import Item
 from kuryr_break0.model import Neighbour
-from kuryr_break0.model import Wanted
+from kuryr_break0.model import of_kind
+from kuryr_break0.model import Pair
 from kuryr_break0 import plan
 
 # How long an example takes says how busy the machine is, and no more.
@@ -28,6 +30,7 @@ PROTOCOL = 176
 TABLE = 254
 MAC = 'fa:16:3e:00:00:01'
 OTHER_MAC = 'fa:16:3e:00:00:02'
+Desired = dict[plan.IPAddress, tuple[Item, ...]]
 
 ADDRESS = ipaddress.ip_address('10.0.0.1')
 
@@ -56,12 +59,12 @@ neighbours = st.builds(
 
 
 @st.composite
-def desired(draw: st.DrawFn) -> dict[plan.IPAddress, Wanted]:
-    return {address: Wanted(
+def desired(draw: st.DrawFn) -> Desired:
+    return {address: (
         HostRoute(address, DEVICE, PROTOCOL, TABLE, draw(sources),
                   best_metric(address)),
-        draw(st.sampled_from([None, Neighbour(address, DEVICE, MAC,
-                                              PROTOCOL)])))
+        *draw(st.sampled_from([(), (Neighbour(address, DEVICE, MAC,
+                                              PROTOCOL),)])))
             for address in draw(st.sets(addresses))}
 
 
@@ -75,14 +78,14 @@ class Held:
     def after(self, to_do: plan.Plan) -> Held:
         """What it holds then: what is replaced is no more."""
         routes = {key(each): each for each in self.routes}
-        for each in to_do.delete:
+        for each in of_kind(HostRoute, to_do.unset):
             del routes[key(each)]
-        for each in to_do.replace:
+        for each in of_kind(HostRoute, to_do.set):
             routes[key(each)] = each
         neighbours = {each.dst: each for each in self.neighbours}
-        for neighbour in to_do.forget:
+        for neighbour in of_kind(Neighbour, to_do.unset):
             del neighbours[neighbour.dst]
-        for neighbour in to_do.learn:
+        for neighbour in of_kind(Neighbour, to_do.set):
             neighbours[neighbour.dst] = neighbour
         return Held(list(routes.values()), list(neighbours.values()))
 
@@ -97,9 +100,9 @@ actual = st.builds(
     st.lists(neighbours, unique_by=lambda each: each.dst))
 
 
-def compute(wanted: dict[plan.IPAddress, Wanted], before: Held,
+def compute(wanted: Desired, before: Held,
             **kwargs: Any) -> plan.Plan:
-    return plan.compute(wanted, before.routes, before.neighbours,
+    return plan.compute(wanted, [*before.routes, *before.neighbours],
                         device=DEVICE, protocol=PROTOCOL, **kwargs)
 
 
@@ -115,29 +118,31 @@ class TestPlan(unittest.TestCase):
 
     @given(desired(), actual)
     def test_applied_gives_what_is_desired(
-            self, wanted: dict[plan.IPAddress, Wanted],
+            self, wanted: Desired,
             before: Held) -> None:
         to_do = compute(wanted, before, takeover=True)
         after = before.after(to_do)
         self.assertEqual(
-            {each.route for each in wanted.values()},
+            {route for items in wanted.values()
+             for route in of_kind(HostRoute, items)},
             {route for route in after.routes if is_ours(route)
              and route not in to_do.unclaimed})
         self.assertEqual(
-            {each.neighbour for each in wanted.values()} - {None},
+            {each for items in wanted.values()
+             for each in of_kind(Neighbour, items)},
             {each for each in after.neighbours
              if each.protocol == PROTOCOL and each not in to_do.unclaimed})
 
     @given(desired(), actual, st.booleans())
     def test_applied_there_is_no_more_to_do(
-            self, wanted: dict[plan.IPAddress, Wanted], before: Held,
+            self, wanted: Desired, before: Held,
             takeover: bool) -> None:
         after = before.after(compute(wanted, before, takeover=takeover))
         self.assertFalse(compute(wanted, after, takeover=takeover))
 
     @given(desired(), actual)
     def test_foreign_routes_are_not_touched(
-            self, wanted: dict[plan.IPAddress, Wanted],
+            self, wanted: Desired,
             before: Held) -> None:
         after = before.after(compute(wanted, before))
         self.assertLessEqual(set(filter(is_foreign, before.routes)),
@@ -145,10 +150,10 @@ class TestPlan(unittest.TestCase):
 
     @given(desired(), actual)
     def test_foreign_routes_are_not_overridden(
-            self, wanted: dict[plan.IPAddress, Wanted],
+            self, wanted: Desired,
             before: Held) -> None:
         to_do = compute(wanted, before)
-        for route in to_do.replace:
+        for route in of_kind(HostRoute, to_do.set):
             others = [each for each in before.routes if is_foreign(each)
                       and (each.dst, each.table) == (route.dst, route.table)]
             # Unless ours was there before, and is to be set anew.
@@ -158,28 +163,29 @@ class TestPlan(unittest.TestCase):
         # And each that is not is said, once for each address.
         self.assertEqual(
             {route.dst for route in to_do.foreign},
-            {each.dst for each in wanted.values() for each in [each.route]
+            {each.dst for items in wanted.values()
+             for each in of_kind(HostRoute, items)
              if each not in before.after(to_do).routes}
             | {each.dst for each in before.routes
                if is_foreign(each) and each.dst in wanted
-               and key(each) == key(wanted[each.dst].route)})
+               and key(each) == key(wanted[each.dst][0])})
         self.assertEqual(len(to_do.foreign),
                          len({route.dst for route in to_do.foreign}))
 
     @given(desired(), actual)
     def test_nothing_but_ours_is_deleted(
-            self, wanted: dict[plan.IPAddress, Wanted],
+            self, wanted: Desired,
             before: Held) -> None:
         to_do = compute(wanted, before)
-        for route in to_do.delete:
+        for route in of_kind(HostRoute, to_do.unset):
             self.assertEqual((DEVICE, PROTOCOL), (route.oif, route.protocol))
-        for each in to_do.forget:
+        for each in of_kind(Neighbour, to_do.unset):
             self.assertEqual((DEVICE, PROTOCOL),
                              (each.ifindex, each.protocol))
 
     @given(desired(), actual, st.randoms())
     def test_order_does_not_matter(
-            self, wanted: dict[plan.IPAddress, Wanted], before: Held,
+            self, wanted: Desired, before: Held,
             random: Any) -> None:
         first = compute(wanted, before)
         random.shuffle(before.routes)
@@ -189,12 +195,10 @@ class TestPlan(unittest.TestCase):
 
     @given(desired(), actual)
     def test_what_has_no_record_is_never_deleted(
-            self, wanted: dict[plan.IPAddress, Wanted],
+            self, wanted: Desired,
             before: Held) -> None:
         to_do = compute(wanted, before)
-        self.assertLessEqual({each.dst for each in to_do.delete}
-                             | {each.dst for each in to_do.forget},
-                             set(wanted))
+        self.assertLessEqual({each.dst for each in to_do.unset}, set(wanted))
         self.assertEqual(
             {each for each in before.routes
              if is_ours(each) and each.dst not in wanted}
@@ -205,72 +209,100 @@ class TestPlan(unittest.TestCase):
     def test_what_is_nobodys_any_more_is_deleted(self) -> None:
         held = Held([HostRoute(ADDRESS, DEVICE, PROTOCOL, TABLE)],
                     [Neighbour(ADDRESS, DEVICE, MAC, PROTOCOL)])
-        self.assertEqual(plan.Plan(delete=tuple(held.routes),
-                                   forget=tuple(held.neighbours)),
+        self.assertEqual(plan.Plan(unset=(*held.routes, *held.neighbours)),
                          compute({}, held, withdrawn={ADDRESS}))
         self.assertEqual(
             plan.Plan(unclaimed=(*held.routes, *held.neighbours)),
             compute({}, held))
         self.assertEqual(plan.Plan(),
-                         compute({}, held, elsewhere={ADDRESS}))
+                         compute({}, held, claimed={ADDRESS}))
 
     def test_a_better_route_than_ours_there_is_none(self) -> None:
         for text in ('10.0.0.1', 'fd00::1'):
             address = ipaddress.ip_address(text)
             route = HostRoute(address, DEVICE, PROTOCOL, TABLE,
                               metric=best_metric(address))
-            wanted = {address: Wanted(route)}
+            wanted = {address: (route,)}
             worse = route._replace(metric=1024, oif=3, protocol=3)
             # Ours would override it, unless it came when ours was there.
             self.assertEqual(plan.Plan(foreign=(worse,)),
                              compute(wanted, Held([worse])))
-            self.assertEqual(plan.Plan(foreign=(worse,), replace=(route,)),
+            self.assertEqual(plan.Plan(foreign=(worse,), set=(route,)),
                              compute(wanted, Held([worse]), takeover=True))
             self.assertEqual(plan.Plan(), compute(wanted, Held([
                 route, worse])))
             for others in ({'table': 100}, {'protocol': PROTOCOL},
                            {'oif': DEVICE}):
                 other = worse._replace(**others)
-                self.assertEqual(plan.Plan(replace=(route,)),
+                self.assertEqual(plan.Plan(set=(route,)),
                                  compute(wanted, Held([other])))
             # As version 1 has set it for IPv6.
             older = route._replace(metric=1024)
-            self.assertEqual(plan.Plan(replace=(route,), delete=(older,)),
+            self.assertEqual(plan.Plan(set=(route,), unset=(older,)),
                              compute(wanted, Held([older])))
             same = worse._replace(metric=route.metric)
             self.assertEqual(plan.Plan(foreign=(same,)),
                              compute(wanted, Held([same])))
             self.assertEqual(plan.Plan(foreign=(same,)),
                              compute(wanted, Held([worse, same])))
-            self.assertEqual(plan.Plan(foreign=(same,), replace=(route,)),
+            self.assertEqual(plan.Plan(foreign=(same,), set=(route,)),
                              compute(wanted, Held([same]), takeover=True))
 
     def test_each_difference_is_mended(self) -> None:
         route = HostRoute(ADDRESS, DEVICE, PROTOCOL, TABLE,
                           ipaddress.ip_address('10.0.0.9'))
-        wanted = {ADDRESS: Wanted(route)}
+        wanted = {ADDRESS: (route,)}
         self.assertFalse(compute(wanted, Held([route])))
         for change in ({'oif': 3}, {'protocol': 3}, {'src': None},
                        {'direct': False}):
             with self.subTest(change=change):
                 other = route._replace(**change)
-                self.assertEqual(plan.Plan(replace=(route,)),
+                self.assertEqual(plan.Plan(set=(route,)),
                                  compute(wanted, Held([other])))
         other = route._replace(table=100)
-        self.assertEqual(plan.Plan(replace=(route,), delete=(other,)),
+        self.assertEqual(plan.Plan(set=(route,), unset=(other,)),
                          compute(wanted, Held([other])))
 
     def test_each_difference_of_a_neighbour_is_mended(self) -> None:
         route = HostRoute(ADDRESS, DEVICE, PROTOCOL, TABLE)
         neighbour = Neighbour(ADDRESS, DEVICE, MAC, PROTOCOL)
-        wanted = {ADDRESS: Wanted(route, neighbour)}
+        wanted = {ADDRESS: (route, neighbour)}
         self.assertFalse(compute(wanted, Held([route], [neighbour])))
         for held in ([], [neighbour._replace(mac=OTHER_MAC)],
                      [neighbour._replace(protocol=None)]):
             with self.subTest(held=held):
-                self.assertEqual(plan.Plan(learn=(neighbour,)),
+                self.assertEqual(plan.Plan(set=(neighbour,)),
                                  compute(wanted, Held([route], held)))
         # Where it is to be found by ARP, what is set for good is in the way.
         self.assertEqual(
-            plan.Plan(forget=(neighbour,)),
-            compute({ADDRESS: Wanted(route)}, Held([route], [neighbour])))
+            plan.Plan(unset=(neighbour,)),
+            compute({ADDRESS: (route,)}, Held([route], [neighbour])))
+
+    def test_guard_entries(self) -> None:
+        """They follow the route, and stay where nobody knows better."""
+        route = HostRoute(ADDRESS, DEVICE, PROTOCOL, TABLE, metric=0)
+        other = ADDRESS + 1
+        entry, stale = Pair.of(ADDRESS, MAC), Pair.of(ADDRESS, OTHER_MAC)
+        wanted: Desired = {ADDRESS: (route, entry)}
+        ours = HostRoute(other, DEVICE, PROTOCOL, TABLE)
+        lost = Pair.of(other, MAC)
+        foreign = route._replace(oif=3, protocol=3)
+        for present, options, expected in (
+                ([route], {}, plan.Plan(set=(entry,))),
+                ([route, entry], {}, plan.Plan()),
+                ([route, entry, stale], {}, plan.Plan(unset=(stale,))),
+                ([foreign, entry], {}, plan.Plan(unset=(entry,),
+                                                 foreign=(foreign,))),
+                ([route, entry, lost], {}, plan.Plan(unset=(lost,))),
+                ([route, entry, lost, ours], {},
+                 plan.Plan(unclaimed=(ours, lost))),
+                ([route, entry, lost], {'unreadable': {other}}, plan.Plan()),
+                ([route, entry, ours], {'is_refilled': True},
+                 plan.Plan(set=(Pair.of(other, None),), unclaimed=(ours,))),
+                ([route, entry, ours, Pair.of(other, None)],
+                 {'is_refilled': True},
+                 plan.Plan(unclaimed=(ours, Pair.of(other, None))))):
+            with self.subTest(present=present, options=options):
+                self.assertEqual(expected, plan.compute(
+                    wanted, present, device=DEVICE, protocol=PROTOCOL,
+                    **options))

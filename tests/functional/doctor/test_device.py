@@ -70,8 +70,9 @@ class TestDevice(DoctorTestCase):
             self.lab.run('nft', 'flush', 'set', 'netdev',
                          'kuryr-break0-break0', name)
         self.assertFalse(self.lab.ping(POD4))
-        self.follow(self.assert_found('guard-missing', '2 pods too few',
-                                      POD4, OTHER4, severity='error'))
+        self.follow(self.assert_found(
+            'guard-missing', 'the entries of 2 addresses', POD4, OTHER4,
+            severity='error'))
         self.assertTrue(self.lab.ping(POD4))
         self.assertEqual({}, self.findings())
 
