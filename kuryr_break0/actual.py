@@ -26,10 +26,10 @@ from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Item
 from kuryr_break0.model import Neighbour
 from kuryr_break0.model import of_kind
-from kuryr_break0.model import Origin
 from kuryr_break0.model import Pair
 from kuryr_break0.model import Record
 from kuryr_break0 import plan
+from kuryr_break0.policy import Facts
 from kuryr_break0.policy import Policy
 from kuryr_break0.snapshot import Parent
 from kuryr_break0.snapshot import Snapshot
@@ -72,10 +72,12 @@ class _Reading:
         indexes = [link.index for link in links]
         # A next hop through a break0 is a pod, as one that serves a VPN.
         self._routes = netlink.routes(indexes)
-        self._next_hops_seen = frozenset(ledger.next_hops_seen())
         self._neighbours = {0: [], **{index: netlink.neighbours(index)
                                       for index in indexes}}
-        self._own = frozenset(address for _, address in self._addresses)
+        self._facts = Facts(
+            frozenset(address for _, address in self._addresses),
+            self._routes.broadcast, self._routes.next_hops,
+            self._routes.left_out, frozenset(ledger.next_hops_seen()))
         self._astray = dict(self._find_astray({
             link.index: link.vrf.ifindex if link.vrf else 0
             for link in links}) if ways else ())
@@ -133,16 +135,14 @@ class _Reading:
         self._require_node()
         self._refused: dict[IPAddress, str] = {}
         for address, record in self._live.items():
-            reason = self._policy.not_allowed(address) or self._policy.against(
-                address, record.origin is Origin.DISCOVERED, self._own,
-                self._routes, self._next_hops_seen)
+            reason = self._policy.refusal(address, record.origin, self._facts)
             if reason is not None:
                 self._refused[address] = reason
         parents = dict(self._parents())
         primary = self._link(self._options.device)
         return Snapshot(
             self._options, contents, is_steady, self._identity, parents,
-            self._own, self._routes, self._live, self._rivals,
+            self._facts, self._routes, self._live, self._rivals,
             tuple(self._gone), self._unjudged, self._refused,
             None if any(parent.present == primary
                         for parent in parents.values()) else primary)

@@ -20,6 +20,7 @@ from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import IPNetwork
+from kuryr_break0.model import Origin
 from kuryr_break0.model import Record
 from kuryr_break0.plan import is_others
 from kuryr_break0 import podside
@@ -177,7 +178,6 @@ class _Judge:
         self._options = seen.options
         self._policy = Policy(seen.options)
         self._is_attended = ledger.heartbeat.age() is not None
-        self._next_hops_seen = ledger.next_hops_seen()
         self._names = {claim.namespace: claim.pod for claims
                        in seen.contents.claims.values() for claim in claims
                        if claim.pod and claim.namespace}
@@ -213,20 +213,17 @@ class _Judge:
 
     def _of_address(self, macvlan: kernel.Macvlan, address: IPAddress,
                     claims: Collection[Record]) -> tuple[Reason, str]:
-        reason = self._policy.not_allowed(address)
+        reason = self._policy.refusal(address, Origin.DISCOVERED,
+                                      self._seen.facts)
         if reason is not None:
-            return Reason.NOT_ALLOWED, 'it is ' + reason
+            return (Reason.NOT_ALLOWED if self._policy.refusal(address)
+                    else Reason.REFUSED), 'it is ' + reason
         if address in macvlan.duplicates:
             return Reason.DUPLICATE, ('another host has it, as duplicate '
                                       'address detection has found')
         if address in macvlan.unproven:
             return Reason.TENTATIVE, ('duplicate address detection has not '
                                       'ended yet')
-        reason = self._policy.against(
-            address, True, self._seen.own, self._seen.routes,
-            self._next_hops_seen)
-        if reason is not None:
-            return Reason.REFUSED, 'it is ' + reason
         route = self._foreign.get(address)
         if route is not None:
             return Reason.REFUSED, foreign_text(route)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from typing import Collection, Iterable, Iterator, Optional
+from typing import Collection, Iterable, Optional
 
 from kuryr_break0 import claims
 from kuryr_break0 import config
@@ -97,13 +97,21 @@ class Break0Manager:
         namespace = _identified(netns) if netns is not None else None
         tap = kernel.find_taps().get(mac) if mac and netns is None else None
         bound_at = files.now() if bound_at is None else bound_at
+        usable = []
+        with contextlib.suppress(exceptions.LedgerUnavailable):
+            self._ledger.prepare()  # for the cache
+        for address in addresses:
+            reason = self.refusal(address, parent, origin)
+            if reason is None:
+                usable.append(address)
+            else:
+                failure.note(self._policy.refused(address, reason))
         # What can be is done before others have to wait.
         records = [Record(address, owner, parent, mac,
                           tuple(subnets)[:MAX_SUBNETS], netns, namespace,
                           pod, bound_at=bound_at, origin=origin,
                           network=network, parent_index=parent_index, tap=tap)
-                   for address in self._usable(addresses, parent, origin,
-                                               failure)]
+                   for address in usable]
         if not records:
             failure.raise_first()  # nothing to make break0 for
             return
@@ -119,51 +127,50 @@ class Break0Manager:
                 self.sync()
         failure.raise_first()
 
-    def _usable(self, addresses: Iterable[IPAddress], parent: str,
-                origin: Optional[Origin],
-                failure: Failures) -> Iterator[IPAddress]:
-        """Return the addresses that may be those of a pod.
+    def refusal(self, address: IPAddress, parent: str,
+                origin: Optional[Origin]) -> Optional[str]:
+        """Return why :meth:`bind` refuses an address; None if it does not.
 
-        What cannot be found out now is for the reconciler to refuse.
+        Facts that cannot be read now are for the reconciler to refuse by.
         """
-        for address in addresses:
-            reason = self._policy.not_allowed(address)
-            try:
-                reason = reason or self._not_usable(address, parent, origin)
-            except (exceptions.Break0Error, OSError) as err:
-                LOG.warning('Binding %s without knowing whether it is in use '
-                            'on this node: %s', address, err)
-            if reason is None:
-                yield address
-            else:
-                failure.note(self._policy.refused(address, reason))
-
-    def _not_usable(self, address: IPAddress, parent: str,
-                    origin: Optional[Origin]) -> Optional[str]:
+        reason = self._policy.refusal(address, origin)
+        if reason is not None:
+            return reason
         try:
-            if kernel.source_for(address) == address:
-                return policy.OWN
+            facts = self._facts(address, parent)
+        except (exceptions.Break0Error, OSError) as err:
+            LOG.warning('Binding %s without knowing whether it is in use on '
+                        'this node: %s', address, err)
+            return None
+        return self._policy.refusal(address, origin, facts)
+
+    def _facts(self, address: IPAddress, parent: str) -> policy.Facts:
+        """Return the facts of one address, by look-ups."""
+        own: set[IPAddress] = set()
+        try:
+            own.update(filter(None, [kernel.source_for(address)]))
         except PermissionError:
-            return policy.NO_HOST
+            return policy.Facts(no_hosts=(address,))
         # Only a socket in a VRF sees the addresses there. Before 5.7 it needs
         # CAP_NET_RAW to be there.
         with contextlib.suppress(PermissionError):
-            if kernel.source_for(address, parent) == address:
-                return policy.OWN
-        next_hops = self._ledger.cache.fresh('next_hops')
+            own.update(filter(None, [kernel.source_for(address, parent)]))
+        cache = self._ledger.cache
+        next_hops = cache.fresh('next_hops')
         if next_hops is None:
             with kernel.Netlink() as netlink:
                 found = netlink.next_hops(self._engine.devices.indexes(),
                                           self._options.route_protocol)
             next_hops = sorted(map(str, found))
-            with contextlib.suppress(exceptions.LedgerUnavailable):
-                self._ledger.prepare()  # by the first pod
-            self._ledger.cache.put('next_hops', next_hops)
+            cache.put('next_hops', next_hops)
             self._ledger.note_next_hops(found)
-        if str(address) in next_hops:
-            return policy.NEXT_HOP
-        return (policy.EARLIER_NEXT_HOP if origin is Origin.DISCOVERED
-                and str(address) in self._ledger.next_hops_seen() else None)
+        # By a sync: to list them takes the longer the more pods there are.
+        through_break0 = cache.get('through_break0') or ()
+        text = str(address)
+        return policy.Facts(
+            own, (), (address,) if text in next_hops else (),
+            (address,) if text in through_break0 else (),
+            self._ledger.next_hops_seen())
 
     @timed(Done.UNBIND, Done.UNBIND_FAILED)
     def unbind(self, owner: Owner, addresses: Optional[Iterable[IPAddress]],

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import ipaddress
 import os
-from typing import Collection, Iterable, Optional
+from typing import Collection, Iterable, NamedTuple, Optional
 
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
@@ -21,6 +21,7 @@ from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Neighbour
 from kuryr_break0.model import NodeAddresses
 from kuryr_break0.model import not_a_host
+from kuryr_break0.model import Origin
 from kuryr_break0.model import Record
 
 #: IPv6 addresses of other interfaces that a pod has to know.
@@ -36,14 +37,37 @@ EARLIER_NEXT_HOP = ('an earlier next hop of the node, which discovery does '
                     'not bind until the next boot')
 
 
+class Facts(NamedTuple):
+    """The addresses that the node itself uses, by dumps or by look-ups.
+
+    :ivar own: its own addresses
+    :ivar no_hosts: addresses that no host can have, as broadcast addresses
+    :ivar next_hops: the next hops of its routes
+    :ivar through_break0: the next hops of its routes through a break0
+    :ivar earlier_next_hops: the last next hops of this boot, as texts
+    """
+
+    own: Collection[IPAddress] = ()
+    no_hosts: Collection[IPAddress] = ()
+    next_hops: Collection[IPAddress] = ()
+    through_break0: Collection[IPAddress] = ()
+    earlier_next_hops: Collection[str] = ()
+
+
 class Policy:
     """What the addresses of pods may be, and must have."""
 
     def __init__(self, options: config.Options) -> None:
         self._options = options
 
-    def not_allowed(self, address: IPAddress) -> Optional[str]:
-        """Return why no pod of these options has an address; else None."""
+    def refusal(self, address: IPAddress, origin: Optional[Origin] = None,
+                facts: Facts = Facts()) -> Optional[str]:
+        """Return why an address must not be bound; None if it may be.
+
+        A discovered address is refused in more cases.
+
+        :param facts: without them, the options and the address alone decide
+        """
         reason = not_a_host(address)
         if address in self._options.addr:  # even before break0 has it
             return OWN
@@ -51,25 +75,19 @@ class Policy:
         if reason is None and allowed and not any(
                 address in network for network in allowed):
             return 'outside [break0] allowed_cidrs'
-        return reason
-
-    @staticmethod
-    def against(address: IPAddress, discovered: bool,
-                own: Collection[IPAddress], routes: kernel.Routes,
-                next_hops_seen: Collection[str]) -> Optional[str]:
-        """Return why an address cannot be a pod's on this node; else None.
-
-        :param next_hops_seen: the last next hops of this boot
-        """
-        if address in own:
+        if reason is not None:
+            return reason
+        if address in facts.own:
             return OWN
-        if address in routes.broadcast:
+        if address in facts.no_hosts:
             return NO_HOST
-        if address in routes.next_hops:
+        if address in facts.next_hops:
             return NEXT_HOP
-        if discovered and address in routes.left_out:
+        if origin is not Origin.DISCOVERED:
+            return None
+        if address in facts.through_break0:
             return OWN_NEXT_HOP
-        if discovered and str(address) in next_hops_seen:
+        if str(address) in facts.earlier_next_hops:
             return EARLIER_NEXT_HOP
         return None
 

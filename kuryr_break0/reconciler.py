@@ -205,6 +205,8 @@ class Reconciler:
         self._devices.warn_once('unjudged', unjudged_problem(seen), 'some')
         self._ledger.cache.put('next_hops', sorted(map(
             str, seen.routes.next_hops)))
+        self._ledger.cache.put('through_break0', sorted(map(
+            str, seen.routes.left_out)))
         self._ledger.note_next_hops(seen.routes.next_hops
                                     | seen.routes.left_out)
 

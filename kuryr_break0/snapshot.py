@@ -25,6 +25,7 @@ from kuryr_break0.model import Neighbour
 from kuryr_break0.model import NodeAddresses
 from kuryr_break0.model import Record
 from kuryr_break0.plan import Plan
+from kuryr_break0.policy import Facts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Snapshot:
     :ivar is_steady: whether nothing was being bound or unbound meanwhile
     :ivar identity: of the ledger; None if it was never used
     :ivar parents: by their names
-    :ivar own: the addresses of the node
+    :ivar facts: the addresses that the node itself uses
     :ivar live: the newest claim of an existing sandbox on each address
     :ivar rivals: earlier claims of sandboxes that exist too
     :ivar gone: claims of sandboxes that are proven not to exist
@@ -97,7 +98,7 @@ class Snapshot:
     is_steady: bool
     identity: Optional[Identity]
     parents: dict[str, Parent]
-    own: frozenset[IPAddress]
+    facts: Facts
     routes: kernel.Routes
     live: dict[IPAddress, Record]
     rivals: dict[IPAddress, tuple[Record, ...]]

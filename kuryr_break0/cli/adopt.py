@@ -20,6 +20,7 @@ from kuryr_break0.manager import Break0Manager
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
+from kuryr_break0.policy import Policy
 
 if TYPE_CHECKING:
     from kuryr_break0.kuryr.api import Port
@@ -121,7 +122,6 @@ class Adopter:
     def __init__(self, options: config.Options, parent: Optional[str],
                  macvlans: Iterable[kernel.Macvlan],
                  dry_run: bool) -> None:
-        self._options = options
         self._parent = parent
         # A MAC address is up once per parent (macvlan_open); one that is down
         # may have that of another, which comes later here, and stays.
@@ -132,6 +132,8 @@ class Adopter:
             and parent in (None, macvlan.parent)}
         self._dry_run = dry_run
         self._ledger = Ledger(options.state_dir)
+        self._policy = Policy(options)
+        self._manager = Break0Manager(options)
 
     def adopt(self, port: Port) -> Finding:
         """Bind an interface of a pod, unless it is.
@@ -181,9 +183,14 @@ class Adopter:
                     is not kernel.State.GONE):
                 raise exceptions.AddressTaken(  # as the bind would
                     address=address, owner=record.owner, **vars(record.owner))
+            if self._dry_run:
+                reason = self._manager.refusal(address, macvlan.parent,
+                                               Origin.KURYR)
+                if reason is not None:
+                    raise self._policy.refused(address, reason)
             unbound.append(address)
         if unbound and not self._dry_run:
-            Break0Manager(self._options).bind(
+            self._manager.bind(
                 owner, unbound, parent=macvlan.parent, mac=port.mac,
                 subnets=port.subnets, netns=macvlan.netns, pod=port.pod,
                 yielding=True, origin=Origin.KURYR)

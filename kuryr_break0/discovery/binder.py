@@ -175,7 +175,7 @@ class Binder:
 
         :returns: False if the error may pass
         """
-        reason = self._policy.not_allowed(address)
+        reason = self._policy.refusal(address, Origin.DISCOVERED)
         if reason is not None:
             self._refuse(address, macvlan.namespace, 'it is ' + reason)
             return True

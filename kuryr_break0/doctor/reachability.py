@@ -103,7 +103,7 @@ class Pings:
                                      record.namespace, self._parent.node)
         # What break0 should have, and has not, is reported by itself.
         silent = [probe for probe in tried if not probe.answered
-                  and probe.to in {record.address, *self._node.seen.own}]
+                  and probe.to in {record.address, *self._node.seen.facts.own}]
         return {record: max(silent, key=lambda probe: probe.misrouted)
                 } if silent else {}
 

@@ -40,7 +40,7 @@ def check_addresses(node: Node) -> Iterator[Finding]:
 
 def check(node: Node, parent: Parent) -> Iterator[Finding]:
     """Compare routes and neighbours of a break0 with the records."""
-    own = {address.version for address in node.seen.own
+    own = {address.version for address in node.seen.facts.own
            if not (address.is_link_local or address.is_loopback)}
     for address in node.settled(parent.live):
         if address.version not in own:

@@ -19,6 +19,7 @@ from kuryr_break0.kernel import nft
 from kuryr_break0 import ledger
 from kuryr_break0.ledger import cache
 from kuryr_break0.ledger import records
+from kuryr_break0.model import Origin
 from kuryr_break0.problems import address_problems
 from tests.functional import base
 from tests.functional.base import OTHER_OWNER
@@ -316,6 +317,18 @@ class TestRoutes(base.LabTestCase):
         with self.assertRaises(exceptions.AddressRefused):
             self.bind(lab.NODE, POD)
         self.assertEqual({POD}, set(self.lab.routes()))
+
+    def test_a_next_hop_through_break0_is_not_discovered(self) -> None:
+        """A bind knows what a sync knows, and says the same."""
+        self.bind(OTHER_POD)
+        self.lab.run('ip', 'route', 'add', '10.9.0.0/16', 'via', POD,
+                     'dev', 'break0', 'onlink')
+        self.manager().sync()
+        with self.assertRaisesRegex(exceptions.AddressRefused,
+                                    'a route that leads through break0'):
+            self.manager().bind(OWNER, base.addresses(POD), parent=lab.PARENT,
+                                mac=MAC, origin=Origin.DISCOVERED)
+        self.bind()
 
     @mock.patch.object(cache, 'MAX_AGE', 3600)
     def test_cost_does_not_grow_with_the_pods(self) -> None:
