@@ -19,6 +19,7 @@ from kuryr_break0.guard import pairs
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Contents
 from kuryr_break0.ledger.identity import boot_id
+from kuryr_break0.ledger.identity import ownership
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import Entry
 from kuryr_break0.model import HostRoute
@@ -263,7 +264,7 @@ class _Reading:
             is_refilled=guard is not None and entries is not None)
         return Parent(
             name, device_name, parent, link, usable, conflict,
-            device.owned_by_other(usable, identity) if usable else None,
+            ownership(usable, identity, options.state_dir),
             differences, guard if live else None, live, desired, difference,
             routes,
             {each.dst: each for each in neighbours},

@@ -191,7 +191,7 @@ class _Judge:
 
     def judge(self, macvlan: kernel.Macvlan) -> Iterator[Unserved]:
         parent = self._seen.parents.get(macvlan.parent)
-        if parent is not None and parent.other is not None:
+        if parent is not None and parent.ownership.is_foreign:
             return  # another ledger has bound it, or this one before a loss
         if not self._options.discover and any(
                 _is_of(claim, macvlan) for address in macvlan.addresses

@@ -128,22 +128,6 @@ def derived_mac(secret: str, device: str) -> str:
     return octets.hex(':')
 
 
-def is_ours(link: kernel.Link, identity: Optional[Identity]) -> bool:
-    """Return whether a break0 carries the alias of a ledger."""
-    alias = Alias.parse(link.alias)
-    return (alias is not None and identity is not None
-            and alias.ledger == identity.id)
-
-
-def owned_by_other(link: kernel.Link,
-                   identity: Optional[Identity]) -> Optional[Alias]:
-    """Return the alias of a break0 that belongs to another ledger."""
-    alias = Alias.parse(link.alias)
-    if alias is None or is_ours(link, identity):
-        return None
-    return alias
-
-
 class Device:
     """The break0 of one parent, as it should be.
 

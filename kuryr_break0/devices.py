@@ -22,8 +22,9 @@ from kuryr_break0.failures import Failures
 from kuryr_break0.guard import Guard
 from kuryr_break0 import kernel
 from kuryr_break0.ledger.identity import Alias
-from kuryr_break0.ledger.identity import follows
 from kuryr_break0.ledger.identity import Identity
+from kuryr_break0.ledger.identity import Ownership
+from kuryr_break0.ledger.identity import ownership
 from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
@@ -71,7 +72,9 @@ class Names:
         for parent, name in recorded(options, identity, links).items():
             known, link = link_of(parent), link_of(name)
             now = known.name if known is not None else parent
-            if link is not None and device.is_ours(link, identity) and (
+            if link is not None and (
+                    ownership(link, identity, options.state_dir)
+                    is Ownership.OURS) and (
                     now not in used if known is None
                     else known.lower_of_macvlans
                     != (link.lower, link.lower_namespace)):
@@ -208,7 +211,8 @@ class Devices:
                       (parent,))
         name = name or names.of(parent)
         link = netlink.link(name)
-        other = device.owned_by_other(link, identity) if link else None
+        other = Alias.parse(link.alias) if link is not None and ownership(
+            link, identity, options.state_dir).is_foreign else None
         if other is not None and not claim:
             raise self.other_ledger(name, other)
         index = kernel.index_of(parent)
@@ -248,12 +252,12 @@ class Devices:
 
         :raises LedgerUnavailable: if the identity of this one is damaged
         """
-        identity = self._ledger.identity()
-        other = device.owned_by_other(link, identity) if link else None
-        if link is None or other is None or follows(
-                identity, self._options.state_dir, other, link.name):
+        found = ownership(link, self._ledger.identity(),
+                          self._options.state_dir)
+        alias = Alias.parse(link.alias) if link is not None else None
+        if link is None or alias is None or found is not Ownership.OTHER:
             return False
-        LOG.warning('%s', self.other_ledger(link.name, other))
+        LOG.warning('%s', self.other_ledger(link.name, alias))
         return True
 
     def ensure_guard(self, netlink: kernel.Netlink, link: kernel.Link,

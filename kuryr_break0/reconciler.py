@@ -27,6 +27,7 @@ from kuryr_break0.failures import Failures
 from kuryr_break0.guard import Guard
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import files
+from kuryr_break0.ledger.identity import Ownership
 from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
@@ -148,7 +149,7 @@ class Reconciler:
         plan, found = parent.plan, {record.address for record in rebuilt}
         unclaimed = tuple(item for item in plan.unclaimed
                           if item.dst not in found)
-        if self._is_left(seen, parent):
+        if self._is_left(parent):
             return Plan(unclaimed=unclaimed)
         if not self._prune:
             return dataclasses.replace(plan, unclaimed=unclaimed)
@@ -185,7 +186,7 @@ class Reconciler:
                 records = [each for each in records if each not in dropped]
             if records and records[0].netns is not None and (
                     parent.node is not None
-                    and not self._is_left(seen, parent)):
+                    and not self._is_left(parent)):
                 yield records, parent.node
 
     def _tidy(self, seen: Snapshot) -> None:
@@ -225,22 +226,22 @@ class Reconciler:
                     self._records.put([dataclasses.replace(
                         record, tap=tap), *claims[1:]])
 
-    def _claims(self, seen: Snapshot, parent: Parent) -> bool:
+    def _claims(self, parent: Parent) -> bool:
         """Return whether a break0 of another ledger is to be taken over.
 
         A ledger that was lost, as its directory was wiped, is followed by
         this one: it takes over what says that it belongs to this directory.
         """
-        return parent.other is not None and (self._claim
-                                             or not seen.is_others(parent))
+        return parent.ownership is Ownership.LOST or (
+            self._claim and parent.ownership is Ownership.OTHER)
 
-    def _is_left(self, seen: Snapshot, parent: Parent) -> bool:
+    def _is_left(self, parent: Parent) -> bool:
         """Return whether a break0 is, and stays, that of another ledger.
 
         A dry run shows what there was to do if it were taken over.
         """
-        return parent.other is not None and not (
-            self._dry_run and self._claims(seen, parent))
+        return parent.ownership.is_foreign and not (
+            self._dry_run and self._claims(parent))
 
     def _read(self) -> Snapshot:
         return actual.read(self._options, self._ledger, self._netlink,
@@ -250,7 +251,7 @@ class Reconciler:
         """Make sure of each break0; whether one may have been changed."""
         is_changed = False
         for parent in seen.parents.values():
-            claim = self._claims(seen, parent)
+            claim = self._claims(parent)
             if parent.conflict is not None:
                 if parent.live or parent.name == self._options.parent:
                     self._failure.note(parent.conflict)
@@ -287,7 +288,7 @@ class Reconciler:
         """Return records of what the kernel holds and the ledger does not."""
         return list(rebuild.find(
             self._options, seen, [parent for parent in seen.parents.values()
-                                  if not self._is_left(seen, parent)]))
+                                  if not self._is_left(parent)]))
 
     def _put_rebuilt(self, record: Record) -> bool:
         with self._failure.noted(), self._ledger.lock():
@@ -310,7 +311,7 @@ class Reconciler:
         An address is left out whose claims are not those that were read:
         another process has changed them, and what follows from them.
         """
-        if parent.link is None or self._is_left(seen, parent):
+        if parent.link is None or self._is_left(parent):
             return  # what another ledger knows of it is not known here
         guard = Guard(self._options, self._ledger, parent.device)
         works = _works(parent, plan, moved)

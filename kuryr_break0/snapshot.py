@@ -16,8 +16,8 @@ from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Contents
 from kuryr_break0.ledger.identity import Alias
-from kuryr_break0.ledger.identity import follows
 from kuryr_break0.ledger.identity import Identity
+from kuryr_break0.ledger.identity import Ownership
 from kuryr_break0.model import Entry
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
@@ -37,7 +37,7 @@ class Parent:
     :ivar present: the interface that has the name of its break0, if any
     :ivar link: its break0; None if there is none that can be used
     :ivar conflict: why it cannot be used, or the parent is not there
-    :ivar other: the ledger that its break0 belongs to, if not this one
+    :ivar ownership: the relation of its break0 to this ledger
     :ivar differences: what its break0 is, and should not be, each with the
         kind of a :class:`~kuryr_break0.device.Difference`
     :ivar guard: what is wrong with the table of its guard, if anything
@@ -56,7 +56,7 @@ class Parent:
     present: Optional[kernel.Link]
     link: Optional[kernel.Link]
     conflict: Optional[exceptions.Break0Error]
-    other: Optional[Alias]
+    ownership: Ownership
     differences: tuple[tuple[str, str], ...]
     guard: Optional[str]
     live: dict[IPAddress, Record]
@@ -67,6 +67,12 @@ class Parent:
     addresses: tuple[IPAddress, ...]
     node: Optional[NodeAddresses]
     astray: dict[IPAddress, tuple[str, str]]
+
+    @property
+    def other(self) -> Optional[Alias]:
+        """Return the ledger that its break0 belongs to, if not this one."""
+        return (Alias.parse(self.link.alias) if self.link is not None
+                and self.ownership.is_foreign else None)
 
     @property
     def index(self) -> int:
@@ -115,14 +121,8 @@ class Snapshot:
     @property
     def is_lost(self) -> bool:
         """Return whether the ledger that bound pods here was lost."""
-        return any(parent.other is not None and not self.is_others(parent)
+        return any(parent.ownership is Ownership.LOST
                    for parent in self.parents.values())
-
-    def is_others(self, parent: Parent) -> bool:
-        """Return whether a break0 is of another ledger that may exist."""
-        return parent.other is not None and not follows(
-            self.identity, self.options.state_dir, parent.other,
-            parent.device)
 
     def parent_of(self, address: IPAddress) -> Optional[Parent]:
         """Return the parent of an address; None if it is not known."""

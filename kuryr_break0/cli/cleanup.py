@@ -22,7 +22,7 @@ from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0.guard import Guard
 from kuryr_break0 import kernel
-from kuryr_break0.ledger.identity import Alias
+from kuryr_break0.ledger.identity import Ownership
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import by_address
 from kuryr_break0.model import Record
@@ -119,7 +119,7 @@ class Cleanup:
             # Pods that are bound, but not recorded.
             records = list(rebuild.find(options, seen, [
                 parent for parent in seen.parents.values()
-                if not seen.is_others(parent)]))
+                if parent.ownership is not Ownership.OTHER]))
             if not self.dry_run:
                 stack.enter_context(ledger.lock())
                 seen = actual.read(options, ledger, netlink, 0)
@@ -132,8 +132,7 @@ class Cleanup:
                 yield from self._pod(record)
             for parent in seen.parents.values():
                 yield from self._node(
-                    netlink, seen, parent,
-                    Guard(options, ledger, parent.device))
+                    netlink, parent, Guard(options, ledger, parent.device))
             if ledger.heartbeat.age() is not None:
                 yield Removal('agent', 'it is running, and makes the state '
                               'directory again; stop it')
@@ -152,7 +151,7 @@ class Cleanup:
         """
         found = {}
         left = {parent.name for parent in seen.parents.values()
-                if seen.is_others(parent)}
+                if parent.ownership is Ownership.OTHER}
         for record in records:
             if (record.netns is not None and record not in seen.gone
                     and record.parent not in left):
@@ -170,13 +169,13 @@ class Cleanup:
                 yield Removal('%s namespace %s' % (names.described(
                     item, record.owner.ifname), record.netns))
 
-    def _node(self, netlink: kernel.Netlink, seen: Snapshot, parent: Parent,
+    def _node(self, netlink: kernel.Netlink, parent: Parent,
               guarding: Guard) -> Iterator[Removal]:
         link = parent.present
         if link is None:
             return
         # Before the first change: pods of others may live by what is there.
-        reason = self._not_ours(seen, parent, link)
+        reason = self._not_ours(parent)
         if reason is not None:
             yield Removal('interface %s' % link.name, reason)
             return
@@ -197,18 +196,17 @@ class Cleanup:
             netlink.delete_link(link.name)
         yield Removal('interface %s' % link.name)
 
-    def _not_ours(self, seen: Snapshot, parent: Parent,
-                  link: kernel.Link) -> Optional[str]:
+    def _not_ours(self, parent: Parent) -> Optional[str]:
         """Return why an interface must not be deleted; None if it may.
 
         Where nothing is recorded, its alias says that it is ours.
         """
         if parent.conflict is not None:
             return str(parent.conflict)
-        if parent.other is not None and seen.is_others(parent):
+        if parent.ownership is Ownership.OTHER and parent.other:
             return 'it belongs to the ledger %s in %s' % parent.other
-        if parent.live or Alias.parse(link.alias) or parent.name in (
-                self.options.parent, self.link_iface):
+        if (parent.live or parent.ownership is not Ownership.UNMARKED
+                or parent.name in (self.options.parent, self.link_iface)):
             return None
         return ('it may be of others: no pod is recorded, and it does not '
                 'have the alias that it gets. If it is not, set [break0] '

@@ -17,6 +17,7 @@ from kuryr_break0.guard import Guard
 from kuryr_break0.guard import is_installed
 from kuryr_break0.guard import NO_NFT
 from kuryr_break0 import kernel
+from kuryr_break0.ledger.identity import Ownership
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import of_kind
 from kuryr_break0.model import Pair
@@ -114,7 +115,7 @@ def check(node: Node, seen: Parent, netlink: kernel.Netlink,
     if link is None or parent is None:
         return
     if seen.other is not None:
-        yield KINDS['ledger-lost' if node.seen.is_lost
+        yield KINDS['ledger-lost' if seen.ownership is Ownership.LOST
                     else 'ledger-other'].found(
             '%s belongs to the ledger %s in %s, but state_dir is %s' % (
                 seen.device, *seen.other, node.options.state_dir))

@@ -9,12 +9,14 @@ kernel keeps where a directory may be lost or be another one.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 import re
 import secrets
 from typing import Any, NamedTuple, Optional
 
 from kuryr_break0 import exceptions
+from kuryr_break0.kernel.values import Link
 from kuryr_break0.ledger import files
 from kuryr_break0.model import MAC
 
@@ -95,20 +97,44 @@ class Identity:
         return found
 
 
-def follows(own: Optional[Identity], directory: str, other: Alias,
-            device: str) -> bool:
-    """Return whether a break0 is of a ledger that another one replaces.
+class Ownership(enum.Enum):
+    """The relation of an interface to the ledger in a state directory."""
 
-    It was lost with its directory. Where another process has a directory of
-    its own at the path, each takes a break0 over only once.
+    #: Its alias names this ledger.
+    OURS = enum.auto()
+    #: Its alias names a ledger that was lost, and that this one follows.
+    LOST = enum.auto()
+    #: Its alias names another ledger, which may exist.
+    OTHER = enum.auto()
+    #: Its alias names no ledger.
+    UNMARKED = enum.auto()
 
-    :param own: of the ledger that is in the directory now
-    :param other: what the break0 says of its ledger
-    :param device: the name of the break0
+    @property
+    def is_foreign(self) -> bool:
+        """Return whether another ledger knows the pods of the interface."""
+        return self in (Ownership.LOST, Ownership.OTHER)
+
+
+def ownership(link: Optional[Link], own: Optional[Identity],
+              directory: str) -> Ownership:
+    """Return the relation of an interface to a ledger.
+
+    A ledger is lost with its directory. Where another process has a directory
+    of its own at the path, each takes a break0 over only once.
+
+    :param own: the identity of the ledger; None if it was never used
+    :param directory: the state directory of the ledger
     """
-    return other.directory == directory and (own is None or (
-        other.ledger in own.claimed.values()
-        and device not in own.claimed))
+    alias = Alias.parse(link.alias) if link is not None else None
+    if link is None or alias is None:
+        return Ownership.UNMARKED
+    if own is not None and alias.ledger == own.id:
+        return Ownership.OURS
+    if alias.directory == directory and (own is None or (
+            alias.ledger in own.claimed.values()
+            and link.name not in own.claimed)):
+        return Ownership.LOST
+    return Ownership.OTHER
 
 
 def boot_id() -> str:

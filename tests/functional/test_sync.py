@@ -318,7 +318,7 @@ class TestUnclaimed(SyncTestCase):
         reconcile = reconciler.Reconciler(
             own, ledger.Ledger(own.state_dir)).sync
         self.assertIn(POD, {str(each.dst) for each in reconcile(
-            dry_run=True, prune=True).delete})
+            dry_run=True, prune=True).unset})
         self.assertIn(POD, self.lab.routes())
         self.assertEqual((), reconcile(prune=True).errors)
         self.assertEqual(self.healthy, self.lab.routes())

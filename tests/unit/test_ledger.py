@@ -14,6 +14,7 @@ import stat
 import tempfile
 import threading
 import time
+import types
 from typing import Any, Callable, Iterator
 import unittest
 from unittest import mock
@@ -722,3 +723,35 @@ class TestLock(LedgerTestCase):
     def test_a_pipe_in_its_place_holds_up_nobody(self) -> None:
         os.mkfifo(self.ledger.lock_path)
         self.assertTrue(self.ledger.is_free_within(0))
+
+
+class TestOwnership(unittest.TestCase):
+
+    def test_all(self) -> None:
+        own = dataclasses.replace(identity.Identity.new(),
+                                  claimed={'break0-eth1': 'a' * 16})
+        expected = identity.Ownership
+        for alias, known, name, answer in (
+                (None, own, 'break0', expected.UNMARKED),
+                ('uplink', own, 'break0', expected.UNMARKED),
+                (own.alias('/run/x'), own, 'break0', expected.OURS),
+                (own.alias('/run/y'), own, 'break0', expected.OURS),
+                # Of the directory: by a new ledger, and by one that has
+                # taken over what the same lost ledger had.
+                (identity.Alias('a' * 16, '/run/x'), None, 'break0',
+                 expected.LOST),
+                (identity.Alias('a' * 16, '/run/x'), own, 'break0',
+                 expected.LOST),
+                (identity.Alias('a' * 16, '/run/x'), own, 'break0-eth1',
+                 expected.OTHER),
+                (identity.Alias('b' * 16, '/run/x'), own, 'break0',
+                 expected.OTHER),
+                (identity.Alias('a' * 16, '/run/y'), None, 'break0',
+                 expected.OTHER)):
+            with self.subTest(alias=alias, name=name):
+                link: Any = types.SimpleNamespace(
+                    name=name, alias=alias and str(alias))
+                self.assertIs(answer, identity.ownership(link, known,
+                                                         '/run/x'))
+        self.assertIs(expected.UNMARKED,
+                      identity.ownership(None, own, '/run/x'))
