@@ -240,7 +240,8 @@ class _Reading:
             guard, entries = self._guard(usable, parent)
             differences = (*self._earlier_name(name, device_name), *(
                 (each.kind, each.text) for each in made.differences(
-                    usable, parent, self._addresses)))
+                    usable, parent, self._addresses,
+                    any(address.version == 6 for address in live))))
             node = self._policy.node_addresses(
                 self._addresses, parent.index,
                 {route.src for some in desired.values()

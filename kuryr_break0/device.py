@@ -50,6 +50,7 @@ BORDER = {'ipv4/conf/%s/rp_filter': 1,
           'ipv6/conf/%s/accept_source_route': 0,
           'ipv6/conf/%s/proxy_ndp': 0,
           'ipv6/conf/%s/autoconf': 0}
+DISABLE_IPV6 = 'ipv6/conf/%s/disable_ipv6'
 #: Below it, an interface has no IPv6 (IPV6_MIN_MTU).
 _IPV6_MIN_MTU = 1280
 
@@ -148,7 +149,8 @@ class Device:
                      else None)
         self._policy = policy.Policy(options)
 
-    def ensure(self, netlink: kernel.Netlink, new_mac: str) -> Ensured:
+    def ensure(self, netlink: kernel.Netlink, new_mac: str,
+               needs_ipv6: bool = False) -> Ensured:
         """Make sure that it exists, is what it should be, and is up.
 
         Call it under the lock. What another process left half-made is
@@ -156,6 +158,7 @@ class Device:
 
         :param new_mac: what it gets if it is created and nothing says which
             it had
+        :param needs_ipv6: as for :meth:`differences`
         :raises ParentNotFound: if there is no such parent
         :raises ParentUnfit: if no macvlan can be on it
         :raises DeviceConflict: if the name is taken by another kind of
@@ -187,8 +190,8 @@ class Device:
                 'keep %s' % self.name, 'it vanished at once', 0)
         self.require_ours(link, parent)
         try:
-            differences = list(self.differences(link, parent,
-                                                netlink.addresses()))
+            differences = list(self.differences(
+                link, parent, netlink.addresses(), needs_ipv6))
             for each in differences:
                 each.repair(netlink)
         except Exception:
@@ -290,14 +293,16 @@ class Device:
             expected='a macvlan in bridge mode on ' + parent.name)
 
     def differences(self, link: kernel.Link, parent: kernel.Link,
-                    addresses: Collection[tuple[int, IPAddress]]
-                    ) -> Iterator[Difference]:
+                    addresses: Collection[tuple[int, IPAddress]],
+                    needs_ipv6: bool = False) -> Iterator[Difference]:
         """Compare what it is with what it should be.
 
         In the order in which that is to be repaired: it must be silent
         before it is up.
 
         :param addresses: those of the node, with their ifindexes
+        :param needs_ipv6: whether pods on it have IPv6 addresses. Then it
+            gets IPv6, unless that is disabled on all interfaces
         """
         for path, (found, value) in sysctl_drift(link.name).items():
             yield Difference(
@@ -308,6 +313,13 @@ class Device:
                 lambda _, path=path, value=value:  # type: ignore[misc]
                 kernel.write_sysctl(path % link.name, value,
                                     self._options.sysctl_dir))
+        if needs_ipv6 and kernel.read_sysctl(DISABLE_IPV6 % link.name) == 1 \
+                and kernel.read_sysctl(DISABLE_IPV6 % 'all') == 0:
+            yield Difference(
+                'ipv6', ipv6_text(link.name),
+                lambda _: kernel.write_sysctl(DISABLE_IPV6 % link.name, 0,
+                                              self._options.sysctl_dir),
+                loses_routes=True)
         if link.mtu != parent.mtu:
             yield Difference(
                 'mtu', 'its MTU is %d, must be %d' % (link.mtu, parent.mtu),
@@ -354,6 +366,13 @@ class Device:
                     'addresses', 'it lacks the address %s' % address,
                     lambda netlink, address=address:  # type: ignore[misc]
                     self._put_address(netlink, link, address))
+
+
+def ipv6_text(name: str) -> str:
+    """Return the text for pods with IPv6 on a break0 without it."""
+    return ('IPv6 is disabled, but there are containers with IPv6 addresses. '
+            'Enable it: sysctl -w net/%s=0; kuryr-break0 sync'
+            % (DISABLE_IPV6 % name))
 
 
 def sysctl_drift(name: str) -> dict[str, tuple[int, int]]:

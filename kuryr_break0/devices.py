@@ -191,12 +191,13 @@ class Devices:
                 *map(str, self._options.addr)]
 
     def ensure(self, netlink: kernel.Netlink, parent: str,
-               claim: bool = False, name: Optional[str] = None
-               ) -> device.Ensured:
+               claim: bool = False, name: Optional[str] = None,
+               needs_ipv6: bool = False) -> device.Ensured:
         """Make sure of the break0 of a parent.
 
         :param claim: take it over if it belongs to another ledger
         :param name: what it is called; None if a snapshot did not say
+        :param needs_ipv6: whether its pods have IPv6 addresses
         :raises OtherLedger: if it belongs to another ledger and stays so
         :raises Break0Error: if it cannot be made what it should be
         """
@@ -217,8 +218,8 @@ class Devices:
             raise self.other_ledger(name, other)
         index = kernel.index_of(parent)
         made = device.Device(options, name, parent, identity)
-        ensured = made.ensure(netlink, device.derived_mac(identity.secret,
-                                                          name))
+        ensured = made.ensure(
+            netlink, device.derived_mac(identity.secret, name), needs_ipv6)
         known = dataclasses.replace(
             identity,
             devices={**{other_parent: each for other_parent, each

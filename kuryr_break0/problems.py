@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Iterable, Iterator
 
+from kuryr_break0 import device
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.model import address_order
@@ -107,12 +108,10 @@ def parent_problems(parent: Parent) -> Iterator[str]:
                 [parent.guard] if parent.guard else [])):
             yield '%s: %s' % (parent.device, text)
         if (any(address.version == 6 for address in parent.live)
-                and kernel.read_sysctl('ipv6/conf/%s/disable_ipv6'
+                and all(kind != 'ipv6' for kind, _ in parent.differences)
+                and kernel.read_sysctl(device.DISABLE_IPV6
                                        % parent.device) != 0):
-            yield ('%s: IPv6 is disabled, but there are containers with '
-                   'IPv6 addresses. Enable it: sysctl -w net/ipv6/conf/'
-                   '%s/disable_ipv6=0; kuryr-break0 sync' % (
-                       parent.device, parent.device))
+            yield '%s: %s' % (parent.device, device.ipv6_text(parent.device))
 
 
 def unjudged_problem(seen: Snapshot) -> str:

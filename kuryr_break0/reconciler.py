@@ -279,9 +279,15 @@ class Reconciler:
             with self._failure.noted(), self._ledger.lock():
                 # None, if all of them have been unbound meanwhile.
                 if claim or any(map(self._records.get, parent.live)):
-                    self._devices.ensure(self._netlink, parent.name, claim,
-                                         parent.device)
-                    self._repaired += repaired
+                    self._devices.ensure(
+                        self._netlink, parent.name, claim, parent.device,
+                        any(address.version == 6 for address in parent.live))
+                    guard = Guard(self._options, self._ledger, parent.device)
+                    # Without nft, it is not loaded; the log says so.
+                    is_lost = guard.is_wanted and not guard.is_possible
+                    self._repaired += [
+                        each for each in repaired
+                        if not is_lost or each[1] != parent.guard]
         return is_changed
 
     def _lost(self, seen: Snapshot) -> list[Record]:

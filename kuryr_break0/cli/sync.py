@@ -28,7 +28,7 @@ change: + for what is set, - for what is deleted, ~ for what is repaired, !
 for what is left. If the ledger was lost, it is rebuilt from the kernel first.
 Exit status: 0 if nothing is left, 1 if something is (with --dry-run: if there
 is something to do), 3 if the kernel or the state directory refuses. What no
-sync can change, as disabled IPv6 or a routing rule, is shown by status.
+sync can change, as a routing rule, is shown by status.
 """
 
 

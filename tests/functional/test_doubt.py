@@ -781,6 +781,19 @@ class TestStatus(test_cli.CLITestCase):
         self.bind('fd00:30::79', owner=Owner('six', 'eth0'))
         self.lab.run('sysctl', '-w', 'net.ipv6.conf.break0.disable_ipv6=1')
         self.assert_out_of_sync('IPv6 is disabled')
+        self.assertIn('IPv6 is disabled',
+                      self.call('sync', '--dry-run').stdout)
+        self.assertEqual(0, self.call('sync').returncode)
+        self.assertEqual(0, self.status()[0])
+        self.assertIn('fd00:30::79', self.lab.routes())
+
+    def test_a_guard_that_cannot_be_loaded_again(self) -> None:
+        """A sync does not say that it has repaired the guard."""
+        self.lab.run('nft', 'flush', 'ruleset')
+        with mock.patch.object(kernel, 'find_program', return_value=None):
+            outcome = self.manager().sync()
+        self.assertEqual([], [text for _, text in outcome.devices
+                              if 'guard' in text])
 
     def test_a_lost_ledger(self) -> None:
         shutil.rmtree(STATE)
