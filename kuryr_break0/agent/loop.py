@@ -11,8 +11,6 @@ import socket
 import time
 from typing import Any, Callable, Iterator, Optional
 
-import inotify_simple
-
 from kuryr_break0.agent.cni_server import CNIServer
 from kuryr_break0.agent.http import Server
 from kuryr_break0.agent.interests import Interests
@@ -176,7 +174,7 @@ class Agent:
             self._stop = True
 
     def _wait(self, events: kernel.Events, woken: socket.socket,
-              watch: Optional[inotify_simple.INotify],
+              watch: Optional[kernel.Inotify],
               interests: Interests) -> None:
         """Return when there may be something to repair."""
         timer = time.monotonic() + self._options.resync_interval
@@ -207,8 +205,8 @@ class Agent:
                 woken.recv(4096)
             if watch is not None and watch.fileno() in ready:
                 # A write that failed is no change, and each sync tries it.
-                if any(not each.name.startswith(files.UNFINISHED)
-                       for each in watch.read(timeout=0)):
+                if any(not each.startswith(files.UNFINISHED)
+                       for each in watch.read()):
                     due = min(due, time.monotonic() + _SETTLED)
             if self._tables is not None and self._tables.fileno() in ready:
                 if self._tables.get():
@@ -260,25 +258,25 @@ class Agent:
                 self._finder.postpone()
                 LOG.error('Containers could not be found: %r', err)
 
-    def _watch(self, watch: inotify_simple.INotify, ledger: Ledger) -> None:
+    def _watch(self, watch: kernel.Inotify, ledger: Ledger) -> None:
         """Watch the records from now on.
 
         Again before each sync, since the directory may be another one by
         then.
         """
-        flags, reason = inotify_simple.flags, None
+        reason = None
         try:
             ledger.prepare()
-            watch.add_watch(ledger.path, flags.MOVE_SELF)
-            watch.add_watch(
-                ledger.records.directory, flags.MOVED_TO | flags.DELETE
-                | flags.DELETE_SELF | flags.MOVE_SELF)
+            watch.watch(ledger.path, kernel.IN_MOVE_SELF)
+            watch.watch(
+                ledger.records.directory, kernel.IN_MOVED_TO | kernel.IN_DELETE
+                | kernel.IN_DELETE_SELF | kernel.IN_MOVE_SELF)
         except (OSError, exceptions.LedgerUnavailable) as err:
             reason = str(err)
         if reason not in (None, self._unwatched):
             LOG.warning(_UNWATCHED, reason)
         self._unwatched = reason
-        watch.read(timeout=0)
+        watch.read()
 
     def _sync(self, reconciler: Reconciler, interests: Interests) -> bool:
         """Reconcile; whether nothing of that failed."""
@@ -355,16 +353,13 @@ def _tables() -> Iterator[Optional[kernel.NftEvents]]:
 
 
 @contextlib.contextmanager
-def _inotify() -> Iterator[Optional[inotify_simple.INotify]]:
-    """Open an inotify; None if that is not possible.
-
-    To close it takes the kernel more than 10 ms (fsnotify_mark_srcu).
-    """
+def _inotify() -> Iterator[Optional[kernel.Inotify]]:
+    """Open an inotify; None if that is not possible."""
     try:
-        watch = inotify_simple.INotify(nonblocking=True)
+        watch = kernel.Inotify()
     except OSError as err:
         LOG.warning(_UNWATCHED, err)
         yield None
         return
-    with watch:
+    with contextlib.closing(watch):
         yield watch

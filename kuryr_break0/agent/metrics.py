@@ -57,7 +57,8 @@ class Metrics(prometheus_registry.Collector):
     def __init__(self, options: config.Options) -> None:
         self.options = options
         # Those would repeat for each figure when the agent started.
-        prometheus_client.disable_created_metrics()
+        # Its disable_created_metrics() is not in Debian 12.
+        prometheus_client.metrics._use_created = False
         self.registry = prometheus_client.CollectorRegistry()
         prometheus_client.ProcessCollector(registry=self.registry)
         self.registry.register(self)

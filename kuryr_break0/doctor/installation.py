@@ -25,10 +25,10 @@ from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.findings import KINDS
 
 _DISTRIBUTION = 'kuryr-break0'
-#: What is required for Kuryr alone. Where none of the first two is installed,
-#: the package was installed for CNI, by etc/cni/requirements.txt.
+#: The requirements of Kuryr's driver alone. Where neither of the first two is
+#: installed, this is a host without Kuryr.
 _KURYR = ('kuryr-kubernetes', 'os-vif', 'oslo.concurrency',
-          'oslo.versionedobjects', 'stevedore', 'cotyledon')
+          'oslo.versionedobjects', 'pyroute2', 'stevedore', 'cotyledon')
 #: What setup.cfg registers, by the names that Kuryr and os-vif look for.
 _ENTRY_POINTS = (('kuryr_kubernetes.cni.binding', 'VIFMacvlanBreak0',
                   'kuryr_break0.kuryr.driver'),

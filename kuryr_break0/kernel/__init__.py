@@ -10,6 +10,8 @@ No NetlinkError leaves this package, since Kuryr takes any that carries EEXIST
 for a VLAN conflict, and answers any other with a page of HTML.
 """
 
+import importlib.util
+
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel.conntrack import forget_connections
 from kuryr_break0.kernel.events import Event
@@ -21,6 +23,12 @@ from kuryr_break0.kernel.existence import Judge
 from kuryr_break0.kernel.existence import State
 from kuryr_break0.kernel.existence import state
 from kuryr_break0.kernel.existence import Verdict
+from kuryr_break0.kernel.inotify import IN_DELETE
+from kuryr_break0.kernel.inotify import IN_DELETE_SELF
+from kuryr_break0.kernel.inotify import IN_MOVE_SELF
+from kuryr_break0.kernel.inotify import IN_MOVED_TO
+from kuryr_break0.kernel.inotify import IN_OPEN
+from kuryr_break0.kernel.inotify import Inotify
 from kuryr_break0.kernel.macvlans import FEW
 from kuryr_break0.kernel.macvlans import Limits
 from kuryr_break0.kernel.macvlans import Macvlan
@@ -74,10 +82,18 @@ from kuryr_break0.kernel.wire import RT_TABLE_MAIN
 
 
 def create_macvlan(name: str, parent: Link, mac: str) -> None:
-    """Create a macvlan as :func:`kuryr_break0.kernel.ipdb.create_macvlan`.
+    """Create a macvlan in bridge mode on this node, down.
 
-    :raises CannotCreate: if pyroute2 cannot be imported
+    Where Kuryr is installed, it is created by IPDB, as Kuryr creates its own.
+
+    :raises CannotCreate: if Kuryr's pyroute2 cannot be imported
+    :raises KernelRefused: if the macvlan does not exist in the end
     """
+    if importlib.util.find_spec('kuryr_kubernetes') is None:
+        with Netlink() as netlink:
+            netlink.create_macvlan(name, parent, OWN, mac=mac, mtu=parent.mtu,
+                                   up=False)
+        return
     try:
         from kuryr_break0.kernel import ipdb
     except ImportError as err:  # as of a version that is too new

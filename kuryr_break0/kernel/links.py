@@ -69,9 +69,10 @@ class LinkSocket(netlink.RequestSocket):
 
     def create_macvlan(self, name: str, parent: values.Link, netns: str, *,
                        mac: str, mtu: int, up: bool = True) -> None:
-        """Create a macvlan in bridge mode in another namespace.
+        """Create a macvlan in bridge mode in a namespace.
 
-        It is never in that of the parent, so nobody there hears of it.
+        In another one than this, it is never in that of the parent, so
+        nobody here hears of it.
 
         :param netns: the path of the namespace
         :raises KernelRefused: with EEXIST also if an interface of this
@@ -81,8 +82,7 @@ class LinkSocket(netlink.RequestSocket):
         flags = wire.IFF_UP if up else 0
         with opened(netns) as other:
             self._order(
-                'create the macvlan %s of the pod on %s' % (name,
-                                                            parent.name),
+                'create the macvlan %s on %s' % (name, parent.name),
                 Message(wire.RTM_NEWLINK,
                         netlink.NLM_F_CREATE | netlink.NLM_F_EXCL,
                         wire.pack_link(0, flags, flags)

@@ -7,13 +7,13 @@ import fcntl
 import ipaddress
 import logging
 import os
+import select
 import signal
 import time
 from typing import Any, Callable, Iterator, Optional, Sequence
 import unittest
 from unittest import mock
 
-import inotify_simple
 from oslo_config import cfg
 import psutil
 
@@ -84,11 +84,11 @@ def is_idle(process: psutil.Process) -> bool:
 @contextlib.contextmanager
 def until_opened(path: str) -> Iterator[None]:
     """Start something in the block, and wait until it has opened a file."""
-    flags = inotify_simple.flags
-    with inotify_simple.INotify() as watch:
-        watch.add_watch(path, flags.OPEN)
+    with contextlib.closing(kernel.Inotify()) as watch:
+        watch.watch(path, kernel.IN_OPEN)
         yield
-        assert watch.read(timeout=1000 * lab.PATIENCE), 'nobody opens it'
+        assert select.select([watch], [], [], lab.PATIENCE)[0], (
+            'nobody opens it')
 
 
 @contextlib.contextmanager

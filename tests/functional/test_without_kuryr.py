@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 REQUIREMENTS = ROOT / 'etc/cni/requirements.txt'
 #: Of requirements.txt, what is there for Kuryr alone.
 _FOR_KURYR = {'kuryr-kubernetes', 'cotyledon', 'os-vif', 'oslo.concurrency',
-              'oslo.versionedobjects', 'stevedore'}
+              'oslo.versionedobjects', 'pyroute2', 'stevedore'}
 
 
 def _requirements(path: pathlib.Path) -> dict[str, str]:
@@ -46,7 +46,7 @@ class TestWithoutKuryr(base.CNITestCase):
         return done.stdout
 
     def test_it_is_not_installed(self) -> None:
-        for name in ('kuryr_kubernetes', 'os_vif'):
+        for name in ('kuryr_kubernetes', 'os_vif', 'pyroute2'):
             self.assertNotEqual(0, subprocess.run(
                 [self.bin + '/python', '-c', 'import ' + name],
                 stderr=subprocess.DEVNULL).returncode)
