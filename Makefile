@@ -127,6 +127,25 @@ endif
 	    $(SHARE)/bash-completion/completions/kuryr-break0 \
 	    $(SHARE)/zsh/site-functions/_kuryr-break0
 
+# The packages for Debian, of which the first needs no clone on the host.
+DEB = build/deb
+.PHONY: deb deb-test
+deb:
+	tests/debian-packages deb
+	rm -rf $(DEB)
+	mkdir -p $(DEB)/source
+	cp -r LICENSE Makefile README.rst debian etc kuryr_break0 pyproject.toml \
+	    requirements.txt setup.cfg setup.py $(DEB)/source
+	cd $(DEB)/source && dpkg-buildpackage --build=binary --no-sign \
+	    --no-check-builddeps >../log 2>&1 || { tail ../log; exit 1; }
+	rm -r $(DEB)/source
+	@ls $(DEB)/*.deb
+
+# As root. Builds them on a minimal Debian, and installs, upgrades and removes
+# them on others.
+deb-test:
+	tests/deb $(SUITES)
+
 # A whole Kubernetes cluster with Kuryr and Neutron, as root on Debian 12. The
 # first run builds Kubernetes, which takes some minutes.
 .PHONY: cluster cluster-test cluster-core cluster-releases \

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What tests/deb runs in a minimal Debian: by Python's own modules."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from typing import Any, Callable
+import urllib.request
+
+AGENT = 'kuryr-break0-agent'
+ADDRESS = '100.75.30.71'
+SETTINGS = '/etc/kuryr-break0/kuryr-break0.conf'
+METRICS = '127.0.0.1:9471'
+FILES = ('/usr/sbin/nft', '/usr/share/man/man8/kuryr-break0.8.gz',
+         '/usr/share/bash-completion/completions/kuryr-break0',
+         '/usr/share/zsh/vendor-completions/_kuryr-break0',
+         '/usr/lib/NetworkManager/conf.d/kuryr-break0.conf',
+         '/usr/lib/systemd/network/10-kuryr-break0.network',
+         '/usr/lib/systemd/networkd.conf.d/kuryr-break0.conf',
+         '/usr/lib/systemd/system/kuryr-break0-agent.service')
+
+
+def run(command: str, code: int = 0, **kwargs: Any) -> str:
+    """Return what a line of the shell writes, errors too."""
+    done = subprocess.run(command, shell=True, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          **kwargs)
+    assert done.returncode == code, '%s: %d: %s' % (
+        command, done.returncode, done.stdout)
+    return done.stdout
+
+
+def fails(command: str) -> bool:
+    return subprocess.call(command, shell=True, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL) != 0
+
+
+def until(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, run(
+            'kuryr-break0 doctor; journalctl -u %s' % AGENT)
+        time.sleep(0.1)
+
+
+def apt(arguments: str) -> str:
+    began = time.monotonic()
+    shown = run('DEBIAN_FRONTEND=noninteractive apt-get -q -y ' + arguments)
+    print('apt-get %s: %.1f s' % (
+        arguments.split()[0], time.monotonic() - began))
+    return shown
+
+
+def state() -> str:
+    return run('systemctl show -P ActiveState %s' % AGENT).strip()
+
+
+def is_reached() -> bool:
+    return not fails('ping -c 1 -W 1 ' + ADDRESS)
+
+
+def journal() -> str:
+    run('journalctl --sync')
+    return run('journalctl -o cat -u ' + AGENT)
+
+
+def set_up() -> None:
+    """Make a NIC, and a container on it."""
+    run('ip link set lo up; ip link add eth0 type veth peer name lan;'
+        'ip link set lan up; ip link set eth0 up;'
+        'ip address add 100.75.30.2/24 dev eth0; ip netns add one;'
+        'ip link add mv0 link eth0 netns one type macvlan mode bridge;'
+        'ip -n one address add %s/24 dev mv0; ip -n one link set mv0 up'
+        % ADDRESS)
+    assert not is_reached()
+
+
+def install(kept: str) -> None:
+    shown = apt('install %s/1.0/kuryr-break0_*_all.deb' % kept)
+    assert re.search('Name the networks .* 100.75.30.0/24.*' + SETTINGS,
+                     shown), shown
+    for path in FILES:
+        assert os.path.exists(path), path
+    assert fails('dpkg -s python3-pyroute2 python3-venv python3-pip')
+    assert state() == 'inactive', state()
+    assert 'Not started: name the networks' in journal(), journal()
+    assert run('systemctl is-enabled ' + AGENT) == 'enabled\n'
+    assert not run('systemctl list-units --failed --no-legend')
+
+
+def configure() -> None:
+    """Name the networks: first a wrong one."""
+    with open(SETTINGS) as file:
+        text = file.read()
+    with open(SETTINGS, 'w') as file:
+        file.write(text.replace('# allowed_cidrs =', 'allowed_cidrs = nothing'
+                                '\n#'))
+    run('systemctl restart ' + AGENT)
+    until(lambda: state() == 'failed')
+    assert 'nothing' in journal(), journal()
+    with open(SETTINGS, 'w') as file:
+        file.write(text)
+    run("sed -i 's|^# allowed_cidrs.*|allowed_cidrs = 100.75.30.0/24|' "
+        + SETTINGS)
+    run('echo metrics_bind = %s >>%s' % (METRICS, SETTINGS))
+    run('systemctl restart ' + AGENT)
+    until(is_reached)
+
+
+def use(kept: str) -> None:
+    assert ADDRESS in run('kuryr-break0 status')
+    for command in ('doctor', 'probe ' + ADDRESS, 'sync --dry-run',
+                    '--version'):
+        run('kuryr-break0 ' + command)
+    assert 'link/ether' in run('ip -d link show dev break0')
+    run('ip link delete break0')  # created again without pyroute2
+    until(is_reached)
+    with urllib.request.urlopen('http://%s/metrics' % METRICS) as answer:
+        text = answer.read().decode()
+    assert 'kuryr_break0_' in text and '_created' not in text, text
+    assert 'break0' in run('man -V >/dev/null 2>&1; zcat ' + FILES[1])
+    apt('install %s/1.0/kuryr-break0-cni_*.deb' % kept)
+    answer = json.loads(run(
+        'CNI_COMMAND=VERSION /usr/lib/cni/break0',
+        input='{"cniVersion": "1.0.0"}'))
+    assert '1.1.0' in answer['supportedVersions'], answer
+    apt('remove kuryr-break0-cni')
+
+
+def upgrade(kept: str) -> None:
+    """Lose no ping, and keep the configuration."""
+    before = run('systemctl show -P MainPID ' + AGENT)
+    ping = subprocess.Popen(['ping', '-i', '0.02', '-q', ADDRESS],
+                            stdout=subprocess.PIPE, text=True)
+    apt('install %s/next/next.deb' % kept)
+    until(lambda: run('systemctl show -P MainPID ' + AGENT)
+          not in (before, '0\n'))
+    until(lambda: journal().count('Watching') > 1)
+    assert not fails('kuryr-break0 status')
+    ping.send_signal(signal.SIGINT)
+    counted = ping.communicate()[0]
+    assert re.search(r'(\d{2,}) packets transmitted, \1 received', counted), (
+        counted)
+    with open(SETTINGS) as file:
+        assert 'allowed_cidrs = 100.75.30.0/24' in file.read()
+
+
+def remove() -> None:
+    apt('remove kuryr-break0')
+    for command in ('ip link show break0', 'systemctl is-active ' + AGENT,
+                    'nft list ruleset | grep kuryr', 'test -e /run/kuryr-'
+                    'break0', 'ip netns exec one nft list ruleset | grep .',
+                    'command -v kuryr-break0'):
+        assert fails(command), command
+    assert os.path.exists(SETTINGS)
+    assert 'mv0' in run('ip -n one link')
+    apt('purge kuryr-break0')
+    assert not os.path.exists('/etc/kuryr-break0')
+    assert not glob.glob('/etc/**/*kuryr-break0*', recursive=True), glob.glob(
+        '/etc/**/*kuryr-break0*', recursive=True)
+
+
+def main(kept: str) -> int:
+    failed = 0
+    for step in (set_up, lambda: install(kept), configure,
+                 lambda: use(kept), lambda: upgrade(kept), remove):
+        try:
+            step()
+        except Exception:  # the next steps need this one
+            traceback.print_exc(file=sys.stdout)
+            failed = 1
+            break
+    print('Failed: %d' % failed, flush=True)
+    return failed
+
+
+if __name__ == '__main__':
+    sys.exit(main(*sys.argv[1:]))
