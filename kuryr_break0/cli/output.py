@@ -109,7 +109,10 @@ def _red(text: str, stream: TextIO) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]],
           wide: bool = False) -> None:
-    """Print rows below a head, and fold what is too long.
+    """Print rows below a head; fold long cells to the width of the reader.
+
+    Without a terminal and COLUMNS, as in a pipe or by kubectl exec without
+    -t, nothing is folded: a program looks for whole names and addresses.
 
     :param wide: fold nothing
     """
@@ -119,7 +122,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]],
 
     cells = [[(Wrong if isinstance(each, Wrong) else str)(safe(str(each)))
               for each in row] for row in rows]
-    if not wide:
+    if not wide and (sys.stdout.isatty() or os.environ.get('COLUMNS')):
         widths = _widths(list(zip(head, *cells)))
         cells = [[type(each)('\n'.join(textwrap.wrap(
             each, width, break_on_hyphens=False)))

@@ -57,6 +57,9 @@ class TestStatus(CLITestCase):
         self.assertIn('shop/web/eth0', text)
         self.assertIn('discovered-77/eth0', text)
         self.assertNotIn(ID, text)
+        piped = self.call('status', COLUMNS='').stdout
+        self.assertEqual(text.splitlines()[-1], piped.splitlines()[-1])
+        self.assertGreater(len(piped.splitlines()[-1]), 100)
         wide = self.call('status', '--wide', COLUMNS='80').stdout
         self.assertIn('%s/eth0 (%s)' % (ID, LONG), wide)
 
