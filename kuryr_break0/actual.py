@@ -18,8 +18,8 @@ from kuryr_break0.guard import Guard
 from kuryr_break0.guard import pairs
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Contents
-from kuryr_break0.ledger.identity import boot_id
 from kuryr_break0.ledger.identity import ownership
+from kuryr_break0.ledger.identity import read_boot_id
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import Entry
 from kuryr_break0.model import HostRoute
@@ -78,7 +78,7 @@ class _Reading:
         self._facts = Facts(
             frozenset(address for _, address in self._addresses),
             self._routes.broadcast, self._routes.next_hops,
-            self._routes.left_out, frozenset(ledger.next_hops_seen()))
+            self._routes.left_out, frozenset(ledger.list_recent_next_hops()))
         self._astray = dict(self._find_astray({
             link.index: link.vrf.ifindex if link.vrf else 0
             for link in links}) if ways else ())
@@ -120,10 +120,11 @@ class _Reading:
                         else 'taken for one of the node' if way.type
                         == kernel.RTN_LOCAL else
                         'through %s, by table %d' % (
-                            kernel.name_of(way.oif), way.table),
+                            kernel.format_ifname(way.oif), way.table),
                         '%s%s%s' % (route.dst, ' from %s' % source
                                     if source else '', ' vrf '
-                                    + kernel.name_of(vrf) if vrf else ''))
+                                    + kernel.format_ifname(vrf)
+                                    if vrf else ''))
                     break
 
     def snapshot(self, contents: Contents, is_steady: bool) -> Snapshot:
@@ -154,12 +155,12 @@ class _Reading:
         As by ``ip netns exec``. There, all pods would be configured with that
         pod in place of the node. Records of an earlier boot say nothing.
         """
-        if self._identity and self._identity.boot != boot_id():
+        if self._identity and self._identity.boot != read_boot_id():
             return
-        own = kernel.identify(kernel.OWN)
+        own = kernel.identify(kernel.OWN_NETNS)
         for record in self._live.values():
             if own and record.namespace and record.namespace.is_same(own):
-                raise exceptions.NotTheNode(owner=record.whose)
+                raise exceptions.NotTheNode(owner=record.owner_text)
 
     def _sort_claims(self) -> None:
         judge = kernel.Judge()

@@ -67,7 +67,7 @@ class Applied(NamedTuple):
     @property
     def is_device_lost(self) -> bool:
         """Return whether break0 was down or gone."""
-        return any(err.device_lost for err in self.errors.values())
+        return any(err.is_device_lost for err in self.errors.values())
 
 
 def apply(netlink: kernel.Netlink, guard: Guard,
@@ -92,7 +92,7 @@ def apply(netlink: kernel.Netlink, guard: Guard,
             [change for _, change in changes])):
         if err is None:
             done.items.add(item)
-        elif not (verb is Verb.DELETE and err.absent):
+        elif not (verb is Verb.DELETE and err.is_absent):
             done.errors.setdefault(work.address, err)
     return done
 
@@ -126,8 +126,8 @@ def log_repairs(device: str, applied: Applied, journal: Journal) -> None:
             if is_route or not has_route:
                 LOG.info('%s the %s of %s on %s%s', verb,
                          'route' if is_route else 'neighbour', work.address,
-                         device, ' for %s' % work.claim.whose if work.claim
-                         else ', which no record claims')
+                         device, ' for ' + work.claim.owner_text
+                         if work.claim else ', which no record claims')
             done[Done.UNCLAIMED if work.claim is None else
                  Done.ROUTE if is_route else Done.NEIGHBOUR] += 1
     for reason, times in done.items():

@@ -29,9 +29,9 @@ DIRECT = 'direct'
 AUTO = 'auto'
 ON = 'on'
 OFF = 'off'
-#: Seconds to wait for another process that is changing break0: less than the
-#: CNI shim waits for an answer. Then a pod is bound without the lock, and what
-#: deletes something fails.
+#: Seconds to wait for another process that is changing break0. The CNI shim
+#: waits longer for its answer. After that, a pod is bound without the lock,
+#: and deletions fail.
 LOCK_TIMEOUT = 10
 
 OPTS = [
@@ -39,74 +39,72 @@ OPTS = [
         'enabled',
         type=types.YesOrNo(),
         default=True,
-        help='Make new pods reachable through break0. Set it to false to '
-             'go back to Kuryr alone: it then binds new pods, and pods '
-             'that are bound already are unbound when they go.'),
+        help='Make new pods reachable through break0. To let Kuryr bind '
+             'pods alone again, set it to false. Pods that are already bound '
+             'are unbound when they end.'),
     cfg.Opt(
         'pod_binding',
         type=types.OneOf(choices=[
-            (AUTO, 'kuryr-break0 if Kuryr\'s code for that is known, as that '
-             'of Kuryr 6.0.0 to 10.0.0; Kuryr if that was changed'),
+            (AUTO, 'kuryr-break0 if Kuryr\'s binding code is that of Kuryr '
+             '6.0.0 to 10.0.0; otherwise Kuryr'),
             (KURYR, 'Kuryr, with IPDB: on the node under a temporary name, '
              'then moved, renamed and configured'),
             (DIRECT, 'kuryr-break0: in the namespace of the pod, with two '
              'requests. The result is the same, in a tenth of the time')]),
         default=AUTO,
-        help='What creates the macvlan interface of a pod. Set it if you '
-             'have changed Kuryr\'s code for that, or if you want that of '
-             'Kuryr. If enabled is false, Kuryr does. The log of '
-             'kuryr-daemon says what auto stands for. You can change this '
-             'on a node with pods.'),
+        help='Program that creates the macvlan interface of a pod. Set it if '
+             'you have changed Kuryr\'s binding code, or if you want Kuryr to '
+             'create the interface. If enabled is false, Kuryr creates it. '
+             'The log of kuryr-daemon names the choice of auto. You can '
+             'change this on a node with pods.'),
     cfg.Opt(
         'device',
         type=types.DEVICE_NAME,
         default='break0',
         help='Name of the macvlan interface in the namespace of the node: 1 '
-             'to 15 characters without white space, "/" and ":". For nodes '
-             'on which another program has this name. An interface with it '
-             'that is not a macvlan in bridge mode on the parent of the pods '
-             'is not changed, and pods are not bound. If pods are on several '
-             'interfaces, this is the name for the first; others are named '
-             'after it and the parent (break0-eth1), or numbered if that is '
-             'too long.'),
+             'to 15 characters without white space, "/", ":" and "%". Change '
+             'it on nodes on which another program uses this name. An '
+             'interface with this name that is not a macvlan in bridge mode '
+             'on the parent of the pods is not changed, and pods are not '
+             'bound. If pods are on several interfaces, this is the name for '
+             'the first. Others are named after it and the parent '
+             '(break0-eth1), or numbered if that name is too long.'),
     cfg.Opt(
         'parent',
         type=types.DEVICE_NAME,
-        help='Interface that the pods must be on. For nodes on which a '
-             'macvlan on another interface is not to be reached: it is not '
-             'bound, with an error in the log, and not discovered. By '
-             'default pods may be on any interface, and each such interface '
-             'gets a break0.'),
+        help='Interface that the pods must be on. Pods on other interfaces '
+             'are not bound, with an error in the log, and not discovered. '
+             'By default pods may be on any interface, and each such '
+             'interface gets a break0.'),
     cfg.ListOpt(
         'addr',
         item_type=types.HOST_ADDRESS,
         default=[],
         help='Addresses of break0 itself, separated by commas. They are '
-             'added as /32 or /128. For services and firewall rules that '
-             'need an address of the node that only its pods reach. By '
+             'added as /32 or /128. Set it for services and firewall rules '
+             'that need an address of the node that only its pods reach. By '
              'default break0 has no address, and the node uses its own '
-             'towards its pods. Only where the kernel would masquerade '
-             'with one of another interface than the parent, break0 has '
-             'one in 169.254.0.0/16 for that, which only its pods know. '
-             'They must differ on each node: if kuryr.conf is the same for '
-             'all nodes, set the environment variable OS_BREAK0__ADDR '
+             'addresses towards its pods. If the kernel would masquerade '
+             'with an address of another interface than the parent, break0 '
+             'gets an address in 169.254.0.0/16 that only its pods know. The '
+             'addresses must differ on each node: if kuryr.conf is the same '
+             'for all nodes, set the environment variable OS_BREAK0__ADDR '
              'instead.'),
     cfg.Opt(
         'route_protocol',
         type=types.WholeNumber(min=5, max=255),
         default=176,
-        help='Number that marks our routes (ip route: proto), 5 to 255. For '
-             'nodes on which another program uses 176: only routes on break0 '
-             'with this number are ever changed or deleted. Change it only '
-             'on a node without bound pods.'),
+        help='Protocol number of break0\'s routes (ip route: proto), 5 to '
+             '255. Change it on nodes on which another program uses 176: '
+             'only routes on break0 with this number are changed or deleted. '
+             'Change it only on a node without bound pods.'),
     cfg.Opt(
         'route_table',
         type=types.WholeNumber(min=1, max=4294967295),
         default=254,
         help='Number of the routing table for the routes. 254 is the table '
-             'main. For parents in a VRF: set the table of that. For any '
-             'other table, add the routing rule that leads to it (ip rule) '
-             'yourself.'),
+             'main. If the parent is in a VRF, set the table of the VRF. For '
+             'any other table, add the routing rule (ip rule) yourself.'),
     cfg.ListOpt(
         'allowed_cidrs',
         item_type=types.NETWORK,
@@ -116,9 +114,9 @@ OPTS = [
              'route, with an error in the log. By default any address is '
              'allowed, except those of the node, its next hops, and '
              'addresses that are not of a single host. Set it to the '
-             'subnets of the pods on every node: otherwise anyone who can '
-             'write a KuryrPort can redirect the node\'s traffic to other '
-             'addresses.'),
+             'subnets of the pods on every node: otherwise any user with '
+             'write access to KuryrPorts can redirect the node\'s traffic '
+             'to other addresses.'),
     cfg.Opt(
         'discover',
         type=types.YesOrNo(),
@@ -139,76 +137,75 @@ OPTS = [
         help='Use an nftables table that admits through break0 only '
              'packets from MAC address and address of a bound pod, and '
              'lets no frame with the MAC address of break0 leave the node. '
-             'This needs the program nft, and for the latter Linux 5.16. '
-             '"on" is for nodes whose pods are not trusted, "off" for '
-             'those whose pods all are.'),
+             'It needs the program nft, and Linux 5.16 for the latter. Set '
+             'it to on if you do not trust the pods, and to off if you trust '
+             'all of them.'),
     cfg.Opt(
         'takeover',
         type=types.YesOrNo(),
         default=False,
-        help='Replace routes to addresses of pods that another program has '
-             'set, on another interface and with another protocol number. '
-             'For nodes with routes of an earlier solution that nothing sets '
-             'again. One with another metric stays, but ours is used. By '
-             'default they are reported and ours is not set, because two '
-             'programs that set the same route would never stop. If true, a '
-             'route that returns within a minute stays.'),
+        help='Replace foreign routes to addresses of pods, which have '
+             'another interface and protocol number. Set it to true on nodes '
+             'with routes of an earlier solution that no program sets again. '
+             'A route with another metric stays, but break0\'s is used. By '
+             'default foreign routes are reported and break0\'s are not '
+             'set, because two programs that set the same route would never '
+             'stop. If true, a route that returns within a minute stays.'),
     cfg.Opt(
         'resync_interval',
         type=types.WholeNumber(min=1, max=86400),
         default=60,
         help='Interval between full reconciliations by the agent, in '
-             'seconds. The agent repairs at once what the kernel sends '
-             'events about, and everything else at this interval. Lengthen '
-             'it on nodes with many thousands of addresses.'),
+             'seconds. The agent repairs faults at once if the kernel sends '
+             'an event, and other faults at this interval. Set a longer one '
+             'on nodes with many thousands of addresses.'),
     cfg.Opt(
         'strict',
         type=types.YesOrNo(),
         default=False,
         help='Fail the ADD of a pod that cannot be bound, so that kubelet '
-             'tries again. For clusters in which a pod without a way to its '
-             'node is of no use. By default that is an error in the log, and '
-             'the pod runs, but its node cannot reach it until it is '
-             'repaired.'),
+             'tries again. Set it to true if pods that cannot reach their '
+             'node are of no use. By default an error is logged and the pod '
+             'runs, but its node cannot reach it until it is repaired.'),
     cfg.Opt(
         'state_dir',
         type=types.ABSOLUTE_PATH,
         default='/run/kuryr-break0',
         help='Absolute path of the directory that records which sandbox each '
-             'address belongs to. It is created with mode 0700. It must not '
-             'survive a reboot, since pods do not either, so put it on a '
-             'tmpfs. It must be the same for kuryr-daemon, agent and '
-             'command. For containers in which /run is not the node\'s. If '
-             'it is not writable, pods are bound with an error in the log.'),
+             'address belongs to. It is created with mode 0700. Put it on a '
+             'tmpfs: it must not survive a reboot, because pods do not. It '
+             'must be the same for kuryr-daemon, agent and command. Change '
+             'it in containers in which /run is not the node\'s. If it is '
+             'not writable, pods are bound with an error in the log.'),
     cfg.ListOpt(
         'proc_dirs',
         item_type=types.ABSOLUTE_PATH,
         default=['/proc', '/host_proc'],
         help='Absolute paths of directories that show the processes of the '
              'node, as /proc does, separated by commas. Missing ones are '
-             'ignored. For a container without the process namespace of the '
-             'node, into which its /proc is mounted elsewhere.'),
+             'ignored. Set it for a container with its own PID namespace, if '
+             'the node\'s /proc is mounted elsewhere.'),
     cfg.Opt(
         'sysctl_dir',
         type=types.ABSOLUTE_PATH,
         default='/proc/sys',
         help='Absolute path of the directory through which sysctls of break0 '
-             'are set. For an unprivileged container, in which /proc/sys is '
-             'read-only: mount the /proc/sys/net of the node as "net" in '
-             'another directory, and set this to that directory.'),
+             'are set. Set it for an unprivileged container, in which '
+             '/proc/sys is read-only: mount the /proc/sys/net of the node as '
+             '"net" in another directory, and set this to that directory.'),
     cfg.Opt(
         'metrics_bind',
         type=types.LISTENING_ON,
         default='127.0.0.1:9817',
         help='IP address and TCP port on which the agent serves /metrics, '
              '/healthz and /livez. Write an IPv6 address in brackets: '
-             '[::1]:9817. By default only the node itself can reach it; '
-             'another address is for a Prometheus elsewhere. There is no '
-             'password and no TLS: protect it with a firewall. Empty for '
-             'none.'),
+             '[::1]:9817. By default only the node itself can reach it. For '
+             'a Prometheus on another host, set another address. There is no '
+             'password and no TLS: protect it with a firewall. If it is '
+             'empty, nothing is served.'),
 ]
 
-#: Options that there are no more, with what is done instead.
+#: Options that were removed, with their replacement.
 DROPPED = {
     'devices': 'further interfaces are named after device and parent',
     'mac': 'the MAC address of break0 is derived, and stays the same',
@@ -228,7 +225,7 @@ DROPPED = {
 class Options:
     """The ``[break0]`` options as valid, immutable values.
 
-    The fields are the options; see their help.
+    The fields are the options; their help describes them.
     """
 
     enabled: bool
@@ -251,30 +248,30 @@ class Options:
 
     @property
     def patience(self) -> int:
-        """Seconds without a sync after which the agent is not well."""
+        """Seconds without a sync after which the agent is not healthy."""
         return 3 * self.resync_interval + LOCK_TIMEOUT
 
 
 def register(conf: cfg.ConfigOpts) -> None:
-    """Make the options known to ``conf``; again is harmless."""
+    """Register the options with ``conf``; a repetition is harmless."""
     conf.register_opts(OPTS, group=GROUP)
 
 
-def _plain(text: str) -> str:
-    """oslo.config's error without the representation of its objects."""
+def _shorten_error(text: str) -> str:
+    """Return oslo.config's error without the representation of objects."""
     found = re.search(r"detail='([^']*)'\) is not valid: (.*)", text)
     return '%s (from %s)' % found.group(2, 1) if found else text
 
 
 def load(conf: cfg.ConfigOpts) -> Options:
-    """Read and check all options.
+    """Read and validate all options.
 
-    :raises InvalidOption: naming the first option whose value is not
-        allowed, the value, where it stands and what is allowed
+    :raises InvalidOption: for the first invalid value, with the option, the
+        value, its source and the allowed values
     """
     register(conf)
     options = Options(**{opt.dest: _value(conf, opt) for opt in OPTS})
-    with contextlib.suppress(OSError):  # its name, if that is an altname
+    with contextlib.suppress(OSError):  # replace an alternative name
         options = dataclasses.replace(options, parent=socket.if_indextoname(
             socket.if_nametoindex(options.parent or '')))
     if options.discover and not options.allowed_cidrs:
@@ -285,16 +282,16 @@ def load(conf: cfg.ConfigOpts) -> Options:
     return options
 
 
-def unknown(conf: cfg.ConfigOpts) -> list[str]:
-    """Return what is said in ``[break0]`` that is no option, a line each.
+def list_unknown(conf: cfg.ConfigOpts) -> list[str]:
+    """Return an error for each name in ``[break0]`` that is no option.
 
-    As a misspelt name, which would silently drop a protection. Files that
-    cannot be read have been reported by oslo.config.
+    A misspelt name could silently disable a protection. oslo.config has
+    reported unreadable files.
     """
     known = [opt.dest for opt in OPTS]
     found: dict[str, str] = {}
-    # A program that has read no files yet, as a user of os-vif may, has no
-    # such options.
+    # A program that has read no files, such as a user of os-vif, lacks these
+    # options.
     for path in (*(getattr(conf, 'config_file', None) or ()), *(
             path for directory in getattr(conf, 'config_dir', None) or ()
             for path in sorted(glob.glob(os.path.join(
@@ -318,28 +315,28 @@ def unknown(conf: cfg.ConfigOpts) -> list[str]:
     return texts
 
 
-def link_iface(conf: cfg.ConfigOpts) -> Optional[str]:
-    """Read the interface that Kuryr is configured to put pods on.
+def read_link_iface(conf: cfg.ConfigOpts) -> Optional[str]:
+    """Read Kuryr's option for the parent of the pods.
 
-    :param conf: one that Kuryr has not registered its options with
+    :param conf: an object without Kuryr's options
     """
     conf.register_opt(cfg.StrOpt('link_iface'), group='binding')
     return conf.binding.link_iface or None
 
 
-def names_kubernetes(conf: cfg.ConfigOpts) -> bool:
+def has_api_root(conf: cfg.ConfigOpts) -> bool:
     """Return whether the configuration of Kuryr names a Kubernetes API.
 
     An empty name counts: Kuryr then uses the service address of the API.
 
-    :param conf: one that Kuryr has not registered its options with
+    :param conf: an object without Kuryr's options
     """
     conf.register_opt(cfg.StrOpt('api_root'), group='kubernetes')
     return conf.kubernetes.api_root is not None
 
 
-def device_name(conf: cfg.ConfigOpts) -> str:
-    """Read the name of break0 alone, whatever is wrong with the options."""
+def read_device_name(conf: cfg.ConfigOpts) -> str:
+    """Read the name of break0, even if other options are invalid."""
     register(conf)
     opt = next(opt for opt in OPTS if opt.dest == 'device')
     try:
@@ -352,8 +349,8 @@ def _value(conf: cfg.ConfigOpts, opt: cfg.Opt) -> Any:
     try:
         value = getattr(conf[GROUP], opt.dest)
     except (cfg.Error, ValueError) as err:
-        raise exceptions.InvalidOption(option=opt.name,
-                                       reason=_plain(str(err))) from err
+        raise exceptions.InvalidOption(
+            option=opt.name, reason=_shorten_error(str(err))) from err
     except RecursionError as err:
         raise exceptions.InvalidOption(
             option=opt.name, reason='its value refers to itself') from err
@@ -365,9 +362,9 @@ def list_opts() -> list[tuple[cfg.OptGroup, list[cfg.Opt]]]:
     group = cfg.OptGroup(
         GROUP,
         title='Node-to-pod connectivity through break0',
-        help='Each option can also be set by an environment variable of the '
-             'process, which wins over the file: OS_BREAK0__ADDR for addr. '
-             'If a value is invalid, kuryr-daemon logs an error when it '
-             'starts and for each pod, and Kuryr binds pods alone, so that '
-             'their node cannot reach them.')
+        help='You can also set each option by an environment variable of '
+             'the process, which overrides the file: OS_BREAK0__ADDR for '
+             'addr. If a value is invalid, kuryr-daemon logs an error when '
+             'it starts and for each pod, and Kuryr binds pods alone, so '
+             'that their node cannot reach them.')
     return [(group, copy.deepcopy(OPTS))]

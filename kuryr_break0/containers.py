@@ -90,7 +90,7 @@ def of_interface(options: config.Options, macvlan: kernel.Macvlan
     if wanted is not None and macvlan.parent != wanted:
         return Reason.OTHER_PARENT, (
             'it is on %s, but [break0] parent is %s%s' % (
-                macvlan.parent, wanted, '' if kernel.exists(wanted)
+                macvlan.parent, wanted, '' if kernel.has_interface(wanted)
                 else ', and there is no such interface'))
     return None
 
@@ -102,7 +102,7 @@ def unserved(seen: Snapshot, ledger: Ledger) -> list[Unserved]:
     :raises SystemRefused: if this process cannot see all
     """
     return list(itertools.islice(itertools.chain.from_iterable(
-        each_unserved(seen, ledger, kernel.MOST)), MOST))
+        each_unserved(seen, ledger, kernel.FULL_LIMITS)), MOST))
 
 
 def each_unserved(seen: Snapshot, ledger: Ledger, limits: kernel.Limits
@@ -115,14 +115,14 @@ def each_unserved(seen: Snapshot, ledger: Ledger, limits: kernel.Limits
     :raises SystemRefused: if this process cannot see all
     """
     judge = _Judge(seen, ledger)
-    for found in kernel.find(seen.options.proc_dirs):
-        yield [each for macvlan in kernel.macvlans_at(found, limits)
+    for found in kernel.find_namespaces(seen.options.proc_dirs):
+        yield [each for macvlan in kernel.list_macvlans_at(found, limits)
                for each in judge.judge(macvlan)]
 
 
 def blindness() -> str:
     """Return why no container is seen that is not bound; empty if all are."""
-    return '' if kernel.capabilities() >> kernel.CAP_SYS_ADMIN & 1 else (
+    return '' if kernel.read_capabilities() >> kernel.CAP_SYS_ADMIN & 1 else (
         'containers that are not bound: this process lacks CAP_SYS_ADMIN')
 
 
@@ -236,7 +236,7 @@ class _Judge:
         if not self._is_attended:
             return Reason.NOT_DISCOVERED, 'no agent is running'
         try:
-            kernel.source_for(address)
+            kernel.find_source(address)
         except PermissionError:
             return Reason.REFUSED, 'it is ' + policy.NO_HOST
         return Reason.PENDING, ('the agent has not bound it yet; if that '

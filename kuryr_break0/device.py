@@ -87,7 +87,7 @@ def lower_name(link: kernel.Link) -> Optional[str]:
     """Return the interface of this namespace that another is stacked on."""
     if link.lower is None or link.lower_namespace is not None:
         return None
-    return kernel.name_of(link.lower)
+    return kernel.format_ifname(link.lower)
 
 
 def against_macvlans(link: kernel.Link) -> Optional[str]:
@@ -97,7 +97,7 @@ def against_macvlans(link: kernel.Link) -> Optional[str]:
     if not link.ethernet:
         return 'it has no MAC addresses, like a tunnel'
     if link.port_of is not None:
-        master = kernel.name_of(link.port_of)
+        master = kernel.format_ifname(link.port_of)
         return 'it is a port of %s. Name %s in its place' % (master, master)
     if link.kind == 'macvtap' or Alias.parse(link.alias):
         return 'it is %s. Name the interface that it is on' % (
@@ -218,7 +218,7 @@ class Device:
         (macvlan_open), so one that is down or gone does not hold its own.
         """
         try:
-            netlink.raise_link(link)
+            netlink.set_link_up(link)
         except exceptions.KernelRefused as err:
             if err.errno != errno.EADDRINUSE:
                 raise
@@ -234,7 +234,7 @@ class Device:
                       'which: ip netns exec NAME ip link', self.name, mac)
             netlink.set_mac(link, derived_mac(secrets.token_hex(16),
                                               self.name))
-            netlink.raise_link(link)
+            netlink.set_link_up(link)
 
     def _set_mtu(self, netlink: kernel.Netlink, link: kernel.Link,
                  mtu: int) -> None:
@@ -245,7 +245,7 @@ class Device:
         if not link.mtu < _IPV6_MIN_MTU <= mtu:
             netlink.set_mtu(link, mtu)
             return
-        netlink.lower_link(link)
+        netlink.set_link_down(link)
         netlink.set_mtu(link, mtu)
         for path, (_, value) in sysctl_drift(link.name).items():
             kernel.write_sysctl(path % link.name, value,
@@ -259,7 +259,7 @@ class Device:
         if address in netlink.next_hops():
             raise exceptions.InvalidOption(
                 option='addr', reason='%s is %s' % (address, policy.NEXT_HOP))
-        netlink.put_address(link, address)
+        netlink.add_address(link, address)
 
     @staticmethod
     def _set_mac(netlink: kernel.Netlink, link: kernel.Link,
@@ -284,7 +284,7 @@ class Device:
                 and (link.lower, link.lower_namespace)
                 == parent.lower_of_macvlans):
             return
-        found = link.described
+        found = link.description
         if link.kind == 'macvlan':
             found += ' on ' + (lower_name(link)
                                or 'an interface of another namespace')

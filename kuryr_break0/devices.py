@@ -84,7 +84,7 @@ class Names:
         self.primary = options.parent or next(
             (parent for parent, name in self.known.items()
              if name == options.device and (
-                 parent in used or kernel.index_of(parent) is not None)),
+                 parent in used or kernel.find_ifindex(parent) is not None)),
             None)
         link = link_of(options.device)
         if self.primary is None and link and Alias.parse(link.alias):
@@ -141,7 +141,7 @@ class Devices:
         return known if known and recorded else {self._options.device, *known}
 
     def indexes(self) -> list[int]:
-        return [index for index in map(kernel.index_of, self.names())
+        return [index for index in map(kernel.find_ifindex, self.names())
                 if index is not None]
 
     def count_routes(self, names: Collection[str]) -> int:
@@ -151,7 +151,7 @@ class Devices:
             return kernel.count_host_routes(names)
         with kernel.Netlink() as netlink:
             return sum(len(netlink.host_routes_of(index, table))
-                       for index in map(kernel.index_of, names)
+                       for index in map(kernel.find_ifindex, names)
                        if index is not None)
 
     def name(self, parent: str) -> Optional[str]:
@@ -166,12 +166,12 @@ class Devices:
         that was examined.
         """
         cache = self._ledger.cache
-        cached = cache.fresh('device.' + parent)
+        cached = cache.get_recent('device.' + parent)
         if cached is not None:
             with contextlib.suppress(TypeError, ValueError, IndexError):
                 name, index, mac, *rest = cached
                 if (rest == self._circumstances(parent)
-                        and kernel.index_of(name) == index):
+                        and kernel.find_ifindex(name) == index):
                     return Break0(name, index, mac, False)
         ensured = self.ensure(netlink, parent, claim=True)
         link = ensured.link
@@ -187,7 +187,7 @@ class Devices:
         break0.needs_sync |= ensured.needs_sync
 
     def _circumstances(self, parent: str) -> list[Any]:
-        return [self._options.device, kernel.index_of(parent),
+        return [self._options.device, kernel.find_ifindex(parent),
                 *map(str, self._options.addr)]
 
     def ensure(self, netlink: kernel.Netlink, parent: str,
@@ -216,7 +216,7 @@ class Devices:
             link, identity, options.state_dir).is_foreign else None
         if other is not None and not claim:
             raise self.other_ledger(name, other)
-        index = kernel.index_of(parent)
+        index = kernel.find_ifindex(parent)
         made = device.Device(options, name, parent, identity)
         ensured = made.ensure(
             netlink, device.derived_mac(identity.secret, name), needs_ipv6)
@@ -231,7 +231,7 @@ class Devices:
                 **identity.claimed, name: other.ledger})
         if known != identity:
             ledger.cache.drop('device.' + parent)  # it has the earlier MAC
-            with Failures().logged():
+            with Failures().log_errors():
                 ledger.put_identity(known)
         if ensured.repaired:
             with contextlib.suppress(exceptions.LedgerUnavailable):

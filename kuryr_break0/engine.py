@@ -43,7 +43,7 @@ from kuryr_break0.model import Pair
 from kuryr_break0.model import Record
 from kuryr_break0.pods import Pods
 from kuryr_break0.policy import Policy
-from kuryr_break0.routes import forget_connections
+from kuryr_break0.routes import delete_connections
 from kuryr_break0.routes import Routes
 
 LOG = log.get_logger(__name__)
@@ -120,20 +120,20 @@ class Engine:
         with self.locked(writable=yielding) as say:
             # The first one of a boot: records of an earlier one must go before
             # there are new ones.
-            if kernel.index_of(self._options.device) is None:
+            if kernel.find_ifindex(self._options.device) is None:
                 with contextlib.suppress(exceptions.LedgerUnavailable):
                     self._ledger.ensure_identity()
             for record in records:
                 self._add_claim(record, yielding, moves, passed, failure)
-            with failure.noted(*moves), kernel.Netlink() as netlink:
+            with failure.collect(*moves), kernel.Netlink() as netlink:
                 break0 = self._set(netlink, [
                     record for record in records if record.address in moves
                 ], moves, failure, say)
             for address in failure.failed & moves.keys() if yielding else ():
-                with Failures().logged(), kernel.Netlink() as netlink:
+                with Failures().log_errors(), kernel.Netlink() as netlink:
                     self._drop(netlink, address, Move(
                         moves[address].after, moves[address].before), say)
-        forget_connections(passed)
+        delete_connections(passed)
         return break0 is not None and break0.needs_sync
 
     def _add_claim(self, record: Record, yielding: bool,
@@ -146,19 +146,19 @@ class Engine:
         """
         address = record.address
         before: Claims = ()
-        with Failures().logged():
+        with Failures().log_errors():
             before = self._records.claims(address)
         added = claims_.add(record, before, _is_gone)
         if added.after[0] != record:
             LOG.info('%s has bound %s again meanwhile', record.owner, address)
             return
         if yielding and added.rivals:
-            failure.note(exceptions.AddressTaken(
+            failure.add(exceptions.AddressTaken(
                 address=address, owner=added.rivals[0].owner,
                 **vars(added.rivals[0].owner)))
             return
         is_recorded = False
-        with failure.noted(address) if yielding else Failures().logged():
+        with failure.collect(address) if yielding else Failures().log_errors():
             self._records.put(added.after)
             is_recorded = True
         if is_recorded or not yielding:
@@ -182,9 +182,9 @@ class Engine:
         passed: list[IPAddress] = []
         with self.locked(required=True) as say, kernel.Netlink() as netlink:
             if ending is not None:
-                self._ledger.note_end(*ending)
+                self._ledger.add_end(*ending)
             for address in addresses:
-                with failure.noted(address):
+                with failure.collect(address):
                     before = self._records.claims(address)
                     if before and self._unwritable is not None:
                         raise self._unwritable  # it would stay recorded
@@ -202,7 +202,7 @@ class Engine:
                     dropped += own
                     if own and own[0] == before[0]:  # else it was another's
                         passed.append(address)
-        forget_connections(passed)
+        delete_connections(passed)
         return dropped
 
     def remove_gone(self, addresses: Collection[IPAddress],
@@ -214,7 +214,7 @@ class Engine:
         left: list[Record] = []
         with kernel.Netlink() as netlink:
             for address in addresses:
-                with failure.noted(address):
+                with failure.collect(address):
                     left += self._remove_gone(netlink, address)
         return left
 
@@ -228,12 +228,12 @@ class Engine:
             deleted = bool(gone) and self._drop(
                 netlink, address, Move(before, living), LOG.info)
         for claim in gone:
-            LOG.info('Sandbox %s no longer exists; removed %s', claim.whose,
-                     '%s from break0' % address if deleted
+            LOG.info('Sandbox %s no longer exists; removed %s',
+                     claim.owner_text, '%s from break0' % address if deleted
                      else 'its claim on %s' % address)
             self._ledger.journal.add(Done.SANDBOX_GONE)
         if gone and gone[0] == before[0]:
-            forget_connections([address])
+            delete_connections([address])
         return living
 
     def _drop(self, netlink: kernel.Netlink, address: IPAddress, move: Move,
@@ -269,7 +269,7 @@ class Engine:
         self._records.put(after)
         if may_set:
             failure = Failures()
-            with failure.noted():
+            with failure.collect():
                 self._set(netlink, after[:1], {address: move}, failure, say)
             for err in failure.errors[:1]:
                 LOG.error('%s', err)
@@ -290,7 +290,7 @@ class Engine:
             macs.add(mac.lower())
         deleted = False
         for name in devices:
-            index = kernel.index_of(name)
+            index = kernel.find_ifindex(name)
             if index is None:
                 continue
             items: list[Item] = [Pair.of(address, each)
@@ -334,7 +334,7 @@ class Engine:
         blocked: set[IPAddress] = set()
         for record in records:
             address = record.address
-            with failure.noted(address):
+            with failure.collect(address):
                 if not self._policy.has_family(address, break0.name):
                     LOG.debug('IPv6 is disabled on %s, so %s is not reachable '
                               'through it', break0.name, address)
@@ -357,7 +357,7 @@ class Engine:
             if address in blocked or any(claim.parent != first.parent
                                          for claim in move.before):
                 kept = set() if address in blocked else {break0.name}
-                with failure.noted(address):
+                with failure.collect(address):
                     self._withdraw(
                         netlink, address, self.devices.names(recorded=True)
                         - kept, move.before, move.after)
@@ -389,7 +389,7 @@ class Engine:
         again = []
         for each in applied.works:
             err = applied.errors.get(each.address)
-            with failure.noted(each.address):
+            with failure.collect(each.address):
                 if err is not None and err.errno == errno.EEXIST:
                     # A dump shows routes that are not the one in use.
                     route, = of_kind(HostRoute, each.set)
@@ -401,12 +401,12 @@ class Engine:
                     raise err
         applied = self._apply(netlink, break0, again, failure)
         for address, err in applied.errors.items():
-            failure.note(err, address)
+            failure.add(err, address)
         bound = [record for record in records if record.address in sources
                  and record.address not in failure.failed]
         for record in bound:
             say('Bound %s to %s for %s, source %s', record.address,
-                break0.name, record.whose,
+                break0.name, record.owner_text,
                 sources[record.address] or 'by device')
         if first.netns is not None and bound:
             siblings = self.pods.configure(
@@ -417,7 +417,7 @@ class Engine:
                 in by_address(pairs(siblings)).items()], failure)
         # The node may have asked the LAN for them, before they were here.
         self._guard(break0.name).release(
-            netlink, kernel.index_of(first.parent),
+            netlink, kernel.find_ifindex(first.parent),
             {record.address: record.mac for record in bound})
         return break0
 
@@ -430,7 +430,7 @@ class Engine:
         applied = apply(netlink, self._guard(break0.name), list(works))
         err = applied.guard_error
         if isinstance(err, exceptions.GuardUnavailable):
-            failure.note(err, *(work.address for work in applied.works))
+            failure.add(err, *(work.address for work in applied.works))
         elif err is not None:
             LOG.warning('The guard of %s does not admit %s: %s', break0.name,
                         ', '.join(str(work.address)
@@ -442,4 +442,4 @@ class Engine:
 
 
 def _is_gone(claim: Record) -> bool:
-    return kernel.state(*claim.place) is kernel.State.GONE
+    return kernel.judge_state(*claim.place) is kernel.State.GONE

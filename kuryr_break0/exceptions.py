@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""All errors of this package that are caught, or raised in several places.
+"""The errors of this package that are caught, or raised in several modules.
 
-Every text names the object, what was found, and what to do about it, so that
-the log line that carries it needs no other.
+Each text names the object, the problem and the remedy, so the log line that
+contains it needs nothing else.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ import shlex
 from typing import Any
 
 
-#: Errors that say nothing of what was asked for: this process has no more
+#: Errors of this process, not of the requested object: it has no more
 #: descriptors or memory.
-EXHAUSTED = frozenset((errnos.EMFILE, errnos.ENFILE, errnos.ENOMEM,
-                       errnos.ENOBUFS))
-#: What helps against an error of the kernel.
+RESOURCE_ERRNOS = frozenset((errnos.EMFILE, errnos.ENFILE, errnos.ENOMEM,
+                             errnos.ENOBUFS))
+#: The remedy for an error of the kernel
 _ADVICE = {
     errnos.EPERM: 'Run it as root, in a container with CAP_NET_ADMIN.',
     errnos.EADDRINUSE: 'Another interface on the same parent has its MAC '
-                       'address, perhaps of a pod that is just being deleted'}
+                       'address. If it belongs to a pod that is being '
+                       'deleted, try again later.'}
 
 
 class Break0Error(Exception):
     """Base of all errors of this package.
 
-    :param text: used instead of ``msg_fmt``
+    :param text: the text, instead of ``msg_fmt``
     :param kwargs: the values of the fields named in ``msg_fmt``
     """
 
@@ -38,7 +39,7 @@ class Break0Error(Exception):
 
 
 class WrongUsage(Break0Error):
-    """What a person has asked for or configured cannot be meant."""
+    """The user's command or configuration is invalid."""
 
 
 class InvalidOption(WrongUsage):
@@ -47,8 +48,8 @@ class InvalidOption(WrongUsage):
 
 class ParentNotFound(Break0Error):
     msg_fmt = ('The parent interface %(parent)s does not exist on this node. '
-               'Correct it where it is named: --parent, [break0] parent, or '
-               '[binding] link_iface of Kuryr.')
+               'Correct its name, which is set by --parent, [break0] parent, '
+               'or [binding] link_iface of Kuryr.')
 
 
 class ParentUnfit(Break0Error):
@@ -57,20 +58,20 @@ class ParentUnfit(Break0Error):
 
 class ParentMismatch(Break0Error):
     msg_fmt = ('[break0] parent is %(configured)s, but the pods of this node '
-               'are on %(actual)s: a macvlan reaches only its siblings. Set '
-               'it to %(actual)s, or remove it.')
+               'are on %(actual)s, and a macvlan reaches only macvlans on the '
+               'same parent. Set the option to %(actual)s, or remove it.')
 
 
 class DeviceConflict(Break0Error):
     msg_fmt = ('The interface %(device)s exists and is %(found)s, but '
-               '%(expected)s is needed. It is left as it is: rename or '
-               'delete it, or choose another name by [break0] device.')
+               '%(expected)s is needed. It was not changed. Rename or delete '
+               'it, or choose another name with [break0] device.')
 
 
 class CannotCreate(Break0Error):
-    msg_fmt = ('The interface %(device)s cannot be created, since pyroute2 '
-               'cannot be imported: %(reason)s. See which version is needed: '
-               'kuryr-break0 doctor')
+    msg_fmt = ('The interface %(device)s cannot be created, because pyroute2 '
+               'cannot be imported: %(reason)s. To see the required version, '
+               'run: kuryr-break0 doctor')
 
 
 class AddressRefused(Break0Error):
@@ -85,13 +86,14 @@ class InputRefused(Break0Error):
 class GuardUnavailable(Break0Error):
     msg_fmt = ('The guard of %(device)s cannot be loaded: %(reason)s. Pods '
                'can reach the node with forged addresses. Install nftables, '
-               'or set [break0] guard = off if that is wanted.')
+               'or set [break0] guard = off if all pods are trusted.')
 
 
 class AddressTaken(Break0Error):
-    msg_fmt = ('The address %(address)s belongs to %(owner)s, and stays so. '
-               'If that is wrong, take it away first: kuryr-break0 unbind '
-               '%(address)s --owner %(container_id)s --ifname %(ifname)s')
+    msg_fmt = ('The address %(address)s belongs to %(owner)s, and was not '
+               'bound. If the owner is wrong, unbind it first: kuryr-break0 '
+               'unbind %(address)s --owner %(container_id)s --ifname '
+               '%(ifname)s')
 
     def __init__(self, container_id: str, ifname: str, **kwargs: Any) -> None:
         # A container chooses the names of its interfaces.
@@ -100,26 +102,26 @@ class AddressTaken(Break0Error):
 
 
 class ForeignRoute(Break0Error):
-    msg_fmt = ('The address %(address)s has a route that is not ours, on '
-               '%(on)s with protocol %(protocol)s: %(reason)s. '
-               'See it: ip route show table all %(address)s')
+    msg_fmt = ('The address %(address)s has a foreign route on %(on)s with '
+               'protocol %(protocol)s: %(reason)s. To see the route, run: ip '
+               'route show table all %(address)s')
 
 
 class LockTimeout(Break0Error):
     msg_fmt = ('The lock %(path)s was not free within %(timeout)d seconds. '
-               'See what holds it: fuser -v %(path)s')
+               'To find the process that holds it, run: fuser -v %(path)s')
 
 
 class LedgerUnavailable(Break0Error):
     msg_fmt = ('The state directory %(path)s cannot be used: %(reason)s. '
-               'Correct it, or set [break0] state_dir to a directory that '
+               'Correct this, or set [break0] state_dir to a directory that '
                'only root can write.')
 
 
 class RecordNewer(LedgerUnavailable):
     msg_fmt = ('The record of %(address)s in %(path)s was written by a later '
-               'version of this program: %(reason)s. Nothing is set or '
-               'deleted for it. Install that version, or bind the address '
+               'version of kuryr-break0: %(reason)s. Its route is neither '
+               'set nor deleted. Install that version, or bind the address '
                'again.')
 
 
@@ -135,43 +137,44 @@ class KernelRefused(Break0Error):
                  advice: str = '') -> None:
         super().__init__(
             action=action, reason=reason, advice=advice or _ADVICE.get(
-                errno, 'See the kernel log: dmesg'))
+                errno, 'To see the kernel log, run: dmesg'))
         self.errno = errno
 
     @property
-    def device_lost(self) -> bool:
-        """Return whether the interface of the request is down or gone."""
+    def is_device_lost(self) -> bool:
+        """Return whether the interface in the request is down or gone."""
         return self.errno in (errnos.ENETDOWN, errnos.ENODEV)
 
     @property
-    def exhausted(self) -> bool:
+    def is_exhausted(self) -> bool:
         """Return whether this process lacked a descriptor or memory."""
-        return self.errno in EXHAUSTED
+        return self.errno in RESOURCE_ERRNOS
 
     @property
-    def absent(self) -> bool:
-        """Return whether the thing to delete does not exist."""
+    def is_absent(self) -> bool:
+        """Return whether the object to delete does not exist."""
         return self.errno in (errnos.ESRCH, errnos.ENOENT, errnos.ENODEV)
 
 
 class SystemRefused(Break0Error):
-    """An operation of the system failed, as with EMFILE or ENOMEM."""
+    """A system call failed, for example with EMFILE or ENOMEM."""
 
-    msg_fmt = ('Cannot go on: %(reason)s. See what this process has open, '
-               'and its limits: /proc/PID/fd, /proc/PID/limits.')
+    msg_fmt = ('A system call failed: %(reason)s. Compare the open files of '
+               'this process with its limits: /proc/PID/fd, '
+               '/proc/PID/limits.')
 
 
 class OtherLedger(Break0Error):
     msg_fmt = ('%(device)s belongs to the ledger %(ledger)s in '
-               '%(directory)s, not to that in %(own)s. It is left as it is. '
-               'Set [break0] state_dir of agent and kuryr-daemon to the same '
-               'directory; if the other ledger is lost, take %(device)s over '
-               'by: kuryr-break0 sync --claim')
+               '%(directory)s, not to the one in %(own)s. It was not '
+               'changed. Set [break0] state_dir of agent and kuryr-daemon to '
+               'the same directory. If the other ledger is lost, take over '
+               '%(device)s: kuryr-break0 sync --claim')
 
 
 class CannotWrite(WrongUsage):
-    msg_fmt = ('Cannot write %(path)s: %(reason)s. Name another place, in a '
-               'directory that exists and that you may write.')
+    msg_fmt = ('Cannot write %(path)s: %(reason)s. Give a path in an existing '
+               'directory that you may write.')
 
 
 class NetnsUnusable(Break0Error):
@@ -180,40 +183,40 @@ class NetnsUnusable(Break0Error):
 
 class InterfaceGone(NetnsUnusable):
     msg_fmt = ('The network namespace %(netns)r has no interface %(ifname)s. '
-               'If it went with its parent, restart the container.')
+               'If it was deleted with its parent, restart the container.')
 
 
 class NotTheNode(Break0Error):
-    msg_fmt = ('This is the network namespace of %(owner)s, and not that of '
-               'the node: run it there.')
+    msg_fmt = ('This is the network namespace of %(owner)s, not of the node. '
+               'Run the command on the node.')
 
 
 class NotAMacvlan(Break0Error):
     msg_fmt = ('The interface %(ifname)s in the network namespace %(netns)s '
                'is not a macvlan in bridge mode on %(parent)s: %(found)s. '
-               'Only such can be reached from this node.')
+               'This node cannot reach other interfaces.')
 
 
 class NotItsAddress(Break0Error):
     msg_fmt = ('The interface %(ifname)s in the network namespace %(netns)s '
                'does not have the address %(address)s, but %(found)s. Bind '
-               'an address that it has, or give none to bind all.')
+               'one of its addresses, or give none to bind all.')
 
 
 class NoAddress(WrongUsage):
     msg_fmt = ('There is no address to bind for %(owner)s. Give ADDRESS or '
-               '--netns to bind, or ipam to the CNI plugin macvlan.')
+               '--netns to bind, or set ipam of the CNI plugin macvlan.')
 
 
 class NameOfBreak0(Break0Error):
-    msg_fmt = ('The VIF of the pod is named %(name)r, which is kept for '
-               'break0 on this node: correct vif_name in the KuryrPort.')
+    msg_fmt = ('The VIF of the pod is named %(name)r, which is reserved for '
+               'break0 on this node. Correct vif_name in the KuryrPort.')
 
 
 class NotALeftover(Break0Error):
-    msg_fmt = ('The VIF of the pod is named %(name)r, which is %(found)s of '
-               'this node, and not what an earlier ADD has left. It is not '
-               'deleted: correct vif_name in the KuryrPort. If nothing uses '
+    msg_fmt = ('The VIF of the pod is named %(name)r. On this node that is '
+               '%(found)s, not a leftover of an earlier ADD, so it was not '
+               'deleted. Correct vif_name in the KuryrPort. If nothing uses '
                'the interface, delete it: ip link delete %(name)s')
 
 
@@ -222,7 +225,7 @@ class CannotTrace(Break0Error):
 
 
 class NotRoot(WrongUsage):
-    msg_fmt = 'Run it as root: sudo kuryr-break0 %(command)s'
+    msg_fmt = 'Run the command as root: sudo kuryr-break0 %(command)s'
 
 
 class NotPermitted(Break0Error):
@@ -232,5 +235,5 @@ class NotPermitted(Break0Error):
 
 class KubernetesUnavailable(Break0Error):
     msg_fmt = ('The Kubernetes API at %(url)s cannot be used: %(reason)s. '
-               'It is what [kubernetes] api_root and the options beside it '
-               'say.')
+               'Check [kubernetes] api_root and the options for its '
+               'certificates and token.')

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Work on several things, of which one that fails does not stop the others."""
+"""Collects errors, so that an item that fails does not stop the others."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ LOG = log.get_logger(__name__)
 
 
 class Failures:
-    """Goes on after an error, and raises the first one in the end.
+    """Collects errors, and raises the first one at the end.
 
-    :ivar errors: all of them
-    :ivar failed: the addresses that they are about
+    :ivar errors: all errors
+    :ivar failed: the addresses of the items that failed
     """
 
     def __init__(self) -> None:
         self.errors: list[exceptions.Break0Error] = []
         self.failed: set[IPAddress] = set()
 
-    def note(self, err: exceptions.Break0Error,
-             *addresses: IPAddress) -> None:
-        """Keep the first error, and log others that differ from it."""
+    def add(self, err: exceptions.Break0Error,
+            *addresses: IPAddress) -> None:
+        """Add an error; log it if it differs from the first one."""
         if self.errors and str(err) != str(self.errors[0]):
             LOG.error('%s', err)
         self.errors.append(err)
         self.failed.update(addresses)
 
     @contextlib.contextmanager
-    def noted(self, *addresses: IPAddress) -> Iterator[None]:
-        """:meth:`note` what is raised in the block."""
+    def collect(self, *addresses: IPAddress) -> Iterator[None]:
+        """Collect an error in the block."""
         try:
             yield
         except exceptions.Break0Error as err:
-            self.note(err, *addresses)
-        except OSError as err:  # as EMFILE, at whatever was to be opened
-            self.note(exceptions.SystemRefused(reason=err), *addresses)
+            self.add(err, *addresses)
+        except OSError as err:  # EMFILE, for example
+            self.add(exceptions.SystemRefused(reason=err), *addresses)
 
     @contextlib.contextmanager
-    def logged(self) -> Iterator[None]:
-        """Log what is raised in the block, and be content."""
+    def log_errors(self) -> Iterator[None]:
+        """Log an error in the block, and continue."""
         try:
             yield
         except (exceptions.Break0Error, OSError) as err:
             LOG.error('%s', err)
 
     def raise_first(self) -> None:
-        """Raise the first error, if there was one."""
+        """Raise the first error, if any."""
         if self.errors:
             raise self.errors[0]

@@ -218,7 +218,7 @@ class Guard:
         return None
 
     def _nft(self) -> kernel.Nft:
-        return kernel.node_nft(exclusive=self._ledger.is_locked)
+        return kernel.open_node_nft(exclusive=self._ledger.is_locked)
 
     def is_loaded(self) -> bool:
         """Return whether the table was loaded, by what is cached."""
@@ -238,7 +238,7 @@ class Guard:
             return False
         # None, if somebody deleted it before they could be read.
         return bool(known[3:]) and (
-            kernel.node_nft().rules(self.table) == known[3:])
+            kernel.open_node_nft().rules(self.table) == known[3:])
 
     def entries(self) -> Optional[set[Pair]]:
         """Return the guard entries in the table; None without a table.
@@ -246,9 +246,9 @@ class Guard:
         :raises KernelRefused: if they cannot be listed
         """
         try:
-            return kernel.node_nft().elements(self.table)
+            return kernel.open_node_nft().elements(self.table)
         except exceptions.KernelRefused as err:
-            if err.absent:
+            if err.is_absent:
                 return None
             raise
 
@@ -297,14 +297,15 @@ class Guard:
             self._cache.put(self._key, [
                 self._digest(link, hosts),
                 place == 0, place < 2 and self._answer(link),
-                *kernel.node_nft().rules(self.table)])
+                *kernel.open_node_nft().rules(self.table)])
         return is_open
 
     def _answer(self, link: kernel.Link) -> bool:
         """Let the table answer solicitations, which nft cannot express."""
         try:
-            self._nft().add_answer(self.table, _ANSWER, link.index,
-                                   bytes.fromhex(link.mac.replace(':', '')))
+            self._nft().add_neighbour_answer(
+                self.table, _ANSWER, link.index,
+                bytes.fromhex(link.mac.replace(':', '')))
         except exceptions.KernelRefused as err:
             LOG.info('Virtual machines cannot reach the node by IPv6 through '
                      '%s: %s', link.name, err)
@@ -314,7 +315,7 @@ class Guard:
     def _text(self, link: kernel.Link, hosts: Iterable[IPAddress],
               held: str = _HELD, egress: str = _EGRESS) -> str:
         """Return what defines its chains."""
-        lower = kernel.name_of(link.lower)
+        lower = kernel.format_ifname(link.lower)
         solicited = ','.join('0x' + host.packed.hex() for host in hosts)
         if solicited:
             solicited = _SOLICITED.format(hosts=solicited, answer=_ANSWER)
@@ -335,7 +336,7 @@ class Guard:
     def remove(self) -> bool:
         """Delete the table; whether there was one."""
         self._cache.drop(self._key)
-        return kernel.node_nft().delete_table(self.table)
+        return kernel.open_node_nft().delete_table(self.table)
 
     def change(self, added: Collection[Pair],
                deleted: Collection[Pair] = ()) -> bool:
@@ -380,7 +381,7 @@ class Guard:
         """
         if parent is None:
             return
-        for address in netlink.unresolved(parent, macs):
+        for address in netlink.list_unresolved(parent, macs):
             mac = macs[address]
             changes: list[kernel.Change] = [
                 (Verb.DELETE, Neighbour(address, parent, '', None))]

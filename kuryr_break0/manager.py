@@ -92,8 +92,8 @@ class Break0Manager:
         failure = Failures()
         addresses, mac = _sane(owner, list(addresses), parent, mac, netns,
                                pod)
-        parent_index = kernel.index_of(parent)
-        parent = kernel.current_name(parent, parent_index)  # no altname
+        parent_index = kernel.find_ifindex(parent)
+        parent = kernel.find_current_name(parent, parent_index)  # no altname
         namespace = _identified(netns) if netns is not None else None
         tap = kernel.find_taps().get(mac) if mac and netns is None else None
         bound_at = files.now() if bound_at is None else bound_at
@@ -105,7 +105,7 @@ class Break0Manager:
             if reason is None:
                 usable.append(address)
             else:
-                failure.note(self._policy.refused(address, reason))
+                failure.add(self._policy.refused(address, reason))
         # What can be is done before others have to wait.
         records = [Record(address, owner, parent, mac,
                           tuple(subnets)[:MAX_SUBNETS], netns, namespace,
@@ -116,14 +116,14 @@ class Break0Manager:
             failure.raise_first()  # nothing to make break0 for
             return
         configured = self._options.parent
-        if not kernel.exists(configured or parent):
+        if not kernel.has_interface(configured or parent):
             raise exceptions.ParentNotFound(parent=configured or parent)
         if configured not in (None, parent):
             raise exceptions.ParentMismatch(configured=configured,
                                             actual=parent)
         if self._engine.bind(records, yielding, failure):
             # Those of the others are gone, or are to be in its guard again.
-            with failure.logged():
+            with failure.log_errors():
                 self.sync()
         failure.raise_first()
 
@@ -148,29 +148,29 @@ class Break0Manager:
         """Return the facts of one address, by look-ups."""
         own: set[IPAddress] = set()
         try:
-            own.update(filter(None, [kernel.source_for(address)]))
+            own.update(filter(None, [kernel.find_source(address)]))
         except PermissionError:
             return policy.Facts(no_hosts=(address,))
         # Only a socket in a VRF sees the addresses there. Before 5.7 it needs
         # CAP_NET_RAW to be there.
         with contextlib.suppress(PermissionError):
-            own.update(filter(None, [kernel.source_for(address, parent)]))
+            own.update(filter(None, [kernel.find_source(address, parent)]))
         cache = self._ledger.cache
-        next_hops = cache.fresh('next_hops')
+        next_hops = cache.get_recent('next_hops')
         if next_hops is None:
             with kernel.Netlink() as netlink:
                 found = netlink.next_hops(self._engine.devices.indexes(),
                                           self._options.route_protocol)
             next_hops = sorted(map(str, found))
             cache.put('next_hops', next_hops)
-            self._ledger.note_next_hops(found)
+            self._ledger.add_next_hops(found)
         # By a sync: to list them takes the longer the more pods there are.
         through_break0 = cache.get('through_break0') or ()
         text = str(address)
         return policy.Facts(
             own, (), (address,) if text in next_hops else (),
             (address,) if text in through_break0 else (),
-            self._ledger.next_hops_seen())
+            self._ledger.list_recent_next_hops())
 
     @timed(Done.UNBIND, Done.UNBIND_FAILED)
     def unbind(self, owner: Owner, addresses: Optional[Iterable[IPAddress]],
@@ -209,7 +209,7 @@ class Break0Manager:
         named = None if addresses is None else list(dict.fromkeys(addresses))
         if named is None or len(named) > MAX_ADDRESSES:
             # An adopted one has its namespace in place of a container id.
-            found = {claim.address for each in self._records.containing(
+            found = {claim.address for each in self._records.find_containing(
                 owner.container_id, Owner.ADOPTED)
                 for claim in each if is_own(claim)}
             named = sorted(found if named is None else found.intersection(
@@ -248,9 +248,9 @@ class Break0Manager:
         if age is not None and age <= self._options.patience:
             return
         failure = Failures()
-        with failure.noted():
+        with failure.collect():
             self._prune(failure)
-        with failure.noted():
+        with failure.collect():
             self._repair()
         failure.raise_first()
 
@@ -269,8 +269,8 @@ class Break0Manager:
         ends.
         """
         cache = self._ledger.cache
-        position = cache.number('pruned')
-        addresses, count = self._records.some(position, EXAMINED)
+        position = cache.get_number('pruned')
+        addresses, count = self._records.list_part(position, EXAMINED)
         if count > EXAMINED:
             cache.put('pruned', [(position + EXAMINED) % count])
         judge = kernel.Judge()
@@ -287,7 +287,7 @@ class Break0Manager:
         1 ms for 1,000. What a sync could not set is not missed again.
         """
         cache = self._ledger.cache
-        expected = cache.number('missing')
+        expected = cache.get_number('missing')
         missing = self._missing()
         if missing > expected:
             LOG.warning('%d addresses have no route through break0: '

@@ -72,14 +72,14 @@ class Pods:
         cached: Optional[list[tuple[int, IPAddress]]] = None
         with contextlib.suppress(TypeError, ValueError):
             cached = [(int(at), ipaddress.ip_address(address)) for at, address
-                      in cache.fresh('addresses') or ()]
+                      in cache.get_recent('addresses') or ()]
         if not cached or {src for src in sources if src} - {
                 address for _, address in cached}:
             cached = [*netlink.addresses()]
             cache.put('addresses', [[at, str(address)]
                                     for at, address in cached])
         return self._policy.node_addresses(
-            cached, kernel.index_of(parent), sources, break0.mac,
+            cached, kernel.find_ifindex(parent), sources, break0.mac,
             break0.name)
 
     def from_successor(self, claims: Claims,
@@ -94,7 +94,7 @@ class Pods:
                             netlink, [claim], self._options).addresses():
                         continue
             except exceptions.Break0Error as err:
-                LOG.debug('The claim of %s counts: %s', claim.whose, err)
+                LOG.debug('The claim of %s counts: %s', claim.owner_text, err)
             return claims[place:]
         return ()
 
@@ -171,7 +171,7 @@ class Pods:
             (outdated if any(record.configured != node.digest for record
                              in records) or sightings.has(records)
              else others).append((records, node))
-        start = cache.number('entered') % max(len(others), 1)
+        start = cache.get_number('entered') % max(len(others), 1)
         turn = (others[start:] + others[:start])[:ENTERED]
         if len(others) > ENTERED and not dry_run:
             cache.put('entered', [(start + ENTERED) % len(others)])
@@ -216,11 +216,11 @@ class Pods:
             return found is not None and found.owner == record.owner
 
         try:
-            if kernel.state(*record.place) is not kernel.State.GONE:
+            if kernel.judge_state(*record.place) is not kernel.State.GONE:
                 podside.withdraw(record, self._options, is_bound)
         except exceptions.Break0Error as err:
             LOG.debug('The sandbox %s keeps what it needed to reach the '
-                      'node: %s', record.whose, err)
+                      'node: %s', record.owner_text, err)
 
     def _put_configured(self, records: list[Record], node: NodeAddresses,
                         failure: Failures) -> None:
@@ -229,7 +229,7 @@ class Pods:
                     if record.configured != node.digest]
         if not outdated:
             return
-        with failure.noted(), self._ledger.lock():
+        with failure.collect(), self._ledger.lock():
             for record in outdated:
                 claims = self._records.claims(record.address)
                 if claims and claims[0] == record:

@@ -101,15 +101,16 @@ class PodSide:
         try:
             with kernel.Nft() as nft:
                 if not dry_run:
-                    return nft.bind_source(
+                    return nft.add_source_rule(
                         self._table, self._record.owner.ifname, self._index,
                         self._mac)
                 # An earlier kernel may have the hook, which only a try shows.
-                return kernel.release() >= (5, 16) and not nft.binds_source(
-                    self._table, self._index, self._mac)
+                return (kernel.read_release() >= (5, 16)
+                        and not nft.has_source_rule(
+                            self._table, self._index, self._mac))
         except exceptions.KernelRefused as err:
             LOG.debug('The pod %s can forge MAC addresses: %s',
-                      self._record.whose, err)
+                      self._record.owner_text, err)
             return False
 
     def repair(self, node: NodeAddresses, dry_run: bool) -> bool:
@@ -130,7 +131,7 @@ class PodSide:
         """Make changes in the pod's namespace."""
         changes = list(changes)
         for (verb, _), err in zip(changes, self._netlink.change(changes)):
-            if err is not None and not (verb is Verb.DELETE and err.absent):
+            if err is not None and not (verb is Verb.DELETE and err.is_absent):
                 raise err
 
     def addresses(self, of_others: bool = False) -> set[IPAddress]:
@@ -171,7 +172,7 @@ class PodSide:
 @contextlib.contextmanager
 def entered(record: Record) -> Iterator[kernel.Netlink]:
     """Be in the namespace of a record, with a socket there."""
-    with kernel.entered(str(record.netns), record.namespace), \
+    with kernel.enter_namespace(str(record.netns), record.namespace), \
             kernel.Netlink(most=MOST) as netlink:
         yield netlink
 
@@ -212,7 +213,7 @@ def withdraw(record: Record, options: config.Options,
     with entered(record) as netlink:
         side = None
         needed: set[int] = set()
-        if kernel.index_of(record.owner.ifname) is not None:
+        if kernel.find_ifindex(record.owner.ifname) is not None:
             side = PodSide(netlink, [record], options)
             needed = {address.version for address in side.addresses()
                       if is_bound(address)}

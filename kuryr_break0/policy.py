@@ -16,11 +16,11 @@ from kuryr_break0 import kernel
 from kuryr_break0.model import address_order
 from kuryr_break0.model import best_metric
 from kuryr_break0.model import Entry
+from kuryr_break0.model import explain_non_host
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Neighbour
 from kuryr_break0.model import NodeAddresses
-from kuryr_break0.model import not_a_host
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Record
 
@@ -68,7 +68,7 @@ class Policy:
 
         :param facts: without them, the options and the address alone decide
         """
-        reason = not_a_host(address)
+        reason = explain_non_host(address)
         if address in self._options.addr:  # even before break0 has it
             return OWN
         allowed = self._options.allowed_cidrs
@@ -104,7 +104,7 @@ class Policy:
                 for own in self._options.addr):
             return None
         with contextlib.suppress(PermissionError):
-            return kernel.source_for(record.address, record.parent)
+            return kernel.find_source(record.address, record.parent)
         return None
 
     @staticmethod
@@ -151,7 +151,7 @@ class Policy:
         addr = self._options.addr if device == self._options.device else ()
         taken, own = None, link_address(device)
         with contextlib.suppress(PermissionError):
-            taken = kernel.source_for(_NOWHERE, 'lo')  # as of any without one
+            taken = kernel.find_source(_NOWHERE, 'lo')  # as of any without one
         is_needed = taken is not None and (parent, taken) not in found and (
             not any(each.version == 4 for each in addr))
         if is_needed or any(address == own for _, address in found):
@@ -232,5 +232,5 @@ def has_services(index: Optional[int]) -> bool:
     pods they lead elsewhere.
     """
     with kernel.Netlink() as netlink:
-        link = netlink.link(kernel.name_of(index))
+        link = netlink.link(kernel.format_ifname(index))
     return link is not None and link.kind == 'dummy'

@@ -31,7 +31,7 @@ def address_problems(seen: Snapshot) -> dict[IPAddress, str]:
             problems[record.address] = 'its sandbox is gone'
     for address, rivals in seen.rivals.items():
         problems.setdefault(address, 'it is claimed by %s too' % (
-            ', '.join(rival.whose for rival in rivals)))
+            ', '.join(rival.owner_text for rival in rivals)))
     for address in seen.contents.unreadable:
         problems[address] = 'its record in the ledger cannot be read'
     return {address: problems[address]
@@ -76,7 +76,7 @@ def node_problems(seen: Snapshot) -> Iterator[str]:
                % seen.options.state_dir)
     if seen.stranger is not None:
         yield str(exceptions.DeviceConflict(
-            device=seen.stranger.name, found=seen.stranger.described,
+            device=seen.stranger.name, found=seen.stranger.description,
             expected='a macvlan in bridge mode on the parent of pods'))
     if seen.unjudged:
         yield unjudged_problem(seen)
@@ -119,7 +119,7 @@ def unjudged_problem(seen: Snapshot) -> str:
     for record, reason in seen.unjudged.items():
         return ('cannot find out whether the sandboxes of %d addresses '
                 'still exist, so they stay bound, as %s of %s: %s' % (
-                    len(seen.unjudged), record.address, record.whose,
+                    len(seen.unjudged), record.address, record.owner_text,
                     reason))
     return ''
 
@@ -127,7 +127,7 @@ def unjudged_problem(seen: Snapshot) -> str:
 def foreign_text(route: HostRoute) -> str:
     """Say that a route of others is in the way."""
     return 'it has a route of others, on %s with protocol %s' % (
-        kernel.name_of(route.oif), route.protocol)
+        kernel.format_ifname(route.oif), route.protocol)
 
 
 def guard_text(added: Iterable[Item], deleted: Iterable[Item]

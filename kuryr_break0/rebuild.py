@@ -36,7 +36,7 @@ def find(options: config.Options, seen: Snapshot,
                 parent, options.route_protocol)
                 if item.dst in seen.contents.unreadable})
         wanted.update({item.dst: parent for item in parent.plan.unclaimed})
-    found = kernel.macvlans(options.proc_dirs) if wanted else ()
+    found = kernel.list_macvlans(options.proc_dirs) if wanted else ()
     # Another one can have the MAC address of a pod as long as it is down.
     for macvlan in sorted(found, key=lambda each: not each.link.up):
         for address in macvlan.addresses:
@@ -49,7 +49,7 @@ def find(options: config.Options, seen: Snapshot,
                 yield dataclasses.replace(
                     _sibling(seen, macvlan), address=address,
                     mac=macvlan.link.mac, parent=macvlan.parent,
-                    parent_index=kernel.index_of(macvlan.parent),
+                    parent_index=kernel.find_ifindex(macvlan.parent),
                     netns=macvlan.netns, namespace=macvlan.namespace,
                     configured=None, bound_at=files.now())
 

@@ -85,7 +85,7 @@ class Reconciler:
         #: what was changed, as far as it was in the plan
         self._applied: set[Item] = set()
         outcome = Outcome()
-        with self._failure.noted(), kernel.Netlink() as self._netlink, \
+        with self._failure.collect(), kernel.Netlink() as self._netlink, \
                 uncollected():
             outcome = self._sync()
         return dataclasses.replace(outcome, errors=tuple(self._failure.errors))
@@ -109,14 +109,14 @@ class Reconciler:
         for plan in plans.values():
             for route in plan.foreign:
                 LOG.error('%s', foreign_route(route))
-        ended = self._ledger.ended()
+        ended = self._ledger.list_ended()
         by_del = released.by_del(seen, ended)
         if not self._dry_run:
             self._note(seen)
             released.drop(by_del, self._engine, self._ledger, self._failure)
             if ended:
-                with self._failure.noted(), self._ledger.lock():
-                    self._ledger.forget_ends(began)
+                with self._failure.collect(), self._ledger.lock():
+                    self._ledger.delete_ends(began)
             # What a gone one had, the next that has its address gets.
             moved = {record.address for record in seen.gone if record
                      == seen.contents.claims[record.address][0]}
@@ -195,10 +195,10 @@ class Reconciler:
             if seen.contents.damaged:
                 self._records.addresses()
             for address in seen.contents.unreadable:
-                with self._failure.noted(), contextlib.suppress(
+                with self._failure.collect(), contextlib.suppress(
                         exceptions.RecordNewer):
                     self._records.claims(address)
-            self._records.sweep()
+            self._records.delete_unfinished()
 
     def _note(self, seen: Snapshot) -> None:
         """Cache what spares the next bind a dump."""
@@ -208,8 +208,8 @@ class Reconciler:
             str, seen.routes.next_hops)))
         self._ledger.cache.put('through_break0', sorted(map(
             str, seen.routes.left_out)))
-        self._ledger.note_next_hops(seen.routes.next_hops
-                                    | seen.routes.left_out)
+        self._ledger.add_next_hops(seen.routes.next_hops
+                                   | seen.routes.left_out)
 
     def _note_taps(self, seen: Snapshot) -> None:
         """Record the macvtaps of VMs that were started after their bind."""
@@ -220,7 +220,7 @@ class Reconciler:
             tap = taps.get(str(record.mac))
             if tap is None:
                 continue
-            with self._failure.noted(), self._ledger.lock():
+            with self._failure.collect(), self._ledger.lock():
                 claims = self._records.claims(record.address)
                 if claims[:1] == (record,):
                     self._records.put([dataclasses.replace(
@@ -254,11 +254,11 @@ class Reconciler:
             claim = self._claims(parent)
             if parent.conflict is not None:
                 if parent.live or parent.name == self._options.parent:
-                    self._failure.note(parent.conflict)
+                    self._failure.add(parent.conflict)
                 continue
             if parent.other is not None and not claim:
                 if parent.live or (self._prune and parent.plan.unclaimed):
-                    self._failure.note(self._devices.other_ledger(
+                    self._failure.add(self._devices.other_ledger(
                         parent.device, parent.other))
                 continue
             if not parent.live and not claim:
@@ -276,7 +276,7 @@ class Reconciler:
                 self._repaired += repaired
                 continue
             is_changed = True
-            with self._failure.noted(), self._ledger.lock():
+            with self._failure.collect(), self._ledger.lock():
                 # None, if all of them have been unbound meanwhile.
                 if claim or any(map(self._records.get, parent.live)):
                     self._devices.ensure(
@@ -297,7 +297,7 @@ class Reconciler:
                                   if not self._is_left(parent)]))
 
     def _put_rebuilt(self, record: Record) -> bool:
-        with self._failure.noted(), self._ledger.lock():
+        with self._failure.collect(), self._ledger.lock():
             # It has been bound meanwhile, or a later version wrote it.
             if self._records.exists(record.address):
                 return False
@@ -325,7 +325,7 @@ class Reconciler:
         for start in range(0, len(works), CHANGED_AT_ONCE):
             read: set[IPAddress] = set()
             applied = None
-            with self._failure.noted(), self._ledger.lock():
+            with self._failure.collect(), self._ledger.lock():
                 applied = apply(self._netlink, guard, [
                     work for work in works[start:start + CHANGED_AT_ONCE]
                     if self._is_ready(work, plan, seen, read)])
@@ -334,25 +334,26 @@ class Reconciler:
             if applied.guard_error is None:
                 unread -= read
             else:
-                self._failure.note(applied.guard_error)
+                self._failure.add(applied.guard_error)
             for address, err in applied.errors.items():
-                self._failure.note(err, address)
+                self._failure.add(err, address)
             self._applied |= applied.items
             log_repairs(parent.device, applied, self._ledger.journal)
             if applied.is_device_lost:
                 break  # the others would fail alike
             # Without its route, the LAN was asked for it.
-            with self._failure.noted():
-                guard.release(self._netlink, kernel.index_of(parent.name), {
-                    work.address: work.claim.mac for work in applied.works
-                    if work.claim and applied.items.intersection(
-                        of_kind(HostRoute, work.set))})
+            with self._failure.collect():
+                guard.release(
+                    self._netlink, kernel.find_ifindex(parent.name), {
+                        work.address: work.claim.mac for work in applied.works
+                        if work.claim and applied.items.intersection(
+                            of_kind(HostRoute, work.set))})
         else:
             if parent.guard and not unread and guard.is_there():
-                with self._failure.noted(), self._ledger.lock():
+                with self._failure.collect(), self._ledger.lock():
                     self._devices.ensure_guard(
                         self._netlink, parent.link,
-                        kernel.index_of(parent.name), is_filled=True)
+                        kernel.find_ifindex(parent.name), is_filled=True)
 
     def _is_ready(self, work: Work, plan: Plan, seen: Snapshot,
                   read: set[IPAddress]) -> bool:
@@ -360,7 +361,7 @@ class Reconciler:
 
         :param read: gets the address, if that is known
         """
-        with self._failure.noted(work.address):
+        with self._failure.collect(work.address):
             is_as_read = seen.contents.is_still(self._records, work.address)
             read.add(work.address)
             if is_as_read and of_kind(HostRoute, work.set):

@@ -31,7 +31,7 @@ def by_del(seen: Snapshot, ended: Mapping[Owner, float]
            ) -> dict[Record, str]:
     """Return the claims whose interface a DEL has ended, and why.
 
-    :param ended: when, by :meth:`Ledger.ended`
+    :param ended: when, by :meth:`Ledger.list_ended`
     """
     return {claim: 'a DEL has ended its interface'
             for claims in (seen.contents.claims.values() if ended else ())
@@ -56,11 +56,11 @@ def drop(claims: Mapping[Record, str], engine: Engine, ledger: Ledger,
         def is_same(claim: Record, of: Record = record) -> bool:
             return (claim.owner, claim.bound_at) == (of.owner, of.bound_at)
 
-        with failure.noted(record.address):
-            if engine.unbind([record.address], is_same, record.whose, None,
-                             failure):
+        with failure.collect(record.address):
+            if engine.unbind([record.address], is_same, record.owner_text,
+                             None, failure):
                 LOG.warning('%s is not bound for %s any more: %s. See '
                             'kuryr-break0 status', record.address,
-                            record.whose, reason)
+                            record.owner_text, reason)
                 engine.pods.withdraw(record)
                 ledger.journal.add(Done.RELEASED)

@@ -67,7 +67,7 @@ class Routes:
         recent[str(route.dst)] = now
         self._ledger.cache.put('takeovers', sorted(recent.items()))
         LOG.warning('Taking over the route of %s on %s with protocol %s',
-                    route.dst, kernel.name_of(route.oif), route.protocol)
+                    route.dst, kernel.format_ifname(route.oif), route.protocol)
         self._ledger.journal.add(Done.TAKEOVER)
 
 
@@ -75,14 +75,14 @@ def foreign_route(route: HostRoute, reason: str = 'it is left alone, unless '
                   '[break0] takeover is set') -> exceptions.ForeignRoute:
     """Return the error of a route of others in the way of a pod's."""
     return exceptions.ForeignRoute(
-        address=route.dst, on=kernel.name_of(route.oif),
+        address=route.dst, on=kernel.format_ifname(route.oif),
         protocol=route.protocol, reason=reason)
 
 
-def forget_connections(addresses: Iterable[IPAddress]) -> None:
+def delete_connections(addresses: Iterable[IPAddress]) -> None:
     """Let none of an earlier pod's connections be the next one's."""
     for address in addresses:
         try:
-            kernel.forget_connections(address)
+            kernel.delete_connections(address)
         except exceptions.KernelRefused as err:
             LOG.debug('%s', err)

@@ -256,7 +256,8 @@ class Lab:
         path = '/run/netns/' + name
         known = kernel.identify(path)
         self.run('ip', 'netns', 'del', name)
-        until(lambda: kernel.state(path, known) is not kernel.State.LIVING)
+        until(lambda: kernel.judge_state(
+            path, known) is not kernel.State.LIVING)
 
     def add_pod(self, name: str, *addresses: str,
                 mac: Optional[str] = None,

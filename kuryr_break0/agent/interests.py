@@ -113,13 +113,13 @@ class Interests:
         """
         lost = False
         for event in events:
-            if event.what == 'link' and (
+            if event.kind == 'link' and (
                     event.ifindex in self._links or event.link is not None
                     and event.link.name in self._names) and (
-                    event.gone or event.link is not None
+                    event.is_gone or event.link is not None
                     and not event.link.up):
                 return True
-            lost |= event.what == 'lost'
+            lost |= event.kind == 'lost'
         return lost and self._is_any_down()
 
     def _is_any_down(self) -> bool:
@@ -135,20 +135,20 @@ class Interests:
 
     def include(self, event: kernel.Event) -> bool:
         """Return whether an event may be of something to repair."""
-        if event.what == 'link':
+        if event.kind == 'link':
             return self._changes_link(event)
-        if event.what == 'address':
+        if event.kind == 'address':
             place = event.ifindex or 0, event.dst
-            changed = (place in self._addresses) == event.gone
-            (self._addresses.discard if event.gone
+            changed = (place in self._addresses) == event.is_gone
+            (self._addresses.discard if event.is_gone
              else self._addresses.add)(place)
             return changed and (not self._is_of_services(event.ifindex)
                                 or self._is_recorded(event.dst))
-        if event.what == 'route':
+        if event.kind == 'route':
             return self._changes_next_hops(event) or self._differs(event)
-        if event.what == 'nexthop':
+        if event.kind == 'nexthop':
             return self._changes_next_hops(event)
-        if event.what == 'neighbour':
+        if event.kind == 'neighbour':
             return self._is_of_break0(event.ifindex) and self._differs(event)
         return True  # events were lost
 
@@ -164,10 +164,10 @@ class Interests:
                 not self._is_recorded(event.dst)):
             return False
         desired = self._desired(event.dst)
-        if event.what == 'neighbour':
-            return (None if event.gone else event.item) != next(
+        if event.kind == 'neighbour':
+            return (None if event.is_gone else event.item) != next(
                 iter(of_kind(Neighbour, desired)), None)
-        return event.gone or event.item not in desired
+        return event.is_gone or event.item not in desired
 
     def _desired(self, address: IPAddress) -> tuple[Entry, ...]:
         """Return the items of a recorded address; none if unknown."""
@@ -191,14 +191,14 @@ class Interests:
         since a container may take one that is gone by the next sync.
         """
         found = {each.gateway for each in event.next_hops}
-        if event.gone:
+        if event.is_gone:
             self._next_hops -= found
             return any(map(self._is_recorded, found))
         new = found - self._next_hops
         if not new:
             return False
         self._next_hops |= new
-        self._ledger.note_next_hops(new)
+        self._ledger.add_next_hops(new)
         return any(map(self._is_recorded, new))
 
     def _is_of_services(self, index: Optional[int]) -> bool:
@@ -213,13 +213,13 @@ class Interests:
         if index not in self._links:
             # IPv4 routes, whose next hop may be a refused address, go with
             # their interface without an event (fib_table_flush).
-            if self._refused and (event.gone or not link.up):
+            if self._refused and (event.is_gone or not link.up):
                 return True
             # A VM ends with its macvtap.
-            return (link.kind == 'macvtap' if event.gone
+            return (link.kind == 'macvtap' if event.is_gone
                     else link.name in self._names)
         before = self._links[index]
-        self._links[index] = None if event.gone else _essence(link)
+        self._links[index] = None if event.is_gone else _essence(link)
         return bool(self._links[index] != before)
 
     def _is_recorded(self, address: Optional[IPAddress]) -> bool:

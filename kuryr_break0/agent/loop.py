@@ -121,7 +121,7 @@ class Agent:
         self._metrics.options = options
         with contextlib.suppress(exceptions.LedgerUnavailable):
             ledger.prepare()
-        with ledger.heartbeat.kept() as beat, _inotify() as watch, _finding(
+        with ledger.heartbeat.keep() as beat, _inotify() as watch, _finding(
                 options, ledger) as self._finder:
             withdraws = self._may_take_back(ledger)
             while not self._stop and not self._reload:

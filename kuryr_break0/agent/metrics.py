@@ -136,7 +136,7 @@ class Metrics(prometheus_registry.Collector):
 
     def heard(self, events: Sequence[kernel.Event]) -> None:
         """Count netlink events."""
-        lost = sum(event.what == 'lost' for event in events)
+        lost = sum(event.kind == 'lost' for event in events)
         self._events.inc(len(events) - lost)
         self._losses.inc(lost)
 
@@ -164,7 +164,7 @@ class Metrics(prometheus_registry.Collector):
                 return self.options.resync_interval
             self._found = []
             self._looking = containers.each_unserved(
-                seen, Ledger(self.options.state_dir), kernel.FEW)
+                seen, Ledger(self.options.state_dir), kernel.QUICK_LIMITS)
         ends = time.monotonic() + _AT_ONCE
         for each in self._looking:
             self._found += each[:containers.MOST - len(self._found)]

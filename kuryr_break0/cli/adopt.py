@@ -78,17 +78,17 @@ def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
         api = common.kuryr_api(conf)
     except (ImportError, cfg.Error) as err:
         return common.fail(common.USAGE, err)
-    ports = api.ports()
+    ports = api.list_ports()
     if not ports:
         raise exceptions.Break0Error(
             'The API has no KuryrPort for the node %r, which is '
             'KUBERNETES_NODE_NAME of the environment, or else the name of the '
             'host. Nodes that have some: %s.' % (
-                api.node_name(), ', '.join(api.other_nodes()[:20])
+                api.node_name(), ', '.join(api.list_nodes()[:20])
                 or 'none that can be seen'))
     adopter = Adopter(
         options, options.parent or api.link_iface(),
-        kernel.macvlans([api.proc(), *options.proc_dirs]),
+        kernel.list_macvlans([api.find_proc(), *options.proc_dirs]),
         conf.command.dry_run)
     with output.Counter('adopt') as counter:
         findings = [adopter.adopt(port) for port in counter.over(ports)]
@@ -142,8 +142,8 @@ class Adopter:
         """
         macvlan = self._macvlans.get(port.mac)
         outcome, reason, netns = 'bound', None, None
-        if port.not_ours is not None:
-            outcome, reason = 'skipped', port.not_ours
+        if port.refusal is not None:
+            outcome, reason = 'skipped', port.refusal
         elif port.damaged is not None:
             outcome, reason = 'failed', port.damaged
         elif macvlan is None:
@@ -178,7 +178,7 @@ class Adopter:
             if (record is not None and record.namespace is not None
                     and record.namespace.is_same(macvlan.namespace)):
                 continue
-            if (record is not None and self._dry_run and kernel.state(
+            if (record is not None and self._dry_run and kernel.judge_state(
                     *record.place)
                     is not kernel.State.GONE):
                 raise exceptions.AddressTaken(  # as the bind would

@@ -56,7 +56,8 @@ def add_parsers(subparsers: Any) -> None:
 
 
 def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
-    cleanup = Cleanup(options, config.link_iface(conf), conf.command.dry_run)
+    cleanup = Cleanup(options, config.read_link_iface(conf),
+                      conf.command.dry_run)
     done: list[Removal] = []
     try:
         for removal in cleanup.run():

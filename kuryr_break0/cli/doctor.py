@@ -92,7 +92,7 @@ def _known(name: str) -> str:
 def _waiting(conf: cfg.ConfigOpts
              ) -> Optional[Callable[[float], list[str]]]:
     """Return how to list the pods that wait for a port, where Kuryr is."""
-    if not (installation.is_for_kuryr() and config.names_kubernetes(conf)):
+    if not (installation.is_for_kuryr() and config.has_api_root(conf)):
         return None
 
     def waiting(seconds: float) -> list[str]:
@@ -102,7 +102,7 @@ def _waiting(conf: cfg.ConfigOpts
             raise exceptions.KubernetesUnavailable(
                 url=conf.kubernetes.api_root or 'its service address',
                 reason=err)
-        found: list[str] = api.waiting(seconds, _TIMEOUT)
+        found: list[str] = api.list_waiting_pods(seconds, _TIMEOUT)
         return found
 
     return waiting

@@ -188,9 +188,10 @@ def _result(prober: Prober, options: config.Options, seen: Snapshot,
                 probes += prober.from_pod(address, record.netns,
                                           record.namespace, parent.node)
                 if wanted.conflict:
-                    with kernel.entered(record.netns, record.namespace):
-                        claimants = kernel.claimants(record.owner.ifname,
-                                                     address)
+                    with kernel.enter_namespace(record.netns,
+                                                record.namespace):
+                        claimants = kernel.find_claimants(
+                            record.owner.ifname, address)
             except exceptions.NetnsUnusable as err:
                 note = str(err)
     return Result(address, record.owner if record else None, probes, note,

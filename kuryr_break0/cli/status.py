@@ -219,7 +219,7 @@ class Status:
             address)
         owner = '-'
         if record is not None:  # by name, or as engines shorten ids
-            owner = record.whose if wide else '%s/%s' % (
+            owner = record.owner_text if wide else '%s/%s' % (
                 record.pod or record.owner.container_id[:_SHORT],
                 record.owner.ifname)
         return [each['address'], owner, each['origin'] or '-',
@@ -234,8 +234,8 @@ class Status:
         yield from map(str, self._unserved)
         for address in self._addresses:
             if address in self._seen.live:
-                yield '%s: bound for %s' % (address,
-                                            self._seen.live[address].whose)
+                yield '%s: bound for %s' % (
+                    address, self._seen.live[address].owner_text)
             if address in self._problems:
                 yield '%s: %s' % (address, self._problems[address])
 

@@ -63,7 +63,7 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
 def _name_of(ifindex: Optional[int], options: config.Options) -> str:
     if ifindex == 0:
         return options.device  # which is to be created
-    return kernel.name_of(ifindex)
+    return kernel.format_ifname(ifindex)
 
 
 def _lines(outcome: Outcome, options: config.Options) -> Iterator[str]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Parses and checks the request of a CNI runtime.
+"""Parses and validates the request of a CNI runtime.
 
-What is wrong with it is raised as a CNIError that says so.
+An invalid request raises a CNIError.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ from kuryr_break0.model import Owner
 SUPPORTED = ('0.3.1', '0.4.0', '1.0.0', '1.1.0')
 ADD, DEL, CHECK, GC, STATUS, VERSION = (
     'ADD', 'DEL', 'CHECK', 'GC', 'STATUS', 'VERSION')
-#: Version that a command came with.
+#: The version that introduced a command
 _SINCE = {CHECK: '0.4.0', GC: '1.1.0', STATUS: '1.1.0'}
-#: Codes of the specification.
+#: Error codes of the specification
 UNSUPPORTED, BAD_VARIABLE, UNREADABLE, INVALID, TRY_AGAIN, UNAVAILABLE = (
     1, 4, 6, 7, 11, 50)
-#: Bytes of input.
+#: Maximum bytes of input
 LIMIT = 2 ** 20
 
-# As libcni has it (utils.ValidateContainerID, ValidateNetworkName).
+# The same patterns as in libcni (utils.ValidateContainerID,
+# ValidateNetworkName).
 _NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.\-]{0,255}')
 _IFNAME = re.compile(r'(?!\.{1,2}$)[^/:\s\x00-\x1f\x7f]{1,15}')
 _POD = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.\-]{0,252}')
 
 
 class CNIError(Exception):
-    """An error that a runtime gets.
+    """An error for the runtime.
 
-    :ivar code: of the specification, or from 100 on one of ours
+    :ivar code: code of the specification; from 100, this plugin's own
     """
 
     def __init__(self, code: int, message: str) -> None:
@@ -52,11 +53,11 @@ class Request:
     """A request of a runtime.
 
     :ivar command: one of the commands of the specification
-    :ivar version: of the specification, by which it is answered
-    :ivar config: the network configuration, as it was read
-    :ivar owner: container and interface; None for what is of no container
-    :ivar netns: path of its namespace; None if that is gone
-    :ivar pod: what Kubernetes or the engine calls the container
+    :ivar version: version of the specification for the answer
+    :ivar config: the network configuration
+    :ivar owner: container and interface; None for GC, STATUS and VERSION
+    :ivar netns: path of the container's namespace; None if it is gone
+    :ivar pod: the container's name in Kubernetes or the engine
     """
 
     command: str
@@ -71,20 +72,21 @@ class Request:
         """Return the name of the network."""
         name = self.config.get('name')
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise CNIError(INVALID, 'The name of the network, %s, has to be '
-                           'letters, digits, "_", "." and "-"' % _short(name))
+            raise CNIError(INVALID, 'The name of the network is %s: it must '
+                           'consist of letters, digits, "_", "." and "-"'
+                           % _short(name))
         return name
 
     @property
     def strict(self) -> Optional[bool]:
-        """Return whether the ADD fails if the container is not reachable.
+        """Return whether the ADD must fail if the bind fails.
 
         None if the option [break0] strict decides.
         """
         strict = self.config.get('strict')
         if strict is not None and not isinstance(strict, bool):
-            raise CNIError(INVALID, 'strict is %s, which is neither true nor '
-                           'false' % _short(strict))
+            raise CNIError(INVALID, 'strict is %s: it must be true or false'
+                           % _short(strict))
         return strict
 
     @property
@@ -92,12 +94,12 @@ class Request:
         """Return the result of the previous plugin."""
         previous = self.config.get('prevResult')
         if not isinstance(previous, dict):
-            raise CNIError(INVALID, 'There is no prevResult: break0 has to '
-                           'stand behind macvlan in the list of plugins')
+            raise CNIError(INVALID, 'There is no prevResult: put break0 after '
+                           'macvlan in the list of plugins')
         return previous
 
     def _interfaces(self) -> dict[int, dict[str, Any]]:
-        """Return this interface by its number in the previous result."""
+        """Return this interface by its index in the previous result."""
         assert self.owner is not None
         interfaces = _objects(self.previous, 'interfaces')
         own = {number: each for number, each in enumerate(interfaces)
@@ -109,7 +111,7 @@ class Request:
         return own
 
     def addresses(self) -> list[IPInterface]:
-        """Return the addresses of this interface, with their networks."""
+        """Return this interface's addresses with their prefix lengths."""
         own = self._interfaces()
         return [_address(each.get('address'))
                 for each in _objects(self.previous, 'ips')
@@ -117,7 +119,7 @@ class Request:
 
     @property
     def mac(self) -> Optional[str]:
-        """Return the MAC address of the interface, if the result says it."""
+        """Return this interface's MAC address, or None."""
         with contextlib.suppress(CNIError):
             for each in self._interfaces().values():
                 if isinstance(each.get('mac'), str):
@@ -125,11 +127,11 @@ class Request:
         return None
 
     def attachments(self) -> Optional[set[Owner]]:
-        """Return the attachments that are valid; None for null."""
+        """Return the valid attachments; None for null."""
         key = 'cni.dev/valid-attachments'
         if key not in self.config:
-            raise CNIError(INVALID, 'There is no %s, so nothing is known to '
-                           'be invalid' % key)
+            raise CNIError(INVALID, 'There is no %s, so no attachment is '
+                           'known to be invalid' % key)
         if self.config[key] is None:
             return None
         found = set()
@@ -143,11 +145,11 @@ class Request:
 
 
 def parse(environment: Mapping[str, str], data: bytes) -> Request:
-    """Read a request."""
+    """Parse a request."""
     command = environment.get('CNI_COMMAND', '')
     if command not in (ADD, DEL, CHECK, GC, STATUS, VERSION):
-        raise CNIError(BAD_VARIABLE, 'CNI_COMMAND is %s, which is none of '
-                       'ADD, DEL, CHECK, GC, STATUS and VERSION'
+        raise CNIError(BAD_VARIABLE, 'CNI_COMMAND is %s: it must be ADD, DEL, '
+                       'CHECK, GC, STATUS or VERSION'
                        % _short(command) if command
                        else 'CNI_COMMAND is not set')
     owner, netns, pod = _container(command, environment)
@@ -156,24 +158,24 @@ def parse(environment: Mapping[str, str], data: bytes) -> Request:
     config = _config(data)
     version = config.get('cniVersion', '0.1.0')
     if not isinstance(version, str):
-        raise CNIError(UNREADABLE, 'cniVersion is %s, which is no text'
+        raise CNIError(UNREADABLE, 'cniVersion is %s: it must be a string'
                        % _short(version))
     if command == VERSION:
         return Request(command, version, config)
     if version not in SUPPORTED:
-        raise CNIError(UNSUPPORTED, 'cniVersion is %s, and %s are supported'
+        raise CNIError(UNSUPPORTED, 'cniVersion is %s: it must be one of %s'
                        % (_short(version), ', '.join(SUPPORTED)))
     since = _SINCE.get(command, SUPPORTED[0])
     if SUPPORTED.index(version) < SUPPORTED.index(since):
-        raise CNIError(UNSUPPORTED, '%s came with cniVersion %s, and that of '
-                       'the network is %s' % (command, since, version))
+        raise CNIError(UNSUPPORTED, '%s needs cniVersion %s, but the network '
+                       'has %s' % (command, since, version))
     request = Request(command, version, config, owner, netns, pod)
-    request.network, request.strict  # raise what is wrong with them
+    request.network, request.strict  # raise a CNIError if invalid
     return request
 
 
 def version_of(data: bytes) -> str:
-    """Return the version that an error is written in."""
+    """Return the version of the specification for an error."""
     try:
         version = _config(data).get('cniVersion')
     except CNIError:
@@ -190,19 +192,19 @@ def _container(command: str, environment: Mapping[str, str]
         return None, None, None
     container_id = _variable(environment, 'CNI_CONTAINERID')
     if not _NAME.fullmatch(container_id):
-        raise CNIError(BAD_VARIABLE, 'CNI_CONTAINERID is %s: it has to be '
-                       'letters, digits, "_", "." and "-"'
+        raise CNIError(BAD_VARIABLE, 'CNI_CONTAINERID is %s: it must '
+                       'consist of letters, digits, "_", "." and "-"'
                        % _short(container_id))
     ifname = _variable(environment, 'CNI_IFNAME')
     if not _IFNAME.fullmatch(ifname) or len(ifname.encode()) > 15:
-        raise CNIError(BAD_VARIABLE, 'CNI_IFNAME is %s, which is no name of '
-                       'an interface' % _short(ifname))
+        raise CNIError(BAD_VARIABLE, 'CNI_IFNAME is %s: it must be a valid '
+                       'name of an interface' % _short(ifname))
     netns = environment.get('CNI_NETNS') or None
     if netns is None and command != DEL:
         raise CNIError(BAD_VARIABLE, 'CNI_NETNS is not set')
     if netns is not None and (not netns.startswith('/') or len(netns) > 512
                               or not netns.isprintable()):
-        raise CNIError(BAD_VARIABLE, 'CNI_NETNS is %s, which is no absolute '
+        raise CNIError(BAD_VARIABLE, 'CNI_NETNS is %s: it must be an absolute '
                        'path' % _short(netns))
     return Owner(container_id, ifname), netns, _pod(environment)
 
@@ -219,14 +221,14 @@ def _pod(environment: Mapping[str, str]) -> Optional[str]:
     for pair in filter(None, environment.get('CNI_ARGS', '').split(';')):
         name, equals, value = pair.partition('=')
         if not equals:
-            raise CNIError(BAD_VARIABLE, 'CNI_ARGS has %s, which is no '
+            raise CNIError(BAD_VARIABLE, 'CNI_ARGS has %s: it must be '
                            'NAME=VALUE' % _short(pair))
         arguments[name] = value
     namespace, name = (arguments.get('K8S_POD_NAMESPACE', ''),
                        arguments.get('K8S_POD_NAME', ''))
-    # Podman gives the name of the container for both.
+    # Podman passes the container's name as both.
     parts = [name] if namespace in ('', name) else [namespace, name]
-    # It is for people only.
+    # The name is for messages only.
     return '/'.join(parts) if all(map(_POD.fullmatch, parts)) else None
 
 
@@ -234,25 +236,25 @@ def _config(data: bytes) -> dict[str, Any]:
     if len(data) > LIMIT:
         raise CNIError(UNREADABLE, 'The input has more than 1 MiB')
     if not data.strip():
-        raise CNIError(UNREADABLE, 'The input is empty: a network '
-                       'configuration in JSON is needed')
+        raise CNIError(UNREADABLE, 'The input is empty: it must be a network '
+                       'configuration in JSON')
     try:
         config = json.loads(data, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError) as err:
-        raise CNIError(UNREADABLE, 'The input is no JSON: %s' % err) from err
+        raise CNIError(UNREADABLE, 'The input is not JSON: %s' % err) from err
     if not isinstance(config, dict):
-        raise CNIError(UNREADABLE, 'The input is no JSON object')
+        raise CNIError(UNREADABLE, 'The input is not a JSON object')
     return config
 
 
 def _refuse(constant: str) -> float:
-    raise ValueError('it has %s' % constant)
+    raise ValueError('it contains %s' % constant)
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError('it has a number out of range')
+        raise ValueError('it contains a number that is out of range')
     return value
 
 
@@ -262,7 +264,7 @@ def _objects(of: dict[str, Any], key: str) -> list[dict[str, Any]]:
         return []
     if not isinstance(found, list) or not all(isinstance(each, dict)
                                               for each in found):
-        raise CNIError(INVALID, '%s is no list of objects' % key)
+        raise CNIError(INVALID, '%s must be a list of objects' % key)
     return found
 
 
@@ -270,8 +272,8 @@ def _address(text: Any) -> IPInterface:
     if isinstance(text, str) and '/' in text:
         with contextlib.suppress(ValueError):
             return ipaddress.ip_interface(text)
-    raise CNIError(INVALID, 'prevResult has the address %s, which is none '
-                   'with a prefix' % _short(text))
+    raise CNIError(INVALID, 'prevResult has the address %s: it must be an '
+                   'address with a prefix length' % _short(text))
 
 
 def _short(value: Any) -> str:

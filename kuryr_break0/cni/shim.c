@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The CNI plugin break0 for hosts without Python. It passes the CNI_
- * variables and the input on to the socket of the agent, and writes what
- * comes back. See kuryr_break0/agent/cni_server.py for the other end.
+ * The CNI plugin break0 for hosts without Python. It sends the CNI_ variables
+ * and its input to the agent's socket, and writes the answer. See
+ * kuryr_break0/agent/cni_server.py for the agent's side.
  *
  *   request:  NAME=VALUE, NUL, for each variable; NUL; the input; end of file
  *   answer:   exit status, blank, bytes of the output, line feed; the output
@@ -21,9 +21,9 @@
 #include <unistd.h>
 
 #define SOCKET "/run/kuryr-break0/cni.sock"
-#define PATIENCE 12000 /* ms, for all of it: a runtime must not hang */
-#define LIMIT (1 << 20) /* bytes of input, and of output */
-#define LONGEST 4096 /* bytes of a path, as PATH_MAX */
+#define PATIENCE 12000 /* ms in all: a runtime must not wait longer */
+#define LIMIT (1 << 20) /* maximum bytes of input, and of output */
+#define LONGEST 4096 /* maximum bytes of a path, as PATH_MAX */
 #define SUPPORTED "\"0.3.1\",\"0.4.0\",\"1.0.0\",\"1.1.0\""
 
 extern char **environ;
@@ -49,7 +49,7 @@ static int fail(int code, const char *what, const char *where, const char *why)
     return 1;
 }
 
-/* Whether a file is ready before the deadline. */
+/* Return whether a file becomes ready before the deadline. */
 static int ready(int fd, short events, long deadline)
 {
     struct pollfd p = {.fd = fd, .events = events};
@@ -65,7 +65,7 @@ static int ready(int fd, short events, long deadline)
     return 0;
 }
 
-/* Read until the end of file, or until size; -1 for an error. */
+/* Read until the end of file or until size; return -1 after an error. */
 static long take(int fd, char *to, long size, long deadline)
 {
     long n, have = 0;
@@ -102,7 +102,7 @@ static const char *blank(const char *at)
     return at + strspn(at, " \t\r\n");
 }
 
-/* The value of a key of the outermost object, or NULL. */
+/* Return the value of a key of the outermost object, or NULL. */
 static const char *value_of(const char *json, const char *key)
 {
     int depth = 0;
@@ -127,7 +127,7 @@ static const char *value_of(const char *json, const char *key)
     return NULL;
 }
 
-/* Copy a text without escapes; -1 if it is none, or too long. */
+/* Copy a string without escapes; return -1 if it is none or too long. */
 static int text_of(const char *value, char *to, size_t size)
 {
     size_t length = value && *value == '"' ? strcspn(value + 1, "\"\\") : size;
@@ -150,7 +150,7 @@ static int call(int fd, long size, long deadline)
     return shutdown(fd, SHUT_WR);
 }
 
-/* Connect to the agent. An address of a socket has room for 108 bytes. */
+/* Connect to the agent. The address of a socket has at most 108 bytes. */
 static int reach(int fd)
 {
     struct sockaddr_un to = {.sun_family = AF_UNIX};
@@ -192,14 +192,14 @@ int main(void)
         strcpy(version, found);
     value = value_of(input, "socket");
     if (value && (text_of(value, path, sizeof(path)) || *path != '/'))
-        return fail(7, "socket has to be an absolute path of less than 4096 "
+        return fail(7, "socket must be an absolute path of less than 4096 "
                     "bytes", "", "");
     value = value_of(input, "strict");
     fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
     if (fd < 0 || reach(fd)) {
         if (command && !strcmp(command, "STATUS") &&
             !(value && !strncmp(value, "true", 4)))
-            return 0; /* or a missing agent would make the node NotReady */
+            return 0; /* an error would make the node NotReady */
         if (command && !strcmp(command, "VERSION") &&
             (!size || *blank(input) == '{')) {
             printf("{\"cniVersion\": \"%s\", \"supportedVersions\": [%s]}\n",
@@ -211,13 +211,14 @@ int main(void)
                     path, ". Start it, as by: systemctl start "
                     "kuryr-break0-agent");
     }
-    /* What cannot be sent, the agent has refused: it says why. */
+    /* If the agent has refused the request, its answer has the reason. */
     call(fd, size, deadline);
     size = take(fd, answer, sizeof(answer) - 1, deadline);
     if (size < 0 || sscanf(answer, "%d %ld\n%n", &status, &length, &start) != 2
         || size - start != length)
         return fail(11, "The agent of kuryr-break0 has not answered on ",
-                    path, ". See its log");
+                    path, ". See the log of the agent: journalctl -u "
+                    "kuryr-break0-agent");
     if (give(1, answer + start, length, deadline))
         return 1;
     return status;

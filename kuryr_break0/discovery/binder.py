@@ -95,17 +95,18 @@ class Binder:
         """Return whether an address of a namespace is bound."""
         return bool(self._records.get(namespace))
 
-    def update(self, found: kernel.Found, container: Hashable) -> bool:
+    def update(self, found: kernel.FoundNamespace,
+               container: Hashable) -> bool:
         """Bind the addresses of a namespace, unbind those that it has lost.
 
-        :param container: see :class:`kernel.Examined`
+        :param container: see :class:`kernel.ExaminedNamespace`
         :returns: False if there is more to do, or an error may pass
         :raises NetnsUnusable: if another namespace is at its path, or none
         """
         own = self._records.get(found.namespace, {})
         try:
-            macvlans = [each for each in kernel.macvlans_in(
-                found.path, found.namespace, kernel.FEW, sorted({
+            macvlans = [each for each in kernel.list_macvlans_in(
+                found.path, found.namespace, kernel.QUICK_LIMITS, sorted({
                     record.owner.ifname for record in own.values()}))
                 if self._is_eligible(each)]
         except exceptions.KernelRefused as err:
@@ -145,7 +146,7 @@ class Binder:
         new = {address: macvlan for address, macvlan in wanted.items()
                if not _is_bound(own.get(address), macvlan)}
         if new and not found.namespace.is_same(
-                kernel.require_other(found.path)):
+                kernel.require_other_namespace(found.path)):
             raise exceptions.NetnsUnusable(
                 netns=found.path, reason='is another one by now')
         ends, left = time.monotonic() + _AT_ONCE, list(new.items())
@@ -166,7 +167,7 @@ class Binder:
         # does not say that what is bound is on another one.
         return any(record.owner.ifname == macvlan.link.name for record in
                    self._records.get(macvlan.namespace, {}).values()) and (
-            not kernel.exists(str(self._options.parent)))
+            not kernel.has_interface(str(self._options.parent)))
 
     def _bind(self, address: IPAddress, macvlan: kernel.Macvlan) -> bool:
         """Bind an address, unless it is another's or may not be.
@@ -182,13 +183,13 @@ class Binder:
         owner = Owner(owner_id(macvlan.namespace), macvlan.link.name)
         with contextlib.suppress(exceptions.LedgerUnavailable):
             for claim in self._ledger.records.claims(address):
-                if claim.owner == owner or kernel.state(
+                if claim.owner == owner or kernel.judge_state(
                         *claim.place) is kernel.State.GONE:
                     continue
                 if claim.namespace is None or not claim.namespace.is_same(
                         macvlan.namespace):
                     self._refuse(address, macvlan.namespace,
-                                 'it belongs to ' + claim.whose)
+                                 'it belongs to ' + claim.owner_text)
                     return False  # its owner may be about to end
                 if claim.is_rebuilt and claim.owner.ifname == owner.ifname:
                     continue  # rebuilt, before its MAC address changed
@@ -224,7 +225,7 @@ class Binder:
             LOG.warning('The container address %s is not bound: %s', address,
                         reason)
 
-    def _unbind(self, record: Record, found: kernel.Found) -> bool:
+    def _unbind(self, record: Record, found: kernel.FoundNamespace) -> bool:
         """Unbind an address; False if that failed."""
         try:
             self._manager.unbind(record.owner, [record.address], found.path)
@@ -248,7 +249,7 @@ class Binder:
             return True  # a container can make thousands without any
         failure = Failures()
         try:
-            if any(kernel.state(*record.place) is not kernel.State.GONE
+            if any(kernel.judge_state(*record.place) is not kernel.State.GONE
                    for record in records.values()):
                 return False
             left = Engine(self._options, self._ledger).remove_gone(

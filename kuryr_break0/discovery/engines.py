@@ -132,7 +132,7 @@ class Namer:
     def _write(self, owner: Owner, name: str) -> None:
         records = self._ledger.records
         with contextlib.suppress(exceptions.Break0Error):
-            for claims in list(records.containing(owner.container_id)):
+            for claims in list(records.find_containing(owner.container_id)):
                 with self._ledger.lock():
                     claims = records.claims(claims[0].address)
                     named = [dataclasses.replace(claim, pod=name)

@@ -88,7 +88,7 @@ class Finder:
                         'CAP_NET_BROADCAST.', err)
         self._search = kernel.Search(options.proc_dirs)
         #: found namespaces that are not examined yet, the next one last
-        self._found: dict[kernel.Place, kernel.Found] = {}
+        self._found: dict[kernel.Place, kernel.FoundNamespace] = {}
         self._namespaces: dict[kernel.Place, Namespace] = {}
         self._numbers: dict[int, Namespace] = {}
         self._turns = Turns()
@@ -154,8 +154,9 @@ class Finder:
             self._explained_until = now + _ENDING
         # A macvlan in a namespace with a number has an event there, too. It
         # is deleted after its namespace has ended.
-        self._is_unexplained |= changes.stacked and not changes.changed and (
-            now >= self._explained_until)
+        self._is_unexplained |= (
+            changes.is_stacked and not changes.changed
+            and now >= self._explained_until)
         if changes.interfaces or changes.lost or self._unknown:
             self._search_soon()
         if changes.messages >= _FLOOD:
@@ -299,7 +300,7 @@ class Finder:
                     self._found[place] = namespace.found  # of a container?
                 if self._events is None:
                     self._turns.mark(namespace, now)
-            elif self._binder.has(known.namespace) and kernel.state(
+            elif self._binder.has(known.namespace) and kernel.judge_state(
                     known.path, known.namespace) is kernel.State.LIVING:
                 # Another program keeps it open, as Podman 4's server does.
                 # The kernel opens it by its number, and sends its end.
@@ -310,14 +311,15 @@ class Finder:
         self._unknown.clear()
         self._is_unexplained = self._mounts_changed = False
 
-    def _relocate(self, namespace: Namespace, found: kernel.Found) -> None:
+    def _relocate(self, namespace: Namespace,
+                  found: kernel.FoundNamespace) -> None:
         """Note the path and the process of a namespace."""
         is_same = namespace.found.path == found.path
         namespace.found = found._replace(namespace=namespace.found.namespace)
         if not is_same:
             self._turns.mark(namespace, time.monotonic())
 
-    def _examine(self, found: kernel.Found) -> None:
+    def _examine(self, found: kernel.FoundNamespace) -> None:
         """Identify a found namespace, and read it.
 
         Its events begin with the number that it gets, so it is read
@@ -325,7 +327,7 @@ class Finder:
         """
         self._turns.pace.begin()
         try:
-            examined = kernel.examine(found)
+            examined = kernel.examine_namespace(found)
         except exceptions.NetnsUnusable as err:
             LOG.debug('Skipping a network namespace for now: %s', err)
             return
@@ -363,8 +365,8 @@ class Finder:
             if not self._binder.update(namespace.found, namespace.container):
                 self._turns.mark(namespace, now)
         except exceptions.NetnsUnusable:
-            state = kernel.state(namespace.found.path,
-                                 namespace.found.namespace)
+            state = kernel.judge_state(namespace.found.path,
+                                       namespace.found.namespace)
             if state is not kernel.State.GONE:
                 self._search_all_soon()  # it may have another path
             if state is kernel.State.LIVING:

@@ -20,8 +20,8 @@ _SOON, _QUICK, LAST = 0.06, 24.0, 1.0
 class Namespace:
     """A namespace of the node.
 
-    :ivar container: see :class:`kernel.Examined`
-    :ivar number: see :class:`kernel.Examined`
+    :ivar container: see :class:`kernel.ExaminedNamespace`
+    :ivar number: see :class:`kernel.ExaminedNamespace`
     :ivar due: monotonic time of the next look; None if nothing has changed
     :ivar looked: monotonic time of the last look
     :ivar quick: looks that may follow each other quickly; one more with every
@@ -29,7 +29,7 @@ class Namespace:
     :ivar marked: monotonic time of the last change, from which that counts
     """
 
-    found: kernel.Found
+    found: kernel.FoundNamespace
     container: Hashable = None
     number: Optional[int] = None
     due: Optional[float] = None

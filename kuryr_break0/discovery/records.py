@@ -100,8 +100,8 @@ def followed(ledger: Ledger) -> Iterator[Record]:
 
     :raises LedgerUnavailable: if the ledger cannot be read
     """
-    for claims in ledger.records.containing(Origin.DISCOVERED.value,
-                                            Owner.ADOPTED):
+    for claims in ledger.records.find_containing(Origin.DISCOVERED.value,
+                                                 Owner.ADOPTED):
         for claim in claims:
             if claim.origin is Origin.DISCOVERED or claim.is_rebuilt:
                 yield claim

@@ -64,7 +64,7 @@ def _check_existence(node: Node, seen: Parent) -> Iterator[Finding]:
     elif (link.kind, link.mode) != ('macvlan', 'bridge'):
         yield KINDS['break0-foreign'].found(
             '%s is %s, where a macvlan in bridge mode is needed' % (
-                name, link.described), device=name)
+                name, link.description), device=name)
     elif (link.lower, link.lower_namespace) != parent.lower_of_macvlans:
         if seen.live:  # otherwise it is reported for the parent of pods
             yield KINDS['break0-wrong-parent'].found(
@@ -101,7 +101,7 @@ def _check_differences(seen: Parent, *kinds: str) -> Iterator[Finding]:
 
 
 def _vrf_of(link: kernel.Link) -> str:
-    return ('the VRF ' + kernel.name_of(link.vrf.ifindex) if link.vrf
+    return ('the VRF ' + kernel.format_ifname(link.vrf.ifindex) if link.vrf
             else 'no VRF')
 
 
@@ -181,7 +181,7 @@ def _check_addr(node: Node, seen: Parent, netlink: kernel.Netlink,
         if not netlink.is_on_link(type(address)(int(address) ^ 1)):
             why = 'it is in no network of %s' % seen.name
         elif ask:
-            for mac in kernel.claimants(seen.name, address):
+            for mac in kernel.find_claimants(seen.name, address):
                 why = 'it is at %s on the LAN' % mac
         if why:
             yield KINDS['break0-addr-stale'].found(

@@ -115,7 +115,7 @@ def examine_before(conf: cfg.ConfigOpts,
     def check(options: config.Options, done: Examination,
               host: Host) -> None:
         preconditions = Preconditions(
-            options, parent or options.parent or config.link_iface(conf))
+            options, parent or options.parent or config.read_link_iface(conf))
         done.findings += preconditions.check()
         done.not_examined += preconditions.not_examined
         done.examined = preconditions.examined
@@ -129,7 +129,7 @@ def _examined(conf: cfg.ConfigOpts, check: Callable[
     done.findings += installation.check()
     done.findings += installation.check_daemon()
     done.findings += installation.check_plugin()
-    unknown = config.unknown(conf)
+    unknown = config.list_unknown(conf)
     if unknown:
         done.findings.append(KINDS['option-unknown'].found(
             unknown[0], unknown[1:]))

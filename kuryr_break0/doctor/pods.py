@@ -84,7 +84,7 @@ def check_inside(node: Node, parent: Parent, pods: Sequence[list[Record]]
                  for records in ill]
         node.refresh()
         for record, of_pod in again:
-            if record.address not in node.changing and kernel.state(
+            if record.address not in node.changing and kernel.judge_state(
                     record.netns, record.namespace) is not kernel.State.GONE:
                 found += of_pod
     yield from merged(found)
@@ -98,7 +98,7 @@ def _check_pod(node: Node, parent: Parent, records: Sequence[Record]
     command = functools.partial(inside, record.netns)
     assert parent.node is not None  # it is enterable
     try:
-        with kernel.entered(str(record.netns), record.namespace), \
+        with kernel.enter_namespace(str(record.netns), record.namespace), \
                 kernel.Netlink(most=podside.MOST) as netlink:
             side = podside.PodSide(netlink, records, node.options)
             link = netlink.link(ifname)
@@ -125,7 +125,7 @@ def _check_pod(node: Node, parent: Parent, records: Sequence[Record]
     if not is_beside or link.mode != 'bridge':
         yield KINDS['pod-apart'].found(
             '%s is %s, and not in bridge mode on %s' % (
-                place, link.described, record.parent), [record.address],
+                place, link.description, record.parent), [record.address],
             commands=[command(
                 'ip link set %s type macvlan mode bridge', ifname)]
             if is_beside else ())

@@ -67,7 +67,7 @@ class Preconditions:
 
     @staticmethod
     def _capabilities() -> Iterator[Finding]:
-        effective = kernel.capabilities()
+        effective = kernel.read_capabilities()
         for kind, wanted in ((KINDS['capability-missing'], _NEEDED),
                              (KINDS['capability-useful'], _USEFUL)):
             missing = [name for bit, name in wanted.items()
@@ -78,7 +78,7 @@ class Preconditions:
 
     @staticmethod
     def _kernel() -> Iterator[Finding]:
-        if kernel.release() < (4, 20):
+        if kernel.read_release() < (4, 20):
             yield KINDS['kernel-old'].found(
                 'the kernel is ' + platform.release())
 
@@ -120,11 +120,12 @@ class Preconditions:
             link = netlink.link(options.device)
             others = [route.dst for route in netlink.routes().host
                       if route.protocol == options.route_protocol
-                      and not kernel.name_of(route.oif).startswith('break0')]
+                      and not kernel.format_ifname(
+                          route.oif).startswith('break0')]
         if link is not None and (link.kind, link.mode) != ('macvlan',
                                                            'bridge'):
             yield KINDS['break0-foreign'].found(
-                '%s is %s' % (link.name, link.described), device=link.name)
+                '%s is %s' % (link.name, link.description), device=link.name)
         if others:
             yield KINDS['protocol-taken'].found(
                 '%d routes of other programs have the number %d' % (
@@ -148,7 +149,7 @@ class Preconditions:
                 '%s: %s' % (path, err.strerror))
 
     def _namespaces(self) -> Iterator[Finding]:
-        if not any(kernel.find(self._options.proc_dirs)):
+        if not any(kernel.find_namespaces(self._options.proc_dirs)):
             yield KINDS['namespaces-unseen'].found(
                 'no namespace is seen besides that of the node')
         own = kernel.identify('/proc/thread-self/ns/net')

@@ -67,7 +67,7 @@ class Prober:
         :raises NetnsUnusable: if its namespace cannot be entered
         :raises Break0Error: if the kernel cannot be asked
         """
-        with kernel.entered(netns, namespace):
+        with kernel.enter_namespace(netns, namespace):
             return [self.probe(host, None, node.mac)
                     for host in node.addresses
                     if host.version == address.version]

@@ -153,7 +153,7 @@ class Pings:
             ignoring = self._ignoring(record, probe.is_to_pod)
             if ignoring is not None:
                 return 'probe-unanswered', *ignoring
-        claimants = _asked(record, lambda: kernel.claimants(
+        claimants = _asked(record, lambda: kernel.find_claimants(
             record.owner.ifname, record.address))
         if claimants:
             return 'address-duplicate', (
@@ -189,7 +189,7 @@ class Pings:
         def of_reply() -> str:
             with kernel.Netlink() as netlink:
                 way = netlink.lookup(source, probe.to)
-            return kernel.name_of(way.oif) if way and way.oif else ''
+            return kernel.format_ifname(way.oif) if way and way.oif else ''
 
         who, wanted, leaves = (
             ('pod', ifname, _asked(record, of_reply)) if probe.is_to_pod
@@ -273,7 +273,7 @@ def _but_by_guard(found: trace.Trace) -> dict[str, str]:
 def _asked(record: Record, ask: Callable[[], _T]) -> Optional[_T]:
     """Ask in the namespace of a pod; None if that cannot be."""
     with contextlib.suppress(exceptions.Break0Error), \
-            kernel.entered(str(record.netns), record.namespace):
+            kernel.enter_namespace(str(record.netns), record.namespace):
         return ask()
     return None
 
@@ -295,7 +295,7 @@ def _source_seen(record: Record) -> Optional[str]:
     mark = os.urandom(16)
     with contextlib.suppress(exceptions.Break0Error, OSError), \
             contextlib.ExitStack() as stack:
-        with kernel.entered(str(record.netns), record.namespace):
+        with kernel.enter_namespace(str(record.netns), record.namespace):
             # It stays in that namespace, and gets a copy of each datagram.
             wire = stack.enter_context(socket.socket(
                 family, socket.SOCK_RAW, socket.IPPROTO_UDP))

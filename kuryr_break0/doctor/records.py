@@ -46,7 +46,7 @@ def check_directory(options: config.Options) -> Iterator[Finding]:
             return
     ledger = Ledger(path)
     if there == path and not os.path.isdir(ledger.records.directory):
-        for name in ledger.foreign()[:1]:
+        for name in ledger.list_foreign_files()[:1]:
             yield KINDS['state-dir-unusable'].found(
                 '%s has no records, but %s of others' % (path, name),
                 path=path)
@@ -73,7 +73,7 @@ def _mount_of(path: str) -> tuple[str, str]:
     """Mount point and type of the file system that a path is on."""
     best = ('/', 'unknown')
     path = os.path.realpath(path)
-    for _, point, kind in kernel.mounts():
+    for _, point, kind in kernel.list_mounts():
         # A later mount on the same point hides the earlier.
         if (os.path.commonpath((point, path)) == point
                 and len(point) >= len(best[0])):

@@ -82,7 +82,7 @@ def _check_routes(node: Node, parent: Parent) -> Iterator[Finding]:
         route = foreign[address]
         yield KINDS['route-foreign'].found(
             'addresses of pods have a route that is not ours, on %s with '
-            'protocol %s' % (kernel.name_of(route.oif),
+            'protocol %s' % (kernel.format_ifname(route.oif),
                              _protocol(route.protocol)), [address],
             commands=[_deletion(route), 'kuryr-break0 sync'])
 
@@ -107,8 +107,8 @@ def _check_neighbours(node: Node, parent: Parent) -> Iterator[Finding]:
 def _difference(found: HostRoute, wanted: HostRoute) -> str:
     return ', '.join(
         '%s %s, not %s' % each for each in (
-            ('the interface', kernel.name_of(found.oif),
-             kernel.name_of(wanted.oif)),
+            ('the interface', kernel.format_ifname(found.oif),
+             kernel.format_ifname(wanted.oif)),
             ('the protocol', found.protocol, wanted.protocol),
             ('the source', found.src, wanted.src),
             ('the metric', found.metric, wanted.metric))
@@ -119,7 +119,7 @@ def _deletion(route: HostRoute) -> str:
     """Return the command that deletes a route, and no other."""
     return 'ip %sroute del %s%s proto %s%s table %d' % (
         '-6 ' if route.dst.version == 6 else '', route.dst,
-        ' dev ' + kernel.name_of(route.oif) if route.oif else '',
+        ' dev ' + kernel.format_ifname(route.oif) if route.oif else '',
         _protocol(route.protocol),
         ' metric %d' % route.metric if route.metric else '', route.table)
 

@@ -75,7 +75,7 @@ def places(device: str, record: Optional[Record]) -> list[Place]:
     if record is not None and record.netns is not None:
         netns, namespace = record.netns, record.namespace
         found.append(Place('in the pod', record.owner.ifname,
-                           lambda: kernel.entered(netns, namespace)))
+                           lambda: kernel.enter_namespace(netns, namespace)))
     return found
 
 

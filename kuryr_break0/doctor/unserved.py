@@ -19,7 +19,7 @@ from kuryr_break0.doctor.host import Host
 from kuryr_break0.doctor.node import Node
 from kuryr_break0 import kernel
 from kuryr_break0.model import address_order
-from kuryr_break0.model import not_a_host
+from kuryr_break0.model import explain_non_host
 
 #: Seconds within which a container is bound.
 _SETTLED = 1.0
@@ -68,13 +68,13 @@ def _commands(kind: str, found: Sequence[Unserved],
             for each in found if each.macvlan.link.mode != 'passthru'))
     if kind == 'container-other-parent':
         # It names one interface only; without it there may be several.
-        return host.unset('parent') if kernel.exists(
+        return host.unset('parent') if kernel.has_interface(
             str(options.parent)) else host.set(
                 parent=min(each.macvlan.parent for each in found))
     if kind == 'container-not-allowed':
         # No option allows what is not of a single host.
         found = [each for each in found if each.address is not None
-                 and not_a_host(each.address) is None]
+                 and explain_non_host(each.address) is None]
         return host.set(allowed_cidrs=_with_networks(
             found, options)) if found else []
     if kind == 'container-not-discovered':

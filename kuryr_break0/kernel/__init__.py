@@ -1,27 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""All access to the kernel. No other package imports pyroute2.
+"""All access to the kernel.
 
-Requests that belong to a pod go through one :class:`Netlink` socket, and cost
-the same however many pods the node has: nothing is dumped. Dumps are left to
-what reads the whole node, and say so.
+No other package imports pyroute2. Requests for one pod use one
+:class:`Netlink` socket, and their cost does not depend on the number of pods:
+they dump nothing. Functions that dump a table say so in their docstrings.
 
-No NetlinkError leaves this package, since Kuryr takes any that carries EEXIST
-for a VLAN conflict, and answers any other with a page of HTML.
+No NetlinkError leaves this package. Kuryr takes a NetlinkError with EEXIST for
+a VLAN conflict, and answers any other NetlinkError with an HTML page.
 """
 
 import importlib.util
 
 from kuryr_break0 import exceptions
-from kuryr_break0.kernel.conntrack import forget_connections
+from kuryr_break0.kernel.conntrack import delete_connections
 from kuryr_break0.kernel.events import Event
 from kuryr_break0.kernel.events import Events
 from kuryr_break0.kernel.events import NamespaceEvents
 from kuryr_break0.kernel.events import open_mounts
 from kuryr_break0.kernel.existence import find_taps
 from kuryr_break0.kernel.existence import Judge
+from kuryr_break0.kernel.existence import judge_state
 from kuryr_break0.kernel.existence import State
-from kuryr_break0.kernel.existence import state
 from kuryr_break0.kernel.existence import Verdict
 from kuryr_break0.kernel.inotify import IN_DELETE
 from kuryr_break0.kernel.inotify import IN_DELETE_SELF
@@ -29,45 +29,45 @@ from kuryr_break0.kernel.inotify import IN_MOVE_SELF
 from kuryr_break0.kernel.inotify import IN_MOVED_TO
 from kuryr_break0.kernel.inotify import IN_OPEN
 from kuryr_break0.kernel.inotify import Inotify
-from kuryr_break0.kernel.macvlans import FEW
+from kuryr_break0.kernel.macvlans import find_macvlan
+from kuryr_break0.kernel.macvlans import FULL_LIMITS
 from kuryr_break0.kernel.macvlans import Limits
+from kuryr_break0.kernel.macvlans import list_macvlans
+from kuryr_break0.kernel.macvlans import list_macvlans_at
+from kuryr_break0.kernel.macvlans import list_macvlans_in
 from kuryr_break0.kernel.macvlans import Macvlan
-from kuryr_break0.kernel.macvlans import macvlan_of
-from kuryr_break0.kernel.macvlans import macvlans
-from kuryr_break0.kernel.macvlans import macvlans_at
-from kuryr_break0.kernel.macvlans import macvlans_in
-from kuryr_break0.kernel.macvlans import MOST
-from kuryr_break0.kernel.namespaces import entered
+from kuryr_break0.kernel.macvlans import QUICK_LIMITS
+from kuryr_break0.kernel.namespaces import enter_namespace
 from kuryr_break0.kernel.namespaces import identify
 from kuryr_break0.kernel.namespaces import identify_or_fail
-from kuryr_break0.kernel.namespaces import OWN
-from kuryr_break0.kernel.namespaces import require_other
+from kuryr_break0.kernel.namespaces import OWN_NETNS
+from kuryr_break0.kernel.namespaces import require_other_namespace
 from kuryr_break0.kernel.namespaces import unshare
 from kuryr_break0.kernel.nft import Nft
 from kuryr_break0.kernel.nft import NftEvents
-from kuryr_break0.kernel.nft import node_nft
+from kuryr_break0.kernel.nft import open_node_nft
 from kuryr_break0.kernel.nft import share_nft
 from kuryr_break0.kernel.node import CAP_SYS_ADMIN
-from kuryr_break0.kernel.node import capabilities
 from kuryr_break0.kernel.node import count_host_routes
-from kuryr_break0.kernel.node import current_name
-from kuryr_break0.kernel.node import exists
+from kuryr_break0.kernel.node import find_current_name
+from kuryr_break0.kernel.node import find_ifindex
 from kuryr_break0.kernel.node import find_program
-from kuryr_break0.kernel.node import index_of
-from kuryr_break0.kernel.node import mounts
-from kuryr_break0.kernel.node import name_of
+from kuryr_break0.kernel.node import find_source
+from kuryr_break0.kernel.node import format_ifname
+from kuryr_break0.kernel.node import has_interface
+from kuryr_break0.kernel.node import list_mounts
+from kuryr_break0.kernel.node import read_capabilities
+from kuryr_break0.kernel.node import read_release
 from kuryr_break0.kernel.node import read_sysctl
-from kuryr_break0.kernel.node import release
-from kuryr_break0.kernel.node import source_for
 from kuryr_break0.kernel.node import write_sysctl
-from kuryr_break0.kernel.probes import claimants
+from kuryr_break0.kernel.probes import find_claimants
 from kuryr_break0.kernel.rtnetlink import Netlink
 from kuryr_break0.kernel.rtnetlink import Path
 from kuryr_break0.kernel.rtnetlink import Routes
-from kuryr_break0.kernel.search import examine
-from kuryr_break0.kernel.search import Examined
-from kuryr_break0.kernel.search import find
-from kuryr_break0.kernel.search import Found
+from kuryr_break0.kernel.search import examine_namespace
+from kuryr_break0.kernel.search import ExaminedNamespace
+from kuryr_break0.kernel.search import find_namespaces
+from kuryr_break0.kernel.search import FoundNamespace
 from kuryr_break0.kernel.search import NETNS_DIRS
 from kuryr_break0.kernel.search import Place
 from kuryr_break0.kernel.search import Search
@@ -91,11 +91,11 @@ def create_macvlan(name: str, parent: Link, mac: str) -> None:
     """
     if importlib.util.find_spec('kuryr_kubernetes') is None:
         with Netlink() as netlink:
-            netlink.create_macvlan(name, parent, OWN, mac=mac, mtu=parent.mtu,
-                                   up=False)
+            netlink.create_macvlan(name, parent, OWN_NETNS, mac=mac,
+                                   mtu=parent.mtu, up=False)
         return
     try:
         from kuryr_break0.kernel import ipdb
-    except ImportError as err:  # as of a version that is too new
+    except ImportError as err:  # for example, a version that is too new
         raise exceptions.CannotCreate(device=name, reason=err) from err
     ipdb.create_macvlan(name, parent, mac)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Events of the namespace of this thread, and of the others of the node.
+"""Netlink events of this thread's namespace, and of other namespaces.
 
-The kernel gives the events of all namespaces that this one has a number for
-to one socket (NETLINK_LISTEN_ALL_NSID), and says when a number begins and
-ends. A namespace gets one when an interface moves into it, or by
-:func:`kuryr_break0.kernel.search.examine`. A new name of a namespace is a
-change of the mounts. A macvlan that is made in a namespace with neither has no
-event of its own: only its parent has one.
+With NETLINK_LISTEN_ALL_NSID, one socket receives the events of every namespace
+to which this namespace has assigned a number (nsid). The kernel assigns one
+when an interface moves into a namespace, and
+:func:`kuryr_break0.kernel.search.examine_namespace` does. The socket also
+receives an event when a number is assigned or removed. A new name of a
+namespace is a new mount. If a namespace has neither number nor name, a macvlan
+created in it causes an event for the parent only.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from kuryr_break0.kernel import wire
 from kuryr_break0.model import Entry
 from kuryr_break0.model import IPAddress
 
-#: Events of other namespaces that are read at once; each takes some 5 us.
-MOST = 2048
+#: Events of other namespaces that are read at once; each takes about 5 us.
+MAX_EVENTS = 2048
 _LISTEN_ALL_NSID = 8
 _ALL = 0xffffffff
 # linux/rtnetlink.h: RTMGRP_LINK, _NEIGH, _IPV4_IFADDR, _IPV4_ROUTE,
@@ -31,7 +32,7 @@ _ALL = 0xffffffff
 _GROUPS = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400 | 1 << 31
 # RTMGRP_LINK, _IPV4_IFADDR, _IPV6_IFADDR, and RTNLGRP_NSID as a bit
 _GROUPS_OF_ALL = 0x1 | 0x10 | 0x100 | 1 << 27
-#: By the kind of what is new; what is gone has the next number.
+#: By the message type of an addition; the deletion has the next number.
 _KINDS = {wire.RTM_NEWLINK: 'link', wire.RTM_NEWADDR: 'address',
           wire.RTM_NEWROUTE: 'route', wire.RTM_NEWNEXTHOP: 'nexthop',
           wire.RTM_NEWNEIGH: 'neighbour'}
@@ -41,19 +42,19 @@ _KINDS = {wire.RTM_NEWLINK: 'link', wire.RTM_NEWADDR: 'address',
 class Event:
     """A change of the node's network.
 
-    :ivar what: ``link``, ``address``, ``route``, ``nexthop``, ``neighbour``;
-        or ``lost``, when there were more than the socket could hold, or one
-        cannot be read, so that anything may have changed
-    :ivar gone: whether it is something that is there no more
-    :ivar ifindex: of a link, or of that of the others
-    :ivar link: of a link, what it is now
-    :ivar dst: of a neighbour or an address, or of a route to a single one
+    :ivar kind: ``link``, ``address``, ``route``, ``nexthop`` or ``neighbour``.
+        ``lost`` if the socket overflowed or an event could not be parsed, so
+        any of these may have changed
+    :ivar is_gone: whether the object was deleted
+    :ivar ifindex: of the interface, or of the interface that the object is on
+    :ivar link: the new state of an interface
+    :ivar dst: of a neighbour, an address, or a route to a single address
     :ivar item: a route to a single address, or a permanent neighbour
     :ivar next_hops: of a route or nexthop object
     """
 
-    what: str
-    gone: bool = False
+    kind: str
+    is_gone: bool = False
     ifindex: Optional[int] = None
     link: Optional[values.Link] = None
     dst: Optional[IPAddress] = None
@@ -62,15 +63,15 @@ class Event:
 
 
 class Events(netlink.EventSocket):
-    """Receives changes in the namespace of the calling thread."""
+    """Receives the changes of the calling thread's namespace."""
 
     def __init__(self) -> None:
         super().__init__(netlink.NETLINK_ROUTE, _GROUPS)
 
     def get(self) -> list[Event]:
-        """Return what has come; nothing if nothing has."""
+        """Return the pending events; an empty list if there are none."""
         events: list[Event] = []
-        for data, _ in self._received():
+        for data, _ in self._receive():
             try:
                 events += [_event(message)
                            for message in netlink.messages(data)
@@ -83,50 +84,50 @@ class Events(netlink.EventSocket):
 
 
 def _event(message: netlink.Received) -> Event:
-    what, gone = _KINDS[message.kind & ~1], bool(message.kind & 1)
+    kind, is_gone = _KINDS[message.kind & ~1], bool(message.kind & 1)
     found = wire.parse(message)
     if isinstance(found, values.Link):
-        return Event(what, gone, found.index, found)
+        return Event(kind, is_gone, found.index, found)
     if isinstance(found, values.Route):
         host = found.host_route
-        return Event(what, gone, found.oif, dst=host.dst if host else None,
+        return Event(kind, is_gone, found.oif, dst=host.dst if host else None,
                      item=host, next_hops=found.next_hops)
     if isinstance(found, values.NeighbourState):
-        return Event(what, gone, found.ifindex, dst=found.dst,
+        return Event(kind, is_gone, found.ifindex, dst=found.dst,
                      item=found.permanent)
     if isinstance(found, values.AddressState):
-        return Event(what, gone, found.ifindex, dst=found.address)
-    return Event(what, gone, next_hops=found or ())
+        return Event(kind, is_gone, found.ifindex, dst=found.address)
+    return Event(kind, is_gone, next_hops=found or ())
 
 
 class Changes(NamedTuple):
-    """What has happened since it was asked for last.
+    """The changes since the previous read.
 
     :ivar changed: numbers of namespaces in which something changed
-    :ivar ended: numbers of namespaces that are no more
-    :ivar numbered: numbers that namespaces got
-    :ivar interfaces: whether an interface of the own namespace is new, or
-        changed
-    :ivar stacked: whether that may be because an interface was put on it, or
-        went, in another namespace
-    :ivar lost: whether there was more than is worth reading
-    :ivar messages: how many were read
+    :ivar ended: numbers of namespaces that no longer exist
+    :ivar numbered: numbers that were newly assigned to namespaces
+    :ivar interfaces: whether an interface of this thread's namespace was
+        created or changed
+    :ivar is_stacked: whether the creation or deletion of a macvlan on the
+        interface, in another namespace, may have caused the change
+    :ivar lost: whether events were dropped
+    :ivar messages: number of messages read
     """
 
     changed: set[int]
     ended: set[int]
     numbered: set[int]
     interfaces: bool
-    stacked: bool
+    is_stacked: bool
     lost: bool
     messages: int
 
 
 class NamespaceEvents(netlink.EventSocket):
-    """Receives changes of all numbered namespaces.
+    """Receives the changes of all namespaces that have a number.
 
-    A container can cause more events than this process can read. What is
-    more than a namespace for each of them is worth, is dropped.
+    A container can cause more events than this process can read. The excess
+    is dropped: it would at most name the same namespaces again.
     """
 
     def __init__(self) -> None:
@@ -134,13 +135,13 @@ class NamespaceEvents(netlink.EventSocket):
                          _LISTEN_ALL_NSID)
 
     def get(self) -> Changes:
-        """Return what has come; nothing if nothing has."""
+        """Return the pending changes; empty if there are none."""
         changed: set[int] = set()
         ended: set[int] = set()
         numbered: set[int] = set()
         interfaces = stacked = made = lost = False
         count = 0
-        for count, (data, extra) in enumerate(self._received(MOST), 1):
+        for count, (data, extra) in enumerate(self._receive(MAX_EVENTS), 1):
             if not data:
                 lost = True
                 break
@@ -153,8 +154,9 @@ class NamespaceEvents(netlink.EventSocket):
             for message in netlink.messages(data):
                 if message.kind == wire.RTM_NEWLINK:
                     interfaces = True
-                    # rtnetlink_event() names no flags for that one, and
-                    # rtnl_configure_link() all for one that is new.
+                    # rtnetlink_event() sends the event of a change in
+                    # stacking with no flags, and rtnl_configure_link() that
+                    # of a new interface with all.
                     flags = wire.changed_flags(message.body)
                     stacked |= flags == 0
                     made |= flags == _ALL
@@ -164,7 +166,7 @@ class NamespaceEvents(netlink.EventSocket):
                     numbered.add(wire.parse(message))
                 elif message.kind == wire.RTM_DELNSID:
                     ended.add(wire.parse(message))
-        if lost or count == MOST:
+        if lost or count == MAX_EVENTS:
             lost = True
             self._drop()
         return Changes(changed, ended, numbered, interfaces,
@@ -172,8 +174,8 @@ class NamespaceEvents(netlink.EventSocket):
 
 
 def open_mounts() -> BinaryIO:
-    """Open a file that notices changes of the mounts of this process.
+    """Open a file that reports changes of this process's mounts.
 
-    For select(2), a change is an exceptional condition (proc(5)).
+    select(2) reports a change as an exceptional condition (proc(5)).
     """
     return open(node.MOUNTS, 'rb')

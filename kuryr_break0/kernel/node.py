@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Reads the namespace of this thread with plain sockets and /proc.
+"""Reads this thread's namespace by plain sockets and /proc.
 
-That takes a tenth of the time that a netlink message takes in Python.
+In Python, a netlink message takes ten times as long.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from kuryr_break0.model import IPAddress
 #: Flags in /proc/net/route and ipv6_route (linux/route.h, ipv6_route.h)
 RTF_GATEWAY = 0x2
 RTF_LOCAL = 0x80000000
-#: Of capabilities (linux/capability.h); to enter namespaces.
+#: The capability to enter namespaces (linux/capability.h)
 CAP_SYS_ADMIN = 21
-#: The mounts that this process sees.
+#: The mounts of this process
 MOUNTS = '/proc/self/mountinfo'
-#: Of programs; they are in none that a service or a user may search.
+#: Directories of programs that PATH of a service or a user may lack
 _DIRECTORIES = '/usr/sbin:/sbin'
 
 
 @contextlib.contextmanager
-def absence(what: str) -> Iterator[None]:
-    """Take an error as absence, unless it is a fault of this process.
+def tolerate_absence(what: str) -> Iterator[None]:
+    """Leave the block at an OSError, unless it is a fault of this process.
 
-    :param what: what fails then
-    :raises SystemRefused: for such a fault
+    :param what: the failure that SystemRefused describes
+    :raises SystemRefused: if this process lacks descriptors or memory
     """
     try:
         yield
     except OSError as err:
-        if err.errno in exceptions.EXHAUSTED:
+        if err.errno in exceptions.RESOURCE_ERRNOS:
             raise exceptions.SystemRefused(
                 reason='%s: %s' % (what, err)) from err
 
@@ -51,36 +51,36 @@ def find_program(name: str) -> Optional[str]:
     return shutil.which(name) or shutil.which(name, path=_DIRECTORIES)
 
 
-def capabilities() -> int:
+def read_capabilities() -> int:
     """Return the effective capabilities of this thread, as bits."""
     with open('/proc/thread-self/status') as file:
         return next(int(line.split()[1], 16) for line in file
                     if line.startswith('CapEff:'))
 
 
-def release() -> tuple[int, int]:
-    """Return the first two numbers of the kernel's version."""
+def read_release() -> tuple[int, int]:
+    """Return the first two numbers of the kernel release."""
     numbers = re.findall('[0-9]+', platform.release())
     return int(numbers[0]), int(numbers[1])
 
 
-def index_of(device: str) -> Optional[int]:
-    """Return the ifindex of an interface; None if there is none.
+def find_ifindex(device: str) -> Optional[int]:
+    """Return the ifindex of an interface; None if it does not exist.
 
-    :raises SystemRefused: if this process lacks descriptors
+    :raises SystemRefused: if this process lacks file descriptors
     """
-    for _ in range(2):  # it may come in between
-        # An error of Python's, which does not say why.
+    for _ in range(2):  # the interface may appear meanwhile
+        # Python's error does not contain the reason.
         with contextlib.suppress(OSError):
             return socket.if_nametoindex(device)
         if not _has_settings(device):
             return None
     raise exceptions.SystemRefused(
-        reason='cannot ask for the number of ' + device)
+        reason='cannot read the ifindex of ' + device)
 
 
-def exists(device: str) -> bool:
-    """Return whether there is an interface of a name; needs no descriptor."""
+def has_interface(device: str) -> bool:
+    """Return whether an interface exists; it needs no descriptor."""
     try:
         return socket.if_nametoindex(device) > 0
     except OSError:
@@ -93,42 +93,41 @@ def _has_settings(device: str) -> bool:
             and os.path.isdir('/proc/sys/net/ipv4/conf/' + device))
 
 
-def name_of(ifindex: Optional[int]) -> str:
-    """Return the name of an interface of this namespace, for people.
+def format_ifname(ifindex: Optional[int]) -> str:
+    """Return the name of an interface, for messages.
 
-    :param ifindex: None is what the kernel says of a route through none, or
-        through several
+    :param ifindex: None for a route with several interfaces, or none
     """
     if ifindex is None:
         return 'no single interface'
     try:
         return socket.if_indextoname(ifindex)
     except OSError:
-        return 'if%d' % ifindex  # as ip(8) writes it
+        return 'if%d' % ifindex  # the notation of ip(8)
 
 
-def current_name(name: str, ifindex: Optional[int]) -> str:
-    """Return the name that an interface has now: a rename keeps its ifindex.
+def find_current_name(name: str, ifindex: Optional[int]) -> str:
+    """Return the present name of an interface, which may be renamed.
 
-    :param name: the one that it had, for an interface that is not there
-    :param ifindex: None where it was not noted
+    :param name: its recorded name, which is returned if it does not exist
+    :param ifindex: its recorded ifindex, or None
     """
     with contextlib.suppress(OSError):
         return socket.if_indextoname(ifindex or 0)
     return name
 
 
-def source_for(address: IPAddress,
-               device: Optional[str] = None) -> Optional[IPAddress]:
-    """Return the source address that the node uses towards another.
+def find_source(address: IPAddress,
+                device: Optional[str] = None) -> Optional[IPAddress]:
+    """Return the source address that the node uses towards an address.
 
-    It is the address itself where that is one of the node's own. A datagram
-    socket is connected for it, which sends nothing.
+    For an address of the node, it is the address itself. The function
+    connects a datagram socket, which sends nothing.
 
-    :param device: the interface that it would have to leave by
-    :returns: None where there is no way, or no address but link-local ones
-    :raises PermissionError: where the routes say that it is no host's: for
-        the broadcast address of a subnet, or a prohibited one
+    :param device: the interface to leave by; None for any
+    :returns: None if there is no route, or if the source is link-local
+    :raises PermissionError: if the routes prohibit the address, or it is the
+        broadcast address of a subnet
     """
     with socket.socket(family_of(address), socket.SOCK_DGRAM) as probe:
         try:
@@ -141,16 +140,16 @@ def source_for(address: IPAddress,
             raise
         except OSError:
             return None
-    # A node without an address of the family would send from 0.0.0.0 or ::1.
+    # Without an address of this family, the source is 0.0.0.0 or ::1.
     return (None if source.is_link_local or source.is_unspecified
             or source.is_loopback and not address.is_loopback else source)
 
 
 def count_host_routes(devices: Collection[str]) -> int:
-    """Count the routes to single addresses on interfaces, in table main.
+    """Count the host routes on interfaces, in table main.
 
-    Not those through another address. In the texts of /proc, which take
-    about a microsecond a route.
+    Routes with a gateway do not count. Reading /proc takes about a microsecond
+    for each route.
     """
     count = 0
     # Iface Destination Gateway Flags RefCnt Use Metric Mask ...
@@ -165,26 +164,26 @@ def count_host_routes(devices: Collection[str]) -> int:
 
 
 def _proc_net(name: str) -> Iterator[list[str]]:
-    # The name of an interface may have any byte.
+    # An interface name may contain any byte.
     with contextlib.suppress(OSError), \
             open('/proc/thread-self/net/' + name,
                  errors='surrogateescape') as file:
         yield from map(str.split, file)
 
 
-def mounts() -> list[tuple[str, str, str]]:
-    """List what of which file system is mounted where: root, path, type."""
+def list_mounts() -> list[tuple[str, str, str]]:
+    """List the mounts: root, path, type of file system."""
     return list(map(parse_mount, read_mounts()))
 
 
 def read_mounts() -> list[str]:
-    """List the mounts as the kernel writes them (proc(5), mountinfo)."""
+    """List the mounts as lines of mountinfo (proc(5))."""
     with open(MOUNTS, errors='surrogateescape') as file:
         return file.readlines()
 
 
 def parse_mount(line: str) -> tuple[str, str, str]:
-    """Read one of :func:`read_mounts`: root, path, type."""
+    """Parse a line of :func:`read_mounts`: root, path, type."""
     # ID parent major:minor root point options ... - type source ...
     _, _, _, root, point, rest = line.split(' ', 5)
     return (root, re.sub(r'\\([0-7]{3})', lambda code: chr(int(code[1], 8)),
@@ -192,14 +191,14 @@ def parse_mount(line: str) -> tuple[str, str, str]:
 
 
 def read_sysctl(path: str) -> Optional[int]:
-    """Read a sysctl of the network namespace that this thread is in.
+    """Read a sysctl of this thread's network namespace.
 
     :param path: below /proc/sys/net, with slashes
-    :returns: None where there is none, as all of IPv6's where that is off
+    :returns: None if it does not exist, such as IPv6's when IPv6 is disabled
     :raises SystemRefused: if this process lacks descriptors or memory
     """
     full = '/proc/sys/net/' + path
-    with absence('cannot read a sysctl'), \
+    with tolerate_absence('cannot read a sysctl'), \
             contextlib.suppress(ValueError), open(full) as sysctl:
         return int(sysctl.read())
     return None
@@ -207,11 +206,11 @@ def read_sysctl(path: str) -> Optional[int]:
 
 def write_sysctl(path: str, value: int,
                  directory: str = '/proc/sys') -> None:
-    """Set a sysctl of the network namespace that this thread is in.
+    """Set a sysctl of this thread's network namespace.
 
     :param path: below /proc/sys/net, with slashes
-    :param directory: where /proc/sys is writable
-    :raises KernelRefused: for one that can't be written
+    :param directory: a directory in which /proc/sys is writable
+    :raises KernelRefused: if it cannot be written
     """
     full = '%s/net/%s' % (directory, path)
     try:
@@ -220,5 +219,5 @@ def write_sysctl(path: str, value: int,
     except OSError as err:
         raise exceptions.KernelRefused(
             'set %s to %d' % (full, value), err.strerror or str(err),
-            err.errno or 0, 'In a container, /proc/sys must be writable: '
-            'run it privileged, or see [break0] sysctl_dir.') from err
+            err.errno or 0, 'In a container, /proc/sys must be writable: run '
+            'the container privileged, or set [break0] sysctl_dir.') from err

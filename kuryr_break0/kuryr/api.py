@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Lists the pods of this node with Kuryr's own API client."""
+"""Lists the pods of this node with Kuryr's API client."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _NO_VIF = 'it has no VIF yet'
 class Port:
     """An interface of a pod.
 
-    :ivar pod: its namespace and name in Kubernetes
-    :ivar ifname: what Kuryr calls the interface
+    :ivar pod: namespace/name of the pod
+    :ivar ifname: its name in the KuryrPort
     :ivar mac: its MAC address
-    :ivar subnets: the networks that it is in on the link
-    :ivar not_ours: why nothing is to be done for it; None if it is a nested
-        macvlan of a pod that runs
-    :ivar damaged: why it cannot be read; None if it can
+    :ivar subnets: its networks
+    :ivar refusal: the reason why it cannot be bound; None for a nested
+        macvlan of a running pod
+    :ivar damaged: the reason why it cannot be read, or None
     """
 
     pod: str
@@ -46,7 +46,7 @@ class Port:
     mac: str = ''
     addresses: tuple[IPAddress, ...] = ()
     subnets: tuple[IPNetwork, ...] = ()
-    not_ours: Optional[str] = None
+    refusal: Optional[str] = None
     damaged: Optional[str] = None
 
 
@@ -60,17 +60,17 @@ def configure(files: Sequence[str], directories: Sequence[str]) -> None:
 
 
 def link_iface() -> Optional[str]:
-    """Return the interface that Kuryr is configured to put pods on."""
+    """Return Kuryr's option for the parent of the pods, or None."""
     return k_config.CONF.binding.link_iface or None
 
 
-def proc() -> str:
-    """Return the directory that shows the processes of the node."""
+def find_proc() -> str:
+    """Return the directory of the node's processes, such as /proc."""
     daemon = k_config.CONF.cni_daemon
     return (daemon.docker_mode and daemon.netns_proc_dir) or '/proc'
 
 
-def ports() -> list[Port]:
+def list_ports() -> list[Port]:
     """List the interfaces of the pods of this node.
 
     :raises KubernetesUnavailable: if Kuryr's objects cannot be read
@@ -83,11 +83,11 @@ def ports() -> list[Port]:
             for port in _ports(kuryrport, by_name.get(_name(kuryrport)))]
 
 
-def waiting(seconds: float, timeout: int) -> list[str]:
+def list_waiting_pods(seconds: float, timeout: int) -> list[str]:
     """List the pods of this node whose KuryrPorts have no VIF.
 
-    :param seconds: the age that such a KuryrPort has at least
-    :param timeout: for an answer of the API, in seconds
+    :param seconds: minimum age of such a KuryrPort
+    :param timeout: seconds to wait for an answer of the API
     :raises KubernetesUnavailable: if Kuryr's objects cannot be read
     """
     for option in ('watch_connection_timeout', 'watch_read_timeout'):
@@ -99,12 +99,12 @@ def waiting(seconds: float, timeout: int) -> list[str]:
 
 
 def node_name() -> str:
-    """Return the name that Kuryr has for this node."""
+    """Return Kuryr's name of this node."""
     return str(k_utils.get_nodename())
 
 
-def other_nodes() -> list[str]:
-    """List the nodes that have KuryrPorts; none if that is not allowed."""
+def list_nodes() -> list[str]:
+    """List the nodes with KuryrPorts; none if the API denies it."""
     try:
         found = clients.get_kubernetes_client().get(
             k_const.K8S_API_CRD_KURYRPORTS)['items']
@@ -120,7 +120,7 @@ def _read() -> tuple[list[Any], list[Any]]:
     try:
         clients.setup_kubernetes_client()
         client = clients.get_kubernetes_client()
-        # By the selectors that kuryr-daemon watches with.
+        # kuryr-daemon watches with the same selectors.
         kuryrports, pods = (
             client.get('%s?%s' % (path, parse.urlencode({
                 selector: '%s=%s' % (field, node)})))['items']
@@ -129,11 +129,11 @@ def _read() -> tuple[list[Any], list[Any]]:
                  k_const.KURYRPORT_LABEL),
                 (k_const.K8S_API_PODS, 'fieldSelector', 'spec.nodeName')))
         return kuryrports, pods
-    # Those of requests are OSErrors; a RuntimeError is of a file that is
-    # missing, a KeyError of the environment of a container.
+    # Errors of requests are OSErrors. A missing file causes a RuntimeError, a
+    # missing variable of the environment a KeyError.
     except (k_exc.K8sClientException, RuntimeError, OSError, KeyError,
             ValueError, TypeError, AttributeError) as err:
-        # By the last ones, Kuryr's client reads an answer of another program.
+        # Kuryr's client raises the last three for another program's answer.
         raise exceptions.KubernetesUnavailable(
             url=k_config.CONF.kubernetes.api_root or 'its service address',
             reason='%s is missing' % err if isinstance(err, KeyError)
@@ -149,18 +149,18 @@ def _ports(kuryrport: Any, pod: Optional[Any]) -> Iterator[Port]:
     try:
         reason = _not_running(kuryrport, pod)
         if reason is not None:
-            yield Port(name, not_ours=reason)
+            yield Port(name, refusal=reason)
             return
         for ifname, value in kuryrport['status']['vifs'].items():
             yield _port(name, ifname, value['vif'])
-    except Exception as err:  # whoever writes it may write anything
+    except Exception as err:  # a KuryrPort may contain anything
         yield Port(name, ifname, damaged='it cannot be read: %r' % err)
 
 
 def _port(pod: str, ifname: str, primitive: Any) -> Port:
     vif = osv_base.VersionedObject.obj_from_primitive(primitive)
     if not isinstance(vif, k_vif.VIFMacvlanNested):
-        return Port(pod, ifname, not_ours='it is a %s' % vif.obj_name())
+        return Port(pod, ifname, refusal='it is a %s' % vif.obj_name())
     return Port(pod, ifname, str(vif.address).lower(),
                 tuple(break0_vif.addresses(vif)),
                 tuple(break0_vif.subnets(vif)))
@@ -172,12 +172,12 @@ def _has_waited(kuryrport: Any, pod: Optional[Any], seconds: float) -> bool:
             kuryrport['metadata']['creationTimestamp'], '%Y-%m-%dT%H:%M:%SZ'))
         return (_not_running(kuryrport, pod) == _NO_VIF
                 and time.time() - created >= seconds)
-    except Exception:  # whoever writes it may write anything
+    except Exception:  # a KuryrPort may contain anything
         return False
 
 
 def _not_running(kuryrport: Any, pod: Optional[Any]) -> Optional[str]:
-    """Return why it is not that of a running pod; None if it is."""
+    """Return why the pod of a KuryrPort is not running; None if it is."""
     if pod is None:
         return 'its pod is gone'
     if (kuryrport['metadata'].get('deletionTimestamp')
@@ -185,9 +185,9 @@ def _not_running(kuryrport: Any, pod: Optional[Any]) -> Optional[str]:
         return 'it is being deleted'
     if (kuryrport['spec']['podUid'] != pod['metadata']['uid']
             and not kuryrport['spec'].get('podStatic')):
-        return 'it is of an earlier pod of that name'
+        return 'it belongs to an earlier pod with this name'
     if k_utils.is_host_network(pod):
-        return 'it is in the network of the node'
+        return 'it uses the network of the node'
     if pod.get('status', {}).get('phase') in ('Succeeded', 'Failed'):
         return 'it has ended'
     if not kuryrport.get('status', {}).get('vifs'):

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The ledger: which sandbox has which address, until the next boot.
+"""The ledger records which sandbox owns which address, until the next boot.
 
-kuryr-daemon serves each request in a new process, and is restarted at will,
-so what must be known later is in the state directory. The ledger is evidence,
-not the truth: see :mod:`kuryr_break0.reconciler`.
+kuryr-daemon serves each request in a new process and may be restarted at any
+time, so the records are files in the state directory. The ledger is evidence,
+not proof: see :mod:`kuryr_break0.reconciler`.
 
-What cannot be read or written raises LedgerUnavailable.
+The methods raise LedgerUnavailable if a file cannot be read or written.
 """
 
 from __future__ import annotations
@@ -45,29 +45,31 @@ __all__ = ('Contents', 'Ledger', 'Owner', 'Record')
 
 T = TypeVar('T')
 
-#: Retries when the ledger changed while it was being read.
+#: Attempts to read the ledger if it changes meanwhile.
 _RETRIES = 5
-#: What is in the directory, beside what ends with .json.
+#: Files in the state directory, except those that end with .json.
 _FILES = ('cni.sock', 'heartbeat', 'identity', 'journal', 'lock')
-#: What may be in one that has lost its records.
-_OTHERS = ('quarantine', 'lost+found')
-#: The directory, in that of what cannot be read, for records of other boots.
-_EARLIER = 'earlier-boot'
-#: Next hops that are kept after they are gone.
+#: Directories that may be in a state directory without records.
+_FOREIGN_DIRECTORIES = ('quarantine', 'lost+found')
+#: Subdirectory of the quarantine for records of earlier boots.
+_EARLIER_BOOT = 'earlier-boot'
+#: Maximum next hops to record, including deleted ones.
 MAX_NEXT_HOPS = 1024
-#: DELs that are kept until the next sync.
+#: Maximum DELs to record until the next sync.
 MAX_ENDED = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """All that is in a state directory, as it is.
+    """The contents of a state directory.
 
-    :ivar claims: on each address, the newest first; ordered by address
-    :ivar damaged: the path of each record that is none, and why
-    :ivar newer: the same of those that a later version has written
-    :ivar quarantined: the paths of those that were moved there
-    :ivar unreadable: the addresses of all of these
+    :ivar claims: the claims on each address, the newest first; ordered by
+        address
+    :ivar damaged: the reason for each damaged record, by path
+    :ivar newer: the same for records of a later version
+    :ivar quarantined: the paths of the records in quarantine
+    :ivar unreadable: the addresses of the damaged, newer and quarantined
+        records
     """
 
     claims: dict[IPAddress, tuple[Record, ...]]
@@ -77,11 +79,11 @@ class Contents:
     unreadable: frozenset[IPAddress]
 
     def is_still(self, records: Records, address: IPAddress) -> bool:
-        """Return whether an address has the claims that were read."""
+        """Return whether the claims on an address are unchanged."""
         claims = self.claims.get(address, ())
-        stamp = files.stamp(records.path(address))  # mostly that says it
+        stamp = files.stamp(records.path(address))  # enough in most cases
         try:
-            return records.known.get(address) == (stamp, claims) or (
+            return records.parsed_files.get(address) == (stamp, claims) or (
                 records.claims(address) == claims)
         except exceptions.RecordNewer:
             return address in self.unreadable
@@ -90,13 +92,13 @@ class Contents:
 class Ledger:
     """A state directory.
 
-    :param path: the directory; it is created when it is first needed
+    :param path: the directory; it is created at the first use
     :param lock_timeout: seconds that :meth:`lock` waits
-    :ivar is_locked: whether the lock is held through this object
-    :ivar records: who has which address
-    :ivar cache: what is expensive to read from the kernel
-    :ivar journal: counts of what was done
-    :ivar heartbeat: whether an agent runs
+    :ivar is_locked: whether this object holds the lock
+    :ivar records: the owners of addresses
+    :ivar cache: values that are expensive to read from the kernel
+    :ivar journal: counts of operations, for the metrics
+    :ivar heartbeat: the agent's sign of life
     """
 
     def __init__(self, path: str,
@@ -114,14 +116,14 @@ class Ledger:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep all other threads and processes of this ledger out.
+        """Hold the ledger's lock within the block.
 
-        :raises LockTimeout: when another held it for too long
+        :raises LockTimeout: if another process or thread held it too long
         """
         self.prepare()
         with contextlib.ExitStack() as stack:
-            with self._usable():
-                stack.enter_context(lock.held(self.lock_path,
+            with self._convert_errors():
+                stack.enter_context(lock.hold(self.lock_path,
                                               self._lock_timeout))
             self.is_locked = True
             try:
@@ -131,46 +133,47 @@ class Ledger:
 
     def is_free_within(self, seconds: float) -> bool:
         """Wait for the lock; see :func:`lock.is_free_within`."""
-        with self._usable():
+        with self._convert_errors():
             return lock.is_free_within(self.lock_path, seconds)
 
-    def inspect(self, look: Callable[[], T], patience: float
+    def inspect(self, read_other: Callable[[], T], patience: float
                 ) -> tuple[Contents, T, bool]:
-        """Read all records, and something else that must agree with them.
+        """Read all records, and other values that must match them.
 
-        Nothing is changed. In between, who holds the lock is waited for,
-        since what belongs to its record may be half done. If a record has
-        come or gone meanwhile, both are read again, a few times.
+        Nothing is changed. Between both reads, wait for the lock, because its
+        holder may have done half of an operation. If a record was added or
+        removed meanwhile, repeat both reads, at most _RETRIES times.
 
-        :param patience: seconds to wait for
-        :returns: what they return, and whether it is of one moment
+        :param read_other: reads the other values
+        :param patience: seconds to wait for the lock
+        :returns: the contents, the other values, and whether they match
         """
         directory = self.records.directory
-        with self._usable():
+        with self._convert_errors():
             for _ in range(_RETRIES):
                 before = files.stamp(directory)
                 found = self.contents()
                 is_free = lock.is_free_within(self.lock_path, patience)
-                other = look()
+                other = read_other()
                 is_steady = is_free and before == files.stamp(directory)
                 if is_steady or not is_free:
                     break
         return found, other, is_steady
 
     def contents(self) -> Contents:
-        """Read all there is, and leave it as it is: nothing is moved."""
+        """Read all records without moving damaged ones to quarantine."""
         read: list[tuple[IPAddress, tuple[Record, ...]]] = []
         unreadable: set[IPAddress] = set()
         damaged, newer, quarantined = {}, {}, []
-        current_name = functools.lru_cache(node.current_name)
+        current_name = functools.lru_cache(node.find_current_name)
         for name in self.records.names(self.records.directory):
             path = '%s/%s' % (self.records.directory, name)
-            found: tuple[IPAddress, ...] = ()  # if that is what is wrong
+            found: tuple[IPAddress, ...] = ()  # if the name is invalid
             try:
                 address = address_of(name)
                 found = (address,)
-                read.append((address, self.records.parsed(address,
-                                                          current_name)))
+                read.append((address, self.records.parse(address,
+                                                         current_name)))
             except (FileNotFoundError, NotADirectoryError):
                 pass  # unbound meanwhile
             except NewerVersion as err:
@@ -180,10 +183,11 @@ class Ledger:
                 damaged[path] = str(err)
                 unreadable.update(found)
         claims = dict(sorted(read, key=lambda each: address_order(each[0])))
-        known = self.records.known
+        known = self.records.parsed_files
         if len(known) > len(claims):
-            self.records.known = {address: known[address]
-                                  for address in claims if address in known}
+            self.records.parsed_files = {
+                address: known[address]
+                for address in claims if address in known}
         for name in self.records.names(self.records.quarantine):
             quarantined.append(os.path.join(self.records.quarantine, name))
             with contextlib.suppress(ValueError):
@@ -193,7 +197,7 @@ class Ledger:
             frozenset(unreadable - claims.keys()))
 
     def identity(self) -> Optional[Identity]:
-        """Return what this ledger is; None if it was never used."""
+        """Return the identity of the ledger; None if it was never used."""
         try:
             return identity.read(self._identity_path)
         except ValueError as err:
@@ -202,24 +206,26 @@ class Ledger:
             ) from err
 
     def ensure_identity(self) -> Identity:
-        """Return what this ledger is; call it under the lock.
+        """Return the identity of the ledger; create it if it is missing.
 
-        It is new with the first use of the directory, and if what was in it
-        was lost.
+        It is created at the first use of the directory, and again after the
+        directory's contents were lost. The caller must hold the lock.
         """
         try:
             found = identity.read(self._identity_path)
         except ValueError as err:
-            LOG.error('The identity of the ledger in %s was damaged. Created '
-                      'another one: %s', self.path, err)
+            LOG.error('The identity of the ledger in %s is damaged: %s. '
+                      'Created a new one; if pods lose their routes, run: '
+                      'kuryr-break0 sync --claim', self.path, err)
             found = None
-        boot = identity.boot_id()
+        boot = identity.read_boot_id()
         if found is not None and boot and found.boot not in ('', boot):
-            # Namespaces are numbered from the start with each boot, so records
-            # of an earlier one would match namespaces of this one.
-            LOG.warning('The ledger in %s is of an earlier boot, whose pods '
-                        'are gone: moved its records to quarantine',
-                        self.path)
+            # The kernel numbers namespaces from the start at each boot, so an
+            # earlier boot's records would match namespaces of this boot.
+            LOG.warning('The state directory %s has records of an earlier '
+                        'boot; their pods no longer exist. Moved them to '
+                        'quarantine. Use a directory on a tmpfs: see [break0] '
+                        'state_dir', self.path)
             self._quarantine_all()
             found = None
         if found is None:
@@ -228,37 +234,39 @@ class Ledger:
         return found
 
     def put_identity(self, found: Identity) -> None:
-        """Write what this ledger is."""
-        with self._usable():
+        """Write the identity of the ledger."""
+        with self._convert_errors():
             files.replace(self._identity_path, found.to_json())
 
     def _quarantine_all(self) -> None:
-        target = os.path.join(self.records.quarantine, _EARLIER)
-        with self._usable():
+        target = os.path.join(self.records.quarantine, _EARLIER_BOOT)
+        with self._convert_errors():
             os.makedirs(target, mode=0o700, exist_ok=True)
             for name in os.listdir(self.records.directory):
                 os.replace(os.path.join(self.records.directory, name),
                            os.path.join(target, name))
 
-    def next_hops_seen(self) -> list[str]:
-        """Return the last next hops that the node has had in this boot."""
+    def list_recent_next_hops(self) -> list[str]:
+        """Return the most recent next hops of the node in this boot."""
         boot, *seen = self.cache.get('next_hops_seen') or ['']
-        return seen if boot == identity.boot_id() else []
+        return seen if boot == identity.read_boot_id() else []
 
-    def note_next_hops(self, next_hops: Iterable[IPAddress]) -> None:
-        """Add to what :meth:`next_hops_seen` returns."""
-        seen = self.next_hops_seen()
+    def add_next_hops(self, next_hops: Iterable[IPAddress]) -> None:
+        """Add next hops to :meth:`list_recent_next_hops`."""
+        seen = self.list_recent_next_hops()
         new = {str(each) for each in next_hops
                if not each.is_link_local}.difference(seen)
         if new:
             self.cache.put('next_hops_seen', [
-                identity.boot_id(), *[*seen, *sorted(new)][-MAX_NEXT_HOPS:]])
+                identity.read_boot_id(),
+                *[*seen, *sorted(new)][-MAX_NEXT_HOPS:]])
 
-    def ended(self) -> dict[Owner, float]:
-        """Return the owners that a DEL has ended, and when.
+    def list_ended(self) -> dict[Owner, float]:
+        """Return the owners of interfaces that a DEL has ended, with times.
 
-        Of each the last DEL, and the last MAX_ENDED ones. A DEL names the
-        addresses of the last ADD, so the claims of an earlier one are left.
+        The last DEL of an owner counts, and the last MAX_ENDED DELs in all. A
+        DEL names only the addresses of the last ADD, so claims of an earlier
+        ADD remain.
         """
         found = {}
         for each in self.cache.get('ended') or ():
@@ -267,15 +275,15 @@ class Ledger:
                 found[Owner(str(container_id), str(ifname))] = float(when)
         return found
 
-    def note_end(self, owner: Owner, when: float) -> None:
-        """Add to what :meth:`ended` returns. Call it under the lock."""
-        ended = self.ended()
-        ended.pop(owner, None)  # it is the last one from now on
+    def add_end(self, owner: Owner, when: float) -> None:
+        """Add a DEL to :meth:`list_ended`. The caller must hold the lock."""
+        ended = self.list_ended()
+        ended.pop(owner, None)  # append it as the last one
         self._put_ended({**ended, owner: when})
 
-    def forget_ends(self, before: float) -> None:
-        """Drop the ends before a time. Call it under the lock."""
-        ended = self.ended()
+    def delete_ends(self, before: float) -> None:
+        """Delete DELs before a time. The caller must hold the lock."""
+        ended = self.list_ended()
         kept = {owner: when for owner, when in ended.items()
                 if when >= before}
         if kept != ended:
@@ -286,43 +294,43 @@ class Ledger:
                                  in list(ended.items())[-MAX_ENDED:]])
 
     def exists(self) -> bool:
-        """Return whether there is a state directory."""
+        """Return whether the state directory exists."""
         return os.path.isdir(self.path)
 
-    def foreign(self) -> list[str]:
-        """Return the names of what others have in a directory without records.
+    def list_foreign_files(self) -> list[str]:
+        """Return the names of foreign files in a directory without records.
 
-        As in /run: who cannot use that any more, or loses files there, is
-        harmed.
+        The caller refuses such a directory, for example /run: changing its
+        mode or deleting files would break other programs.
         """
         return sorted(name for name in os.listdir(self.path) if not (
-            name in _OTHERS or _is_file_of_ours(name)))
+            name in _FOREIGN_DIRECTORIES or _is_own_file(name)))
 
     def clear(self) -> None:
-        """Remove the directory with all that this package puts there.
+        """Delete this package's files, and the directory if it is empty.
 
-        It stays, empty, where it is a mount point, as in a container. Call
-        it under the lock, which goes with it.
+        An empty mount point remains, as in a container. The caller must hold
+        the lock, whose file is deleted too.
         """
         quarantine = self.records.quarantine
         try:
             for directory in (
                     self.records.directory, os.path.join(
-                        quarantine, _EARLIER), quarantine, self.path):
+                        quarantine, _EARLIER_BOOT), quarantine, self.path):
                 with contextlib.suppress(FileNotFoundError):
                     for name in os.listdir(directory):
-                        if _is_file_of_ours(name):
+                        if _is_own_file(name):
                             os.unlink(os.path.join(directory, name))
                     os.rmdir(directory)
         except OSError as err:
-            # Others have put something there, or mounted it, or it is a link.
+            # It has foreign files, or is a mount point or a link.
             if err.errno not in (errno.ENOTEMPTY, errno.EBUSY, errno.ENOTDIR):
                 raise exceptions.LedgerUnavailable(path=self.path,
                                                    reason=err) from err
 
     def prepare(self) -> None:
-        """Make sure of the directory, and that nobody else can write it."""
-        with self._usable():
+        """Create the directory, and deny other users access to it."""
+        with self._convert_errors():
             if not os.path.isdir(self.path):
                 os.makedirs(self.path, mode=0o700, exist_ok=True)
             found = os.stat(self.path)
@@ -330,24 +338,24 @@ class Ledger:
                 raise OSError('it belongs to user %d, not to %d' %
                               (found.st_uid, os.geteuid()))
             used = os.path.isdir(self.records.directory)
-            if not used and self.foreign():
-                raise OSError('it has no records, but %s of others' %
-                              self.foreign()[0])
+            if not used and self.list_foreign_files():
+                raise OSError('it has no records, but the foreign file %s' %
+                              self.list_foreign_files()[0])
             mode = stat.S_IMODE(found.st_mode)
             if mode & 0o077:
-                # An empty one may be of kubelet, for a volume.
+                # kubelet creates an empty directory for a volume.
                 LOG.log(logging.WARNING if used else logging.DEBUG,
                         'Other users had access to the state directory %s '
-                        '(mode %o). Removed their access.', self.path, mode)
+                        '(mode %o). Changed its mode to 700', self.path, mode)
                 os.chmod(self.path, 0o700)
             if not used:
                 os.makedirs(self.records.directory, mode=0o700,
                             exist_ok=True)
 
-    def _usable(self) -> contextlib.AbstractContextManager[None]:
-        return files.usable(self.path)
+    def _convert_errors(self) -> contextlib.AbstractContextManager[None]:
+        return files.convert_errors(self.path)
 
 
-def _is_file_of_ours(name: str) -> bool:
+def _is_own_file(name: str) -> bool:
     return (name in _FILES or name.endswith('.json')
             or name.startswith((files.UNFINISHED, 'cni.sock.')))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The heartbeat of the agent, by which other processes know that it works."""
+"""The agent's heartbeat, by which other processes know that it is alive."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from kuryr_break0 import log
 
 LOG = log.get_logger(__name__)
 
-#: Seconds to wait for those who only ask whether the agent has the lock.
+#: Seconds to wait for a process that just tests the agent's lock.
 _PATIENCE = 0.05
 
 
 class Heartbeat:
-    """A file that the agent holds a lock on and writes after its syncs.
+    """A file that the agent locks, and writes after each successful sync.
 
-    But not after one that fails: then others do what they would without it.
+    After a failed sync there is no heartbeat, so that other processes repair
+    the node themselves.
 
-    :ivar path: of the file
+    :ivar path: path of the file
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
 
     @contextlib.contextmanager
-    def kept(self) -> Iterator[Callable[[], None]]:
-        """Be the agent within the block.
+    def keep(self) -> Iterator[Callable[[], None]]:
+        """Hold the agent's lock within the block.
 
-        :returns: what to call after each sync that succeeds
+        :returns: a function to call after each successful sync
         """
         fd = -1
         reason: Optional[str] = None
@@ -45,9 +46,9 @@ class Heartbeat:
                     if fd < 0 or not files.is_at(fd, self.path):
                         stack.close()
                         fd = -1
-                        made = stack.enter_context(files.opened(
+                        made = stack.enter_context(files.open_file(
                             self.path, os.O_RDWR | os.O_CREAT))
-                        if not files.take(made, fcntl.LOCK_SH, _PATIENCE):
+                        if not files.try_lock(made, fcntl.LOCK_SH, _PATIENCE):
                             raise OSError(errno.EAGAIN, 'it is locked')
                         fd = made
                     os.pwrite(fd, b'%020.3f\n' % files.now(), 0)
@@ -55,18 +56,19 @@ class Heartbeat:
                 except OSError as err:
                     if err.strerror != reason:
                         LOG.error('Cannot write the heartbeat of the agent '
-                                  'to %s: %s. Without it each ADD and DEL '
-                                  'also repairs routes, which takes longer.',
-                                  self.path, err.strerror)
+                                  'to %s: %s. Each ADD and DEL now also '
+                                  'repairs routes, which takes longer. Make '
+                                  'the state directory writable for the '
+                                  'agent', self.path, err.strerror)
                     reason = err.strerror
 
             beat()
             yield beat
 
     def age(self) -> Optional[float]:
-        """Return the seconds since the last beat; None without an agent."""
+        """Return the heartbeat's age in seconds; None without an agent."""
         with contextlib.suppress(OSError, ValueError), \
-                files.opened(self.path, os.O_RDONLY) as fd:
-            if not files.take(fd, fcntl.LOCK_EX):
+                files.open_file(self.path, os.O_RDONLY) as fd:
+            if not files.try_lock(fd, fcntl.LOCK_EX):
                 return max(files.now() - float(os.read(fd, 64)), 0)
         return None

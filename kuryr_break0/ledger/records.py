@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Who has which address: one small file per address.
+"""The owners of addresses: one small file for each address.
 
-The file has the claims of all sandboxes that have the address, the newest
-first. It is replaced as a whole by rename(2), so one that is there is
-complete, at whatever instruction its writer was killed.
+A file contains the claims of all sandboxes on the address, the newest first.
+rename(2) replaces the file, so it is complete even if its writer is killed.
 
-What cannot be read or written raises LedgerUnavailable.
+The methods raise LedgerUnavailable if a file cannot be read or written.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from kuryr_break0.ledger import files
 from kuryr_break0 import log
 from kuryr_break0.model import address_from_text
 from kuryr_break0.model import address_order
+from kuryr_break0.model import CACHE_SIZE
 from kuryr_break0.model import IPAddress
-from kuryr_break0.model import KEPT
 from kuryr_break0.model import MAC
 from kuryr_break0.model import NAME
 from kuryr_break0.model import NamespaceId
@@ -45,8 +44,9 @@ _Namer = Callable[[str, Optional[int]], str]
 
 VERSION = 2
 SUFFIX = '.json'
-_MAX_SIZE = 2 ** 16  # bytes; a record has a hundredth of it
-#: Claims on one address, and networks of one claim, that are kept.
+_MAX_SIZE = 2 ** 16  # bytes; the usual size is a hundredth of it
+#: Maximum claims of an address, and maximum networks and sibling MAC addresses
+#: of a claim.
 MAX_CLAIMS = 8
 MAX_SUBNETS = 16
 MAX_SIBLINGS = 8
@@ -57,11 +57,11 @@ _network = functools.lru_cache(maxsize=128)(ipaddress.ip_network)
 
 
 class NewerVersion(Exception):
-    """A later version of this program has written a record."""
+    """A later version of this program has written the record."""
 
 
 def to_json(claims: Sequence[Record]) -> str:
-    """Write the claims on one address, the newest first."""
+    """Return the text of a record: its claims, the newest first."""
     return json.dumps({
         'version': VERSION, 'address': str(claims[0].address),
         'claims': [{
@@ -79,10 +79,10 @@ def to_json(claims: Sequence[Record]) -> str:
 
 
 def from_json(text: str) -> tuple[Record, ...]:
-    """Read what :func:`to_json` wrote.
+    """Parse the output of :func:`to_json`.
 
-    :raises NewerVersion: for what a later version wrote
-    :raises ValueError: for anything else
+    :raises NewerVersion: if a later version has written it
+    :raises ValueError: if it is damaged
     """
     try:
         fields = json.loads(text)
@@ -117,7 +117,7 @@ def _claim(address: IPAddress, fields: dict[str, Any]) -> Record:
         _optional(_text, fields['pod']),
         _optional(_text, fields['configured']), _seconds(fields['bound_at']),
         tuple(map(_mac, fields.get('siblings', ()))),
-        # One of a later version is none; nothing is decided by it.
+        # An origin of a later version counts as unknown: it decides nothing.
         _ORIGINS.get(fields.get('origin')),
         _optional(_text, fields.get('network')), index,
         _optional(_tap, fields.get('tap')))
@@ -165,29 +165,29 @@ def _text(value: Any) -> str:
 class Records:
     """The records in a directory.
 
-    :param directory: of the records; the ledger makes it
-    :param quarantine: where what cannot be read is moved
+    :param directory: directory of the records; the ledger creates it
+    :param quarantine: directory for unreadable records
     """
 
     def __init__(self, directory: str, quarantine: str) -> None:
         self.directory = directory
         self.quarantine = quarantine
-        #: what was read of which file
-        self.known: dict[IPAddress, tuple[Optional[files.Stamp],
-                                          tuple[Record, ...]]] = {}
+        #: claims by address, with the stamp of the file when it was read
+        self.parsed_files: dict[IPAddress, tuple[Optional[files.Stamp],
+                                                 tuple[Record, ...]]] = {}
 
     def claims(self, address: IPAddress) -> tuple[Record, ...]:
         """Return the claims on an address, the newest first.
 
-        One that is damaged is moved to quarantine, with a warning, and is
-        none.
+        A damaged record is moved to quarantine, with a warning, and counts as
+        missing.
 
-        :raises RecordNewer: for what a later version wrote
+        :raises RecordNewer: if a later version has written it
         """
         try:
-            with self._usable(), contextlib.suppress(FileNotFoundError,
-                                                     NotADirectoryError):
-                return self.parsed(address)
+            with self._convert_errors(), contextlib.suppress(
+                    FileNotFoundError, NotADirectoryError):
+                return self.parse(address)
         except ValueError as err:
             self._quarantine(self.path(address), err)
         except NewerVersion as err:
@@ -200,84 +200,87 @@ class Records:
         """Return the newest claim on an address, or None."""
         return next(iter(self.claims(address)), None)
 
-    def containing(self, *texts: str) -> Iterator[tuple[Record, ...]]:
-        """Find records by how a text in their files begins.
+    def find_containing(self, *texts: str) -> Iterator[tuple[Record, ...]]:
+        """Find records with a text that begins with one of the texts.
 
-        As a container id. Others are not parsed, which takes ten times as
-        long as to read them. One that cannot be read is left out, unless it
-        is for want of descriptors.
+        An example is a container id. Parsing takes ten times as long as
+        reading, so only matching files are parsed. Unreadable records are
+        skipped, unless this process lacks descriptors or memory.
         """
         wanted = [json.dumps(text)[:-1] for text in texts]
         for name in self.names(self.directory):
             try:
                 address = address_of(name)
-                with self._usable():
+                with self._convert_errors():
                     content = files.read(self.path(address), _MAX_SIZE)
                 if not any(text in content for text in wanted):
                     continue
                 claims = self.claims(address)
             except ValueError:
-                continue  # nothing says whose it is
+                continue  # damaged: its owner is unknown
             except exceptions.LedgerUnavailable as err:
-                if getattr(err.__cause__, 'errno', 0) in exceptions.EXHAUSTED:
+                if getattr(err.__cause__, 'errno',
+                           0) in exceptions.RESOURCE_ERRNOS:
                     raise
                 continue
             if claims:
                 yield claims
 
     def exists(self, address: IPAddress) -> bool:
-        """Return whether an address has a record, readable or not."""
+        """Return whether an address has a record, even an unreadable one."""
         return os.path.lexists(self.path(address))
 
-    def parsed(self, address: IPAddress,
-               current_name: Optional[_Namer] = None) -> tuple[Record, ...]:
-        """Read one file, but not again if it has not been replaced since.
+    def parse(self, address: IPAddress,
+              current_name: Optional[_Namer] = None) -> tuple[Record, ...]:
+        """Return the claims of a file; parse it only if it was replaced.
 
-        To find that out takes a tenth of the time. A parent that was renamed
-        meanwhile has another name.
+        Comparing the stamp takes a tenth of the time. The present name of the
+        parent replaces the recorded one.
 
-        :param current_name: another :func:`node.current_name`, as a cached
-            one
-        :raises ValueError: if it is damaged
+        :param current_name: used instead of :func:`node.find_current_name`,
+            such as a cached function
+        :raises ValueError: if the file is damaged
         :raises NewerVersion: if a later version has written it
-        :raises OSError: if it is not there or cannot be read
+        :raises OSError: if it does not exist or cannot be read
         """
-        path, current = self.path(address), current_name or node.current_name
-        stamp, claims = self.known.get(address, (None, ()))
+        path = self.path(address)
+        current = current_name or node.find_current_name
+        stamp, claims = self.parsed_files.get(address, (None, ()))
         if stamp is None or stamp != files.stamp(path):
             text, stamp = files.read_stamped(path, _MAX_SIZE)
             claims = from_json(text)
             if claims[0].address != address:
-                raise ValueError('it is of %s' % claims[0].address)
+                raise ValueError('it contains the address %s' %
+                                 claims[0].address)
         names = [current(claim.parent, claim.parent_index)
                  for claim in claims]
         if names != [claim.parent for claim in claims]:
             claims = tuple(dataclasses.replace(claim, parent=name)
                            for claim, name in zip(claims, names))
-        self.known[address] = stamp, claims
+        self.parsed_files[address] = stamp, claims
         return claims
 
     def put(self, claims: Sequence[Record]) -> None:
-        """Write the claims on one address, the newest first.
+        """Replace the record of an address.
 
-        If that fails, what was there before is still there.
+        :param claims: its claims, the newest first
+        :raises LedgerUnavailable: if it failed; the old record remains
         """
-        with self._usable():
+        with self._convert_errors():
             files.replace(self.path(claims[0].address), to_json(claims))
 
     def remove(self, address: IPAddress) -> None:
-        """Remove the record of an address; none is fine."""
-        with self._usable(), contextlib.suppress(FileNotFoundError,
-                                                 NotADirectoryError):
+        """Delete the record of an address; do nothing if there is none."""
+        with self._convert_errors(), contextlib.suppress(FileNotFoundError,
+                                                         NotADirectoryError):
             os.unlink(self.path(address))
 
     def may_be_gone(self, address: IPAddress,
                     judge: existence.Judge) -> bool:
-        """Return whether the sandboxes of an address are to be examined.
+        """Return whether a sandbox with a claim on an address may be gone.
 
-        False if all exist, or if there is no record; found at a third of
-        what it takes to read :meth:`claims`, since most of that is to make
-        addresses and networks of texts.
+        False if there is no record. It takes a third of the time of
+        :meth:`claims`, which mainly parses addresses and networks.
         """
         try:
             fields = json.loads(files.read(self.path(address), _MAX_SIZE))
@@ -289,40 +292,43 @@ class Records:
             return False
         except (OSError, ValueError, KeyError, TypeError, RecursionError,
                 OverflowError, AttributeError, struct.error):
-            return True  # it is damaged
+            return True  # the record is damaged
 
     def addresses(self) -> list[IPAddress]:
-        """List the addresses that have a record, in their order."""
-        return sorted(self._parsed(self.names(self.directory)),
+        """List the addresses with a record, sorted."""
+        return sorted(self._parse_names(self.names(self.directory)),
                       key=address_order)
 
     def count(self) -> int:
-        """Count the records, at a tenth of what it takes to list them."""
+        """Count the records, in a tenth of the time of listing them."""
         return len(self.names(self.directory))
 
-    def some(self, position: int, most: int) -> tuple[list[IPAddress], int]:
-        """List some of the addresses that have a record, and how many do.
+    def list_part(self, position: int,
+                  most: int) -> tuple[list[IPAddress], int]:
+        """List some addresses with a record, and count all of them.
 
-        They are in some order, and from its end on from its beginning.
+        The order of the addresses is stable, and continues from its end at
+        its beginning.
 
-        :param position: in that order, of the first
+        :param position: position of the first address in the order
+        :param most: maximum addresses to list
         """
         names = sorted(self.names(self.directory))
         count = len(names)
         if count > most:
             start = position % count
             names = (names + names)[start:start + most]
-        return self._parsed(names), count
+        return self._parse_names(names), count
 
-    def sweep(self) -> None:
-        """Remove what killed writers have left. Call it under the lock."""
+    def delete_unfinished(self) -> None:
+        """Delete files of killed writers. The caller must hold the lock."""
         for directory in (self.directory, os.path.dirname(self.directory)):
             with contextlib.suppress(OSError):
                 for name in os.listdir(directory):
                     if name.startswith(files.UNFINISHED):
                         os.unlink(os.path.join(directory, name))
 
-    def _parsed(self, names: Iterable[str]) -> list[IPAddress]:
+    def _parse_names(self, names: Iterable[str]) -> list[IPAddress]:
         found = []
         for name in names:
             try:
@@ -332,8 +338,8 @@ class Records:
         return found
 
     def names(self, directory: str) -> list[str]:
-        """List the names of the files of records in a directory."""
-        with self._usable(), contextlib.suppress(FileNotFoundError):
+        """List the names of the records in a directory."""
+        with self._convert_errors(), contextlib.suppress(FileNotFoundError):
             return [name for name in os.listdir(directory)
                     if name.endswith(SUFFIX)
                     and not name.startswith(files.UNFINISHED)]
@@ -345,26 +351,26 @@ class Records:
             os.makedirs(self.quarantine, mode=0o700, exist_ok=True)
             os.replace(path, moved)
         except OSError as err:
-            LOG.error('Cannot move the damaged record %s to quarantine: %s',
-                      path, err)
+            LOG.error('Cannot move the damaged record %s to quarantine: %s. '
+                      'Delete it, then run: kuryr-break0 sync', path, err)
         else:
-            LOG.warning('Moved the damaged record %s to quarantine, as %s: '
-                        '%s', path, moved, reason)
+            LOG.warning('Moved the damaged record %s to %s: %s. To rebuild '
+                        'it, run: kuryr-break0 sync', path, moved, reason)
 
     def path(self, address: IPAddress) -> str:
         return '%s/%s%s' % (self.directory, address, SUFFIX)
 
-    def _usable(self) -> contextlib.AbstractContextManager[None]:
-        return files.usable(os.path.dirname(self.directory))
+    def _convert_errors(self) -> contextlib.AbstractContextManager[None]:
+        return files.convert_errors(os.path.dirname(self.directory))
 
 
-@functools.lru_cache(maxsize=KEPT)
+@functools.lru_cache(maxsize=CACHE_SIZE)
 def address_of(name: str) -> IPAddress:
-    """Return the address of a record by the name of its file.
+    """Return the address in the name of a record's file.
 
-    :raises ValueError: if it is none, or not written as we write it
+    :raises ValueError: if it is no address, or in another notation
     """
     address = address_from_text(name[:-len(SUFFIX)])
     if str(address) + SUFFIX != name or getattr(address, 'scope_id', None):
-        raise ValueError('its name is not that of the address %s' % address)
+        raise ValueError('its name must be the address %s' % address)
     return address

@@ -148,7 +148,7 @@ def binding(node: Node, repeat: int) -> Section:
         for size in SIZES:
             node.resize(size)
             # As where an agent works, which has the housekeeping.
-            with node.ledger.heartbeat.kept() as beat:
+            with node.ledger.heartbeat.keep() as beat:
                 beat()
                 for way in ways:
                     bound.verify(way)
@@ -317,7 +317,7 @@ def single(outer: Node, repeat: int) -> Section:
             for way in adds:
                 say('ADDs at %d pods: %s' % (size, way))
                 # As where an agent works, which has the housekeeping.
-                with others.ledger.heartbeat.kept() as beat:
+                with others.ledger.heartbeat.keep() as beat:
                     beat()
                     taken = singles(node, way, stock, count)
                 adds[way][size] = [add for add, _ in taken]

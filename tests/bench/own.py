@@ -51,13 +51,13 @@ def calls(node: Node, repeat: int) -> Section:
     kernel.share_nft()  # as kuryr-daemon does before it forks
     medians['%d pods, just forked' % low] = _medians(
         node, repeat, lambda call: in_child(lambda: timed(call)))
-    with node.ledger.heartbeat.kept() as beat:
+    with node.ledger.heartbeat.keep() as beat:
         beat()
         attended = statistics.median(
             in_child(lambda: timed(node.housekeep)) for _ in range(repeat))
     # The kernel walks through all of the table, whose size is of the memory.
     forgetting = statistics.median(
-        timed(lambda: kernel.forget_connections(POD)) for _ in range(repeat))
+        timed(lambda: kernel.delete_connections(POD)) for _ in range(repeat))
     few, many, forked = medians.values()
     processes = unit(node)
     pair = forked['bind'] + forked['unbind']

@@ -185,7 +185,7 @@ def sandboxes(outer: Node, repeat: int) -> Section:
                 node.start_daemon(NO_PAUSE, stock if daemon == binding.STOCK
                                   else kuryr.BIN)
                 # As where an agent works, which has the housekeeping.
-                with outer.ledger.heartbeat.kept() as beat:
+                with outer.ledger.heartbeat.keep() as beat:
                     beat()
                     for turn in range(count):
                         for way in (each for each in WAYS

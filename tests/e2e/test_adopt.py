@@ -219,10 +219,10 @@ class TestWhatIsFound(AdoptTestCase):
         self.assertEqual(
             {'default/deleted/': 'it is being deleted',
              'default/gone/': 'its pod is gone',
-             'default/host/': 'it is in the network of the node',
+             'default/host/': 'it uses the network of the node',
              'default/ended/': 'it has ended',
              'default/vlan/eth0': 'it is a VIFVlanNested',
-             'default/again/': 'it is of an earlier pod of that name',
+             'default/again/': 'it belongs to an earlier pod with this name',
              'default/early/': 'it has no VIF yet'},
             {name: each['reason'] for name, each in found.items()})
         self.assertIsNone(self.node.lab.link('break0'))

@@ -113,7 +113,8 @@ class TestPod(DaemonTestCase):
         output = self.node.output()
         self.assertEqual(1, output.count(
             'VIFMacvlanNested VIFs are bound by '
-            'kuryr_break0.kuryr.driver.Break0MacvlanDriver'))
+            'kuryr_break0.kuryr.driver.Break0MacvlanDriver: break0 is '
+            'enabled'))
         self.assertIn('Bound %s to break0 for %s/eth0' %
                       (POD, pod.container_id), output)
 
@@ -123,6 +124,8 @@ class TestPod(DaemonTestCase):
         self.add(pod)
         self.assertEqual([], macvlans(self.node))
         self.assert_reachable(pod, False)
+        self.assertIn('Break0MacvlanDriver: without break0, because [break0] '
+                      'enabled is false', self.node.output())
 
     def test_numbered_by_the_environment(self) -> None:
         self.node.start_daemon(OS_BREAK0__ADDR='100.75.30.7')
@@ -208,8 +211,12 @@ class TestFailures(DaemonTestCase):
         self.node.start_daemon('addr = 100.75.30.7/24')
         pod = self.node.add_pod('pod', POD)
         self.add(pod)
-        self.assertIn("[break0] addr: '100.75.30.7/24' has a prefix",
+        self.assertIn("[break0] addr: '100.75.30.7/24' is a network",
                       self.node.output())
+        self.assertIn('Break0MacvlanDriver: without break0, because an '
+                      'option is invalid', self.node.output())
+        self.assertIn('Pod default/pod (%s/eth0) with %s may not be reachable'
+                      % (pod.container_id, POD), self.node.output())
 
 
 class TestBursts(DaemonTestCase):

@@ -40,7 +40,7 @@ class TestNameOfTheVIF(DaemonTestCase):
                 pod = self.node.add_pod('pod-%d' % number, vif=vif)
                 answer = self.node.request(pod, 'ADD')
                 self.assertNotEqual(202, answer.status)
-                self.assertIn('correct vif_name', answer.body)
+                self.assertIn('Correct vif_name', answer.body)
                 self.assertEqual(before, self.node.lab.link(name))
         self.assertTrue(self.node.lab.ping(POD))
 

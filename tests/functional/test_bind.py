@@ -153,7 +153,7 @@ class TestRefusals(ByHandTestCase):
     def test_not_an_argument(self) -> None:
         for args, text in (
                 (('bind', '100.75.30.80/24', '--owner', 'web'),
-                 'has a prefix'),
+                 'is a network'),
                 (('bind', '127.0.0.1', '--owner', 'web'), 'loopback'),
                 (('bind', ADDRESS, '--owner', 'a b'), 'is not a name'),
                 (('bind', ADDRESS), '--owner'),
@@ -268,13 +268,13 @@ class TestRefusals(ByHandTestCase):
                      'peer', 'name', 'veth1', netns='other')
         self.lab.run('ip', 'link', 'add', lab.PARENT, 'link', 'veth0',
                      'type', 'macvlan', 'mode', 'bridge', netns='other')
-        self.assertIn('on no interface of this node',
+        self.assertIn('its parent is not on this node',
                       self.bind_web('--netns', OTHER_NETNS, code=2))
         # And here in a namespace that is not the node.
         self.lab.run('ip', 'link', 'add', 'eth1', 'link', 'veth0', 'netns',
                      '/run/netns/web', 'type', 'macvlan', 'mode', 'bridge',
                      netns='other')
-        self.assertIn('on no interface of this node',
+        self.assertIn('its parent is not on this node',
                       self.bind_web('--netns', NETNS, '--ifname', 'eth1',
                                     code=2))
 
@@ -302,7 +302,7 @@ class TestAddressesOfOthers(ByHandTestCase):
                      netns='web')
         for command in ('bind', 'unbind'):
             self.assertIn(
-                'belongs to sandbox-1/eth0, and stays so',
+                'belongs to sandbox-1/eth0, and was not bound',
                 self.run_it(command, POD, '--owner', 'web', *(
                     ('--netns', NETNS) if command == 'bind' else ()),
                     code=1))
@@ -328,5 +328,5 @@ class TestAddressesOfOthers(ByHandTestCase):
 
     def test_a_foreign_route(self) -> None:
         self.lab.run('ip', 'route', 'add', ADDRESS, 'dev', 'lo')
-        self.assertIn('has a route that is not ours',
+        self.assertIn('has a foreign route',
                       self.bind_web('--netns', NETNS, code=1))

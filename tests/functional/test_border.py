@@ -347,7 +347,7 @@ class TestTheMACAddress(BorderTestCase):
         self.lab.run('ip', 'link', 'set', 'break0', 'down')
         self.lab.run('ip', 'link', 'set', 'eth0', 'address', self.mac)
         with self.assertRaisesRegex(exceptions.KernelRefused,
-                                    'Where another macvlan has its MAC'):
+                                    'If another macvlan has this MAC'):
             self.manager().sync()
         self.assertEqual(self.mac,
                          (self.lab.link('break0') or {})['address'])
@@ -568,7 +568,7 @@ class TestTable(BorderTestCase):
     def test_a_pod_whose_record_is_lost_is_not_cut_off(self) -> None:
         os.unlink(base.options().state_dir + '/addresses/%s.json' % POD)
         self.assertTrue(self.lab.ping(POD))
-        with mock.patch.object(kernel, 'macvlans', return_value=[]):
+        with mock.patch.object(kernel, 'list_macvlans', return_value=[]):
             self.manager().sync()
             self.assertTrue(self.lab.ping(POD))
             self.lab.run('nft', 'flush', 'ruleset')
@@ -655,7 +655,7 @@ class TestTable(BorderTestCase):
 
     def test_switched_off_nothing_is_asked_of_nftables(self) -> None:
         self.manager(guard='off').sync()
-        with mock.patch.object(kernel, 'node_nft',
+        with mock.patch.object(kernel, 'open_node_nft',
                                side_effect=AssertionError):
             self.bind('100.75.30.80', owner=Owner('c', 'eth0'),
                       mac_of_pod='fa:16:3e:00:00:09', guard='off')
@@ -835,7 +835,7 @@ class TestWithoutTheHook(BorderTestCase):
                 self.lab.run('nft', 'delete', 'table', 'netdev',
                              'kuryr-break0-eth0', netns='pod')
                 stack.enter_context(mock.patch.object(
-                    kernel.Nft, 'bind_source',
+                    kernel.Nft, 'add_source_rule',
                     side_effect=exceptions.KernelRefused(
                         'guard it', 'no such hook', errno.EOPNOTSUPP)))
                 stack.enter_context(mock.patch.object(

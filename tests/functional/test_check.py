@@ -31,7 +31,8 @@ class TestCheck(CLITestCase):
         new one does not show namespaces by their numbers.
         """
         lacking = set() if self.has_egress() else {'egress-unguarded'}
-        if (kernel.release() >= (7, 0) and os.stat('/proc/self/ns/pid').st_ino
+        if (kernel.read_release() >= (7, 0)
+                and os.stat('/proc/self/ns/pid').st_ino
                 != 0xeffffffc):  # PROC_PID_INIT_INO
             lacking.add('sandbox-unknown')
         return lacking

@@ -288,8 +288,8 @@ class TestUsage(CLITestCase):
              'exec %s status' % PROGRAM], text=True, capture_output=True)
         self.assertEqual(3, done.returncode)
         self.assertEqual(
-            'kuryr-break0: Cannot go on: [Errno 2] No such file or directory:'
-            " '/proc/thread-self/ns/net'\n", done.stderr)
+            'kuryr-break0: A system call failed: [Errno 2] No such file or '
+            "directory: '/proc/thread-self/ns/net'\n", done.stderr)
 
     def test_help_and_version(self) -> None:
         self.assertIn('status', self.call('--help').stdout)

@@ -1281,7 +1281,7 @@ class TestBounds(FinderTestCase):
         self.work()
         with mock.patch.object(binder, 'Engine') as engine:
             for number in range(9):
-                self.finder._forget(namespace.Namespace(kernel.Found(
+                self.finder._forget(namespace.Namespace(kernel.FoundNamespace(
                     '/run/netns/gone', NamespaceId(1, 2, number))))
             self.work()
         engine.assert_not_called()
@@ -1314,14 +1314,14 @@ class TestNoisy(FinderTestCase):
         clock = mock.patch.object(time, 'thread_time', lambda: self.spent)
         clock.start()
         self.addCleanup(clock.stop)
-        read = kernel.macvlans_in
+        read = kernel.list_macvlans_in
 
         def reading(netns: str, *args: Any) -> list[kernel.Macvlan]:
             if netns.endswith('/noisy'):
                 self.spent += 1000
             return read(netns, *args)
 
-        patch = mock.patch.object(kernel, 'macvlans_in', reading)
+        patch = mock.patch.object(kernel, 'list_macvlans_in', reading)
         patch.start()
         self.addCleanup(patch.stop)
 
@@ -1360,7 +1360,7 @@ class TestNoisy(FinderTestCase):
     def test_what_is_bound_stays_beyond_the_limits(self) -> None:
         self.lab.add_pod('one', ONE)
         self.assert_bound(ONE)
-        with mock.patch.object(kernel, 'FEW', kernel.Limits(4, 3, 4)):
+        with mock.patch.object(kernel, 'QUICK_LIMITS', kernel.Limits(4, 3, 4)):
             for number in range(9):
                 self.lab.add_macvlan('one', 'aa%d' % number)
                 self.lab.run('ip', 'address', 'add', '10.0.0.%d' % number,
@@ -1380,12 +1380,13 @@ class TestNoisy(FinderTestCase):
         self.assert_bound(ONE)
         for number in range(9):
             self.lab.add_macvlan('one', 'aa%d' % number)
-        with mock.patch.object(kernel, 'FEW', kernel.Limits(4, 3, 4)), \
+        limits = kernel.Limits(4, 3, 4)
+        with mock.patch.object(kernel, 'QUICK_LIMITS', limits), \
                 mock.patch.object(
                     kernel.Netlink, 'address_states', autospec=True,
                     side_effect=kernel.Netlink.address_states) as read:
-            found = kernel.macvlans_in('/run/netns/one', None, kernel.FEW,
-                                       ['aa8'])
+            found = kernel.list_macvlans_in(
+                '/run/netns/one', None, kernel.QUICK_LIMITS, ['aa8'])
         self.assertEqual(3, read.call_count)
         self.assertEqual('aa8', found[0].link.name)
         self.assertLess(len(found), 7)
@@ -1422,7 +1423,7 @@ class TestEvents(FinderTestCase):
         known, = (each for each in self.finder._namespaces.values()
                   if each.found.path.endswith('/one'))
         self.lab.del_netns('one')
-        lab.until(lambda: kernel.state(
+        lab.until(lambda: kernel.judge_state(
             known.found.path, known.found.namespace) is kernel.State.GONE)
         while select.select(self.finder.files(), [], [], 1)[0]:
             self.finder._events.get()
@@ -1455,7 +1456,7 @@ class TestEvents(FinderTestCase):
         self.assert_bound(ONE)
         events = self.finder._events
         assert events is not None
-        with mock.patch.object(kernel.events, 'MOST', 9):
+        with mock.patch.object(kernel.events, 'MAX_EVENTS', 9):
             for _ in range(9):
                 for verb in ('add', 'del'):
                     self.lab.run('ip', 'address', verb, '10.0.0.1', 'dev',

@@ -443,7 +443,7 @@ class TestErrorsStayWhereTheyArise(DoubtTestCase):
         self.assertIn('Pods cannot be on lo: it is the loopback',
                       '\n'.join(self.problems()))
         self.lab.run('ip', 'link', 'set', 'break0', 'down')
-        with mock.patch.object(kernel.Netlink, 'raise_link',
+        with mock.patch.object(kernel.Netlink, 'set_link_up',
                                side_effect=exceptions.KernelRefused(
                                    'set it up', 'no memory', errno.ENOMEM)):
             self.assertEqual((), self.reconcile().devices)

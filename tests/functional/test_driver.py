@@ -199,7 +199,7 @@ class TestConnect(DriverTestCase):
         self.connect()
         netns = self.lab.add_netns('other')
         with self.assertRaisesRegex(driver.PodNotConnected,
-                                    'Address already in use.*just being '
+                                    'Address already in use.*being '
                                     'deleted'):
             self.connect(netns=netns, container_id='b')
 
@@ -282,7 +282,7 @@ class TestConnectDirectly(TestConnect):
         create = kernel.Netlink.create_macvlan
 
         def refusing(self: Any, name: str, *args: Any, **kwargs: Any) -> None:
-            if kernel.index_of(name) is not None:
+            if kernel.find_ifindex(name) is not None:
                 raise exceptions.KernelRefused('create it', 'it exists',
                                                errno.EEXIST)
             create(self, name, *args, **kwargs)
@@ -321,7 +321,7 @@ class TestConnectDirectly(TestConnect):
             names: list[Any] = []
             while 'the-last' not in names:
                 names += [event.link and event.link.name
-                          for event in events.get() if event.what == 'link']
+                          for event in events.get() if event.kind == 'link']
         self.assertEqual({'break0', 'eth0', 'the-last', 'but-one'},
                          set(names))
 

@@ -45,8 +45,8 @@ class TestJudge(base.LabTestCase):
         self.known = known
 
     def judge(self, path: Any = '', **change: Any) -> kernel.State:
-        return kernel.state(self.path if path == '' else path,
-                            self.known._replace(**change))
+        return kernel.judge_state(self.path if path == '' else path,
+                                  self.known._replace(**change))
 
     def show(self, namespace: str, name: str) -> None:
         self.lab.run('touch', self.directory + '/' + name)
@@ -80,8 +80,9 @@ class TestJudge(base.LabTestCase):
         for name in 'abc':
             self.lab.add_netns(name)
         self.lab.del_netns('judged')
-        with mock.patch.object(existence, '_seen_at',
-                               side_effect=existence._seen_at) as looked:
+        with mock.patch.object(
+                existence, '_list_namespaces_at',
+                side_effect=existence._list_namespaces_at) as looked:
             self.assertIs(kernel.State.GONE, self.judge())
         looked.assert_called_once_with(self.directory)
 
@@ -97,7 +98,7 @@ class TestJudge(base.LabTestCase):
         assert own is not None
         if own.cookie is None:
             return  # such a kernel cannot tell, and keeps it
-        self.assertIs(kernel.State.GONE, kernel.state(
+        self.assertIs(kernel.State.GONE, kernel.judge_state(
             self.path, own._replace(cookie=2 ** 63)))
 
     def test_its_own_is_no_presence(self) -> None:
@@ -168,10 +169,11 @@ class TestJudge(base.LabTestCase):
         self.assertIs(kernel.State.GONE, self.judge(None))
 
     def test_without_an_identity_nothing_is_known(self) -> None:
-        self.assertIs(kernel.State.UNKNOWN, kernel.state(self.path, None))
-        self.assertIs(kernel.State.UNKNOWN, kernel.state(None, None))
+        self.assertIs(kernel.State.UNKNOWN,
+                      kernel.judge_state(self.path, None))
+        self.assertIs(kernel.State.UNKNOWN, kernel.judge_state(None, None))
         self.assertIs(kernel.State.UNKNOWN, self.judge('a\0b', cookie=None))
-        self.assertIs(kernel.State.UNKNOWN, kernel.state(
+        self.assertIs(kernel.State.UNKNOWN, kernel.judge_state(
             '/proc/self/ns/uts', NamespaceId(1, 2, None)))
 
 

@@ -179,7 +179,7 @@ class TestCleanup(JSONTestCase):
 
     def test_what_is_left(self) -> None:
         self.add_pod()
-        with ledger.Ledger(options().state_dir, 1).heartbeat.kept() as beat:
+        with ledger.Ledger(options().state_dir, 1).heartbeat.keep() as beat:
             beat()
             left = self.valid('cleanup')['left']
         self.assertEqual(['agent'], [each['what'] for each in left])

@@ -165,7 +165,7 @@ class TestLeftover(DriverTestCase):
             self.vif.address = mac
         before = self.node()
         with self.assertRaisesRegex(driver.PodNotConnected,
-                                    'correct vif_name in the KuryrPort'):
+                                    'Correct vif_name in the KuryrPort'):
             self.connect()
         self.assertEqual(before, self.node())
         self.assertEqual({}, self.pod_links())

@@ -208,7 +208,8 @@ class TestErrors(L3TestCase):
                 POD4, POD6, mac=MAC, subnets=SUBNETS).obj_to_primitive())
         self.assertIsNone(self.connect(vif, 'ours'))
         before = self.pod('ours')
-        with kernel.entered('/run/netns/ours'), kernel.Netlink() as netlink:
+        with kernel.enter_namespace('/run/netns/ours'), \
+                kernel.Netlink() as netlink:
             netlink.configure('eth0', [
                 ipaddress.ip_interface(POD4 + '/24')], [
                     (ipaddress.ip_network('0.0.0.0/0'),

@@ -34,7 +34,7 @@ class TestRoutes(base.LabTestCase):
     def setUp(self) -> None:
         super().setUp()
         self.lab.add_ipv6()
-        self.index = kernel.index_of(lab.PARENT)
+        self.index = kernel.find_ifindex(lab.PARENT)
 
     def read(self, *routes: str) -> kernel.Routes:
         """Add routes and read all."""
@@ -115,7 +115,7 @@ class TestRoutes(base.LabTestCase):
                     gone, *socket.if_nameindex()]):
             for device, expected in (('none', others | at_veth0),
                                      ('veth0', others)):
-                index = kernel.index_of(device) or 0
+                index = kernel.find_ifindex(device) or 0
                 self.assertEqual(
                     at_veth0 if index else set(),
                     set(map(str, netlink.routes([index]).left_out)))
@@ -163,7 +163,7 @@ class TestRoutes(base.LabTestCase):
             self.assertEqual(netlink.addresses(),
                              [each[:2] for each in found])
         self.assertEqual(
-            [(kernel.index_of('veth0'), ipaddress.ip_address('fd07::1'))],
+            [(kernel.find_ifindex('veth0'), ipaddress.ip_address('fd07::1'))],
             [each[:2] for each in found
              if each.flags & wire.IFA_F_TENTATIVE])
         self.assertFalse(any(each.flags & wire.IFA_F_DADFAILED
@@ -190,7 +190,7 @@ class TestRoutes(base.LabTestCase):
 class TestNeighbours(base.LabTestCase):
 
     def test_unresolved(self) -> None:
-        index = kernel.index_of(lab.PARENT) or 0
+        index = kernel.find_ifindex(lab.PARENT) or 0
         for count in 1, 40:  # by look-ups, and by a dump
             asked = base.addresses(*(
                 '100.75.30.%d' % (100 + number) for number in range(count)))
@@ -204,7 +204,7 @@ class TestNeighbours(base.LabTestCase):
                              lab.PARENT, 'lladdr', '02:00:00:00:00:01')
             with self.subTest(count), kernel.Netlink() as netlink:
                 self.assertCountEqual(asked[:count // 2 + 1],
-                                      netlink.unresolved(index, {
+                                      netlink.list_unresolved(index, {
                                           *asked[:count // 2 + 1], *others}))
 
 
@@ -212,7 +212,7 @@ class TestChange(base.LabTestCase):
 
     def garbage(self, netlink: kernel.Netlink, count: int) -> int:
         """How much is left of setting so many routes and neighbours."""
-        index = kernel.index_of(lab.PARENT) or 0
+        index = kernel.find_ifindex(lab.PARENT) or 0
         changes: list[kernel.Change] = []
         for number in range(count):
             address = ipaddress.ip_address('10.1.0.%d' % number)
@@ -245,7 +245,8 @@ class TestNamespaceEvents(base.LabTestCase):
         identity = kernel.identify(path)
         assert identity is not None
         with contextlib.closing(kernel.NamespaceEvents()) as events:
-            number = kernel.examine(kernel.Found(path, identity)).number
+            number = kernel.examine_namespace(
+                kernel.FoundNamespace(path, identity)).number
             self.assertEqual({number}, events.get().numbered)
             self.lab.run('ip', 'link', 'set', 'lo', 'down', netns='one')
             self.assertEqual({number}, events.get().changed)
@@ -259,14 +260,14 @@ class TestNamespaceEvents(base.LabTestCase):
                          'netns', 'one', 'type', 'macvlan')
             changes = events.get()
             self.assertEqual((set(), True), (changes.changed,
-                                             changes.stacked))
+                                             changes.is_stacked))
             # What is made here explains the event of its parent.
             for command in ('add mv link eth0 type macvlan', 'del mv',
                             'set eth0 promisc on'):
                 self.lab.run('ip', 'link', *command.split())
                 changes = events.get()
                 self.assertEqual((True, False), (changes.interfaces,
-                                                 changes.stacked), command)
+                                                 changes.is_stacked), command)
 
 
 class TestHostile(base.LabTestCase):
@@ -303,11 +304,11 @@ class TestHostile(base.LabTestCase):
                 with self.assertRaises(exceptions.SystemRefused):
                     kernel.read_sysctl('ipv6/conf/all/disable_ipv6')
                 with self.assertRaises(exceptions.SystemRefused):
-                    kernel.index_of(lab.PARENT)
-                self.assertTrue(kernel.exists(lab.PARENT))
-                self.assertFalse(kernel.exists('veth7'))
-                self.assertIsNone(kernel.index_of('veth7'))
-            self.assertTrue(caught.exception.exhausted)
+                    kernel.find_ifindex(lab.PARENT)
+                self.assertTrue(kernel.has_interface(lab.PARENT))
+                self.assertFalse(kernel.has_interface('veth7'))
+                self.assertIsNone(kernel.find_ifindex('veth7'))
+            self.assertTrue(caught.exception.is_exhausted)
             self.assertIsNone(kernel.read_sysctl('ipv6/conf/none/mtu'))
             self.assertIsNone(netlink.link('veth7'))
             for name in ('veth0', '', 'x' * 16, '\udcff' * 16, '\ud800'):
@@ -320,11 +321,11 @@ class TestHostile(base.LabTestCase):
             with mock.patch.object(socket, 'if_indextoname',
                                    side_effect=OSError(code, 'of the test')):
                 if expected is None:  # it has just been deleted
-                    self.assertEqual([], kernel.macvlans_in(path))
+                    self.assertEqual([], kernel.list_macvlans_in(path))
                     continue
                 with self.assertRaises(expected):
-                    kernel.macvlans_in(path)
-        self.assertEqual(1, len(kernel.macvlans_in(path)))
+                    kernel.list_macvlans_in(path)
+        self.assertEqual(1, len(kernel.list_macvlans_in(path)))
 
     def test_names_that_are_not_utf_8(self) -> None:
         """An interface, and the only process of a container."""
@@ -346,7 +347,7 @@ class TestHostile(base.LabTestCase):
         pid = base.in_child(contained)
         try:
             lab.until(lambda: '/proc/%d' % pid in {
-                each.process for each in kernel.find(['/proc'])})
+                each.process for each in kernel.find_namespaces(['/proc'])})
         finally:
             os.kill(pid, signal.SIGKILL)
             base.wait_for(pid)
@@ -357,7 +358,7 @@ class TestHostile(base.LabTestCase):
                                return_value=([], False)) as asked, \
                 mock.patch.object(time, 'sleep') as slept, \
                 self.assertRaises(exceptions.KernelRefused):
-            kernel.macvlans_in(path)
+            kernel.list_macvlans_in(path)
         self.assertEqual(netlink_module.FEW_TRIES, asked.call_count)
         slept.assert_not_called()
 
@@ -433,7 +434,7 @@ class TestDumps(base.LabTestCase):
             self.heard(nft, lambda: self.reads == 1 and self.insert())
             nft.rules(TABLE)
         self.assertEqual(errno.EINTR, caught.exception.errno)
-        self.assertIn('changed each time', str(caught.exception))
+        self.assertIn('changed during each read', str(caught.exception))
 
     def test_addresses_that_change_each_time(self) -> None:
         # The first one goes, so the kernel passes over the one that follows
@@ -476,7 +477,7 @@ class TestDumps(base.LabTestCase):
             self.assertEqual(count, len(dump()))
 
     def test_what_a_pod_has_too_much_of(self) -> None:
-        index = kernel.index_of(lab.PARENT) or 0
+        index = kernel.find_ifindex(lab.PARENT) or 0
         self.load('ip', '-batch', lines=[
             line % (number // 250, number % 250, lab.PARENT)
             for number in range(3000) for line in (
@@ -511,7 +512,7 @@ class TestEvents(base.LabTestCase):
             room = events._socket.getsockopt(socket.SOL_SOCKET,
                                              socket.SO_RCVBUF)
             self.add_routes(2000)
-            heard = [each.what for _ in range(20) for each in events.get()]
+            heard = [each.kind for _ in range(20) for each in events.get()]
         has_room = room > 2000 * 1024
         self.assertEqual(not has_room, 'lost' in heard)
         self.assertEqual(has_room, heard.count('route') == 2000)
@@ -524,14 +525,14 @@ class TestEvents(base.LabTestCase):
                                       2 ** 18)
             self.add_routes(5000)
             first = events.get()
-            self.assertEqual('lost', first[0].what)
+            self.assertEqual('lost', first[0].kind)
             self.assertGreater(len(first), 100)
             self.lab.run('ip', 'route', 'add', '10.2.0.1', 'dev', 'eth0')
             rest = [each for _ in range(20) for each in events.get()]
             self.assertNotIn('10.2.0.1', {str(each.dst) for each in rest})
-            self.assertEqual(1, [each.what for each in rest].count('lost'))
-            self.assertEqual('lost', rest[-1].what)
+            self.assertEqual(1, [each.kind for each in rest].count('lost'))
+            self.assertEqual('lost', rest[-1].kind)
             self.lab.run('ip', 'route', 'add', '10.2.0.2', 'dev', 'eth0')
             self.assertEqual(['10.2.0.2'], [
                 str(each.dst) for each in events.get()
-                if each.what == 'route'])
+                if each.kind == 'route'])

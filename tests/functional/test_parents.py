@@ -388,7 +388,7 @@ class TestRenamed(ParentsTestCase):
                 parent='ens3')
         with self.assertRaises(exceptions.Break0Error):
             self.manager(parent='eth0').sync()
-        self.assertIn('Set it to ens3, or remove it', ' '.join(
+        self.assertIn('Set the option to ens3, or remove it', ' '.join(
             self.problems(parent='eth0')))
         self.assertEqual({POD, POD6}, set(self.lab.routes()))
         for address in (POD, POD6):

@@ -31,7 +31,7 @@ class TestView(test_driver.DriverTestCase):
             self.lab.run('ip', 'link', 'add', 'name', name, 'type', 'veth',
                          'peer', 'name', 'peer-%d' % number)
         self.connect()
-        with patches.interfaces_only(), b_base.get_ipdb() as ipdb:
+        with patches.read_interfaces_only(), b_base.get_ipdb() as ipdb:
             found = {name: (link['index'], link['mtu'], link['flags'],
                             {address for address, _ in link['ipaddr']})
                      for name, link in ipdb.by_name.items()}
@@ -50,7 +50,7 @@ class TestView(test_driver.DriverTestCase):
             index = ipdb.interfaces['break0'].index
             self.assertIn(POD, ipdb.neighbours[index])
             self.assertIn(POD + '/32', ipdb.routes)
-        with patches.interfaces_only(), b_base.get_ipdb() as ipdb:
+        with patches.read_interfaces_only(), b_base.get_ipdb() as ipdb:
             self.assertNotIn(POD, ipdb.neighbours.get(index, ()))
             self.assertFalse(hasattr(ipdb, 'routes'))
             self.assertFalse(hasattr(ipdb, 'rules'))
@@ -58,15 +58,17 @@ class TestView(test_driver.DriverTestCase):
     def test_that_of_a_pod_is_whole(self) -> None:
         self.connect()
         b_base._configure_l3(self.vif, 'eth0', self.netns, True)
-        with patches.interfaces_only(), b_base.get_ipdb(self.netns) as ipdb:
+        with patches.read_interfaces_only(), \
+                b_base.get_ipdb(self.netns) as ipdb:
             self.assertIs(pyroute2.IPDB, type(ipdb))
             self.assertIn(lab.LAN, [route.gateway for route in ipdb.routes])
 
     def test_it_is_undone(self) -> None:
         stock = b_base.get_ipdb
-        with self.assertRaises(ZeroDivisionError), patches.interfaces_only():
+        with self.assertRaises(ZeroDivisionError), \
+                patches.read_interfaces_only():
             self.assertIsNot(stock, b_base.get_ipdb)
-            with patches.interfaces_only():
+            with patches.read_interfaces_only():
                 self.assertIsNot(stock, b_base.get_ipdb)
             self.assertIsNot(stock, b_base.get_ipdb)
             raise ZeroDivisionError
@@ -128,7 +130,7 @@ class TestCost(test_driver.DriverTestCase):
         if sys.argv[1] == 'break0':
             vif = break0_vif.VIFMacvlanBreak0._obj_from_primitive(
                 None, '1.0', vif.obj_to_primitive())
-            ipdb.prepare()  # as kuryr-daemon does it
+            ipdb.preload()  # as kuryr-daemon does it
         os.write(2, b'begins')  # sys.stderr waits for the end of the line
         for work in (b_base.connect, b_base.disconnect):
             work(vif, None, 'eth0', netns='/run/netns/pod',

@@ -67,7 +67,8 @@ class TestProcesses(SearchTestCase):
             made.all({})
             process = contain()
             with mock.patch.object(
-                    namespaces, 'seen', side_effect=namespaces.seen) as seen:
+                    namespaces, 'stat_namespace',
+                    side_effect=namespaces.stat_namespace) as seen:
                 found = made.new(False)
             self.assertIn('%s/%d' % (PROC, process.pid),
                           [each.process for each in found])
@@ -136,7 +137,8 @@ class TestNames(SearchTestCase):
         self.assertEqual(10, len(made.all({})))  # and that of the LAN
         self.lab.add_netns('new')
         with mock.patch.object(
-                namespaces, 'seen', side_effect=namespaces.seen) as seen:
+                namespaces, 'stat_namespace',
+                side_effect=namespaces.stat_namespace) as seen:
             found = made.new(True)
         self.assertEqual({'/run/netns/new'}, {each.path for each in found})
         self.assertLess(seen.call_count, 3)
@@ -149,8 +151,8 @@ class TestNames(SearchTestCase):
 class TestContainer(SearchTestCase):
 
     def containers(self) -> Iterator[Any]:
-        for found in kernel.find([PROC]):
-            yield kernel.examine(found).container
+        for found in kernel.find_namespaces([PROC]):
+            yield kernel.examine_namespace(found).container
 
     def test_namespaces_of_one_container(self) -> None:
         """And of processes in process namespaces that it has made."""

@@ -53,11 +53,11 @@ class TestSharedSocket(base.LabTestCase):
                     for pair in own.elements(TABLE)}
 
     def test_only_who_holds_the_lock_gets_it(self) -> None:
-        self.assertIsNot(self.shared, kernel.node_nft())
+        self.assertIsNot(self.shared, kernel.open_node_nft())
         self.assertFalse(self.ledger.is_locked)
         with self.ledger.lock():
             self.assertTrue(self.ledger.is_locked)
-            self.assertIs(self.shared, kernel.node_nft(exclusive=True))
+            self.assertIs(self.shared, kernel.open_node_nft(exclusive=True))
         self.assertFalse(self.ledger.is_locked)
 
     def test_a_lock_that_is_not_had_is_not_held(self) -> None:
@@ -72,8 +72,8 @@ class TestSharedSocket(base.LabTestCase):
 
     def test_not_in_another_namespace(self) -> None:
         path = self.lab.add_pod('pod', OTHER)
-        with kernel.entered(path):
-            self.assertIsNot(self.shared, kernel.node_nft(exclusive=True))
+        with kernel.enter_namespace(path):
+            self.assertIsNot(self.shared, kernel.open_node_nft(exclusive=True))
 
     def test_workers_open_none_of_their_own(self) -> None:
         """A socket that ends with a worker holds up all others."""
@@ -106,7 +106,7 @@ class TestSharedSocket(base.LabTestCase):
         for _ in range(3):
             nft.post([refused])
         with self.ledger.lock():
-            kernel.node_nft(exclusive=True)
+            kernel.open_node_nft(exclusive=True)
             nft.post([refused])  # by a process that has not the lock
             pair = nft.Pair(bytes((100, 75, 30, 99)), None)
             self.shared.add(TABLE, [pair])
@@ -145,7 +145,7 @@ class TestSharedSocket(base.LabTestCase):
         def changed() -> bool:
             with mock.patch.object(os, 'urandom', return_value=(
                     NUMBER << 1).to_bytes(4, 'big')):
-                shared = kernel.node_nft(exclusive=True)
+                shared = kernel.open_node_nft(exclusive=True)
             assert shared._sequence == NUMBER
             shared.add(TABLE, [pair])
             assert pair in shared.elements(TABLE)

@@ -88,7 +88,7 @@ class TestFaults(SyncTestCase):
         self.lab.run('ip', 'link', 'set', 'break0', 'name', 'mine')
         with self.assertRaisesRegex(exceptions.KernelRefused,
                                     'set up the interface break0: Address '
-                                    'already in use.*rename it back'):
+                                    'already in use.*restore its name'):
             self.sync()
         self.assertEqual(PODS, set(self.lab.routes('mine')))
         self.lab.run('ip', 'link', 'set', 'mine', 'name', 'break0')
@@ -249,7 +249,7 @@ class TestWithoutAgent(SyncTestCase):
 
     def test_that_is_left_to_an_agent(self) -> None:
         own = base.options()
-        with ledger.Ledger(own.state_dir).heartbeat.kept():
+        with ledger.Ledger(own.state_dir).heartbeat.keep():
             self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
             self.next_pod()
             self.assertEqual({POD}, set(self.lab.routes()))
@@ -259,7 +259,7 @@ class TestWithoutAgent(SyncTestCase):
     def test_that_is_not_left_to_an_agent_that_hangs(self) -> None:
         own = base.options()
         found = ledger.Ledger(own.state_dir)
-        with found.heartbeat.kept() as beat:
+        with found.heartbeat.keep() as beat:
             self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
             with mock.patch.object(files, 'now', return_value=(
                     files.now() - 200)):
@@ -404,7 +404,7 @@ class TestSteps(SyncTestCase):
     STEPS = ((records.Records, 'put'), (records.Records, 'remove'),
              (cache.Cache, 'put'), (kernel.Netlink, 'change'),
              (kernel.Netlink, 'link'),
-             (kernel.Netlink, 'raise_link'), (kernel, 'create_macvlan'),
+             (kernel.Netlink, 'set_link_up'), (kernel, 'create_macvlan'),
              (kernel, 'write_sysctl'))
 
     def die_after(self, number: int) -> None:

@@ -344,8 +344,8 @@ class TestPodSide(UnservedTestCase):
         self.lab.run('ip', 'link', 'del', 'eth0', netns='one')
         done = self.call('status')
         self.assertEqual(1, done.returncode)
-        self.assertIn('has no interface eth0. If it went with its parent, '
-                      'restart the container',
+        self.assertIn('has no interface eth0. If it was deleted '
+                      'with its parent, restart the container',
                       ' '.join(done.stdout.split()))
 
     def test_what_is_not_examined(self) -> None:
@@ -386,12 +386,12 @@ class TestCost(base.LabTestCase):
             self.lab.run('ip', 'address', 'add', '10.0.0.%d' % number, 'dev',
                          'lo', netns='one')
         with mock.patch.object(kernel.Netlink, 'address_states', states):
-            self.assertEqual([], kernel.macvlans_in(path))
+            self.assertEqual([], kernel.list_macvlans_in(path))
             self.assertEqual([], seen)
             self.lab.add_macvlan('one')
             self.lab.run('ip', 'address', 'add', ONE, 'dev', 'eth0',
                          netns='one')
-            (found,) = kernel.macvlans_in(path)
+            (found,) = kernel.list_macvlans_in(path)
             self.assertEqual(tuple(base.addresses(ONE)), found.addresses)
             self.assertLess(sum(seen), 3)
 

@@ -86,7 +86,7 @@ class FakeKernel:
 
     # The functions of the package
 
-    def node_nft(self, exclusive: bool = False) -> FakeNft:
+    def open_node_nft(self, exclusive: bool = False) -> FakeNft:
         return FakeNft(self)
 
     def find_program(self, name: str) -> Optional[str]:
@@ -104,7 +104,7 @@ class FakeKernel:
         return None
 
     def count_host_routes(self, devices: Any) -> int:
-        return sum(self.name_of(route.oif) in devices
+        return sum(self.format_ifname(route.oif) in devices
                    for route in self.host.values())
 
     def create_macvlan(self, name: str, parent: kernel.Link,
@@ -112,19 +112,19 @@ class FakeKernel:
         self.add_link(name, kind='macvlan', mode='bridge', mac=mac,
                       lower=parent.index, up=False, multicast=True)
 
-    def index_of(self, name: str) -> Optional[int]:
+    def find_ifindex(self, name: str) -> Optional[int]:
         found = self.links.get(name)
         return found.index if found is not None else None
 
-    def name_of(self, ifindex: Optional[int]) -> str:
+    def format_ifname(self, ifindex: Optional[int]) -> str:
         return next((link.name for link in self.links.values()
                      if link.index == ifindex), 'if%s' % ifindex)
 
-    def current_name(self, name: str, ifindex: Optional[int]) -> str:
+    def find_current_name(self, name: str, ifindex: Optional[int]) -> str:
         return next((link.name for link in self.links.values()
                      if link.index == ifindex), name)
 
-    def exists(self, name: str) -> bool:
+    def has_interface(self, name: str) -> bool:
         return name in self.links
 
     def identify(self, path: Optional[str]) -> Optional[NamespaceId]:
@@ -141,11 +141,11 @@ class FakeKernel:
             kernel.State.UNKNOWN if known is None else
             kernel.State.GONE if known in self.gone else kernel.State.LIVING)
 
-    def macvlans(self, *where: Any) -> list[kernel.Macvlan]:
+    def list_macvlans(self, *where: Any) -> list[kernel.Macvlan]:
         return self.macvlans_found
 
-    def source_for(self, address: IPAddress,
-                   device: Optional[str] = None) -> Optional[IPAddress]:
+    def find_source(self, address: IPAddress,
+                    device: Optional[str] = None) -> Optional[IPAddress]:
         return next((own for name, own in self.owned
                      if own.version == address.version), None)
 
@@ -156,11 +156,11 @@ class FakeKernel:
     def write_sysctl(self, path: str, value: int, directory: str) -> None:
         self.sysctls[path] = value
 
-    def forget_connections(self, address: IPAddress) -> None:
+    def delete_connections(self, address: IPAddress) -> None:
         pass
 
     @contextlib.contextmanager
-    def entered(self, netns: str, known: Any = None) -> Iterator[None]:
+    def enter_namespace(self, netns: str, known: Any = None) -> Iterator[None]:
         raise exceptions.NetnsUnusable(netns=netns, reason='is not entered')
         yield
 
@@ -205,8 +205,8 @@ class FakeNetlink:
         return [each for (index, _), each in self._fake.known.items()
                 if index == ifindex]
 
-    def unresolved(self, ifindex: int, addresses: Collection[IPAddress]
-                   ) -> list[IPAddress]:
+    def list_unresolved(self, ifindex: int, addresses: Collection[IPAddress]
+                        ) -> list[IPAddress]:
         return []
 
     def neighbour(self, ifindex: int, address: IPAddress
@@ -218,7 +218,7 @@ class FakeNetlink:
         return next((route for route in self._fake.host.values()
                      if route.dst == address), None)
 
-    def raise_link(self, link: kernel.Link) -> None:
+    def set_link_up(self, link: kernel.Link) -> None:
         self._fake.replace(link, up=True, multicast=False)
 
     def set_alias(self, link: kernel.Link, alias: str) -> None:
@@ -230,7 +230,7 @@ class FakeNetlink:
     def set_mac(self, link: kernel.Link, mac: str) -> None:
         self._fake.replace(link, mac=mac)
 
-    def put_address(self, link: kernel.Link, address: IPAddress) -> None:
+    def add_address(self, link: kernel.Link, address: IPAddress) -> None:
         self._fake.owned.append((link.name, address))
 
     def delete_link(self, name: str) -> None:
@@ -294,7 +294,7 @@ class FakeNft:
     def has_table(self, table: str) -> bool:
         return table in self._fake.tables
 
-    def add_answer(self, *args: Any) -> None:
+    def add_neighbour_answer(self, *args: Any) -> None:
         pass
 
     def delete_table(self, table: str) -> bool:
@@ -303,15 +303,16 @@ class FakeNft:
 
 def patchers(fake: FakeKernel) -> Iterator[Any]:
     """Return what puts a fake kernel in the place of the real one."""
-    for name in ('count_host_routes', 'create_macvlan', 'current_name',
-                 'exists', 'identify', 'identify_or_fail', 'index_of',
-                 'name_of', 'macvlans', 'node_nft', 'source_for',
-                 'read_sysctl', 'write_sysctl', 'find_program',
-                 'forget_connections', 'entered'):
+    for name in ('count_host_routes', 'create_macvlan', 'find_current_name',
+                 'has_interface', 'identify', 'identify_or_fail',
+                 'find_ifindex', 'format_ifname', 'list_macvlans',
+                 'open_node_nft', 'find_source', 'read_sysctl',
+                 'write_sysctl', 'find_program',
+                 'delete_connections', 'enter_namespace'):
         yield mock.patch.object(kernel, name, getattr(fake, name))
     yield mock.patch.object(kernel, 'Netlink', fake.socket)
     yield mock.patch.object(kernel.Judge, 'judge', fake.judge)
-    yield mock.patch.object(node, 'current_name', fake.current_name)
+    yield mock.patch.object(node, 'find_current_name', fake.find_current_name)
     yield mock.patch.object(guard, '_load', fake.load)
 
 

@@ -28,7 +28,7 @@ class TestAdopter(unittest.TestCase):
     def test_another_one_with_its_mac_address(self) -> None:
         """As a container may have while its own interface is down."""
         port: Any = types.SimpleNamespace(
-            mac=MAC, not_ours=None, damaged=None, pod='default/pod',
+            mac=MAC, refusal=None, damaged=None, pod='default/pod',
             ifname='eth0', addresses=tuple(base.addresses('10.0.0.71')))
         found = macvlan('/run/netns/pod', True), macvlan('/evil', False)
         for order in itertools.permutations(found):
@@ -40,7 +40,7 @@ class TestAdopter(unittest.TestCase):
 
     def test_a_dry_run_refuses_as_the_run_does(self) -> None:
         port: Any = types.SimpleNamespace(
-            mac=MAC, not_ours=None, damaged=None, pod='default/pod',
+            mac=MAC, refusal=None, damaged=None, pod='default/pod',
             ifname='eth0', addresses=tuple(base.addresses('10.0.0.71')),
             subnets=())
         for options, next_hops, reason in (

@@ -42,7 +42,7 @@ class TestComparison(unittest.TestCase):
                 comparison.compare.cache_clear()
                 found = self.changed(old, new)
                 self.assertFalse(found.is_known)
-                self.assertIn('none that was compared', found.text)
+                self.assertIn('it differs from Kuryr', found.text)
 
     def test_what_is_not_replaced_does_not_count(self) -> None:
         self.assertTrue(self.changed("VLAN_KIND = 'vlan'",

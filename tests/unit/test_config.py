@@ -98,8 +98,8 @@ metrics_bind = [::1]:80
 
     def test_bad_values(self) -> None:
         for line, *texts in (
-                ('enabled = perhaps', "'perhaps'", 'true nor false'),
-                ('pod_binding = both', "'both'", 'auto, kuryr, direct'),
+                ('enabled = perhaps', "'perhaps'", 'must be true or false'),
+                ('pod_binding = both', "'both'", 'auto, kuryr or direct'),
                 ('device = more than fifteen', 'more than', '15 characters'),
                 ('device = ..', "'..'", 'interface name'),
                 ('device = all', "'all'", 'interface name'),
@@ -108,7 +108,7 @@ metrics_bind = [::1]:80
                 ('device = br%d', "'br%d'", '"%"'),
                 ('device = éééééééé', 'interface name', '15'),
                 ('parent = a b', "'a b'", 'interface name'),
-                ('addr = 100.75.30.7/24', '100.75.30.7/24', 'host address'),
+                ('addr = 100.75.30.7/24', '100.75.30.7/24', 'single address'),
                 ('addr = eth0', "'eth0'", 'IPv4 or IPv6'),
                 ('addr = 224.0.0.1', '224.0.0.1', 'multicast'),
                 ('addr = fe80::1', 'fe80::1', 'link-local'),
@@ -120,7 +120,7 @@ metrics_bind = [::1]:80
                 ('resync_interval = ', "''", 'from 1 to 86400'),
                 ('allowed_cidrs = 10.0.0.1/8', '10.0.0.1/8', 'host bits'),
                 ('allowed_cidrs = ten', "'ten'", '10.0.0.0/16'),
-                ('strict = 2', "'2'", 'true nor false'),
+                ('strict = 2', "'2'", 'must be true or false'),
                 ('state_dir = run', "'run'", 'absolute path'),
                 ('sysctl_dir = proc/sys', "'proc/sys'", 'absolute path'),
                 ('metrics_bind = 9817', "'9817'", '127.0.0.1:9817'),
@@ -152,7 +152,7 @@ metrics_bind = [::1]:80
                 file.flush()
                 conf = cfg.ConfigOpts()
                 conf(['--config-file', file.name])
-                self.assertEqual(name, config.device_name(conf))
+                self.assertEqual(name, config.read_device_name(conf))
 
     def test_two_configurations_do_not_mix(self) -> None:
         first, second = cfg.ConfigOpts(), cfg.ConfigOpts()
@@ -207,7 +207,7 @@ class TestUnknown(unittest.TestCase):
         with mock.patch.dict(os.environ, OS_BREAK0__STRIKT='true'):
             self.assertEqual(
                 ['[break0] strikt in the environment is no option: did you '
-                 'mean strict?'], config.unknown(conf))
+                 'mean strict?'], config.list_unknown(conf))
 
     def test_names_that_oslo_config_does_not_take(self) -> None:
         with tempfile.NamedTemporaryFile('w', suffix='.conf') as file:
@@ -221,7 +221,7 @@ class TestUnknown(unittest.TestCase):
                 ['[break0] %s in %s is no option: did you mean %s?' % (
                     name, file.name, meant) for name, meant in (
                         ('allowed-cidrs', 'allowed_cidrs'),
-                        ('strikt', 'strict'))], config.unknown(conf))
+                        ('strikt', 'strict'))], config.list_unknown(conf))
 
     def test_an_option_that_was_dropped(self) -> None:
         self.assertFalse({each.dest for each in config.OPTS}
@@ -229,4 +229,5 @@ class TestUnknown(unittest.TestCase):
         with mock.patch.dict(os.environ, OS_BREAK0__LOCK_TIMEOUT='20'):
             self.assertEqual(
                 ['[break0] lock_timeout in the environment is no option any '
-                 'more: it is 10 seconds'], config.unknown(cfg.ConfigOpts()))
+                 'more: it is 10 seconds'],
+                config.list_unknown(cfg.ConfigOpts()))

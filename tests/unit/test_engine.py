@@ -412,12 +412,12 @@ class TestDevice(EngineTestCase):
 
     def test_it_is_silent_before_it_is_up(self) -> None:
         order: list[str] = []
-        write, up = self.fake.write_sysctl, fake.FakeNetlink.raise_link
+        write, up = self.fake.write_sysctl, fake.FakeNetlink.set_link_up
         with mock.patch.object(
                 kernel, 'write_sysctl', lambda path, *rest: (
                     order.append(path), write(path, *rest))), \
                 mock.patch.object(
-                    fake.FakeNetlink, 'raise_link', lambda *args: (
+                    fake.FakeNetlink, 'set_link_up', lambda *args: (
                         order.append('up'), up(*args))):
             self.ensure()
         self.assertLessEqual(
@@ -426,7 +426,7 @@ class TestDevice(EngineTestCase):
 
     def test_one_that_cannot_be_finished_is_gone_again(self) -> None:
         with mock.patch.object(
-                fake.FakeNetlink, 'raise_link',
+                fake.FakeNetlink, 'set_link_up',
                 side_effect=exceptions.KernelRefused('up', 'no', 1)):
             with self.assertRaises(exceptions.KernelRefused):
                 self.ensure()

@@ -239,7 +239,7 @@ class TestNetlink(unittest.TestCase):
                 made = events.Events()
             made._socket = heard
             told.send(data)
-            found = {event.what for event in made.get()}
+            found = {event.kind for event in made.get()}
         self.assertLessEqual(found, {'lost', 'link', 'address', 'route',
                                      'nexthop', 'neighbour'})
         return found

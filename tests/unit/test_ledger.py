@@ -158,14 +158,15 @@ class TestInspection(LedgerTestCase):
         self.records.put([dataclasses.replace(RECORD, parent_index=7)])
         self.records.put([dataclasses.replace(
             RECORD, address=ADDRESS + 1, parent_index=7)])
-        with mock.patch.object(node, 'current_name',
+        with mock.patch.object(node, 'find_current_name',
                                return_value='eth7') as asked:
             before = self.ledger.contents()
         self.assertEqual(1, asked.call_count)
         self.records.put([dataclasses.replace(RECORD, parent_index=7,
                                               pod='a/b')])
         # It is called something else again.
-        with mock.patch.object(node, 'current_name', return_value='eth8'), \
+        with mock.patch.object(node, 'find_current_name',
+                               return_value='eth8'), \
                 mock.patch.object(records, 'from_json',
                                   side_effect=records.from_json) as parsed:
             after = self.ledger.contents()
@@ -235,18 +236,18 @@ class TestRecords(LedgerTestCase):
         self.assertEqual(5, self.records.count())
         seen: list[Any] = []
         for position in (0, 2, 4, 11):
-            some, count = self.records.some(position, 2)
+            some, count = self.records.list_part(position, 2)
             self.assertEqual((2, 5), (len(some), count))
             seen += some
         self.assertEqual(everything, set(seen[:5]))
         self.assertEqual(seen[0], seen[5])
         self.assertEqual(seen[1:3], seen[6:])
-        some, count = self.records.some(3, 5)
+        some, count = self.records.list_part(3, 5)
         self.assertEqual((everything, 5), (set(some), count))
         self.write('', 'ten.json')
         self.assertEqual(6, self.records.count())
         with self.assertLogs('kuryr_break0.ledger', 'WARNING'):
-            self.records.some(0, 10)
+            self.records.list_part(0, 10)
         self.assertEqual(5, self.records.count())
 
     def test_a_writer_killed_half_way_leaves_what_was_there(self) -> None:
@@ -260,7 +261,7 @@ class TestRecords(LedgerTestCase):
         cached = os.path.join(self.path, '.unfinished.42.next_hops.json')
         shutil.copy(unfinished, cached)
         with self.ledger.lock():
-            self.records.sweep()
+            self.records.delete_unfinished()
         self.assertFalse(os.path.exists(cached))
         self.assertEqual(['100.75.30.71.json'],
                          os.listdir(os.path.dirname(unfinished)))
@@ -409,8 +410,9 @@ class TestDirectory(LedgerTestCase):
         os.chmod(self.path, 0o755)
         open(self.path + '/x.json', 'w').close()
         for refused in self.ledger.prepare, self.ledger.lock().__enter__:
-            with self.assertRaisesRegex(exceptions.LedgerUnavailable,
-                                        'has no records, but others'):
+            with self.assertRaisesRegex(
+                    exceptions.LedgerUnavailable,
+                    'has no records, but the foreign file others'):
                 refused()
         self.assertEqual(0o755, stat.S_IMODE(os.stat(self.path).st_mode))
         self.assertEqual({'others', 'x.json'}, {*os.listdir(self.path)})
@@ -561,11 +563,11 @@ class TestCache(LedgerTestCase):
 class TestNextHops(LedgerTestCase):
 
     def note(self, *addresses: str) -> list[str]:
-        self.ledger.note_next_hops(map(ipaddress.ip_address, addresses))
-        return self.ledger.next_hops_seen()
+        self.ledger.add_next_hops(map(ipaddress.ip_address, addresses))
+        return self.ledger.list_recent_next_hops()
 
     def test_the_last_ones_are_kept(self) -> None:
-        self.assertEqual([], self.ledger.next_hops_seen())
+        self.assertEqual([], self.ledger.list_recent_next_hops())
         self.assertEqual(['10.0.0.1', 'fd00::1'],
                          self.note('10.0.0.1', 'fe80::1', 'fd00::1'))
         self.assertEqual(['10.0.0.1', 'fd00::1', '10.0.0.2'],
@@ -579,10 +581,10 @@ class TestNextHops(LedgerTestCase):
 
     def test_of_this_boot(self) -> None:
         self.note('10.0.0.1')
-        with mock.patch.object(identity, 'boot_id', return_value='other'):
-            self.assertEqual([], self.ledger.next_hops_seen())
+        with mock.patch.object(identity, 'read_boot_id', return_value='other'):
+            self.assertEqual([], self.ledger.list_recent_next_hops())
             self.assertEqual(['10.0.0.2'], self.note('10.0.0.2'))
-        self.assertEqual([], self.ledger.next_hops_seen())
+        self.assertEqual([], self.ledger.list_recent_next_hops())
 
 
 class TestEnds(LedgerTestCase):
@@ -591,23 +593,24 @@ class TestEnds(LedgerTestCase):
         first, second = (ledger.Owner('sandbox-%d' % number, 'eth0')
                          for number in range(2))
         for owner, when in (first, 1.5), (second, 2.5), (first, 3.5):
-            self.ledger.note_end(owner, when)
-        self.assertEqual({first: 3.5, second: 2.5}, self.ledger.ended())
-        self.ledger.forget_ends(3.0)
-        self.assertEqual({first: 3.5}, self.ledger.ended())
+            self.ledger.add_end(owner, when)
+        self.assertEqual({first: 3.5, second: 2.5}, self.ledger.list_ended())
+        self.ledger.delete_ends(3.0)
+        self.assertEqual({first: 3.5}, self.ledger.list_ended())
 
     def test_bounded(self) -> None:
         with mock.patch.object(ledger, 'MAX_ENDED', 3):
             for number in range(9):
-                self.ledger.note_end(ledger.Owner(str(number), 'eth0'),
-                                     float(number))
-        self.assertEqual([6.0, 7.0, 8.0], list(self.ledger.ended().values()))
+                self.ledger.add_end(ledger.Owner(str(number), 'eth0'),
+                                    float(number))
+        self.assertEqual([6.0, 7.0, 8.0],
+                         list(self.ledger.list_ended().values()))
 
     def test_damage_is_as_nothing(self) -> None:
         for facts in ([7], [['a', 'eth0']], [['a', 'eth0', 'now']], ['abc'],
                       [None], [['a', 'eth0', {}]]):
             self.ledger.cache.put('ended', facts)
-            self.assertEqual({}, self.ledger.ended(), facts)
+            self.assertEqual({}, self.ledger.list_ended(), facts)
             self.ledger.cache.put('missing', facts)
             self.assertFalse(missing.Sightings(self.ledger.cache).has(
                 [RECORD]))
@@ -621,14 +624,14 @@ class TestHeartbeat(LedgerTestCase):
         with open(heartbeat.path, 'w') as asked:
             fcntl.flock(asked, fcntl.LOCK_EX)
             with self.assertLogs('kuryr_break0.ledger', 'ERROR'), \
-                    heartbeat.kept() as beat:
+                    heartbeat.keep() as beat:
                 asked.close()
                 beat()
                 self.assertIsNotNone(heartbeat.age())
 
     def test_after_the_directory_was_lost(self) -> None:
         heartbeat = self.ledger.heartbeat
-        with heartbeat.kept() as beat:
+        with heartbeat.keep() as beat:
             shutil.rmtree(self.ledger.path)
             with self.assertLogs('kuryr_break0', 'ERROR') as logs:
                 beat()
@@ -642,7 +645,7 @@ class TestHeartbeat(LedgerTestCase):
     def test_while_an_agent_runs(self) -> None:
         heartbeat = self.ledger.heartbeat
         self.assertIsNone(heartbeat.age())
-        with heartbeat.kept() as beat:
+        with heartbeat.keep() as beat:
             self.assertLess(heartbeat.age() or 0, 60)
             with mock.patch.object(files, 'now',
                                    return_value=files.now() + 100):
@@ -654,7 +657,7 @@ class TestHeartbeat(LedgerTestCase):
     def test_where_it_cannot_be_written(self) -> None:
         shutil.rmtree(self.path)
         with self.assertLogs('kuryr_break0.ledger', 'ERROR') as logs:
-            with self.ledger.heartbeat.kept() as beat:
+            with self.ledger.heartbeat.keep() as beat:
                 beat()
         self.assertIn('Cannot write the heartbeat', logs.output[0])
 

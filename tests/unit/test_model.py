@@ -475,7 +475,7 @@ class Node(stateful.RuleBasedStateMachine):
                                 (fake.FakeNetlink, 'change'),
                                 (fake.FakeNft, 'add'),
                                 (fake.FakeNft, 'delete'),
-                                (fake.FakeNetlink, 'raise_link')):
+                                (fake.FakeNetlink, 'set_link_up')):
                 stack.enter_context(mock.patch.object(
                     owner, name, counted(getattr(owner, name))))
             yield

@@ -94,7 +94,7 @@ class TestWithoutAgent(ShimTestCase):
         for wrong in ('relative', '', 7, None, [], '/' + 'x' * 4096,
                       '/run/\n', '/run/"'):
             with self.subTest(socket=wrong):
-                self.assert_fails(7, 'socket has to be', 'ADD',
+                self.assert_fails(7, 'socket must be', 'ADD',
                                   {**self.config, 'socket': wrong})
 
     def test_input_that_is_too_large(self) -> None:

@@ -152,9 +152,9 @@ class PluginSuite(base.CNITestCase):
                      'macvlan', 'mode', 'bridge', netns='one')
         previous = {'cniVersion': '1.0.0', 'ips': [
             {'address': '100.75.30.9/24'}]}
-        for ifname, text in (('eth0', 'no interface of this node'),
+        for ifname, text in (('eth0', 'its parent is not on this node'),
                              ('veth', 'it is a veth'),
-                             ('nope', 'none of that name')):
+                             ('nope', 'it does not exist')):
             self.assert_fails(100, text, 'ADD', self.runtime.single(
                 self.lan, previous=previous), netns=self.netns,
                 ifname=ifname)
@@ -386,7 +386,7 @@ class PluginSuite(base.CNITestCase):
                       '/dev/null', '/proc/self/ns/mnt'):
             self.assert_fails(100, 'does not exist, or is another|cannot be '
                               'entered', 'ADD', config, netns=netns)
-        self.assert_fails(100, "is the node's own", 'ADD', config,
+        self.assert_fails(100, 'namespace of the node itself', 'ADD', config,
                           netns='/proc/1/ns/net' if os.path.samefile(
                               '/proc/1/ns/net', '/proc/self/ns/net')
                           else '/proc/%d/ns/net' % os.getpid())

@@ -43,7 +43,7 @@ class DoctorTestCase(base.LabTestCase):
         # There, but it must not repair what the test has broken.
         self.agent = contextlib.ExitStack()
         self.agent.enter_context(
-            Ledger('/run/kuryr-break0', 10).heartbeat.kept())
+            Ledger('/run/kuryr-break0', 10).heartbeat.keep())
         self.addCleanup(self.agent.close)
 
     def set_up_pods(self) -> None:

@@ -60,8 +60,8 @@ class TestInstallation(DoctorTestCase):
         self.lab.run('ip', 'link', 'del', 'break0')
         self.assertRegex(
             self.run_with('sync', code=3).stderr,
-            'break0 cannot be created, since pyroute2 cannot be imported: '
-            'no transactional. See which version is needed: ')
+            'break0 cannot be created, because pyroute2 cannot be imported: '
+            'no transactional. To see the required version, run: ')
 
     def test_oslo_config_that_cannot_be_imported(self) -> None:
         self.install('oslo.config', '1.0')
@@ -71,7 +71,7 @@ class TestInstallation(DoctorTestCase):
         self.assert_only('dependency-unfit', 'oslo.config is 1.0', code=2)
         self.assertRegex(
             self.run_with('status', code=2).stderr,
-            r'\Akuryr-break0: It cannot be loaded: no ConfigOpts. '
+            r'\Akuryr-break0: The command cannot be loaded: no ConfigOpts. '
             r'oslo.config is 1.0, [^\n]*\n\Z')
 
     def run_with(self, verb: str, code: int

@@ -110,7 +110,7 @@ class TestPods(DoctorTestCase):
                 json.dump(fields, file)
         found = self.findings()
         self.assertEqual(['sandbox-unknown', 'pod-unreadable'], list(found))
-        self.assertIn('no namespace is seen there',
+        self.assertIn('no namespace is there',
                       found['sandbox-unknown']['seen'])
         self.assertIn('cannot be entered', found['pod-unreadable']['seen'])
 
