@@ -131,7 +131,8 @@ class Agent:
                 self._cni.listen(options)
                 # While another agent serves requests, it may discover.
                 if withdraws and self._cni.is_complete:
-                    withdraws = not records.take_back(options, ledger)
+                    withdraws = not records.unbind_discovered(
+                        options, ledger)
                     self._has_discovered &= withdraws
                 self._server.listen(options.metrics_bind)
                 if self._sync(reconciler, interests):
@@ -154,13 +155,13 @@ class Agent:
         may have been killed a moment ago.
         """
         if self._finder is not None:
-            records.note_unit(ledger)
+            records.store_unit(ledger)
             self._has_discovered = True
             return False
-        if self._has_discovered or records.is_of_this_unit(ledger):
+        if self._has_discovered or records.is_this_unit(ledger):
             return True
         with contextlib.suppress(exceptions.LedgerUnavailable):
-            count = sum(1 for _ in records.discovered(ledger))
+            count = sum(1 for _ in records.find_discovered(ledger))
             if count:
                 LOG.info('%d addresses of containers that another agent has '
                          'found stay bound until their containers end. To '
@@ -186,8 +187,8 @@ class Agent:
             waited.append(watch.fileno())
         conditions: list[int] = []
         if self._finder is not None:
-            waited += self._finder.files()
-            conditions += self._finder.conditions()
+            waited += self._finder.list_readable()
+            conditions += self._finder.list_exceptional()
         while not (self._stop or self._reload):
             timeout = min(timer, self._next(due, lost)) - time.monotonic()
             if timeout <= 0:
@@ -222,7 +223,8 @@ class Agent:
                 # Not longer than until there is something to do.
                 pause = self._next(due, lost) - now
                 if self._finder is not None:
-                    pause = min(pause, self._finder.due() - time.monotonic())
+                    pause = min(pause,
+                                self._finder.find_due() - time.monotonic())
                 if len(heard) >= _FLOOD and pause > 0:
                     time.sleep(min(_FLOOD_PAUSE, pause))
 
@@ -240,7 +242,7 @@ class Agent:
             timeout = min(timeout, _RETRY)
         timeout = min(timeout, self._unserved_at - time.monotonic())
         if self._finder is not None:
-            timeout = min(timeout, self._finder.due() - time.monotonic())
+            timeout = min(timeout, self._finder.find_due() - time.monotonic())
         return max(0.0, timeout)
 
     def _look(self, changed: list[int], ready: list[int]) -> None:
@@ -248,11 +250,11 @@ class Agent:
         assert self._finder is not None
         if changed:
             self._finder.note_mounts()
-        if any(each in ready for each in self._finder.files()):
-            self._finder.note()
-        if self._finder.due() <= time.monotonic():
+        if any(each in ready for each in self._finder.list_readable()):
+            self._finder.read_events()
+        if self._finder.find_due() <= time.monotonic():
             try:
-                self._finder.look()
+                self._finder.work()
             except Exception as err:  # must not end the agent
                 # What it was to do is still due, or found by the timer.
                 self._finder.postpone()
@@ -332,8 +334,8 @@ def _finding(options: config.Options, ledger: Ledger
         yield None
         return
     with contextlib.closing(engines.Namer(options, ledger)) as namer, \
-            contextlib.closing(finder.Finder(options, ledger, namer.want)
-                               ) as found:
+            contextlib.closing(finder.Finder(
+                options, ledger, namer.request_names)) as found:
         yield found
 
 

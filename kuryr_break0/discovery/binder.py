@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Binds and unbinds the addresses of containers that were found."""
+"""Bind and unbind the addresses of discovered containers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, Callable, Hashable, Optional
 
 from kuryr_break0 import config
 from kuryr_break0 import containers
-from kuryr_break0.discovery.records import followed
-from kuryr_break0.discovery.records import owner_id
+from kuryr_break0.discovery.records import find_maintained
+from kuryr_break0.discovery.records import make_owner_id
 from kuryr_break0.engine import Engine
 from kuryr_break0 import exceptions
 from kuryr_break0.failures import Failures
@@ -28,28 +28,28 @@ from kuryr_break0.policy import Policy
 
 LOG = log.get_logger(__name__)
 
-#: Addresses of one container that are bound. It can have thousands, and make
-#: namespaces with more.
+#: Maximum number of bound addresses of one container, which can have thousands
+#: of addresses in any number of namespaces.
 MAX_ADDRESSES = 32
-#: Seconds of binding the addresses of one container, after which others have
-#: their turn.
-_AT_ONCE = 0.03
-#: Different refusals that are remembered, so that each is logged once, and
-#: seconds until others are logged after these: a container can cause any
-#: number.
-_REMEMBERED, _FORGET = 1024, 60.0
+#: Seconds after which the other addresses of a namespace wait for its next
+#: turn.
+_TURN = 0.03
+#: Refusals that are kept in order to log each once. A container can cause any
+#: number of them. If the maximum is reached, others are logged only when no
+#: refusal has been added for ``_REFUSAL_SECONDS``.
+_MAX_REFUSALS, _REFUSAL_SECONDS = 1024, 60.0
 
 
 class Binder:
-    """Keeps the addresses of namespaces bound, one namespace at a time.
+    """Binder of the addresses in a namespace.
 
-    To be used by one thread.
+    Only one thread may use it.
 
-    :param changed: called after a bind, an unbind, or a look at the ledger
+    :param on_change: called after each bind, unbind or read of the records
     """
 
     def __init__(self, options: config.Options, ledger: Ledger,
-                 changed: Callable[[], None]) -> None:
+                 on_change: Callable[[], None]) -> None:
         self._options = options
         self._ledger = ledger
         self._policy = Policy(options)
@@ -58,56 +58,56 @@ class Binder:
         self._records: dict[NamespaceId, dict[IPAddress, Record]] = {}
         #: containers of the namespaces that have records
         self._containers: dict[NamespaceId, Hashable] = {}
-        #: namespaces with an address that was refused
+        #: namespaces with a refused address
         self._refused: set[NamespaceId] = set()
         self._refusals: set[tuple[IPAddress, Optional[int], str]] = set()
-        self._forget_at = 0.0
-        self._changed = changed
+        self._clear_at = 0.0
+        self._on_change = on_change
 
     def read_records(self) -> set[NamespaceId]:
         """Read the records of discovered addresses.
 
-        If that fails, those that were read before count.
+        If the ledger cannot be read, keep the previous records.
 
-        :returns: namespaces to read again: another program has changed their
-            records, or an address of theirs was refused
+        :returns: namespaces to read again, because another program has changed
+            their records or because an address was refused
         """
         records: dict[NamespaceId, dict[IPAddress, Record]] = {}
         try:
-            for record in followed(self._ledger):
+            for record in find_maintained(self._ledger):
                 if record.namespace is not None:
                     records.setdefault(record.namespace, {})[
                         record.address] = record
         except exceptions.LedgerUnavailable:
             records = self._records
         changed = {each for each in {*records, *self._records}
-                   if _essence(records.get(each, {})) != _essence(
+                   if _select_fields(records.get(each, {})) != _select_fields(
                        self._records.get(each, {}))}
         self._records = records
         self._containers = {each: container for each, container
                             in self._containers.items() if each in records}
         changed |= self._refused
         self._refused = set()
-        self._changed()
+        self._on_change()
         return changed
 
-    def has(self, namespace: NamespaceId) -> bool:
+    def has_bound(self, namespace: NamespaceId) -> bool:
         """Return whether an address of a namespace is bound."""
         return bool(self._records.get(namespace))
 
-    def update(self, found: kernel.FoundNamespace,
-               container: Hashable) -> bool:
-        """Bind the addresses of a namespace, unbind those that it has lost.
+    def update(self, found: kernel.Found, container: Hashable) -> bool:
+        """Bind new addresses of a namespace, and unbind removed ones.
 
-        :param container: see :class:`kernel.ExaminedNamespace`
-        :returns: False if there is more to do, or an error may pass
-        :raises NetnsUnusable: if another namespace is at its path, or none
+        :param container: see :class:`kernel.Examined`
+        :returns: False to call again, because addresses are left or an error
+            may be temporary
+        :raises NetnsUnusable: if no namespace, or another one, is at the path
         """
-        own = self._records.get(found.namespace, {})
+        bound = self._records.get(found.namespace, {})
         try:
-            macvlans = [each for each in kernel.list_macvlans_in(
-                found.path, found.namespace, kernel.QUICK_LIMITS, sorted({
-                    record.owner.ifname for record in own.values()}))
+            macvlans = [each for each in kernel.macvlans_in(
+                found.path, found.namespace, kernel.FEW, sorted({
+                    record.owner.ifname for record in bound.values()}))
                 if self._is_eligible(each)]
         except exceptions.KernelRefused as err:
             LOG.debug('Skipping a network namespace for now: %s', err)
@@ -115,72 +115,74 @@ class Binder:
         present = [(address, macvlan) for macvlan in macvlans
                    for address in macvlan.addresses
                    if address not in macvlan.unproven]
-        duplicates = [each for macvlan in macvlans
+        duplicates = [(each, macvlan) for macvlan in macvlans
                       for each in macvlan.duplicates]
-        for address in duplicates[:MAX_ADDRESSES]:
-            self._refuse(address, found.namespace, 'another host has it, as '
-                         'duplicate address detection has found')
-        # Those that are bound come first, so that others do not displace
-        # them where there are too many.
-        present.sort(key=lambda each: each[0] not in own)
+        for address, macvlan in duplicates[:MAX_ADDRESSES]:
+            self._log_refusal(
+                address, macvlan, 'duplicate address detection has found it '
+                'on another host. Give one of the two another address.')
+        # Bound addresses come first, so that they stay bound if there are too
+        # many.
+        present.sort(key=lambda each: each[0] not in bound)
         self._containers[found.namespace] = container
         elsewhere = sum(
             len(records) for each, records in self._records.items()
             if each != found.namespace and container is not None
             and container == self._containers.get(each))
-        # More are bound where they were rebuilt, which others had bound.
-        most = max(MAX_ADDRESSES - elsewhere, len(own))
-        wanted = dict(present[:most])
-        if len(present) > most:
-            self._refuse(present[-1][0], found.namespace, 'its container in '
-                         '%s has %d addresses, and %d are allowed' % (
-                             found.path, len(present) + elsewhere,
-                             MAX_ADDRESSES))
-        partly = {each.link.name for each in macvlans if not each.is_whole}
-        gone = [record for address, record in list(own.items())
-                if (address not in wanted
-                    and record.owner.ifname not in partly)
-                or (address in wanted
-                    and record.owner.ifname != wanted[address].link.name)]
-        is_done = all([self._unbind(record, found) for record in gone])
-        new = {address: macvlan for address, macvlan in wanted.items()
-               if not _is_bound(own.get(address), macvlan)}
+        # Rebuilt claims, which another program may have made, can exceed the
+        # maximum. They stay.
+        maximum = max(MAX_ADDRESSES - elsewhere, len(bound))
+        desired = dict(present[:maximum])
+        if len(present) > maximum:
+            self._log_refusal(
+                *present[-1], 'its container has %d addresses, and the '
+                'maximum is %d. Remove some of them.' % (
+                    len(present) + elsewhere, MAX_ADDRESSES))
+        incomplete = {each.link.name for each in macvlans if not each.is_whole}
+        removed = [record for address, record in list(bound.items())
+                   if (address not in desired
+                       and record.owner.ifname not in incomplete)
+                   or (address in desired
+                       and record.owner.ifname != desired[address].link.name)]
+        is_done = all([self._unbind(record, found) for record in removed])
+        new = {address: macvlan for address, macvlan in desired.items()
+               if not _is_current(bound.get(address), macvlan)}
         if new and not found.namespace.is_same(
                 kernel.require_other_namespace(found.path)):
             raise exceptions.NetnsUnusable(
-                netns=found.path, reason='is another one by now')
-        ends, left = time.monotonic() + _AT_ONCE, list(new.items())
-        while left:
-            is_done &= self._bind(*left.pop(0))
+                netns=found.path, reason='has been replaced by another one')
+        ends, remaining = time.monotonic() + _TURN, list(new.items())
+        while remaining:
+            is_done &= self._bind(*remaining.pop(0))
             if time.monotonic() > ends:
                 break
-        is_done &= not left
-        if not self.has(found.namespace):
+        is_done &= not remaining
+        if not self.has_bound(found.namespace):
             del self._containers[found.namespace]
         return is_done
 
     def _is_eligible(self, macvlan: kernel.Macvlan) -> bool:
-        against = containers.of_interface(self._options, macvlan)
-        if against is None or against[0] is not containers.Reason.OTHER_PARENT:
-            return against is None
-        # An option whose interface is not there, as one that was renamed,
-        # does not say that what is bound is on another one.
+        """Return whether addresses of an interface may be bound."""
+        refusal = containers.of_interface(self._options, macvlan)
+        if refusal is None or refusal[0] is not containers.Reason.OTHER_PARENT:
+            return refusal is None
+        # If [break0] parent names a missing interface, for example a renamed
+        # one, bound addresses may still be on the intended parent. They stay.
         return any(record.owner.ifname == macvlan.link.name for record in
                    self._records.get(macvlan.namespace, {}).values()) and (
             not kernel.has_interface(str(self._options.parent)))
 
     def _bind(self, address: IPAddress, macvlan: kernel.Macvlan) -> bool:
-        """Bind an address, unless it is another's or may not be.
+        """Bind an address, unless a claim or the policy forbids that.
 
-        Each by itself, so that one that is refused costs no other.
-
-        :returns: False if the error may pass
+        :returns: False if an error may be temporary
         """
         reason = self._policy.refusal(address, Origin.DISCOVERED)
         if reason is not None:
-            self._refuse(address, macvlan.namespace, 'it is ' + reason)
+            self._log_refusal(address, macvlan, 'it is %s. For the remedy, '
+                              'run: kuryr-break0 doctor' % reason)
             return True
-        owner = Owner(owner_id(macvlan.namespace), macvlan.link.name)
+        owner = Owner(make_owner_id(macvlan.namespace), macvlan.link.name)
         with contextlib.suppress(exceptions.LedgerUnavailable):
             for claim in self._ledger.records.claims(address):
                 if claim.owner == owner or kernel.judge_state(
@@ -188,92 +190,109 @@ class Binder:
                     continue
                 if claim.namespace is None or not claim.namespace.is_same(
                         macvlan.namespace):
-                    self._refuse(address, macvlan.namespace,
-                                 'it belongs to ' + claim.owner_text)
-                    return False  # its owner may be about to end
+                    self._log_refusal(
+                        address, macvlan, 'it belongs to %s. Give one of the '
+                        'two another address.' % claim.whose)
+                    return False  # the owner may end soon
                 if claim.is_rebuilt and claim.owner.ifname == owner.ifname:
-                    continue  # rebuilt, before its MAC address changed
-                return True  # it was bound for this container by another way
+                    continue  # the MAC address has changed since
+                return True  # Kuryr, CNI or the command has bound it
+        # One bind for each address: a bind of several fails if one is refused.
         try:
             self._manager.bind(
                 owner, [address], parent=macvlan.parent,
                 mac=macvlan.link.mac, netns=macvlan.netns, yielding=True,
                 origin=Origin.DISCOVERED)
         except exceptions.Break0Error as err:
-            self._refuse(address, macvlan.namespace, str(err))
+            self._log_refusal(address, macvlan, str(err))
             return isinstance(err, exceptions.AddressRefused)
         self._records.setdefault(macvlan.namespace, {})[address] = Record(
             address, owner, macvlan.parent, macvlan.link.mac,
             netns=macvlan.netns, namespace=macvlan.namespace,
             origin=Origin.DISCOVERED)
-        self._changed()
+        self._on_change()
         return True
 
-    def _refuse(self, address: IPAddress, namespace: NamespaceId,
-                reason: str) -> None:
-        """Log why an address is not bound, once."""
-        if len(self._refused) < _REMEMBERED:
-            self._refused.add(namespace)
-        refusal = address, namespace.cookie, reason
+    def _log_refusal(self, address: IPAddress, macvlan: kernel.Macvlan,
+                     reason: str) -> None:
+        """Log once why an address is not bound, and with the remedy.
+
+        The namespace is read again after the next sync.
+        """
+        if len(self._refused) < _MAX_REFUSALS:
+            self._refused.add(macvlan.namespace)
+        refusal = address, macvlan.namespace.cookie, reason
         now = time.monotonic()
-        if len(self._refusals) >= _REMEMBERED and now >= self._forget_at:
+        if len(self._refusals) >= _MAX_REFUSALS and now >= self._clear_at:
             self._refusals.clear()
         if refusal not in self._refusals and (
-                len(self._refusals) < _REMEMBERED):
+                len(self._refusals) < _MAX_REFUSALS):
             self._refusals.add(refusal)
-            self._forget_at = now + _FORGET
-            LOG.warning('The container address %s is not bound: %s', address,
-                        reason)
+            self._clear_at = now + _REFUSAL_SECONDS
+            LOG.warning('%s, on %s in %s, is not bound: %s', address,
+                        macvlan.link.name, self._describe(macvlan), reason)
 
-    def _unbind(self, record: Record, found: kernel.FoundNamespace) -> bool:
-        """Unbind an address; False if that failed."""
+    def _describe(self, macvlan: kernel.Macvlan) -> str:
+        """Return the name of a container, if recorded, and its namespace."""
+        names = [record.pod for record in self._records.get(
+            macvlan.namespace, {}).values() if record.pod]
+        return '%s (%s)' % (names[0], macvlan.netns) if names else (
+            macvlan.netns)
+
+    def _unbind(self, record: Record, found: kernel.Found) -> bool:
+        """Unbind an address, and return whether that succeeded."""
         try:
             self._manager.unbind(record.owner, [record.address], found.path)
         except exceptions.Break0Error as err:
-            LOG.error('%s stays bound for now: %s', record.address, err)
+            LOG.error('Cannot unbind %s of %s. The agent will try again: %s',
+                      record.address, record.pod or record.owner, err)
             return False
         self._records.get(found.namespace, {}).pop(record.address, None)
-        self._changed()
+        self._on_change()
         return True
 
     def unbind_ended(self, namespace: NamespaceId) -> bool:
-        """Unbind the addresses of a namespace that is proven to be gone.
+        """Unbind the addresses of a namespace, if the kernel has deleted it.
 
-        All of them, or it is tried again: what was proven a moment ago may
-        not be while this process lacks descriptors.
+        Without the proof for each address, unbind none of them.
 
-        :returns: whether no address of it is bound
+        :returns: False to call again, because the proof is missing, for
+            example for want of descriptors, or because an unbind has failed
         """
         records = self._records.get(namespace)
         if not records:
-            return True  # a container can make thousands without any
+            # A container can create and delete thousands of namespaces.
+            return True
         failure = Failures()
         try:
             if any(kernel.judge_state(*record.place) is not kernel.State.GONE
                    for record in records.values()):
                 return False
-            left = Engine(self._options, self._ledger).remove_gone(
+            remaining = Engine(self._options, self._ledger).remove_gone(
                 records, failure)
             failure.raise_first()
         except exceptions.Break0Error as err:
-            LOG.error('%s', err)
+            first = next(iter(records.values()))
+            LOG.error('Cannot unbind %s of %s, which has ended. The agent '
+                      'will try again: %s', ', '.join(map(str, records)),
+                      first.pod or first.owner, err)
             return False
-        if any(claim.namespace == namespace for claim in left):
+        if any(claim.namespace == namespace for claim in remaining):
             return False
         self._containers.pop(namespace, None)
         if self._records.pop(namespace, None):
-            self._changed()
+            self._on_change()
         return True
 
 
-def _essence(records: dict[IPAddress, Record]) -> set[tuple[Any, ...]]:
-    """Return the fields of records that are compared with interfaces."""
+def _select_fields(records: dict[IPAddress, Record]) -> set[tuple[Any, ...]]:
+    """Return the fields of records that come from interfaces."""
     return {(each.address, each.owner, each.parent, each.mac)
             for each in records.values()}
 
 
-def _is_bound(record: Optional[Record], macvlan: kernel.Macvlan) -> bool:
-    """Return whether a record has the values that its interface has now."""
+def _is_current(record: Optional[Record], macvlan: kernel.Macvlan) -> bool:
+    """Return whether a record matches its interface."""
     return record is not None and (record.mac, record.parent) == (
         macvlan.link.mac, macvlan.parent) and (
         record.netns == macvlan.netns

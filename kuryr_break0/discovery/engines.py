@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Finds the names of containers, mostly by asking their engines.
+"""Find the names of discovered containers.
 
-For people only: nothing else depends on it. So they are asked in a thread of
-their own, and what does not answer is left out.
+Names only serve log lines, metrics and commands, so binding does not wait for
+them: a separate thread asks the engines, and ignores an engine that does not
+answer.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, Iterator, Optional, TypeVar
 
 from kuryr_break0 import config
 from kuryr_break0.containers import ENGINE_SOCKETS
-from kuryr_break0.discovery.records import discovered
+from kuryr_break0.discovery.records import find_discovered
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
@@ -38,65 +39,73 @@ T = TypeVar('T')
 
 _ID = re.compile(r'[0-9A-Za-z]{1,128}')
 #: The control groups of containers of LXC and Incus, and of systemd-nspawn.
-#: The first in a path counts: what follows it, the container can have made.
+#: The first match in a path counts, because a container can create control
+#: groups below its own.
 _CGROUP = re.compile(
     r'/(?:lxc\.payload\.([^/\n]+)|systemd-nspawn@([^/\n]+)\.service'
     r'|machine-([^/\n]+)\.scope)(?=/|$)', re.M)
 _TIMEOUT = 2  # seconds
-_LIMIT = 2 ** 23  # bytes of an answer
-#: Seconds after a change: then the engine itself knows of it.
+_LIMIT = 2 ** 23  # maximum size of an answer in bytes
+#: Seconds from a change to the request: engines list a container only after
+#: they have connected its network.
 _SETTLED = 0.3
-#: Seconds for which the name of a container is asked for; a busy engine needs
-#: some, and who has none is no container of an engine.
+#: Seconds after which a container without a name is not asked for any more. A
+#: busy engine answers late, and some namespaces belong to no engine.
 _PATIENCE = 60
-_AGAIN = 1  # second, and twice as long each time
+_RETRY = 1  # seconds until the first repetition; each next pause is doubled
 
 
 class Namer:
-    """Writes the names of discovered containers into their records."""
+    """Thread that writes the names of containers into their records."""
 
     def __init__(self, options: config.Options, ledger: Ledger) -> None:
         self._options = options
         self._ledger = ledger
-        #: until when to ask for one that the engines do not know
+        #: monotonic time of the last request for the name of an owner
         self._until: dict[Owner, float] = {}
-        self._wanted = threading.Event()
+        self._requested = threading.Event()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def want(self) -> None:
-        """Have names looked up before long."""
-        self._wanted.set()
+    def request_names(self) -> None:
+        """Let the thread find the names of new records."""
+        self._requested.set()
 
     def close(self) -> None:
         self._stopped.set()
-        self._wanted.set()
+        self._requested.set()
         self._thread.join(2 * _TIMEOUT)
 
     def _run(self) -> None:
         pause: Optional[float] = None
         while True:
-            is_new = self._wanted.wait(pause)
+            is_new = self._requested.wait(pause)
             self._stopped.wait(_SETTLED)
             if self._stopped.is_set():
                 return
-            self._wanted.clear()
-            again = _AGAIN if is_new or pause is None else 2 * pause
+            self._requested.clear()
+            next_pause = _RETRY if is_new or pause is None else 2 * pause
             pause = None
             try:
-                if self._update():
-                    pause = again
+                if self._name_containers():
+                    pause = next_pause
             except exceptions.LedgerUnavailable as err:
-                LOG.debug('Containers get no names for now: %s', err)
-            except Exception:  # must not end the thread
-                LOG.exception('Cannot read the names of containers')
+                LOG.debug('Cannot write the names of containers: %s', err)
+            except Exception:  # an error must not end the thread
+                LOG.exception('Cannot read the names of containers. They are '
+                              'bound, but have no names in logs and metrics. '
+                              'If this line recurs, report a bug.')
 
-    def _update(self) -> bool:
-        """Return whether to ask again: an engine that is busy may not know."""
+    def _name_containers(self) -> bool:
+        """Write the names of unnamed containers into their records.
+
+        :returns: whether to repeat this, because a busy engine may not list a
+            new container yet
+        """
         now = time.monotonic()
         unnamed = {record.owner: record for record
-                   in discovered(self._ledger) if record.pod is None}
+                   in find_discovered(self._ledger) if record.pod is None}
         self._until = {owner: self._until.get(owner, now + _PATIENCE)
                        for owner in unnamed}
         new = {owner: record for owner, record in unnamed.items()
@@ -105,31 +114,36 @@ class Namer:
             return False
         names = {}
         for path in ENGINE_SOCKETS:
-            names.update(self._names(path))
+            names.update(self._read_names(path))
         for record in list(new.values()):
             name = (record.namespace and names.get(record.namespace)
-                    or name_by_cgroup(record))
+                    or read_cgroup_name(record))
             if name:
-                self._write(record.owner, name)
-                LOG.info('%s of %s is the container %s', record.owner,
-                         record.address, name)
+                self._write_name(record.owner, name)
+                LOG.info('%s on %s, recorded as %s, belongs to container %s',
+                         record.address, record.owner.ifname, record.owner,
+                         name)
                 del new[record.owner]
         return bool(new) and any(map(os.path.exists, ENGINE_SOCKETS))
 
-    def _names(self, path: str) -> dict[NamespaceId, str]:
+    def _read_names(self, path: str) -> dict[NamespaceId, str]:
+        """Return the names of an engine's containers, by namespace.
+
+        :param path: socket of the engine
+        """
         if not os.path.exists(path):
             return {}
-        found = {}
+        names = {}
         try:
-            for name, netns in containers(path, self._options.proc_dirs):
+            for name, netns in list_containers(path, self._options.proc_dirs):
                 namespace = kernel.identify(netns)
                 if namespace is not None:
-                    found[namespace] = name
+                    names[namespace] = name
         except (OSError, ValueError, http.client.HTTPException) as err:
-            LOG.debug('The engine at %s returns no names: %s', path, err)
-        return found
+            LOG.debug('Cannot read names from the engine at %s: %s', path, err)
+        return names
 
-    def _write(self, owner: Owner, name: str) -> None:
+    def _write_name(self, owner: Owner, name: str) -> None:
         records = self._ledger.records
         with contextlib.suppress(exceptions.Break0Error):
             for claims in list(records.find_containing(owner.container_id)):
@@ -143,82 +157,91 @@ class Namer:
                         records.put(named)
 
 
-def name_by_cgroup(record: Record) -> Optional[str]:
+def read_cgroup_name(record: Record) -> Optional[str]:
     """Return the name of a container of LXC, Incus or systemd-nspawn.
 
-    These have no API as Docker has, but one naming of control groups.
+    These engines do not have Docker's API, but the path of a container's
+    control group contains its name.
     """
     path = (record.netns or '').rpartition('/ns/')[0]
     with contextlib.suppress(OSError):
         with open(path + '/cgroup', errors='replace') as file:
-            found = _CGROUP.search(file.read())
-        # Another process may have that number by now.
-        if found and kernel.identify(record.netns) == record.namespace:
-            name = ''.join(filter(None, found.groups()))
-            name = name.replace('\\x2d', '-')  # as systemd writes it
+            match = _CGROUP.search(file.read())
+        # The kernel may have reused the process number in the path.
+        if match and kernel.identify(record.netns) == record.namespace:
+            name = ''.join(filter(None, match.groups()))
+            name = name.replace('\\x2d', '-')  # escaped by systemd
             return name if NAME.fullmatch(name) else None
     return None
 
 
-def containers(path: str, proc_dirs: tuple[str, ...]
-               ) -> Iterator[tuple[str, str]]:
-    """List the running containers of an engine.
+def list_containers(path: str, proc_dirs: tuple[str, ...]
+                    ) -> Iterator[tuple[str, str]]:
+    """List the running containers of an engine with Docker's API.
 
-    By Docker's API, which Podman has too.
+    Podman has this API too.
 
-    :param path: of its socket
-    :returns: their names, and paths of their namespaces
-    :raises OSError: if it cannot be reached
-    :raises ValueError: if its answer is none
+    :param path: socket of the engine
+    :returns: pairs of a name and a path of a network namespace; a container
+        may have several
+    :raises OSError: if the engine does not answer
+    :raises ValueError: if an answer is invalid
     """
-    for each in _get(path, '/containers/json'):
-        identity = _part(each, 'Id', str)
+    for each in _fetch(path, '/containers/json'):
+        identity = _get_field(each, 'Id', str)
         if not _ID.fullmatch(identity):
-            raise ValueError('the id of a container is %r' % identity[:64])
-        names = [*_part(each, 'Names', list), identity[:12]]
+            raise ValueError('invalid id of a container: %r' % identity[:64])
+        names = [*_get_field(each, 'Names', list), identity[:12]]
         name = names[0].lstrip('/') if isinstance(names[0], str) else ''
         if not name or not NAME.fullmatch(name):
             continue
         try:
-            details = _get(path, '/containers/%s/json' % identity)
+            details = _fetch(path, '/containers/%s/json' % identity)
         except ValueError:
-            continue  # it has just ended
-        key = _part(_part(details, 'NetworkSettings', dict), 'SandboxKey', str)
+            continue  # the container has just ended
+        key = _get_field(_get_field(details, 'NetworkSettings', dict),
+                         'SandboxKey', str)
         if key.startswith('/'):
             yield name, key
-        pid = _part(_part(details, 'State', dict), 'Pid', int)
+        pid = _get_field(_get_field(details, 'State', dict), 'Pid', int)
         if pid > 0:
             for proc in proc_dirs:
                 yield name, '%s/%d/ns/net' % (proc, pid)
 
 
-def _part(of: Any, key: str, kind: type[T]) -> T:
-    """Return a part of an answer; an empty one if it is of another type."""
-    found = of.get(key) if isinstance(of, dict) else None
-    return found if isinstance(found, kind) else kind()
+def _get_field(of: Any, key: str, kind: type[T]) -> T:
+    """Return a field of an answer, or an empty value.
+
+    :param kind: type of the field; any other type yields an empty value
+    """
+    value = of.get(key) if isinstance(of, dict) else None
+    return value if isinstance(value, kind) else kind()
 
 
-def _get(path: str, url: str) -> Any:
+def _fetch(path: str, url: str) -> Any:
+    """Request a URL from the engine with a socket; return decoded JSON."""
     connection = _Connection(path)
     try:
         connection.request('GET', url, headers={'Host': 'engine'})
         answer = connection.getresponse()
         data = answer.read(_LIMIT + 1)
         if answer.status != 200 or len(data) > _LIMIT:
-            raise ValueError('%s is answered by %d, %d bytes' % (
+            raise ValueError('the answer to %s has status %d and %d bytes' % (
                 url, answer.status, len(data)))
-        found = json.loads(data)
-        if not isinstance(found, dict if url != '/containers/json' else list):
-            raise ValueError('%s is answered by nonsense' % url)
-        return found
+        decoded = json.loads(data)
+        if not isinstance(decoded, list if url == '/containers/json'
+                          else dict):
+            raise ValueError('the answer to %s has the wrong type' % url)
+        return decoded
     except RecursionError as err:
-        raise ValueError('%s is answered by nonsense' % url) from err
+        raise ValueError('the answer to %s is nested too deeply' % url
+                         ) from err
     finally:
         connection.close()
 
 
 class _Connection(http.client.HTTPConnection):
-    """HTTP on a socket of the file system."""
+    """HTTP connection to a Unix socket."""
 
     def __init__(self, path: str) -> None:
         super().__init__('engine', timeout=_TIMEOUT)

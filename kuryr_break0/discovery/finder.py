@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Finds the namespaces of containers, and has their addresses bound.
+"""Find the namespaces of containers, and keep their addresses bound.
 
-A container can change its namespace a thousand times a second. So an event
-only marks a namespace, and a namespace that changes all the time is read once
-a second. Containers that cause much work share a tenth of a processor, and
-delay no other container.
+A container can change its namespace a thousand times per second. So an event
+only marks the namespace, and a namespace that changes all the time is read
+once per second. Containers that cause much work share a tenth of a processor,
+and do not delay other containers.
 
-A namespace is searched for among new mounts and new processes. A search among
-all is left to the timer, which is the guarantee, and to an event that the
-search among new ones does not explain.
+After an event, the finder searches for namespaces among new mounts and new
+processes. If the namespace of the event is not among them, it searches all
+mounts and processes. A timer repeats the full search.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kuryr_break0.discovery.binder import Binder
 from kuryr_break0.discovery.namespace import BURST
 from kuryr_break0.discovery.namespace import LAST
 from kuryr_break0.discovery.namespace import Namespace
-from kuryr_break0.discovery.turns import Turns
+from kuryr_break0.discovery.read_queue import ReadQueue
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
@@ -33,65 +33,67 @@ from kuryr_break0.pace import Pace
 
 LOG = log.get_logger(__name__)
 
-#: Seconds of looks after which the rest waits, since the agent has other work.
-_AT_ONCE = 0.05
-#: So many messages at once are a flood, which is read in larger portions.
+#: Maximum duration of :meth:`Finder.work` in seconds.
+_STEP = 0.05
+#: Number of messages in one read that counts as a flood, and seconds to wait
+#: after it, so that the next read gets more messages.
 _FLOOD = 32
 _FLOOD_PAUSE = 0.1
-#: Seconds between two looks where the kernel sends no events.
-_BLIND = 1.0
-#: Seconds after a change in which another one is likely. When events were
-#: lost, a namespace with such a change is read before all others.
+#: Seconds between two searches if the kernel sends no events.
+_POLL_INTERVAL = 1.0
+#: Seconds after a change in which the next change is likely. If events are
+#: lost, namespaces with a change in this time are read before all others.
 _ACTIVE = 10.0
-#: Seconds from the end of a namespace in which the kernel deletes its
-#: macvlans, if it has little else to do.
+#: Maximum time in seconds from the end of a namespace until the kernel deletes
+#: its macvlans, on a node without much load.
 _ENDING = 1.0
-#: Seconds after which an end that cannot be proven is left to the timer.
+#: Pause in seconds after which only the timer unbinds an ended namespace.
 _GIVE_UP = 60.0
 
 
 @dataclasses.dataclass
 class _End:
-    """The end of a namespace, of which the kernel sends an event.
+    """The end of a namespace, reported by an event.
 
-    It is proven some ms after that event.
+    The kernel deletes the namespace after the event. Until then, its end
+    cannot be proven.
 
-    :ivar at: monotonic time of the next try to unbind its addresses
-    :ivar pause: seconds from that until another try
-    :ivar payer: see :attr:`Namespace.payer`
+    :ivar at: monotonic time of the next attempt to unbind its addresses
+    :ivar pause: seconds from that attempt to another one
+    :ivar cause: see :attr:`Namespace.cause`
     """
 
     at: float
     pause: float
-    payer: Hashable
+    cause: Hashable
 
 
 class Finder:
-    """Keeps bound what the namespaces of the node have.
+    """Finder of containers, which keeps their addresses bound.
 
-    To be used by one thread.
+    Only one thread may use it.
 
-    :param options: with ``discover``
-    :param changed: called when what is bound has changed
+    :param options: options with ``discover`` set to true
+    :param on_change: called after each bind, unbind or read of the records
     """
 
     def __init__(self, options: config.Options, ledger: Ledger,
-                 changed: Callable[[], None] = lambda: None) -> None:
-        self._binder = Binder(options, ledger, changed)
+                 on_change: Callable[[], None] = lambda: None) -> None:
+        self._binder = Binder(options, ledger, on_change)
         self._mounts = kernel.open_mounts()
         self._events: Optional[kernel.NamespaceEvents] = None
         try:
             self._events = kernel.NamespaceEvents()
         except OSError as err:
-            LOG.warning('The kernel sends no events of containers (%s), so '
-                        'they are looked for every second. Give the agent '
-                        'CAP_NET_BROADCAST.', err)
+            LOG.warning('Cannot receive events of containers, so the agent '
+                        'searches for containers every second: %s. Give the '
+                        'agent CAP_NET_BROADCAST.', err)
         self._search = kernel.Search(options.proc_dirs)
-        #: found namespaces that are not examined yet, the next one last
-        self._found: dict[kernel.Place, kernel.FoundNamespace] = {}
+        #: found namespaces that are not examined yet; the last one is next
+        self._found: dict[kernel.Place, kernel.Found] = {}
         self._namespaces: dict[kernel.Place, Namespace] = {}
         self._numbers: dict[int, Namespace] = {}
-        self._turns = Turns()
+        self._queue = ReadQueue()
         #: numbers of namespaces to search for
         self._unknown: set[int] = set()
         #: numbers of namespaces that no search has found
@@ -99,165 +101,166 @@ class Finder:
         self._ended: dict[NamespaceId, _End] = {}
         self._binder.read_records()
         self._interval = options.resync_interval
-        #: monotonic time at which everything is marked
+        #: monotonic time of the next :meth:`mark_all`
         self._all_at = time.monotonic() + self._interval
-        #: monotonic times of the next search for new namespaces, and for all
+        #: monotonic times of the next searches: for new namespaces, for all
         self._search_at: Optional[float] = None
         self._search_all_at: Optional[float] = 0.0
         self._mounts_changed = False
-        #: whether an interface was put on one of the node in a namespace
-        #: that has no number
+        #: whether an event reported a macvlan in a namespace without a number
         self._is_unexplained = False
+        #: monotonic time until which an ended namespace explains such events
         self._explained_until = 0.0
         self._not_before = 0.0
-        #: of searches
-        self._pace_of_new, self._pace_of_all = Pace(), Pace()
+        #: paces of the searches: for new namespaces, for all
+        self._new_pace, self._all_pace = Pace(), Pace()
 
     def close(self) -> None:
         self._mounts.close()
         if self._events is not None:
             self._events.close()
 
-    def files(self) -> list[int]:
-        """Return what select(2) is to wait for until it can be read."""
+    def list_readable(self) -> list[int]:
+        """Return descriptors that are readable when events have come."""
         return [] if self._events is None else [self._events.fileno()]
 
-    def conditions(self) -> list[int]:
-        """Return what has an exceptional condition when mounts change."""
+    def list_exceptional(self) -> list[int]:
+        """Return descriptors with an exceptional condition on new mounts."""
         return [self._mounts.fileno()]
 
     def note_mounts(self) -> None:
-        """Have namespaces with new names searched for."""
+        """Schedule a search among new mounts."""
         self._mounts_changed = True
-        self._search_soon()
+        self._schedule_search()
 
-    def note(self) -> None:
-        """Read the events that have come, and mark their namespaces."""
+    def read_events(self) -> None:
+        """Read the events, and mark their namespaces."""
         now = time.monotonic()
         if self._events is None:
             return
         changes = self._events.get()
         if changes.lost:
-            self._mark_active(now)
+            self._mark_after_loss(now)
         known = self._numbers.keys()
         self._unknown |= ((changes.changed | changes.numbered) - known
                           - self._unseen) - changes.ended
         self._unseen -= changes.ended
         for number in changes.changed & known:
-            self._turns.mark(self._numbers[number], now)
+            self._queue.mark(self._numbers[number], now)
         for number in changes.ended & known:
-            # Another namespace may have the number by now: examine it again.
+            # The event may concern an earlier namespace, because the kernel
+            # reuses numbers. So examine this one again.
             found = self._numbers[number].found
-            self._forget(self._numbers[number])
+            self._remove(self._numbers[number])
             self._found[found.place] = found
         if changes.ended:
             self._explained_until = now + _ENDING
-        # A macvlan in a namespace with a number has an event there, too. It
-        # is deleted after its namespace has ended.
-        self._is_unexplained |= (
-            changes.is_stacked and not changes.changed
-            and now >= self._explained_until)
+        # A macvlan in a namespace with a number causes a second event there,
+        # which names the number. After the end of its namespace, the deletion
+        # of the macvlan causes only the first event.
+        self._is_unexplained |= changes.stacked and not changes.changed and (
+            now >= self._explained_until)
         if changes.interfaces or changes.lost or self._unknown:
-            self._search_soon()
+            self._schedule_search()
         if changes.messages >= _FLOOD:
-            # Not longer than until there is something to do.
-            time.sleep(max(0.0, min(_FLOOD_PAUSE, self.due() - now)))
+            # The pause must not delay any work.
+            time.sleep(max(0.0, min(_FLOOD_PAUSE, self.find_due() - now)))
 
     def note_records(self) -> None:
-        """Mark namespaces whose records another program has changed."""
+        """Mark namespaces with changed records."""
         now = time.monotonic()
         for identity in self._binder.read_records():
             namespace = self._namespaces.get(identity[:2])
             if namespace is not None:
-                self._turns.mark(namespace, now)
+                self._queue.mark(namespace, now)
 
     def mark_all(self) -> None:
-        """Have all namespaces searched for and read."""
+        """Schedule a search for all namespaces, and a read of each."""
         now = time.monotonic()
         self._all_at = now + self._interval
         self.note_records()
         self._unseen.clear()
-        self._search_all_soon()
-        self._turns.add_routine(self._namespaces.values())
+        self._schedule_full_search()
+        self._queue.add_routine(self._namespaces.values())
 
-    def _mark_active(self, now: float) -> None:
-        """Mark namespaces that may have changed while events were lost."""
+    def _mark_after_loss(self, now: float) -> None:
+        """Schedule a read of all namespaces after events were lost.
+
+        Active and bound namespaces come first.
+        """
         for namespace in self._namespaces.values():
-            if now - namespace.marked < _ACTIVE or self._binder.has(
-                    namespace.found.namespace):
-                self._turns.mark(namespace, now)
+            if now - namespace.changed_at < _ACTIVE or (
+                    self._binder.has_bound(namespace.found.namespace)):
+                self._queue.mark(namespace, now)
             else:
-                self._turns.add_routine([namespace])
+                self._queue.add_routine([namespace])
 
-    def _search_soon(self) -> None:
+    def _schedule_search(self) -> None:
         if self._search_at is None:
             self._search_at = time.monotonic() + BURST
 
-    def _search_all_soon(self) -> None:
+    def _schedule_full_search(self) -> None:
         if self._search_all_at is None:
             self._search_all_at = time.monotonic() + BURST
 
-    def due(self) -> float:
-        """Return the monotonic time of the next :meth:`look`."""
+    def find_due(self) -> float:
+        """Return the monotonic time of the next :meth:`work`."""
         now = time.monotonic()
         times = [now if self._found else self._all_at]
-        for at, pace in ((self._search_at, self._pace_of_new),
-                         (self._search_all_at, self._pace_of_all)):
+        for at, pace in ((self._search_at, self._new_pace),
+                         (self._search_all_at, self._all_pace)):
             if at is not None:
                 times.append(max(at, now + pace.wait()))
-        times.append(self._turns.at(now))
-        times += [max(each.at, now + self._turns.pace.wait(each.payer))
+        times.append(self._queue.find_due(now))
+        times += [max(each.at, now + self._queue.pace.wait(each.cause))
                   for each in self._ended.values()]
         return max(min(times), self._not_before)
 
     def postpone(self) -> None:
-        """Do nothing for a second, as after a fault of this process."""
+        """Postpone all work by a second, after an unexpected exception."""
         self._not_before = time.monotonic() + LAST
 
-    def look(self) -> None:
-        """Do the work that is due, or a part of it.
-
-        After an error, the rest is still due.
-        """
+    def work(self) -> None:
+        """Do due work for about ``_STEP``. After an error, it stays due."""
         if self._all_at <= time.monotonic():
             self.mark_all()
         self._search_if_due()
         self._unbind_ended()
         now = time.monotonic()
-        ends = now + _AT_ONCE
+        ends = now + _STEP
         while now < ends:
-            # In turn, since there may be any number of both.
+            # One of each, because there may be any number of both.
             is_new = bool(self._found)
             if is_new:
                 place, found = next(reversed(self._found.items()))
                 self._examine(found)
                 del self._found[place]
-            turn = self._turns.next(now)
-            if turn is None and not is_new:
-                turn = self._turns.next_of_rest()
-            if turn is not None:
-                self._read(*turn)
+            entry = self._queue.pop_changed(now)
+            if entry is None and not is_new:
+                entry = self._queue.pop_late()
+            if entry is not None:
+                self._read(*entry)
             elif not is_new:
                 break
             now = time.monotonic()
         if self._unknown and not self._found and self._search_at is None:
-            self._search_all_soon()
+            self._schedule_full_search()
 
     def _search_if_due(self) -> None:
         now = time.monotonic()
         if self._search_all_at is not None and (
-                self._search_all_at <= now and not self._pace_of_all.wait()):
-            self._pace_of_all.begin()
+                self._search_all_at <= now and not self._all_pace.wait()):
+            self._all_pace.begin()
             self._search_all()
             self._search_all_at = None if self._events is not None else (
-                now + _BLIND)
-            self._pace_of_all.end()
+                now + _POLL_INTERVAL)
+            self._all_pace.end()
         if self._search_at is not None and (
-                self._search_at <= now and not self._pace_of_new.wait()):
-            self._pace_of_new.begin()
+                self._search_at <= now and not self._new_pace.wait()):
+            self._new_pace.begin()
             self._search_new()
             self._search_at = None
-            self._pace_of_new.end()
+            self._new_pace.end()
 
     def _search_new(self) -> None:
         """Find the namespaces of new mounts and new processes."""
@@ -265,7 +268,7 @@ class Finder:
         try:
             found = self._search.new(mounts_changed)
         except Exception:
-            self._search_all_soon()
+            self._schedule_full_search()
             raise
         new = {}
         for each in found:
@@ -276,14 +279,14 @@ class Finder:
                 self._relocate(known, each)
         self._found.update(new)
         if self._is_unexplained and not new:
-            self._search_all_soon()
+            self._schedule_full_search()
         self._is_unexplained = False
 
     def _search_all(self) -> None:
-        """Find all namespaces of the node, and forget the ones that are gone.
+        """Find all namespaces of the node, and remove the ended ones.
 
-        :raises SystemRefused: if this process cannot see all; then none is
-            forgotten
+        :raises SystemRefused: if the namespaces cannot be listed completely;
+            then none is removed
         """
         now = time.monotonic()
         present = {each.place: each for each in self._search.all(
@@ -297,35 +300,36 @@ class Finder:
                 self._ended.pop(known.namespace, None)
                 self._relocate(namespace, present[place])
                 if known.process is None and present[place].process:
-                    self._found[place] = namespace.found  # of a container?
+                    # Its container can be identified by the process now.
+                    self._found[place] = namespace.found
                 if self._events is None:
-                    self._turns.mark(namespace, now)
-            elif self._binder.has(known.namespace) and kernel.judge_state(
+                    self._queue.mark(namespace, now)
+            elif self._binder.has_bound(known.namespace) and kernel.state(
                     known.path, known.namespace) is kernel.State.LIVING:
-                # Another program keeps it open, as Podman 4's server does.
-                # The kernel opens it by its number, and sends its end.
-                self._turns.mark(namespace, now)
+                # Another program keeps the namespace open, for example the
+                # server of Podman 4. The kernel still opens it by its number,
+                # and reports its end by an event.
+                self._queue.mark(namespace, now)
             else:
-                self._forget(namespace)
+                self._remove(namespace)
         self._unseen |= self._unknown
         self._unknown.clear()
         self._is_unexplained = self._mounts_changed = False
 
-    def _relocate(self, namespace: Namespace,
-                  found: kernel.FoundNamespace) -> None:
-        """Note the path and the process of a namespace."""
+    def _relocate(self, namespace: Namespace, found: kernel.Found) -> None:
+        """Store a new path and process of a namespace."""
         is_same = namespace.found.path == found.path
         namespace.found = found._replace(namespace=namespace.found.namespace)
         if not is_same:
-            self._turns.mark(namespace, time.monotonic())
+            self._queue.mark(namespace, time.monotonic())
 
-    def _examine(self, found: kernel.FoundNamespace) -> None:
-        """Identify a found namespace, and read it.
+    def _examine(self, found: kernel.Found) -> None:
+        """Identify a found namespace, and then read it.
 
-        Its events begin with the number that it gets, so it is read
-        afterwards.
+        The kernel sends events of a namespace only after it has a number,
+        which this assigns. A read before that could miss a change.
         """
-        self._turns.pace.begin()
+        self._queue.pace.begin()
         try:
             examined = kernel.examine_namespace(found)
         except exceptions.NetnsUnusable as err:
@@ -336,79 +340,80 @@ class Finder:
         if known is not None and known.found.namespace == found.namespace:
             known.container = container
         else:
-            # The kernel uses inodes and numbers again.
+            # The kernel reuses inodes and numbers.
             for earlier in (known, None if number is None
                             else self._numbers.get(number)):
                 if earlier is not None:
-                    self._forget(earlier)
+                    self._remove(earlier)
             known = Namespace(found, container, number,
-                              marked=time.monotonic())
+                              changed_at=time.monotonic())
             self._namespaces[found.place] = known
             self._ended.pop(found.namespace, None)
             if number is not None:
                 self._numbers[number] = known
                 self._unknown.discard(number)
                 self._unseen.discard(number)
-        self._turns.pace.end(known.payer)
-        if self._turns.may_begin(known):
-            self._read(known, known.payer)
+        self._queue.pace.end(known.cause)
+        if not self._queue.add_if_late(known):
+            self._read(known, known.cause)
 
-    def _read(self, namespace: Namespace, payer: Hashable) -> None:
-        """Bind and unbind the addresses that have changed in a namespace.
+    def _read(self, namespace: Namespace, cause: Hashable) -> None:
+        """Read a namespace; bind new addresses and unbind removed ones.
 
-        :param payer: the one that the time is charged to
+        :param cause: the cause to charge, which is the routine if no change of
+            the namespace is known
         """
         now = time.monotonic()
-        self._turns.pace.begin()
-        namespace.looked = now
+        self._queue.pace.begin()
+        namespace.read_at = now
         try:
             if not self._binder.update(namespace.found, namespace.container):
-                self._turns.mark(namespace, now)
+                self._queue.mark(namespace, now)
         except exceptions.NetnsUnusable:
             state = kernel.judge_state(namespace.found.path,
                                        namespace.found.namespace)
             if state is not kernel.State.GONE:
-                self._search_all_soon()  # it may have another path
+                self._schedule_full_search()  # it may have another path
             if state is kernel.State.LIVING:
-                self._turns.mark(namespace, now)
+                self._queue.mark(namespace, now)
             else:
-                self._forget(namespace)
-                # Another namespace may have its path by now.
+                self._remove(namespace)
+                # The kernel may have reused the path, so examine it again.
                 self._found[namespace.found.place] = namespace.found
         except Exception:
-            self._turns.mark(namespace, now)
+            self._queue.mark(namespace, now)
             raise
         finally:
-            self._turns.pace.end(payer)
+            self._queue.pace.end(cause)
 
-    def _forget(self, namespace: Namespace) -> None:
-        """Forget a namespace; if it is gone, have its addresses unbound."""
+    def _remove(self, namespace: Namespace) -> None:
+        """Remove a namespace, and schedule the unbind of its addresses."""
         place, identity = namespace.found.place, namespace.found.namespace
         if self._namespaces.get(place) is namespace:
             del self._namespaces[place]
-        self._turns.remove(namespace)
+        self._queue.remove(namespace)
         if namespace.number is not None and (
                 self._numbers.get(namespace.number) is namespace):
             del self._numbers[namespace.number]
-        if self._binder.has(identity):
+        if self._binder.has_bound(identity):
             self._ended.setdefault(identity, _End(
-                time.monotonic() + BURST, BURST, namespace.payer))
+                time.monotonic() + BURST, BURST, namespace.cause))
 
     def _unbind_ended(self) -> None:
-        """Unbind the addresses of namespaces that have ended.
+        """Unbind the addresses of ended namespaces.
 
-        Each try waits as long as all before it.
+        The pause between two attempts doubles each time.
         """
         now = time.monotonic()
         for identity, end in list(self._ended.items()):
-            if end.at > now or self._turns.pace.wait(end.payer):
+            if end.at > now or self._queue.pace.wait(end.cause):
                 continue
-            self._turns.pace.begin()
+            self._queue.pace.begin()
             is_done = False
             try:
                 is_done = self._binder.unbind_ended(identity)
             finally:
-                self._turns.pace.end(end.payer)
+                self._queue.pace.end(end.cause)
                 if is_done or end.pause >= _GIVE_UP:
                     del self._ended[identity]
                 else:

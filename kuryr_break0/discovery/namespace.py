@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A namespace of the node, and the time at which it is read again."""
+"""Calculate the time at which a changed namespace is read."""
 
 from __future__ import annotations
 
@@ -9,48 +9,53 @@ from typing import Hashable, Optional
 
 from kuryr_break0 import kernel
 
-#: Seconds from an event to the look that it causes: a burst is one.
+#: Seconds from an event to the read of its namespace, so that one read handles
+#: a whole burst of events.
 BURST = 0.03
-#: Seconds between two reads of one namespace: the first for as many reads as
-#: an engine may cause that replaces an interface a few times, then the last.
-_SOON, _QUICK, LAST = 0.06, 24.0, 1.0
+#: Seconds between two reads of a namespace while it has credit, the maximum
+#: credit in reads, and seconds between two reads without credit. 24 reads are
+#: enough for an engine that replaces an interface several times.
+_SOON, _MAX_CREDIT, LAST = 0.06, 24.0, 1.0
 
 
 @dataclasses.dataclass
 class Namespace:
-    """A namespace of the node.
+    """A namespace of the node, with the times of its changes and reads.
 
-    :ivar container: see :class:`kernel.ExaminedNamespace`
-    :ivar number: see :class:`kernel.ExaminedNamespace`
-    :ivar due: monotonic time of the next look; None if nothing has changed
-    :ivar looked: monotonic time of the last look
-    :ivar quick: looks that may follow each other quickly; one more with every
-        two seconds
-    :ivar marked: monotonic time of the last change, from which that counts
+    :ivar container: see :class:`kernel.Examined`
+    :ivar number: see :class:`kernel.Examined`
+    :ivar due: monotonic time of the next read; None if nothing has changed
+    :ivar read_at: monotonic time of the last read
+    :ivar credit: reads that may follow each other after ``_SOON``; grows by
+        one every two seconds
+    :ivar changed_at: monotonic time of the last change, when ``credit`` was
+        calculated
     """
 
     found: kernel.FoundNamespace
     container: Hashable = None
     number: Optional[int] = None
     due: Optional[float] = None
-    looked: float = 0.0
-    quick: float = _QUICK
-    marked: float = 0.0
+    read_at: float = 0.0
+    credit: float = _MAX_CREDIT
+    changed_at: float = 0.0
 
     @property
-    def payer(self) -> Hashable:
-        """Return the key of the share of time that it is read with.
+    def cause(self) -> Hashable:
+        """Return the cause that :class:`~kuryr_break0.pace.Pace` charges.
 
-        It is that of its container. A namespace of none has its own.
+        All namespaces of a container have the same cause. A namespace without
+        a container is a cause of its own.
         """
         return self.container or self.found.namespace
 
     def mark(self, now: float) -> float:
-        """Note a change; return the monotonic time of the look for it."""
-        self.quick = min(_QUICK, self.quick + (now - self.marked) / 2)
-        self.marked = now
+        """Record a change; return the monotonic time for the next read."""
+        self.credit = min(_MAX_CREDIT,
+                          self.credit + (now - self.changed_at) / 2)
+        self.changed_at = now
         pause = LAST
-        if self.quick >= 1:
-            self.quick -= 1
+        if self.credit >= 1:
+            self.credit -= 1
             pause = _SOON
-        return max(now + BURST, self.looked + pause)
+        return max(now + BURST, self.read_at + pause)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What discovery has recorded, and how it is withdrawn."""
+"""Find and unbind the records that discovery maintains."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ LOG = log.get_logger(__name__)
 
 #: The control groups of this process (cgroups(7)).
 _CGROUPS = '/proc/self/cgroup'
-#: The fact in the ledger that names the unit of the agent that discovers.
+#: Key in the ledger's cache for the systemd service of the agent that
+#: discovers containers.
 _UNIT = 'discovered_by'
 
 
-def owner_id(namespace: NamespaceId) -> str:
-    """Return the owner for a container whose id is unknown."""
+def make_owner_id(namespace: NamespaceId) -> str:
+    """Return a container id for a discovered container."""
     return 'discovered-%d' % (namespace.cookie or namespace.inode)
 
 
-def unit() -> str:
-    """Return the service of systemd that this process is in.
+def read_unit() -> str:
+    """Return the systemd service of this process.
 
-    :returns: the path of its control group; empty for a process of no
-        service, as of a session, or of a container without systemd
+    :returns: path of its control group; empty outside of a service, for
+        example in a session or in a container without systemd
     """
     with contextlib.suppress(OSError, ValueError), \
             open(_CGROUPS, errors='surrogateescape') as file:
@@ -42,61 +43,63 @@ def unit() -> str:
             _, kind, path = line.rstrip('\n').split(':', 2)
             parts = path.split('/')
             while parts and not parts[-1].endswith(('.service', '.scope')):
-                parts.pop()  # below the unit, as of a service with Delegate=
+                # A service with Delegate= has control groups below its own.
+                parts.pop()
             if kind in ('', 'name=systemd') and parts and (
                     parts[-1].endswith('.service')):
                 return '/'.join(parts)
     return ''
 
 
-def note_unit(ledger: Ledger) -> None:
-    """Note that this agent discovers."""
-    ledger.cache.put(_UNIT, [unit()])
+def store_unit(ledger: Ledger) -> None:
+    """Record this process's service as the one that discovers containers."""
+    ledger.cache.put(_UNIT, [read_unit()])
 
 
-def is_of_this_unit(ledger: Ledger) -> bool:
-    """Return whether the last agent that discovered was of this unit.
+def is_this_unit(ledger: Ledger) -> bool:
+    """Return whether the last discovering agent ran in this service.
 
-    Then a person has set ``discover`` to false. Any other agent may merely
-    run beside the one that discovers, which may be started again.
+    If so, and ``discover`` is false now, the operator has changed the option.
+    An agent of another service may merely run beside the agent that discovers.
     """
-    own = unit()
-    return bool(own) and ledger.cache.get(_UNIT) == [own]
+    unit = read_unit()
+    return bool(unit) and ledger.cache.get(_UNIT) == [unit]
 
 
-def take_back(options: config.Options, ledger: Ledger) -> bool:
-    """Unbind all that was discovered; whether that was done."""
+def unbind_discovered(options: config.Options, ledger: Ledger) -> bool:
+    """Unbind all discovered addresses; return whether all were unbound."""
     manager = Break0Manager(options)
     records: list[Record] = []
     is_done = False
     with contextlib.suppress(exceptions.LedgerUnavailable):
-        records += discovered(ledger)
+        records += find_discovered(ledger)
         is_done = True
     for record in records:
         try:
             manager.unbind(record.owner, [record.address], record.netns)
         except exceptions.Break0Error as err:
-            LOG.error('%s stays bound for now: %s', record.address, err)
+            LOG.error('Cannot unbind %s of %s. The agent will try again: %s',
+                      record.address, record.pod or record.owner, err)
             is_done = False
     if is_done:
         ledger.cache.drop(_UNIT)
     return is_done
 
 
-def discovered(ledger: Ledger) -> Iterable[Record]:
-    """Return the claims that were discovered.
+def find_discovered(ledger: Ledger) -> Iterable[Record]:
+    """Return the claims that discovery has made.
 
     :raises LedgerUnavailable: if the ledger cannot be read
     """
-    return (record for record in followed(ledger)
+    return (record for record in find_maintained(ledger)
             if record.origin is Origin.DISCOVERED)
 
 
-def followed(ledger: Ledger) -> Iterator[Record]:
-    """Return the claims that discovery renews and withdraws.
+def find_maintained(ledger: Ledger) -> Iterator[Record]:
+    """Return the claims that discovery updates and deletes.
 
-    Those that it has made, and those that were rebuilt: nothing says who has
-    made them, and nobody else may be there to withdraw them.
+    Discovery has made them, or they were rebuilt: the origin of a rebuilt
+    claim is unknown, so perhaps no other program will delete it.
 
     :raises LedgerUnavailable: if the ledger cannot be read
     """

@@ -58,7 +58,7 @@ AGENT = '/system.slice/kuryr-break0-agent.service'
 
 def is_idle(found: finder.Finder) -> bool:
     """Whether nothing is to be done but by the timer."""
-    return found.due() > time.monotonic() + 600
+    return found.find_due() > time.monotonic() + 600
 
 
 class DiscoveryTestCase(base.LabTestCase):
@@ -214,8 +214,8 @@ class TestFinding(DiscoveryTestCase):
         self.addCleanup(found.close)
 
         def is_quiet() -> bool:
-            found.note()
-            found.look()
+            found.read_events()
+            found.work()
             self.assertLessEqual({record.owner.ifname for record
                                   in self.seen().live.values()}, {'eth0'})
             return is_idle(found) and bool(self.bound())
@@ -251,16 +251,16 @@ class TestFinding(DiscoveryTestCase):
             with self.subTest(groups=groups):
                 with open('/run/proc/7/cgroup', 'w') as file:
                     file.write(groups)
-                self.assertEqual(name, engines.name_by_cgroup(record))
+                self.assertEqual(name, engines.read_cgroup_name(record))
         # The number is that of another process now.
         with open('/run/proc/7/cgroup', 'w') as file:
             file.write('0::/lxc.payload.web')
         os.remove('/run/proc/7/ns/net')
         os.symlink(self.lab.add_netns('two'), '/run/proc/7/ns/net')
-        self.assertIsNone(engines.name_by_cgroup(record))
+        self.assertIsNone(engines.read_cgroup_name(record))
         # It has ended, or its path is the name of a namespace.
         for path in ('/run/proc/8/ns/net', netns, None):
-            self.assertIsNone(engines.name_by_cgroup(
+            self.assertIsNone(engines.read_cgroup_name(
                 dataclasses.replace(record, netns=path)))
 
     def test_namespace_without_a_name(self) -> None:
@@ -310,7 +310,7 @@ class TestFinding(DiscoveryTestCase):
         self.until_bound(ONE)
         self.until_looked()
         self.until_bound(ONE)
-        self.assertEqual(1, self.log().count('10.66.0.1 is not bound'))
+        self.assertEqual(1, self.log().count('10.66.0.1, on eth0 in'))
 
     def test_dhcp(self) -> None:
         server = dhcp.serve('100.75.30.210', '100.75.30.219')
@@ -609,7 +609,7 @@ class TestNextHops(DiscoveryTestCase):
                 '/32' if '.' in address else '/128'), 'dev', 'eth0')
         self.until_bound(ONE, TWO)
         for router in routers:
-            self.until(lambda: '%s is not bound: ' % router in self.log())
+            self.until(lambda: '%s, on eth0 in' % router in self.log())
         # Nor by the next look at everything.
         self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
         self.until_bound(ONE, TWO)
@@ -734,7 +734,8 @@ class TestDuplicates(DiscoveryTestCase):
         self.inside('one', 'ip', 'address', 'add', TWO + '/24', 'dev', 'eth0')
         self.until_bound(ONE, TWO)
         self.until(lambda: self.log().count(
-            ONE6 + ' is not bound: another host has it') == 1)
+            ONE6 + ', on eth0 in /run/netns/one, is not bound: duplicate '
+            'address detection has found it on another host') == 1)
         self.assert_of_lan()
         # Nor when all is looked at again.
         self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
@@ -765,7 +766,7 @@ class TestDuplicates(DiscoveryTestCase):
         self.until_bound(ONE)
         self.until_looked()
         self.assertEqual(binder.MAX_ADDRESSES, self.log().count(
-            ' is not bound: another host has it'))
+            'duplicate address detection has found it on another host'))
 
     def test_not_before_it_is_proven(self) -> None:
         self.lab.add_pod('one', ONE)
@@ -973,7 +974,8 @@ class TestFaults(DiscoveryTestCase):
     def test_state_directory_that_cannot_be_written(self) -> None:
         """What it could not record it would not unbind at the end."""
         state = '/run/kuryr-break0'
-        line = '%s is not bound: The state directory' % TWO
+        line = ('%s, on eth0 in /run/netns/two, is not bound: The state '
+                'directory' % TWO)
         self.lab.add_pod('one', ONE)
         self.start()
         self.until_bound(ONE)
@@ -1057,11 +1059,11 @@ class FinderTestCase(base.LabTestCase):
 
     def step(self) -> None:
         wait = 0.0 if is_idle(self.finder) else max(
-            0.0, self.finder.due() - time.monotonic())
-        if select.select(self.finder.files(), [], [], wait)[0]:
-            self.finder.note()
+            0.0, self.finder.find_due() - time.monotonic())
+        if select.select(self.finder.list_readable(), [], [], wait)[0]:
+            self.finder.read_events()
         else:
-            self.finder.look()
+            self.finder.work()
 
     def assert_bound(self, *addresses: str) -> None:
         def is_so() -> bool:
@@ -1204,7 +1206,7 @@ class TestExhausted(FinderTestCase):
             events.get.return_value = kernel.events.Changes(
                 set(), set(self.finder._numbers), set(), False, False, False,
                 1)
-            self.finder.note()
+            self.finder.read_events()
         self.assert_bound(ONE)
         self.lab.run('ip', 'address', 'add', TWO + '/24', 'dev', 'eth0',
                      netns='one')
@@ -1256,9 +1258,9 @@ class TestExhausted(FinderTestCase):
                 mock.patch.object(time, 'monotonic', lambda: now[0]):
             self.finder.note_mounts()
             while not is_idle(self.finder):
-                now[0] = self.finder.due()
-                self.finder.note()
-                self.finder.look()
+                now[0] = self.finder.find_due()
+                self.finder.read_events()
+                self.finder.work()
         self.assertLess(asked.call_count, 20)
         self.assertEqual({ONE}, self.bound())
 
@@ -1281,7 +1283,7 @@ class TestBounds(FinderTestCase):
         self.work()
         with mock.patch.object(binder, 'Engine') as engine:
             for number in range(9):
-                self.finder._forget(namespace.Namespace(kernel.FoundNamespace(
+                self.finder._remove(namespace.Namespace(kernel.Found(
                     '/run/netns/gone', NamespaceId(1, 2, number))))
             self.work()
         engine.assert_not_called()
@@ -1290,17 +1292,17 @@ class TestBounds(FinderTestCase):
     def test_refusals_that_are_logged(self) -> None:
         def refuse() -> None:
             for number in range(9):
-                self.finder._binder._refuse(
-                    *base.addresses('10.0.0.%d' % number), NamespaceId(1, 2),
-                    'of the test')
+                self.finder._binder._log_refusal(
+                    *base.addresses('10.0.0.%d' % number),
+                    mock.Mock(namespace=NamespaceId(1, 2)), 'of the test')
 
-        with mock.patch.object(binder, '_REMEMBERED', 4), \
+        with mock.patch.object(binder, '_MAX_REFUSALS', 4), \
                 self.assertLogs('kuryr_break0', 'WARNING') as logs:
             refuse()
             refuse()
             self.assertEqual(4, len(logs.output))
             with mock.patch.object(time, 'monotonic', return_value=(
-                    time.monotonic() + binder._FORGET)):
+                    time.monotonic() + binder._REFUSAL_SECONDS)):
                 refuse()
             self.assertEqual(8, len(logs.output))
 
@@ -1351,7 +1353,7 @@ class TestNoisy(FinderTestCase):
     def test_many_addresses_are_bound_by_and_by(self) -> None:
         addresses = ['100.75.30.%d' % (100 + number) for number in range(9)]
         self.lab.add_pod('one', *addresses)
-        with mock.patch.object(binder, '_AT_ONCE', 0.0):
+        with mock.patch.object(binder, '_TURN', 0.0):
             while not self.bound():
                 self.step()
             self.assertLess(len(self.bound()), len(addresses))
@@ -1425,12 +1427,12 @@ class TestEvents(FinderTestCase):
         self.lab.del_netns('one')
         lab.until(lambda: kernel.judge_state(
             known.found.path, known.found.namespace) is kernel.State.GONE)
-        while select.select(self.finder.files(), [], [], 1)[0]:
+        while select.select(self.finder.list_readable(), [], [], 1)[0]:
             self.finder._events.get()
         self.lab.add_pod('one', TWO)
         with mock.patch.object(kernel.Search, 'all', return_value=[]), \
                 mock.patch.object(kernel.Search, 'new', return_value=[]):
-            self.finder._turns.mark(known, time.monotonic())
+            self.finder._queue.mark(known, time.monotonic())
             self.assert_bound(TWO)
 
     def test_macvlans_of_known_namespaces_cause_no_search_for_all(self
@@ -1469,7 +1471,7 @@ class TestEvents(FinderTestCase):
             self.assertEqual((True, 9), (changes.lost, changes.messages))
             self.assertEqual(0, events.get().messages)
             with mock.patch.object(events, 'get', side_effect=[changes]):
-                self.finder.note()
+                self.finder.read_events()
             self.assert_bound(ONE, TWO, LATER)
         self.lab.run('ip', 'address', 'del', TWO + '/24', 'dev', 'eth0',
                      netns='one')
@@ -1482,8 +1484,8 @@ class TestEvents(FinderTestCase):
         record = self.seen().live[ipaddress.ip_address(ONE)]
         self.manager().unbind(record.owner, base.addresses(ONE))
         self.assertEqual({TWO}, self.bound())
-        turns = self.finder._turns
-        with mock.patch.object(turns, 'mark', side_effect=turns.mark) as mark:
+        queue = self.finder._queue
+        with mock.patch.object(queue, 'mark', side_effect=queue.mark) as mark:
             self.finder.note_records()
         self.assertEqual([record.namespace], [
             call.args[0].found.namespace for call in mark.mock_calls])
@@ -1533,11 +1535,11 @@ class TestRecords(base.LabTestCase):
         # What fails is tried again with the next sync.
         with mock.patch.object(ledger.Ledger, 'lock', side_effect=(
                 exceptions.LockTimeout(path='/run', timeout=0))):
-            self.assertFalse(records.take_back(options, found))
+            self.assertFalse(records.unbind_discovered(options, found))
         with mock.patch.object(found.records, 'names', side_effect=(
                 exceptions.LedgerUnavailable(path='/run', reason='x'))):
-            self.assertFalse(records.take_back(options, found))
+            self.assertFalse(records.unbind_discovered(options, found))
         self.assertEqual({ONE, TWO}, self.bound())
-        self.assertTrue(records.take_back(options, found))
+        self.assertTrue(records.unbind_discovered(options, found))
         self.assertEqual({TWO}, self.bound())
         self.assertEqual({TWO}, set(self.lab.routes()))

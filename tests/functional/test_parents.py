@@ -474,7 +474,7 @@ class TestRenamedWithAnAgent(test_discovery.DiscoveryTestCase):
         # What is bound next shows that its namespace was read again.
         self.lab.run('ip', 'address', 'add', '10.66.0.1/24', 'dev', 'eth0',
                      netns='one')
-        self.until(lambda: '10.66.0.1 is not bound' in self.log())
+        self.until(lambda: '10.66.0.1, on eth0 in' in self.log())
         self.assertEqual({ONE, ONE6}, set(self.lab.routes()))
         # Not by IPv6: what the agent repairs while the NIC is down, and
         # without its addresses, it does not repair with this option.

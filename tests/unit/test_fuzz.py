@@ -517,9 +517,9 @@ class TestEngines(unittest.TestCase):
                 raise ValueError(url)
             return found
 
-        with mock.patch.object(engines, '_get', get), \
+        with mock.patch.object(engines, '_fetch', get), \
                 contextlib.suppress(ValueError):
-            for name, netns in engines.containers('/nowhere', ('/proc',)):
+            for name, netns in engines.list_containers('/nowhere', ('/proc',)):
                 self.assertRegex(name, NAME)
                 self.assertTrue(netns.startswith('/'))
 

@@ -56,7 +56,7 @@ class TestPace(unittest.TestCase):
         for event in events:
             while namespace.due is not None and namespace.due <= event:
                 times.append(namespace.due)
-                namespace.looked, namespace.due = namespace.due, None
+                namespace.read_at, namespace.due = namespace.due, None
             namespace.mark(event)
         return [*times, *(each for each in [namespace.due] if each)]
 
