@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Repairs at once after events, and everything by a timer."""
+"""Run the agent: reconcile after events, and by a timer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import time
 from typing import Any, Callable, Iterator, Optional
 
 from kuryr_break0.agent.cni_server import CNIServer
+from kuryr_break0.agent.event_filter import EventFilter
 from kuryr_break0.agent.http import Server
-from kuryr_break0.agent.interests import Interests
 from kuryr_break0.agent.metrics import Metrics
 from kuryr_break0 import config
 from kuryr_break0.discovery import engines
@@ -30,40 +30,44 @@ from kuryr_break0.reconciler import Reconciler
 
 LOG = log.get_logger(__name__)
 
-#: Seconds from the first event to the sync that it causes: a burst is one.
+#: Seconds from an event to its sync, so that one sync repairs a whole burst.
 _BURST = 0.05
-#: Seconds after which a record that is new must have its route. A bind takes
-#: a thousandth of that, so one that has none was killed.
+#: Seconds from a new record to a sync. A bind takes 1 ms, so if the record has
+#: no route by then, its bind was killed.
 _SETTLED = 1.0
-#: Seconds between two syncs at least.
+#: Minimum time between two syncs, in seconds.
 _PAUSE = 0.1
-#: Seconds of a processor that repairs of lost break0s may take at once. Only
-#: the node itself can cause them, so their pace is one of its own, and no
-#: other event delays them.
-_CREDIT_OF_LOSSES = 2.0
-#: So many events at once are a flood, which is read in larger portions.
+#: Seconds of a processor that repairs of lost break0s may take before they
+#: have to wait. Only the node itself can cause such repairs, so they have
+#: their own pace, and other events do not delay them.
+_LOSS_CREDIT = 2.0
+#: Number of events in one read that counts as a flood, and seconds to wait
+#: after it, so that the next read gets more events.
 _FLOOD = 32
 _FLOOD_PAUSE = 0.1
-#: Seconds between two tries to serve CNI requests, as while an earlier agent
-#: ends.
+#: Seconds between two attempts to serve CNI requests, for example while an
+#: earlier agent ends.
 _RETRY = 0.5
-#: Seconds of doing nothing after a fault of this process.
+#: Seconds to wait after an unexpected exception.
 _RECOVERY = 1.0
-#: Seconds after the start until containers should have been bound.
-_FIRST_LOOK = 2.0
-_UNWATCHED = ('Cannot watch the state directory, so new records are noticed '
-              'only by the timer: %s. For want of room, raise the sysctls '
-              'fs.inotify.max_user_watches and max_user_instances.')
+#: Seconds from the start of the agent to the first search for unbound
+#: containers.
+_FIRST_SEARCH = 2.0
+_UNWATCHED = ('Cannot watch the state directory, so the agent notices new '
+              'records only by its timer: %s. If a limit is the reason, raise '
+              'the sysctls fs.inotify.max_user_watches and '
+              'fs.inotify.max_user_instances.')
 
 
 class Agent:
-    """Keeps the node as the ledger says, beside kuryr-daemon.
+    """Daemon that keeps the kernel equal to the ledger.
 
-    The two share the ledger, its lock and the kernel, and nothing else, so
-    either may be restarted at any time. What a pod's ADD or DEL changes is
-    done when that returns; the agent is for all that happens otherwise.
+    The agent and kuryr-daemon share only the ledger, its lock and the kernel,
+    so each may be restarted at any time. An ADD or a DEL of a pod does not
+    need the agent: it makes its own changes before it returns. The agent
+    repairs changes by other programs.
 
-    :param load: reads the options again
+    :param load: reads the options from the configuration files
     """
 
     def __init__(self, options: config.Options,
@@ -73,86 +77,90 @@ class Agent:
         self._metrics = Metrics(options)
         self._cni = CNIServer()
         self._server = Server(self._metrics, {
-            '/healthz': lambda: (self._metrics.unwell()
-                                 or self._cni.problem()),
-            '/livez': lambda: self._metrics.stuck() or self._cni.stuck()})
-        self._tables: Optional[kernel.NftEvents] = None
+            '/healthz': lambda: (self._metrics.describe_failure()
+                                 or self._cni.describe_failure()),
+            '/livez': lambda: (self._metrics.describe_hang()
+                               or self._cni.describe_hang())})
+        self._nft_events: Optional[kernel.NftEvents] = None
         self._finder: Optional[finder.Finder] = None
-        #: whether it has found containers, which may still be bound
+        #: whether discovered containers may still be bound
         self._has_discovered = False
-        self._stop = False
-        self._reload = False
-        #: monotonic time before which there is no sync, but by the timer, or
-        #: for a break0 or a parent that was lost
+        self._is_stopping = False
+        self._is_reloading = False
+        #: earliest monotonic time of a sync for an event
         self._not_before = 0.0
-        #: monotonic time before which there is no sync for that either
+        #: earliest monotonic time of a sync for a lost break0 or parent
         self._not_before_loss = 0.0
-        #: seconds of the processor that syncs have taken beyond their share
         self._pace = Pace()
-        self._pace_of_losses = Pace(_CREDIT_OF_LOSSES)
+        self._loss_pace = Pace(_LOSS_CREDIT)
         self._synced_at = time.monotonic()
         self._failures = 0
-        #: why the records are not watched
-        self._unwatched: Optional[str] = None
-        #: monotonic time at which to look for containers that are not bound
-        self._unserved_at = time.monotonic() + _FIRST_LOOK
+        #: reason why the records are not watched
+        self._watch_error: Optional[str] = None
+        #: monotonic time of the next search for unbound containers
+        self._unserved_at = time.monotonic() + _FIRST_SEARCH
 
     def run(self) -> None:
-        """Work until SIGTERM or SIGINT."""
+        """Run until SIGTERM or SIGINT."""
         woken, wake = socket.socketpair()
         wake.setblocking(False)
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._signalled)
+            signal.signal(number, self._handle_signal)
         LOG.info('Watching %s', self._options.device)
         with kernel.Events() as events, contextlib.closing(
                 self._server), contextlib.closing(
-                self._cni), _tables() as self._tables:
-            while not self._stop:
-                self._work(events, woken)
+                self._cni), _open_nft_events() as self._nft_events:
+            while not self._is_stopping:
+                self._run_with_options(events, woken)
         LOG.info('The agent ends')
 
-    def _work(self, events: kernel.Events, woken: socket.socket) -> None:
-        """Work with the options as they are now."""
+    def _run_with_options(self, events: kernel.Events,
+                          woken: socket.socket) -> None:
+        """Run until the options are to be read again, or the agent ends."""
         options = self._options
         ledger = Ledger(options.state_dir)
-        interests = Interests(options, ledger)
+        event_filter = EventFilter(options, ledger)
         reconciler = Reconciler(options, ledger)
         self._metrics.options = options
         with contextlib.suppress(exceptions.LedgerUnavailable):
             ledger.prepare()
-        with ledger.heartbeat.keep() as beat, _inotify() as watch, _finding(
-                options, ledger) as self._finder:
-            withdraws = self._may_take_back(ledger)
-            while not self._stop and not self._reload:
-                # What changes from now on may be too late for the sync.
+        with ledger.heartbeat.kept() as beat, _open_inotify() as watch, \
+                _open_finder(options, ledger) as self._finder:
+            has_to_unbind = self._has_to_unbind(ledger)
+            while not self._is_stopping and not self._is_reloading:
+                # Before the sync, which may miss a record written during it.
                 if watch is not None:
-                    self._watch(watch, ledger)
+                    self._watch_records(watch, ledger)
                 self._cni.listen(options)
-                # While another agent serves requests, it may discover.
-                if withdraws and self._cni.is_complete:
-                    withdraws = not records.unbind_discovered(
+                # While another agent serves CNI requests, it may also
+                # discover containers, so their addresses stay bound.
+                if has_to_unbind and self._cni.is_complete:
+                    has_to_unbind = not records.unbind_discovered(
                         options, ledger)
-                    self._has_discovered &= withdraws
+                    self._has_discovered &= has_to_unbind
                 self._server.listen(options.metrics_bind)
-                if self._sync(reconciler, interests):
-                    beat()  # else each ADD and DEL repairs what it can
+                if self._sync(reconciler, event_filter):
+                    # Without a heartbeat, each ADD and DEL makes repairs.
+                    beat()
                 if self._finder is not None:
                     self._finder.note_records()
                 try:
-                    self._wait(events, woken, watch, interests)
-                except Exception as err:  # must not end the agent
-                    # What it has not got to, the next sync finds.
-                    LOG.error('Cannot wait for events: %r', err)
+                    self._wait(events, woken, watch, event_filter)
+                except Exception as err:  # an error must not end the agent
+                    # The next sync repairs changes whose event was not read.
+                    LOG.error('Cannot wait for events: %r. Reconciling '
+                              'everything instead. If this line recurs, '
+                              'restart the agent, and report a bug.', err)
                     time.sleep(_RECOVERY)
-        if self._reload:
+        if self._is_reloading:
             self._reload_options()
 
-    def _may_take_back(self, ledger: Ledger) -> bool:
-        """Return whether a person wants discovered containers unbound.
+    def _has_to_unbind(self, ledger: Ledger) -> bool:
+        """Return whether discovered containers must be unbound.
 
-        An agent that does not discover may run beside one that does, which
-        may have been killed a moment ago.
+        That is so if the operator has set ``discover`` to false. Containers of
+        another agent stay bound, even if that agent is stopped.
         """
         if self._finder is not None:
             records.store_unit(ledger)
@@ -165,79 +173,87 @@ class Agent:
             if count:
                 LOG.info('%d addresses of containers that another agent has '
                          'found stay bound until their containers end. To '
-                         'unbind them: kuryr-break0 cleanup', count)
+                         'unbind them, run: kuryr-break0 cleanup', count)
         return False
 
-    def _signalled(self, number: int, frame: Any) -> None:
+    def _handle_signal(self, number: int, frame: Any) -> None:
         if number == signal.SIGHUP:
-            self._reload = True
+            self._is_reloading = True
         else:
-            self._stop = True
+            self._is_stopping = True
 
     def _wait(self, events: kernel.Events, woken: socket.socket,
               watch: Optional[kernel.Inotify],
-              interests: Interests) -> None:
-        """Return when there may be something to repair."""
+              event_filter: EventFilter) -> None:
+        """Wait until a sync is due, and meanwhile do all other work."""
         timer = time.monotonic() + self._options.resync_interval
-        due = lost = timer
-        waited = [events.fileno(), woken.fileno()]
-        if self._tables is not None:
-            waited.append(self._tables.fileno())
+        due = loss_due = timer
+        readable = [events.fileno(), woken.fileno()]
+        if self._nft_events is not None:
+            readable.append(self._nft_events.fileno())
         if watch is not None:
-            waited.append(watch.fileno())
-        conditions: list[int] = []
+            readable.append(watch.fileno())
+        exceptional: list[int] = []
         if self._finder is not None:
-            waited += self._finder.list_readable()
-            conditions += self._finder.list_exceptional()
-        while not (self._stop or self._reload):
-            timeout = min(timer, self._next(due, lost)) - time.monotonic()
+            readable += self._finder.list_readable()
+            exceptional += self._finder.list_exceptional()
+        while not (self._is_stopping or self._is_reloading):
+            timeout = min(timer, self._find_sync_time(
+                due, loss_due)) - time.monotonic()
             if timeout <= 0:
                 return
             ready, _, changed = select.select(
-                waited, [], conditions, self._until_look(timeout))
+                readable, [], exceptional, self._limit_timeout(timeout))
             if not self._cni.is_complete:
                 self._cni.listen(self._options)
             if time.monotonic() >= self._unserved_at:
                 self._unserved_at = time.monotonic() + (
                     self._metrics.look_for_unserved())
             if self._finder is not None:
-                self._look(changed, ready)
+                self._find_containers(changed, ready)
             if woken.fileno() in ready:
                 woken.recv(4096)
             if watch is not None and watch.fileno() in ready:
-                # A write that failed is no change, and each sync tries it.
+                # A failed write leaves only a temporary file. Each sync
+                # repeats the write, so the file must not cause a sync.
                 if any(not each.startswith(files.UNFINISHED)
                        for each in watch.read()):
                     due = min(due, time.monotonic() + _SETTLED)
-            if self._tables is not None and self._tables.fileno() in ready:
-                if self._tables.get():
+            nft_events = self._nft_events
+            if nft_events is not None and nft_events.fileno() in ready:
+                if nft_events.get():
                     due = min(due, time.monotonic() + _BURST)
             if events.fileno() in ready:
-                heard = events.get()
-                self._metrics.heard(heard)
-                is_lost, now = interests.lost(heard), time.monotonic()
-                if any([interests.include(event) for event in heard]):
+                received = events.get()
+                self._metrics.count_events(received)
+                is_loss = event_filter.include_loss(received)
+                now = time.monotonic()
+                if any([event_filter.include(event) for event in received]):
                     due = min(due, now + _BURST)
-                    if is_lost:  # with all of its routes
-                        lost = min(lost, now)
-                # Not longer than until there is something to do.
-                pause = self._next(due, lost) - now
+                    if is_loss:  # all routes are lost too, so do not wait
+                        loss_due = min(loss_due, now)
+                # The pause after a flood must not delay any work.
+                pause = self._find_sync_time(due, loss_due) - now
                 if self._finder is not None:
                     pause = min(pause,
                                 self._finder.find_due() - time.monotonic())
-                if len(heard) >= _FLOOD and pause > 0:
+                if len(received) >= _FLOOD and pause > 0:
                     time.sleep(min(_FLOOD_PAUSE, pause))
 
-    def _next(self, due: float, lost: float) -> float:
+    def _find_sync_time(self, due: float, loss_due: float) -> float:
         """Return the monotonic time of the next sync.
 
-        :param due: when a sync is due because of any event
-        :param lost: when it is due because of a loss
+        :param due: monotonic time of a sync for any event
+        :param loss_due: monotonic time of a sync for a lost break0 or parent
         """
         return min(max(due, self._not_before),
-                   max(lost, self._not_before_loss))
+                   max(loss_due, self._not_before_loss))
 
-    def _until_look(self, timeout: float) -> float:
+    def _limit_timeout(self, timeout: float) -> float:
+        """Return a timeout that ends before any other work is due.
+
+        :param timeout: seconds until the next sync
+        """
         if not self._cni.is_complete:
             timeout = min(timeout, _RETRY)
         timeout = min(timeout, self._unserved_at - time.monotonic())
@@ -245,8 +261,12 @@ class Agent:
             timeout = min(timeout, self._finder.find_due() - time.monotonic())
         return max(0.0, timeout)
 
-    def _look(self, changed: list[int], ready: list[int]) -> None:
-        """Find containers, if it is time to."""
+    def _find_containers(self, changed: list[int], ready: list[int]) -> None:
+        """Read the events of the finder, and let it do work that is due.
+
+        :param changed: descriptors with an exceptional condition
+        :param ready: descriptors that are readable
+        """
         assert self._finder is not None
         if changed:
             self._finder.note_mounts()
@@ -255,16 +275,18 @@ class Agent:
         if self._finder.find_due() <= time.monotonic():
             try:
                 self._finder.work()
-            except Exception as err:  # must not end the agent
-                # What it was to do is still due, or found by the timer.
+            except Exception as err:  # an error must not end the agent
+                # The work stays due, or the timer makes it due again.
                 self._finder.postpone()
-                LOG.error('Containers could not be found: %r', err)
+                LOG.error('Cannot search for containers: %r. Retrying in 1 '
+                          'second. If this line recurs, restart the agent, '
+                          'and report a bug.', err)
 
-    def _watch(self, watch: kernel.Inotify, ledger: Ledger) -> None:
-        """Watch the records from now on.
+    def _watch_records(self, watch: kernel.Inotify, ledger: Ledger) -> None:
+        """Watch the directory of the records.
 
-        Again before each sync, since the directory may be another one by
-        then.
+        Called before each sync, because another program may have replaced
+        the directory.
         """
         reason = None
         try:
@@ -275,79 +297,86 @@ class Agent:
                 | kernel.IN_DELETE_SELF | kernel.IN_MOVE_SELF)
         except (OSError, exceptions.LedgerUnavailable) as err:
             reason = str(err)
-        if reason not in (None, self._unwatched):
+        if reason not in (None, self._watch_error):
             LOG.warning(_UNWATCHED, reason)
-        self._unwatched = reason
+        self._watch_error = reason
         watch.read()
 
-    def _sync(self, reconciler: Reconciler, interests: Interests) -> bool:
-        """Reconcile; whether nothing of that failed."""
+    def _sync(self, reconciler: Reconciler, event_filter: EventFilter) -> bool:
+        """Reconcile, and return whether all of it succeeded."""
         began = time.monotonic()
-        is_early = began < self._not_before  # because of a loss
-        pace, allowed = ((self._pace_of_losses, self._not_before_loss)
+        is_early = began < self._not_before  # only a loss allows that
+        pace, allowed = ((self._loss_pace, self._not_before_loss)
                          if is_early else (self._pace, self._not_before))
         pace.begin()
         error: Optional[Exception] = None
         try:
-            interests.prepare()
+            event_filter.prepare()
             outcome = reconciler.sync()
             for error in outcome.errors[:1]:
-                LOG.error('Reconciliation failed in part: %s', error)
-            interests.update(outcome)
-        except Exception as err:  # must not end the agent
-            LOG.exception('Reconciliation failed')
+                LOG.error('Reconciliation failed in part, and will be '
+                          'repeated: %s', error)
+            event_filter.update(outcome)
+        except Exception as err:  # an error must not end the agent
+            LOG.exception('Reconciliation failed. It will be repeated. For '
+                          'the remedy, run: kuryr-break0 doctor')
             error = err
         ended = time.monotonic()
-        self._metrics.synced(ended - began, error)
-        # One that fails each time as soon as it may, as when its own changes
-        # are events, is repeated less and less often, and at last with the
-        # timer only. Any other must not delay what else there is to repair.
+        self._metrics.record_sync(ended - began, error)
+        # If a failed sync is due again at once each time, for example because
+        # its own changes are events, the pause doubles each time, up to the
+        # interval of the timer. A failure after a quiet time starts again
+        # with the shortest pause, so that it does not delay other repairs.
         is_later = began - allowed > allowed - self._synced_at
         self._failures = 0 if error is None else 1 if is_later else min(
             self._failures + 1, 20)
         self._synced_at = ended
         pause = _PAUSE * 2 ** self._failures if self._failures else _PAUSE
-        least, paced = (ended + min(seconds, self._options.resync_interval)
-                        for seconds in (pause, max(pause, pace.end())))
+        earliest, paced = (
+            ended + min(seconds, self._options.resync_interval)
+            for seconds in (pause, max(pause, pace.end())))
         if is_early:
-            self._not_before = max(self._not_before, least)
+            self._not_before = max(self._not_before, earliest)
             self._not_before_loss = paced
         else:
             self._not_before = paced
-            self._not_before_loss = max(self._not_before_loss, least)
+            self._not_before_loss = max(self._not_before_loss, earliest)
         return error is None
 
     def _reload_options(self) -> None:
-        self._reload = False
+        self._is_reloading = False
         try:
             self._options = self._load()
             LOG.info('Read the configuration again')
-        except Exception as err:  # the one from before is still good
-            LOG.error('Keeping the previous configuration: %s', err)
+        except Exception as err:  # an error must not end the agent
+            LOG.error('Keeping the previous configuration until the next '
+                      'SIGHUP: %s', err)
 
 
 @contextlib.contextmanager
-def _finding(options: config.Options, ledger: Ledger
-             ) -> Iterator[Optional[finder.Finder]]:
-    """Find containers; None if that is not wanted."""
+def _open_finder(options: config.Options, ledger: Ledger
+                 ) -> Iterator[Optional[finder.Finder]]:
+    """Yield a finder of containers, or None if ``discover`` is false."""
     if not (options.discover and options.enabled):
         yield None
         return
     with contextlib.closing(engines.Namer(options, ledger)) as namer, \
             contextlib.closing(finder.Finder(
-                options, ledger, namer.request_names)) as found:
-        yield found
+                options, ledger, namer.request_names)) as opened:
+        yield opened
 
 
 @contextlib.contextmanager
-def _tables() -> Iterator[Optional[kernel.NftEvents]]:
-    """Receive deletions of tables; None if that is not possible."""
+def _open_nft_events() -> Iterator[Optional[kernel.NftEvents]]:
+    """Yield a socket that receives deletions of our nftables tables.
+
+    Yield None if the kernel does not allow that.
+    """
     try:
         events = kernel.NftEvents(guard.PREFIX)
     except OSError as err:
-        LOG.info('Cannot receive events of nftables, so a deleted guard is '
-                 'repaired only by the timer: %s',
-                 err)
+        LOG.info('Cannot receive events of nftables, so the agent restores a '
+                 'deleted guard only by its timer: %s', err)
         yield None
         return
     with contextlib.closing(events):
@@ -355,8 +384,8 @@ def _tables() -> Iterator[Optional[kernel.NftEvents]]:
 
 
 @contextlib.contextmanager
-def _inotify() -> Iterator[Optional[kernel.Inotify]]:
-    """Open an inotify; None if that is not possible."""
+def _open_inotify() -> Iterator[Optional[kernel.Inotify]]:
+    """Yield an inotify descriptor, or None if that fails."""
     try:
         watch = kernel.Inotify()
     except OSError as err:

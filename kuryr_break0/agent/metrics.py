@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The metrics of a node for Prometheus, and the health of the agent."""
+"""Collect the metrics of a node for Prometheus and the agent's health."""
 
 from __future__ import annotations
 
@@ -31,33 +31,36 @@ from kuryr_break0.snapshot import Snapshot
 LOG = log.get_logger(__name__)
 
 _PREFIX = 'kuryr_break0'
-#: Upper limits in seconds: from a bind, some milliseconds, on.
+#: Upper limits of the buckets, in seconds.
 _BUCKETS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10)
-#: Seconds after which what usually passes should have.
+#: Seconds after which a temporary reason, such as duplicate address detection,
+#: counts as lasting.
 _PASSES = 5.0
-#: Seconds after which a look at all namespaces lets the agent do other work.
-_AT_ONCE = 0.02
-#: Lines of one look: a container may have thousands of addresses, and others
-#: the next time.
-_LOGGED = 8
+#: Seconds of one step of the search for unbound containers. Between two steps
+#: the agent does other work.
+_STEP = 0.02
+#: Maximum number of log lines of one search, because a container can have
+#: thousands of addresses and change them before each search.
+_MAX_LINES = 8
 
 
 class Metrics(prometheus_registry.Collector):
-    """The figures of a node.
+    """Metrics of a node.
 
-    What is bound and routed is read at the first scrape after a sync, so that
-    frequent scrapes cost nothing. What all processes have done is in their
-    journal.
+    Addresses and routes are read at the first scrape after a sync; later
+    scrapes repeat the values. Binds and repairs of all processes are read from
+    the journal.
 
-    The thread of the agent writes; those of the server read.
+    The agent's thread updates the metrics, and the server's threads read them.
 
-    :ivar options: those that the agent goes by
+    :ivar options: current options of the agent
     """
 
     def __init__(self, options: config.Options) -> None:
         self.options = options
-        # Those would repeat for each figure when the agent started.
-        # Its disable_created_metrics() is not in Debian 12.
+        # Without this, each counter gets a second series with the time of
+        # its creation, which is always the start of the agent. The function
+        # disable_created_metrics() is not in Debian 12.
         prometheus_client.metrics._use_created = False
         self.registry = prometheus_client.CollectorRegistry()
         prometheus_client.ProcessCollector(registry=self.registry)
@@ -70,46 +73,44 @@ class Metrics(prometheus_registry.Collector):
                 {'version': importlib.metadata.version('kuryr-break0')})
         self._seconds = {
             Done.BIND: prometheus_client.Histogram(
-                'bind_seconds', 'Duration of binding the addresses of a pod, '
-                'in seconds.', **timed),
+                'bind_seconds', 'Time to bind the addresses of a pod, in '
+                'seconds.', **timed),
             Done.UNBIND: prometheus_client.Histogram(
-                'unbind_seconds', 'Duration of unbinding the addresses of a '
-                'pod, in seconds.', **timed)}
+                'unbind_seconds', 'Time to unbind the addresses of a pod, in '
+                'seconds.', **timed)}
         self._failures = {
             Done.BIND_FAILED: prometheus_client.Counter(
-                'bind_failures', 'Binds that failed.', **ours),
+                'bind_failures', 'Failed binds.', **ours),
             Done.UNBIND_FAILED: prometheus_client.Counter(
-                'unbind_failures', 'Unbinds that failed.', **ours)}
+                'unbind_failures', 'Failed unbinds.', **ours)}
         repairs = prometheus_client.Counter(
-            'repairs', 'Repairs made, by kind.',
-            ['reason'], **ours)
+            'repairs', 'Repairs made, by reason.', ['reason'], **ours)
         self._repairs = {each: repairs.labels(each.name.lower())
                          for each in journal.REPAIRS}
         self._sync_seconds = prometheus_client.Histogram(
             'sync_seconds', 'Duration of a full reconciliation, in '
             'seconds.', **timed)
         self._sync_failures = prometheus_client.Counter(
-            'sync_failures', 'Reconciliations of the agent that failed.',
-            **ours)
+            'sync_failures', 'Failed reconciliations.', **ours)
         self._last_success = prometheus_client.Gauge(
             'sync_last_success_timestamp_seconds',
-            'Time of the last reconciliation that did not fail, in seconds '
-            'since the epoch.', **ours)
+            'Time of the last successful reconciliation, in seconds since '
+            'the epoch.', **ours)
         self._events = prometheus_client.Counter(
             'events_received', 'Netlink events received.', **ours)
         self._losses = prometheus_client.Counter(
-            'events_lost', 'Netlink events lost because the socket buffer '
-            'was full.', **ours)
+            'events_lost', 'Number of times that netlink events were lost '
+            'because the socket buffer was full.', **ours)
         unserved = prometheus_client.Gauge(
-            'containers_unserved', 'Addresses of containers that are not '
-            'bound, by reason.', ['reason'], **ours)
+            'containers_unserved', 'Unbound addresses of containers, by '
+            'reason.', ['reason'], **ours)
         self._unserved = {reason: unserved.labels(reason.value)
                           for reason in containers.Reason}
-        #: what was not bound when that was looked for last, by what it says
-        self._waiting: set[str] = set()
+        #: texts of all unbound addresses at the last search
+        self._last_texts: set[str] = set()
         self._logged: set[str] = set()
-        #: a look that goes on, and what it has found so far
-        self._looking: Optional[Iterator[list[containers.Unserved]]] = None
+        #: search in progress, and its results so far
+        self._search: Optional[Iterator[list[containers.Unserved]]] = None
         self._found: list[containers.Unserved] = []
         self._pace = Pace()
         self._outdated = False
@@ -118,10 +119,11 @@ class Metrics(prometheus_registry.Collector):
         self._succeeded: Optional[float] = None
         self._ended = time.monotonic()
 
-    def synced(self, seconds: float, error: Optional[Exception]) -> None:
-        """Note that a sync of the agent has ended.
+    def record_sync(self, seconds: float, error: Optional[Exception]) -> None:
+        """Record the end of a sync of the agent.
 
-        :param error: what it failed by; None if it did not
+        :param seconds: duration of the sync
+        :param error: reason of its failure; None after a success
         """
         self._sync_seconds.observe(seconds)
         self._ended = time.monotonic()
@@ -132,72 +134,73 @@ class Metrics(prometheus_registry.Collector):
             self._last_success.set_to_current_time()
             self._succeeded = time.monotonic()
         self._outdated = True
-        self._read_journal()  # before it is full
+        self._read_journal()  # it has a maximum size, and may be full soon
 
-    def heard(self, events: Sequence[kernel.Event]) -> None:
-        """Count netlink events."""
-        lost = sum(event.kind == 'lost' for event in events)
+    def count_events(self, events: Sequence[kernel.Event]) -> None:
+        lost = sum(event.what == 'lost' for event in events)
         self._events.inc(len(events) - lost)
         self._losses.inc(lost)
 
     def look_for_unserved(self) -> float:
-        """Count what is not bound, and log each once.
+        """Count unbound addresses of containers, and log each address once.
 
-        What usually passes is waited for. A node can have thousands of
-        namespaces, so this returns after some of them.
+        An address with a temporary reason counts from the second search that
+        finds it. A node can have thousands of namespaces, so one call searches
+        only a part of them.
 
-        :returns: seconds until it is to be called again
+        :returns: seconds until the next call
         """
         self._pace.begin()
         try:
-            return max(self._look(), self._pace.end())
+            return max(self._continue_search(), self._pace.end())
         except (exceptions.Break0Error, OSError) as err:
-            self._looking = None
-            LOG.error('Cannot find out which containers are not bound: %s',
-                      err)
+            self._search = None
+            LOG.error('Cannot search for unbound containers, and will try '
+                      'again in %d seconds: %s',
+                      self.options.resync_interval, err)
         return self.options.resync_interval
 
-    def _look(self) -> float:
-        if self._looking is None:
-            seen = self._read_snapshot()
-            if seen is None:
+    def _continue_search(self) -> float:
+        if self._search is None:
+            snapshot = self._read_snapshot()
+            if snapshot is None:
                 return self.options.resync_interval
             self._found = []
-            self._looking = containers.each_unserved(
-                seen, Ledger(self.options.state_dir), kernel.QUICK_LIMITS)
-        ends = time.monotonic() + _AT_ONCE
-        for each in self._looking:
+            self._search = containers.each_unserved(
+                snapshot, Ledger(self.options.state_dir), kernel.FEW)
+        ends = time.monotonic() + _STEP
+        for each in self._search:
             self._found += each[:containers.MOST - len(self._found)]
             if time.monotonic() > ends:
                 return 0.0
-        self._looking = None
-        return self._show_unserved(self._found)
+        self._search = None
+        return self._report_unserved(self._found)
 
-    def _show_unserved(self, found: Sequence[containers.Unserved]) -> float:
-        """Count and log what was found; return seconds until the next look."""
+    def _report_unserved(self, found: Sequence[containers.Unserved]) -> float:
+        """Count and log addresses; return seconds until the next search."""
         texts = {str(each) for each in found}
         lasting = [each for each in found
                    if each.reason not in containers.PASSING
-                   or str(each) in self._waiting]
+                   or str(each) in self._last_texts]
         new = [each for each in lasting if str(each) not in self._logged
                and not (self.options.discover
                         and each.reason in containers.FINDERS)]
-        for each in new[:_LOGGED]:
-            LOG.warning('A container is not served: %s. See kuryr-break0 '
-                        'doctor', each)
-        if new[_LOGGED:]:
-            LOG.warning('%d addresses more are not served. See kuryr-break0 '
-                        'doctor', len(new) - _LOGGED)
+        for each in new[:_MAX_LINES]:
+            LOG.warning('A container is unreachable from this node: %s. For '
+                        'the remedy, run: kuryr-break0 doctor', each)
+        if new[_MAX_LINES:]:
+            LOG.warning('%d more addresses of containers are unbound. List '
+                        'them: kuryr-break0 doctor', len(new) - _MAX_LINES)
         self._logged = self._logged & texts | set(map(str, lasting))
-        is_new = not texts <= self._waiting
-        self._waiting = texts
+        is_new = not texts <= self._last_texts
+        self._last_texts = texts
         counts = collections.Counter(each.reason for each in lasting)
         for reason, gauge in self._unserved.items():
             gauge.set(counts[reason])
         return _PASSES if is_new else self.options.resync_interval
 
-    def unwell(self) -> Optional[str]:
-        """Return why the agent does not reconcile; None if it does."""
+    def describe_failure(self) -> Optional[str]:
+        """Return the reason why syncs fail, or None if they succeed."""
         if self._succeeded is None:
             since = 'yet'
         else:
@@ -208,36 +211,44 @@ class Metrics(prometheus_registry.Collector):
         return 'No sync has succeeded %s: %s' % (
             since, self._error or 'none has ended')
 
-    def stuck(self) -> Optional[str]:
-        """Return why it should be restarted; None while it tries."""
+    def describe_hang(self) -> Optional[str]:
+        """Return the reason for a restart of the agent, or None.
+
+        If syncs end with an error, a restart does not help.
+        """
         age = time.monotonic() - self._ended
         if age <= self.options.patience:
             return None
         return 'No sync has ended for %d s' % age
 
     def refresh(self) -> None:
-        """Refresh the values that :meth:`collect` returns, one at a time."""
+        """Read the values for :meth:`collect`. Call from one thread only."""
         self._read_journal()
         if self._outdated:
-            self._outdated = False  # a sync may end meanwhile
-            seen = self._read_snapshot()
-            self._gauges = [] if seen is None else list(_gauges(seen))
+            # Before the read: a sync may end during it.
+            self._outdated = False
+            snapshot = self._read_snapshot()
+            self._gauges = [] if snapshot is None else list(
+                _make_gauges(snapshot))
 
     def collect(self) -> Iterator[core.Metric]:
-        """Return the values that were read; none if that failed."""
+        """Return the values of the last :meth:`refresh`.
+
+        :returns: no value if that failed to read the node
+        """
         yield from self._gauges
 
     def _read_journal(self) -> None:
-        for what, times, seconds in journal.Journal(
+        for kind, times, seconds in journal.Journal(
                 self.options.state_dir).drain():
-            if what in self._repairs:
-                self._repairs[what].inc(times)
+            if kind in self._repairs:
+                self._repairs[kind].inc(times)
                 continue
-            if what in self._failures:
-                self._failures[what].inc(times)
-            done = (Done.BIND if what in (Done.BIND, Done.BIND_FAILED)
-                    else Done.UNBIND)
-            self._seconds[done].observe(seconds)
+            if kind in self._failures:
+                self._failures[kind].inc(times)
+            operation = (Done.BIND if kind in (Done.BIND, Done.BIND_FAILED)
+                         else Done.UNBIND)
+            self._seconds[operation].observe(seconds)
 
     def _read_snapshot(self) -> Optional[Snapshot]:
         options = self.options
@@ -245,21 +256,22 @@ class Metrics(prometheus_registry.Collector):
             with kernel.Netlink() as netlink:
                 return actual.read(options, Ledger(options.state_dir), netlink)
         except (exceptions.Break0Error, OSError) as err:
-            LOG.error('Serving metrics without addresses: %s', err)
+            LOG.error('Cannot read addresses and routes, so metrics of them '
+                      'are missing until the next sync: %s', err)
             return None
 
 
-def _gauges(seen: Snapshot) -> Iterator[core.Metric]:
-    def gauge(name: str, text: str, values: Mapping[tuple[str, ...], int],
-              *labels: str) -> core.Metric:
-        made = core.GaugeMetricFamily('%s_%s' % (_PREFIX, name), text,
-                                      labels=labels)
-        for of, value in values.items():
-            made.add_metric(of, value)
-        return made
+def _make_gauges(seen: Snapshot) -> Iterator[core.Metric]:
+    def make_gauge(name: str, text: str, values: Mapping[
+            tuple[str, ...], int], *labels: str) -> core.Metric:
+        gauge = core.GaugeMetricFamily('%s_%s' % (_PREFIX, name), text,
+                                       labels=labels)
+        for label_values, value in values.items():
+            gauge.add_metric(label_values, value)
+        return gauge
 
     problems = collections.Counter(
-        found.name if found else '' for found
+        parent.name if parent else '' for parent
         in map(seen.parent_of, address_problems(seen)))
     rows = {parent.name: (
         len(parent.live), len(parent.routes),
@@ -268,34 +280,38 @@ def _gauges(seen: Snapshot) -> Iterator[core.Metric]:
         problems[parent.name],
         int(parent.link is not None and parent.link.up))
         for parent in seen.parents.values()}
-    # What is of no parent, as a record that cannot be read.
+    # The parent of an unreadable record is unknown.
     if problems[''] or not rows:
         rows[''] = (0, 0, 0, 0, problems[''], 0)
-    for place, (name, text) in enumerate((
-            ('addresses_desired', 'Addresses that pods have.'),
+    for column, (name, text) in enumerate((
+            ('addresses_desired',
+             'Addresses with a record and an existing sandbox.'),
             ('addresses_routed',
              'Addresses with a host route through break0.'),
-            ('addresses_foreign', 'Addresses of pods with a route of others.'),
+            ('addresses_foreign',
+             'Addresses of pods with a route of another program.'),
             ('addresses_unclaimed', 'Addresses with a route or neighbour of '
-             'ours and without a record.'),
+             'break0, but without a record.'),
             ('addresses_out_of_sync', 'Addresses that cannot be reached, or '
              'that a sync would change.'),
-            ('device_up', 'Whether break0 exists and is up.'))):
-        yield gauge(name, text, {(parent,): values[place] for parent, values
-                                 in rows.items()}, 'parent')
-    yield gauge(
-        'container_addresses', 'Addresses of discovered containers, by the '
-        'names that their engines give them.', collections.Counter(
+            ('device_up', '1 if break0 exists and is up, otherwise 0.'))):
+        yield make_gauge(
+            name, text, {(parent,): values[column] for parent, values
+                         in rows.items()}, 'parent')
+    yield make_gauge(
+        'container_addresses', 'Addresses of discovered containers, by name '
+        'of the container.', collections.Counter(
             (record.pod or record.owner.container_id, record.parent)
             for record in seen.live.values()
             if record.origin is Origin.DISCOVERED), 'container', 'parent')
     for name, text, value in (
-            ('ledger_records', 'Addresses that have a record.',
+            ('ledger_records', 'Addresses with a record.',
              len(seen.contents.claims)),
-            ('ledger_unreadable_records', 'Records that cannot be read.',
+            ('ledger_unreadable_records',
+             'Records that are damaged or of a later version.',
              len(seen.contents.unreadable)),
-            ('addresses_unjudged', 'Addresses of sandboxes of which it cannot '
-             'be found out whether they exist.', len(seen.unjudged)),
+            ('addresses_unjudged', 'Addresses of sandboxes that the agent '
+             'cannot see, so they stay bound.', len(seen.unjudged)),
             ('node_problems', 'Faults of break0 itself or of the ledger.',
              len(list(node_problems(seen))))):
-        yield gauge(name, text, {(): value})
+        yield make_gauge(name, text, {(): value})

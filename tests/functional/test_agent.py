@@ -12,7 +12,7 @@ from unittest import mock
 
 import psutil
 
-from kuryr_break0.agent import interests
+from kuryr_break0.agent import event_filter
 from kuryr_break0.agent import loop
 from kuryr_break0 import kernel
 from kuryr_break0 import ledger
@@ -315,7 +315,7 @@ class TestStateDirectory(AgentTestCase):
         self.assert_noticed()
 
 
-class TestInterests(base.LabTestCase):
+class TestEventFilter(base.LabTestCase):
 
     def test_own_changes_are_no_events(self) -> None:
         self.lab.add_ipv6()
@@ -323,7 +323,7 @@ class TestInterests(base.LabTestCase):
         netns = self.lab.add_pod('pod', *all_of_it, mac=MAC)
         self.bind('10.20.0.1')  # has break0 made
         own = base.options()
-        heard = interests.Interests(own, ledger.Ledger(own.state_dir))
+        heard = event_filter.EventFilter(own, ledger.Ledger(own.state_dir))
         heard.update()
         self.lab.settle()
         flush = ['%s flush dev break0' % each for each in ('route', 'neigh')]
@@ -356,16 +356,17 @@ class TestInterests(base.LabTestCase):
     def test_a_break0_is_lost_before_the_last_event_of_it(self) -> None:
         self.bind(POD, mac_of_pod=MAC)
         own = base.options()
-        heard = interests.Interests(own, ledger.Ledger(own.state_dir))
+        heard = event_filter.EventFilter(own, ledger.Ledger(own.state_dir))
         heard.update()
         with kernel.Events() as events:
             for command, lost in (('set break0 mtu 1400', False),
                                   ('set lo down', False),
                                   ('set break0 down', True)):
                 self.lab.run('ip', 'link', *command.split())
-                self.assertEqual(lost, heard.lost(events.get()), command)
+                self.assertEqual(lost, heard.include_loss(events.get()),
+                                 command)
             self.lab.run('ip', 'link', 'del', 'break0')
-            self.assertTrue(heard.lost(events.get()))
+            self.assertTrue(heard.include_loss(events.get()))
 
 
 class TestProcess(AgentTestCase):

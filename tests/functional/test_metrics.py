@@ -316,11 +316,12 @@ class TestHealth(MetricsTestCase):
         for error in (None, exceptions.ParentNotFound(parent='eth0')):
             now = time.monotonic()
             with mock.patch('time.monotonic', return_value=now):
-                own.synced(0.1, error)
+                own.record_sync(0.1, error)
             with mock.patch('time.monotonic', return_value=now + 40):
-                self.assertIsNone(own.stuck())
+                self.assertIsNone(own.describe_hang())
             with mock.patch('time.monotonic', return_value=now + 41):
-                self.assertEqual('No sync has ended for 41 s', own.stuck())
+                self.assertEqual('No sync has ended for 41 s',
+                                 own.describe_hang())
 
     def test_a_lock_that_is_not_free(self) -> None:
         self.bind(POD)
@@ -658,20 +659,20 @@ class TestExposition(base.LabTestCase):
         made.clear()
         before = self.answer()
         self.assertIn('kuryr_break0_sync_failures_total 0.0\n', before)
-        self.own.synced(0.1, exceptions.ParentNotFound(parent='eth9'))
+        self.own.record_sync(0.1, exceptions.ParentNotFound(parent='eth9'))
         self.assertIn('kuryr_break0_sync_failures_total 1.0\n',
                       self.answer())
         for _ in range(200):
             self.answer()
         self.assertLess(len(made), 150)
         # The figures are read again later.
-        self.own.synced(0.1, exceptions.ParentNotFound(parent='eth9'))
+        self.own.record_sync(0.1, exceptions.ParentNotFound(parent='eth9'))
         lab.until(lambda: 'kuryr_break0_sync_failures_total 2.0\n'
                   in self.answer())
 
     def test_one_reads(self) -> None:
         before = self.answer()
-        self.own.synced(0.1, None)
+        self.own.record_sync(0.1, None)
         reading, end = threading.Event(), threading.Event()
 
         def read(*args: Any) -> Any:

@@ -319,7 +319,8 @@ class TestBound(UnservedTestCase):
         self.lab.add_pod('one', *('100.75.30.%d' % number
                                   for number in range(100, 120)))
         self.start('resync_interval = 1\n')
-        self.until(lambda: '12 addresses more are not served' in self.log())
+        self.until(lambda: '12 more addresses of containers are unbound'
+                   in self.log())
         self.assertEqual(8, self.log().count('is not bound'))
 
 

@@ -56,7 +56,8 @@ class TestPace(unittest.TestCase):
 
     def until_repair(self) -> float:
         """The seconds until a break0 that is lost now may be repaired."""
-        return max(0.0, self.agent._next(self.now + 3600, self.now) - self.now)
+        return max(0.0, self.agent._find_sync_time(
+            self.now + 3600, self.now) - self.now)
 
     def test_a_loss_waits_for_no_other_event(self) -> None:
         self.assertGreater(self.sync(5), 40)
@@ -73,11 +74,11 @@ class TestPace(unittest.TestCase):
         """As where another program deletes each break0 at once."""
         self.now, began = 1000.0, 1000.0
         for _ in range(200):
-            self.now = self.agent._next(self.now + 3600, self.now)
+            self.now = self.agent._find_sync_time(self.now + 3600, self.now)
             self.sync(0.05)
         passed = self.now - began
         self.assertLess(self.spent, 2 * pace.SHARE * passed + pace.CREDIT
-                        + loop._CREDIT_OF_LOSSES + 0.1)
+                        + loop._LOSS_CREDIT + 0.1)
 
     def test_a_repair_that_fails_at_once_again(self) -> None:
         self.sync(5)

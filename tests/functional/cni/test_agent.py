@@ -221,7 +221,7 @@ class TestServer(base.WithShim, ShimTestCase):
                     '/run/kuryr-break0/lock'):
                 client.sendall(add)
                 client.shutdown(socket.SHUT_WR)
-        lab.until(lambda: 'Nobody waits' in self.log() and not self.bound(),
+        lab.until(lambda: 'Undoing the ADD' in self.log() and not self.bound(),
                   self.log)
         self.assertEqual({}, self.lab.routes())
 
@@ -253,7 +253,7 @@ class TestServer(base.WithShim, ShimTestCase):
                     following.sendall(add)
                     following.shutdown(socket.SHUT_WR)
                 self.assertEqual(b'0 ', following.makefile('rb').read()[:2])
-            lab.until(lambda: self.log().count('Nobody waits') == number,
+            lab.until(lambda: self.log().count('Undoing the ADD') == number,
                       self.log)
             self.assertEqual(2, len(self.bound()), self.log())
             self.assertEqual(self.bound(), set(self.lab.routes()))
@@ -417,7 +417,8 @@ class TestHindered(base.WithShim, ShimTestCase):
                           in self.log_of_second())
             status, text = self.health('/livez')
             self.assertEqual(503, status)
-            self.assertIn("can't start new thread, and 0 of 4 run", text)
+            self.assertIn("can't start new thread: 0 of 4 threads are running",
+                          text)
         for path in ('/livez', '/healthz'):
             self.wait_for(lambda: self.health(path) == (200, 'ok\n'))
         self.assertTrue(self.serves())
@@ -445,8 +446,8 @@ class TestServerInThisProcess(lab_base.LabTestCase):
             server.listen(options)
             server.listen(options)
         self.assertEqual(1, len(logs.output))
-        self.assertIn('Is a directory', server.problem() or '')
-        self.assertIsNone(server.stuck())  # a restart changes nothing
+        self.assertIn('Is a directory', server.describe_failure() or '')
+        self.assertIsNone(server.describe_hang())  # a restart changes nothing
 
     def test_a_path_that_is_too_long_for_a_socket(self) -> None:
         """An address of a socket has room for 108 bytes."""
@@ -457,7 +458,7 @@ class TestServerInThisProcess(lab_base.LabTestCase):
             server = CNIServer()
             with contextlib.closing(server), self.subTest(directory):
                 server.listen(options)
-                self.assertIsNone(server.problem())
+                self.assertIsNone(server.describe_failure())
                 self.assertTrue(server.is_complete)
                 base.Runtime(str(base.SHIM)).call('STATUS', {
                     'cniVersion': '1.1.0', 'name': 'lan', 'type': 'break0',
@@ -465,28 +466,30 @@ class TestServerInThisProcess(lab_base.LabTestCase):
                 other = CNIServer()
                 with self.assertLogs('kuryr_break0', 'ERROR'):
                     other.listen(options)
-                self.assertIn('another agent listens', other.problem() or '')
+                self.assertIn('another agent listens',
+                              other.describe_failure() or '')
             self.assertNotIn('cni.sock', os.listdir(directory))
 
     def test_threads_that_die_are_replaced(self) -> None:
         server = CNIServer()
         self.addCleanup(server.close)
-        self.assertIsNotNone(server.problem())
+        self.assertIsNotNone(server.describe_failure())
         options = lab_base.options()
         os.mkdir(options.state_dir, 0o700)
         server.listen(options)
-        self.assertIsNone(server.problem())
-        with mock.patch.object(server, '_serve', side_effect=MemoryError), \
+        self.assertIsNone(server.describe_failure())
+        with mock.patch.object(server, '_serve_client',
+                               side_effect=MemoryError), \
                 mock.patch.object(threading, 'excepthook'):
             def is_stuck() -> bool:
                 with socket.socket(socket.AF_UNIX) as client:
                     client.connect(SOCKET)
-                return server.stuck() is not None
+                return server.describe_hang() is not None
 
             lab.until(is_stuck)
-            self.assertEqual(server.problem(), server.stuck())
+            self.assertEqual(server.describe_failure(), server.describe_hang())
         server.listen(options)
-        self.assertIsNone(server.problem())
+        self.assertIsNone(server.describe_failure())
         self.assertTrue(server.is_complete)
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(SOCKET)

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Decide which events of the kernel require a sync."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any, Container, Iterable, Iterator, Optional
+
+from kuryr_break0 import config
+from kuryr_break0 import exceptions
+from kuryr_break0 import kernel
+from kuryr_break0.ledger import Ledger
+from kuryr_break0.model import Entry
+from kuryr_break0.model import HostRoute
+from kuryr_break0.model import IPAddress
+from kuryr_break0.model import Neighbour
+from kuryr_break0.model import of_kind
+from kuryr_break0.plan import Outcome
+from kuryr_break0 import policy
+
+
+class EventFilter:
+    """Filter for netlink events.
+
+    Most events need no sync: new interfaces on their way into a pod, routes of
+    other programs, and the agent's own changes. A pod can cause any number of
+    events, for example by switching promiscuous mode. So an event passes the
+    filter only if it changes a stored interface, address or next hop, or if a
+    recorded address has another route or neighbour than its record requires.
+    """
+
+    def __init__(self, options: config.Options, ledger: Ledger) -> None:
+        self._options = options
+        self._ledger = ledger
+        self._policy = policy.Policy(options)
+        #: names of all break0s and their parents
+        self._names: set[str] = set()
+        #: recorded names of break0s, by parent
+        self._device_names: dict[str, str] = {}
+        #: name and ifindex of each existing break0, by parent
+        self._devices: dict[str, tuple[str, int]] = {}
+        #: the events that the last sync has caused
+        self._own_events: frozenset[kernel.Event] = frozenset()
+        #: addresses that the last sync refused, for example next hops
+        self._refused: Container[IPAddress] = ()
+        #: source addresses since the last sync, by parent and subnet
+        self._sources: dict[tuple[str, Any], Optional[IPAddress]] = {}
+        self._links: dict[int, Any] = {}
+        self._addresses: set[tuple[int, Any]] = set()
+        self._next_hops: set[IPAddress] = set()
+        #: whether an interface has addresses of Kubernetes services
+        self._has_services: dict[Optional[int], bool] = {}
+
+    def prepare(self) -> None:
+        """Store the state of interfaces and addresses before a sync.
+
+        A change during the sync then differs from the stored state, and causes
+        another sync.
+
+        :raises Break0Error: if the kernel cannot be read
+        """
+        with kernel.Netlink() as netlink:
+            self._links = self._read_links(netlink)
+            self._addresses = set(netlink.addresses())
+
+    def update(self, outcome: Outcome = Outcome()) -> None:
+        """Store the changes of a sync, and the state of all break0s after it.
+
+        :raises Break0Error: if the kernel cannot be read
+        """
+        self._own_events = frozenset(_make_events(outcome))
+        self._refused = outcome.refused
+        # The kernel sends no event for some deleted routes. Without an entry
+        # here, the next route to such a next hop counts as a change.
+        self._next_hops.intersection_update(outcome.refused)
+        self._sources.clear()
+        identity = None
+        with contextlib.suppress(exceptions.LedgerUnavailable):
+            identity = self._ledger.identity()
+        devices = identity.devices if identity else {}
+        self._device_names = devices
+        names = {self._options.device, *devices.values()}
+        self._names = {*names, *devices}
+        if self._options.parent is not None:
+            self._names.add(self._options.parent)
+        with kernel.Netlink() as netlink:
+            links = self._read_links(netlink)
+            indexes = {link.name: link.index for link in links.values()}
+            self._devices = {parent: (name, indexes[name])
+                             for parent, name in devices.items()
+                             if name in indexes}
+            ours = {index for index, link in links.items()
+                    if link.name in names}
+            self._links = {**links, **{
+                index: link for index, link in self._links.items()
+                if index in links and index not in ours}}
+            self._addresses = {
+                *(each for each in self._addresses if each[0] not in ours),
+                *(each for each in netlink.addresses()
+                  if each.ifindex in ours)}
+        self._has_services.clear()
+
+    def _read_links(self, netlink: kernel.Netlink) -> dict[int, kernel.Link]:
+        links = map(netlink.link, self._names)
+        return {link.index: _select_fields(link) for link in links
+                if link is not None}
+
+    def include_loss(self, events: Iterable[kernel.Event]) -> bool:
+        """Return whether a break0 or its parent was deleted or set down.
+
+        The kernel sets an interface down before it deletes it, and sends an
+        event for each neighbour. If events were lost, the event of the
+        interface may be among them, so read its state from the kernel.
+        """
+        is_incomplete = False
+        for event in events:
+            if event.kind == 'link' and (
+                    event.ifindex in self._links or event.link is not None
+                    and event.link.name in self._names) and (
+                    event.is_gone or event.link is not None
+                    and not event.link.up):
+                return True
+            is_incomplete |= event.what == 'lost'
+        return is_incomplete and self._is_any_down()
+
+    def _is_any_down(self) -> bool:
+        """Return whether a break0 does not exist or is down."""
+        with contextlib.suppress(exceptions.KernelRefused), \
+                kernel.Netlink() as netlink:
+            for parent, name in self._device_names.items():
+                link = netlink.link(name)
+                if (link is None or not link.up) and (
+                        netlink.link(parent) is not None):
+                    return True
+        return False
+
+    def include(self, event: kernel.Event) -> bool:
+        """Return whether an event may require a repair."""
+        if event.what == 'link':
+            return self._update_link(event)
+        if event.what == 'address':
+            place = event.ifindex or 0, event.dst
+            changed = (place in self._addresses) == event.is_gone
+            (self._addresses.discard if event.is_gone
+             else self._addresses.add)(place)
+            return changed and (not self._is_service_link(event.ifindex)
+                                or self._is_recorded(event.dst))
+        if event.what == 'route':
+            return self._update_next_hops(event) or self._is_different(event)
+        if event.what == 'nexthop':
+            return self._update_next_hops(event)
+        if event.what == 'neighbour':
+            return (self._is_break0(event.ifindex)
+                    and self._is_different(event))
+        return True  # events were lost
+
+    def _is_break0(self, ifindex: Optional[int]) -> bool:
+        return any(ifindex == each for _, each in self._devices.values())
+
+    def _is_different(self, event: kernel.Event) -> bool:
+        """Return whether a route or neighbour differs from its record.
+
+        Routes and neighbours that kuryr-break0 sets itself never differ.
+        """
+        if event.dst is None or event in self._own_events or (
+                not self._is_recorded(event.dst)):
+            return False
+        desired = self._find_desired(event.dst)
+        if event.what == 'neighbour':
+            return (None if event.gone else event.item) != next(
+                iter(of_kind(Neighbour, desired)), None)
+        return event.is_gone or event.item not in desired
+
+    def _find_desired(self, address: IPAddress) -> tuple[Entry, ...]:
+        """Return the entries that an address must have in the kernel.
+
+        :returns: none if the address has no readable record, or no break0
+        """
+        record = None
+        with contextlib.suppress(exceptions.LedgerUnavailable):
+            record = self._ledger.records.get(address)
+        if record is None or record.parent not in self._devices:
+            return ()
+        device, index = self._devices[record.parent]
+        # As in a snapshot, all routes into a subnet have one source address.
+        key = record.parent, next((
+            subnet for subnet in record.subnets if address in subnet), address)
+        if key not in self._sources:
+            self._sources[key] = self._policy.source(record, device)
+        return self._policy.items(record, index, self._sources[key])
+
+    def _update_next_hops(self, event: kernel.Event) -> bool:
+        """Store the next hops of a route, or remove those of a deleted one.
+
+        The ledger gets all next hops, because a container may take the address
+        of a next hop whose route is deleted before the next sync.
+
+        :returns: whether a recorded address became a next hop, or may have
+            ceased to be one
+        """
+        gateways = {each.gateway for each in event.next_hops}
+        if event.gone:
+            self._next_hops -= gateways
+            return any(map(self._is_recorded, gateways))
+        new = gateways - self._next_hops
+        if not new:
+            return False
+        self._next_hops |= new
+        self._ledger.add_next_hops(new)
+        return any(map(self._is_recorded, new))
+
+    def _is_service_link(self, index: Optional[int]) -> bool:
+        """Return whether an interface has addresses of services."""
+        if index not in self._has_services:
+            self._has_services[index] = policy.has_services(index)
+        return self._has_services[index]
+
+    def _update_link(self, event: kernel.Event) -> bool:
+        """Store the new state of an interface; return whether it matters."""
+        link, index = event.link, event.ifindex
+        if link is None or index is None:
+            return True
+        if index not in self._links:
+            # If an interface is deleted or set down, the kernel deletes its
+            # IPv4 routes without events (fib_table_flush). An address that
+            # was refused as their next hop may now be allowed.
+            if self._refused and (event.gone or not link.up):
+                return True
+            # The record of a virtual machine ends with its macvtap.
+            return (link.kind == 'macvtap' if event.gone
+                    else link.name in self._names)
+        before = self._links[index]
+        self._links[index] = None if event.gone else _select_fields(link)
+        return bool(self._links[index] != before)
+
+    def _is_recorded(self, address: Optional[IPAddress]) -> bool:
+        return address is not None and self._ledger.records.exists(address)
+
+
+def _make_events(outcome: Outcome) -> Iterator[kernel.Event]:
+    """Return the events that the changes of a sync cause."""
+    for items, gone in (outcome.set, False), (outcome.unset, True):
+        for route in of_kind(HostRoute, items):
+            yield kernel.Event('route', gone, route.oif, dst=route.dst,
+                               item=route)
+    for each in of_kind(Neighbour, outcome.set):
+        yield kernel.Event('neighbour', False, each.ifindex, dst=each.dst,
+                           item=each)
+    for each in of_kind(Neighbour, outcome.unset):
+        # The kernel reports a neighbour as failed before it deletes it.
+        for gone in (False, True):
+            yield kernel.Event('neighbour', gone, each.ifindex, dst=each.dst)
+
+
+def _select_fields(link: kernel.Link) -> kernel.Link:
+    """Return a link without the fields that do not matter for break0."""
+    return dataclasses.replace(link, carrier=True, group=0)
