@@ -122,7 +122,7 @@ class EventFilter:
                     event.is_gone or event.link is not None
                     and not event.link.up):
                 return True
-            is_incomplete |= event.what == 'lost'
+            is_incomplete |= event.kind == 'lost'
         return is_incomplete and self._is_any_down()
 
     def _is_any_down(self) -> bool:
@@ -138,20 +138,20 @@ class EventFilter:
 
     def include(self, event: kernel.Event) -> bool:
         """Return whether an event may require a repair."""
-        if event.what == 'link':
+        if event.kind == 'link':
             return self._update_link(event)
-        if event.what == 'address':
+        if event.kind == 'address':
             place = event.ifindex or 0, event.dst
             changed = (place in self._addresses) == event.is_gone
             (self._addresses.discard if event.is_gone
              else self._addresses.add)(place)
             return changed and (not self._is_service_link(event.ifindex)
                                 or self._is_recorded(event.dst))
-        if event.what == 'route':
+        if event.kind == 'route':
             return self._update_next_hops(event) or self._is_different(event)
-        if event.what == 'nexthop':
+        if event.kind == 'nexthop':
             return self._update_next_hops(event)
-        if event.what == 'neighbour':
+        if event.kind == 'neighbour':
             return (self._is_break0(event.ifindex)
                     and self._is_different(event))
         return True  # events were lost
@@ -168,8 +168,8 @@ class EventFilter:
                 not self._is_recorded(event.dst)):
             return False
         desired = self._find_desired(event.dst)
-        if event.what == 'neighbour':
-            return (None if event.gone else event.item) != next(
+        if event.kind == 'neighbour':
+            return (None if event.is_gone else event.item) != next(
                 iter(of_kind(Neighbour, desired)), None)
         return event.is_gone or event.item not in desired
 
@@ -201,7 +201,7 @@ class EventFilter:
             ceased to be one
         """
         gateways = {each.gateway for each in event.next_hops}
-        if event.gone:
+        if event.is_gone:
             self._next_hops -= gateways
             return any(map(self._is_recorded, gateways))
         new = gateways - self._next_hops
@@ -226,13 +226,13 @@ class EventFilter:
             # If an interface is deleted or set down, the kernel deletes its
             # IPv4 routes without events (fib_table_flush). An address that
             # was refused as their next hop may now be allowed.
-            if self._refused and (event.gone or not link.up):
+            if self._refused and (event.is_gone or not link.up):
                 return True
             # The record of a virtual machine ends with its macvtap.
-            return (link.kind == 'macvtap' if event.gone
+            return (link.kind == 'macvtap' if event.is_gone
                     else link.name in self._names)
         before = self._links[index]
-        self._links[index] = None if event.gone else _select_fields(link)
+        self._links[index] = None if event.is_gone else _select_fields(link)
         return bool(self._links[index] != before)
 
     def _is_recorded(self, address: Optional[IPAddress]) -> bool:

@@ -125,7 +125,7 @@ class Agent:
         self._metrics.options = options
         with contextlib.suppress(exceptions.LedgerUnavailable):
             ledger.prepare()
-        with ledger.heartbeat.kept() as beat, _open_inotify() as watch, \
+        with ledger.heartbeat.keep() as beat, _open_inotify() as watch, \
                 _open_finder(options, ledger) as self._finder:
             has_to_unbind = self._has_to_unbind(ledger)
             while not self._is_stopping and not self._is_reloading:

@@ -137,7 +137,7 @@ class Metrics(prometheus_registry.Collector):
         self._read_journal()  # it has a maximum size, and may be full soon
 
     def count_events(self, events: Sequence[kernel.Event]) -> None:
-        lost = sum(event.what == 'lost' for event in events)
+        lost = sum(event.kind == 'lost' for event in events)
         self._events.inc(len(events) - lost)
         self._losses.inc(lost)
 
@@ -167,7 +167,7 @@ class Metrics(prometheus_registry.Collector):
                 return self.options.resync_interval
             self._found = []
             self._search = containers.each_unserved(
-                snapshot, Ledger(self.options.state_dir), kernel.FEW)
+                snapshot, Ledger(self.options.state_dir), kernel.QUICK_LIMITS)
         ends = time.monotonic() + _STEP
         for each in self._search:
             self._found += each[:containers.MOST - len(self._found)]

@@ -95,18 +95,18 @@ class Binder:
         """Return whether an address of a namespace is bound."""
         return bool(self._records.get(namespace))
 
-    def update(self, found: kernel.Found, container: Hashable) -> bool:
+    def update(self, found: kernel.FoundNamespace, container: Hashable) -> bool:
         """Bind new addresses of a namespace, and unbind removed ones.
 
-        :param container: see :class:`kernel.Examined`
+        :param container: see :class:`kernel.ExaminedNamespace`
         :returns: False to call again, because addresses are left or an error
             may be temporary
         :raises NetnsUnusable: if no namespace, or another one, is at the path
         """
         bound = self._records.get(found.namespace, {})
         try:
-            macvlans = [each for each in kernel.macvlans_in(
-                found.path, found.namespace, kernel.FEW, sorted({
+            macvlans = [each for each in kernel.list_macvlans_in(
+                found.path, found.namespace, kernel.QUICK_LIMITS, sorted({
                     record.owner.ifname for record in bound.values()}))
                 if self._is_eligible(each)]
         except exceptions.KernelRefused as err:
@@ -192,7 +192,7 @@ class Binder:
                         macvlan.namespace):
                     self._log_refusal(
                         address, macvlan, 'it belongs to %s. Give one of the '
-                        'two another address.' % claim.whose)
+                        'two another address.' % claim.owner_text)
                     return False  # the owner may end soon
                 if claim.is_rebuilt and claim.owner.ifname == owner.ifname:
                     continue  # the MAC address has changed since
@@ -239,7 +239,7 @@ class Binder:
         return '%s (%s)' % (names[0], macvlan.netns) if names else (
             macvlan.netns)
 
-    def _unbind(self, record: Record, found: kernel.Found) -> bool:
+    def _unbind(self, record: Record, found: kernel.FoundNamespace) -> bool:
         """Unbind an address, and return whether that succeeded."""
         try:
             self._manager.unbind(record.owner, [record.address], found.path)

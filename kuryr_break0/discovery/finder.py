@@ -90,7 +90,7 @@ class Finder:
                         'agent CAP_NET_BROADCAST.', err)
         self._search = kernel.Search(options.proc_dirs)
         #: found namespaces that are not examined yet; the last one is next
-        self._found: dict[kernel.Place, kernel.Found] = {}
+        self._found: dict[kernel.Place, kernel.FoundNamespace] = {}
         self._namespaces: dict[kernel.Place, Namespace] = {}
         self._numbers: dict[int, Namespace] = {}
         self._queue = ReadQueue()
@@ -158,7 +158,7 @@ class Finder:
         # A macvlan in a namespace with a number causes a second event there,
         # which names the number. After the end of its namespace, the deletion
         # of the macvlan causes only the first event.
-        self._is_unexplained |= changes.stacked and not changes.changed and (
+        self._is_unexplained |= changes.is_stacked and not changes.changed and (
             now >= self._explained_until)
         if changes.interfaces or changes.lost or self._unknown:
             self._schedule_search()
@@ -304,7 +304,7 @@ class Finder:
                     self._found[place] = namespace.found
                 if self._events is None:
                     self._queue.mark(namespace, now)
-            elif self._binder.has_bound(known.namespace) and kernel.state(
+            elif self._binder.has_bound(known.namespace) and kernel.judge_state(
                     known.path, known.namespace) is kernel.State.LIVING:
                 # Another program keeps the namespace open, for example the
                 # server of Podman 4. The kernel still opens it by its number,
@@ -316,14 +316,14 @@ class Finder:
         self._unknown.clear()
         self._is_unexplained = self._mounts_changed = False
 
-    def _relocate(self, namespace: Namespace, found: kernel.Found) -> None:
+    def _relocate(self, namespace: Namespace, found: kernel.FoundNamespace) -> None:
         """Store a new path and process of a namespace."""
         is_same = namespace.found.path == found.path
         namespace.found = found._replace(namespace=namespace.found.namespace)
         if not is_same:
             self._queue.mark(namespace, time.monotonic())
 
-    def _examine(self, found: kernel.Found) -> None:
+    def _examine(self, found: kernel.FoundNamespace) -> None:
         """Identify a found namespace, and then read it.
 
         The kernel sends events of a namespace only after it has a number,

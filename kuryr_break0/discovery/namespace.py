@@ -22,8 +22,8 @@ _SOON, _MAX_CREDIT, LAST = 0.06, 24.0, 1.0
 class Namespace:
     """A namespace of the node, with the times of its changes and reads.
 
-    :ivar container: see :class:`kernel.Examined`
-    :ivar number: see :class:`kernel.Examined`
+    :ivar container: see :class:`kernel.ExaminedNamespace`
+    :ivar number: see :class:`kernel.ExaminedNamespace`
     :ivar due: monotonic time of the next read; None if nothing has changed
     :ivar read_at: monotonic time of the last read
     :ivar credit: reads that may follow each other after ``_SOON``; grows by

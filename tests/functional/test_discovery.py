@@ -1283,7 +1283,7 @@ class TestBounds(FinderTestCase):
         self.work()
         with mock.patch.object(binder, 'Engine') as engine:
             for number in range(9):
-                self.finder._remove(namespace.Namespace(kernel.Found(
+                self.finder._remove(namespace.Namespace(kernel.FoundNamespace(
                     '/run/netns/gone', NamespaceId(1, 2, number))))
             self.work()
         engine.assert_not_called()
