@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Runs all checks, in an order in which one fault is reported once."""
+"""Runs all checks, causes before effects, so that a fault is reported once."""
 
 from __future__ import annotations
 
@@ -35,23 +35,24 @@ from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.snapshot import Parent
 
-#: Seconds for which the lock is waited for, that is held for milliseconds.
+#: Seconds to wait for the lock. A bind holds it for milliseconds.
 PATIENCE = 2.0
-#: Pods that are entered and pinged: each takes some milliseconds. More than
-#: the 110 that kubelet allows on a node.
+#: Largest number of pods to enter and ping. The kubelet's default limit is
+#: 110 pods on a node.
 MOST = 128
 
 
 @dataclasses.dataclass
 class Examination:
-    """What was found, and how much was examined.
+    """Findings, and the extent of the examination.
 
-    :ivar counts: how much there is of what, and how much was examined, by
-        the names of the schema; empty before the installation
-    :ivar examined: what was, in words, before the installation
-    :ivar invalid: whether it ended early, by the configuration
-    :ivar unreadable: what ended it early
-    :ivar not_examined: what could not be examined, and why
+    :ivar counts: numbers of all and of the examined pods and addresses, by
+        the names of the JSON schema; empty before the installation
+    :ivar examined: the subjects of the checks before the installation
+    :ivar invalid: whether invalid options ended the examination
+    :ivar unreadable: the error that ended the examination
+    :ivar not_examined: subjects that could not be examined, with the reason
+    :ivar pods: owners, with the names of their pods, by address
     """
 
     findings: list[Finding] = dataclasses.field(default_factory=list)
@@ -60,9 +61,10 @@ class Examination:
     invalid: bool = False
     unreadable: Optional[exceptions.Break0Error] = None
     not_examined: list[str] = dataclasses.field(default_factory=list)
+    pods: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def has(self, severity: str) -> bool:
-        """Return whether something of a severity was found."""
+        """Return whether a finding has a severity."""
         return any(each.severity == severity for each in self.findings)
 
 
@@ -71,10 +73,11 @@ def examine(conf: cfg.ConfigOpts, probe: bool = True, over: Over = iter,
             ) -> Examination:
     """Examine a node, and change nothing.
 
-    :param probe: ping pods and node, unless what was found stops that
-    :param over: iterates over what takes long, and may show how far it is
+    :param probe: ping pods and node, except where a finding explains that
+        pings are lost
+    :param over: iterates over pods, and may show the progress
     :param waiting: returns the pods of the node that have waited for a port
-        for some seconds; None if no Kubernetes API is configured
+        for a given number of seconds; None without a Kubernetes API
     """
     def check(options: config.Options, done: Examination,
               host: Host) -> None:
@@ -88,29 +91,29 @@ def examine(conf: cfg.ConfigOpts, probe: bool = True, over: Over = iter,
             try:
                 done.findings += ports.check(waiting)
             except exceptions.KubernetesUnavailable as err:
-                done.not_examined.append(
-                    'whether pods wait for a port: %s' % err)
+                done.not_examined.append('pods without a port: %s' % err)
         done.findings += records.check_directory(options)
         if any(each.id == 'state-dir-unusable' for each in done.findings):
-            return  # without it nothing can be compared
+            return  # all further checks compare with the ledger
         with kernel.Netlink() as netlink:
             node = Node(options, netlink, PATIENCE, over)
+            done.pods = {str(address): record.whose
+                         for address, record in node.live.items()}
             _examine_node(node, netlink, done, host, probe)
             if node.live and probe:
                 done.findings[:0] = _ping(node, done)
             elif node.live:
-                done.not_examined.append('whether pings are answered: it was '
-                                         'not asked for')
+                done.not_examined.append('pings: switched off by --no-probe')
 
     return _examined(conf, check)
 
 
 def examine_before(conf: cfg.ConfigOpts,
                    parent: Optional[str] = None) -> Examination:
-    """Examine a node on which break0 is not in use yet.
+    """Examine a node before the installation of break0.
 
-    :param parent: the interface that containers will be on; by default that
-        of the options
+    :param parent: the interface for the containers; by default the one of
+        the options
     """
     def check(options: config.Options, done: Examination,
               host: Host) -> None:
@@ -140,7 +143,8 @@ def _examined(conf: cfg.ConfigOpts, check: Callable[
         done.invalid = True
     except exceptions.Break0Error as err:
         done.unreadable = err
-    # What to do first; within that, pings, then causes before effects.
+    # Errors first. Findings of one severity keep their order: pings, then
+    # causes before effects.
     done.findings = sorted(map(host.advised, done.findings), key=lambda each:
                            SEVERITIES.index(each.severity))
     return done
@@ -159,7 +163,7 @@ def _examine_node(node: Node, netlink: kernel.Netlink, done: Examination,
     done.findings += services.check(
         [each.present for each in parents if each.present is not None])
     for what, some, whole in (
-            ('pods from inside', 'entered', 'pods'),
+            ('namespaces of pods', 'entered', 'pods'),
             ('the routing of addresses', 'looked_up', 'addresses')):
         if counts[some] < counts[whole]:
             done.not_examined.append('%s: %d of %d were examined' % (
@@ -174,8 +178,8 @@ def _examine_parent(node: Node, parent: Parent, netlink: kernel.Netlink,
     done.findings += useless
     if useless:
         node.useless.add(parent.device)
-    # What is on an interface that is not there, or not ours, says nothing
-    # more.
+    # On a missing interface, or one of another program, each further check
+    # would report the same fault.
     if useless or parent.link is None:
         return
     done.findings += device.check(node, parent, netlink, probe)
@@ -190,11 +194,11 @@ def _examine_parent(node: Node, parent: Parent, netlink: kernel.Netlink,
 
 
 def _ping(node: Node, done: Examination) -> list[Finding]:
-    """Ping, but where what was found stops these very pings."""
+    """Ping addresses, except where a finding explains that pings are lost."""
     errors = [each for each in done.findings if each.severity == ERROR
               or each.id in ('neighbour-missing', 'pod-unreadable')]
     stopped = {subject for each in errors for subject in each.subjects}
-    # What is wrong with an interface concerns all of its addresses.
+    # A fault of an interface concerns all of its addresses.
     ill = {subject for each in errors if each.id.startswith('pod-')
            for subject in each.subjects}
     found: list[Finding] = []
@@ -208,13 +212,12 @@ def _ping(node: Node, done: Examination) -> list[Finding]:
         try:
             found += pings.check(chosen)
         except exceptions.NotPermitted as err:
-            done.not_examined.append('whether pings are answered: %s' % err)
+            done.not_examined.append('pings: %s' % err)
         done.counts['pinged'] += pings.pinged
         done.counts['answered'] += pings.pinged - len(pings.silent)
         if len(chosen) < len(parent.live):
             done.not_examined.append(
-                'whether pings are answered: %d of %d addresses were left '
-                'out, because of what was found, or since their namespaces '
-                'are not known' % (len(parent.live) - len(chosen),
-                                   len(parent.live)))
+                'pings to %d of %d addresses: a finding names them, or their '
+                'namespaces are not known' % (
+                    len(parent.live) - len(chosen), len(parent.live)))
     return found

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checks the pod side: whether pods can reach their node."""
+"""Checks of the pod side: neighbours, routes and interfaces in pods."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from kuryr_break0.model import Record
 from kuryr_break0 import podside
 from kuryr_break0.snapshot import Parent
 
-#: Seconds within which an ADD or DEL ends that has changed a pod.
+#: Seconds after which an ADD or DEL that has changed a pod is done.
 _SETTLED = 1.0
 _SYNC = 'kuryr-break0 sync'
 
 
 def check_configured(node: Node, parent: Parent) -> Iterator[Finding]:
-    """Look by the ledger for pods that cannot find their node."""
+    """Report pods without current node addresses, by the ledger."""
     records = [parent.live[address] for address in node.settled(parent.live)]
     unconfigured = [record.address for record in records
                     if parent.node is not None and record.netns is not None
@@ -39,18 +39,18 @@ def check_configured(node: Node, parent: Parent) -> Iterator[Finding]:
                     and not podside.has_lost_interface(record, node.options)]
     if unconfigured:
         yield KINDS['pod-not-configured'].found(
-            'pods are not configured with the addresses of the node, or with '
-            'others', unconfigured)
+            'pods do not have the current addresses of the node',
+            unconfigured)
     asking: list[IPAddress] = [
         record.address for record in records
         if record.netns is None and record.address.version == 6]
     if asking and not Guard(node.options, node.ledger, parent.device).answers:
         yield KINDS['solicitations-unanswered'].found(
             'addresses are bound without a namespace, and no guard answers '
-            'for the node by IPv6', asking)
+            'their neighbour solicitations', asking)
     asking = [record.address for record in records
               if record.address.version == 4 and record.configured is None]
-    # The larger of all and the interface is what counts.
+    # The kernel applies the larger value of all and the interface.
     for where in ('all', parent.device):
         value = kernel.read_sysctl('ipv4/conf/%s/arp_ignore' % where)
         if value and asking:
@@ -61,7 +61,7 @@ def check_configured(node: Node, parent: Parent) -> Iterator[Finding]:
 
 
 def enterable(node: Node, parent: Parent) -> list[list[Record]]:
-    """Return the records of each pod whose namespace can be entered."""
+    """Return the records of each pod with an enterable namespace."""
     return [records for records in node.pods(parent)
             if records[0].netns is not None and parent.node is not None
             and (records[0].configured == parent.node.digest
@@ -72,13 +72,14 @@ def check_inside(node: Node, parent: Parent, pods: Sequence[list[Record]]
                  ) -> Iterator[Finding]:
     """Examine the namespaces of pods, and change nothing there.
 
-    :param pods: the records of each
+    :param pods: the records of each pod
     """
     found = list(_check_unconfigured(node, parent))
     ill = [records for records in node.over(pods)
            if any(_check_pod(node, parent, records))]
     if ill:
-        # An ADD or DEL may be half done, for some time without the lock.
+        # A runtime changes a pod before and after it calls the driver, so a
+        # pod can be incomplete while the lock is free.
         time.sleep(_SETTLED)
         again = [(records[0], list(_check_pod(node, parent, records)))
                  for records in ill]
@@ -92,18 +93,18 @@ def check_inside(node: Node, parent: Parent, pods: Sequence[list[Record]]
 
 def _check_pod(node: Node, parent: Parent, records: Sequence[Record]
                ) -> Iterator[Finding]:
-    """Look into a pod: what is yielded first explains what would follow."""
+    """Examine a pod: causes before effects."""
     record, ifname = records[0], records[0].owner.ifname
-    place = 'the interface %s in the sandbox %s' % (ifname, record.owner)
+    place = 'the interface %s of the pod %s' % (ifname, record.whose)
     command = functools.partial(inside, record.netns)
-    assert parent.node is not None  # it is enterable
+    assert parent.node is not None  # enterable() has checked it
     try:
         with kernel.enter_namespace(str(record.netns), record.namespace), \
                 kernel.Netlink(most=podside.MOST) as netlink:
             side = podside.PodSide(netlink, records, node.options)
             link = netlink.link(ifname)
-            assert link is not None  # or there is no such side
-            # Kuryr gives the addresses after the driver has bound them.
+            assert link is not None  # otherwise PodSide raises InterfaceGone
+            # Kuryr adds the addresses after the driver has bound them.
             present = side.addresses()
             macs = {each.dst: each.mac
                     for each in netlink.neighbours(link.index)}
@@ -112,14 +113,17 @@ def _check_pod(node: Node, parent: Parent, records: Sequence[Record]
                        for item in needed if isinstance(item, HostRoute)}
     except exceptions.InterfaceGone:
         yield KINDS['pod-interface-gone'].found(
-            'the namespace %r has no interface %s' % (record.netns, ifname),
+            'the namespace %r of the pod %s has no interface %s' % (
+                record.netns, record.whose, ifname),
             [each.address for each in records])
         return
     except (exceptions.NetnsUnusable, exceptions.KernelRefused) as err:
-        yield KINDS['pod-unreadable'].found(str(err).rstrip('.'),
-                                            [record.owner])
+        yield KINDS['pod-unreadable'].found(
+            'the pod %s: %s' % (record.whose, str(err).rstrip('.')),
+            [record.owner])
         return
-    # The number of the namespace that its parent is in is of no use here.
+    # Read in the pod, the id of the parent's namespace (IFLA_LINK_NETNSID)
+    # cannot be compared with the node's ids.
     is_beside = parent.present is not None and (
         link.kind, link.lower) == ('macvlan', parent.present.lower)
     if not is_beside or link.mode != 'bridge':
@@ -142,7 +146,7 @@ def _check_pod(node: Node, parent: Parent, records: Sequence[Record]
                     'ip address add %s/%s dev %s', each.address,
                     _prefix(record, each.address), ifname)])
     if not link.up:
-        return  # it has lost what is looked for next
+        return  # the kernel has deleted its routes and neighbours
     if record.mac not in (None, link.mac):
         yield KINDS['pod-mac'].found(
             'the MAC address of %s is %s, but was %s' % (
@@ -150,24 +154,24 @@ def _check_pod(node: Node, parent: Parent, records: Sequence[Record]
             commands=[command('ip link set %s address %s', ifname,
                               record.mac),
                       _SYNC])
-    else:  # and with it, its neighbours
+    else:  # a new MAC address makes the kernel delete the neighbours
         for item in needed:
             found = macs.get(item.dst)
-            # Who has marked one changes nothing of where packets go.
+            # The protocol of a neighbour does not matter for traffic.
             if isinstance(item, Neighbour) and found != item.mac:
                 yield KINDS['pod-neighbour-wrong' if found
                             else 'pod-neighbour-missing'].found(
-                    'in the sandbox %s the neighbour entry of the node %s is '
-                    '%s, where %s is needed' % (
-                        record.owner, item.dst, found or 'missing',
+                    'in the pod %s, the neighbour for the node address %s is '
+                    '%s, but must be %s' % (
+                        record.whose, item.dst, found or 'missing',
                         item.mac), [record.address])
     for host, is_reached in has_way.items():
         if is_reached and host.version == 4 and _is_strict(parent):
             yield _dropped(parent, record, host, _SYNC)
         else:
             yield KINDS['pod-route-missing'].found(
-                'the sandbox %s has no route %sto the node %s' % (
-                    record.owner, 'of its own ' if is_reached else '', host),
+                'the pod %s has no %sroute to the node address %s' % (
+                    record.whose, 'direct ' if is_reached else '', host),
                 [record.address], severity=None if is_reached else ERROR)
 
 
@@ -177,7 +181,7 @@ def _prefix(record: Record, address: IPAddress) -> int:
 
 
 def _check_unconfigured(node: Node, parent: Parent) -> Iterator[Finding]:
-    """Look by the ledger for pods whose way by a gateway is dropped."""
+    """Report pods that send through a gateway, which rp_filter drops."""
     if parent.node is None or not _is_strict(parent):
         return
     for record in parent.live.values():
@@ -197,6 +201,7 @@ def _is_strict(parent: Parent) -> bool:
 def _dropped(parent: Parent, record: Record, host: IPAddress,
              command: str) -> Finding:
     return KINDS['rp-filter'].found(
-        'rp_filter of %s is 1, and the sandbox %s has no route of its own to '
-        'the node %s' % (parent.name, record.owner, host), [record.address],
+        'rp_filter of %s is 1, and the pod %s has no direct route to the '
+        'node address %s' % (parent.name, record.whose, host),
+        [record.address],
         commands=[command])

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checks whether break0 will work on a node, before the installation."""
+"""Checks of a node before the installation of break0."""
 
 from __future__ import annotations
 
@@ -22,17 +22,16 @@ from kuryr_break0 import exceptions
 from kuryr_break0 import guard
 from kuryr_break0 import kernel
 
-#: linux/capability.h
+#: Capabilities by their numbers in linux/capability.h.
 _NEEDED = {12: 'NET_ADMIN', kernel.CAP_SYS_ADMIN: 'SYS_ADMIN'}
 _USEFUL = {13: 'NET_RAW', 11: 'NET_BROADCAST'}
 
 
 class Preconditions:
-    """What a node must have, in an order in which the causes come first.
+    """The requirements on a node, causes before effects.
 
-    :param parent: the interface that containers will be on; None if it is
-        not known
-    :ivar not_examined: what could not be, and why
+    :param parent: the interface for the containers; None if not known
+    :ivar not_examined: subjects that could not be examined, with the reason
     """
 
     def __init__(self, options: config.Options,
@@ -90,7 +89,7 @@ class Preconditions:
             link = netlink.link(name)
             if link is None:
                 yield KINDS['parent-missing'].found(
-                    'there is no interface %s on this node' % name)
+                    'the node has no interface %s' % name)
                 return
             against = device.against_macvlans(link)
             if against is not None:
@@ -100,16 +99,18 @@ class Preconditions:
             if not link.up:
                 yield KINDS['parent-down'].found('%s is down' % name,
                                                  parent=name)
-            # Make a macvlan in a namespace of a thread: both end with that.
+            # A macvlan in the namespace of a thread: the kernel deletes both
+            # when the thread ends.
             with futures.ThreadPoolExecutor(1) as other:
                 if not other.submit(kernel.unshare).result():
-                    raise OSError('no namespace can be created to try one in')
+                    raise OSError('Cannot create a namespace to test a '
+                                  'macvlan in')
                 thread = other.submit(threading.get_native_id).result()
                 try:
                     netlink.create_macvlan(
                         'break0-check', link, '/proc/self/task/%d/ns/net' %
                         thread, mac='02:00:00:00:00:00', mtu=link.mtu,
-                        up=False)  # it would be heard
+                        up=False)  # an interface that is up sends on the LAN
                 except exceptions.KernelRefused as err:
                     yield KINDS['macvlan-impossible'].found(
                         str(err).rstrip('.'))
@@ -128,7 +129,7 @@ class Preconditions:
                 '%s is %s' % (link.name, link.description), device=link.name)
         if others:
             yield KINDS['protocol-taken'].found(
-                '%d routes of other programs have the number %d' % (
+                '%d routes of other programs have the protocol number %d' % (
                     len(others), options.route_protocol), others)
         if options.guard != config.OFF and not guard.is_installed():
             yield KINDS['guard-unavailable'].found(
@@ -151,13 +152,13 @@ class Preconditions:
     def _namespaces(self) -> Iterator[Finding]:
         if not any(kernel.find_namespaces(self._options.proc_dirs)):
             yield KINDS['namespaces-unseen'].found(
-                'no namespace is seen besides that of the node')
+                'only the namespace of the node is visible')
         own = kernel.identify('/proc/thread-self/ns/net')
         blindness = kernel.Judge().blindness()
         if blindness and own is not None and own.cookie is not None:
             yield KINDS['sandbox-unknown'].found(
-                'the end of namespaces is seen by their paths only, not by '
-                'their numbers: %s' % blindness)
+                'the end of a namespace shows only by its path, not by its '
+                'cookie: %s' % blindness)
 
     def _engines(self) -> Iterator[Finding]:
         found = [path for path in containers.ENGINE_SOCKETS

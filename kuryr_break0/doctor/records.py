@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checks state directory, records, lock and agent."""
+"""Checks of state directory, records, lock and agent."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.problems import unjudged_problem
 
-#: File systems that end with the boot.
+#: File systems that are empty after a reboot.
 _IN_MEMORY = ('tmpfs', 'ramfs', 'devtmpfs')
 
 
 def check_directory(options: config.Options) -> Iterator[Finding]:
-    """Examine the state directory. It need not exist yet."""
+    """Examine the state directory, or the directory to create it in."""
     path = there = options.state_dir
     while not os.path.lexists(there):
         there = os.path.dirname(there)
@@ -48,14 +48,15 @@ def check_directory(options: config.Options) -> Iterator[Finding]:
     if there == path and not os.path.isdir(ledger.records.directory):
         for name in ledger.list_foreign_files()[:1]:
             yield KINDS['state-dir-unusable'].found(
-                '%s has no records, but %s of others' % (path, name),
-                path=path)
+                '%s has no records, but the file %s, which kuryr-break0 did '
+                'not create' % (path, name), path=path)
             return
     mount, kind = _mount_of(there)
     if kind not in _IN_MEMORY:
         yield KINDS['state-dir-persistent'].found(
-            '%s is on %s, which is %s' % (path, mount, kind))
-    size = os.statvfs(there)  # of 0 blocks or files where none is set
+            '%s is on %s, which has the persistent file system %s' % (
+                path, mount, kind))
+    size = os.statvfs(there)  # 0 blocks or files mean no limit
     if (size.f_blocks and not size.f_bavail
             or size.f_files and not size.f_favail):
         yield KINDS['state-dir-full'].found(
@@ -70,7 +71,7 @@ def check_directory(options: config.Options) -> Iterator[Finding]:
 
 
 def _mount_of(path: str) -> tuple[str, str]:
-    """Mount point and type of the file system that a path is on."""
+    """Return mount point and type of the file system of a path."""
     best = ('/', 'unknown')
     path = os.path.realpath(path)
     for _, point, kind in kernel.list_mounts():
@@ -95,7 +96,7 @@ def check_ledger(node: Node, host: Host) -> Iterator[Finding]:
             directory=os.path.dirname(contents.quarantined[0]))
     if not node.lock_free:
         yield KINDS['lock-held'].found(
-            'the lock %s was not free for seconds; %s has it' % (
+            'the lock %s did not become free; %s holds it' % (
                 ledger.lock_path, _holder(ledger.lock_path)),
             path=ledger.lock_path)
     silent = ledger.heartbeat.age()
@@ -105,7 +106,7 @@ def check_ledger(node: Node, host: Host) -> Iterator[Finding]:
             start=host.start)
     elif silent > node.options.patience:
         yield KINDS['agent-stuck'].found(
-            'no sync of the agent has succeeded for %d s; it is %s'
+            'no sync of the agent has succeeded for %d s; the agent is %s'
             % (silent, _holder(ledger.heartbeat.path)),
             path=ledger.heartbeat.path)
     gone = [record for record in node.seen.gone
@@ -113,7 +114,7 @@ def check_ledger(node: Node, host: Host) -> Iterator[Finding]:
     if gone:
         yield KINDS['sandbox-gone'].found(
             'addresses belong to sandboxes that do not exist',
-            ['%s (%s)' % (record.address, record.owner) for record in gone])
+            ['%s (%s)' % (record.address, record.whose) for record in gone])
     if node.seen.unjudged:
         yield KINDS['sandbox-unknown'].found(
             unjudged_problem(node.seen),
@@ -121,7 +122,7 @@ def check_ledger(node: Node, host: Host) -> Iterator[Finding]:
 
 
 def _holder(path: str) -> str:
-    """Return who has a lock on a file, by /proc/locks."""
+    """Return the process that holds a lock on a file (/proc/locks)."""
     found = os.stat(path)
     place = '%02x:%02x:%d' % (os.major(found.st_dev),
                               os.minor(found.st_dev), found.st_ino)

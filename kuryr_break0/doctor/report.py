@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Findings for people and for programs."""
+"""Formats findings as text and as JSON."""
 
 from __future__ import annotations
 
 import json
 import textwrap
-from typing import Any, Iterable, Sequence
+from typing import Any, Iterable, Mapping, Sequence
 
 from kuryr_break0.doctor.findings import ERROR
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.findings import WARNING
 
 _WIDTH = 79
-#: Of addresses and commands of one finding, so many are shown to people.
+#: Largest number of subjects, and of commands, of one finding in a text.
 _SHOWN = 8
 
 
 def as_json(findings: Iterable[Finding],
             not_examined: Sequence[str] = (), **counts: Any) -> str:
-    """Return a complete document for programs."""
+    """Return a JSON document."""
     return json.dumps({
         'findings': [{
             'id': each.id, 'severity': each.severity, 'seen': each.seen,
@@ -30,9 +30,13 @@ def as_json(findings: Iterable[Finding],
 
 
 def as_text(findings: list[Finding], not_examined: Sequence[str] = (),
-            examined: str = '', **counts: int) -> str:
-    """Return a paragraph for each finding, and what was examined."""
-    blocks = list(map(_block, findings))
+            examined: str = '', pods: Mapping[str, str] = {},
+            **counts: int) -> str:
+    """Return a paragraph for each finding, and a summary.
+
+    :param pods: owners and names of pods, by address
+    """
+    blocks = [_block(each, pods) for each in findings]
     if counts.get('pinged'):
         blocks.insert(0, 'Pings, both ways: %(answered)d of %(pinged)d '
                       'addresses answered.' % counts)
@@ -47,8 +51,8 @@ def as_text(findings: list[Finding], not_examined: Sequence[str] = (),
         summary += ' Examined: %s.' % examined
     if counts:
         summary += (
-            ' Examined: %(entered)d of %(pods)d pods from inside, and the '
-            'routing of %(looked_up)d of %(addresses)d addresses.'
+            ' Examined: the namespaces of %(entered)d of %(pods)d pods, and '
+            'the routing of %(looked_up)d of %(addresses)d addresses.'
             % counts)
     if not_examined:
         blocks.append('\n'.join(_wrapped(each, 'Not examined: ')
@@ -56,13 +60,15 @@ def as_text(findings: list[Finding], not_examined: Sequence[str] = (),
     return '\n\n'.join([*blocks, _wrapped(summary)])
 
 
-def _block(finding: Finding) -> str:
+def _block(finding: Finding, pods: Mapping[str, str]) -> str:
     seen = finding.seen
     if not all(subject in seen for subject in finding.subjects):
         more = len(finding.subjects) - _SHOWN
-        seen += ': ' + ', '.join(finding.subjects[:_SHOWN]) + (
+        seen += ': ' + ', '.join(
+            '%s of %s' % (each, pods[each]) if each in pods else each
+            for each in finding.subjects[:_SHOWN]) + (
             ' and %d more' % more if more > 0 else '')
-    # Commands are never broken, so that they can be pasted.
+    # Commands are not wrapped, so that users can paste them.
     lines = ['%s: %s' % (finding.severity, finding.id),
              _wrapped(seen + '.', '  seen  '),
              _wrapped(finding.why, '  why   '),

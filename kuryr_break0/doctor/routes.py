@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checks addresses, and the routes and neighbours of the node for them."""
+"""Checks of addresses, and of the node's routes and neighbours for them."""
 
 from __future__ import annotations
 
@@ -18,28 +18,33 @@ from kuryr_break0.model import Neighbour
 from kuryr_break0.model import of_kind
 from kuryr_break0.snapshot import Parent
 
-#: Where ip(8) has the names of protocols.
+#: Files with the names of routing protocols, for ip(8).
 _PROTOCOLS = tuple(directory + '/iproute2/rt_protos' for directory in (
     '/etc', '/usr/share', '/usr/lib'))
 
 
 def check_addresses(node: Node) -> Iterator[Finding]:
-    """Look for addresses that cannot be those of pods of this node."""
+    """Report refused addresses, and addresses with several owners."""
     for address in node.settled(node.seen.refused):
         reason = node.seen.refused[address]
         yield KINDS['address-not-allowed' if 'allowed_cidrs' in reason
                     else 'address-refused'].found(
-            'the address of a pod is ' + reason, [address])
+            'the address %s of the pod %s is refused: it is %s' % (
+                address, node.live[address].whose, reason)
+            if address in node.live else
+            'the address %s of a pod is refused: it is %s' % (
+                address, reason), [address])
     for address in node.settled(node.seen.rivals):
         yield KINDS['address-contested'].found(
-            '%s is claimed by %s and by %s, and all of them exist' % (
-                address, node.live[address].owner, ', '.join(
-                    str(each.owner) for each in node.seen.rivals[address])),
+            'the existing sandboxes %s claim %s' % (
+                ' and '.join(each.whose for each in (
+                    node.live[address], *node.seen.rivals[address])),
+                address),
             [address])
 
 
 def check(node: Node, parent: Parent) -> Iterator[Finding]:
-    """Compare routes and neighbours of a break0 with the records."""
+    """Compare the routes and neighbours of a break0 with the records."""
     own = {address.version for address in node.seen.facts.own
            if not (address.is_link_local or address.is_loopback)}
     for address in node.settled(parent.live):
@@ -49,15 +54,16 @@ def check(node: Node, parent: Parent) -> Iterator[Finding]:
                 parent=parent.name)
     yield from _check_routes(node, parent)
     yield from _check_neighbours(node, parent)
-    # What another ledger knows of, or was just being bound, is claimed.
+    # Entries without a record may have one in the ledger that owns break0, or
+    # belong to a bind that is not complete.
     is_known = parent.other is None and node.seen.is_steady
     for address in node.settled(sorted({
             item.dst for item in parent.plan.unclaimed if is_known},
             key=address_order)):
         kind, what = (('route-stale', 'routes through')
                       if address in parent.routes
-                      else ('neighbour-stale', 'neighbour entries on'))
-        yield KINDS[kind].found('there are %s %s that no pod claims' % (
+                      else ('neighbour-stale', 'neighbours on'))
+        yield KINDS[kind].found('there are %s %s without a record' % (
             what, parent.device), [address])
 
 
@@ -75,15 +81,15 @@ def _check_routes(node: Node, parent: Parent) -> Iterator[Finding]:
                     parent.device, table), [address])
         else:
             yield KINDS['route-wrong'].found(
-                'routes of pods are not as they were set: that of %s has %s'
-                % (address, _difference(there[address], wanted[address])),
+                'routes of pods have changed: the route of %s has %s' % (
+                    address, _difference(there[address], wanted[address])),
                 [address])
     for address in node.settled(foreign):
         route = foreign[address]
         yield KINDS['route-foreign'].found(
-            'addresses of pods have a route that is not ours, on %s with '
-            'protocol %s' % (kernel.format_ifname(route.oif),
-                             _protocol(route.protocol)), [address],
+            'addresses of pods have a route of another program, through %s '
+            'with protocol %s' % (kernel.name_of(route.oif),
+                                  _protocol(route.protocol)), [address],
             commands=[_deletion(route), 'kuryr-break0 sync'])
 
 
@@ -94,13 +100,14 @@ def _check_neighbours(node: Node, parent: Parent) -> Iterator[Finding]:
     for address in node.settled(wanted):
         if address not in known:
             yield KINDS['neighbour-missing'].found(
-                'addresses of pods have no permanent neighbour entry on %s'
-                % name, [address])
-        # Who has marked one changes nothing of where packets go.
+                'addresses of pods have no permanent neighbour on %s' % name,
+                [address])
+        # The protocol of a neighbour does not matter for traffic.
         elif known[address].mac != wanted[address]:
             yield KINDS['neighbour-wrong'].found(
-                'the neighbour entry of %s on %s is %s, but its pod has %s' % (
-                    address, name, known[address].mac, wanted[address]),
+                'the neighbour %s on %s has the MAC address %s, but the pod '
+                'has %s' % (address, name, known[address].mac,
+                            wanted[address]),
                 [address])
 
 
@@ -116,7 +123,7 @@ def _difference(found: HostRoute, wanted: HostRoute) -> str:
 
 
 def _deletion(route: HostRoute) -> str:
-    """Return the command that deletes a route, and no other."""
+    """Return a command that deletes exactly this route."""
     return 'ip %sroute del %s%s proto %s%s table %d' % (
         '-6 ' if route.dst.version == 6 else '', route.dst,
         ' dev ' + kernel.format_ifname(route.oif) if route.oif else '',
@@ -125,7 +132,7 @@ def _deletion(route: HostRoute) -> str:
 
 
 def _protocol(number: int) -> str:
-    """Return the name of a protocol, as ip(8) has it."""
+    """Return the name of a routing protocol for ip(8), or its number."""
     for path in _PROTOCOLS:
         with contextlib.suppress(OSError), open(path) as file:
             for fields in map(str.split, file):
@@ -135,7 +142,7 @@ def _protocol(number: int) -> str:
 
 
 def usable(node: Node, parent: Parent) -> list[IPAddress]:
-    """Return the addresses whose route is correct."""
+    """Return the addresses with a correct route."""
     wrong = {route.dst for route in of_kind(HostRoute, (
         *parent.plan.set, *parent.plan.foreign))}
     return node.settled(address for address in parent.desired
@@ -144,11 +151,11 @@ def usable(node: Node, parent: Parent) -> list[IPAddress]:
 
 def check_use(parent: Parent, addresses: Collection[IPAddress]
               ) -> Iterator[Finding]:
-    """Report pods whose routes are right, and not used."""
+    """Report addresses with a correct route that the kernel does not use."""
     astray = [address for address in addresses if address in parent.astray]
     if astray:
         through, get = parent.astray[astray[0]]
         yield KINDS['route-not-used'].found(
-            'addresses of pods are not reached through %s but %s' % (
+            'the kernel does not send to pods through %s, but through %s' % (
                 parent.device, through), astray,
             get=get, address=astray[0], family='-%d' % astray[0].version)
