@@ -23,36 +23,39 @@ def add_parsers(subparsers: Any) -> None:
         subparsers, 'agent', run,
         'Run until SIGTERM. Repair break0, routes and containers when another '
         'program\nchanges them, and reconcile everything every '
-        'resync_interval seconds. Serve\nmetrics and the CNI plugin, and find '
-        'containers if [break0] discover is true.\nSIGHUP reads the '
-        'configuration again. Exit status: 2 if the configuration is\nwrong.',
+        'resync_interval seconds. Serve\nmetrics and the CNI plugin. If '
+        '[break0] discover is true, bind containers\nthat are found on the '
+        'host. SIGHUP reloads the configuration. Exit status: 2 if\nthe '
+        'configuration is wrong.',
         json=False)
 
 
 def _warn(conf: cfg.ConfigOpts) -> None:
-    for text in config.list_unknown(conf):
-        LOG.warning('%s. It has no effect.', text)
+    for text in config.unknown(conf):
+        LOG.warning('%s. It has no effect: correct its name or delete it.',
+                    text)
     used = [*(conf.config_file or ()), *(conf.config_dir or ())]
-    LOG.info('The configuration is read from %s', ', '.join(used)
+    LOG.info('Read the configuration from %s', ', '.join(used)
              or 'no file: all options have their defaults')
     if conf.config_file == verbs.files()[0]:
         for path in verbs.files()[1]:
-            LOG.warning('%s is not read, because there is %s. Move its '
-                        'options there, or delete that file.', path, used[0])
+            LOG.warning('%s is not read, because %s exists. Move the options '
+                        'of the first file to the second, or delete the '
+                        'second.', path, used[0])
 
 
 def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     """Run the agent until a signal ends it."""
     def load() -> config.Options:
-        # It says what was wrong in the log, and returns False.
+        # oslo.config logs the error, and returns False.
         if not conf.reload_config_files():
             raise exceptions.InvalidOption(
                 option='(all)', reason='the configuration files cannot be '
-                'read; the line before says why')
+                'read; see the log line before this one')
         _warn(conf)
         return config.load(conf)
 
-    # No other verb needs what serves metrics.
+    # Imported here, since no other verb needs the server for metrics.
     from kuryr_break0.agent.loop import Agent
 
     _warn(conf)

@@ -27,15 +27,17 @@ from kuryr_break0 import option_types
 
 _BIND = """\
 Make addresses of a container reachable through break0, if neither Kuryr nor
-CNI nor discovery does. The container must have a macvlan in bridge mode on an
-interface of the node. Agent and sync then repair it like a pod.
+CNI nor discovery binds it. The container must have a macvlan in bridge mode
+on an interface of the node. Agent and sync then repair it like a pod.
 
-With --netns, MAC address and parent are read from the namespace, and the
-addresses too if you give none. The container is configured to reach the node,
-and its addresses are unbound when the namespace is gone. Without --netns, as
-for a virtual machine, only the node is configured, until unbind or until the
-macvtap with that MAC address is gone. Then give --mac, unless the node may
-find it by ARP (IPv4 only).
+With --netns, MAC address and parent are read from the namespace, and also the
+addresses if you give none. The container is configured to reach the node. Its
+addresses are unbound when the namespace is gone.
+
+Without --netns, as for a virtual machine, only the node is configured. Give
+--mac, unless all addresses are IPv4 and the node can find the MAC address by
+ARP. The addresses stay bound until you unbind them, or until the macvtap with
+that MAC address is gone.
 
 Exit status: 0 if done, 1 if an address belongs to another owner or has a
 route of another program, 2 for wrong arguments, 3 if the kernel or the state
@@ -46,15 +48,15 @@ example:
   kuryr-break0 bind 192.0.2.80 2001:db8::80 --owner web \\
       --netns /run/netns/web
 
-For Docker and Podman, the path of the namespace is SandboxKey in the output of
-docker inspect or podman inspect.
+For Docker and Podman, the output of docker inspect or podman inspect has the
+path of the namespace as SandboxKey.
 """
 _UNBIND = """\
-Revert bind: give the addresses and --owner, or --pod for all addresses of a
-container or pod, however they were bound. The agent binds a container that it
-finds again, until the container ends. An address that belongs to another
-owner stays. Exit status: 0 if the addresses are unbound now, 1 if one belongs
-to another owner, 2 for wrong arguments, 3 if the kernel or the state
+Revert bind. Give the addresses and --owner. To unbind all addresses of a
+container or pod, also those that Kuryr, CNI or the agent bound, give --pod. If
+discovery finds the container, the agent binds it again. An address of another
+owner stays bound. Exit status: 0 if the addresses are unbound now, 1 if one
+belongs to another owner, 2 for wrong arguments, 3 if the kernel or the state
 directory refuses.
 """
 _UNBIND_EPILOG = """\
@@ -62,7 +64,7 @@ examples:
   kuryr-break0 unbind 192.0.2.80 2001:db8::80 --owner web
   kuryr-break0 unbind --pod web
 """
-#: What is wrong with what the arguments name.
+#: Errors in the arguments, or in the interface or namespace that they name.
 _NOT_MEANT = (exceptions.AddressRefused, exceptions.InputRefused,
               exceptions.NetnsUnusable, exceptions.NotAMacvlan,
               exceptions.NotItsAddress, exceptions.ParentMismatch,
@@ -76,12 +78,12 @@ def add_parsers(subparsers: Any) -> None:
     for each in (bind, unbind):
         each.add_value(
             'address', 'ADDRESS', 'IPv4 or IPv6 address' + (
-                ' (default: those that the interface has in the namespace)'
+                ' (default: all addresses of the interface in the namespace)'
                 if each is bind else ''),
             option_types.host_address, nargs='*')
         each.add_value(
-            '--owner', 'NAME', 'owner of the addresses: a name that nobody '
-            'else uses; unbind needs the same name', _owner,
+            '--owner', 'NAME', 'owner of the addresses: a unique name of your '
+            'choice; unbind needs the same name', _owner,
             required=each is bind)
         each.add_value(
             '--ifname', 'NAME', 'interface of the container (default: eth0%s)'
@@ -94,10 +96,10 @@ def add_parsers(subparsers: Any) -> None:
         'namespace', option_types.absolute_path)
     bind.add_value(
         '--mac', 'MAC', "MAC address of the container's interface (default: "
-        'what it has in the namespace)', option_types.unicast_mac)
+        'read from the namespace)', option_types.unicast_mac)
     bind.add_value(
-        '--parent', 'NAME', 'interface of the node that it is on (default: '
-        '[break0] parent, then [binding] link_iface, then the actual one)',
+        '--parent', 'NAME', "parent of the container's macvlan (default: "
+        '[break0] parent, then [binding] link_iface, then the actual parent)',
         option_types.device_name)
 
 
@@ -111,9 +113,9 @@ def _owner(name: str) -> str:
 def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
     wanted = conf.command
     owner = Owner(wanted.owner, wanted.ifname)
-    parent = wanted.parent or options.parent or config.read_link_iface(conf)
-    if parent is not None:  # by an altname, perhaps
-        parent = kernel.find_current_name(parent, kernel.find_ifindex(parent))
+    parent = wanted.parent or options.parent or config.link_iface(conf)
+    if parent is not None:  # it may be an altname
+        parent = kernel.current_name(parent, kernel.index_of(parent))
     mac, addresses = wanted.mac, list(dict.fromkeys(wanted.address))
     ledger = Ledger(options.state_dir)
     ledger.prepare()
@@ -130,12 +132,12 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
             raise exceptions.NoAddress(owner=owner)
         if mac is None and any(each.version == 6 for each in addresses):
             raise exceptions.WrongUsage(
-                'An IPv6 address needs --mac or --netns, since break0 finds '
-                'no MAC address by IPv6.')
+                'For an IPv6 address, give --mac or --netns: break0 cannot '
+                'find a MAC address by IPv6.')
         if parent is None:
             raise exceptions.WrongUsage(
-                'Nothing says which interface the address is behind. Give '
-                '--netns or --parent, or set [break0] parent.')
+                'The parent of %s is not known. Give --netns or --parent, or '
+                'set [break0] parent.' % ', '.join(map(str, addresses)))
         if wanted.mac is not None:
             _require_other(wanted.mac, parent, devices.names())
         manager.bind(owner, addresses, parent=parent, mac=mac,
@@ -157,23 +159,24 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
 
 
 def _require_other(mac: str, parent: str, devices: set[str]) -> None:
-    """Make sure that a container or VM on a parent can have a MAC address.
+    """Make sure that no interface of the node has a container's MAC address.
 
-    :param devices: the break0s
-    :raises WrongUsage: if it cannot
+    :param devices: names of the break0s
+    :raises WrongUsage: if parent or break0 has it, or a macvtap on another
+        parent or in another mode
     """
     with kernel.Netlink() as netlink:
         links = [link for link in netlink.links() if link.mac == mac]
     for link in links:
         if link.name in (parent, *devices):
             raise exceptions.WrongUsage(
-                'The MAC address %s is that of %s. Give that of the '
-                'container.' % (mac, link.name))
+                'The MAC address %s belongs to %s. Give the MAC address of '
+                'the container.' % (mac, link.name))
         on = lower_name(link)
         if link.kind == 'macvtap' and (link.mode, on) != ('bridge', parent):
             raise exceptions.WrongUsage(
                 'The macvtap %s with the MAC address %s is in %s mode on %s. '
-                'Only one in bridge mode on %s can be reached.' % (
+                'Change it to bridge mode on %s.' % (
                     link.name, mac, link.mode, on, parent))
 
 
@@ -208,13 +211,16 @@ def _unbind(conf: cfg.ConfigOpts, options: config.Options) -> int:
 
 def _meant(wanted: Any, ledger: Ledger
            ) -> tuple[Owner, list[IPAddress], Optional[str]]:
-    """Return the owner of what to unbind, its addresses and namespace."""
-    # Both, or the pod alone.
+    """Return owner, addresses and namespace of the claims to unbind.
+
+    :raises WrongUsage: if the arguments do not name one interface
+    """
+    # Either addresses and owner, or the pod alone.
     if {wanted.owner is not None, bool(wanted.address)} != {
             wanted.pod is None}:
         raise exceptions.WrongUsage(
-            'Give addresses and the --owner of their bind, or only --pod with '
-            'the name of a container or pod.')
+            'Give addresses and the --owner that you gave to bind, or only '
+            '--pod with the name of a container or pod.')
     if wanted.pod is None:
         return Owner(wanted.owner, wanted.ifname or 'eth0'), list(
             dict.fromkeys(wanted.address)), None
@@ -226,10 +232,10 @@ def _meant(wanted: Any, ledger: Ledger
     owners = {each.owner: each for each in found}
     if len(owners) != 1:
         raise exceptions.WrongUsage(
-            'Several containers or interfaces are meant by %s: %s. Give '
-            '--ifname, or the address and --owner.' % (wanted.pod, ', '.join(
+            '%s matches several containers or interfaces: %s. Give --ifname, '
+            'or the address and --owner.' % (wanted.pod, ', '.join(
                 sorted(map(str, owners)))) if owners else
-            'Nothing is bound of %s%s.' % (
+            'No address of %s%s is bound.' % (
                 wanted.pod, '/' + wanted.ifname if wanted.ifname else ''))
     (owner, record), = owners.items()
     return owner, [each.address for each in found], record.netns

@@ -25,25 +25,24 @@ from kuryr_break0 import option_types
 
 PLUGIN = 'break0'
 _CNI = """\
-Be the CNI plugin break0 in one process, without the agent. A runtime sets
-CNI_COMMAND and other variables, and writes a network configuration to
-standard input. The plugin goes behind macvlan in the list of plugins:
-{"type": "break0"}. Exit status: 0, or 1 with an error in JSON on standard
-output.
+Run as the CNI plugin break0, in one process, without the agent. A runtime
+sets CNI_COMMAND and other variables, and writes a network configuration to
+standard input. In the list of plugins, {"type": "break0"} comes after
+macvlan. Exit status: 0, or 1 with an error in JSON on standard output.
 """
 _INSTALL = """\
 Install the CNI plugin break0 in a directory of plugins, and replace an
-existing one. If the shim was built (make cni), it is installed: it asks the
-agent. Otherwise a script is installed that runs kuryr-break0 cni. Exit
-status: 0 if done, 2 if not.
+existing one. If the shim was built (make cni), the plugin is the shim, which
+passes requests to the agent. Otherwise it is a script that runs kuryr-break0
+cni. Exit status: 0 if done, 2 if not.
 """
 _INSTALL_EPILOG = """\
 example:
   kuryr-break0 cni-install --bin-dir %s
 """ % cni.PLUGIN_DIRS[0]
-#: Where "make cni" leaves the shim, in a clone that has its source.
+#: The shim that "make cni" builds, and its source, in a clone.
 _BUILT, _SOURCE = 'build/cni/' + PLUGIN, 'kuryr_break0/cni/shim.c'
-#: Where "make install" and an image have it.
+#: The shim of "make install", and of the image.
 _INSTALLED = '/usr/libexec/kuryr-break0/' + PLUGIN
 
 
@@ -56,15 +55,15 @@ def add_parsers(subparsers: Any) -> None:
         option_types.absolute_path, required=True)
     added.add_value(
         '--shim', 'FILE', 'absolute path of the shim (default: '
-        'build/cni/break0 in the clone that the package or this directory is '
-        'of, then /usr/libexec/kuryr-break0/break0)',
+        'build/cni/break0 in the clone of the package, then in the current '
+        'directory, then /usr/libexec/kuryr-break0/break0)',
         option_types.absolute_path)
     added.add_flag(
-        '--without-agent', 'install the script, even if there is a shim')
+        '--without-agent', 'install the script, even if a shim exists')
 
 
 def fail(err: Exception) -> int:
-    """Answer with what is wrong with the configuration."""
+    """Answer with an error in the configuration; return the exit code."""
     sys.stdout.write(plugin.failure(exceptions.InvalidOption(
         option='(all)', reason=err) if not isinstance(
             err, exceptions.Break0Error) else err).output)
@@ -72,7 +71,7 @@ def fail(err: Exception) -> int:
 
 
 def run(conf: cfg.ConfigOpts) -> int:
-    """Answer one request."""
+    """Answer one request; return the exit code."""
     data = sys.stdin.buffer.read(request.LIMIT + 1)
     answer = plugin.answer(os.environ, data, lambda: config.load(conf))
     sys.stdout.write(answer.output)
@@ -113,9 +112,10 @@ def install(conf: cfg.ConfigOpts, options: config.Options) -> int:
 
 
 def _shims() -> Iterator[str]:
-    """Return the shims that are there, but for those that others can write.
+    """Return the existing shims that only root and the caller can write.
 
-    A directory that root happens to be in may be of anybody.
+    The current directory may belong to another user, and the shim in it would
+    run as root.
     """
     trusted = {0, os.geteuid(), int(os.environ.get('SUDO_UID') or 0)}
     for clone in (pathlib.Path(__file__).parents[2], pathlib.Path.cwd()):
@@ -142,7 +142,7 @@ def _script(conf: cfg.ConfigOpts) -> Iterator[str]:
 
 
 def _replace(target: str, content: bytes) -> None:
-    """Write a program: a runtime finds the old one, or all of the new one."""
+    """Replace a program atomically."""
     new = '%s/.%s.%d' % (*os.path.split(target), os.getpid())
     try:
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""``kuryr-break0 doctor``: prints findings, and writes a bundle."""
+"""``kuryr-break0 doctor`` and ``check``: print findings, write a bundle."""
 
 from __future__ import annotations
 
@@ -27,41 +27,40 @@ from kuryr_break0.texts import close_to
 
 
 _CHECK = """\
-Check what break0 needs, before you install it: capabilities, kernel, macvlan
-on the interface, free names and numbers, sysctls, namespaces, and programs
-that manage interfaces. Prints findings as the doctor does, with the same exit
-status. Changes nothing.
+Check the requirements of break0 before you install it: capabilities, kernel,
+macvlan on the interface, free names and numbers, sysctls, namespaces, and
+programs that manage interfaces. Print findings as the doctor does, with the
+same exit status. Change nothing.
 """
 _DESCRIPTION = """\
 Examine everything that node and pods need to reach each other. For each
-finding, print what was seen, why it matters, and what to do. Changes nothing.
-Exit status: 0 if nothing is wrong, 1 if there are errors, 4 if there are only
-warnings, 2 for wrong usage or configuration, 3 if the kernel or the state
-directory cannot be read.
+fault, print the actual state, the effect, and the remedy. Change nothing.
+Exit status: 0 if there is no fault, 1 if there are errors, 4 if there are
+only warnings, 2 for wrong usage or configuration, 3 if the kernel or the
+state directory cannot be read.
 """
-#: Seconds for which an answer of the Kubernetes API is waited for.
+#: Seconds to wait for an answer of the Kubernetes API.
 _TIMEOUT = 5
 
 
 def add_parsers(subparsers: Any) -> None:
-    """Register the doctor, and its mode for before the installation."""
+    """Register doctor and check."""
     added = parser.add_verb(subparsers, 'doctor', run, _DESCRIPTION)
     _add_ignore(added)
     added.add_flag(
-        '--no-probe', 'send no pings, and no ARP requests, which follow where '
-        'nothing else explains that a ping is not answered')
+        '--no-probe', 'send no pings, ARP requests or neighbour solicitations')
     added.add_value(
         '--bundle', 'FILE', 'also write an archive (tar.gz) for a bug report: '
         'versions, options, status, findings, ledger, network, rules, '
-        'sysctls, logs; at most 10 MiB before it is packed, without secrets')
+        'sysctls, logs; at most 10 MiB before compression, without secrets')
     added.add_flag(
         '--redact', 'replace addresses, ids and names in the archive of '
         '--bundle')
     added.set_defaults(before=False)
     added = parser.add_verb(subparsers, 'check', run, _CHECK)
     added.add_value(
-        '--parent', 'NAME', 'interface that the containers will be on '
-        '(default: [break0] parent, then [binding] link_iface)',
+        '--parent', 'NAME', 'future parent of the containers (default: '
+        '[break0] parent, then [binding] link_iface)',
         option_types.device_name)
     _add_ignore(added)
     added.set_defaults(before=True, bundle=None, redact=False)
@@ -84,15 +83,18 @@ def _bundle(conf: cfg.ConfigOpts, done: Examination) -> None:
 
 def _known(name: str) -> str:
     if name not in findings.KINDS:
-        raise ValueError('%r is no finding%s' % (
+        raise ValueError('%r is not the id of a finding%s' % (
             name, close_to(name, findings.KINDS)))
     return name
 
 
 def _waiting(conf: cfg.ConfigOpts
              ) -> Optional[Callable[[float], list[str]]]:
-    """Return how to list the pods that wait for a port, where Kuryr is."""
-    if not (installation.is_for_kuryr() and config.has_api_root(conf)):
+    """Return a function that lists the pods that wait for a port.
+
+    :returns: None without Kuryr or its Kubernetes options
+    """
+    if not (installation.is_for_kuryr() and config.names_kubernetes(conf)):
         return None
 
     def waiting(seconds: float) -> list[str]:
@@ -109,11 +111,11 @@ def _waiting(conf: cfg.ConfigOpts
 
 
 def run(conf: cfg.ConfigOpts) -> int:
-    """Print what is wrong, and return the exit code."""
+    """Print findings; return the exit code."""
     wanted = conf.command
     if wanted.redact and wanted.bundle is None:
         raise exceptions.WrongUsage(
-            '--redact is for an archive: give --bundle too.')
+            '--redact changes only an archive. Give --bundle too.')
     with output.Counter('check' if wanted.before else 'doctor') as counter:
         done = (examination.examine_before(conf, wanted.parent)
                 if wanted.before else examination.examine(
@@ -143,7 +145,7 @@ def run(conf: cfg.ConfigOpts) -> int:
 
 def _print(done: Examination) -> None:
     *blocks, summary = report.as_text(
-        done.findings, done.not_examined, done.examined,
+        done.findings, done.not_examined, done.examined, done.pods,
         **done.counts).split('\n\n')
     for line in '\n\n'.join([*blocks, '']).split('\n')[:-1]:
         output.write((output.Wrong if line.startswith((

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""``kuryr-break0 probe``: pings a pod, and from it the node."""
+"""``kuryr-break0 probe``: pings a pod from the node, and the node from it."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from kuryr_break0 import option_types
 from kuryr_break0.snapshot import Snapshot
 
 _DESCRIPTION = """\
-Ping a container or pod from the node and, if its network namespace is known,
-the addresses of the node from inside. For each direction it shows the source
-address and the interface that the kernel selects (ip route get), the MAC
-address that it sends to and the state of that neighbour, how many pings were
-answered, and the minimum, mean and maximum round-trip time in milliseconds.
+Ping a container or pod from the node. If its network namespace is known, also
+ping the addresses of the node from there. For each direction, show the source
+address and the interface that the kernel selects (ip route get), MAC address
+and state of the neighbour, the number of answered pings, and the minimum,
+mean and maximum round-trip time in milliseconds.
 
-It changes nothing, except that the kernel may learn a neighbour. Exit status:
-0 if all pings were answered and those of the node went through break0, 1 if
+Change nothing, except that the kernel may add a neighbour. Exit status: 0 if
+all pings were answered and the pings of the node went through break0, 1 if
 not, 2 for wrong usage or configuration, 3 if the kernel or the state
 directory cannot be read.
 """
@@ -61,12 +61,13 @@ def add_parsers(subparsers: Any) -> None:
         'refused connection is an answer too',
         option_types.WholeNumber(min=1, max=65535))
     added.add_flag(
-        '--conflict', "ask from the container's interface whether other "
-        "hosts have the address too; they receive the question")
+        '--conflict', "search for other hosts with the address, by ARP or "
+        "neighbour solicitations from the container's interface; the hosts "
+        "on the LAN receive these requests")
     added.add_flag(
-        '--trace', 'show which rule drops a packet, on the node or in the '
-        'container; a table of nftables marks these packets while the probe '
-        'runs')
+        '--trace', 'show the rule that drops a packet, on the node or in the '
+        'container; while the probe runs, a table of nftables marks the '
+        'packets')
     added.add_value('--count', 'N', 'pings in each direction (default: 3)',
                     option_types.WholeNumber(min=1, max=1000), default=3)
     added.add_value(
@@ -77,11 +78,11 @@ def add_parsers(subparsers: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What became of one address.
+    """The result for one address.
 
-    :ivar note: why the way from the pod was not tried; None if it was
-    :ivar claimants: MAC addresses of others on the link that have it; None
-        if they were not asked for
+    :ivar note: the reason for no probe from the pod; None if there was one
+    :ivar claimants: MAC addresses of other hosts with the address; None
+        without a search for them
     """
 
     address: IPAddress
@@ -110,8 +111,8 @@ def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     wanted = conf.command
     if wanted.all == (wanted.target is not None):
         raise exceptions.WrongUsage(
-            'Give an address or the name of a container or pod, or --all for '
-            'each that is bound.')
+            'Give an address or the name of a container or pod, or --all to '
+            'probe all bound addresses.')
     with kernel.Netlink() as netlink:
         seen = actual.read(options, Ledger(options.state_dir), netlink)
     addresses = (sorted(seen.live, key=address_order) if wanted.all
@@ -140,15 +141,16 @@ def _print(results: list[Result], wide: bool) -> None:
                 probe.direction, probe.to, probe.problem)))
     for each in results:
         if each.note is not None:
-            output.say('%s: the way from the pod was not probed: %s' % (
+            output.say('%s: no probe from the pod: %s' % (
                 each.address, each.note))
         if each.trace is not None and any(
                 probe.problem for probe in each.probes):
             for text in each.trace.explain():
                 output.say(output.Wrong('%s: %s' % (each.address, text)))
         for mac in each.claimants or ():
-            output.say(output.Wrong('%s is at %s too, on the link' % (
-                each.address, mac)))
+            output.say(output.Wrong(
+                '%s is also used by the host with the MAC address %s. Give '
+                'one of them another address.' % (each.address, mac)))
 
 
 def _row(probe: Probe) -> list[str]:
@@ -178,9 +180,9 @@ def _result(prober: Prober, options: config.Options, seen: Snapshot,
         probes = [prober.probe(address, device,
                                record.mac if record else None)]
         if record is None:
-            note = 'no pod on this node is recorded for this address'
+            note = 'no pod on this node has a record of this address'
         elif record.netns is None:
-            note = 'the namespace of %s is not recorded' % record.owner
+            note = 'the namespace of the pod %s is not recorded' % record.whose
         elif parent is None or parent.node is None:
             note = 'there is no break0 on %s' % record.parent
         else:

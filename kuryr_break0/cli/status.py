@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""``kuryr-break0 status``: shows break0 and the addresses behind it."""
+"""``kuryr-break0 status``: shows break0 and the bound addresses."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from kuryr_break0.problems import node_problems
 from kuryr_break0.snapshot import Snapshot
 
 
-#: Characters of a container id, as docker and crictl print it; more for what
-#: stands for one that is not known.
+#: Largest number of characters to show of a container id, or of the name that
+#: replaces an unknown id.
 _SHORT = 24
 #: Seconds between two snapshots of --watch.
 _PAUSE = 2.0
 
 _DESCRIPTION = """\
-Show break0 and the addresses behind it: first a summary and what is wrong,
-then containers that are not bound, and each address, or those of one container
-or pod. Exit status: 0 if everything is in sync, 1 if a container is not bound,
-something stops traffic or a sync would change something, 2 for wrong usage or
+Show break0 and the bound addresses: a summary, problems, containers that are
+not bound, and a table of all addresses, or of one container or pod. Exit
+status: 0 if everything is in sync, 1 if a container is not bound, a fault
+stops traffic or a sync would change something, 2 for wrong usage or
 configuration, 3 if the kernel or the state directory cannot be read.
 """
 
@@ -53,19 +53,20 @@ def add_parsers(subparsers: Any) -> None:
         '--wide', 'print ids and neighbours in full, and do not fold long '
         'lines')
     added.add_flag('--problems', 'show only addresses with a problem')
-    added.add_value('--pod', 'TEXT', 'show only pods or containers whose name '
-                    'contains this')
-    added.add_value('--owner', 'ID', 'show only containers whose id starts '
-                    'with this')
+    added.add_value('--pod', 'TEXT', 'show only pods or containers with this '
+                    'text in the name')
+    added.add_value('--owner', 'ID', 'show only containers with an id that '
+                    'starts with this')
     added.add_argument('--origin', choices=[each.value for each in Origin],
-                       help='show only addresses that were bound this way')
+                       help='show only addresses with this origin')
     added.add_flag(
-        '--watch', 'then print what comes (+) and what goes (-), or with '
-        '--json all again when something has changed, until Ctrl-C')
+        '--watch', 'then print bound addresses and problems as they appear '
+        '(+) and clear (-), until Ctrl-C; with --json, print everything after '
+        'each change')
 
 
 def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
-    """Print what is, and what is wrong with it."""
+    """Print the state of break0 and addresses; return the exit code."""
     wanted = conf.command
     shown = _read(options, wanted)
     if wanted.json:
@@ -86,7 +87,7 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
 
 
 def as_json(options: config.Options) -> dict[str, Any]:
-    """Return what ``status --json`` prints."""
+    """Return the document of ``status --json``."""
     return _read(options).as_json()
 
 
@@ -97,7 +98,7 @@ def _read(options: config.Options, wanted: Any = None) -> Status:
 
 
 def _print_changes(before: Status, now: Status) -> None:
-    """Print what came and went, a line each."""
+    """Print a line for each new and each cleared fact."""
     old, new = dict.fromkeys(before.facts()), dict.fromkeys(now.facts())
     for sign, facts, others in ('-', old, new), ('+', new, old):
         for each in facts:
@@ -107,9 +108,9 @@ def _print_changes(before: Status, now: Status) -> None:
 
 
 class Status:
-    """A snapshot as it is shown.
+    """The problems and addresses of a snapshot.
 
-    :param wanted: the arguments, which say what of it; None for all
+    :param wanted: the arguments, which select addresses; None for all
     """
 
     def __init__(self, seen: Snapshot, ledger: Ledger,
@@ -186,15 +187,15 @@ class Status:
             'problem': problem, 'in_sync': problem is None}
 
     def print(self, wide: bool = False) -> None:
-        """Print a summary, what is wrong, and a table of the addresses."""
+        """Print a summary, problems, and a table of the addresses."""
         shown = self.as_json()
         if shown['devices']:
             output.table(
                 ['Device', 'Kind', 'Parent', 'MAC', 'MTU', 'Addresses',
                  'State'], map(_device_row, shown['devices']), wide)
         elif not (self._seen.live or self._unserved):
-            output.say('There is no %s yet: it comes with the first container.'
-                       % self._seen.options.device)
+            output.say('%s does not exist yet: the bind of the first '
+                       'container creates it.' % self._seen.options.device)
         output.write('%(bound)d bound, %(routed)d routed, %(out_of_sync)d '
                      'out of sync' % shown['totals'])
         for problem in self._of_node:
@@ -204,8 +205,9 @@ class Status:
         if containers.blindness():
             output.say('Not examined: ' + containers.blindness())
         for address, why in list(self._not_examined.items())[:1]:
-            output.say('Not examined from inside: %d addresses, as %s: %s' % (
-                len(self._not_examined), address, why))
+            output.say('Not examined in the container: %d addresses, for '
+                       'example %s: %s' % (
+                           len(self._not_examined), address, why))
         if shown['addresses']:
             head = ['Address', 'Container', 'Origin', 'Route',
                     *(['Neighbour'] if wide else []), 'In sync']
@@ -218,8 +220,8 @@ class Status:
         each, record = self._address_as_json(address), self._seen.live.get(
             address)
         owner = '-'
-        if record is not None:  # by name, or as engines shorten ids
-            owner = record.owner_text if wide else '%s/%s' % (
+        if record is not None:  # the name, or a shortened id
+            owner = record.whose if wide else '%s/%s' % (
                 record.pod or record.owner.container_id[:_SHORT],
                 record.owner.ifname)
         return [each['address'], owner, each['origin'] or '-',
@@ -229,7 +231,7 @@ class Status:
                 if each['problem'] else 'yes']
 
     def facts(self) -> Iterator[str]:
-        """Return what is wrong and what is bound, a line each."""
+        """Yield a line for each problem and each bound address."""
         yield from self._of_node
         yield from map(str, self._unserved)
         for address in self._addresses:
@@ -241,7 +243,7 @@ class Status:
 
 
 def _is_of(record: Optional[Record], wanted: Any) -> bool:
-    """Return whether a record is what --pod, --owner and --origin mean."""
+    """Return whether --pod, --owner and --origin select a record."""
     if record is None:
         return not (wanted.pod or wanted.owner or wanted.origin)
     return ((wanted.pod or '') in (record.pod or '')

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""``kuryr-break0 sync``: repairs everything once."""
+"""``kuryr-break0 sync``: reconciles the kernel with the ledger once."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ from kuryr_break0.reconciler import Reconciler
 
 _DESCRIPTION = """\
 Make break0, its routes and the containers match the ledger, and print each
-change: + for what is set, - for what is deleted, ~ for what is repaired, !
-for what is left. If the ledger was lost, it is rebuilt from the kernel first.
-Exit status: 0 if nothing is left, 1 if something is (with --dry-run: if there
-is something to do), 3 if the kernel or the state directory refuses. What no
-sync can change, as a routing rule, is shown by status.
+item: + if it is set, - if it is deleted, ~ if it is repaired, ! if it is
+left. If the ledger was lost, it is rebuilt from the kernel first. Faults that
+no sync can repair, such as a routing rule, are shown by
+status and doctor.
+
+Exit status: 0 if no item is left, 1 otherwise (with --dry-run: if there are
+items to change), 3 if the kernel or the state directory refuses.
 """
 
 
@@ -37,12 +39,12 @@ def add_parsers(subparsers: Any) -> None:
     added.add_flag('--dry-run', 'print the changes, but make none')
     added.add_flag('--claim', 'take over break0 from another ledger')
     added.add_flag(
-        '--delete-unclaimed', 'also delete our routes and neighbours that '
-        'have no record and match no pod')
+        '--delete-unclaimed', 'also delete routes and neighbours of '
+        'kuryr-break0 that have no record and match no pod')
 
 
 def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
-    """Reconcile once, and print what there was to do."""
+    """Reconcile once, and print the changes; return the exit code."""
     wanted = conf.command
     with output.Counter('sync'):
         outcome = Reconciler(
@@ -62,8 +64,8 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
 
 def _name_of(ifindex: Optional[int], options: config.Options) -> str:
     if ifindex == 0:
-        return options.device  # which is to be created
-    return kernel.format_ifname(ifindex)
+        return options.device  # it is not created yet
+    return kernel.name_of(ifindex)
 
 
 def _lines(outcome: Outcome, options: config.Options) -> Iterator[str]:
@@ -91,8 +93,8 @@ def _lines(outcome: Outcome, options: config.Options) -> Iterator[str]:
         yield '! record %s owner %s: %s' % (record.address, record.owner,
                                             reason)
     for record, reason in outcome.unjudged.items():
-        yield ('! record %s owner %s: cannot find out whether its sandbox '
-               'exists: %s' % (record.address, record.owner, reason))
+        yield ('! record %s owner %s: it is not known whether its sandbox '
+               'exists: %s' % (record.address, record.whose, reason))
     for address, reason in outcome.refused.items():
         yield '! address %s: it is %s' % (address, reason)
     for owner in outcome.pods:

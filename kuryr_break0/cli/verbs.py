@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""All verbs, and the page that lists them. Imports nothing slow."""
+"""The list of verbs, and the text of --help. Imports nothing slow."""
 
 from __future__ import annotations
 
@@ -11,44 +11,49 @@ PROGRAM = 'kuryr-break0'
 
 
 class Verb(NamedTuple):
-    """What is known of a verb before its module is imported."""
+    """A verb, described without importing its module.
+
+    :ivar module: name of the module in kuryr_break0.cli
+    :ivar summary: its line in --help
+    """
 
     module: str
     summary: str
 
 
-#: By their headings in --help, in its order.
+#: Verbs by their headings in --help, in this order.
 _GROUPS = {
     'Look': {
-        'status': Verb('status', 'show break0 and the addresses behind it'),
+        'status': Verb('status', 'show break0 and the bound addresses'),
         'probe': Verb('probe', 'ping a container from the node, and the node '
                       'from it'),
-        'doctor': Verb('doctor', 'find out what is wrong on this node'),
+        'doctor': Verb('doctor', 'find faults on this node, and remedies'),
         'check': Verb('doctor', 'check whether break0 will work on this '
                       'node')},
     'Repair': {
         'sync': Verb('sync', 'repair everything once'),
-        'agent': Verb('agent', 'repair at once what other programs change')},
+        'agent': Verb('agent', 'repair everything continuously')},
     'Set up': {
         'bind': Verb('bind', 'make the addresses of a container reachable'),
         'unbind': Verb('bind', 'revert bind'),
-        'adopt': Verb('adopt', 'make pods reachable that are already running'),
-        'cleanup': Verb('cleanup', 'delete everything that was made on this '
-                        'node'),
-        'cni': Verb('cni', 'be the CNI plugin, chained behind macvlan'),
+        'adopt': Verb('adopt', 'bind pods that are already running'),
+        'cleanup': Verb('cleanup', 'delete everything that kuryr-break0 has '
+                        'created'),
+        'cni': Verb('cni', 'run as a CNI plugin, after macvlan'),
         'cni-install': Verb('cni', 'install the CNI plugin')}}
 VERBS = {name: verb for verbs in _GROUPS.values()
          for name, verb in verbs.items()}
 _HEAD = """\
-Let a host and the macvlan containers or pods on its interfaces reach each
-other, which the kernel by itself prevents.
+Enable traffic between a host and the macvlan containers or pods on its
+interfaces, which the kernel blocks.
 
 usage: kuryr-break0 COMMAND [ARGUMENT ...]
 """
 _FOOT = """
 The configuration is the section [break0] of kuryr.conf and kuryr-break0.conf,
-each from the first of ~/.kuryr, ~, /etc/kuryr and /etc that has it. If there
-is neither: kuryr-break0.conf in ~/.kuryr-break0, ~, /etc/kuryr-break0, /etc.
+each from the first of ~/.kuryr, ~, /etc/kuryr and /etc that has the file. If
+neither exists: kuryr-break0.conf in ~/.kuryr-break0, ~, /etc/kuryr-break0 or
+/etc.
 %s
 kuryr-break0 COMMAND --help explains a command. --help-all lists the options
 for configuration files and logging, which come before COMMAND.
@@ -56,7 +61,7 @@ for configuration files and logging, which come before COMMAND.
 
 
 def page() -> str:
-    """Return what --help prints."""
+    """Return the text of --help."""
     text = _HEAD
     for title, verbs in _GROUPS.items():
         text += '\n%s:\n' % title + ''.join(
@@ -64,14 +69,15 @@ def page() -> str:
             for name, verb in verbs.items())
     return text + _FOOT % ''.join(
         '%s: %s\n' % (what, ' '.join(paths)) for what, paths in zip(
-            ('On this host', 'Not read'), files()) if paths)
+            ('On this host', 'Ignored'), files()) if paths)
 
 
 def files() -> tuple[list[str], list[str]]:
-    """Return the configuration files that are read, and those that are not.
+    """Return the configuration files to read, and the ignored ones.
 
-    kuryr.conf is where Kuryr's own programs look for it, by oslo.config.
-    Hosts without have a file of ours: /etc/kuryr-break0/kuryr-break0.conf.
+    kuryr.conf is read from the directories in which oslo.config searches for
+    Kuryr's programs. Hosts without Kuryr have
+    /etc/kuryr-break0/kuryr-break0.conf.
     """
     of_kuryr = [_find('kuryr', name) for name in ('kuryr', PROGRAM)]
     ours = [path for path in [_find(PROGRAM, PROGRAM)] if path]

@@ -158,7 +158,7 @@ class TestRefusals(ByHandTestCase):
                 (('bind', ADDRESS, '--owner', 'a b'), 'is not a name'),
                 (('bind', ADDRESS), '--owner'),
                 (('bind', ADDRESS6, '--owner', 'web', '--parent', 'eth0'),
-                 'needs --mac or --netns'),
+                 'give --mac or --netns'),
                 (('bind', ADDRESS, '--owner', 'web', '--mac', 'x'),
                  'is not a MAC address'),
                 (('bind', ADDRESS, '--owner', 'web', '--netns', 'web'),
@@ -219,7 +219,7 @@ class TestRefusals(ByHandTestCase):
         self.bind_web('--netns', NETNS)
         for name in lab.PARENT, 'break0':
             mac = self.lab.ip('link', 'show', name)[0]['address']
-            self.assertIn('%s is that of %s' % (mac, name), self.bind_web(
+            self.assertIn('%s belongs to %s' % (mac, name), self.bind_web(
                 '--parent', lab.PARENT, '--mac', mac, code=2))
         self.assertIn('does not have the address 02:00:00:00:00:08',
                       self.bind_web('--netns', NETNS, '--mac',

@@ -160,7 +160,7 @@ class TestWhatIsNotOurs(CleanupTestCase):
 
     def test_nothing_says_whose_it_is(self) -> None:
         self.add_macvlan()
-        self.assert_left('it may be of others')
+        self.assert_left('it may belong to another program')
         self.cleanup(OS_BREAK0__PARENT=lab.PARENT)
         self.assertIsNone(self.lab.link('break0'))
 
@@ -175,7 +175,7 @@ class TestWhatIsNotOurs(CleanupTestCase):
         self.lab.run('ip', 'link', 'set', 'break0', 'up')
         self.lab.run('ip', 'route', 'add', POD, 'dev', 'break0', 'proto',
                      '176')
-        self.assert_left('it may be of others')
+        self.assert_left('it may belong to another program')
         self.assertEqual({POD}, set(self.lab.routes()))
 
 

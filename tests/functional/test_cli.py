@@ -172,7 +172,7 @@ class TestUsage(CLITestCase):
 
     def test_files_that_are_none(self) -> None:
         for content, text in (
-                (b'\xff\xfe\0', 'is no text in UTF-8'),
+                (b'\xff\xfe\0', 'is not valid UTF-8'),
                 (b'[break0]\ndevice = $break0.device\n', 'refers to itself'),
                 (b'[break0\n', 'Invalid section'),
                 (b'[DEFAULT]\ndebug = maybe\n', 'Boolean value: maybe'),

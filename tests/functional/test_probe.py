@@ -74,17 +74,19 @@ class TestProbe(CLITestCase):
     def test_a_pod_that_is_not_bound(self) -> None:
         found = self.probe(POD, '--count', '1', code=1)
         probe, = found['probes']
-        self.assertEqual('it does not go through break0', probe['problem'])
+        self.assertEqual('its route goes through %s, not break0' % lab.PARENT,
+                         probe['problem'])
         self.assertEqual(lab.PARENT, probe['interface'])
         self.assertEqual([None], probe['round_trip_ms'])
         self.assertIn(probe['neighbour']['state'], ('incomplete', 'failed'))
-        self.assertIn('no pod on this node is recorded', found['note'])
+        self.assertIn('no pod on this node has a record', found['note'])
 
     def test_a_route_of_others_that_is_used(self) -> None:
         self.bind_pod()
         self.lab.run('ip', 'route', 'replace', POD, 'via', lab.LAN)
         found = self.probe(POD, '--count', '1', code=1)
-        self.assertEqual((lab.LAN, 'it does not go through break0'),
+        self.assertEqual((lab.LAN, 'its route goes through %s, not break0'
+                          % lab.PARENT),
                          (found['probes'][0]['gateway'],
                           found['probes'][0]['problem']))
 
@@ -94,7 +96,8 @@ class TestProbe(CLITestCase):
                      'lladdr', '02:00:00:00:00:99', 'nud', 'permanent')
         found = self.probe(POD, '--count', '1', code=1)
         self.assertEqual(
-            'it is sent to 02:00:00:00:00:99, but should be to ' + self.mac,
+            'its neighbour has the MAC address 02:00:00:00:00:99, but must '
+            'have ' + self.mac,
             found['probes'][0]['problem'])
 
     def test_a_pod_that_is_down(self) -> None:
@@ -124,7 +127,7 @@ class TestProbe(CLITestCase):
         lab.until(lambda: not self.lab.ping(POD))
         found = self.probe(POD, '--count', '1', code=1)
         self.assertEqual(1, len(found['probes']))
-        self.assertIn('no pod on this node is recorded', found['note'])
+        self.assertIn('no pod on this node has a record', found['note'])
 
     def test_a_pod_in_another_subnet(self) -> None:
         self.lab.add_other_subnet()
@@ -266,7 +269,7 @@ class TestProbe(CLITestCase):
         self.lab.run('ip', 'address', 'del', POD + '/24', 'dev', 'eth0',
                      netns='pod')
         shown = self.traced(POD)
-        self.assertIn('no rule of nftables dropped it', shown)
+        self.assertIn('no rule of nftables dropped the packet', shown)
         self.assertIn('to the pod, on the node (output)', shown)
         self.assertIn('to the pod, in the pod (ingress)', shown)
         self.assertNotIn('from the pod, on the node', shown)

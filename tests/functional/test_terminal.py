@@ -84,7 +84,7 @@ class TestTerminal(CLITestCase):
         for args in ('web', '--ifname', 'net1'), ('100.75.30.99',):
             done = self.call('unbind', '--pod', *args)
             self.assertEqual(2, done.returncode, done.stdout)
-            self.assertIn('Nothing is bound of', done.stderr)
+            self.assertIn('No address of', done.stderr)
         done = self.call('unbind', '--pod', 'shop/web')
         self.assertEqual(0, done.returncode, done.stderr)
         self.assertEqual(set(), self.bound())

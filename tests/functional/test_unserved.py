@@ -354,7 +354,8 @@ class TestPodSide(UnservedTestCase):
         self.bind(ONE)
         done = self.call('status')
         self.assertEqual(0, done.returncode, done.stdout)
-        self.assertIn('Not examined from inside: 1 addresses, as %s: '
+        self.assertIn('Not examined in the container: 1 addresses, for '
+                      'example %s: '
                       'its namespace is not recorded' % ONE,
                       done.stdout)
 

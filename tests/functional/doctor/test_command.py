@@ -317,7 +317,7 @@ class TestCommand(DoctorTestCase):
     def test_nothing_is_redacted_without_a_bundle(self) -> None:
         done = self.call('--redact', code=2)
         self.assertEqual('', done.stdout)
-        self.assertIn('give --bundle too', done.stderr)
+        self.assertIn('Give --bundle too', done.stderr)
 
     def test_bundle_that_cannot_be_written(self) -> None:
         with open('/run/there', 'w') as file:

@@ -62,7 +62,7 @@ class TestPorts(DoctorTestCase):
         found = self.examine()
         self.assertEqual([], found['findings'])
         ports = [each for each in found['not_examined']
-                 if each.startswith('whether pods wait for a port')]
+                 if each.startswith('pods without a port')]
         if reason:
             self.assertIn(reason, *ports)
         else:

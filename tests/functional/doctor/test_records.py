@@ -142,7 +142,7 @@ class TestRecords(DoctorTestCase):
         for path in '/run', '/run/netns':
             finding = self.assert_found('state-dir-unusable', path,
                                         state_dir=path)
-            self.assertIn('of others', finding['seen'])
+            self.assertIn('did not create', finding['seen'])
             self.assertNotIn('chmod', str(finding['commands']))
 
     def test_full(self) -> None:
