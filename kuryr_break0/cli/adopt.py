@@ -84,7 +84,7 @@ def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
             'The API has no KuryrPort for the node %r. If that is not the '
             'name of this node in Kubernetes, set KUBERNETES_NODE_NAME to it. '
             'Nodes with KuryrPorts: %s.' % (
-                api.node_name(), ', '.join(api.other_nodes()[:20]) or 'none'))
+                api.node_name(), ', '.join(api.list_nodes()[:20]) or 'none'))
     adopter = Adopter(
         options, options.parent or api.link_iface(),
         kernel.list_macvlans([api.find_proc(), *options.proc_dirs]),

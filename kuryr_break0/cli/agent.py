@@ -31,7 +31,7 @@ def add_parsers(subparsers: Any) -> None:
 
 
 def _warn(conf: cfg.ConfigOpts) -> None:
-    for text in config.unknown(conf):
+    for text in config.list_unknown(conf):
         LOG.warning('%s. It has no effect: correct its name or delete it.',
                     text)
     used = [*(conf.config_file or ()), *(conf.config_dir or ())]

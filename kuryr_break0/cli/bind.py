@@ -113,9 +113,9 @@ def _owner(name: str) -> str:
 def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
     wanted = conf.command
     owner = Owner(wanted.owner, wanted.ifname)
-    parent = wanted.parent or options.parent or config.link_iface(conf)
+    parent = wanted.parent or options.parent or config.read_link_iface(conf)
     if parent is not None:  # it may be an altname
-        parent = kernel.current_name(parent, kernel.index_of(parent))
+        parent = kernel.find_current_name(parent, kernel.find_ifindex(parent))
     mac, addresses = wanted.mac, list(dict.fromkeys(wanted.address))
     ledger = Ledger(options.state_dir)
     ledger.prepare()

@@ -94,7 +94,7 @@ def _waiting(conf: cfg.ConfigOpts
 
     :returns: None without Kuryr or its Kubernetes options
     """
-    if not (installation.is_for_kuryr() and config.names_kubernetes(conf)):
+    if not (installation.is_for_kuryr() and config.has_api_root(conf)):
         return None
 
     def waiting(seconds: float) -> list[str]:

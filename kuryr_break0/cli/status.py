@@ -221,7 +221,7 @@ class Status:
             address)
         owner = '-'
         if record is not None:  # the name, or a shortened id
-            owner = record.whose if wide else '%s/%s' % (
+            owner = record.owner_text if wide else '%s/%s' % (
                 record.pod or record.owner.container_id[:_SHORT],
                 record.owner.ifname)
         return [each['address'], owner, each['origin'] or '-',

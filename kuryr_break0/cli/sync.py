@@ -65,7 +65,7 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
 def _name_of(ifindex: Optional[int], options: config.Options) -> str:
     if ifindex == 0:
         return options.device  # it is not created yet
-    return kernel.name_of(ifindex)
+    return kernel.format_ifname(ifindex)
 
 
 def _lines(outcome: Outcome, options: config.Options) -> Iterator[str]:
@@ -94,7 +94,7 @@ def _lines(outcome: Outcome, options: config.Options) -> Iterator[str]:
                                             reason)
     for record, reason in outcome.unjudged.items():
         yield ('! record %s owner %s: it is not known whether its sandbox '
-               'exists: %s' % (record.address, record.whose, reason))
+               'exists: %s' % (record.address, record.owner_text, reason))
     for address, reason in outcome.refused.items():
         yield '! address %s: it is %s' % (address, reason)
     for owner in outcome.pods:

@@ -64,7 +64,7 @@ def _check_existence(node: Node, seen: Parent) -> Iterator[Finding]:
     elif (link.kind, link.mode) != ('macvlan', 'bridge'):
         yield KINDS['break0-foreign'].found(
             '%s is %s, but must be a macvlan in bridge mode' % (
-                name, link.described), device=name)
+                name, link.description), device=name)
     elif (link.lower, link.lower_namespace) != parent.lower_of_macvlans:
         if seen.live:  # the parent of the pods has its own report
             yield KINDS['break0-wrong-parent'].found(

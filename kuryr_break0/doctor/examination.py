@@ -97,7 +97,7 @@ def examine(conf: cfg.ConfigOpts, probe: bool = True, over: Over = iter,
             return  # all further checks compare with the ledger
         with kernel.Netlink() as netlink:
             node = Node(options, netlink, PATIENCE, over)
-            done.pods = {str(address): record.whose
+            done.pods = {str(address): record.owner_text
                          for address, record in node.live.items()}
             _examine_node(node, netlink, done, host, probe)
             if node.live and probe:

@@ -95,7 +95,7 @@ def _check_pod(node: Node, parent: Parent, records: Sequence[Record]
                ) -> Iterator[Finding]:
     """Examine a pod: causes before effects."""
     record, ifname = records[0], records[0].owner.ifname
-    place = 'the interface %s of the pod %s' % (ifname, record.whose)
+    place = 'the interface %s of the pod %s' % (ifname, record.owner_text)
     command = functools.partial(inside, record.netns)
     assert parent.node is not None  # enterable() has checked it
     try:
@@ -114,12 +114,12 @@ def _check_pod(node: Node, parent: Parent, records: Sequence[Record]
     except exceptions.InterfaceGone:
         yield KINDS['pod-interface-gone'].found(
             'the namespace %r of the pod %s has no interface %s' % (
-                record.netns, record.whose, ifname),
+                record.netns, record.owner_text, ifname),
             [each.address for each in records])
         return
     except (exceptions.NetnsUnusable, exceptions.KernelRefused) as err:
         yield KINDS['pod-unreadable'].found(
-            'the pod %s: %s' % (record.whose, str(err).rstrip('.')),
+            'the pod %s: %s' % (record.owner_text, str(err).rstrip('.')),
             [record.owner])
         return
     # Read in the pod, the id of the parent's namespace (IFLA_LINK_NETNSID)
@@ -163,7 +163,7 @@ def _check_pod(node: Node, parent: Parent, records: Sequence[Record]
                             else 'pod-neighbour-missing'].found(
                     'in the pod %s, the neighbour for the node address %s is '
                     '%s, but must be %s' % (
-                        record.whose, item.dst, found or 'missing',
+                        record.owner_text, item.dst, found or 'missing',
                         item.mac), [record.address])
     for host, is_reached in has_way.items():
         if is_reached and host.version == 4 and _is_strict(parent):
@@ -171,7 +171,7 @@ def _check_pod(node: Node, parent: Parent, records: Sequence[Record]
         else:
             yield KINDS['pod-route-missing'].found(
                 'the pod %s has no %sroute to the node address %s' % (
-                    record.whose, 'direct ' if is_reached else '', host),
+                    record.owner_text, 'direct ' if is_reached else '', host),
                 [record.address], severity=None if is_reached else ERROR)
 
 
@@ -202,6 +202,6 @@ def _dropped(parent: Parent, record: Record, host: IPAddress,
              command: str) -> Finding:
     return KINDS['rp-filter'].found(
         'rp_filter of %s is 1, and the pod %s has no direct route to the '
-        'node address %s' % (parent.name, record.whose, host),
+        'node address %s' % (parent.name, record.owner_text, host),
         [record.address],
         commands=[command])

@@ -131,9 +131,9 @@ class Pings:
         return KINDS[kind].found(
             'a ping %s is not answered%s' % (
                 'from the node to the pod %s at %s' % (
-                    record.whose, probe.to) if probe.is_to_pod
+                    record.owner_text, probe.to) if probe.is_to_pod
                 else 'from the pod %s to the node at %s' % (
-                    record.whose, probe.to), reason and ': ' + reason),
+                    record.owner_text, probe.to), reason and ': ' + reason),
             self.silent, commands, address=record.address,
             severity=ERROR if kind == 'source-rewritten' else None)
 
@@ -248,7 +248,7 @@ class Pings:
                 yield KINDS['firewall-restricts'].found(
                     'pings pass, but a connection from the pod %s at %s to '
                     'TCP port %d of the node does not: %s' % (
-                        lost.whose, lost.address, _PORT, '; '.join(dropped)),
+                        lost.owner_text, lost.address, _PORT, '; '.join(dropped)),
                     commands=list(filter(None, dropped.values())))
 
     def _rewritten(self, record: Record) -> Iterator[Finding]:
@@ -264,7 +264,7 @@ class Pings:
                 record, lambda: _source_seen(record)).rewritten
             yield KINDS['source-rewritten'].found(
                 'the pod %s at %s sees the node as %s, not as %s%s' % (
-                    record.whose, record.address, source, path.source,
+                    record.owner_text, record.address, source, path.source,
                     ''.join(': ' + each for each in rules)),
                 commands=list(filter(None, rules.values())),
                 address=record.address)
@@ -315,7 +315,7 @@ def _source_seen(record: Record) -> Optional[str]:
     mark = os.urandom(16)
     with contextlib.suppress(exceptions.Break0Error, OSError), \
             contextlib.ExitStack() as stack:
-        with kernel.entered(str(record.netns), record.namespace):
+        with kernel.enter_namespace(str(record.netns), record.namespace):
             # A socket stays in the namespace that it was created in. A raw
             # socket receives a copy of each datagram (raw(7)).
             wire = stack.enter_context(socket.socket(

@@ -30,14 +30,14 @@ def check_addresses(node: Node) -> Iterator[Finding]:
         yield KINDS['address-not-allowed' if 'allowed_cidrs' in reason
                     else 'address-refused'].found(
             'the address %s of the pod %s is refused: it is %s' % (
-                address, node.live[address].whose, reason)
+                address, node.live[address].owner_text, reason)
             if address in node.live else
             'the address %s of a pod is refused: it is %s' % (
                 address, reason), [address])
     for address in node.settled(node.seen.rivals):
         yield KINDS['address-contested'].found(
             'the existing sandboxes %s claim %s' % (
-                ' and '.join(each.whose for each in (
+                ' and '.join(each.owner_text for each in (
                     node.live[address], *node.seen.rivals[address])),
                 address),
             [address])
@@ -88,7 +88,7 @@ def _check_routes(node: Node, parent: Parent) -> Iterator[Finding]:
         route = foreign[address]
         yield KINDS['route-foreign'].found(
             'addresses of pods have a route of another program, through %s '
-            'with protocol %s' % (kernel.name_of(route.oif),
+            'with protocol %s' % (kernel.format_ifname(route.oif),
                                   _protocol(route.protocol)), [address],
             commands=[_deletion(route), 'kuryr-break0 sync'])
 

@@ -68,7 +68,7 @@ def _commands(kind: str, found: Sequence[Unserved],
             for each in found if each.macvlan.link.mode != 'passthru'))
     if kind == 'container-other-parent':
         # The option allows one parent; without the option all are allowed.
-        return host.unset('parent') if kernel.exists(
+        return host.unset('parent') if kernel.has_interface(
             str(options.parent)) else host.set(
                 parent=min(each.macvlan.parent for each in found))
     if kind == 'container-not-allowed':
