@@ -182,7 +182,8 @@ def _result(prober: Prober, options: config.Options, seen: Snapshot,
         if record is None:
             note = 'no pod on this node has a record of this address'
         elif record.netns is None:
-            note = 'the namespace of the pod %s is not recorded' % record.owner_text
+            note = ('the namespace of the pod %s is not recorded'
+                    % record.owner_text)
         elif parent is None or parent.node is None:
             note = 'there is no break0 on %s' % record.parent
         else:

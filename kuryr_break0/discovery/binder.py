@@ -95,7 +95,8 @@ class Binder:
         """Return whether an address of a namespace is bound."""
         return bool(self._records.get(namespace))
 
-    def update(self, found: kernel.FoundNamespace, container: Hashable) -> bool:
+    def update(self, found: kernel.FoundNamespace,
+               container: Hashable) -> bool:
         """Bind new addresses of a namespace, and unbind removed ones.
 
         :param container: see :class:`kernel.ExaminedNamespace`

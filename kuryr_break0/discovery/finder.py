@@ -158,8 +158,9 @@ class Finder:
         # A macvlan in a namespace with a number causes a second event there,
         # which names the number. After the end of its namespace, the deletion
         # of the macvlan causes only the first event.
-        self._is_unexplained |= changes.is_stacked and not changes.changed and (
-            now >= self._explained_until)
+        self._is_unexplained |= (
+            changes.is_stacked and not changes.changed
+            and now >= self._explained_until)
         if changes.interfaces or changes.lost or self._unknown:
             self._schedule_search()
         if changes.messages >= _FLOOD:
@@ -304,8 +305,9 @@ class Finder:
                     self._found[place] = namespace.found
                 if self._events is None:
                     self._queue.mark(namespace, now)
-            elif self._binder.has_bound(known.namespace) and kernel.judge_state(
-                    known.path, known.namespace) is kernel.State.LIVING:
+            elif (self._binder.has_bound(known.namespace)
+                  and kernel.judge_state(known.path, known.namespace)
+                  is kernel.State.LIVING):
                 # Another program keeps the namespace open, for example the
                 # server of Podman 4. The kernel still opens it by its number,
                 # and reports its end by an event.
@@ -316,7 +318,8 @@ class Finder:
         self._unknown.clear()
         self._is_unexplained = self._mounts_changed = False
 
-    def _relocate(self, namespace: Namespace, found: kernel.FoundNamespace) -> None:
+    def _relocate(self, namespace: Namespace,
+                  found: kernel.FoundNamespace) -> None:
         """Store a new path and process of a namespace."""
         is_same = namespace.found.path == found.path
         namespace.found = found._replace(namespace=namespace.found.namespace)

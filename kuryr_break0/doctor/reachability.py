@@ -248,7 +248,8 @@ class Pings:
                 yield KINDS['firewall-restricts'].found(
                     'pings pass, but a connection from the pod %s at %s to '
                     'TCP port %d of the node does not: %s' % (
-                        lost.owner_text, lost.address, _PORT, '; '.join(dropped)),
+                        lost.owner_text, lost.address, _PORT,
+                        '; '.join(dropped)),
                     commands=list(filter(None, dropped.values())))
 
     def _rewritten(self, record: Record) -> Iterator[Finding]:

@@ -114,7 +114,8 @@ def check_ledger(node: Node, host: Host) -> Iterator[Finding]:
     if gone:
         yield KINDS['sandbox-gone'].found(
             'addresses belong to sandboxes that do not exist',
-            ['%s (%s)' % (record.address, record.owner_text) for record in gone])
+            ['%s (%s)' % (record.address, record.owner_text)
+             for record in gone])
     if node.seen.unjudged:
         yield KINDS['sandbox-unknown'].found(
             unjudged_problem(node.seen),
