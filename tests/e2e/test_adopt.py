@@ -188,7 +188,7 @@ class TestWhatIsFound(AdoptTestCase):
         for name in ('node-2', ''):
             done = self.call('adopt', code=3, KUBERNETES_NODE_NAME=name)
             self.assertIn('node %r' % name, done)
-            self.assertIn('have some: node-1', done)
+            self.assertIn('Nodes with KuryrPorts: node-1', done)
 
     def test_what_is_skipped(self) -> None:
         self.running_pod('deleted', '100.75.30.81')

@@ -437,7 +437,7 @@ class PluginSuite(base.CNITestCase):
                                   ('1.0.0', ('GC', 'STATUS'))):
             for command in commands:
                 self.assert_fails(
-                    1, '%s came with' % command, command,
+                    1, '%s needs cniVersion' % command, command,
                     self.runtime.single(network(version=version)),
                     netns=self.netns)
 

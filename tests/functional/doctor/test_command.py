@@ -41,8 +41,8 @@ class TestCommand(DoctorTestCase):
         self.assertIn('error: route-missing\n  seen  addresses of pods have '
                       'no route through break0 in table 254:', done.stdout)
         self.assertIn('\n          kuryr-break0 sync\n', done.stdout)
-        self.assertIn('Errors: 1, warnings: 1. Examined: 2 of 2 pods from '
-                      'inside', done.stdout)
+        self.assertIn('Errors: 1, warnings: 1. Examined: the namespaces of '
+                      '2 of 2 pods', done.stdout)
         self.assertLess(max(map(len, done.stdout.splitlines())), 80)
 
     def test_a_state_directory_that_cannot_be_read(self) -> None:

@@ -129,7 +129,7 @@ class TestFirewall(DoctorTestCase):
         self.assertFalse(self.lab.ping(POD4))
         finding = self.assert_found(
             'source-rewritten', 'has: oifname != "lo" snat to 172.17.0.1. The '
-            'pod has no way back', POD4, OTHER4, severity='error')
+            'pod has no route to that', POD4, OTHER4, severity='error')
         self.follow(finding)
         self.assertTrue(self.lab.ping(POD4))
         self.assertEqual({}, self.findings())
