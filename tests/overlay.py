@@ -70,6 +70,19 @@ def build(onto: Optional[dict[str, Any]] = None,
     return found
 
 
+def patched(daemon_set: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a DaemonSet after ``kubectl patch`` with a file beside it."""
+    with open(os.path.join(OVERLAY, name)) as file:
+        done = subprocess.run(
+            ['kubectl', 'patch', '--local', '--filename', '-', '--output',
+             'yaml', '--patch', file.read()], text=True,
+            input=yaml.safe_dump(daemon_set), capture_output=True)
+    if done.returncode:
+        raise AssertionError('kubectl patch:\n' + done.stderr)
+    found: dict[str, Any] = yaml.safe_load(done.stdout)
+    return found
+
+
 def without_kuryr() -> dict[str, Any]:
     """The DaemonSet of etc/cni."""
     with open(os.path.join(ROOT, 'etc', 'cni', 'daemonset.yaml')) as file:

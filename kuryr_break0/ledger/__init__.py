@@ -286,8 +286,11 @@ class Ledger:
                                  in list(ended.items())[-MAX_ENDED:]])
 
     def exists(self) -> bool:
-        """Return whether there is a state directory."""
-        return os.path.isdir(self.path)
+        """Return whether there is a state directory that is not empty."""
+        try:
+            return bool(os.listdir(self.path))
+        except OSError:
+            return os.path.isdir(self.path)
 
     def foreign(self) -> list[str]:
         """Return the names of what others have in a directory without records.
@@ -316,7 +319,11 @@ class Ledger:
                     os.rmdir(directory)
         except OSError as err:
             # Others have put something there, or mounted it, or it is a link.
-            if err.errno not in (errno.ENOTEMPTY, errno.EBUSY, errno.ENOTDIR):
+            # rmdir(2) says EROFS of a mount point in a read-only directory.
+            is_mounted = (err.errno == errno.EROFS
+                          and err.filename == self.path)
+            if not is_mounted and err.errno not in (
+                    errno.ENOTEMPTY, errno.EBUSY, errno.ENOTDIR):
                 raise exceptions.LedgerUnavailable(path=self.path,
                                                    reason=err) from err
 

@@ -47,6 +47,8 @@ version = 2
   sandbox_image = "cluster/box:1"
   disable_apparmor = true
   restrict_oom_score_adj = true
+[plugins."io.containerd.grpc.v1.cri".registry]
+  config_path = "/etc/containerd/certs.d"
 '''
 
 

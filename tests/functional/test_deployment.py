@@ -9,7 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import psutil
 
@@ -29,12 +29,15 @@ LOG = '/run/agent.log'
 MAC = '02:00:00:00:00:71'
 
 
-def script(daemon_set: dict[str, Any], name: str) -> str:
+def script(daemon_set: dict[str, Any], name: str,
+           command: Optional[list[str]] = None) -> str:
     """Shell commands that do what a container engine does for a container.
 
     They run in a mount namespace of their own, to which mounts of the node
     propagate. In place of the image the programs of this machine are there,
     read-only as the image is.
+
+    :param command: what it runs, in place of its own command
     """
     container = overlay.container(daemon_set, name)
     volumes = overlay.volumes(daemon_set)
@@ -76,7 +79,7 @@ def script(daemon_set: dict[str, Any], name: str) -> str:
     capabilities = ','.join(
         ['-all'] + ['+' + capability.lower() for capability
                     in rights['capabilities'].get('add', ())])
-    command = [PROGRAM, *container['command'][1:]]
+    command = [PROGRAM, *(command or container['command'])[1:]]
     lines.append(
         'exec chroot . setpriv --bounding-set=%s --inh-caps=-all '
         '--no-new-privs %s' % (capabilities, shlex.join(command)))
@@ -172,6 +175,27 @@ class TestAgentInItsContainer(ContainerTestCase):
             lambda: os.path.isdir('/run/kuryr-break0/addresses'))
         self.assertEqual(
             0o700, os.stat('/run/kuryr-break0').st_mode & 0o777)
+
+
+    def test_removal(self) -> None:
+        """What remove.yaml runs in place of the agent, as its probe does."""
+        netns = self.lab.add_pod('pod', POD, mac=MAC)
+        before = self.lab.state()
+        self.bind(netns='/var' + netns, mac_of_pod=MAC)
+        self.assertTrue(self.lab.ping(POD))
+        patched = overlay.patched(self.daemon_set, 'remove.yaml')
+        probe = overlay.container(patched, self.name)['readinessProbe']
+        # The root directory is read-only, and the ledger is mounted there.
+        for output in (r'(?s)- route %s .*- directory /run/kuryr-break0\n'
+                       % POD, r'\A\Z'):
+            done = subprocess.run(
+                ['unshare', '--mount', '--propagation', 'slave', 'sh', '-c',
+                 script(patched, self.name, probe['exec']['command'])],
+                text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            self.assertEqual(0, done.returncode, done.stdout)
+            self.assertRegex(done.stdout, output)
+        self.assertEqual([], os.listdir('/run/kuryr-break0'))
+        self.assertEqual(before, self.lab.state())
 
 
 class TestWithoutKuryr(ContainerTestCase):
