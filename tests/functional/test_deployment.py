@@ -176,7 +176,6 @@ class TestAgentInItsContainer(ContainerTestCase):
         self.assertEqual(
             0o700, os.stat('/run/kuryr-break0').st_mode & 0o777)
 
-
     def test_removal(self) -> None:
         """What remove.yaml runs in place of the agent, as its probe does."""
         netns = self.lab.add_pod('pod', POD, mac=MAC)
