@@ -1,31 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The entry point: runs the command, or says why it cannot be loaded."""
+"""The entry point: runs the command, or explains why it cannot be loaded."""
 
 from __future__ import annotations
 
 import sys
 
-#: Of a program that Ctrl-C ended.
+#: The exit code of a program that was interrupted by Ctrl-C.
 _INTERRUPTED = 130
 
 
 def main() -> int:
     """Run ``kuryr-break0`` and return its exit code."""
     try:
-        # Here, since Ctrl-C can come while they are imported.
+        # Ctrl-C may interrupt the import too.
         from kuryr_break0.cli import main as cli
 
         return cli.main()
     except ImportError as err:
-        # As of a dependency that is too new. The doctor reports it.
+        # A dependency may be too new; the doctor reports it.
         return _explain(err)
     except KeyboardInterrupt:
         return _INTERRUPTED
 
 
 def _explain(err: ImportError) -> int:
-    # Nothing that imports oslo.config, which may be what is unfit.
+    # Do not import oslo.config here: it may be the broken dependency.
     from kuryr_break0.cli import common
     from kuryr_break0.doctor import installation
     from kuryr_break0.doctor import report

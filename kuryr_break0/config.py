@@ -29,9 +29,9 @@ DIRECT = 'direct'
 AUTO = 'auto'
 ON = 'on'
 OFF = 'off'
-#: Seconds to wait for another process that is changing break0: less than the
-#: CNI shim waits for an answer. Then a pod is bound without the lock, and what
-#: deletes something fails.
+#: Seconds to wait for another process that is changing break0. The CNI shim
+#: waits longer for its answer. After that, a pod is bound without the lock,
+#: and deletions fail.
 LOCK_TIMEOUT = 10
 
 OPTS = [
@@ -208,7 +208,7 @@ OPTS = [
              'none.'),
 ]
 
-#: Options that there are no more, with what is done instead.
+#: Options that were removed, with their replacement.
 DROPPED = {
     'devices': 'further interfaces are named after device and parent',
     'mac': 'the MAC address of break0 is derived, and stays the same',
@@ -228,7 +228,7 @@ DROPPED = {
 class Options:
     """The ``[break0]`` options as valid, immutable values.
 
-    The fields are the options; see their help.
+    The fields are the options; their help describes them.
     """
 
     enabled: bool
@@ -251,30 +251,30 @@ class Options:
 
     @property
     def patience(self) -> int:
-        """Seconds without a sync after which the agent is not well."""
+        """Seconds without a sync after which the agent is not healthy."""
         return 3 * self.resync_interval + LOCK_TIMEOUT
 
 
 def register(conf: cfg.ConfigOpts) -> None:
-    """Make the options known to ``conf``; again is harmless."""
+    """Register the options with ``conf``; a repetition is harmless."""
     conf.register_opts(OPTS, group=GROUP)
 
 
 def _plain(text: str) -> str:
-    """oslo.config's error without the representation of its objects."""
+    """Return oslo.config's error without the representation of objects."""
     found = re.search(r"detail='([^']*)'\) is not valid: (.*)", text)
     return '%s (from %s)' % found.group(2, 1) if found else text
 
 
 def load(conf: cfg.ConfigOpts) -> Options:
-    """Read and check all options.
+    """Read and validate all options.
 
-    :raises InvalidOption: naming the first option whose value is not
-        allowed, the value, where it stands and what is allowed
+    :raises InvalidOption: for the first invalid value, with the option, the
+        value, its source and the allowed values
     """
     register(conf)
     options = Options(**{opt.dest: _value(conf, opt) for opt in OPTS})
-    with contextlib.suppress(OSError):  # its name, if that is an altname
+    with contextlib.suppress(OSError):  # replace an alternative name
         options = dataclasses.replace(options, parent=socket.if_indextoname(
             socket.if_nametoindex(options.parent or '')))
     if options.discover and not options.allowed_cidrs:
@@ -286,15 +286,15 @@ def load(conf: cfg.ConfigOpts) -> Options:
 
 
 def unknown(conf: cfg.ConfigOpts) -> list[str]:
-    """Return what is said in ``[break0]`` that is no option, a line each.
+    """Return an error for each name in ``[break0]`` that is no option.
 
-    As a misspelt name, which would silently drop a protection. Files that
-    cannot be read have been reported by oslo.config.
+    A misspelt name could silently disable a protection. oslo.config has
+    reported unreadable files.
     """
     known = [opt.dest for opt in OPTS]
     found: dict[str, str] = {}
-    # A program that has read no files yet, as a user of os-vif may, has no
-    # such options.
+    # A program that has read no files, such as a user of os-vif, lacks these
+    # options.
     for path in (*(getattr(conf, 'config_file', None) or ()), *(
             path for directory in getattr(conf, 'config_dir', None) or ()
             for path in sorted(glob.glob(os.path.join(
@@ -319,9 +319,9 @@ def unknown(conf: cfg.ConfigOpts) -> list[str]:
 
 
 def link_iface(conf: cfg.ConfigOpts) -> Optional[str]:
-    """Read the interface that Kuryr is configured to put pods on.
+    """Read Kuryr's option for the parent of the pods.
 
-    :param conf: one that Kuryr has not registered its options with
+    :param conf: an object without Kuryr's options
     """
     conf.register_opt(cfg.StrOpt('link_iface'), group='binding')
     return conf.binding.link_iface or None
@@ -332,14 +332,14 @@ def names_kubernetes(conf: cfg.ConfigOpts) -> bool:
 
     An empty name counts: Kuryr then uses the service address of the API.
 
-    :param conf: one that Kuryr has not registered its options with
+    :param conf: an object without Kuryr's options
     """
     conf.register_opt(cfg.StrOpt('api_root'), group='kubernetes')
     return conf.kubernetes.api_root is not None
 
 
 def device_name(conf: cfg.ConfigOpts) -> str:
-    """Read the name of break0 alone, whatever is wrong with the options."""
+    """Read the name of break0, even if other options are invalid."""
     register(conf)
     opt = next(opt for opt in OPTS if opt.dest == 'device')
     try:

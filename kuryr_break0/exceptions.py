@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""All errors of this package that are caught, or raised in several places.
+"""The errors of this package that are caught, or raised in several modules.
 
-Every text names the object, what was found, and what to do about it, so that
-the log line that carries it needs no other.
+Each text names the object, the problem and the remedy, so the log line that
+contains it needs nothing else.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import shlex
 from typing import Any
 
 
-#: Errors that say nothing of what was asked for: this process has no more
+#: Errors of this process, not of the requested object: it has no more
 #: descriptors or memory.
 EXHAUSTED = frozenset((errnos.EMFILE, errnos.ENFILE, errnos.ENOMEM,
                        errnos.ENOBUFS))
-#: What helps against an error of the kernel.
+#: The remedy for an error of the kernel
 _ADVICE = {
     errnos.EPERM: 'Run it as root, in a container with CAP_NET_ADMIN.',
     errnos.EADDRINUSE: 'Another interface on the same parent has its MAC '
@@ -27,7 +27,7 @@ _ADVICE = {
 class Break0Error(Exception):
     """Base of all errors of this package.
 
-    :param text: used instead of ``msg_fmt``
+    :param text: the text, instead of ``msg_fmt``
     :param kwargs: the values of the fields named in ``msg_fmt``
     """
 
@@ -38,7 +38,7 @@ class Break0Error(Exception):
 
 
 class WrongUsage(Break0Error):
-    """What a person has asked for or configured cannot be meant."""
+    """The user's command or configuration is invalid."""
 
 
 class InvalidOption(WrongUsage):
@@ -140,7 +140,7 @@ class KernelRefused(Break0Error):
 
     @property
     def device_lost(self) -> bool:
-        """Return whether the interface of the request is down or gone."""
+        """Return whether the interface in the request is down or gone."""
         return self.errno in (errnos.ENETDOWN, errnos.ENODEV)
 
     @property
@@ -150,12 +150,12 @@ class KernelRefused(Break0Error):
 
     @property
     def absent(self) -> bool:
-        """Return whether the thing to delete does not exist."""
+        """Return whether the object to delete does not exist."""
         return self.errno in (errnos.ESRCH, errnos.ENOENT, errnos.ENODEV)
 
 
 class SystemRefused(Break0Error):
-    """An operation of the system failed, as with EMFILE or ENOMEM."""
+    """A system call failed, for example with EMFILE or ENOMEM."""
 
     msg_fmt = ('Cannot go on: %(reason)s. See what this process has open, '
                'and its limits: /proc/PID/fd, /proc/PID/limits.')

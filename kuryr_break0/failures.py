@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Work on several things, of which one that fails does not stop the others."""
+"""Collects errors, so that an item that fails does not stop the others."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ LOG = log.get_logger(__name__)
 
 
 class Failures:
-    """Goes on after an error, and raises the first one in the end.
+    """Collects errors, and raises the first one at the end.
 
-    :ivar errors: all of them
-    :ivar failed: the addresses that they are about
+    :ivar errors: all errors
+    :ivar failed: the addresses of the items that failed
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Failures:
 
     def note(self, err: exceptions.Break0Error,
              *addresses: IPAddress) -> None:
-        """Keep the first error, and log others that differ from it."""
+        """Add an error; log it if it differs from the first one."""
         if self.errors and str(err) != str(self.errors[0]):
             LOG.error('%s', err)
         self.errors.append(err)
@@ -35,23 +35,23 @@ class Failures:
 
     @contextlib.contextmanager
     def noted(self, *addresses: IPAddress) -> Iterator[None]:
-        """:meth:`note` what is raised in the block."""
+        """Collect an error in the block."""
         try:
             yield
         except exceptions.Break0Error as err:
             self.note(err, *addresses)
-        except OSError as err:  # as EMFILE, at whatever was to be opened
+        except OSError as err:  # EMFILE, for example
             self.note(exceptions.SystemRefused(reason=err), *addresses)
 
     @contextlib.contextmanager
     def logged(self) -> Iterator[None]:
-        """Log what is raised in the block, and be content."""
+        """Log an error in the block, and continue."""
         try:
             yield
         except (exceptions.Break0Error, OSError) as err:
             LOG.error('%s', err)
 
     def raise_first(self) -> None:
-        """Raise the first error, if there was one."""
+        """Raise the first error, if any."""
         if self.errors:
             raise self.errors[0]

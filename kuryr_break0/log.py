@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Loggers of this package, for oslo.log, which is not imported."""
+"""Loggers for oslo.log, without importing it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ else:
 class _Logger(_Adapter):
 
     def log(self, level: int, msg: Any, *args: Any, **kwargs: Any) -> None:
-        """Log a line, as the base class does.
+        """Log a line as the base class does.
 
-        To a line that is logged while an exception is handled, oslo.log
-        appends the name of its class and its message, which our lines have
-        already. It does not for a ValueError
+        If an exception is being handled, oslo.log appends its class and
+        message, which our lines already contain. For a ValueError it does not
         (oslo_log.formatters._get_error_summary).
         """
         if not self.isEnabledFor(level):

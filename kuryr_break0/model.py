@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Value types that all modules share. None of them does any I/O."""
+"""Value types that all modules share. They do no I/O."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 IPInterface = Union[ipaddress.IPv4Interface, ipaddress.IPv6Interface]
 
-#: What names an owner, an interface, a path: no control characters, which
-#: could forge lines of a log or a table, and no more than a name can have.
+#: Names of owners and interfaces, and paths: no control characters, which
+#: could forge lines of a log or a table, and a limited length.
 NAME = re.compile(r'[^\x00-\x1f\x7f\u2028\u2029]{0,512}')
 MAC = re.compile(r'[0-9a-f]{2}(:[0-9a-f]{2}){5}')
 
-#: First bytes of IPv4 addresses that are of hosts, whatever follows.
+#: First bytes of IPv4 addresses of hosts; the other bytes do not matter.
 _HOSTS = frozenset(range(1, 224)) - {127, 169}
 
 
 class _Kept:
     """Computes the hash and the text of an address once.
 
-    The base class does so in Python each time, and a sync needs some 20
-    hashes of each address. Subclasses have the slots.
+    The base class computes both in Python at each call, and a sync needs about
+    20 hashes of each address. Subclasses define the slots.
     """
 
     __slots__ = ()
@@ -64,7 +64,7 @@ class IPv6Address(_Kept, ipaddress.IPv6Address):
     __slots__ = ('_hash', '_text')
 
 
-#: Addresses, or names of records, that are kept.
+#: Maximum addresses, or names of records, in a cache.
 KEPT = 2 ** 15
 
 
@@ -72,16 +72,16 @@ KEPT = 2 ** 15
 def address_from_bytes(packed: bytes) -> IPAddress:
     """Return an address of 4 or 16 bytes; the same object each time.
 
-    A table finds the same object faster than an equal one.
+    Look-ups in a dict find the same object faster than an equal one.
     """
     return (IPv4Address if len(packed) == 4 else IPv6Address)(packed)
 
 
 @functools.lru_cache(maxsize=KEPT)
 def address_from_text(text: str) -> IPAddress:
-    """Return an address; one without a scope is the same object each time.
+    """Return an address; without a scope, the same object each time.
 
-    :raises ValueError: if the text is none
+    :raises ValueError: if the text is not an address
     """
     address = ipaddress.ip_address(text)
     return (address if getattr(address, 'scope_id', None)
@@ -94,10 +94,10 @@ def address_order(address: IPAddress) -> tuple[int, int]:
 
 
 def not_a_host(address: IPAddress) -> Optional[str]:
-    """Return why an address cannot be that of any pod; None if it can.
+    """Return why an address cannot belong to a pod; None if it can.
 
-    IPv4-mapped IPv6 addresses count as what they map, since no packet of
-    theirs may be on a wire (RFC 4291, 2.5.5.2).
+    An IPv4-mapped IPv6 address is judged by its IPv4 address, because packets
+    must not contain it (RFC 4291, 2.5.5.2).
     """
     if address.version == 4 and address.packed[0] in _HOSTS:
         return None
@@ -115,10 +115,10 @@ def not_a_host(address: IPAddress) -> Optional[str]:
 class NamespaceId(NamedTuple):
     """Identity of a network namespace, unique within this boot.
 
-    :ivar device: of nsfs, which is the same for all
-    :ivar inode: the kernel uses it again once the namespace is gone
-    :ivar cookie: the kernel never uses it again (NS_GET_ID, linux 6.18);
-        None on a kernel that does not provide it
+    :ivar device: device of nsfs, the same for all namespaces
+    :ivar inode: inode number, which the kernel reuses
+    :ivar cookie: number that the kernel never reuses (NS_GET_ID, Linux 6.18);
+        None on older kernels
     """
 
     device: int
@@ -126,14 +126,14 @@ class NamespaceId(NamedTuple):
     cookie: Optional[int] = None
 
     def is_same(self, other: NamespaceId) -> bool:
-        """Return whether both name one namespace, as far as is known."""
+        """Return whether both may be the same namespace."""
         if None not in (self.cookie, other.cookie):
             return self.cookie == other.cookie
         return self[:2] == other[:2]
 
 
 class Tap(NamedTuple):
-    """The interface of a VM, and the namespace of the node that it is in."""
+    """The macvtap of a VM, and the namespace of the node that contains it."""
 
     namespace: NamespaceId
     mac: str
@@ -141,23 +141,23 @@ class Tap(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """The sandbox that an address belongs to, and its interface there.
+    """A sandbox and its interface, to which an address belongs.
 
-    CNI names both the same in ADD and DEL (CNI_CONTAINERID, CNI_IFNAME).
+    CNI passes the same values in ADD and DEL (CNI_CONTAINERID, CNI_IFNAME).
     """
 
     container_id: str
     ifname: str
 
-    #: Begins the container id that stands for an unknown one.
+    #: Prefix of a container id that replaces an unknown one.
     ADOPTED: ClassVar[str] = 'adopted-'
 
     @classmethod
     def adopted(cls, namespace: NamespaceId, ifname: str) -> Owner:
-        """Return the owner that stands for an unknown container id.
+        """Return the owner of a sandbox with an unknown container id.
 
-        That is a sandbox bound before break0 was in use, or whose record
-        was lost. Its namespace identifies it, and its DEL names that too.
+        The sandbox was bound before break0 was in use, or its record was
+        lost. Its namespace identifies it, and its DEL names the namespace too.
         """
         return cls('%s%d' % (cls.ADOPTED, namespace.cookie
                              or namespace.inode), ifname)
@@ -167,7 +167,7 @@ class Owner:
 
 
 class Origin(enum.Enum):
-    """By which way a claim came."""
+    """The origin of a claim."""
 
     KURYR = 'kuryr'
     CNI = 'cni'
@@ -177,25 +177,23 @@ class Origin(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A claim of a sandbox on an address, as the ledger keeps it.
+    """A claim of a sandbox on an address, as recorded in the ledger.
 
-    :ivar parent: the interface that the pod's macvlan is on, by the name
-        that it has now
+    :ivar parent: present name of the parent of the pod's macvlan
     :ivar mac: MAC address of the pod's interface
-    :ivar subnets: the networks that it is in on the link
-    :ivar netns: path of its namespace, as the writer saw it
-    :ivar namespace: what that namespace is
-    :ivar pod: its namespace and name in Kubernetes, where known
-    :ivar configured: digest of the node addresses that the pod side was
-        configured with; None if it was not
-    :ivar bound_at: seconds since the boot, as of :func:`ledger.files.now`
+    :ivar subnets: networks of the interface
+    :ivar netns: path of its namespace, in the writer's mount namespace
+    :ivar namespace: identity of its namespace
+    :ivar pod: namespace/name in Kubernetes, or the container's name, if known
+    :ivar configured: digest of the node addresses that were configured on the
+        pod's side; None if it was not configured
+    :ivar bound_at: seconds since the boot; see :func:`ledger.files.now`
     :ivar siblings: MAC addresses of other interfaces of the sandbox on the
-        parent; it may answer by any of them
-    :ivar origin: by which way it came; None if that is not known
-    :ivar network: name of the CNI network that it is an attachment to
-    :ivar parent_index: ifindex of the parent, which it keeps when it is
-        renamed
-    :ivar tap: its macvtap, if it is a VM and that was seen
+        parent, by which it may answer too
+    :ivar origin: None if unknown
+    :ivar network: name of the CNI network
+    :ivar parent_index: ifindex of the parent, which a rename does not change
+    :ivar tap: macvtap of a VM, if it was found
     """
 
     address: IPAddress
@@ -217,40 +215,39 @@ class Record:
     @property
     def place(self) -> tuple[Optional[str], Optional[NamespaceId],
                              Optional[Tap]]:
-        """Return what tells whether its sandbox still exists."""
+        """Return the arguments of :meth:`kernel.Judge.judge`."""
         return self.netns, self.namespace, self.tap
 
     @property
     def is_rebuilt(self) -> bool:
-        """Return whether it was made of what the kernel holds."""
+        """Return whether it was rebuilt from routes and neighbours."""
         return self.origin is None and self.owner.container_id.startswith(
             Owner.ADOPTED)
 
     @property
     def whose(self) -> str:
-        """Return its owner, with the name that people know, if there is one.
+        """Return its owner with the name of the pod or container, if known.
 
-        The id of a container that was discovered says nothing to anybody.
+        Users do not know the id of a discovered container.
         """
         return '%s (%s)' % (self.owner, self.pod) if self.pod else str(
             self.owner)
 
     @property
     def macs(self) -> tuple[str, ...]:
-        """Return all MAC addresses that the address may come from."""
+        """Return all MAC addresses from which the pod may send."""
         return () if self.mac is None else (self.mac, *self.siblings)
 
 
 class HostRoute(NamedTuple):
     """A route to a single address: /32, for IPv6 /128.
 
-    :ivar oif: ifindex of its interface; None for one without, or several
-    :ivar src: the node's address that it speaks from
-    :ivar metric: of several routes to an address the lowest one wins; None
-        in a deletion means any
-    :ivar direct: whether it leads to a neighbour on that interface: unicast,
-        without gateway, MTU and encapsulation, and, for IPv4, scoped to the
-        link
+    :ivar oif: ifindex of its interface; None if it has none or several
+    :ivar src: preferred source address
+    :ivar metric: the route with the lowest metric wins; in a deletion, None
+        matches any
+    :ivar direct: whether it is unicast without gateway, MTU or encapsulation
+        and, for IPv4, has scope link
     """
 
     dst: IPAddress
@@ -263,17 +260,18 @@ class HostRoute(NamedTuple):
 
 
 def best_metric(address: IPAddress) -> int:
-    """Return the metric that no other route can be better than.
+    """Return the lowest metric of a route in the address's family.
 
-    The kernel takes 0 for 1024 in IPv6 (IP6_RT_PRIO_USER).
+    In IPv6 the kernel replaces 0 by 1024 (IP6_RT_PRIO_USER).
     """
     return 0 if address.version == 4 else 1
 
 
 class Neighbour(NamedTuple):
-    """The MAC address of an address on an interface, set for good.
+    """A permanent neighbour.
 
-    :ivar protocol: who set it, as of a route; None if no program marked it
+    :ivar protocol: protocol number of the program that set it, as of a route;
+        None if there is none
     """
 
     dst: IPAddress
@@ -338,10 +336,10 @@ def of_kind(kind: type[_Item], items: Iterable[Item]) -> list[_Item]:
 
 @dataclasses.dataclass(frozen=True)
 class NodeAddresses:
-    """The node's addresses, as a pod must know them.
+    """The node addresses that a pod must know.
 
     :ivar addresses: in their order
-    :ivar mac: the MAC address of break0, which they are reached at
+    :ivar mac: MAC address of break0, by which the pod reaches them
     """
 
     addresses: tuple[IPAddress, ...]
@@ -349,6 +347,6 @@ class NodeAddresses:
 
     @property
     def digest(self) -> str:
-        """Return a digest, which a record keeps of what its pod has."""
+        """Return a digest, which the record of a configured pod contains."""
         text = ' '.join(map(str, (self.mac, *self.addresses)))
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What options and arguments may be, with errors that say so.
+"""The types of options and arguments.
 
-The functions parse a text, and raise a ValueError that names it and what is
-allowed.
+The functions parse a text. They raise a ValueError that contains the text and
+the allowed values.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from kuryr_break0.model import IPAddress
 from kuryr_break0.model import IPNetwork
 from kuryr_break0.model import not_a_host
 
-#: The kernel's limit is IFNAMSIZ, 16 bytes with the closing NUL; ``/`` and
-#: white space are refused by dev_valid_name(), ``%d`` stands for a number
-#: that it chooses, and the sysctls of ``all`` and ``default`` are those of all
+#: The kernel's limit is IFNAMSIZ, 16 bytes with the final NUL.
+#: dev_valid_name() refuses ``/`` and white space, and the kernel replaces
+#: ``%d`` by a number. The sysctls of ``all`` and ``default`` apply to all
 #: interfaces (sysctl_dev_name_is_allowed).
 _DEVICE_NAME = r'(?!(?:\.{1,2}|all|default)$)[^/:%\s\x00-\x1f\x7f]{1,15}'
 
 
 class Endpoint(NamedTuple):
-    """An address and a TCP port of it."""
+    """An IP address and a TCP port."""
 
     address: IPAddress
     port: int
@@ -38,7 +38,7 @@ class Endpoint(NamedTuple):
 
 
 def device_name(text: str) -> str:
-    """Return a name that the kernel takes for a network interface."""
+    """Return a text that is a valid name of a network interface."""
     if (not re.fullmatch(_DEVICE_NAME, text)
             or len(text.encode('utf-8', 'surrogateescape')) > 15):
         raise ValueError('%r is not an interface name: 1 to 15 characters '
@@ -48,13 +48,13 @@ def device_name(text: str) -> str:
 
 
 def host_address(text: str) -> IPAddress:
-    """Return the address of a single host; /32 or /128 may follow it."""
+    """Return the address of a single host, with or without /32 or /128."""
     try:
         interface = ipaddress.ip_interface(text)
     except ValueError:
         raise ValueError('%r is not an IPv4 or IPv6 address' % text)
     if interface.network.num_addresses != 1:
-        # A shorter prefix would add an on-link route for all of it.
+        # A shorter prefix would add an on-link route for the whole network.
         raise ValueError('%r has a prefix: only a host address is allowed, %s'
                          % (text, interface.ip))
     reason = not_a_host(interface.ip)
@@ -88,7 +88,7 @@ def listening_on(text: str) -> Optional[Endpoint]:
     """Return an endpoint to listen on; None for an empty text."""
     if not text:
         return None
-    # No names: what is listened on must not hang on a resolver.
+    # Host names are refused: listening must not depend on a resolver.
     found = re.fullmatch(r'(?:\[([^]]*:[^]]*)\]|([^][:]*)):(\d{1,5})', text)
     try:
         if found is None or not 0 < int(found[3]) < 65536:
@@ -102,16 +102,16 @@ def listening_on(text: str) -> Optional[Endpoint]:
 
 
 def absolute_path(text: str) -> str:
-    """Return a path that does not depend on where a process was started."""
+    """Return a text that is an absolute path."""
     if not re.fullmatch(r'/[^\x00-\x1f\x7f]*', text):
         raise ValueError('%r is not an absolute path' % text)
     return text
 
 
 class Checked(types.ConfigType):
-    """The type of an option that a function parses.
+    """An option type with a parsing function.
 
-    :param type_name: what the sample configuration calls it
+    :param type_name: its name in the sample configuration
     :param parse: the function
     """
 
@@ -120,7 +120,7 @@ class Checked(types.ConfigType):
         self._parse = parse
 
     def __call__(self, value: Any) -> Any:
-        # A default that is no text is one that was parsed.
+        # A default of another type was parsed already.
         return self._parse(value) if isinstance(value, str) else value
 
     def __repr__(self) -> str:
@@ -136,10 +136,10 @@ class Checked(types.ConfigType):
 
 
 class WholeNumber(types.Integer):
-    """A whole number within limits, whose error names value and limits."""
+    """A whole number in a range; its error contains value and range."""
 
     def __call__(self, value: Any) -> Any:
-        found = None  # what oslo.config takes an empty text for, too
+        found = None  # oslo.config returns None for an empty text too
         with contextlib.suppress(ValueError):
             found = super().__call__(value)
         if found is None:
@@ -149,7 +149,7 @@ class WholeNumber(types.Integer):
 
 
 class YesOrNo(types.Boolean):
-    """A truth value, whose error names the value and what is allowed."""
+    """A boolean; its error contains the value and the allowed values."""
 
     def __call__(self, value: Any) -> Any:
         try:
@@ -159,7 +159,7 @@ class YesOrNo(types.Boolean):
 
 
 class OneOf(types.String):
-    """One of a few words, whose error names the value and all of them."""
+    """One of several words; its error contains the value and the words."""
 
     def __call__(self, value: Any) -> Any:
         try:

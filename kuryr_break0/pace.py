@@ -1,48 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Keeps work that others can cause at any rate to a part of a processor."""
+"""Limits the processor time of work that others can cause at any rate."""
 
 from __future__ import annotations
 
 import time
 from typing import Hashable
 
-#: The part of a processor that all late causes share.
+#: Share of a processor for all late causes together.
 SHARE = 0.1
-#: Seconds of a processor that the work of each cause may take before it is
-#: late, so that what happens rarely, as at boot, is done at once.
+#: Processor seconds that the work of each cause may take before the cause is
+#: late. So work that is rare, such as at boot, is done at once.
 CREDIT = 0.25
-#: Causes that are kept; any more are looked through for some without debt.
+#: Maximum causes to store; above it, causes without a debt are removed.
 _MANY = 4096
 
 
 class Pace:
-    """How long to wait after pieces of work of one thread.
+    """Computes pauses between the pieces of work of one thread.
 
-    Each piece has a cause, such as a container. A cause whose work has taken
-    more than its credit is late, and waits. The late ones share SHARE of a
-    processor equally; they delay no other.
+    Each piece has a cause, such as a container. A cause is late if its work
+    has taken more than its credit, and has to wait. Late causes share SHARE of
+    a processor equally, and do not delay other causes.
 
-    :param credit: seconds of a processor
+    :param credit: processor seconds
     """
 
     def __init__(self, credit: float = CREDIT) -> None:
         self._credit = credit
-        #: seconds of a processor that each cause has got back until ``_at``
+        #: processor seconds that each cause was granted until ``_at``
         self._paid = 0.0
         self._at = time.monotonic()
-        #: by cause, the value of ``_paid`` at which it has no debt
+        #: by cause, the value of ``_paid`` at which its debt is paid
         self._free: dict[Hashable, float] = {}
         self._late: set[Hashable] = set()
         self._spent = 0.0
 
     def begin(self) -> None:
         """Begin a piece of work."""
-        # Of the processor, since on a busy node others have most of the time.
+        # Measure processor time: on a busy node, most time is others'.
         self._spent = time.thread_time()
 
     def end(self, cause: Hashable = None) -> float:
-        """End it; return the seconds to wait until the next of its cause."""
+        """End the piece; return the seconds until the next of its cause."""
         paid = self._pay()
         self._free[cause] = max(paid, self._free.get(cause, paid)) + (
             time.thread_time() - self._spent)
@@ -54,14 +54,14 @@ class Pace:
         return self.wait(cause)
 
     def wait(self, cause: Hashable = None) -> float:
-        """Return the seconds until a cause may have work done."""
+        """Return the seconds that a cause has to wait."""
         if cause not in self._late:
             return 0.0
         late = self._free[cause] - self._pay() - self._credit
         return max(0.0, late * len(self._late) / SHARE)
 
     def _pay(self) -> float:
-        """Return ``_paid`` as it is now."""
+        """Update ``_paid`` and return it."""
         now = time.monotonic()
         self._paid += SHARE * (now - self._at) / max(1, len(self._late))
         self._at = now

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Makes texts fit to be read, whoever chose them. Imports nothing slow."""
+"""Prepares untrusted texts for output. It imports no slow modules."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Iterable
 
 
 def safe(text: str) -> str:
-    """Return a text of one line in which no character acts on a terminal.
+    """Return a text on one line, without characters that control a terminal.
 
-    A name of an interface or an alias can have control characters, of C1
-    too, characters that change the direction of what follows, and bytes that
-    are not UTF-8. They are written as in Python: ``\\x9b``.
+    The name of an interface or an alias may contain control characters (also
+    of C1), characters that change the direction of text, and bytes that are
+    not UTF-8. They are written in Python's notation: ``\\x9b``.
     """
     if text.isprintable():
         return text
@@ -23,8 +23,8 @@ def safe(text: str) -> str:
 
 
 def close_to(name: str, known: Iterable[str]) -> str:
-    """Return a question for the known name that was meant, if there is one."""
-    import difflib  # only where something is wrong
+    """Return the question whether a known name was meant, or nothing."""
+    import difflib  # rarely needed
 
     known = list(known)
     close = (difflib.get_close_matches(name, known, 1, 0.7)

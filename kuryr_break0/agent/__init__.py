@@ -1,3 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The agent: repairs what others change, and serves metrics."""
+"""The agent repairs routes, serves metrics and answers CNI requests."""

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Serves the CNI plugin on a socket, for the shim in kuryr_break0/cni."""
+"""Answer CNI requests on a socket, for the shim in kuryr_break0/cni."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from kuryr_break0 import log
 LOG = log.get_logger(__name__)
 
 NAME = 'cni.sock'
-#: Requests at once; others wait. Those on one node wait for one lock anyway.
+#: Requests that are answered concurrently. Each needs the lock of the ledger,
+#: so more threads would only wait for the lock.
 _WORKERS = 4
 _BACKLOG = 512
-#: Seconds that a client may send nothing, and bytes that it may send.
+#: Seconds without data after which a client is disconnected, and the maximum
+#: size of a request in bytes.
 _TIMEOUT = 3
 _LIMIT = request.LIMIT + 2 ** 18
 _CREDENTIALS = struct.Struct('3i')  # struct ucred of socket(7)
@@ -34,11 +36,11 @@ _ROOM = 108 - len('.4194304') - 1
 
 
 class CNIServer:
-    """Answers requests on ``cni.sock`` in the state directory.
+    """Server of CNI requests on ``cni.sock`` in the state directory.
 
-    All its threads are started before the first request, since that can fail
-    later (pids.max, RLIMIT_AS). They keep their sockets of nftables, since
-    closing one takes the kernel some 12 ms.
+    All threads start before the first request, because starting a thread
+    later can fail (pids.max, RLIMIT_AS). The threads also keep their nftables
+    sockets: the kernel needs 12 ms to close one.
     """
 
     def __init__(self) -> None:
@@ -48,14 +50,14 @@ class CNIServer:
         self._inode = 0
         self._complained = ''
         self._threads: list[threading.Thread] = []
-        #: for one of them at a time
+        #: held by the thread that waits in accept(2)
         self._accepting = threading.Lock()
 
     def listen(self, options: config.Options) -> None:
-        """Serve there, if that is still to be done, and nowhere else.
+        """Make sure that requests are served in the state directory.
 
-        It is again where somebody has removed the socket, and so are threads
-        that have ended. What hinders is an error in the log, once.
+        Recreate the socket if its file was deleted or replaced, and start
+        threads in place of ended ones. Log each error once.
         """
         self._options = options
         path = os.path.join(options.state_dir, NAME)
@@ -71,7 +73,7 @@ class CNIServer:
                     err.strerror + '. Set [break0] state_dir to another '
                     'directory.') or err))
                 return
-            self._threads = []  # those before end with their socket
+            self._threads = []  # earlier threads end with their socket
             LOG.info('Serving CNI requests on %s', path)
         if self.is_complete:
             return
@@ -91,12 +93,12 @@ class CNIServer:
 
     @property
     def is_complete(self) -> bool:
-        """Return whether there is nothing to do for :meth:`listen`."""
+        """Return whether the socket is open and all threads are running."""
         return self._socket is not None and sum(
             each.is_alive() for each in self._threads) == _WORKERS
 
     def problem(self) -> Optional[str]:
-        """Return why requests are not served; None if they are."""
+        """Return the reason why requests are not served, or None."""
         if self._is_own() and any(
                 each.is_alive() for each in list(self._threads)):
             return None
@@ -104,10 +106,10 @@ class CNIServer:
             self._complained or 'the socket or its threads are gone')
 
     def stuck(self) -> Optional[str]:
-        """Return why a restart may help; None if requests are served.
+        """Return the reason for a restart of the agent, or None.
 
-        As where no thread can be started. A socket that cannot be bound
-        could not be bound by another process either.
+        If threads cannot be started, a restart may help. If the socket cannot
+        be bound, a new process could not bind it either.
         """
         return self.problem() if self._is_own() else None
 
@@ -117,7 +119,7 @@ class CNIServer:
             LOG.error('CNI requests cannot be served: %s', text)
 
     def close(self) -> None:
-        """End; what was begun is ended before."""
+        """Stop accepting requests, and wait until all are answered."""
         self._close_socket()
         for thread in self._threads:
             thread.join()
@@ -135,9 +137,9 @@ class CNIServer:
         if self._is_own():
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
-        # Whoever is woken by what follows is to end.
+        # Threads compare this attribute after accept(2), and end.
         listening, self._socket = self._socket, None
-        # A thread that waits in accept(2) is not woken by close(2).
+        # close(2) does not wake a thread in accept(2); shutdown(2) does.
         with contextlib.suppress(OSError):
             listening.shutdown(socket.SHUT_RDWR)
         listening.close()
@@ -147,7 +149,7 @@ class CNIServer:
             with self._accepting:
                 try:
                     client, _ = listening.accept()
-                except Exception as err:  # must not end the thread
+                except Exception as err:  # an error must not end the thread
                     if self._socket is listening:
                         LOG.warning('A CNI request could not be accepted: '
                                     '%s', err)
@@ -159,7 +161,7 @@ class CNIServer:
         with client:
             try:
                 self._answer(client)
-            except Exception as err:  # must not end the thread silently
+            except Exception as err:  # an error must not end the thread
                 LOG.warning('A CNI request was not answered: %s', err)
 
     def _answer(self, client: socket.socket) -> None:
@@ -176,10 +178,10 @@ class CNIServer:
                 break
             data += some
         if not data:
-            return  # an agent that waits for this one to end
+            return  # another agent, which tests whether this one listens
         environment, body = _parse(bytes(data))
         options = self._options
-        assert options is not None  # since it listens
+        assert options is not None  # listen() sets them
         answer = plugin.answer(environment, body, lambda: options)
         output = answer.output.encode()
         try:
@@ -187,7 +189,7 @@ class CNIServer:
                 raise BrokenPipeError
             client.sendall(b'%d %d\n' % (answer.status, len(output)) + output)
         except OSError:
-            # To the runtime it has failed, and it may have sent its DEL.
+            # For the runtime, the ADD has failed. Its DEL may be over.
             if answer.undo is not None:
                 LOG.warning('Nobody waits for the ADD of %s any more: '
                             'undoing it', environment['CNI_CONTAINERID'])
@@ -195,9 +197,10 @@ class CNIServer:
 
 
 def _bound(path: str) -> socket.socket:
-    """Listen at a path in place of what is there, for this user only.
+    """Listen at a path for this user only, and replace a file there.
 
-    :raises OSError: if that cannot be, or another agent listens there
+    :raises OSError: if the socket cannot be bound, or another agent listens
+        there
     """
     with socket.socket(socket.AF_UNIX) as other:
         other.settimeout(1)
@@ -206,7 +209,8 @@ def _bound(path: str) -> socket.socket:
             raise OSError('another agent listens there. Stop one of them: '
                           'a node needs one.')
     listening = socket.socket(socket.AF_UNIX)
-    # Under another name until nobody else can use it.
+    # bind(2) applies the umask, so other users could connect until chmod(2).
+    # Until then, the socket has a temporary name.
     new = '%s.%d' % (path, os.getpid())
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -225,7 +229,10 @@ def _bound(path: str) -> socket.socket:
 
 @contextlib.contextmanager
 def _shortened(path: str) -> Iterator[str]:
-    """Give a path that fits into the address of a socket, for the block."""
+    """Yield a path of the same file that is short enough for a socket.
+
+    The path is valid inside the ``with`` block.
+    """
     if len(os.fsencode(path)) <= _ROOM:
         yield path
         return
@@ -238,7 +245,10 @@ def _shortened(path: str) -> Iterator[str]:
 
 
 def _parse(data: bytes) -> tuple[dict[str, str], bytes]:
-    """Split what a client has sent into variables and input."""
+    """Split a request into environment variables and standard input.
+
+    :raises ValueError: if the request is too large or incomplete
+    """
     variables, end, body = data.partition(b'\0\0')
     if data.startswith(b'\0'):  # no variables
         variables, end, body = b'', b'\0', data[1:]
@@ -252,7 +262,11 @@ def _parse(data: bytes) -> tuple[dict[str, str], bytes]:
 
 
 def _is_closed(client: socket.socket) -> bool:
-    """Return whether a client has gone, and not only ended its request."""
+    """Return whether a client has closed the connection.
+
+    A client that has only shut down its sending side still waits for the
+    answer.
+    """
     poll = select.poll()
     poll.register(client, 0)
     return any(events & (select.POLLHUP | select.POLLERR)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Serves the metrics and the health of the agent by HTTP."""
+"""Serve the metrics and the health of the agent over HTTP."""
 
 from __future__ import annotations
 
@@ -23,38 +23,40 @@ from kuryr_break0.pace import Pace
 
 LOG = log.get_logger(__name__)
 
-#: Seconds of a connection until its first byte, and of a request from its
-#: first byte until its answer has been read.
+#: Timeout in seconds: from accept(2) to the first byte of a request, and from
+#: that byte until the client has read the answer.
 _TIMEOUT = 5
-#: Connections at once, threads that answer, and bytes of a request's header.
+#: Maximum number of connections, number of threads that answer, and maximum
+#: size of a request's header in bytes.
 _CONNECTIONS, _THREADS, _HEADER = 32, 2, 8192
-#: Connections that the kernel keeps until they are accepted.
+#: Maximum number of connections that wait for accept(2).
 _BACKLOG = 1024
-#: Ends the header of a request.
+#: End of the header of a request.
 _BLANK = b'\r\n\r\n'
 
 
 class _Connection(channel.HTTPChannel):  # type: ignore[misc]
-    """A connection that ends some seconds after its last request began.
+    """A connection with a deadline for each request.
 
-    The time-out of waitress is one of silence, so a client that sends a byte
-    every few seconds, or that does not read its answer, keeps its connection.
-    Tried with waitress 2.1.2, which Debian 12 has, 3.0.0 and 3.0.2.
+    Waitress itself only limits the time of silence. A client that sends one
+    byte per second, or does not read its answer, would keep its connection.
+    Tested with waitress 2.1.2 (Debian 12), 3.0.0 and 3.0.2.
 
-    :ivar began: monotonic time of its start, or of the first byte of its last
-        request
+    :ivar began: monotonic time of the start of the connection, or of the first
+        byte of its last request
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.began = time.monotonic()
-        self._end = b''  # of the data before, a part of _BLANK
+        self._end = b''  # last bytes received; may be the start of _BLANK
 
     def received(self, data: bytes) -> Any:
-        """Parse data; disconnect a client that sends more than one request.
+        """Parse data, and disconnect a client that sends a second request.
 
-        A request that has a body is refused too. To parse hundreds of requests
-        takes tens of milliseconds, and the answers may not fit into memory.
+        A client that sends a body is disconnected too. Pipelined requests
+        could fill the memory with answers, and parsing hundreds of requests
+        takes tens of milliseconds.
         """
         if self.request is None:
             self.began = time.monotonic()
@@ -73,7 +75,7 @@ class _Answer(NamedTuple):
 
 
 class Exposition:
-    """Answers ``/metrics`` with a bounded part of a processor."""
+    """Handler of ``/metrics`` that limits its use of the processor."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -85,11 +87,11 @@ class Exposition:
         self._last: Optional[_Answer] = None
 
     def answer(self, environ: dict[str, Any]) -> _Answer:
-        """Return the figures, or those of the last answer.
+        """Return current metrics, or the last answer if that is too early.
 
-        While one thread reads the figures, the other one repeats the last
-        answer, and is free for ``/livez``. Requests that come faster than the
-        part of a processor allows get the last answer too.
+        While one thread collects metrics, the other thread repeats the last
+        answer, so ``/livez`` never waits. If requests would use more of the
+        processor than :class:`Pace` grants, they get the last answer too.
 
         :param environ: the WSGI environment of the request
         """
@@ -108,7 +110,8 @@ class Exposition:
 
     def _made(self, environ: dict[str, Any]) -> _Answer:
         head: list[Any] = []
-        # The answer may be repeated to a client that asks for all figures.
+        # A query could select some of the metrics, but the answer may be
+        # repeated to another client, which needs all of them.
         body = self._make({**environ, 'QUERY_STRING': ''},
                           lambda *args: head.extend(args))
         return _Answer(head[0], head[1], body)
@@ -125,16 +128,16 @@ class Server:
         self._judges = judges
         self._endpoint: Optional[Endpoint] = None
         self._exposition = Exposition(metrics)
-        self._server: Any = None  # of waitress
+        self._server: Any = None  # waitress.server.BaseWSGIServer
         self._complained = False
 
     def listen(self, endpoint: Optional[Endpoint]) -> None:
-        """Serve there, if that is still to be done, and nowhere else.
+        """Make sure that the server listens on an endpoint, and on no other.
 
-        What hinders is an error in the log, once: an address that the node
-        does not have yet, or a port that another process has.
+        If the node lacks the address, or another process uses the port, log
+        an error once. The next call tries again.
 
-        :param endpoint: where; None for nowhere
+        :param endpoint: None to stop the server
         """
         if endpoint != self._endpoint:
             self.close()
@@ -155,14 +158,14 @@ class Server:
         LOG.info('Serving /metrics and /healthz on %s', endpoint)
 
     def _start(self, endpoint: Endpoint) -> None:
-        """Serve on one socket, in threads of its own, and bounded.
+        """Start the threads of the server, with limits for its clients.
 
-        :raises OSError: if it cannot be listened on
+        :raises OSError: if the endpoint cannot be bound
         """
-        # A client could fill the log with the warnings of waitress.
+        # Clients could fill the log, because waitress warns of bad requests.
         logging.getLogger('waitress').setLevel(logging.ERROR)
         with contextlib.ExitStack() as stack:
-            # With the interface of a link-local one, which bind(2) needs.
+            # bind(2) needs the scope of a link-local address.
             family, kind, _, _, where = socket.getaddrinfo(
                 str(endpoint.address), endpoint.port, type=socket.SOCK_STREAM,
                 flags=socket.AI_NUMERICHOST)[0]
@@ -173,7 +176,7 @@ class Server:
             server = waitress.create_server(
                 self._answer, map=sockets, sockets=[listening],
                 threads=_THREADS,
-                # It counts the socket that listens, and that which wakes it.
+                # Waitress counts the listening socket and its wake-up pipe.
                 connection_limit=_CONNECTIONS + 2,
                 max_request_header_size=_HEADER, max_request_body_size=1,
                 ident=None, backlog=_BACKLOG, log_socket_errors=False,
@@ -194,7 +197,7 @@ class Server:
         wasyncore.close_all(sockets)
 
     def close(self) -> None:
-        """End; without having begun is fine."""
+        """Stop the server, if it is running."""
         if self._server is not None:
             server, self._server = self._server, None
             server.pull_trigger()
@@ -218,20 +221,21 @@ class Server:
 
 
 def _end_late(connections: dict[int, _Connection]) -> float:
-    """End connections that wait for their client too long, or take all places.
+    """Close connections whose client is late.
 
-    The oldest go first. A connection stays while its request is answered,
-    since that ends without the client.
+    If the maximum number of connections is open, also close the oldest ones
+    that wait for their client. A connection whose request is being answered
+    stays, because the answer does not depend on the client.
 
-    :param connections: all of the server, by descriptor
-    :returns: seconds until the next one may be late
+    :param connections: all connections of the server, by descriptor
+    :returns: seconds until the next connection may be late
     """
     waiting = sorted((each for each in connections.values()
                       if not each.requests), key=lambda each: each.began)
     late = time.monotonic() - _TIMEOUT
-    # The newest has not been read yet.
+    # The newest connection stays: the server has not read its request yet.
     while waiting and (waiting[0].began <= late or len(waiting) > 1
                        and len(connections) >= _CONNECTIONS):
-        # Not will_close, which waits until the client reads.
+        # will_close would wait until the client has read its answer.
         waiting.pop(0).handle_close()
     return waiting[0].began - late if waiting else _TIMEOUT

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Repairs at once after events, and everything by a timer."""
+"""Run the agent: reconcile after events, and by a timer."""
 
 from __future__ import annotations
 
@@ -30,26 +30,28 @@ from kuryr_break0.reconciler import Reconciler
 
 LOG = log.get_logger(__name__)
 
-#: Seconds from the first event to the sync that it causes: a burst is one.
+#: Seconds from an event to its sync, so that one sync repairs a whole burst.
 _BURST = 0.05
-#: Seconds after which a record that is new must have its route. A bind takes
-#: a thousandth of that, so one that has none was killed.
+#: Seconds from a new record to a sync. A bind takes 1 ms, so if the record has
+#: no route by then, its bind was killed.
 _SETTLED = 1.0
-#: Seconds between two syncs at least.
+#: Minimum time between two syncs, in seconds.
 _PAUSE = 0.1
-#: Seconds of a processor that repairs of lost break0s may take at once. Only
-#: the node itself can cause them, so their pace is one of its own, and no
-#: other event delays them.
+#: Seconds of a processor that repairs of lost break0s may take before they
+#: have to wait. Only the node itself can cause such repairs, so they have
+#: their own pace, and other events do not delay them.
 _CREDIT_OF_LOSSES = 2.0
-#: So many events at once are a flood, which is read in larger portions.
+#: Number of events in one read that counts as a flood, and seconds to wait
+#: after it, so that the next read gets more events.
 _FLOOD = 32
 _FLOOD_PAUSE = 0.1
-#: Seconds between two tries to serve CNI requests, as while an earlier agent
-#: ends.
+#: Seconds between two attempts to serve CNI requests, for example while an
+#: earlier agent ends.
 _RETRY = 0.5
-#: Seconds of doing nothing after a fault of this process.
+#: Seconds to wait after an unexpected exception.
 _RECOVERY = 1.0
-#: Seconds after the start until containers should have been bound.
+#: Seconds from the start of the agent to the first search for unbound
+#: containers.
 _FIRST_LOOK = 2.0
 _UNWATCHED = ('Cannot watch the state directory, so new records are noticed '
               'only by the timer: %s. For want of room, raise the sysctls '
@@ -57,13 +59,14 @@ _UNWATCHED = ('Cannot watch the state directory, so new records are noticed '
 
 
 class Agent:
-    """Keeps the node as the ledger says, beside kuryr-daemon.
+    """Daemon that keeps the kernel equal to the ledger.
 
-    The two share the ledger, its lock and the kernel, and nothing else, so
-    either may be restarted at any time. What a pod's ADD or DEL changes is
-    done when that returns; the agent is for all that happens otherwise.
+    The agent and kuryr-daemon share only the ledger, its lock and the kernel,
+    so each may be restarted at any time. An ADD or a DEL of a pod does not
+    need the agent: it makes its own changes before it returns. The agent
+    repairs changes by other programs.
 
-    :param load: reads the options again
+    :param load: reads the options from the configuration files
     """
 
     def __init__(self, options: config.Options,
@@ -78,27 +81,26 @@ class Agent:
             '/livez': lambda: self._metrics.stuck() or self._cni.stuck()})
         self._tables: Optional[kernel.NftEvents] = None
         self._finder: Optional[finder.Finder] = None
-        #: whether it has found containers, which may still be bound
+        #: whether discovered containers may still be bound
         self._has_discovered = False
         self._stop = False
         self._reload = False
-        #: monotonic time before which there is no sync, but by the timer, or
-        #: for a break0 or a parent that was lost
+        #: earliest monotonic time of a sync for an event
         self._not_before = 0.0
-        #: monotonic time before which there is no sync for that either
+        #: earliest monotonic time of a sync for a lost break0 or parent
         self._not_before_loss = 0.0
         #: seconds of the processor that syncs have taken beyond their share
         self._pace = Pace()
         self._pace_of_losses = Pace(_CREDIT_OF_LOSSES)
         self._synced_at = time.monotonic()
         self._failures = 0
-        #: why the records are not watched
+        #: reason why the records are not watched
         self._unwatched: Optional[str] = None
-        #: monotonic time at which to look for containers that are not bound
+        #: monotonic time of the next search for unbound containers
         self._unserved_at = time.monotonic() + _FIRST_LOOK
 
     def run(self) -> None:
-        """Work until SIGTERM or SIGINT."""
+        """Run until SIGTERM or SIGINT."""
         woken, wake = socket.socketpair()
         wake.setblocking(False)
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
@@ -113,7 +115,7 @@ class Agent:
         LOG.info('The agent ends')
 
     def _work(self, events: kernel.Events, woken: socket.socket) -> None:
-        """Work with the options as they are now."""
+        """Run until the options are to be read again, or the agent ends."""
         options = self._options
         ledger = Ledger(options.state_dir)
         interests = Interests(options, ledger)
@@ -125,11 +127,12 @@ class Agent:
                 options, ledger) as self._finder:
             withdraws = self._may_take_back(ledger)
             while not self._stop and not self._reload:
-                # What changes from now on may be too late for the sync.
+                # Before the sync, which may miss a record written during it.
                 if watch is not None:
                     self._watch(watch, ledger)
                 self._cni.listen(options)
-                # While another agent serves requests, it may discover.
+                # While another agent serves CNI requests, it may also
+                # discover containers, so their addresses stay bound.
                 if withdraws and self._cni.is_complete:
                     withdraws = not records.take_back(options, ledger)
                     self._has_discovered &= withdraws
@@ -140,18 +143,18 @@ class Agent:
                     self._finder.note_records()
                 try:
                     self._wait(events, woken, watch, interests)
-                except Exception as err:  # must not end the agent
-                    # What it has not got to, the next sync finds.
+                except Exception as err:  # an error must not end the agent
+                    # The next sync repairs changes whose event was not read.
                     LOG.error('Cannot wait for events: %r', err)
                     time.sleep(_RECOVERY)
         if self._reload:
             self._reload_options()
 
     def _may_take_back(self, ledger: Ledger) -> bool:
-        """Return whether a person wants discovered containers unbound.
+        """Return whether discovered containers must be unbound.
 
-        An agent that does not discover may run beside one that does, which
-        may have been killed a moment ago.
+        That is so if the operator has set ``discover`` to false. Containers of
+        another agent stay bound, even if that agent is stopped.
         """
         if self._finder is not None:
             records.note_unit(ledger)
@@ -176,7 +179,7 @@ class Agent:
     def _wait(self, events: kernel.Events, woken: socket.socket,
               watch: Optional[kernel.Inotify],
               interests: Interests) -> None:
-        """Return when there may be something to repair."""
+        """Wait until a sync is due, and meanwhile do all other work."""
         timer = time.monotonic() + self._options.resync_interval
         due = lost = timer
         waited = [events.fileno(), woken.fileno()]
@@ -204,7 +207,8 @@ class Agent:
             if woken.fileno() in ready:
                 woken.recv(4096)
             if watch is not None and watch.fileno() in ready:
-                # A write that failed is no change, and each sync tries it.
+                # A failed write leaves only a temporary file. Each sync
+                # repeats the write, so the file must not cause a sync.
                 if any(not each.startswith(files.UNFINISHED)
                        for each in watch.read()):
                     due = min(due, time.monotonic() + _SETTLED)
@@ -217,9 +221,9 @@ class Agent:
                 is_lost, now = interests.lost(heard), time.monotonic()
                 if any([interests.include(event) for event in heard]):
                     due = min(due, now + _BURST)
-                    if is_lost:  # with all of its routes
+                    if is_lost:  # all routes are lost too, so do not wait
                         lost = min(lost, now)
-                # Not longer than until there is something to do.
+                # The pause after a flood must not delay any work.
                 pause = self._next(due, lost) - now
                 if self._finder is not None:
                     pause = min(pause, self._finder.due() - time.monotonic())
@@ -253,16 +257,16 @@ class Agent:
         if self._finder.due() <= time.monotonic():
             try:
                 self._finder.look()
-            except Exception as err:  # must not end the agent
-                # What it was to do is still due, or found by the timer.
+            except Exception as err:  # an error must not end the agent
+                # The work stays due, or the timer makes it due again.
                 self._finder.postpone()
                 LOG.error('Containers could not be found: %r', err)
 
     def _watch(self, watch: kernel.Inotify, ledger: Ledger) -> None:
-        """Watch the records from now on.
+        """Watch the directory of the records.
 
-        Again before each sync, since the directory may be another one by
-        then.
+        Called before each sync, because another program may have replaced
+        the directory.
         """
         reason = None
         try:
@@ -279,9 +283,9 @@ class Agent:
         watch.read()
 
     def _sync(self, reconciler: Reconciler, interests: Interests) -> bool:
-        """Reconcile; whether nothing of that failed."""
+        """Reconcile, and return whether all of it succeeded."""
         began = time.monotonic()
-        is_early = began < self._not_before  # because of a loss
+        is_early = began < self._not_before  # only a loss allows that
         pace, allowed = ((self._pace_of_losses, self._not_before_loss)
                          if is_early else (self._pace, self._not_before))
         pace.begin()
@@ -292,14 +296,15 @@ class Agent:
             for error in outcome.errors[:1]:
                 LOG.error('Reconciliation failed in part: %s', error)
             interests.update(outcome)
-        except Exception as err:  # must not end the agent
+        except Exception as err:  # an error must not end the agent
             LOG.exception('Reconciliation failed')
             error = err
         ended = time.monotonic()
         self._metrics.synced(ended - began, error)
-        # One that fails each time as soon as it may, as when its own changes
-        # are events, is repeated less and less often, and at last with the
-        # timer only. Any other must not delay what else there is to repair.
+        # If a failed sync is due again at once each time, for example because
+        # its own changes are events, the pause doubles each time, up to the
+        # interval of the timer. A failure after a quiet time starts again
+        # with the shortest pause, so that it does not delay other repairs.
         is_later = began - allowed > allowed - self._synced_at
         self._failures = 0 if error is None else 1 if is_later else min(
             self._failures + 1, 20)
@@ -320,14 +325,14 @@ class Agent:
         try:
             self._options = self._load()
             LOG.info('Read the configuration again')
-        except Exception as err:  # the one from before is still good
+        except Exception as err:  # an error must not end the agent
             LOG.error('Keeping the previous configuration: %s', err)
 
 
 @contextlib.contextmanager
 def _finding(options: config.Options, ledger: Ledger
              ) -> Iterator[Optional[finder.Finder]]:
-    """Find containers; None if that is not wanted."""
+    """Yield a finder of containers, or None if ``discover`` is false."""
     if not (options.discover and options.enabled):
         yield None
         return
@@ -339,7 +344,10 @@ def _finding(options: config.Options, ledger: Ledger
 
 @contextlib.contextmanager
 def _tables() -> Iterator[Optional[kernel.NftEvents]]:
-    """Receive deletions of tables; None if that is not possible."""
+    """Yield a socket that receives deletions of our nftables tables.
+
+    Yield None if the kernel does not allow that.
+    """
     try:
         events = kernel.NftEvents(guard.PREFIX)
     except OSError as err:
@@ -354,7 +362,7 @@ def _tables() -> Iterator[Optional[kernel.NftEvents]]:
 
 @contextlib.contextmanager
 def _inotify() -> Iterator[Optional[kernel.Inotify]]:
-    """Open an inotify; None if that is not possible."""
+    """Yield an inotify descriptor, or None if that fails."""
     try:
         watch = kernel.Inotify()
     except OSError as err:

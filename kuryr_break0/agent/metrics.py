@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The metrics of a node for Prometheus, and the health of the agent."""
+"""Collect the metrics of a node for Prometheus and the agent's health."""
 
 from __future__ import annotations
 
@@ -31,33 +31,36 @@ from kuryr_break0.snapshot import Snapshot
 LOG = log.get_logger(__name__)
 
 _PREFIX = 'kuryr_break0'
-#: Upper limits in seconds: from a bind, some milliseconds, on.
+#: Upper limits of the buckets, in seconds.
 _BUCKETS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10)
-#: Seconds after which what usually passes should have.
+#: Seconds after which a temporary reason, such as duplicate address detection,
+#: counts as lasting.
 _PASSES = 5.0
-#: Seconds after which a look at all namespaces lets the agent do other work.
+#: Seconds of one step of the search for unbound containers. Between two steps
+#: the agent does other work.
 _AT_ONCE = 0.02
-#: Lines of one look: a container may have thousands of addresses, and others
-#: the next time.
+#: Maximum number of log lines of one search, because a container can have
+#: thousands of addresses and change them before each search.
 _LOGGED = 8
 
 
 class Metrics(prometheus_registry.Collector):
-    """The figures of a node.
+    """Metrics of a node.
 
-    What is bound and routed is read at the first scrape after a sync, so that
-    frequent scrapes cost nothing. What all processes have done is in their
-    journal.
+    Addresses and routes are read at the first scrape after a sync; later
+    scrapes repeat the values. Binds and repairs of all processes are read from
+    the journal.
 
-    The thread of the agent writes; those of the server read.
+    The agent's thread updates the metrics, and the server's threads read them.
 
-    :ivar options: those that the agent goes by
+    :ivar options: current options of the agent
     """
 
     def __init__(self, options: config.Options) -> None:
         self.options = options
-        # Those would repeat for each figure when the agent started.
-        # Its disable_created_metrics() is not in Debian 12.
+        # Without this, each counter gets a second series with the time of
+        # its creation, which is always the start of the agent. The function
+        # disable_created_metrics() is not in Debian 12.
         prometheus_client.metrics._use_created = False
         self.registry = prometheus_client.CollectorRegistry()
         prometheus_client.ProcessCollector(registry=self.registry)
@@ -105,10 +108,10 @@ class Metrics(prometheus_registry.Collector):
             'bound, by reason.', ['reason'], **ours)
         self._unserved = {reason: unserved.labels(reason.value)
                           for reason in containers.Reason}
-        #: what was not bound when that was looked for last, by what it says
+        #: texts of all unbound addresses at the last search
         self._waiting: set[str] = set()
         self._logged: set[str] = set()
-        #: a look that goes on, and what it has found so far
+        #: search in progress, and its results so far
         self._looking: Optional[Iterator[list[containers.Unserved]]] = None
         self._found: list[containers.Unserved] = []
         self._pace = Pace()
@@ -132,7 +135,7 @@ class Metrics(prometheus_registry.Collector):
             self._last_success.set_to_current_time()
             self._succeeded = time.monotonic()
         self._outdated = True
-        self._read_journal()  # before it is full
+        self._read_journal()  # it has a maximum size, and may be full soon
 
     def heard(self, events: Sequence[kernel.Event]) -> None:
         """Count netlink events."""
@@ -141,12 +144,13 @@ class Metrics(prometheus_registry.Collector):
         self._losses.inc(lost)
 
     def look_for_unserved(self) -> float:
-        """Count what is not bound, and log each once.
+        """Count unbound addresses of containers, and log each address once.
 
-        What usually passes is waited for. A node can have thousands of
-        namespaces, so this returns after some of them.
+        An address with a temporary reason counts from the second search that
+        finds it. A node can have thousands of namespaces, so one call searches
+        only a part of them.
 
-        :returns: seconds until it is to be called again
+        :returns: seconds until the next call
         """
         self._pace.begin()
         try:
@@ -174,7 +178,7 @@ class Metrics(prometheus_registry.Collector):
         return self._show_unserved(self._found)
 
     def _show_unserved(self, found: Sequence[containers.Unserved]) -> float:
-        """Count and log what was found; return seconds until the next look."""
+        """Count and log addresses; return seconds until the next search."""
         texts = {str(each) for each in found}
         lasting = [each for each in found
                    if each.reason not in containers.PASSING
@@ -197,7 +201,7 @@ class Metrics(prometheus_registry.Collector):
         return _PASSES if is_new else self.options.resync_interval
 
     def unwell(self) -> Optional[str]:
-        """Return why the agent does not reconcile; None if it does."""
+        """Return the reason why syncs fail, or None if they succeed."""
         if self._succeeded is None:
             since = 'yet'
         else:
@@ -209,14 +213,17 @@ class Metrics(prometheus_registry.Collector):
             since, self._error or 'none has ended')
 
     def stuck(self) -> Optional[str]:
-        """Return why it should be restarted; None while it tries."""
+        """Return the reason for a restart of the agent, or None.
+
+        If syncs end with an error, a restart does not help.
+        """
         age = time.monotonic() - self._ended
         if age <= self.options.patience:
             return None
         return 'No sync has ended for %d s' % age
 
     def refresh(self) -> None:
-        """Refresh the values that :meth:`collect` returns, one at a time."""
+        """Read the values for :meth:`collect`. Call from one thread only."""
         self._read_journal()
         if self._outdated:
             self._outdated = False  # a sync may end meanwhile
@@ -224,7 +231,10 @@ class Metrics(prometheus_registry.Collector):
             self._gauges = [] if seen is None else list(_gauges(seen))
 
     def collect(self) -> Iterator[core.Metric]:
-        """Return the values that were read; none if that failed."""
+        """Return the values of the last :meth:`refresh`.
+
+        :returns: no value if that failed to read the node
+        """
         yield from self._gauges
 
     def _read_journal(self) -> None:
@@ -268,7 +278,7 @@ def _gauges(seen: Snapshot) -> Iterator[core.Metric]:
         problems[parent.name],
         int(parent.link is not None and parent.link.up))
         for parent in seen.parents.values()}
-    # What is of no parent, as a record that cannot be read.
+    # The parent of an unreadable record is unknown.
     if problems[''] or not rows:
         rows[''] = (0, 0, 0, 0, problems[''], 0)
     for place, (name, text) in enumerate((

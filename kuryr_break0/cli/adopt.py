@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""``kuryr-break0 adopt``: binds pods that ran before the installation."""
+"""``kuryr-break0 adopt``: binds pods that started before the installation."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def add_parsers(subparsers: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """An interface of a pod of this node, and what became of it.
+    """The outcome for an interface of a pod.
 
-    :ivar pod: its namespace and name in Kubernetes
-    :ivar ifname: empty if all of the pod is meant
-    :ivar outcome: ``adopted``; ``bound``, if it was already; ``skipped``,
-        if nothing is to be done for it; ``not found``; ``failed``
-    :ivar reason: why, but for what is bound now
-    :ivar netns: path of its network namespace, if found
+    :ivar pod: namespace and name of the pod in Kubernetes
+    :ivar ifname: empty if the outcome is for the whole pod
+    :ivar outcome: ``adopted``; ``bound``, if it was bound before;
+        ``skipped``, if it needs no bind; ``not found``; ``failed``
+    :ivar reason: the reason, unless the interface is bound now
+    :ivar netns: path of the network namespace, if found
     """
 
     pod: str
@@ -112,10 +112,10 @@ def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
 
 
 class Adopter:
-    """Binds the pods that are not bound yet.
+    """Binds pods that are not bound yet.
 
-    :param parent: the interface that they should be on; None for any
-    :param macvlans: those of the node
+    :param parent: the parent of the pods' macvlans; None for any
+    :param macvlans: all macvlans in the namespaces of the node
     :param dry_run: change nothing
     """
 
@@ -123,8 +123,8 @@ class Adopter:
                  macvlans: Iterable[kernel.Macvlan],
                  dry_run: bool) -> None:
         self._parent = parent
-        # A MAC address is up once per parent (macvlan_open); one that is down
-        # may have that of another, which comes later here, and stays.
+        # On one parent, only one of several macvlans with the same MAC
+        # address can be up (macvlan_open). It comes last here, and counts.
         self._macvlans = {
             macvlan.link.mac: macvlan
             for macvlan in sorted(macvlans, key=lambda each: each.link.up)
@@ -136,9 +136,9 @@ class Adopter:
         self._manager = Break0Manager(options)
 
     def adopt(self, port: Port) -> Finding:
-        """Bind an interface of a pod, unless it is.
+        """Bind an interface of a pod that is not bound yet.
 
-        :raises LedgerUnavailable: if it cannot be known
+        :raises LedgerUnavailable: if the ledger cannot be read
         """
         macvlan = self._macvlans.get(port.mac)
         outcome, reason, netns = 'bound', None, None
@@ -164,12 +164,12 @@ class Adopter:
                        netns)
 
     def _bind(self, port: Port, macvlan: kernel.Macvlan) -> bool:
-        """Bind what is not bound; whether there was any.
+        """Bind the unbound addresses; return whether there are any.
 
-        :raises Break0Error: if one of the addresses cannot be bound
+        :raises Break0Error: if an address cannot be bound
         """
-        # The name in the namespace, since the one that Kuryr gives to the
-        # first interface is up to who runs the CNI plugin (CNI_IFNAME).
+        # The runtime chooses the name of the first interface (CNI_IFNAME), so
+        # the KuryrPort does not have it.
         ifname = macvlan.link.name
         owner = Owner.adopted(macvlan.namespace, ifname)
         unbound = []
@@ -181,7 +181,7 @@ class Adopter:
             if (record is not None and self._dry_run and kernel.state(
                     *record.place)
                     is not kernel.State.GONE):
-                raise exceptions.AddressTaken(  # as the bind would
+                raise exceptions.AddressTaken(  # as Break0Manager.bind() does
                     address=address, owner=record.owner, **vars(record.owner))
             if self._dry_run:
                 reason = self._manager.refusal(address, macvlan.parent,

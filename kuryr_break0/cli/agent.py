@@ -44,7 +44,7 @@ def _warn(conf: cfg.ConfigOpts) -> None:
 def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     """Run the agent until a signal ends it."""
     def load() -> config.Options:
-        # It says what was wrong in the log, and returns False.
+        # oslo.config logs the error, and returns False.
         if not conf.reload_config_files():
             raise exceptions.InvalidOption(
                 option='(all)', reason='the configuration files cannot be '
@@ -52,7 +52,7 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
         _warn(conf)
         return config.load(conf)
 
-    # No other verb needs what serves metrics.
+    # Imported here, since no other verb needs the server for metrics.
     from kuryr_break0.agent.loop import Agent
 
     _warn(conf)

@@ -62,7 +62,7 @@ examples:
   kuryr-break0 unbind 192.0.2.80 2001:db8::80 --owner web
   kuryr-break0 unbind --pod web
 """
-#: What is wrong with what the arguments name.
+#: Errors in the arguments, or in the interface or namespace that they name.
 _NOT_MEANT = (exceptions.AddressRefused, exceptions.InputRefused,
               exceptions.NetnsUnusable, exceptions.NotAMacvlan,
               exceptions.NotItsAddress, exceptions.ParentMismatch,
@@ -112,7 +112,7 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
     wanted = conf.command
     owner = Owner(wanted.owner, wanted.ifname)
     parent = wanted.parent or options.parent or config.link_iface(conf)
-    if parent is not None:  # by an altname, perhaps
+    if parent is not None:  # it may be an altname
         parent = kernel.current_name(parent, kernel.index_of(parent))
     mac, addresses = wanted.mac, list(dict.fromkeys(wanted.address))
     ledger = Ledger(options.state_dir)
@@ -157,10 +157,11 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
 
 
 def _require_other(mac: str, parent: str, devices: set[str]) -> None:
-    """Make sure that a container or VM on a parent can have a MAC address.
+    """Make sure that no interface of the node has a container's MAC address.
 
-    :param devices: the break0s
-    :raises WrongUsage: if it cannot
+    :param devices: names of the break0s
+    :raises WrongUsage: if parent or break0 has it, or a macvtap on another
+        parent or in another mode
     """
     with kernel.Netlink() as netlink:
         links = [link for link in netlink.links() if link.mac == mac]
@@ -208,8 +209,11 @@ def _unbind(conf: cfg.ConfigOpts, options: config.Options) -> int:
 
 def _meant(wanted: Any, ledger: Ledger
            ) -> tuple[Owner, list[IPAddress], Optional[str]]:
-    """Return the owner of what to unbind, its addresses and namespace."""
-    # Both, or the pod alone.
+    """Return owner, addresses and namespace of the claims to unbind.
+
+    :raises WrongUsage: if the arguments do not name one interface
+    """
+    # Either addresses and owner, or the pod alone.
     if {wanted.owner is not None, bool(wanted.address)} != {
             wanted.pod is None}:
         raise exceptions.WrongUsage(

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""``kuryr-break0 cleanup``: deletes what was made, and nothing else."""
+"""``kuryr-break0 cleanup``: deletes everything that kuryr-break0 created."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
 
 
 class Removal(NamedTuple):
-    """Something that is deleted, or is left.
+    """An item that is deleted or left.
 
-    :ivar what: its kind and name
-    :ivar reason: why it is left; None if it is deleted
+    :ivar what: kind and name of the item
+    :ivar reason: the reason why it is left; None if it is deleted
     """
 
     what: str
@@ -92,9 +92,9 @@ class Removal(NamedTuple):
 
 @dataclasses.dataclass
 class Cleanup:
-    """Deletes what was made on the node.
+    """Deletes everything that kuryr-break0 created on the node.
 
-    :ivar link_iface: the interface that Kuryr puts pods on, if configured
+    :ivar link_iface: Kuryr's option for the parent of pods, if it is set
     :ivar dry_run: change nothing
     """
 
@@ -103,12 +103,13 @@ class Cleanup:
     dry_run: bool
 
     def run(self) -> Iterator[Removal]:
-        """Delete what was made; return each thing when it is deleted.
+        """Delete all items, and yield each one when it is deleted or left.
 
-        All is done under the lock, and the ledger goes last: killed at any
-        instruction, what is left can be cleaned up by another run.
+        The lock is held throughout, and the ledger is deleted last: if a run
+        is killed, the next one finds the remaining items.
 
-        :raises Break0Error: if it cannot be read, or the kernel refuses
+        :raises Break0Error: if the ledger cannot be read, or the kernel
+            refuses
         """
         options = self.options
         ledger = Ledger(options.state_dir)
@@ -116,7 +117,7 @@ class Cleanup:
         with contextlib.ExitStack() as stack:
             netlink = stack.enter_context(kernel.Netlink())
             seen = actual.read(options, ledger, netlink)
-            # Pods that are bound, but not recorded.
+            # Bound pods with lost records.
             records = list(rebuild.find(options, seen, [
                 parent for parent in seen.parents.values()
                 if parent.ownership is not Ownership.OTHER]))
@@ -144,10 +145,10 @@ class Cleanup:
     @staticmethod
     def _interfaces(seen: Snapshot, records: Iterable[Record]
                     ) -> list[Record]:
-        """Return one record of each interface in a namespace that exists.
+        """Return one record for each interface in an existing namespace.
 
-        Not where the break0 is another ledger's: its pods need what they
-        have.
+        Pods behind the break0 of another ledger are left out: that ledger
+        still needs their routes and neighbours.
         """
         found = {}
         left = {parent.name for parent in seen.parents.values()
@@ -174,7 +175,8 @@ class Cleanup:
         link = parent.present
         if link is None:
             return
-        # Before the first change: pods of others may live by what is there.
+        # Checked before the first change: the pods of another ledger need
+        # all items of its break0.
         reason = self._not_ours(parent)
         if reason is not None:
             yield Removal('interface %s' % link.name, reason)
@@ -187,7 +189,8 @@ class Cleanup:
             raise err
         for item in items:
             yield Removal(names.described(item, link.name))
-        # While break0 is there, another run would find both.
+        # break0 is deleted after its table, so that a run after a kill finds
+        # both.
         if guarding.is_loaded() or guarding.is_there():
             if not self.dry_run:
                 guarding.remove()
@@ -197,9 +200,9 @@ class Cleanup:
         yield Removal('interface %s' % link.name)
 
     def _not_ours(self, parent: Parent) -> Optional[str]:
-        """Return why an interface must not be deleted; None if it may.
+        """Return the reason against deleting an interface, or None.
 
-        Where nothing is recorded, its alias says that it is ours.
+        Without records, the alias proves that kuryr-break0 created it.
         """
         if parent.conflict is not None:
             return str(parent.conflict)

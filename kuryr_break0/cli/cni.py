@@ -41,9 +41,9 @@ _INSTALL_EPILOG = """\
 example:
   kuryr-break0 cni-install --bin-dir %s
 """ % cni.PLUGIN_DIRS[0]
-#: Where "make cni" leaves the shim, in a clone that has its source.
+#: The shim that "make cni" builds, and its source, in a clone.
 _BUILT, _SOURCE = 'build/cni/' + PLUGIN, 'kuryr_break0/cni/shim.c'
-#: Where "make install" and an image have it.
+#: The shim of "make install", and of the image.
 _INSTALLED = '/usr/libexec/kuryr-break0/' + PLUGIN
 
 
@@ -64,7 +64,7 @@ def add_parsers(subparsers: Any) -> None:
 
 
 def fail(err: Exception) -> int:
-    """Answer with what is wrong with the configuration."""
+    """Answer with an error in the configuration; return the exit code."""
     sys.stdout.write(plugin.failure(exceptions.InvalidOption(
         option='(all)', reason=err) if not isinstance(
             err, exceptions.Break0Error) else err).output)
@@ -72,7 +72,7 @@ def fail(err: Exception) -> int:
 
 
 def run(conf: cfg.ConfigOpts) -> int:
-    """Answer one request."""
+    """Answer one request; return the exit code."""
     data = sys.stdin.buffer.read(request.LIMIT + 1)
     answer = plugin.answer(os.environ, data, lambda: config.load(conf))
     sys.stdout.write(answer.output)
@@ -113,9 +113,10 @@ def install(conf: cfg.ConfigOpts, options: config.Options) -> int:
 
 
 def _shims() -> Iterator[str]:
-    """Return the shims that are there, but for those that others can write.
+    """Return the existing shims that only root and the caller can write.
 
-    A directory that root happens to be in may be of anybody.
+    The current directory may belong to another user, and the shim in it would
+    run as root.
     """
     trusted = {0, os.geteuid(), int(os.environ.get('SUDO_UID') or 0)}
     for clone in (pathlib.Path(__file__).parents[2], pathlib.Path.cwd()):
@@ -142,7 +143,7 @@ def _script(conf: cfg.ConfigOpts) -> Iterator[str]:
 
 
 def _replace(target: str, content: bytes) -> None:
-    """Write a program: a runtime finds the old one, or all of the new one."""
+    """Replace a program atomically."""
     new = '%s/.%s.%d' % (*os.path.split(target), os.getpid())
     try:
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL

@@ -23,24 +23,24 @@ from kuryr_break0.cli import verbs
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
 
-#: By shell, the script for it, which is made of the parser.
+#: Completion scripts by shell, generated from the parser.
 COMPLETION = {shell: os.path.join(os.path.dirname(__file__), 'completion',
                                   name) for shell, name in (
     ('bash', verbs.PROGRAM), ('zsh', '_' + verbs.PROGRAM))}
-#: Verbs that read the options themselves: the doctor examines those that are
-#: wrong too, and a CNI runtime is answered.
+#: Verbs that load the options themselves: the doctor reports invalid options,
+#: and the CNI plugin answers the runtime with an error.
 _READERS = 'doctor', 'check', 'cni'
-#: Options of oslo.log that ask for more than warnings on stderr.
+#: Options of oslo.log without which only warnings are logged, to stderr.
 _LOGGED = ('debug', 'log_config_append', 'log_file', 'log_dir', 'use_syslog',
            'use_journal', 'use_json')
 
 
 class _Parser(parser.Parser, cfg._CachedArgumentParser):
-    """Our parser, as oslo.config uses it."""
+    """The parser of verbs, with the methods that oslo.config calls."""
 
 
 class _HelpAll(argparse.Action):
-    """Prints the options of oslo.config and oslo.log too."""
+    """Prints help that includes the options of oslo.config and oslo.log."""
 
     def __call__(self, parser: argparse.ArgumentParser,
                  *args: Any, **kwargs: Any) -> None:
@@ -49,7 +49,7 @@ class _HelpAll(argparse.Action):
 
 
 class Config(cfg.ConfigOpts):
-    """oslo.config with our parser, which it lets nobody choose."""
+    """oslo.config with our parser; it has no argument for a parser class."""
 
     def _pre_setup(self, *args: Any) -> Any:
         found = super()._pre_setup(*args)
@@ -62,7 +62,7 @@ class Config(cfg.ConfigOpts):
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the verb of these arguments, and return its exit code."""
+    """Run the verb of the arguments; return its exit code."""
     if argv[0].startswith('--shell_completion'):
         shell = argv[-1].rpartition('=')[2]
         if shell not in COMPLETION:
@@ -73,7 +73,7 @@ def run(argv: Sequence[str]) -> int:
         return common.IN_SYNC
     try:
         conf = _read(argv)
-        # A plugin can be installed by whoever may write its directory.
+        # Installing the plugin needs write access to a directory, not root.
         if os.geteuid() != 0 and conf.command.name != 'cni-install':
             raise exceptions.NotRoot(command=shlex.join(argv))
         conf = _set_up_logging(conf, argv)
@@ -86,7 +86,7 @@ def run(argv: Sequence[str]) -> int:
             return cni.fail(_explained(err, argv))
         return common.fail(common.USAGE, _explained(err, argv))
     except SystemExit as end:
-        # With 1 ends oslo.config, which has printed what value is wrong.
+        # oslo.config ends with 1 after it has printed the invalid value.
         raise SystemExit(common.USAGE if end.code == 1 else end.code)
     try:
         code: int = conf.command.func(*args)
@@ -94,7 +94,7 @@ def run(argv: Sequence[str]) -> int:
     except exceptions.WrongUsage as err:
         return common.fail(common.USAGE, err)
     except OSError as err:
-        if err.filename is None:  # of what is printed, perhaps
+        if err.filename is None:  # maybe a closed pipe, handled in main
             raise
         return common.fail(common.UNREADABLE, 'Cannot go on: %s' % err)
     except exceptions.Break0Error as err:
@@ -102,7 +102,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _register_log_options(conf: cfg.ConfigOpts) -> None:
-    """Make the options of oslo.log known, without its import."""
+    """Register the options of oslo.log without importing oslo.log."""
     for opts in log_options.common_cli_opts, log_options.logging_cli_opts:
         conf.register_cli_opts(opts)
     for opts in log_options.generic_log_opts, log_options.log_opts:
@@ -117,7 +117,7 @@ def _read(argv: Sequence[str], register: Callable[
     """
     conf = Config()
     register(conf)
-    conf.set_default('use_stderr', True)  # stdout is for what was asked
+    conf.set_default('use_stderr', True)  # stdout is for the output of verbs
     conf.register_cli_opt(cfg.SubCommandOpt(
         'command', title='commands', handler=functools.partial(
             parser.add_parsers, names=[
@@ -127,18 +127,20 @@ def _read(argv: Sequence[str], register: Callable[
          version=importlib.metadata.version(verbs.PROGRAM)
          if '--version' in argv else None)
     for path in conf.config_dir or ():
-        if not os.path.isdir(path):  # oslo.config would find no files in it
+        if not os.path.isdir(path):  # oslo.config would ignore it
             raise exceptions.WrongUsage('%s is not a directory' % path)
     return conf
 
 
 def _set_up_logging(conf: Config, argv: Sequence[str]) -> Config:
-    """Log as Kuryr's options say; without any, warnings to stderr.
+    """Set up logging by the options of oslo.log, or warnings to stderr.
 
-    To import oslo.log takes a quarter of the start of a verb.
+    oslo.log is imported only if an option needs it: the import takes a
+    quarter of the start of a verb.
 
-    :returns: the configuration, which was read again if oslo.log is used
-    :raises cfg.Error: if the options name a file that cannot be read
+    :returns: the configuration, read again if oslo.log is used
+    :raises cfg.Error: if log_config_append names an unreadable file
+    :raises CannotWrite: if the log file cannot be written
     """
     verb = conf.command.name
     if verb != 'agent' and not any(getattr(conf, each) for each in _LOGGED):
@@ -150,7 +152,7 @@ def _set_up_logging(conf: Config, argv: Sequence[str]) -> Config:
     conf = _read(argv, log.register_options)
     try:
         log.setup(conf, verbs.PROGRAM)
-    # A RuntimeError if --use-journal lacks Python's systemd.
+    # RuntimeError: --use-journal needs the Python package systemd.
     except (log.LogConfigError, RuntimeError) as err:
         raise cfg.Error(str(err)) from err
     except OSError as err:
@@ -176,7 +178,7 @@ def _arguments(conf: Config) -> list[Any]:
 
 
 def _explained(err: Exception, argv: Sequence[str]) -> Exception:
-    """Return an error with what to do about it."""
+    """Return an error with the reason, or with the remedy."""
     if isinstance(err, UnicodeDecodeError):
         return exceptions.InvalidOption(
             option='(all)', reason='%s is no text in UTF-8: %s' % (
@@ -187,7 +189,7 @@ def _explained(err: Exception, argv: Sequence[str]) -> Exception:
 
 
 def _unreadable(argv: Sequence[str]) -> Optional[str]:
-    """Return which file of the arguments is no text."""
+    """Return the first file of the arguments that is not valid UTF-8."""
     for path in [each.partition('=')[2] or each for each in argv]:
         try:
             with open(path, encoding='utf-8') as file:

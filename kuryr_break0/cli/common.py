@@ -15,25 +15,25 @@ from kuryr_break0.texts import safe
 
 #: Exit codes of all verbs.
 IN_SYNC, DRIFT, USAGE, UNREADABLE, WARNINGS = range(5)
-#: Of a program that SIGPIPE ended, as shells have it.
+#: Exit code that shells report for a program that SIGPIPE ended.
 CLOSED_PIPE = 141
 
 
 def fail(code: int, err: object) -> int:
-    """Print an error, and return the exit code."""
+    """Print an error to stderr; return the exit code."""
     output.write(output.Wrong(safe(output.speak('kuryr-break0: %s' % err))),
                  sys.stderr)
     return code
 
 
 def kuryr_api(conf: Any) -> Any:
-    """Return kuryr_break0.kuryr.api with the configuration of a command.
+    """Import kuryr_break0.kuryr.api, and configure it like this command.
 
     :raises ImportError: if Kuryr cannot be imported
-    :raises oslo_config.cfg.Error: if its options cannot be read
+    :raises oslo_config.cfg.Error: if Kuryr's options cannot be read
     """
-    # It takes a second, and most verbs do without. What its libraries say of
-    # theirs is not for who calls this.
+    # The import takes a second, and most verbs do not need it. It emits
+    # deprecation warnings that a user cannot act on.
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         from kuryr_break0.kuryr import api
@@ -42,6 +42,6 @@ def kuryr_api(conf: Any) -> Any:
 
 
 def no_verb(name: str) -> int:
-    """Print that there is no such command, and return the exit code."""
+    """Print an error for an unknown command; return the exit code."""
     return fail(USAGE, 'there is no command %s%s (see %s --help)' % (
         name or "''", close_to(name, verbs.VERBS), verbs.PROGRAM))

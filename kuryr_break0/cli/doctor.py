@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""``kuryr-break0 doctor``: prints findings, and writes a bundle."""
+"""``kuryr-break0 doctor`` and ``check``: print findings, write a bundle."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ Exit status: 0 if nothing is wrong, 1 if there are errors, 4 if there are only
 warnings, 2 for wrong usage or configuration, 3 if the kernel or the state
 directory cannot be read.
 """
-#: Seconds for which an answer of the Kubernetes API is waited for.
+#: Seconds to wait for an answer of the Kubernetes API.
 _TIMEOUT = 5
 
 
 def add_parsers(subparsers: Any) -> None:
-    """Register the doctor, and its mode for before the installation."""
+    """Register doctor and check."""
     added = parser.add_verb(subparsers, 'doctor', run, _DESCRIPTION)
     _add_ignore(added)
     added.add_flag(
@@ -91,7 +91,10 @@ def _known(name: str) -> str:
 
 def _waiting(conf: cfg.ConfigOpts
              ) -> Optional[Callable[[float], list[str]]]:
-    """Return how to list the pods that wait for a port, where Kuryr is."""
+    """Return a function that lists the pods that wait for a port.
+
+    :returns: None without Kuryr or its Kubernetes options
+    """
     if not (installation.is_for_kuryr() and config.names_kubernetes(conf)):
         return None
 
@@ -109,7 +112,7 @@ def _waiting(conf: cfg.ConfigOpts
 
 
 def run(conf: cfg.ConfigOpts) -> int:
-    """Print what is wrong, and return the exit code."""
+    """Print findings; return the exit code."""
     wanted = conf.command
     if wanted.redact and wanted.bundle is None:
         raise exceptions.WrongUsage(

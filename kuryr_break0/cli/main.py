@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Answers at once what needs no verb; imports the rest only for the others."""
+"""The entry of the command. It imports the verbs only if they are needed."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from kuryr_break0.cli import verbs
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run a verb and return its exit code."""
+    """Run a verb; return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     for name, mode in ('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w'):
-        if getattr(sys, name) is None:  # its caller has closed it
+        if getattr(sys, name) is None:  # the calling process has closed it
             setattr(sys, name, open(os.devnull, mode))
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A name that the locale cannot write is no reason to fail.
+        # Escape characters that the encoding of the locale does not have.
         sys.stdout.reconfigure(errors='backslashreplace')
     try:
         code = _answer(argv)
-        sys.stdout.flush()  # so that a closed pipe is seen here
+        sys.stdout.flush()  # raises here if the pipe is closed
         return code
     except OSError as err:
         if err.errno not in (errno.EPIPE, errno.ENOSPC) or err.filename:
             raise
-        # As by ``| head``. What is left in the buffer has nowhere to go.
+        # The pipe is closed, as by ``| head``. Discard the buffer: Python
+        # would fail to flush it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return common.CLOSED_PIPE if err.errno == errno.EPIPE else common.fail(
             common.UNREADABLE, 'Cannot print: %s' % err.strerror)

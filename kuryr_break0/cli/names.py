@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""How the verbs name what they are about, and understand such names."""
+"""Describes routes and neighbours, and finds containers and pods by name."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from kuryr_break0.model import Record
 from kuryr_break0 import option_types
 from kuryr_break0.texts import close_to
 
-#: Characters of a container id that engines print, and take for it.
+#: Length of a shortened container id, as engines print and accept it.
 _SHORT_ID = 12
 
 
 def described(item: Entry, device: str) -> str:
-    """Return a route or neighbour in the words of ip(8).
+    """Return a route or neighbour in the syntax of ip(8).
 
-    :param device: the name of its interface
+    :param device: the name of the interface
     """
     if isinstance(item, HostRoute):
         return 'route %s dev %s proto %d table %d%s' % (
@@ -32,7 +32,7 @@ def described(item: Entry, device: str) -> str:
 
 
 def is_called(record: Record, name: str) -> bool:
-    """Return whether a name means the container or pod of a record."""
+    """Return whether a record's container or pod has a name."""
     owner, pod = record.owner.container_id, record.pod or ''
     return name in filter(None, (owner, pod, pod.rpartition('/')[2])) or (
         len(name) >= _SHORT_ID and owner.startswith(name))

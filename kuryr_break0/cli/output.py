@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Prints rows, texts and JSON, as wide and coloured as the reader can see."""
+"""Prints tables, texts and JSON for the terminal of the reader."""
 
 from __future__ import annotations
 
@@ -16,35 +16,39 @@ from kuryr_break0.texts import safe
 
 T = TypeVar('T')
 
-#: A host of containers, without Kubernetes, has no pods.
+#: Words for a host without Kubernetes, which has containers and no pods.
 _WORDS = {'pod': 'container', 'Pod': 'Container', 'node': 'host',
           'Node': 'Host', 'ADD': 'start', 'DEL': 'stop'}
 _WORD = re.compile(r"(?<![^\s(])(an )?(%s)(?=s?(?:'s)?[.,;:)]?(?:\s|$))"
                    % '|'.join(_WORDS))
-#: Columns that a word is broken at, if nothing else helps.
+#: Smallest width of a column; longer words are broken if a table is too wide.
 _LEAST = 8
-#: Clears the line from the cursor on.
+#: Clears the line from the cursor to its end (ECMA-48 EL).
 _CLEAR = '\x1b[K'
 
 
 class Wrong(str):
-    """A text that is red on a terminal."""
+    """A text about a fault, printed in red on a terminal."""
 
 
 class _Reader:
-    """Who reads: with or without Kubernetes, and what a counter shows."""
+    """State of the output.
+
+    :cvar has_pods: whether texts say pod and node, or container and host
+    :cvar counting: whether a counter is on the terminal
+    """
 
     has_pods = True
     counting = False
 
 
 def speak_of_containers() -> None:
-    """Say container and host from now on, in place of pod and node."""
+    """Print container and host instead of pod and node from now on."""
     _Reader.has_pods = False
 
 
 def speak(text: str) -> str:
-    """Return a text in the words of this host."""
+    """Return a text with the words for this host, such as container."""
     if _Reader.has_pods:
         return text
     return type(text)(_WORD.sub(
@@ -52,16 +56,16 @@ def speak(text: str) -> str:
 
 
 def columns() -> int:
-    """Return how wide a line may be: COLUMNS, the terminal, or 80."""
-    import shutil  # which takes long to import, and is for some verbs only
+    """Return the width of lines: COLUMNS, the terminal's width, or 80."""
+    import shutil  # slow to import, and not needed by all verbs
 
     return max(shutil.get_terminal_size((80, 24)).columns, 40)
 
 
 def fold(text: str, indent: str = '') -> str:
-    """Return a paragraph in lines that fit.
+    """Wrap a paragraph to the width of the terminal.
 
-    :param indent: of all lines but the first
+    :param indent: indentation of all lines except the first
     """
     import textwrap
 
@@ -71,12 +75,12 @@ def fold(text: str, indent: str = '') -> str:
 
 
 def say(text: str) -> None:
-    """Print a paragraph for people, in the words of this host."""
+    """Print a paragraph, with the words for this host."""
     write(fold(speak(text)))
 
 
 def write(text: str, stream: Optional[TextIO] = None) -> None:
-    """Print lines as they are, but for what would act on a terminal."""
+    """Print lines, with control characters of the terminal escaped."""
     stream = stream or sys.stdout
     if _Reader.counting:
         print(end=_CLEAR, file=sys.stderr, flush=True)
@@ -87,12 +91,12 @@ def write(text: str, stream: Optional[TextIO] = None) -> None:
 
 
 def write_json(document: Any) -> None:
-    """Print a document for programs."""
+    """Print a document as JSON."""
     print(json.dumps(document, indent=2))
 
 
 def show(as_json: bool, document: Any, lines: Iterable[str]) -> None:
-    """Print a document, or lines that say the same, of which ! is wrong."""
+    """Print a document as JSON, or its lines; those with ! are faults."""
     if as_json:
         write_json(document)
         return
@@ -109,12 +113,12 @@ def _red(text: str, stream: TextIO) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]],
           wide: bool = False) -> None:
-    """Print rows below a head; fold long cells to the width of the reader.
+    """Print a table, with long cells wrapped to the width of the terminal.
 
     Without a terminal and COLUMNS, as in a pipe or by kubectl exec without
-    -t, nothing is folded: a program looks for whole names and addresses.
+    -t, cells are not wrapped: a program searches for whole names.
 
-    :param wide: fold nothing
+    :param wide: do not wrap
     """
     import textwrap
 
@@ -138,8 +142,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]],
 
 
 def _widths(cells: Sequence[Sequence[str]]) -> list[int]:
-    """Return the widths of columns: words are broken if nothing else helps."""
-    # A column has a blank on each side, and a line before it.
+    """Return the widths of columns; words are broken only if necessary."""
+    # A column has a blank on each side, and a vertical line before it.
     room = columns() - 3 * len(cells) - 1
     widths = [max(map(len, column)) for column in cells]
     for floors in ([max(len(word) for cell in column for word in cell.split())
@@ -181,13 +185,13 @@ class Counter:
         began = time.monotonic()
         while not self._done.wait(1):
             _Reader.counting = True
-            # The cursor goes back: the next line is written over it.
+            # The cursor returns, so that the next line overwrites this one.
             print('%s: %s%d s' % (self._what, self._text,
                                   time.monotonic() - began),
                   end=_CLEAR + '\r', file=sys.stderr, flush=True)
 
     def over(self, items: Sequence[T]) -> Iterator[T]:
-        """Iterate over items, and show how many are done."""
+        """Iterate over items, and show the number of completed ones."""
         for number, each in enumerate(items):
             self._text = '%d of %d, ' % (number, len(items))
             yield each

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Parsers of verbs, whose errors are one line."""
+"""Parsers of verbs, with errors in one line."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from kuryr_break0.texts import close_to
 class Parser(argparse.ArgumentParser):
     """The parser of the command and of each verb."""
 
-    #: What it is given, and for a verb the parser of what comes before.
+    #: The arguments; and for a verb, the parser of the arguments before it.
     _args: Sequence[str] = ()
     _first: Optional[Parser] = None
 
     @property
     def verbs(self) -> dict[str, Parser]:
-        """Return the parsers of the verbs; those of a verb are none."""
+        """Return the parsers of the verbs; empty for the parser of a verb."""
         return next((dict(each.choices) for each in self._actions if
                      isinstance(each, argparse._SubParsersAction)), {})
 
@@ -36,9 +36,9 @@ class Parser(argparse.ArgumentParser):
 
     def add_value(self, name: str, metavar: str, text: str,
                   parse: Callable[[str], Any] = str, **kwargs: Any) -> None:
-        """Add an argument with the errors of an option's type.
+        """Add an argument with a value.
 
-        :param parse: raises a ValueError that says what is wrong
+        :param parse: returns the value, or raises ValueError with the reason
         """
         def checked(value: str) -> Any:
             try:
@@ -50,12 +50,12 @@ class Parser(argparse.ArgumentParser):
                           **kwargs)
 
     def format_help(self) -> str:
-        """Return the page of all verbs, or that of one."""
+        """Return the help of all verbs, or of this verb."""
         return known_verbs.page() if self.verbs else super().format_help()
 
     def parse_known_args(self, args: Any = None,
                          namespace: Any = None) -> Any:
-        """Parse; what a verb does not know is its own error."""
+        """Parse arguments; an unknown one is an error of the verb."""
         self._args = args or []
         for verb in self.verbs.values():
             verb._first = self
@@ -65,9 +65,10 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
     def error(self, message: str) -> NoReturn:
-        """End with one line that says what is wrong.
+        """Print an error in one line, and exit.
 
-        An option that is unknown can be why something else is missing.
+        An unknown option is reported first, since it can be the cause of
+        another error, such as a missing option.
         """
         unknown = [each for parser in (self._first, self) if parser
                    for each in parser._unknown()]
@@ -81,7 +82,7 @@ class Parser(argparse.ArgumentParser):
                 message, flags=re.S), self.prog)))
 
     def _unknown(self) -> Iterator[str]:
-        """Iterate over the options that were given, and are none here."""
+        """Iterate over the given options that this parser does not have."""
         for each in self._args:
             if each == '--' or each in self.verbs:
                 return
@@ -92,7 +93,7 @@ class Parser(argparse.ArgumentParser):
                 yield each
 
     def _meant(self, name: str) -> str:
-        """Return where an option belongs, or which one may be meant."""
+        """Return a hint: the right place of an option, or a similar one."""
         if self._first and name in self._first._option_string_actions:
             return ': it comes before COMMAND'
         if any(name in verb._option_string_actions for verb in (
@@ -109,8 +110,8 @@ def whole() -> Parser:
 
 
 def add_parsers(subparsers: Any, names: Iterable[str] = VERBS) -> None:
-    """Register verbs, those of one module together."""
-    subparsers.metavar = 'COMMAND'  # the list of all is wider than a screen
+    """Register verbs, module by module."""
+    subparsers.metavar = 'COMMAND'  # a list of all verbs is too long
     for name in dict.fromkeys(VERBS[each].module for each in names):
         importlib.import_module('kuryr_break0.cli.' + name).add_parsers(
             subparsers)

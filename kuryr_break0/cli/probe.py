@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""``kuryr-break0 probe``: pings a pod, and from it the node."""
+"""``kuryr-break0 probe``: pings a pod from the node, and the node from it."""
 
 from __future__ import annotations
 
@@ -77,11 +77,11 @@ def add_parsers(subparsers: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What became of one address.
+    """The result for one address.
 
-    :ivar note: why the way from the pod was not tried; None if it was
-    :ivar claimants: MAC addresses of others on the link that have it; None
-        if they were not asked for
+    :ivar note: the reason for no probe from the pod; None if there was one
+    :ivar claimants: MAC addresses of other hosts with the address; None
+        without a search for them
     """
 
     address: IPAddress

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""``kuryr-break0 status``: shows break0 and the addresses behind it."""
+"""``kuryr-break0 status``: shows break0 and the bound addresses."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from kuryr_break0.problems import node_problems
 from kuryr_break0.snapshot import Snapshot
 
 
-#: Characters of a container id, as docker and crictl print it; more for what
-#: stands for one that is not known.
+#: Largest number of characters to show of a container id, or of the name that
+#: replaces an unknown id.
 _SHORT = 24
 #: Seconds between two snapshots of --watch.
 _PAUSE = 2.0
@@ -65,7 +65,7 @@ def add_parsers(subparsers: Any) -> None:
 
 
 def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
-    """Print what is, and what is wrong with it."""
+    """Print the state of break0 and addresses; return the exit code."""
     wanted = conf.command
     shown = _read(options, wanted)
     if wanted.json:
@@ -86,7 +86,7 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
 
 
 def as_json(options: config.Options) -> dict[str, Any]:
-    """Return what ``status --json`` prints."""
+    """Return the document of ``status --json``."""
     return _read(options).as_json()
 
 
@@ -97,7 +97,7 @@ def _read(options: config.Options, wanted: Any = None) -> Status:
 
 
 def _print_changes(before: Status, now: Status) -> None:
-    """Print what came and went, a line each."""
+    """Print a line for each new and each cleared fact."""
     old, new = dict.fromkeys(before.facts()), dict.fromkeys(now.facts())
     for sign, facts, others in ('-', old, new), ('+', new, old):
         for each in facts:
@@ -107,9 +107,9 @@ def _print_changes(before: Status, now: Status) -> None:
 
 
 class Status:
-    """A snapshot as it is shown.
+    """The problems and addresses of a snapshot.
 
-    :param wanted: the arguments, which say what of it; None for all
+    :param wanted: the arguments, which select addresses; None for all
     """
 
     def __init__(self, seen: Snapshot, ledger: Ledger,
@@ -186,7 +186,7 @@ class Status:
             'problem': problem, 'in_sync': problem is None}
 
     def print(self, wide: bool = False) -> None:
-        """Print a summary, what is wrong, and a table of the addresses."""
+        """Print a summary, problems, and a table of the addresses."""
         shown = self.as_json()
         if shown['devices']:
             output.table(
@@ -218,7 +218,7 @@ class Status:
         each, record = self._address_as_json(address), self._seen.live.get(
             address)
         owner = '-'
-        if record is not None:  # by name, or as engines shorten ids
+        if record is not None:  # the name, or a shortened id
             owner = record.whose if wide else '%s/%s' % (
                 record.pod or record.owner.container_id[:_SHORT],
                 record.owner.ifname)
@@ -229,7 +229,7 @@ class Status:
                 if each['problem'] else 'yes']
 
     def facts(self) -> Iterator[str]:
-        """Return what is wrong and what is bound, a line each."""
+        """Yield a line for each problem and each bound address."""
         yield from self._of_node
         yield from map(str, self._unserved)
         for address in self._addresses:
@@ -241,7 +241,7 @@ class Status:
 
 
 def _is_of(record: Optional[Record], wanted: Any) -> bool:
-    """Return whether a record is what --pod, --owner and --origin mean."""
+    """Return whether --pod, --owner and --origin select a record."""
     if record is None:
         return not (wanted.pod or wanted.owner or wanted.origin)
     return ((wanted.pod or '') in (record.pod or '')

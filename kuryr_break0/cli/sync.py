@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""``kuryr-break0 sync``: repairs everything once."""
+"""``kuryr-break0 sync``: reconciles the kernel with the ledger once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def add_parsers(subparsers: Any) -> None:
 
 
 def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
-    """Reconcile once, and print what there was to do."""
+    """Reconcile once, and print the changes; return the exit code."""
     wanted = conf.command
     with output.Counter('sync'):
         outcome = Reconciler(
@@ -62,7 +62,7 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
 
 def _name_of(ifindex: Optional[int], options: config.Options) -> str:
     if ifindex == 0:
-        return options.device  # which is to be created
+        return options.device  # it is not created yet
     return kernel.name_of(ifindex)
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""All verbs, and the page that lists them. Imports nothing slow."""
+"""The list of verbs, and the text of --help. Imports nothing slow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Verb(NamedTuple):
     summary: str
 
 
-#: By their headings in --help, in its order.
+#: Verbs by their headings in --help, in this order.
 _GROUPS = {
     'Look': {
         'status': Verb('status', 'show break0 and the addresses behind it'),
@@ -56,7 +56,7 @@ for configuration files and logging, which come before COMMAND.
 
 
 def page() -> str:
-    """Return what --help prints."""
+    """Return the text of --help."""
     text = _HEAD
     for title, verbs in _GROUPS.items():
         text += '\n%s:\n' % title + ''.join(
@@ -68,10 +68,11 @@ def page() -> str:
 
 
 def files() -> tuple[list[str], list[str]]:
-    """Return the configuration files that are read, and those that are not.
+    """Return the configuration files to read, and the ignored ones.
 
-    kuryr.conf is where Kuryr's own programs look for it, by oslo.config.
-    Hosts without have a file of ours: /etc/kuryr-break0/kuryr-break0.conf.
+    kuryr.conf is read from the directories in which oslo.config searches for
+    Kuryr's programs. Hosts without Kuryr have
+    /etc/kuryr-break0/kuryr-break0.conf.
     """
     of_kuryr = [_find('kuryr', name) for name in ('kuryr', PROGRAM)]
     ours = [path for path in [_find(PROGRAM, PROGRAM)] if path]

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The CNI plugin break0, to be chained behind macvlan.
+"""The CNI plugin break0, which is chained after macvlan.
 
-:mod:`request` reads what a runtime asks for, :mod:`plugin` does it. It runs
-in the agent, which the shim in C asks by its socket, or in a process of its
-own. Source of all of it: the CNI specification, 0.3.1 to 1.1.0.
+:mod:`request` parses the requests of a runtime, and :mod:`plugin` executes
+them. The plugin runs in the agent, which the shim in C calls by its socket, or
+in a process of its own. It implements the CNI specification 0.3.1 to 1.1.0.
 """
 
-#: The directories in which runtimes find plugins: the usual one, then those of
-#: the packages of Debian and of Fedora.
+#: The directories of CNI plugins: the usual one, and those of the packages of
+#: Debian and Fedora.
 PLUGIN_DIRS = ('/opt/cni/bin', '/usr/lib/cni', '/usr/libexec/cni')

@@ -30,7 +30,7 @@ from kuryr_break0.problems import parent_problems
 
 LOG = log.get_logger(__name__)
 
-#: Codes of our own, by what has gone wrong; see doc/source/install/cni.rst.
+#: This plugin's own error codes; see doc/source/install/cni.rst.
 NOT_REACHABLE, REFUSED, DIFFERS, FAILED, UNEXPECTED = (
     100, 101, 102, 103, 199)
 _CODES: tuple[tuple[type[Exception], int], ...] = (
@@ -46,11 +46,11 @@ _CODES: tuple[tuple[type[Exception], int], ...] = (
 
 
 class Answer(NamedTuple):
-    """What a runtime gets.
+    """The answer to a runtime.
 
     :ivar status: exit status of the plugin
-    :ivar output: what it writes to standard output
-    :ivar undo: takes back what an ADD has done, and no other one
+    :ivar output: its standard output
+    :ivar undo: undoes this ADD, and no other
     """
 
     status: int
@@ -60,9 +60,9 @@ class Answer(NamedTuple):
 
 def answer(environment: Mapping[str, str], data: bytes,
            load: Callable[[], config.Options]) -> Answer:
-    """Do what a runtime asks for, by its environment and standard input.
+    """Execute the request in an environment and a standard input.
 
-    :param load: returns the options, or raises InvalidOption
+    :param load: function that returns the options or raises InvalidOption
     """
     try:
         request = requests.parse(environment, data)
@@ -77,14 +77,14 @@ def answer(environment: Mapping[str, str], data: bytes,
         return Answer(0, json.dumps(result) + '\n' if result else '')
     except (CNIError, exceptions.Break0Error) as err:
         return failure(err, data)
-    except Exception as err:  # a runtime cannot read a traceback
+    except Exception as err:  # a runtime cannot parse a traceback
         LOG.exception('The CNI request %s failed',
                       environment.get('CNI_COMMAND'))
         return failure(err, data)
 
 
 def failure(err: Exception, data: bytes = b'') -> Answer:
-    """Return the answer that says what has gone wrong."""
+    """Return the answer with an error."""
     code = err.code if isinstance(err, CNIError) else next(
         (code for kind, code in _CODES if isinstance(err, kind)), UNEXPECTED)
     text = str(err) if code != UNEXPECTED else (
@@ -95,20 +95,20 @@ def failure(err: Exception, data: bytes = b'') -> Answer:
 
 
 class Plugin:
-    """One request of a runtime."""
+    """A request of a runtime."""
 
     def __init__(self, options: config.Options, request: Request) -> None:
         self._options = options
         self._request = request
         self._manager = Break0Manager(options)
         self._ledger = Ledger(options.state_dir)
-        #: when this was asked for: what its bind is known by
+        #: time of the request, which identifies its bind
         self._began = files.now()
         self._strict = (options.strict if request.strict is None
                         else request.strict)
 
     def run(self) -> Optional[dict[str, Any]]:
-        """Do what is asked; the result, if the command has one."""
+        """Execute the request; return its result, or None."""
         return {
             requests.ADD: self._add, requests.DEL: self._del,
             requests.CHECK: self._check, requests.GC: self._gc,
@@ -120,11 +120,10 @@ class Plugin:
         return self._request.owner
 
     def _add(self) -> dict[str, Any]:
-        """Bind the addresses of the interface; the result is unchanged.
+        """Bind the addresses of the interface; return the previous result.
 
-        What is configured wrongly is refused. What merely fails is logged
-        unless it is strict, since a container is worth more than its way to
-        the node, and it is repaired later.
+        An invalid configuration fails the ADD. Other errors are logged unless
+        the plugin is strict: the container starts, and is repaired later.
         """
         request, owner = self._request, self._owner
         previous, addresses = request.previous, request.addresses()
@@ -155,23 +154,23 @@ class Plugin:
                                  self._options.parent)
 
     def undo(self) -> None:
-        """Take back what this ADD has done.
+        """Undo this ADD.
 
-        The runtime may have asked again meanwhile, which stays.
+        A later ADD of the runtime for the same container stays.
         """
         try:
             self._manager.unbind(
                 self._owner, [each.ip for each in self._request.addresses()],
                 self._request.netns, bound_at=self._began)
-        except exceptions.Break0Error as err:  # the first one is reported
+        except exceptions.Break0Error as err:  # the caller raises the first
             LOG.error('Cannot undo the ADD of %s: %s', self._owner, err)
 
     def _del(self) -> None:
-        """Unbind what the interface has, as far as it is known.
+        """Unbind the addresses of the interface.
 
-        That is what the previous result names, or without one what is
-        recorded, which takes longer. The namespace is cleaned too, since a
-        runtime may use it again.
+        They are in the previous result; without it, the records are searched,
+        which takes longer. The namespace is cleaned too, because the runtime
+        may reuse it.
         """
         request, owner = self._request, self._owner
         try:
@@ -223,10 +222,11 @@ class Plugin:
                        'by %s' % self._owner.ifname)
 
     def _gc(self) -> None:
-        """Unbind what is of this network and not a valid attachment.
+        """Unbind the claims of this network that are not valid attachments.
 
-        Go writes no attachments as null, and an error before it as well. So
-        null removes only what is proven not to exist any more.
+        Go encodes an empty list of attachments as null, and a list after an
+        error too. So null unbinds only containers that provably no longer
+        exist.
         """
         request = self._request
         valid = request.attachments()
@@ -247,7 +247,7 @@ class Plugin:
         failure.raise_first()
 
     def _status(self) -> None:
-        """Say whether an ADD would succeed."""
+        """Raise an error if an ADD would fail."""
         options = self._options
         try:
             if os.geteuid() != 0:

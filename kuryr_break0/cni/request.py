@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Parses and checks the request of a CNI runtime.
+"""Parses and validates the request of a CNI runtime.
 
-What is wrong with it is raised as a CNIError that says so.
+An invalid request raises a CNIError.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ from kuryr_break0.model import Owner
 SUPPORTED = ('0.3.1', '0.4.0', '1.0.0', '1.1.0')
 ADD, DEL, CHECK, GC, STATUS, VERSION = (
     'ADD', 'DEL', 'CHECK', 'GC', 'STATUS', 'VERSION')
-#: Version that a command came with.
+#: The version that introduced a command
 _SINCE = {CHECK: '0.4.0', GC: '1.1.0', STATUS: '1.1.0'}
-#: Codes of the specification.
+#: Error codes of the specification
 UNSUPPORTED, BAD_VARIABLE, UNREADABLE, INVALID, TRY_AGAIN, UNAVAILABLE = (
     1, 4, 6, 7, 11, 50)
-#: Bytes of input.
+#: Maximum bytes of input
 LIMIT = 2 ** 20
 
-# As libcni has it (utils.ValidateContainerID, ValidateNetworkName).
+# The same patterns as in libcni (utils.ValidateContainerID,
+# ValidateNetworkName).
 _NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.\-]{0,255}')
 _IFNAME = re.compile(r'(?!\.{1,2}$)[^/:\s\x00-\x1f\x7f]{1,15}')
 _POD = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.\-]{0,252}')
 
 
 class CNIError(Exception):
-    """An error that a runtime gets.
+    """An error for the runtime.
 
-    :ivar code: of the specification, or from 100 on one of ours
+    :ivar code: code of the specification; from 100, this plugin's own
     """
 
     def __init__(self, code: int, message: str) -> None:
@@ -52,11 +53,11 @@ class Request:
     """A request of a runtime.
 
     :ivar command: one of the commands of the specification
-    :ivar version: of the specification, by which it is answered
-    :ivar config: the network configuration, as it was read
-    :ivar owner: container and interface; None for what is of no container
-    :ivar netns: path of its namespace; None if that is gone
-    :ivar pod: what Kubernetes or the engine calls the container
+    :ivar version: version of the specification for the answer
+    :ivar config: the network configuration
+    :ivar owner: container and interface; None for GC, STATUS and VERSION
+    :ivar netns: path of the container's namespace; None if it is gone
+    :ivar pod: the container's name in Kubernetes or the engine
     """
 
     command: str
@@ -77,7 +78,7 @@ class Request:
 
     @property
     def strict(self) -> Optional[bool]:
-        """Return whether the ADD fails if the container is not reachable.
+        """Return whether the ADD must fail if the bind fails.
 
         None if the option [break0] strict decides.
         """
@@ -97,7 +98,7 @@ class Request:
         return previous
 
     def _interfaces(self) -> dict[int, dict[str, Any]]:
-        """Return this interface by its number in the previous result."""
+        """Return this interface by its index in the previous result."""
         assert self.owner is not None
         interfaces = _objects(self.previous, 'interfaces')
         own = {number: each for number, each in enumerate(interfaces)
@@ -109,7 +110,7 @@ class Request:
         return own
 
     def addresses(self) -> list[IPInterface]:
-        """Return the addresses of this interface, with their networks."""
+        """Return this interface's addresses with their prefix lengths."""
         own = self._interfaces()
         return [_address(each.get('address'))
                 for each in _objects(self.previous, 'ips')
@@ -117,7 +118,7 @@ class Request:
 
     @property
     def mac(self) -> Optional[str]:
-        """Return the MAC address of the interface, if the result says it."""
+        """Return this interface's MAC address, or None."""
         with contextlib.suppress(CNIError):
             for each in self._interfaces().values():
                 if isinstance(each.get('mac'), str):
@@ -125,7 +126,7 @@ class Request:
         return None
 
     def attachments(self) -> Optional[set[Owner]]:
-        """Return the attachments that are valid; None for null."""
+        """Return the valid attachments; None for null."""
         key = 'cni.dev/valid-attachments'
         if key not in self.config:
             raise CNIError(INVALID, 'There is no %s, so nothing is known to '
@@ -143,7 +144,7 @@ class Request:
 
 
 def parse(environment: Mapping[str, str], data: bytes) -> Request:
-    """Read a request."""
+    """Parse a request."""
     command = environment.get('CNI_COMMAND', '')
     if command not in (ADD, DEL, CHECK, GC, STATUS, VERSION):
         raise CNIError(BAD_VARIABLE, 'CNI_COMMAND is %s, which is none of '
@@ -168,12 +169,12 @@ def parse(environment: Mapping[str, str], data: bytes) -> Request:
         raise CNIError(UNSUPPORTED, '%s came with cniVersion %s, and that of '
                        'the network is %s' % (command, since, version))
     request = Request(command, version, config, owner, netns, pod)
-    request.network, request.strict  # raise what is wrong with them
+    request.network, request.strict  # raise a CNIError if invalid
     return request
 
 
 def version_of(data: bytes) -> str:
-    """Return the version that an error is written in."""
+    """Return the version of the specification for an error."""
     try:
         version = _config(data).get('cniVersion')
     except CNIError:
@@ -224,9 +225,9 @@ def _pod(environment: Mapping[str, str]) -> Optional[str]:
         arguments[name] = value
     namespace, name = (arguments.get('K8S_POD_NAMESPACE', ''),
                        arguments.get('K8S_POD_NAME', ''))
-    # Podman gives the name of the container for both.
+    # Podman passes the container's name as both.
     parts = [name] if namespace in ('', name) else [namespace, name]
-    # It is for people only.
+    # The name is for messages only.
     return '/'.join(parts) if all(map(_POD.fullmatch, parts)) else None
 
 

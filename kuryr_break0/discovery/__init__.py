@@ -2,6 +2,6 @@
 
 """Find the containers of any engine in the kernel, for the agent.
 
-:mod:`finder` finds the macvlans of all namespaces of the node and keeps them
-bound, :mod:`engines` asks container engines for names.
+:mod:`finder` searches all namespaces of the node for macvlans, and keeps their
+addresses bound. :mod:`engines` asks container engines for names.
 """

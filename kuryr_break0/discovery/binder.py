@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Binds and unbinds the addresses of containers that were found."""
+"""Bind and unbind the addresses of discovered containers."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from kuryr_break0.policy import Policy
 
 LOG = log.get_logger(__name__)
 
-#: Addresses of one container that are bound. It can have thousands, and make
-#: namespaces with more.
+#: Maximum number of bound addresses of one container, which can have thousands
+#: of addresses in any number of namespaces.
 MAX_ADDRESSES = 32
-#: Seconds of binding the addresses of one container, after which others have
-#: their turn.
+#: Seconds after which the other addresses of a namespace wait for its next
+#: turn.
 _AT_ONCE = 0.03
 #: Different refusals that are remembered, so that each is logged once, and
 #: seconds until others are logged after these: a container can cause any
@@ -58,7 +58,7 @@ class Binder:
         self._records: dict[NamespaceId, dict[IPAddress, Record]] = {}
         #: containers of the namespaces that have records
         self._containers: dict[NamespaceId, Hashable] = {}
-        #: namespaces with an address that was refused
+        #: namespaces with a refused address
         self._refused: set[NamespaceId] = set()
         self._refusals: set[tuple[IPAddress, Optional[int], str]] = set()
         self._forget_at = 0.0
@@ -67,10 +67,10 @@ class Binder:
     def read_records(self) -> set[NamespaceId]:
         """Read the records of discovered addresses.
 
-        If that fails, those that were read before count.
+        If the ledger cannot be read, keep the previous records.
 
-        :returns: namespaces to read again: another program has changed their
-            records, or an address of theirs was refused
+        :returns: namespaces to read again, because another program has changed
+            their records or because an address was refused
         """
         records: dict[NamespaceId, dict[IPAddress, Record]] = {}
         try:
@@ -119,15 +119,16 @@ class Binder:
         for address in duplicates[:MAX_ADDRESSES]:
             self._refuse(address, found.namespace, 'another host has it, as '
                          'duplicate address detection has found')
-        # Those that are bound come first, so that others do not displace
-        # them where there are too many.
+        # Bound addresses come first, so that they stay bound if there are too
+        # many.
         present.sort(key=lambda each: each[0] not in own)
         self._containers[found.namespace] = container
         elsewhere = sum(
             len(records) for each, records in self._records.items()
             if each != found.namespace and container is not None
             and container == self._containers.get(each))
-        # More are bound where they were rebuilt, which others had bound.
+        # Rebuilt claims, which another program may have made, can exceed the
+        # maximum. They stay.
         most = max(MAX_ADDRESSES - elsewhere, len(own))
         wanted = dict(present[:most])
         if len(present) > most:
@@ -162,18 +163,16 @@ class Binder:
         against = containers.of_interface(self._options, macvlan)
         if against is None or against[0] is not containers.Reason.OTHER_PARENT:
             return against is None
-        # An option whose interface is not there, as one that was renamed,
-        # does not say that what is bound is on another one.
+        # If [break0] parent names a missing interface, for example a renamed
+        # one, bound addresses may still be on the intended parent. They stay.
         return any(record.owner.ifname == macvlan.link.name for record in
                    self._records.get(macvlan.namespace, {}).values()) and (
             not kernel.exists(str(self._options.parent)))
 
     def _bind(self, address: IPAddress, macvlan: kernel.Macvlan) -> bool:
-        """Bind an address, unless it is another's or may not be.
+        """Bind an address, unless a claim or the policy forbids that.
 
-        Each by itself, so that one that is refused costs no other.
-
-        :returns: False if the error may pass
+        :returns: False if an error may be temporary
         """
         reason = self._policy.refusal(address, Origin.DISCOVERED)
         if reason is not None:
@@ -189,10 +188,10 @@ class Binder:
                         macvlan.namespace):
                     self._refuse(address, macvlan.namespace,
                                  'it belongs to ' + claim.whose)
-                    return False  # its owner may be about to end
+                    return False  # the owner may end soon
                 if claim.is_rebuilt and claim.owner.ifname == owner.ifname:
-                    continue  # rebuilt, before its MAC address changed
-                return True  # it was bound for this container by another way
+                    continue  # the MAC address has changed since
+                return True  # Kuryr, CNI or the command has bound it
         try:
             self._manager.bind(
                 owner, [address], parent=macvlan.parent,
@@ -210,7 +209,10 @@ class Binder:
 
     def _refuse(self, address: IPAddress, namespace: NamespaceId,
                 reason: str) -> None:
-        """Log why an address is not bound, once."""
+        """Log once why an address is not bound, and with the remedy.
+
+        The namespace is read again after the next sync.
+        """
         if len(self._refused) < _REMEMBERED:
             self._refused.add(namespace)
         refusal = address, namespace.cookie, reason
@@ -225,7 +227,7 @@ class Binder:
                         reason)
 
     def _unbind(self, record: Record, found: kernel.Found) -> bool:
-        """Unbind an address; False if that failed."""
+        """Unbind an address, and return whether that succeeded."""
         try:
             self._manager.unbind(record.owner, [record.address], found.path)
         except exceptions.Break0Error as err:
@@ -236,12 +238,12 @@ class Binder:
         return True
 
     def unbind_ended(self, namespace: NamespaceId) -> bool:
-        """Unbind the addresses of a namespace that is proven to be gone.
+        """Unbind the addresses of a namespace, if the kernel has deleted it.
 
-        All of them, or it is tried again: what was proven a moment ago may
-        not be while this process lacks descriptors.
+        Without the proof for each address, unbind none of them.
 
-        :returns: whether no address of it is bound
+        :returns: False to call again, because the proof is missing, for
+            example for want of descriptors, or because an unbind has failed
         """
         records = self._records.get(namespace)
         if not records:
@@ -266,13 +268,13 @@ class Binder:
 
 
 def _essence(records: dict[IPAddress, Record]) -> set[tuple[Any, ...]]:
-    """Return the fields of records that are compared with interfaces."""
+    """Return the fields of records that come from interfaces."""
     return {(each.address, each.owner, each.parent, each.mac)
             for each in records.values()}
 
 
 def _is_bound(record: Optional[Record], macvlan: kernel.Macvlan) -> bool:
-    """Return whether a record has the values that its interface has now."""
+    """Return whether a record matches its interface."""
     return record is not None and (record.mac, record.parent) == (
         macvlan.link.mac, macvlan.parent) and (
         record.netns == macvlan.netns

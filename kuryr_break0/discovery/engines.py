@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Finds the names of containers, mostly by asking their engines.
+"""Find the names of discovered containers.
 
-For people only: nothing else depends on it. So they are asked in a thread of
-their own, and what does not answer is left out.
+Names only serve log lines, metrics and commands, so binding does not wait for
+them: a separate thread asks the engines, and ignores an engine that does not
+answer.
 """
 
 from __future__ import annotations
@@ -38,27 +39,29 @@ T = TypeVar('T')
 
 _ID = re.compile(r'[0-9A-Za-z]{1,128}')
 #: The control groups of containers of LXC and Incus, and of systemd-nspawn.
-#: The first in a path counts: what follows it, the container can have made.
+#: The first match in a path counts, because a container can create control
+#: groups below its own.
 _CGROUP = re.compile(
     r'/(?:lxc\.payload\.([^/\n]+)|systemd-nspawn@([^/\n]+)\.service'
     r'|machine-([^/\n]+)\.scope)(?=/|$)', re.M)
 _TIMEOUT = 2  # seconds
-_LIMIT = 2 ** 23  # bytes of an answer
-#: Seconds after a change: then the engine itself knows of it.
+_LIMIT = 2 ** 23  # maximum size of an answer in bytes
+#: Seconds from a change to the request: engines list a container only after
+#: they have connected its network.
 _SETTLED = 0.3
-#: Seconds for which the name of a container is asked for; a busy engine needs
-#: some, and who has none is no container of an engine.
+#: Seconds after which a container without a name is not asked for any more. A
+#: busy engine answers late, and some namespaces belong to no engine.
 _PATIENCE = 60
-_AGAIN = 1  # second, and twice as long each time
+_AGAIN = 1  # seconds until the first repetition; each next pause is doubled
 
 
 class Namer:
-    """Writes the names of discovered containers into their records."""
+    """Thread that writes the names of containers into their records."""
 
     def __init__(self, options: config.Options, ledger: Ledger) -> None:
         self._options = options
         self._ledger = ledger
-        #: until when to ask for one that the engines do not know
+        #: monotonic time of the last request for the name of an owner
         self._until: dict[Owner, float] = {}
         self._wanted = threading.Event()
         self._stopped = threading.Event()
@@ -66,7 +69,7 @@ class Namer:
         self._thread.start()
 
     def want(self) -> None:
-        """Have names looked up before long."""
+        """Let the thread find the names of new records."""
         self._wanted.set()
 
     def close(self) -> None:
@@ -89,11 +92,15 @@ class Namer:
                     pause = again
             except exceptions.LedgerUnavailable as err:
                 LOG.debug('Containers get no names for now: %s', err)
-            except Exception:  # must not end the thread
+            except Exception:  # an error must not end the thread
                 LOG.exception('Cannot read the names of containers')
 
     def _update(self) -> bool:
-        """Return whether to ask again: an engine that is busy may not know."""
+        """Write the names of unnamed containers into their records.
+
+        :returns: whether to repeat this, because a busy engine may not list a
+            new container yet
+        """
         now = time.monotonic()
         unnamed = {record.owner: record for record
                    in discovered(self._ledger) if record.pod is None}
@@ -146,30 +153,32 @@ class Namer:
 def name_by_cgroup(record: Record) -> Optional[str]:
     """Return the name of a container of LXC, Incus or systemd-nspawn.
 
-    These have no API as Docker has, but one naming of control groups.
+    These engines do not have Docker's API, but the path of a container's
+    control group contains its name.
     """
     path = (record.netns or '').rpartition('/ns/')[0]
     with contextlib.suppress(OSError):
         with open(path + '/cgroup', errors='replace') as file:
             found = _CGROUP.search(file.read())
-        # Another process may have that number by now.
+        # The kernel may have reused the process number in the path.
         if found and kernel.identify(record.netns) == record.namespace:
             name = ''.join(filter(None, found.groups()))
-            name = name.replace('\\x2d', '-')  # as systemd writes it
+            name = name.replace('\\x2d', '-')  # escaped by systemd
             return name if NAME.fullmatch(name) else None
     return None
 
 
 def containers(path: str, proc_dirs: tuple[str, ...]
                ) -> Iterator[tuple[str, str]]:
-    """List the running containers of an engine.
+    """List the running containers of an engine with Docker's API.
 
-    By Docker's API, which Podman has too.
+    Podman has this API too.
 
-    :param path: of its socket
-    :returns: their names, and paths of their namespaces
-    :raises OSError: if it cannot be reached
-    :raises ValueError: if its answer is none
+    :param path: socket of the engine
+    :returns: pairs of a name and a path of a network namespace; a container
+        may have several
+    :raises OSError: if the engine does not answer
+    :raises ValueError: if an answer is invalid
     """
     for each in _get(path, '/containers/json'):
         identity = _part(each, 'Id', str)
@@ -182,7 +191,7 @@ def containers(path: str, proc_dirs: tuple[str, ...]
         try:
             details = _get(path, '/containers/%s/json' % identity)
         except ValueError:
-            continue  # it has just ended
+            continue  # the container has just ended
         key = _part(_part(details, 'NetworkSettings', dict), 'SandboxKey', str)
         if key.startswith('/'):
             yield name, key
@@ -218,7 +227,7 @@ def _get(path: str, url: str) -> Any:
 
 
 class _Connection(http.client.HTTPConnection):
-    """HTTP on a socket of the file system."""
+    """HTTP connection to a Unix socket."""
 
     def __init__(self, path: str) -> None:
         super().__init__('engine', timeout=_TIMEOUT)

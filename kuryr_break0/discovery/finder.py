@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Finds the namespaces of containers, and has their addresses bound.
+"""Find the namespaces of containers, and keep their addresses bound.
 
-A container can change its namespace a thousand times a second. So an event
-only marks a namespace, and a namespace that changes all the time is read once
-a second. Containers that cause much work share a tenth of a processor, and
-delay no other container.
+A container can change its namespace a thousand times per second. So an event
+only marks the namespace, and a namespace that changes all the time is read
+once per second. Containers that cause much work share a tenth of a processor,
+and do not delay other containers.
 
-A namespace is searched for among new mounts and new processes. A search among
-all is left to the timer, which is the guarantee, and to an event that the
-search among new ones does not explain.
+After an event, the finder searches for namespaces among new mounts and new
+processes. If the namespace of the event is not among them, it searches all
+mounts and processes. A timer repeats the full search.
 """
 
 from __future__ import annotations
@@ -33,20 +33,21 @@ from kuryr_break0.pace import Pace
 
 LOG = log.get_logger(__name__)
 
-#: Seconds of looks after which the rest waits, since the agent has other work.
+#: Maximum duration of :meth:`Finder.work` in seconds.
 _AT_ONCE = 0.05
-#: So many messages at once are a flood, which is read in larger portions.
+#: Number of messages in one read that counts as a flood, and seconds to wait
+#: after it, so that the next read gets more messages.
 _FLOOD = 32
 _FLOOD_PAUSE = 0.1
-#: Seconds between two looks where the kernel sends no events.
+#: Seconds between two searches if the kernel sends no events.
 _BLIND = 1.0
-#: Seconds after a change in which another one is likely. When events were
-#: lost, a namespace with such a change is read before all others.
+#: Seconds after a change in which the next change is likely. If events are
+#: lost, namespaces with a change in this time are read before all others.
 _ACTIVE = 10.0
-#: Seconds from the end of a namespace in which the kernel deletes its
-#: macvlans, if it has little else to do.
+#: Maximum time in seconds from the end of a namespace until the kernel deletes
+#: its macvlans, on a node without much load.
 _ENDING = 1.0
-#: Seconds after which an end that cannot be proven is left to the timer.
+#: Pause in seconds after which only the timer unbinds an ended namespace.
 _GIVE_UP = 60.0
 
 
@@ -87,7 +88,7 @@ class Finder:
                         'they are looked for every second. Give the agent '
                         'CAP_NET_BROADCAST.', err)
         self._search = kernel.Search(options.proc_dirs)
-        #: found namespaces that are not examined yet, the next one last
+        #: found namespaces that are not examined yet; the last one is next
         self._found: dict[kernel.Place, kernel.Found] = {}
         self._namespaces: dict[kernel.Place, Namespace] = {}
         self._numbers: dict[int, Namespace] = {}
@@ -99,18 +100,17 @@ class Finder:
         self._ended: dict[NamespaceId, _End] = {}
         self._binder.read_records()
         self._interval = options.resync_interval
-        #: monotonic time at which everything is marked
+        #: monotonic time of the next :meth:`mark_all`
         self._all_at = time.monotonic() + self._interval
-        #: monotonic times of the next search for new namespaces, and for all
+        #: monotonic times of the next searches: for new namespaces, for all
         self._search_at: Optional[float] = None
         self._search_all_at: Optional[float] = 0.0
         self._mounts_changed = False
-        #: whether an interface was put on one of the node in a namespace
-        #: that has no number
+        #: whether an event reported a macvlan in a namespace without a number
         self._is_unexplained = False
         self._explained_until = 0.0
         self._not_before = 0.0
-        #: of searches
+        #: paces of the searches: for new namespaces, for all
         self._pace_of_new, self._pace_of_all = Pace(), Pace()
 
     def close(self) -> None:
@@ -119,20 +119,20 @@ class Finder:
             self._events.close()
 
     def files(self) -> list[int]:
-        """Return what select(2) is to wait for until it can be read."""
+        """Return descriptors that are readable when events have come."""
         return [] if self._events is None else [self._events.fileno()]
 
     def conditions(self) -> list[int]:
-        """Return what has an exceptional condition when mounts change."""
+        """Return descriptors with an exceptional condition on new mounts."""
         return [self._mounts.fileno()]
 
     def note_mounts(self) -> None:
-        """Have namespaces with new names searched for."""
+        """Schedule a search among new mounts."""
         self._mounts_changed = True
         self._search_soon()
 
     def note(self) -> None:
-        """Read the events that have come, and mark their namespaces."""
+        """Read the events, and mark their namespaces."""
         now = time.monotonic()
         if self._events is None:
             return
@@ -146,24 +146,26 @@ class Finder:
         for number in changes.changed & known:
             self._turns.mark(self._numbers[number], now)
         for number in changes.ended & known:
-            # Another namespace may have the number by now: examine it again.
+            # The event may concern an earlier namespace, because the kernel
+            # reuses numbers. So examine this one again.
             found = self._numbers[number].found
             self._forget(self._numbers[number])
             self._found[found.place] = found
         if changes.ended:
             self._explained_until = now + _ENDING
-        # A macvlan in a namespace with a number has an event there, too. It
-        # is deleted after its namespace has ended.
+        # A macvlan in a namespace with a number causes a second event there,
+        # which names the number. After the end of its namespace, the deletion
+        # of the macvlan causes only the first event.
         self._is_unexplained |= changes.stacked and not changes.changed and (
             now >= self._explained_until)
         if changes.interfaces or changes.lost or self._unknown:
             self._search_soon()
         if changes.messages >= _FLOOD:
-            # Not longer than until there is something to do.
+            # The pause must not delay any work.
             time.sleep(max(0.0, min(_FLOOD_PAUSE, self.due() - now)))
 
     def note_records(self) -> None:
-        """Mark namespaces whose records another program has changed."""
+        """Mark namespaces with changed records."""
         now = time.monotonic()
         for identity in self._binder.read_records():
             namespace = self._namespaces.get(identity[:2])
@@ -171,7 +173,7 @@ class Finder:
                 self._turns.mark(namespace, now)
 
     def mark_all(self) -> None:
-        """Have all namespaces searched for and read."""
+        """Schedule a search for all namespaces, and a read of each."""
         now = time.monotonic()
         self._all_at = now + self._interval
         self.note_records()
@@ -180,7 +182,10 @@ class Finder:
         self._turns.add_routine(self._namespaces.values())
 
     def _mark_active(self, now: float) -> None:
-        """Mark namespaces that may have changed while events were lost."""
+        """Schedule a read of all namespaces after events were lost.
+
+        Active and bound namespaces come first.
+        """
         for namespace in self._namespaces.values():
             if now - namespace.marked < _ACTIVE or self._binder.has(
                     namespace.found.namespace):
@@ -197,7 +202,7 @@ class Finder:
             self._search_all_at = time.monotonic() + BURST
 
     def due(self) -> float:
-        """Return the monotonic time of the next :meth:`look`."""
+        """Return the monotonic time of the next :meth:`work`."""
         now = time.monotonic()
         times = [now if self._found else self._all_at]
         for at, pace in ((self._search_at, self._pace_of_new),
@@ -210,7 +215,7 @@ class Finder:
         return max(min(times), self._not_before)
 
     def postpone(self) -> None:
-        """Do nothing for a second, as after a fault of this process."""
+        """Postpone all work by a second, after an unexpected exception."""
         self._not_before = time.monotonic() + LAST
 
     def look(self) -> None:
@@ -225,7 +230,7 @@ class Finder:
         now = time.monotonic()
         ends = now + _AT_ONCE
         while now < ends:
-            # In turn, since there may be any number of both.
+            # One of each, because there may be any number of both.
             is_new = bool(self._found)
             if is_new:
                 place, found = next(reversed(self._found.items()))
@@ -279,10 +284,10 @@ class Finder:
         self._is_unexplained = False
 
     def _search_all(self) -> None:
-        """Find all namespaces of the node, and forget the ones that are gone.
+        """Find all namespaces of the node, and remove the ended ones.
 
-        :raises SystemRefused: if this process cannot see all; then none is
-            forgotten
+        :raises SystemRefused: if the namespaces cannot be listed completely;
+            then none is removed
         """
         now = time.monotonic()
         present = {each.place: each for each in self._search.all(
@@ -301,8 +306,9 @@ class Finder:
                     self._turns.mark(namespace, now)
             elif self._binder.has(known.namespace) and kernel.state(
                     known.path, known.namespace) is kernel.State.LIVING:
-                # Another program keeps it open, as Podman 4's server does.
-                # The kernel opens it by its number, and sends its end.
+                # Another program keeps the namespace open, for example the
+                # server of Podman 4. The kernel still opens it by its number,
+                # and reports its end by an event.
                 self._turns.mark(namespace, now)
             else:
                 self._forget(namespace)
@@ -311,17 +317,17 @@ class Finder:
         self._is_unexplained = self._mounts_changed = False
 
     def _relocate(self, namespace: Namespace, found: kernel.Found) -> None:
-        """Note the path and the process of a namespace."""
+        """Store a new path and process of a namespace."""
         is_same = namespace.found.path == found.path
         namespace.found = found._replace(namespace=namespace.found.namespace)
         if not is_same:
             self._turns.mark(namespace, time.monotonic())
 
     def _examine(self, found: kernel.Found) -> None:
-        """Identify a found namespace, and read it.
+        """Identify a found namespace, and then read it.
 
-        Its events begin with the number that it gets, so it is read
-        afterwards.
+        The kernel sends events of a namespace only after it has a number,
+        which this assigns. A read before that could miss a change.
         """
         self._turns.pace.begin()
         try:
@@ -334,7 +340,7 @@ class Finder:
         if known is not None and known.found.namespace == found.namespace:
             known.container = container
         else:
-            # The kernel uses inodes and numbers again.
+            # The kernel reuses inodes and numbers.
             for earlier in (known, None if number is None
                             else self._numbers.get(number)):
                 if earlier is not None:
@@ -371,7 +377,7 @@ class Finder:
                 self._turns.mark(namespace, now)
             else:
                 self._forget(namespace)
-                # Another namespace may have its path by now.
+                # The kernel may have reused the path, so examine it again.
                 self._found[namespace.found.place] = namespace.found
         except Exception:
             self._turns.mark(namespace, now)
@@ -380,7 +386,7 @@ class Finder:
             self._turns.pace.end(payer)
 
     def _forget(self, namespace: Namespace) -> None:
-        """Forget a namespace; if it is gone, have its addresses unbound."""
+        """Remove a namespace, and schedule the unbind of its addresses."""
         place, identity = namespace.found.place, namespace.found.namespace
         if self._namespaces.get(place) is namespace:
             del self._namespaces[place]
@@ -393,9 +399,9 @@ class Finder:
                 time.monotonic() + BURST, BURST, namespace.payer))
 
     def _unbind_ended(self) -> None:
-        """Unbind the addresses of namespaces that have ended.
+        """Unbind the addresses of ended namespaces.
 
-        Each try waits as long as all before it.
+        The pause between two attempts doubles each time.
         """
         now = time.monotonic()
         for identity, end in list(self._ended.items()):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A namespace of the node, and the time at which it is read again."""
+"""Calculate the time at which a changed namespace is read."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Hashable, Optional
 
 from kuryr_break0 import kernel
 
-#: Seconds from an event to the look that it causes: a burst is one.
+#: Seconds from an event to the read of its namespace, so that one read handles
+#: a whole burst of events.
 BURST = 0.03
-#: Seconds between two reads of one namespace: the first for as many reads as
-#: an engine may cause that replaces an interface a few times, then the last.
+#: Seconds between two reads of a namespace while it has credit, the maximum
+#: credit in reads, and seconds between two reads without credit. 24 reads are
+#: enough for an engine that replaces an interface several times.
 _SOON, _QUICK, LAST = 0.06, 24.0, 1.0
 
 
@@ -39,14 +41,15 @@ class Namespace:
 
     @property
     def payer(self) -> Hashable:
-        """Return the key of the share of time that it is read with.
+        """Return the cause that :class:`~kuryr_break0.pace.Pace` charges.
 
-        It is that of its container. A namespace of none has its own.
+        All namespaces of a container have the same cause. A namespace without
+        a container is a cause of its own.
         """
         return self.container or self.found.namespace
 
     def mark(self, now: float) -> float:
-        """Note a change; return the monotonic time of the look for it."""
+        """Record a change; return the monotonic time for the next read."""
         self.quick = min(_QUICK, self.quick + (now - self.marked) / 2)
         self.marked = now
         pause = LAST

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What discovery has recorded, and how it is withdrawn."""
+"""Find and unbind the records that discovery maintains."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ LOG = log.get_logger(__name__)
 
 #: The control groups of this process (cgroups(7)).
 _CGROUPS = '/proc/self/cgroup'
-#: The fact in the ledger that names the unit of the agent that discovers.
+#: Key in the ledger's cache for the systemd service of the agent that
+#: discovers containers.
 _UNIT = 'discovered_by'
 
 
 def owner_id(namespace: NamespaceId) -> str:
-    """Return the owner for a container whose id is unknown."""
+    """Return a container id for a discovered container."""
     return 'discovered-%d' % (namespace.cookie or namespace.inode)
 
 
 def unit() -> str:
-    """Return the service of systemd that this process is in.
+    """Return the systemd service of this process.
 
-    :returns: the path of its control group; empty for a process of no
-        service, as of a session, or of a container without systemd
+    :returns: path of its control group; empty outside of a service, for
+        example in a session or in a container without systemd
     """
     with contextlib.suppress(OSError, ValueError), \
             open(_CGROUPS, errors='surrogateescape') as file:
@@ -50,22 +51,22 @@ def unit() -> str:
 
 
 def note_unit(ledger: Ledger) -> None:
-    """Note that this agent discovers."""
+    """Record this process's service as the one that discovers containers."""
     ledger.cache.put(_UNIT, [unit()])
 
 
 def is_of_this_unit(ledger: Ledger) -> bool:
-    """Return whether the last agent that discovered was of this unit.
+    """Return whether the last discovering agent ran in this service.
 
-    Then a person has set ``discover`` to false. Any other agent may merely
-    run beside the one that discovers, which may be started again.
+    If so, and ``discover`` is false now, the operator has changed the option.
+    An agent of another service may merely run beside the agent that discovers.
     """
     own = unit()
     return bool(own) and ledger.cache.get(_UNIT) == [own]
 
 
 def take_back(options: config.Options, ledger: Ledger) -> bool:
-    """Unbind all that was discovered; whether that was done."""
+    """Unbind all discovered addresses; return whether all were unbound."""
     manager = Break0Manager(options)
     records: list[Record] = []
     is_done = False
@@ -84,7 +85,7 @@ def take_back(options: config.Options, ledger: Ledger) -> bool:
 
 
 def discovered(ledger: Ledger) -> Iterable[Record]:
-    """Return the claims that were discovered.
+    """Return the claims that discovery has made.
 
     :raises LedgerUnavailable: if the ledger cannot be read
     """
@@ -93,10 +94,10 @@ def discovered(ledger: Ledger) -> Iterable[Record]:
 
 
 def followed(ledger: Ledger) -> Iterator[Record]:
-    """Return the claims that discovery renews and withdraws.
+    """Return the claims that discovery updates and deletes.
 
-    Those that it has made, and those that were rebuilt: nothing says who has
-    made them, and nobody else may be there to withdraw them.
+    Discovery has made them, or they were rebuilt: the origin of a rebuilt
+    claim is unknown, so perhaps no other program will delete it.
 
     :raises LedgerUnavailable: if the ledger cannot be read
     """

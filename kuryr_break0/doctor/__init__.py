@@ -1,3 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Finds what is wrong with a node, why it matters, and what to do."""
+"""The diagnosis of a node: faults, their effects and their remedies."""

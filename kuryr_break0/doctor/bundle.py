@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""One archive with what a bug report needs."""
+"""The archive for a bug report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 
-#: Bytes of the archive before it is packed, and of one part.
+#: Largest size in bytes of the archive before compression, and of one part.
 _MOST, _PART = 10 * 2 ** 20, 2 ** 20
 _TIMEOUT = 10  # seconds for a program
 _COMMANDS = (
@@ -40,7 +40,7 @@ _COMMANDS = (
 _STATE = 'state/'
 _PACKAGES = ('kuryr-break0', 'kuryr-kubernetes', 'os-vif', 'pyroute2',
              'oslo.config', 'oslo.log')
-#: Keys whose values are never in a bundle: of the ledger, and of any file.
+#: An assignment of a secret, in any file. Its value is never in a bundle.
 _SECRET = re.compile(r'(?i)("?\b\w*(?:secret|password|token)\w*"?\s*[:=]\s*)'
                      r'("[^"]*"|\S+)')
 
@@ -59,11 +59,11 @@ class Bundle:
         self._stem = 'kuryr-break0-%s' % time.strftime('%Y%m%d-%H%M%S')
 
     def write(self, path: str, parts: dict[str, Callable[[], str]]) -> None:
-        """Write all that can be had.
+        """Write the archive; a part that fails contains its error.
 
-        :param path: of a file that must not be there yet
-        :param parts: what the caller knows: names, and what returns a text
-        :raises OSError: if it cannot be written
+        :param path: path of the archive, which must not exist
+        :param parts: functions that return further parts, by name
+        :raises OSError: if the archive cannot be written
         """
         parts = {'versions.txt': _versions, 'options.txt': lambda: '\n'.join(
             '%s = %s' % each for each in vars(self._options).items()),
@@ -77,12 +77,12 @@ class Bundle:
             for name, make in parts.items():
                 try:
                     text = make()
-                except Exception as err:  # the rest is worth having
+                except Exception as err:  # the other parts are useful still
                     text = 'It cannot be had: %r' % err
                 self._add(archive, name, text)
 
     def _state(self) -> dict[str, Callable[[], str]]:
-        """Return what reads each file of the state directory."""
+        """Return functions that read the files of the state directory."""
         top = self._options.state_dir
         return {
             _STATE + os.path.relpath(path, top):
@@ -96,7 +96,7 @@ class Bundle:
         text = _SECRET.sub(r'\1***', text)
         if self._redactor is not None:
             text = self._redactor.redact(text)
-            if name.startswith(_STATE):  # the other names are ours
+            if name.startswith(_STATE):  # all other names are constants
                 name = self._redactor.redact(name)
         data = text.encode(errors='replace')[:_PART]
         data = data[:max(0, _MOST - self._size)]
@@ -106,7 +106,7 @@ class Bundle:
         archive.addfile(info, io.BytesIO(data))
 
     def _names(self) -> set[str]:
-        """Return the names of this node, and of what is on it."""
+        """Return the names of the node, its interfaces, pods and networks."""
         names = {socket.gethostname(),
                  os.environ.get('KUBERNETES_NODE_NAME', ''),
                  *(name for _, name in socket.if_nameindex())}

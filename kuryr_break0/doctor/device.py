@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checks break0 itself and its parent."""
+"""Checks of break0 and its parent."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _ARP_FILTER = 'ipv4/conf/%s/arp_filter'
 
 
 def check_use(node: Node, seen: Parent) -> Iterator[Finding]:
-    """Find what makes it useless. Without such faults the rest is checked."""
+    """Report faults that make a break0 unusable, and all further checks."""
     yield from _check_options(node, seen) or _check_existence(node, seen)
 
 
 def _check_options(node: Node, seen: Parent) -> list[Finding]:
-    """Compare the parent with the one that is configured."""
+    """Compare the parent of the pods with the options."""
     found: list[Finding] = []
     parent, table = seen.parent, node.options.route_table
     if seen.live and node.options.parent not in (None, seen.name):
@@ -66,7 +66,7 @@ def _check_existence(node: Node, seen: Parent) -> Iterator[Finding]:
             '%s is %s, where a macvlan in bridge mode is needed' % (
                 name, link.described), device=name)
     elif (link.lower, link.lower_namespace) != parent.lower_of_macvlans:
-        if seen.live:  # otherwise it is reported for the parent of pods
+        if seen.live:  # the parent of the pods has its own report
             yield KINDS['break0-wrong-parent'].found(
                 '%s is on %s, but the pods are on %s' % (
                     name, device.lower_name(link)
@@ -84,7 +84,8 @@ def _check_existence(node: Node, seen: Parent) -> Iterator[Finding]:
             '%s is in %s, but %s is in %s' % (
                 name, _vrf_of(link), parent.name, _vrf_of(parent)))
     else:
-        # When the MAC address changes, the kernel drops the neighbours.
+        # Both faults delete routes or neighbours: the kernel flushes routes
+        # of an interface that is down, and neighbours at a new MAC address.
         yield from _check_differences(seen, 'break0-down', 'break0-mac')
 
 
@@ -96,7 +97,7 @@ def _check_differences(seen: Parent, *kinds: str) -> Iterator[Finding]:
         if texts:
             yield KINDS[kind].found(
                 '%s: %s' % (seen.device, ', '.join(texts)),
-                # That of a sysctl begins with its name.
+                # The text for a sysctl begins with the name of the sysctl.
                 names='|'.join(text.split()[0] for text in texts))
 
 
@@ -107,9 +108,9 @@ def _vrf_of(link: kernel.Link) -> str:
 
 def check(node: Node, seen: Parent, netlink: kernel.Netlink,
           ask: bool) -> Iterator[Finding]:
-    """Check a break0 that can be used, and what else is on its parent.
+    """Check a usable break0, and other macvlans on its parent.
 
-    :param ask: ask the LAN who has addresses
+    :param ask: send ARP requests to find duplicate addresses on the LAN
     """
     link, parent = seen.link, seen.parent
     if link is None or parent is None:
@@ -145,7 +146,7 @@ def _check_addresses(node: Node, seen: Parent, parent: kernel.Link,
     has = set(seen.addresses)
     wants = set(Policy(node.options).own_addresses(
         addresses, parent.index, seen.device))
-    # A link-local one comes from addr_gen_mode, which is checked too.
+    # addr_gen_mode, which has its own check, creates link-local addresses.
     strange = {address for address in has - wants
                if address.version == 4 or not address.is_link_local}
     if strange or wants - has:
@@ -163,10 +164,10 @@ def _check_addresses(node: Node, seen: Parent, parent: kernel.Link,
 def _check_addr(node: Node, seen: Parent, netlink: kernel.Netlink,
                 addresses: Collection[tuple[int, IPAddress]],
                 ask: bool) -> Iterator[Finding]:
-    """Look for addresses of [break0] addr that were the node's, and are not.
+    """Report addresses of [break0] addr that the node no longer has.
 
-    One that break0 alone has is fine in a network of the parent, until
-    another host has it.
+    An address that only break0 has is correct if it is in a network of the
+    parent and no other host has it.
     """
     known = {address.version for index, address in addresses
              if seen.parent and index == seen.parent.index
@@ -176,7 +177,8 @@ def _check_addr(node: Node, seen: Parent, netlink: kernel.Netlink,
     for address in node.options.addr:
         if address not in alone or address.version not in known:
             continue
-        # Of its own the kernel would say that it is local.
+        # For break0's own address the kernel returns a local route. The
+        # neighbouring address shows the network.
         why = ''
         if not netlink.is_on_link(type(address)(int(address) ^ 1)):
             why = 'it is in no network of %s' % seen.name
@@ -191,7 +193,7 @@ def _check_addr(node: Node, seen: Parent, netlink: kernel.Netlink,
 
 
 def _check_answers(name: str) -> Iterator[Finding]:
-    """Look if it answers the LAN's ARP requests for others."""
+    """Report sysctls that make break0 answer ARP requests from the LAN."""
     wrong = [('proxy_arp', where, 0) for where in ('all', name)
              if kernel.read_sysctl('ipv4/conf/%s/proxy_arp' % where)]
     if not largest_sysctl(_ARP_FILTER, 'all', name):
@@ -210,7 +212,8 @@ def _check_guard(node: Node, seen: Parent) -> Iterator[Finding]:
             '%s, so %s has no guard' % (NO_NFT, seen.device),
             severity=ERROR if node.options.guard == config.ON else None)
         return
-    # Whoever is not to pass any more is reported for what is against it.
+    # Refused addresses, gone sandboxes and foreign routes are reported
+    # themselves, so their guard entries are not.
     known = {*node.seen.refused, *(each.address for each in node.seen.gone),
              *(route.dst for route in seen.plan.foreign)}
     missing, stale = (
@@ -228,9 +231,9 @@ def _check_guard(node: Node, seen: Parent) -> Iterator[Finding]:
 
 def _check_siblings(parent: kernel.Link, netlink: kernel.Netlink,
                     ours: Collection[str]) -> Iterator[Finding]:
-    """Look for macvlans of the node that answer the LAN in its name.
+    """Report other macvlans that answer ARP requests for node addresses.
 
-    :param ours: names of break0s, and of the parent
+    :param ours: names of the break0s and of the parent
     """
     for link in netlink.links():
         if ((link.lower, link.lower_namespace) == parent.lower_of_macvlans

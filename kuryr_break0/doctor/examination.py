@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Runs all checks, in an order in which one fault is reported once."""
+"""Runs all checks, causes before effects, so that a fault is reported once."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.snapshot import Parent
 
-#: Seconds for which the lock is waited for, that is held for milliseconds.
+#: Seconds to wait for the lock. A bind holds it for milliseconds.
 PATIENCE = 2.0
-#: Pods that are entered and pinged: each takes some milliseconds. More than
-#: the 110 that kubelet allows on a node.
+#: Largest number of pods to enter and ping. The kubelet's default limit is
+#: 110 pods on a node.
 MOST = 128
 
 
@@ -62,7 +62,7 @@ class Examination:
     not_examined: list[str] = dataclasses.field(default_factory=list)
 
     def has(self, severity: str) -> bool:
-        """Return whether something of a severity was found."""
+        """Return whether a finding has a severity."""
         return any(each.severity == severity for each in self.findings)
 
 
@@ -71,10 +71,11 @@ def examine(conf: cfg.ConfigOpts, probe: bool = True, over: Over = iter,
             ) -> Examination:
     """Examine a node, and change nothing.
 
-    :param probe: ping pods and node, unless what was found stops that
-    :param over: iterates over what takes long, and may show how far it is
+    :param probe: ping pods and node, except where a finding explains that
+        pings are lost
+    :param over: iterates over pods, and may show the progress
     :param waiting: returns the pods of the node that have waited for a port
-        for some seconds; None if no Kubernetes API is configured
+        for a given number of seconds; None without a Kubernetes API
     """
     def check(options: config.Options, done: Examination,
               host: Host) -> None:
@@ -92,7 +93,7 @@ def examine(conf: cfg.ConfigOpts, probe: bool = True, over: Over = iter,
                     'whether pods wait for a port: %s' % err)
         done.findings += records.check_directory(options)
         if any(each.id == 'state-dir-unusable' for each in done.findings):
-            return  # without it nothing can be compared
+            return  # all further checks compare with the ledger
         with kernel.Netlink() as netlink:
             node = Node(options, netlink, PATIENCE, over)
             _examine_node(node, netlink, done, host, probe)
@@ -107,10 +108,10 @@ def examine(conf: cfg.ConfigOpts, probe: bool = True, over: Over = iter,
 
 def examine_before(conf: cfg.ConfigOpts,
                    parent: Optional[str] = None) -> Examination:
-    """Examine a node on which break0 is not in use yet.
+    """Examine a node before the installation of break0.
 
-    :param parent: the interface that containers will be on; by default that
-        of the options
+    :param parent: the interface for the containers; by default the one of
+        the options
     """
     def check(options: config.Options, done: Examination,
               host: Host) -> None:
@@ -140,7 +141,8 @@ def _examined(conf: cfg.ConfigOpts, check: Callable[
         done.invalid = True
     except exceptions.Break0Error as err:
         done.unreadable = err
-    # What to do first; within that, pings, then causes before effects.
+    # Errors first. Findings of one severity keep their order: pings, then
+    # causes before effects.
     done.findings = sorted(map(host.advised, done.findings), key=lambda each:
                            SEVERITIES.index(each.severity))
     return done
@@ -174,8 +176,8 @@ def _examine_parent(node: Node, parent: Parent, netlink: kernel.Netlink,
     done.findings += useless
     if useless:
         node.useless.add(parent.device)
-    # What is on an interface that is not there, or not ours, says nothing
-    # more.
+    # On a missing interface, or one of another program, each further check
+    # would report the same fault.
     if useless or parent.link is None:
         return
     done.findings += device.check(node, parent, netlink, probe)
@@ -190,11 +192,11 @@ def _examine_parent(node: Node, parent: Parent, netlink: kernel.Netlink,
 
 
 def _ping(node: Node, done: Examination) -> list[Finding]:
-    """Ping, but where what was found stops these very pings."""
+    """Ping addresses, except where a finding explains that pings are lost."""
     errors = [each for each in done.findings if each.severity == ERROR
               or each.id in ('neighbour-missing', 'pod-unreadable')]
     stopped = {subject for each in errors for subject in each.subjects}
-    # What is wrong with an interface concerns all of its addresses.
+    # A fault of an interface concerns all of its addresses.
     ill = {subject for each in errors if each.id.startswith('pod-')
            for subject in each.subjects}
     found: list[Finding] = []

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The findings of the doctor, whose texts are in findings.txt.
+"""The findings of the doctor; findings.txt has their texts.
 
-Each has an id that never changes, for alerts, runbooks and searches. The other
-modules of this package decide whether it applies. The documentation prints the
-texts as they are in that file.
+The id of a finding never changes, for alerts, runbooks and searches. The
+documentation prints the texts of findings.txt unchanged.
 """
 
 from __future__ import annotations
@@ -17,15 +16,17 @@ from typing import Any, Collection, Iterable, Iterator, Optional
 
 #: Node and pods cannot reach each other, or soon will not.
 ERROR = 'error'
-#: They can, but that depends on something that may end, or it harms others.
+#: Node and pods reach each other, but may not after the next change of the
+#: node; or the fault harms other hosts.
 WARNING = 'warning'
-#: It may be intended. It does not change the exit status.
+#: A setting that may be intended. It does not change the exit status.
 NOTE = 'note'
-#: What to do first.
+#: The severities, worst first.
 SEVERITIES = (ERROR, WARNING, NOTE)
 
 PATH = os.path.join(os.path.dirname(__file__), 'findings.txt')
-#: A line continues the one before it if it is indented by six blanks.
+#: One finding, after lines that begin with six blanks were joined to the line
+#: before them.
 _TEXT = re.compile(r'(?P<id>\S+): (?P<severity>\w+)\n'
                    r'when  (?P<when>.*)\nwhy   (?P<why>.*)\n'
                    r'do    (?P<remedy>.*)(?P<commands>(?:\n    \$ .*)*)')
@@ -33,16 +34,15 @@ _TEXT = re.compile(r'(?P<id>\S+): (?P<severity>\w+)\n'
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """Something that is not as it should be, or the template of that.
+    """A fault of the node, or the template for it.
 
-    :ivar when: the condition under which it is reported, for the
-        documentation
-    :ivar why: why it matters
-    :ivar remedy: what to do about it
-    :ivar commands: how, by commands that can be pasted into a shell; those
-        of a template have fields of the form ``%(name)s``
-    :ivar seen: what was found, in this case
-    :ivar subjects: what it is about, if it is several: addresses, files
+    :ivar when: the condition for the report, for the documentation
+    :ivar why: the effect of the fault
+    :ivar remedy: the action against the fault
+    :ivar commands: shell commands for the action; commands of a template
+        have fields of the form ``%(name)s``
+    :ivar seen: the actual state
+    :ivar subjects: the addresses, sandboxes or files with the fault
     """
 
     id: str
@@ -72,19 +72,19 @@ class Finding:
 
 
 def inside(netns: object, command: str, *names: object) -> str:
-    """Return a command that is run in a namespace.
+    """Return a shell command that runs a command in a namespace.
 
-    :param names: what others have chosen, as a container the names of its
-        interfaces, for the fields of the command; it goes into a shell
+    :param names: values for the fields of the command. They are quoted,
+        since a container can choose the names of its interfaces.
     """
     return 'nsenter --net=%s %s' % (shlex.quote(str(netns)), command % tuple(
         shlex.quote(str(name)) for name in names))
 
 
 def merged(found: Iterable[Finding]) -> Iterator[Finding]:
-    """Make one finding of all of a kind, in the words of the worst.
+    """Merge findings of one kind into the finding with the worst severity.
 
-    A command that several have is the last one, as a sync after all others.
+    A command of several findings comes last, as a sync after the others.
     """
     kinds: dict[str, list[Finding]] = {}
     for each in found:
@@ -106,5 +106,5 @@ def _read() -> Iterator[Finding]:
             yield Finding(**texts, commands=tuple(commands))
 
 
-#: The templates by their ids, in the order in which they are looked for.
+#: The templates by id, in the order of findings.txt.
 KINDS = {kind.id: kind for kind in _read()}

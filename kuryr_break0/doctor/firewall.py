@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Names rules of iptables by their counters, and what lets traffic pass.
+"""Finds rules of iptables by their counters, and rules that accept traffic.
 
-The kernel's trace shows the rules of nftables, and of iptables that uses
-nftables, but not those of iptables-legacy. Their counters do: the rule whose
-counter rises with a packet that is lost has dropped it.
+The kernel's trace shows the rules of nftables and iptables-nft, but not of
+iptables-legacy. There, the rule that dropped a packet has a counter that rose
+when the packet was lost.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LOG = log.get_logger(__name__)
 
 #: Seconds for a program to list all rules.
 _TIMEOUT = 10
-#: Of iptables, whose own program keeps what it has set.
+#: Chains of iptables. A rule in them must be set by iptables, which keeps it.
 _BUILT_IN = ('PREROUTING', 'INPUT', 'OUTPUT', 'FORWARD', 'POSTROUTING')
 _POLICY = re.compile(r':(\S+) (\w+) \[(\d+):')
 _RULE = re.compile(r'\[(\d+):\d+\] (-A (\S+).*)')
@@ -44,7 +44,7 @@ class Rule(NamedTuple):
 
     def accept(self, device: str, comes_in: bool) -> str:
         """Return the command for a rule that lets traffic pass before it."""
-        # The policies are of ufw too, if there are chains of it.
+        # If chains of ufw exist, ufw has set the policies too.
         if self.chain.startswith('ufw') or (
                 self.text.startswith('policy') and any(
                     'ufw-before-input' in text for text in _rulesets())):
@@ -60,10 +60,10 @@ class Rule(NamedTuple):
 
 def accept(table: str, chain: str, device: str, comes_in: bool,
            text: str = '') -> str:
-    """Return the command for a rule of nftables, as :meth:`Rule.accept`.
+    """Return the command that inserts a rule of nftables, or of its manager.
 
     :param table: family and name
-    :param text: begins with "policy" if it is no rule but a policy
+    :param text: the rule that drops, or "policy" for the policy of the chain
     """
     family, name = table.split(' ', 1)
     if name == 'firewalld':
@@ -83,7 +83,7 @@ def _ufw(device: str, comes_in: bool) -> str:
 
 
 def not_examined() -> Iterator[str]:
-    """Return which rules cannot be named, if they drop a packet."""
+    """Return the programs without which dropping rules cannot be named."""
     if kernel.find_program('nft') is None:
         for program, package in (('nft', 'nftables'),
                                  ('iptables-save', 'iptables')):
@@ -114,9 +114,9 @@ def counters(version: int) -> dict[Rule, int]:
 
 def risen(before: dict[Rule, int], after: dict[Rule, int],
           device: str) -> list[Rule]:
-    """Return the rules that more packets have met, of any interface or this.
+    """Return the rules with a risen counter.
 
-    :param device: the interface that they pass
+    :param device: leave out rules for other interfaces
     """
     return [rule for rule, count in after.items()
             if count > before.get(rule, count) and all(
@@ -138,10 +138,11 @@ def _parsed(text: str, program: str) -> Iterator[tuple[Rule, int]]:
 
 
 def masquerading(parent: str, device: str) -> Optional[tuple[str, str]]:
-    """Return a rule that rewrites what leaves by a parent, if any.
+    """Return a source NAT rule for a parent, and its command for break0.
 
-    With the command that adds it for the device on it, but for what the node
-    itself sends, which has no address there. None if that has one.
+    The command's rule leaves out traffic from the node itself.
+
+    :returns: None if the parent has no such rule, or break0 has one already
     """
     out = r'(-o|oif(?:name)?) "?%s"?(?=\s)'
     named = re.compile(out % re.escape(parent))
@@ -173,7 +174,7 @@ def _rulesets() -> Iterator[str]:
 
 
 def plain(rule: str) -> str:
-    """Return a rule of nftables without its verdict and counter."""
+    """Return a rule of nftables without verdict and counter."""
     return re.sub(r'\s*\(verdict.*|counter packets \d+ bytes \d+ ', '', rule)
 
 

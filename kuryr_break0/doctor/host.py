@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What advice depends on: the configuration in use, and who starts what."""
+"""Adapts remedies to the host: its configuration file and its services."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor import installation
 
 _AGENT = 'kuryr-break0-agent'
-#: What remedies say, and is left out where there is no Kuryr.
+#: A part of remedies that is left out on hosts without Kuryr.
 _OF_KURYR = ', and kuryr-daemon if there is one'
 
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """A host, for which advice is written.
+    """The properties of a host on which remedies depend.
 
-    :ivar file: the configuration file in use, or the one to make
-    :ivar has_units: whether the agent is a service of systemd here
+    :ivar file: the configuration file in use, or the one to create
+    :ivar has_units: whether the agent is a service of systemd
     """
 
     file: str
@@ -50,7 +50,7 @@ class Host:
             else '')
 
     def set(self, **values: str) -> list[str]:
-        """Return commands that set options of [break0], and apply them."""
+        """Return commands that set options and restart the agent."""
         try:
             with open(self.file) as file:
                 text = file.read()
@@ -75,7 +75,7 @@ class Host:
         return commands + self._restart()
 
     def unset(self, name: str) -> list[str]:
-        """Return commands that take an option out of the file."""
+        """Return commands that remove an option and restart the agent."""
         return ["sed -i '/^ *%s *=/d' %s" % (name, shlex.quote(self.file)),
                 *self._restart()]
 
@@ -83,7 +83,7 @@ class Host:
         return ['systemctl restart ' + _AGENT] if self.has_units else []
 
     def advised(self, finding: Finding) -> Finding:
-        """Return a finding that names what this host has."""
+        """Return a finding with the file and the services of this host."""
         remedy = finding.remedy.replace('kuryr.conf', self.file)
         return dataclasses.replace(
             finding, remedy=remedy if self.has_kuryr

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Check that Kuryr finds and loads the driver, in supported versions.
+"""Checks that Kuryr finds and loads the driver, in supported versions.
 
-Nothing that needs the kernel is imported at the top, so that this works
-also if an unsupported version cannot be imported.
+The module imports no dependency of the package except packaging, because
+an unsupported version of a dependency may fail to import.
 """
 
 from __future__ import annotations
@@ -29,29 +29,31 @@ _DISTRIBUTION = 'kuryr-break0'
 #: installed, this is a host without Kuryr.
 _KURYR = ('kuryr-kubernetes', 'os-vif', 'oslo.concurrency',
           'oslo.versionedobjects', 'pyroute2', 'stevedore', 'cotyledon')
-#: What setup.cfg registers, by the names that Kuryr and os-vif look for.
+#: Entry points of setup.cfg: group, name (as Kuryr or os-vif looks it up) and
+#: module.
 _ENTRY_POINTS = (('kuryr_kubernetes.cni.binding', 'VIFMacvlanBreak0',
                   'kuryr_break0.kuryr.driver'),
                  ('os_vif', 'kuryr_break0',
                   'kuryr_break0.kuryr.os_vif_plugin'))
-#: cotyledon's title of the process that starts the others, and what it is
-#: where the setproctitle that it needs for that is not there.
+#: The command line of kuryr-daemon's first process: with the title that
+#: cotyledon sets, and without the package setproctitle, which cotyledon needs
+#: to set a title.
 _TITLES = (re.compile(r'kuryr-daemon: master process \[(/\S*)'),
            re.compile(r'\S*python[0-9.]*\0(/\S*/kuryr-daemon)\0'))
 #: Kuryr's CNI plugin: pip installs one in Python, Kuryr's image has one in Go.
 _PLUGIN = 'kuryr-cni'
-#: A script that is in Python, enters an environment of it, or starts it
+#: Text in a script that is in Python, or enters or starts a Python environment
 _PYTHON = re.compile('python|kuryr_kubernetes', re.IGNORECASE)
 _COMMENT = re.compile(r'\n\s*#.*')
 _PATH = re.compile(r'(?<![\w.])/[\w./+@-]+')
-#: Bytes of a script that are read, and scripts that start one another
+#: Largest number of bytes to read of a script, and of scripts to follow
 _SCRIPT_SIZE, _SCRIPTS = 2 ** 16, 16
 
 
 def check() -> Iterator[Finding]:
     """Examine the Python environment of this process."""
     unfit = list(_unfit())
-    if unfit:  # what follows would only say the same in other words
+    if unfit:  # an unfit dependency also breaks the entry points
         yield KINDS['dependency-unfit'].found(
             '; '.join('%s is %s, but %s is needed' % (
                 each.name, found or 'not installed',
@@ -70,8 +72,11 @@ def is_for_kuryr() -> bool:
 
 
 def _unfit() -> Iterator[tuple[requirements.Requirement, str]]:
-    """Return the requirements that are not met, with the present version."""
-    wanted: list[str] = []  # without a distribution, nor has it entry points
+    """Return the requirements that are not met, with the present version.
+
+    The version is empty if the requirement is not installed.
+    """
+    wanted: list[str] = []  # if the package itself is not installed
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         wanted = importlib.metadata.requires(_DISTRIBUTION) or []
     for requirement in map(requirements.Requirement, wanted):
@@ -87,7 +92,8 @@ def _unfit() -> Iterator[tuple[requirements.Requirement, str]]:
 
 def _version(name: str) -> str:
     """Return the version of a distribution; empty if not installed."""
-    # Before Python 3.10, oslo.config is not found as oslo_config is.
+    # Before Python 3.10, importlib.metadata does not normalise names: it
+    # finds oslo_config, but not oslo.config.
     for spelling in (name, _normalized(name)):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(spelling)
@@ -107,7 +113,7 @@ def _check_entry_point(group: str, name: str,
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # Kuryr's imports warn
             found[0].load()
-    except Exception as err:  # whatever its import raises
+    except Exception as err:  # an import can raise any exception
         yield KINDS['driver-broken'].found(
             'the entry point %s of %s does not load: %s: %s' % (
                 name, group, type(err).__name__, err),
@@ -115,9 +121,9 @@ def _check_entry_point(group: str, name: str,
 
 
 def _entry_points(group: str) -> Iterator[importlib.metadata.EntryPoint]:
-    """Find entry points like stevedore, without writing its cache.
+    """Return the entry points that stevedore finds; do not write its cache.
 
-    Of a distribution that is there twice, the first hides the other.
+    If a distribution is installed twice, the first one on the path counts.
     """
     seen = set()
     for distribution in importlib.metadata.distributions():
@@ -135,8 +141,7 @@ def _normalized(name: str) -> str:
 def check_daemon() -> Iterator[Finding]:
     """Compare kuryr-daemon with the Python environment of this process.
 
-    Where it is in a container of its own it is not seen, and nothing is
-    said.
+    Reports nothing if kuryr-daemon runs in another container.
     """
     installed = _installed_at()
     for pid, program, since in _daemons():
@@ -157,18 +162,19 @@ def _readable(when: float) -> str:
 
 
 def _daemons() -> Iterator[tuple[int, str, float]]:
-    """Return the daemons that see the same files as this process.
+    """Return each kuryr-daemon in the mount namespace of this process.
 
-    Each by its process, its program, and since when it runs (of the epoch).
+    :returns: process id, path of the program, and time of the start in
+        seconds since the epoch
     """
     seen = set()
     for pid in sorted(map(int, filter(str.isdigit, os.listdir('/proc')))):
-        with contextlib.suppress(OSError):  # it ended, or is not ours
+        with contextlib.suppress(OSError):  # it ended, or access is denied
             with open('/proc/%d/cmdline' % pid, errors='replace') as file:
                 title = file.read()
             match = next(filter(None, (pattern.match(title)
                                        for pattern in _TITLES)), None)
-            # A child may have the title of its parent.
+            # A child process can have the title of its parent process.
             if (match is not None and match[1] not in seen
                     and os.path.samefile('/proc/%d/ns/mnt' % pid,
                                          '/proc/self/ns/mnt')):
@@ -185,7 +191,10 @@ def _started_at(pid: int) -> float:
 
 
 def _installed_at() -> float:
-    """Return when pip wrote what it writes last; 0 if that is unknown."""
+    """Return the time of the installation: pip writes RECORD last.
+
+    :returns: seconds since the epoch; 0 if the file does not exist
+    """
     with contextlib.suppress(OSError,
                              importlib.metadata.PackageNotFoundError):
         distribution = importlib.metadata.distribution(_DISTRIBUTION)
@@ -196,7 +205,7 @@ def _installed_at() -> float:
 
 
 def check_plugin() -> Iterator[Finding]:
-    """Report Kuryr's CNI plugin in Python, which pip installs."""
+    """Report a CNI plugin of Kuryr that starts Python."""
     found = {path: program for path, program in (
         (path, _python_of(path)) for path in (
             os.path.join(directory, _PLUGIN)
@@ -209,13 +218,13 @@ def check_plugin() -> Iterator[Finding]:
 
 
 def _python_of(path: str) -> Optional[str]:
-    """Return the script by which a program runs Python.
+    """Return the script that runs Python when a program is started.
 
-    :returns: the path without links of the program itself, or of a script
-        that it names; None if there is none, or if a file cannot be read
+    :returns: the resolved path of the program, or of a script that it
+        names; None if neither runs Python or can be read
     """
     paths = [path]
-    for each in paths:  # the list grows meanwhile
+    for each in paths:  # the loop appends to the list
         script = _script(each)
         if _PYTHON.search(script):
             return os.path.realpath(each)
@@ -225,9 +234,11 @@ def _python_of(path: str) -> Optional[str]:
 
 
 def _script(path: str) -> str:
-    """Return the beginning of a script without comments; empty if it is none.
+    """Return the beginning of a script, without comments.
 
-    A pipe or a device must neither hold up this process nor be read.
+    Pipes and devices are not read, since that can block or take data.
+
+    :returns: empty for an ELF program or a file that cannot be read
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):

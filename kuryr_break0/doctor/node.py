@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The node as the checks see it: a snapshot, and what changes meanwhile."""
+"""The snapshot for all checks, and the addresses that change meanwhile."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from kuryr_break0.model import Record
 from kuryr_break0 import snapshot
 
 _T = TypeVar('_T')
-#: Iterates over a sequence, and may show how far it is.
+#: Iterates over a sequence, and may show the progress.
 Over = Callable[[Sequence[Any]], Iterable[Any]]
 
 
 class Node:
-    """The snapshot that all checks use, so that they agree.
+    """The snapshot for all checks.
 
-    Whoever binds or unbinds has the lock from the first change to the last.
-    Addresses whose record differs between two reads of the ledger are in
-    flight: nothing is said of them.
+    A bind or unbind holds the lock from its first change to its last. An
+    address with different records in two reads of the ledger is being bound
+    or unbound, and is not reported.
 
-    :ivar seen: what was read
+    :ivar seen: the snapshot
     :ivar live: the newest claim on each address
-    :ivar useless: the break0s by which nothing can be reached
-    :ivar changing: addresses that are just being bound or unbound
-    :ivar lock_free: whether all who had the lock have let it go
+    :ivar useless: the break0s with a fault that stops all traffic
+    :ivar changing: addresses that are being bound or unbound
+    :ivar lock_free: whether the lock was free each time
 
-    :param patience: seconds for which the lock is waited for
+    :param patience: seconds to wait for the lock
     :raises Break0Error: if state directory or kernel cannot be read
     """
 
@@ -50,9 +50,9 @@ class Node:
         self.refresh()
 
     def refresh(self) -> None:
-        """Note what is being changed, or was, since the records were read.
+        """Add the addresses with records that changed since the snapshot.
 
-        To be called each time after reading the kernel.
+        Call this after each read of the kernel.
         """
         self.lock_free = (self.lock_free
                           and self.ledger.is_free_within(self._patience))
@@ -64,36 +64,37 @@ class Node:
             != _without_pod_side(after.get(address, ()))}
 
     def settled(self, addresses: Iterable[IPAddress]) -> list[IPAddress]:
-        """Return those that nobody is just changing, in their order."""
+        """Return the addresses that are not being changed, in their order."""
         return [address for address in addresses
                 if address not in self.changing]
 
     def pods(self, parent: Optional[snapshot.Parent] = None
              ) -> list[list[Record]]:
-        """Return the records of each pod that nobody is just changing."""
+        """Return the records of each pod that is not being changed."""
         live = self.live if parent is None else parent.live
         return snapshot.by_interface(
             live[address] for address in self.settled(live))
 
 
 def sample(items: Sequence[_T], size: int) -> list[_T]:
-    """Return so many of a sequence at most, evenly over all of it."""
+    """Return at most `size` items, evenly spread over a sequence."""
     if len(items) <= size:
         return list(items)
     return [items[number * len(items) // size] for number in range(size)]
 
 
 def largest_sysctl(path: str, *devices: Optional[str]) -> int:
-    """Return the largest value that interfaces have of a sysctl.
+    """Return the largest value of a sysctl on several interfaces.
 
-    That of ``all`` and of the interface is what the kernel takes for many.
+    For arp_filter, arp_ignore and rp_filter, the kernel applies the larger
+    value of ``all`` and the interface (ip-sysctl.rst).
 
-    :param path: below /proc/sys/net, with ``%s`` for the interface
+    :param path: path below /proc/sys/net, with ``%s`` for the interface
     """
     return max(kernel.read_sysctl(path % device) or 0
                for device in devices if device is not None)
 
 
 def _without_pod_side(claims: Iterable[Record]) -> list[object]:
-    # That is written a little later, and changes nothing of the rest.
+    # The pod side is recorded after the bind, and no check compares it.
     return [(claim.owner, claim.mac, claim.bound_at) for claim in claims]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checks the pod side: whether pods can reach their node."""
+"""Checks of the pod side: neighbours, routes and interfaces in pods."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from kuryr_break0.model import Record
 from kuryr_break0 import podside
 from kuryr_break0.snapshot import Parent
 
-#: Seconds within which an ADD or DEL ends that has changed a pod.
+#: Seconds after which an ADD or DEL that has changed a pod is done.
 _SETTLED = 1.0
 _SYNC = 'kuryr-break0 sync'
 
 
 def check_configured(node: Node, parent: Parent) -> Iterator[Finding]:
-    """Look by the ledger for pods that cannot find their node."""
+    """Report pods without current node addresses, by the ledger."""
     records = [parent.live[address] for address in node.settled(parent.live)]
     unconfigured = [record.address for record in records
                     if parent.node is not None and record.netns is not None
@@ -50,7 +50,7 @@ def check_configured(node: Node, parent: Parent) -> Iterator[Finding]:
             'for the node by IPv6', asking)
     asking = [record.address for record in records
               if record.address.version == 4 and record.configured is None]
-    # The larger of all and the interface is what counts.
+    # The kernel applies the larger value of all and the interface.
     for where in ('all', parent.device):
         value = kernel.read_sysctl('ipv4/conf/%s/arp_ignore' % where)
         if value and asking:
@@ -61,7 +61,7 @@ def check_configured(node: Node, parent: Parent) -> Iterator[Finding]:
 
 
 def enterable(node: Node, parent: Parent) -> list[list[Record]]:
-    """Return the records of each pod whose namespace can be entered."""
+    """Return the records of each pod with an enterable namespace."""
     return [records for records in node.pods(parent)
             if records[0].netns is not None and parent.node is not None
             and (records[0].configured == parent.node.digest
@@ -72,13 +72,14 @@ def check_inside(node: Node, parent: Parent, pods: Sequence[list[Record]]
                  ) -> Iterator[Finding]:
     """Examine the namespaces of pods, and change nothing there.
 
-    :param pods: the records of each
+    :param pods: the records of each pod
     """
     found = list(_check_unconfigured(node, parent))
     ill = [records for records in node.over(pods)
            if any(_check_pod(node, parent, records))]
     if ill:
-        # An ADD or DEL may be half done, for some time without the lock.
+        # A runtime changes a pod before and after it calls the driver, so a
+        # pod can be incomplete while the lock is free.
         time.sleep(_SETTLED)
         again = [(records[0], list(_check_pod(node, parent, records)))
                  for records in ill]
@@ -92,18 +93,18 @@ def check_inside(node: Node, parent: Parent, pods: Sequence[list[Record]]
 
 def _check_pod(node: Node, parent: Parent, records: Sequence[Record]
                ) -> Iterator[Finding]:
-    """Look into a pod: what is yielded first explains what would follow."""
+    """Examine a pod: causes before effects."""
     record, ifname = records[0], records[0].owner.ifname
     place = 'the interface %s in the sandbox %s' % (ifname, record.owner)
     command = functools.partial(inside, record.netns)
-    assert parent.node is not None  # it is enterable
+    assert parent.node is not None  # enterable() has checked it
     try:
         with kernel.entered(str(record.netns), record.namespace), \
                 kernel.Netlink(most=podside.MOST) as netlink:
             side = podside.PodSide(netlink, records, node.options)
             link = netlink.link(ifname)
-            assert link is not None  # or there is no such side
-            # Kuryr gives the addresses after the driver has bound them.
+            assert link is not None  # otherwise PodSide raises InterfaceGone
+            # Kuryr adds the addresses after the driver has bound them.
             present = side.addresses()
             macs = {each.dst: each.mac
                     for each in netlink.neighbours(link.index)}
@@ -119,7 +120,8 @@ def _check_pod(node: Node, parent: Parent, records: Sequence[Record]
         yield KINDS['pod-unreadable'].found(str(err).rstrip('.'),
                                             [record.owner])
         return
-    # The number of the namespace that its parent is in is of no use here.
+    # Read in the pod, the id of the parent's namespace (IFLA_LINK_NETNSID)
+    # cannot be compared with the node's ids.
     is_beside = parent.present is not None and (
         link.kind, link.lower) == ('macvlan', parent.present.lower)
     if not is_beside or link.mode != 'bridge':
@@ -142,7 +144,7 @@ def _check_pod(node: Node, parent: Parent, records: Sequence[Record]
                     'ip address add %s/%s dev %s', each.address,
                     _prefix(record, each.address), ifname)])
     if not link.up:
-        return  # it has lost what is looked for next
+        return  # the kernel has deleted its routes and neighbours
     if record.mac not in (None, link.mac):
         yield KINDS['pod-mac'].found(
             'the MAC address of %s is %s, but was %s' % (
@@ -150,10 +152,10 @@ def _check_pod(node: Node, parent: Parent, records: Sequence[Record]
             commands=[command('ip link set %s address %s', ifname,
                               record.mac),
                       _SYNC])
-    else:  # and with it, its neighbours
+    else:  # a new MAC address makes the kernel delete the neighbours
         for item in needed:
             found = macs.get(item.dst)
-            # Who has marked one changes nothing of where packets go.
+            # The protocol of a neighbour does not matter for traffic.
             if isinstance(item, Neighbour) and found != item.mac:
                 yield KINDS['pod-neighbour-wrong' if found
                             else 'pod-neighbour-missing'].found(
@@ -177,7 +179,7 @@ def _prefix(record: Record, address: IPAddress) -> int:
 
 
 def _check_unconfigured(node: Node, parent: Parent) -> Iterator[Finding]:
-    """Look by the ledger for pods whose way by a gateway is dropped."""
+    """Report pods that send through a gateway, which rp_filter drops."""
     if parent.node is None or not _is_strict(parent):
         return
     for record in parent.live.values():

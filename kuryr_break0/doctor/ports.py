@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Reports pods that kuryr-controller has given no port."""
+"""Reports pods without a port from kuryr-controller."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from kuryr_break0.doctor.findings import KINDS
 
 #: Seconds in which kuryr-controller creates the port of a pod.
 _PATIENCE = 60.0
-#: Seconds between two looks. If the clock of the node is ahead of the clock
-#: of the API, the first one finds pods that have just been created.
+#: Seconds between two queries. If the clock of the node is ahead of the clock
+#: of the API, the first query also returns pods that are just starting.
 _PAUSE = 2.0
 
 
 def check(waiting: Callable[[float], list[str]]) -> Iterator[Finding]:
-    """Report pods whose KuryrPort has no VIF.
+    """Report pods with a KuryrPort that has no VIF.
 
     :param waiting: returns the pods of this node that have waited for a VIF
-        for some seconds
-    :raises KubernetesUnavailable: if the API cannot be asked
+        for a given number of seconds
+    :raises KubernetesUnavailable: if the API does not answer
     """
     found = waiting(_PATIENCE)
     if found:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checks whether break0 will work on a node, before the installation."""
+"""Checks of a node before the installation of break0."""
 
 from __future__ import annotations
 
@@ -22,17 +22,16 @@ from kuryr_break0 import exceptions
 from kuryr_break0 import guard
 from kuryr_break0 import kernel
 
-#: linux/capability.h
+#: Capabilities by their numbers in linux/capability.h.
 _NEEDED = {12: 'NET_ADMIN', kernel.CAP_SYS_ADMIN: 'SYS_ADMIN'}
 _USEFUL = {13: 'NET_RAW', 11: 'NET_BROADCAST'}
 
 
 class Preconditions:
-    """What a node must have, in an order in which the causes come first.
+    """The requirements on a node, causes before effects.
 
-    :param parent: the interface that containers will be on; None if it is
-        not known
-    :ivar not_examined: what could not be, and why
+    :param parent: the interface for the containers; None if not known
+    :ivar not_examined: subjects that could not be examined, with the reason
     """
 
     def __init__(self, options: config.Options,
@@ -100,7 +99,8 @@ class Preconditions:
             if not link.up:
                 yield KINDS['parent-down'].found('%s is down' % name,
                                                  parent=name)
-            # Make a macvlan in a namespace of a thread: both end with that.
+            # A macvlan in the namespace of a thread: the kernel deletes both
+            # when the thread ends.
             with futures.ThreadPoolExecutor(1) as other:
                 if not other.submit(kernel.unshare).result():
                     raise OSError('no namespace can be created to try one in')
@@ -109,7 +109,7 @@ class Preconditions:
                     netlink.create_macvlan(
                         'break0-check', link, '/proc/self/task/%d/ns/net' %
                         thread, mac='02:00:00:00:00:00', mtu=link.mtu,
-                        up=False)  # it would be heard
+                        up=False)  # an interface that is up sends on the LAN
                 except exceptions.KernelRefused as err:
                     yield KINDS['macvlan-impossible'].found(
                         str(err).rstrip('.'))

@@ -16,15 +16,15 @@ from kuryr_break0.model import NodeAddresses
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """One direction, and what was seen of it.
+    """The result of the pings in one direction.
 
-    :ivar to: the address that was pinged
-    :ivar path: None if there is no way
-    :ivar mac: what the address, or the gateway to it, is at on the link
-    :ivar state: how that is known; None if it is not
-    :ivar times: seconds that each ping took; None for one without a reply
-    :ivar problem: what is wrong; None if nothing is
-    :ivar misrouted: whether the kernel sends it elsewhere
+    :ivar to: the destination
+    :ivar path: the kernel's route; None if there is none
+    :ivar mac: MAC address of the next hop; None if not known
+    :ivar state: state of the neighbour; None if there is none
+    :ivar times: round-trip time of each ping in seconds; None without reply
+    :ivar problem: the fault, in words; None if there is none
+    :ivar misrouted: whether the route or the neighbour is wrong
     """
 
     is_to_pod: bool
@@ -42,17 +42,17 @@ class Probe:
 
     @property
     def answered(self) -> list[float]:
-        """Return the times of the answered ones."""
+        """Return the round-trip times of the answered pings, in seconds."""
         return [time for time in self.times if time is not None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Prober:
-    """Probes one address of a pod.
+    """Sends pings, or connects, in both directions.
 
     :ivar count: pings in each direction
-    :ivar timeout: seconds to wait for each
-    :ivar port: what to connect to by TCP, in place of pings
+    :ivar timeout: seconds to wait for each reply
+    :ivar port: the TCP port to connect to instead of pinging
     """
 
     count: int
@@ -76,10 +76,9 @@ class Prober:
               mac: Optional[str]) -> Probe:
         """Probe from the namespace of this thread.
 
-        :param device: the break0 that it must go through, to a pod; None
-            from a pod
-        :param mac: what it must be sent to; None for any
-        :raises Break0Error: if the kernel cannot be asked
+        :param device: the expected outgoing break0; None from a pod
+        :param mac: the expected MAC address of the next hop; None for any
+        :raises Break0Error: if the kernel refuses a query
         """
         with kernel.Netlink() as netlink:
             link = netlink.link(device) if device is not None else None

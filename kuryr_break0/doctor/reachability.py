@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pings between node and pods, whatever else was found.
+"""Pings between node and pods.
 
-What no check knows of shows here: firewalls, marks, policy routing. The
-kernel's own trace then says what drops the packet.
+Lost pings show faults that no check covers, such as firewalls, marks and
+policy routing. The kernel's trace then shows the rule that drops the packet.
 """
 
 from __future__ import annotations
@@ -34,27 +34,29 @@ from kuryr_break0.model import Record
 from kuryr_break0.snapshot import Parent
 
 _T = TypeVar('_T')
-#: Seconds for an answer, and pods without one after which it is enough.
+#: Seconds to wait for an answer, and the number of silent pods after which
+#: no more pods are pinged.
 _TIMEOUT = 0.5
 _ENOUGH = 3
-#: Seconds after which a pod that has just started answers: before that, its
-#: IPv6 addresses may be tentative.
+#: Seconds between retries, and their number. The IPv6 addresses of a new pod
+#: are tentative for about a second.
 _SETTLED, _TRIES = 1.0, 3
-#: Seconds for a connection, of which the kernel repeats the first packet
-#: after one.
+#: Seconds to wait for a connection. The kernel sends a second SYN after one
+#: second.
 _CONNECTED = 2.5
-#: A port on which nobody listens (RFC 863). That it is refused is an answer.
+#: The discard port (RFC 863), normally without a listener. A refused
+#: connection is an answer too.
 _PORT = 9
-#: Services of the node that are tried at most.
+#: Largest number of the node's services to try.
 _SERVICES = 8
 _IGNORING = {4: 'ipv4/icmp_echo_ignore_all', 6: 'ipv6/icmp/echo_ignore_all'}
 
 
 class Pings:
-    """Pings pods of one parent and, from them, the node.
+    """Pings between the node and the pods on one parent.
 
-    :ivar pinged: the number of addresses that were
-    :ivar silent: the addresses of which not all pings were answered
+    :ivar pinged: number of pinged addresses
+    :ivar silent: addresses with unanswered pings, in either direction
     """
 
     def __init__(self, node: Node, parent: Parent) -> None:
@@ -64,7 +66,7 @@ class Pings:
         self.silent: list[IPAddress] = []
 
     def check(self, records: Sequence[Record]) -> Iterator[Finding]:
-        """Ping addresses of pods.
+        """Ping the addresses of pods, and report lost pings.
 
         :raises NotPermitted: without CAP_NET_RAW
         """
@@ -88,20 +90,24 @@ class Pings:
         answering = [record for record in records
                      if record.address not in self.silent]
         yield from self._restricted(answering)
-        # One of each version of IP, until there is something to report.
+        # One pod for each version of IP, until one has a finding.
         yield from itertools.islice(itertools.chain.from_iterable(
             map(self._rewritten, {record.address.version: record
                                   for record in answering}.values())), 1)
 
     def _unanswered(self, record: Record) -> dict[Record, Probe]:
-        """Return it with the probe without an answer that says most."""
+        """Return the record with its unanswered probe, or nothing.
+
+        A misrouted probe is preferred, since it has the cause.
+        """
         prober = Prober(1, _TIMEOUT)
         assert record.netns is not None and self._parent.node is not None
         tried = [prober.probe(record.address, self._parent.device, record.mac)]
         with contextlib.suppress(exceptions.NetnsUnusable):
             tried += prober.from_pod(record.address, record.netns,
                                      record.namespace, self._parent.node)
-        # What break0 should have, and has not, is reported by itself.
+        # A missing address of break0 has its own finding, so pings to it do
+        # not count.
         silent = [probe for probe in tried if not probe.answered
                   and probe.to in {record.address, *self._node.seen.facts.own}]
         return {record: max(silent, key=lambda probe: probe.misrouted)
@@ -109,7 +115,10 @@ class Pings:
 
     def _traced(self, record: Record,
                 send: Callable[[], object]) -> trace.Trace:
-        """Return the trace of what is sent, empty if there can be none."""
+        """Call a function, and return the trace of its packets.
+
+        :returns: an empty trace if the packets cannot be traced
+        """
         with contextlib.suppress(exceptions.Break0Error, OSError), \
                 trace.traced(record.address, trace.places(
                     self._parent.device, record)) as found:
@@ -128,7 +137,10 @@ class Pings:
 
     def _why(self, record: Record, probe: Probe
              ) -> tuple[str, str, Sequence[str]]:
-        """Return the finding, what was seen, and other commands than its."""
+        """Return the id of the finding, the cause, and commands.
+
+        Without commands, the commands of the finding apply.
+        """
         found = self._traced(record, lambda: self._unanswered(record))
         arrived = found.arrived(probe.is_to_pod)
         dropped = _but_by_guard(found)
@@ -167,9 +179,9 @@ class Pings:
 
     @staticmethod
     def _serves(record: Record, to: IPAddress) -> bool:
-        """Return whether the pod reaches a service of the node.
+        """Return whether the pod can connect to a service of the node.
 
-        Then the firewall accepts what is wanted, and pings are not.
+        If it can, the firewall may drop pings on purpose.
         """
         ports = list(_listening())[:_SERVICES]
         return bool(_asked(record, lambda: any(
@@ -177,7 +189,10 @@ class Pings:
             for port in ports)))
 
     def _astray(self, record: Record, probe: Probe) -> Optional[str]:
-        """Return by which other interface request or reply leaves."""
+        """Return the wrong interface that request or reply leaves through.
+
+        :returns: a sentence; None if both interfaces are correct
+        """
         path, ifname = probe.path, record.owner.ifname
         if path is None or path.source is None:
             return None
@@ -204,7 +219,7 @@ class Pings:
     @staticmethod
     def _ignoring(record: Record, is_to_pod: bool
                   ) -> Optional[tuple[str, Sequence[str]]]:
-        """Return the sysctl by which pings are ignored, and its command."""
+        """Return the sysctl that ignores pings, and a command to reset it."""
         path = _IGNORING[record.address.version]
         command = 'sysctl -w net/%s=0' % path
         who, value, command = (
@@ -215,7 +230,7 @@ class Pings:
                 ) if value else None
 
     def _restricted(self, records: Sequence[Record]) -> Iterator[Finding]:
-        """Try connections, which a firewall may drop that lets pings pass."""
+        """Report a firewall that lets pings pass, and drops connections."""
         hosts = {each.version: each for each in reversed(
             self._parent.node.addresses if self._parent.node else ())}
 
@@ -236,7 +251,7 @@ class Pings:
                     commands=list(filter(None, dropped.values())))
 
     def _rewritten(self, record: Record) -> Iterator[Finding]:
-        """Look which source address the pod sees."""
+        """Report a changed source address, or a missing masquerade rule."""
         device = self._parent.device
         with kernel.Netlink() as netlink:
             path = netlink.path_to(record.address)
@@ -262,16 +277,19 @@ class Pings:
 
 
 def _but_by_guard(found: trace.Trace) -> dict[str, str]:
-    """Return what dropped packets, and what lets them pass.
+    """Return the rules that dropped packets, and commands to accept them.
 
-    What our own guard drops is an effect of something else.
+    Rules of the guard are left out, since they drop only after other faults.
     """
     return {text: accept for text, accept in found.dropped.items()
             if ' %s-' % guard.PREFIX not in text}
 
 
 def _asked(record: Record, ask: Callable[[], _T]) -> Optional[_T]:
-    """Ask in the namespace of a pod; None if that cannot be."""
+    """Call a function in the namespace of a pod.
+
+    :returns: None if the namespace cannot be entered, or the kernel refuses
+    """
     with contextlib.suppress(exceptions.Break0Error), \
             kernel.entered(str(record.netns), record.namespace):
         return ask()
@@ -279,7 +297,7 @@ def _asked(record: Record, ask: Callable[[], _T]) -> Optional[_T]:
 
 
 def _listening() -> Iterator[int]:
-    """Return the TCP ports that somebody on the node listens on."""
+    """Return the TCP ports of the node that have a listener."""
     for name in ('tcp', 'tcp6'):
         with contextlib.suppress(OSError), open(
                 '/proc/thread-self/net/' + name) as file:
@@ -289,14 +307,15 @@ def _listening() -> Iterator[int]:
 
 
 def _source_seen(record: Record) -> Optional[str]:
-    """Send a datagram to a pod, and return whom it takes for the sender."""
+    """Send a datagram to a pod, and return its source address there."""
     family = (socket.AF_INET if record.address.version == 4
               else socket.AF_INET6)
     mark = os.urandom(16)
     with contextlib.suppress(exceptions.Break0Error, OSError), \
             contextlib.ExitStack() as stack:
         with kernel.entered(str(record.netns), record.namespace):
-            # It stays in that namespace, and gets a copy of each datagram.
+            # A socket stays in the namespace that it was created in. A raw
+            # socket receives a copy of each datagram (raw(7)).
             wire = stack.enter_context(socket.socket(
                 family, socket.SOCK_RAW, socket.IPPROTO_UDP))
         own = stack.enter_context(socket.socket(family, socket.SOCK_DGRAM))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checks state directory, records, lock and agent."""
+"""Checks of state directory, records, lock and agent."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.problems import unjudged_problem
 
-#: File systems that end with the boot.
+#: File systems that are empty after a reboot.
 _IN_MEMORY = ('tmpfs', 'ramfs', 'devtmpfs')
 
 
 def check_directory(options: config.Options) -> Iterator[Finding]:
-    """Examine the state directory. It need not exist yet."""
+    """Examine the state directory, or the directory to create it in."""
     path = there = options.state_dir
     while not os.path.lexists(there):
         there = os.path.dirname(there)
@@ -55,7 +55,7 @@ def check_directory(options: config.Options) -> Iterator[Finding]:
     if kind not in _IN_MEMORY:
         yield KINDS['state-dir-persistent'].found(
             '%s is on %s, which is %s' % (path, mount, kind))
-    size = os.statvfs(there)  # of 0 blocks or files where none is set
+    size = os.statvfs(there)  # 0 blocks or files mean no limit
     if (size.f_blocks and not size.f_bavail
             or size.f_files and not size.f_favail):
         yield KINDS['state-dir-full'].found(
@@ -70,7 +70,7 @@ def check_directory(options: config.Options) -> Iterator[Finding]:
 
 
 def _mount_of(path: str) -> tuple[str, str]:
-    """Mount point and type of the file system that a path is on."""
+    """Return mount point and type of the file system of a path."""
     best = ('/', 'unknown')
     path = os.path.realpath(path)
     for _, point, kind in kernel.mounts():
@@ -121,7 +121,7 @@ def check_ledger(node: Node, host: Host) -> Iterator[Finding]:
 
 
 def _holder(path: str) -> str:
-    """Return who has a lock on a file, by /proc/locks."""
+    """Return the process that holds a lock on a file (/proc/locks)."""
     found = os.stat(path)
     place = '%02x:%02x:%d' % (os.major(found.st_dev),
                               os.minor(found.st_dev), found.st_ino)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Replaces the names that users and administrators have chosen."""
+"""Replaces addresses, and names that users and administrators have chosen."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from typing import Iterator
 
 import kuryr_break0
 
-#: May be an address, a MAC address or a container id.
+#: Candidates for addresses, MAC addresses and container ids.
 _ADDRESS = re.compile(
     r'\b\d{1,3}(?:\.\d{1,3}){3}\b'
     r'|(?<![\w:])[0-9A-Fa-f]*:[0-9A-Fa-f:]*:[0-9A-Fa-f.]*(?![\w:])'
     r'|\b[0-9a-f]{12,64}\b'
-    # As nft(8) prints values that it compares with bits.
+    # nft(8) prints addresses in hexadecimal in bitwise expressions.
     r'|\b0x[0-9a-f]{9,}\b|(?<=,32 )0x[0-9a-f]+\b')
-#: Also without leading zeros, as ip(8) prints the MAC address of a bridge.
+#: ip(8) prints bridge ids without leading zeros.
 _MAC = re.compile(r'(?:[0-9A-Fa-f]{1,2}:){5}[0-9A-Fa-f]{1,2}')
-#: May be a name that has several words. A longer form comes first, such as
-#: the name of a host with its domain.
+#: Candidates for names of several words, longest first: the name of a host
+#: with its domain, then without.
 _NAMES = tuple(map(re.compile, (r'[\w.-]+', r'[A-Za-z0-9.-]+',
                                 r'[A-Za-z0-9-]+')))
-#: A known name that is shorter may be a word of any text, as these are.
+#: A shorter name, or one of these, is a word that any text may contain.
 _SHORTEST = 4
 _COMMON_NAMES = ('default', 'kube-system', 'kube-public', 'kube-node-lease')
-#: Texts of several words that administrators choose: comments and prefixes of
-#: rules, aliases of interfaces, the prefix of a packet in the kernel's log.
+#: Texts that administrators choose: comments and log prefixes of rules,
+#: aliases of interfaces, and log prefixes in the kernel's log.
 _FREE = re.compile(
     r'(\b(?:comment|prefix) )(\\".*?\\"|"(?:[^"\\]|\\.)*"'
     r'|(?:(?<=--comment )|(?<=-prefix ))\S+)'
     r'|(?m:^(\s+(?:alias|altname) )(?!kuryr-break0 ledger )(.+)$)'
     r'|(?m:^(\[[^]]*\] )(.+?)(?=IN=\S* OUT=))')
-#: A word, and the replacements that are in the text already.
+#: A word, or a replacement that was made before.
 _WORD = re.compile(r'<(?:name|address|mac|id|text)-[0-9a-f]{8}>|\w+(?:-+\w+)*')
 #: Words that are no names.
 _KNOWN = re.compile(r"""
@@ -58,17 +58,19 @@ _PACKAGES = ('kuryr_kubernetes', 'os_vif')
 
 
 class Redactor:
-    """Replaces addresses and names by digests, the same ones throughout.
+    """Replaces addresses and names by digests, equal ones by equal digests.
 
-    A word stays only if this package, Kuryr, or a program whose output is
-    redacted uses it (``words.txt``), and it is no known name of this node. So
-    the names of chains, and of pods that have ended, need not be known.
+    A word stays only if it is no known name of this node, and appears in this
+    package, in Kuryr, or in the output of common programs (``words.txt``). So
+    unknown names, such as those of chains and of deleted pods, are replaced
+    too.
 
     :param names: the known names of this node
     """
 
     def __init__(self, names: set[str]) -> None:
-        # So that nobody can try which address it is.
+        # Without a salt, a reader could compute the digests of all addresses
+        # and compare them.
         self._salt = os.urandom(16)
         self._names = {
             each for each in names - {*_COMMON_NAMES}
@@ -78,7 +80,7 @@ class Redactor:
         """Return a text without names and addresses."""
         text = _FREE.sub(self._free, text)
         for name in self._names:
-            if not _NAMES[0].fullmatch(name):  # as of an odd interface
+            if not _NAMES[0].fullmatch(name):  # it has other characters
                 for form in (name, json.dumps(name)[1:-1]):
                     text = text.replace(form, self._digest('name', name))
         for words in _NAMES:
@@ -112,7 +114,7 @@ class Redactor:
         try:
             return self._digest('address', str(ipaddress.ip_address(text)))
         except ValueError:
-            return text  # as a time of day
+            return text  # such as a time of day
 
     def _digest(self, kind: str, text: str) -> str:
         return '<%s-%s>' % (kind, hashlib.blake2b(
@@ -137,7 +139,7 @@ def _vocabulary() -> frozenset[str]:
 def _sources() -> Iterator[str]:
     places = list(kuryr_break0.__path__)
     for package in _PACKAGES:
-        spec = importlib.util.find_spec(package)  # which imports nothing
+        spec = importlib.util.find_spec(package)  # does not import it
         places += spec and spec.submodule_search_locations or []
     for place in places:
         for directory, below, names in os.walk(place):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Findings for people and for programs."""
+"""Formats findings as text and as JSON."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.findings import WARNING
 
 _WIDTH = 79
-#: Of addresses and commands of one finding, so many are shown to people.
+#: Largest number of subjects, and of commands, of one finding in a text.
 _SHOWN = 8
 
 
 def as_json(findings: Iterable[Finding],
             not_examined: Sequence[str] = (), **counts: Any) -> str:
-    """Return a complete document for programs."""
+    """Return a JSON document."""
     return json.dumps({
         'findings': [{
             'id': each.id, 'severity': each.severity, 'seen': each.seen,
@@ -62,7 +62,7 @@ def _block(finding: Finding) -> str:
         more = len(finding.subjects) - _SHOWN
         seen += ': ' + ', '.join(finding.subjects[:_SHOWN]) + (
             ' and %d more' % more if more > 0 else '')
-    # Commands are never broken, so that they can be pasted.
+    # Commands are not wrapped, so that users can paste them.
     lines = ['%s: %s' % (finding.severity, finding.id),
              _wrapped(seen + '.', '  seen  '),
              _wrapped(finding.why, '  why   '),

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checks addresses, and the routes and neighbours of the node for them."""
+"""Checks of addresses, and of the node's routes and neighbours for them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from kuryr_break0.model import Neighbour
 from kuryr_break0.model import of_kind
 from kuryr_break0.snapshot import Parent
 
-#: Where ip(8) has the names of protocols.
+#: Files with the names of routing protocols, for ip(8).
 _PROTOCOLS = tuple(directory + '/iproute2/rt_protos' for directory in (
     '/etc', '/usr/share', '/usr/lib'))
 
 
 def check_addresses(node: Node) -> Iterator[Finding]:
-    """Look for addresses that cannot be those of pods of this node."""
+    """Report refused addresses, and addresses with several owners."""
     for address in node.settled(node.seen.refused):
         reason = node.seen.refused[address]
         yield KINDS['address-not-allowed' if 'allowed_cidrs' in reason
@@ -39,7 +39,7 @@ def check_addresses(node: Node) -> Iterator[Finding]:
 
 
 def check(node: Node, parent: Parent) -> Iterator[Finding]:
-    """Compare routes and neighbours of a break0 with the records."""
+    """Compare the routes and neighbours of a break0 with the records."""
     own = {address.version for address in node.seen.facts.own
            if not (address.is_link_local or address.is_loopback)}
     for address in node.settled(parent.live):
@@ -49,7 +49,8 @@ def check(node: Node, parent: Parent) -> Iterator[Finding]:
                 parent=parent.name)
     yield from _check_routes(node, parent)
     yield from _check_neighbours(node, parent)
-    # What another ledger knows of, or was just being bound, is claimed.
+    # Entries without a record may have one in the ledger that owns break0, or
+    # belong to a bind that is not complete.
     is_known = parent.other is None and node.seen.is_steady
     for address in node.settled(sorted({
             item.dst for item in parent.plan.unclaimed if is_known},
@@ -96,7 +97,7 @@ def _check_neighbours(node: Node, parent: Parent) -> Iterator[Finding]:
             yield KINDS['neighbour-missing'].found(
                 'addresses of pods have no permanent neighbour entry on %s'
                 % name, [address])
-        # Who has marked one changes nothing of where packets go.
+        # The protocol of a neighbour does not matter for traffic.
         elif known[address].mac != wanted[address]:
             yield KINDS['neighbour-wrong'].found(
                 'the neighbour entry of %s on %s is %s, but its pod has %s' % (
@@ -116,7 +117,7 @@ def _difference(found: HostRoute, wanted: HostRoute) -> str:
 
 
 def _deletion(route: HostRoute) -> str:
-    """Return the command that deletes a route, and no other."""
+    """Return a command that deletes exactly this route."""
     return 'ip %sroute del %s%s proto %s%s table %d' % (
         '-6 ' if route.dst.version == 6 else '', route.dst,
         ' dev ' + kernel.name_of(route.oif) if route.oif else '',
@@ -125,7 +126,7 @@ def _deletion(route: HostRoute) -> str:
 
 
 def _protocol(number: int) -> str:
-    """Return the name of a protocol, as ip(8) has it."""
+    """Return the name of a routing protocol for ip(8), or its number."""
     for path in _PROTOCOLS:
         with contextlib.suppress(OSError), open(path) as file:
             for fields in map(str.split, file):
@@ -135,7 +136,7 @@ def _protocol(number: int) -> str:
 
 
 def usable(node: Node, parent: Parent) -> list[IPAddress]:
-    """Return the addresses whose route is correct."""
+    """Return the addresses with a correct route."""
     wrong = {route.dst for route in of_kind(HostRoute, (
         *parent.plan.set, *parent.plan.foreign))}
     return node.settled(address for address in parent.desired
@@ -144,7 +145,7 @@ def usable(node: Node, parent: Parent) -> list[IPAddress]:
 
 def check_use(parent: Parent, addresses: Collection[IPAddress]
               ) -> Iterator[Finding]:
-    """Report pods whose routes are right, and not used."""
+    """Report addresses with a correct route that the kernel does not use."""
     astray = [address for address in addresses if address in parent.astray]
     if astray:
         through, get = parent.astray[astray[0]]

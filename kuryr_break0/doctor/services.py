@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checks programs of the node that may change break0 or its routes.
+"""Checks of systemd and NetworkManager, which can change break0 or its routes.
 
-Their files are read, since neither has to run to have left its mark, and
-their own clients are not in the container of kuryr-daemon.
+The checks read files, because a program that has ended can have changed
+break0, and because a container has no networkctl or nmcli.
 """
 
 from __future__ import annotations
@@ -18,24 +18,26 @@ from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0 import kernel
 
 _NETWORKD_LINKS = '/run/systemd/netif/links'
-#: Of falling precedence, for files of the same name (systemd.syntax(7)).
+#: Directories, highest precedence first for files of the same name
+#: (systemd.syntax(7)).
 _SYSTEMD = ('/etc/systemd', '/run/systemd', '/usr/local/lib/systemd',
             '/usr/lib/systemd', '/lib/systemd')
-#: Of which there may be several, like ``configuring`` (networkctl(1)).
+#: States of an unmanaged link. A managed link has another state, such as
+#: ``configuring`` (networkctl(1)).
 _NETWORKD_LEAVES_ALONE = ('', 'unmanaged', 'pending', 'initialized', 'linger')
 _NETWORKMANAGER = ('/etc', '/run', '/usr/lib')
 _NETWORKMANAGER_DEVICES = '/run/NetworkManager/devices'
 
 
 def check(links: Sequence[kernel.Link]) -> Iterator[Finding]:
-    """Look for systemd-networkd and NetworkManager on this node."""
+    """Report settings of systemd and NetworkManager for existing break0s."""
     for link in links:
         yield from _check_link(link)
     yield from _check_foreign_routes([(link.name, link.mac) for link in links])
 
 
 def check_drop_ins(name: str) -> Iterator[Finding]:
-    """Look what they will do to a break0 that is not there yet."""
+    """Report settings that will apply to a break0 once it exists."""
     found = list(_check_foreign_routes([(name, '')]))
     yield from found
     for who, there, is_known, command in (
@@ -56,9 +58,9 @@ def check_drop_ins(name: str) -> Iterator[Finding]:
 
 def _check_foreign_routes(devices: Iterable[tuple[str, str]]
                           ) -> Iterator[Finding]:
-    """Look for a file of networkd by which it will manage a break0.
+    """Report a file of systemd-networkd that matches a break0.
 
-    By one that is for other interfaces only, nothing is done to it.
+    Without a matching file, systemd-networkd does not manage an interface.
     """
     where = _manages_foreign_routes()
     if where is None or not os.path.isdir(_NETWORKD_LINKS):
@@ -89,8 +91,8 @@ def _check_link(link: kernel.Link) -> Iterator[Finding]:
         yield KINDS['networkmanager-manages-break0'].found(
             'NetworkManager has %s (interface %d) as managed' % (
                 link.name, link.index), device=link.name)
-    # A policy "persistent" does not count: it leaves an interface alone that
-    # was created with a MAC address, as break0 is (systemd.link(5)).
+    # MACAddressPolicy=persistent is harmless: it does not change an interface
+    # that was created with a MAC address, like break0 (systemd.link(5)).
     path, lines = _file_for('link', link.name, link.mac)
     for key, value in dict(_assignments(lines, 'Link')).items():
         if key == 'MACAddress' or (key, value) == ('MACAddressPolicy',
@@ -102,22 +104,23 @@ def _check_link(link: kernel.Link) -> Iterator[Finding]:
 
 
 def _file_for(suffix: str, name: str, mac: str) -> tuple[str, list[str]]:
-    """Return the file of systemd for a break0, and its lines.
+    """Return the file of systemd for an interface, and its lines.
 
-    The first that matches is applied, by the names of the files. If it is in
-    doubt whether one does, none is returned.
+    systemd applies the first matching file, in the order of file names.
+
+    :returns: empty if no file matches, or if a condition cannot be evaluated
     """
     for path in _files('network', '*.' + suffix):
         lines = list(_lines(path))
         matches = [_matches(key, value, name, mac) for key, value
                    in _assignments(lines, 'Match')]
-        if lines and False not in matches:  # an empty file masks one
+        if lines and False not in matches:  # an empty file matches nothing
             return ('', []) if None in matches else (path, lines)
     return '', []
 
 
 def _files(directory: str, pattern: str) -> list[str]:
-    """Return files of systemd, of each name the one that hides the others."""
+    """Return files of systemd, for each name the one of highest precedence."""
     found: dict[str, str] = {}
     for place in _SYSTEMD:
         for path in glob.glob(os.path.join(place, directory, pattern)):
@@ -126,7 +129,7 @@ def _files(directory: str, pattern: str) -> list[str]:
 
 
 def _matches(key: str, value: str, name: str, mac: str) -> Optional[bool]:
-    """Return whether an interface meets a condition; None if in doubt."""
+    """Return whether an interface meets a condition; None if not known."""
     actual = {'OriginalName': name, 'Name': name, 'Kind': 'macvlan',
               'Type': 'ether', 'MACAddress': mac, 'Driver': '', 'Path': '',
               'PermanentMACAddress': ''}.get(key)
@@ -138,9 +141,10 @@ def _matches(key: str, value: str, name: str, mac: str) -> Optional[bool]:
 
 
 def _manages_foreign_routes() -> Optional[str]:
-    """Return what makes networkd delete routes of other programs.
+    """Return the reason why networkd deletes routes of other programs.
 
-    None also where networkd's files are not at hand, as in a container.
+    :returns: None if it does not, or if its files do not exist here, as in a
+        container
     """
     value, where = True, 'by default'
     files = [*_files('', 'networkd.conf'),
@@ -155,7 +159,7 @@ def _manages_foreign_routes() -> Optional[str]:
 
 
 def _lines(path: str) -> Iterator[str]:
-    """Return the lines of a file without comments; none without a file."""
+    """Yield the lines of a file, without comments; none without a file."""
     try:
         with open(path, errors='replace') as file:
             for line in map(str.strip, file):

@@ -2,10 +2,10 @@
 
 """Traces packets between a node and a pod, to the rule that drops them.
 
-A table of its own marks these packets (``meta nftrace``), on the node and in
-the pod, and ``nft monitor trace`` prints each rule that they come to, those of
-iptables-nft too. It is removed afterwards. For iptables-legacy, which cannot
-be traced, and where there is no nft, the counters of rules are compared.
+A temporary table on the node and in the pod marks the packets (``meta
+nftrace``), and ``nft monitor trace`` prints the rules that they traverse,
+including those of iptables-nft. The kernel does not trace iptables-legacy:
+there, and without nft, the counters of rules are compared.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ table netdev {table} {{
 {mark}    }}
 }}
 '''
-#: Seconds for anything that nft does.
+#: Seconds to wait for nft.
 _TIMEOUT = 10
 _NETLINK_NETFILTER = '12'
 _LINE = re.compile(r'trace id (?P<id>\w+) (?P<table>\w+ \S+) (?P<chain>\S+) '
@@ -54,10 +54,10 @@ _LINE = re.compile(r'trace id (?P<id>\w+) (?P<table>\w+ \S+) (?P<chain>\S+) '
 class Place(NamedTuple):
     """A namespace in which packets are traced.
 
-    :ivar name: what it is called in sentences
-    :ivar device: the interface that leads to the other side
-    :ivar entered: enters it, within the block
-    :ivar is_node: whether it is that of the node
+    :ivar name: its name in sentences
+    :ivar device: the interface to the other side
+    :ivar entered: context manager that enters the namespace
+    :ivar is_node: whether this is the namespace of the node
     """
 
     name: str
@@ -67,9 +67,9 @@ class Place(NamedTuple):
 
 
 def places(device: str, record: Optional[Record]) -> list[Place]:
-    """Return the node, and the namespace of a pod, if that is recorded.
+    """Return the namespace of the node, and the pod's if it is recorded.
 
-    :param device: the break0 that leads there
+    :param device: the break0 that leads to the pod
     """
     found = [Place('on the node', device, contextlib.nullcontext, True)]
     if record is not None and record.netns is not None:
@@ -80,13 +80,14 @@ def places(device: str, record: Optional[Record]) -> list[Place]:
 
 
 class Trace:
-    """What was seen of the packets.
+    """The rules that dropped or changed packets, and the path of the packets.
 
-    :ivar dropped: sentences, each of what dropped one, with the command that
-        lets it pass; empty for a rule in the pod, or of our own guard
-    :ivar rewritten: those of what gave one another source address
-    :ivar seen: where packets to and from the pod came by
-    :ivar is_complete: whether that was traced
+    :ivar dropped: sentences that name a rule which dropped a packet, with
+        the command that accepts the packet; no command for rules in the pod
+        and for the guard
+    :ivar rewritten: the same for rules which changed the source address
+    :ivar seen: direction, namespace and chain of the packets
+    :ivar is_complete: whether nft traced the packets
     """
 
     def __init__(self, is_complete: bool) -> None:
@@ -102,7 +103,7 @@ class Trace:
         return any(each.startswith(where) for each in self.seen)
 
     def explain(self) -> Iterator[str]:
-        """Return what is to be said, if packets were not answered."""
+        """Yield sentences that explain why packets were not answered."""
         if self.dropped:
             yield from self.dropped
         elif not self.is_complete:
@@ -117,13 +118,13 @@ class Trace:
 
     @property
     def way(self) -> str:
-        """Return where packets came by, in the order of their way."""
+        """Return the places that packets passed, in this order."""
         return ', '.join(sorted(self.seen, key=lambda each: (
             each.startswith('from'),
             each.startswith('from') is ('on the node' in each)))) or 'nowhere'
 
     def read(self, place: Place, address: IPAddress, text: str) -> None:
-        """Take in what ``nft monitor trace`` has printed."""
+        """Add the output of ``nft monitor trace``."""
         to_pod: set[str] = set()
         for found in filter(None, map(_LINE.match, text.splitlines())):
             number, table, chain, what, text = found.groups()
@@ -151,7 +152,7 @@ class Trace:
                     place.name, where, rule)] = accept
 
     def count(self, place: Place, rule: firewall.Rule) -> None:
-        """Take in a rule whose counter has risen."""
+        """Add a rule with a risen counter."""
         accept = rule.accept(
             place.device, rule.chain in ('PREROUTING', 'INPUT')
             or ' -i ' in rule.text) if place.is_node else ''
@@ -163,9 +164,10 @@ class Trace:
 
 @contextlib.contextmanager
 def traced(address: IPAddress, places: list[Place]) -> Iterator[Trace]:
-    """Trace what goes to and from an address, within the block.
+    """Trace packets to and from an address, within the block.
 
-    :raises CannotTrace: without nft and iptables, or if nft refuses
+    :raises CannotTrace: if neither nft nor iptables is installed, or if nft
+        fails
     """
     nft = kernel.find_program('nft')
     if nft is None and kernel.find_program('iptables-save') is None:
@@ -199,7 +201,7 @@ def _traced_at(nft: str, place: Place, address: IPAddress,
     monitor: Optional[subprocess.Popen[str]] = None
     try:
         with place.entered():
-            # What an earlier one has left, that was killed.
+            # A trace that was killed leaves its table.
             _remove(nft)
             done = _run(nft, '-f', '-', text=rules)
             if done.returncode:
@@ -230,7 +232,7 @@ def _wait(monitor: subprocess.Popen[str],
 
 
 def _unread(monitor: subprocess.Popen[str]) -> Optional[int]:
-    """Return the bytes that its socket has for it; None before it listens."""
+    """Return the unread bytes of nft's socket; None before it listens."""
     with contextlib.suppress(OSError, ValueError), open(
             '/proc/%d/net/netlink' % monitor.pid) as file:
         for line in file:
@@ -243,7 +245,7 @@ def _unread(monitor: subprocess.Popen[str]) -> Optional[int]:
 
 
 def _sleeps(monitor: subprocess.Popen[str]) -> bool:
-    """Return whether it has printed what it has read."""
+    """Return whether nft waits for the next message."""
     with contextlib.suppress(OSError), open(
             '/proc/%d/stat' % monitor.pid) as file:
         return file.read().rpartition(')')[2].split()[0] == 'S'

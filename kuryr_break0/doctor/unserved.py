@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Reports containers that are not bound, with what makes them so."""
+"""Reports containers that are not bound, with the reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kuryr_break0 import kernel
 from kuryr_break0.model import address_order
 from kuryr_break0.model import not_a_host
 
-#: Seconds within which a container is bound.
+#: Seconds after which the agent has bound a new container.
 _SETTLED = 1.0
 _KINDS = {
     Reason.MODE: 'container-mode',
@@ -38,7 +38,7 @@ _KINDS = {
 
 def check(node: Node, netlink: kernel.Netlink, host: Host
           ) -> Iterator[Finding]:
-    """Report what is not bound, nor about to be, by what has to be done."""
+    """Report containers that stay unbound, one finding for each remedy."""
     found = containers.unserved(node.seen, node.ledger)
     if found:
         time.sleep(_SETTLED)
@@ -67,12 +67,12 @@ def _commands(kind: str, found: Sequence[Unserved],
                    each.macvlan.link.name)
             for each in found if each.macvlan.link.mode != 'passthru'))
     if kind == 'container-other-parent':
-        # It names one interface only; without it there may be several.
+        # The option allows one parent; without the option all are allowed.
         return host.unset('parent') if kernel.exists(
             str(options.parent)) else host.set(
                 parent=min(each.macvlan.parent for each in found))
     if kind == 'container-not-allowed':
-        # No option allows what is not of a single host.
+        # No option allows an address that is not one of a single host.
         found = [each for each in found if each.address is not None
                  and not_a_host(each.address) is None]
         return host.set(allowed_cidrs=_with_networks(

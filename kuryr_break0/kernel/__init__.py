@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""All access to the kernel. No other package imports pyroute2.
+"""All access to the kernel.
 
-Requests that belong to a pod go through one :class:`Netlink` socket, and cost
-the same however many pods the node has: nothing is dumped. Dumps are left to
-what reads the whole node, and say so.
+No other package imports pyroute2. Requests for one pod use one
+:class:`Netlink` socket, and their cost does not depend on the number of pods:
+they dump nothing. Functions that dump a table say so in their docstrings.
 
-No NetlinkError leaves this package, since Kuryr takes any that carries EEXIST
-for a VLAN conflict, and answers any other with a page of HTML.
+No NetlinkError leaves this package. Kuryr takes a NetlinkError with EEXIST for
+a VLAN conflict, and answers any other NetlinkError with an HTML page.
 """
 
 import importlib.util
@@ -96,6 +96,6 @@ def create_macvlan(name: str, parent: Link, mac: str) -> None:
         return
     try:
         from kuryr_break0.kernel import ipdb
-    except ImportError as err:  # as of a version that is too new
+    except ImportError as err:  # for example, a version that is too new
         raise exceptions.CannotCreate(device=name, reason=err) from err
     ipdb.create_macvlan(name, parent, mac)

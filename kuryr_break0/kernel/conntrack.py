@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Deletes connections that the node tracks.
+"""Deletes entries of the node's connection tracking table.
 
-The formats are those of linux/netfilter/nfnetlink_conntrack.h.
+The message formats are defined in linux/netfilter/nfnetlink_conntrack.h.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ _SOURCE, _DESTINATION = 1, 2  # CTA_FILTER_F_CTA_IP_SRC, _DST; CTA_IP_V4_*
 
 
 def forget_connections(address: IPAddress) -> None:
-    """Delete what the node tracks of the connections of an address.
+    """Delete the tracked connections of an address.
 
-    Nobody waits for an answer: an older kernel than linux 6.8 refuses, and
-    leaves the connections to time out.
+    The function does not wait for the kernel's answer. Kernels before Linux
+    6.8 refuse the request; there the entries time out.
 
-    :raises KernelRefused: if there is no socket for it
+    :raises KernelRefused: if no netlink socket can be opened
     """
     if read_sysctl('netfilter/nf_conntrack_count'):
         nft.post(list(deletions(address)))
 
 
 def deletions(address: IPAddress) -> Iterator[Message]:
-    """Return a request for each way in which an address takes part.
+    """Return one request for each role of an address in a connection.
 
-    It began a connection, was spoken to, or answers for the address of a
-    Service.
+    The address is the source or the destination of a connection, or it
+    answers for the address of a Service.
     """
     for which, end in ((_ORIGINAL, _SOURCE), (_ORIGINAL, _DESTINATION),
                        (_REPLY, _SOURCE)):
-        # CTA_IP_V6_SRC and CTA_IP_V6_DST are two more.
+        # CTA_IP_V6_SRC and CTA_IP_V6_DST are the IPv4 numbers plus 2.
         kind = end if address.version == 4 else end + 2
         yield Message(_DELETE, 0, b''.join((
             struct.pack('!BBH', wire.family_of(address), 0, 0),

@@ -22,7 +22,7 @@ from kuryr_break0.kernel import wire
 from kuryr_break0.model import Entry
 from kuryr_break0.model import IPAddress
 
-#: Events of other namespaces that are read at once; each takes some 5 us.
+#: Events of other namespaces that are read at once; each takes about 5 us.
 MOST = 2048
 _LISTEN_ALL_NSID = 8
 _ALL = 0xffffffff
@@ -31,7 +31,7 @@ _ALL = 0xffffffff
 _GROUPS = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400 | 1 << 31
 # RTMGRP_LINK, _IPV4_IFADDR, _IPV6_IFADDR, and RTNLGRP_NSID as a bit
 _GROUPS_OF_ALL = 0x1 | 0x10 | 0x100 | 1 << 27
-#: By the kind of what is new; what is gone has the next number.
+#: By the message type of an addition; the deletion has the next number.
 _KINDS = {wire.RTM_NEWLINK: 'link', wire.RTM_NEWADDR: 'address',
           wire.RTM_NEWROUTE: 'route', wire.RTM_NEWNEXTHOP: 'nexthop',
           wire.RTM_NEWNEIGH: 'neighbour'}
@@ -62,13 +62,13 @@ class Event:
 
 
 class Events(netlink.EventSocket):
-    """Receives changes in the namespace of the calling thread."""
+    """Receives the changes of the calling thread's namespace."""
 
     def __init__(self) -> None:
         super().__init__(netlink.NETLINK_ROUTE, _GROUPS)
 
     def get(self) -> list[Event]:
-        """Return what has come; nothing if nothing has."""
+        """Return the pending events; an empty list if there are none."""
         events: list[Event] = []
         for data, _ in self._received():
             try:
@@ -123,10 +123,10 @@ class Changes(NamedTuple):
 
 
 class NamespaceEvents(netlink.EventSocket):
-    """Receives changes of all numbered namespaces.
+    """Receives the changes of all namespaces that have a number.
 
-    A container can cause more events than this process can read. What is
-    more than a namespace for each of them is worth, is dropped.
+    A container can cause more events than this process can read. The excess
+    is dropped: it would at most name the same namespaces again.
     """
 
     def __init__(self) -> None:
@@ -134,7 +134,7 @@ class NamespaceEvents(netlink.EventSocket):
                          _LISTEN_ALL_NSID)
 
     def get(self) -> Changes:
-        """Return what has come; nothing if nothing has."""
+        """Return the pending changes; empty if there are none."""
         changed: set[int] = set()
         ended: set[int] = set()
         numbered: set[int] = set()
@@ -153,8 +153,9 @@ class NamespaceEvents(netlink.EventSocket):
             for message in netlink.messages(data):
                 if message.kind == wire.RTM_NEWLINK:
                     interfaces = True
-                    # rtnetlink_event() names no flags for that one, and
-                    # rtnl_configure_link() all for one that is new.
+                    # rtnetlink_event() sends the event of a change in
+                    # stacking with no flags, and rtnl_configure_link() that
+                    # of a new interface with all.
                     flags = wire.changed_flags(message.body)
                     stacked |= flags == 0
                     made |= flags == _ALL
@@ -172,8 +173,8 @@ class NamespaceEvents(netlink.EventSocket):
 
 
 def open_mounts() -> BinaryIO:
-    """Open a file that notices changes of the mounts of this process.
+    """Open a file that reports changes of this process's mounts.
 
-    For select(2), a change is an exceptional condition (proc(5)).
+    select(2) reports a change as an exceptional condition (proc(5)).
     """
     return open(node.MOUNTS, 'rb')

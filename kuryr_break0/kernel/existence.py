@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Judges whether a namespace, or a macvtap, that was seen once still exists.
+"""Decides whether a known namespace or macvtap still exists.
 
-That it is not found proves nothing: this process may be one that does not see
-it. The kernel answers ESTALE for the handle of a namespace that is gone, and
-also for a living one to a process without CAP_SYS_ADMIN, or, since linux
-6.18.50, 6.19.9 and 7.0, outside of the first process namespace. A path can be
-hidden, or be another one's. So an absence counts only beside a presence: the
-same call must just have found a namespace that lives and is not our own.
+A failed look-up alone proves nothing: this process may be unable to see the
+object. For a deleted namespace, open_by_handle_at(2) fails with ESTALE. It
+fails with ESTALE for a living namespace too if the process lacks
+CAP_SYS_ADMIN or, since Linux 6.18.50, 6.19.9 and 7.0, is outside of the
+initial PID namespace. A path may be hidden, or name another namespace. So a
+failed look-up counts only if the same call has just found another living
+namespace.
 """
 
 from __future__ import annotations
@@ -30,15 +31,16 @@ from kuryr_break0.model import Tap
 
 _PROC = '/proc'
 _FIRST_PROCESS_NAMESPACE = 0xeffffffc  # PROC_PID_INIT_INO
-#: Living namespaces whose handles must all open before one that does not
-#: counts as gone. Those of another user namespace may be refused.
+#: Number of living namespaces whose handles must open before a handle that
+#: does not open counts as gone. The kernel may refuse a handle if another user
+#: namespace owns its network namespace.
 _CONTROLS = 4
-#: What the path of a process or a namespace that has just ended fails with.
+#: Errors of a path in /proc whose process or namespace has just ended.
 _ENDED = (errno.ENOENT, errno.ESRCH, errno.ELOOP)
 
 
 class State(enum.Enum):
-    """Whether a namespace exists. UNKNOWN where nothing proves either."""
+    """Whether a namespace exists; UNKNOWN if there is no proof."""
 
     LIVING = 'living'
     GONE = 'gone'
@@ -46,7 +48,7 @@ class State(enum.Enum):
 
 
 class Verdict(NamedTuple):
-    """What could be found out; why, and what would help, if UNKNOWN."""
+    """A state; if UNKNOWN, with the reason and the way to find out."""
 
     state: State
     reason: str = ''
@@ -57,12 +59,12 @@ LIVING, GONE = Verdict(State.LIVING), Verdict(State.GONE)
 
 def state(path: Optional[str], known: Optional[NamespaceId],
           tap: Optional[Tap] = None) -> State:
-    """Return whether a sandbox exists; see :meth:`Judge.judge`."""
+    """Return the state of a sandbox; see :meth:`Judge.judge`."""
     return Judge().judge(path, known, tap).state
 
 
 def find_taps() -> dict[str, Tap]:
-    """Return the macvtaps of this namespace by their MAC addresses."""
+    """Return the macvtaps of this namespace by MAC address."""
     own = namespaces.identify(namespaces.OWN)
     with Netlink() as netlink:
         return {link.mac: Tap(own, link.mac) for link in netlink.links()
@@ -70,10 +72,10 @@ def find_taps() -> dict[str, Tap]:
 
 
 class _View(NamedTuple):
-    """The namespaces at one place, as seen at one moment.
+    """The namespaces in one directory at one moment.
 
-    :ivar paths: one path of each, by device and inode; not of our own
-    :ivar hides: whether some could not be examined
+    :ivar paths: one path of each, by device and inode, except this thread's
+    :ivar hides: whether a namespace could not be examined
     """
 
     paths: dict[tuple[int, int], str]
@@ -81,10 +83,10 @@ class _View(NamedTuple):
 
 
 class Judge:
-    """Judges namespaces within one operation: what it sees is kept.
+    """Decides about namespaces during one operation, and caches its reads.
 
-    So judge only what was known before, and what is to be deleted by another
-    one, under the lock.
+    Pass only namespaces that were recorded before the object was created.
+    Before a deletion, repeat the decision with a new object under the lock.
     """
 
     def __init__(self) -> None:
@@ -94,10 +96,10 @@ class Judge:
 
     def judge(self, path: Optional[str], known: Optional[NamespaceId],
               tap: Optional[Tap] = None) -> Verdict:
-        """Return whether a sandbox still exists: its namespace, or macvtap.
+        """Return whether a sandbox's namespace or macvtap still exists.
 
-        :param path: where its namespace once was
-        :param known: what that was; None if that is not known
+        :param path: the path by which its namespace was recorded
+        :param known: the recorded identity of the namespace, or None
         :param tap: the macvtap of a VM, which has no namespace
         """
         if tap is not None:
@@ -120,7 +122,7 @@ class Judge:
             except FileNotFoundError:
                 is_missing = not os.path.lexists(path)
             except OSError:
-                pass  # a placeholder, or a fault of this process
+                pass  # a placeholder file, or a lack of descriptors or memory
         if is_absent and not self.blindness(path):
             return GONE
         if path is None or not (shown or is_missing):
@@ -128,10 +130,10 @@ class Judge:
         return self._by_search(path, known)
 
     def _judge_tap(self, tap: Tap) -> Verdict:
-        """Judge by the interfaces of the node.
+        """Decide by the interfaces of the node.
 
-        A break0 must be among them: a process in another namespace, or what
-        the kernel shows while the parent is gone, proves nothing.
+        A missing macvtap counts only if a macvlan is present. Otherwise this
+        process may be in another namespace, or the parent may be gone.
         """
         own = namespaces.identify(namespaces.OWN)
         if own is None or not own.is_same(tap.namespace):
@@ -151,10 +153,10 @@ class Judge:
         return GONE
 
     def _by_search(self, path: str, known: NamespaceId) -> Verdict:
-        """Judge by what else is seen where it was.
+        """Decide by the other namespaces in the directory of a path.
 
-        Its name was removed, or its process has ended; another process may
-        be in it all the same.
+        The name was removed or the process has ended, but another process
+        may still be in the namespace.
         """
         place = _place_of(path)
         for each in {place, _PROC}:
@@ -164,11 +166,11 @@ class Judge:
                 if found and namespaces.identify_or_fail(found).is_same(known):
                     return LIVING
             except OSError as err:
-                if err.errno not in (*_ENDED, errno.ENXIO):  # as EMFILE
+                if err.errno not in (*_ENDED, errno.ENXIO):  # EMFILE etc.
                     return self._unknown(known, path, '%s: %s' % (
                         found, err.strerror))
-            # A name goes with its sandbox, so where the kernel has nothing
-            # better, processes that are not seen do not count.
+            # Engines remove a name together with its sandbox. So if the
+            # kernel has no cookies, hidden processes are not considered.
             if view.hides and (each == place or known.cookie is not None):
                 return self._unknown(known, path, 'not all namespaces in %s '
                                      'can be read' % each)
@@ -187,11 +189,11 @@ class Judge:
         return Verdict(State.UNKNOWN, text)
 
     def blindness(self, path: Optional[str] = None) -> str:
-        """Return why the kernel does not show namespaces by their number.
+        """Return why look-ups by number prove nothing; empty if they do.
 
-        Empty if it does: some that live, and are not our own, were found.
+        They do if they found living namespaces other than this thread's.
 
-        :param path: near which there may be some
+        :param path: a path whose directory is searched for such namespaces
         """
         if self._blindness is None:
             self._blindness = self._find_blindness(path)
@@ -201,15 +203,15 @@ class Judge:
         own = namespaces.identify(namespaces.OWN)
         if own is not None and own.cookie is None:
             return 'this kernel gives namespaces none (linux 6.18 does)'
-        # Near the path first: a container can have thousands of processes,
-        # of which each takes 8 us, under the lock.
+        # Search the directory of the path first. A container can have
+        # thousands of processes; each takes 8 us under the lock.
         living = (each for place in dict.fromkeys((
             _place_of(path or _PROC + '/1/ns/net'), _PROC))
             for _, each in _seen_at(place) if each is not None)
         shown = list(itertools.islice(
             (each for each in map(_is_shown, living) if each is not None),
             _CONTROLS))
-        # Where there is none but our own, one is made.
+        # If no other namespace exists, create one.
         return '' if all(shown or [_is_made_one_shown()]) else _why_blind()
 
     def _view(self, place: str) -> _View:
@@ -219,13 +221,13 @@ class Judge:
 
 
 def _place_of(path: str) -> str:
-    """Return where a path is one of many: a directory of names, or a proc."""
+    """Return the directory of a namespace's name, or the proc directory."""
     process = re.fullmatch(r'(/.+)/\d+(?:/task/\d+)?/ns/net', path)
     return process[1] if process else os.path.dirname(path)
 
 
 def _look_at(place: str) -> _View:
-    """See which namespaces are at a place, without opening any."""
+    """Return the namespaces in a directory, without opening them."""
     paths: dict[tuple[int, int], str] = {}
     hides = False
     for found, path in _seen_at(place):
@@ -238,9 +240,9 @@ def _look_at(place: str) -> _View:
 
 def _seen_at(place: str
              ) -> Iterator[tuple[tuple[int, int], Optional[str]]]:
-    """Iterate over the namespaces at a place: device and inode, path.
+    """Iterate over the namespaces in a directory: device and inode, path.
 
-    Without a path, it stands for one that could not be examined.
+    The path is None for a namespace that could not be examined.
     """
     hidden = (0, 0), None
     try:
@@ -265,7 +267,7 @@ def _seen_at(place: str
 def _is_shown(path: str) -> Optional[bool]:
     """Return whether a living namespace can be opened by its number.
 
-    None if it has just ended, or the kernel numbers none: that shows nothing.
+    None if it has just ended or has no number.
     """
     try:
         known = namespaces.identify_or_fail(path)
@@ -283,7 +285,7 @@ def _is_shown(path: str) -> Optional[bool]:
 
 
 def _why_blind() -> str:
-    with contextlib.suppress(OSError):  # as of no descriptors left
+    with contextlib.suppress(OSError):  # EMFILE, for example
         if not node.capabilities() >> node.CAP_SYS_ADMIN & 1:
             return 'this process lacks CAP_SYS_ADMIN'
         if os.stat('/proc/self/ns/pid').st_ino != _FIRST_PROCESS_NAMESPACE:
@@ -292,9 +294,9 @@ def _why_blind() -> str:
 
 
 def _is_made_one_shown() -> bool:
-    """Make a namespace; whether it can be opened by its number.
+    """Return whether a new namespace can be opened by its number.
 
-    False if this process may make none.
+    False if this process cannot create a namespace.
     """
     with contextlib.ExitStack() as stack:
         def make() -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Uses IPDB, as Kuryr does, with its errors as ours.
+"""Uses IPDB as Kuryr does, and converts its errors.
 
-Import it only where an IPDB is used: pyroute2 takes as long to import as all
-that most commands need.
+Import this module only to use IPDB: importing pyroute2 takes as long as
+importing everything else that most commands need.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ LOG = logging.getLogger(__name__)
 
 _INTERFACE_GROUPS = (rtnl.RTMGRP_LINK | rtnl.RTMGRP_IPV4_IFADDR
                      | rtnl.RTMGRP_IPV6_IFADDR)
-#: What IPDB raises if it misses something: RuntimeError if it could not
-#: even go back to what was before.
+#: Errors of IPDB after it missed an event. RuntimeError if it could not roll
+#: back to the previous state either.
 IPDB_DISTURBED = (RuntimeError, ipdb_exceptions.CommitException,
                   nl_exceptions.NetlinkDumpInterrupted)
 
@@ -40,14 +40,14 @@ _T = TypeVar('_T')
 
 
 def undisturbed(action: str, function: Callable[..., _T], *args: Any) -> _T:
-    """Call what reads the node by dumps, and again if one is interrupted.
+    """Call a function that dumps a table; repeat it after an interrupted dump.
 
-    The kernel marks a dump that the table has changed under; pyroute2 raises
-    that as an error. ``function`` must be safe to repeat.
+    If a table changes during a dump, the kernel marks the dump, and pyroute2
+    raises an error. ``function`` must be safe to repeat.
 
-    :param action: what it does, for the error
+    :param action: what the function does, for the error message
     :raises KernelRefused: for another error of pyroute2 or a socket, or if
-        every try was interrupted
+        the dump was interrupted at every attempt
     """
     try:
         for number in range(netlink.DUMP_TRIES - 1):
@@ -64,18 +64,18 @@ def undisturbed(action: str, function: Callable[..., _T], *args: Any) -> _T:
                                        err.errno or 0) from err
     except (ipdb_exceptions.CommitException,
             ipdb_exceptions.CreateException) as err:
-        # Some of them say nothing.
+        # Some of these errors have no text.
         raise exceptions.KernelRefused(action, str(err) or 'IPDB raised %r' %
                                        err, 0) from err
 
 
 def create_macvlan(name: str, parent: Link, mac: str) -> None:
-    """Create a macvlan in bridge mode, down, by IPDB.
+    """Create a macvlan in bridge mode, set down, with IPDB.
 
-    That reads all interfaces of the node, as Kuryr does for each pod; here
-    it happens once per boot.
+    IPDB reads all interfaces of the node, as it does for Kuryr at each pod.
+    This function runs once per boot.
 
-    :raises KernelRefused: if there is none in the end
+    :raises KernelRefused: if the macvlan does not exist afterwards
     """
     def create() -> None:
         with _unwarned(), pyroute2.IPDB(
@@ -89,7 +89,7 @@ def create_macvlan(name: str, parent: Link, mac: str) -> None:
 
 @contextlib.contextmanager
 def _unwarned() -> Iterator[None]:
-    """Without IPDB's line in the log that it is deprecated."""
+    """Suppress IPDB's deprecation warning in the log."""
     log = logging.getLogger(pyroute2.IPDB.__module__)
     level = log.level
     log.setLevel(logging.ERROR)
@@ -100,22 +100,22 @@ def _unwarned() -> Iterator[None]:
 
 
 class _Unread(dict):  # type: ignore[type-arg]
-    """What an IPDB does not read; it writes here of its own accord."""
+    """A view that stays empty; IPDB writes to it without being asked."""
 
     def __init__(self, ipdb: Any) -> None:
         super().__init__()
 
 
 class _InterfacesIPDB(pyroute2.IPDB):  # type: ignore[misc]
-    """An IPDB that reads and hears of interfaces and addresses only."""
+    """An IPDB that reads interfaces and addresses, and only their events."""
 
-    # It has no attributes before this is called.
+    # IPDB has no attributes before __init__() is called.
     def __init__(self) -> None:
         super().__init__(nl_bind_groups=_INTERFACE_GROUPS,
                          deprecation_warning=False)
 
     def initdb(self) -> None:
-        # Its plugin for interfaces reads the neighbours as well.
+        # IPDB's plugin for interfaces reads the neighbours as well.
         spec = [{**each, 'class': _Unread} if each['name'] == 'neighbours'
                 else each for each in ipdb_interfaces.spec]
         self._plugins = [types.SimpleNamespace(groups=_INTERFACE_GROUPS,
@@ -135,7 +135,7 @@ def ipdb_of_interfaces() -> Optional[Any]:
         with _unwarned():
             ipdb = _InterfacesIPDB()
         try:
-            ipdb.interfaces  # read when first asked for
+            ipdb.interfaces  # the first access reads them
         except BaseException:
             ipdb.release()
             raise
@@ -149,10 +149,10 @@ def ipdb_of_interfaces() -> Optional[Any]:
 
 
 def prepare() -> None:
-    """Have pyroute2 do, before processes fork, what it does at first use.
+    """Run the initialization of pyroute2 before processes fork.
 
-    In each of them it would look for the C library, by another process, and
-    compile its messages.
+    Otherwise each child runs a process to find the C library, and compiles
+    pyroute2's messages.
     """
     with contextlib.suppress(OSError, nl_exceptions.NetlinkError):
         with pyroute2.IPRoute() as ipr:

@@ -27,13 +27,13 @@ _ANY_NUMBER = netlink.S32.pack(-1)  # NETNSA_NSID_NOT_ASSIGNED
 
 
 class LinkSocket(netlink.RequestSocket):
-    """The part of :class:`kuryr_break0.kernel.Netlink` for interfaces."""
+    """The methods of :class:`kuryr_break0.kernel.Netlink` for interfaces."""
 
     options = (*netlink.RequestSocket.options,
                netlink.NETLINK_GET_STRICT_CHK)
 
     def _get(self, action: str, kind: int, body: bytes) -> Any:
-        """Ask a question that has one answer."""
+        """Send a request that has a single answer, and return the answer."""
         (answer,), _ = self._ask(action, Message(kind, 0, body), wire.parse)
         return answer
 
@@ -43,7 +43,7 @@ class LinkSocket(netlink.RequestSocket):
         return self._dump(action, Message(kind, 0, body), read, merges)
 
     def link(self, name: str) -> Optional[values.Link]:
-        """Return an interface by its name, or None."""
+        """Return the interface with a name, or None."""
         if not _is_name(name):
             return None
         with tolerated(errno.ENODEV):
@@ -59,9 +59,9 @@ class LinkSocket(netlink.RequestSocket):
         return self._links(b'')
 
     def macvlans(self) -> list[values.Link]:
-        """List those that are macvlans."""
+        """List the macvlans, by a dump."""
         return [each for each in self._links(wire.OF_KIND_MACVLAN)
-                if each.kind == 'macvlan']  # it may not know this kind yet
+                if each.kind == 'macvlan']  # old kernels ignore the filter
 
     def _links(self, attributes: bytes) -> list[values.Link]:
         return self._list('list the interfaces', wire.RTM_GETLINK,
@@ -76,8 +76,8 @@ class LinkSocket(netlink.RequestSocket):
 
         :param netns: the path of the namespace
         :raises KernelRefused: with EEXIST also if an interface of this
-            namespace has the name, on a kernel that looks for it here (5.10
-            and 6.12 do, 6.18 does not)
+            thread's namespace has the name. Linux 5.10 and 6.12 look for the
+            name there, 6.18 does not
         """
         flags = wire.IFF_UP if up else 0
         with opened(netns) as other:
@@ -94,7 +94,7 @@ class LinkSocket(netlink.RequestSocket):
                         + wire.pack_macvlan()))
 
     def rename_and_raise(self, link: values.Link, name: str) -> None:
-        """Give an interface that is down a name, and set it up."""
+        """Rename an interface that is down, and set it up."""
         self._alter('name the interface %s %s, and set it up'
                     % (link.name, name), link, text(wire.IFLA_IFNAME, name),
                     wire.IFF_UP, wire.IFF_UP)
@@ -107,14 +107,14 @@ class LinkSocket(netlink.RequestSocket):
                   attribute(wire.IFLA_ADDRESS, wire.pack_mac(mac)))
 
     def set_vrf(self, link: values.Link, vrf: Optional[values.Vrf]) -> None:
-        """Put an interface in a VRF, or take it out of the one it is in."""
+        """Move an interface into a VRF; None removes it from its VRF."""
         self._set(link, 'VRF', number(wire.IFLA_MASTER,
                                       vrf.ifindex if vrf else 0))
 
     def set_alias(self, link: values.Link, alias: str) -> None:
-        """Give an interface a text that it keeps as long as it exists.
+        """Set the alias of an interface.
 
-        The kernel ignores one in the request that creates it.
+        The kernel ignores an alias in the request that creates an interface.
         """
         self._set(link, 'alias to ' + alias,
                   attribute(wire.IFLA_IFALIAS, os.fsencode(alias)))
@@ -145,7 +145,7 @@ class LinkSocket(netlink.RequestSocket):
             link.index, flags, mask) + attributes), advice=advice)
 
     def delete_link(self, name: str) -> None:
-        """Delete an interface; one that is not there is fine."""
+        """Delete an interface; do nothing if it does not exist."""
         if _is_name(name):
             with tolerated(errno.ENODEV):
                 self._order('delete the interface ' + name, Message(
@@ -153,9 +153,9 @@ class LinkSocket(netlink.RequestSocket):
                     wire.pack_link() + text(wire.IFLA_IFNAME, name)))
 
     def put_address(self, link: values.Link, address: IPAddress) -> None:
-        """Put an address on an interface, alone in its prefix.
+        """Add a /32 or /128 address to an interface.
 
-        Without duplicate address detection, which would be sent to the LAN.
+        Duplicate address detection is off: it would send to the LAN.
         """
         self._order('put the address %s on %s' % (address, link.name),
                     Message(wire.RTM_NEWADDR,
@@ -166,7 +166,7 @@ class LinkSocket(netlink.RequestSocket):
 
     def delete_link_local(self, link: values.Link, address: IPAddress
                           ) -> None:
-        """Delete an address that the kernel has made for an interface."""
+        """Delete a link-local address that the kernel has assigned."""
         self._order('delete the address %s of %s' % (address, link.name),
                     Message(wire.RTM_DELADDR, 0, wire.pack_address(
                         link.index, ipaddress.ip_interface('%s/64' % address)
@@ -175,9 +175,10 @@ class LinkSocket(netlink.RequestSocket):
     def addresses(self) -> list[values.InterfaceAddress]:
         """List the addresses of all interfaces, by a dump.
 
-        On a node where they change all the time, as those of services, some
-        may be listed that have just been deleted. In a pod, that decides
-        which ones are its own, so there it fails.
+        If the addresses of the node change during each dump, such as those of
+        Services, the list may contain addresses that were just deleted. In a
+        pod, the list decides which addresses belong to the pod, so there the
+        dump fails instead.
         """
         return list(dict.fromkeys(
             values.InterfaceAddress(each.ifindex, each.address)
@@ -185,24 +186,24 @@ class LinkSocket(netlink.RequestSocket):
 
     def address_states(self, ifindex: int = 0, merges: bool = False
                        ) -> list[values.AddressState]:
-        """List them with their flags.
+        """List the addresses of interfaces with their flags, by a dump.
 
-        :param ifindex: of one interface; 0 for all
+        :param ifindex: of the interface; 0 for all
         :param merges: see :meth:`netlink.RequestSocket._dump`
         """
         return self._list('list the addresses', wire.RTM_GETADDR,
                           wire.pack_address_dump(ifindex), merges=merges)
 
     def namespace_number(self, fd: int) -> int:
-        """Return what this namespace calls another; -1 for nothing."""
+        """Return the number of another namespace; -1 if it has none."""
         answer: int = self._get('number a namespace', wire.RTM_GETNSID,
                                 bytes(4) + number(wire.NETNSA_FD, fd))
         return answer
 
     def ensure_namespace_number(self, fd: int) -> int:
-        """Return what this namespace calls another, from now on if need be.
+        """Return the number of another namespace; assign one if it has none.
 
-        :raises KernelRefused: if it can call it nothing
+        :raises KernelRefused: if the kernel assigns no number
         """
         present = self.namespace_number(fd)
         if present >= 0:
@@ -215,8 +216,8 @@ class LinkSocket(netlink.RequestSocket):
 
 
 def _is_name(name: str) -> bool:
-    """Return whether the kernel looks for a name; it refuses others."""
+    """Return whether the kernel accepts a name in a look-up."""
     try:
         return 0 < len(os.fsencode(name)) < 16
     except UnicodeEncodeError:
-        return False  # no bytes
+        return False  # the name cannot be encoded

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The macvlans of other namespaces that are on interfaces of this one.
+"""Lists macvlans in other namespaces, with a parent on this node.
 
-What takes the path of a namespace raises as in
-:mod:`kuryr_break0.kernel.namespaces`, also for that of the node.
+Functions that take the path of a namespace raise the errors that
+:mod:`kuryr_break0.kernel.namespaces` describes, also for the path of the
+node's own namespace.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ LOG = log.get_logger(__name__)
 
 
 class Limits(NamedTuple):
-    """How much is read of a namespace: its container can have any number.
+    """Limits on reading a namespace: its container decides its size.
 
-    :ivar listed: interfaces that are listed
-    :ivar read: interfaces whose addresses are read
-    :ivar addresses: addresses that are read of one interface, and after which
-        no other interface is read
+    :ivar listed: number of interfaces to list
+    :ivar read: number of interfaces to read the addresses of
+    :ivar addresses: number of addresses to read of one interface; after as
+        many in all, no further interface is read
     """
 
     listed: int
@@ -41,18 +42,21 @@ class Limits(NamedTuple):
     addresses: int
 
 
-#: To read a namespace that has more takes 0.4 s of a processor, and 0.06 s.
+#: Reading a namespace up to these limits takes 0.4 s and 0.06 s of processor
+#: time.
 MOST, FEW = Limits(2 ** 14, 2 ** 14, 2 ** 14), Limits(256, 64, 2048)
 
 
 class Macvlan(NamedTuple):
-    """A macvlan on an interface of the node, in another namespace.
+    """A macvlan in another namespace, with its parent on the node.
 
-    :ivar netns: path of that
-    :ivar parent: the interface of the node
-    :ivar addresses: those of the macvlan, but link-local ones
-    :ivar unproven: of these, what duplicate address detection has not passed
-    :ivar duplicates: of these, what another host has, as that has found
+    :ivar netns: path of the namespace
+    :ivar parent: name of the parent interface; empty if it is not on the node
+    :ivar addresses: its addresses, except link-local ones
+    :ivar unproven: the addresses that have not passed duplicate address
+        detection
+    :ivar duplicates: the addresses for which duplicate address detection has
+        found another host
     :ivar is_whole: whether all of its addresses were read
     """
 
@@ -67,10 +71,10 @@ class Macvlan(NamedTuple):
 
     def require(self, addresses: Iterable[IPAddress],
                 mac: Optional[str] = None) -> None:
-        """Make sure that it has addresses.
+        """Check that the macvlan has some addresses.
 
-        :param mac: its MAC address; None for any
-        :raises NotItsAddress: of the first that it does not have
+        :param mac: the MAC address that it must have; None for any
+        :raises NotItsAddress: for the first address that it lacks
         """
         if mac not in (None, self.link.mac):
             raise exceptions.NotItsAddress(
@@ -106,16 +110,17 @@ def macvlans_in(netns: str, namespace: Optional[NamespaceId] = None,
 
 def macvlan_of(netns: str, ifname: str,
                parent: Optional[str] = None) -> Macvlan:
-    """Return an interface that a node can reach through a break0.
+    """Return the macvlan with a name, if a break0 can reach it.
 
-    :param parent: what it should be on; None for any interface of the node
-    :raises NotAMacvlan: if it is none
+    :param parent: the expected parent; None for any interface of the node
+    :raises NotAMacvlan: if it does not exist, is no macvlan in bridge mode, or
+        has another parent
     """
     found = 'there is none of that name'
     for macvlan in _read(netns, None, lambda netlink: list(filter(
             None, [netlink.link(ifname)])), MOST):
         link = macvlan.link
-        if link.name != ifname:  # but an altname
+        if link.name != ifname:  # found by an alternative name
             continue
         if link.kind != 'macvlan':
             found = 'it is ' + link.described
@@ -134,10 +139,10 @@ def macvlan_of(netns: str, ifname: str,
 def _read(netns: str, known: Optional[NamespaceId],
           listed: Callable[[Netlink], list[Link]], limits: Limits
           ) -> list[Macvlan]:
-    """Read interfaces of a namespace; without parent, if on none.
+    """Read interfaces of a namespace; ``parent`` is empty if not on the node.
 
-    The addresses of others there are not read: who has unshared it can add
-    thousands of these in a moment.
+    The addresses of interfaces with another parent are not read: any user can
+    unshare the namespace, and quickly add thousands of them.
     """
     namespace = namespaces.require_other(netns, known)
     own_of: dict[int, list[AddressState]] = {}
@@ -146,16 +151,16 @@ def _read(netns: str, known: Optional[NamespaceId],
             Netlink(most=limits.listed) as netlink, \
             Netlink(most=limits.addresses) as reading:
         links, room = listed(netlink), limits.addresses
-        # Whoever lists interfaces gives a number to each namespace that
-        # one of them is on; the number of one that none is on is -1.
+        # Listing interfaces assigns a number to each namespace that a parent
+        # is in. If no parent is in the node's namespace, its number is -1.
         here = netlink.namespace_number(own)
         for link in links:
             if link.lower_namespace == here and room > 0 and (
                     len(own_of) < limits.read):
                 own_of[link.index] = reading.address_states(link.index)
                 room -= len(own_of[link.index])
-        # Engines rename an interface before they give it addresses, so the
-        # name that is read after these is the one that it keeps.
+        # Engines rename an interface before they add addresses. So a name
+        # that is read after the addresses is final.
         if any(own_of.values()):
             links = listed(netlink)
 
@@ -164,7 +169,7 @@ def _read(netns: str, known: Optional[NamespaceId],
         read = own_of.get(link.index)
         states = [each for each in read or ()
                   if not each.address.is_link_local]
-        # An optimistic one is tentative too.
+        # An optimistic address has IFA_F_TENTATIVE too.
         unproven, duplicates = (
             frozenset(each.address for each in states if each.flags & mask)
             for mask in (IFA_F_TENTATIVE | IFA_F_DADFAILED, IFA_F_DADFAILED))
@@ -176,10 +181,11 @@ def _read(netns: str, known: Optional[NamespaceId],
 
 
 def _parent_of(link: Link, here: int) -> str:
-    """Return the interface of the node that one is on; empty if on none.
+    """Return the name of a macvlan's parent; empty if not on the node.
 
-    :param here: the number of the node's namespace in that of the link; with
-        another number, its lower interface counts elsewhere
+    :param here: number that the macvlan's namespace has assigned to the
+        node's. If the parent is in another namespace, its ifindex means
+        nothing here
     """
     if link.lower_namespace == here and link.lower is not None:
         with absence('cannot name the parent of a macvlan'):  # just deleted
@@ -188,18 +194,18 @@ def _parent_of(link: Link, here: int) -> str:
 
 
 def macvlans(processes: Iterable[str]) -> Iterator[Macvlan]:
-    """List those of all namespaces that this process can see.
+    """List the macvlans of all namespaces that this process can see.
 
-    :param processes: where processes are to be seen, as /proc
+    :param processes: directories such as /proc
     """
     for found in search.find(processes):
         yield from macvlans_at(found)
 
 
 def macvlans_at(found: search.Found, limits: Limits = MOST) -> list[Macvlan]:
-    """List those of a namespace; none if it cannot be entered.
+    """List the macvlans of a namespace; none if it cannot be entered.
 
-    Mostly it is just ending.
+    In most cases such a namespace is just being deleted.
     """
     try:
         return macvlans_in(found.path, found.namespace, limits)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Other network namespaces: what they are, and how to be in them.
+"""Identifies, opens and enters other network namespaces.
 
-A path proves little. The file may be a placeholder whose mount has not been
-propagated, it may be the path of another mount or process namespace, and the
-kernel uses inode numbers again. Whether one still exists is for
-:mod:`kuryr_break0.kernel.existence` to say.
+A path does not identify a namespace. The file may be a placeholder, if the
+mount was not propagated; the path may be valid in another mount or PID
+namespace only; and the kernel reuses inode numbers.
+:mod:`kuryr_break0.kernel.existence` decides whether a namespace still exists.
 
-What takes the path of a namespace raises NetnsUnusable if that cannot be
-opened, or is another one, and SystemRefused if this process lacks descriptors
-or memory.
+Functions that take the path of a namespace raise NetnsUnusable if it cannot be
+opened or is another namespace, and SystemRefused if this process lacks file
+descriptors or memory.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from kuryr_break0.model import NamespaceId
 
 #: The network namespace of this thread
 OWN = '/proc/thread-self/ns/net'
-#: ioctl(2) on nsfs: the number of a namespace that is never used again
-#: (linux/nsfs.h, linux 6.18). It is SO_NETNS_COOKIE, without entering.
+#: ioctl(2) on nsfs: the number of a namespace, which is never reused
+#: (linux/nsfs.h, Linux 6.18). It equals SO_NETNS_COOKIE, and the process need
+#: not enter the namespace.
 _NS_GET_ID = 0x8008b70d
-#: ioctl(2) on nsfs: which kind it is, as for clone(2) (linux 4.11)
+#: ioctl(2) on nsfs: the kind of a namespace, a flag of clone(2) (Linux 4.11)
 _NS_GET_NSTYPE = 0xb703
 # linux/nsfs.h and linux/exportfs.h: a file handle of a namespace
 _FILEID_NSFS = 0xf1
@@ -42,10 +43,9 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def identify(path: Optional[str]) -> Optional[NamespaceId]:
-    """Return what the namespace at a path is; None if there is none.
+    """Return the identity of the namespace at a path; None if there is none.
 
-    A file that is no network namespace, as a placeholder, a pipe or a
-    device, is none, and is not opened.
+    Other files, such as a placeholder, a pipe or a device, are not opened.
     """
     with contextlib.suppress(OSError):
         return None if path is None else identify_or_fail(path)
@@ -53,17 +53,18 @@ def identify(path: Optional[str]) -> Optional[NamespaceId]:
 
 
 def identify_or_fail(path: str) -> NamespaceId:
-    """Return what the namespace at a path is.
+    """Return the identity of the namespace at a path.
 
-    :raises OSError: ENOENT if nothing is there, ENXIO if it is no namespace,
-        EINVAL if it is no path; any other is of this process, as EMFILE
+    :raises OSError: ENOENT if the path does not exist, ENXIO if the file is
+        not a network namespace, EINVAL if the path is invalid. Other errors
+        are faults of this process, such as EMFILE
     """
     with _file(path) as fd:
         return identify_file(fd)
 
 
 def identify_file(fd: int) -> NamespaceId:
-    """Return what an open namespace is."""
+    """Return the identity of an open namespace."""
     found = os.fstat(fd)
     number = bytearray(8)
     try:
@@ -76,9 +77,9 @@ def identify_file(fd: int) -> NamespaceId:
 
 def require_other(path: str,
                   known: Optional[NamespaceId] = None) -> NamespaceId:
-    """Return what the namespace at a path is, which must be another one.
+    """Return the identity of a namespace other than this thread's.
 
-    :param known: what it is, if that is known
+    :param known: the identity, if the caller has read it
     """
     try:
         found = known or identify_or_fail(path)
@@ -96,7 +97,7 @@ def require_other(path: str,
 
 @contextlib.contextmanager
 def _file(path: str) -> Iterator[int]:
-    """Open a file of nsfs, and nothing else: that could block.
+    """Open a namespace's file; do not open other files, which could block.
 
     :raises OSError: ENXIO for a file of another kind
     """
@@ -115,11 +116,11 @@ def _file(path: str) -> Iterator[int]:
 
 
 def open_by_number(known: NamespaceId) -> int:
-    """Open a namespace by the number that it alone has.
+    """Open a namespace by its number.
 
     :returns: a file descriptor
-    :raises OSError: ESTALE if it is gone, or if this process may not see it
-        (nsfs_fh_to_dentry); EPERM if it may open none
+    :raises OSError: ESTALE if the namespace is gone or this process has no
+        access to it (nsfs_fh_to_dentry); EPERM if it has access to none
     """
     handle = ctypes.create_string_buffer(_HANDLE.pack(
         16, _FILEID_NSFS, known.cookie, _CLONE_NEWNET, known.inode))
@@ -135,10 +136,11 @@ def open_by_number(known: NamespaceId) -> int:
 @contextlib.contextmanager
 def opened(netns: str,
            known: Optional[NamespaceId] = None) -> Iterator[int]:
-    """Open a namespace; the file descriptor is valid in the block.
+    """Open a namespace; the file descriptor is valid within the block.
 
-    :param known: what it must be; by its number it is found even if the
-        path is not there any more
+    :param known: its expected identity. If the path is gone, the namespace is
+    :param known: its expected identity. If the path is gone, the number in the
+        identity opens the namespace
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -163,7 +165,7 @@ def opened(netns: str,
 @contextlib.contextmanager
 def entered(netns: str,
             known: Optional[NamespaceId] = None) -> Iterator[None]:
-    """Be in another network namespace; this thread, within the block."""
+    """Move this thread into another network namespace within the block."""
     with opened(OWN) as home:
         with opened(netns, known) as other:
             if _LIBC.setns(other, _CLONE_NEWNET) != 0:
@@ -174,23 +176,23 @@ def entered(netns: str,
             yield
         finally:
             if _LIBC.setns(home, _CLONE_NEWNET) != 0:
-                # Whatever this thread did next, it would do to a pod.
+                # Otherwise this thread would continue inside of the pod.
                 os._exit(os.EX_OSERR)
 
 
 def unshare() -> bool:
-    """Move this thread into a new network namespace; whether that was done.
+    """Move this thread into a new network namespace; return success.
 
-    For a process of its own, with which it ends.
+    Call it in a thread or process that ends afterwards.
     """
     return bool(_LIBC.unshare(_CLONE_NEWNET) == 0)
 
 
 def seen(path: str, own: os.stat_result) -> Optional[tuple[int, int]]:
-    """Return device and inode of the namespace at a path, without opening it.
+    """Return device and inode of a namespace without opening its file.
 
-    :param own: the status of our own
-    :returns: None for that, and for a file of another kind
+    :param own: the status of this thread's namespace
+    :returns: None for this thread's namespace, and for other kinds of files
     """
     found = os.stat(path)
     if found.st_dev != own.st_dev or found.st_ino == own.st_ino or (

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Netlink: the framing of messages, and sockets for requests and events.
+"""Netlink messages, and sockets for requests and events.
 
-The formats are those of linux/netlink.h. A message of a pod takes pyroute2
-more than ten times as long.
+The formats are defined in linux/netlink.h. pyroute2 takes more than ten times
+as long for the messages of one pod.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ _NLMSGERR_ATTR_MSG, _MAX_ERRNO = 1, 4095
 
 SOL_NETLINK = 270  # linux/socket.h
 NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
-# Absent in older kernels, which costs time only
+# Older kernels lack these options; requests take longer there.
 _NETLINK_CAP_ACK, _NETLINK_EXT_ACK = 10, 11
 NETLINK_GET_STRICT_CHK = 12
 
 _SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 
 _RECEIVED = 2 ** 17  # bytes; a dump fills at most 32 KiB at once
-#: Seconds after which an answer is lost. The kernel answers while the
-#: request is being sent, so only a fault can make it as long.
+#: Seconds to wait for an answer. The kernel answers before send(2) returns, so
+#: a longer wait indicates a fault.
 _TIMEOUT = 10
-#: An interrupted dump is repeated this often. Each try meets about as many
-#: changes as the last, so what counts is their number, not their distance.
+#: Attempts at a dump that is interrupted. The table changes about as often
+#: during each attempt, so a longer pause does not help, but more attempts do.
 DUMP_TRIES, FEW_TRIES = 20, 3
-#: Seconds between two tries at most: of the first two, and of any. What
-#: interrupts one is often over then, as the deletion of an interface.
+#: Maximum seconds between the first two attempts, and between any two. Many
+#: interruptions are short, such as the deletion of an interface.
 DUMP_PAUSE_FIRST, DUMP_PAUSE = 0.001, 0.05
-#: Datagrams of events that are read at once, and bytes of each.
+#: Number of event datagrams to read at once, and maximum bytes of each.
 _AT_ONCE, _DATAGRAM = 256, 2 ** 16
-#: Bytes of events that a socket holds until they are read: some 10,000. The
-#: usual 208 KiB hold 250, and a break0 that is deleted has two per address.
+#: Socket buffer for events, in bytes: room for about 10,000. The default of
+#: 208 KiB has room for 250; deleting a break0 causes two per address.
 _HELD = 2 ** 23
 
 HEADER = struct.Struct('=IHHII')  # nlmsghdr
@@ -64,14 +64,14 @@ NESTED = 0x8000
 
 
 class Message(NamedTuple):
-    """A message as it is sent, but for its sequence number."""
+    """A message to send, without its sequence number."""
 
     kind: int
     flags: int
     body: bytes
 
     def packed(self, sequence: int) -> bytes:
-        """Return it with its header, padded for the next one to follow."""
+        """Return the message with its header, padded to 4 bytes."""
         length = HEADER.size + len(self.body)
         return (HEADER.pack(length, self.kind, self.flags | NLM_F_REQUEST,
                             sequence, 0)
@@ -79,7 +79,7 @@ class Message(NamedTuple):
 
 
 class Received(NamedTuple):
-    """A message that was received."""
+    """A received message."""
 
     kind: int
     flags: int
@@ -87,14 +87,14 @@ class Received(NamedTuple):
     body: bytes
 
     def error(self) -> Optional[OSError]:
-        """Return the error in an NLMSG_ERROR or NLMSG_DONE; None for none."""
+        """Return the error of an NLMSG_ERROR or NLMSG_DONE, or None."""
         body = self.body.ljust(S32.size + U32.size, b'\0')
         code = min(-S32.unpack_from(body)[0], _MAX_ERRNO)
         if code == 0:
             return None
         reason = os.strerror(code)
         if self.kind == NLMSG_ERROR and self.flags & _NLM_F_ACK_TLVS:
-            # They stand behind the request, or its header.
+            # The attributes follow the request, or its header only.
             request = (HEADER.size if self.flags & _NLM_F_CAPPED
                        else U32.unpack_from(body, S32.size)[0])
             explanation = read_text(attributes(
@@ -110,30 +110,30 @@ def dump_pause(tries: int) -> float:
 
 
 def messages(data: bytes) -> Iterator[Received]:
-    """Iterate over the messages of what was received at once."""
+    """Iterate over the messages of a datagram."""
     start = 0
     while start + HEADER.size <= len(data):
         length, kind, flags, sequence, _ = HEADER.unpack_from(data, start)
         if length < HEADER.size:
-            return  # or it would not end
+            return  # malformed; the loop would not end
         yield Received(kind, flags, sequence,
                        data[start + HEADER.size:start + length])
         start += length + 3 & ~3
 
 
 def attribute(kind: int, payload: bytes) -> bytes:
-    """Pack one attribute."""
+    """Pack an attribute."""
     length = _ATTRIBUTE.size + len(payload)
     return _ATTRIBUTE.pack(length, kind) + payload + bytes(-length % 4)
 
 
 def number(kind: int, value: int) -> bytes:
-    """Pack an attribute that is a number of 32 bits."""
+    """Pack an attribute with a 32-bit number."""
     return attribute(kind, U32.pack(value))
 
 
 def text(kind: int, value: str) -> bytes:
-    """Pack an attribute that is a text."""
+    """Pack an attribute with a text."""
     return attribute(kind, os.fsencode(value) + b'\0')
 
 
@@ -146,18 +146,18 @@ def attributes(data: bytes, start: int = 0) -> dict[int, bytes]:
     while start <= end:
         length, kind = _ATTRIBUTE.unpack_from(data, start)
         if length < _ATTRIBUTE.size:
-            break  # or it would not end
+            break  # malformed; the loop would not end
         found[kind & _KIND] = data[start + 4:start + length]
         start += length + 3 & ~3
     return found
 
 
 def listed(data: bytes, start: int = 0) -> Iterator[tuple[int, bytes]]:
-    """Iterate over attributes, of which several may be of one kind."""
+    """Iterate over attributes, which may have the same type."""
     while start + _ATTRIBUTE.size <= len(data):
         length, kind = _ATTRIBUTE.unpack_from(data, start)
         if length < _ATTRIBUTE.size:
-            return  # or it would not end
+            return  # malformed; the loop would not end
         yield kind & _KIND, data[start + 4:start + length]
         start += length + 3 & ~3
 
@@ -167,13 +167,13 @@ def read_number(packed: Optional[bytes]) -> Optional[int]:
 
 
 def read_text(packed: Optional[bytes]) -> Optional[str]:
-    # Names are bytes to the kernel, and must go back to it unchanged.
+    # The kernel treats names as bytes: they must not change on the way back.
     return None if packed is None else os.fsdecode(packed.rstrip(b'\0'))
 
 
 @contextlib.contextmanager
 def tolerated(*numbers: int) -> Iterator[None]:
-    """Go on behind the block if the kernel refuses with one of some errors."""
+    """Leave the block without an error if the kernel answers one of these."""
     try:
         yield
     except exceptions.KernelRefused as err:
@@ -197,14 +197,14 @@ class _Socket:
 
 
 class RequestSocket(_Socket):
-    """A socket in the namespace of the calling thread, for requests.
+    """A socket for requests in the namespace of the calling thread.
 
-    To be used as a context manager. Its methods raise KernelRefused.
+    Use it as a context manager. Its methods raise KernelRefused.
 
     :param timeout: seconds to wait for an answer
-    :param most: messages that a list is read to at most, where others can
-        make it as long as they like; None for all
-    :cvar advice: what to do about an error
+    :param most: maximum messages to read of a list, if another user can choose
+        its length; None for no limit
+    :cvar advice: the remedy that errors name
     """
 
     protocol = NETLINK_ROUTE
@@ -222,8 +222,8 @@ class RequestSocket(_Socket):
         try:
             self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW,
                                          self.protocol)
-            # The kernel alone may answer. In a pod's namespace, the pod could
-            # (netlink_getsockbyportid).
+            # Accept answers of the kernel only: in a pod's namespace, the pod
+            # could send some (netlink_getsockbyportid).
             self._socket.connect((0, 0))
         except OSError as err:
             raise self._failed('open a netlink socket', err) from err
@@ -238,9 +238,9 @@ class RequestSocket(_Socket):
 
     def _order(self, action: str, *messages: Message, acknowledged: int = -1,
                advice: str = '') -> None:
-        """Have the kernel do what makes sense as a whole only.
+        """Send requests that belong together; raise the first error.
 
-        :param acknowledged: as for :meth:`_send`
+        :param acknowledged: see :meth:`_send`
         """
         try:
             for err in self._send(messages, acknowledged, True).values():
@@ -250,13 +250,14 @@ class RequestSocket(_Socket):
 
     def _send(self, messages: Sequence[Message], acknowledged: int = -1,
               atomic: bool = False) -> dict[int, OSError]:
-        """Send all at once; the errors, by the place of the message.
+        """Send messages in one datagram; return the errors by their position.
 
-        The kernel answers each that it refuses, and one that it is asked to
-        acknowledge. Answers to the others would take as long as the requests.
+        The kernel answers each message that it refuses, and the message with
+        NLM_F_ACK. Acknowledging all would take as long as the requests.
 
-        :param acknowledged: place of that, from the end
-        :param atomic: whether one error is that of all; no other is read
+        :param acknowledged: position of the message with NLM_F_ACK, counted
+            from the end
+        :param atomic: stop at the first error, because the kernel undoes all
         """
         sent = list(messages)
         asked = sent[acknowledged]
@@ -281,10 +282,11 @@ class RequestSocket(_Socket):
     def _ask(self, action: str, message: Message,
              read: Callable[[Received], Optional[_T]]
              ) -> tuple[list[_T], bool]:
-        """Ask the kernel a question.
+        """Send a request and parse its answer.
 
-        :param read: reads a message of the answer; None for nothing
-        :returns: what was read, and whether it is of one moment
+        :param read: parses a message of the answer; None skips it
+        :returns: the parsed messages, and whether the table did not change
+            during the dump
         """
         found: list[_T] = []
         count, is_whole = 0, True
@@ -300,7 +302,7 @@ class RequestSocket(_Socket):
                         raise err
                     break
                 if count == self._most:
-                    # It would be answered with the rest of this.
+                    # The next request would receive the rest of the answer.
                     self._socket.close()
                     self._open()
                     return found, True
@@ -309,7 +311,7 @@ class RequestSocket(_Socket):
                 if each is not None:
                     found.append(each)
                 if not message.flags & NLM_F_DUMP:
-                    break  # that is all
+                    break  # there is one answer only
         except OSError as err:
             raise self._failed(action, err) from err
         return found, is_whole
@@ -317,12 +319,13 @@ class RequestSocket(_Socket):
     def _dump(self, action: str, message: Message,
               read: Callable[[Received], Optional[_T]],
               merges: bool = False) -> list[_T]:
-        """List what the kernel has of a kind; again if it changed meanwhile.
+        """Dump a table; repeat the dump if the table changed meanwhile.
 
-        :param merges: return what was in one of a few lists, if it changed
-            each time. The kernel may pass over an item when one before it is
-            deleted, and each time that is another one
-        :raises KernelRefused: with EINTR, if it changed each time
+        :param merges: if the table changed during each dump, return all items
+            of the dumps. The kernel may skip an item if a preceding one is
+            deleted, but rarely the same item twice
+        :raises KernelRefused: with EINTR, if the table changed during each
+            dump
         """
         request = message._replace(flags=message.flags | NLM_F_DUMP)
         merged: dict[_T, None] = {}
@@ -333,7 +336,7 @@ class RequestSocket(_Socket):
                 return found
             if merges:
                 merged.update(dict.fromkeys(found))
-            elif self._most is None:  # or a pod would choose for how long
+            elif self._most is None:  # a pod must not prolong the pauses
                 time.sleep(dump_pause(number))
         if merges:
             return list(merged)
@@ -341,9 +344,9 @@ class RequestSocket(_Socket):
             errno.EINTR, 'it changed each time that it was read'))
 
     def _answers(self, first: int) -> Iterator[Received]:
-        """Iterate without end over the answers to requests from a number on.
+        """Iterate over the answers to the requests from a number on.
 
-        Others are what is left of an earlier request.
+        The iterator does not end. It skips answers to earlier requests.
         """
         while True:
             for answer in messages(self._socket.recv(_RECEIVED)):
@@ -360,7 +363,7 @@ class EventSocket(_Socket):
     """A socket that receives events in the namespace of the calling thread.
 
     :param groups: multicast groups, as bits
-    :param options: to be set before it is bound
+    :param options: socket options to set before binding
     """
 
     _overrun = False
@@ -376,7 +379,7 @@ class EventSocket(_Socket):
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK,
             self._protocol)
         try:
-            # Not as root of a user namespace
+            # In a user namespace, root lacks this permission.
             with contextlib.suppress(PermissionError):
                 made.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _HELD)
             for option in self._options:
@@ -388,24 +391,24 @@ class EventSocket(_Socket):
         return made
 
     def fileno(self) -> int:
-        """For select(2): readable when there is something to read."""
+        """Return the descriptor; select(2) reports it readable at events."""
         return self._socket.fileno()
 
     def _drop(self) -> None:
-        """Drop what has come and was not read: to read it would take longer.
+        """Drop the pending events, because reading them would take longer.
 
-        The socket is replaced by a new one, which has the same descriptor.
+        A new socket replaces the old one and keeps its descriptor.
         """
         with contextlib.suppress(OSError), self._opened() as new:
             os.dup2(new.fileno(), self._socket.fileno(), inheritable=False)
             self._overrun = False
 
     def _received(self, most: int = _AT_ONCE) -> Iterator[tuple[bytes, Any]]:
-        """Iterate over the datagrams that have come, with ancillary data.
+        """Iterate over the pending datagrams, with their ancillary data.
 
-        An empty one stands for some that were lost, as by ENOBUFS. From then
-        on the kernel drops what comes until all that it has kept was read,
-        and does not say so again (netlink_overrun), so another one follows.
+        An empty datagram stands for lost events, as after ENOBUFS. After that
+        the kernel drops all events until the socket is drained, without
+        another error (netlink_overrun), so a second empty datagram follows.
         """
         for _ in range(most):
             try:
@@ -420,5 +423,5 @@ class EventSocket(_Socket):
                 self._overrun = True
                 yield b'', ()
             else:
-                # What was cut off could be read as something else.
+                # A truncated message could be misread as another one.
                 yield b'' if flags & socket.MSG_TRUNC else data, extra

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The few messages of nftables that are sent for each pod.
+"""The nftables messages that are sent for each pod.
 
-Tables of some size are loaded by the program ``nft``, which takes
-milliseconds; an element of a set takes some microseconds by netlink. The
-formats are those of linux/netfilter/nf_tables.h and nfnetlink.h.
+The program ``nft`` loads whole tables, which takes milliseconds. Adding a set
+element by netlink takes microseconds. The formats are defined in
+linux/netfilter/nf_tables.h and nfnetlink.h.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _GROUP = 7  # NFNLGRP_NFTABLES
 _NF_DROP, _NF_ACCEPT = 0, 1
 _EGRESS = 1  # NF_NETDEV_EGRESS
 _META_OIF = 5  # NFT_META_OIF
-#: Of a shared socket. An answer is there when send(2) returns; one that is not
-#: there was read by a process that should not have.
+#: Seconds to wait at a shared socket. The answer is there when send(2)
+#: returns, unless another process has read it by mistake.
 _SHARED_TIMEOUT = 1
-#: Elements of one batch, which has to fit into the socket's buffer.
+#: Maximum elements of a batch, which must fit into the socket's buffer.
 _AT_ONCE = 256
 _U32 = struct.Struct('!I')
 
@@ -50,22 +50,22 @@ SETS = ('pairs4', 'pairs6', 'addresses4', 'addresses6')
 
 
 class Nft(netlink.RequestSocket):
-    """A netlink socket of nftables in the namespace of the calling thread.
+    """A netlink socket for nftables in the namespace of the calling thread.
 
-    To be used as a context manager. Its methods raise KernelRefused.
+    Use it as a context manager. Its methods raise KernelRefused.
     """
 
     protocol = netlink.NETLINK_NETFILTER
     advice = 'See the tables: nft list ruleset'
 
     def take_over(self) -> None:
-        """Prepare a socket that another process may have used last.
+        """Prepare a socket that another process may have used before.
 
-        What that has not read is dropped, since it may have been killed, and
-        numbers of messages differ from those that it used.
+        Drop its unread answers, since that process may have been killed, and
+        continue with a random sequence number.
         """
         self._drain()
-        # Not 0, which is the number of what is posted.
+        # 0 is the sequence number of posted messages.
         self._sequence = (int.from_bytes(os.urandom(4), 'big') >> 1) | 1
 
     def _drain(self) -> None:
@@ -73,17 +73,18 @@ class Nft(netlink.RequestSocket):
             try:
                 self._socket.recv(2 ** 17, socket.MSG_DONTWAIT)
             except OSError as err:
-                if err.errno != errno.ENOBUFS:  # more than had room
+                if err.errno != errno.ENOBUFS:  # the buffer overflowed
                     return
 
     def post(self, messages: Sequence[Message], drain: bool) -> None:
-        """Send what nobody waits for an answer to.
+        """Send messages without waiting for an answer.
 
-        What is sent is done when this returns. Errors have a number that no
-        other message has, so whoever reads them next ignores them.
+        The kernel has processed them when this function returns. Its errors
+        have a sequence number that no other message has, so the next reader
+        skips them.
 
-        :param drain: drop them at once, which may take an answer from
-            another process that shares the socket
+        :param drain: drop the answers at once. Do not set it on a shared
+            socket: it may drop another process's answer
         """
         try:
             self._socket.send(b''.join(message.packed(0)
@@ -94,9 +95,9 @@ class Nft(netlink.RequestSocket):
             self._drain()
 
     def add(self, table: str, pairs: Iterable[Pair]) -> None:
-        """Add elements; those that are there are fine.
+        """Add guard entries; existing ones are no error.
 
-        :raises KernelRefused: with ENOENT if there is no such table
+        :raises KernelRefused: with ENOENT if the table does not exist
         """
         pairs = sorted(pairs, key=lambda pair: pair.set_name)
         for start in range(0, len(pairs), _AT_ONCE):
@@ -108,11 +109,11 @@ class Nft(netlink.RequestSocket):
                     lambda pair: pair.set_name)))
 
     def delete(self, table: str, pairs: Iterable[Pair]) -> None:
-        """Delete elements; those that are not there are fine.
+        """Delete guard entries; missing ones are no error.
 
-        For one of these the kernel takes some 15 ms, to undo the batch.
+        For a missing entry the kernel takes about 15 ms, to undo the batch.
         """
-        for pair in pairs:  # one that is not there ends a batch
+        for pair in pairs:  # a missing entry would end a common batch
             with tolerated(errno.ENOENT):
                 self._batch('let a pod pass no more in the table ' + table,
                             _message(
@@ -120,9 +121,9 @@ class Nft(netlink.RequestSocket):
                                     table, pair.set_name, [pair])))
 
     def elements(self, table: str) -> set[Pair]:
-        """List the elements of all sets of a table, by dumps.
+        """List the guard entries of a table, by dumps.
 
-        :raises KernelRefused: with ENOENT if there is no such table
+        :raises KernelRefused: with ENOENT if the table does not exist
         """
         found: set[Pair] = set()
         for name in SETS:
@@ -135,7 +136,7 @@ class Nft(netlink.RequestSocket):
         return found
 
     def rules(self, table: str) -> list[int]:
-        """List the handles of the rules of a table; none without it."""
+        """List the handles of a table's rules; none if it does not exist."""
         return [int.from_bytes(found.get(3, b''), 'big')
                 for found in self._dump(
                     'list the rules of the table ' + table,
@@ -149,21 +150,21 @@ class Nft(netlink.RequestSocket):
         """
         chain = self._get(_GETCHAIN, text(1, table)
                           + text(3, _source_chain(index, mac)))
-        return chain is not None and chain.get(6) == _U32.pack(1)  # its rules
+        return chain is not None and chain.get(6) == _U32.pack(1)  # rules
 
     def bind_source(self, table: str, device: str, index: int,
                     mac: bytes) -> bool:
-        """Let an interface send with its own MAC address only.
+        """Drop frames that an interface sends with another MAC address.
 
-        By a table with one chain and one rule. A chain outlives its interface,
-        and since Linux 6.16 it is attached to the next one of that name, so
-        the rule names the number of the interface too.
+        The table gets one chain with one rule. A chain outlives its interface,
+        and since Linux 6.16 the kernel attaches it to the next interface of
+        that name. So the rule compares the ifindex too.
 
-        :returns: whether it was not so yet
-        :raises KernelRefused: if the kernel has no such hook
+        :returns: whether a rule was added
+        :raises KernelRefused: if the kernel has no egress hook
         """
         if self.binds_source(table, index, mac):
-            return False  # to undo a batch takes the kernel some 15 ms
+            return False  # undoing a batch takes the kernel about 15 ms
         chain = _source_chain(index, mac)
         hook = attribute(NESTED | 4, (
             _be32(1, _EGRESS) + _be32(2, 0) + text(3, device)))
@@ -185,19 +186,19 @@ class Nft(netlink.RequestSocket):
         with tolerated(errno.EEXIST):
             self._batch(action, *creation)
             return True
-        # That of an earlier interface of this name.
+        # The table belongs to an earlier interface of this name.
         self._batch(action, _deletion(table), *creation)
         return True
 
     def add_answer(self, table: str, chain: str, index: int,
                    mac: bytes) -> None:
-        """Let a chain answer the neighbour solicitations that it gets.
+        """Let a chain answer neighbour solicitations.
 
-        By one rule, which makes an advertisement of a solicitation, by
-        their formats in RFC 4861, and sends it where that came from.
+        One rule turns a solicitation into an advertisement (RFC 4861), and
+        sends it back to the sender.
 
         :param index: ifindex of the interface to send by
-        :param mac: MAC address of that, for each address that is asked for
+        :param mac: MAC address of that interface; the answer for each address
         :raises KernelRefused: if the kernel cannot forward in this family
         """
         expressions = b''.join((
@@ -208,7 +209,7 @@ class Nft(netlink.RequestSocket):
             _immediate(4, mac), _stored(4, _LINK, 6, 6),
             _immediate(4, b'\x02\x01' + mac), _stored(4, _TRANSPORT, 24, 8),
             _immediate(4, b'\x88\0'), _stored(4, _TRANSPORT, 0, 2),
-            # Solicited, and in place of what was known before.
+            # The flags "solicited" and "override" (RFC 4861, 4.4).
             _immediate(4, b'\x60\0\0\0'), _stored(4, _TRANSPORT, 4, 4),
             _immediate(4, struct.pack('=I', index)),
             _expression('fwd', _be32(1, 4))))
@@ -216,26 +217,26 @@ class Nft(netlink.RequestSocket):
                     _rule(table, chain, expressions))
 
     def has_table(self, table: str) -> bool:
-        """Return whether there is a table."""
+        """Return whether a table exists."""
         return self._get(_GETTABLE, text(1, table)) is not None
 
     def delete_table(self, table: str) -> bool:
-        """Delete a table; whether there was one."""
+        """Delete a table; return whether it existed."""
         if not self.has_table(table):
-            return False  # to undo a batch takes the kernel some 15 ms
+            return False  # undoing a batch takes the kernel about 15 ms
         with tolerated(errno.ENOENT):
             self._batch('delete the table ' + table, _deletion(table))
             return True
         return False
 
     def _batch(self, action: str, *messages: Message) -> None:
-        """Have the kernel do all of it, or nothing."""
+        """Send a batch, which the kernel applies as a whole or not at all."""
         edge = struct.pack('!BBH', 0, 0, _SUBSYSTEM)
         self._order(action, Message(_BATCH_BEGIN, 0, edge), *messages,
                     Message(_BATCH_END, 0, edge), acknowledged=-2)
 
     def _get(self, kind: int, body: bytes) -> Optional[dict[int, bytes]]:
-        """Return the attributes of one object; None if it is not there."""
+        """Return the attributes of an object; None if it does not exist."""
         with tolerated(errno.ENOENT):
             found, _ = self._ask('read a table', _message(kind, 0, body),
                                  _attributes)
@@ -249,13 +250,13 @@ _shared: Optional[tuple[int, Nft]] = None
 
 
 def share_nft() -> None:
-    """Open a socket for the processes that will be forked from this one.
+    """Open a socket for all processes that this process will fork.
 
-    When the last process closes a socket of netfilter, the kernel frees what
-    was deleted, and keeps all who change nftables waiting for some 20 ms
-    (nft_rcv_nl_event). This process keeps it open instead.
+    When the last process closes a netfilter socket, the kernel frees the
+    deleted objects, and blocks all changes of nftables for about 20 ms
+    (nft_rcv_nl_event). This process keeps the shared socket open instead.
 
-    :raises KernelRefused: if it cannot be opened
+    :raises KernelRefused: if the socket cannot be opened
     """
     global _shared
     _shared = (os.stat('/proc/thread-self/ns/net').st_ino,
@@ -263,33 +264,33 @@ def share_nft() -> None:
 
 
 def node_nft(exclusive: bool = False) -> Nft:
-    """Return a socket that stays open, for the namespace of the node.
+    """Return a socket in the node's namespace that stays open.
 
-    To close one that has deleted something takes the kernel some 12 ms. It
-    keeps its namespace, so it is not for that of a pod.
+    Closing a socket that has deleted something takes the kernel about 12 ms.
+    An open socket keeps its namespace alive, so do not use it in a pod.
 
-    :param exclusive: whether the caller holds the lock of the ledger. Only
-        then it may be one that this process shares with others, since an
-        answer goes to whoever reads it first.
-    :raises KernelRefused: if it cannot be opened
+    :param exclusive: whether the caller holds the ledger's lock. Only then
+        the function may return the shared socket, because any process may
+        read an answer
+    :raises KernelRefused: if the socket cannot be opened
     """
     place = os.getpid(), os.stat('/proc/thread-self/ns/net').st_ino
     if exclusive and _shared is not None and _shared[0] == place[1]:
         _shared[1].take_over()
         return _shared[1]
     if getattr(_kept, 'place', None) != place:
-        # Of the process that this one was forked from, it stays open there.
+        # The parent process keeps its own socket open.
         _kept.nft, _kept.place = Nft(), place
     kept: Nft = _kept.nft
     return kept
 
 
 def post(messages: Sequence[Message]) -> None:
-    """Send messages to netfilter that nobody waits for an answer to.
+    """Send messages to netfilter without waiting for an answer.
 
-    By a socket that stays open, which needs no lock, since nothing is read.
+    The socket stays open. It needs no lock, because no answer is read.
 
-    :raises KernelRefused: if it cannot be opened, or they cannot be sent
+    :raises KernelRefused: if no socket can be opened or used
     """
     inode = os.stat('/proc/thread-self/ns/net').st_ino
     if _shared is not None and _shared[0] == inode:
@@ -299,14 +300,14 @@ def post(messages: Sequence[Message]) -> None:
 
 
 class NftEvents(netlink.EventSocket):
-    """Receives what is deleted of our tables, in this namespace."""
+    """Receives deletions in this package's tables, in this namespace."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = os.fsencode(prefix)
         super().__init__(netlink.NETLINK_NETFILTER, 1 << _GROUP - 1)
 
     def get(self) -> bool:
-        """Return whether some of ours may have been deleted."""
+        """Return whether an object of our tables may have been deleted."""
         deleted = False
         for data, _ in self._received():
             deleted |= not data or (self._prefix in data and any(
@@ -345,7 +346,7 @@ def _loaded(register: int, base: int, offset: int, size: int) -> bytes:
 
 
 def _stored(register: int, base: int, offset: int, size: int) -> bytes:
-    """Write to the packet, and correct the checksum of its ICMPv6."""
+    """Write a register to the packet, and correct the ICMPv6 checksum."""
     body = (_be32(5, register) + _be32(2, base) + _be32(3, offset)
             + _be32(4, size))
     if base == _TRANSPORT:
@@ -361,7 +362,7 @@ def _immediate(register: int, value: bytes) -> bytes:
 
 
 def _source_chain(index: int, mac: bytes) -> str:
-    """Return the name of a chain, which says what its rule is about."""
+    """Return a chain's name, which contains the values in its rule."""
     return 'source-%s-%d' % (mac.hex(), index)
 
 
@@ -370,7 +371,7 @@ def _deletion(table: str) -> Message:
 
 
 def _rule(table: str, chain: str, expressions: bytes) -> Message:
-    """Return what adds a rule to the end of a chain."""
+    """Return the message that appends a rule to a chain."""
     return _message(_NEWRULE, netlink.NLM_F_CREATE | netlink.NLM_F_APPEND, (
         text(1, table) + text(2, chain) + attribute(NESTED | 4, expressions)))
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Reads the namespace of this thread with plain sockets and /proc.
+"""Reads this thread's namespace by plain sockets and /proc.
 
-That takes a tenth of the time that a netlink message takes in Python.
+In Python, a netlink message takes ten times as long.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from kuryr_break0.model import IPAddress
 #: Flags in /proc/net/route and ipv6_route (linux/route.h, ipv6_route.h)
 RTF_GATEWAY = 0x2
 RTF_LOCAL = 0x80000000
-#: Of capabilities (linux/capability.h); to enter namespaces.
+#: The capability to enter namespaces (linux/capability.h)
 CAP_SYS_ADMIN = 21
-#: The mounts that this process sees.
+#: The mounts of this process
 MOUNTS = '/proc/self/mountinfo'
-#: Of programs; they are in none that a service or a user may search.
+#: Directories of programs that PATH of a service or a user may lack
 _DIRECTORIES = '/usr/sbin:/sbin'
 
 
 @contextlib.contextmanager
 def absence(what: str) -> Iterator[None]:
-    """Take an error as absence, unless it is a fault of this process.
+    """Leave the block at an OSError, unless it is a fault of this process.
 
-    :param what: what fails then
-    :raises SystemRefused: for such a fault
+    :param what: the failure that SystemRefused describes
+    :raises SystemRefused: if this process lacks descriptors or memory
     """
     try:
         yield
@@ -59,18 +59,18 @@ def capabilities() -> int:
 
 
 def release() -> tuple[int, int]:
-    """Return the first two numbers of the kernel's version."""
+    """Return the first two numbers of the kernel release."""
     numbers = re.findall('[0-9]+', platform.release())
     return int(numbers[0]), int(numbers[1])
 
 
 def index_of(device: str) -> Optional[int]:
-    """Return the ifindex of an interface; None if there is none.
+    """Return the ifindex of an interface; None if it does not exist.
 
-    :raises SystemRefused: if this process lacks descriptors
+    :raises SystemRefused: if this process lacks file descriptors
     """
-    for _ in range(2):  # it may come in between
-        # An error of Python's, which does not say why.
+    for _ in range(2):  # the interface may appear meanwhile
+        # Python's error does not contain the reason.
         with contextlib.suppress(OSError):
             return socket.if_nametoindex(device)
         if not _has_settings(device):
@@ -80,7 +80,7 @@ def index_of(device: str) -> Optional[int]:
 
 
 def exists(device: str) -> bool:
-    """Return whether there is an interface of a name; needs no descriptor."""
+    """Return whether an interface exists; it needs no descriptor."""
     try:
         return socket.if_nametoindex(device) > 0
     except OSError:
@@ -94,24 +94,23 @@ def _has_settings(device: str) -> bool:
 
 
 def name_of(ifindex: Optional[int]) -> str:
-    """Return the name of an interface of this namespace, for people.
+    """Return the name of an interface, for messages.
 
-    :param ifindex: None is what the kernel says of a route through none, or
-        through several
+    :param ifindex: None for a route with several interfaces, or none
     """
     if ifindex is None:
         return 'no single interface'
     try:
         return socket.if_indextoname(ifindex)
     except OSError:
-        return 'if%d' % ifindex  # as ip(8) writes it
+        return 'if%d' % ifindex  # the notation of ip(8)
 
 
 def current_name(name: str, ifindex: Optional[int]) -> str:
-    """Return the name that an interface has now: a rename keeps its ifindex.
+    """Return the present name of an interface, which may be renamed.
 
-    :param name: the one that it had, for an interface that is not there
-    :param ifindex: None where it was not noted
+    :param name: its recorded name, which is returned if it does not exist
+    :param ifindex: its recorded ifindex, or None
     """
     with contextlib.suppress(OSError):
         return socket.if_indextoname(ifindex or 0)
@@ -120,15 +119,15 @@ def current_name(name: str, ifindex: Optional[int]) -> str:
 
 def source_for(address: IPAddress,
                device: Optional[str] = None) -> Optional[IPAddress]:
-    """Return the source address that the node uses towards another.
+    """Return the source address that the node uses towards an address.
 
-    It is the address itself where that is one of the node's own. A datagram
-    socket is connected for it, which sends nothing.
+    For an address of the node, it is the address itself. The function
+    connects a datagram socket, which sends nothing.
 
-    :param device: the interface that it would have to leave by
-    :returns: None where there is no way, or no address but link-local ones
-    :raises PermissionError: where the routes say that it is no host's: for
-        the broadcast address of a subnet, or a prohibited one
+    :param device: the interface to leave by; None for any
+    :returns: None if there is no route, or if the source is link-local
+    :raises PermissionError: if the routes prohibit the address, or it is the
+        broadcast address of a subnet
     """
     with socket.socket(family_of(address), socket.SOCK_DGRAM) as probe:
         try:
@@ -141,16 +140,16 @@ def source_for(address: IPAddress,
             raise
         except OSError:
             return None
-    # A node without an address of the family would send from 0.0.0.0 or ::1.
+    # Without an address of this family, the source is 0.0.0.0 or ::1.
     return (None if source.is_link_local or source.is_unspecified
             or source.is_loopback and not address.is_loopback else source)
 
 
 def count_host_routes(devices: Collection[str]) -> int:
-    """Count the routes to single addresses on interfaces, in table main.
+    """Count the host routes on interfaces, in table main.
 
-    Not those through another address. In the texts of /proc, which take
-    about a microsecond a route.
+    Routes with a gateway do not count. Reading /proc takes about a microsecond
+    for each route.
     """
     count = 0
     # Iface Destination Gateway Flags RefCnt Use Metric Mask ...
@@ -165,7 +164,7 @@ def count_host_routes(devices: Collection[str]) -> int:
 
 
 def _proc_net(name: str) -> Iterator[list[str]]:
-    # The name of an interface may have any byte.
+    # An interface name may contain any byte.
     with contextlib.suppress(OSError), \
             open('/proc/thread-self/net/' + name,
                  errors='surrogateescape') as file:
@@ -173,18 +172,18 @@ def _proc_net(name: str) -> Iterator[list[str]]:
 
 
 def mounts() -> list[tuple[str, str, str]]:
-    """List what of which file system is mounted where: root, path, type."""
+    """List the mounts: root, path, type of file system."""
     return list(map(parse_mount, read_mounts()))
 
 
 def read_mounts() -> list[str]:
-    """List the mounts as the kernel writes them (proc(5), mountinfo)."""
+    """List the mounts as lines of mountinfo (proc(5))."""
     with open(MOUNTS, errors='surrogateescape') as file:
         return file.readlines()
 
 
 def parse_mount(line: str) -> tuple[str, str, str]:
-    """Read one of :func:`read_mounts`: root, path, type."""
+    """Parse a line of :func:`read_mounts`: root, path, type."""
     # ID parent major:minor root point options ... - type source ...
     _, _, _, root, point, rest = line.split(' ', 5)
     return (root, re.sub(r'\\([0-7]{3})', lambda code: chr(int(code[1], 8)),
@@ -192,10 +191,10 @@ def parse_mount(line: str) -> tuple[str, str, str]:
 
 
 def read_sysctl(path: str) -> Optional[int]:
-    """Read a sysctl of the network namespace that this thread is in.
+    """Read a sysctl of this thread's network namespace.
 
     :param path: below /proc/sys/net, with slashes
-    :returns: None where there is none, as all of IPv6's where that is off
+    :returns: None if it does not exist, such as IPv6's when IPv6 is disabled
     :raises SystemRefused: if this process lacks descriptors or memory
     """
     full = '/proc/sys/net/' + path
@@ -207,11 +206,11 @@ def read_sysctl(path: str) -> Optional[int]:
 
 def write_sysctl(path: str, value: int,
                  directory: str = '/proc/sys') -> None:
-    """Set a sysctl of the network namespace that this thread is in.
+    """Set a sysctl of this thread's network namespace.
 
     :param path: below /proc/sys/net, with slashes
-    :param directory: where /proc/sys is writable
-    :raises KernelRefused: for one that can't be written
+    :param directory: a directory in which /proc/sys is writable
+    :raises KernelRefused: if it cannot be written
     """
     full = '%s/net/%s' % (directory, path)
     try:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Asks others by raw sockets: who answers, and who has an address.
+"""Pings hosts and detects duplicate addresses, by raw sockets.
 
-An image may have no ``ping``. All of it is done in the network namespace of
-the calling thread, and without CAP_NET_RAW raises NotPermitted.
+An image may lack ``ping``. All functions use the network namespace of the
+calling thread, and raise NotPermitted without CAP_NET_RAW.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _SO_BINDTOIFINDEX = 62
 _ETH_P_ALL = 3
 _ARP, _IPV6 = 0x0806, 0x86dd
 _BROADCAST = b'\xff' * 6
-#: An address that is asked for may be asked for by others, or lost.
+#: Probes for an address, and seconds after each: one may be lost.
 _TRIES, _PAUSE = 3, 0.5
 
 
 def ping(address: IPAddress, count: int, timeout: float,
          vrf: int = 0) -> list[Optional[float]]:
-    """Send echo requests, each when the one before is answered or given up.
+    """Send echo requests, one after the other.
 
     :param timeout: seconds to wait for each reply
-    :param vrf: ifindex of the VRF to send them in; 0 for none
-    :returns: seconds that each took; None for one without a reply
+    :param vrf: ifindex of the VRF to send in; 0 for none
+    :returns: the round-trip time of each in seconds; None without a reply
     """
     try:
         wire = socket.socket(
@@ -44,7 +44,7 @@ def ping(address: IPAddress, count: int, timeout: float,
     except PermissionError as err:
         raise exceptions.NotPermitted(
             action='ping', capability='CAP_NET_RAW') from err
-    # Others on the node may be pinging the same address.
+    # Other programs of the node may ping the same address.
     identifier = int.from_bytes(os.urandom(2), 'big')
     with wire:
         _enter(wire, vrf)
@@ -54,7 +54,7 @@ def ping(address: IPAddress, count: int, timeout: float,
 
 def connect(address: IPAddress, port: int, count: int, timeout: float,
             vrf: int = 0) -> list[Optional[float]]:
-    """Connect by TCP; as :func:`ping`, and refused is answered too."""
+    """Connect by TCP; see :func:`ping`. A refusal counts as a reply."""
     times: list[Optional[float]] = []
     for _ in range(count):
         began = time.monotonic()
@@ -73,16 +73,16 @@ def connect(address: IPAddress, port: int, count: int, timeout: float,
 
 
 def claimants(interface: str, address: IPAddress) -> list[str]:
-    """Ask a link who has an address, as one who has none yet.
+    """Probe a link for hosts that have an address.
 
-    As RFC 5227 and RFC 4862 do it, with the MAC address of an interface.
-    Nobody learns anything from it.
+    The probes (RFC 5227, RFC 4862) have the MAC address of the interface and
+    no source address, so no host updates its neighbour table.
 
-    :returns: the MAC addresses of those who answer, but the own one
+    :returns: the MAC addresses of the hosts, except the interface's
     :raises SystemRefused: if the interface cannot be used
     """
     try:
-        # Of no protocol, since until it is bound it hears all interfaces.
+        # With protocol 0 the socket receives nothing before it is bound.
         with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as wire:
             wire.bind((interface, _ETH_P_ALL))
             own = wire.getsockname()[4]
@@ -109,7 +109,7 @@ def _enter(wire: socket.socket, vrf: int) -> None:
 
 def _heard(wire: socket.socket, seconds: float
            ) -> Iterator[tuple[bytes, Any]]:
-    """Iterate over what comes within some seconds, and who it is from."""
+    """Iterate over the packets of some seconds, with their sources."""
     deadline = time.monotonic() + seconds
     while True:
         left = deadline - time.monotonic()
@@ -133,13 +133,13 @@ def _ping(wire: socket.socket, address: IPAddress, identifier: int,
         wire.sendto(_HEADER.pack(*parts), (str(address), 0))
         for data, source in _heard(wire, timeout):
             if address.version == 4:
-                data = data[(data[0] & 0x0f) * 4:]  # behind the IP header
+                data = data[(data[0] & 0x0f) * 4:]  # skip the IP header
             if len(data) < _HEADER.size or source[0] != str(address):
                 continue
             kind, _, _, *which = _HEADER.unpack_from(data)
             if kind == reply and which == [identifier, number]:
                 return time.monotonic() - sent
-    except OSError:  # no way
+    except OSError:  # no route
         pass
     return None
 
@@ -168,11 +168,11 @@ def _checksum(data: bytes) -> int:
 
 
 def _claimant(frame: bytes, address: IPAddress) -> Optional[bytes]:
-    """Return the MAC address of who says that it has an address, or None."""
+    """Return the MAC address of a frame that claims an address, or None."""
     kind, = struct.unpack_from('!H', frame + bytes(14), 12)
     packet = frame[14:]
     if kind == _ARP and address.version == 4 and len(packet) >= 28:
-        # Of an answer, or of one who asks for the same at this moment.
+        # The sender is the address: an answer, or another host's probe.
         if packet[14:18] == address.packed:
             return packet[8:14]
     elif kind == _IPV6 and address.version == 6 and len(packet) >= 64:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""An rtnetlink socket: interfaces, addresses, routes, neighbours."""
+"""An rtnetlink socket for interfaces, addresses, routes and neighbours."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from kuryr_break0.model import IPInterface
 from kuryr_break0.model import IPNetwork
 from kuryr_break0.model import Neighbour
 
-#: Changes in one request, which has to fit into the socket's buffer, as do
-#: the answers if all are refused.
+#: Maximum changes in one request: the request and its errors must fit into the
+#: socket's buffers.
 _BATCH = 128
-#: Interfaces that are asked for their routes one by one; each takes 0.04 ms.
+#: Maximum interfaces to dump the routes of separately, in 0.04 ms each.
 _ASKED_ONE_BY_ONE = 32
-#: Priority and table of the rules that a namespace begins with; IPv4 has one
-#: more, to a table behind main.
+#: Priority and table of the default rules of a namespace. IPv4 has one more,
+#: for table default.
 _DEFAULT_RULES = (0, wire.RT_TABLE_LOCAL), (32766, wire.RT_TABLE_MAIN)
 _LAST_RULE = socket.AF_INET, 32767, wire.RT_TABLE_DEFAULT
 _NEW = netlink.NLM_F_CREATE | netlink.NLM_F_EXCL
-#: Neighbours that are looked up one by one; each takes 0.03 ms.
+#: Maximum neighbours to look up separately, in 0.03 ms each.
 _LOOKED_UP = 8
 _INCOMPLETE = 'incomplete'
 #: States of a neighbour, by their bits (linux/neighbour.h).
 _NUD = {0x01: _INCOMPLETE, 0x02: 'reachable', 0x04: 'stale', 0x08: 'delay',
         0x10: 'probe', 0x20: 'failed', 0x40: 'noarp', 0x80: 'permanent'}
-#: What a look-up fails with for each kind of route that leads nowhere
-#: (fib_props in fib_semantics.c, ip6_rt_type_to_error).
+#: By the error of a look-up, the type of route that caused it (fib_props in
+#: fib_semantics.c, ip6_rt_type_to_error).
 _LEADS_NOWHERE = {errno.EINVAL: wire.RTN_BLACKHOLE,
                   errno.EHOSTUNREACH: wire.RTN_UNREACHABLE,
                   errno.EACCES: wire.RTN_PROHIBIT}
@@ -53,11 +53,12 @@ _LEADS_NOWHERE = {errno.EINVAL: wire.RTN_BLACKHOLE,
 class Routes(NamedTuple):
     """The routes of the node.
 
-    :ivar host: those to single addresses
-    :ivar next_hops: the gateways of all, but through those left out
-    :ivar left_out: the gateways through those
-    :ivar local: those of table local to what the node takes for its own
-    :ivar broadcast: the broadcast addresses of the node's subnets
+    :ivar host: routes to single addresses
+    :ivar next_hops: gateways of the routes, except on the interfaces that
+        were left out
+    :ivar left_out: gateways on the interfaces that were left out
+    :ivar local: destinations of table local that belong to the node
+    :ivar broadcast: broadcast addresses of the node's subnets
     """
 
     host: tuple[HostRoute, ...]
@@ -68,11 +69,11 @@ class Routes(NamedTuple):
 
 
 class Path(NamedTuple):
-    """The way that a packet would go, as ``ip route get`` says it.
+    """The path of a packet, as ``ip route get`` shows it.
 
-    :ivar device: the name of the interface that it leaves by
-    :ivar gateway: the router that it is sent to, if it is
-    :ivar source: the address that it is sent from
+    :ivar device: the name of the outgoing interface
+    :ivar gateway: the next hop; None if the address is on-link
+    :ivar source: the source address
     """
 
     device: str
@@ -86,10 +87,10 @@ class Netlink(LinkSocket):
 
     def configure(self, link: str, addresses: Sequence[IPInterface],
                   routes: Sequence[tuple[IPNetwork, IPAddress]]) -> None:
-        """Give an interface addresses, and its namespace routes.
+        """Add addresses to an interface, and routes to its namespace.
 
-        All in one request. What is there is fine for addresses and default
-        routes. The first error is raised.
+        All are in one request. Existing addresses and default routes are no
+        error. The function raises the first error.
 
         :param routes: networks with their gateways
         """
@@ -119,12 +120,11 @@ class Netlink(LinkSocket):
                ) -> list[Optional[exceptions.KernelRefused]]:
         """Set and delete routes and neighbours, in order.
 
-        As few requests as possible. The kernel goes through all of one
-        before it returns, also when the process is killed meanwhile.
+        The function sends as few requests as possible. The kernel processes a
+        whole request even if this process is killed meanwhile.
 
-        :returns: the error of each that failed, in place of None. EEXIST is
-            that of a route to add which is there, ENETDOWN or ENODEV that
-            of an interface which is down or gone
+        :returns: for each change, its error or None. EEXIST: the route to add
+            exists. ENETDOWN, ENODEV: the interface is down or gone
         """
         errors: list[Optional[exceptions.KernelRefused]] = []
         for start in range(0, len(changes), _BATCH):
@@ -133,9 +133,9 @@ class Netlink(LinkSocket):
 
     def _change(self, changes: Sequence[values.Change]
                 ) -> list[Optional[exceptions.KernelRefused]]:
-        """Change a batch; if it fails as a whole, its halves.
+        """Apply a batch; if the kernel rejects all of it, bisect.
 
-        One that cannot be packed must not hold up the others.
+        So a change that cannot be packed does not affect the others.
         """
         try:
             refused = self._send([wire.change(*each) for each in changes])
@@ -152,12 +152,12 @@ class Netlink(LinkSocket):
 
     def lookup(self, address: IPAddress, source: Optional[IPAddress] = None,
                vrf: int = 0) -> Optional[values.Route]:
-        """Return the route that is used to an address; None if it has none.
+        """Return the route to an address; None if there is none.
 
-        :param source: the node's address that it is reached from
-        :param vrf: ifindex of the VRF that it is reached in; 0 for none
+        :param source: the local source address of the packet
+        :param vrf: ifindex of the VRF to look in; 0 for none
         """
-        # Unreachable, prohibited and a blackhole are errors as well.
+        # For unreachable, prohibit and blackhole routes, a look-up fails.
         with contextlib.suppress(exceptions.KernelRefused):
             return self._look_up(address, source, vrf)
         return None
@@ -177,10 +177,11 @@ class Netlink(LinkSocket):
         return route
 
     def route_to(self, address: IPAddress) -> Optional[HostRoute]:
-        """Return the route to an address alone, if that is what is used.
+        """Return the host route that is used for an address, or None.
 
-        One look-up. Only where that ends at a route that leads nowhere, which
-        it does not name, those of its kind are dumped.
+        It takes one look-up. A look-up that ends at a route of type blackhole,
+        unreachable or prohibit does not name it; then the routes of this type
+        are dumped.
         """
         try:
             return self._look_up(address).host_route
@@ -196,14 +197,14 @@ class Netlink(LinkSocket):
                    key=lambda each: each.metric or 0, default=None)
 
     def is_on_link(self, address: IPAddress) -> bool:
-        """Return whether an address would be reached without a gateway."""
+        """Return whether an address is reached without a gateway."""
         route = self.lookup(address)
         return route is not None and route.is_on_link
 
     def path_to(self, address: IPAddress, vrf: int = 0) -> Optional[Path]:
-        """Return the way to an address; None if there is none.
+        """Return the path to an address; None if there is none.
 
-        :param vrf: ifindex of the VRF that it is reached in; 0 for none
+        :param vrf: ifindex of the VRF to look in; 0 for none
         """
         try:
             answer = self._get('look up the way to %s' % address,
@@ -218,7 +219,7 @@ class Netlink(LinkSocket):
 
     def neighbour(self, ifindex: int, address: IPAddress
                   ) -> tuple[Optional[str], Optional[str]]:
-        """Return MAC address and state of a neighbour, as far as known."""
+        """Return MAC address and state of a neighbour; None if unknown."""
         try:
             answer = self._get('look up the neighbour %s' % address,
                                wire.RTM_GETNEIGH,
@@ -229,9 +230,9 @@ class Netlink(LinkSocket):
 
     def unresolved(self, ifindex: int, addresses: Collection[IPAddress]
                    ) -> list[IPAddress]:
-        """Return the addresses that are asked for on an interface now.
+        """Return the addresses that are being resolved on an interface.
 
-        By look-ups, or by a dump where that takes less time.
+        It dumps the neighbours if look-ups would take longer.
         """
         if len(addresses) <= _LOOKED_UP:
             return [each for each in addresses if self.neighbour(
@@ -243,7 +244,7 @@ class Netlink(LinkSocket):
     def routes(self, devices: Sequence[int] = ()) -> Routes:
         """Read all routes of the node, by a dump.
 
-        :param devices: interfaces whose next hops are left out
+        :param devices: interfaces to return the next hops of separately
         """
         host: list[HostRoute] = []
         local: list[IPNetwork] = []
@@ -268,7 +269,7 @@ class Netlink(LinkSocket):
                       frozenset(broadcast))
 
     def has_default_rules(self) -> bool:
-        """Return whether the tables local and main decide, in this order."""
+        """Return whether the rules are the default: local, then main."""
         found = {rule for rule in self._list(
             'list the rules', wire.RTM_GETRULE, wire.ALL_RULES)
             if rule[0] in (socket.AF_INET, socket.AF_INET6)}
@@ -277,7 +278,7 @@ class Netlink(LinkSocket):
                 each[0] for each in found)} for rule in _DEFAULT_RULES}
 
     def _next_hop_objects(self) -> list[values.NextHop]:
-        """List the next hops that routes may refer to, by a dump."""
+        """List the next hops of nexthop objects, by a dump."""
         with netlink.tolerated(errno.EOPNOTSUPP):  # before Linux 5.3
             return [each for found in self._list(
                 'list the nexthop objects', wire.RTM_GETNEXTHOP,
@@ -288,7 +289,7 @@ class Netlink(LinkSocket):
         """List the host routes of one interface in one table, by a dump."""
         found: list[values.Route] = []
         for family in (socket.AF_INET, socket.AF_INET6):
-            # The interface or the table is not there.
+            # The interface or the table does not exist.
             with netlink.tolerated(errno.ENODEV, errno.ENOENT):
                 found += self._list(
                     'list the routes of ' + name_of(ifindex),
@@ -301,10 +302,11 @@ class Netlink(LinkSocket):
 
     def next_hops(self, devices: Sequence[int] = (),
                   protocol: Optional[int] = None) -> frozenset[IPAddress]:
-        """Read the gateways of all routes but of some interfaces.
+        """Read the gateways of all routes, except of some interfaces.
 
-        :param devices: ifindexes of the interfaces that are left out
-        :param protocol: what marks their routes, which have no gateway
+        :param devices: ifindexes of the excluded interfaces
+        :param protocol: protocol number of the routes on them, to skip them
+            sooner: these routes have no gateway
         """
         return frozenset(each.gateway for each in (
             *self._next_hop_objects(), *(
@@ -315,9 +317,9 @@ class Netlink(LinkSocket):
                        ) -> Iterator[values.Route]:
         """List the routes of other interfaces, by dumps.
 
-        The number of routes of those interfaces is that of the pods. The
-        kernel passes over them if it is asked for each of the others; where
-        these are many, it is faster to pass over the messages here.
+        The excluded interfaces have a route for each pod. If each of the other
+        interfaces is dumped separately, the kernel skips those routes. With
+        many interfaces it is faster to skip the messages here.
         """
         def read(message: netlink.Received) -> Any:
             if protocol is not None and (
@@ -334,7 +336,7 @@ class Netlink(LinkSocket):
             others if len(others) <= _ASKED_ONE_BY_ONE else [None])
         for oif in asked:
             for family in (socket.AF_INET, socket.AF_INET6):
-                # The interface may go meanwhile, or the node be without IPv6.
+                # The interface may be deleted, or the node may lack IPv6.
                 with netlink.tolerated(errno.ENODEV, errno.EOPNOTSUPP):
                     yield from self._list(
                         'list the next hops', wire.RTM_GETROUTE,

@@ -2,11 +2,11 @@
 
 """Searches for the network namespaces of the node.
 
-The kernel sends no event about a new namespace. Its name is a new mount, or a
-process that was started lately is in it. So a search for new namespaces reads
-new mounts and new processes only: its cost does not grow with the others. It
-misses a namespace without a name that an older process has entered. A search
-for all namespaces finds that one.
+The kernel sends no event about a new namespace. The name of a new namespace is
+a new mount; a namespace without a name is found by a new process in it. So a
+search for new namespaces reads new mounts and new processes only, and its cost
+does not depend on the others. It misses a namespace without a name that an
+older process has entered. A search for all namespaces finds that namespace.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ from kuryr_break0.model import NamespaceId
 
 LOG = log.get_logger(__name__)
 
-#: Directories in which namespaces have names
+#: Directories of named namespaces
 NETNS_DIRS = '/run/netns', '/var/run/netns'
-#: Seconds from the start of a process until it has entered its namespaces
+#: Seconds in which a new process is expected to enter its namespaces
 _YOUNG = 2.0
-#: The position of a process in /proc is its number plus this (TGID_OFFSET in
+#: The offset of a process in /proc is its PID plus this number (TGID_OFFSET in
 #: fs/proc/base.c).
 _POSITION = 258
-# ioctl(2) on nsfs: the user namespace that owns a namespace, the one above a
-# namespace, the user that made a user namespace (linux/nsfs.h, linux 4.11)
+# ioctl(2) on nsfs (linux/nsfs.h, Linux 4.11): return the user namespace that
+# owns a namespace, the parent of a namespace, and the user that created a user
+# namespace
 _NS_GET_USERNS, _NS_GET_PARENT, _NS_GET_OWNER_UID = 0xb701, 0xb702, 0xb704
-#: What makes the path of a namespace out of that of a process in it
+#: From the directory of a process to its network namespace
 _BY_PROCESS = '/ns/net'
 _UNSEEN = 'network namespaces cannot be listed'
 
@@ -50,9 +51,9 @@ Place = tuple[int, int]
 class Found(NamedTuple):
     """A network namespace of this node.
 
-    :ivar path: one that exists as long as possible
-    :ivar namespace: without its cookie, until it is examined
-    :ivar process: directory of a process in it, if one is seen
+    :ivar path: the path that will exist longest
+    :ivar namespace: its identity, without the cookie before it is examined
+    :ivar process: directory of a process in it, or None
     """
 
     path: str
@@ -65,17 +66,17 @@ class Found(NamedTuple):
 
     @property
     def is_named(self) -> bool:
-        """Return whether the path is a name, and not by a process."""
+        """Return whether the path is a name, not a process's."""
         return not self.path.endswith(_BY_PROCESS)
 
 
 class Examined(NamedTuple):
-    """A namespace, and its container.
+    """A namespace and its container.
 
-    :ivar container: equal for all namespaces of one container; None for one
-        that this user has made outside of any
-    :ivar number: the number that the own namespace has for it; None if the
-        kernel refuses to give one
+    :ivar container: equal for all namespaces of one container; None for a
+        namespace that this user has created outside of any container
+    :ivar number: its number in this thread's namespace; None if the kernel
+        assigned none
     """
 
     found: Found
@@ -86,10 +87,10 @@ class Examined(NamedTuple):
 class Search:
     """Searches for namespaces.
 
-    What it raises is SystemRefused, if this process lacks descriptors or
-    memory. After that, only a search for all finds what was new.
+    The methods raise SystemRefused if this process lacks descriptors or
+    memory. After that, only :meth:`all` finds the namespaces that were new.
 
-    :param processes: directories of processes, as /proc
+    :param processes: directories such as /proc
     """
 
     def __init__(self, processes: Iterable[str]) -> None:
@@ -97,13 +98,12 @@ class Search:
         self._mounts: frozenset[str] = frozenset()
 
     def all(self, known: Mapping[Place, str]) -> list[Found]:
-        """List the namespaces but the own one, by one path each.
+        """List all namespaces except this thread's, with one path each.
 
-        A name lives as long as the namespace. A namespace without a name goes
-        by the process that has been in it for longest: any other may end
-        before it does.
+        A name exists as long as its namespace. A namespace without a name gets
+        the path of its oldest process, which will probably end last.
 
-        :param known: paths that namespaces were found by earlier
+        :param known: paths of namespaces from an earlier search
         """
         for each in self._processes:
             each.note()
@@ -118,7 +118,7 @@ class Search:
     def new(self, mounts_changed: bool) -> list[Found]:
         """List the namespaces of new mounts and new processes.
 
-        Some may not be new.
+        Known namespaces may be among them.
         """
         names: list[str] = []
         if mounts_changed:
@@ -135,7 +135,7 @@ class _Processes:
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
-        #: times, and the number that the last process had at each
+        #: times, with the last PID at each
         self._last: list[tuple[float, int]] = []
         self._is_ordered: Optional[bool] = None
 
@@ -144,10 +144,11 @@ class _Processes:
         return self._paths(_names(self._directory))
 
     def new(self) -> list[str]:
-        """List those of the processes that were started since the last time.
+        """List the directories of processes started since the last call.
 
-        Numbers ascend, until the kernel begins again with low ones. Then, and
-        where they are of another process namespace, it lists all.
+        The kernel assigns ascending PIDs, and restarts with low ones at the
+        limit. After a restart, and for the directory of another PID namespace,
+        the list contains all processes.
         """
         since = self.note()
         with absence(_UNSEEN):
@@ -156,9 +157,9 @@ class _Processes:
         return []
 
     def note(self) -> int:
-        """Note the number of the last process.
+        """Record the last PID.
 
-        :returns: the one of a moment ago; 0 if it is not known
+        :returns: the last PID _YOUNG seconds ago; 0 if unknown
         """
         now, last = time.monotonic(), self._read_last()
         if last is None or self._last and last < self._last[-1][1]:
@@ -175,9 +176,9 @@ class _Processes:
                 for name in names if name.isdigit()]
 
     def _read_last(self) -> Optional[int]:
-        """Return the number of the last process of this process namespace.
+        """Return the last PID of this process's PID namespace.
 
-        None where the directory shows another one, or nothing says it.
+        None if the directory shows another PID namespace or lacks the number.
         """
         with contextlib.suppress(OSError, ValueError, IndexError):
             if os.readlink(self._directory + '/self') == str(os.getpid()):
@@ -186,7 +187,7 @@ class _Processes:
         return None
 
     def _names_from(self, number: int) -> list[str]:
-        """List the directory; from a process on, if the kernel can."""
+        """List the directory, from a PID on if the kernel supports it."""
         fd = os.open(self._directory, os.O_RDONLY | os.O_CLOEXEC)
         try:
             if number and self._is_ordered is None:
@@ -201,10 +202,10 @@ class _Processes:
 
 
 def find(processes: Iterable[str]) -> Iterator[Found]:
-    """List the namespaces but the own one, by one path each.
+    """List all namespaces except this thread's, with one path each.
 
-    :param processes: where processes are to be seen, as /proc
-    :raises SystemRefused: if this process cannot see all
+    :param processes: directories such as /proc
+    :raises SystemRefused: if this process cannot read all of them
     """
     own = os.stat(namespaces.OWN)
     for found in Search(processes).all({}):
@@ -215,11 +216,11 @@ def find(processes: Iterable[str]) -> Iterator[Found]:
 
 
 def examine(found: Found) -> Examined:
-    """Find out which namespace is at the path of one now.
+    """Return the namespace that is now at a path, with its container.
 
-    It gets a number if it has none, and keeps that until it ends.
+    A namespace without a number gets one, and keeps it until its end.
 
-    :raises NetnsUnusable: if there is none, or the own one
+    :raises NetnsUnusable: if there is none, or it is this thread's
     :raises SystemRefused, KernelRefused: if this process lacks descriptors or
         memory
     """
@@ -234,23 +235,23 @@ def examine(found: Found) -> Examined:
         except exceptions.KernelRefused as err:
             if err.exhausted:
                 raise
-            # Without a number it has no events, but the timer.
+            # This socket receives no events of a namespace without a number.
             LOG.debug('Changes of %s are noticed by the timer only: %s',
                       found.path, err)
     return Examined(found._replace(namespace=namespace), container, number)
 
 
 def _container_of(process: Optional[str], netns: int) -> Hashable:
-    """Return what the namespaces of a container have in common.
+    """Return a value that all namespaces of a container share.
 
-    It is the process namespace below the own one that their processes are
-    in: it cannot be left, and those that a container makes are below it. Any
-    user can make process namespaces, in user namespaces of their own, and any
-    number of both. What these have in common is that user.
+    The value is the outermost PID namespace, below this process's own, that
+    contains the processes. A process cannot leave it, and the PID namespaces
+    that a container creates are below it. Any user can create user namespaces
+    and PID namespaces; the value of these is the user.
 
-    :param process: directory of a process in it; None if there is none
-    :param netns: the network namespace, open
-    :returns: None if it is of no container
+    :param process: directory of a process in the namespace; None if unknown
+    :param netns: descriptor of the network namespace
+    :returns: None if the namespace belongs to no container
     """
     with contextlib.ExitStack() as stack:
         inside: Optional[int] = None
@@ -276,14 +277,15 @@ def _container_of(process: Optional[str], netns: int) -> Hashable:
 
 def _outermost(stack: contextlib.ExitStack, fd: Optional[int],
                kind: str) -> Optional[int]:
-    """Return the namespace below the own one that another is, or is below.
+    """Return the ancestor of a namespace that is a child of this process's.
 
-    :param stack: closes what was opened
-    :param fd: of that other one
-    :returns: None if that is the own one
+    :param stack: closes the descriptors
+    :param fd: descriptor of the namespace, which may be such a child itself
+    :returns: None if the namespace is this process's
     """
     found = None
-    # It ends at the own one, or with an error at what is beyond our view.
+    # The loop ends at this process's namespace, or with an error at a
+    # namespace outside of it.
     with contextlib.suppress(OSError):
         own = os.stat('/proc/self/ns/' + kind).st_ino
         while fd is not None and os.fstat(fd).st_ino != own:
@@ -295,7 +297,7 @@ def _outermost(stack: contextlib.ExitStack, fd: Optional[int],
 
 def _found(names: Iterable[str], processes: Iterable[str],
            known: Mapping[Place, str]) -> list[Found]:
-    """List the namespaces that have names or processes; named ones last."""
+    """List namespaces by names and processes, named ones last."""
     own = os.stat(namespaces.OWN)
     paths: dict[Place, str] = {}
     inside: dict[Place, list[str]] = {}
@@ -316,7 +318,7 @@ def _found(names: Iterable[str], processes: Iterable[str],
 
 
 def _path_by(processes: list[str], known: Optional[str]) -> str:
-    """Return the path of a namespace by one of the processes in it."""
+    """Return the path of a namespace without a name."""
     paths = [each + _BY_PROCESS for each in processes]
     if known in paths:
         return str(known)
@@ -324,10 +326,10 @@ def _path_by(processes: list[str], known: Optional[str]) -> str:
 
 
 def _started(path: str) -> float:
-    """Return when a process was started, in ticks; late if it has ended."""
+    """Return the start time of a process in ticks; infinite if it ended."""
     with absence(_UNSEEN), contextlib.suppress(IndexError, ValueError), \
             open(path[:-len(_BY_PROCESS)] + '/stat', 'rb') as file:
-        # The name of the program, in parentheses, may have any byte.
+        # The program's name, in parentheses, may contain any byte.
         return int(file.read().rpartition(b')')[2].split()[19])
     return math.inf
 

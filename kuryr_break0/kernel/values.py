@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the kernel has: interfaces, addresses, routes, neighbours."""
+"""Values that the kernel reports, such as interfaces and routes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from kuryr_break0.model import Neighbour
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
 RTN_UNICAST, RTN_LOCAL, RTN_BROADCAST = 1, 2, 3
 NUD_PERMANENT = 0x80
-#: Learnt by use, as IPv6's path MTUs are: not a route of the table.
+#: The kernel has added the route, such as for an IPv6 path MTU.
 RTM_F_CLONED = 0x200
 
 
 class Verb(enum.Enum):
-    """What to do with a route or a neighbour.
+    """A change of a route or a neighbour.
 
-    ADD fails where there is one, REPLACE puts it in its place; DELETE is of
-    the route with this interface, protocol and table, or of the neighbour,
-    whatever its MAC address.
+    ADD fails if one exists; REPLACE replaces it. DELETE deletes the route with
+    this interface, protocol and table, or the neighbour with any MAC address.
     """
 
     ADD = 'add'
@@ -38,7 +37,7 @@ Change = tuple[Verb, Entry]
 
 
 class Vrf(NamedTuple):
-    """A VRF that an interface is in, and the number of its routing table."""
+    """A VRF, and the number of its routing table."""
 
     ifindex: int
     table: int
@@ -48,18 +47,17 @@ class Vrf(NamedTuple):
 class Link:
     """A network interface as the kernel reports it.
 
-    :ivar kind: None for a physical one
+    :ivar kind: None for a physical interface
     :ivar mode: of a macvlan or macvtap
-    :ivar lower: ifindex of the interface that it is stacked on
-    :ivar lower_namespace: the number that this namespace has for the one in
-        which ``lower`` counts; None if that is this one
-    :ivar alias: free text that somebody gave it
-    :ivar group: a number that somebody gave it; 0 is the default
-    :ivar carrier: whether it is up and the link below it works
-    :ivar vrf: None if it is in none
-    :ivar port_of: ifindex of the bridge, bond or team that takes what it
-        receives; None if none does
-    :ivar ethernet: whether it has MAC addresses
+    :ivar lower: ifindex of its lower interface
+    :ivar lower_namespace: number of the namespace that contains the lower
+        interface; None if that is this namespace
+    :ivar alias: its alias (``ip link set alias``)
+    :ivar group: its group; 0 is the default
+    :ivar carrier: whether it is up and its lower interface works
+    :ivar vrf: the VRF that it is in, or None
+    :ivar port_of: ifindex of its bridge, bond or team if it is a port, or None
+    :ivar ethernet: whether it has a MAC address
     """
 
     name: str
@@ -82,7 +80,7 @@ class Link:
 
     @property
     def described(self) -> str:
-        """Return what it is, in words."""
+        """Return its kind and mode, for messages."""
         return 'a %s%s' % (self.kind or 'physical interface',
                            ' in %s mode' % self.mode if self.mode else '')
 
@@ -90,8 +88,8 @@ class Link:
     def lower_of_macvlans(self) -> tuple[Optional[int], Optional[int]]:
         """Return ``lower`` and ``lower_namespace`` of macvlans on it.
 
-        The kernel puts a macvlan of a macvlan beside that, on the lower
-        interface of both (macvlan_common_newlink).
+        The kernel creates a macvlan on a macvlan's lower interface instead
+        (macvlan_common_newlink).
         """
         if self.kind == 'macvlan':
             return self.lower, self.lower_namespace
@@ -99,7 +97,7 @@ class Link:
 
 
 class NextHop(NamedTuple):
-    """A router, and the interface that it is on."""
+    """A gateway, and the ifindex of its interface."""
 
     gateway: IPAddress
     oif: Optional[int]
@@ -132,7 +130,7 @@ class Route(NamedTuple):
 
     @property
     def host_route(self) -> Optional[HostRoute]:
-        """Return it as a route to a single address, if it is one."""
+        """Return it as a :class:`HostRoute`, or None."""
         if (self.dst is None or self.dst_len != self.dst.max_prefixlen
                 or self.type == RTN_LOCAL or self.flags & RTM_F_CLONED):
             return None
@@ -151,14 +149,14 @@ class Route(NamedTuple):
 
 
 class InterfaceAddress(NamedTuple):
-    """An address of an interface; the own one, where a peer has one too."""
+    """A local address of an interface, also of a point-to-point one."""
 
     ifindex: int
     address: IPAddress
 
 
 class AddressState(NamedTuple):
-    """An :class:`InterfaceAddress`, with its flags: the low eight."""
+    """An :class:`InterfaceAddress` with the lower 8 bits of its flags."""
 
     ifindex: int
     address: IPAddress
@@ -166,7 +164,7 @@ class AddressState(NamedTuple):
 
 
 class NeighbourState(NamedTuple):
-    """A neighbour in any state; its protocol is None if nobody marked it."""
+    """A neighbour in any state; protocol None if no program set one."""
 
     dst: Optional[IPAddress]
     ifindex: int
@@ -176,7 +174,7 @@ class NeighbourState(NamedTuple):
 
     @property
     def permanent(self) -> Optional[Neighbour]:
-        """Return it as a permanent neighbour, if it is one."""
+        """Return it as a :class:`Neighbour` if it is permanent, or None."""
         if self.dst is None or not self.state & NUD_PERMANENT:
             return None
         return Neighbour(self.dst, self.ifindex, self.mac, self.protocol)

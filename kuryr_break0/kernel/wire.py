@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Packs and parses the rtnetlink messages that this package uses.
+"""Packs and parses the rtnetlink messages of this package.
 
-A bind sends two of them and a dump of the node returns one per pod, so they
-are made by struct: pyroute2 needs more than ten times as long for each. The
-formats are those of linux/netlink.h, rtnetlink.h, if_link.h, if_addr.h and
-neighbour.h. The tests compare each with pyroute2 and with the kernel.
+A bind sends two messages, and a dump returns one for each pod. pyroute2 takes
+more than ten times as long for a message as struct. The formats are defined in
+linux/netlink.h, rtnetlink.h, if_link.h, if_addr.h and neighbour.h. Tests
+compare the messages with those of pyroute2 and the kernel.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ RTM_NEWRULE, RTM_GETRULE = 32, 34
 RTM_NEWNSID, RTM_DELNSID, RTM_GETNSID = 88, 89, 90
 RTM_NEWNEXTHOP, RTM_GETNEXTHOP = 104, 106
 
-RT_TABLE_COMPAT = 252  # in the header, for a table that does not fit there
+RT_TABLE_COMPAT = 252  # in the header, for a table above 255
 RT_TABLE_DEFAULT, RT_TABLE_MAIN, RT_TABLE_LOCAL = 253, 254, 255
 RTPROT_STATIC = 4
-#: In a deletion, any scope. With 0, universe, the kernel finds no route that
-#: is scoped to the link.
+#: Matches any scope in a deletion. RT_SCOPE_UNIVERSE, 0, would not match a
+#: route of scope link.
 RT_SCOPE_NOWHERE = 255
 RTN_BLACKHOLE, RTN_UNREACHABLE, RTN_PROHIBIT = 6, 7, 8
-#: Answer with the table that was used; without it, the answer says main.
+#: Report the table of the route; without it, the kernel reports table main.
 RTM_F_LOOKUP_TABLE = 0x1000
-#: Answer with the route in the table, not with what follows from it.
+#: Report the route as in the table, not the result of the look-up.
 RTM_F_FIB_MATCH = 0x2000
 IFF_UP, IFF_LOOPBACK, IFF_MULTICAST = 0x1, 0x8, 0x1000
 IFA_F_NODAD, IFA_F_DADFAILED, IFA_F_TENTATIVE = 0x02, 0x08, 0x40
@@ -55,10 +55,11 @@ IFA_F_PERMANENT = 0x80
 MACVLAN_MODE_BRIDGE = 4
 IFF_LOWER_UP = 0x10000
 ARPHRD_ETHER = 1
-#: What takes the frames of its ports, as a macvlan takes those of its parent
-#: (netdev_rx_handler_register): an interface has one of these at most.
+#: Kinds of masters that receive the frames of their ports, as a macvlan does
+#: with its parent. An interface has at most one such receiver
+#: (netdev_rx_handler_register).
 _TAKERS = ('bridge', 'bond', 'team', 'openvswitch')
-#: Leave the counters out of an interface's message.
+#: Omit the counters from an interface's message.
 RTEXT_FILTER_SKIP_STATS = 1 << 3
 
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK = 1, 3, 4, 5
@@ -82,7 +83,7 @@ _NEIGHBOUR = struct.Struct('=BxxxiHBB')  # ndmsg
 _RULE = struct.Struct('=BxxxBxxxI')  # fib_rule_hdr
 _NEXT_HOP = struct.Struct('=HBBi')  # rtnexthop
 _NEXT_HOP_OBJECT = struct.Struct('=4BI')  # nhmsg
-#: The requests for all of a kind
+#: Requests that dump all nexthop objects and all rules
 ALL_NEXT_HOPS, ALL_RULES = map(bytes, (_NEXT_HOP_OBJECT.size, _RULE.size))
 _MODES = {1: 'private', 2: 'vepa', 4: 'bridge', 8: 'passthru', 16: 'source'}
 
@@ -130,7 +131,7 @@ def _pack_route(what: HostRoute, deletes: bool) -> bytes:
 
 
 def pack_neighbour(dst: IPAddress, ifindex: int, state: int = 0) -> bytes:
-    """Pack what names a neighbour."""
+    """Pack the header and the address of a neighbour."""
     return (_NEIGHBOUR.pack(family_of(dst), ifindex, state, 0, 0)
             + attribute(NDA_DST, dst.packed))
 
@@ -152,7 +153,7 @@ def pack_route_dump(family: int, table: int = 0, oif: Optional[int] = None,
 
 def pack_lookup(address: IPAddress, flags: int = 0,
                 source: Optional[IPAddress] = None, vrf: int = 0) -> bytes:
-    """Pack the question how a packet to an address would go."""
+    """Pack a request to look up the route of a packet to an address."""
     body = _ROUTE.pack(family_of(address), address.max_prefixlen,
                        source.max_prefixlen if source else 0, 0, 0, 0, 0, 0,
                        flags) + attribute(RTA_DST, address.packed)
@@ -168,7 +169,7 @@ def pack_address_dump(ifindex: int) -> bytes:
 
 def pack_address(ifindex: int, address: IPInterface,
                  flags: int = 0) -> bytes:
-    """Pack an address with its prefix."""
+    """Pack an address with its prefix length."""
     packed = address.ip.packed
     return (_IFADDR.pack(family_of(address), address.network.prefixlen, flags,
                          0, ifindex)
@@ -176,7 +177,7 @@ def pack_address(ifindex: int, address: IPInterface,
 
 
 def pack_gateway_route(network: IPNetwork, gateway: IPAddress) -> bytes:
-    """Pack a route by a gateway, of the main table."""
+    """Pack a route with a gateway in table main."""
     body = _ROUTE.pack(
         family_of(gateway), network.prefixlen, 0, 0, RT_TABLE_MAIN,
         RTPROT_STATIC, values.RT_SCOPE_UNIVERSE, values.RTN_UNICAST, 0)
@@ -186,18 +187,18 @@ def pack_gateway_route(network: IPNetwork, gateway: IPAddress) -> bytes:
 
 
 def pack_link(ifindex: int = 0, flags: int = 0, change: int = 0) -> bytes:
-    """Pack what names an interface, and which of its flags to change."""
+    """Pack an interface's header: its ifindex, and flags to change."""
     return _IFINFO.pack(socket.AF_UNSPEC, 0, ifindex, flags, change)
 
 
 def pack_macvlan() -> bytes:
-    """Pack the kind of a macvlan in bridge mode."""
+    """Pack the attributes of a macvlan in bridge mode."""
     return attribute(IFLA_LINKINFO, attribute(IFLA_INFO_KIND, b'macvlan')
                      + attribute(IFLA_INFO_DATA, number(
                          IFLA_MACVLAN_MODE, MACVLAN_MODE_BRIDGE)))
 
 
-#: In a request for interfaces: those of that kind
+#: Restricts a dump of interfaces to macvlans
 OF_KIND_MACVLAN = attribute(IFLA_LINKINFO, attribute(IFLA_INFO_KIND,
                                                      b'macvlan'))
 
@@ -248,9 +249,9 @@ def parse_route(body: bytes) -> values.Route:
 
 
 def parse_next_hop(body: bytes) -> tuple[values.NextHop, ...]:
-    """Read a nexthop object: none for a group, which consists of others.
+    """Parse a nexthop object; empty for a group, which refers to others.
 
-    Nor for one of a forwarding table, which is no route's.
+    Nexthop objects of a forwarding database (fdb) belong to no route.
     """
     found = attributes(body, _NEXT_HOP_OBJECT.size)
     gateway = _address(found.get(NHA_GATEWAY))
@@ -260,7 +261,7 @@ def parse_next_hop(body: bytes) -> tuple[values.NextHop, ...]:
 
 
 def parse_rule(body: bytes) -> tuple[int, int, int]:
-    """Read family, priority and table of a rule, and nothing else of it."""
+    """Parse family, priority and table of a rule only."""
     family, table, _ = _RULE.unpack_from(body)
     found = attributes(body, _RULE.size)
     return (family, read_number(found.get(FRA_PRIORITY)) or 0,
@@ -268,17 +269,17 @@ def parse_rule(body: bytes) -> tuple[int, int, int]:
 
 
 def route_protocol(body: bytes) -> int:
-    """Read the protocol number of a route, and nothing else of it."""
+    """Parse the protocol number of a route only."""
     return body[5] if len(body) > 5 else 0  # rtm_protocol
 
 
 def changed_flags(body: bytes) -> int:
-    """Read which flags of an interface have changed, and nothing else."""
+    """Parse the mask of changed flags of an interface only."""
     return int(_IFINFO.unpack_from(body)[4])
 
 
 def parse_address(body: bytes) -> Optional[values.AddressState]:
-    """Read an address of an interface; None of another family, as MCTP."""
+    """Parse an address; None for another family, such as MCTP."""
     _, _, flags, _, ifindex = _IFADDR.unpack_from(body)
     found = attributes(body, _IFADDR.size)
     address = _address(found.get(IFA_LOCAL) or found.get(IFA_ADDRESS))
@@ -297,12 +298,12 @@ def parse_neighbour(body: bytes) -> values.NeighbourState:
 
 
 def parse_nsid(body: bytes) -> int:
-    """Read the number of a namespace; -1 for one that has none."""
+    """Parse the number of a namespace; -1 if it has none."""
     found = attributes(body, 4).get(NETNSA_NSID)
     return int(netlink.S32.unpack(found)[0]) if found else -1
 
 
-#: By the kind of what is new; what is deleted has the next number.
+#: By the message type of an addition; the deletion has the next number.
 _PARSERS = {RTM_NEWLINK: parse_link, RTM_NEWADDR: parse_address,
             RTM_NEWROUTE: parse_route, RTM_NEWNEIGH: parse_neighbour,
             RTM_NEWRULE: parse_rule, RTM_NEWNSID: parse_nsid,
@@ -310,10 +311,9 @@ _PARSERS = {RTM_NEWLINK: parse_link, RTM_NEWADDR: parse_address,
 
 
 def parse(message: netlink.Received) -> Any:
-    """Read a message of one of the kinds above; None if it is of another.
+    """Parse a message of one of these types; return None for other types.
 
-    :raises OSError: EBADMSG, if it is not of the format that the kernel
-        promises
+    :raises OSError: EBADMSG, if the message is malformed
     """
     parser = _PARSERS.get(message.kind & ~1)
     try:
@@ -324,13 +324,13 @@ def parse(message: netlink.Received) -> Any:
 
 
 def family_of(address: IPAddress) -> int:
-    """Return the address family, as sockets and netlink have it."""
+    """Return the address family of an address."""
     return socket.AF_INET if address.version == 4 else socket.AF_INET6
 
 
 def _next_hops(found: dict[int, bytes],
                oif: Optional[int]) -> Iterator[values.NextHop]:
-    # RTA_VIA is of another family than the route, and says of which.
+    # RTA_VIA begins with its address family, as it differs from the route's.
     for packed in (found.get(RTA_GATEWAY), found.get(RTA_VIA, b'')[2:]):
         gateway = _address(packed)
         if gateway is not None:
@@ -347,7 +347,7 @@ def _next_hops(found: dict[int, bytes],
 
 
 def _address(packed: Optional[bytes]) -> Optional[IPAddress]:
-    """Read an IP address; None for none, or one of another family."""
+    """Parse an IP address; None if absent or of another family."""
     if packed is None or len(packed) not in (4, 16):
         return None
     return address_from_bytes(packed)

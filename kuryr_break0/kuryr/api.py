@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Lists the pods of this node with Kuryr's own API client."""
+"""Lists the pods of this node with Kuryr's API client."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def configure(files: Sequence[str], directories: Sequence[str]) -> None:
 
 
 def link_iface() -> Optional[str]:
-    """Return the interface that Kuryr is configured to put pods on."""
+    """Return Kuryr's option for the parent of the pods, or None."""
     return k_config.CONF.binding.link_iface or None
 
 
 def proc() -> str:
-    """Return the directory that shows the processes of the node."""
+    """Return the directory of the node's processes, such as /proc."""
     daemon = k_config.CONF.cni_daemon
     return (daemon.docker_mode and daemon.netns_proc_dir) or '/proc'
 
@@ -86,8 +86,8 @@ def ports() -> list[Port]:
 def waiting(seconds: float, timeout: int) -> list[str]:
     """List the pods of this node whose KuryrPorts have no VIF.
 
-    :param seconds: the age that such a KuryrPort has at least
-    :param timeout: for an answer of the API, in seconds
+    :param seconds: minimum age of such a KuryrPort
+    :param timeout: seconds to wait for an answer of the API
     :raises KubernetesUnavailable: if Kuryr's objects cannot be read
     """
     for option in ('watch_connection_timeout', 'watch_read_timeout'):
@@ -99,12 +99,12 @@ def waiting(seconds: float, timeout: int) -> list[str]:
 
 
 def node_name() -> str:
-    """Return the name that Kuryr has for this node."""
+    """Return Kuryr's name of this node."""
     return str(k_utils.get_nodename())
 
 
 def other_nodes() -> list[str]:
-    """List the nodes that have KuryrPorts; none if that is not allowed."""
+    """List the nodes with KuryrPorts; none if the API denies it."""
     try:
         found = clients.get_kubernetes_client().get(
             k_const.K8S_API_CRD_KURYRPORTS)['items']
@@ -120,7 +120,7 @@ def _read() -> tuple[list[Any], list[Any]]:
     try:
         clients.setup_kubernetes_client()
         client = clients.get_kubernetes_client()
-        # By the selectors that kuryr-daemon watches with.
+        # kuryr-daemon watches with the same selectors.
         kuryrports, pods = (
             client.get('%s?%s' % (path, parse.urlencode({
                 selector: '%s=%s' % (field, node)})))['items']
@@ -129,11 +129,11 @@ def _read() -> tuple[list[Any], list[Any]]:
                  k_const.KURYRPORT_LABEL),
                 (k_const.K8S_API_PODS, 'fieldSelector', 'spec.nodeName')))
         return kuryrports, pods
-    # Those of requests are OSErrors; a RuntimeError is of a file that is
-    # missing, a KeyError of the environment of a container.
+    # Errors of requests are OSErrors. A missing file causes a RuntimeError, a
+    # missing variable of the environment a KeyError.
     except (k_exc.K8sClientException, RuntimeError, OSError, KeyError,
             ValueError, TypeError, AttributeError) as err:
-        # By the last ones, Kuryr's client reads an answer of another program.
+        # Kuryr's client raises the last three for another program's answer.
         raise exceptions.KubernetesUnavailable(
             url=k_config.CONF.kubernetes.api_root or 'its service address',
             reason='%s is missing' % err if isinstance(err, KeyError)
@@ -153,7 +153,7 @@ def _ports(kuryrport: Any, pod: Optional[Any]) -> Iterator[Port]:
             return
         for ifname, value in kuryrport['status']['vifs'].items():
             yield _port(name, ifname, value['vif'])
-    except Exception as err:  # whoever writes it may write anything
+    except Exception as err:  # a KuryrPort may contain anything
         yield Port(name, ifname, damaged='it cannot be read: %r' % err)
 
 
@@ -172,12 +172,12 @@ def _has_waited(kuryrport: Any, pod: Optional[Any], seconds: float) -> bool:
             kuryrport['metadata']['creationTimestamp'], '%Y-%m-%dT%H:%M:%SZ'))
         return (_not_running(kuryrport, pod) == _NO_VIF
                 and time.time() - created >= seconds)
-    except Exception:  # whoever writes it may write anything
+    except Exception:  # a KuryrPort may contain anything
         return False
 
 
 def _not_running(kuryrport: Any, pod: Optional[Any]) -> Optional[str]:
-    """Return why it is not that of a running pod; None if it is."""
+    """Return why the pod of a KuryrPort is not running; None if it is."""
     if pod is None:
         return 'its pod is gone'
     if (kuryrport['metadata'].get('deletionTimestamp')

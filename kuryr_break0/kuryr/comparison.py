@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Says whether Kuryr's code is one that direct binding was compared with.
+"""Compares Kuryr's binding code with the code that direct binding replaces.
 
-``pod_binding = direct`` does what these functions do. A distribution may
-have changed them, and so may a later release.
+``pod_binding = direct`` does the same as these functions. A distribution or a
+later release may have changed them.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ import hashlib
 import importlib.util
 from typing import Callable, Iterator, NamedTuple, Optional
 
-#: What is replaced, and what calls it, by modules of kuryr_kubernetes.
+#: The replaced functions and their callers, by module of kuryr_kubernetes.
 FUNCTIONS = {
     'cni/binding/base.py': ('_enable_ipv6', '_configure_l3', 'connect',
                             'disconnect', '_need_configure_l3'),
     'cni/binding/nested.py': ('_detect_iface_name', '_remove_ifaces',
                               '_get_iface_create_args', 'connect',
                               'disconnect')}
-#: Digests of what was compared; ``python -m tests.releases`` prints them.
+#: Digests of the known sources; ``python -m tests.releases`` prints them.
 DIGESTS = {'7da9ea26c694e531': '6.0.0',
            '123a7dd60b449324': '7.0.0 to 10.0.0'}
 
 
 class Comparison(NamedTuple):
-    """Whether the installed Kuryr was compared, and which one it is."""
+    """Whether the installed Kuryr's binding code is known, with details."""
 
     is_known: bool
     text: str
 
 
 def digest(read: Callable[[str], Optional[str]]) -> str:
-    """Return a number for the source of the functions.
+    """Return a digest of the functions' source.
 
-    :param read: returns the text of a module of kuryr_kubernetes
+    :param read: returns the source of a module of kuryr_kubernetes, or None
     """
     found = hashlib.sha256()
     for path, names in FUNCTIONS.items():
@@ -55,7 +55,7 @@ def _sources(text: str) -> Iterator[tuple[str, str]]:
 
 @functools.lru_cache(maxsize=None)
 def compare() -> Comparison:
-    """Compare the installed Kuryr; once in a process and its children."""
+    """Compare the installed Kuryr; cached in this process and its children."""
     try:
         number = digest(_read)
     except (OSError, SyntaxError, ValueError) as err:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The binding driver that Kuryr calls: order and undo, nothing else."""
+"""The binding driver that Kuryr calls."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _IFF_LOOPBACK = 8  # linux/if.h
 
 
 class PodNotConnected(k_exc.CNITimeout):  # type: ignore[misc]
-    """The ADD failed for a reason that may pass.
+    """The ADD failed for a temporary reason.
 
-    kuryr-daemon answers a CNITimeout with CNI's code 11, "try again later",
-    and kubelet does. Unlike other errors it is not counted: after three of
-    those in its life the daemon is restarted, which would cure nothing here.
+    For a CNITimeout, kuryr-daemon returns CNI's code 11, "try again later",
+    and kubelet tries again. kuryr-daemon restarts after three other errors in
+    its life, which would not help here.
     """
 
 
@@ -48,10 +48,10 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
 
     def connect(self, vif: Any, ifname: str, netns: str,
                 container_id: str) -> None:
-        """Bind a VIF; the pod's addresses are configured only after that.
+        """Bind a VIF. Kuryr configures the pod's addresses afterwards.
 
-        :raises PodNotConnected: if Kuryr's binding is refused by the kernel,
-            or, in strict mode, if break0's fails
+        :raises PodNotConnected: if the kernel refuses the pod's interface or,
+            in strict mode, if break0 cannot bind the pod
         """
         owner = Owner(container_id, ifname)
         unreachable = 'Pod %s may not be reachable from its node' % owner
@@ -84,7 +84,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                 subnets=break0_vif.subnets(vif), origin=Origin.KURYR,
                 pod=patches.pod_name())
             self._housekeep(options)
-        except Exception as err:  # whatever it is, a pod is worth more
+        except Exception as err:  # the pod starts despite any error
             _log(unreachable, err)
             if options.strict or isinstance(
                     err, exceptions.GuardUnavailable):
@@ -94,10 +94,10 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
 
     def disconnect(self, vif: Any, ifname: str, netns: str,
                    container_id: str) -> None:
-        """Unbind a VIF, from break0 first.
+        """Unbind a VIF from break0, then let Kuryr unbind it.
 
-        A namespace that is not there has taken its interfaces with it, so
-        Kuryr is not asked then.
+        If the namespace is gone, its interfaces are too, and Kuryr is not
+        called.
         """
         owner = Owner(container_id, ifname)
         still_routed = 'The addresses of %s may still be routed' % owner
@@ -109,8 +109,8 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         except exceptions.NetnsUnusable as err:
             LOG.info('Nothing to disconnect from: %s', err)
         if options is not None:
-            # Before the interface goes: what the node sent to the pod
-            # meanwhile would leave on the wire.
+            # The route goes before the interface: otherwise packets of the
+            # node to the pod would be sent to the LAN meanwhile.
             with self._logged(still_routed):
                 Break0Manager(options).unbind(
                     owner, break0_vif.addresses(vif), sandbox,
@@ -130,14 +130,14 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                 self._housekeep(options)
 
     def _get_iface_create_args(self, vif: Any) -> dict[str, Any]:
-        """Have what Kuryr makes on the node known for that."""
+        """Mark the macvlan that Kuryr creates, to recognize a leftover."""
         return {**super()._get_iface_create_args(vif),
                 'group': pod_binding.UNFINISHED}
 
     def _detect_iface_name(self, h_ipdb: Any) -> str:
-        """Detect the parent as Kuryr does, but never take break0 for it.
+        """Detect the parent as Kuryr does, but never return break0.
 
-        Kuryr's last resort is the first interface that is not the loopback.
+        Kuryr's fallback is the first interface except the loopback.
         """
         device = config.device_name(k_config.CONF)
         if k_config.CONF.binding.link_iface == device:
@@ -145,7 +145,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                 '[binding] link_iface is %s, which is [break0] device: it '
                 'must be the interface that %s is made on.' % (device,
                                                                device))
-        # Copied in one step, since a thread of IPDB keeps it up to date.
+        # Copy in one step: a thread of IPDB changes it meanwhile.
         others = {name: link for name, link in dict(h_ipdb.interfaces).items()
                   if not _is_kept(name, device)}
         self._parent = super()._detect_iface_name(
@@ -160,7 +160,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                 and comparison.compare().is_known))
 
     def _connect_directly(self, vif: Any, ifname: str, sandbox: str) -> None:
-        """Do what Kuryr's connect does, with the same errors."""
+        """Bind a VIF as Kuryr does, with the same errors."""
         with kernel.Netlink() as netlink:
             parent = self._find_parent(netlink)
             if parent.mtu < vif.network.mtu:
@@ -177,9 +177,9 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
     @staticmethod
     def _configure_l3(vif: Any, ifname: str, netns: str,
                       is_default_gateway: bool) -> None:
-        """Do what Kuryr does after connect, in one request.
+        """Configure the addresses as Kuryr does after connect.
 
-        :raises PodNotConnected: if the kernel refuses it
+        :raises PodNotConnected: if the kernel refuses the request
         """
         try:
             pod_binding.configure_l3(vif, ifname, pod_binding.sandbox_path(
@@ -188,12 +188,12 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
             raise PodNotConnected(str(err)) from err
 
     def _find_parent(self, netlink: kernel.Netlink) -> kernel.Link:
-        """Find the parent as Kuryr does."""
+        """Return the parent that Kuryr would use."""
         wanted = k_config.CONF.binding.link_iface
         link = netlink.link(wanted) if kernel.index_of(wanted) else None
         if link is not None and link.name == wanted:
             links, addresses = [link], []
-        else:  # that an altname finds it does not count for Kuryr
+        else:  # Kuryr ignores alternative names
             links, addresses = netlink.links(), netlink.addresses()
         name = self._detect_iface_name(types.SimpleNamespace(interfaces={
             link.name: {'flags': _IFF_LOOPBACK if link.loopback else 0,
@@ -210,7 +210,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
     @staticmethod
     @contextlib.contextmanager
     def _logged(consequence: str) -> Iterator[None]:
-        """Log what fails in the block; whatever it is, a pod is worth more."""
+        """Log an error in the block; the pod starts despite any error."""
         try:
             yield
         except Exception as err:
@@ -218,11 +218,11 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
 
 
 def _is_kept(name: Any, device: str) -> bool:
-    """Return whether a break0 has a name, or may get it."""
+    """Return the pod with its name, owner and addresses, for log lines."""
     return str(name) == device or str(name).startswith(device[:6] + '-')
 
 
 def _log(what: str, err: Exception) -> None:
-    # One line for what was foreseen, a traceback for what was not.
+    # Log a traceback for unexpected errors only.
     LOG.error('%s: %s', what, err,
               exc_info=not isinstance(err, exceptions.Break0Error))

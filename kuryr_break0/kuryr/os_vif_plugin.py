@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The os-vif plugin whose loading puts the driver into kuryr-daemon.
+"""The os-vif plugin that installs the driver in kuryr-daemon.
 
-Both kuryr-daemon and kuryr-cni load all os-vif plugins, and a virtual
-environment may be shared with kuryr-k8s-controller, whose VIF pools know the
-classes of Kuryr's VIFs by name. So nothing heavy is imported at the top, and
-nothing is changed in any process but the daemon's, before it forks.
+kuryr-daemon and kuryr-cni load all os-vif plugins. kuryr-k8s-controller may
+share their virtual environment, and its VIF pools know Kuryr's VIF classes by
+name. So this module imports nothing slow, and changes only kuryr-daemon,
+before it forks.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from kuryr_break0 import log
 
 LOG = log.get_logger(__name__)
 
-#: Only kuryr-daemon imports it.
+#: No other program imports this module.
 _DAEMON_MODULE = 'kuryr_kubernetes.cni.daemon.service'
 
 
 class Break0Plugin(plugin.PluginBase):  # type: ignore[misc]
-    """Plugs nothing: Kuryr's VIFs name Kuryr's own plugin, ``noop``."""
+    """Plugs nothing: Kuryr's VIFs use Kuryr's own plugin, ``noop``."""
 
     @classmethod
     def load(cls, plugin_name: str) -> Break0Plugin:
-        """Load the plugin; called once by ``os_vif.initialize()``."""
+        """Load the plugin; ``os_vif.initialize()`` calls it once."""
         if _DAEMON_MODULE in sys.modules:
             try:
                 _serve()
             except Exception:
-                # os-vif would stop the daemon, and with it all pods.
+                # An error would stop the daemon, and with it all ADDs.
                 LOG.exception('break0 is not in use: its driver cannot be '
                               'loaded. Pods are bound by Kuryr alone.')
         loaded: Break0Plugin = super().load(plugin_name)
@@ -54,13 +54,12 @@ class Break0Plugin(plugin.PluginBase):  # type: ignore[misc]
 
 
 def _serve() -> None:
-    """Let nested macvlan VIFs be bound by break0's driver.
+    """Let break0's driver bind nested macvlan VIFs.
 
-    Not before Kuryr can find it: a VIF class without a driver would fail
-    every pod. What the process of a request would import is imported here,
-    which spares it that.
+    The VIF class is registered last, because without a driver each ADD would
+    fail. Modules that each request needs are imported here, once.
     """
-    import netrc  # noqa: F401 (by requests, when Kuryr calls the API)
+    import netrc  # noqa: F401 (requests imports it for each API call)
 
     from kuryr_kubernetes.cni.binding import base as b_base
     from oslo_config import cfg
@@ -99,11 +98,11 @@ def _serve() -> None:
                      'Kuryr\'s code for that, %s', 'kuryr-break0'
                      if found.is_known else 'Kuryr', found.text)
         if options.guard != config.OFF:
-            # A kernel without nftables refuses; each bind says so then.
+            # A kernel without nftables refuses; each bind reports it.
             with contextlib.suppress(exceptions.KernelRefused):
                 kernel.share_nft()
-    # All that is there by now lives on in the process of each request. One
-    # that looked for garbage among it would copy all of its pages, which
-    # takes longer than to bind a pod by break0.
+    # Forked processes share all present objects. Exclude these from garbage
+    # collection, which would copy their pages in each request: that takes
+    # longer than the bind by break0.
     gc.collect()
     gc.freeze()

@@ -2,28 +2,28 @@
 
 """All monkey patches of Kuryr: four functions.
 
-Two are private functions of ``kuryr_kubernetes.cni.binding.base``, tried with
-Kuryr 6.0.0 to 10.0.0. They are changed in the process of one request only, and
-only where they are what they were when this module was imported. The others
-are changed in kuryr-daemon before it forks.
+The first two are private functions of ``kuryr_kubernetes.cni.binding.base``,
+tested with Kuryr 6.0.0 to 10.0.0. They are replaced in the process of one
+request, and only if no other package has replaced them since this module was
+imported. The last two are replaced in kuryr-daemon before it forks.
 
-``get_ipdb``: Kuryr opens IPDB on the node's namespace twice per pod, and IPDB
-reads all routes and neighbours. break0 has one of each per pod, while Kuryr
-reads only the interfaces and their addresses.
+``get_ipdb``: Kuryr opens IPDB in the node's namespace twice per pod, and IPDB
+reads all routes and neighbours, of which break0 has one per pod. Kuryr needs
+interfaces and addresses only.
 
-``_configure_l3``: Kuryr gives a pod its addresses by IPDB, after the driver
-has returned. While many pods are added at once, IPDB now and then misses
-what it waits for, gives up with a RuntimeError that says nothing, and the ADD
-fails. So it is tried again, or with ``pod_binding`` = direct done otherwise.
+``_configure_l3``: Kuryr adds the pod's addresses with IPDB after the driver
+has returned. If many pods are added at once, IPDB may miss an event, and raise
+a RuntimeError without a text: the ADD fails. So it is repeated. With
+``pod_binding`` = direct, another function replaces it.
 
-``cleanup``, of the same module: Kuryr calls it for a DEL whose KuryrPort is
-gone, and it deletes the interface named CNI_IFNAME. If CNI_NETNS is empty, it
-does so in the namespace of kuryr-daemon: the node loses its NIC, unless that
-is hardware. containerd 1.6 repeats a DEL in this way for most pods. So Kuryr's
-function is called for the namespaces of pods only.
+``cleanup``, in the same module: for a DEL without a KuryrPort, Kuryr deletes
+the interface named CNI_IFNAME. If CNI_NETNS is empty, it deletes the interface
+in the namespace of kuryr-daemon: the node loses its NIC, unless that is a
+physical device. containerd 1.6 repeats a DEL in this way for most pods. So
+Kuryr's function is called only for namespaces of pods.
 
-``K8sCNIRegistryPlugin._do_work``: it knows the name of the pod, and does not
-pass it on to the driver. It is noted before, for people.
+``K8sCNIRegistryPlugin._do_work``: it does not pass the pod's name to the
+driver. The patch records the name first, for log lines and records.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from kuryr_break0 import log
 
 LOG = log.get_logger(__name__)
 
-#: As often as IPDB itself tries to set addresses.
+#: Attempts to configure addresses; IPDB itself makes as many.
 _TRIES = 3
 
 _get_ipdb = getattr(b_base, 'get_ipdb', None)
@@ -55,7 +55,7 @@ _pod: Optional[str] = None
 
 
 def note_pod_names() -> None:
-    """Have each request note which pod it is for, in its process."""
+    """Let each request record the name of its pod, in its process."""
     from kuryr_kubernetes.cni.plugins import k8s_cni_registry
     kind = getattr(k8s_cni_registry, 'K8sCNIRegistryPlugin', None)
     work = getattr(kind, '_do_work', None)
@@ -68,7 +68,7 @@ def note_pod_names() -> None:
         try:
             name = str(self._get_obj_name(params))
             _pod = name if _POD.fullmatch(name) else None
-        except Exception:  # it is for people only
+        except Exception:  # the name is for messages only
             _pod = None
         return work(self, params, *args, **kwargs)
 
@@ -76,7 +76,7 @@ def note_pod_names() -> None:
 
 
 def keep_node_interfaces() -> None:
-    """Have Kuryr clean up in no namespace but those of pods."""
+    """Restrict Kuryr's cleanup to the namespaces of pods."""
     if _cleanup is not None and getattr(b_base, 'cleanup', None) is _cleanup:
         b_base.cleanup = _cleanup_sandbox
 
@@ -92,15 +92,15 @@ def _cleanup_sandbox(ifname: str, netns: str) -> None:
 
 
 def pod_name() -> Optional[str]:
-    """Return the namespace and name of the pod of this request, if known."""
+    """Return the namespace/name of this request's pod, if known."""
     return _pod
 
 
 @contextlib.contextmanager
 def interfaces_only() -> Iterator[None]:
-    """Have Kuryr read only the interfaces of the node, within the block.
+    """Let Kuryr read only the interfaces of the node within the block.
 
-    Its view of a pod's namespace is as ever.
+    In a pod's namespace, Kuryr reads everything as before.
     """
     if _get_ipdb is None or getattr(b_base, 'get_ipdb',
                                     None) is not _get_ipdb:
@@ -120,13 +120,13 @@ def _get_ipdb_of_interfaces(netns: Optional[str] = None) -> Any:
 
 def replace_configure_l3(configure: Callable[..., None],
                          vif: Optional[Any] = None) -> None:
-    """Have the next VIF of this process configured by another function.
+    """Let another function configure the next VIF of this process.
 
-    :param configure: takes what Kuryr's function does
-    :param vif: the one that is meant; None for any
+    :param configure: a function with the arguments of Kuryr's
+    :param vif: the VIF; None for any
     """
     present = getattr(b_base, '_configure_l3', None)
-    # One of ours was not used for a VIF that Kuryr gave no addresses.
+    # Our earlier function remains if Kuryr added no addresses to that VIF.
     if _configure_l3 is None or (present is not _configure_l3 and not hasattr(
             present, 'is_of_break0')):
         return
@@ -142,9 +142,9 @@ def replace_configure_l3(configure: Callable[..., None],
 
 
 def configure_l3_repeatedly(*args: Any) -> None:
-    """Configure the addresses of a pod as Kuryr does, again if IPDB fails.
+    """Configure a pod's addresses as Kuryr does; repeat it if IPDB fails.
 
-    What is there from a first try is fine for the next.
+    Addresses from an earlier attempt are no error.
     """
     assert _configure_l3 is not None
     for _ in range(_TRIES - 1):

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Creates the interface of a pod directly in the pod's namespace.
+"""Creates the interface of a pod in the pod's namespace.
 
-Kuryr makes it on the node, under a name that is in nobody's way, moves it,
-renames it, and sets its MTU and MAC address one by one; around each step it
-reads the namespace again. Here it is one request, with the same result.
+Kuryr creates it on the node under a temporary name, moves and renames it, and
+sets its MTU and MAC address one by one. Around each step it reads the
+namespace again. This module sends one request, with the same result.
 
-Killed before the move, Kuryr leaves an interface on the node. The VIF cannot
-say that it is one: whoever writes the KuryrPort chooses name and MAC address.
-So Kuryr is made to create it in a group that nothing else is in, which the
-kernel does in the same request.
+If Kuryr is killed before the move, the interface remains on the node. The VIF
+does not identify it, because the author of a KuryrPort chooses name and MAC
+address. So Kuryr creates it in an interface group that nothing else uses.
 
-All raises NetnsUnusable if the pod's namespace cannot be entered, and
+All functions raise NetnsUnusable if the pod's namespace cannot be entered, and
 KernelRefused with the first error of the kernel.
 """
 
@@ -31,10 +30,10 @@ from kuryr_break0 import log
 
 LOG = log.get_logger(__name__)
 
-#: The group of a macvlan that Kuryr has not yet made a pod's ("br0").
+#: The group of a macvlan that Kuryr has not moved to its pod yet ("br0").
 UNFINISHED = 0x627230
 
-#: Seconds to wait for a MAC address, and between two tries.
+#: Seconds to wait until a MAC address is free, and between two attempts.
 _PATIENCE, _PAUSE = 1.0, 0.05
 
 _EVERYTHING = {4: ipaddress.ip_network('0.0.0.0/0'),
@@ -42,10 +41,10 @@ _EVERYTHING = {4: ipaddress.ip_network('0.0.0.0/0'),
 
 
 def sandbox_path(netns: str) -> str:
-    """Return the namespace of a pod as a path that this process can open.
+    """Return a path of a pod's namespace that this process can open.
 
-    Kuryr would take an empty path for the namespace of kuryr-daemon, and
-    delete the node's eth0; pyroute2.NetNS creates a path that does not exist.
+    For an empty path, Kuryr would use the namespace of kuryr-daemon, and
+    delete the node's eth0. pyroute2.NetNS creates a path that does not exist.
 
     :param netns: CNI_NETNS of the request
     :raises NetnsUnusable: if it is empty, does not exist, or is the
@@ -60,7 +59,7 @@ def sandbox_path(netns: str) -> str:
 
 @contextlib.contextmanager
 def _entered(netns: str) -> Iterator[kernel.Netlink]:
-    """Be in the namespace of a pod, with a socket there."""
+    """Enter the namespace of a pod, and open a socket there."""
     with kernel.entered(netns), kernel.Netlink() as netlink:
         yield netlink
 
@@ -89,13 +88,13 @@ def connect(netlink: kernel.Netlink, netns: str, ifname: str,
         except exceptions.KernelRefused as err:
             if err.errno == errno.EEXIST:
                 break
-            # The namespace that had the address last is being deleted.
+            # The last owner of the address is being deleted.
             if (err.errno != errno.EADDRINUSE
                     or time.monotonic() - began >= _PATIENCE):
                 raise
         time.sleep(_PAUSE)
-    # The NIC of the node is named like that of the pod, and the kernel looks
-    # for the name on the node, where that of the VIF is free.
+    # The node's NIC has the name of the pod's interface, and this kernel looks
+    # for the name on the node. There the temporary name is free.
     netlink.create_macvlan(passing, parent, netns, mac=mac, mtu=mtu, up=False)
     with _entered(netns) as pods:
         link = pods.link(passing)
@@ -112,10 +111,11 @@ def connect(netlink: kernel.Netlink, netns: str, ifname: str,
 
 def configure_l3(vif: Any, ifname: str, netns: str,
                  is_default_gateway: bool) -> None:
-    """Give a pod its addresses and routes, as Kuryr's _configure_l3 does.
+    """Add addresses and routes to a pod, as Kuryr's _configure_l3 does.
 
-    In one request, where Kuryr opens IPDB and waits for each. What is there
-    already, as after a first try, is fine. A gateway on no link is refused.
+    It sends one request; Kuryr opens IPDB and waits for each item. Existing
+    items, such as after an earlier attempt, are no error. A gateway that is
+    not on-link is refused.
     """
     addresses, routes = [], []
     for subnet in vif.network.subnets.objects:
@@ -130,22 +130,22 @@ def configure_l3(vif: Any, ifname: str, netns: str,
             routes.append((_EVERYTHING[gateway.version], gateway))
     with _entered(netns) as netlink:
         if any(each.version == 6 for each in addresses):
-            # An engine may have disabled it, as Docker with --net=none.
+            # Docker with --net=none has disabled IPv6, for example.
             kernel.write_sysctl('ipv6/conf/all/disable_ipv6', 0)
         netlink.configure(ifname, addresses, routes)
 
 
 def disconnect(netns: str, *names: str) -> None:
-    """Delete interfaces of a pod; one that is not there is fine."""
+    """Delete interfaces of a pod; missing ones are no error."""
     with _entered(netns) as netlink:
         for name in names:
             netlink.delete_link(name)
 
 
 def remove_leftover(name: str) -> None:
-    """Delete what an earlier ADD has left on the node under a name.
+    """Delete the interface that an earlier ADD has left on the node.
 
-    :raises NotALeftover: if it is anything else
+    :raises NotALeftover: if it is another interface
     """
     if kernel.index_of(name) is None:
         return
@@ -160,7 +160,7 @@ def remove_leftover(name: str) -> None:
 
 
 def finish(netns: str, ifname: str) -> None:
-    """Take the interface that Kuryr has made for a pod out of the group."""
+    """Remove the interface that Kuryr has created from the group."""
     with _entered(netns) as netlink:
         link = netlink.link(ifname)
         if link is not None:

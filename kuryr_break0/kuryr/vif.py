@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The VIF that stands for Kuryr's nested macvlan VIF in kuryr-daemon."""
+"""The class that replaces Kuryr's nested macvlan VIF in kuryr-daemon."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from kuryr_break0.model import IPAddress
 from kuryr_break0.model import IPNetwork
 
 
-# Only made ready here: who registers it decides that it is used.
+# os_vif_plugin registers the class; this decorator only prepares it.
 @obj_base.VersionedObjectRegistry.objectify
 class VIFMacvlanBreak0(k_vif.VIFMacvlanNested):  # type: ignore[misc]
-    """A ``VIFMacvlanNested`` in all but the name of its class.
+    """A ``VIFMacvlanNested`` with another class name.
 
-    Kuryr chooses the binding driver by that name, ``type(vif).__name__``,
-    while what is on the wire goes by ``obj_name()``. So an object that any
-    controller has written becomes one of this class when it is read, and is
-    written again as what it was.
+    Kuryr selects the binding driver by ``type(vif).__name__``, but serializes
+    the VIF by ``obj_name()``. So a nested macvlan VIF of any controller
+    becomes an object of this class, and is serialized as before.
     """
 
     VERSION = k_vif.VIFMacvlanNested.VERSION
@@ -33,13 +32,13 @@ class VIFMacvlanBreak0(k_vif.VIFMacvlanNested):  # type: ignore[misc]
 
 
 def addresses(vif: Any) -> list[IPAddress]:
-    """Return the addresses of a VIF: all fixed IPs of all its subnets."""
+    """Return the fixed IPs of all subnets of a VIF."""
     return [ipaddress.ip_address(str(fixed_ip.address))
             for subnet in vif.network.subnets.objects
             for fixed_ip in subnet.ips.objects]
 
 
 def subnets(vif: Any) -> list[IPNetwork]:
-    """Return the networks that a VIF is in on its link."""
+    """Return the networks of the subnets of a VIF."""
     return [ipaddress.ip_network(str(subnet.cidr), strict=False)
             for subnet in vif.network.subnets.objects]

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The ledger: which sandbox has which address, until the next boot.
+"""The ledger records which sandbox owns which address, until the next boot.
 
-kuryr-daemon serves each request in a new process, and is restarted at will,
-so what must be known later is in the state directory. The ledger is evidence,
-not the truth: see :mod:`kuryr_break0.reconciler`.
+kuryr-daemon serves each request in a new process and may be restarted at any
+time, so the records are files in the state directory. The ledger is evidence,
+not proof: see :mod:`kuryr_break0.reconciler`.
 
-What cannot be read or written raises LedgerUnavailable.
+The methods raise LedgerUnavailable if a file cannot be read or written.
 """
 
 from __future__ import annotations
@@ -45,29 +45,31 @@ __all__ = ('Contents', 'Ledger', 'Owner', 'Record')
 
 T = TypeVar('T')
 
-#: Retries when the ledger changed while it was being read.
+#: Attempts to read the ledger if it changes meanwhile.
 _RETRIES = 5
-#: What is in the directory, beside what ends with .json.
+#: Files in the state directory, except those that end with .json.
 _FILES = ('cni.sock', 'heartbeat', 'identity', 'journal', 'lock')
-#: What may be in one that has lost its records.
+#: Directories that may be in a state directory without records.
 _OTHERS = ('quarantine', 'lost+found')
-#: The directory, in that of what cannot be read, for records of other boots.
+#: Subdirectory of the quarantine for records of earlier boots.
 _EARLIER = 'earlier-boot'
-#: Next hops that are kept after they are gone.
+#: Maximum next hops to record, including deleted ones.
 MAX_NEXT_HOPS = 1024
-#: DELs that are kept until the next sync.
+#: Maximum DELs to record until the next sync.
 MAX_ENDED = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """All that is in a state directory, as it is.
+    """The contents of a state directory.
 
-    :ivar claims: on each address, the newest first; ordered by address
-    :ivar damaged: the path of each record that is none, and why
-    :ivar newer: the same of those that a later version has written
-    :ivar quarantined: the paths of those that were moved there
-    :ivar unreadable: the addresses of all of these
+    :ivar claims: the claims on each address, the newest first; ordered by
+        address
+    :ivar damaged: the reason for each damaged record, by path
+    :ivar newer: the same for records of a later version
+    :ivar quarantined: the paths of the records in quarantine
+    :ivar unreadable: the addresses of the damaged, newer and quarantined
+        records
     """
 
     claims: dict[IPAddress, tuple[Record, ...]]
@@ -77,9 +79,9 @@ class Contents:
     unreadable: frozenset[IPAddress]
 
     def is_still(self, records: Records, address: IPAddress) -> bool:
-        """Return whether an address has the claims that were read."""
+        """Return whether the claims on an address are unchanged."""
         claims = self.claims.get(address, ())
-        stamp = files.stamp(records.path(address))  # mostly that says it
+        stamp = files.stamp(records.path(address))  # enough in most cases
         try:
             return records.known.get(address) == (stamp, claims) or (
                 records.claims(address) == claims)
@@ -90,13 +92,13 @@ class Contents:
 class Ledger:
     """A state directory.
 
-    :param path: the directory; it is created when it is first needed
+    :param path: the directory; it is created at the first use
     :param lock_timeout: seconds that :meth:`lock` waits
-    :ivar is_locked: whether the lock is held through this object
-    :ivar records: who has which address
-    :ivar cache: what is expensive to read from the kernel
-    :ivar journal: counts of what was done
-    :ivar heartbeat: whether an agent runs
+    :ivar is_locked: whether this object holds the lock
+    :ivar records: the owners of addresses
+    :ivar cache: values that are expensive to read from the kernel
+    :ivar journal: counts of operations, for the metrics
+    :ivar heartbeat: the agent's sign of life
     """
 
     def __init__(self, path: str,
@@ -114,9 +116,9 @@ class Ledger:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep all other threads and processes of this ledger out.
+        """Hold the ledger's lock within the block.
 
-        :raises LockTimeout: when another held it for too long
+        :raises LockTimeout: if another process or thread held it too long
         """
         self.prepare()
         with contextlib.ExitStack() as stack:
@@ -158,14 +160,14 @@ class Ledger:
         return found, other, is_steady
 
     def contents(self) -> Contents:
-        """Read all there is, and leave it as it is: nothing is moved."""
+        """Read all records without moving damaged ones to quarantine."""
         read: list[tuple[IPAddress, tuple[Record, ...]]] = []
         unreadable: set[IPAddress] = set()
         damaged, newer, quarantined = {}, {}, []
         current_name = functools.lru_cache(node.current_name)
         for name in self.records.names(self.records.directory):
             path = '%s/%s' % (self.records.directory, name)
-            found: tuple[IPAddress, ...] = ()  # if that is what is wrong
+            found: tuple[IPAddress, ...] = ()  # if the name is invalid
             try:
                 address = address_of(name)
                 found = (address,)
@@ -193,7 +195,7 @@ class Ledger:
             frozenset(unreadable - claims.keys()))
 
     def identity(self) -> Optional[Identity]:
-        """Return what this ledger is; None if it was never used."""
+        """Return the identity of the ledger; None if it was never used."""
         try:
             return identity.read(self._identity_path)
         except ValueError as err:
@@ -202,10 +204,10 @@ class Ledger:
             ) from err
 
     def ensure_identity(self) -> Identity:
-        """Return what this ledger is; call it under the lock.
+        """Return the identity of the ledger; create it if it is missing.
 
-        It is new with the first use of the directory, and if what was in it
-        was lost.
+        It is created at the first use of the directory, and again after the
+        directory's contents were lost. The caller must hold the lock.
         """
         try:
             found = identity.read(self._identity_path)
@@ -215,8 +217,8 @@ class Ledger:
             found = None
         boot = identity.boot_id()
         if found is not None and boot and found.boot not in ('', boot):
-            # Namespaces are numbered from the start with each boot, so records
-            # of an earlier one would match namespaces of this one.
+            # The kernel numbers namespaces from the start at each boot, so an
+            # earlier boot's records would match namespaces of this boot.
             LOG.warning('The ledger in %s is of an earlier boot, whose pods '
                         'are gone: moved its records to quarantine',
                         self.path)
@@ -228,7 +230,7 @@ class Ledger:
         return found
 
     def put_identity(self, found: Identity) -> None:
-        """Write what this ledger is."""
+        """Write the identity of the ledger."""
         with self._usable():
             files.replace(self._identity_path, found.to_json())
 
@@ -241,7 +243,7 @@ class Ledger:
                            os.path.join(target, name))
 
     def next_hops_seen(self) -> list[str]:
-        """Return the last next hops that the node has had in this boot."""
+        """Return the most recent next hops of the node in this boot."""
         boot, *seen = self.cache.get('next_hops_seen') or ['']
         return seen if boot == identity.boot_id() else []
 
@@ -255,10 +257,11 @@ class Ledger:
                 identity.boot_id(), *[*seen, *sorted(new)][-MAX_NEXT_HOPS:]])
 
     def ended(self) -> dict[Owner, float]:
-        """Return the owners that a DEL has ended, and when.
+        """Return the owners of interfaces that a DEL has ended, with times.
 
-        Of each the last DEL, and the last MAX_ENDED ones. A DEL names the
-        addresses of the last ADD, so the claims of an earlier one are left.
+        The last DEL of an owner counts, and the last MAX_ENDED DELs in all. A
+        DEL names only the addresses of the last ADD, so claims of an earlier
+        ADD remain.
         """
         found = {}
         for each in self.cache.get('ended') or ():
@@ -270,11 +273,11 @@ class Ledger:
     def note_end(self, owner: Owner, when: float) -> None:
         """Add to what :meth:`ended` returns. Call it under the lock."""
         ended = self.ended()
-        ended.pop(owner, None)  # it is the last one from now on
+        ended.pop(owner, None)  # append it as the last one
         self._put_ended({**ended, owner: when})
 
     def forget_ends(self, before: float) -> None:
-        """Drop the ends before a time. Call it under the lock."""
+        """Delete DELs before a time. The caller must hold the lock."""
         ended = self.ended()
         kept = {owner: when for owner, when in ended.items()
                 if when >= before}
@@ -286,26 +289,26 @@ class Ledger:
                                  in list(ended.items())[-MAX_ENDED:]])
 
     def exists(self) -> bool:
-        """Return whether there is a state directory that is not empty."""
+        """Return whether the state directory exists."""
         try:
             return bool(os.listdir(self.path))
         except OSError:
             return os.path.isdir(self.path)
 
     def foreign(self) -> list[str]:
-        """Return the names of what others have in a directory without records.
+        """Return the names of foreign files in a directory without records.
 
-        As in /run: who cannot use that any more, or loses files there, is
-        harmed.
+        The caller refuses such a directory, for example /run: changing its
+        mode or deleting files would break other programs.
         """
         return sorted(name for name in os.listdir(self.path) if not (
             name in _OTHERS or _is_file_of_ours(name)))
 
     def clear(self) -> None:
-        """Remove the directory with all that this package puts there.
+        """Delete this package's files, and the directory if it is empty.
 
-        It stays, empty, where it is a mount point, as in a container. Call
-        it under the lock, which goes with it.
+        An empty mount point remains, as in a container. The caller must hold
+        the lock, whose file is deleted too.
         """
         quarantine = self.records.quarantine
         try:
@@ -328,7 +331,7 @@ class Ledger:
                                                    reason=err) from err
 
     def prepare(self) -> None:
-        """Make sure of the directory, and that nobody else can write it."""
+        """Create the directory, and deny other users access to it."""
         with self._usable():
             if not os.path.isdir(self.path):
                 os.makedirs(self.path, mode=0o700, exist_ok=True)
@@ -342,7 +345,7 @@ class Ledger:
                               self.foreign()[0])
             mode = stat.S_IMODE(found.st_mode)
             if mode & 0o077:
-                # An empty one may be of kubelet, for a volume.
+                # kubelet creates an empty directory for a volume.
                 LOG.log(logging.WARNING if used else logging.DEBUG,
                         'Other users had access to the state directory %s '
                         '(mode %o). Removed their access.', self.path, mode)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Reads small untrusted files, locks files, and replaces them atomically."""
+"""Reads small untrusted files, locks files, and replaces files atomically."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from typing import Iterator, Optional
 
 from kuryr_break0 import exceptions
 
-#: Begins the names of files whose writer has not finished, or was killed.
+#: Prefix of unfinished files; a killed writer leaves one.
 UNFINISHED = '.unfinished.'
 #: Seconds that :func:`take` waits at least if another has the lock.
 _PAUSE = 0.001
 
 
 def now() -> float:
-    """Return the seconds since the boot, which nobody can set back.
+    """Return the seconds since the boot; the clock cannot be set back.
 
-    The same in each container, since processes compare their times.
+    Time namespaces do not change it, so containers can compare their times.
     """
     return time.clock_gettime(time.CLOCK_BOOTTIME) - _clock_offset()
 
 
 @functools.lru_cache(maxsize=None)
 def _clock_offset() -> float:
-    """Return the seconds that the clock of this time namespace is ahead.
+    """Return the offset of this time namespace's clock in seconds.
 
     0 on a kernel without time namespaces; see time_namespaces(7).
     """
@@ -45,7 +45,7 @@ def _clock_offset() -> float:
 
 @contextlib.contextmanager
 def usable(directory: str) -> Iterator[None]:
-    """Raise LedgerUnavailable for an error of the system in the block."""
+    """Raise LedgerUnavailable for an OSError in the block."""
     try:
         yield
     except OSError as err:
@@ -58,9 +58,9 @@ _FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 @contextlib.contextmanager
 def opened(path: str, flags: int) -> Iterator[int]:
-    """Open a file; the descriptor is of the block.
+    """Open a file for the block.
 
-    A link or a pipe is none of ours; neither must hold up a pod.
+    Links are refused, and a pipe does not block: a pod must not wait for it.
     """
     fd = os.open(path, flags | _FLAGS, 0o600)
     try:
@@ -90,9 +90,9 @@ def take(fd: int, kind: int, seconds: float = 0) -> bool:
 
 
 def is_at(fd: int, path: str) -> bool:
-    """Return whether an open file is the one that others open at a path.
+    """Return whether an open file is still the file at a path.
 
-    It is not if its directory was lost, and made again.
+    It is another file after the directory was deleted and created again.
     """
     try:
         return os.path.samestat(os.fstat(fd), os.stat(path))
@@ -100,7 +100,7 @@ def is_at(fd: int, path: str) -> bool:
         return False
 
 
-#: What a later file of the same name does not have in common with one.
+#: Identity of a file's content: inode, mtime in ns, size in bytes.
 Stamp = tuple[int, int, int]
 
 
@@ -108,8 +108,8 @@ def read(path: str, max_size: int) -> str:
     """Read a small regular file.
 
     :param max_size: bytes
-    :raises ValueError: if it is anything else
-    :raises OSError: if it is not there or cannot be read
+    :raises ValueError: if it is of another kind, or larger
+    :raises OSError: if it does not exist or cannot be read
     """
     return read_stamped(path, max_size)[0]
 
@@ -137,19 +137,19 @@ def read_stamped(path: str, max_size: int) -> tuple[str, Stamp]:
 
 
 def replace(path: str, text: str) -> None:
-    """Write a file: all of it is there, or what was there before.
+    """Replace a file atomically: a reader gets the old or the new text.
 
     :raises OSError: if it cannot be written
     """
     directory, name = os.path.split(path)
-    # Writers of one file may be several, where one could not have the lock,
-    # and of several process namespaces, with one number.
+    # Several processes may write one file if one of them could not get the
+    # lock. Their PIDs may be equal, in different PID namespaces.
     unfinished = os.path.join(directory, '%s%s.%s' % (
         UNFINISHED, os.urandom(8).hex(), name))
     try:
         with opened(unfinished,
                     os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
-            # A short write says ENOSPC only when it is repeated.
+            # After a short write, the next write reports ENOSPC.
             content = text.encode()
             while content:
                 content = content[os.write(fd, content):]
@@ -157,12 +157,12 @@ def replace(path: str, text: str) -> None:
     except OSError as err:
         with contextlib.suppress(OSError):
             os.unlink(unfinished)
-        # Each time the same, or each would be another line in the log.
+        # Name the final path: the random one would make each log line unique.
         raise OSError(err.errno, err.strerror, path) from err
 
 
 def stamp(path: str) -> Optional[Stamp]:
-    """Return the identity of a file, which a later one of its name has not."""
+    """Return the identity of a file's content; None if it is missing."""
     try:
         return _stamp(os.stat(path))
     except OSError:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The heartbeat of the agent, by which other processes know that it works."""
+"""The agent's heartbeat, by which other processes know that it is alive."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from kuryr_break0 import log
 
 LOG = log.get_logger(__name__)
 
-#: Seconds to wait for those who only ask whether the agent has the lock.
+#: Seconds to wait for a process that just tests the agent's lock.
 _PATIENCE = 0.05
 
 
 class Heartbeat:
-    """A file that the agent holds a lock on and writes after its syncs.
+    """A file that the agent locks, and writes after each successful sync.
 
-    But not after one that fails: then others do what they would without it.
+    After a failed sync there is no heartbeat, so that other processes repair
+    the node themselves.
 
-    :ivar path: of the file
+    :ivar path: path of the file
     """
 
     def __init__(self, path: str) -> None:
@@ -32,9 +33,9 @@ class Heartbeat:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[Callable[[], None]]:
-        """Be the agent within the block.
+        """Hold the agent's lock within the block.
 
-        :returns: what to call after each sync that succeeds
+        :returns: a function to call after each successful sync
         """
         fd = -1
         reason: Optional[str] = None
@@ -64,7 +65,7 @@ class Heartbeat:
             yield beat
 
     def age(self) -> Optional[float]:
-        """Return the seconds since the last beat; None without an agent."""
+        """Return the heartbeat's age in seconds; None without an agent."""
         with contextlib.suppress(OSError, ValueError), \
                 files.opened(self.path, os.O_RDONLY) as fd:
             if not files.take(fd, fcntl.LOCK_EX):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The identity of a ledger, and the break0s that it owns.
+"""The identity of a ledger, and the break0 devices that it owns.
 
-A break0 carries the id of the ledger that owns it as its alias, which the
-kernel keeps where a directory may be lost or be another one.
+The alias of a break0 contains the id of its ledger. The kernel keeps the alias
+even if the state directory is lost or replaced.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ALIAS = re.compile(r'kuryr-break0 ledger ([0-9a-f]{16}) in (/.*)')
 
 
 class Alias(NamedTuple):
-    """What a break0 says of its ledger: its id, and its state directory."""
+    """The alias of a break0: the id of its ledger, and the state directory."""
 
     ledger: str
     directory: str
@@ -36,24 +36,23 @@ class Alias(NamedTuple):
 
     @classmethod
     def parse(cls, text: Optional[str]) -> Optional[Alias]:
-        """Read an alias of an interface; None if it is not of a ledger."""
+        """Parse an interface's alias; None if it names no ledger."""
         found = _ALIAS.fullmatch(text or '')
         return cls(found[1], found[2]) if found else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What a ledger knows of itself.
+    """The identity of a ledger.
 
     :ivar id: 16 hexadecimal digits
-    :ivar secret: goes into the MAC addresses of break0, so that no pod can
+    :ivar secret: part of the MAC addresses of break0, so that no pod can
         compute them
-    :ivar boot: the boot that it is of
-    :ivar devices: break0 by its parent
-    :ivar macs: the MAC address of each break0, to have it again if it is
-        created again
-    :ivar claimed: the ledger of this directory, lost by now, that each
-        break0 was taken over from
+    :ivar boot: id of the boot in which it was created
+    :ivar devices: names of the break0 devices, by parent
+    :ivar macs: MAC address of each break0, to create it again with the same
+    :ivar claimed: for each break0 that was taken over, the lost ledger of this
+        directory that owned it
     """
 
     id: str = ''
@@ -75,9 +74,9 @@ class Identity:
 
     @classmethod
     def from_json(cls, text: str) -> Identity:
-        """Read what :meth:`to_json` wrote.
+        """Parse the output of :meth:`to_json`.
 
-        :raises ValueError: for anything else
+        :raises ValueError: if it is damaged
         """
         try:
             fields: dict[str, Any] = json.loads(text)
@@ -138,7 +137,7 @@ def ownership(link: Optional[Link], own: Optional[Identity],
 
 
 def boot_id() -> str:
-    """Return the id of this boot; empty if there is none."""
+    """Return the id of this boot; empty if the kernel has none."""
     try:
         with open('/proc/sys/kernel/random/boot_id') as file:
             return file.read().strip()
@@ -156,6 +155,6 @@ def read(path: str) -> Optional[Identity]:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as err:
-        if err.errno in exceptions.EXHAUSTED:  # which says nothing of it
+        if err.errno in exceptions.EXHAUSTED:  # the file may be fine
             raise exceptions.SystemRefused(reason=err) from err
         raise ValueError(err.strerror or str(err))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Counts of what all processes of the node did, for the metrics.
+"""Counts the operations of all processes of the node, for the metrics.
 
-A worker of kuryr-daemon lives for one request and the agent may not be
-there, so each leaves records in a file, beside the ledger, and the agent
-takes them out. That costs a bind some 10 microseconds, and never an error.
+A worker of kuryr-daemon lives for one request, and the agent may not run. So
+each process appends records to a file in the state directory, and the agent
+removes them. A bind spends about 10 microseconds on it. It raises no error.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from kuryr_break0.ledger import files
 
 _F = TypeVar('_F', bound=Callable[..., Any])
 
-#: What, how often, seconds that it took in all. The size of a page is a
-#: multiple of it, so that tmpfs writes it as a whole.
+#: Operation, count, seconds in all. The page size is a multiple of its size,
+#: so tmpfs writes a record as a whole.
 _RECORD = struct.Struct('<BxxxId')
-#: Bytes; what is to be added to a file of that size is lost.
+#: Maximum bytes of the file; further records are dropped.
 LIMIT = 64 * 1024
-#: Seconds. Others hold the lock for some microseconds, unless they were
+#: Seconds to wait for the lock. Its holders need microseconds, unless they are
 #: stopped.
 _PATIENCE = 0.01
 
 
 class Done(enum.IntEnum):
-    """What has been done; the numbers are the format of the file."""
+    """An operation; the numbers are the format of the file."""
 
     BIND = 1
     BIND_FAILED = 2
     UNBIND = 3
     UNBIND_FAILED = 4
-    # Repairs. Their names are the reasons in the metrics.
+    # Repairs. The metrics use their names as reasons.
     DEVICE = 16
     ROUTE = 17
     NEIGHBOUR = 18
@@ -51,7 +51,7 @@ class Done(enum.IntEnum):
     RELEASED = 24
 
 
-#: What is a repair.
+#: The operations that are repairs.
 REPAIRS = tuple(each for each in Done if each >= Done.DEVICE)
 
 
@@ -68,16 +68,16 @@ class Record(NamedTuple):
 
 
 class Journal:
-    """The records that the agent has not taken out yet.
+    """The records that the agent has not removed yet.
 
-    :param state_dir: the directory of the ledger, which makes it
+    :param state_dir: the state directory; the ledger creates it
     """
 
     def __init__(self, state_dir: str) -> None:
         self._path = os.path.join(state_dir, 'journal')
 
     def add(self, what: Done, *, times: int = 1, seconds: float = 0) -> None:
-        """Leave a record. If that fails it is lost, which is harmless."""
+        """Append a record. It is lost at an error, which is harmless."""
         with contextlib.suppress(OSError), files.opened(
                 self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT) as fd:
             if files.take(fd, fcntl.LOCK_SH, _PATIENCE) and (
@@ -85,7 +85,7 @@ class Journal:
                 os.write(fd, _RECORD.pack(what, times, seconds))
 
     def drain(self) -> list[Record]:
-        """Take out all records; none if the file cannot be read."""
+        """Remove and return all records; none if the file is unreadable."""
         content = b''
         with contextlib.suppress(OSError), \
                 files.opened(self._path, os.O_RDWR) as fd:
@@ -100,9 +100,9 @@ class Journal:
 
 
 def timed(done: Done, failed: Done) -> Callable[[_F], _F]:
-    """Leave in the journal how a method ended and how long it took.
+    """Record result and duration of a method in the journal.
 
-    Its object has the ledger as ``_ledger``.
+    The object's attribute ``_ledger`` is the ledger.
     """
     def decorate(method: _F) -> _F:
         @functools.wraps(method)

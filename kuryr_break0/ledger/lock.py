@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The lock between all processes and threads that use a ledger.
+"""The lock of a ledger, for all processes and threads that use it.
 
-It is on a file, so the kernel frees it when its holder dies. The functions
+The kernel releases the lock of the file when its holder dies. The functions
 raise OSError if the file cannot be opened.
 """
 
@@ -17,8 +17,8 @@ from typing import Iterator
 from kuryr_break0 import exceptions
 from kuryr_break0.ledger import files
 
-#: Seconds between two tries. The lock is held for half a millisecond; those
-#: who try too often take the processor from its holder.
+#: Seconds between two attempts. The lock is held for half a millisecond; more
+#: frequent attempts would take processor time from its holder.
 _PAUSE, _MAX_PAUSE = 0.01, 0.05
 
 
@@ -26,11 +26,11 @@ _PAUSE, _MAX_PAUSE = 0.01, 0.05
 def held(path: str, timeout: float) -> Iterator[None]:
     """Hold the lock within the block.
 
-    :param timeout: seconds
-    :raises LockTimeout: when another held it for longer
+    :param timeout: seconds to wait
+    :raises LockTimeout: if it was not free in time
     """
-    # Where processors are scarce, let the kernel stop this process now
-    # rather than while it keeps the others waiting.
+    # On a busy node, let the kernel preempt this process now, rather than
+    # while it holds the lock.
     os.sched_yield()
     deadline = time.monotonic() + timeout
     pause = _PAUSE
@@ -46,14 +46,14 @@ def held(path: str, timeout: float) -> Iterator[None]:
 
 
 def is_free_within(path: str, seconds: float) -> bool:
-    """Wait until who holds the lock now has let it go.
+    """Wait until the lock is free, without taking it.
 
-    Nothing is made and nobody is kept waiting.
+    The function creates no file and blocks no other process.
 
-    :returns: whether it was free within so many seconds
+    :returns: whether it was free within these seconds
     """
     try:
         with files.opened(path, os.O_RDONLY) as fd:
             return files.take(fd, fcntl.LOCK_SH, seconds)
     except FileNotFoundError:
-        return True  # nobody has ever held it
+        return True  # no process has ever held the lock

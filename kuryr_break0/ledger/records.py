@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Who has which address: one small file per address.
+"""The owners of addresses: one small file for each address.
 
-The file has the claims of all sandboxes that have the address, the newest
-first. It is replaced as a whole by rename(2), so one that is there is
-complete, at whatever instruction its writer was killed.
+A file contains the claims of all sandboxes on the address, the newest first.
+rename(2) replaces the file, so it is complete even if its writer is killed.
 
-What cannot be read or written raises LedgerUnavailable.
+The methods raise LedgerUnavailable if a file cannot be read or written.
 """
 
 from __future__ import annotations
@@ -45,8 +44,9 @@ _Namer = Callable[[str, Optional[int]], str]
 
 VERSION = 2
 SUFFIX = '.json'
-_MAX_SIZE = 2 ** 16  # bytes; a record has a hundredth of it
-#: Claims on one address, and networks of one claim, that are kept.
+_MAX_SIZE = 2 ** 16  # bytes; the usual size is a hundredth of it
+#: Maximum claims of an address, and maximum networks and sibling MAC addresses
+#: of a claim.
 MAX_CLAIMS = 8
 MAX_SUBNETS = 16
 MAX_SIBLINGS = 8
@@ -57,11 +57,11 @@ _network = functools.lru_cache(maxsize=128)(ipaddress.ip_network)
 
 
 class NewerVersion(Exception):
-    """A later version of this program has written a record."""
+    """A later version of this program has written the record."""
 
 
 def to_json(claims: Sequence[Record]) -> str:
-    """Write the claims on one address, the newest first."""
+    """Return the text of a record: its claims, the newest first."""
     return json.dumps({
         'version': VERSION, 'address': str(claims[0].address),
         'claims': [{
@@ -79,10 +79,10 @@ def to_json(claims: Sequence[Record]) -> str:
 
 
 def from_json(text: str) -> tuple[Record, ...]:
-    """Read what :func:`to_json` wrote.
+    """Parse the output of :func:`to_json`.
 
-    :raises NewerVersion: for what a later version wrote
-    :raises ValueError: for anything else
+    :raises NewerVersion: if a later version has written it
+    :raises ValueError: if it is damaged
     """
     try:
         fields = json.loads(text)
@@ -117,7 +117,7 @@ def _claim(address: IPAddress, fields: dict[str, Any]) -> Record:
         _optional(_text, fields['pod']),
         _optional(_text, fields['configured']), _seconds(fields['bound_at']),
         tuple(map(_mac, fields.get('siblings', ()))),
-        # One of a later version is none; nothing is decided by it.
+        # An origin of a later version counts as unknown: it decides nothing.
         _ORIGINS.get(fields.get('origin')),
         _optional(_text, fields.get('network')), index,
         _optional(_tap, fields.get('tap')))
@@ -165,24 +165,24 @@ def _text(value: Any) -> str:
 class Records:
     """The records in a directory.
 
-    :param directory: of the records; the ledger makes it
-    :param quarantine: where what cannot be read is moved
+    :param directory: directory of the records; the ledger creates it
+    :param quarantine: directory for unreadable records
     """
 
     def __init__(self, directory: str, quarantine: str) -> None:
         self.directory = directory
         self.quarantine = quarantine
-        #: what was read of which file
+        #: claims by address, with the stamp of the file when it was read
         self.known: dict[IPAddress, tuple[Optional[files.Stamp],
                                           tuple[Record, ...]]] = {}
 
     def claims(self, address: IPAddress) -> tuple[Record, ...]:
         """Return the claims on an address, the newest first.
 
-        One that is damaged is moved to quarantine, with a warning, and is
-        none.
+        A damaged record is moved to quarantine, with a warning, and counts as
+        missing.
 
-        :raises RecordNewer: for what a later version wrote
+        :raises RecordNewer: if a later version has written it
         """
         try:
             with self._usable(), contextlib.suppress(FileNotFoundError,
@@ -201,11 +201,11 @@ class Records:
         return next(iter(self.claims(address)), None)
 
     def containing(self, *texts: str) -> Iterator[tuple[Record, ...]]:
-        """Find records by how a text in their files begins.
+        """Find records with a text that begins with one of the texts.
 
-        As a container id. Others are not parsed, which takes ten times as
-        long as to read them. One that cannot be read is left out, unless it
-        is for want of descriptors.
+        An example is a container id. Parsing takes ten times as long as
+        reading, so only matching files are parsed. Unreadable records are
+        skipped, unless this process lacks descriptors or memory.
         """
         wanted = [json.dumps(text)[:-1] for text in texts]
         for name in self.names(self.directory):
@@ -217,7 +217,7 @@ class Records:
                     continue
                 claims = self.claims(address)
             except ValueError:
-                continue  # nothing says whose it is
+                continue  # damaged: its owner is unknown
             except exceptions.LedgerUnavailable as err:
                 if getattr(err.__cause__, 'errno', 0) in exceptions.EXHAUSTED:
                     raise
@@ -226,7 +226,7 @@ class Records:
                 yield claims
 
     def exists(self, address: IPAddress) -> bool:
-        """Return whether an address has a record, readable or not."""
+        """Return whether an address has a record, even an unreadable one."""
         return os.path.lexists(self.path(address))
 
     def parsed(self, address: IPAddress,
@@ -266,18 +266,17 @@ class Records:
             files.replace(self.path(claims[0].address), to_json(claims))
 
     def remove(self, address: IPAddress) -> None:
-        """Remove the record of an address; none is fine."""
+        """Delete the record of an address; do nothing if there is none."""
         with self._usable(), contextlib.suppress(FileNotFoundError,
                                                  NotADirectoryError):
             os.unlink(self.path(address))
 
     def may_be_gone(self, address: IPAddress,
                     judge: existence.Judge) -> bool:
-        """Return whether the sandboxes of an address are to be examined.
+        """Return whether a sandbox with a claim on an address may be gone.
 
-        False if all exist, or if there is no record; found at a third of
-        what it takes to read :meth:`claims`, since most of that is to make
-        addresses and networks of texts.
+        False if there is no record. It takes a third of the time of
+        :meth:`claims`, which mainly parses addresses and networks.
         """
         try:
             fields = json.loads(files.read(self.path(address), _MAX_SIZE))
@@ -289,15 +288,15 @@ class Records:
             return False
         except (OSError, ValueError, KeyError, TypeError, RecursionError,
                 OverflowError, AttributeError, struct.error):
-            return True  # it is damaged
+            return True  # the record is damaged
 
     def addresses(self) -> list[IPAddress]:
-        """List the addresses that have a record, in their order."""
+        """List the addresses with a record, sorted."""
         return sorted(self._parsed(self.names(self.directory)),
                       key=address_order)
 
     def count(self) -> int:
-        """Count the records, at a tenth of what it takes to list them."""
+        """Count the records, in a tenth of the time of listing them."""
         return len(self.names(self.directory))
 
     def some(self, position: int, most: int) -> tuple[list[IPAddress], int]:
@@ -315,7 +314,7 @@ class Records:
         return self._parsed(names), count
 
     def sweep(self) -> None:
-        """Remove what killed writers have left. Call it under the lock."""
+        """Delete files of killed writers. The caller must hold the lock."""
         for directory in (self.directory, os.path.dirname(self.directory)):
             with contextlib.suppress(OSError):
                 for name in os.listdir(directory):
@@ -332,7 +331,7 @@ class Records:
         return found
 
     def names(self, directory: str) -> list[str]:
-        """List the names of the files of records in a directory."""
+        """List the names of the records in a directory."""
         with self._usable(), contextlib.suppress(FileNotFoundError):
             return [name for name in os.listdir(directory)
                     if name.endswith(SUFFIX)
@@ -360,9 +359,9 @@ class Records:
 
 @functools.lru_cache(maxsize=KEPT)
 def address_of(name: str) -> IPAddress:
-    """Return the address of a record by the name of its file.
+    """Return the address in the name of a record's file.
 
-    :raises ValueError: if it is none, or not written as we write it
+    :raises ValueError: if it is no address, or in another notation
     """
     address = address_from_text(name[:-len(SUFFIX)])
     if str(address) + SUFFIX != name or getattr(address, 'scope_id', None):
