@@ -711,7 +711,7 @@ class TestNames(MetricsTestCase):
         reasons = re.findall(r'repairs_total{reason="(\w+)"', self.text)
         self.assertEqual(
             reasons, re.findall(r'^``(\w+)``\n    ', manual.split(
-                'Reasons of repairs:')[1], re.M))
+                '.. _repair-reasons:')[1], re.M))
 
     def test_rules_and_dashboard_have_no_other(self) -> None:
         # Some metrics have a TYPE line and no sample on this node.
