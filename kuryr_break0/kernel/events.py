@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 from typing import BinaryIO, NamedTuple, Optional
 
+from kuryr_break0.kernel.event_socket import EventSocket
 from kuryr_break0.kernel import netlink
 from kuryr_break0.kernel import node
 from kuryr_break0.kernel import values
@@ -42,12 +43,12 @@ class Event:
     """A change of the node's network.
 
     :ivar what: ``link``, ``address``, ``route``, ``nexthop``, ``neighbour``;
-        or ``lost``, when there were more than the socket could hold, or one
-        cannot be read, so that anything may have changed
-    :ivar gone: whether it is something that is there no more
-    :ivar ifindex: of a link, or of that of the others
-    :ivar link: of a link, what it is now
-    :ivar dst: of a neighbour or an address, or of a route to a single one
+        or ``lost``, if the socket overflowed, or an event cannot be parsed,
+        so that anything may have changed
+    :ivar gone: whether the object was deleted
+    :ivar ifindex: of the link, or of the link of any other object
+    :ivar link: the present state of a link
+    :ivar dst: of a neighbour or an address, or of a route to a single address
     :ivar item: a route to a single address, or a permanent neighbour
     :ivar next_hops: of a route or nexthop object
     """
@@ -61,7 +62,7 @@ class Event:
     next_hops: tuple[values.NextHop, ...] = ()
 
 
-class Events(netlink.EventSocket):
+class Events(EventSocket):
     """Receives the changes of the calling thread's namespace."""
 
     def __init__(self) -> None:
@@ -100,7 +101,7 @@ def _event(message: netlink.Received) -> Event:
 
 
 class Changes(NamedTuple):
-    """What has happened since it was asked for last.
+    """The changes since the last read.
 
     :ivar changed: numbers of namespaces in which something changed
     :ivar ended: numbers of namespaces that are no more
@@ -122,7 +123,7 @@ class Changes(NamedTuple):
     messages: int
 
 
-class NamespaceEvents(netlink.EventSocket):
+class NamespaceEvents(EventSocket):
     """Receives the changes of all namespaces that have a number.
 
     A container can cause more events than this process can read. The excess

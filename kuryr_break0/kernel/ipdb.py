@@ -124,9 +124,9 @@ class _InterfacesIPDB(pyroute2.IPDB):  # type: ignore[misc]
 
 
 def ipdb_of_interfaces() -> Optional[Any]:
-    """Open an IPDB, on the node, that has read what Kuryr needs of it.
+    """Open an IPDB on the node that has read the tables that Kuryr needs.
 
-    All interfaces and addresses, but no neighbours, routes and rules.
+    It has all interfaces and addresses, and no neighbours, routes and rules.
 
     :returns: None if that cannot be done with this pyroute2
     :raises NetlinkError: as any IPDB; for :func:`undisturbed`

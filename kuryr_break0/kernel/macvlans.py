@@ -90,7 +90,7 @@ class Macvlan(NamedTuple):
 def macvlans_in(netns: str, namespace: Optional[NamespaceId] = None,
                 limits: Limits = MOST, first: Iterable[str] = ()
                 ) -> list[Macvlan]:
-    """List those of the namespace at a path, and what that must be.
+    """List the macvlans of the namespace at a path.
 
     :param first: names of interfaces that are read before any other
     """

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Netlink messages, and sockets for requests and events.
+"""Netlink messages, and sockets for requests.
 
 The formats are defined in linux/netlink.h. pyroute2 takes more than ten times
 as long for the messages of one pod.
@@ -15,8 +15,7 @@ import random
 import socket
 import struct
 import time
-from typing import Any, Callable, Iterator, NamedTuple, Optional
-from typing import Sequence, TypeVar
+from typing import Callable, Iterator, NamedTuple, Optional, Sequence, TypeVar
 
 from kuryr_break0 import exceptions
 
@@ -36,8 +35,6 @@ NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
 _NETLINK_CAP_ACK, _NETLINK_EXT_ACK = 10, 11
 NETLINK_GET_STRICT_CHK = 12
 
-_SO_RCVBUFFORCE = 33  # asm-generic/socket.h
-
 _RECEIVED = 2 ** 17  # bytes; a dump fills at most 32 KiB at once
 #: Seconds to wait for an answer. The kernel answers before send(2) returns, so
 #: a longer wait indicates a fault.
@@ -48,11 +45,6 @@ DUMP_TRIES, FEW_TRIES = 20, 3
 #: Maximum seconds between the first two attempts, and between any two. Many
 #: interruptions are short, such as the deletion of an interface.
 DUMP_PAUSE_FIRST, DUMP_PAUSE = 0.001, 0.05
-#: Number of event datagrams to read at once, and maximum bytes of each.
-_AT_ONCE, _DATAGRAM = 256, 2 ** 16
-#: Socket buffer for events, in bytes: room for about 10,000. The default of
-#: 208 KiB has room for 250; deleting a break0 causes two per address.
-_HELD = 2 ** 23
 
 HEADER = struct.Struct('=IHHII')  # nlmsghdr
 _ATTRIBUTE = struct.Struct('=HH')  # nlattr
@@ -181,7 +173,7 @@ def tolerated(*numbers: int) -> Iterator[None]:
             raise
 
 
-class _Socket:
+class Socket:
     """A context manager that closes its socket."""
 
     _socket: socket.socket
@@ -196,7 +188,7 @@ class _Socket:
         self._socket.close()
 
 
-class RequestSocket(_Socket):
+class RequestSocket(Socket):
     """A socket for requests in the namespace of the calling thread.
 
     Use it as a context manager. Its methods raise KernelRefused.
@@ -357,71 +349,3 @@ class RequestSocket(_Socket):
                 advice: str = '') -> exceptions.KernelRefused:
         return exceptions.KernelRefused(action, err.strerror or str(err),
                                         err.errno or 0, advice or self.advice)
-
-
-class EventSocket(_Socket):
-    """A socket that receives events in the namespace of the calling thread.
-
-    :param groups: multicast groups, as bits
-    :param options: socket options to set before binding
-    """
-
-    _overrun = False
-
-    def __init__(self, protocol: int, groups: int, *options: int) -> None:
-        self._groups = groups
-        self._options = options
-        self._protocol = protocol
-        self._socket = self._opened()
-
-    def _opened(self) -> socket.socket:
-        made = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK,
-            self._protocol)
-        try:
-            # In a user namespace, root lacks this permission.
-            with contextlib.suppress(PermissionError):
-                made.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _HELD)
-            for option in self._options:
-                made.setsockopt(SOL_NETLINK, option, 1)
-            made.bind((0, self._groups))
-        except OSError:
-            made.close()
-            raise
-        return made
-
-    def fileno(self) -> int:
-        """Return the descriptor; select(2) reports it readable at events."""
-        return self._socket.fileno()
-
-    def _drop(self) -> None:
-        """Drop the pending events, because reading them would take longer.
-
-        A new socket replaces the old one and keeps its descriptor.
-        """
-        with contextlib.suppress(OSError), self._opened() as new:
-            os.dup2(new.fileno(), self._socket.fileno(), inheritable=False)
-            self._overrun = False
-
-    def _received(self, most: int = _AT_ONCE) -> Iterator[tuple[bytes, Any]]:
-        """Iterate over the pending datagrams, with their ancillary data.
-
-        An empty datagram stands for lost events, as after ENOBUFS. After that
-        the kernel drops all events until the socket is drained, without
-        another error (netlink_overrun), so a second empty datagram follows.
-        """
-        for _ in range(most):
-            try:
-                data, extra, flags, _ = self._socket.recvmsg(
-                    _DATAGRAM, socket.CMSG_SPACE(U32.size))
-            except BlockingIOError:
-                if self._overrun:
-                    self._overrun = False
-                    yield b'', ()
-                return
-            except OSError:
-                self._overrun = True
-                yield b'', ()
-            else:
-                # A truncated message could be misread as another one.
-                yield b'' if flags & socket.MSG_TRUNC else data, extra

@@ -17,6 +17,7 @@ import struct
 import threading
 from typing import Iterable, Iterator, Optional, Sequence
 
+from kuryr_break0.kernel.event_socket import EventSocket
 from kuryr_break0.kernel import netlink
 from kuryr_break0.kernel.netlink import attribute
 from kuryr_break0.kernel.netlink import attributes
@@ -146,7 +147,8 @@ class Nft(netlink.RequestSocket):
     def binds_source(self, table: str, index: int, mac: bytes) -> bool:
         """Return whether :meth:`bind_source` was done for an interface.
 
-        Whatever its pod has put into the table, this is one message each way.
+        The size of the table, which the pod decides, does not matter: one
+        request has one answer.
         """
         chain = self._get(_GETCHAIN, text(1, table)
                           + text(3, _source_chain(index, mac)))
@@ -299,7 +301,7 @@ def post(messages: Sequence[Message]) -> None:
         node_nft().post(messages, drain=True)
 
 
-class NftEvents(netlink.EventSocket):
+class NftEvents(EventSocket):
     """Receives deletions in this package's tables, in this namespace."""
 
     def __init__(self, prefix: str) -> None:
