@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from typing import (Any, Callable, Collection, Iterable, Iterator, NamedTuple,
-                    Optional)
+from typing import Callable, Collection, Iterable, NamedTuple, Optional
 
 from kuryr_break0.apply import Applied
 from kuryr_break0.apply import apply
@@ -41,15 +40,17 @@ from kuryr_break0.model import of_kind
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Pair
 from kuryr_break0.model import Record
+from kuryr_break0.pods import is_gone
 from kuryr_break0.pods import Pods
 from kuryr_break0.policy import Policy
 from kuryr_break0.routes import forget_connections
 from kuryr_break0.routes import Routes
+from kuryr_break0 import transaction
 
 LOG = log.get_logger(__name__)
 
-#: Has the arguments of LOG.info, but logs later; see :meth:`Engine.locked`.
-Say = Callable[..., None]
+#: Has the arguments of LOG.info, and may log later
+LogInfo = Callable[..., None]
 
 
 class Move(NamedTuple):
@@ -74,38 +75,6 @@ class Engine:
         self.routes = Routes(options, ledger)
         self.pods = Pods(options, ledger)
 
-    @contextlib.contextmanager
-    def locked(self, required: bool = False,
-               writable: bool = False) -> Iterator[Say]:
-        """Keep others out.
-
-        Where the lock cannot be had, a pod is worth more than the lock: it
-        is recorded and bound without. What takes away needs it.
-
-        :param writable: fail if nothing can be recorded
-        :returns: a LOG.info whose lines are written when the lock is free
-            again, since to write one can take as long as to set a route
-        """
-        said: list[tuple[Any, ...]] = []
-        self._unwritable: Optional[exceptions.LedgerUnavailable] = None
-        try:
-            with contextlib.ExitStack() as stack:
-                try:
-                    stack.enter_context(self._ledger.lock())
-                except exceptions.LedgerUnavailable as err:
-                    if writable:
-                        raise
-                    LOG.error('Working without a lock. %s', err)
-                    self._unwritable = err
-                except exceptions.LockTimeout as err:
-                    if required:
-                        raise
-                    LOG.error('Working without a lock. %s', err)
-                yield lambda *line: said.append(line)
-        finally:
-            for line in said:
-                LOG.info(*line)
-
     def bind(self, records: Collection[Record], yielding: bool,
              failure: Failures) -> bool:
         """Add claims of one interface, and set the items of its addresses.
@@ -117,7 +86,7 @@ class Engine:
         passed: list[IPAddress] = []
         moves: dict[IPAddress, Move] = {}
         break0 = None
-        with self.locked(writable=yielding) as say:
+        with transaction.begin(self._ledger, writable=yielding) as held:
             # The first bind of a boot must quarantine the records of an
             # earlier boot before it writes new ones.
             if kernel.index_of(self._options.device) is None:
@@ -128,11 +97,12 @@ class Engine:
             with failure.noted(*moves), kernel.Netlink() as netlink:
                 break0 = self._set(netlink, [
                     record for record in records if record.address in moves
-                ], moves, failure, say)
+                ], moves, failure, held.log_later)
             for address in failure.failed & moves.keys() if yielding else ():
                 with Failures().logged(), kernel.Netlink() as netlink:
-                    self._drop(netlink, address, Move(
-                        moves[address].after, moves[address].before), say)
+                    self._drop(netlink, address,
+                               Move(moves[address].after,
+                                    moves[address].before), held.log_later)
         forget_connections(passed)
         return break0 is not None and break0.needs_sync
 
@@ -149,7 +119,7 @@ class Engine:
         before: Claims = ()
         with Failures().logged():
             before = self._records.claims(address)
-        added = claims_.add(record, before, _is_gone)
+        added = claims_.add(record, before, is_gone)
         if added.after[0] != record:
             LOG.info('%s has bound %s again meanwhile', record.owner, address)
             return
@@ -183,24 +153,28 @@ class Engine:
         """
         dropped: list[Record] = []
         passed: list[IPAddress] = []
-        with self.locked(required=True) as say, kernel.Netlink() as netlink:
+        with transaction.begin(self._ledger, required=True) as held, \
+                kernel.Netlink() as netlink:
             if ending is not None:
                 self._ledger.note_end(*ending)
             for address in addresses:
                 with failure.noted(address):
                     before = self._records.claims(address)
-                    if before and self._unwritable is not None:
-                        raise self._unwritable  # the claim would stay
+                    if before and held.unwritable is not None:
+                        raise held.unwritable  # the claim would stay
                     own, others = claims_.split(
                         before, lambda claim: not is_own(claim))
                     if before and not own:
-                        say('%s stays bound: it belongs to %s now, and was '
-                            'to be unbound for %s', address, before[0].owner,
+                        held.log_later(
+                            '%s stays bound: it belongs to %s now, and was to '
+                            'be unbound for %s', address, before[0].owner,
                             name)
                         continue
-                    deleted = self._drop(netlink, address,
-                                         Move(before, others), say, mac)
-                    say('Unbound %s from break0 for %s%s', address, name,
+                    deleted = self._drop(
+                        netlink, address, Move(before, others),
+                        held.log_later, mac)
+                    held.log_later(
+                        'Unbound %s from break0 for %s%s', address, name,
                         '' if deleted else ' (it had no route of its own)')
                     dropped += own
                     if own and own[0] == before[0]:  # had the route
@@ -225,9 +199,7 @@ class Engine:
                      ) -> Claims:
         with self._ledger.lock():
             before = self._records.claims(address)
-            judge = kernel.Judge()
-            living, gone = claims_.split(before, lambda claim: judge.judge(
-                *claim.place).state is kernel.State.GONE)
+            living, gone = claims_.split(before, is_gone)
             deleted = bool(gone) and self._drop(
                 netlink, address, Move(before, living), LOG.info)
         for claim in gone:
@@ -240,7 +212,7 @@ class Engine:
         return living
 
     def _drop(self, netlink: kernel.Netlink, address: IPAddress, move: Move,
-              say: Say, mac: Optional[str] = None) -> bool:
+              log_info: LogInfo, mac: Optional[str] = None) -> bool:
         """Apply a transition to fewer claims.
 
         No other method deletes the items of an address because of the end of
@@ -257,7 +229,7 @@ class Engine:
             return False
         # The earlier claims that an undo restores may be gone by now.
         dropped = [*before, *after]
-        after = self.pods.from_successor(after, _is_gone)
+        after = self.pods.from_successor(after)
         dropped = [claim for claim in dropped if claim not in after]
         known = self.devices.names(recorded=bool(dropped))
         own = [name for name in known
@@ -275,7 +247,8 @@ class Engine:
         if may_set:
             failure = Failures()
             with failure.noted():
-                self._set(netlink, after[:1], {address: move}, failure, say)
+                self._set(netlink, after[:1], {address: move}, failure,
+                          log_info)
             for err in failure.errors[:1]:
                 LOG.error('%s', err)
         return deleted
@@ -323,14 +296,12 @@ class Engine:
         return deleted
 
     def _set(self, netlink: kernel.Netlink, records: Collection[Record],
-             moves: dict[IPAddress, Move], failure: Failures, say: Say
+             moves: dict[IPAddress, Move], failure: Failures, log_info: LogInfo
              ) -> Optional[Break0]:
-        """Set what the addresses of one interface must have.
+        """Set the items of the addresses of one interface.
 
-        What is refused is refused before anything is admitted, and nothing is
-        left of the claims that were there before. All else is added as if
-        nothing was there; what the kernel has already is read then, and
-        compared.
+        Refusals come first, so that the guard admits no refused address. Only
+        if the kernel reports EEXIST, its routes are read and compared.
         """
         if not records:
             return None
@@ -412,9 +383,9 @@ class Engine:
         bound = [record for record in records if record.address in sources
                  and record.address not in failure.failed]
         for record in bound:
-            say('Bound %s to %s for %s, source %s', record.address,
-                break0.name, record.whose,
-                sources[record.address] or 'by device')
+            log_info('Bound %s to %s for %s, source %s', record.address,
+                     break0.name, record.whose,
+                     sources[record.address] or 'by device')
         if first.netns is not None and bound:
             siblings = self.pods.configure(
                 bound, self.pods.node_addresses(
@@ -447,7 +418,3 @@ class Engine:
 
     def _guard(self, device: str) -> Guard:
         return Guard(self._options, self._ledger, device)
-
-
-def _is_gone(claim: Record) -> bool:
-    return kernel.state(*claim.place) is kernel.State.GONE

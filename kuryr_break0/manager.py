@@ -38,6 +38,7 @@ from kuryr_break0.plan import Outcome
 from kuryr_break0 import policy
 from kuryr_break0.policy import Policy
 from kuryr_break0.reconciler import Reconciler
+from kuryr_break0 import transaction
 
 LOG = log.get_logger(__name__)
 
@@ -322,7 +323,7 @@ class Break0Manager:
 
     def _missing(self) -> int:
         devices = self._engine.devices
-        with self._engine.locked():  # so that no bind is under way
+        with transaction.begin(self._ledger):  # so that no bind is under way
             return self._records.count() - devices.count_routes(
                 devices.names())
 

@@ -13,7 +13,7 @@ import dataclasses
 import ipaddress
 import itertools
 import logging
-from typing import Callable, Collection, Iterable, NamedTuple, Optional
+from typing import Collection, Iterable, NamedTuple, Optional
 
 from kuryr_break0.claims import Claims
 from kuryr_break0 import config
@@ -91,8 +91,7 @@ class Pods:
             cached, kernel.index_of(parent), sources, break0.mac,
             break0.name)
 
-    def from_successor(self, claims: Claims,
-                       is_gone: Callable[[Record], bool]) -> Claims:
+    def from_successor(self, claims: Claims) -> Claims:
         """Drop the claims that precede the successor; return the others.
 
         The successor is the newest claim of an interface that still has the
@@ -263,3 +262,8 @@ class Pods:
                     # The unbind came first, and found no pod side to remove.
                     with contextlib.suppress(exceptions.Break0Error):
                         podside.withdraw(record, self._options)
+
+
+def is_gone(claim: Record) -> bool:
+    """Return whether the sandbox of a claim is proven not to exist."""
+    return kernel.state(*claim.place) is kernel.State.GONE
