@@ -526,7 +526,8 @@ class TestFaults(ControllerTestCase):
         self.assertEqual([], self.neutron.requests)
 
     def test_no_pools(self) -> None:
-        with self.assertRaisesRegex(NotImplementedError, 'vif_pool_driver'):
+        with self.assertRaisesRegex(k_exc.InvalidKuryrConfiguration,
+                                    'vif_pool_driver'):
             pod_vif.NestedMacvlanDriver().request_vifs(
                 pod('pod'), 'project', self.subnets, [], 5, semaphore=None)
 
