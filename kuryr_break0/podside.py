@@ -191,7 +191,7 @@ def entered(record: Record) -> Iterator[kernel.Netlink]:
 
 def repair(records: Collection[Record], node: NodeAddresses,
            options: config.Options, dry_run: bool = False) -> Differences:
-    """Compare a pod with what it needs, and change what differs.
+    """Compare the entries of a pod with the required ones, and correct them.
 
     :param records: those of one interface, not empty
     """
@@ -218,12 +218,12 @@ def has_lost_interface(record: Record, options: config.Options) -> bool:
 def withdraw(record: Record, options: config.Options,
              is_bound: Callable[[IPAddress], bool] = lambda address: False,
              dry_run: bool = False) -> list[Entry]:
-    """Take back what the pod side of an address was configured with.
+    """Delete the entries that configured the pod side of an address.
 
-    What another bound address of the interface needs stays.
+    Entries that another bound address of the interface needs stay.
 
     :param is_bound: whether an address of the interface is bound still
-    :returns: what that is, but for the table of nftables
+    :returns: the deleted entries, without the nftables table
     """
     with entered(record) as netlink:
         side = None

@@ -107,7 +107,7 @@ class Policy:
             reason='it is ' + reason)
 
     def source(self, record: Record, device: str) -> Optional[IPAddress]:
-        """Return what the node speaks from; None for break0's own address."""
+        """Return the source address of a route, or None for break0's own."""
         if device == self._options.device and any(
                 own.version == record.address.version
                 for own in self._options.addr):
@@ -183,7 +183,7 @@ class Policy:
                        parent: Optional[int],
                        sources: Iterable[Optional[IPAddress]], mac: str,
                        device: str) -> NodeAddresses:
-        """Return what pods must know of the node.
+        """Return the node addresses that the pods need in their tables.
 
         Addresses of other interfaces are left out, unless the parent has
         none: a container that is connected to a network there later has them
@@ -192,7 +192,7 @@ class Policy:
 
         :param found: all addresses of the node with their ifindexes
         :param parent: ifindex of the parent
-        :param sources: those that the node speaks to pods from
+        :param sources: source addresses of the routes to the pods
         """
         on_parent = {address for index, address in found
                      if index == parent and not address.is_link_local}

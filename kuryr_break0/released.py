@@ -30,7 +30,7 @@ _BY_ADD = Origin.KURYR, Origin.CNI
 
 def by_del(seen: Snapshot, ended: Mapping[Owner, float]
            ) -> dict[Record, str]:
-    """Return the claims whose interface a DEL has ended, and why.
+    """Return the claims whose interface a DEL has ended, with the reasons.
 
     :param ended: when, by :meth:`Ledger.ended`
     """

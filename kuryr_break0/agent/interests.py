@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Decides which events of the kernel require a sync."""
+"""Decide which events of the kernel require a sync."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from kuryr_break0 import policy
 
 
 class Interests:
-    """What the agent needs to hear of.
+    """Filter for netlink events.
 
-    Most events are of no use: of the interfaces of pods that are made on the
-    node and moved away, of the routes of others, of what we set ourselves. A
-    pod can cause as many as it likes, as by switching promiscuous mode, so
-    an event counts only if it changes something that is known here, or
-    differs from what the record of its address asks for.
+    Most events need no sync: new interfaces on their way into a pod, routes of
+    other programs, and the agent's own changes. A pod can cause any number of
+    events, for example by switching promiscuous mode. So an event passes the
+    filter only if it changes a stored interface, address or next hop, or if a
+    recorded address has another route or neighbour than its record requires.
     """
 
     def __init__(self, options: config.Options, ledger: Ledger) -> None:
@@ -36,13 +36,13 @@ class Interests:
         self._ledger = ledger
         self._policy = policy.Policy(options)
         self._names: set[str] = set()
-        #: names of break0s by their parents
+        #: recorded names of break0s, by parent
         self._made: dict[str, str] = {}
-        #: name and ifindex of the break0 of each parent
+        #: name and ifindex of each existing break0, by parent
         self._devices: dict[str, tuple[str, int]] = {}
         #: the events that the last sync has caused
         self._own: frozenset[kernel.Event] = frozenset()
-        #: the addresses that it has refused, as a next hop
+        #: addresses that the last sync refused, for example next hops
         self._refused: Container[IPAddress] = ()
         #: source addresses since the last sync, by parent and subnet
         self._sources: dict[tuple[str, Any], Optional[IPAddress]] = {}
@@ -52,25 +52,27 @@ class Interests:
         self._of_services: dict[Optional[int], bool] = {}
 
     def prepare(self) -> None:
-        """Note what is there before a sync.
+        """Store the state of interfaces and addresses before a sync.
 
-        So what changes while that reads is an event, and causes another one.
+        A change during the sync then differs from the stored state, and causes
+        another sync.
 
-        :raises Break0Error: if it cannot be read
+        :raises Break0Error: if the kernel cannot be read
         """
         with kernel.Netlink() as netlink:
             self._links = self._read_links(netlink)
             self._addresses = set(netlink.addresses())
 
     def update(self, done: Outcome = Outcome()) -> None:
-        """Note what a sync may have made: break0s, and all of them.
+        """Store the state after a sync, which may have created a break0.
 
-        :param done: what it has done
-        :raises Break0Error: if it cannot be read
+        :param done: the changes of the sync
+        :raises Break0Error: if the kernel cannot be read
         """
         self._own = frozenset(_effects(done))
         self._refused = done.refused
-        # Others may have gone without an event, and be one again.
+        # The kernel sends no event for some deleted routes. Without an entry
+        # here, the next route to such a next hop counts as a change.
         self._next_hops.intersection_update(done.refused)
         self._sources.clear()
         identity = None
@@ -105,11 +107,11 @@ class Interests:
                 if link is not None}
 
     def lost(self, events: Iterable[kernel.Event]) -> bool:
-        """Return whether a break0 or a parent was deleted, or set down.
+        """Return whether a break0 or its parent was deleted or set down.
 
-        Before it is deleted, it is set down, with an event for each neighbour.
-        Its own event may be among lost ones, or come after a sync that found
-        it deleted.
+        The kernel sets an interface down before it deletes it, and sends an
+        event for each neighbour. If events were lost, the event of the
+        interface may be among them, so read its state from the kernel.
         """
         lost = False
         for event in events:
@@ -134,7 +136,7 @@ class Interests:
         return False
 
     def include(self, event: kernel.Event) -> bool:
-        """Return whether an event may be of something to repair."""
+        """Return whether an event may require a repair."""
         if event.what == 'link':
             return self._changes_link(event)
         if event.what == 'address':
@@ -156,9 +158,9 @@ class Interests:
         return any(ifindex == each for _, each in self._devices.values())
 
     def _differs(self, event: kernel.Event) -> bool:
-        """Return whether a recorded address has another item than it must.
+        """Return whether a route or neighbour differs from its record.
 
-        So the items that break0 itself sets cause no sync.
+        Routes and neighbours that kuryr-break0 sets itself never differ.
         """
         if event.dst is None or event in self._own or (
                 not self._is_recorded(event.dst)):
@@ -170,14 +172,17 @@ class Interests:
         return event.gone or event.item not in desired
 
     def _desired(self, address: IPAddress) -> tuple[Entry, ...]:
-        """Return the items of a recorded address; none if unknown."""
+        """Return the entries that an address must have in the kernel.
+
+        :returns: none if the address has no readable record, or no break0
+        """
         record = None
         with contextlib.suppress(exceptions.LedgerUnavailable):
             record = self._ledger.records.get(address)
         if record is None or record.parent not in self._devices:
             return ()
         device, index = self._devices[record.parent]
-        # As in a snapshot: a subnet is reached from one address.
+        # As in a snapshot, all routes into a subnet have one source address.
         key = record.parent, next((
             subnet for subnet in record.subnets if address in subnet), address)
         if key not in self._sources:
@@ -185,10 +190,13 @@ class Interests:
         return self._policy.items(record, index, self._sources[key])
 
     def _changes_next_hops(self, event: kernel.Event) -> bool:
-        """Return whether an address of a pod is a next hop from now on.
+        """Store the next hops of a route, or remove those of a deleted one.
 
-        Or is none any more, unless another route has it. All are noted,
-        since a container may take one that is gone by the next sync.
+        The ledger gets all next hops, because a container may take the address
+        of a next hop whose route is deleted before the next sync.
+
+        :returns: whether a recorded address became a next hop, or may have
+            ceased to be one
         """
         found = {each.gateway for each in event.next_hops}
         if event.gone:
@@ -211,11 +219,12 @@ class Interests:
         if link is None or index is None:
             return True
         if index not in self._links:
-            # IPv4 routes, whose next hop may be a refused address, go with
-            # their interface without an event (fib_table_flush).
+            # If an interface is deleted or set down, the kernel deletes its
+            # IPv4 routes without events (fib_table_flush). An address that
+            # was refused as their next hop may now be allowed.
             if self._refused and (event.gone or not link.up):
                 return True
-            # A VM ends with its macvtap.
+            # The record of a virtual machine ends with its macvtap.
             return (link.kind == 'macvtap' if event.gone
                     else link.name in self._names)
         before = self._links[index]
@@ -227,7 +236,7 @@ class Interests:
 
 
 def _effects(done: Outcome) -> Iterator[kernel.Event]:
-    """Return the events of changes. A deleted neighbour fails before."""
+    """Return the events that the changes of a sync cause."""
     for items, gone in (done.set, False), (done.unset, True):
         for route in of_kind(HostRoute, items):
             yield kernel.Event('route', gone, route.oif, dst=route.dst,
@@ -241,5 +250,5 @@ def _effects(done: Outcome) -> Iterator[kernel.Event]:
 
 
 def _essence(link: kernel.Link) -> kernel.Link:
-    """Return what of an interface a break0 depends on."""
+    """Return a link without the fields that do not matter for break0."""
     return dataclasses.replace(link, carrier=True, group=0)

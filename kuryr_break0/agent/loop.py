@@ -138,7 +138,7 @@ class Agent:
                     self._has_discovered &= withdraws
                 self._server.listen(options.metrics_bind)
                 if self._sync(reconciler, interests):
-                    beat()  # else each ADD and DEL repairs what it can
+                    beat()  # without it, each ADD and DEL also repairs
                 if self._finder is not None:
                     self._finder.note_records()
                 try:

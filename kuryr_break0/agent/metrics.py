@@ -124,7 +124,7 @@ class Metrics(prometheus_registry.Collector):
     def synced(self, seconds: float, error: Optional[Exception]) -> None:
         """Note that a sync of the agent has ended.
 
-        :param error: what it failed by; None if it did not
+        :param error: the error of a failed sync, or None
         """
         self._sync_seconds.observe(seconds)
         self._ended = time.monotonic()

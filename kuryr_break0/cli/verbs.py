@@ -11,7 +11,7 @@ PROGRAM = 'kuryr-break0'
 
 
 class Verb(NamedTuple):
-    """What is known of a verb before its module is imported."""
+    """A verb, without its module, which is imported when it runs."""
 
     module: str
     summary: str

@@ -96,7 +96,7 @@ class Binder:
         return bool(self._records.get(namespace))
 
     def update(self, found: kernel.Found, container: Hashable) -> bool:
-        """Bind the addresses of a namespace, unbind those that it has lost.
+        """Bind the addresses of a namespace, and unbind its lost addresses.
 
         :param container: see :class:`kernel.Examined`
         :returns: False if there is more to do, or an error may pass

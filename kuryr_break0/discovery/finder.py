@@ -68,12 +68,12 @@ class _End:
 
 
 class Finder:
-    """Keeps bound what the namespaces of the node have.
+    """Keeps the addresses of the node's namespaces bound.
 
     To be used by one thread.
 
     :param options: with ``discover``
-    :param changed: called when what is bound has changed
+    :param changed: called after a bind or an unbind
     """
 
     def __init__(self, options: config.Options, ledger: Ledger,

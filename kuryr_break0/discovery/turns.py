@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The order in which namespaces are read, and the time that each may take.
+"""Order the namespaces to read, and limit the time for each container.
 
-Namespaces that have changed come first. The routine comes last: namespaces of
-which nothing says that they have changed. The work for one container delays no
-other one: a container that causes much work waits, and so does the routine.
+Changed namespaces come first. After them comes the routine: the timer has all
+namespaces read again, also without a known change. If the work for one
+container exceeds its share of the processor, its namespaces wait, so that it
+does not delay other containers. The routine has its own share.
 """
 
 from __future__ import annotations
@@ -19,39 +20,39 @@ from kuryr_break0.discovery.namespace import Namespace
 from kuryr_break0 import kernel
 from kuryr_break0.pace import Pace
 
-#: Seconds of a processor that the work for one container may take at once.
-#: To bind 32 addresses takes half of that.
+#: Seconds of a processor that the work for one container may take before it
+#: has to wait. Binding 32 addresses takes half of them.
 _CREDIT = 0.15
-#: The payer of the routine
+#: The cause of the routine, for Pace
 _ROUTINE = 'routine'
 
 
 class Turns:
-    """The namespaces that are to be read, in their order.
+    """Queue of the namespaces to read.
 
-    :ivar pace: of the containers; its causes are :attr:`Namespace.payer`
+    :ivar pace: pace of the containers, by :attr:`Namespace.cause`
     """
 
     def __init__(self) -> None:
         self.pace = Pace(_CREDIT)
         self._count = itertools.count()
-        #: monotonic time, place among equal times, namespace
+        #: heap of monotonic time, serial number and namespace
         self._due: list[tuple[float, int, Namespace]] = []
-        #: namespaces of payers that have to wait
+        #: namespaces of causes that have to wait
         self._late: dict[Hashable, collections.deque[Namespace]] = {}
         self._routine: dict[kernel.Place, Namespace] = {}
 
     def mark(self, namespace: Namespace, now: float) -> None:
-        """Have a namespace that has changed read soon."""
+        """Add a changed namespace."""
         if namespace.due is None:
             namespace.due = namespace.mark(now)
             heapq.heappush(self._due, (namespace.due, next(self._count),
                                        namespace))
 
     def may_begin(self, namespace: Namespace) -> bool:
-        """Return whether a namespace that is new may be read at once.
+        """Add a new namespace if its container has to wait.
 
-        Otherwise it waits for its turn.
+        :returns: False if the caller may read the namespace at once
         """
         if not self.pace.wait(namespace.payer):
             return True
@@ -61,7 +62,7 @@ class Turns:
         return False
 
     def add_routine(self, namespaces: Iterable[Namespace]) -> None:
-        """Have namespaces read after all that have changed."""
+        """Add namespaces without a known change."""
         for namespace in namespaces:
             self._routine.setdefault(namespace.found.place, namespace)
 
@@ -72,7 +73,10 @@ class Turns:
             del self._routine[namespace.found.place]
 
     def at(self, now: float) -> float:
-        """Return the monotonic time of the next turn; infinity for none."""
+        """Return the monotonic time of the next read.
+
+        :returns: infinity if the queue is empty
+        """
         waits = [self.pace.wait(payer) for payer in self._late]
         if self._routine:
             waits.append(self.pace.wait(_ROUTINE))
@@ -80,16 +84,16 @@ class Turns:
                    + [now + wait for wait in waits], default=math.inf)
 
     def next(self, now: float) -> Optional[tuple[Namespace, Hashable]]:
-        """Take out the next namespace that has changed.
+        """Remove and return the next changed namespace.
 
-        :returns: the namespace and its payer; None if none is due, or all
-            that are due have to wait
+        :returns: the namespace and the cause to charge; None if no namespace
+            is due, or if all that are due have to wait
         """
         while self._due and self._due[0][0] <= now:
             at, _, namespace = heapq.heappop(self._due)
             payer = namespace.payer
             if namespace.due != at:
-                continue  # it was taken out meanwhile
+                continue  # removed since it was added
             if self.pace.wait(payer):
                 self._late.setdefault(payer, collections.deque()).append(
                     namespace)
@@ -99,7 +103,11 @@ class Turns:
         return None
 
     def next_of_rest(self) -> Optional[tuple[Namespace, Hashable]]:
-        """Take out a namespace that had to wait, or one of the routine."""
+        """Remove and return a namespace that had to wait.
+
+        :returns: a namespace of the routine if no changed namespace waits, and
+            the cause to charge; None if all still have to wait
+        """
         for payer, waiting in list(self._late.items()):
             while waiting and not self.pace.wait(payer):
                 namespace = waiting.popleft()

@@ -90,7 +90,7 @@ def _check_existence(node: Node, seen: Parent) -> Iterator[Finding]:
 
 
 def _check_differences(seen: Parent, *kinds: str) -> Iterator[Finding]:
-    """Report what a sync repairs, by what follows from it."""
+    """Report the differences that a sync repairs, by kind of finding."""
     for kind in kinds:
         texts = [text for each, text in seen.differences
                  if 'break0-' + each == kind]

@@ -44,14 +44,14 @@ MOST = 128
 
 @dataclasses.dataclass
 class Examination:
-    """What was found, and how much was examined.
+    """The findings, and the extent of the examination.
 
-    :ivar counts: how much there is of what, and how much was examined, by
-        the names of the schema; empty before the installation
-    :ivar examined: what was, in words, before the installation
-    :ivar invalid: whether it ended early, by the configuration
-    :ivar unreadable: what ended it early
-    :ivar not_examined: what could not be examined, and why
+    :ivar counts: numbers of existing and of examined objects, by their names
+        in the schema; empty before the installation
+    :ivar examined: names of the examined subjects, before the installation
+    :ivar invalid: whether the configuration ended the examination early
+    :ivar unreadable: the error that ended the examination early
+    :ivar not_examined: subjects that could not be examined, with the reasons
     """
 
     findings: list[Finding] = dataclasses.field(default_factory=list)

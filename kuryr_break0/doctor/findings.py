@@ -61,7 +61,7 @@ class Finding:
 
         :param subjects: printed after ``seen``, the first of them
         :param commands: used instead of those of the template
-        :param severity: used instead of that of the template
+        :param severity: used instead of the severity of the template
         :param fields: values for the fields of the commands
         """
         return dataclasses.replace(

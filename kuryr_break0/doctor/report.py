@@ -31,7 +31,7 @@ def as_json(findings: Iterable[Finding],
 
 def as_text(findings: list[Finding], not_examined: Sequence[str] = (),
             examined: str = '', **counts: int) -> str:
-    """Return a paragraph for each finding, and what was examined."""
+    """Return a paragraph for each finding, and the examined parts."""
     blocks = list(map(_block, findings))
     if counts.get('pinged'):
         blocks.insert(0, 'Pings, both ways: %(answered)d of %(pinged)d '

@@ -33,7 +33,7 @@ class Port:
     """An interface of a pod.
 
     :ivar pod: its namespace and name in Kubernetes
-    :ivar ifname: what Kuryr calls the interface
+    :ivar ifname: Kuryr's name of the interface
     :ivar mac: its MAC address
     :ivar subnets: the networks that it is in on the link
     :ivar not_ours: why nothing is to be done for it; None if it is a nested

@@ -69,8 +69,8 @@ def connect(netlink: kernel.Netlink, netns: str, ifname: str,
             passing: str) -> None:
     """Make the macvlan of a pod, in bridge mode and up.
 
-    May be repeated: what an ADD before it has left is removed first, as
-    Kuryr does it. Refused, as with EADDRINUSE where another macvlan on the
+    May be repeated: like Kuryr, it first deletes the leftover interface of an
+    earlier ADD. Refused, as with EADDRINUSE where another macvlan on the
     parent has the MAC address and keeps it, it leaves nothing.
 
     :param netlink: in the node's namespace

@@ -140,12 +140,13 @@ class Ledger:
                 ) -> tuple[Contents, T, bool]:
         """Read all records, and something else that must agree with them.
 
-        Nothing is changed. In between, who holds the lock is waited for,
-        since what belongs to its record may be half done. If a record has
-        come or gone meanwhile, both are read again, a few times.
+        Nothing is changed. Between the two reads it waits for the lock,
+        whose holder may have changed the kernel and not yet the record. If
+        a record was added or deleted meanwhile, it repeats both reads, a
+        limited number of times.
 
         :param patience: seconds to wait for
-        :returns: what they return, and whether it is of one moment
+        :returns: both results, and whether they agree
         """
         directory = self.records.directory
         with self._usable():
@@ -248,7 +249,7 @@ class Ledger:
         return seen if boot == identity.boot_id() else []
 
     def note_next_hops(self, next_hops: Iterable[IPAddress]) -> None:
-        """Add to what :meth:`next_hops_seen` returns."""
+        """Add next hops to :meth:`next_hops_seen`."""
         seen = self.next_hops_seen()
         new = {str(each) for each in next_hops
                if not each.is_link_local}.difference(seen)
@@ -271,7 +272,7 @@ class Ledger:
         return found
 
     def note_end(self, owner: Owner, when: float) -> None:
-        """Add to what :meth:`ended` returns. Call it under the lock."""
+        """Add an owner to :meth:`ended`. The caller must hold the lock."""
         ended = self.ended()
         ended.pop(owner, None)  # append it as the last one
         self._put_ended({**ended, owner: when})

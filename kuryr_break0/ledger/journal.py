@@ -56,7 +56,7 @@ REPAIRS = tuple(each for each in Done if each >= Done.DEVICE)
 
 
 class Record(NamedTuple):
-    """What was done.
+    """An entry of the journal.
 
     :ivar times: how often
     :ivar seconds: that it took, where that is recorded

@@ -260,7 +260,7 @@ class Records:
     def put(self, claims: Sequence[Record]) -> None:
         """Write the claims on one address, the newest first.
 
-        If that fails, what was there before is still there.
+        If writing fails, the earlier file is unchanged.
         """
         with self._usable():
             files.replace(self.path(claims[0].address), to_json(claims))

@@ -1069,6 +1069,15 @@ class FinderTestCase(base.LabTestCase):
         pauses.start()
         self.addCleanup(pauses.stop)
 
+    def start_unnamed(self) -> subprocess.Popen[bytes]:
+        """Start a process in a network namespace that has no name."""
+        process = subprocess.Popen(['unshare', '--net', 'sleep', '1000'])
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        lab.until(lambda: os.readlink('/proc/%d/ns/net' % process.pid)
+                  != os.readlink('/proc/self/ns/net'))
+        return process
+
     def work(self) -> None:
         """Run the finder until it is idle."""
         def is_done() -> bool:
@@ -1106,12 +1115,8 @@ class TestWithoutName(FinderTestCase):
         systemd-nspawn creates no mount and moves no interface.
         """
         self.work()
-        process = subprocess.Popen(['unshare', '--net', 'sleep', '1000'])
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
+        process = self.start_unnamed()
         pid = str(process.pid)
-        lab.until(lambda: os.readlink('/proc/%s/ns/net' % pid)
-                  != os.readlink('/proc/self/ns/net'))
         os.mkdir(self.PROC)
         for each in ('1', pid):
             os.symlink('/proc/' + each, '%s/%s' % (self.PROC, each))
@@ -1425,12 +1430,7 @@ class TestEvents(FinderTestCase):
 
     def test_old_process_with_a_new_macvlan(self) -> None:
         """A new macvlan in an old namespace is found by its parent's event."""
-        process = subprocess.Popen(['unshare', '--net', 'sleep', '1000'])
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
-        pid = str(process.pid)
-        lab.until(lambda: os.readlink('/proc/%s/ns/net' % pid)
-                  != os.readlink('/proc/self/ns/net'))
+        pid = str(self.start_unnamed().pid)
         self.work()
         with mock.patch.object(kernel.search._Processes, 'new',
                                return_value=[]):
@@ -1523,12 +1523,8 @@ class TestEvents(FinderTestCase):
         The name exists as long as the namespace; the process can end
         earlier.
         """
-        process = subprocess.Popen(['unshare', '--net', 'sleep', '1000'])
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
+        process = self.start_unnamed()
         pid = str(process.pid)
-        lab.until(lambda: os.readlink('/proc/%s/ns/net' % pid)
-                  != os.readlink('/proc/self/ns/net'))
         os.mkdir(self.PROC)
         os.symlink('/proc/' + pid, '%s/%s' % (self.PROC, pid))
         self.finder.mark_all()
