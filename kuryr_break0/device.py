@@ -182,14 +182,16 @@ class Device:
         parent = netlink.link(self.parent)
         if parent is None:
             raise exceptions.ParentNotFound(parent=self.parent)
-        link, is_new = netlink.link(self.name), False
+        link, is_created = netlink.link(self.name), False
+        is_missing = link is None
         if link is None:
             require_fit(parent)  # otherwise IPDB retries for ten seconds
             try:
                 kernel.create_macvlan(self.name, parent, self._mac or new_mac)
-                is_new = True
+                is_created = True
             except exceptions.KernelRefused:
-                # A process without the lock may have created it meanwhile.
+                # IPDB can fail after the kernel has created the interface. A
+                # process without the lock may have created it too.
                 if netlink.link(self.name) is None:
                     raise
             link = netlink.link(self.name)
@@ -197,13 +199,14 @@ class Device:
             raise exceptions.KernelRefused(
                 'keep %s' % self.name, 'it vanished at once', 0)
         self.require_ours(link, parent)
+        is_new = is_missing and not link.alias
         try:
             differences = list(self.differences(
                 link, parent, netlink.addresses(), needs_ipv6))
             for each in differences:
                 each.repair(netlink)
         except Exception:
-            if is_new:
+            if is_created:
                 netlink.delete_link(self.name)
             raise
         if differences:

@@ -432,13 +432,19 @@ class TestDevice(EngineTestCase):
                 self.ensure()
         self.assertNotIn('break0', self.fake.links)
 
-    def test_one_that_another_process_has_just_made(self) -> None:
+    def test_one_whose_creation_reports_an_error(self) -> None:
+        """IPDB fails if its last dump is interrupted each time."""
         def late(name: str, parent: kernel.Link, mac: str) -> None:
             self.fake.create_macvlan(name, parent, mac)
             raise exceptions.KernelRefused('create', 'there is one', 17)
 
-        with mock.patch.object(kernel, 'create_macvlan', late):
-            self.assertTrue(self.ensure().link.up)
+        with mock.patch.object(kernel, 'create_macvlan', late), \
+                self.assertLogs('kuryr_break0.device', 'INFO') as logs:
+            ensured = self.ensure()
+        self.assertTrue(ensured.link.up)
+        self.assertTrue(ensured.needs_sync)
+        self.assertEqual(('it was missing',), ensured.repaired)
+        self.assertIn('Created break0', '\n'.join(logs.output))
         self.assertIn('break0', self.fake.links)
 
     def test_each_difference_is_repaired(self) -> None:
