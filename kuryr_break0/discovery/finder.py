@@ -182,10 +182,7 @@ class Finder:
         self._turns.add_routine(self._namespaces.values())
 
     def _mark_active(self, now: float) -> None:
-        """Schedule a read of all namespaces after events were lost.
-
-        Active and bound namespaces come first.
-        """
+        """Have all namespaces read; active and bound ones come first."""
         for namespace in self._namespaces.values():
             if now - namespace.marked < _ACTIVE or self._binder.has(
                     namespace.found.namespace):
@@ -278,7 +275,11 @@ class Finder:
                 new[each.place] = each
             elif each.is_named:
                 self._relocate(known, each)
-        self._found.update(new)
+        for place, each in new.items():
+            # A name lasts longer than a process, as that of "ip netns exec".
+            if each.is_named or not (place in self._found
+                                     and self._found[place].is_named):
+                self._found[place] = each
         if self._is_unexplained and not new:
             self._search_all_soon()
         self._is_unexplained = False
@@ -318,10 +319,9 @@ class Finder:
 
     def _relocate(self, namespace: Namespace, found: kernel.Found) -> None:
         """Store a new path and process of a namespace."""
-        is_same = namespace.found.path == found.path
-        namespace.found = found._replace(namespace=namespace.found.namespace)
-        if not is_same:
+        if found.path != namespace.found.path:
             self._turns.mark(namespace, time.monotonic())
+        namespace.found = found._replace(namespace=namespace.found.namespace)
 
     def _examine(self, found: kernel.Found) -> None:
         """Identify a found namespace, and then read it.

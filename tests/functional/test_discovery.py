@@ -1444,6 +1444,26 @@ class TestEvents(FinderTestCase):
                          'add', ONE + '/24', 'dev', 'mv')
             self.assert_bound(ONE)
 
+    def test_a_process_that_ends_in_a_namespace_with_a_name(self) -> None:
+        """The namespace is examined by its name, though found by both."""
+        os.mkdir(self.PROC)
+        self.work()
+        self.lab.add_pod('one', ONE)
+        self.finder.note_mounts()
+        self.finder._search_new()
+        process = subprocess.Popen(['ip', 'netns', 'exec', 'one', 'sleep',
+                                    '1000'])
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        pid = str(process.pid)
+        lab.until(lambda: os.stat('/proc/%s/ns/net' % pid).st_ino
+                  == os.stat('/run/netns/one').st_ino)
+        os.symlink('/proc/' + pid, '%s/%s' % (self.PROC, pid))
+        self.finder._search_new()
+        os.unlink('%s/%s' % (self.PROC, pid))
+        with mock.patch.object(kernel.Search, 'all', return_value=[]):
+            self.assert_bound(ONE)
+
     def test_another_namespace_of_the_same_name(self) -> None:
         """A new namespace at a known path is found without an end event."""
         self.lab.add_pod('one', ONE)
