@@ -20,8 +20,8 @@ The kernel
 - A namespace outlives its interface, and the next one there has another MAC
   address; a chain of nftables is attached to it too: ``kernel.nft``,
   ``podside``.
-- Who closes a socket of netfilter waits some 15 ms for what was deleted to be
-  freed, and so does everybody who changes nftables: ``kernel.nft``.
+- Closing a netfilter socket waits about 15 ms until deleted objects are freed,
+  and blocks all other changes of nftables: ``kernel.nft``.
 - In IPv6 a route with a lower metric wins silently: ``model.best_metric``.
 - Closing a file ends all locks of fcntl(2) that the process has on it, as a
   scrape ended that of a sync: ``ledger.lock``.
@@ -34,8 +34,8 @@ Kuryr
   passes on none: ``claims.is_own``, ``manager.Break0Manager.housekeep``.
 - An empty namespace path makes it delete eth0 of the node, and one that is
   gone makes it create one: ``kuryr.driver``.
-- Killed, it leaves an interface on the node, and deletes whatever has the name
-  that a KuryrPort gives it: ``kuryr.pod_binding``.
+- If it is killed, it leaves an interface on the node. It deletes any interface
+  that has the name in a KuryrPort: ``kuryr.pod_binding``.
 - It reads all routes and neighbours of the node for each pod, and its IPDB
   fails in bursts: ``kuryr.patches``.
 

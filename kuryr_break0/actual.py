@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Reads ledger and kernel at one moment, by dumps. Changes nothing."""
+"""Reads a snapshot of ledger and kernel, by dumps. Changes nothing."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ PATIENCE = 1.0
 
 def read(options: config.Options, ledger: Ledger, netlink: kernel.Netlink,
          patience: float = PATIENCE, ways: bool = True) -> Snapshot:
-    """Read ledger and kernel at one moment. Changes nothing.
+    """Return a snapshot of ledger and kernel.
 
     :param patience: seconds to wait for a bind or unbind to end
-    :param ways: find out whether the kernel uses the routes through break0
-    :raises Break0Error: if any of them cannot be read
+    :param ways: look up whether the kernel uses the routes through break0
+    :raises Break0Error: if the ledger or the kernel cannot be read
     """
     contents, reading, is_steady = ledger.inspect(
         lambda: _Reading(options, ledger, netlink, ways), patience)
@@ -53,7 +53,7 @@ def read(options: config.Options, ledger: Ledger, netlink: kernel.Netlink,
 
 
 class _Reading:
-    """What the kernel holds, and what follows from it with the claims."""
+    """The state of the kernel, and the snapshot that results with claims."""
 
     def __init__(self, options: config.Options, ledger: Ledger,
                  netlink: kernel.Netlink, ways: bool) -> None:
@@ -62,7 +62,7 @@ class _Reading:
         self._ledger = ledger
         self._netlink = netlink
         self._identity = None
-        # If it is damaged, it will be created again.
+        # A damaged identity will be created again.
         with contextlib.suppress(exceptions.LedgerUnavailable):
             self._identity = ledger.identity()
         self._links: dict[str, Optional[kernel.Link]] = {}
@@ -71,7 +71,7 @@ class _Reading:
             options, self._identity, netlink.links).values()}
         links = [link for link in map(self._link, names) if link is not None]
         indexes = [link.index for link in links]
-        # A next hop through a break0 is a pod, as one that serves a VPN.
+        # A next hop through a break0 is a pod, for example a VPN gateway.
         self._routes = netlink.routes(indexes)
         self._neighbours = {0: [], **{index: netlink.neighbours(index)
                                       for index in indexes}}
@@ -90,13 +90,17 @@ class _Reading:
 
     def _find_astray(self, devices: Mapping[int, int]
                      ) -> Iterator[tuple[IPAddress, tuple[str, str]]]:
-        """Look up the addresses whose route need not be the one that is used.
+        """Find addresses that the kernel does not reach by our route.
 
-        By the default rules that can be those alone that are in table local,
-        or have another route. Each takes two requests, some 0.03 ms: for what
-        the node sends of itself, and for its answers, which have a source.
+        With the default rules, only addresses in table local and addresses
+        with several routes can be concerned. A look-up of an address takes two
+        requests, together about 0.03 ms. The first is without a source, as for
+        new connections of the node; the second has a source, as for answers.
 
-        :param devices: the break0s, and the VRFs that they are in
+        :param devices: the ifindex of the VRF of each break0, by the ifindex
+            of break0; 0 without a VRF
+        :returns: each address, with a text of the way that the kernel takes,
+            and the arguments of ``ip route get`` that show it
         """
         routes, options = self._routes.host, self._options
         ours = [route for route in routes if route.oif in devices
@@ -116,7 +120,8 @@ class _Reading:
                 if way is None or way.oif != route.oif:
                     yield route.dst, (
                         'not at all' if way is None
-                        # The kernel may name main then: it merges both.
+                        # The kernel merges local and main, so it may
+                        # return main as the table of a local route.
                         else 'taken for one of the node' if way.type
                         == kernel.RTN_LOCAL else
                         'through %s, by table %d' % (
@@ -150,10 +155,13 @@ class _Reading:
                         for parent in parents.values()) else primary)
 
     def _require_node(self) -> None:
-        """Make sure that this is not the namespace of a pod.
+        """Check that this process is not in the namespace of a pod.
 
-        As by ``ip netns exec``. There, all pods would be configured with that
-        pod in place of the node. Records of an earlier boot say nothing.
+        A user may have started it by ``ip netns exec``. Then all pods would
+        be configured with the addresses of that pod as node addresses. The
+        records of an earlier boot cannot show it, and are skipped.
+
+        :raises NotTheNode: if it is
         """
         if self._identity and self._identity.boot != read_boot_id():
             return
@@ -196,7 +204,7 @@ class _Reading:
         if names.primary is None and new:
             names.primary = min(new, key=lambda name: min(
                 record.bound_at for record in used[name].values()))
-        # One that was not made by us is that of the interface that it is on.
+        # A break0 without our alias counts for the interface below it.
         primary = names.primary or (device.lower_name(link) if link else None)
         for name in sorted({*used, *names.known, *filter(None, [primary])}):
             live = used.get(name, {})
@@ -225,7 +233,7 @@ class _Reading:
                     exceptions.ParentUnfit) as err:
                 conflict = err
         usable = None if conflict is not None else link
-        index = usable.index if usable is not None else 0  # of none
+        index = usable.index if usable is not None else 0  # no interface
         if index not in self._neighbours:
             self._neighbours[index] = self._netlink.neighbours(index)
         neighbours = self._neighbours[index]
@@ -249,7 +257,7 @@ class _Reading:
                  for route in of_kind(HostRoute, some)},
                 usable.mac, usable.name)
         items: dict[IPAddress, tuple[Item, ...]] = {**desired}
-        # The interfaces that records speak of may be of other pods by now.
+        # A recorded MAC address of a sibling may be another pod's by now.
         admitted = [] if entries is None else [
             dataclasses.replace(record, siblings=()) if record.siblings
             else record for record in live.values()
@@ -277,9 +285,9 @@ class _Reading:
 
     def _earlier_name(self, name: str, device_name: str
                       ) -> Iterator[tuple[str, str]]:
-        """Say that the ledger knows the parent of a break0 by another name.
+        """Yield a difference if the parent of a break0 was renamed.
 
-        Until it knows the new one, as by a sync.
+        A sync records the present name, and so ends the difference.
         """
         for parent, known in (self._identity.devices.items()
                               if self._identity else ()):
@@ -289,7 +297,7 @@ class _Reading:
 
     def _guard(self, link: kernel.Link, parent: kernel.Link
                ) -> tuple[Optional[str], Optional[set[Pair]]]:
-        """Return what is wrong with a table, and its entries if it exists."""
+        """Return the problem of a guard, and its entries if it exists."""
         guard = Guard(self._options, self._ledger, link.name)
         problem = guard.problem(link, self._policy.solicited(
             self._addresses, parent.index, link.name))
@@ -300,7 +308,7 @@ class _Reading:
                  live: Mapping[IPAddress, Record]
                  ) -> dict[IPAddress, tuple[Entry, ...]]:
         desired = {}
-        # All addresses of a subnet are reached from the same one.
+        # The node uses the same source for all addresses of a subnet.
         sources: dict[Any, Optional[IPAddress]] = {}
         for address, record in live.items():
             if address in self._refused or not (
@@ -318,11 +326,12 @@ class _Reading:
 
     def _withdrawn(self, parent: str, neighbours: Collection[Neighbour]
                    ) -> set[IPAddress]:
-        """Return the addresses that are nobody's any more on a parent.
+        """Return the addresses that must not have items on a parent.
 
-        Such is one whose record is on another parent by now.
-
-        Not one that has what its claims did not get.
+        These are refused addresses, addresses with a living claim on another
+        parent, and addresses of gone sandboxes. The last ones are left out if
+        the MAC address of the neighbour is in none of the gone claims, because
+        the items may then belong to a pod that is not recorded.
         """
         withdrawn = {address for address, record in self._live.items()
                      if record.parent != parent}.union(self._refused)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Which claim on an address counts. Pure: the caller says who exists.
+"""Decides which claim on an address counts.
 
-The claims on one address are ordered, the newest first. The newest of a
-sandbox that exists counts; the others wait for its end.
+The functions are pure: the caller passes the state of sandboxes. The claims on
+an address are ordered, the newest first. The newest claim of an existing
+sandbox counts. The other claims wait until that sandbox ends.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ Claims = tuple[Record, ...]
 
 
 class Addition(NamedTuple):
-    """What becomes of the claims on an address with one more.
+    """The claims on an address after another claim was added.
 
-    :ivar after: all of them, the new one first
-    :ivar rivals: of these, the earlier ones of other sandboxes
-    :ivar passed: whether another sandbox had the address
+    :ivar after: all claims, the new one first
+    :ivar rivals: earlier claims of other interfaces that are not gone
+    :ivar passed: whether the newest claim before was of another interface
     """
 
     after: Claims
@@ -33,9 +34,10 @@ class Addition(NamedTuple):
 
 def split(claims: Collection[Record],
           is_gone: Callable[[Record], bool]) -> tuple[Claims, Claims]:
-    """Tell the claims that count, now or later, from those that are gone.
+    """Return the remaining claims and the gone claims, each in order.
 
-    These are of sandboxes that are proven not to exist.
+    :param is_gone: returns whether a claim is gone, for example because its
+        sandbox is proven not to exist
     """
     gone = tuple(claim for claim in claims if is_gone(claim))
     return tuple(claim for claim in claims if claim not in gone), gone
@@ -43,10 +45,10 @@ def split(claims: Collection[Record],
 
 def add(record: Record, claims: Claims,
         is_gone: Callable[[Record], bool]) -> Addition:
-    """Return the claims with a new one, in place of those of its interface.
+    """Add a claim, which replaces the earlier claims of its interface.
 
-    One that was asked for before the newest of its owner changes nothing:
-    the runtime has given it up, and asked again.
+    If its owner has a newer claim, the claims stay the same: the runtime has
+    abandoned the earlier bind and started another one.
     """
     if any(claim.owner == record.owner and claim.bound_at > record.bound_at
            for claim in claims):
@@ -54,16 +56,17 @@ def add(record: Record, claims: Claims,
     others = [claim for claim in claims
               if not is_of_same_interface(claim, record)]
     rivals, _ = split(others, is_gone)
-    # The end of one without these is never proven.
+    # A claim without namespace and macvtap can never be proven gone.
     kept = tuple(claim for claim in rivals if claim.namespace or claim.tap)
     return Addition((record, *kept), rivals,
                     bool(others) and others[0] == claims[0])
 
 
 def is_of_same_interface(claim: Record, record: Record) -> bool:
-    """Return whether a claim is an earlier one of the same interface.
+    """Return whether a claim is an earlier claim of the same interface.
 
-    What was discovered or rebuilt may be bound by its engine later.
+    The owner of a discovered or rebuilt claim differs from the owner in a
+    later bind by the container's engine. So the namespace identifies it.
     """
     return claim.owner == record.owner or (
         (claim.origin is Origin.DISCOVERED or claim.is_rebuilt)
@@ -74,15 +77,15 @@ def is_of_same_interface(claim: Record, record: Record) -> bool:
 
 def is_own(claim: Record, owner: Owner, namespace: Optional[NamespaceId],
            mac: Optional[str], bound_at: Optional[float] = None) -> bool:
-    """Return whether an unbind for an owner takes a claim away.
+    """Return whether an unbind for an owner drops a claim.
 
-    The id of a container that was adopted is not known. Its namespace alone
-    proves nothing: the DEL of another one can be repeated, and its path is
-    used again. So its MAC address has to be the same too.
+    The container id of an adopted container is unknown, and its namespace
+    proves nothing: a runtime can repeat the DEL of an earlier container, and
+    reuse the path for a new one. So the MAC address must be the same too.
 
-    :param namespace: of the sandbox, if it is there
-    :param mac: MAC address of its interface, if that is known
-    :param bound_at: the bind that is meant; None for any
+    :param namespace: the namespace of the sandbox, if it exists
+    :param mac: MAC address of its interface; None if unknown
+    :param bound_at: the time of the bind to undo; None for any bind
     """
     if bound_at is not None and claim.bound_at != bound_at:
         return False
@@ -94,12 +97,13 @@ def is_own(claim: Record, owner: Owner, namespace: Optional[NamespaceId],
 
 
 def have(claims: Collection[Record], mac: Optional[str]) -> bool:
-    """Return whether what an address has on break0 is that of claims on it.
+    """Return whether the items of an address can be the items of claims.
 
-    Else a pod has it that could not be recorded, or another ledger has. What
-    claims without a MAC address have cannot be told from that.
+    If not, they are items of a pod that could not be recorded, or of another
+    ledger. A claim without a MAC address cannot exclude that.
 
-    :param mac: of the permanent neighbour of the address; None without one
+    :param mac: MAC address of the permanent neighbour of the address; None
+        if it has no such neighbour
     """
     return mac is None or any(claim.mac is None or mac in claim.macs
                               for claim in claims)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the namespaces of the node say: who is not bound, who lost its side.
+"""Searches the namespaces of the node for unbound containers.
 
-A container that nobody binds has no record, and so no part in what is
-compared with the ledger. It is found by its macvlan on a NIC of the node.
+A container that is not bound has no record, so a comparison with the ledger
+cannot show it. Its macvlan on an interface of the node shows it. For bound
+containers, the module compares the pod side with the records.
 """
 
 from __future__ import annotations
@@ -31,28 +32,28 @@ from kuryr_break0.snapshot import Snapshot
 
 
 class Reason(enum.Enum):
-    """Why an address is not bound. The values are labels of a metric."""
+    """The reason why an address is not bound, which labels a metric."""
 
     MODE = 'mode'
     OTHER_PARENT = 'other_parent'
     NOT_ALLOWED = 'not_allowed'
     DUPLICATE = 'duplicate'
     REFUSED = 'refused'
-    #: By another container of the node.
+    #: Another container of the node has a claim on the address.
     CLAIMED = 'claimed'
     NOT_DISCOVERED = 'not_discovered'
     TENTATIVE = 'tentative'
     NO_ADDRESS = 'no_address'
-    #: The agent will, or the log says why it could not.
+    #: The agent will bind the address, or has logged why it could not.
     PENDING = 'pending'
 
 
-#: A container can make thousands of macvlans beside its own, in namespaces of
-#: its own, with thousands of addresses each.
+#: Maximum of reported addresses. A container can create thousands of macvlans
+#: in its own namespaces, with thousands of addresses each.
 MOST = 2 ** 12
-#: Of Docker and Podman.
+#: Sockets of Docker and Podman.
 ENGINE_SOCKETS = '/run/docker.sock', '/run/podman/podman.sock'
-#: What the finder logs at once, and what usually passes in a moment.
+#: Reasons that the finder logs at once.
 FINDERS = (Reason.NOT_ALLOWED, Reason.DUPLICATE, Reason.REFUSED,
            Reason.CLAIMED, Reason.PENDING)
 PASSING = (Reason.NOT_DISCOVERED, Reason.TENTATIVE, Reason.NO_ADDRESS,
@@ -82,7 +83,7 @@ class Unserved:
 
 def of_interface(options: config.Options, macvlan: kernel.Macvlan
                  ) -> Optional[tuple[Reason, str]]:
-    """Return why no address of an interface may be bound; None if it may."""
+    """Return why an interface must not be bound; None if it may be."""
     if macvlan.link.mode != 'bridge':
         return Reason.MODE, ('its macvlan is in %s mode, in which it reaches '
                              'no other one' % macvlan.link.mode)
@@ -96,10 +97,12 @@ def of_interface(options: config.Options, macvlan: kernel.Macvlan
 
 
 def unserved(seen: Snapshot, ledger: Ledger) -> list[Unserved]:
-    """Look into all namespaces of the node, some 0.2 ms each.
+    """Return the unbound addresses in all namespaces of the node.
 
-    :returns: MOST of them at most
-    :raises SystemRefused: if this process cannot see all
+    This takes about 0.2 ms for each namespace.
+
+    :returns: at most MOST addresses
+    :raises SystemRefused: if this process cannot see all namespaces
     """
     return list(itertools.islice(itertools.chain.from_iterable(
         each_unserved(seen, ledger, kernel.FULL_LIMITS)), MOST))
@@ -107,12 +110,12 @@ def unserved(seen: Snapshot, ledger: Ledger) -> list[Unserved]:
 
 def each_unserved(seen: Snapshot, ledger: Ledger, limits: kernel.Limits
                   ) -> Iterator[list[Unserved]]:
-    """Look into a namespace of the node after the other.
+    """Yield the unbound addresses of each namespace of the node.
 
-    A namespace that cannot be entered is left out, as one that just ends.
+    A namespace that cannot be entered is skipped: it may be about to end.
 
-    :param limits: how much is read of each
-    :raises SystemRefused: if this process cannot see all
+    :param limits: the limits of the reads from each namespace
+    :raises SystemRefused: if this process cannot see all namespaces
     """
     judge = _Judge(seen, ledger)
     for found in kernel.find_namespaces(seen.options.proc_dirs):
@@ -127,10 +130,11 @@ def blindness() -> str:
 
 
 def pod_sides(seen: Snapshot) -> tuple[dict[IPAddress, str], ...]:
-    """Compare what bound containers know of the node with what they need.
+    """Compare the pod sides of bound containers with their records.
 
-    :returns: what a sync would change there, what cannot be examined, and
-        what is wrong that no sync changes
+    :returns: three dicts with a text for each address: pod sides that a sync
+        would repair, pod sides that cannot be examined, and problems that a
+        sync does not repair
     """
     wrong: dict[IPAddress, str] = {}
     lost: dict[IPAddress, str] = {}
@@ -138,7 +142,7 @@ def pod_sides(seen: Snapshot) -> tuple[dict[IPAddress, str], ...]:
     for records in seen.interfaces():
         parent = seen.parents.get(records[0].parent)
         if parent is None or parent.node is None:
-            continue  # all of it is a problem already
+            continue  # reported as a problem of the parent
         addresses = [record.address for record in records]
         if records[0].netns is None:
             unknown.update(dict.fromkeys(
@@ -160,9 +164,13 @@ def pod_sides(seen: Snapshot) -> tuple[dict[IPAddress, str], ...]:
 
 
 def network_of(address: IPAddress) -> IPNetwork:
-    """Return the network of an address, as far as the node knows."""
+    """Return the network of an address, by the routes of the node.
+
+    Without a route to it, the prefix length is 24, for IPv6 64.
+    """
     with kernel.Netlink() as netlink:
-        # There is no route through break0, so this is that of the parent.
+        # The address has no route through break0, so the look-up returns the
+        # route of the parent.
         route = netlink.lookup(address)
     length = route.dst_len if route is not None and route.dst else 0
     if not 0 < length < address.max_prefixlen:
@@ -171,7 +179,7 @@ def network_of(address: IPAddress) -> IPNetwork:
 
 
 class _Judge:
-    """Compares interfaces with the ledger."""
+    """Compares interfaces of containers with a snapshot."""
 
     def __init__(self, seen: Snapshot, ledger: Ledger) -> None:
         self._seen = seen
@@ -183,7 +191,7 @@ class _Judge:
                        if claim.pod and claim.namespace}
         options, devices = seen.options, {
             parent.index for parent in seen.parents.values()}
-        #: what no route of ours is set in place of, by their addresses
+        #: the foreign routes that our routes must not replace, by address
         self._foreign = {} if options.takeover else {
             route.dst: route for route in seen.routes.host
             if route.table == options.route_table and is_others(
@@ -192,11 +200,11 @@ class _Judge:
     def judge(self, macvlan: kernel.Macvlan) -> Iterator[Unserved]:
         parent = self._seen.parents.get(macvlan.parent)
         if parent is not None and parent.ownership.is_foreign:
-            return  # another ledger has bound it, or this one before a loss
+            return  # another or a lost ledger has bound it
         if not self._options.discover and any(
                 _is_of(claim, macvlan) for address in macvlan.addresses
                 for claim in self._seen.contents.claims.get(address, ())):
-            return  # who binds it chooses which of its addresses
+            return  # its engine selects the addresses to bind
         of_all = of_interface(self._options, macvlan)
         name = self._names.get(macvlan.namespace)
         for address in macvlan.addresses:

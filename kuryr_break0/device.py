@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Creates and repairs break0. Each parent has its own."""
+"""Creates and repairs the break0 of a parent."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ from kuryr_break0 import policy
 
 LOG = log.get_logger(__name__)
 
-#: What keeps break0 from speaking to the LAN, in this order: answering the
-#: LAN's ARP requests for addresses of the node; link-local addresses with
-#: their duplicate detection and MLD; router solicitations; and, on a node that
-#: forwards IPv6, reports of the routers' group. That is left by not being a
-#: router on break0; unlike version 2, MLD version 1 says nothing of a group
-#: that it has not reported (igmp6_leave_group). Packets are forwarded all the
-#: same, by conf/all/forwarding (ip6_forward). If that is switched on later,
-#: the group is not joined since break0 has no multicast (dev_forward_change).
+#: Sysctls that keep break0 silent on the LAN. They prevent, in this order:
+#: answers to the LAN's ARP requests for addresses of the node; link-local
+#: addresses, with their duplicate address detection and MLD reports; router
+#: solicitations; on a node that forwards IPv6, MLD messages for the group of
+#: all routers; and announcements of addresses. With forwarding = 0, an
+#: interface leaves that group. Unlike version 2, MLD version 1 sends no
+#: message about leaving a group that it has not reported
+#: (igmp6_leave_group). The kernel still forwards packets from break0, by
+#: conf/all/forwarding (ip6_forward). If a user enables conf/all/forwarding
+#: later, break0 does not join the group, because multicast is off
+#: (dev_forward_change).
 QUIET = {'ipv4/conf/%s/arp_filter': 1,
          'ipv6/conf/%s/addr_gen_mode': 1,  # IN6_ADDR_GEN_MODE_NONE
          'ipv6/conf/%s/accept_ra': 0,
@@ -35,9 +38,9 @@ QUIET = {'ipv4/conf/%s/arp_filter': 1,
          'ipv6/conf/%s/forwarding': 0,
          'ipv4/conf/%s/arp_notify': 0,
          'ipv6/conf/%s/ndisc_notify': 0}
-#: What keeps a pod from more than speaking to its node in its own name:
-#: sources that are not reached through break0, redirects and routes that it
-#: could give to the node, answers for others, the addresses of the loopback.
+#: Sysctls that limit the influence of a pod on its node. They prevent packets
+#: with a source that is not routed through break0, redirects and routes from
+#: the pod, proxied answers for other hosts, and packets to loopback addresses.
 BORDER = {'ipv4/conf/%s/rp_filter': 1,
           'ipv4/conf/%s/accept_redirects': 0,
           'ipv4/conf/%s/send_redirects': 0,
@@ -51,17 +54,18 @@ BORDER = {'ipv4/conf/%s/rp_filter': 1,
           'ipv6/conf/%s/proxy_ndp': 0,
           'ipv6/conf/%s/autoconf': 0}
 DISABLE_IPV6 = 'ipv6/conf/%s/disable_ipv6'
-#: Below it, an interface has no IPv6 (IPV6_MIN_MTU).
+#: With a smaller MTU, an interface has no IPv6 (IPV6_MIN_MTU).
 _IPV6_MIN_MTU = 1280
 
 
 class Difference(NamedTuple):
-    """Something that a break0 is, and should not be.
+    """A difference between a break0 and its desired state.
 
-    :ivar kind: what follows from it, as the doctor calls it
-    :ivar text: what it is, and what it should be
-    :ivar repair: makes it so
-    :ivar loses_routes: whether the kernel has dropped its routes with that
+    :ivar kind: the consequence, by the doctor's name for it
+    :ivar text: the present value and the desired one
+    :ivar repair: a function that sets the desired value
+    :ivar loses_routes: whether the difference or its repair makes the kernel
+        delete the routes of break0
     """
 
     kind: str
@@ -71,11 +75,11 @@ class Difference(NamedTuple):
 
 
 class Ensured(NamedTuple):
-    """A break0, and what was done for it.
+    """A break0 in its desired state.
 
-    :ivar needs_sync: whether it was created or brought up, so that it has no
-        routes
-    :ivar repaired: what it was
+    :ivar needs_sync: whether its routes are lost, because it was created or
+        because of a repair
+    :ivar repaired: the texts of the differences that were repaired
     """
 
     link: kernel.Link
@@ -84,14 +88,17 @@ class Ensured(NamedTuple):
 
 
 def lower_name(link: kernel.Link) -> Optional[str]:
-    """Return the interface of this namespace that another is stacked on."""
+    """Return the name of the interface below another one.
+
+    None if there is no lower interface, or if it is in another namespace.
+    """
     if link.lower is None or link.lower_namespace is not None:
         return None
     return kernel.format_ifname(link.lower)
 
 
 def against_macvlans(link: kernel.Link) -> Optional[str]:
-    """Return why no pod can be on an interface; None if one can."""
+    """Return why an interface cannot be a parent; None if it can."""
     if link.loopback:
         return 'it is the loopback'
     if not link.ethernet:
@@ -107,9 +114,9 @@ def against_macvlans(link: kernel.Link) -> Optional[str]:
 
 
 def require_fit(parent: kernel.Link) -> None:
-    """Make sure that a break0 can be on an interface.
+    """Check that an interface can be the parent of a break0.
 
-    :raises ParentUnfit: if no macvlan can
+    :raises ParentUnfit: if it cannot have macvlans
     """
     reason = against_macvlans(parent)
     if reason is not None:
@@ -117,11 +124,12 @@ def require_fit(parent: kernel.Link) -> None:
 
 
 def derived_mac(secret: str, device: str) -> str:
-    """Return the MAC address that a break0 gets.
+    """Derive the MAC address of a new break0 from a secret.
 
-    Pods know it by that, so one that is created again must have it again. It
-    is locally administered, differs between nodes, and cannot be computed
-    without the secret of the ledger.
+    Pods have the MAC address in their neighbour tables, so a break0 that is
+    created again must not get another one. The MAC address is locally
+    administered, differs between nodes, and cannot be computed without the
+    secret of the ledger.
     """
     digest = hashlib.sha256(
         ('kuryr-break0 %s %s' % (device, secret)).encode()).digest()
@@ -130,12 +138,13 @@ def derived_mac(secret: str, device: str) -> str:
 
 
 class Device:
-    """The break0 of one parent, as it should be.
+    """The desired state of the break0 of one parent.
 
-    :param name: its own
+    :param name: the name of the break0
     :param parent: the name of its parent
-    :param identity: of the ledger that it should belong to, and that says
-        which MAC address pods know; None to leave both
+    :param identity: the identity of the ledger that must own the break0. It
+        contains the MAC address that pods know. None to keep the present
+        owner and MAC address
     """
 
     def __init__(self, options: config.Options, name: str, parent: str,
@@ -151,37 +160,38 @@ class Device:
 
     def ensure(self, netlink: kernel.Netlink, new_mac: str,
                needs_ipv6: bool = False) -> Ensured:
-        """Make sure that it exists, is what it should be, and is up.
+        """Create or repair the break0, and bring it up.
 
-        Call it under the lock. What another process left half-made is
-        completed, since everything is examined each time.
+        The caller must hold the lock. Each call examines the whole state, so
+        it also completes a break0 that a killed process left unfinished. A new
+        break0 is deleted again if its configuration fails.
 
-        :param new_mac: what it gets if it is created and nothing says which
-            it had
+        If the break0 was gone or down and a pod has taken its MAC address, it
+        gets another one. Then all pods must be configured again.
+
+        :param new_mac: the MAC address of a new break0, if the identity does
+            not contain one
         :param needs_ipv6: as for :meth:`differences`
         :raises ParentNotFound: if there is no such parent
-        :raises ParentUnfit: if no macvlan can be on it
+        :raises ParentUnfit: if the parent cannot have macvlans
         :raises DeviceConflict: if the name is taken by another kind of
             interface
         :raises InvalidOption: if [break0] addr names a router of the node
-        :raises KernelRefused: if it cannot be made so
-
-        One that was created for it is gone again then.
-
-        Where a pod has taken its MAC address while it was gone or down, it
-        gets another one: then all pods have to be configured again.
+        :raises KernelRefused: if the kernel refuses to create or repair it
         """
         parent = netlink.link(self.parent)
         if parent is None:
             raise exceptions.ParentNotFound(parent=self.parent)
-        link, is_new = netlink.link(self.name), False
+        link, is_created = netlink.link(self.name), False
+        is_missing = link is None
         if link is None:
-            require_fit(parent)  # or IPDB would try for ten seconds
+            require_fit(parent)  # otherwise IPDB retries for ten seconds
             try:
                 kernel.create_macvlan(self.name, parent, self._mac or new_mac)
-                is_new = True
+                is_created = True
             except exceptions.KernelRefused:
-                # Unless another process, without the lock, was faster.
+                # IPDB can fail after the kernel has created the interface. A
+                # process without the lock may have created it too.
                 if netlink.link(self.name) is None:
                     raise
             link = netlink.link(self.name)
@@ -189,13 +199,14 @@ class Device:
             raise exceptions.KernelRefused(
                 'keep %s' % self.name, 'it vanished at once', 0)
         self.require_ours(link, parent)
+        is_new = is_missing and not link.alias
         try:
             differences = list(self.differences(
                 link, parent, netlink.addresses(), needs_ipv6))
             for each in differences:
                 each.repair(netlink)
         except Exception:
-            if is_new:
+            if is_created:
                 netlink.delete_link(self.name)
             raise
         if differences:
@@ -212,10 +223,11 @@ class Device:
                        repaired)
 
     def _raise(self, netlink: kernel.Netlink, link: kernel.Link) -> None:
-        """Set it up, with another MAC address if a pod has taken its own.
+        """Bring the break0 up, with another MAC address if necessary.
 
-        The kernel compares MAC addresses only when a macvlan is set up
-        (macvlan_open), so one that is down or gone does not hold its own.
+        The kernel compares MAC addresses only when it brings a macvlan up
+        (macvlan_open). So a pod can take the MAC address of a break0 that is
+        down or gone.
         """
         try:
             netlink.set_link_up(link)
@@ -227,7 +239,7 @@ class Device:
                         if each.index == link.index), link.mac)
             if any(each.mac == mac and each.index != link.index
                    for each in links):
-                raise  # an interface of the node has it, and no pod
+                raise  # an interface of the node has it, not a pod
             LOG.error('Another namespace has taken the MAC address of %s, '
                       '%s, while it was gone or down: it gets another one, '
                       'and its pods are configured with that. Find out '
@@ -238,9 +250,10 @@ class Device:
 
     def _set_mtu(self, netlink: kernel.Netlink, link: kernel.Link,
                  mtu: int) -> None:
-        """Set its MTU; where that brings IPv6 back, while it is down.
+        """Set the MTU, and the sysctls if the kernel adds IPv6 again.
 
-        For that has then the settings that new interfaces have.
+        The kernel adds IPv6 when the MTU reaches 1280, with the sysctls of new
+        interfaces. So the break0 is down until its sysctls are set.
         """
         if not link.mtu < _IPV6_MIN_MTU <= mtu:
             netlink.set_mtu(link, mtu)
@@ -255,7 +268,7 @@ class Device:
     @staticmethod
     def _put_address(netlink: kernel.Netlink, link: kernel.Link,
                      address: IPAddress) -> None:
-        # The node would answer itself, in place of its router.
+        # With the address of its router, the node would not reach the router.
         if address in netlink.next_hops():
             raise exceptions.InvalidOption(
                 option='addr', reason='%s is %s' % (address, policy.NEXT_HOP))
@@ -264,7 +277,7 @@ class Device:
     @staticmethod
     def _set_mac(netlink: kernel.Netlink, link: kernel.Link,
                  mac: str) -> None:
-        """Give it the MAC address that pods know, unless another has it."""
+        """Set the MAC address, unless another interface has it."""
         try:
             netlink.set_mac(link, mac)
         except exceptions.KernelRefused as err:
@@ -275,7 +288,7 @@ class Device:
                       link.name, link.mac, mac)
 
     def require_ours(self, link: kernel.Link, parent: kernel.Link) -> None:
-        """Make sure that an interface is what break0 is.
+        """Check that an interface can serve as the break0 of a parent.
 
         :raises DeviceConflict: if it is not a macvlan in bridge mode on that
             parent
@@ -295,14 +308,14 @@ class Device:
     def differences(self, link: kernel.Link, parent: kernel.Link,
                     addresses: Collection[tuple[int, IPAddress]],
                     needs_ipv6: bool = False) -> Iterator[Difference]:
-        """Compare what it is with what it should be.
+        """Compare the break0 with its desired state.
 
-        In the order in which that is to be repaired: it must be silent
-        before it is up.
+        Differences are in the order of their repair: the break0 must be silent
+        on the LAN before it is up.
 
-        :param addresses: those of the node, with their ifindexes
-        :param needs_ipv6: whether pods on it have IPv6 addresses. Then it
-            gets IPv6, unless that is disabled on all interfaces
+        :param addresses: the addresses of the node, with their ifindexes
+        :param needs_ipv6: whether pods on it have IPv6 addresses. Then IPv6 is
+            enabled on it, unless the node has disabled IPv6 on all interfaces
         """
         for path, (found, value) in sysctl_drift(link.name).items():
             yield Difference(
@@ -369,16 +382,16 @@ class Device:
 
 
 def ipv6_text(name: str) -> str:
-    """Return the text for pods with IPv6 on a break0 without it."""
+    """Return a text about IPv6 addresses of pods on a break0 without IPv6."""
     return ('IPv6 is disabled, but there are containers with IPv6 addresses. '
             'Enable it: sysctl -w net/%s=0; kuryr-break0 sync'
             % (DISABLE_IPV6 % name))
 
 
 def sysctl_drift(name: str) -> dict[str, tuple[int, int]]:
-    """Return the sysctls of a break0 that it must not have: is, must be.
+    """Return the present and the desired value of each drifted sysctl.
 
-    By their paths, with ``%s`` for the interface.
+    The keys are paths, with ``%s`` for the interface.
     """
     wanted = {**QUIET, **BORDER}
     found = {path: kernel.read_sysctl(path % name) for path in wanted}

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The break0s of a ledger: their names, whose they are, that they are there.
+"""The break0 devices of a ledger: their names, owners and state.
 
-Whether a break0 belongs to another ledger is asked here, before anything is
-changed on it.
+The module checks the owner of a break0 before it changes the break0.
 """
 
 from __future__ import annotations
@@ -37,10 +36,11 @@ _MAX_NAME = 15  # IFNAMSIZ, with the closing NUL
 
 @dataclasses.dataclass
 class Break0:
-    """The break0 that the addresses of one bind go through.
+    """The break0 for the addresses of one bind.
 
-    :ivar needs_sync: whether it was created or brought up for them, or its
-        guard was deleted, so that those of others are to be restored
+    :ivar needs_sync: whether a sync must restore routes or guard entries of
+        other pods, because it was created or repaired, or its guard was
+        deleted
     """
 
     name: str
@@ -50,17 +50,18 @@ class Break0:
 
 
 class Names:
-    """The names of the break0s of a ledger.
+    """The names of the break0 devices of a ledger.
 
-    :ivar known: those that there are, by the names their parents have now: a
-        break0 stays on its parent when that is renamed
-    :ivar primary: the parent that has [break0] device; None if none has yet
+    :ivar known: the present names, by the present names of their parents; a
+        break0 stays on its parent if the parent is renamed
+    :ivar primary: the parent of the break0 that is named [break0] device;
+        None if there is no such break0 yet
 
-    :param identity: of the ledger
+    :param identity: the identity of the ledger
     :param link_of: returns an interface by its name
-    :param links: lists all, for a ledger that may be a new one
-    :param used: parents that pods are on, by their names of now. One of
-        these that is gone was not renamed: it was a macvlan beside break0.
+    :param links: returns all interfaces, for a ledger that may be new
+    :param used: present names of the parents with pods. If such a parent is
+        gone, it was not renamed: it was a macvlan on the parent of a break0
     """
 
     def __init__(self, options: config.Options, identity: Optional[Identity],
@@ -91,11 +92,16 @@ class Names:
             self.primary = device.lower_name(link)
 
     def of(self, parent: str) -> str:
-        """Return the name of the break0 of a parent; always the same."""
+        """Return the name of the break0 of a parent.
+
+        The break0 of the primary parent has the name [break0] device. The
+        name of another break0 also contains the name of its parent or, if
+        that would be too long, a digest of it. A recorded name stays.
+        """
         options = self._options
         known = self.known.get(parent, options.device)
         if self.primary != parent and known != options.device:
-            return known  # it may be of the parent's earlier name
+            return known  # may contain an earlier name of the parent
         if self.primary in (None, parent):
             return options.device
         name = '%s-%s' % (options.device, parent)
@@ -109,9 +115,10 @@ class Names:
 
 def recorded(options: config.Options, identity: Optional[Identity],
              links: Callable[[], Iterable[kernel.Link]]) -> dict[str, str]:
-    """Return the break0s by their parents, as the ledger knows these.
+    """Return the names of the break0 devices, by their recorded parents.
 
-    Of one that knows none, and may be new, those that name its directory.
+    A ledger without recorded devices may be new. Then the devices with an
+    alias that names its state directory are returned.
     """
     if identity is not None and identity.devices:
         return identity.devices
@@ -124,7 +131,7 @@ def recorded(options: config.Options, identity: Optional[Identity],
 
 
 class Devices:
-    """Finds, examines and repairs them. Call it under the lock."""
+    """The break0 devices of a ledger. The caller must hold the lock."""
 
     def __init__(self, options: config.Options, ledger: Ledger) -> None:
         self._options = options
@@ -132,9 +139,10 @@ class Devices:
         self._ledger = ledger
 
     def names(self, recorded: bool = False) -> set[str]:
-        """Return the names of all that this ledger may have.
+        """Return the names of all break0 devices that this ledger may own.
 
-        :param recorded: without [break0] device, if it has made others
+        :param recorded: if the ledger has recorded names, only these;
+            otherwise also [break0] device
         """
         identity = self._ledger.identity()
         known = set(identity.devices.values()) if identity else set()
@@ -145,7 +153,7 @@ class Devices:
                 if index is not None]
 
     def count_routes(self, names: Collection[str]) -> int:
-        """Count the host routes on some interfaces."""
+        """Return the number of our table's host routes on interfaces."""
         table = self._options.route_table
         if table == kernel.RT_TABLE_MAIN:
             return kernel.count_host_routes(names)
@@ -155,15 +163,15 @@ class Devices:
                        if index is not None)
 
     def name(self, parent: str) -> Optional[str]:
-        """Return the name of that of a parent; None if it is not known."""
+        """Return the recorded name of a parent's break0, or None."""
         identity = self._ledger.identity()
         return identity.devices.get(parent) if identity else None
 
     def get(self, netlink: kernel.Netlink, parent: str) -> Break0:
-        """Make sure of the break0 of a parent.
+        """Return the break0 of a parent; create or repair it if necessary.
 
-        An ifindex is not used again, so the interface that has it is the one
-        that was examined.
+        The result is cached. The kernel does not reuse an ifindex soon, so an
+        interface with the cached ifindex was examined before.
         """
         cache = self._ledger.cache
         cached = cache.get_recent('device.' + parent)
@@ -181,7 +189,7 @@ class Devices:
 
     def renew(self, netlink: kernel.Netlink, break0: Break0,
               parent: str) -> None:
-        """Make sure of one that has just been down or gone."""
+        """Create or repair a break0 that has just been down or gone."""
         ensured = self.ensure(netlink, parent, claim=True)
         break0.index, break0.mac = ensured.link.index, ensured.link.mac
         break0.needs_sync |= ensured.needs_sync
@@ -193,19 +201,19 @@ class Devices:
     def ensure(self, netlink: kernel.Netlink, parent: str,
                claim: bool = False, name: Optional[str] = None,
                needs_ipv6: bool = False) -> device.Ensured:
-        """Make sure of the break0 of a parent.
+        """Create or repair the break0 of a parent, and its guard.
 
-        :param claim: take it over if it belongs to another ledger
-        :param name: what it is called; None if a snapshot did not say
+        :param claim: take the break0 over if it belongs to another ledger
+        :param name: the name of the break0; None to determine it
         :param needs_ipv6: whether its pods have IPv6 addresses
-        :raises OtherLedger: if it belongs to another ledger and stays so
-        :raises Break0Error: if it cannot be made what it should be
+        :raises OtherLedger: if it belongs to another ledger, without ``claim``
+        :raises Break0Error: if it cannot be created or repaired
         """
         options, ledger = self._options, self._ledger
         try:
             identity = ledger.ensure_identity()
         except exceptions.LedgerUnavailable as err:
-            # A pod is worth more than a MAC address that stays the same.
+            # A reachable pod is more important than a constant MAC address.
             LOG.error('%s', err)
             identity = Identity.new()
         names = Names(options, identity, netlink.link, netlink.links,
@@ -235,7 +243,7 @@ class Devices:
                 ledger.put_identity(known)
         if ensured.repaired:
             with contextlib.suppress(exceptions.LedgerUnavailable):
-                # A repair, unless it is made for the first pod.
+                # Creating it for the first pod is not a repair.
                 if not claim or ledger.records.count() > 1:
                     self._ledger.journal.add(Done.DEVICE)
         is_open = self.ensure_guard(netlink, ensured.link, index)
@@ -246,12 +254,12 @@ class Devices:
             device=name, own=self._options.state_dir, **other._asdict())
 
     def is_others(self, link: Optional[kernel.Link]) -> bool:
-        """Return whether a break0 is another ledger's, and say so.
+        """Return whether a break0 belongs to another ledger; warn if so.
 
-        That may know of pods which this one does not know, so nothing is
-        taken away there.
+        The other ledger may have records of pods that this ledger does not
+        know. So the caller must not delete items on such a break0.
 
-        :raises LedgerUnavailable: if the identity of this one is damaged
+        :raises LedgerUnavailable: if the identity of this ledger is damaged
         """
         found = ownership(link, self._ledger.identity(),
                           self._options.state_dir)
@@ -263,15 +271,17 @@ class Devices:
 
     def ensure_guard(self, netlink: kernel.Netlink, link: kernel.Link,
                      parent: Optional[int], is_filled: bool = False) -> bool:
-        """Make sure of the guard of a break0.
+        """Load the guard of a break0 if it is missing or was changed.
 
-        Who has no route through break0 is let in when he gets one.
+        Only pods with a route need a guard entry: other pods get their entry
+        together with the route.
 
-        :param parent: the ifindex of its parent
-        :param is_filled: whether all who have one are in the table
-        :returns: whether a sync is to put them there
-        :raises GuardUnavailable: if it cannot be had and [break0] guard is
-            on; else that is logged, once
+        :param parent: the ifindex of the parent
+        :param is_filled: whether the guard has the entries of all pods with a
+            route
+        :returns: whether a sync must add these entries
+        :raises GuardUnavailable: if the guard cannot be loaded and [break0]
+            guard is on; otherwise the error is logged once
         """
         try:
             is_open = Guard(self._options, self._ledger, link.name).ensure(
@@ -289,11 +299,15 @@ class Devices:
         return is_open
 
     def warn_once(self, what: str, text: str, fact: str = '') -> None:
-        """Log something that is wrong, unless that was the last thing logged.
+        """Log a warning, unless it equals the last one of its kind.
 
-        :param what: the name that it is cached by
-        :param text: empty if it is not wrong any more
-        :param fact: compared in place of a text that changes
+        The state directory caches the last warning of each kind, so a process
+        does not repeat the warnings of an earlier process.
+
+        :param what: the name of the kind in the cache
+        :param text: the warning; empty if the problem is solved
+        :param fact: is compared instead of the text, if the text can change
+            although the problem is the same
         """
         known = [text and (fact or text)]
         if (self._ledger.cache.get(what) or ['']) != known:

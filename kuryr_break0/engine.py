@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Changes the kernel for the claims on some addresses.
+"""Applies transitions of claims to the ledger and the kernel.
 
-A bind adds a claim, an unbind and an undo drop some, and so does what is
-proven gone: each is a move from the claims before to those after. A move that
-adds writes the ledger first, one that drops writes it last. Killed at any
-instruction, what is left is a record without a route, never a live pod
-without a record. Nothing is read that grows with the number of pods.
+A bind adds a claim. An unbind, an undo and the proof that a sandbox is gone
+drop claims. A transition that adds a claim writes the ledger first, and one
+that drops a claim writes it last. So a process that is killed at any point can
+leave a record without a route, but never a live pod without a record. Without
+errors, the amount of data that is read does not depend on the number of pods.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-from typing import (Any, Callable, Collection, Iterable, Iterator, NamedTuple,
-                    Optional)
+from typing import Callable, Collection, Iterable, NamedTuple, Optional
 
 from kuryr_break0.apply import Applied
 from kuryr_break0.apply import apply
@@ -41,26 +40,28 @@ from kuryr_break0.model import of_kind
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Pair
 from kuryr_break0.model import Record
+from kuryr_break0.pods import is_gone
 from kuryr_break0.pods import Pods
 from kuryr_break0.policy import Policy
 from kuryr_break0.routes import delete_connections
 from kuryr_break0.routes import Routes
+from kuryr_break0 import transaction
 
 LOG = log.get_logger(__name__)
 
-#: As LOG.info, but later; see :meth:`Engine.locked`.
-Say = Callable[..., None]
+#: Has the arguments of LOG.info, and may log later
+LogInfo = Callable[..., None]
 
 
 class Move(NamedTuple):
-    """A change of the claims on one address."""
+    """A transition: all claims on one address before and after it."""
 
     before: Claims
     after: Claims
 
 
 class Engine:
-    """Makes moves, under the lock of the ledger.
+    """Applies transitions under the lock of the ledger.
 
     Errors of single addresses are added to ``failure``.
     """
@@ -74,45 +75,13 @@ class Engine:
         self.routes = Routes(options, ledger)
         self.pods = Pods(options, ledger)
 
-    @contextlib.contextmanager
-    def locked(self, required: bool = False,
-               writable: bool = False) -> Iterator[Say]:
-        """Keep others out.
-
-        Where the lock cannot be had, a pod is worth more than the lock: it
-        is recorded and bound without. What takes away needs it.
-
-        :param writable: fail if nothing can be recorded
-        :returns: a LOG.info whose lines are written when the lock is free
-            again, since to write one can take as long as to set a route
-        """
-        said: list[tuple[Any, ...]] = []
-        self._unwritable: Optional[exceptions.LedgerUnavailable] = None
-        try:
-            with contextlib.ExitStack() as stack:
-                try:
-                    stack.enter_context(self._ledger.lock())
-                except exceptions.LedgerUnavailable as err:
-                    if writable:
-                        raise
-                    LOG.error('Working without a lock. %s', err)
-                    self._unwritable = err
-                except exceptions.LockTimeout as err:
-                    if required:
-                        raise
-                    LOG.error('Working without a lock. %s', err)
-                yield lambda *line: said.append(line)
-        finally:
-            for line in said:
-                LOG.info(*line)
-
     def bind(self, records: Collection[Record], yielding: bool,
              failure: Failures) -> bool:
-        """Add claims of one interface, and set what follows from them.
+        """Add claims of one interface, and set the items of its addresses.
 
-        :param yielding: refuse what another existing sandbox has, and undo
-            what fails, address by address
-        :returns: whether a sync is to restore what the others need
+        :param yielding: refuse each address that another existing sandbox
+            has, and undo the transition of each address that fails
+        :returns: whether a sync must restore items of other pods
         """
         passed: list[IPAddress] = []
         moves: dict[IPAddress, Move] = {}
@@ -128,7 +97,7 @@ class Engine:
             with failure.collect(*moves), kernel.Netlink() as netlink:
                 break0 = self._set(netlink, [
                     record for record in records if record.address in moves
-                ], moves, failure, say)
+                ], moves, failure, held.log_later)
             for address in failure.failed & moves.keys() if yielding else ():
                 with Failures().log_errors(), kernel.Netlink() as netlink:
                     self._drop(netlink, address, Move(
@@ -139,16 +108,17 @@ class Engine:
     def _add_claim(self, record: Record, yielding: bool,
                    moves: dict[IPAddress, Move], passed: list[IPAddress],
                    failure: Failures) -> None:
-        """Write a claim, unless it is refused or came too late.
+        """Record a claim, unless it is refused or older than another one.
 
-        An unwritable ledger must not cost a pod its route: what is in the
-        kernel is recorded when it can be again. Who yields tries again.
+        An unwritable ledger must not prevent the route of a pod: a sync
+        rebuilds the record later. With ``yielding`` the address fails instead,
+        because the caller tries again.
         """
         address = record.address
         before: Claims = ()
         with Failures().log_errors():
             before = self._records.claims(address)
-        added = claims_.add(record, before, _is_gone)
+        added = claims_.add(record, before, is_gone)
         if added.after[0] != record:
             LOG.info('%s has bound %s again meanwhile', record.owner, address)
             return
@@ -170,46 +140,52 @@ class Engine:
                is_own: Callable[[Record], bool], name: object,
                mac: Optional[str], failure: Failures,
                ending: Optional[tuple[Owner, float]] = None) -> list[Record]:
-        """Drop claims, and what the addresses had because of them.
+        """Drop claims, and delete the items of their addresses.
 
-        :param is_own: whether a claim is to be dropped
-        :param name: of their owner, for the log
-        :param mac: what a route without record is known by
-        :param ending: the owner that a sync is to end, and the time of that
-        :returns: the claims that were dropped
+        :param is_own: returns whether to drop a claim
+        :param name: the name of their owner, for the log
+        :param mac: MAC address that the neighbour of an address without
+            claims must have to be deleted
+        :param ending: the owner of an interface that has ended, and the time
+            of its end. A sync drops earlier claims of this owner
+        :returns: the dropped claims
         """
         dropped: list[Record] = []
         passed: list[IPAddress] = []
-        with self.locked(required=True) as say, kernel.Netlink() as netlink:
+        with transaction.begin(self._ledger, required=True) as held, \
+                kernel.Netlink() as netlink:
             if ending is not None:
                 self._ledger.add_end(*ending)
             for address in addresses:
                 with failure.collect(address):
                     before = self._records.claims(address)
-                    if before and self._unwritable is not None:
-                        raise self._unwritable  # it would stay recorded
+                    if before and held.unwritable is not None:
+                        raise held.unwritable  # the claim would stay
                     own, others = claims_.split(
                         before, lambda claim: not is_own(claim))
                     if before and not own:
-                        say('%s stays bound: it belongs to %s now, and was '
-                            'to be unbound for %s', address, before[0].owner,
+                        held.log_later(
+                            '%s stays bound: it belongs to %s now, and was to '
+                            'be unbound for %s', address, before[0].owner,
                             name)
                         continue
-                    deleted = self._drop(netlink, address,
-                                         Move(before, others), say, mac)
-                    say('Unbound %s from break0 for %s%s', address, name,
+                    deleted = self._drop(
+                        netlink, address, Move(before, others),
+                        held.log_later, mac)
+                    held.log_later(
+                        'Unbound %s from break0 for %s%s', address, name,
                         '' if deleted else ' (it had no route of its own)')
                     dropped += own
-                    if own and own[0] == before[0]:  # else it was another's
+                    if own and own[0] == before[0]:  # had the route
                         passed.append(address)
         delete_connections(passed)
         return dropped
 
     def remove_gone(self, addresses: Collection[IPAddress],
                     failure: Failures) -> list[Record]:
-        """Drop claims whose sandbox is proven not to exist.
+        """Drop claims of sandboxes that are proven not to exist.
 
-        :returns: those that are left, but of addresses where that failed
+        :returns: the remaining claims on all addresses without an error
         """
         left: list[Record] = []
         with kernel.Netlink() as netlink:
@@ -222,9 +198,7 @@ class Engine:
                      ) -> Claims:
         with self._ledger.lock():
             before = self._records.claims(address)
-            judge = kernel.Judge()
-            living, gone = claims_.split(before, lambda claim: judge.judge(
-                *claim.place).state is kernel.State.GONE)
+            living, gone = claims_.split(before, is_gone)
             deleted = bool(gone) and self._drop(
                 netlink, address, Move(before, living), LOG.info)
         for claim in gone:
@@ -237,27 +211,29 @@ class Engine:
         return living
 
     def _drop(self, netlink: kernel.Netlink, address: IPAddress, move: Move,
-              say: Say, mac: Optional[str] = None) -> bool:
-        """Make a move to fewer claims; whether a route was deleted.
+              log_info: LogInfo, mac: Optional[str] = None) -> bool:
+        """Apply a transition to fewer claims.
 
-        This is the one place that deletes what an address has because its
-        claim is gone. The newest claim that is left gets it.
+        No other method deletes the items of an address because of the end of
+        its claim. The newest remaining claim gets the address.
 
-        :param mac: what it is known by if there is no claim
-        :raises Break0Error: if the kernel refuses; then the claims are there
+        :param mac: MAC address that the neighbour must have to be deleted, if
+            the address has no claims
+        :returns: whether a route was deleted
+        :raises Break0Error: if the kernel refuses; the claims remain then
         """
         before, after = move
-        if after and after[0] == before[0]:  # it has the route
+        if after and after[0] == before[0]:  # keeps the route
             self._records.put(after)
             return False
-        # An undo goes back to claims of which some may be of dead ones.
+        # The earlier claims that an undo restores may be gone by now.
         dropped = [*before, *after]
-        after = self.pods.from_successor(after, _is_gone)
+        after = self.pods.from_successor(after)
         dropped = [claim for claim in dropped if claim not in after]
         known = self.devices.names(recorded=bool(dropped))
         own = [name for name in known
                if not self.devices.is_others(netlink.link(name))]
-        # Else a bind might take over a break0 of another ledger.
+        # Setting the items could take over a break0 of another ledger.
         may_set = bool(after) and len(own) == len(known)
         deleted = self._withdraw(
             netlink, address, [name for name in own if not may_set or (
@@ -278,11 +254,13 @@ class Engine:
     def _withdraw(self, netlink: kernel.Netlink, address: IPAddress,
                   devices: Iterable[str], dropped: Collection[Record],
                   after: Claims = (), mac: Optional[str] = None) -> bool:
-        """Delete what an address has on break0s; whether it had a route.
+        """Delete the items of an address on some break0 devices.
 
-        But not what the claims did not get, nor, without any, what nothing
-        says whose it is.
+        The route and the neighbour stay if the MAC address of the neighbour is
+        in none of the claims, because a pod without a record may need them. If
+        no claim was dropped, they stay unless the neighbour has ``mac``.
 
+        :returns: whether the address had a route
         :raises KernelRefused: if the kernel refuses
         """
         macs = {each for claim in dropped for each in claim.macs}
@@ -300,8 +278,8 @@ class Engine:
             route = self._policy.route(address, index)._replace(metric=None)
             if dropped and claims_.have((*dropped, *after), found) or (
                     not dropped and found in macs):
-                # The kernel would use the MAC address of the neighbour for
-                # some seconds, and the next pod has another one.
+                # A neighbour that stays would direct packets for the next pod
+                # to the MAC address of the earlier one.
                 items += [route, Neighbour(address, index, '', None)]
             elif found is not None and macs:
                 LOG.warning('Keeping %s on %s: %s has the address and is not '
@@ -316,14 +294,12 @@ class Engine:
         return deleted
 
     def _set(self, netlink: kernel.Netlink, records: Collection[Record],
-             moves: dict[IPAddress, Move], failure: Failures, say: Say
+             moves: dict[IPAddress, Move], failure: Failures, log_info: LogInfo
              ) -> Optional[Break0]:
-        """Set what the addresses of one interface must have.
+        """Set the items of the addresses of one interface.
 
-        What is refused is refused before anything is admitted, and nothing is
-        left of the claims that were there before. All else is added as if
-        nothing was there; what the kernel has already is read then, and
-        compared.
+        Refusals come first, so that the guard admits no refused address. Only
+        if the kernel reports EEXIST, its routes are read and compared.
         """
         if not records:
             return None
@@ -342,7 +318,7 @@ class Engine:
                 route = self._policy.route(
                     address, break0.index,
                     self._policy.source(record, break0.name))
-                # NLM_F_EXCL does not notice a route of another metric.
+                # NLM_F_EXCL does not detect a route with another metric.
                 present = netlink.route_to(address)
                 try:
                     self.routes.require_free(route, filter(None, [present]))
@@ -376,7 +352,7 @@ class Engine:
             if address in sources:
                 items += self._policy.items(record, break0.index,
                                             sources[address])
-                if record.mac is None:  # an earlier pod may have one
+                if record.mac is None:  # left by an earlier pod
                     unset.append(Neighbour(address, break0.index, '', None))
             return Work(address, tuple(items), tuple(unset), record,
                         is_new=address not in existing)
@@ -391,7 +367,7 @@ class Engine:
             err = applied.errors.get(each.address)
             with failure.collect(each.address):
                 if err is not None and err.errno == errno.EEXIST:
-                    # A dump shows routes that are not the one in use.
+                    # Unlike a look-up, a dump contains unused routes too.
                     route, = of_kind(HostRoute, each.set)
                     self.routes.require_free(route, [
                         other for other in netlink.routes().host
@@ -415,7 +391,7 @@ class Engine:
             self._apply(netlink, break0, [
                 Work(address, tuple(items)) for address, items
                 in by_address(pairs(siblings)).items()], failure)
-        # The node may have asked the LAN for them, before they were here.
+        # The node may have asked the LAN for the addresses before the bind.
         self._guard(break0.name).release(
             netlink, kernel.find_ifindex(first.parent),
             {record.address: record.mac for record in bound})
@@ -423,9 +399,10 @@ class Engine:
 
     def _apply(self, netlink: kernel.Netlink, break0: Break0,
                works: Iterable[Work], failure: Failures) -> Applied:
-        """Apply works of a bind, to which a failing guard is no error.
+        """Apply works of a bind.
 
-        Unless [break0] guard is on.
+        An error of the guard is logged. It fails the addresses only if
+        [break0] guard is on.
         """
         applied = apply(netlink, self._guard(break0.name), list(works))
         err = applied.guard_error

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The guard of a break0: one table of nftables, of the family netdev.
+"""The guard of a break0: an nftables table of the family netdev.
 
-Through break0 a pod has a link to its node that no port security sees. The
-table lets in what comes from the MAC address and the address of a bound pod,
-and none of what could redirect the node. Nothing with the MAC address of
-break0 leaves on the wire. In each pod, another table lets its interface send
-with its own MAC address only.
+break0 connects pods with their node, without any port security between them.
+The table accepts a packet only if its source is the MAC address and the
+address of a bound pod, and drops messages that could redirect the node. It
+also drops packets with the MAC address of break0 that would leave through the
+parent. In each pod, another table drops packets from its interface with
+another MAC address than its own.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ from kuryr_break0.model import Record
 
 LOG = log.get_logger(__name__)
 
-#: Begins the names of our tables, on the node and in pods.
+#: Prefix of the names of our tables, on the node and in pods.
 PREFIX = 'kuryr-break0'
-_TIMEOUT = 5  # seconds; others wait for the lock meanwhile
+_TIMEOUT = 5  # seconds; the caller holds the lock meanwhile
 
-# IPv6 needs permanent neighbours on both sides, so nothing of neighbour
-# discovery has to pass; of ARP, a pod may speak of its own address. A virtual
-# machine has nobody who sets them in it, and break0 must not hear what it
-# asks: who belongs to the group of an address reports that to the LAN. So
-# the table itself answers solicitations, on their way to the wire, which is
-# the one that those to a group take, and on break0.
+# IPv6 has permanent neighbours on both sides, so neighbour discovery is
+# dropped. In ARP packets, a pod may use only its own address. A virtual
+# machine has no permanent neighbours, so it sends solicitations to multicast
+# groups. break0 must not join these groups, because a host reports its groups
+# to the LAN. So the table itself answers solicitations: on the egress of the
+# parent, where macvlan sends packets to a group, and on break0.
 _SETS = '''
 table netdev {table} {{
     set pairs4 {{ type ether_addr . ipv4_addr; }}
@@ -52,15 +53,15 @@ table netdev {table} {{
     set held6 {{ type ether_addr . ipv6_addr; timeout 1s; }}
 }}
 '''
-# Linux 5.10 does not mind that a set is there with another type, but no
-# element goes into it then.
+# Linux 5.10 accepts the definition of a set that exists with another type, but
+# then rejects its elements. So elements are added on trial.
 _TRIAL = ''.join(
     '%s element netdev {table} %s%d {{ %s%s }}\n' % (
         verb, name, version, mac, address)
     for verb in ('add', 'delete')
     for name, mac in (('pairs', '00:00:00:00:00:00 . '), ('addresses', ''))
     for version, address in ((4, '0.0.0.0'), (6, '::')))
-# In place of a table with all of it, or of chains beside sets that stay.
+# _ANEW replaces the whole table. _AGAIN deletes the chains and keeps the sets.
 _ANEW = '''
 table netdev {table}
 delete table netdev {table}
@@ -104,13 +105,14 @@ _EGRESS = '''    chain to-the-wire {{
         {solicited}
     }}
 '''
-# What the node sends to the LAN in place of a pod, see Guard.release. If it
-# has no such interface, break0 sends it back here, where it is dropped.
+# Forwards packets for a pod from the parent to break0, see Guard.release. If
+# no macvlan has the destination MAC address, break0 sends the packet back to
+# the parent, where the rule for the MAC address of break0 drops it.
 _HELD = '''ether daddr . ip daddr @held4 ether saddr set {mac} fwd to {device}
         ether daddr . ip6 daddr @held6 ether saddr set {mac} fwd to {device}
 '''
-# Of a bound pair, for an address of the node, with the one option that says
-# where the answer is to go.
+# Matches a solicitation of a bound pod for an address of the node. Its only
+# option is the source link-layer address, to which the answer goes.
 _SOLICITED = '''icmpv6 type nd-neighbor-solicit ip6 hoplimit 255 \
 ip6 length 32 @th,192,16 0x0101 @th,64,128 {{ {hosts} }} \
 ether saddr . ip6 saddr @pairs6 goto {answer}'''
@@ -118,7 +120,10 @@ _ANSWER, NO_NFT = 'answer', 'there is no program nft'
 
 
 class _Held(Pair):
-    """A pod that the node holds something for, for a second."""
+    """An address of a pod for which the node holds packets.
+
+    The kernel deletes the entry after a second.
+    """
 
     @property
     def set_name(self) -> str:
@@ -134,12 +139,12 @@ def table_of(device: str) -> str:
 
 
 def is_installed() -> bool:
-    """Return whether there is the program that loads a guard."""
+    """Return whether nft, which loads the guard, is installed."""
     return kernel.find_program('nft') is not None
 
 
 def against_egress() -> Optional[str]:
-    """Return why nft, which is installed, cannot guard what leaves."""
+    """Return why the installed nft cannot load the egress chain, or None."""
     return _load(
         str(kernel.find_program('nft')), 'table netdev %s {\n%s}' % (
             PREFIX, _EGRESS.format(lower='lo', mac='02:00:00:00:00:00',
@@ -147,7 +152,7 @@ def against_egress() -> Optional[str]:
 
 
 def _load(nft: str, text: str, *options: str) -> Optional[str]:
-    """Have nft load rules, all or none; return what is against it."""
+    """Load rules by nft, all or none; return an error text, or None."""
     try:
         done = subprocess.run([nft, *options, '-f', '-'], input=text,
                               text=True, errors='surrogateescape',
@@ -155,16 +160,17 @@ def _load(nft: str, text: str, *options: str) -> Optional[str]:
                               stderr=subprocess.PIPE, timeout=_TIMEOUT)
     except subprocess.TimeoutExpired:
         return 'nft does not end within %d seconds' % _TIMEOUT
-    # The first error says why; what follows quotes the rules.
+    # The first error tells the reason; the following lines quote the rules.
     first = re.search('Error: (.*)', done.stderr)
     return None if done.returncode == 0 else 'nft says: ' + (
         first[1] if first else ' '.join(done.stderr.split()))[:300]
 
 
 def pairs(records: Iterable[Record]) -> list[Pair]:
-    """Return what may come from the pods of one parent.
+    """Return the guard entries of the pods of one parent.
 
-    A pod with several interfaces may answer by any of them.
+    A pod with several interfaces may answer from any of them. So each of its
+    addresses has an entry for each of its MAC addresses.
     """
     records = list(records)
     of_sandbox: dict[Optional[NamespaceId], set[str]] = {}
@@ -194,21 +200,21 @@ class Guard:
 
     @property
     def is_possible(self) -> bool:
-        """Return whether it is wanted, and is or can be loaded."""
+        """Return whether the guard is wanted, and is or can be loaded."""
         return self.is_wanted and (self._options.guard == config.ON
                                    or self.is_loaded() or is_installed())
 
     @property
     def answers(self) -> bool:
-        """Return whether it answers neighbour solicitations."""
+        """Return whether the table answers neighbour solicitations."""
         return (self._cache.get(self._key) or ())[2:3] == [True]
 
     def problem(self, link: kernel.Link,
                 hosts: Iterable[IPAddress]) -> Optional[str]:
-        """Return what is wrong with its table; None if nothing is.
+        """Return a text of the problem with the table; None if it has none.
 
-        :param hosts: the IPv6 addresses of the node, in their order
-        :raises KernelRefused: if it cannot be read
+        :param hosts: the IPv6 addresses of the node, in a constant order
+        :raises KernelRefused: if the table cannot be read
         """
         if not self.is_wanted:
             return ('its guard is switched off, but still there'
@@ -221,22 +227,22 @@ class Guard:
         return kernel.open_node_nft(exclusive=self._ledger.is_locked)
 
     def is_loaded(self) -> bool:
-        """Return whether the table was loaded, by what is cached."""
+        """Return whether the table was loaded, according to the cache."""
         return bool(self._cache.get(self._key))
 
     def is_there(self) -> bool:
         """Return whether the kernel has the table."""
-        with contextlib.suppress(exceptions.KernelRefused):  # no nftables
+        with contextlib.suppress(exceptions.KernelRefused):  # without nftables
             return self._nft().has_table(self.table)
         return False
 
     def is_intact(self, link: kernel.Link,
                   hosts: Iterable[IPAddress]) -> bool:
-        """Return whether the table is there as it was loaded."""
+        """Return whether the kernel has the table as it was loaded."""
         known = self._cache.get(self._key)
         if not known or known[0] != self._digest(link, hosts):
             return False
-        # None, if somebody deleted it before they could be read.
+        # Without cached rules, the table was deleted just after its load.
         return bool(known[3:]) and (
             kernel.open_node_nft().rules(self.table) == known[3:])
 
@@ -254,16 +260,17 @@ class Guard:
 
     def ensure(self, link: kernel.Link, hosts: Collection[IPAddress],
                is_used: Callable[[], bool], is_filled: bool) -> bool:
-        """Make sure of the table. Call it under the lock.
+        """Load the table if it is missing or was changed.
 
-        Where pods have routes, its chains must not come before all of these
-        pods are in its sets; until then, it lets in who it did before.
+        The caller must hold the lock. The chains drop packets of each pod
+        without an entry. So if pods have routes, the chains are loaded only
+        when the sets are complete; before that, only the sets are loaded.
 
         :param hosts: as for :meth:`problem`
         :param is_used: returns whether pods have routes through break0
-        :param is_filled: whether all of them are in its sets
-        :returns: whether they are to be put there, to call this again then
-        :raises GuardUnavailable: if it cannot be had
+        :param is_filled: whether the sets have the entries of all these pods
+        :returns: whether the caller must add their entries and call again
+        :raises GuardUnavailable: if the table cannot be loaded
         """
         if not self.is_wanted and self.is_loaded():
             self.remove()
@@ -272,11 +279,12 @@ class Guard:
         nft = kernel.find_program('nft') or ''
         against: Optional[str] = NO_NFT
         is_open = not is_filled and is_used()
-        # An old nft may not understand what answers, or what forwards.
+        # An old nft may not know the statements that forward packets or match
+        # solicitations.
         texts = [self._text(link, hosts), self._text(link, hosts, held=''),
                  self._text(link, (), held='')]
         if self._options.guard == config.AUTO:
-            # Linux before 5.16 has no hook for what leaves.
+            # Linux before 5.16 has no egress hook.
             texts.append(self._text(link, (), egress=''))
         around, anew, sets = (each.format(table=self.table, answer=_ANSWER)
                               for each in (_AGAIN, _ANEW, _SETS + _TRIAL))
@@ -285,7 +293,7 @@ class Guard:
                             *['--check'] * is_open)
             if against is None:
                 break
-        if is_open and against is None:  # those of an earlier version differ
+        if is_open and against is None:  # earlier versions had other sets
             against = _load(nft, sets) and _load(nft, anew)
         if against is not None:
             self._cache.drop(self._key)
@@ -301,7 +309,12 @@ class Guard:
         return is_open
 
     def _answer(self, link: kernel.Link) -> bool:
-        """Let the table answer solicitations, which nft cannot express."""
+        """Add the rules that answer neighbour solicitations to the table.
+
+        nft has no syntax for them, so they are added by netlink.
+
+        :returns: whether the kernel accepted them
+        """
         try:
             self._nft().add_neighbour_answer(
                 self.table, _ANSWER, link.index,
@@ -326,15 +339,16 @@ class Guard:
                 lower=lower, mac=link.mac, held=held, solicited=solicited))
 
     def _digest(self, link: kernel.Link, hosts: Iterable[IPAddress]) -> str:
-        """Name what the table depends on.
+        """Return a digest of all data that the table depends on.
 
-        The answer goes to an ifindex, which the next break0 does not have.
+        The rules of the answer contain the ifindex of break0, and a break0
+        that is created again has another one.
         """
         return hashlib.sha256(os.fsencode('%d %s%s' % (
             link.index, _SETS, self._text(link, hosts)))).hexdigest()[:16]
 
     def remove(self) -> bool:
-        """Delete the table; whether there was one."""
+        """Delete the table; return whether it existed."""
         self._cache.drop(self._key)
         return kernel.open_node_nft().delete_table(self.table)
 
@@ -342,15 +356,15 @@ class Guard:
                deleted: Collection[Pair] = ()) -> bool:
         """Add and delete guard entries, if the table exists.
 
-        :returns: whether it exists
-        :raises KernelRefused: if the kernel refuses that
+        :returns: whether the table exists
+        :raises KernelRefused: if the kernel refuses the change
         :raises GuardUnavailable: if pods cannot be admitted and [break0]
             guard is on
         """
         if not self.is_wanted or not (added or deleted):
             return False
         reason = 'it is not loaded' if is_installed() else NO_NFT
-        # Without the cache of the state directory, the kernel knows.
+        # The cache may be lost with the state directory.
         if self.is_loaded() or self.is_there():
             try:
                 nft = self._nft()
@@ -368,16 +382,18 @@ class Guard:
 
     def release(self, netlink: kernel.Netlink, parent: Optional[int],
                 macs: Mapping[IPAddress, Optional[str]]) -> None:
-        """Let go of what the node holds for pods, if it asked the LAN.
+        """Release packets for pods that the node holds while it asks the LAN.
 
-        The kernel holds it for three seconds, in which TCP does not send it
-        again (tcp_retransmit_skb), and reports then that the pod cannot be
-        reached, which ends a connection that is being made. So it is sent on
-        its way, which the table makes one to the pod; without, it is dropped,
-        and reported at once.
+        The kernel holds the packets for three seconds. Meanwhile TCP does not
+        retransmit them (tcp_retransmit_skb). Then the kernel reports the pod
+        as unreachable, and a connection attempt fails. So the packets are sent
+        to the MAC address of the pod, and the table forwards them to break0.
+        If it cannot, the packets are dropped and reported at once.
 
-        :param parent: the ifindex of the parent, where they were asked for
-        :param macs: the MAC addresses of their pods, which have a route now
+        :param parent: ifindex of the parent, on which the node has asked; None
+            if the parent is gone
+        :param macs: the MAC address of each pod, by its address, which has a
+            route now
         """
         if parent is None:
             return

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Binds and unbinds the addresses of one sandbox. What is done for each pod
-costs the same for any number of pods: no dumps of what grows with them.
+"""Binds and unbinds the addresses of one sandbox.
+
+The duration of a bind or unbind does not depend on the number of pods on the
+node, unless a docstring says otherwise. So the functions do not read tables
+with entries of all pods.
 """
 
 from __future__ import annotations
@@ -35,21 +38,23 @@ from kuryr_break0.plan import Outcome
 from kuryr_break0 import policy
 from kuryr_break0.policy import Policy
 from kuryr_break0.reconciler import Reconciler
+from kuryr_break0 import transaction
 
 LOG = log.get_logger(__name__)
 
-#: Addresses that one interface may have: each takes some 0.1 ms of the lock.
+#: Maximum addresses of one interface. A bind holds the lock for about 0.1 ms
+#: for each of them.
 MAX_ADDRESSES = 512
-#: Addresses that the housekeeping of one ADD or DEL examines for sandboxes
-#: that are gone. More than the 110 pods that kubelet allows by default.
+#: Number of addresses that one :meth:`Break0Manager.housekeep` examines for
+#: ended sandboxes. By default, kubelet allows 110 pods.
 EXAMINED = 128
 
 
 class Break0Manager:
-    """Keeps break0, and one host route through it per pod of this node.
+    """Manager of the addresses of the node's sandboxes.
 
-    Nothing is kept in memory: every request may be a process of its own, and
-    several at once are kept apart by the lock of the ledger.
+    It keeps no state in memory, because each request may run in another
+    process. The lock of the ledger serialises concurrent requests.
 
     :param options: see :func:`kuryr_break0.config.load`
     """
@@ -71,23 +76,28 @@ class Break0Manager:
              bound_at: Optional[float] = None) -> None:
         """Make the addresses of a sandbox reachable through break0.
 
-        The newest claim on an address wins; those of other sandboxes that
-        exist are kept, and count again when it is unbound. No error but a
-        refusal leaves a live pod without a record.
+        The newest claim on an address gets its routes. Claims of other
+        existing sandboxes stay in the record, and the newest of them gets the
+        routes when this one is unbound. If the kernel rejects an item, the
+        claim stays, and a sync tries again.
 
-        :param parent: the interface that the pod's macvlan is on
+        :param parent: parent of the pod's macvlan
         :param mac: MAC address of the pod's interface
-        :param subnets: the networks that it is in on the link
+        :param subnets: networks of the pod's interface
         :param netns: path of the pod's namespace
-        :param pod: its namespace and name in Kubernetes
-        :param origin: by which way it came
-        :param network: name of its CNI network
-        :param bound_at: when it was asked for, in seconds since the boot, so
-            that :meth:`unbind` can undo just that; None for now
-        :param yielding: refuse what another existing sandbox has, and undo
-            what fails, address by address
-        :raises Break0Error: the first error of one of the addresses; the
-            others are bound all the same
+        :param pod: namespace/name in Kubernetes, or the container's name
+        :param origin: origin of the claims; None if unknown
+        :param network: name of the CNI network
+        :param bound_at: time of the request in seconds since the boot, so that
+            :meth:`unbind` can undo only this bind; None for the present time
+        :param yielding: refuse an address that another existing sandbox has
+            claimed, and undo the bind of each address that fails
+        :raises InputRefused: if a name, the MAC address or an address is
+            invalid, or there are too many addresses
+        :raises ParentNotFound: if the parent does not exist
+        :raises ParentMismatch: if ``[break0] parent`` names another interface
+        :raises Break0Error: the first error of an address, after all other
+            addresses were bound
         """
         failure = Failures()
         addresses, mac = _sane(owner, list(addresses), parent, mac, netns,
@@ -99,7 +109,7 @@ class Break0Manager:
         bound_at = files.now() if bound_at is None else bound_at
         usable = []
         with contextlib.suppress(exceptions.LedgerUnavailable):
-            self._ledger.prepare()  # for the cache
+            self._ledger.prepare()  # the refusal writes the cache
         for address in addresses:
             reason = self.refusal(address, parent, origin)
             if reason is None:
@@ -145,14 +155,14 @@ class Break0Manager:
         return self._policy.refusal(address, origin, facts)
 
     def _facts(self, address: IPAddress, parent: str) -> policy.Facts:
-        """Return the facts of one address, by look-ups."""
+        """Look up the facts about one address."""
         own: set[IPAddress] = set()
         try:
             own.update(filter(None, [kernel.find_source(address)]))
         except PermissionError:
             return policy.Facts(no_hosts=(address,))
-        # Only a socket in a VRF sees the addresses there. Before 5.7 it needs
-        # CAP_NET_RAW to be there.
+        # A look-up in a VRF needs a socket that is bound to an interface of
+        # the VRF. Before Linux 5.7, SO_BINDTODEVICE needs CAP_NET_RAW.
         with contextlib.suppress(PermissionError):
             own.update(filter(None, [kernel.find_source(address, parent)]))
         cache = self._ledger.cache
@@ -178,25 +188,27 @@ class Break0Manager:
                interface_goes: bool = False,
                bound_at: Optional[float] = None,
                ends: bool = False) -> list[IPAddress]:
-        """Take back what :meth:`bind` did for these addresses.
+        """Drop the claims of an owner, with their routes and neighbours.
 
-        Claims of other owners stay, since a DEL can come late; the newest of
-        them counts from now on. What is not there is fine.
+        Claims of other owners stay, because a DEL can come after the ADD of
+        the next sandbox. The newest of them gets the routes. An address
+        without a claim is no error.
 
-        :param addresses: None for all that are recorded for it, which takes
-            the longer the more records there are
-        :param netns: path of the sandbox's namespace, by which with the MAC
-            address what was adopted is known; see :meth:`Owner.adopted`
-        :param mac: MAC address of the sandbox's interface, by which a route
-            without record is known as its own
-        :param bound_at: undo the bind that was asked for then, and no other
-        :param interface_goes: the interface is about to be deleted, so
-            nothing has to be taken back there
-        :param ends: the interface of this owner ends, so the next sync drops
-            the claims of an earlier bind too, with other addresses
-        :returns: the addresses that this owner had
-        :raises Break0Error: the first error of one of the addresses; the
-            others are unbound all the same
+        :param addresses: None for all recorded addresses of the owner; the
+            search for them grows with the number of records
+        :param netns: path of the sandbox's namespace. With the MAC address, it
+            identifies a claim without a container id; see
+            :meth:`Owner.adopted`
+        :param mac: MAC address of the sandbox's interface. It also identifies
+            a route of the sandbox without a record
+        :param interface_goes: whether the caller will delete the interface, so
+            that its pod side need not be removed
+        :param bound_at: drop only the claims of the bind with this time
+        :param ends: whether the interface of the owner ends. The next sync
+            then drops its claims of earlier binds too
+        :returns: the addresses of the dropped claims
+        :raises Break0Error: the first error of an address, after all other
+            addresses were unbound
         """
         failure = Failures()
         began = files.now()
@@ -217,19 +229,18 @@ class Break0Manager:
         removed = self._engine.unbind(named, is_own, owner, mac, failure,
                                       (owner, began) if ends else None)
         for record in removed:
-            # With the interface, all that was configured there goes.
+            # The kernel deletes the pod side with the interface.
             if not interface_goes and record.netns and record.configured:
                 self._engine.pods.withdraw(record)
         failure.raise_first()
         return [record.address for record in removed]
 
     def sync(self, dry_run: bool = False) -> Outcome:
-        """Make break0, routes, neighbours and pods what the ledger says.
+        """Reconcile break0s, routes, neighbours and pod sides once.
 
         :param dry_run: change nothing
-        :returns: what there was to do
-        :raises Break0Error: the first error; what else there was to do is
-            done
+        :returns: the changes; in a dry run, the changes to make
+        :raises Break0Error: the first error, after all other changes
         """
         outcome = Reconciler(self._options, self._ledger).sync(dry_run)
         if outcome.errors:
@@ -237,10 +248,12 @@ class Break0Manager:
         return outcome
 
     def housekeep(self) -> None:
-        """Do a little for the other pods of the node, after an ADD or DEL.
+        """Unbind ended sandboxes, and repair lost routes, of other pods.
 
-        At a cost that does not grow with them, but for what is said of
-        :meth:`_repair`. Where an agent works, it does all of that.
+        Kuryr's driver, the CNI plugin and the commands call it after an ADD or
+        DEL. While an agent is alive, it does nothing, because the agent syncs.
+        Except in :meth:`_repair`, the duration does not depend on the number
+        of pods.
 
         :raises Break0Error: the first error
         """
@@ -255,18 +268,20 @@ class Break0Manager:
         failure.raise_first()
 
     def try_to_housekeep(self) -> None:
-        """:meth:`housekeep`, and log what fails: it is of other pods."""
+        """Call :meth:`housekeep`, and only log its error.
+
+        The error concerns other pods than the one of the request.
+        """
         try:
             self.housekeep()
         except exceptions.Break0Error as err:
             LOG.warning('Cannot repair what other containers need: %s', err)
 
     def _prune(self, failure: Failures) -> None:
-        """Unbind some addresses whose sandbox is gone.
+        """Examine EXAMINED addresses, and unbind those of ended sandboxes.
 
-        Kuryr passes on no DEL for a pod that the API no longer knows, so each
-        ADD and DEL examines some: the next one continues where this one
-        ends.
+        Kuryr does not pass on the DEL of a pod that is deleted in the API. The
+        next call continues after the last examined address.
         """
         cache = self._ledger.cache
         position = cache.get_number('pruned')
@@ -280,11 +295,11 @@ class Break0Manager:
             self._engine.remove_gone(gone, failure)
 
     def _repair(self) -> None:
-        """Sync if routes are missing.
+        """Sync if routes were lost or the addresses of the node have changed.
 
-        Or if the addresses of the node have changed since pods were
-        configured. Routes are counted in a text that the kernel writes: about
-        1 ms for 1,000. What a sync could not set is not missed again.
+        Counting the routes takes about 1 ms for 1,000 of them. The number of
+        routes that a sync could not set is cached, so that they do not cause
+        another sync.
         """
         cache = self._ledger.cache
         expected = cache.get_number('missing')
@@ -306,15 +321,15 @@ class Break0Manager:
 
     def _missing(self) -> int:
         devices = self._engine.devices
-        with self._engine.locked():  # so that no pod is half bound
+        with transaction.begin(self._ledger):  # so that no bind is under way
             return self._records.count() - devices.count_routes(
                 devices.names())
 
 
 def _identified(netns: str) -> Optional[NamespaceId]:
-    """Return what a namespace is; None if this process cannot find out.
+    """Return the identity of a namespace; None if it cannot be read.
 
-    :raises NetnsUnusable: if it is none
+    :raises NetnsUnusable: if the path does not lead to a namespace
     """
     try:
         return kernel.identify_or_fail(netns)
@@ -332,12 +347,14 @@ def _identified(netns: str) -> Optional[NamespaceId]:
 def _sane(owner: Owner, addresses: list[IPAddress], parent: str,
           mac: Optional[str], netns: Optional[str], pod: Optional[str]
           ) -> tuple[list[IPAddress], Optional[str]]:
-    """Cut what may be hostile to size, for every way in.
+    """Validate the arguments of a bind.
 
-    A KuryrPort, a container engine or a person may say anything.
+    They come from a KuryrPort, a container engine or a user, and can contain
+    any text.
 
-    :returns: the addresses, each once, and the MAC address in lower case
-    :raises InputRefused: if it cannot be meant
+    :returns: the addresses without duplicates, and the MAC address in lower
+        case
+    :raises InputRefused: if an argument is invalid
     """
     reason = None
     for what, text in (('container id', owner.container_id),

@@ -2,11 +2,12 @@
 
 """Finds recorded addresses that the interfaces of their pods do not have.
 
-A container may change its address, as by DHCP. Then the route of the earlier
-one would keep the node from the next host that has it. But an absence counts
-only beside a presence, and if it is seen twice: Kuryr gives a pod its
-addresses after they are bound, and a DHCP client takes one away before it
-gives the next.
+A container may change its address, for example by DHCP. The route of the old
+address then leads to this container, although another host may have got the
+address. An address counts as released only if the interface has another
+address of the family, and if two syncs find that. Both conditions are needed:
+Kuryr adds the addresses to a pod after they are bound, and a DHCP client
+removes the old address before it adds the new one.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from kuryr_break0.ledger.cache import Cache
 from kuryr_break0.ledger import files
 from kuryr_break0.model import Record
 
-#: Seconds from the bind of an address to the first look that counts, and from
-#: that to the second.
+#: Minimum time in seconds from the bind of an address to the first sync that
+#: counts, and from that sync to the second one.
 PAUSE = 10.0
-#: Where the cache keeps the first sightings.
+#: Key in the ledger's cache for the times of the first sightings.
 _NAME = 'missing'
 
 
 class Missing(NamedTuple):
-    """An address that its interface does not have.
+    """A recorded address that the interface does not have.
 
-    :ivar is_replaced: whether the interface has another one of the family
+    :ivar is_replaced: whether the interface has another address of the family
     """
 
     record: Record
@@ -46,14 +47,18 @@ class Missing(NamedTuple):
 
 def find(states: Collection[kernel.AddressState], link: kernel.Link,
          records: Collection[Record]) -> list[Missing]:
-    """Compare the records of an interface with what its namespace has.
+    """Return the recorded addresses that a namespace does not have.
 
-    An interface proves nothing that is down, or that may be another one by
-    its MAC address. Nor does one without an address of the family, or with
-    IPv6 addresses only that the kernel makes by router advertisements.
+    Return none if the interface is down, or if the newest record has another
+    MAC address, because the record may describe another interface. For
+    ``is_replaced``, link-local addresses do not count, and neither do IPv6
+    addresses with a limited lifetime, which the kernel creates from router
+    advertisements.
 
     :param states: all addresses of the namespace
-    :param records: those of the interface, recorded with its namespace
+    :param link: the interface
+    :param records: records of the interface, at least one. Records without a
+        namespace, or younger than PAUSE, are ignored
     """
     newest = max(records, key=lambda record: record.bound_at)
     if not link.up or link.mac != newest.mac:
@@ -72,9 +77,9 @@ def find(states: Collection[kernel.AddressState], link: kernel.Link,
 
 
 class Sightings:
-    """The addresses that were missing in earlier looks.
+    """The replaced addresses that earlier syncs found, with their times.
 
-    :param cache: keeps them from one sync to the next
+    :param cache: cache of the ledger, which keeps them between syncs
     """
 
     def __init__(self, cache: Cache) -> None:
@@ -86,16 +91,19 @@ class Sightings:
                 self._first[key] = when
 
     def has(self, records: Iterable[Record]) -> bool:
-        """Return whether one of some addresses was missing."""
+        """Return whether an earlier sync found one of the records replaced."""
         return bool(self._first) and any(
             _key(record) in self._first for record in records)
 
     def note(self, records: Iterable[Record],
              missing: Iterable[Missing]) -> list[Missing]:
-        """Note a look at an interface; return what a look before has seen.
+        """Note the missing addresses of an interface.
 
-        :param records: those of the interface
-        :param missing: those of them that it lacks, and has others for
+        :param records: all records of the interface
+        :param missing: result of :func:`find` for them; only replaced
+            addresses count
+        :returns: replaced addresses that an earlier sync, at least PAUSE ago,
+            found first
         """
         now, seen = files.now(), {_key(each.record): each
                                   for each in missing if each.is_replaced}
@@ -108,7 +116,10 @@ class Sightings:
                 if now - self._first[key] >= PAUSE]
 
     def keep(self, records: Iterable[Record]) -> None:
-        """Keep what concerns records that are there."""
+        """Store the sightings in the cache, except of dropped records.
+
+        :param records: all records of the ledger
+        """
         before = self._cache.get(_NAME) or []
         known = set(map(_key, records)) if self._first else set()
         kept = [[key, when] for key, when in self._first.items()
@@ -118,5 +129,5 @@ class Sightings:
 
 
 def _key(record: Record) -> str:
-    """Return what names one bind of an address."""
+    """Return a key that identifies one bind of an address."""
     return '%s %r %s' % (record.address, record.bound_at, record.owner)

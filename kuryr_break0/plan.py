@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Computes what must change so that the kernel matches the ledger.
+"""Computes the changes that make the kernel equal to the ledger.
 
-A pure function. It deletes nothing that merely has no record: a ledger can be
-lost or be another's. Such items are ``unclaimed``.
+The functions do no I/O. An item without a record is ``unclaimed``, and no plan
+deletes it: the ledger may have been lost, or the item may belong to another
+ledger.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from kuryr_break0.model import Record
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The difference, each part in order: by kind, then by address.
+    """The changes of one break0, each part sorted by kind and address.
 
-    :ivar set: items to set, in place of what is there
+    :ivar set: items to add, or to replace if the kernel has another value
     :ivar unset: our items to delete
-    :ivar foreign: routes of others in the way of a pod's route, the best one
-        of each address. Such a route stays, and the address gets nothing;
-        or it is taken over, and ours is set in its place or before it
-    :ivar unclaimed: our items of addresses without a record
+    :ivar foreign: for each address, the foreign route with the lowest metric
+        that conflicts with the pod's route. Without ``takeover``, the address
+        gets no items. With it, our route replaces or overrides this route
+    :ivar unclaimed: our items without a record
     """
 
     set: tuple[Item, ...] = ()
@@ -46,19 +47,20 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome(Plan):
-    """What there was to do on all parents, and what it came to.
+    """The result of a sync on all parents; of a dry run, its plan.
 
-    :ivar devices: what break0 was and should not be, by its name
-    :ivar pods: the sandboxes whose pod side differed
-    :ivar released: records of addresses that their sandbox has released, and
-        how that is known
-    :ivar missing: records whose interface lacks the address for now, and
-        what is known of that
-    :ivar rebuilt: records that were made of what the kernel holds
-    :ivar gone: records whose sandbox is proven not to exist
-    :ivar unjudged: records of which that cannot be found out, and why
-    :ivar refused: what is against which address, which gets nothing
-    :ivar errors: what failed
+    :ivar devices: defects of break0s, each with the name of the break0
+    :ivar pods: owners of the pod sides that differed
+    :ivar released: claims on addresses that the sandbox has released, with the
+        evidence
+    :ivar missing: claims on addresses that the interface lacks, with a
+        description
+    :ivar rebuilt: records that were rebuilt from routes and neighbours
+    :ivar gone: claims of sandboxes that are proven not to exist
+    :ivar unjudged: claims of sandboxes that may have ended, with the reason
+        why the kernel does not tell
+    :ivar refused: reason for refusal, by address; these addresses get no items
+    :ivar errors: errors of single items or addresses
     """
 
     devices: tuple[tuple[str, str], ...] = ()
@@ -78,9 +80,12 @@ class Outcome(Plan):
 
 def is_others(route: HostRoute, devices: Collection[Optional[int]],
               protocol: int) -> bool:
-    """Return whether a route was set by another program, and for no pod.
+    """Return whether a route is foreign.
+
+    A route on a break0 is not foreign, even if another program has set it.
 
     :param devices: ifindexes of break0s
+    :param protocol: our protocol number
     """
     return route.oif not in devices and route.protocol != protocol
 
@@ -91,23 +96,27 @@ def compute(desired: Mapping[IPAddress, Collection[Item]],
             claimed: Container[IPAddress] = (),
             unreadable: Container[IPAddress] = (),
             is_refilled: bool = False) -> Plan:
-    """Compare the items that must be with those that are, for one break0.
+    """Return the changes that turn the present items into the desired ones.
 
-    A route that is on break0, or carries our protocol number, was set for a
-    pod, so in the way of a pod's route it is replaced. All others are
-    foreign, at any metric: ours is the best, so it would override them. One
-    that comes when ours is there, with another metric, takes no part. Only a
-    route that is both is ever deleted.
+    A route on break0, or with our protocol number, was set for a pod. If it
+    conflicts with the route of a pod, the plan replaces it. All other routes
+    are foreign. Their metric does not matter, because our route has the lowest
+    metric and would override them. If our route exists already, a foreign
+    route with another metric is no conflict. The plan deletes only routes that
+    are on break0 and have our protocol number.
 
-    :param desired: the items that the addresses of pods must have
-    :param present: the host routes of the node, the permanent neighbours on
-        break0 and the entries of its guard
+    :param desired: items that the addresses of pods must have, by address
+    :param present: host routes of the node, and permanent neighbours and guard
+        entries of break0
     :param device: ifindex of break0
-    :param withdrawn: addresses whose claims on this break0 have ended
-    :param claimed: addresses that have a record, maybe for another break0
-    :param unreadable: addresses whose record cannot be read
-    :param is_refilled: whether the guard is loaded again: then it admits
-        addresses without a record as well, whose pods would be cut off
+    :param protocol: our protocol number
+    :param takeover: whether our routes replace or override foreign routes
+    :param withdrawn: addresses without a claim on this break0 any more
+    :param claimed: addresses with a record, perhaps for another break0
+    :param unreadable: addresses with an unreadable record
+    :param is_refilled: whether the guard will be loaded again. The plan then
+        sets guard entries for unclaimed addresses too, because the new guard
+        would cut off their pods
     """
     kept: set[Item] = set()
     held: set[IPAddress] = set()
@@ -147,7 +156,7 @@ def compute(desired: Mapping[IPAddress, Collection[Item]],
     foreign = {address: route for address, route in foreign.items()
                if address not in held
                or route.metric == routes[address].metric}
-    # An address that gets no route gets nothing else either.
+    # Without its route, an address needs neither neighbour nor guard entry.
     blocked = set() if takeover else {
         address for address in foreign if routes[address] not in kept}
     missing = [item for address, items in desired.items()

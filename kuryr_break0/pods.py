@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The pod sides of a node: configured at a bind, compared by each sync."""
+"""Configures the pod sides of a node.
+
+A bind configures the pod side of one interface. Each sync compares and repairs
+the pod sides of the node.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import dataclasses
 import ipaddress
 import itertools
 import logging
-from typing import Callable, Collection, Iterable, NamedTuple, Optional
+from typing import Collection, Iterable, NamedTuple, Optional
 
 from kuryr_break0.claims import Claims
 from kuryr_break0 import config
@@ -32,18 +36,19 @@ from kuryr_break0.policy import Policy
 
 LOG = log.get_logger(__name__)
 
-#: Pods whose namespaces one sync enters to compare the pod side, beside those
-#: that are known to differ. Each takes about half a millisecond.
+#: Maximum pod sides that one sync compares, in addition to the outdated ones.
+#: Each comparison takes about 0.5 ms.
 ENTERED = 128
 
 
 class Repairs(NamedTuple):
-    """What there was to do in pods, and what is to follow from it.
+    """The result of comparing pod sides.
 
-    :ivar changed: the owners of those that were changed
-    :ivar released: addresses that were missing twice, in place of which the
-        interface has others
-    :ivar missing: other addresses that are missing
+    :ivar changed: owners of the pod sides that were changed; in a dry run,
+        of the pod sides that differ
+    :ivar released: addresses that two comparisons found replaced by other
+        addresses; see :class:`kuryr_break0.missing.Sightings`
+    :ivar missing: other recorded addresses that the interface lacks
     """
 
     changed: list[Owner]
@@ -64,9 +69,13 @@ class Pods:
                        parent: str,
                        sources: Collection[Optional[IPAddress]]
                        ) -> NodeAddresses:
-        """Return what pods must know of the node.
+        """Return the node addresses that the pods on a parent must know.
 
-        Its addresses are read again if it turns out to use another one.
+        The addresses of the node are cached. They are read again if one of the
+        sources is not among them.
+
+        :param netlink: socket in the namespace of the node
+        :param sources: source addresses of the pods' routes
         """
         cache = self._ledger.cache
         cached: Optional[list[tuple[int, IPAddress]]] = None
@@ -82,9 +91,12 @@ class Pods:
             cached, kernel.find_ifindex(parent), sources, break0.mac,
             break0.name)
 
-    def from_successor(self, claims: Claims,
-                       is_gone: Callable[[Record], bool]) -> Claims:
-        """Return the claims from the newest that still has the address."""
+    def from_successor(self, claims: Claims) -> Claims:
+        """Drop the claims that precede the successor; return the others.
+
+        The successor is the newest claim of an interface that still has the
+        address. A claim counts too if its namespace cannot be read.
+        """
         for place, claim in enumerate(claims):
             if is_gone(claim):
                 continue
@@ -100,12 +112,14 @@ class Pods:
 
     def configure(self, records: list[Record], node: NodeAddresses
                   ) -> list[Record]:
-        """Configure the pod side, and record that only when it was done.
+        """Configure the pod side of one interface, and then record that.
 
-        Without, IPv4 works by ARP where the node is in the pod's subnet, so
-        a failure is no error; it is repaired by each sync.
+        A failure is only logged, because the next sync repairs it. Until then,
+        IPv4 works by ARP if the node is in the pod's subnet.
 
-        :returns: the records to admit again, if it has other interfaces
+        :param records: records of the interface, at least one
+        :returns: records that need new guard entries, because the sandbox has
+            other interfaces on the parent
         """
         try:
             with podside.entered(records[0]) as netlink:
@@ -115,7 +129,7 @@ class Pods:
         except exceptions.Break0Error as err:
             LOG.warning('The sandbox %s is not configured to reach the node '
                         'yet: %s', records[0].owner, err)
-            cache = self._ledger.cache  # so that no sync says it again
+            cache = self._ledger.cache  # so that no sync logs it again
             cache.put('unconfigured', [*(cache.get('unconfigured') or ()),
                                        str(records[0].owner)])
             return []
@@ -142,8 +156,8 @@ class Pods:
                   addresses: Iterable[IPAddress]) -> list[Record]:
         """Return the records of other interfaces of a sandbox on its parent.
 
-        :param addresses: those of these interfaces; what is not recorded for
-            the sandbox counts for nothing
+        :param addresses: addresses of these interfaces; an address without a
+            record for the sandbox is ignored
         """
         found = []
         for address in itertools.islice(addresses, MAX_SIBLINGS):
@@ -156,11 +170,14 @@ class Pods:
 
     def repair(self, found: Iterable[tuple[list[Record], NodeAddresses]],
                failure: Failures, dry_run: bool) -> Repairs:
-        """Configure the pod sides that are known to differ, and some more.
+        """Repair outdated pod sides, and compare ENTERED other ones.
 
-        Those that are compared go round, so that each has its turn.
+        A pod side is outdated if its record has another digest than the node
+        addresses, or if an address of it was missing. Each call continues
+        where the previous one ended, so that every pod side is compared.
 
-        :param found: the records of each interface, with what it must know
+        :param found: records of each interface, with the node addresses that
+            its pod must know
         """
         cache = self._ledger.cache
         done = Repairs([], [], [])
@@ -184,7 +201,7 @@ class Pods:
                     records, node, self._options, dry_run)
             except exceptions.Break0Error as err:
                 still.append(str(owner))
-                if str(owner) not in failed:  # once, not with each sync
+                if str(owner) not in failed:  # log once, not in each sync
                     LOG.warning('The sandbox %s cannot be configured to '
                                 'reach the node: %s', owner, err)
                 continue
@@ -210,7 +227,10 @@ class Pods:
         return done
 
     def withdraw(self, record: Record) -> None:
-        """Take back the pod side in a namespace that is still there."""
+        """Remove the pod side of an address, unless its namespace is gone.
+
+        A failure is only logged.
+        """
         def is_bound(address: IPAddress) -> bool:
             found = self._records.get(address)
             return found is not None and found.owner == record.owner
@@ -224,7 +244,10 @@ class Pods:
 
     def _put_configured(self, records: list[Record], node: NodeAddresses,
                         failure: Failures) -> None:
-        """Record that the pod side was configured, after it was."""
+        """Record that the pod side was configured.
+
+        If an address was unbound meanwhile, remove its pod side.
+        """
         outdated = [record for record in records
                     if record.configured != node.digest]
         if not outdated:
@@ -236,6 +259,11 @@ class Pods:
                     self._records.put([dataclasses.replace(
                         record, configured=node.digest), *claims[1:]])
                 elif not claims:
-                    # It was unbound meanwhile, which found nothing yet.
+                    # The unbind came first, and found no pod side to remove.
                     with contextlib.suppress(exceptions.Break0Error):
                         podside.withdraw(record, self._options)
+
+
+def is_gone(claim: Record) -> bool:
+    """Return whether the sandbox of a claim is proven not to exist."""
+    return kernel.state(*claim.place) is kernel.State.GONE

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The pod side: what the namespace of a pod needs to reach its node.
+"""The pod side: neighbours and routes in a pod that lead to its node.
 
-A pod that had to ask for the node would be answered by break0 for IPv4 only,
-and by the guard, if that can, for IPv6. Where the node is outside its subnets
-it would go by its gateway, a way that the node with ``rp_filter`` = 1 takes no
-packets from. So its namespace gets the MAC address of each address of the
-node, and a route where needed. Both carry our protocol number there too.
+Without them, a pod resolves the addresses of the node itself. break0 answers
+ARP requests, but neighbour solicitations get an answer only if the guard can
+send one. If the node is outside the subnets of the pod, the pod sends its
+packets to its gateway. A node with ``rp_filter`` = 1 drops packets that arrive
+from there. So the namespace of the pod gets a permanent neighbour for each
+node address, and a route to each node address that is not on the link. Both
+carry our protocol number.
 
 The functions raise NetnsUnusable if a namespace cannot be entered, and
-KernelRefused with the first error of its kernel.
+KernelRefused with the first error of the kernel in a namespace.
 """
 
 from __future__ import annotations
@@ -35,16 +37,17 @@ from kuryr_break0.model import Record
 
 LOG = log.get_logger(__name__)
 
-#: Entries of a list that are read in a pod, whose own business it is how many
-#: there are. What is beyond is set again, and deleted in time.
+#: Maximum entries that are read of a list in a pod, because a pod can add any
+#: number of them. An unread item is set again if the pod needs it. Otherwise a
+#: later repair deletes it, when fewer entries precede it.
 MOST = 512
 
 
 class Differences(NamedTuple):
-    """How a pod differs from its records.
+    """The differences between a pod and its records.
 
-    :ivar changed: whether it lacked what it needs
-    :ivar missing: the addresses that its interface does not have
+    :ivar changed: whether the pod side differed
+    :ivar missing: the recorded addresses that the interface does not have
     """
 
     changed: bool
@@ -62,7 +65,7 @@ class PodSide:
                  options: config.Options) -> None:
         self._netlink = netlink
         self._records = records
-        # Of an interface that was made again, earlier ones may be there.
+        # Older records may describe a deleted interface of the same name.
         self._record = max(records, key=lambda record: record.bound_at)
         self._versions = {record.address.version for record in records}
         self._protocol = options.route_protocol
@@ -75,26 +78,27 @@ class PodSide:
         self._link = link
         self._index = link.index
         self._mac = bytes.fromhex(link.mac.replace(':', ''))
-        # One with another MAC address may be the next of that name already.
+        # With another MAC address, the interface may already be a later one of
+        # the same name.
         self._guarded = (options.guard != config.OFF
                          and link.mac == self._record.mac)
 
     def configure(self, node: NodeAddresses) -> None:
-        """Set what the pod needs, whatever is there.
+        """Set all neighbours and routes, without a read of the present ones.
 
-        The interface has no address yet when Kuryr has just made it; neither
-        neighbours nor routes need one.
+        The interface may have no address yet, because Kuryr assigns it after
+        the bind. Neither neighbours nor routes need one.
         """
         self.apply((Verb.REPLACE, item) for item in self.wanted(node))
         self._bind_source()
 
     def _bind_source(self, dry_run: bool = False) -> bool:
-        """Let the interface send with its own MAC address only.
+        """Drop frames that the interface sends with another MAC address.
 
-        Else the pod could take the MAC address and the address of another.
-        With CAP_NET_ADMIN it can still undo that.
+        This rule keeps a pod from using the MAC address and the address of
+        another pod. A pod with CAP_NET_ADMIN can delete the rule.
 
-        :returns: whether that was to be done, and could be
+        :returns: whether the rule was missing and could be added
         """
         if not self._guarded:
             return False
@@ -114,7 +118,7 @@ class PodSide:
             return False
 
     def repair(self, node: NodeAddresses, dry_run: bool) -> bool:
-        """Make it what the pod needs; whether there was anything to do."""
+        """Repair the pod side; return whether it differed."""
         present, wanted = self.marked(), list(self.wanted(node))
         hosts = {item.dst for item in wanted}
         changes = [(Verb.DELETE, item) for item in present
@@ -128,7 +132,12 @@ class PodSide:
         return self._bind_source(dry_run) or bool(changes)
 
     def apply(self, changes: Iterable[kernel.Change]) -> None:
-        """Make changes in the pod's namespace."""
+        """Apply changes in the pod's namespace.
+
+        Deleting a missing item is no error.
+
+        :raises KernelRefused: the first other error
+        """
         changes = list(changes)
         for (verb, _), err in zip(changes, self._netlink.change(changes)):
             if err is not None and not (verb is Verb.DELETE and err.is_absent):
@@ -145,23 +154,26 @@ class PodSide:
         """Return the recorded addresses that the interface does not have."""
         states = self._netlink.address_states()
         if len(states) >= MOST:
-            return []  # there may be more
+            return []  # the list may be incomplete
         return missing.find(states, self._link, self._records)
 
     def marked(self) -> list[Entry]:
-        """List what carries our protocol number on the interface."""
+        """List the neighbours and routes with our protocol number."""
         items: list[Entry] = [*self._netlink.host_routes_of(
             self._index, kernel.RT_TABLE_MAIN),
             *self._netlink.neighbours(self._index)]
         return [item for item in items if item.protocol == self._protocol]
 
     def wanted(self, node: NodeAddresses) -> Iterator[Entry]:
-        """Return what it needs, but for routes where it has a way."""
+        """Return the neighbours and routes that the pod needs.
+
+        A node address on the link of any interface of the pod needs no route.
+        """
         for host in node.addresses:
             if host.version not in self._versions:
                 continue
             yield Neighbour(host, self._index, node.mac, self._protocol)
-            # A route by another interface of the pod is as good.
+            # A link route of another interface of the pod leads there as well.
             if not (any(host in subnet for subnet in self._record.subnets)
                     or self._netlink.is_on_link(host)):
                 yield HostRoute(host, self._index, self._protocol,
@@ -179,7 +191,7 @@ def entered(record: Record) -> Iterator[kernel.Netlink]:
 
 def repair(records: Collection[Record], node: NodeAddresses,
            options: config.Options, dry_run: bool = False) -> Differences:
-    """Compare a pod with what it needs, and change what differs.
+    """Compare the entries of a pod with the required ones, and correct them.
 
     :param records: those of one interface, not empty
     """
@@ -189,26 +201,29 @@ def repair(records: Collection[Record], node: NodeAddresses,
 
 
 def has_lost_interface(record: Record, options: config.Options) -> bool:
-    """Return whether a namespace is there without the interface."""
+    """Return whether a namespace exists without the interface.
+
+    False if the namespace cannot be entered or read.
+    """
     try:
         with entered(record) as netlink:
             PodSide(netlink, [record], options)
     except exceptions.InterfaceGone:
         return True
     except exceptions.Break0Error:
-        pass  # nothing is known of it
+        pass  # the interface may exist
     return False
 
 
 def withdraw(record: Record, options: config.Options,
              is_bound: Callable[[IPAddress], bool] = lambda address: False,
              dry_run: bool = False) -> list[Entry]:
-    """Take back what the pod side of an address was configured with.
+    """Delete the entries that configured the pod side of an address.
 
-    What another bound address of the interface needs stays.
+    Entries that another bound address of the interface needs stay.
 
     :param is_bound: whether an address of the interface is bound still
-    :returns: what that is, but for the table of nftables
+    :returns: the deleted entries, without the nftables table
     """
     with entered(record) as netlink:
         side = None
@@ -229,6 +244,9 @@ def withdraw(record: Record, options: config.Options,
 
 
 def _release(record: Record) -> None:
-    """Delete the table of an interface, which is there without it as well."""
+    """Delete the nftables table of an interface.
+
+    The table outlives the interface.
+    """
     with contextlib.suppress(exceptions.KernelRefused), kernel.Nft() as nft:
         nft.delete_table(table_of(record.owner.ifname))

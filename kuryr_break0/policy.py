@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Decides what an address gets, by options and node. Changes nothing."""
+"""Decides by options and node which items an address gets.
+
+The functions read the kernel, and change nothing.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +27,15 @@ from kuryr_break0.model import NodeAddresses
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Record
 
-#: IPv6 addresses of other interfaces that a pod has to know.
+#: Maximum IPv6 addresses of other interfaces than the parent among the node
+#: addresses of a pod.
 MAX_ELSEWHERE = 16
 _NOWHERE = ipaddress.ip_address('192.0.2.1')  # RFC 5737
 OWN = 'an address of the node itself'
 NO_HOST = 'not of a host, by the routes of the node'
 NEXT_HOP = 'a next hop of a route of the node'
-#: Only where discovery brought it; others may serve a VPN.
+#: This reason refuses discovered addresses only. Other pods with such an
+#: address may be intended routers, for example of a VPN.
 OWN_NEXT_HOP = ('a next hop of a route that leads through break0. If its '
                 'router is elsewhere, set that route again')
 EARLIER_NEXT_HOP = ('an earlier next hop of the node, which discovery does '
@@ -38,13 +43,17 @@ EARLIER_NEXT_HOP = ('an earlier next hop of the node, which discovery does '
 
 
 class Facts(NamedTuple):
-    """The addresses that the node itself uses, by dumps or by look-ups.
+    """The addresses that the node itself uses.
 
-    :ivar own: its own addresses
-    :ivar no_hosts: addresses that no host can have, as broadcast addresses
-    :ivar next_hops: the next hops of its routes
-    :ivar through_break0: the next hops of its routes through a break0
-    :ivar earlier_next_hops: the last next hops of this boot, as texts
+    A snapshot contains all of them. The facts for the bind of one address need
+    not contain others.
+
+    :ivar own: addresses of the node
+    :ivar no_hosts: addresses that no host can have, for example broadcast
+        addresses
+    :ivar next_hops: next hops of the node's routes, except through a break0
+    :ivar through_break0: next hops of the node's routes through a break0
+    :ivar earlier_next_hops: most recent next hops of this boot, as texts
     """
 
     own: Collection[IPAddress] = ()
@@ -55,7 +64,7 @@ class Facts(NamedTuple):
 
 
 class Policy:
-    """What the addresses of pods may be, and must have."""
+    """Rules for the addresses of pods and their items."""
 
     def __init__(self, options: config.Options) -> None:
         self._options = options
@@ -98,7 +107,7 @@ class Policy:
             reason='it is ' + reason)
 
     def source(self, record: Record, device: str) -> Optional[IPAddress]:
-        """Return what the node speaks from; None for break0's own address."""
+        """Return the source address of a route, or None for break0's own."""
         if device == self._options.device and any(
                 own.version == record.address.version
                 for own in self._options.addr):
@@ -109,7 +118,7 @@ class Policy:
 
     @staticmethod
     def has_family(address: IPAddress, device: str) -> bool:
-        """Return whether a break0 has the family of an address."""
+        """Return whether an address's family is enabled on a break0."""
         return address.version == 4 or kernel.read_sysctl(
             'ipv6/conf/%s/disable_ipv6' % device) == 0
 
@@ -136,17 +145,19 @@ class Policy:
                       ) -> tuple[IPAddress, ...]:
         """Return the addresses that a break0 itself must have.
 
-        MASQUERADE ignores the source of a route. On an interface without an
-        address it takes the first one of all interfaces, in the order in
-        which they came (inet_select_addr). If pods do not know that, they
-        would answer it by their gateway. So break0 then gets one of its own,
-        which only its pods know. It keeps that: connections may use it, and
-        with its last address an interface loses its routes (fib_disable_ip).
-        It is none of the node's, or the kernel would take break0 for the
-        interface of that, and send by it what a program that is bound to it
-        sends to a group (__ip_dev_find).
+        They are the ``addr`` option's addresses and, if necessary, the one of
+        :func:`link_address`. MASQUERADE ignores the preferred source of a
+        route. If the outgoing interface has no address, it uses the first
+        address of another interface (inet_select_addr). A pod to which this
+        address is unknown would answer through its gateway, so break0 then
+        gets an address that only its pods know.
 
-        By parameters as those of :meth:`node_addresses`.
+        break0 keeps the address. Connections may use it, and an interface
+        without its last address loses its routes (fib_disable_ip). break0 does
+        not get an address of the node. The kernel would send multicast of a
+        program that is bound to this address through break0 (__ip_dev_find).
+
+        The parameters are the same as of :meth:`node_addresses`.
         """
         addr = self._options.addr if device == self._options.device else ()
         taken, own = None, link_address(device)
@@ -160,9 +171,10 @@ class Policy:
 
     def solicited(self, found: Collection[tuple[int, IPAddress]],
                   parent: Optional[int], device: str) -> list[IPAddress]:
-        """Return the addresses of the node that are answered for by IPv6.
+        """Return the IPv6 node addresses that pods may solicit.
 
-        By parameters as those of :meth:`node_addresses`.
+        The guard answers these neighbour solicitations. The parameters are the
+        same as of :meth:`node_addresses`.
         """
         known = self.node_addresses(found, parent, (), '', device)
         return [each for each in known.addresses if each.version == 6]
@@ -171,7 +183,7 @@ class Policy:
                        parent: Optional[int],
                        sources: Iterable[Optional[IPAddress]], mac: str,
                        device: str) -> NodeAddresses:
-        """Return what pods must know of the node.
+        """Return the node addresses that the pods need in their tables.
 
         Addresses of other interfaces are left out, unless the parent has
         none: a container that is connected to a network there later has them
@@ -180,7 +192,7 @@ class Policy:
 
         :param found: all addresses of the node with their ifindexes
         :param parent: ifindex of the parent
-        :param sources: those that the node speaks to pods from
+        :param sources: source addresses of the routes to the pods
         """
         on_parent = {address for index, address in found
                      if index == parent and not address.is_link_local}
@@ -198,7 +210,7 @@ def link_address(device: str) -> IPAddress:
     neither node nor pod has it for anything else.
     """
     high, low = hashlib.sha256(os.fsencode(device)).digest()[:2]
-    # RFC 3927 reserves the first and the last 256.
+    # RFC 3927 reserves the first and the last 256 addresses.
     return ipaddress.ip_address('169.254.%d.%d' % (high % 254 + 1, low))
 
 
@@ -213,8 +225,8 @@ def ipv6_elsewhere(found: Iterable[tuple[int, IPAddress]]
     for index, address in sorted(found, key=lambda each: each[0]):
         if len(chosen) == MAX_ELSEWHERE:
             break
-        # Hundreds of interfaces can have the same one, as those of pods have
-        # by other CNI plugins.
+        # Other CNI plugins may give the same address to hundreds of
+        # interfaces, one for each of their pods.
         if address.version == 4 or address in chosen or (
                 address.is_link_local or address.is_loopback):
             continue

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What is wrong by a snapshot, in words: for status, CHECK and metrics."""
+"""Describes the problems of a snapshot, for status, CHECK and metrics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ from kuryr_break0.snapshot import Snapshot
 
 
 def address_problems(seen: Snapshot) -> dict[IPAddress, str]:
-    """Return what stops traffic to which address, or differs."""
+    """Return a problem of each address that has one, sorted by address.
+
+    A problem stops traffic to the address, or is a difference that a sync
+    repairs.
+    """
     problems = {address: 'it is ' + reason
                 for address, reason in seen.refused.items()}
     for parent in seen.parents.values():
@@ -70,7 +74,7 @@ def _on(parent: Parent, seen: Snapshot) -> dict[IPAddress, str]:
 
 
 def node_problems(seen: Snapshot) -> Iterator[str]:
-    """Return what is wrong with a break0, or with the ledger."""
+    """Return the problems of the ledger and of all break0s."""
     if seen.is_lost:
         yield ('the ledger in %s was lost; a sync rebuilds it'
                % seen.options.state_dir)
@@ -85,7 +89,11 @@ def node_problems(seen: Snapshot) -> Iterator[str]:
 
 
 def parent_problems(parent: Parent) -> Iterator[str]:
-    """Return what is wrong with break0 itself; nothing without pods."""
+    """Return the problems of one break0.
+
+    Without pods, only a conflict, another ledger or a difference of the guard
+    entries is a problem.
+    """
     if parent.conflict is not None:
         yield str(parent.conflict)
     elif parent.link is None and parent.live:
@@ -115,7 +123,10 @@ def parent_problems(parent: Parent) -> Iterator[str]:
 
 
 def unjudged_problem(seen: Snapshot) -> str:
-    """Say that sandboxes may be gone; empty if it is known of each."""
+    """Describe the claims of sandboxes that may have ended.
+
+    :returns: empty if there are none
+    """
     for record, reason in seen.unjudged.items():
         return ('cannot find out whether the sandboxes of %d addresses '
                 'still exist, so they stay bound, as %s of %s: %s' % (
@@ -125,14 +136,21 @@ def unjudged_problem(seen: Snapshot) -> str:
 
 
 def foreign_text(route: HostRoute) -> str:
-    """Say that a route of others is in the way."""
+    """Describe the foreign route that conflicts with a pod's route."""
     return 'it has a route of others, on %s with protocol %s' % (
         kernel.format_ifname(route.oif), route.protocol)
 
 
 def guard_text(added: Iterable[Item], deleted: Iterable[Item]
                ) -> Iterator[str]:
-    """Return how many addresses have missing or stale guard entries."""
+    """Return a text with the numbers of missing and stale guard entries.
+
+    It counts addresses, which can have several guard entries each.
+
+    :param added: items to set; all but guard entries are ignored
+    :param deleted: items to delete; all but guard entries are ignored
+    :returns: nothing if there are no such entries
+    """
     missing, stale = (len({pair.dst for pair in of_kind(Pair, items)})
                       for items in (added, deleted))
     if missing or stale:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Finds out whose what is that the kernel holds and no record claims.
+"""Rebuilds lost records from unclaimed routes and neighbours.
 
-A macvlan on the same parent with the address, and with the MAC address of its
-neighbour if there is one, is what was bound.
+An unclaimed item belongs to the macvlan on the same parent that has the
+address and, if the address has a neighbour, the MAC address of the neighbour.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from kuryr_break0.snapshot import Snapshot
 
 def find(options: config.Options, seen: Snapshot,
          parents: Collection[Parent]) -> Iterator[Record]:
-    """Return the records that are missing.
+    """Return the records of the pods that unclaimed items belong to.
 
-    :param parents: those whose break0 is of this ledger; what another one
-        has bound is recorded there
+    Unreadable records are rebuilt as well.
+
+    :param parents: the parents with a break0 of this ledger; another ledger
+        has the records of its own pods
     """
     wanted: dict[IPAddress, Parent] = {}
     for parent in parents:
@@ -55,7 +57,10 @@ def find(options: config.Options, seen: Snapshot,
 
 
 def _sibling(seen: Snapshot, macvlan: kernel.Macvlan) -> Record:
-    """Return a record of the same interface, which says whose it is."""
+    """Return a record of the same interface, to copy its owner from it.
+
+    Without one, return a new record with an adopted owner.
+    """
     for record in seen.live.values():
         if (record.namespace is not None
                 and record.namespace.is_same(macvlan.namespace)

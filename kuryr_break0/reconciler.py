@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Makes the kernel match the ledger, for all pods of the node.
+"""Repairs the kernel by the ledger, for all pods of the node.
 
-The ledger is evidence, not the truth. What merely has no record is not
-deleted: its record is rebuilt from the kernel if a pod is found that has the
-address, else it stays and is reported. What has one is deleted only if the
-namespace of its sandbox is proven not to exist. Each parent is a matter of its
-own, and so is each address: what fails for one holds up no other.
+A missing record does not prove that a pod is gone, because a ledger can be
+lost. So unclaimed items are not deleted, unless the caller asks for it. If a
+pod has the address, its record is rebuilt from the kernel; otherwise the items
+are reported. A sandbox is treated as gone only if its namespace is proven not
+to exist. An error on one parent or address does not stop the other ones.
 """
 
 from __future__ import annotations
@@ -52,12 +52,13 @@ from kuryr_break0.snapshot import Snapshot
 
 LOG = log.get_logger(__name__)
 
-#: Addresses that a sync changes before it lets others have the lock.
+#: Addresses that a sync changes before it releases the lock to other
+#: processes.
 CHANGED_AT_ONCE = 64
 
 
 class Reconciler:
-    """Compares snapshot and ledger, and makes the difference none."""
+    """Compares snapshots with the ledger, and repairs the differences."""
 
     def __init__(self, options: config.Options, ledger: Ledger) -> None:
         self._options = options
@@ -68,21 +69,21 @@ class Reconciler:
 
     def sync(self, dry_run: bool = False, claim: bool = False,
              prune: bool = False) -> Outcome:
-        """Make all pods of the node reachable, and remove what is gone.
+        """Make all pods of the node reachable, and remove gone sandboxes.
 
-        What is read is read without the lock, so each change is decided
-        again under it, by the record that its address has then.
+        The snapshot is read without the lock. So the record of an address is
+        read again under the lock before the address is changed.
 
         :param dry_run: change nothing
-        :param claim: take over what belongs to another ledger
-        :param prune: delete what has no record and could not be matched
-        :returns: what was done; of a dry run, what there is to do. Errors
-            are in it
+        :param claim: take over the break0 devices of another ledger
+        :param prune: delete unclaimed items for which no pod was found
+        :returns: the changes, and the errors; after a dry run, the changes
+            that are necessary
         """
         self._dry_run, self._claim, self._prune = dry_run, claim, prune
         self._failure = Failures()
         self._repaired: list[tuple[str, str]] = []
-        #: what was changed, as far as it was in the plan
+        #: the items of the plans that were set or deleted
         self._applied: set[Item] = set()
         outcome = Outcome()
         with self._failure.collect(), kernel.Netlink() as self._netlink, \
@@ -100,7 +101,7 @@ class Reconciler:
         lost = self._lost(seen)
         rebuilt = [record for record in lost
                    if self._dry_run or self._put_rebuilt(record)]
-        if lost and not self._dry_run:  # another sync may have rebuilt them
+        if lost and not self._dry_run:  # also if another sync has rebuilt them
             seen = self._read()
         plans = {name: self._plan(seen, parent, rebuilt)
                  for name, parent in seen.parents.items()}
@@ -142,9 +143,9 @@ class Reconciler:
 
     def _plan(self, seen: Snapshot, parent: Parent,
               rebuilt: Collection[Record]) -> Plan:
-        """Return what is to be done on a parent.
+        """Return the changes to make on a parent.
 
-        Of the break0 of another ledger, only what is unclaimed is reported.
+        The plan for a break0 of another ledger only reports unclaimed items.
         """
         plan, found = parent.plan, {record.address for record in rebuilt}
         unclaimed = tuple(item for item in plan.unclaimed
@@ -158,7 +159,7 @@ class Reconciler:
 
     def _outcome(self, seen: Snapshot, plans: Mapping[str, Plan],
                  rebuilt: list[Record]) -> Outcome:
-        """Return what was done; of a dry run, what there is to do."""
+        """Return the changes; after a dry run, the necessary ones."""
         added: list[Item] = []
         deleted: list[Item] = []
         for name, parent in seen.parents.items():
@@ -190,7 +191,7 @@ class Reconciler:
                 yield records, parent.node
 
     def _tidy(self, seen: Snapshot) -> None:
-        """Move what is damaged to quarantine, and sweep."""
+        """Quarantine damaged records, and delete unfinished files."""
         with self._ledger.lock():
             if seen.contents.damaged:
                 self._records.addresses()
@@ -201,8 +202,11 @@ class Reconciler:
             self._records.delete_unfinished()
 
     def _note(self, seen: Snapshot) -> None:
-        """Cache what spares the next bind a dump."""
-        # Of how many, and of which one, may change with each sync.
+        """Cache the next hops, so that the next bind needs no dump.
+
+        Also warn about sandboxes that may or may not exist.
+        """
+        # The text contains a number and a pod, which can change each time.
         self._devices.warn_once('unjudged', unjudged_problem(seen), 'some')
         self._ledger.cache.put('next_hops', sorted(map(
             str, seen.routes.next_hops)))
@@ -227,18 +231,20 @@ class Reconciler:
                         record, tap=tap), *claims[1:]])
 
     def _claims(self, parent: Parent) -> bool:
-        """Return whether a break0 of another ledger is to be taken over.
+        """Return whether to take over the break0 of another ledger.
 
-        A ledger that was lost, as its directory was wiped, is followed by
-        this one: it takes over what says that it belongs to this directory.
+        If the state directory was wiped, its ledger is lost and this ledger
+        follows it. Then this ledger takes over each break0 with an alias that
+        names this directory.
         """
         return parent.ownership is Ownership.LOST or (
             self._claim and parent.ownership is Ownership.OTHER)
 
     def _is_left(self, parent: Parent) -> bool:
-        """Return whether a break0 is, and stays, that of another ledger.
+        """Return whether a break0 belongs to another ledger and stays so.
 
-        A dry run shows what there was to do if it were taken over.
+        A dry run treats a break0 that would be taken over as ours, to show
+        the changes on it.
         """
         return parent.ownership.is_foreign and not (
             self._dry_run and self._claims(parent))
@@ -248,7 +254,10 @@ class Reconciler:
                            ways=False)
 
     def _ensure_devices(self, seen: Snapshot) -> bool:
-        """Make sure of each break0; whether one may have been changed."""
+        """Create or repair the break0 of each parent.
+
+        :returns: whether one may have been changed
+        """
         is_changed = False
         for parent in seen.parents.values():
             claim = self._claims(parent)
@@ -283,7 +292,7 @@ class Reconciler:
                         self._netlink, parent.name, claim, parent.device,
                         any(address.version == 6 for address in parent.live))
                     guard = Guard(self._options, self._ledger, parent.device)
-                    # Without nft, it is not loaded; the log says so.
+                    # Without nft, the guard is not loaded, as was logged.
                     is_lost = guard.is_wanted and not guard.is_possible
                     self._repaired += [
                         each for each in repaired
@@ -291,7 +300,7 @@ class Reconciler:
         return is_changed
 
     def _lost(self, seen: Snapshot) -> list[Record]:
-        """Return records of what the kernel holds and the ledger does not."""
+        """Return new records for unclaimed items of pods."""
         return list(rebuild.find(
             self._options, seen, [parent for parent in seen.parents.values()
                                   if not self._is_left(parent)]))
@@ -312,13 +321,13 @@ class Reconciler:
 
     def _apply(self, parent: Parent, plan: Plan, seen: Snapshot,
                moved: Collection[IPAddress]) -> None:
-        """Apply the plan of one parent, for some addresses at once.
+        """Apply the plan of one parent, in groups of addresses.
 
-        An address is left out whose claims are not those that were read:
-        another process has changed them, and what follows from them.
+        An address is skipped if its claims have changed since the snapshot.
+        The process that changed them has changed the items of the address too.
         """
         if parent.link is None or self._is_left(parent):
-            return  # what another ledger knows of it is not known here
+            return  # its pods are recorded in another ledger
         guard = Guard(self._options, self._ledger, parent.device)
         works = _works(parent, plan, moved)
         unread = {work.address for work in works}
@@ -357,9 +366,11 @@ class Reconciler:
 
     def _is_ready(self, work: Work, plan: Plan, seen: Snapshot,
                   read: set[IPAddress]) -> bool:
-        """Return whether the claims on an address are those that were read.
+        """Return whether the claims on an address are as in the snapshot.
 
-        :param read: gets the address, if that is known
+        If so, note the foreign routes that its route is about to replace.
+
+        :param read: the address is added to it if the claims could be read
         """
         with self._failure.collect(work.address):
             is_as_read = seen.contents.is_still(self._records, work.address)
@@ -387,9 +398,10 @@ def _works(parent: Parent, plan: Plan,
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Without garbage collection: what is read lives on until the end.
+    """Disable the garbage collection of Python inside a ``with`` block.
 
-    To look for garbage among it takes up to half of the time, and finds none.
+    The objects of a snapshot live until the end of a sync. A search for
+    garbage among them takes up to half of the sync's time and finds none.
     """
     was_on = gc.isenabled()
     gc.disable()

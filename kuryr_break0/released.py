@@ -2,8 +2,9 @@
 
 """Drops claims on addresses that existing pods no longer use.
 
-Either a DEL has ended the interface, and named the addresses of its last ADD
-only, or the interface has other addresses in place of them.
+There are two cases. In the first, a DEL has ended the interface, but named
+only the addresses of the last ADD, so claims of earlier ADDs remain. In the
+second, the interface has other addresses now.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from kuryr_break0.snapshot import Snapshot
 
 LOG = log.get_logger(__name__)
 
-#: By these ways, one ADD binds all addresses of an interface.
+#: Origins of claims for which one ADD binds all addresses of an interface.
 _BY_ADD = Origin.KURYR, Origin.CNI
 
 
 def by_del(seen: Snapshot, ended: Mapping[Owner, float]
            ) -> dict[Record, str]:
-    """Return the claims whose interface a DEL has ended, and why.
+    """Return the claims whose interface a DEL has ended, with the reasons.
 
     :param ended: when, by :meth:`Ledger.list_ended`
     """

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Routes of other programs: one stays, unless it may be taken over."""
+"""Decides whether our route may replace or override a foreign one."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from kuryr_break0.plan import compute
 
 LOG = log.get_logger(__name__)
 
-#: Seconds within which a route that was taken over is not taken again.
+#: Seconds after a takeover in which the same address is not taken over again.
 TRUCE = 60
 
 
 class Routes:
-    """Examines the routes in the way of a pod's route."""
+    """The foreign routes that conflict with routes of pods."""
 
     def __init__(self, options: config.Options, ledger: Ledger) -> None:
         self._options = options
@@ -48,9 +48,12 @@ class Routes:
             self.take_over(foreign)
 
     def take_over(self, route: HostRoute) -> None:
-        """Note that a route of others is about to be replaced or overridden.
+        """Log and count the takeover of a foreign route.
 
-        :raises ForeignRoute: if it has just been replaced already
+        The caller sets our route after this call.
+
+        :raises ForeignRoute: if another program has set the route again within
+            TRUCE after its takeover
         """
         now = files.now()
         recent = {}
@@ -60,7 +63,7 @@ class Routes:
                       if 0 <= now - float(when) < TRUCE}
         if str(route.dst) in recent:
             if route.metric != best_metric(route.dst):
-                return  # it was not set again, but has stayed beside ours
+                return  # our route has overridden it, and it still exists
             raise foreign_route(
                 route, 'somebody has set it again after it was taken over, '
                 'so it is left alone for a minute')
@@ -73,7 +76,7 @@ class Routes:
 
 def foreign_route(route: HostRoute, reason: str = 'it is left alone, unless '
                   '[break0] takeover is set') -> exceptions.ForeignRoute:
-    """Return the error of a route of others in the way of a pod's."""
+    """Return the error of a foreign route that conflicts with a pod's."""
     return exceptions.ForeignRoute(
         address=route.dst, on=kernel.format_ifname(route.oif),
         protocol=route.protocol, reason=reason)

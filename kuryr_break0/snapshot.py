@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Ledger and kernel at one moment.
+"""The snapshot of ledger and kernel at one moment.
 
-The reconciler, status, metrics and doctor all use this, so that they agree.
-:mod:`kuryr_break0.actual` reads it.
+The reconciler, status, metrics and doctor all use this snapshot, so that their
+results agree. :mod:`kuryr_break0.actual` reads it.
 """
 
 from __future__ import annotations
@@ -32,22 +32,25 @@ from kuryr_break0.policy import Facts
 class Parent:
     """An interface with pods on it, and its break0.
 
-    :ivar device: the name of its break0
-    :ivar parent: None if there is no such interface
-    :ivar present: the interface that has the name of its break0, if any
-    :ivar link: its break0; None if there is none that can be used
-    :ivar conflict: why it cannot be used, or the parent is not there
-    :ivar ownership: the relation of its break0 to this ledger
-    :ivar differences: what its break0 is, and should not be, each with the
-        kind of a :class:`~kuryr_break0.device.Difference`
-    :ivar guard: what is wrong with the table of its guard, if anything
-    :ivar live: the records of its pods, the newest claim on each address
-    :ivar desired: the neighbours and routes that these addresses must have
-    :ivar plan: the difference to what they have
-    :ivar routes, neighbours, addresses: what its break0 has
-    :ivar node: what its pods must know of the node; None without break0
-    :ivar astray: the addresses that the kernel does not reach by their
-        routes: how it does, and what to show it with ``ip route get``
+    :ivar device: name of its break0
+    :ivar parent: None if the interface does not exist
+    :ivar present: interface with the name of its break0, perhaps of another
+        program; None if it does not exist
+    :ivar link: its break0; None if it is missing or unusable
+    :ivar conflict: error of a missing parent or of an unusable break0
+    :ivar ownership: relation of its break0 to this ledger
+    :ivar differences: kind and text of each
+        :class:`~kuryr_break0.device.Difference` of its break0
+    :ivar guard: defect of its guard's table; None if there is no defect, or
+        if no pod is on the parent
+    :ivar live: newest claim of an existing sandbox on each address
+    :ivar desired: neighbours and routes that these addresses must have
+    :ivar plan: the changes that turn the present items into the desired ones
+    :ivar routes, neighbours, addresses: the present ones on its break0
+    :ivar node: node addresses that its pods must know; None without break0
+    :ivar astray: addresses with a route through break0 that the kernel does
+        not use: a description of its actual route, and the arguments of
+        ``ip route get`` that show this route
     """
 
     name: str
@@ -70,33 +73,36 @@ class Parent:
 
     @property
     def other(self) -> Optional[Alias]:
-        """Return the ledger that its break0 belongs to, if not this one."""
+        """Return the other ledger that its break0 belongs to, or None."""
         return (Alias.parse(self.link.alias) if self.link is not None
                 and self.ownership.is_foreign else None)
 
     @property
     def index(self) -> int:
-        """ifindex of its break0; 0, the kernel's number for none."""
+        """Return the ifindex of its break0; 0 without one."""
         return self.link.index if self.link is not None else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """What was read at one moment, and what follows from it.
+    """Ledger and kernel at one moment, with the results of comparing them.
 
-    :ivar is_steady: whether nothing was being bound or unbound meanwhile
-    :ivar identity: of the ledger; None if it was never used
-    :ivar parents: by their names
-    :ivar facts: the addresses that the node itself uses
-    :ivar live: the newest claim of an existing sandbox on each address
-    :ivar rivals: earlier claims of sandboxes that exist too
+    :ivar contents: records of the ledger
+    :ivar is_steady: whether records and kernel match, because no bind or
+        unbind took place during the read
+    :ivar identity: identity of the ledger; None if it was never used
+    :ivar parents: parents of pods or of a break0, by name
+    :ivar facts: addresses that the node itself uses
+    :ivar routes: routes of the node
+    :ivar live: newest claim of an existing sandbox on each address
+    :ivar rivals: older claims of existing sandboxes, by address
     :ivar gone: claims of sandboxes that are proven not to exist
-    :ivar unjudged: those of sandboxes that may exist or not, and why that
-        cannot be found out
-    :ivar refused: what is against which address
-    :ivar stranger: an interface named as [break0] device that is none
-    :ivar unclaimed: addresses with routes or neighbours of ours on a break0,
-        and no record
+    :ivar unjudged: claims of sandboxes that may have ended, with the reason
+        why the kernel does not tell
+    :ivar refused: reason for refusal, by address
+    :ivar stranger: name conflict: the interface named ``[break0] device`` that
+        is no break0 of these parents; None without one
+    :ivar unclaimed: parents of unclaimed routes and neighbours, by address
     """
 
     options: config.Options
@@ -120,12 +126,15 @@ class Snapshot:
 
     @property
     def is_lost(self) -> bool:
-        """Return whether the ledger that bound pods here was lost."""
+        """Return whether a break0 belongs to a lost ledger.
+
+        That ledger had the same directory as the present one.
+        """
         return any(parent.ownership is Ownership.LOST
                    for parent in self.parents.values())
 
     def parent_of(self, address: IPAddress) -> Optional[Parent]:
-        """Return the parent of an address; None if it is not known."""
+        """Return the parent of an address; None if it is unknown."""
         record = self.live.get(address)
         if record is not None:
             return self.parents.get(record.parent)
@@ -137,10 +146,12 @@ class Snapshot:
 
 
 def by_interface(records: Iterable[Record]) -> list[list[Record]]:
-    """Return records by the interface that they are of.
+    """Group records by interface.
 
-    Its owners can differ, where a record was rebuilt; and its parents, while
-    it is made again on another one.
+    The records of a group can have different owners, because the owner of a
+    rebuilt record has no container id. All records of a group have the same
+    parent: if an interface is created again on another parent, its older
+    records are another group.
     """
     found: dict[Any, list[Record]] = {}
     for record in records:
@@ -151,6 +162,6 @@ def by_interface(records: Iterable[Record]) -> list[list[Record]]:
 
 
 def items_of(parent: Parent, protocol: int) -> list[Entry]:
-    """List our routes and neighbours on a break0."""
+    """List the routes and neighbours with our protocol number on a break0."""
     items: list[Entry] = [*parent.routes.values(), *parent.neighbours.values()]
     return [item for item in items if item.protocol == protocol]

@@ -4,8 +4,8 @@ import logging
 
 from pyroute2 import netlink
 
-# What Kuryr's IPDB writes whenever it is used would hide the lines of tests:
-# that it is deprecated, which kuryr-daemon leaves out in the same way,
+# Kuryr's IPDB logs that it is deprecated at each use, which would hide the
+# output of tests. kuryr-daemon disables this logger too.
 logging.getLogger('pyroute2').setLevel(logging.ERROR)
-# and a forgotten print() of "fail", while nothing fails.
+# pyroute2 also has a leftover print() of "fail", which means no failure.
 netlink.print = lambda *args: None

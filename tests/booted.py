@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 
-"""What tests/boot runs in the Debian that it boots: by Python's own modules.
+"""The program that tests/boot runs in the Debian that it boots.
 
-Two containers of systemd-nspawn start at boot, one of which is the name server
-of the node, and one of Docker. At the first boot the agent is started as the
-pages say. All else is examined after a reboot.
+It needs only Python's standard library. Two containers of systemd-nspawn and
+one container of Docker start at boot; one of the first two is the node's name
+server. The first boot starts the agent as the documentation says, and the boot
+after it examines the node.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ MACHINES = {'nameserver': NAME_SERVER, 'web': WEB}
 IPV6 = 'fd00:75:30::54'
 NAME, ANSWER = 'name.example.org', '192.0.2.1'
 REACHED = '/run/reached.json'
-#: Seconds within which a container is to be reached, on a machine that is not
-#: emulated.
+#: Seconds within which a container has to be reachable after its start, on a
+#: machine without emulation.
 BOUND = 2.0
 
-#: The first process of each container.
+#: The script that each container runs as its first process.
 PAYLOAD = '''\
 trap 'exit 0' TERM
 ip address add $1/24 dev mv-eth0
@@ -54,11 +55,12 @@ FILES = {
         '[Match]\nName=eth0\n[Network]\nAddress=100.75.30.2/24\n'
         'Address=fd00:75:30::2/64\nGateway=100.75.30.1\n'
         'LinkLocalAddressing=ipv6\nIPv6AcceptRA=no\n',
-    # As systemd-nspawn(1) says: it fails where the NIC is not there yet.
+    # systemd-nspawn(1) recommends BindsTo: a macvlan cannot be created before
+    # its NIC exists.
     '/etc/systemd/system/systemd-nspawn@.service.d/nic.conf':
         '[Unit]\nBindsTo=sys-subsystem-net-devices-eth0.device\n'
         'After=sys-subsystem-net-devices-eth0.device\n',
-    # What the two units run is this file.
+    # Both units run this file.
     '/etc/systemd/system/reach.service':
         '[Service]\nExecStart=%(here)s reach\n'
         '[Install]\nWantedBy=multi-user.target\n',
@@ -69,7 +71,7 @@ FILES = {
 
 
 def run(*command: str, fails: bool = False) -> str:
-    """Return what a command writes, errors too."""
+    """Return the output of a command, including its errors."""
     done = subprocess.run(command, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
     if done.returncode and not fails:
@@ -88,13 +90,13 @@ def until(condition: Callable[[], Any], seconds: float = 300) -> bool:
 
 
 def install() -> None:
-    """Make the node and its containers, in the tree of the node."""
+    """Create the files and containers of the node."""
     here = os.path.abspath(__file__)
     for path, text in FILES.items():
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, 'w') as file:
             file.write(text % {'here': here})
-    os.makedirs('/var/log/journal', exist_ok=True)  # kept over a reboot
+    os.makedirs('/var/log/journal', exist_ok=True)  # survives the reboot
     os.makedirs('/etc/systemd/nspawn', exist_ok=True)
     for name, address in MACHINES.items():
         root = '/var/lib/machines/' + name
@@ -113,7 +115,7 @@ def install() -> None:
             if name == 'nameserver':
                 file.write('[Files]\nBindReadOnly=/usr\n'
                            'BindReadOnly=%s:/booted\n' % here)
-    # As the doctor says on a node of systemd-networkd.
+    # The doctor recommends these files on a node with systemd-networkd.
     run('cp', '-r', os.path.dirname(here) + '/../etc/systemd/networkd.conf.d',
         os.path.dirname(here) + '/../etc/systemd/network', '/etc/systemd')
     run('systemctl', 'enable', 'systemd-networkd', 'reach', 'booted',
@@ -121,7 +123,7 @@ def install() -> None:
 
 
 def work() -> float:
-    """Return the seconds that a start takes that is like that of the agent."""
+    """Return the seconds that a start of Python takes, with imports."""
     began = time.monotonic()
     subprocess.run([sys.executable, '-c', 'import asyncio, email.mime.text, '
                     'http.server, unittest, xmlrpc.client'], check=True)
@@ -129,12 +131,12 @@ def work() -> float:
 
 
 def speed() -> float:
-    """Return what it takes with nothing else to do."""
+    """Return the seconds that work() takes on an idle machine."""
     return min(work() for _ in range(10))
 
 
 def answer() -> None:
-    """Be a name server that knows one address, of whatever name."""
+    """Answer DNS queries for any name with one IPv4 address."""
     wire = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     wire.bind(('', 53))
     while True:
@@ -150,9 +152,10 @@ def answer() -> None:
 
 
 def reach() -> None:
-    """Ping each container until it has answered; write down when it did.
+    """Ping each container until it answers, and record the time.
 
-    And how long the work took meanwhile, beside all else that starts.
+    Also record the mean duration of work() until then, which shows the load of
+    the boot.
     """
     reached: dict[str, tuple[float, float]] = {}
     took = [work()]
@@ -171,7 +174,7 @@ def reach() -> None:
     while wires:
         for address, wire in list(wires.items()):
             with contextlib.suppress(OSError):
-                wire.connect((address, 0))  # hears nobody else
+                wire.connect((address, 0))  # receive from this address only
                 wire.send(message)
         time.sleep(0.05)
         for address, wire in list(wires.items()):
@@ -216,13 +219,13 @@ def journal(*arguments: str) -> list[dict[str, Any]]:
 
 
 def mark() -> str:
-    """Return where the journal ends now."""
+    """Return journalctl's option for the entries after the last one."""
     return '--after-cursor=' + run(
         'journalctl', '-n', '1', '--show-cursor').rpartition(' ')[2]
 
 
 def wrong(*arguments: str) -> list[str]:
-    """Return what the agent or systemd has logged of what is wrong with it."""
+    """Return the warnings and errors of the agent's unit in the journal."""
     return [line['MESSAGE'] for line in journal('-u', AGENT, *arguments)
             if int(line['PRIORITY']) <= 4 or re.search(
                 r' (WARNING|ERROR|CRITICAL) |Traceback|Errno|[Ff]ailed',
@@ -255,7 +258,7 @@ class Examination:
         self.say('Failed: %d' % len(self._failed))
 
     def first_boot(self) -> None:
-        """Start the agent as the pages say, and a container of Docker."""
+        """Start the agent as documented, and a container of Docker."""
         run('systemctl', 'enable', '--now', AGENT)
         self.check('Containers that ran before are reached',
                    until(lambda: all(map(pings, MACHINES.values()))))
@@ -284,7 +287,8 @@ class Examination:
         self.check('All units are well', not run(
             'systemctl', 'list-units', '--failed', '--no-legend'),
             run('systemctl', 'list-units', '--failed'))
-        # There is no man to look for its page with.
+        # systemd-analyze would look for the manual page, and this Debian lacks
+        # man.
         verified = run('systemd-analyze', 'verify', '--man=no',
                        AGENT + '.service', fails=True)
         self.check('systemd-analyze verify', not verified, verified)
@@ -353,7 +357,7 @@ class Examination:
             '\n'.join(lines[-8:]))
 
     def confined(self) -> None:
-        """Run commands with what the unit allows."""
+        """Run commands with the rights of the agent's unit."""
         with open('/etc/systemd/system/%s.service' % AGENT) as file:
             unit = file.read()
         drop_in, = glob.glob('/etc/systemd/system/%s.service.d/*' % AGENT)
@@ -361,7 +365,7 @@ class Examination:
         run('cp', drop_in, '/run/systemd/system/confined.service.d')
         for command in ('sync', 'doctor'):
             with open('/run/systemd/system/confined.service', 'w') as file:
-                # systemd refuses the settings of a restart for a oneshot.
+                # systemd refuses Restart settings of a oneshot service.
                 file.write(re.sub(r'(?m)^Restart.*', '', unit) + (
                     '[Service]\nType=oneshot\nExecStart=\n'
                     'ExecStart=kuryr-break0 %s\n' % command))
@@ -409,7 +413,7 @@ class Examination:
         self.say('\n'.join(wrong(since)))
 
     def gone(self) -> None:
-        """End containers while the agent runs, and while it does not."""
+        """End containers while the agent runs, and while it is stopped."""
         since = mark()
         run('docker', 'stop', 'engine')
         self.check('A container that has ended is unbound', until(

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Writes the completion for shells, made of the parser: make completion."""
+"""Generate the shell completion from the parser: make completion."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ fi
 
 
 def script(shell: str) -> str:
-    """Return a script that a shell reads.
+    """Return the completion script of a shell.
 
     :param shell: bash or zsh
     """
@@ -56,7 +56,7 @@ def script(shell: str) -> str:
                    '\n'.join(_words(verbs, variable)))
 
 
-#: By shell: its script, and its variable for what it offers.
+#: The template of each shell's script, and the variable with its proposals.
 SHELLS = {'bash': (_BASH, 'words'), 'zsh': (_ZSH, 'words_')}
 
 
@@ -68,10 +68,9 @@ def _verbs(parser: Parser) -> Iterator[str]:
 
 
 def _words(parser: Parser, variable: str) -> Iterator[str]:
-    """Return what is offered after a verb, and after its options.
+    """Yield the lines that set the proposals after each verb and option.
 
-    After an option that takes anything nothing is, so that the shell offers
-    files.
+    An option with a free argument has no proposals, so the shell offers files.
     """
     yield '    case "$verb $previous" in'
     yield "    ' --config-file'|' --config-dir') ;;"

@@ -2,8 +2,8 @@
 
 """Make constraints.txt anew; with names of packages, keep all other pins.
 
-Needs a Python of each minor version of OLDEST, of pyenv or in PATH, and the
-package index.
+Needs the package index, and a Python of each minor version of OLDEST, from
+pyenv or in PATH.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from packaging import requirements
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FILE = os.path.join(ROOT, 'constraints.txt')
-#: The oldest release of each Python on which all pins must install. Debian 11
-#: has 3.9.2, Debian 12 has 3.11.2.
+#: The oldest release of each minor version of Python on which all pins have to
+#: install. Debian 11 has 3.9.2, Debian 12 has 3.11.2.
 OLDEST = ('3.9.2', '3.10.0', '3.11.2', '3.12.0', '3.13.0')
 MINORS = [version.rpartition('.')[0] for version in OLDEST]
-#: Run pip as if the patch release of its Python were another. pip's option for
-#: that, --python-version, refuses packages without a wheel, as ovs is.
+#: Run pip with another patch release in its Python's version. pip's option
+#: --python-version refuses packages without a wheel, such as ovs.
 PIP = """
 import collections
 import platform
@@ -42,13 +42,13 @@ runpy.run_module('pip', run_name='__main__')
 
 
 class Pin(NamedTuple):
-    """A line of the file: a requirement, and the Pythons that it needs."""
+    """A line of the file: a requirement, and its Requires-Python."""
 
     requirement: requirements.Requirement
     requires_python: str
 
     def is_for(self, python: str) -> bool:
-        """Whether that release of Python is to install it."""
+        """Return whether a release of Python installs the pin."""
         marker = self.requirement.marker
         return marker is None or marker.evaluate(
             {'python_version': python.rpartition('.')[0],
@@ -56,7 +56,7 @@ class Pin(NamedTuple):
 
 
 def read() -> Iterator[Pin]:
-    """Return the pins of the file."""
+    """Yield the pins of the file."""
     with open(FILE) as file:
         for line in file:
             text, _, python = line.partition('#')
@@ -66,12 +66,12 @@ def read() -> Iterator[Pin]:
 
 
 def normalized(name: str) -> str:
-    """Return the name as the index spells it."""
+    """Return the name in the spelling of the package index."""
     return re.sub('[-_.]+', '-', name).lower()
 
 
 def resolve(python: str, kept: str) -> dict[str, tuple[str, str]]:
-    """Return version and Requires-Python by name of all that pip takes."""
+    """Return the version and Requires-Python of all packages, by name."""
     minor = python.rpartition('.')[0]
     found = glob.glob(os.path.expanduser(
         '~/.pyenv/versions/%s.*/bin/python3' % minor))
@@ -96,7 +96,7 @@ def resolve(python: str, kept: str) -> dict[str, tuple[str, str]]:
 
 
 def marker(minors: list[str]) -> str:
-    """Return what selects these, which follow each other."""
+    """Return the marker of consecutive minor versions."""
     if len(minors) == 1 and minors[0] != MINORS[-1]:
         return ";python_version=='%s'" % minors[0]
     parts = []
@@ -109,7 +109,7 @@ def marker(minors: list[str]) -> str:
 
 
 def lines(by_minor: dict[str, dict[str, tuple[str, str]]]) -> Iterator[str]:
-    """Return the lines of the file, one for all that have the same."""
+    """Yield the lines of the file, one for each distinct pin."""
     for name in sorted({name for each in by_minor.values() for name in each}):
         run: list[str] = []
         before: Optional[tuple[str, str]] = None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Show what break0 changes, with the real kuryr-daemon and kuryr-cni.
+"""Show the effect of break0, with the real kuryr-daemon and kuryr-cni.
 
-Ends with 1 if anything is not as it should be.
+Exits with 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Demo:
         print('\n' + text, flush=True)
 
     def check(self, what: str, fine: bool) -> None:
-        """Count what is not as expected."""
+        """Count and print a failed check."""
         if not fine:
             self.wrong += 1
             print('WRONG: ' + what, flush=True)
@@ -49,14 +49,19 @@ class Demo:
             self.check(done.stdout + done.stderr, done.returncode == 0)
 
     def reachability(self, gone: Optional[str], by_break0: bool) -> None:
-        """Ping all from all, cold, and compare with what it should be."""
+        """Ping all hosts from all hosts with empty neighbour tables.
+
+        :param gone: the name of a host that must not answer, if any
+        :param by_break0: whether the node must reach the pods, and they the
+            node
+        """
         names = [name for name in HOSTS if name != gone]
         table = prettytable.PrettyTable(
             ['from \\ to', 'address', *HOSTS])
         rows = {name: [name, HOSTS[name]] for name in names}
         for target in HOSTS:
             self.node.lab.forget_neighbours()
-            # At once, since each that is not answered takes a second.
+            # A ping without an answer takes a second, so all run at once.
             with concurrent.futures.ThreadPoolExecutor() as threads:
                 answers = list(threads.map(
                     lambda source: source != target and self.node.lab.ping(
@@ -89,7 +94,7 @@ class Demo:
                    set(routes) == {PODS[name] for name in bound})
 
     def run(self) -> int:
-        """Play the three acts; how much was wrong."""
+        """Show the three acts, and return the number of failed checks."""
         for name, address in PODS.items():
             self.pods[name] = self.node.add_pod(name, address)
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A DHCP server on the LAN, and a client: busybox, which needs no groups."""
+"""A DHCP server on the LAN, and a client, both from busybox.
+
+busybox sets no groups, as the lab's user namespace requires.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def serve(first: str, last: str, netns: str = 'lan',
 
 
 def client(netns: str, interface: str = 'eth0') -> 'subprocess.Popen[bytes]':
-    """Obtain and renew a lease until it is ended; SIGUSR2 releases it."""
+    """Obtain and renew a lease until the process ends; SIGUSR2 releases it."""
     with open('/run/udhcpc.sh', 'w') as file:
         file.write(CLIENT_SCRIPT)
     subprocess.run(['chmod', '755', '/run/udhcpc.sh'], check=True)

@@ -20,7 +20,7 @@ def _copy(path: str, into: str) -> None:
 
 
 def set_up_ufw() -> None:
-    """Let ufw of this node write its files without those of the machine."""
+    """Let ufw write its files on this node, and not on the machine."""
     _copy('/etc/ufw', '/run/ufw')
     subprocess.run(['mount', '--bind', '/run/ufw', '/etc/ufw'], check=True)
 
@@ -28,7 +28,8 @@ def set_up_ufw() -> None:
 def start_firewalld(test: unittest.TestCase) -> None:
     """Start firewalld as installed, until the test ends.
 
-    Its bus is not that of the system, which would want to be another user.
+    The system's bus would change its user, which this namespace does not
+    allow, so firewalld gets a bus of its own.
     """
     _copy('/etc/firewalld', '/run/firewalld')
     bus = 'unix:path=/run/bus'

@@ -11,15 +11,15 @@ import os
 import shutil
 import tarfile
 
-#: The names by which busybox is in the image.
+#: The names of busybox in the image.
 _TOOLS = ('cat', 'hostname', 'httpd', 'ip', 'mkdir', 'nc', 'ping', 'sh',
           'sleep')
 
 
 def rootfs(directory: str) -> str:
-    """Make a root directory with busybox, unless it is there; its path.
+    """Make a root directory with busybox if it is missing; return its path.
 
-    :param directory: where to make it
+    :param directory: the parent directory
     """
     path = os.path.join(directory, 'rootfs')
     if not os.path.isdir(path):
@@ -31,7 +31,7 @@ def rootfs(directory: str) -> str:
 
 
 def tar(directory: str) -> str:
-    """Archive the root directory, for engines that import; its path."""
+    """Make a tar archive of the root directory for engines that import one."""
     path = os.path.join(directory, 'rootfs.tar')
     with tarfile.open(path, 'w') as archive:
         archive.add(rootfs(directory), '.')
@@ -39,10 +39,10 @@ def tar(directory: str) -> str:
 
 
 def saved(directory: str, name: str, *command: str) -> str:
-    """Make the archive that ``docker save`` makes, for containerd; its path.
+    """Make an archive like docker save, for containerd; return its path.
 
     :param name: the name of the image, with its tag
-    :param command: the command that its containers run
+    :param command: the command of its containers
     """
     with open(tar(directory), 'rb') as file:
         layer = file.read()

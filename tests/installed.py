@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What tests/deb runs in a minimal Debian: by Python's own modules."""
+"""The program that tests/deb runs in a minimal Debian.
+
+It needs only Python's standard library.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ FILES = ('/usr/sbin/nft', '/usr/share/man/man8/kuryr-break0.8.gz',
 
 
 def run(command: str, code: int = 0, **kwargs: Any) -> str:
-    """Return what a line of the shell writes, errors too."""
+    """Return the output of a shell command, including its errors."""
     done = subprocess.run(command, shell=True, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           **kwargs)
@@ -74,7 +77,7 @@ def journal() -> str:
 
 
 def set_up() -> None:
-    """Make a NIC, and a container on it."""
+    """Create a NIC and a container on it."""
     run('ip link set lo up; ip link add eth0 type veth peer name lan;'
         'ip link set lan up; ip link set eth0 up;'
         'ip address add 100.75.30.2/24 dev eth0; ip netns add one;'
@@ -98,7 +101,7 @@ def install(kept: str) -> None:
 
 
 def configure() -> None:
-    """Name the networks: first a wrong one."""
+    """Set the allowed networks: first an invalid value, then a valid one."""
     with open(SETTINGS) as file:
         text = file.read()
     with open(SETTINGS, 'w') as file:
@@ -137,7 +140,7 @@ def use(kept: str) -> None:
 
 
 def upgrade(kept: str) -> None:
-    """Lose no ping, and keep the configuration."""
+    """The upgrade loses no ping and keeps the configuration."""
     before = run('systemctl show -P MainPID ' + AGENT)
     ping = subprocess.Popen(['ping', '-i', '0.02', '-q', ADDRESS],
                             stdout=subprocess.PIPE, text=True)
@@ -175,7 +178,7 @@ def main(kept: str) -> int:
                  lambda: use(kept), lambda: upgrade(kept), remove):
         try:
             step()
-        except Exception:  # the next steps need this one
+        except Exception:  # later steps need this one
             traceback.print_exc(file=sys.stdout)
             failed = 1
             break

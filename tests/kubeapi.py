@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A stand-in for the part of the Kubernetes API that Kuryr's daemon uses."""
+"""A fake of the part of the Kubernetes API that Kuryr's daemon uses."""
 
 import argparse
 import collections
@@ -22,7 +22,7 @@ HOST = '127.0.0.1'
 # plural: (path, apiVersion, kind)
 RESOURCES = {
     'pods': ('/api/v1', 'v1', 'Pod'),
-    'nodes': ('/api/v1', 'v1', 'Node'),  # in the namespace "default" here
+    'nodes': ('/api/v1', 'v1', 'Node'),  # stored in the namespace "default"
     'events': ('/api/v1', 'v1', 'Event'),
     'kuryrports': ('/apis/openstack.org/v1', 'openstack.org/v1', 'KuryrPort')}
 PATH_RE = re.compile(r'(/api/v1|/apis/openstack\.org/v1)'
@@ -33,7 +33,7 @@ ABOUT = {'/healthz': 'ok', '/version': {'major': '1', 'minor': '30'}}
 
 
 class APIError(Exception):
-    """A refusal, which clients see as a Kubernetes Status object."""
+    """A refused request; clients receive a Kubernetes Status object."""
 
     def __init__(self, code: int, reason: str, message: str) -> None:
         super().__init__(message)
@@ -44,7 +44,7 @@ class APIError(Exception):
 
 
 class Change(NamedTuple):
-    """What an object was and has become; it is empty while absent."""
+    """A change of an object; an absent object is an empty dictionary."""
 
     version: int
     old: Obj
@@ -52,7 +52,7 @@ class Change(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """What a LIST or a WATCH asks for."""
+    """The selection of objects that a LIST or a WATCH requests."""
 
     kind: str
     namespace: Optional[str] = None
@@ -70,13 +70,14 @@ class Selection(NamedTuple):
                     for path, equal, value in self.fields))
 
     def event(self, change: Change) -> Optional[Obj]:
-        """Return the watch event that a change means here, if any."""
+        """Return the watch event of a change in this selection, or None."""
         was = self.matches(change.old)
         if self.matches(change.new):
             return {'type': 'MODIFIED' if was else 'ADDED',
                     'object': change.new}
-        # Kubernetes shows what has left as it last was in the selection, but
-        # with the version that a watch can be resumed from.
+        # Kubernetes sends the last state of an object that left the selection.
+        # Its version is the version of the change, from which a watch can
+        # resume.
         return {'type': 'DELETED', 'object': merge_patch(
             change.old, {'metadata': {'resourceVersion': str(change.version)}}
         )} if was else None
@@ -99,7 +100,7 @@ def selector(text: str) -> List[Term]:
 
 
 def field(value: Any, path: str) -> str:
-    """Return a dotted field as text, which is empty if it is absent."""
+    """Return the text of a dotted field; empty if it is absent."""
     for part in path.split('.'):
         value = value.get(part) if isinstance(value, dict) else None
     if value is None:
@@ -151,22 +152,23 @@ PATCHES: Dict[str, Callable[[Any, Any], Any]] = {
 
 
 class KubeAPI:
-    """An API server on 127.0.0.1, and a direct way to its objects.
+    """An API server on 127.0.0.1, with direct access to its objects.
 
-    It can be stopped and started again, with the same objects and port.
+    It can stop and start again, with the same objects and port.
     """
 
     def __init__(self, port: int = 0, history: int = 1000) -> None:
         self.port = port
         self._server: Optional[_Server] = None
         self._requests: Deque[Tuple[str, str]] = collections.deque(maxlen=1000)
-        # What is stored is replaced and never modified, so that the history
-        # and the watches can share it; what goes in or out is copied.
+        # Stored objects are replaced and never modified, so that the history
+        # and the watches can share them. Arguments and results are copies.
         self._objects: Dict[Tuple[str, str, str], Obj] = {}
         self._history: Deque[Change] = collections.deque(maxlen=history)
-        # A version of 0 would ask for what is there, not for what follows.
+        # In Kubernetes, a watch from version 0 begins with the existing
+        # objects, so versions of changes begin above 0.
         self._version = 1
-        self._forgotten = 1  # the newest version that the history has lost
+        self._forgotten = 1  # the newest version that the history dropped
         self._changed = threading.Condition()
 
     def __enter__(self) -> 'KubeAPI':
@@ -182,7 +184,7 @@ class KubeAPI:
 
     @property
     def requests(self) -> List[Tuple[str, str]]:
-        """The latest requests, as (method, path with its query)."""
+        """Return the latest requests, as (method, path with its query)."""
         return [*self._requests]
 
     def start(self) -> None:
@@ -225,7 +227,7 @@ class KubeAPI:
         return self.select(Selection(RESOURCES[plural][2], namespace))[0]
 
     def select(self, wanted: Selection) -> Tuple[List[Obj], int]:
-        """Return what is selected, and the version at which it is so."""
+        """Return the selected objects, and the current version."""
         with self._changed:
             return [copy.deepcopy(obj) for _, obj in sorted(
                 self._objects.items()) if wanted.matches(obj)], self._version
@@ -237,7 +239,10 @@ class KubeAPI:
 
     def modify(self, plural: str, namespace: str, name: str,
                change: Callable[[Obj], Obj]) -> Obj:
-        """Replace an object with what `change`, which spares it, returns."""
+        """Replace an object with the result of `change`.
+
+        `change` must not modify its argument.
+        """
         with self._changed:
             old = self.get(plural, namespace, name)
             new = copy.deepcopy(change(old))
@@ -269,12 +274,15 @@ class KubeAPI:
             return self._put((plural, namespace, name), obj)
 
     def changes(self, version: int, server: '_Server') -> List[Change]:
-        """Wait for what comes after `version`, or for the server's end."""
+        """Wait for changes after `version`, or for the end of the server.
+
+        :raises APIError: if the history does not reach back to `version`
+        """
         with self._changed:
             self._changed.wait_for(
                 lambda: server.stopping or self._version != version)
-            # A version that has not been yet is of another server's life, of
-            # which this one knows no more than of what it has forgotten.
+            # A version above the current one belongs to an earlier server, and
+            # its changes are as unknown as dropped ones.
             if not self._forgotten <= version <= self._version:
                 raise APIError(410, 'Expired', 'too old resource version: '
                                f'{version} ({self._version})')
@@ -297,7 +305,7 @@ class KubeAPI:
 class _Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     stopping = False
-    # With more than it can hold, the kernel resets connections.
+    # The kernel resets connections that exceed the queue.
     request_queue_size = 512
 
     def __init__(self, api: KubeAPI) -> None:
@@ -305,18 +313,19 @@ class _Server(http.server.ThreadingHTTPServer):
         super().__init__((HOST, api.port), _Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing: only clients that hang up or stall lead here."""
+        """Log no error: only clients that hang up or stall cause one."""
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
-    # The body of an answer must not wait until its head is acknowledged.
+    # With Nagle's algorithm the body waits for the acknowledgement of the
+    # head.
     disable_nagle_algorithm = True
     timeout = 10
     server: _Server
 
     def log_message(self, *args: Any) -> None:
-        """Say nothing: `KubeAPI.requests` tells what was asked."""
+        """Log no request: `KubeAPI.requests` has them."""
 
     def answer(self) -> None:
         api = self.server.api
@@ -341,13 +350,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(self.code)
         self.send_header('Content-Type', 'application/json')
         self.send_header(name, value)
-        # No connection may outlive its request, or clients that keep theirs
-        # would still be served after the server's stop.
+        # A persistent connection would be served after the server's stop.
         self.send_header('Connection', 'close')
         self.end_headers()
 
     def dispatch(self, api: KubeAPI, body: Any) -> Any:
-        """Return the reply, or None after a watch, which has sent its own."""
+        """Return the reply, or None after a watch, which sends its own."""
         url = parse.urlsplit(self.path)
         if url.path in ABOUT:
             return ABOUT[url.path]
@@ -392,7 +400,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         items: List[Obj] = []
         if version == 0:
             items, version = api.select(wanted)
-        # Who has seen the head may count on seeing all that follows, too.
+        # A client that has received the head receives all later changes too.
         self.head('Transfer-Encoding', 'chunked')
         try:
             for obj in items:
@@ -427,7 +435,7 @@ def pod(name: str, node: str, namespace: str = 'default',
 
 def kuryrport(pod: Obj, vifs: Dict[str, Obj],
               node: Optional[str] = None) -> Obj:
-    """Return a pod's KuryrPort as Kuryr's controller leaves it."""
+    """Return a pod's KuryrPort in the form that Kuryr's controller creates."""
     metadata = pod['metadata']
     node = node or pod['spec']['nodeName']
     source = metadata.get('annotations', {}).get('kubernetes.io/config.source')

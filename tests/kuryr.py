@@ -66,7 +66,7 @@ link_iface = eth0
 
 
 def serves(address: str = ADDRESS) -> bool:
-    """Whether somebody accepts connections for the daemon."""
+    """Return whether the daemon's address accepts connections."""
     host, port = address.split(':')
     try:
         socket.create_connection((host, int(port)), lab.PATIENCE).close()
@@ -76,7 +76,7 @@ def serves(address: str = ADDRESS) -> bool:
 
 
 class Answer(NamedTuple):
-    """What the daemon said: HTTP status, and the body as it came."""
+    """The daemon's answer: the HTTP status and the unparsed body."""
 
     status: int
     body: str
@@ -84,10 +84,11 @@ class Answer(NamedTuple):
 
 def macvlan_vif(*addresses: str, mac: Optional[str] = None,
                 mtu: int = 1500, subnets: Optional[list[str]] = None) -> Any:
-    """A VIF as an unmodified controller makes it, of a Neutron port.
+    """Return the VIF that Kuryr's controller creates for a Neutron port.
 
-    :param subnets: CIDRs of the subnets that the addresses are in, the
-        lab's LAN by default; the first address of each is its gateway
+    :param mac: the port's MAC address; random by default
+    :param subnets: CIDRs of the subnets of the addresses, by default the lab's
+        LAN; the first address of each subnet is its gateway
     """
     os_vif.initialize()
     objects.register_locally_defined_vifs()
@@ -111,7 +112,7 @@ def macvlan_vif(*addresses: str, mac: Optional[str] = None,
 
 
 class _Port(dict):  # type: ignore[type-arg]
-    """Kuryr reads a Neutron port as a mapping here and by attribute there."""
+    """A Neutron port. Kuryr reads its fields as items and attributes."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -121,14 +122,14 @@ class _Port(dict):  # type: ignore[type-arg]
 
 
 def random_mac() -> str:
-    """A MAC address as Neutron gives them."""
+    """Return a random MAC address with Neutron's prefix."""
     return 'fa:16:3e:%02x:%02x:%02x' % tuple(os.urandom(3))
 
 
 def stock_environment(path: str) -> str:
-    """Make an environment with all but kuryr-break0; where its programs are.
+    """Make an environment without kuryr-break0; return its bin directory.
 
-    What is installed is linked, not installed again.
+    It links the installed packages of the current environment.
     """
     venv.create(path, with_pip=False)
     bin_dir = os.path.join(path, 'bin')
@@ -154,7 +155,7 @@ def stock_environment(path: str) -> str:
 
 
 class Pod:
-    """A pod that the API knows, with a sandbox on the node."""
+    """A pod in the API, with a sandbox on the node."""
 
     def __init__(self, name: str, vifs: dict[str, Any], netns: str,
                  uid: str) -> None:
@@ -165,7 +166,7 @@ class Pod:
         self.container_id = uuid.uuid4().hex
 
     def params(self, command: str, **overrides: str) -> dict[str, str]:
-        """The environment that a CNI plugin gets for it."""
+        """Return the environment variables of a CNI request for the pod."""
         return {'CNI_COMMAND': command,
                 'CNI_CONTAINERID': self.container_id,
                 'CNI_NETNS': self.netns,
@@ -178,9 +179,9 @@ class Pod:
 
 
 class Node:
-    """A lab with the stand-in for the API, and a kuryr-daemon on demand.
+    """A lab with a fake API, and a kuryr-daemon on demand.
 
-    :param node: the lab; by default a new one, which ends with this
+    :param node: the lab; by default a new one, which this node closes
     """
 
     def __init__(self, node: Optional[lab.Lab] = None) -> None:
@@ -214,7 +215,7 @@ class Node:
 
     def start_daemon(self, break0: str = '', bin_dir: str = BIN,
                      **environ: str) -> None:
-        """Start kuryr-daemon and wait until it serves.
+        """Start kuryr-daemon, and wait until it accepts connections.
 
         :param break0: lines of the section ``[break0]``
         """
@@ -232,9 +233,9 @@ class Node:
             raise AssertionError('kuryr-daemon ended:\n' + self.output())
 
     def kill_daemon(self) -> None:
-        """Kill the daemon and all its workers; none is fine."""
+        """Kill the daemon, if one runs, and all of its workers."""
         if self.daemon is not None:
-            # Its services have process groups of their own.
+            # The daemon's services have process groups of their own.
             family = []
             with contextlib.suppress(psutil.NoSuchProcess):
                 family.append(psutil.Process(self.daemon.pid))
@@ -243,15 +244,15 @@ class Node:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             self.daemon.wait()
-            # To wait for one by a pidfd is an error before 6.16, if it is gone
-            # and others of its group are not.
+            # Before Linux 6.16, waiting for a process by pidfd is an error if
+            # it has ended and other members of its group have not.
             lab.until(lambda: not any(each.is_running() for each in family))
             self.daemon = None
-            # One that it was just starting has the socket for a moment.
+            # A service that was just starting keeps the socket for a moment.
             lab.until(lambda: not serves())
 
     def output(self) -> str:
-        """All that the daemon has logged or printed."""
+        """Return all log lines and other output of the daemon."""
         text = ''
         for path in (os.path.join(self.dir, 'output'), self.log):
             with contextlib.suppress(FileNotFoundError), open(path) as file:
@@ -259,8 +260,8 @@ class Node:
         return text
 
     def errors(self) -> str:
-        """What of that is an error, with its traceback."""
-        # A traceback within a message has lines of its own.
+        """Return the daemon's errors, with their tracebacks."""
+        # A message with a traceback has further lines without a date.
         return ''.join(re.findall(
             r'(?m)^\S+ \S+ \d+ (?:ERROR|CRITICAL) .*\n'
             r'(?:(?!\d{4}-\d\d-\d\d ).*\n)*', self.output()))
@@ -270,8 +271,9 @@ class Node:
                 netns: Optional[str] = None, has_port: bool = True) -> Pod:
         """Create a pod, its KuryrPort and its sandbox's namespace.
 
-        :param netns: path of a namespace that is there, or will be
-        :param has_port: whether it has its KuryrPort yet; see add_port()
+        :param netns: the path of a namespace that exists or will exist; by
+            default a new one
+        :param has_port: False creates no KuryrPort; see add_port()
         """
         vifs = {'eth0': vif or macvlan_vif(*addresses), **(extra_vifs or {})}
         manifest = self.api.create('pods', kubeapi.pod(name, NODENAME))
@@ -297,7 +299,7 @@ class Node:
             self.api.delete(plural, 'default', pod.name)
 
     def request(self, pod: Pod, command: str, **overrides: str) -> Answer:
-        """Send what kuryr-cni sends to the daemon."""
+        """Send kuryr-cni's request for a pod to the daemon."""
         response = requests.post(
             'http://%s/%sNetwork' % (ADDRESS, command.lower()),
             json={**pod.params(command, **overrides), 'config_kuryr': {}},
@@ -306,7 +308,7 @@ class Node:
         return Answer(response.status_code, response.text)
 
     def requests(self, pods: list[Pod], command: str) -> list[Answer]:
-        """The same for many pods at once."""
+        """Send the same request for several pods at once."""
         with concurrent.futures.ThreadPoolExecutor(len(pods)) as pool:
             return list(pool.map(lambda pod: self.request(pod, command),
                                  pods))
@@ -326,7 +328,7 @@ class Node:
 
 @contextlib.contextmanager
 def node(break0: str = '') -> Iterator[Node]:
-    """A node on which kuryr-daemon runs."""
+    """Yield a node with a running kuryr-daemon."""
     with Node() as it:
         it.start_daemon(break0)
         yield it

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A node in namespaces of its own: what tests, demo and benchmark run on.
+"""A node in network and mount namespaces, for tests, demo and benchmark.
 
-The calling process becomes the node: its network namespace gets a NIC,
-``eth0``, whose other end is in the namespace ``lan``. Pods are further
-namespaces. All of it ends with the process, also when it is killed, and
-nothing of the machine itself is touched. ``tests/in-lab`` makes a process
-that may do this, as any user.
+The calling process becomes the node. Its network namespace gets a NIC,
+``eth0``, whose peer is in the namespace ``lan``; each pod gets another
+namespace. The kernel removes all namespaces when the process ends, even by
+SIGKILL, and the machine itself stays unchanged. ``tests/in-lab`` starts a
+process with the rights for this, as any user.
 
-What the kernel holds is read with ``ip -json``, not with the library under
-test, so that a fault of that cannot hide itself.
+The lab reads the kernel's state with ``ip -json``, because the library under
+test could hide its own faults.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ LAN = '100.75.30.1'
 PREFIX = 24
 NODE6 = 'fd00:30::51'
 LAN6 = 'fd00:30::1'
-#: Another subnet on the same link, whose gateway is the LAN host.
+#: A second subnet on the same link; the LAN host is its gateway.
 OTHER_LAN = '100.75.40.1'
 OTHER_LAN6 = 'fd00:40::1'
 PARENT = 'eth0'
-#: Seconds after which what must come is said not to come. It says nothing of
-#: how long that takes: other processes may have most of the machine.
+#: Seconds before until() raises an error. The limit is high because other
+#: processes can occupy most of the machine.
 PATIENCE = int(os.environ.get('PATIENCE', 120))
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -68,15 +68,17 @@ def _call(name: str, *args: Any) -> None:
 
 def until(condition: Callable[[], Any],
           log: Callable[[], str] = str) -> float:
-    """Wait until a condition holds; how many seconds that took.
+    """Wait until a condition holds; return the seconds that this took.
 
-    :param log: returns what to show if it never does
+    :param log: returns text for the error if the condition never holds
+    :raises AssertionError: after PATIENCE seconds
     """
     began = time.monotonic()
     while not condition():
         passed = time.monotonic() - began
         assert passed < PATIENCE, 'not within %d s\n%s' % (PATIENCE, log())
-        # Many wait at once, and each look takes time of what is waited for.
+        # Many tests poll at once, and polling slows down the awaited program.
+        # The interval therefore grows with the time that has passed.
         time.sleep(min(0.01 + passed / 20, 0.2))
     return time.monotonic() - began
 
@@ -108,18 +110,18 @@ class Frame:
 
 
 class VM:
-    """A virtual machine, as the node sees it: who has opened a macvtap.
+    """A virtual machine: a program that has opened a macvtap.
 
-    What comes out of the character device goes to an interface in a
-    namespace, which is the rest of the machine, and back. So its kernel
-    resolves addresses itself, and nothing configures it from outside.
+    A thread forwards frames between the macvtap's character device and a tap
+    device in a namespace, which stands for the guest. The kernel of the
+    namespace resolves addresses, and nothing else configures its neighbours.
     """
 
     def __init__(self, lab: Lab, name: str, addresses: Sequence[str],
                  mac: Optional[str] = None) -> None:
         self.name = name
         self._lab = lab
-        # All labs share /dev, so each macvtap has a number of its own.
+        # All labs share /dev, so each macvtap needs a unique index.
         index = random.randrange(10 ** 6, 2 ** 31)
         made = lab.run(
             'ip', 'link', 'add', 'link', PARENT, 'name', name, 'index',
@@ -127,8 +129,8 @@ class VM:
             'type', 'macvtap', 'mode', 'bridge', check=False)
         if made.returncode:
             raise OSError('needs the module macvtap: ' + made.stdout)
-        # As libvirt does for a VM that it trusts with its filters, for which
-        # it hears the solicitations of others.
+        # libvirt sets allmulticast for a VM with trustGuestRxFilters. The
+        # macvtap then receives the neighbour solicitations for other hosts.
         lab.run('ip', 'link', 'set', name, 'up', 'allmulticast', 'on')
         self.mac = lab.ip('link', 'show', name)[0]['address']
         self._files = [self._open('/dev/tap%d' % index)]
@@ -162,11 +164,11 @@ class VM:
                 return
             for source, target in ((outside, inside), (inside, outside)):
                 if source in ready:
-                    with contextlib.suppress(OSError):  # it is down
+                    with contextlib.suppress(OSError):  # the interface is down
                         os.write(target, os.read(source, 2 ** 16))
 
     def power_off(self) -> None:
-        """End it: its macvtap goes, as libvirt deletes it."""
+        """Stop forwarding and delete the macvtap, as libvirt does."""
         os.close(self._ending)
         self._thread.join()
         for file in self._files:
@@ -177,9 +179,9 @@ class VM:
 
 
 class Lab:
-    """A node with a NIC on a LAN; entering it makes the process the node.
+    """A node with a NIC on a LAN; creating it moves the process to the node.
 
-    A second one replaces the first, so each test can have a node of its own.
+    Another Lab replaces the first, so each test can have a new node.
     """
 
     def __init__(self) -> None:
@@ -193,13 +195,13 @@ class Lab:
         self.add_nic()
 
     def close(self) -> None:
-        """Let go of the node; its namespaces end with their last process."""
+        """Leave the node; its namespaces end with their last process."""
         for vm in list(self.vms):
             vm.power_off()
         _call('umount2', b'/run', 2)  # MNT_DETACH
 
     def add_nic(self) -> None:
-        """Plug in the NIC and give it the address of the node."""
+        """Add the NIC, and give it the node's IPv4 address."""
         self.run('ip', 'link', 'add', PARENT, 'type', 'veth',
                  'peer', 'name', 'nic', 'netns', 'lan')
         self.run('ip', 'link', 'set', PARENT, 'up')
@@ -219,9 +221,10 @@ class Lab:
         self.run('ip', 'route', 'add', 'default', 'via', LAN6)
 
     def settle(self) -> None:
-        """Wait until the kernel has made sure of all IPv6 addresses.
+        """Wait until no interface has a tentative IPv6 address.
 
-        The ends of the link get theirs a moment after they are up.
+        The kernel adds the link-local addresses shortly after both ends are
+        up.
         """
         until(lambda: all(
             'fe80::' in str(link['addr_info'])
@@ -249,9 +252,9 @@ class Lab:
         return '/run/netns/' + name
 
     def del_netns(self, name: str) -> None:
-        """Delete a namespace, and wait until the kernel has let go of it.
+        """Delete a namespace, and wait until the kernel has freed it.
 
-        That takes it some milliseconds.
+        The kernel needs several milliseconds for this.
         """
         path = '/run/netns/' + name
         known = kernel.identify(path)
@@ -263,7 +266,7 @@ class Lab:
                 mac: Optional[str] = None,
                 gateways: Sequence[str] = (),
                 parent: str = PARENT) -> str:
-        """Add a namespace with a macvlan on the NIC, as Kuryr would."""
+        """Add a namespace with a macvlan on the NIC, and return its path."""
         path = self.add_netns(name)
         self.add_macvlan(name, mac=mac, parent=parent)
         for address in addresses:
@@ -282,7 +285,7 @@ class Lab:
                     mac: Optional[str] = None, parent: str = PARENT,
                     mode: str = 'bridge') -> None:
         """Add a macvlan on a NIC to a namespace."""
-        # Before 6.14 the name must be free on the node too.
+        # Before Linux 6.14 the name must be unused on the node too.
         self.run('ip', 'link', 'add', 'new', 'link', parent, 'netns', netns,
                  *(('address', mac) if mac else ()),
                  'type', 'macvlan', 'mode', mode)
@@ -294,11 +297,12 @@ class Lab:
             assert not done.returncode or 'in use' in done.stdout, done.stdout
             return done.returncode == 0
 
-        # One of a namespace that was deleted has its MAC address for a while.
+        # The macvlan of a deleted namespace keeps its MAC address in use for
+        # several milliseconds.
         until(is_up)
 
     def until_free(self, mac: str) -> None:
-        """Wait until no macvlan on the NIC has a MAC address any more."""
+        """Wait until no macvlan on the NIC uses a MAC address."""
         self.run('ip', 'link', 'add', 'next', 'link', PARENT, 'address', mac,
                  'type', 'macvlan', 'mode', 'bridge')
         until(lambda: self.run('ip', 'link', 'set', 'next', 'up',
@@ -309,14 +313,14 @@ class Lab:
                mac: Optional[str] = None) -> VM:
         """Start a virtual machine on the NIC.
 
-        :raises OSError: if this machine lacks what it needs
+        :raises OSError: if the kernel lacks the module macvtap
         """
         self.vms.append(VM(self, name, addresses, mac))
         return self.vms[-1]
 
     def socket(self, family: int, kind: int = socket.SOCK_STREAM,
                netns: Optional[str] = None) -> socket.socket:
-        """A socket of the node or of another namespace."""
+        """Return a socket of the node or of another namespace."""
         made: list[socket.socket] = []
         self.in_netns(lambda: made.append(socket.socket(family, kind)), netns)
         made[0].settimeout(PATIENCE)
@@ -327,7 +331,7 @@ class Lab:
                  netns: Optional[str] = None) -> None:
         """Call a function in another namespace.
 
-        :param netns: its name, or its path
+        :param netns: its name or path; None for the node
         """
         errors: list[Exception] = []
 
@@ -340,7 +344,7 @@ class Lab:
             except Exception as err:
                 errors.append(err)
 
-        # Only a thread of its own enters the namespace.
+        # setns(2) changes the namespace of one thread only.
         thread = threading.Thread(target=call)
         thread.start()
         thread.join()
@@ -349,10 +353,10 @@ class Lab:
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[list[Frame]]:
-        """All frames that a LAN host sees, when the block has ended.
+        """Yield a list, which has all frames on the LAN when the block ends.
 
-        By a packet socket: tcpdump does not run as root of a user namespace,
-        since it wants to be another user.
+        tcpdump would change its user, which root of a user namespace cannot
+        do, so a packet socket captures the frames.
         """
         frames: list[Frame] = []
         with self.socket(socket.AF_PACKET, socket.SOCK_RAW, 'lan') as wire:
@@ -373,7 +377,7 @@ class Lab:
             try:
                 yield frames
             finally:
-                time.sleep(0.3)  # what is still under way
+                time.sleep(0.3)  # frames that are still on their way
                 ending.set()
                 reader.join()
             dropped = struct.unpack('II', wire.getsockopt(
@@ -393,18 +397,18 @@ class Lab:
         return done
 
     def ip(self, *args: str, netns: Optional[str] = None) -> list[Any]:
-        """What ``ip -json`` says, details included."""
+        """Return the parsed output of ``ip -json -details``."""
         text = self.run('ip', '-json', '-details', *args, netns=netns).stdout
-        # ip prints {} in place of what it was not asked for.
+        # ip prints {} for each item that its filters exclude.
         return [item for item in json.loads(text or '[]') if item]
 
     def link(self, name: str) -> Optional[dict[str, Any]]:
-        """One interface of the node, or None."""
+        """Return one interface of the node, or None."""
         return next((link for link in self.ip('link', 'show')
                      if link['ifname'] == name), None)
 
     def routes(self, device: str = 'break0') -> dict[str, dict[str, Any]]:
-        """The IPv4 and IPv6 routes on a device, by destination."""
+        """Return the IPv4 and IPv6 routes on a device, by destination."""
         found = {}
         for family in ('-4', '-6'):
             for route in self.ip(family, 'route', 'show', 'table', 'all'):
@@ -416,9 +420,9 @@ class Lab:
         return found
 
     def state(self) -> dict[str, Any]:
-        """All that is set on the node and in its other namespaces.
+        """Return the configuration of the node and of its other namespaces.
 
-        Not what the kernel has learnt or counted.
+        It has no dynamic neighbours and no counters.
         """
         self.settle()
         found = {}
@@ -437,14 +441,17 @@ class Lab:
         return found
 
     def forget_neighbours(self) -> None:
-        """Flush what node and namespaces have learnt."""
+        """Flush the dynamic neighbours of the node and of all namespaces."""
         for where in (None, *os.listdir('/run/netns')):
             self.run('ip', 'neighbour', 'flush', 'all', netns=where,
                      check=False)
 
     def ping(self, address: str, netns: Optional[str] = None, *,
              cold: bool = True) -> bool:
-        """Whether a ping is answered; cold is without learnt neighbours."""
+        """Return whether a ping is answered.
+
+        :param cold: whether to flush the dynamic neighbours before
+        """
         if cold:
             self.forget_neighbours()
         return self.run('ping', '-n', '-q', '-c', '1', '-W', '1', address,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Asks an agent, as Prometheus and kubelet do."""
+"""Requests to an agent, like those of Prometheus and the kubelet."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Answer(NamedTuple):
 
 def get(path: str = '/metrics', where: str = DEFAULT,
         timeout: float = lab.PATIENCE) -> Optional[Answer]:
-    """An answer of the agent; None if nobody gives one."""
+    """Return an answer of the agent, or None if no agent listens."""
     connection = http.client.HTTPConnection(where, timeout=timeout)
     with contextlib.closing(connection):
         try:
@@ -30,11 +30,11 @@ def get(path: str = '/metrics', where: str = DEFAULT,
             answer = connection.getresponse()
             return Answer(answer.status, answer.read().decode())
         except (ConnectionError, http.client.IncompleteRead):
-            return None  # also one that ends just now
+            return None  # an agent that is ending, too
 
 
 def value(name: str, where: str = DEFAULT, **labels: str) -> Optional[float]:
-    """The value of a figure of ours; None without one."""
+    """Return the value of one of our metrics, or None if it is missing."""
     answer = get(where=where)
     if answer is None:
         return None
@@ -48,7 +48,7 @@ def value(name: str, where: str = DEFAULT, **labels: str) -> Optional[float]:
 
 
 def total(name: str, where: str = DEFAULT) -> Optional[float]:
-    """The sum of a figure of ours over all its labels; None without one."""
+    """Return the sum of a metric over all labels, or None if it is missing."""
     answer = get(where=where)
     if answer is None:
         return None

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A stand-in for the part of Neutron that kuryr-controller uses."""
+"""A fake of the part of Neutron that kuryr-controller uses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CIDR = '100.75.30.0/24'
 
 
 class Request(NamedTuple):
-    """A request, by which a test chooses the one that fails."""
+    """A request; tests select the failing one by its fields."""
 
     method: str
     path: str
@@ -31,7 +31,7 @@ class Request(NamedTuple):
 
 
 class Refusal(Exception):
-    """An answer other than 2xx, in the shape that Neutron gives it."""
+    """An error answer in Neutron's format."""
 
     def __init__(self, status: int, kind: str, message: str = '') -> None:
         super().__init__(message or kind)
@@ -41,14 +41,15 @@ class Refusal(Exception):
 
 
 class Neutron:
-    """Ports, their revisions and pairs, on 127.0.0.1, and a way to them.
+    """Ports, their revisions and pairs, on 127.0.0.1, with direct access.
 
-    :ivar ports: by id, as Neutron shows them
-    :ivar fault: called with each request, before it is handled; raises
-        Refusal, or waits
-    :ivar after: called likewise after it, before the answer
-    :ivar delay: how long each request takes at least, in seconds
-    :ivar max_pairs: the option max_allowed_address_pair of Neutron
+    :ivar ports: the ports in Neutron's format, by ID
+    :ivar fault: called with each request before it is handled; may raise
+        Refusal, or wait
+    :ivar after: called with each request after it is handled, before the
+        answer
+    :ivar delay: the minimum duration of each request, in seconds
+    :ivar max_pairs: Neutron's option max_allowed_address_pair
     """
 
     def __init__(self, max_pairs: int = 500) -> None:
@@ -126,13 +127,13 @@ class Neutron:
                            for name, values in query.items())]
 
     def pairs(self, port_id: str) -> list[str]:
-        """Return the addresses that a port allows, in order."""
+        """Return the allowed addresses of a port, in order."""
         with self.lock:
             return sorted(each['ip_address'] for each in
                           self.ports[port_id]['allowed_address_pairs'])
 
     def pods(self) -> list[dict[str, Any]]:
-        """Return the ports that kuryr-controller has made."""
+        """Return the ports that kuryr-controller has created."""
         return self.select({'device_owner': ['compute:kuryr']})
 
     def _get(self, port_id: str) -> dict[str, Any]:
@@ -186,7 +187,7 @@ class _Server(http.server.ThreadingHTTPServer):
         super().__init__((HOST, 0), _Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing: only clients that hang up lead here."""
+        """Log no error: only clients that hang up cause one."""
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -196,7 +197,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     server: _Server
 
     def log_message(self, *args: Any) -> None:
-        """Say nothing: `Neutron.requests` has all requests."""
+        """Log no request: `Neutron.requests` has them."""
 
     def reply(self) -> None:
         neutron = self.server.neutron

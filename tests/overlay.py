@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The overlay of etc/kubernetes, built as an operator does it."""
+"""The overlay of etc/kubernetes, built with an operator's commands."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import yaml
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OVERLAY = os.path.join(ROOT, 'etc', 'kubernetes')
-#: As Kuryr's generator makes it where the engine is Docker or containerd.
+#: The DaemonSet that Kuryr's generator creates for Docker or containerd.
 BASE = os.path.join(ROOT, 'tests', 'data', 'cni_ds.yml')
 AGENT = 'kuryr-break0-agent'
-#: The mounts of the host's /proc that the generator leaves out with CRI-O.
+#: The mounts of the host's /proc, which the generator omits for CRI-O.
 _PROC = {'mount': {'name': 'proc', 'mountPath': '/host_proc'},
          'volume': {'name': 'proc', 'hostPath': {'path': '/proc'}}}
 
 
 def base(crio: bool = False) -> dict[str, Any]:
-    """Kuryr's own DaemonSet."""
+    """Return Kuryr's own DaemonSet."""
     with open(BASE) as file:
         daemon_set: dict[str, Any] = yaml.safe_load(file)
     if crio:
@@ -35,11 +35,12 @@ def base(crio: bool = False) -> dict[str, Any]:
 
 def build(onto: Optional[dict[str, Any]] = None,
           uncommented: str = '') -> dict[str, dict[str, Any]]:
-    """Build it by ``kubectl kustomize``; what it gives, by kind.
+    """Build the overlay with ``kubectl kustomize``; return objects by kind.
 
-    :param onto: Kuryr's DaemonSet, if not the usual one
-    :param uncommented: how the line of kustomization.yaml begins from which
-        on, up to an empty line, comment signs are taken away
+    :param onto: Kuryr's DaemonSet; by default base()
+    :param uncommented: the beginning of a commented line in
+        kustomization.yaml; the block from it to the next empty line is
+        uncommented
     """
     with tempfile.TemporaryDirectory() as directory:
         for name in os.listdir(OVERLAY):
@@ -70,15 +71,28 @@ def build(onto: Optional[dict[str, Any]] = None,
     return found
 
 
+def patched(daemon_set: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a DaemonSet after ``kubectl patch`` with a file beside it."""
+    with open(os.path.join(OVERLAY, name)) as file:
+        done = subprocess.run(
+            ['kubectl', 'patch', '--local', '--filename', '-', '--output',
+             'yaml', '--patch', file.read()], text=True,
+            input=yaml.safe_dump(daemon_set), capture_output=True)
+    if done.returncode:
+        raise AssertionError('kubectl patch:\n' + done.stderr)
+    found: dict[str, Any] = yaml.safe_load(done.stdout)
+    return found
+
+
 def without_kuryr() -> dict[str, Any]:
-    """The DaemonSet of etc/cni."""
+    """Return the DaemonSet of etc/cni."""
     with open(os.path.join(ROOT, 'etc', 'cni', 'daemonset.yaml')) as file:
         daemon_set: dict[str, Any] = yaml.safe_load(file)
     return daemon_set
 
 
 def container(daemon_set: dict[str, Any], name: str) -> dict[str, Any]:
-    """One of its containers."""
+    """Return a container of a DaemonSet, by name."""
     spec = daemon_set['spec']['template']['spec']
     found, = (each for each
               in [*spec.get('initContainers', ()), *spec['containers']]
@@ -87,7 +101,7 @@ def container(daemon_set: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def volumes(daemon_set: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Its volumes, by name."""
+    """Return the volumes of a DaemonSet, by name."""
     listed = daemon_set['spec']['template']['spec']['volumes']
     found = {each['name']: each for each in listed}
     assert len(found) == len(listed), listed

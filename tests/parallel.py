@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Run tests, many classes of them at once: see tests/run.
+"""Run the classes of the tests in parallel; tests/run has the usage.
 
-Each class has a process, which is forked from one that has imported all tests.
-Who is done takes the next class, so that nobody waits for a worker that has
-got the long ones. It ends with the failures, and writes how many passed.
+Each class runs in a forked process, so only the parent imports the tests. A
+process that ends is replaced by one for the next class. The output ends with
+the failures, and a file gets the numbers of passed and failed tests.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import unittest
 
 from tests import program
 
-#: The modules that take longest, since what begins last should be short.
+#: The slowest modules. They start first, so that the last classes to start are
+#: short.
 FIRST = (
     'tests.e2e.test_nothing_lost', 'tests.functional.test_bench',
     'tests.e2e.test_daemon', 'tests.functional.doctor.test_pods',
@@ -36,8 +37,9 @@ FIRST = (
     'tests.functional.cni.test_plugin', 'tests.functional.test_doubt')
 
 
-#: Lines of what is printed of a failure: where it is from, and the last ones
-#: of what was logged. CI keeps the end of all that is printed.
+#: The numbers of lines that are printed of a failure's output: the first lines
+#: show its origin, and the last lines the log before it. CI keeps only the end
+#: of a long output.
 FIRST_LINES, LAST_LINES = 20, 20
 
 
@@ -50,7 +52,7 @@ class Job(NamedTuple):
 
 
 class Result(unittest.TestResult):
-    """Shows each test that ends, and writes down what came of it."""
+    """Prints each test when it ends, and writes its outcome to a file."""
 
     def __init__(self, shown: int, written: BinaryIO, quiet: bool) -> None:
         super().__init__()
@@ -69,7 +71,7 @@ class Result(unittest.TestResult):
 
     def addError(self, test: Any, err: Any) -> None:
         self._failed.append(_trace(*err))
-        if not isinstance(test, unittest.TestCase):  # but setUpClass
+        if not isinstance(test, unittest.TestCase):  # an error of setUpClass
             self._write(test)
 
     addFailure = addError
@@ -101,7 +103,7 @@ class Result(unittest.TestResult):
 
 
 def _trace(kind: Any, err: Any, trace: Any) -> str:
-    """Return how an error came about, without what unittest does before."""
+    """Return the traceback of an error without the frames of unittest."""
     while trace and '__unittest' in trace.tb_frame.f_globals:
         trace = trace.tb_next
     return ''.join(traceback.format_exception(kind, err, trace))
@@ -124,7 +126,7 @@ def tests(suite: Any) -> Iterator[unittest.TestCase]:
 
 
 def _classes(patterns: list[str], skip: str) -> list[list[unittest.TestCase]]:
-    """Return the tests that match, by class, in the order to begin them."""
+    """Return the matching tests by class, the slowest classes first."""
     found: dict[str, list[unittest.TestCase]] = {}
     for test in tests(unittest.defaultTestLoader.discover(
             'tests', top_level_dir='.')):
@@ -141,7 +143,7 @@ def _classes(patterns: list[str], skip: str) -> list[list[unittest.TestCase]]:
 
 
 def _start(job: Job, quiet: bool) -> int:
-    """Run a class in a process of its own; its number."""
+    """Start a process that runs a class; return its process ID."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -151,7 +153,7 @@ def _start(job: Job, quiet: bool) -> int:
         os.dup2(job.output.fileno(), number)
     unittest.TestSuite(job.tests).run(Result(
         shown, job.results, quiet))
-    # As Python ends, but without freeing all that was imported.
+    # Python's usual exit would free all imported modules, which takes time.
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -159,7 +161,7 @@ def _start(job: Job, quiet: bool) -> int:
 
 
 def _finished(job: Job, status: int) -> tuple[int, dict[str, str]]:
-    """Return how many tests of a class passed, and why others failed."""
+    """Return the number of passed tests of a class, and its failures."""
     job.results.seek(0)
     ended = [json.loads(line) for line in job.results]
     failed = {name: '\n'.join(texts) for name, outcome, texts in ended
@@ -186,18 +188,19 @@ def main() -> int:
                         help='write how many passed and failed to this file')
     parser.add_argument('patterns', nargs='*', help='or all, of those')
     args = parser.parse_args()
-    # A shell has what it starts in the background ignore it.
+    # A shell starts background processes with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     waiting = [tests for tests in _classes(args.patterns, args.skip)
                if re.search(args.only, tests[0].id())][::-1]
     if any(not each[0].id().startswith('tests.unit') for each in waiting):
         for each in (program.BREAK0, program.DAEMON):
             program.serve(each)
-    # What is not collected is not copied by those who are forked.
+    # Frozen objects are not collected, so the forked processes do not copy
+    # their pages.
     gc.collect()
     gc.freeze()
     running: dict[int, Job] = {}
-    passed, failed = 0, {}  # how many, and why
+    passed, failed = 0, {}  # failed: reasons by test
     while waiting or running:
         while waiting and len(running) < args.jobs:
             job = Job(waiting.pop(), tempfile.TemporaryFile(),

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Start kuryr-break0 and kuryr-daemon without what a start of Python takes.
+"""Start kuryr-break0 and kuryr-daemon without their imports.
 
-A start of Python imports hundreds of modules, which was most of the processor
-time of the tests. Here, a server of each program imports them once, and forks
+A start of Python imports hundreds of modules, which took most of the processor
+time of the tests. A server of each program imports the modules once, and forks
 for each start. The process has the arguments, environment, directory, files
-and namespaces that a child would have, but is not a child: signal it and wait
-for it by what :func:`start` returns.
+and namespaces of a child. It is a child of the server, though: use the object
+that :func:`start` returns to signal it and to wait for it.
 
-All else is started as ever: other programs, with a command before them, or
-with an environment that Python reads as it starts. A test of the start itself
-uses ``subprocess``.
+Other programs, prefixed commands, and environments with other PYTHON variables
+start normally. A test of the start itself uses ``subprocess``.
 """
 
 from __future__ import annotations
@@ -41,14 +40,14 @@ DAEMON = os.path.join(BIN, 'kuryr-daemon')
 
 _NAMESPACES = ('net', 'mnt')
 _libc = ctypes.CDLL(None, use_errno=True)
-#: The socket of the server of each program.
+#: The path of the server's socket, by program.
 _servers: dict[str, str] = {}
 
 Output = Union[None, int, BinaryIO]
 
 
 class Process:
-    """A process that a server has started, like subprocess.Popen."""
+    """A process started by a server, with an interface like Popen's."""
 
     def __init__(self, args: Sequence[str], server: socket.socket) -> None:
         self.args = args
@@ -57,14 +56,18 @@ class Process:
         self.pid = int(server.recv(100))
 
     def poll(self) -> Optional[int]:
-        """Return the exit code, or None while it runs."""
+        """Return the exit code, or None while the process runs."""
         if self.returncode is None and select.select(
                 [self._server], [], [], 0)[0]:
             return self.wait()
         return self.returncode
 
     def wait(self, timeout: Optional[float] = None) -> int:
-        """Wait for its end; return the exit code, or minus the signal."""
+        """Wait for the end of the process; return its exit code.
+
+        :param timeout: in seconds; None waits forever
+        :returns: minus the number of the signal if one killed the process
+        """
         if self.returncode is None:
             if not select.select([self._server], [], [], timeout)[0]:
                 assert timeout is not None
@@ -91,7 +94,7 @@ def start(args: Sequence[str], *, stdin: Output = subprocess.DEVNULL,
           env: Optional[Mapping[str, str]] = None,
           cwd: Optional[str] = None
           ) -> Union[Process, subprocess.Popen[bytes]]:
-    """Start a program; the parameters are those of subprocess.Popen."""
+    """Start a program; the parameters are the same as Popen's."""
     if not _is_served(args, env):
         return subprocess.Popen(args, stdin=stdin, stdout=stdout,
                                 stderr=stderr, env=env, cwd=cwd)
@@ -165,22 +168,25 @@ def _is_served(args: Sequence[str], env: Optional[Mapping[str, str]]) -> bool:
 
 
 def of_script(path: str) -> list[str]:
-    """Return what a script runs that cni-install wrote; other paths as is."""
+    """Return the command in a script that cni-install wrote.
+
+    :returns: the path itself for any other program
+    """
     with open(path, 'rb') as file:
         lines = file.read(10000).split(b'\n')
     if lines[0] != b'#!/bin/sh':
         return [path]
     command = shlex.split(lines[-2].decode())
-    # Not if it is another Python.
+    # A server exists only for the Python of the tests.
     if command[:4] != ['exec', sys.executable, '-m', 'kuryr_break0']:
         return [path]
     return [BREAK0, *command[4:]]
 
 
 def serve(program: str) -> None:
-    """Start the server of a program; it ends with this process.
+    """Start the server of a program, which ends with this process.
 
-    Processes that are forked from this one use it too.
+    Processes that are forked from this one use the same server.
     """
     directory = tempfile.mkdtemp(prefix='program-')
     path = os.path.join(directory, 'socket')
@@ -194,7 +200,7 @@ def serve(program: str) -> None:
 def _address(program: str) -> str:
     if program not in _servers:
         serve(program)
-    # It has to import what the program imports, once.
+    # The server creates its socket after it has imported the program.
     ends = time.monotonic() + 300
     while not os.path.exists(_servers[program]):
         assert time.monotonic() < ends, 'no server of ' + program
@@ -203,26 +209,26 @@ def _address(program: str) -> str:
 
 
 def _end(server: subprocess.Popen[bytes], directory: str, owner: int) -> None:
-    if os.getpid() == owner:  # and no fork of it
+    if os.getpid() == owner:  # a forked process does not own the server
         server.kill()
         server.wait()
         shutil.rmtree(directory, ignore_errors=True)
 
 
 def _imported(program: str) -> Callable[[], Any]:
-    """Import what a program imports; its entry point."""
+    """Import the modules of a program, and return its entry point."""
     if program == DAEMON:
         from kuryr_kubernetes.cmd import daemon
         import setproctitle
 
-        # At its first call it looks for where the title is, by the
-        # environment that the process was started with.
+        # The first call finds the memory of the process title with the
+        # environment at the start, which the server replaces later.
         setproctitle.getproctitle()
         return daemon.start  # type: ignore[no-any-return]
     import kuryr_break0
     for module in pkgutil.walk_packages(kuryr_break0.__path__,
                                         'kuryr_break0.'):
-        # The commands do not import Kuryr.
+        # The commands run without Kuryr.
         if not module.name.startswith('kuryr_break0.kuryr'):
             importlib.import_module(module.name)
     from kuryr_break0 import __main__
@@ -231,10 +237,11 @@ def _imported(program: str) -> Callable[[], Any]:
 
 def _serve(program: str, path: str) -> None:
     parent = os.getppid()
-    # As in a start of the program.
+    # Python sets this path when it starts the program.
     sys.path[0] = os.path.dirname(program)
     main = _imported(program)
-    # What is not collected is not copied by those who are forked.
+    # Frozen objects are not collected, so the forked processes do not copy
+    # their pages.
     gc.collect()
     gc.freeze()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
@@ -266,7 +273,7 @@ def _serve(program: str, path: str) -> None:
         assert _libc.setns(file, 0) == 0, os.strerror(ctypes.get_errno())
     for number, name in enumerate(('stdin', 'stdout', 'stderr')):
         os.dup2(files[number], number)
-        # The one of the server is about another file.
+        # The stream of the server refers to the server's file.
         stream = getattr(sys, name)
         setattr(sys, name, open(
             number, stream.mode, encoding=stream.encoding,
@@ -284,7 +291,7 @@ def _serve(program: str, path: str) -> None:
     except SystemExit as end:
         if isinstance(end.code, str) or threading.active_count() > 1:
             raise
-        # To free all that is imported would copy all of it first.
+        # Python's usual exit would free all modules, and so copy their memory.
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Prints the digests of releases of Kuryr for kuryr_break0/kuryr/comparison.
+"""Print the digests of Kuryr's releases for kuryr_break0/kuryr/comparison.
 
-``python -m tests.releases 6.0.0 10.0.0`` downloads them by pip. Add a release
-after tests/functional/test_l3.py has passed with it.
+``python -m tests.releases 6.0.0 10.0.0`` downloads the releases with pip. Add
+a release after tests/functional/test_l3.py has passed with it.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 """Count unclear phrases: ``python -m tests.words FILE_OR_FOLDER...``
 
-A hidden noun is a clause that replaces a noun: ``what is left`` instead of
+A hidden noun is a clause that replaces a noun, such as ``what is left`` for
 "the remaining routes". An odd beginning is a sentence that begins with such a
 clause or with a fragment. CONTRIBUTING.rst has the rules. The command prints
 each sentence with such a phrase, and the counts per 1,000 words.
@@ -46,7 +46,7 @@ class Count(NamedTuple):
 
 
 def count(text: str) -> Count:
-    """Count in one text, whose first word begins a sentence."""
+    """Count the phrases of a text that begins with a sentence."""
     return Count(len(WORD.findall(text)), len(HIDDEN.findall(text)),
                  len(ODD.findall(text)))
 
@@ -54,7 +54,7 @@ def count(text: str) -> Count:
 def python_texts(source: str) -> Iterator[str]:
     """Yield comments, and strings of more than two words.
 
-    Comments on consecutive lines are one text.
+    Comments on consecutive lines form one text.
     """
     comments: list[str] = []
     last = 0
@@ -89,7 +89,7 @@ def prose_texts(source: str) -> Iterator[str]:
             lines.append(line[:-1])
         elif re.match(r'(\.\. |:[a-z-]+:|[-=~+ |]+$)', text):
             lines.append('')
-        else:  # an item or a cell begins a text
+        else:  # each item or cell begins a text
             item = re.match(r'\s*((\* - |[-*] |\d+\. )+)', line)
             lines += [''] * bool(item) + [line[item.end():] if item else line]
     for full, paragraph in itertools.groupby(lines, lambda line: bool(

@@ -278,7 +278,11 @@ class Finder:
                 new[each.place] = each
             elif each.is_named:
                 self._relocate(known, each)
-        self._found.update(new)
+        for place, each in new.items():
+            # A name lasts longer than a process, as that of "ip netns exec".
+            if each.is_named or not (place in self._found
+                                     and self._found[place].is_named):
+                self._found[place] = each
         if self._is_unexplained and not new:
             self._schedule_full_search()
         self._is_unexplained = False

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 from typing import BinaryIO, NamedTuple, Optional
 
+from kuryr_break0.kernel.event_socket import EventSocket
 from kuryr_break0.kernel import netlink
 from kuryr_break0.kernel import node
 from kuryr_break0.kernel import values

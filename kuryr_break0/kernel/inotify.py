@@ -69,7 +69,7 @@ def _names(data: bytes) -> Iterator[str]:
 
 
 def _checked(result: int, path: object = None) -> int:
-    """Return what a function of the C library has returned."""
+    """Return a result of the C library, or raise its error."""
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), path)

@@ -15,8 +15,7 @@ import random
 import socket
 import struct
 import time
-from typing import Any, Callable, Iterator, NamedTuple, Optional
-from typing import Sequence, TypeVar
+from typing import Callable, Iterator, NamedTuple, Optional, Sequence, TypeVar
 
 from kuryr_break0 import exceptions
 
@@ -35,8 +34,6 @@ NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
 # Older kernels lack these options; requests take longer there.
 _NETLINK_CAP_ACK, _NETLINK_EXT_ACK = 10, 11
 NETLINK_GET_STRICT_CHK = 12
-
-_SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 
 _RECEIVED = 2 ** 17  # bytes; a dump fills at most 32 KiB at once
 #: Seconds to wait for an answer. The kernel answers before send(2) returns, so
@@ -184,7 +181,7 @@ def tolerate_errors(*numbers: int) -> Iterator[None]:
             raise
 
 
-class _Socket:
+class Socket:
     """A context manager that closes its socket."""
 
     _socket: socket.socket

@@ -17,6 +17,7 @@ import struct
 import threading
 from typing import Iterable, Iterator, Optional, Sequence
 
+from kuryr_break0.kernel.event_socket import EventSocket
 from kuryr_break0.kernel import netlink
 from kuryr_break0.kernel.netlink import attribute
 from kuryr_break0.kernel.netlink import attributes

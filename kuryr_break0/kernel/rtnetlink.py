@@ -360,7 +360,7 @@ class Netlink(LinkSocket):
 
 
 def _description(verb: values.Verb, what: Entry) -> str:
-    """Return what a change does, for errors."""
+    """Describe a change for error messages."""
     kind, ifindex = (('route to', what.oif) if isinstance(what, HostRoute)
                      else ('neighbour', what.ifindex))
     return '%s the %s %s on %s' % (verb.value, kind, what.dst,

@@ -109,7 +109,7 @@ class NestedMacvlanDriver(
             raise _failed(pod, err) from err
 
     def request_vifs(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(
+        raise k_exc.InvalidKuryrConfiguration(
             'There are no pools of nested macvlan ports. Set [kubernetes] '
             'vif_pool_driver = noop.')
 

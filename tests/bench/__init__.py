@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a pod costs, what a repair costs, and what a packet costs.
+"""Measures the costs of a pod, of a repair and of a packet.
 
-Run it as ``tests/in-lab python -W ignore -m tests.bench``, or as root of the
-machine, which some sections need, by ``tests/in-root-lab``. Progress goes to
-stderr, tables to stdout. A target that is missed is said, but is no failure,
-since the machine may be a busy one; a way that does not do what it says is.
+Run it as ``tests/in-lab python -W ignore -m tests.bench``. Some sections need
+root of the machine: run them by ``tests/in-root-lab``. Progress goes to
+stderr, tables to stdout. A missed target is printed but is not a failure,
+since the machine may be busy. A way with a wrong effect is a failure.
 Each section is a module with a function of the type :data:`Measure`.
 """
 
@@ -38,7 +38,7 @@ OTHER_SUBNET = ipaddress.ip_network('10.75.0.0/16')
 
 
 class Broken(Exception):
-    """Something does not do what it says, so its time means nothing."""
+    """A measured operation has a wrong effect, so its time is invalid."""
 
 
 class LeftOut(Exception):
@@ -52,9 +52,9 @@ class Target(NamedTuple):
 
 
 class Section(NamedTuple):
-    """What a part of the benchmark found.
+    """The results of one part of the benchmark.
 
-    :ivar data: the same as the rows, unrounded, for the JSON file
+    :ivar data: the rows' values, unrounded, for the JSON file
     """
 
     title: str
@@ -65,14 +65,14 @@ class Section(NamedTuple):
 
 
 def say(text: str) -> None:
-    """Tell how far it is."""
+    """Print the progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 class Node:
     """The node of a lab with break0, and a number of other pods on it.
 
-    :ivar netns: path of the namespace of a pod with :data:`POD`
+    :ivar netns: path of the namespace of the pod with address :data:`POD`
     """
 
     def __init__(self, node: lab.Lab) -> None:
@@ -83,38 +83,42 @@ class Node:
         self.ledger = ledger.Ledger(self.options.state_dir)
         self.lab = node
         self.netns = node.add_pod('pod', str(POD), mac=MAC)
-        # Makes break0, which is once per boot and not what is measured.
+        # Creates break0 before the measurements: it is created once per boot.
         self.bind()
         self.unbind()
         self.index = socket.if_nametoindex(self.options.device)
         self.others = 0
 
     def track(self) -> None:
-        """Have it track connections, as nodes with kube-proxy do."""
+        """Track connections in the kernel, as on nodes with kube-proxy."""
         self.lab.run('nft', 'add table inet tracked; add chain inet tracked '
                      'in { type filter hook input priority 0; }; add rule '
                      'inet tracked in ct state established accept')
         self.lab.run('ping', '-c', '1', '127.0.0.1')
 
     def bind(self) -> None:
-        # In the daemon each request is a process of its own, so a manager is
-        # never used twice.
+        # kuryr-daemon handles each request in a process of its own, with a
+        # new manager.
         manager.Break0Manager(self.options).bind(
             OWNER, [POD], parent=lab.PARENT, mac=MAC, netns=self.netns,
             subnets=[SUBNET])
 
     def set_guard(self, guard: str) -> None:
-        """Switch the guard, as a changed option would."""
+        """Set the option ``guard``, and sync."""
         self.options = dataclasses.replace(self.options, guard=guard)
         manager.Break0Manager(self.options).sync()
 
     def bind_route(self) -> None:
-        """Bind without neighbours, as if nothing were known of the pod."""
+        """Bind without neighbours: no MAC address, namespace or subnets."""
         manager.Break0Manager(self.options).bind(OWNER, [POD],
                                                  parent=lab.PARENT)
 
     def unbind(self, interface_goes: bool = True) -> None:
-        """Unbind, as at a DEL, which takes the interface away."""
+        """Unbind the pod.
+
+        :param interface_goes: whether the pod's interface is about to be
+            deleted, as at a DEL
+        """
         manager.Break0Manager(self.options).unbind(
             OWNER, [POD], interface_goes=interface_goes)
 
@@ -122,7 +126,7 @@ class Node:
         manager.Break0Manager(self.options).housekeep()
 
     def resize(self, count: int) -> None:
-        """Make it so many other pods, by what a bind leaves of each."""
+        """Set the number of other pods: their routes, neighbours, records."""
         grows = count > self.others
         changed = self.records(*sorted((count, self.others)))
         self.write_batch('add' if grows else 'del', changed)
@@ -136,14 +140,17 @@ class Node:
         self.others = count
 
     def records(self, start: int, end: int) -> list[ledger.Record]:
-        """What the ledger has of some of the other pods."""
+        """Return the records of other pods, by a range of their numbers."""
         return [ledger.Record(
             FIRST_OTHER + number, ledger.Owner('%064x' % number, 'eth0'),
             lab.PARENT, 'fa:16:3e:01:%02x:%02x' % divmod(number, 256),
             (OTHER_SUBNET,)) for number in range(start, end)]
 
     def write_batch(self, verb: str, records: list[ledger.Record]) -> None:
-        """Write their routes and neighbours down for :meth:`run_batch`."""
+        """Write the ``ip -batch`` file for :meth:`run_batch`.
+
+        :param verb: "add" or "del", for the records' routes and neighbours
+        """
         with open('/run/batch', 'w') as file:
             for record in records:
                 file.write(
@@ -159,9 +166,9 @@ class Node:
         self.lab.run('ip', '-batch', '/run/batch')
 
     def require(self, present: bool, recorded: bool) -> None:
-        """Check that the pod has its route, or none, and all others theirs.
+        """Check the routes of the pod and of all others, and the record.
 
-        :raises Broken: if it is not so
+        :raises Broken: if a route or the record is wrong
         """
         routes = self.lab.routes(self.options.device)
         route = routes.pop(str(POD), None)
@@ -179,24 +186,24 @@ class Node:
 
 
 def keep() -> None:
-    """Keep what there is out of garbage collection, as kuryr-daemon does."""
+    """Exclude all live objects from garbage collection, like kuryr-daemon."""
     gc.collect()
     gc.freeze()
 
 
-#: Measures one section on a fresh node; the number says how often.
+#: Measures one section on a fresh node; the number is the repetitions.
 Measure = Callable[[Node, int], Section]
 
 
 def in_child(measure: Callable[[], float]) -> float:
-    """Measure in a process just forked, as those of requests are.
+    """Measure in a forked process, like kuryr-daemon's for a request.
 
-    :raises Broken: if it fails there
+    :raises Broken: if the measurement fails
     """
     reading, writing = os.pipe()
     pid = os.fork()
     if not pid:
-        # pyroute2 prints at its end.
+        # pyroute2 prints when the process exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         try:
             os.write(writing, repr(measure()).encode())
@@ -205,7 +212,8 @@ def in_child(measure: Callable[[], float]) -> float:
             os.write(writing, repr(err).encode())
         os._exit(1)
     os.close(writing)
-    # Not to its end: Kuryr leaves processes that have it open.
+    # One read, since the end of file may never come: Kuryr leaves processes
+    # that hold the pipe open.
     with open(reading, 'rb', buffering=0) as file:
         answer = file.read(1024).decode()
     if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
@@ -214,23 +222,24 @@ def in_child(measure: Callable[[], float]) -> float:
 
 
 def timed(call: Callable[[], object]) -> float:
-    """How long a call takes, in ms."""
+    """Return the duration of a call in ms."""
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1000
 
 
-#: What the targets are multiples of, since machines differ.
+#: The unit of the targets, since machines differ
 UNIT = 'ip processes'
 
 
 def unit(node: Node, of: Callable[[list[float]], float] = statistics.median,
          count: int = 30) -> float:
-    """How long ``ip`` takes to set a route and to delete it, in ms.
+    """Return the ms that ``ip`` takes to set and to delete a route.
 
-    As two processes, the usual way to do it, and in this run.
+    Each measurement runs two processes of ``ip``.
 
-    :param of: what to return of so many
+    :param of: reduces the measurements to one number
+    :param count: number of measurements
     """
     route = ('192.0.2.99', 'dev', node.options.device, 'proto', '99')
 
@@ -243,14 +252,23 @@ def unit(node: Node, of: Callable[[list[float]], float] = statistics.median,
 
 def at_most(name: str, taken: float, of: float, limit: float,
             what: str = UNIT) -> Target:
-    """A target: so many times something that was measured in this run."""
+    """Return a target as a multiple of another time of this run.
+
+    :param taken: the measured time, in the unit of the other
+    :param of: the other time
+    :param limit: the largest allowed ratio
+    :param what: name of the other time
+    """
     return Target('%s: at most %g x %s' % (name, limit, what),
                   '%.2f x' % (taken / of), taken <= limit * of)
 
 
 @contextlib.contextmanager
 def blamed(name: str) -> Iterator[None]:
-    """Let an error say which way it was."""
+    """Prefix an error of the block with the name of the way.
+
+    :raises Broken: in place of any exception
+    """
     try:
         yield
     except Exception as err:

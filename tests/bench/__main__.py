@@ -40,10 +40,10 @@ SECTIONS: dict[str, bench.Measure] = {
     'scale': scale.scale,
     'bursts': binding.bursts, 'cni': cni.adds,
     'found': found.found, 'sandboxes': sandboxes.sandboxes}
-#: Those with numbers of pods, which --small divides by ten.
+#: Modules with numbers of pods, which --small divides by ten
 SIZED: tuple[Any, ...] = (binding, bulk, found, hops, own, pods,
                           scale)
-#: Run only where it is named, and alone; see --hours.
+#: Runs only if it is named, and alone; see --hours.
 SOAK = 'soak'
 
 
@@ -58,7 +58,7 @@ def _table(title: Optional[str], columns: list[str],
 
 def _report(sections: dict[str, bench.Section],
             repeat: int) -> dict[str, Any]:
-    """Print the results, and return what is to be their JSON."""
+    """Print the results, and return them for the JSON file."""
     environment = {'python': platform.python_version(),
                    'pyroute2': importlib.metadata.version('pyroute2'),
                    'kernel': platform.release(), 'cpus': os.cpu_count()}
@@ -96,7 +96,7 @@ def _positive(text: str) -> int:
 def _arguments(argv: Optional[list[str]]) -> argparse.Namespace:
     parser = _Parser(prog='tests.bench', description='Measure what a pod '
                      'costs. To be run under tests/in-lab.')
-    # Opened before the lab is made, whose /run is not the one outside.
+    # Opened before the lab mounts a /run of its own.
     parser.add_argument('--json', metavar='FILE',
                         type=argparse.FileType('w'),
                         help='write the results to this file as well')

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 
-"""What Kuryr's binding of a pod takes, alone and with break0."""
+"""Measures Kuryr's binding of a pod, alone and with break0."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from tests import kuryr
 from tests import lab
 
 SIZES = (0, 250, 1000)
-#: So many pods are bound by each way before the number of others changes.
+#: Pods bound by each way before the number of other pods changes
 ROUND = 2
-#: Each is this share of what is repeated elsewhere, since it is slow.
+#: Divisors of ``--repeat``: binding a pod and a burst are slow.
 PODS_SHARE = 10
 BURSTS_SHARE = 25
 BURST = 30
@@ -47,13 +47,13 @@ STOCK = 'stock Kuryr'
 KURYR = 'break0, pod_binding = kuryr'
 DIRECT = 'break0, pod_binding = direct'
 
-#: By the name of the way and the number of other pods
+#: Times in ms by way and number of other pods
 Times = dict[str, dict[int, list[float]]]
 Medians = dict[str, dict[int, float]]
 
 
 class _Binding:
-    """Binds a pod as a request of kuryr-daemon does, in a process forked."""
+    """Binds a pod in a forked process, like a request of kuryr-daemon."""
 
     def __init__(self, node: Node) -> None:
         k_config.CONF([], project='kuryr', default_config_files=[])
@@ -61,7 +61,7 @@ class _Binding:
         config.register(k_config.CONF)
         objects.register_locally_defined_vifs()
         os_vif.initialize()
-        # Its disconnect warns of what it has to delete.
+        # Kuryr's disconnect logs a warning for each interface it deletes.
         logging.getLogger('kuryr_kubernetes').setLevel(logging.ERROR)
         self._node = node
         self._count = 0
@@ -75,10 +75,10 @@ class _Binding:
         return 'bound-%d' % self._count
 
     def connect(self, way: str) -> float:
-        """Bind a new pod; how long it has taken, in ms.
+        """Bind a new pod, and return the duration in ms.
 
-        In one that had an interface before, the kernel would have to wait
-        until nobody uses the tables of that any more.
+        The pod's namespace is new: in a used namespace the kernel would first
+        wait until the tables of the deleted interface are unused.
         """
         self._count += 1
         self._node.lab.add_netns(self._name)
@@ -88,7 +88,7 @@ class _Binding:
         return self._request(way, b_base.disconnect)
 
     def deletion(self) -> float:
-        """Bind the pod; how long the kernel takes to delete its interface."""
+        """Bind the pod, and return the ms that deleting its eth0 takes."""
         self.connect(DIRECT)
         taken = []
 
@@ -101,7 +101,7 @@ class _Binding:
         return taken[0]
 
     def verify(self, way: str) -> None:
-        """Bind and unbind the pod, and look at what that does."""
+        """Check that binding and unbinding change addresses and routes."""
         with blamed(way):
             self.connect(way)
             self._require(True, way != STOCK)
@@ -136,7 +136,7 @@ class _Binding:
 
 
 def binding(node: Node, repeat: int) -> Section:
-    """One b_base.connect and disconnect of a pod, by each way."""
+    """Measure b_base.connect and disconnect of a pod, by each way."""
     bound = _Binding(node)
     ways = (STOCK, KURYR, DIRECT)
     connects: Times = {way: {size: [] for size in SIZES} for way in ways}
@@ -202,7 +202,7 @@ def _binding_targets(connect: Medians, disconnect: Medians,
                 'stock at %d' % low)]
 
 
-#: Python imports it when it starts: notes how many ms the lock is held.
+#: Text of sitecustomize.py: records the ms for which the lock is held.
 _NOTING = '''
 import contextlib
 import time
@@ -230,7 +230,7 @@ ledger.Ledger = Ledger
 
 @contextlib.contextmanager
 def _daemon(node: kuryr.Node, way: str, stock: str) -> Iterator[list[float]]:
-    """Run kuryr-daemon, and return then how long the lock was held, in ms."""
+    """Run kuryr-daemon in the block; afterwards fill in lock times in ms."""
     held: list[float] = []
     path = os.path.join(node.dir, 'held')
     if way == STOCK:
@@ -250,7 +250,7 @@ def _daemon(node: kuryr.Node, way: str, stock: str) -> Iterator[list[float]]:
 
 
 def _burst(node: kuryr.Node, name: str) -> tuple[float, int]:
-    """How long so many ADDs at once take, in ms, and how many fail."""
+    """Return the ms that a burst of ADDs takes, and the number of errors."""
     pods = [node.add_pod('%s-%d' % (name, number), '100.75.30.%d' % number)
             for number in range(100, 100 + BURST)]
     start = time.perf_counter()
@@ -265,7 +265,7 @@ def _burst(node: kuryr.Node, name: str) -> tuple[float, int]:
 
 
 def bursts(outer: Node, repeat: int) -> Section:
-    """Many ADDs at once, through kuryr-daemon."""
+    """Measure bursts of concurrent ADDs through kuryr-daemon."""
     count = -(-repeat // BURSTS_SHARE)
     times: dict[str, list[float]] = {way: [] for way in (STOCK, KURYR,
                                                          DIRECT)}
@@ -305,7 +305,7 @@ def bursts(outer: Node, repeat: int) -> Section:
 
 
 def single(outer: Node, repeat: int) -> Section:
-    """One ADD after the other, by the real kuryr-daemon, over HTTP."""
+    """Measure sequential ADDs by the real kuryr-daemon, over HTTP."""
     count = max(-(-repeat // PODS_SHARE), 3)
     adds: Times = {way: {} for way in (STOCK, KURYR, DIRECT)}
     dels: Times = {way: {} for way in adds}
@@ -347,7 +347,7 @@ def singles(node: kuryr.Node, way: str, stock: str, count: int
 
 
 def _single(node: kuryr.Node, name: str) -> tuple[float, float]:
-    """How long ADD and DEL of a pod take, in ms."""
+    """Return the durations of ADD and DEL of one pod, in ms."""
     pod = node.add_pod(name, POD)
     times = []
     for command in ('ADD', 'DEL'):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A sync of many pods, against ``ip -batch`` with the same."""
+"""Compares a sync of many pods with ``ip -batch`` for the same entries."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HELD = 'longest hold of the lock'
 
 
 def syncs(node: Node, repeat: int) -> Section:
-    """All routes and neighbours of so many pods, set at once."""
+    """Measure syncs that set all routes and neighbours of many pods."""
     times: dict[str, dict[int, list[float]]] = {
         name: {size: [] for size in SIZES}
         for name in (BATCH, FROM_NOTHING, NOTHING_TO_DO)}
@@ -54,7 +54,7 @@ def syncs(node: Node, repeat: int) -> Section:
             times[NOTHING_TO_DO][size].append(timed(sync))
             if manager.Break0Manager(node.options).sync(dry_run=True):
                 raise Broken('a sync leaves something to do')
-    # The least, since other processes of the machine can only add to it.
+    # The minimum, since other processes of the machine only add time.
     least = {name: {size: min(taken) for size, taken in by_size.items()}
              for name, by_size in times.items()}
     low, high = SIZES
@@ -86,9 +86,9 @@ def syncs(node: Node, repeat: int) -> Section:
 
 def _loads(node: Node, sync: Callable[[], None],
            held: list[float]) -> dict[str, float]:
-    """Return what a sync takes that has to load the guard, in ms.
+    """Return the ms of a sync that must load the guard, by its cause.
 
-    :param held: gets how long the lock was held, in ms
+    :param held: receives the ms for which each sync holds the lock
     """
     table = guard.table_of(node.options.device)
     commands = {'sync, guard deleted': 'delete table netdev ' + table,

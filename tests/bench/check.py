@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""``make bench-check``: whether a change has made anything slower.
+"""``make bench-check``: detects changes that make break0 slower.
 
-Some ratios of times measured in one run are compared with those in git, in
-ratios.json. Ratios differ less between machines than times do, but they do:
-those of one commit differed by a factor of up to 1.8 on two days. So a change
-that makes a ratio twice as large fails, and no smaller one. A ratio that is
-too large is measured again, and fails if it is too large each time.
+Compares ratios of times from one run with the ratios in ratios.json. Ratios
+vary less between machines than times, but they vary: the ratios of one commit
+differed by a factor of up to 1.8 on two days. So the check fails only if a
+ratio is twice as large as the recorded one. A ratio that is too large is
+measured again, and fails if it is too large each time.
 """
 
 from __future__ import annotations
@@ -39,19 +39,20 @@ TOLERANCE = 2.0
 RUNS = 3
 PODS = 250
 PROGRAM = cni.PROGRAM
-#: What the start of a program is compared with
+#: The baseline for the start of a program
 PYTHON = (sys.executable, '-c', 'import argparse, json')
 
-#: Names of ratios, and what each is
+#: Ratios by name
 Ratios = Mapping[str, float]
 Part = Callable[[bench.Node], Iterator[tuple[str, float]]]
 
 
 def _least(calls: dict[str, Callable[[], float]], rounds: int
            ) -> dict[str, float]:
-    """Measure alternately, and return the least of each.
+    """Run the calls in turns, and return the minimum of each.
 
-    Whatever else runs on the machine can only add to that.
+    Other processes of the machine can only add to a time, so the minimum is
+    the least disturbed.
     """
     taken = [{name: call() for name, call in calls.items()}
              for _ in range(rounds)]
@@ -59,14 +60,14 @@ def _least(calls: dict[str, Callable[[], float]], rounds: int
 
 
 def _ratios(least: dict[str, float]) -> Iterator[tuple[str, float]]:
-    """Yield what all others are of the first."""
+    """Yield the name and ratio of each other time to the first."""
     (unit, of), *others = least.items()
     for name, taken in others:
         yield '%s / %s' % (name, unit), taken / of
 
 
 def _pairs(node: bench.Node) -> Iterator[tuple[str, float]]:
-    """Yield what one pod costs, alone and in a process just forked."""
+    """Yield the costs of bind and unbind, here and in a forked process."""
     node.resize(PODS)
     bench.keep()
     kernel.share_nft()  # as kuryr-daemon does before it forks
@@ -74,8 +75,8 @@ def _pairs(node: bench.Node) -> Iterator[tuple[str, float]]:
     def forked(call: Callable[[], None]) -> Callable[[], float]:
         return lambda: bench.in_child(lambda: bench.timed(call))
 
-    # Not by turns: what is forked shares memory with this process, which is
-    # then copied as it is written to.
+    # Not in turns: after a fork, each write of this process to shared memory
+    # first copies the page, which slows the calls that do not fork.
     for calls in ({'bind': lambda: bench.timed(node.bind),
                    'unbind': lambda: bench.timed(node.unbind)},
                   {'bind, just forked': forked(node.bind),
@@ -114,7 +115,7 @@ def _starts(node: bench.Node) -> Iterator[tuple[str, float]]:
             stderr=subprocess.DEVNULL))
 
     node.resize(PODS)
-    # What is out of sync, as these pods without interfaces, makes it exit 1.
+    # These pods have no interfaces, so status finds problems and exits with 1.
     status = '%s status || [ $? = 1 ]' % PROGRAM
     yield from _ratios(_least({
         'python': run(*PYTHON), '--version': run(PROGRAM, '--version'),
@@ -122,7 +123,7 @@ def _starts(node: bench.Node) -> Iterator[tuple[str, float]]:
 
 
 def _agent(node: bench.Node) -> Iterator[tuple[str, float]]:
-    """Yield its memory, when it has restored break0 a few times."""
+    """Yield the agent's memory after it has restored break0 three times."""
     node.resize(PODS)
     agent = subprocess.Popen(
         [PROGRAM, 'agent'], env={**os.environ, 'OS_BREAK0__METRICS_BIND': ''},
@@ -147,7 +148,7 @@ def _plugin(node: bench.Node) -> Iterator[tuple[str, float]]:
 
 
 def _daemon(node: bench.Node) -> Iterator[tuple[str, float]]:
-    """Yield an ADD by the real kuryr-daemon."""
+    """Yield the cost of an ADD by the real kuryr-daemon."""
     with kuryr.Node() as each:
         stock = kuryr.stock_environment(os.path.join(each.dir, 'venv'))
         yield from _ratios({'ADD by ' + way: min(
@@ -159,7 +160,7 @@ PARTS = (_pairs, _syncs, _starts, _agent, _plugin, _daemon)
 
 
 def measure(parts: list[Part]) -> dict[str, tuple[str, float]]:
-    """Return the ratios of some parts, each with the name of its part."""
+    """Return the ratios of some parts, with part names, by ratio name."""
     found = {}
     for part in parts:
         bench.say(part.__name__.strip('_'))
@@ -170,7 +171,7 @@ def measure(parts: list[Part]) -> dict[str, tuple[str, float]]:
 
 
 def compare(known: Ratios) -> int:
-    """Measure, and say what is worse than what is known."""
+    """Measure, and print each ratio with its recorded value."""
     table = prettytable.PrettyTable(['ratio', 'known', 'measured', 'result'])
     table.align = 'r'
     table.align['ratio'] = 'l'

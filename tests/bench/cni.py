@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""An ADD by the CNI plugin, beside those of Debian's plugins."""
+"""Compares an ADD by the CNI plugin with Debian's plugins."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PLUGINS = '/usr/lib/cni'
 SHIM = pathlib.Path(__file__).parents[2] / 'build/cni/break0'
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 CONF = '/run/bench.conf'
-#: tuning as it is chained most often: it has one sysctl to set.
+#: tuning as it is usually chained, with one sysctl
 TUNING = {'type': 'tuning', 'sysctl': {'net.ipv4.conf.eth0.arp_notify': '1'}}
 MACVLAN = {'type': 'macvlan', 'master': 'eth0', 'ipam': {
     'type': 'host-local', 'dataDir': '/run/ipam', 'ranges': [
@@ -37,7 +37,7 @@ MOST = 1.5  # times tuning
 
 
 def adds(node: Node, repeat: int) -> Section:
-    """Each plugin has its turn in each round."""
+    """Measure an ADD by each plugin, in turns."""
     open(CONF, 'w').close()
     with open('/run/script', 'w') as file:
         file.write('#!/bin/sh\nexec %s --config-file %s cni\n'

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""From the address of a container until the agent has found and bound it."""
+"""Measures the time from a container's start until discovery binds it."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ ADDRESS = ipaddress.ip_address('100.75.30.61')
 SIZES = (3000, 1500)
 #: Addresses of each of these macvlans
 ADDRESSES = 8
-#: Containers by each way beside each of the others
+#: Measured containers, for each way to start them and each load on the node
 TIMES = 15
 LIMIT = 300  # ms
-#: Makes namespaces, each with a user namespace and a process.
+#: Program that creates namespaces, each with a user namespace and a process
 _IDLE = '''
 import ctypes, gc, os, signal, sys
 libc = ctypes.CDLL(None)
@@ -54,13 +54,13 @@ for number in range(int(sys.argv[1])):
 print('ready', flush=True)
 signal.pause()
 '''
-#: Ends the container that it has started.
+#: Ends a container
 End = Callable[[], None]
 
 
 @contextlib.contextmanager
 def idle(count: int) -> Iterator[None]:
-    """Have idle namespaces on the node within the block."""
+    """Run idle namespaces on the node within the block."""
     say('%d namespaces' % count)
     with subprocess.Popen([sys.executable, '-c', _IDLE, str(count)],
                           stdout=subprocess.PIPE) as processes:
@@ -75,9 +75,9 @@ def idle(count: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def noisy(node: Node, count: int) -> Iterator[None]:
-    """Have a container that always changes on the node within the block.
+    """Run a container that keeps changing its addresses within the block.
 
-    :param count: of its macvlans
+    :param count: number of its macvlans
     """
     say('a container with %d macvlans' % count)
     node.lab.add_pod('noisy', '100.75.30.60')
@@ -111,7 +111,7 @@ def noisy(node: Node, count: int) -> Iterator[None]:
 
 
 def _named(node: Node) -> End:
-    """Start a container as Podman and CNI do: its namespace has a name."""
+    """Start a container in a named namespace, like Podman and CNI."""
     netns = node.lab.add_netns('new')
     _add_macvlan(node, netns, False)
     for command in ('link set new up', 'address add %s/24 dev new' % ADDRESS):
@@ -120,7 +120,7 @@ def _named(node: Node) -> End:
 
 
 def _unnamed(node: Node, is_moved: bool) -> End:
-    """Start one as LXC or systemd-nspawn do: it has a process only."""
+    """Start a container in an unnamed namespace, like LXC or nspawn."""
     process = subprocess.Popen(['unshare', '--net', 'sleep', '1000'])
 
     def end() -> None:
@@ -152,7 +152,7 @@ WAYS: dict[str, Callable[[Node], End]] = {
 
 
 def found(node: Node, repeat: int) -> Section:
-    """Start containers on an empty node, and beside others."""
+    """Measure discovery on an empty node, and beside other containers."""
     with open(CONF, 'w') as file:
         file.write('[break0]\ndiscover = true\nmetrics_bind =\n'
                    'allowed_cidrs = 100.75.30.0/24\n')
@@ -167,7 +167,7 @@ def found(node: Node, repeat: int) -> Section:
     times: dict[str, dict[str, list[float]]] = {}
     try:
         with contextlib.ExitStack() as stack:
-            _bound(node, _named)  # when the agent has started
+            _bound(node, _named)  # waits until the agent has started
             for name, other in others.items():
                 stack.enter_context(other)
                 times[name] = {way: [] for way in WAYS}
@@ -198,7 +198,7 @@ def found(node: Node, repeat: int) -> Section:
 
 
 def _bound(node: Node, start: Callable[[Node], End]) -> float:
-    """Return the ms from the start of a container until it has its route."""
+    """Return the ms from the start of a container until its route exists."""
     end = start(node)
     try:
         taken = _until_routed(node, True)

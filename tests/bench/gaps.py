@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""How long open connections between node and pod are silent."""
+"""Measures interruptions of open connections between node and pod."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ POD6 = ipaddress.ip_address('fd00:30::71')
 SUBNETS = [bench.SUBNET, ipaddress.ip_network('fd00:30::/64')]
 LIMIT = 0.5  # seconds
 _EACH = 0.005  # seconds between two segments
-_AFTER = 4.0  # seconds that are watched after each event
+_AFTER = 4.0  # seconds of observation after each event
 
 
 class Stream:
-    """A connection over which one side sends all the time."""
+    """A connection over which one side sends continuously."""
 
     def __init__(self, node: lab.Lab, source: Optional[str],
                  target: Optional[str], address: str) -> None:
@@ -83,7 +83,11 @@ class Stream:
         self._receiver.close()
 
     def silence_since(self, began: float) -> float:
-        """The longest time without a segment from then on."""
+        """Return the longest time in seconds without a received segment.
+
+        :param began: start of the period, as of time.monotonic()
+        :raises Broken: if the connection broke
+        """
         if self.error is not None:
             raise Broken('the connection broke: %s' % self.error)
         times = [began, *(each for each in self.times if each > began),
@@ -93,7 +97,7 @@ class Stream:
 
 
 def gaps(node: Node, repeat: int) -> Section:
-    """Disturb the node, and see how long connections are silent."""
+    """Disturb the node, and measure the interruptions of connections."""
     node.lab.add_ipv6()
     node.lab.run('ip', 'address', 'add', '%s/64' % POD6, 'dev', 'eth0',
                  'nodad', netns='pod')
@@ -108,7 +112,7 @@ def gaps(node: Node, repeat: int) -> Section:
             [PROGRAM, 'agent'],
             env={**os.environ, 'OS_BREAK0__METRICS_BIND': ''},
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-        # It has repaired what is of another pod, so it is there.
+        # An agent that has repaired another pod's route has started.
         node.lab.run('ip', 'route', 'del', str(bench.FIRST_OTHER), 'dev',
                      node.options.device)
         lab.until(lambda: str(bench.FIRST_OTHER) in node.lab.routes())

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""From the loss of break0 until all is restored, and traffic flows."""
+"""Measures the time from break0's deletion until traffic flows again."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 
 
 def repairs(node: Node, repeat: int) -> Section:
-    """break0 is deleted; until the last route is there and traffic flows."""
+    """Delete break0, and measure its repair by the agent."""
     node.resize(PODS)
     agent = subprocess.Popen(
         [PROGRAM, 'agent'], env={**os.environ, 'OS_BREAK0__METRICS_BIND': ''},
@@ -39,8 +39,8 @@ def repairs(node: Node, repeat: int) -> Section:
         agent.wait()
     median = statistics.median(times)
     name = 'break0 deleted with %d pods' % PODS
-    # The first break0 that an agent creates has it import pyroute2, which
-    # takes 10 MiB of memory that most agents never need.
+    # The agent imports pyroute2 when it first creates break0: the module takes
+    # 10 MiB of memory, and most agents never need it.
     return Section(
         name + ', until all is restored and a pod and the node hear each '
         'other, ms', ['times', 'first', 'fastest', 'median', 'slowest other'],
@@ -54,7 +54,7 @@ def repairs(node: Node, repeat: int) -> Section:
 
 
 def deletions(node: Node, count: int) -> list[float]:
-    """Delete break0 so many times, and return the ms until all is there."""
+    """Delete break0 repeatedly, and return the ms of each repair."""
     node.bind()
     with contextlib.ExitStack() as stack:
         ends = [stack.enter_context(node.lab.socket(
@@ -64,12 +64,13 @@ def deletions(node: Node, count: int) -> list[float]:
             end.bind((address, 9999))
             end.setblocking(False)
         node.lab.run('ip', 'route', 'flush', 'dev', node.options.device)
-        _wait(node, ends)  # until the agent is there
+        _wait(node, ends)  # until the agent has started
         times = []
         for number in range(count):
             say('repair %d' % (number + 1))
             time.sleep(0.5)
-            # The agent may be done before the kernel is, and ip(8) ends.
+            # Before ip(8): the agent may finish the repair before the
+            # deletion returns.
             start = time.perf_counter()
             node.lab.run('ip', 'link', 'del', node.options.device)
             _wait(node, ends)
@@ -80,7 +81,10 @@ def deletions(node: Node, count: int) -> list[float]:
 
 
 def _wait(node: Node, ends: list[socket.socket]) -> None:
-    """Return when all have their routes, and both ends hear each other."""
+    """Wait until all routes exist, and both sockets receive packets.
+
+    :raises Broken: after 60 seconds
+    """
     start = time.perf_counter()
     names = [end.getsockname() for end in ends]
     silent = set(ends)

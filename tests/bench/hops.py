@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The next hops of a node with hundreds of interfaces, as of other pods."""
+"""Measures reading the next hops of a node with hundreds of interfaces."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZES = (250, 10000)
 
 
 def next_hops(node: Node, repeat: int) -> Section:
-    """Read them, with few and many pods, and few and many interfaces."""
+    """Measure with few and many pods, and few and many interfaces."""
     say('next hops')
     rows: dict[str, dict[int, float]] = {}
     for name in ('as the node is', '%d interfaces more' % INTERFACES):

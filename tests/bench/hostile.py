@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A soak beside a hostile container: 50 others keep hearing their node.
+"""A soak test with a hostile container: 50 others must reach their node.
 
-The hostile container makes namespaces, macvlans, addresses and connections as
-fast as it can. Meanwhile node and containers, which came by Kuryr, CNI and
-discovery, ping each other, and further ones come and go.
+The hostile container creates namespaces, macvlans, addresses and connections
+as fast as it can. Meanwhile the node and the containers, bound by Kuryr, CNI
+and discovery, ping each other, and further containers start and end.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from tests.bench import soak
 from tests import kuryr
 from tests import lab
 
-#: Containers whose pings are watched, by way: Kuryr, CNI, discovery
+#: Monitored containers, by way: Kuryr, CNI, discovery
 CONTAINERS = (17, 17, 16)
-#: Seconds between two pings in one direction, and after which a ping without
-#: an answer, or with a late one, is wrong
+#: Seconds between two pings in one direction, and the longest allowed time
+#: until the answer
 INTERVAL, LIMIT = 0.25, 1.0
-#: Seconds between two containers that come and go
+#: Seconds between the starts of two visiting containers
 VISITS = 5.0
-#: Seconds that the containers have for their first pings
+#: Seconds for the containers' first pings
 SETTLED = 5.0
 HOSTILE = '100.75.30.120'
 PORT = 9999
@@ -45,7 +45,7 @@ _TIME = struct.Struct('@ll')
 _FAMILIES = {socket.AF_INET: (socket.IPPROTO_ICMP, 8),
              socket.AF_INET6: (socket.IPPROTO_ICMPV6, 128)}
 COUNTS = '/run/hostile'
-#: Each of its functions runs in a process of the container.
+#: The hostile container's program; each function runs in a process.
 _PROGRAM = '''
 import ctypes, itertools, os, signal, socket, subprocess, sys
 
@@ -130,8 +130,8 @@ LOOPS = ('namespaces', 'macvlans', 'addresses', 'connections')
 class Stream:
     """Pings in one direction.
 
-    :ivar latest: the longest time in seconds from a ping until it, or a later
-        one, was answered
+    :ivar latest: the longest time in seconds from a ping until the answer to
+        it or to a later ping
     """
 
     def __init__(self, name: str, address: str, netns: Optional[str]) -> None:
@@ -158,11 +158,11 @@ class Stream:
         self.count += 1
         number = self.count % 2 ** 16
         self._sent[number] = time.time()
-        with contextlib.suppress(OSError):  # no route: it is not answered
+        with contextlib.suppress(OSError):  # without a route, no answer comes
             self.socket.send(_ECHO.pack(self._kind, 0, 0, 0, number))
 
     def receive(self) -> None:
-        """Note the answers, by the time at which the kernel has got each."""
+        """Record the answers with the kernel's receive timestamps."""
         with contextlib.suppress(OSError):
             while True:
                 data, extra, _, _ = self.socket.recvmsg(64, 64)
@@ -175,21 +175,24 @@ class Stream:
 
     def _note(self, number: int, at: float) -> None:
         if number not in self._sent:
-            return  # a later one was answered before
+            return  # the answer to a later ping came first
         for each in list(self._sent):
             self.latest = max(self.latest, at - self._sent.pop(each))
             if each == number:
                 return
 
     def take_latest(self) -> float:
-        """Return the longest time since this was asked for last."""
+        """Return the longest answer time in seconds since the last call.
+
+        An unanswered ping counts with its age.
+        """
         waiting = next(iter(self._sent.values()), None)
         latest, self.latest = self.latest, 0.0
         return max(latest, 0 if waiting is None else time.time() - waiting)
 
 
 class Pings:
-    """Pings in all directions, by a thread."""
+    """Pings in all directions, from a thread."""
 
     def __init__(self, sandboxes: list[soak.Sandbox]) -> None:
         self.streams = []
@@ -219,7 +222,7 @@ class Pings:
                 by_file[file].receive()
 
     def take_latest(self) -> list[tuple[float, str]]:
-        """Return the longest times since this was asked for last."""
+        """Return each direction's longest answer time, longest first."""
         return sorted(((each.take_latest(), each.name)
                        for each in self.streams), reverse=True)
 
@@ -232,9 +235,9 @@ class Pings:
 
 @contextlib.contextmanager
 def hostile(node: lab.Lab, stolen: list[str]) -> Iterator[None]:
-    """Have the hostile container on the node within the block.
+    """Run the hostile container on the node within the block.
 
-    :param stolen: addresses of others that it gives itself, too
+    :param stolen: addresses of others that it assigns to itself
     """
     os.makedirs(COUNTS, exist_ok=True)
     node.add_pod('hostile', HOSTILE)
@@ -256,7 +259,7 @@ def hostile(node: lab.Lab, stolen: list[str]) -> Iterator[None]:
 
 
 def _counts() -> dict[str, int]:
-    """Return what the hostile container has done so far."""
+    """Return the hostile container's operations so far, by loop."""
     found = {}
     for loop in LOOPS:
         found[loop] = 0
@@ -266,7 +269,7 @@ def _counts() -> dict[str, int]:
 
 
 class Visits:
-    """Containers that come and go, by each way in turn."""
+    """Starts and ends containers, by each way in turn."""
 
     def __init__(self, tests: soak.Soak) -> None:
         self._soak = tests
@@ -297,7 +300,10 @@ class Visits:
 
 
 def run(hours: float) -> int:
-    """Soak, with a line each minute; return 0 if nothing was wrong."""
+    """Run the soak test, and print a line each minute.
+
+    :returns: exit status, 0 without a problem
+    """
     with kuryr.Node() as node, contextlib.ExitStack() as stack:
         soak.prepare(node)
         tests = soak.Soak(node)
@@ -345,7 +351,7 @@ def run(hours: float) -> int:
 
 
 def _report(tests: soak.Soak, pings: Pings, visits: Visits) -> float:
-    """Print a line; return the longest time that a ping took."""
+    """Print a line, and return the longest time of a ping in seconds."""
     latest, name = pings.take_latest()[0]
     if latest > LIMIT:
         tests.note('a ping %s was answered after %.2f s' % (name, latest))

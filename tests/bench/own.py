@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What of a pod's time is ours, and how long it keeps others waiting."""
+"""Measures break0's share of a pod's time, and how long it holds the lock."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from tests import lab
 
 SIZES = (250, 10000)
 WORKERS = 30
-#: Binds and unbinds by each of them.
+#: Binds and unbinds of each worker
 PAIRS = 20
 
 
 def calls(node: Node, repeat: int) -> Section:
-    """A bind and an unbind, with ledger and neighbours on both sides."""
+    """Measure bind and unbind, with ledger and neighbours on both sides."""
     say('bind and unbind')
     repeat = max(repeat, 5)
     node.track()
@@ -55,7 +55,8 @@ def calls(node: Node, repeat: int) -> Section:
         beat()
         attended = statistics.median(
             in_child(lambda: timed(node.housekeep)) for _ in range(repeat))
-    # The kernel walks through all of the table, whose size is of the memory.
+    # The kernel walks the whole conntrack table, and sizes the table by the
+    # machine's memory.
     forgetting = statistics.median(
         timed(lambda: kernel.delete_connections(POD)) for _ in range(repeat))
     few, many, forked = medians.values()
@@ -91,13 +92,14 @@ def _medians(node: Node, repeat: int,
             for _ in range(repeat):
                 times[name].append(measure(node.bind))
                 times['unbind'].append(measure(node.unbind))
-    # Not in between: it reads so much that it empties the caches.
+    # After the other measurements: housekeeping reads enough data to evict
+    # the CPU's caches.
     times['housekeeping'] = [measure(node.housekeep) for _ in range(repeat)]
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
 class TimedLedger(ledger.Ledger):
-    """A ledger that notes for how many seconds its lock is held."""
+    """A ledger that records for how many seconds its lock is held."""
 
     held: list[float] = []
 
@@ -116,7 +118,7 @@ def _work(number: int, node: Node, results: multiprocessing.Queue[list[float]]
     address = ipaddress.ip_address('100.75.31.%d' % number)
     owner = ledger.Owner('%064x' % number, 'eth0')
     manager.Ledger = TimedLedger  # type: ignore[misc]
-    # However slow this machine is, each gets the lock.
+    # On a slow machine, too, each worker must get the lock.
     TimedLedger.__init__.__defaults__ = (3600,)  # type: ignore[misc]
     try:
         for _ in range(PAIRS):
@@ -128,7 +130,7 @@ def _work(number: int, node: Node, results: multiprocessing.Queue[list[float]]
 
 
 def lock(node: Node, repeat: int) -> Section:
-    """How long the lock is held while many workers want it."""
+    """Measure how long the lock is held while many workers wait for it."""
     say('%d workers at once' % WORKERS)
     node.resize(250)
     node.track()

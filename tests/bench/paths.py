@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Throughput and round trip between the node and a pod, by three ways."""
+"""Measures throughput and round trips between node and pod, three ways."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ VETH = 'veth pair into the pod'
 HAIRPIN = "the LAN's switch, with hairpin"
 VETH_NODE, VETH_POD = '10.99.0.1', '10.99.0.2'
 SECONDS = 1
-#: Of the runs with and without guard: how many, and the bytes of each.
+#: Pairs of runs with and without guard, and the bytes of each run
 PAIRS = 100
 SIZE = 2 ** 26
 
 
 def paths(node: Node, repeat: int) -> Section:
-    """Each way has its turn in each round."""
+    """Measure each way, in turns."""
     run = node.lab.run
     run('ip', 'link', 'add', 'veth0', 'type', 'veth',
         'peer', 'name', 'veth0', 'netns', 'pod')
@@ -41,7 +41,7 @@ def paths(node: Node, repeat: int) -> Section:
     run('ip', 'link', 'set', 'veth0', 'up')
     run('ip', 'address', 'add', VETH_POD + '/30', 'dev', 'veth0', netns='pod')
     run('ip', 'link', 'set', 'veth0', 'up', netns='pod')
-    # A switch that sends back where it came from: what macvlans without
+    # A switch that sends frames back to their port, which macvlans without
     # break0 would need.
     for command in ('link add switch type bridge', 'link set switch up',
                     'address flush dev nic', 'link set nic master switch',
@@ -84,13 +84,13 @@ def paths(node: Node, repeat: int) -> Section:
 
 
 def guarded(node: Node, repeat: int) -> Section:
-    """What the guard takes of the throughput, by many short pairs of runs."""
+    """Measure the guard's cost in throughput, by many short pairs of runs."""
     node.bind()
     times: dict[str, dict[str, list[float]]] = {
         what: {'auto': [], 'off': []} for what in ('to', 'from')}
     for number in range(min(repeat, PAIRS)):
         say('with and without guard, %d' % (number + 1))
-        # Each goes first as often as the other.
+        # Alternate the order within a pair.
         for guard in sorted(('auto', 'off'), reverse=bool(number % 2)):
             node.set_guard(guard)
             for what, way in (('to', ('pod', None, str(POD))),
@@ -117,7 +117,7 @@ def guarded(node: Node, repeat: int) -> Section:
 
 def _transfer(made: lab.Lab, server: Optional[str], client: Optional[str],
               address: str) -> float:
-    """Seconds that some data takes by one TCP connection."""
+    """Return the seconds for SIZE bytes over one TCP connection."""
     with made.socket(socket.AF_INET, netns=server) as listening:
         listening.bind((address, 0))
         listening.listen()
@@ -138,13 +138,13 @@ def _transfer(made: lab.Lab, server: Optional[str], client: Optional[str],
 
 def _throughput(made: lab.Lab, server: Optional[str], client: Optional[str],
                 address: str) -> float:
-    """Gigabits per second from client to server, by one TCP connection."""
+    """Return Gbit/s from client to server over one TCP connection."""
     prefix = ['ip', 'netns', 'exec', server] if server else []
     serving = subprocess.Popen(
         [*prefix, 'iperf3', '--server', '--one-off', '--bind', address],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(50):  # until it listens
+        for _ in range(50):  # until the server listens
             done = made.run(
                 'iperf3', '--json', '--time', str(SECONDS), '--client',
                 address, netns=client, check=False)
@@ -160,7 +160,7 @@ def _throughput(made: lab.Lab, server: Optional[str], client: Optional[str],
 
 
 def _round_trip(made: lab.Lab, address: str) -> float:
-    """Microseconds on average, one ping after the other."""
+    """Return the average microseconds of consecutive pings."""
     done = made.run('ping', '-n', '-q', '-A', '-c', '1000', address)
     found = re.search(r' = [\d.]+/([\d.]+)/', done.stdout)
     if found is None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Draws what a pod costs, by the number of pods, from the benchmark's JSON."""
+"""Draws the costs of a pod by the number of pods, from the JSON results."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import matplotlib
 from matplotlib import axes
 from matplotlib import pyplot
 
-#: By the name of the way and the number of pods
+#: Times by way and number of pods
 Medians = dict[str, dict[str, float]]
 
-#: What is compared, and how it is drawn
+#: Ways to compare, with colour and line style
 ADDS = (('stock Kuryr', 'C7', '--'),
         ('break0, pod_binding = kuryr', 'C0', '-'),
         ('break0, pod_binding = direct', 'C2', '-'))
@@ -27,8 +27,8 @@ LABELS = {'stock Kuryr': 'stock Kuryr, with as many routes',
 
 
 def draw(results: dict[str, Any], path: str) -> None:
-    """Draw both, beside each other, as SVG."""
-    # So that the same figures give the same file.
+    """Write an SVG file with ADDs and routes side by side."""
+    # The same figures must give the same file.
     matplotlib.rcParams['svg.hashsalt'] = 'kuryr-break0'
     matplotlib.rcParams['svg.fonttype'] = 'none'
     figure, (left, right) = pyplot.subplots(

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""One pod, by us and by other ways to set and delete its route."""
+"""Compares break0 with other ways to set and delete a pod's route."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from tests.bench import Target
 from tests import lab
 
 SIZES = (10, 250, 1000)
-#: So many pairs are made before the number of pods changes: each number
-#: has its turn every few seconds, and a slow spell hits all of them.
+#: Pairs before the number of pods changes. With short rounds, a slow phase of
+#: the machine affects all numbers of pods.
 ROUND = 20
 POD_HOST = '%s/32' % POD
 OURS = 'ours'
@@ -41,7 +41,7 @@ PROCESSES = 'ip processes'
 ROUTE_ALONE = 'ours, the route alone'
 IPDB = 'IPDB per operation'
 
-#: By the name of the way and the number of pods
+#: Times by way and number of pods
 Medians = dict[str, dict[int, float]]
 
 
@@ -49,8 +49,8 @@ Medians = dict[str, dict[int, float]]
 class Way:
     """A way to add the route of a pod and to delete it again.
 
-    :ivar every: only each so many pairs, since it is slow
-    :ivar recorded: whether it keeps the ledger as well
+    :ivar every: measure one of so many pairs, for a slow way
+    :ivar recorded: whether it also writes the ledger
     """
 
     name: str
@@ -63,7 +63,7 @@ class Way:
 def _ours(node: Node, stack: contextlib.ExitStack) -> list[Way]:
     guarded = node.options
     off = dataclasses.replace(guarded, guard='off')
-    # The table is kept, or each change would load it again.
+    # Keep the guard's table, so that no measured change has to load it.
     stack.enter_context(mock.patch.object(Guard, 'remove',
                                           return_value=False))
 
@@ -108,11 +108,12 @@ def _raw(node: Node, stack: contextlib.ExitStack) -> Way:
             values.RTN_UNICAST, 0, 8, 1, POD.packed, 8, 4, node.index,
             8, 7, socket.inet_aton(lab.NODE)))
         answer, error = struct.unpack_from('=4xH10xi', sock.recv(4096))
-        if answer != 2 or error:  # NLMSG_ERROR, which an ack is too
+        if answer != 2 or error:  # an ack is an NLMSG_ERROR with error 0
             raise OSError(-error, os.strerror(-error))
 
     return Way('raw netlink socket',
-               # NLM_F_REQUEST, _ACK; for the first _REPLACE, _CREATE too
+               # Both have NLM_F_REQUEST and _ACK; the first also has _REPLACE
+               # and _CREATE.
                lambda: ask(24, 0x505),  # RTM_NEWROUTE
                lambda: ask(25, 0x5))  # RTM_DELROUTE
 
@@ -158,7 +159,7 @@ def _timed(way: Way) -> float:
         way.delete()
         taken = time.perf_counter() - start
     if way.every > 1:
-        gc.collect()  # or the next way would have to sweep up
+        gc.collect()  # keeps this way's garbage out of the next one's time
     return taken * 1000
 
 
@@ -183,7 +184,7 @@ def _measure(node: Node, ways: list[Way], repeat: int) -> Medians:
 
 
 def pairs(node: Node, repeat: int) -> Section:
-    """One bind and unbind of one address, by each way."""
+    """Measure bind and unbind of one address, by each way."""
     with contextlib.ExitStack() as stack:
         medians = _measure(node, [
             *_ours(node, stack), _kept_open(node, stack), _raw(node, stack),
@@ -206,7 +207,7 @@ def _pair_targets(medians: Medians) -> list[Target]:
     low, middle, high = SIZES
     ours = medians[OURS]
     growth = ours[high] / ours[low]
-    # Which sets no neighbours either
+    # Like IPDB, ROUTE_ALONE sets no neighbours.
     gain = medians[IPDB][middle] / medians[ROUTE_ALONE][middle]
     guard = (ours[middle] - medians[UNGUARDED][middle]
              ) / medians[PROCESSES][middle]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The sandbox of a pod, from the call of kubelet to its return.
+"""Measures RunPodSandbox and StopPodSandbox of a pod, as kubelet calls them.
 
 kubelet calls RunPodSandbox of containerd by CRI. containerd runs Kuryr's CNI
 plugin, which sends a request to kuryr-daemon. pip installs a plugin in Python,
-Kuryr's image has one in Go. If kuryr-daemon has not yet read the KuryrPort of
-the pod, it looks for it again after each second.
+Kuryr's image has a plugin in Go. If kuryr-daemon has not yet read the pod's
+KuryrPort, it checks again every second.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests import kuryr
 from tests import lab
 
 GO = pathlib.Path(__file__).parents[2] / 'build/kuryr-cni'
-#: By their language
+#: Kuryr's CNI plugins by language
 KURYR_CNI = {'Python': os.path.join(kuryr.BIN, 'kuryr-cni'), 'Go': str(GO)}
 BIN = '/run/cni-bin'
 BREAK0 = 'break0'
@@ -44,19 +44,19 @@ ALONE = 'containerd alone, no network'
 #: Seconds from the call until the controller creates the KuryrPort
 LATER = 0.3
 MOST_MS = 250
-#: With the 20 seconds of the tests, the daemon misses events now and then.
+#: With the tests' timeout of 20 seconds, the daemon sometimes misses events.
 NO_PAUSE = '\n[kubernetes]\nwatch_read_timeout = 3600'
-#: Each way is measured this share of the repetitions of other sections.
+#: Divisor of ``--repeat``, since a sandbox is slow
 SHARE = 20
 ROUNDS = 2
 
-#: By the daemon and the language of the plugin
+#: The daemon and the language of the plugin
 Way = tuple[str, str]
 WAYS = [(daemon, language) for daemon in DAEMONS for language in KURYR_CNI]
 
 
 class _Host(base.EngineTestCase):
-    """The node of a lab, on which containerd runs as in tests of engines."""
+    """The node of a lab, for running containerd like the engines' tests."""
 
     def __init__(self, node: lab.Lab) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class _Host(base.EngineTestCase):
 
 
 class _Sandboxes:
-    """Has containerd run pods of Kuryr."""
+    """Runs pods of Kuryr by containerd."""
 
     def __init__(self, node: kuryr.Node, containerd: base.Containerd) -> None:
         self._node = node
@@ -82,19 +82,19 @@ class _Sandboxes:
         self.alone: list[float] = []
 
     def use(self, language: str) -> None:
-        """Have containerd run this plugin of Kuryr from now on."""
+        """Install Kuryr's plugin in this language for containerd."""
         os.symlink(KURYR_CNI[language], BIN + '/new')
         os.replace(BIN + '/new', BIN + '/kuryr-cni')
 
     def measure(self, way: Way) -> None:
-        """Run and stop a pod, with its KuryrPort there before and later."""
+        """Run and stop two pods, with an early and with a late KuryrPort."""
         start, stop = self._pod(way, later=0)
         self.there[way].append(start)
         self.stop[way].append(stop)
         self.later[way].append(self._pod(way, LATER)[0])
 
     def measure_alone(self) -> None:
-        """Run a pod on the network of the node: without a plugin."""
+        """Run a pod on the node's network, which calls no plugin."""
         # security_context { namespace_options { network: NODE } }
         linux = base.message(2, base.message(1, b'\x08\x02'))
         ids: list[str] = []
@@ -104,7 +104,7 @@ class _Sandboxes:
             self._containerd.call(method, base.message(1, ids[0]))
 
     def _pod(self, way: Way, later: float) -> tuple[float, float]:
-        """Return how long start and stop of a pod take, in ms.
+        """Return the durations of start and stop of a pod, in ms.
 
         :param later: seconds from the call until its KuryrPort is created; 0
             if kuryr-daemon has read it before the call
@@ -128,8 +128,8 @@ class _Sandboxes:
             'StopPodSandbox', base.message(1, ids[0])))
         if binding.POD in self._node.lab.routes():
             raise Broken('the route of a pod that was stopped is left')
-        # Not removed: containerd would call the plugin without CNI_NETNS, and
-        # stock Kuryr would delete the node's eth0 for the pod's.
+        # Do not call RemovePodSandbox: containerd would call the plugin
+        # without CNI_NETNS, and stock Kuryr would delete the node's eth0.
         self._node.delete_pod(pod)
         return start, stop
 
@@ -165,7 +165,7 @@ def _containerd(node: kuryr.Node) -> Iterator[base.Containerd]:
 
 
 def sandboxes(outer: Node, repeat: int) -> Section:
-    """Start and stop of a pod's sandbox, by stock Kuryr and with break0.
+    """Measure start and stop of a sandbox, by stock Kuryr and with break0.
 
     :raises LeftOut: without root of the machine
     """

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A node with very many pods: the command, and the agent's memory."""
+"""Measures ``status`` and the agent's memory on a node with many pods."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MOST = 128 * MIB
 
 
 def scale(node: Node, repeat: int) -> Section:
-    """Run ``status``, and an agent through some syncs."""
+    """Measure the time of ``status``, and the agent's memory over syncs."""
     status: dict[int, float] = {}
     memory: dict[int, int] = {}
     environ = {**os.environ, 'OS_BREAK0__METRICS_BIND': '',
@@ -62,6 +62,6 @@ def scale(node: Node, repeat: int) -> Section:
 def _status() -> None:
     done = subprocess.run([PROGRAM, 'status'], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True)
-    # 1 for something out of sync is as good.
+    # 1 means that the node is out of sync; status has still run completely.
     if done.returncode not in (0, 1):
         raise Broken('status: %s' % done.stderr)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Hours of a node: pods by all three ways at once, kills and other faults.
+"""A soak test of hours: pods by all three ways at once, kills and faults.
 
-Each minute has three parts: churn with faults, churn without, in which no
-request may fail, and a pause, in which the invariants are examined. Who wants
-to see more finds the logs in build/soak.
+Each minute has three parts: churn with faults, churn without faults, in which
+no request may fail, and a pause, in which the invariants are checked. The logs
+are in build/soak.
 """
 
 from __future__ import annotations
@@ -43,31 +43,32 @@ resync_interval = 10
 """
 LOGS = pathlib.Path('build/soak')
 STATE = '/run/kuryr-break0'
-#: Of agent and commands, without the log_file of kuryr-daemon
+#: Configuration of agent and commands, without kuryr-daemon's log_file
 CONF = '/run/break0.conf'
 SUBNETS = ['%s/%d' % (lab.LAN, lab.PREFIX), lab.LAN6 + '/64']
 NETWORK = cni.network()
-#: Sandboxes by each way; the first of each stays, and shows how long its
-#: traffic is interrupted.
+#: Sandboxes by each way. The first of each stays, for measuring how long
+#: faults interrupt its traffic.
 SANDBOXES = 8
-#: Seconds of each part of a minute, and within which all must be in order.
+#: Seconds of churn with faults, of churn without faults, and until the
+#: invariants must hold
 FAULTS, CALM, ORDER = 36, 10, 60
-#: Seconds after which an operator deletes what is left of a lost ledger.
+#: Seconds after which an operator deletes unclaimed entries of a lost ledger
 DOUBT = 10
-#: These faults are for the first minutes of each cycle. After those, agent and
-#: daemon live until its end, with no more memory and files than at first.
+#: Faults of the first minutes of each cycle. Agent and daemon then live until
+#: its end, and must not grow in memory and open files.
 KILLS = ('agent killed', 'agent restarted', 'daemon killed')
 CYCLE, WITH_KILLS = 15, 3
 MORE_MEMORY, MORE_FILES = 16, 12
-#: Kuryr's workers ask another process of the daemon for pods by this.
+#: Module by which Kuryr's workers read pods from another process of the daemon
 REGISTRY = 'multiprocessing/managers.py'
 MIB = 2 ** 20
 
 
 class Sandbox(NamedTuple):
-    """A pod or container that lives.
+    """A running pod or container.
 
-    :ivar end: ends it, as its engine does
+    :ivar end: ends it, like its engine
     """
 
     name: str
@@ -76,12 +77,12 @@ class Sandbox(NamedTuple):
 
 
 class Way(abc.ABC):
-    """One way in which containers come; a way of its own per subclass."""
+    """A way to start containers."""
 
     name = ''
-    #: Added to the number of a container, it is the last part of its address.
+    #: The last part of the address of container number 0
     first = 0
-    #: Whether it is reachable when that returns.
+    #: Whether a container is reachable when start() returns
     is_request = True
 
     def __init__(self, node: kuryr.Node) -> None:
@@ -94,12 +95,12 @@ class Way(abc.ABC):
     def start(self, name: str, number: int) -> Sandbox:
         """Start a container.
 
-        :raises Exception: if that fails, and has left nothing
+        :raises Exception: if starting fails; nothing of the container is left
         """
 
 
 class ByKuryr(Way):
-    """A pod, by kuryr-daemon."""
+    """Pods, bound by kuryr-daemon."""
 
     name = 'kuryr'
     first = 40
@@ -130,7 +131,7 @@ class ByKuryr(Way):
 
 
 class ByCNI(Way):
-    """A container of a CNI runtime, by macvlan and the shim."""
+    """Containers of a CNI runtime, by macvlan and the shim."""
 
     name = 'cni'
 
@@ -158,7 +159,7 @@ class ByCNI(Way):
 
 
 class ByDiscovery(Way):
-    """A container that nobody tells of."""
+    """Containers without a request, bound by discovery."""
 
     name = 'found'
     first = 80
@@ -186,7 +187,7 @@ class ByDiscovery(Way):
 
 
 def _insist(end: Callable[[], None]) -> None:
-    """Repeat a DEL until it is answered, as runtimes do."""
+    """Repeat a DEL until it succeeds, like a runtime."""
     ends = time.monotonic() + lab.PATIENCE
     while True:
         try:
@@ -198,7 +199,7 @@ def _insist(end: Callable[[], None]) -> None:
 
 
 class Soak:
-    """A node with all of that, and what was seen of it."""
+    """A node with containers by all ways, and the recorded problems."""
 
     def __init__(self, node: kuryr.Node) -> None:
         self.node = node
@@ -231,7 +232,7 @@ class Soak:
             'workers killed': self._kill_workers}
         self.foreign = self._foreign()
 
-    # What happens on the node
+    # Events on the node
 
     def _ip(self, *commands: str) -> None:
         for command in commands:
@@ -253,7 +254,7 @@ class Soak:
         self.agent = self._start_agent()
 
     def start_daemon(self) -> None:
-        # Such a variable has a Python of its own started.
+        # A changed PYTHON* variable makes program.start() run a new Python.
         self.node.start_daemon(OPTIONS, PYTHONUNBUFFERED='1')
 
     def _restart_daemon(self) -> None:
@@ -277,13 +278,13 @@ class Soak:
                  'route replace default via ' + lab.LAN6)
 
     def _foreign(self) -> list[str]:
-        """Return what is not ours and must stay."""
+        """Return the listings of foreign entries, which must stay."""
         return [self.lab.run(*command.split()).stdout for command in (
             'ip route show dev other', 'ip neighbour show dev other',
             'nft list table inet other')]
 
     def churn(self, way: Way) -> None:
-        """Start and end containers, until it is enough."""
+        """Start and end containers until the soak ends."""
         count = 0
         while not self.ending.wait(random.uniform(0.1, 0.6)):
             number = random.randrange(SANDBOXES)
@@ -307,7 +308,7 @@ class Soak:
                 try:
                     end()
                 except Exception:
-                    _insist(end)  # it may be half gone
+                    _insist(end)  # a part of it may be deleted
                     raise
             return
         sandbox = way.live[number] = way.start(name, number)
@@ -317,7 +318,8 @@ class Soak:
     def _is_reachable(self, sandbox: Sandbox, count: int = 2) -> bool:
         """Return whether node and container reach each other.
 
-        :param count: of the addresses; an IPv6 address may be tentative
+        :param count: number of addresses to check; use 1 while the IPv6
+            address may be tentative
         """
         return all(
             any(self._ping(to, netns) for _ in range(3))
@@ -332,7 +334,7 @@ class Soak:
             netns=netns, check=False).returncode == 0
 
     def disturb(self) -> None:
-        """Let something happen, and wait until traffic flows again."""
+        """Cause the next fault, and wait until traffic flows again."""
         if not self.next:
             self.next = random.sample([*self.faults], len(self.faults))
         name = self.next.pop()
@@ -349,7 +351,7 @@ class Soak:
         self.wrong.append(text)
         print('%s WRONG: %s' % (time.strftime('%X'), text[:2000]), flush=True)
 
-    # What must be so
+    # Invariants
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -359,7 +361,7 @@ class Soak:
             yield
 
     def examine(self) -> float:
-        """Return the seconds until all invariants hold; note if never."""
+        """Return the seconds until all invariants hold; note a timeout."""
         began = time.monotonic()
         self.lab.settle()
         live = [each for way in self.ways for each in way.live.values()]
@@ -376,8 +378,8 @@ class Soak:
                 self.lost = False
                 return taken
             if self.lost and taken > DOUBT:
-                # What ended just then can be matched with nothing, so it
-                # stays until an operator says that it may go.
+                # A container that ended while the ledger was lost matches no
+                # record, so its entries stay until an operator deletes them.
                 self.lost = False
                 self.deleted += subprocess.run(
                     [PROGRAM, '--config-file', CONF, 'sync',
@@ -390,7 +392,7 @@ class Soak:
 
     def _problems(self, live: list[Sandbox], macs: dict[str, str]
                   ) -> Iterator[str]:
-        """Yield what breaks the invariants of the engine."""
+        """Yield the violated invariants of the engine."""
         def differ(what: str, found: Any, expected: Any) -> Iterator[str]:
             if found != expected:
                 yield '%s: %s' % (what, sorted(map(str, found ^ expected)))
@@ -430,7 +432,7 @@ class Soak:
             yield unwell
 
     def _pairs(self) -> set[tuple[str, str]]:
-        """Return what the guard lets pass."""
+        """Return the guard's entries."""
         done = self.lab.run('nft', '-j', 'list', 'table', 'netdev',
                             guard.table_of('break0'), check=False)
         if done.returncode:
@@ -453,12 +455,12 @@ class Soak:
             client.close()
 
     def read_logs(self) -> None:
-        """Note tracebacks, and begin new logs."""
+        """Note tracebacks, and start new logs."""
         agent, daemon = LOGS / 'agent.log', pathlib.Path(self.node.log)
         for text, of in ((agent.read_text(errors='replace'), ''),
                          (self.node.errors(), 'kuryr_break0')):
-            # One of a request whose registry was killed with the daemon passes
-            # through what calls us, but is Kuryr's.
+            # A request fails if its registry was killed with the daemon: the
+            # traceback contains kuryr_break0, but the error is Kuryr's.
             for each in text.split('Traceback')[1:]:
                 if of in each and not (of and REGISTRY in each):
                     self.note('a traceback: ' + each[:3000])
@@ -469,7 +471,7 @@ class Soak:
             os.truncate(path, 0)
 
     def resources(self) -> dict[str, tuple[float, int]]:
-        """Return memory, in MiB, and open files of agent and daemon."""
+        """Return memory in MiB and open files, by "agent" and "daemon"."""
         return {name: (each.memory_info().rss / MIB, each.num_fds())
                 for name, each in (
                     ('agent', psutil.Process(self.agent.pid)),
@@ -477,7 +479,7 @@ class Soak:
 
     def compare(self, firsts: dict[str, tuple[float, int]],
                 now: dict[str, tuple[float, int]]) -> None:
-        """Note whether agent or daemon have grown."""
+        """Note growth of the agent or the daemon."""
         for name, (memory, files) in now.items():
             more = memory - firsts[name][0], files - firsts[name][1]
             if more[0] > MORE_MEMORY or more[1] > MORE_FILES:
@@ -486,7 +488,7 @@ class Soak:
 
 
 def prepare(node: kuryr.Node) -> None:
-    """Have logs, options, and what others have on a node."""
+    """Create logs, options, and foreign entries on the node."""
     shutil.rmtree(LOGS, ignore_errors=True)
     LOGS.mkdir(parents=True)
     node.log = str(LOGS.absolute() / 'kuryr-daemon.log')
@@ -503,7 +505,10 @@ def prepare(node: kuryr.Node) -> None:
 
 
 def run(hours: float) -> int:
-    """Soak, with a line each minute; return 0 if nothing was wrong."""
+    """Run the soak test, and print a line each minute.
+
+    :returns: exit status, 0 without a problem
+    """
     with kuryr.Node() as node:
         prepare(node)
         soak = Soak(node)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Run the tests of the cluster, or those whose names match an argument.
+"""Run the tests of the cluster that match an argument, by default all.
 
-tests/in-root-lab runs ``python -m tests.cluster [--core] [PATTERN...]``, which
-ends with how many passed.
+tests/in-root-lab runs ``python -m tests.cluster [--core] [PATTERN...]``. The
+output ends with the number of passed tests.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import unittest
 
 from tests import parallel
 
-#: A few tests of each kind.
+#: Several tests of each kind.
 CORE = (
     'test_workloads.TestDeployment.test_many_pods_of_one_node_at_once',
     'test_workloads.TestTwoNodes', 'test_faults.TestBreak0.test_deleted',
@@ -30,7 +30,7 @@ RELEASES = (
 
 
 class Result(unittest.TextTestResult):
-    """Prints a failure when it happens: the tests take long."""
+    """Prints a failure at once, because the tests take minutes."""
 
     def addFailure(self, test: unittest.TestCase, err: Any) -> None:
         super().addFailure(test, err)

@@ -24,13 +24,13 @@ from tests import kuryr
 from tests import lab
 
 BIN = os.path.dirname(sys.executable)
-#: Kuryr's driver, with what keeps it from working mended.
+#: Kuryr's nested-macvlan driver, with its faults fixed.
 DRIVER = 'nested-macvlan-break0'
 IMAGE = 'cluster/box:1'
 
 
 def kept_programs() -> str:
-    """Return where tests/cluster/programs keeps what it has built."""
+    """Return the directory of the programs built by tests/cluster/programs."""
     return os.path.realpath(os.path.join(
         os.environ.get('XDG_CACHE_HOME', '/var/tmp'), 'kuryr-break0-cluster'))
 
@@ -38,14 +38,14 @@ def kept_programs() -> str:
 class Cluster:
     """A control plane and its nodes; entering it starts all of them.
 
-    The calling process is in namespaces of its own (tests/in-root-lab), whose
-    network becomes the LAN.
+    The calling process has namespaces of its own (tests/in-root-lab). Its
+    network namespace becomes the LAN.
 
-    :param size: how many nodes it has
-    :param logs: where the logs of all programs are written
+    :param size: the number of nodes
+    :param logs: the directory of the logs of all programs
     :param parent: the name of the NIC of each node
     :param driver: [kubernetes] pod_vif_driver of kuryr-controller
-    :param is_dual: whether pods have an IPv6 address too
+    :param is_dual: whether pods also have an IPv6 address
     """
 
     def __init__(self, size: int, logs: str, parent: str = 'eth0',
@@ -58,7 +58,7 @@ class Cluster:
         self._size = size
         self._driver = driver
         self.nodes: list[nodes.Node] = []
-        #: The Neutron port of each node, by its name.
+        #: The ID of each node's Neutron port, by the node's name.
         self.ports: dict[str, str] = {}
 
     def __enter__(self) -> Cluster:
@@ -73,7 +73,7 @@ class Cluster:
     def _start(self, stack: contextlib.ExitStack) -> None:
         shutil.rmtree(self.logs, ignore_errors=True)
         os.makedirs(self.logs)
-        # In the memory of the machine: databases wait for their disk.
+        # The directory is in memory, because databases wait for their disk.
         directory = tempfile.mkdtemp(prefix='cluster-')
         stack.callback(os.rmdir, directory)
         _run('mount', '-t', 'tmpfs', '-o', 'size=60%,mode=755', 'cluster',
@@ -128,10 +128,10 @@ class Cluster:
 
     @functools.cached_property
     def stock(self) -> str:
-        """Where kuryr-daemon is in an environment without kuryr-break0."""
+        """Return the bin directory of an environment without kuryr-break0."""
         return kuryr.stock_environment(self._directory + '/stock')
 
-    # What tests and demo ask of it
+    # Methods for tests and the demo
 
     def deploy(self, name: str, replicas: int,
                node: Optional[nodes.Node] = None, **spec: Any) -> None:
@@ -147,12 +147,15 @@ class Cluster:
         return [pod for pod in self.pods(app) if is_ready(pod)]
 
     def until_ready(self, app: str, count: int) -> float:
-        """Wait until a number of pods is ready, and no other one is left."""
+        """Wait until exactly `count` pods exist and are ready.
+
+        :returns: the seconds that this took
+        """
         return lab.until(lambda: len(self.pods(app)) == count == len(
             self.ready(app)), self.report)
 
     def report(self) -> str:
-        """Return what helps to see why something is not as it should be."""
+        """Return the pods, the latest events and the directory of the logs."""
         return '\n'.join([
             kubernetes.kubectl(self.control, 'get', 'pods', '-o', 'wide',
                                '--all-namespaces', check=False).stdout,
@@ -162,10 +165,10 @@ class Cluster:
             'The logs of all programs are in ' + self.logs])
 
     def leftovers(self) -> list[str]:
-        """Return what is left in the cluster without a pod, or lacks one.
+        """Return the leftover and the missing items of the pods.
 
-        Routes, neighbours, entries of the guard and records of each node, and
-        ports and address pairs of Neutron, are compared with the pods.
+        The items are routes, neighbours, guard entries and records of each
+        node, and ports and address pairs of Neutron.
         """
         pods = {(pod['spec']['nodeName'], address)
                 for pod in kubernetes.items('pods')
@@ -247,12 +250,12 @@ def address(pod: dict[str, Any]) -> str:
 
 
 def addresses(pod: dict[str, Any]) -> set[str]:
-    """Return all addresses that a pod has by now."""
+    """Return all addresses that a pod has so far."""
     return {each['ip'] for each in pod['status'].get('podIPs', ())}
 
 
 def _at_once(*calls: Callable[[], None]) -> None:
-    """Call functions in threads; raise the error of the first that fails."""
+    """Call functions in threads; raise the first function's error."""
     with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
         for each in [pool.submit(call) for call in calls]:
             each.result()
@@ -267,7 +270,7 @@ def _run(*command: str) -> None:
 @contextlib.contextmanager
 def running(size: int, logs: str = 'build/cluster', **options: Any
             ) -> Iterator[Cluster]:
-    """A cluster; its logs stay, and are named, if the block fails."""
+    """Yield a cluster. If the block fails, print the path of its logs."""
     cluster = Cluster(size, logs, **options)
     try:
         with cluster:

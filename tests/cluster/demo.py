@@ -2,7 +2,7 @@
 
 """Show a Deployment in a real cluster, with Kuryr alone and with break0.
 
-Ends with 1 if anything is not as expected.
+Exits with 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.cluster import kubernetes
 from tests import lab
 
 REPLICAS = 4
-#: Seconds for which Kuryr alone is watched, if not all pods restart before.
+#: Seconds to watch Kuryr alone, if not all pods restart before.
 WATCHED = 60
 
 
@@ -32,13 +32,13 @@ class Demo:
         print('\n' + text, flush=True)
 
     def check(self, text: str, is_fine: bool) -> None:
-        """Count what is not as expected."""
+        """Count and print a failed check."""
         if not is_fine:
             self.wrong += 1
             print('WRONG: ' + text, flush=True)
 
     def show_pods(self, seconds: float) -> None:
-        """Print the pods, and the events that warn of them."""
+        """Print the pods and their warning events."""
         reasons: dict[str, collections.Counter[str]] = (
             collections.defaultdict(collections.Counter))
         for event in kubernetes.items('events'):
@@ -63,7 +63,7 @@ class Demo:
         print('After %d s:\n%s' % (seconds, table), flush=True)
 
     def show_probes(self) -> None:
-        """Print what the probes said, each message once."""
+        """Print the messages of failed probes, each message once."""
         messages = collections.Counter(
             (event['reason'],
              event['message'].replace('"', '').split('dial tcp ')[-1])
@@ -86,7 +86,7 @@ class Demo:
             self.check('routes of ' + node.name, node.routes() == own)
 
     def show_pairs(self) -> None:
-        """Print Neutron's allowed address pairs of the ports of the nodes."""
+        """Print Neutron's allowed address pairs of the nodes' ports."""
         for node in self.cluster.nodes:
             pairs = self.cluster.neutron.pairs(self.cluster.ports[node.name])
             print('Allowed address pairs of the port of %s in Neutron:'
@@ -129,7 +129,7 @@ class Demo:
         self.cluster.deploy('web', REPLICAS)
         self.cluster.until_ready('web', REPLICAS)
         seconds = time.monotonic() - began
-        # For as long as the first probes of liveness take to fail.
+        # The first liveness probes fail within this time.
         time.sleep(8)
         self.show_pods(seconds)
         self.show_probes()
@@ -166,8 +166,8 @@ def main() -> int:
     print('Starting a cluster of two nodes: etcd, Kubernetes, containerd, '
           'MariaDB, Neutron and Kuryr.', flush=True)
     began = time.monotonic()
-    # Kuryr alone would delete an eth0 of the node together with that of a pod,
-    # if it is a virtual one as here.
+    # When Kuryr alone deletes the eth0 of a pod, it also deletes the node's
+    # eth0 if that is a virtual interface, as it is here.
     with clusters.running(2, parent='ens3', is_dual=False) as cluster:
         print('It runs after %d s.' % (time.monotonic() - began), flush=True)
         wrong = Demo(cluster).run()

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The image of kuryr-cni-ds with kuryr-break0, as the documentation builds it.
+"""Build the image of kuryr-cni-ds with kuryr-break0, as documented.
 
 ::
 
     python -m tests.cluster.image [DIRECTORY]
 
-As root, with the network of the machine. It runs those commands of
+Run it as root, with the network of the machine. It runs the commands of
 ``doc/source/install/kubernetes.rst`` that need the network too, in a clone of
 the working tree; the test of the DaemonSet runs the others there. ``docker``
-is Podman (``tests/cluster/bin``). The page begins with an image of Kuryr,
-which comes from no registry here: the steps of Kuryr's ``cni.Dockerfile`` are
-done on a Debian that debootstrap makes.
+is Podman (``tests/cluster/bin``). The page begins with an image of Kuryr, and
+no registry provides one here. Therefore the steps of Kuryr's
+``cni.Dockerfile`` run on a Debian that debootstrap makes.
 
-Podman repeats no step whose input is the same, so only the first run takes
-minutes. All is kept in DIRECTORY, about 500 MB (kuryr-break0-cluster in
-$XDG_CACHE_HOME or /var/tmp). MIRROR in the environment names a Debian mirror
-other than that of apt.
+Podman repeats no step with unchanged input, so only the first run takes
+minutes. DIRECTORY keeps about 500 MB; the default is kuryr-break0-cluster in
+$XDG_CACHE_HOME or /var/tmp. MIRROR in the environment names a Debian mirror,
+by default apt's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests import pages
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = 'install/kubernetes.rst'
 
-#: What images of Debian lack is removed.
+#: Make an image of Debian. Debian's own images lack the removed files too.
 DEBIAN = r'''
 . tests/network-settings
 mkdir "$WORK/debian"
@@ -72,8 +72,8 @@ def environ(directory: str) -> dict[str, str]:
 class Images:
     """Builds images, and keeps them.
 
-    :param directory: where they are kept; no other process uses it meanwhile
-    :ivar clone: the directory in which the commands of the page are run
+    :param directory: their directory, which no other process uses meanwhile
+    :ivar clone: the working directory of the page's commands
     """
 
     def __init__(self, directory: str) -> None:
@@ -92,7 +92,7 @@ class Images:
                 done.stdout[-3000:], script.strip().splitlines()[-1]))
 
     def build(self) -> None:
-        """Build all that has changed."""
+        """Build all images with changed input."""
         if subprocess.run(['docker', 'image', 'exists',
                            'localhost/debian:bookworm'],
                           env=self._environ).returncode:
@@ -104,7 +104,8 @@ class Images:
         if not glob.glob(self.clone + '/kuryr-kubernetes-*.tar.gz'):
             self._run(_command("2. Get Kuryr's DaemonSet", 'pip download'),
                       self.clone)
-        # Of earlier builds; after ten days the last build is repeated too.
+        # Remove unused images of earlier builds. After ten days this includes
+        # the last build, so the next run repeats it.
         self._run('docker image prune --force --filter until=240h')
 
     def _run_with_directory(self, script: str) -> None:
@@ -113,7 +114,7 @@ class Images:
                 sys.prefix, 'kuryr-sources'))
 
     def _update_clone(self) -> None:
-        """Replace all but the downloaded sources of Kuryr."""
+        """Replace the clone, except Kuryr's downloaded sources."""
         os.makedirs(self.clone, exist_ok=True)
         for entry in os.scandir(self.clone):
             if entry.is_dir():
@@ -153,7 +154,7 @@ def main(argv: list[str]) -> int:
     os.makedirs(directory + '/run', exist_ok=True)
     with open(directory + '/lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        # What is mounted and started there ends with it.
+        # Mounts and processes of the command end with the command.
         return subprocess.run(
             ['setpriv', '--pdeathsig', 'KILL', 'unshare', '--mount', '--pid',
              '--fork', '--kill-child', '--mount-proc', sys.executable, '-m',

@@ -21,7 +21,7 @@ PORT = 6443
 URL = 'https://%s:%d' % (lab.LAN, PORT)
 TOKEN = 'cluster-token'
 SERVICES = '10.96.0.0/16'
-#: All programs and people of the cluster are this user.
+#: All programs and tests use this account.
 KUBECONFIG = json.dumps({
     'apiVersion': 'v1', 'kind': 'Config', 'current-context': 'cluster',
     'clusters': [{'name': 'cluster', 'cluster': {
@@ -84,7 +84,7 @@ class ControlPlane:
             '--root-ca-file=%s/apiserver.crt' % _CERTIFICATES,
             '--service-account-private-key-file=%s/accounts.key'
             % _CERTIFICATES,
-            # Sooner than after 5 minutes, a node that halts is noticed.
+            # The default of 5 minutes delays the report of a halted node.
             '--node-monitor-grace-period=20s'],
             is_ready=lambda: _answers('https://127.0.0.1:10257/healthz'))
         self.scheduler = machine.add('kube-scheduler', [
@@ -107,7 +107,7 @@ class ControlPlane:
         self.manager.start(wait=False)
         self.scheduler.start()
         self.manager.wait_ready()
-        # Without it, the API admits no pod.
+        # The API admits no pod without a service account.
         lab.until(lambda: names('serviceaccounts'))
 
 
@@ -120,7 +120,7 @@ def _answers(url: str) -> bool:
 
 def _request(method: str, url: str, **options: Any) -> requests.Response:
     with requests.Session() as session:
-        # Nor the certificates nor the proxies of the environment.
+        # The environment's certificates and proxies do not apply here.
         session.trust_env = False
         urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
         return session.request(
@@ -158,7 +158,10 @@ def patch(plural: str, name: str, change: dict[str, Any]) -> None:
 
 def delete(plural: str, name: str, seconds: Optional[int] = None,
            check: bool = True) -> None:
-    """Delete an object; with 0 seconds by force."""
+    """Delete an object.
+
+    :param seconds: the grace period; 0 deletes by force
+    """
     call('DELETE', path(plural, name), {
         'kind': 'DeleteOptions', 'apiVersion': 'v1',
         'propagationPolicy': 'Background',
@@ -168,7 +171,7 @@ def delete(plural: str, name: str, seconds: Optional[int] = None,
 
 def items(plural: str, selector: str = '',
           namespace: str = 'default') -> list[dict[str, Any]]:
-    """Return the objects of a kind, by a selector of labels."""
+    """Return the objects of a kind, filtered by a label selector."""
     found: list[dict[str, Any]] = call(
         'GET', path(plural, namespace=namespace) + (
             '?labelSelector=' + selector if selector else '')).json()['items']

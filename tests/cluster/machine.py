@@ -17,12 +17,12 @@ import psutil
 
 from tests import lab
 
-#: Directories of a machine that are its own: what it writes there survives a
-#: reboot, and is on no other machine.
+#: Directories on a machine's own disk. Their files survive a reboot, and no
+#: other machine has them.
 DISK = ('/etc', '/opt', '/var/lib')
 
-#: The first process of a machine. It reaps the orphans, which a shell does.
-#: With rshared, mounts that containers ask for propagate as on a host.
+#: The first process of a machine. It reaps orphans, which a shell would not.
+#: With rshared, mounts that containers request propagate as on a host.
 _BOOT = r'''
 set -e
 disk=$1; shift
@@ -49,12 +49,12 @@ sleep infinity & wait
 
 
 class Program:
-    """A program of a machine that is started, killed and started again.
+    """A program of a machine that can start, be killed and start again.
 
-    :param is_ready: whether it serves
-    :param is_family: whether its children end with it; those of containerd
-        are containers, which do not
-    :ivar log: the file that has all output of all its runs
+    :param is_ready: returns whether the program serves
+    :param is_family: whether to kill its children too; containerd's children
+        are containers, which outlive it
+    :ivar log: the file with the output of all its runs
     """
 
     def __init__(self, machine: Machine, name: str,
@@ -73,9 +73,10 @@ class Program:
         self._process: Optional[subprocess.Popen[bytes]] = None
 
     def start(self, wait: bool = True) -> None:
-        """Start it, and by default wait until it serves.
+        """Start the program.
 
-        :raises AssertionError: if it ends, with the end of its log
+        :param wait: whether to wait until it serves
+        :raises AssertionError: if it ends before, with the end of its log
         """
         assert self._process is None, self.name + ' is running'
         with open(self.log, 'ab') as log:
@@ -86,7 +87,7 @@ class Program:
             self.wait_ready()
 
     def wait_ready(self) -> None:
-        """Wait until it serves."""
+        """Wait until the program serves."""
         process = self._process
         assert process is not None
         lab.until(lambda: self._is_ready() or process.poll() is not None,
@@ -98,13 +99,14 @@ class Program:
         return self._process is not None and self._process.poll() is None
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """End it with a signal, and with SIGKILL if it is not gone then."""
+        """End the program with a signal, then SIGKILL if it still runs."""
         process, self._process = self._process, None
         if process is None:
             return
         entered = psutil.Process(process.pid)
         with contextlib.suppress(psutil.NoSuchProcess):
-            # nsenter waits for the program, which has its parent's group.
+            # nsenter waits for the program, which shares its parent's process
+            # group.
             main = entered.children()
             family = (entered.children(recursive=True) if self._is_family
                       else main)
@@ -120,19 +122,22 @@ class Program:
         self.kill(signal.SIGTERM)
 
     def restart(self, away: float = 0, number: int = signal.SIGKILL) -> None:
-        """Kill it, and start it again after some seconds."""
+        """Kill the program, and start it again.
+
+        :param away: seconds between the end and the start
+        """
         self.kill(number)
         time.sleep(away)
         self.start()
 
     def forget(self) -> None:
-        """Note that its machine has ended, and it with it."""
+        """Record that the machine has ended, and the program with it."""
         if self._process is not None:
             self._process.wait()
             self._process = None
 
     def tail(self, lines: int = 15) -> str:
-        """Return the end of the log, with its path."""
+        """Return the path and the last lines of the log."""
         with contextlib.suppress(FileNotFoundError), open(
                 self.log, errors='replace') as file:
             return '%s:\n%s' % (self.log, ''.join(
@@ -142,11 +147,11 @@ class Program:
 
 
 class Machine:
-    """Namespaces as a machine has them, and a disk.
+    """The namespaces of a machine, and a disk.
 
-    :param directory: where disks and logs of all machines are
-    :param is_on_lan: whether it shares the network of the lab, which is the
-        LAN, in place of a network of its own
+    :param directory: the directory of the disks and logs of all machines
+    :param is_on_lan: True shares the network of the lab, which is the LAN;
+        False gives the machine a network of its own
     """
 
     def __init__(self, name: str, directory: str,
@@ -160,12 +165,13 @@ class Machine:
         os.makedirs(self.logs, exist_ok=True)
         self.programs: list[Program] = []
         self._init: Optional[subprocess.Popen[bytes]] = None
-        #: The process number of its first process.
+        #: The process ID of the first process.
         self.pid = 0
 
     def boot(self) -> None:
-        """Make the namespaces; no program is started."""
-        # Not as a session of its own: it ends with the lab's first process.
+        """Create the namespaces, and start no program."""
+        # The process stays in this session, and so ends with the lab's first
+        # process.
         with open(os.path.join(self.logs, self.name + '.log'), 'ab') as log:
             self._init = subprocess.Popen(
                 ['unshare', *self._spaces, '--fork', '--kill-child',
@@ -186,7 +192,7 @@ class Machine:
         self.run('hostname', self.name)
 
     def halt(self) -> None:
-        """End all of its processes at once, as a loss of power does."""
+        """Kill all processes at once, like a loss of power."""
         if self._init is None:
             return
         with contextlib.suppress(ProcessLookupError):
@@ -198,7 +204,7 @@ class Machine:
 
     def add(self, name: str, command: Sequence[str],
             **options: Any) -> Program:
-        """Return a program, which is not started yet; see Program."""
+        """Return a new program without starting it; see Program."""
         self.programs.append(Program(self, name, command, **options))
         return self.programs[-1]
 
@@ -206,12 +212,12 @@ class Machine:
         return next(each for each in self.programs if each.name == name)
 
     def path(self, path: str) -> str:
-        """Return the path at which the lab has a file of the machine."""
+        """Return the lab's path of a file of the machine."""
         return '/proc/%d/root%s' % (self.pid, path)
 
     def write(self, path: str, content: Union[str, bytes],
               mode: int = 0o644) -> None:
-        """Write a file of the machine, with the directories that it needs."""
+        """Write a file of the machine, and create its directories."""
         self.run('mkdir', '-p', os.path.dirname(path))
         data = content.encode() if isinstance(content, str) else content
         with open(self.path(path), 'wb') as file:
@@ -230,8 +236,8 @@ class Machine:
               environ: Optional[dict[str, str]] = None,
               **options: Any) -> subprocess.Popen[Any]:
         """Start a command in the machine, in the root directory."""
-        # Kuryr's client of the API would prefer these certificates to those
-        # that kuryr.conf names, and would look for the API by a proxy.
+        # Kuryr's client would prefer these certificates to kuryr.conf's, and
+        # would use the proxies for requests to the API.
         env = {name: value for name, value in os.environ.items()
                if not re.search('(?i)ca_bundle|ssl_cert|proxy', name)}
         env.update(environ or {})
@@ -243,7 +249,7 @@ class Machine:
             environ: Optional[dict[str, str]] = None,
             input: Optional[str] = None
             ) -> subprocess.CompletedProcess[str]:
-        """Run a command in the machine to its end."""
+        """Run a command in the machine, and wait for its end."""
         process = self.popen(
             command, environ=environ, text=True,
             stdin=subprocess.DEVNULL if input is None else subprocess.PIPE,
@@ -256,7 +262,7 @@ class Machine:
             command, process.returncode, output)
 
     def ip(self, *args: str) -> list[Any]:
-        """Return what ``ip -json`` prints."""
+        """Return the parsed output of ``ip -json``."""
         text = self.run('ip', '-json', '-details', *args).stdout
         return [each for each in json.loads(text or '[]') if each]
 

@@ -47,17 +47,19 @@ version = 2
   sandbox_image = "cluster/box:1"
   disable_apparmor = true
   restrict_oom_score_adj = true
+[plugins."io.containerd.grpc.v1.cri".registry]
+  config_path = "/etc/containerd/certs.d"
 '''
 
 
 class Node:
     """A node; its NIC is on the LAN, which is a bridge of the lab.
 
-    :param number: from 1 on; name and addresses follow from it
-    :param kept: where the programs are
+    :param number: from 1; determines the name and the addresses
+    :param kept: the directory of the programs
     :param image: the archive of the image of sandboxes and pods
     :param parent: the name of its NIC
-    :param bin_dir: where kuryr-daemon and kuryr-break0 are
+    :param bin_dir: the directory of kuryr-daemon and kuryr-break0
     """
 
     def __init__(self, number: int, directory: str, kept: str, image: str,
@@ -87,7 +89,7 @@ class Node:
             '--make-iptables-util-chains=false',
             '--authentication-token-webhook=true', '--sync-frequency=5s',
             '--node-status-update-frequency=2s',
-            # As many as the cluster has addresses for.
+            # The limit is above the number of addresses in the cluster.
             '--max-pods=200', '--kube-api-qps=50', '--kube-api-burst=100',
             '--feature-gates=IPv6DualStack=true', '--registry-qps=0',
             '--event-qps=50'],
@@ -106,7 +108,7 @@ class Node:
             is_ready=lambda: self._get('http://127.0.0.1:9817/livez'))
 
     def boot(self) -> None:
-        """Make the machine and plug it into the LAN."""
+        """Create the machine, and connect it to the LAN."""
         self.machine.boot()
         run = self.machine.run
         subprocess.run(['ip', 'netns', 'del', self.name],
@@ -138,7 +140,7 @@ class Node:
     def configure(self, break0: str) -> None:
         """Write kuryr.conf.
 
-        :param break0: further lines of its section ``[break0]``
+        :param break0: further lines of the section ``[break0]``
         """
         self.machine.write(CONF, KURYR_CONF % {
             'api': kubernetes.URL, 'parent': self.parent, 'break0': break0})
@@ -157,20 +159,20 @@ class Node:
             each.wait_ready()
 
     def halt(self) -> None:
-        """End all processes, without warning."""
+        """Kill all processes, without warning."""
         self.machine.halt()
 
     def remove_break0(self, stock: str) -> None:
-        """Have Kuryr alone bind pods.
+        """Let Kuryr alone bind pods.
 
-        :param stock: where kuryr-daemon is without kuryr-break0
+        :param stock: the bin directory of a Kuryr without kuryr-break0
         """
         self.agent.kill()
         self.break0('cleanup')
         self._use(stock)
 
     def install_break0(self) -> None:
-        """Have kuryr-break0 bind pods, unless it does already."""
+        """Let kuryr-break0 bind pods, unless it does so already."""
         if self.daemon.command[0] != self._bin + '/kuryr-daemon':
             self._use(self._bin)
             self.agent.start()
@@ -187,7 +189,7 @@ class Node:
             for each in answer.json()['status'].get('conditions', ()))
 
     def recorded(self) -> set[str]:
-        """The addresses that the ledger has a record of."""
+        """Return the addresses that have a record in the ledger."""
         found = set()
         with contextlib.suppress(FileNotFoundError):
             for name in os.listdir(self.machine.path(RECORDS)):
@@ -197,7 +199,7 @@ class Node:
         return found
 
     def admitted(self) -> set[str]:
-        """The addresses whose packets the guard lets in."""
+        """Return the addresses that have a guard entry."""
         done = self.machine.run('nft', '-j', 'list', 'table', 'netdev',
                                 'kuryr-break0-break0', check=False)
         if done.returncode:
@@ -209,13 +211,13 @@ class Node:
 
     @staticmethod
     def _lan(*command: str) -> None:
-        """Run a command beside the machines, on their LAN."""
+        """Run a command on the machines' LAN."""
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True,
                               stderr=subprocess.STDOUT)
         assert not done.returncode, (command, done.stdout)
 
     def _get(self, url: str) -> bool:
-        """Whether a server of the node answers a GET with success."""
+        """Return whether a GET on the node succeeds."""
         answers: list[bool] = []
 
         def get() -> None:
@@ -229,13 +231,13 @@ class Node:
         return self._get('http://127.0.0.1:8090/alive')
 
     def break0(self, *args: str, check: bool = True) -> str:
-        """Run kuryr-break0 on the node; what it prints."""
+        """Run kuryr-break0 on the node, and return its output."""
         return self.machine.run(
             self._bin + '/kuryr-break0', '--config-file', CONF, *args,
             check=check, environ={'KUBERNETES_NODE_NAME': self.name}).stdout
 
     def routes(self) -> set[str]:
-        """The addresses with a host route through break0."""
+        """Return the addresses that have a host route through break0."""
         return {route['dst'] for family in ('-4', '-6')
                 for route in self.machine.ip(family, 'route', 'show', 'table',
                                              'all')
@@ -243,7 +245,7 @@ class Node:
                 and route.get('protocol') == '176'}
 
     def neighbours(self) -> set[str]:
-        """The addresses with a permanent neighbour on break0."""
+        """Return the addresses that have a permanent neighbour on break0."""
         return {each['dst'] for each in self.machine.ip(
             'neighbour', 'show', 'nud', 'permanent')
             if each['dev'] == 'break0'}

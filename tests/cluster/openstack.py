@@ -21,8 +21,8 @@ PROJECT = uuid.uuid5(uuid.NAMESPACE_DNS, 'kuryr-break0').hex
 DATABASE = '/var/lib/cluster/mysql'
 SOCKET = '/run/mariadb.sock'
 
-#: max_allowed_address_pair is 10 by default, which ends at the tenth pod of a
-#: node: the port of the node has a pair for each of them.
+#: The port of a node has an address pair for each pod. The default of
+#: max_allowed_address_pair, 10, is too small.
 CONF = '''\
 [DEFAULT]
 auth_strategy = noauth
@@ -49,15 +49,16 @@ lock_path = /run/neutron-locks
 quota_port = -1
 '''
 
-#: Neutron reads the arguments of the process, which are those of the server
-#: if that is a command.
+#: Neutron parses the arguments of the process. A command such as
+#: waitress-serve would have arguments of its own, so the server runs by python
+#: -c.
 SERVER = '''
 import waitress
 from neutron.wsgi import api
 waitress.serve(api.application, listen='%s:%d', threads=8)
 '''
 
-#: No agent of Neutron runs here, so nothing else binds the ports.
+#: No agent of Neutron runs here, so this mechanism driver binds the ports.
 DRIVER = '''\
 from neutron_lib.plugins.ml2 import api
 
@@ -76,7 +77,7 @@ ENTRY_POINT = '''\
 binds_all = binds_all:BindsAll
 '''
 
-#: Kuryr's own drivers know one subnet for a pod.
+#: Kuryr's own drivers support a single subnet for a pod.
 SUBNETS_DRIVER = '''\
 from kuryr_kubernetes.controller.drivers import base
 from kuryr_kubernetes import utils
@@ -124,8 +125,8 @@ lock_path = /run/kuryr-locks
 class Neutron:
     """Neutron with the network of the LAN.
 
-    :param machine: the machine that it runs on
-    :param kept: where ``tests/cluster/programs`` has put it
+    :param machine: the machine of Neutron
+    :param kept: the directory that ``tests/cluster/programs`` installs it in
     """
 
     def __init__(self, machine: machines.Machine, kept: str) -> None:
@@ -150,7 +151,7 @@ class Neutron:
             is_ready=self._answers)
 
     def start(self) -> None:
-        """Start it; when it serves, the LAN is a network of it."""
+        """Start Neutron, wait until it serves, and create the LAN."""
         self._machine.write('/etc/neutron.conf', CONF % {
             'socket': SOCKET, 'paste': os.path.join(
                 self._kept, 'neutron/etc/neutron/api-paste.ini')})
@@ -162,7 +163,7 @@ class Neutron:
             self._make_network()
 
     def _make_database(self) -> None:
-        """Start MariaDB with Neutron's tables, which are made once."""
+        """Start MariaDB, and create Neutron's tables at the first start."""
         directory = self._machine.path(DATABASE)
         made = os.path.join(self._kept, 'database')
         if os.path.isdir(made) and not os.path.isdir(directory):
@@ -244,7 +245,7 @@ class Neutron:
         return found
 
     def add_node(self, name: str, address: str, mac: str) -> str:
-        """Give Neutron the port of a node; its id."""
+        """Create the Neutron port of a node, and return its ID."""
         found: str = self.create('port', {
             'name': name, 'network_id': self.network, 'project_id': PROJECT,
             'mac_address': mac, 'admin_state_up': True, 'fixed_ips': [
@@ -253,7 +254,7 @@ class Neutron:
         return found
 
     def pools(self) -> list[dict[str, str]]:
-        """Return the ranges of addresses that pods get theirs from."""
+        """Return the ranges of the pods' addresses."""
         found: list[dict[str, str]] = self._checked(
             'GET', 'subnets/' + self.subnet)['subnet']['allocation_pools']
         return found
@@ -262,13 +263,13 @@ class Neutron:
         self.update('subnet', self.subnet, allocation_pools=pools)
 
     def pods(self) -> dict[str, dict[str, Any]]:
-        """The ports that Kuryr has made, by their IPv4 address."""
+        """Return the ports that Kuryr has created, by IPv4 address."""
         return {each['fixed_ips'][0]['ip_address']: each
                 for each in self.items('ports')
                 if each['device_owner'] == 'compute:kuryr'}
 
     def pairs(self, port: str) -> dict[str, str]:
-        """The allowed address pairs of a port: MAC address by address."""
+        """Return the allowed address pairs of a port: MAC by IP address."""
         found = self._checked('GET', 'ports/' + port)['port']
         return {each['ip_address']: each['mac_address']
                 for each in found['allowed_address_pairs']}
@@ -320,9 +321,9 @@ class Controller:
 
 def _add_entry_point(machine: machines.Machine, path: str, module: str,
                      entry_point: str) -> None:
-    """Write a module with an entry point, as if it were installed.
+    """Write a module with an entry point, like an installed one.
 
-    :param path: of the module, without its suffix
+    :param path: the path of the module, without its suffix
     """
     machine.write(path + '.py', module)
     machine.write(path + '-1.dist-info/entry_points.txt', entry_point)

@@ -14,12 +14,12 @@ from tests.cluster import kubernetes
 class TestBreak0(base.ClusterTestCase):
     """No probe with a period of one second fails.
 
-    A probe whose first packet is lost before the repair is answered when TCP
-    repeats that, after a second.
+    If a probe's first packet is lost before the repair, TCP retransmits it
+    after a second, and the probe succeeds.
     """
 
     def disturb(self, *commands: str) -> None:
-        """Run commands on a node, several times, beside frequent probes."""
+        """Run commands on a node several times while probes run."""
         pods = self.deploy('web', 4, self.first, period=1, timeout=3)
         for _ in range(5):
             for command in commands:
@@ -46,7 +46,7 @@ class TestReboot(base.ClusterTestCase):
     restarts_containers = True
 
     def test_reboot(self) -> None:
-        """All processes end, and /run is empty; the pods come again."""
+        """All processes end and /run is empty; the pods start again."""
         pods = (self.deploy('first', 4, self.first)
                 + self.deploy('second', 2, self.second))
         others = [pod for pod in pods
@@ -57,7 +57,8 @@ class TestReboot(base.ClusterTestCase):
             self.assertEqual(set(), self.first.recorded())
             self.first.prepare()
             self.first.start()
-            # The API may still say that they are ready, as they were.
+            # The API may still report the pods as ready from before the
+            # reboot.
             self.until(lambda: len(self.first.routes()) == 8)
             self.until(lambda: len(self.cluster.ready('first')) == 4
                        and not self.cluster.leftovers())
@@ -72,7 +73,7 @@ class TestAdopt(base.ClusterTestCase):
             self.addCleanup(node.install_break0)
             node.remove_break0(self.cluster.stock)
         spec = clusters.template('old')['spec']['containers'][0]
-        # Without probes, which kill containers that they do not reach.
+        # The kubelet would kill unreachable containers with probes.
         spec = {key: value for key, value in spec.items()
                 if not key.endswith('Probe')}
         pods = self.deploy('old', 6, containers=[spec])
@@ -84,7 +85,7 @@ class TestAdopt(base.ClusterTestCase):
             here = [pod for pod in pods
                     if pod['spec']['nodeName'] == node.name]
             own = set().union(*map(clusters.addresses, here))
-            # It ends with 1, since there is something to do.
+            # A dry run exits with 1 if there are pods to adopt.
             dry = node.break0('adopt', '--dry-run', check=False)
             self.assertEqual(len(here), dry.count('adopted'), dry)
             self.assertEqual(set(), node.routes())

@@ -15,9 +15,9 @@ from tests.cluster import kubernetes
 class TestRestarts(base.ClusterTestCase):
 
     def disturb(self, restart: Callable[[], None], coming: int = 4) -> None:
-        """Restart something while pods start and others are deleted.
+        """Restart a program while pods start and others are deleted.
 
-        Pods that live stay reachable from their nodes meanwhile.
+        The remaining pods stay reachable from their nodes meanwhile.
         """
         steady = self.deploy('steady', 4)
         self.deploy('going', 4)
@@ -49,7 +49,7 @@ class TestRestarts(base.ClusterTestCase):
         self.disturb(self.cluster.neutron.database.restart)
 
     def test_kuryr_daemon(self) -> None:
-        """It is killed in the middle of a burst of 30 pods, three times."""
+        """kuryr-daemon is killed three times during a burst of 30 pods."""
         def kill() -> None:
             for _ in range(3):
                 time.sleep(3)
@@ -67,7 +67,7 @@ class TestRestarts(base.ClusterTestCase):
         self.disturb(lambda: self.restart('agent'))
 
     def test_agent_away_while_pods_go(self) -> None:
-        """What went meanwhile is removed by the next agent, or before."""
+        """The next agent removes the items of pods that ended without one."""
         def swap() -> None:
             for node in self.cluster.nodes:
                 node.agent.kill(signal.SIGTERM)

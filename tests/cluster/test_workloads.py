@@ -59,9 +59,9 @@ class TestTwoNodes(base.ClusterTestCase):
                 if pod['spec']['nodeName'] == node.name)), node.routes())
 
     def test_an_address_moves_to_the_other_node(self) -> None:
-        """A pod is deleted on one node, and its address comes up on another.
+        """A pod is deleted on one node, and the other node gets its address.
 
-        The subnet has no other address to give meanwhile.
+        The subnet has no other free address meanwhile.
         """
         neutron = self.cluster.neutron
         before, = self.deploy('before', 1, self.first)
@@ -85,7 +85,7 @@ class TestTwoNodes(base.ClusterTestCase):
 class TestKinds(base.ClusterTestCase):
 
     def test_host_network(self) -> None:
-        """It gets no route, and reaches the pods of its node and of others."""
+        """A pod of the host's network has no route, and reaches all pods."""
         pods = self.deploy('web', 4)
         kubernetes.create('pods', {
             'apiVersion': 'v1', 'kind': 'Pod',
@@ -105,7 +105,7 @@ class TestKinds(base.ClusterTestCase):
             self.assertIn('1 packets received', done.stdout)
 
     def test_services(self) -> None:
-        """A ClusterIP and a NodePort, by kube-proxy with iptables."""
+        """kube-proxy with iptables serves a ClusterIP and a NodePort."""
         pods = self.deploy('web', 4)
         names = {pod['metadata']['name'] for pod in pods}
         kubernetes.create('services', {
@@ -122,7 +122,7 @@ class TestKinds(base.ClusterTestCase):
 
     def assert_answered_by(self, names: set[str], address: str, netns: str,
                            port: int) -> None:
-        """Each of the endpoints answers, those of the same node included."""
+        """Assert that each endpoint answers, also those of the same node."""
         answers: set[Optional[str]] = set()
 
         def are_all_there() -> bool:
@@ -141,7 +141,7 @@ class TestKinds(base.ClusterTestCase):
         self.cluster.until_ready('db', 3)
         uid = {pod['metadata']['name']: pod['metadata']['uid']
                for pod in self.cluster.pods('db')}
-        # The same name comes again while the old sandbox is being removed.
+        # The new pod has the same name, and starts while the old sandbox ends.
         for seconds in (None, 0):
             kubernetes.delete('pods', 'db-1', seconds)
             self.until(lambda: [
@@ -154,7 +154,7 @@ class TestKinds(base.ClusterTestCase):
         self.assert_all_reach(self.cluster.pods('db'))
 
     def test_cron_job(self) -> None:
-        """It comes each minute, and goes, for as long as the test lasts."""
+        """Pods of a CronJob start and end each minute during the test."""
         pods = self.deploy('web', 2)
         kubernetes.create('cronjobs', {
             'apiVersion': 'batch/v1beta1', 'kind': 'CronJob',
@@ -185,7 +185,7 @@ class TestCrash(base.ClusterTestCase):
     restarts_containers = True
 
     def test_one_of_two_containers(self) -> None:
-        """The sandbox stays, and with it the address and its route."""
+        """The sandbox stays, and so do its address and route."""
         spec = clusters.template('web')['spec']['containers']
         self.cluster.deploy('pair', 1, self.first, containers=[
             {**spec[0], 'name': 'web'},

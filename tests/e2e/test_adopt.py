@@ -29,20 +29,20 @@ SUBNETS = ['%s/%d' % (lab.LAN, lab.PREFIX), lab.LAN6 + '/64']
 class AdoptTestCase(DaemonTestCase):
 
     def call(self, *args: str, code: int = 0, **environ: str) -> str:
-        """Run kuryr-break0 as on the node; what it prints."""
+        """Run kuryr-break0 on the node, and return its output."""
         done = program.run(
             [PROGRAM, '--config-file', self.node.conf, *args], text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={**os.environ, 'KUBERNETES_NODE_NAME': kuryr.NODENAME,
                  **environ})
         self.assertEqual(code, done.returncode, done.stdout + done.stderr)
-        # Nothing but what it says itself.
+        # stderr has only the command's own error message.
         self.assertEqual(code in (2, 3), bool(done.stderr), done.stderr)
         return done.stderr if code in (2, 3) else done.stdout
 
     def adopt(self, *args: str, code: int = 0,
               **environ: str) -> dict[str, Any]:
-        """What it found, by pod and interface."""
+        """Run ``adopt``, and return its findings by pod and interface."""
         findings = json.loads(self.call('adopt', '--json', *args, code=code,
                                         **environ))
         test_json.validator('adopt').validate(findings)
@@ -57,7 +57,7 @@ class AdoptTestCase(DaemonTestCase):
 
     def running_pod(self, name: str, *addresses: str, ifname: str = 'eth0',
                     **kwargs: Any) -> kuryr.Pod:
-        """A pod that the API has, with a macvlan as Kuryr makes it."""
+        """Create a pod in API and lab, with a macvlan like Kuryr's."""
         vif = kuryr.macvlan_vif(*addresses, subnets=[
             subnet for subnet in SUBNETS
             if any((':' in each) == (':' in subnet) for each in addresses)])
@@ -70,7 +70,7 @@ class TestWithTheDaemon(AdoptTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        # Kuryr alone has bound them, and is replaced while they run.
+        # Kuryr alone binds the pods, and is replaced while they run.
         self.node.start_daemon('enabled = false')
         self.node.lab.add_ipv6()
         self.pod = self.node.add_pod('pod', vif=kuryr.macvlan_vif(
@@ -97,11 +97,11 @@ class TestWithTheDaemon(AdoptTestCase):
             {POD: 'default/pod', POD6: 'default/pod', OTHER: 'default/other',
              '100.75.30.73': 'default/other'},
             {each['address']: each['pod'] for each in status['addresses']})
-        # Again is harmless.
+        # A second run changes nothing.
         before = self.node.lab.state()
         self.assertEqual({'bound'}, set(self.outcomes().values()))
         self.assertEqual(before, self.node.lab.state())
-        # Their DEL, whose container id nobody has heard of, takes them away.
+        # Their DEL unbinds them, though its container id is unknown.
         self.delete(self.pod)
         self.assertEqual({OTHER, '100.75.30.73'},
                          set(self.node.lab.routes()))
@@ -123,7 +123,7 @@ class TestWithTheDaemon(AdoptTestCase):
         self.adopt()
         first = self.pod.netns
         self.node.lab.del_netns('pod')
-        # After a second the driver leaves that to the next try of the runtime.
+        # The driver waits at most a second for the MAC address to be free.
         self.node.lab.until_free(str(self.pod.vifs['eth0'].address))
         self.pod.name, self.pod.netns = 'pod', self.node.lab.add_netns('new')
         self.pod.container_id = 'the-sandbox-after-it'
@@ -160,7 +160,7 @@ class TestWithTheDaemon(AdoptTestCase):
 
 
 class TestWhatIsFound(AdoptTestCase):
-    """Without a daemon: API, namespaces and adopt are enough."""
+    """adopt needs only the API and namespaces, and no daemon."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -274,7 +274,7 @@ class TestWhatIsFound(AdoptTestCase):
             self.assertIn('belongs to web/eth0', found['reason'])
 
     def test_the_name_of_the_interface_is_that_in_the_namespace(self) -> None:
-        # CNI_IFNAME is up to the runtime; Kuryr's VIF is called eth0.
+        # The runtime chooses CNI_IFNAME; the name of Kuryr's VIF is eth0.
         self.running_pod('pod', POD)
         for args in (('down',), ('name', 'net0'), ('up',)):
             self.node.lab.run('ip', 'link', 'set', 'net0' if args == ('up',)
@@ -285,7 +285,7 @@ class TestWhatIsFound(AdoptTestCase):
 
 
 class TestNamespaces(AdoptTestCase):
-    """Where the namespaces of pods are found."""
+    """adopt finds the namespaces of pods."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -294,7 +294,7 @@ class TestNamespaces(AdoptTestCase):
 
     def sleeper(self, netns: Optional[str] = None
                 ) -> subprocess.Popen[bytes]:
-        """A process, as of a container, in a namespace."""
+        """Start a process in a namespace, as a container's engine does."""
         process = subprocess.Popen(
             [*(('nsenter', '--net=' + netns) if netns else ()),
              'sleep', '1000'])
@@ -303,10 +303,10 @@ class TestNamespaces(AdoptTestCase):
         return process
 
     def unname(self) -> subprocess.Popen[bytes]:
-        """Leave the namespace of the pod to a process alone, as Docker."""
+        """Delete the namespace's name; processes keep it, as by Docker."""
         first = self.sleeper('/run/netns/pod')
         self.wait_for(first)
-        # Start times are in hundredths of seconds.
+        # Start times of processes have a resolution of 10 ms.
         time.sleep(0.05)
         self.wait_for(self.sleeper('/run/netns/pod'))
         self.node.lab.run('ip', 'netns', 'del', 'pod')

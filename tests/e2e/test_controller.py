@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The real kuryr-k8s-controller with the driver of this package.
+"""Tests the real kuryr-k8s-controller with the driver of this package.
 
-There are stand-ins for the Kubernetes API and Neutron. Kuryr's handlers, pools
-and retries are real, and so are kuryr-daemon and the node.
+The Kubernetes API and Neutron are fakes. Kuryr's handlers, pools and retries
+are real, and so are kuryr-daemon and the lab's node.
 """
 
 from __future__ import annotations
@@ -92,12 +92,12 @@ class ControllerTestCase(unittest.TestCase):
         return ''
 
     def alive(self) -> int:
-        """Return what the liveness probe of the controller gets."""
+        """Return the HTTP status of the controller's liveness probe."""
         return requests.get('http://127.0.0.1:8082/alive',
                             timeout=lab.PATIENCE).status_code
 
     def add_pod(self, name: str) -> kuryr.Pod:
-        """Create a pod as Kubernetes does, with its namespace on the node."""
+        """Create a pod like Kubernetes, with its namespace on the node."""
         manifest = kubeapi.pod(name, kuryr.NODENAME)
         manifest['status']['hostIP'] = lab.NODE
         made = self.api.create('pods', manifest)
@@ -111,7 +111,7 @@ class ControllerTestCase(unittest.TestCase):
         return {each['metadata']['name'] for each in self.api.list('pods')}
 
     def vifs(self) -> dict[str, dict[str, Any]]:
-        """Return the VIFs that may be bound, by pod."""
+        """Return the active VIFs, by pod."""
         found = {each['metadata']['name']: each['status']['vifs'].get('eth0')
                  for each in self.api.list('kuryrports')}
         return {name: value['vif']['versioned_object.data']
@@ -129,7 +129,7 @@ class ControllerTestCase(unittest.TestCase):
         self.assertEqual(len(left), len(self.neutron.pairs(self.port)))
 
     def refusing_first(self, method: str, action: Any) -> None:
-        """Do something at the first request of a kind to a port."""
+        """Call an action at the first request with a method to a port."""
         left = [action]
 
         def fault(request: neutron.Request) -> None:
@@ -142,7 +142,7 @@ class ControllerTestCase(unittest.TestCase):
 class TestPods(ControllerTestCase):
 
     def test_from_a_pod_to_a_ping(self) -> None:
-        """As a user sees it, thirty pods at once, and nothing is left."""
+        """Thirty pods started at once answer pings, and leave nothing."""
         self.node.start_daemon()
         self.start_controller()
         pods = [self.add_pod('pod-%d' % number) for number in range(30)]
@@ -163,7 +163,7 @@ class TestPods(ControllerTestCase):
         self.assertNotIn('unhealthy', self.output())
 
     def test_the_driver_of_kuryr(self) -> None:
-        """As doc/source/install/controller.rst says."""
+        """Kuryr's own driver fails as install/controller.rst documents."""
         self.start_controller('nested-macvlan')
         self.add_pod('pod')
         lab.until(lambda: 'unhealthy' in self.output(), self.output)
@@ -172,9 +172,9 @@ class TestPods(ControllerTestCase):
             "'NestedMacvlanPodVIFDriver' object has no attribute "
             "'_tag_on_creation'", self.output())
         self.assertEqual({}, self.vifs())
-        # So kubelet restarts it.
+        # An unhealthy probe makes kubelet restart the controller.
         self.assertNotEqual(200, self.alive())
-        # It is enough to choose ours.
+        # The option for our driver is the only change needed.
         self.kill_controller()
         self.start_controller()
         self.wait_for('pod')
@@ -183,7 +183,7 @@ class TestPods(ControllerTestCase):
 class TestInterrupted(ControllerTestCase):
 
     def test_killed_within_a_request(self) -> None:
-        """The port that no VIF names goes with its pod."""
+        """A port without a VIF is deleted with its pod."""
         self.refusing_first('PUT', lambda: self.controller.kill())
         self.start_controller()
         self.add_pod('pod')
@@ -218,7 +218,7 @@ class TestInterrupted(ControllerTestCase):
 class TestFullNode(ControllerTestCase):
 
     def test_a_full_node(self) -> None:
-        """A pod waits until another one goes, or until it is deleted."""
+        """A pod waits for the deletion of another pod, or for its own."""
         self.neutron.max_pairs = 1
         self.start_controller()
         self.add_pod('first')
@@ -235,6 +235,6 @@ class TestFullNode(ControllerTestCase):
         self.delete_pod('first')
         self.wait_for('second')
         self.wait_until_gone('second')
-        # kubelet would restart the controller if its handler said it is ill.
+        # An unhealthy handler would make kubelet restart the controller.
         self.assertNotIn('unhealthy', self.output())
         self.assertEqual(200, self.alive())

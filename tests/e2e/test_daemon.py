@@ -18,7 +18,7 @@ POD = '100.75.30.71'
 
 
 def macvlans(node: kuryr.Node) -> list[str]:
-    """The macvlans in the node's own namespace."""
+    """Return the names of the macvlans in the node's own namespace."""
     return [link['ifname'] for link in node.lab.ip('link', 'show')
             if link.get('linkinfo', {}).get('info_kind') == 'macvlan']
 
@@ -32,7 +32,7 @@ class DaemonTestCase(unittest.TestCase):
         self.addCleanup(self.node.__exit__)
 
     def start_patient_daemon(self, break0: str = '') -> None:
-        """Start one whose workers wait for each other; see base.patient().
+        """Start a daemon with long lock timeouts; see base.patient().
 
         :param break0: lines of the section ``[break0]``
         """
@@ -62,7 +62,7 @@ class DaemonTestCase(unittest.TestCase):
              self.node.lab.ping(lab.NODE, pod.name)))
 
     def probe(self, program: str) -> str:
-        """Run Python code in a process of its own; what it prints."""
+        """Run Python code in a process of its own, and return its output."""
         return subprocess.run(
             [sys.executable, '-W', 'ignore', '-c', textwrap.dedent(program)],
             check=True, text=True, stdout=subprocess.PIPE).stdout.strip()
@@ -85,7 +85,7 @@ class TestPod(DaemonTestCase):
         self.assertEqual(['break0'], macvlans(self.node))
 
     def test_stock_kuryr_cannot(self) -> None:
-        # The control: with Kuryr alone, the same pod is out of reach.
+        # The control: with Kuryr alone, the same pod is unreachable.
         bin_dir = kuryr.stock_environment(os.path.join(self.node.dir, 'venv'))
         self.node.start_daemon(bin_dir=bin_dir)
         pod = self.node.add_pod('pod', POD)
@@ -145,7 +145,7 @@ class TestPod(DaemonTestCase):
         self.assertEqual({}, self.node.lab.routes())
 
     def test_a_late_del_of_an_earlier_sandbox(self) -> None:
-        # After a restart Kuryr has forgotten which sandbox is the last.
+        # A restarted Kuryr does not know a pod's latest sandbox.
         self.node.start_daemon()
         pod = self.node.add_pod('pod', POD)
         earlier = pod.container_id
@@ -172,12 +172,12 @@ class TestFailures(DaemonTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        # Something else has the name break0.
+        # A name conflict: break0 is a veth.
         self.node.lab.run('ip', 'link', 'add', 'break0', 'type', 'veth',
                           'peer', 'name', 'peer0')
 
     def alive(self) -> int:
-        # A service of its own, which may serve later than the daemon.
+        # The health service may start later than the daemon.
         lab.until(lambda: kuryr.serves('127.0.0.1:8090'))
         return requests.get('http://127.0.0.1:8090/alive',
                             timeout=lab.PATIENCE).status_code
@@ -193,7 +193,7 @@ class TestFailures(DaemonTestCase):
     def test_strict_says_try_again_and_the_daemon_lives(self) -> None:
         self.node.start_daemon('strict = true')
         pod = self.node.add_pod('pod', POD)
-        # Three failures that count would make Kuryr restart the daemon.
+        # Three counted failures would make Kuryr restart the daemon.
         for _ in range(5):
             answer = self.node.request(pod, 'ADD')
             self.assertEqual(504, answer.status)
@@ -240,8 +240,8 @@ class TestBursts(DaemonTestCase):
                          set(self.node.lab.routes()))
 
     def test_bursts_lose_none(self) -> None:
-        # Stock Kuryr loses 18 of 240 pods here: another one's interface
-        # interrupts its look at those of the node.
+        # Stock Kuryr loses 18 of 240 pods here: other pods' new interfaces
+        # interrupt its dump of the node's interfaces.
         self.start_patient_daemon(self.options)
         for burst in range(3):
             pods = [self.node.add_pod('pod-%d-%d' % (burst, number),
@@ -261,10 +261,10 @@ class TestDirectBursts(TestBursts):
 
 
 class TestOtherProcesses(DaemonTestCase):
-    """What a shared virtual environment means to the rest of Kuryr."""
+    """A shared virtual environment does not change the rest of Kuryr."""
 
     def test_the_controller_is_as_before(self) -> None:
-        # MultiVIFPool knows the classes of VIFs by name.
+        # MultiVIFPool refers to VIF classes by name.
         printed = self.probe('''
             from kuryr_kubernetes.controller.drivers import vif_pool
             from kuryr_kubernetes import objects

@@ -20,7 +20,7 @@ PROGRAM = os.path.join(kuryr.BIN, 'kuryr-break0')
 
 
 class TestDoctor(unittest.TestCase):
-    """With the real kuryr-daemon, and pods that it has bound."""
+    """The doctor examines a real kuryr-daemon and its bound pods."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -63,7 +63,7 @@ class TestDoctor(unittest.TestCase):
         self.assertTrue(self.node.lab.ping('fd00:30::71'))
 
     def test_daemon_elsewhere(self) -> None:
-        """The stock daemon runs, in an environment without the driver."""
+        """A stock daemon in an environment without the driver is found."""
         bin_dir = kuryr.stock_environment(os.path.join(self.node.dir, 'venv'))
         self.node.start_daemon(bin_dir=bin_dir)
         self.start_agent()
@@ -72,7 +72,7 @@ class TestDoctor(unittest.TestCase):
         self.assertIn(bin_dir, found['daemon-elsewhere']['seen'])
 
     def test_daemon_not_restarted(self) -> None:
-        """The package is installed while the daemon runs."""
+        """A daemon started before the package's installation is found."""
         self.node.start_daemon()
         self.start_agent()
         self.assertEqual({}, self.findings())

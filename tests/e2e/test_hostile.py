@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the real daemon does with a hostile KuryrPort, and at each DEL."""
+"""Tests the real daemon with a hostile KuryrPort, and at each DEL."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ class TestNameOfTheVIFDirectly(TestNameOfTheVIF):
 class TestDeletion(DaemonTestCase):
 
     def received(self, name: str) -> int:
-        """How many packets a pod has received."""
+        """Return the number of packets that a pod has received."""
         link, = self.node.lab.ip('-statistics', 'link', 'show', 'eth0',
                                  netns=name)
         return int(link['stats64']['rx']['packets'])
 
     def test_no_frame_leaks_at_a_del(self) -> None:
-        # Without a guard, so that it is the order that counts.
+        # Without a guard, only the order of deletions can prevent leaks.
         self.node.start_daemon('guard = off')
         pods = [self.node.add_pod('pod-%d' % number,
                                   '100.75.30.%d' % number)

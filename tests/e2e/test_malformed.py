@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the real daemon does with requests that no kubelet would send."""
+"""Tests the real daemon with malformed requests."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class TestMalformed(DaemonTestCase):
                else {'json': body}))
 
     def state(self) -> list[Any]:
-        """What must not change: the node's interfaces, and who is bound."""
+        """Return the node's interfaces and the parent's addresses."""
         return [{link['ifname']: (link['address'], link['flags'])
                  for link in self.node.lab.ip('link', 'show')},
                 self.node.lab.ip('address', 'show', 'dev', lab.PARENT)]
@@ -62,7 +62,7 @@ class TestMalformed(DaemonTestCase):
         other = self.node.add_pod('other', OTHER)
         before = self.state()
 
-        # To shrink one takes as long as hundreds of others.
+        # Shrinking one failure takes as long as hundreds of requests.
         @settings(max_examples=EXAMPLES, deadline=None, database=None,
                   phases=[Phase.generate],
                   suppress_health_check=list(HealthCheck))
@@ -81,11 +81,13 @@ class TestMalformed(DaemonTestCase):
             self.assertTrue(self.node.lab.ping(POD), changes)
 
         ask()
+        # An ADD with another valid CNI_IFNAME creates an interface with the
+        # pod's MAC address. It ends with its sandbox, and so does its claim.
+        self.node.lab.del_netns('other')
+        self.node.lab.add_netns('other')
         self.add(other)
         self.assertTrue(self.node.lab.ping(OTHER))
         self.delete(other)
         self.delete(first)
-        # What else was added, as for other interfaces, ends with its sandbox.
-        self.node.lab.del_netns('other')
         manager.Break0Manager(base.options()).sync()
         self.assertEqual({}, self.node.lab.routes())

@@ -16,7 +16,7 @@ PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 
 
 class TestMetrics(DaemonTestCase):
-    """The workers of the daemon end with their request; the agent counts."""
+    """The agent counts requests, since the daemon's workers end with them."""
 
     def start_agent(self) -> None:
         agent = program.start(
@@ -27,7 +27,7 @@ class TestMetrics(DaemonTestCase):
 
     def assert_value(self, expected: float, name: str,
                      **labels: str) -> None:
-        """Wait until a figure has a value."""
+        """Wait until a metric has a value."""
         def found() -> Optional[float]:
             return (metrics.total(name) if name.startswith('addresses_')
                     else metrics.value(name, **labels))

@@ -24,12 +24,13 @@ from tests import program
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 
-#: Seconds for which agent and daemon are killed at random.
+#: Seconds of killing agent and daemon at random
 SOAK = int(os.environ.get('SOAK_SECONDS', '30'))
 
 OTHER_POD = '100.75.30.72'
 
-#: Kills a process of Kuryr before one change of an interface.
+#: Text of sitecustomize.py: kills a process of Kuryr before one change of an
+#: interface.
 DYING = """\
 import os, signal
 from pyroute2.iproute import linux
@@ -50,7 +51,7 @@ linux.RTNL_API.link = dying
 class NothingLostTestCase(DaemonTestCase):
 
     def sync(self) -> None:
-        """Do what the agent's timer would do."""
+        """Run ``sync``, in place of the agent's timer."""
         program.run([PROGRAM, '--config-file', self.node.conf, 'sync'],
                     stdout=subprocess.DEVNULL, check=True)
 
@@ -62,13 +63,13 @@ class NothingLostTestCase(DaemonTestCase):
         self.node.start_daemon()
 
     def forget(self, pod: kuryr.Pod) -> None:
-        """Delete it from the API, and let the daemon hear of that."""
+        """Delete the pod from the API, and let the daemon read the event."""
         self.node.delete_pod(pod)
         time.sleep(0.2)
 
 
 class TestLateDel(NothingLostTestCase):
-    """The ways in which Kuryr names a live pod's address in an old DEL."""
+    """A DEL of an old sandbox with a live pod's address unbinds nothing."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -77,7 +78,7 @@ class TestLateDel(NothingLostTestCase):
         self.add(self.old)
 
     def replace_old(self) -> kuryr.Pod:
-        """Another pod gets the address, before the DEL of the old one."""
+        """Assign the address to a new pod before the DEL of the old pod."""
         self.forget(self.old)
         new = self.node.add_pod('new', POD)
         self.add(new)
@@ -105,7 +106,7 @@ class TestLateDel(NothingLostTestCase):
         self.assert_reachable(self.old)
 
     def test_of_a_pod_of_the_same_name_after_a_restart(self) -> None:
-        # A StatefulSet's: same name, same address, another uid.
+        # A pod of a StatefulSet keeps name and address, and gets a new uid.
         self.forget(self.old)
         again = self.node.add_pod('old', POD,
                                   netns=self.node.lab.add_netns('again'))
@@ -133,10 +134,11 @@ class TestLateDel(NothingLostTestCase):
             earlier = self.old.container_id
 
     def test_without_a_namespace_after_the_pod_is_gone(self) -> None:
-        """containerd repeats a DEL without CNI_NETNS.
+        """A DEL without CNI_NETNS leaves the node's NIC.
 
-        Once the KuryrPort is gone, Kuryr itself would delete the interface
-        of that name, in the namespace of kuryr-daemon: the node's NIC.
+        containerd repeats a DEL without CNI_NETNS. Without a KuryrPort, Kuryr
+        itself would delete the interface of the pod's name in kuryr-daemon's
+        namespace: the node's NIC.
         """
         self.delete(self.old)
         self.node.delete_pod(self.old)
@@ -144,11 +146,11 @@ class TestLateDel(NothingLostTestCase):
         for netns in ('', '/proc/%d/ns/net' % os.getpid(), gone):
             self.delete(self.old, CNI_NETNS=netns)
             self.assertIsNotNone(self.node.lab.link(lab.PARENT), netns)
-        # Kuryr's library makes a namespace of a path that does not exist.
+        # Kuryr's library creates a namespace at a path that does not exist.
         self.assertFalse(os.path.exists(gone))
 
     def test_one_that_kuryr_tells_nobody_of(self) -> None:
-        # The pod was forgotten while the daemon was down.
+        # The pod is deleted from the API while the daemon is down.
         self.node.kill_daemon()
         self.node.delete_pod(self.old)
         self.node.start_daemon()
@@ -163,7 +165,7 @@ class TestKills(NothingLostTestCase):
 
     @contextlib.contextmanager
     def killing(self, randomness: random.Random) -> Iterator[None]:
-        """Kill workers of the daemon at random moments meanwhile."""
+        """Kill workers of the daemon at random moments within the block."""
         assert self.node.daemon is not None
         server = next(
             process for process
@@ -190,7 +192,7 @@ class TestKills(NothingLostTestCase):
         try:
             return self.node.request(pod, command).status in (202, 204)
         except requests.RequestException:
-            return False  # its worker was killed, maybe half way through
+            return False  # its worker was killed, maybe with partial changes
 
     def test_workers_and_daemon_killed_at_random(self) -> None:
         seed = random.randrange(10 ** 6)
@@ -213,8 +215,8 @@ class TestKills(NothingLostTestCase):
                 killed += 1
             for pod in pods:
                 if not done[pod.name]:
-                    # The runtime takes back what failed, and tries a DEL
-                    # until that is answered.
+                    # A runtime undoes a failed ADD by a DEL, and repeats the
+                    # DEL until it succeeds.
                     unsure += 1
                     self.delete(pod)
                     commands[pod.name] = 'DEL'
@@ -235,7 +237,7 @@ class TestKills(NothingLostTestCase):
                 for number in range(100, 130)]
         bound: set[str] = set()
         for number in range(SOAK // 3):
-            # A third of them changes sides in each round.
+            # Each round after the first binds or unbinds a third of the pods.
             turn = pods[number % 3::3] if number else pods[::2]
             with concurrent.futures.ThreadPoolExecutor(30) as pool:
                 answers = list(pool.map(lambda pod: self.node.request(
@@ -249,13 +251,13 @@ class TestKills(NothingLostTestCase):
 
 
 class TestKilledWithinAnAdd(NothingLostTestCase):
-    """A worker that is killed before it has made the pod's interface."""
+    """A worker killed before it finishes the interface leaves nothing."""
 
     binding = 'kuryr'
 
     def setUp(self) -> None:
         super().setUp()
-        # Of each Python that is started from now on.
+        # Each Python that starts from now on imports sitecustomize.py.
         self.armed = os.path.join(self.node.dir, 'armed')
         with open(os.path.join(self.node.dir, 'sitecustomize.py'),
                   'w') as file:
@@ -276,10 +278,11 @@ class TestKilledWithinAnAdd(NothingLostTestCase):
         return {link['ifname'] for link in self.node.lab.ip('link', 'show')}
 
     def killed(self, before: str = 'net_ns_fd') -> kuryr.Pod:
-        """Make a pod whose ADD is killed before a change of its interface.
+        """Create a pod, and kill its ADD before a change of its interface.
 
-        :param before: what of that would be set: the namespace while it is
-            on the node, the state in the namespace of the pod
+        :param before: the attribute that the change would set: "net_ns_fd"
+            of the interface on the node, or "state" of the interface in the
+            pod's namespace
         """
         pod = self.node.add_pod('pod-' + before.replace('_', '-'),
                                 POD if before == 'state' else OTHER_POD)
@@ -334,7 +337,7 @@ class TestAgentBeside(NothingLostTestCase):
         return agent
 
     def test_both_killed_at_random(self) -> None:
-        # What holds them together is ledger, lock and kernel alone.
+        # Agent and daemon share only the ledger, its lock and the kernel.
         seed = random.randrange(10 ** 6)
         randomness = random.Random(seed)
         self.node.start_daemon()

@@ -21,7 +21,7 @@ FAR = '100.75.40.71'
 
 
 class TestOperator(AdoptTestCase):
-    """From a cluster without kuryr-break0, to one with it, and back."""
+    """An operator installs kuryr-break0 on a node of Kuryr and removes it."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -39,7 +39,7 @@ class TestOperator(AdoptTestCase):
                 if each['problem']}
 
     def findings(self, code: int = 4) -> list[str]:
-        """What the doctor names, without that there is no agent."""
+        """Return the doctor's findings, except agent-not-running."""
         found = json.loads(self.call('doctor', '--json',
                                      code=code))['findings']
         ids = [each['id'] for each in found]
@@ -50,7 +50,7 @@ class TestOperator(AdoptTestCase):
         ways: list[tuple[str, ...]] = [
             (POD,), (lab.NODE, 'pod'), (POD6,), (lab.NODE6, 'pod')]
         if expected:
-            # Without break0 the router of the LAN may lead there.
+            # Without break0 the LAN's router may forward to this pod.
             ways += [(FAR,), (lab.NODE, 'far')]
         for way in ways:
             self.assertEqual(expected, self.node.lab.ping(*way), way)
@@ -63,14 +63,14 @@ class TestOperator(AdoptTestCase):
     def test_the_whole_way(self) -> None:
         self.node.lab.add_ipv6()
         self.node.lab.add_other_subnet()
-        # What others have set on the node.
+        # Foreign entries on the node.
         self.node.lab.run('ip', 'route', 'add', '192.0.2.0/24', 'via',
                           lab.LAN)
         self.node.lab.run('ip', 'rule', 'add', 'to', FAR, 'table', '1000')
         self.node.lab.run('ip', 'neighbour', 'add', '100.75.30.99', 'lladdr',
                           '02:00:00:00:00:99', 'dev', lab.PARENT)
 
-        # A node of Kuryr alone, with pods.
+        # A node runs Kuryr alone, with pods.
         self.node.start_daemon(bin_dir=self.stock)
         pods = [
             self.node.add_pod('pod', vif=kuryr.macvlan_vif(
@@ -83,7 +83,7 @@ class TestOperator(AdoptTestCase):
         self.assert_reachable_all_ways(False)
         before = self.node.lab.state()
 
-        # The package is installed, and the daemon restarted.
+        # The operator installs the package, and restarts the daemon.
         self.node.kill_daemon()
         self.node.start_daemon()
         self.assertEqual({'adopted'}, set(self.outcomes().values()))
@@ -93,7 +93,7 @@ class TestOperator(AdoptTestCase):
         for address in (POD, POD6, FAR):
             self.call('probe', address, '--count', '1')
 
-        # What breaks is seen, and repaired by hand.
+        # The operator sees a fault, and repairs it.
         self.node.lab.run('ip', 'route', 'del', POD)
         self.assertEqual({POD: 'its route is missing'}, self.problems())
         self.assertEqual(['route-missing'], self.findings(code=1))
@@ -102,7 +102,7 @@ class TestOperator(AdoptTestCase):
         self.status()
         self.assert_reachable_all_ways()
 
-        # And without a hand.
+        # The agent repairs a fault.
         agent = program.start(
             [PROGRAM, '--config-file', self.node.conf, 'agent'],
             stderr=subprocess.DEVNULL)
@@ -119,7 +119,7 @@ class TestOperator(AdoptTestCase):
         lab.until(self.in_sync)
         self.assert_reachable_all_ways()
 
-        # All of it is taken away, and Kuryr goes on alone.
+        # The operator removes break0, and Kuryr continues alone.
         agent.terminate()
         self.assertEqual(0, agent.wait())
         self.node.kill_daemon()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Both families, several subnets and interfaces, as Kuryr makes them."""
+"""Tests both families, several subnets and interfaces, bound by Kuryr."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TestPaths(DaemonTestCase):
         self.node.start_daemon()
 
     def assert_paths(self, pod: kuryr.Pod, *addresses: str) -> None:
-        """Node and pod reach each other, cold, in all its families."""
+        """Assert that node and pod reach each other at each address."""
         self.node.lab.settle()
         self.assertLessEqual(set(addresses), set(self.node.lab.routes()))
         for address in addresses:
@@ -40,7 +40,7 @@ class TestPaths(DaemonTestCase):
                                 'from the pod')
 
     def live(self, vif: object, *addresses: str, **extra: object) -> None:
-        """A pod from ADD to DEL, by kuryr-cni."""
+        """Run a pod by kuryr-cni, from ADD to DEL, and check its paths."""
         pod = self.node.add_pod('pod', vif=vif, extra_vifs=extra)
         done = self.node.cni(pod, 'ADD')
         self.assertEqual(0, done.returncode, done.stdout + done.stderr)

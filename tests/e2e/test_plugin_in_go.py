@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Kuryr's CNI plugin in Go, as install/bare says how to build it."""
+"""Tests Kuryr's CNI plugin in Go, built as the page install/bare says."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class TestPluginInGo(test_daemon.DaemonTestCase):
 
     def call(self, pod: kuryr.Pod, command: str, bin_dir: str,
              status: int = 0) -> dict[str, Any]:
-        """Run a plugin as a runtime does, and return its answer."""
+        """Run a plugin like a runtime, and return its non-empty fields."""
         done = self.node.cni(pod, command, bin_dir)
         self.assertEqual(status, done.returncode, done)
         answer: dict[str, Any] = json.loads(done.stdout or '{}')
-        # One of them leaves out what is empty.
+        # Only one of the plugins omits empty fields.
         return {key: value for key, value in answer.items() if value}
 
     def test_the_same_as_in_python(self) -> None:
@@ -64,7 +64,7 @@ class TestPluginInGo(test_daemon.DaemonTestCase):
                          [each['address'] for each in answers[0]['ips']])
 
     def test_the_error_of_the_daemon(self) -> None:
-        # Something else has the name break0.
+        # A name conflict: break0 is a veth.
         self.node.lab.run('ip', 'link', 'add', 'break0', 'type', 'veth',
                           'peer', 'name', 'peer0')
         self.node.start_daemon('strict = true')
@@ -84,7 +84,7 @@ class TestPluginInGo(test_daemon.DaemonTestCase):
             'Is kuryr-daemon running?', answer['msg'])
 
     def test_the_page(self) -> None:
-        """Its commands put the plugin in the place of a link to pip's."""
+        """The page's commands replace the link to pip's plugin."""
         plugins = '/opt/cni/bin'
         place = plugins if os.path.isdir(plugins) else '/opt'
         self.node.lab.run('mount', '-t', 'tmpfs', 'private', place)
@@ -96,7 +96,8 @@ class TestPluginInGo(test_daemon.DaemonTestCase):
         *steps, back = pages.steps('install/bare.rst',
                                    "Kuryr's CNI plugin in Go")
         self.assertTrue(steps[0].command.startswith('apt-get install '))
-        # As pip is told here where the sources are, without a network.
+        # The remaining steps find the sources by PIP_FIND_LINKS, without a
+        # network.
         done = self.run_steps(steps[1:])
         self.assertEqual(steps[-1].output, done.splitlines()[-1])
         self.assertFalse(os.path.islink(plugins + '/kuryr-cni'))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the speed of a request rests on, with the real daemon."""
+"""Tests the preconditions of fast requests, with the real daemon."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tests import kuryr
 
 
 class TestRequests(test_daemon.DaemonTestCase):
-    """What the process of a request does not have to do."""
+    """A request's process imports nothing and skips old objects in GC."""
 
-    # Python imports it when it starts.
+    # Text of sitecustomize.py, which Python imports when it starts.
     WATCH = '''
         import gc
         import os
@@ -40,7 +40,11 @@ class TestRequests(test_daemon.DaemonTestCase):
     '''
 
     def told(self, what: str, among: set[int]) -> dict[str, list[str]]:
-        """What was told by some processes of the daemon, and by others."""
+        """Return the words told by services, and by requests.
+
+        :param what: kind of the words
+        :param among: process ids of the services
+        """
         found: dict[str, list[str]] = {'services': [], 'requests': []}
         with open(os.path.join(self.node.dir, 'told')) as file:
             for line in file:
@@ -51,7 +55,7 @@ class TestRequests(test_daemon.DaemonTestCase):
         return found
 
     def netfilter_sockets(self) -> set[str]:
-        """The sockets of netfilter that processes of the daemon have."""
+        """Return the netfilter sockets of the daemon's processes."""
         with open('/proc/net/netlink') as file:
             inodes = {line.split()[-1] for line in file
                       if line.split()[1] == '12'}
@@ -59,7 +63,7 @@ class TestRequests(test_daemon.DaemonTestCase):
         daemon = psutil.Process(self.node.daemon.pid)
         found: set[str] = set()
         for process in daemon.children(recursive=True):
-            with contextlib.suppress(FileNotFoundError):  # it has ended
+            with contextlib.suppress(FileNotFoundError):  # the process ended
                 for name in os.listdir('/proc/%d/fd' % process.pid):
                     with contextlib.suppress(FileNotFoundError):
                         link = os.readlink('/proc/%d/fd/%s' % (process.pid,
@@ -93,7 +97,7 @@ class TestRequests(test_daemon.DaemonTestCase):
         self.node.start_daemon('pod_binding = ' + binding,
                                PYTHONPATH=self.node.dir)
         self.node.lab.add_ipv6()
-        for name in ('first', 'second'):  # the first makes break0
+        for name in ('first', 'second'):  # the first creates break0
             pod = self.node.add_pod(
                 name, vif=kuryr.macvlan_vif(
                     '100.75.30.71', 'fd00:30::71',
@@ -102,13 +106,13 @@ class TestRequests(test_daemon.DaemonTestCase):
             self.delete(pod)
         assert self.node.daemon is not None
         daemon = psutil.Process(self.node.daemon.pid)
-        # Those of requests are children of one of them.
+        # A request's process is a child of one of the services.
         services = {daemon.pid, *(process.pid
                                   for process in daemon.children())}
         imports = self.told('import', services)
         self.assertIn('kuryr_break0.manager', imports['services'])
         self.assertEqual([], imports['requests'])
-        # What was there before they began is not looked at for garbage.
+        # Requests exclude objects from before the fork from GC.
         collectable = self.told('collectable', services)['requests']
         kept = self.told('kept', services)['requests']
         self.assertLess(max(map(int, collectable)), min(map(int, kept)) / 5)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Container engines of Debian on a node of its own: see tests/in-root-lab."""
+"""Runs Debian's container engines on a lab's node; see tests/in-root-lab."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ CONF = cni_base.CONF
 
 
 def is_root() -> bool:
-    """Whether this is root of the machine, and not of a user namespace."""
+    """Return whether this is root of the machine, not of a user namespace."""
     with open('/proc/self/uid_map') as file:
         return os.geteuid() == 0 and file.read().split()[2] == '4294967295'
 
 
 @unittest.skipUnless(is_root(), 'container engines need root of the machine')
 class EngineTestCase(base.LabTestCase):
-    """A node on which containers run.
+    """A node with container engines.
 
-    Where root is not to be had, as on a workstation, it is left out; CI is
-    root.
+    Without root of the machine, as on a workstation, these tests are skipped.
+    CI has root.
     """
 
     #: [break0] options of the agent
@@ -51,7 +51,7 @@ class EngineTestCase(base.LabTestCase):
 
     @staticmethod
     def kill_all() -> None:
-        """End what engines have left running on this node."""
+        """Kill the processes that engines leave on this node."""
         own = os.stat('/proc/self/ns/mnt').st_ino
         for pid in filter(str.isdigit, os.listdir('/proc')):
             try:
@@ -65,7 +65,7 @@ class EngineTestCase(base.LabTestCase):
                 continue
 
     def start(self, *command: str) -> subprocess.Popen[bytes]:
-        """Start a server of the node, until the test ends."""
+        """Start a server of the node, which runs until the test ends."""
         with open('/run/%s.log' % os.path.basename(command[0]), 'ab') as log:
             server = subprocess.Popen(command, stdout=log, stderr=log)
         self.addCleanup(server.wait)
@@ -78,7 +78,7 @@ class EngineTestCase(base.LabTestCase):
         return agent
 
     def until(self, condition: Callable[[], Any]) -> float:
-        """Wait until it holds; how long that took."""
+        """Wait until a condition holds, and return the seconds it took."""
         return lab.until(condition, self.logs)
 
     @staticmethod
@@ -91,9 +91,9 @@ class EngineTestCase(base.LabTestCase):
         return '\n'.join(found)
 
     def again(self, call: Callable[[], str]) -> str:
-        """Have an engine do something, as who uses it does: again if needed.
+        """Call an engine, and repeat the call if the agent was too slow.
 
-        The shim waits for an answer of the agent for 9 seconds only.
+        The shim waits only 9 seconds for the agent's answer.
         """
         found: list[str] = []
 
@@ -110,14 +110,14 @@ class EngineTestCase(base.LabTestCase):
 
     def assert_reaches(self, address: str, inside: Callable[..., bool]
                        ) -> None:
-        """Node and container reach each other."""
+        """Assert that node and container reach each other."""
         node = lab.NODE6 if ':' in address else lab.NODE
         self.assertTrue(self.lab.ping(address), (address, self.logs()))
         self.assertTrue(inside('ping', '-c', '1', '-W', '1', node),
                         (address, self.logs()))
 
     def routed(self) -> dict[str, str]:
-        """The addresses with a route by a break0, and its parent."""
+        """Return the parents by address, for routes through a break0."""
         return {address: link['link'] for link in self.lab.ip('link')
                 if link['ifname'].startswith('break0')
                 for address in self.lab.routes(link['ifname'])}
@@ -131,7 +131,7 @@ class EngineTestCase(base.LabTestCase):
 
 
 class Engine:
-    """An engine that is used by its command."""
+    """An engine with a command-line client."""
 
     def __init__(self, test: EngineTestCase) -> None:
         self.test = test
@@ -153,7 +153,10 @@ class Engine:
              '1000')
 
     def inside(self, name: str) -> Callable[..., bool]:
-        """Run a command in a container; whether it succeeds."""
+        """Return a function that runs a command in a container.
+
+        The function returns whether the command succeeds.
+        """
         def run(*command: str) -> bool:
             return subprocess.run(
                 [*self.command, 'exec', name, *command],
@@ -163,7 +166,7 @@ class Engine:
         return run
 
     def attachment(self, name: str, network: str) -> dict[str, Any]:
-        """What a container has in a network."""
+        """Return the container's settings in a network, from inspect."""
         found: dict[str, Any] = json.loads(self(
             'inspect', '--format', '{{json .NetworkSettings.Networks}}',
             name))[network]
@@ -179,7 +182,8 @@ class Podman(Engine):
 
     def __init__(self, test: EngineTestCase, backend: str) -> None:
         super().__init__(test)
-        # crun takes a machine with both hierarchies for one without.
+        # crun mistakes a machine with both cgroup hierarchies for a machine
+        # without cgroups.
         subprocess.run(['umount', '/sys/fs/cgroup/unified'],
                        stderr=subprocess.DEVNULL)
         with open('/run/containers.conf', 'w') as file:
@@ -209,7 +213,7 @@ runtime = "crun"
             lambda: super(Podman, self).__call__(*args, check=check))
 
     def run(self, name: str, *options: str) -> None:
-        # For ping, which later releases do not let them do of themselves.
+        # Later releases do not give containers the capability for ping.
         super().run(name, '--replace', '--cap-add', 'NET_RAW', *options)
 
 
@@ -247,12 +251,12 @@ class Docker(Engine):
                      address6: str) -> None:
         """Run a container with a MAC address and IP addresses.
 
-        By the API, since the command may be of another release than the
-        server, and wants the address elsewhere then.
+        Uses the API, since the client may have another release than the
+        server, and the API field for the address depends on the release.
         """
         attachment = {'MacAddress': mac, 'IPAMConfig': {
             'IPv4Address': address, 'IPv6Address': address6}}
-        # The former is for releases before 25.
+        # The top-level MacAddress is for releases before 25.
         body = {'Image': 'box', 'Cmd': ['sleep', '1000'], 'MacAddress': mac,
                 'HostConfig': {'NetworkMode': 'lan'},
                 'NetworkingConfig': {'EndpointsConfig': {
@@ -314,14 +318,14 @@ state = "/run/containerd-state"
         test.addCleanup(self._channel.close)
 
     def call(self, method: str, request: bytes) -> dict[int, bytes]:
-        """Call a method; the first field of each number of its answer."""
+        """Call a method, and return its answer's fields by number."""
         answer = self._channel.unary_unary(self.SERVICE + method)(
             request, timeout=lab.PATIENCE, wait_for_ready=True)
         return _fields(answer)
 
     def run_sandbox(self, name: str, namespace: str = 'shop', uid: str = 'uid',
                     linux: bytes = b'') -> str:
-        """Have a sandbox; its id.
+        """Run a sandbox, and return its id.
 
         :param linux: more fields of LinuxPodSandboxConfig
         """
@@ -332,7 +336,7 @@ state = "/run/containerd-state"
             lambda: self.call('RunPodSandbox', request)[1].decode())
 
     def netns(self, sandbox: str) -> str:
-        """The path of its namespace, as containerd says it in detail."""
+        """Return the path of a sandbox's namespace, from verbose status."""
         status = self._channel.unary_unary(self.SERVICE + 'PodSandboxStatus')(
             message(1, sandbox) + b'\x10\x01', timeout=lab.PATIENCE)
         start = status.index(b'/var/run/netns/')
@@ -345,7 +349,7 @@ state = "/run/containerd-state"
 
 
 def message(number: int, value: Any) -> bytes:
-    """A field of a protobuf message that is a text or a message."""
+    """Encode a protobuf field with a string or a message as value."""
     data = value.encode() if isinstance(value, str) else value
     return _varint(number << 3 | 2) + _varint(len(data)) + data
 
@@ -359,7 +363,7 @@ def _varint(value: int) -> bytes:
 
 
 def _fields(data: bytes) -> dict[int, bytes]:
-    """The fields of a message that are texts or messages."""
+    """Return a message's length-delimited fields, by number."""
     found: dict[int, bytes] = {}
     place = 0
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""One way to run containers of each engine, for one test of all."""
+"""A common interface for running containers by each engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.engines import base
 from tests import images
 from tests import lab
 
-#: Incus of Debian, from release 13 on.
+#: Path of the daemon in Debian's incus, from release 13 on
 INCUSD = '/usr/libexec/incus/incusd'
 
 
@@ -29,9 +29,9 @@ def address6(number: int) -> str:
 
 
 class Runner(abc.ABC):
-    """An engine; its containers are on a macvlan of eth0, in bridge mode."""
+    """An engine with containers on a macvlan of eth0 in bridge mode."""
 
-    #: the interface of a container
+    #: Name of a container's interface
     ifname = 'eth0'
 
     def __init__(self, test: base.EngineTestCase) -> None:
@@ -39,26 +39,29 @@ class Runner(abc.ABC):
 
     @abc.abstractmethod
     def version(self) -> str:
-        """Return which release it is."""
+        """Return the engine's release."""
 
     @abc.abstractmethod
     def run(self, name: str, number: int, mac: str) -> None:
-        """Run a container, which may have run before, and let it sleep.
+        """Start a new or stopped container that sleeps.
 
-        It has its addresses when this returns.
+        The container has its addresses on return.
         """
 
     @abc.abstractmethod
     def stop(self, name: str) -> None:
-        """Let it end in order."""
+        """Stop a container gracefully."""
 
     @abc.abstractmethod
     def kill(self, name: str) -> None:
-        """Let it end without warning."""
+        """Kill a container."""
 
     @abc.abstractmethod
     def inside(self, name: str) -> Callable[..., bool]:
-        """Run a command in a container; whether it succeeds."""
+        """Return a function that runs a command in a container.
+
+        The function returns whether the command succeeds.
+        """
 
     def output(self, *command: str) -> str:
         return self.test.lab.run(*command).stdout.strip()
@@ -100,7 +103,7 @@ class Podman(Docker):
 
     def start(self) -> base.Engine:
         podman = base.Podman(self.test, 'netavark')
-        # As podman.socket does.
+        # Serve the API, like podman.socket.
         self.test.start('env', *map('='.join, podman.environ.items()),
                         *podman.command, 'system', 'service', '--time', '0',
                         'unix:///run/podman/podman.sock')
@@ -121,8 +124,8 @@ class LXC(Runner):
 
     def __init__(self, test: base.EngineTestCase) -> None:
         super().__init__(test)
-        # As on a host of today, without the earlier hierarchies of control
-        # groups. A /sys that is read-only means to nspawn that no udev runs.
+        # Mount cgroup2 without the version 1 hierarchies, like a current
+        # host. With a read-only /sys, nspawn assumes that no udev runs.
         for kind, path in (('sysfs', '/sys'), ('cgroup2', '/sys/fs/cgroup')):
             test.lab.run('mount', '-t', kind, *(
                 ('-o', 'ro') if kind == 'sysfs' else ()), kind, path)
@@ -131,12 +134,12 @@ class LXC(Runner):
         test.addCleanup(lambda: list(map(self.kill, self.names)))
 
     def name(self, name: str) -> str:
-        """What it is called on this machine, where other labs may be."""
+        """Return the container's name, unique among labs of this machine."""
         return self.names.setdefault(
             name, 'break0-lab-%s-%s' % (name, secrets.token_hex(3)))
 
     def rootfs(self, name: str) -> str:
-        """Have a directory of its own for it."""
+        """Create the container's root directory, and return the path."""
         path = '/run/machines/' + self.name(name)
         if not os.path.isdir(path):
             shutil.copytree(images.rootfs('/run'), path, symlinks=True)
@@ -172,7 +175,8 @@ lxc.net.0.ipv6.address = %s/64
                               '--logpriority=INFO'))
 
     def stop(self, name: str) -> None:
-        # Its init does not know the signal for it, so it is killed at last.
+        # The container's init ignores the stop signal: LXC kills it after the
+        # timeout.
         self.output(*self.lxc('stop', name, '--timeout=1'))
 
     def kill(self, name: str) -> None:
@@ -190,7 +194,7 @@ lxc.net.0.ipv6.address = %s/64
 class Nspawn(LXC):
 
     ifname = 'mv-eth0'
-    #: What systemd does in a unit.
+    #: Enters a control group, like a unit of systemd
     _IN_UNIT = 'mkdir -p "$1"; echo $$ >"$1/cgroup.procs"; shift; exec "$@"'
     _INIT = '''ip link set mv-eth0 address %s
         until ip link set mv-eth0 up; do sleep 0.05; done
@@ -229,13 +233,14 @@ class Nspawn(LXC):
         self.processes[name].wait()
 
     def leader(self, name: str) -> str:
-        """The first process of a container."""
+        """Return the pid of a container's first process."""
         pid = self.processes[name].pid
         with open('/proc/%d/task/%d/children' % (pid, pid)) as file:
             return file.read().split()[0]
 
     def kill(self, name: str) -> None:
-        # If nspawn itself is killed, its mounts prevent the next start.
+        # Kill the container's init: a killed nspawn leaves mounts that prevent
+        # the next start.
         if self.processes[name].poll() is None:
             os.kill(int(self.leader(name)), 9)
             self.processes[name].wait()

@@ -17,7 +17,7 @@ _COLUMNS = {'suite': 'Debian', 'engine': 'Engine',
 def main() -> None:
     table = prettytable.PrettyTable(list(_COLUMNS.values()), align='l',
                                     header_style=None)
-    # As a grid table of reStructuredText.
+    # Lines between all rows give a grid table of reStructuredText.
     table.hrules = prettytable.HRuleStyle.ALL
     with open(sys.argv[1]) as file:
         for row in map(json.loads, file):

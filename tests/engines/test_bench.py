@@ -18,7 +18,10 @@ REPOSITORY = pathlib.Path(__file__).parents[2]
     'golang-go and the sources of Kuryr: '
     'tests/kuryr-sources .venv/kuryr-sources')
 class TestBench(unittest.TestCase):
-    """The section that needs root: see also tests.functional.test_bench."""
+    """The section "sandboxes", which needs root of the machine, works.
+
+    tests.functional.test_bench has the other sections.
+    """
 
     def test_each_way_does_what_it_says(self) -> None:
         subprocess.run([str(REPOSITORY / 'tests/kuryr-cni-in-go'),

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Engines that call the CNI plugin."""
+"""Tests engines that call the CNI plugin."""
 
 from __future__ import annotations
 

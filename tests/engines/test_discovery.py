@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Containers of engines that nobody tells the agent of."""
+"""Tests discovery of containers of engines without a CNI plugin."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kuryr_break0.model import Origin
 from tests.engines import base
 from tests import lab
 
-#: Of what the engine is asked for, all is in here.
+#: The option allowed_cidrs: all subnets of the engines' networks
 CIDRS = '100.75.30.0/24,fd00:30::/64,10.9.0.0/24'
 
 
@@ -22,7 +22,7 @@ class DiscoveryTestCase(base.EngineTestCase):
 
     def bound_times(self, engine: base.Engine, count: int, *options: str
                     ) -> list[float]:
-        """Seconds from the end of "run" to the first answer of each."""
+        """Return the seconds from the end of "run" to the first answer."""
         times = []
         for number in range(count):
             name = 'timed-%d' % number
@@ -35,7 +35,10 @@ class DiscoveryTestCase(base.EngineTestCase):
 
     def reach(self, engine: base.Engine, name: str,
               network: str = 'lan') -> str:
-        """Wait until node and container reach each other; the address."""
+        """Wait until node and container reach each other.
+
+        :returns: the container's IPv4 address
+        """
         found = engine.attachment(name, network)
         inside = engine.inside(name)
         for address, node in ((found['IPAddress'], lab.NODE),
@@ -47,7 +50,7 @@ class DiscoveryTestCase(base.EngineTestCase):
         return str(found['IPAddress'])
 
     def core(self, engine: base.Engine) -> None:
-        """What any engine does with a container."""
+        """Check that an engine's containers are bound, and unbound again."""
         engine.run('before', '--network', 'lan')
         self.start_agent()
         self.reach(engine, 'before')
@@ -126,7 +129,8 @@ class TestDocker(DiscoveryTestCase):
         for name in ('eth1', 'nic1'):
             self.lab.run('ip', 'link', 'set', name, 'up')
         self.lab.run('ip', 'address', 'add', '10.9.0.1/24', 'dev', 'eth1')
-        # With one that comes before all others, break0 has one of its own.
+        # An address of lo comes before all others, so break0 gets an address
+        # of its own.
         self.lab.run('ip', 'address', 'add', '10.255.0.51/32', 'dev', 'lo')
         self.docker('network', 'create', '--driver', 'macvlan', '--subnet',
                     '10.9.0.0/24', '--ip-range', '10.9.0.128/25', '--opt',
@@ -140,7 +144,8 @@ class TestDocker(DiscoveryTestCase):
         self.assertTrue(self.docker.inside('web')(
             'ping', '-c', '1', '-W', '1', '10.9.0.1'))
         self.assertEqual('eth1', self.routed()[address])
-        # Both are named, and the metrics have the name.
+        # Records of both interfaces have the container's name, and so do
+        # the metrics.
         self.until(lambda: {record.pod for record
                             in self.seen().live.values()} == {'web'})
         shown = self.lab.run(base.PROGRAM, '--config-file', base.CONF,
@@ -160,9 +165,10 @@ class TestDocker(DiscoveryTestCase):
             self.docker('rm', '--force', 'web')
 
     def test_disconnected_and_connected(self) -> None:
-        # Docker 28 and later announces the addresses of the new interface,
-        # and takes it away again if it cannot. Debian 12 has an earlier one;
-        # that of Debian unstable works here, unpacked and first in PATH.
+        # Docker 28 and later announces the addresses of the new interface, and
+        # deletes the interface if that fails. Debian 12 has an earlier Docker.
+        # To test a later one, unpack Debian unstable's and put it first in
+        # PATH.
         self.start_agent()
         self.docker.run('web', '--network', 'lan')
         self.reach(self.docker, 'web')
@@ -194,7 +200,7 @@ class TestDocker(DiscoveryTestCase):
             inside('ip', 'address', 'add', address, 'dev', 'eth0')
         self.assertTrue(inside('ip', 'address', 'add', '100.75.30.77/24',
                                'dev', 'eth0'))
-        # The one that may be is bound; by then the others were refused.
+        # When the allowed address is bound, the others have been refused.
         self.until(lambda: '100.75.30.77' in self.routed())
         inside('ip', 'address', 'add', '100.75.30.78/24', 'dev', 'eth0')
         self.until(lambda: '100.75.30.78' in self.routed())

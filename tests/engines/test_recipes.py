@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The commands of the page "Recipes for Docker hosts", as they are there."""
+"""Runs the commands of the page "Recipes for Docker hosts"."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ NAME_SERVER = ('dnsmasq', '--user=root', '--keep-in-foreground',
                '--no-resolv', '--no-hosts',
                '--address=/www.example.org/192.0.2.80',
                '--local=/www.example.org/')
-#: As on a host of Docker, on which no Kuryr is.
+#: The command in an environment without Kuryr, as on a Docker host
 PROGRAM = os.path.join(os.path.dirname(sys.executable),
                        '../without-kuryr/bin/kuryr-break0')
-#: What the images run, which stand in for those of the page.
+#: Commands of the images that replace the page's images
 IMAGES = {
     'pihole/pihole': NAME_SERVER,
     'homeassistant': ('httpd', '-f', '-p', '8123', '-h', '/www'),
     'nginx': ('nc', '-ll', '-p', '80', '-e', 'nc', '192.168.1.225', '8123'),
 }
-#: The namespace of each other host of the page.
+#: Namespaces of the page's other hosts
 HOSTS = {'other': 'lan', 'phone': 'phone'}
-#: What is another one each time.
+#: Parts of outputs that vary between runs
 _VARIES = re.compile(r'([0-9a-f]{2}:){5}[0-9a-f]{2}|\d+\.\d{3}(?!\.\d)|'
                      r'\d+(?=ms)|ref \d|used \S+|(?<=/proc/)\d+')
 
@@ -56,12 +56,12 @@ class TestRecipes(base.EngineTestCase):
             self.lab.run('ip', 'address', 'add', address + '/24', 'dev',
                          device, netns=netns)
         self.lab.run('ip', 'route', 'add', 'default', 'via', '192.168.1.1')
-        # As the page calls it.
+        # The page calls the other host's interface eth0.
         self.lab.run('ip', 'link', 'set', 'nic', 'down', netns='lan')
         self.lab.run('ip', 'link', 'set', 'nic', 'name', 'eth0', 'up',
                      netns='lan')
-        # Commands of the page that are others here.
-        self.more: dict[str, str] = {}  # what files have besides
+        # Changes to the page's commands and files for the lab
+        self.more: dict[str, str] = {}  # additional lines, by file
         self.instead: dict[str, Callable[[], object]] = {}
         os.mkdir('/run/bin')
         with open('/run/bin/kuryr-break0', 'w') as file:
@@ -90,14 +90,14 @@ class TestRecipes(base.EngineTestCase):
             shutil.copy(path, into)
         self.docker = base.Docker(self, bridge=True)
         for name, command in IMAGES.items():
-            # Its first process ends when Docker says so.
+            # With a trap, the first process ends when Docker stops it.
             self.docker('import', '--change', 'CMD trap exit TERM; %s & wait'
                         % ' '.join(command), images.tar('/run'), name)
         self.start_agent()
         self.follow('Example host')
 
     def follow(self, title: str) -> None:
-        """Do what a section says, and compare what it prints."""
+        """Run a section's commands, and compare their output."""
         for step in pages.steps(PAGE, title):
             shown = re.fullmatch(r'(?:cat|grep \S+) (\S+)', step.command)
             if shown:
@@ -108,7 +108,7 @@ class TestRecipes(base.EngineTestCase):
                 self.run_step(step)
 
     def write(self, name: str, text: str) -> None:
-        """Write a file of this node, and none of the machine."""
+        """Write a file in the lab, without a change to the machine's files."""
         path = pathlib.Path('/run', name)
         if path.is_file():
             os.makedirs('/run/files', exist_ok=True)
@@ -124,7 +124,7 @@ class TestRecipes(base.EngineTestCase):
 
     def run_step(self, step: pages.Step) -> None:
         command = step.command
-        if shutil.which('docker-compose'):  # the command of Debian 12
+        if shutil.which('docker-compose'):  # the command on Debian 12
             command = command.replace('docker compose', 'docker-compose')
         place = (['nsenter', '--net=/run/netns/' + HOSTS[step.host]]
                  if step.host else [])
@@ -206,5 +206,5 @@ class TestRecipes(base.EngineTestCase):
 
 
 def masked(text: str) -> str:
-    """Leave out what is another one each time, as where it is folded."""
+    """Remove the varying parts and the line breaks of an output."""
     return ' '.join(_VARIES.sub('', text).split())

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The same on every engine; tests/engines-of has it done by newer ones."""
+"""Runs one test on every engine; tests/engines-of adds newer releases."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class TestRunners(test_discovery.DiscoveryTestCase):
             self.until(lambda: inside('ping', '-c', '1', '-W', '1', node))
 
     def until_bound_by(self, runner: runners.Runner, *numbers: int) -> None:
-        """Wait until these containers are bound, and nothing else is.
+        """Wait until these containers, and no others, are bound.
 
-        Docker and others rename an interface, which can have addresses by
-        then: the name that it does not keep must not stay.
+        Docker and other engines rename an interface, possibly after they add
+        addresses: no record may keep the first name.
         """
         self.until(lambda: {
             (str(record.address), record.owner.ifname)
@@ -41,10 +41,10 @@ class TestRunners(test_discovery.DiscoveryTestCase):
                             runners.address6(number))})
 
     def shown(self) -> set[str]:
-        """The containers that status shows."""
+        """Return the discovered containers that status shows."""
         return set(re.findall(r'(\S+/\S+) +\| +discovered', self.lab.run(
             'env', 'COLUMNS=200', base.PROGRAM, '--config-file', base.CONF,
-            'status', check=False).stdout))  # no name is folded
+            'status', check=False).stdout))  # 200 columns fold no name
 
     def cases(self, kind: type[runners.Runner], is_named: bool = True
               ) -> None:
@@ -80,7 +80,7 @@ class TestRunners(test_discovery.DiscoveryTestCase):
                 row['names'] = 'by name' if is_named else 'discovered-N'
             (runner.stop if last % 2 else runner.kill)('web')
             self.until_bound_by(runner, 1)
-            # Engines do not wait for that.
+            # Engines do not wait until the kernel has deleted the macvlan.
             self.lab.until_free(mac)
         runner.stop('before')
         self.assert_nothing_left()
@@ -88,7 +88,7 @@ class TestRunners(test_discovery.DiscoveryTestCase):
 
     @staticmethod
     def write(row: dict[str, str]) -> None:
-        """Add it to the table of tests/engines-of."""
+        """Add a row to the table of tests/engines-of."""
         if 'BREAK0_ROWS' in os.environ:
             with open(os.environ['BREAK0_ROWS'], 'a') as file:
                 file.write(json.dumps(row) + '\n')

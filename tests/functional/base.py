@@ -37,7 +37,7 @@ OTHER_OWNER = Owner('sandbox-2', 'eth0')
 
 
 def options(**overrides: Any) -> config.Options:
-    """The options that a [break0] section with these values gives."""
+    """Return the options of a [break0] section with these values."""
     conf = cfg.ConfigOpts()
     config.register(conf)
     conf([], default_config_files=[])
@@ -51,7 +51,7 @@ def addresses(*texts: str) -> list[IPAddress]:
 
 
 def in_child(function: Callable[[], Any]) -> int:
-    """Call a function in a forked process; its pid."""
+    """Call a function in a forked process and return its pid."""
     pid = os.fork()
     if pid:
         return pid
@@ -64,14 +64,14 @@ def in_child(function: Callable[[], Any]) -> int:
 
 
 def wait_for(pid: int) -> int:
-    """How a child ended: its exit code, or minus the signal."""
+    """Wait for a child; return its exit code, or minus its signal."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def is_idle(process: psutil.Process) -> bool:
-    """Whether a process has nothing to do for a while.
+    """Return whether a process sleeps for 1.5 seconds without a switch.
 
-    A process that only waits for a processor is not idle.
+    A process that waits for a processor is not idle.
     """
     def switches() -> Any:
         return process.num_ctx_switches(), process.status()
@@ -83,7 +83,7 @@ def is_idle(process: psutil.Process) -> bool:
 
 @contextlib.contextmanager
 def until_opened(path: str) -> Iterator[None]:
-    """Start something in the block, and wait until it has opened a file."""
+    """After the block, wait until some process has opened the file."""
     with contextlib.closing(kernel.Inotify()) as watch:
         watch.watch(path, kernel.IN_OPEN)
         yield
@@ -93,10 +93,11 @@ def until_opened(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def patient() -> Iterator[None]:
-    """Wait for others as long as it takes, within the block.
+    """Raise the timeouts for locks to lab.PATIENCE within the block.
 
-    On a slow machine a bind goes on without the lock after ten seconds, an
-    unbind is left to a sync, and a count that is to be added is lost.
+    With the default timeouts, a slow machine changes the results: a bind
+    continues without the lock after 10 seconds, an unbind leaves its work to
+    a sync, and a journal drops a count.
     """
     with mock.patch.object(ledger.Ledger.__init__, '__defaults__',
                            (lab.PATIENCE,)), \
@@ -106,25 +107,25 @@ def patient() -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(path: str = '/run/kuryr-break0/lock') -> Iterator[None]:
-    """Hold the lock of a ledger within the block, as another process."""
+    """Hold a ledger's lock within the block, as another process would."""
     with open(path, 'a') as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def beat_at(path: str, when: float) -> None:
-    """Let the heartbeat of an agent have been at a time."""
+    """Write a time, in seconds, into the heartbeat file of an agent."""
     with open(path, 'r+') as file:
         file.write('%020.3f' % when)
 
 
 def die() -> None:
-    """End at once, as by SIGKILL."""
+    """Kill the calling process by SIGKILL."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 class LabTestCase(unittest.TestCase):
-    """A test on a node of its own."""
+    """A test with its own simulated node, ``self.lab``."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -132,13 +133,13 @@ class LabTestCase(unittest.TestCase):
         self.addCleanup(self.lab.close)
 
     def has_egress(self) -> bool:
-        """Whether this kernel lets nftables see what leaves (5.16)."""
+        """Return whether the kernel has the egress hook of Linux 5.16."""
         return self.lab.run('nft', '--check', 'table netdev x { chain c { '
                             'type filter hook egress device "eth0" priority '
                             '0; }; }', check=False).returncode == 0
 
     def require_egress(self) -> None:
-        """Skip a test where nftables does not see what leaves."""
+        """Skip the test if the kernel has no egress hook of nftables."""
         if not self.has_egress():
             self.skipTest('needs the hook egress of nftables, Linux 5.16')
 
@@ -160,15 +161,16 @@ class LabTestCase(unittest.TestCase):
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
-        """Nothing is logged that somebody should look at."""
+        """Check that the block logs no warning and no error."""
         with self.assertLogs('kuryr_break0', 'WARNING') as logs:
-            # Something must be, and assertNoLogs came with Python 3.10.
+            # assertLogs fails without a line, and assertNoLogs needs Python
+            # 3.10.
             logging.getLogger('kuryr_break0').warning('a line')
             yield
         self.assertEqual(['WARNING:kuryr_break0:a line'], logs.output)
 
     def bound(self) -> set[str]:
-        """The addresses that the ledger has."""
+        """Return the addresses with a claim in the ledger."""
         return set(map(str, self.seen().contents.claims))
 
     def seen(self, **overrides: Any) -> snapshot.Snapshot:
@@ -177,6 +179,6 @@ class LabTestCase(unittest.TestCase):
             return actual.read(own, ledger.Ledger(own.state_dir), netlink)
 
     def problems(self, **overrides: Any) -> list[str]:
-        """All that status would say is wrong."""
+        """Return all problems that status would print."""
         seen = self.seen(**overrides)
         return [*node_problems(seen), *address_problems(seen).values()]

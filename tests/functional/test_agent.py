@@ -27,7 +27,7 @@ from tests import metrics
 from tests import program
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
-#: 250 pods, of which one is really there.
+#: 250 addresses; only POD has a pod in the lab.
 PODS = {'10.20.0.%d' % number for number in range(1, 250)} | {POD}
 MAC = 'fa:16:3e:00:00:01'
 CONF = '/run/kuryr.conf'
@@ -43,7 +43,7 @@ class AgentTestCase(base.LabTestCase):
         for found in self.healthy:
             self.assertEqual(PODS, set(found))
         with open(CONF, 'w') as file:
-            # Nothing here may be due to the timer.
+            # Repairs in these tests must follow from events, not the timer.
             file.write('[break0]\nresync_interval = 3600\n')
         self.agent = self.start()
 
@@ -68,11 +68,11 @@ class AgentTestCase(base.LabTestCase):
             return ''
 
     def wait_for(self, condition: Callable[[], Any]) -> float:
-        """Wait until it holds; how long that took."""
+        """Wait for a condition; return the duration in seconds."""
         return lab.until(condition, self.log)
 
     def items(self) -> tuple[dict[str, Any], ...]:
-        """The routes and permanent neighbours of break0, by address."""
+        """Return break0's routes and permanent neighbours, by address."""
         return self.lab.routes(), {
             each['dst']: (each['lladdr'], each['protocol'])
             for each in self.lab.ip(
@@ -85,7 +85,7 @@ class AgentTestCase(base.LabTestCase):
                 and self.lab.ping(lab.NODE, 'pod', cold=False))
 
     def assert_noticed(self) -> None:
-        """A record without a route gets one."""
+        """Check that the agent sets the route of a new record."""
         made = ledger.Ledger('/run/kuryr-break0', 10)
         address = ipaddress.ip_address(OTHER_POD)
         with made.lock():
@@ -94,7 +94,7 @@ class AgentTestCase(base.LabTestCase):
         self.wait_for(lambda: OTHER_POD in self.lab.routes())
 
     def fault(self, name: str, *commands: str) -> None:
-        """Break something; the agent must mend it."""
+        """Cause a fault and wait until the agent has repaired it."""
         with self.subTest(fault=name):
             for command in commands:
                 self.lab.run(*command.split())
@@ -144,8 +144,8 @@ class TestRepair(AgentTestCase):
                 '-6' if ':' in pod else '-4', 'route', 'show', pod)) == 1)
 
     def test_an_address_that_was_a_next_hop(self) -> None:
-        # A route by a pod is refused to the pod as long as it is there, and
-        # one of several routes by it changes nothing.
+        # The agent refuses the pod's address while any route has it as a next
+        # hop, so the end of one of two routes changes nothing.
         agent = psutil.Process(self.agent.pid)
         self.lab.run('ip', 'link', 'add', 'lan0', 'type', 'veth', 'peer',
                      'name', 'lan1')
@@ -154,7 +154,7 @@ class TestRepair(AgentTestCase):
         for names, device, ends in (
                 (several, lab.PARENT, [each % 'del' for each in several]),
                 (['nexthop %s id 7'], lab.PARENT, ['nexthop del id 7']),
-                # Of which the kernel sends no event of the route.
+                # The kernel sends no route event if the link goes down.
                 (several, 'lan0', ['link set lan0 down']),
                 (several, 'lan0', ['link del lan0'])):
             if device == 'lan0':
@@ -170,7 +170,8 @@ class TestRepair(AgentTestCase):
             self.wait_for(self.healed)
 
     def test_parent_replaced(self) -> None:
-        # Pods go with their parent, so only the routes come back.
+        # The kernel deletes the pods' macvlans with their parent, so the
+        # agent can only restore the routes.
         self.lab.run('ip', 'link', 'del', lab.PARENT)
         self.wait_for(lambda: 'does not exist on this node' in self.log())
         self.lab.add_nic()
@@ -191,13 +192,13 @@ class TestRepair(AgentTestCase):
         self.wait_for(self.healed)
 
     def test_a_worker_killed_before_its_route(self) -> None:
-        # Only the ledger tells of it.
+        # The only event is the write of the record.
         self.assert_noticed()
 
     def test_the_same_while_it_repairs(self) -> None:
         self.agent.kill()
         self.agent.wait()
-        self.lab.settle()  # or that would be an event that wakes it
+        self.lab.settle()  # late events would wake the agent
         made = ledger.Ledger('/run/kuryr-break0', 10)
         address = ipaddress.ip_address(OTHER_POD)
         repair = reconciler.Reconciler.sync
@@ -232,7 +233,7 @@ class TestRepair(AgentTestCase):
         self.wait_for(self.healed)
 
 
-#: An agent that has spent its part of a processor for hours to come.
+#: A program: an agent that has used up its CPU share for hours.
 _LATE = '''
 import sys
 from kuryr_break0.agent import loop
@@ -244,7 +245,7 @@ sys.exit(main())
 
 
 class TestLate(AgentTestCase):
-    """An agent that others' events have kept busy."""
+    """An agent with a used-up CPU share still repairs break0."""
 
     def start(self) -> subprocess.Popen[str]:
         agent = subprocess.Popen(
@@ -262,13 +263,13 @@ class TestLate(AgentTestCase):
 
 
 class TestStateDirectory(AgentTestCase):
-    """It is watched for as long as the agent works, whatever becomes of it."""
+    """The agent watches the state directory, even after its removal."""
 
     def count(self) -> float:
         return metrics.value('sync_seconds_count') or 0
 
     def change(self, *command: str) -> None:
-        """Do something to it that causes a sync."""
+        """Run a command and wait until it has caused a sync."""
         self.lab.settle()
         before = self.count()
         self.lab.run(*command)
@@ -283,7 +284,8 @@ class TestStateDirectory(AgentTestCase):
         self.assert_noticed()
 
     def test_write_that_fails(self) -> None:
-        # As for want of room. Each sync would cause the next one.
+        # A failed write, as on a full disk, leaves an unfinished file. If its
+        # event caused a sync with another failed write, syncs would not end.
         process = psutil.Process(self.agent.pid)
         self.wait_for(lambda: base.is_idle(process))
         before = self.count()
@@ -321,7 +323,7 @@ class TestEventFilter(base.LabTestCase):
         self.lab.add_ipv6()
         all_of_it = POD, 'fd00:30::71'
         netns = self.lab.add_pod('pod', *all_of_it, mac=MAC)
-        self.bind('10.20.0.1')  # has break0 made
+        self.bind('10.20.0.1')  # creates break0
         own = base.options()
         heard = event_filter.EventFilter(own, ledger.Ledger(own.state_dir))
         heard.update()
@@ -398,7 +400,7 @@ class TestProcess(AgentTestCase):
         with open(CONF, 'w') as file:
             file.write('[break0]\nresync_interval = 1\n')
         self.agent.send_signal(signal.SIGHUP)
-        # The kernel tells nobody of a sysctl.
+        # The kernel sends no event for a sysctl, so the timer must repair.
         kernel.write_sysctl('ipv4/conf/break0/arp_filter', 0)
         self.wait_for(lambda: kernel.read_sysctl(
             'ipv4/conf/break0/arp_filter') == 1)
@@ -407,7 +409,8 @@ class TestProcess(AgentTestCase):
         heartbeat = ledger.Ledger('/run/kuryr-break0', 10).heartbeat
         base.beat_at(heartbeat.path, files.now() - 7200)
         self.assertGreater(heartbeat.age() or 0, 3600)
-        # Where a sync fails, each ADD and DEL does what it can.
+        # After a failed sync, the heartbeat stays old, so that every ADD and
+        # DEL does its own repairs.
         self.lab.run('ip', 'link', 'set', 'break0', 'name', 'mine')
         self.wait_for(lambda: 'Address already in use' in self.log())
         self.assertGreater(heartbeat.age() or 0, 3600)
@@ -421,7 +424,7 @@ class TestProcess(AgentTestCase):
         self.assertIsNone(heartbeat.age())
 
     def test_a_sandbox_that_ended(self) -> None:
-        # Nor does it tell the node of another namespace's end.
+        # The node gets no event for the end of another namespace.
         with open(CONF, 'w') as file:
             file.write('[break0]\nresync_interval = 1\n')
         self.agent.send_signal(signal.SIGHUP)

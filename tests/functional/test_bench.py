@@ -10,7 +10,7 @@ import unittest
 class TestBench(unittest.TestCase):
 
     def test_it_runs_and_each_way_does_what_it_says(self) -> None:
-        # What it measures is no test: machines are noisy.
+        # The test ignores the measured times, which vary with the load.
         done = subprocess.run(
             [sys.executable, '-W', 'ignore', '-m', 'tests.bench',
              '--repeat', '1', '--small'],
@@ -19,6 +19,6 @@ class TestBench(unittest.TestCase):
         for text in ('ours', 'raw netlink socket', 'IPDB per operation',
                      'pod_binding = direct', 'ADDs at once', 'target'):
             self.assertIn(text, done.stdout)
-        # tests.engines.test_bench measures it.
+        # tests.engines.test_bench covers the benchmark of sandboxes.
         self.assertIn('Left out: sandboxes: containerd needs root of the '
                       'machine\n', done.stderr)

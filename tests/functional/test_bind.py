@@ -14,7 +14,7 @@ ADDRESS = '100.75.30.80'
 ADDRESS6 = 'fd00:30::80'
 NETNS = '/run/netns/web'
 OTHER_NETNS = '/run/netns/other'
-#: Interfaces that no container can be on, and what is said of them.
+#: Unusable parent interfaces, and the reason for refusal of each.
 UNFIT = {'lo': 'it is the loopback', 'port': 'it is a port of bridge. Name',
          'tun': 'it has no MAC addresses'}
 
@@ -38,7 +38,7 @@ class ByHandTestCase(CLITestCase):
         done = self.call(*args, **environ)
         self.assertEqual(code, done.returncode, done.stdout + done.stderr)
         if code:
-            # The log may come before it.
+            # Log lines may precede the error, which is the last line.
             self.assertRegex(done.stderr, r'(\A|\n)kuryr-break0: [^\n]*\n\Z')
         return done.stderr if code else done.stdout
 
@@ -51,7 +51,7 @@ class ByHandTestCase(CLITestCase):
                            code=code)
 
     def assert_in_sync(self, *unbound: str) -> None:
-        """What is bound is in sync; all is, but for some addresses."""
+        """Check that status is in sync and lists ``unbound`` as unserved."""
         done = self.call('status', '--json')
         self.assertEqual(1 if unbound else 0, done.returncode, done.stdout)
         status = json.loads(done.stdout)
@@ -98,7 +98,7 @@ class TestBind(ByHandTestCase):
     def test_again_is_harmless(self) -> None:
         for _ in range(2):
             self.bind_web('--netns', NETNS)
-            self.assert_in_sync()  # what it has besides is its own matter
+            self.assert_in_sync()  # a manual bind chooses the addresses
         self.assert_reachable()
 
     def test_after_a_container_with_another_clock(self) -> None:
@@ -237,7 +237,7 @@ class TestRefusals(ByHandTestCase):
                 self.assertIn('state directory ' + path, done.stderr)
 
     def test_a_state_directory_that_is_read_only(self) -> None:
-        """Nothing is taken away that would stay recorded."""
+        """A failed unbind keeps the routes, since the record stays too."""
         self.bind_web('--netns', NETNS)
         for options in 'bind', 'remount,bind,ro':
             self.lab.run('mount', '-o', options, '/run/kuryr-break0',
@@ -262,7 +262,7 @@ class TestRefusals(ByHandTestCase):
         self.assertFalse(os.path.exists('/run/netns/no'))
 
     def test_no_macvlan_of_the_node(self) -> None:
-        # The other's is on an interface of its own namespace.
+        # The macvlan in "other" has its parent in the same namespace.
         self.lab.add_netns('other')
         self.lab.run('ip', 'link', 'add', 'veth0', 'type', 'veth',
                      'peer', 'name', 'veth1', netns='other')
@@ -270,7 +270,7 @@ class TestRefusals(ByHandTestCase):
                      'type', 'macvlan', 'mode', 'bridge', netns='other')
         self.assertIn('its parent is not on this node',
                       self.bind_web('--netns', OTHER_NETNS, code=2))
-        # And here in a namespace that is not the node.
+        # The parent of eth1 in "web" is in the namespace "other".
         self.lab.run('ip', 'link', 'add', 'eth1', 'link', 'veth0', 'netns',
                      '/run/netns/web', 'type', 'macvlan', 'mode', 'bridge',
                      netns='other')
@@ -308,7 +308,7 @@ class TestAddressesOfOthers(ByHandTestCase):
                     code=1))
         self.assert_in_sync(POD, ADDRESS, ADDRESS6)
         self.assertTrue(self.lab.ping(POD))
-        # What the text says helps.
+        # The error names this command as the remedy.
         self.run_it('unbind', POD, '--owner', 'sandbox-1',
                     '--ifname', 'eth0')
         self.assertEqual({}, self.lab.routes())

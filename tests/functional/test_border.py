@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a pod, with CAP_NET_RAW, can do to its node and to others by break0."""
+"""The guard of break0 stops attacks of pods with CAP_NET_RAW."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def packed(mac: str) -> bytes:
 
 
 def udp(source: str, target: str) -> bytes:
-    """An Ethernet payload: a datagram to port 9999."""
+    """Return the EtherType and IP packet of a datagram to port 9999."""
     data = struct.pack('!HHHH', 1234, 9999, 12, 0) + b'spam'
     src, dst = (ipaddress.ip_address(each) for each in (source, target))
     if src.version == 6:
@@ -79,7 +79,7 @@ def icmp6(source: str, target: str, body: bytes) -> bytes:
 
 
 class BorderTestCase(base.LabTestCase):
-    """A node with two pods of both families."""
+    """A node with two bound pods, each with an IPv4 and IPv6 address."""
 
     overrides: dict[str, Any] = {}
 
@@ -102,7 +102,7 @@ class BorderTestCase(base.LabTestCase):
 
     def send(self, payload: bytes, source: str = MAC,
              target: Optional[str] = None, times: int = 1) -> None:
-        """Send a frame from the pod."""
+        """Send a frame from the pod ``times`` times."""
         frame = packed(target or self.mac) + packed(source) + payload
         with self.lab.socket(socket.AF_PACKET, socket.SOCK_RAW,
                              'pod') as wire:
@@ -110,12 +110,12 @@ class BorderTestCase(base.LabTestCase):
             for _ in range(times):
                 try:
                     wire.send(frame.ljust(60, b'\0'))
-                except OSError:  # the guard in the pod says so
+                except OSError:  # the guard in the pod drops the frame
                     pass
 
     def received(self, payload: bytes, source: str = MAC,
                  family: int = socket.AF_INET) -> bool:
-        """Whether the node takes a datagram that the pod sends."""
+        """Return whether the node receives a datagram of the pod."""
         with self.lab.socket(family, socket.SOCK_DGRAM) as node:
             node.bind(('', 9999))
             node.settimeout(0.3)
@@ -154,7 +154,8 @@ class TestForgery(BorderTestCase):
                 udp(source, lab.NODE6), family=socket.AF_INET6), source)
 
     def test_mac_addresses_of_others(self) -> None:
-        # Both parts of the pair of the other pod; the pod's guard stops it.
+        # The other pod's MAC address and address are an admitted pair on the
+        # node, so only the guard in the sending pod can stop such a frame.
         self.require_egress()
         for source in (OTHER_MAC, '02:00:00:00:00:99', self.mac):
             self.assertFalse(self.received(udp(OTHER_POD, lab.NODE), source))
@@ -172,7 +173,8 @@ class TestForgery(BorderTestCase):
             self.assertFalse(self.received(udp(source, lab.NODE)), source)
 
     def test_without_a_guard_it_succeeds(self) -> None:
-        # Or the tests above could not fail.
+        # Without the guard the same datagrams arrive, so the guard stopped
+        # them in the other tests.
         self.lab.run('nft', 'flush', 'ruleset')
         self.lab.run('nft', 'flush', 'ruleset', netns='pod')
         kernel.write_sysctl('ipv4/conf/break0/rp_filter', 0)
@@ -225,7 +227,7 @@ class TestRedirection(BorderTestCase):
             self.send(icmp6(text, lab.NODE6, b'\x87\0\0\0' + bytes(4)
                             + ipaddress.ip_address(lab.NODE6).packed
                             + b'\x01\x01' + packed(MAC)))
-        # What the same pod has sent later has come.
+        # Frames arrive in order: the forged frames came before the datagram.
         self.assert_received(udp(POD, lab.NODE))
         self.assertEqual(before, self.neighbours())
 
@@ -235,7 +237,7 @@ class TestRedirection(BorderTestCase):
             self.send(icmp6('fe80::%x' % (number + 1), 'ff02::1',
                             b'\x86\0\0\0' + b'\x40\0\x07\x08' + bytes(8)
                             + b'\x01\x01' + packed(MAC)))
-        # What the same pod has sent later has come.
+        # Frames arrive in order: the forged frames came before the datagram.
         self.assert_received(udp(POD, lab.NODE))
         self.assertEqual(before, (self.neighbours(),
                                   self.lab.ip('-6', 'route')))
@@ -252,7 +254,7 @@ class TestRedirection(BorderTestCase):
                 ipaddress.ip_address(lab.NODE).packed)
             head = head[:10] + struct.pack('!H', checksum(head)) + head[12:]
             self.send(b'\x08\x00' + head + body, times=5)
-        # What the same pod has sent later has come.
+        # Frames arrive in order: the forged frames came before the datagram.
         self.assert_received(udp(POD, lab.NODE))
         found = self.lab.ip('route', 'get', BEYOND)[0]
         self.assertEqual(('eth0', lab.LAN), (found['dev'],
@@ -274,17 +276,21 @@ class TestTheMACAddress(BorderTestCase):
         self.assertTrue(self.lab.ping(POD))
         for host in (lab.NODE, lab.NODE6):
             self.assertTrue(self.lab.ping(host, 'pod'))
-        # From now on it stays.
+        # Later recreations of break0 keep the new MAC address.
         self.lab.run('ip', 'link', 'del', 'break0')
         self.manager().sync()
         self.assertEqual(new, (self.lab.link('break0') or {})['address'])
 
     def take(self, mac: str, name: str = 'other') -> None:
-        """Let a pod have a MAC address."""
+        """Give the pod's interface a MAC address."""
         self.lab.run('ip', 'link', 'set', 'eth0', 'address', mac, netns=name)
 
     def known_to_pods(self) -> set[str]:
-        """The MAC addresses that pods, and the table on the wire, know."""
+        """Return the MAC addresses of break0 in the pods and in the guard.
+
+        The pods hold permanent neighbours; the guard has drop rules by
+        source.
+        """
         found = {each['lladdr'] for name in ('pod', 'other')
                  for family in ('-4', '-6') for each in self.lab.ip(
                      family, 'neigh', 'show', 'nud', 'permanent', netns=name)}
@@ -293,7 +299,11 @@ class TestTheMACAddress(BorderTestCase):
         return found | set(re.findall(r'ether saddr (\S+) drop', text))
 
     def assert_renewed(self) -> str:
-        """break0 has another MAC address, which all know, and keeps it."""
+        """Check that break0 has a new MAC address; return this address.
+
+        The pods and the guard must have the new address, and another sync
+        must change nothing.
+        """
         new = str((self.lab.link('break0') or {})['address'])
         self.assertNotEqual(self.mac, new)
         self.assertEqual({new}, self.known_to_pods())
@@ -314,14 +324,15 @@ class TestTheMACAddress(BorderTestCase):
         self.assertIn('has taken the MAC address of break0, %s' % self.mac,
                       '\n'.join(logs.output))
         new = self.assert_renewed()
-        # Bound a moment later, a pod is configured with the new one.
+        # The next bind configures its pod with the new MAC address.
         third = '100.75.30.73', 'fd00:30::73'
         self.lab.add_pod('third', *third, mac='fa:16:3e:00:00:03')
         self.bind(*third, netns='/run/netns/third', subnets=SUBNETS,
                   owner=Owner('third', 'eth0'),
                   mac_of_pod='fa:16:3e:00:00:03')
         self.assertTrue(self.lab.ping(lab.NODE6, 'third'))
-        # The pod gives it back, and break0 stays what pods know.
+        # When the other pod returns to its own MAC address, break0 keeps the
+        # new address, which the pods' neighbour tables hold.
         self.take(OTHER_MAC)
         for state in ('down', 'up'):
             self.lab.run('ip', 'link', 'set', 'break0', state)
@@ -360,10 +371,13 @@ class TestTheMACAddress(BorderTestCase):
 
 
 class TestLeaks(BorderTestCase):
-    """No frame with the MAC address of break0 leaves the node."""
+    """No frame with break0's MAC address as its source leaves the node."""
 
     def leaked(self, *commands: str) -> int:
-        """How many do while the node speaks to the pod."""
+        """Return the number of leaked frames while the node pings the pod.
+
+        The commands run during the pings.
+        """
         with self.lab.capture() as frames:
             ping = subprocess.Popen(
                 ['ping', '-n', '-q', '-i', '0.01', POD],
@@ -418,7 +432,7 @@ class TestLeaks(BorderTestCase):
 class TestTable(BorderTestCase):
 
     def pairs(self, name: str = 'pairs4') -> set[tuple[str, str]]:
-        """What nft says of a set."""
+        """Return the elements of a set in the guard's table."""
         text = self.lab.run('nft', '-j', 'list', 'set', 'netdev',
                             'kuryr-break0-break0', name).stdout
         found = next(each['set'] for each in json.loads(text)['nftables']
@@ -446,7 +460,11 @@ class TestTable(BorderTestCase):
         self.assertTrue(self.lab.ping(POD))
 
     def test_another_interface_of_a_pod_goes(self) -> None:
-        """Who gets its MAC address does not get those of the pod."""
+        """The unbind of a second interface removes all pairs with its MAC.
+
+        A pair of the second MAC address with the first interface's address
+        would admit a later container with this MAC address.
+        """
         second, mac = '100.75.30.79', '02:00:00:00:00:79'
         self.lab.add_macvlan('pod', 'net1', mac=mac)
         self.lab.run('ip', 'address', 'add', second, 'dev', 'net1',
@@ -477,7 +495,7 @@ class TestTable(BorderTestCase):
                     self.assertTrue(self.manager().sync())
                 self.assertEqual(1, len([
                     line for line in logs.output if 'the guard of break0: it '
-                    'was' in line or 'break0: its guard lets' in line]),
+                    'was' in line or 'break0: its guard lacks' in line]),
                     logs.output)
                 self.assertEqual([], self.problems())
                 self.assertFalse(self.received(udp(lab.LAN, lab.NODE)))
@@ -501,7 +519,7 @@ class TestTable(BorderTestCase):
         self.assertFalse(self.received(udp(lab.LAN, lab.NODE)))
 
     def sync_checked(self, check: Callable[[], None]) -> None:
-        """Check something after each text that nft loads in a sync."""
+        """Run a sync and call ``check`` after each ruleset that nft loads."""
         load, texts = guard._load, []
 
         def checked(*args: str) -> Optional[str]:
@@ -527,7 +545,10 @@ class TestTable(BorderTestCase):
                 self.assert_reachable()
 
     def test_nobody_else_gets_in_while_it_is_loaded_again(self) -> None:
-        """As for another address of the node."""
+        """Foreign sources stay blocked while a sync reloads the guard.
+
+        A new address of the node causes the reload.
+        """
         self.lab.run('ip', 'address', 'add', 'fd00:30::99/64', 'dev', 'eth0',
                      'nodad')
         with mock.patch.object(kernel.Nft, 'add',
@@ -553,7 +574,10 @@ class TestTable(BorderTestCase):
         self.assert_reachable()
 
     def test_more_pods_than_nft_can_load_at_once(self) -> None:
-        """As root of a user namespace it may send no larger message."""
+        """A sync splits large sets, since nft's message size is limited.
+
+        Root of a user namespace cannot raise the limit of its socket.
+        """
         first = ipaddress.ip_address('10.0.0.1')
         made = self.manager()._ledger.records
         for number in range(3000):
@@ -631,7 +655,7 @@ class TestTable(BorderTestCase):
                     self.bind('100.75.30.81', 'fd00:30::81',
                               owner=Owner('d', 'eth0'),
                               mac_of_pod='fa:16:3e:00:00:09', guard='on')
-                # Once, by who is told of it.
+                # The caller reports the error, so the log must not repeat it.
                 self.assertNotIn('no program nft', str(logs.output))
 
     def test_an_nft_that_fails_or_hangs_costs_no_route(self) -> None:
@@ -674,11 +698,11 @@ class TestTable(BorderTestCase):
 
 
 class TestInThePod(BorderTestCase):
-    """The table in a pod, which its interface may leave behind."""
+    """The guard's table in a pod, which can outlive the pod's interface."""
 
     TABLE = 'kuryr-break0-eth0'
     NEW_MAC = 'fa:16:3e:00:00:11'
-    #: What 1.0.0 has loaded.
+    #: The ruleset of kuryr-break0 1.0.0.
     EARLIER = ('table netdev kuryr-break0-eth0 { chain source-fa163e000001 { '
                'type filter hook egress device "eth0" priority 0; '
                'policy accept; ether saddr != %s drop; }; }' % MAC)
@@ -691,9 +715,9 @@ class TestInThePod(BorderTestCase):
         return self.lab.run('nft', 'list', 'ruleset', netns=name).stdout
 
     def can_send(self, source: str, device: str = 'eth0') -> bool:
-        """Whether the pod's kernel takes an ARP reply and an advertisement.
+        """Return whether the pod can send an ARP reply and an advertisement.
 
-        Docker 28 and later takes an interface away that cannot send these.
+        Docker 28 and later removes an interface that cannot send both.
         """
         arp = (b'\x08\x06\x00\x01\x08\x00\x06\x04\0\x02'
                + 2 * (packed(source) + ipaddress.ip_address(POD).packed))
@@ -721,7 +745,7 @@ class TestInThePod(BorderTestCase):
         self.lab.run('ip', 'link', 'del', 'eth0', netns='pod')
 
     def add_interface(self, name: str = 'eth0', mac: str = NEW_MAC) -> None:
-        """Have one more interface in the pod, made as by Docker."""
+        """Add a macvlan to the pod, in the order of Docker's requests."""
         for command in (
                 'link add dm link %s address %s type macvlan mode bridge' % (
                     lab.PARENT, mac), 'link set dm netns pod'):
@@ -740,10 +764,12 @@ class TestInThePod(BorderTestCase):
             self.delete_interface()
             self.add_interface(mac=mac)
             self.assertTrue(self.can_send(mac))
-            # A sync does not take it for the one that was bound.
+            # The new interface has the bound name and another MAC address: a
+            # sync must not restore the guard for the old one.
             self.manager().sync()
             self.assertTrue(self.can_send(mac))
-            # And once it is bound, with its own MAC address only.
+            # After a bind, the interface can send with its own MAC address
+            # only.
             self.bind(POD, POD6, netns=self.netns, mac_of_pod=mac,
                       subnets=SUBNETS)
             self.assertTrue(self.can_send(mac))
@@ -788,7 +814,8 @@ class TestInThePod(BorderTestCase):
         delete = 'delete table netdev %s; ' % self.TABLE
         for rules in (
                 'flush ruleset', 'flush chain ' + chain + name,
-                # What a kernel before 6.16 leaves of it.
+                # Kernels before 6.16 delete the chain with the interface and
+                # keep the table.
                 delete + 'table netdev %s' % self.TABLE,
                 delete + self.EARLIER,
                 delete + self.EARLIER.replace('00:01 drop', '00:99 drop')):
@@ -815,7 +842,7 @@ class TestInThePod(BorderTestCase):
             file.write('add table netdev {0}\nadd chain netdev {0} mine\n'
                        .format(self.TABLE) + 300 * (
                            'add rule netdev %s mine counter\n' % self.TABLE))
-        for _ in range(3):  # one batch of more does not fit into a socket
+        for _ in range(3):  # a larger batch exceeds the socket buffer
             self.lab.run('nft', '-f', '/run/rules', netns='pod')
         sizes.clear()
         with mock.patch.object(netlink, 'messages', counted):
@@ -826,10 +853,10 @@ class TestInThePod(BorderTestCase):
 
 
 class TestWithoutTheHook(BorderTestCase):
-    """Linux before 5.16 cannot guard what leaves a pod."""
+    """Linux before 5.16 has no egress hook, so pods get no guard."""
 
     def test_there_is_nothing_to_repair(self) -> None:
-        # On 5.10 each sync did.
+        # Linux 5.10 has no egress hook; every sync must report no repair.
         with contextlib.ExitStack() as stack:
             if self.has_egress():
                 self.lab.run('nft', 'delete', 'table', 'netdev',
@@ -849,7 +876,7 @@ class TestWithoutTheHook(BorderTestCase):
 
 
 class TestInput(test_cli.CLITestCase):
-    """What a KuryrPort, an engine or a person may say."""
+    """A bind refuses invalid input of any caller and records nothing."""
 
     def refuse(self, *texts: str, **changes: Any) -> str:
         fields: dict[str, Any] = {
@@ -894,7 +921,7 @@ class TestInput(test_cli.CLITestCase):
 
 
 class TestFlood(BorderTestCase):
-    """What a pod with CAP_NET_ADMIN fills is not read to its end."""
+    """A sync reads no oversized table of a pod with CAP_NET_ADMIN."""
 
     def fill(self, text: str, *command: str) -> None:
         with open('/run/batch', 'w') as file:

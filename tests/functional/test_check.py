@@ -25,10 +25,10 @@ class TestCheck(CLITestCase):
                 for each in json.loads(done.stdout)['findings']}
 
     def lacking(self) -> set[str]:
-        """What is found on any node with this kernel: warnings.
+        """Return the warnings that this kernel causes on every node.
 
-        An old one cannot guard what leaves. In another process namespace, a
-        new one does not show namespaces by their numbers.
+        Linux before 5.16 has no egress hook. Linux 7.0 and later does not
+        open namespaces by number outside the initial process namespace.
         """
         lacking = set() if self.has_egress() else {'egress-unguarded'}
         if (kernel.read_release() >= (7, 0)
@@ -46,7 +46,7 @@ class TestCheck(CLITestCase):
     def test_a_node_that_is_fine(self) -> None:
         before = self.lab.state()
         self.assert_fine()
-        # It leaves nothing, and says nothing on the wire.
+        # A check must change no state and send no frame.
         self.assertEqual(before, self.lab.state())
         with self.lab.capture() as frames:
             self.assert_fine()
@@ -92,7 +92,7 @@ class TestCheck(CLITestCase):
         self.assert_found('drop-in-missing', 'note', 'systemd-networkd')
         self.lab.run('ip', 'link', 'set', lab.PARENT, 'down')
         self.assert_found('parent-down', 'error', 'is down')
-        self.lab.del_netns('lan')  # with which the NIC goes
+        self.lab.del_netns('lan')  # deletes eth0's veth peer too
         found = self.check('--parent', lab.PARENT, code=1,
                            OS_BREAK0__PROC_DIRS='/run')
         self.assertEqual('warning', found['namespaces-unseen'][0])
@@ -108,7 +108,7 @@ class TestCheck(CLITestCase):
         self.assert_fine()
 
     def test_a_kernel_that_guards_nothing_that_leaves(self) -> None:
-        # With a program that says what nft says on Linux 5.10.
+        # The script prints the error of nft on Linux 5.10.
         with open('/run/nft', 'w') as file:
             file.write('#!/bin/sh\n! grep -q egress || { echo \''
                        '/dev/stdin:3:9-54: Error: Chain of type "filter" is '

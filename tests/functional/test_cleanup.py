@@ -31,7 +31,7 @@ from tests import program
 
 STATE_DIR = '/run/kuryr-break0'
 POD6 = 'fd00:30::71'
-#: In another subnet than the node.
+#: An address outside of the node's subnet.
 FAR_POD = '100.75.40.71'
 
 
@@ -66,7 +66,7 @@ class CleanupTestCase(CLITestCase):
 class TestWhatIsTakenAway(CleanupTestCase):
 
     def test_the_node_is_as_it_was(self) -> None:
-        # What others have set there is in it.
+        # The state includes a foreign route and foreign neighbours.
         self.lab.run('ip', 'route', 'add', OTHER_POD, 'dev', lab.PARENT)
         for netns in (None, 'pod'):
             self.lab.run('ip', 'neighbour', 'add', '100.75.30.99', 'lladdr',
@@ -182,7 +182,7 @@ class TestWhatIsNotOurs(CleanupTestCase):
 class TestOtherLedger(CleanupTestCase):
 
     def state(self) -> list[Any]:
-        """All that is set on the node and in pods, rules included."""
+        """Return the state of the node and pods, with nftables rules."""
         return [self.lab.state(), *(
             self.lab.run('nft', 'list', 'ruleset', netns=netns).stdout
             for netns in (None, 'pod', 'far'))]
@@ -274,7 +274,10 @@ class TestOtherLedger(CleanupTestCase):
 
     def killed(self, owner: Any, name: str, after: bool
                ) -> Callable[[], Optional[object]]:
-        """A cleanup that is killed by the first call of something."""
+        """Return a function: a cleanup that a call of owner.name kills.
+
+        :param after: kill the cleanup after the call, not before
+        """
         call = getattr(owner, name)
 
         def dying(*args: Any, **kwargs: Any) -> None:
@@ -300,7 +303,7 @@ class TestOthersAtWork(CleanupTestCase):
         self.addCleanup(agent.wait)
         self.addCleanup(agent.kill)
         self.bind_both()
-        # It is at work when it restores this.
+        # The agent is running as soon as it has restored break0.
         self.lab.run('ip', 'link', 'del', 'break0')
         lab.until(lambda: len(self.lab.routes()) >= 3)
         self.assertIn('! agent', self.cleanup(code=1))
@@ -325,7 +328,7 @@ class TestOthersAtWork(CleanupTestCase):
                 cleaned.append(self.cleanup())
             return found
 
-        self.lab.run('ip', 'link', 'del', 'break0')  # a reason to change it
+        self.lab.run('ip', 'link', 'del', 'break0')  # the sync must write
         with mock.patch.object(reconciler.actual, 'read',
                                read_then_cleaned_up):
             self.manager().sync()
@@ -334,7 +337,7 @@ class TestOthersAtWork(CleanupTestCase):
     def test_a_sync_that_is_about_to_configure_a_pod(self) -> None:
         before = self.lab.state()
         self.bind(POD, POD6, netns=self.netns, mac_of_pod=self.mac_of('pod'))
-        # Another address of the node, which the pod is to be told of.
+        # The sync must add the node's new address to the pod's neighbours.
         self.lab.run('ip', 'address', 'add', '100.75.50.1/32', 'dev',
                      lab.PARENT)
         repair = podside.repair
@@ -355,7 +358,7 @@ class TestOthersAtWork(CleanupTestCase):
 class TestWithoutThePackage(base.LabTestCase):
 
     def move(self, path: str, to: str) -> None:
-        """Give a namespace another path."""
+        """Move the mount of a namespace to another path."""
         open(to, 'w').close()
         self.lab.run('mount', '--bind', path, to)
         self.lab.run('umount', path)
@@ -380,7 +383,7 @@ class TestWithoutThePackage(base.LabTestCase):
                 self.lab.ip('link', 'show', 'eth0', netns=name)[0][
                     'address']))
             self.assertTrue(self.lab.ping(texts[0]))
-        # As Docker has its namespaces.
+        # Docker mounts its namespaces in this directory.
         os.makedirs('/run/docker/netns')
         self.move(paths[1], '/run/docker/netns/1a2b')
         done = self.lab.run('sh', '-c', lines, check=False)

@@ -19,12 +19,12 @@ PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 
 class CLITestCase(base.LabTestCase):
 
-    #: How the program is run.
+    #: Runs the program; subclasses replace it.
     run_program = staticmethod(program.run)
 
     def call(self, *args: str,
              **environ: str) -> subprocess.CompletedProcess[str]:
-        environ.setdefault('COLUMNS', '500')  # nothing is folded
+        environ.setdefault('COLUMNS', '500')  # wide enough to wrap no line
         done = self.run_program(
             [PROGRAM, *args], text=True, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, env={**os.environ, **environ})
@@ -34,7 +34,7 @@ class CLITestCase(base.LabTestCase):
 
 class TestStatus(CLITestCase):
 
-    # As an operator does, here.
+    # In its own process, as an operator runs it.
     run_program = staticmethod(subprocess.run)
 
     def test_tables(self) -> None:

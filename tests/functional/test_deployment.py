@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The agent in its container, as the overlay describes it."""
+"""The agent works in the container that the overlay describes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import psutil
 
@@ -22,19 +22,22 @@ from tests import lab
 from tests import overlay
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
-#: Where the container's root is put together, on the node.
+#: The container's root directory, on the node.
 ROOT = '/run/container'
 CONF = '/run/config/kuryr.conf'
 LOG = '/run/agent.log'
 MAC = '02:00:00:00:00:71'
 
 
-def script(daemon_set: dict[str, Any], name: str) -> str:
+def script(daemon_set: dict[str, Any], name: str,
+           command: Optional[list[str]] = None) -> str:
     """Shell commands that do what a container engine does for a container.
 
     They run in a mount namespace of their own, to which mounts of the node
     propagate. In place of the image the programs of this machine are there,
     read-only as the image is.
+
+    :param command: what it runs, in place of its own command
     """
     container = overlay.container(daemon_set, name)
     volumes = overlay.volumes(daemon_set)
@@ -49,8 +52,8 @@ def script(daemon_set: dict[str, Any], name: str) -> str:
                 'etc', 'host', 'proc', 'run', 'sys', 'var'):
             lines += ['mkdir %s/%s' % (ROOT, entry),
                       'mount --rbind -o ro /%s %s/%s' % (entry, ROOT, entry)]
-    # A container has its own processes and a read-only /proc/sys, as long as
-    # it is not privileged. /var/run is a link, as in Kuryr's image.
+    # An unprivileged container has its own process namespace and a read-only
+    # /proc/sys. In Kuryr's image, /var/run is a link to /run.
     lines += ['cd %s' % ROOT,
               'mkdir -p etc proc run sys var', 'ln -s ../run var/run',
               'mount -t proc proc proc']
@@ -63,7 +66,8 @@ def script(daemon_set: dict[str, Any], name: str) -> str:
                   else os.path.dirname(CONF))
         if volume.get('hostPath', {}).get('type') == 'DirectoryOrCreate':
             lines.append('mkdir -p -m 755 %s' % source)
-        # The link must not lead out of the root that is not one yet.
+        # Avoid the link /var/run: before chroot, a link can resolve outside of
+        # ROOT.
         target = ROOT + mount['mountPath'].replace('/var/run', '/run')
         lines += ['mkdir -p %s' % target,
                   'mount --rbind %s %s' % (source, target)]
@@ -76,7 +80,7 @@ def script(daemon_set: dict[str, Any], name: str) -> str:
     capabilities = ','.join(
         ['-all'] + ['+' + capability.lower() for capability
                     in rights['capabilities'].get('add', ())])
-    command = [PROGRAM, *container['command'][1:]]
+    command = [PROGRAM, *(command or container['command'])[1:]]
     lines.append(
         'exec chroot . setpriv --bounding-set=%s --inh-caps=-all '
         '--no-new-privs %s' % (capabilities, shlex.join(command)))
@@ -84,7 +88,7 @@ def script(daemon_set: dict[str, Any], name: str) -> str:
 
 
 class ContainerTestCase(base.LabTestCase):
-    """Runs the agent of a DaemonSet in its container."""
+    """A node with the agent of a DaemonSet in its container."""
 
     name = overlay.AGENT
 
@@ -124,7 +128,7 @@ class TestAgentInItsContainer(ContainerTestCase):
 
     def test_repairs_all(self) -> None:
         self.start()
-        # The namespace comes when the agent is there already.
+        # The new namespace reaches the container only by mount propagation.
         netns = self.lab.add_pod('pod', POD, mac=MAC)
         self.bind(netns='/var' + netns, mac_of_pod=MAC)
         for what, command, right in (
@@ -144,7 +148,7 @@ class TestAgentInItsContainer(ContainerTestCase):
         self.assertIn('ipv4.conf.break0.arp_filter = 1', self.lab.run(
             'sysctl', 'net.ipv4.conf.break0.arp_filter').stdout)
         self.assertNotIn('ERROR', self.log())
-        # It ran as said, and not with the rights of this machine's root.
+        # The agent must have the capabilities of the DaemonSet only.
         process, = psutil.Process(self.agent.pid).children()
         with open('/proc/%d/status' % process.pid) as file:
             status = dict(line.split(':\t') for line in file)
@@ -156,14 +160,14 @@ class TestAgentInItsContainer(ContainerTestCase):
         self.start()
         netns = self.lab.add_pod('pod', POD, mac=MAC)
         self.bind(netns='/var' + netns, mac_of_pod=MAC)
-        # Two more syncs by the timer: the kernel tells of no sysctl.
+        # Wait for two syncs of the timer: a sysctl causes no event.
         for _ in range(2):
             kernel.write_sysctl('ipv4/conf/break0/arp_filter', 0)
             self.wait_for(lambda: kernel.read_sysctl(
                 'ipv4/conf/break0/arp_filter') == 1)
         self.assertIn(POD, self.lab.routes())
         self.lab.del_netns('pod')
-        # Seen by way of the propagated end of the mount.
+        # The unmount propagates into the container.
         self.wait_for(lambda: POD not in self.lab.routes())
 
     def test_state_is_the_nodes(self) -> None:
@@ -173,9 +177,29 @@ class TestAgentInItsContainer(ContainerTestCase):
         self.assertEqual(
             0o700, os.stat('/run/kuryr-break0').st_mode & 0o777)
 
+    def test_removal(self) -> None:
+        """What remove.yaml runs in place of the agent, as its probe does."""
+        netns = self.lab.add_pod('pod', POD, mac=MAC)
+        before = self.lab.state()
+        self.bind(netns='/var' + netns, mac_of_pod=MAC)
+        self.assertTrue(self.lab.ping(POD))
+        patched = overlay.patched(self.daemon_set, 'remove.yaml')
+        probe = overlay.container(patched, self.name)['readinessProbe']
+        # The root directory is read-only, and the ledger is mounted there.
+        for output in (r'(?s)- route %s .*- directory /run/kuryr-break0\n'
+                       % POD, r'\A\Z'):
+            done = subprocess.run(
+                ['unshare', '--mount', '--propagation', 'slave', 'sh', '-c',
+                 script(patched, self.name, probe['exec']['command'])],
+                text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            self.assertEqual(0, done.returncode, done.stdout)
+            self.assertRegex(done.stdout, output)
+        self.assertEqual([], os.listdir('/run/kuryr-break0'))
+        self.assertEqual(before, self.lab.state())
+
 
 class TestWithoutKuryr(ContainerTestCase):
-    """The DaemonSet of etc/cni, and its plugin on the node."""
+    """The DaemonSet of etc/cni installs a working CNI plugin."""
 
     name = 'agent'
 
@@ -184,8 +208,8 @@ class TestWithoutKuryr(ContainerTestCase):
         self.daemon_set = overlay.without_kuryr()
 
     def test_plugin_of_the_init_container(self) -> None:
-        # The programs of this machine stand for the image, so its shim is
-        # that of the checkout.
+        # The test machine's programs replace the image, so the shim comes
+        # from the checkout.
         self.lab.run('mount', '-t', 'tmpfs', 'opt', '/opt')
         self.addCleanup(self.lab.run, 'umount', '/opt')
         done = subprocess.run(
@@ -200,7 +224,7 @@ class TestWithoutKuryr(ContainerTestCase):
         listed = cni_base.network(subnets=('100.75.30.128/25',))
         self.lab.add_netns('one')
         self.wait_for(lambda: os.path.exists('/run/kuryr-break0/cni.sock'))
-        # By the path that containerd gives.
+        # containerd passes paths below /var/run.
         address, = cni_base.addresses(runtime.add(listed,
                                                   '/var/run/netns/one'))
         self.assertTrue(self.lab.ping(address))
@@ -214,11 +238,14 @@ class TestWithoutKuryr(ContainerTestCase):
 
 
 class TestUnit(test_discovery.DiscoveryTestCase):
-    """The agent as a service of systemd; tests/boot runs it as one."""
+    """The systemd unit permits every system call of the agent.
+
+    tests/boot runs the unit under systemd.
+    """
 
     @staticmethod
     def allowed() -> set[str]:
-        """The system calls that the unit allows."""
+        """Return the names of the system calls that the unit allows."""
         with open(os.path.join(overlay.ROOT, 'etc', 'systemd', 'system',
                                'kuryr-break0-agent.service')) as file:
             waiting = re.findall(r'^SystemCallFilter=(.*)$', file.read(),

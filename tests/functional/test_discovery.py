@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Containers that nobody tells of, as plain namespaces."""
+"""Discovery of containers, with plain namespaces in their place."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 CONF = '/run/break0.conf'
 OPTIONS = ('discover = true\nallowed_cidrs = 100.75.0.0/16,fd00:30::/64\n'
            'metrics_bind =\nresync_interval = 3600\n')
-#: Without the namespaces of other tests, which processes have: those are never
-#: quiet.
+#: Options without a search of processes, since the processes of other tests
+#: have namespaces and cause constant work.
 QUIET = OPTIONS + 'proc_dirs = /run/none\n'
 ONE, TWO = '100.75.30.81', '100.75.30.82'
 ONE6 = 'fd00:30::81'
 LATER = '100.75.30.98'
-#: The control group of a service.
+#: The control group of the agent's systemd service.
 AGENT = '/system.slice/kuryr-break0-agent.service'
 
 
@@ -69,7 +69,7 @@ class DiscoveryTestCase(base.LabTestCase):
 
     def start(self, options: str = OPTIONS, *before: str
               ) -> subprocess.Popen[bytes]:
-        """Start an agent, and wait until it has looked once."""
+        """Start an agent and wait until it has completed one search."""
         with open(CONF, 'w') as file:
             file.write('[break0]\n' + options)
         with open('/run/agent.log', 'ab') as log:
@@ -91,10 +91,10 @@ class DiscoveryTestCase(base.LabTestCase):
         lab.until(condition, self.log)
 
     def until_looked(self) -> None:
-        """Wait until all that has happened by now was looked at.
+        """Wait until the agent has examined every earlier change.
 
-        A namespace is looked at a second after its event at the latest, and
-        before those whose turn comes later.
+        The agent examines a namespace at most namespace.LAST seconds after
+        its event. A namespace added after this time comes last.
         """
         time.sleep(namespace.LAST)
         self.lab.add_pod('later', LATER)
@@ -111,7 +111,7 @@ class DiscoveryTestCase(base.LabTestCase):
         self.lab.run(*command, netns=name)
 
     def assert_reachable(self, address: str, name: str) -> None:
-        # The container is configured a moment after its route is set.
+        # The agent configures the container after it has set the route.
         node = lab.NODE6 if ':' in address else lab.NODE
         self.until(lambda: self.lab.ping(address))
         self.until(lambda: self.lab.ping(node, name))
@@ -166,7 +166,7 @@ class TestFinding(DiscoveryTestCase):
         self.until_bound()
 
     def test_namespace_that_somebody_keeps_open(self) -> None:
-        # As Podman 4 does, whose server keeps those that it was asked about.
+        # The server of Podman 4 holds descriptors of inspected namespaces.
         netns = self.lab.add_pod('one', ONE)
         known = kernel.identify(netns)
         assert known is not None
@@ -182,8 +182,9 @@ class TestFinding(DiscoveryTestCase):
         with open(netns) as file:
             self.lab.run('ip', 'netns', 'del', 'one')
             held = '--net=/proc/%d/fd/%d' % (os.getpid(), file.fileno())
-            # The kernel answers for it still. As soon as the agent has seen
-            # another one, it has seen that this one has no name any more.
+            # The kernel still opens the namespace by its number. After the
+            # agent has bound the second namespace, it has also handled the
+            # removal of the first one's name.
             self.lab.add_pod('two', TWO)
             self.until_bound(ONE, TWO)
             self.assertTrue(self.lab.ping(ONE))
@@ -191,8 +192,8 @@ class TestFinding(DiscoveryTestCase):
             self.until_bound(TWO)
 
     def test_interface_is_renamed_while_it_is_read(self) -> None:
-        # As by Docker: with its name, and then the addresses, right between
-        # two messages of the finder to the kernel.
+        # Docker sets the name and then the addresses. The patch does both
+        # between two netlink requests of the finder.
         self.lab.add_pod('one')
         for command in ('link set eth0 down', 'link set eth0 name dm-1'):
             self.inside('one', 'ip', *command.split())
@@ -237,8 +238,7 @@ class TestFinding(DiscoveryTestCase):
         for groups, name in (
                 ('0::/lxc.payload.web', 'web'),
                 ('0::/lxc.payload.web/lxc.payload.mail', 'web'),
-                # A host with the old hierarchies, seen by an agent that is in
-                # a control group of its own.
+                # cgroup v1, read by an agent in another cgroup namespace.
                 ('4:pids:/\n1:name=systemd:/../lxc.payload.web/init.scope\n',
                  'web'),
                 (r'0::/machine.slice/machine-my\x2dweb.scope/payload',
@@ -272,7 +272,8 @@ class TestFinding(DiscoveryTestCase):
                    != os.readlink('/proc/self/ns/net'))
         self.lab.run('ip', 'link', 'add', 'mv', 'link', 'eth0', 'type',
                      'macvlan', 'mode', 'bridge')
-        # Moved as by LXC; the kernel numbers the namespace for that.
+        # LXC moves the interface in this way. The kernel assigns the
+        # namespace a number (nsid) for the event of the move.
         self.lab.run('ip', 'link', 'set', 'mv', 'netns', str(process.pid))
         for command in (('link', 'set', 'mv', 'up'),
                         ('address', 'add', ONE + '/24', 'dev', 'mv')):
@@ -281,7 +282,7 @@ class TestFinding(DiscoveryTestCase):
         self.until_bound(ONE)
         self.assertTrue(self.lab.ping(ONE))
         process.kill()
-        process.wait()  # while it is a zombie, an old kernel proves nothing
+        process.wait()  # old kernels cannot judge a zombie's namespace
         self.until_bound()
 
     def test_what_is_not_found(self) -> None:
@@ -297,7 +298,7 @@ class TestFinding(DiscoveryTestCase):
             self.lab.add_macvlan(name, parent=parent, mode=mode)
             self.inside(name, 'ip', 'address', 'add', address + '/24', 'dev',
                         'eth0')
-        # On no interface of this node.
+        # The parent of this macvlan is not an interface of the node.
         self.lab.add_netns('nested')
         self.inside('nested', 'ip', 'link', 'add', 'upper', 'type', 'veth',
                     'peer', 'name', 'lower')
@@ -325,7 +326,7 @@ class TestFinding(DiscoveryTestCase):
         first, = self.bound()
         self.assertRegex(first, r'100\.75\.30\.21\d')
         self.assert_reachable(first, 'one')
-        # Another lease, since the server has forgotten the range.
+        # The new server has another range, so the client gets a new lease.
         client.terminate()
         client.wait()
         self.until_bound()
@@ -346,7 +347,7 @@ class TestFinding(DiscoveryTestCase):
         self.until_bound()
 
     def test_a_macvlan_of_keepalived(self) -> None:
-        """That is the node's own, like its address: nobody's container."""
+        """Keepalived's macvlan belongs to the node and is not bound."""
         address = '100.75.30.200'
         self.lab.add_pod('one', ONE)
         self.start()
@@ -390,7 +391,7 @@ class TestFinding(DiscoveryTestCase):
 class TestOwnership(DiscoveryTestCase):
 
     def test_others_win(self) -> None:
-        """What is bound by Kuryr, CNI or a person stays theirs."""
+        """Discovery keeps the claims of Kuryr, CNI and manual binds."""
         for number, origin in enumerate((Origin.KURYR, Origin.CNI,
                                          Origin.MANUAL)):
             name, address = 'c%d' % number, '100.75.30.%d' % (90 + number)
@@ -398,7 +399,7 @@ class TestOwnership(DiscoveryTestCase):
             self.manager().bind(
                 Owner(name, 'eth0'), base.addresses(address), parent='eth0',
                 mac=self.mac(name), netns=netns, origin=origin)
-            # And somebody takes the address.
+            # A second container has the same address.
             self.lab.add_pod('thief%d' % number, address)
         before = {address: record.owner for address, record
                   in self.seen().live.items()}
@@ -414,7 +415,7 @@ class TestOwnership(DiscoveryTestCase):
         for number in range(3):
             self.assert_reachable('100.75.30.%d' % (90 + number),
                                   'c%d' % number)
-        # When it goes, who has the address too is next.
+        # When the owner ends, discovery binds the second container.
         self.lab.del_netns('c0')
         self.lab.run(PROGRAM, '--config-file', CONF, 'sync')
         self.until(lambda: any(
@@ -427,7 +428,11 @@ class TestOwnership(DiscoveryTestCase):
             'address'])
 
     def test_found_before_it_is_bound(self) -> None:
-        """Kuryr and CNI bind a moment after the interface is there."""
+        """A bind by CNI replaces the discovered claim of its container.
+
+        Kuryr and CNI bind after the interface exists, so discovery can be
+        first.
+        """
         self.start()
         netns = self.lab.add_pod('one', ONE)
         self.until_bound(ONE)
@@ -463,7 +468,7 @@ class TestOwnership(DiscoveryTestCase):
         self.assertTrue(self.lab.ping(ONE))
 
     def start_as(self, unit: str, options: str) -> subprocess.Popen[bytes]:
-        """Start an agent as if systemd had, by its control groups."""
+        """Start an agent in the control group of a systemd unit."""
         with open('/run/cgroup-of-it', 'w') as file:
             file.write('4:memory:/x\n1:name=systemd:%s\n0::%s\n' % (
                 unit, unit))
@@ -482,7 +487,7 @@ class TestOwnership(DiscoveryTestCase):
                     else '/system.slice/other.service',
                     'metrics_bind =\nresync_interval = 1\n')
                 served = self.log().count('Serving CNI requests')
-                first.kill()  # now it is the only one
+                first.kill()  # the agent without discovery remains
                 self.until(lambda: self.log().count('Serving CNI requests')
                            > served)
                 self.until(lambda: '1 addresses of containers that another '
@@ -491,19 +496,19 @@ class TestOwnership(DiscoveryTestCase):
                 self.assert_reachable(ONE, name)
                 self.assertEqual({ONE}, self.bound())
                 self.assertNotIn('Unbound', self.log())
-                # Until its container ends.
+                # The address stays bound until its container ends.
                 self.lab.del_netns(name)
                 self.until_bound()
                 second.kill()
                 second.wait()
 
     def test_started_again_by_the_same_unit(self) -> None:
-        for unit in (AGENT, AGENT + '/below'):  # as with Delegate=
+        for unit in (AGENT, AGENT + '/below'):  # a unit with Delegate=
             with self.subTest(unit=unit):
                 agent = self.start_as(AGENT, OPTIONS)
                 self.lab.add_pod('one', ONE)
                 self.until_bound(ONE)
-                self.bind(base.POD)  # stays: nobody has discovered it
+                self.bind(base.POD)  # not discovered, so it stays
                 agent.kill()
                 agent.wait()
                 agent = self.start_as(unit, 'metrics_bind =\n')
@@ -545,7 +550,7 @@ class TestOwnership(DiscoveryTestCase):
                     'eth0')
         agent = self.start()
         self.until_bound('100.75.30.88')
-        self.bind(base.POD)  # stays: nobody has discovered it
+        self.bind(base.POD)  # not discovered, so it stays
         with open(CONF, 'w') as file:
             file.write('[break0]\n' + OPTIONS.replace('true', 'false'))
         agent.send_signal(signal.SIGHUP)
@@ -581,7 +586,7 @@ class TestOwnership(DiscoveryTestCase):
 
 
 class TestNextHops(DiscoveryTestCase):
-    """A container has the address of a router of the node."""
+    """A container's address that is a next hop of the node gets no route."""
 
     WORLD, WORLD6 = '192.0.2.1', '2001:db8::1'
     ROUTER, ROUTER6 = '100.75.30.9', 'fd00:30::9'
@@ -596,7 +601,7 @@ class TestNextHops(DiscoveryTestCase):
         self.lab.add_pod('one', ONE)
         self.until_bound(ONE)
         routers = lab.LAN, lab.LAN6, self.ROUTER, self.ROUTER6
-        # One that the agent hears of, and that is gone before it looks.
+        # These next hops are gone before the agent reads the routes.
         for router in routers[2:]:
             self.lab.run('ip', 'route', 'add', '198.51.100.0/24' if '.' in
                          router else 'fd09::/64', 'via', router)
@@ -630,13 +635,14 @@ class TestNextHops(DiscoveryTestCase):
                               (self.WORLD6, self.ROUTER6)):
             self.lab.run('ip', 'route', 'add', 'default', 'via', router)
             self.until_routed(ONE, *{self.ROUTER6} - {router})
-            # The kernel has found the way to the router when it was set.
+            # The kernel resolves a next hop when the route is set, so the
+            # default route still leads through break0.
             self.assertEqual('break0', self.lab.ip(
                 'route', 'get', world)[0]['dev'])
             self.assertFalse(self.lab.ping(world))
             self.assertRegex(self.problems()[-1], 'a next hop of a route '
                              'that leads through break0.*set that route ')
-            # The router comes, and the route is set again.
+            # A new route resolves the next hop again, now to the LAN.
             self.inside('lan', 'ip', 'address', 'add', router + (
                 '/24' if '.' in router else '/64'), 'dev', 'nic',
                 *([] if '.' in router else ['nodad']))
@@ -648,7 +654,7 @@ class TestNextHops(DiscoveryTestCase):
             self.assertTrue(frames)
         self.until_routed(ONE)
         self.assert_reachable(ONE, 'one')
-        # It is not forgotten when the route goes.
+        # The earlier next hops stay refused without the default routes.
         for family in ('-4', '-6'):
             self.lab.run('ip', family, 'route', 'del', 'default')
         self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
@@ -685,7 +691,10 @@ class TestNextHops(DiscoveryTestCase):
                 self.until_routed(ONE, *expected)
 
     def test_of_others(self) -> None:
-        """What is bound by Kuryr, CNI or a person may serve a VPN."""
+        """A next hop with a manual bind keeps its route.
+
+        A container bound by Kuryr, CNI or manually can be a VPN gateway.
+        """
         self.start()
         netns = self.lab.add_pod('one', ONE, TWO)
         self.until_bound(ONE, TWO)
@@ -700,14 +709,17 @@ class TestNextHops(DiscoveryTestCase):
 
 
 class TestDuplicates(DiscoveryTestCase):
-    """IPv6 addresses that a LAN host may have."""
+    """A container's IPv6 address is bound only if no LAN host has it."""
 
     def add(self, *flags: str) -> None:
         self.inside('one', 'ip', 'address', 'add', ONE6 + '/64', 'dev',
                     'eth0', *flags)
 
     def state(self, of: str = ONE6) -> set[str]:
-        """Which of these are true of the address of the container."""
+        """Return the flags of an IPv6 address of the container.
+
+        "local" is among them whenever the address exists.
+        """
         return {flag for link in self.lab.ip('address', 'show', 'dev', 'eth0',
                                              netns='one')
                 for each in link['addr_info'] if each['local'] == of
@@ -719,7 +731,7 @@ class TestDuplicates(DiscoveryTestCase):
                     *(['nodad'] if verb == 'add' else []))
 
     def assert_of_lan(self) -> None:
-        """The node reaches the LAN host that has the address."""
+        """Check that the node reaches the address through the LAN."""
         with self.lab.capture() as frames:
             self.assertTrue(self.lab.ping(ONE6), self.log())
         self.assertTrue(frames)
@@ -737,11 +749,11 @@ class TestDuplicates(DiscoveryTestCase):
             ONE6 + ', on eth0 in /run/netns/one, is not bound: duplicate '
             'address detection has found it on another host') == 1)
         self.assert_of_lan()
-        # Nor when all is looked at again.
+        # A sync must not bind the duplicate address either.
         self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
         self.until_bound(ONE, TWO)
         self.assert_of_lan()
-        # The LAN host leaves it.
+        # The LAN host gives up the address.
         self.on_lan('del')
         self.inside('one', 'ip', 'address', 'del', ONE6 + '/64', 'dev',
                     'eth0')
@@ -778,7 +790,8 @@ class TestDuplicates(DiscoveryTestCase):
             with self.subTest(flags=flags):
                 self.add(*flags)
                 self.assertLessEqual({'tentative', *flags}, self.state())
-                # So that it is looked at meanwhile.
+                # A second address makes the agent examine the namespace during
+                # duplicate address detection.
                 self.inside('one', 'ip', 'address', 'add', TWO + '/24', 'dev',
                             'eth0')
                 self.until(lambda: ONE6 in self.lab.routes())
@@ -805,7 +818,7 @@ class TestDuplicates(DiscoveryTestCase):
         self.assert_of_lan()
 
 
-#: What a container with NET_ADMIN does as fast as it can.
+#: A program that changes its MAC address at most 200 times per second.
 _HOSTILE = '''
 import subprocess, time
 number = 0
@@ -844,7 +857,7 @@ class TestHostile(DiscoveryTestCase):
                     40 + number // 250, 1 + number % 250))
         cpu = self.cpu_while(lambda: self.inside(
             'hostile', 'ip', '-batch', '/run/batch'), 4)
-        # The finder and the loop each have a credit beyond their share.
+        # The finder and the loop can each exceed their share by one credit.
         self.assertLess(cpu, pace.SHARE + 2 * pace.CREDIT / 4)
         self.until(lambda: len(self.bound()) > binder.MAX_ADDRESSES)
         self.until_looked()
@@ -887,7 +900,10 @@ class TestHostile(DiscoveryTestCase):
         self.assertLessEqual({ONE, TWO}, self.bound())
 
     def cpu_while(self, action: Callable[[], Any], seconds: float) -> float:
-        """The part of a processor that the agent takes meanwhile."""
+        """Return the agent's CPU usage during an action; 1.0 is one CPU.
+
+        The measurement takes at least ``seconds``.
+        """
         process = psutil.Process(self.agent.pid)
 
         def spent() -> float:
@@ -929,7 +945,7 @@ class TestHostile(DiscoveryTestCase):
             self.lab.add_pod('c%d' % number, '100.75.32.%d' % number
                              if number else '100.75.32.200')
         self.until(lambda: len(self.bound()) == 102)
-        # There may still be a sync that waits, for its share of a processor.
+        # A sync may still wait for its share of a CPU.
         self.until(lambda: self.cpu_while(lambda: None, 5) < 0.005)
 
 
@@ -944,7 +960,7 @@ class TestInstalled(DiscoveryTestCase):
                      'CIDRS=100.75.0.0/16,fd00:30::/64')
         self.assertTrue(os.path.exists(
             '/run/dest/usr/local/share/man/man8/kuryr-break0.8'))
-        # As in /etc, where it is looked for after kuryr.conf.
+        # oslo.config reads ~/.kuryr-break0 like /etc/kuryr-break0.
         os.makedirs('/run/home')
         os.rename('/run/dest/etc/kuryr-break0', '/run/home/.kuryr-break0')
         with open('/run/agent.log', 'ab') as log:
@@ -956,7 +972,10 @@ class TestInstalled(DiscoveryTestCase):
         self.until_bound(ONE, ONE6)
 
     def test_cleanup_beside_the_agent(self) -> None:
-        """As remove.rst says: it is bound again, and the doctor is content."""
+        """After a cleanup beside a running agent, the agent binds again.
+
+        remove.rst documents this behaviour.
+        """
         self.start(OPTIONS + 'resync_interval = 1\n')
         self.lab.add_pod('one', ONE)
         self.until_bound(ONE)
@@ -972,7 +991,10 @@ class TestInstalled(DiscoveryTestCase):
 class TestFaults(DiscoveryTestCase):
 
     def test_state_directory_that_cannot_be_written(self) -> None:
-        """What it could not record it would not unbind at the end."""
+        """The agent binds no address that it cannot record.
+
+        It could not unbind the address when the container ends.
+        """
         state = '/run/kuryr-break0'
         line = ('%s, on eth0 in /run/netns/two, is not bound: The state '
                 'directory' % TWO)
@@ -990,7 +1012,7 @@ class TestFaults(DiscoveryTestCase):
             self.until(lambda: self.log().count(line) == number + 1)
             self.assertEqual({ONE}, set(self.lab.routes()))
             self.assert_reachable(ONE, 'one')
-            # It tries again each second, and says it once.
+            # The agent tries again each second and logs the error once.
             lines = self.log().count('\n')
             time.sleep(3)
             self.assertLess(self.log().count('\n') - lines, 3)
@@ -1001,7 +1023,7 @@ class TestFaults(DiscoveryTestCase):
             self.until_bound(ONE)
 
     def test_no_descriptors_left(self) -> None:
-        """It neither ends nor spins, and goes on when there are some."""
+        """An agent without free file descriptors waits and then continues."""
         agent = self.start(QUIET)
         self.lab.add_pod('one', ONE)
         self.until_bound(ONE)
@@ -1011,7 +1033,8 @@ class TestFaults(DiscoveryTestCase):
         process.rlimit(psutil.RLIMIT_NOFILE, (process.num_fds(), before[1]))
         self.lab.add_pod('two', TWO)
         self.until(lambda: 'Too many open files' in self.log())
-        # Of that, it asks whether it is of services.
+        # After a new address of the node, the agent checks its interface for
+        # addresses of Kubernetes services. The check needs a descriptor.
         self.lab.run('ip', 'address', 'add', '100.75.30.54/24', 'dev', 'eth0')
         times = process.cpu_times()
         lines = self.log().count('\n')
@@ -1026,12 +1049,12 @@ class TestFaults(DiscoveryTestCase):
 
 
 class FinderTestCase(base.LabTestCase):
-    """A finder in this process, which hears of nothing but what it asks for.
+    """A finder in the test process, driven only by its own events.
 
-    An agent also searches after each sync, which hides what is not noticed.
+    An agent also searches after each sync, which would hide a missed event.
     """
 
-    #: where it sees processes: those of other tests have namespaces too
+    #: Replaces /proc, since the processes of other tests have namespaces too.
     PROC = '/run/proc'
 
     def setUp(self) -> None:
@@ -1043,13 +1066,22 @@ class FinderTestCase(base.LabTestCase):
         kept.prepare()
         self.finder = finder.Finder(options, kept)
         self.addCleanup(self.finder.close)
-        # It waits for less long between two looks at the same.
+        # Shorten the pause between two examinations of a namespace.
         pauses = mock.patch.object(namespace, 'LAST', 0.1)
         pauses.start()
         self.addCleanup(pauses.stop)
 
+    def start_unnamed(self) -> subprocess.Popen[bytes]:
+        """Start a process in a network namespace that has no name."""
+        process = subprocess.Popen(['unshare', '--net', 'sleep', '1000'])
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        lab.until(lambda: os.readlink('/proc/%d/ns/net' % process.pid)
+                  != os.readlink('/proc/self/ns/net'))
+        return process
+
     def work(self) -> None:
-        """Do as the agent does, until nothing is left to do."""
+        """Run the finder until it is idle."""
         def is_done() -> bool:
             if not is_idle(self.finder):
                 self.step()
@@ -1067,8 +1099,8 @@ class FinderTestCase(base.LabTestCase):
 
     def assert_bound(self, *addresses: str) -> None:
         def is_so() -> bool:
-            # The kernel tells of the end of a namespace when it is deleted,
-            # which may take it a while.
+            # The kernel deletes a namespace with a delay and sends the event
+            # of its end afterwards.
             self.work()
             self.step()
             return self.bound() == set(addresses)
@@ -1080,14 +1112,13 @@ class FinderTestCase(base.LabTestCase):
 class TestWithoutName(FinderTestCase):
 
     def test_container_with_a_new_macvlan(self) -> None:
-        """As of systemd-nspawn: nothing is mounted, and nothing is moved."""
+        """A macvlan created inside a nameless namespace is discovered.
+
+        systemd-nspawn creates no mount and moves no interface.
+        """
         self.work()
-        process = subprocess.Popen(['unshare', '--net', 'sleep', '1000'])
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
+        process = self.start_unnamed()
         pid = str(process.pid)
-        lab.until(lambda: os.readlink('/proc/%s/ns/net' % pid)
-                  != os.readlink('/proc/self/ns/net'))
         os.mkdir(self.PROC)
         for each in ('1', pid):
             os.symlink('/proc/' + each, '%s/%s' % (self.PROC, each))
@@ -1104,11 +1135,11 @@ class TestWithoutName(FinderTestCase):
 
 
 class TestExhausted(FinderTestCase):
-    """A search that this process has no descriptors for."""
+    """The finder recovers after a search without free descriptors."""
 
     @contextlib.contextmanager
     def descriptors(self, count: int) -> Iterator[None]:
-        """Leave this process so many, within the block."""
+        """Leave the process ``count`` free descriptors within the block."""
         before = resource.getrlimit(resource.RLIMIT_NOFILE)
         taken = [os.open('/dev/null', os.O_RDONLY) for _ in range(count)]
         resource.setrlimit(resource.RLIMIT_NOFILE,
@@ -1126,7 +1157,7 @@ class TestExhausted(FinderTestCase):
                 os.close(each)
 
     def starve(self, count: int) -> None:
-        """Let it work with so many descriptors, as the agent would."""
+        """Run 4 steps of the finder with ``count`` free descriptors."""
         with self.descriptors(count):
             for _ in range(4):
                 with contextlib.suppress(OSError, exceptions.Break0Error):
@@ -1169,7 +1200,10 @@ class TestExhausted(FinderTestCase):
                 self.assert_bound(ONE)
 
     def test_end_that_is_not_proven_again(self) -> None:
-        """Under the lock fewer descriptors are left."""
+        """A record stays if the second judgement, under the lock, is in doubt.
+
+        The lock takes descriptors, so the second judgement can fail.
+        """
         self.lab.add_pod('one', ONE)
         self.finder.note_mounts()
         self.assert_bound(ONE)
@@ -1225,7 +1259,7 @@ class TestExhausted(FinderTestCase):
         self.assert_bound()
 
     def test_records_that_cannot_be_read(self) -> None:
-        """They are not taken for those of nobody."""
+        """An unreadable record still belongs to its container."""
         self.lab.add_pod('one', ONE)
         self.finder.note_mounts()
         self.assert_bound(ONE)
@@ -1237,7 +1271,7 @@ class TestExhausted(FinderTestCase):
         self.assert_bound()
 
     def test_ledger_that_cannot_be_read(self) -> None:
-        """What was read before counts: what goes is noticed."""
+        """With an unreadable ledger, the finder uses its last reading."""
         self.lab.add_pod('one', ONE)
         self.finder.note_mounts()
         self.assert_bound(ONE)
@@ -1247,7 +1281,7 @@ class TestExhausted(FinderTestCase):
         self.assert_bound()
 
     def test_end_that_cannot_be_proven(self) -> None:
-        """It is asked for less and less often."""
+        """The finder judges an unproven end at growing intervals."""
         self.lab.add_pod('one', ONE)
         self.finder.note_mounts()
         self.assert_bound(ONE)
@@ -1268,7 +1302,7 @@ class TestExhausted(FinderTestCase):
 class TestBounds(FinderTestCase):
 
     def test_more_addresses_that_others_had_bound(self) -> None:
-        """Their records were lost, and rebuilt."""
+        """Rebuilt records stay beyond the limit of discovered addresses."""
         addresses = ['100.75.30.%d' % (100 + number)
                      for number in range(binder.MAX_ADDRESSES + 5)]
         path = self.lab.add_pod('one', *addresses, mac='02:00:00:00:00:01')
@@ -1308,7 +1342,7 @@ class TestBounds(FinderTestCase):
 
 
 class TestNoisy(FinderTestCase):
-    """A container that causes much work, beside others."""
+    """A container that causes much work delays no other container."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -1334,7 +1368,7 @@ class TestNoisy(FinderTestCase):
     def test_delays_no_other(self) -> None:
         self.lab.add_pod('noisy', ONE)
         self.assert_bound(ONE)
-        # From now on it has to wait for a long time.
+        # The finder has spent the CPU budget of "noisy", which must wait.
         self.change('add', LATER, 'noisy')
         self.lab.add_pod('one', TWO)
         self.finder.note_mounts()
@@ -1345,7 +1379,7 @@ class TestNoisy(FinderTestCase):
             self.assert_bound(*expected)
         self.lab.del_netns('one')
         self.assert_bound(ONE)
-        # What it did itself is not forgotten.
+        # The address added by "noisy" is bound after the wait.
         now = time.monotonic
         with mock.patch.object(time, 'monotonic', lambda: now() + 10 ** 6):
             self.assert_bound(ONE, LATER)
@@ -1369,7 +1403,7 @@ class TestNoisy(FinderTestCase):
                              'dev', 'aa%d' % number, netns='one')
                 self.lab.run('ip', 'address', 'add', '10.0.1.%d' % number,
                              'dev', 'eth0', netns='one')
-            # One that is read after those.
+            # The last address added is the last that the kernel lists.
             self.change('del', ONE, 'one')
             self.change('add', ONE, 'one')
             self.finder.mark_all()
@@ -1398,13 +1432,8 @@ class TestNoisy(FinderTestCase):
 class TestEvents(FinderTestCase):
 
     def test_old_process_with_a_new_macvlan(self) -> None:
-        """Nothing is new but the macvlan, of which its parent has an event."""
-        process = subprocess.Popen(['unshare', '--net', 'sleep', '1000'])
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
-        pid = str(process.pid)
-        lab.until(lambda: os.readlink('/proc/%s/ns/net' % pid)
-                  != os.readlink('/proc/self/ns/net'))
+        """A new macvlan in an old namespace is found by its parent's event."""
+        pid = str(self.start_unnamed().pid)
         self.work()
         with mock.patch.object(kernel.search._Processes, 'new',
                                return_value=[]):
@@ -1418,8 +1447,28 @@ class TestEvents(FinderTestCase):
                          'add', ONE + '/24', 'dev', 'mv')
             self.assert_bound(ONE)
 
+    def test_a_process_that_ends_in_a_namespace_with_a_name(self) -> None:
+        """The namespace is examined by its name, though found by both."""
+        os.mkdir(self.PROC)
+        self.work()
+        self.lab.add_pod('one', ONE)
+        self.finder.note_mounts()
+        self.finder._search_new()
+        process = subprocess.Popen(['ip', 'netns', 'exec', 'one', 'sleep',
+                                    '1000'])
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        pid = str(process.pid)
+        lab.until(lambda: os.stat('/proc/%s/ns/net' % pid).st_ino
+                  == os.stat('/run/netns/one').st_ino)
+        os.symlink('/proc/' + pid, '%s/%s' % (self.PROC, pid))
+        self.finder._search_new()
+        os.unlink('%s/%s' % (self.PROC, pid))
+        with mock.patch.object(kernel.Search, 'all', return_value=[]):
+            self.assert_bound(ONE)
+
     def test_another_namespace_of_the_same_name(self) -> None:
-        """The event of the end of the first one is lost."""
+        """A new namespace at a known path is found without an end event."""
         self.lab.add_pod('one', ONE)
         self.assert_bound(ONE)
         known, = (each for each in self.finder._namespaces.values()
@@ -1453,7 +1502,7 @@ class TestEvents(FinderTestCase):
         searched.assert_not_called()
 
     def test_flood(self) -> None:
-        """What is more than is worth reading is dropped, and no more."""
+        """After too many events, the finder drops them and reads all again."""
         self.lab.add_pod('one', ONE)
         self.assert_bound(ONE)
         events = self.finder._events
@@ -1492,13 +1541,13 @@ class TestEvents(FinderTestCase):
         self.assert_bound(ONE, TWO)
 
     def test_namespace_that_gets_a_name(self) -> None:
-        """It lives as long as the namespace, which a process may not."""
-        process = subprocess.Popen(['unshare', '--net', 'sleep', '1000'])
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
+        """A record changes from a process's path to the namespace's name.
+
+        The name exists as long as the namespace; the process can end
+        earlier.
+        """
+        process = self.start_unnamed()
         pid = str(process.pid)
-        lab.until(lambda: os.readlink('/proc/%s/ns/net' % pid)
-                  != os.readlink('/proc/self/ns/net'))
         os.mkdir(self.PROC)
         os.symlink('/proc/' + pid, '%s/%s' % (self.PROC, pid))
         self.finder.mark_all()
@@ -1527,12 +1576,12 @@ class TestRecords(base.LabTestCase):
         self.manager().bind(Owner('discovered-7', 'eth0'),
                             base.addresses(ONE), parent='eth0', netns=netns,
                             origin=Origin.DISCOVERED)
-        # Its name alone makes nothing a discovered one.
+        # The origin decides, not the name of the owner.
         self.manager().bind(Owner('discovered', 'eth0'),
                             base.addresses(TWO), parent='eth0', netns=netns,
                             origin=Origin.MANUAL)
         found = ledger.Ledger(options.state_dir)
-        # What fails is tried again with the next sync.
+        # If the result is False, the next sync tries again.
         with mock.patch.object(ledger.Ledger, 'lock', side_effect=(
                 exceptions.LockTimeout(path='/run', timeout=0))):
             self.assertFalse(records.unbind_discovered(options, found))

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Whatever ledger, view of the node or clock say wrongly, no pod loses its
-route, and a fault of one record touches no other."""
+"""Faults of the ledger, of the view or of the clock cost no pod its route.
+
+A fault of one record does not affect other records.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ POD6 = 'fd00:30::71'
 
 
 class DoubtTestCase(base.LabTestCase):
-    """A node with two pods that are really there."""
+    """A node with two bound pods, each in its own namespace."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -51,7 +53,7 @@ class DoubtTestCase(base.LabTestCase):
                   mac_of_pod=MAC % 2)
 
     def reconcile(self, **overrides: Any) -> reconciler.Outcome:
-        """What an agent does, as often as it could be tempted."""
+        """Reconcile three times, as an agent; return the first outcome."""
         own = base.options(**overrides)
         reconcile = reconciler.Reconciler(
             own, ledger.Ledger(own.state_dir)).sync
@@ -71,11 +73,11 @@ class DoubtTestCase(base.LabTestCase):
 
 
 class TestViews(DoubtTestCase):
-    """What is not seen is not gone."""
+    """A namespace with a hidden or wrong path keeps its record."""
 
     def setUp(self) -> None:
         super().setUp()
-        # It keeps the namespace, as the processes of a pod do.
+        # A process keeps the namespace alive without its path.
         process = subprocess.Popen(
             ['ip', 'netns', 'exec', 'pod', 'sh', '-c', 'echo; exec cat'],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -86,7 +88,10 @@ class TestViews(DoubtTestCase):
         self.process = process.pid
 
     def show(self, *commands: str) -> None:
-        """Let the path of the namespace be something else."""
+        """Replace the path of the pod's namespace.
+
+        Each command is a shell command with %s for the path.
+        """
         for command in ('umount -l %s 2>/dev/null', 'rm -rf %s', *commands):
             self.lab.run('sh', '-c', command % self.netns, check=False)
 
@@ -115,14 +120,15 @@ class TestViews(DoubtTestCase):
                 with self.subTest(command=command):
                     self.show(command)
                     self.assert_untouched()
-            self.lab.del_netns('other')  # and none is seen there any more
+            self.lab.del_netns('other')  # the directory shows no namespace now
             self.lab.run('mount', '-t', 'tmpfs', 'hidden', '/run/netns')
             self.reconcile()
             self.assertIn(POD, self.bound())
             self.lab.run('umount', '/run/netns')
 
     def test_another_process_namespace(self) -> None:
-        # There the path of its process is that of another.
+        # In another process namespace, the recorded path /proc/PID belongs to
+        # another process.
         record = self.seen().live[base.addresses(POD)[0]]
         ledger.Ledger(STATE, 10).records.put([dataclasses.replace(
             record, netns='/proc/1/ns/net')])
@@ -134,7 +140,8 @@ class TestViews(DoubtTestCase):
         if record.namespace.cookie is None:
             self.skipTest('needs numbers of namespaces, Linux 6.18')
         os.kill(self.process, 9)
-        # In half of all cases the next namespace has the inode of the last.
+        # The kernel reuses the inode for the next namespace in about half of
+        # all attempts.
         for _ in range(50):
             self.lab.del_netns('pod')
             self.netns = self.lab.add_netns('pod')
@@ -142,7 +149,7 @@ class TestViews(DoubtTestCase):
             assert found is not None
             if found[:2] == record.namespace[:2]:
                 break
-        else:  # somebody else on this machine has it
+        else:  # another program has the inode
             records.Records(STATE + '/addresses', STATE).put([
                 dataclasses.replace(record, namespace=found._replace(
                     cookie=record.namespace.cookie))])
@@ -201,18 +208,19 @@ class TestLostLedger(DoubtTestCase):
     def test_what_was_rebuilt_goes_with_its_pod(self) -> None:
         shutil.rmtree(STATE)
         self.assert_rebuilt(POD, OTHER_POD)
-        # By its DEL, which names namespace and MAC address,
+        # The DEL, with namespace and MAC address, unbinds the first pod.
         self.manager().unbind(OWNER, base.addresses(POD), self.netns,
                               MAC % 1)
         self.assertEqual({OTHER_POD}, set(self.lab.routes()))
-        # or by its end.
+        # The end of its namespace unbinds the second pod.
         self.lab.del_netns('other')
         self.reconcile()
         self.assertEqual({}, self.lab.routes())
 
     def test_what_cannot_be_matched_stays(self) -> None:
         shutil.rmtree(STATE)
-        # Its address was taken from it, or its MAC address is another one.
+        # The first pod has lost its address, the second has a new MAC
+        # address.
         self.lab.run('ip', 'address', 'flush', 'dev', 'eth0', netns='pod')
         self.lab.run('ip', 'link', 'set', 'eth0', 'address',
                      '02:00:00:00:00:99', netns='other')
@@ -222,7 +230,11 @@ class TestLostLedger(DoubtTestCase):
         self.assertEqual(2, self.problems().count('no container claims it'))
 
     def test_another_one_with_its_address_and_mac_address(self) -> None:
-        """As the kernel allows while it is down."""
+        """A rebuild prefers the interface that is up.
+
+        The kernel permits a second macvlan with the same MAC address only
+        while one of both is down.
+        """
         self.lab.add_pod('evil')
         for command in ('link add mv0 link eth0 address %s type macvlan mode '
                         'bridge' % (MAC % 1),
@@ -260,7 +272,8 @@ class TestLostLedger(DoubtTestCase):
         self.assert_rebuilt(POD)
 
     def test_the_record_before_does_not_unbind_the_new_pod(self) -> None:
-        # It could not be overwritten, so the DEL of its pod finds it.
+        # The full disk keeps the old record, so the DEL of the old pod finds
+        # it.
         self.lab.add_pod('new', mac=MAC % 3)
         with mock.patch.object(records.files, 'replace', side_effect=OSError(
                 errno.ENOSPC, 'No space left on device')):
@@ -275,7 +288,7 @@ class TestLostLedger(DoubtTestCase):
 class TestOtherLedger(DoubtTestCase):
 
     def test_the_end_of_a_sandbox_is_said_as_it_is(self) -> None:
-        """Nothing is deleted of the break0 of another one."""
+        """A sync removes its claim, and no route of another ledger."""
         self.bind('100.75.30.99', owner=Owner('new', 'eth0'),
                   state_dir='/run/other')
         self.lab.del_netns('other')
@@ -313,7 +326,7 @@ class TestOtherLedger(DoubtTestCase):
         self.assertEqual((), outcome.errors)
         self.assertEqual(2, len(outcome.rebuilt))
         self.assertEqual([], self.problems(state_dir='/run/other'))
-        # The other one reports, and deletes nothing, from now on.
+        # The first ledger now owns nothing: its syncs only report.
         shutil.rmtree(STATE + '/addresses')
         self.reconcile()
         self.assert_reachable()
@@ -343,7 +356,7 @@ class TestOtherLedger(DoubtTestCase):
         with self.assertLogs('kuryr_break0', 'WARNING') as logs:
             self.assertEqual(base.addresses(POD), self.manager(
                 state_dir='/run/other').unbind(OWNER, base.addresses(POD)))
-            # Not recorded there, and known by its MAC address or by nothing.
+            # The other ledger has no claim of these two owners.
             self.manager(state_dir='/run/other').unbind(
                 OTHER_OWNER, base.addresses(OTHER_POD), mac=MAC % 2)
             self.unbind('100.75.30.90', owner=Owner('c', 'eth0'),
@@ -351,7 +364,8 @@ class TestOtherLedger(DoubtTestCase):
         self.assertIn('belongs to the ledger', logs.output[0])
         self.assertEqual(before, self.state())
         self.assertEqual({POD, OTHER_POD, '100.75.30.90'}, self.bound())
-        # Found by its sync, which was to load the guard with all pods.
+        # The bind in the other ledger had rebuilt this record, since the
+        # guard needs all pods.
         self.assertEqual({OTHER_POD}, set(map(str, self.seen(
             state_dir='/run/other').contents.claims)))
 
@@ -381,9 +395,10 @@ class TestOtherLedger(DoubtTestCase):
         self.assertEqual([], self.problems())
 
     def test_two_at_one_path_take_it_over_once(self) -> None:
-        # As in a container that does not share the directory of the daemon.
+        # An agent's container may not share the daemon's state directory:
+        # two directories then have the same path.
         os.rename(STATE, '/run/of-the-daemon')
-        self.reconcile()  # the agent: it rebuilds, and takes over
+        self.reconcile()  # as the agent: rebuild and take over
         self.assertEqual([], self.problems())
         os.rename(STATE, '/run/of-the-agent')
         os.rename('/run/of-the-daemon', STATE)
@@ -407,7 +422,7 @@ class TestOtherLedger(DoubtTestCase):
 class TestErrorsStayWhereTheyArise(DoubtTestCase):
 
     def wrong_records(self) -> None:
-        """One record of each kind that is read and cannot be acted on."""
+        """Write one valid but unusable record of each kind."""
         made = ledger.Ledger(STATE, 10).records
         for number, change in enumerate((
                 {'parent': 'eth7'}, {'parent': 'lo'},
@@ -450,8 +465,8 @@ class TestErrorsStayWhereTheyArise(DoubtTestCase):
         self.assertIn(('break0', 'it is down'), self.reconcile().devices)
 
     def test_a_record_of_a_broadcast_address(self) -> None:
-        # A bind refuses it; a record can be written by hand, or the node get
-        # another subnet.
+        # A bind refuses a broadcast address. A record of one exists if an
+        # operator writes the file or the node gets a new subnet.
         made = ledger.Ledger(STATE, 10).records
         own, later = '100.75.30.255', '100.75.30.127'
         for address in (own, later):
@@ -561,7 +576,7 @@ class TestErrorsStayWhereTheyArise(DoubtTestCase):
     def test_a_prefix_of_ipv6_is_no_host_route(self) -> None:
         self.lab.add_ipv6()
         self.bind(POD6)
-        self.manager().sync()  # the node has got an address
+        self.manager().sync()  # for the new address of the node
         self.lab.run('ip', 'route', 'add', 'fd01:2::/32', 'dev', 'break0',
                      'proto', '176')
         with kernel.Netlink() as netlink:
@@ -575,7 +590,7 @@ class TestErrorsStayWhereTheyArise(DoubtTestCase):
         with self.assertRaises(exceptions.ForeignRoute):
             self.bind(POD6)
         self.bind(POD6, takeover=True)
-        self.manager().sync()  # the node has got an address
+        self.manager().sync()  # for the new address of the node
         found = self.lab.ip('-6', 'route', 'get', POD6)[0]
         self.assertEqual('break0', found['dev'])
         self.assertEqual([], self.problems())
@@ -591,7 +606,7 @@ class TestErrorsStayWhereTheyArise(DoubtTestCase):
 
 
 class TestClaims(DoubtTestCase):
-    """Several sandboxes with one address: the newest wins, none is lost."""
+    """The newest claim on an address wins, and the others are kept."""
 
     def claim(self) -> str:
         netns = self.lab.add_pod('thief', POD, mac=MAC % 9)
@@ -727,7 +742,7 @@ class TestPodSide(DoubtTestCase):
 
 
 class TestStatus(test_cli.CLITestCase):
-    """What is said is what is: each stops traffic, or a sync changes it."""
+    """Status reports every fault that stops traffic or that a sync repairs."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -788,7 +803,7 @@ class TestStatus(test_cli.CLITestCase):
         self.assertIn('fd00:30::79', self.lab.routes())
 
     def test_a_guard_that_cannot_be_loaded_again(self) -> None:
-        """A sync does not say that it has repaired the guard."""
+        """A sync reports no repair of the guard if nft is missing."""
         self.lab.run('nft', 'flush', 'ruleset')
         with mock.patch.object(kernel, 'find_program', return_value=None):
             outcome = self.manager().sync()
@@ -831,10 +846,11 @@ class TestStatus(test_cli.CLITestCase):
             self.assertNotIn('BrokenPipe', done.stdout)
 
     def test_a_scrape_does_not_end_the_lock(self) -> None:
-        # Record locks of fcntl(2) end when the process closes the file.
+        # A record lock of fcntl(2) ends when the process closes any of its
+        # descriptors of the file, so the ledger uses flock(2).
         made = ledger.Ledger(STATE, 1)
         with made.lock():
-            self.seen()  # as a scrape reads it, in the process of the agent
+            self.seen()  # a scrape reads it in the agent's process
             pid = base.in_child(self._take)
             self.assertEqual(1, base.wait_for(pid))
 

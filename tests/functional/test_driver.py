@@ -34,7 +34,7 @@ CONTAINER = base.OWNER.container_id
 
 
 def vif(*addresses: str, **kwargs: Any) -> Any:
-    """A VIF as kuryr-daemon reads it with break0 in use."""
+    """Return a VIF as kuryr-daemon deserializes it with break0."""
     primitive = kuryr.macvlan_vif(*addresses, **kwargs).obj_to_primitive()
     return break0_vif.VIFMacvlanBreak0._obj_from_primitive(
         None, '1.0', primitive)
@@ -46,7 +46,7 @@ def names(links: list[dict[str, Any]]) -> set[str]:
 
 def set_options(test: unittest.TestCase, group: str = 'break0',
                 **values: Any) -> None:
-    """Set options of kuryr.conf until the end of the test."""
+    """Set options of kuryr.conf until the test ends."""
     driver.config.register(k_config.CONF)
     for name, value in values.items():
         k_config.CONF.set_override(name, value, group=group)
@@ -55,7 +55,7 @@ def set_options(test: unittest.TestCase, group: str = 'break0',
 
 class DriverTestCase(base.LabTestCase):
 
-    #: How the pod's interface is made, and what fails where that does.
+    #: The option pod_binding, and the object with its disconnect function.
     binding = 'kuryr'
     disconnecting: Any = nested.MacvlanDriver
 
@@ -85,7 +85,7 @@ class DriverTestCase(base.LabTestCase):
 
     @contextlib.contextmanager
     def break0_taken(self) -> Iterator[None]:
-        """Something else has the name, so that binding fails."""
+        """Make a bind fail within the block by a name conflict."""
         self.lab.run('ip', 'link', 'add', 'break0', 'type', 'veth',
                      'peer', 'name', 'peer0')
         yield
@@ -109,9 +109,12 @@ class TestConnect(DriverTestCase):
         self.assertEqual(1400, ours[0]['mtu'])
 
     def pod(self) -> list[Any]:
-        """All that ip says of a pod, as soon as the kernel has done all."""
+        """Return the pod's interfaces, addresses, routes and sysctls.
+
+        Wait first until the kernel has completed its asynchronous changes.
+        """
         self.lab.settle()
-        # It is UNKNOWN until the kernel has looked after the carrier.
+        # The kernel sets operstate with a delay; it is UNKNOWN until then.
         lab.until(lambda: self.pod_links()['eth0']['operstate'] == 'UP')
         found: list[Any] = [*self.pod_links().values()]
         for args in (('address', 'show'), ('-4', 'route', 'show'),
@@ -120,7 +123,7 @@ class TestConnect(DriverTestCase):
         sysctls = self.lab.run('sysctl', '-a', '--pattern', r'\.eth0\.',
                                netns='pod').stdout
         for each in found:
-            each.pop('ifindex', None)  # of each interface another
+            each.pop('ifindex', None)  # unique per interface
         return [*found, sysctls]
 
     def test_reachable_once_it_has_its_address(self) -> None:
@@ -195,7 +198,8 @@ class TestConnect(DriverTestCase):
         self.assertEqual(set(), self.bound())
 
     def test_a_refusal_is_not_taken_for_a_vlan_conflict(self) -> None:
-        # A second macvlan with one MAC address on a parent: EADDRINUSE.
+        # The kernel refuses a second macvlan with the same MAC address on
+        # one parent with EADDRINUSE.
         self.connect()
         netns = self.lab.add_netns('other')
         with self.assertRaisesRegex(driver.PodNotConnected,
@@ -218,8 +222,9 @@ class TestConnect(DriverTestCase):
         self.assertEqual(['eth0'], list(self.pod_links()))
 
     def test_the_interfaces_of_the_node_are_as_before(self) -> None:
-        # That of the pod has the name of one. The kernel may notice only now
-        # that the other end of the veth is up.
+        # The pod's interface has the name of an interface of the node. The
+        # kernel updates the veth's carrier with a delay, so NO-CARRIER does
+        # not count.
         def node() -> list[Any]:
             return [(link['ifname'], link['ifindex'], link['address'],
                      link['mtu'], set(link['flags']) - {'NO-CARRIER'})
@@ -240,7 +245,7 @@ class TestConnect(DriverTestCase):
         netns = self.lab.add_netns('other')
         self.connect(vif=vif('100.75.30.72'), netns=netns, container_id='b')
         self.assertEqual({POD}, set(self.lab.routes()))
-        self.disconnect()  # what was bound before still goes
+        self.disconnect()  # a disabled driver still unbinds
         self.assertEqual({}, self.lab.routes())
 
 
@@ -265,7 +270,8 @@ class TestConnectDirectly(TestConnect):
 
     def test_a_mac_address_that_is_not_free_yet(self) -> None:
         self.connect()
-        # As by the kernel, which is still deleting the namespace of the pod.
+        # The kernel deletes a namespace with a delay. The mock deletes the
+        # interface during the driver's pause.
         delete = mock.Mock(side_effect=lambda _: self.lab.run(
             'ip', 'link', 'del', 'eth0', netns='pod'))
         netns = self.lab.add_netns('other')
@@ -278,7 +284,7 @@ class TestConnectDirectly(TestConnect):
 
     @contextlib.contextmanager
     def older_kernel(self) -> Iterator[None]:
-        """Look for the name on the node, as 5.10 and 6.12 do."""
+        """Refuse names of the node's interfaces, as Linux 5.10 and 6.12."""
         create = kernel.Netlink.create_macvlan
 
         def refusing(self: Any, name: str, *args: Any, **kwargs: Any) -> None:
@@ -301,7 +307,7 @@ class TestConnectDirectly(TestConnect):
                                  self.pod_links()['eth0']['address'])
             self.assertEqual({*names(before), 'break0'},
                              names(self.lab.ip('link', 'show')))
-            # Another pod has its MAC address, so it cannot be set up.
+            # The first pod has the MAC address, so the second bind fails.
             with self.assertRaises(driver.PodNotConnected):
                 self.connect(netns=self.lab.add_netns('second'))
         self.assertEqual({'lo'}, names(self.lab.ip('link', 'show',
@@ -329,7 +335,10 @@ class TestConnectDirectly(TestConnect):
 class TestNetlinkErrors(DriverTestCase):
 
     def interrupted(self, times: int) -> Any:
-        """Kuryr's connect, hit by an interrupted dump so many times."""
+        """Patch Kuryr's connect to fail ``times`` times.
+
+        Each failure is an interrupted netlink dump.
+        """
         self.calls = 0
         connect = nested.MacvlanDriver.connect
 
@@ -375,10 +384,10 @@ class TestNetlinkErrors(DriverTestCase):
 
 
 class TestAddressing(DriverTestCase):
-    """Kuryr's part of an ADD that comes after the driver's."""
+    """Kuryr's address configuration, after the driver, is repeated."""
 
     def configure(self, failures: int) -> None:
-        """Let Kuryr do it, by an IPDB that fails so many times."""
+        """Run Kuryr's configuration; IPDB fails ``failures`` times first."""
         self.connect()
         get_ipdb = b_base.get_ipdb
         self.calls = 0
@@ -386,7 +395,7 @@ class TestAddressing(DriverTestCase):
         def failing(netns: str) -> Any:
             self.calls += 1
             if self.calls <= failures:
-                raise RuntimeError()  # as IPDB does
+                raise RuntimeError()  # the error of IPDB
             return get_ipdb(netns)
 
         with mock.patch.object(b_base, 'get_ipdb', failing):
@@ -397,7 +406,7 @@ class TestAddressing(DriverTestCase):
         with self.assertLogs('kuryr_break0.kuryr.patches', 'WARNING'):
             self.configure(failures=2)
         self.assertTrue(self.lab.ping(POD))
-        # What follows is Kuryr's own again.
+        # The patch must restore Kuryr's function.
         self.assertIs(stock, b_base._configure_l3)
 
     def test_but_not_for_ever(self) -> None:
@@ -428,7 +437,7 @@ class TestDisconnect(DriverTestCase):
         self.lab.run('ip', 'link', 'del', 'eth0', netns='pod')
         other = vif(base.OTHER_POD)
         self.connect(vif=other)
-        # That of another sandbox ends nothing of this one.
+        # A DEL of another sandbox must not unbind this sandbox.
         self.disconnect(vif=other, container_id='an-earlier-one')
         self.manager().sync()
         self.assertEqual({POD, base.OTHER_POD}, self.bound())
@@ -480,7 +489,10 @@ class TestDisconnectDirectly(TestDisconnect):
 
 
 class TestNetns(DriverTestCase):
-    """Kuryr must not be asked for a namespace that is not a pod's."""
+    """The driver refuses an empty, missing or own namespace.
+
+    Kuryr would act on the node's namespace instead.
+    """
 
     def unusable(self) -> Iterator[str]:
         self.lab.settle()
@@ -513,7 +525,7 @@ class TestNetns(DriverTestCase):
         self.assertIsNotNone(self.lab.link(lab.PARENT))
 
     def test_a_path_below_the_hosts_proc(self) -> None:
-        # docker_mode: the path that CNI names is another one in here.
+        # With docker_mode, the daemon sees the host's /proc at another path.
         set_options(self, 'cni_daemon', docker_mode=True,
                     netns_proc_dir='/run/host_proc')
         os.makedirs('/run/host_proc/42/ns')
@@ -532,7 +544,8 @@ class TestNetnsDirectly(TestNetns):
 class TestParent(DriverTestCase):
 
     def test_break0_is_never_taken_for_it(self) -> None:
-        # Kuryr's last resort is the first interface but the loopback.
+        # Without other hints, Kuryr takes the first interface that is not the
+        # loopback.
         set_options(self, 'binding', link_iface='')
         node = mock.Mock(interfaces={'lo': {'flags': 8},
                                      'break0': {'flags': 0},
@@ -564,7 +577,7 @@ class TestParentDirectly(TestParent):
 
 
 class TestDetection(DriverTestCase):
-    """Without a usable [binding] link_iface."""
+    """The driver detects the same parent as Kuryr."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -601,7 +614,8 @@ class TestDetection(DriverTestCase):
                 self.assert_as_kuryr('eth0', link_iface)
 
     def listening(self, address: str) -> socket.socket:
-        # One to a test: Kuryr leaves processes that have it open.
+        # A test can open only one: Kuryr's processes inherit the socket and
+        # outlive the test.
         return socket.create_server(
             (address, 10250),
             family=socket.AF_INET6 if ':' in address else socket.AF_INET)
@@ -628,11 +642,10 @@ class TestDetectionDirectly(TestDetection):
 
 
 class TestKuryrsOwn(test_binding.TestNestedMacvlanDriver):
-    """Kuryr's unit tests of its macvlan driver, with ours in its place.
+    """Kuryr's unit tests of its macvlan driver pass with break0's driver.
 
-    The namespace that they name is made to exist. They mock all of IPDB, so
-    the parent that Kuryr finds does not, and break0's part is an error that
-    is logged.
+    The namespace in these tests exists. The tests mock IPDB, so the parent
+    does not exist, and break0 logs an error instead of a bind.
     """
 
     def setUp(self) -> None:
@@ -644,8 +657,9 @@ class TestKuryrsOwn(test_binding.TestNestedMacvlanDriver):
         self.vif = vif('192.168.0.2', subnets=['192.168.0.1/24'], mtu=1)
         self.vif.vif_name = 'h_interface'
         set_options(self, pod_binding='kuryr')
-        # A test that calls the driver alone leaves this for the next request
-        # of its process, which in kuryr-daemon has only one.
+        # The driver patches this function for the request, and the request
+        # restores it. Tests without the rest of the request must restore it
+        # themselves: kuryr-daemon uses one process per request.
         b_base._configure_l3 = patches._configure_l3
 
     def test_it_is_our_driver(self) -> None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Drop-ins for the programs that break0 shares the node with."""
+"""The drop-ins for systemd-networkd and iproute2 work."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOG = '/run/networkd.log'
 
 
 class TestNetworkd(base.LabTestCase):
-    """The real one, on a node where it has been told to manage all."""
+    """systemd-networkd, configured to manage every interface."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -29,8 +29,9 @@ class TestNetworkd(base.LabTestCase):
             os.makedirs('/run/systemd/' + directory)
         with open('/run/systemd/network/50-all.network', 'w') as file:
             file.write('[Match]\nName=*\n[Network]\nLinkLocalAddressing=no\n')
-        # In a container it does without udev, if it cannot write /sys. It
-        # would be a user of its own, of which there is none but root here.
+        # In a container with a read-only /sys, networkd works without udev.
+        # networkd switches to the user systemd-network, and the lab has
+        # only root: the passwd file maps this user to root.
         with open('/run/systemd/container', 'w') as file:
             file.write('lab')
         with open('/run/passwd', 'w') as file:
@@ -55,7 +56,7 @@ class TestNetworkd(base.LabTestCase):
             return file.read()
 
     def state(self, name: str) -> Optional[str]:
-        """What networkd makes of an interface, once it knows."""
+        """Return networkd's final ADMIN_STATE of an interface."""
         link = self.lab.link(name)
         assert link is not None
 
@@ -70,7 +71,7 @@ class TestNetworkd(base.LabTestCase):
         return found()
 
     def takes_note_of_the_route(self) -> bool:
-        """Whether it keeps the route in mind, as one to manage."""
+        """Return whether networkd has recorded the pod's route."""
         return ('break0: Received new foreign route (configured): dst: %s/32'
                 % POD) in self.log()
 
@@ -88,7 +89,7 @@ class TestNetworkd(base.LabTestCase):
         self.assertEqual('configured', self.state('eth0'))
         self.assertEqual('unmanaged', self.state('break0'))
         self.assertFalse(self.takes_note_of_the_route())
-        # As it complains of keys that it does not know.
+        # networkd logs a complaint for every unknown key of a drop-in.
         self.assertNotRegex(self.log(), 'kuryr-break0.*(nknown|ailed|gnor)')
         self.assertIn(POD, self.lab.routes())
 
@@ -98,7 +99,7 @@ class TestIproute2(base.LabTestCase):
     def test_name(self) -> None:
         self.bind(mac_of_pod='02:00:00:00:00:71')
         self.assertIn('proto 176', self.lab.run('ip', 'route').stdout)
-        # Some releases have their own names elsewhere.
+        # Newer releases of iproute2 keep their names outside /etc.
         if os.path.isdir('/etc/iproute2'):
             shutil.copytree('/etc/iproute2', '/run/etc/iproute2')
         shutil.copytree(os.path.join(ETC, 'iproute2'), '/run/etc/iproute2',

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""No sandbox that lives is taken for gone, whatever this process may see."""
+"""A living sandbox is never judged gone, however limited the view is."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ from tests.functional import test_metrics
 from tests import lab
 
 OWN = '/proc/thread-self/ns/net'
-#: What a container or a unit may be left with.
+#: Runs a command with the capabilities of a restricted container or unit.
 FEW_RIGHTS = ('setpriv', '--bounding-set=-all,+net_admin,+net_raw')
-#: Where the paths of namespaces are not to be seen, though they are there.
+#: Runs a command with an empty mount over /run/netns.
 HIDDEN = ('unshare', '--mount', 'sh', '-c',
           'mount -t tmpfs hidden /run/netns && exec "$@"', 'hidden')
 
 
 class TestJudge(base.LabTestCase):
-    """An absence counts only beside a presence."""
+    """A missing namespace is gone only if its directory shows another."""
 
     def setUp(self) -> None:
         super().setUp()
-        # First, so that it does not get the inode of the other.
+        # The kernel reuses inodes: if this namespace came second, it could
+        # get the inode of the first.
         self.another = self.lab.add_netns('another')
         self.path = self.lab.add_netns('judged')
         self.directory = os.path.dirname(self.path)
@@ -54,7 +55,10 @@ class TestJudge(base.LabTestCase):
                      self.directory + '/' + name)
 
     def hide(self) -> None:
-        """Leave nothing in the directory but what is shown there."""
+        """Mount an empty directory over the namespaces' directory.
+
+        The namespace "another" stays available at /run/another.
+        """
         with open('/run/another', 'w'):
             pass
         self.lab.run('mount', '--bind', self.another, '/run/another')
@@ -74,9 +78,12 @@ class TestJudge(base.LabTestCase):
         self.assertIs(kernel.State.GONE, self.judge(cookie=None))
 
     def test_without_all_processes(self) -> None:
-        """Where others are near: a container can have thousands."""
+        """The judge lists the path's directory instead of all processes.
+
+        A container can have thousands of processes.
+        """
         if self.known.cookie is None:
-            return  # such a kernel knows no better way
+            return  # without cookies, the judge must list processes
         for name in 'abc':
             self.lab.add_netns(name)
         self.lab.del_netns('judged')
@@ -140,13 +147,14 @@ class TestJudge(base.LabTestCase):
         self.lab.run('rm', self.path)
         self.assertIs(kernel.State.LIVING, self.judge())
         self.assertIs(kernel.State.LIVING, self.judge(cookie=None))
-        # One that it cannot open just now proves nothing, nor does another.
+        # A process with an unreadable namespace proves nothing, and neither
+        # does a process in another namespace.
         identify = namespaces.identify_or_fail
         with mock.patch.object(namespaces, 'identify_or_fail', side_effect=(
                 lambda path: self.fault() if path.startswith('/proc/')
                 and identify(path).is_same(self.known) else identify(path))):
             self.assertIs(kernel.State.UNKNOWN, self.judge(cookie=None))
-        # Its own path says the same.
+        # The process's path in /proc gives the same result.
         path = '/proc/%d/ns/net' % process.pid
         self.assertIs(kernel.State.LIVING, self.judge(path, cookie=None))
         process.kill()
@@ -161,7 +169,10 @@ class TestJudge(base.LabTestCase):
         raise OSError(errno.EMFILE, 'Too many open files')
 
     def test_where_no_other_is_left(self) -> None:
-        """As on a host whose last container has ended."""
+        """Without another namespace, a full view of processes suffices.
+
+        A host is in this state when its last container has ended.
+        """
         if kernel.Judge().blindness():
             return
         for name in ('another', 'judged'):
@@ -178,7 +189,7 @@ class TestJudge(base.LabTestCase):
 
 
 class TestSync(base.LabTestCase):
-    """A node with two pods, one of which is gone at times."""
+    """A sync with a limited view keeps the addresses of both pods."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -264,7 +275,7 @@ class TestSync(base.LabTestCase):
 
 
 class TestAgent(test_metrics.MetricsTestCase):
-    """What the agent cannot judge stays, and is shown."""
+    """The agent keeps and reports addresses of sandboxes in doubt."""
 
     prefix = (*HIDDEN, *FEW_RIGHTS)
 
@@ -272,7 +283,7 @@ class TestAgent(test_metrics.MetricsTestCase):
         self.bind(POD, netns=self.lab.add_pod('pod', POD))
         self.start('resync_interval = 1')
         self.wait_for(lambda: (self.value('sync_seconds_count') or 0) > 3)
-        # Not again with another number of them, nor for another reason.
+        # Another number of unjudged addresses must not repeat the log line.
         self.bind(OTHER_POD, owner=OTHER_OWNER,
                   netns=self.lab.add_pod('other', OTHER_POD))
         self.wait_for(lambda: self.value('addresses_unjudged') == 2)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""``make install`` and ``make uninstall``, but for what pip does in them."""
+"""``make install`` and ``make uninstall``, without their pip steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ CIDRS = 'CIDRS=100.75.30.0/24,fd00:30::/64'
 class TestInstall(CLITestCase):
 
     def make(self, target: str, *args: str, code: int = 0) -> str:
-        # Not with the processes, and so the macvlans, of other tests.
+        # A separate process namespace hides the macvlans of other tests from
+        # etc/networks.
         done = self.lab.run('unshare', '--pid', '--fork', '--mount-proc',
                             'make', '--silent', target, *args, check=False)
         self.assertEqual(code, done.returncode, done.stdout)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What is printed for programs is what its documented schema says."""
+"""The JSON output of each subcommand matches its documented schema."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DOCUMENTED = os.path.join(os.path.dirname(__file__), '../../doc/source/cli')
 
 
 def strict(schema: Any) -> Any:
-    """The schema without fields that it does not name."""
+    """Return a copy of the schema that rejects undocumented fields."""
     if isinstance(schema, list):
         return [strict(each) for each in schema]
     if not isinstance(schema, dict):
@@ -36,12 +36,15 @@ def strict(schema: Any) -> Any:
 
 
 def schema_of(command: str) -> str:
-    """The file of a subcommand's schema; check prints what doctor does."""
+    """Return the file name of a subcommand's schema.
+
+    The subcommands check and doctor share one schema.
+    """
     return '%s.schema.json' % {'check': 'doctor'}.get(command, command)
 
 
 def validator(command: str) -> Any:
-    """What checks a document that a subcommand has printed."""
+    """Return a validator for the documents that a subcommand prints."""
     with open(os.path.join(DOCUMENTED, schema_of(command))) as file:
         schema = strict(json.load(file))
     made = jsonschema.Draft202012Validator(
@@ -53,7 +56,7 @@ def validator(command: str) -> Any:
 class JSONTestCase(test_cli.CLITestCase):
 
     def valid(self, command: str, *args: str) -> Any:
-        """What a command prints, having been compared with its schema."""
+        """Run a subcommand and return its document, validated."""
         done = self.call(command, '--json', *args)
         self.assertIn(done.returncode, (0, 1, 4), done.stderr)
         document = json.loads(done.stdout)
@@ -69,9 +72,10 @@ class JSONTestCase(test_cli.CLITestCase):
 
 
 class TestEach(JSONTestCase):
-    """Each subcommand that has --json."""
+    """Every subcommand with --json prints a valid document."""
 
-    #: Arguments that one needs; None for one that needs Kuryr's API.
+    #: Arguments by subcommand. None: the subcommand needs Kuryr's API, and
+    #: the test skips it.
     ARGUMENTS = {
         'probe': (POD, '--count', '1'), 'adopt': None,
         'sync': ('--dry-run',), 'cleanup': ('--dry-run',),
@@ -133,7 +137,7 @@ class TestStatus(JSONTestCase):
         self.assertEqual('veth', self.valid('status')['device']['kind'])
 
     def test_what_else_there_is_is_not_valid(self) -> None:
-        # Or the tests above could not fail.
+        # A validator that accepts every document would hide all errors.
         self.add_pod()
         document = self.valid('status')
         for change in (

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What an ADD leaves that is killed between any two of its steps.
+"""A CNI ADD succeeds after an earlier ADD was killed at any step.
 
-And what is only named like that.
+The ADD deletes the leftover interface of the killed ADD. An interface of the
+same name with another origin stays, and the ADD fails.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from tests import lab
 
 class TestKills(DriverTestCase):
 
-    #: What is seen on the node between two steps.
+    #: Number of interfaces that killed ADDs leave on the node.
     leftovers = 1
 
     def setUp(self) -> None:
         super().setUp()
-        # break0 is there, so that all steps are those of the pod.
+        # break0 exists before the kills, so every counted step concerns the
+        # pod.
         self.connect(vif=vif('100.75.30.70'),
                      netns=self.lab.add_netns('first'), container_id='first')
         self.before = self.node()
@@ -44,7 +46,7 @@ class TestKills(DriverTestCase):
         return {link['ifname']: link for link in self.lab.ip('link', 'show')}
 
     def add(self, netns: str, container_id: str) -> None:
-        """Do what an ADD does, which must succeed."""
+        """Run an ADD and check that the pod is connected."""
         self.connect(netns=netns, container_id=container_id)
         b_base._configure_l3(self.vif, 'eth0', netns, True)
         self.assertTrue(self.lab.ping(POD))
@@ -56,16 +58,17 @@ class TestKills(DriverTestCase):
                          (link['ifname'], link['address'], link['group']))
 
     def killed_after(self, steps: int) -> bool:
-        """Have an ADD killed after so many steps; whether it had as many.
+        """Kill an ADD after a number of steps.
 
-        A step is a request that changes something in the kernel.
+        A step is a netlink request that changes the kernel. Return False if
+        the ADD ended before the kill.
         """
         left = steps
 
         def counting(function: Callable[..., Any]) -> Callable[..., Any]:
             def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
                 nonlocal left
-                if args[0] not in ('get', 'dump'):  # of pyroute2
+                if args[0] not in ('get', 'dump'):  # pyroute2's reads
                     if left == 0:
                         base.die()
                     left -= 1
@@ -84,7 +87,7 @@ class TestKills(DriverTestCase):
         return ended != 0
 
     def kills(self) -> Iterator[int]:
-        """Kill an ADD after 0 steps, after 1 step, and so on."""
+        """Kill an ADD after 0 steps, 1 step and so on; yield each number."""
         for steps in itertools.count():
             if not self.killed_after(steps):
                 break
@@ -92,7 +95,9 @@ class TestKills(DriverTestCase):
                               if name not in self.before})
             yield steps
             self.disconnect()
-        # Or it was not between each two steps of Kuryr.
+        # Kuryr creates the interface on the node and then moves it, so one
+        # kill must hit the time in between. Direct binding creates it in
+        # the pod.
         self.assertEqual(self.leftovers, len(self.left))
         for name, link in self.left.items():
             self.assertEqual(self.vif.vif_name, name)
@@ -120,10 +125,10 @@ class TestKillsDirectly(TestKills):
 
 
 class TestLeftover(DriverTestCase):
-    """What has the name that the VIF will have on the node."""
+    """An interface on the node already has the VIF's name."""
 
     def leave(self) -> None:
-        """Have an ADD killed before Kuryr moves the interface."""
+        """Kill an ADD before Kuryr moves the interface into the pod."""
         set_options(self, pod_binding='kuryr')
         link = linux.RTNL_API.link
 
@@ -159,7 +164,7 @@ class TestLeftover(DriverTestCase):
         self.assertIsNone(self.lab.link(self.vif.vif_name))
 
     def refused(self, name: str, mac: str = '') -> None:
-        """Nothing is changed by an ADD of such a VIF."""
+        """Check that an ADD with this vif_name fails and changes nothing."""
         self.vif.vif_name = name
         if mac:
             self.vif.address = mac
@@ -171,7 +176,8 @@ class TestLeftover(DriverTestCase):
         self.assertEqual({}, self.pod_links())
 
     def node(self) -> list[Any]:
-        # Not the state, which the kernel sets some time later.
+        # The kernel sets the operational state with a delay, so the result
+        # excludes the state.
         return [(link['ifname'], link['ifindex'], link['address'],
                  link['flags'], link['group'])
                 for link in self.lab.ip('link', 'show')]

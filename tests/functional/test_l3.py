@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a pod gets by direct binding, against what it gets by Kuryr."""
+"""A pod's addresses and routes, as set by break0 and by Kuryr."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class L3TestCase(base.LabTestCase):
             self.addCleanup(k_config.CONF.clear_override, name, group=group)
         objects.register_locally_defined_vifs()
         os_vif.initialize()
-        # A test that calls the driver alone leaves this for the next request
-        # of its process, which in kuryr-daemon has only one.
+        # A replacement waits in the process until Kuryr configures a VIF. The
+        # driver alone configures none, so an earlier test may have left one.
         b_base._configure_l3 = patches._configure_l3
 
     def connect(self, vif: Any, name: str, is_default: bool = True,
                 prepare: tuple[str, ...] = ()) -> Optional[str]:
-        """Have a pod bound in a child; what it was refused by, if it was."""
+        """Bind a pod in a child; return the name of the error, or None."""
         self.lab.add_netns(name)
         for command in prepare:
             self.lab.run(*command.split(), netns=name)
@@ -78,7 +78,10 @@ class L3TestCase(base.LabTestCase):
             return None
 
     def pod(self, name: str) -> dict[str, Any]:
-        """All that a pod has, but what is different for each."""
+        """Return a pod's routes, interfaces and disable_ipv6 sysctls.
+
+        Indices, counters and lifetimes are left out: they differ.
+        """
         self.lab.settle()
         found: dict[str, Any] = {}
         for family in ('-4', '-6'):
@@ -92,7 +95,7 @@ class L3TestCase(base.LabTestCase):
             for key in ('ifindex', 'link_index', 'link_netnsid', 'txqlen',
                         'promiscuity', 'allmulti'):
                 link.pop(key, None)
-            # IPDB sets them in the order of a set of Python.
+            # IPDB sets the addresses in the order of a Python set.
             link['addr_info'].sort(key=str)
             found[link['ifname']] = link
         found['disable_ipv6'] = self.lab.run(
@@ -102,7 +105,7 @@ class L3TestCase(base.LabTestCase):
     def compare(self, *addresses: str, is_default: bool = True,
                 routes: tuple[tuple[str, str], ...] = (),
                 prepare: tuple[str, ...] = ()) -> dict[str, Any]:
-        """Bind one pod after the other, by Kuryr and directly."""
+        """Bind a pod by Kuryr and a pod by break0, and expect equal pods."""
         stock = kuryr.macvlan_vif(*addresses, mac=MAC, subnets=SUBNETS)
         for subnet in stock.network.subnets.objects:
             for cidr, gateway in routes:
@@ -119,7 +122,7 @@ class L3TestCase(base.LabTestCase):
                 found.append((refused, self.pod(name)))
                 self.lab.del_netns(name)
                 self.lab.until_free(MAC)
-                # IPDB gives up now and then, and says nothing.
+                # IPDB sometimes fails with a RuntimeError.
                 return refused != 'RuntimeError'
 
             found: list[tuple[Optional[str], Any]] = []
@@ -144,9 +147,10 @@ class TestSameAsKuryr(L3TestCase):
                                 for route in pod[family]))
 
     def test_several_subnets(self) -> None:
-        """Kuryr itself fails here in every other process.
+        """All addresses of several subnets are set.
 
-        That depends on the order that IPDB's set of addresses has there.
+        Kuryr is not compared: it fails if IPDB's set of addresses happens to
+        iterate in another order, which depends on the process.
         """
         vif = break0_vif.VIFMacvlanBreak0._obj_from_primitive(
             None, '1.0', kuryr.macvlan_vif(
@@ -159,7 +163,7 @@ class TestSameAsKuryr(L3TestCase):
             {(each['local'], each['prefixlen'])
              for each in pod['eth0']['addr_info']
              if each['scope'] == 'global'})
-        # The first gateway of a family is the default one, as Kuryr has it.
+        # Kuryr also takes the first gateway of a family as the default.
         self.assertEqual(
             [lab.LAN], [route['gateway'] for route in pod['routes -4']
                         if route['dst'] == 'default'])
@@ -199,7 +203,7 @@ class TestErrors(L3TestCase):
         ours = break0_vif.VIFMacvlanBreak0._obj_from_primitive(
             None, '1.0', stock.obj_to_primitive())
         self.assertEqual('NetlinkError', self.connect(stock, 'stock'))
-        # Which kuryr-daemon answers with "try again later".
+        # kuryr-daemon answers PodNotConnected with "try again later".
         self.assertEqual('PodNotConnected', self.connect(ours, 'ours'))
 
     def test_again_after_a_first_try(self) -> None:
@@ -219,7 +223,7 @@ class TestErrors(L3TestCase):
         self.assertEqual(before, self.pod('ours'))
 
     def test_another_vif_comes_first(self) -> None:
-        """One that Kuryr gives no addresses leaves nothing for the next."""
+        """A replacement is used only for its own VIF, and only once."""
         stock = kuryr.macvlan_vif(POD4, mac=MAC)
         ours = break0_vif.VIFMacvlanBreak0._obj_from_primitive(
             None, '1.0', stock.obj_to_primitive())

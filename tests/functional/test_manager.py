@@ -45,7 +45,8 @@ class TestReachability(base.LabTestCase):
             (self.lab.ping(POD), self.lab.ping(lab.NODE, 'pod')))
 
     def test_unbound_pod_is_out_of_reach(self) -> None:
-        # The control of all others: the lab has the kernel's separation.
+        # The control of all tests here: without a bind, the kernel separates
+        # the node from the pod.
         self.assert_reachable(False)
         self.assertTrue(self.lab.ping(lab.LAN, 'pod'))
 
@@ -110,8 +111,8 @@ class TestRoutes(base.LabTestCase):
         self.assertNotIn('prefsrc', self.lab.routes()[POD])
 
     def test_source_is_of_the_parent_not_of_another_interface(self) -> None:
-        # To another subnet the node goes by its second NIC, but pods are on
-        # the parent, and expect its address.
+        # The node reaches another subnet by its second NIC. The pods are on
+        # the parent and expect the parent's address as source.
         self.lab.run('ip', 'link', 'add', 'eth1', 'type', 'veth',
                      'peer', 'name', 'nic1', 'netns', 'lan')
         self.lab.run('ip', 'address', 'add', '192.0.2.1/24', 'dev', 'eth1')
@@ -127,7 +128,7 @@ class TestRoutes(base.LabTestCase):
         self.assertEqual(before, self.lab.routes())
 
     def test_another_route_of_break0_is_replaced(self) -> None:
-        # As one made by hand after the original recipe.
+        # The original recipe sets such a route with ip.
         self.bind(OTHER_POD)
         self.lab.run('ip', 'route', 'add', POD, 'dev', 'break0')
         self.bind()
@@ -185,7 +186,7 @@ class TestRoutes(base.LabTestCase):
                 self.assertEqual(before, self.host_routes(address))
                 self.assertIsNone(self.neighbour(address))
                 if error is exceptions.ForeignRoute:
-                    # Nor by a sync. It is said everywhere.
+                    # A sync keeps and reports the foreign route.
                     with self.assertLogs('kuryr_break0', 'ERROR') as logs:
                         self.assertEqual([address], [
                             str(each.dst) for each
@@ -196,7 +197,7 @@ class TestRoutes(base.LabTestCase):
                     self.assertEqual(before, self.host_routes(address))
                     self.assertRegex(self.problems()[0],
                                      'it has a route of others')
-                    # Taken over, it stays, and ours is used.
+                    # A takeover keeps the foreign route; the kernel uses ours.
                     self.bind(address, takeover=True)
                     after = self.host_routes(address)
                     for each in before:
@@ -205,7 +206,7 @@ class TestRoutes(base.LabTestCase):
                         'route', 'get', address)[0]['dev'])
                     self.assertFalse(self.manager().sync())
                     self.assertEqual([], self.problems())
-                # When it is gone, nothing is in the way.
+                # Without the foreign route the address can be bound.
                 self.unbind(address)
                 self.assertEqual(before, self.host_routes(address))
                 self.lab.run('ip', '-6' if ':' in address else '-4', 'route',
@@ -215,7 +216,7 @@ class TestRoutes(base.LabTestCase):
                 self.unbind(address)
 
     def host_routes(self, address: str) -> list[Any]:
-        """The routes to an address alone, but for local ones."""
+        """Return the routes to a single address, except local routes."""
         return [route for route in self.lab.ip(
             '-6' if ':' in address else '-4', 'route', 'show', 'table', 'all',
             'exact', address) if route.get('type') != 'local']
@@ -226,7 +227,7 @@ class TestRoutes(base.LabTestCase):
             None)
 
     def test_a_route_of_a_network_is_overridden(self) -> None:
-        # As the block of addresses that Calico makes a blackhole.
+        # Calico sets such a blackhole for the node's block of addresses.
         self.lab.add_ipv6()
         for route in ('blackhole 100.75.30.64/26', 'unreachable 10.9.0.0/16',
                       'blackhole fd00:30:0:0:1::/80',
@@ -246,11 +247,12 @@ class TestRoutes(base.LabTestCase):
         self.assertEqual([], self.problems())
         self.bind()
         self.assertTrue(self.lab.ping(POD))
-        # But where ours has to be set again, it was there first.
+        # When our route has to be set again, the foreign route was there
+        # first.
         self.lab.run('ip', 'link', 'del', 'break0')
         self.assertEqual(1, len(self.manager().sync().foreign))
         self.assertEqual({}, self.lab.routes())
-        # Taken over again and again: it is no fight, and is said once.
+        # Repeated takeovers log one line; a sync after each changes nothing.
         with self.assertLogs('kuryr_break0', 'WARNING') as logs:
             for _ in range(2):
                 self.manager(takeover=True).sync()
@@ -261,14 +263,14 @@ class TestRoutes(base.LabTestCase):
                                  if 'Taking over' in line]))
 
     def test_a_route_of_another_table(self) -> None:
-        # It is chosen by a rule that somebody has made; ours is not there.
+        # A rule of another program selects the table; ours is in main.
         self.bind(OTHER_POD)
         self.lab.run('ip', 'rule', 'add', 'from', 'all', 'lookup', '1000')
         self.lab.run('ip', 'route', 'add', POD, 'dev', 'lo', 'table', '1000')
         self.bind()
         self.assertIn(POD, self.lab.routes())
         self.assertFalse(self.manager().sync().foreign)
-        # Ours may be there too.
+        # [break0] route_table may name the same table.
         with self.assertRaises(exceptions.ForeignRoute):
             self.bind(route_table=1000)
         self.lab.run('ip', 'route', 'add', '100.75.30.73', 'dev', 'lo',
@@ -277,7 +279,7 @@ class TestRoutes(base.LabTestCase):
             self.bind('100.75.30.73', route_table=1000)
 
     def test_unbind_what_is_not_there(self) -> None:
-        self.unbind()  # without any break0
+        self.unbind()  # break0 does not exist
         self.bind(OTHER_POD)
         self.unbind()
         self.assertEqual({OTHER_POD}, set(self.lab.routes()))
@@ -319,7 +321,7 @@ class TestRoutes(base.LabTestCase):
         self.assertEqual({POD}, set(self.lab.routes()))
 
     def test_a_next_hop_through_break0_is_not_discovered(self) -> None:
-        """A bind knows what a sync knows, and says the same."""
+        """Bind refuses a discovered next hop, as sync does."""
         self.bind(OTHER_POD)
         self.lab.run('ip', 'route', 'add', '10.9.0.0/16', 'via', POD,
                      'dev', 'break0', 'onlink')
@@ -335,7 +337,7 @@ class TestRoutes(base.LabTestCase):
         netns = self.lab.add_pod('pod', POD, mac=MAC)
 
         def messages() -> list[str]:
-            """The types and flags of all messages of a bind and unbind."""
+            """Return type and flags of each message of a bind and unbind."""
             sent: list[str] = []
 
             class CountingSocket(socket.socket):
@@ -351,22 +353,23 @@ class TestRoutes(base.LabTestCase):
 
             with mock.patch.object(socket, 'socket', CountingSocket), \
                     mock.patch.object(nft, '_kept', threading.local()):
-                # Which route is used; its pair in the guard; neighbour and
-                # route; in the pod, whether the node is on its link, the
-                # node as neighbour, its table, and its other interfaces;
-                # whether it was looked for on the LAN
+                # Node: route lookup; guard entry; neighbour and route.
+                # Pod: its interface; whether the node is on-link; the node as
+                # neighbour; nftables table; other interfaces' addresses;
+                # whether the node was resolved on the LAN.
                 self.bind(netns=netns, mac_of_pod=MAC)
-                # Whose break0 it is; whose neighbour it is; its pair; route
-                # and neighbour; in the pod, which addresses it has, its
-                # table, what is ours there, and the same
+                # Node: whether break0 is ours; neighbour; guard entry; route
+                # and neighbour.
+                # Pod: its interface; addresses; nftables table; our routes
+                # and neighbours.
                 self.unbind()
             return sent
 
         self.bind(OTHER_POD)
-        messages()  # what is cached from now on
+        messages()  # fills the caches
         few = messages()
-        # The last of each request that changes something is acknowledged. A
-        # batch of nftables has a first and a last message.
+        # Only the last change of each request is acknowledged. A batch of
+        # nftables begins and ends with a message of its own.
         self.assertEqual(
             ['26 0x1', '16 0x1', '2572 0x405', '17 0x1', '28 0x501',
              '24 0x605',
@@ -421,14 +424,14 @@ class TestOwnership(base.LabTestCase):
 
 
 class TestReuse(base.LabTestCase):
-    """An address comes back with another MAC address."""
+    """A new pod has the address of an old one and another MAC address."""
 
     def setUp(self) -> None:
         super().setUp()
         self.lab.add_pod('pod', POD, mac=MAC)
         self.bind(owner=OWNER, mac_of_pod=MAC)
         self.assertTrue(self.lab.ping(POD))
-        # At once; the namespace itself may take its time.
+        # Deleted explicitly: the kernel deletes a namespace with a delay.
         self.lab.run('ip', 'link', 'del', lab.PARENT, netns='pod')
         self.lab.del_netns('pod')
 
@@ -446,13 +449,13 @@ class TestReuse(base.LabTestCase):
         self.assertTrue(self.lab.ping(POD, cold=False))
 
     def test_the_kernel_alone_goes_on_with_the_old_one(self) -> None:
-        # The control of the other two.
+        # The control of the other two tests.
         self.lab.add_pod('next', POD, mac=OTHER_MAC)
         self.assertFalse(self.lab.ping(POD, cold=False))
 
 
 class TestConnectionTracking(base.LabTestCase):
-    """Where the node tracks connections, as kube-proxy makes it do."""
+    """The node tracks connections, as with kube-proxy."""
 
     RULES = """
     table ip tracked {
@@ -470,7 +473,7 @@ class TestConnectionTracking(base.LabTestCase):
         with open(rules, 'w') as file:
             file.write(self.RULES)
         self.lab.run('nft', '-f', rules)
-        # For 30 seconds after a ping the kernel tracks it, by default.
+        # By default the kernel forgets a tracked ping after 30 seconds.
         kernel.write_sysctl('netfilter/nf_conntrack_icmp_timeout', 3600)
         self.lab.add_pod('pod', POD)
         self.lab.add_pod('other', OTHER_POD)
@@ -480,7 +483,7 @@ class TestConnectionTracking(base.LabTestCase):
         self.assertEqual(3, self.tracked(POD))
 
     def tracked(self, address: str) -> int:
-        """How many connections an address takes part in."""
+        """Return the number of tracked connections of an address."""
         with open('/proc/net/nf_conntrack') as file:
             return sum(any(field.endswith('=' + address)
                            for field in line.split()) for line in file)
@@ -532,7 +535,7 @@ class TestConnectionTracking(base.LabTestCase):
 class TestDevice(base.LabTestCase):
 
     def assert_untouched(self, *raised: str) -> None:
-        """Binding fails, names all of these, and leaves break0 alone."""
+        """Expect bind to fail with these texts, and break0 to be unchanged."""
         before = self.lab.link('break0')
         with self.assertRaises(exceptions.DeviceConflict) as caught:
             self.bind()
@@ -622,7 +625,7 @@ class TestDevice(base.LabTestCase):
         self.assertEqual(1500, (self.lab.link('break0') or {})['mtu'])
 
     def test_an_mtu_that_forbids_ipv6_for_a_while(self) -> None:
-        # The kernel drops all of IPv6 then, with the sysctls.
+        # Below an MTU of 1280 the kernel removes IPv6 and its sysctls.
         self.bind()
         for mtu in ('1200', '1500'):
             self.lab.run('ip', 'link', 'set', lab.PARENT, 'mtu', mtu)
@@ -677,14 +680,14 @@ class TestDevice(base.LabTestCase):
         self.assert_untouched('interface', 'on eth0 is needed')
 
     def test_a_parent_of_another_namespace(self) -> None:
-        # The same ifindex there is not the same interface.
+        # Each namespace numbers its interfaces independently.
         self.lab.run('ip', 'link', 'add', 'break0', 'link', 'nic',
                      'netns', str(os.getpid()), 'type', 'macvlan',
                      'mode', 'bridge', netns='lan')
         self.assert_untouched('another namespace')
 
     def test_a_macvlan_as_parent(self) -> None:
-        # The kernel puts a macvlan of a macvlan on the lower device.
+        # The kernel puts a macvlan on a macvlan on the lower device.
         self.lab.run('ip', 'link', 'add', 'stacked', 'link', lab.PARENT,
                      'type', 'macvlan', 'mode', 'bridge')
         self.lab.run('ip', 'link', 'set', 'stacked', 'up')
@@ -730,7 +733,7 @@ class TestDevice(base.LabTestCase):
             pid = base.in_child(self.bind)
         self.assertEqual(-9, base.wait_for(pid))
         half_made = self.lab.link('break0')
-        assert half_made is not None  # else the test shows nothing
+        assert half_made is not None  # the test needs an unfinished break0
         self.assertNotIn('UP', half_made['flags'])
         self.bind(OTHER_POD)
         self.assertIn(OTHER_POD, self.lab.routes())
@@ -743,7 +746,7 @@ class TestDevice(base.LabTestCase):
             with self.assertRaises(exceptions.KernelRefused):
                 self.bind()
         self.assertIsNone(self.lab.link('break0'))
-        # It stays in the ledger, to be mended later.
+        # The claim is recorded, so that a sync can repair break0.
         self.assertEqual({POD}, self.bound())
 
 
@@ -812,7 +815,8 @@ class TestRefused(base.LabTestCase):
         with self.assertRaises(exceptions.InputRefused):
             self.bind(POD, *many)
         self.bind(POD, OTHER_POD)
-        # A DEL follows, which holds up others only for what there is.
+        # The DEL of the refused pod may hold the lock only for addresses that
+        # are bound.
         with self.assertLogs('kuryr_break0.engine', 'INFO') as logs:
             self.unbind(*many, POD)
         self.assertEqual(1, len(logs.output), logs.output)
@@ -849,7 +853,7 @@ class TestLedgerAndLock(base.LabTestCase):
             self.bind(state_dir='/run/occupied')
         self.assertIn(POD, self.lab.routes())
         self.assertIn('/run/occupied', '\n'.join(logs.output))
-        # Without a record its MAC address says that it is its own.
+        # Without a record, the MAC address identifies the pod's route.
         self.bind(state_dir='/run/occupied', mac_of_pod=MAC)
         manager = self.manager(state_dir='/run/occupied')
         manager.unbind(OWNER, base.addresses(POD), mac=OTHER_MAC)
@@ -859,7 +863,8 @@ class TestLedgerAndLock(base.LabTestCase):
 
     def test_the_first_bind_after_a_boot(self) -> None:
         self.bind(POD)
-        # A directory that survives, whose record may look like a rival's.
+        # The directory survives the boot. The old claim of POD must not make
+        # the new bind yield.
         found = ledger.Ledger('/run/kuryr-break0')
         identity = found.ensure_identity()
         found.put_identity(dataclasses.replace(identity, boot='earlier'))
@@ -890,7 +895,7 @@ class TestLedgerAndLock(base.LabTestCase):
         self.addCleanup(os.close, ready)
         self.addCleanup(os.close, tell)
         os.read(ready, 1)
-        # A pod is bound and recorded all the same; what takes away waits.
+        # A bind works without the lock; an unbind needs it.
         impatient = mock.patch.object(
             ledger.Ledger.__init__, '__defaults__', (1,))
         impatient.start()
@@ -905,11 +910,11 @@ class TestLedgerAndLock(base.LabTestCase):
         self.assertIn(POD, self.lab.routes())
         os.kill(pid, 9)
         base.wait_for(pid)
-        self.bind()  # a killed holder blocks nobody
+        self.bind()  # the kernel releases the lock of a killed process
         self.assertIn(POD, self.lab.routes())
 
     def test_killed_after_any_step_of_bind(self) -> None:
-        # A live pod's route without a record would never be taken back.
+        # Nothing would ever delete a live pod's route without a record.
         for owner, name in ((records.Records, 'put'),
                             (kernel.Netlink, 'change')):
             original = getattr(owner, name)

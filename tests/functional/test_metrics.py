@@ -45,7 +45,7 @@ MAC = '02:00:00:00:00:71'
 class MetricsTestCase(base.LabTestCase):
 
     where = metrics.DEFAULT
-    #: What runs the agent, as with fewer rights
+    #: The command that runs the agent, such as setpriv.
     prefix: tuple[str, ...] = ()
 
     def configure(self, *lines: str, default: str = '') -> None:
@@ -55,9 +55,9 @@ class MetricsTestCase(base.LabTestCase):
 
     def start(self, *lines: str, default: str = '',
               serving: bool = True) -> None:
-        """Start an agent with these options, and wait until it has synced.
+        """Start an agent with options of [break0], and wait for a sync.
 
-        Nothing is due to its timer, unless they say otherwise.
+        By default no sync is due to the timer: the interval is one hour.
         """
         self.configure(*(lines or ('resync_interval = 3600',)),
                        default=default)
@@ -115,7 +115,7 @@ class TestAddresses(MetricsTestCase):
         self.assert_addresses(desired=2, routed=2, foreign=0, out_of_sync=0)
         self.assertEqual(2, self.value('ledger_records'))
         self.assertEqual(1, self.value('device_up'))
-        # What comes and goes meanwhile is followed.
+        # The agent follows later binds and unbinds.
         self.unbind(OTHER_POD)
         self.assert_addresses(desired=1, routed=1, foreign=0, out_of_sync=0)
 
@@ -140,7 +140,7 @@ class TestAddresses(MetricsTestCase):
         self.bind(POD)
         self.start()
         self.assert_addresses(out_of_sync=0)
-        # Of one of our own the agent thinks that a bind has set it.
+        # The agent ascribes a new route with our protocol to a bind.
         self.lab.run('ip', 'route', 'add', OTHER_POD, 'dev', 'break0',
                      'proto', '176')
         self.wait_for(lambda: (self.value('events_received_total') or 0) > 0)
@@ -167,7 +167,7 @@ class TestRepairs(MetricsTestCase):
         self.bind(POD, netns=self.netns, mac_of_pod=MAC)
 
     def fault(self, expected: dict[str, int], *command: str) -> None:
-        """What is repaired after a fault, and nothing else."""
+        """Cause a fault and expect these repairs, and no others."""
         before = {reason: self.repairs(reason) for reason in (
             'device', 'route', 'neighbour', 'pod', 'unclaimed',
             'sandbox_gone', 'released', 'takeover', 'rebuilt')}
@@ -210,7 +210,7 @@ class TestRepairs(MetricsTestCase):
                    'ip', 'route', 'replace', POD, 'dev', 'lo')
 
     def test_by_other_processes(self) -> None:
-        # A sync by hand, and what a bind finds, without an agent.
+        # Repairs by the sync command and by a bind, before the agent starts.
         self.lab.run('ip', 'route', 'del', POD)
         program.run([PROGRAM, 'sync'], check=True,
                     stdout=subprocess.DEVNULL)
@@ -268,8 +268,8 @@ class TestBinds(MetricsTestCase):
         self.assertEqual(1, self.value('unbind_seconds_count'))
 
     def test_each_is_counted_once(self) -> None:
-        # Over a restart too: of a counter that starts again, Prometheus
-        # takes all that it has for new.
+        # Also over a restart: Prometheus takes the whole value of a restarted
+        # counter as an increase.
         self.bind(POD)
         self.start()
         self.assertEqual(1, self.value('bind_seconds_count'))
@@ -299,14 +299,14 @@ class TestHealth(MetricsTestCase):
         self.bind(POD)
         self.start('resync_interval = 1')
         self.lab.run('ip', 'link', 'del', lab.PARENT)
-        # A single failure is none: pods are bound all the same.
+        # One failed sync leaves the agent healthy: binds do not need a sync.
         self.wait_for(lambda: self.value('sync_failures_total'))
         self.wait_for(lambda: self.health()[0] == 503)
         self.assertRegex(
             self.health()[1],
             r'\ANo sync has succeeded for \d+ s: The parent interface %s '
             r'does not exist on this node.*\n\Z' % lab.PARENT)
-        # A restart would not bring it back.
+        # Restarting the agent would not bring the parent back.
         self.assertEqual((200, 'ok\n'), self.health('/livez'))
         self.lab.add_nic()
         self.wait_for(lambda: self.health() == (200, 'ok\n'))
@@ -325,12 +325,12 @@ class TestHealth(MetricsTestCase):
 
     def test_a_lock_that_is_not_free(self) -> None:
         self.bind(POD)
-        # A try may take ten seconds, and some more where others have the
-        # processor.
+        # An attempt waits ten seconds for the lock, and longer on a busy
+        # machine.
         self.start('resync_interval = 3')
         own = base.options()
         with ledger.Ledger(own.state_dir).lock():
-            # Each try ends, if without success.
+            # Each attempt ends with a time-out, so the agent stays alive.
             self.wait_for(lambda: self.health()[0] == 503)
             self.assertEqual((200, 'ok\n'), self.health('/livez'))
         self.wait_for(lambda: self.health() == (200, 'ok\n'))
@@ -382,7 +382,7 @@ class TestServer(MetricsTestCase):
             self.wait_for(lambda: 'cannot be served' in self.log())
             self.lab.run('ip', 'route', 'del', POD)
             self.wait_for(lambda: POD in self.lab.routes())
-            # Two more syncs by the timer: the kernel tells of no sysctl.
+            # Two syncs by the timer: the kernel sends no event for a sysctl.
             for _ in range(2):
                 kernel.write_sysctl('ipv4/conf/break0/arp_filter', 0)
                 self.wait_for(lambda: kernel.read_sysctl(
@@ -392,7 +392,7 @@ class TestServer(MetricsTestCase):
         for text in ('127.0.0.1:9817', 'already in use', 'ss -ltnp',
                      '[break0] metrics_bind'):
             self.assertIn(text, error)
-        # Once it is free, it is taken.
+        # The agent binds the port as soon as it is free.
         self.wait_for(self.get)
 
     def test_another_port_by_sighup(self) -> None:
@@ -454,7 +454,7 @@ class TestServer(MetricsTestCase):
 
 
 class TestHostile(MetricsTestCase):
-    """Unprivileged processes of the node, at the port of the metrics."""
+    """Unprivileged processes attack the port of the metrics."""
 
     #: timeoutSeconds of the liveness probe in etc/kubernetes/agent.yaml
     probe_timeout = 10
@@ -474,7 +474,7 @@ class TestHostile(MetricsTestCase):
         return made
 
     def has_ended(self, client: socket.socket) -> bool:
-        """Return whether the agent has ended a connection."""
+        """Return whether the agent has closed its end of a connection."""
         poll = select.poll()
         poll.register(client, select.POLLRDHUP)
         return bool(poll.poll(0))
@@ -483,10 +483,10 @@ class TestHostile(MetricsTestCase):
     def attacked(self, connections: int, first: bytes, then: bytes = b'',
                  prepare: Callable[[socket.socket], None] = lambda _: None
                  ) -> Iterator[None]:
-        """Keep connections open within the block, as a slow client.
+        """Keep connections of slow clients open within the block.
 
         :param first: the data that each connection sends when it is made
-        :param then: the data that each one sends every second
+        :param then: the data that each connection sends every second
         :param prepare: is called with each socket before it connects
         """
         host, _, port = self.where.rpartition(':')
@@ -556,7 +556,7 @@ class TestHostile(MetricsTestCase):
         def shrink(client: socket.socket) -> None:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
 
-        # So that not even one answer has room.
+        # One answer is larger than the send buffer.
         self.lab.run('sysctl', '-w', 'net.ipv4.tcp_wmem=4096 4096 4096')
         for connections in 40, 400:
             for requests in 1, 300:
@@ -566,7 +566,7 @@ class TestHostile(MetricsTestCase):
                             * requests, b'', shrink):
                     self.assert_alive()
         process = psutil.Process(self.agent.pid)
-        # Nor are the answers kept.
+        # The agent does not keep the unsent answers in memory.
         self.assertLess(process.memory_info().rss, 80 * 2 ** 20)
 
     def test_one_request_at_a_time(self) -> None:
@@ -630,7 +630,7 @@ class TestHostile(MetricsTestCase):
 
 
 class TestExposition(base.LabTestCase):
-    """Answers to requests for metrics that come at any rate."""
+    """Answers to requests for metrics at a high rate."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -693,7 +693,7 @@ class TestExposition(base.LabTestCase):
 
 
 class TestNames(MetricsTestCase):
-    """Rules, dashboard and manual speak of what the agent serves."""
+    """Rules, dashboard and manual name the metrics that the agent serves."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -712,10 +712,10 @@ class TestNames(MetricsTestCase):
         reasons = re.findall(r'repairs_total{reason="(\w+)"', self.text)
         self.assertEqual(
             reasons, re.findall(r'^``(\w+)``\n    ', manual.split(
-                'Reasons of repairs:')[1], re.M))
+                '.. _repair-reasons:')[1], re.M))
 
     def test_rules_and_dashboard_have_no_other(self) -> None:
-        # Of some, there is nothing to show on this node.
+        # Some metrics have a TYPE line and no sample on this node.
         served = set(re.findall(r'^(?:# TYPE )?(\w+)', self.text, re.M))
         for path in (test_monitoring.RULES, test_monitoring.DASHBOARD,
                      test_monitoring.RULE_TESTS):
@@ -731,7 +731,7 @@ class TestLog(MetricsTestCase):
         return [json.loads(line) for line in self.log().splitlines()]
 
     def change(self) -> None:
-        """Repairs, and a pod whose sandbox ends."""
+        """Cause three repairs, and end the sandbox of a pod."""
         self.lab.run('ip', 'address', 'add', '100.75.30.52/32', 'dev',
                      lab.PARENT)
         self.wait_for(lambda: 'Configured' in self.log())
@@ -746,7 +746,7 @@ class TestLog(MetricsTestCase):
         self.agent.wait()
 
     def assert_told(self) -> None:
-        """Each change is one line, with address, owner and device."""
+        """Expect one line for each change, with address, owner and device."""
         found = [(line['levelname'], line['message'])
                  for line in self.lines()]
         for text in (

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Addresses that a container had when it was bound, and has no more."""
+"""Containers that have lost an address since they were bound."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests import lab
 
 MAC, OTHER_MAC = '02:00:00:00:00:71', '02:00:00:00:00:72'
 POD6 = 'fd00:30::71'
-#: What the container has later, and what it has in a router's prefix.
+#: The container's later addresses; LEARNT6 is from a router's prefix.
 LATER, LATER6, LEARNT6 = '100.75.30.72', 'fd00:30::72', 'fd00:30::73'
 
 
@@ -58,7 +58,7 @@ class MissingTestCase(test_cli.CLITestCase):
 
     @contextlib.contextmanager
     def after(self, pauses: float) -> Iterator[None]:
-        """So much later in the block, as the ledger counts it."""
+        """Advance the clock of the ledger by this many pauses in the block."""
         real = files.now
 
         with mock.patch.object(files, 'now', lambda: (
@@ -100,7 +100,7 @@ class TestReplaced(MissingTestCase):
                 self.assertEqual([], self.lab.ip(
                     'neighbour', 'show', 'dev', 'break0'))
                 self.assertFalse(self.sync(9))
-                # Nor does the container keep what it needed for them.
+                # The container's neighbour table has no node address left.
                 self.assertEqual([], self.lab.ip(
                     'neighbour', 'show', 'nud', 'permanent', netns='pod'))
                 self.inside('address flush dev eth0 scope global',
@@ -132,7 +132,7 @@ class TestReplaced(MissingTestCase):
         self.assertEqual([], self.problems())
 
     def test_an_interface_that_was_made_again(self) -> None:
-        # As by a second ADD of the sandbox, with another MAC address.
+        # A second ADD of a sandbox creates eth0 with a new MAC address.
         self.inside('link del eth0')
         self.lab.add_macvlan('pod', mac=OTHER_MAC)
         self.inside('address add %s/24 dev eth0' % LATER)
@@ -144,7 +144,8 @@ class TestReplaced(MissingTestCase):
         self.assertTrue(self.lab.ping(LATER))
 
     def test_the_next_claim_counts(self) -> None:
-        # Of two containers with one address, the newer one gives it up.
+        # Two containers have one address. The newer one gives it up, and the
+        # older claim becomes the living one.
         other = self.lab.add_pod('other', POD, mac=OTHER_MAC)
         self.lab.run('ip', 'link', 'set', 'eth0', 'down', netns='other')
         self.add(POD, owner=OTHER_OWNER, netns=other, mac=OTHER_MAC)
@@ -158,8 +159,8 @@ class TestReplaced(MissingTestCase):
         self.assertTrue(self.lab.ping(POD))
 
     def test_how_it_is_shown(self) -> None:
-        # The command has a clock of its own: what is bound just now is not
-        # missing, since Kuryr configures it after the bind.
+        # The command uses the real clock. A newly bound address does not count
+        # as missing, since Kuryr configures it after the bind.
         text = ('has other addresses in its place. It is unbound if a sync '
                 'sees that again after 10 s')
         self.change()
@@ -177,7 +178,7 @@ class TestReplaced(MissingTestCase):
 
 
 class TestDoubt(MissingTestCase):
-    """What proves nothing; none of it costs a container its route."""
+    """Ambiguous evidence never costs a container its route."""
 
     def assert_stays(self) -> None:
         for pauses in range(2, 8):
@@ -186,7 +187,7 @@ class TestDoubt(MissingTestCase):
         self.assertEqual({POD, POD6}, set(self.lab.routes()))
 
     def test_no_address_yet(self) -> None:
-        # As between the bind and Kuryr's _configure_l3.
+        # Kuryr's _configure_l3 sets the addresses after the bind.
         self.inside('address flush dev eth0 scope global')
         self.assert_stays()
         self.assertIn(
@@ -246,7 +247,7 @@ class TestDoubt(MissingTestCase):
             self.assertFalse(self.sync(pauses + 1).missing)
         self.change()
         self.sync(10)
-        # It is bound again meanwhile, and has it a little later.
+        # A bind in between starts the count again.
         with self.after(10.5):
             self.add(POD, POD6)
         self.sync(11.1)
@@ -254,7 +255,8 @@ class TestDoubt(MissingTestCase):
         self.assert_stays()
 
     def test_another_namespace_by_now(self) -> None:
-        # The path is that of another container, with such an interface.
+        # The path leads to another container's namespace, with an interface
+        # of the same name and MAC address.
         self.inside('link set eth0 down')
         self.lab.run('mount', '--bind', self.lab.add_pod(
             'other', LATER, LATER6, mac=MAC), self.netns)

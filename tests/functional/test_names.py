@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Names of interfaces are bytes, and whoever makes one chooses them."""
+"""Names of interfaces are arbitrary bytes, chosen by their creator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.functional.base import POD
 from tests.functional import test_cli
 from tests import lab
 
-#: Clears a line, turns what follows round, and is no UTF-8.
+#: Clears a line, reverses the following text, and is invalid UTF-8.
 HOSTILE = b'n\xc2\x9b2K\xe2\x80\xae'
 NO_TEXT = b'nic\xff0'
 

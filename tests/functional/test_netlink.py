@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What is read of the kernel, against what ``ip`` says."""
+"""Objects read by netlink, compared with the output of ``ip``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TestRoutes(base.LabTestCase):
         self.index = kernel.find_ifindex(lab.PARENT)
 
     def read(self, *routes: str) -> kernel.Routes:
-        """Add routes and read all."""
+        """Add routes and return all routes of the kernel."""
         for route in routes:
             self.lab.run('ip', 'route', 'add', *route.split())
         with kernel.Netlink() as netlink:
@@ -54,7 +54,7 @@ class TestRoutes(base.LabTestCase):
             'fd01::1 dev eth0 proto 78',
             'fd01::2 via fd00:30::9',
             'unreachable fd01::3').host
-        # Without the kernel's table of its own and broadcast addresses
+        # Table 255 has the kernel's local and broadcast routes.
         routes = [route for route in found if route.table != 255]
         self.assertEqual({
             HostRoute(ipaddress.ip_address(dst), oif, protocol, table,
@@ -73,7 +73,7 @@ class TestRoutes(base.LabTestCase):
             with self.subTest(route=route):
                 with kernel.Netlink() as netlink:
                     found = netlink.route_to(route.dst)
-                # Of another table, it is not used.
+                # The kernel uses no route of another table.
                 self.assertEqual(route if route.table == 254 else None,
                                  found)
 
@@ -94,7 +94,7 @@ class TestRoutes(base.LabTestCase):
             'fd03::/64 via fe80::13 dev veth0',
             '10.8.0.0/24 nexthop via 100.75.30.11 '
             'nexthop via inet6 fe80::14 dev veth0')
-        # The routes name nothing but the object.
+        # The routes name only the ID of the nexthop object.
         kernel.write_sysctl('ipv4/nexthop_compat_mode', 0)
         for nexthop in ('1 via 100.75.30.12 dev eth0', '2 via fe80::15 dev '
                         'veth0', '3 via fe80::16 dev veth1', '4 group 2/3',
@@ -123,7 +123,7 @@ class TestRoutes(base.LabTestCase):
                               of_an_old_kernel.next_hops([index]),
                               netlink.routes([index]).next_hops):
                     self.assertEqual(expected, set(map(str, found)))
-            # It is asked in a way in which this could not be.
+            # In the strict mode of the dumps the kernel refuses IPv6 look-ups.
             self.assertIsNotNone(
                 netlink.lookup(ipaddress.ip_address('fd03::1')))
 
@@ -153,7 +153,7 @@ class TestRoutes(base.LabTestCase):
         self.assertIn((self.index, ipaddress.ip_address('10.7.0.1')), found)
 
     def test_addresses_by_their_flags(self) -> None:
-        # On an interface that is down an address stays tentative.
+        # An address stays tentative while its interface is down.
         self.lab.run('ip', 'link', 'add', 'veth0', 'type', 'veth',
                      'peer', 'name', 'veth1')
         self.lab.settle()
@@ -231,7 +231,8 @@ class TestChange(base.LabTestCase):
             gc.enable()
 
     def test_what_was_sent_is_no_garbage(self) -> None:
-        # The answer is: one to each request, however much is in it.
+        # Each request leaves one answer as garbage, for any number of
+        # changes.
         with kernel.Netlink() as netlink:
             self.garbage(netlink, 1)
             self.assertEqual(self.garbage(netlink, 1),
@@ -273,7 +274,7 @@ class TestNamespaceEvents(base.LabTestCase):
 class TestHostile(base.LabTestCase):
 
     def test_an_answer_that_is_not_of_the_kernel(self) -> None:
-        """As a pod with CAP_NET_ADMIN can send it in its namespace."""
+        """A forged answer of a pod with CAP_NET_ADMIN is ignored."""
         # ENODEV, in answer to the second request
         forged = netlink_module.HEADER.pack(36, 2, 0, 2, 0) + struct.pack(
             '=i16x', -errno.ENODEV)
@@ -294,7 +295,7 @@ class TestHostile(base.LabTestCase):
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
     def test_without_descriptors(self) -> None:
-        """A fault of this process is not taken for what it asks for."""
+        """Running out of descriptors is not taken for a missing object."""
         self.lab.run('ip', 'link', 'add', 'veth7', 'type', 'veth')
         with kernel.Netlink() as netlink:
             with self.no_descriptors():
@@ -312,7 +313,7 @@ class TestHostile(base.LabTestCase):
             self.assertIsNone(kernel.read_sysctl('ipv6/conf/none/mtu'))
             self.assertIsNone(netlink.link('veth7'))
             for name in ('veth0', '', 'x' * 16, '\udcff' * 16, '\ud800'):
-                netlink.delete_link(name)  # none of which is there
+                netlink.delete_link(name)  # no such interface exists
 
     def test_a_parent_that_cannot_be_named(self) -> None:
         path = self.lab.add_pod('pod', base.POD)
@@ -328,7 +329,7 @@ class TestHostile(base.LabTestCase):
         self.assertEqual(1, len(kernel.list_macvlans_in(path)))
 
     def test_names_that_are_not_utf_8(self) -> None:
-        """An interface, and the only process of a container."""
+        """Names of interfaces and processes need not be UTF-8."""
         self.lab.run('ip', 'link', 'add', '\udcff', 'type', 'veth',
                      'peer', 'name', 'x')
         self.lab.run('ip', 'link', 'set', '\udcff', 'up')
@@ -367,9 +368,9 @@ TABLE = 'pod'
 
 
 class TestDumps(base.LabTestCase):
-    """What a dump does while others, as a pod, change what it reads."""
+    """Dumps of objects that a pod changes at the same time."""
 
-    #: more than the kernel prepares before the first part has been read
+    #: More rules than fit into the first part of the kernel's answer.
     RULES = 1500
 
     def setUp(self) -> None:
@@ -392,7 +393,7 @@ class TestDumps(base.LabTestCase):
             if 'rule' in each]
 
     def heard(self, opened: Any, after: Callable[[], object]) -> None:
-        """Have something done each time that a socket is read."""
+        """Call a function after each read of a socket."""
         real = opened._socket
 
         def send(data: bytes) -> None:
@@ -409,7 +410,7 @@ class TestDumps(base.LabTestCase):
         opened._socket = mock.Mock(wraps=real, recv=receive, send=send)
 
     def insert(self) -> None:
-        """Move all rules, so that one is seen twice."""
+        """Shift all rules by one, so that a dump reads one rule twice."""
         self.lab.run('nft', 'insert', 'rule', 'netdev', TABLE, 'mine',
                      'counter')
 
@@ -423,7 +424,7 @@ class TestDumps(base.LabTestCase):
             found = nft.rules(TABLE)
         self.assertEqual(self.RULES + 1, len(found))
         self.assertEqual(self.handles(), found)
-        # A repair does not wait longer for one.
+        # One interruption delays a repair by at most the first pause.
         sleep.assert_called_once_with(netlink_module.DUMP_PAUSE_FIRST)
 
     def test_rules_that_change_each_time(self) -> None:
@@ -437,8 +438,8 @@ class TestDumps(base.LabTestCase):
         self.assertIn('changed during each read', str(caught.exception))
 
     def test_addresses_that_change_each_time(self) -> None:
-        # The first one goes, so the kernel passes over the one that follows
-        # what it has sent, and another one comes.
+        # Each change deletes the first address and adds another one. The
+        # kernel counts its place in the list, so it skips the next address.
         self.lab.run('ip', 'link', 'add', 'many', 'type', 'veth')
         self.load('ip', '-batch', lines=[
             'address add 10.1.%d.%d/32 dev many' % divmod(number, 250)
@@ -458,7 +459,7 @@ class TestDumps(base.LabTestCase):
             found = netlink.addresses()
             self.assertEqual(len(set(found)), len(found))
             self.assertEqual(set(), before - {*found})
-        # In a pod, that an address is missing means something.
+        # A pod loses its route if its address is missing from the dump.
         with kernel.Netlink(most=2 ** 14) as netlink:
             self.heard(netlink, change)
             with self.assertRaises(exceptions.KernelRefused) as caught:
@@ -467,12 +468,12 @@ class TestDumps(base.LabTestCase):
 
     def assert_bounded(self, opened: Any, count: int,
                        dump: Callable[[], list[Any]]) -> None:
-        """A list is not read to its end, and the socket can be used again."""
+        """Expect a dump to stop at its limit, and the socket to work after."""
         with self.subTest(dump=dump):
             self.assertEqual(count, len(dump()))
             with mock.patch.object(opened, '_most', 10):
                 self.heard(opened, lambda: None)
-                self.assertLessEqual(len(dump()), 20)  # 10 of each family
+                self.assertLessEqual(len(dump()), 20)  # 10 per family
                 self.assertLessEqual(self.reads, 2)
             self.assertEqual(count, len(dump()))
 
@@ -497,7 +498,7 @@ class TestEvents(base.LabTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.lab.settle()  # or addresses that become usable are events too
+        self.lab.settle()  # an address that becomes usable is an event
 
     def add_routes(self, count: int) -> None:
         with open('/run/batch', 'w') as batch:
@@ -507,7 +508,8 @@ class TestEvents(base.LabTestCase):
         self.lab.run('ip', '-batch', batch.name)
 
     def test_a_burst(self) -> None:
-        # Root of a user namespace gets what rmem_max allows, twice.
+        # SO_RCVBUFFORCE needs CAP_NET_ADMIN of the machine. In a user
+        # namespace the buffer is at most twice rmem_max.
         with kernel.Events() as events:
             room = events._socket.getsockopt(socket.SOL_SOCKET,
                                              socket.SO_RCVBUF)
@@ -518,8 +520,8 @@ class TestEvents(base.LabTestCase):
         self.assertEqual(has_room, heard.count('route') == 2000)
 
     def test_what_is_lost_until_all_was_read(self) -> None:
-        # The kernel says once that it drops events, and goes on dropping
-        # them until the queue is empty.
+        # The kernel reports the loss once, and drops further events until the
+        # queue is empty.
         with kernel.Events() as events:
             events._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF,
                                       2 ** 18)

@@ -13,7 +13,7 @@ from tests import lab
 class TestOutput(unittest.TestCase):
 
     def written(self, first: str) -> str:
-        """What a process that uses IPDB writes, which does that before."""
+        """Return the output of a process that runs this code before IPDB."""
         done = subprocess.run(
             [sys.executable, '-c', 'import logging\nimport pyroute2\n%s\n'
              'logging.basicConfig()\n'

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Node and pods on each kind of interface that can be their parent.
+"""Node and pods on each kind of parent interface.
 
-A kind that the kernel lacks is skipped. The limit of MAC addresses needs two
-real NICs on one wire, as two of QEMU's on a hub: NICS="eth0 eth1" names them.
-They belong to the tests then, so never name those of a machine in use.
+A test is skipped if the kernel lacks its kind. TestFullFilter needs two real
+NICs on one wire, such as two NICs of QEMU on a hub: NICS="eth0 eth1" names
+them. The tests take these NICs over, so never name NICs of a machine in use.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests import program
 
 CONF, LOG = '/run/kuryr.conf', '/run/agent.log'
 VLAN = '50'
-#: VRF and the number of its table
+#: Name of the VRF, and number of its table.
 VRF, TABLE = 'red', 10
 #: QEMU's virtio NIC filters up to 64 MAC addresses, others up to 16.
 CROWD = 80
@@ -60,11 +60,11 @@ def add_vlan(test: base.LabTestCase, on: str, lan: str = 'nic') -> None:
 class ParentKindTestCase(DoctorTestCase):
     """Two pods on a parent.
 
-    :cvar PARENT: its name
-    :cvar LAN: that of the interface of the LAN host that has its address
-    :cvar NICS: those at the other end of the wires
-    :cvar OPTIONS: of [break0]
-    :ivar VRF: the one that the parent is in
+    :cvar PARENT: name of the parent
+    :cvar LAN: name of the LAN host's interface that has its addresses
+    :cvar NICS: names of the LAN host's NICs
+    :cvar OPTIONS: options of [break0]
+    :ivar VRF: name of the parent's VRF, or None
     """
 
     PARENT = lab.PARENT
@@ -75,14 +75,14 @@ class ParentKindTestCase(DoctorTestCase):
 
     @abc.abstractmethod
     def build(self) -> None:
-        """Make the parent of the NIC."""
+        """Build the parent interface on the NIC."""
 
     def set_up_pods(self) -> None:
         run = self.lab.run
         for netns, name in ((None, lab.PARENT), ('lan', 'nic')):
             run('ip', 'address', 'flush', 'dev', name, 'scope', 'global',
                 netns=netns)
-        # So that the LAN host keeps its own while it is cut off.
+        # The LAN host must keep its IPv6 addresses without a carrier.
         run('sysctl', '-w', 'net.ipv6.conf.all.keep_addr_on_down=1',
             netns='lan')
         self.build()
@@ -100,7 +100,7 @@ class ParentKindTestCase(DoctorTestCase):
                       subnets=SUBNETS, **self.OPTIONS)
 
     def address(self) -> None:
-        """Address the node, as its network manager does."""
+        """Set the node's addresses and default routes."""
         for each, gateway in ((lab.NODE + '/24', lab.LAN),
                               (lab.NODE6 + '/64', lab.LAN6)):
             self.lab.run('ip', 'address', 'replace', each, 'dev', self.PARENT,
@@ -118,16 +118,16 @@ class ParentKindTestCase(DoctorTestCase):
         return self.ping(lab.LAN) and self.ping(lab.LAN6)
 
     def assert_well(self) -> None:
-        """All reach each other, and neither status nor doctor complains."""
+        """Expect all pings to be answered, and no problem to be reported."""
         self.lab.forget_neighbours()
-        # Macvlans learn a moment later that the parent has its carrier back.
+        # Macvlans notice the parent's new carrier with a delay.
         for address in (POD4, POD6, OTHER4, OTHER6, lab.LAN, lab.LAN6):
             lab.until(lambda: self.ping(address), lambda: 'node to ' + address)
         for address in (lab.NODE, lab.NODE6, OTHER4, OTHER6, lab.LAN,
                         lab.LAN6):
             lab.until(lambda: self.ping(address, 'pod'),
                       lambda: 'pod to ' + address)
-        # An agent may have begun another sync.
+        # A sync of the agent may be in progress.
         lab.until(lambda: self.problems(**self.OPTIONS) == [])
         self.assertEqual({}, self.findings(**self.OPTIONS))
 
@@ -152,7 +152,7 @@ class ParentKindTestCase(DoctorTestCase):
 
 
 class FewCases:
-    """What must work on each kind."""
+    """Tests for all kinds of parents."""
 
     def test_node_and_pods(self: Any) -> None:
         self.assert_well()
@@ -170,7 +170,7 @@ class FewCases:
 
 
 class Cases(FewCases):
-    """And what must work when it goes down."""
+    """Tests for parents that can be set down."""
 
     def test_parent_down_and_up(self: Any) -> None:
         self.lab.run('ip', 'link', 'set', self.PARENT, 'down')
@@ -187,7 +187,7 @@ class Cases(FewCases):
         text = self.PARENT + ', the parent of break0, has no carrier'
         self.carrier('down')
         lab.until(lambda: text in self.problems(**self.OPTIONS))
-        lab.until(lambda: not self.ping(POD4))  # macvlans learn it later
+        lab.until(lambda: not self.ping(POD4))  # macvlans notice later
         self.assert_found('parent-down', 'has no carrier', **self.OPTIONS)
         self.carrier('up')
         lab.until(lambda: self.problems(**self.OPTIONS) == []
@@ -234,7 +234,7 @@ class TestVlan(Cases, ParentKindTestCase):
 
 
 class TestBond(Cases, ParentKindTestCase):
-    """Of two NICs, and its MAC address is that of the one in use."""
+    """A bond of two NICs, with the MAC address of the active NIC."""
 
     PARENT = 'bond0'
     LAN = 'switch'
@@ -263,7 +263,7 @@ class TestBond(Cases, ParentKindTestCase):
         return active
 
     def wait_for(self, name: str) -> None:
-        """Return when this NIC is in use, and the LAN has noticed."""
+        """Wait until a NIC is active and the LAN host is reachable."""
         lab.until(lambda: self.active() == name)
         lab.until(self.reaches_lan)
 
@@ -341,7 +341,7 @@ class TestVrf(Cases, VrfTestCase):
         done = self.lab.run('env', 'OS_BREAK0__ROUTE_TABLE=%d' % TABLE,
                             PROGRAM, 'probe', '--all', check=False)
         self.assertEqual(0, done.returncode, done.stdout)
-        # Refused is an answer.
+        # A refused connection is an answer.
         done = self.lab.run('env', 'OS_BREAK0__ROUTE_TABLE=%d' % TABLE,
                             PROGRAM, 'probe', '--tcp', '9', POD4,
                             check=False)
@@ -358,10 +358,10 @@ class TestVlanInVrf(FewCases, VrfTestCase):
 
 
 class TestIntoAVrf(ParentKindTestCase):
-    """Its operator puts the parent in a VRF while pods run."""
+    """The parent is moved into a VRF while pods run."""
 
     def build(self) -> None:
-        """Nothing yet."""
+        """Build nothing: the test adds the VRF later."""
 
     def test_the_doctor_and_what_it_says(self) -> None:
         self.VRF = VRF
@@ -379,7 +379,7 @@ class TestIntoAVrf(ParentKindTestCase):
 
 
 class TestVlanBesideItsNic(test_parents.ParentsTestCase):
-    """Pods with an interface on a NIC and one on a VLAN of it."""
+    """Pods with an interface on a NIC and another one on its VLAN."""
 
     NIC = '%s.%s' % (lab.PARENT, VLAN)
     LAN = 'nic.' + VLAN
@@ -403,7 +403,7 @@ class TestVlanBesideItsNic(test_parents.ParentsTestCase):
 @unittest.skipUnless(len(os.environ.get('NICS', '').split()) == 2,
                      'needs two NICs on one wire, by NICS')
 class TestFullFilter(Cases, ParentKindTestCase):
-    """More macvlans than the NIC can filter MAC addresses of."""
+    """More macvlans than MAC addresses in the filter of the NIC."""
 
     def build(self) -> None:
         run = self.lab.run
@@ -427,8 +427,8 @@ class TestFullFilter(Cases, ParentKindTestCase):
 
     def findings(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         found = super().findings(*args, **kwargs)
-        del found['container-pending']  # nobody gives the crowd addresses
+        del found['container-pending']  # the crowd has no addresses
         return found
 
-    #: None: the hub of QEMU never takes the carrier away.
+    #: Not applicable: a hub of QEMU always has a carrier.
     test_no_carrier = None  # type: ignore[assignment]

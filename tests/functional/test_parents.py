@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A node with two NICs: each has a break0, and each is a matter of its own."""
+"""A node with two NICs, each with an independent break0."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ OWNER1 = Owner('sandbox-1', 'eth1')
 
 
 class ParentsTestCase(base.LabTestCase):
-    """A pod with an interface on each of two NICs, both families."""
+    """A pod with an interface on each of two NICs, in both families."""
 
     NIC = 'eth1'
 
@@ -75,7 +75,7 @@ class ParentsTestCase(base.LabTestCase):
         return 'break0-' + self.NIC
 
     def assert_answers(self, *addresses: str, name: str = 'pod') -> None:
-        """Pods, and the node when the pod asks, answer."""
+        """Expect pods to answer the node, and the node to answer a pod."""
         for address in addresses or (POD, POD6, POD1, POD1_6):
             self.assertTrue(self.lab.ping(address), address)
         for address in (lab.NODE, lab.NODE6, NODE1, NODE1_6)[
@@ -166,7 +166,7 @@ class TestTwoParents(ParentsTestCase):
             for hop in ('100.75.60.1', lab.LAN):
                 with self.assertRaises(exceptions.AddressRefused):
                     self.bind(hop, owner=Owner('x', 'eth0'))
-        # One through a pod is none of the node's.
+        # A route through a bound pod keeps the pod bound.
         self.lab.run('ip', 'route', 'add', '203.0.113.0/24', 'via', POD1)
         self.manager().sync()
         self.assert_reachable()
@@ -179,7 +179,7 @@ class TestTwoParents(ParentsTestCase):
 
 
 class TestVlanName(TestTwoParents):
-    """As of a VLAN, whose dot is no separator in the path of a sysctl."""
+    """A parent named like a VLAN: a dot separates nothing in sysctl paths."""
 
     NIC = 'eth0.100'
 
@@ -192,7 +192,8 @@ class TestRenamed(ParentsTestCase):
     def rename(self, old: str, new: str) -> None:
         """Rename a NIC while it is down, as udev does.
 
-        The kernel deletes its IPv6 addresses with that.
+        The kernel deletes the IPv6 addresses of a NIC that goes down; they
+        are added again.
         """
         texts = [text for text in (lab.NODE6, NODE1_6) if any(
             text == each.get('local') for link in self.lab.ip(
@@ -222,13 +223,13 @@ class TestRenamed(ParentsTestCase):
         self.assert_answers(self.NEW, self.NEW6, name='new')
 
     def devices(self) -> dict[str, str]:
-        """Each break0 by the NIC that the kernel has it on."""
+        """Return the name of each break0 by the name of its NIC."""
         return {link['link']: link['ifname']
                 for link in self.lab.ip('link', 'show', 'type', 'macvlan')
                 if not (link.get('linkinfo') or {}).get('link_netnsid')}
 
     def assert_in_sync(self, devices: dict[str, str]) -> None:
-        """All is as it should be, and the ledger says the names of now."""
+        """Expect no problem, and the present names in kernel and ledger."""
         self.assertEqual([], self.problems())
         with self.quiet():
             self.assertFalse(self.manager().sync())
@@ -259,7 +260,7 @@ class TestRenamed(ParentsTestCase):
         self.manager().sync()
         self.assert_in_sync({'eth0': 'break0', 'ens4': self.device1})
         self.assert_reachable()
-        # And back.
+        # The NIC gets its old name back.
         self.rename('ens4', self.NIC)
         self.manager().sync()
         self.assert_in_sync({'eth0': 'break0', self.NIC: self.device1})
@@ -354,7 +355,7 @@ class TestRenamed(ParentsTestCase):
         self.assert_all_answer()
         self.manager().sync()
         self.assert_in_sync({self.NIC: 'break0', 'eth0': self.device1})
-        # A DEL deletes what is on the right one, also before a sync.
+        # A DEL before the sync deletes the routes of the right break0.
         self.rename('eth0', 'x')
         self.rename(self.NIC, 'eth0')
         self.rename('x', self.NIC)
@@ -395,7 +396,7 @@ class TestRenamed(ParentsTestCase):
             self.assertTrue(self.lab.ping(address), address)
 
     def test_while_its_guard_is_loaded(self) -> None:
-        """No pod is cut off, also where no sync can come after that."""
+        """No pod is cut off, even if no sync can follow the rename."""
         ensure = device.Device.ensure
 
         def then_renamed(self_: device.Device, *args: Any) -> device.Ensured:
@@ -455,7 +456,7 @@ class TestRenamedWithAnAgent(test_discovery.DiscoveryTestCase):
         self.until_bound(ONE, ONE6)
 
     def rename(self, old: str, new: str) -> None:
-        # As a kernel before 6.2 allows it only to what is down.
+        # A kernel before 6.2 renames an interface only while it is down.
         for command in (old + ' down', '%s name %s' % (old, new),
                         new + ' up'):
             self.lab.run('ip', 'link', 'set', *command.split())
@@ -471,13 +472,13 @@ class TestRenamedWithAnAgent(test_discovery.DiscoveryTestCase):
         self.rename('eth0', 'ens3')
         self.until(lambda: 'parent interface eth0 does not exist'
                    in self.log())
-        # What is bound next shows that its namespace was read again.
+        # The log line about a new address proves a read of the namespace.
         self.lab.run('ip', 'address', 'add', '10.66.0.1/24', 'dev', 'eth0',
                      netns='one')
         self.until(lambda: '10.66.0.1, on eth0 in' in self.log())
         self.assertEqual({ONE, ONE6}, set(self.lab.routes()))
-        # Not by IPv6: what the agent repairs while the NIC is down, and
-        # without its addresses, it does not repair with this option.
+        # IPv6 is not pinged: with this option the agent cannot repair the
+        # faults from the time when the NIC was down and had no addresses.
         self.until(lambda: self.lab.ping(ONE))
         self.until(lambda: self.lab.ping(lab.NODE, 'one'))
 
@@ -500,7 +501,7 @@ class TestRenamedWithAnAgent(test_discovery.DiscoveryTestCase):
         self.assertEqual(index, (self.lab.link('break0') or {})['ifindex'])
         for address, name in ((ONE, 'one'), (ONE6, 'one'), (TWO, 'two')):
             self.assert_reachable(address, name)
-        # It still hears of what happens to it.
+        # The agent still receives the events of the renamed parent.
         self.lab.run('ip', 'link', 'set', 'eth0', 'mtu', '1400')
         self.until(lambda: (self.lab.link('break0') or {})['mtu'] == 1400)
 
@@ -563,7 +564,7 @@ class TestNames(base.LabTestCase):
 class TestBond(base.LabTestCase):
 
     def test_a_parent_whose_mac_address_changes(self) -> None:
-        # As that of a bond, which follows its active member.
+        # A bond's MAC address follows its active member.
         self.lab.add_pod('pod', POD, mac=MAC)
         self.bind(POD, netns='/run/netns/pod', mac_of_pod=MAC)
         before = (self.lab.link('break0') or {})['address']

@@ -25,7 +25,8 @@ class TestView(test_driver.DriverTestCase):
     def test_interfaces_and_addresses_are_those_of_the_node(self) -> None:
         self.lab.add_ipv6()
         self.lab.settle()
-        # Names that are no attributes, numbers, or attributes of IPDB's.
+        # IPDB offers interfaces as attributes. These names are no identifiers,
+        # are numbers, or are attributes of IPDB itself.
         names = ['a.b@c', '17', 'routes', 'x' * 15, 'é', '-', 'None']
         for number, name in enumerate(names):
             self.lab.run('ip', 'link', 'add', 'name', name, 'type', 'veth',
@@ -78,7 +79,7 @@ class TestView(test_driver.DriverTestCase):
         self.assertIs(stock, b_base.get_ipdb)
 
     def test_the_parent_that_kubelet_listens_on(self) -> None:
-        # Kuryr finds it by its addresses.
+        # Kuryr finds this parent by its addresses.
         test_driver.set_options(self, 'binding', link_iface='')
         self.lab.run('ip', 'link', 'add', 'a-first', 'type', 'veth',
                      'peer', 'name', 'a-second')
@@ -92,7 +93,7 @@ class TestView(test_driver.DriverTestCase):
 
 
 class TestNotAsExpected(test_driver.DriverTestCase):
-    """Then it is as with Kuryr alone: slower, and no pod is lost."""
+    """Without our patches Kuryr binds as before: slower, losing no pod."""
 
     def test_pyroute2_has_changed(self) -> None:
         with mock.patch.object(ipdb, 'ipdb_interfaces', object()), \
@@ -138,7 +139,7 @@ class TestCost(test_driver.DriverTestCase):
     '''
 
     def trace(self, driver: str) -> str:
-        """Some of the system calls of an ADD and a DEL of a pod."""
+        """Return the traced system calls of an ADD and a DEL of a pod."""
         return subprocess.run(
             ['strace', '--follow-forks', '--decode-fds=socket', '--output',
              '/dev/stdout', '--trace=recvfrom,recvmsg,execve,write',
@@ -148,13 +149,13 @@ class TestCost(test_driver.DriverTestCase):
             stderr=subprocess.DEVNULL).stdout.split('"begins"', 1)[1]
 
     def read(self, driver: str) -> int:
-        """How many bytes of netlink they read."""
+        """Return the number of netlink bytes read in an ADD and a DEL."""
         return sum(map(int, re.findall(
             r'recv(?:from|msg).*NETLINK.* = (\d+)$', self.trace(driver),
             re.MULTILINE)))
 
     def test_no_program_is_run(self) -> None:
-        # pyroute2 looks for the C library by one.
+        # pyroute2 runs a program to find the C library.
         self.assertIn('execve(', self.trace('stock'))
         self.bind('10.75.0.1', owner=base.OTHER_OWNER)  # nft loads the guard
         self.assertNotIn('execve(', self.trace('break0'))
@@ -162,7 +163,7 @@ class TestCost(test_driver.DriverTestCase):
     def test_what_is_read_does_not_grow_with_the_pods(self) -> None:
         self.lab.add_ipv6()
         self.lab.settle()
-        self.read('break0')  # makes break0
+        self.read('break0')  # creates break0
         before = {each: self.read(each) for each in ('stock', 'break0')}
         self.bind(*('%s%d' % (net, host) for host in range(1, 251)
                     for net in ('10.75.0.', 'fd00:75::')),
@@ -171,5 +172,5 @@ class TestCost(test_driver.DriverTestCase):
         growth = {each: self.read(each) - before[each]
                   for each in ('stock', 'break0')}
         self.assertGreater(growth['stock'], before['stock'])
-        # What is left comes and goes: events, and when they are heard.
+        # The rest depends on the time at which events arrive.
         self.assertLess(growth['break0'], growth['stock'] / 10)

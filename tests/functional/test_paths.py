@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Node and pods reach each other, and the LAN does not hear of it."""
+"""Node and pods reach each other without a frame on the LAN."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class DualStackTestCase(base.LabTestCase):
         self.lab.add_other_subnet()
 
     def add_pod(self, number: int, **overrides: Any) -> str:
-        """A pod in the subnet of the node, as Kuryr makes it."""
+        """Add and bind a pod in the node's subnet, as Kuryr does."""
         name = 'pod-%d' % number
         return self._add(name, number, (self.v4(number), self.v6(number)),
                          (lab.LAN, lab.LAN6), SUBNETS, **overrides)
 
     def add_far_pod(self, **overrides: Any) -> str:
-        """A pod in another one."""
+        """Add and bind a pod in another subnet than the node's."""
         return self._add('far', 0xff, (FAR, FAR6),
                          (lab.OTHER_LAN, lab.OTHER_LAN6), FAR_SUBNETS,
                          **overrides)
@@ -54,7 +54,7 @@ class DualStackTestCase(base.LabTestCase):
     def _add(self, name: str, number: int, addresses: tuple[str, ...],
              gateways: tuple[str, ...], subnets: list[str],
              **overrides: Any) -> str:
-        # When Kuryr's driver is called, there is no address yet.
+        # Kuryr sets the addresses after the call of the driver.
         path = self.lab.add_pod(name, mac=MAC % number)
         self.bind(*addresses, owner=Owner(name, 'eth0'), netns=path,
                   mac_of_pod=MAC % number, subnets=subnets, **overrides)
@@ -87,7 +87,7 @@ class DualStackTestCase(base.LabTestCase):
 
     def transfer(self, server: Optional[str], client: Optional[str],
                  address: str) -> None:
-        """Send a megabyte there and back."""
+        """Send a mebibyte in each direction."""
         self.talk(*self.connection(server, client, address), 2 ** 20)
 
     def connection(self, server: Optional[str], client: Optional[str],
@@ -109,7 +109,7 @@ class DualStackTestCase(base.LabTestCase):
 
     def talk(self, one: socket.socket, other: socket.socket,
              size: int = 1000) -> None:
-        """Send so many bytes both ways."""
+        """Send this number of bytes in each direction."""
         for sender, receiver in ((one, other), (other, one)):
             left = size
             while left:
@@ -121,7 +121,7 @@ class DualStackTestCase(base.LabTestCase):
 
 
 class TestMatrix(DualStackTestCase):
-    """Every way, cold, under every setting that others have been lost by."""
+    """Cold pings both ways, for each value of rp_filter and arp_ignore."""
 
     def check(self, **overrides: Any) -> None:
         self.add_pod(1, **overrides)
@@ -151,7 +151,7 @@ class TestMatrix(DualStackTestCase):
                 self.assertTrue(self.lab.ping(address, pod))
 
     def test_forwarded(self) -> None:
-        # From a pod by the node to somewhere else, as a Service may.
+        # A Service may forward packets of a pod through the node.
         self.add_pod(1)
         for key in ('ipv4/ip_forward', 'ipv6/conf/all/forwarding'):
             self.set_sysctl(key, 1)
@@ -168,7 +168,7 @@ class TestMatrix(DualStackTestCase):
             self.assertGreater(self.received(), before)
 
     def received(self) -> int:
-        """How many packets have come in by break0."""
+        """Return the number of packets received on break0."""
         stats = self.lab.run('ip', '-json', '-statistics', 'link', 'show',
                              'break0').stdout
         return int(json.loads(stats)[0]['stats64']['rx']['packets'])
@@ -178,14 +178,15 @@ class TestSilence(DualStackTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        # Whatever the first of all says of itself is not of break0.
+        # A first pod creates a break0. Every later break0 has the same MAC
+        # address.
         self.add_pod(0)
         self.mac = (self.lab.link('break0') or {})['address']
         self.unbind(self.v4(0), self.v6(0), owner=Owner('pod-0', 'eth0'))
         self.lab.run('ip', 'link', 'del', 'break0')
 
     def test_no_frame_of_break0_is_on_the_lan(self) -> None:
-        # IPv6 routers have one more multicast group to report.
+        # An IPv6 router joins one more multicast group and reports it.
         self.set_sysctl('ipv6/conf/all/forwarding', 1)
         with self.lab.capture() as frames:
             for number in range(1, 11):
@@ -213,18 +214,18 @@ class TestSilence(DualStackTestCase):
                 time.sleep(1.5)
                 self.lab.run('ip', 'link', 'del', 'break0')
                 lab.until(lambda: self.lab.ping(POD) and self.lab.ping(POD6))
-            # As if IPv6 were switched to forwarding only now.
+            # The kernel joins the group of routers when forwarding begins.
             for value in (0, 1):
                 self.set_sysctl('ipv6/conf/all/forwarding', value)
             agent.send_signal(signal.SIGTERM)
             agent.wait()
             self.lab.run('ip', 'link', 'del', 'break0')
-            time.sleep(2)  # what would be repeated
+            time.sleep(2)  # time for repeated frames
         self.assertEqual([], self.of_break0(frames))
         self.assertNotEqual([], frames)
 
     def test_the_original_recipe_is_heard(self) -> None:
-        # The control of the capture.
+        # The control of the capture: the original recipe is not silent.
         with self.lab.capture() as frames:
             self.recipe()
             self.assertTrue(self.lab.ping(POD))
@@ -236,7 +237,7 @@ class TestSilence(DualStackTestCase):
                 if self.mac in (frame.src, frame.dst)]
 
     def recipe(self) -> None:
-        # The guard of a break0 stays for the next one of its name.
+        # The guard outlives break0, and would silence the next break0.
         self.lab.run('nft', 'flush', 'ruleset')
         self.lab.add_pod('pod-1', POD, mac=MAC % 1)
         self.lab.run('ip', 'link', 'add', 'break0', 'link', lab.PARENT,
@@ -247,11 +248,11 @@ class TestSilence(DualStackTestCase):
         self.lab.run('ip', 'route', 'add', POD, 'dev', 'break0')
 
     def answers(self) -> tuple[set[str], set[str]]:
-        """Who answers the LAN's ARP and neighbour solicitation."""
+        """Return the senders of answers to the LAN's ARP and solicitations."""
         with self.lab.capture() as frames:
             self.assertTrue(self.lab.ping(lab.NODE, 'lan'))
             self.assertTrue(self.lab.ping(lab.NODE6, 'lan'))
-        # It asks again if it is not answered within a second.
+        # The LAN host repeats a request that has no answer for a second.
         arp, nd = ({frame.src for frame in frames if frame.answers == node}
                    for node in (lab.NODE, lab.NODE6))
         return arp, nd
@@ -297,7 +298,7 @@ class TestNeighbours(DualStackTestCase):
                                         netns=netns)}
 
     def onlink(self, netns: str) -> set[str]:
-        """The host routes in a pod that are not of the kernel."""
+        """Return the host routes in a pod that break0 has set."""
         return {route['dst'] for family in ('-4', '-6')
                 for route in self.lab.ip(family, 'route', 'show', 'proto',
                                          '176', netns=netns)}
@@ -378,7 +379,7 @@ class TestNeighbours(DualStackTestCase):
         self.assertEqual(before, self.neighbours('break0'))
 
     def claim(self, liar: str) -> None:
-        """Say to the node that the address of pod-1 is another pod's."""
+        """Claim the address of pod-1 by an ARP reply from another pod."""
         mac = self.lab.ip('link', 'show', 'eth0', netns=liar)[0]['address']
         target, source = (bytes.fromhex(each.replace(':', ''))
                           for each in (self.mac, mac))
@@ -393,17 +394,17 @@ class TestNeighbours(DualStackTestCase):
     def test_no_pod_can_claim_the_address_of_another(self) -> None:
         self.add_pod(2)
         self.claim('pod-2')
-        # What the same pod has sent later has come.
+        # A later ping of pod-2 has arrived, hence the ARP reply too.
         self.assertTrue(self.lab.ping(lab.NODE, 'pod-2', cold=False))
         self.assertEqual(MAC % 1, self.neighbours('break0')[POD])
-        # By ARP it can, where no guard is.
+        # Without the guard, an ARP reply can claim the address.
         self.manager(guard='off').sync()
         self.lab.run('ip', 'neighbour', 'flush', 'dev', 'break0', 'nud',
                      'permanent')
         self.assertTrue(self.lab.ping(POD))
 
         def is_believed() -> bool:
-            # Not for a second: so long the kernel keeps what it has learnt.
+            # The kernel ignores a new MAC address for a second (locktime).
             self.claim('pod-2')
             return bool(self.lab.ip('neigh', 'show', POD, 'dev', 'break0')[0][
                 'lladdr'] == MAC % 2)
@@ -425,7 +426,7 @@ class TestNeighbours(DualStackTestCase):
         self.assertTrue(self.lab.ping('100.75.30.80'))
         self.assertTrue(self.lab.ping(lab.NODE, 'none'))
         with self.quiet():
-            self.manager().sync()  # tried again, but not said again
+            self.manager().sync()  # retries, and logs nothing again
         self.lab.run('ip', 'link', 'set', 'eth0', 'name', 'net1', netns='none')
         self.manager().sync()
         self.assertIn(lab.NODE, self.neighbours('net1', 'none'))

@@ -13,7 +13,7 @@ from tests.functional.test_cli import PROGRAM
 from tests import lab
 
 POD6 = 'fd00:30::71'
-#: In another subnet than the node.
+#: An address in another subnet than the node's.
 FAR_POD = '100.75.40.71'
 
 
@@ -133,7 +133,7 @@ class TestProbe(CLITestCase):
         self.lab.add_other_subnet()
         netns = self.lab.add_pod('far', FAR_POD, gateways=(lab.OTHER_LAN,))
         self.bind(FAR_POD, netns=netns, mac_of_pod=self.mac_of('far'))
-        # Not by the gateway, in either direction.
+        # Neither direction passes a gateway.
         self.assertEqual([None, None], [
             each['gateway'] for each in self.probe(FAR_POD)['probes']])
 
@@ -173,7 +173,7 @@ class TestProbe(CLITestCase):
 
     def test_tcp(self) -> None:
         self.bind_pod()
-        # Refused is an answer.
+        # A refused connection is an answer.
         self.assertTrue(self.probe(POD, '--tcp', '81')['reached'])
         with self.lab.socket(socket.AF_INET, netns='pod') as server:
             server.bind((POD, 80))
@@ -199,7 +199,7 @@ class TestProbe(CLITestCase):
             found = self.probe(address, '--conflict', '--count', '1', code=1)
             self.assertEqual([self.mac_of('thief')], found['claimants'])
         self.lab.run('ip', 'link', 'del', lab.PARENT, netns='thief')
-        # One on the LAN.
+        # A host of the LAN claims the address.
         self.lab.run('ip', 'address', 'add', POD + '/32', 'dev', 'nic',
                      netns='lan')
         found = self.probe(POD, '--conflict', '--count', '1', code=1)

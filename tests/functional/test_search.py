@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A new namespace is found at a cost that does not grow with the others."""
+"""The cost of finding a new namespace does not grow with the others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def contain() -> subprocess.Popen[bytes]:
-    """Start a process in a network namespace of its own."""
+    """Start a process in its own network namespace."""
     process = subprocess.Popen(['unshare', '--net', 'sleep', '1000'])
     lab.until(lambda: os.readlink('/proc/%d/ns/net' % process.pid)
               != os.readlink('/proc/self/ns/net'))
@@ -36,7 +36,7 @@ def contain() -> subprocess.Popen[bytes]:
 class SearchTestCase(base.LabTestCase):
 
     def isolated(self, test: Callable[[], Any]) -> None:
-        """Call a function where no other processes are, with a /proc."""
+        """Call a function in an empty process namespace, with a /proc."""
         def call() -> None:
             assert _libc.unshare(CLONE_NEWPID | lab.CLONE_NEWNS) == 0
             pid = base.in_child(within)
@@ -93,7 +93,10 @@ class TestProcesses(SearchTestCase):
                           [each.process for each in made.new(False)])
 
     def test_of_another_process_namespace(self) -> None:
-        """Nothing says which are new, so all are listed."""
+        """Each search lists all processes of another process namespace.
+
+        The kernel offers no way to find only the new processes there.
+        """
         process = contain()
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
@@ -134,7 +137,7 @@ class TestNames(SearchTestCase):
         for number in range(9):
             self.lab.add_netns('n%d' % number)
         made = kernel.Search([])
-        self.assertEqual(10, len(made.all({})))  # and that of the LAN
+        self.assertEqual(10, len(made.all({})))  # with the LAN's
         self.lab.add_netns('new')
         with mock.patch.object(
                 namespaces, 'stat_namespace',
@@ -155,7 +158,7 @@ class TestContainer(SearchTestCase):
             yield kernel.examine_namespace(found).container
 
     def test_namespaces_of_one_container(self) -> None:
-        """And of processes in process namespaces that it has made."""
+        """A container keeps its identity in nested process namespaces."""
         self.isolated(self.compare)
 
     def compare(self) -> None:
@@ -169,7 +172,7 @@ class TestContainer(SearchTestCase):
         def found() -> list[Any]:
             return sorted(map(str, self.containers()))
 
-        # And the LAN, which has a name.
+        # Two containers with two namespaces each, contain()'s, the LAN's.
         lab.until(lambda: len(found()) == 6)
         one, same, other, also, *outside = found()
         self.assertEqual((one, other), (same, also))

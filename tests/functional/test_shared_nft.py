@@ -21,7 +21,7 @@ from tests.functional import base
 TABLE = 'kuryr-break0-break0'
 POD, OTHER = '100.75.30.71', '100.75.30.72'
 MAC = 'fa:16:3e:00:00:0%d'
-#: As if two processes chose the same.
+#: A sequence number that two processes choose by chance.
 NUMBER = 1001
 
 
@@ -29,7 +29,7 @@ class TestSharedSocket(base.LabTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.bind(POD, mac_of_pod=MAC % 1)  # it creates the table
+        self.bind(POD, mac_of_pod=MAC % 1)  # creates the table
         patched = mock.patch.object(nft, '_shared', None)
         patched.start()
         self.addCleanup(patched.stop)
@@ -41,7 +41,7 @@ class TestSharedSocket(base.LabTestCase):
         self.ledger = ledger.Ledger(own.state_dir)
 
     def child(self, function: Callable[[], bool]) -> int:
-        """Call it in a forked process, holding the lock; how that ended."""
+        """Call a function in a child with the lock; return the exit status."""
         def held() -> None:
             with self.ledger.lock():
                 assert function()
@@ -76,7 +76,10 @@ class TestSharedSocket(base.LabTestCase):
             self.assertIsNot(self.shared, kernel.open_node_nft(exclusive=True))
 
     def test_workers_open_none_of_their_own(self) -> None:
-        """A socket that ends with a worker holds up all others."""
+        """Workers open no socket of nftables but use the shared one.
+
+        The kernel delays all workers when it closes such a socket.
+        """
         def bound() -> bool:
             with mock.patch.object(nft, 'Nft', side_effect=AssertionError):
                 self.bind(OTHER, mac_of_pod=MAC % 2,
@@ -101,7 +104,7 @@ class TestSharedSocket(base.LabTestCase):
         self.assertIn(OTHER, self.admitted())
 
     def test_what_is_posted_disturbs_nobody(self) -> None:
-        """Its errors stay unread, until somebody else uses the socket."""
+        """Errors of posted messages stay unread until the next request."""
         refused = netlink.Message(1 << 8 | 99, 0, bytes(4))
         for _ in range(3):
             nft.post([refused])
@@ -114,7 +117,10 @@ class TestSharedSocket(base.LabTestCase):
             self.assertIn(pair, self.shared.elements(TABLE))
 
     def test_an_answer_that_another_has_read(self) -> None:
-        """As where the state directory, and so the lock, was replaced."""
+        """A request fails if another process has read its answer.
+
+        That happens if the state directory, and so the lock, is replaced.
+        """
         pair = nft.Pair(bytes((100, 75, 30, 99)), None)
         with mock.patch.object(netlink, 'messages', return_value=[]), \
                 self.assertRaises(exceptions.KernelRefused) as caught:
@@ -128,7 +134,7 @@ class TestSharedSocket(base.LabTestCase):
         self.assert_works()
 
     def killed(self, *messages: netlink.Message) -> None:
-        """Have a worker send something, and killed before it reads."""
+        """Send messages from a worker that is killed before it reads."""
         def die() -> bool:
             self.shared._socket.send(b''.join(
                 message.packed(NUMBER + 1 + number)
@@ -139,7 +145,7 @@ class TestSharedSocket(base.LabTestCase):
         self.assertEqual(-signal.SIGKILL, self.child(die))
 
     def assert_works(self) -> None:
-        """The next worker sees nothing of what the killed one left."""
+        """Expect the next worker to ignore the killed worker's answers."""
         pair = nft.Pair(bytes((100, 75, 30, 99)), None)
 
         def changed() -> bool:
@@ -161,7 +167,7 @@ class TestSharedSocket(base.LabTestCase):
                       for kind in edge)
         gone = nft._elements(TABLE, 'addresses4', [
             nft.Pair(bytes((192, 0, 2, 9)), None)])
-        # An error, since there is no such element.
+        # The kernel answers with an error: there is no such element.
         self.killed(begin, nft._message(nft._DELSETELEM, netlink.NLM_F_ACK,
                                         gone), end)
         self.assert_works()

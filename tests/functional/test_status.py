@@ -43,7 +43,7 @@ class TestStatus(CLITestCase):
         return done.stdout
 
     def rows(self, *args: str, code: int = 0) -> list[str]:
-        """The addresses that are printed, in their order."""
+        """Return the printed addresses in their order."""
         return re.findall(r'(?m)^\| +((?:1|fd)[0-9a-f.:]+) ',
                           self.text(*args, code=code))
 
@@ -69,7 +69,7 @@ class TestStatus(CLITestCase):
         self.assertEqual('100.75.30.72', rows[0])
         self.assertEqual(6, len(rows))
         self.assertEqual(['100.75.30.72'], self.rows('--problems', code=1))
-        # What is said of all stays.
+        # The totals still count all addresses.
         self.assertIn('6 bound, 5 routed, 1 out of sync',
                       self.text('--problems', code=1))
 
@@ -99,7 +99,7 @@ class TestStatus(CLITestCase):
         self.assertEqual(1, done.stderr.count('\n'))
 
     def test_an_empty_name(self) -> None:
-        """As of a variable that is not set: it means nobody."""
+        """An empty name, as of an unset variable, matches no container."""
         for args in (['status', ''], ['probe', ''], ['unbind', '--pod', '']):
             done = self.call(*args)
             self.assertEqual(2, done.returncode, args)
@@ -144,7 +144,7 @@ class TestStatus(CLITestCase):
                 self.text()
 
     def test_who_is_asked_for_ways(self) -> None:
-        """Only what default rules could lead elsewhere costs a request."""
+        """Routes are looked up only if there are other than default rules."""
         with mock.patch.object(kernel.Netlink, 'lookup', autospec=True,
                                return_value=None) as lookup:
             self.assertEqual([], self.problems())

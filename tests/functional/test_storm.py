@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The agent reconciles for what changes something of ours, and no more."""
+"""The agent syncs only for events that can affect break0 or its pods."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class StormTestCase(test_agent.AgentTestCase):
         self.settle()
 
     def settle(self) -> None:
-        """Wait until the agent has nothing more to do."""
+        """Wait until the agent is idle."""
         count = -1.0
         while count != self.syncs():
             count = self.syncs()
@@ -40,7 +40,7 @@ class StormTestCase(test_agent.AgentTestCase):
                 self.agent.pid)))
 
     def assert_idle(self, before: float) -> None:
-        """There was no sync, but where the socket was full of events."""
+        """Expect no sync, except one for each time that events were lost."""
         self.wait_for(lambda: base.is_idle(psutil.Process(self.agent.pid)))
         lost = metrics.value('events_lost_total') or 0
         self.assertLessEqual(self.syncs() - before, lost)
@@ -51,7 +51,7 @@ class StormTestCase(test_agent.AgentTestCase):
         return found
 
     def share_during(self, storm: Callable[[], object]) -> float:
-        """The part of a CPU that the agent uses during a storm."""
+        """Return the share of a CPU that the agent uses during a storm."""
         process = psutil.Process(self.agent.pid)
 
         def used() -> float:
@@ -69,7 +69,7 @@ class StormTestCase(test_agent.AgentTestCase):
 class TestNothingOfOurs(StormTestCase):
 
     def test_pods_that_are_made_on_the_node_and_moved(self) -> None:
-        # As stock Kuryr binds: a macvlan on the node, moved and renamed.
+        # Stock Kuryr creates each macvlan on the node and moves it to the pod.
         before = self.syncs()
         batch = ''.join(
             'link add tap%d link eth0 type macvlan mode bridge\n'
@@ -151,7 +151,7 @@ class TestItsOwn(StormTestCase):
         self.assertEqual(before, self.syncs())
 
     def test_one_that_fails_again_and_again_is_repeated_less(self) -> None:
-        # A parent that does not exist, and a node that is never quiet.
+        # The parent does not exist, and the node has constant events.
         made = ledger.Ledger('/run/kuryr-break0', 10)
         address, = test_agent.base.addresses('100.75.30.99')
         made.records.put([ledger.Record(

@@ -38,7 +38,7 @@ class SyncTestCase(base.LabTestCase):
         return self.manager(**overrides).sync(dry_run)
 
     def assert_healed(self, *, changed: bool = True) -> None:
-        """A sync restores all of it, and a second one finds nothing."""
+        """Expect a sync to restore all, and a second sync to do nothing."""
         self.assertEqual(changed, bool(self.sync()))
         self.assertEqual(self.healthy, self.lab.routes())
         self.assertFalse(self.sync())
@@ -84,7 +84,7 @@ class TestFaults(SyncTestCase):
         self.assert_healed()
 
     def test_break0_renamed(self) -> None:
-        # It is still there, so a second one of its MAC address cannot be.
+        # The kernel refuses a second macvlan with the MAC address of break0.
         self.lab.run('ip', 'link', 'set', 'break0', 'name', 'mine')
         with self.assertRaisesRegex(exceptions.KernelRefused,
                                     'set up the interface break0: Address '
@@ -156,12 +156,12 @@ class TestFaults(SyncTestCase):
 
 
 class TestMeanwhile(SyncTestCase):
-    """An entry changes after a sync has read it."""
+    """The ledger changes after a sync has read it."""
 
     ADDRESS = '100.75.30.100'
 
     def sync_while(self, change: Callable[[], object]) -> None:
-        """Sync, with a change between the look and what follows from it."""
+        """Sync, with a change between the snapshot and the repairs."""
         read = reconciler.actual.read
         changed = []
 
@@ -169,7 +169,7 @@ class TestMeanwhile(SyncTestCase):
             seen = read(*args, **known)
             if not changed:
                 changed.append(True)
-                # There is something to be held back.
+                # The sync has planned repairs.
                 self.assertTrue(any(parent.plan for parent
                                     in seen.parents.values()))
                 change()
@@ -187,7 +187,7 @@ class TestMeanwhile(SyncTestCase):
         self.assertEqual(PODS - {self.ADDRESS}, set(self.lab.routes()))
 
     def test_bound_by_another(self) -> None:
-        # Which has another MAC address than the plan says.
+        # The new pod has another MAC address than the planned neighbour.
         self.bind(self.ADDRESS, mac_of_pod='fa:16:3e:00:00:01')
         self.sync_while(lambda: self.bind(
             self.ADDRESS, owner=base.OTHER_OWNER,
@@ -198,10 +198,10 @@ class TestMeanwhile(SyncTestCase):
 
 
 class TestWithoutAgent(SyncTestCase):
-    """What goes is back with the next ADD or DEL on the node."""
+    """Faults are repaired at the next ADD or DEL on the node."""
 
     def next_pod(self) -> None:
-        """Do what the driver does for an ADD."""
+        """Bind a pod and housekeep, as the driver does for an ADD."""
         self.bind(POD)
         self.manager().housekeep()
 
@@ -298,7 +298,7 @@ class TestForeign(SyncTestCase):
 
 
 class TestUnclaimed(SyncTestCase):
-    """What merely has no record is never deleted in doubt."""
+    """An unclaimed route is kept unless its pod is known to be gone."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -373,7 +373,7 @@ class TestSandboxGone(SyncTestCase):
 
     def test_another_one_at_its_path(self) -> None:
         self.lab.del_netns('pod')
-        self.lab.add_netns('between')  # so that the inode is another one
+        self.lab.add_netns('between')  # takes the old inode number
         self.lab.add_netns('pod')
         self.manager().housekeep()
         self.assert_gone()
@@ -386,7 +386,7 @@ class TestSandboxGone(SyncTestCase):
         os.rename('/run/host_proc', '/run/not_mounted_here')
         self.manager().housekeep()
         self.assertIn(POD, self.lab.routes())
-        self.lab.del_netns('pod')  # which the kernel knows by its number
+        self.lab.del_netns('pod')  # the kernel's number for it ends too
         self.manager().housekeep()
         self.assert_gone()
 
@@ -399,7 +399,7 @@ class TestSandboxGone(SyncTestCase):
 
 
 class TestSteps(SyncTestCase):
-    """Killed after any step, a sync afterwards makes it right."""
+    """A sync repairs the state after a kill at any step."""
 
     STEPS = ((records.Records, 'put'), (records.Records, 'remove'),
              (cache.Cache, 'put'), (kernel.Netlink, 'change'),
@@ -408,7 +408,7 @@ class TestSteps(SyncTestCase):
              (kernel, 'write_sysctl'))
 
     def die_after(self, number: int) -> None:
-        """End this process after so many steps, of whatever kind."""
+        """End this process after this number of steps of any kind."""
         left = number
 
         def counted(original: Any) -> Any:
@@ -425,7 +425,7 @@ class TestSteps(SyncTestCase):
             setattr(owner, name, counted(getattr(owner, name)))
 
     def every_step(self, what: Any, expected: Any) -> int:
-        """Die after each step in turn until it gets through; how many."""
+        """Die after each step in turn; return the number of steps."""
         for number in range(1, 200):
             def run(number: int = number) -> None:
                 self.die_after(number)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The command as people see it: width, colour, counter, names, errors."""
+"""Output on a terminal: width, colour, counter, names and errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RED = '\x1b[31m'
 class TestTerminal(CLITestCase):
 
     def on_terminal(self, *args: str, **environ: str) -> str:
-        """What a terminal shows."""
+        """Return the output of the command on a terminal."""
         master, slave = pty.openpty()
         with open(master, 'rb', buffering=0) as file:
             with subprocess.Popen([PROGRAM, *args], stdout=slave,
@@ -38,7 +38,7 @@ class TestTerminal(CLITestCase):
                 try:
                     while chunk := file.read(4096):
                         seen += chunk
-                except OSError:  # the other end is closed
+                except OSError:  # the command has closed the terminal
                     pass
         return seen.decode()
 
@@ -58,7 +58,7 @@ class TestTerminal(CLITestCase):
                      ('doctor',), ('check', '--parent', 'eth0')):
             done = self.call(*args, COLUMNS='80')
             for line in done.stdout.splitlines():
-                if not line.startswith(' ' * 10):  # a command, to be pasted
+                if not line.startswith(' ' * 10):  # no command to paste
                     self.assertLessEqual(len(line), 80, line)
         for args in (('status', '--wide'), ('probe', '--all', '--wide',
                                             '--count', '1')):
@@ -90,7 +90,7 @@ class TestTerminal(CLITestCase):
         self.assertEqual(set(), self.bound())
 
     def test_counter(self) -> None:
-        """On a terminal alone."""
+        """The counter is shown only on a terminal."""
         self.bind_pod()
         self.lab.run('ip', 'link', 'set', 'eth0', 'down', netns='web')
         seen = self.on_terminal('probe', '--all', '--count', '3')

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Containers that nobody binds are shown, with the reason."""
+"""Status, doctor, metrics and log show unbound containers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests import program
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 ONE, ONE6 = '100.75.30.81', 'fd00:30::81'
-#: What adopts pods, where Kuryr is; here it is as on a Docker host.
+#: Makes the node a Docker host. On other nodes Kuryr adopts pods.
 NO_KURYR = mock.patch.object(host.installation, 'is_for_kuryr',
                              lambda: False)
 
@@ -45,12 +45,12 @@ class UnservedTestCase(test_discovery.DiscoveryTestCase):
         done = program.run(
             [PROGRAM, '--config-file', test_discovery.CONF, verb, *args],
             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**os.environ, 'COLUMNS': '500'})  # nothing is folded
+            env={**os.environ, 'COLUMNS': '500'})  # no line is folded
         self.assertNotIn('Traceback', done.stderr)
         return done
 
     def status(self) -> list[tuple[Any, str]]:
-        """The addresses that status shows as not bound, and why."""
+        """Return the unbound addresses that status shows, and the reasons."""
         done = self.call('status', '--json')
         found = json.loads(done.stdout)
         self.assertEqual(int(not found['in_sync']), done.returncode)
@@ -71,7 +71,7 @@ class UnservedTestCase(test_discovery.DiscoveryTestCase):
         return finding
 
     def follow(self, expected: str) -> None:
-        """Do what the doctor says."""
+        """Run the doctor's commands, except systemctl and kuryr-break0."""
         commands = [each for each in self.finding(expected)['commands']
                     if not each.startswith(('systemctl', 'kuryr-break0'))]
         self.assertTrue(commands)
@@ -117,7 +117,7 @@ class TestReasons(UnservedTestCase):
             self.assertIn('discover = true', file.read())
 
     def test_its_name(self) -> None:
-        """That another address of the container is bound with."""
+        """A pod's name is known if another of its addresses is bound."""
         self.configure('discover = true', 'allowed_cidrs = fd00:30::/64')
         netns = self.lab.add_pod('one', ONE, ONE6)
         self.manager().bind(Owner('c0ffee', 'eth0'), base.addresses(ONE6),
@@ -152,7 +152,7 @@ class TestReasons(UnservedTestCase):
                    'fd00:30::/64\n')
         self.until_bound(ONE6)
         self.assertEqual([(ONE, 'not_allowed')], self.status())
-        # The finder has logged that.
+        # The agent logs the reason once.
         self.assertEqual(1, self.log().count('it is outside [break0]'))
         self.follow('container-not-allowed')
         self.restart()
@@ -223,15 +223,15 @@ class TestReasons(UnservedTestCase):
             self.follow('container-mode')
             self.until_bound(ONE)
         self.assertFalse(os.path.exists('/run/ran'))
-        # In a message too, which is pasted as well.
+        # The command in a message must be fit for pasting too.
         done = self.call('bind', ONE, '--owner', 'x', '--parent', 'eth0')
         self.assertEqual(1, done.returncode)
         self.assertIn("--ifname '%s'" % name, done.stderr)
 
     def test_refused(self) -> None:
-        """The address of another container, of the node, of a next hop.
+        """Addresses of other containers, the node or a next hop are refused.
 
-        And one that is no host's, and one with a route of others.
+        So are addresses of no single host, and addresses with a foreign route.
         """
         self.bind(ONE, mac_of_pod='02:00:00:00:00:01')
         self.lab.run('ip', 'route', 'add', '100.75.30.84', 'dev', 'lo')
@@ -270,7 +270,7 @@ class TestReasons(UnservedTestCase):
 
     def until_reason(self, expected: tuple[str, str]) -> None:
         def is_it() -> bool:
-            # It may change between the two that status() compares.
+            # The reason may change between the two commands in status().
             with contextlib.suppress(AssertionError):
                 return self.status() == [expected]
             return False
@@ -281,14 +281,14 @@ class TestReasons(UnservedTestCase):
 class TestBound(UnservedTestCase):
 
     def test_who_is_bound_is_not_listed(self) -> None:
-        """By any way: with its namespace, or its MAC address alone."""
+        """A bound container is recognised by namespace or MAC address."""
         self.configure('enabled = true')
         self.bind(ONE, netns=self.lab.add_pod('one', ONE))
         mac = '02:00:00:00:00:82'
         self.lab.add_pod('two', '100.75.30.82', mac=mac)
         self.bind('100.75.30.82', mac_of_pod=mac, owner=base.OTHER_OWNER)
         self.assertEqual([], self.status())
-        # Who has bound it did not want the other address.
+        # The owner of a bound container chooses the addresses to bind.
         self.lab.run('ip', 'address', 'add', '100.75.30.83/24', 'dev',
                      'eth0', netns='one')
         self.assertEqual([], self.status())
@@ -309,7 +309,7 @@ class TestBound(UnservedTestCase):
                     'reason="not_discovered"} 1.0' in metrics())
 
         self.until(count)
-        time.sleep(3)  # several looks
+        time.sleep(3)  # several resyncs
         self.assertEqual(1, self.log().count('%s, on eth0 in /run/netns/one, '
                                              'is not bound' % ONE))
         self.bind(ONE, netns='/run/netns/one')
@@ -374,7 +374,10 @@ class TestPodSide(UnservedTestCase):
 class TestCost(base.LabTestCase):
 
     def test_addresses_of_other_interfaces_are_not_read(self) -> None:
-        """Any process can unshare a namespace, and fill that."""
+        """A namespace costs no read of its other interfaces' addresses.
+
+        Any process can unshare a namespace and add many addresses there.
+        """
         read = kernel.Netlink.address_states
         seen: list[int] = []
 
@@ -405,7 +408,7 @@ class TestCost(base.LabTestCase):
                 self.seen(), ledger.Ledger('/run/kuryr-break0'))))
 
     def test_a_sync_costs_nothing_more(self) -> None:
-        """The agent looks for them by itself."""
+        """A sync does not look for unbound containers; the agent does."""
         self.bind(ONE)
         with mock.patch.object(containers, 'unserved') as look:
             self.manager().sync()

@@ -24,7 +24,7 @@ MAC = '02:00:00:00:00:81'
 
 def power_on(test: base.LabTestCase, name: str, *addresses: str,
              mac: Optional[str] = None) -> lab.VM:
-    """Start a VM, if this machine can have one."""
+    """Start a VM, or skip the test if this machine cannot have one."""
     try:
         return test.lab.add_vm(name, *addresses, mac=mac)
     except OSError as err:
@@ -58,9 +58,9 @@ def checksum(data: bytes) -> int:
 
 def solicitation(target: str, source: str, mac: str, to: str = '',
                  from_mac: str = '') -> bytes:
-    """A neighbour solicitation: who has the target?
+    """Return a neighbour solicitation for a target.
 
-    :param to: the MAC address that is asked; else the group
+    :param to: the destination MAC address; by default the target's group
     """
     wanted = ipaddress.IPv6Address(target).packed
     group = b'\xff\x02' + bytes(9) + b'\x01\xff' + wanted[13:]
@@ -76,7 +76,7 @@ def solicitation(target: str, source: str, mac: str, to: str = '',
 
 
 class VMTestCase(CLITestCase):
-    """Two virtual machines that are bound by command."""
+    """Two virtual machines, bound from the command line."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -108,7 +108,7 @@ class VMTestCase(CLITestCase):
 
     def assert_answers(self, address: str, netns: Optional[str] = None
                        ) -> None:
-        """What passes a VM waits for a thread of this process."""
+        """Ping until a VM answers: a thread of this process runs the VM."""
         lab.until(lambda: self.lab.ping(address, netns))
 
 
@@ -130,7 +130,7 @@ class TestReach(VMTestCase):
         mac = self.lab.ip('link', 'show', 'break0')[0]['address']
         self.assertIn(self.one.mac, {each.src for each in frames})
         self.assertEqual([], [each for each in frames if each.src == mac])
-        # The LAN still asks the node itself, and hears of nobody else.
+        # Only the parent answers the LAN's solicitations for the node.
         own = self.lab.ip('link', 'show', lab.PARENT)[0]['address']
         self.assertEqual({own}, {each.src for each in frames
                                  if each.answers == lab.NODE6})
@@ -145,7 +145,7 @@ class TestReach(VMTestCase):
              for group in link['maddr']})
 
     def test_a_neighbour_that_is_stale(self) -> None:
-        # What the VM then asks comes by unicast, from its link-local address.
+        # A VM probes a stale neighbour by unicast from a link-local address.
         self.bind_both()
         self.assert_answers(lab.NODE6, 'one')
         for state in ('stale', 'delay', 'probe', 'failed'):
@@ -175,7 +175,7 @@ class TestReach(VMTestCase):
 
 
 class TestAnswers(VMTestCase):
-    """Who is answered by break0, and for what."""
+    """Solicitations that break0 answers or ignores."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -185,7 +185,7 @@ class TestAnswers(VMTestCase):
 
     def answered(self, frame: bytes, netns: str = 'one'
                  ) -> list[tuple[str, str]]:
-        """Return for which addresses break0 answers a frame, and to whom."""
+        """Return target and receiver of each answer of break0 to a frame."""
         good = solicitation(lab.NODE6, ONE6, MAC)
         with self.lab.socket(socket.AF_PACKET, socket.SOCK_RAW, 'one') as vm, \
                 self.lab.socket(socket.AF_PACKET, socket.SOCK_RAW,
@@ -195,7 +195,7 @@ class TestAnswers(VMTestCase):
             sender.bind(('nic' if netns == 'lan' else lab.PARENT, 0))
             sender.send(frame)
             if netns == 'lan':
-                # It has passed when what is sent after it has arrived.
+                # A later frame from the LAN has arrived, hence this one too.
                 self.assert_answers(ONE, 'lan')
             vm.send(good)
             found: list[tuple[str, str]] = []
@@ -283,7 +283,7 @@ class TestEnd(VMTestCase):
         self.assertEqual({TWO, TWO6}, self.bound())
 
     def test_seen_from_elsewhere(self) -> None:
-        # There is no macvtap in that namespace either.
+        # No macvtap is in the other namespace either.
         self.bind_both()
         self.lab.run('ip', 'link', 'add', 'break0', 'link', 'nic', 'type',
                      'macvlan', netns='lan')
@@ -294,7 +294,7 @@ class TestEnd(VMTestCase):
         self.assertEqual({ONE, ONE6, TWO, TWO6}, self.bound())
 
     def test_the_parent_was_deleted(self) -> None:
-        # The kernel deletes macvtaps and break0 with it.
+        # The kernel deletes macvtaps and break0 with their parent.
         self.bind_both()
         self.lab.run('ip', 'link', 'delete', lab.PARENT)
         self.run_it('sync', code=3)
@@ -303,7 +303,7 @@ class TestEnd(VMTestCase):
     def test_the_agent_hears_of_it(self) -> None:
         self.bind_both()
         with open('/run/kuryr.conf', 'w') as file:
-            # Nothing here may be due to the timer.
+            # No sync may be due to the timer.
             file.write('[break0]\nresync_interval = 3600\n')
         agent = program.start(
             [PROGRAM, '--config-file', '/run/kuryr.conf', '--log-file',

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What runs where neither kuryr-kubernetes nor os-vif is installed."""
+"""break0 works where neither kuryr-kubernetes nor os-vif is installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.functional.cni.base import network
 
 ROOT = pathlib.Path(__file__).parents[2]
 REQUIREMENTS = ROOT / 'etc/cni/requirements.txt'
-#: Of requirements.txt, what is there for Kuryr alone.
+#: Packages in requirements.txt that only Kuryr needs.
 _FOR_KURYR = {'kuryr-kubernetes', 'cotyledon', 'os-vif', 'oslo.concurrency',
               'oslo.versionedobjects', 'pyroute2', 'stevedore'}
 
@@ -28,7 +28,7 @@ def _requirements(path: pathlib.Path) -> dict[str, str]:
 
 class TestWithoutKuryr(base.CNITestCase):
 
-    #: Made by tests/without-kuryr, since a lab has no network to do it.
+    #: tests/without-kuryr creates this folder: a lab has no network.
     bin = os.path.join(os.path.dirname(os.path.dirname(sys.executable)),
                        'without-kuryr', 'bin')
 
@@ -69,7 +69,7 @@ class TestWithoutKuryr(base.CNITestCase):
         self.assertEqual(['agent-not-running'], re.findall(
             r'^[a-z]+: (.*)', self.call('doctor', code=4), re.M))
         self.runtime.remove(lan, netns)
-        # As on a host of Docker, it speaks of containers.
+        # On a Docker host, the doctor writes of containers and hosts.
         with open(base.CONF, 'a') as file:
             file.write('discover = true\nallowed_cidrs = 100.76.0.0/16\n')
         self.lab.add_pod('two', '100.75.30.81')

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""``make kernels``: runs what depends on the kernel under other kernels.
+"""``make kernels``: runs the kernel-dependent tests under other kernels.
 
-Prints a table of all that was run so far: passed, failed, and left out since
-the kernel lacks something. The results are in build/kernels. That table of
-the documentation is made of them by ``make kernels-table``.
+Prints a table of all results so far: passed, failed, and skipped because the
+kernel lacks a feature. The results are in build/kernels.
+``make kernels-table`` writes the documentation's table from them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import prettytable
 from tests.kernels import machine
 from tests.kernels import suite
 
-#: What is run, and what each is called in the table. What takes longest comes
-#: first.
+#: Modules or parts of the suite, and their names in the table. The slowest
+#: come first.
 SUITES = {'tests.e2e.test_daemon': 'Kuryr, end to end',
           'tests.functional.test_discovery': 'Discovery',
           'tests.functional.test_border': 'Border and guard',
@@ -42,7 +42,7 @@ NAMES = {**SUITES, 'core-kuryr': 'Core of CI: Kuryr, end to end',
          'core': 'Core of CI: others'}
 TABLE = pathlib.Path('doc/source/install/kernels.inc')
 RESULTS = pathlib.Path('build/kernels')
-#: What no test of a suite reads, in this folder or in Python's library
+#: Files of this folder and of Python's library that no suite reads
 UNNEEDED = ('.git', '.stestr', 'doc/build', '.venv/without-kuryr',
             '.venv/kuryr-sources', 'site-packages', 'test')
 
@@ -64,7 +64,7 @@ def main() -> int:
     if args.table:
         TABLE.write_text(_rst())
         return 0
-    # What is there so far is kept, and all else is taken away.
+    # SystemExit runs the cleanup below; finished results stay on the disk.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     status = 0
     try:
@@ -75,7 +75,7 @@ def main() -> int:
         kernels = list(map(machine.Kernel, args.kernel or machine.SUITES))
         for kernel in kernels:
             kernel.prepare()
-        # A pyenv has its library elsewhere; that of Debian is fast enough.
+        # Python's library has many small files, which 9p shares slowly.
         with machine.packed([os.getcwd(), os.path.realpath(
                 os.path.dirname(os.__file__))], UNNEEDED) as folders:
             for kernel in kernels:
@@ -101,7 +101,7 @@ def _run(guest: machine.Machine, kernel: machine.Kernel, place: str,
         'export PATH=$PWD/%s:$PATH VENV=%s PATIENCE=900 NICS="%s"\nexec %s' % (
             os.path.relpath(os.path.dirname(sys.executable)),
             os.path.relpath(os.path.dirname(os.path.dirname(sys.executable))),
-            # Only root of the machine may take them.
+            # Only root of the machine may move NICs to another namespace.
             'eth0 eth1' if place == 'first' else '',
             shlex.join([sys.executable, '-m', 'tests.kernels.suite', '--in',
                         place, '--into', machine.RESULTS, *tests])),
@@ -119,7 +119,7 @@ def _read(results: pathlib.Path) -> dict[str, Any]:
 
 
 def _columns() -> list[tuple[str, str, dict[str, Any]]]:
-    """Return what was run so far: kernel, place, results by test."""
+    """Return the results so far: kernel, place, results by test."""
     return [((RESULTS / name / place / 'version').read_text(), place,
              _read(RESULTS / name / place))
             for name in machine.SUITES for place in suite.PLACES
@@ -138,14 +138,14 @@ def _cell(found: Any) -> str:
 
 
 def _reasons(results: dict[str, Any]) -> dict[str, int]:
-    """Return why tests were left out, and how many by each."""
+    """Return the number of skipped tests, by reason."""
     return collections.Counter(
         reason for found in results.values()
         for reason in found['lacks'].values())
 
 
 def _rst() -> str:
-    """Return the table, as of the documentation."""
+    """Return the documentation's table as reStructuredText."""
     columns = _columns()
     rows = [('Tests', *('%s, %s' % (re.split('[-+]', version)[0], place)
                         for version, place, _ in columns)),

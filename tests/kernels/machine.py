@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A machine that runs this one's files under another kernel, emulated by QEMU.
+"""A virtual machine with another kernel and the files of this machine.
 
-The kernels are Debian's, with all their modules. They are downloaded once. The
-machine has no network, and sees the files of this one read-only below a layer
-in its memory, so nothing that it does stays, but for what it writes to its
-results.
+QEMU emulates it. The kernels are Debian's, with all their modules, and are
+downloaded once. The virtual machine has no network. It mounts this machine's
+files read-only below an overlay in memory, so only its results folder
+persists.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ import tempfile
 import time
 from typing import Iterable, Iterator, Mapping, Optional
 
-#: The releases of Debian, by the kernel that each has. The last one goes on.
+#: Debian releases by kernel version. Unstable ("sid") gets newer kernels.
 SUITES = {'5.10': 'bullseye', '6.1': 'bookworm', '6.12': 'trixie',
           '7': 'sid'}
 CACHE = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '/var/tmp',
                      'kuryr-break0-kernels')
-#: What is needed, and the Debian package that has it
+#: Required programs, and the Debian package of each
 PROGRAMS = {'qemu-system-x86_64': 'qemu-system-x86',
             'busybox': 'busybox-static', 'cpio': 'cpio', 'depmod': 'kmod',
             'zstd': 'zstd', 'mksquashfs': 'squashfs-tools'}
 _PATH = os.environ['PATH'] + ':/usr/sbin:/sbin'
-#: Modules that the machine needs to see any files
+#: Modules for mounting the root file system
 _FIRST = ('virtio_pci', 'virtio_blk', '9pnet_virtio', '9p', 'overlay',
           'squashfs')
 _MEMORY = 6000  # MiB
-#: All but what an emulated one is slow at: copies byte by byte, and five
-#: levels of page tables, with checks of each access
+#: All features except the ones that are slow in emulation: string copies,
+#: five levels of page tables, and access checks
 _PROCESSOR = 'max,-erms,-fsrm,-smap,-smep,-la57,-pcid'
-#: Two, on one wire, which goes nowhere
+#: Two NICs on one hub, which has no link to this machine
 _NICS = [each for number in ('0', '1') for each in (
     '-netdev', 'hubport,hubid=0,id=wire' + number,
     '-device', 'virtio-net-pci,netdev=wire' + number)]
-#: Where the machine writes what is to be kept
+#: Folder in the virtual machine for results
 RESULTS = '/mnt/shared/results'
 _NINE = 'trans=virtio,version=9p2000.L,msize=262144'
 
@@ -101,7 +101,7 @@ sleep 60
 
 
 class Unusable(Exception):
-    """No machine can be started; the text says why, and what to do."""
+    """The machine cannot be started; the text has the reason and a remedy."""
 
 
 def missing() -> list[str]:
@@ -114,7 +114,7 @@ def missing() -> list[str]:
 class Kernel:
     """A kernel of Debian.
 
-    :ivar name: as in :data:`SUITES`
+    :ivar name: a key of :data:`SUITES`
     """
 
     name: str
@@ -138,9 +138,9 @@ class Kernel:
                      'root/usr/lib/modules/*/vmlinuz')
 
     def prepare(self) -> None:
-        """Download it, and make what it boots with, unless that is there.
+        """Download the kernel and build its initrd, unless both exist.
 
-        :raises Unusable: if that fails
+        :raises Unusable: if a download or a program fails
         """
         done = self.directory / 'complete'
         if not done.exists():
@@ -155,7 +155,7 @@ class Kernel:
         here = self.directory
         for each in ('lists/partial', 'apt/archives/partial', 'packages'):
             (here / each).mkdir(parents=True)
-        # Its keys may not be those of this machine's release.
+        # This machine's release may lack the signing keys of another release.
         (here / 'sources').write_text('deb [trusted=yes] %s %s main\n' % (
             _mirror(), SUITES[self.name]))
         options = ['-o', 'Dir::Etc::sourcelist=%s' % (here / 'sources'),
@@ -169,7 +169,7 @@ class Kernel:
             '^linux-image-[0-9]'), re.MULTILINE)
         name = max((name for name in names if not re.search(
             r'dbg|rt-|cloud|unsigned', name)), key=_by_version)
-        # From 7.0 on, the image is a package of its own, as are modules.
+        # From 7.0 on, image and modules are packages of their own.
         depends = re.findall(r'\b(linux-(?:binary|modules)-[^ ,]+)', _run(
             'apt-cache', *options, 'show', name))
         _run('apt-get', *options, '-qq', 'download', name, *set(depends),
@@ -180,7 +180,7 @@ class Kernel:
             shutil.rmtree(here / each)
 
     def _make_first_files(self) -> None:
-        """Make the initrd: what it needs to see the files of this machine."""
+        """Build the initrd, which mounts the files of this machine."""
         with tempfile.TemporaryDirectory() as name:
             root = pathlib.Path(name)
             for each in ('bin', 'proc', 'dev', 'below', 'layer', 'new',
@@ -202,7 +202,7 @@ class Kernel:
                 cwd=root, check=True, env={**os.environ, 'PATH': _PATH})
 
     def _needed(self, names: Iterable[str]) -> list[pathlib.Path]:
-        """List modules in the order in which they are to be loaded."""
+        """Return the files of modules and dependencies, in load order."""
         needs = {path: rest.split() for path, _, rest in (
             line.partition(':') for line in (
                 self.modules / 'modules.dep').read_text().splitlines())}
@@ -216,16 +216,16 @@ class Kernel:
             order.setdefault(path)
 
         for name in names:
-            if name in paths:  # else it is no module, but built in
+            if name in paths:  # not built into the kernel
                 add(paths[name])
         return [self.modules / path for path in order]
 
 
 class Machine:
-    """A machine that is started for each command.
+    """A virtual machine, which boots anew for each command.
 
-    :param kernel: has been prepared
-    :param folders: what :func:`packed` returns
+    :param kernel: a prepared kernel
+    :param folders: images by folder, from :func:`packed`
     """
 
     def __init__(self, kernel: Kernel,
@@ -235,11 +235,11 @@ class Machine:
 
     def run(self, command: str, results: pathlib.Path,
             limit: float) -> Optional[int]:
-        """Run a command of the shell, and print what it prints.
+        """Run a shell command, and print its output.
 
-        :param results: gets what it has written to :data:`RESULTS`
-        :param limit: seconds, of all
-        :returns: its exit status; None if the machine ended before
+        :param results: receives the command's files from :data:`RESULTS`
+        :param limit: seconds, including boot
+        :returns: its exit status; None if the machine ended first
         """
         with tempfile.TemporaryDirectory(dir=CACHE) as name:
             shared = pathlib.Path(name)
@@ -262,7 +262,7 @@ class Machine:
             try:
                 return int((shared / 'status').read_text())
             except (FileNotFoundError, ValueError):
-                (shared / 'console').touch()  # it has not got so far
+                (shared / 'console').touch()  # QEMU may not have created it
                 for each in ('errors', 'console'):
                     text = (shared / each).read_text(errors='replace')
                     print('\n'.join(text.splitlines()[-8:]), file=sys.stderr)
@@ -304,11 +304,11 @@ class Machine:
 @contextlib.contextmanager
 def packed(folders: Iterable[str], without: Iterable[str] = ()
            ) -> Iterator[dict[str, pathlib.Path]]:
-    """Pack folders into file systems, which are there within the block.
+    """Pack folders into squashfs images, which exist within the block.
 
-    One with many small files is slow to share.
+    A 9p share of a folder with many small files is slow.
 
-    :param without: what to leave out, below each
+    :param without: paths to exclude, relative to each folder
     """
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as name:
@@ -321,7 +321,7 @@ def packed(folders: Iterable[str], without: Iterable[str] = ()
 
 
 def _mirror() -> str:
-    """Return the mirror of Debian that this machine uses."""
+    """Return the URL of the Debian mirror of this machine."""
     found = re.search(r'^\S+/debian/*$', _run(
         'apt-get', 'indextargets', '--format', '$(REPO_URI)'), re.MULTILINE)
     return found[0] if found else 'http://deb.debian.org/debian'
@@ -351,7 +351,7 @@ def _uncompressed(path: pathlib.Path) -> bytes:
 
 
 def _run(*command: str, cwd: Optional[pathlib.Path] = None) -> str:
-    """Run a program, and return what it prints.
+    """Run a program, and return its output.
 
     :raises Unusable: if it fails
     """

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Runs modules of tests, and writes down what came of each test.
+"""Runs modules of tests, and records the result of each test.
 
-What is named is run a module at a time by a process of its own, in a lab: of
-namespaces of its own ("own"), or in the first process namespace, as root of
-the machine ("first"). Each test is printed when it ends.
+Each module runs in a process of its own, in a lab. The lab has namespaces of
+its own ("own"), or runs in the first process namespace as root of the machine
+("first"). Each test's result is printed when the test ends.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import time
 from typing import Any, Iterable, Iterator, TextIO
 import unittest
 
-#: As on a node, and as in a container of it.
+#: Commands that start a lab: "first" is like a node, "own" like a container.
 PLACES = {'first': ('unshare', '--net', '--mount', '--ipc'),
           'own': ('tests/in-lab',)}
-#: What CI runs: parts that take two minutes, beside each other
+#: CI's selection of tests, in parts of two minutes that run in parallel
 PARTS = {
     'core-kuryr': ['tests.e2e.test_daemon.' + name for name in (
         'TestPod.test_its_life',
@@ -48,16 +48,17 @@ PARTS = {
         'traffic.test_sources.TestBareParent.'
         'test_addresses_of_services_are_not_known',
         'cni.test_plugin.TestShim.test_both_families_both_ways')]}
-#: What measures processors, or loads them: that says nothing of the kernel
+#: Excluded tests: they measure or load the CPU, and their results do not
+#: depend on the kernel.
 UNNEEDED = ('TestBursts.test_the_first_thirty_make_one_break0',
             'test_bursts_lose_none', 'test_changes_its_mac_address',
             'test_hundred_containers_at_rest', 'test_thousand_addresses')
-#: Seconds for one module: one that hangs does not cost the others
+#: Seconds for one module, so that a hanging module does not block the others
 LIMIT = 3600
 
 
 class Result(unittest.TestResult):
-    """Prints each test when it ends, and how long it took."""
+    """Prints each test and its duration when it ends."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
@@ -87,7 +88,7 @@ class Result(unittest.TestResult):
 
 
 def _name(test: str) -> str:
-    """Return the name of a test, given that of one of its subtests too."""
+    """Return the name of a test, without the parameters of a subtest."""
     return test.partition(' [')[0].partition(' (')[0]
 
 
@@ -99,7 +100,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.place is None:
         return _run(args.modules[0], args.into)
-    # Tests wait most of the time.
+    # Tests wait most of the time, so two per CPU keep all CPUs busy.
     with futures.ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as workers:
         return max(workers.map(lambda module: _start(
             module, args.place, args.into), args.modules))
@@ -123,7 +124,7 @@ def _start(module: str, place: str, into: pathlib.Path) -> int:
                 stderr=errors, timeout=LIMIT).returncode
         except subprocess.TimeoutExpired:
             status = 124
-        # What is logged on the way is of no interest otherwise.
+        # The log matters only if the process wrote no results.
         if not (into / (module + '.json')).exists():
             errors.seek(0)
             print('%s ended with %d\n%s' % (module, status, ''.join(

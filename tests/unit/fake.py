@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A kernel in memory, with just what manager, reconciler and device ask for.
+"""A kernel in memory, for the manager, the reconciler and the device.
 
-It keeps interfaces, addresses, routes and neighbours of a node, and the states
-of namespaces. What the real one does is for the functional tests; here faults
-can be had that it does not offer.
+It keeps the interfaces, addresses, routes and neighbours of a node, and the
+states of namespaces. Functional tests cover the behaviour of the real kernel;
+this one can fail on request.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from kuryr_break0.model import Tap
 
 
 class FakeKernel:
-    """The state, and the functions of :mod:`kuryr_break0.kernel`.
+    """The kernel's state, and the functions of :mod:`kuryr_break0.kernel`.
 
-    :ivar links: by name
-    :ivar closed: tables of :ivar:`tables` that have their chains
-    :ivar namespaces: what is at which path, and whether it exists
-    :ivar fail: called with each change; what it returns is its error
+    :ivar links: interfaces, by name
+    :ivar closed: names of the :ivar:`tables` that have chains
+    :ivar namespaces: existing namespaces, by path
+    :ivar fail: called before each change with its verb and item; returns the
+        error number of the change, or None
     """
 
     def __init__(self) -> None:
@@ -75,16 +76,17 @@ class FakeKernel:
         return [each for pairs in self.tables.values() for each in pairs]
 
     def lose(self, name: str) -> None:
-        """Let an interface go, with all that is on it."""
+        """Delete an interface and the routes and neighbours on it."""
         link = self.links.pop(name)
         self.host = {key: route for key, route in self.host.items()
                      if route.oif != link.index}
         self.known = {key: each for key, each in self.known.items()
                       if key[0] != link.index}
-        # Its table is still there, without what was attached to it.
+        # The kernel keeps the table and deletes its chain with the
+        # interface; the fake drops the table.
         self.tables.pop(guard.table_of(name), None)
 
-    # The functions of the package
+    # Functions of the package
 
     def open_node_nft(self, exclusive: bool = False) -> FakeNft:
         return FakeNft(self)
@@ -93,7 +95,7 @@ class FakeKernel:
         return '/usr/sbin/' + name
 
     def load(self, nft: str, text: str, *options: str) -> Optional[str]:
-        """Load a table, as nft does it."""
+        """Load a table from nft's input; always succeeds."""
         table = text.split()[2]
         if '--check' not in options:
             if 'delete table' in text or table not in self.tables:
@@ -150,7 +152,7 @@ class FakeKernel:
                      if own.version == address.version), None)
 
     def read_sysctl(self, path: str) -> Optional[int]:
-        # None is what break0 must have, as on a node that wants all of it.
+        # By default, each sysctl has a value that break0 has to change.
         return self.sysctls.get(path, 0 if 'disable' in path else 9)
 
     def write_sysctl(self, path: str, value: int, directory: str) -> None:
@@ -169,7 +171,7 @@ class FakeKernel:
 
 
 class FakeNetlink:
-    """What a :class:`kernel.Netlink` on it answers."""
+    """Answers as a :class:`kernel.Netlink` does, from the fake kernel."""
 
     def __init__(self, fake: FakeKernel) -> None:
         self._fake = fake
@@ -271,7 +273,7 @@ def _refused(code: int) -> exceptions.KernelRefused:
 
 
 class FakeNft:
-    """What a :class:`kernel.Nft` on it answers, of the table of a break0."""
+    """Answers as a :class:`kernel.Nft` of break0's table does."""
 
     def __init__(self, fake: FakeKernel) -> None:
         self._fake = fake
@@ -317,7 +319,7 @@ def patchers(fake: FakeKernel) -> Iterator[Any]:
 
 
 class FakeKernelTestCase(unittest.TestCase):
-    """A test whose kernel is a fake one."""
+    """Base class of tests that run against a fake kernel."""
 
     def setUp(self) -> None:
         super().setUp()

@@ -21,7 +21,9 @@ class TestAddresses(unittest.TestCase):
                 self.assertEqual((text, repr(other)), (str(own), repr(own)))
                 self.assertEqual(1, {other: 1}[own])
                 self.assertEqual(1, {own: 1}[other])
-                self.assertEqual(own, pickle.loads(pickle.dumps(own)))
+                # Python 3.11.2 loses the zone.
+                self.assertEqual(*(pickle.loads(pickle.dumps(each))
+                                   for each in (other, own)))
                 self.assertEqual(other + 1, own + 1)
                 if '%' not in text:
                     self.assertIs(own, model.address_from_bytes(own.packed))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The command line in the documentation is that of the command."""
+"""The documented command line is the same as the command's."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class TestDirective(unittest.TestCase):
 class TestDescribe(unittest.TestCase):
 
     def describe(self, **parser: object) -> str:
-        import command_line  # found by setUpModule
+        import command_line  # setUpModule sets its path
 
         subparsers = argparse.ArgumentParser(prog='p').add_subparsers()
         sub = subparsers.add_parser('walk', aliases=['go'], **parser)
@@ -95,7 +95,7 @@ class TestDescribe(unittest.TestCase):
         sub.add_argument('--odd', help=argparse.SUPPRESS)
         text = '\n'.join(command_line.describe(subparsers.choices))
         self.assertIn('\\*end\\*', text)
-        return text.replace('\\', '')  # what keeps markup from being that
+        return text.replace('\\', '')  # backslashes escape markup
 
     def test_arguments(self) -> None:
         text = self.describe(description='Walk to\n  a %(prog)s.')

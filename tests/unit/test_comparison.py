@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Whether Kuryr's code is one that direct binding was compared with."""
+"""The comparison tells whether direct binding knows the installed Kuryr."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TestComparison(unittest.TestCase):
         self.addCleanup(comparison.compare.cache_clear)
 
     def changed(self, old: str, new: str) -> comparison.Comparison:
-        """Compare the installed Kuryr, as if its code was changed."""
+        """Compare the installed Kuryr after a replacement in its code."""
         read = comparison._read
         texts = {path: read(path) for path in comparison.FUNCTIONS}
         self.assertTrue(any(old in text for text in texts.values()), old)

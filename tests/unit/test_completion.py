@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Completion in real shells, from what is shipped and what is printed."""
+"""Completion in real shells, from the shipped and the printed scripts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHIPPED = {shell: pathlib.Path(path)
            for shell, path in command.COMPLETION.items()}
 BIN = pathlib.Path(sys.executable).parent
 LOADER = '/usr/share/bash-completion/bash_completion'
-#: Seconds for a shell to answer.
+#: Seconds for the answer of a shell.
 PATIENCE = 120
 
 
@@ -34,7 +34,7 @@ def printed(shell: str) -> str:
 
 
 class Terminal:
-    """A shell that somebody types into."""
+    """A shell in a pseudoterminal."""
 
     def __init__(self, *command: str, **environ: str) -> None:
         self.pid, self._fd = pty.fork()
@@ -43,7 +43,7 @@ class Terminal:
                 **os.environ, 'TERM': 'dumb', 'PS1': '> ', **environ})
 
     def type(self, text: str, until: str) -> str:
-        """Type, and return what comes up to what is waited for."""
+        """Type a text, and return the output up to a regular expression."""
         os.write(self._fd, text.encode())
         seen = ''
         while not re.search(until, seen):
@@ -92,7 +92,7 @@ class TestCompletion(unittest.TestCase):
 
     @unittest.skipUnless(os.path.exists(LOADER), 'no bash-completion here')
     def test_bash_finds_what_is_installed(self) -> None:
-        """By "make install" or pip, in share of a prefix that it knows."""
+        """bash-completion finds the script below the prefix of pip or make."""
         (self.dir / 'a-file').touch()
         target = self.dir / 'share/bash-completion/completions'
         target.mkdir(parents=True)

@@ -18,7 +18,7 @@ from kuryr_break0 import option_types
 
 
 def load(section: str = '', **environ: str) -> config.Options:
-    """The options that a file with this section gives."""
+    """Return the options of a file with this section."""
     with tempfile.NamedTemporaryFile('w', suffix='.conf') as file:
         file.write('[break0]\n' + section)
         file.flush()
@@ -174,7 +174,7 @@ class TestHelp(unittest.TestCase):
             self.assertIsNot(ours, theirs)
 
     def test_the_configuration_needs_nothing_else(self) -> None:
-        # The generator and the doctor must work where Kuryr does not.
+        # The generator and the doctor must work without a working Kuryr.
         loaded = subprocess.run(
             [sys.executable, '-c',
              'import sys; import kuryr_break0.config; '
@@ -185,7 +185,7 @@ class TestHelp(unittest.TestCase):
 
 
 class TestUnicastMAC(unittest.TestCase):
-    """Of an argument, not of an option."""
+    """The type of MAC addresses on the command line."""
 
     def test_bad_ones(self) -> None:
         for text, reason in (('2:0:0:0:0:1', 'six hexadecimal'),
@@ -202,7 +202,7 @@ class TestUnicastMAC(unittest.TestCase):
 class TestUnknown(unittest.TestCase):
 
     def test_a_program_that_has_read_no_files(self) -> None:
-        """As one that uses os-vif, which loads our plugin."""
+        """A program with os-vif loads our plugin and reads no files."""
         conf = cfg.ConfigOpts()
         with mock.patch.dict(os.environ, OS_BREAK0__STRIKT='true'):
             self.assertEqual(

@@ -32,7 +32,7 @@ class OverlayTestCase(unittest.TestCase):
         cls.kuryr = overlay.container(cls.daemon_set, 'kuryr-cni')
 
     def mounts(self, container: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Where what of the host is mounted, by path of the container."""
+        """Return the mounted paths of the host, by path in the container."""
         volumes = overlay.volumes(self.daemon_set)
         found = {}
         for mount in container['volumeMounts']:
@@ -48,7 +48,7 @@ class OverlayTestCase(unittest.TestCase):
 class TestKuryrsOwn(OverlayTestCase):
 
     def assert_kept(self, before: Any, after: Any, where: str = '') -> None:
-        """All of before is in after, which may have more."""
+        """Assert that `after` has all parts of `before`; it may have more."""
         if isinstance(before, dict):
             self.assertIsInstance(after, dict, where)
             for key, value in before.items():
@@ -98,7 +98,7 @@ class TestConfiguration(OverlayTestCase):
 
     def options(self, container: dict[str, Any],
                 built: dict[str, dict[str, Any]]) -> config.Options:
-        """The options that the environment of a container gives."""
+        """Return the options that the environment of a container sets."""
         variables = {}
         for source in container['envFrom']:
             self.assertEqual(built['ConfigMap']['metadata']['name'],
@@ -133,7 +133,8 @@ class TestConfiguration(OverlayTestCase):
         self.assertEqual(
             ['10.0.0.0/16', 'fd00:10::/64'],
             list(map(str, self.options(container, built).allowed_cidrs)))
-        # The nodes get a new pod when an option changes.
+        # The ConfigMap's name has a hash of its data, so a changed option
+        # creates new pods.
         self.assertNotEqual(self.built['ConfigMap']['metadata']['name'],
                             built['ConfigMap']['metadata']['name'])
 
@@ -166,7 +167,8 @@ class TestAgent(OverlayTestCase):
         shell, option, line = self.agent['lifecycle']['postStart']['exec'][
             'command']
         self.assertEqual(('sh', '-c'), (shell, option))
-        # A node without pods, or an API that is away, must not end it.
+        # If adopt finds no pods or no API, the container must start all the
+        # same.
         self.assertRegex(line, r'^kuryr-break0 .* adopt .* \|\| true$')
         self.assertNotIn('\n', line)
 
@@ -203,7 +205,7 @@ class TestAgent(OverlayTestCase):
     def test_with_docker(self) -> None:
         built = overlay.build(uncommented='patchesJson6902:')['DaemonSet']
         agent = overlay.container(built, overlay.AGENT)
-        # At the path that Kuryr's [cni_daemon] netns_proc_dir says.
+        # This path is Kuryr's [cni_daemon] netns_proc_dir.
         self.assertIn({'name': 'proc', 'mountPath': '/host_proc',
                        'readOnly': True}, agent['volumeMounts'])
         self.assertEqual('/proc',
@@ -222,7 +224,10 @@ class TestDockerfile(unittest.TestCase):
 
     @staticmethod
     def read(name: str) -> list[list[tuple[str, list[str]]]]:
-        """The instructions of a Dockerfile: before its stages, and of each."""
+        """Return the instructions of a Dockerfile, by stage.
+
+        The first list has the instructions before the first stage.
+        """
         with open(os.path.join(overlay.ROOT, 'etc', name,
                                'Dockerfile')) as file:
             lines = file.read().replace('\\\n', ' ').splitlines()
@@ -238,16 +243,17 @@ class TestDockerfile(unittest.TestCase):
     def test_on_top_of_kuryrs_image(self) -> None:
         before, wheel, last = self.stages
         self.assertEqual([('ARG', ['BASE=kuryr/cni:latest'])], before)
-        # No other image is needed, so that it can be built where there is no
-        # registry but that of the cluster.
+        # Both stages use Kuryr's image, so the build works with the cluster's
+        # registry alone.
         self.assertEqual(('FROM', ['${BASE}', 'AS', 'wheel']), wheel[0])
         self.assertEqual(('FROM', ['${BASE}']), last[0])
-        # Its entry point and command are kept, as the DaemonSet expects.
+        # The DaemonSet expects the entry point and the command of Kuryr's
+        # image.
         self.assertEqual({'FROM', 'COPY', 'RUN'},
                          {instruction for instruction, _ in last})
 
     def copied(self, stage: list[tuple[str, list[str]]]) -> set[str]:
-        """What a stage copies from the repository."""
+        """Return the paths that a stage copies from the repository."""
         return {source for instruction, words in stage
                 if instruction == 'COPY'
                 and not words[0].startswith('--from=')
@@ -261,7 +267,8 @@ class TestDockerfile(unittest.TestCase):
         copied = {source for name in ('kubernetes', 'cni')
                   for stage in self.read(name)
                   for source in self.copied(stage)}
-        # The image is the same whatever an operator has edited there.
+        # Operators edit files in etc/kubernetes, and the image must not change
+        # with them.
         lines.remove('etc/kubernetes/*')
         lines.remove('**/__pycache__')
         self.assertEqual(
@@ -283,7 +290,7 @@ class TestDockerfile(unittest.TestCase):
                   *setup['metadata']['license_files'].split(),
                   setup['options.packages.find']['include'].strip(' \n*')}
         self.assertLessEqual(needed, self.copied(self.stages[1]))
-        # Neither git nor the history.
+        # The build needs no git, and so no history.
         self.assertNotIn('.git', self.copied(self.stages[1]))
 
 
@@ -299,7 +306,7 @@ class TestControllerDockerfile(unittest.TestCase):
         self.assertEqual(
             {'COPY', 'FROM', 'RUN', 'WORKDIR'},
             {line.split()[0] for line in ours & other if line[:1].isalpha()})
-        # Kuryr's entry point and user are kept.
+        # Kuryr's image defines the entry point and the user.
         self.assertEqual(
             ['FROM ${BASE}', 'USER root', 'USER kuryr'],
             [line for line in texts[1].partition('AS wheel')[2].splitlines()
@@ -308,7 +315,7 @@ class TestControllerDockerfile(unittest.TestCase):
 
 
 class TestInstallPackage(unittest.TestCase):
-    """What the Dockerfile runs, with another Kuryr in the environment."""
+    """install-package keeps a supported Kuryr and refuses any other."""
 
     def install(self, version: str) -> subprocess.CompletedProcess[str]:
         with tempfile.TemporaryDirectory() as directory:
@@ -320,8 +327,8 @@ class TestInstallPackage(unittest.TestCase):
                     file.write('Metadata-Version: 2.1\n'
                                'Name: kuryr-kubernetes\nVersion: %s\n'
                                % version)
-            # A Python that has nothing else, and a pip that only says what
-            # it is to do, and with which constraints.
+            # This Python has no packages, and this pip only prints its
+            # arguments and constraints.
             os.mkdir(os.path.join(directory, 'pip'))
             with open(os.path.join(directory, 'pip/__main__.py'),
                       'w') as file:
@@ -357,7 +364,7 @@ class TestInstallPackage(unittest.TestCase):
 
 
 class TestGenerator(unittest.TestCase):
-    """Kuryr's own, without devstack."""
+    """Kuryr's own generator runs without devstack."""
 
     SOURCES = glob.glob(os.path.join(sys.prefix, 'kuryr-sources',
                                      'kuryr-kubernetes-*', ''))
@@ -399,7 +406,7 @@ class TestGenerator(unittest.TestCase):
 
 class TestWheel(unittest.TestCase):
 
-    #: Of use in a clone of the repository only.
+    #: Files that only a clone of the repository needs
     LEFT_OUT = {'etc/kuryr-break0-config-generator.conf', 'etc/networks'}
 
     def test_holds_all_of_etc(self) -> None:
@@ -415,7 +422,7 @@ class TestWheel(unittest.TestCase):
                     name = os.path.relpath(path, overlay.ROOT)
                     self.assertNotIn(name, held)
                     held[name] = target
-        # Where shells and man look for them, below /usr and /usr/local.
+        # Shells and man look here below /usr and /usr/local.
         self.assertEqual(
             'share/zsh/site-functions',
             held.pop('kuryr_break0/cli/completion/_kuryr-break0'))
@@ -429,7 +436,7 @@ class TestWheel(unittest.TestCase):
         self.assertEqual(there - self.LEFT_OUT, set(held))
         self.assertEqual('share/man/man8',
                          held.pop('etc/man/kuryr-break0.8'))
-        # All else in its place below one directory.
+        # The other files keep their tree below one directory.
         for name, target in held.items():
             self.assertEqual(
                 os.path.join('share/kuryr-break0',

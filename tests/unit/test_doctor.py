@@ -106,7 +106,7 @@ class TestCounters(unittest.TestCase):
                 first, second, second), 'iptables-legacy'))
 
     def test_what_has_risen(self) -> None:
-        """Of rules for other interfaces nothing is said."""
+        """Rules for other interfaces are not reported."""
         rules = firewall.risen(self.saved(1, 1), self.saved(2, 2), 'break0')
         self.assertEqual(
             ['the table filter of iptables-legacy, chain INPUT, has: policy '
@@ -131,12 +131,12 @@ class TestCounters(unittest.TestCase):
 
 
 class TestKuryrsPlugin(unittest.TestCase):
-    """Files that may be in the place of Kuryr's CNI plugin."""
+    """Files that can replace Kuryr's CNI plugin."""
 
-    #: As pip writes it
+    #: The script that pip writes
     PIP = ('#!%s\n# -*- coding: utf-8 -*-\nimport re\nimport sys\n'
            'from kuryr_kubernetes.cmd.cni import run\n')
-    #: As pip does where the path is too long for the kernel
+    #: The beginning of pip's script if the path is too long for the kernel
     LONG = "/bin/sh\n'''exec' /long/python \"$0\" \"$@\"\n' '''"
     PYTHON = PIP % '/opt/kuryr/bin/python'
 
@@ -192,7 +192,7 @@ class TestKuryrsPlugin(unittest.TestCase):
             self.assert_python(named)
 
     def test_wrappers_of_another_program(self) -> None:
-        # Each of them names each of them.
+        # Each of the two wrappers names both.
         other = os.path.join(self.dir, 'other')
         for name in ('kuryr-cni', 'other'):
             self.write('#!/bin/sh\n  # not the Python one\nexec %s %s\n'
@@ -217,7 +217,7 @@ class TestKuryrsPlugin(unittest.TestCase):
         self.assert_none()
 
     def test_files_that_are_no_program(self) -> None:
-        self.assert_none()  # missing
+        self.assert_none()  # the file is missing
         for target in ('/nonexistent/kuryr-cni', self.path, '/dev/zero'):
             os.symlink(target, self.path)
             self.assert_none()

@@ -54,7 +54,7 @@ class EngineTestCase(fake.FakeKernelTestCase):
                                                      1000 + number)
 
     def options(self, **overrides: Any) -> Any:
-        # nftables are those of the real kernel.
+        # Only tests of guard entries enable the guard.
         return base.options(**{'state_dir': self.state, 'guard': 'off',
                                **overrides})
 
@@ -147,7 +147,7 @@ class TestManager(EngineTestCase):
 
 
 class TestUndo(EngineTestCase):
-    """An undo takes back just what was set, address by address."""
+    """An undo removes exactly the items that the bind set, by address."""
 
     def test_an_add_that_was_given_up_leaves_the_next_one(self) -> None:
         made = manager.Break0Manager(self.options())
@@ -187,7 +187,7 @@ class TestUndo(EngineTestCase):
         self.assertEqual({POD}, self.recorded())
 
     def test_what_a_dead_one_had_before_goes(self) -> None:
-        """Whatever fails, and the neighbour may be its own still."""
+        """A failing bind removes a dead pod's items, even its neighbour."""
         for failing in ((HostRoute, Neighbour), (HostRoute,), ()):
             with self.subTest(failing=failing):
                 self.bind(POD, guard='auto')
@@ -226,7 +226,7 @@ class TestUndo(EngineTestCase):
 
 
 class TestSuccession(EngineTestCase):
-    """The survivor of two claims gets what the address had."""
+    """The surviving claim of two gets the address."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -301,7 +301,7 @@ class TestReconciler(EngineTestCase):
         self.assertEqual(({POD}, {POD}), (self.routed(), self.recorded()))
 
     def test_a_gone_one_whose_address_another_has_by_now(self) -> None:
-        # That could not be recorded; its MAC address says so.
+        # The neighbour's MAC address belongs to a pod that is not recorded.
         self.bind(POD)
         index = self.fake.links['break0'].index
         self.fake.known[index, POD] = self.fake.known[
@@ -368,7 +368,7 @@ class TestReconciler(EngineTestCase):
         self.bind(*addresses)
         for fault in (lambda: None, lambda: self.fake.replace(
                 self.fake.links['break0'], mtu=1400)):
-            fault()  # after the second it reads again
+            fault()  # after a repair, sync reads the kernel again
             with mock.patch.object(records, 'from_json',
                                    side_effect=records.from_json) as parsed:
                 self.sync()
@@ -432,13 +432,19 @@ class TestDevice(EngineTestCase):
                 self.ensure()
         self.assertNotIn('break0', self.fake.links)
 
-    def test_one_that_another_process_has_just_made(self) -> None:
+    def test_one_whose_creation_reports_an_error(self) -> None:
+        """IPDB fails if its last dump is interrupted each time."""
         def late(name: str, parent: kernel.Link, mac: str) -> None:
             self.fake.create_macvlan(name, parent, mac)
             raise exceptions.KernelRefused('create', 'there is one', 17)
 
-        with mock.patch.object(kernel, 'create_macvlan', late):
-            self.assertTrue(self.ensure().link.up)
+        with mock.patch.object(kernel, 'create_macvlan', late), \
+                self.assertLogs('kuryr_break0.device', 'INFO') as logs:
+            ensured = self.ensure()
+        self.assertTrue(ensured.link.up)
+        self.assertTrue(ensured.needs_sync)
+        self.assertEqual(('it was missing',), ensured.repaired)
+        self.assertIn('Created break0', '\n'.join(logs.output))
         self.assertIn('break0', self.fake.links)
 
     def test_each_difference_is_repaired(self) -> None:

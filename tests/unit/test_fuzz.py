@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Whatever comes in is taken, or refused by an error of ours.
+"""Untrusted input is accepted, or refused with an error of the package.
 
-``FUZZ_EXAMPLES=10000 tests/run tests.unit.test_fuzz`` tries more than usual.
+``FUZZ_EXAMPLES=10000 tests/run tests.unit.test_fuzz`` runs more examples than
+the default.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ trees = st.recursive(leaves, lambda inner: st.lists(inner, max_size=4)
 
 
 class TestEntrance(unittest.TestCase):
-    """What every way in is cut to by the manager."""
+    """The manager validates the arguments of every bind."""
 
     @fuzzed
     @given(hostile, hostile, st.lists(addresses, max_size=80), hostile,
@@ -94,7 +95,7 @@ class TestEntrance(unittest.TestCase):
         if mac is not None:
             self.assertEqual(0, int(mac[:2], 16) & 1)
             self.assertTrue(MAC.fullmatch(mac))
-        # What went in can be read again.
+        # The ledger can read a record of the accepted values.
         if taken and taken[0] == given_addresses[0]:
             record = Record(taken[0], owner, parent, mac, (), netns, None,
                             pod, None, 1.0)
@@ -129,7 +130,7 @@ class TestVIF(unittest.TestCase):
                                             ipaddress.IPv6Address))
 
     def _put(self, primitive: Any, where: str, tree: Any) -> bool:
-        """Put a tree at the first place of a name."""
+        """Replace the first value that has the key, depth first."""
         for value in (primitive.values() if isinstance(primitive, dict)
                       else primitive):
             if isinstance(value, dict) and where in value:
@@ -183,7 +184,7 @@ class TestFiles(unittest.TestCase):
             self.assertEqual(text[:255], str(found))
 
 
-#: Messages whose length may be right or wrong, of kinds that are read.
+#: Netlink attributes of the parsed kinds, with correct and incorrect lengths.
 attributes = st.lists(st.tuples(
     st.integers(0, 60), st.binary(max_size=24) | st.builds(
         lambda kind, inner: netlink.attribute(kind, inner),
@@ -225,7 +226,7 @@ class TestNetlink(unittest.TestCase):
         self.events(data)
 
     def test_an_event_that_is_cut_off(self) -> None:
-        """As that of a route with thousands of next hops."""
+        """A route with thousands of next hops does not fit into the buffer."""
         body = bytes(12) + bytes(2 ** 17)
         self.assertEqual({'lost'}, self.events(netlink.HEADER.pack(
             16 + len(body), wire.RTM_NEWROUTE, 0, 0, 0) + body))
@@ -264,7 +265,8 @@ class TestCommandLine(unittest.TestCase):
             except SystemExit as err:
                 code = err.code
         shown = shlex.join(argv)
-        # Only help is no error, and it comes first wherever it stands.
+        # argparse exits with 0 for --help anywhere in the arguments, and with
+        # 2 for any other of these.
         self.assertIn(code, (0,) if '--help' in arguments and not errors
                       .getvalue() else (2,), shown)
         self.assertNotIn('Traceback', errors.getvalue(), shown)
@@ -282,7 +284,7 @@ def _refuse_all() -> config.Options:
 
 
 class TestCNI(unittest.TestCase):
-    """What a runtime, or whoever plays one, asks the plugin for."""
+    """The CNI plugin answers any request of a container runtime."""
 
     variables = st.fixed_dictionaries({}, optional={
         'CNI_COMMAND': st.sampled_from(
@@ -306,7 +308,7 @@ class TestCNI(unittest.TestCase):
         if status == 0:
             self.assertEqual('VERSION', environment['CNI_COMMAND'])
             return
-        self.assertLess(found['code'], 100)  # nothing unforeseen
+        self.assertLess(found['code'], 100)  # 199: unforeseen error
         self.assertNotRegex(found['msg'], r'[\x00-\x1f\x7f]')
         self.assertLess(len(found['msg']), 400)
 
@@ -325,7 +327,7 @@ class TestCNI(unittest.TestCase):
     @fuzzed
     @given(configs)
     def test_what_a_good_request_has(self, fields: dict[str, Any]) -> None:
-        """What is parsed is of the right types, whatever was given."""
+        """Addresses of a parsed request belong to their networks."""
         with contextlib.suppress(request.CNIError):
             found = request.parse(
                 {'CNI_COMMAND': 'ADD', 'CNI_CONTAINERID': 'c0ffee',
@@ -358,9 +360,9 @@ class TestCNI(unittest.TestCase):
 
 @unittest.skipIf(os.geteuid(), 'needs root, as under tests/in-lab')
 class TestSocketOfTheAgent(unittest.TestCase):
-    """What another process of root sends to the agent, by the real server.
+    """The agent's CNI server survives any request of another root process.
 
-    Its requests are carried out, on a node with a pod.
+    The agent carries out these requests on a node with a pod.
     """
 
     POD = '100.75.30.71'
@@ -390,7 +392,7 @@ class TestSocketOfTheAgent(unittest.TestCase):
         cls.node = lab.Lab()
         cls.addClassCleanup(cls.node.close)
         cls.node.add_pod('pod', cls.POD)
-        # A line for each that is refused
+        # Each refused request logs a line.
         logging.disable(logging.ERROR)
         cls.addClassCleanup(logging.disable, logging.NOTSET)
         options = base.options(metrics_bind='')
@@ -407,7 +409,7 @@ class TestSocketOfTheAgent(unittest.TestCase):
             with contextlib.suppress(ConnectionError):
                 client.sendall(data)
                 if not ends:
-                    return b''  # it goes without waiting
+                    return b''  # the client disconnects without reading
                 client.shutdown(socket.SHUT_WR)
                 return b''.join(iter(lambda: client.recv(4096), b''))
         return b''
@@ -438,7 +440,7 @@ class TestSocketOfTheAgent(unittest.TestCase):
         self.assert_served()
 
     def interfaces(self) -> dict[str, list[str]]:
-        """The interfaces of the node, but break0, with their flags."""
+        """Return the flags of the node's interfaces except break0, by name."""
         return {link['ifname']: link['flags'] for link
                 in self.node.ip('link', 'show')
                 if link['ifname'] != 'break0'}
@@ -457,7 +459,7 @@ class TestSocketOfTheAgent(unittest.TestCase):
 
 @unittest.skipUnless(SHIM.exists(), 'needs the shim: make cni')
 class TestShim(unittest.TestCase):
-    """What the shim makes of an agent that answers anything."""
+    """The shim survives any answer of the agent."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -502,7 +504,7 @@ class TestShim(unittest.TestCase):
 
 
 class TestEngines(unittest.TestCase):
-    """What answers at the socket of a container engine."""
+    """Discovery survives any answer at a container engine's socket."""
 
     @fuzzed
     @given(trees | st.lists(st.fixed_dictionaries({}, optional={

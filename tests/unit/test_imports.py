@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a command imports, on which depends how long it takes to start."""
+"""Commands import only the modules they need: imports delay a start."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import subprocess
 import sys
 import unittest
 
-#: What takes long to import, and who needs it.
+#: Packages that take long to import. Each --help works without them.
 SLOW = {'pyroute2', 'waitress', 'prometheus_client', 'kuryr_kubernetes',
         'os_vif', 'requests'}
-#: The modules of a verb, if not one of its name; and those of all verbs.
+#: The modules of verbs with several modules or another name, and the modules
+#: that all verbs share.
 VERBS = {'unbind': {'bind'}, 'cni-install': {'cni'},
          'doctor': {'doctor', 'status'}, 'check': {'doctor', 'status'}}
 SHARED = {'main', 'command', 'common', 'output', 'parser', 'verbs'}
@@ -28,7 +29,7 @@ sys.exit(main())
 
 
 def imported(*arguments: str, **environ: str) -> set[str]:
-    """Return what a command has imported when it ends."""
+    """Return the names of the modules that a command imports."""
     done = subprocess.run(
         [sys.executable, '-c', PROGRAM, *arguments], text=True, input='{}',
         env={**os.environ, **environ}, stdout=subprocess.PIPE,
@@ -46,7 +47,7 @@ class TestImports(unittest.TestCase):
             with self.subTest(verb=verb):
                 found = imported(verb, '--help')
                 self.assertEqual(set(), SLOW & found)
-                # Each has its own module, which imports what it needs.
+                # Each verb has its own module, which imports its dependencies.
                 own = VERBS.get(verb, {verb})
                 self.assertEqual(SHARED | own, {
                     name.rpartition('.')[2] for name in found

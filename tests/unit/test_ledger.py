@@ -58,17 +58,17 @@ class LedgerTestCase(unittest.TestCase):
             file.write(text)
 
     def all(self) -> list[ledger.Record]:
-        """All claims; what is damaged is moved to quarantine."""
+        """Return all claims, after damaged records are quarantined."""
         return [claim for address in self.records.addresses()
                 for claim in self.records.claims(address)]
 
     def read(self) -> tuple[Any, Any]:
-        """All claims, and the addresses of which it is not known whose."""
+        """Return all claims, and the addresses of unreadable records."""
         contents = self.ledger.contents()
         return contents.claims, set(contents.unreadable)
 
     def hold(self) -> Callable[[], None]:
-        """Have another process hold the lock; what ends that."""
+        """Hold the lock in another process; return a function to kill it."""
         ready, tell = os.pipe()
 
         def hold() -> None:
@@ -87,11 +87,11 @@ class LedgerTestCase(unittest.TestCase):
 
 
 class TestInspection(LedgerTestCase):
-    """What is read of ledger and kernel is of one moment."""
+    """The ledger and the kernel are read at the same moment."""
 
     def inspect(self, *changes: Callable[[], object]
                 ) -> tuple[list[ledger.Record], int, bool]:
-        """While one thing after another changes."""
+        """Inspect the ledger while changes happen, one at each attempt."""
         looks: list[int] = []
 
         def look() -> int:
@@ -267,7 +267,7 @@ class TestRecords(LedgerTestCase):
                          os.listdir(os.path.dirname(unfinished)))
 
     def test_two_writers_at_once(self) -> None:
-        """As in two containers, whose processes have the same numbers."""
+        """Processes in two containers can have the same process ID."""
         write, texts = os.write, ['the longer one', 'short']
 
         def interrupted(fd: int, data: bytes) -> int:
@@ -290,7 +290,7 @@ class TestRecords(LedgerTestCase):
                          os.listdir(os.path.dirname(self.file())))
 
     def damage(self) -> Iterator[str]:
-        """Make records that are none, one after the other; their names."""
+        """Write damaged records one after the other; yield the file names."""
         self.records.put([RECORD])
         good = json.loads(records.to_json([dataclasses.replace(
             RECORD, address=ipaddress.ip_address('100.75.30.72'))]))
@@ -350,7 +350,7 @@ class TestRecords(LedgerTestCase):
         address = ipaddress.ip_address('100.75.30.72')
         for name in self.damage():
             with self.subTest(name=name):
-                self.records.may_be_gone(  # raises nothing
+                self.records.may_be_gone(  # raises no error
                     address, kernel.Judge())
                 shutil.rmtree(self.file(name)) if os.path.isdir(
                     self.file(name)) else os.unlink(self.file(name))
@@ -359,7 +359,7 @@ class TestRecords(LedgerTestCase):
         self.records.put([RECORD])
         self.write('damaged')
         self.assertEqual(({}, {ADDRESS}), self.read())
-        self.assertIsNone(self.records.get(ADDRESS))  # it is moved
+        self.assertIsNone(self.records.get(ADDRESS))  # quarantined
         self.assertEqual(({}, {ADDRESS}), self.read())
         self.records.put([RECORD])
         self.assertEqual(({ADDRESS: (RECORD,)}, set()), self.read())
@@ -400,7 +400,7 @@ class TestDirectory(LedgerTestCase):
     def test_an_empty_one_is_closed(self) -> None:
         shutil.rmtree(self.path)
         os.mkdir(self.path)
-        os.chmod(self.path, 0o755)  # by kubelet, for a volume
+        os.chmod(self.path, 0o755)  # kubelet sets this mode for a volume
         self.ledger.prepare()
         self.assertEqual(0o700, stat.S_IMODE(os.stat(self.path).st_mode))
 
@@ -442,7 +442,7 @@ class TestDirectory(LedgerTestCase):
         self.assertEqual(0o700, stat.S_IMODE(os.stat(self.path).st_mode))
 
     def test_one_of_another_user_is_refused(self) -> None:
-        # A user namespace of one user has no other.
+        # A user namespace can map a single user, so chown would fail.
         with mock.patch('os.geteuid', return_value=os.geteuid() + 1):
             for refused in (self.ledger.prepare,
                             self.ledger.lock().__enter__):
@@ -501,7 +501,8 @@ class TestIdentity(LedgerTestCase):
                 self.assertEqual(found, self.ledger.identity())
 
     def test_what_is_of_an_earlier_boot_counts_no_more(self) -> None:
-        # Its namespaces have the numbers of others now.
+        # After a reboot, other namespaces have the numbers of the recorded
+        # ones.
         before = self.ledger.ensure_identity()
         self.records.put([RECORD])
         self.ledger.put_identity(dataclasses.replace(before, boot='earlier'))
@@ -619,7 +620,7 @@ class TestEnds(LedgerTestCase):
 class TestHeartbeat(LedgerTestCase):
 
     def test_who_asks_at_its_first_beat(self) -> None:
-        """As a bind does, which has the lock for a moment."""
+        """A bind holds the heartbeat's lock for a moment."""
         heartbeat = self.ledger.heartbeat
         with open(heartbeat.path, 'w') as asked:
             fcntl.flock(asked, fcntl.LOCK_EX)
@@ -677,7 +678,8 @@ class TestLock(LedgerTestCase):
             pass
 
     def test_other_users_of_the_file_do_not_end_it(self) -> None:
-        # As they do with a lock of fcntl(2), if they are of its process.
+        # A process that closes any descriptor of the file releases its
+        # locks of fcntl(2).
         with self.ledger.lock():
             with open(self.ledger.lock_path):
                 pass
@@ -719,7 +721,7 @@ class TestLock(LedgerTestCase):
     def test_a_directory_that_is_wiped_meanwhile(self) -> None:
         with self.ledger.lock():
             shutil.rmtree(self.path)
-            with self.ledger.lock():  # which is another file by now
+            with self.ledger.lock():  # the lock file is a new one
                 self.records.put([RECORD])
         self.assertEqual([RECORD], self.all())
 
@@ -739,8 +741,8 @@ class TestOwnership(unittest.TestCase):
                 ('uplink', own, 'break0', expected.UNMARKED),
                 (own.alias('/run/x'), own, 'break0', expected.OURS),
                 (own.alias('/run/y'), own, 'break0', expected.OURS),
-                # Of the directory: by a new ledger, and by one that has
-                # taken over what the same lost ledger had.
+                # Both aliases name this state directory. One ledger is new,
+                # and the other has taken over the devices of the lost ledger.
                 (identity.Alias('a' * 16, '/run/x'), None, 'break0',
                  expected.LOST),
                 (identity.Alias('a' * 16, '/run/x'), own, 'break0',

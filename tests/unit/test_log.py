@@ -43,7 +43,7 @@ class TestLog(unittest.TestCase):
         self.assertNotIn('ParentNotFound', line)
 
     def test_by_oslo_log_it_is_said_twice(self) -> None:
-        """Or the class under test is of no use any more."""
+        """oslo.log alone repeats the error, so our logger is needed."""
         line, = self.lines(oslo_logging.getLogger('kuryr_break0.test'))
         self.assertEqual(2, line.count('eth7'), line)
 

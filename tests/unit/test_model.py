@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Random orders of all that happens to a node, against a kernel in memory.
+"""Run random sequences of a node's events against a kernel in memory.
 
-The invariants are those of the engine: each live claim has its items and
-nobody else's; nothing of a dead one is left; what is not ours is never
-touched; one more sync changes nothing.
+The engine has these invariants: each live claim has its route, neighbour and
+guard entry, and no other container's; a dead claim leaves none; foreign routes
+stay untouched; a second sync changes nothing.
 """
 
 from __future__ import annotations
@@ -47,24 +47,25 @@ PARENTS = 'eth0', 'eth1'
 PATHS = ['/run/netns/%d' % number for number in range(4)]
 
 addresses = st.sampled_from(ADDRESSES)
-#: After how many steps a process is killed; not, more often than not.
+#: The number of steps before the process is killed, or None. Nine of the
+#: sixteen choices are None.
 kills = st.sampled_from((*[None] * 9, *range(7)))
 errors = st.sampled_from((*[0] * 9, errno.ENOBUFS))
 some = st.integers(0, 2 ** 16)
 
 
-# To shrink takes minutes; set it where a person waits for that.
+# Shrinking takes minutes, so only SHRINK enables it.
 PHASES = [hypothesis.Phase.generate] + (
     [hypothesis.Phase.shrink] if os.environ.get('SHRINK') else [])
 
 
 class Killed(BaseException):
-    """The process ends here."""
+    """Stands for the end of the process by SIGKILL."""
 
 
 @dataclasses.dataclass
 class Sandbox:
-    """A namespace with a macvlan; its path may be another one's later."""
+    """A namespace with a macvlan; a later namespace can have the same path."""
 
     path: str
     namespace: NamespaceId
@@ -77,7 +78,7 @@ class Sandbox:
 
 @dataclasses.dataclass(frozen=True)
 class Add:
-    """What was asked for once, and can be undone, repeated or be late."""
+    """A request to bind, which a rule can undo, repeat or deliver late."""
 
     sandbox: int
     address: IPAddress
@@ -85,7 +86,7 @@ class Add:
 
 
 class Node(stateful.RuleBasedStateMachine):
-    """The node: what is asked for, and what must be there."""
+    """The node: rules change it, and invariants compare it with the claims."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,17 +104,20 @@ class Node(stateful.RuleBasedStateMachine):
             self._stack.enter_context(patcher)
         self.sandboxes: list[Sandbox] = []
         self.adds: list[Add] = []
-        #: owners by address, the newest first
+        #: The sandboxes that claim an address, newest first.
         self.claims: dict[IPAddress, list[Sandbox]] = (
             collections.defaultdict(list))
         self.bound_at: dict[tuple[IPAddress, int], float] = {}
-        #: of what the record was rebuilt, so that nobody knows its owner
+        #: Claims that were rebuilt after the loss of the ledger. Their records
+        #: name no container.
         self.rebuilt: set[tuple[IPAddress, int]] = set()
         self.discovered: set[tuple[IPAddress, int]] = set()
-        # After what is rebuilt, whose time is that of this boot.
+        # Rebuilt claims have the monotonic time of this boot, and requests of
+        # the model have to be newer.
         self.clock = itertools.count(2 ** 40)
         self.was_killed = False
-        #: by a kill or error since the last sync: something may be left over
+        #: Whether a kill or an error since the last sync can have left items
+        #: behind.
         self.is_unsettled = False
         self.foreign: dict[Any, HostRoute] = {}
         self.others = HostRoute(ipaddress.ip_address('10.9.9.9'), 1, 4, 254)
@@ -125,7 +129,7 @@ class Node(stateful.RuleBasedStateMachine):
         finally:
             self._stack.close()
 
-    # What happens
+    # Events
 
     @stateful.initialize(where=st.lists(addresses, min_size=3, max_size=3))
     def some_containers(self, where: list[IPAddress]) -> None:
@@ -139,7 +143,8 @@ class Node(stateful.RuleBasedStateMachine):
         if path in self.fake.namespaces:
             return
         number = len(self.sandboxes)
-        # The kernel uses inode numbers again, and cookies never.
+        # The kernel reuses the inode numbers of namespaces, and never their
+        # cookies.
         namespace = NamespaceId(4, 100 + PATHS.index(path), 1000 + number)
         self.fake.namespaces[path] = namespace
         self.sandboxes.append(Sandbox(
@@ -182,7 +187,7 @@ class Node(stateful.RuleBasedStateMachine):
     @stateful.precondition(lambda self: self.sandboxes)
     @stateful.rule(which=some, address=addresses)
     def two_claims(self, which: int, address: IPAddress) -> None:
-        """The later one ends, and its end is noticed."""
+        """Two sandboxes claim an address; the newer one ends before a sync."""
         for number in which, which + 1:
             self.add(number, address, False, None, 0)
         self.end_sandbox(which + 1)
@@ -191,7 +196,7 @@ class Node(stateful.RuleBasedStateMachine):
     @stateful.precondition(lambda self: self.adds)
     @stateful.rule(which=some)
     def add_late(self, which: int) -> None:
-        """One that waited for the lock while others did not."""
+        """A request waits for the lock longer than newer requests."""
         made = self.adds[which % len(self.adds)]
         if self.sandboxes[made.sandbox].lives:
             self.bind(made, False, None, 0)
@@ -203,12 +208,12 @@ class Node(stateful.RuleBasedStateMachine):
         present = self.claims[made.address]
         key = made.address, made.sandbox
         owner = sandbox.owner
-        if yields:  # as discovery
+        if yields:  # discovery
             owner = Owner('discovered-%d' % made.sandbox, 'eth0')
         is_known = key in self.bound_at and sandbox in present and (
             key not in self.rebuilt)
         if is_known and (key in self.discovered) != yields:
-            return  # an engine and discovery at once are for other tests
+            return  # other tests cover an engine's bind of a discovered pod
         rivals = [each for each in present
                   if each.lives and each is not sandbox]
         is_late = is_known and self.bound_at[key] > made.bound_at
@@ -255,7 +260,7 @@ class Node(stateful.RuleBasedStateMachine):
                    fails=errors)
     def delete(self, which: int, undoes: bool, all_of_it: bool,
                killed: Optional[int], fails: int) -> None:
-        """A DEL: in time, late, again; or an undo."""
+        """A DEL arrives in time, late or twice, or a bind is undone."""
         made = self.adds[which % len(self.adds)]
         sandbox = self.sandboxes[made.sandbox]
         key = made.address, made.sandbox
@@ -273,7 +278,8 @@ class Node(stateful.RuleBasedStateMachine):
                 made.address]:
             present, each = self.claims[address], (address, made.sandbox)
             if each in self.rebuilt:
-                # By its namespace, which the path has to be of.
+                # A rebuilt claim names no container, so the namespace at the
+                # path has to match.
                 is_own = not undoes and sandbox.lives
             else:
                 is_own = was_it and (each in self.discovered) == (
@@ -341,7 +347,8 @@ class Node(stateful.RuleBasedStateMachine):
                 self.discovered.discard((address, number))
                 self.bound_at.pop((address, number), None)
         for address, _ in self.foreign:
-            # Of what is blocked a neighbour may be left, as unclaimed.
+            # A blocked address can have an unclaimed neighbour, from which no
+            # record is rebuilt.
             for key in [key for key in self.fake.known if key[1] == address]:
                 del self.fake.known[key]
         self.sync()
@@ -349,14 +356,14 @@ class Node(stateful.RuleBasedStateMachine):
 
     @stateful.rule(really=st.sampled_from((True, False)))
     def settle(self, really: bool = True) -> None:
-        """A sync makes everything right, and the next one finds nothing."""
+        """One sync repairs all items, and a second sync changes nothing."""
         if not really:
             return
         self.sync()
         outcome = self.sync()
         assert not outcome, outcome
-        # If the new owner of an address was killed, or failed, before it set
-        # anything, and ended, nothing says whose is what the one before has.
+        # If a bind set no item before it was killed or failed, and its pod
+        # ended, the items of the previous pod have no known owner.
         doubtful = {item.dst for item in outcome.unclaimed}
         assert self.was_killed or not doubtful, outcome
         assert not outcome.errors, outcome.errors
@@ -374,10 +381,10 @@ class Node(stateful.RuleBasedStateMachine):
         assert {each.address for each in self.fake.pairs} <= {
             each.packed for each in served}
 
-    # What must be
+    # Invariants
 
     def assert_served(self, address: IPAddress) -> None:
-        """The newest claim has its items, and nobody else's."""
+        """The newest live claim has its items; the address has no others."""
         living = [each for each in self.claims[address] if each.lives]
         route = self.fake.host.get((address, 254))
         known = {index: each.mac for (index, dst), each
@@ -405,7 +412,7 @@ class Node(stateful.RuleBasedStateMachine):
             assert self.fake.host.get(key) is route
         assert self.fake.host[self.others.dst, 254] is self.others
 
-    # How
+    # Helpers
 
     def ledger(self) -> ledger.Ledger:
         return ledger.Ledger(self.options.state_dir, 1)
@@ -429,9 +436,10 @@ class Node(stateful.RuleBasedStateMachine):
     def attempt(self, address: IPAddress, sandbox: Sandbox,
                 killed: Optional[int], fails: int,
                 action: Callable[[], Any]) -> Optional[BaseException]:
-        """Do something that may fail or be killed; how it ended.
+        """Return the error of an action that may fail or be killed, or None.
 
-        Then it may have been done or not, but for nobody else.
+        After an error, the claim of the sandbox may be recorded or not. Claims
+        of other sandboxes have to be unchanged.
         """
         self.fake.fail = lambda verb, item: fails
         try:
@@ -455,7 +463,7 @@ class Node(stateful.RuleBasedStateMachine):
 
     @contextlib.contextmanager
     def dying(self, left: Optional[int]) -> Iterator[None]:
-        """Kill this process after so many steps."""
+        """Raise Killed at the step with this number; None raises nothing."""
         if left is None:
             yield
             return

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Alert rules and dashboard, by promtool of Prometheus."""
+"""promtool of Prometheus accepts the alert rules and the dashboard."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def panels() -> list[dict[str, Any]]:
 class PromtoolTestCase(unittest.TestCase):
 
     def promtool(self, *args: str) -> None:
-        """Run promtool, which must be content."""
+        """Run promtool, which must succeed."""
         bin_dir = os.path.dirname(sys.executable)
         path = shutil.which('promtool', path=os.pathsep.join(
             [bin_dir, os.environ['PATH']]))
@@ -115,7 +115,8 @@ class TestManual(PromtoolTestCase):
         self.assertEqual(2, len(configurations))
         for configuration in map(yaml.safe_load, configurations):
             for job in configuration['scrape_configs']:
-                # Debian's Prometheus is built without that.
+                # Debian builds Prometheus without Kubernetes service
+                # discovery.
                 job.pop('kubernetes_sd_configs', None)
             with tempfile.NamedTemporaryFile('w', suffix='.yaml') as file:
                 yaml.safe_dump(configuration, file)

@@ -14,7 +14,7 @@ from tests.functional import base
 
 
 class TestPace(unittest.TestCase):
-    """How long the agent waits after a sync, by a clock of its own."""
+    """The agent's pause after a sync, with a fake clock."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -66,12 +66,12 @@ class TestPace(unittest.TestCase):
             self.now += 0.5 + self.until_repair()
             before = self.agent._not_before
             self.sync(0.1)
-            # Nor does a loss delay the others.
+            # A loss does not delay other events either.
             self.assertEqual(before, self.agent._not_before)
             self.assertAlmostEqual(loop._PAUSE, self.until_repair())
 
     def test_losses_keep_to_their_share(self) -> None:
-        """As where another program deletes each break0 at once."""
+        """Another program can delete break0 after each repair."""
         self.now, began = 1000.0, 1000.0
         for _ in range(200):
             self.now = self.agent._find_sync_time(self.now + 3600, self.now)
@@ -89,7 +89,7 @@ class TestPace(unittest.TestCase):
         self.assertEqual(base.options().resync_interval, self.until_repair())
 
     def test_one_that_fails_with_the_timer_delays_none(self) -> None:
-        """As for a parent that is gone: pods on others are to be repaired."""
+        """A parent is gone, and pods on other parents need their repairs."""
         with self.assertLogs('kuryr_break0', 'ERROR'):
             for _ in range(100):
                 self.assertLess(self.sync(
@@ -109,7 +109,7 @@ class TestPace(unittest.TestCase):
         self.assertGreater(self.sync(5), 40)
 
     def test_what_comes_first_delays_nothing(self) -> None:
-        """As the first break0, which is slow, and the next container."""
+        """The first break0 takes long and does not delay the next pod."""
         paced = pace.Pace()
         for spent, is_free in ((0.2, True), (0.01, True), (0.2, False)):
             paced.begin()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What bindep.txt lists is what tests/debian-packages asks for."""
+"""tests/debian-packages requests the packages that bindep.txt lists."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ DEMO = {'git', 'iproute2', 'iputils-ping', 'make', 'mount', 'util-linux'}
 
 
 def listed(profile: str = 'test') -> dict[str, list[str]]:
-    """The packages of bindep.txt, and the programs and files of each.
+    """Return the programs and files of each package in bindep.txt, by package.
 
-    :param profile: of which they are, besides those for everything
+    :param profile: the profile of the packages; packages without a profile are
+        included
     """
     with open(os.path.join(overlay.ROOT, 'bindep.txt')) as file:
         lines = [line.partition('#') for line in file if line[0] != '#']
@@ -30,7 +31,7 @@ def listed(profile: str = 'test') -> dict[str, list[str]]:
 class TestPackages(unittest.TestCase):
 
     def missing(self, *args: str, path: str = '') -> set[str]:
-        """What a user other than root is told to install."""
+        """Return the packages that an unprivileged user is told to install."""
         with tempfile.TemporaryDirectory() as directory:
             with open(os.path.join(directory, 'id'), 'w') as file:
                 file.write('#!/bin/sh\necho 1000\n')
@@ -46,7 +47,7 @@ class TestPackages(unittest.TestCase):
 
     @staticmethod
     def in_sbin(signs: list[str]) -> bool:
-        """Whether the script finds them with nothing in the path."""
+        """Return whether a package's signs are found with an empty PATH."""
         return all(os.path.exists(sign) if sign[0] == '/' else
                    shutil.which(sign, path='/usr/sbin:/sbin')
                    for sign in signs)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The package and what it needs can be installed, from any of its sources."""
+"""pip can install the package and its dependencies from each source."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class TestSources(unittest.TestCase):
             shutil.copy2(ROOT / name, target)
 
     def assert_installs(self, source: pathlib.Path) -> None:
-        """Install it, with no more than it says it is built with."""
+        """Assert that pip installs a source with its files, offline."""
         setup = configparser.ConfigParser()
         setup.optionxform = str  # type: ignore[assignment,method-assign]
         setup.read(source / 'setup.cfg')
         into = self.dir / 'into'
-        # No network here, so what builds it is that of the environment.
+        # Without a network, the build uses the packages of the environment.
         run(sys.executable, '-m', 'pip', 'install', '-qq', '--no-deps',
             '--no-build-isolation', '--target', str(into), str(source),
             cwd=self.dir)
@@ -127,7 +127,7 @@ class TestConstraints(unittest.TestCase):
         for pin in constraints.read():
             version = str(pin.requirement.specifier)
             found = installed.get(pin.requirement.name, ('', ''))
-            # Of a name there are several, for other Pythons.
+            # A name can have several pins, for several versions of Python.
             if found[0] == version:
                 compared += 1
                 self.assertEqual(found[1], pin.requires_python,

@@ -13,7 +13,7 @@ from tests import parallel
 
 
 class Sample:
-    """What is run: in a class, so that it is not taken for tests."""
+    """Test classes to run, nested so that unittest does not collect them."""
 
     class Outcomes(unittest.TestCase):
 
@@ -57,7 +57,7 @@ class TestParallel(unittest.TestCase):
 
     def run_class(self, kind: type[unittest.TestCase]
                   ) -> tuple[int, dict[str, str], str]:
-        """How many passed, why others failed, and what was printed."""
+        """Return the number of passes, the failures, and the output."""
         with tempfile.TemporaryFile() as results, \
                 tempfile.TemporaryFile() as output:
             job = parallel.Job(list(parallel.tests(

@@ -20,7 +20,8 @@ from kuryr_break0.model import of_kind
 from kuryr_break0.model import Pair
 from kuryr_break0 import plan
 
-# How long an example takes says how busy the machine is, and no more.
+# The duration of an example depends on the load of the machine, so hypothesis
+# does not check it.
 settings.register_profile('untimed', deadline=None,
                           suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile('untimed')
@@ -34,7 +35,7 @@ Desired = dict[plan.IPAddress, tuple[Item, ...]]
 
 ADDRESS = ipaddress.ip_address('10.0.0.1')
 
-# Few values, so that routes meet.
+# A small set of addresses makes conflicting routes likely.
 addresses = st.sampled_from(
     [ipaddress.ip_address(text) for text in
      ('10.0.0.1', '10.0.0.2', '10.0.0.3', 'fd00::1', 'fd00::2')])
@@ -70,13 +71,13 @@ def desired(draw: st.DrawFn) -> Desired:
 
 @dataclasses.dataclass
 class Held:
-    """What the kernel holds."""
+    """Routes and neighbours in the kernel."""
 
     routes: list[HostRoute]
     neighbours: list[Neighbour] = dataclasses.field(default_factory=list)
 
     def after(self, to_do: plan.Plan) -> Held:
-        """What it holds then: what is replaced is no more."""
+        """Return the kernel's state after a plan, without replaced items."""
         routes = {key(each): each for each in self.routes}
         for each in of_kind(HostRoute, to_do.unset):
             del routes[key(each)]
@@ -91,7 +92,7 @@ class Held:
 
 
 def key(route: HostRoute) -> Any:
-    """What the kernel has one route of."""
+    """Return the key by which the kernel identifies a route."""
     return route.dst, route.table, route.metric
 
 
@@ -156,11 +157,13 @@ class TestPlan(unittest.TestCase):
         for route in of_kind(HostRoute, to_do.set):
             others = [each for each in before.routes if is_foreign(each)
                       and (each.dst, each.table) == (route.dst, route.table)]
-            # Unless ours was there before, and is to be set anew.
+            # A route of ours that exists already may be replaced beside a
+            # foreign one.
             self.assertTrue(not others or any(
                 not is_foreign(each) and key(each) == key(route)
                 for each in before.routes))
-        # And each that is not is said, once for each address.
+        # The plan reports each desired route that it does not set, and each
+        # address once.
         self.assertEqual(
             {route.dst for route in to_do.foreign},
             {each.dst for items in wanted.values()
@@ -224,7 +227,8 @@ class TestPlan(unittest.TestCase):
                               metric=best_metric(address))
             wanted = {address: (route,)}
             worse = route._replace(metric=1024, oif=3, protocol=3)
-            # Ours would override it, unless it came when ours was there.
+            # Our route would override the foreign one, unless the foreign one
+            # was added later.
             self.assertEqual(plan.Plan(foreign=(worse,)),
                              compute(wanted, Held([worse])))
             self.assertEqual(plan.Plan(foreign=(worse,), set=(route,)),
@@ -236,7 +240,7 @@ class TestPlan(unittest.TestCase):
                 other = worse._replace(**others)
                 self.assertEqual(plan.Plan(set=(route,)),
                                  compute(wanted, Held([other])))
-            # As version 1 has set it for IPv6.
+            # Version 1 of break0 set IPv6 routes with this metric.
             older = route._replace(metric=1024)
             self.assertEqual(plan.Plan(set=(route,), unset=(older,)),
                              compute(wanted, Held([older])))
@@ -273,13 +277,14 @@ class TestPlan(unittest.TestCase):
             with self.subTest(held=held):
                 self.assertEqual(plan.Plan(set=(neighbour,)),
                                  compute(wanted, Held([route], held)))
-        # Where it is to be found by ARP, what is set for good is in the way.
+        # Without a recorded MAC address, the kernel has to resolve the
+        # address, and a permanent neighbour prevents that.
         self.assertEqual(
             plan.Plan(unset=(neighbour,)),
             compute({ADDRESS: (route,)}, Held([route], [neighbour])))
 
     def test_guard_entries(self) -> None:
-        """They follow the route, and stay where nobody knows better."""
+        """A guard entry follows its route, unless its record is unreadable."""
         route = HostRoute(ADDRESS, DEVICE, PROTOCOL, TABLE, metric=0)
         other = ADDRESS + 1
         entry, stale = Pair.of(ADDRESS, MAC), Pair.of(ADDRESS, OTHER_MAC)

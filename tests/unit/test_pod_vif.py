@@ -48,7 +48,7 @@ endpoint = %(neutron)s
 [pod_vif_nested]
 worker_nodes_subnets = %(subnet)s
 """
-#: Makes the pools as kuryr-controller does; prints our modules and the table.
+#: Create the pools as kuryr-controller does; print our modules and the table.
 PROGRAM = """\
 import sys
 from kuryr_kubernetes import clients, config
@@ -74,7 +74,7 @@ def pod(name: str, node: str = NODE) -> Any:
 
 
 class ControllerTestCase(unittest.TestCase):
-    """The pools of kuryr-controller in this process, and a Neutron."""
+    """The pools of kuryr-controller in this process, and a fake Neutron."""
 
     MAX_PAIRS = 500
 
@@ -116,7 +116,7 @@ class ControllerTestCase(unittest.TestCase):
                 'neutron': self.neutron.url, 'subnet': neutron.SUBNET})
 
     def request(self, pod: Any) -> Any:
-        """Return a VIF, or the error."""
+        """Return the VIF of a pod, or the error."""
         try:
             return self.pools.request_vif(pod, 'project', self.subnets, [])
         except Exception as err:
@@ -149,12 +149,12 @@ class ControllerTestCase(unittest.TestCase):
                    for each in self.neutron.requests)
 
     def waiting(self, node: str = NODE) -> int:
-        """Return how many changes wait for another one."""
+        """Return the number of changes that wait for another one."""
         return len(pod_vif.NestedMacvlanDriver._nodes[node]._waiting)
 
     def refuse(self, method: str, status: int, *, times: int = 1000,
                path: str = '/v2.0/ports/', handled: bool = False) -> None:
-        """Let requests fail: before they are handled, or after that."""
+        """Let requests fail, either before or after they are handled."""
         left = [None] * times
 
         def fault(request: neutron.Request) -> None:
@@ -177,7 +177,7 @@ class ControllerTestCase(unittest.TestCase):
 class TestBurst(ControllerTestCase):
 
     def hold(self, method: str, until: Any) -> None:
-        """Hold the first request of a kind until something has happened."""
+        """Hold the first request of a kind until a condition holds."""
         held = threading.Lock()
 
         def fault(request: neutron.Request) -> None:
@@ -187,7 +187,7 @@ class TestBurst(ControllerTestCase):
         self.neutron.fault = fault
 
     def test_thirty_pods_at_once(self) -> None:
-        """The first is written alone; all that wait meanwhile, together."""
+        """The first pair is written alone, and the waiting ones together."""
         pods = [pod('pod-%d' % number) for number in range(30)]
         self.hold('PUT', lambda: self.waiting() == 29)
         vifs = self.request_all(pods)
@@ -216,12 +216,12 @@ class TestBurst(ControllerTestCase):
         self.assertEqual(self.addresses(vifs[1:]), self.neutron.pairs(other))
 
     def test_drivers_of_one_process_share_the_lock(self) -> None:
-        """Kuryr makes another one for a NetworkAttachmentDefinition."""
+        """Kuryr creates another driver for a NetworkAttachmentDefinition."""
         drivers = [pod_vif.NestedMacvlanDriver() for _ in range(2)]
         self.assertIs(drivers[0]._pairs(NODE), drivers[1]._pairs(NODE))
 
     def test_a_thread_that_is_killed(self) -> None:
-        """Its change is taken back, and the others' are made all the same."""
+        """Its change is undone, and the other changes succeed."""
         pairs = pod_vif.NestedMacvlanDriver()._pairs(NODE)
         killed = threading.Event()
 
@@ -281,7 +281,8 @@ class TestConflicts(ControllerTestCase):
         self.assertIn('Pod default/pod gets no port on node node-1 (%s): '
                       'PreconditionFailed' % NODE, '\n'.join(logs.output))
         self.assertEqual([], self.neutron.pods())
-        # Once for the pair, once to take it back, with a bound for each.
+        # The driver adds the pair and removes it, each with a limit of
+        # attempts.
         self.assertLessEqual(self.count('PUT'), 5)
 
 
@@ -308,7 +309,7 @@ class TestFullNode(ControllerTestCase):
         self.assertEqual({'NoPort'}, {each['reason'] for each in events})
         self.assertIn('max_allowed_address_pair', events[0]['message'])
 
-        # A place that becomes free is taken, even at the same moment.
+        # A pair that is removed makes room for the next one at once.
         first, *_ = (each for each, vif in zip(pods, results)
                      if isinstance(vif, Exception))
         self.assertIsNone(self.release(*served[0]))
@@ -331,7 +332,7 @@ class TestFullNode(ControllerTestCase):
 class TestFaults(ControllerTestCase):
 
     def assert_fails(self, *texts: str, **values: Any) -> None:
-        """A request that fails says so in one line, and leaves nothing."""
+        """Assert that a failing request logs one line and leaves no items."""
         failing = pod('pod')
         for name, value in values.items():
             failing[name].update(value)
@@ -341,7 +342,7 @@ class TestFaults(ControllerTestCase):
         for text in ('Pod default/pod gets no port on node node-1', *texts):
             self.assertIn(text, logs.records[-1].getMessage())
             self.assertIn(text, str(err))
-        # By this name Kuryr knows that its handler is not to blame.
+        # Kuryr retries on this name, and does not blame its handler.
         self.assertEqual('PortNotReady', type(err).__name__)
         self.assert_nothing_left()
 
@@ -370,7 +371,7 @@ class TestFaults(ControllerTestCase):
         self.assertEqual(1, self.count('PUT'))
 
     def test_neutron_fails_after_the_update(self) -> None:
-        """The pair that was written goes with the port."""
+        """The written pair is removed together with the port."""
         self.refuse('PUT', 500, times=1, handled=True)
         unreadable = [None] * 4
 
@@ -384,7 +385,7 @@ class TestFaults(ControllerTestCase):
         self.assertEqual(2, self.count('PUT'))
 
     def test_an_update_that_arrives_late(self) -> None:
-        """The client has given up by then, and others have been faster."""
+        """The client has given up, and other updates have overtaken it."""
         k_config.CONF.set_override('timeout', 1, 'neutron')
         self.addCleanup(k_config.CONF.clear_override, 'timeout', 'neutron')
         clients.setup_openstacksdk()
@@ -478,7 +479,7 @@ class TestFaults(ControllerTestCase):
             self.assert_fails('No valid subnets')
 
     def test_the_controller_ends(self) -> None:
-        """As a greenlet is ended: by an exception that is none."""
+        """The exception that ends a greenlet is no subclass of Exception."""
         with mock.patch.object(address_pairs.AddressPairs, '_settle',
                                side_effect=[SystemExit, None]):
             with self.assertRaises(SystemExit):
@@ -497,7 +498,7 @@ class TestFaults(ControllerTestCase):
         raise ConnectionAbortedError
 
     def test_kuryr_judges_a_port_that_cannot_be_created(self) -> None:
-        """It waits if the quota is exceeded, or a security group is gone."""
+        """Kuryr waits for a free quota or a missing security group."""
         for status, error in ((409, os_exc.ConflictException),
                               (404, os_exc.ResourceNotFound)):
             self.refuse('POST', status, path='/v2.0/ports')
@@ -525,7 +526,8 @@ class TestFaults(ControllerTestCase):
         self.assertEqual([], self.neutron.requests)
 
     def test_no_pools(self) -> None:
-        with self.assertRaisesRegex(NotImplementedError, 'vif_pool_driver'):
+        with self.assertRaisesRegex(k_exc.InvalidKuryrConfiguration,
+                                    'vif_pool_driver'):
             pod_vif.NestedMacvlanDriver().request_vifs(
                 pod('pod'), 'project', self.subnets, [], 5, semaphore=None)
 
@@ -557,7 +559,7 @@ class TestPairs(ControllerTestCase):
         self.assert_nothing_left()
 
     def test_all_addresses_of_a_port(self) -> None:
-        """Also those of subnets that Kuryr does not know, as by SLAAC."""
+        """Subnets that Kuryr does not know count too, such as SLAAC's."""
         create = self.neutron.create
         with mock.patch.object(self.neutron, 'create', lambda values: create(
                 {**values, 'fixed_ips': [
@@ -571,7 +573,7 @@ class TestPairs(ControllerTestCase):
         self.assert_nothing_left()
 
     def test_a_node_without_port_security(self) -> None:
-        """Neutron refuses pairs on its port, which lets all frames pass."""
+        """Neutron refuses pairs on its port, and forwards all its frames."""
         self.neutron.update(self.node, {'port_security_enabled': False})
         asking = pod('pod')
         vif = self.request(asking)
@@ -603,7 +605,7 @@ class TestRelease(ControllerTestCase):
         self.assert_nothing_left()
 
     def test_the_node_is_gone(self) -> None:
-        """Then Kuryr ignores errors, and does not ask again."""
+        """Kuryr then ignores errors, and does not repeat the request."""
         del self.pod['status']
         with self.assertLogs('kuryr_break0', 'WARNING') as logs:
             self.assertIsNone(self.release(self.pod, self.vif))
@@ -631,7 +633,7 @@ class TestRelease(ControllerTestCase):
         self.assert_nothing_left()
 
     def test_the_ports_of_a_controller_that_was_killed(self) -> None:
-        """They name the pod, but no VIF names them."""
+        """The ports name the pod, and no VIF names the ports."""
         kuryrport = {'uid': str(uuid.uuid4()), 'ownerReferences': [
             {'kind': 'Pod', 'uid': self.pod['metadata']['uid']}]}
         other = pod('other')
@@ -639,7 +641,7 @@ class TestRelease(ControllerTestCase):
         for metadata in ({}, kuryrport,
                          {'deletionTimestamp': kubeapi.now()}):
             with self.subTest(metadata):
-                self.request(self.pod)  # and again
+                self.request(self.pod)  # a second time
                 ended = {**self.pod, 'metadata': {**self.pod['metadata'],
                                                   **metadata}}
                 if 'deletionTimestamp' in metadata:
@@ -666,7 +668,7 @@ class TestRelease(ControllerTestCase):
 
 
 class TestImports(ControllerTestCase):
-    """Nothing of it is in a process that is not told to use it."""
+    """Only a controller with our driver imports the driver's modules."""
 
     def run_with(self, driver: str) -> list[str]:
         self.configure(driver)

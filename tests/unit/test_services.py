@@ -24,7 +24,7 @@ BIN = os.path.dirname(sys.executable)
 
 
 def parsed(*path: str) -> configparser.ConfigParser:
-    """A file of etc/, as the section that it has."""
+    """Return the parsed file at a path below etc/."""
     parser = configparser.ConfigParser(delimiters='=', default_section='')
     parser.optionxform = str  # type: ignore[assignment,method-assign]
     with open(os.path.join(ETC, *path)) as file:
@@ -35,10 +35,11 @@ def parsed(*path: str) -> configparser.ConfigParser:
 class TestUnit(unittest.TestCase):
 
     def analyze(self, *arguments: str) -> str:
-        """What systemd-analyze says of it; it must be content."""
+        """Return the output of systemd-analyze, which has to succeed."""
         with open(os.path.join(ETC, 'systemd', 'system', UNIT)) as file:
             text = file.read()
-        # It has to be there; whether it is on the path does not matter here.
+        # systemd-analyze fails unless the program exists, so the path of this
+        # environment replaces the unit's.
         self.assertIn('\nExecStart=kuryr-break0 ', text)
         text = text.replace('\nExecStart=kuryr-break0 ',
                             '\nExecStart=%s/kuryr-break0 ' % BIN)
@@ -53,26 +54,29 @@ class TestUnit(unittest.TestCase):
         return done.stdout
 
     def test_verify(self) -> None:
-        # Also what it ignores, like a key that it does not know.
+        # systemd-analyze also prints the keys that systemd ignores, such as
+        # unknown ones.
         self.assertEqual('', self.analyze('verify', '--man=no'))
 
     def test_drop_in_for_discovery(self) -> None:
         name = 'kuryr-break0-agent.service.d'
         path = ('systemd', 'system', name, 'discover.conf')
-        # It adds to what the unit allows.
+        # systemd adds the drop-in's capabilities to the capabilities of the
+        # unit.
         self.assertEqual(
             'CAP_NET_BROADCAST CAP_SYS_PTRACE',
             parsed(*path)['Service']['CapabilityBoundingSet'])
 
     def test_order(self) -> None:
         unit = parsed('systemd', 'system', UNIT)['Unit']
-        # What others wait for may need a container.
+        # Later targets, such as network-online.target, may depend on a bound
+        # container.
         self.assertEqual(['network.target'], unit['After'].split())
         self.assertEqual({'After', 'Description', 'Documentation'}, set(unit))
 
     def test_reload_needs_no_package(self) -> None:
         service = parsed('systemd', 'system', UNIT)['Service']
-        # kill(1) is of procps, which a minimal Debian lacks.
+        # Debian's package procps has kill(1), and a minimal Debian lacks it.
         self.assertEqual("sh -c 'kill -HUP $MAINPID'",
                          service['ExecReload'])
 
@@ -86,7 +90,8 @@ class TestUnit(unittest.TestCase):
         self.assertEqual('SIGHUP', service['RestartForceExitStatus'])
 
     def test_exposure(self) -> None:
-        # Of 0 to 100, where 100 is a service that may do anything.
+        # The exposure ranges from 0 to 100. A service without restrictions has
+        # 100.
         self.analyze('security', '--offline=true', '--threshold=30')
 
     def test_what_it_must_be_able_to_do(self) -> None:
@@ -116,28 +121,30 @@ class TestBareConfiguration(unittest.TestCase):
         logging.register_options(conf)
         for group, opts in (*config.list_opts(), *kuryr_opts.list_kuryr_opts(),
                             *lib_opts.list_kuryr_opts()):
-            # What it leaves out may have options that are required.
+            # A section that is missing in the sample may have required
+            # options.
             if str(getattr(group, 'name', group)) in sample:
                 conf.register_opts(opts, group=group)
         conf(['--config-file', os.path.join(ETC, 'kuryr.conf.bare')])
         for section in sample.sections():
             values = conf if section == 'DEFAULT' else conf[section]
             for option in sample[section]:
-                # Neither is unknown, nor has a value that is not allowed.
+                # oslo.config raises an error for unknown options and invalid
+                # values.
                 self.assertIsNotNone(values[option], option)
         self.assertEqual(['10.0.0.0/16'],
                          list(map(str, conf.break0.allowed_cidrs)))
 
 
 class TestNames(unittest.TestCase):
-    """The drop-ins are about the device and protocol of the defaults."""
+    """The drop-ins name the default device and route protocol."""
 
     def test_of_the_device(self) -> None:
         device, = (opt.default for opt in config.OPTS if opt.dest == 'device')
         self.assertEqual(
             'interface-name:' + device,
             parsed('NetworkManager', 'conf.d', 'kuryr-break0.conf')
-            # With + it is one more, whatever others have set.
+            # The + appends to the devices of other configuration files.
             ['keyfile']['unmanaged-devices+'])
         network = parsed('systemd', 'network', '10-kuryr-break0.network')
         self.assertEqual(device, network['Match']['Name'])

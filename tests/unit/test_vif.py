@@ -13,7 +13,7 @@ from tests import kuryr
 
 
 def in_order(primitive: Any) -> Any:
-    """The same, where the changes of objects, which are sets, are sorted."""
+    """Return a primitive with its set of changed fields in a fixed order."""
     if isinstance(primitive, list):
         return [in_order(each) for each in primitive]
     if not isinstance(primitive, dict):
@@ -40,7 +40,7 @@ class TestVIF(unittest.TestCase):
         self.assertEqual(in_order(self.written), in_order(again))
 
     def test_it_travels_between_processes(self) -> None:
-        # kuryr-daemon hands it over by a multiprocessing Manager.
+        # kuryr-daemon passes the VIF through a multiprocessing Manager.
         there = pickle.loads(pickle.dumps(self.vif))
         self.assertIs(vif.VIFMacvlanBreak0, type(there))
         self.assertEqual(self.vif.vif_name, there.vif_name)

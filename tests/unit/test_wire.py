@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Our messages are those of pyroute2, byte by byte, and are read as it does.
-"""
+"""Our netlink messages equal pyroute2's, and both parse them equally."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ MAC = 'fa:16:3e:00:00:01'
 
 
 def encoded(message: Any, kind: int, flags: int, sequence: int = 7) -> bytes:
-    """The bytes that pyroute2 makes of a message."""
+    """Return pyroute2's encoding of a message."""
     message['header'].update(type=kind, flags=flags | netlink.NLM_F_REQUEST,
                              sequence_number=sequence, pid=0)
     message.encode()
@@ -40,7 +39,7 @@ def encoded(message: Any, kind: int, flags: int, sequence: int = 7) -> bytes:
 
 
 def decoded(kind: Any, data: bytes) -> Any:
-    """What pyroute2 reads in a message."""
+    """Return a message as pyroute2 parses it."""
     message = kind(data)
     message.decode()
     return message
@@ -135,8 +134,8 @@ class TestRequests(unittest.TestCase):
                 + netlink.attribute(wire.IFLA_ADDRESS, wire.pack_mac(MAC))
                 + netlink.number(wire.IFLA_MTU, 1400))
         made = netlink.Message(16, 0, body + wire.pack_macvlan()).packed(7)
-        # pyroute2 ends the name of the kind with a NUL, and we do not, so
-        # what is read of both is compared.
+        # pyroute2 terminates the name of the kind with a NUL, and our encoder
+        # does not. Therefore the test compares the parsed messages.
         theirs = encoded(message, 16, 0)
         for parse in (lambda data: wire.parse_link(data[16:]),
                       lambda data: decoded(ifinfmsg.ifinfmsg, data).get_nested(
@@ -227,12 +226,12 @@ class TestAnswers(unittest.TestCase):
                 + request + explanation)
             self.assertEqual('Operation not permitted (because)',
                              str(message.error().strerror))
-            for end in range(4, len(message.body)):  # cut off
+            for end in range(4, len(message.body)):  # truncated
                 err = message._replace(body=message.body[:end]).error()
                 self.assertEqual(errno.EPERM, err and err.errno)
 
     def test_other_families(self) -> None:
-        """A dump of all has them too, as those of MCTP (45)."""
+        """A dump without a family also has addresses of, for example, MCTP."""
         address = bytes([45, 0, 0, 0]) + struct.pack('=I', 5) + (
             netlink.attribute(wire.IFA_LOCAL, b'\x09'))
         self.assertIsNone(wire.parse(netlink.Received(
@@ -243,7 +242,7 @@ class TestAnswers(unittest.TestCase):
             wire.RTM_NEWNEIGH, 0, 0, neighbour)).dst)
 
     def test_the_number_of_a_namespace(self) -> None:
-        """In the messages that it has begun, and that it has ended."""
+        """Both kinds of messages, for new and deleted namespaces, have it."""
         body = bytes(4) + netlink.attribute(1, struct.pack('=i', 5))
         for kind in (wire.RTM_NEWNSID, wire.RTM_DELNSID):
             self.assertEqual(5, wire.parse(netlink.Received(

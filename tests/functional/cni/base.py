@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Plays a CNI runtime, with macvlan of Debian's containernetworking-plugins.
-"""
+"""A CNI runtime for tests, with macvlan of containernetworking-plugins."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ def network(name: str = 'lan', version: str = '1.0.0', master: str = 'eth0',
             mode: str = 'bridge', subnets: tuple[str, ...] = (
                 '100.75.30.128/25', 'fd00:30::1:0/112'),
             **keys: Any) -> dict[str, Any]:
-    """A network configuration list: macvlan, and break0 with these keys."""
+    """Return a configuration list: macvlan, and break0 with these keys."""
     return {'cniVersion': version, 'name': name, 'plugins': [
         {'type': 'macvlan', 'master': master, 'mode': mode, 'ipam': {
             'type': 'host-local', 'dataDir': '/run/ipam',
@@ -42,7 +41,7 @@ def network(name: str = 'lan', version: str = '1.0.0', master: str = 'eth0',
 
 
 class Failed(Exception):
-    """A plugin has answered with an error."""
+    """A plugin answered with an error."""
 
     def __init__(self, output: str, stderr: str) -> None:
         super().__init__(output + stderr)
@@ -54,7 +53,7 @@ class Failed(Exception):
 class Runtime:
     """A CNI runtime of one node.
 
-    :param plugin: the executable that is chained behind macvlan
+    :param plugin: path of the plugin chained after macvlan
     """
 
     def __init__(self, plugin: str) -> None:
@@ -65,7 +64,10 @@ class Runtime:
              container: Optional[str] = ID, ifname: Optional[str] = 'eth0',
              netns: Optional[str] = None, args: Optional[str] = None,
              plugin: Optional[str] = None, **environ: str) -> Any:
-        """Run a plugin, and return what it answers."""
+        """Run a plugin, and return its answer.
+
+        :raises Failed: if the plugin answers with an error
+        """
         data = (config if isinstance(config, bytes)
                 else json.dumps(config).encode())
         variables = {'CNI_COMMAND': command, 'CNI_CONTAINERID': container,
@@ -87,7 +89,7 @@ class Runtime:
     @staticmethod
     def single(listed: dict[str, Any], number: int = 1,
                previous: Any = None, **keys: Any) -> dict[str, Any]:
-        """The configuration that one plugin of a list gets."""
+        """Return the configuration for one plugin of a list."""
         found = {'cniVersion': listed['cniVersion'], 'name': listed['name'],
                  **copy.deepcopy(listed['plugins'][number]), **keys}
         if previous is not None:
@@ -96,7 +98,10 @@ class Runtime:
 
     def add(self, listed: dict[str, Any], netns: str, container: str = ID,
             ifname: str = 'eth0', args: Optional[str] = None) -> Any:
-        """Attach a container; the result of macvlan and that of break0."""
+        """Attach a container, and return the result of break0.
+
+        break0 must return macvlan's result unchanged.
+        """
         previous = self.macvlan('ADD', listed, netns, container, ifname)
         self.results[listed['name'], container, ifname] = previous
         result = self.call('ADD', self.single(listed, previous=previous),
@@ -115,7 +120,7 @@ class Runtime:
     def remove(self, listed: dict[str, Any], netns: Optional[str],
                container: str = ID, ifname: str = 'eth0',
                with_result: bool = True) -> None:
-        """Detach a container, in the reverse order."""
+        """Detach a container, in reverse order of the plugins."""
         previous = self.results.get((listed['name'], container, ifname))
         self.call('DEL', self.single(
             listed, previous=previous if with_result else None),
@@ -131,12 +136,12 @@ class Runtime:
 
 
 def addresses(result: Any) -> list[str]:
-    """The addresses that a result has."""
+    """Return the addresses of a result, without prefix lengths."""
     return [each['address'].partition('/')[0] for each in result['ips']]
 
 
 def is_served() -> bool:
-    """Whether an agent accepts CNI requests."""
+    """Return whether an agent accepts CNI requests."""
     with socket.socket(socket.AF_UNIX) as client:
         return client.connect_ex(SOCKET) == 0
 
@@ -146,7 +151,7 @@ class CNITestCase(base.LabTestCase):
 
     #: [break0] options
     conf = ''
-    #: How an agent is started.
+    #: Function that starts an agent
     start_program: Any = staticmethod(program.start)
 
     def setUp(self) -> None:
@@ -161,7 +166,7 @@ class CNITestCase(base.LabTestCase):
             file.write('[break0]\n' + text)
 
     def install(self) -> str:
-        """Have the plugin, and what it needs; its path."""
+        """Install the plugin and its dependencies, and return its path."""
         raise AssertionError('a subclass says how')
 
     def installed(self, *args: str) -> str:
@@ -222,7 +227,7 @@ class WithShim:
 
 
 class InOneProcess:
-    """There is no agent."""
+    """The plugin runs without an agent."""
 
     def install(self: Any) -> str:
         path: str = self.installed('--without-agent')
@@ -230,7 +235,7 @@ class InOneProcess:
 
 
 class Given:
-    """Another executable, whatever it needs has been started."""
+    """The plugin is another executable, with its server already running."""
 
     def install(self: Any) -> str:
         return os.environ['CNI_PLUGIN']

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The agent as the server of the CNI plugin, and the shim that asks it."""
+"""Tests the agent as the server of the CNI plugin, and the shim."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from tests.functional.cni.base import SOCKET
 from tests import lab
 from tests import program
 
-#: Seconds for which the shim waits for an answer.
+#: Seconds that bound the shim's wait for an answer
 PATIENCE = 12
 
 
 class ShimTestCase(base.CNITestCase):
-    """The shim, without an agent yet."""
+    """An installed shim, without an agent."""
 
     def install(self) -> str:
         return self.installed('--shim', str(base.SHIM))
@@ -87,7 +87,7 @@ class TestWithoutAgent(ShimTestCase):
         for path in ('/run/other.sock', '/run/with space'):
             self.assert_fails(11, 'not listen on ' + path, 'ADD',
                               {**self.config, 'socket': path})
-        # What is deeper, or in a text, is another key.
+        # A nested "socket", or one in a string, is not the plugin's key.
         for keys in ({'x': {'socket': '/run/no'}}, {'x': '"socket": "/run"'},
                      {'x': ['socket', ':', '/run/no']}):
             self.assert_fails(11, SOCKET, 'ADD', {**keys, **self.config})
@@ -110,7 +110,10 @@ class TestWithoutAgent(ShimTestCase):
             **self.config, 'strict': True}))
 
     def hanging(self, answer: bytes) -> float:
-        """Ask a server that answers this; how long that took."""
+        """Run the shim with a server that sends an answer and then hangs.
+
+        :returns: seconds until the shim ends
+        """
         with socket.socket(socket.AF_UNIX) as server:
             server.bind('/run/hanging')
             server.listen()
@@ -209,13 +212,13 @@ class TestServer(base.WithShim, ShimTestCase):
                 return True
             return False
 
-        lab.until(is_ready)  # those that send nothing keep others waiting 3 s
+        lab.until(is_ready)  # silent clients delay other requests by 3 s
         self.assertNotIn('Traceback', self.log())
 
     def test_add_that_nobody_waits_for_is_undone(self) -> None:
         netns = self.lab.add_netns('one')
         add = self.add_of(netns)
-        # As a runtime that was killed meanwhile.
+        # The client closes its connection early, like a killed runtime.
         with lab_base.locked():
             with self.connected() as client, lab_base.until_opened(
                     '/run/kuryr-break0/lock'):
@@ -226,7 +229,7 @@ class TestServer(base.WithShim, ShimTestCase):
         self.assertEqual({}, self.lab.routes())
 
     def add_of(self, netns: str) -> bytes:
-        """The request of an ADD."""
+        """Attach a macvlan, and return the bytes of the ADD request."""
         previous = self.runtime.macvlan('ADD', network(), netns)
         return b'\0'.join([
             b'CNI_COMMAND=ADD', b'CNI_CONTAINERID=' + ID.encode(),
@@ -236,7 +239,7 @@ class TestServer(base.WithShim, ShimTestCase):
 
     @staticmethod
     def is_read(client: socket.socket) -> bool:
-        """Whether the other end has read all that was sent."""
+        """Return whether the other end has read all sent bytes."""
         return not any(fcntl.ioctl(client, termios.TIOCOUTQ, bytes(4)))
 
     def test_add_that_nobody_waits_for_and_the_next_one(self) -> None:
@@ -248,7 +251,8 @@ class TestServer(base.WithShim, ShimTestCase):
                             '/run/kuryr-break0/lock'):
                         client.sendall(add)
                         client.shutdown(socket.SHUT_WR)
-                        # By this one, and not by a sync of the agent.
+                        # A sync of the agent opens the lock, too: wait until
+                        # the server has read this request.
                         lab.until(lambda: self.is_read(client))
                     following.sendall(add)
                     following.shutdown(socket.SHUT_WR)
@@ -257,12 +261,12 @@ class TestServer(base.WithShim, ShimTestCase):
                       self.log)
             self.assertEqual(2, len(self.bound()), self.log())
             self.assertEqual(self.bound(), set(self.lab.routes()))
-            # Whatever is left of the undo has the lock before that.
+            # Taking the lock waits for a pending undo.
             with lab_base.locked():
                 self.assertEqual(self.bound(), set(self.lab.routes()))
 
     def test_killed_and_restarted_in_a_burst(self) -> None:
-        """100 ADDs and DELs, tried again as a runtime does."""
+        """100 ADDs and DELs, repeated on errors, survive agent restarts."""
         names = ['c%d' % number for number in range(50)]
         ending = threading.Event()
         errors: list[str] = []
@@ -317,19 +321,19 @@ class TestServer(base.WithShim, ShimTestCase):
 
         try:
             lab.until(is_done)
-        except AssertionError as err:  # this thread's own would be lost
+        except AssertionError as err:  # unittest ignores errors of threads
             errors.append('%s of %s: %s' % (command, container, err))
 
 
 class TestHindered(base.WithShim, ShimTestCase):
-    """What keeps the agent from serving ends, and it serves again."""
+    """An agent that could not serve CNI requests serves them again."""
 
-    #: Nothing here may be due to the timer.
+    #: Excludes repairs by the agent's timer
     conf = 'resync_interval = 3600\n'
-    #: Bytes that each thread of the agent takes, by RLIMIT_STACK: so much
-    #: that threads are all that a limit of memory hinders.
+    #: Bytes of each thread's stack, by RLIMIT_STACK: so large that a memory
+    #: limit prevents new threads only.
     stack = 2 ** 28
-    # The limit is one of a start.
+    # The limit applies to a new process only.
     start_program = staticmethod(subprocess.Popen)
 
     def install(self) -> str:
@@ -339,7 +343,7 @@ class TestHindered(base.WithShim, ShimTestCase):
         return base.WithShim.install(self)
 
     def start_hindered(self) -> subprocess.Popen[bytes]:
-        """Start an agent where another serves CNI requests."""
+        """Start an agent while another one serves CNI requests."""
         with open('/run/second.log', 'wb') as log:
             agent = self.start_program([
                 base.PROGRAM, '--config-file', base.CONF, 'agent'],
@@ -359,7 +363,7 @@ class TestHindered(base.WithShim, ShimTestCase):
 
     @contextlib.contextmanager
     def without_threads(self) -> Iterator[None]:
-        """Let the kernel refuse the agent further threads."""
+        """Deny the agent further threads within the block."""
         def limit(size: int) -> None:
             resource.prlimit(self.agent.pid, resource.RLIMIT_AS,
                              (size, resource.RLIM_INFINITY))
@@ -402,7 +406,7 @@ class TestHindered(base.WithShim, ShimTestCase):
         self.agent.terminate()
         self.agent.wait()
         with contextlib.ExitStack() as stack:
-            # It has no thread yet whose stack the next one could have.
+            # A new agent has no stack of an ended thread for reuse.
             other = stack.enter_context(socket.socket(socket.AF_UNIX))
             other.bind(SOCKET)
             other.listen()
@@ -427,7 +431,7 @@ class TestHindered(base.WithShim, ShimTestCase):
 
     def test_second_agent_serves_when_the_first_ends(self) -> None:
         self.start_hindered()
-        time.sleep(2)  # while it tries again and again
+        time.sleep(2)  # the second agent retries meanwhile
         self.assertTrue(self.serves())
         self.agent.terminate()
         self.assertEqual(0, self.agent.wait())
@@ -450,7 +454,7 @@ class TestServerInThisProcess(lab_base.LabTestCase):
         self.assertIsNone(server.describe_hang())  # a restart changes nothing
 
     def test_a_path_that_is_too_long_for_a_socket(self) -> None:
-        """An address of a socket has room for 108 bytes."""
+        """The agent serves in deep directories: sun_path has 108 bytes."""
         for length in (85, 86, 100, 107, 108, 109, 1000):
             directory = '/run/' + 'x' * (length % 250) + '/y' * (length // 250)
             options = lab_base.options(state_dir=directory)
@@ -499,14 +503,14 @@ class TestServerInThisProcess(lab_base.LabTestCase):
 
 
 class TestAnswers(base.WithShim, base.CNITestCase):
-    """What depends on the options of the agent."""
+    """The agent's options determine its answers."""
 
     conf = 'allowed_cidrs = 10.0.0.0/8\nresync_interval = 3600\n'
 
     def test_address_that_is_not_allowed(self) -> None:
         netns = self.lab.add_netns('one')
         listed = network(subnets=('100.75.30.128/25',))
-        self.runtime.add(listed, netns)  # a container is worth more
+        self.runtime.add(listed, netns)  # succeeds: the container must start
         self.assertEqual({}, self.lab.routes())
         self.assertIn('allowed_cidrs', self.log())
         with self.assertRaises(base.Failed) as failed:

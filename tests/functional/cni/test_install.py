@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""``kuryr-break0 cni-install``, and the examples of etc/cni."""
+"""Tests ``kuryr-break0 cni-install``, and the examples of etc/cni."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class TestInstall(unittest.TestCase):
         self.assertEqual(['break0'], os.listdir(self.bin))
 
     def test_running_plugin_is_replaced(self) -> None:
-        """What runs keeps its file, and nobody finds half of one."""
+        """A running plugin keeps its old file when it is replaced."""
         self.install('--bin-dir', str(self.bin), '--shim', str(base.SHIM))
         plugin = subprocess.Popen([str(self.bin / 'break0')],
                                   stdin=subprocess.PIPE,
@@ -72,7 +72,10 @@ class TestInstall(unittest.TestCase):
         self.assertIn('1.1.0', json.loads(done.stdout)['supportedVersions'])
 
     def test_what_make_cni_has_built(self) -> None:
-        """It is found in the clone that one is in, if only root can write."""
+        """The shim built in the current clone is found, if it is safe.
+
+        The clone's folders must be writable by root only.
+        """
         for name in (cni._BUILT, cni._SOURCE):
             path = self.path / name
             path.parent.mkdir(parents=True)
@@ -133,7 +136,7 @@ class TestExamples(unittest.TestCase):
         self.assertEqual(1, len(images))
         self.assertFalse(spec['automountServiceAccountToken'])
         self.assertTrue(spec['hostNetwork'])
-        # The plugin looks where the agent serves.
+        # The plugin must use the socket of the agent.
         mounted = {each['mountPath'] for each
                    in spec['containers'][0]['volumeMounts']}
         self.assertIn('/run/kuryr-break0', mounted)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The real libcni as the runtime, by a driver that is built here."""
+"""Tests the plugin with the real libcni, by a driver built here."""
 
 from __future__ import annotations
 

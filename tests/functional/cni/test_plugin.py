@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A black-box suite for a CNI plugin that is chained behind macvlan.
+"""A black-box suite for a CNI plugin that is chained after macvlan.
 
-It is run on both ways to run break0, and on any other executable that the
-environment variable CNI_PLUGIN names.
+The suite tests both ways to run break0, and the executable in the environment
+variable CNI_PLUGIN, if it is set.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VERSIONS = ['0.3.1', '0.4.0', '1.0.0', '1.1.0']
 
 
 class PluginSuite(base.CNITestCase):
-    """What the specification says, and what break0 promises."""
+    """The plugin follows the CNI specification and break0's documentation."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -33,7 +33,7 @@ class PluginSuite(base.CNITestCase):
         self.lan = network()
 
     def bound_for(self, *containers: str) -> set[str]:
-        """The addresses that the ledger has for these."""
+        """Return the recorded addresses of these containers."""
         return {str(record.address)
                 for record in self.seen().live.values()
                 if record.owner.container_id in containers}
@@ -63,10 +63,10 @@ class PluginSuite(base.CNITestCase):
                                                         self.netns)))
         self.assertEqual(4, len(self.bound()))
         self.runtime.remove(self.lan, self.netns)
-        # The sandbox stays, so nothing else says that the first has ended.
+        # The sandbox stays, so only the DEL ends the first ADD's claims.
         lab.until(lambda: not (self.manager().sync(), self.bound())[1])
         self.assertEqual({}, self.lab.routes())
-        # Nor does that DEL end what comes later.
+        # The DEL does not end claims of a later ADD.
         self.runtime.add(self.lan, self.netns)
         self.manager().sync()
         self.assertEqual(added, self.bound())
@@ -98,7 +98,7 @@ class PluginSuite(base.CNITestCase):
         self.assertEqual({}, self.lab.routes())
 
     def test_each_version_as_it_is(self) -> None:
-        for version in VERSIONS[:3]:  # macvlan 1.1.1 knows no later one
+        for version in VERSIONS[:3]:  # macvlan 1.1.1 rejects later versions
             lan = network(version=version)
             result = self.runtime.add(lan, self.netns)
             self.assertEqual(version, result['cniVersion'])
@@ -239,7 +239,7 @@ class PluginSuite(base.CNITestCase):
                   lab.NODE, 'dev', 'eth0'), 'not configured to reach'),
                 (('rm', '/run/kuryr-break0/addresses/%s.json' % ipv4),
                  'the record of %s is missing' % ipv4)):
-            # With the agent it would be repaired meanwhile.
+            # A running agent would repair the fault before the CHECK.
             self.paused('STOP')
             self.lab.run(*fault)
             with self.assertRaises(base.Failed) as failed:
@@ -248,7 +248,7 @@ class PluginSuite(base.CNITestCase):
             self.assertIn(text, failed.exception.text)
             self.paused('CONT')
             self.lab.run(base.PROGRAM, '--config-file', base.CONF, 'sync')
-            # The agent may be about to repair the same.
+            # The agent may be repairing the same fault.
             lab.until(self.is_checked)
         self.assertEqual(mac, self.lab.link('break0') or {})
 
@@ -260,13 +260,16 @@ class PluginSuite(base.CNITestCase):
         return True
 
     def paused(self, signal: str) -> None:
-        """Stop the agent, if there is one, or let it go on."""
+        """Send a signal to the agent, if one runs.
+
+        :param signal: "STOP" or "CONT"
+        """
         agent = getattr(self, 'agent', None)
         if agent is not None:
             self.lab.run('kill', '-' + signal, str(agent.pid))
 
     def check_directly(self) -> None:
-        """CHECK, while no agent answers."""
+        """Call CHECK in one process, without the agent."""
         self.runtime.call(
             'CHECK', self.runtime.single(self.lan, previous=self.runtime
                                          .results['lan', ID, 'eth0']),
@@ -322,7 +325,7 @@ class PluginSuite(base.CNITestCase):
             found = base.addresses(self.runtime.add(
                 listed, '/run/netns/n%d' % number, container,
                 ifname='eth0' if listed is self.lan else 'net1',
-                # A name as that of the network makes it none of it.
+                # A pod with the network's name must not match the network.
                 args='K8S_POD_NAME=lan'))
             if container == OTHER_ID or listed is other:
                 kept.update(found)
@@ -351,7 +354,7 @@ class PluginSuite(base.CNITestCase):
         self.assertEqual(self.bound_for(ID) | {
             '100.75.30.40', '100.75.30.41'}, self.bound())
 
-    # What is wrong with a request
+    # Invalid requests
 
     def test_variables(self) -> None:
         config = self.runtime.single(self.lan, previous={
@@ -402,7 +405,7 @@ class PluginSuite(base.CNITestCase):
                 with self.subTest(command=command, data=data[:20]):
                     self.assert_fails(6, 'input', command, data,
                                       netns=self.netns)
-            break  # all commands read it in one place
+            break  # all commands share the code that reads the input
         self.assert_fails(6, 'cniVersion', 'ADD', {'cniVersion': 1},
                           netns=self.netns)
 
@@ -516,4 +519,4 @@ if 'CNI_PLUGIN' in os.environ:
     class TestGiven(base.Given, PluginSuite):
         pass
 
-del PluginSuite  # it is none itself
+del PluginSuite  # an abstract suite, which unittest must not load

@@ -40,7 +40,7 @@ class DoctorTestCase(base.LabTestCase):
         super().setUp()
         self.lab.add_ipv6()
         self.set_up_pods()
-        # There, but it must not repair what the test has broken.
+        # A heartbeat alone, since an agent would repair the tests' faults.
         self.agent = contextlib.ExitStack()
         self.agent.enter_context(
             Ledger('/run/kuryr-break0', 10).heartbeat.keep())
@@ -68,13 +68,14 @@ class DoctorTestCase(base.LabTestCase):
 
     def findings(self, probe: bool = True, **overrides: Any
                  ) -> dict[str, Any]:
-        """What the doctor finds with these options, by id."""
+        """Return the doctor's findings with these options, by id."""
         conf = cfg.ConfigOpts()
         config.register(conf)
         conf([], default_config_files=[])
         for name, value in overrides.items():
             conf.set_override(name, value, group=config.GROUP)
-        # As the command sees it, without what a build has left in the tree.
+        # The command's path excludes the current directory, since a build
+        # leaves another distribution there.
         path = [each for each in sys.path if each not in ('', os.getcwd())]
         with unittest.mock.patch.object(sys, 'path', path):
             done = examination.examine(conf, probe)
@@ -86,7 +87,7 @@ class DoctorTestCase(base.LabTestCase):
 
     def assert_found(self, expected: str, seen: str = '', *subjects: str,
                      severity: str = '', **overrides: Any) -> dict[str, Any]:
-        """It finds this, and nothing else."""
+        """Assert that the doctor has exactly one finding, and return it."""
         found = self.findings(**overrides)
         self.assertEqual([expected], list(found), found)
         finding: dict[str, Any] = found[expected]
@@ -100,7 +101,7 @@ class DoctorTestCase(base.LabTestCase):
         self.lab.run('sysctl', '-w', 'net.%s=%d' % (name, value))
 
     def follow(self, finding: dict[str, Any]) -> None:
-        """Do what it says."""
+        """Run the commands of a finding, except diagnostic ones."""
         for command in finding['commands']:
             if not command.startswith(('ip monitor', 'grep', 'ip rule')):
                 self.lab.run('sh', '-c', 'PATH=%s:$PATH; %s' % (

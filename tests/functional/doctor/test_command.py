@@ -78,12 +78,12 @@ class TestCommand(DoctorTestCase):
             done = self.call(code=1)
             self.assertLess(done.stdout.index('error: route-missing'),
                             done.stdout.index('note: firewall-restricts'))
-        # Nothing of the node is reached.
+        # Without a reachable service of the node, the policy is an error.
         self.assertIn('error: firewall-drops', self.call(code=1).stdout)
 
     def unpacked(self, *args: str, code: Optional[int] = 0,
                  **environ: str) -> dict[str, str]:
-        """The parts of a bundle, by their names."""
+        """Create a bundle, and return its files' texts by name."""
         self.call('--bundle', '/run/bundle.tar.gz', *args, code=code,
                   **environ)
         self.assertEqual(0o600, os.stat('/run/bundle.tar.gz').st_mode & 0o777)
@@ -105,7 +105,7 @@ class TestCommand(DoctorTestCase):
             OWNER_79, base.addresses('100.75.30.79'), parent='eth0',
             mac='02:00:00:00:00:79', netns=path,
             pod='default/secret-project')
-        # Names as they are in names of files, of hosts and in sentences.
+        # Names in file names, in host names and in sentences.
         with open('/run/kuryr-break0/secret-project_default.log',
                   'w') as file:
             file.write('Of secret-project.example.org, secret-project. '
@@ -133,12 +133,12 @@ class TestCommand(DoctorTestCase):
                          r'Of <name-\w+>\.\Z' % (alias, alias))
         self.assertNotIn(' %s ' % socket.gethostname(),
                          redacted['versions.txt'])
-        # Times are not taken for addresses, nor words for names.
+        # Times and words are not redacted as addresses and names.
         self.assertIn('\ndefault via <address-', redacted[
             'commands/ip_route_show_table_all.txt'])
         self.assertRegex(redacted['commands/ps_-eo_pid,lstart,args.txt'],
                          r' \d\d:\d\d:\d\d 20')
-        # The same is the same, throughout.
+        # A redacted address has one placeholder in all files.
         name = re.search(r'<address-\w+>(?=.* dev break0)', redacted[
             'commands/ip_route_show_table_all.txt'])
         assert name
@@ -162,15 +162,16 @@ class TestCommand(DoctorTestCase):
         self.manager().bind(
             OWNER_79, base.addresses('100.75.30.79'), parent='eth0',
             mac='02:00:00:00:00:79', netns=path, network='acme-net')
-        # Addresses as programs write them: without leading zeros, as one
-        # number, in a name.
+        # Address forms of programs: without leading zeros, and as a number
+        # without separators.
         forms = '2:0:a:0:0:79', '020000000077'
         plain = str(self.unpacked())
         for text in ('acme-web', 'acme-lan0', 'uplink of ACME', 'acme-net',
                      'door of ACME', 'comment ACME', *forms):
             self.assertIn(text, plain)
         redacted = self.unpacked('--redact')
-        # The last where the guard answers solicitations.
+        # The guard's answers to solicitations contain the node's IPv6 address
+        # as one number.
         for text in ('acme', *forms,
                      '0x%x' % int(ipaddress.ip_address(lab.NODE6))):
             self.assertNotIn(text, str(redacted).lower())
@@ -180,7 +181,7 @@ class TestCommand(DoctorTestCase):
             self.assertIn(text, links)
 
     def make_rules(self) -> None:
-        """Make rules of the firewall that name a customer everywhere."""
+        """Load firewall rules with a customer's name in every object."""
         self.lab.run('nft', """
             table inet zanzibar-table {
               comment "zanzibar table"
@@ -216,20 +217,20 @@ class TestCommand(DoctorTestCase):
                 '-A INPUT -m string --string zanzibar --algo bm',
                 '-A INPUT -m hashlimit --hashlimit-above 5/sec '
                 '--hashlimit-name zanzibar'):
-            # Not each kernel has each of these.
+            # Some kernels lack some of these extensions.
             for program in 'iptables-nft', 'ip6tables-nft':
                 self.lab.run('sh', '-c', '%s %s' % (program, rule),
                              check=False)
 
     def make_log(self, program: str, *lines: str) -> None:
-        """Let a program of the node print lines."""
+        """Install a program that prints lines."""
         os.makedirs('/run/bin', exist_ok=True)
         with open('/run/bin/' + program, 'w') as file:
             file.write('#!/bin/sh\ncat <<EOF\n%s\nEOF\n' % '\n'.join(lines))
         os.chmod('/run/bin/' + program, 0o755)
 
     def test_redacted_names_of_any_source(self) -> None:
-        """A name stays in no part, whether it is known or not."""
+        """No file keeps a name, whether break0 knows the name or not."""
         self.make_rules()
         for name in 'zanzibar.7', 'zanzibar_8':
             self.lab.run('ip', 'link', 'add', name, 'type', 'bridge')
@@ -285,7 +286,7 @@ class TestCommand(DoctorTestCase):
             for secret in ('zanz', 'teashop', '5d4f8', '0x644b1e33',
                            'allow the node', 'node of pod', 'pod of node'):
                 self.assertNotIn(secret, (name + text).lower(), name)
-        # The rest can be read.
+        # All other text is unchanged.
         for name, text in (
                 ('nft_list', 'hook input priority filter'),
                 ('dmesg', 'eth0: entered promiscuous mode'),
@@ -298,8 +299,8 @@ class TestCommand(DoctorTestCase):
             self.assertIn(text, part)
 
     def test_a_redacted_bundle_can_be_read(self) -> None:
-        """Words of programs are no names."""
-        self.make_log('ps', '')  # what else runs here
+        """Words of programs are not redacted as names."""
+        self.make_log('ps', '')  # hides other processes of the machine
         self.make_log('dmesg', '')
         redacted = self.unpacked('--redact', PATH='/run/bin:'
                                  + os.environ['PATH'])
@@ -355,7 +356,7 @@ class TestCommand(DoctorTestCase):
         return conf
 
     def test_what_is_under_way(self) -> None:
-        """Pods that come and go are not taken for faults."""
+        """Pods that start or end during an examination are no faults."""
         stop = '/run/stop'
         path = self.lab.add_pod('coming', '100.75.30.79',
                                 mac=MACS['far'])
@@ -364,7 +365,7 @@ class TestCommand(DoctorTestCase):
             while not os.path.exists(stop):
                 self.bind('100.75.30.79', owner=OWNER_79, netns=path,
                           mac_of_pod=MACS['far'], subnets=SUBNETS)
-                time.sleep(0.05)  # a pod lives longer
+                time.sleep(0.05)  # real pods live longer
                 self.unbind('100.75.30.79', owner=OWNER_79)
                 time.sleep(0.05)
 
@@ -372,7 +373,8 @@ class TestCommand(DoctorTestCase):
         try:
             for _ in range(30):
                 found = self.findings()
-                # Its macvlan stays, and is bound half of the time.
+                # The pod's macvlan always exists, and is bound half of the
+                # time.
                 found.pop('container-not-discovered', None)
                 self.assertEqual({}, found)
         finally:
@@ -381,7 +383,7 @@ class TestCommand(DoctorTestCase):
             self.assertEqual(0, base.wait_for(pid))
 
     def test_many_pods(self) -> None:
-        """What costs a request for each pod is done for some of them."""
+        """Checks with a request per pod examine a sample of many pods."""
         for number in range(1, 251):
             self.bind('100.76.0.%d' % number, mac_of_pod=MACS['far'],
                       owner=Owner('many-%d' % number, 'eth0'))

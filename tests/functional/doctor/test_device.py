@@ -115,7 +115,8 @@ class TestDevice(DoctorTestCase):
         self.manager().sync()
         self.assertEqual({}, self.findings())
         own = str(policy.link_address('break0'))
-        # With the last one, the kernel would drop the routes as well.
+        # Add before deleting: with break0's last address, the kernel would
+        # delete the routes.
         for verb, address in ('add', '100.75.30.7'), ('del', own):
             self.lab.run('ip', 'address', verb, address + '/32', 'dev',
                          'break0')
@@ -124,7 +125,7 @@ class TestDevice(DoctorTestCase):
         self.assertEqual({}, self.findings())
 
     def test_a_configured_address_that_the_node_has_no_more(self) -> None:
-        addr = [lab.NODE]  # as by hand, for MASQUERADE
+        addr = [lab.NODE]  # as an administrator sets it for MASQUERADE
         self.manager(addr=addr).sync()
         self.assertEqual({}, self.findings(addr=addr))
         self.lab.run('ip', 'address', 'del', lab.NODE + '/24', 'dev',
@@ -132,7 +133,7 @@ class TestDevice(DoctorTestCase):
         self.lab.run('ip', 'address', 'add', '100.75.30.52/24', 'dev',
                      lab.PARENT)
         self.manager(addr=addr).sync()
-        # As good as any other of its own, until somebody else has it.
+        # The address works until another host of the LAN has it.
         self.assertEqual({}, self.findings(addr=addr))
         self.lab.run('ip', 'address', 'add', lab.NODE + '/24', 'dev', 'nic',
                      netns='lan')
@@ -141,7 +142,7 @@ class TestDevice(DoctorTestCase):
                           severity='warning')
         self.lab.run('ip', 'address', 'del', lab.NODE + '/24', 'dev', 'nic',
                      netns='lan')
-        # Or in another network by now.
+        # The node has moved to another network.
         self.lab.run('ip', 'address', 'replace', '100.99.0.51/24', 'dev',
                      lab.PARENT)
         self.lab.run('ip', 'address', 'flush', 'dev', lab.PARENT, 'to',
@@ -150,7 +151,7 @@ class TestDevice(DoctorTestCase):
         found = self.findings(False, addr=addr)
         self.assertIn('in no network of eth0',
                       found['break0-addr-stale']['seen'])
-        # With addr taken out of the configuration.
+        # Without addr in the configuration, the commands remove the address.
         self.follow(found['break0-addr-stale'])
         self.assertNotIn('break0-addr-stale', self.findings(False))
 
@@ -205,7 +206,7 @@ class TestDevice(DoctorTestCase):
         self.assertFalse(self.is_answered_for())
 
     def test_a_second_macvlan(self) -> None:
-        """As by the recipe that break0 replaces, left from before."""
+        """A macvlan left from the recipe that break0 replaces is found."""
         self.lab.run('ip', 'link', 'add', 'shim0', 'link', lab.PARENT,
                      'type', 'macvlan', 'mode', 'bridge')
         self.assertEqual({}, self.findings())
@@ -214,13 +215,13 @@ class TestDevice(DoctorTestCase):
                                       severity='warning'))
         self.assertEqual({}, self.findings())
         self.lab.run('ip', 'link', 'del', 'shim0')
-        # As keepalived has one for its own address only.
+        # keepalived creates such a macvlan for its virtual address.
         self.lab.run('ip', 'link', 'add', 'vrrp.51', 'link', lab.PARENT,
                      'up', 'type', 'macvlan', 'mode', 'private')
         self.assertEqual({}, self.findings())
 
     def is_answered_for(self) -> bool:
-        """Whether break0 answers the LAN for the address of the node."""
+        """Return whether break0 answers ARP of the LAN for the node."""
         link = self.lab.link('break0')
         assert link is not None
         with self.lab.capture() as frames:

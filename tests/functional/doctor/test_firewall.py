@@ -51,7 +51,7 @@ class TestFirewall(DoctorTestCase):
         self.assertTrue(self.lab.ping(POD4))
 
     def assert_drops(self, text: str) -> None:
-        """The doctor names the rule, and what it advises lets pings pass."""
+        """Assert that the doctor finds the rule, and its commands fix it."""
         finding = self.findings()['firewall-drops']
         self.assertEqual('error', finding['severity'])
         self.assertIn(text, finding['seen'])
@@ -68,7 +68,7 @@ class TestFirewall(DoctorTestCase):
         self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
 
     def test_the_result_of_pings_comes_first(self) -> None:
-        """Whatever else was found, if that does not stop them."""
+        """The pings and their obstacle come before other findings."""
         self.lab.run('ip', 'link', 'set', 'break0', 'mtu', '1400')
         self.nft('table inet filter { chain in { type filter hook input '
                  'priority 0; iifname "break0" drop; }; }')
@@ -119,7 +119,7 @@ class TestFirewall(DoctorTestCase):
         self.assertEqual({}, self.findings())
 
     def test_masquerade_to_an_address_without_a_way_back(self) -> None:
-        """As that of another interface, which is the first with one."""
+        """A source address of another interface has no way back."""
         self.lab.run('ip', 'link', 'add', 'docker0', 'type', 'bridge')
         self.lab.run('ip', 'address', 'add', '172.17.0.1/16', 'dev',
                      'docker0')
@@ -142,7 +142,7 @@ class TestFirewall(DoctorTestCase):
                 self.lab.run('iptables-' + flavour, '-t', 'nat', '-A',
                              'POSTROUTING', '-d', '100.75.30.0/24', '-j',
                              'SNAT', '--to-source', '100.75.30.9')
-                self.manager().sync()  # pods know the address, too
+                self.manager().sync()  # also sets the address in the pods
                 finding = self.assert_found(
                     'source-rewritten', 'sees the node as 100.75.30.9, not '
                     'as 100.75.30.51', severity='warning')
@@ -153,7 +153,7 @@ class TestFirewall(DoctorTestCase):
                 self.lab.run('iptables-' + flavour, '-t', 'nat', '-F')
 
     def test_a_healthy_host_of_docker(self) -> None:
-        """Also one of kube-proxy, which rewrites what it has marked."""
+        """Rules of Docker and kube-proxy's masquerading are no findings."""
         self.sysctl('ipv4.ip_forward', 1)
         self.lab.run('iptables', '-P', 'FORWARD', 'DROP')
         self.lab.run('ip', 'link', 'add', 'docker0', 'type', 'bridge')
@@ -181,14 +181,14 @@ class TestFirewall(DoctorTestCase):
                  'nat hook postrouting priority 100; jump masquerading; }; }')
         self.assertEqual({}, self.findings())
         self.assertIn('4 of 4 addresses answered', self.call().stdout)
-        # A pod's own firewall is found here too.
+        # The doctor finds a firewall in the pod, too.
         self.lab.run('nft', 'table inet t { chain c { type filter hook input '
                      'priority 0; policy drop; }; }', netns='pod')
         self.assert_found('packet-dropped', 'in the pod', POD4, POD6,
                           severity='error')
 
     def test_ufw(self) -> None:
-        """As installed: pings pass, and services only if they are allowed."""
+        """ufw's default rules pass pings, and drop services until allowed."""
         firewalls.set_up_ufw()
         self.lab.run('ufw', '--force', 'enable')
         finding = self.assert_found(
@@ -209,9 +209,10 @@ class TestFirewall(DoctorTestCase):
         self.assertEqual({}, self.findings())
 
     def test_what_is_forwarded_keeps_its_source(self) -> None:
-        """As that of clients of a VPN, whose rule names the NIC.
+        """Forwarded packets of VPN clients without masquerading are found.
 
-        The pod answers by its gateway, which knows nothing of the client.
+        The VPN's masquerading rule names the NIC. The pod answers through its
+        gateway, which has no route to the client.
         """
         vpn = self.lab.add_netns('vpn')
         self.lab.run('ip', 'link', 'add', 'tun0', 'type', 'veth', 'peer',
@@ -298,7 +299,7 @@ class TestFirewall(DoctorTestCase):
                       ' '.join(done.stdout.split()))
 
     def hide(self, name: str) -> None:
-        """Be on a node where there is no such program."""
+        """Hide a program of the machine until the test ends."""
         for directory in ('/usr/sbin', '/sbin', '/usr/bin', '/bin'):
             path = os.path.join(directory, name)
             if os.path.exists(path) and os.access(path, os.X_OK):

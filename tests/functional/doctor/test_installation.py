@@ -14,7 +14,7 @@ from tests.functional.doctor.base import PROGRAM
 
 
 class TestInstallation(DoctorTestCase):
-    """With other distributions before those of the virtual environment."""
+    """Distributions that precede the virtual environment's are found."""
 
     PATH = '/run/site-packages'
     BINDING = 'kuryr_kubernetes.cni.binding'
@@ -55,7 +55,7 @@ class TestInstallation(DoctorTestCase):
         with open(self.PATH + '/pyroute2/__init__.py', 'w') as file:
             file.write('raise ImportError("no transactional")\n')
         self.assert_only('dependency-unfit', 'pyroute2 is 0.9.7')
-        # It is needed for one thing alone.
+        # Only creating break0 needs pyroute2.
         self.assertIn('In sync', self.run_with('status', code=0).stdout)
         self.lab.run('ip', 'link', 'del', 'break0')
         self.assertRegex(
@@ -126,7 +126,7 @@ class TestInstallation(DoctorTestCase):
             OS_BREAK0__STRIKT='true').stdout)['findings']
         self.assertEqual(
             [('option-unknown', [
-                # oslo.config reads no dash for it.
+                # oslo.config accepts only underscores in a file.
                 '[break0] resync-interval in /run/kuryr.conf is no option: '
                 'did you mean resync_interval?',
                 '[break0] strikt in the environment is no option: did you '
@@ -146,6 +146,6 @@ class TestKuryrsPlugin(DoctorTestCase):
         with open(path, 'w') as file:
             file.write('#!/bin/sh\nexec %s "$@"\n' % program)
         self.assert_found('plugin-slow', program, path, severity='note')
-        self.call()  # a note does not change its exit status
+        self.call()  # with a note alone, the exit status is 0
         shutil.copy('/bin/true', path)
         self.assertEqual({}, self.findings())

@@ -23,14 +23,14 @@ from tests.functional.doctor.base import POD6
 from tests.functional.doctor.base import SUBNETS
 from tests import lab
 
-#: In another subnet on the link than the node.
+#: Address in a subnet of the link that is not the node's
 FAR4 = '100.75.40.71'
 
 
 class TestPods(DoctorTestCase):
 
     def test_not_told(self) -> None:
-        # The agent has not seen it yet.
+        # The agent has not read the new address yet.
         self.lab.run('ip', 'address', 'add', '100.75.30.52/24', 'dev',
                      lab.PARENT)
         self.follow(self.assert_found('pod-not-configured', '', POD4, OTHER4,
@@ -50,7 +50,7 @@ class TestPods(DoctorTestCase):
     def test_bound_without_its_namespace(self) -> None:
         self.bind('100.75.30.79', owner=OWNER_79)
         self.assertEqual({}, self.findings())
-        # The guard answers it.
+        # The guard answers the pod's neighbour solicitations.
         self.bind('fd00:30::79', owner=OWNER_79)
         self.assertEqual({}, self.findings())
 
@@ -85,7 +85,7 @@ class TestPods(DoctorTestCase):
                           POD4, POD6, severity='error')
 
     def test_parent_made_anew(self) -> None:
-        """It took the interfaces with it: no sync cures that."""
+        """A new parent has none of the pods' macvlans: restart the pods."""
         self.lab.run('ip', 'link', 'del', lab.PARENT)
         self.lab.add_nic()
         self.manager().sync()
@@ -98,8 +98,8 @@ class TestPods(DoctorTestCase):
         self.assertIn('pod-interface-gone', self.findings())
 
     def test_a_namespace_that_is_none(self) -> None:
-        # As in a container that mounts are not propagated to, with a kernel
-        # that does not number namespaces.
+        # As in a container without mount propagation, on a kernel without
+        # namespace numbers.
         self.lab.run('umount', '/run/netns/pod')  # a plain file is left
         records = '/run/kuryr-break0/addresses/%s.json'
         for address in (POD4, POD6):
@@ -127,7 +127,7 @@ class TestPods(DoctorTestCase):
 
 
 class TestFarPod(DoctorTestCase):
-    """A pod in another subnet than the node."""
+    """The doctor examines a pod in a subnet that is not the node's."""
 
     def set_up_pods(self) -> None:
         self.lab.add_other_subnet()
@@ -169,7 +169,7 @@ class TestFarPod(DoctorTestCase):
 
 
 class TestARP(DoctorTestCase):
-    """Where pods and node ask each other."""
+    """The doctor examines ARP between pods and node."""
 
     def set_up_pods(self) -> None:
         self.lab.add_pod('pod', POD4, mac=MACS['pod'])
@@ -198,7 +198,7 @@ class TestARP(DoctorTestCase):
 
 
 class TestInterfaces(DoctorTestCase):
-    """What no neighbour entry and no route helps against."""
+    """The doctor finds faults of the pods' interfaces and addresses."""
 
     def test_private_mode(self) -> None:
         self.lab.run('ip', 'link', 'set', 'eth0', 'type', 'macvlan', 'mode',
@@ -210,13 +210,15 @@ class TestInterfaces(DoctorTestCase):
         self.assertTrue(self.lab.ping(POD4))
 
     def test_interface_is_down(self) -> None:
+        # Without this, the kernel deletes the IPv6 address, and a sync ends
+        # with 1 until the pod has the address again.
+        self.lab.run('sysctl', '-q', '-w',
+                     'net.ipv6.conf.eth0.keep_addr_on_down=1', netns='other')
         self.lab.run('ip', 'link', 'set', 'eth0', 'down', netns='other')
         found = self.findings()
         self.assertEqual('error', found['pod-down']['severity'])
         self.assertEqual([OTHER4], found['pod-down']['subjects'])
         self.follow(found['pod-down'])
-        if 'pod-address-missing' in found:  # that of IPv6
-            self.follow(found['pod-address-missing'])
         self.lab.run(os.path.join(os.path.dirname(sys.executable),
                                   'kuryr-break0'), 'sync')
         self.lab.settle()
@@ -227,7 +229,8 @@ class TestInterfaces(DoctorTestCase):
     def test_address_is_missing(self) -> None:
         self.lab.run('ip', 'address', 'del', POD4 + '/24', 'dev', 'eth0',
                      netns='pod')
-        # With its last address the kernel forgets neighbours of a family.
+        # With the last address of a family, the kernel deletes the family's
+        # neighbours.
         found = self.findings()
         self.assertEqual(['pod-address-missing', 'pod-neighbour-missing'],
                          list(found))
@@ -240,7 +243,7 @@ class TestInterfaces(DoctorTestCase):
 
 
 class TestReachability(DoctorTestCase):
-    """What no other check knows of."""
+    """The doctor finds faults by pings that no other check finds."""
 
     def assert_dropped(self, text: str) -> dict[str, Any]:
         finding = self.assert_found('packet-dropped', text, severity='error')
@@ -249,7 +252,7 @@ class TestReachability(DoctorTestCase):
 
     def findings(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         found = super().findings(*args, **kwargs)
-        # Whichever pods are concerned.
+        # The subjects depend on the test's pods: keep them apart.
         for each in found.values():
             each['subjects'], self.subjects = [], each['subjects']
         return found
@@ -267,12 +270,12 @@ class TestReachability(DoctorTestCase):
         self.assertEqual({}, self.findings())
 
     def test_nft_that_prints_late(self) -> None:
-        """As where others have the processor."""
+        """A late output of nft's monitor, as on a busy machine, is read."""
         wait, late = trace._wait, []
 
         def stopped(monitor: Any, condition: Any) -> None:
             wait(monitor, condition)
-            if monitor not in late:  # it listens
+            if monitor not in late:  # the monitor is listening
                 late.append(monitor)
                 monitor.send_signal(signal.SIGSTOP)
                 timer = threading.Timer(2, monitor.send_signal,
@@ -301,7 +304,7 @@ class TestReachability(DoctorTestCase):
                  'drop', 'inet')):
             with self.subTest(rules):
                 self.lab.run('nft', rules)
-                # Whether by the simulator or by the trace.
+                # The simulator or the trace finds the rule.
                 found = self.findings()
                 self.assertTrue({'packet-dropped', 'firewall-drops',
                                  'firewall-restricts'} & set(found), found)
@@ -325,10 +328,10 @@ class TestReachability(DoctorTestCase):
                 self.assertEqual({}, self.findings())
 
     def test_no_route_in_the_pod(self) -> None:
-        """That of its network is gone, and it has no gateway."""
+        """A pod without its network's route and without a gateway is found."""
         path = self.lab.add_pod('bare', '100.75.30.79', mac=MACS['far'])
         self.bind('100.75.30.79', owner=OWNER_79, netns=path,
-                  mac_of_pod=MACS['far'])  # its network is not known
+                  mac_of_pod=MACS['far'])  # without the pod's subnets
         self.lab.run('ip', 'route', 'flush', 'dev', 'eth0', netns='bare')
         self.assertFalse(self.lab.ping(lab.NODE, 'bare'))
         finding = self.assert_found(
@@ -362,7 +365,7 @@ class TestReachability(DoctorTestCase):
             if each.startswith('tc'))).stdout)
 
     def test_marks(self) -> None:
-        """As a service mesh or a VPN of the node sets them."""
+        """A mark that changes the route, as by a VPN, is found."""
         self.lab.run('nft', 'add table inet t; add chain inet t c { type '
                      'route hook output priority -150; }; add rule inet t c '
                      'ip daddr %s meta mark set 9' % POD4)
@@ -376,7 +379,7 @@ class TestReachability(DoctorTestCase):
         self.assertEqual({}, self.findings())
 
     def test_pod_that_has_just_started(self) -> None:
-        """Its IPv6 address is tentative, for two or three seconds."""
+        """A new pod's IPv6 address, tentative for 2 to 3 s, is no fault."""
         self.lab.run('sysctl', '-w', 'net.ipv6.conf.eth0.dad_transmits=2',
                      netns='pod')
         self.lab.run('ip', 'address', 'del', POD6 + '/64', 'dev', 'eth0',
@@ -420,7 +423,8 @@ class TestReachability(DoctorTestCase):
             self.lab.run('ip', 'link', 'add', 'net1', 'type', 'bridge',
                          netns=netns)
             self.lab.run('ip', 'link', 'set', 'net1', 'up', netns=netns)
-            # For replies alone: the pod's own pings ask without a source.
+            # The rule affects replies only: the pod's own pings look up their
+            # route without a source address.
             self.lab.run('ip', 'rule', 'add', 'from', {
                 'pod': POD4, 'other': OTHER4}[netns], 'lookup', '99',
                 netns=netns)
@@ -439,7 +443,7 @@ class TestReachability(DoctorTestCase):
         self.assertEqual([POD6, OTHER6], finding['subjects'])
 
     def test_a_parent_without_an_address(self) -> None:
-        """The node has its address elsewhere, which is as good."""
+        """An address on another interface of the node is no fault."""
         self.lab.run('ip', 'link', 'add', 'other', 'type', 'bridge')
         self.lab.run('ip', 'link', 'set', 'other', 'up')
         for address in ('100.99.0.1/24', 'fd00:99::1/64'):
@@ -449,13 +453,13 @@ class TestReachability(DoctorTestCase):
                      'global')
         self.manager().sync()
         self.assertEqual({}, self.findings())
-        # And none at all.
+        # Without any address, the doctor has a finding.
         self.lab.run('ip', 'link', 'del', 'other')
         self.manager().sync()
         self.assertIn('node-address-missing', self.findings())
 
     def test_a_duplicate_on_the_lan(self) -> None:
-        """It is asked for where nothing else explains the failure."""
+        """The doctor looks for a duplicate if nothing explains a failure."""
         self.lab.run('ip', 'address', 'add', POD4 + '/24', 'dev', 'nic',
                      netns='lan')
         mac = self.lab.ip('link', 'show', 'nic', netns='lan')[0]['address']

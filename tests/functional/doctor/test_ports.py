@@ -25,7 +25,7 @@ ssl_verify_server_crt = false
 
 
 class TestPorts(DoctorTestCase):
-    """With pods whose KuryrPorts kuryr-controller has left without a VIF."""
+    """The doctor finds pods with KuryrPorts without a VIF."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -105,7 +105,10 @@ class TestPorts(DoctorTestCase):
         self.assert_nothing_claimed()
 
     def test_a_vif_that_comes_meanwhile(self) -> None:
-        """As for a new pod, if the clock of the node is ahead."""
+        """A VIF that appears during the examination is no fault.
+
+        A new pod seems old if the node's clock is ahead.
+        """
         self.add('new')
 
         def serve() -> None:

@@ -26,7 +26,7 @@ class TestRecords(DoctorTestCase):
         return '%s/addresses/%s.json' % (self.STATE, address)
 
     def test_no_agent(self) -> None:
-        """The command starts it as on this host."""
+        """The finding's command fits the host's way to start the agent."""
         self.agent.close()
         finding = self.assert_found('agent-not-running', self.STATE,
                                     severity='warning')
@@ -62,7 +62,7 @@ class TestRecords(DoctorTestCase):
     def test_nothing_is_made(self) -> None:
         state = '/run/elsewhere/state'
         found = self.findings(state_dir=state)
-        # Nothing is said of what this state directory does not know.
+        # Pods that this state directory does not record cause no findings.
         self.assertEqual({'agent-not-running', 'ledger-other'}, set(found))
         self.assertFalse(os.path.exists('/run/elsewhere'))
 
@@ -71,7 +71,7 @@ class TestRecords(DoctorTestCase):
             file.write('{"version": 1,')
         self.assert_found('ledger-damaged', 'Expecting property name',
                           self.record(POD4), severity='error')
-        # It is still there.
+        # The doctor has not moved the file.
         self.assert_found('ledger-damaged', '', self.record(POD4))
 
     def test_not_an_address(self) -> None:
@@ -83,7 +83,7 @@ class TestRecords(DoctorTestCase):
     def test_quarantined(self) -> None:
         with open(self.record(POD4), 'w') as file:
             file.write('no JSON')
-        self.manager().sync()  # which rebuilds it
+        self.manager().sync()  # quarantines the file, rebuilds the record
         finding = self.assert_found('ledger-quarantined', '',
                                     self.STATE + '/quarantine/%s.json' % POD4,
                                     severity='warning')
@@ -150,7 +150,8 @@ class TestRecords(DoctorTestCase):
                      'tmpfs', '/mnt')
         self.addCleanup(self.lab.run, 'umount', '/mnt')
         self.assertNotIn('state-dir-full', self.findings(state_dir='/mnt'))
-        # One without a limit has 0 blocks, as has btrfs 0 files.
+        # A file system without a limit reports 0 blocks; btrfs reports 0
+        # files.
         self.assertNotIn('state-dir-full', self.findings(state_dir='/sys/x'))
         self.lab.run('sh', '-c', 'yes > /mnt/journal || true')
         found = self.findings(state_dir='/mnt')

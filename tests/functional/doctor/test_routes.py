@@ -30,7 +30,7 @@ class TestRoutes(DoctorTestCase):
                      lab.PARENT)
         self.lab.run('ip', 'route', 'replace', POD4, 'dev', 'break0',
                      'proto', '176', 'scope', 'link', 'src', '100.75.30.52')
-        # The pods have not been told of that address yet either.
+        # The pods have no neighbour entry for the address either.
         found = self.findings()
         self.assertEqual(['route-wrong', 'pod-not-configured'], list(found))
         self.assertEqual([POD4], found['route-wrong']['subjects'])
@@ -55,7 +55,7 @@ class TestRoutes(DoctorTestCase):
         self.assertEqual({}, self.findings())
 
     def test_foreign_and_preferred(self) -> None:
-        # Nothing is better than ours but what takes its place.
+        # Our route has the lowest metric: a preferred route must replace it.
         self.lab.run('ip', 'route', 'replace', POD6, 'dev', 'lo', 'metric',
                      '1')
         finding = self.assert_found('route-foreign', 'on lo with', POD6)
@@ -91,7 +91,10 @@ class TestRoutes(DoctorTestCase):
         self.assertFalse(self.lab.ping(lab.NODE, 'pod'))
 
     def test_an_address_that_is_local(self) -> None:
-        """As a load balancer makes one, or an address that is left over."""
+        """A pod's address that is local to the node is found.
+
+        A load balancer or a leftover address of an interface makes it local.
+        """
         self.lab.run('ip', 'route', 'add', 'local', POD4, 'dev', 'lo',
                      'table', 'local')
         finding = self.assert_found('route-not-used', 'one of the node', POD4)

@@ -21,7 +21,7 @@ class TestServices(DoctorTestCase):
         return int(link['ifindex'])
 
     def replace_etc(self) -> None:
-        """Files of systemd of the node's own, of which it has none yet."""
+        """Give the lab its own files of systemd, and hide the machine's."""
         for name in ('upper', 'work'):
             os.makedirs('/run/etc/' + name)
         self.mount('overlay', '/etc', '-o', 'lowerdir=/etc,upperdir='
@@ -69,7 +69,7 @@ class TestServices(DoctorTestCase):
                    '[Match]\nOriginalName=*\n[Link]\n'
                    'MACAddressPolicy=random\n')
         self.assertEqual({}, self.findings())
-        # An empty file of the same name is how one is masked.
+        # In systemd, an empty file masks a file of the same name.
         self.write('/run/systemd/network/10-vm.link', '')
         self.assertEqual({}, self.findings())
         self.write('/etc/systemd/network/10-vm.link', '')
@@ -89,7 +89,7 @@ class TestServices(DoctorTestCase):
         self.assertIn('Unmanaged=yes', finding['commands'][0])
 
     def test_networkd_with_a_file_for_the_nic(self) -> None:
-        """A healthy node, with the drop-ins of the project and without."""
+        """A healthy node has no findings, with or without the drop-ins."""
         self.replace_etc()
         self.networkd('ADMIN_STATE=unmanaged\n')
         self.write('/etc/systemd/networkd.conf', '[Network]\n')
@@ -106,7 +106,7 @@ class TestServices(DoctorTestCase):
         self.assertEqual({}, self.findings())
 
     def for_all(self) -> None:
-        """A file of networkd that is for break0 too."""
+        """Write a file of networkd that also matches break0."""
         self.write('/etc/systemd/network/30-any.network',
                    '[Match]\nType=ether\n[Network]\nDHCP=yes\n')
 
@@ -126,7 +126,7 @@ class TestServices(DoctorTestCase):
                    '[Network]\nManageForeignRoutes=yes\n')
         self.assert_found('networkd-foreign-routes',
                           'by /etc/systemd/networkd.conf.d/95.conf')
-        # One of the same name hides the other.
+        # A file in /etc hides a file of the same name in /run.
         self.write('/run/systemd/networkd.conf.d/95.conf', '[Network]\n')
         self.assert_found('networkd-foreign-routes', '95.conf')
         os.unlink('/etc/systemd/networkd.conf.d/95.conf')
@@ -138,7 +138,7 @@ class TestServices(DoctorTestCase):
         self.for_all()
         self.write('/etc/systemd/networkd.conf', '[Network]\n')
         finding = self.assert_found('networkd-foreign-routes')
-        for command in finding['commands'][:-1]:  # but for the restart
+        for command in finding['commands'][:-1]:  # the last one restarts
             self.lab.run('sh', '-c', command)
         self.assertEqual({}, self.findings())
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Nodes with one or two NICs, and what passes between two of their ends.
+"""Nodes with one or two NICs, and traffic between two ends.
 
-A node of the table has pods, a container behind a bridge of its own, and a
-client of a VPN. What each side of a connection saw is found out by real
-sockets: the server answers with the address that it saw.
+A node of the table has pods, a container behind its own bridge, and a VPN
+client. Clients and servers use real sockets. A server answers with the
+client's address as the server saw it.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ POD, POD6 = '100.75.30.71', 'fd00:30::71'
 OTHER, OTHER6 = '100.75.30.72', 'fd00:30::72'
 SUBNETS = ('100.75.30.0/24', 'fd00:30::/64')
 MAC, OTHER_MAC = 'fa:16:3e:00:00:71', 'fa:16:3e:00:00:72'
-#: The node on its other NIC, and the LAN host there.
+#: Addresses of the node on its other NIC, and of the LAN host there.
 MANAGEMENT, MANAGEMENT6 = '10.9.0.51', 'fd00:9::51'
 MANAGER, MANAGER6 = '10.9.0.1', 'fd00:9::1'
-#: What the node has on lo, as where it is announced by routes.
+#: Addresses on lo, for a node that is announced by a routing protocol.
 LOOPBACK, LOOPBACK6 = '10.255.0.51', 'fd00:255::51'
 BRIDGE, BRIDGE6 = '172.30.0.1', 'fd00:172::1'
 CONTAINER, CONTAINER6 = '172.30.0.2', 'fd00:172::2'
 TUNNEL, TUNNEL6 = '10.8.0.1', 'fd00:8::1'
 CLIENT, CLIENT6 = '10.8.0.2', 'fd00:8::2'
 CLUSTER, CLUSTER6 = '10.96.0.10', 'fd00:96::10'
-#: What break0 has where it needs an address.
+#: Address of break0, on a node where break0 needs an address.
 BREAK0 = str(policy.link_address('break0'))
-PORT = 8080  # of whoever serves
-PUBLISHED = 30080  # of the node, for somebody else
+PORT = 8080  # of each server
+PUBLISHED = 30080  # of the node, forwarded to a server
 PROTOCOLS = ('ping', 'tcp', 'udp')
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
-#: Seconds to wait for what is known not to come.
+#: Seconds to wait for an answer that must not come.
 SILENCE = 0.5
 
 
 class End(NamedTuple):
-    """Who speaks, or is spoken to.
+    """A client or server, by its addresses.
 
-    :ivar netns: None for the node
+    :ivar netns: name of the namespace; None for the node
     """
 
     netns: Optional[str]
@@ -66,7 +66,7 @@ ENDS = {
     'node': End(None, lab.NODE, lab.NODE6),
     'node (other NIC)': End(None, MANAGEMENT, MANAGEMENT6),
     'node (lo)': End(None, LOOPBACK, LOOPBACK6),
-    # IPv6 takes the address that is nearest to the other one.
+    # IPv6 prefers the source with the longest prefix of the destination.
     'break0': End(None, BREAK0, lab.NODE6),
     'break0, other NIC': End(None, BREAK0, MANAGEMENT6),
     'node (bridge)': End(None, BRIDGE, BRIDGE6),
@@ -79,10 +79,10 @@ ENDS = {
 
 
 class Seen(NamedTuple):
-    """What a client and a server saw of each other.
+    """Result of a request.
 
-    :ivar error: None if it was answered
-    :ivar source: what the server took the client for; None for a ping
+    :ivar error: None if the server answered
+    :ivar source: the client's address as the server saw it; None for a ping
     """
 
     error: Optional[str]
@@ -93,7 +93,7 @@ class Seen(NamedTuple):
 
 
 class Server:
-    """Answers by TCP and UDP in a namespace, with whom it saw."""
+    """A TCP and UDP server that answers with the client's address."""
 
     def __init__(self, node: lab.Lab, netns: Optional[str],
                  port: int = PORT) -> None:
@@ -121,8 +121,8 @@ class Server:
             try:
                 if served.type == socket.SOCK_DGRAM:
                     data, source = served.recvfrom(100)
-                    # From the address that it came to is for the kernel to
-                    # choose, as for most services.
+                    # The kernel chooses the source of the answer, as for most
+                    # services.
                     served.sendto(source[0].encode(), source)
                 else:
                     with served.accept()[0] as accepted:
@@ -139,13 +139,13 @@ class Server:
 
 
 class TrafficTestCase(base.LabTestCase):
-    """A node with two pods that are bound, and what else it may have."""
+    """A node with two bound pods, and optional NICs and addresses."""
 
-    #: Which NIC comes first, by which the kernel chooses a source.
+    #: NICs in the order of creation; the kernel prefers the first source.
     nics: tuple[str, ...] = ('eth0',)
     #: Whether the parent has no address.
     is_bare = False
-    #: Whether the node has an address of its own on lo.
+    #: Whether the node has other addresses on lo.
     has_loopback = False
     overrides: dict[str, Any] = {}
 
@@ -187,7 +187,7 @@ class TrafficTestCase(base.LabTestCase):
                          netns=netns)
 
     def add_management(self) -> None:
-        """Plug in another NIC."""
+        """Add a second NIC to the node."""
         self.lab.run('ip', 'link', 'add', 'mgmt', 'type', 'veth',
                      'peer', 'name', 'nic1', 'netns', 'lan')
         self.lab.run('ip', 'link', 'set', 'mgmt', 'up')
@@ -196,7 +196,7 @@ class TrafficTestCase(base.LabTestCase):
         self.add_address('nic1', MANAGER, MANAGER6, netns='lan')
 
     def add_container(self) -> None:
-        """Add a container on a bridge, masqueraded as Docker does it."""
+        """Add a container on a bridge, and masquerade it as Docker does."""
         self.lab.run('ip', 'link', 'add', 'docker0', 'type', 'bridge')
         self.lab.run('ip', 'link', 'set', 'docker0', 'up')
         self.add_address('docker0', BRIDGE, BRIDGE6)
@@ -206,9 +206,10 @@ class TrafficTestCase(base.LabTestCase):
                         'oifname != "docker0"')
 
     def add_client(self, out: Optional[str]) -> None:
-        """Add a client of a VPN that ends on the node.
+        """Add a client of a VPN server on the node.
 
-        :param out: the interface that its packets are masqueraded on
+        :param out: interface on which the client's packets are masqueraded;
+            None for no masquerading
         """
         self._add_behind('client', None, CLIENT, CLIENT6, TUNNEL, TUNNEL6)
         if out is not None:
@@ -240,9 +241,9 @@ class TrafficTestCase(base.LabTestCase):
 
     def publish(self, family: int, address: str, port: int, target: str,
                 marked: bool = True) -> None:
-        """Give an address and port to somebody, as kube-proxy does.
+        """Forward an address and port to a server, as kube-proxy does.
 
-        :param marked: whether it is masqueraded
+        :param marked: whether the forwarded packets are masqueraded
         """
         self.nft('''table %(ip)s proxy {
             chain services {
@@ -268,7 +269,7 @@ th dport %(port)d %(mark)s dnat to %(target)s
         subprocess.run(['nft', '-f', '-'], input=text, text=True, check=True)
 
     def route_services(self) -> None:
-        """Let pods send what is for a service to their node."""
+        """Route packets of the pods for services through the node."""
         for netns in ('pod', 'other'):
             for network, via in (('10.96.0.0/16', lab.NODE),
                                  ('fd00:96::/64', lab.NODE6)):
@@ -285,7 +286,7 @@ th dport %(port)d %(mark)s dnat to %(target)s
 
     def ask(self, protocol: str, family: int, client: End, address: str,
             port: int = PORT, patience: float = lab.PATIENCE) -> Seen:
-        """Ask a server, and say what came of that.
+        """Send a request to a server and return the result.
 
         :param patience: seconds to wait for an answer
         """
@@ -311,6 +312,6 @@ th dport %(port)d %(mark)s dnat to %(target)s
                     if err.errno else 'no answer'))
 
     def neighbours_of(self, netns: str) -> dict[str, str]:
-        """The permanent neighbours in a pod: addresses and MAC addresses."""
+        """Return the permanent neighbours in a pod: MAC address by address."""
         return {each['dst']: each['lladdr'] for each in self.lab.ip(
             'neighbour', 'show', 'nud', 'permanent', netns=netns)}

@@ -11,7 +11,7 @@ from typing import Optional
 from tests.functional.traffic import base
 from tests import lab
 
-# Of mDNS, in both families; and to all of the subnet.
+# The groups of mDNS in both families, and the broadcast address.
 GROUP, GROUP6 = '224.0.0.251', 'ff02::fb'
 BROADCAST = '100.75.30.255'
 
@@ -19,16 +19,16 @@ BROADCAST = '100.75.30.255'
 class TestGroups(base.TrafficTestCase):
 
     def device(self, netns: Optional[str]) -> tuple[str, int]:
-        """Where an end hears and sends: the interface and its index."""
+        """Return name and ifindex of an end's interface."""
         name = {None: 'break0', 'lan': 'nic'}.get(netns, 'eth0')
         link, = self.lab.ip('link', 'show', name, netns=netns)
         return name, link['ifindex']
 
     def is_heard(self, source: Optional[str], target: Optional[str],
                  group: str, device: Optional[str] = None) -> bool:
-        """Whether a datagram to a group gets from one end to another.
+        """Return whether a datagram to a group reaches another end.
 
-        :param device: where the sender sends, in place of what it has
+        :param device: the sender's interface; by default as in device()
         """
         family = socket.AF_INET6 if ':' in group else socket.AF_INET
         name, index = self.device(target)
@@ -49,7 +49,7 @@ class TestGroups(base.TrafficTestCase):
             sends.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, (
                 device or self.device(source)[0]).encode())
             hears.settimeout(0.05)
-            # It takes a moment until a group is joined.
+            # A membership takes effect after a delay.
             for _ in range(10):
                 try:
                     sends.sendto(b'who?', (group, 5353))
@@ -71,7 +71,7 @@ class TestGroups(base.TrafficTestCase):
             self.assertFalse(self.is_heard(None, 'pod', group, 'eth0'))
 
     def test_who_names_break0(self) -> None:
-        """With IPv4 that works, and the LAN does not hear of it."""
+        """IPv4 groups are reached by break0, and the LAN receives nothing."""
         own = (self.lab.link('break0') or {})['address']
         with self.lab.capture() as frames:
             for group in (GROUP, BROADCAST):

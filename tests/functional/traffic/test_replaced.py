@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""An interface that is replaced in a living container is found at once."""
+"""The agent finds a replaced interface in a running container at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests import lab
 class TestReplaced(test_discovery.DiscoveryTestCase):
 
     def replace(self, mac: str) -> None:
-        """Replace it as Docker does: disconnect, connect."""
+        """Replace eth0 as Docker does: disconnect, then connect."""
         self.inside('one', 'ip', 'link', 'del', 'eth0')
         self.lab.run('ip', 'link', 'add', 'tmp0', 'link', lab.PARENT,
                      'type', 'macvlan', 'mode', 'bridge')
@@ -47,10 +47,10 @@ class TestReplaced(test_discovery.DiscoveryTestCase):
 
 
 class TestPace(unittest.TestCase):
-    """When a namespace is read, by a clock of the test."""
+    """Times at which a namespace is read, with a clock of the test."""
 
     def reads(self, events: list[float]) -> list[float]:
-        """The times of the reads that events at these times lead to."""
+        """Return the times of the reads that follow from events."""
         namespace = Namespace(mock.Mock())
         times = []
         for event in events:
@@ -61,7 +61,7 @@ class TestPace(unittest.TestCase):
         return [*times, *(each for each in [namespace.due] if each)]
 
     def test_engine_that_takes_its_time(self) -> None:
-        # An event each 40 ms, as of links, addresses and routes.
+        # An engine changes links, addresses and routes: an event each 40 ms.
         for pause in (5, 10):
             events = [100 + start * pause + number * 0.04
                       for start in range(3) for number in range(12)]

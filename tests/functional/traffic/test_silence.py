@@ -2,8 +2,8 @@
 
 """No connection waits longer than its route was missing.
 
-Without the route, the node asks the LAN for the pod. The kernel holds what it
-has to send for three seconds, and TCP sends nothing again that is held.
+Without the route, the node resolves the pod on the LAN. The kernel holds the
+packets for up to three seconds, and TCP does not retransmit a held segment.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class SilenceTestCase(base.TrafficTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        # It asks once and waits for long, however slow this machine is.
+        # The kernel asks once and waits, even on a slow machine.
         for family in ('ipv4', 'ipv6'):
             kernel.write_sysctl('%s/neigh/eth0/retrans_time_ms' % family,
                                 1000 * lab.PATIENCE)
 
     def state(self, address: str) -> Optional[str]:
-        """The state of a neighbour on the NIC."""
+        """Return the state of a neighbour on the NIC, or None."""
         found = self.lab.ip('neighbour', 'show', address, 'dev', 'eth0',
                             'nud', 'all')
         return found[0]['state'][0] if found else None
@@ -40,7 +40,7 @@ class SilenceTestCase(base.TrafficTestCase):
         lab.until(lambda: self.state(address) == 'INCOMPLETE')
 
     def hold(self, address: str) -> None:
-        """Let the kernel hold a datagram for an address."""
+        """Make the kernel hold a datagram for an address."""
         with self.lab.socket(socket.AF_INET6 if ':' in address
                              else socket.AF_INET, socket.SOCK_DGRAM) as made:
             made.sendto(b'held', (address, base.PORT))
@@ -124,7 +124,7 @@ class TestBind(SilenceTestCase):
             self.lab.del_netns(name)
 
     def test_containers_cannot_use_the_way(self) -> None:
-        """One in private mode reaches no container of its node, as before."""
+        """A container in private mode reaches no container of its node."""
         self.lab.add_netns('private')
         self.lab.run('ip', 'link', 'add', 'new', 'link', 'eth0', 'netns',
                      'private', 'type', 'macvlan', 'mode', 'private')
@@ -142,7 +142,7 @@ class TestBind(SilenceTestCase):
                     made.send(test_border.packed(base.MAC)
                               + test_border.packed(link['address'])
                               + payload)
-            # They have gone to the LAN, and nowhere else.
+            # The frames went to the LAN only.
             self.assertEqual(2, len([frame for frame in frames
                                      if frame.dst == base.MAC]))
             pod.settimeout(0.3)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pods know each address that their node may speak from, and no others."""
+"""Pods know exactly the addresses that their node may send from."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ OTHER6 = 'fd00:77::1'
 class SourcesTestCase(base.TrafficTestCase):
 
     def known(self, netns: str = 'pod') -> set[str]:
-        """The addresses that a pod knows break0 for."""
+        """Return a pod's neighbours; all must have break0's MAC address."""
         mac = (self.lab.link('break0') or {})['address']
         neighbours = self.neighbours_of(netns)
         self.assertLessEqual(set(neighbours.values()), {mac})
         return set(neighbours)
 
     def own(self, device: str = 'break0') -> list[str]:
-        """The addresses of a break0 itself."""
+        """Return the addresses of a break0."""
         return [each['local'] for link in self.lab.ip('address', 'show',
                                                       device)
                 for each in link['addr_info']]
@@ -39,7 +39,7 @@ class SourcesTestCase(base.TrafficTestCase):
             env={**os.environ, 'OS_BREAK0__METRICS_BIND': ''})
         self.addCleanup(agent.wait)
         self.addCleanup(agent.terminate)
-        # It has repaired something, so it is there.
+        # A repaired route shows that the agent is running.
         self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
         lab.until(lambda: base.POD in self.lab.routes())
 
@@ -63,14 +63,17 @@ class TestOneNIC(SourcesTestCase):
         self.assertEqual([], self.own())
 
     def test_nothing_is_needed_for_what_came_later(self) -> None:
-        """As a bridge of Docker; or no container could be connected there."""
+        """break0 needs no address for a later interface, such as a bridge.
+
+        Otherwise Docker could connect no container to its bridge.
+        """
         self.add_interface('net1', OTHER + '/24', OTHER6 + '/64')
         self.manager().sync()
         self.assertEqual({lab.NODE, lab.NODE6}, self.known())
         self.assertEqual([], self.own())
 
     def test_what_is_needed_is_followed(self) -> None:
-        """An address on lo comes before all others."""
+        """An address on lo is preferred as source, so break0 needs its own."""
         self.start_agent()
         self.lab.run('ip', 'address', 'add', OTHER + '/32', 'dev', 'lo')
         expected = {lab.NODE, lab.NODE6, base.BREAK0}
@@ -78,7 +81,7 @@ class TestOneNIC(SourcesTestCase):
             lab.until(lambda: self.known(netns) == expected)
             self.assertTrue(self.lab.ping(base.BREAK0, netns))
         self.assertEqual([], self.problems())
-        # Connections may use it.
+        # break0 keeps its address: connections may use it.
         self.lab.run('ip', 'address', 'del', OTHER + '/32', 'dev', 'lo')
         self.manager().sync()
         self.assertEqual([base.BREAK0], self.own())
@@ -114,7 +117,7 @@ class TestOtherNICFirst(SourcesTestCase):
         self.assertEqual({lab.NODE, lab.NODE6, '100.75.30.7'}, self.known())
 
     def test_pods_on_both_nics(self) -> None:
-        """Each break0 has another one, or none where it needs none."""
+        """Each break0 has a different address, or none if it needs none."""
         path = self.lab.add_pod('managed', parent='mgmt')
         self.lab.add_macvlan('managed', 'eth1')
         for name, device, address, parent in (
@@ -136,7 +139,7 @@ class TestOtherNICFirst(SourcesTestCase):
         self.assertEqual([], self.problems())
 
     def test_the_lan_hears_what_is_sent_to_a_group(self) -> None:
-        """By a program that names an interface by its address."""
+        """A program that names an interface by address sends to the LAN."""
         self.assertEqual([base.BREAK0], self.own())
         group = socket.inet_aton('224.0.0.251')
         for to, option in (('224.0.0.251', socket.IP_MULTICAST_IF),
@@ -159,7 +162,7 @@ class TestOtherNICFirst(SourcesTestCase):
 
 
 class TestSilence(SourcesTestCase):
-    """No frame of break0 is on the wire, also without the guard."""
+    """break0 sends no frame to the LAN, even without the guard."""
 
     overrides = {'guard': 'off'}
 
@@ -171,8 +174,8 @@ class TestSilence(SourcesTestCase):
             self.assertEqual([base.BREAK0], self.own())
             self.assertTrue(self.lab.ping(base.POD))
             self.assertTrue(self.lab.ping(base.BREAK0, 'pod'))
-            # Who asks the LAN for it is answered by eth0, as for any address
-            # of the node.
+            # eth0 answers ARP requests of the LAN for this address, as for
+            # any address of the node.
             self.lab.run('ip', 'route', 'add', base.BREAK0, 'dev', 'nic',
                          netns='lan')
             self.lab.ping(base.BREAK0, 'lan')

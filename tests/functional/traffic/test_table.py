@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The table of doc/source/admin/traffic.rst: who reaches whom, through what.
+"""Reachability between all ends, as in doc/source/admin/traffic.rst.
 
-Each case is tried with both families, by ping, TCP and UDP, on nodes with one
-NIC and with two. What came of it, and the source that the other side saw, is
-printed with BREAK0_TABLE=1 in the environment.
+Each case is tried in both families, by ping, TCP and UDP, on nodes with one
+NIC and with two. BREAK0_TABLE=1 in the environment prints the results, with
+the source addresses that the servers saw.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from tests import lab
 
 PAGE = os.path.join(os.path.dirname(__file__), os.pardir, os.pardir,
                     os.pardir, 'doc', 'source', 'admin', 'traffic.rst')
-#: Why something does not work; see the page for what to do.
+#: Reasons of failures; the page has the remedies.
 GATEWAY_ASKED = 'the pod asks its gateway, which knows no way'
 GATEWAY = 'the pod answers by its gateway'
 DIRECTLY = 'the other side answers past the node'
 
 
 class Case(NamedTuple):
-    """Who speaks to whom.
+    """A client, a server, and the path between them.
 
-    :ivar through: what is in between
-    :ivar address: what the client speaks to; None for that of the server
-    :ivar source: what the server must take the client for, by its end
-    :ivar fails: the protocols that do not work, and why
-    :ivar protocols: those that are tried
-    :ivar gives: what the node gives to another by DNAT: whether masqueraded
+    :ivar through: description of the path
+    :ivar address: IPv4 and IPv6 address of the request; None for the server's
+    :ivar source: the end that the server must see as source
+    :ivar fails: reason of the failure, by protocol
+    :ivar protocols: protocols to try
+    :ivar gives: for DNAT, whether it is masqueraded; None without DNAT
     """
 
     client: str
@@ -61,9 +61,9 @@ TRANSPORT = ('tcp', 'udp')
 
 
 class TableTestCase(base.TrafficTestCase):
-    """Tries all cases on one kind of node."""
+    """All cases on one kind of node."""
 
-    #: The end that the node is to its pods, and what MASQUERADE takes.
+    #: Sources of the node itself, and of packets after MASQUERADE.
     speaks = masquerades = 'node'
     #: The interface that clients of the VPN are masqueraded on.
     out: Optional[str] = 'break0'
@@ -73,7 +73,7 @@ class TableTestCase(base.TrafficTestCase):
         self.add_container()
         self.add_client(self.out)
         self.route_services()
-        self.manager().sync()  # an agent would do it within a second
+        self.manager().sync()  # an agent syncs within a second
 
     def node_port(self) -> tuple[str, str]:
         end = ENDS[self.speaks]
@@ -143,7 +143,7 @@ class TableTestCase(base.TrafficTestCase):
         with open(PAGE) as file:
             page = file.read()
         for case in self.cases():
-            # The page calls it the node, whatever it speaks from.
+            # The page calls every source of the node "node".
             self.assertIn('   * - %s\n     - %s\n' % (
                 case.name.replace(self.speaks, 'node')
                 if case.client == self.speaks or case.server == self.speaks
@@ -181,7 +181,7 @@ class TestOneNIC(TableTestCase):
 
 
 class TestManagementFirst(TableTestCase):
-    """A node whose other NIC comes before that of the pods."""
+    """A node with a management NIC, created before the NIC of the pods."""
 
     nics = ('mgmt', 'eth0')
     masquerades = 'break0'
@@ -195,7 +195,7 @@ class TestManagementFirst(TableTestCase):
 
 
 class TestStrict(TestManagementFirst):
-    """The same with rp_filter = 1 on all interfaces, also in the pods."""
+    """A management NIC first, and rp_filter = 1 on node and containers."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -206,7 +206,7 @@ class TestStrict(TestManagementFirst):
 
 
 class TestManagementLast(TableTestCase):
-    """A node whose other NIC comes after that of the pods."""
+    """A node with a management NIC, created after the NIC of the pods."""
 
     nics = ('eth0', 'mgmt')
 
@@ -215,7 +215,7 @@ class TestManagementLast(TableTestCase):
 
 
 class TestLoopback(TableTestCase):
-    """A node with an address of its own on lo."""
+    """A node with other addresses on lo."""
 
     has_loopback = True
     masquerades = 'break0'
@@ -225,7 +225,7 @@ class TestLoopback(TableTestCase):
 
 
 class TestBareParent(TableTestCase):
-    """A node that has its addresses on another NIC than that of the pods."""
+    """A node without addresses on the NIC of the pods."""
 
     nics = ('mgmt', 'eth0')
     is_bare = True
@@ -235,7 +235,7 @@ class TestBareParent(TableTestCase):
     def cases(self) -> list[Case]:
         return [case for case in super().cases()
                 if (case.client != 'LAN' or 'NodePort' not in case.through)
-                # It knows the IPv6 address of the bridge here.
+                # Pods of this node know the bridge's IPv6 address.
                 and case.server != 'node (bridge)']
 
     def route_services(self) -> None:
@@ -250,7 +250,7 @@ class TestBareParent(TableTestCase):
 
 
 class TestClientOnTheParent(TableTestCase):
-    """A node whose VPN masquerades on its NIC, as guides have it."""
+    """A node with a VPN masqueraded on the NIC, as guides recommend."""
 
     out = 'eth0'
 
@@ -263,7 +263,7 @@ class TestClientOnTheParent(TableTestCase):
 
 
 class TestRoutedClient(TableTestCase):
-    """A node whose VPN masquerades nothing."""
+    """A node with a VPN and without masquerading."""
 
     out = None
 
