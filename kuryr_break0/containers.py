@@ -124,7 +124,7 @@ def each_unserved(seen: Snapshot, ledger: Ledger, limits: kernel.Limits
 
 
 def blindness() -> str:
-    """Return why no container is seen that is not bound; empty if all are."""
+    """Return why unbound containers are not shown; empty if they are."""
     return '' if kernel.read_capabilities() >> kernel.CAP_SYS_ADMIN & 1 else (
         'containers that are not bound: this process lacks CAP_SYS_ADMIN')
 

@@ -238,7 +238,7 @@ class Devices:
             known = dataclasses.replace(known, claimed={
                 **identity.claimed, name: other.ledger})
         if known != identity:
-            ledger.cache.drop('device.' + parent)  # it has the earlier MAC
+            ledger.cache.drop('device.' + parent)  # has the earlier MAC
             with Failures().log_errors():
                 ledger.put_identity(known)
         if ensured.repaired:

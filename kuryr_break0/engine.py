@@ -86,9 +86,9 @@ class Engine:
         passed: list[IPAddress] = []
         moves: dict[IPAddress, Move] = {}
         break0 = None
-        with self.locked(writable=yielding) as say:
-            # The first one of a boot: records of an earlier one must go before
-            # there are new ones.
+        with transaction.begin(self._ledger, writable=yielding) as held:
+            # The first bind of a boot must quarantine the records of an
+            # earlier boot before it writes new ones.
             if kernel.find_ifindex(self._options.device) is None:
                 with contextlib.suppress(exceptions.LedgerUnavailable):
                     self._ledger.ensure_identity()
@@ -100,8 +100,9 @@ class Engine:
                 ], moves, failure, held.log_later)
             for address in failure.failed & moves.keys() if yielding else ():
                 with Failures().log_errors(), kernel.Netlink() as netlink:
-                    self._drop(netlink, address, Move(
-                        moves[address].after, moves[address].before), say)
+                    self._drop(netlink, address,
+                               Move(moves[address].after,
+                                    moves[address].before), held.log_later)
         delete_connections(passed)
         return break0 is not None and break0.needs_sync
 
@@ -246,7 +247,8 @@ class Engine:
         if may_set:
             failure = Failures()
             with failure.collect():
-                self._set(netlink, after[:1], {address: move}, failure, say)
+                self._set(netlink, after[:1], {address: move}, failure,
+                          log_info)
             for err in failure.errors[:1]:
                 LOG.error('%s', err)
         return deleted
@@ -381,9 +383,9 @@ class Engine:
         bound = [record for record in records if record.address in sources
                  and record.address not in failure.failed]
         for record in bound:
-            say('Bound %s to %s for %s, source %s', record.address,
-                break0.name, record.owner_text,
-                sources[record.address] or 'by device')
+            log_info('Bound %s to %s for %s, source %s', record.address,
+                     break0.name, record.owner_text,
+                     sources[record.address] or 'by device')
         if first.netns is not None and bound:
             siblings = self.pods.configure(
                 bound, self.pods.node_addresses(
@@ -416,7 +418,3 @@ class Engine:
 
     def _guard(self, device: str) -> Guard:
         return Guard(self._options, self._ledger, device)
-
-
-def _is_gone(claim: Record) -> bool:
-    return kernel.judge_state(*claim.place) is kernel.State.GONE

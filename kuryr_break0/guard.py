@@ -327,7 +327,7 @@ class Guard:
 
     def _text(self, link: kernel.Link, hosts: Iterable[IPAddress],
               held: str = _HELD, egress: str = _EGRESS) -> str:
-        """Return what defines its chains."""
+        """Return the definition of the chains, in nft's syntax."""
         lower = kernel.format_ifname(link.lower)
         solicited = ','.join('0x' + host.packed.hex() for host in hosts)
         if solicited:

@@ -116,7 +116,7 @@ class Break0Manager:
                 usable.append(address)
             else:
                 failure.add(self._policy.refused(address, reason))
-        # What can be is done before others have to wait.
+        # The engine takes the lock, so all look-ups precede it.
         records = [Record(address, owner, parent, mac,
                           tuple(subnets)[:MAX_SUBNETS], netns, namespace,
                           pod, bound_at=bound_at, origin=origin,
@@ -132,7 +132,8 @@ class Break0Manager:
             raise exceptions.ParentMismatch(configured=configured,
                                             actual=parent)
         if self._engine.bind(records, yielding, failure):
-            # Those of the others are gone, or are to be in its guard again.
+            # A new break0 has no routes to the other pods, and its guard has
+            # no entries of them.
             with failure.log_errors():
                 self.sync()
         failure.raise_first()
@@ -174,7 +175,8 @@ class Break0Manager:
             next_hops = sorted(map(str, found))
             cache.put('next_hops', next_hops)
             self._ledger.add_next_hops(found)
-        # By a sync: to list them takes the longer the more pods there are.
+        # Only a sync writes this cache, because the time to list these next
+        # hops grows with the number of pods.
         through_break0 = cache.get('through_break0') or ()
         text = str(address)
         return policy.Facts(
@@ -220,7 +222,7 @@ class Break0Manager:
 
         named = None if addresses is None else list(dict.fromkeys(addresses))
         if named is None or len(named) > MAX_ADDRESSES:
-            # An adopted one has its namespace in place of a container id.
+            # A rebuilt claim has a namespace instead of a container id.
             found = {claim.address for each in self._records.find_containing(
                 owner.container_id, Owner.ADOPTED)
                 for claim in each if is_own(claim)}

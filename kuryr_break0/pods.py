@@ -266,4 +266,4 @@ class Pods:
 
 def is_gone(claim: Record) -> bool:
     """Return whether the sandbox of a claim is proven not to exist."""
-    return kernel.state(*claim.place) is kernel.State.GONE
+    return kernel.judge_state(*claim.place) is kernel.State.GONE

@@ -108,7 +108,8 @@ class PodSide:
                     return nft.add_source_rule(
                         self._table, self._record.owner.ifname, self._index,
                         self._mac)
-                # An earlier kernel may have the hook, which only a try shows.
+                # Linux has the egress hook since 5.16. Only an attempt shows
+                # whether an older kernel has a backport of it.
                 return (kernel.read_release() >= (5, 16)
                         and not nft.has_source_rule(
                             self._table, self._index, self._mac))
@@ -183,7 +184,7 @@ class PodSide:
 
 @contextlib.contextmanager
 def entered(record: Record) -> Iterator[kernel.Netlink]:
-    """Be in the namespace of a record, with a socket there."""
+    """Enter the namespace of a record; return a socket in it."""
     with kernel.enter_namespace(str(record.netns), record.namespace), \
             kernel.Netlink(most=MOST) as netlink:
         yield netlink

@@ -78,7 +78,7 @@ class Policy:
         :param facts: without them, the options and the address alone decide
         """
         reason = explain_non_host(address)
-        if address in self._options.addr:  # even before break0 has it
+        if address in self._options.addr:  # break0 may not have it yet
             return OWN
         allowed = self._options.allowed_cidrs
         if reason is None and allowed and not any(

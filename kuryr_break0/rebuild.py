@@ -39,7 +39,7 @@ def find(options: config.Options, seen: Snapshot,
                 if item.dst in seen.contents.unreadable})
         wanted.update({item.dst: parent for item in parent.plan.unclaimed})
     found = kernel.list_macvlans(options.proc_dirs) if wanted else ()
-    # Another one can have the MAC address of a pod as long as it is down.
+    # Another macvlan can have the MAC address of a pod while it is down.
     for macvlan in sorted(found, key=lambda each: not each.link.up):
         for address in macvlan.addresses:
             place = wanted.get(address)

@@ -118,7 +118,7 @@ class Reconciler:
             if ended:
                 with self._failure.collect(), self._ledger.lock():
                     self._ledger.delete_ends(began)
-            # What a gone one had, the next that has its address gets.
+            # If the newest claim is gone, the next claim gets the address.
             moved = {record.address for record in seen.gone if record
                      == seen.contents.claims[record.address][0]}
             self._engine.remove_gone(moved, self._failure)
@@ -286,7 +286,7 @@ class Reconciler:
                 continue
             is_changed = True
             with self._failure.collect(), self._ledger.lock():
-                # None, if all of them have been unbound meanwhile.
+                # All pods of the parent may have been unbound meanwhile.
                 if claim or any(map(self._records.get, parent.live)):
                     self._devices.ensure(
                         self._netlink, parent.name, claim, parent.device,
@@ -307,7 +307,7 @@ class Reconciler:
 
     def _put_rebuilt(self, record: Record) -> bool:
         with self._failure.collect(), self._ledger.lock():
-            # It has been bound meanwhile, or a later version wrote it.
+            # A bind or a later version may have written the record.
             if self._records.exists(record.address):
                 return False
             self._ledger.ensure_identity()
@@ -349,8 +349,8 @@ class Reconciler:
             self._applied |= applied.items
             log_repairs(parent.device, applied, self._ledger.journal)
             if applied.is_device_lost:
-                break  # the others would fail alike
-            # Without its route, the LAN was asked for it.
+                break  # other addresses would get the same error
+            # The node may have asked the LAN for addresses without a route.
             with self._failure.collect():
                 guard.release(
                     self._netlink, kernel.find_ifindex(parent.name), {

@@ -83,7 +83,11 @@ def foreign_route(route: HostRoute, reason: str = 'it is left alone, unless '
 
 
 def delete_connections(addresses: Iterable[IPAddress]) -> None:
-    """Let none of an earlier pod's connections be the next one's."""
+    """Delete the tracked connections of addresses.
+
+    The next pod with the address must not inherit them. An error of the kernel
+    is only logged.
+    """
     for address in addresses:
         try:
             kernel.delete_connections(address)

@@ -36,9 +36,9 @@ class EventSocket(netlink.Socket):
         self._groups = groups
         self._options = options
         self._protocol = protocol
-        self._socket = self._opened()
+        self._socket = self._open_socket()
 
-    def _opened(self) -> socket.socket:
+    def _open_socket(self) -> socket.socket:
         made = socket.socket(
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK,
             self._protocol)
@@ -64,11 +64,11 @@ class EventSocket(netlink.Socket):
 
         A new socket replaces the old one and keeps its descriptor.
         """
-        with contextlib.suppress(OSError), self._opened() as new:
+        with contextlib.suppress(OSError), self._open_socket() as new:
             os.dup2(new.fileno(), self._socket.fileno(), inheritable=False)
             self._overrun = False
 
-    def _received(self, most: int = _AT_ONCE) -> Iterator[tuple[bytes, Any]]:
+    def _receive(self, most: int = _AT_ONCE) -> Iterator[tuple[bytes, Any]]:
         """Iterate over the pending datagrams, with their ancillary data.
 
         An empty datagram stands for lost events, as after ENOBUFS. After that

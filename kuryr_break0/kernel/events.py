@@ -63,7 +63,7 @@ class Event:
     next_hops: tuple[values.NextHop, ...] = ()
 
 
-class Events(netlink.EventSocket):
+class Events(EventSocket):
     """Receives the changes of the calling thread's namespace."""
 
     def __init__(self) -> None:
@@ -124,7 +124,7 @@ class Changes(NamedTuple):
     messages: int
 
 
-class NamespaceEvents(netlink.EventSocket):
+class NamespaceEvents(EventSocket):
     """Receives the changes of all namespaces that have a number.
 
     A container can cause more events than this process can read. The excess

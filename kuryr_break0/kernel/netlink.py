@@ -196,7 +196,7 @@ class Socket:
         self._socket.close()
 
 
-class RequestSocket(_Socket):
+class RequestSocket(Socket):
     """A socket for requests in the namespace of the calling thread.
 
     Use it as a context manager. Its methods raise KernelRefused.
@@ -357,71 +357,3 @@ class RequestSocket(_Socket):
                 advice: str = '') -> exceptions.KernelRefused:
         return exceptions.KernelRefused(action, err.strerror or str(err),
                                         err.errno or 0, advice or self.advice)
-
-
-class EventSocket(_Socket):
-    """A socket that receives events in the namespace of the calling thread.
-
-    :param groups: multicast groups, as bits
-    :param options: socket options to set before binding
-    """
-
-    _overrun = False
-
-    def __init__(self, protocol: int, groups: int, *options: int) -> None:
-        self._groups = groups
-        self._options = options
-        self._protocol = protocol
-        self._socket = self._open_socket()
-
-    def _open_socket(self) -> socket.socket:
-        made = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK,
-            self._protocol)
-        try:
-            # In a user namespace, root lacks this permission.
-            with contextlib.suppress(PermissionError):
-                made.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _HELD)
-            for option in self._options:
-                made.setsockopt(SOL_NETLINK, option, 1)
-            made.bind((0, self._groups))
-        except OSError:
-            made.close()
-            raise
-        return made
-
-    def fileno(self) -> int:
-        """Return the descriptor; select(2) reports it readable at events."""
-        return self._socket.fileno()
-
-    def _drop(self) -> None:
-        """Drop the pending events, because reading them would take longer.
-
-        A new socket replaces the old one and keeps its descriptor.
-        """
-        with contextlib.suppress(OSError), self._open_socket() as new:
-            os.dup2(new.fileno(), self._socket.fileno(), inheritable=False)
-            self._overrun = False
-
-    def _receive(self, most: int = _AT_ONCE) -> Iterator[tuple[bytes, Any]]:
-        """Iterate over the pending datagrams, with their ancillary data.
-
-        An empty datagram stands for lost events, as after ENOBUFS. After that
-        the kernel drops all events until the socket is drained, without
-        another error (netlink_overrun), so a second empty datagram follows.
-        """
-        for _ in range(most):
-            try:
-                data, extra, flags, _ = self._socket.recvmsg(
-                    _DATAGRAM, socket.CMSG_SPACE(U32.size))
-            except BlockingIOError:
-                if self._overrun:
-                    self._overrun = False
-                    yield b'', ()
-                return
-            except OSError:
-                self._overrun = True
-                yield b'', ()
-            else:
-                # A truncated message could be misread as another one.
-                yield b'' if flags & socket.MSG_TRUNC else data, extra

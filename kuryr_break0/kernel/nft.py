@@ -302,7 +302,7 @@ def post(messages: Sequence[Message]) -> None:
         open_node_nft().post(messages, drain=True)
 
 
-class NftEvents(netlink.EventSocket):
+class NftEvents(EventSocket):
     """Receives deletions in this package's tables, in this namespace."""
 
     def __init__(self, prefix: str) -> None:

@@ -136,7 +136,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
     def _get_iface_create_args(self, vif: Any) -> dict[str, Any]:
         """Mark the macvlan that Kuryr creates, to recognize a leftover."""
         return {**super()._get_iface_create_args(vif),
-                'group': pod_binding.UNFINISHED}
+                'group': pod_binding.UNFINISHED_GROUP}
 
     def _detect_iface_name(self, h_ipdb: Any) -> str:
         """Detect the parent as Kuryr does, but never return break0.

@@ -31,7 +31,7 @@ from kuryr_break0 import log
 LOG = log.get_logger(__name__)
 
 #: The group of a macvlan that Kuryr has not moved to its pod yet ("br0").
-UNFINISHED = 0x627230
+UNFINISHED_GROUP = 0x627230
 
 #: Seconds to wait until a MAC address is free, and between two attempts.
 _PATIENCE, _PAUSE = 1.0, 0.05
@@ -153,7 +153,7 @@ def remove_leftover(name: str) -> None:
     with kernel.Netlink() as netlink:
         link = netlink.link(name)
         if (link is None or link.kind != 'macvlan'
-                or link.group != UNFINISHED):
+                or link.group != UNFINISHED_GROUP):
             raise exceptions.NotALeftover(
                 name=name, found='an alternative name' if link is None
                 else link.description)

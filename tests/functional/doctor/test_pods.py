@@ -356,9 +356,9 @@ class TestReachability(DoctorTestCase):
         self.lab.run('tc', 'qdisc', 'add', 'dev', 'break0', 'root', 'pfifo',
                      'limit', '0')
         finding = self.assert_found(
-            'packet-lost', 'the trace saw packets: to the pod, on the node (output), '
-            'from the pod, in the pod (output), from the pod, on the node '
-            '(ingress)',
+            'packet-lost', 'the trace saw packets: to the pod, on the node '
+            '(output), from the pod, in the pod (output), from the pod, on '
+            'the node (ingress)',
             severity='error')
         self.assertIn('pfifo', self.lab.run('sh', '-c', next(
             each for each in finding['commands']
