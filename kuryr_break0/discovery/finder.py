@@ -325,10 +325,9 @@ class Finder:
     def _relocate(self, namespace: Namespace,
                   found: kernel.FoundNamespace) -> None:
         """Store a new path and process of a namespace."""
-        is_same = namespace.found.path == found.path
-        namespace.found = found._replace(namespace=namespace.found.namespace)
-        if not is_same:
+        if found.path != namespace.found.path:
             self._queue.mark(namespace, time.monotonic())
+        namespace.found = found._replace(namespace=namespace.found.namespace)
 
     def _examine(self, found: kernel.FoundNamespace) -> None:
         """Identify a found namespace, and then read it.
