@@ -50,7 +50,6 @@ The ledger
 Others on the node
 
 - A pod changes its own entries or MAC address: ``podside``.
-- Somebody replaces a route again and again: ``routes.take_over``.
 - A pod makes the kernel send thousands of events: ``agent.event_filter``,
   ``discovery.finder``.
 - A container gives itself the address of another one, of the node or of the

@@ -267,7 +267,6 @@ class _Reading:
         difference = plan.compute(
             items, (*self._routes.host, *neighbours, *(entries or ())),
             device=index, protocol=options.route_protocol,
-            takeover=options.takeover,
             withdrawn=self._withdrawn(name, neighbours),
             claimed=self._contents.claims,
             unreadable=self._contents.unreadable,

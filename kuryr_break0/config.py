@@ -141,17 +141,6 @@ OPTS = [
              'it to on if you do not trust the pods, and to off if you trust '
              'all of them.'),
     cfg.Opt(
-        'takeover',
-        type=types.YesOrNo(),
-        default=False,
-        help='Replace foreign routes to addresses of pods, which have '
-             'another interface and protocol number. Set it to true on nodes '
-             'with routes of an earlier solution that no program sets again. '
-             'A route with another metric stays, but break0\'s is used. By '
-             'default foreign routes are reported and break0\'s are not '
-             'set, because two programs that set the same route would never '
-             'stop. If true, a route that returns within a minute stays.'),
-    cfg.Opt(
         'resync_interval',
         type=types.WholeNumber(min=1, max=86400),
         default=60,
@@ -205,21 +194,6 @@ OPTS = [
              'empty, nothing is served.'),
 ]
 
-#: Options that were removed, with their replacement.
-DROPPED = {
-    'devices': 'further interfaces are named after device and parent',
-    'mac': 'the MAC address of break0 is derived, and stays the same',
-    'static_neighbours': 'permanent neighbours are always set',
-    'host_addresses': 'pods reach the addresses of the parent and those that '
-                      'the node uses towards them',
-    'all_addresses': 'where the node masquerades with an address that pods do '
-                     'not know, break0 has one for that',
-    'discover_parents': 'discovery finds all containers with an address in '
-                        'allowed_cidrs, or those on parent',
-    'engine_sockets': 'Docker and Podman are asked at their usual sockets',
-    'netns_dirs': 'namespaces are found in /run/netns and by processes',
-    'lock_timeout': 'it is %d seconds' % LOCK_TIMEOUT}
-
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -238,7 +212,6 @@ class Options:
     allowed_cidrs: tuple[IPNetwork, ...]
     discover: bool
     guard: str
-    takeover: bool
     resync_interval: int
     strict: bool
     state_dir: str
@@ -310,8 +283,7 @@ def list_unknown(conf: cfg.ConfigOpts) -> list[str]:
     for name, where in sorted(found.items()):
         if name not in known:
             texts.append('[break0] %s in %s is no option%s' % (
-                name[:64], where, ' any more: ' + DROPPED[name]
-                if name in DROPPED else close_to(name, known)))
+                name[:64], where, close_to(name, known)))
     return texts
 
 

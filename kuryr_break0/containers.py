@@ -192,7 +192,7 @@ class _Judge:
         options, devices = seen.options, {
             parent.index for parent in seen.parents.values()}
         #: the foreign routes that our routes must not replace, by address
-        self._foreign = {} if options.takeover else {
+        self._foreign = {
             route.dst: route for route in seen.routes.host
             if route.table == options.route_table and is_others(
                 route, devices, options.route_protocol)}

@@ -44,7 +44,7 @@ from kuryr_break0.pods import is_gone
 from kuryr_break0.pods import Pods
 from kuryr_break0.policy import Policy
 from kuryr_break0.routes import delete_connections
-from kuryr_break0.routes import Routes
+from kuryr_break0.routes import require_free
 from kuryr_break0 import transaction
 
 LOG = log.get_logger(__name__)
@@ -72,7 +72,6 @@ class Engine:
         self._ledger = ledger
         self._records = ledger.records
         self.devices = Devices(options, ledger)
-        self.routes = Routes(options, ledger)
         self.pods = Pods(options, ledger)
 
     def bind(self, records: Collection[Record], yielding: bool,
@@ -323,7 +322,7 @@ class Engine:
                 # NLM_F_EXCL does not detect a route with another metric.
                 present = netlink.route_to(address)
                 try:
-                    self.routes.require_free(route, filter(None, [present]))
+                    require_free(route, filter(None, [present]))
                 except exceptions.ForeignRoute:
                     blocked.add(address)
                     raise
@@ -371,7 +370,7 @@ class Engine:
                 if err is not None and err.errno == errno.EEXIST:
                     # Unlike a look-up, a dump contains unused routes too.
                     route, = of_kind(HostRoute, each.set)
-                    self.routes.require_free(route, [
+                    require_free(route, [
                         other for other in netlink.routes().host
                         if other.dst == each.address])
                     again.append(each._replace(is_new=False))

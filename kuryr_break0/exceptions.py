@@ -103,7 +103,7 @@ class AddressTaken(Break0Error):
 
 class ForeignRoute(Break0Error):
     msg_fmt = ('The address %(address)s has a foreign route on %(on)s with '
-               'protocol %(protocol)s: %(reason)s. To see the route, run: ip '
+               'protocol %(protocol)s, which stays. To see the route, run: ip '
                'route show table all %(address)s')
 
 

@@ -31,8 +31,7 @@ class Plan:
     :ivar set: items to add, or to replace if the kernel has another value
     :ivar unset: our items to delete
     :ivar foreign: for each address, the foreign route with the lowest metric
-        that conflicts with the pod's route. Without ``takeover``, the address
-        gets no items. With it, our route replaces or overrides this route
+        that conflicts with the pod's route. The address gets no items
     :ivar unclaimed: our items without a record
     """
 
@@ -92,7 +91,7 @@ def is_others(route: HostRoute, devices: Collection[Optional[int]],
 
 def compute(desired: Mapping[IPAddress, Collection[Item]],
             present: Iterable[Item], *, device: int, protocol: int,
-            takeover: bool = False, withdrawn: Container[IPAddress] = (),
+            withdrawn: Container[IPAddress] = (),
             claimed: Container[IPAddress] = (),
             unreadable: Container[IPAddress] = (),
             is_refilled: bool = False) -> Plan:
@@ -110,7 +109,6 @@ def compute(desired: Mapping[IPAddress, Collection[Item]],
         entries of break0
     :param device: ifindex of break0
     :param protocol: our protocol number
-    :param takeover: whether our routes replace or override foreign routes
     :param withdrawn: addresses without a claim on this break0 any more
     :param claimed: addresses with a record, perhaps for another break0
     :param unreadable: addresses with an unreadable record
@@ -157,8 +155,7 @@ def compute(desired: Mapping[IPAddress, Collection[Item]],
                if address not in held
                or route.metric == routes[address].metric}
     # Without its route, an address needs neither neighbour nor guard entry.
-    blocked = set() if takeover else {
-        address for address in foreign if routes[address] not in kept}
+    blocked = {address for address in foreign if routes[address] not in kept}
     missing = [item for address, items in desired.items()
                if address not in blocked for item in items
                if item not in kept]

@@ -368,17 +368,11 @@ class Reconciler:
                   read: set[IPAddress]) -> bool:
         """Return whether the claims on an address are as in the snapshot.
 
-        If so, note the foreign routes that its route is about to replace.
-
         :param read: the address is added to it if the claims could be read
         """
         with self._failure.collect(work.address):
             is_as_read = seen.contents.is_still(self._records, work.address)
             read.add(work.address)
-            if is_as_read and of_kind(HostRoute, work.set):
-                for route in plan.foreign:
-                    if route.dst == work.address:
-                        self._engine.routes.take_over(route)
             return is_as_read
         return False
 

@@ -46,7 +46,6 @@ class Done(enum.IntEnum):
     POD = 19
     UNCLAIMED = 20
     SANDBOX_GONE = 21
-    TAKEOVER = 22
     REBUILT = 23
     RELEASED = 24
 

@@ -142,17 +142,6 @@ class TestRoutes(base.LabTestCase):
         self.assertEqual({OTHER_POD}, set(self.lab.routes()))
         self.assertEqual({POD}, set(self.lab.routes('lo')))
 
-    def test_a_foreign_route_is_taken_over_once_a_minute(self) -> None:
-        for bind in (self.bind, self.assert_fought):
-            self.lab.run('ip', 'route', 'replace', POD, 'dev', 'lo')
-            bind(takeover=True)
-        self.assertEqual({POD}, set(self.lab.routes('lo')))
-
-    def assert_fought(self, takeover: bool) -> None:
-        self.assertEqual({POD}, set(self.lab.routes('lo')))
-        with self.assertRaisesRegex(exceptions.ForeignRoute, 'minute'):
-            self.bind(takeover=takeover)
-
     def test_a_foreign_route_of_another_metric(self) -> None:
         self.lab.add_ipv6()
         self.bind(OTHER_POD)
@@ -197,15 +186,6 @@ class TestRoutes(base.LabTestCase):
                     self.assertEqual(before, self.host_routes(address))
                     self.assertRegex(self.problems()[0],
                                      'it has a route of others')
-                    # A takeover keeps the foreign route; the kernel uses ours.
-                    self.bind(address, takeover=True)
-                    after = self.host_routes(address)
-                    for each in before:
-                        self.assertIn(each, after)
-                    self.assertEqual('break0', self.lab.ip(
-                        'route', 'get', address)[0]['dev'])
-                    self.assertFalse(self.manager().sync())
-                    self.assertEqual([], self.problems())
                 # Without the foreign route the address can be bound.
                 self.unbind(address)
                 self.assertEqual(before, self.host_routes(address))
@@ -252,15 +232,6 @@ class TestRoutes(base.LabTestCase):
         self.lab.run('ip', 'link', 'del', 'break0')
         self.assertEqual(1, len(self.manager().sync().foreign))
         self.assertEqual({}, self.lab.routes())
-        # Repeated takeovers log one line; a sync after each changes nothing.
-        with self.assertLogs('kuryr_break0', 'WARNING') as logs:
-            for _ in range(2):
-                self.manager(takeover=True).sync()
-                self.assertTrue(self.lab.ping(POD))
-                self.assertFalse(self.manager(takeover=True).sync())
-                self.lab.run('ip', 'link', 'del', 'break0')
-        self.assertEqual(1, len([line for line in logs.output
-                                 if 'Taking over' in line]))
 
     def test_a_route_of_another_table(self) -> None:
         # A rule of another program selects the table; ours is in main.

@@ -170,7 +170,7 @@ class TestRepairs(MetricsTestCase):
         """Cause a fault and expect these repairs, and no others."""
         before = {reason: self.repairs(reason) for reason in (
             'device', 'route', 'neighbour', 'pod', 'unclaimed',
-            'sandbox_gone', 'released', 'takeover', 'rebuilt')}
+            'sandbox_gone', 'released', 'rebuilt')}
         self.lab.run(*command)
         for reason, times in expected.items():
             self.wait_for_value(before[reason] + times, 'repairs_total',
@@ -203,11 +203,6 @@ class TestRepairs(MetricsTestCase):
         self.fault({'device': 1}, 'sh', '-c',
                    'echo 0 >/proc/sys/net/ipv4/conf/break0/arp_filter')
         self.fault({'sandbox_gone': 1}, 'ip', 'netns', 'del', 'pod')
-
-    def test_takeover(self) -> None:
-        self.start('resync_interval = 3600', 'takeover = true')
-        self.fault({'takeover': 1, 'route': 1},
-                   'ip', 'route', 'replace', POD, 'dev', 'lo')
 
     def test_by_other_processes(self) -> None:
         # Repairs by the sync command and by a bind, before the agent starts.

@@ -285,17 +285,6 @@ class TestForeign(SyncTestCase):
         self.assertEqual(1, len(plan.foreign))
         self.assertIn('100.75.30.100', self.lab.routes('lo'))
 
-    def test_taken_over(self) -> None:
-        self.sync(takeover=True)
-        self.assertEqual(self.healthy, self.lab.routes())
-
-    def test_never_a_fight(self) -> None:
-        self.sync(takeover=True)
-        self.lab.run('ip', 'route', 'replace', '100.75.30.100', 'dev', 'lo')
-        with self.assertRaisesRegex(exceptions.ForeignRoute, 'minute'):
-            self.sync(takeover=True)
-        self.assertIn('100.75.30.100', self.lab.routes('lo'))
-
 
 class TestUnclaimed(SyncTestCase):
     """An unclaimed route is kept unless its pod is known to be gone."""

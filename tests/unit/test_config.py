@@ -36,7 +36,7 @@ class TestLoad(unittest.TestCase):
                 enabled=True, pod_binding='auto', device='break0',
                 parent=None, addr=(), route_protocol=176,
                 route_table=254, allowed_cidrs=(),
-                takeover=False, resync_interval=60, strict=False,
+                resync_interval=60, strict=False,
                 guard='auto', discover=False,
                 state_dir='/run/kuryr-break0',
                 proc_dirs=('/proc', '/host_proc'), sysctl_dir='/proc/sys',
@@ -54,7 +54,6 @@ addr = 100.75.30.7, fd00::7/128
 route_protocol = 200
 route_table = 1000
 allowed_cidrs = 10.0.0.0/8,fd00::/64
-takeover = true
 resync_interval = 5
 strict = true
 guard = on
@@ -73,7 +72,7 @@ metrics_bind = [::1]:80
                 route_protocol=200, route_table=1000,
                 allowed_cidrs=(ipaddress.ip_network('10.0.0.0/8'),
                                ipaddress.ip_network('fd00::/64')),
-                takeover=True, resync_interval=5, strict=True,
+                resync_interval=5, strict=True,
                 guard='on', discover=True,
                 state_dir='/run/other', proc_dirs=('/host/proc',),
                 sysctl_dir='/host/proc/sys',
@@ -222,12 +221,3 @@ class TestUnknown(unittest.TestCase):
                     name, file.name, meant) for name, meant in (
                         ('allowed-cidrs', 'allowed_cidrs'),
                         ('strikt', 'strict'))], config.list_unknown(conf))
-
-    def test_an_option_that_was_dropped(self) -> None:
-        self.assertFalse({each.dest for each in config.OPTS}
-                         & {*config.DROPPED})
-        with mock.patch.dict(os.environ, OS_BREAK0__LOCK_TIMEOUT='20'):
-            self.assertEqual(
-                ['[break0] lock_timeout in the environment is no option any '
-                 'more: it is 10 seconds'],
-                config.list_unknown(cfg.ConfigOpts()))
