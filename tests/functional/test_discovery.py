@@ -27,9 +27,9 @@ from kuryr_break0.discovery import engines
 from kuryr_break0.discovery import finder
 from kuryr_break0.discovery import namespace
 from kuryr_break0.discovery import records
+from kuryr_break0 import engine
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
-from kuryr_break0.kernel import existence
 from kuryr_break0 import ledger
 from kuryr_break0.ledger import files
 from kuryr_break0.model import NamespaceId
@@ -1208,11 +1208,10 @@ class TestExhausted(FinderTestCase):
         self.finder.note_mounts()
         self.assert_bound(ONE)
         self.lab.del_netns('one')
-        with mock.patch.object(kernel, 'Judge') as judges:
-            judges.return_value.judge.return_value = existence.Verdict(
-                kernel.State.UNKNOWN)
+        with mock.patch.object(engine, 'is_gone',
+                               return_value=False) as is_gone:
             self.finder.note_mounts()
-            lab.until(lambda: self.step() or judges.called)
+            lab.until(lambda: self.step() or is_gone.called)
             self.assertEqual({ONE}, self.bound())
         self.assert_bound()
 

@@ -788,7 +788,7 @@ class TestRefused(base.LabTestCase):
         self.bind(POD, OTHER_POD)
         # The DEL of the refused pod may hold the lock only for addresses that
         # are bound.
-        with self.assertLogs('kuryr_break0.engine', 'INFO') as logs:
+        with self.assertLogs('kuryr_break0.transaction', 'INFO') as logs:
             self.unbind(*many, POD)
         self.assertEqual(1, len(logs.output), logs.output)
         self.assertEqual({OTHER_POD}, set(self.lab.routes()))
@@ -871,7 +871,7 @@ class TestLedgerAndLock(base.LabTestCase):
             ledger.Ledger.__init__, '__defaults__', (1,))
         impatient.start()
         self.addCleanup(impatient.stop)
-        with self.assertLogs('kuryr_break0.engine', 'ERROR') as logs:
+        with self.assertLogs('kuryr_break0.transaction', 'ERROR') as logs:
             self.bind()
         self.assertIn('/run/kuryr-break0/lock', '\n'.join(logs.output))
         self.assertIn(POD, self.lab.routes())

@@ -519,11 +519,16 @@ class TestHostile(MetricsTestCase):
             attacker.join()
 
     def assert_alive(self) -> None:
-        """Expect answers to liveness probes, within their time-out."""
+        """Expect answers to liveness probes, within their time-out.
+
+        If the processors are busy, a probe can be the oldest of all
+        connections when another one arrives, and be closed. kubelet restarts
+        the agent after three such probes (failureThreshold).
+        """
         for _ in range(5):
-            self.assertEqual(
-                (200, 'ok\n'),
-                metrics.get('/livez', self.where, self.probe_timeout))
+            answers = (metrics.get('/livez', self.where, self.probe_timeout)
+                       for _ in range(3))
+            self.assertIn((200, 'ok\n'), answers)
             time.sleep(0.3)
 
     def test_slow_headers(self) -> None:
