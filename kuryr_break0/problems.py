@@ -15,6 +15,7 @@ from kuryr_break0 import exceptions
 from kuryr_break0.guard import is_installed
 from kuryr_break0.guard import NO_NFT
 from kuryr_break0 import kernel
+from kuryr_break0.ledger.identity import Ownership
 from kuryr_break0 import missing
 from kuryr_break0.model import address_order
 from kuryr_break0.model import HostRoute
@@ -34,8 +35,6 @@ NODE = 'the node'
 CAUSES = ('parent-missing', 'parent-mismatch', 'parent-vrf', 'parent-down',
           'macvlan-impossible', 'break0-foreign', 'break0-wrong-parent',
           'break0-missing', 'break0-vrf', 'break0-down', 'break0-mac')
-#: Kinds of problems by the kinds of device.Difference.
-_OF_DIFFERENCES = {'ipv6': 'ipv6-disabled'}
 _UNCONFIGURED = 'its container is not configured to reach the node'
 
 
@@ -131,10 +130,10 @@ def of_device(parent: Parent, seen: Snapshot) -> Iterator[Problem]:
                 'break0-missing', '%s is missing on %s, but %d addresses are '
                 'bound' % (name, parent.name, len(live)))
         return
-    if parent.other is not None:
-        yield problem('ledger-lost' if seen.is_lost else 'ledger-other',
-                      '%s belongs to the ledger %s in %s' % (
-                          name, *parent.other))
+    if parent.other is not None and (
+            parent.ownership is not Ownership.LOST):
+        yield problem('ledger-other', '%s belongs to the ledger %s in %s' % (
+            name, *parent.other))
     if not live or lower is None:
         return
     table = seen.options.route_table
@@ -149,18 +148,17 @@ def of_device(parent: Parent, seen: Snapshot) -> Iterator[Problem]:
             parent.name, name, 'has no carrier' if lower.up else 'is down'))
         return
     for kind, text in parent.differences:
-        yield problem(_OF_DIFFERENCES.get(kind, 'break0-' + kind),
-                      '%s: %s' % (name, text))
+        if kind != 'ipv6':
+            yield problem('break0-' + kind, '%s: %s' % (name, text))
     if parent.guard:
         yield problem('guard-missing' if is_installed()
                       else 'guard-unavailable', '%s: %s' % (
                           name, parent.guard if is_installed()
                           else '%s, and %s' % (parent.guard, NO_NFT)))
+    # A sync enables IPv6, unless it is disabled on all interfaces.
     if (any(address.version == 6 for address in live)
-            and all(kind != 'ipv6' for kind, _ in parent.differences)
             and kernel.read_sysctl(device.DISABLE_IPV6 % name) != 0):
-        yield problem('ipv6-disabled', '%s: %s' % (
-            name, device.ipv6_text(name)))
+        yield problem('ipv6-disabled', device.ipv6_text(name))
 
 
 def _kind_of(parent: Parent) -> str:
@@ -200,12 +198,12 @@ def _of_addresses(seen: Snapshot) -> Iterator[Problem]:
         for each in _on(parent, known):
             yield each if cause is None else each._replace(
                 kind=cause.kind, text=cause.text)
-        for item in parent.plan.unclaimed:
-            if not isinstance(item, Pair):
-                yield Problem(
-                    'route-stale' if isinstance(item, HostRoute)
-                    else 'neighbour-stale', item.dst,
-                    'no container claims it')
+        if parent.other is not None:
+            continue  # the other ledger can have the records
+        for address in _destinations(parent.plan.unclaimed):
+            yield Problem(
+                'route-stale' if address in parent.routes
+                else 'neighbour-stale', address, 'no container claims it')
     for address, reason in seen.refused.items():
         yield Problem(
             'address-not-allowed' if 'allowed_cidrs' in reason

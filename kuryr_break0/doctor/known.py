@@ -12,6 +12,7 @@ from kuryr_break0.doctor.findings import ERROR
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.findings import inside
 from kuryr_break0.doctor.findings import KINDS
+from kuryr_break0.doctor.findings import merged
 from kuryr_break0.doctor.node import Node
 from kuryr_break0 import kernel
 from kuryr_break0.model import HostRoute
@@ -43,14 +44,12 @@ def check(node: Node, found: Iterable[Problem]) -> Iterator[Finding]:
     for (kind, name), some in of_devices.items():
         yield _of_device(node, kind, name, parents.get(name), [
             each.text for each in some], any(each.is_error for each in some))
-    told = {(each.kind, each.text) for some in of_devices.values()
-            for each in some}
-    for address, each in of_addresses:
-        parent = node.seen.parent_of(address)
-        is_unclaimed = each.kind.endswith('-stale')
-        if not ((each.kind, each.text) in told or each.kind in _OF_FILES
-                or is_unclaimed and not node.seen.is_steady):
-            yield _of_address(node, each, address, parent)
+    told = {kind for kind, _ in of_devices}.union(_OF_FILES)
+    if not node.seen.is_steady:  # a bind may not be complete
+        told.update(('route-stale', 'neighbour-stale'))
+    yield from merged(
+        _of_address(node, each, address, node.seen.parent_of(address))
+        for address, each in of_addresses if each.kind not in told)
 
 
 def _of_device(node: Node, kind: str, name: str, parent: Any,

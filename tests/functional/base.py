@@ -180,4 +180,5 @@ class LabTestCase(unittest.TestCase):
     def problems(self, **overrides: Any) -> list[str]:
         """Return all problems that status would print."""
         found, _ = problems.find_all(self.seen(**overrides))
-        return [*problems.of_node(found), *problems.by_address(found).values()]
+        return [*problems.of_node(found),
+                *problems.by_address(found).values()]

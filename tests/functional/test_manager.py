@@ -949,5 +949,5 @@ class TestStatus(base.LabTestCase):
         self.assertEqual(
             {POD: 'its route is missing',
              '100.75.30.73': 'no container claims it'},
-            {str(address): problem
-             for address, problem in problems.by_address(problems.find(seen)).items()})
+            {str(address): problem for address, problem
+             in problems.by_address(problems.find(seen)).items()})

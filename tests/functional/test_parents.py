@@ -126,8 +126,8 @@ class TestTwoParents(ParentsTestCase):
             self.manager().sync()
         self.assertTrue(self.lab.ping(POD1))
         self.assertEqual({POD1, POD1_6}, set(self.lab.routes(self.device1)))
-        problems = problems.by_address(problems.find(self.seen()))
-        self.assertEqual({POD, POD6}, set(map(str, problems)))
+        self.assertEqual({POD, POD6}, set(map(str, problems.by_address(
+            problems.find(self.seen())))))
         self.lab.add_nic()
         self.manager().sync()
         self.assertEqual({POD}, {each for each in self.lab.routes()

@@ -444,8 +444,8 @@ class TestFamilies(base.LabTestCase):
         self.assertEqual({POD}, set(self.lab.routes()))
         self.assertTrue(self.lab.ping(POD))
         self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
-        self.assertEqual(['IPv6 is disabled on break0'], [
-            problem for problem in problems.by_address(problems.find(self.seen())).values()])
+        self.assertEqual(['IPv6 is disabled on break0'], list(
+            problems.by_address(problems.find(self.seen())).values()))
         self.assertFalse(self.manager().sync())
         self.unbind(POD, POD6)
         self.assertEqual(set(), self.bound())
