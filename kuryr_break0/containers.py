@@ -16,7 +16,6 @@ import itertools
 from typing import Collection, Iterator, Optional
 
 from kuryr_break0 import config
-from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import IPAddress
@@ -24,7 +23,6 @@ from kuryr_break0.model import IPNetwork
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Record
 from kuryr_break0.plan import is_others
-from kuryr_break0 import podside
 from kuryr_break0 import policy
 from kuryr_break0.policy import Policy
 from kuryr_break0.problems import foreign_text
@@ -127,40 +125,6 @@ def blindness() -> str:
     """Return why unbound containers are not shown; empty if they are."""
     return '' if kernel.read_capabilities() >> kernel.CAP_SYS_ADMIN & 1 else (
         'containers that are not bound: this process lacks CAP_SYS_ADMIN')
-
-
-def pod_sides(seen: Snapshot) -> tuple[dict[IPAddress, str], ...]:
-    """Compare the pod sides of bound containers with their records.
-
-    :returns: three dicts with a text for each address: pod sides that a sync
-        would repair, pod sides that cannot be examined, and problems that a
-        sync does not repair
-    """
-    wrong: dict[IPAddress, str] = {}
-    lost: dict[IPAddress, str] = {}
-    unknown: dict[IPAddress, str] = {}
-    for records in seen.interfaces():
-        parent = seen.parents.get(records[0].parent)
-        if parent is None or parent.node is None:
-            continue  # reported as a problem of the parent
-        addresses = [record.address for record in records]
-        if records[0].netns is None:
-            unknown.update(dict.fromkeys(
-                addresses, 'its namespace is not recorded'))
-            continue
-        try:
-            changed, lacked = podside.repair(records, parent.node,
-                                             seen.options, True)
-            lost.update({each.record.address: str(each) for each in lacked})
-            if changed:
-                wrong.update(dict.fromkeys(
-                    addresses, 'its container lacks what it needs to reach '
-                    'the node: kuryr-break0 sync'))
-        except exceptions.InterfaceGone as err:
-            lost.update(dict.fromkeys(addresses, str(err)))
-        except exceptions.Break0Error as err:
-            unknown.update(dict.fromkeys(addresses, str(err)))
-    return wrong, unknown, lost
 
 
 def network_of(address: IPAddress) -> IPNetwork:

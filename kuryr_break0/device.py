@@ -383,9 +383,9 @@ class Device:
 
 def ipv6_text(name: str) -> str:
     """Return a text about IPv6 addresses of pods on a break0 without IPv6."""
-    return ('IPv6 is disabled, but there are containers with IPv6 addresses. '
-            'Enable it: sysctl -w net/%s=0; kuryr-break0 sync'
-            % (DISABLE_IPV6 % name))
+    return ('IPv6 is disabled on %s, but there are containers with IPv6 '
+            'addresses. Enable it: sysctl -w net/%s=0; kuryr-break0 sync'
+            % (name, DISABLE_IPV6 % name))
 
 
 def sysctl_drift(name: str) -> dict[str, tuple[int, int]]:

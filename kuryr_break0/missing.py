@@ -46,7 +46,8 @@ class Missing(NamedTuple):
 
 
 def find(states: Collection[kernel.AddressState], link: kernel.Link,
-         records: Collection[Record]) -> list[Missing]:
+         records: Collection[Record], pause: float = PAUSE
+         ) -> list[Missing]:
     """Return the recorded addresses that a namespace does not have.
 
     Return none if the interface is down, or if the newest record has another
@@ -58,7 +59,8 @@ def find(states: Collection[kernel.AddressState], link: kernel.Link,
     :param states: all addresses of the namespace
     :param link: the interface
     :param records: records of the interface, at least one. Records without a
-        namespace, or younger than PAUSE, are ignored
+        namespace, or younger than `pause`, are ignored
+    :param pause: the minimum time in seconds since the bind
     """
     newest = max(records, key=lambda record: record.bound_at)
     if not link.up or link.mac != newest.mac:
@@ -69,7 +71,7 @@ def find(states: Collection[kernel.AddressState], link: kernel.Link,
              and not state.address.is_link_local
              and (state.address.version == 4
                   or state.flags & kernel.IFA_F_PERMANENT)}
-    settled = files.now() - PAUSE
+    settled = files.now() - pause
     return [Missing(record, record.address.version in given)
             for record in records
             if record.address not in present and record.bound_at <= settled

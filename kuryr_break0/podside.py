@@ -66,22 +66,22 @@ class PodSide:
         self._netlink = netlink
         self._records = records
         # Older records may describe a deleted interface of the same name.
-        self._record = max(records, key=lambda record: record.bound_at)
+        self.record = max(records, key=lambda record: record.bound_at)
         self._versions = {record.address.version for record in records}
         self._protocol = options.route_protocol
-        ifname = self._record.owner.ifname
+        ifname = self.record.owner.ifname
         self._table = table_of(ifname)
         link = netlink.link(ifname)
         if link is None:
-            raise exceptions.InterfaceGone(netns=self._record.netns,
+            raise exceptions.InterfaceGone(netns=self.record.netns,
                                            ifname=ifname)
-        self._link = link
+        self.link = link
         self._index = link.index
         self._mac = bytes.fromhex(link.mac.replace(':', ''))
         # With another MAC address, the interface may already be a later one of
         # the same name.
         self._guarded = (options.guard != config.OFF
-                         and link.mac == self._record.mac)
+                         and link.mac == self.record.mac)
 
     def configure(self, node: NodeAddresses) -> None:
         """Set all neighbours and routes, without a read of the present ones.
@@ -106,7 +106,7 @@ class PodSide:
             with kernel.Nft() as nft:
                 if not dry_run:
                     return nft.add_source_rule(
-                        self._table, self._record.owner.ifname, self._index,
+                        self._table, self.record.owner.ifname, self._index,
                         self._mac)
                 # Linux has the egress hook since 5.16. Only an attempt shows
                 # whether an older kernel has a backport of it.
@@ -115,20 +115,28 @@ class PodSide:
                             self._table, self._index, self._mac))
         except exceptions.KernelRefused as err:
             LOG.debug('The pod %s can forge MAC addresses: %s',
-                      self._record.owner_text, err)
+                      self.record.owner_text, err)
             return False
+
+    def lacks_source_rule(self) -> bool:
+        """Return whether the rule is missing and could be added."""
+        return self._bind_source(dry_run=True)
+
+    def changes(self, node: NodeAddresses) -> list[tuple[Verb, Entry]]:
+        """Return the changes that configure the pod side."""
+        present, wanted = self.marked(), list(self.wanted(node))
+        hosts = {item.dst for item in wanted}
+        return [*((Verb.DELETE, item) for item in present
+                  if item.dst not in hosts),
+                *((Verb.REPLACE, item) for item in wanted
+                  if item not in present)]
 
     def repair(self, node: NodeAddresses, dry_run: bool) -> bool:
         """Repair the pod side; return whether it differed."""
-        present, wanted = self.marked(), list(self.wanted(node))
-        hosts = {item.dst for item in wanted}
-        changes = [(Verb.DELETE, item) for item in present
-                   if item.dst not in hosts]
-        changes += [(Verb.REPLACE, item) for item in wanted
-                    if item not in present]
+        changes = self.changes(node)
         if not dry_run:
             if not self._guarded:
-                _release(self._record)
+                _release(self.record)
             self.apply(changes)
         return self._bind_source(dry_run) or bool(changes)
 
@@ -151,12 +159,15 @@ class PodSide:
                     of_others and (address.is_link_local
                                    or address.is_loopback))}
 
-    def missing(self) -> list[Missing]:
-        """Return the recorded addresses that the interface does not have."""
+    def missing(self, pause: float = missing.PAUSE) -> list[Missing]:
+        """Return the recorded addresses that the interface does not have.
+
+        :param pause: as for :func:`kuryr_break0.missing.find`
+        """
         states = self._netlink.address_states()
         if len(states) >= MOST:
             return []  # the list may be incomplete
-        return missing.find(states, self._link, self._records)
+        return missing.find(states, self.link, self._records, pause)
 
     def marked(self) -> list[Entry]:
         """List the neighbours and routes with our protocol number."""
@@ -175,7 +186,7 @@ class PodSide:
                 continue
             yield Neighbour(host, self._index, node.mac, self._protocol)
             # A link route of another interface of the pod leads there as well.
-            if not (any(host in subnet for subnet in self._record.subnets)
+            if not (any(host in subnet for subnet in self.record.subnets)
                     or self._netlink.is_on_link(host)):
                 yield HostRoute(host, self._index, self._protocol,
                                 kernel.RT_TABLE_MAIN,

@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Describes the problems of a snapshot, for status, CHECK and metrics."""
+"""Lists the problems of a snapshot: of the node, break0s, addresses and pods.
+
+A problem stops traffic, or is a difference that a sync repairs. Status, sync,
+CHECK, metrics and doctor all use this list, and judge nothing themselves.
+"""
 
 from __future__ import annotations
 
-from typing import Iterable, Iterator
+from typing import Iterable, Iterator, NamedTuple, Optional, Sequence, Union
 
 from kuryr_break0 import device
 from kuryr_break0 import exceptions
+from kuryr_break0.guard import is_installed
+from kuryr_break0.guard import NO_NFT
 from kuryr_break0 import kernel
+from kuryr_break0.ledger.identity import Ownership
+from kuryr_break0 import missing
 from kuryr_break0.model import address_order
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
@@ -16,113 +24,354 @@ from kuryr_break0.model import Item
 from kuryr_break0.model import Neighbour
 from kuryr_break0.model import of_kind
 from kuryr_break0.model import Pair
+from kuryr_break0.model import Record
+from kuryr_break0 import podside
 from kuryr_break0.snapshot import Parent
 from kuryr_break0.snapshot import Snapshot
 
+#: Subject of the problems of the node itself.
+NODE = 'the node'
+#: Problems of a break0 that explain all problems of its addresses.
+CAUSES = ('parent-missing', 'parent-mismatch', 'parent-vrf', 'parent-down',
+          'macvlan-impossible', 'break0-foreign', 'break0-wrong-parent',
+          'break0-missing', 'break0-vrf', 'break0-down', 'break0-mac')
+_UNCONFIGURED = 'its container is not configured to reach the node'
 
-def address_problems(seen: Snapshot) -> dict[IPAddress, str]:
-    """Return a problem of each address that has one, sorted by address.
 
-    A problem stops traffic to the address, or is a difference that a sync
-    repairs.
+class Problem(NamedTuple):
+    """A problem.
+
+    :ivar kind: the id of the doctor's finding
+    :ivar subject: an address, the name of a break0, or NODE
+    :ivar text: a sentence without its end
+    :ivar is_error: whether it stops traffic, although other problems of its
+        kind do not
     """
-    problems = {address: 'it is ' + reason
-                for address, reason in seen.refused.items()}
-    for parent in seen.parents.values():
-        problems.update(_on(parent, seen))
-    for record in seen.gone:
-        if record.address not in seen.live:
-            problems[record.address] = 'its sandbox is gone'
-    for address, rivals in seen.rivals.items():
-        problems.setdefault(address, 'it is claimed by %s too' % (
-            ', '.join(rival.owner_text for rival in rivals)))
-    for address in seen.contents.unreadable:
-        problems[address] = 'its record in the ledger cannot be read'
-    return {address: problems[address]
-            for address in sorted(problems, key=address_order)}
+
+    kind: str
+    subject: Union[IPAddress, str]
+    text: str
+    is_error: bool = False
 
 
-def _on(parent: Parent, seen: Snapshot) -> dict[IPAddress, str]:
-    problems: dict[IPAddress, str] = {}
-    for address, record in parent.live.items():
-        if parent.conflict is not None:
-            problems[address] = str(parent.conflict)
-        elif (record.netns is not None and parent.node is not None
-                and record.configured != parent.node.digest):
-            problems[address] = ('its container is not configured to '
-                                 'reach the node')
-        elif address not in parent.desired and (
-                address not in seen.refused):
-            problems[address] = 'IPv6 is disabled on ' + parent.device
-    for neighbour in of_kind(Neighbour, parent.plan.set):
-        problems[neighbour.dst] = 'its neighbour entry is ' + (
-            'wrong' if neighbour.dst in parent.neighbours else 'missing')
-    for route in of_kind(HostRoute, parent.plan.set):
-        problems[route.dst] = 'its route is ' + (
-            'wrong' if route.dst in parent.routes else 'missing')
-    for route in of_kind(HostRoute, parent.plan.unset):
-        problems.setdefault(route.dst, 'it has a route too many')
-    for route in parent.plan.foreign:
-        problems[route.dst] = foreign_text(route)
-    for address, (through, get) in parent.astray.items():
-        problems.setdefault(address, 'it is not reached through %s but %s. '
-                            'See: ip route get %s; ip -%d rule' % (
-                                parent.device, through, get, address.version))
-    for item in parent.plan.unclaimed:
-        problems[item.dst] = 'no container claims it'
-    return problems
+def find(seen: Snapshot) -> list[Problem]:
+    """Return the problems of the node, its break0s and addresses.
+
+    The problems of an address are in the order of their importance.
+    """
+    return [*_of_node(seen), *(
+        problem for parent in seen.parents.values()
+        for problem in of_device(parent, seen)), *_of_addresses(seen)]
 
 
-def node_problems(seen: Snapshot) -> Iterator[str]:
-    """Return the problems of the ledger and of all break0s."""
+def find_all(seen: Snapshot) -> tuple[list[Problem], dict[IPAddress, str]]:
+    """Return all problems, also those of the pod side.
+
+    :returns: the problems, and the addresses whose pod side could not be
+        examined, with the reason
+    """
+    of_pods: list[Problem] = []
+    unknown: dict[IPAddress, str] = {}
+    for records in seen.interfaces():
+        try:
+            of_pods += of_pod(records, seen)
+        except exceptions.Break0Error as err:
+            unknown.update((each.address, str(err)) for each in records)
+    # A lost interface or address is the cause of the others.
+    lost = [each for each in of_pods if each.kind in (
+        'pod-interface-gone', 'pod-address-missing')]
+    return [*lost, *find(seen), *(each for each in of_pods
+                                  if each not in lost)], unknown
+
+
+def by_address(problems: Iterable[Problem]) -> dict[IPAddress, str]:
+    """Return the first problem of each address, sorted by address."""
+    found: dict[IPAddress, str] = {}
+    for problem in problems:
+        if not isinstance(problem.subject, str):
+            found.setdefault(problem.subject, problem.text)
+    return {address: found[address]
+            for address in sorted(found, key=address_order)}
+
+
+def of_node(problems: Iterable[Problem]) -> list[str]:
+    """Return the texts of the problems of the node and its break0s."""
+    return [each.text for each in problems if isinstance(each.subject, str)]
+
+
+def _of_node(seen: Snapshot) -> Iterator[Problem]:
     if seen.is_lost:
-        yield ('the ledger in %s was lost; a sync rebuilds it'
-               % seen.options.state_dir)
+        yield Problem('ledger-lost', NODE, 'the ledger in %s was lost; a sync '
+                      'rebuilds it' % seen.options.state_dir)
     if seen.stranger is not None:
-        yield str(exceptions.DeviceConflict(
-            device=seen.stranger.name, found=seen.stranger.description,
-            expected='a macvlan in bridge mode on the parent of pods'))
+        yield Problem('break0-foreign', seen.stranger.name, str(
+            exceptions.DeviceConflict(
+                device=seen.stranger.name, found=seen.stranger.description,
+                expected='a macvlan in bridge mode on the parent of pods')))
     if seen.unjudged:
-        yield unjudged_problem(seen)
-    for parent in seen.parents.values():
-        yield from parent_problems(parent)
+        yield Problem('sandbox-unknown', NODE, unjudged_text(seen))
 
 
-def parent_problems(parent: Parent) -> Iterator[str]:
+def of_device(parent: Parent, seen: Snapshot) -> Iterator[Problem]:
     """Return the problems of one break0.
 
-    Without pods, only a conflict, another ledger or a difference of the guard
-    entries is a problem.
+    Without pods, only a conflict or another ledger is a problem.
     """
+    def problem(kind: str, text: str, is_error: bool = False) -> Problem:
+        return Problem(kind, parent.device, text, is_error)
+
+    name, lower, live = parent.device, parent.parent, parent.live
     if parent.conflict is not None:
-        yield str(parent.conflict)
-    elif parent.link is None and parent.live:
-        yield '%s is missing on %s, but %d addresses are bound' % (
-            parent.device, parent.name, len(parent.live))
-    elif parent.link is not None:
+        yield problem(_kind_of(parent), str(parent.conflict))
+        return
+    if parent.link is None:
+        if live:
+            yield problem(
+                'break0-missing', '%s is missing on %s, but %d addresses are '
+                'bound' % (name, parent.name, len(live)))
+        return
+    if parent.other is not None and (
+            parent.ownership is not Ownership.LOST):
+        yield problem('ledger-other', '%s belongs to the ledger %s in %s' % (
+            name, *parent.other))
+    if not live or lower is None:
+        return
+    table = seen.options.route_table
+    if lower.vrf and lower.vrf.table != table:
+        yield problem(
+            'parent-vrf', '%s is in the VRF %s with table %d, but [break0] '
+            'route_table is %d' % (lower.name, kernel.format_ifname(
+                lower.vrf.ifindex), lower.vrf.table, table))
+    if not (lower.up and lower.carrier):
+        # No packet passes: further problems do not matter.
+        yield problem('parent-down', '%s, the parent of %s, %s' % (
+            parent.name, name, 'has no carrier' if lower.up else 'is down'))
+        return
+    for kind, text in parent.differences:
+        if kind != 'ipv6':
+            yield problem('break0-' + kind, '%s: %s' % (name, text))
+    if parent.guard:
+        yield problem('guard-missing' if is_installed()
+                      else 'guard-unavailable', '%s: %s' % (
+                          name, parent.guard if is_installed()
+                          else '%s, and %s' % (parent.guard, NO_NFT)))
+    # A sync enables IPv6, unless it is disabled on all interfaces.
+    if (any(address.version == 6 for address in live)
+            and kernel.read_sysctl(device.DISABLE_IPV6 % name) != 0):
+        yield problem('ipv6-disabled', device.ipv6_text(name))
+
+
+def _kind_of(parent: Parent) -> str:
+    if isinstance(parent.conflict, exceptions.ParentNotFound):
+        return 'parent-missing'
+    if isinstance(parent.conflict, exceptions.ParentMismatch):
+        return 'parent-mismatch'
+    if isinstance(parent.conflict, exceptions.ParentUnfit):
+        return 'macvlan-impossible'
+    link = parent.present
+    return 'break0-wrong-parent' if link is not None and (
+        link.kind, link.mode) == ('macvlan', 'bridge') else 'break0-foreign'
+
+
+def cause_of(parent: Parent, seen: Snapshot) -> Optional[Problem]:
+    """Return the problem of a break0 that explains those of its addresses."""
+    return next((each for each in of_device(parent, seen)
+                 if each.kind in CAUSES), None)
+
+
+def _of_addresses(seen: Snapshot) -> Iterator[Problem]:
+    for address in seen.contents.unreadable:
+        name = '/%s.json' % address
+        yield Problem(
+            next((kind for kind, paths in (
+                ('ledger-newer', seen.contents.newer),
+                ('ledger-damaged', seen.contents.damaged))
+                if any(path.endswith(name) for path in paths)),
+                'ledger-quarantined'),
+            address, 'its record in the ledger cannot be read')
+    gone = {record.address for record in seen.gone} - seen.live.keys()
+    for address in gone:
+        yield Problem('sandbox-gone', address, 'its sandbox is gone')
+    known = {*gone, *seen.refused}
+    for parent in seen.parents.values():
+        cause = cause_of(parent, seen)
+        for each in _on(parent, known):
+            yield each if cause is None else each._replace(
+                kind=cause.kind, text=cause.text)
         if parent.other is not None:
-            yield '%s belongs to the ledger %s in %s' % (
-                parent.device, *parent.other)
-        for text in () if parent.guard else guard_text(
-                parent.plan.set, parent.plan.unset):
-            yield '%s: %s' % (parent.device, text)
-        if not parent.live:
-            return
-        if parent.parent is not None and not parent.parent.carrier:
-            yield '%s, the parent of %s, %s' % (
-                parent.name, parent.device, 'has no carrier'
-                if parent.parent.up else 'is down')
-        for text in (*(text for _, text in parent.differences), *(
-                [parent.guard] if parent.guard else [])):
-            yield '%s: %s' % (parent.device, text)
-        if (any(address.version == 6 for address in parent.live)
-                and all(kind != 'ipv6' for kind, _ in parent.differences)
-                and kernel.read_sysctl(device.DISABLE_IPV6
-                                       % parent.device) != 0):
-            yield '%s: %s' % (parent.device, device.ipv6_text(parent.device))
+            continue  # the other ledger can have the records
+        for address in _destinations(parent.plan.unclaimed):
+            yield Problem(
+                'route-stale' if address in parent.routes
+                else 'neighbour-stale', address, 'no container claims it')
+    for address, reason in seen.refused.items():
+        yield Problem(
+            'address-not-allowed' if 'allowed_cidrs' in reason
+            else 'address-refused', address, 'it is ' + reason)
+    for address, rivals in seen.rivals.items():
+        yield Problem('address-contested', address, 'it is claimed by %s too'
+                      % ', '.join(rival.owner_text for rival in rivals))
+    for record in seen.gone:
+        if record.address not in gone:
+            yield Problem('sandbox-gone', record.address, 'an older claim on '
+                          'it is of a sandbox that is gone: '
+                          + record.owner_text)
 
 
-def unjudged_problem(seen: Snapshot) -> str:
+def _on(parent: Parent, known: set[IPAddress]) -> Iterator[Problem]:
+    """Return the problems of the addresses of one break0.
+
+    :param known: addresses whose stale items have another reason
+    """
+    plan = parent.plan
+    foreign = {route.dst: route for route in plan.foreign}
+    if parent.conflict is not None:
+        for address in parent.live:
+            yield Problem(_kind_of(parent), address, str(parent.conflict))
+        return
+    for route in foreign.values():
+        yield Problem('route-foreign', route.dst, foreign_text(route))
+    for address in parent.live:
+        if address not in parent.desired and address not in known:
+            yield Problem('ipv6-disabled', address,
+                          'IPv6 is disabled on ' + parent.device)
+    for route in of_kind(HostRoute, plan.set):
+        if route.dst not in foreign:
+            is_wrong = route.dst in parent.routes
+            yield Problem('route-wrong' if is_wrong else 'route-missing',
+                          route.dst, 'its route is '
+                          + ('wrong' if is_wrong else 'missing'))
+    for neighbour in of_kind(Neighbour, plan.set):
+        is_wrong = neighbour.dst in parent.neighbours
+        yield Problem(
+            'neighbour-wrong' if is_wrong else 'neighbour-missing',
+            neighbour.dst, 'its neighbour entry is '
+            + ('wrong' if is_wrong else 'missing'))
+    if not parent.guard:
+        for address in _destinations(of_kind(Pair, plan.set)):
+            yield Problem('guard-missing', address, 'its guard entry is '
+                          'missing', True)
+    for kind, items, text in (
+            ('route-extra', of_kind(HostRoute, plan.unset), 'a route'),
+            ('neighbour-extra', of_kind(Neighbour, plan.unset),
+             'a neighbour entry'),
+            ('guard-missing', of_kind(Pair, plan.unset) if not parent.guard
+             else [], 'a guard entry')):
+        for address in _destinations(items):
+            if address not in known and address not in foreign:
+                yield Problem(kind, address, 'it has %s too many' % text)
+    for address, (through, get) in parent.astray.items():
+        yield Problem('route-not-used', address, 'it is not reached through '
+                      '%s but %s. See: ip route get %s; ip -%d rule' % (
+                          parent.device, through, get, address.version))
+
+
+def _destinations(items: Iterable[Item]) -> Iterable[IPAddress]:
+    return dict.fromkeys(item.dst for item in items)
+
+
+def of_pod(records: Sequence[Record], seen: Snapshot,
+           pause: float = missing.PAUSE) -> list[Problem]:
+    """Examine the pod side of one interface, causes before effects.
+
+    :param records: those of the interface, not empty
+    :param pause: as for :func:`kuryr_break0.missing.find`
+    :raises Break0Error: if it cannot be examined
+    """
+    parent = seen.parents[records[0].parent]
+    if parent.node is None:
+        return []  # a problem of break0
+    if records[0].netns is None:
+        raise exceptions.NetnsUnusable(netns='', reason='is not recorded')
+    addresses = [record.address for record in records]
+    cause = cause_of(parent, seen)
+    try:
+        found = list(_in_pod(records, parent, seen, pause))
+    except exceptions.InterfaceGone as err:
+        return [Problem('pod-interface-gone', address, str(err))
+                for address in addresses]
+    except exceptions.Break0Error:
+        if all(map(parent.is_configured, records)):
+            raise
+        found = []
+    if not all(map(parent.is_configured, records)):
+        return [Problem('pod-not-configured', address, _UNCONFIGURED)
+                if cause is None else cause._replace(subject=address)
+                for address in addresses]
+    return found if cause is None else []
+
+
+def _in_pod(records: Sequence[Record], parent: Parent, seen: Snapshot,
+            pause: float) -> list[Problem]:
+    assert parent.node is not None
+    found: list[Problem] = []
+
+    def add(kind: str, text: str, version: Optional[int] = None,
+            is_error: bool = False) -> None:
+        found.extend(
+            Problem(kind, record.address, text, is_error)
+            for record in records
+            if version in (None, record.address.version))
+
+    with podside.entered(records[0]) as netlink:
+        side = podside.PodSide(netlink, records, seen.options)
+        link, record = side.link, side.record
+        place = 'the interface %s of its container' % link.name
+        # Read in the pod, the id of the parent's namespace
+        # (IFLA_LINK_NETNSID) cannot be compared with the node's ids.
+        if parent.present is None or (link.kind, link.lower, link.mode) != (
+                'macvlan', parent.present.lower, 'bridge'):
+            add('pod-apart', '%s is %s, and not in bridge mode on %s' % (
+                place, link.description, record.parent))
+            return found
+        if not link.up:
+            add('pod-down', '%s is down' % place)
+            return found  # the kernel has deleted its routes and neighbours
+        found += [Problem('pod-address-missing', each.record.address,
+                          str(each)) for each in side.missing(pause)]
+        is_changed = record.mac not in (None, link.mac)
+        if is_changed:
+            add('pod-mac', 'the MAC address of %s is %s, but was %s' % (
+                place, link.mac, record.mac))
+        macs = {each.dst: each.mac for each in netlink.neighbours(link.index)}
+        for verb, item in side.changes(parent.node):
+            host, text = item.dst, _UNCONFIGURED + ': '
+            if verb is kernel.Verb.DELETE:
+                add('pod-entry-extra', text + 'it has a stale %s for %s' % (
+                    'route' if isinstance(item, HostRoute) else 'neighbour',
+                    host))
+            elif isinstance(item, HostRoute):
+                is_reached = netlink.lookup(host) is not None
+                is_dropped = (is_reached and host.version == 4
+                              and is_strict(parent))
+                add('rp-filter' if is_dropped else 'pod-route-missing',
+                    text + 'it has no %sroute to the node address %s%s' % (
+                        'direct ' if is_reached else '', host,
+                        ', and rp_filter of %s is 1' % parent.name
+                        if is_dropped else ''),
+                    host.version, not is_reached)
+            elif not is_changed:  # a new MAC address deletes the neighbours
+                mac = macs.get(host)
+                add('pod-neighbour-wrong' if mac else 'pod-neighbour-missing',
+                    text + 'the neighbour for the node address %s is %s, but '
+                    'must be %s' % (host, mac or 'missing', item.mac),
+                    host.version)
+        if side.lacks_source_rule():
+            add('pod-rule-missing', _UNCONFIGURED + ': it lacks the nftables '
+                'rule that drops frames with another MAC address')
+    return found
+
+
+def is_strict(parent: Parent) -> bool:
+    """Return whether rp_filter of a parent drops packets from gateways.
+
+    The kernel applies the larger value of ``all`` and the interface.
+    """
+    return max(kernel.read_sysctl('ipv4/conf/%s/rp_filter' % name) or 0
+               for name in ('all', parent.name)) == 1
+
+
+def unjudged_text(seen: Snapshot) -> str:
     """Describe the claims of sandboxes that may have ended.
 
     :returns: empty if there are none
@@ -151,8 +400,8 @@ def guard_text(added: Iterable[Item], deleted: Iterable[Item]
     :param deleted: items to delete; all but guard entries are ignored
     :returns: nothing if there are no such entries
     """
-    missing, stale = (len({pair.dst for pair in of_kind(Pair, items)})
+    lacking, stale = (len({pair.dst for pair in of_kind(Pair, items)})
                       for items in (added, deleted))
-    if missing or stale:
+    if lacking or stale:
         yield ('its guard lacks the entries of %d addresses, and has stale '
-               'ones of %d' % (missing, stale))
+               'ones of %d' % (lacking, stale))

@@ -43,7 +43,7 @@ from kuryr_break0.plan import Outcome
 from kuryr_break0.plan import Plan
 from kuryr_break0.policy import Policy
 from kuryr_break0.problems import guard_text
-from kuryr_break0.problems import unjudged_problem
+from kuryr_break0.problems import unjudged_text
 from kuryr_break0 import rebuild
 from kuryr_break0 import released
 from kuryr_break0.routes import foreign_route
@@ -207,7 +207,7 @@ class Reconciler:
         Also warn about sandboxes that may or may not exist.
         """
         # The text contains a number and a pod, which can change each time.
-        self._devices.warn_once('unjudged', unjudged_problem(seen), 'some')
+        self._devices.warn_once('unjudged', unjudged_text(seen), 'some')
         self._ledger.cache.put('next_hops', sorted(map(
             str, seen.routes.next_hops)))
         self._ledger.cache.put('through_break0', sorted(map(

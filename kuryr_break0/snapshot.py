@@ -77,6 +77,13 @@ class Parent:
         return (Alias.parse(self.link.alias) if self.link is not None
                 and self.ownership.is_foreign else None)
 
+    def is_configured(self, record: Record) -> bool:
+        """Return whether a pod got the current addresses of the node.
+
+        The record tells; the pod itself may have changed since.
+        """
+        return self.node is None or record.configured == self.node.digest
+
     @property
     def index(self) -> int:
         """Return the ifindex of its break0; 0 without one."""

@@ -24,8 +24,7 @@ from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
 from kuryr_break0.model import Origin
 from kuryr_break0.pace import Pace
-from kuryr_break0.problems import address_problems
-from kuryr_break0.problems import node_problems
+from kuryr_break0 import problems
 from kuryr_break0.snapshot import Snapshot
 
 LOG = log.get_logger(__name__)
@@ -270,19 +269,20 @@ def _make_gauges(seen: Snapshot) -> Iterator[core.Metric]:
             gauge.add_metric(label_values, value)
         return gauge
 
-    problems = collections.Counter(
+    found, _ = problems.find_all(seen)
+    wrong = collections.Counter(
         parent.name if parent else '' for parent
-        in map(seen.parent_of, address_problems(seen)))
+        in map(seen.parent_of, problems.by_address(found)))
     rows = {parent.name: (
         len(parent.live), len(parent.routes),
         len({route.dst for route in parent.plan.foreign}),
         len({item.dst for item in parent.plan.unclaimed}),
-        problems[parent.name],
+        wrong[parent.name],
         int(parent.link is not None and parent.link.up))
         for parent in seen.parents.values()}
     # The parent of an unreadable record is unknown.
-    if problems[''] or not rows:
-        rows[''] = (0, 0, 0, 0, problems[''], 0)
+    if wrong[''] or not rows:
+        rows[''] = (0, 0, 0, 0, wrong[''], 0)
     for column, (name, text) in enumerate((
             ('addresses_desired',
              'Addresses with a record and an existing sandbox.'),
@@ -313,5 +313,5 @@ def _make_gauges(seen: Snapshot) -> Iterator[core.Metric]:
             ('addresses_unjudged', 'Addresses of sandboxes that the agent '
              'cannot see, so they stay bound.', len(seen.unjudged)),
             ('node_problems', 'Faults of break0 itself or of the ledger.',
-             len(list(node_problems(seen))))):
+             len(problems.of_node(found)))):
         yield make_gauge(name, text, {(): value})

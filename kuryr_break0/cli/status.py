@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from typing import Any, Iterator, Optional
+from typing import Any, Collection, Iterator, Optional
 
 from oslo_config import cfg
 
@@ -24,9 +24,9 @@ from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import address_order
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Origin
+from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
-from kuryr_break0.problems import address_problems
-from kuryr_break0.problems import node_problems
+from kuryr_break0 import problems
 from kuryr_break0.snapshot import Snapshot
 
 
@@ -68,7 +68,7 @@ def add_parsers(subparsers: Any) -> None:
 def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     """Print the state of break0 and addresses; return the exit code."""
     wanted = conf.command
-    shown = _read(options, wanted)
+    shown = read(options, wanted)
     if wanted.json:
         output.write_json(shown.as_json())
     else:
@@ -78,7 +78,7 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
             while True:
                 sys.stdout.flush()
                 time.sleep(_PAUSE)
-                before, shown = shown, _read(options, wanted)
+                before, shown = shown, read(options, wanted)
                 if not wanted.json:
                     _print_changes(before, shown)
                 elif shown.as_json() != before.as_json():
@@ -88,10 +88,11 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
 
 def as_json(options: config.Options) -> dict[str, Any]:
     """Return the document of ``status --json``."""
-    return _read(options).as_json()
+    return read(options).as_json()
 
 
-def _read(options: config.Options, wanted: Any = None) -> Status:
+def read(options: config.Options, wanted: Any = None) -> Status:
+    """Return the problems and addresses of the node."""
     ledger = Ledger(options.state_dir)
     with kernel.Netlink() as netlink:
         return Status(actual.read(options, ledger, netlink), ledger, wanted)
@@ -117,9 +118,9 @@ class Status:
                  wanted: Any = None) -> None:
         self._seen = seen
         self._unserved = containers.unserved(seen, ledger)
-        wrong, self._not_examined, lost = containers.pod_sides(seen)
-        self._problems = {**wrong, **address_problems(seen), **lost}
-        self._of_node = list(node_problems(seen))
+        self._found, self._not_examined = problems.find_all(seen)
+        self._problems = problems.by_address(self._found)
+        self._of_node = problems.of_node(self._found)
         self._addresses = sorted(seen.live.keys() | self._problems.keys(),
                                  key=address_order)
         if wanted is not None:
@@ -230,16 +231,31 @@ class Status:
                 output.Wrong(output.speak('no: ' + each['problem']))
                 if each['problem'] else 'yes']
 
+    def describe_problems(self, without: Collection[object] = ()
+                          ) -> Iterator[str]:
+        """Yield a line for each problem and each unbound container.
+
+        :param without: subjects of problems to leave out
+        """
+        yield from problems.of_node(each for each in self._found
+                                    if each.subject not in without)
+        yield from map(str, self._unserved)
+        for address in self._addresses:
+            if address in self._problems and address not in without:
+                yield '%s: %s' % (address, self._problems[address])
+
     def facts(self) -> Iterator[str]:
         """Yield a line for each problem and each bound address."""
-        yield from self._of_node
-        yield from map(str, self._unserved)
+        yield from self.describe_problems()
         for address in self._addresses:
             if address in self._seen.live:
                 yield '%s: bound for %s' % (
                     address, self._seen.live[address].owner_text)
-            if address in self._problems:
-                yield '%s: %s' % (address, self._problems[address])
+
+    def addresses_of(self, owners: Collection[Owner]) -> list[IPAddress]:
+        """Return the addresses that are bound for some owners."""
+        return [address for address, record in self._seen.live.items()
+                if record.owner in owners]
 
 
 def _is_of(record: Optional[Record], wanted: Any) -> bool:

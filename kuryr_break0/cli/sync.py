@@ -12,6 +12,7 @@ from kuryr_break0.cli import common
 from kuryr_break0.cli import names
 from kuryr_break0.cli import output
 from kuryr_break0.cli import parser
+from kuryr_break0.cli import status
 from kuryr_break0 import config
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
@@ -25,12 +26,12 @@ from kuryr_break0.reconciler import Reconciler
 _DESCRIPTION = """\
 Make break0, its routes and the containers match the ledger, and print each
 item: + if it is set, - if it is deleted, ~ if it is repaired, ! if it is
-left. If the ledger was lost, it is rebuilt from the kernel first. Faults that
-no sync can repair, such as a routing rule, are shown by
-status and doctor.
+left. Problems that no sync can repair, such as a routing rule, are left, too.
+If the ledger was lost, it is rebuilt from the kernel first.
 
-Exit status: 0 if no item is left, 1 otherwise (with --dry-run: if there are
-items to change), 3 if the kernel or the state directory refuses.
+Exit status: 0 if status would find no problem now, 1 otherwise (with
+--dry-run: also if there are items to change), 3 if the kernel or the state
+directory refuses.
 """
 
 
@@ -50,16 +51,34 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
         outcome = Reconciler(
             options, Ledger(options.state_dir)).sync(
                 wanted.dry_run, wanted.claim, wanted.delete_unclaimed)
-    output.show(wanted.json, _as_json(outcome, options),
-                _lines(outcome, options))
+    after = status.read(options)
+    output.show(wanted.json, {
+        **_as_json(outcome, options),
+        'problems': list(after.describe_problems())},
+        [*_lines(outcome, options), *_left(outcome, after, wanted.dry_run)])
     for err in outcome.errors:
         common.fail(common.UNREADABLE, err)
     if outcome.errors:
         return common.UNREADABLE
-    left = (outcome.foreign or outcome.unclaimed or outcome.unjudged
-            or outcome.refused or outcome.missing
-            or (wanted.dry_run and outcome))
-    return common.DRIFT if left else common.IN_SYNC
+    return common.IN_SYNC if after.in_sync and not (
+        wanted.dry_run and outcome) else common.DRIFT
+
+
+def _left(outcome: Outcome, after: status.Status,
+          dry_run: bool) -> Iterator[str]:
+    """Yield a line for each problem that no other line shows."""
+    shown: set[object] = {item.dst for item in (*outcome.foreign,
+                                                *outcome.unclaimed)}
+    shown.update(outcome.refused, *(
+        [record.address for record in records]
+        for records in (outcome.missing, outcome.unjudged)))
+    if dry_run:  # the changes remove these problems
+        shown.update(name for name, _ in outcome.devices)
+        shown.update(item.dst for item in (*outcome.set, *outcome.unset))
+        shown.update(record.address for record in (
+            *outcome.rebuilt, *outcome.gone, *outcome.released))
+        shown.update(after.addresses_of(outcome.pods))
+    return ('! ' + text for text in after.describe_problems(shown))
 
 
 def _name_of(ifindex: Optional[int], options: config.Options) -> str:

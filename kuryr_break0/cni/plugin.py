@@ -24,9 +24,8 @@ from kuryr_break0.manager import Break0Manager
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
-from kuryr_break0 import podside
-from kuryr_break0.problems import address_problems
-from kuryr_break0.problems import parent_problems
+from kuryr_break0 import problems
+from kuryr_break0.snapshot import by_interface
 
 LOG = log.get_logger(__name__)
 
@@ -204,7 +203,7 @@ class Plugin:
             return
         with kernel.Netlink() as netlink:
             seen = actual.read(self._options, self._ledger, netlink)
-        problems = address_problems(seen)
+        found = problems.find(seen)
         namespace = kernel.identify(self._request.netns)
         own = []
         for address in addresses:
@@ -217,16 +216,14 @@ class Plugin:
                     else 'belongs to %s' % record.owner)
                 continue
             own.append(record)
-            if address in problems:
-                yield '%s: %s' % (address, problems[address])
-        for name in {record.parent for record in own}:
-            parent = seen.parents[name]
-            yield from parent_problems(parent)
-            if parent.node is not None and podside.repair(
-                    [record for record in own if record.parent == name],
-                    parent.node, self._options, dry_run=True).changed:
-                yield ('the container is not configured to reach the node '
-                       'by %s' % self._owner.ifname)
+        for records in by_interface(own):
+            found += problems.of_pod(records, seen)
+        for address, text in problems.by_address(found).items():
+            if address in addresses:
+                yield '%s: %s' % (address, text)
+        devices = {seen.parents[record.parent].device for record in own}
+        yield from problems.of_node(
+            each for each in found if each.subject in devices)
 
     def _gc(self) -> None:
         """Unbind the claims of this network that are not valid attachments.

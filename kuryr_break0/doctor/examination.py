@@ -20,6 +20,7 @@ from kuryr_break0.doctor.findings import SEVERITIES
 from kuryr_break0.doctor import firewall
 from kuryr_break0.doctor.host import Host
 from kuryr_break0.doctor import installation
+from kuryr_break0.doctor import known
 from kuryr_break0.doctor.node import Node
 from kuryr_break0.doctor.node import Over
 from kuryr_break0.doctor.node import sample
@@ -33,6 +34,7 @@ from kuryr_break0.doctor import services
 from kuryr_break0.doctor import unserved
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
+from kuryr_break0 import problems
 from kuryr_break0.snapshot import Parent
 
 #: Seconds to wait for the lock. A bind holds it for milliseconds.
@@ -155,7 +157,10 @@ def _examine_node(node: Node, netlink: kernel.Netlink, done: Examination,
     counts, parents = done.counts, node.seen.parents.values()
     counts.update(addresses=len(node.live), pods=len(node.pods()))
     done.findings += records.check_ledger(node, host)
-    done.findings += merged(routes.check_addresses(node))
+    found = problems.find(node.seen)
+    node.useless = {each.subject for each in found
+                    if each.kind in problems.CAUSES}
+    done.findings += known.check(node, found)
     done.findings += unserved.check(node, netlink, host)
     done.not_examined += filter(None, [containers.blindness()])
     for parent in parents:
@@ -174,20 +179,14 @@ def _examine_node(node: Node, netlink: kernel.Netlink, done: Examination,
 
 def _examine_parent(node: Node, parent: Parent, netlink: kernel.Netlink,
                     done: Examination, probe: bool) -> None:
-    useless = list(device.check_use(node, parent))
-    done.findings += useless
-    if useless:
-        node.useless.add(parent.device)
     # On a missing interface, or one of another program, each further check
     # would report the same fault.
-    if useless or parent.link is None:
+    if parent.device in node.useless or parent.link is None:
         return
     done.findings += device.check(node, parent, netlink, probe)
     done.findings += merged(routes.check(node, parent))
-    usable = routes.usable(node, parent)
-    done.counts['looked_up'] += len(usable)
-    done.findings += routes.check_use(parent, usable)
-    done.findings += pods.check_configured(node, parent)
+    done.counts['looked_up'] += len(node.settled(parent.desired))
+    done.findings += pods.check_asking(node, parent)
     entered = sample(pods.enterable(node, parent), MOST)
     done.counts['entered'] += len(entered)
     done.findings += pods.check_inside(node, parent, entered)

@@ -44,7 +44,7 @@ class Node:
         self._patience = patience
         self.seen = actual.read(options, self.ledger, netlink, patience)
         self.live = self.seen.live
-        self.useless: set[str] = set()
+        self.useless: set[object] = set()
         self.lock_free = True
         self.changing: set[IPAddress] = set()
         self.refresh()

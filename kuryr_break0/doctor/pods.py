@@ -4,43 +4,29 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from typing import Iterator, Sequence
 
-from kuryr_break0.doctor.findings import ERROR
 from kuryr_break0.doctor.findings import Finding
-from kuryr_break0.doctor.findings import inside
 from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor.findings import merged
-from kuryr_break0.doctor.node import largest_sysctl
+from kuryr_break0.doctor import known
 from kuryr_break0.doctor.node import Node
 from kuryr_break0 import exceptions
 from kuryr_break0.guard import Guard
 from kuryr_break0 import kernel
-from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
-from kuryr_break0.model import Neighbour
 from kuryr_break0.model import Record
-from kuryr_break0 import podside
+from kuryr_break0 import problems
 from kuryr_break0.snapshot import Parent
 
 #: Seconds after which an ADD or DEL that has changed a pod is done.
 _SETTLED = 1.0
-_SYNC = 'kuryr-break0 sync'
 
 
-def check_configured(node: Node, parent: Parent) -> Iterator[Finding]:
-    """Report pods without current node addresses, by the ledger."""
+def check_asking(node: Node, parent: Parent) -> Iterator[Finding]:
+    """Report pods that must ask for the node and get no answer."""
     records = [parent.live[address] for address in node.settled(parent.live)]
-    unconfigured = [record.address for record in records
-                    if parent.node is not None and record.netns is not None
-                    and record.configured != parent.node.digest
-                    and not podside.has_lost_interface(record, node.options)]
-    if unconfigured:
-        yield KINDS['pod-not-configured'].found(
-            'pods do not have the current addresses of the node',
-            unconfigured)
     asking: list[IPAddress] = [
         record.address for record in records
         if record.netns is None and record.address.version == 6]
@@ -63,9 +49,7 @@ def check_configured(node: Node, parent: Parent) -> Iterator[Finding]:
 def enterable(node: Node, parent: Parent) -> list[list[Record]]:
     """Return the records of each pod with an enterable namespace."""
     return [records for records in node.pods(parent)
-            if records[0].netns is not None and parent.node is not None
-            and (records[0].configured == parent.node.digest
-                 or podside.has_lost_interface(records[0], node.options))]
+            if records[0].netns is not None and parent.node is not None]
 
 
 def check_inside(node: Node, parent: Parent, pods: Sequence[list[Record]]
@@ -76,12 +60,12 @@ def check_inside(node: Node, parent: Parent, pods: Sequence[list[Record]]
     """
     found = list(_check_unconfigured(node, parent))
     ill = [records for records in node.over(pods)
-           if any(_check_pod(node, parent, records))]
+           if any(_check_pod(node, records))]
     if ill:
         # A runtime changes a pod before and after it calls the driver, so a
         # pod can be incomplete while the lock is free.
         time.sleep(_SETTLED)
-        again = [(records[0], list(_check_pod(node, parent, records)))
+        again = [(records[0], list(_check_pod(node, records)))
                  for records in ill]
         node.refresh()
         for record, of_pod in again:
@@ -91,98 +75,20 @@ def check_inside(node: Node, parent: Parent, pods: Sequence[list[Record]]
     yield from merged(found)
 
 
-def _check_pod(node: Node, parent: Parent, records: Sequence[Record]
-               ) -> Iterator[Finding]:
-    """Examine a pod: causes before effects."""
-    record, ifname = records[0], records[0].owner.ifname
-    place = 'the interface %s of the pod %s' % (ifname, record.owner_text)
-    command = functools.partial(inside, record.netns)
-    assert parent.node is not None  # enterable() has checked it
+def _check_pod(node: Node, records: Sequence[Record]) -> Iterator[Finding]:
     try:
-        with kernel.enter_namespace(str(record.netns), record.namespace), \
-                kernel.Netlink(most=podside.MOST) as netlink:
-            side = podside.PodSide(netlink, records, node.options)
-            link = netlink.link(ifname)
-            assert link is not None  # otherwise PodSide raises InterfaceGone
-            # Kuryr adds the addresses after the driver has bound them.
-            present = side.addresses()
-            macs = {each.dst: each.mac
-                    for each in netlink.neighbours(link.index)}
-            needed = list(side.wanted(parent.node))
-            has_way = {item.dst: netlink.lookup(item.dst) is not None
-                       for item in needed if isinstance(item, HostRoute)}
-    except exceptions.InterfaceGone:
-        yield KINDS['pod-interface-gone'].found(
-            'the namespace %r of the pod %s has no interface %s' % (
-                record.netns, record.owner_text, ifname),
-            [each.address for each in records])
-        return
+        # Kuryr adds the addresses after the driver has bound them.
+        yield from known.check(node, problems.of_pod(
+            records, node.seen, _SETTLED))
     except (exceptions.NetnsUnusable, exceptions.KernelRefused) as err:
         yield KINDS['pod-unreadable'].found(
-            'the pod %s: %s' % (record.owner_text, str(err).rstrip('.')),
-            [record.owner])
-        return
-    # Read in the pod, the id of the parent's namespace (IFLA_LINK_NETNSID)
-    # cannot be compared with the node's ids.
-    is_beside = parent.present is not None and (
-        link.kind, link.lower) == ('macvlan', parent.present.lower)
-    if not is_beside or link.mode != 'bridge':
-        yield KINDS['pod-apart'].found(
-            '%s is %s, and not in bridge mode on %s' % (
-                place, link.description, record.parent), [record.address],
-            commands=[command(
-                'ip link set %s type macvlan mode bridge', ifname)]
-            if is_beside else ())
-        return
-    if not link.up:
-        yield KINDS['pod-down'].found(
-            '%s is down' % place, [record.address],
-            commands=[command('ip link set %s up', ifname), _SYNC])
-    for each in records:
-        if each.address not in present:
-            yield KINDS['pod-address-missing'].found(
-                '%s does not have %s' % (place, each.address), [each.address],
-                commands=[command(
-                    'ip address add %s/%s dev %s', each.address,
-                    _prefix(record, each.address), ifname)])
-    if not link.up:
-        return  # the kernel has deleted its routes and neighbours
-    if record.mac not in (None, link.mac):
-        yield KINDS['pod-mac'].found(
-            'the MAC address of %s is %s, but was %s' % (
-                place, link.mac, record.mac), [record.address],
-            commands=[command('ip link set %s address %s', ifname,
-                              record.mac),
-                      _SYNC])
-    else:  # a new MAC address makes the kernel delete the neighbours
-        for item in needed:
-            found = macs.get(item.dst)
-            # The protocol of a neighbour does not matter for traffic.
-            if isinstance(item, Neighbour) and found != item.mac:
-                yield KINDS['pod-neighbour-wrong' if found
-                            else 'pod-neighbour-missing'].found(
-                    'in the pod %s, the neighbour for the node address %s is '
-                    '%s, but must be %s' % (
-                        record.owner_text, item.dst, found or 'missing',
-                        item.mac), [record.address])
-    for host, is_reached in has_way.items():
-        if is_reached and host.version == 4 and _is_strict(parent):
-            yield _dropped(parent, record, host, _SYNC)
-        else:
-            yield KINDS['pod-route-missing'].found(
-                'the pod %s has no %sroute to the node address %s' % (
-                    record.owner_text, 'direct ' if is_reached else '', host),
-                [record.address], severity=None if is_reached else ERROR)
-
-
-def _prefix(record: Record, address: IPAddress) -> int:
-    return next((subnet.prefixlen for subnet in record.subnets
-                 if address in subnet), address.max_prefixlen)
+            'the pod %s: %s' % (records[0].owner_text,
+                                str(err).rstrip('.')), [records[0].owner])
 
 
 def _check_unconfigured(node: Node, parent: Parent) -> Iterator[Finding]:
     """Report pods that send through a gateway, which rp_filter drops."""
-    if parent.node is None or not _is_strict(parent):
+    if parent.node is None or not problems.is_strict(parent):
         return
     for record in parent.live.values():
         for host in parent.node.addresses:
@@ -190,18 +96,10 @@ def _check_unconfigured(node: Node, parent: Parent) -> Iterator[Finding]:
                     and record.address not in node.changing
                     and record.address.version == host.version == 4
                     and not any(host in each for each in record.subnets)):
-                yield _dropped(parent, record, host, 'sysctl -w net/ipv4/conf/'
-                               '%s/rp_filter=2' % parent.name)
-
-
-def _is_strict(parent: Parent) -> bool:
-    return largest_sysctl('ipv4/conf/%s/rp_filter', 'all', parent.name) == 1
-
-
-def _dropped(parent: Parent, record: Record, host: IPAddress,
-             command: str) -> Finding:
-    return KINDS['rp-filter'].found(
-        'rp_filter of %s is 1, and the pod %s has no direct route to the '
-        'node address %s' % (parent.name, record.owner_text, host),
-        [record.address],
-        commands=[command])
+                yield KINDS['rp-filter'].found(
+                    'rp_filter of %s is 1, and the pod %s has no direct '
+                    'route to the node address %s' % (
+                        parent.name, record.owner_text, host),
+                    [record.address], commands=[
+                        'sysctl -w net/ipv4/conf/%s/rp_filter=2'
+                        % parent.name])

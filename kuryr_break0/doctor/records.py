@@ -18,7 +18,6 @@ from kuryr_break0.doctor.node import Node
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
-from kuryr_break0.problems import unjudged_problem
 
 #: File systems that are empty after a reboot.
 _IN_MEMORY = ('tmpfs', 'ramfs', 'devtmpfs')
@@ -88,11 +87,14 @@ def check_ledger(node: Node, host: Host) -> Iterator[Finding]:
     for kind, unreadable in ((KINDS['ledger-damaged'], contents.damaged),
                              (KINDS['ledger-newer'], contents.newer)):
         if unreadable:
-            yield kind.found('records cannot be read: ' + next(iter(
-                unreadable.values())), unreadable, python=sys.executable)
+            yield kind.found(
+                'its record in the ledger cannot be read: ' + next(iter(
+                    unreadable.values())), unreadable, python=sys.executable)
     if contents.quarantined:
         yield KINDS['ledger-quarantined'].found(
-            'records were moved to quarantine', contents.quarantined,
+            'its record in the ledger cannot be read, and is in quarantine'
+            if contents.unreadable else 'records were moved to quarantine',
+            contents.quarantined,
             directory=os.path.dirname(contents.quarantined[0]))
     if not node.lock_free:
         yield KINDS['lock-held'].found(
@@ -109,17 +111,6 @@ def check_ledger(node: Node, host: Host) -> Iterator[Finding]:
             'no sync of the agent has succeeded for %d s; the agent is %s'
             % (silent, _holder(ledger.heartbeat.path)),
             path=ledger.heartbeat.path)
-    gone = [record for record in node.seen.gone
-            if record.address not in node.changing]
-    if gone:
-        yield KINDS['sandbox-gone'].found(
-            'addresses belong to sandboxes that do not exist',
-            ['%s (%s)' % (record.address, record.owner_text)
-             for record in gone])
-    if node.seen.unjudged:
-        yield KINDS['sandbox-unknown'].found(
-            unjudged_problem(node.seen),
-            [record.address for record in node.seen.unjudged])
 
 
 def _holder(path: str) -> str:

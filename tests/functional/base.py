@@ -25,8 +25,7 @@ from kuryr_break0.ledger import journal
 from kuryr_break0 import manager
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Owner
-from kuryr_break0.problems import address_problems
-from kuryr_break0.problems import node_problems
+from kuryr_break0 import problems
 from kuryr_break0 import snapshot
 from tests import lab
 
@@ -180,5 +179,6 @@ class LabTestCase(unittest.TestCase):
 
     def problems(self, **overrides: Any) -> list[str]:
         """Return all problems that status would print."""
-        seen = self.seen(**overrides)
-        return [*node_problems(seen), *address_problems(seen).values()]
+        found, _ = problems.find_all(self.seen(**overrides))
+        return [*problems.of_node(found),
+                *problems.by_address(found).values()]

@@ -20,7 +20,7 @@ from kuryr_break0 import ledger
 from kuryr_break0.ledger import cache
 from kuryr_break0.ledger import records
 from kuryr_break0.model import Origin
-from kuryr_break0.problems import address_problems
+from kuryr_break0 import problems
 from tests.functional import base
 from tests.functional.base import OTHER_OWNER
 from tests.functional.base import OTHER_POD
@@ -920,5 +920,5 @@ class TestStatus(base.LabTestCase):
         self.assertEqual(
             {POD: 'its route is missing',
              '100.75.30.73': 'no container claims it'},
-            {str(address): problem
-             for address, problem in address_problems(seen).items()})
+            {str(address): problem for address, problem
+             in problems.by_address(problems.find(seen)).items()})

@@ -18,7 +18,7 @@ from kuryr_break0 import devices
 from kuryr_break0 import exceptions
 from kuryr_break0.ledger import cache
 from kuryr_break0.model import Owner
-from kuryr_break0.problems import address_problems
+from kuryr_break0 import problems
 from tests.functional import base
 from tests.functional.base import OWNER
 from tests.functional.base import POD
@@ -126,8 +126,8 @@ class TestTwoParents(ParentsTestCase):
             self.manager().sync()
         self.assertTrue(self.lab.ping(POD1))
         self.assertEqual({POD1, POD1_6}, set(self.lab.routes(self.device1)))
-        problems = address_problems(self.seen())
-        self.assertEqual({POD, POD6}, set(map(str, problems)))
+        self.assertEqual({POD, POD6}, set(map(str, problems.by_address(
+            problems.find(self.seen())))))
         self.lab.add_nic()
         self.manager().sync()
         self.assertEqual({POD}, {each for each in self.lab.routes()

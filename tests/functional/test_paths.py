@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Any, Optional
 
-from kuryr_break0.problems import address_problems
+from kuryr_break0 import problems
 from tests.functional import base
 from tests.functional.base import Owner
 from tests import lab
@@ -444,8 +444,8 @@ class TestFamilies(base.LabTestCase):
         self.assertEqual({POD}, set(self.lab.routes()))
         self.assertTrue(self.lab.ping(POD))
         self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
-        self.assertEqual(['IPv6 is disabled on break0'], [
-            problem for problem in address_problems(self.seen()).values()])
+        self.assertEqual(['IPv6 is disabled on break0'], list(
+            problems.by_address(problems.find(self.seen())).values()))
         self.assertFalse(self.manager().sync())
         self.unbind(POD, POD6)
         self.assertEqual(set(), self.bound())

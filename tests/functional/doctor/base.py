@@ -66,9 +66,9 @@ class DoctorTestCase(base.LabTestCase):
             self.assertEqual(code, done.returncode, done.stdout + done.stderr)
         return done
 
-    def findings(self, probe: bool = True, **overrides: Any
-                 ) -> dict[str, Any]:
-        """Return the doctor's findings with these options, by id."""
+    def examine(self, probe: bool = True, **overrides: Any
+                ) -> examination.Examination:
+        """Return the doctor's examination with these options."""
         conf = cfg.ConfigOpts()
         config.register(conf)
         conf([], default_config_files=[])
@@ -78,7 +78,12 @@ class DoctorTestCase(base.LabTestCase):
         # leaves another distribution there.
         path = [each for each in sys.path if each not in ('', os.getcwd())]
         with unittest.mock.patch.object(sys, 'path', path):
-            done = examination.examine(conf, probe)
+            return examination.examine(conf, probe)
+
+    def findings(self, probe: bool = True, **overrides: Any
+                 ) -> dict[str, Any]:
+        """Return the doctor's findings with these options, by id."""
+        done = self.examine(probe, **overrides)
         self.assertIsNone(done.unreadable)
         found = {each.id: each for each in done.findings}
         self.assertEqual(len(done.findings), len(found), done.findings)
