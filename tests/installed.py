@@ -76,6 +76,16 @@ def journal() -> str:
     return run('journalctl -o cat -u ' + AGENT)
 
 
+def readme() -> list[str]:
+    """Return the commands of the README for a host of Docker."""
+    with open(os.path.join(os.path.dirname(__file__), '../README.rst')) as (
+            file):
+        block = re.search(r'\nDocker, .*?::\n\n((?:    .*\n)+)', file.read(),
+                          re.DOTALL)
+    assert block
+    return [line.strip() for line in block[1].splitlines()]
+
+
 def set_up() -> None:
     """Create a NIC and a container on it."""
     run('ip link set lo up; ip link add eth0 type veth peer name lan;'
@@ -112,8 +122,10 @@ def configure() -> None:
     assert 'nothing' in journal(), journal()
     with open(SETTINGS, 'w') as file:
         file.write(text)
-    run("sed -i 's|^# allowed_cidrs.*|allowed_cidrs = 100.75.30.0/24|' "
-        + SETTINGS)
+    for command in readme()[1:3]:
+        run(command.replace('192.168.1.0', '100.75.30.0'))
+    until(is_reached)
+    assert ADDRESS in run(readme()[3])
     run('echo metrics_bind = %s >>%s' % (METRICS, SETTINGS))
     run('systemctl restart ' + AGENT)
     until(is_reached)
