@@ -30,13 +30,13 @@ def as_json(findings: Iterable[Finding],
 
 
 def as_text(findings: list[Finding], not_examined: Sequence[str] = (),
-            examined: str = '', pods: Mapping[str, str] = {},
+            examined: str = '', owners: Mapping[str, str] = {},
             **counts: int) -> str:
     """Return a paragraph for each finding, and a summary.
 
-    :param pods: owners and names of pods, by address
+    :param owners: owners and names of pods, by address
     """
-    blocks = [_block(each, pods) for each in findings]
+    blocks = [_block(each, owners) for each in findings]
     if counts.get('pinged'):
         blocks.insert(0, 'Pings, both ways: %(answered)d of %(pinged)d '
                       'addresses answered.' % counts)
@@ -60,12 +60,12 @@ def as_text(findings: list[Finding], not_examined: Sequence[str] = (),
     return '\n\n'.join([*blocks, _wrapped(summary)])
 
 
-def _block(finding: Finding, pods: Mapping[str, str]) -> str:
+def _block(finding: Finding, owners: Mapping[str, str]) -> str:
     seen = finding.seen
     if not all(subject in seen for subject in finding.subjects):
         more = len(finding.subjects) - _SHOWN
         seen += ': ' + ', '.join(
-            '%s of %s' % (each, pods[each]) if each in pods else each
+            '%s of %s' % (each, owners[each]) if each in owners else each
             for each in finding.subjects[:_SHOWN]) + (
             ' and %d more' % more if more > 0 else '')
     # Commands are not wrapped, so that users can paste them.
