@@ -101,7 +101,10 @@ def install(kept: str) -> None:
     shown = apt('install %s/1.0/kuryr-break0_*_all.deb' % kept)
     assert re.search('Name the networks .* 100.75.30.0/24.*' + SETTINGS,
                      shown), shown
-    for path in FILES:
+    with open(SETTINGS) as file:
+        sample = re.search(r'explained in (\S+)\.\n', file.read())
+    assert sample
+    for path in (*FILES, sample[1]):
         assert os.path.exists(path), path
     assert fails('dpkg -s python3-pyroute2 python3-venv python3-pip')
     assert state() == 'inactive', state()
