@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import stat
-import sys
 from typing import Iterator
 
 from kuryr_break0 import config
@@ -20,11 +20,14 @@ from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.problems import unjudged_problem
 
+#: The usual state directory.
+DEFAULT = '/run/kuryr-break0'
 #: File systems that are empty after a reboot.
 _IN_MEMORY = ('tmpfs', 'ramfs', 'devtmpfs')
 
 
-def check_directory(options: config.Options) -> Iterator[Finding]:
+def check_directory(options: config.Options, host: Host
+                    ) -> Iterator[Finding]:
     """Examine the state directory, or the directory to create it in."""
     path = there = options.state_dir
     while not os.path.lexists(there):
@@ -55,7 +58,7 @@ def check_directory(options: config.Options) -> Iterator[Finding]:
     if kind not in _IN_MEMORY:
         yield KINDS['state-dir-persistent'].found(
             '%s is on %s, which has the persistent file system %s' % (
-                path, mount, kind))
+                path, mount, kind), commands=_move(path, host))
     size = os.statvfs(there)  # 0 blocks or files mean no limit
     if (size.f_blocks and not size.f_bavail
             or size.f_files and not size.f_favail):
@@ -68,6 +71,21 @@ def check_directory(options: config.Options) -> Iterator[Finding]:
         yield KINDS['state-dir-mode'].found(
             '%s belongs to user %d and has mode %04o' % (
                 path, found.st_uid, stat.S_IMODE(found.st_mode)), path=path)
+
+
+def _move(path: str, host: Host) -> list[str]:
+    """Return commands that put the state directory on a tmpfs.
+
+    In a pod, a directory of the node has to be mounted, by its DaemonSet.
+    """
+    if host.daemon_set is not None:
+        return []
+    if path != DEFAULT and _mount_of(os.path.dirname(DEFAULT)
+                                     )[1] in _IN_MEMORY:
+        return host.set(state_dir=DEFAULT)
+    quoted = shlex.quote(path)
+    return ["echo '%s %s tmpfs mode=0700 0 0' >>/etc/fstab" % (
+        'kuryr-break0', path), 'mkdir -p ' + quoted, 'mount ' + quoted]
 
 
 def _mount_of(path: str) -> tuple[str, str]:
@@ -89,7 +107,7 @@ def check_ledger(node: Node, host: Host) -> Iterator[Finding]:
                              (KINDS['ledger-newer'], contents.newer)):
         if unreadable:
             yield kind.found('records cannot be read: ' + next(iter(
-                unreadable.values())), unreadable, python=sys.executable)
+                unreadable.values())), unreadable, upgrade=host.upgrade)
     if contents.quarantined:
         yield KINDS['ledger-quarantined'].found(
             'records were moved to quarantine', contents.quarantined,
@@ -108,7 +126,7 @@ def check_ledger(node: Node, host: Host) -> Iterator[Finding]:
         yield KINDS['agent-stuck'].found(
             'no sync of the agent has succeeded for %d s; the agent is %s'
             % (silent, _holder(ledger.heartbeat.path)),
-            path=ledger.heartbeat.path)
+            path=ledger.heartbeat.path, restart=host.restart)
     gone = [record for record in node.seen.gone
             if record.address not in node.changing]
     if gone:

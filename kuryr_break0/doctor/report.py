@@ -62,15 +62,19 @@ def as_text(findings: list[Finding], not_examined: Sequence[str] = (),
 
 def _block(finding: Finding, owners: Mapping[str, str]) -> str:
     seen = finding.seen
-    if not all(subject in seen for subject in finding.subjects):
-        more = len(finding.subjects) - _SHOWN
-        seen += ': ' + ', '.join(
+    more = [each for each in finding.subjects if each not in seen]
+    if more:
+        # The text names one of the subjects, or none.
+        is_first = len(more) == len(finding.subjects) and ': ' not in seen
+        seen += (': ' if is_first else ' Also: ' if seen.endswith('?')
+                 else '. Also: ') + ', '.join(
             '%s of %s' % (each, owners[each]) if each in owners else each
-            for each in finding.subjects[:_SHOWN]) + (
-            ' and %d more' % more if more > 0 else '')
+            for each in more[:_SHOWN]) + (
+            ' and %d more' % (len(more) - _SHOWN)
+            if len(more) > _SHOWN else '')
     # Commands are not wrapped, so that users can paste them.
     lines = ['%s: %s' % (finding.severity, finding.id),
-             _wrapped(seen + '.', '  seen  '),
+             _wrapped(seen if seen.endswith('?') else seen + '.', '  seen  '),
              _wrapped(finding.why, '  why   '),
              _wrapped(finding.remedy, '  do    '),
              *('          ' + each for each in finding.commands[:_SHOWN])]
