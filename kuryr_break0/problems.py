@@ -57,7 +57,10 @@ def _on(parent: Parent, seen: Snapshot) -> dict[IPAddress, str]:
     for neighbour in of_kind(Neighbour, parent.plan.set):
         problems[neighbour.dst] = 'its neighbour entry is ' + (
             'wrong' if neighbour.dst in parent.neighbours else 'missing')
-    for route in of_kind(HostRoute, parent.plan.set):
+    # The kernel marks or deletes routes of a parent that is down, which
+    # parent_problems() reports once.
+    is_usable = parent.parent is None or parent.parent.carrier
+    for route in of_kind(HostRoute, parent.plan.set) if is_usable else ():
         problems[route.dst] = 'its route is ' + (
             'wrong' if route.dst in parent.routes else 'missing')
     for route in of_kind(HostRoute, parent.plan.unset):

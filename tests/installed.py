@@ -154,6 +154,43 @@ def use(kept: str) -> None:
     apt('remove kuryr-break0-cni')
 
 
+def follow(expected: str) -> None:
+    """Paste the commands of the doctor against a fault."""
+    done = subprocess.run(['kuryr-break0', 'doctor', '--no-probe', '--json'],
+                          stdout=subprocess.PIPE, text=True)
+    finding = next((each for each in json.loads(done.stdout)['findings']
+                    if each['id'] == expected), None)
+    assert finding, done.stdout
+    assert finding['commands'], finding
+    for command in finding['commands']:
+        run(command)
+
+
+def advice() -> None:
+    """The commands of the doctor correct each fault, as pasted."""
+    run('systemctl stop ' + AGENT)
+    follow('agent-not-running')
+    until(lambda: state() == 'active')
+    with open(SETTINGS) as file:
+        text = file.read()
+    for name, change in (
+            ('container-not-allowed',
+             's|^allowed_cidrs.*|allowed_cidrs = 10.0.0.0/8|'),
+            ('disabled', '$ a enabled = false')):
+        run("sed -i '%s' %s" % (change, SETTINGS))
+        run('systemctl reload ' + AGENT)
+        until(lambda: not is_reached())
+        pid = run('systemctl show -P MainPID ' + AGENT)
+        follow(name)
+        until(is_reached)
+        # A reload was enough.
+        assert pid == run('systemctl show -P MainPID ' + AGENT)
+        with open(SETTINGS, 'w') as file:
+            file.write(text)
+        run('systemctl reload ' + AGENT)
+        until(is_reached)
+
+
 def upgrade(kept: str) -> None:
     """The upgrade loses no ping and keeps the configuration."""
     before = run('systemctl show -P MainPID ' + AGENT)
@@ -190,7 +227,7 @@ def remove() -> None:
 def main(kept: str) -> int:
     failed = 0
     for step in (set_up, lambda: install(kept), configure,
-                 lambda: use(kept), lambda: upgrade(kept), remove):
+                 lambda: use(kept), advice, lambda: upgrade(kept), remove):
         try:
             step()
         except Exception:  # later steps need this one

@@ -155,7 +155,7 @@ class TestReasons(UnservedTestCase):
     def test_outside_of_allowed_cidrs(self) -> None:
         self.lab.add_pod('one', ONE, ONE6)
         self.start('discover = true\nallowed_cidrs = 100.76.0.0/16,'
-                   'fd00:30::/64\n')
+                   'fd00:30::/64\n', 'env')
         self.until_bound(ONE6)
         self.assertEqual([(ONE, 'not_allowed')], self.status())
         # The agent logs the reason once.
@@ -173,7 +173,7 @@ class TestReasons(UnservedTestCase):
 
     def test_another_parent(self) -> None:
         self.lab.add_pod('one', ONE)
-        self.start(test_discovery.OPTIONS + 'parent = eth7\n')
+        self.start(test_discovery.OPTIONS + 'parent = eth7\n', 'env')
         self.until(lambda: self.status() == [(ONE, 'other_parent')])
         finding = self.finding('container-other-parent')
         self.assertIn('parent is eth7, and there is no such interface',
