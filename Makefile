@@ -66,17 +66,25 @@ DROP_INS = systemd/network/10-kuryr-break0.network \
 # What wins over SETTINGS: see "kuryr-break0 --help".
 EARLIER = $(addprefix $(DESTDIR)/etc/,kuryr/kuryr.conf kuryr.conf \
     kuryr/kuryr-break0.conf kuryr-break0.conf)
-.PHONY: install install-files uninstall
-install: install-files
-	$(PYTHON) -m venv $(DESTDIR)$(PREFIX)
-	$(DESTDIR)$(PREFIX)/bin/pip install --quiet \
-	    --disable-pip-version-check --constraint constraints.txt \
-	    --requirement etc/cni/requirements.txt
-	$(DESTDIR)$(PREFIX)/bin/pip install --quiet \
-	    --disable-pip-version-check --no-deps --force-reinstall .
+.PHONY: install install-files networks uninstall
+# If pip fails, no file of a first installation stays.
+install: networks
+	@command -v nft >/dev/null || [ -e /usr/sbin/nft ] || \
+	    echo 'nftables is not installed: break0 will have no guard.'
+	@[ -e $(DESTDIR)$(PREFIX) ] || first=yes; \
+	pip="$(DESTDIR)$(PREFIX)/bin/pip install --quiet \
+	    --disable-pip-version-check"; \
+	$(PYTHON) -m venv $(DESTDIR)$(PREFIX) && \
+	$$pip --constraint constraints.txt \
+	    --requirement etc/cni/requirements.txt && \
+	$$pip --no-deps --force-reinstall . || { \
+	    [ -z "$$first" ] || rm -rf $(DESTDIR)$(PREFIX); \
+	    echo 'Nothing was installed: see the error above. On Debian,' \
+	    'python3 -m venv needs the package python3-venv.' >&2; exit 1; }
+	@$(MAKE) --no-print-directory install-files
 	@echo 'Start it: systemctl enable --now kuryr-break0-agent'
 
-install-files:
+networks:
 ifeq ($(CIDRS),)
 	@[ -e $(SETTINGS) ] || { found=$$($(PYTHON) etc/networks); \
 	    echo 'Name the networks of your containers.' \
@@ -85,6 +93,8 @@ ifeq ($(CIDRS),)
 else
 	@$(PYTHON) etc/networks '$(CIDRS)'
 endif
+
+install-files: networks
 	install -D -m 644 etc/man/kuryr-break0.8 $(MAN)/kuryr-break0.8
 	install -D -m 644 kuryr_break0/cli/completion/kuryr-break0 \
 	    $(SHARE)/bash-completion/completions/kuryr-break0
@@ -100,10 +110,16 @@ endif
 	    if [ ! -e $$file ]; then install -D -m 644 etc/$$each $$file; \
 	    elif ! cmp -s etc/$$each $$file; then \
 	        echo "Kept $$file, which differs from etc/$$each"; fi; done
-	@if [ -e $(SETTINGS) ]; then echo "Kept $(SETTINGS), which is there" \
-	    "already$(CIDRS:%=; CIDRS is not used)"; \
-	else sed 's|@CIDRS@|$(CIDRS)|' etc/kuryr-break0.conf.discover \
-	    >$(SETTINGS); fi
+	@line='allowed_cidrs = $(CIDRS)'; \
+	if [ ! -e $(SETTINGS) ]; then \
+	    sed "s|@CIDRS@|$(CIDRS)|; s|/usr/share|$(PREFIX)/share|" \
+	        etc/kuryr-break0.conf.discover >$(SETTINGS); \
+	elif [ -z '$(CIDRS)' ] || grep -qxF "$$line" $(SETTINGS); then \
+	    echo 'Kept $(SETTINGS), which exists'; \
+	else echo 'Kept $(SETTINGS), which has other networks than CIDRS.' \
+	    'To change them, run:'; \
+	    echo "sed -i '/allowed_cidrs *=/c $$line' $(SETTINGS)"; \
+	    echo 'systemctl reload-or-restart kuryr-break0-agent'; fi
 	@for each in $(EARLIER); do [ ! -e $$each ] || echo "$$each is read" \
 	    'in place of $(SETTINGS): set [break0] discover and allowed_cidrs' \
 	    'there.'; done
@@ -126,6 +142,8 @@ endif
 	    $(LOCAL)/bin/kuryr-break0 $(MAN)/kuryr-break0.8 $(SHIM) \
 	    $(SHARE)/bash-completion/completions/kuryr-break0 \
 	    $(SHARE)/zsh/site-functions/_kuryr-break0
+	@[ ! -e $(SETTINGS) ] || echo 'Kept $(SETTINGS). To delete it:' \
+	    'rm -r $(dir $(SETTINGS))'
 
 # The packages for Debian, of which the first needs no clone on the host.
 DEB = build/deb

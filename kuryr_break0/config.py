@@ -258,11 +258,12 @@ def load(conf: cfg.ConfigOpts) -> Options:
 def list_unknown(conf: cfg.ConfigOpts) -> list[str]:
     """Return an error for each name in ``[break0]`` that is no option.
 
-    A misspelt name could silently disable a protection. oslo.config has
-    reported unreadable files.
+    A misspelt name could silently disable a protection, and so could a
+    misspelt section. oslo.config has reported unreadable files.
     """
     known = [opt.dest for opt in OPTS]
     found: dict[str, str] = {}
+    sections_alike: list[str] = []
     # A program that has read no files, such as a user of os-vif, lacks these
     # options.
     for path in (*(getattr(conf, 'config_file', None) or ()), *(
@@ -275,11 +276,16 @@ def list_unknown(conf: cfg.ConfigOpts) -> list[str]:
         for section, names in sections.items():
             if section.lower() == GROUP:  # as oslo.config reads it
                 found.update(dict.fromkeys(names, path))
+            elif re.sub(r'\W|_', '', section).lower() in (
+                    GROUP, 'kuryr' + GROUP):
+                sections_alike.append(
+                    'the section [%s] in %s is not read: did you mean '
+                    '[%s]?' % (section[:64], path, GROUP))
     prefix = 'OS_%s__' % GROUP.upper()
     for name in os.environ:
         if name.startswith(prefix):
             found.setdefault(name[len(prefix):].lower(), 'the environment')
-    texts = []
+    texts = sections_alike
     for name, where in sorted(found.items()):
         if name not in known:
             texts.append('[break0] %s in %s is no option%s' % (

@@ -203,8 +203,8 @@ class _Judge:
         if living:
             return Reason.CLAIMED, 'it belongs to %s' % living[0].owner
         if not self._options.discover:
-            return Reason.NOT_DISCOVERED, ('nobody has bound it, and [break0] '
-                                           'discover is false')
+            return Reason.NOT_DISCOVERED, ('no program has bound it, and '
+                                           '[break0] discover is false')
         if not self._is_attended:
             return Reason.NOT_DISCOVERED, 'no agent is running'
         try:

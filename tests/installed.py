@@ -76,6 +76,16 @@ def journal() -> str:
     return run('journalctl -o cat -u ' + AGENT)
 
 
+def readme() -> list[str]:
+    """Return the commands of the README for a host of Docker."""
+    with open(os.path.join(os.path.dirname(__file__), '../README.rst')) as (
+            file):
+        block = re.search(r'\nDocker, .*?::\n\n((?:    .*\n)+)', file.read(),
+                          re.DOTALL)
+    assert block
+    return [line.strip() for line in block[1].splitlines()]
+
+
 def set_up() -> None:
     """Create a NIC and a container on it."""
     run('ip link set lo up; ip link add eth0 type veth peer name lan;'
@@ -91,7 +101,10 @@ def install(kept: str) -> None:
     shown = apt('install %s/1.0/kuryr-break0_*_all.deb' % kept)
     assert re.search('Name the networks .* 100.75.30.0/24.*' + SETTINGS,
                      shown), shown
-    for path in FILES:
+    with open(SETTINGS) as file:
+        sample = re.search(r'explained in (\S+)\.\n', file.read())
+    assert sample
+    for path in (*FILES, sample[1]):
         assert os.path.exists(path), path
     assert fails('dpkg -s python3-pyroute2 python3-venv python3-pip')
     assert state() == 'inactive', state()
@@ -112,8 +125,10 @@ def configure() -> None:
     assert 'nothing' in journal(), journal()
     with open(SETTINGS, 'w') as file:
         file.write(text)
-    run("sed -i 's|^# allowed_cidrs.*|allowed_cidrs = 100.75.30.0/24|' "
-        + SETTINGS)
+    for command in readme()[1:3]:
+        run(command.replace('192.168.1.0', '100.75.30.0'))
+    until(is_reached)
+    assert ADDRESS in run(readme()[3])
     run('echo metrics_bind = %s >>%s' % (METRICS, SETTINGS))
     run('systemctl restart ' + AGENT)
     until(is_reached)
@@ -137,6 +152,43 @@ def use(kept: str) -> None:
         input='{"cniVersion": "1.0.0"}'))
     assert '1.1.0' in answer['supportedVersions'], answer
     apt('remove kuryr-break0-cni')
+
+
+def follow(expected: str) -> None:
+    """Paste the commands of the doctor against a fault."""
+    done = subprocess.run(['kuryr-break0', 'doctor', '--no-probe', '--json'],
+                          stdout=subprocess.PIPE, text=True)
+    finding = next((each for each in json.loads(done.stdout)['findings']
+                    if each['id'] == expected), None)
+    assert finding, done.stdout
+    assert finding['commands'], finding
+    for command in finding['commands']:
+        run(command)
+
+
+def advice() -> None:
+    """The commands of the doctor correct each fault, as pasted."""
+    run('systemctl stop ' + AGENT)
+    follow('agent-not-running')
+    until(lambda: state() == 'active')
+    with open(SETTINGS) as file:
+        text = file.read()
+    for name, change in (
+            ('container-not-allowed',
+             's|^allowed_cidrs.*|allowed_cidrs = 10.0.0.0/8|'),
+            ('disabled', '$ a enabled = false')):
+        run("sed -i '%s' %s" % (change, SETTINGS))
+        run('systemctl reload ' + AGENT)
+        until(lambda: not is_reached())
+        pid = run('systemctl show -P MainPID ' + AGENT)
+        follow(name)
+        until(is_reached)
+        # A reload was enough.
+        assert pid == run('systemctl show -P MainPID ' + AGENT)
+        with open(SETTINGS, 'w') as file:
+            file.write(text)
+        run('systemctl reload ' + AGENT)
+        until(is_reached)
 
 
 def upgrade(kept: str) -> None:
@@ -175,7 +227,7 @@ def remove() -> None:
 def main(kept: str) -> int:
     failed = 0
     for step in (set_up, lambda: install(kept), configure,
-                 lambda: use(kept), lambda: upgrade(kept), remove):
+                 lambda: use(kept), advice, lambda: upgrade(kept), remove):
         try:
             step()
         except Exception:  # later steps need this one

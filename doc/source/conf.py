@@ -22,6 +22,7 @@ extensions = [
     'sphinx.ext.autodoc',
     'oslo_config.sphinxconfiggen',
     'oslo_config.sphinxext',
+    'sphinx_copybutton',
     'command_line',
     'findings',
     'modules',
@@ -35,6 +36,11 @@ exclude_patterns = []
 highlight_language = 'none'
 # Keep the two hyphens of options in descriptions of commands.
 smartquotes = False
+
+# Copy the commands of a block, without prompts and outputs.
+copybutton_prompt_text = r'\w*[#$] '
+copybutton_prompt_is_regexp = True
+copybutton_line_continuation_character = '\\'
 
 html_theme = 'furo'
 html_title = 'kuryr-break0'

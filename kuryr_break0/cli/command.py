@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import importlib.metadata
 import importlib.util
@@ -151,7 +152,7 @@ def _set_up_logging(conf: Config, argv: Sequence[str]) -> Config:
 
     conf = _read(argv, log.register_options)
     try:
-        log.setup(conf, verbs.PROGRAM)
+        _start_log(conf, log.setup)
     # RuntimeError: --use-journal needs the Python package systemd.
     except (log.LogConfigError, RuntimeError) as err:
         raise cfg.Error(str(err)) from err
@@ -161,6 +162,30 @@ def _set_up_logging(conf: Config, argv: Sequence[str]) -> Config:
     if verb != 'agent' and not conf.debug:
         logging.getLogger().setLevel(logging.WARNING)
     return conf
+
+
+def _start_log(conf: Config, setup: Callable[[Any, str], None]) -> None:
+    """Open the log; the agent logs to stderr if its file is read-only.
+
+    kuryr.conf names the log file of kuryr-daemon. The agent's unit and its
+    container have a read-only file system, and a log of their own.
+
+    :raises OSError: if the log file cannot be written for another reason
+    """
+    try:
+        setup(conf, verbs.PROGRAM)
+    except OSError as err:
+        if conf.command.name != 'agent' or err.errno not in (
+                errno.EROFS, errno.EACCES):
+            raise
+        for name, value in (('log_file', None), ('log_dir', None),
+                            ('use_stderr', True)):
+            conf.set_override(name, value)
+        setup(conf, verbs.PROGRAM)
+        logging.getLogger(__name__).warning(
+            'The agent cannot write the log file %s (%s), and logs to stderr '
+            'instead. To log to the file, make it writable for the agent.',
+            err.filename, err.strerror)
 
 
 def _arguments(conf: Config) -> list[Any]:

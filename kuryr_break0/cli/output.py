@@ -51,6 +51,7 @@ def speak(text: str) -> str:
     """Return a text with the words for this host, such as container."""
     if _Reader.has_pods:
         return text
+    text = type(text)(text.replace('container or pod', 'container'))
     return type(text)(_WORD.sub(
         lambda found: ('a ' if found[1] else '') + _WORDS[found[2]], text))
 

@@ -88,13 +88,14 @@ def examine(conf: cfg.ConfigOpts, probe: bool = True, over: Over = iter,
             'answered'), 0)
         if not options.enabled:
             done.findings.append(KINDS['disabled'].found(
-                '[break0] enabled is false'))
+                '[break0] enabled is false',
+                commands=host.set(enabled='true')))
         if waiting is not None:
             try:
                 done.findings += ports.check(waiting)
             except exceptions.KubernetesUnavailable as err:
                 done.not_examined.append('pods without a port: %s' % err)
-        done.findings += records.check_directory(options)
+        done.findings += records.check_directory(options, host)
         if any(each.id == 'state-dir-unusable' for each in done.findings):
             return  # all further checks compare with the ledger
         with kernel.Netlink() as netlink:
@@ -120,7 +121,8 @@ def examine_before(conf: cfg.ConfigOpts,
     def check(options: config.Options, done: Examination,
               host: Host) -> None:
         preconditions = Preconditions(
-            options, parent or options.parent or config.read_link_iface(conf))
+            options, parent or options.parent or config.read_link_iface(conf),
+            host)
         done.findings += preconditions.check()
         done.not_examined += preconditions.not_examined
         done.examined = preconditions.examined
@@ -132,7 +134,7 @@ def _examined(conf: cfg.ConfigOpts, check: Callable[
         [config.Options, Examination, Host], None]) -> Examination:
     done, host = Examination(), Host.of(conf)
     done.findings += installation.check()
-    done.findings += installation.check_daemon()
+    done.findings += installation.check_daemon(host.restart_daemon)
     done.findings += installation.check_plugin()
     unknown = config.list_unknown(conf)
     if unknown:

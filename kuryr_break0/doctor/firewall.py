@@ -169,7 +169,8 @@ def masquerading(parent: str, device: str) -> Optional[tuple[str, str]]:
         elif named.search(line) and rewrites(line):
             rule = named.sub('oifname %s fib saddr type != local' % device,
                              plain(line.strip()))
-            return line.strip(), 'nft "add rule %s %s %s"' % (*place, rule)
+            return line.strip(), 'nft "insert rule %s %s %s"' % (
+                *place, rule)
     return None
 
 

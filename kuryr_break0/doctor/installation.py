@@ -138,30 +138,32 @@ def _normalized(name: str) -> str:
     return re.sub('[-_.]+', '_', name or '').lower()
 
 
-def check_daemon() -> Iterator[Finding]:
+def check_daemon(restart: str) -> Iterator[Finding]:
     """Compare kuryr-daemon with the Python environment of this process.
 
     Reports nothing if kuryr-daemon runs in another container.
+
+    :param restart: the command that restarts kuryr-daemon
     """
     installed = _installed_at()
-    for pid, program, since in _daemons():
+    for pid, program, since in daemons():
         if os.path.dirname(program) != os.path.dirname(sys.executable):
             yield KINDS['daemon-elsewhere'].found(
                 'kuryr-daemon, process %d, is %s, but this program runs '
                 'with %s' % (pid, program, sys.executable),
-                directory=os.path.dirname(program))
+                directory=os.path.dirname(program), restart=restart)
         elif since < installed:
             yield KINDS['daemon-not-restarted'].found(
                 'kuryr-daemon, process %d, was started %s, and the package '
                 'installed %s' % (pid, _readable(since),
-                                  _readable(installed)))
+                                  _readable(installed)), restart=restart)
 
 
 def _readable(when: float) -> str:
     return time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(when))
 
 
-def _daemons() -> Iterator[tuple[int, str, float]]:
+def daemons() -> Iterator[tuple[int, str, float]]:
     """Return each kuryr-daemon in the mount namespace of this process.
 
     :returns: process id, path of the program, and time of the start in

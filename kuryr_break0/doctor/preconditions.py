@@ -16,6 +16,7 @@ from kuryr_break0 import device
 from kuryr_break0.doctor.findings import ERROR
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.findings import KINDS
+from kuryr_break0.doctor.host import Host
 from kuryr_break0.doctor import records
 from kuryr_break0.doctor import services
 from kuryr_break0 import exceptions
@@ -34,15 +35,16 @@ class Preconditions:
     :ivar not_examined: subjects that could not be examined, with the reason
     """
 
-    def __init__(self, options: config.Options,
-                 parent: Optional[str]) -> None:
+    def __init__(self, options: config.Options, parent: Optional[str],
+                 host: Host) -> None:
         self._options = options
         self._parent = parent
         self._checks: dict[str, Callable[[], Iterator[Finding]]] = {
             'capabilities': self._capabilities, 'kernel': self._kernel,
             'the parent, macvlans on it': self._link,
             'names and numbers': self._names, 'sysctls': self._sysctls,
-            'the state directory': lambda: records.check_directory(options),
+            'the state directory': lambda: records.check_directory(
+                options, host),
             'namespaces': self._namespaces,
             'programs that manage interfaces': lambda: services.check_drop_ins(
                 options.device),

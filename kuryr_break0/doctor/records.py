@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import stat
-import sys
 from typing import Iterator
 
 from kuryr_break0 import config
@@ -19,11 +19,14 @@ from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 
+#: The usual state directory.
+DEFAULT = '/run/kuryr-break0'
 #: File systems that are empty after a reboot.
 _IN_MEMORY = ('tmpfs', 'ramfs', 'devtmpfs')
 
 
-def check_directory(options: config.Options) -> Iterator[Finding]:
+def check_directory(options: config.Options, host: Host
+                    ) -> Iterator[Finding]:
     """Examine the state directory, or the directory to create it in."""
     path = there = options.state_dir
     while not os.path.lexists(there):
@@ -54,7 +57,7 @@ def check_directory(options: config.Options) -> Iterator[Finding]:
     if kind not in _IN_MEMORY:
         yield KINDS['state-dir-persistent'].found(
             '%s is on %s, which has the persistent file system %s' % (
-                path, mount, kind))
+                path, mount, kind), commands=_move(path, host))
     size = os.statvfs(there)  # 0 blocks or files mean no limit
     if (size.f_blocks and not size.f_bavail
             or size.f_files and not size.f_favail):
@@ -67,6 +70,21 @@ def check_directory(options: config.Options) -> Iterator[Finding]:
         yield KINDS['state-dir-mode'].found(
             '%s belongs to user %d and has mode %04o' % (
                 path, found.st_uid, stat.S_IMODE(found.st_mode)), path=path)
+
+
+def _move(path: str, host: Host) -> list[str]:
+    """Return commands that put the state directory on a tmpfs.
+
+    In a pod, a directory of the node has to be mounted, by its DaemonSet.
+    """
+    if host.daemon_set is not None:
+        return []
+    if path != DEFAULT and _mount_of(os.path.dirname(DEFAULT)
+                                     )[1] in _IN_MEMORY:
+        return host.set(state_dir=DEFAULT)
+    quoted = shlex.quote(path)
+    return ["echo '%s %s tmpfs mode=0700 0 0' >>/etc/fstab" % (
+        'kuryr-break0', path), 'mkdir -p ' + quoted, 'mount ' + quoted]
 
 
 def _mount_of(path: str) -> tuple[str, str]:
@@ -89,7 +107,7 @@ def check_ledger(node: Node, host: Host) -> Iterator[Finding]:
         if unreadable:
             yield kind.found(
                 'its record in the ledger cannot be read: ' + next(iter(
-                    unreadable.values())), unreadable, python=sys.executable)
+                    unreadable.values())), unreadable, upgrade=host.upgrade)
     if contents.quarantined:
         yield KINDS['ledger-quarantined'].found(
             'its record in the ledger cannot be read, and is in quarantine'
@@ -110,7 +128,7 @@ def check_ledger(node: Node, host: Host) -> Iterator[Finding]:
         yield KINDS['agent-stuck'].found(
             'no sync of the agent has succeeded for %d s; the agent is %s'
             % (silent, _holder(ledger.heartbeat.path)),
-            path=ledger.heartbeat.path)
+            path=ledger.heartbeat.path, restart=host.restart)
 
 
 def _holder(path: str) -> str:

@@ -30,13 +30,13 @@ def as_json(findings: Iterable[Finding],
 
 
 def as_text(findings: list[Finding], not_examined: Sequence[str] = (),
-            examined: str = '', pods: Mapping[str, str] = {},
+            examined: str = '', owners: Mapping[str, str] = {},
             **counts: int) -> str:
     """Return a paragraph for each finding, and a summary.
 
-    :param pods: owners and names of pods, by address
+    :param owners: owners and names of pods, by address
     """
-    blocks = [_block(each, pods) for each in findings]
+    blocks = [_block(each, owners) for each in findings]
     if counts.get('pinged'):
         blocks.insert(0, 'Pings, both ways: %(answered)d of %(pinged)d '
                       'addresses answered.' % counts)
@@ -60,17 +60,21 @@ def as_text(findings: list[Finding], not_examined: Sequence[str] = (),
     return '\n\n'.join([*blocks, _wrapped(summary)])
 
 
-def _block(finding: Finding, pods: Mapping[str, str]) -> str:
+def _block(finding: Finding, owners: Mapping[str, str]) -> str:
     seen = finding.seen
-    if not all(subject in seen for subject in finding.subjects):
-        more = len(finding.subjects) - _SHOWN
-        seen += ': ' + ', '.join(
-            '%s of %s' % (each, pods[each]) if each in pods else each
-            for each in finding.subjects[:_SHOWN]) + (
-            ' and %d more' % more if more > 0 else '')
+    more = [each for each in finding.subjects if each not in seen]
+    if more:
+        # The text names one of the subjects, or none.
+        is_first = len(more) == len(finding.subjects) and ': ' not in seen
+        seen += (': ' if is_first else ' Also: ' if seen.endswith('?')
+                 else '. Also: ') + ', '.join(
+            '%s of %s' % (each, owners[each]) if each in owners else each
+            for each in more[:_SHOWN]) + (
+            ' and %d more' % (len(more) - _SHOWN)
+            if len(more) > _SHOWN else '')
     # Commands are not wrapped, so that users can paste them.
     lines = ['%s: %s' % (finding.severity, finding.id),
-             _wrapped(seen + '.', '  seen  '),
+             _wrapped(seen if seen.endswith('?') else seen + '.', '  seen  '),
              _wrapped(finding.why, '  why   '),
              _wrapped(finding.remedy, '  do    '),
              *('          ' + each for each in finding.commands[:_SHOWN])]

@@ -183,16 +183,21 @@ class TestDaemonSet(base.ClusterTestCase):
                          '\n'.join((script, output, errors)))
         return str(output)
 
+    #: The command of the page that gets the name of a node's pod.
+    get_pod = ''
+
     def follow(self, title: str) -> None:
         """Run the commands of a section, and compare what they print."""
         for step in pages.steps(image.PAGE, title):
             if step.command.startswith('pip '):
                 continue
-            command = step.command.replace('/path/to/kuryr.conf',
-                                           '/etc/kuryr.conf')
-            if 'POD' in command:
-                command = command.replace('POD', self.pod_of(
-                    self.first)['metadata']['name'])
+            command = step.command.replace(
+                '/path/to/kuryr.conf', '/etc/kuryr.conf').replace(
+                'NODE', self.first.name)
+            if '$pod' in command:  # each command has a shell of its own
+                command = '%s\n%s' % (self.get_pod, command)
+            elif command.startswith('pod='):
+                self.get_pod = command
             output = self.run_shell(command)
             print(command, output, sep='\n')
             if step.command.startswith('etc/kubernetes/generate'):

@@ -49,6 +49,13 @@ def addresses(*texts: str) -> list[IPAddress]:
     return [ipaddress.ip_address(text) for text in texts]
 
 
+def add_unit() -> None:
+    """Create the directory of systemd, and the unit of the agent."""
+    os.makedirs('/run/systemd/system')
+    with open('/run/systemd/system/kuryr-break0-agent.service', 'w'):
+        pass
+
+
 def in_child(function: Callable[[], Any]) -> int:
     """Call a function in a forked process and return its pid."""
     pid = os.fork()

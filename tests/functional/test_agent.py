@@ -262,6 +262,31 @@ class TestLate(AgentTestCase):
             self.fault('break0 down', 'ip link set break0 down')
 
 
+class TestReadOnlyLog(AgentTestCase):
+    """With kuryr-daemon's log file out of reach, the agent uses stderr."""
+
+    def start(self) -> subprocess.Popen[str]:
+        with open(CONF, 'a') as file:
+            file.write('[DEFAULT]\nlog_file = /run/logs/kuryr.log\n'
+                       'use_stderr = false\n')
+        os.makedirs('/run/logs')
+        self.lab.run('mount', '-t', 'tmpfs', '-o', 'ro', 'none', '/run/logs')
+        self.addCleanup(self.lab.run, 'umount', '/run/logs')
+        stderr = open('/run/agent.log', 'w')
+        self.addCleanup(stderr.close)
+        agent = program.start([PROGRAM, '--config-file', CONF, 'agent'],
+                              stderr=stderr)
+        self.addCleanup(agent.wait)
+        self.addCleanup(agent.kill)
+        self.wait_for(lambda: metrics.value('sync_seconds_count'))
+        return agent
+
+    def test_it_logs_to_stderr(self) -> None:
+        self.assertIn('The agent cannot write the log file /run/logs/'
+                      'kuryr.log (Read-only file system)', self.log())
+        self.wait_for(lambda: 'Watching' in self.log())
+
+
 class TestStateDirectory(AgentTestCase):
     """The agent watches the state directory, even after its removal."""
 

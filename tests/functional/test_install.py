@@ -42,9 +42,34 @@ class TestInstall(CLITestCase):
         for text, answer in (('foo', 'is no network'),
                              ('100.75.30.51/24',
                               'did you mean 100.75.30.0/24?'),
-                             ('100.75.30.0/24,', 'is no network')):
-            self.assertIn(answer, self.install('CIDRS=' + text, code=2))
+                             ('100.75.30.0/24,', 'is no network'),
+                             ('100.75.30.51', '100.75.30.51 has no prefix '
+                              'length: did you mean 100.75.30.0/24?'),
+                             ('fd00:30::71', 'did you mean fd00:30::/64?')):
+            shown = self.install('CIDRS=' + text, code=2)
+            self.assertIn(answer, shown)
+            self.assertEqual(2, shown.count('\n'), shown)  # and make's own
         self.assertFalse(DEST.exists())
+
+    def test_a_failure_of_pip_leaves_no_file(self) -> None:
+        # make exports its variables to pip.
+        shown = self.make('install', 'DESTDIR=%s' % DEST, CIDRS,
+                          'PIP_NO_INDEX=1', 'PIP_FIND_LINKS=/nowhere', code=2)
+        self.assertIn('Nothing was installed', shown)
+        self.assertEqual([], [path for path in DEST.rglob('*')
+                              if not path.is_dir()])
+
+    def test_the_printed_commands_change_the_networks(self) -> None:
+        self.install('CIDRS=100.75.31.0/24')
+        settings = DEST / 'etc/kuryr-break0/kuryr-break0.conf'
+        shown = self.install(CIDRS)
+        self.assertIn('has other networks than CIDRS', shown)
+        command, = (line for line in shown.splitlines()
+                    if line.startswith('sed '))
+        self.lab.run('sh', '-c', command)
+        self.assertIn('\nallowed_%s\n' % CIDRS.lower().replace('=', ' = '),
+                      settings.read_text())
+        self.assertNotIn('has other networks', self.install(CIDRS))
 
     def test_what_it_installs_and_keeps(self) -> None:
         self.assertNotIn('Kept', self.install(CIDRS))
@@ -63,13 +88,15 @@ class TestInstall(CLITestCase):
         (DEST / 'etc/kuryr').mkdir()
         (DEST / 'etc/kuryr/kuryr.conf').touch()
         shown = self.install('CIDRS=10.0.0.0/8')
-        self.assertIn('Kept %s, which is there already; CIDRS is not used'
-                      % settings, shown)
+        self.assertIn('Kept %s, which has other networks' % settings, shown)
+        self.assertIn('/opt/kuryr-break0/share/kuryr-break0/'
+                      'kuryr-break0.conf.sample.', before)
         self.assertIn('Kept %s/etc/NetworkManager' % DEST, shown)
         self.assertIn('%s/etc/kuryr/kuryr.conf is read in place of %s'
                       % (DEST, settings), shown)
         self.assertEqual(before, settings.read_text())
-        self.make('uninstall', 'DESTDIR=%s' % DEST)
+        self.assertIn('Kept %s. To delete it: rm -r' % settings,
+                      self.make('uninstall', 'DESTDIR=%s' % DEST))
         left = {str(path.relative_to(DEST)) for path in DEST.rglob('*')
                 if not path.is_dir()}
         self.assertEqual({'etc/kuryr-break0/kuryr-break0.conf',

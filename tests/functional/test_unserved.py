@@ -86,8 +86,12 @@ class TestReasons(UnservedTestCase):
         self.assertEqual([], self.status())
         self.lab.add_pod('one', ONE)
         self.assertEqual([(ONE, 'not_discovered')], self.status())
-        self.assertEqual(['kuryr-break0 adopt'],
-                         self.finding('container-not-discovered')['commands'])
+        finding = self.finding('container-not-discovered')
+        # The command reads the configuration that this doctor has read.
+        self.assertEqual(['kuryr-break0 --config-file %s adopt'
+                          % test_discovery.CONF], finding['commands'])
+        self.assertEqual('Bind pods that ran before the installation with '
+                         'adopt.', finding['remedy'])
 
     def test_its_advice_without_kuryr(self) -> None:
         self.configure('enabled = true')
@@ -95,10 +99,12 @@ class TestReasons(UnservedTestCase):
         self.lab.run('ip', 'address', 'add', '100.99.0.9/16', 'dev',
                      lab.PARENT)
         self.lab.add_pod('two', '100.99.7.2')
-        os.makedirs('/run/systemd/system')
+        base.add_unit()
         with NO_KURYR:
             found = self.examined()
         finding = found['container-not-discovered']
+        self.assertEqual('Let the agent discover containers in these '
+                         'networks.', finding.remedy)
         self.assertEqual('systemctl enable --now kuryr-break0-agent',
                          finding.commands[-1])
         for command in finding.commands:
@@ -140,7 +146,7 @@ class TestReasons(UnservedTestCase):
         self.configure('discover = true', 'allowed_cidrs = 100.75.0.0/16')
         self.lab.add_pod('one', ONE)
         self.assertEqual([(ONE, 'not_discovered')], self.status())
-        os.makedirs('/run/systemd/system')
+        base.add_unit()
         with NO_KURYR:
             self.assertEqual(
                 ('systemctl enable --now kuryr-break0-agent',),
@@ -149,14 +155,13 @@ class TestReasons(UnservedTestCase):
     def test_outside_of_allowed_cidrs(self) -> None:
         self.lab.add_pod('one', ONE, ONE6)
         self.start('discover = true\nallowed_cidrs = 100.76.0.0/16,'
-                   'fd00:30::/64\n')
+                   'fd00:30::/64\n', 'env')
         self.until_bound(ONE6)
         self.assertEqual([(ONE, 'not_allowed')], self.status())
         # The agent logs the reason once.
         self.assertEqual(1, self.log().count('it is outside [break0]'))
         self.follow('container-not-allowed')
-        self.restart()
-        self.until_bound(ONE, ONE6)
+        self.until_bound(ONE, ONE6)  # the agent has read the options again
         self.assertEqual([], self.status())
 
     def test_of_no_single_host(self) -> None:
@@ -166,22 +171,14 @@ class TestReasons(UnservedTestCase):
         self.assertIn('a multicast address', finding['seen'])
         self.assertEqual([], finding['commands'])
 
-    def restart(self) -> None:
-        with open(test_discovery.CONF) as file:
-            text = file.read().replace('[break0]\n', '')
-        self.agent.kill()
-        self.agent.wait()
-        self.start(text)
-
     def test_another_parent(self) -> None:
         self.lab.add_pod('one', ONE)
-        self.start(test_discovery.OPTIONS + 'parent = eth7\n')
+        self.start(test_discovery.OPTIONS + 'parent = eth7\n', 'env')
         self.until(lambda: self.status() == [(ONE, 'other_parent')])
         finding = self.finding('container-other-parent')
         self.assertIn('parent is eth7, and there is no such interface',
                       finding['seen'])
         self.follow('container-other-parent')
-        self.restart()
         self.until_bound(ONE)
         self.assertEqual([], self.status())
 

@@ -68,6 +68,12 @@ class TestKinds(unittest.TestCase):
                                         r'\b([Pp]od|[Nn]ode)s?\b|ADD|DEL')
 
 
+    def test_a_container_or_pod_is_a_container(self) -> None:
+        with mock.patch.object(output._Reader, 'has_pods', False):
+            self.assertEqual('no container of that name', output.speak(
+                'no container or pod of that name'))
+
+
 class TestMerged(unittest.TestCase):
 
     def test_one_of_each_kind(self) -> None:
@@ -94,6 +100,22 @@ class TestReport(unittest.TestCase):
         self.assertIn('# and 12 more', text)
         self.assertNotIn('do 8', text)
         self.assertIn('do 19', report.as_json([found]))
+
+
+    def test_subjects_after_the_text(self) -> None:
+        for name, seen, subjects, expected in (
+                ('container-not-discovered', '1.1.1.1 is not bound: no reason',
+                 ['1.1.1.1', '1.1.1.2'],
+                 '1.1.1.1 is not bound: no reason. Also: 1.1.1.2. why'),
+                ('option-unknown', 'mtv is no option: did you mean mtu?',
+                 ['mtx is no option'], 'did you mean mtu? Also: mtx is no '
+                 'option. why'),
+                ('option-unknown', 'did you mean mtu?', [],
+                 'did you mean mtu? why'),
+                ('sandbox-gone', 'addresses belong to gone sandboxes', ['a'],
+                 'addresses belong to gone sandboxes: a. why')):
+            text = report.as_text([findings.KINDS[name].found(seen, subjects)])
+            self.assertIn(expected, ' '.join(text.split()))
 
 
 class TestCounters(unittest.TestCase):

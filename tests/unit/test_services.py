@@ -17,6 +17,7 @@ from oslo_log import log as logging
 from kuryr_break0.cli import common
 from kuryr_break0 import config
 from tests import overlay
+from tests import pages
 
 ETC = os.path.join(overlay.ROOT, 'etc')
 UNIT = 'kuryr-break0-agent.service'
@@ -57,6 +58,32 @@ class TestUnit(unittest.TestCase):
         # systemd-analyze also prints the keys that systemd ignores, such as
         # unknown ones.
         self.assertEqual('', self.analyze('verify', '--man=no'))
+
+    def test_block_of_the_page(self) -> None:
+        """The block that installs the unit works as pasted."""
+        with tempfile.TemporaryDirectory() as top:
+            units, share = top + '/units', top + '/venv/share/kuryr-break0'
+            os.makedirs(share)
+            os.makedirs(top + '/venv/bin')
+            os.symlink(os.path.join(ETC, 'systemd'), share + '/systemd')
+            os.symlink(BIN + '/kuryr-break0', top + '/venv/bin/kuryr-break0')
+            with open(top + '/venv/bin/systemctl', 'w') as file:
+                file.write('#!/bin/sh\necho "$@"\n')
+            os.chmod(file.name, 0o755)
+            block = pages.block('install/bare.rst', 'ExecStart').replace(
+                '/etc/systemd/system', units)
+            shown = subprocess.check_output(
+                ['sh', '-eu', '-c', block], text=True, cwd='/', env={
+                    'PATH': '%s/venv/bin:%s' % (top, os.environ['PATH'])})
+            self.assertEqual('daemon-reload\nenable --now '
+                             'kuryr-break0-agent\n', shown)
+            done = subprocess.run(
+                ['systemd-analyze', 'verify', '--man=no', units + '/' + UNIT],
+                text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            self.assertEqual((0, ''), (done.returncode, done.stdout))
+            with open('%s/%s.d/path.conf' % (units, UNIT)) as file:
+                self.assertIn('=%s/venv/bin/kuryr-break0 agent\n' % top,
+                              file.read())
 
     def test_drop_in_for_discovery(self) -> None:
         name = 'kuryr-break0-agent.service.d'

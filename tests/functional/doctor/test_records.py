@@ -31,7 +31,11 @@ class TestRecords(DoctorTestCase):
         finding = self.assert_found('agent-not-running', self.STATE,
                                     severity='warning')
         self.assertEqual(['kuryr-break0 agent'], finding['commands'])
-        os.makedirs('/run/systemd/system')
+        os.makedirs('/run/systemd/system')  # the unit is not installed
+        self.assertEqual(['kuryr-break0 agent'], self.assert_found(
+            'agent-not-running')['commands'])
+        os.rmdir('/run/systemd/system')
+        base.add_unit()
         with mock.patch.object(installation, 'is_for_kuryr',
                                return_value=False):
             finding = self.assert_found('agent-not-running')
