@@ -67,7 +67,6 @@ class TestKinds(unittest.TestCase):
                     self.assertNotRegex(output.speak(text),
                                         r'\b([Pp]od|[Nn]ode)s?\b|ADD|DEL')
 
-
     def test_a_container_or_pod_is_a_container(self) -> None:
         with mock.patch.object(output._Reader, 'has_pods', False):
             self.assertEqual('no container of that name', output.speak(
@@ -100,7 +99,6 @@ class TestReport(unittest.TestCase):
         self.assertIn('# and 12 more', text)
         self.assertNotIn('do 8', text)
         self.assertIn('do 19', report.as_json([found]))
-
 
     def test_subjects_after_the_text(self) -> None:
         for name, seen, subjects, expected in (
