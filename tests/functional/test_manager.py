@@ -196,7 +196,7 @@ class TestRoutes(base.LabTestCase):
                     self.assertFalse(self.manager().sync())
                     self.assertEqual(before, self.host_routes(address))
                     self.assertRegex(self.problems()[0],
-                                     'it has a route of others')
+                                     'it has a route of another program')
                     # A takeover keeps the foreign route; the kernel uses ours.
                     self.bind(address, takeover=True)
                     after = self.host_routes(address)
