@@ -205,8 +205,10 @@ class TestProbe(CLITestCase):
         found = self.probe(POD, '--conflict', '--count', '1', code=1)
         self.assertEqual([self.lab.ip('link', 'show', 'nic', netns='lan')[0][
             'address']], found['claimants'])
-        self.assertIn('is at', self.call('probe', POD, '--conflict',
-                                         '--count', '1').stdout)
+        self.assertIn(
+            POD + ' is also used by the host with the MAC address ',
+            ' '.join(self.call('probe', POD, '--conflict', '--count',
+                               '1').stdout.split()))
         self.assertIsNone(self.probe(POD6)['claimants'])
 
     def traced(self, address: str, *args: str) -> str:
