@@ -71,7 +71,7 @@ class TestStatus(CLITestCase):
         self.assertTrue(status['in_sync'])
         self.assertIsNone(status['device'])
         self.assertEqual([], status['addresses'])
-        self.assertIn('no break0', self.call('status').stdout)
+        self.assertIn('break0 does not exist yet', self.call('status').stdout)
 
     def test_it_changes_nothing(self) -> None:
         self.bind()
