@@ -386,7 +386,7 @@ def unjudged_text(seen: Snapshot) -> str:
 
 def foreign_text(route: HostRoute) -> str:
     """Describe the foreign route that conflicts with a pod's route."""
-    return 'it has a route of others, on %s with protocol %s' % (
+    return 'it has a route of another program, through %s with protocol %s' % (
         kernel.format_ifname(route.oif), route.protocol)
 
 

@@ -176,7 +176,7 @@ def _require_other(mac: str, parent: str, devices: set[str]) -> None:
         if link.kind == 'macvtap' and (link.mode, on) != ('bridge', parent):
             raise exceptions.WrongUsage(
                 'The macvtap %s with the MAC address %s is in %s mode on %s. '
-                'Change it to bridge mode on %s.' % (
+                'Create it in bridge mode on %s.' % (
                     link.name, mac, link.mode, on, parent))
 
 

@@ -97,7 +97,7 @@ def run(argv: Sequence[str]) -> int:
     except OSError as err:
         if err.filename is None:  # maybe a closed pipe, handled in main
             raise
-        return common.fail(common.UNREADABLE, 'Cannot continue: %s' % err)
+        return common.fail(common.UNREADABLE, 'A system call failed: %s' % err)
     except exceptions.Break0Error as err:
         return common.fail(common.UNREADABLE, err)
 

@@ -314,7 +314,7 @@ class TestStateDirectory(AgentTestCase):
         process = psutil.Process(self.agent.pid)
         self.wait_for(lambda: base.is_idle(process))
         before = self.count()
-        path = '/run/kuryr-break0/addresses/%s1.json' % files.UNFINISHED_GROUP
+        path = '/run/kuryr-break0/addresses/%s1.json' % files.UNFINISHED
         self.lab.run('sh', '-c', 'touch {0}; rm {0}'.format(path))
         self.wait_for(lambda: base.is_idle(process))
         self.assertEqual(before, self.count())

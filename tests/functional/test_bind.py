@@ -199,8 +199,8 @@ class TestRefusals(ByHandTestCase):
                         'address', mac, 'type', 'macvtap', 'mode', 'vepa',
                         check=False).returncode:
             self.skipTest('needs the module macvtap')
-        for parent, text in ((lab.PARENT, 'in vepa mode on eth0. Only one'),
-                             ('eth1', 'in bridge mode on eth1 can be'),
+        for parent, text in ((lab.PARENT, 'in vepa mode on eth0. Create it'),
+                             ('eth1', 'Create it in bridge mode on eth1'),
                              ('tap', 'cannot be on tap: it is a macvtap')):
             self.assertIn(text, self.bind_web(
                 '--parent', parent, '--mac', mac if parent != 'tap'

@@ -866,7 +866,7 @@ class TestWithoutTheHook(BorderTestCase):
                     side_effect=exceptions.KernelRefused(
                         'guard it', 'no such hook', errno.EOPNOTSUPP)))
                 stack.enter_context(mock.patch.object(
-                    kernel, 'release', return_value=(5, 10)))
+                    kernel, 'read_release', return_value=(5, 10)))
             for dry_run in (True, False):
                 self.assertEqual((), self.manager().sync(dry_run).pods)
         repaired = int(self.has_egress())

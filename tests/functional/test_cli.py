@@ -71,7 +71,7 @@ class TestStatus(CLITestCase):
         self.assertTrue(status['in_sync'])
         self.assertIsNone(status['device'])
         self.assertEqual([], status['addresses'])
-        self.assertIn('no break0', self.call('status').stdout)
+        self.assertIn('break0 does not exist yet', self.call('status').stdout)
 
     def test_it_changes_nothing(self) -> None:
         self.bind()
@@ -129,7 +129,7 @@ class TestSync(CLITestCase):
         done = self.call('sync')
         self.assertEqual(1, done.returncode)
         self.assertIn('! route %s dev lo proto 3 ' % POD, done.stdout)
-        self.assertIn('a route of others, on lo with protocol 3',
+        self.assertIn('a route of another program, through lo with protocol 3',
                       self.call('status').stdout)
 
     def test_an_address_that_is_refused(self) -> None:

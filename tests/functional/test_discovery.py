@@ -1287,7 +1287,8 @@ class TestExhausted(FinderTestCase):
         self.lab.del_netns('one')
         now = [time.monotonic()]
         with mock.patch.object(
-                kernel, 'state', return_value=kernel.State.UNKNOWN) as asked, \
+                kernel, 'judge_state',
+                return_value=kernel.State.UNKNOWN) as asked, \
                 mock.patch.object(time, 'monotonic', lambda: now[0]):
             self.finder.note_mounts()
             while not is_idle(self.finder):

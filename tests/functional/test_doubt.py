@@ -539,7 +539,7 @@ class TestErrorsStayWhereTheyArise(DoubtTestCase):
                 kernel, 'identify_or_fail',
                 side_effect=OSError(errno.EMFILE, 'Too many open files')),
             'lock': mock.patch.object(
-                lock, 'held', side_effect=exceptions.LockTimeout(
+                lock, 'hold', side_effect=exceptions.LockTimeout(
                     path='lock', timeout=1)),
             'device': mock.patch.object(
                 devices.Devices, 'ensure',
@@ -656,7 +656,7 @@ class TestElsewhere(base.LabTestCase):
         before = self.lab.ip('link', netns='pod')
         for change in self.manager().sync, self.seen:
             with self.assertRaisesRegex(exceptions.Break0Error,
-                                        'namespace of sandbox-1/eth0, and'):
+                                        'namespace of sandbox-1/eth0, not '):
                 self.lab.in_netns(change, 'pod')
         self.assertEqual(before, self.lab.ip('link', netns='pod'))
         self.assertEqual([], self.problems())

@@ -155,7 +155,7 @@ class TestConnect(DriverTestCase):
             self.connect()
         self.assertEqual(['eth0'], list(self.pod_links()))
         message = '\n'.join(logs.output)
-        for text in ('sandbox-1/eth0', 'break0', 'a veth', 'rename'):
+        for text in ('sandbox-1/eth0', 'break0', 'a veth', 'Rename'):
             self.assertIn(text, message)
         self.assertNotIn('Traceback', message)
         self.assertTrue(self.driver.is_alive())

@@ -227,8 +227,8 @@ class TestSync(base.LabTestCase):
             done = self.call(*command, 'sync', *options)
             self.assertEqual(1, done.returncode, done.stderr)
             for address, owner in ((POD, OWNER), (OTHER_POD, OTHER_OWNER)):
-                self.assertIn('! record %s owner %s: cannot find out whether '
-                              'its sandbox exists: /run/netns/'
+                self.assertIn('! record %s owner %s: it is not known '
+                              'whether its sandbox exists: /run/netns/'
                               % (address, owner), done.stdout)
             self.assertNotIn('\n- ', '\n' + done.stdout)
             self.assert_untouched()

@@ -185,7 +185,7 @@ class TestRoutes(base.LabTestCase):
                     self.assertFalse(self.manager().sync())
                     self.assertEqual(before, self.host_routes(address))
                     self.assertRegex(self.problems()[0],
-                                     'it has a route of others')
+                                     'it has a route of another program')
                 # Without the foreign route the address can be bound.
                 self.unbind(address)
                 self.assertEqual(before, self.host_routes(address))

@@ -371,7 +371,7 @@ class TestIntoAVrf(ParentKindTestCase):
             self.sync()
         self.assertNotEqual([], self.problems())
         finding = self.assert_found(
-            'parent-vrf', 'eth0 is in the VRF red, whose table is 10, but '
+            'parent-vrf', 'eth0 is in the VRF red with table 10, but '
             '[break0] route_table is 254', severity='error')
         self.follow(finding)
         self.OPTIONS = {'route_table': TABLE}

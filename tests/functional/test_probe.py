@@ -205,8 +205,10 @@ class TestProbe(CLITestCase):
         found = self.probe(POD, '--conflict', '--count', '1', code=1)
         self.assertEqual([self.lab.ip('link', 'show', 'nic', netns='lan')[0][
             'address']], found['claimants'])
-        self.assertIn('is at', self.call('probe', POD, '--conflict',
-                                         '--count', '1').stdout)
+        self.assertIn(
+            POD + ' is also used by the host with the MAC address ',
+            ' '.join(self.call('probe', POD, '--conflict', '--count',
+                               '1').stdout.split()))
         self.assertIsNone(self.probe(POD6)['claimants'])
 
     def traced(self, address: str, *args: str) -> str:
@@ -224,8 +226,8 @@ class TestProbe(CLITestCase):
                 (None, POD, 'add table inet t; add chain inet t c { type '
                  'filter hook output priority 0; }; add rule inet t c ip '
                  'daddr %s drop' % POD,
-                 'on the node the table inet t, chain c, drops it: ip daddr '
-                 '%s drop' % POD),
+                 'on the node the table inet t, chain c, drops the packet: '
+                 'ip daddr %s drop' % POD),
                 (None, POD6, 'add table ip6 t; add chain ip6 t c { type '
                  'filter hook input priority 0; policy drop; }',
                  'on the node the policy of the table ip6 t, chain c'),
@@ -236,8 +238,8 @@ class TestProbe(CLITestCase):
                 (None, POD, 'add table netdev t; add chain netdev t c { type '
                  'filter hook ingress device break0 priority 0; }; add rule '
                  'netdev t c ip saddr %s drop' % POD,
-                 'on the node the table netdev t, chain c, drops it: ip '
-                 'saddr'),
+                 'on the node the table netdev t, chain c, drops the packet: '
+                 'ip saddr'),
                 ('pod', POD, 'add table inet t; add chain inet t c { type '
                  'filter hook input priority 0; policy drop; }',
                  'in the pod the policy of the table inet t, chain c'),
@@ -279,4 +281,4 @@ class TestProbe(CLITestCase):
         self.lab.run('ip', 'link', 'set', 'eth0', 'type', 'macvlan', 'mode',
                      'private', netns='pod')
         self.assertIn('table netdev kuryr-break0-break0, chain to-the-wire, '
-                      'drops it', self.traced(POD))
+                      'drops the packet', self.traced(POD))

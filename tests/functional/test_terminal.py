@@ -122,14 +122,14 @@ class TestTerminal(CLITestCase):
             with open(path, 'w') as file:
                 file.write('[break0]\nresync_interval = 1\n')
         shown = self.call('--help', HOME='/run/home').stdout
-        self.assertIn('On this host: %s\nNot read: %s\n' % tuple(paths), shown)
+        self.assertIn('On this host: %s\nIgnored: %s\n' % tuple(paths), shown)
         agent = subprocess.Popen(
             [PROGRAM, 'agent'], stderr=subprocess.PIPE, text=True,
             env={**os.environ, 'HOME': '/run/home'})
         self.addCleanup(agent.wait)
         self.addCleanup(agent.kill)
         assert agent.stderr
-        for text in ('is read from ' + paths[0],
+        for text in ('Read the configuration from ' + paths[0],
                      '%s is not read, because' % paths[1]):
             while text not in (line := agent.stderr.readline()):
                 self.assertTrue(line, 'it has ended')
@@ -150,7 +150,8 @@ class TestTerminal(CLITestCase):
                         output, 'write') as written:
                     self.assertEqual(2, main.main([verb]))
             self.assertEqual(
-                'kuryr-break0: Run it as root: sudo kuryr-break0 ' + verb,
+                'kuryr-break0: Run the command as root: sudo kuryr-break0 '
+                + verb,
                 written.call_args[0][0])
 
     def test_on_a_host_of_containers(self) -> None:

@@ -58,7 +58,7 @@ class TestDevice(DoctorTestCase):
         self.assertEqual({}, self.findings())
         found = self.findings(parent='eth0')
         self.assertEqual({'parent-missing', 'parent-mismatch'}, set(found))
-        self.assertIn('pods on ens3', found['parent-mismatch']['seen'])
+        self.assertIn('but pods are on ens3', found['parent-mismatch']['seen'])
 
     def test_down(self) -> None:
         self.lab.run('ip', 'link', 'set', 'break0', 'down')
@@ -166,8 +166,9 @@ class TestDevice(DoctorTestCase):
 
     def test_parent_without_carrier(self) -> None:
         self.lab.run('ip', 'link', 'set', 'nic', 'down', netns='lan')
-        finding = self.assert_found('parent-down', 'eth0, which the pods and '
-                                    'break0 are on, has no carrier')
+        finding = self.assert_found(
+            'parent-down', 'eth0, the parent of break0 and of the pods, has '
+            'no carrier')
         self.assertEqual(['ip -details link show eth0'], finding['commands'])
         self.assertEqual(['eth0, the parent of break0, has no carrier'],
                          self.problems())

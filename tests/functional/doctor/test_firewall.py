@@ -64,7 +64,7 @@ class TestFirewall(DoctorTestCase):
                  'priority 0; iifname "break0" counter drop; }; }')
         self.assertFalse(self.lab.ping(lab.NODE, 'pod'))
         self.assert_drops('on the node the table inet filter, chain in, '
-                          'drops it: iifname "break0" drop')
+                          'drops the packet: iifname "break0" drop')
         self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
 
     def test_the_result_of_pings_comes_first(self) -> None:
@@ -83,7 +83,7 @@ class TestFirewall(DoctorTestCase):
                  'priority 0; ip daddr 100.75.30.64-100.75.30.95 reject; }; '
                  '}')
         self.assertFalse(self.lab.ping(POD4))
-        self.assert_drops('the table ip filter, chain out, drops it')
+        self.assert_drops('the table ip filter, chain out, drops the packet')
         self.assertTrue(self.lab.ping(POD4))
 
     def test_policy(self) -> None:
@@ -92,7 +92,7 @@ class TestFirewall(DoctorTestCase):
                  'accept; iifname "lo" accept; }; }')
         self.assertFalse(self.lab.ping(lab.NODE, 'pod'))
         self.assert_drops('the policy of the table inet filter, chain in, '
-                          'drops it')
+                          'drops the packet')
         self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
 
     def test_only_pings_and_some_ports(self) -> None:
@@ -109,7 +109,7 @@ class TestFirewall(DoctorTestCase):
                      'priority 0; meta l4proto tcp drop; }; }', netns='pod')
         finding = self.assert_found(
             'firewall-restricts', 'in the pod the table inet t, chain c, '
-            'drops it', severity='note')
+            'drops the packet', severity='note')
         self.assertEqual([], finding['commands'])
 
     def test_a_source_that_stays_what_it_is(self) -> None:
@@ -193,7 +193,7 @@ class TestFirewall(DoctorTestCase):
         self.lab.run('ufw', '--force', 'enable')
         finding = self.assert_found(
             'firewall-restricts', 'the policy of the table ip filter, chain '
-            'INPUT, drops it', severity='note')
+            'INPUT, drops the packet', severity='note')
         self.assertEqual(['ufw allow in on break0'], finding['commands'])
         self.assertIn('Nothing wrong was found.', self.call(code=0).stdout)
         self.follow(finding)
@@ -203,7 +203,7 @@ class TestFirewall(DoctorTestCase):
         firewalls.start_firewalld(self)
         finding = self.assert_found(
             'firewall-restricts', 'the table inet firewalld, chain '
-            'filter_IN_public, drops it', severity='note')
+            'filter_IN_public, drops the packet', severity='note')
         self.assertIn('Nothing wrong was found.', self.call(code=0).stdout)
         self.follow(finding)
         self.assertEqual({}, self.findings())

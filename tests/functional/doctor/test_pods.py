@@ -81,8 +81,9 @@ class TestPods(DoctorTestCase):
 
     def test_no_interface(self) -> None:
         self.lab.run('ip', 'link', 'del', 'eth0', netns='pod')
-        self.assert_found('pod-interface-gone', "' has no interface eth0",
-                          POD4, POD6, severity='error')
+        self.assert_found('pod-interface-gone', "' of the pod sandbox-1/eth0 "
+                          'has no interface eth0', POD4, POD6,
+                          severity='error')
 
     def test_parent_made_anew(self) -> None:
         """A new parent has none of the pods' macvlans: restart the pods."""
@@ -335,8 +336,8 @@ class TestReachability(DoctorTestCase):
         self.lab.run('ip', 'route', 'flush', 'dev', 'eth0', netns='bare')
         self.assertFalse(self.lab.ping(lab.NODE, 'bare'))
         finding = self.assert_found(
-            'pod-route-missing', 'has no route to the node ' + lab.NODE,
-            severity='error')
+            'pod-route-missing', '/eth0 has no route to the node address '
+            + lab.NODE, severity='error')
         self.assertEqual(['100.75.30.79'], finding['subjects'])
         self.follow(finding)
         self.assertTrue(self.lab.ping(lab.NODE, 'bare'))
@@ -348,8 +349,8 @@ class TestReachability(DoctorTestCase):
         self.lab.run('ip', 'route', 'replace', '100.75.30.0/24', 'dev',
                      'eth0', 'src', '100.99.0.9', netns='pod')
         finding = self.assert_found(
-            'packet-lost', 'the reply of the node leaves through eth0, to '
-            '100.99.0.9', severity='error')
+            'packet-lost', 'the reply of the node to 100.99.0.9 leaves '
+            'through eth0, not break0', severity='error')
         self.assertEqual([POD4], finding['subjects'])
 
     def test_a_queue_that_drops(self) -> None:
@@ -372,9 +373,10 @@ class TestReachability(DoctorTestCase):
         self.lab.run('ip', 'rule', 'add', 'fwmark', '9', 'lookup', '99')
         self.lab.run('ip', 'route', 'add', 'default', 'via', lab.LAN, 'dev',
                      lab.PARENT, 'table', '99')
-        self.assertIn('from the node, to %s, is not answered: it was seen' %
-                      POD4, self.assert_found(
-                          'packet-lost', severity='error')['seen'])
+        self.assertIn(
+            'a ping from the node to the pod sandbox-1/eth0 at %s is not '
+            'answered: the trace saw packets: ' % POD4, self.assert_found(
+                'packet-lost', severity='error')['seen'])
         self.lab.run('ip', 'rule', 'del', 'fwmark', '9')
         self.assertEqual({}, self.findings())
 
@@ -430,7 +432,8 @@ class TestReachability(DoctorTestCase):
                 netns=netns)
             self.lab.run('ip', 'route', 'add', 'default', 'dev', 'net1',
                          'table', '99', netns=netns)
-        self.assertIn('the reply of the pod leaves through net1',
+        self.assertIn('the reply of the pod to %s leaves through net1, not '
+                      'eth0' % lab.NODE,
                       self.assert_found('packet-lost',
                                         severity='error')['seen'])
 

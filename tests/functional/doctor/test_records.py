@@ -59,7 +59,7 @@ class TestRecords(DoctorTestCase):
             base.beat_at(path, files.now() - age)
             with self.subTest(age=age):
                 self.assertEqual(ids, list(self.findings()))
-        self.assert_found('agent-stuck', ' s; it is process %d ' %
+        self.assert_found('agent-stuck', ' s; the agent is process %d ' %
                           os.getpid(), severity='error')
         self.assertEqual({}, self.findings(resync_interval=100))
 
@@ -171,5 +171,6 @@ class TestRecords(DoctorTestCase):
         os.chmod(self.STATE, 0o700)
         found = self.findings()
         self.assertIn('state-dir-persistent', found)
-        self.assertIn('is on /run/kuryr-break0, which is overlay',
+        self.assertIn('is on /run/kuryr-break0, which has the persistent '
+                      'file system overlay',
                       found['state-dir-persistent']['seen'])

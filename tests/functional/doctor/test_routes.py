@@ -58,7 +58,7 @@ class TestRoutes(DoctorTestCase):
         # Our route has the lowest metric: a preferred route must replace it.
         self.lab.run('ip', 'route', 'replace', POD6, 'dev', 'lo', 'metric',
                      '1')
-        finding = self.assert_found('route-foreign', 'on lo with', POD6)
+        finding = self.assert_found('route-foreign', 'through lo with', POD6)
         self.assertFalse(self.lab.ping(POD6))
         self.follow(finding)
         self.assertEqual({}, self.findings())
