@@ -295,7 +295,10 @@ class Ledger:
 
     def exists(self) -> bool:
         """Return whether the state directory exists."""
-        return os.path.isdir(self.path)
+        try:
+            return bool(os.listdir(self.path))
+        except OSError:
+            return os.path.isdir(self.path)
 
     def list_foreign_files(self) -> list[str]:
         """Return the names of foreign files in a directory without records.
@@ -323,8 +326,12 @@ class Ledger:
                             os.unlink(os.path.join(directory, name))
                     os.rmdir(directory)
         except OSError as err:
-            # It has foreign files, or is a mount point or a link.
-            if err.errno not in (errno.ENOTEMPTY, errno.EBUSY, errno.ENOTDIR):
+            # It has foreign files, or is a mount point or a link. rmdir(2)
+            # fails with EROFS for a mount point in a read-only directory.
+            is_mounted = (err.errno == errno.EROFS
+                          and err.filename == self.path)
+            if not is_mounted and err.errno not in (
+                    errno.ENOTEMPTY, errno.EBUSY, errno.ENOTDIR):
                 raise exceptions.LedgerUnavailable(path=self.path,
                                                    reason=err) from err
 

@@ -180,7 +180,7 @@ class TestRoutes(base.LabTestCase):
                         self.assertEqual([address], [
                             str(each.dst) for each
                             in self.manager().sync().foreign])
-                    self.assertIn('%s has a route' % address,
+                    self.assertIn('%s has a foreign route' % address,
                                   '\n'.join(logs.output))
                     self.assertFalse(self.manager().sync())
                     self.assertEqual(before, self.host_routes(address))
