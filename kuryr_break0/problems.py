@@ -213,9 +213,8 @@ def _of_addresses(seen: Snapshot) -> Iterator[Problem]:
                       % ', '.join(rival.owner_text for rival in rivals))
     for record in seen.gone:
         if record.address not in gone:
-            yield Problem('sandbox-gone', record.address, 'an older claim on '
-                          'it is of a sandbox that is gone: '
-                          + record.owner_text)
+            yield Problem('sandbox-gone', record.address, 'its sandbox is '
+                          'gone (older claim of %s)' % record.owner_text)
 
 
 def _on(parent: Parent, known: set[IPAddress]) -> Iterator[Problem]:
@@ -304,6 +303,7 @@ def of_pod(records: Sequence[Record], seen: Snapshot,
 def _in_pod(records: Sequence[Record], parent: Parent, seen: Snapshot,
             pause: float) -> list[Problem]:
     assert parent.node is not None
+    is_dropping = is_strict(parent)  # the pod has sysctls of its own
     found: list[Problem] = []
 
     def add(kind: str, text: str, version: Optional[int] = None,
@@ -342,8 +342,7 @@ def _in_pod(records: Sequence[Record], parent: Parent, seen: Snapshot,
                     host))
             elif isinstance(item, HostRoute):
                 is_reached = netlink.lookup(host) is not None
-                is_dropped = (is_reached and host.version == 4
-                              and is_strict(parent))
+                is_dropped = is_reached and host.version == 4 and is_dropping
                 add('rp-filter' if is_dropped else 'pod-route-missing',
                     text + 'it has no %sroute to the node address %s%s' % (
                         'direct ' if is_reached else '', host,
