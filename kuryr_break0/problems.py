@@ -150,7 +150,8 @@ def of_device(parent: Parent, seen: Snapshot) -> Iterator[Problem]:
     for kind, text in parent.differences:
         if kind != 'ipv6':
             yield problem('break0-' + kind, '%s: %s' % (name, text))
-    if parent.guard:
+    # A guard for another MAC address is loaded again with the right one.
+    if parent.guard and all(kind != 'mac' for kind, _ in parent.differences):
         yield problem('guard-missing' if is_installed()
                       else 'guard-unavailable', '%s: %s' % (
                           name, parent.guard if is_installed()

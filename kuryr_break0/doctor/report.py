@@ -30,13 +30,13 @@ def as_json(findings: Iterable[Finding],
 
 
 def as_text(findings: list[Finding], not_examined: Sequence[str] = (),
-            examined: str = '', pods: Mapping[str, str] = {},
+            examined: str = '', pod_names: Mapping[str, str] = {},
             **counts: int) -> str:
     """Return a paragraph for each finding, and a summary.
 
-    :param pods: owners and names of pods, by address
+    :param pod_names: owners and names of pods, by address
     """
-    blocks = [_block(each, pods) for each in findings]
+    blocks = [_block(each, pod_names) for each in findings]
     if counts.get('pinged'):
         blocks.insert(0, 'Pings, both ways: %(answered)d of %(pinged)d '
                       'addresses answered.' % counts)

@@ -20,7 +20,7 @@ class TestDevice(DoctorTestCase):
 
     def test_missing(self) -> None:
         self.lab.run('ip', 'link', 'del', 'break0')
-        finding = self.assert_found('break0-missing', 'no interface break0',
+        finding = self.assert_found('break0-missing', 'is missing on eth0',
                                     severity='error')
         self.assertIn('kuryr-break0 sync', finding['commands'])
         self.follow(finding)
@@ -45,8 +45,8 @@ class TestDevice(DoctorTestCase):
                      'name', 'other')
         self.lab.run('ip', 'link', 'add', 'break0', 'link', 'eth1', 'type',
                      'macvlan', 'mode', 'bridge')
-        self.follow(self.assert_found('break0-wrong-parent', 'pods are on '
-                                      'eth0'))
+        self.follow(self.assert_found('break0-wrong-parent', 'mode on eth0 '
+                                      'is needed'))
         self.assertEqual({}, self.findings())
 
     def test_a_parent_that_was_renamed(self) -> None:
@@ -54,7 +54,9 @@ class TestDevice(DoctorTestCase):
             self.lab.run('ip', 'link', 'set', *command.split())
         self.lab.run('ip', 'address', 'add', lab.NODE6 + '/64', 'dev', 'ens3',
                      'nodad')
-        self.follow(self.assert_found('guard-missing', 'guard is missing'))
+        found = self.findings()
+        self.assertEqual({'break0-name', 'guard-missing'}, set(found))
+        self.follow(found['guard-missing'])
         self.assertEqual({}, self.findings())
         found = self.findings(parent='eth0')
         self.assertEqual({'parent-missing', 'parent-mismatch'}, set(found))
@@ -71,7 +73,7 @@ class TestDevice(DoctorTestCase):
                          'kuryr-break0-break0', name)
         self.assertFalse(self.lab.ping(POD4))
         self.follow(self.assert_found(
-            'guard-missing', 'the entries of 2 addresses', POD4, OTHER4,
+            'guard-missing', 'its guard entry is missing', POD4, OTHER4,
             severity='error'))
         self.assertTrue(self.lab.ping(POD4))
         self.assertEqual({}, self.findings())
@@ -157,7 +159,7 @@ class TestDevice(DoctorTestCase):
 
     def test_parent_missing(self) -> None:
         self.lab.run('ip', 'link', 'del', lab.PARENT)
-        self.assert_found('parent-missing', 'no interface eth0')
+        self.assert_found('parent-missing', 'interface eth0 does not exist')
 
     def test_parent_down(self) -> None:
         self.lab.run('ip', 'link', 'set', lab.PARENT, 'down')
