@@ -73,6 +73,10 @@ def find_all(seen: Snapshot) -> tuple[list[Problem], dict[IPAddress, str]]:
     of_pods: list[Problem] = []
     unknown: dict[IPAddress, str] = {}
     for records in seen.interfaces():
+        if records[0].netns is None:
+            unknown.update((each.address, 'its namespace is not recorded')
+                           for each in records)
+            continue
         try:
             of_pods += of_pod(records, seen)
         except exceptions.Break0Error as err:
@@ -279,10 +283,8 @@ def of_pod(records: Sequence[Record], seen: Snapshot,
     :raises Break0Error: if it cannot be examined
     """
     parent = seen.parents[records[0].parent]
-    if parent.node is None:
-        return []  # a problem of break0
-    if records[0].netns is None:
-        raise exceptions.NetnsUnusable(netns='', reason='is not recorded')
+    if parent.node is None or records[0].netns is None:
+        return []  # there is no break0, or no namespace to examine
     addresses = [record.address for record in records]
     cause = cause_of(parent, seen)
     try:

@@ -60,7 +60,7 @@ class TestDevice(DoctorTestCase):
         self.assertEqual({}, self.findings())
         found = self.findings(parent='eth0')
         self.assertEqual({'parent-missing', 'parent-mismatch'}, set(found))
-        self.assertIn('pods on ens3', found['parent-mismatch']['seen'])
+        self.assertIn('are on ens3', found['parent-mismatch']['seen'])
 
     def test_down(self) -> None:
         self.lab.run('ip', 'link', 'set', 'break0', 'down')
@@ -168,8 +168,8 @@ class TestDevice(DoctorTestCase):
 
     def test_parent_without_carrier(self) -> None:
         self.lab.run('ip', 'link', 'set', 'nic', 'down', netns='lan')
-        finding = self.assert_found('parent-down', 'eth0, which the pods and '
-                                    'break0 are on, has no carrier')
+        finding = self.assert_found('parent-down', 'eth0, the parent of '
+                                    'break0, has no carrier')
         self.assertEqual(['ip -details link show eth0'], finding['commands'])
         self.assertEqual(['eth0, the parent of break0, has no carrier'],
                          self.problems())
@@ -185,8 +185,12 @@ class TestDevice(DoctorTestCase):
         self.assertEqual({}, self.findings())
 
     def test_parent_is_configured_to_another(self) -> None:
-        self.assert_found('parent-mismatch', '[break0] parent', POD4, OTHER4,
-                          POD6, OTHER6, parent='lo')
+        found = self.findings(parent='lo')
+        self.assertEqual({'parent-mismatch', 'break0-wrong-parent'},
+                         set(found))
+        self.assertIn('[break0] parent', found['parent-mismatch']['seen'])
+        self.assertEqual([POD4, OTHER4, POD6, OTHER6],
+                         found['parent-mismatch']['subjects'])
 
     def test_it_answers_the_lan(self) -> None:
         self.sysctl('ipv4.conf.break0.arp_filter', 0)
@@ -204,8 +208,10 @@ class TestDevice(DoctorTestCase):
     def test_all_may_filter(self) -> None:
         self.sysctl('ipv4.conf.break0.arp_filter', 0)
         self.sysctl('ipv4.conf.all.arp_filter', 1)
-        self.assertEqual({}, self.findings())
         self.assertFalse(self.is_answered_for())
+        # A sync sets the sysctl of break0 nevertheless.
+        self.follow(self.assert_found('break0-answers-lan', 'arp_filter'))
+        self.assertEqual({}, self.findings())
 
     def test_a_second_macvlan(self) -> None:
         """A macvlan left from the recipe that break0 replaces is found."""
