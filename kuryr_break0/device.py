@@ -368,7 +368,7 @@ class Device:
             # The kernel forgets addr_gen_mode while the MTU is below 1280.
             if address.version == 6 and address.is_link_local:
                 yield Difference(
-                    'addresses',
+                    'heard',
                     'it has the address %s, must have none' % address,
                     lambda netlink, address=address:  # type: ignore[misc]
                     netlink.delete_link_local(link, address))

@@ -73,6 +73,10 @@ def find_all(seen: Snapshot) -> tuple[list[Problem], dict[IPAddress, str]]:
     of_pods: list[Problem] = []
     unknown: dict[IPAddress, str] = {}
     for records in seen.interfaces():
+        if records[0].netns is None:
+            unknown.update((each.address, 'its namespace is not recorded')
+                           for each in records)
+            continue
         try:
             of_pods += of_pod(records, seen)
         except exceptions.Break0Error as err:
@@ -150,7 +154,8 @@ def of_device(parent: Parent, seen: Snapshot) -> Iterator[Problem]:
     for kind, text in parent.differences:
         if kind != 'ipv6':
             yield problem('break0-' + kind, '%s: %s' % (name, text))
-    if parent.guard:
+    # A guard for another MAC address is loaded again with the right one.
+    if parent.guard and all(kind != 'mac' for kind, _ in parent.differences):
         yield problem('guard-missing' if is_installed()
                       else 'guard-unavailable', '%s: %s' % (
                           name, parent.guard if is_installed()
@@ -213,9 +218,8 @@ def _of_addresses(seen: Snapshot) -> Iterator[Problem]:
                       % ', '.join(rival.owner_text for rival in rivals))
     for record in seen.gone:
         if record.address not in gone:
-            yield Problem('sandbox-gone', record.address, 'an older claim on '
-                          'it is of a sandbox that is gone: '
-                          + record.owner_text)
+            yield Problem('sandbox-gone', record.address, 'its sandbox is '
+                          'gone (older claim of %s)' % record.owner_text)
 
 
 def _on(parent: Parent, known: set[IPAddress]) -> Iterator[Problem]:
@@ -279,10 +283,8 @@ def of_pod(records: Sequence[Record], seen: Snapshot,
     :raises Break0Error: if it cannot be examined
     """
     parent = seen.parents[records[0].parent]
-    if parent.node is None:
-        return []  # a problem of break0
-    if records[0].netns is None:
-        raise exceptions.NetnsUnusable(netns='', reason='is not recorded')
+    if parent.node is None or records[0].netns is None:
+        return []  # there is no break0, or no namespace to examine
     addresses = [record.address for record in records]
     cause = cause_of(parent, seen)
     try:
@@ -304,6 +306,7 @@ def of_pod(records: Sequence[Record], seen: Snapshot,
 def _in_pod(records: Sequence[Record], parent: Parent, seen: Snapshot,
             pause: float) -> list[Problem]:
     assert parent.node is not None
+    is_dropping = is_strict(parent)  # the pod has sysctls of its own
     found: list[Problem] = []
 
     def add(kind: str, text: str, version: Optional[int] = None,
@@ -342,8 +345,7 @@ def _in_pod(records: Sequence[Record], parent: Parent, seen: Snapshot,
                     host))
             elif isinstance(item, HostRoute):
                 is_reached = netlink.lookup(host) is not None
-                is_dropped = (is_reached and host.version == 4
-                              and is_strict(parent))
+                is_dropped = is_reached and host.version == 4 and is_dropping
                 add('rp-filter' if is_dropped else 'pod-route-missing',
                     text + 'it has no %sroute to the node address %s%s' % (
                         'direct ' if is_reached else '', host,

@@ -8,6 +8,7 @@ from typing import Collection, Iterator
 
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.findings import KINDS
+from kuryr_break0.doctor import known
 from kuryr_break0.doctor.node import largest_sysctl
 from kuryr_break0.doctor.node import Node
 from kuryr_break0.guard import Guard
@@ -15,6 +16,7 @@ from kuryr_break0.guard import NO_NFT
 from kuryr_break0 import kernel
 from kuryr_break0.model import IPAddress
 from kuryr_break0.policy import Policy
+from kuryr_break0 import problems
 from kuryr_break0.snapshot import Parent
 
 _ARP_FILTER = 'ipv4/conf/%s/arp_filter'
@@ -44,21 +46,25 @@ def check(node: Node, seen: Parent, netlink: kernel.Netlink,
 def _check_addresses(node: Node, seen: Parent, parent: kernel.Link,
                      addresses: Collection[tuple[int, IPAddress]]
                      ) -> Iterator[Finding]:
-    """Report addresses of break0 that no sync deletes."""
-    wanted = Policy(node.options).own_addresses(
-        addresses, parent.index, seen.device)
+    """Report missing addresses of break0, and those that no sync deletes."""
+    texts = [each.text for each in problems.of_device(seen, node.seen)
+             if each.kind == known.ADDRESSES]
+    has = set(seen.addresses)
+    wants = set(Policy(node.options).own_addresses(
+        addresses, parent.index, seen.device))
     # A link-local IPv6 address is a difference, which a sync deletes.
-    strange = sorted(
-        str(address) for address in {*seen.addresses} - {*wanted}
-        if address.version == 4 or not address.is_link_local)
-    if strange:
-        yield KINDS['break0-addresses'].found(
-            '%s has %s, but must have %s' % (
-                seen.device, ', '.join(sorted(map(str, seen.addresses))),
-                ', '.join(sorted(map(str, wanted))) or 'no address'),
-            strange, commands=[
+    strange = {address for address in has - wants
+               if address.version == 4 or not address.is_link_local}
+    if strange or texts:
+        texts.append('%s has %s, but must have %s' % (
+            seen.device, *(', '.join(sorted(map(str, some)))
+                           or 'no address' for some in (has, wants))))
+        yield KINDS[known.ADDRESSES].found(
+            '; '.join(texts), sorted(map(str, strange | (wants - has))),
+            commands=[
                 *('ip address delete %s dev %s' % (address, seen.device)
-                  for address in strange), 'kuryr-break0 sync'])
+                  for address in sorted(map(str, strange))),
+                'kuryr-break0 sync'])
 
 
 def _check_addr(node: Node, seen: Parent, netlink: kernel.Netlink,

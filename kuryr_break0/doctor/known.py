@@ -15,6 +15,7 @@ from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor.findings import merged
 from kuryr_break0.doctor.node import Node
 from kuryr_break0 import kernel
+from kuryr_break0.model import address_order
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Neighbour
@@ -25,6 +26,8 @@ from kuryr_break0.snapshot import Parent
 #: Files with the names of routing protocols, for ip(8).
 _PROTOCOLS = tuple(directory + '/iproute2/rt_protos' for directory in (
     '/etc', '/usr/share', '/usr/lib'))
+#: Kind of problem that is reported with the addresses that no sync deletes.
+ADDRESSES = 'break0-addresses'
 _SYNC = 'kuryr-break0 sync'
 #: Problems of files, which have findings with their paths.
 _OF_FILES = ('ledger-damaged', 'ledger-newer', 'ledger-quarantined')
@@ -34,7 +37,7 @@ def check(node: Node, found: Iterable[Problem]) -> Iterator[Finding]:
     """Return a finding of each problem, except of changing addresses."""
     of_devices: dict[tuple[str, str], list[Problem]] = {}
     of_addresses: list[tuple[IPAddress, Problem]] = []
-    for each in found:
+    for each in sorted(found, key=_by_address):
         if isinstance(each.subject, str):
             of_devices.setdefault((each.kind, each.subject), []).append(each)
         elif each.subject not in node.changing:
@@ -42,8 +45,10 @@ def check(node: Node, found: Iterable[Problem]) -> Iterator[Finding]:
     parents = {parent.device: parent for parent
                in node.seen.parents.values()}
     for (kind, name), some in of_devices.items():
-        yield _of_device(node, kind, name, parents.get(name), [
-            each.text for each in some], any(each.is_error for each in some))
+        if kind != ADDRESSES:
+            yield _of_device(node, kind, name, parents.get(name), [
+                each.text for each in some],
+                any(each.is_error for each in some))
     told = {kind for kind, _ in of_devices}.union(_OF_FILES)
     if not node.seen.is_steady:  # a bind may not be complete
         told.update(('route-stale', 'neighbour-stale'))
@@ -62,7 +67,8 @@ def _of_device(node: Node, kind: str, name: str, parent: Any,
     subjects: list[Any] = []
     commands: list[str] = []
     fields: dict[str, Any] = {'device': name, 'names': '|'.join(
-        text.split()[0] for text in bare)}  # the names of sysctls
+        text.split()[0] for text in bare  # the names of sysctls
+        if not text.startswith('it '))}
     if kind in ('ledger-lost', 'ledger-other'):
         seen += ', but state_dir is ' + node.options.state_dir
     elif kind == 'sandbox-unknown':
@@ -79,8 +85,6 @@ def _of_device(node: Node, kind: str, name: str, parent: Any,
         key = bare[0].split()[0]
         fields.update(key='net/ipv4/conf/%s/%s' % (name, key),
                       value=int(key == 'arp_filter'))
-    elif kind == 'break0-addresses':
-        commands = [_SYNC]
     elif kind == 'ipv6-disabled':
         subjects = [address for address in parent.live
                     if address.version == 6]
@@ -88,6 +92,12 @@ def _of_device(node: Node, kind: str, name: str, parent: Any,
         is_error = node.options.guard == config.ON
     return KINDS[kind].found(_as_part(seen), subjects, commands,
                              severity=ERROR if is_error else None, **fields)
+
+
+def _by_address(problem: Problem) -> tuple[int, ...]:
+    """Return a sort key: devices in their order, then addresses."""
+    return () if isinstance(problem.subject, str) else (
+        1, *address_order(problem.subject))
 
 
 def _as_part(text: str) -> str:

@@ -146,7 +146,7 @@ DEVICE = (
     Fault('mtu_without_ipv6', 'break0-mtu', 'ip link set break0 mtu 1200'),
     Fault('mac', 'break0-mac', 'ip link set break0 address 02:00:00:00:00:99'),
     Fault('multicast', 'break0-heard', 'ip link set break0 multicast on'),
-    Fault('link_local', 'break0-addresses', 'ip address add fe80::99/64 dev '
+    Fault('link_local', 'break0-heard', 'ip address add fe80::99/64 dev '
           'break0 nodad'),
     Fault('rp_filter', 'break0-open', SYSCTL + 'ipv4.conf.break0.rp_filter=0'),
     Fault('arp_filter', 'break0-answers-lan',

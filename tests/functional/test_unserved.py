@@ -331,7 +331,7 @@ class TestPodSide(UnservedTestCase):
                      'permanent', netns='one')
         done = self.call('status')
         self.assertEqual(1, done.returncode)
-        self.assertIn('its container lacks what it needs',
+        self.assertIn('its container is not configured',
                       ' '.join(done.stdout.split()))
         self.call('sync')
         self.assertEqual(0, self.call('status').returncode)

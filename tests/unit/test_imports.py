@@ -16,7 +16,8 @@ SLOW = {'pyroute2', 'waitress', 'prometheus_client', 'kuryr_kubernetes',
 #: The modules of verbs with several modules or another name, and the modules
 #: that all verbs share.
 VERBS = {'unbind': {'bind'}, 'cni-install': {'cni'},
-         'doctor': {'doctor', 'status'}, 'check': {'doctor', 'status'}}
+         'sync': {'sync', 'status'}, 'doctor': {'doctor', 'status'},
+         'check': {'doctor', 'status'}}
 SHARED = {'main', 'command', 'common', 'output', 'parser', 'verbs'}
 PROGRAM = """\
 import atexit, json, sys

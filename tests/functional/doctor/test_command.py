@@ -38,7 +38,7 @@ class TestCommand(DoctorTestCase):
         self.lab.run('ip', 'link', 'set', 'break0', 'mtu', '1400')
         done = self.call(code=1)
         self.assertEqual('', done.stderr)
-        self.assertIn('error: route-missing\n  seen  addresses of pods have '
+        self.assertIn('error: route-missing\n  seen  its route is missing: '
                       'no route through break0 in table 254:', done.stdout)
         self.assertIn('\n          kuryr-break0 sync\n', done.stdout)
         self.assertIn('Errors: 1, warnings: 1. Examined: the namespaces of '

@@ -20,7 +20,7 @@ class TestDevice(DoctorTestCase):
 
     def test_missing(self) -> None:
         self.lab.run('ip', 'link', 'del', 'break0')
-        finding = self.assert_found('break0-missing', 'no interface break0',
+        finding = self.assert_found('break0-missing', 'is missing on eth0',
                                     severity='error')
         self.assertIn('kuryr-break0 sync', finding['commands'])
         self.follow(finding)
@@ -45,8 +45,8 @@ class TestDevice(DoctorTestCase):
                      'name', 'other')
         self.lab.run('ip', 'link', 'add', 'break0', 'link', 'eth1', 'type',
                      'macvlan', 'mode', 'bridge')
-        self.follow(self.assert_found('break0-wrong-parent', 'pods are on '
-                                      'eth0'))
+        self.follow(self.assert_found('break0-wrong-parent', 'mode on eth0 '
+                                      'is needed'))
         self.assertEqual({}, self.findings())
 
     def test_a_parent_that_was_renamed(self) -> None:
@@ -54,11 +54,13 @@ class TestDevice(DoctorTestCase):
             self.lab.run('ip', 'link', 'set', *command.split())
         self.lab.run('ip', 'address', 'add', lab.NODE6 + '/64', 'dev', 'ens3',
                      'nodad')
-        self.follow(self.assert_found('guard-missing', 'guard is missing'))
+        found = self.findings()
+        self.assertEqual({'break0-name', 'guard-missing'}, set(found))
+        self.follow(found['guard-missing'])
         self.assertEqual({}, self.findings())
         found = self.findings(parent='eth0')
         self.assertEqual({'parent-missing', 'parent-mismatch'}, set(found))
-        self.assertIn('but pods are on ens3', found['parent-mismatch']['seen'])
+        self.assertIn('are on ens3', found['parent-mismatch']['seen'])
 
     def test_down(self) -> None:
         self.lab.run('ip', 'link', 'set', 'break0', 'down')
@@ -71,7 +73,7 @@ class TestDevice(DoctorTestCase):
                          'kuryr-break0-break0', name)
         self.assertFalse(self.lab.ping(POD4))
         self.follow(self.assert_found(
-            'guard-missing', 'the entries of 2 addresses', POD4, OTHER4,
+            'guard-missing', 'its guard entry is missing', POD4, OTHER4,
             severity='error'))
         self.assertTrue(self.lab.ping(POD4))
         self.assertEqual({}, self.findings())
@@ -157,7 +159,7 @@ class TestDevice(DoctorTestCase):
 
     def test_parent_missing(self) -> None:
         self.lab.run('ip', 'link', 'del', lab.PARENT)
-        self.assert_found('parent-missing', 'no interface eth0')
+        self.assert_found('parent-missing', 'interface eth0 does not exist')
 
     def test_parent_down(self) -> None:
         self.lab.run('ip', 'link', 'set', lab.PARENT, 'down')
@@ -166,9 +168,8 @@ class TestDevice(DoctorTestCase):
 
     def test_parent_without_carrier(self) -> None:
         self.lab.run('ip', 'link', 'set', 'nic', 'down', netns='lan')
-        finding = self.assert_found(
-            'parent-down', 'eth0, the parent of break0 and of the pods, has '
-            'no carrier')
+        finding = self.assert_found('parent-down', 'eth0, the parent of '
+                                    'break0, has no carrier')
         self.assertEqual(['ip -details link show eth0'], finding['commands'])
         self.assertEqual(['eth0, the parent of break0, has no carrier'],
                          self.problems())
@@ -184,8 +185,12 @@ class TestDevice(DoctorTestCase):
         self.assertEqual({}, self.findings())
 
     def test_parent_is_configured_to_another(self) -> None:
-        self.assert_found('parent-mismatch', '[break0] parent', POD4, OTHER4,
-                          POD6, OTHER6, parent='lo')
+        found = self.findings(parent='lo')
+        self.assertEqual({'parent-mismatch', 'break0-wrong-parent'},
+                         set(found))
+        self.assertIn('[break0] parent', found['parent-mismatch']['seen'])
+        self.assertEqual([POD4, OTHER4, POD6, OTHER6],
+                         found['parent-mismatch']['subjects'])
 
     def test_it_answers_the_lan(self) -> None:
         self.sysctl('ipv4.conf.break0.arp_filter', 0)
@@ -203,8 +208,10 @@ class TestDevice(DoctorTestCase):
     def test_all_may_filter(self) -> None:
         self.sysctl('ipv4.conf.break0.arp_filter', 0)
         self.sysctl('ipv4.conf.all.arp_filter', 1)
-        self.assertEqual({}, self.findings())
         self.assertFalse(self.is_answered_for())
+        # A sync sets the sysctl of break0 nevertheless.
+        self.follow(self.assert_found('break0-answers-lan', 'arp_filter'))
+        self.assertEqual({}, self.findings())
 
     def test_a_second_macvlan(self) -> None:
         """A macvlan left from the recipe that break0 replaces is found."""

@@ -33,8 +33,8 @@ class TestPods(DoctorTestCase):
         # The agent has not read the new address yet.
         self.lab.run('ip', 'address', 'add', '100.75.30.52/24', 'dev',
                      lab.PARENT)
-        self.follow(self.assert_found('pod-not-configured', '', POD4, OTHER4,
-                                      POD6, OTHER6, severity='error'))
+        self.follow(self.assert_found('pod-not-configured', '', POD4, POD6,
+                                      OTHER4, OTHER6, severity='error'))
         self.assertEqual({}, self.findings())
         self.assertTrue(self.lab.ping('100.75.30.52', 'pod'))
 
@@ -58,7 +58,7 @@ class TestPods(DoctorTestCase):
         self.lab.run('ip', 'neigh', 'del', lab.NODE6, 'dev', 'eth0',
                      netns='pod')
         self.follow(self.assert_found('pod-neighbour-missing', lab.NODE6,
-                                      POD4, severity='error'))
+                                      POD6, severity='error'))
         self.assertEqual({}, self.findings())
 
     def test_neighbour_wrong(self) -> None:
@@ -75,7 +75,8 @@ class TestPods(DoctorTestCase):
         self.lab.run('ip', 'link', 'set', 'eth0', 'address',
                      '02:00:00:00:00:99', netns='pod')
         self.assertFalse(self.lab.ping(POD4))
-        self.follow(self.assert_found('pod-mac', '02:00:00:00:00:99', POD4))
+        self.follow(self.assert_found('pod-mac', '02:00:00:00:00:99', POD4,
+                                      POD6))
         self.assertEqual({}, self.findings())
         self.assertTrue(self.lab.ping(POD4))
 
@@ -206,7 +207,7 @@ class TestInterfaces(DoctorTestCase):
                      'private', netns='pod')
         self.assertFalse(self.lab.ping(POD4))
         self.follow(self.assert_found('pod-apart', 'in private mode', POD4,
-                                      severity='error'))
+                                      POD6, severity='error'))
         self.assertEqual({}, self.findings())
         self.assertTrue(self.lab.ping(POD4))
 
@@ -218,7 +219,7 @@ class TestInterfaces(DoctorTestCase):
         self.lab.run('ip', 'link', 'set', 'eth0', 'down', netns='other')
         found = self.findings()
         self.assertEqual('error', found['pod-down']['severity'])
-        self.assertEqual([OTHER4], found['pod-down']['subjects'])
+        self.assertEqual([OTHER4, OTHER6], found['pod-down']['subjects'])
         self.follow(found['pod-down'])
         self.lab.run(os.path.join(os.path.dirname(sys.executable),
                                   'kuryr-break0'), 'sync')
