@@ -63,6 +63,13 @@ class TestStatus(CLITestCase):
         wide = self.call('status', '--wide', COLUMNS='80').stdout
         self.assertIn('%s/eth0 (%s)' % (ID, LONG), wide)
 
+    def test_a_parent_that_is_down(self) -> None:
+        """One line reports it, and no address has a problem of its own."""
+        self.lab.run('ip', 'link', 'set', lab.PARENT, 'down')
+        text = self.text(code=1)
+        self.assertEqual(1, text.count('is down'), text)
+        self.assertNotIn('its route is', text)
+
     def test_problems_first(self) -> None:
         self.lab.run('ip', 'route', 'del', '100.75.30.72', 'dev', 'break0')
         rows = self.rows(code=1)

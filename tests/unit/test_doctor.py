@@ -67,7 +67,6 @@ class TestKinds(unittest.TestCase):
                     self.assertNotRegex(output.speak(text),
                                         r'\b([Pp]od|[Nn]ode)s?\b|ADD|DEL')
 
-
     def test_a_container_or_pod_is_a_container(self) -> None:
         with mock.patch.object(output._Reader, 'has_pods', False):
             self.assertEqual('no container of that name', output.speak(
@@ -101,7 +100,6 @@ class TestReport(unittest.TestCase):
         self.assertNotIn('do 8', text)
         self.assertIn('do 19', report.as_json([found]))
 
-
     def test_subjects_after_the_text(self) -> None:
         for name, seen, subjects, expected in (
                 ('container-not-discovered', '1.1.1.1 is not bound: no reason',
@@ -112,8 +110,8 @@ class TestReport(unittest.TestCase):
                  'option. why'),
                 ('option-unknown', 'did you mean mtu?', [],
                  'did you mean mtu? why'),
-                ('sandbox-gone', 'addresses belong to gone sandboxes', ['a'],
-                 'addresses belong to gone sandboxes: a. why')):
+                ('sandbox-gone', 'addresses belong to gone sandboxes', ['x1'],
+                 'addresses belong to gone sandboxes: x1. why')):
             text = report.as_text([findings.KINDS[name].found(seen, subjects)])
             self.assertIn(expected, ' '.join(text.split()))
 
