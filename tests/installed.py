@@ -174,7 +174,7 @@ def advice() -> None:
     with open(SETTINGS) as file:
         text = file.read()
     for name, change in (
-            ('container-not-allowed',
+            ('address-not-allowed',
              's|^allowed_cidrs.*|allowed_cidrs = 10.0.0.0/8|'),
             ('disabled', '$ a enabled = false')):
         run("sed -i '%s' %s" % (change, SETTINGS))

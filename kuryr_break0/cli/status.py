@@ -27,6 +27,7 @@ from kuryr_break0.model import Origin
 from kuryr_break0.model import Record
 from kuryr_break0.problems import address_problems
 from kuryr_break0.problems import node_problems
+from kuryr_break0 import readers
 from kuryr_break0.snapshot import Snapshot
 
 
@@ -120,6 +121,7 @@ class Status:
         wrong, self._not_examined, lost = containers.pod_sides(seen)
         self._problems = {**wrong, **address_problems(seen), **lost}
         self._of_node = list(node_problems(seen))
+        self._differences = list(readers.list_differences(ledger))
         self._addresses = sorted(seen.live.keys() | self._problems.keys(),
                                  key=address_order)
         if wanted is not None:
@@ -198,6 +200,8 @@ class Status:
                        'container creates it.' % self._seen.options.device)
         output.write('%(bound)d bound, %(routed)d routed, %(out_of_sync)d '
                      'out of sync' % shown['totals'])
+        for _, _, text in self._differences:
+            output.say(output.Wrong('Differs: %s.' % text))
         for problem in self._of_node:
             output.say(output.Wrong('Out of sync: ' + problem))
         for each in self._unserved:

@@ -157,7 +157,7 @@ def _examine_node(node: Node, netlink: kernel.Netlink, done: Examination,
     counts, parents = done.counts, node.seen.parents.values()
     counts.update(addresses=len(node.live), pods=len(node.pods()))
     done.findings += records.check_ledger(node, host)
-    done.findings += merged(routes.check_addresses(node))
+    done.findings += merged(routes.check_addresses(node, host))
     done.findings += unserved.check(node, netlink, host)
     done.not_examined += filter(None, [containers.blindness()])
     for parent in parents:

@@ -9,7 +9,9 @@ from typing import Collection, Iterator
 
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.findings import KINDS
+from kuryr_break0.doctor.host import Host
 from kuryr_break0.doctor.node import Node
+from kuryr_break0.doctor.unserved import with_networks
 from kuryr_break0 import kernel
 from kuryr_break0.model import address_order
 from kuryr_break0.model import HostRoute
@@ -23,9 +25,15 @@ _PROTOCOLS = tuple(directory + '/iproute2/rt_protos' for directory in (
     '/etc', '/usr/share', '/usr/lib'))
 
 
-def check_addresses(node: Node) -> Iterator[Finding]:
+def check_addresses(node: Node, host: Host) -> Iterator[Finding]:
     """Report refused addresses, and addresses with several owners."""
-    for address in node.settled(node.seen.refused):
+    refused = list(node.settled(node.seen.refused))
+    outside = [address for address in refused
+               if 'outside [break0] allowed_cidrs' in
+               node.seen.refused[address]]
+    allow = host.set(allowed_cidrs=with_networks(
+        outside, node.options)) if outside else []
+    for address in refused:
         reason = node.seen.refused[address]
         yield KINDS['address-not-allowed' if 'allowed_cidrs' in reason
                     else 'address-refused'].found(
@@ -33,7 +41,8 @@ def check_addresses(node: Node) -> Iterator[Finding]:
                 address, node.live[address].owner_text, reason)
             if address in node.live else
             'the address %s of a pod is refused: it is %s' % (
-                address, reason), [address])
+                address, reason), [address],
+            commands=allow if address in outside else ())
     for address in node.settled(node.seen.rivals):
         yield KINDS['address-contested'].found(
             'the existing sandboxes %s claim %s' % (
