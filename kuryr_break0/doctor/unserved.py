@@ -81,10 +81,10 @@ def _commands(kind: str, found: Sequence[Unserved],
     if kind == 'container-not-discovered':
         if host.has_kuryr:
             return ['kuryr-break0 adopt']
-        return [*([] if options.discover else host.set(
+        change = [] if options.discover else host.set(
             discover='true', allowed_cidrs=with_networks(
-                _addresses(found), options))),
-            host.start]
+                _addresses(found), options))
+        return [*change, host.start]
     return []
 
 

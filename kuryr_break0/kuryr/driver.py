@@ -52,13 +52,12 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         self._parent: Optional[str] = None
 
     @classmethod
-    def note_options(cls) -> None:
+    def note_options(cls, options: config.Options) -> None:
         """Store which options kuryr-daemon has read, and when.
 
         The first process of kuryr-daemon calls this when it starts. Each bind
         stores the same, because the state directory may not exist before.
         """
-        options = config.load(k_config.CONF)
         if cls._reader is None:
             cls._reader = readers.describe(k_config.CONF)
         readers.store(Ledger(options.state_dir), readers.DAEMON, cls._reader)
@@ -102,7 +101,6 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                 mac=str(vif.address), netns=sandbox,
                 subnets=break0_vif.subnets(vif), origin=Origin.KURYR,
                 pod=patches.pod_name())
-            self.note_options()
             self._housekeep(options)
         except Exception as err:  # the pod starts despite any error
             _log(unreachable, err)
@@ -111,6 +109,9 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                 with self._logged('Cannot undo the ADD'):
                     self.disconnect(vif, ifname, netns, container_id)
                 raise PodNotConnected(str(err)) from err
+        finally:
+            with self._logged('Cannot record the options'):
+                self.note_options(options)
 
     def disconnect(self, vif: Any, ifname: str, netns: str,
                    container_id: str) -> None:
