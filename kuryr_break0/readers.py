@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import hashlib
-import importlib.metadata
 import os
 import time
 from typing import Any, Iterator, NamedTuple
@@ -55,6 +53,8 @@ def describe(conf: cfg.ConfigOpts) -> Reader:
 
 def installed_version() -> str:
     """Return the version of the installed package; empty if unknown."""
+    import importlib.metadata  # slow, and rarely needed
+
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version('kuryr-break0')
     return ''
@@ -106,6 +106,8 @@ def _read(ledger: Ledger, key: str) -> Any:
 
 def _digest(files: tuple[str, ...]) -> str:
     """Return a digest of the section [break0] in files, without comments."""
+    import hashlib
+
     found: dict[str, list[str]] = {}
     for path in files:
         sections: dict[str, Any] = {}

@@ -25,6 +25,7 @@ from kuryr_break0.model import address_order
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Record
+from kuryr_break0 import option_types
 from kuryr_break0.problems import address_problems
 from kuryr_break0.problems import node_problems
 from kuryr_break0 import readers
@@ -36,6 +37,8 @@ from kuryr_break0.snapshot import Snapshot
 _SHORT = 24
 #: Seconds between two snapshots of --watch.
 _PAUSE = 2.0
+#: Seconds between two snapshots of --wait.
+_RETRY = 0.5
 
 _DESCRIPTION = """\
 Show break0 and the bound addresses: a summary, problems, containers that are
@@ -60,6 +63,10 @@ def add_parsers(subparsers: Any) -> None:
                     'starts with this')
     added.add_argument('--origin', choices=[each.value for each in Origin],
                        help='show only addresses with this origin')
+    added.add_value(
+        '--wait', 'SECONDS', 'first wait until everything is in sync, at most '
+        'this time (default: 60)', option_types.WholeNumber(
+            min=1, max=86400), nargs='?', const=60)
     added.add_flag(
         '--watch', 'then print bound addresses and problems as they appear '
         '(+) and clear (-), until Ctrl-C; with --json, print everything after '
@@ -70,6 +77,10 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     """Print the state of break0 and addresses; return the exit code."""
     wanted = conf.command
     shown = _read(options, wanted)
+    deadline = time.monotonic() + (wanted.wait or 0)
+    while not shown.in_sync and time.monotonic() < deadline:
+        time.sleep(_RETRY)
+        shown = _read(options, wanted)
     if wanted.json:
         output.write_json(shown.as_json())
     else:
