@@ -100,6 +100,8 @@ install-files: networks
 	    $(SHARE)/bash-completion/completions/kuryr-break0
 	install -D -m 644 kuryr_break0/cli/completion/_kuryr-break0 \
 	    $(SHARE)/zsh/site-functions/_kuryr-break0
+	install -D -m 644 kuryr_break0/cli/completion/kuryr-break0.fish \
+	    $(SHARE)/fish/vendor_completions.d/kuryr-break0.fish
 	install -d $(UNITS) $(dir $(SETTINGS)) $(LOCAL)/bin
 	cp -r etc/systemd/system/kuryr-break0-agent.service \
 	    etc/systemd/system/kuryr-break0-agent.service.d $(UNITS)
@@ -141,7 +143,8 @@ endif
 	    $(UNITS)/kuryr-break0-agent.service.d $(DESTDIR)$(PREFIX) \
 	    $(LOCAL)/bin/kuryr-break0 $(MAN)/kuryr-break0.8 $(SHIM) \
 	    $(SHARE)/bash-completion/completions/kuryr-break0 \
-	    $(SHARE)/zsh/site-functions/_kuryr-break0
+	    $(SHARE)/zsh/site-functions/_kuryr-break0 \
+	    $(SHARE)/fish/vendor_completions.d/kuryr-break0.fish
 	@[ ! -e $(SETTINGS) ] || echo 'Kept $(SETTINGS). To delete it:' \
 	    'rm -r $(dir $(SETTINGS))'
 

@@ -11,6 +11,7 @@ from typing import Iterator
 from kuryr_break0.cli import command
 from kuryr_break0.cli import parser
 from kuryr_break0.cli.parser import Parser
+from kuryr_break0.cli.verbs import VERBS
 
 _OPTIONS = '--help --help-all --version --debug --config-file --config-dir'
 _BASH = """\
@@ -44,20 +45,47 @@ else
 fi
 """
 
+_FISH = """\
+# Completion of kuryr-break0 for fish.
+complete -c kuryr-break0 -n __fish_use_subcommand -f
+%s
+"""
+
 
 def script(shell: str) -> str:
     """Return the completion script of a shell.
 
-    :param shell: bash or zsh
+    :param shell: bash, zsh or fish
     """
-    made, variable = SHELLS[shell]
     verbs = parser.whole()
+    if shell == 'fish':
+        return _FISH % '\n'.join(_fish(verbs))
+    made, variable = SHELLS[shell]
     return made % ('\n'.join(_verbs(verbs)),
                    '\n'.join(_words(verbs, variable)))
 
 
 #: The template of each shell's script, and the variable with its proposals.
 SHELLS = {'bash': (_BASH, 'words'), 'zsh': (_ZSH, 'words_')}
+
+
+def _fish(parser: Parser) -> Iterator[str]:
+    first = 'complete -c kuryr-break0 -n __fish_use_subcommand '
+    for option in _OPTIONS.split():
+        yield '%s-l %s%s' % (first, option[2:], ' -rF' if option.startswith(
+            '--config-') else '')
+    for verb, each in parser.verbs.items():
+        yield "%s-a %s -d '%s'" % (first, verb, VERBS[verb].summary)
+        for action in each._actions:
+            if not action.option_strings or (
+                    action.help is argparse.SUPPRESS):
+                continue
+            yield "complete -c kuryr-break0 -n '__fish_seen_subcommand_from " \
+                "%s' -l %s%s" % (
+                    verb, action.option_strings[-1][2:],
+                    " -xa '%s'" % ' '.join(action.choices)
+                    if action.choices else
+                    '' if action.nargs in (0, '?') else ' -r')
 
 
 def _verbs(parser: Parser) -> Iterator[str]:

@@ -25,6 +25,7 @@ SETTINGS = '/etc/kuryr-break0/kuryr-break0.conf'
 METRICS = '127.0.0.1:9471'
 FILES = ('/usr/sbin/nft', '/usr/share/man/man8/kuryr-break0.8.gz',
          '/usr/share/bash-completion/completions/kuryr-break0',
+         '/usr/share/fish/vendor_completions.d/kuryr-break0.fish',
          '/usr/share/zsh/vendor-completions/_kuryr-break0',
          '/usr/lib/NetworkManager/conf.d/kuryr-break0.conf',
          '/usr/lib/systemd/network/10-kuryr-break0.network',
@@ -174,7 +175,7 @@ def advice() -> None:
     with open(SETTINGS) as file:
         text = file.read()
     for name, change in (
-            ('container-not-allowed',
+            ('address-not-allowed',
              's|^allowed_cidrs.*|allowed_cidrs = 10.0.0.0/8|'),
             ('disabled', '$ a enabled = false')):
         run("sed -i '%s' %s" % (change, SETTINGS))

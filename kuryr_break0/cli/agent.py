@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from oslo_config import cfg
@@ -13,7 +14,9 @@ from kuryr_break0.cli import parser
 from kuryr_break0.cli import verbs
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
+from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
+from kuryr_break0 import readers
 
 LOG = log.get_logger(__name__)
 
@@ -44,6 +47,14 @@ def _warn(conf: cfg.ConfigOpts) -> None:
                         'second.', path, used[0])
 
 
+def _store(conf: cfg.ConfigOpts, options: config.Options) -> None:
+    """Store which options the agent has read, and when."""
+    ledger = Ledger(options.state_dir)
+    with contextlib.suppress(exceptions.LedgerUnavailable):
+        ledger.prepare()
+    readers.store(ledger, readers.AGENT, readers.describe(conf))
+
+
 def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     """Run the agent until a signal ends it."""
     def load() -> config.Options:
@@ -53,11 +64,14 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
                 option='(all)', reason='the configuration files cannot be '
                 'read; see the log line before this one')
         _warn(conf)
-        return config.load(conf)
+        loaded = config.load(conf)
+        _store(conf, loaded)
+        return loaded
 
     # Imported here, since no other verb needs the server for metrics.
     from kuryr_break0.agent.loop import Agent
 
     _warn(conf)
+    _store(conf, options)
     Agent(options, load).run()
     return common.IN_SYNC

@@ -27,7 +27,8 @@ from kuryr_break0 import exceptions
 #: Completion scripts by shell, generated from the parser.
 COMPLETION = {shell: os.path.join(os.path.dirname(__file__), 'completion',
                                   name) for shell, name in (
-    ('bash', verbs.PROGRAM), ('zsh', '_' + verbs.PROGRAM))}
+    ('bash', verbs.PROGRAM), ('zsh', '_' + verbs.PROGRAM),
+    ('fish', verbs.PROGRAM + '.fish'))}
 #: Verbs that load the options themselves: the doctor reports invalid options,
 #: and the CNI plugin answers the runtime with an error.
 _READERS = 'doctor', 'check', 'cni'
@@ -68,7 +69,7 @@ def run(argv: Sequence[str]) -> int:
         shell = argv[-1].rpartition('=')[2]
         if shell not in COMPLETION:
             return common.fail(common.USAGE, '--shell_completion must be %s, '
-                               'not %s' % (' or '.join(COMPLETION), shell))
+                               'not %s' % (', '.join(COMPLETION), shell))
         with open(COMPLETION[shell]) as file:
             print(file.read(), end='')
         return common.IN_SYNC

@@ -26,7 +26,9 @@ from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
+from kuryr_break0 import option_types
 from kuryr_break0 import problems
+from kuryr_break0 import readers
 from kuryr_break0.snapshot import Snapshot
 
 
@@ -35,6 +37,8 @@ from kuryr_break0.snapshot import Snapshot
 _SHORT = 24
 #: Seconds between two snapshots of --watch.
 _PAUSE = 2.0
+#: Seconds between two snapshots of --wait.
+_RETRY = 0.5
 
 _DESCRIPTION = """\
 Show break0 and the bound addresses: a summary, problems, containers that are
@@ -59,6 +63,10 @@ def add_parsers(subparsers: Any) -> None:
                     'starts with this')
     added.add_argument('--origin', choices=[each.value for each in Origin],
                        help='show only addresses with this origin')
+    added.add_value(
+        '--wait', 'SECONDS', 'first wait until everything is in sync, at most '
+        'this time (default: 60)', option_types.WholeNumber(
+            min=1, max=86400), nargs='?', const=60)
     added.add_flag(
         '--watch', 'then print bound addresses and problems as they appear '
         '(+) and clear (-), until Ctrl-C; with --json, print everything after '
@@ -69,6 +77,10 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     """Print the state of break0 and addresses; return the exit code."""
     wanted = conf.command
     shown = read(options, wanted)
+    deadline = time.monotonic() + (wanted.wait or 0)
+    while not shown.in_sync and time.monotonic() < deadline:
+        time.sleep(_RETRY)
+        shown = read(options, wanted)
     if wanted.json:
         output.write_json(shown.as_json())
     else:
@@ -121,6 +133,7 @@ class Status:
         self._found, self._not_examined = problems.find_all(seen)
         self._problems = problems.by_address(self._found)
         self._of_node = problems.of_node(self._found)
+        self._differences = list(readers.list_differences(ledger))
         self._addresses = sorted(seen.live.keys() | self._problems.keys(),
                                  key=address_order)
         if wanted is not None:
@@ -199,6 +212,8 @@ class Status:
                        'container creates it.' % self._seen.options.device)
         output.write('%(bound)d bound, %(routed)d routed, %(out_of_sync)d '
                      'out of sync' % shown['totals'])
+        for _, _, text in self._differences:
+            output.say(output.Wrong('Differs: %s.' % text))
         for problem in self._of_node:
             output.say(output.Wrong('Out of sync: ' + problem))
         for each in self._unserved:

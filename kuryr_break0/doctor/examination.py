@@ -162,7 +162,7 @@ def _examine_node(node: Node, netlink: kernel.Netlink, done: Examination,
     found = problems.find(node.seen)
     node.useless = {each.subject for each in found
                     if each.kind in problems.CAUSES}
-    done.findings += known.check(node, found)
+    done.findings += known.check(node, found, host)
     done.findings += unserved.check(node, netlink, host)
     done.not_examined += filter(None, [containers.blindness()])
     for parent in parents:

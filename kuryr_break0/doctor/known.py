@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator, Optional
 
 from kuryr_break0 import config
 from kuryr_break0.doctor.findings import ERROR
@@ -13,7 +13,9 @@ from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.findings import inside
 from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor.findings import merged
+from kuryr_break0.doctor.host import Host
 from kuryr_break0.doctor.node import Node
+from kuryr_break0.doctor.unserved import with_networks
 from kuryr_break0 import kernel
 from kuryr_break0.model import address_order
 from kuryr_break0.model import HostRoute
@@ -33,8 +35,12 @@ _SYNC = 'kuryr-break0 sync'
 _OF_FILES = ('ledger-damaged', 'ledger-newer', 'ledger-quarantined')
 
 
-def check(node: Node, found: Iterable[Problem]) -> Iterator[Finding]:
-    """Return a finding of each problem, except of changing addresses."""
+def check(node: Node, found: Iterable[Problem],
+          host: Optional[Host] = None) -> Iterator[Finding]:
+    """Return a finding of each problem, except of changing addresses.
+
+    :param host: for the commands that change options
+    """
     of_devices: dict[tuple[str, str], list[Problem]] = {}
     of_addresses: list[tuple[IPAddress, Problem]] = []
     for each in sorted(found, key=_by_address):
@@ -52,8 +58,12 @@ def check(node: Node, found: Iterable[Problem]) -> Iterator[Finding]:
     told = {kind for kind, _ in of_devices}.union(_OF_FILES)
     if not node.seen.is_steady:  # a bind may not be complete
         told.update(('route-stale', 'neighbour-stale'))
+    outside = [address for address, each in of_addresses
+               if each.kind == 'address-not-allowed']
+    allow = host.set(allowed_cidrs=with_networks(
+        outside, node.options)) if host is not None and outside else []
     yield from merged(
-        _of_address(node, each, address, node.seen.parent_of(address))
+        _of_address(node, each, address, node.seen.parent_of(address), allow)
         for address, each in of_addresses if each.kind not in told)
 
 
@@ -106,10 +116,15 @@ def _as_part(text: str) -> str:
 
 
 def _of_address(node: Node, problem: Problem, address: IPAddress,
-                parent: Any) -> Finding:
-    """Return the finding of a problem of an address."""
+                parent: Any, allow: list[str]) -> Finding:
+    """Return the finding of a problem of an address.
+
+    :param allow: commands that allow the addresses outside of allowed_cidrs
+    """
     detail, commands, fields = _DETAILS.get(problem.kind, _nothing)(
         node, address, parent)
+    if problem.kind == 'address-not-allowed':
+        commands = allow
     subject: object = address
     if problem.kind == 'sandbox-gone':
         subject = '%s (%s)' % (address, next(

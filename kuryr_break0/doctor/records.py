@@ -13,11 +13,13 @@ from typing import Iterator
 from kuryr_break0 import config
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.findings import KINDS
+from kuryr_break0.doctor.findings import merged
 from kuryr_break0.doctor.host import Host
 from kuryr_break0.doctor.node import Node
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
+from kuryr_break0 import readers
 
 #: The usual state directory.
 DEFAULT = '/run/kuryr-break0'
@@ -129,6 +131,17 @@ def check_ledger(node: Node, host: Host) -> Iterator[Finding]:
             'no sync of the agent has succeeded for %d s; the agent is %s'
             % (silent, _holder(ledger.heartbeat.path)),
             path=ledger.heartbeat.path, restart=host.restart)
+    yield from merged(check_readers(ledger, host))
+
+
+def check_readers(ledger: Ledger, host: Host) -> Iterator[Finding]:
+    """Report programs with other options than the files, or versions."""
+    for program, subject, text in readers.list_differences(ledger):
+        kind = KINDS['options-stale' if subject == 'options'
+                     else 'version-differs']
+        yield kind.found(text, commands=(
+            [host.restart_daemon] if program == readers.DAEMON
+            else [host.restart] if subject == 'version' else host.reload()))
 
 
 def _holder(path: str) -> str:

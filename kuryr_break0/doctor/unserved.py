@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import time
-from typing import Iterator, Sequence
+from typing import Iterable, Iterator, Sequence
 
 from kuryr_break0 import actual
 from kuryr_break0 import config
@@ -20,6 +20,7 @@ from kuryr_break0.doctor.node import Node
 from kuryr_break0 import kernel
 from kuryr_break0.model import address_order
 from kuryr_break0.model import explain_non_host
+from kuryr_break0.model import IPAddress
 
 #: Seconds after which the agent has bound a new container.
 _SETTLED = 1.0
@@ -75,20 +76,25 @@ def _commands(kind: str, found: Sequence[Unserved],
         # No option allows an address that is not one of a single host.
         found = [each for each in found if each.address is not None
                  and explain_non_host(each.address) is None]
-        return host.set(allowed_cidrs=_with_networks(
-            found, options)) if found else []
+        return host.set(allowed_cidrs=with_networks(
+            _addresses(found), options)) if found else []
     if kind == 'container-not-discovered':
         if host.has_kuryr:
             return ['kuryr-break0 adopt']
-        return [*([] if options.discover else host.set(
-            discover='true', allowed_cidrs=_with_networks(found, options))),
-            host.start]
+        change = [] if options.discover else host.set(
+            discover='true', allowed_cidrs=with_networks(
+                _addresses(found), options))
+        return [*change, host.start]
     return []
 
 
-def _with_networks(found: Sequence[Unserved],
-                   options: config.Options) -> str:
-    new = {containers.network_of(each.address) for each in found
-           if each.address is not None} - {*options.allowed_cidrs}
+def _addresses(found: Sequence[Unserved]) -> list[IPAddress]:
+    return [each.address for each in found if each.address is not None]
+
+
+def with_networks(addresses: Iterable[IPAddress],
+                  options: config.Options) -> str:
+    """Return allowed_cidrs with the networks of addresses added."""
+    new = {*map(containers.network_of, addresses)} - {*options.allowed_cidrs}
     return ','.join(map(str, (*options.allowed_cidrs, *sorted(
         new, key=lambda each: address_order(each.network_address)))))

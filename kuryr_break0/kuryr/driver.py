@@ -20,10 +20,12 @@ from kuryr_break0.kuryr import comparison
 from kuryr_break0.kuryr import patches
 from kuryr_break0.kuryr import pod_binding
 from kuryr_break0.kuryr import vif as break0_vif
+from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
 from kuryr_break0.manager import Break0Manager
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
+from kuryr_break0 import readers
 
 LOG = log.get_logger(__name__)
 
@@ -42,9 +44,23 @@ class PodNotConnected(k_exc.CNITimeout):  # type: ignore[misc]
 class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
     """Binds a pod as Kuryr does, then makes it reachable from its node."""
 
+    #: The configuration that the first process of kuryr-daemon has read.
+    _reader: Optional[readers.Reader] = None
+
     def __init__(self) -> None:
         super().__init__()
         self._parent: Optional[str] = None
+
+    @classmethod
+    def note_options(cls, options: config.Options) -> None:
+        """Store which options kuryr-daemon has read, and when.
+
+        The first process of kuryr-daemon calls this when it starts. Each bind
+        stores the same, because the state directory may not exist before.
+        """
+        if cls._reader is None:
+            cls._reader = readers.describe(k_config.CONF)
+        readers.store(Ledger(options.state_dir), readers.DAEMON, cls._reader)
 
     def connect(self, vif: Any, ifname: str, netns: str,
                 container_id: str) -> None:
@@ -93,6 +109,9 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                 with self._logged('Cannot undo the ADD'):
                     self.disconnect(vif, ifname, netns, container_id)
                 raise PodNotConnected(str(err)) from err
+        finally:
+            with self._logged('Cannot record the options'):
+                self.note_options(options)
 
     def disconnect(self, vif: Any, ifname: str, netns: str,
                    container_id: str) -> None:

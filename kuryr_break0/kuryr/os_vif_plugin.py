@@ -97,6 +97,7 @@ def _install_driver() -> None:
         LOG.info('%s: %s', bound, 'break0 is enabled' if options.enabled else
                  'without break0, because [break0] enabled is false')
         LOG.info('Options of break0: %s', options)
+        driver.note_options(options)
         if options.pod_binding == config.AUTO:
             found = comparison.compare()
             LOG.info('%s creates the interfaces of pods: of Kuryr\'s binding '

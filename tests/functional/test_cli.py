@@ -254,7 +254,7 @@ class TestUsage(CLITestCase):
                 (['status', 'a', 'b'], 'b is not understood'),
                 (['probe', '--count', '-1'], "'-1' is not a whole number"),
                 (['bind', '::'], 'an unspecified address'),
-                (['--shell_completion', 'fish'], 'bash or zsh, not fish'),
+                (['--shell_completion', 'csh'], 'bash, zsh, fish, not csh'),
                 (['--log-file', '/none/log', 'status'],
                  'Cannot write /none/log: No such file')):
             with self.subTest(args=args):

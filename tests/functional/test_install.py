@@ -79,6 +79,8 @@ class TestInstall(CLITestCase):
                      'etc/iproute2/rt_protos.d/kuryr-break0.conf',
                      'usr/local/share/bash-completion/completions/'
                      'kuryr-break0',
+                     'usr/local/share/fish/vendor_completions.d/'
+                     'kuryr-break0.fish',
                      'usr/local/share/zsh/site-functions/_kuryr-break0'):
             self.assertTrue((DEST / path).is_file(), path)
         settings = DEST / 'etc/kuryr-break0/kuryr-break0.conf'

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from unittest import mock
 
 from kuryr_break0 import kernel
@@ -15,6 +16,7 @@ from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from tests.functional import base
 from tests.functional.test_cli import CLITestCase
+from tests.functional.test_cli import PROGRAM
 from tests import lab
 
 LONG = 'a-namespace-with-a-rather-long-name/a-pod-whose-name-is-longer-still'
@@ -62,6 +64,28 @@ class TestStatus(CLITestCase):
         self.assertGreater(len(piped.splitlines()[-1]), 100)
         wide = self.call('status', '--wide', COLUMNS='80').stdout
         self.assertIn('%s/eth0 (%s)' % (ID, LONG), wide)
+
+    def test_wait(self) -> None:
+        self.text('--wait')  # everything is in sync
+        self.lab.run('ip', 'route', 'del', '100.75.30.72', 'dev', 'break0')
+        began = time.monotonic()
+        self.assertIn('its route is missing',
+                      self.text('--wait', '1', code=1))
+        self.assertGreater(time.monotonic() - began, 1)
+        waiting = subprocess.Popen([PROGRAM, 'status', '--wait', '170'],
+                                   stdout=subprocess.DEVNULL)
+        self.addCleanup(waiting.wait)
+        self.addCleanup(waiting.kill)
+        time.sleep(1)  # with or without it, the result is the same
+        self.manager().sync()
+        self.assertEqual(0, waiting.wait())
+
+    def test_a_parent_that_is_down(self) -> None:
+        """One line reports it, and no address has a problem of its own."""
+        self.lab.run('ip', 'link', 'set', lab.PARENT, 'down')
+        text = self.text(code=1)
+        self.assertEqual(1, text.count('is down'), text)
+        self.assertNotIn('its route is', text)
 
     def test_problems_first(self) -> None:
         self.lab.run('ip', 'route', 'del', '100.75.30.72', 'dev', 'break0')

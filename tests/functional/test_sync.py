@@ -231,7 +231,8 @@ class TestWithoutAgent(SyncTestCase):
         self.lab.run('ip', 'route', 'replace', '100.75.30.100', 'dev', 'lo')
         with self.assertLogs('kuryr_break0', 'ERROR') as logs:
             self.next_pod()
-        self.assertIn('100.75.30.100 has a foreign route', '\n'.join(logs.output))
+        self.assertIn('100.75.30.100 has a foreign route',
+                      '\n'.join(logs.output))
         with self.quiet():
             self.next_pod()
         self.assertIn('100.75.30.100', self.lab.routes('lo'))
@@ -281,7 +282,8 @@ class TestForeign(SyncTestCase):
     def test_reported_and_left_alone(self) -> None:
         with self.assertLogs('kuryr_break0', 'ERROR') as logs:
             plan = self.sync()
-        self.assertIn('100.75.30.100 has a foreign route', '\n'.join(logs.output))
+        self.assertIn('100.75.30.100 has a foreign route',
+                      '\n'.join(logs.output))
         self.assertEqual(1, len(plan.foreign))
         self.assertIn('100.75.30.100', self.lab.routes('lo'))
 

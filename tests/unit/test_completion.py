@@ -110,6 +110,24 @@ class TestCompletion(unittest.TestCase):
                       'bind "set bell-style none"\nPS1="> "\n')
         self.assert_completes(self.start('bash', '--rcfile', str(rc), '-i'))
 
+    @unittest.skipUnless(shutil.which('fish'), 'no fish here')
+    def test_fish(self) -> None:
+        (self.dir / 'a-file').touch()
+        for typed, expected in (
+                ('sta', 'status'), ('status --prob', '--problems'),
+                ('status --origin disc', 'discovered'),
+                ('sync --dele', '--delete-unclaimed'),
+                ('--config-f', '--config-file'),
+                ('doctor --bundle %s/a-f' % self.dir,
+                 '%s/a-file' % self.dir)):
+            shown = subprocess.check_output(
+                ['fish', '--no-config', '-c', 'source $argv[1]; complete '
+                 '--do-complete "kuryr-break0 $argv[2]"',
+                 str(SHIPPED['fish']), typed], text=True,
+                env={**os.environ, 'HOME': str(self.dir)})
+            self.assertIn(expected, [line.split('\t')[0]
+                                     for line in shown.splitlines()], typed)
+
     @unittest.skipUnless(shutil.which('zsh'), 'no zsh here')
     def test_zsh_in_both_ways(self) -> None:
         (self.dir / 'a-file').touch()

@@ -427,6 +427,9 @@ class TestWheel(unittest.TestCase):
             'share/zsh/site-functions',
             held.pop('kuryr_break0/cli/completion/_kuryr-break0'))
         self.assertEqual(
+            'share/fish/vendor_completions.d',
+            held.pop('kuryr_break0/cli/completion/kuryr-break0.fish'))
+        self.assertEqual(
             'share/bash-completion/completions',
             held.pop('kuryr_break0/cli/completion/kuryr-break0'))
         there = {os.path.relpath(os.path.join(directory, name), overlay.ROOT)

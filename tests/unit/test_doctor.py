@@ -121,8 +121,8 @@ class TestReport(unittest.TestCase):
                  'option. why'),
                 ('option-unknown', 'did you mean mtu?', [],
                  'did you mean mtu? why'),
-                ('sandbox-gone', 'addresses belong to gone sandboxes', ['a'],
-                 'addresses belong to gone sandboxes: a. why')):
+                ('sandbox-gone', 'addresses belong to gone sandboxes', ['x1'],
+                 'addresses belong to gone sandboxes: x1. why')):
             text = report.as_text([findings.KINDS[name].found(seen, subjects)])
             self.assertIn(expected, ' '.join(text.split()))
 
