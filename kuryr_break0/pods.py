@@ -169,7 +169,8 @@ class Pods:
         return found
 
     def repair(self, found: Iterable[tuple[list[Record], NodeAddresses]],
-               failure: Failures, dry_run: bool) -> Repairs:
+               failure: Failures, dry_run: bool,
+               unreadable: Collection[IPAddress] = ()) -> Repairs:
         """Repair outdated pod sides, and compare ENTERED other ones.
 
         A pod side is outdated if its record has another digest than the node
@@ -178,6 +179,7 @@ class Pods:
 
         :param found: records of each interface, with the node addresses that
             its pod must know
+        :param unreadable: addresses with an unreadable record
         """
         cache = self._ledger.cache
         done = Repairs([], [], [])
@@ -198,7 +200,7 @@ class Pods:
             owner = records[0].owner
             try:
                 changed, lacked = podside.repair(
-                    records, node, self._options, dry_run)
+                    records, node, self._options, dry_run, unreadable)
             except exceptions.Break0Error as err:
                 still.append(str(owner))
                 if str(owner) not in failed:  # log once, not in each sync

@@ -58,13 +58,17 @@ class PodSide:
     """The interface of one pod, while this thread is in its namespace.
 
     :param records: those of the interface, all with the same namespace
+    :param unreadable: addresses with an unreadable record. If the interface
+        has one, entries of that version of IP stay
     :raises InterfaceGone: if there is no such interface
     """
 
     def __init__(self, netlink: kernel.Netlink, records: Collection[Record],
-                 options: config.Options) -> None:
+                 options: config.Options,
+                 unreadable: Collection[IPAddress] = ()) -> None:
         self._netlink = netlink
         self._records = records
+        self._unreadable = unreadable
         # Older records may describe a deleted interface of the same name.
         self.record = max(records, key=lambda record: record.bound_at)
         self._versions = {record.address.version for record in records}
@@ -126,8 +130,12 @@ class PodSide:
         """Return the changes that configure the pod side."""
         present, wanted = self.marked(), list(self.wanted(node))
         hosts = {item.dst for item in wanted}
+        doubtful = {address.version for address in (
+            self.addresses() if self._unreadable else ())
+            if address in self._unreadable} - self._versions
         return [*((Verb.DELETE, item) for item in present
-                  if item.dst not in hosts),
+                  if item.dst not in hosts
+                  and item.dst.version not in doubtful),
                 *((Verb.REPLACE, item) for item in wanted
                   if item not in present)]
 
@@ -202,13 +210,15 @@ def entered(record: Record) -> Iterator[kernel.Netlink]:
 
 
 def repair(records: Collection[Record], node: NodeAddresses,
-           options: config.Options, dry_run: bool = False) -> Differences:
+           options: config.Options, dry_run: bool = False,
+           unreadable: Collection[IPAddress] = ()) -> Differences:
     """Compare the entries of a pod with the required ones, and correct them.
 
     :param records: those of one interface, not empty
+    :param unreadable: as for :class:`PodSide`
     """
     with entered(next(iter(records))) as netlink:
-        side = PodSide(netlink, records, options)
+        side = PodSide(netlink, records, options, unreadable)
         return Differences(side.repair(node, dry_run), side.missing())
 
 

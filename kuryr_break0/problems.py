@@ -317,7 +317,8 @@ def _in_pod(records: Sequence[Record], parent: Parent, seen: Snapshot,
             if version in (None, record.address.version))
 
     with podside.entered(records[0]) as netlink:
-        side = podside.PodSide(netlink, records, seen.options)
+        side = podside.PodSide(netlink, records, seen.options,
+                               seen.contents.unreadable)
         link, record = side.link, side.record
         place = 'the interface %s of its container' % link.name
         # Read in the pod, the id of the parent's namespace

@@ -132,7 +132,8 @@ class Reconciler:
                 self._failure)
             self._note_taps(seen)
         pods = self._engine.pods.repair(
-            self._interfaces(seen, by_del), self._failure, self._dry_run)
+            self._interfaces(seen, by_del), self._failure, self._dry_run,
+            seen.contents.unreadable)
         by_pods = released.by_change(pods.released)
         if not self._dry_run:
             released.drop(by_pods, self._engine, self._ledger, self._failure)
