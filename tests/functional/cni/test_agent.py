@@ -301,7 +301,9 @@ class TestServer(base.WithShim, ShimTestCase):
                               if not each.startswith('11 ')])
         left = {address[name] for name in names if not int(name[1:]) % 2}
         self.assertEqual(left, self.bound())
-        self.lab.run(base.PROGRAM, '--config-file', base.CONF, 'sync')
+        # It exits 1: the containers after a DEL exist and are not bound.
+        self.lab.run(base.PROGRAM, '--config-file', base.CONF, 'sync',
+                     check=False)
         self.assertEqual(left, set(self.lab.routes()))
         self.assertEqual([], self.problems())
         for name in names[:4:2]:

@@ -82,9 +82,9 @@ class TestPods(DoctorTestCase):
 
     def test_no_interface(self) -> None:
         self.lab.run('ip', 'link', 'del', 'eth0', netns='pod')
-        self.assert_found('pod-interface-gone', "' of the pod sandbox-1/eth0 "
-                          'has no interface eth0', POD4, POD6,
-                          severity='error')
+        self.assert_found('pod-interface-gone', "The network namespace "
+                          "'/run/netns/pod' has no interface eth0", POD4,
+                          POD6, severity='error')
 
     def test_parent_made_anew(self) -> None:
         """A new parent has none of the pods' macvlans: restart the pods."""
@@ -337,7 +337,7 @@ class TestReachability(DoctorTestCase):
         self.lab.run('ip', 'route', 'flush', 'dev', 'eth0', netns='bare')
         self.assertFalse(self.lab.ping(lab.NODE, 'bare'))
         finding = self.assert_found(
-            'pod-route-missing', '/eth0 has no route to the node address '
+            'pod-route-missing', 'it has no route to the node address '
             + lab.NODE, severity='error')
         self.assertEqual(['100.75.30.79'], finding['subjects'])
         self.follow(finding)
