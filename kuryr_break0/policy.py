@@ -185,10 +185,10 @@ class Policy:
                        device: str) -> NodeAddresses:
         """Return the node addresses that the pods need in their tables.
 
-        Addresses of other interfaces are left out, unless the parent has
-        none: a container that is connected to a network there later has them
-        as its neighbours, and Docker refuses to connect it while a route to
-        one of them is in its way.
+        If the parent has addresses, those of other interfaces are left out.
+        When Docker connects such a container to a network on another interface
+        later, these addresses are in that network. Docker refuses to connect
+        it while it has a conflicting route to one of them.
 
         :param found: all addresses of the node with their ifindexes
         :param parent: ifindex of the parent

@@ -45,7 +45,8 @@ class EventFilter:
         self._own_events: frozenset[kernel.Event] = frozenset()
         #: addresses that the last sync refused, for example next hops
         self._refused: Container[IPAddress] = ()
-        #: source addresses since the last sync, by parent and subnet
+        #: source addresses of routes, read since the last sync, by parent
+        #: and subnet
         self._sources: dict[tuple[str, Any], Optional[IPAddress]] = {}
         self._links: dict[int, Any] = {}
         self._addresses: set[tuple[int, Any]] = set()
@@ -72,8 +73,8 @@ class EventFilter:
         """
         self._own_events = frozenset(_make_events(outcome))
         self._refused = outcome.refused
-        # The kernel sends no event for some deleted routes. Without an entry
-        # here, the next route to such a next hop counts as a change.
+        # The kernel sends no event for some deleted routes. Remove their next
+        # hops here, so that the next route to one of them counts as a change.
         self._next_hops.intersection_update(outcome.refused)
         self._sources.clear()
         identity = None
@@ -255,5 +256,5 @@ def _make_events(outcome: Outcome) -> Iterator[kernel.Event]:
 
 
 def _select_fields(link: kernel.Link) -> kernel.Link:
-    """Return a link without the fields that do not matter for break0."""
+    """Return a link with defaults for the fields that break0 ignores."""
     return dataclasses.replace(link, carrier=True, group=0)

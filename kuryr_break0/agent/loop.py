@@ -285,8 +285,8 @@ class Agent:
     def _watch_records(self, watch: kernel.Inotify, ledger: Ledger) -> None:
         """Watch the directory of the records.
 
-        Called before each sync, because another program may have replaced
-        the directory.
+        Call it before each sync, because another program may have replaced the
+        directory.
         """
         reason = None
         try:

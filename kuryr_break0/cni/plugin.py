@@ -228,9 +228,9 @@ class Plugin:
     def _gc(self) -> None:
         """Unbind the claims of this network that are not valid attachments.
 
-        Go encodes an empty list of attachments as null, and a list after an
-        error too. So null unbinds only containers that provably no longer
-        exist.
+        Go encodes an empty list of attachments as null, and also a list that
+        an error left empty. So null unbinds only containers that provably no
+        longer exist.
         """
         request = self._request
         valid = request.attachments()

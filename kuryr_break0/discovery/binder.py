@@ -122,8 +122,8 @@ class Binder:
             self._log_refusal(
                 address, macvlan, 'duplicate address detection has found it '
                 'on another host. Give one of the two another address.')
-        # Bound addresses come first, so that they stay bound if there are too
-        # many.
+        # Bound addresses come first, so that they stay bound if the container
+        # has too many addresses.
         present.sort(key=lambda each: each[0] not in bound)
         self._containers[found.namespace] = container
         elsewhere = sum(

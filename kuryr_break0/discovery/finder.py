@@ -222,7 +222,10 @@ class Finder:
         self._not_before = time.monotonic() + LAST
 
     def work(self) -> None:
-        """Do due work for about ``_STEP``. After an error, it stays due."""
+        """Do due work for about ``_STEP`` seconds.
+
+        After an error, the rest of the work stays due.
+        """
         if self._all_at <= time.monotonic():
             self.mark_all()
         self._search_if_due()
@@ -279,7 +282,8 @@ class Finder:
             elif each.is_named:
                 self._relocate(known, each)
         for place, each in new.items():
-            # A name lasts longer than a process, as that of "ip netns exec".
+            # Prefer a name: it can outlast the process, such as that of "ip
+            # netns exec".
             if each.is_named or not (place in self._found
                                      and self._found[place].is_named):
                 self._found[place] = each
@@ -332,8 +336,9 @@ class Finder:
     def _examine(self, found: kernel.FoundNamespace) -> None:
         """Identify a found namespace, and then read it.
 
-        The kernel sends events of a namespace only after it has a number,
-        which this assigns. A read before that could miss a change.
+        The kernel sends events of a namespace only if the namespace has a
+        number. The identification assigns the number before the read, so that
+        each later change causes an event.
         """
         self._queue.pace.begin()
         try:

@@ -42,7 +42,7 @@ _TITLES = (re.compile(r'kuryr-daemon: master process \[(/\S*)'),
            re.compile(r'\S*python[0-9.]*\0(/\S*/kuryr-daemon)\0'))
 #: Kuryr's CNI plugin: pip installs one in Python, Kuryr's image has one in Go.
 _PLUGIN = 'kuryr-cni'
-#: Text in a script that is in Python, or enters or starts a Python environment
+#: Text that shows that a script is in Python or uses a Python environment
 _PYTHON = re.compile('python|kuryr_kubernetes', re.IGNORECASE)
 _COMMENT = re.compile(r'\n\s*#.*')
 _PATH = re.compile(r'(?<![\w.])/[\w./+@-]+')

@@ -278,11 +278,12 @@ def _find_container(process: Optional[str], netns: int) -> Hashable:
 
 def _find_outermost(stack: contextlib.ExitStack, fd: Optional[int],
                     kind: str) -> Optional[int]:
-    """Return the ancestor of a namespace that is a child of this process's.
+    """Find a child of this process's namespace: the ancestor of a namespace.
 
     :param stack: closes the descriptors
-    :param fd: descriptor of the namespace, which may be such a child itself
-    :returns: None if the namespace is this process's
+    :param fd: descriptor of the namespace. If it is a child itself, it is the
+        result
+    :returns: descriptor of the child; None if the namespace is this process's
     """
     found = None
     # The loop ends at this process's namespace, or with an error at a

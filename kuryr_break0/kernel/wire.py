@@ -303,7 +303,7 @@ def parse_nsid(body: bytes) -> int:
     return int(netlink.S32.unpack(found)[0]) if found else -1
 
 
-#: By the message type of an addition; the deletion has the next number.
+#: Parsers, by the message type of an addition. A deletion has the next type.
 _PARSERS = {RTM_NEWLINK: parse_link, RTM_NEWADDR: parse_address,
             RTM_NEWROUTE: parse_route, RTM_NEWNEIGH: parse_neighbour,
             RTM_NEWRULE: parse_rule, RTM_NEWNSID: parse_nsid,

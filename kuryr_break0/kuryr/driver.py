@@ -36,8 +36,8 @@ class PodNotConnected(k_exc.CNITimeout):  # type: ignore[misc]
     """The ADD failed for a temporary reason.
 
     For a CNITimeout, kuryr-daemon returns CNI's code 11, "try again later",
-    and kubelet tries again. kuryr-daemon restarts after three other errors in
-    its life, which would not help here.
+    and kubelet tries again. After three errors of other classes, kuryr-daemon
+    restarts, which would not help here.
     """
 
 

@@ -2,13 +2,15 @@
 
 """Creates the interface of a pod in the pod's namespace.
 
-Kuryr creates it on the node under a temporary name, moves and renames it, and
-sets its MTU and MAC address one by one. Around each step it reads the
-namespace again. This module sends one request, with the same result.
+Kuryr creates the interface on the node under a temporary name, moves and
+renames it, and sets its MTU and MAC address one by one. Around each step,
+Kuryr reads the namespace again. This module sends one request, with the same
+result.
 
 If Kuryr is killed before the move, the interface remains on the node. The VIF
 does not identify it, because the author of a KuryrPort chooses name and MAC
-address. So Kuryr creates it in an interface group that nothing else uses.
+address. So a leftover is identified by its interface group, in which Kuryr
+creates the interface and which nothing else uses.
 
 All functions raise NetnsUnusable if the pod's namespace cannot be entered, and
 KernelRefused with the first error of the kernel.
