@@ -40,8 +40,8 @@ def delete_connections(address: IPAddress) -> None:
 def deletions(address: IPAddress) -> Iterator[Message]:
     """Return one request for each role of an address in a connection.
 
-    The address is the source or the destination of a connection, or it
-    answers for the address of a Service.
+    The address is the source or the destination of a connection, or the
+    endpoint behind a Service's address, to which the connection was opened.
     """
     for which, end in ((_ORIGINAL, _SOURCE), (_ORIGINAL, _DESTINATION),
                        (_REPLY, _SOURCE)):

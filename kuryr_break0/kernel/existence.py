@@ -155,8 +155,8 @@ class Judge:
     def _judge_by_directory(self, path: str, known: NamespaceId) -> Verdict:
         """Decide by the other namespaces in the directory of a path.
 
-        The name was removed or the process has ended, but another process
-        may still be in the namespace.
+        This method is for a path whose name was removed, or whose process has
+        ended. Another process may still be in the namespace.
         """
         place = _directory_of(path)
         for each in {place, _PROC}:
@@ -189,11 +189,13 @@ class Judge:
         return Verdict(State.UNKNOWN, text)
 
     def blindness(self, path: Optional[str] = None) -> str:
-        """Return why look-ups by number prove nothing; empty if they do.
+        """Return why failed look-ups by number prove nothing.
 
-        They do if they found living namespaces other than this thread's.
+        They prove something if look-ups of living namespaces other than this
+        thread's succeed.
 
-        :param path: a path whose directory is searched for such namespaces
+        :param path: a path whose directory is searched for living namespaces
+        :returns: empty if failed look-ups are a proof
         """
         if self._blindness is None:
             self._blindness = self._find_blindness(path)
@@ -269,7 +271,7 @@ def _list_namespaces_at(place: str
 def _opens_by_number(path: str) -> Optional[bool]:
     """Return whether a living namespace can be opened by its number.
 
-    None if it has just ended or has no number.
+    None if the namespace has just ended or has no number.
     """
     try:
         known = namespaces.identify_or_fail(path)

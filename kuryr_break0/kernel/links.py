@@ -71,8 +71,8 @@ class LinkSocket(netlink.RequestSocket):
                        mac: str, mtu: int, up: bool = True) -> None:
         """Create a macvlan in bridge mode in a namespace.
 
-        In another namespace than this thread's, the kernel creates it there,
-        and sends no event to the namespace of the parent.
+        If the namespace is not this thread's, the kernel creates the macvlan
+        directly in it, and sends no event to the namespace of the parent.
 
         :param netns: the path of the namespace
         :raises KernelRefused: with EEXIST also if an interface of this

@@ -122,7 +122,8 @@ def open_by_number(known: NamespaceId) -> int:
 
     :returns: a file descriptor
     :raises OSError: ESTALE if the namespace is gone or this process has no
-        access to it (nsfs_fh_to_dentry); EPERM if it has access to none
+        access to it (nsfs_fh_to_dentry); EPERM if this process has access to
+        no namespace
     """
     handle = ctypes.create_string_buffer(_HANDLE.pack(
         16, _FILEID_NSFS, known.cookie, _CLONE_NEWNET, known.inode))
@@ -194,7 +195,7 @@ def stat_namespace(path: str,
                    own: os.stat_result) -> Optional[tuple[int, int]]:
     """Return device and inode of a namespace without opening its file.
 
-    :param own: the status of this thread's namespace
+    :param own: the result of stat(2) for this thread's namespace
     :returns: None for this thread's namespace, and for other kinds of files
     """
     found = os.stat(path)

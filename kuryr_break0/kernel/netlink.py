@@ -253,7 +253,8 @@ class RequestSocket(Socket):
         """Send messages in one datagram; return the errors by their position.
 
         The kernel answers each message that it refuses, and the message with
-        NLM_F_ACK. Acknowledging all would take as long as the requests.
+        NLM_F_ACK. To acknowledge every message would take the kernel as long
+        as to execute the requests.
 
         :param acknowledged: position of the message with NLM_F_ACK, counted
             from the end
@@ -302,7 +303,8 @@ class RequestSocket(Socket):
                         raise err
                     break
                 if count == self._most:
-                    # The next request would receive the rest of the answer.
+                    # A new socket, because the next request on the old one
+                    # would receive the rest of the answer.
                     self._socket.close()
                     self._open()
                     return found, True
@@ -311,7 +313,7 @@ class RequestSocket(Socket):
                 if each is not None:
                     found.append(each)
                 if not message.flags & NLM_F_DUMP:
-                    break  # there is one answer only
+                    break  # a request without NLM_F_DUMP has one answer
         except OSError as err:
             raise self._failed(action, err) from err
         return found, is_whole
@@ -344,9 +346,10 @@ class RequestSocket(Socket):
             errno.EINTR, 'the table changed during each read'))
 
     def _answers(self, first: int) -> Iterator[Received]:
-        """Iterate over the answers to the requests from a number on.
+        """Iterate over the answers to the latest requests, without an end.
 
-        The iterator does not end. It skips answers to earlier requests.
+        :param first: sequence number of the first of these requests. Answers
+            to earlier requests are skipped
         """
         while True:
             for answer in messages(self._socket.recv(_RECEIVED)):

@@ -38,8 +38,8 @@ _GROUP = 7  # NFNLGRP_NFTABLES
 _NF_DROP, _NF_ACCEPT = 0, 1
 _EGRESS = 1  # NF_NETDEV_EGRESS
 _META_OIF = 5  # NFT_META_OIF
-#: Seconds to wait at a shared socket. The answer is there when send(2)
-#: returns, unless another process has read it by mistake.
+#: Seconds to wait for an answer at a shared socket. The kernel answers before
+#: send(2) returns, but another process may have read the answer by mistake.
 _SHARED_TIMEOUT = 1
 #: Maximum elements of a batch, which must fit into the socket's buffer.
 _AT_ONCE = 256
@@ -113,9 +113,9 @@ class Nft(netlink.RequestSocket):
     def delete(self, table: str, pairs: Iterable[Pair]) -> None:
         """Delete guard entries; missing ones are no error.
 
-        For a missing entry the kernel takes about 15 ms, to undo the batch.
+        For each missing entry, the kernel undoes a batch, in about 15 ms.
         """
-        for pair in pairs:  # a missing entry would end a common batch
+        for pair in pairs:  # in one batch, a missing entry would undo all
             with tolerate_errors(errno.ENOENT):
                 self._batch('delete a guard entry from the table ' + table,
                             _message(
@@ -148,8 +148,8 @@ class Nft(netlink.RequestSocket):
     def has_source_rule(self, table: str, index: int, mac: bytes) -> bool:
         """Return whether :meth:`add_source_rule` has been called.
 
-        It takes one message in each direction, even if the pod has filled the
-        table.
+        The look-up takes one message in each direction, even if the pod has
+        filled the table.
         """
         chain = self._get(_GETCHAIN, text(1, table)
                           + text(3, _source_chain(index, mac)))
