@@ -45,7 +45,7 @@ __all__ = ('Contents', 'Ledger', 'Owner', 'Record')
 
 T = TypeVar('T')
 
-#: Attempts to read the ledger if it changes meanwhile.
+#: Attempts to read the ledger, if it changes during each read.
 _RETRIES = 5
 #: Files in the state directory, except those that end with .json.
 _FILES = ('cni.sock', 'heartbeat', 'identity', 'journal', 'lock')
@@ -278,7 +278,7 @@ class Ledger:
     def add_end(self, owner: Owner, when: float) -> None:
         """Add a DEL to :meth:`list_ended`. The caller must hold the lock."""
         ended = self.list_ended()
-        ended.pop(owner, None)  # append it as the last one
+        ended.pop(owner, None)  # its new DEL comes last
         self._put_ended({**ended, owner: when})
 
     def delete_ends(self, before: float) -> None:
@@ -312,8 +312,8 @@ class Ledger:
     def clear(self) -> None:
         """Delete this package's files, and the directory if it is empty.
 
-        An empty mount point remains, as in a container. The caller must hold
-        the lock, whose file is deleted too.
+        If the directory is a mount point, as in a container, it remains. The
+        caller must hold the lock, whose file is deleted too.
         """
         quarantine = self.records.quarantine
         try:

@@ -18,8 +18,8 @@ from kuryr_break0.ledger import files
 _MAX_SIZE = 2 ** 20
 SUFFIX = '.json'
 #: Seconds for which values of the node are cached: its next hops, its
-#: addresses, and that break0 is configured. Each pod reads that break0 exists
-#: and is up.
+#: addresses, and whether break0 is configured. A bind always reads from the
+#: kernel whether break0 exists and is up.
 MAX_AGE = 30
 
 

@@ -101,7 +101,7 @@ class Ownership(enum.Enum):
 
     #: Its alias names this ledger.
     OURS = enum.auto()
-    #: Its alias names a ledger that was lost, and that this one follows.
+    #: Its alias names a lost ledger, which this ledger replaces.
     LOST = enum.auto()
     #: Its alias names another ledger, which may exist.
     OTHER = enum.auto()
@@ -118,8 +118,8 @@ def ownership(link: Optional[Link], own: Optional[Identity],
               directory: str) -> Ownership:
     """Return the relation of an interface to a ledger.
 
-    A ledger is lost with its directory. Where another process has a directory
-    of its own at the path, each takes a break0 over only once.
+    A ledger is lost if its directory is lost. Two processes can have different
+    directories at the same path. Each then takes a break0 over only once.
 
     :param own: the identity of the ledger; None if it was never used
     :param directory: the state directory of the ledger

@@ -44,7 +44,7 @@ _Namer = Callable[[str, Optional[int]], str]
 
 VERSION = 2
 SUFFIX = '.json'
-_MAX_SIZE = 2 ** 16  # bytes; the usual size is a hundredth of it
+_MAX_SIZE = 2 ** 16  # bytes; a record usually has a hundredth
 #: Maximum claims of an address, and maximum networks and sibling MAC addresses
 #: of a claim.
 MAX_CLAIMS = 8
@@ -203,9 +203,11 @@ class Records:
     def find_containing(self, *texts: str) -> Iterator[tuple[Record, ...]]:
         """Find records with a text that begins with one of the texts.
 
-        An example is a container id. Parsing takes ten times as long as
-        reading, so only matching files are parsed. Unreadable records are
-        skipped, unless this process lacks descriptors or memory.
+        Only matching files are parsed, because parsing takes ten times as long
+        as reading. Unreadable records are skipped, unless this process lacks
+        descriptors or memory.
+
+        :param texts: for example, a container id
         """
         wanted = [json.dumps(text)[:-1] for text in texts]
         for name in self.names(self.directory):
@@ -234,8 +236,8 @@ class Records:
               current_name: Optional[_Namer] = None) -> tuple[Record, ...]:
         """Return the claims of a file; parse it only if it was replaced.
 
-        Comparing the stamp takes a tenth of the time. The present name of the
-        parent replaces the recorded one.
+        To compare the stamp takes a tenth of the time of parsing. The present
+        name of the parent replaces the recorded one.
 
         :param current_name: used instead of :func:`node.find_current_name`,
             such as a cached function
@@ -279,8 +281,8 @@ class Records:
                     judge: existence.Judge) -> bool:
         """Return whether a sandbox with a claim on an address may be gone.
 
-        False if there is no record. It takes a third of the time of
-        :meth:`claims`, which mainly parses addresses and networks.
+        False if there is no record. This method takes a third of the time of
+        :meth:`claims`, because it parses no addresses and networks.
         """
         try:
             fields = json.loads(files.read(self.path(address), _MAX_SIZE))
@@ -305,12 +307,12 @@ class Records:
 
     def list_part(self, position: int,
                   most: int) -> tuple[list[IPAddress], int]:
-        """List some addresses with a record, and count all of them.
+        """List a part of the addresses with a record, and count all of them.
 
-        The order of the addresses is stable, and continues from its end at
-        its beginning.
+        The order of the addresses is stable. The first address follows the
+        last one.
 
-        :param position: position of the first address in the order
+        :param position: position of the first address to list
         :param most: maximum addresses to list
         """
         names = sorted(self.names(self.directory))
@@ -321,7 +323,10 @@ class Records:
         return self._parse_names(names), count
 
     def delete_unfinished(self) -> None:
-        """Delete files of killed writers. The caller must hold the lock."""
+        """Delete the temporary files of killed writers.
+
+        The caller must hold the lock.
+        """
         for directory in (self.directory, os.path.dirname(self.directory)):
             with contextlib.suppress(OSError):
                 for name in os.listdir(directory):
