@@ -45,7 +45,8 @@ class EventFilter:
         self._own_events: frozenset[kernel.Event] = frozenset()
         #: addresses that the last sync refused, for example next hops
         self._refused: Container[IPAddress] = ()
-        #: source addresses since the last sync, by parent and subnet
+        #: source addresses of routes, read since the last sync, by parent
+        #: and subnet
         self._sources: dict[tuple[str, Any], Optional[IPAddress]] = {}
         self._links: dict[int, Any] = {}
         self._addresses: set[tuple[int, Any]] = set()
@@ -72,8 +73,8 @@ class EventFilter:
         """
         self._own_events = frozenset(_make_events(outcome))
         self._refused = outcome.refused
-        # The kernel sends no event for some deleted routes. Without an entry
-        # here, the next route to such a next hop counts as a change.
+        # The kernel sends no event for some deleted routes. Remove their next
+        # hops here, so that the next route to one of them counts as a change.
         self._next_hops.intersection_update(outcome.refused)
         self._sources.clear()
         identity = None
@@ -110,9 +111,10 @@ class EventFilter:
     def include_loss(self, events: Iterable[kernel.Event]) -> bool:
         """Return whether a break0 or its parent was deleted or set down.
 
-        The kernel sets an interface down before it deletes it, and sends an
-        event for each neighbour. If events were lost, the event of the
-        interface may be among them, so read its state from the kernel.
+        Before the kernel deletes an interface, it sets the interface down, and
+        sends an event for each neighbour. If events were lost, the event of
+        the interface may be lost too. This method then reads the state of the
+        interface from the kernel.
         """
         is_incomplete = False
         for event in events:
@@ -192,7 +194,7 @@ class EventFilter:
         return self._policy.items(record, index, self._sources[key])
 
     def _update_next_hops(self, event: kernel.Event) -> bool:
-        """Store the next hops of a route, or remove those of a deleted one.
+        """Store a new route's next hops, or remove a deleted route's.
 
         The ledger gets all next hops, because a container may take the address
         of a next hop whose route is deleted before the next sync.
@@ -225,7 +227,7 @@ class EventFilter:
         if index not in self._links:
             # If an interface is deleted or set down, the kernel deletes its
             # IPv4 routes without events (fib_table_flush). An address that
-            # was refused as their next hop may now be allowed.
+            # was refused as a next hop of these routes may now be allowed.
             if self._refused and (event.is_gone or not link.up):
                 return True
             # The record of a virtual machine ends with its macvtap.
@@ -255,5 +257,5 @@ def _make_events(outcome: Outcome) -> Iterator[kernel.Event]:
 
 
 def _select_fields(link: kernel.Link) -> kernel.Link:
-    """Return a link without the fields that do not matter for break0."""
+    """Return a link with defaults for the fields that break0 ignores."""
     return dataclasses.replace(link, carrier=True, group=0)

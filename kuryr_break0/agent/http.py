@@ -87,7 +87,7 @@ class Exposition:
         self._last: Optional[_Answer] = None
 
     def answer(self, environ: dict[str, Any]) -> _Answer:
-        """Return current metrics, or the last answer if that is too early.
+        """Return current metrics, or repeat the last answer.
 
         While one thread collects metrics, the other thread repeats the last
         answer, so ``/livez`` never waits. If requests would use more of the
@@ -110,8 +110,8 @@ class Exposition:
 
     def _collect(self, environ: dict[str, Any]) -> _Answer:
         head: list[Any] = []
-        # A query could select some of the metrics, but the answer may be
-        # repeated to another client, which needs all of them.
+        # Without the query, which could select some of the metrics: other
+        # clients may get the same answer, and need all metrics.
         body = self._application({**environ, 'QUERY_STRING': ''},
                                  lambda *args: head.extend(args))
         return _Answer(head[0], head[1], body)
@@ -164,7 +164,8 @@ class Server:
 
         :raises OSError: if the endpoint cannot be bound
         """
-        # Clients could fill the log, because waitress warns of bad requests.
+        # waitress logs a warning for each bad request, by which clients could
+        # fill the log.
         logging.getLogger('waitress').setLevel(logging.ERROR)
         with contextlib.ExitStack() as stack:
             # bind(2) needs the scope of a link-local address.
@@ -226,8 +227,8 @@ def _close_late(connections: dict[int, _Connection]) -> float:
     """Close connections whose client is late.
 
     If the maximum number of connections is open, also close the oldest ones
-    that wait for their client. A connection whose request is being answered
-    stays, because the answer does not depend on the client.
+    that wait for their client. A connection whose request is being processed
+    stays open, because it does not wait for its client.
 
     :param connections: all connections of the server, by descriptor
     :returns: seconds until the next connection may be late
