@@ -59,7 +59,7 @@ class _End:
     cannot be proven.
 
     :ivar at: monotonic time of the next attempt to unbind its addresses
-    :ivar pause: seconds from that attempt to another one
+    :ivar pause: seconds from that attempt to the following one
     :ivar cause: see :attr:`Namespace.cause`
     """
 
@@ -155,16 +155,17 @@ class Finder:
             self._found[found.place] = found
         if changes.ended:
             self._explained_until = now + _ENDING
-        # A macvlan in a namespace with a number causes a second event there,
-        # which names the number. After the end of its namespace, the deletion
-        # of the macvlan causes only the first event.
+        # A change of a macvlan causes one event for its parent and, if its
+        # namespace has a number, another one that contains the number. After
+        # the end of the namespace, the kernel deletes the macvlan, and sends
+        # only the event for the parent.
         self._is_unexplained |= (
             changes.is_stacked and not changes.changed
             and now >= self._explained_until)
         if changes.interfaces or changes.lost or self._unknown:
             self._schedule_search()
         if changes.messages >= _FLOOD:
-            # The pause must not delay any work.
+            # End the pause when the next work is due.
             time.sleep(max(0.0, min(_FLOOD_PAUSE, self.find_due() - now)))
 
     def note_records(self) -> None:
@@ -222,7 +223,10 @@ class Finder:
         self._not_before = time.monotonic() + LAST
 
     def work(self) -> None:
-        """Do due work for about ``_STEP``. After an error, it stays due."""
+        """Do due work for about ``_STEP`` seconds.
+
+        After an error, the rest of the work stays due.
+        """
         if self._all_at <= time.monotonic():
             self.mark_all()
         self._search_if_due()
@@ -230,7 +234,8 @@ class Finder:
         now = time.monotonic()
         ends = now + _STEP
         while now < ends:
-            # One of each, because there may be any number of both.
+            # Examine one new namespace and read one changed namespace in turn,
+            # because there may be any number of both.
             is_new = bool(self._found)
             if is_new:
                 place, found = next(reversed(self._found.items()))
@@ -279,7 +284,8 @@ class Finder:
             elif each.is_named:
                 self._relocate(known, each)
         for place, each in new.items():
-            # A name lasts longer than a process, as that of "ip netns exec".
+            # Prefer a name: it can outlast the process, such as that of "ip
+            # netns exec".
             if each.is_named or not (place in self._found
                                      and self._found[place].is_named):
                 self._found[place] = each
@@ -332,8 +338,9 @@ class Finder:
     def _examine(self, found: kernel.FoundNamespace) -> None:
         """Identify a found namespace, and then read it.
 
-        The kernel sends events of a namespace only after it has a number,
-        which this assigns. A read before that could miss a change.
+        The kernel sends events of a namespace only if the namespace has a
+        number. The identification assigns the number before the read, so that
+        each later change causes an event.
         """
         self._queue.pace.begin()
         try:
@@ -379,7 +386,7 @@ class Finder:
             state = kernel.judge_state(namespace.found.path,
                                        namespace.found.namespace)
             if state is not kernel.State.GONE:
-                self._schedule_full_search()  # it may have another path
+                self._schedule_full_search()  # for its new path
             if state is kernel.State.LIVING:
                 self._queue.mark(namespace, now)
             else:

@@ -2,8 +2,8 @@
 
 """Order the namespaces to read, and limit the time for each container.
 
-Changed namespaces come first. After them comes the routine: the timer has all
-namespaces read again, also without a known change. If the work for one
+Changed namespaces come first. After them comes the routine: by the timer, all
+namespaces are read again, even without a known change. If the work for one
 container exceeds its share of the processor, its namespaces wait, so that it
 does not delay other containers. The routine has its own share.
 """
@@ -23,7 +23,7 @@ from kuryr_break0.pace import Pace
 #: Seconds of a processor that the work for one container may take before it
 #: has to wait. Binding 32 addresses takes half of them.
 _CREDIT = 0.15
-#: The cause of the routine, for Pace
+#: The cause that :class:`Pace` charges for the routine
 _ROUTINE = 'routine'
 
 
@@ -92,7 +92,7 @@ class ReadQueue:
             at, _, namespace = heapq.heappop(self._due)
             cause = namespace.cause
             if namespace.due != at:
-                continue  # removed since it was added
+                continue  # an outdated item of the heap
             if self.pace.wait(cause):
                 self._late.setdefault(cause, collections.deque()).append(
                     namespace)
