@@ -26,7 +26,7 @@ from kuryr_break0.ledger import Ledger
 
 #: Largest size in bytes of the archive before compression, and of one part.
 _MOST, _PART = 10 * 2 ** 20, 2 ** 20
-_TIMEOUT = 10  # seconds for a program
+_TIMEOUT = 10  # seconds to wait for a program
 _COMMANDS = (
     ('ip', '-d', 'link'), ('ip', '-d', 'address'),
     ('ip', 'route', 'show', 'table', 'all'),
@@ -76,7 +76,7 @@ class Bundle:
             for name, make in parts.items():
                 try:
                     text = make()
-                except Exception as err:  # the other parts are useful still
+                except Exception as err:  # the other parts are still useful
                     text = 'Cannot collect %s: %r' % (name, err)
                 self._add(archive, name, text)
 

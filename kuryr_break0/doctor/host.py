@@ -23,10 +23,11 @@ _DAEMON = 'kuryr-daemon'
 _UNITS = ('/etc/systemd/system', '/run/systemd/system',
           '/usr/local/lib/systemd/system', '/usr/lib/systemd/system',
           '/lib/systemd/system')
-#: The sentence of remedies after which programs read the options again.
+#: The sentence in remedies that lets programs read the options again: as in
+#: findings.txt, and on hosts without Kuryr.
 _RELOAD = ('Then reload the agent, and restart kuryr-daemon if there is one.',
            'Then reload the agent.')
-#: A part of other remedies that is left out on hosts without Kuryr.
+#: A part of other remedies, to leave out on hosts without Kuryr.
 _OF_KURYR = ', and kuryr-daemon if there is one'
 #: A sentence of remedies for hosts with Kuryr, or for hosts without.
 _FOR_ONE = re.compile(r'(With|Without) Kuryr, (\w)([^ ]*(?: .*?)?\.)'

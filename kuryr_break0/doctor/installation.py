@@ -25,8 +25,8 @@ from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.findings import KINDS
 
 _DISTRIBUTION = 'kuryr-break0'
-#: The requirements of Kuryr's driver alone. Where neither of the first two is
-#: installed, this is a host without Kuryr.
+#: Packages that only Kuryr's driver requires. A host without both of the first
+#: two is a host without Kuryr.
 _KURYR = ('kuryr-kubernetes', 'os-vif', 'oslo.concurrency',
           'oslo.versionedobjects', 'pyroute2', 'stevedore', 'cotyledon')
 #: Entry points of setup.cfg: group, name (as Kuryr or os-vif looks it up) and
@@ -42,7 +42,7 @@ _TITLES = (re.compile(r'kuryr-daemon: master process \[(/\S*)'),
            re.compile(r'\S*python[0-9.]*\0(/\S*/kuryr-daemon)\0'))
 #: Kuryr's CNI plugin: pip installs one in Python, Kuryr's image has one in Go.
 _PLUGIN = 'kuryr-cni'
-#: Text in a script that is in Python, or enters or starts a Python environment
+#: Text that shows that a script is in Python or uses a Python environment
 _PYTHON = re.compile('python|kuryr_kubernetes', re.IGNORECASE)
 _COMMENT = re.compile(r'\n\s*#.*')
 _PATH = re.compile(r'(?<![\w.])/[\w./+@-]+')

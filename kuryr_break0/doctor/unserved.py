@@ -22,7 +22,7 @@ from kuryr_break0.model import address_order
 from kuryr_break0.model import explain_non_host
 from kuryr_break0.model import IPAddress
 
-#: Seconds after which the agent has bound a new container.
+#: Maximum seconds that the agent needs to bind a new container.
 _SETTLED = 1.0
 _KINDS = {
     Reason.MODE: 'container-mode',
@@ -94,7 +94,7 @@ def _addresses(found: Sequence[Unserved]) -> list[IPAddress]:
 
 def with_networks(addresses: Iterable[IPAddress],
                   options: config.Options) -> str:
-    """Return allowed_cidrs with the networks of addresses added."""
+    """Return a value of allowed_cidrs that also allows these addresses."""
     new = {*map(containers.network_of, addresses)} - {*options.allowed_cidrs}
     return ','.join(map(str, (*options.allowed_cidrs, *sorted(
         new, key=lambda each: address_order(each.network_address)))))
