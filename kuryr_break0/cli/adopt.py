@@ -123,7 +123,8 @@ class Adopter:
                  dry_run: bool) -> None:
         self._parent = parent
         # On one parent, only one of several macvlans with the same MAC
-        # address can be up (macvlan_open). It comes last here, and counts.
+        # address can be up (macvlan_open). Sort it last, so that it replaces
+        # the other ones.
         self._macvlans = {
             macvlan.link.mac: macvlan
             for macvlan in sorted(macvlans, key=lambda each: each.link.up)
@@ -135,7 +136,7 @@ class Adopter:
         self._manager = Break0Manager(options)
 
     def adopt(self, port: Port) -> Finding:
-        """Bind an interface of a pod that is not bound yet.
+        """Bind the interface of a port, unless it is bound already.
 
         :raises LedgerUnavailable: if the ledger cannot be read
         """

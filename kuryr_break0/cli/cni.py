@@ -42,7 +42,7 @@ example:
 """ % cni.PLUGIN_DIRS[0]
 #: The shim that "make cni" builds, and its source, in a clone.
 _BUILT, _SOURCE = 'build/cni/' + PLUGIN, 'kuryr_break0/cni/shim.c'
-#: The shim of "make install", and of the image.
+#: Path of the shim after "make install", and in the image.
 _INSTALLED = '/usr/libexec/kuryr-break0/' + PLUGIN
 
 

@@ -96,7 +96,7 @@ def run(argv: Sequence[str]) -> int:
     except exceptions.WrongUsage as err:
         return common.fail(common.USAGE, err)
     except OSError as err:
-        if err.filename is None:  # maybe a closed pipe, handled in main
+        if err.filename is None:  # main handles a closed pipe
             raise
         return common.fail(common.UNREADABLE, 'A system call failed: %s' % err)
     except exceptions.Break0Error as err:

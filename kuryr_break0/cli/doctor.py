@@ -92,7 +92,8 @@ def _waiting(conf: cfg.ConfigOpts
              ) -> Optional[Callable[[float], list[str]]]:
     """Return a function that lists the pods that wait for a port.
 
-    :returns: None without Kuryr or its Kubernetes options
+    :returns: None on a host without Kuryr, or without Kuryr's Kubernetes
+        options
     """
     if not (installation.is_for_kuryr() and config.has_api_root(conf)):
         return None

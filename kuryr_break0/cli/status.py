@@ -111,7 +111,7 @@ def read(options: config.Options, wanted: Any = None) -> Status:
 
 
 def _print_changes(before: Status, now: Status) -> None:
-    """Print a line for each new and each cleared fact."""
+    """Print a line for each fact that appeared (+) or cleared (-)."""
     old, new = dict.fromkeys(before.facts()), dict.fromkeys(now.facts())
     for sign, facts, others in ('-', old, new), ('+', new, old):
         for each in facts:

@@ -95,7 +95,7 @@ def _lines(outcome: Outcome, options: config.Options) -> Iterator[str]:
                                                  record.owner, record.netns)
     for sign, items in (('+', outcome.set), ('-', outcome.unset),
                         ('!', outcome.foreign), ('!', outcome.unclaimed)):
-        # Guard entries are counted by the interface.
+        # The lines of the interfaces count the guard entries.
         for route in of_kind(HostRoute, items):
             yield '%s %s' % (sign, names.described(
                 route, _name_of(route.oif, options)))
