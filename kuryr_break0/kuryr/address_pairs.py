@@ -21,9 +21,9 @@ from openstack import exceptions as os_exc
 
 #: Delays between the attempts of one request, in seconds.
 _DELAYS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
-#: The status codes of an answer that may be another one a moment later; 404
-#: is the answer if the node's port is created anew, 412 if another process
-#: has changed the port since it was read.
+#: Status codes of errors that may be temporary. Neutron answers 404 while the
+#: node's port is created again, and 412 if another process has changed the
+#: port since it was read.
 _TRANSIENT = (404, 408, 412, 429)
 #: The type that Neutron gives to the error "too many pairs".
 _EXHAUSTED = 'AllowedAddressPairExhausted'
@@ -32,10 +32,10 @@ _T = TypeVar('_T')
 
 
 class _Change:
-    """The addresses that one MAC address is to have in the pairs of a port.
+    """A change of the allowed address pairs that have one MAC address.
 
-    :ivar addresses: none for a pod that ends
-    :ivar error: the reason if Neutron's port was not changed
+    :ivar addresses: the new addresses; none for a pod that ends
+    :ivar error: the reason why Neutron's port was not changed, or None
     """
 
     def __init__(self, mac: str, addresses: Iterable[str]) -> None:
@@ -69,9 +69,10 @@ class AddressPairs:
         self._waiting: collections.deque[_Change] = collections.deque()
 
     def assign(self, mac: str, addresses: Iterable[str] = ()) -> None:
-        """Let exactly these addresses be paired with a MAC address.
+        """Replace the allowed address pairs that have a MAC address.
 
-        :raises Exception: if Neutron cannot be asked, or refuses
+        :param addresses: the addresses of the new pairs
+        :raises Exception: if Neutron cannot be reached, or refuses
         """
         change = _Change(mac, addresses)
         self._waiting.append(change)
@@ -87,9 +88,10 @@ class AddressPairs:
             raise change.error
 
     def _take(self, change: _Change) -> list[_Change]:
-        """Return all changes that wait, and this one.
+        """Return all waiting changes, and this one.
 
-        It does not wait any more if another thread took it and was killed.
+        If another thread took this change and was killed, it is not among the
+        waiting ones.
         """
         changes = []
         while self._waiting:
@@ -97,7 +99,7 @@ class AddressPairs:
         return changes if change in changes else [*changes, change]
 
     def _settle(self, changes: list[_Change]) -> None:
-        """Write all changes; a refused change does not hinder the others."""
+        """Write all changes; a refused change does not prevent the others."""
         # Deleted pairs make room for new ones.
         changes.sort(key=lambda change: bool(change.addresses))
         size = len(changes)
@@ -155,7 +157,7 @@ def repeat(request: Callable[[], _T]) -> _T:
         except Exception as err:
             if not is_transient(err):
                 raise
-        # Two controllers that conflict must not do so again.
+        # A random delay, so that two controllers do not conflict again.
         time.sleep(delay * random.uniform(0.5, 1.5))
     return request()
 

@@ -104,7 +104,7 @@ def node_name() -> str:
 
 
 def list_nodes() -> list[str]:
-    """List the nodes with KuryrPorts; none if the API denies it."""
+    """List the nodes with KuryrPorts; none if the API denies the request."""
     try:
         found = clients.get_kubernetes_client().get(
             k_const.K8S_API_CRD_KURYRPORTS)['items']

@@ -2,8 +2,8 @@
 
 """Compares Kuryr's binding code with the code that direct binding replaces.
 
-``pod_binding = direct`` does the same as these functions. A distribution or a
-later release may have changed them.
+With ``pod_binding = direct``, this package does the same as some functions of
+Kuryr. A distribution or a later release of Kuryr may have changed them.
 """
 
 from __future__ import annotations

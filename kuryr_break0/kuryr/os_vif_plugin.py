@@ -107,8 +107,8 @@ def _install_driver() -> None:
             # A kernel without nftables refuses; each bind reports it.
             with contextlib.suppress(exceptions.KernelRefused):
                 kernel.share_nft()
-    # Forked processes share all present objects. Exclude these from garbage
-    # collection, which would copy their pages in each request: that takes
-    # longer than the bind by break0.
+    # Forked processes share the pages of all present objects. A garbage
+    # collection in a request would write to the objects, and so copy the
+    # pages, which takes longer than the bind. Exclude the objects from it.
     gc.collect()
     gc.freeze()

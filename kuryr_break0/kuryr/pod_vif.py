@@ -5,8 +5,9 @@
 Only kuryr-controller imports it, if ``[kubernetes] pod_vif_driver`` names it.
 Kuryr's own driver, in 6.0.0 to 10.0.0, has two faults. It does not initialize
 its base classes, so no pod gets a port. It reads the port of the node before
-it takes the lock for writing the port. So most pods that are created at once
-get no port, and the ports of their failed attempts stay in Neutron.
+it takes the lock for writing that port. If many pods are created at once,
+most of them therefore get no port, and the ports of failed attempts stay in
+Neutron.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ NAME = 'nested-macvlan-break0'
 
 
 class PortNotReady(k_exc.PortNotReady):  # type: ignore[misc]
-    """A pod has no port yet, or has it still, for a reason that may pass.
+    """For a temporary reason, a port was not created or not deleted.
 
-    By the name of this class, Kuryr calls the driver again for up to 500
-    seconds, and does not report its handler unhealthy, which would restart
-    the controller (kuryr_kubernetes.handlers.retry).
+    Kuryr recognises this class by its name. It calls the driver again for up
+    to 500 seconds, and does not report its handler unhealthy, which would
+    restart the controller (kuryr_kubernetes.handlers.retry).
     """
 
     def __init__(self, text: str) -> None:
@@ -50,9 +51,10 @@ class PortNotReady(k_exc.PortNotReady):  # type: ignore[misc]
 
 class NestedMacvlanDriver(
         nested_macvlan_vif.NestedMacvlanPodVIFDriver):  # type: ignore[misc]
-    """Creates and deletes the port of a pod, and its pairs on the node's."""
+    """Creates and deletes a pod's port, and its pairs on the node's port."""
 
-    #: By the address of the node. Kuryr can make several drivers of a class.
+    #: Pairs, by the address of the node. All drivers of the process share
+    #: them: Kuryr can create several drivers of a class.
     _nodes: ClassVar[dict[str, address_pairs.AddressPairs]] = {}
 
     def __init__(self) -> None:
