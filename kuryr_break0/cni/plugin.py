@@ -174,9 +174,9 @@ class Plugin:
     def _del(self) -> None:
         """Unbind the addresses of the interface.
 
-        They are in the previous result; without it, the records are searched,
-        which takes longer. The namespace is cleaned too, because the runtime
-        may reuse it.
+        The previous result contains the addresses. Without a previous result,
+        the records are searched, which takes longer. The namespace is cleaned
+        too, because the runtime may reuse it.
         """
         request, owner = self._request, self._owner
         try:
@@ -228,9 +228,9 @@ class Plugin:
     def _gc(self) -> None:
         """Unbind the claims of this network that are not valid attachments.
 
-        Go encodes an empty list of attachments as null, and a list after an
-        error too. So null unbinds only containers that provably no longer
-        exist.
+        Go encodes an empty list of attachments as null, and also a list that
+        an error left empty. So null unbinds only containers that provably no
+        longer exist.
         """
         request = self._request
         valid = request.attachments()
