@@ -211,7 +211,10 @@ class TestNeighbours(base.LabTestCase):
 class TestChange(base.LabTestCase):
 
     def garbage(self, netlink: kernel.Netlink, count: int) -> int:
-        """How much is left of setting so many routes and neighbours."""
+        """Set routes and neighbours; return the number of garbage objects.
+
+        :param count: number of routes, and of neighbours
+        """
         index = kernel.find_ifindex(lab.PARENT) or 0
         changes: list[kernel.Change] = []
         for number in range(count):

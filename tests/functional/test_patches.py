@@ -93,7 +93,7 @@ class TestView(test_driver.DriverTestCase):
 
 
 class TestNotAsExpected(test_driver.DriverTestCase):
-    """Without our patches Kuryr binds as before: slower, losing no pod."""
+    """Without our patches, Kuryr binds more slowly, but loses no pod."""
 
     def test_pyroute2_has_changed(self) -> None:
         with mock.patch.object(ipdb, 'ipdb_interfaces', object()), \

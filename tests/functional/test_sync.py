@@ -377,7 +377,7 @@ class TestSandboxGone(SyncTestCase):
         os.rename('/run/host_proc', '/run/not_mounted_here')
         self.manager().housekeep()
         self.assertIn(POD, self.lab.routes())
-        self.lab.del_netns('pod')  # the kernel's number for it ends too
+        self.lab.del_netns('pod')  # the kernel deletes its number too
         self.manager().housekeep()
         self.assert_gone()
 

@@ -304,7 +304,7 @@ class FakeNft:
 
 
 def patchers(fake: FakeKernel) -> Iterator[Any]:
-    """Return what puts a fake kernel in the place of the real one."""
+    """Iterate over the patches that replace the kernel by a fake one."""
     for name in ('count_host_routes', 'create_macvlan', 'find_current_name',
                  'has_interface', 'identify', 'identify_or_fail',
                  'find_ifindex', 'format_ifname', 'list_macvlans',

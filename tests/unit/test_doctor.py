@@ -50,7 +50,7 @@ class TestKinds(unittest.TestCase):
                      problems.__file__):
             with open(path) as file:
                 text += file.read()
-        # Problems of break0 have the kinds of its differences.
+        # The kinds of problems of break0 are built from its differences.
         differences = ''
         for path in device.__file__, actual.__file__:
             with open(path) as file:

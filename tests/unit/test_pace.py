@@ -29,7 +29,7 @@ class TestPace(unittest.TestCase):
 
     def sync(self, seconds: float,
              *errors: exceptions.Break0Error) -> float:
-        """Have a sync that takes so long; the seconds until the next."""
+        """Run a sync of this duration; return the seconds until the next."""
         def work(*args: Any) -> Outcome:
             self.now += seconds
             self.spent += seconds

@@ -250,7 +250,10 @@ class TestBareParent(TableTestCase):
 
 
 class TestClientOnTheParent(TableTestCase):
-    """A node with a VPN masqueraded on the NIC, as guides recommend."""
+    """A VPN server that masquerades its clients on the node's NIC.
+
+    Guides for VPN servers recommend this rule.
+    """
 
     out = 'eth0'
 
