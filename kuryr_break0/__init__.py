@@ -14,7 +14,7 @@ The kernel
 - It uses inode numbers of namespaces again, in about half of all cases, and a
   path can be a placeholder or another namespace's. It calls a namespace that
   a process may not see gone, as in a container: ``kernel.existence``.
-- It interrupts dumps while a table changes: ``kernel.netlink``.
+- It interrupts the dump of a table that changes: ``kernel.netlink``.
 - It ignores an alias at creation; a macvlan without an address answers the
   LAN for the node's addresses, joins groups, asks for routers: ``device``.
 - A namespace outlives its interface, and the next one there has another MAC
@@ -23,15 +23,16 @@ The kernel
 - Closing a netfilter socket waits about 15 ms until deleted objects are freed,
   and blocks all other changes of nftables: ``kernel.nft``.
 - In IPv6 a route with a lower metric wins silently: ``model.best_metric``.
-- Closing a file ends all locks of fcntl(2) that the process has on it, as a
-  scrape ended that of a sync: ``ledger.lock``.
+- Closing a file ends all locks of fcntl(2) that the process has on it. So a
+  scrape ended the lock of a sync: ``ledger.lock``.
 
 Kuryr
 
 - It chooses the driver by the name of a class, and two entry points of one
   name fail each pod: ``kuryr.os_vif_plugin``.
-- It passes on the DEL of an old sandbox with the addresses of a new one, or
-  passes on none: ``claims.is_own``, ``manager.Break0Manager.housekeep``.
+- For the DEL of an old sandbox, it passes the addresses of a new sandbox to
+  the driver, or does not call the driver: ``claims.is_own``,
+  ``manager.Break0Manager.housekeep``.
 - An empty namespace path makes it delete eth0 of the node, and one that is
   gone makes it create one: ``kuryr.driver``.
 - If it is killed, it leaves an interface on the node. It deletes any interface

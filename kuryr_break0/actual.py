@@ -204,7 +204,7 @@ class _Reading:
         if names.primary is None and new:
             names.primary = min(new, key=lambda name: min(
                 record.bound_at for record in used[name].values()))
-        # A break0 without our alias counts for the interface below it.
+        # A break0 without our alias is taken for that of its lower interface.
         primary = names.primary or (device.lower_name(link) if link else None)
         for name in sorted({*used, *names.known, *filter(None, [primary])}):
             live = used.get(name, {})

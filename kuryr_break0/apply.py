@@ -39,8 +39,8 @@ class Work(NamedTuple):
     :ivar unset: the items to delete; one that does not exist is no error
     :ivar claim: the claim that the items are for; None if no record claims
         the address
-    :ivar is_new: whether an existing route is the error EEXIST, and is not
-        replaced
+    :ivar is_new: whether a route that exists already is not replaced, but
+        causes the error EEXIST
     """
 
     address: IPAddress
@@ -53,10 +53,10 @@ class Work(NamedTuple):
 class Applied(NamedTuple):
     """The result of some works on one break0.
 
-    :ivar works: all of them
+    :ivar works: all works, including failed ones
     :ivar items: the items that were set or deleted
     :ivar errors: the first error of each address that failed
-    :ivar guard_error: the error of the guard entries of all of them
+    :ivar guard_error: the error of the guard entries of all works, or None
     """
 
     works: Collection[Work]
@@ -112,8 +112,8 @@ def _changes(work: Work) -> Iterator[kernel.Change]:
 def log_repairs(device: str, applied: Applied, journal: Journal) -> None:
     """Log and count the changes of a sync. Needs no lock.
 
-    A route has one line with its neighbour. Guard entries are logged for all
-    addresses of a break0.
+    A route and its neighbour have one common line. The guard entries of a
+    break0 have one line for all its addresses.
     """
     done: collections.Counter[Done] = collections.Counter()
     for work in applied.works:

@@ -24,7 +24,7 @@ class Addition(NamedTuple):
 
     :ivar after: all claims, the new one first
     :ivar rivals: earlier claims of other interfaces that are not gone
-    :ivar passed: whether the newest claim before was of another interface
+    :ivar passed: whether the previous newest claim was of another interface
     """
 
     after: Claims
@@ -97,10 +97,10 @@ def is_own(claim: Record, owner: Owner, namespace: Optional[NamespaceId],
 
 
 def have(claims: Collection[Record], mac: Optional[str]) -> bool:
-    """Return whether the items of an address can be the items of claims.
+    """Return whether the items of an address can belong to its claims.
 
-    If not, they are items of a pod that could not be recorded, or of another
-    ledger. A claim without a MAC address cannot exclude that.
+    Otherwise the items belong to an unrecorded pod or to another ledger. If a
+    claim has no MAC address, the items are taken for its items.
 
     :param mac: MAC address of the permanent neighbour of the address; None
         if it has no such neighbour

@@ -77,8 +77,8 @@ class Difference(NamedTuple):
 class Ensured(NamedTuple):
     """A break0 in its desired state.
 
-    :ivar needs_sync: whether its routes are lost, because it was created or
-        because of a repair
+    :ivar needs_sync: whether its routes are lost: it was created, or a repair
+        deleted them
     :ivar repaired: the texts of the differences that were repaired
     """
 
@@ -166,8 +166,8 @@ class Device:
         it also completes a break0 that a killed process left unfinished. A new
         break0 is deleted again if its configuration fails.
 
-        If the break0 was gone or down and a pod has taken its MAC address, it
-        gets another one. Then all pods must be configured again.
+        If the break0 was gone or down and a pod has taken its MAC address, the
+        break0 gets another one. Then all pods must be configured again.
 
         :param new_mac: the MAC address of a new break0, if the identity does
             not contain one
@@ -252,8 +252,8 @@ class Device:
                  mtu: int) -> None:
         """Set the MTU, and the sysctls if the kernel adds IPv6 again.
 
-        The kernel adds IPv6 when the MTU reaches 1280, with the sysctls of new
-        interfaces. So the break0 is down until its sysctls are set.
+        When the MTU reaches 1280, the kernel adds IPv6 with the default values
+        of its sysctls. So the break0 is down until its sysctls are set.
         """
         if not link.mtu < _IPV6_MIN_MTU <= mtu:
             netlink.set_mtu(link, mtu)

@@ -39,8 +39,8 @@ class Break0:
     """The break0 for the addresses of one bind.
 
     :ivar needs_sync: whether a sync must restore routes or guard entries of
-        other pods, because it was created or repaired, or its guard was
-        deleted
+        other pods, because the break0 was created or repaired, or its guard
+        was deleted
     """
 
     name: str

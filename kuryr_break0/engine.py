@@ -160,7 +160,7 @@ class Engine:
                 with failure.collect(address):
                     before = self._records.claims(address)
                     if before and held.unwritable is not None:
-                        raise held.unwritable  # the claim would stay
+                        raise held.unwritable  # a claim cannot be dropped
                     own, others = claims_.split(
                         before, lambda claim: not is_own(claim))
                     if before and not own:
@@ -353,7 +353,7 @@ class Engine:
             if address in sources:
                 items += self._policy.items(record, break0.index,
                                             sources[address])
-                if record.mac is None:  # left by an earlier pod
+                if record.mac is None:  # delete an earlier pod's neighbour
                     unset.append(Neighbour(address, break0.index, '', None))
             return Work(address, tuple(items), tuple(unset), record,
                         is_new=address not in existing)

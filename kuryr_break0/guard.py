@@ -242,7 +242,7 @@ class Guard:
         known = self._cache.get(self._key)
         if not known or known[0] != self._digest(link, hosts):
             return False
-        # Without cached rules, the table was deleted just after its load.
+        # If no rules are cached, the table was deleted just after its load.
         return bool(known[3:]) and (
             kernel.open_node_nft().rules(self.table) == known[3:])
 
@@ -382,13 +382,14 @@ class Guard:
 
     def release(self, netlink: kernel.Netlink, parent: Optional[int],
                 macs: Mapping[IPAddress, Optional[str]]) -> None:
-        """Release packets for pods that the node holds while it asks the LAN.
+        """Release packets to pods that the kernel holds for a neighbour.
 
         The kernel holds the packets for three seconds. Meanwhile TCP does not
         retransmit them (tcp_retransmit_skb). Then the kernel reports the pod
         as unreachable, and a connection attempt fails. So the packets are sent
         to the MAC address of the pod, and the table forwards them to break0.
-        If it cannot, the packets are dropped and reported at once.
+        If the table cannot forward them, the kernel drops the packets and
+        reports that at once.
 
         :param parent: ifindex of the parent, on which the node has asked; None
             if the parent is gone

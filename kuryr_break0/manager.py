@@ -123,7 +123,7 @@ class Break0Manager:
                           network=network, parent_index=parent_index, tap=tap)
                    for address in usable]
         if not records:
-            failure.raise_first()  # nothing to make break0 for
+            failure.raise_first()  # no address needs a break0
             return
         configured = self._options.parent
         if not kernel.has_interface(configured or parent):
@@ -272,7 +272,7 @@ class Break0Manager:
     def try_to_housekeep(self) -> None:
         """Call :meth:`housekeep`, and only log its error.
 
-        The error concerns other pods than the one of the request.
+        The error concerns other pods, and not the pod of the request.
         """
         try:
             self.housekeep()

@@ -292,7 +292,10 @@ class Pair(NamedTuple):
 
     @classmethod
     def of(cls, address: IPAddress, mac: Optional[str]) -> Pair:
-        """Return the guard entry of an address; without MAC, for any."""
+        """Return the guard entry of an address.
+
+        :param mac: None for any MAC address
+        """
         return cls(address.packed,
                    bytes.fromhex(mac.replace(':', '')) if mac else None)
 

@@ -119,7 +119,7 @@ class Checked(types.ConfigType):
         self._parse = parse
 
     def __call__(self, value: Any) -> Any:
-        # A default of another type was parsed already.
+        # A default that is not a text has been parsed already.
         return self._parse(value) if isinstance(value, str) else value
 
     def __repr__(self) -> str:

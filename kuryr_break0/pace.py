@@ -12,16 +12,17 @@ SHARE = 0.1
 #: Processor seconds that the work of each cause may take before the cause is
 #: late. So work that is rare, such as at boot, is done at once.
 CREDIT = 0.25
-#: Maximum causes to store; above it, causes without a debt are removed.
+#: Number of stored causes above which causes without a debt are removed.
 _MANY = 4096
 
 
 class Pace:
     """Computes pauses between the pieces of work of one thread.
 
-    Each piece has a cause, such as a container. A cause is late if its work
-    has taken more than its credit, and has to wait. Late causes share SHARE of
-    a processor equally, and do not delay other causes.
+    Each piece has a cause, such as a container. If the work of a cause has
+    taken more processor time than its credit, the cause is late and has to
+    wait. Late causes share SHARE of a processor equally, and do not delay
+    other causes.
 
     :param credit: processor seconds
     """
@@ -38,11 +39,12 @@ class Pace:
 
     def begin(self) -> None:
         """Begin a piece of work."""
-        # Measure processor time: on a busy node, most time is others'.
+        # Measure processor time: on a busy node, other processes take most of
+        # the elapsed time.
         self._spent = time.thread_time()
 
     def end(self, cause: Hashable = None) -> float:
-        """End the piece; return the seconds until the next of its cause."""
+        """End the piece of work; return the seconds its cause has to wait."""
         paid = self._pay()
         self._free[cause] = max(paid, self._free.get(cause, paid)) + (
             time.thread_time() - self._spent)

@@ -233,7 +233,7 @@ def has_lost_interface(record: Record, options: config.Options) -> bool:
     except exceptions.InterfaceGone:
         return True
     except exceptions.Break0Error:
-        pass  # the interface may exist
+        pass  # an error does not prove that the interface is gone
     return False
 
 

@@ -45,8 +45,8 @@ EARLIER_NEXT_HOP = ('an earlier next hop of the node, which discovery does '
 class Facts(NamedTuple):
     """The addresses that the node itself uses.
 
-    A snapshot contains all of them. The facts for the bind of one address need
-    not contain others.
+    The facts of a snapshot contain all of these addresses. The facts for a
+    bind need only cover the address to bind.
 
     :ivar own: addresses of the node
     :ivar no_hosts: addresses that no host can have, for example broadcast
@@ -124,9 +124,9 @@ class Policy:
 
     def items(self, record: Record, index: int,
               src: Optional[IPAddress]) -> tuple[Entry, ...]:
-        """Return the route that an address must have, after its neighbour.
+        """Return the items of an address: its neighbour, then its route.
 
-        There is no neighbour without a MAC address.
+        If the record has no MAC address, there is no neighbour.
         """
         route = self.route(record.address, index, src)
         if record.mac is None:
@@ -162,7 +162,8 @@ class Policy:
         addr = self._options.addr if device == self._options.device else ()
         taken, own = None, link_address(device)
         with contextlib.suppress(PermissionError):
-            taken = kernel.find_source(_NOWHERE, 'lo')  # as of any without one
+            # lo stands for any interface without an address.
+            taken = kernel.find_source(_NOWHERE, 'lo')
         is_needed = taken is not None and (parent, taken) not in found and (
             not any(each.version == 4 for each in addr))
         if is_needed or any(address == own for _, address in found):
@@ -206,8 +207,9 @@ class Policy:
 def link_address(device: str) -> IPAddress:
     """Return the IPv4 address of a break0 that only its pods know.
 
-    Another one for each, since a pod may be on several. It is link-local, so
-    neither node nor pod has it for anything else.
+    Each break0 has another address, because a pod may be connected to several
+    break0s. The address is link-local, so neither node nor pod uses it for any
+    other purpose.
     """
     high, low = hashlib.sha256(os.fsencode(device)).digest()[:2]
     # RFC 3927 reserves the first and the last 256 addresses.

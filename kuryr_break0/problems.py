@@ -65,7 +65,7 @@ def find(seen: Snapshot) -> list[Problem]:
 
 
 def find_all(seen: Snapshot) -> tuple[list[Problem], dict[IPAddress, str]]:
-    """Return all problems, also those of the pod side.
+    """Return all problems, including the problems of the pod sides.
 
     :returns: the problems, and the addresses whose pod side could not be
         examined, with the reason
@@ -278,7 +278,7 @@ def of_pod(records: Sequence[Record], seen: Snapshot,
            pause: float = missing.PAUSE) -> list[Problem]:
     """Examine the pod side of one interface, causes before effects.
 
-    :param records: those of the interface, not empty
+    :param records: the records of the interface, at least one
     :param pause: as for :func:`kuryr_break0.missing.find`
     :raises Break0Error: if it cannot be examined
     """
@@ -306,7 +306,7 @@ def of_pod(records: Sequence[Record], seen: Snapshot,
 def _in_pod(records: Sequence[Record], parent: Parent, seen: Snapshot,
             pause: float) -> list[Problem]:
     assert parent.node is not None
-    is_dropping = is_strict(parent)  # the pod has sysctls of its own
+    is_dropping = is_strict(parent)  # on the node: a pod has other sysctls
     found: list[Problem] = []
 
     def add(kind: str, text: str, version: Optional[int] = None,
@@ -321,8 +321,8 @@ def _in_pod(records: Sequence[Record], parent: Parent, seen: Snapshot,
                                seen.contents.unreadable)
         link, record = side.link, side.record
         place = 'the interface %s of its container' % link.name
-        # Read in the pod, the id of the parent's namespace
-        # (IFLA_LINK_NETNSID) cannot be compared with the node's ids.
+        # The id of the parent's namespace (IFLA_LINK_NETNSID) is not compared,
+        # because each namespace has other ids.
         if parent.present is None or (link.kind, link.lower, link.mode) != (
                 'macvlan', parent.present.lower, 'bridge'):
             add('pod-apart', '%s is %s, and not in bridge mode on %s' % (

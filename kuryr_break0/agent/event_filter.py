@@ -111,9 +111,10 @@ class EventFilter:
     def include_loss(self, events: Iterable[kernel.Event]) -> bool:
         """Return whether a break0 or its parent was deleted or set down.
 
-        The kernel sets an interface down before it deletes it, and sends an
-        event for each neighbour. If events were lost, the event of the
-        interface may be among them, so read its state from the kernel.
+        Before the kernel deletes an interface, it sets the interface down, and
+        sends an event for each neighbour. If events were lost, the event of
+        the interface may be lost too. This method then reads the state of the
+        interface from the kernel.
         """
         is_incomplete = False
         for event in events:
@@ -193,7 +194,7 @@ class EventFilter:
         return self._policy.items(record, index, self._sources[key])
 
     def _update_next_hops(self, event: kernel.Event) -> bool:
-        """Store the next hops of a route, or remove those of a deleted one.
+        """Store a new route's next hops, or remove a deleted route's.
 
         The ledger gets all next hops, because a container may take the address
         of a next hop whose route is deleted before the next sync.
@@ -226,7 +227,7 @@ class EventFilter:
         if index not in self._links:
             # If an interface is deleted or set down, the kernel deletes its
             # IPv4 routes without events (fib_table_flush). An address that
-            # was refused as their next hop may now be allowed.
+            # was refused as a next hop of these routes may now be allowed.
             if self._refused and (event.is_gone or not link.up):
                 return True
             # The record of a virtual machine ends with its macvtap.

@@ -164,7 +164,8 @@ class Server:
 
         :raises OSError: if the endpoint cannot be bound
         """
-        # Clients could fill the log, because waitress warns of bad requests.
+        # waitress logs a warning for each bad request, by which clients could
+        # fill the log.
         logging.getLogger('waitress').setLevel(logging.ERROR)
         with contextlib.ExitStack() as stack:
             # bind(2) needs the scope of a link-local address.

@@ -117,7 +117,7 @@ class Agent:
 
     def _run_with_options(self, events: kernel.Events,
                           woken: socket.socket) -> None:
-        """Run until the options are to be read again, or the agent ends."""
+        """Run until a signal reloads the options or ends the agent."""
         options = self._options
         ledger = Ledger(options.state_dir)
         event_filter = EventFilter(options, ledger)
@@ -305,7 +305,7 @@ class Agent:
     def _sync(self, reconciler: Reconciler, event_filter: EventFilter) -> bool:
         """Reconcile, and return whether all of it succeeded."""
         began = time.monotonic()
-        is_early = began < self._not_before  # only a loss allows that
+        is_early = began < self._not_before  # only after a loss
         pace, allowed = ((self._loss_pace, self._not_before_loss)
                          if is_early else (self._pace, self._not_before))
         pace.begin()

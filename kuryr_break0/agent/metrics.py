@@ -233,7 +233,7 @@ class Metrics(prometheus_registry.Collector):
     def collect(self) -> Iterator[core.Metric]:
         """Return the values of the last :meth:`refresh`.
 
-        :returns: no value if that failed to read the node
+        :returns: no value if the refresh could not read the node
         """
         yield from self._gauges
 

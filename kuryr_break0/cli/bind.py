@@ -162,8 +162,8 @@ def _require_other(mac: str, parent: str, devices: set[str]) -> None:
     """Make sure that no interface of the node has a container's MAC address.
 
     :param devices: names of the break0s
-    :raises WrongUsage: if parent or break0 has it, or a macvtap on another
-        parent or in another mode
+    :raises WrongUsage: if the parent or a break0 has the MAC address, or if a
+        macvtap on another parent or in another mode has it
     """
     with kernel.Netlink() as netlink:
         links = [link for link in netlink.links() if link.mac == mac]

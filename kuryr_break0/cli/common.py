@@ -32,8 +32,8 @@ def kuryr_api(conf: Any) -> Any:
     :raises ImportError: if Kuryr cannot be imported
     :raises oslo_config.cfg.Error: if Kuryr's options cannot be read
     """
-    # The import takes a second, and most verbs do not need it. It emits
-    # deprecation warnings that a user cannot act on.
+    # The import takes a second, and most verbs do not need Kuryr. The import
+    # also emits deprecation warnings that a user cannot act on.
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         from kuryr_break0.kuryr import api

@@ -25,7 +25,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         sys.stdout.reconfigure(errors='backslashreplace')
     try:
         code = _answer(argv)
-        sys.stdout.flush()  # raises here if the pipe is closed
+        sys.stdout.flush()  # so that a closed pipe raises here
         return code
     except OSError as err:
         if err.errno not in (errno.EPIPE, errno.ENOSPC) or err.filename:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""``kuryr-break0 probe``: pings a pod from the node, and the node from it."""
+"""``kuryr-break0 probe``: pings pods from the node and the node from pods."""
 
 from __future__ import annotations
 

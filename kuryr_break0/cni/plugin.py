@@ -174,9 +174,9 @@ class Plugin:
     def _del(self) -> None:
         """Unbind the addresses of the interface.
 
-        They are in the previous result; without it, the records are searched,
-        which takes longer. The namespace is cleaned too, because the runtime
-        may reuse it.
+        The previous result contains the addresses. Without a previous result,
+        the records are searched, which takes longer. The namespace is cleaned
+        too, because the runtime may reuse it.
         """
         request, owner = self._request, self._owner
         try:

@@ -100,8 +100,8 @@ class Binder:
         """Bind new addresses of a namespace, and unbind removed ones.
 
         :param container: see :class:`kernel.ExaminedNamespace`
-        :returns: False to call again, because addresses are left or an error
-            may be temporary
+        :returns: False if the caller must call again, because addresses are
+            left or an error may be temporary
         :raises NetnsUnusable: if no namespace, or another one, is at the path
         """
         bound = self._records.get(found.namespace, {})
@@ -257,8 +257,9 @@ class Binder:
 
         Without the proof for each address, unbind none of them.
 
-        :returns: False to call again, because the proof is missing, for
-            example for want of descriptors, or because an unbind has failed
+        :returns: False if the caller must call again: because an unbind has
+            failed, or because the proof is missing, for example when this
+            process has no free descriptors
         """
         records = self._records.get(namespace)
         if not records:

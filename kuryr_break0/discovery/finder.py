@@ -59,7 +59,7 @@ class _End:
     cannot be proven.
 
     :ivar at: monotonic time of the next attempt to unbind its addresses
-    :ivar pause: seconds from that attempt to another one
+    :ivar pause: seconds from that attempt to the following one
     :ivar cause: see :attr:`Namespace.cause`
     """
 
@@ -155,16 +155,17 @@ class Finder:
             self._found[found.place] = found
         if changes.ended:
             self._explained_until = now + _ENDING
-        # A macvlan in a namespace with a number causes a second event there,
-        # which names the number. After the end of its namespace, the deletion
-        # of the macvlan causes only the first event.
+        # A change of a macvlan causes one event for its parent and, if its
+        # namespace has a number, another one that contains the number. After
+        # the end of the namespace, the kernel deletes the macvlan, and sends
+        # only the event for the parent.
         self._is_unexplained |= (
             changes.is_stacked and not changes.changed
             and now >= self._explained_until)
         if changes.interfaces or changes.lost or self._unknown:
             self._schedule_search()
         if changes.messages >= _FLOOD:
-            # The pause must not delay any work.
+            # End the pause when the next work is due.
             time.sleep(max(0.0, min(_FLOOD_PAUSE, self.find_due() - now)))
 
     def note_records(self) -> None:
@@ -233,7 +234,8 @@ class Finder:
         now = time.monotonic()
         ends = now + _STEP
         while now < ends:
-            # One of each, because there may be any number of both.
+            # Examine one new namespace and read one changed namespace in turn,
+            # because there may be any number of both.
             is_new = bool(self._found)
             if is_new:
                 place, found = next(reversed(self._found.items()))
@@ -384,7 +386,7 @@ class Finder:
             state = kernel.judge_state(namespace.found.path,
                                        namespace.found.namespace)
             if state is not kernel.State.GONE:
-                self._schedule_full_search()  # it may have another path
+                self._schedule_full_search()  # for its new path
             if state is kernel.State.LIVING:
                 self._queue.mark(namespace, now)
             else:

@@ -92,7 +92,7 @@ class ReadQueue:
             at, _, namespace = heapq.heappop(self._due)
             cause = namespace.cause
             if namespace.due != at:
-                continue  # removed since it was added
+                continue  # an outdated item of the heap
             if self.pace.wait(cause):
                 self._late.setdefault(cause, collections.deque()).append(
                     namespace)

@@ -83,8 +83,8 @@ def _check_addr(node: Node, seen: Parent, netlink: kernel.Netlink,
     for address in node.options.addr:
         if address not in alone or address.version not in known:
             continue
-        # For break0's own address the kernel returns a local route. The
-        # neighbouring address shows the network.
+        # For break0's own address the kernel returns a local route. So look up
+        # the neighbouring address, which is in the same network.
         why = ''
         if not netlink.is_on_link(type(address)(int(address) ^ 1)):
             why = 'it is in no network of %s' % seen.name

@@ -75,8 +75,7 @@ def examine(conf: cfg.ConfigOpts, probe: bool = True, over: Over = iter,
             ) -> Examination:
     """Examine a node, and change nothing.
 
-    :param probe: ping pods and node, except where a finding explains that
-        pings are lost
+    :param probe: ping pods and node, unless a finding explains lost pings
     :param over: iterates over pods, and may show the progress
     :param waiting: returns the pods of the node that have waited for a port
         for a given number of seconds; None without a Kubernetes API
@@ -181,8 +180,8 @@ def _examine_node(node: Node, netlink: kernel.Netlink, done: Examination,
 
 def _examine_parent(node: Node, parent: Parent, netlink: kernel.Netlink,
                     done: Examination, probe: bool) -> None:
-    # On a missing interface, or one of another program, each further check
-    # would report the same fault.
+    # If break0 is missing or is an interface of another program, each further
+    # check would report the same fault.
     if parent.device in node.useless or parent.link is None:
         return
     done.findings += device.check(node, parent, netlink, probe)
@@ -195,7 +194,7 @@ def _examine_parent(node: Node, parent: Parent, netlink: kernel.Netlink,
 
 
 def _ping(node: Node, done: Examination) -> list[Finding]:
-    """Ping addresses, except where a finding explains that pings are lost."""
+    """Ping addresses, except addresses for which an error explains a loss."""
     errors = [each for each in done.findings if each.severity == ERROR
               or each.id in ('neighbour-missing', 'pod-unreadable')]
     stopped = {subject for each in errors for subject in each.subjects}

@@ -146,7 +146,7 @@ def _parsed(text: str, program: str) -> Iterator[tuple[Rule, int]]:
 def masquerading(parent: str, device: str) -> Optional[tuple[str, str]]:
     """Return a source NAT rule for a parent, and its command for break0.
 
-    The command's rule leaves out traffic from the node itself.
+    The rule that the command adds does not match traffic from the node itself.
 
     :returns: None if the parent has no such rule, or break0 has one already
     """

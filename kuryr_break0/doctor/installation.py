@@ -25,8 +25,8 @@ from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.findings import KINDS
 
 _DISTRIBUTION = 'kuryr-break0'
-#: The requirements of Kuryr's driver alone. Where neither of the first two is
-#: installed, this is a host without Kuryr.
+#: Packages that only Kuryr's driver requires. A host without both of the first
+#: two is a host without Kuryr.
 _KURYR = ('kuryr-kubernetes', 'os-vif', 'oslo.concurrency',
           'oslo.versionedobjects', 'pyroute2', 'stevedore', 'cotyledon')
 #: Entry points of setup.cfg: group, name (as Kuryr or os-vif looks it up) and

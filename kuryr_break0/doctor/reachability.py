@@ -191,7 +191,7 @@ class Pings:
             for port in ports)))
 
     def _astray(self, record: Record, probe: Probe) -> Optional[str]:
-        """Return the wrong interface that request or reply leaves through.
+        """Return the wrong outgoing interface of the request or reply.
 
         :returns: a sentence; None if both interfaces are correct
         """
@@ -282,7 +282,8 @@ class Pings:
 def _but_by_guard(found: trace.Trace) -> dict[str, str]:
     """Return the rules that dropped packets, and commands to accept them.
 
-    Rules of the guard are left out, since they drop only after other faults.
+    Rules of the guard are left out, since they drop packets of the probe only
+    because of other faults.
     """
     return {text: accept for text, accept in found.dropped.items()
             if ' %s-' % guard.PREFIX not in text}

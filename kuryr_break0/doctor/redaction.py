@@ -80,7 +80,7 @@ class Redactor:
         """Return a text without names and addresses."""
         text = _FREE.sub(self._free, text)
         for name in self._names:
-            if not _NAMES[0].fullmatch(name):  # it has other characters
+            if not _NAMES[0].fullmatch(name):  # it has unusual characters
                 for form in (name, json.dumps(name)[1:-1]):
                     text = text.replace(form, self._digest('name', name))
         for words in _NAMES:

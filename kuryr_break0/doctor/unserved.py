@@ -22,7 +22,7 @@ from kuryr_break0.model import address_order
 from kuryr_break0.model import explain_non_host
 from kuryr_break0.model import IPAddress
 
-#: Seconds after which the agent has bound a new container.
+#: Maximum seconds that the agent needs to bind a new container.
 _SETTLED = 1.0
 _KINDS = {
     Reason.MODE: 'container-mode',

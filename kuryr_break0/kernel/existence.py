@@ -155,8 +155,8 @@ class Judge:
     def _judge_by_directory(self, path: str, known: NamespaceId) -> Verdict:
         """Decide by the other namespaces in the directory of a path.
 
-        The name was removed or the process has ended, but another process
-        may still be in the namespace.
+        This method is for a path whose name was removed, or whose process has
+        ended. Another process may still be in the namespace.
         """
         place = _directory_of(path)
         for each in {place, _PROC}:

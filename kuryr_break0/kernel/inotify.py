@@ -25,7 +25,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 class Inotify:
     """An inotify instance. Reading it never blocks.
 
-    To close it takes the kernel more than 10 ms (fsnotify_mark_srcu).
+    The kernel needs more than 10 ms to close it (fsnotify_mark_srcu).
 
     :raises OSError: if the limits of the node allow no further one
     """

@@ -122,7 +122,7 @@ def find_macvlan(netns: str, ifname: str,
     for macvlan in _read(netns, None, lambda netlink: list(filter(
             None, [netlink.link(ifname)])), FULL_LIMITS):
         link = macvlan.link
-        if link.name != ifname:  # found by an alternative name
+        if link.name != ifname:  # ifname is an alternative name
             continue
         if link.kind != 'macvlan':
             found = 'it is ' + link.description
@@ -153,9 +153,9 @@ def _read(netns: str, known: Optional[NamespaceId],
             Netlink(most=limits.listed) as netlink, \
             Netlink(most=limits.addresses) as reading:
         links, room = listed(netlink), limits.addresses
-        # For a list of interfaces, the kernel assigns a number to the
-        # namespace of each parent. If the node's namespace contains no parent,
-        # its number is -1.
+        # To list interfaces, the kernel assigns a number to the namespace of
+        # each parent. If the node's namespace contains no parent, the
+        # number of the node's namespace is -1.
         here = netlink.namespace_number(own)
         for link in links:
             if link.lower_namespace == here and room > 0 and (

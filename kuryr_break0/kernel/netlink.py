@@ -313,7 +313,7 @@ class RequestSocket(Socket):
                 if each is not None:
                     found.append(each)
                 if not message.flags & NLM_F_DUMP:
-                    break  # there is one answer only
+                    break  # a request without NLM_F_DUMP has one answer
         except OSError as err:
             raise self._failed(action, err) from err
         return found, is_whole

@@ -89,8 +89,8 @@ class Netlink(LinkSocket):
                   routes: Sequence[tuple[IPNetwork, IPAddress]]) -> None:
         """Add addresses to an interface, and routes to its namespace.
 
-        All are in one request. Existing addresses and default routes are no
-        error. The function raises the first error.
+        One request contains all of them. Existing addresses and default routes
+        are no error. The function raises the first error.
 
         :param routes: networks with their gateways
         """
@@ -135,7 +135,8 @@ class Netlink(LinkSocket):
                 ) -> list[Optional[exceptions.KernelRefused]]:
         """Apply a batch; if the kernel rejects all of it, bisect.
 
-        So a change that cannot be packed does not affect the others.
+        By the bisection, a change that cannot be packed does not affect the
+        others.
         """
         try:
             refused = self._send([wire.change(*each) for each in changes])
@@ -305,8 +306,9 @@ class Netlink(LinkSocket):
         """Read the gateways of all routes, except of some interfaces.
 
         :param devices: ifindexes of the excluded interfaces
-        :param protocol: protocol number of the routes on them, to skip them
-            sooner: these routes have no gateway
+        :param protocol: protocol number of the routes on these interfaces. If
+            it is given, routes with this number, which have no gateway, are
+            skipped sooner
         """
         return frozenset(each.gateway for each in (
             *self._next_hop_objects(), *(

@@ -2,11 +2,12 @@
 
 """Searches for the network namespaces of the node.
 
-The kernel sends no event about a new namespace. The name of a new namespace is
-a new mount; a namespace without a name is found by a new process in it. So a
-search for new namespaces reads new mounts and new processes only, and its cost
-does not depend on the others. It misses a namespace without a name that an
-older process has entered. A search for all namespaces finds that namespace.
+The kernel sends no event about a new namespace. A new namespace with a name is
+a new mount. A new namespace without a name usually contains a new process. So
+a search for new namespaces reads only new mounts and new processes, and its
+cost does not depend on the number of old ones. The search misses a namespace
+without a name that an older process has entered. A search for all namespaces
+finds that namespace.
 """
 
 from __future__ import annotations
@@ -146,9 +147,9 @@ class _Processes:
     def new(self) -> list[str]:
         """List the directories of processes started since the last call.
 
-        The kernel assigns ascending PIDs, and restarts with low ones at the
-        limit. After a restart, and for the directory of another PID namespace,
-        the list contains all processes.
+        The kernel assigns ascending PIDs until the maximum, and then begins
+        with low PIDs again. After that, and for the directory of another PID
+        namespace, the list contains all processes.
         """
         since = self.note()
         with tolerate_absence(_UNSEEN):
@@ -248,7 +249,7 @@ def _find_container(process: Optional[str], netns: int) -> Hashable:
     The value is the outermost PID namespace, below this process's own, that
     contains the processes. A process cannot leave it, and the PID namespaces
     that a container creates are below it. Any user can create user namespaces
-    and PID namespaces; the value of these is the user.
+    and PID namespaces. For a namespace of this kind, the value is the user.
 
     :param process: directory of a process in the namespace; None if unknown
     :param netns: descriptor of the network namespace
@@ -278,7 +279,7 @@ def _find_container(process: Optional[str], netns: int) -> Hashable:
 
 def _find_outermost(stack: contextlib.ExitStack, fd: Optional[int],
                     kind: str) -> Optional[int]:
-    """Find a child of this process's namespace: the ancestor of a namespace.
+    """Return a namespace's ancestor that is a child of this process's one.
 
     :param stack: closes the descriptors
     :param fd: descriptor of the namespace. If it is a child itself, it is the

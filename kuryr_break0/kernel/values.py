@@ -150,7 +150,10 @@ class Route(NamedTuple):
 
 
 class InterfaceAddress(NamedTuple):
-    """A local address of an interface, also of a point-to-point one."""
+    """A local address of an interface.
+
+    On a point-to-point interface, this is not the address of the peer.
+    """
 
     ifindex: int
     address: IPAddress

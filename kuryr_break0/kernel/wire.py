@@ -38,7 +38,7 @@ RTM_NEWRULE, RTM_GETRULE = 32, 34
 RTM_NEWNSID, RTM_DELNSID, RTM_GETNSID = 88, 89, 90
 RTM_NEWNEXTHOP, RTM_GETNEXTHOP = 104, 106
 
-RT_TABLE_COMPAT = 252  # in the header, for a table above 255
+RT_TABLE_COMPAT = 252  # in the header of a route in a table above 255
 RT_TABLE_DEFAULT, RT_TABLE_MAIN, RT_TABLE_LOCAL = 253, 254, 255
 RTPROT_STATIC = 4
 #: Matches any scope in a deletion. RT_SCOPE_UNIVERSE, 0, would not match a
@@ -330,7 +330,8 @@ def family_of(address: IPAddress) -> int:
 
 def _next_hops(found: dict[int, bytes],
                oif: Optional[int]) -> Iterator[values.NextHop]:
-    # RTA_VIA begins with its address family, as it differs from the route's.
+    # RTA_VIA begins with the address family of the gateway, which differs from
+    # the family of the route.
     for packed in (found.get(RTA_GATEWAY), found.get(RTA_VIA, b'')[2:]):
         gateway = _address(packed)
         if gateway is not None:

@@ -21,9 +21,9 @@ from openstack import exceptions as os_exc
 
 #: Delays between the attempts of one request, in seconds.
 _DELAYS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
-#: The status codes of an answer that may be another one a moment later; 404
-#: is the answer if the node's port is created anew, 412 if another process
-#: has changed the port since it was read.
+#: Status codes of errors that may be temporary. Neutron answers 404 while the
+#: node's port is created again, and 412 if another process has changed the
+#: port since it was read.
 _TRANSIENT = (404, 408, 412, 429)
 #: The type that Neutron gives to the error "too many pairs".
 _EXHAUSTED = 'AllowedAddressPairExhausted'
@@ -157,7 +157,7 @@ def repeat(request: Callable[[], _T]) -> _T:
         except Exception as err:
             if not is_transient(err):
                 raise
-        # Two controllers that conflict must not do so again.
+        # A random delay, so that two controllers do not conflict again.
         time.sleep(delay * random.uniform(0.5, 1.5))
     return request()
 

@@ -55,8 +55,9 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
     def note_options(cls, options: config.Options) -> None:
         """Store which options kuryr-daemon has read, and when.
 
-        The first process of kuryr-daemon calls this when it starts. Each bind
-        stores the same, because the state directory may not exist before.
+        The first process of kuryr-daemon calls this method when it starts.
+        Each bind stores the same again, because the state directory may not
+        have existed before.
         """
         if cls._reader is None:
             cls._reader = readers.describe(k_config.CONF)
@@ -132,8 +133,8 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
             LOG.info('%s has no interface to delete: %s',
                      _describe(owner, vif), err)
         if options is not None:
-            # The route goes before the interface: otherwise packets of the
-            # node to the pod would be sent to the LAN meanwhile.
+            # Delete the route before the interface. In the other order, the
+            # node's packets to the pod would be sent to the LAN meanwhile.
             with self._logged(still_routed):
                 Break0Manager(options).unbind(
                     owner, break0_vif.addresses(vif), sandbox,

@@ -126,7 +126,8 @@ def replace_configure_l3(configure: Callable[..., None],
     :param vif: the VIF; None for any
     """
     present = getattr(b_base, '_configure_l3', None)
-    # Our earlier function remains if Kuryr added no addresses to that VIF.
+    # The function of an earlier VIF is still there if Kuryr added no addresses
+    # to that VIF.
     if _configure_l3 is None or (present is not _configure_l3 and not hasattr(
             present, 'is_of_break0')):
         return

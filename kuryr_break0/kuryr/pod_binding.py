@@ -71,9 +71,9 @@ def connect(netlink: kernel.Netlink, netns: str, ifname: str,
             temporary_name: str) -> None:
     """Create the macvlan of a pod, in bridge mode and up.
 
-    Interfaces that an earlier ADD has left are deleted first, as by Kuryr. If
-    the kernel refuses the macvlan, nothing is left. It refuses with EADDRINUSE
-    if another macvlan on the parent has the MAC address.
+    As in Kuryr, interfaces that an earlier ADD has left are deleted first. If
+    the kernel refuses the macvlan, no interface remains. If another macvlan on
+    the parent has the MAC address, the kernel refuses with EADDRINUSE.
 
     :param netlink: socket in the node's namespace
     :param temporary_name: Kuryr's name of the interface before the rename
@@ -96,7 +96,7 @@ def connect(netlink: kernel.Netlink, netns: str, ifname: str,
                 raise
         time.sleep(_PAUSE)
     # The node's NIC has the name of the pod's interface, and this kernel looks
-    # for the name on the node. There the temporary name is free.
+    # for the name on the node, where the temporary name is free.
     netlink.create_macvlan(temporary_name, parent, netns, mac=mac, mtu=mtu,
                            up=False)
     with _entered(netns) as pods:
@@ -116,9 +116,9 @@ def configure_l3(vif: Any, ifname: str, netns: str,
                  is_default_gateway: bool) -> None:
     """Add addresses and routes to a pod, as Kuryr's _configure_l3 does.
 
-    It sends one request; Kuryr opens IPDB and waits for each item. Existing
-    items, such as after an earlier attempt, are no error. A gateway that is
-    not on-link is refused.
+    This function sends one request, while Kuryr opens IPDB and waits for each
+    item. Items that exist already, for example after an earlier attempt, are
+    no error. The kernel refuses a gateway that is not on-link.
     """
     addresses, routes = [], []
     for subnet in vif.network.subnets.objects:
@@ -133,7 +133,7 @@ def configure_l3(vif: Any, ifname: str, netns: str,
             routes.append((_EVERYTHING[gateway.version], gateway))
     with _entered(netns) as netlink:
         if any(each.version == 6 for each in addresses):
-            # Docker with --net=none has disabled IPv6, for example.
+            # IPv6 may be disabled, for example by Docker with --net=none.
             kernel.write_sysctl('ipv6/conf/all/disable_ipv6', 0)
         netlink.configure(ifname, addresses, routes)
 

@@ -5,8 +5,9 @@
 Only kuryr-controller imports it, if ``[kubernetes] pod_vif_driver`` names it.
 Kuryr's own driver, in 6.0.0 to 10.0.0, has two faults. It does not initialize
 its base classes, so no pod gets a port. It reads the port of the node before
-it takes the lock for writing the port. So most pods that are created at once
-get no port, and the ports of their failed attempts stay in Neutron.
+it takes the lock for writing that port. If many pods are created at once,
+most of them therefore get no port, and the ports of failed attempts stay in
+Neutron.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ __all__ = ('Contents', 'Ledger', 'Owner', 'Record')
 
 T = TypeVar('T')
 
-#: Attempts to read the ledger if it changes meanwhile.
+#: Attempts to read the ledger, if it changes during each read.
 _RETRIES = 5
 #: Files in the state directory, except those that end with .json.
 _FILES = ('cni.sock', 'heartbeat', 'identity', 'journal', 'lock')

@@ -118,7 +118,8 @@ def read(path: str, max_size: int) -> str:
 def read_stamped(path: str, max_size: int) -> tuple[str, Stamp]:
     """Read a file as :func:`read`, and return its :func:`stamp` too.
 
-    It does not use :func:`open_file`, which takes a quarter of the time.
+    The function does not use :func:`open_file`, because that would take a
+    quarter of the time of the whole read.
     """
     try:
         fd = os.open(path, _FLAGS)

@@ -203,9 +203,11 @@ class Records:
     def find_containing(self, *texts: str) -> Iterator[tuple[Record, ...]]:
         """Find records with a text that begins with one of the texts.
 
-        An example is a container id. Parsing takes ten times as long as
-        reading, so only matching files are parsed. Unreadable records are
-        skipped, unless this process lacks descriptors or memory.
+        Only matching files are parsed, because parsing takes ten times as long
+        as reading. Unreadable records are skipped, unless this process lacks
+        descriptors or memory.
+
+        :param texts: for example, a container id
         """
         wanted = [json.dumps(text)[:-1] for text in texts]
         for name in self.names(self.directory):

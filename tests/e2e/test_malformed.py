@@ -62,7 +62,8 @@ class TestMalformed(DaemonTestCase):
         other = self.node.add_pod('other', OTHER)
         before = self.state()
 
-        # Shrinking one failure takes as long as hundreds of requests.
+        # No shrinking: for one failure, it takes as long as hundreds of
+        # requests.
         @settings(max_examples=EXAMPLES, deadline=None, database=None,
                   phases=[Phase.generate],
                   suppress_health_check=list(HealthCheck))

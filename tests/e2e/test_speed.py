@@ -40,10 +40,11 @@ class TestRequests(test_daemon.DaemonTestCase):
     '''
 
     def told(self, what: str, among: set[int]) -> dict[str, list[str]]:
-        """Return the words told by services, and by requests.
+        """Return the logged words of one kind, by the kind of process.
 
         :param what: kind of the words
         :param among: process ids of the services
+        :returns: lists of the words from ``services`` and from ``requests``
         """
         found: dict[str, list[str]] = {'services': [], 'requests': []}
         with open(os.path.join(self.node.dir, 'told')) as file:

@@ -309,8 +309,9 @@ class TestStateDirectory(AgentTestCase):
         self.assert_noticed()
 
     def test_write_that_fails(self) -> None:
-        # A failed write, as on a full disk, leaves an unfinished file. If its
-        # event caused a sync with another failed write, syncs would not end.
+        # A failed write, as on a full disk, leaves an unfinished file. If the
+        # inotify event of this file caused a sync, which fails to write again,
+        # the syncs would never stop.
         process = psutil.Process(self.agent.pid)
         self.wait_for(lambda: base.is_idle(process))
         before = self.count()

@@ -96,8 +96,8 @@ class TestKills(DriverTestCase):
             yield steps
             self.disconnect()
         # Kuryr creates the interface on the node and then moves it, so one
-        # kill must hit the time in between. Direct binding creates it in
-        # the pod.
+        # kill must hit the time in between. Direct binding creates the
+        # interface in the pod.
         self.assertEqual(self.leftovers, len(self.left))
         for name, link in self.left.items():
             self.assertEqual(self.vif.vif_name, name)

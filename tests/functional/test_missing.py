@@ -144,8 +144,8 @@ class TestReplaced(MissingTestCase):
         self.assertTrue(self.lab.ping(LATER))
 
     def test_the_next_claim_counts(self) -> None:
-        # Two containers have one address. The newer one gives it up, and the
-        # older claim becomes the living one.
+        # Two containers have one address. When the container of the newer
+        # claim removes the address, the older claim gets the routes.
         other = self.lab.add_pod('other', POD, mac=OTHER_MAC)
         self.lab.run('ip', 'link', 'set', 'eth0', 'down', netns='other')
         self.add(POD, owner=OTHER_OWNER, netns=other, mac=OTHER_MAC)

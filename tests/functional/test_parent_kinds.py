@@ -427,7 +427,8 @@ class TestFullFilter(Cases, ParentKindTestCase):
 
     def findings(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         found = super().findings(*args, **kwargs)
-        del found['container-pending']  # the crowd has no addresses
+        # The macvlans in the namespace "crowd" have no addresses.
+        del found['container-pending']
         return found
 
     #: Not applicable: a hub of QEMU always has a carrier.

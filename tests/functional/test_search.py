@@ -172,7 +172,8 @@ class TestContainer(SearchTestCase):
         def found() -> list[Any]:
             return sorted(map(str, self.containers()))
 
-        # Two containers with two namespaces each, contain()'s, the LAN's.
+        # Two containers with two namespaces each, and the namespaces of
+        # contain() and of the LAN.
         lab.until(lambda: len(found()) == 6)
         one, same, other, also, *outside = found()
         self.assertEqual((one, other), (same, also))

@@ -47,7 +47,10 @@ class TestPackages(unittest.TestCase):
 
     @staticmethod
     def in_sbin(signs: list[str]) -> bool:
-        """Return whether a package's signs are found with an empty PATH."""
+        """Return whether all files and programs of a package exist.
+
+        :param signs: absolute paths, or names of programs in an sbin directory
+        """
         return all(os.path.exists(sign) if sign[0] == '/' else
                    shutil.which(sign, path='/usr/sbin:/sbin')
                    for sign in signs)

@@ -149,7 +149,7 @@ class ControllerTestCase(unittest.TestCase):
                    for each in self.neutron.requests)
 
     def waiting(self, node: str = NODE) -> int:
-        """Return the number of changes that wait for another one."""
+        """Return the number of changes that wait for another change."""
         return len(pod_vif.NestedMacvlanDriver._nodes[node]._waiting)
 
     def refuse(self, method: str, status: int, *, times: int = 1000,
@@ -221,7 +221,7 @@ class TestBurst(ControllerTestCase):
         self.assertIs(drivers[0]._pairs(NODE), drivers[1]._pairs(NODE))
 
     def test_a_thread_that_is_killed(self) -> None:
-        """Its change is undone, and the other changes succeed."""
+        """The thread's change is undone, and the other changes succeed."""
         pairs = pod_vif.NestedMacvlanDriver()._pairs(NODE)
         killed = threading.Event()
 
@@ -342,7 +342,8 @@ class TestFaults(ControllerTestCase):
         for text in ('Pod default/pod gets no port on node node-1', *texts):
             self.assertIn(text, logs.records[-1].getMessage())
             self.assertIn(text, str(err))
-        # Kuryr retries on this name, and does not blame its handler.
+        # For an exception with this name, Kuryr tries again, and does not
+        # report its handler unhealthy.
         self.assertEqual('PortNotReady', type(err).__name__)
         self.assert_nothing_left()
 
@@ -498,7 +499,7 @@ class TestFaults(ControllerTestCase):
         raise ConnectionAbortedError
 
     def test_kuryr_judges_a_port_that_cannot_be_created(self) -> None:
-        """Kuryr waits for a free quota or a missing security group."""
+        """Kuryr waits until quota is free, or a security group exists."""
         for status, error in ((409, os_exc.ConflictException),
                               (404, os_exc.ResourceNotFound)):
             self.refuse('POST', status, path='/v2.0/ports')
@@ -613,7 +614,10 @@ class TestRelease(ControllerTestCase):
         self.assertEqual([], self.neutron.pods())
 
     def test_a_part_fails(self) -> None:
-        """The other part is done, and the next call does the rest."""
+        """If one part of a release fails, the other part is done.
+
+        The next release does the failed part.
+        """
         for method in ('PUT', 'DELETE'):
             with self.subTest(method):
                 asking = pod('pod')

@@ -242,7 +242,7 @@ class TestAnswers(unittest.TestCase):
             wire.RTM_NEWNEIGH, 0, 0, neighbour)).dst)
 
     def test_the_number_of_a_namespace(self) -> None:
-        """Both kinds of messages, for new and deleted namespaces, have it."""
+        """The messages for a new and for a deleted namespace contain it."""
         body = bytes(4) + netlink.attribute(1, struct.pack('=i', 5))
         for kind in (wire.RTM_NEWNSID, wire.RTM_DELNSID):
             self.assertEqual(5, wire.parse(netlink.Received(

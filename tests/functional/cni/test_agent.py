@@ -365,7 +365,7 @@ class TestHindered(base.WithShim, ShimTestCase):
 
     @contextlib.contextmanager
     def without_threads(self) -> Iterator[None]:
-        """Deny the agent further threads within the block."""
+        """Prevent new threads of the agent within the block."""
         def limit(size: int) -> None:
             resource.prlimit(self.agent.pid, resource.RLIMIT_AS,
                              (size, resource.RLIM_INFINITY))

@@ -300,7 +300,8 @@ class TestCommand(DoctorTestCase):
 
     def test_a_redacted_bundle_can_be_read(self) -> None:
         """Words of programs are not redacted as names."""
-        self.make_log('ps', '')  # hides other processes of the machine
+        # The real ps lists other processes of the machine.
+        self.make_log('ps', '')
         self.make_log('dmesg', '')
         redacted = self.unpacked('--redact', PATH='/run/bin:'
                                  + os.environ['PATH'])
