@@ -217,8 +217,6 @@ ADDRESSES = (
           'ip route replace %s dev lo' % POD4, False, is_executed=True),
     Fault('foreign_route6', 'route-foreign',
           'ip route replace %s dev lo metric 1' % POD6, False),
-    Fault('takeover', 'route-foreign', 'ip route replace %s dev lo' % POD4,
-          True, {'takeover': True}),
     Fault('neighbour_deleted', 'neighbour-missing',
           'ip neigh del %s dev break0' % POD4),
     Fault('neighbour6_deleted', 'neighbour-missing',

@@ -81,10 +81,10 @@ class TestStatus(CLITestCase):
         self.assertEqual(0, waiting.wait())
 
     def test_a_parent_that_is_down(self) -> None:
-        """One line reports it, and no address has a problem of its own."""
+        """One line reports it, and each address names it as the cause."""
         self.lab.run('ip', 'link', 'set', lab.PARENT, 'down')
         text = self.text(code=1)
-        self.assertEqual(1, text.count('is down'), text)
+        self.assertEqual(1, text.count('Out of sync: eth0, the parent'), text)
         self.assertNotIn('its route is', text)
 
     def test_problems_first(self) -> None:
