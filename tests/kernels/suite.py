@@ -29,13 +29,10 @@ PLACES = {'first': ('unshare', '--net', '--mount', '--ipc'),
 PARTS = {
     'core-kuryr': ['tests.e2e.test_daemon.' + name for name in (
         'TestPod.test_its_life',
-        'TestFailures.test_strict_says_try_again_and_the_daemon_lives',
         'TestDirectBursts.test_the_first_thirty_make_one_break0')],
     'core': ['tests.functional.' + name for name in (
         'test_check.TestCheck.test_a_node_that_is_fine',
         'test_existence.TestSync.test_one_that_is_gone',
-        'test_kills.TestKillsDirectly.'
-        'test_a_del_and_an_add_in_another_sandbox',
         'test_border.TestForgery.test_names_of_others',
         'test_border.TestRedirection.test_forged_neighbours',
         'test_border.TestTheMACAddress.test_without_an_agent',
