@@ -107,7 +107,7 @@ def against_macvlans(link: kernel.Link) -> Optional[str]:
         master = kernel.format_ifname(link.port_of)
         return 'it is a port of %s. Name %s in its place' % (master, master)
     if link.kind == 'macvtap' or Alias.parse(link.alias):
-        return 'it is %s. Name the interface that it is on' % (
+        return 'it is %s. Name the interface below it' % (
             'a macvtap' if link.kind == 'macvtap'
             else 'made by kuryr-break0')
     return None

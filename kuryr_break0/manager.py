@@ -277,7 +277,8 @@ class Break0Manager:
         try:
             self.housekeep()
         except exceptions.Break0Error as err:
-            LOG.warning('Cannot repair what other containers need: %s', err)
+            LOG.warning('Cannot repair the routes of other containers: %s',
+                        err)
 
     def _prune(self, failure: Failures) -> None:
         """Examine EXAMINED addresses, and unbind those of ended sandboxes.

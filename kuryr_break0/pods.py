@@ -106,7 +106,8 @@ class Pods:
                             netlink, [claim], self._options).addresses():
                         continue
             except exceptions.Break0Error as err:
-                LOG.debug('The claim of %s counts: %s', claim.owner_text, err)
+                LOG.debug('Using the claim of %s, because its interface '
+                          'cannot be read: %s', claim.owner_text, err)
             return claims[place:]
         return ()
 

@@ -381,7 +381,7 @@ def unjudged_text(seen: Snapshot) -> str:
     """
     for record, reason in seen.unjudged.items():
         return ('cannot find out whether the sandboxes of %d addresses '
-                'still exist, so they stay bound, as %s of %s: %s' % (
+                'still exist, so they stay bound, for example %s of %s: %s' % (
                     len(seen.unjudged), record.address, record.owner_text,
                     reason))
     return ''

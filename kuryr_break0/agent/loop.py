@@ -318,8 +318,8 @@ class Agent:
                           'repeated: %s', error)
             event_filter.update(outcome)
         except Exception as err:  # an error must not end the agent
-            LOG.exception('Reconciliation failed. It will be repeated. For '
-                          'the remedy, run: kuryr-break0 doctor')
+            LOG.exception('Reconciliation failed. The agent will try again. '
+                          'For the remedy, run: kuryr-break0 doctor')
             error = err
         ended = time.monotonic()
         self._metrics.record_sync(ended - began, error)

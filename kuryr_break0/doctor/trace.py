@@ -115,7 +115,7 @@ class Trace:
         else:
             yield ('no rule of nftables dropped the packet. The trace saw '
                    'packets: %s. After the last of these places, the kernel '
-                   'dropped one for another reason, such as rp_filter, a '
+                   'dropped a packet for another reason, such as rp_filter, a '
                    'neighbour or an interface; run kuryr-break0 doctor' % (
                        self.way))
 

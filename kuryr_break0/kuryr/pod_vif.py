@@ -179,9 +179,10 @@ class NestedMacvlanDriver(
             address_pairs.repeat(functools.partial(network.delete_port, port))
         except Exception as err:
             is_removed = False
-            LOG.error('Port %s of pod %s could not be deleted: %s. If it is '
-                      'still there when the pod is gone, run: openstack port '
-                      'delete %s', port, _name(pod), _reason(err), port)
+            LOG.error('Port %s of pod %s could not be deleted: %s. If '
+                      'the port still exists when the pod is gone, run: '
+                      'openstack port delete %s',
+                      port, _name(pod), _reason(err), port)
         return is_removed
 
     def _pairs(self, node: str) -> address_pairs.AddressPairs:

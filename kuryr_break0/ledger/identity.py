@@ -81,7 +81,7 @@ class Identity:
         try:
             fields: dict[str, Any] = json.loads(text)
             if fields.pop('version') != _VERSION:
-                raise ValueError('its format is of another version')
+                raise ValueError('its format has another version')
             found = cls(**fields)
             if not (re.fullmatch('[0-9a-f]{16}', found.id)
                     and re.fullmatch('[0-9a-f]{32}', found.secret)
@@ -90,9 +90,9 @@ class Identity:
                         found.devices, found.macs, found.claimed)
                         for pair in names.items() for text in pair)
                     and all(map(MAC.fullmatch, found.macs.values()))):
-                raise ValueError('it has a value of the wrong shape')
+                raise ValueError('one of its values has the wrong format')
         except (AttributeError, KeyError, TypeError, RecursionError) as err:
-            raise ValueError('it is no identity (%r)' % err)
+            raise ValueError('it is not an identity (%r)' % err)
         return found
 
 

@@ -99,12 +99,12 @@ def from_json(text: str) -> tuple[Record, ...]:
         return tuple(_claim(address, claim) for claim in claims[:MAX_CLAIMS])
     except (AttributeError, KeyError, TypeError, RecursionError,
             OverflowError) as err:
-        raise ValueError('it is no record (%r)' % err)
+        raise ValueError('it is not a record (%r)' % err)
 
 
 def _claim(address: IPAddress, fields: dict[str, Any]) -> Record:
     if isinstance(fields['subnets'], str):
-        raise ValueError('its subnets are a text')
+        raise ValueError('its subnets are a text, not a list')
     index = _optional(_number, fields.get('parent_index'))
     return Record(
         address, Owner(**{name: _text(text) for name, text
@@ -140,13 +140,13 @@ def _namespace(value: Any) -> NamespaceId:
 
 def _number(value: Any) -> int:
     if not isinstance(value, int) or not 0 <= value < 2 ** 64:
-        raise ValueError('%r is no number of the kernel' % (value,))
+        raise ValueError('%r is not an unsigned number of 64 bits' % (value,))
     return value
 
 
 def _seconds(value: Any) -> float:
     if not isinstance(value, (int, float)) or not 0 <= value < 2 ** 63:
-        raise ValueError('%r is no time since the boot' % (value,))
+        raise ValueError('%r is not a time since the boot' % (value,))
     return float(value)
 
 
