@@ -146,8 +146,15 @@ class TestDaemon(DoctorTestCase):
 class TestStateDirectory(DoctorTestCase):
 
     def test_elsewhere(self) -> None:
+        # The file system of /root may be in memory, and an overlay is not.
+        for name in 'lower', 'upper', 'work', 'mount':
+            os.makedirs('/run/overlay/' + name)
+        self.lab.run(
+            'mount', '-t', 'overlay', 'overlay', '-o', 'lowerdir=lower,'
+            'upperdir=upper,workdir=work'.replace('=', '=/run/overlay/'),
+            '/run/overlay/mount')
         with open(CONF, 'w') as file:
-            file.write('[break0]\nstate_dir = /root/state\n')
+            file.write('[break0]\nstate_dir = /run/overlay/mount/state\n')
         done = self.call('--json', '--no-probe', code=None, config=CONF)
         finding = next(each for each in json.loads(done.stdout)['findings']
                        if each['id'] == 'state-dir-persistent')
