@@ -31,7 +31,6 @@ PARTS = {
         'TestPod.test_its_life',
         'TestDirectBursts.test_the_first_thirty_make_one_break0')],
     'core': ['tests.functional.' + name for name in (
-        'test_check.TestCheck.test_a_node_that_is_fine',
         'test_existence.TestSync.test_one_that_is_gone',
         'test_border.TestForgery.test_names_of_others',
         'test_border.TestRedirection.test_forged_neighbours',
