@@ -196,8 +196,8 @@ class EventFilter:
     def _update_next_hops(self, event: kernel.Event) -> bool:
         """Store a new route's next hops, or remove a deleted route's.
 
-        The ledger gets all next hops, because a container may take the address
-        of a next hop whose route is deleted before the next sync.
+        Store all next hops in the ledger. If a route is deleted before the
+        next sync, a container may already have the address of its next hop.
 
         :returns: whether a recorded address became a next hop, or may have
             ceased to be one

@@ -227,8 +227,8 @@ def _close_late(connections: dict[int, _Connection]) -> float:
     """Close connections whose client is late.
 
     If the maximum number of connections is open, also close the oldest ones
-    that wait for their client. A connection whose request is being processed
-    stays open, because it does not wait for its client.
+    that wait for their client. A connection stays open while its request is
+    processed, because the server does not wait for the client then.
 
     :param connections: all connections of the server, by descriptor
     :returns: seconds until the next connection may be late

@@ -14,12 +14,12 @@ mounts and processes. A timer repeats the full search.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from typing import Callable, Hashable, Optional
 
 from kuryr_break0 import config
 from kuryr_break0.discovery.binder import Binder
+from kuryr_break0.discovery.ended import EndedNamespaces
 from kuryr_break0.discovery.namespace import BURST
 from kuryr_break0.discovery.namespace import LAST
 from kuryr_break0.discovery.namespace import Namespace
@@ -28,7 +28,6 @@ from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
-from kuryr_break0.model import NamespaceId
 from kuryr_break0.pace import Pace
 
 LOG = log.get_logger(__name__)
@@ -47,25 +46,6 @@ _ACTIVE = 10.0
 #: Maximum time in seconds from the end of a namespace until the kernel deletes
 #: its macvlans, on a node without much load.
 _ENDING = 1.0
-#: Pause in seconds after which only the timer unbinds an ended namespace.
-_GIVE_UP = 60.0
-
-
-@dataclasses.dataclass
-class _End:
-    """The end of a namespace, reported by an event.
-
-    The kernel deletes the namespace after the event. Until then, its end
-    cannot be proven.
-
-    :ivar at: monotonic time of the next attempt to unbind its addresses
-    :ivar pause: seconds from that attempt to the following one
-    :ivar cause: see :attr:`Namespace.cause`
-    """
-
-    at: float
-    pause: float
-    cause: Hashable
 
 
 class Finder:
@@ -98,7 +78,7 @@ class Finder:
         self._unknown: set[int] = set()
         #: numbers of namespaces that no search has found
         self._unseen: set[int] = set()
-        self._ended: dict[NamespaceId, _End] = {}
+        self._ended = EndedNamespaces(self._binder, self._queue.pace)
         self._binder.read_records()
         self._interval = options.resync_interval
         #: monotonic time of the next :meth:`mark_all`
@@ -213,9 +193,7 @@ class Finder:
                          (self._search_all_at, self._all_pace)):
             if at is not None:
                 times.append(max(at, now + pace.wait()))
-        times.append(self._queue.find_due(now))
-        times += [max(each.at, now + self._queue.pace.wait(each.cause))
-                  for each in self._ended.values()]
+        times += self._queue.find_due(now), self._ended.find_due(now)
         return max(min(times), self._not_before)
 
     def postpone(self) -> None:
@@ -230,7 +208,7 @@ class Finder:
         if self._all_at <= time.monotonic():
             self.mark_all()
         self._search_if_due()
-        self._unbind_ended()
+        self._ended.unbind()
         now = time.monotonic()
         ends = now + _STEP
         while now < ends:
@@ -308,7 +286,7 @@ class Finder:
         for place, namespace in list(self._namespaces.items()):
             known = namespace.found
             if place in present:
-                self._ended.pop(known.namespace, None)
+                self._ended.discard(known.namespace)
                 self._relocate(namespace, present[place])
                 if known.process is None and present[place].process:
                     # Its container can be identified by the process now.
@@ -361,7 +339,7 @@ class Finder:
             known = Namespace(found, container, number,
                               changed_at=time.monotonic())
             self._namespaces[found.place] = known
-            self._ended.pop(found.namespace, None)
+            self._ended.discard(found.namespace)
             if number is not None:
                 self._numbers[number] = known
                 self._unknown.discard(number)
@@ -408,26 +386,4 @@ class Finder:
         if namespace.number is not None and (
                 self._numbers.get(namespace.number) is namespace):
             del self._numbers[namespace.number]
-        if self._binder.has_bound(identity):
-            self._ended.setdefault(identity, _End(
-                time.monotonic() + BURST, BURST, namespace.cause))
-
-    def _unbind_ended(self) -> None:
-        """Unbind the addresses of ended namespaces.
-
-        The pause between two attempts doubles each time.
-        """
-        now = time.monotonic()
-        for identity, end in list(self._ended.items()):
-            if end.at > now or self._queue.pace.wait(end.cause):
-                continue
-            self._queue.pace.begin()
-            is_done = False
-            try:
-                is_done = self._binder.unbind_ended(identity)
-            finally:
-                self._queue.pace.end(end.cause)
-                if is_done or end.pause >= _GIVE_UP:
-                    del self._ended[identity]
-                else:
-                    end.at, end.pause = now + end.pause, 2 * end.pause
+        self._ended.add(identity, namespace.cause)
