@@ -30,13 +30,13 @@ def _explain(err: ImportError) -> int:
     from kuryr_break0.doctor import installation
     from kuryr_break0.doctor import report
 
-    found = list(installation.check())
-    if 'doctor' in sys.argv[1:] and found:
+    findings = list(installation.check())
+    if 'doctor' in sys.argv[1:] and findings:
         print((report.as_json if '--json' in sys.argv else report.as_text)(
-            found))
+            findings))
     else:
         print('kuryr-break0: The command cannot be loaded: %s. %s' % (
-            err, ' '.join(each.seen for each in found)), file=sys.stderr)
+            err, ' '.join(each.observed for each in findings)), file=sys.stderr)
     return common.USAGE
 
 

@@ -199,18 +199,18 @@ class _Reading:
             used.setdefault(record.parent, {})[address] = record
         names = devices.Names(options, self._identity, self._link,
                               self._netlink.links, used)
-        new, link = used.keys() - names.known.keys(), self._link(
+        new, link = used.keys() - names.by_parent.keys(), self._link(
             options.device)
         if names.primary is None and new:
             names.primary = min(new, key=lambda name: min(
                 record.bound_at for record in used[name].values()))
         # A break0 without our alias is taken for that of its lower interface.
         primary = names.primary or (device.lower_name(link) if link else None)
-        for name in sorted({*used, *names.known, *filter(None, [primary])}):
+        for name in sorted({*used, *names.by_parent, *filter(None, [primary])}):
             live = used.get(name, {})
-            found = self._parent(name, names.of(name), live)
-            if live or found.present is not None or name == options.parent:
-                yield name, found
+            parent = self._parent(name, names.of(name), live)
+            if live or parent.present is not None or name == options.parent:
+                yield name, parent
 
     def _parent(self, name: str, device_name: str,
                 live: dict[IPAddress, Record]) -> Parent:

@@ -232,8 +232,8 @@ def register(conf: cfg.ConfigOpts) -> None:
 
 def _shorten_error(text: str) -> str:
     """Return oslo.config's error without the representation of objects."""
-    found = re.search(r"detail='([^']*)'\) is not valid: (.*)", text)
-    return '%s (from %s)' % found.group(2, 1) if found else text
+    match = re.search(r"detail='([^']*)'\) is not valid: (.*)", text)
+    return '%s (from %s)' % match.group(2, 1) if match else text
 
 
 def load(conf: cfg.ConfigOpts) -> Options:
@@ -262,7 +262,7 @@ def list_unknown(conf: cfg.ConfigOpts) -> list[str]:
     misspelt section. oslo.config has reported unreadable files.
     """
     known = [opt.dest for opt in OPTS]
-    found: dict[str, str] = {}
+    unknown: dict[str, str] = {}
     sections_alike: list[str] = []
     # A program that has read no files, such as a user of os-vif, lacks these
     # options.
@@ -275,7 +275,7 @@ def list_unknown(conf: cfg.ConfigOpts) -> list[str]:
             cfg.ConfigParser(path, sections).parse()
         for section, names in sections.items():
             if section.lower() == GROUP:  # as oslo.config reads it
-                found.update(dict.fromkeys(names, path))
+                unknown.update(dict.fromkeys(names, path))
             elif re.sub(r'\W|_', '', section).lower() in (
                     GROUP, 'kuryr' + GROUP):
                 sections_alike.append(
@@ -284,9 +284,9 @@ def list_unknown(conf: cfg.ConfigOpts) -> list[str]:
     prefix = 'OS_%s__' % GROUP.upper()
     for name in os.environ:
         if name.startswith(prefix):
-            found.setdefault(name[len(prefix):].lower(), 'the environment')
+            unknown.setdefault(name[len(prefix):].lower(), 'the environment')
     texts = sections_alike
-    for name, where in sorted(found.items()):
+    for name, where in sorted(unknown.items()):
         if name not in known:
             texts.append('[break0] %s in %s is no option%s' % (
                 name[:64], where, close_to(name, known)))

@@ -116,8 +116,8 @@ def each_unserved(seen: Snapshot, ledger: Ledger, limits: kernel.Limits
     :raises SystemRefused: if this process cannot see all namespaces
     """
     judge = _Judge(seen, ledger)
-    for found in kernel.find_namespaces(seen.options.proc_dirs):
-        yield [each for macvlan in kernel.list_macvlans_at(found, limits)
+    for location in kernel.find_namespaces(seen.options.proc_dirs):
+        yield [each for macvlan in kernel.list_macvlans_at(location, limits)
                for each in judge.judge(macvlan)]
 
 

@@ -297,12 +297,12 @@ class Device:
                 and (link.lower, link.lower_namespace)
                 == parent.lower_of_macvlans):
             return
-        found = link.description
+        description = link.description
         if link.kind == 'macvlan':
-            found += ' on ' + (lower_name(link)
+            description += ' on ' + (lower_name(link)
                                or 'an interface of another namespace')
         raise exceptions.DeviceConflict(
-            device=link.name, found=found,
+            device=link.name, found=description,
             expected='a macvlan in bridge mode on ' + parent.name)
 
     def differences(self, link: kernel.Link, parent: kernel.Link,
@@ -317,11 +317,11 @@ class Device:
         :param needs_ipv6: whether pods on it have IPv6 addresses. Then IPv6 is
             enabled on it, unless the node has disabled IPv6 on all interfaces
         """
-        for path, (found, value) in sysctl_drift(link.name).items():
+        for path, (actual, value) in sysctl_drift(link.name).items():
             yield Difference(
                 'answers-lan' if path.endswith(('/arp_filter', '/proxy_arp'))
                 else 'heard' if path in QUIET else 'open',
-                '%s is %d, must be %d' % (path.rpartition('/')[2], found,
+                '%s is %d, must be %d' % (path.rpartition('/')[2], actual,
                                           value),
                 lambda _, path=path, value=value:  # type: ignore[misc]
                 kernel.write_sysctl(path % link.name, value,
@@ -394,6 +394,6 @@ def sysctl_drift(name: str) -> dict[str, tuple[int, int]]:
     The keys are paths, with ``%s`` for the interface.
     """
     wanted = {**QUIET, **BORDER}
-    found = {path: kernel.read_sysctl(path % name) for path in wanted}
-    return {path: (value, wanted[path]) for path, value in found.items()
+    actual = {path: kernel.read_sysctl(path % name) for path in wanted}
+    return {path: (value, wanted[path]) for path, value in actual.items()
             if value not in (wanted[path], None)}

@@ -69,7 +69,7 @@ class Names:
                  links: Callable[[], Iterable[kernel.Link]],
                  used: Collection[str]) -> None:
         self._options = options
-        self.known: dict[str, str] = {}
+        self.by_parent: dict[str, str] = {}
         for parent, name in recorded(options, identity, links).items():
             known, link = link_of(parent), link_of(name)
             now = known.name if known is not None else parent
@@ -80,10 +80,10 @@ class Names:
                     else known.lower_of_macvlans
                     != (link.lower, link.lower_namespace)):
                 now = device.lower_name(link) or now
-            if link is not None or now not in self.known:
-                self.known[now] = name
+            if link is not None or now not in self.by_parent:
+                self.by_parent[now] = name
         self.primary = options.parent or next(
-            (parent for parent, name in self.known.items()
+            (parent for parent, name in self.by_parent.items()
              if name == options.device and (
                  parent in used or kernel.find_ifindex(parent) is not None)),
             None)
@@ -99,13 +99,13 @@ class Names:
         that would be too long, a digest of it. A recorded name stays.
         """
         options = self._options
-        known = self.known.get(parent, options.device)
+        known = self.by_parent.get(parent, options.device)
         if self.primary != parent and known != options.device:
             return known  # may contain an earlier name of the parent
         if self.primary in (None, parent):
             return options.device
         name = '%s-%s' % (options.device, parent)
-        if (len(name) <= _MAX_NAME and name not in self.known.values()
+        if (len(name) <= _MAX_NAME and name not in self.by_parent.values()
                 and re.fullmatch(r'[\w.-]+', name, re.ASCII)):
             return name
         # The first characters of long names are often the same.
@@ -122,12 +122,12 @@ def recorded(options: config.Options, identity: Optional[Identity],
     """
     if identity is not None and identity.devices:
         return identity.devices
-    found = {}
+    names = {}
     for link in links():
         alias, parent = Alias.parse(link.alias), device.lower_name(link)
         if alias and parent and alias.directory == options.state_dir:
-            found[parent] = link.name
-    return found
+            names[parent] = link.name
+    return names
 
 
 class Devices:
@@ -231,7 +231,7 @@ class Devices:
         known = dataclasses.replace(
             identity,
             devices={**{other_parent: each for other_parent, each
-                        in names.known.items() if each != name},
+                        in names.by_parent.items() if each != name},
                      parent: name},
             macs={**identity.macs, name: ensured.link.mac})
         if other is not None and other.directory == options.state_dir:
@@ -261,10 +261,10 @@ class Devices:
 
         :raises LedgerUnavailable: if the identity of this ledger is damaged
         """
-        found = ownership(link, self._ledger.identity(),
+        owner = ownership(link, self._ledger.identity(),
                           self._options.state_dir)
         alias = Alias.parse(link.alias) if link is not None else None
-        if link is None or alias is None or found is not Ownership.OTHER:
+        if link is None or alias is None or owner is not Ownership.OTHER:
             return False
         LOG.warning('%s', self.other_ledger(link.name, alias))
         return True

@@ -275,16 +275,16 @@ class Engine:
             items: list[Item] = [Pair.of(address, each)
                                  for each in macs or (None,)]
             present, kind = netlink.neighbour(index, address)
-            found = present if kind == 'permanent' else None
+            permanent = present if kind == 'permanent' else None
             route = self._policy.route(address, index)._replace(metric=None)
-            if dropped and claims_.have((*dropped, *after), found) or (
-                    not dropped and found in macs):
+            if dropped and claims_.have((*dropped, *after), permanent) or (
+                    not dropped and permanent in macs):
                 # A neighbour that stays would direct packets for the next pod
                 # to the MAC address of the earlier one.
                 items += [route, Neighbour(address, index, '', None)]
-            elif found is not None and macs:
+            elif permanent is not None and macs:
                 LOG.warning('Keeping %s on %s: %s has the address and is not '
-                            'recorded yet', address, name, found)
+                            'recorded yet', address, name, permanent)
             applied = apply(netlink, self._guard(name),
                             [Work(address, unset=tuple(items))])
             if applied.guard_error is not None:

@@ -170,11 +170,11 @@ class Break0Manager:
         next_hops = cache.get_recent('next_hops')
         if next_hops is None:
             with kernel.Netlink() as netlink:
-                found = netlink.next_hops(self._engine.devices.indexes(),
+                by_version = netlink.next_hops(self._engine.devices.indexes(),
                                           self._options.route_protocol)
-            next_hops = sorted(map(str, found))
+            next_hops = sorted(map(str, by_version))
             cache.put('next_hops', next_hops)
-            self._ledger.add_next_hops(found)
+            self._ledger.add_next_hops(by_version)
         # Only a sync writes this cache, because the time to list these next
         # hops grows with the number of pods.
         through_break0 = cache.get('through_break0') or ()
@@ -223,10 +223,10 @@ class Break0Manager:
         named = None if addresses is None else list(dict.fromkeys(addresses))
         if named is None or len(named) > MAX_ADDRESSES:
             # A rebuilt claim has a namespace instead of a container id.
-            found = {claim.address for each in self._records.find_containing(
+            recorded = {claim.address for each in self._records.find_containing(
                 owner.container_id, Owner.ADOPTED)
                 for claim in each if is_own(claim)}
-            named = sorted(found if named is None else found.intersection(
+            named = sorted(recorded if named is None else recorded.intersection(
                 named), key=address_order)
         removed = self._engine.unbind(named, is_own, owner, mac, failure,
                                       (owner, began) if ends else None)

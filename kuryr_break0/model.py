@@ -326,10 +326,10 @@ _Item = TypeVar('_Item', bound=Item)
 
 def by_address(items: Iterable[_Item]) -> dict[IPAddress, list[_Item]]:
     """Return items by their addresses, in the order of the items."""
-    found: dict[IPAddress, list[_Item]] = {}
+    by_dst: dict[IPAddress, list[_Item]] = {}
     for item in items:
-        found.setdefault(item.dst, []).append(item)
-    return found
+        by_dst.setdefault(item.dst, []).append(item)
+    return by_dst
 
 
 def of_kind(kind: type[_Item], items: Iterable[Item]) -> list[_Item]:

@@ -89,12 +89,12 @@ def listening_on(text: str) -> Optional[Endpoint]:
     if not text:
         return None
     # Host names are refused: listening must not depend on a resolver.
-    found = re.fullmatch(r'(?:\[([^]]*:[^]]*)\]|([^][:]*)):(\d{1,5})', text)
+    match = re.fullmatch(r'(?:\[([^]]*:[^]]*)\]|([^][:]*)):(\d{1,5})', text)
     try:
-        if found is None or not 0 < int(found[3]) < 65536:
+        if match is None or not 0 < int(match[3]) < 65536:
             raise ValueError
-        return Endpoint(ipaddress.ip_address(found[1] or found[2]),
-                        int(found[3]))
+        return Endpoint(ipaddress.ip_address(match[1] or match[2]),
+                        int(match[3]))
     except ValueError:
         raise ValueError('%r is not an IP address and a port: it must be like '
                          '127.0.0.1:9817 or [::1]:9817, or empty' % text)
@@ -138,13 +138,13 @@ class WholeNumber(types.Integer):
     """A whole number in a range; its error contains value and range."""
 
     def __call__(self, value: Any) -> Any:
-        found = None  # oslo.config returns None for an empty text too
+        number = None  # oslo.config returns None for an empty text too
         with contextlib.suppress(ValueError):
-            found = super().__call__(value)
-        if found is None:
+            number = super().__call__(value)
+        if number is None:
             raise ValueError('%r is not a whole number from %s to %s' %
                              (value, self.min, self.max))
-        return found
+        return number
 
 
 class YesOrNo(types.Boolean):

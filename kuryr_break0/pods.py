@@ -160,16 +160,16 @@ class Pods:
         :param addresses: addresses of these interfaces; an address without a
             record for the sandbox is ignored
         """
-        found = []
+        siblings = []
         for address in itertools.islice(addresses, MAX_SIBLINGS):
             with contextlib.suppress(exceptions.LedgerUnavailable):
                 other = self._records.get(address)
                 if other is not None and other.parent == record.parent and (
                         other.namespace == record.namespace):
-                    found.append(other)
-        return found
+                    siblings.append(other)
+        return siblings
 
-    def repair(self, found: Iterable[tuple[list[Record], NodeAddresses]],
+    def repair(self, interfaces: Iterable[tuple[list[Record], NodeAddresses]],
                failure: Failures, dry_run: bool,
                unreadable: Collection[IPAddress] = ()) -> Repairs:
         """Repair outdated pod sides, and compare ENTERED other ones.
@@ -178,7 +178,7 @@ class Pods:
         addresses, or if an address of it was missing. Each call continues
         where the previous one ended, so that every pod side is compared.
 
-        :param found: records of each interface, with the node addresses that
+        :param interfaces: records of each interface, with the node addresses that
             its pod must know
         :param unreadable: addresses with an unreadable record
         """
@@ -187,7 +187,7 @@ class Pods:
         sightings = Sightings(cache)
         outdated: list[tuple[list[Record], NodeAddresses]] = []
         others: list[tuple[list[Record], NodeAddresses]] = []
-        for records, node in found:
+        for records, node in interfaces:
             (outdated if any(record.configured != node.digest for record
                              in records) or sightings.has(records)
              else others).append((records, node))
@@ -235,8 +235,8 @@ class Pods:
         A failure is only logged.
         """
         def is_bound(address: IPAddress) -> bool:
-            found = self._records.get(address)
-            return found is not None and found.owner == record.owner
+            newest = self._records.get(address)
+            return newest is not None and newest.owner == record.owner
 
         try:
             if kernel.judge_state(*record.place) is not kernel.State.GONE:

@@ -93,7 +93,7 @@ class PodSide:
         The interface may have no address yet, because Kuryr assigns it after
         the bind. Neither neighbours nor routes need one.
         """
-        self.apply((Verb.REPLACE, item) for item in self.wanted(node))
+        self.apply((Verb.REPLACE, item) for item in self.desired(node))
         self._bind_source()
 
     def _bind_source(self, dry_run: bool = False) -> bool:
@@ -128,7 +128,7 @@ class PodSide:
 
     def changes(self, node: NodeAddresses) -> list[tuple[Verb, Entry]]:
         """Return the changes that configure the pod side."""
-        present, wanted = self.marked(), list(self.wanted(node))
+        present, wanted = self.marked(), list(self.desired(node))
         hosts = {item.dst for item in wanted}
         doubtful = {address.version for address in (
             self.addresses() if self._unreadable else ())
@@ -184,7 +184,7 @@ class PodSide:
             *self._netlink.neighbours(self._index)]
         return [item for item in items if item.protocol == self._protocol]
 
-    def wanted(self, node: NodeAddresses) -> Iterator[Entry]:
+    def desired(self, node: NodeAddresses) -> Iterator[Entry]:
         """Return the neighbours and routes that the pod needs.
 
         A node address on the link of any interface of the pod needs no route.

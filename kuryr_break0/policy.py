@@ -48,7 +48,7 @@ class Facts(NamedTuple):
     The facts of a snapshot contain all of these addresses. The facts for a
     bind need only cover the address to bind.
 
-    :ivar own: addresses of the node
+    :ivar node_addresses: addresses of the node
     :ivar no_hosts: addresses that no host can have, for example broadcast
         addresses
     :ivar next_hops: next hops of the node's routes, except through a break0
@@ -56,7 +56,7 @@ class Facts(NamedTuple):
     :ivar earlier_next_hops: most recent next hops of this boot, as texts
     """
 
-    own: Collection[IPAddress] = ()
+    node_addresses: Collection[IPAddress] = ()
     no_hosts: Collection[IPAddress] = ()
     next_hops: Collection[IPAddress] = ()
     through_break0: Collection[IPAddress] = ()
@@ -86,7 +86,7 @@ class Policy:
             return 'outside [break0] allowed_cidrs'
         if reason is not None:
             return reason
-        if address in facts.own:
+        if address in facts.node_addresses:
             return OWN
         if address in facts.no_hosts:
             return NO_HOST
@@ -140,7 +140,7 @@ class Policy:
                          self._options.route_table, src,
                          best_metric(address))
 
-    def own_addresses(self, found: Collection[tuple[int, IPAddress]],
+    def own_addresses(self, addresses: Collection[tuple[int, IPAddress]],
                       parent: Optional[int], device: str
                       ) -> tuple[IPAddress, ...]:
         """Return the addresses that a break0 itself must have.
@@ -164,23 +164,23 @@ class Policy:
         with contextlib.suppress(PermissionError):
             # lo stands for any interface without an address.
             taken = kernel.find_source(_NOWHERE, 'lo')
-        is_needed = taken is not None and (parent, taken) not in found and (
+        is_needed = taken is not None and (parent, taken) not in addresses and (
             not any(each.version == 4 for each in addr))
-        if is_needed or any(address == own for _, address in found):
+        if is_needed or any(address == own for _, address in addresses):
             return *addr, own
         return addr
 
-    def solicited(self, found: Collection[tuple[int, IPAddress]],
+    def solicited(self, addresses: Collection[tuple[int, IPAddress]],
                   parent: Optional[int], device: str) -> list[IPAddress]:
         """Return the IPv6 node addresses that pods may solicit.
 
         The guard answers these neighbour solicitations. The parameters are the
         same as of :meth:`node_addresses`.
         """
-        known = self.node_addresses(found, parent, (), '', device)
+        known = self.node_addresses(addresses, parent, (), '', device)
         return [each for each in known.addresses if each.version == 6]
 
-    def node_addresses(self, found: Collection[tuple[int, IPAddress]],
+    def node_addresses(self, addresses: Collection[tuple[int, IPAddress]],
                        parent: Optional[int],
                        sources: Iterable[Optional[IPAddress]], mac: str,
                        device: str) -> NodeAddresses:
@@ -191,15 +191,15 @@ class Policy:
         later, these addresses are in that network. Docker refuses to connect
         it while it has a conflicting route to one of them.
 
-        :param found: all addresses of the node with their ifindexes
+        :param addresses: all addresses of the node with their ifindexes
         :param parent: ifindex of the parent
         :param sources: source addresses of the routes to the pods
         """
-        on_parent = {address for index, address in found
+        on_parent = {address for index, address in addresses
                      if index == parent and not address.is_link_local}
-        own = self.own_addresses(found, parent, device)
+        own = self.own_addresses(addresses, parent, device)
         known = {*on_parent, *(src for src in sources if src is not None),
-                 *(() if on_parent else ipv6_elsewhere(found))}
+                 *(() if on_parent else ipv6_elsewhere(addresses))}
         return NodeAddresses((*sorted(known.difference(own),
                                       key=address_order), *own), mac)
 
@@ -216,7 +216,7 @@ def link_address(device: str) -> IPAddress:
     return ipaddress.ip_address('169.254.%d.%d' % (high % 254 + 1, low))
 
 
-def ipv6_elsewhere(found: Iterable[tuple[int, IPAddress]]
+def ipv6_elsewhere(addresses: Iterable[tuple[int, IPAddress]]
                    ) -> list[IPAddress]:
     """Return the IPv6 addresses of the node, at most MAX_ELSEWHERE.
 
@@ -224,7 +224,7 @@ def ipv6_elsewhere(found: Iterable[tuple[int, IPAddress]]
     """
     chosen: list[IPAddress] = []
     services: dict[int, bool] = {}
-    for index, address in sorted(found, key=lambda each: each[0]):
+    for index, address in sorted(addresses, key=lambda each: each[0]):
         if len(chosen) == MAX_ELSEWHERE:
             break
         # Other CNI plugins may give the same address to hundreds of

@@ -90,12 +90,12 @@ def find_all(seen: Snapshot) -> tuple[list[Problem], dict[IPAddress, str]]:
 
 def by_address(problems: Iterable[Problem]) -> dict[IPAddress, str]:
     """Return the first problem of each address, sorted by address."""
-    found: dict[IPAddress, str] = {}
+    texts: dict[IPAddress, str] = {}
     for problem in problems:
         if not isinstance(problem.subject, str):
-            found.setdefault(problem.subject, problem.text)
-    return {address: found[address]
-            for address in sorted(found, key=address_order)}
+            texts.setdefault(problem.subject, problem.text)
+    return {address: texts[address]
+            for address in sorted(texts, key=address_order)}
 
 
 def of_node(problems: Iterable[Problem]) -> list[str]:
@@ -107,10 +107,10 @@ def _of_node(seen: Snapshot) -> Iterator[Problem]:
     if seen.is_lost:
         yield Problem('ledger-lost', NODE, 'the ledger in %s was lost; a sync '
                       'rebuilds it' % seen.options.state_dir)
-    if seen.stranger is not None:
-        yield Problem('break0-foreign', seen.stranger.name, str(
+    if seen.name_conflict is not None:
+        yield Problem('break0-foreign', seen.name_conflict.name, str(
             exceptions.DeviceConflict(
-                device=seen.stranger.name, found=seen.stranger.description,
+                device=seen.name_conflict.name, found=seen.name_conflict.description,
                 expected='a macvlan in bridge mode on the parent of pods')))
     if seen.unjudged:
         yield Problem('sandbox-unknown', NODE, unjudged_text(seen))
@@ -288,30 +288,30 @@ def of_pod(records: Sequence[Record], seen: Snapshot,
     addresses = [record.address for record in records]
     cause = cause_of(parent, seen)
     try:
-        found = list(_in_pod(records, parent, seen, pause))
+        all_problems = list(_in_pod(records, parent, seen, pause))
     except exceptions.InterfaceGone as err:
         return [Problem('pod-interface-gone', address, str(err))
                 for address in addresses]
     except exceptions.Break0Error:
         if all(map(parent.is_configured, records)):
             raise
-        found = []
+        all_problems = []
     if not all(map(parent.is_configured, records)):
         return [Problem('pod-not-configured', address, _UNCONFIGURED)
                 if cause is None else cause._replace(subject=address)
                 for address in addresses]
-    return found if cause is None else []
+    return all_problems if cause is None else []
 
 
 def _in_pod(records: Sequence[Record], parent: Parent, seen: Snapshot,
             pause: float) -> list[Problem]:
     assert parent.node is not None
     is_dropping = is_strict(parent)  # on the node: a pod has other sysctls
-    found: list[Problem] = []
+    all_problems: list[Problem] = []
 
     def add(kind: str, text: str, version: Optional[int] = None,
             is_error: bool = False) -> None:
-        found.extend(
+        all_problems.extend(
             Problem(kind, record.address, text, is_error)
             for record in records
             if version in (None, record.address.version))
@@ -327,11 +327,11 @@ def _in_pod(records: Sequence[Record], parent: Parent, seen: Snapshot,
                 'macvlan', parent.present.lower, 'bridge'):
             add('pod-apart', '%s is %s, and not in bridge mode on %s' % (
                 place, link.description, record.parent))
-            return found
+            return all_problems
         if not link.up:
             add('pod-down', '%s is down' % place)
-            return found  # the kernel has deleted its routes and neighbours
-        found += [Problem('pod-address-missing', each.record.address,
+            return all_problems  # the kernel has deleted its routes and neighbours
+        all_problems += [Problem('pod-address-missing', each.record.address,
                           str(each)) for each in side.missing(pause)]
         is_changed = record.mac not in (None, link.mac)
         if is_changed:
@@ -362,7 +362,7 @@ def _in_pod(records: Sequence[Record], parent: Parent, seen: Snapshot,
         if side.lacks_source_rule():
             add('pod-rule-missing', _UNCONFIGURED + ': it lacks the nftables '
                 'rule that drops frames with another MAC address')
-    return found
+    return all_problems
 
 
 def is_strict(parent: Parent) -> bool:

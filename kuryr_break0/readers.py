@@ -108,13 +108,13 @@ def _digest(files: tuple[str, ...]) -> str:
     """Return a digest of the section [break0] in files, without comments."""
     import hashlib
 
-    found: dict[str, list[str]] = {}
+    names_by_path: dict[str, list[str]] = {}
     for path in files:
         sections: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError, cfg.ParseError):
             cfg.ConfigParser(path, sections).parse()
         for section, names in sections.items():
             if section.lower() == config.GROUP:
-                found.update(names)
-    return hashlib.sha256(repr(sorted(found.items())).encode()
+                names_by_path.update(names)
+    return hashlib.sha256(repr(sorted(names_by_path.items())).encode()
                           ).hexdigest()[:16]

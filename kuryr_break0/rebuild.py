@@ -38,9 +38,9 @@ def find(options: config.Options, seen: Snapshot,
                 parent, options.route_protocol)
                 if item.dst in seen.contents.unreadable})
         wanted.update({item.dst: parent for item in parent.plan.unclaimed})
-    found = kernel.list_macvlans(options.proc_dirs) if wanted else ()
+    macvlans = kernel.list_macvlans(options.proc_dirs) if wanted else ()
     # Another macvlan can have the MAC address of a pod while it is down.
-    for macvlan in sorted(found, key=lambda each: not each.link.up):
+    for macvlan in sorted(macvlans, key=lambda each: not each.link.up):
         for address in macvlan.addresses:
             place = wanted.get(address)
             if place is None or macvlan.parent != place.name:

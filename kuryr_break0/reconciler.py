@@ -148,9 +148,9 @@ class Reconciler:
 
         The plan for a break0 of another ledger only reports unclaimed items.
         """
-        plan, found = parent.plan, {record.address for record in rebuilt}
+        plan, rebuilt_addresses = parent.plan, {record.address for record in rebuilt}
         unclaimed = tuple(item for item in plan.unclaimed
-                          if item.dst not in found)
+                          if item.dst not in rebuilt_addresses)
         if self._is_left(parent):
             return Plan(unclaimed=unclaimed)
         if not self._prune:

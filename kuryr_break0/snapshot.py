@@ -107,7 +107,7 @@ class Snapshot:
     :ivar unjudged: claims of sandboxes that may have ended, with the reason
         why the kernel does not tell
     :ivar refused: reason for refusal, by address
-    :ivar stranger: name conflict: the interface named ``[break0] device`` that
+    :ivar name_conflict: name conflict: the interface named ``[break0] device`` that
         is no break0 of these parents; None without one
     :ivar unclaimed: parents of unclaimed routes and neighbours, by address
     """
@@ -124,7 +124,7 @@ class Snapshot:
     gone: tuple[Record, ...]
     unjudged: dict[Record, str]
     refused: dict[IPAddress, str]
-    stranger: Optional[kernel.Link]
+    name_conflict: Optional[kernel.Link]
 
     @property
     def unclaimed(self) -> dict[IPAddress, Parent]:
@@ -160,12 +160,12 @@ def by_interface(records: Iterable[Record]) -> list[list[Record]]:
     parent: if an interface is created again on another parent, its older
     records are another group.
     """
-    found: dict[Any, list[Record]] = {}
+    interfaces: dict[Any, list[Record]] = {}
     for record in records:
-        found.setdefault((
+        interfaces.setdefault((
             record.namespace or record.owner.container_id,
             record.owner.ifname, record.parent), []).append(record)
-    return list(found.values())
+    return list(interfaces.values())
 
 
 def items_of(parent: Parent, protocol: int) -> list[Entry]:

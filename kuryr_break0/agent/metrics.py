@@ -175,10 +175,10 @@ class Metrics(prometheus_registry.Collector):
         self._search = None
         return self._report_unserved(self._found)
 
-    def _report_unserved(self, found: Sequence[containers.Unserved]) -> float:
+    def _report_unserved(self, unserved: Sequence[containers.Unserved]) -> float:
         """Count and log addresses; return seconds until the next search."""
-        texts = {str(each) for each in found}
-        lasting = [each for each in found
+        texts = {str(each) for each in unserved}
+        lasting = [each for each in unserved
                    if each.reason not in containers.PASSING
                    or str(each) in self._last_texts]
         new = [each for each in lasting if str(each) not in self._logged
@@ -269,10 +269,10 @@ def _make_gauges(seen: Snapshot) -> Iterator[core.Metric]:
             gauge.add_metric(label_values, value)
         return gauge
 
-    found, _ = problems.find_all(seen)
+    all_problems, _ = problems.find_all(seen)
     wrong = collections.Counter(
         parent.name if parent else '' for parent
-        in map(seen.parent_of, problems.by_address(found)))
+        in map(seen.parent_of, problems.by_address(all_problems)))
     rows = {parent.name: (
         len(parent.live), len(parent.routes),
         len({route.dst for route in parent.plan.foreign}),
@@ -313,5 +313,5 @@ def _make_gauges(seen: Snapshot) -> Iterator[core.Metric]:
             ('addresses_unjudged', 'Addresses of sandboxes that the agent '
              'cannot see, so they stay bound.', len(seen.unjudged)),
             ('node_problems', 'Faults of break0 itself or of the ledger.',
-             len(problems.of_node(found)))):
+             len(problems.of_node(all_problems)))):
         yield make_gauge(name, text, {(): value})

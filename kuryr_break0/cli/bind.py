@@ -226,10 +226,10 @@ def _meant(wanted: Any, ledger: Ledger
             dict.fromkeys(wanted.address)), None
     live = {address: claims[0] for address, claims
             in ledger.contents().claims.items()}
-    found = [live[address] for address in names.addresses_of(
+    records = [live[address] for address in names.addresses_of(
         wanted.pod, live) if address in live and wanted.ifname in (
             None, live[address].owner.ifname)]
-    owners = {each.owner: each for each in found}
+    owners = {each.owner: each for each in records}
     if len(owners) != 1:
         raise exceptions.WrongUsage(
             '%s matches several containers or interfaces: %s. Give --ifname, '
@@ -238,4 +238,4 @@ def _meant(wanted: Any, ledger: Ledger
             'No address of %s%s is bound.' % (
                 wanted.pod, '/' + wanted.ifname if wanted.ifname else ''))
     (owner, record), = owners.items()
-    return owner, [each.address for each in found], record.netns
+    return owner, [each.address for each in records], record.netns

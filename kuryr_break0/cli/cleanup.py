@@ -154,14 +154,14 @@ class Cleanup:
         Pods behind the break0 of another ledger are left out: that ledger
         still needs their routes and neighbours.
         """
-        found = {}
+        by_interface = {}
         left = {parent.name for parent in seen.parents.values()
                 if parent.ownership is Ownership.OTHER}
         for record in records:
             if (record.netns is not None and record not in seen.gone
                     and record.parent not in left):
-                found[record.netns, record.owner.ifname] = record
-        return [found[key] for key in sorted(found)]
+                by_interface[record.netns, record.owner.ifname] = record
+        return [by_interface[key] for key in sorted(by_interface)]
 
     def _pod(self, record: Record) -> Iterator[Removal]:
         try:

@@ -54,13 +54,13 @@ class Config(cfg.ConfigOpts):
     """oslo.config with our parser; it has no argument for a parser class."""
 
     def _pre_setup(self, *args: Any) -> Any:
-        found = super()._pre_setup(*args)
+        parser = super()._pre_setup(*args)
         assert self._oparser is not None
         self._oparser.__class__ = _Parser
         self._oparser.add_parser_argument(
             self._oparser, '--help-all', nargs=0, action=_HelpAll,
             help='show this help message and exit')
-        return found
+        return parser
 
 
 def run(argv: Sequence[str]) -> int:

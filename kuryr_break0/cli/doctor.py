@@ -105,8 +105,8 @@ def _waiting(conf: cfg.ConfigOpts
             raise exceptions.KubernetesUnavailable(
                 url=conf.kubernetes.api_root or 'its service address',
                 reason=err)
-        found: list[str] = api.list_waiting_pods(seconds, _TIMEOUT)
-        return found
+        pods: list[str] = api.list_waiting_pods(seconds, _TIMEOUT)
+        return pods
 
     return waiting
 
@@ -122,7 +122,7 @@ def run(conf: cfg.ConfigOpts) -> int:
                 if wanted.before else examination.examine(
                     conf, not wanted.no_probe, counter.over, _waiting(conf)))
     done.findings = [dataclasses.replace(
-        each, seen=output.speak(each.seen), why=output.speak(each.why),
+        each, observed=output.speak(each.observed), why=output.speak(each.why),
         remedy=output.speak(each.remedy)) for each in done.findings
         if each.id not in wanted.ignore]
     done.not_examined = list(map(output.speak, done.not_examined))

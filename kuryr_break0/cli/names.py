@@ -49,12 +49,12 @@ def addresses_of(name: str, live: Mapping[IPAddress, Record]
     try:
         return [option_types.host_address(name)]
     except ValueError as err:
-        found = sorted((address for address, record in live.items()
+        addresses = sorted((address for address, record in live.items()
                         if is_called(record, name)), key=address_order)
-        if not found:
+        if not addresses:
             raise exceptions.WrongUsage(
                 '%s, and no container or pod of that name is bound here '
                 '(see kuryr-break0 status)%s' % (err, close_to(name, [
                     each.pod or each.owner.container_id
                     for each in live.values()])))
-        return found
+        return addresses

@@ -53,7 +53,7 @@ def speak(text: str) -> str:
         return text
     text = type(text)(text.replace('container or pod', 'container'))
     return type(text)(_WORD.sub(
-        lambda found: ('a ' if found[1] else '') + _WORDS[found[2]], text))
+        lambda match: ('a ' if match[1] else '') + _WORDS[match[2]], text))
 
 
 def columns() -> int:

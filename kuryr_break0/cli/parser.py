@@ -59,10 +59,10 @@ class Parser(argparse.ArgumentParser):
         self._args = args or []
         for verb in self.verbs.values():
             verb._first = self
-        found, rest = super().parse_known_args(args, namespace)
+        parsed, rest = super().parse_known_args(args, namespace)
         if rest:
             self.error('unrecognized arguments: ' + ' '.join(rest))
-        return found, rest
+        return parsed, rest
 
     def error(self, message: str) -> NoReturn:
         """Print an error in one line, and exit.
@@ -75,8 +75,8 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             message = '%s is not understood%s' % (
                 unknown[0], self._meant(unknown[0].partition('=')[0]))
-        found = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
-        sys.exit(common.no_verb(found[1]) if found else common.fail(
+        match = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
+        sys.exit(common.no_verb(match[1]) if match else common.fail(
             common.USAGE, '%s (see %s --help)' % (re.sub(
                 '^unrecognized arguments: (.*)', r'\1 is not understood',
                 message, flags=re.S), self.prog)))

@@ -104,7 +104,7 @@ class Result:
             'probes': [_as_json(probe) for probe in self.probes],
             'note': self.note, 'claimants': self.claimants,
             'trace': None if self.trace is None else {
-                'dropped': list(self.trace.dropped), 'seen': self.trace.seen}}
+                'dropped': list(self.trace.dropped), 'seen': self.trace.hooks}}
 
 
 def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
@@ -122,9 +122,9 @@ def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
         results = [_result(prober, options, seen, address, wanted)
                    for address in counter.over(addresses)]
     if wanted.json:
-        found = [each.as_json() for each in results]
+        documents = [each.as_json() for each in results]
         is_one = not wanted.all and wanted.target == str(addresses[0])
-        output.write_json(found[0] if is_one else found)
+        output.write_json(documents[0] if is_one else documents)
     else:
         _print(results, wanted.wide)
     return (common.IN_SYNC if all(each.reached for each in results)

@@ -153,8 +153,8 @@ class Status:
         parents = self._seen.parents.values()
         devices = [_device_as_json(parent.present, parent.addresses)
                    for parent in parents if parent.present is not None]
-        if self._seen.stranger is not None:
-            devices.append(_device_as_json(self._seen.stranger, ()))
+        if self._seen.name_conflict is not None:
+            devices.append(_device_as_json(self._seen.name_conflict, ()))
         return {
             'in_sync': self.in_sync,
             'device': next(iter(devices), None),

@@ -203,7 +203,7 @@ class Plugin:
             return
         with kernel.Netlink() as netlink:
             seen = actual.read(self._options, self._ledger, netlink)
-        found = problems.find(seen)
+        all_problems = problems.find(seen)
         namespace = kernel.identify(self._request.netns)
         own = []
         for address in addresses:
@@ -217,13 +217,13 @@ class Plugin:
                 continue
             own.append(record)
         for records in by_interface(own):
-            found += problems.of_pod(records, seen)
-        for address, text in problems.by_address(found).items():
+            all_problems += problems.of_pod(records, seen)
+        for address, text in problems.by_address(all_problems).items():
             if address in addresses:
                 yield '%s: %s' % (address, text)
         devices = {seen.parents[record.parent].device for record in own}
         yield from problems.of_node(
-            each for each in found if each.subject in devices)
+            each for each in all_problems if each.subject in devices)
 
     def _gc(self) -> None:
         """Unbind the claims of this network that are not valid attachments.

@@ -134,14 +134,14 @@ class Request:
                            'known to be invalid' % key)
         if self.config[key] is None:
             return None
-        found = set()
+        attachments = set()
         for each in _objects(self.config, key):
             fields = each.get('containerID'), each.get('ifname')
             if not all(isinstance(field, str) and field for field in fields):
                 raise CNIError(INVALID, '%s has an entry without containerID '
                                'and ifname' % key)
-            found.add(Owner(*map(str, fields)))
-        return found
+            attachments.add(Owner(*map(str, fields)))
+        return attachments
 
 
 def parse(environment: Mapping[str, str], data: bytes) -> Request:
@@ -259,13 +259,13 @@ def _finite(text: str) -> float:
 
 
 def _objects(of: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    found = of.get(key)
-    if found is None:
+    value = of.get(key)
+    if value is None:
         return []
-    if not isinstance(found, list) or not all(isinstance(each, dict)
-                                              for each in found):
+    if not isinstance(value, list) or not all(isinstance(each, dict)
+                                              for each in value):
         raise CNIError(INVALID, '%s must be a list of objects' % key)
-    return found
+    return value
 
 
 def _address(text: Any) -> IPInterface:

@@ -95,7 +95,7 @@ class Binder:
         """Return whether an address of a namespace is bound."""
         return bool(self._records.get(namespace))
 
-    def update(self, found: kernel.FoundNamespace,
+    def update(self, location: kernel.NamespaceLocation,
                container: Hashable) -> bool:
         """Bind new addresses of a namespace, and unbind removed ones.
 
@@ -104,10 +104,10 @@ class Binder:
             left or an error may be temporary
         :raises NetnsUnusable: if no namespace, or another one, is at the path
         """
-        bound = self._records.get(found.namespace, {})
+        bound = self._records.get(location.namespace, {})
         try:
             macvlans = [each for each in kernel.list_macvlans_in(
-                found.path, found.namespace, kernel.QUICK_LIMITS, sorted({
+                location.path, location.namespace, kernel.QUICK_LIMITS, sorted({
                     record.owner.ifname for record in bound.values()}))
                 if self._is_eligible(each)]
         except exceptions.KernelRefused as err:
@@ -125,10 +125,10 @@ class Binder:
         # Bound addresses come first, so that they stay bound if the container
         # has too many addresses.
         present.sort(key=lambda each: each[0] not in bound)
-        self._containers[found.namespace] = container
+        self._containers[location.namespace] = container
         elsewhere = sum(
             len(records) for each, records in self._records.items()
-            if each != found.namespace and container is not None
+            if each != location.namespace and container is not None
             and container == self._containers.get(each))
         # Rebuilt claims, which another program may have made, can exceed the
         # maximum. They stay.
@@ -145,21 +145,21 @@ class Binder:
                        and record.owner.ifname not in incomplete)
                    or (address in desired
                        and record.owner.ifname != desired[address].link.name)]
-        is_done = all([self._unbind(record, found) for record in removed])
+        is_done = all([self._unbind(record, location) for record in removed])
         new = {address: macvlan for address, macvlan in desired.items()
                if not _is_current(bound.get(address), macvlan)}
-        if new and not found.namespace.is_same(
-                kernel.require_other_namespace(found.path)):
+        if new and not location.namespace.is_same(
+                kernel.require_other_namespace(location.path)):
             raise exceptions.NetnsUnusable(
-                netns=found.path, reason='has been replaced by another one')
+                netns=location.path, reason='has been replaced by another one')
         ends, remaining = time.monotonic() + _TURN, list(new.items())
         while remaining:
             is_done &= self._bind(*remaining.pop(0))
             if time.monotonic() > ends:
                 break
         is_done &= not remaining
-        if not self.has_bound(found.namespace):
-            del self._containers[found.namespace]
+        if not self.has_bound(location.namespace):
+            del self._containers[location.namespace]
         return is_done
 
     def _is_eligible(self, macvlan: kernel.Macvlan) -> bool:
@@ -240,15 +240,15 @@ class Binder:
         return '%s (%s)' % (names[0], macvlan.netns) if names else (
             macvlan.netns)
 
-    def _unbind(self, record: Record, found: kernel.FoundNamespace) -> bool:
+    def _unbind(self, record: Record, location: kernel.NamespaceLocation) -> bool:
         """Unbind an address, and return whether that succeeded."""
         try:
-            self._manager.unbind(record.owner, [record.address], found.path)
+            self._manager.unbind(record.owner, [record.address], location.path)
         except exceptions.Break0Error as err:
             LOG.error('Cannot unbind %s of %s. The agent will try again: %s',
                       record.address, record.pod or record.owner, err)
             return False
-        self._records.get(found.namespace, {}).pop(record.address, None)
+        self._records.get(location.namespace, {}).pop(record.address, None)
         self._on_change()
         return True
 

@@ -70,7 +70,7 @@ class Finder:
                         'agent CAP_NET_BROADCAST.', err)
         self._search = kernel.Search(options.proc_dirs)
         #: found namespaces that are not examined yet; the last one is next
-        self._found: dict[kernel.Place, kernel.FoundNamespace] = {}
+        self._unexamined: dict[kernel.Place, kernel.NamespaceLocation] = {}
         self._namespaces: dict[kernel.Place, Namespace] = {}
         self._numbers: dict[int, Namespace] = {}
         self._queue = ReadQueue()
@@ -130,9 +130,9 @@ class Finder:
         for number in changes.ended & known:
             # The event may concern an earlier namespace, because the kernel
             # reuses numbers. So examine this one again.
-            found = self._numbers[number].found
+            location = self._numbers[number].location
             self._remove(self._numbers[number])
-            self._found[found.place] = found
+            self._unexamined[location.place] = location
         if changes.ended:
             self._explained_until = now + _ENDING
         # A change of a macvlan causes one event for its parent and, if its
@@ -172,7 +172,7 @@ class Finder:
         """
         for namespace in self._namespaces.values():
             if now - namespace.changed_at < _ACTIVE or (
-                    self._binder.has_bound(namespace.found.namespace)):
+                    self._binder.has_bound(namespace.location.namespace)):
                 self._queue.mark(namespace, now)
             else:
                 self._queue.add_routine([namespace])
@@ -188,7 +188,7 @@ class Finder:
     def find_due(self) -> float:
         """Return the monotonic time of the next :meth:`work`."""
         now = time.monotonic()
-        times = [now if self._found else self._all_at]
+        times = [now if self._unexamined else self._all_at]
         for at, pace in ((self._search_at, self._new_pace),
                          (self._search_all_at, self._all_pace)):
             if at is not None:
@@ -214,11 +214,11 @@ class Finder:
         while now < ends:
             # Examine one new namespace and read one changed namespace in turn,
             # because there may be any number of both.
-            is_new = bool(self._found)
+            is_new = bool(self._unexamined)
             if is_new:
-                place, found = next(reversed(self._found.items()))
-                self._examine(found)
-                del self._found[place]
+                place, location = next(reversed(self._unexamined.items()))
+                self._examine(location)
+                del self._unexamined[place]
             entry = self._queue.pop_changed(now)
             if entry is None and not is_new:
                 entry = self._queue.pop_late()
@@ -227,7 +227,7 @@ class Finder:
             elif not is_new:
                 break
             now = time.monotonic()
-        if self._unknown and not self._found and self._search_at is None:
+        if self._unknown and not self._unexamined and self._search_at is None:
             self._schedule_full_search()
 
     def _search_if_due(self) -> None:
@@ -250,12 +250,12 @@ class Finder:
         """Find the namespaces of new mounts and new processes."""
         mounts_changed, self._mounts_changed = self._mounts_changed, False
         try:
-            found = self._search.new(mounts_changed)
+            locations = self._search.new(mounts_changed)
         except Exception:
             self._schedule_full_search()
             raise
         new = {}
-        for each in found:
+        for each in locations:
             known = self._namespaces.get(each.place)
             if known is None:
                 new[each.place] = each
@@ -264,9 +264,9 @@ class Finder:
         for place, each in new.items():
             # Prefer a name: it can outlast the process, such as that of "ip
             # netns exec".
-            if each.is_named or not (place in self._found
-                                     and self._found[place].is_named):
-                self._found[place] = each
+            if each.is_named or not (place in self._unexamined
+                                     and self._unexamined[place].is_named):
+                self._unexamined[place] = each
         if self._is_unexplained and not new:
             self._schedule_full_search()
         self._is_unexplained = False
@@ -279,18 +279,18 @@ class Finder:
         """
         now = time.monotonic()
         present = {each.place: each for each in self._search.all(
-            {place: each.found.path
+            {place: each.location.path
              for place, each in self._namespaces.items()})}
-        self._found.update({place: each for place, each in present.items()
+        self._unexamined.update({place: each for place, each in present.items()
                             if place not in self._namespaces})
         for place, namespace in list(self._namespaces.items()):
-            known = namespace.found
+            known = namespace.location
             if place in present:
                 self._ended.discard(known.namespace)
                 self._relocate(namespace, present[place])
                 if known.process is None and present[place].process:
                     # Its container can be identified by the process now.
-                    self._found[place] = namespace.found
+                    self._unexamined[place] = namespace.location
                 if self._events is None:
                     self._queue.mark(namespace, now)
             elif (self._binder.has_bound(known.namespace)
@@ -307,13 +307,13 @@ class Finder:
         self._is_unexplained = self._mounts_changed = False
 
     def _relocate(self, namespace: Namespace,
-                  found: kernel.FoundNamespace) -> None:
+                  location: kernel.NamespaceLocation) -> None:
         """Store a new path and process of a namespace."""
-        if found.path != namespace.found.path:
+        if location.path != namespace.location.path:
             self._queue.mark(namespace, time.monotonic())
-        namespace.found = found._replace(namespace=namespace.found.namespace)
+        namespace.location = location._replace(namespace=namespace.location.namespace)
 
-    def _examine(self, found: kernel.FoundNamespace) -> None:
+    def _examine(self, location: kernel.NamespaceLocation) -> None:
         """Identify a found namespace, and then read it.
 
         The kernel sends events of a namespace only if the namespace has a
@@ -322,13 +322,13 @@ class Finder:
         """
         self._queue.pace.begin()
         try:
-            examined = kernel.examine_namespace(found)
+            examined = kernel.examine_namespace(location)
         except exceptions.NetnsUnusable as err:
             LOG.debug('Skipping a network namespace for now: %s', err)
             return
-        found, container, number = examined
-        known = self._namespaces.get(found.place)
-        if known is not None and known.found.namespace == found.namespace:
+        location, container, number = examined
+        known = self._namespaces.get(location.place)
+        if known is not None and known.location.namespace == location.namespace:
             known.container = container
         else:
             # The kernel reuses inodes and numbers.
@@ -336,10 +336,10 @@ class Finder:
                             else self._numbers.get(number)):
                 if earlier is not None:
                     self._remove(earlier)
-            known = Namespace(found, container, number,
+            known = Namespace(location, container, number,
                               changed_at=time.monotonic())
-            self._namespaces[found.place] = known
-            self._ended.discard(found.namespace)
+            self._namespaces[location.place] = known
+            self._ended.discard(location.namespace)
             if number is not None:
                 self._numbers[number] = known
                 self._unknown.discard(number)
@@ -358,11 +358,11 @@ class Finder:
         self._queue.pace.begin()
         namespace.read_at = now
         try:
-            if not self._binder.update(namespace.found, namespace.container):
+            if not self._binder.update(namespace.location, namespace.container):
                 self._queue.mark(namespace, now)
         except exceptions.NetnsUnusable:
-            state = kernel.judge_state(namespace.found.path,
-                                       namespace.found.namespace)
+            state = kernel.judge_state(namespace.location.path,
+                                       namespace.location.namespace)
             if state is not kernel.State.GONE:
                 self._schedule_full_search()  # for its new path
             if state is kernel.State.LIVING:
@@ -370,7 +370,7 @@ class Finder:
             else:
                 self._remove(namespace)
                 # The kernel may have reused the path, so examine it again.
-                self._found[namespace.found.place] = namespace.found
+                self._unexamined[namespace.location.place] = namespace.location
         except Exception:
             self._queue.mark(namespace, now)
             raise
@@ -379,7 +379,7 @@ class Finder:
 
     def _remove(self, namespace: Namespace) -> None:
         """Remove a namespace, and schedule the unbind of its addresses."""
-        place, identity = namespace.found.place, namespace.found.namespace
+        place, identity = namespace.location.place, namespace.location.namespace
         if self._namespaces.get(place) is namespace:
             del self._namespaces[place]
         self._queue.remove(namespace)

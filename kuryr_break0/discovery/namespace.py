@@ -32,7 +32,7 @@ class Namespace:
         calculated
     """
 
-    found: kernel.FoundNamespace
+    location: kernel.NamespaceLocation
     container: Hashable = None
     number: Optional[int] = None
     due: Optional[float] = None
@@ -47,7 +47,7 @@ class Namespace:
         All namespaces of a container have the same cause. A namespace without
         a container is a cause of its own.
         """
-        return self.container or self.found.namespace
+        return self.container or self.location.namespace
 
     def mark(self, now: float) -> float:
         """Record a change; return the monotonic time for the next read."""

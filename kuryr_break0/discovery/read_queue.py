@@ -64,12 +64,12 @@ class ReadQueue:
     def add_routine(self, namespaces: Iterable[Namespace]) -> None:
         """Add namespaces without a known change."""
         for namespace in namespaces:
-            self._routine.setdefault(namespace.found.place, namespace)
+            self._routine.setdefault(namespace.location.place, namespace)
 
     def remove(self, namespace: Namespace) -> None:
         namespace.due = None
-        if self._routine.get(namespace.found.place) is namespace:
-            del self._routine[namespace.found.place]
+        if self._routine.get(namespace.location.place) is namespace:
+            del self._routine[namespace.location.place]
 
     def find_due(self, now: float) -> float:
         """Return the monotonic time of the next read.

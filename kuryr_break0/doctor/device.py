@@ -40,14 +40,14 @@ def check(node: Node, seen: Parent, netlink: kernel.Netlink,
     if seen.live:
         yield from _check_siblings(parent, netlink, {
             parent.name, *(each.device for each
-                           in node.seen.parents.values())})
+                           in node.snapshot.parents.values())})
 
 
 def _check_addresses(node: Node, seen: Parent, parent: kernel.Link,
                      addresses: Collection[tuple[int, IPAddress]]
                      ) -> Iterator[Finding]:
     """Report missing addresses of break0, and those that no sync deletes."""
-    texts = [each.text for each in problems.of_device(seen, node.seen)
+    texts = [each.text for each in problems.of_device(seen, node.snapshot)
              if each.kind == known.ADDRESSES]
     has = set(seen.addresses)
     wants = set(Policy(node.options).own_addresses(
@@ -59,7 +59,7 @@ def _check_addresses(node: Node, seen: Parent, parent: kernel.Link,
         texts.append('%s has %s, but must have %s' % (
             seen.device, *(', '.join(sorted(map(str, some)))
                            or 'no address' for some in (has, wants))))
-        yield KINDS[known.ADDRESSES].found(
+        yield KINDS[known.ADDRESSES].finding(
             '; '.join(texts), sorted(map(str, strange | (wants - has))),
             commands=[
                 *('ip address delete %s dev %s' % (address, seen.device)
@@ -92,7 +92,7 @@ def _check_addr(node: Node, seen: Parent, netlink: kernel.Netlink,
             for mac in kernel.find_claimants(seen.name, address):
                 why = 'it is at %s on the LAN' % mac
         if why:
-            yield KINDS['break0-addr-stale'].found(
+            yield KINDS['break0-addr-stale'].finding(
                 '[break0] addr is %s, but no other interface of the node has '
                 'it, and %s' % (address, why), address=address,
                 device=seen.device)
@@ -101,7 +101,7 @@ def _check_addr(node: Node, seen: Parent, netlink: kernel.Netlink,
 def _check_answers() -> Iterator[Finding]:
     """Report the sysctl that makes all interfaces answer the LAN."""
     if kernel.read_sysctl('ipv4/conf/all/proxy_arp'):
-        yield KINDS['break0-answers-lan'].found(
+        yield KINDS['break0-answers-lan'].finding(
             'proxy_arp of all is 1', key='net/ipv4/conf/all/proxy_arp',
             value=0, names='proxy_arp')
 
@@ -110,7 +110,7 @@ def _check_guard(node: Node, seen: Parent) -> Iterator[Finding]:
     """Report a guard that cannot be loaded, and never was."""
     guard = Guard(node.options, node.ledger, seen.device)
     if guard.is_wanted and not guard.is_possible and seen.guard is None:
-        yield KINDS['guard-unavailable'].found(
+        yield KINDS['guard-unavailable'].finding(
             '%s, so %s has no guard' % (NO_NFT, seen.device))
 
 
@@ -127,7 +127,7 @@ def _check_siblings(parent: kernel.Link, netlink: kernel.Netlink,
                 and not largest_sysctl(_ARP_FILTER, 'all', link.name)
                 and not largest_sysctl('ipv4/conf/%s/arp_ignore', 'all',
                                        link.name)):
-            yield KINDS['second-macvlan'].found(
+            yield KINDS['second-macvlan'].finding(
                 '%s is another macvlan on %s, and answers ARP requests for '
                 'all addresses of the node' % (link.name, parent.name),
                 other=link.name)

@@ -86,7 +86,7 @@ def examine(conf: cfg.ConfigOpts, probe: bool = True, over: Over = iter,
             'addresses', 'looked_up', 'pods', 'entered', 'pinged',
             'answered'), 0)
         if not options.enabled:
-            done.findings.append(KINDS['disabled'].found(
+            done.findings.append(KINDS['disabled'].finding(
                 '[break0] enabled is false',
                 commands=host.set(enabled='true')))
         if waiting is not None:
@@ -137,12 +137,12 @@ def _examined(conf: cfg.ConfigOpts, check: Callable[
     done.findings += installation.check_plugin()
     unknown = config.list_unknown(conf)
     if unknown:
-        done.findings.append(KINDS['option-unknown'].found(
+        done.findings.append(KINDS['option-unknown'].finding(
             unknown[0], unknown[1:]))
     try:
         check(config.load(conf), done, host)
     except exceptions.InvalidOption as err:
-        done.findings.append(KINDS['options-invalid'].found(str(err)))
+        done.findings.append(KINDS['options-invalid'].finding(str(err)))
         done.invalid = True
     except exceptions.Break0Error as err:
         done.unreadable = err
@@ -155,13 +155,13 @@ def _examined(conf: cfg.ConfigOpts, check: Callable[
 
 def _examine_node(node: Node, netlink: kernel.Netlink, done: Examination,
                   host: Host, probe: bool) -> None:
-    counts, parents = done.counts, node.seen.parents.values()
+    counts, parents = done.counts, node.snapshot.parents.values()
     counts.update(addresses=len(node.live), pods=len(node.pods()))
     done.findings += records.check_ledger(node, host)
-    found = problems.find(node.seen)
-    node.useless = {each.subject for each in found
+    all_problems = problems.find(node.snapshot)
+    node.useless = {each.subject for each in all_problems
                     if each.kind in problems.CAUSES}
-    done.findings += known.check(node, found, host)
+    done.findings += known.check(node, all_problems, host)
     done.findings += unserved.check(node, netlink, host)
     done.not_examined += filter(None, [containers.blindness()])
     for parent in parents:
@@ -201,8 +201,8 @@ def _ping(node: Node, done: Examination) -> list[Finding]:
     # A fault of an interface concerns all of its addresses.
     ill = {subject for each in errors if each.id.startswith('pod-')
            for subject in each.subjects}
-    found: list[Finding] = []
-    for parent in node.seen.parents.values():
+    findings: list[Finding] = []
+    for parent in node.snapshot.parents.values():
         chosen = [] if parent.device in node.useless else [
             record for each in sample(pods.enterable(node, parent), MOST)
             if not ill & {str(each[0].owner), *(str(one.address)
@@ -210,7 +210,7 @@ def _ping(node: Node, done: Examination) -> list[Finding]:
             for record in each if str(record.address) not in stopped]
         pings = reachability.Pings(node, parent)
         try:
-            found += pings.check(chosen)
+            findings += pings.check(chosen)
         except exceptions.NotPermitted as err:
             done.not_examined.append('pings: %s' % err)
         done.counts['pinged'] += pings.pinged
@@ -220,4 +220,4 @@ def _ping(node: Node, done: Examination) -> list[Finding]:
                 'pings to %d of %d addresses: a finding names them, or their '
                 'namespaces are not known' % (
                     len(parent.live) - len(chosen), len(parent.live)))
-    return found
+    return findings

@@ -41,7 +41,7 @@ class Finding:
     :ivar remedy: the action against the fault
     :ivar commands: shell commands for the action; commands of a template
         have fields of the form ``%(name)s``
-    :ivar seen: the actual state
+    :ivar observed: the actual state
     :ivar subjects: the addresses, sandboxes or files with the fault
     """
 
@@ -51,10 +51,10 @@ class Finding:
     why: str
     remedy: str
     commands: tuple[str, ...]
-    seen: str = ''
+    observed: str = ''
     subjects: tuple[str, ...] = ()
 
-    def found(self, seen: str, subjects: Collection[Any] = (),
+    def finding(self, observed: str, subjects: Collection[Any] = (),
               commands: Collection[str] = (), severity: Optional[str] = None,
               **fields: Any) -> Finding:
         """Return the finding of this template for an actual state.
@@ -64,7 +64,7 @@ class Finding:
         :param fields: values for the fields of the commands
         """
         return dataclasses.replace(
-            self, severity=severity or self.severity, seen=seen,
+            self, severity=severity or self.severity, observed=observed,
             commands=tuple(commands) or tuple(command % fields
                                               for command in self.commands),
             subjects=tuple(map(str, subjects)))
@@ -80,13 +80,13 @@ def inside(netns: object, command: str, *names: object) -> str:
         shlex.quote(str(name)) for name in names))
 
 
-def merged(found: Iterable[Finding]) -> Iterator[Finding]:
+def merged(findings: Iterable[Finding]) -> Iterator[Finding]:
     """Merge findings of one kind into the finding with the worst severity.
 
     A command of several findings comes last, as a sync after the others.
     """
     kinds: dict[str, list[Finding]] = {}
-    for each in found:
+    for each in findings:
         kinds.setdefault(each.id, []).append(each)
     for cases in kinds.values():
         worst = min(cases, key=lambda each: SEVERITIES.index(each.severity))

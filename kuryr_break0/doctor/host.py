@@ -220,6 +220,6 @@ def _processes() -> Iterator[tuple[int, list[str]]]:
 def _unit_of(pid: int) -> Optional[str]:
     """Return the service of systemd that has started a process."""
     with contextlib.suppress(OSError), open('/proc/%d/cgroup' % pid) as file:
-        found = _SERVICE.findall(file.read())
-        return found[-1] if found else None
+        units = _SERVICE.findall(file.read())
+        return units[-1] if units else None
     return None

@@ -54,11 +54,11 @@ def check() -> Iterator[Finding]:
     """Examine the Python environment of this process."""
     unfit = list(_unfit())
     if unfit:  # an unfit dependency also breaks the entry points
-        yield KINDS['dependency-unfit'].found(
+        yield KINDS['dependency-unfit'].finding(
             '; '.join('%s is %s, but %s is needed' % (
-                each.name, found or 'not installed',
+                each.name, version or 'not installed',
                 str(each.specifier) or 'any version')
-                for each, found in unfit),
+                for each, version in unfit),
             python=sys.executable, requirements=' '.join(
                 "'%s%s'" % (each.name, each.specifier) for each, _ in unfit))
     elif is_for_kuryr():
@@ -84,10 +84,10 @@ def _unfit() -> Iterator[tuple[requirements.Requirement, str]]:
             continue
         if requirement.name in _KURYR and not is_for_kuryr():
             continue
-        found = _version(requirement.name)
-        if not found or not requirement.specifier.contains(
-                found, prereleases=True):
-            yield requirement, found
+        version = _version(requirement.name)
+        if not version or not requirement.specifier.contains(
+                version, prereleases=True):
+            yield requirement, version
 
 
 def _version(name: str) -> str:
@@ -102,19 +102,19 @@ def _version(name: str) -> str:
 
 def _check_entry_point(group: str, name: str,
                        module: str) -> Iterator[Finding]:
-    found = [each for each in _entry_points(group) if each.name == name]
-    if len(found) != 1:
-        yield KINDS['entry-point-missing'].found(
+    entry_points = [each for each in _entry_points(group) if each.name == name]
+    if len(entry_points) != 1:
+        yield KINDS['entry-point-missing'].finding(
             '%s has %d entry points named %s, but must have 1, in the '
-            'environment of %s' % (group, len(found), name, sys.executable),
+            'environment of %s' % (group, len(entry_points), name, sys.executable),
             python=sys.executable)
         return
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # Kuryr's imports warn
-            found[0].load()
+            entry_points[0].load()
     except Exception as err:  # an import can raise any exception
-        yield KINDS['driver-broken'].found(
+        yield KINDS['driver-broken'].finding(
             'the entry point %s of %s does not load: %s: %s' % (
                 name, group, type(err).__name__, err),
             python=sys.executable, module=module)
@@ -148,12 +148,12 @@ def check_daemon(restart: str) -> Iterator[Finding]:
     installed = _installed_at()
     for pid, program, since in daemons():
         if os.path.dirname(program) != os.path.dirname(sys.executable):
-            yield KINDS['daemon-elsewhere'].found(
+            yield KINDS['daemon-elsewhere'].finding(
                 'kuryr-daemon, process %d, is %s, but this program runs '
                 'with %s' % (pid, program, sys.executable),
                 directory=os.path.dirname(program), restart=restart)
         elif since < installed:
-            yield KINDS['daemon-not-restarted'].found(
+            yield KINDS['daemon-not-restarted'].finding(
                 'kuryr-daemon, process %d, was started %s, and the package '
                 'installed %s' % (pid, _readable(since),
                                   _readable(installed)), restart=restart)
@@ -209,15 +209,15 @@ def _installed_at() -> float:
 
 def check_plugin() -> Iterator[Finding]:
     """Report a CNI plugin of Kuryr that starts Python."""
-    found = {path: program for path, program in (
+    plugins = {path: program for path, program in (
         (path, _python_of(path)) for path in (
             os.path.join(directory, _PLUGIN)
             for directory in cni.PLUGIN_DIRS)) if program is not None}
-    if found:
-        path, program = next(iter(found.items()))
-        yield KINDS['plugin-slow'].found(
+    if plugins:
+        path, program = next(iter(plugins.items()))
+        yield KINDS['plugin-slow'].finding(
             '%s runs Python%s' % (path, ' through %s' % program
-                                  if program != path else ''), list(found))
+                                  if program != path else ''), list(plugins))
 
 
 def _python_of(path: str) -> Optional[str]:

@@ -35,7 +35,7 @@ _SYNC = 'kuryr-break0 sync'
 _OF_FILES = ('ledger-damaged', 'ledger-newer', 'ledger-quarantined')
 
 
-def check(node: Node, found: Iterable[Problem],
+def check(node: Node, all_problems: Iterable[Problem],
           host: Optional[Host] = None) -> Iterator[Finding]:
     """Return a finding of each problem, except of changing addresses.
 
@@ -43,27 +43,27 @@ def check(node: Node, found: Iterable[Problem],
     """
     of_devices: dict[tuple[str, str], list[Problem]] = {}
     of_addresses: list[tuple[IPAddress, Problem]] = []
-    for each in sorted(found, key=_by_address):
+    for each in sorted(all_problems, key=_by_address):
         if isinstance(each.subject, str):
             of_devices.setdefault((each.kind, each.subject), []).append(each)
         elif each.subject not in node.changing:
             of_addresses.append((each.subject, each))
     parents = {parent.device: parent for parent
-               in node.seen.parents.values()}
+               in node.snapshot.parents.values()}
     for (kind, name), some in of_devices.items():
         if kind != ADDRESSES:
             yield _of_device(node, kind, name, parents.get(name), [
                 each.text for each in some],
                 any(each.is_error for each in some))
     told = {kind for kind, _ in of_devices}.union(_OF_FILES)
-    if not node.seen.is_steady:  # a bind may not be complete
+    if not node.snapshot.is_steady:  # a bind may not be complete
         told.update(('route-stale', 'neighbour-stale'))
     outside = [address for address, each in of_addresses
                if each.kind == 'address-not-allowed']
     allow = host.set(allowed_cidrs=with_networks(
         outside, node.options)) if host is not None and outside else []
     yield from merged(
-        _of_address(node, each, address, node.seen.parent_of(address), allow)
+        _of_address(node, each, address, node.snapshot.parent_of(address), allow)
         for address, each in of_addresses if each.kind not in told)
 
 
@@ -82,7 +82,7 @@ def _of_device(node: Node, kind: str, name: str, parent: Any,
     if kind in ('ledger-lost', 'ledger-other'):
         seen += ', but state_dir is ' + node.options.state_dir
     elif kind == 'sandbox-unknown':
-        subjects = [record.address for record in node.seen.unjudged]
+        subjects = [record.address for record in node.snapshot.unjudged]
     elif kind == 'parent-mismatch':
         subjects = list(parent.live)
     elif kind == 'parent-vrf':
@@ -100,7 +100,7 @@ def _of_device(node: Node, kind: str, name: str, parent: Any,
                     if address.version == 6]
     elif kind == 'guard-unavailable':
         is_error = node.options.guard == config.ON
-    return KINDS[kind].found(_as_part(seen), subjects, commands,
+    return KINDS[kind].finding(_as_part(seen), subjects, commands,
                              severity=ERROR if is_error else None, **fields)
 
 
@@ -128,9 +128,9 @@ def _of_address(node: Node, problem: Problem, address: IPAddress,
     subject: object = address
     if problem.kind == 'sandbox-gone':
         subject = '%s (%s)' % (address, next(
-            record.owner_text for record in node.seen.gone
+            record.owner_text for record in node.snapshot.gone
             if record.address == address))
-    return KINDS[problem.kind].found(
+    return KINDS[problem.kind].finding(
         _as_part(problem.text) + (detail and ': ' + detail), [subject],
         commands, severity=ERROR if problem.is_error else None, **fields)
 
@@ -159,16 +159,16 @@ def _missing(node: Node, address: IPAddress, parent: Parent) -> _Details:
 
 
 def _wrong(node: Node, address: IPAddress, parent: Parent) -> _Details:
-    found = parent.routes[address]
+    actual = parent.routes[address]
     wanted = next(route for route in of_kind(HostRoute, parent.plan.set)
                   if route.dst == address)
     return 'the route of %s has %s' % (address, ', '.join(
         '%s %s, not %s' % each for each in (
-            ('the interface', kernel.format_ifname(found.oif),
+            ('the interface', kernel.format_ifname(actual.oif),
              kernel.format_ifname(wanted.oif)),
-            ('the protocol', found.protocol, wanted.protocol),
-            ('the source', found.src, wanted.src),
-            ('the metric', found.metric, wanted.metric))
+            ('the protocol', actual.protocol, wanted.protocol),
+            ('the source', actual.src, wanted.src),
+            ('the metric', actual.metric, wanted.metric))
         if each[1] != each[2])
         or 'another scope, an MTU or an encapsulation'), [], {}
 

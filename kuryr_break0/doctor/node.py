@@ -26,7 +26,7 @@ class Node:
     address with different records in two reads of the ledger is being bound
     or unbound, and is not reported.
 
-    :ivar seen: the snapshot
+    :ivar snapshot: the snapshot
     :ivar live: the newest claim on each address
     :ivar useless: the break0s with a fault that stops all traffic
     :ivar changing: addresses that are being bound or unbound
@@ -42,8 +42,8 @@ class Node:
         self.ledger = Ledger(options.state_dir)
         self.over = over
         self._patience = patience
-        self.seen = actual.read(options, self.ledger, netlink, patience)
-        self.live = self.seen.live
+        self.snapshot = actual.read(options, self.ledger, netlink, patience)
+        self.live = self.snapshot.live
         self.useless: set[object] = set()
         self.lock_free = True
         self.changing: set[IPAddress] = set()
@@ -56,7 +56,7 @@ class Node:
         """
         self.lock_free = (self.lock_free
                           and self.ledger.is_free_within(self._patience))
-        before, after = (self.seen.contents.claims,
+        before, after = (self.snapshot.contents.claims,
                          self.ledger.contents().claims)
         self.changing |= {
             address for address in before.keys() | after.keys()

@@ -31,7 +31,7 @@ def check_asking(node: Node, parent: Parent) -> Iterator[Finding]:
         record.address for record in records
         if record.netns is None and record.address.version == 6]
     if asking and not Guard(node.options, node.ledger, parent.device).answers:
-        yield KINDS['solicitations-unanswered'].found(
+        yield KINDS['solicitations-unanswered'].finding(
             'addresses are bound without a namespace, and no guard answers '
             'their neighbour solicitations', asking)
     asking = [record.address for record in records
@@ -40,7 +40,7 @@ def check_asking(node: Node, parent: Parent) -> Iterator[Finding]:
     for where in ('all', parent.device):
         value = kernel.read_sysctl('ipv4/conf/%s/arp_ignore' % where)
         if value and asking:
-            yield KINDS['arp-ignored'].found(
+            yield KINDS['arp-ignored'].finding(
                 'arp_ignore of %s is %d' % (where, value), asking,
                 where=where)
             return
@@ -58,7 +58,7 @@ def check_inside(node: Node, parent: Parent, pods: Sequence[list[Record]]
 
     :param pods: the records of each pod
     """
-    found = list(_check_unconfigured(node, parent))
+    findings = list(_check_unconfigured(node, parent))
     ill = [records for records in node.over(pods)
            if any(_check_pod(node, records))]
     if ill:
@@ -71,17 +71,17 @@ def check_inside(node: Node, parent: Parent, pods: Sequence[list[Record]]
         for record, of_pod in again:
             if record.address not in node.changing and kernel.judge_state(
                     record.netns, record.namespace) is not kernel.State.GONE:
-                found += of_pod
-    yield from merged(found)
+                findings += of_pod
+    yield from merged(findings)
 
 
 def _check_pod(node: Node, records: Sequence[Record]) -> Iterator[Finding]:
     try:
         # Kuryr adds the addresses after the driver has bound them.
         yield from known.check(node, problems.of_pod(
-            records, node.seen, _SETTLED))
+            records, node.snapshot, _SETTLED))
     except (exceptions.NetnsUnusable, exceptions.KernelRefused) as err:
-        yield KINDS['pod-unreadable'].found(
+        yield KINDS['pod-unreadable'].finding(
             'the pod %s: %s' % (records[0].owner_text,
                                 str(err).rstrip('.')), [records[0].owner])
 
@@ -96,7 +96,7 @@ def _check_unconfigured(node: Node, parent: Parent) -> Iterator[Finding]:
                     and record.address not in node.changing
                     and record.address.version == host.version == 4
                     and not any(host in each for each in record.subnets)):
-                yield KINDS['rp-filter'].found(
+                yield KINDS['rp-filter'].finding(
                     'rp_filter of %s is 1, and the pod %s has no direct '
                     'route to the node address %s' % (
                         parent.name, record.owner_text, host),

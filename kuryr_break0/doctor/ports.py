@@ -25,13 +25,13 @@ def check(waiting: Callable[[float], list[str]]) -> Iterator[Finding]:
         for a given number of seconds
     :raises KubernetesUnavailable: if the API does not answer
     """
-    found = waiting(_PATIENCE)
-    if found:
+    pods = waiting(_PATIENCE)
+    if pods:
         time.sleep(_PAUSE)
         still = waiting(_PATIENCE)
-        found = [pod for pod in found if pod in still]
-    if found:
-        namespace, _, name = found[0].partition('/')
-        yield KINDS['port-missing'].found(
+        pods = [pod for pod in pods if pod in still]
+    if pods:
+        namespace, _, name = pods[0].partition('/')
+        yield KINDS['port-missing'].finding(
             'kuryr-controller has created no port for pods of this node',
-            found, namespace=shlex.quote(namespace), pod=shlex.quote(name))
+            pods, namespace=shlex.quote(namespace), pod=shlex.quote(name))

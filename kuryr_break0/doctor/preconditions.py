@@ -74,13 +74,13 @@ class Preconditions:
             missing = [name for bit, name in wanted.items()
                        if not effective >> bit & 1]
             if missing:
-                yield kind.found('this process lacks CAP_' + ', CAP_'.join(
+                yield kind.finding('this process lacks CAP_' + ', CAP_'.join(
                     missing))
 
     @staticmethod
     def _kernel() -> Iterator[Finding]:
         if kernel.read_release() < (4, 20):
-            yield KINDS['kernel-old'].found(
+            yield KINDS['kernel-old'].finding(
                 'the kernel is ' + platform.release())
 
     def _link(self) -> Iterator[Finding]:
@@ -90,16 +90,16 @@ class Preconditions:
         with kernel.Netlink() as netlink:
             link = netlink.link(name)
             if link is None:
-                yield KINDS['parent-missing'].found(
+                yield KINDS['parent-missing'].finding(
                     'the node has no interface %s' % name)
                 return
             against = device.against_macvlans(link)
             if against is not None:
-                yield KINDS['macvlan-impossible'].found(
+                yield KINDS['macvlan-impossible'].finding(
                     'containers cannot be on %s: %s' % (name, against))
                 return
             if not link.up:
-                yield KINDS['parent-down'].found('%s is down' % name,
+                yield KINDS['parent-down'].finding('%s is down' % name,
                                                  parent=name)
             # A macvlan in the namespace of a thread: the kernel deletes both
             # when the thread ends.
@@ -114,7 +114,7 @@ class Preconditions:
                         thread, mac='02:00:00:00:00:00', mtu=link.mtu,
                         up=False)  # an interface that is up sends on the LAN
                 except exceptions.KernelRefused as err:
-                    yield KINDS['macvlan-impossible'].found(
+                    yield KINDS['macvlan-impossible'].finding(
                         str(err).rstrip('.'))
 
     def _names(self) -> Iterator[Finding]:
@@ -127,20 +127,20 @@ class Preconditions:
                           route.oif).startswith('break0')]
         if link is not None and (link.kind, link.mode) != ('macvlan',
                                                            'bridge'):
-            yield KINDS['break0-foreign'].found(
+            yield KINDS['break0-foreign'].finding(
                 '%s is %s' % (link.name, link.description), device=link.name)
         if others:
-            yield KINDS['protocol-taken'].found(
+            yield KINDS['protocol-taken'].finding(
                 '%d routes of other programs have the protocol number %d' % (
                     len(others), options.route_protocol), others)
         if options.guard != config.OFF and not guard.is_installed():
-            yield KINDS['guard-unavailable'].found(
+            yield KINDS['guard-unavailable'].finding(
                 guard.NO_NFT, severity=ERROR if options.guard == config.ON
                 else None)
         elif options.guard != config.OFF:
             reason = guard.against_egress()
             if reason is not None:
-                yield KINDS['egress-unguarded'].found(reason.rstrip('.'))
+                yield KINDS['egress-unguarded'].finding(reason.rstrip('.'))
 
     def _sysctls(self) -> Iterator[Finding]:
         path = os.path.join(self._options.sysctl_dir,
@@ -148,23 +148,23 @@ class Preconditions:
         try:
             os.close(os.open(path, os.O_WRONLY))
         except OSError as err:
-            yield KINDS['sysctls-read-only'].found(
+            yield KINDS['sysctls-read-only'].finding(
                 '%s: %s' % (path, err.strerror))
 
     def _namespaces(self) -> Iterator[Finding]:
         if not any(kernel.find_namespaces(self._options.proc_dirs)):
-            yield KINDS['namespaces-unseen'].found(
+            yield KINDS['namespaces-unseen'].finding(
                 'only the namespace of the node is visible')
         own = kernel.identify('/proc/thread-self/ns/net')
         blindness = kernel.Judge().blindness()
         if blindness and own is not None and own.cookie is not None:
-            yield KINDS['sandbox-unknown'].found(
+            yield KINDS['sandbox-unknown'].finding(
                 'the end of a namespace shows only by its path, not by its '
                 'cookie: %s' % blindness)
 
     def _engines(self) -> Iterator[Finding]:
-        found = [path for path in containers.ENGINE_SOCKETS
+        sockets = [path for path in containers.ENGINE_SOCKETS
                  if os.path.exists(path)]
-        if found and not self._options.discover:
-            yield KINDS['engine-not-discovered'].found(
-                '%s exists, and [break0] discover is false' % found[0])
+        if sockets and not self._options.discover:
+            yield KINDS['engine-not-discovered'].finding(
+                '%s exists, and [break0] discover is false' % sockets[0])

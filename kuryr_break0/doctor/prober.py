@@ -88,20 +88,20 @@ class Prober:
             times = (probes.ping(to, self.count, self.timeout, vrf)
                      if self.port is None else probes.connect(
                          to, self.port, self.count, self.timeout, vrf))
-            found, state = (None, None) if path is None else netlink.neighbour(
+            neighbour, state = (None, None) if path is None else netlink.neighbour(
                 path.ifindex, path.gateway or to)
         if path is None:
             problem = 'there is no route to it'
         elif device not in (None, path.device):
             problem = 'its route goes through %s, not %s' % (path.device,
                                                              device)
-        elif mac is not None and found not in (None, mac):
+        elif mac is not None and neighbour not in (None, mac):
             problem = ('its neighbour has the MAC address %s, but must have '
-                       '%s' % (found, mac))
+                       '%s' % (neighbour, mac))
         else:
             problem = ''
         lost = times.count(None)
         return Probe(
-            device is not None, to, path, found, state, tuple(times),
+            device is not None, to, path, neighbour, state, tuple(times),
             problem or ('%d of %d were not answered' % (lost, len(times))
                         if lost else None), bool(problem))

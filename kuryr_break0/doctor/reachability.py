@@ -109,7 +109,7 @@ class Pings:
         # A missing address of break0 has its own finding, so pings to it do
         # not count.
         silent = [probe for probe in tried if not probe.answered
-                  and probe.to in {record.address, *self._node.seen.facts.own}]
+                  and probe.to in {record.address, *self._node.snapshot.facts.node_addresses}]
         return {record: max(silent, key=lambda probe: probe.misrouted)
                 } if silent else {}
 
@@ -121,14 +121,14 @@ class Pings:
         """
         with contextlib.suppress(exceptions.Break0Error, OSError), \
                 trace.traced(record.address, trace.places(
-                    self._parent.device, record)) as found:
+                    self._parent.device, record)) as traced:
             send()
-            return found
+            return traced
         return trace.Trace(is_complete=False)
 
     def _explained(self, record: Record, probe: Probe) -> Finding:
         kind, reason, commands = self._why(record, probe)
-        return KINDS[kind].found(
+        return KINDS[kind].finding(
             'a ping %s is not answered%s' % (
                 'from the node to the pod %s at %s' % (
                     record.owner_text, probe.to) if probe.is_to_pod
@@ -143,27 +143,27 @@ class Pings:
 
         Without commands, the commands of the finding apply.
         """
-        found = self._traced(record, lambda: self._unanswered(record))
-        arrived = found.arrived(probe.is_to_pod)
-        dropped = _but_by_guard(found)
+        traced = self._traced(record, lambda: self._unanswered(record))
+        arrived = traced.arrived(probe.is_to_pod)
+        dropped = _but_by_guard(traced)
         accept = list(filter(None, dropped.values()))
         if dropped:
             kind = ('packet-dropped' if not accept
                     else 'firewall-restricts' if not probe.is_to_pod
                     and self._serves(record, probe.to) else 'firewall-drops')
             return kind, '; '.join(dropped), accept
-        if found.rewritten and probe.is_to_pod:
+        if traced.rewritten and probe.is_to_pod:
             return 'source-rewritten', (
-                '; '.join(found.rewritten)
+                '; '.join(traced.rewritten)
                 + '. The pod has no route to that address'), list(
-                    filter(None, found.rewritten.values()))
+                    filter(None, traced.rewritten.values()))
         astray = str(probe.problem) if probe.misrouted else self._astray(
             record, probe)
         if astray is not None:
             return 'packet-lost', astray, () if probe.is_to_pod else [
                 inside(record.netns, 'ip route get %s', probe.to),
                 inside(record.netns, 'ip route show table all')]
-        if arrived or not found.is_complete:
+        if arrived or not traced.is_complete:
             ignoring = self._ignoring(record, probe.is_to_pod)
             if ignoring is not None:
                 return 'probe-unanswered', *ignoring
@@ -173,10 +173,10 @@ class Pings:
             return 'address-duplicate', (
                 '%s is at %s too, as ARP or neighbour discovery shows' % (
                     record.address, ', '.join(claimants))), ()
-        if found.is_complete and not arrived:
+        if traced.is_complete and not arrived:
             return 'packet-lost', '; '.join((
-                'the trace saw packets: ' + found.way, *found.dropped)), ()
-        return 'probe-unanswered', '' if found.is_complete else (
+                'the trace saw packets: ' + traced.way, *traced.dropped)), ()
+        return 'probe-unanswered', '' if traced.is_complete else (
             'nft could not trace it'), ()
 
     @staticmethod
@@ -245,7 +245,7 @@ class Pings:
             dropped = _but_by_guard(self._traced(
                 lost, functools.partial(is_lost, lost)))
             if dropped:
-                yield KINDS['firewall-restricts'].found(
+                yield KINDS['firewall-restricts'].finding(
                     'pings pass, but a connection from the pod %s at %s to '
                     'TCP port %d of the node does not: %s' % (
                         lost.owner_text, lost.address, _PORT,
@@ -263,7 +263,7 @@ class Pings:
         if source not in (None, str(path.source)):
             rules = self._traced(
                 record, lambda: _source_seen(record)).rewritten
-            yield KINDS['source-rewritten'].found(
+            yield KINDS['source-rewritten'].finding(
                 'the pod %s at %s sees the node as %s, not as %s%s' % (
                     record.owner_text, record.address, source, path.source,
                     ''.join(': ' + each for each in rules)),
@@ -273,19 +273,19 @@ class Pings:
                 'ipv4/ip_forward'):
             rule = firewall.masquerading(self._parent.name, device)
             if rule is not None:
-                yield KINDS['source-kept'].found(
+                yield KINDS['source-kept'].finding(
                     'the node forwards packets, and has the rule: %s'
                     % rule[0],
                     command=rule[1])
 
 
-def _but_by_guard(found: trace.Trace) -> dict[str, str]:
+def _but_by_guard(traced: trace.Trace) -> dict[str, str]:
     """Return the rules that dropped packets, and commands to accept them.
 
     Rules of the guard are left out, since they drop packets of the probe only
     because of other faults.
     """
-    return {text: accept for text, accept in found.dropped.items()
+    return {text: accept for text, accept in traced.dropped.items()
             if ' %s-' % guard.PREFIX not in text}
 
 

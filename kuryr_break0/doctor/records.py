@@ -34,7 +34,7 @@ def check_directory(options: config.Options, host: Host
     while not os.path.lexists(there):
         there = os.path.dirname(there)
     if not os.path.isdir(there):
-        yield KINDS['state-dir-unusable'].found(
+        yield KINDS['state-dir-unusable'].finding(
             '%s is not a directory' % there, path=there)
         return
     for directory in (there, os.path.join(path, 'addresses')):
@@ -44,34 +44,34 @@ def check_directory(options: config.Options, host: Host
             if os.geteuid() != 0:
                 raise exceptions.LedgerUnavailable(
                     path=directory, reason='only root can examine it')
-            yield KINDS['state-dir-unusable'].found(
+            yield KINDS['state-dir-unusable'].finding(
                 'user %d cannot write to %s' % (os.geteuid(), directory),
                 path=directory)
             return
     ledger = Ledger(path)
     if there == path and not os.path.isdir(ledger.records.directory):
         for name in ledger.list_foreign_files()[:1]:
-            yield KINDS['state-dir-unusable'].found(
+            yield KINDS['state-dir-unusable'].finding(
                 '%s has no records, but the file %s, which kuryr-break0 did '
                 'not create' % (path, name), path=path)
             return
     mount, kind = _mount_of(there)
     if kind not in _IN_MEMORY:
-        yield KINDS['state-dir-persistent'].found(
+        yield KINDS['state-dir-persistent'].finding(
             '%s is on %s, which has the persistent file system %s' % (
                 path, mount, kind), commands=_move(path, host))
     size = os.statvfs(there)  # 0 blocks or files mean no limit
     if (size.f_blocks and not size.f_bavail
             or size.f_files and not size.f_favail):
-        yield KINDS['state-dir-full'].found(
+        yield KINDS['state-dir-full'].finding(
             'the file system of %s, mounted on %s, is full' % (path, mount),
             path=there)
-    found = os.stat(there)
-    if there == path and (found.st_uid != os.geteuid()
-                          or found.st_mode & 0o077):
-        yield KINDS['state-dir-mode'].found(
+    status = os.stat(there)
+    if there == path and (status.st_uid != os.geteuid()
+                          or status.st_mode & 0o077):
+        yield KINDS['state-dir-mode'].finding(
             '%s belongs to user %d and has mode %04o' % (
-                path, found.st_uid, stat.S_IMODE(found.st_mode)), path=path)
+                path, status.st_uid, stat.S_IMODE(status.st_mode)), path=path)
 
 
 def _move(path: str, host: Host) -> list[str]:
@@ -103,31 +103,31 @@ def _mount_of(path: str) -> tuple[str, str]:
 
 def check_ledger(node: Node, host: Host) -> Iterator[Finding]:
     """Examine the records, the lock and the agent."""
-    contents, ledger = node.seen.contents, node.ledger
+    contents, ledger = node.snapshot.contents, node.ledger
     for kind, unreadable in ((KINDS['ledger-damaged'], contents.damaged),
                              (KINDS['ledger-newer'], contents.newer)):
         if unreadable:
-            yield kind.found(
+            yield kind.finding(
                 'its record in the ledger cannot be read: ' + next(iter(
                     unreadable.values())), unreadable, upgrade=host.upgrade)
     if contents.quarantined:
-        yield KINDS['ledger-quarantined'].found(
+        yield KINDS['ledger-quarantined'].finding(
             'its record in the ledger cannot be read, and is in quarantine'
             if contents.unreadable else 'records were moved to quarantine',
             contents.quarantined,
             directory=os.path.dirname(contents.quarantined[0]))
     if not node.lock_free:
-        yield KINDS['lock-held'].found(
+        yield KINDS['lock-held'].finding(
             'the lock %s did not become free; %s holds it' % (
                 ledger.lock_path, _holder(ledger.lock_path)),
             path=ledger.lock_path)
     silent = ledger.heartbeat.age()
     if silent is None:
-        yield KINDS['agent-not-running'].found(
+        yield KINDS['agent-not-running'].finding(
             'no agent uses the state directory %s' % node.options.state_dir,
             start=host.start)
     elif silent > node.options.patience:
-        yield KINDS['agent-stuck'].found(
+        yield KINDS['agent-stuck'].finding(
             'no sync of the agent has succeeded for %d s; the agent is %s'
             % (silent, _holder(ledger.heartbeat.path)),
             path=ledger.heartbeat.path, restart=host.restart)
@@ -139,16 +139,16 @@ def check_readers(ledger: Ledger, host: Host) -> Iterator[Finding]:
     for program, subject, text in readers.list_differences(ledger):
         kind = KINDS['options-stale' if subject == 'options'
                      else 'version-differs']
-        yield kind.found(text, commands=(
+        yield kind.finding(text, commands=(
             [host.restart_daemon] if program == readers.DAEMON
             else [host.restart] if subject == 'version' else host.reload()))
 
 
 def _holder(path: str) -> str:
     """Return the process that holds a lock on a file (/proc/locks)."""
-    found = os.stat(path)
-    place = '%02x:%02x:%d' % (os.major(found.st_dev),
-                              os.minor(found.st_dev), found.st_ino)
+    status = os.stat(path)
+    place = '%02x:%02x:%d' % (os.major(status.st_dev),
+                              os.minor(status.st_dev), status.st_ino)
     with open('/proc/locks') as locks:
         for fields in map(str.split, locks):
             # 1: FLOCK  ADVISORY  WRITE 1234 00:19:567 0 EOF

@@ -87,25 +87,25 @@ class Redactor:
             text = words.sub(self._name, text)
         return _WORD.sub(self._word, _ADDRESS.sub(self._address, text))
 
-    def _free(self, found: re.Match[str]) -> str:
-        before, text = (each for each in found.groups() if each is not None)
+    def _free(self, match: re.Match[str]) -> str:
+        before, text = (each for each in match.groups() if each is not None)
         return before + self._digest('text', text.strip('\\" '))
 
-    def _name(self, found: re.Match[str]) -> str:
-        name = found[0].rstrip('.-')
+    def _name(self, match: re.Match[str]) -> str:
+        name = match[0].rstrip('.-')
         if name not in self._names:
-            return found[0]
-        return self._digest('name', name) + found[0][len(name):]
+            return match[0]
+        return self._digest('name', name) + match[0][len(name):]
 
-    def _word(self, found: re.Match[str]) -> str:
-        word = found[0]
+    def _word(self, match: re.Match[str]) -> str:
+        word = match[0]
         if (word.startswith('<') or _KNOWN.fullmatch(word)
                 or word.lower() in _vocabulary()):
             return word
         return self._digest('name', word)
 
-    def _address(self, found: re.Match[str]) -> str:
-        text = found[0]
+    def _address(self, match: re.Match[str]) -> str:
+        text = match[0]
         if _MAC.fullmatch(text):
             return self._digest('mac', ':'.join(
                 octet.zfill(2) for octet in text.lower().split(':')))
@@ -128,8 +128,8 @@ def _vocabulary() -> frozenset[str]:
     for path in _sources():
         with contextlib.suppress(OSError), open(
                 path, errors='replace') as file:
-            words.update(found[0].lower()
-                         for found in _WORD.finditer(file.read()))
+            words.update(match[0].lower()
+                         for match in _WORD.finditer(file.read()))
     for place in 'ipv4', 'ipv4/conf/all', 'ipv6/conf/all':
         with contextlib.suppress(OSError):
             words.update(os.listdir('/proc/sys/net/' + place))

@@ -22,7 +22,7 @@ def as_json(findings: Iterable[Finding],
     """Return a JSON document."""
     return json.dumps({
         'findings': [{
-            'id': each.id, 'severity': each.severity, 'seen': each.seen,
+            'id': each.id, 'severity': each.severity, 'seen': each.observed,
             'subjects': list(each.subjects), 'why': each.why,
             'remedy': each.remedy, 'commands': list(each.commands)}
             for each in findings],
@@ -61,12 +61,12 @@ def as_text(findings: list[Finding], not_examined: Sequence[str] = (),
 
 
 def _block(finding: Finding, owners: Mapping[str, str]) -> str:
-    seen = finding.seen
-    more = [each for each in finding.subjects if each not in seen]
+    observed = finding.observed
+    more = [each for each in finding.subjects if each not in observed]
     if more:
         # The text names one of the subjects, or none.
-        is_first = len(more) == len(finding.subjects) and ': ' not in seen
-        seen += (': ' if is_first else ' Also: ' if seen.endswith('?')
+        is_first = len(more) == len(finding.subjects) and ': ' not in observed
+        observed += (': ' if is_first else ' Also: ' if observed.endswith('?')
                  else '. Also: ') + ', '.join(
             '%s of %s' % (each, owners[each]) if each in owners else each
             for each in more[:_SHOWN]) + (
@@ -74,7 +74,7 @@ def _block(finding: Finding, owners: Mapping[str, str]) -> str:
             if len(more) > _SHOWN else '')
     # Commands are not wrapped, so that users can paste them.
     lines = ['%s: %s' % (finding.severity, finding.id),
-             _wrapped(seen if seen.endswith('?') else seen + '.', '  seen  '),
+             _wrapped(observed if observed.endswith('?') else observed + '.', '  seen  '),
              _wrapped(finding.why, '  why   '),
              _wrapped(finding.remedy, '  do    '),
              *('          ' + each for each in finding.commands[:_SHOWN])]

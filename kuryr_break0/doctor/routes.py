@@ -14,10 +14,10 @@ from kuryr_break0.snapshot import Parent
 
 def check(node: Node, parent: Parent) -> Iterator[Finding]:
     """Report versions of IP that pods have and the node does not."""
-    own = {address.version for address in node.seen.facts.own
+    own = {address.version for address in node.snapshot.facts.node_addresses
            if not (address.is_link_local or address.is_loopback)}
     for address in node.settled(parent.live):
         if address.version not in own:
-            yield KINDS['node-address-missing'].found(
+            yield KINDS['node-address-missing'].finding(
                 'the node has no IPv%d address' % address.version, [address],
                 parent=parent.name)

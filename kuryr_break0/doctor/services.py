@@ -38,11 +38,11 @@ def check(links: Sequence[kernel.Link]) -> Iterator[Finding]:
 
 def check_drop_ins(name: str) -> Iterator[Finding]:
     """Report settings that will apply to a break0 once it exists."""
-    found = list(_check_foreign_routes([(name, '')]))
-    yield from found
+    findings = list(_check_foreign_routes([(name, '')]))
+    yield from findings
     for who, there, is_known, command in (
             ('systemd-networkd', _NETWORKD_LINKS,
-             found or _file_for('network', name, '')[0],
+             findings or _file_for('network', name, '')[0],
              KINDS['networkd-manages-break0'].commands[0]),
             ('NetworkManager', _NETWORKMANAGER_DEVICES, any(
                 'interface-name:' + name in line
@@ -51,7 +51,7 @@ def check_drop_ins(name: str) -> Iterator[Finding]:
                 for line in _lines(path)),
              KINDS['networkmanager-manages-break0'].commands[1])):
         if os.path.isdir(there) and not is_known:
-            yield KINDS['drop-in-missing'].found(
+            yield KINDS['drop-in-missing'].finding(
                 'the node has %s, and no file of it names %s' % (who, name),
                 command=command % {'device': name})
 
@@ -69,7 +69,7 @@ def _check_foreign_routes(devices: Iterable[tuple[str, str]]
         path, lines = _file_for('network', name, mac)
         if path and not _is_true(dict(_assignments(
                 lines, 'Link')).get('Unmanaged', '')):
-            yield KINDS['networkd-foreign-routes'].found(
+            yield KINDS['networkd-foreign-routes'].finding(
                 '%s matches %s, and systemd-networkd has '
                 'ManageForeignRoutes=yes %s' % (path, name, where),
                 device=name)
@@ -82,13 +82,13 @@ def _check_link(link: kernel.Link) -> Iterator[Finding]:
         for directory in (_NETWORKD_LINKS, _NETWORKMANAGER_DEVICES))
     state = networkd.get('ADMIN_STATE', '')
     if state not in _NETWORKD_LEAVES_ALONE:
-        yield KINDS['networkd-manages-break0'].found(
+        yield KINDS['networkd-manages-break0'].finding(
             'systemd-networkd manages %s (state %s), because of %s' % (
                 link.name, state,
                 networkd.get('NETWORK_FILE') or 'an unknown file'),
             device=link.name)
     if _is_true(manager.get('managed', '')):
-        yield KINDS['networkmanager-manages-break0'].found(
+        yield KINDS['networkmanager-manages-break0'].finding(
             'NetworkManager manages %s (interface %d)' % (
                 link.name, link.index), device=link.name)
     # MACAddressPolicy=persistent is harmless: it does not change an interface
@@ -97,7 +97,7 @@ def _check_link(link: kernel.Link) -> Iterator[Finding]:
     for key, value in dict(_assignments(lines, 'Link')).items():
         if key == 'MACAddress' or (key, value) == ('MACAddressPolicy',
                                                    'random'):
-            yield KINDS['udev-sets-mac'].found(
+            yield KINDS['udev-sets-mac'].finding(
                 '%s matches %s and has %s=%s' % (path, link.name, key, value),
                 device=link.name)
             return
@@ -121,11 +121,11 @@ def _file_for(suffix: str, name: str, mac: str) -> tuple[str, list[str]]:
 
 def _files(directory: str, pattern: str) -> list[str]:
     """Return files of systemd, for each name the one of highest precedence."""
-    found: dict[str, str] = {}
+    by_name: dict[str, str] = {}
     for place in _SYSTEMD:
         for path in glob.glob(os.path.join(place, directory, pattern)):
-            found.setdefault(os.path.basename(path), path)
-    return [path for _, path in sorted(found.items())]
+            by_name.setdefault(os.path.basename(path), path)
+    return [path for _, path in sorted(by_name.items())]
 
 
 def _matches(key: str, value: str, name: str, mac: str) -> Optional[bool]:

@@ -71,12 +71,12 @@ def places(device: str, record: Optional[Record]) -> list[Place]:
 
     :param device: the break0 that leads to the pod
     """
-    found = [Place('on the node', device, contextlib.nullcontext, True)]
+    steps = [Place('on the node', device, contextlib.nullcontext, True)]
     if record is not None and record.netns is not None:
         netns, namespace = record.netns, record.namespace
-        found.append(Place('in the pod', record.owner.ifname,
+        steps.append(Place('in the pod', record.owner.ifname,
                            lambda: kernel.enter_namespace(netns, namespace)))
-    return found
+    return steps
 
 
 class Trace:
@@ -86,7 +86,7 @@ class Trace:
         the command that accepts the packet; no command for rules in the pod
         and for the guard
     :ivar rewritten: the same for rules which changed the source address
-    :ivar seen: direction, namespace and chain of the packets
+    :ivar hooks: direction, namespace and chain of the packets
     :ivar is_complete: whether nft traced the packets
     """
 
@@ -94,7 +94,7 @@ class Trace:
         self.is_complete = is_complete
         self.dropped: dict[str, str] = {}
         self.rewritten: dict[str, str] = {}
-        self.seen: list[str] = []
+        self.hooks: list[str] = []
 
     def arrived(self, at_pod: bool) -> bool:
         """Return whether a packet has arrived.
@@ -103,7 +103,7 @@ class Trace:
         """
         where = ('to the pod, in the pod' if at_pod
                  else 'from the pod, on the node')
-        return any(each.startswith(where) for each in self.seen)
+        return any(each.startswith(where) for each in self.hooks)
 
     def explain(self) -> Iterator[str]:
         """Yield sentences that explain why packets were not answered."""
@@ -122,22 +122,22 @@ class Trace:
     @property
     def way(self) -> str:
         """Return the places that packets passed, in this order."""
-        return ', '.join(sorted(self.seen, key=lambda each: (
+        return ', '.join(sorted(self.hooks, key=lambda each: (
             each.startswith('from'),
             each.startswith('from') is ('on the node' in each)))) or 'nowhere'
 
     def read(self, place: Place, address: IPAddress, text: str) -> None:
         """Add the output of ``nft monitor trace``."""
         to_pod: set[str] = set()
-        for found in filter(None, map(_LINE.match, text.splitlines())):
-            number, table, chain, what, text = found.groups()
+        for match in filter(None, map(_LINE.match, text.splitlines())):
+            number, table, chain, what, text = match.groups()
             if what == 'packet:':
                 if 'daddr %s ' % address in text:
                     to_pod.add(number)
                 came_by = '%s the pod, %s (%s)' % (
                     'to' if number in to_pod else 'from', place.name, chain)
-                if table.endswith(' ' + _TABLE) and came_by not in self.seen:
-                    self.seen.append(came_by)
+                if table.endswith(' ' + _TABLE) and came_by not in self.hooks:
+                    self.hooks.append(came_by)
                 continue
             where = 'the table %s, chain %s, ' % (table, chain)
             rule = firewall.plain(text)

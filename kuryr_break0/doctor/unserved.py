@@ -40,18 +40,18 @@ _KINDS = {
 def check(node: Node, netlink: kernel.Netlink, host: Host
           ) -> Iterator[Finding]:
     """Report containers that stay unbound, one finding for each remedy."""
-    found = containers.unserved(node.seen, node.ledger)
-    if found:
+    unserved = containers.unserved(node.snapshot, node.ledger)
+    if unserved:
         time.sleep(_SETTLED)
         node.refresh()
         still = set(map(str, containers.unserved(actual.read(
             node.options, node.ledger, netlink), node.ledger)))
-        found = [each for each in found if str(each) in still
+        unserved = [each for each in unserved if str(each) in still
                  and each.address not in node.changing]
     for kind in dict.fromkeys(_KINDS.values()):
-        some = [each for each in found if _KINDS[each.reason] == kind]
+        some = [each for each in unserved if _KINDS[each.reason] == kind]
         if some:
-            yield KINDS[kind].found(
+            yield KINDS[kind].finding(
                 str(some[0]),
                 [each.address or '%s in %s' % (each.macvlan.link.name,
                                                each.macvlan.netns)
@@ -59,37 +59,37 @@ def check(node: Node, netlink: kernel.Netlink, host: Host
                 commands=_commands(kind, some, node.options, host))
 
 
-def _commands(kind: str, found: Sequence[Unserved],
+def _commands(kind: str, unserved: Sequence[Unserved],
               options: config.Options, host: Host) -> list[str]:
     if kind == 'container-mode':
         return list(dict.fromkeys(
             inside(each.macvlan.netns,
                    'ip link set %s type macvlan mode bridge',
                    each.macvlan.link.name)
-            for each in found if each.macvlan.link.mode != 'passthru'))
+            for each in unserved if each.macvlan.link.mode != 'passthru'))
     if kind == 'container-other-parent':
         # The option allows one parent; without the option all are allowed.
         return host.unset('parent') if kernel.has_interface(
             str(options.parent)) else host.set(
-                parent=min(each.macvlan.parent for each in found))
+                parent=min(each.macvlan.parent for each in unserved))
     if kind == 'container-not-allowed':
         # No option allows an address that is not one of a single host.
-        found = [each for each in found if each.address is not None
+        unserved = [each for each in unserved if each.address is not None
                  and explain_non_host(each.address) is None]
         return host.set(allowed_cidrs=with_networks(
-            _addresses(found), options)) if found else []
+            _addresses(unserved), options)) if unserved else []
     if kind == 'container-not-discovered':
         if host.has_kuryr:
             return ['kuryr-break0 adopt']
         change = [] if options.discover else host.set(
             discover='true', allowed_cidrs=with_networks(
-                _addresses(found), options))
+                _addresses(unserved), options))
         return [*change, host.start]
     return []
 
 
-def _addresses(found: Sequence[Unserved]) -> list[IPAddress]:
-    return [each.address for each in found if each.address is not None]
+def _addresses(unserved: Sequence[Unserved]) -> list[IPAddress]:
+    return [each.address for each in unserved if each.address is not None]
 
 
 def with_networks(addresses: Iterable[IPAddress],

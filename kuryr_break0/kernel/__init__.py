@@ -67,7 +67,7 @@ from kuryr_break0.kernel.rtnetlink import Routes
 from kuryr_break0.kernel.search import examine_namespace
 from kuryr_break0.kernel.search import ExaminedNamespace
 from kuryr_break0.kernel.search import find_namespaces
-from kuryr_break0.kernel.search import FoundNamespace
+from kuryr_break0.kernel.search import NamespaceLocation
 from kuryr_break0.kernel.search import NETNS_DIRS
 from kuryr_break0.kernel.search import Place
 from kuryr_break0.kernel.search import Search

@@ -86,19 +86,19 @@ class Events(EventSocket):
 
 def _event(message: netlink.Received) -> Event:
     kind, is_gone = _KINDS[message.kind & ~1], bool(message.kind & 1)
-    found = wire.parse(message)
-    if isinstance(found, values.Link):
-        return Event(kind, is_gone, found.index, found)
-    if isinstance(found, values.Route):
-        host = found.host_route
-        return Event(kind, is_gone, found.oif, dst=host.dst if host else None,
-                     item=host, next_hops=found.next_hops)
-    if isinstance(found, values.NeighbourState):
-        return Event(kind, is_gone, found.ifindex, dst=found.dst,
-                     item=found.permanent)
-    if isinstance(found, values.AddressState):
-        return Event(kind, is_gone, found.ifindex, dst=found.address)
-    return Event(kind, is_gone, next_hops=found or ())
+    value = wire.parse(message)
+    if isinstance(value, values.Link):
+        return Event(kind, is_gone, value.index, value)
+    if isinstance(value, values.Route):
+        host = value.host_route
+        return Event(kind, is_gone, value.oif, dst=host.dst if host else None,
+                     item=host, next_hops=value.next_hops)
+    if isinstance(value, values.NeighbourState):
+        return Event(kind, is_gone, value.ifindex, dst=value.dst,
+                     item=value.permanent)
+    if isinstance(value, values.AddressState):
+        return Event(kind, is_gone, value.ifindex, dst=value.address)
+    return Event(kind, is_gone, next_hops=value or ())
 
 
 class Changes(NamedTuple):

@@ -161,14 +161,14 @@ class Judge:
         place = _directory_of(path)
         for each in {place, _PROC}:
             view = self._view(each)
-            found = view.paths.get(known[:2])
+            path = view.paths.get(known[:2])
             try:
-                if found and namespaces.identify_or_fail(found).is_same(known):
+                if path and namespaces.identify_or_fail(path).is_same(known):
                     return LIVING
             except OSError as err:
                 if err.errno not in (*_ENDED, errno.ENXIO):  # EMFILE etc.
                     return self._unknown(known, path, '%s: %s' % (
-                        found, err.strerror))
+                        path, err.strerror))
             # Engines remove a name together with its sandbox. So if the
             # kernel has no cookies, hidden processes are not considered.
             if view.hides and (each == place or known.cookie is not None):
@@ -234,11 +234,11 @@ def _read_view(place: str) -> _View:
     """Return the namespaces in a directory, without opening them."""
     paths: dict[tuple[int, int], str] = {}
     hides = False
-    for found, path in _list_namespaces_at(place):
+    for numbers, path in _list_namespaces_at(place):
         if path is None:
             hides = True
         else:
-            paths.setdefault(found, path)
+            paths.setdefault(numbers, path)
     return _View(paths, hides)
 
 
@@ -259,13 +259,13 @@ def _list_namespaces_at(place: str
     for name in filter(str.isdigit, names) if is_proc else names:
         path = '%s/%s%s' % (place, name, '/ns/net' if is_proc else '')
         try:
-            found = namespaces.stat_namespace(path, own)
+            numbers = namespaces.stat_namespace(path, own)
         except OSError as err:
             if err.errno not in _ENDED:
                 yield hidden
         else:
-            if found:
-                yield found, path
+            if numbers:
+                yield numbers, path
 
 
 def _opens_by_number(path: str) -> Optional[bool]:

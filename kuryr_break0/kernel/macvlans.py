@@ -97,14 +97,14 @@ def list_macvlans_in(netns: str, namespace: Optional[NamespaceId] = None,
     :param first: names of interfaces to read before all others
     """
     def listed(netlink: Netlink) -> list[Link]:
-        found = {link.name: link for link in netlink.macvlans()}
+        present = {link.name: link for link in netlink.macvlans()}
         ordered = {}
         for name in first:
-            link = found.get(name) or netlink.link(name)
+            link = present.get(name) or netlink.link(name)
             if link is not None and (link.name, link.kind) == (name,
                                                                'macvlan'):
                 ordered[name] = link
-        return [*{**ordered, **found}.values()]
+        return [*{**ordered, **present}.values()]
 
     return [macvlan for macvlan in _read(netns, namespace, listed, limits)
             if macvlan.parent]
@@ -118,23 +118,23 @@ def find_macvlan(netns: str, ifname: str,
     :raises NotAMacvlan: if it does not exist, is no macvlan in bridge mode, or
         has another parent
     """
-    found = 'it does not exist'
+    description = 'it does not exist'
     for macvlan in _read(netns, None, lambda netlink: list(filter(
             None, [netlink.link(ifname)])), FULL_LIMITS):
         link = macvlan.link
         if link.name != ifname:  # ifname is an alternative name
             continue
         if link.kind != 'macvlan':
-            found = 'it is ' + link.description
+            description = 'it is ' + link.description
         elif not macvlan.parent:
-            found = ('its parent is not on this node. In a container, run '
+            description = ('its parent is not on this node. In a container, run '
                      'this command with the network of the host')
         elif link.mode == 'bridge' and parent in (None, macvlan.parent):
             return macvlan
         else:
-            found = 'it is in %s mode on %s' % (link.mode, macvlan.parent)
+            description = 'it is in %s mode on %s' % (link.mode, macvlan.parent)
     raise exceptions.NotAMacvlan(
-        ifname=ifname, netns=netns, found=found,
+        ifname=ifname, netns=netns, found=description,
         parent=parent or 'an interface of this node')
 
 
@@ -167,7 +167,7 @@ def _read(netns: str, known: Optional[NamespaceId],
         if any(own_of.values()):
             links = listed(netlink)
 
-    found = []
+    macvlans = []
     for link in links:
         read = own_of.get(link.index)
         states = [each for each in read or ()
@@ -176,11 +176,11 @@ def _read(netns: str, known: Optional[NamespaceId],
         unproven, duplicates = (
             frozenset(each.address for each in states if each.flags & mask)
             for mask in (IFA_F_TENTATIVE | IFA_F_DADFAILED, IFA_F_DADFAILED))
-        found.append(Macvlan(
+        macvlans.append(Macvlan(
             netns, namespace, _parent_of(link, here), link,
             tuple(each.address for each in states), unproven, duplicates,
             read is not None and len(read) < limits.addresses))
-    return found
+    return macvlans
 
 
 def _parent_of(link: Link, here: int) -> str:
@@ -201,18 +201,18 @@ def list_macvlans(processes: Iterable[str]) -> Iterator[Macvlan]:
 
     :param processes: directories such as /proc
     """
-    for found in search.find_namespaces(processes):
-        yield from list_macvlans_at(found)
+    for location in search.find_namespaces(processes):
+        yield from list_macvlans_at(location)
 
 
-def list_macvlans_at(found: search.FoundNamespace,
+def list_macvlans_at(location: search.NamespaceLocation,
                      limits: Limits = FULL_LIMITS) -> list[Macvlan]:
     """List the macvlans of a namespace; none if it cannot be entered.
 
     In most cases such a namespace is just being deleted.
     """
     try:
-        return list_macvlans_in(found.path, found.namespace, limits)
+        return list_macvlans_in(location.path, location.namespace, limits)
     except (exceptions.NetnsUnusable, exceptions.KernelRefused) as err:
         LOG.debug('Skipping a network namespace: %s', err)
         return []

@@ -65,13 +65,13 @@ def identify_or_fail(path: str) -> NamespaceId:
 
 def identify_file(fd: int) -> NamespaceId:
     """Return the identity of an open namespace."""
-    found = os.fstat(fd)
+    status = os.fstat(fd)
     number = bytearray(8)
     try:
         fcntl.ioctl(fd, _NS_GET_ID, number)
     except OSError:
-        return NamespaceId(found.st_dev, found.st_ino)
-    return NamespaceId(found.st_dev, found.st_ino,
+        return NamespaceId(status.st_dev, status.st_ino)
+    return NamespaceId(status.st_dev, status.st_ino,
                        int.from_bytes(number, sys.byteorder))
 
 
@@ -83,8 +83,8 @@ def require_other_namespace(path: str,
     :param known: the identity, if the caller has read it
     """
     try:
-        found = known or identify_or_fail(path)
-        is_own = found.is_same(identify_or_fail(OWN_NETNS))
+        namespace = known or identify_or_fail(path)
+        is_own = namespace.is_same(identify_or_fail(OWN_NETNS))
     except OSError as err:
         if err.errno in exceptions.RESOURCE_ERRNOS:
             raise exceptions.SystemRefused(reason=err) from err
@@ -94,7 +94,7 @@ def require_other_namespace(path: str,
     if is_own:
         raise exceptions.NetnsUnusable(
             netns=path, reason='is the namespace of the node itself')
-    return found
+    return namespace
 
 
 @contextlib.contextmanager
@@ -198,8 +198,8 @@ def stat_namespace(path: str,
     :param own: the result of stat(2) for this thread's namespace
     :returns: None for this thread's namespace, and for other kinds of files
     """
-    found = os.stat(path)
-    if found.st_dev != own.st_dev or found.st_ino == own.st_ino or (
-            stat.S_ISDIR(found.st_mode)):
+    status = os.stat(path)
+    if status.st_dev != own.st_dev or status.st_ino == own.st_ino or (
+            stat.S_ISDIR(status.st_mode)):
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino

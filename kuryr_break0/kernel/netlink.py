@@ -142,14 +142,14 @@ def attributes(data: bytes, start: int = 0) -> dict[int, bytes]:
 
     It takes less than half as long as :func:`parse_list`.
     """
-    found, end = {}, len(data) - _ATTRIBUTE.size
+    values, end = {}, len(data) - _ATTRIBUTE.size
     while start <= end:
         length, kind = _ATTRIBUTE.unpack_from(data, start)
         if length < _ATTRIBUTE.size:
             break  # malformed; the loop would not end
-        found[kind & _KIND] = data[start + 4:start + length]
+        values[kind & _KIND] = data[start + 4:start + length]
         start += length + 3 & ~3
-    return found
+    return values
 
 
 def parse_list(data: bytes, start: int = 0) -> Iterator[tuple[int, bytes]]:
@@ -289,7 +289,7 @@ class RequestSocket(Socket):
         :returns: the parsed messages, and whether the table did not change
             during the dump
         """
-        found: list[_T] = []
+        replies: list[_T] = []
         count, is_whole = 0, True
         self._sequence += 1
         try:
@@ -307,16 +307,16 @@ class RequestSocket(Socket):
                     # would receive the rest of the answer.
                     self._socket.close()
                     self._open()
-                    return found, True
+                    return replies, True
                 count += 1
                 each = read(answer)
                 if each is not None:
-                    found.append(each)
+                    replies.append(each)
                 if not message.flags & NLM_F_DUMP:
                     break  # a request without NLM_F_DUMP has one answer
         except OSError as err:
             raise self._failed(action, err) from err
-        return found, is_whole
+        return replies, is_whole
 
     def _dump(self, action: str, message: Message,
               read: Callable[[Received], Optional[_T]],
@@ -333,11 +333,11 @@ class RequestSocket(Socket):
         merged: dict[_T, None] = {}
         for number in range(
                 FEW_TRIES if self._most or merges else DUMP_TRIES):
-            found, is_whole = self._ask(action, request, read)
+            replies, is_whole = self._ask(action, request, read)
             if is_whole:
-                return found
+                return replies
             if merges:
-                merged.update(dict.fromkeys(found))
+                merged.update(dict.fromkeys(replies))
             elif self._most is None:  # a pod must not prolong the pauses
                 time.sleep(dump_pause(number))
         if merges:

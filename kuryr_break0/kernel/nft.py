@@ -127,23 +127,23 @@ class Nft(netlink.RequestSocket):
 
         :raises KernelRefused: with ENOENT if the table does not exist
         """
-        found: set[Pair] = set()
+        elements: set[Pair] = set()
         for name in SETS:
             for keys in self._dump(
                     'list a set of the table ' + table,
                     _message(_GETSETELEM, 0, text(1, table) + text(2, name)),
                     lambda message: list(_keys(message.body))):
-                found.update(Pair(key[8:], key[:6]) if 'pairs' in name
+                elements.update(Pair(key[8:], key[:6]) if 'pairs' in name
                              else Pair(key, None) for key in keys)
-        return found
+        return elements
 
     def rules(self, table: str) -> list[int]:
         """List the handles of a table's rules; none if it does not exist."""
-        return [int.from_bytes(found.get(3, b''), 'big')
-                for found in self._dump(
+        return [int.from_bytes(rule.get(3, b''), 'big')
+                for rule in self._dump(
                     'list the rules of the table ' + table,
                     _message(_GETRULE, 0, text(1, table)), _attributes)
-                if netlink.read_text(found.get(1)) == table]
+                if netlink.read_text(rule.get(1)) == table]
 
     def has_source_rule(self, table: str, index: int, mac: bytes) -> bool:
         """Return whether :meth:`add_source_rule` has been called.
@@ -241,9 +241,9 @@ class Nft(netlink.RequestSocket):
     def _get(self, kind: int, body: bytes) -> Optional[dict[int, bytes]]:
         """Return the attributes of an object; None if it does not exist."""
         with tolerate_errors(errno.ENOENT):
-            found, _ = self._ask('read a table', _message(kind, 0, body),
+            replies, _ = self._ask('read a table', _message(kind, 0, body),
                                  _attributes)
-            return next(iter(found), None)
+            return next(iter(replies), None)
         return None
 
 

@@ -88,12 +88,12 @@ def find_claimants(interface: str, address: IPAddress) -> list[str]:
             own = wire.getsockname()[4]
             question = (_arp_probe(own, address) if address.version == 4
                         else _solicitation(own, address))
-            found: set[Optional[bytes]] = set()
+            macs: set[Optional[bytes]] = set()
             for _ in range(_TRIES):
                 wire.send(question)
-                found.update(_parse_claim(frame, address) for frame, _
+                macs.update(_parse_claim(frame, address) for frame, _
                              in _receive_for(wire, _PAUSE))
-            return sorted(each.hex(':') for each in found - {own} if each)
+            return sorted(each.hex(':') for each in macs - {own} if each)
     except PermissionError as err:
         raise exceptions.NotPermitted(
             action='probe for an address', capability='CAP_NET_RAW') from err

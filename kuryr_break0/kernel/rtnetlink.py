@@ -190,11 +190,11 @@ class Netlink(LinkSocket):
             kind = _LEADS_NOWHERE.get(err.errno)
         if kind is None:
             return None
-        found = [route.host_route for route in self._list(
+        routes = [route.host_route for route in self._list(
             'list the routes to %s' % address, wire.RTM_GETROUTE,
             wire.pack_route_dump(wire.family_of(address), kind=kind))
             if route.type == kind and route.dst == address]
-        return min((each for each in found if each is not None),
+        return min((each for each in routes if each is not None),
                    key=lambda each: each.metric or 0, default=None)
 
     def is_on_link(self, address: IPAddress) -> bool:
@@ -257,9 +257,9 @@ class Netlink(LinkSocket):
                 next_hops.update(route.next_hops)
                 if route.type == values.RTN_BROADCAST and route.dst:
                     broadcast.add(route.dst)
-                found = route.host_route
-                if found is not None:
-                    host.append(found)
+                host_route = route.host_route
+                if host_route is not None:
+                    host.append(host_route)
                 elif route.type == values.RTN_LOCAL and route.dst:
                     local.append(ipaddress.ip_network((route.dst,
                                                        route.dst_len)))
@@ -271,32 +271,32 @@ class Netlink(LinkSocket):
 
     def has_default_rules(self) -> bool:
         """Return whether the rules are the default: local, then main."""
-        found = {rule for rule in self._list(
+        rules = {rule for rule in self._list(
             'list the rules', wire.RTM_GETRULE, wire.ALL_RULES)
             if rule[0] in (socket.AF_INET, socket.AF_INET6)}
-        return found - {_LAST_RULE} == {
+        return rules - {_LAST_RULE} == {
             (family, *rule) for family in {socket.AF_INET, *(
-                each[0] for each in found)} for rule in _DEFAULT_RULES}
+                each[0] for each in rules)} for rule in _DEFAULT_RULES}
 
     def _next_hop_objects(self) -> list[values.NextHop]:
         """List the next hops of nexthop objects, by a dump."""
         with netlink.tolerate_errors(errno.EOPNOTSUPP):  # before Linux 5.3
-            return [each for found in self._list(
+            return [each for next_hops in self._list(
                 'list the nexthop objects', wire.RTM_GETNEXTHOP,
-                wire.ALL_NEXT_HOPS) for each in found]
+                wire.ALL_NEXT_HOPS) for each in next_hops]
         return []
 
     def host_routes_of(self, ifindex: int, table: int) -> list[HostRoute]:
         """List the host routes of one interface in one table, by a dump."""
-        found: list[values.Route] = []
+        routes: list[values.Route] = []
         for family in (socket.AF_INET, socket.AF_INET6):
             # The interface or the table does not exist.
             with netlink.tolerate_errors(errno.ENODEV, errno.ENOENT):
-                found += self._list(
+                routes += self._list(
                     'list the routes of ' + format_ifname(ifindex),
                     wire.RTM_GETROUTE,
                     wire.pack_route_dump(family, table, ifindex))
-        return [host for host in (route.host_route for route in found
+        return [host for host in (route.host_route for route in routes
                                   if route.oif == ifindex
                                   and route.table == table)
                 if host is not None and host.direct]
@@ -353,12 +353,12 @@ class Netlink(LinkSocket):
             if each is not None]
 
     def _neighbours(self, ifindex: int) -> list[values.NeighbourState]:
-        found: list[values.NeighbourState] = []
+        neighbours: list[values.NeighbourState] = []
         with netlink.tolerate_errors(errno.ENODEV):
-            found = self._list(
+            neighbours = self._list(
                 'list the neighbours of ' + format_ifname(ifindex),
                 wire.RTM_GETNEIGH, wire.pack_neighbour_dump(ifindex))
-        return [each for each in found if each.ifindex == ifindex]
+        return [each for each in neighbours if each.ifindex == ifindex]
 
 
 def _description(verb: values.Verb, what: Entry) -> str:

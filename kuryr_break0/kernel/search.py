@@ -49,7 +49,7 @@ _UNSEEN = 'network namespaces cannot be listed'
 Place = tuple[int, int]
 
 
-class FoundNamespace(NamedTuple):
+class NamespaceLocation(NamedTuple):
     """A network namespace of this node.
 
     :ivar path: the path that will exist longest
@@ -80,7 +80,7 @@ class ExaminedNamespace(NamedTuple):
         assigned none
     """
 
-    found: FoundNamespace
+    location: NamespaceLocation
     container: Hashable
     number: Optional[int]
 
@@ -98,7 +98,7 @@ class Search:
         self._processes = [_Processes(each) for each in processes]
         self._mounts: frozenset[str] = frozenset()
 
-    def all(self, known: Mapping[Place, str]) -> list[FoundNamespace]:
+    def all(self, known: Mapping[Place, str]) -> list[NamespaceLocation]:
         """List all namespaces except this thread's, with one path each.
 
         A name exists as long as its namespace. A namespace without a name gets
@@ -116,7 +116,7 @@ class Search:
                             [path for each in self._processes
                              for path in each.all()], known)
 
-    def new(self, mounts_changed: bool) -> list[FoundNamespace]:
+    def new(self, mounts_changed: bool) -> list[NamespaceLocation]:
         """List the namespaces of new mounts and new processes.
 
         Known namespaces may be among them.
@@ -202,21 +202,21 @@ class _Processes:
             os.close(fd)
 
 
-def find_namespaces(processes: Iterable[str]) -> Iterator[FoundNamespace]:
+def find_namespaces(processes: Iterable[str]) -> Iterator[NamespaceLocation]:
     """List all namespaces except this thread's, with one path each.
 
     :param processes: directories such as /proc
     :raises SystemRefused: if this process cannot read all of them
     """
     own = os.stat(namespaces.OWN_NETNS)
-    for found in Search(processes).all({}):
+    for location in Search(processes).all({}):
         with tolerate_absence(_UNSEEN):
-            namespace = namespaces.identify_or_fail(found.path)
+            namespace = namespaces.identify_or_fail(location.path)
             if namespace[:2] != (own.st_dev, own.st_ino):
-                yield found._replace(namespace=namespace)
+                yield location._replace(namespace=namespace)
 
 
-def examine_namespace(found: FoundNamespace) -> ExaminedNamespace:
+def examine_namespace(location: NamespaceLocation) -> ExaminedNamespace:
     """Return the namespace that is now at a path, with its container.
 
     A namespace without a number gets one, and keeps it until its end.
@@ -226,10 +226,10 @@ def examine_namespace(found: FoundNamespace) -> ExaminedNamespace:
         memory
     """
     number = None
-    with namespaces.open_namespace(found.path) as fd:
+    with namespaces.open_namespace(location.path) as fd:
         namespace = namespaces.require_other_namespace(
-            found.path, namespaces.identify_file(fd))
-        container = _find_container(found.process, fd)
+            location.path, namespaces.identify_file(fd))
+        container = _find_container(location.process, fd)
         try:
             with Netlink() as own:
                 number = own.ensure_namespace_number(fd)
@@ -238,8 +238,8 @@ def examine_namespace(found: FoundNamespace) -> ExaminedNamespace:
                 raise
             # This socket receives no events of a namespace without a number.
             LOG.debug('Changes of %s are found by the timer only: %s',
-                      found.path, err)
-    return ExaminedNamespace(found._replace(namespace=namespace), container,
+                      location.path, err)
+    return ExaminedNamespace(location._replace(namespace=namespace), container,
                              number)
 
 
@@ -286,20 +286,20 @@ def _find_outermost(stack: contextlib.ExitStack, fd: Optional[int],
         result
     :returns: descriptor of the child; None if the namespace is this process's
     """
-    found = None
+    outermost = None
     # The loop ends at this process's namespace, or with an error at a
     # namespace outside of it.
     with contextlib.suppress(OSError):
         own = os.stat('/proc/self/ns/' + kind).st_ino
         while fd is not None and os.fstat(fd).st_ino != own:
-            found = fd
+            outermost = fd
             fd = fcntl.ioctl(fd, _NS_GET_PARENT)
             stack.callback(os.close, fd)
-    return found
+    return outermost
 
 
 def _match_paths(names: Iterable[str], processes: Iterable[str],
-                 known: Mapping[Place, str]) -> list[FoundNamespace]:
+                 known: Mapping[Place, str]) -> list[NamespaceLocation]:
     """List namespaces by names and processes, named ones last."""
     own = os.stat(namespaces.OWN_NETNS)
     paths: dict[Place, str] = {}
@@ -314,7 +314,7 @@ def _match_paths(names: Iterable[str], processes: Iterable[str],
             place = namespaces.stat_namespace(process + _BY_PROCESS, own)
             if place:
                 inside.setdefault(place, []).append(process)
-    return [FoundNamespace(
+    return [NamespaceLocation(
         paths.get(place) or _choose_path(inside[place], known.get(place)),
         NamespaceId(*place), next(iter(inside.get(place, ())), None))
         for place in sorted({**inside, **paths}, key=paths.__contains__)]

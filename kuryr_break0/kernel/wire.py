@@ -205,30 +205,30 @@ OF_KIND_MACVLAN = attribute(IFLA_LINKINFO, attribute(IFLA_INFO_KIND,
 
 def parse_link(body: bytes) -> values.Link:
     _, hardware, index, flags, _ = _IFINFO.unpack_from(body)
-    found = attributes(body, _IFINFO.size)
-    info = attributes(found.get(IFLA_LINKINFO, b''))
+    attrs = attributes(body, _IFINFO.size)
+    info = attributes(attrs.get(IFLA_LINKINFO, b''))
     kind = read_text(info.get(IFLA_INFO_KIND))
     mode = vrf = None
     if kind in ('macvlan', 'macvtap'):
         mode = _MODES.get(read_number(attributes(info.get(
             IFLA_INFO_DATA, b'')).get(IFLA_MACVLAN_MODE)) or 0)
-    master = read_number(found.get(IFLA_MASTER))
+    master = read_number(attrs.get(IFLA_MASTER))
     below = read_text(info.get(IFLA_INFO_SLAVE_KIND))
     if below == 'vrf':
         table = attributes(info.get(IFLA_INFO_SLAVE_DATA, b'')).get(
             IFLA_VRF_PORT_TABLE)
         vrf = values.Vrf(master or 0, read_number(table) or 0)
-    lower = found.get(IFLA_LINK_NETNSID)
+    lower = attrs.get(IFLA_LINK_NETNSID)
     return values.Link(
-        name=read_text(found.get(IFLA_IFNAME)) or '', index=index, kind=kind,
-        mode=mode, lower=read_number(found.get(IFLA_LINK)),
+        name=read_text(attrs.get(IFLA_IFNAME)) or '', index=index, kind=kind,
+        mode=mode, lower=read_number(attrs.get(IFLA_LINK)),
         lower_namespace=netlink.S32.unpack(lower)[0] if lower else None,
-        mtu=read_number(found.get(IFLA_MTU)) or 0,
-        mac=found.get(IFLA_ADDRESS, b'').hex(':'),
-        alias=read_text(found.get(IFLA_IFALIAS)),
+        mtu=read_number(attrs.get(IFLA_MTU)) or 0,
+        mac=attrs.get(IFLA_ADDRESS, b'').hex(':'),
+        alias=read_text(attrs.get(IFLA_IFALIAS)),
         multicast=bool(flags & IFF_MULTICAST), up=bool(flags & IFF_UP),
         loopback=bool(flags & IFF_LOOPBACK),
-        group=read_number(found.get(IFLA_GROUP)) or 0,
+        group=read_number(attrs.get(IFLA_GROUP)) or 0,
         carrier=bool(flags & IFF_LOWER_UP), vrf=vrf,
         port_of=master if below in _RECEIVERS else None,
         ethernet=hardware == ARPHRD_ETHER)
@@ -237,15 +237,15 @@ def parse_link(body: bytes) -> values.Link:
 def parse_route(body: bytes) -> values.Route:
     (family, dst_len, _, _, table, protocol, scope, kind,
      flags) = _ROUTE.unpack_from(body)
-    found = attributes(body, _ROUTE.size)
-    oif = read_number(found.get(RTA_OIF))
+    attrs = attributes(body, _ROUTE.size)
+    oif = read_number(attrs.get(RTA_OIF))
     return values.Route(
-        family, _address(found.get(RTA_DST)), dst_len, kind, scope, protocol,
-        read_number(found.get(RTA_TABLE)) or table, flags,
-        oif, _address(found.get(RTA_PREFSRC)),
-        read_number(found.get(RTA_PRIORITY)) or 0,
-        tuple(_next_hops(found, oif)), RTA_MULTIPATH in found,
-        RTA_METRICS in found or RTA_ENCAP in found)
+        family, _address(attrs.get(RTA_DST)), dst_len, kind, scope, protocol,
+        read_number(attrs.get(RTA_TABLE)) or table, flags,
+        oif, _address(attrs.get(RTA_PREFSRC)),
+        read_number(attrs.get(RTA_PRIORITY)) or 0,
+        tuple(_next_hops(attrs, oif)), RTA_MULTIPATH in attrs,
+        RTA_METRICS in attrs or RTA_ENCAP in attrs)
 
 
 def parse_next_hop(body: bytes) -> tuple[values.NextHop, ...]:
@@ -253,19 +253,19 @@ def parse_next_hop(body: bytes) -> tuple[values.NextHop, ...]:
 
     Nexthop objects of a forwarding database (fdb) belong to no route.
     """
-    found = attributes(body, _NEXT_HOP_OBJECT.size)
-    gateway = _address(found.get(NHA_GATEWAY))
-    if gateway is None or NHA_FDB in found:
+    attrs = attributes(body, _NEXT_HOP_OBJECT.size)
+    gateway = _address(attrs.get(NHA_GATEWAY))
+    if gateway is None or NHA_FDB in attrs:
         return ()
-    return (values.NextHop(gateway, read_number(found.get(NHA_OIF))),)
+    return (values.NextHop(gateway, read_number(attrs.get(NHA_OIF))),)
 
 
 def parse_rule(body: bytes) -> tuple[int, int, int]:
     """Parse family, priority and table of a rule only."""
     family, table, _ = _RULE.unpack_from(body)
-    found = attributes(body, _RULE.size)
-    return (family, read_number(found.get(FRA_PRIORITY)) or 0,
-            read_number(found.get(FRA_TABLE)) or table)
+    attrs = attributes(body, _RULE.size)
+    return (family, read_number(attrs.get(FRA_PRIORITY)) or 0,
+            read_number(attrs.get(FRA_TABLE)) or table)
 
 
 def route_protocol(body: bytes) -> int:
@@ -281,26 +281,26 @@ def changed_flags(body: bytes) -> int:
 def parse_address(body: bytes) -> Optional[values.AddressState]:
     """Parse an address; None for another family, such as MCTP."""
     _, _, flags, _, ifindex = _IFADDR.unpack_from(body)
-    found = attributes(body, _IFADDR.size)
-    address = _address(found.get(IFA_LOCAL) or found.get(IFA_ADDRESS))
+    attrs = attributes(body, _IFADDR.size)
+    address = _address(attrs.get(IFA_LOCAL) or attrs.get(IFA_ADDRESS))
     return None if address is None else values.AddressState(
         ifindex, address, flags)
 
 
 def parse_neighbour(body: bytes) -> values.NeighbourState:
     _, ifindex, state, _, _ = _NEIGHBOUR.unpack_from(body)
-    found = attributes(body, _NEIGHBOUR.size)
-    protocol = found.get(NDA_PROTOCOL)
+    attrs = attributes(body, _NEIGHBOUR.size)
+    protocol = attrs.get(NDA_PROTOCOL)
     return values.NeighbourState(
-        _address(found.get(NDA_DST)), ifindex, state,
-        found.get(NDA_LLADDR, b'').hex(':'),
+        _address(attrs.get(NDA_DST)), ifindex, state,
+        attrs.get(NDA_LLADDR, b'').hex(':'),
         protocol[0] if protocol else None)
 
 
 def parse_nsid(body: bytes) -> int:
     """Parse the number of a namespace; -1 if it has none."""
-    found = attributes(body, 4).get(NETNSA_NSID)
-    return int(netlink.S32.unpack(found)[0]) if found else -1
+    nsid = attributes(body, 4).get(NETNSA_NSID)
+    return int(netlink.S32.unpack(nsid)[0]) if nsid else -1
 
 
 #: Parsers, by the message type of an addition. A deletion has the next type.
@@ -328,15 +328,15 @@ def family_of(address: IPAddress) -> int:
     return socket.AF_INET if address.version == 4 else socket.AF_INET6
 
 
-def _next_hops(found: dict[int, bytes],
+def _next_hops(attrs: dict[int, bytes],
                oif: Optional[int]) -> Iterator[values.NextHop]:
     # RTA_VIA begins with the address family of the gateway, which differs from
     # the family of the route.
-    for packed in (found.get(RTA_GATEWAY), found.get(RTA_VIA, b'')[2:]):
+    for packed in (attrs.get(RTA_GATEWAY), attrs.get(RTA_VIA, b'')[2:]):
         gateway = _address(packed)
         if gateway is not None:
             yield values.NextHop(gateway, oif)
-    hops = found.get(RTA_MULTIPATH, b'')
+    hops = attrs.get(RTA_MULTIPATH, b'')
     start = 0
     while start + _NEXT_HOP.size <= len(hops):
         length, _, _, ifindex = _NEXT_HOP.unpack_from(hops, start)

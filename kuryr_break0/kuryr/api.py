@@ -106,10 +106,10 @@ def node_name() -> str:
 def list_nodes() -> list[str]:
     """List the nodes with KuryrPorts; none if the API denies the request."""
     try:
-        found = clients.get_kubernetes_client().get(
+        ports = clients.get_kubernetes_client().get(
             k_const.K8S_API_CRD_KURYRPORTS)['items']
         return sorted({str(each['metadata']['labels'][
-            k_const.KURYRPORT_LABEL]) for each in found})
+            k_const.KURYRPORT_LABEL]) for each in ports})
     except (k_exc.K8sClientException, RuntimeError, OSError, KeyError,
             TypeError, ValueError, AttributeError):
         return []

@@ -38,13 +38,13 @@ def digest(read: Callable[[str], Optional[str]]) -> str:
 
     :param read: returns the source of a module of kuryr_kubernetes, or None
     """
-    found = hashlib.sha256()
+    hashed = hashlib.sha256()
     for path, names in FUNCTIONS.items():
         text = read(path) or ''
         for name, source in _sources(text):
             if name in names:
-                found.update(source.encode())
-    return found.hexdigest()[:16]
+                hashed.update(source.encode())
+    return hashed.hexdigest()[:16]
 
 
 def _sources(text: str) -> Iterator[tuple[str, str]]:

@@ -99,10 +99,10 @@ def _install_driver() -> None:
         LOG.info('Options of break0: %s', options)
         driver.note_options(options)
         if options.pod_binding == config.AUTO:
-            found = comparison.compare()
+            comparison_ = comparison.compare()
             LOG.info('%s creates the interfaces of pods: of Kuryr\'s binding '
                      'code, %s', 'kuryr-break0'
-                     if found.is_known else 'Kuryr', found.text)
+                     if comparison_.is_known else 'Kuryr', comparison_.text)
         if options.guard != config.OFF:
             # A kernel without nftables refuses; each bind reports it.
             with contextlib.suppress(exceptions.KernelRefused):

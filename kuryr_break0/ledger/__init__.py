@@ -152,13 +152,13 @@ class Ledger:
         with self._convert_errors():
             for _ in range(_RETRIES):
                 before = files.stamp(directory)
-                found = self.contents()
+                contents = self.contents()
                 is_free = lock.is_free_within(self.lock_path, patience)
                 other = read_other()
                 is_steady = is_free and before == files.stamp(directory)
                 if is_steady or not is_free:
                     break
-        return found, other, is_steady
+        return contents, other, is_steady
 
     def contents(self) -> Contents:
         """Read all records without moving damaged ones to quarantine."""
@@ -168,20 +168,20 @@ class Ledger:
         current_name = functools.lru_cache(node.find_current_name)
         for name in self.records.names(self.records.directory):
             path = '%s/%s' % (self.records.directory, name)
-            found: tuple[IPAddress, ...] = ()  # if the name is invalid
+            addresses: tuple[IPAddress, ...] = ()  # if the name is invalid
             try:
                 address = address_of(name)
-                found = (address,)
+                addresses = (address,)
                 read.append((address, self.records.parse(address,
                                                          current_name)))
             except (FileNotFoundError, NotADirectoryError):
                 pass  # unbound meanwhile
             except NewerVersion as err:
                 newer[path] = str(err)
-                unreadable.update(found)
+                unreadable.update(addresses)
             except (ValueError, OSError) as err:
                 damaged[path] = str(err)
-                unreadable.update(found)
+                unreadable.update(addresses)
         claims = dict(sorted(read, key=lambda each: address_order(each[0])))
         known = self.records.parsed_files
         if len(known) > len(claims):
@@ -212,14 +212,14 @@ class Ledger:
         directory's contents were lost. The caller must hold the lock.
         """
         try:
-            found = identity.read(self._identity_path)
+            current = identity.read(self._identity_path)
         except ValueError as err:
             LOG.error('The identity of the ledger in %s is damaged: %s. '
                       'Created a new one; if pods lose their routes, run: '
                       'kuryr-break0 sync --claim', self.path, err)
-            found = None
+            current = None
         boot = identity.read_boot_id()
-        if found is not None and boot and found.boot not in ('', boot):
+        if current is not None and boot and current.boot not in ('', boot):
             # The kernel numbers namespaces from the start at each boot, so an
             # earlier boot's records would match namespaces of this boot.
             LOG.warning('The state directory %s has records of an earlier '
@@ -227,16 +227,16 @@ class Ledger:
                         'quarantine. Use a directory on a tmpfs: see [break0] '
                         'state_dir', self.path)
             self._quarantine_all()
-            found = None
-        if found is None:
-            found = Identity.new()
-            self.put_identity(found)
-        return found
+            current = None
+        if current is None:
+            current = Identity.new()
+            self.put_identity(current)
+        return current
 
-    def put_identity(self, found: Identity) -> None:
+    def put_identity(self, current: Identity) -> None:
         """Write the identity of the ledger."""
         with self._convert_errors():
-            files.replace(self._identity_path, found.to_json())
+            files.replace(self._identity_path, current.to_json())
 
     def _quarantine_all(self) -> None:
         target = os.path.join(self.records.quarantine, _EARLIER_BOOT)
@@ -268,12 +268,12 @@ class Ledger:
         DEL names only the addresses of the last ADD, so claims of an earlier
         ADD remain.
         """
-        found = {}
+        ended = {}
         for each in self.cache.get('ended') or ():
             with contextlib.suppress(TypeError, ValueError):
                 container_id, ifname, when = each
-                found[Owner(str(container_id), str(ifname))] = float(when)
-        return found
+                ended[Owner(str(container_id), str(ifname))] = float(when)
+        return ended
 
     def add_end(self, owner: Owner, when: float) -> None:
         """Add a DEL to :meth:`list_ended`. The caller must hold the lock."""
@@ -340,15 +340,15 @@ class Ledger:
         with self._convert_errors():
             if not os.path.isdir(self.path):
                 os.makedirs(self.path, mode=0o700, exist_ok=True)
-            found = os.stat(self.path)
-            if found.st_uid != os.geteuid():
+            status = os.stat(self.path)
+            if status.st_uid != os.geteuid():
                 raise OSError('it belongs to user %d, not to %d' %
-                              (found.st_uid, os.geteuid()))
+                              (status.st_uid, os.geteuid()))
             used = os.path.isdir(self.records.directory)
             if not used and self.list_foreign_files():
                 raise OSError('it has no records, but the foreign file %s' %
                               self.list_foreign_files()[0])
-            mode = stat.S_IMODE(found.st_mode)
+            mode = stat.S_IMODE(status.st_mode)
             if mode & 0o077:
                 # kubelet creates an empty directory for a volume.
                 LOG.log(logging.WARNING if used else logging.DEBUG,

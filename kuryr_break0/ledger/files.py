@@ -128,12 +128,12 @@ def read_stamped(path: str, max_size: int) -> tuple[str, Stamp]:
             raise ValueError('it is a link')
         raise
     try:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
             raise ValueError('it is not a regular file')
-        if found.st_size > max_size:
+        if status.st_size > max_size:
             raise ValueError('it is larger than %d bytes' % max_size)
-        return os.read(fd, found.st_size).decode(), _stamp(found)
+        return os.read(fd, status.st_size).decode(), _stamp(status)
     finally:
         os.close(fd)
 
@@ -171,5 +171,5 @@ def stamp(path: str) -> Optional[Stamp]:
         return None
 
 
-def _stamp(found: os.stat_result) -> Stamp:
-    return found.st_ino, found.st_mtime_ns, found.st_size
+def _stamp(status: os.stat_result) -> Stamp:
+    return status.st_ino, status.st_mtime_ns, status.st_size

@@ -37,8 +37,8 @@ class Alias(NamedTuple):
     @classmethod
     def parse(cls, text: Optional[str]) -> Optional[Alias]:
         """Parse an interface's alias; None if it names no ledger."""
-        found = _ALIAS.fullmatch(text or '')
-        return cls(found[1], found[2]) if found else None
+        match = _ALIAS.fullmatch(text or '')
+        return cls(match[1], match[2]) if match else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,18 +82,18 @@ class Identity:
             fields: dict[str, Any] = json.loads(text)
             if fields.pop('version') != _VERSION:
                 raise ValueError('its format has another version')
-            found = cls(**fields)
-            if not (re.fullmatch('[0-9a-f]{16}', found.id)
-                    and re.fullmatch('[0-9a-f]{32}', found.secret)
-                    and isinstance(found.boot, str)
+            parsed = cls(**fields)
+            if not (re.fullmatch('[0-9a-f]{16}', parsed.id)
+                    and re.fullmatch('[0-9a-f]{32}', parsed.secret)
+                    and isinstance(parsed.boot, str)
                     and all(isinstance(text, str) for names in (
-                        found.devices, found.macs, found.claimed)
+                        parsed.devices, parsed.macs, parsed.claimed)
                         for pair in names.items() for text in pair)
-                    and all(map(MAC.fullmatch, found.macs.values()))):
+                    and all(map(MAC.fullmatch, parsed.macs.values()))):
                 raise ValueError('one of its values has the wrong format')
         except (AttributeError, KeyError, TypeError, RecursionError) as err:
             raise ValueError('it is not an identity (%r)' % err)
-        return found
+        return parsed
 
 
 class Ownership(enum.Enum):

@@ -334,13 +334,13 @@ class Records:
                         os.unlink(os.path.join(directory, name))
 
     def _parse_names(self, names: Iterable[str]) -> list[IPAddress]:
-        found = []
+        addresses = []
         for name in names:
             try:
-                found.append(address_of(name))
+                addresses.append(address_of(name))
             except ValueError as err:
                 self._quarantine(os.path.join(self.directory, name), err)
-        return found
+        return addresses
 
     def names(self, directory: str) -> list[str]:
         """List the names of the records in a directory."""

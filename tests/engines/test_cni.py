@@ -47,7 +47,7 @@ class TestPodman(CNITestCase):
     def test_run_restart_stop_kill(self) -> None:
         self.podman.run('web', '--network', 'lan')
         self.assert_reached('web')
-        record, *_ = self.seen().live.values()
+        record, *_ = self.snapshot().live.values()
         self.assertEqual(('web', 'lan'), (record.pod, record.network))
         self.podman('restart', '--time', '0', 'web')
         self.assert_reached('web')
@@ -93,7 +93,7 @@ class TestContainerd(CNITestCase):
             self.assert_reaches(address, lambda *command: self.lab.run(
                 *command, netns=name, check=False).returncode == 0)
             records = {str(record.address): record
-                       for record in self.seen().live.values()}
+                       for record in self.snapshot().live.values()}
             self.assertEqual((pod, each), (
                 records[address].pod, records[address].owner.container_id))
         for each in ids:

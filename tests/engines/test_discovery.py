@@ -56,7 +56,7 @@ class DiscoveryTestCase(base.EngineTestCase):
         self.reach(engine, 'before')
         engine.run('web', '--network', 'lan')
         address = self.reach(engine, 'web')
-        record, = (record for record in self.seen().live.values()
+        record, = (record for record in self.snapshot().live.values()
                    if str(record.address) == address)
         self.assertIs(Origin.DISCOVERED, record.origin)
         engine('restart', '--time', '0', 'web')
@@ -147,7 +147,7 @@ class TestDocker(DiscoveryTestCase):
         # Records of both interfaces have the container's name, and so do
         # the metrics.
         self.until(lambda: {record.pod for record
-                            in self.seen().live.values()} == {'web'})
+                            in self.snapshot().live.values()} == {'web'})
         shown = self.lab.run(base.PROGRAM, '--config-file', base.CONF,
                              'status').stdout
         self.assertRegex(shown, r'web/eth1 +\| +discovered')
@@ -216,7 +216,7 @@ class TestDocker(DiscoveryTestCase):
         agent = self.start_agent()
         self.docker.run('web', '--network', 'lan')
         address = self.reach(self.docker, 'web')
-        before = self.seen().live
+        before = self.snapshot().live
         agent.terminate()
         agent.wait()
         self.docker('restart', '--time', '0', 'web')

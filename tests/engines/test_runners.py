@@ -35,7 +35,7 @@ class TestRunners(test_discovery.DiscoveryTestCase):
         """
         self.until(lambda: {
             (str(record.address), record.owner.ifname)
-            for record in self.seen().live.values()} == {
+            for record in self.snapshot().live.values()} == {
             (address, runner.ifname) for number in numbers
             for address in (runners.address(number),
                             runners.address6(number))})

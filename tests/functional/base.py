@@ -177,15 +177,15 @@ class LabTestCase(unittest.TestCase):
 
     def bound(self) -> set[str]:
         """Return the addresses with a claim in the ledger."""
-        return set(map(str, self.seen().contents.claims))
+        return set(map(str, self.snapshot().contents.claims))
 
-    def seen(self, **overrides: Any) -> snapshot.Snapshot:
+    def snapshot(self, **overrides: Any) -> snapshot.Snapshot:
         own = options(**overrides)
         with kernel.Netlink() as netlink:
             return actual.read(own, ledger.Ledger(own.state_dir), netlink)
 
     def problems(self, **overrides: Any) -> list[str]:
         """Return all problems that status would print."""
-        found, _ = problems.find_all(self.seen(**overrides))
+        found, _ = problems.find_all(self.snapshot(**overrides))
         return [*problems.of_node(found),
                 *problems.by_address(found).values()]

@@ -798,7 +798,7 @@ class TestInThePod(BorderTestCase):
     def test_a_cleanup_takes_it_from_where_the_interface_is_gone(self
                                                                  ) -> None:
         self.delete_interface()
-        records = [record for record in self.seen().live.values()
+        records = [record for record in self.snapshot().live.values()
                    if record.owner == OWNER]
         self.assertEqual([], podside.withdraw(records[0], base.options(),
                                               dry_run=True))

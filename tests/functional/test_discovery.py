@@ -156,7 +156,7 @@ class TestFinding(DiscoveryTestCase):
         self.inside('one', 'ip', 'link', 'set', 'eth0', 'name', 'lan0')
         self.inside('one', 'ip', 'link', 'set', 'lan0', 'up')
         self.until(lambda: {record.owner.ifname for record
-                            in self.seen().live.values()} == {'lan0'})
+                            in self.snapshot().live.values()} == {'lan0'})
         self.inside('one', 'ip', 'address', 'flush', 'dev', 'lan0')
         self.until_bound()
         self.inside('one', 'ip', 'address', 'add', ONE + '/24', 'dev',
@@ -218,7 +218,7 @@ class TestFinding(DiscoveryTestCase):
             found.read_events()
             found.work()
             self.assertLessEqual({record.owner.ifname for record
-                                  in self.seen().live.values()}, {'eth0'})
+                                  in self.snapshot().live.values()}, {'eth0'})
             return is_idle(found) and bool(self.bound())
 
         with self.quiet(), mock.patch.object(kernel.Netlink, 'macvlans',
@@ -371,7 +371,7 @@ class TestFinding(DiscoveryTestCase):
             self.assertEqual([], self.problems())
             self.assertEqual({ONE}, self.bound())
             self.assertEqual([], containers.unserved(
-                self.seen(), ledger.Ledger('/run/kuryr-break0')))
+                self.snapshot(), ledger.Ledger('/run/kuryr-break0')))
         finally:
             keepalived.terminate()
             keepalived.wait()
@@ -402,16 +402,16 @@ class TestOwnership(DiscoveryTestCase):
             # A second container has the same address.
             self.lab.add_pod('thief%d' % number, address)
         before = {address: record.owner for address, record
-                  in self.seen().live.items()}
+                  in self.snapshot().live.items()}
         self.start()
         self.lab.add_pod('one', ONE)
         self.until(lambda: ONE in self.bound())
         self.until_looked()
-        live = self.seen().live
+        live = self.snapshot().live
         self.assertEqual(before, {
             address: record.owner for address, record in live.items()
             if str(address) != ONE})
-        self.assertEqual({}, self.seen().rivals)
+        self.assertEqual({}, self.snapshot().rivals)
         for number in range(3):
             self.assert_reachable('100.75.30.%d' % (90 + number),
                                   'c%d' % number)
@@ -422,7 +422,7 @@ class TestOwnership(DiscoveryTestCase):
         self.until(lambda: any(
             str(address) == '100.75.30.90'
             and record.origin is Origin.DISCOVERED
-            for address, record in self.seen().live.items()))
+            for address, record in self.snapshot().live.items()))
 
     def mac(self, name: str) -> str:
         return str(self.lab.ip('link', 'show', 'eth0', netns=name)[0][
@@ -441,9 +441,9 @@ class TestOwnership(DiscoveryTestCase):
         self.manager().bind(owner, base.addresses(ONE), parent='eth0',
                             mac=self.mac('one'), netns=netns,
                             origin=Origin.CNI)
-        record, = self.seen().live.values()
+        record, = self.snapshot().live.values()
         self.assertEqual((owner, Origin.CNI), (record.owner, record.origin))
-        self.assertEqual({}, self.seen().rivals)
+        self.assertEqual({}, self.snapshot().rivals)
         self.assert_reachable(ONE, 'one')
 
     def test_first_of_two(self) -> None:
@@ -454,7 +454,7 @@ class TestOwnership(DiscoveryTestCase):
         self.lab.add_pod('two', ONE)
         self.until(lambda: 'it belongs to' in self.log())
         self.until_looked()
-        record, = self.seen().live.values()
+        record, = self.snapshot().live.values()
         self.assertEqual(mac, record.mac)
         self.assertEqual(1, self.log().count('it belongs to'))
         done = self.lab.run(PROGRAM, '--config-file', CONF, 'doctor',
@@ -464,7 +464,7 @@ class TestOwnership(DiscoveryTestCase):
                       ' '.join(done.stdout.split()))
         self.lab.del_netns('one')
         self.until(lambda: [record.mac for record
-                            in self.seen().live.values()]
+                            in self.snapshot().live.values()]
                    == [self.mac('two')])
         self.assertTrue(self.lab.ping(ONE))
 
@@ -1221,14 +1221,14 @@ class TestExhausted(FinderTestCase):
         self.finder.note_mounts()
         self.assert_bound(ONE)
         number, = [number for number, each in self.finder._numbers.items()
-                   if each.found.path.endswith('/one')]
+                   if each.location.path.endswith('/one')]
         self.lab.del_netns('one')
         self.lab.add_pod('two', TWO)
         with mock.patch.object(kernel.Netlink, 'ensure_namespace_number',
                                return_value=number):
             self.finder.note_mounts()
             lab.until(lambda: self.step() or any(
-                each.found.path.endswith('/two')
+                each.location.path.endswith('/two')
                 for each in self.finder._namespaces.values()))
         self.assert_bound(TWO)
 
@@ -1318,7 +1318,7 @@ class TestBounds(FinderTestCase):
         self.work()
         with mock.patch.object(binder, 'Engine') as engine:
             for number in range(9):
-                self.finder._remove(namespace.Namespace(kernel.FoundNamespace(
+                self.finder._remove(namespace.Namespace(kernel.NamespaceLocation(
                     '/run/netns/gone', NamespaceId(1, 2, number))))
             self.work()
         engine.assert_not_called()
@@ -1473,10 +1473,10 @@ class TestEvents(FinderTestCase):
         self.lab.add_pod('one', ONE)
         self.assert_bound(ONE)
         known, = (each for each in self.finder._namespaces.values()
-                  if each.found.path.endswith('/one'))
+                  if each.location.path.endswith('/one'))
         self.lab.del_netns('one')
         lab.until(lambda: kernel.judge_state(
-            known.found.path, known.found.namespace) is kernel.State.GONE)
+            known.location.path, known.location.namespace) is kernel.State.GONE)
         while select.select(self.finder.list_readable(), [], [], 1)[0]:
             self.finder._events.get()
         self.lab.add_pod('one', TWO)
@@ -1531,14 +1531,14 @@ class TestEvents(FinderTestCase):
         self.lab.add_pod('one', ONE)
         self.lab.add_pod('two', TWO)
         self.assert_bound(ONE, TWO)
-        record = self.seen().live[ipaddress.ip_address(ONE)]
+        record = self.snapshot().live[ipaddress.ip_address(ONE)]
         self.manager().unbind(record.owner, base.addresses(ONE))
         self.assertEqual({TWO}, self.bound())
         queue = self.finder._queue
         with mock.patch.object(queue, 'mark', side_effect=queue.mark) as mark:
             self.finder.note_records()
         self.assertEqual([record.namespace], [
-            call.args[0].found.namespace for call in mark.mock_calls])
+            call.args[0].location.namespace for call in mark.mock_calls])
         self.assert_bound(ONE, TWO)
 
     def test_namespace_that_gets_a_name(self) -> None:
@@ -1566,7 +1566,7 @@ class TestEvents(FinderTestCase):
                      netns='one')
         self.assert_bound(ONE, TWO)
         self.assertEqual({'/run/netns/one'}, {
-            record.netns for record in self.seen().live.values()})
+            record.netns for record in self.snapshot().live.values()})
 
 
 class TestRecords(base.LabTestCase):

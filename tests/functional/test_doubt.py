@@ -113,7 +113,7 @@ class TestViews(DoubtTestCase):
     def test_on_a_kernel_that_does_not_number_namespaces(self) -> None:
         with mock.patch.object(namespaces, '_NS_GET_ID', 0):
             self.bind(POD, netns=self.netns, mac_of_pod=MAC % 1)
-            record = self.seen().live[base.addresses(POD)[0]]
+            record = self.snapshot().live[base.addresses(POD)[0]]
             assert record.namespace is not None
             self.assertIsNone(record.namespace.cookie)
             for command in self.PATHS:
@@ -129,13 +129,13 @@ class TestViews(DoubtTestCase):
     def test_another_process_namespace(self) -> None:
         # In another process namespace, the recorded path /proc/PID belongs to
         # another process.
-        record = self.seen().live[base.addresses(POD)[0]]
+        record = self.snapshot().live[base.addresses(POD)[0]]
         ledger.Ledger(STATE, 10).records.put([dataclasses.replace(
             record, netns='/proc/1/ns/net')])
         self.assert_untouched()
 
     def test_an_inode_that_is_used_again(self) -> None:
-        record = self.seen().live[base.addresses(POD)[0]]
+        record = self.snapshot().live[base.addresses(POD)[0]]
         assert record.namespace is not None
         if record.namespace.cookie is None:
             self.skipTest('needs numbers of namespaces, Linux 6.18')
@@ -242,7 +242,7 @@ class TestLostLedger(DoubtTestCase):
             self.lab.run('ip', *command.split(), netns='evil')
         shutil.rmtree(STATE)
         self.assert_rebuilt(POD, OTHER_POD)
-        self.assertEqual(self.netns, self.seen().live[
+        self.assertEqual(self.netns, self.snapshot().live[
             base.addresses(POD)[0]].netns)
 
     def test_a_dry_run_says_it_and_does_nothing(self) -> None:
@@ -366,7 +366,7 @@ class TestOtherLedger(DoubtTestCase):
         self.assertEqual({POD, OTHER_POD, '100.75.30.90'}, self.bound())
         # The bind in the other ledger had rebuilt this record, since the
         # guard needs all pods.
-        self.assertEqual({OTHER_POD}, set(map(str, self.seen(
+        self.assertEqual({OTHER_POD}, set(map(str, self.snapshot(
             state_dir='/run/other').contents.claims)))
 
     def test_unbind_with_an_earlier_claim_changes_nothing_of_it(self) -> None:
@@ -381,7 +381,7 @@ class TestOtherLedger(DoubtTestCase):
             before = self.state()
             self.unbind(POD, state_dir='/run/other')
         self.assertEqual(before, self.state())
-        record, = self.seen(state_dir='/run/other').contents.claims[
+        record, = self.snapshot(state_dir='/run/other').contents.claims[
             base.addresses(POD)[0]]
         self.assertEqual(OTHER_OWNER, record.owner)
 
@@ -654,7 +654,7 @@ class TestElsewhere(base.LabTestCase):
         self.bind(POD, netns=self.lab.add_pod('pod', POD))
         self.lab.settle()
         before = self.lab.ip('link', netns='pod')
-        for change in self.manager().sync, self.seen:
+        for change in self.manager().sync, self.snapshot:
             with self.assertRaisesRegex(exceptions.Break0Error,
                                         'namespace of sandbox-1/eth0, not '):
                 self.lab.in_netns(change, 'pod')
@@ -846,7 +846,7 @@ class TestStatus(test_cli.CLITestCase):
         # descriptors of the file, so the ledger uses flock(2).
         made = ledger.Ledger(STATE, 1)
         with made.lock():
-            self.seen()  # a scrape reads it in the agent's process
+            self.snapshot()  # a scrape reads it in the agent's process
             pid = base.in_child(self._take)
             self.assertEqual(1, base.wait_for(pid))
 

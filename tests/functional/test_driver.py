@@ -134,7 +134,7 @@ class TestConnect(DriverTestCase):
 
     def test_the_owner_is_the_sandbox(self) -> None:
         self.connect()
-        record, = self.seen().live.values()
+        record, = self.snapshot().live.values()
         self.assertEqual(base.OWNER, record.owner)
         self.assertEqual(str(self.vif.address), record.mac)
         self.assertEqual(self.netns, record.netns)
@@ -532,7 +532,7 @@ class TestNetns(DriverTestCase):
         os.symlink(self.netns, '/run/host_proc/42/ns/net')
         self.connect(netns='/proc/42/ns/net')
         self.assertEqual(['eth0'], list(self.pod_links()))
-        record, = self.seen().live.values()
+        record, = self.snapshot().live.values()
         self.assertEqual('/run/host_proc/42/ns/net', record.netns)
 
 

@@ -232,7 +232,7 @@ class TestSync(base.LabTestCase):
                               % (address, owner), done.stdout)
             self.assertNotIn('\n- ', '\n' + done.stdout)
             self.assert_untouched()
-        if self.seen().live[base.addresses(POD)[0]].namespace.cookie:
+        if self.snapshot().live[base.addresses(POD)[0]].namespace.cookie:
             self.assertIn('lacks CAP_SYS_ADMIN', done.stdout)
         self.assertEqual(1, done.stderr.count('cannot find out'), done.stderr)
         again = self.call(*command, 'sync')

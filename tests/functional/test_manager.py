@@ -494,7 +494,7 @@ class TestConnectionTracking(base.LabTestCase):
 
         def is_removed() -> bool:
             self.manager().sync()
-            return self.seen().live[base.addresses(POD)[0]].owner == (
+            return self.snapshot().live[base.addresses(POD)[0]].owner == (
                 OTHER_OWNER)
 
         with self.assertLogs('kuryr_break0', 'INFO') as logs:
@@ -844,7 +844,7 @@ class TestLedgerAndLock(base.LabTestCase):
                             parent=lab.PARENT, yielding=True)
         self.assertEqual({POD, OTHER_POD}, self.bound())
         self.assertEqual({OTHER_OWNER}, {
-            claim.owner for claims in self.seen().contents.claims.values()
+            claim.owner for claims in self.snapshot().contents.claims.values()
             for claim in claims})
         self.assertFalse(self.manager().sync())
         self.assertEqual({POD, OTHER_POD}, set(self.lab.routes()))
@@ -906,7 +906,7 @@ class TestLedgerAndLock(base.LabTestCase):
 class TestStatus(base.LabTestCase):
 
     def test_without_break0(self) -> None:
-        self.assertEqual({}, self.seen().parents)
+        self.assertEqual({}, self.snapshot().parents)
         self.assertEqual([], self.problems())
 
     def test_in_sync_and_not(self) -> None:
@@ -915,7 +915,7 @@ class TestStatus(base.LabTestCase):
         self.lab.run('ip', 'route', 'del', POD)
         self.lab.run('ip', 'route', 'add', '100.75.30.73', 'dev', 'break0',
                      'proto', '176')
-        seen = self.seen()
+        seen = self.snapshot()
         self.assertEqual({POD, OTHER_POD}, set(map(str, seen.live)))
         self.assertEqual(
             {POD: 'its route is missing',

@@ -154,7 +154,7 @@ class TestReplaced(MissingTestCase):
         self.change()
         self.sync(2)
         self.sync(4)
-        self.assertEqual(OTHER_OWNER, self.seen().live[
+        self.assertEqual(OTHER_OWNER, self.snapshot().live[
             ipaddress.ip_address(POD)].owner)
         self.assertTrue(self.lab.ping(POD))
 

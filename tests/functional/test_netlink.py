@@ -250,7 +250,7 @@ class TestNamespaceEvents(base.LabTestCase):
         assert identity is not None
         with contextlib.closing(kernel.NamespaceEvents()) as events:
             number = kernel.examine_namespace(
-                kernel.FoundNamespace(path, identity)).number
+                kernel.NamespaceLocation(path, identity)).number
             self.assertEqual({number}, events.get().numbered)
             self.lab.run('ip', 'link', 'set', 'lo', 'down', netns='one')
             self.assertEqual({number}, events.get().changed)

@@ -127,7 +127,7 @@ class TestTwoParents(ParentsTestCase):
         self.assertTrue(self.lab.ping(POD1))
         self.assertEqual({POD1, POD1_6}, set(self.lab.routes(self.device1)))
         self.assertEqual({POD, POD6}, set(map(str, problems.by_address(
-            problems.find(self.seen())))))
+            problems.find(self.snapshot())))))
         self.lab.add_nic()
         self.manager().sync()
         self.assertEqual({POD}, {each for each in self.lab.routes()
@@ -156,7 +156,7 @@ class TestTwoParents(ParentsTestCase):
         self.assert_reachable()
         self.assertEqual({lab.PARENT: 'break0', self.NIC: self.device1}, {
             name: parent.device
-            for name, parent in self.seen().parents.items()})
+            for name, parent in self.snapshot().parents.items()})
 
     def test_next_hops_of_either(self) -> None:
         for hop in ('100.75.60.1', lab.LAN):
@@ -234,7 +234,7 @@ class TestRenamed(ParentsTestCase):
         with self.quiet():
             self.assertFalse(self.manager().sync())
         self.assertEqual(devices, self.devices())
-        seen = self.seen()
+        seen = self.snapshot()
         self.assertEqual(devices, seen.identity and seen.identity.devices)
         self.assertEqual(devices, {name: parent.device for name, parent
                                    in seen.parents.items()})
@@ -281,7 +281,7 @@ class TestRenamed(ParentsTestCase):
         outcome = self.manager().sync(dry_run=True)
         self.assertIn(('break0', 'its parent eth0 is called ens3 now'),
                       outcome.devices)
-        seen = self.seen()
+        seen = self.snapshot()
         self.assertEqual('break0', seen.identity
                          and seen.identity.devices['eth0'])
 
@@ -483,7 +483,7 @@ class TestRenamedWithAnAgent(test_discovery.DiscoveryTestCase):
         self.until(lambda: self.lab.ping(lab.NODE, 'one'))
 
     def assert_parents(self, *names: str) -> None:
-        self.until(lambda: names == tuple(self.seen().parents)
+        self.until(lambda: names == tuple(self.snapshot().parents)
                    and not self.problems())
 
     def test_containers_before_and_after(self) -> None:

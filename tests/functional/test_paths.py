@@ -445,7 +445,7 @@ class TestFamilies(base.LabTestCase):
         self.assertTrue(self.lab.ping(POD))
         self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
         self.assertEqual(['IPv6 is disabled on break0'], list(
-            problems.by_address(problems.find(self.seen())).values()))
+            problems.by_address(problems.find(self.snapshot())).values()))
         self.assertFalse(self.manager().sync())
         self.unbind(POD, POD6)
         self.assertEqual(set(), self.bound())

@@ -324,7 +324,7 @@ class ProblemsTestCase(DoctorTestCase):
                    if sample.name == 'kuryr_break0_addresses_out_of_sync')
 
     def found(self, fault: Fault) -> list[problems.Problem]:
-        return problems.find_all(self.seen(**fault.options))[0]
+        return problems.find_all(self.snapshot(**fault.options))[0]
 
     def check(self, fault: Fault) -> None:
         if callable(fault.make):
@@ -358,7 +358,7 @@ class ProblemsTestCase(DoctorTestCase):
         """Check that the doctor has a finding of each problem."""
         of_kind: dict[str, list[str]] = {}
         for finding in self.all_findings(fault):
-            of_kind.setdefault(finding.id, []).append(finding.seen)
+            of_kind.setdefault(finding.id, []).append(finding.observed)
         if fault.kind is None:
             self.assertIn('container-not-discovered', of_kind)
         for kind in {each.kind for each in found}:

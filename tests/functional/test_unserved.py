@@ -402,7 +402,7 @@ class TestCost(base.LabTestCase):
                                   for number in range(100, 109)))
         with mock.patch.object(containers, 'MOST', 5):
             self.assertEqual(5, len(containers.unserved(
-                self.seen(), ledger.Ledger('/run/kuryr-break0'))))
+                self.snapshot(), ledger.Ledger('/run/kuryr-break0'))))
 
     def test_a_sync_costs_nothing_more(self) -> None:
         """A sync does not look for unbound containers; the agent does."""

@@ -89,14 +89,14 @@ class TestMerged(unittest.TestCase):
     def test_one_of_each_kind(self) -> None:
         missing = findings.KINDS['pod-route-missing']
         one, other = findings.merged([
-            missing.found('first', [1, 2], ['do 1', 'sync']),
+            missing.finding('first', [1, 2], ['do 1', 'sync']),
             findings.KINDS['pod-down'].found('down', [3]),
-            missing.found('worse', [2, 4], ['do 2', 'sync'],
+            missing.finding('worse', [2, 4], ['do 2', 'sync'],
                           findings.ERROR)])
         self.assertEqual(('worse', findings.ERROR, ('1', '2', '4'),
                           ('do 1', 'do 2', 'sync')),
-                         (one.seen, one.severity, one.subjects, one.commands))
-        self.assertEqual(('down', ('3',)), (other.seen, other.subjects))
+                         (one.observed, one.severity, one.subjects, one.commands))
+        self.assertEqual(('down', ('3',)), (other.observed, other.subjects))
 
 
 class TestReport(unittest.TestCase):
@@ -193,7 +193,7 @@ class TestKuryrsPlugin(unittest.TestCase):
         self.assertEqual(('plugin-slow', findings.NOTE, (self.path,)),
                          (found.id, found.severity, found.subjects))
         for each in (self.path, program or self.path):
-            self.assertIn(each, found.seen)
+            self.assertIn(each, found.observed)
 
     def assert_none(self) -> None:
         self.assertEqual([], list(installation.check_plugin()))

@@ -53,7 +53,7 @@ class TestLibcni(base.WithShim, base.CNITestCase):
             result = json.loads(self.libcni('ADD'))
             address = base.addresses(result)[0]
             self.assert_reachable(address, 'one')
-            record, *_ = self.seen().live.values()
+            record, *_ = self.snapshot().live.values()
             self.assertEqual(('shop/web-0', 'lan'),
                              (record.pod, record.network))
             if version != '0.3.1':

@@ -35,7 +35,7 @@ class PluginSuite(base.CNITestCase):
     def bound_for(self, *containers: str) -> set[str]:
         """Return the recorded addresses of these containers."""
         return {str(record.address)
-                for record in self.seen().live.values()
+                for record in self.snapshot().live.values()
                 if record.owner.container_id in containers}
 
     # ADD and DEL
@@ -167,7 +167,7 @@ class PluginSuite(base.CNITestCase):
                 ('K8S_POD_NAME=web', 'web'), ('', None),
                 ('K8S_POD_NAMESPACE=a b;K8S_POD_NAME=x\ny', None)):
             self.runtime.add(self.lan, self.netns, args=args)
-            record, *_ = self.seen().live.values()
+            record, *_ = self.snapshot().live.values()
             self.assertEqual((pod, 'lan'), (record.pod, record.network))
             self.runtime.remove(self.lan, self.netns)
 
