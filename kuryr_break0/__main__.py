@@ -36,7 +36,8 @@ def _explain(err: ImportError) -> int:
             findings))
     else:
         print('kuryr-break0: The command cannot be loaded: %s. %s' % (
-            err, ' '.join(each.observed for each in findings)), file=sys.stderr)
+            err, ' '.join(each.observed for each in findings)),
+            file=sys.stderr)
     return common.USAGE
 
 

@@ -206,7 +206,8 @@ class _Reading:
                 record.bound_at for record in used[name].values()))
         # A break0 without our alias is taken for that of its lower interface.
         primary = names.primary or (device.lower_name(link) if link else None)
-        for name in sorted({*used, *names.by_parent, *filter(None, [primary])}):
+        for name in sorted({*used, *names.by_parent,
+                            *filter(None, [primary])}):
             live = used.get(name, {})
             parent = self._parent(name, names.of(name), live)
             if live or parent.present is not None or name == options.parent:
@@ -288,9 +289,9 @@ class _Reading:
 
         A sync records the present name, and so ends the difference.
         """
-        for parent, known in (self._identity.devices.items()
-                              if self._identity else ()):
-            if known == device_name and parent != name:
+        for parent, recorded in (self._identity.devices.items()
+                                 if self._identity else ()):
+            if recorded == device_name and parent != name:
                 yield 'name', 'its parent %s is called %s now' % (
                     parent, name)
 

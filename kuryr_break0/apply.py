@@ -78,23 +78,23 @@ def apply(netlink: kernel.Netlink, guard: Guard,
 
     :param guard: of the break0 that the items are on
     """
-    done = Applied(works, set(), {}, None)
+    applied = Applied(works, set(), {}, None)
     added = [pair for work in works for pair in of_kind(Pair, work.set)]
     deleted = [pair for work in works for pair in of_kind(Pair, work.unset)]
     try:
         if guard.change(added, deleted):
-            done.items.update(added, deleted)
+            applied.items.update(added, deleted)
     except (exceptions.KernelRefused,
             exceptions.GuardUnavailable) as guard_error:
-        done = done._replace(guard_error=guard_error)
+        applied = applied._replace(guard_error=guard_error)
     changes = [(work, change) for work in works for change in _changes(work)]
     for (work, (verb, item)), err in zip(changes, netlink.change(
             [change for _, change in changes])):
         if err is None:
-            done.items.add(item)
+            applied.items.add(item)
         elif not (verb is Verb.DELETE and err.is_absent):
-            done.errors.setdefault(work.address, err)
-    return done
+            applied.errors.setdefault(work.address, err)
+    return applied
 
 
 def _changes(work: Work) -> Iterator[kernel.Change]:
@@ -115,7 +115,7 @@ def log_repairs(device: str, applied: Applied, journal: Journal) -> None:
     A route and its neighbour have one common line. The guard entries of a
     break0 have one line for all its addresses.
     """
-    done: collections.Counter[Done] = collections.Counter()
+    repaired: collections.Counter[Done] = collections.Counter()
     for work in applied.works:
         changed = [('Set' if item in work.set else 'Deleted',
                     isinstance(item, HostRoute))
@@ -128,7 +128,7 @@ def log_repairs(device: str, applied: Applied, journal: Journal) -> None:
                          'route' if is_route else 'neighbour', work.address,
                          device, ' for ' + work.claim.owner_text
                          if work.claim else ', which no record claims')
-            done[Done.UNCLAIMED if work.claim is None else
-                 Done.ROUTE if is_route else Done.NEIGHBOUR] += 1
-    for reason, times in done.items():
+            repaired[Done.UNCLAIMED if work.claim is None else
+                     Done.ROUTE if is_route else Done.NEIGHBOUR] += 1
+    for reason, times in repaired.items():
         journal.add(reason, times=times)

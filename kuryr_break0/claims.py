@@ -24,12 +24,12 @@ class Addition(NamedTuple):
 
     :ivar after: all claims, the new one first
     :ivar rivals: earlier claims of other interfaces that are not gone
-    :ivar passed: whether the previous newest claim was of another interface
+    :ivar is_handed_over: whether the address passes to another interface
     """
 
     after: Claims
     rivals: Claims
-    passed: bool
+    is_handed_over: bool
 
 
 def split(claims: Collection[Record],
@@ -53,13 +53,13 @@ def add(record: Record, claims: Claims,
     if any(claim.owner == record.owner and claim.bound_at > record.bound_at
            for claim in claims):
         return Addition(claims, (), False)
-    others = [claim for claim in claims
-              if not is_of_same_interface(claim, record)]
-    rivals, _ = split(others, is_gone)
+    of_others = [claim for claim in claims
+                 if not is_of_same_interface(claim, record)]
+    rivals, _ = split(of_others, is_gone)
     # A claim without namespace and macvtap can never be proven gone.
     kept = tuple(claim for claim in rivals if claim.namespace or claim.tap)
     return Addition((record, *kept), rivals,
-                    bool(others) and others[0] == claims[0])
+                    bool(of_others) and of_others[0] == claims[0])
 
 
 def is_of_same_interface(claim: Record, record: Record) -> bool:

@@ -85,16 +85,16 @@ def of_interface(options: config.Options, macvlan: kernel.Macvlan
     if macvlan.link.mode != 'bridge':
         return Reason.MODE, ('its macvlan is in %s mode, in which it reaches '
                              'no other one' % macvlan.link.mode)
-    wanted = options.parent
-    if wanted is not None and macvlan.parent != wanted:
+    required = options.parent
+    if required is not None and macvlan.parent != required:
         return Reason.OTHER_PARENT, (
             'it is on %s, but [break0] parent is %s%s' % (
-                macvlan.parent, wanted, '' if kernel.has_interface(wanted)
+                macvlan.parent, required, '' if kernel.has_interface(required)
                 else ', and there is no such interface'))
     return None
 
 
-def unserved(seen: Snapshot, ledger: Ledger) -> list[Unserved]:
+def unserved(snapshot: Snapshot, ledger: Ledger) -> list[Unserved]:
     """Return the unbound addresses in all namespaces of the node.
 
     This takes about 0.2 ms for each namespace.
@@ -103,10 +103,10 @@ def unserved(seen: Snapshot, ledger: Ledger) -> list[Unserved]:
     :raises SystemRefused: if this process cannot see all namespaces
     """
     return list(itertools.islice(itertools.chain.from_iterable(
-        each_unserved(seen, ledger, kernel.FULL_LIMITS)), MOST))
+        each_unserved(snapshot, ledger, kernel.FULL_LIMITS)), MOST))
 
 
-def each_unserved(seen: Snapshot, ledger: Ledger, limits: kernel.Limits
+def each_unserved(snapshot: Snapshot, ledger: Ledger, limits: kernel.Limits
                   ) -> Iterator[list[Unserved]]:
     """Yield the unbound addresses of each namespace of the node.
 
@@ -115,8 +115,8 @@ def each_unserved(seen: Snapshot, ledger: Ledger, limits: kernel.Limits
     :param limits: the limits of the reads from each namespace
     :raises SystemRefused: if this process cannot see all namespaces
     """
-    judge = _Judge(seen, ledger)
-    for location in kernel.find_namespaces(seen.options.proc_dirs):
+    judge = _Judge(snapshot, ledger)
+    for location in kernel.find_namespaces(snapshot.options.proc_dirs):
         yield [each for macvlan in kernel.list_macvlans_at(location, limits)
                for each in judge.judge(macvlan)]
 
@@ -145,48 +145,49 @@ def network_of(address: IPAddress) -> IPNetwork:
 class _Judge:
     """Compares interfaces of containers with a snapshot."""
 
-    def __init__(self, seen: Snapshot, ledger: Ledger) -> None:
-        self._seen = seen
-        self._options = seen.options
-        self._policy = Policy(seen.options)
+    def __init__(self, snapshot: Snapshot, ledger: Ledger) -> None:
+        self._snapshot = snapshot
+        self._options = snapshot.options
+        self._policy = Policy(snapshot.options)
         self._is_attended = ledger.heartbeat.age() is not None
         self._names = {claim.namespace: claim.pod for claims
-                       in seen.contents.claims.values() for claim in claims
+                       in snapshot.contents.claims.values() for claim in claims
                        if claim.pod and claim.namespace}
-        options, devices = seen.options, {
-            parent.index for parent in seen.parents.values()}
+        options, devices = snapshot.options, {
+            parent.index for parent in snapshot.parents.values()}
         #: the foreign routes that our routes must not replace, by address
         self._foreign = {
-            route.dst: route for route in seen.routes.host
+            route.dst: route for route in snapshot.routes.host
             if route.table == options.route_table and is_others(
                 route, devices, options.route_protocol)}
 
     def judge(self, macvlan: kernel.Macvlan) -> Iterator[Unserved]:
-        parent = self._seen.parents.get(macvlan.parent)
+        parent = self._snapshot.parents.get(macvlan.parent)
         if parent is not None and parent.ownership.is_foreign:
             return  # another or a lost ledger has bound it
         if not self._options.discover and any(
                 _is_of(claim, macvlan) for address in macvlan.addresses
-                for claim in self._seen.contents.claims.get(address, ())):
+                for claim in self._snapshot.contents.claims.get(address, ())):
             return  # its engine selects the addresses to bind
         of_all = of_interface(self._options, macvlan)
         name = self._names.get(macvlan.namespace)
         for address in macvlan.addresses:
-            claims = [*self._seen.contents.claims.get(address, ())]
+            claims = [*self._snapshot.contents.claims.get(address, ())]
             if not any(_is_of(claim, macvlan) for claim in claims) and (
-                    address not in self._seen.contents.unreadable):
+                    address not in self._snapshot.contents.unreadable):
                 yield Unserved(macvlan, name, address, *(
                     of_all or self._of_address(macvlan, address, claims)))
         if not macvlan.addresses and macvlan.is_whole and not any(
                 _is_of(claim, macvlan) for claims
-                in self._seen.contents.claims.values() for claim in claims):
+                in self._snapshot.contents.claims.values()
+                for claim in claims):
             yield Unserved(macvlan, name, None, *(of_all or (
                 Reason.NO_ADDRESS, 'it has no address yet')))
 
     def _of_address(self, macvlan: kernel.Macvlan, address: IPAddress,
                     claims: Collection[Record]) -> tuple[Reason, str]:
         reason = self._policy.refusal(address, Origin.DISCOVERED,
-                                      self._seen.facts)
+                                      self._snapshot.facts)
         if reason is not None:
             return (Reason.NOT_ALLOWED if self._policy.refusal(address)
                     else Reason.REFUSED), 'it is ' + reason
@@ -199,7 +200,8 @@ class _Judge:
         route = self._foreign.get(address)
         if route is not None:
             return Reason.REFUSED, foreign_text(route)
-        living = [claim for claim in claims if claim not in self._seen.gone]
+        living = [claim for claim in claims
+                  if claim not in self._snapshot.gone]
         if living:
             return Reason.CLAIMED, 'it belongs to %s' % living[0].owner
         if not self._options.discover:

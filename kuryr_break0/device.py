@@ -300,7 +300,7 @@ class Device:
         description = link.description
         if link.kind == 'macvlan':
             description += ' on ' + (lower_name(link)
-                               or 'an interface of another namespace')
+                                     or 'an interface of another namespace')
         raise exceptions.DeviceConflict(
             device=link.name, found=description,
             expected='a macvlan in bridge mode on ' + parent.name)
@@ -393,7 +393,7 @@ def sysctl_drift(name: str) -> dict[str, tuple[int, int]]:
 
     The keys are paths, with ``%s`` for the interface.
     """
-    wanted = {**QUIET, **BORDER}
-    actual = {path: kernel.read_sysctl(path % name) for path in wanted}
-    return {path: (value, wanted[path]) for path, value in actual.items()
-            if value not in (wanted[path], None)}
+    expected = {**QUIET, **BORDER}
+    actual = {path: kernel.read_sysctl(path % name) for path in expected}
+    return {path: (value, expected[path]) for path, value in actual.items()
+            if value not in (expected[path], None)}

@@ -71,13 +71,13 @@ class Names:
         self._options = options
         self.by_parent: dict[str, str] = {}
         for parent, name in recorded(options, identity, links).items():
-            known, link = link_of(parent), link_of(name)
-            now = known.name if known is not None else parent
+            lower, link = link_of(parent), link_of(name)
+            now = lower.name if lower is not None else parent
             if link is not None and (
                     ownership(link, identity, options.state_dir)
                     is Ownership.OURS) and (
-                    now not in used if known is None
-                    else known.lower_of_macvlans
+                    now not in used if lower is None
+                    else lower.lower_of_macvlans
                     != (link.lower, link.lower_namespace)):
                 now = device.lower_name(link) or now
             if link is not None or now not in self.by_parent:
@@ -99,9 +99,9 @@ class Names:
         that would be too long, a digest of it. A recorded name stays.
         """
         options = self._options
-        known = self.by_parent.get(parent, options.device)
-        if self.primary != parent and known != options.device:
-            return known  # may contain an earlier name of the parent
+        recorded_name = self.by_parent.get(parent, options.device)
+        if self.primary != parent and recorded_name != options.device:
+            return recorded_name  # may contain an earlier name of the parent
         if self.primary in (None, parent):
             return options.device
         name = '%s-%s' % (options.device, parent)
@@ -145,8 +145,8 @@ class Devices:
             otherwise also [break0] device
         """
         identity = self._ledger.identity()
-        known = set(identity.devices.values()) if identity else set()
-        return known if known and recorded else {self._options.device, *known}
+        names = set(identity.devices.values()) if identity else set()
+        return names if names and recorded else {self._options.device, *names}
 
     def indexes(self) -> list[int]:
         return [index for index in map(kernel.find_ifindex, self.names())
@@ -177,14 +177,14 @@ class Devices:
         cached = cache.get_recent('device.' + parent)
         if cached is not None:
             with contextlib.suppress(TypeError, ValueError, IndexError):
-                name, index, mac, *rest = cached
-                if (rest == self._circumstances(parent)
+                name, index, mac, *circumstances = cached
+                if (circumstances == self._read_cache_key(parent)
                         and kernel.find_ifindex(name) == index):
                     return Break0(name, index, mac, False)
         ensured = self.ensure(netlink, parent, claim=True)
         link = ensured.link
         cache.put('device.' + parent, [
-            link.name, link.index, link.mac, *self._circumstances(parent)])
+            link.name, link.index, link.mac, *self._read_cache_key(parent)])
         return Break0(link.name, link.index, link.mac, ensured.needs_sync)
 
     def renew(self, netlink: kernel.Netlink, break0: Break0,
@@ -194,7 +194,7 @@ class Devices:
         break0.index, break0.mac = ensured.link.index, ensured.link.mac
         break0.needs_sync |= ensured.needs_sync
 
-    def _circumstances(self, parent: str) -> list[Any]:
+    def _read_cache_key(self, parent: str) -> list[Any]:
         return [self._options.device, kernel.find_ifindex(parent),
                 *map(str, self._options.addr)]
 
@@ -228,19 +228,19 @@ class Devices:
         made = device.Device(options, name, parent, identity)
         ensured = made.ensure(
             netlink, device.derived_mac(identity.secret, name), needs_ipv6)
-        known = dataclasses.replace(
+        changed = dataclasses.replace(
             identity,
             devices={**{other_parent: each for other_parent, each
                         in names.by_parent.items() if each != name},
                      parent: name},
             macs={**identity.macs, name: ensured.link.mac})
         if other is not None and other.directory == options.state_dir:
-            known = dataclasses.replace(known, claimed={
+            changed = dataclasses.replace(changed, claimed={
                 **identity.claimed, name: other.ledger})
-        if known != identity:
+        if changed != identity:
             ledger.cache.drop('device.' + parent)  # has the earlier MAC
             with Failures().log_errors():
-                ledger.put_identity(known)
+                ledger.put_identity(changed)
         if ensured.repaired:
             with contextlib.suppress(exceptions.LedgerUnavailable):
                 # Creating it for the first pod is not a repair.
@@ -309,8 +309,8 @@ class Devices:
         :param fact: is compared instead of the text, if the text can change
             although the problem is the same
         """
-        known = [text and (fact or text)]
-        if (self._ledger.cache.get(what) or ['']) != known:
-            self._ledger.cache.put(what, known)
+        fact_list = [text and (fact or text)]
+        if (self._ledger.cache.get(what) or ['']) != fact_list:
+            self._ledger.cache.put(what, fact_list)
             if text:
                 LOG.warning('%s', text)

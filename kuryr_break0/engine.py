@@ -53,7 +53,7 @@ LOG = log.get_logger(__name__)
 LogInfo = Callable[..., None]
 
 
-class Move(NamedTuple):
+class Transition(NamedTuple):
     """A transition: all claims on one address before and after it."""
 
     before: Claims
@@ -82,8 +82,8 @@ class Engine:
             has, and undo the transition of each address that fails
         :returns: whether a sync must restore items of other pods
         """
-        passed: list[IPAddress] = []
-        moves: dict[IPAddress, Move] = {}
+        handed_over: list[IPAddress] = []
+        transitions: dict[IPAddress, Transition] = {}
         break0 = None
         with transaction.begin(self._ledger, writable=yielding) as held:
             # The first bind of a boot must quarantine the records of an
@@ -92,22 +92,25 @@ class Engine:
                 with contextlib.suppress(exceptions.LedgerUnavailable):
                     self._ledger.ensure_identity()
             for record in records:
-                self._add_claim(record, yielding, moves, passed, failure)
-            with failure.collect(*moves), kernel.Netlink() as netlink:
+                self._add_claim(record, yielding, transitions, handed_over,
+                                failure)
+            with failure.collect(*transitions), kernel.Netlink() as netlink:
                 break0 = self._set(netlink, [
-                    record for record in records if record.address in moves
-                ], moves, failure, held.log_later)
-            for address in failure.failed & moves.keys() if yielding else ():
+                    record for record in records
+                    if record.address in transitions
+                ], transitions, failure, held.log_later)
+            undone = failure.failed & transitions.keys() if yielding else ()
+            for address in undone:
+                before, after = transitions[address]
                 with Failures().log_errors(), kernel.Netlink() as netlink:
-                    self._drop(netlink, address,
-                               Move(moves[address].after,
-                                    moves[address].before), held.log_later)
-        delete_connections(passed)
+                    self._drop(netlink, address, Transition(after, before),
+                               held.log_later)
+        delete_connections(handed_over)
         return break0 is not None and break0.needs_sync
 
     def _add_claim(self, record: Record, yielding: bool,
-                   moves: dict[IPAddress, Move], passed: list[IPAddress],
-                   failure: Failures) -> None:
+                   transitions: dict[IPAddress, Transition],
+                   handed_over: list[IPAddress], failure: Failures) -> None:
         """Record a claim, unless it is refused or older than another one.
 
         An unwritable ledger must not prevent the route of a pod: a sync
@@ -132,9 +135,9 @@ class Engine:
             self._records.put(added.after)
             is_recorded = True
         if is_recorded or not yielding:
-            moves[address] = Move(before, added.after)
-            if added.passed:
-                passed.append(address)
+            transitions[address] = Transition(before, added.after)
+            if added.is_handed_over:
+                handed_over.append(address)
 
     def unbind(self, addresses: Iterable[IPAddress],
                is_own: Callable[[Record], bool], name: object,
@@ -151,7 +154,7 @@ class Engine:
         :returns: the dropped claims
         """
         dropped: list[Record] = []
-        passed: list[IPAddress] = []
+        handed_over: list[IPAddress] = []
         with transaction.begin(self._ledger, required=True) as held, \
                 kernel.Netlink() as netlink:
             if ending is not None:
@@ -161,24 +164,24 @@ class Engine:
                     before = self._records.claims(address)
                     if before and held.unwritable is not None:
                         raise held.unwritable  # a claim cannot be dropped
-                    own, others = claims_.split(
+                    dropped_claims, remaining = claims_.split(
                         before, lambda claim: not is_own(claim))
-                    if before and not own:
+                    if before and not dropped_claims:
                         held.log_later(
                             '%s stays bound: it belongs to %s now, and was to '
                             'be unbound for %s', address, before[0].owner,
                             name)
                         continue
                     deleted = self._drop(
-                        netlink, address, Move(before, others),
+                        netlink, address, Transition(before, remaining),
                         held.log_later, mac)
                     held.log_later(
                         'Unbound %s from break0 for %s%s', address, name,
                         '' if deleted else ' (it had no route of its own)')
-                    dropped += own
-                    if own and own[0] == before[0]:  # had the route
-                        passed.append(address)
-        delete_connections(passed)
+                    dropped += dropped_claims
+                    if dropped_claims and dropped_claims[0] == before[0]:
+                        handed_over.append(address)
+        delete_connections(handed_over)
         return dropped
 
     def remove_gone(self, addresses: Collection[IPAddress],
@@ -187,12 +190,12 @@ class Engine:
 
         :returns: the remaining claims on all addresses without an error
         """
-        left: list[Record] = []
+        remaining: list[Record] = []
         with kernel.Netlink() as netlink:
             for address in addresses:
                 with failure.collect(address):
-                    left += self._remove_gone(netlink, address)
-        return left
+                    remaining += self._remove_gone(netlink, address)
+        return remaining
 
     def _remove_gone(self, netlink: kernel.Netlink, address: IPAddress
                      ) -> Claims:
@@ -200,7 +203,7 @@ class Engine:
             before = self._records.claims(address)
             living, gone = claims_.split(before, is_gone)
             deleted = bool(gone) and self._drop(
-                netlink, address, Move(before, living), LOG.info)
+                netlink, address, Transition(before, living), LOG.info)
         for claim in gone:
             LOG.info('Sandbox %s no longer exists; removed %s',
                      claim.owner_text, '%s from break0' % address if deleted
@@ -210,8 +213,9 @@ class Engine:
             delete_connections([address])
         return living
 
-    def _drop(self, netlink: kernel.Netlink, address: IPAddress, move: Move,
-              log_info: LogInfo, mac: Optional[str] = None) -> bool:
+    def _drop(self, netlink: kernel.Netlink, address: IPAddress,
+              transition: Transition, log_info: LogInfo,
+              mac: Optional[str] = None) -> bool:
         """Apply a transition to fewer claims.
 
         No other method deletes the items of an address because of the end of
@@ -222,7 +226,7 @@ class Engine:
         :returns: whether a route was deleted
         :raises Break0Error: if the kernel refuses; the claims remain then
         """
-        before, after = move
+        before, after = transition
         if after and after[0] == before[0]:  # keeps the route
             self._records.put(after)
             return False
@@ -230,13 +234,13 @@ class Engine:
         dropped = [*before, *after]
         after = self.pods.from_successor(after)
         dropped = [claim for claim in dropped if claim not in after]
-        known = self.devices.names(recorded=bool(dropped))
-        own = [name for name in known
-               if not self.devices.is_others(netlink.link(name))]
+        recorded_devices = self.devices.names(recorded=bool(dropped))
+        devices = [name for name in recorded_devices
+                   if not self.devices.is_others(netlink.link(name))]
         # Setting the items could take over a break0 of another ledger.
-        may_set = bool(after) and len(own) == len(known)
+        may_set = bool(after) and len(devices) == len(recorded_devices)
         deleted = self._withdraw(
-            netlink, address, [name for name in own if not may_set or (
+            netlink, address, [name for name in devices if not may_set or (
                 name != self.devices.name(after[0].parent))],
             dropped, after, mac)
         if not after:
@@ -246,7 +250,7 @@ class Engine:
         if may_set:
             failure = Failures()
             with failure.collect():
-                self._set(netlink, after[:1], {address: move}, failure,
+                self._set(netlink, after[:1], {address: transition}, failure,
                           log_info)
             for err in failure.errors[:1]:
                 LOG.error('%s', err)
@@ -295,8 +299,8 @@ class Engine:
         return deleted
 
     def _set(self, netlink: kernel.Netlink, records: Collection[Record],
-             moves: dict[IPAddress, Move], failure: Failures, log_info: LogInfo
-             ) -> Optional[Break0]:
+             transitions: dict[IPAddress, Transition], failure: Failures,
+             log_info: LogInfo) -> Optional[Break0]:
         """Set the items of the addresses of one interface.
 
         Refusals come first, so that the guard admits no refused address. Only
@@ -330,20 +334,21 @@ class Engine:
                 if present and (present.table, present.metric) == (
                         route.table, route.metric):
                     existing.add(address)
-        for address, move in moves.items():
+        for address, transition in transitions.items():
             if address in blocked or any(claim.parent != first.parent
-                                         for claim in move.before):
+                                         for claim in transition.before):
                 kept = set() if address in blocked else {break0.name}
                 with failure.collect(address):
                     self._withdraw(
                         netlink, address, self.devices.names(recorded=True)
-                        - kept, move.before, move.after)
+                        - kept, transition.before, transition.after)
         refused = [record for record in records
                    if record.address in failure.failed]
         admitted = by_address(pairs(record for record in records
                                     if record not in refused))
         earlier = by_address(pairs([*refused, *(
-            claim for move in moves.values() for claim in move.before)]))
+            claim for transition in transitions.values()
+            for claim in transition.before)]))
 
         def work(record: Record) -> Work:
             address = record.address
@@ -363,7 +368,7 @@ class Engine:
             self.devices.renew(netlink, break0, first.parent)
             applied = self._apply(netlink, break0, map(work, records),
                                   failure)
-        again = []
+        retried = []
         for each in applied.works:
             err = applied.errors.get(each.address)
             with failure.collect(each.address):
@@ -373,10 +378,10 @@ class Engine:
                     require_free(route, [
                         other for other in netlink.routes().host
                         if other.dst == each.address])
-                    again.append(each._replace(is_new=False))
+                    retried.append(each._replace(is_new=False))
                 elif err is not None:
                     raise err
-        applied = self._apply(netlink, break0, again, failure)
+        applied = self._apply(netlink, break0, retried, failure)
         for address, err in applied.errors.items():
             failure.add(err, address)
         bound = [record for record in records if record.address in sources

@@ -154,16 +154,16 @@ def against_egress() -> Optional[str]:
 def _load(nft: str, text: str, *options: str) -> Optional[str]:
     """Load rules by nft, all or none; return an error text, or None."""
     try:
-        done = subprocess.run([nft, *options, '-f', '-'], input=text,
-                              text=True, errors='surrogateescape',
-                              stdout=subprocess.DEVNULL,
-                              stderr=subprocess.PIPE, timeout=_TIMEOUT)
+        completed = subprocess.run([nft, *options, '-f', '-'], input=text,
+                                   text=True, errors='surrogateescape',
+                                   stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE, timeout=_TIMEOUT)
     except subprocess.TimeoutExpired:
         return 'nft does not end within %d seconds' % _TIMEOUT
     # The first error tells the reason; the following lines quote the rules.
-    first = re.search('Error: (.*)', done.stderr)
-    return None if done.returncode == 0 else 'nft says: ' + (
-        first[1] if first else ' '.join(done.stderr.split()))[:300]
+    first = re.search('Error: (.*)', completed.stderr)
+    return None if completed.returncode == 0 else 'nft says: ' + (
+        first[1] if first else ' '.join(completed.stderr.split()))[:300]
 
 
 def pairs(records: Iterable[Record]) -> list[Pair]:
@@ -239,12 +239,12 @@ class Guard:
     def is_intact(self, link: kernel.Link,
                   hosts: Iterable[IPAddress]) -> bool:
         """Return whether the kernel has the table as it was loaded."""
-        known = self._cache.get(self._key)
-        if not known or known[0] != self._digest(link, hosts):
+        cached = self._cache.get(self._key)
+        if not cached or cached[0] != self._digest(link, hosts):
             return False
         # If no rules are cached, the table was deleted just after its load.
-        return bool(known[3:]) and (
-            kernel.open_node_nft().rules(self.table) == known[3:])
+        return bool(cached[3:]) and (
+            kernel.open_node_nft().rules(self.table) == cached[3:])
 
     def entries(self) -> Optional[set[Pair]]:
         """Return the guard entries in the table; None without a table.

@@ -100,8 +100,8 @@ class Break0Manager:
             addresses were bound
         """
         failure = Failures()
-        addresses, mac = _sane(owner, list(addresses), parent, mac, netns,
-                               pod)
+        addresses, mac = _validate(owner, list(addresses), parent, mac, netns,
+                                   pod)
         parent_index = kernel.find_ifindex(parent)
         parent = kernel.find_current_name(parent, parent_index)  # no altname
         namespace = _identified(netns) if netns is not None else None
@@ -171,7 +171,7 @@ class Break0Manager:
         if next_hops is None:
             with kernel.Netlink() as netlink:
                 by_version = netlink.next_hops(self._engine.devices.indexes(),
-                                          self._options.route_protocol)
+                                               self._options.route_protocol)
             next_hops = sorted(map(str, by_version))
             cache.put('next_hops', next_hops)
             self._ledger.add_next_hops(by_version)
@@ -223,11 +223,13 @@ class Break0Manager:
         named = None if addresses is None else list(dict.fromkeys(addresses))
         if named is None or len(named) > MAX_ADDRESSES:
             # A rebuilt claim has a namespace instead of a container id.
-            recorded = {claim.address for each in self._records.find_containing(
-                owner.container_id, Owner.ADOPTED)
+            recorded = {
+                claim.address for each in self._records.find_containing(
+                    owner.container_id, Owner.ADOPTED)
                 for claim in each if is_own(claim)}
-            named = sorted(recorded if named is None else recorded.intersection(
-                named), key=address_order)
+            named = sorted(
+                recorded if named is None else recorded.intersection(named),
+                key=address_order)
         removed = self._engine.unbind(named, is_own, owner, mac, failure,
                                       (owner, began) if ends else None)
         for record in removed:
@@ -313,13 +315,13 @@ class Break0Manager:
         with kernel.Netlink() as netlink:
             own = sorted('%d %s' % each for each in netlink.addresses()
                          if not each.address.is_link_local)
-        known = cache.get('own_addresses')
-        if missing > expected or known not in (None, own):
+        recorded = cache.get('own_addresses')
+        if missing > expected or recorded not in (None, own):
             self.sync()
             missing = self._missing()
         if missing != expected:
             cache.put('missing', [missing])
-        if own != known:
+        if own != recorded:
             cache.put('own_addresses', own)
 
     def _missing(self) -> int:
@@ -347,9 +349,9 @@ def _identified(netns: str) -> Optional[NamespaceId]:
         return None
 
 
-def _sane(owner: Owner, addresses: list[IPAddress], parent: str,
-          mac: Optional[str], netns: Optional[str], pod: Optional[str]
-          ) -> tuple[list[IPAddress], Optional[str]]:
+def _validate(owner: Owner, addresses: list[IPAddress], parent: str,
+              mac: Optional[str], netns: Optional[str], pod: Optional[str]
+              ) -> tuple[list[IPAddress], Optional[str]]:
     """Validate the arguments of a bind.
 
     They come from a KuryrPort, a container engine or a user, and can contain

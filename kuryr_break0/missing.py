@@ -107,14 +107,14 @@ class Sightings:
         :returns: replaced addresses that an earlier sync, at least PAUSE ago,
             found first
         """
-        now, seen = files.now(), {_key(each.record): each
-                                  for each in missing if each.is_replaced}
+        now, by_key = files.now(), {_key(each.record): each
+                                    for each in missing if each.is_replaced}
         for key in map(_key, records) if self._first else ():
-            if key not in seen:
+            if key not in by_key:
                 self._first.pop(key, None)
-        for key in seen:
+        for key in by_key:
             self._first.setdefault(key, now)
-        return [each for key, each in seen.items()
+        return [each for key, each in by_key.items()
                 if now - self._first[key] >= PAUSE]
 
     def keep(self, records: Iterable[Record]) -> None:
@@ -123,9 +123,9 @@ class Sightings:
         :param records: all records of the ledger
         """
         before = self._cache.get(_NAME) or []
-        known = set(map(_key, records)) if self._first else set()
+        noted = set(map(_key, records)) if self._first else set()
         kept = [[key, when] for key, when in self._first.items()
-                if key in known]
+                if key in noted]
         if kept != before:
             self._cache.put(_NAME, kept)
 

@@ -128,8 +128,8 @@ def compute(desired: Mapping[IPAddress, Collection[Item]],
         if isinstance(item, Pair):
             pairs.add(item)
             continue
-        wanted = desired.get(item.dst, ())
-        if item in wanted:
+        desired_items = desired.get(item.dst, ())
+        if item in desired_items:
             kept.add(item)
         if isinstance(item, HostRoute):
             route = routes.get(item.dst)
@@ -145,9 +145,9 @@ def compute(desired: Mapping[IPAddress, Collection[Item]],
                 continue
         else:
             ours = item.ifindex == device and item.protocol == protocol
-            if of_kind(Neighbour, wanted):
+            if of_kind(Neighbour, desired_items):
                 continue
-        if ours and (wanted or item.dst in withdrawn):
+        if ours and (desired_items or item.dst in withdrawn):
             unset.append(item)
         elif ours and item.dst not in claimed:
             unclaimed.append(item)

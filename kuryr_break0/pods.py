@@ -126,7 +126,7 @@ class Pods:
             with podside.entered(records[0]) as netlink:
                 side = podside.PodSide(netlink, records, self._options)
                 side.configure(node)
-                others = side.addresses(of_others=True)
+                foreign = side.addresses(of_others=True)
         except exceptions.Break0Error as err:
             LOG.warning('The sandbox %s is not configured to reach the node '
                         'yet: %s', records[0].owner, err)
@@ -134,24 +134,24 @@ class Pods:
             cache.put('unconfigured', [*(cache.get('unconfigured') or ()),
                                        str(records[0].owner)])
             return []
-        siblings = self._siblings(records[0], others)
+        siblings = self._siblings(records[0], foreign)
         macs = tuple(dict.fromkeys(each.mac for each in siblings
                                    if each.mac is not None))
-        done = [dataclasses.replace(record, configured=node.digest,
-                                    siblings=macs) for record in records]
+        configured = [dataclasses.replace(record, configured=node.digest,
+                                          siblings=macs) for record in records]
         mac = records[0].mac
         if mac is not None:
-            done += [dataclasses.replace(each, siblings=(
+            configured += [dataclasses.replace(each, siblings=(
                 *each.siblings, mac)) for each in siblings
                 if mac not in each.siblings]
-        for record in done:
+        for record in configured:
             try:
                 claims = self._records.claims(record.address)
                 if claims and claims[0].owner == record.owner:
                     self._records.put([record, *claims[1:]])
             except exceptions.LedgerUnavailable as err:
                 LOG.debug('%s', err)
-        return done if siblings else []
+        return configured if siblings else []
 
     def _siblings(self, record: Record,
                   addresses: Iterable[IPAddress]) -> list[Record]:
@@ -178,23 +178,23 @@ class Pods:
         addresses, or if an address of it was missing. Each call continues
         where the previous one ended, so that every pod side is compared.
 
-        :param interfaces: records of each interface, with the node addresses that
-            its pod must know
+        :param interfaces: records of each interface, with the node addresses
+            that its pod must know
         :param unreadable: addresses with an unreadable record
         """
         cache = self._ledger.cache
-        done = Repairs([], [], [])
+        repairs = Repairs([], [], [])
         sightings = Sightings(cache)
         outdated: list[tuple[list[Record], NodeAddresses]] = []
-        others: list[tuple[list[Record], NodeAddresses]] = []
+        current: list[tuple[list[Record], NodeAddresses]] = []
         for records, node in interfaces:
             (outdated if any(record.configured != node.digest for record
                              in records) or sightings.has(records)
-             else others).append((records, node))
-        start = cache.get_number('entered') % max(len(others), 1)
-        turn = (others[start:] + others[:start])[:ENTERED]
-        if len(others) > ENTERED and not dry_run:
-            cache.put('entered', [(start + ENTERED) % len(others)])
+             else current).append((records, node))
+        start = cache.get_number('entered') % max(len(current), 1)
+        turn = (current[start:] + current[:start])[:ENTERED]
+        if len(current) > ENTERED and not dry_run:
+            cache.put('entered', [(start + ENTERED) % len(current)])
         failed = set(cache.get('unconfigured') or ())
         still: list[str] = []
         for records, node in (*outdated, *turn):
@@ -209,11 +209,11 @@ class Pods:
                                 'reach the node: %s', owner, err)
                 continue
             released = sightings.note(records, lacked)
-            done.released.extend(released)
-            done.missing.extend(each for each in lacked
-                                if each not in released)
+            repairs.released.extend(released)
+            repairs.missing.extend(each for each in lacked
+                                   if each not in released)
             if changed:
-                done.changed.append(owner)
+                repairs.changed.append(owner)
                 LOG.log(logging.DEBUG if dry_run else logging.INFO,
                         'Configured %s for %s to reach the node',
                         ', '.join(str(record.address) for record in records),
@@ -223,11 +223,11 @@ class Pods:
                     self._ledger.journal.add(Done.POD)
                 self._put_configured(records, node, failure)
         if not dry_run:
-            sightings.keep(record for records, _ in (*outdated, *others)
+            sightings.keep(record for records, _ in (*outdated, *current)
                            for record in records)
             if sorted(failed) != sorted(still):
                 cache.put('unconfigured', still)
-        return done
+        return repairs
 
     def withdraw(self, record: Record) -> None:
         """Remove the pod side of an address, unless its namespace is gone.

@@ -128,15 +128,15 @@ class PodSide:
 
     def changes(self, node: NodeAddresses) -> list[tuple[Verb, Entry]]:
         """Return the changes that configure the pod side."""
-        present, wanted = self.marked(), list(self.desired(node))
-        hosts = {item.dst for item in wanted}
+        present, desired = self.marked(), list(self.desired(node))
+        hosts = {item.dst for item in desired}
         doubtful = {address.version for address in (
             self.addresses() if self._unreadable else ())
             if address in self._unreadable} - self._versions
         return [*((Verb.DELETE, item) for item in present
                   if item.dst not in hosts
                   and item.dst.version not in doubtful),
-                *((Verb.REPLACE, item) for item in wanted
+                *((Verb.REPLACE, item) for item in desired
                   if item not in present)]
 
     def repair(self, node: NodeAddresses, dry_run: bool) -> bool:

@@ -164,8 +164,8 @@ class Policy:
         with contextlib.suppress(PermissionError):
             # lo stands for any interface without an address.
             taken = kernel.find_source(_NOWHERE, 'lo')
-        is_needed = taken is not None and (parent, taken) not in addresses and (
-            not any(each.version == 4 for each in addr))
+        is_needed = (taken is not None and (parent, taken) not in addresses
+                     and not any(each.version == 4 for each in addr))
         if is_needed or any(address == own for _, address in addresses):
             return *addr, own
         return addr
@@ -177,8 +177,8 @@ class Policy:
         The guard answers these neighbour solicitations. The parameters are the
         same as of :meth:`node_addresses`.
         """
-        known = self.node_addresses(addresses, parent, (), '', device)
-        return [each for each in known.addresses if each.version == 6]
+        node = self.node_addresses(addresses, parent, (), '', device)
+        return [each for each in node.addresses if each.version == 6]
 
     def node_addresses(self, addresses: Collection[tuple[int, IPAddress]],
                        parent: Optional[int],
@@ -198,9 +198,9 @@ class Policy:
         on_parent = {address for index, address in addresses
                      if index == parent and not address.is_link_local}
         own = self.own_addresses(addresses, parent, device)
-        known = {*on_parent, *(src for src in sources if src is not None),
-                 *(() if on_parent else ipv6_elsewhere(addresses))}
-        return NodeAddresses((*sorted(known.difference(own),
+        addresses_ = {*on_parent, *(src for src in sources if src is not None),
+                      *(() if on_parent else ipv6_elsewhere(addresses))}
+        return NodeAddresses((*sorted(addresses_.difference(own),
                                       key=address_order), *own), mac)
 
 

@@ -54,17 +54,17 @@ class Problem(NamedTuple):
     is_error: bool = False
 
 
-def find(seen: Snapshot) -> list[Problem]:
+def find(snapshot: Snapshot) -> list[Problem]:
     """Return the problems of the node, its break0s and addresses.
 
     The problems of an address are in the order of their importance.
     """
-    return [*_of_node(seen), *(
-        problem for parent in seen.parents.values()
-        for problem in of_device(parent, seen)), *_of_addresses(seen)]
+    return [*_of_node(snapshot), *(
+        problem for parent in snapshot.parents.values()
+        for problem in of_device(parent, snapshot)), *_of_addresses(snapshot)]
 
 
-def find_all(seen: Snapshot) -> tuple[list[Problem], dict[IPAddress, str]]:
+def find_all(snapshot: Snapshot) -> tuple[list[Problem], dict[IPAddress, str]]:
     """Return all problems, including the problems of the pod sides.
 
     :returns: the problems, and the addresses whose pod side could not be
@@ -72,20 +72,20 @@ def find_all(seen: Snapshot) -> tuple[list[Problem], dict[IPAddress, str]]:
     """
     of_pods: list[Problem] = []
     unknown: dict[IPAddress, str] = {}
-    for records in seen.interfaces():
+    for records in snapshot.interfaces():
         if records[0].netns is None:
             unknown.update((each.address, 'its namespace is not recorded')
                            for each in records)
             continue
         try:
-            of_pods += of_pod(records, seen)
+            of_pods += of_pod(records, snapshot)
         except exceptions.Break0Error as err:
             unknown.update((each.address, str(err)) for each in records)
     # A lost interface or address is the cause of the others.
     lost = [each for each in of_pods if each.kind in (
         'pod-interface-gone', 'pod-address-missing')]
-    return [*lost, *find(seen), *(each for each in of_pods
-                                  if each not in lost)], unknown
+    return [*lost, *find(snapshot), *(each for each in of_pods
+                                      if each not in lost)], unknown
 
 
 def by_address(problems: Iterable[Problem]) -> dict[IPAddress, str]:
@@ -103,20 +103,21 @@ def of_node(problems: Iterable[Problem]) -> list[str]:
     return [each.text for each in problems if isinstance(each.subject, str)]
 
 
-def _of_node(seen: Snapshot) -> Iterator[Problem]:
-    if seen.is_lost:
+def _of_node(snapshot: Snapshot) -> Iterator[Problem]:
+    if snapshot.is_lost:
         yield Problem('ledger-lost', NODE, 'the ledger in %s was lost; a sync '
-                      'rebuilds it' % seen.options.state_dir)
-    if seen.name_conflict is not None:
-        yield Problem('break0-foreign', seen.name_conflict.name, str(
+                      'rebuilds it' % snapshot.options.state_dir)
+    if snapshot.name_conflict is not None:
+        link = snapshot.name_conflict
+        yield Problem('break0-foreign', link.name, str(
             exceptions.DeviceConflict(
-                device=seen.name_conflict.name, found=seen.name_conflict.description,
+                device=link.name, found=link.description,
                 expected='a macvlan in bridge mode on the parent of pods')))
-    if seen.unjudged:
-        yield Problem('sandbox-unknown', NODE, unjudged_text(seen))
+    if snapshot.unjudged:
+        yield Problem('sandbox-unknown', NODE, unjudged_text(snapshot))
 
 
-def of_device(parent: Parent, seen: Snapshot) -> Iterator[Problem]:
+def of_device(parent: Parent, snapshot: Snapshot) -> Iterator[Problem]:
     """Return the problems of one break0.
 
     Without pods, only a conflict or another ledger is a problem.
@@ -140,7 +141,7 @@ def of_device(parent: Parent, seen: Snapshot) -> Iterator[Problem]:
             name, *parent.other))
     if not live or lower is None:
         return
-    table = seen.options.route_table
+    table = snapshot.options.route_table
     if lower.vrf and lower.vrf.table != table:
         yield problem(
             'parent-vrf', '%s is in the VRF %s with table %d, but [break0] '
@@ -178,29 +179,29 @@ def _kind_of(parent: Parent) -> str:
         link.kind, link.mode) == ('macvlan', 'bridge') else 'break0-foreign'
 
 
-def cause_of(parent: Parent, seen: Snapshot) -> Optional[Problem]:
+def cause_of(parent: Parent, snapshot: Snapshot) -> Optional[Problem]:
     """Return the problem of a break0 that explains those of its addresses."""
-    return next((each for each in of_device(parent, seen)
+    return next((each for each in of_device(parent, snapshot)
                  if each.kind in CAUSES), None)
 
 
-def _of_addresses(seen: Snapshot) -> Iterator[Problem]:
-    for address in seen.contents.unreadable:
+def _of_addresses(snapshot: Snapshot) -> Iterator[Problem]:
+    for address in snapshot.contents.unreadable:
         name = '/%s.json' % address
         yield Problem(
             next((kind for kind, paths in (
-                ('ledger-newer', seen.contents.newer),
-                ('ledger-damaged', seen.contents.damaged))
+                ('ledger-newer', snapshot.contents.newer),
+                ('ledger-damaged', snapshot.contents.damaged))
                 if any(path.endswith(name) for path in paths)),
                 'ledger-quarantined'),
             address, 'its record in the ledger cannot be read')
-    gone = {record.address for record in seen.gone} - seen.live.keys()
+    gone = {record.address for record in snapshot.gone} - snapshot.live.keys()
     for address in gone:
         yield Problem('sandbox-gone', address, 'its sandbox is gone')
-    known = {*gone, *seen.refused}
-    for parent in seen.parents.values():
-        cause = cause_of(parent, seen)
-        for each in _on(parent, known):
+    explained = {*gone, *snapshot.refused}
+    for parent in snapshot.parents.values():
+        cause = cause_of(parent, snapshot)
+        for each in _on(parent, explained):
             yield each if cause is None else each._replace(
                 kind=cause.kind, text=cause.text)
         if parent.other is not None:
@@ -209,23 +210,23 @@ def _of_addresses(seen: Snapshot) -> Iterator[Problem]:
             yield Problem(
                 'route-stale' if address in parent.routes
                 else 'neighbour-stale', address, 'no container claims it')
-    for address, reason in seen.refused.items():
+    for address, reason in snapshot.refused.items():
         yield Problem(
             'address-not-allowed' if 'allowed_cidrs' in reason
             else 'address-refused', address, 'it is ' + reason)
-    for address, rivals in seen.rivals.items():
+    for address, rivals in snapshot.rivals.items():
         yield Problem('address-contested', address, 'it is claimed by %s too'
                       % ', '.join(rival.owner_text for rival in rivals))
-    for record in seen.gone:
+    for record in snapshot.gone:
         if record.address not in gone:
             yield Problem('sandbox-gone', record.address, 'its sandbox is '
                           'gone (older claim of %s)' % record.owner_text)
 
 
-def _on(parent: Parent, known: set[IPAddress]) -> Iterator[Problem]:
+def _on(parent: Parent, explained: set[IPAddress]) -> Iterator[Problem]:
     """Return the problems of the addresses of one break0.
 
-    :param known: addresses whose stale items have another reason
+    :param explained: addresses whose stale items have another reason
     """
     plan = parent.plan
     foreign = {route.dst: route for route in plan.foreign}
@@ -236,7 +237,7 @@ def _on(parent: Parent, known: set[IPAddress]) -> Iterator[Problem]:
     for route in foreign.values():
         yield Problem('route-foreign', route.dst, foreign_text(route))
     for address in parent.live:
-        if address not in parent.desired and address not in known:
+        if address not in parent.desired and address not in explained:
             yield Problem('ipv6-disabled', address,
                           'IPv6 is disabled on ' + parent.device)
     for route in of_kind(HostRoute, plan.set):
@@ -262,7 +263,7 @@ def _on(parent: Parent, known: set[IPAddress]) -> Iterator[Problem]:
             ('guard-missing', of_kind(Pair, plan.unset) if not parent.guard
              else [], 'a guard entry')):
         for address in _destinations(items):
-            if address not in known and address not in foreign:
+            if address not in explained and address not in foreign:
                 yield Problem(kind, address, 'it has %s too many' % text)
     for address, (through, get) in parent.astray.items():
         yield Problem('route-not-used', address, 'it is not reached through '
@@ -274,7 +275,7 @@ def _destinations(items: Iterable[Item]) -> Iterable[IPAddress]:
     return dict.fromkeys(item.dst for item in items)
 
 
-def of_pod(records: Sequence[Record], seen: Snapshot,
+def of_pod(records: Sequence[Record], snapshot: Snapshot,
            pause: float = missing.PAUSE) -> list[Problem]:
     """Examine the pod side of one interface, causes before effects.
 
@@ -282,13 +283,13 @@ def of_pod(records: Sequence[Record], seen: Snapshot,
     :param pause: as for :func:`kuryr_break0.missing.find`
     :raises Break0Error: if it cannot be examined
     """
-    parent = seen.parents[records[0].parent]
+    parent = snapshot.parents[records[0].parent]
     if parent.node is None or records[0].netns is None:
         return []  # there is no break0, or no namespace to examine
     addresses = [record.address for record in records]
-    cause = cause_of(parent, seen)
+    cause = cause_of(parent, snapshot)
     try:
-        all_problems = list(_in_pod(records, parent, seen, pause))
+        all_problems = list(_in_pod(records, parent, snapshot, pause))
     except exceptions.InterfaceGone as err:
         return [Problem('pod-interface-gone', address, str(err))
                 for address in addresses]
@@ -303,7 +304,7 @@ def of_pod(records: Sequence[Record], seen: Snapshot,
     return all_problems if cause is None else []
 
 
-def _in_pod(records: Sequence[Record], parent: Parent, seen: Snapshot,
+def _in_pod(records: Sequence[Record], parent: Parent, snapshot: Snapshot,
             pause: float) -> list[Problem]:
     assert parent.node is not None
     is_dropping = is_strict(parent)  # on the node: a pod has other sysctls
@@ -317,8 +318,8 @@ def _in_pod(records: Sequence[Record], parent: Parent, seen: Snapshot,
             if version in (None, record.address.version))
 
     with podside.entered(records[0]) as netlink:
-        side = podside.PodSide(netlink, records, seen.options,
-                               seen.contents.unreadable)
+        side = podside.PodSide(netlink, records, snapshot.options,
+                               snapshot.contents.unreadable)
         link, record = side.link, side.record
         place = 'the interface %s of its container' % link.name
         # The id of the parent's namespace (IFLA_LINK_NETNSID) is not compared,
@@ -330,9 +331,11 @@ def _in_pod(records: Sequence[Record], parent: Parent, seen: Snapshot,
             return all_problems
         if not link.up:
             add('pod-down', '%s is down' % place)
-            return all_problems  # the kernel has deleted its routes and neighbours
-        all_problems += [Problem('pod-address-missing', each.record.address,
-                          str(each)) for each in side.missing(pause)]
+            # The kernel has deleted its routes and neighbours.
+            return all_problems
+        all_problems += [
+            Problem('pod-address-missing', each.record.address, str(each))
+            for each in side.missing(pause)]
         is_changed = record.mac not in (None, link.mac)
         if is_changed:
             add('pod-mac', 'the MAC address of %s is %s, but was %s' % (
@@ -374,15 +377,15 @@ def is_strict(parent: Parent) -> bool:
                for name in ('all', parent.name)) == 1
 
 
-def unjudged_text(seen: Snapshot) -> str:
+def unjudged_text(snapshot: Snapshot) -> str:
     """Describe the claims of sandboxes that may have ended.
 
     :returns: empty if there are none
     """
-    for record, reason in seen.unjudged.items():
+    for record, reason in snapshot.unjudged.items():
         return ('cannot find out whether the sandboxes of %d addresses '
                 'still exist, so they stay bound, for example %s of %s: %s' % (
-                    len(seen.unjudged), record.address, record.owner_text,
+                    len(snapshot.unjudged), record.address, record.owner_text,
                     reason))
     return ''
 

@@ -22,7 +22,7 @@ from kuryr_break0.snapshot import Parent
 from kuryr_break0.snapshot import Snapshot
 
 
-def find(options: config.Options, seen: Snapshot,
+def find(options: config.Options, snapshot: Snapshot,
          parents: Collection[Parent]) -> Iterator[Record]:
     """Return the records of the pods that unclaimed items belong to.
 
@@ -31,37 +31,37 @@ def find(options: config.Options, seen: Snapshot,
     :param parents: the parents with a break0 of this ledger; another ledger
         has the records of its own pods
     """
-    wanted: dict[IPAddress, Parent] = {}
+    unclaimed: dict[IPAddress, Parent] = {}
     for parent in parents:
-        if seen.contents.unreadable:
-            wanted.update({item.dst: parent for item in items_of(
+        if snapshot.contents.unreadable:
+            unclaimed.update({item.dst: parent for item in items_of(
                 parent, options.route_protocol)
-                if item.dst in seen.contents.unreadable})
-        wanted.update({item.dst: parent for item in parent.plan.unclaimed})
-    macvlans = kernel.list_macvlans(options.proc_dirs) if wanted else ()
+                if item.dst in snapshot.contents.unreadable})
+        unclaimed.update({item.dst: parent for item in parent.plan.unclaimed})
+    macvlans = kernel.list_macvlans(options.proc_dirs) if unclaimed else ()
     # Another macvlan can have the MAC address of a pod while it is down.
     for macvlan in sorted(macvlans, key=lambda each: not each.link.up):
         for address in macvlan.addresses:
-            place = wanted.get(address)
+            place = unclaimed.get(address)
             if place is None or macvlan.parent != place.name:
                 continue
             neighbour = place.neighbours.get(address)
             if neighbour is None or neighbour.mac == macvlan.link.mac:
-                del wanted[address]
+                del unclaimed[address]
                 yield dataclasses.replace(
-                    _sibling(seen, macvlan), address=address,
+                    _sibling(snapshot, macvlan), address=address,
                     mac=macvlan.link.mac, parent=macvlan.parent,
                     parent_index=kernel.find_ifindex(macvlan.parent),
                     netns=macvlan.netns, namespace=macvlan.namespace,
                     configured=None, bound_at=files.now())
 
 
-def _sibling(seen: Snapshot, macvlan: kernel.Macvlan) -> Record:
+def _sibling(snapshot: Snapshot, macvlan: kernel.Macvlan) -> Record:
     """Return a record of the same interface, to copy its owner from it.
 
     Without one, return a new record with an adopted owner.
     """
-    for record in seen.live.values():
+    for record in snapshot.live.values():
         if (record.namespace is not None
                 and record.namespace.is_same(macvlan.namespace)
                 and record.owner.ifname == macvlan.link.name):

@@ -93,83 +93,84 @@ class Reconciler:
 
     def _sync(self) -> Outcome:
         began = files.now()
-        seen = self._read()
+        snapshot = self._read()
         if not self._dry_run:
-            self._tidy(seen)
-        if self._ensure_devices(seen):
-            seen = self._read()
-        lost = self._lost(seen)
+            self._tidy(snapshot)
+        if self._ensure_devices(snapshot):
+            snapshot = self._read()
+        lost = self._lost(snapshot)
         rebuilt = [record for record in lost
                    if self._dry_run or self._put_rebuilt(record)]
         if lost and not self._dry_run:  # also if another sync has rebuilt them
-            seen = self._read()
-        plans = {name: self._plan(seen, parent, rebuilt)
-                 for name, parent in seen.parents.items()}
-        for address, reason in seen.refused.items():
+            snapshot = self._read()
+        plans = {name: self._plan(snapshot, parent, rebuilt)
+                 for name, parent in snapshot.parents.items()}
+        for address, reason in snapshot.refused.items():
             LOG.error('%s', Policy(self._options).refused(address, reason))
         for plan in plans.values():
             for route in plan.foreign:
                 LOG.error('%s', foreign_route(route))
         ended = self._ledger.list_ended()
-        by_del = released.by_del(seen, ended)
+        by_del = released.by_del(snapshot, ended)
         if not self._dry_run:
-            self._note(seen)
+            self._note(snapshot)
             released.drop(by_del, self._engine, self._ledger, self._failure)
             if ended:
                 with self._failure.collect(), self._ledger.lock():
                     self._ledger.delete_ends(began)
             # If the newest claim is gone, the next claim gets the address.
-            moved = {record.address for record in seen.gone if record
-                     == seen.contents.claims[record.address][0]}
+            moved = {record.address for record in snapshot.gone if record
+                     == snapshot.contents.claims[record.address][0]}
             self._engine.remove_gone(moved, self._failure)
             self._applied.update(item for plan in plans.values()
                                  for item in (*plan.set, *plan.unset)
                                  if item.dst in moved - self._failure.failed)
-            for name, parent in seen.parents.items():
-                self._apply(parent, plans[name], seen, moved)
+            for name, parent in snapshot.parents.items():
+                self._apply(parent, plans[name], snapshot, moved)
             self._engine.remove_gone(
-                {record.address for record in seen.gone} - moved,
+                {record.address for record in snapshot.gone} - moved,
                 self._failure)
-            self._note_taps(seen)
+            self._note_taps(snapshot)
         pods = self._engine.pods.repair(
-            self._interfaces(seen, by_del), self._failure, self._dry_run,
-            seen.contents.unreadable)
+            self._interfaces(snapshot, by_del), self._failure, self._dry_run,
+            snapshot.contents.unreadable)
         by_pods = released.by_change(pods.released)
         if not self._dry_run:
             released.drop(by_pods, self._engine, self._ledger, self._failure)
         return dataclasses.replace(
-            self._outcome(seen, plans, rebuilt),
+            self._outcome(snapshot, plans, rebuilt),
             released={**by_del, **by_pods}, pods=tuple(pods.changed),
             missing={each.record: str(each) for each in pods.missing})
 
-    def _plan(self, seen: Snapshot, parent: Parent,
+    def _plan(self, snapshot: Snapshot, parent: Parent,
               rebuilt: Collection[Record]) -> Plan:
         """Return the changes to make on a parent.
 
         The plan for a break0 of another ledger only reports unclaimed items.
         """
-        plan, rebuilt_addresses = parent.plan, {record.address for record in rebuilt}
+        plan = parent.plan
+        rebuilt_addresses = {record.address for record in rebuilt}
         unclaimed = tuple(item for item in plan.unclaimed
                           if item.dst not in rebuilt_addresses)
-        if self._is_left(parent):
+        if self._is_skipped(parent):
             return Plan(unclaimed=unclaimed)
         if not self._prune:
             return dataclasses.replace(plan, unclaimed=unclaimed)
         return dataclasses.replace(plan, unclaimed=(),
                                    unset=(*plan.unset, *unclaimed))
 
-    def _outcome(self, seen: Snapshot, plans: Mapping[str, Plan],
+    def _outcome(self, snapshot: Snapshot, plans: Mapping[str, Plan],
                  rebuilt: list[Record]) -> Outcome:
         """Return the changes; after a dry run, the necessary ones."""
         added: list[Item] = []
         deleted: list[Item] = []
-        for name, parent in seen.parents.items():
-            done = [[item for item in items
-                     if self._dry_run or item in self._applied]
-                    for items in (plans[name].set, plans[name].unset)]
-            added += done[0]
-            deleted += done[1]
-            for text in () if parent.guard else guard_text(*done):
+        for name, parent in snapshot.parents.items():
+            applied = [[item for item in items
+                        if self._dry_run or item in self._applied]
+                       for items in (plans[name].set, plans[name].unset)]
+            added += applied[0]
+            deleted += applied[1]
+            for text in () if parent.guard else guard_text(*applied):
                 self._repaired.append((parent.device, text))
                 if not self._dry_run:
                     LOG.info('Repaired %s: %s', parent.device, text)
@@ -178,50 +179,51 @@ class Reconciler:
             tuple(route for plan in plans.values() for route in plan.foreign),
             tuple(item for plan in plans.values() for item in plan.unclaimed),
             devices=tuple(self._repaired), rebuilt=tuple(rebuilt),
-            gone=seen.gone, unjudged=seen.unjudged, refused=seen.refused)
+            gone=snapshot.gone, unjudged=snapshot.unjudged,
+            refused=snapshot.refused)
 
-    def _interfaces(self, seen: Snapshot, dropped: Collection[Record]
+    def _interfaces(self, snapshot: Snapshot, dropped: Collection[Record]
                     ) -> Iterator[tuple[list[Record], NodeAddresses]]:
-        for records in seen.interfaces():
-            parent = seen.parents[records[0].parent]
+        for records in snapshot.interfaces():
+            parent = snapshot.parents[records[0].parent]
             if dropped:
                 records = [each for each in records if each not in dropped]
             if records and records[0].netns is not None and (
                     parent.node is not None
-                    and not self._is_left(parent)):
+                    and not self._is_skipped(parent)):
                 yield records, parent.node
 
-    def _tidy(self, seen: Snapshot) -> None:
+    def _tidy(self, snapshot: Snapshot) -> None:
         """Quarantine damaged records, and delete unfinished files."""
         with self._ledger.lock():
-            if seen.contents.damaged:
+            if snapshot.contents.damaged:
                 self._records.addresses()
-            for address in seen.contents.unreadable:
+            for address in snapshot.contents.unreadable:
                 with self._failure.collect(), contextlib.suppress(
                         exceptions.RecordNewer):
                     self._records.claims(address)
             self._records.delete_unfinished()
 
-    def _note(self, seen: Snapshot) -> None:
+    def _note(self, snapshot: Snapshot) -> None:
         """Cache the next hops, so that the next bind needs no dump.
 
         Also warn about sandboxes that may or may not exist.
         """
         # The text contains a number and a pod, which can change each time.
-        self._devices.warn_once('unjudged', unjudged_text(seen), 'some')
+        self._devices.warn_once('unjudged', unjudged_text(snapshot), 'some')
         self._ledger.cache.put('next_hops', sorted(map(
-            str, seen.routes.next_hops)))
+            str, snapshot.routes.next_hops)))
         self._ledger.cache.put('through_break0', sorted(map(
-            str, seen.routes.left_out)))
-        self._ledger.add_next_hops(seen.routes.next_hops
-                                   | seen.routes.left_out)
+            str, snapshot.routes.left_out)))
+        self._ledger.add_next_hops(snapshot.routes.next_hops
+                                   | snapshot.routes.left_out)
 
-    def _note_taps(self, seen: Snapshot) -> None:
+    def _note_taps(self, snapshot: Snapshot) -> None:
         """Record the macvtaps of VMs that were started after their bind."""
-        wanted = [record for record in seen.live.values() if record.mac
-                  and record.netns is None and record.tap is None]
-        taps = kernel.find_taps() if wanted else {}
-        for record in wanted:
+        untapped = [record for record in snapshot.live.values() if record.mac
+                    and record.netns is None and record.tap is None]
+        taps = kernel.find_taps() if untapped else {}
+        for record in untapped:
             tap = taps.get(str(record.mac))
             if tap is None:
                 continue
@@ -241,7 +243,7 @@ class Reconciler:
         return parent.ownership is Ownership.LOST or (
             self._claim and parent.ownership is Ownership.OTHER)
 
-    def _is_left(self, parent: Parent) -> bool:
+    def _is_skipped(self, parent: Parent) -> bool:
         """Return whether a break0 belongs to another ledger and stays so.
 
         A dry run treats a break0 that would be taken over as ours, to show
@@ -254,13 +256,13 @@ class Reconciler:
         return actual.read(self._options, self._ledger, self._netlink,
                            ways=False)
 
-    def _ensure_devices(self, seen: Snapshot) -> bool:
+    def _ensure_devices(self, snapshot: Snapshot) -> bool:
         """Create or repair the break0 of each parent.
 
         :returns: whether one may have been changed
         """
         is_changed = False
-        for parent in seen.parents.values():
+        for parent in snapshot.parents.values():
             claim = self._claims(parent)
             if parent.conflict is not None:
                 if parent.live or parent.name == self._options.parent:
@@ -300,11 +302,12 @@ class Reconciler:
                         if not is_lost or each[1] != parent.guard]
         return is_changed
 
-    def _lost(self, seen: Snapshot) -> list[Record]:
+    def _lost(self, snapshot: Snapshot) -> list[Record]:
         """Return new records for unclaimed items of pods."""
         return list(rebuild.find(
-            self._options, seen, [parent for parent in seen.parents.values()
-                                  if not self._is_left(parent)]))
+            self._options, snapshot, [
+                parent for parent in snapshot.parents.values()
+                if not self._is_skipped(parent)]))
 
     def _put_rebuilt(self, record: Record) -> bool:
         with self._failure.collect(), self._ledger.lock():
@@ -320,14 +323,14 @@ class Reconciler:
             return True
         return False
 
-    def _apply(self, parent: Parent, plan: Plan, seen: Snapshot,
+    def _apply(self, parent: Parent, plan: Plan, snapshot: Snapshot,
                moved: Collection[IPAddress]) -> None:
         """Apply the plan of one parent, in groups of addresses.
 
         An address is skipped if its claims have changed since the snapshot.
         The process that changed them has changed the items of the address too.
         """
-        if parent.link is None or self._is_left(parent):
+        if parent.link is None or self._is_skipped(parent):
             return  # its pods are recorded in another ledger
         guard = Guard(self._options, self._ledger, parent.device)
         works = _works(parent, plan, moved)
@@ -338,7 +341,7 @@ class Reconciler:
             with self._failure.collect(), self._ledger.lock():
                 applied = apply(self._netlink, guard, [
                     work for work in works[start:start + CHANGED_AT_ONCE]
-                    if self._is_ready(work, plan, seen, read)])
+                    if self._is_ready(work, plan, snapshot, read)])
             if applied is None:
                 continue
             if applied.guard_error is None:
@@ -365,14 +368,15 @@ class Reconciler:
                         self._netlink, parent.link,
                         kernel.find_ifindex(parent.name), is_filled=True)
 
-    def _is_ready(self, work: Work, plan: Plan, seen: Snapshot,
+    def _is_ready(self, work: Work, plan: Plan, snapshot: Snapshot,
                   read: set[IPAddress]) -> bool:
         """Return whether the claims on an address are as in the snapshot.
 
         :param read: the address is added to it if the claims could be read
         """
         with self._failure.collect(work.address):
-            is_as_read = seen.contents.is_still(self._records, work.address)
+            is_as_read = snapshot.contents.is_still(self._records,
+                                                    work.address)
             read.add(work.address)
             return is_as_read
         return False

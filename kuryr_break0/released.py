@@ -28,16 +28,16 @@ LOG = log.get_logger(__name__)
 _BY_ADD = Origin.KURYR, Origin.CNI
 
 
-def by_del(seen: Snapshot, ended: Mapping[Owner, float]
+def by_del(snapshot: Snapshot, ended: Mapping[Owner, float]
            ) -> dict[Record, str]:
     """Return the claims whose interface a DEL has ended, with the reasons.
 
     :param ended: when, by :meth:`Ledger.list_ended`
     """
     return {claim: 'a DEL has ended its interface'
-            for claims in (seen.contents.claims.values() if ended else ())
+            for claims in (snapshot.contents.claims.values() if ended else ())
             for claim in claims
-            if claim.origin in _BY_ADD and claim not in seen.gone
+            if claim.origin in _BY_ADD and claim not in snapshot.gone
             and claim.bound_at < ended.get(claim.owner, 0)}
 
 

@@ -107,8 +107,8 @@ class Snapshot:
     :ivar unjudged: claims of sandboxes that may have ended, with the reason
         why the kernel does not tell
     :ivar refused: reason for refusal, by address
-    :ivar name_conflict: name conflict: the interface named ``[break0] device`` that
-        is no break0 of these parents; None without one
+    :ivar name_conflict: the interface named ``[break0] device`` that is no
+        break0 of these parents; None without one
     :ivar unclaimed: parents of unclaimed routes and neighbours, by address
     """
 

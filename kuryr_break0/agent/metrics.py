@@ -110,7 +110,7 @@ class Metrics(prometheus_registry.Collector):
         self._logged: set[str] = set()
         #: search in progress, and its results so far
         self._search: Optional[Iterator[list[containers.Unserved]]] = None
-        self._found: list[containers.Unserved] = []
+        self._listed: list[containers.Unserved] = []
         self._pace = Pace()
         self._outdated = False
         self._gauges: list[core.Metric] = []
@@ -164,18 +164,19 @@ class Metrics(prometheus_registry.Collector):
             snapshot = self._read_snapshot()
             if snapshot is None:
                 return self.options.resync_interval
-            self._found = []
+            self._listed = []
             self._search = containers.each_unserved(
                 snapshot, Ledger(self.options.state_dir), kernel.QUICK_LIMITS)
         ends = time.monotonic() + _STEP
         for each in self._search:
-            self._found += each[:containers.MOST - len(self._found)]
+            self._listed += each[:containers.MOST - len(self._listed)]
             if time.monotonic() > ends:
                 return 0.0
         self._search = None
-        return self._report_unserved(self._found)
+        return self._report_unserved(self._listed)
 
-    def _report_unserved(self, unserved: Sequence[containers.Unserved]) -> float:
+    def _report_unserved(self, unserved: Sequence[containers.Unserved]
+                         ) -> float:
         """Count and log addresses; return seconds until the next search."""
         texts = {str(each) for each in unserved}
         lasting = [each for each in unserved
@@ -260,7 +261,7 @@ class Metrics(prometheus_registry.Collector):
             return None
 
 
-def _make_gauges(seen: Snapshot) -> Iterator[core.Metric]:
+def _make_gauges(snapshot: Snapshot) -> Iterator[core.Metric]:
     def make_gauge(name: str, text: str, values: Mapping[
             tuple[str, ...], int], *labels: str) -> core.Metric:
         gauge = core.GaugeMetricFamily('%s_%s' % (_PREFIX, name), text,
@@ -269,17 +270,17 @@ def _make_gauges(seen: Snapshot) -> Iterator[core.Metric]:
             gauge.add_metric(label_values, value)
         return gauge
 
-    all_problems, _ = problems.find_all(seen)
+    all_problems, _ = problems.find_all(snapshot)
     wrong = collections.Counter(
         parent.name if parent else '' for parent
-        in map(seen.parent_of, problems.by_address(all_problems)))
+        in map(snapshot.parent_of, problems.by_address(all_problems)))
     rows = {parent.name: (
         len(parent.live), len(parent.routes),
         len({route.dst for route in parent.plan.foreign}),
         len({item.dst for item in parent.plan.unclaimed}),
         wrong[parent.name],
         int(parent.link is not None and parent.link.up))
-        for parent in seen.parents.values()}
+        for parent in snapshot.parents.values()}
     # The parent of an unreadable record is unknown.
     if wrong[''] or not rows:
         rows[''] = (0, 0, 0, 0, wrong[''], 0)
@@ -302,16 +303,16 @@ def _make_gauges(seen: Snapshot) -> Iterator[core.Metric]:
         'container_addresses', 'Addresses of discovered containers, by name '
         'of the container.', collections.Counter(
             (record.pod or record.owner.container_id, record.parent)
-            for record in seen.live.values()
+            for record in snapshot.live.values()
             if record.origin is Origin.DISCOVERED), 'container', 'parent')
     for name, text, value in (
             ('ledger_records', 'Addresses with a record.',
-             len(seen.contents.claims)),
+             len(snapshot.contents.claims)),
             ('ledger_unreadable_records',
              'Records that are damaged or of a later version.',
-             len(seen.contents.unreadable)),
+             len(snapshot.contents.unreadable)),
             ('addresses_unjudged', 'Addresses of sandboxes that the agent '
-             'cannot see, so they stay bound.', len(seen.unjudged)),
+             'cannot see, so they stay bound.', len(snapshot.unjudged)),
             ('node_problems', 'Faults of break0 itself or of the ledger.',
              len(problems.of_node(all_problems)))):
         yield make_gauge(name, text, {(): value})

@@ -111,19 +111,20 @@ def _owner(name: str) -> str:
 
 
 def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
-    wanted = conf.command
-    owner = Owner(wanted.owner, wanted.ifname)
-    parent = wanted.parent or options.parent or config.read_link_iface(conf)
+    command = conf.command
+    owner = Owner(command.owner, command.ifname)
+    parent = command.parent or options.parent or config.read_link_iface(conf)
     if parent is not None:  # it may be an altname
         parent = kernel.find_current_name(parent, kernel.find_ifindex(parent))
-    mac, addresses = wanted.mac, list(dict.fromkeys(wanted.address))
+    mac, addresses = command.mac, list(dict.fromkeys(command.address))
     ledger = Ledger(options.state_dir)
     ledger.prepare()
     devices = Devices(options, ledger)
     manager = Break0Manager(options)
     try:
-        if wanted.netns is not None:
-            macvlan = kernel.find_macvlan(wanted.netns, wanted.ifname, parent)
+        if command.netns is not None:
+            macvlan = kernel.find_macvlan(command.netns, command.ifname,
+                                          parent)
             parent = macvlan.parent
             addresses = addresses or list(macvlan.addresses)
             macvlan.require(addresses, mac)
@@ -138,10 +139,10 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
             raise exceptions.WrongUsage(
                 'The parent of %s is not known. Give --netns or --parent, or '
                 'set [break0] parent.' % ', '.join(map(str, addresses)))
-        if wanted.mac is not None:
-            _require_other(wanted.mac, parent, devices.names())
+        if command.mac is not None:
+            _require_other(command.mac, parent, devices.names())
         manager.bind(owner, addresses, parent=parent, mac=mac,
-                     netns=wanted.netns, yielding=True,
+                     netns=command.netns, yielding=True,
                      origin=Origin.MANUAL)
     except (exceptions.AddressTaken, exceptions.ForeignRoute) as err:
         return common.fail(common.DRIFT, err)
@@ -151,8 +152,8 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
         manager.try_to_housekeep()
     device = devices.name(parent) or options.device
     output.show(
-        wanted.json, {**vars(owner), 'interface': device,
-                      'addresses': list(map(str, addresses))},
+        command.json, {**vars(owner), 'interface': device,
+                       'addresses': list(map(str, addresses))},
         ['Bound %s to %s for %s' % (address, device, owner)
          for address in addresses])
     return common.IN_SYNC
@@ -181,10 +182,10 @@ def _require_other(mac: str, parent: str, devices: set[str]) -> None:
 
 
 def _unbind(conf: cfg.ConfigOpts, options: config.Options) -> int:
-    wanted = conf.command
+    command = conf.command
     ledger = Ledger(options.state_dir)
     ledger.prepare()
-    owner, addresses, netns = _meant(wanted, ledger)
+    owner, addresses, netns = _meant(command, ledger)
     manager = Break0Manager(options)
     try:
         unbound = manager.unbind(owner, addresses, netns)
@@ -201,41 +202,41 @@ def _unbind(conf: cfg.ConfigOpts, options: config.Options) -> int:
         if record is not None and outcome == 'taken':
             code = common.fail(common.DRIFT, exceptions.AddressTaken(
                 address=address, owner=record.owner, **vars(record.owner)))
-        elif not wanted.json:
+        elif not command.json:
             output.write('Unbound %s' % address if address in unbound
                          else '%s was not bound' % address)
-    if wanted.json:
+    if command.json:
         output.write_json({**vars(owner), 'addresses': outcomes})
     return code
 
 
-def _meant(wanted: Any, ledger: Ledger
+def _meant(command: Any, ledger: Ledger
            ) -> tuple[Owner, list[IPAddress], Optional[str]]:
     """Return owner, addresses and namespace of the claims to unbind.
 
     :raises WrongUsage: if the arguments do not name one interface
     """
     # Either addresses and owner, or the pod alone.
-    if {wanted.owner is not None, bool(wanted.address)} != {
-            wanted.pod is None}:
+    if {command.owner is not None, bool(command.address)} != {
+            command.pod is None}:
         raise exceptions.WrongUsage(
             'Give addresses and the --owner that you gave to bind, or only '
             '--pod with the name of a container or pod.')
-    if wanted.pod is None:
-        return Owner(wanted.owner, wanted.ifname or 'eth0'), list(
-            dict.fromkeys(wanted.address)), None
+    if command.pod is None:
+        return Owner(command.owner, command.ifname or 'eth0'), list(
+            dict.fromkeys(command.address)), None
     live = {address: claims[0] for address, claims
             in ledger.contents().claims.items()}
     records = [live[address] for address in names.addresses_of(
-        wanted.pod, live) if address in live and wanted.ifname in (
+        command.pod, live) if address in live and command.ifname in (
             None, live[address].owner.ifname)]
     owners = {each.owner: each for each in records}
     if len(owners) != 1:
         raise exceptions.WrongUsage(
             '%s matches several containers or interfaces: %s. Give --ifname, '
-            'or the address and --owner.' % (wanted.pod, ', '.join(
+            'or the address and --owner.' % (command.pod, ', '.join(
                 sorted(map(str, owners)))) if owners else
             'No address of %s%s is bound.' % (
-                wanted.pod, '/' + wanted.ifname if wanted.ifname else ''))
+                command.pod, '/' + command.ifname if command.ifname else ''))
     (owner, record), = owners.items()
     return owner, [each.address for each in records], record.netns

@@ -59,21 +59,21 @@ def add_parsers(subparsers: Any) -> None:
 def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     cleanup = Cleanup(options, config.read_link_iface(conf),
                       conf.command.dry_run)
-    done: list[Removal] = []
+    removals: list[Removal] = []
     try:
         for removal in cleanup.run():
-            done.append(removal)
+            removals.append(removal)
             if not conf.command.json:
                 output.write((output.Wrong if removal.reason else str)(
                     removal))
     finally:
         if conf.command.json:
             output.write_json({
-                'removed': [each.what for each in done if not each.reason],
-                'left': [each._asdict() for each in done if each.reason]})
+                'removed': [each.what for each in removals if not each.reason],
+                'left': [each._asdict() for each in removals if each.reason]})
     if conf.command.dry_run:
-        return common.DRIFT if done else common.IN_SYNC
-    return (common.DRIFT if any(each.reason for each in done)
+        return common.DRIFT if removals else common.IN_SYNC
+    return (common.DRIFT if any(each.reason for each in removals)
             else common.IN_SYNC)
 
 
@@ -118,23 +118,23 @@ class Cleanup:
         existed = ledger.exists()
         with contextlib.ExitStack() as stack:
             netlink = stack.enter_context(kernel.Netlink())
-            seen = actual.read(options, ledger, netlink)
+            current = actual.read(options, ledger, netlink)
             # Bound pods with lost records.
-            records = list(rebuild.find(options, seen, [
-                parent for parent in seen.parents.values()
+            records = list(rebuild.find(options, current, [
+                parent for parent in current.parents.values()
                 if parent.ownership is not Ownership.OTHER]))
             if not self.dry_run:
                 stack.enter_context(ledger.lock())
-                seen = actual.read(options, ledger, netlink, 0)
-            for address in seen.contents.unreadable:
+                current = actual.read(options, ledger, netlink, 0)
+            for address in current.contents.unreadable:
                 yield Removal(
                     'record of %s' % address, 'it cannot be read, so its pod '
                     'keeps the routes and neighbours for the node. Restart '
                     'the pod')
-            records += itertools.chain(*seen.contents.claims.values())
-            for record in self._interfaces(seen, records):
+            records += itertools.chain(*current.contents.claims.values())
+            for record in self._interfaces(current, records):
                 yield from self._pod(record)
-            for parent in seen.parents.values():
+            for parent in current.parents.values():
                 yield from self._node(
                     netlink, parent, Guard(options, ledger, parent.device))
             if ledger.heartbeat.age() is not None:
@@ -147,7 +147,7 @@ class Cleanup:
                 ledger.clear()
 
     @staticmethod
-    def _interfaces(seen: Snapshot, records: Iterable[Record]
+    def _interfaces(current: Snapshot, records: Iterable[Record]
                     ) -> list[Record]:
         """Return one record for each interface in an existing namespace.
 
@@ -155,11 +155,11 @@ class Cleanup:
         still needs their routes and neighbours.
         """
         by_interface = {}
-        left = {parent.name for parent in seen.parents.values()
-                if parent.ownership is Ownership.OTHER}
+        parents = {parent.name for parent in current.parents.values()
+                   if parent.ownership is Ownership.OTHER}
         for record in records:
-            if (record.netns is not None and record not in seen.gone
-                    and record.parent not in left):
+            if (record.netns is not None and record not in current.gone
+                    and record.parent not in parents):
                 by_interface[record.netns, record.owner.ifname] = record
         return [by_interface[key] for key in sorted(by_interface)]
 

@@ -84,10 +84,10 @@ def run(conf: cfg.ConfigOpts) -> int:
 
 def install(conf: cfg.ConfigOpts, options: config.Options) -> int:
     """Install the plugin: the shim, or the script."""
-    wanted = conf.command
-    target = os.path.join(wanted.bin_dir, PLUGIN)
-    shims = [] if wanted.without_agent else (
-        [wanted.shim] if wanted.shim else list(_shims()))
+    command = conf.command
+    target = os.path.join(command.bin_dir, PLUGIN)
+    shims = [] if command.without_agent else (
+        [command.shim] if command.shim else list(_shims()))
     try:
         if shims:
             with open(shims[0], 'rb') as file:
@@ -103,7 +103,7 @@ def install(conf: cfg.ConfigOpts, options: config.Options) -> int:
         raise exceptions.CannotWrite(path=target, reason='%s: %s' % (
             err.filename, err.strerror))
     output.show(
-        wanted.json,
+        command.json,
         {'installed': target, 'shim': shims[0] if shims else None},
         ['Installed %s: %s' % (
             target, 'the shim ' + shims[0] if shims

@@ -72,13 +72,13 @@ def _add_ignore(added: Any) -> None:
         'may be repeated', _known, action='append', default=[])
 
 
-def _bundle(conf: cfg.ConfigOpts, done: Examination) -> None:
+def _bundle(conf: cfg.ConfigOpts, result: Examination) -> None:
     options = config.load(conf)
     bundle.Bundle(options, conf.command.redact).write(conf.command.bundle, {
         'status.json': lambda: json.dumps(status.as_json(options),
                                           indent=2),
         'doctor.json': lambda: report.as_json(
-            done.findings, done.not_examined, **done.counts)})
+            result.findings, result.not_examined, **result.counts)})
 
 
 def _known(name: str) -> str:
@@ -113,41 +113,43 @@ def _waiting(conf: cfg.ConfigOpts
 
 def run(conf: cfg.ConfigOpts) -> int:
     """Print findings; return the exit code."""
-    wanted = conf.command
-    if wanted.redact and wanted.bundle is None:
+    command = conf.command
+    if command.redact and command.bundle is None:
         raise exceptions.WrongUsage(
             '--redact changes only an archive. Give --bundle too.')
-    with output.Counter('check' if wanted.before else 'doctor') as counter:
-        done = (examination.examine_before(conf, wanted.parent)
-                if wanted.before else examination.examine(
-                    conf, not wanted.no_probe, counter.over, _waiting(conf)))
-    done.findings = [dataclasses.replace(
+    with output.Counter('check' if command.before else 'doctor') as counter:
+        result = (
+            examination.examine_before(conf, command.parent)
+            if command.before else examination.examine(
+                conf, not command.no_probe, counter.over, _waiting(conf)))
+    result.findings = [dataclasses.replace(
         each, observed=output.speak(each.observed), why=output.speak(each.why),
-        remedy=output.speak(each.remedy)) for each in done.findings
-        if each.id not in wanted.ignore]
-    done.not_examined = list(map(output.speak, done.not_examined))
-    if wanted.json:
-        print(report.as_json(done.findings, done.not_examined, **done.counts))
-    elif done.findings or done.unreadable is None:
-        _print(done)
-    if wanted.bundle is not None:
+        remedy=output.speak(each.remedy)) for each in result.findings
+        if each.id not in command.ignore]
+    result.not_examined = list(map(output.speak, result.not_examined))
+    if command.json:
+        print(report.as_json(result.findings, result.not_examined,
+                             **result.counts))
+    elif result.findings or result.unreadable is None:
+        _print(result)
+    if command.bundle is not None:
         try:
-            _bundle(conf, done)
+            _bundle(conf, result)
         except (OSError, exceptions.InvalidOption) as err:
             raise exceptions.CannotWrite(
-                path=wanted.bundle, reason=getattr(err, 'strerror', err))
-    if done.unreadable is not None:
-        return common.fail(common.UNREADABLE, done.unreadable)
-    if done.invalid:
+                path=command.bundle, reason=getattr(err, 'strerror', err))
+    if result.unreadable is not None:
+        return common.fail(common.UNREADABLE, result.unreadable)
+    if result.invalid:
         return common.USAGE
-    return (common.DRIFT if done.has(findings.ERROR) else common.WARNINGS
-            if done.has(findings.WARNING) else common.IN_SYNC)
+    return (common.DRIFT if result.has(findings.ERROR) else common.WARNINGS
+            if result.has(findings.WARNING) else common.IN_SYNC)
 
 
-def _print(done: Examination) -> None:
+def _print(result: Examination) -> None:
     *blocks, summary = report.as_text(
-        done.findings, done.not_examined, done.examined, done.pods,
-        **done.counts).split('\n\n')
+        result.findings, result.not_examined, result.examined, result.pods,
+        **result.counts).split('\n\n')
     for line in '\n\n'.join([*blocks, '']).split('\n')[:-1]:
         output.write((output.Wrong if line.startswith((
             findings.ERROR, findings.WARNING)) else str)(line))

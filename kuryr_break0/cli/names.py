@@ -50,7 +50,7 @@ def addresses_of(name: str, live: Mapping[IPAddress, Record]
         return [option_types.host_address(name)]
     except ValueError as err:
         addresses = sorted((address for address, record in live.items()
-                        if is_called(record, name)), key=address_order)
+                            if is_called(record, name)), key=address_order)
         if not addresses:
             raise exceptions.WrongUsage(
                 '%s, and no container or pod of that name is bound here '

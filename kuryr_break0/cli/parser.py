@@ -59,10 +59,10 @@ class Parser(argparse.ArgumentParser):
         self._args = args or []
         for verb in self.verbs.values():
             verb._first = self
-        parsed, rest = super().parse_known_args(args, namespace)
-        if rest:
-            self.error('unrecognized arguments: ' + ' '.join(rest))
-        return parsed, rest
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error('unrecognized arguments: ' + ' '.join(unknown))
+        return parsed, unknown
 
     def error(self, message: str) -> NoReturn:
         """Print an error in one line, and exit.

@@ -108,25 +108,25 @@ class Result:
 
 
 def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
-    wanted = conf.command
-    if wanted.all == (wanted.target is not None):
+    command = conf.command
+    if command.all == (command.target is not None):
         raise exceptions.WrongUsage(
             'Give an address or the name of a container or pod, or --all to '
             'probe all bound addresses.')
     with kernel.Netlink() as netlink:
-        seen = actual.read(options, Ledger(options.state_dir), netlink)
-    addresses = (sorted(seen.live, key=address_order) if wanted.all
-                 else names.addresses_of(wanted.target, seen.live))
-    prober = Prober(wanted.count, wanted.timeout, wanted.tcp)
+        snapshot = actual.read(options, Ledger(options.state_dir), netlink)
+    addresses = (sorted(snapshot.live, key=address_order) if command.all
+                 else names.addresses_of(command.target, snapshot.live))
+    prober = Prober(command.count, command.timeout, command.tcp)
     with output.Counter('probe') as counter:
-        results = [_result(prober, options, seen, address, wanted)
+        results = [_result(prober, options, snapshot, address, command)
                    for address in counter.over(addresses)]
-    if wanted.json:
+    if command.json:
         documents = [each.as_json() for each in results]
-        is_one = not wanted.all and wanted.target == str(addresses[0])
+        is_one = not command.all and command.target == str(addresses[0])
         output.write_json(documents[0] if is_one else documents)
     else:
-        _print(results, wanted.wide)
+        _print(results, command.wide)
     return (common.IN_SYNC if all(each.reached for each in results)
             else common.DRIFT)
 
@@ -170,12 +170,12 @@ def _row(probe: Probe) -> list[str]:
             else output.Wrong(answered)]
 
 
-def _result(prober: Prober, options: config.Options, seen: Snapshot,
-            address: IPAddress, wanted: Any) -> Result:
-    record, parent = seen.live.get(address), seen.parent_of(address)
+def _result(prober: Prober, options: config.Options, snapshot: Snapshot,
+            address: IPAddress, command: Any) -> Result:
+    record, parent = snapshot.live.get(address), snapshot.parent_of(address)
     device = parent.device if parent else options.device
     note, claimants = None, None
-    with (traced(address, places(device, record)) if wanted.trace
+    with (traced(address, places(device, record)) if command.trace
           else contextlib.nullcontext()) as trace:
         probes = [prober.probe(address, device,
                                record.mac if record else None)]
@@ -190,7 +190,7 @@ def _result(prober: Prober, options: config.Options, seen: Snapshot,
             try:
                 probes += prober.from_pod(address, record.netns,
                                           record.namespace, parent.node)
-                if wanted.conflict:
+                if command.conflict:
                     with kernel.enter_namespace(record.netns,
                                                 record.namespace):
                         claimants = kernel.find_claimants(

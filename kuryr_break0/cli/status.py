@@ -75,23 +75,23 @@ def add_parsers(subparsers: Any) -> None:
 
 def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     """Print the state of break0 and addresses; return the exit code."""
-    wanted = conf.command
-    shown = read(options, wanted)
-    deadline = time.monotonic() + (wanted.wait or 0)
+    command = conf.command
+    shown = read(options, command)
+    deadline = time.monotonic() + (command.wait or 0)
     while not shown.in_sync and time.monotonic() < deadline:
         time.sleep(_RETRY)
-        shown = read(options, wanted)
-    if wanted.json:
+        shown = read(options, command)
+    if command.json:
         output.write_json(shown.as_json())
     else:
-        shown.print(wanted.wide)
-    if wanted.watch:
+        shown.print(command.wide)
+    if command.watch:
         with contextlib.suppress(KeyboardInterrupt):
             while True:
                 sys.stdout.flush()
                 time.sleep(_PAUSE)
-                before, shown = shown, read(options, wanted)
-                if not wanted.json:
+                before, shown = shown, read(options, command)
+                if not command.json:
                     _print_changes(before, shown)
                 elif shown.as_json() != before.as_json():
                     output.write_json(shown.as_json())
@@ -103,19 +103,19 @@ def as_json(options: config.Options) -> dict[str, Any]:
     return read(options).as_json()
 
 
-def read(options: config.Options, wanted: Any = None) -> Status:
+def read(options: config.Options, command: Any = None) -> Status:
     """Return the problems and addresses of the node."""
     ledger = Ledger(options.state_dir)
     with kernel.Netlink() as netlink:
-        return Status(actual.read(options, ledger, netlink), ledger, wanted)
+        return Status(actual.read(options, ledger, netlink), ledger, command)
 
 
 def _print_changes(before: Status, now: Status) -> None:
     """Print a line for each fact that appeared (+) or cleared (-)."""
     old, new = dict.fromkeys(before.facts()), dict.fromkeys(now.facts())
-    for sign, facts, others in ('-', old, new), ('+', new, old):
+    for sign, facts, opposite in ('-', old, new), ('+', new, old):
         for each in facts:
-            if each not in others:
+            if each not in opposite:
                 output.write('%s %s %s' % (time.strftime('%H:%M:%S'), sign,
                                            each))
 
@@ -126,35 +126,35 @@ class Status:
     :param wanted: the arguments, which select addresses; None for all
     """
 
-    def __init__(self, seen: Snapshot, ledger: Ledger,
-                 wanted: Any = None) -> None:
-        self._seen = seen
-        self._unserved = containers.unserved(seen, ledger)
-        self._found, self._not_examined = problems.find_all(seen)
-        self._problems = problems.by_address(self._found)
-        self._of_node = problems.of_node(self._found)
+    def __init__(self, snapshot: Snapshot, ledger: Ledger,
+                 command: Any = None) -> None:
+        self._snapshot = snapshot
+        self._unserved = containers.unserved(snapshot, ledger)
+        self._all_problems, self._not_examined = problems.find_all(snapshot)
+        self._problems = problems.by_address(self._all_problems)
+        self._of_node = problems.of_node(self._all_problems)
         self._differences = list(readers.list_differences(ledger))
-        self._addresses = sorted(seen.live.keys() | self._problems.keys(),
+        self._addresses = sorted(snapshot.live.keys() | self._problems.keys(),
                                  key=address_order)
-        if wanted is not None:
-            named = None if wanted.target is None else names.addresses_of(
-                wanted.target, seen.live)
+        if command is not None:
+            named = None if command.target is None else names.addresses_of(
+                command.target, snapshot.live)
             self._addresses = [
                 each for each in self._addresses
                 if (named is None or each in named)
-                and (not wanted.problems or each in self._problems)
-                and _is_of(seen.live.get(each), wanted)]
+                and (not command.problems or each in self._problems)
+                and _is_of(snapshot.live.get(each), command)]
 
     @property
     def in_sync(self) -> bool:
         return not (self._problems or self._of_node or self._unserved)
 
     def as_json(self) -> dict[str, Any]:
-        parents = self._seen.parents.values()
+        parents = self._snapshot.parents.values()
         devices = [_device_as_json(parent.present, parent.addresses)
                    for parent in parents if parent.present is not None]
-        if self._seen.name_conflict is not None:
-            devices.append(_device_as_json(self._seen.name_conflict, ()))
+        if self._snapshot.name_conflict is not None:
+            devices.append(_device_as_json(self._snapshot.name_conflict, ()))
         return {
             'in_sync': self.in_sync,
             'device': next(iter(devices), None),
@@ -174,16 +174,16 @@ class Status:
                 for address, why in self._not_examined.items()],
             'addresses': list(map(self._address_as_json, self._addresses)),
             'totals': {
-                'bound': len(self._seen.live),
+                'bound': len(self._snapshot.live),
                 'routed': sum(address in parent.routes for parent in parents
-                              for address in {*self._seen.live,
+                              for address in {*self._snapshot.live,
                                               *self._problems}),
                 'out_of_sync': len(self._problems),
                 'unserved': len(self._unserved)}}
 
     def _address_as_json(self, address: IPAddress) -> dict[str, Any]:
-        record = self._seen.live.get(address)
-        parent = self._seen.parent_of(address)
+        record = self._snapshot.live.get(address)
+        parent = self._snapshot.parent_of(address)
         neighbour = parent and parent.neighbours.get(address)
         problem = self._problems.get(address)
         return {
@@ -207,9 +207,9 @@ class Status:
             output.table(
                 ['Device', 'Kind', 'Parent', 'MAC', 'MTU', 'Addresses',
                  'State'], map(_device_row, shown['devices']), wide)
-        elif not (self._seen.live or self._unserved):
+        elif not (self._snapshot.live or self._unserved):
             output.say('%s does not exist yet: the bind of the first '
-                       'container creates it.' % self._seen.options.device)
+                       'container creates it.' % self._snapshot.options.device)
         output.write('%(bound)d bound, %(routed)d routed, %(out_of_sync)d '
                      'out of sync' % shown['totals'])
         for _, _, text in self._differences:
@@ -233,7 +233,7 @@ class Status:
                     key=lambda each: each not in self._problems)], wide)
 
     def _row(self, address: IPAddress, wide: bool) -> list[str]:
-        each, record = self._address_as_json(address), self._seen.live.get(
+        each, record = self._address_as_json(address), self._snapshot.live.get(
             address)
         owner = '-'
         if record is not None:  # the name, or a shortened id
@@ -252,7 +252,7 @@ class Status:
 
         :param without: subjects of problems to leave out
         """
-        yield from problems.of_node(each for each in self._found
+        yield from problems.of_node(each for each in self._all_problems
                                     if each.subject not in without)
         yield from map(str, self._unserved)
         for address in self._addresses:
@@ -263,24 +263,24 @@ class Status:
         """Yield a line for each problem and each bound address."""
         yield from self.describe_problems()
         for address in self._addresses:
-            if address in self._seen.live:
+            if address in self._snapshot.live:
                 yield '%s: bound for %s' % (
-                    address, self._seen.live[address].owner_text)
+                    address, self._snapshot.live[address].owner_text)
 
     def addresses_of(self, owners: Collection[Owner]) -> list[IPAddress]:
         """Return the addresses that are bound for some owners."""
-        return [address for address, record in self._seen.live.items()
+        return [address for address, record in self._snapshot.live.items()
                 if record.owner in owners]
 
 
-def _is_of(record: Optional[Record], wanted: Any) -> bool:
+def _is_of(record: Optional[Record], command: Any) -> bool:
     """Return whether --pod, --owner and --origin select a record."""
     if record is None:
-        return not (wanted.pod or wanted.owner or wanted.origin)
-    return ((wanted.pod or '') in (record.pod or '')
-            and record.owner.container_id.startswith(wanted.owner or '')
-            and wanted.origin in (None, record.origin
-                                  and record.origin.value))
+        return not (command.pod or command.owner or command.origin)
+    return ((command.pod or '') in (record.pod or '')
+            and record.owner.container_id.startswith(command.owner or '')
+            and command.origin in (None, record.origin
+                                   and record.origin.value))
 
 
 def _device_as_json(link: kernel.Link,

@@ -46,26 +46,27 @@ def add_parsers(subparsers: Any) -> None:
 
 def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     """Reconcile once, and print the changes; return the exit code."""
-    wanted = conf.command
+    command = conf.command
     with output.Counter('sync'):
         outcome = Reconciler(
             options, Ledger(options.state_dir)).sync(
-                wanted.dry_run, wanted.claim, wanted.delete_unclaimed)
+                command.dry_run, command.claim, command.delete_unclaimed)
     after = status.read(options)
-    output.show(wanted.json, {
+    output.show(command.json, {
         **_as_json(outcome, options),
         'problems': list(after.describe_problems())},
-        [*_lines(outcome, options), *_left(outcome, after, wanted.dry_run)])
+        [*_lines(outcome, options),
+         *_remaining_lines(outcome, after, command.dry_run)])
     for err in outcome.errors:
         common.fail(common.UNREADABLE, err)
     if outcome.errors:
         return common.UNREADABLE
     return common.IN_SYNC if after.in_sync and not (
-        wanted.dry_run and outcome) else common.DRIFT
+        command.dry_run and outcome) else common.DRIFT
 
 
-def _left(outcome: Outcome, after: status.Status,
-          dry_run: bool) -> Iterator[str]:
+def _remaining_lines(outcome: Outcome, after: status.Status,
+                     dry_run: bool) -> Iterator[str]:
     """Yield a line for each problem that no other line shows."""
     shown: set[object] = {item.dst for item in (*outcome.foreign,
                                                 *outcome.unclaimed)}

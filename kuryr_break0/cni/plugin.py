@@ -202,12 +202,12 @@ class Plugin:
         if not self._options.enabled:
             return
         with kernel.Netlink() as netlink:
-            seen = actual.read(self._options, self._ledger, netlink)
-        all_problems = problems.find(seen)
+            snapshot = actual.read(self._options, self._ledger, netlink)
+        all_problems = problems.find(snapshot)
         namespace = kernel.identify(self._request.netns)
         own = []
         for address in addresses:
-            record = seen.live.get(address)
+            record = snapshot.live.get(address)
             if record is None or (record.owner != self._owner and not (
                     record.namespace and namespace
                     and record.namespace.is_same(namespace))):
@@ -217,11 +217,11 @@ class Plugin:
                 continue
             own.append(record)
         for records in by_interface(own):
-            all_problems += problems.of_pod(records, seen)
+            all_problems += problems.of_pod(records, snapshot)
         for address, text in problems.by_address(all_problems).items():
             if address in addresses:
                 yield '%s: %s' % (address, text)
-        devices = {seen.parents[record.parent].device for record in own}
+        devices = {snapshot.parents[record.parent].device for record in own}
         yield from problems.of_node(
             each for each in all_problems if each.subject in devices)
 

@@ -107,8 +107,8 @@ class Binder:
         bound = self._records.get(location.namespace, {})
         try:
             macvlans = [each for each in kernel.list_macvlans_in(
-                location.path, location.namespace, kernel.QUICK_LIMITS, sorted({
-                    record.owner.ifname for record in bound.values()}))
+                location.path, location.namespace, kernel.QUICK_LIMITS,
+                sorted({record.owner.ifname for record in bound.values()}))
                 if self._is_eligible(each)]
         except exceptions.KernelRefused as err:
             LOG.debug('Skipping a network namespace for now: %s', err)
@@ -240,7 +240,8 @@ class Binder:
         return '%s (%s)' % (names[0], macvlan.netns) if names else (
             macvlan.netns)
 
-    def _unbind(self, record: Record, location: kernel.NamespaceLocation) -> bool:
+    def _unbind(self, record: Record, location: kernel.NamespaceLocation
+                ) -> bool:
         """Unbind an address, and return whether that succeeded."""
         try:
             self._manager.unbind(record.owner, [record.address], location.path)

@@ -121,18 +121,18 @@ class Finder:
         changes = self._events.get()
         if changes.lost:
             self._mark_after_loss(now)
-        known = self._numbers.keys()
-        self._unknown |= ((changes.changed | changes.numbered) - known
+        numbers = self._numbers.keys()
+        self._unknown |= ((changes.changed | changes.numbered) - numbers
                           - self._unseen) - changes.ended
         self._unseen -= changes.ended
-        for number in changes.changed & known:
+        for number in changes.changed & numbers:
             self._queue.mark(self._numbers[number], now)
-        for number in changes.ended & known:
+        for number in changes.ended & numbers:
             # The event may concern an earlier namespace, because the kernel
             # reuses numbers. So examine this one again.
             location = self._numbers[number].location
             self._remove(self._numbers[number])
-            self._unexamined[location.place] = location
+            self._unexamined.setdefault(location.place, location)
         if changes.ended:
             self._explained_until = now + _ENDING
         # A change of a macvlan causes one event for its parent and, if its
@@ -256,18 +256,19 @@ class Finder:
             raise
         new = {}
         for each in locations:
-            known = self._namespaces.get(each.place)
-            if known is None:
+            namespace = self._namespaces.get(each.place)
+            # The kernel reuses the inode of an ended namespace at once, often
+            # before the event of its end arrives.
+            if namespace is None or each.is_named or (
+                    not namespace.location.is_current()):
                 new[each.place] = each
-            elif each.is_named:
-                self._relocate(known, each)
         for place, each in new.items():
             # Prefer a name: it can outlast the process, such as that of "ip
             # netns exec".
             if each.is_named or not (place in self._unexamined
                                      and self._unexamined[place].is_named):
                 self._unexamined[place] = each
-        if self._is_unexplained and not new:
+        if self._is_unexplained and new.keys() <= self._namespaces.keys():
             self._schedule_full_search()
         self._is_unexplained = False
 
@@ -282,19 +283,20 @@ class Finder:
             {place: each.location.path
              for place, each in self._namespaces.items()})}
         self._unexamined.update({place: each for place, each in present.items()
-                            if place not in self._namespaces})
+                                 if place not in self._namespaces})
         for place, namespace in list(self._namespaces.items()):
-            known = namespace.location
+            location = namespace.location
             if place in present:
-                self._ended.discard(known.namespace)
-                self._relocate(namespace, present[place])
-                if known.process is None and present[place].process:
-                    # Its container can be identified by the process now.
-                    self._unexamined[place] = namespace.location
+                self._ended.discard(location.namespace)
+                if present[place].path != location.path or (
+                        location.process is None and present[place].process):
+                    # It may be another namespace with the same inode, or its
+                    # container can be identified by a process now.
+                    self._unexamined[place] = present[place]
                 if self._events is None:
                     self._queue.mark(namespace, now)
-            elif (self._binder.has_bound(known.namespace)
-                  and kernel.judge_state(known.path, known.namespace)
+            elif (self._binder.has_bound(location.namespace)
+                  and kernel.judge_state(location.path, location.namespace)
                   is kernel.State.LIVING):
                 # Another program keeps the namespace open, for example the
                 # server of Podman 4. The kernel still opens it by its number,
@@ -305,13 +307,6 @@ class Finder:
         self._unseen |= self._unknown
         self._unknown.clear()
         self._is_unexplained = self._mounts_changed = False
-
-    def _relocate(self, namespace: Namespace,
-                  location: kernel.NamespaceLocation) -> None:
-        """Store a new path and process of a namespace."""
-        if location.path != namespace.location.path:
-            self._queue.mark(namespace, time.monotonic())
-        namespace.location = location._replace(namespace=namespace.location.namespace)
 
     def _examine(self, location: kernel.NamespaceLocation) -> None:
         """Identify a found namespace, and then read it.
@@ -327,26 +322,28 @@ class Finder:
             LOG.debug('Skipping a network namespace for now: %s', err)
             return
         location, container, number = examined
-        known = self._namespaces.get(location.place)
-        if known is not None and known.location.namespace == location.namespace:
-            known.container = container
+        namespace = self._namespaces.get(location.place)
+        if (namespace is not None
+                and namespace.location.namespace == location.namespace):
+            namespace.location = location
+            namespace.container = container
         else:
             # The kernel reuses inodes and numbers.
-            for earlier in (known, None if number is None
+            for earlier in (namespace, None if number is None
                             else self._numbers.get(number)):
                 if earlier is not None:
                     self._remove(earlier)
-            known = Namespace(location, container, number,
-                              changed_at=time.monotonic())
-            self._namespaces[location.place] = known
+            namespace = Namespace(location, container, number,
+                                  changed_at=time.monotonic())
+            self._namespaces[location.place] = namespace
             self._ended.discard(location.namespace)
             if number is not None:
-                self._numbers[number] = known
+                self._numbers[number] = namespace
                 self._unknown.discard(number)
                 self._unseen.discard(number)
-        self._queue.pace.end(known.cause)
-        if not self._queue.add_if_late(known):
-            self._read(known, known.cause)
+        self._queue.pace.end(namespace.cause)
+        if not self._queue.add_if_late(namespace):
+            self._read(namespace, namespace.cause)
 
     def _read(self, namespace: Namespace, cause: Hashable) -> None:
         """Read a namespace; bind new addresses and unbind removed ones.
@@ -358,7 +355,8 @@ class Finder:
         self._queue.pace.begin()
         namespace.read_at = now
         try:
-            if not self._binder.update(namespace.location, namespace.container):
+            if not self._binder.update(namespace.location,
+                                       namespace.container):
                 self._queue.mark(namespace, now)
         except exceptions.NetnsUnusable:
             state = kernel.judge_state(namespace.location.path,
@@ -370,7 +368,8 @@ class Finder:
             else:
                 self._remove(namespace)
                 # The kernel may have reused the path, so examine it again.
-                self._unexamined[namespace.location.place] = namespace.location
+                self._unexamined.setdefault(namespace.location.place,
+                                            namespace.location)
         except Exception:
             self._queue.mark(namespace, now)
             raise
@@ -379,7 +378,8 @@ class Finder:
 
     def _remove(self, namespace: Namespace) -> None:
         """Remove a namespace, and schedule the unbind of its addresses."""
-        place, identity = namespace.location.place, namespace.location.namespace
+        place = namespace.location.place
+        identity = namespace.location.namespace
         if self._namespaces.get(place) is namespace:
             del self._namespaces[place]
         self._queue.remove(namespace)

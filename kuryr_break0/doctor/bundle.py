@@ -146,8 +146,8 @@ def _output(command: tuple[str, ...]) -> str:
     path = kernel.find_program(command[0])
     if path is None:
         return 'The program %s is not installed.' % command[0]
-    done = subprocess.run(
+    completed = subprocess.run(
         [path, *command[1:]], stdout=subprocess.PIPE, text=True,
         stderr=subprocess.STDOUT, timeout=_TIMEOUT, errors='surrogateescape')
-    return '$ %s\n%s\n(exit %d)' % (' '.join(command), done.stdout[-_PART:],
-                                    done.returncode)
+    return '$ %s\n%s\n(exit %d)' % (
+        ' '.join(command), completed.stdout[-_PART:], completed.returncode)

@@ -22,52 +22,52 @@ from kuryr_break0.snapshot import Parent
 _ARP_FILTER = 'ipv4/conf/%s/arp_filter'
 
 
-def check(node: Node, seen: Parent, netlink: kernel.Netlink,
+def check(node: Node, parent: Parent, netlink: kernel.Netlink,
           ask: bool) -> Iterator[Finding]:
     """Check a usable break0, and other macvlans on its parent.
 
     :param ask: send ARP requests to find duplicate addresses on the LAN
     """
-    parent = seen.parent
-    if seen.link is None or parent is None:
+    lower = parent.parent
+    if parent.link is None or lower is None:
         return
     addresses = netlink.addresses()
-    yield from _check_addresses(node, seen, parent, addresses)
+    yield from _check_addresses(node, parent, lower, addresses)
     yield from _check_answers()
-    yield from _check_guard(node, seen)
-    if seen.device == node.options.device:
-        yield from _check_addr(node, seen, netlink, addresses, ask)
-    if seen.live:
-        yield from _check_siblings(parent, netlink, {
-            parent.name, *(each.device for each
-                           in node.snapshot.parents.values())})
+    yield from _check_guard(node, parent)
+    if parent.device == node.options.device:
+        yield from _check_addr(node, parent, netlink, addresses, ask)
+    if parent.live:
+        yield from _check_siblings(lower, netlink, {
+            lower.name, *(each.device for each
+                          in node.snapshot.parents.values())})
 
 
-def _check_addresses(node: Node, seen: Parent, parent: kernel.Link,
+def _check_addresses(node: Node, parent: Parent, lower: kernel.Link,
                      addresses: Collection[tuple[int, IPAddress]]
                      ) -> Iterator[Finding]:
     """Report missing addresses of break0, and those that no sync deletes."""
-    texts = [each.text for each in problems.of_device(seen, node.snapshot)
+    texts = [each.text for each in problems.of_device(parent, node.snapshot)
              if each.kind == known.ADDRESSES]
-    has = set(seen.addresses)
+    has = set(parent.addresses)
     wants = set(Policy(node.options).own_addresses(
-        addresses, parent.index, seen.device))
+        addresses, lower.index, parent.device))
     # A link-local IPv6 address is a difference, which a sync deletes.
     strange = {address for address in has - wants
                if address.version == 4 or not address.is_link_local}
     if strange or texts:
         texts.append('%s has %s, but must have %s' % (
-            seen.device, *(', '.join(sorted(map(str, some)))
-                           or 'no address' for some in (has, wants))))
+            parent.device, *(', '.join(sorted(map(str, some)))
+                             or 'no address' for some in (has, wants))))
         yield KINDS[known.ADDRESSES].finding(
             '; '.join(texts), sorted(map(str, strange | (wants - has))),
             commands=[
-                *('ip address delete %s dev %s' % (address, seen.device)
+                *('ip address delete %s dev %s' % (address, parent.device)
                   for address in sorted(map(str, strange))),
                 'kuryr-break0 sync'])
 
 
-def _check_addr(node: Node, seen: Parent, netlink: kernel.Netlink,
+def _check_addr(node: Node, parent: Parent, netlink: kernel.Netlink,
                 addresses: Collection[tuple[int, IPAddress]],
                 ask: bool) -> Iterator[Finding]:
     """Report addresses of [break0] addr that the node no longer has.
@@ -75,27 +75,27 @@ def _check_addr(node: Node, seen: Parent, netlink: kernel.Netlink,
     An address that only break0 has is correct if it is in a network of the
     parent and no other host has it.
     """
-    known = {address.version for index, address in addresses
-             if seen.parent and index == seen.parent.index
-             and not address.is_link_local}
-    alone = {*seen.addresses} - {address for index, address in addresses
-                                 if index != seen.index}
+    versions = {address.version for index, address in addresses
+                if parent.parent and index == parent.parent.index
+                and not address.is_link_local}
+    alone = {*parent.addresses} - {address for index, address in addresses
+                                   if index != parent.index}
     for address in node.options.addr:
-        if address not in alone or address.version not in known:
+        if address not in alone or address.version not in versions:
             continue
         # For break0's own address the kernel returns a local route. So look up
         # the neighbouring address, which is in the same network.
         why = ''
         if not netlink.is_on_link(type(address)(int(address) ^ 1)):
-            why = 'it is in no network of %s' % seen.name
+            why = 'it is in no network of %s' % parent.name
         elif ask:
-            for mac in kernel.find_claimants(seen.name, address):
+            for mac in kernel.find_claimants(parent.name, address):
                 why = 'it is at %s on the LAN' % mac
         if why:
             yield KINDS['break0-addr-stale'].finding(
                 '[break0] addr is %s, but no other interface of the node has '
                 'it, and %s' % (address, why), address=address,
-                device=seen.device)
+                device=parent.device)
 
 
 def _check_answers() -> Iterator[Finding]:
@@ -106,12 +106,12 @@ def _check_answers() -> Iterator[Finding]:
             value=0, names='proxy_arp')
 
 
-def _check_guard(node: Node, seen: Parent) -> Iterator[Finding]:
+def _check_guard(node: Node, parent: Parent) -> Iterator[Finding]:
     """Report a guard that cannot be loaded, and never was."""
-    guard = Guard(node.options, node.ledger, seen.device)
-    if guard.is_wanted and not guard.is_possible and seen.guard is None:
+    guard = Guard(node.options, node.ledger, parent.device)
+    if guard.is_wanted and not guard.is_possible and parent.guard is None:
         yield KINDS['guard-unavailable'].finding(
-            '%s, so %s has no guard' % (NO_NFT, seen.device))
+            '%s, so %s has no guard' % (NO_NFT, parent.device))
 
 
 def _check_siblings(parent: kernel.Link, netlink: kernel.Netlink,

@@ -80,32 +80,32 @@ def examine(conf: cfg.ConfigOpts, probe: bool = True, over: Over = iter,
     :param waiting: returns the pods of the node that have waited for a port
         for a given number of seconds; None without a Kubernetes API
     """
-    def check(options: config.Options, done: Examination,
+    def check(options: config.Options, result: Examination,
               host: Host) -> None:
-        done.counts = dict.fromkeys((
+        result.counts = dict.fromkeys((
             'addresses', 'looked_up', 'pods', 'entered', 'pinged',
             'answered'), 0)
         if not options.enabled:
-            done.findings.append(KINDS['disabled'].finding(
+            result.findings.append(KINDS['disabled'].finding(
                 '[break0] enabled is false',
                 commands=host.set(enabled='true')))
         if waiting is not None:
             try:
-                done.findings += ports.check(waiting)
+                result.findings += ports.check(waiting)
             except exceptions.KubernetesUnavailable as err:
-                done.not_examined.append('pods without a port: %s' % err)
-        done.findings += records.check_directory(options, host)
-        if any(each.id == 'state-dir-unusable' for each in done.findings):
+                result.not_examined.append('pods without a port: %s' % err)
+        result.findings += records.check_directory(options, host)
+        if any(each.id == 'state-dir-unusable' for each in result.findings):
             return  # all further checks compare with the ledger
         with kernel.Netlink() as netlink:
             node = Node(options, netlink, PATIENCE, over)
-            done.pods = {str(address): record.owner_text
-                         for address, record in node.live.items()}
-            _examine_node(node, netlink, done, host, probe)
+            result.pods = {str(address): record.owner_text
+                           for address, record in node.live.items()}
+            _examine_node(node, netlink, result, host, probe)
             if node.live and probe:
-                done.findings[:0] = _ping(node, done)
+                result.findings[:0] = _ping(node, result)
             elif node.live:
-                done.not_examined.append('pings: switched off by --no-probe')
+                result.not_examined.append('pings: switched off by --no-probe')
 
     return _examined(conf, check)
 
@@ -117,85 +117,86 @@ def examine_before(conf: cfg.ConfigOpts,
     :param parent: the interface for the containers; by default the one of
         the options
     """
-    def check(options: config.Options, done: Examination,
+    def check(options: config.Options, result: Examination,
               host: Host) -> None:
         preconditions = Preconditions(
             options, parent or options.parent or config.read_link_iface(conf),
             host)
-        done.findings += preconditions.check()
-        done.not_examined += preconditions.not_examined
-        done.examined = preconditions.examined
+        result.findings += preconditions.check()
+        result.not_examined += preconditions.not_examined
+        result.examined = preconditions.examined
 
     return _examined(conf, check)
 
 
 def _examined(conf: cfg.ConfigOpts, check: Callable[
         [config.Options, Examination, Host], None]) -> Examination:
-    done, host = Examination(), Host.of(conf)
-    done.findings += installation.check()
-    done.findings += installation.check_daemon(host.restart_daemon)
-    done.findings += installation.check_plugin()
+    result, host = Examination(), Host.of(conf)
+    result.findings += installation.check()
+    result.findings += installation.check_daemon(host.restart_daemon)
+    result.findings += installation.check_plugin()
     unknown = config.list_unknown(conf)
     if unknown:
-        done.findings.append(KINDS['option-unknown'].finding(
+        result.findings.append(KINDS['option-unknown'].finding(
             unknown[0], unknown[1:]))
     try:
-        check(config.load(conf), done, host)
+        check(config.load(conf), result, host)
     except exceptions.InvalidOption as err:
-        done.findings.append(KINDS['options-invalid'].finding(str(err)))
-        done.invalid = True
+        result.findings.append(KINDS['options-invalid'].finding(str(err)))
+        result.invalid = True
     except exceptions.Break0Error as err:
-        done.unreadable = err
+        result.unreadable = err
     # Errors first. Findings of one severity keep their order: pings, then
     # causes before effects.
-    done.findings = sorted(map(host.advised, done.findings), key=lambda each:
-                           SEVERITIES.index(each.severity))
-    return done
+    result.findings = sorted(
+        map(host.advised, result.findings),
+        key=lambda each: SEVERITIES.index(each.severity))
+    return result
 
 
-def _examine_node(node: Node, netlink: kernel.Netlink, done: Examination,
+def _examine_node(node: Node, netlink: kernel.Netlink, result: Examination,
                   host: Host, probe: bool) -> None:
-    counts, parents = done.counts, node.snapshot.parents.values()
+    counts, parents = result.counts, node.snapshot.parents.values()
     counts.update(addresses=len(node.live), pods=len(node.pods()))
-    done.findings += records.check_ledger(node, host)
+    result.findings += records.check_ledger(node, host)
     all_problems = problems.find(node.snapshot)
     node.useless = {each.subject for each in all_problems
                     if each.kind in problems.CAUSES}
-    done.findings += known.check(node, all_problems, host)
-    done.findings += unserved.check(node, netlink, host)
-    done.not_examined += filter(None, [containers.blindness()])
+    result.findings += known.check(node, all_problems, host)
+    result.findings += unserved.check(node, netlink, host)
+    result.not_examined += filter(None, [containers.blindness()])
     for parent in parents:
-        _examine_parent(node, parent, netlink, done, probe)
-    done.findings += services.check(
+        _examine_parent(node, parent, netlink, result, probe)
+    result.findings += services.check(
         [each.present for each in parents if each.present is not None])
     for what, some, whole in (
             ('namespaces of pods', 'entered', 'pods'),
             ('the routing of addresses', 'looked_up', 'addresses')):
         if counts[some] < counts[whole]:
-            done.not_examined.append('%s: %d of %d were examined' % (
+            result.not_examined.append('%s: %d of %d were examined' % (
                 what, counts[some], counts[whole]))
     if node.live:
-        done.not_examined += firewall.not_examined()
+        result.not_examined += firewall.not_examined()
 
 
 def _examine_parent(node: Node, parent: Parent, netlink: kernel.Netlink,
-                    done: Examination, probe: bool) -> None:
+                    result: Examination, probe: bool) -> None:
     # If break0 is missing or is an interface of another program, each further
     # check would report the same fault.
     if parent.device in node.useless or parent.link is None:
         return
-    done.findings += device.check(node, parent, netlink, probe)
-    done.findings += merged(routes.check(node, parent))
-    done.counts['looked_up'] += len(node.settled(parent.desired))
-    done.findings += pods.check_asking(node, parent)
+    result.findings += device.check(node, parent, netlink, probe)
+    result.findings += merged(routes.check(node, parent))
+    result.counts['looked_up'] += len(node.settled(parent.desired))
+    result.findings += pods.check_asking(node, parent)
     entered = sample(pods.enterable(node, parent), MOST)
-    done.counts['entered'] += len(entered)
-    done.findings += pods.check_inside(node, parent, entered)
+    result.counts['entered'] += len(entered)
+    result.findings += pods.check_inside(node, parent, entered)
 
 
-def _ping(node: Node, done: Examination) -> list[Finding]:
+def _ping(node: Node, result: Examination) -> list[Finding]:
     """Ping addresses, except addresses for which an error explains a loss."""
-    errors = [each for each in done.findings if each.severity == ERROR
+    errors = [each for each in result.findings if each.severity == ERROR
               or each.id in ('neighbour-missing', 'pod-unreadable')]
     stopped = {subject for each in errors for subject in each.subjects}
     # A fault of an interface concerns all of its addresses.
@@ -212,11 +213,11 @@ def _ping(node: Node, done: Examination) -> list[Finding]:
         try:
             findings += pings.check(chosen)
         except exceptions.NotPermitted as err:
-            done.not_examined.append('pings: %s' % err)
-        done.counts['pinged'] += pings.pinged
-        done.counts['answered'] += pings.pinged - len(pings.silent)
+            result.not_examined.append('pings: %s' % err)
+        result.counts['pinged'] += pings.pinged
+        result.counts['answered'] += pings.pinged - len(pings.silent)
         if len(chosen) < len(parent.live):
-            done.not_examined.append(
+            result.not_examined.append(
                 'pings to %d of %d addresses: a finding names them, or their '
                 'namespaces are not known' % (
                     len(parent.live) - len(chosen), len(parent.live)))

@@ -55,8 +55,8 @@ class Finding:
     subjects: tuple[str, ...] = ()
 
     def finding(self, observed: str, subjects: Collection[Any] = (),
-              commands: Collection[str] = (), severity: Optional[str] = None,
-              **fields: Any) -> Finding:
+                commands: Collection[str] = (), severity: Optional[str] = None,
+                **fields: Any) -> Finding:
         """Return the finding of this template for an actual state.
 
         :param commands: replace the commands of the template

@@ -76,10 +76,10 @@ def _unfit() -> Iterator[tuple[requirements.Requirement, str]]:
 
     The version is empty if the requirement is not installed.
     """
-    wanted: list[str] = []  # if the package itself is not installed
+    required: list[str] = []  # if the package itself is not installed
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        wanted = importlib.metadata.requires(_DISTRIBUTION) or []
-    for requirement in map(requirements.Requirement, wanted):
+        required = importlib.metadata.requires(_DISTRIBUTION) or []
+    for requirement in map(requirements.Requirement, required):
         if requirement.marker and not requirement.marker.evaluate():
             continue
         if requirement.name in _KURYR and not is_for_kuryr():
@@ -106,7 +106,8 @@ def _check_entry_point(group: str, name: str,
     if len(entry_points) != 1:
         yield KINDS['entry-point-missing'].finding(
             '%s has %d entry points named %s, but must have 1, in the '
-            'environment of %s' % (group, len(entry_points), name, sys.executable),
+            'environment of %s' % (
+                group, len(entry_points), name, sys.executable),
             python=sys.executable)
         return
     try:
@@ -125,11 +126,11 @@ def _entry_points(group: str) -> Iterator[importlib.metadata.EntryPoint]:
 
     If a distribution is installed twice, the first one on the path counts.
     """
-    seen = set()
+    names = set()
     for distribution in importlib.metadata.distributions():
         name = _normalized(distribution.metadata['Name'])
-        if name not in seen:
-            seen.add(name)
+        if name not in names:
+            names.add(name)
             yield from (each for each in distribution.entry_points
                         if each.group == group)
 
@@ -169,7 +170,7 @@ def daemons() -> Iterator[tuple[int, str, float]]:
     :returns: process id, path of the program, and time of the start in
         seconds since the epoch
     """
-    seen = set()
+    reported = set()
     for pid in sorted(map(int, filter(str.isdigit, os.listdir('/proc')))):
         with contextlib.suppress(OSError):  # it ended, or access is denied
             with open('/proc/%d/cmdline' % pid, errors='replace') as file:
@@ -177,10 +178,10 @@ def daemons() -> Iterator[tuple[int, str, float]]:
             match = next(filter(None, (pattern.match(title)
                                        for pattern in _TITLES)), None)
             # A child process can have the title of its parent process.
-            if (match is not None and match[1] not in seen
+            if (match is not None and match[1] not in reported
                     and os.path.samefile('/proc/%d/ns/mnt' % pid,
                                          '/proc/self/ns/mnt')):
-                seen.add(match[1])
+                reported.add(match[1])
                 yield pid, match[1], _started_at(pid)
 
 

@@ -63,7 +63,8 @@ def check(node: Node, all_problems: Iterable[Problem],
     allow = host.set(allowed_cidrs=with_networks(
         outside, node.options)) if host is not None and outside else []
     yield from merged(
-        _of_address(node, each, address, node.snapshot.parent_of(address), allow)
+        _of_address(node, each, address, node.snapshot.parent_of(address),
+                    allow)
         for address, each in of_addresses if each.kind not in told)
 
 
@@ -71,16 +72,16 @@ def _of_device(node: Node, kind: str, name: str, parent: Any,
                texts: list[str], is_error: bool) -> Finding:
     """Return the finding of the problems of one kind of a break0."""
     start = name + ': '
-    bare = [text[len(start):] if text.startswith(start) else text
-            for text in texts]
-    seen = texts[0] + ''.join(', ' + text for text in bare[1:])
+    details = [text[len(start):] if text.startswith(start) else text
+               for text in texts]
+    observed = texts[0] + ''.join(', ' + text for text in details[1:])
     subjects: list[Any] = []
     commands: list[str] = []
     fields: dict[str, Any] = {'device': name, 'names': '|'.join(
-        text.split()[0] for text in bare  # the names of sysctls
+        text.split()[0] for text in details  # the names of sysctls
         if not text.startswith('it '))}
     if kind in ('ledger-lost', 'ledger-other'):
-        seen += ', but state_dir is ' + node.options.state_dir
+        observed += ', but state_dir is ' + node.options.state_dir
     elif kind == 'sandbox-unknown':
         subjects = [record.address for record in node.snapshot.unjudged]
     elif kind == 'parent-mismatch':
@@ -92,7 +93,7 @@ def _of_device(node: Node, kind: str, name: str, parent: Any,
         if parent.parent.up:
             commands = ['ip -details link show ' + parent.name]
     elif kind == 'break0-answers-lan':
-        key = bare[0].split()[0]
+        key = details[0].split()[0]
         fields.update(key='net/ipv4/conf/%s/%s' % (name, key),
                       value=int(key == 'arp_filter'))
     elif kind == 'ipv6-disabled':
@@ -100,8 +101,8 @@ def _of_device(node: Node, kind: str, name: str, parent: Any,
                     if address.version == 6]
     elif kind == 'guard-unavailable':
         is_error = node.options.guard == config.ON
-    return KINDS[kind].finding(_as_part(seen), subjects, commands,
-                             severity=ERROR if is_error else None, **fields)
+    return KINDS[kind].finding(_as_part(observed), subjects, commands,
+                               severity=ERROR if is_error else None, **fields)
 
 
 def _by_address(problem: Problem) -> tuple[int, ...]:
@@ -160,15 +161,15 @@ def _missing(node: Node, address: IPAddress, parent: Parent) -> _Details:
 
 def _wrong(node: Node, address: IPAddress, parent: Parent) -> _Details:
     actual = parent.routes[address]
-    wanted = next(route for route in of_kind(HostRoute, parent.plan.set)
-                  if route.dst == address)
+    desired = next(route for route in of_kind(HostRoute, parent.plan.set)
+                   if route.dst == address)
     return 'the route of %s has %s' % (address, ', '.join(
         '%s %s, not %s' % each for each in (
             ('the interface', kernel.format_ifname(actual.oif),
-             kernel.format_ifname(wanted.oif)),
-            ('the protocol', actual.protocol, wanted.protocol),
-            ('the source', actual.src, wanted.src),
-            ('the metric', actual.metric, wanted.metric))
+             kernel.format_ifname(desired.oif)),
+            ('the protocol', actual.protocol, desired.protocol),
+            ('the source', actual.src, desired.src),
+            ('the metric', actual.metric, desired.metric))
         if each[1] != each[2])
         or 'another scope, an MTU or an encapsulation'), [], {}
 
@@ -196,12 +197,12 @@ def _protocol(number: int) -> str:
 
 
 def _neighbour(node: Node, address: IPAddress, parent: Parent) -> _Details:
-    wanted = next(each.mac for each in of_kind(Neighbour, parent.plan.set)
-                  if each.dst == address)
+    desired = next(each.mac for each in of_kind(Neighbour, parent.plan.set)
+                   if each.dst == address)
     return 'the neighbour %s on %s has the MAC address %s and the protocol ' \
         '%s, but must have %s and %d' % (
             address, parent.device, parent.neighbours[address].mac,
-            parent.neighbours[address].protocol, wanted,
+            parent.neighbours[address].protocol, desired,
             node.options.route_protocol), [], {}
 
 

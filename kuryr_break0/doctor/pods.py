@@ -65,10 +65,10 @@ def check_inside(node: Node, parent: Parent, pods: Sequence[list[Record]]
         # A runtime changes a pod before and after it calls the driver, so a
         # pod can be incomplete while the lock is free.
         time.sleep(_SETTLED)
-        again = [(records[0], list(_check_pod(node, records)))
-                 for records in ill]
+        examined = [(records[0], list(_check_pod(node, records)))
+                    for records in ill]
         node.refresh()
-        for record, of_pod in again:
+        for record, of_pod in examined:
             if record.address not in node.changing and kernel.judge_state(
                     record.netns, record.namespace) is not kernel.State.GONE:
                 findings += of_pod

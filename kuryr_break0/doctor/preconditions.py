@@ -69,9 +69,9 @@ class Preconditions:
     @staticmethod
     def _capabilities() -> Iterator[Finding]:
         effective = kernel.read_capabilities()
-        for kind, wanted in ((KINDS['capability-missing'], _NEEDED),
-                             (KINDS['capability-useful'], _USEFUL)):
-            missing = [name for bit, name in wanted.items()
+        for kind, required in ((KINDS['capability-missing'], _NEEDED),
+                               (KINDS['capability-useful'], _USEFUL)):
+            missing = [name for bit, name in required.items()
                        if not effective >> bit & 1]
             if missing:
                 yield kind.finding('this process lacks CAP_' + ', CAP_'.join(
@@ -100,7 +100,7 @@ class Preconditions:
                 return
             if not link.up:
                 yield KINDS['parent-down'].finding('%s is down' % name,
-                                                 parent=name)
+                                                   parent=name)
             # A macvlan in the namespace of a thread: the kernel deletes both
             # when the thread ends.
             with futures.ThreadPoolExecutor(1) as other:
@@ -121,18 +121,18 @@ class Preconditions:
         options = self._options
         with kernel.Netlink() as netlink:
             link = netlink.link(options.device)
-            others = [route.dst for route in netlink.routes().host
-                      if route.protocol == options.route_protocol
-                      and not kernel.format_ifname(
-                          route.oif).startswith('break0')]
+            foreign = [route.dst for route in netlink.routes().host
+                       if route.protocol == options.route_protocol
+                       and not kernel.format_ifname(
+                           route.oif).startswith('break0')]
         if link is not None and (link.kind, link.mode) != ('macvlan',
                                                            'bridge'):
             yield KINDS['break0-foreign'].finding(
                 '%s is %s' % (link.name, link.description), device=link.name)
-        if others:
+        if foreign:
             yield KINDS['protocol-taken'].finding(
                 '%d routes of other programs have the protocol number %d' % (
-                    len(others), options.route_protocol), others)
+                    len(foreign), options.route_protocol), foreign)
         if options.guard != config.OFF and not guard.is_installed():
             yield KINDS['guard-unavailable'].finding(
                 guard.NO_NFT, severity=ERROR if options.guard == config.ON
@@ -164,7 +164,7 @@ class Preconditions:
 
     def _engines(self) -> Iterator[Finding]:
         sockets = [path for path in containers.ENGINE_SOCKETS
-                 if os.path.exists(path)]
+                   if os.path.exists(path)]
         if sockets and not self._options.discover:
             yield KINDS['engine-not-discovered'].finding(
                 '%s exists, and [break0] discover is false' % sockets[0])

@@ -88,8 +88,9 @@ class Prober:
             times = (probes.ping(to, self.count, self.timeout, vrf)
                      if self.port is None else probes.connect(
                          to, self.port, self.count, self.timeout, vrf))
-            neighbour, state = (None, None) if path is None else netlink.neighbour(
-                path.ifindex, path.gateway or to)
+            neighbour, state = (
+                (None, None) if path is None
+                else netlink.neighbour(path.ifindex, path.gateway or to))
         if path is None:
             problem = 'there is no route to it'
         elif device not in (None, path.device):

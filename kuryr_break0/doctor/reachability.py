@@ -109,7 +109,9 @@ class Pings:
         # A missing address of break0 has its own finding, so pings to it do
         # not count.
         silent = [probe for probe in tried if not probe.answered
-                  and probe.to in {record.address, *self._node.snapshot.facts.node_addresses}]
+                  and probe.to in {
+                      record.address,
+                      *self._node.snapshot.facts.node_addresses}]
         return {record: max(silent, key=lambda probe: probe.misrouted)
                 } if silent else {}
 
@@ -208,14 +210,14 @@ class Pings:
                 way = netlink.lookup(source, probe.to)
             return kernel.format_ifname(way.oif) if way and way.oif else ''
 
-        who, wanted, leaves = (
+        who, expected, leaves = (
             ('pod', ifname, _asked(record, of_reply)) if probe.is_to_pod
             else ('node', self._parent.device, of_reply()))
         if leaves == '':
             return 'the %s cannot reply: it has no route to %s' % (who, source)
-        return None if leaves in (None, wanted) else (
+        return None if leaves in (None, expected) else (
             'the reply of the %s to %s leaves through %s, not %s' % (
-                who, source, leaves, wanted))
+                who, source, leaves, expected))
 
     @staticmethod
     def _ignoring(record: Record, is_to_pod: bool
@@ -259,10 +261,10 @@ class Pings:
             path = netlink.path_to(record.address)
         if path is None or path.device != device or path.source is None:
             return
-        source = _source_seen(record)
+        source = _read_source(record)
         if source not in (None, str(path.source)):
             rules = self._traced(
-                record, lambda: _source_seen(record)).rewritten
+                record, lambda: _read_source(record)).rewritten
             yield KINDS['source-rewritten'].finding(
                 'the pod %s at %s sees the node as %s, not as %s%s' % (
                     record.owner_text, record.address, source, path.source,
@@ -310,7 +312,7 @@ def _listening() -> Iterator[int]:
                     yield int(fields[1].rpartition(':')[2], 16)
 
 
-def _source_seen(record: Record) -> Optional[str]:
+def _read_source(record: Record) -> Optional[str]:
     """Send a datagram to a pod, and return its source address there."""
     family = (socket.AF_INET if record.address.version == 4
               else socket.AF_INET6)

@@ -30,14 +30,14 @@ _IN_MEMORY = ('tmpfs', 'ramfs', 'devtmpfs')
 def check_directory(options: config.Options, host: Host
                     ) -> Iterator[Finding]:
     """Examine the state directory, or the directory to create it in."""
-    path = there = options.state_dir
-    while not os.path.lexists(there):
-        there = os.path.dirname(there)
-    if not os.path.isdir(there):
+    path = existing = options.state_dir
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing):
         yield KINDS['state-dir-unusable'].finding(
-            '%s is not a directory' % there, path=there)
+            '%s is not a directory' % existing, path=existing)
         return
-    for directory in (there, os.path.join(path, 'addresses')):
+    for directory in (existing, os.path.join(path, 'addresses')):
         if os.path.lexists(directory) and not (
                 os.path.isdir(directory)
                 and os.access(directory, os.R_OK | os.W_OK | os.X_OK)):
@@ -49,26 +49,26 @@ def check_directory(options: config.Options, host: Host
                 path=directory)
             return
     ledger = Ledger(path)
-    if there == path and not os.path.isdir(ledger.records.directory):
+    if existing == path and not os.path.isdir(ledger.records.directory):
         for name in ledger.list_foreign_files()[:1]:
             yield KINDS['state-dir-unusable'].finding(
                 '%s has no records, but the file %s, which kuryr-break0 did '
                 'not create' % (path, name), path=path)
             return
-    mount, kind = _mount_of(there)
+    mount, kind = _mount_of(existing)
     if kind not in _IN_MEMORY:
         yield KINDS['state-dir-persistent'].finding(
             '%s is on %s, which has the persistent file system %s' % (
                 path, mount, kind), commands=_move(path, host))
-    size = os.statvfs(there)  # 0 blocks or files mean no limit
+    size = os.statvfs(existing)  # 0 blocks or files mean no limit
     if (size.f_blocks and not size.f_bavail
             or size.f_files and not size.f_favail):
         yield KINDS['state-dir-full'].finding(
             'the file system of %s, mounted on %s, is full' % (path, mount),
-            path=there)
-    status = os.stat(there)
-    if there == path and (status.st_uid != os.geteuid()
-                          or status.st_mode & 0o077):
+            path=existing)
+    status = os.stat(existing)
+    if existing == path and (status.st_uid != os.geteuid()
+                             or status.st_mode & 0o077):
         yield KINDS['state-dir-mode'].finding(
             '%s belongs to user %d and has mode %04o' % (
                 path, status.st_uid, stat.S_IMODE(status.st_mode)), path=path)

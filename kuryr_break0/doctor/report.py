@@ -67,14 +67,15 @@ def _block(finding: Finding, owners: Mapping[str, str]) -> str:
         # The text names one of the subjects, or none.
         is_first = len(more) == len(finding.subjects) and ': ' not in observed
         observed += (': ' if is_first else ' Also: ' if observed.endswith('?')
-                 else '. Also: ') + ', '.join(
+                     else '. Also: ') + ', '.join(
             '%s of %s' % (each, owners[each]) if each in owners else each
             for each in more[:_SHOWN]) + (
             ' and %d more' % (len(more) - _SHOWN)
             if len(more) > _SHOWN else '')
     # Commands are not wrapped, so that users can paste them.
     lines = ['%s: %s' % (finding.severity, finding.id),
-             _wrapped(observed if observed.endswith('?') else observed + '.', '  seen  '),
+             _wrapped(observed if observed.endswith('?') else observed + '.',
+                      '  seen  '),
              _wrapped(finding.why, '  why   '),
              _wrapped(finding.remedy, '  do    '),
              *('          ' + each for each in finding.commands[:_SHOWN])]

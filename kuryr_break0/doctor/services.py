@@ -40,7 +40,7 @@ def check_drop_ins(name: str) -> Iterator[Finding]:
     """Report settings that will apply to a break0 once it exists."""
     findings = list(_check_foreign_routes([(name, '')]))
     yield from findings
-    for who, there, is_known, command in (
+    for who, config_dir, is_known, command in (
             ('systemd-networkd', _NETWORKD_LINKS,
              findings or _file_for('network', name, '')[0],
              KINDS['networkd-manages-break0'].commands[0]),
@@ -50,7 +50,7 @@ def check_drop_ins(name: str) -> Iterator[Finding]:
                     directory + '/NetworkManager/conf.d/*.conf')
                 for line in _lines(path)),
              KINDS['networkmanager-manages-break0'].commands[1])):
-        if os.path.isdir(there) and not is_known:
+        if os.path.isdir(config_dir) and not is_known:
             yield KINDS['drop-in-missing'].finding(
                 'the node has %s, and no file of it names %s' % (who, name),
                 command=command % {'device': name})

@@ -207,10 +207,10 @@ def _traced_at(nft: str, place: Place, address: IPAddress,
         with place.entered():
             # A trace that was killed leaves its table.
             _remove(nft)
-            done = _run(nft, '-f', '-', text=rules)
-            if done.returncode:
+            completed = _run(nft, '-f', '-', text=rules)
+            if completed.returncode:
                 raise exceptions.CannotTrace(reason=' '.join(
-                    done.stderr.split())[:300])
+                    completed.stderr.split())[:300])
             monitor = subprocess.Popen(
                 [nft, 'monitor', 'trace'], stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL, text=True, errors='replace')

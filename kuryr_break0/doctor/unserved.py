@@ -47,7 +47,7 @@ def check(node: Node, netlink: kernel.Netlink, host: Host
         still = set(map(str, containers.unserved(actual.read(
             node.options, node.ledger, netlink), node.ledger)))
         unserved = [each for each in unserved if str(each) in still
-                 and each.address not in node.changing]
+                    and each.address not in node.changing]
     for kind in dict.fromkeys(_KINDS.values()):
         some = [each for each in unserved if _KINDS[each.reason] == kind]
         if some:
@@ -75,7 +75,7 @@ def _commands(kind: str, unserved: Sequence[Unserved],
     if kind == 'container-not-allowed':
         # No option allows an address that is not one of a single host.
         unserved = [each for each in unserved if each.address is not None
-                 and explain_non_host(each.address) is None]
+                    and explain_non_host(each.address) is None]
         return host.set(allowed_cidrs=with_networks(
             _addresses(unserved), options)) if unserved else []
     if kind == 'container-not-discovered':

@@ -57,10 +57,10 @@ class Verdict(NamedTuple):
 LIVING, GONE = Verdict(State.LIVING), Verdict(State.GONE)
 
 
-def judge_state(path: Optional[str], known: Optional[NamespaceId],
+def judge_state(path: Optional[str], namespace: Optional[NamespaceId],
                 tap: Optional[Tap] = None) -> State:
     """Return the state of a sandbox; see :meth:`Judge.judge`."""
-    return Judge().judge(path, known, tap).state
+    return Judge().judge(path, namespace, tap).state
 
 
 def find_taps() -> dict[str, Tap]:
@@ -94,22 +94,22 @@ class Judge:
         self._blindness: Optional[str] = None
         self._links: Optional[set[tuple[Optional[str], str]]] = None
 
-    def judge(self, path: Optional[str], known: Optional[NamespaceId],
+    def judge(self, path: Optional[str], namespace: Optional[NamespaceId],
               tap: Optional[Tap] = None) -> Verdict:
         """Return whether a sandbox's namespace or macvtap still exists.
 
         :param path: the path by which its namespace was recorded
-        :param known: the recorded identity of the namespace, or None
+        :param namespace: the recorded identity of the namespace, or None
         :param tap: the macvtap of a VM, which has no namespace
         """
         if tap is not None:
             return self._judge_tap(tap)
-        if known is None:
+        if namespace is None:
             return Verdict(State.UNKNOWN, 'its namespace was not recorded')
         is_absent = False
-        if known.cookie is not None:
+        if namespace.cookie is not None:
             try:
-                os.close(namespaces.open_by_number(known))
+                os.close(namespaces.open_by_number(namespace))
                 return LIVING
             except OSError as err:
                 is_absent = err.errno == errno.ESTALE
@@ -117,7 +117,7 @@ class Judge:
         if path is not None:
             try:
                 shown = namespaces.identify_or_fail(path)
-                if shown.is_same(known):
+                if shown.is_same(namespace):
                     return LIVING
             except FileNotFoundError:
                 is_missing = not os.path.lexists(path)
@@ -126,8 +126,8 @@ class Judge:
         if is_absent and not self.blindness(path):
             return GONE
         if path is None or not (shown or is_missing):
-            return self._unknown(known, path, 'no namespace is there')
-        return self._judge_by_directory(path, known)
+            return self._unknown(namespace, path, 'no namespace is there')
+        return self._judge_by_directory(path, namespace)
 
     def _judge_tap(self, tap: Tap) -> Verdict:
         """Decide by the interfaces of the node.
@@ -152,7 +152,8 @@ class Judge:
             return Verdict(State.UNKNOWN, 'the node has no break0')
         return GONE
 
-    def _judge_by_directory(self, path: str, known: NamespaceId) -> Verdict:
+    def _judge_by_directory(self, path: str, namespace: NamespaceId
+                            ) -> Verdict:
         """Decide by the other namespaces in the directory of a path.
 
         This method is for a path whose name was removed, or whose process has
@@ -161,22 +162,24 @@ class Judge:
         place = _directory_of(path)
         for each in {place, _PROC}:
             view = self._view(each)
-            path = view.paths.get(known[:2])
+            same = view.paths.get(namespace[:2])
             try:
-                if path and namespaces.identify_or_fail(path).is_same(known):
+                if same and namespaces.identify_or_fail(same).is_same(
+                        namespace):
                     return LIVING
             except OSError as err:
                 if err.errno not in (*_ENDED, errno.ENXIO):  # EMFILE etc.
-                    return self._unknown(known, path, '%s: %s' % (
-                        path, err.strerror))
+                    return self._unknown(namespace, path, '%s: %s' % (
+                        same, err.strerror))
             # Engines remove a name together with its sandbox. So if the
             # kernel has no cookies, hidden processes are not considered.
-            if view.hides and (each == place or known.cookie is not None):
-                return self._unknown(known, path, 'not all namespaces in %s '
-                                     'can be read' % each)
+            if view.hides and (each == place or namespace.cookie is not None):
+                return self._unknown(
+                    namespace, path,
+                    'not all namespaces in %s can be read' % each)
         if not any(map(namespaces.identify,
                        self._view(place).paths.values())):
-            return self._unknown(known, path,
+            return self._unknown(namespace, path,
                                  'no other namespace is in %s' % place)
         return GONE
 
@@ -274,14 +277,14 @@ def _opens_by_number(path: str) -> Optional[bool]:
     None if the namespace has just ended or has no number.
     """
     try:
-        known = namespaces.identify_or_fail(path)
-        if known.cookie is None:
+        namespace = namespaces.identify_or_fail(path)
+        if namespace.cookie is None:
             return None
         try:
-            os.close(namespaces.open_by_number(known))
+            os.close(namespaces.open_by_number(namespace))
             return True
         except OSError:
-            if namespaces.identify_or_fail(path).is_same(known):
+            if namespaces.identify_or_fail(path).is_same(namespace):
                 return False
     except OSError:
         pass

@@ -127,18 +127,20 @@ def find_macvlan(netns: str, ifname: str,
         if link.kind != 'macvlan':
             description = 'it is ' + link.description
         elif not macvlan.parent:
-            description = ('its parent is not on this node. In a container, run '
-                     'this command with the network of the host')
+            description = (
+                'its parent is not on this node. In a container, run this '
+                'command with the network of the host')
         elif link.mode == 'bridge' and parent in (None, macvlan.parent):
             return macvlan
         else:
-            description = 'it is in %s mode on %s' % (link.mode, macvlan.parent)
+            description = 'it is in %s mode on %s' % (
+                link.mode, macvlan.parent)
     raise exceptions.NotAMacvlan(
         ifname=ifname, netns=netns, found=description,
         parent=parent or 'an interface of this node')
 
 
-def _read(netns: str, known: Optional[NamespaceId],
+def _read(netns: str, expected: Optional[NamespaceId],
           listed: Callable[[Netlink], list[Link]], limits: Limits
           ) -> list[Macvlan]:
     """Read interfaces of a namespace; ``parent`` is empty if not on the node.
@@ -146,7 +148,7 @@ def _read(netns: str, known: Optional[NamespaceId],
     The addresses of interfaces with another parent are not read: any user can
     unshare the namespace, and quickly add thousands of them.
     """
-    namespace = namespaces.require_other_namespace(netns, known)
+    namespace = namespaces.require_other_namespace(netns, expected)
     own_of: dict[int, list[AddressState]] = {}
     with namespaces.open_namespace(namespaces.OWN_NETNS) as own, \
             namespaces.enter_namespace(netns, namespace), \
@@ -156,9 +158,9 @@ def _read(netns: str, known: Optional[NamespaceId],
         # To list interfaces, the kernel assigns a number to the namespace of
         # each parent. If the node's namespace contains no parent, the
         # number of the node's namespace is -1.
-        here = netlink.namespace_number(own)
+        own_number = netlink.namespace_number(own)
         for link in links:
-            if link.lower_namespace == here and room > 0 and (
+            if link.lower_namespace == own_number and room > 0 and (
                     len(own_of) < limits.read):
                 own_of[link.index] = reading.address_states(link.index)
                 room -= len(own_of[link.index])
@@ -177,20 +179,20 @@ def _read(netns: str, known: Optional[NamespaceId],
             frozenset(each.address for each in states if each.flags & mask)
             for mask in (IFA_F_TENTATIVE | IFA_F_DADFAILED, IFA_F_DADFAILED))
         macvlans.append(Macvlan(
-            netns, namespace, _parent_of(link, here), link,
+            netns, namespace, _parent_of(link, own_number), link,
             tuple(each.address for each in states), unproven, duplicates,
             read is not None and len(read) < limits.addresses))
     return macvlans
 
 
-def _parent_of(link: Link, here: int) -> str:
+def _parent_of(link: Link, own_number: int) -> str:
     """Return the name of a macvlan's parent; empty if not on the node.
 
-    :param here: number that the macvlan's namespace has assigned to the
+    :param own_number: number that the macvlan's namespace has assigned to the
         node's. If the parent is in another namespace, its ifindex means
         nothing here
     """
-    if link.lower_namespace == here and link.lower is not None:
+    if link.lower_namespace == own_number and link.lower is not None:
         with tolerate_absence('cannot find the name of a macvlan\'s parent'):
             return socket.if_indextoname(link.lower)
     return ''

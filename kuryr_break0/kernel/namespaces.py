@@ -76,14 +76,14 @@ def identify_file(fd: int) -> NamespaceId:
 
 
 def require_other_namespace(path: str,
-                            known: Optional[NamespaceId] = None
+                            identity: Optional[NamespaceId] = None
                             ) -> NamespaceId:
     """Return the identity of a namespace other than this thread's.
 
-    :param known: the identity, if the caller has read it
+    :param identity: the identity, if the caller has read it
     """
     try:
-        namespace = known or identify_or_fail(path)
+        namespace = identity or identify_or_fail(path)
         is_own = namespace.is_same(identify_or_fail(OWN_NETNS))
     except OSError as err:
         if err.errno in exceptions.RESOURCE_ERRNOS:
@@ -117,7 +117,7 @@ def _file(path: str) -> Iterator[int]:
         os.close(fd)
 
 
-def open_by_number(known: NamespaceId) -> int:
+def open_by_number(namespace: NamespaceId) -> int:
     """Open a namespace by its number.
 
     :returns: a file descriptor
@@ -126,7 +126,7 @@ def open_by_number(known: NamespaceId) -> int:
         no namespace
     """
     handle = ctypes.create_string_buffer(_HANDLE.pack(
-        16, _FILEID_NSFS, known.cookie, _CLONE_NEWNET, known.inode))
+        16, _FILEID_NSFS, namespace.cookie, _CLONE_NEWNET, namespace.inode))
     with _file(OWN_NETNS) as mount:
         fd: int = _LIBC.open_by_handle_at(mount, handle,
                                           os.O_RDONLY | os.O_CLOEXEC)
@@ -138,23 +138,23 @@ def open_by_number(known: NamespaceId) -> int:
 
 @contextlib.contextmanager
 def open_namespace(netns: str,
-                   known: Optional[NamespaceId] = None) -> Iterator[int]:
+                   expected: Optional[NamespaceId] = None) -> Iterator[int]:
     """Open a namespace; the file descriptor is valid within the block.
 
-    :param known: its expected identity. If the path is gone, the namespace is
-    :param known: its expected identity. If the path is gone, the number in the
-        identity opens the namespace
+    :param expected: its expected identity. If the path is gone, the number
+        in the identity opens the namespace
     """
     with contextlib.ExitStack() as stack:
         try:
             fd = stack.enter_context(_file(netns))
-            if known is not None and not identify_file(fd).is_same(known):
+            if expected is not None and not identify_file(fd).is_same(
+                    expected):
                 raise OSError(errno.ESTALE, 'it is another namespace now')
         except OSError as err:
             try:
-                if known is None or known.cookie is None:
+                if expected is None or expected.cookie is None:
                     raise
-                fd = open_by_number(known)
+                fd = open_by_number(expected)
                 stack.callback(os.close, fd)
             except OSError as last:
                 if {err.errno, last.errno} & exceptions.RESOURCE_ERRNOS:
@@ -167,10 +167,10 @@ def open_namespace(netns: str,
 
 @contextlib.contextmanager
 def enter_namespace(netns: str,
-                    known: Optional[NamespaceId] = None) -> Iterator[None]:
+                    expected: Optional[NamespaceId] = None) -> Iterator[None]:
     """Move this thread into another network namespace within the block."""
     with open_namespace(OWN_NETNS) as home:
-        with open_namespace(netns, known) as other:
+        with open_namespace(netns, expected) as other:
             if _LIBC.setns(other, _CLONE_NEWNET) != 0:
                 raise exceptions.NetnsUnusable(
                     netns=netns, reason='cannot be entered: %s'

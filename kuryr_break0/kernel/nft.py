@@ -134,7 +134,7 @@ class Nft(netlink.RequestSocket):
                     _message(_GETSETELEM, 0, text(1, table) + text(2, name)),
                     lambda message: list(_keys(message.body))):
                 elements.update(Pair(key[8:], key[:6]) if 'pairs' in name
-                             else Pair(key, None) for key in keys)
+                                else Pair(key, None) for key in keys)
         return elements
 
     def rules(self, table: str) -> list[int]:
@@ -242,7 +242,7 @@ class Nft(netlink.RequestSocket):
         """Return the attributes of an object; None if it does not exist."""
         with tolerate_errors(errno.ENOENT):
             replies, _ = self._ask('read a table', _message(kind, 0, body),
-                                 _attributes)
+                                   _attributes)
             return next(iter(replies), None)
         return None
 

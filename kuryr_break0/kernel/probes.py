@@ -92,7 +92,7 @@ def find_claimants(interface: str, address: IPAddress) -> list[str]:
             for _ in range(_TRIES):
                 wire.send(question)
                 macs.update(_parse_claim(frame, address) for frame, _
-                             in _receive_for(wire, _PAUSE))
+                            in _receive_for(wire, _PAUSE))
             return sorted(each.hex(':') for each in macs - {own} if each)
     except PermissionError as err:
         raise exceptions.NotPermitted(
@@ -112,10 +112,10 @@ def _receive_for(wire: socket.socket, seconds: float
     """Iterate over the packets of some seconds, with their sources."""
     deadline = time.monotonic() + seconds
     while True:
-        left = deadline - time.monotonic()
-        if left <= 0:
+        seconds_left = deadline - time.monotonic()
+        if seconds_left <= 0:
             return
-        wire.settimeout(left)
+        wire.settimeout(seconds_left)
         try:
             yield wire.recvfrom(2048)
         except socket.timeout:

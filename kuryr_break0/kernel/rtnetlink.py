@@ -263,10 +263,11 @@ class Netlink(LinkSocket):
                 elif route.type == values.RTN_LOCAL and route.dst:
                     local.append(ipaddress.ip_network((route.dst,
                                                        route.dst_len)))
-        left_out, others = (frozenset(
+        left_out, elsewhere = (frozenset(
             each.gateway for each in next_hops
-            if (each.oif in devices) is wanted) for wanted in (True, False))
-        return Routes(tuple(host), others, left_out, tuple(local),
+            if (each.oif in devices) is is_through)
+            for is_through in (True, False))
+        return Routes(tuple(host), elsewhere, left_out, tuple(local),
                       frozenset(broadcast))
 
     def has_default_rules(self) -> bool:
@@ -331,12 +332,12 @@ class Netlink(LinkSocket):
             return wire.parse(message)
 
         try:
-            others = [index for index, _ in socket.if_nameindex()
-                      if index not in devices]
+            indexes = [index for index, _ in socket.if_nameindex()
+                       if index not in devices]
         except OSError as err:
             raise self._failed('list the interfaces', err) from err
         asked: Sequence[Optional[int]] = (
-            others if len(others) <= _MAX_SEPARATE_DUMPS else [None])
+            indexes if len(indexes) <= _MAX_SEPARATE_DUMPS else [None])
         for oif in asked:
             for family in (socket.AF_INET, socket.AF_INET6):
                 # The interface may be deleted, or the node may lack IPv6.

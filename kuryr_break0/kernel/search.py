@@ -70,6 +70,16 @@ class NamespaceLocation(NamedTuple):
         """Return whether the path is a name, not a process's."""
         return not self.path.endswith(_BY_PROCESS)
 
+    def is_current(self) -> bool:
+        """Return whether the path still leads to this inode.
+
+        The kernel reuses inodes, so the namespace can be another one.
+        """
+        with contextlib.suppress(OSError):
+            status = os.stat(self.path)
+            return (status.st_dev, status.st_ino) == self.place
+        return False
+
 
 class ExaminedNamespace(NamedTuple):
     """A namespace and its container.
@@ -98,13 +108,13 @@ class Search:
         self._processes = [_Processes(each) for each in processes]
         self._mounts: frozenset[str] = frozenset()
 
-    def all(self, known: Mapping[Place, str]) -> list[NamespaceLocation]:
+    def all(self, earlier: Mapping[Place, str]) -> list[NamespaceLocation]:
         """List all namespaces except this thread's, with one path each.
 
         A name exists as long as its namespace. A namespace without a name gets
         the path of its oldest process, which will probably end last.
 
-        :param known: paths of namespaces from an earlier search
+        :param earlier: paths of namespaces from an earlier search
         """
         for each in self._processes:
             each.note()
@@ -114,7 +124,7 @@ class Search:
                  for name in sorted(_list_names(directory))]
         return _match_paths([*names, *_find_nsfs_mounts(mounts)],
                             [path for each in self._processes
-                             for path in each.all()], known)
+                             for path in each.all()], earlier)
 
     def new(self, mounts_changed: bool) -> list[NamespaceLocation]:
         """List the namespaces of new mounts and new processes.
@@ -299,7 +309,7 @@ def _find_outermost(stack: contextlib.ExitStack, fd: Optional[int],
 
 
 def _match_paths(names: Iterable[str], processes: Iterable[str],
-                 known: Mapping[Place, str]) -> list[NamespaceLocation]:
+                 earlier: Mapping[Place, str]) -> list[NamespaceLocation]:
     """List namespaces by names and processes, named ones last."""
     own = os.stat(namespaces.OWN_NETNS)
     paths: dict[Place, str] = {}
@@ -315,16 +325,16 @@ def _match_paths(names: Iterable[str], processes: Iterable[str],
             if place:
                 inside.setdefault(place, []).append(process)
     return [NamespaceLocation(
-        paths.get(place) or _choose_path(inside[place], known.get(place)),
+        paths.get(place) or _choose_path(inside[place], earlier.get(place)),
         NamespaceId(*place), next(iter(inside.get(place, ())), None))
         for place in sorted({**inside, **paths}, key=paths.__contains__)]
 
 
-def _choose_path(processes: list[str], known: Optional[str]) -> str:
+def _choose_path(processes: list[str], earlier: Optional[str]) -> str:
     """Return the path of a namespace without a name."""
     paths = [each + _BY_PROCESS for each in processes]
-    if known in paths:
-        return str(known)
+    if earlier in paths:
+        return str(earlier)
     return paths[0] if len(paths) == 1 else min(paths, key=_read_start_time)
 
 

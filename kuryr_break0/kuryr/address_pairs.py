@@ -129,17 +129,17 @@ class AddressPairs:
         if port.is_port_security_enabled is False:
             return  # Neutron refuses pairs, and lets all frames pass
         before = list(port.allowed_address_pairs or ())
-        wanted = {change.mac: set(change.addresses) for change in changes}
+        additions = {change.mac: set(change.addresses) for change in changes}
         after = []
         for pair in before:
             mac, address = pair['mac_address'].lower(), pair['ip_address']
-            if mac not in wanted:
+            if mac not in additions:
                 after.append(pair)
-            elif address in wanted[mac]:
-                wanted[mac].remove(address)
+            elif address in additions[mac]:
+                additions[mac].remove(address)
                 after.append(pair)
         after += [{'ip_address': address, 'mac_address': mac}
-                  for mac, addresses in wanted.items()
+                  for mac, addresses in additions.items()
                   for address in sorted(addresses)]
         if after != before:
             self._write(port.id, after, port.revision_number)

@@ -169,10 +169,11 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                 '[binding] link_iface is %s, which is [break0] device. Set '
                 'it to the parent of %s.' % (device, device))
         # Copy in one step: a thread of IPDB changes it meanwhile.
-        others = {name: link for name, link in dict(h_ipdb.interfaces).items()
-                  if not _is_reserved_name(name, device)}
+        interfaces = {
+            name: link for name, link in dict(h_ipdb.interfaces).items()
+            if not _is_reserved_name(name, device)}
         self._parent = super()._detect_iface_name(
-            types.SimpleNamespace(interfaces=others))
+            types.SimpleNamespace(interfaces=interfaces))
         return self._parent
 
     @staticmethod
@@ -212,9 +213,10 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
 
     def _find_parent(self, netlink: kernel.Netlink) -> kernel.Link:
         """Return the parent that Kuryr would use."""
-        wanted = k_config.CONF.binding.link_iface
-        link = netlink.link(wanted) if kernel.find_ifindex(wanted) else None
-        if link is not None and link.name == wanted:
+        link_iface = k_config.CONF.binding.link_iface
+        link = (netlink.link(link_iface) if kernel.find_ifindex(link_iface)
+                else None)
+        if link is not None and link.name == link_iface:
             links, addresses = [link], []
         else:  # Kuryr ignores alternative names
             links, addresses = netlink.links(), netlink.addresses()

@@ -183,11 +183,11 @@ class Ledger:
                 damaged[path] = str(err)
                 unreadable.update(addresses)
         claims = dict(sorted(read, key=lambda each: address_order(each[0])))
-        known = self.records.parsed_files
-        if len(known) > len(claims):
+        parsed = self.records.parsed_files
+        if len(parsed) > len(claims):
             self.records.parsed_files = {
-                address: known[address]
-                for address in claims if address in known}
+                address: parsed[address]
+                for address in claims if address in parsed}
         for name in self.records.names(self.records.quarantine):
             quarantined.append(os.path.join(self.records.quarantine, name))
             with contextlib.suppress(ValueError):
@@ -248,18 +248,18 @@ class Ledger:
 
     def list_recent_next_hops(self) -> list[str]:
         """Return the most recent next hops of the node in this boot."""
-        boot, *seen = self.cache.get('next_hops_seen') or ['']
-        return seen if boot == identity.read_boot_id() else []
+        boot, *addresses = self.cache.get('next_hops_seen') or ['']
+        return addresses if boot == identity.read_boot_id() else []
 
     def add_next_hops(self, next_hops: Iterable[IPAddress]) -> None:
         """Add next hops to :meth:`list_recent_next_hops`."""
-        seen = self.list_recent_next_hops()
+        recent = self.list_recent_next_hops()
         new = {str(each) for each in next_hops
-               if not each.is_link_local}.difference(seen)
+               if not each.is_link_local}.difference(recent)
         if new:
             self.cache.put('next_hops_seen', [
                 identity.read_boot_id(),
-                *[*seen, *sorted(new)][-MAX_NEXT_HOPS:]])
+                *[*recent, *sorted(new)][-MAX_NEXT_HOPS:]])
 
     def list_ended(self) -> dict[Owner, float]:
         """Return the owners of interfaces that a DEL has ended, with times.

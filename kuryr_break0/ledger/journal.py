@@ -94,9 +94,10 @@ class Journal:
                 if content:
                     os.ftruncate(fd, 0)
         whole = len(content) - len(content) % _RECORD.size
-        known = {int(each): each for each in Done}
-        return [Record(known[what], times, seconds) for what, times, seconds
-                in _RECORD.iter_unpack(content[:whole]) if what in known]
+        by_number = {int(each): each for each in Done}
+        return [Record(by_number[what], times, seconds)
+                for what, times, seconds
+                in _RECORD.iter_unpack(content[:whole]) if what in by_number]
 
 
 def timed(done: Done, failed: Done) -> Callable[[_F], _F]:

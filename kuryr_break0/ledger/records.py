@@ -209,13 +209,13 @@ class Records:
 
         :param texts: for example, a container id
         """
-        wanted = [json.dumps(text)[:-1] for text in texts]
+        quoted = [json.dumps(text)[:-1] for text in texts]
         for name in self.names(self.directory):
             try:
                 address = address_of(name)
                 with self._convert_errors():
                     content = files.read(self.path(address), _MAX_SIZE)
-                if not any(text in content for text in wanted):
+                if not any(text in content for text in quoted):
                     continue
                 claims = self.claims(address)
             except ValueError:

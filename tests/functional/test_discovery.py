@@ -1232,6 +1232,49 @@ class TestExhausted(FinderTestCase):
                 for each in self.finder._namespaces.values()))
         self.assert_bound(TWO)
 
+    def add_stale(self, place: kernel.Place) -> None:
+        """Add an ended namespace with this inode, of a container that waits.
+
+        The event of its end has not arrived yet.
+        """
+        stale = namespace.Namespace(kernel.NamespaceLocation(
+            '/run/netns/ended', NamespaceId(*place, 1)), 'noisy', 77)
+        self.finder._namespaces[place] = self.finder._numbers[77] = stale
+        pace = self.finder._queue.pace
+        pace.begin()
+        with mock.patch.object(time, 'thread_time', lambda: 10 ** 6):
+            self.assertLess(10 ** 6, pace.end('noisy'))
+
+    def test_name_with_the_inode_of_an_ended_namespace(self) -> None:
+        """A container does not wait for another one that had its inode."""
+        self.work()
+        status = os.stat(self.lab.add_pod('one', ONE))
+        self.add_stale((status.st_dev, status.st_ino))
+        self.finder.note_mounts()
+        self.assert_bound(ONE)
+
+    def test_full_search_with_the_inode_of_an_ended_namespace(self) -> None:
+        self.work()
+        status = os.stat(self.lab.add_pod('one', ONE))
+        self.add_stale((status.st_dev, status.st_ino))
+        self.finder.mark_all()
+        self.assert_bound(ONE)
+
+    def test_late_end_of_the_namespace_that_had_the_inode(self) -> None:
+        """A late event does not replace the path of the new namespace."""
+        self.work()
+        path = self.lab.add_pod('one', ONE)
+        status = os.stat(path)
+        place = status.st_dev, status.st_ino
+        self.add_stale(place)
+        self.finder._unexamined[place] = kernel.NamespaceLocation(
+            path, NamespaceId(*place))
+        with mock.patch.object(self.finder, '_events') as events:
+            events.get.return_value = kernel.events.Changes(
+                set(), {77}, set(), False, False, False, 1)
+            self.finder.read_events()
+        self.assert_bound(ONE)
+
     def test_end_of_one_that_had_the_number_before(self) -> None:
         self.lab.add_pod('one', ONE)
         self.finder.note_mounts()

@@ -81,7 +81,7 @@ class TestEntrance(unittest.TestCase):
             parent: str, mac: Any, netns: Any, pod: Any) -> None:
         owner = Owner(container_id, ifname)
         try:
-            taken, mac = manager._sane(owner, given_addresses, parent, mac,
+            taken, mac = manager._validate(owner, given_addresses, parent, mac,
                                        netns, pod)
         except exceptions.InputRefused as err:
             self.assertNotRegex(str(err), r'[\x00-\x1f\x7f]')
