@@ -26,7 +26,7 @@ from kuryr_break0 import manager
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Owner
 from kuryr_break0 import problems
-from kuryr_break0 import snapshot
+from kuryr_break0.snapshot import Snapshot
 from tests import lab
 
 POD = '100.75.30.71'
@@ -179,7 +179,7 @@ class LabTestCase(unittest.TestCase):
         """Return the addresses with a claim in the ledger."""
         return set(map(str, self.snapshot().contents.claims))
 
-    def snapshot(self, **overrides: Any) -> snapshot.Snapshot:
+    def snapshot(self, **overrides: Any) -> Snapshot:
         own = options(**overrides)
         with kernel.Netlink() as netlink:
             return actual.read(own, ledger.Ledger(own.state_dir), netlink)

@@ -1361,8 +1361,9 @@ class TestBounds(FinderTestCase):
         self.work()
         with mock.patch.object(binder, 'Engine') as engine:
             for number in range(9):
-                self.finder._remove(namespace.Namespace(kernel.NamespaceLocation(
-                    '/run/netns/gone', NamespaceId(1, 2, number))))
+                self.finder._remove(namespace.Namespace(
+                    kernel.NamespaceLocation(
+                        '/run/netns/gone', NamespaceId(1, 2, number))))
             self.work()
         engine.assert_not_called()
         self.assertEqual(0, len(self.finder._ended))
@@ -1519,7 +1520,8 @@ class TestEvents(FinderTestCase):
                   if each.location.path.endswith('/one'))
         self.lab.del_netns('one')
         lab.until(lambda: kernel.judge_state(
-            known.location.path, known.location.namespace) is kernel.State.GONE)
+            known.location.path,
+            known.location.namespace) is kernel.State.GONE)
         while select.select(self.finder.list_readable(), [], [], 1)[0]:
             self.finder._events.get()
         self.lab.add_pod('one', TWO)

@@ -90,19 +90,20 @@ class TestMerged(unittest.TestCase):
         missing = findings.KINDS['pod-route-missing']
         one, other = findings.merged([
             missing.finding('first', [1, 2], ['do 1', 'sync']),
-            findings.KINDS['pod-down'].found('down', [3]),
+            findings.KINDS['pod-down'].finding('down', [3]),
             missing.finding('worse', [2, 4], ['do 2', 'sync'],
-                          findings.ERROR)])
+                            findings.ERROR)])
         self.assertEqual(('worse', findings.ERROR, ('1', '2', '4'),
                           ('do 1', 'do 2', 'sync')),
-                         (one.observed, one.severity, one.subjects, one.commands))
+                         (one.observed, one.severity, one.subjects,
+                          one.commands))
         self.assertEqual(('down', ('3',)), (other.observed, other.subjects))
 
 
 class TestReport(unittest.TestCase):
 
     def test_long_lists_are_cut(self) -> None:
-        found = findings.KINDS['route-missing'].found(
+        found = findings.KINDS['route-missing'].finding(
             'none', list(range(20)), commands=['do %d' % number
                                                for number in range(20)])
         text = report.as_text([found])
@@ -123,7 +124,7 @@ class TestReport(unittest.TestCase):
                  'did you mean mtu? why'),
                 ('sandbox-gone', 'addresses belong to gone sandboxes', ['x1'],
                  'addresses belong to gone sandboxes: x1. why')):
-            text = report.as_text([findings.KINDS[name].found(seen, subjects)])
+            text = report.as_text([findings.KINDS[name].finding(seen, subjects)])
             self.assertIn(expected, ' '.join(text.split()))
 
 

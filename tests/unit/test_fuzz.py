@@ -82,7 +82,7 @@ class TestEntrance(unittest.TestCase):
         owner = Owner(container_id, ifname)
         try:
             taken, mac = manager._validate(owner, given_addresses, parent, mac,
-                                       netns, pod)
+                                           netns, pod)
         except exceptions.InputRefused as err:
             self.assertNotRegex(str(err), r'[\x00-\x1f\x7f]')
             self.assertLess(len(str(err)), 1000)
