@@ -204,7 +204,7 @@ class _Reading:
         if names.primary is None and new:
             names.primary = min(new, key=lambda name: min(
                 record.bound_at for record in used[name].values()))
-        # A break0 without our alias is taken for that of its lower interface.
+        # A break0 without our alias belongs to its lower interface.
         primary = names.primary or (device.lower_name(link) if link else None)
         for name in sorted({*used, *names.by_parent,
                             *filter(None, [primary])}):
@@ -342,4 +342,4 @@ class _Reading:
         macs = {each.dst: each.mac for each in neighbours} if gone else {}
         return withdrawn.union(
             address for address, claims in gone.items()
-            if claims_.have(claims, macs.get(address)))
+            if claims_.can_own_items(claims, macs.get(address)))

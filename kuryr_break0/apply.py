@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Sets and deletes the items of addresses on one break0.
+"""Sets and deletes the guard entries, neighbours and routes of addresses.
 
-No other module does that. A bind, an unbind and a sync differ in how they find
-out which items to set and to delete; the order is the same for all of them.
-Guard entries come first, then neighbours, then routes, so that the kernel
-never asks the LAN for the address of a pod. A route is deleted before its
-neighbour.
+Bind, unbind, sync and cleanup use this module, and no other module changes
+these items. It sets guard entries first, then neighbours, then routes, so that
+the kernel never asks the LAN for the MAC address of a pod. For the same reason
+it deletes a route before its neighbour.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ class Work(NamedTuple):
     """The changes for one address on a break0.
 
     :ivar set: the items to set
-    :ivar unset: the items to delete; one that does not exist is no error
+    :ivar unset: the items to delete; a missing item is no error
     :ivar claim: the claim that the items are for; None if no record claims
         the address
-    :ivar is_new: whether a route that exists already is not replaced, but
-        causes the error EEXIST
+    :ivar is_new: if True, an existing route is not replaced, but causes the
+        error EEXIST
     """
 
     address: IPAddress
@@ -51,7 +50,7 @@ class Work(NamedTuple):
 
 
 class Applied(NamedTuple):
-    """The result of some works on one break0.
+    """The result of :func:`apply`.
 
     :ivar works: all works, including failed ones
     :ivar items: the items that were set or deleted
@@ -72,9 +71,9 @@ class Applied(NamedTuple):
 
 def apply(netlink: kernel.Netlink, guard: Guard,
           works: Collection[Work]) -> Applied:
-    """Set and delete the items of some addresses. Call it under the lock.
+    """Set and delete the items of some addresses. The caller holds the lock.
 
-    An error of one address stops no other one.
+    An error of one address does not affect the other addresses.
 
     :param guard: of the break0 that the items are on
     """
@@ -110,10 +109,10 @@ def _changes(work: Work) -> Iterator[kernel.Change]:
 
 
 def log_repairs(device: str, applied: Applied, journal: Journal) -> None:
-    """Log and count the changes of a sync. Needs no lock.
+    """Log and count the routes and neighbours that a sync changed.
 
-    A route and its neighbour have one common line. The guard entries of a
-    break0 have one line for all its addresses.
+    A route and its neighbour share one log line. The caller logs the guard
+    entries, in one line for the whole break0.
     """
     repaired: collections.Counter[Done] = collections.Counter()
     for work in applied.works:

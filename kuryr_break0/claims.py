@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Decides which claim on an address counts.
+"""Decides which of the claims on an address is effective.
 
-The functions are pure: the caller passes the state of sandboxes. The claims on
-an address are ordered, the newest first. The newest claim of an existing
-sandbox counts. The other claims wait until that sandbox ends.
+The claims on an address are ordered, the newest first. The newest claim of an
+existing sandbox is effective, and the other claims wait until that sandbox
+ends. The functions are pure: the caller passes the state of the sandboxes.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def add(record: Record, claims: Claims,
         is_gone: Callable[[Record], bool]) -> Addition:
     """Add a claim, which replaces the earlier claims of its interface.
 
-    If its owner has a newer claim, the claims stay the same: the runtime has
-    abandoned the earlier bind and started another one.
+    If its owner has a newer claim, nothing changes: the runtime has abandoned
+    this bind and started another one.
     """
     if any(claim.owner == record.owner and claim.bound_at > record.bound_at
            for claim in claims):
@@ -56,7 +56,7 @@ def add(record: Record, claims: Claims,
     of_others = [claim for claim in claims
                  if not is_of_same_interface(claim, record)]
     rivals, _ = split(of_others, is_gone)
-    # A claim without namespace and macvtap can never be proven gone.
+    # Without a namespace or a macvtap, the end of a claim cannot be proven.
     kept = tuple(claim for claim in rivals if claim.namespace or claim.tap)
     return Addition((record, *kept), rivals,
                     bool(of_others) and of_others[0] == claims[0])
@@ -65,8 +65,9 @@ def add(record: Record, claims: Claims,
 def is_of_same_interface(claim: Record, record: Record) -> bool:
     """Return whether a claim is an earlier claim of the same interface.
 
-    The owner of a discovered or rebuilt claim differs from the owner in a
-    later bind by the container's engine. So the namespace identifies it.
+    The owner of a discovered or rebuilt claim is not the owner that the
+    container's engine passes to a later bind. So the namespace and the name of
+    the interface are compared instead.
     """
     return claim.owner == record.owner or (
         (claim.origin is Origin.DISCOVERED or claim.is_rebuilt)
@@ -79,9 +80,9 @@ def is_own(claim: Record, owner: Owner, namespace: Optional[NamespaceId],
            mac: Optional[str], bound_at: Optional[float] = None) -> bool:
     """Return whether an unbind for an owner drops a claim.
 
-    The container id of an adopted container is unknown, and its namespace
-    proves nothing: a runtime can repeat the DEL of an earlier container, and
-    reuse the path for a new one. So the MAC address must be the same too.
+    The container id of an adopted container is unknown. Its namespace alone
+    does not identify it: a runtime can reuse the path for a new container, and
+    then repeat the DEL of the earlier one. So the MAC address is compared too.
 
     :param namespace: the namespace of the sandbox, if it exists
     :param mac: MAC address of its interface; None if unknown
@@ -96,11 +97,11 @@ def is_own(claim: Record, owner: Owner, namespace: Optional[NamespaceId],
             Owner.adopted(namespace._replace(cookie=None), owner.ifname)))
 
 
-def have(claims: Collection[Record], mac: Optional[str]) -> bool:
-    """Return whether the items of an address can belong to its claims.
+def can_own_items(claims: Collection[Record], mac: Optional[str]) -> bool:
+    """Return whether the route and the neighbour can belong to the claims.
 
-    Otherwise the items belong to an unrecorded pod or to another ledger. If a
-    claim has no MAC address, the items are taken for its items.
+    Otherwise they belong to an unrecorded pod or to another ledger. A claim
+    without a MAC address can own any items.
 
     :param mac: MAC address of the permanent neighbour of the address; None
         if it has no such neighbour

@@ -72,10 +72,10 @@ OPTS = [
     cfg.Opt(
         'parent',
         type=types.DEVICE_NAME,
-        help='Interface that the pods must be on. Pods on other interfaces '
-             'are not bound, with an error in the log, and not discovered. '
-             'By default pods may be on any interface, and each such '
-             'interface gets a break0.'),
+        help='Bind only pods on this interface. The log has an error for '
+             'each pod on another interface, and discovery ignores it. By '
+             'default, pods may be on any interface, and each interface with '
+             'pods gets a break0.'),
     cfg.ListOpt(
         'addr',
         item_type=types.HOST_ADDRESS,
@@ -124,8 +124,8 @@ OPTS = [
         help='Let the agent find containers of any engine: every macvlan in '
              'bridge mode in another network namespace, on an interface of '
              'the node. For hosts without Kuryr. Addresses are bound when '
-             'they appear and unbound when they go. This needs '
-             'allowed_cidrs, because a container can give itself any '
+             'they appear and unbound when they disappear. Set '
+             'allowed_cidrs too, because a container can give itself any '
              'address.'),
     cfg.Opt(
         'guard',
@@ -171,9 +171,10 @@ OPTS = [
         item_type=types.ABSOLUTE_PATH,
         default=['/proc', '/host_proc'],
         help='Absolute paths of directories that show the processes of the '
-             'node, as /proc does, separated by commas. Missing ones are '
-             'ignored. Set it for a container with its own PID namespace, if '
-             'the node\'s /proc is mounted elsewhere.'),
+             'node, as /proc does, separated by commas. Missing '
+             'directories are ignored. Set it for a container with its '
+             'own PID namespace, if the node\'s /proc is mounted '
+             'elsewhere.'),
     cfg.Opt(
         'sysctl_dir',
         type=types.ABSOLUTE_PATH,
@@ -343,6 +344,6 @@ def list_opts() -> list[tuple[cfg.OptGroup, list[cfg.Opt]]]:
         help='You can also set each option by an environment variable of '
              'the process, which overrides the file: OS_BREAK0__ADDR for '
              'addr. If a value is invalid, kuryr-daemon logs an error when '
-             'it starts and for each pod, and Kuryr binds pods alone, so '
-             'that their node cannot reach them.')
+             'it starts and for each pod, and Kuryr binds pods without '
+             'break0, so that their node cannot reach them.')
     return [(group, copy.deepcopy(OPTS))]

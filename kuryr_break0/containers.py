@@ -62,8 +62,8 @@ PASSING = (Reason.NOT_DISCOVERED, Reason.TENTATIVE, Reason.NO_ADDRESS,
 class Unserved:
     """An address that is not bound, or an interface without one.
 
-    :ivar name: of the container, if a record of it has one. To ask an engine
-        can take seconds, for which who shows this does not wait
+    :ivar name: name of the container, if one of its records has it. The
+        engine is not asked, because an answer can take seconds
     """
 
     macvlan: kernel.Macvlan

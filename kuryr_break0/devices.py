@@ -2,7 +2,7 @@
 
 """The break0 devices of a ledger: their names, owners and state.
 
-The module checks the owner of a break0 before it changes the break0.
+Before this module changes a break0, it checks that the ledger owns it.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ class Break0:
 class Names:
     """The names of the break0 devices of a ledger.
 
-    :ivar known: the present names, by the present names of their parents; a
-        break0 stays on its parent if the parent is renamed
+    :ivar by_parent: names of the break0 devices, by the current name of the
+        parent; a break0 stays on its parent if the parent is renamed
     :ivar primary: the parent of the break0 that is named [break0] device;
         None if there is no such break0 yet
 
     :param identity: the identity of the ledger
     :param link_of: returns an interface by its name
     :param links: returns all interfaces, for a ledger that may be new
-    :param used: present names of the parents with pods. If such a parent is
-        gone, it was not renamed: it was a macvlan on the parent of a break0
+    :param used: names of the parents that have pods. A missing parent with
+        pods was not renamed: it was a macvlan on the parent of a break0
     """
 
     def __init__(self, options: config.Options, identity: Optional[Identity],
@@ -94,9 +94,9 @@ class Names:
     def of(self, parent: str) -> str:
         """Return the name of the break0 of a parent.
 
-        The break0 of the primary parent has the name [break0] device. The
+        The break0 of the primary parent has the name ``[break0] device``. The
         name of another break0 also contains the name of its parent or, if
-        that would be too long, a digest of it. A recorded name stays.
+        that name is too long, a digest of it. A recorded name does not change.
         """
         options = self._options
         recorded_name = self.by_parent.get(parent, options.device)
@@ -117,8 +117,8 @@ def recorded(options: config.Options, identity: Optional[Identity],
              links: Callable[[], Iterable[kernel.Link]]) -> dict[str, str]:
     """Return the names of the break0 devices, by their recorded parents.
 
-    A ledger without recorded devices may be new. Then the devices with an
-    alias that names its state directory are returned.
+    A ledger without recorded devices may be new. In that case, the devices
+    whose alias contains its state directory are returned.
     """
     if identity is not None and identity.devices:
         return identity.devices
@@ -170,15 +170,15 @@ class Devices:
     def get(self, netlink: kernel.Netlink, parent: str) -> Break0:
         """Return the break0 of a parent; create or repair it if necessary.
 
-        The result is cached. The kernel does not reuse an ifindex soon, so an
-        interface with the cached ifindex was examined before.
+        The result is cached. The kernel assigns ifindexes in ascending order,
+        so an interface with the cached ifindex is the examined one.
         """
         cache = self._ledger.cache
         cached = cache.get_recent('device.' + parent)
         if cached is not None:
             with contextlib.suppress(TypeError, ValueError, IndexError):
-                name, index, mac, *circumstances = cached
-                if (circumstances == self._read_cache_key(parent)
+                name, index, mac, *key = cached
+                if (key == self._read_cache_key(parent)
                         and kernel.find_ifindex(name) == index):
                     return Break0(name, index, mac, False)
         ensured = self.ensure(netlink, parent, claim=True)
@@ -189,7 +189,7 @@ class Devices:
 
     def renew(self, netlink: kernel.Netlink, break0: Break0,
               parent: str) -> None:
-        """Create or repair a break0 that has just been down or gone."""
+        """Create or repair a break0 that was down or gone in a bind."""
         ensured = self.ensure(netlink, parent, claim=True)
         break0.index, break0.mac = ensured.link.index, ensured.link.mac
         break0.needs_sync |= ensured.needs_sync
@@ -203,7 +203,7 @@ class Devices:
                needs_ipv6: bool = False) -> device.Ensured:
         """Create or repair the break0 of a parent, and its guard.
 
-        :param claim: take the break0 over if it belongs to another ledger
+        :param claim: if True, take over a break0 of another ledger
         :param name: the name of the break0; None to determine it
         :param needs_ipv6: whether its pods have IPv6 addresses
         :raises OtherLedger: if it belongs to another ledger, without ``claim``
@@ -213,7 +213,8 @@ class Devices:
         try:
             identity = ledger.ensure_identity()
         except exceptions.LedgerUnavailable as err:
-            # A reachable pod is more important than a constant MAC address.
+            # With a new identity the MAC address of break0 can change, which
+            # is better than an unreachable pod.
             LOG.error('%s', err)
             identity = Identity.new()
         names = Names(options, identity, netlink.link, netlink.links,
@@ -256,8 +257,8 @@ class Devices:
     def is_others(self, link: Optional[kernel.Link]) -> bool:
         """Return whether a break0 belongs to another ledger; warn if so.
 
-        The other ledger may have records of pods that this ledger does not
-        know. So the caller must not delete items on such a break0.
+        The other ledger can have records of pods that this ledger does not
+        know. So the caller must not delete items on that break0.
 
         :raises LedgerUnavailable: if the identity of this ledger is damaged
         """
@@ -273,8 +274,8 @@ class Devices:
                      parent: Optional[int], is_filled: bool = False) -> bool:
         """Load the guard of a break0 if it is missing or was changed.
 
-        Only pods with a route need a guard entry: other pods get their entry
-        together with the route.
+        A new guard has no entries. The pods that have a route need theirs now;
+        a later bind adds the entry together with the route.
 
         :param parent: the ifindex of the parent
         :param is_filled: whether the guard has the entries of all pods with a
@@ -301,13 +302,13 @@ class Devices:
     def warn_once(self, what: str, text: str, fact: str = '') -> None:
         """Log a warning, unless it equals the last one of its kind.
 
-        The state directory caches the last warning of each kind, so a process
-        does not repeat the warnings of an earlier process.
+        The state directory keeps the last warning of each kind, so that a
+        process does not repeat the warning of an earlier process.
 
         :param what: the name of the kind in the cache
         :param text: the warning; empty if the problem is solved
-        :param fact: is compared instead of the text, if the text can change
-            although the problem is the same
+        :param fact: compared instead of the text; for a text that changes
+            while the problem stays the same
         """
         fact_list = [text and (fact or text)]
         if (self._ledger.cache.get(what) or ['']) != fact_list:

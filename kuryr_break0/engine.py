@@ -218,8 +218,8 @@ class Engine:
               mac: Optional[str] = None) -> bool:
         """Apply a transition to fewer claims.
 
-        No other method deletes the items of an address because of the end of
-        its claim. The newest remaining claim gets the address.
+        The newest remaining claim gets the address. If none remains, the items
+        of the address are deleted.
 
         :param mac: MAC address that the neighbour must have to be deleted, if
             the address has no claims
@@ -230,14 +230,14 @@ class Engine:
         if after and after[0] == before[0]:  # keeps the route
             self._records.put(after)
             return False
-        # The earlier claims that an undo restores may be gone by now.
+        # An undo restores earlier claims, and their sandboxes may have ended.
         dropped = [*before, *after]
         after = self.pods.from_successor(after)
         dropped = [claim for claim in dropped if claim not in after]
         recorded_devices = self.devices.names(recorded=bool(dropped))
         devices = [name for name in recorded_devices
                    if not self.devices.is_others(netlink.link(name))]
-        # Setting the items could take over a break0 of another ledger.
+        # Setting items would take over a break0 of another ledger.
         may_set = bool(after) and len(devices) == len(recorded_devices)
         deleted = self._withdraw(
             netlink, address, [name for name in devices if not may_set or (
@@ -261,9 +261,9 @@ class Engine:
                   after: Claims = (), mac: Optional[str] = None) -> bool:
         """Delete the items of an address on some break0 devices.
 
-        The route and the neighbour stay if the MAC address of the neighbour is
-        in none of the claims, because a pod without a record may need them. If
-        no claim was dropped, they stay unless the neighbour has ``mac``.
+        The route and the neighbour stay if no claim has the neighbour's MAC
+        address, because a pod without a record can need them. If no claim was
+        dropped, they stay unless the neighbour has the address ``mac``.
 
         :returns: whether the address had a route
         :raises KernelRefused: if the kernel refuses
@@ -281,8 +281,8 @@ class Engine:
             present, kind = netlink.neighbour(index, address)
             permanent = present if kind == 'permanent' else None
             route = self._policy.route(address, index)._replace(metric=None)
-            if dropped and claims_.have((*dropped, *after), permanent) or (
-                    not dropped and permanent in macs):
+            if (claims_.can_own_items((*dropped, *after), permanent)
+                    if dropped else permanent in macs):
                 # A neighbour that stays would direct packets for the next pod
                 # to the MAC address of the earlier one.
                 items += [route, Neighbour(address, index, '', None)]
@@ -303,8 +303,9 @@ class Engine:
              log_info: LogInfo) -> Optional[Break0]:
         """Set the items of the addresses of one interface.
 
-        Refusals come first, so that the guard admits no refused address. Only
-        if the kernel reports EEXIST, its routes are read and compared.
+        Addresses are refused before the guard is changed, so that it admits no
+        refused address. The routes of the kernel are read and compared only if
+        it reports EEXIST.
         """
         if not records:
             return None
@@ -397,7 +398,7 @@ class Engine:
             self._apply(netlink, break0, [
                 Work(address, tuple(items)) for address, items
                 in by_address(pairs(siblings)).items()], failure)
-        # The node may have asked the LAN for the addresses before the bind.
+        # Before the bind, the node may have asked the LAN for these addresses.
         self._guard(break0.name).release(
             netlink, kernel.find_ifindex(first.parent),
             {record.address: record.mac for record in bound})
@@ -405,10 +406,10 @@ class Engine:
 
     def _apply(self, netlink: kernel.Netlink, break0: Break0,
                works: Iterable[Work], failure: Failures) -> Applied:
-        """Apply works of a bind.
+        """Apply the works of a bind.
 
-        An error of the guard is logged. It fails the addresses only if
-        [break0] guard is on.
+        If ``[break0] guard`` is on, an error of the guard is an error of each
+        address. Otherwise it is logged.
         """
         applied = apply(netlink, self._guard(break0.name), list(works))
         err = applied.guard_error

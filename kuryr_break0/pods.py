@@ -242,7 +242,7 @@ class Pods:
             if kernel.judge_state(*record.place) is not kernel.State.GONE:
                 podside.withdraw(record, self._options, is_bound)
         except exceptions.Break0Error as err:
-            LOG.debug('The sandbox %s keeps what it needed to reach the '
+            LOG.debug('The sandbox %s keeps its routes and neighbours for the '
                       'node: %s', record.owner_text, err)
 
     def _put_configured(self, records: list[Record], node: NodeAddresses,

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Decides by options and node which items an address gets.
+"""Decides whether an address may be bound, and which items it gets.
 
-The functions read the kernel, and change nothing.
+The decisions depend on the options and on the state of the node. The functions
+read the kernel and change nothing.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ EARLIER_NEXT_HOP = ('an earlier next hop of the node, which discovery does '
 class Facts(NamedTuple):
     """The addresses that the node itself uses.
 
-    The facts of a snapshot contain all of these addresses. The facts for a
-    bind need only cover the address to bind.
+    A snapshot has the facts about all addresses. A bind reads only the facts
+    about its own address.
 
     :ivar node_addresses: addresses of the node
     :ivar no_hosts: addresses that no host can have, for example broadcast
@@ -77,9 +78,11 @@ class Policy:
 
         :param facts: without them, the options and the address alone decide
         """
-        reason = explain_non_host(address)
-        if address in self._options.addr:  # break0 may not have it yet
+        # [break0] addr is not yet among the node addresses before the first
+        # bind.
+        if address in self._options.addr:
             return OWN
+        reason = explain_non_host(address)
         allowed = self._options.allowed_cidrs
         if reason is None and allowed and not any(
                 address in network for network in allowed):
@@ -107,7 +110,10 @@ class Policy:
             reason='it is ' + reason)
 
     def source(self, record: Record, device: str) -> Optional[IPAddress]:
-        """Return the source address of a route, or None for break0's own."""
+        """Return the preferred source of the route of a pod.
+
+        :returns: None if the kernel must choose an address of break0
+        """
         if device == self._options.device and any(
                 own.version == record.address.version
                 for own in self._options.addr):
@@ -145,17 +151,19 @@ class Policy:
                       ) -> tuple[IPAddress, ...]:
         """Return the addresses that a break0 itself must have.
 
-        They are the ``addr`` option's addresses and, if necessary, the one of
-        :func:`link_address`. MASQUERADE ignores the preferred source of a
-        route. If the outgoing interface has no address, it uses the first
-        address of another interface (inet_select_addr). A pod to which this
-        address is unknown would answer through its gateway, so break0 then
-        gets an address that only its pods know.
+        They are the addresses of the ``addr`` option and, if necessary, the
+        address of :func:`link_address`. MASQUERADE ignores the preferred
+        source of a route. If the outgoing interface has no address,
+        MASQUERADE uses the first address of another interface
+        (inet_select_addr). A pod does not know that address and would answer
+        through its gateway. In that case break0 gets an address that only its
+        pods know.
 
-        break0 keeps the address. Connections may use it, and an interface
-        without its last address loses its routes (fib_disable_ip). break0 does
-        not get an address of the node. The kernel would send multicast of a
-        program that is bound to this address through break0 (__ip_dev_find).
+        break0 keeps this address, because connections may use it, and an
+        interface that loses its last address also loses its routes
+        (fib_disable_ip). break0 gets no address of the node: if a program is
+        bound to such an address, the kernel would send its multicast packets
+        through break0 (__ip_dev_find).
 
         The parameters are the same as of :meth:`node_addresses`.
         """
@@ -186,10 +194,10 @@ class Policy:
                        device: str) -> NodeAddresses:
         """Return the node addresses that the pods need in their tables.
 
-        If the parent has addresses, those of other interfaces are left out.
-        When Docker connects such a container to a network on another interface
-        later, these addresses are in that network. Docker refuses to connect
-        it while it has a conflicting route to one of them.
+        If the parent has addresses, the result omits the addresses of other
+        interfaces. Docker can connect a container to a network of another
+        interface later, and refuses to do so while the container has a route
+        to an address in that network.
 
         :param addresses: all addresses of the node with their ifindexes
         :param parent: ifindex of the parent
@@ -198,18 +206,18 @@ class Policy:
         on_parent = {address for index, address in addresses
                      if index == parent and not address.is_link_local}
         own = self.own_addresses(addresses, parent, device)
-        addresses_ = {*on_parent, *(src for src in sources if src is not None),
-                      *(() if on_parent else ipv6_elsewhere(addresses))}
-        return NodeAddresses((*sorted(addresses_.difference(own),
+        chosen = {*on_parent, *(src for src in sources if src is not None),
+                  *(() if on_parent else ipv6_elsewhere(addresses))}
+        return NodeAddresses((*sorted(chosen.difference(own),
                                       key=address_order), *own), mac)
 
 
 def link_address(device: str) -> IPAddress:
     """Return the IPv4 address of a break0 that only its pods know.
 
-    Each break0 has another address, because a pod may be connected to several
-    break0s. The address is link-local, so neither node nor pod uses it for any
-    other purpose.
+    The address is derived from the name of the break0, because a pod can have
+    interfaces on several break0s. The address is link-local, so neither node
+    nor pod uses it for another purpose.
     """
     high, low = hashlib.sha256(os.fsencode(device)).digest()[:2]
     # RFC 3927 reserves the first and the last 256 addresses.
@@ -220,15 +228,16 @@ def ipv6_elsewhere(addresses: Iterable[tuple[int, IPAddress]]
                    ) -> list[IPAddress]:
     """Return the IPv6 addresses of the node, at most MAX_ELSEWHERE.
 
-    Any of them may be nearest to a pod, and so its source (RFC 6724).
+    The kernel can choose any of these addresses as the source of a packet to
+    a pod (RFC 6724).
     """
     chosen: list[IPAddress] = []
     services: dict[int, bool] = {}
     for index, address in sorted(addresses, key=lambda each: each[0]):
         if len(chosen) == MAX_ELSEWHERE:
             break
-        # Other CNI plugins may give the same address to hundreds of
-        # interfaces, one for each of their pods.
+        # Some CNI plugins assign one address to hundreds of interfaces, one
+        # interface for each pod.
         if address.version == 4 or address in chosen or (
                 address.is_link_local or address.is_loopback):
             continue
@@ -240,10 +249,11 @@ def ipv6_elsewhere(addresses: Iterable[tuple[int, IPAddress]]
 
 
 def has_services(index: Optional[int]) -> bool:
-    """Return whether the addresses of an interface are those of services.
+    """Return whether an interface has the addresses of Kubernetes services.
 
-    So are those of kube-ipvs0, thousands maybe, and of other dummies. In
-    pods they lead elsewhere.
+    kube-proxy in IPVS mode assigns thousands of such addresses to the dummy
+    interface kube-ipvs0. A pod reaches them by another way, so they are no
+    node addresses.
     """
     with kernel.Netlink() as netlink:
         link = netlink.link(kernel.format_ifname(index))

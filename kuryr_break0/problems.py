@@ -3,7 +3,7 @@
 """Lists the problems of a snapshot: of the node, break0s, addresses and pods.
 
 A problem stops traffic, or is a difference that a sync repairs. Status, sync,
-CHECK, metrics and doctor all use this list, and judge nothing themselves.
+CHECK, metrics and doctor report the problems of this list and no others.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _UNCONFIGURED = 'its container is not configured to reach the node'
 
 
 class Problem(NamedTuple):
-    """A problem.
+    """A problem of the node, a break0, an address or its pod.
 
     :ivar kind: the id of the doctor's finding
     :ivar subject: an address, the name of a break0, or NODE
-    :ivar text: a sentence without its end
-    :ivar is_error: whether it stops traffic, although other problems of its
-        kind do not
+    :ivar text: a sentence without a full stop
+    :ivar is_error: whether it stops traffic, unlike other problems of its
+        kind
     """
 
     kind: str
@@ -57,7 +57,7 @@ class Problem(NamedTuple):
 def find(snapshot: Snapshot) -> list[Problem]:
     """Return the problems of the node, its break0s and addresses.
 
-    The problems of an address are in the order of their importance.
+    The most important problem of an address comes first.
     """
     return [*_of_node(snapshot), *(
         problem for parent in snapshot.parents.values()
@@ -120,7 +120,8 @@ def _of_node(snapshot: Snapshot) -> Iterator[Problem]:
 def of_device(parent: Parent, snapshot: Snapshot) -> Iterator[Problem]:
     """Return the problems of one break0.
 
-    Without pods, only a conflict or another ledger is a problem.
+    A break0 without pods has a problem only if its name is taken or if it
+    belongs to another ledger.
     """
     def problem(kind: str, text: str, is_error: bool = False) -> Problem:
         return Problem(kind, parent.device, text, is_error)
@@ -148,14 +149,14 @@ def of_device(parent: Parent, snapshot: Snapshot) -> Iterator[Problem]:
             'route_table is %d' % (lower.name, kernel.format_ifname(
                 lower.vrf.ifindex), lower.vrf.table, table))
     if not (lower.up and lower.carrier):
-        # No packet passes: further problems do not matter.
+        # Other problems of break0 have no effect on a parent without carrier.
         yield problem('parent-down', '%s, the parent of %s, %s' % (
             parent.name, name, 'has no carrier' if lower.up else 'is down'))
         return
     for kind, text in parent.differences:
         if kind != 'ipv6':
             yield problem('break0-' + kind, '%s: %s' % (name, text))
-    # A guard for another MAC address is loaded again with the right one.
+    # A sync that corrects the MAC address also loads the guard again.
     if parent.guard and all(kind != 'mac' for kind, _ in parent.differences):
         yield problem('guard-missing' if is_installed()
                       else 'guard-unavailable', '%s: %s' % (
@@ -180,7 +181,7 @@ def _kind_of(parent: Parent) -> str:
 
 
 def cause_of(parent: Parent, snapshot: Snapshot) -> Optional[Problem]:
-    """Return the problem of a break0 that explains those of its addresses."""
+    """Return the problem of a break0 that affects all its addresses."""
     return next((each for each in of_device(parent, snapshot)
                  if each.kind in CAUSES), None)
 
@@ -307,7 +308,7 @@ def of_pod(records: Sequence[Record], snapshot: Snapshot,
 def _in_pod(records: Sequence[Record], parent: Parent, snapshot: Snapshot,
             pause: float) -> list[Problem]:
     assert parent.node is not None
-    is_dropping = is_strict(parent)  # on the node: a pod has other sysctls
+    is_dropping = is_strict(parent)  # read before the pod is entered
     all_problems: list[Problem] = []
 
     def add(kind: str, text: str, version: Optional[int] = None,
@@ -322,8 +323,8 @@ def _in_pod(records: Sequence[Record], parent: Parent, snapshot: Snapshot,
                                snapshot.contents.unreadable)
         link, record = side.link, side.record
         place = 'the interface %s of its container' % link.name
-        # The id of the parent's namespace (IFLA_LINK_NETNSID) is not compared,
-        # because each namespace has other ids.
+        # IFLA_LINK_NETNSID is not compared: the number of the parent's
+        # namespace differs from namespace to namespace.
         if parent.present is None or (link.kind, link.lower, link.mode) != (
                 'macvlan', parent.present.lower, 'bridge'):
             add('pod-apart', '%s is %s, and not in bridge mode on %s' % (

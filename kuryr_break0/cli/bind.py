@@ -39,9 +39,9 @@ Without --netns, as for a virtual machine, only the node is configured. Give
 ARP. The addresses stay bound until you unbind them, or until the macvtap with
 that MAC address is gone.
 
-Exit status: 0 if done, 1 if an address belongs to another owner or has a
-route of another program, 2 for wrong arguments, 3 if the kernel or the state
-directory refuses.
+Exit status: 0 if the addresses are bound, 1 if an address belongs to another
+owner or has a route of another program, 2 for wrong arguments, 3 if the kernel
+or the state directory refuses.
 """
 _BIND_EPILOG = """\
 example:

@@ -39,7 +39,7 @@ tables, and the state directory. Pods keep running, but their node cannot
 reach them.
 
 First set [break0] enabled = false or uninstall the package, and restart
-kuryr-daemon. Otherwise it creates everything again. Then stop the agent.
+kuryr-daemon. Otherwise kuryr-daemon creates break0 again. Then stop the agent.
 
 It prints each item: - if the item is deleted, ! if it is left, with the
 reason. Exit status: 0 if no item is left, 1 otherwise (with --dry-run: if

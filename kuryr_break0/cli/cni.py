@@ -34,7 +34,7 @@ _INSTALL = """\
 Install the CNI plugin break0 in a directory of plugins, and replace an
 existing one. If the shim was built (make cni), the plugin is the shim, which
 passes requests to the agent. Otherwise it is a script that runs kuryr-break0
-cni. Exit status: 0 if done, 2 if not.
+cni. Exit status: 0 if the plugin is installed, otherwise 2.
 """
 _INSTALL_EPILOG = """\
 example:

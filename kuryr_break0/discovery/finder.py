@@ -69,8 +69,9 @@ class Finder:
                         'searches for containers every second: %s. Give the '
                         'agent CAP_NET_BROADCAST.', err)
         self._search = kernel.Search(options.proc_dirs)
-        #: found namespaces that are not examined yet; the last one is next
+        #: namespaces that are not examined yet, the newest last
         self._unexamined: dict[kernel.Place, kernel.NamespaceLocation] = {}
+        self._took_newest = False
         self._namespaces: dict[kernel.Place, Namespace] = {}
         self._numbers: dict[int, Namespace] = {}
         self._queue = ReadQueue()
@@ -216,8 +217,8 @@ class Finder:
             # because there may be any number of both.
             is_new = bool(self._unexamined)
             if is_new:
-                place, location = next(reversed(self._unexamined.items()))
-                self._examine(location)
+                place = self._choose_unexamined()
+                self._examine(self._unexamined[place])
                 del self._unexamined[place]
             entry = self._queue.pop_changed(now)
             if entry is None and not is_new:
@@ -229,6 +230,17 @@ class Finder:
             now = time.monotonic()
         if self._unknown and not self._unexamined and self._search_at is None:
             self._schedule_full_search()
+
+    def _choose_unexamined(self) -> kernel.Place:
+        """Return the newest and the oldest unexamined namespace in turn.
+
+        A container can create namespaces faster than they can be examined.
+        Meanwhile a namespace with a name, which is the newest of its search,
+        is examined at once, and each other one within a limited time.
+        """
+        self._took_newest = not self._took_newest
+        return next(reversed(self._unexamined) if self._took_newest
+                    else iter(self._unexamined))
 
     def _search_if_due(self) -> None:
         now = time.monotonic()
@@ -265,8 +277,10 @@ class Finder:
         for place, each in new.items():
             # Prefer a name: it can outlast the process, such as that of "ip
             # netns exec".
-            if each.is_named or not (place in self._unexamined
-                                     and self._unexamined[place].is_named):
+            known = self._unexamined.get(place)
+            if each.is_named or known is None or not known.is_named:
+                # With the inode of an ended namespace, it is the newest too.
+                self._unexamined.pop(place, None)
                 self._unexamined[place] = each
         if self._is_unexplained and new.keys() <= self._namespaces.keys():
             self._schedule_full_search()
@@ -282,8 +296,10 @@ class Finder:
         present = {each.place: each for each in self._search.all(
             {place: each.location.path
              for place, each in self._namespaces.items()})}
-        self._unexamined.update({place: each for place, each in present.items()
-                                 if place not in self._namespaces})
+        # This omits the namespaces that ended before they were examined.
+        self._unexamined = {
+            place: each for place, each in present.items()
+            if place in self._unexamined or place not in self._namespaces}
         for place, namespace in list(self._namespaces.items()):
             location = namespace.location
             if place in present:

@@ -38,8 +38,9 @@ class Break0Plugin(plugin.PluginBase):  # type: ignore[misc]
             except Exception:
                 # An error would stop the daemon, and with it all ADDs.
                 LOG.exception('break0 is not in use, because its driver '
-                              'cannot be loaded. Kuryr binds pods alone. '
-                              'See the reason with: kuryr-break0 doctor')
+                              'cannot be loaded. Kuryr binds pods without '
+                              'break0. For the reason, run: kuryr-break0 '
+                              'doctor')
         loaded: Break0Plugin = super().load(plugin_name)
         return loaded
 
@@ -90,8 +91,9 @@ def _install_driver() -> None:
         options = config.load(cfg.CONF)
     except exceptions.InvalidOption as err:
         LOG.info('%s: without break0, because an option is invalid', bound)
-        LOG.error('Kuryr binds pods alone, so that their node cannot reach '
-                  'them: %s. Correct the option, and restart kuryr-daemon',
+        LOG.error('Kuryr binds pods without break0, so that their node cannot '
+                  'reach them: %s. Correct the option, and restart '
+                  'kuryr-daemon',
                   str(err).rstrip('.'))
     else:
         LOG.info('%s: %s', bound, 'break0 is enabled' if options.enabled else
