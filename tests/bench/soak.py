@@ -182,11 +182,7 @@ class ByDiscovery(Way):
             if os.path.exists('/run/netns/' + name):
                 end()
             raise
-        try:
-            self.times.append(1000 * lab.until(is_routed))
-        except Exception:
-            end()
-            raise
+        self.times.append(1000 * lab.until(is_routed))
         return Sandbox(name, addresses, end)
 
 

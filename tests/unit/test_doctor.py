@@ -124,7 +124,8 @@ class TestReport(unittest.TestCase):
                  'did you mean mtu? why'),
                 ('sandbox-gone', 'addresses belong to gone sandboxes', ['x1'],
                  'addresses belong to gone sandboxes: x1. why')):
-            text = report.as_text([findings.KINDS[name].finding(seen, subjects)])
+            text = report.as_text(
+                [findings.KINDS[name].finding(seen, subjects)])
             self.assertIn(expected, ' '.join(text.split()))
 
 
