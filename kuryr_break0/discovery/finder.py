@@ -69,8 +69,9 @@ class Finder:
                         'searches for containers every second: %s. Give the '
                         'agent CAP_NET_BROADCAST.', err)
         self._search = kernel.Search(options.proc_dirs)
-        #: found namespaces that are not examined yet; the last one is next
+        #: namespaces that are not examined yet, the newest last
         self._unexamined: dict[kernel.Place, kernel.NamespaceLocation] = {}
+        self._took_newest = False
         self._namespaces: dict[kernel.Place, Namespace] = {}
         self._numbers: dict[int, Namespace] = {}
         self._queue = ReadQueue()
@@ -132,7 +133,7 @@ class Finder:
             # reuses numbers. So examine this one again.
             location = self._numbers[number].location
             self._remove(self._numbers[number])
-            self._unexamined[location.place] = location
+            self._unexamined.setdefault(location.place, location)
         if changes.ended:
             self._explained_until = now + _ENDING
         # A change of a macvlan causes one event for its parent and, if its
@@ -216,8 +217,8 @@ class Finder:
             # because there may be any number of both.
             is_new = bool(self._unexamined)
             if is_new:
-                place, location = next(reversed(self._unexamined.items()))
-                self._examine(location)
+                place = self._choose_unexamined()
+                self._examine(self._unexamined[place])
                 del self._unexamined[place]
             entry = self._queue.pop_changed(now)
             if entry is None and not is_new:
@@ -229,6 +230,17 @@ class Finder:
             now = time.monotonic()
         if self._unknown and not self._unexamined and self._search_at is None:
             self._schedule_full_search()
+
+    def _choose_unexamined(self) -> kernel.Place:
+        """Return the newest and the oldest unexamined namespace in turn.
+
+        A container can create namespaces faster than they can be examined.
+        Meanwhile a namespace with a name, which is the newest of its search,
+        is examined at once, and each other one within a limited time.
+        """
+        self._took_newest = not self._took_newest
+        return next(reversed(self._unexamined) if self._took_newest
+                    else iter(self._unexamined))
 
     def _search_if_due(self) -> None:
         now = time.monotonic()
@@ -257,17 +269,20 @@ class Finder:
         new = {}
         for each in locations:
             namespace = self._namespaces.get(each.place)
-            if namespace is None:
+            # The kernel reuses the inode of an ended namespace at once, often
+            # before the event of its end arrives.
+            if namespace is None or each.is_named or (
+                    not namespace.location.is_current()):
                 new[each.place] = each
-            elif each.is_named:
-                self._relocate(namespace, each)
         for place, each in new.items():
             # Prefer a name: it can outlast the process, such as that of "ip
             # netns exec".
-            if each.is_named or not (place in self._unexamined
-                                     and self._unexamined[place].is_named):
+            known = self._unexamined.get(place)
+            if each.is_named or known is None or not known.is_named:
+                # With the inode of an ended namespace, it is the newest too.
+                self._unexamined.pop(place, None)
                 self._unexamined[place] = each
-        if self._is_unexplained and not new:
+        if self._is_unexplained and new.keys() <= self._namespaces.keys():
             self._schedule_full_search()
         self._is_unexplained = False
 
@@ -281,16 +296,19 @@ class Finder:
         present = {each.place: each for each in self._search.all(
             {place: each.location.path
              for place, each in self._namespaces.items()})}
-        self._unexamined.update({place: each for place, each in present.items()
-                                 if place not in self._namespaces})
+        # This omits the namespaces that ended before they were examined.
+        self._unexamined = {
+            place: each for place, each in present.items()
+            if place in self._unexamined or place not in self._namespaces}
         for place, namespace in list(self._namespaces.items()):
             location = namespace.location
             if place in present:
                 self._ended.discard(location.namespace)
-                self._relocate(namespace, present[place])
-                if location.process is None and present[place].process:
-                    # Its container can be identified by the process now.
-                    self._unexamined[place] = namespace.location
+                if present[place].path != location.path or (
+                        location.process is None and present[place].process):
+                    # It may be another namespace with the same inode, or its
+                    # container can be identified by a process now.
+                    self._unexamined[place] = present[place]
                 if self._events is None:
                     self._queue.mark(namespace, now)
             elif (self._binder.has_bound(location.namespace)
@@ -305,14 +323,6 @@ class Finder:
         self._unseen |= self._unknown
         self._unknown.clear()
         self._is_unexplained = self._mounts_changed = False
-
-    def _relocate(self, namespace: Namespace,
-                  location: kernel.NamespaceLocation) -> None:
-        """Store a new path and process of a namespace."""
-        if location.path != namespace.location.path:
-            self._queue.mark(namespace, time.monotonic())
-        namespace.location = location._replace(
-            namespace=namespace.location.namespace)
 
     def _examine(self, location: kernel.NamespaceLocation) -> None:
         """Identify a found namespace, and then read it.
@@ -331,6 +341,7 @@ class Finder:
         namespace = self._namespaces.get(location.place)
         if (namespace is not None
                 and namespace.location.namespace == location.namespace):
+            namespace.location = location
             namespace.container = container
         else:
             # The kernel reuses inodes and numbers.
@@ -373,7 +384,8 @@ class Finder:
             else:
                 self._remove(namespace)
                 # The kernel may have reused the path, so examine it again.
-                self._unexamined[namespace.location.place] = namespace.location
+                self._unexamined.setdefault(namespace.location.place,
+                                            namespace.location)
         except Exception:
             self._queue.mark(namespace, now)
             raise

@@ -70,6 +70,16 @@ class NamespaceLocation(NamedTuple):
         """Return whether the path is a name, not a process's."""
         return not self.path.endswith(_BY_PROCESS)
 
+    def is_current(self) -> bool:
+        """Return whether the path still leads to this inode.
+
+        The kernel reuses inodes, so the namespace can be another one.
+        """
+        with contextlib.suppress(OSError):
+            status = os.stat(self.path)
+            return (status.st_dev, status.st_ino) == self.place
+        return False
+
 
 class ExaminedNamespace(NamedTuple):
     """A namespace and its container.

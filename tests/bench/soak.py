@@ -182,7 +182,11 @@ class ByDiscovery(Way):
             if os.path.exists('/run/netns/' + name):
                 end()
             raise
-        self.times.append(1000 * lab.until(is_routed))
+        try:
+            self.times.append(1000 * lab.until(is_routed))
+        except Exception:
+            end()
+            raise
         return Sandbox(name, addresses, end)
 
 

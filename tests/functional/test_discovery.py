@@ -1300,6 +1300,119 @@ class TestExhausted(FinderTestCase):
         self.assertEqual({ONE}, self.bound())
 
 
+class TestManyNamespaces(FinderTestCase):
+    """Another container creates namespaces faster than they are examined.
+
+    The kernel reuses their inodes.
+    """
+
+    ended = 0
+
+    def add_stale(self, place: kernel.Place) -> None:
+        """Add an ended namespace with this inode, of a container that waits.
+
+        The event of its end has not arrived yet.
+        """
+        stale = namespace.Namespace(kernel.NamespaceLocation(
+            '/run/netns/ended', NamespaceId(*place, 1)), 'noisy', 77)
+        self.finder._namespaces[place] = self.finder._numbers[77] = stale
+        pace = self.finder._queue.pace
+        pace.begin()
+        with mock.patch.object(time, 'thread_time', lambda: 10 ** 6):
+            self.assertLess(10 ** 6, pace.end('noisy'))
+
+    def count_examined(self) -> int:
+        """Return the number of namespaces that are examined before "one".
+
+        Another namespace arrives whenever one is examined.
+        """
+        examined: list[str] = []
+        examine = kernel.examine_namespace
+
+        def examining(location: kernel.NamespaceLocation
+                      ) -> kernel.ExaminedNamespace:
+            examined.append(location.path)
+            self.add_ended(1)
+            return examine(location)
+
+        with mock.patch.object(kernel, 'examine_namespace', examining):
+            lab.until(lambda: self.step() or any(
+                each.endswith('/one') for each in examined))
+        return [each.endswith('/one') for each in examined].index(True)
+
+    def add_ended(self, count: int) -> None:
+        """Add namespaces that end before they are examined."""
+        for _ in range(count):
+            self.ended += 1
+            identity = NamespaceId(1, self.ended)
+            self.finder._unexamined[identity[:2]] = kernel.NamespaceLocation(
+                '/run/netns/ended', identity)
+
+    def test_name_with_the_inode_of_an_ended_namespace(self) -> None:
+        """A container does not wait for another one that had its inode."""
+        self.work()
+        status = os.stat(self.lab.add_pod('one', ONE))
+        self.add_stale((status.st_dev, status.st_ino))
+        self.finder.note_mounts()
+        self.assert_bound(ONE)
+
+    def test_full_search_with_the_inode_of_an_ended_namespace(self) -> None:
+        self.work()
+        status = os.stat(self.lab.add_pod('one', ONE))
+        self.add_stale((status.st_dev, status.st_ino))
+        self.finder.mark_all()
+        self.assert_bound(ONE)
+
+    def test_late_end_of_the_namespace_that_had_the_inode(self) -> None:
+        """A late event does not replace the path of the new namespace."""
+        self.work()
+        path = self.lab.add_pod('one', ONE)
+        status = os.stat(path)
+        place = status.st_dev, status.st_ino
+        self.add_stale(place)
+        self.finder._unexamined[place] = kernel.NamespaceLocation(
+            path, NamespaceId(*place))
+        with mock.patch.object(self.finder, '_events') as events:
+            events.get.return_value = kernel.events.Changes(
+                set(), {77}, set(), False, False, False, 1)
+            self.finder.read_events()
+        self.assert_bound(ONE)
+
+    def test_name_with_the_inode_of_an_unexamined_namespace(self) -> None:
+        """A namespace with a name does not wait for many others."""
+        self.work()
+        status = os.stat(self.lab.add_pod('one', ONE))
+        place = status.st_dev, status.st_ino
+        self.finder._unexamined[place] = kernel.NamespaceLocation(
+            '/proc/0/ns/net', NamespaceId(*place))
+        self.add_ended(500)
+        self.finder._mounts_changed = True
+        self.finder._search_new()
+        self.assertEqual(place, [*self.finder._unexamined][-1])
+        self.assert_bound(ONE)
+
+    def test_namespace_before_many_others(self) -> None:
+        """A namespace does not wait for all that arrive later."""
+        self.work()
+        path = self.lab.add_pod('one', ONE)
+        status = os.stat(path)
+        place = status.st_dev, status.st_ino
+        self.finder._unexamined[place] = kernel.NamespaceLocation(
+            path, NamespaceId(*place))
+        self.add_ended(9)
+        with mock.patch.object(self.finder, '_search_if_due'):
+            self.assertLess(self.count_examined(), 9)
+
+    def test_full_search_omits_ended_namespaces(self) -> None:
+        self.work()
+        self.add_ended(500)
+        self.finder.mark_all()
+        with mock.patch.object(finder, '_STEP', 0):
+            lab.until(lambda: self.step() or len(
+                self.finder._unexamined) < 400)
+        self.assertLess(len(self.finder._unexamined), 10)
+
+
 class TestBounds(FinderTestCase):
 
     def test_more_addresses_that_others_had_bound(self) -> None:
