@@ -331,7 +331,7 @@ def single(outer: Node, repeat: int) -> Section:
                  for size in (low, high))] for way in add],
         [at_most('an ADD at %d pods, direct' % size, add[DIRECT][size],
                  add[STOCK][size], limit, 'stock there')
-         for size, limit in ((low, 0.22), (high, 0.05))],
+         for size, limit in ((low, 0.35), (high, 0.07))],
         {'add_ms': add, 'del_ms': end})
 
 

@@ -23,6 +23,8 @@ from tests.bench import in_child
 from tests.bench import keep
 from tests.bench import Node
 from tests.bench import POD
+from tests.bench import ROUTE
+from tests.bench import route_unit
 from tests.bench import say
 from tests.bench import Section
 from tests.bench import timed
@@ -60,15 +62,15 @@ def calls(node: Node, repeat: int) -> Section:
     forgetting = statistics.median(
         timed(lambda: kernel.delete_connections(POD)) for _ in range(repeat))
     few, many, forked = medians.values()
-    processes = unit(node)
+    processes, route = unit(node), route_unit(node)
     pair = forked['bind'] + forked['unbind']
     targets = [
         at_most('bind and unbind at %d pods' % low,
-                few['bind'] + few['unbind'], processes, 1),
+                few['bind'] + few['unbind'], route, 5, ROUTE),
         at_most('the same, just forked, with an agent',
-                pair + 2 * attended, processes, 4)]
+                pair + 2 * attended, route, 18, ROUTE)]
     targets += [at_most('%s at %d pods' % (name, high), many[name],
-                        few[name], 1.2, 'that at %d' % low)
+                        few[name], 1.5, 'that at %d' % low)
                 for name in ('bind', 'unbind')]
     return Section(
         'What a pod takes of us, median ms', ['call', *medians],
@@ -77,9 +79,10 @@ def calls(node: Node, repeat: int) -> Section:
          ['housekeeping with an agent', '-', '-', '%.3f' % attended],
          ['of an unbind, to forget connections', '%.3f' % forgetting, '-',
           '-'],
-         [UNIT, '%.3f' % processes, '-', '-']],
+         [UNIT, '%.3f' % processes, '-', '-'],
+         [ROUTE, '%.3f' % route, '-', '-']],
         targets, {'medians_ms': medians, 'attended_ms': attended,
-                  'unit_ms': processes})
+                  'unit_ms': processes, 'route_ms': route})
 
 
 def _medians(node: Node, repeat: int,
