@@ -29,8 +29,8 @@ from kuryr_break0.model import Record
 from kuryr_break0 import option_types
 from kuryr_break0 import problems
 from kuryr_break0 import readers
+from kuryr_break0.snapshot import Parent
 from kuryr_break0.snapshot import Snapshot
-
 
 #: Largest number of characters to show of a container id, or of the name that
 #: replaces an unknown id.
@@ -123,12 +123,13 @@ def _print_changes(before: Status, now: Status) -> None:
 class Status:
     """The problems and addresses of a snapshot.
 
-    :param wanted: the arguments, which select addresses; None for all
+    :param command: the arguments, which select addresses; None for all
     """
 
     def __init__(self, snapshot: Snapshot, ledger: Ledger,
                  command: Any = None) -> None:
         self._snapshot = snapshot
+        self._agent = ledger.heartbeat.state(snapshot.options.patience)
         self._unserved = containers.unserved(snapshot, ledger)
         self._all_problems, self._not_examined = problems.find_all(snapshot)
         self._problems = problems.by_address(self._all_problems)
@@ -151,12 +152,15 @@ class Status:
 
     def as_json(self) -> dict[str, Any]:
         parents = self._snapshot.parents.values()
-        devices = [_device_as_json(parent.present, parent.addresses)
+        devices = [_device_as_json(parent.present, parent.addresses,
+                                   self._guard_state(parent))
                    for parent in parents if parent.present is not None]
         if self._snapshot.name_conflict is not None:
-            devices.append(_device_as_json(self._snapshot.name_conflict, ()))
+            devices.append(_device_as_json(self._snapshot.name_conflict, (),
+                                           None))
         return {
             'in_sync': self.in_sync,
+            'agent': self._agent,
             'device': next(iter(devices), None),
             'devices': devices,
             'host_addresses': sorted({
@@ -180,6 +184,14 @@ class Status:
                                               *self._problems}),
                 'out_of_sync': len(self._problems),
                 'unserved': len(self._unserved)}}
+
+    def _guard_state(self, parent: Parent) -> Optional[str]:
+        """Return the state of a guard in a word; None without pods."""
+        if self._snapshot.options.guard == config.OFF:
+            return 'off'
+        if not parent.live:
+            return None
+        return 'missing' if parent.guard else 'loaded'
 
     def _address_as_json(self, address: IPAddress) -> dict[str, Any]:
         record = self._snapshot.live.get(address)
@@ -205,8 +217,11 @@ class Status:
         shown = self.as_json()
         if shown['devices']:
             output.table(
-                ['Device', 'Kind', 'Parent', 'MAC', 'MTU', 'Addresses',
-                 'State'], map(_device_row, shown['devices']), wide)
+                ['Device', *(['Kind'] if wide else []), 'Parent',
+                 *(['MAC', 'MTU'] if wide else []), 'Addresses', 'State',
+                 'Guard', 'Agent'],
+                [_device_row(each, self._agent, wide)
+                 for each in shown['devices']], wide)
         elif not (self._snapshot.live or self._unserved):
             output.say('%s does not exist yet: the bind of the first '
                        'container creates it.' % self._snapshot.options.device)
@@ -283,19 +298,22 @@ def _is_of(record: Optional[Record], command: Any) -> bool:
                                    and record.origin.value))
 
 
-def _device_as_json(link: kernel.Link,
-                    addresses: tuple[IPAddress, ...]) -> dict[str, Any]:
+def _device_as_json(link: kernel.Link, addresses: tuple[IPAddress, ...],
+                    guard: Optional[str]) -> dict[str, Any]:
     return {
         'name': link.name, 'index': link.index, 'kind': link.kind,
         'mode': link.mode, 'parent_index': link.lower,
         'parent': device.lower_name(link), 'mac': link.mac, 'mtu': link.mtu,
-        'up': link.up,
+        'up': link.up, 'guard': guard,
         'addresses': [str(each) for each in addresses]}
 
 
-def _device_row(each: dict[str, Any]) -> list[Any]:
-    return [each['name'],
-            '%s %s' % (each['kind'] or 'physical', each['mode'] or ''),
-            each['parent'] or '-', each['mac'], each['mtu'],
+def _device_row(each: dict[str, Any], agent: str, wide: bool) -> list[Any]:
+    kind = '%s %s' % (each['kind'] or 'physical', each['mode'] or '')
+    return [each['name'], *([kind] if wide else []), each['parent'] or '-',
+            *([each['mac'], each['mtu']] if wide else []),
             ' '.join(each['addresses']) or 'unnumbered',
-            'up' if each['up'] else 'down']
+            'up' if each['up'] else output.Wrong('down'),
+            output.Wrong('missing') if each['guard'] == 'missing'
+            else each['guard'] or '-',
+            output.Wrong(agent) if agent == 'stuck' else agent]

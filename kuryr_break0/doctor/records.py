@@ -121,15 +121,15 @@ def check_ledger(node: Node, host: Host) -> Iterator[Finding]:
             'the lock %s did not become free; %s holds it' % (
                 ledger.lock_path, _holder(ledger.lock_path)),
             path=ledger.lock_path)
-    silent = ledger.heartbeat.age()
-    if silent is None:
+    agent = ledger.heartbeat.state(node.options.patience)
+    if agent == 'stopped':
         yield KINDS['agent-not-running'].finding(
             'no agent uses the state directory %s' % node.options.state_dir,
             start=host.start)
-    elif silent > node.options.patience:
+    elif agent == 'stuck':
         yield KINDS['agent-stuck'].finding(
             'no sync of the agent has succeeded for %d s; the agent is %s'
-            % (silent, _holder(ledger.heartbeat.path)),
+            % (ledger.heartbeat.age() or 0, _holder(ledger.heartbeat.path)),
             path=ledger.heartbeat.path, restart=host.restart)
     yield from merged(check_readers(ledger, host))
 

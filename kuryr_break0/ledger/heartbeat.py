@@ -65,6 +65,17 @@ class Heartbeat:
             beat()
             yield beat
 
+    def state(self, patience: float) -> str:
+        """Return the state of the agent: running, stopped or stuck.
+
+        :param patience: seconds without a successful sync after which a
+            running agent is stuck
+        """
+        age = self.age()
+        if age is None:
+            return 'stopped'
+        return 'stuck' if age > patience else 'running'
+
     def age(self) -> Optional[float]:
         """Return the heartbeat's age in seconds; None without an agent."""
         with contextlib.suppress(OSError, ValueError), \

@@ -8,6 +8,9 @@ import signal
 import subprocess
 import sys
 
+from kuryr_break0 import guard
+from kuryr_break0 import ledger
+from kuryr_break0.ledger import files
 from tests.functional import base
 from tests.functional.base import OTHER_POD
 from tests.functional.base import POD
@@ -41,9 +44,34 @@ class TestStatus(CLITestCase):
         self.bind(POD, OTHER_POD)
         done = self.call('status')
         self.assertEqual(0, done.returncode, done.stderr)
-        for text in ('break0', 'macvlan bridge', '1500', 'unnumbered', 'up',
-                     POD, OTHER_POD, 'sandbox-1/eth0'):
+        for text in ('break0', 'unnumbered', 'up', POD, OTHER_POD,
+                     'sandbox-1/eth0'):
             self.assertIn(text, done.stdout)
+        self.assertNotIn('macvlan bridge', done.stdout)
+        done = self.call('status', '--wide')
+        for text in ('macvlan bridge', '1500'):
+            self.assertIn(text, done.stdout)
+
+    def test_guard_and_agent(self) -> None:
+        self.bind()
+        row = (r'\| break0 \| +eth0 +\| unnumbered \| +up +\| +%s +\| '
+               r'+%s +\|')
+        self.assertRegex(self.call('status').stdout,
+                         row % ('loaded', 'stopped'))
+        heartbeat = ledger.Ledger('/run/kuryr-break0').heartbeat
+        with heartbeat.keep():
+            self.lab.run('nft', 'delete', 'table', 'netdev',
+                         guard.table_of('break0'))
+            self.assertRegex(self.call('status').stdout,
+                             row % ('missing', 'running'))
+            with open(heartbeat.path, 'w') as file:
+                file.write('%020.3f' % (files.now() - 10 ** 5))
+            status = json.loads(self.call('status', '--json').stdout)
+        self.assertEqual(('stuck', 'missing'),
+                         (status['agent'], status['device']['guard']))
+        self.assertRegex(
+            self.call('status', OS_BREAK0__GUARD='off').stdout,
+            row % ('off', 'stopped'))
 
     def test_json(self) -> None:
         self.bind(addr=['100.75.30.7'])
@@ -89,7 +117,7 @@ class TestStatus(CLITestCase):
         done = self.call('--config-file', '/run/kuryr.conf', 'status')
         self.assertEqual(0, done.returncode, done.stderr)
         self.assertRegex(done.stdout,
-                         r'\| +shim +\| macvlan bridge \| +eth0 +\|')
+                         r'\| +shim +\| +eth0 +\| unnumbered \| +up +\|')
         self.lab.run('ip', 'link', 'del', 'shim')
         done = self.call('--config-file', '/run/kuryr.conf', 'status')
         self.assertIn('shim is missing on eth0, but 1 addresses are bound',
