@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Reads a snapshot of ledger and kernel, by dumps. Changes nothing."""
+"""Reads a snapshot of ledger and kernel by dumps, and changes nothing."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def read(options: config.Options, ledger: Ledger, netlink: kernel.Netlink,
 
 
 class _Reading:
-    """The state of the kernel, and the snapshot that results with claims."""
+    """Reads the kernel, and builds a snapshot from its state and claims."""
 
     def __init__(self, options: config.Options, ledger: Ledger,
                  netlink: kernel.Netlink, ways: bool) -> None:
@@ -93,14 +93,15 @@ class _Reading:
         """Find addresses that the kernel does not reach by our route.
 
         With the default rules, only addresses in table local and addresses
-        with several routes can be concerned. A look-up of an address takes two
-        requests, together about 0.03 ms. The first is without a source, as for
-        new connections of the node; the second has a source, as for answers.
+        with several routes can be affected. A look-up of an address takes two
+        requests, together about 0.03 ms. The first request has no source, like
+        a new connection of the node. The second one has a source, like an
+        answer of the node.
 
         :param devices: the ifindex of the VRF of each break0, by the ifindex
             of break0; 0 without a VRF
-        :returns: each address, with a text of the way that the kernel takes,
-            and the arguments of ``ip route get`` that show it
+        :returns: each address, with a text about the route that the kernel
+            uses, and the arguments of ``ip route get`` that show this route
         """
         routes, options = self._routes.host, self._options
         ours = [route for route in routes if route.oif in devices
@@ -158,10 +159,11 @@ class _Reading:
         """Check that this process is not in the namespace of a pod.
 
         A user may have started it by ``ip netns exec``. Then all pods would
-        be configured with the addresses of that pod as node addresses. The
-        records of an earlier boot cannot show it, and are skipped.
+        be configured with the addresses of that pod as node addresses. Records
+        of an earlier boot are not compared, because the identity of a
+        namespace is unique only within a boot.
 
-        :raises NotTheNode: if it is
+        :raises NotTheNode: if this process is in the namespace of a pod
         """
         if self._identity and self._identity.boot != read_boot_id():
             return
@@ -258,7 +260,7 @@ class _Reading:
                  for route in of_kind(HostRoute, some)},
                 usable.mac, usable.name)
         items: dict[IPAddress, tuple[Item, ...]] = {**desired}
-        # A recorded MAC address of a sibling may be another pod's by now.
+        # By now, another pod may have the recorded MAC address of a sibling.
         admitted = [] if entries is None else [
             dataclasses.replace(record, siblings=()) if record.siblings
             else record for record in live.values()
@@ -329,8 +331,8 @@ class _Reading:
         """Return the addresses that must not have items on a parent.
 
         These are refused addresses, addresses with a living claim on another
-        parent, and addresses of gone sandboxes. The last ones are left out if
-        the MAC address of the neighbour is in none of the gone claims, because
+        parent, and addresses of gone sandboxes. The address of a gone sandbox
+        is left out if its neighbour has a MAC address that no gone claim has:
         the items may then belong to a pod that is not recorded.
         """
         withdrawn = {address for address, record in self._live.items()

@@ -75,7 +75,7 @@ def apply(netlink: kernel.Netlink, guard: Guard,
 
     An error of one address does not affect the other addresses.
 
-    :param guard: of the break0 that the items are on
+    :param guard: the guard of the break0 that has the items
     """
     applied = Applied(works, set(), {}, None)
     added = [pair for work in works for pair in of_kind(Pair, work.set)]

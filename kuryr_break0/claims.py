@@ -56,7 +56,7 @@ def add(record: Record, claims: Claims,
     of_others = [claim for claim in claims
                  if not is_of_same_interface(claim, record)]
     rivals, _ = split(of_others, is_gone)
-    # Without a namespace or a macvtap, the end of a claim cannot be proven.
+    # Without a namespace or a macvtap, no sandbox can be proven to be gone.
     kept = tuple(claim for claim in rivals if claim.namespace or claim.tap)
     return Addition((record, *kept), rivals,
                     bool(of_others) and of_others[0] == claims[0])

@@ -3,8 +3,7 @@
 """Searches the namespaces of the node for unbound containers.
 
 A container that is not bound has no record, so a comparison with the ledger
-cannot show it. Its macvlan on an interface of the node shows it. For bound
-containers, the module compares the pod side with the records.
+cannot show it. It is found by its macvlan on an interface of the node.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from kuryr_break0.snapshot import Snapshot
 
 
 class Reason(enum.Enum):
-    """The reason why an address is not bound, which labels a metric."""
+    """The reason why an address is not bound. It is a label of a metric."""
 
     MODE = 'mode'
     OTHER_PARENT = 'other_parent'
@@ -51,7 +50,7 @@ class Reason(enum.Enum):
 MOST = 2 ** 12
 #: Sockets of Docker and Podman.
 ENGINE_SOCKETS = '/run/docker.sock', '/run/podman/podman.sock'
-#: Reasons that the finder logs at once.
+#: Reasons that :mod:`kuryr_break0.discovery.finder` logs at once.
 FINDERS = (Reason.NOT_ALLOWED, Reason.DUPLICATE, Reason.REFUSED,
            Reason.CLAIMED, Reason.PENDING)
 PASSING = (Reason.NOT_DISCOVERED, Reason.TENTATIVE, Reason.NO_ADDRESS,
@@ -60,10 +59,10 @@ PASSING = (Reason.NOT_DISCOVERED, Reason.TENTATIVE, Reason.NO_ADDRESS,
 
 @dataclasses.dataclass(frozen=True)
 class Unserved:
-    """An address that is not bound, or an interface without one.
+    """An address that is not bound, or an interface without an address.
 
-    :ivar name: name of the container, if one of its records has it. The
-        engine is not asked, because an answer can take seconds
+    :ivar name: name of the container, if one of its records contains it. The
+        container engine is not asked, because its answer can take seconds
     """
 
     macvlan: kernel.Macvlan
@@ -168,7 +167,7 @@ class _Judge:
         if not self._options.discover and any(
                 _is_of(claim, macvlan) for address in macvlan.addresses
                 for claim in self._snapshot.contents.claims.get(address, ())):
-            return  # its engine selects the addresses to bind
+            return  # the program that bound it selects its addresses
         of_all = of_interface(self._options, macvlan)
         name = self._names.get(macvlan.namespace)
         for address in macvlan.addresses:

@@ -61,7 +61,7 @@ _IPV6_MIN_MTU = 1280
 class Difference(NamedTuple):
     """A difference between a break0 and its desired state.
 
-    :ivar kind: the consequence, by the doctor's name for it
+    :ivar kind: id of the doctor's finding, without the prefix ``break0-``
     :ivar text: the present value and the desired one
     :ivar repair: a function that sets the desired value
     :ivar loses_routes: whether the difference or its repair makes the kernel
@@ -77,8 +77,8 @@ class Difference(NamedTuple):
 class Ensured(NamedTuple):
     """A break0 in its desired state.
 
-    :ivar needs_sync: whether its routes are lost: it was created, or a repair
-        deleted them
+    :ivar needs_sync: whether a sync must restore its routes, because it was
+        created or because a repair deleted them
     :ivar repaired: the texts of the differences that were repaired
     """
 

@@ -59,9 +59,10 @@ class Names:
 
     :param identity: the identity of the ledger
     :param link_of: returns an interface by its name
-    :param links: returns all interfaces, for a ledger that may be new
-    :param used: names of the parents that have pods. A missing parent with
-        pods was not renamed: it was a macvlan on the parent of a break0
+    :param links: returns all interfaces; called if the ledger may be new
+    :param used: names of the parents that have pods. If such a parent is
+        missing, it was not renamed: it was a macvlan, and its break0 remains
+        on the interface below it
     """
 
     def __init__(self, options: config.Options, identity: Optional[Identity],
@@ -141,8 +142,7 @@ class Devices:
     def names(self, recorded: bool = False) -> set[str]:
         """Return the names of all break0 devices that this ledger may own.
 
-        :param recorded: if the ledger has recorded names, only these;
-            otherwise also [break0] device
+        :param recorded: omit [break0] device if the ledger has recorded names
         """
         identity = self._ledger.identity()
         names = set(identity.devices.values()) if identity else set()
@@ -153,7 +153,7 @@ class Devices:
                 if index is not None]
 
     def count_routes(self, names: Collection[str]) -> int:
-        """Return the number of our table's host routes on interfaces."""
+        """Count the host routes in our table on the named interfaces."""
         table = self._options.route_table
         if table == kernel.RT_TABLE_MAIN:
             return kernel.count_host_routes(names)
@@ -189,7 +189,7 @@ class Devices:
 
     def renew(self, netlink: kernel.Netlink, break0: Break0,
               parent: str) -> None:
-        """Create or repair a break0 that was down or gone in a bind."""
+        """Create or repair a break0 that a bind has found down or gone."""
         ensured = self.ensure(netlink, parent, claim=True)
         break0.index, break0.mac = ensured.link.index, ensured.link.mac
         break0.needs_sync |= ensured.needs_sync
@@ -206,7 +206,8 @@ class Devices:
         :param claim: if True, take over a break0 of another ledger
         :param name: the name of the break0; None to determine it
         :param needs_ipv6: whether its pods have IPv6 addresses
-        :raises OtherLedger: if it belongs to another ledger, without ``claim``
+        :raises OtherLedger: if it belongs to another ledger and ``claim`` is
+            False
         :raises Break0Error: if it cannot be created or repaired
         """
         options, ledger = self._options, self._ledger
@@ -244,7 +245,7 @@ class Devices:
                 ledger.put_identity(changed)
         if ensured.repaired:
             with contextlib.suppress(exceptions.LedgerUnavailable):
-                # Creating it for the first pod is not a repair.
+                # The creation of a break0 for its first pod is no repair.
                 if not claim or ledger.records.count() > 1:
                     self._ledger.journal.add(Done.DEVICE)
         is_open = self.ensure_guard(netlink, ensured.link, index)
@@ -274,8 +275,8 @@ class Devices:
                      parent: Optional[int], is_filled: bool = False) -> bool:
         """Load the guard of a break0 if it is missing or was changed.
 
-        A new guard has no entries. The pods that have a route need theirs now;
-        a later bind adds the entry together with the route.
+        A new guard has no entries. Pods that have a route need their entries
+        now. A pod without a route gets its entry together with its route.
 
         :param parent: the ifindex of the parent
         :param is_filled: whether the guard has the entries of all pods with a

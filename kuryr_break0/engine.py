@@ -49,7 +49,7 @@ from kuryr_break0 import transaction
 
 LOG = log.get_logger(__name__)
 
-#: Has the arguments of LOG.info, and may log later
+#: A function with the arguments of LOG.info, which may log later.
 LogInfo = Callable[..., None]
 
 
@@ -147,8 +147,8 @@ class Engine:
 
         :param is_own: returns whether to drop a claim
         :param name: the name of their owner, for the log
-        :param mac: MAC address that the neighbour of an address without
-            claims must have to be deleted
+        :param mac: if an address has no claims, delete its route and
+            neighbour only if the neighbour has this MAC address
         :param ending: the owner of an interface that has ended, and the time
             of its end. A sync drops earlier claims of this owner
         :returns: the dropped claims
@@ -216,13 +216,13 @@ class Engine:
     def _drop(self, netlink: kernel.Netlink, address: IPAddress,
               transition: Transition, log_info: LogInfo,
               mac: Optional[str] = None) -> bool:
-        """Apply a transition to fewer claims.
+        """Apply a transition that drops claims.
 
         The newest remaining claim gets the address. If none remains, the items
         of the address are deleted.
 
-        :param mac: MAC address that the neighbour must have to be deleted, if
-            the address has no claims
+        :param mac: if the address has no claims, delete its route and
+            neighbour only if the neighbour has this MAC address
         :returns: whether a route was deleted
         :raises Break0Error: if the kernel refuses; the claims remain then
         """
@@ -304,8 +304,8 @@ class Engine:
         """Set the items of the addresses of one interface.
 
         Addresses are refused before the guard is changed, so that it admits no
-        refused address. The routes of the kernel are read and compared only if
-        it reports EEXIST.
+        refused address. All routes of the kernel are read only if the kernel
+        reports EEXIST.
         """
         if not records:
             return None

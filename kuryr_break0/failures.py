@@ -35,7 +35,7 @@ class Failures:
 
     @contextlib.contextmanager
     def collect(self, *addresses: IPAddress) -> Iterator[None]:
-        """Collect an error in the block."""
+        """Collect the error that the block raises."""
         try:
             yield
         except exceptions.Break0Error as err:
@@ -45,7 +45,7 @@ class Failures:
 
     @contextlib.contextmanager
     def log_errors(self) -> Iterator[None]:
-        """Log an error in the block, and continue."""
+        """Log the error that the block raises, and continue after it."""
         try:
             yield
         except (exceptions.Break0Error, OSError) as err:

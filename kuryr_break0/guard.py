@@ -6,8 +6,8 @@ break0 connects pods with their node, without any port security between them.
 The table accepts a packet only if its source is the MAC address and the
 address of a bound pod, and drops messages that could redirect the node. It
 also drops packets with the MAC address of break0 that would leave through the
-parent. In each pod, another table drops packets from its interface with
-another MAC address than its own.
+parent. In each pod, another table drops packets that the interface of the pod
+sends with another source MAC address than its own.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ LOG = log.get_logger(__name__)
 PREFIX = 'kuryr-break0'
 _TIMEOUT = 5  # seconds; the caller holds the lock meanwhile
 
-# IPv6 has permanent neighbours on both sides, so neighbour discovery is
-# dropped. In ARP packets, a pod may use only its own address. A virtual
-# machine has no permanent neighbours, so it sends solicitations to multicast
-# groups. break0 must not join these groups, because a host reports its groups
-# to the LAN. So the table itself answers solicitations: on the egress of the
-# parent, where macvlan sends packets to a group, and on break0.
+# For IPv6, node and pod have permanent neighbours for each other, so neighbour
+# discovery is dropped. In ARP packets, a pod may use only its own address. A
+# virtual machine has no permanent neighbours, so it sends solicitations to
+# multicast groups. break0 must not join these groups, because a host reports
+# its groups to the LAN. So the table itself answers solicitations: on the
+# egress of the parent, where macvlan sends packets to a group, and on break0.
 _SETS = '''
 table netdev {table} {{
     set pairs4 {{ type ether_addr . ipv4_addr; }}
@@ -120,7 +120,7 @@ _ANSWER, NO_NFT = 'answer', 'there is no program nft'
 
 
 class _Held(Pair):
-    """An address of a pod for which the node holds packets.
+    """The set entry of a pod for which the node holds packets.
 
     The kernel deletes the entry after a second.
     """
@@ -269,7 +269,7 @@ class Guard:
         :param hosts: as for :meth:`problem`
         :param is_used: returns whether pods have routes through break0
         :param is_filled: whether the sets have the entries of all these pods
-        :returns: whether the caller must add their entries and call again
+        :returns: whether the caller must add the entries and call again
         :raises GuardUnavailable: if the table cannot be loaded
         """
         if not self.is_wanted and self.is_loaded():
@@ -309,7 +309,7 @@ class Guard:
         return is_open
 
     def _answer(self, link: kernel.Link) -> bool:
-        """Add the rules that answer neighbour solicitations to the table.
+        """Add to the table the rules that answer neighbour solicitations.
 
         nft has no syntax for them, so they are added by netlink.
 
@@ -341,8 +341,8 @@ class Guard:
     def _digest(self, link: kernel.Link, hosts: Iterable[IPAddress]) -> str:
         """Return a digest of all data that the table depends on.
 
-        The rules of the answer contain the ifindex of break0, and a break0
-        that is created again has another one.
+        The rules that answer solicitations contain the ifindex of break0,
+        which changes when break0 is created again.
         """
         return hashlib.sha256(os.fsencode('%d %s%s' % (
             link.index, _SETS, self._text(link, hosts)))).hexdigest()[:16]
@@ -382,19 +382,20 @@ class Guard:
 
     def release(self, netlink: kernel.Netlink, parent: Optional[int],
                 macs: Mapping[IPAddress, Optional[str]]) -> None:
-        """Release packets to pods that the kernel holds for a neighbour.
+        """Release the packets that wait for the MAC address of a pod.
 
-        The kernel holds the packets for three seconds. Meanwhile TCP does not
-        retransmit them (tcp_retransmit_skb). Then the kernel reports the pod
-        as unreachable, and a connection attempt fails. So the packets are sent
-        to the MAC address of the pod, and the table forwards them to break0.
+        If the node has asked the LAN for a pod, the kernel holds packets to
+        the pod for three seconds. Meanwhile TCP does not retransmit them
+        (tcp_retransmit_skb). Then the kernel reports the pod as unreachable,
+        and a connection attempt fails. So the packets are sent to the MAC
+        address of the pod, and the table forwards them to break0.
         If the table cannot forward them, the kernel drops the packets and
         reports that at once.
 
         :param parent: ifindex of the parent, on which the node has asked; None
             if the parent is gone
-        :param macs: the MAC address of each pod, by its address, which has a
-            route now
+        :param macs: MAC addresses of the pods, by addresses that have a route
+            now
         """
         if parent is None:
             return

@@ -109,14 +109,14 @@ class Break0Manager:
         bound_at = files.now() if bound_at is None else bound_at
         usable = []
         with contextlib.suppress(exceptions.LedgerUnavailable):
-            self._ledger.prepare()  # the refusal writes the cache
+            self._ledger.prepare()  # because refusal() writes the cache
         for address in addresses:
             reason = self.refusal(address, parent, origin)
             if reason is None:
                 usable.append(address)
             else:
                 failure.add(self._policy.refused(address, reason))
-        # The engine takes the lock, so all look-ups precede it.
+        # All look-ups end before the engine takes the lock.
         records = [Record(address, owner, parent, mac,
                           tuple(subnets)[:MAX_SUBNETS], netns, namespace,
                           pod, bound_at=bound_at, origin=origin,
@@ -142,7 +142,8 @@ class Break0Manager:
                 origin: Optional[Origin]) -> Optional[str]:
         """Return why :meth:`bind` refuses an address; None if it does not.
 
-        Facts that cannot be read now are for the reconciler to refuse by.
+        If the facts about the address cannot be read, the address is bound. A
+        later sync reads the facts and refuses the address if necessary.
         """
         reason = self._policy.refusal(address, origin)
         if reason is not None:
@@ -201,8 +202,9 @@ class Break0Manager:
         :param netns: path of the sandbox's namespace. With the MAC address, it
             identifies a claim without a container id; see
             :meth:`Owner.adopted`
-        :param mac: MAC address of the sandbox's interface. It also identifies
-            a route of the sandbox without a record
+        :param mac: MAC address of the sandbox's interface. If an address has
+            no record, its route is deleted only if its neighbour has this MAC
+            address
         :param interface_goes: whether the caller will delete the interface, so
             that its pod side need not be removed
         :param bound_at: drop only the claims of the bind with this time
@@ -252,7 +254,7 @@ class Break0Manager:
         return outcome
 
     def housekeep(self) -> None:
-        """Unbind ended sandboxes, and repair lost routes, of other pods.
+        """Unbind the ended sandboxes of other pods, and repair lost routes.
 
         Kuryr's driver, the CNI plugin and the commands call it after an ADD or
         DEL. While an agent is alive, it does nothing, because the agent syncs.

@@ -118,7 +118,7 @@ class Sightings:
                 if now - self._first[key] >= PAUSE]
 
     def keep(self, records: Iterable[Record]) -> None:
-        """Store the sightings in the cache, except of dropped records.
+        """Store the sightings in the cache, but drop those without a record.
 
         :param records: all records of the ledger
         """

@@ -17,12 +17,12 @@ IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 IPInterface = Union[ipaddress.IPv4Interface, ipaddress.IPv6Interface]
 
-#: Names of owners and interfaces, and paths: no control characters, which
-#: could forge lines of a log or a table, and a limited length.
+#: Names of owners and interfaces, and paths. They have a limited length and no
+#: control characters, which could forge lines of a log or a table.
 NAME = re.compile(r'[^\x00-\x1f\x7f\u2028\u2029]{0,512}')
 MAC = re.compile(r'[0-9a-f]{2}(:[0-9a-f]{2}){5}')
 
-#: First bytes of IPv4 addresses of hosts; the other bytes do not matter.
+#: First bytes that suffice to recognise an IPv4 address of a host.
 _HOSTS = frozenset(range(1, 224)) - {127, 169}
 
 
@@ -79,7 +79,9 @@ def address_from_bytes(packed: bytes) -> IPAddress:
 
 @functools.lru_cache(maxsize=CACHE_SIZE)
 def address_from_text(text: str) -> IPAddress:
-    """Return an address; without a scope, the same object each time.
+    """Parse an address.
+
+    The result for a text is the same object each time, unless it has a scope.
 
     :raises ValueError: if the text is not an address
     """
@@ -96,8 +98,8 @@ def address_order(address: IPAddress) -> tuple[int, int]:
 def explain_non_host(address: IPAddress) -> Optional[str]:
     """Return why an address cannot belong to a pod; None if it can.
 
-    An IPv4-mapped IPv6 address is judged by its IPv4 address, because packets
-    must not contain it (RFC 4291, 2.5.5.2).
+    An IPv4-mapped IPv6 address cannot, because it represents the address of an
+    IPv4 node (RFC 4291, 2.5.5.2).
     """
     if address.version == 4 and address.packed[0] in _HOSTS:
         return None
@@ -133,7 +135,7 @@ class NamespaceId(NamedTuple):
 
 
 class Tap(NamedTuple):
-    """The macvtap of a VM, and the namespace of the node that contains it."""
+    """The macvtap of a VM, and the network namespace that contains it."""
 
     namespace: NamespaceId
     mac: str
@@ -149,14 +151,14 @@ class Owner:
     container_id: str
     ifname: str
 
-    #: Prefix of a container id that replaces an unknown one.
+    #: Prefix of the container id that replaces an unknown container id.
     ADOPTED: ClassVar[str] = 'adopted-'
 
     @classmethod
     def adopted(cls, namespace: NamespaceId, ifname: str) -> Owner:
         """Return the owner of a sandbox with an unknown container id.
 
-        The sandbox was bound before break0 was in use, or its record was
+        The sandbox was created before break0 was in use, or its record was
         lost. Its namespace identifies it, and its DEL names the namespace too.
         """
         return cls('%s%d' % (cls.ADOPTED, namespace.cookie
@@ -188,8 +190,8 @@ class Record:
     :ivar configured: digest of the node addresses that were configured on the
         pod's side; None if it was not configured
     :ivar bound_at: seconds since the boot; see :func:`ledger.files.now`
-    :ivar siblings: MAC addresses of other interfaces of the sandbox on the
-        parent, by which it may answer too
+    :ivar siblings: MAC addresses of the sandbox's other interfaces on the
+        parent, from which it may send too
     :ivar origin: None if unknown
     :ivar network: name of the CNI network
     :ivar parent_index: ifindex of the parent, which a rename does not change
@@ -270,8 +272,8 @@ def best_metric(address: IPAddress) -> int:
 class Neighbour(NamedTuple):
     """A permanent neighbour.
 
-    :ivar protocol: protocol number of the program that set it, as of a route;
-        None if there is none
+    :ivar protocol: number of the program that set it, like the protocol of a
+        route; None if it has none
     """
 
     dst: IPAddress
@@ -301,7 +303,7 @@ class Pair(NamedTuple):
 
     @property
     def dst(self) -> IPAddress:
-        """Return the address that the entry is for, as of other items."""
+        """Return the address of the pod. Each kind of item has a ``dst``."""
         return address_from_bytes(self.address)
 
     @property
@@ -312,7 +314,7 @@ class Pair(NamedTuple):
 
     @property
     def key(self) -> bytes:
-        """Return its key in that set: each part is padded to 4 bytes."""
+        """Return its key in its set, with each part padded to 4 bytes."""
         return (b'' if self.mac is None else self.mac + bytes(2)
                 ) + self.address
 

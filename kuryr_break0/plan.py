@@ -57,7 +57,7 @@ class Outcome(Plan):
     :ivar rebuilt: records that were rebuilt from routes and neighbours
     :ivar gone: claims of sandboxes that are proven not to exist
     :ivar unjudged: claims of sandboxes that may have ended, with the reason
-        why the kernel does not tell
+        why their state is unknown
     :ivar refused: reason for refusal, by address; these addresses get no items
     :ivar errors: errors of single items or addresses
     """
@@ -99,22 +99,23 @@ def compute(desired: Mapping[IPAddress, Collection[Item]],
 
     A route on break0, or with our protocol number, was set for a pod. If it
     conflicts with the route of a pod, the plan replaces it. All other routes
-    are foreign. Their metric does not matter, because our route has the lowest
-    metric and would override them. If our route exists already, a foreign
-    route with another metric is no conflict. The plan deletes only routes that
-    are on break0 and have our protocol number.
+    are foreign. Before our route exists, each foreign route to the address is
+    a conflict, because our route has the lowest metric and would override it.
+    Once our route exists, only a foreign route with the same metric is a
+    conflict. The plan deletes only routes that are on break0 and have our
+    protocol number.
 
     :param desired: items that the addresses of pods must have, by address
     :param present: host routes of the node, and permanent neighbours and guard
         entries of break0
     :param device: ifindex of break0
     :param protocol: our protocol number
-    :param withdrawn: addresses without a claim on this break0 any more
+    :param withdrawn: addresses that must not have items on this break0
     :param claimed: addresses with a record, perhaps for another break0
     :param unreadable: addresses with an unreadable record
     :param is_refilled: whether the guard will be loaded again. The plan then
-        sets guard entries for unclaimed addresses too, because the new guard
-        would cut off their pods
+        sets guard entries for unclaimed addresses too, because otherwise the
+        new guard would cut off their pods
     """
     kept: set[Item] = set()
     held: set[IPAddress] = set()

@@ -95,7 +95,7 @@ class Pods:
         """Drop the claims that precede the successor; return the others.
 
         The successor is the newest claim of an interface that still has the
-        address. A claim counts too if its namespace cannot be read.
+        address. If the interface cannot be read, its claim is the successor.
         """
         for place, claim in enumerate(claims):
             if is_gone(claim):
@@ -155,7 +155,7 @@ class Pods:
 
     def _siblings(self, record: Record,
                   addresses: Iterable[IPAddress]) -> list[Record]:
-        """Return the records of other interfaces of a sandbox on its parent.
+        """Return the records of the sandbox's other interfaces on the parent.
 
         :param addresses: addresses of these interfaces; an address without a
             record for the sandbox is ignored
@@ -175,8 +175,9 @@ class Pods:
         """Repair outdated pod sides, and compare ENTERED other ones.
 
         A pod side is outdated if its record has another digest than the node
-        addresses, or if an address of it was missing. Each call continues
-        where the previous one ended, so that every pod side is compared.
+        addresses, or if an earlier sync found one of its addresses replaced by
+        another one. Each call continues where the previous one ended, so that
+        every pod side is compared.
 
         :param interfaces: records of each interface, with the node addresses
             that its pod must know

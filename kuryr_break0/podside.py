@@ -2,13 +2,13 @@
 
 """The pod side: neighbours and routes in a pod that lead to its node.
 
-Without them, a pod resolves the addresses of the node itself. break0 answers
-ARP requests, but neighbour solicitations get an answer only if the guard can
-send one. If the node is outside the subnets of the pod, the pod sends its
-packets to its gateway. A node with ``rp_filter`` = 1 drops packets that arrive
-from there. So the namespace of the pod gets a permanent neighbour for each
-node address, and a route to each node address that is not on the link. Both
-carry our protocol number.
+Without these entries, a pod asks for the MAC addresses of the node addresses.
+break0 answers ARP requests, but neighbour solicitations get an answer only if
+the guard can send one. If the node is outside the subnets of the pod, the pod
+sends packets for the node to its gateway. A node with ``rp_filter`` = 1 drops
+the packets that come from the gateway. So the namespace of the pod gets a
+permanent neighbour for each node address, and a route to each node address
+that is not on the link. Both carry our protocol number.
 
 The functions raise NetnsUnusable if a namespace cannot be entered, and
 KernelRefused with the first error of the kernel in a namespace.
@@ -37,9 +37,9 @@ from kuryr_break0.model import Record
 
 LOG = log.get_logger(__name__)
 
-#: Maximum entries that are read of a list in a pod, because a pod can add any
-#: number of them. An unread item is set again if the pod needs it. Otherwise a
-#: later repair deletes it, when fewer entries precede it.
+#: Maximum entries that one dump in a pod reads, because a pod can add any
+#: number of entries. If the pod needs an unread entry, the entry is set again.
+#: Otherwise a later repair deletes it, when fewer entries precede it.
 MOST = 512
 
 
@@ -57,9 +57,9 @@ class Differences(NamedTuple):
 class PodSide:
     """The interface of one pod, while this thread is in its namespace.
 
-    :param records: those of the interface, all with the same namespace
+    :param records: records of the interface, all with the same namespace
     :param unreadable: addresses with an unreadable record. If the interface
-        has one, entries of that version of IP stay
+        has such an address, the entries of its IP version stay
     :raises InterfaceGone: if there is no such interface
     """
 
@@ -82,13 +82,13 @@ class PodSide:
         self.link = link
         self._index = link.index
         self._mac = bytes.fromhex(link.mac.replace(':', ''))
-        # With another MAC address, the interface may already be a later one of
+        # An interface with another MAC address may be a later interface with
         # the same name.
         self._guarded = (options.guard != config.OFF
                          and link.mac == self.record.mac)
 
     def configure(self, node: NodeAddresses) -> None:
-        """Set all neighbours and routes, without a read of the present ones.
+        """Set all neighbours and routes, without reading the present ones.
 
         The interface may have no address yet, because Kuryr assigns it after
         the bind. Neither neighbours nor routes need one.
@@ -97,9 +97,9 @@ class PodSide:
         self._bind_source()
 
     def _bind_source(self, dry_run: bool = False) -> bool:
-        """Drop frames that the interface sends with another MAC address.
+        """Add the rule that drops frames with another source MAC address.
 
-        This rule keeps a pod from using the MAC address and the address of
+        The rule keeps a pod from using the MAC address and the address of
         another pod. A pod with CAP_NET_ADMIN can delete the rule.
 
         :returns: whether the rule was missing and could be added
@@ -123,7 +123,7 @@ class PodSide:
             return False
 
     def lacks_source_rule(self) -> bool:
-        """Return whether the rule is missing and could be added."""
+        """Return whether the source MAC rule is missing and could be added."""
         return self._bind_source(dry_run=True)
 
     def changes(self, node: NodeAddresses) -> list[tuple[Verb, Entry]]:
@@ -161,7 +161,11 @@ class PodSide:
                 raise err
 
     def addresses(self, of_others: bool = False) -> set[IPAddress]:
-        """Return the addresses of the interface, or of the pod's others."""
+        """Return the addresses of the interface.
+
+        :param of_others: return the addresses of the pod's other interfaces
+            instead, except link-local and loopback addresses
+        """
         return {address for index, address in self._netlink.addresses()
                 if (index != self._index) is of_others and not (
                     of_others and (address.is_link_local
@@ -193,7 +197,6 @@ class PodSide:
             if host.version not in self._versions:
                 continue
             yield Neighbour(host, self._index, node.mac, self._protocol)
-            # A link route of another interface of the pod leads there as well.
             if not (any(host in subnet for subnet in self.record.subnets)
                     or self._netlink.is_on_link(host)):
                 yield HostRoute(host, self._index, self._protocol,
@@ -214,7 +217,7 @@ def repair(records: Collection[Record], node: NodeAddresses,
            unreadable: Collection[IPAddress] = ()) -> Differences:
     """Compare the entries of a pod with the required ones, and correct them.
 
-    :param records: those of one interface, not empty
+    :param records: records of one interface, at least one
     :param unreadable: as for :class:`PodSide`
     """
     with entered(next(iter(records))) as netlink:
@@ -223,9 +226,9 @@ def repair(records: Collection[Record], node: NodeAddresses,
 
 
 def has_lost_interface(record: Record, options: config.Options) -> bool:
-    """Return whether a namespace exists without the interface.
+    """Return whether the namespace of a record lacks the interface.
 
-    False if the namespace cannot be entered or read.
+    Return False if the namespace cannot be entered or read.
     """
     try:
         with entered(record) as netlink:
@@ -242,9 +245,9 @@ def withdraw(record: Record, options: config.Options,
              dry_run: bool = False) -> list[Entry]:
     """Delete the entries that configured the pod side of an address.
 
-    Entries that another bound address of the interface needs stay.
+    An entry stays if another bound address of the interface needs it.
 
-    :param is_bound: whether an address of the interface is bound still
+    :param is_bound: returns whether an address of the interface is still bound
     :returns: the deleted entries, without the nftables table
     """
     with entered(record) as netlink:

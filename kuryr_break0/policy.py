@@ -28,8 +28,8 @@ from kuryr_break0.model import NodeAddresses
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Record
 
-#: Maximum IPv6 addresses of other interfaces than the parent among the node
-#: addresses of a pod.
+#: Maximum node addresses of a pod that are IPv6 addresses of other interfaces
+#: than the parent.
 MAX_ELSEWHERE = 16
 _NOWHERE = ipaddress.ip_address('192.0.2.1')  # RFC 5737
 OWN = 'an address of the node itself'
@@ -165,7 +165,7 @@ class Policy:
         bound to such an address, the kernel would send its multicast packets
         through break0 (__ip_dev_find).
 
-        The parameters are the same as of :meth:`node_addresses`.
+        The parameters are the same as for :meth:`node_addresses`.
         """
         addr = self._options.addr if device == self._options.device else ()
         taken, own = None, link_address(device)
@@ -183,7 +183,7 @@ class Policy:
         """Return the IPv6 node addresses that pods may solicit.
 
         The guard answers these neighbour solicitations. The parameters are the
-        same as of :meth:`node_addresses`.
+        same as for :meth:`node_addresses`.
         """
         node = self.node_addresses(addresses, parent, (), '', device)
         return [each for each in node.addresses if each.version == 6]

@@ -81,7 +81,7 @@ def find_all(snapshot: Snapshot) -> tuple[list[Problem], dict[IPAddress, str]]:
             of_pods += of_pod(records, snapshot)
         except exceptions.Break0Error as err:
             unknown.update((each.address, str(err)) for each in records)
-    # A lost interface or address is the cause of the others.
+    # A lost interface or address is the cause of the other problems.
     lost = [each for each in of_pods if each.kind in (
         'pod-interface-gone', 'pod-address-missing')]
     return [*lost, *find(snapshot), *(each for each in of_pods
@@ -227,7 +227,7 @@ def _of_addresses(snapshot: Snapshot) -> Iterator[Problem]:
 def _on(parent: Parent, explained: set[IPAddress]) -> Iterator[Problem]:
     """Return the problems of the addresses of one break0.
 
-    :param explained: addresses whose stale items have another reason
+    :param explained: addresses whose stale items another problem explains
     """
     plan = parent.plan
     foreign = {route.dst: route for route in plan.foreign}
@@ -278,7 +278,7 @@ def _destinations(items: Iterable[Item]) -> Iterable[IPAddress]:
 
 def of_pod(records: Sequence[Record], snapshot: Snapshot,
            pause: float = missing.PAUSE) -> list[Problem]:
-    """Examine the pod side of one interface, causes before effects.
+    """Return the problems of one pod side, causes before effects.
 
     :param records: the records of the interface, at least one
     :param pause: as for :func:`kuryr_break0.missing.find`

@@ -3,9 +3,10 @@
 """Records which configuration and version each program of the node runs with.
 
 A program reads the configuration when it starts, and the agent also when it is
-reloaded. If a file is changed later, the program works with the old options:
-the next pod may fail, while all other commands show the new ones. Environment
-variables are not compared, because they differ between programs on purpose.
+reloaded. If a file is changed later, the program still works with the old
+options. The next pod may then fail, although each command shows the new
+options. Environment variables are not compared, because they differ between
+programs on purpose.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Reader(NamedTuple):
 
     :ivar version: the version of the package that it runs
     :ivar read_at: time of the read, in seconds since the epoch
-    :ivar digest: of the section [break0] in the files at that time
+    :ivar digest: digest of the section [break0] in the files at that time
     :ivar files: paths of the files
     """
 
@@ -71,10 +72,10 @@ def store(ledger: Ledger, program: str, reader: Reader) -> None:
 
 
 def list_differences(ledger: Ledger) -> Iterator[tuple[str, str, str]]:
-    """Yield each program with other options or another version.
+    """Yield each program that runs with old options or another version.
 
-    :returns: the program, the subject, which is ``options`` or ``version``,
-        and the text
+    :returns: the program, ``options`` or ``version``, and a text that
+        describes the difference
     """
     for program, key in _KEYS.items():
         reader = _read(ledger, key)
@@ -85,7 +86,7 @@ def list_differences(ledger: Ledger) -> Iterator[tuple[str, str, str]]:
         if reader.version != version:
             yield program, 'version', '%s runs version %s, and this is %s' % (
                 program, reader.version or 'unknown', version or 'unknown')
-        # In another container the files may not be visible.
+        # The container of this process may not have the files.
         if all(map(os.path.exists, reader.files)) and (
                 _digest(reader.files) != reader.digest):
             yield program, 'options', (

@@ -2,8 +2,9 @@
 
 """Rebuilds lost records from unclaimed routes and neighbours.
 
-An unclaimed item belongs to the macvlan on the same parent that has the
-address and, if the address has a neighbour, the MAC address of the neighbour.
+An unclaimed item belongs to a macvlan on the same parent if the macvlan has
+the address of the item. If the address has a neighbour, the macvlan must also
+have the MAC address of the neighbour.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def find(options: config.Options, snapshot: Snapshot,
                 if item.dst in snapshot.contents.unreadable})
         unclaimed.update({item.dst: parent for item in parent.plan.unclaimed})
     macvlans = kernel.list_macvlans(options.proc_dirs) if unclaimed else ()
-    # Another macvlan can have the MAC address of a pod while it is down.
+    # A macvlan that is down can have the MAC address of another pod, so
+    # macvlans that are up come first.
     for macvlan in sorted(macvlans, key=lambda each: not each.link.up):
         for address in macvlan.addresses:
             place = unclaimed.get(address)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Repairs the kernel by the ledger, for all pods of the node.
+"""Reconciles the kernel with the ledger, for all pods of the node.
 
 A missing record does not prove that a pod is gone, because a ledger can be
 lost. So unclaimed items are not deleted, unless the caller asks for it. If a
-pod has the address, its record is rebuilt from the kernel; otherwise the items
-are reported. A sandbox is treated as gone only if its namespace is proven not
-to exist. An error on one parent or address does not stop the other ones.
+pod has the address of such an item, the record of the pod is rebuilt from the
+kernel. Otherwise the item is reported. A sandbox is treated as gone only if
+its namespace is proven not to exist. An error on one parent or address does
+not stop the work on the others.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Reconciler:
 
     def sync(self, dry_run: bool = False, claim: bool = False,
              prune: bool = False) -> Outcome:
-        """Make all pods of the node reachable, and remove gone sandboxes.
+        """Make all pods reachable, and drop the claims of gone sandboxes.
 
         The snapshot is read without the lock. So the record of an address is
         read again under the lock before the address is changed.
@@ -244,7 +245,7 @@ class Reconciler:
             self._claim and parent.ownership is Ownership.OTHER)
 
     def _is_skipped(self, parent: Parent) -> bool:
-        """Return whether a break0 belongs to another ledger and stays so.
+        """Return whether to skip a break0, because another ledger owns it.
 
         A dry run treats a break0 that would be taken over as ours, to show
         the changes on it.
@@ -259,7 +260,7 @@ class Reconciler:
     def _ensure_devices(self, snapshot: Snapshot) -> bool:
         """Create or repair the break0 of each parent.
 
-        :returns: whether one may have been changed
+        :returns: whether a break0 may have been changed
         """
         is_changed = False
         for parent in snapshot.parents.values():
@@ -295,7 +296,7 @@ class Reconciler:
                         self._netlink, parent.name, claim, parent.device,
                         any(address.version == 6 for address in parent.live))
                     guard = Guard(self._options, self._ledger, parent.device)
-                    # Without nft, the guard is not loaded, as was logged.
+                    # Without nft, `ensure` has logged a guard error.
                     is_lost = guard.is_wanted and not guard.is_possible
                     self._repaired += [
                         each for each in repaired
@@ -311,7 +312,7 @@ class Reconciler:
 
     def _put_rebuilt(self, record: Record) -> bool:
         with self._failure.collect(), self._ledger.lock():
-            # A bind or a later version may have written the record.
+            # A bind or a newer release may have written the record meanwhile.
             if self._records.exists(record.address):
                 return False
             self._ledger.ensure_identity()
@@ -354,7 +355,8 @@ class Reconciler:
             log_repairs(parent.device, applied, self._ledger.journal)
             if applied.is_device_lost:
                 break  # other addresses would get the same error
-            # The node may have asked the LAN for addresses without a route.
+            # Before an address had its route, the node may have asked the LAN
+            # for it.
             with self._failure.collect():
                 guard.release(
                     self._netlink, kernel.find_ifindex(parent.name), {

@@ -32,7 +32,7 @@ def by_del(snapshot: Snapshot, ended: Mapping[Owner, float]
            ) -> dict[Record, str]:
     """Return the claims whose interface a DEL has ended, with the reasons.
 
-    :param ended: when, by :meth:`Ledger.list_ended`
+    :param ended: times of the DELs; see :meth:`Ledger.list_ended`
     """
     return {claim: 'a DEL has ended its interface'
             for claims in (snapshot.contents.claims.values() if ended else ())
@@ -42,7 +42,7 @@ def by_del(snapshot: Snapshot, ended: Mapping[Owner, float]
 
 
 def by_change(missing: Iterable[Missing]) -> dict[Record, str]:
-    """Return the claims in place of which there are other addresses."""
+    """Return the claims whose addresses were replaced, with the reasons."""
     return {each.record: 'its interface has other addresses in its place, as '
             'two syncs have seen' for each in missing}
 
@@ -51,7 +51,7 @@ def drop(claims: Mapping[Record, str], engine: Engine, ledger: Ledger,
          failure: Failures) -> None:
     """Drop claims, unless their addresses have been bound again.
 
-    :param claims: with the reasons
+    :param claims: the claims to drop, with the reasons
     """
     for record, reason in claims.items():
         def is_same(claim: Record, of: Record = record) -> bool:

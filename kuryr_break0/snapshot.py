@@ -33,11 +33,12 @@ class Parent:
     """An interface with pods on it, and its break0.
 
     :ivar device: name of its break0
-    :ivar parent: None if the interface does not exist
+    :ivar parent: the interface; None if it does not exist
     :ivar present: interface with the name of its break0, perhaps of another
         program; None if it does not exist
     :ivar link: its break0; None if it is missing or unusable
-    :ivar conflict: error of a missing parent or of an unusable break0
+    :ivar conflict: the error if the parent or the break0 cannot be used; None
+        otherwise
     :ivar ownership: relation of its break0 to this ledger
     :ivar differences: kind and text of each
         :class:`~kuryr_break0.device.Difference` of its break0
@@ -49,8 +50,8 @@ class Parent:
     :ivar routes, neighbours, addresses: the present ones on its break0
     :ivar node: node addresses that its pods must know; None without break0
     :ivar astray: addresses with a route through break0 that the kernel does
-        not use: a description of its actual route, and the arguments of
-        ``ip route get`` that show this route
+        not use. The value describes the route that the kernel uses instead,
+        and contains the arguments of ``ip route get`` that show it
     """
 
     name: str
@@ -78,9 +79,9 @@ class Parent:
                 and self.ownership.is_foreign else None)
 
     def is_configured(self, record: Record) -> bool:
-        """Return whether a pod got the current addresses of the node.
+        """Return whether a pod was configured with the current node addresses.
 
-        The record tells; the pod itself may have changed since.
+        Only its record is read; the pod itself may have changed since.
         """
         return self.node is None or record.configured == self.node.digest
 
@@ -95,8 +96,8 @@ class Snapshot:
     """Ledger and kernel at one moment, with the results of comparing them.
 
     :ivar contents: records of the ledger
-    :ivar is_steady: whether records and kernel match, because no bind or
-        unbind took place during the read
+    :ivar is_steady: whether no bind or unbind took place during the read. A
+        bind or unbind can cause differences between records and kernel
     :ivar identity: identity of the ledger; None if it was never used
     :ivar parents: parents of pods or of a break0, by name
     :ivar facts: addresses that the node itself uses
@@ -105,7 +106,7 @@ class Snapshot:
     :ivar rivals: older claims of existing sandboxes, by address
     :ivar gone: claims of sandboxes that are proven not to exist
     :ivar unjudged: claims of sandboxes that may have ended, with the reason
-        why the kernel does not tell
+        why their state is unknown
     :ivar refused: reason for refusal, by address
     :ivar name_conflict: the interface named ``[break0] device`` that is no
         break0 of these parents; None without one

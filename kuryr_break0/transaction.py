@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The lock of the ledger around a change, or a change without the lock."""
+"""Locks the ledger for a change. A bind may go on without the lock."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def begin(ledger: Ledger, required: bool = False,
 
     :param required: fail if another process keeps the lock
     :param writable: fail if nothing can be recorded
-    :raises LockTimeout, LedgerUnavailable: see the parameters
+    :raises LockTimeout: only if ``required``
+    :raises LedgerUnavailable: only if ``writable``
     """
     transaction = Transaction()
     try:
