@@ -62,7 +62,8 @@ def calls(node: Node, repeat: int) -> Section:
     forgetting = statistics.median(
         timed(lambda: kernel.delete_connections(POD)) for _ in range(repeat))
     few, many, forked = medians.values()
-    processes, route = unit(node), route_unit(node)
+    processes = unit(node)
+    route = route_unit(node, between=lambda: (node.bind(), node.unbind()))
     pair = forked['bind'] + forked['unbind']
     targets = [
         at_most('bind and unbind at %d pods' % low,
