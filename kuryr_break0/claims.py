@@ -24,12 +24,27 @@ class Addition(NamedTuple):
 
     :ivar after: all claims, the new one first
     :ivar rivals: earlier claims of other interfaces that are not gone
-    :ivar is_handed_over: whether the address passes to another interface
     """
 
     after: Claims
     rivals: Claims
-    is_handed_over: bool
+
+
+class Transition(NamedTuple):
+    """A change of the claims on an address.
+
+    :ivar before: all claims before the change, the newest first
+    :ivar after: all claims after it
+    """
+
+    before: Claims
+    after: Claims
+
+    @property
+    def is_handed_over(self) -> bool:
+        """Return whether the address passes to another interface."""
+        return bool(self.before) and not is_of_same_interface(
+            self.before[0], self.after[0])
 
 
 def split(claims: Collection[Record],
@@ -52,14 +67,13 @@ def add(record: Record, claims: Claims,
     """
     if any(claim.owner == record.owner and claim.bound_at > record.bound_at
            for claim in claims):
-        return Addition(claims, (), False)
+        return Addition(claims, ())
     of_others = [claim for claim in claims
                  if not is_of_same_interface(claim, record)]
     rivals, _ = split(of_others, is_gone)
     # Without a namespace or a macvtap, no sandbox can be proven to be gone.
     kept = tuple(claim for claim in rivals if claim.namespace or claim.tap)
-    return Addition((record, *kept), rivals,
-                    bool(of_others) and of_others[0] == claims[0])
+    return Addition((record, *kept), rivals)
 
 
 def is_of_same_interface(claim: Record, record: Record) -> bool:

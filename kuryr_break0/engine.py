@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from typing import Callable, Collection, Iterable, NamedTuple, Optional
+from typing import Callable, Collection, Iterable, Optional
 
 from kuryr_break0.apply import Applied
 from kuryr_break0.apply import apply
 from kuryr_break0.apply import Work
 from kuryr_break0 import claims as claims_
 from kuryr_break0.claims import Claims
+from kuryr_break0.claims import Transition
 from kuryr_break0 import config
 from kuryr_break0.devices import Break0
 from kuryr_break0.devices import Devices
@@ -53,13 +54,6 @@ LOG = log.get_logger(__name__)
 LogInfo = Callable[..., None]
 
 
-class Transition(NamedTuple):
-    """A transition: all claims on one address before and after it."""
-
-    before: Claims
-    after: Claims
-
-
 class Engine:
     """Applies transitions under the lock of the ledger.
 
@@ -82,7 +76,6 @@ class Engine:
             has, and undo the transition of each address that fails
         :returns: whether a sync must restore items of other pods
         """
-        handed_over: list[IPAddress] = []
         transitions: dict[IPAddress, Transition] = {}
         break0 = None
         with transaction.begin(self._ledger, writable=yielding) as held:
@@ -92,8 +85,7 @@ class Engine:
                 with contextlib.suppress(exceptions.LedgerUnavailable):
                     self._ledger.ensure_identity()
             for record in records:
-                self._add_claim(record, yielding, transitions, handed_over,
-                                failure)
+                self._add_claim(record, yielding, transitions, failure)
             with failure.collect(*transitions), kernel.Netlink() as netlink:
                 break0 = self._set(netlink, [
                     record for record in records
@@ -105,12 +97,13 @@ class Engine:
                 with Failures().log_errors(), kernel.Netlink() as netlink:
                     self._drop(netlink, address, Transition(after, before),
                                held.log_later)
-        delete_connections(handed_over)
+        delete_connections([address for address, each in transitions.items()
+                            if each.is_handed_over])
         return break0 is not None and break0.needs_sync
 
     def _add_claim(self, record: Record, yielding: bool,
                    transitions: dict[IPAddress, Transition],
-                   handed_over: list[IPAddress], failure: Failures) -> None:
+                   failure: Failures) -> None:
         """Record a claim, unless it is refused or older than another one.
 
         An unwritable ledger must not prevent the route of a pod: a sync
@@ -136,8 +129,6 @@ class Engine:
             is_recorded = True
         if is_recorded or not yielding:
             transitions[address] = Transition(before, added.after)
-            if added.is_handed_over:
-                handed_over.append(address)
 
     def unbind(self, addresses: Iterable[IPAddress],
                is_own: Callable[[Record], bool], name: object,
@@ -221,8 +212,7 @@ class Engine:
         The newest remaining claim gets the address. If none remains, the items
         of the address are deleted.
 
-        :param mac: if the address has no claims, delete its route and
-            neighbour only if the neighbour has this MAC address
+        :param mac: as for :meth:`unbind`
         :returns: whether a route was deleted
         :raises Break0Error: if the kernel refuses; the claims remain then
         """

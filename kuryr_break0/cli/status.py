@@ -186,12 +186,12 @@ class Status:
                 'unserved': len(self._unserved)}}
 
     def _guard_state(self, parent: Parent) -> Optional[str]:
-        """Return the state of a guard in a word; None without pods."""
+        """Return the state of a guard; None without pods or break0."""
         if self._snapshot.options.guard == config.OFF:
             return 'off'
-        if not parent.live:
-            return None
-        return 'missing' if parent.guard else 'loaded'
+        if not parent.live or parent.node is None:
+            return None  # it was not read
+        return 'faulty' if parent.guard else 'loaded'
 
     def _address_as_json(self, address: IPAddress) -> dict[str, Any]:
         record = self._snapshot.live.get(address)
@@ -314,6 +314,6 @@ def _device_row(each: dict[str, Any], agent: str, wide: bool) -> list[Any]:
             *([each['mac'], each['mtu']] if wide else []),
             ' '.join(each['addresses']) or 'unnumbered',
             'up' if each['up'] else output.Wrong('down'),
-            output.Wrong('missing') if each['guard'] == 'missing'
+            output.Wrong('faulty') if each['guard'] == 'faulty'
             else each['guard'] or '-',
             output.Wrong(agent) if agent == 'stuck' else agent]

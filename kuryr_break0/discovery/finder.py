@@ -275,10 +275,11 @@ class Finder:
                     not namespace.location.is_current()):
                 new[each.place] = each
         for place, each in new.items():
-            # Prefer a name: it can outlast the process, such as that of "ip
-            # netns exec".
+            # Prefer an existing name, because it can outlast the process, for
+            # example a process of "ip netns exec".
             known = self._unexamined.get(place)
-            if each.is_named or known is None or not known.is_named:
+            if each.is_named or known is None or not (
+                    known.is_named and known.is_current()):
                 # With the inode of an ended namespace, it is the newest too.
                 self._unexamined.pop(place, None)
                 self._unexamined[place] = each

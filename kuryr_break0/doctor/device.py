@@ -46,7 +46,7 @@ def check(node: Node, parent: Parent, netlink: kernel.Netlink,
 def _check_addresses(node: Node, parent: Parent, lower: kernel.Link,
                      addresses: Collection[tuple[int, IPAddress]]
                      ) -> Iterator[Finding]:
-    """Report missing addresses of break0, and those that no sync deletes."""
+    """Report missing addresses, and addresses that no sync deletes."""
     texts = [each.text for each in problems.of_device(parent, node.snapshot)
              if each.kind == known.ADDRESSES]
     has = set(parent.addresses)

@@ -63,15 +63,19 @@ class TestStatus(CLITestCase):
             self.lab.run('nft', 'delete', 'table', 'netdev',
                          guard.table_of('break0'))
             self.assertRegex(self.call('status').stdout,
-                             row % ('missing', 'running'))
+                             row % ('faulty', 'running'))
             with open(heartbeat.path, 'w') as file:
                 file.write('%020.3f' % (files.now() - 10 ** 5))
             status = json.loads(self.call('status', '--json').stdout)
-        self.assertEqual(('stuck', 'missing'),
+        self.assertEqual(('stuck', 'faulty'),
                          (status['agent'], status['device']['guard']))
         self.assertRegex(
             self.call('status', OS_BREAK0__GUARD='off').stdout,
             row % ('off', 'stopped'))
+        self.lab.run('ip', 'link', 'del', 'break0')
+        self.lab.run('ip', 'link', 'add', 'break0', 'type', 'veth')
+        status = json.loads(self.call('status', '--json').stdout)
+        self.assertIsNone(status['device']['guard'])
 
     def test_json(self) -> None:
         self.bind(addr=['100.75.30.7'])

@@ -1308,6 +1308,14 @@ class TestManyNamespaces(FinderTestCase):
 
     ended = 0
 
+    def add_one(self) -> kernel.NamespaceLocation:
+        """Add a container after the first search."""
+        self.work()
+        path = self.lab.add_pod('one', ONE)
+        status = os.stat(path)
+        return kernel.NamespaceLocation(
+            path, NamespaceId(status.st_dev, status.st_ino))
+
     def add_stale(self, place: kernel.Place) -> None:
         """Add an ended namespace with this inode, of a container that waits.
 
@@ -1348,30 +1356,35 @@ class TestManyNamespaces(FinderTestCase):
             self.finder._unexamined[identity[:2]] = kernel.NamespaceLocation(
                 '/run/netns/ended', identity)
 
-    def test_name_with_the_inode_of_an_ended_namespace(self) -> None:
+    def test_inode_of_an_ended_namespace(self) -> None:
         """A container does not wait for another one that had its inode."""
-        self.work()
-        status = os.stat(self.lab.add_pod('one', ONE))
-        self.add_stale((status.st_dev, status.st_ino))
-        self.finder.note_mounts()
-        self.assert_bound(ONE)
+        for search in self.finder.note_mounts, self.finder.mark_all:
+            with self.subTest(search=search.__name__):
+                self.add_stale(self.add_one().place)
+                search()
+                self.assert_bound(ONE)
+                self.lab.del_netns('one')
+                self.finder.note_mounts()
+                self.assert_bound()
 
-    def test_full_search_with_the_inode_of_an_ended_namespace(self) -> None:
+    def test_unnamed_with_the_inode_of_an_unexamined_name(self) -> None:
+        """A name that is gone does not hide a process."""
         self.work()
-        status = os.stat(self.lab.add_pod('one', ONE))
-        self.add_stale((status.st_dev, status.st_ino))
-        self.finder.mark_all()
-        self.assert_bound(ONE)
+        pid = str(self.start_unnamed().pid)
+        status = os.stat('/proc/%s/ns/net' % pid)
+        place = status.st_dev, status.st_ino
+        self.finder._unexamined[place] = kernel.NamespaceLocation(
+            '/run/netns/ended', NamespaceId(*place))
+        os.mkdir(self.PROC)
+        os.symlink('/proc/' + pid, '%s/%s' % (self.PROC, pid))
+        self.finder._search_new()
+        self.assertFalse(self.finder._unexamined[place].is_named)
 
     def test_late_end_of_the_namespace_that_had_the_inode(self) -> None:
         """A late event does not replace the path of the new namespace."""
-        self.work()
-        path = self.lab.add_pod('one', ONE)
-        status = os.stat(path)
-        place = status.st_dev, status.st_ino
-        self.add_stale(place)
-        self.finder._unexamined[place] = kernel.NamespaceLocation(
-            path, NamespaceId(*place))
+        one = self.add_one()
+        self.add_stale(one.place)
+        self.finder._unexamined[one.place] = one
         with mock.patch.object(self.finder, '_events') as events:
             events.get.return_value = kernel.events.Changes(
                 set(), {77}, set(), False, False, False, 1)
@@ -1380,25 +1393,19 @@ class TestManyNamespaces(FinderTestCase):
 
     def test_name_with_the_inode_of_an_unexamined_namespace(self) -> None:
         """A namespace with a name does not wait for many others."""
-        self.work()
-        status = os.stat(self.lab.add_pod('one', ONE))
-        place = status.st_dev, status.st_ino
-        self.finder._unexamined[place] = kernel.NamespaceLocation(
-            '/proc/0/ns/net', NamespaceId(*place))
+        one = self.add_one()
+        self.finder._unexamined[one.place] = one._replace(
+            path='/proc/0/ns/net')
         self.add_ended(500)
         self.finder._mounts_changed = True
         self.finder._search_new()
-        self.assertEqual(place, [*self.finder._unexamined][-1])
+        self.assertEqual(one, [*self.finder._unexamined.values()][-1])
         self.assert_bound(ONE)
 
     def test_namespace_before_many_others(self) -> None:
         """A namespace does not wait for all that arrive later."""
-        self.work()
-        path = self.lab.add_pod('one', ONE)
-        status = os.stat(path)
-        place = status.st_dev, status.st_ino
-        self.finder._unexamined[place] = kernel.NamespaceLocation(
-            path, NamespaceId(*place))
+        one = self.add_one()
+        self.finder._unexamined[one.place] = one
         self.add_ended(9)
         with mock.patch.object(self.finder, '_search_if_due'):
             self.assertLess(self.count_examined(), 9)

@@ -31,7 +31,7 @@ class TestAdd(unittest.TestCase):
         new = claim('new', HERE, 5)
         discovered = claim('discovered-1000', origin=Origin.DISCOVERED)
         rebuilt = claim(Owner.ADOPTED + '1000')
-        for name, before, after, rivals, passed in (
+        for name, before, after, rivals, is_handed_over in (
                 ('none', (), (new,), (), False),
                 ('its own', (claim('new'),), (new,), (), False),
                 ('its own of later', (claim('new', bound_at=9),),
@@ -58,9 +58,11 @@ class TestAdd(unittest.TestCase):
                  (new,), (claim('old', None),), True)):
             with self.subTest(before=name):
                 self.assertEqual(
-                    claims.Addition(after, rivals, passed), claims.add(
+                    claims.Addition(after, rivals), claims.add(
                         new, before, lambda each: (
                             each.owner.container_id == 'gone')))
+                self.assertEqual(is_handed_over, claims.Transition(
+                    before, after).is_handed_over)
 
 
 class TestIsOwn(unittest.TestCase):
