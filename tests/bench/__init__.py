@@ -194,6 +194,8 @@ def keep() -> None:
     gc.freeze()
 
 
+#: ms of each turn
+Times = list[float]
 #: Measures one section on a fresh node; the number is the repetitions.
 Measure = Callable[[Node, int], Section]
 
@@ -257,25 +259,30 @@ def unit(node: Node, of: Callable[[list[float]], float] = statistics.median,
     return of([timed(pair) for _ in range(count)])
 
 
-def route_unit(node: Node, count: int = 100,
-               between: Callable[[], object] = lambda: None) -> float:
-    """Return the ms that pyroute2 takes to set and to delete a route.
+@contextlib.contextmanager
+def route_pairs(node: Node) -> Iterator[Callable[[], None]]:
+    """Yield a call by which pyroute2 sets and deletes a route.
 
-    :param between: the measured work, to run before each route. Otherwise the
-        routes find everything in the caches of the processor
+    Its time is the unit :data:`ROUTE`. Call it in turns with the measured
+    work: the machine's speed changes, and in a loop of its own the call finds
+    everything in the caches of the processor.
     """
-    route = {'dst': '192.0.2.99/32', 'oif': node.index, 'proto': 99}
+    route = {'dst': '192.0.2.99/32', 'proto': 99,
+             'oif': socket.if_nametoindex(lab.PARENT)}
     with pyroute2.IPRoute() as ipr:
         def pair() -> None:
             ipr.route('replace', scope=values.RT_SCOPE_LINK,
                       prefsrc=lab.NODE, **route)
             ipr.route('del', scope=wire.RT_SCOPE_NOWHERE, **route)
 
-        times = []
-        for _ in range(count):
-            between()
-            times.append(timed(pair))
-        return statistics.median(times)
+        yield pair
+
+
+@contextlib.contextmanager
+def route_units(node: Node) -> Iterator[Callable[[], float]]:
+    """Yield a call that returns the ms of :func:`route_pairs`."""
+    with route_pairs(node) as pair:
+        yield lambda: statistics.median(timed(pair) for _ in range(20))
 
 
 def at_most(name: str, taken: float, of: float, limit: float,
@@ -289,6 +296,20 @@ def at_most(name: str, taken: float, of: float, limit: float,
     """
     return Target('%s: at most %g x %s' % (name, limit, what),
                   '%.2f x' % (taken / of), taken <= limit * of)
+
+
+def at_most_in_turns(name: str, taken: Times, of: Times, limit: float,
+                     what: str = '', count: int = 1) -> Target:
+    """Return a target as the median of the quotients of each turn.
+
+    The machine's speed may change from turn to turn.
+
+    :param count: the pods among which the measured time is divided
+    """
+    ratio = statistics.median(
+        one / other / count for one, other in zip(taken, of))
+    return Target('%s: at most %g x%s' % (name, limit, what and ' ' + what),
+                  '%.2f x' % ratio, ratio <= limit)
 
 
 @contextlib.contextmanager
