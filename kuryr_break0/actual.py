@@ -123,7 +123,7 @@ class _Reading:
                         'not at all' if way is None
                         # The kernel merges local and main, so it may
                         # return main as the table of a local route.
-                        else 'taken for one of the node' if way.type
+                        else 'as a local address of the node' if way.type
                         == kernel.RTN_LOCAL else
                         'through %s, by table %d' % (
                             kernel.format_ifname(way.oif), way.table),

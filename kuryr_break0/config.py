@@ -45,8 +45,8 @@ OPTS = [
     cfg.Opt(
         'pod_binding',
         type=types.OneOf(choices=[
-            (AUTO, 'kuryr-break0 if Kuryr\'s binding code is that of Kuryr '
-             '6.0.0 to 10.0.0; otherwise Kuryr'),
+            (AUTO, 'kuryr-break0 if the code by which Kuryr binds pods is '
+             'the same as in Kuryr 6.0.0 to 10.0.0; otherwise Kuryr'),
             (KURYR, 'Kuryr, with IPDB: on the node under a temporary name, '
              'then moved, renamed and configured'),
             (DIRECT, 'kuryr-break0: in the namespace of the pod, with two '

@@ -212,8 +212,9 @@ class _Judge:
             kernel.find_source(address)
         except PermissionError:
             return Reason.REFUSED, 'it is ' + policy.NO_HOST
-        return Reason.PENDING, ('the agent has not bound it yet; if that '
-                                'stays so, its log says why')
+        return Reason.PENDING, ('the agent has not bound it yet. If it is '
+                                'still unbound after a minute, read the log '
+                                'of the agent')
 
 
 def _is_of(claim: Record, macvlan: kernel.Macvlan) -> bool:

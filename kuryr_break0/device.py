@@ -240,10 +240,12 @@ class Device:
             if any(each.mac == mac and each.index != link.index
                    for each in links):
                 raise  # an interface of the node has it, not a pod
-            LOG.error('Another namespace has taken the MAC address of %s, '
-                      '%s, while it was gone or down: it gets another one, '
-                      'and its pods are configured with that. Find out '
-                      'which: ip netns exec NAME ip link', self.name, mac)
+            LOG.error('An interface in another namespace took the MAC '
+                      'address %(mac)s while %(device)s was missing or down. '
+                      '%(device)s gets a new MAC address, and its pods are '
+                      'configured with the new one. To find the interface, '
+                      'list the links of each namespace: ip netns exec NAME '
+                      'ip link', {'mac': mac, 'device': self.name})
             netlink.set_mac(link, derived_mac(secrets.token_hex(16),
                                               self.name))
             netlink.set_link_up(link)

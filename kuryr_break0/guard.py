@@ -217,7 +217,7 @@ class Guard:
         :raises KernelRefused: if the table cannot be read
         """
         if not self.is_wanted:
-            return ('its guard is switched off, but still there'
+            return ('its guard is off, but the table still exists'
                     if self.is_loaded() else None)
         if self.is_possible and not self.is_intact(link, hosts):
             return 'its guard is missing or was changed'

@@ -38,11 +38,11 @@ class Missing(NamedTuple):
     def __str__(self) -> str:
         return 'the interface %s of its container does not have it, %s' % (
             self.record.owner.ifname,
-            'but has other addresses in its place. It is unbound if a sync '
-            'sees that again after %d s' % PAUSE if self.is_replaced else
-            'nor another IPv%d address in its place. It stays bound, since '
-            'a program in the container, as a DHCP client, may give it back' %
-            self.record.address.version)
+            'and has other addresses. A sync unbinds it if that has not '
+            'changed after %d s' % PAUSE if self.is_replaced else
+            'and has no other IPv%d address. It stays bound, because a '
+            'program in the container, such as a DHCP client, may add it '
+            'again' % self.record.address.version)
 
 
 def find(states: Collection[kernel.AddressState], link: kernel.Link,

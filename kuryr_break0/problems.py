@@ -410,5 +410,5 @@ def guard_text(added: Iterable[Item], deleted: Iterable[Item]
     lacking, stale = (len({pair.dst for pair in of_kind(Pair, items)})
                       for items in (added, deleted))
     if lacking or stale:
-        yield ('its guard lacks the entries of %d addresses, and has stale '
-               'ones of %d' % (lacking, stale))
+        yield ('its guard has no entries for %d addresses, and stale '
+               'entries for %d addresses' % (lacking, stale))

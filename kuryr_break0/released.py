@@ -43,8 +43,8 @@ def by_del(snapshot: Snapshot, ended: Mapping[Owner, float]
 
 def by_change(missing: Iterable[Missing]) -> dict[Record, str]:
     """Return the claims whose addresses were replaced, with the reasons."""
-    return {each.record: 'its interface has other addresses in its place, as '
-            'two syncs have seen' for each in missing}
+    return {each.record: 'in two syncs, its interface had other addresses '
+            'and not this one' for each in missing}
 
 
 def drop(claims: Mapping[Record, str], engine: Engine, ledger: Ledger,

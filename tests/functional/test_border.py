@@ -269,7 +269,7 @@ class TestTheMACAddress(BorderTestCase):
                      netns='other')
         with self.assertLogs('kuryr_break0', 'ERROR') as logs:
             self.manager().sync()
-        self.assertIn('has taken the MAC address of break0',
+        self.assertIn('took the MAC address %s while break0 was' % self.mac,
                       '\n'.join(logs.output))
         new = (self.lab.link('break0') or {})['address']
         self.assertNotEqual(self.mac, new)
@@ -321,7 +321,7 @@ class TestTheMACAddress(BorderTestCase):
         self.assertFalse(self.lab.ping(POD))
         with self.assertLogs('kuryr_break0', 'ERROR') as logs:
             self.manager().sync()
-        self.assertIn('has taken the MAC address of break0, %s' % self.mac,
+        self.assertIn('took the MAC address %s while break0 was' % self.mac,
                       '\n'.join(logs.output))
         new = self.assert_renewed()
         # The next bind configures its pod with the new MAC address.

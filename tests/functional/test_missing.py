@@ -161,8 +161,8 @@ class TestReplaced(MissingTestCase):
     def test_how_it_is_shown(self) -> None:
         # The command uses the real clock. A newly bound address does not count
         # as missing, since Kuryr configures it after the bind.
-        text = ('has other addresses in its place. It is unbound if a sync '
-                'sees that again after 10 s')
+        text = ('has other addresses. A sync unbinds it if that has not '
+                'changed after 10 s')
         self.change()
         self.assertNotIn(text, self.call('status').stdout)
         self.unbind(POD, POD6)
@@ -191,8 +191,8 @@ class TestDoubt(MissingTestCase):
         self.inside('address flush dev eth0 scope global')
         self.assert_stays()
         self.assertIn(
-            'nor another IPv4 address in its place. It stays bound, since a '
-            'program in the container, as a DHCP client, may give it back',
+            'and has no other IPv4 address. It stays bound, because a program '
+            'in the container, such as a DHCP client, may add it again',
             ''.join(self.sync(9).missing.values()))
 
     def test_the_first_of_two_families(self) -> None:

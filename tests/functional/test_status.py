@@ -145,10 +145,10 @@ class TestStatus(CLITestCase):
                      'table', '100')
         for what, where, text in (
                 (('route',), ('local', pod, 'dev', 'lo', 'table', 'local'),
-                 'taken for one of the node'),
+                 'as a local address of the node'),
                 (('-6', 'route'), ('local', pod6 + '/127', 'dev', 'lo',
                                    'table', 'local'),
-                 'taken for one of the node'),
+                 'as a local address of the node'),
                 (('-6', 'route'), (pod6, 'from', lab.NODE6, 'dev', 'lo'),
                  'by table 254'),
                 (('rule',), ('to', pod, 'table', '100'),
