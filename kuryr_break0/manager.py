@@ -13,12 +13,15 @@ import contextlib
 import errno
 from typing import Collection, Iterable, Optional
 
-from kuryr_break0 import claims
 from kuryr_break0 import config
-from kuryr_break0.engine import Engine
+from kuryr_break0.engine.plan import Outcome
+from kuryr_break0.engine.reconciler import Reconciler
+from kuryr_break0.engine import transaction
+from kuryr_break0.engine.transitions import Engine
 from kuryr_break0 import exceptions
 from kuryr_break0.failures import Failures
 from kuryr_break0 import kernel
+from kuryr_break0.ledger import claims
 from kuryr_break0.ledger import files
 from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger.journal import timed
@@ -34,11 +37,8 @@ from kuryr_break0.model import NamespaceId
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
-from kuryr_break0.plan import Outcome
 from kuryr_break0 import policy
 from kuryr_break0.policy import Policy
-from kuryr_break0.reconciler import Reconciler
-from kuryr_break0 import transaction
 
 LOG = log.get_logger(__name__)
 

@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any, Container, Iterable, Iterator, Optional
 
 from kuryr_break0 import config
+from kuryr_break0.engine.plan import Outcome
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
@@ -17,7 +18,6 @@ from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Neighbour
 from kuryr_break0.model import of_kind
-from kuryr_break0.plan import Outcome
 from kuryr_break0 import policy
 
 

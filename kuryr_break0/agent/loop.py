@@ -15,18 +15,18 @@ from kuryr_break0.agent.cni_server import CNIServer
 from kuryr_break0.agent.event_filter import EventFilter
 from kuryr_break0.agent.http import Server
 from kuryr_break0.agent.metrics import Metrics
+from kuryr_break0.break0 import guard
 from kuryr_break0 import config
 from kuryr_break0.discovery import engines
 from kuryr_break0.discovery import finder
 from kuryr_break0.discovery import records
+from kuryr_break0.engine.reconciler import Reconciler
 from kuryr_break0 import exceptions
-from kuryr_break0 import guard
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import files
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
 from kuryr_break0.pace import Pace
-from kuryr_break0.reconciler import Reconciler
 
 LOG = log.get_logger(__name__)
 

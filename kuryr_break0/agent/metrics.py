@@ -13,9 +13,11 @@ import prometheus_client
 from prometheus_client import core
 from prometheus_client import registry as prometheus_registry
 
-from kuryr_break0 import actual
 from kuryr_break0 import config
-from kuryr_break0 import containers
+from kuryr_break0.engine import actual
+from kuryr_break0.engine import containers
+from kuryr_break0.engine import problems
+from kuryr_break0.engine.snapshot import Snapshot
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import journal
@@ -24,8 +26,6 @@ from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
 from kuryr_break0.model import Origin
 from kuryr_break0.pace import Pace
-from kuryr_break0 import problems
-from kuryr_break0.snapshot import Snapshot
 
 LOG = log.get_logger(__name__)
 

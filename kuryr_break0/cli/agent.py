@@ -15,8 +15,8 @@ from kuryr_break0.cli import verbs
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
 from kuryr_break0.ledger import Ledger
+from kuryr_break0.ledger import readers
 from kuryr_break0 import log
-from kuryr_break0 import readers
 
 LOG = log.get_logger(__name__)
 

@@ -9,13 +9,13 @@ from typing import Any, Optional
 
 from oslo_config import cfg
 
+from kuryr_break0.break0.device import lower_name
+from kuryr_break0.break0.devices import Devices
 from kuryr_break0.cli import common
 from kuryr_break0.cli import names
 from kuryr_break0.cli import output
 from kuryr_break0.cli import parser
 from kuryr_break0 import config
-from kuryr_break0.device import lower_name
-from kuryr_break0.devices import Devices
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger

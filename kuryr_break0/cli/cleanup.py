@@ -11,26 +11,26 @@ from typing import Any, Iterable, Iterator, NamedTuple, Optional
 
 from oslo_config import cfg
 
-from kuryr_break0 import actual
-from kuryr_break0.apply import apply
-from kuryr_break0.apply import Work
+from kuryr_break0.break0.guard import Guard
+from kuryr_break0.break0 import podside
 from kuryr_break0.cli import common
 from kuryr_break0.cli import names
 from kuryr_break0.cli import output
 from kuryr_break0.cli import parser
 from kuryr_break0 import config
+from kuryr_break0.engine import actual
+from kuryr_break0.engine.apply import apply
+from kuryr_break0.engine.apply import Work
+from kuryr_break0.engine import rebuild
+from kuryr_break0.engine import snapshot
+from kuryr_break0.engine.snapshot import Parent
+from kuryr_break0.engine.snapshot import Snapshot
 from kuryr_break0 import exceptions
-from kuryr_break0.guard import Guard
 from kuryr_break0 import kernel
 from kuryr_break0.ledger.identity import Ownership
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import by_address
 from kuryr_break0.model import Record
-from kuryr_break0 import podside
-from kuryr_break0 import rebuild
-from kuryr_break0 import snapshot
-from kuryr_break0.snapshot import Parent
-from kuryr_break0.snapshot import Snapshot
 
 _DESCRIPTION = """\
 Delete everything that kuryr-break0 has created on this node, and nothing

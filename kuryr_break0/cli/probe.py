@@ -10,7 +10,6 @@ from typing import Any, Optional
 
 from oslo_config import cfg
 
-from kuryr_break0 import actual
 from kuryr_break0.cli import common
 from kuryr_break0.cli import names
 from kuryr_break0.cli import output
@@ -21,6 +20,8 @@ from kuryr_break0.doctor.prober import Prober
 from kuryr_break0.doctor.trace import places
 from kuryr_break0.doctor.trace import Trace
 from kuryr_break0.doctor.trace import traced
+from kuryr_break0.engine import actual
+from kuryr_break0.engine.snapshot import Snapshot
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
@@ -28,7 +29,6 @@ from kuryr_break0.model import address_order
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Owner
 from kuryr_break0 import option_types
-from kuryr_break0.snapshot import Snapshot
 
 _DESCRIPTION = """\
 Ping a container or pod from the node. If its network namespace is known, also

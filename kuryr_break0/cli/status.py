@@ -11,26 +11,26 @@ from typing import Any, Collection, Iterator, Optional
 
 from oslo_config import cfg
 
-from kuryr_break0 import actual
+from kuryr_break0.break0 import device
 from kuryr_break0.cli import common
 from kuryr_break0.cli import names
 from kuryr_break0.cli import output
 from kuryr_break0.cli import parser
 from kuryr_break0 import config
-from kuryr_break0 import containers
-from kuryr_break0 import device
+from kuryr_break0.engine import actual
+from kuryr_break0.engine import containers
+from kuryr_break0.engine import problems
+from kuryr_break0.engine.snapshot import Parent
+from kuryr_break0.engine.snapshot import Snapshot
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
+from kuryr_break0.ledger import readers
 from kuryr_break0.model import address_order
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
 from kuryr_break0 import option_types
-from kuryr_break0 import problems
-from kuryr_break0 import readers
-from kuryr_break0.snapshot import Parent
-from kuryr_break0.snapshot import Snapshot
 
 #: Largest number of characters to show of a container id, or of the name that
 #: replaces an unknown id.

@@ -14,13 +14,13 @@ from kuryr_break0.cli import output
 from kuryr_break0.cli import parser
 from kuryr_break0.cli import status
 from kuryr_break0 import config
+from kuryr_break0.engine.plan import Outcome
+from kuryr_break0.engine.reconciler import Reconciler
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import Neighbour
 from kuryr_break0.model import of_kind
-from kuryr_break0.plan import Outcome
-from kuryr_break0.reconciler import Reconciler
 
 
 _DESCRIPTION = """\

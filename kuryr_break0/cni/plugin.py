@@ -8,14 +8,16 @@ import json
 import os
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional
 
-from kuryr_break0 import actual
+from kuryr_break0.break0 import guard
 from kuryr_break0.cni import request as requests
 from kuryr_break0.cni.request import CNIError
 from kuryr_break0.cni.request import Request
 from kuryr_break0 import config
+from kuryr_break0.engine import actual
+from kuryr_break0.engine import problems
+from kuryr_break0.engine.snapshot import by_interface
 from kuryr_break0 import exceptions
 from kuryr_break0.failures import Failures
-from kuryr_break0 import guard
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import files
 from kuryr_break0.ledger import Ledger
@@ -24,8 +26,6 @@ from kuryr_break0.manager import Break0Manager
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
-from kuryr_break0 import problems
-from kuryr_break0.snapshot import by_interface
 
 LOG = log.get_logger(__name__)
 

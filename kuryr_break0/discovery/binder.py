@@ -9,10 +9,10 @@ import time
 from typing import Any, Callable, Hashable, Optional
 
 from kuryr_break0 import config
-from kuryr_break0 import containers
 from kuryr_break0.discovery.records import find_maintained
 from kuryr_break0.discovery.records import make_owner_id
-from kuryr_break0.engine import Engine
+from kuryr_break0.engine import containers
+from kuryr_break0.engine.transitions import Engine
 from kuryr_break0 import exceptions
 from kuryr_break0.failures import Failures
 from kuryr_break0 import kernel

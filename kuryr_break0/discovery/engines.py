@@ -21,8 +21,8 @@ import time
 from typing import Any, Iterator, Optional, TypeVar
 
 from kuryr_break0 import config
-from kuryr_break0.containers import ENGINE_SOCKETS
 from kuryr_break0.discovery.records import find_discovered
+from kuryr_break0.engine.containers import ENGINE_SOCKETS
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger

@@ -6,18 +6,18 @@ from __future__ import annotations
 
 from typing import Collection, Iterator
 
+from kuryr_break0.break0.guard import Guard
+from kuryr_break0.break0.guard import NO_NFT
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor import known
 from kuryr_break0.doctor.node import largest_sysctl
 from kuryr_break0.doctor.node import Node
-from kuryr_break0.guard import Guard
-from kuryr_break0.guard import NO_NFT
+from kuryr_break0.engine import problems
+from kuryr_break0.engine.snapshot import Parent
 from kuryr_break0 import kernel
 from kuryr_break0.model import IPAddress
 from kuryr_break0.policy import Policy
-from kuryr_break0 import problems
-from kuryr_break0.snapshot import Parent
 
 _ARP_FILTER = 'ipv4/conf/%s/arp_filter'
 

@@ -10,7 +10,6 @@ from typing import Callable, Optional
 from oslo_config import cfg
 
 from kuryr_break0 import config
-from kuryr_break0 import containers
 from kuryr_break0.doctor import device
 from kuryr_break0.doctor.findings import ERROR
 from kuryr_break0.doctor.findings import Finding
@@ -32,10 +31,11 @@ from kuryr_break0.doctor import records
 from kuryr_break0.doctor import routes
 from kuryr_break0.doctor import services
 from kuryr_break0.doctor import unserved
+from kuryr_break0.engine import containers
+from kuryr_break0.engine import problems
+from kuryr_break0.engine.snapshot import Parent
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
-from kuryr_break0 import problems
-from kuryr_break0.snapshot import Parent
 
 #: Seconds to wait for the lock. A bind holds it for milliseconds.
 PATIENCE = 2.0

@@ -16,14 +16,14 @@ from kuryr_break0.doctor.findings import merged
 from kuryr_break0.doctor.host import Host
 from kuryr_break0.doctor.node import Node
 from kuryr_break0.doctor.unserved import with_networks
+from kuryr_break0.engine.problems import Problem
+from kuryr_break0.engine.snapshot import Parent
 from kuryr_break0 import kernel
 from kuryr_break0.model import address_order
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Neighbour
 from kuryr_break0.model import of_kind
-from kuryr_break0.problems import Problem
-from kuryr_break0.snapshot import Parent
 
 #: Files with the names of routing protocols, for ip(8).
 _PROTOCOLS = tuple(directory + '/iproute2/rt_protos' for directory in (

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 from typing import Any, Callable, Iterable, Optional, Sequence, TypeVar
 
-from kuryr_break0 import actual
 from kuryr_break0 import config
+from kuryr_break0.engine import actual
+from kuryr_break0.engine import snapshot
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Record
-from kuryr_break0 import snapshot
 
 _T = TypeVar('_T')
 #: Iterates over a sequence, and may show the progress.

@@ -7,18 +7,18 @@ from __future__ import annotations
 import time
 from typing import Iterator, Sequence
 
+from kuryr_break0.break0.guard import Guard
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor.findings import merged
 from kuryr_break0.doctor import known
 from kuryr_break0.doctor.node import Node
+from kuryr_break0.engine import problems
+from kuryr_break0.engine.snapshot import Parent
 from kuryr_break0 import exceptions
-from kuryr_break0.guard import Guard
 from kuryr_break0 import kernel
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Record
-from kuryr_break0 import problems
-from kuryr_break0.snapshot import Parent
 
 #: Seconds after which an ADD or DEL that has changed a pod is done.
 _SETTLED = 1.0

@@ -10,17 +10,17 @@ import platform
 import threading
 from typing import Callable, Iterator, Optional
 
+from kuryr_break0.break0 import device
+from kuryr_break0.break0 import guard
 from kuryr_break0 import config
-from kuryr_break0 import containers
-from kuryr_break0 import device
 from kuryr_break0.doctor.findings import ERROR
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor.host import Host
 from kuryr_break0.doctor import records
 from kuryr_break0.doctor import services
+from kuryr_break0.engine import containers
 from kuryr_break0 import exceptions
-from kuryr_break0 import guard
 from kuryr_break0 import kernel
 
 #: Capabilities by their numbers in linux/capability.h.

@@ -16,6 +16,7 @@ import socket
 import time
 from typing import Callable, Iterator, Optional, Sequence, TypeVar
 
+from kuryr_break0.break0 import guard
 from kuryr_break0.doctor.findings import ERROR
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.findings import inside
@@ -25,13 +26,12 @@ from kuryr_break0.doctor.node import Node
 from kuryr_break0.doctor.prober import Probe
 from kuryr_break0.doctor.prober import Prober
 from kuryr_break0.doctor import trace
+from kuryr_break0.engine.snapshot import Parent
 from kuryr_break0 import exceptions
-from kuryr_break0 import guard
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import probes
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Record
-from kuryr_break0.snapshot import Parent
 
 _T = TypeVar('_T')
 #: Seconds to wait for an answer, and the number of silent pods after which

@@ -19,7 +19,7 @@ from kuryr_break0.doctor.node import Node
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
-from kuryr_break0 import readers
+from kuryr_break0.ledger import readers
 
 #: The usual state directory.
 DEFAULT = '/run/kuryr-break0'

@@ -9,7 +9,7 @@ from typing import Iterator
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor.node import Node
-from kuryr_break0.snapshot import Parent
+from kuryr_break0.engine.snapshot import Parent
 
 
 def check(node: Node, parent: Parent) -> Iterator[Finding]:

@@ -16,9 +16,9 @@ import subprocess
 import time
 from typing import (Callable, ContextManager, Iterator, NamedTuple, Optional)
 
+from kuryr_break0.break0 import guard
 from kuryr_break0.doctor import firewall
 from kuryr_break0 import exceptions
-from kuryr_break0 import guard
 from kuryr_break0 import kernel
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Record

@@ -7,16 +7,16 @@ from __future__ import annotations
 import time
 from typing import Iterable, Iterator, Sequence
 
-from kuryr_break0 import actual
 from kuryr_break0 import config
-from kuryr_break0 import containers
-from kuryr_break0.containers import Reason
-from kuryr_break0.containers import Unserved
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.findings import inside
 from kuryr_break0.doctor.findings import KINDS
 from kuryr_break0.doctor.host import Host
 from kuryr_break0.doctor.node import Node
+from kuryr_break0.engine import actual
+from kuryr_break0.engine import containers
+from kuryr_break0.engine.containers import Reason
+from kuryr_break0.engine.containers import Unserved
 from kuryr_break0 import kernel
 from kuryr_break0.model import address_order
 from kuryr_break0.model import explain_non_host

@@ -21,11 +21,11 @@ from kuryr_break0.kuryr import patches
 from kuryr_break0.kuryr import pod_binding
 from kuryr_break0.kuryr import vif as break0_vif
 from kuryr_break0.ledger import Ledger
+from kuryr_break0.ledger import readers
 from kuryr_break0 import log
 from kuryr_break0.manager import Break0Manager
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
-from kuryr_break0 import readers
 
 LOG = log.get_logger(__name__)
 

@@ -4,7 +4,7 @@
 
 kuryr-daemon serves each request in a new process and may be restarted at any
 time, so the records are files in the state directory. The ledger is evidence,
-not proof: see :mod:`kuryr_break0.reconciler`.
+not proof: see :mod:`kuryr_break0.engine.reconciler`.
 
 The methods raise LedgerUnavailable if a file cannot be read or written.
 """

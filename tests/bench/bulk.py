@@ -7,7 +7,7 @@ from __future__ import annotations
 import statistics
 from unittest import mock
 
-from kuryr_break0 import guard
+from kuryr_break0.break0 import guard
 from kuryr_break0 import manager
 from tests.bench import at_most_in_turns
 from tests.bench import Broken

@@ -18,7 +18,7 @@ from unittest import mock
 
 import pyroute2
 
-from kuryr_break0.guard import Guard
+from kuryr_break0.break0.guard import Guard
 from kuryr_break0.kernel import values
 from kuryr_break0.kernel import wire
 from tests.bench import at_most

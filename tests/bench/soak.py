@@ -27,7 +27,7 @@ from typing import Any, Callable, Iterator, NamedTuple, Optional
 
 import psutil
 
-from kuryr_break0 import guard
+from kuryr_break0.break0 import guard
 from tests.bench import Broken
 from tests.bench.cni import PROGRAM
 from tests.bench.cni import SHIM

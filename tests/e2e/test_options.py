@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from kuryr_break0 import ledger
-from kuryr_break0 import readers
+from kuryr_break0.ledger import readers
 from tests.e2e.test_daemon import DaemonTestCase
 from tests.e2e.test_daemon import POD
 from tests import program

@@ -17,16 +17,16 @@ from unittest import mock
 from oslo_config import cfg
 import psutil
 
-from kuryr_break0 import actual
 from kuryr_break0 import config
+from kuryr_break0.engine import actual
+from kuryr_break0.engine import problems
+from kuryr_break0.engine.snapshot import Snapshot
 from kuryr_break0 import kernel
 from kuryr_break0 import ledger
 from kuryr_break0.ledger import journal
 from kuryr_break0 import manager
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Owner
-from kuryr_break0 import problems
-from kuryr_break0.snapshot import Snapshot
 from tests import lab
 
 POD = '100.75.30.71'

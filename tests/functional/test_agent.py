@@ -14,10 +14,10 @@ import psutil
 
 from kuryr_break0.agent import event_filter
 from kuryr_break0.agent import loop
+from kuryr_break0.engine import reconciler
 from kuryr_break0 import kernel
 from kuryr_break0 import ledger
 from kuryr_break0.ledger import files
-from kuryr_break0 import reconciler
 from tests.functional import base
 from tests.functional.base import OTHER_OWNER
 from tests.functional.base import OTHER_POD

@@ -18,17 +18,17 @@ import time
 from typing import Any, Callable, Iterator, Optional
 from unittest import mock
 
-from kuryr_break0 import device
+from kuryr_break0.break0 import device
+from kuryr_break0.break0 import guard
+from kuryr_break0.break0 import podside
+from kuryr_break0.engine import reconciler
 from kuryr_break0 import exceptions
-from kuryr_break0 import guard
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import netlink
 from kuryr_break0.kernel import nft
 from kuryr_break0.ledger import cache
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
-from kuryr_break0 import podside
-from kuryr_break0 import reconciler
 from tests.functional import base
 from tests.functional.base import OTHER_OWNER
 from tests.functional.base import OTHER_POD

@@ -13,12 +13,12 @@ import textwrap
 from typing import Any, Callable, Optional
 from unittest import mock
 
+from kuryr_break0.break0.guard import Guard
+from kuryr_break0.break0 import podside
 from kuryr_break0.cli.cleanup import Cleanup
-from kuryr_break0.guard import Guard
+from kuryr_break0.engine import reconciler
 from kuryr_break0 import kernel
 from kuryr_break0 import ledger
-from kuryr_break0 import podside
-from kuryr_break0 import reconciler
 from tests.functional import base
 from tests.functional.base import OTHER_OWNER
 from tests.functional.base import OTHER_POD

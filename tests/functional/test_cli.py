@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 
-from kuryr_break0 import guard
+from kuryr_break0.break0 import guard
 from kuryr_break0 import ledger
 from kuryr_break0.ledger import files
 from tests.functional import base

@@ -21,13 +21,13 @@ from unittest import mock
 
 import psutil
 
-from kuryr_break0 import containers
 from kuryr_break0.discovery import binder
 from kuryr_break0.discovery import engines
 from kuryr_break0.discovery import finder
 from kuryr_break0.discovery import namespace
 from kuryr_break0.discovery import records
-from kuryr_break0 import engine
+from kuryr_break0.engine import containers
+from kuryr_break0.engine import transitions as engine
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0 import ledger

@@ -17,7 +17,9 @@ import subprocess
 from typing import Any, Optional
 from unittest import mock
 
-from kuryr_break0 import devices
+from kuryr_break0.break0 import devices
+from kuryr_break0.engine import rebuild
+from kuryr_break0.engine import reconciler
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import namespaces
@@ -26,8 +28,6 @@ from kuryr_break0.ledger import cache
 from kuryr_break0.ledger import lock
 from kuryr_break0.ledger import records
 from kuryr_break0.model import Owner
-from kuryr_break0 import rebuild
-from kuryr_break0 import reconciler
 from tests.functional import base
 from tests.functional.base import OTHER_OWNER
 from tests.functional.base import OTHER_POD
@@ -697,7 +697,7 @@ class TestPodSide(DoubtTestCase):
         self.lab.run('ip', 'address', 'add', 'fd00:30::52/64', 'dev',
                      lab.PARENT, 'nodad')
         for name in ('PodSide.configure', 'repair'):
-            with mock.patch('kuryr_break0.podside.' + name,
+            with mock.patch('kuryr_break0.break0.podside.' + name,
                             side_effect=lambda *args, **kwargs: base.die()):
                 self.assertEqual(-9, base.wait_for(base.in_child(
                     (lambda: self.bind(POD6, netns=self.netns, subnets=[

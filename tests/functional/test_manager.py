@@ -12,7 +12,8 @@ import time
 from typing import Any, Optional
 from unittest import mock
 
-from kuryr_break0 import device
+from kuryr_break0.break0 import device
+from kuryr_break0.engine import problems
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import nft
@@ -20,7 +21,6 @@ from kuryr_break0 import ledger
 from kuryr_break0.ledger import cache
 from kuryr_break0.ledger import records
 from kuryr_break0.model import Origin
-from kuryr_break0 import problems
 from tests.functional import base
 from tests.functional.base import OTHER_OWNER
 from tests.functional.base import OTHER_POD
@@ -788,7 +788,8 @@ class TestRefused(base.LabTestCase):
         self.bind(POD, OTHER_POD)
         # The DEL of the refused pod may hold the lock only for addresses that
         # are bound.
-        with self.assertLogs('kuryr_break0.transaction', 'INFO') as logs:
+        with self.assertLogs('kuryr_break0.engine.transaction',
+                             'INFO') as logs:
             self.unbind(*many, POD)
         self.assertEqual(1, len(logs.output), logs.output)
         self.assertEqual({OTHER_POD}, set(self.lab.routes()))
@@ -871,7 +872,8 @@ class TestLedgerAndLock(base.LabTestCase):
             ledger.Ledger.__init__, '__defaults__', (1,))
         impatient.start()
         self.addCleanup(impatient.stop)
-        with self.assertLogs('kuryr_break0.transaction', 'ERROR') as logs:
+        with self.assertLogs('kuryr_break0.engine.transaction',
+                             'ERROR') as logs:
             self.bind()
         self.assertIn('/run/kuryr-break0/lock', '\n'.join(logs.output))
         self.assertIn(POD, self.lab.routes())

@@ -20,9 +20,9 @@ from prometheus_client import core
 from prometheus_client import registry
 import psutil
 
-from kuryr_break0 import actual
 from kuryr_break0.agent import http
 from kuryr_break0.agent.metrics import Metrics
+from kuryr_break0.engine import actual
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0 import ledger

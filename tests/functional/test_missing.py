@@ -9,13 +9,13 @@ import ipaddress
 from typing import Any, Iterator
 from unittest import mock
 
+from kuryr_break0.break0 import missing
+from kuryr_break0.engine.plan import Outcome
+from kuryr_break0.engine import reconciler
 from kuryr_break0 import ledger
 from kuryr_break0.ledger import files
-from kuryr_break0 import missing
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
-from kuryr_break0.plan import Outcome
-from kuryr_break0 import reconciler
 from tests.functional import base
 from tests.functional.base import OTHER_OWNER
 from tests.functional.base import OWNER

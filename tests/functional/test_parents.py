@@ -13,12 +13,12 @@ import signal
 from typing import Any
 from unittest import mock
 
-from kuryr_break0 import device
-from kuryr_break0 import devices
+from kuryr_break0.break0 import device
+from kuryr_break0.break0 import devices
+from kuryr_break0.engine import problems
 from kuryr_break0 import exceptions
 from kuryr_break0.ledger import cache
 from kuryr_break0.model import Owner
-from kuryr_break0 import problems
 from tests.functional import base
 from tests.functional.base import OWNER
 from tests.functional.base import POD

@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Any, Optional
 
-from kuryr_break0 import problems
+from kuryr_break0.engine import problems
 from tests.functional import base
 from tests.functional.base import Owner
 from tests import lab

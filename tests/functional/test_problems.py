@@ -10,9 +10,9 @@ import subprocess
 from typing import Any, Callable, NamedTuple, Optional
 
 from kuryr_break0.agent.metrics import Metrics
+from kuryr_break0.engine import problems
 from kuryr_break0 import kernel
 from kuryr_break0.model import Owner
-from kuryr_break0 import problems
 from tests.functional import base
 from tests.functional.doctor.base import DoctorTestCase
 from tests.functional.doctor.base import MACS

@@ -6,9 +6,10 @@ import os
 from typing import Any, Callable
 from unittest import mock
 
-from kuryr_break0 import apply
+from kuryr_break0.break0 import guard
+from kuryr_break0.engine import apply
+from kuryr_break0.engine import reconciler
 from kuryr_break0 import exceptions
-from kuryr_break0 import guard
 from kuryr_break0 import kernel
 from kuryr_break0 import ledger
 from kuryr_break0.ledger import cache
@@ -16,7 +17,6 @@ from kuryr_break0.ledger import files
 from kuryr_break0.ledger import journal
 from kuryr_break0.ledger import records
 from kuryr_break0 import manager
-from kuryr_break0 import reconciler
 from tests.functional import base
 from tests.functional.base import OTHER_POD
 from tests.functional.base import POD

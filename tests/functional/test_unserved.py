@@ -17,9 +17,9 @@ import urllib.request
 from oslo_config import cfg
 
 from kuryr_break0 import config
-from kuryr_break0 import containers
 from kuryr_break0.doctor import examination
 from kuryr_break0.doctor import host
+from kuryr_break0.engine import containers
 from kuryr_break0 import kernel
 from kuryr_break0 import ledger
 from kuryr_break0.model import Owner

@@ -17,8 +17,8 @@ from typing import (Any, Collection, Iterable, Iterator, Optional,
 import unittest
 from unittest import mock
 
+from kuryr_break0.break0 import guard
 from kuryr_break0 import exceptions
-from kuryr_break0 import guard
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import node
 from kuryr_break0.kernel import values

@@ -7,7 +7,7 @@ import ipaddress
 from typing import Any, Optional
 import unittest
 
-from kuryr_break0 import claims
+from kuryr_break0.ledger import claims
 from kuryr_break0.model import NamespaceId
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner

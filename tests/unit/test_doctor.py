@@ -11,15 +11,15 @@ from typing import Optional
 import unittest
 from unittest import mock
 
-from kuryr_break0 import actual
+from kuryr_break0.break0 import device
 from kuryr_break0.cli import output
 from kuryr_break0 import cni
-from kuryr_break0 import device
 from kuryr_break0.doctor import findings
 from kuryr_break0.doctor import firewall
 from kuryr_break0.doctor import installation
 from kuryr_break0.doctor import report
-from kuryr_break0 import problems
+from kuryr_break0.engine import actual
+from kuryr_break0.engine import problems
 
 PAGE = os.path.join(os.path.dirname(__file__),
                     '../../doc/source/admin/doctor.rst')

@@ -14,8 +14,9 @@ import tempfile
 from typing import Any
 from unittest import mock
 
-from kuryr_break0 import device
-from kuryr_break0 import devices
+from kuryr_break0.break0 import device
+from kuryr_break0.break0 import devices
+from kuryr_break0.engine import reconciler
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0 import ledger
@@ -29,7 +30,6 @@ from kuryr_break0.model import IPAddress
 from kuryr_break0.model import NamespaceId
 from kuryr_break0.model import Neighbour
 from kuryr_break0.model import Owner
-from kuryr_break0 import reconciler
 from tests.functional import base
 from tests.unit import fake
 
@@ -439,7 +439,7 @@ class TestDevice(EngineTestCase):
             raise exceptions.KernelRefused('create', 'there is one', 17)
 
         with mock.patch.object(kernel, 'create_macvlan', late), \
-                self.assertLogs('kuryr_break0.device', 'INFO') as logs:
+                self.assertLogs('kuryr_break0.break0.device', 'INFO') as logs:
             ensured = self.ensure()
         self.assertTrue(ensured.link.up)
         self.assertTrue(ensured.needs_sync)

@@ -19,6 +19,7 @@ from typing import Any, Callable, Iterator
 import unittest
 from unittest import mock
 
+from kuryr_break0.break0 import missing
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import node
@@ -26,7 +27,6 @@ from kuryr_break0 import ledger
 from kuryr_break0.ledger import files
 from kuryr_break0.ledger import identity
 from kuryr_break0.ledger import records
-from kuryr_break0 import missing
 from kuryr_break0.model import NamespaceId
 from tests.functional import base
 

@@ -27,6 +27,7 @@ import hypothesis
 from hypothesis import stateful
 from hypothesis import strategies as st
 
+from kuryr_break0.engine import reconciler
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0 import ledger
@@ -37,7 +38,6 @@ from kuryr_break0.model import IPAddress
 from kuryr_break0.model import NamespaceId
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
-from kuryr_break0 import reconciler
 from tests.functional import base
 from tests.unit import fake
 

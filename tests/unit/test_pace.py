@@ -7,9 +7,9 @@ import unittest
 from unittest import mock
 
 from kuryr_break0.agent import loop
+from kuryr_break0.engine.plan import Outcome
 from kuryr_break0 import exceptions
 from kuryr_break0 import pace
-from kuryr_break0.plan import Outcome
 from tests.functional import base
 
 

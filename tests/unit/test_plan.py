@@ -12,13 +12,13 @@ from hypothesis import HealthCheck
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from kuryr_break0.engine import plan
 from kuryr_break0.model import best_metric
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import Item
 from kuryr_break0.model import Neighbour
 from kuryr_break0.model import of_kind
 from kuryr_break0.model import Pair
-from kuryr_break0 import plan
 
 # The duration of an example depends on the load of the machine, so hypothesis
 # does not check it.

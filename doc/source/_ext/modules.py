@@ -66,10 +66,12 @@ class Modules(SphinxDirective):
 def _imported(tree: ast.AST, package: str) -> Iterator[str]:
     """Return the modules of the package that a module imports."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            first, *rest = node.module.split('.')
-            if first == package:
-                yield from rest[:1] or (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            module = '%s.' % node.module
+            if module.startswith(package + '.'):
+                rest = module.removeprefix(package + '.')
+                yield from [rest.split('.')[0]] if rest else (
+                    alias.name for alias in node.names)
 
 
 def _table(texts: dict[str, str],

@@ -15,20 +15,25 @@ import contextlib
 import errno
 from typing import Callable, Collection, Iterable, Optional
 
-from kuryr_break0.apply import Applied
-from kuryr_break0.apply import apply
-from kuryr_break0.apply import Work
-from kuryr_break0 import claims as claims_
-from kuryr_break0.claims import Claims
-from kuryr_break0.claims import Transition
+from kuryr_break0.break0.devices import Break0
+from kuryr_break0.break0.devices import Devices
+from kuryr_break0.break0.guard import Guard
+from kuryr_break0.break0.guard import pairs
+from kuryr_break0.break0.pods import is_gone
+from kuryr_break0.break0.pods import Pods
 from kuryr_break0 import config
-from kuryr_break0.devices import Break0
-from kuryr_break0.devices import Devices
+from kuryr_break0.engine.apply import Applied
+from kuryr_break0.engine.apply import apply
+from kuryr_break0.engine.apply import Work
+from kuryr_break0.engine.routes import delete_connections
+from kuryr_break0.engine.routes import require_free
+from kuryr_break0.engine import transaction
 from kuryr_break0 import exceptions
 from kuryr_break0.failures import Failures
-from kuryr_break0.guard import Guard
-from kuryr_break0.guard import pairs
 from kuryr_break0 import kernel
+from kuryr_break0.ledger import claims as claims_
+from kuryr_break0.ledger.claims import Claims
+from kuryr_break0.ledger.claims import Transition
 from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
@@ -41,12 +46,7 @@ from kuryr_break0.model import of_kind
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Pair
 from kuryr_break0.model import Record
-from kuryr_break0.pods import is_gone
-from kuryr_break0.pods import Pods
 from kuryr_break0.policy import Policy
-from kuryr_break0.routes import delete_connections
-from kuryr_break0.routes import require_free
-from kuryr_break0 import transaction
 
 LOG = log.get_logger(__name__)
 

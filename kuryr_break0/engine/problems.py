@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from typing import Iterable, Iterator, NamedTuple, Optional, Sequence, Union
 
-from kuryr_break0 import device
+from kuryr_break0.break0 import device
+from kuryr_break0.break0.guard import is_installed
+from kuryr_break0.break0.guard import NO_NFT
+from kuryr_break0.break0 import missing
+from kuryr_break0.break0 import podside
+from kuryr_break0.engine.snapshot import Parent
+from kuryr_break0.engine.snapshot import Snapshot
 from kuryr_break0 import exceptions
-from kuryr_break0.guard import is_installed
-from kuryr_break0.guard import NO_NFT
 from kuryr_break0 import kernel
 from kuryr_break0.ledger.identity import Ownership
-from kuryr_break0 import missing
 from kuryr_break0.model import address_order
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
@@ -25,9 +28,6 @@ from kuryr_break0.model import Neighbour
 from kuryr_break0.model import of_kind
 from kuryr_break0.model import Pair
 from kuryr_break0.model import Record
-from kuryr_break0 import podside
-from kuryr_break0.snapshot import Parent
-from kuryr_break0.snapshot import Snapshot
 
 #: Subject of the problems of the node itself.
 NODE = 'the node'
@@ -281,7 +281,7 @@ def of_pod(records: Sequence[Record], snapshot: Snapshot,
     """Return the problems of one pod side, causes before effects.
 
     :param records: the records of the interface, at least one
-    :param pause: as for :func:`kuryr_break0.missing.find`
+    :param pause: as for :func:`kuryr_break0.break0.missing.find`
     :raises Break0Error: if it cannot be examined
     """
     parent = snapshot.parents[records[0].parent]

@@ -13,14 +13,14 @@ import dataclasses
 from typing import Collection, Iterator
 
 from kuryr_break0 import config
+from kuryr_break0.engine.snapshot import items_of
+from kuryr_break0.engine.snapshot import Parent
+from kuryr_break0.engine.snapshot import Snapshot
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import files
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
-from kuryr_break0.snapshot import items_of
-from kuryr_break0.snapshot import Parent
-from kuryr_break0.snapshot import Snapshot
 
 
 def find(options: config.Options, snapshot: Snapshot,

@@ -15,23 +15,23 @@ import itertools
 import logging
 from typing import Collection, Iterable, NamedTuple, Optional
 
-from kuryr_break0.claims import Claims
+from kuryr_break0.break0.devices import Break0
+from kuryr_break0.break0.missing import Missing
+from kuryr_break0.break0.missing import Sightings
+from kuryr_break0.break0 import podside
 from kuryr_break0 import config
-from kuryr_break0.devices import Break0
 from kuryr_break0 import exceptions
 from kuryr_break0.failures import Failures
 from kuryr_break0 import kernel
+from kuryr_break0.ledger.claims import Claims
 from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.ledger.records import MAX_SIBLINGS
 from kuryr_break0 import log
-from kuryr_break0.missing import Missing
-from kuryr_break0.missing import Sightings
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import NodeAddresses
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
-from kuryr_break0 import podside
 from kuryr_break0.policy import Policy
 
 LOG = log.get_logger(__name__)
@@ -47,7 +47,7 @@ class Repairs(NamedTuple):
     :ivar changed: owners of the pod sides that were changed; in a dry run,
         of the pod sides that differ
     :ivar released: addresses that two comparisons found replaced by other
-        addresses; see :class:`kuryr_break0.missing.Sightings`
+        addresses; see :class:`kuryr_break0.break0.missing.Sightings`
     :ivar missing: other recorded addresses that the interface lacks
     """
 

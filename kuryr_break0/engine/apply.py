@@ -13,8 +13,8 @@ from __future__ import annotations
 import collections
 from typing import Collection, Iterator, NamedTuple, Optional
 
+from kuryr_break0.break0.guard import Guard
 from kuryr_break0 import exceptions
-from kuryr_break0.guard import Guard
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
 from kuryr_break0.ledger.journal import Done

@@ -9,14 +9,17 @@ import contextlib
 import dataclasses
 from typing import Any, Collection, Iterator, Mapping, Optional
 
-from kuryr_break0 import claims as claims_
+from kuryr_break0.break0 import device
+from kuryr_break0.break0 import devices
+from kuryr_break0.break0.guard import Guard
+from kuryr_break0.break0.guard import pairs
 from kuryr_break0 import config
-from kuryr_break0 import device
-from kuryr_break0 import devices
+from kuryr_break0.engine import plan
+from kuryr_break0.engine.snapshot import Parent
+from kuryr_break0.engine.snapshot import Snapshot
 from kuryr_break0 import exceptions
-from kuryr_break0.guard import Guard
-from kuryr_break0.guard import pairs
 from kuryr_break0 import kernel
+from kuryr_break0.ledger import claims as claims_
 from kuryr_break0.ledger import Contents
 from kuryr_break0.ledger.identity import ownership
 from kuryr_break0.ledger.identity import read_boot_id
@@ -29,11 +32,8 @@ from kuryr_break0.model import Neighbour
 from kuryr_break0.model import of_kind
 from kuryr_break0.model import Pair
 from kuryr_break0.model import Record
-from kuryr_break0 import plan
 from kuryr_break0.policy import Facts
 from kuryr_break0.policy import Policy
-from kuryr_break0.snapshot import Parent
-from kuryr_break0.snapshot import Snapshot
 
 #: Seconds to wait for a bind or unbind to end.
 PATIENCE = 1.0

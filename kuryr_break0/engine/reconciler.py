@@ -17,15 +17,24 @@ import dataclasses
 import gc
 from typing import Collection, Iterator, Mapping
 
-from kuryr_break0 import actual
-from kuryr_break0.apply import apply
-from kuryr_break0.apply import log_repairs
-from kuryr_break0.apply import Work
+from kuryr_break0.break0.guard import Guard
 from kuryr_break0 import config
-from kuryr_break0.engine import Engine
+from kuryr_break0.engine import actual
+from kuryr_break0.engine.apply import apply
+from kuryr_break0.engine.apply import log_repairs
+from kuryr_break0.engine.apply import Work
+from kuryr_break0.engine.plan import Outcome
+from kuryr_break0.engine.plan import Plan
+from kuryr_break0.engine.problems import guard_text
+from kuryr_break0.engine.problems import unjudged_text
+from kuryr_break0.engine import rebuild
+from kuryr_break0.engine import released
+from kuryr_break0.engine.routes import foreign_route
+from kuryr_break0.engine.snapshot import Parent
+from kuryr_break0.engine.snapshot import Snapshot
+from kuryr_break0.engine.transitions import Engine
 from kuryr_break0 import exceptions
 from kuryr_break0.failures import Failures
-from kuryr_break0.guard import Guard
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import files
 from kuryr_break0.ledger.identity import Ownership
@@ -40,16 +49,7 @@ from kuryr_break0.model import Item
 from kuryr_break0.model import NodeAddresses
 from kuryr_break0.model import of_kind
 from kuryr_break0.model import Record
-from kuryr_break0.plan import Outcome
-from kuryr_break0.plan import Plan
 from kuryr_break0.policy import Policy
-from kuryr_break0.problems import guard_text
-from kuryr_break0.problems import unjudged_text
-from kuryr_break0 import rebuild
-from kuryr_break0 import released
-from kuryr_break0.routes import foreign_route
-from kuryr_break0.snapshot import Parent
-from kuryr_break0.snapshot import Snapshot
 
 LOG = log.get_logger(__name__)
 

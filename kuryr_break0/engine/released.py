@@ -11,16 +11,16 @@ from __future__ import annotations
 
 from typing import Iterable, Mapping
 
-from kuryr_break0.engine import Engine
+from kuryr_break0.break0.missing import Missing
+from kuryr_break0.engine.snapshot import Snapshot
+from kuryr_break0.engine.transitions import Engine
 from kuryr_break0.failures import Failures
 from kuryr_break0.ledger.journal import Done
 from kuryr_break0.ledger import Ledger
 from kuryr_break0 import log
-from kuryr_break0.missing import Missing
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
-from kuryr_break0.snapshot import Snapshot
 
 LOG = log.get_logger(__name__)
 

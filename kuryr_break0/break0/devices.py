@@ -14,11 +14,11 @@ import os
 import re
 from typing import Any, Callable, Collection, Iterable, Optional
 
+from kuryr_break0.break0 import device
+from kuryr_break0.break0.guard import Guard
 from kuryr_break0 import config
-from kuryr_break0 import device
 from kuryr_break0 import exceptions
 from kuryr_break0.failures import Failures
-from kuryr_break0.guard import Guard
 from kuryr_break0 import kernel
 from kuryr_break0.ledger.identity import Alias
 from kuryr_break0.ledger.identity import Identity

@@ -3,7 +3,7 @@
 """The snapshot of ledger and kernel at one moment.
 
 The reconciler, status, metrics and doctor all use this snapshot, so that their
-results agree. :mod:`kuryr_break0.actual` reads it.
+results agree. :mod:`kuryr_break0.engine.actual` reads it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 from typing import Any, Iterable, Optional
 
 from kuryr_break0 import config
+from kuryr_break0.engine.plan import Plan
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Contents
@@ -24,7 +25,6 @@ from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Neighbour
 from kuryr_break0.model import NodeAddresses
 from kuryr_break0.model import Record
-from kuryr_break0.plan import Plan
 from kuryr_break0.policy import Facts
 
 
@@ -41,7 +41,7 @@ class Parent:
         otherwise
     :ivar ownership: relation of its break0 to this ledger
     :ivar differences: kind and text of each
-        :class:`~kuryr_break0.device.Difference` of its break0
+        :class:`~kuryr_break0.break0.device.Difference` of its break0
     :ivar guard: defect of its guard's table; None if there is no defect, or
         if no pod is on the parent
     :ivar live: newest claim of an existing sandbox on each address

@@ -15,17 +15,17 @@ import itertools
 from typing import Collection, Iterator, Optional
 
 from kuryr_break0 import config
+from kuryr_break0.engine.plan import is_others
+from kuryr_break0.engine.problems import foreign_text
+from kuryr_break0.engine.snapshot import Snapshot
 from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import IPNetwork
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Record
-from kuryr_break0.plan import is_others
 from kuryr_break0 import policy
 from kuryr_break0.policy import Policy
-from kuryr_break0.problems import foreign_text
-from kuryr_break0.snapshot import Snapshot
 
 
 class Reason(enum.Enum):

@@ -19,14 +19,14 @@ from __future__ import annotations
 import contextlib
 from typing import Callable, Collection, Iterable, Iterator, NamedTuple
 
+from kuryr_break0.break0.guard import table_of
+from kuryr_break0.break0 import missing
+from kuryr_break0.break0.missing import Missing
 from kuryr_break0 import config
 from kuryr_break0 import exceptions
-from kuryr_break0.guard import table_of
 from kuryr_break0 import kernel
 from kuryr_break0.kernel import Verb
 from kuryr_break0 import log
-from kuryr_break0 import missing
-from kuryr_break0.missing import Missing
 from kuryr_break0.model import best_metric
 from kuryr_break0.model import Entry
 from kuryr_break0.model import HostRoute
@@ -174,7 +174,7 @@ class PodSide:
     def missing(self, pause: float = missing.PAUSE) -> list[Missing]:
         """Return the recorded addresses that the interface does not have.
 
-        :param pause: as for :func:`kuryr_break0.missing.find`
+        :param pause: as for :func:`kuryr_break0.break0.missing.find`
         """
         states = self._netlink.address_states()
         if len(states) >= MOST:

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 from typing import Iterable
 
+from kuryr_break0.engine.plan import compute
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
 from kuryr_break0 import log
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import IPAddress
-from kuryr_break0.plan import compute
 
 LOG = log.get_logger(__name__)
 

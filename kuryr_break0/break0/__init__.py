@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The parts of a break0: its device, its guard, and the pod sides.
+
+The modules configure one part each. The engine decides which addresses a
+break0 has.
+"""
