@@ -241,11 +241,11 @@ class Device:
                    for each in links):
                 raise  # an interface of the node has it, not a pod
             LOG.error('An interface in another namespace took the MAC '
-                      'address %(mac)s while %(device)s was missing or down. '
-                      '%(device)s gets a new MAC address, and its pods are '
-                      'configured with the new one. To find the interface, '
-                      'list the links of each namespace: ip netns exec NAME '
-                      'ip link', {'mac': mac, 'device': self.name})
+                      'address %s while %s was missing or down. %s gets a '
+                      'new MAC address, and its pods are configured with the '
+                      'new one. To find the interface, list the links of each '
+                      'namespace: ip netns exec NAME ip link',
+                      mac, self.name, self.name)
             netlink.set_mac(link, derived_mac(secrets.token_hex(16),
                                               self.name))
             netlink.set_link_up(link)

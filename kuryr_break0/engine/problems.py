@@ -409,6 +409,8 @@ def guard_text(added: Iterable[Item], deleted: Iterable[Item]
     """
     lacking, stale = (len({pair.dst for pair in of_kind(Pair, items)})
                       for items in (added, deleted))
-    if lacking or stale:
-        yield ('its guard has no entries for %d addresses, and stale '
-               'entries for %d addresses' % (lacking, stale))
+    parts = ['has %s entries for %d address%s' % (
+        kind, count, '' if count == 1 else 'es')
+        for kind, count in (('no', lacking), ('stale', stale)) if count]
+    if parts:
+        yield 'its guard ' + ' and '.join(parts)

@@ -495,7 +495,7 @@ class TestTable(BorderTestCase):
                     self.assertTrue(self.manager().sync())
                 self.assertEqual(1, len([
                     line for line in logs.output if 'the guard of break0: it '
-                    'was' in line or 'break0: its guard lacks' in line]),
+                    'was' in line or 'break0: its guard has' in line]),
                     logs.output)
                 self.assertEqual([], self.problems())
                 self.assertFalse(self.received(udp(lab.LAN, lab.NODE)))
