@@ -97,7 +97,8 @@ class TestRoutes(DoctorTestCase):
         """
         self.lab.run('ip', 'route', 'add', 'local', POD4, 'dev', 'lo',
                      'table', 'local')
-        finding = self.assert_found('route-not-used', 'a local address of the node', POD4)
+        finding = self.assert_found(
+            'route-not-used', 'a local address of the node', POD4)
         shown = [self.lab.run('sh', '-c', command).stdout
                  for command in finding['commands']]
         self.assertIn('local %s dev lo' % POD4, ''.join(shown))
