@@ -24,7 +24,6 @@ from kuryr_break0.texts import close_to
 GROUP = 'break0'
 #: Values of pod_binding, beside auto
 KURYR = 'kuryr'
-DIRECT = 'direct'
 #: Values of guard
 AUTO = 'auto'
 ON = 'on'
@@ -46,17 +45,16 @@ OPTS = [
         'pod_binding',
         type=types.OneOf(choices=[
             (AUTO, 'kuryr-break0 if the code by which Kuryr binds pods is '
-             'the same as in Kuryr 6.0.0 to 10.0.0; otherwise Kuryr'),
+             'the same as in Kuryr 6.0.0 to 10.0.0: in the namespace of the '
+             'pod, with two requests. The result is the same, in a tenth of '
+             'the time. Otherwise Kuryr'),
             (KURYR, 'Kuryr, with IPDB: on the node under a temporary name, '
-             'then moved, renamed and configured'),
-            (DIRECT, 'kuryr-break0: in the namespace of the pod, with two '
-             'requests. The result is the same, in a tenth of the time')]),
+             'then moved, renamed and configured')]),
         default=AUTO,
-        help='Program that creates the macvlan interface of a pod. Set it if '
-             'you have changed Kuryr\'s binding code, or if you want Kuryr to '
-             'create the interface. If enabled is false, Kuryr creates it. '
-             'The log of kuryr-daemon names the choice of auto. You can '
-             'change this on a node with pods.'),
+        help='Program that creates the macvlan interface of a pod. If you '
+             'want Kuryr to create the interface, set it to kuryr. If enabled '
+             'is false, Kuryr creates it. The log of kuryr-daemon names the '
+             'choice of auto. You can change this on a node with pods.'),
     cfg.Opt(
         'device',
         type=types.DEVICE_NAME,

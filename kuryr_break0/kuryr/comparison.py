@@ -2,8 +2,9 @@
 
 """Compares Kuryr's binding code with the code that direct binding replaces.
 
-With ``pod_binding = direct``, this package does the same as some functions of
-Kuryr. A distribution or a later release of Kuryr may have changed them.
+With ``pod_binding = auto``, this package replaces some functions of Kuryr and
+has the same result. A distribution or a later release of Kuryr may have
+changed them.
 """
 
 from __future__ import annotations

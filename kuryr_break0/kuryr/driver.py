@@ -179,9 +179,8 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
     @staticmethod
     def _is_direct(options: Optional[config.Options]) -> bool:
         return options is not None and options.enabled and (
-            options.pod_binding == config.DIRECT
-            or (options.pod_binding == config.AUTO
-                and comparison.compare().is_known))
+            options.pod_binding == config.AUTO
+            and comparison.compare().is_known)
 
     def _connect_directly(self, vif: Any, ifname: str, sandbox: str) -> None:
         """Bind a VIF as Kuryr does, with the same errors."""

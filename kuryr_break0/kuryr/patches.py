@@ -13,8 +13,8 @@ interfaces and addresses only.
 
 ``_configure_l3``: Kuryr adds the pod's addresses with IPDB after the driver
 has returned. If many pods are added at once, IPDB may miss an event, and raise
-a RuntimeError without a text: the ADD fails. So it is repeated. With
-``pod_binding`` = direct, another function replaces it.
+a RuntimeError without a text: the ADD fails. So it is repeated. With direct
+binding, another function replaces it.
 
 ``cleanup``, in the same module: for a DEL without a KuryrPort, Kuryr deletes
 the interface named CNI_IFNAME. If CNI_NETNS is empty, it deletes the interface
@@ -154,6 +154,7 @@ def configure_l3_repeatedly(*args: Any) -> None:
             return
         except ipdb.IPDB_DISTURBED as err:
             LOG.warning('IPDB failed to configure the addresses of pod %s: '
-                        '%r. Trying again. If the ADD fails, set [break0] '
-                        'pod_binding = direct', pod_name() or 'unknown', err)
+                        '%r. Trying again. If the ADD fails and [break0] '
+                        'pod_binding is kuryr, set it to auto',
+                        pod_name() or 'unknown', err)
     _configure_l3(*args)

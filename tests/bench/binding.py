@@ -45,7 +45,7 @@ BURST = 30
 POD = '100.75.30.72'
 STOCK = 'stock Kuryr'
 KURYR = 'break0, pod_binding = kuryr'
-DIRECT = 'break0, pod_binding = direct'
+DIRECT = 'break0, pod_binding = auto'
 
 #: Times in ms by way and number of other pods
 Times = dict[str, dict[int, list[float]]]

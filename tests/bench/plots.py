@@ -19,7 +19,7 @@ Medians = dict[str, dict[str, float]]
 #: Ways to compare, with colour and line style
 ADDS = (('stock Kuryr', 'C7', '--'),
         ('break0, pod_binding = kuryr', 'C0', '-'),
-        ('break0, pod_binding = direct', 'C2', '-'))
+        ('break0, pod_binding = auto', 'C2', '-'))
 ROUTES = (('IPDB per operation', 'C3', '--'), ('ours', 'C0', '-'))
 LABELS = {'stock Kuryr': 'stock Kuryr, with as many routes',
           'IPDB per operation': 'the original recipe, by IPDB',

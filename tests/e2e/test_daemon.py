@@ -257,7 +257,7 @@ class TestBursts(DaemonTestCase):
 
 class TestDirectBursts(TestBursts):
 
-    options = 'pod_binding = direct'
+    options = 'pod_binding = auto'
 
 
 class TestOtherProcesses(DaemonTestCase):

@@ -47,7 +47,7 @@ class TestNameOfTheVIF(DaemonTestCase):
 
 class TestNameOfTheVIFDirectly(TestNameOfTheVIF):
 
-    binding = 'direct'
+    binding = 'auto'
 
 
 class TestDeletion(DaemonTestCase):

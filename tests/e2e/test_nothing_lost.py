@@ -321,7 +321,7 @@ class TestKilledWithinAnAdd(NothingLostTestCase):
 
     def test_direct_from_then_on(self) -> None:
         pod = self.killed()
-        self.binding = 'direct'
+        self.binding = 'auto'
         self.restart_daemon()
         self.assert_added(pod)
 

@@ -86,7 +86,7 @@ class TestRequests(test_daemon.DaemonTestCase):
         self.check('kuryr')
 
     def test_with_the_direct_one(self) -> None:
-        self.check('direct')
+        self.check('auto')
 
     def check(self, binding: str) -> None:
         path = os.path.join(self.node.dir, 'told')

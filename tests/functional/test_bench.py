@@ -17,7 +17,7 @@ class TestBench(unittest.TestCase):
             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.assertEqual(0, done.returncode, done.stderr)
         for text in ('ours', 'raw netlink socket', 'IPDB per operation',
-                     'pod_binding = direct', 'ADDs at once', 'target'):
+                     'pod_binding = auto', 'ADDs at once', 'target'):
             self.assertIn(text, done.stdout)
         # tests.engines.test_bench covers the benchmark of sandboxes.
         self.assertIn('Left out: sandboxes: containerd needs root of the '

@@ -251,7 +251,7 @@ class TestConnect(DriverTestCase):
 
 class TestConnectDirectly(TestConnect):
 
-    binding = 'direct'
+    binding = 'auto'
     disconnecting = driver.pod_binding
 
     def test_who_makes_it_by_default(self) -> None:
@@ -476,14 +476,14 @@ class TestDisconnect(DriverTestCase):
 
 class TestDisconnectDirectly(TestDisconnect):
 
-    binding = 'direct'
+    binding = 'auto'
     disconnecting = driver.pod_binding
 
     def test_a_pod_that_kuryr_has_made(self) -> None:
         self.disconnect()
         set_options(self, pod_binding='kuryr')
         self.connect()
-        set_options(self, pod_binding='direct')
+        set_options(self, pod_binding='auto')
         self.disconnect()
         self.assertEqual({}, self.pod_links())
 
@@ -538,7 +538,7 @@ class TestNetns(DriverTestCase):
 
 class TestNetnsDirectly(TestNetns):
 
-    binding = 'direct'
+    binding = 'auto'
 
 
 class TestParent(DriverTestCase):
@@ -573,7 +573,7 @@ class TestParent(DriverTestCase):
 
 class TestParentDirectly(TestParent):
 
-    binding = 'direct'
+    binding = 'auto'
 
 
 class TestDetection(DriverTestCase):
@@ -638,7 +638,7 @@ class TestDetection(DriverTestCase):
 
 class TestDetectionDirectly(TestDetection):
 
-    binding = 'direct'
+    binding = 'auto'
 
 
 class TestKuryrsOwn(test_binding.TestNestedMacvlanDriver):

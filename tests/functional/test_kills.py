@@ -120,7 +120,7 @@ class TestKills(DriverTestCase):
 
 class TestKillsDirectly(TestKills):
 
-    binding = 'direct'
+    binding = 'auto'
     leftovers = 0
 
 
@@ -226,4 +226,4 @@ class TestLeftover(DriverTestCase):
 
 class TestLeftoverDirectly(TestLeftover):
 
-    binding = 'direct'
+    binding = 'auto'

@@ -43,7 +43,7 @@ class L3TestCase(base.LabTestCase):
         config.register(k_config.CONF)
         for group, name, value in (
                 ('binding', 'link_iface', lab.PARENT),
-                (config.GROUP, 'pod_binding', config.DIRECT)):
+                (config.GROUP, 'pod_binding', config.AUTO)):
             k_config.CONF.set_override(name, value, group=group)
             self.addCleanup(k_config.CONF.clear_override, name, group=group)
         objects.register_locally_defined_vifs()

@@ -47,7 +47,7 @@ class TestLoad(unittest.TestCase):
     def test_all_set(self) -> None:
         options = load('''
 enabled = no
-pod_binding = direct
+pod_binding = kuryr
 device = shim
 parent = eth0
 addr = 100.75.30.7, fd00::7/128
@@ -65,7 +65,7 @@ metrics_bind = [::1]:80
 ''')
         self.assertEqual(
             config.Options(
-                enabled=False, pod_binding='direct', device='shim',
+                enabled=False, pod_binding='kuryr', device='shim',
                 parent='eth0',
                 addr=(ipaddress.ip_address('100.75.30.7'),
                       ipaddress.ip_address('fd00::7')),
@@ -98,7 +98,7 @@ metrics_bind = [::1]:80
     def test_bad_values(self) -> None:
         for line, *texts in (
                 ('enabled = perhaps', "'perhaps'", 'must be true or false'),
-                ('pod_binding = both', "'both'", 'auto, kuryr or direct'),
+                ('pod_binding = both', "'both'", 'auto or kuryr'),
                 ('device = more than fifteen', 'more than', '15 characters'),
                 ('device = ..', "'..'", 'interface name'),
                 ('device = all', "'all'", 'interface name'),
