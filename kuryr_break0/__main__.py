@@ -27,13 +27,14 @@ def main() -> int:
 def _explain(err: ImportError) -> int:
     # Do not import oslo.config here: it may be the broken dependency.
     from kuryr_break0.cli import common
+    from kuryr_break0.cli import output
     from kuryr_break0.doctor import installation
     from kuryr_break0.doctor import report
 
     findings = list(installation.check())
     if 'doctor' in sys.argv[1:] and findings:
-        print((report.as_json if '--json' in sys.argv else report.as_text)(
-            findings))
+        output.show('json' if '--json' in sys.argv else None,
+                    report.as_json(findings), [report.as_text(findings)])
     else:
         print('kuryr-break0: The command cannot be loaded: %s. %s' % (
             err, ' '.join(each.observed for each in findings)),

@@ -91,9 +91,10 @@ def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
         conf.command.dry_run)
     with output.Counter('adopt') as counter:
         findings = [adopter.adopt(port) for port in counter.over(ports)]
-    if conf.command.json:
-        output.write_json([{**vars(each), 'addresses': list(
-            map(str, each.addresses))} for each in findings])
+    if conf.command.output:
+        output.write_document([{**vars(each), 'addresses': list(
+            map(str, each.addresses))} for each in findings],
+            conf.command.output)
     else:
         output.table(
             ['Pod', 'Interface', 'Addresses', 'Outcome', 'Namespace',

@@ -152,8 +152,9 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
         manager.try_to_housekeep()
     device = devices.name(parent) or options.device
     output.show(
-        command.json, {**vars(owner), 'interface': device,
-                       'addresses': list(map(str, addresses))},
+        command.output,
+        {**vars(owner), 'interface': device,
+         'addresses': list(map(str, addresses))},
         ['Bound %s to %s for %s' % (address, device, owner)
          for address in addresses])
     return common.IN_SYNC
@@ -202,11 +203,12 @@ def _unbind(conf: cfg.ConfigOpts, options: config.Options) -> int:
         if record is not None and outcome == 'taken':
             code = common.fail(common.DRIFT, exceptions.AddressTaken(
                 address=address, owner=record.owner, **vars(record.owner)))
-        elif not command.json:
+        elif not command.output:
             output.write('Unbound %s' % address if address in unbound
                          else '%s was not bound' % address)
-    if command.json:
-        output.write_json({**vars(owner), 'addresses': outcomes})
+    if command.output:
+        output.write_document({**vars(owner), 'addresses': outcomes},
+                              command.output)
     return code
 
 

@@ -63,14 +63,15 @@ def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     try:
         for removal in cleanup.run():
             removals.append(removal)
-            if not conf.command.json:
+            if not conf.command.output:
                 output.write((output.Wrong if removal.reason else str)(
                     removal))
     finally:
-        if conf.command.json:
-            output.write_json({
+        if conf.command.output:
+            output.write_document({
                 'removed': [each.what for each in removals if not each.reason],
-                'left': [each._asdict() for each in removals if each.reason]})
+                'left': [each._asdict() for each in removals if each.reason]
+            }, conf.command.output)
     if conf.command.dry_run:
         return common.DRIFT if removals else common.IN_SYNC
     return (common.DRIFT if any(each.reason for each in removals)

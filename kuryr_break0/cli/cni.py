@@ -103,7 +103,7 @@ def install(conf: cfg.ConfigOpts, options: config.Options) -> int:
         raise exceptions.CannotWrite(path=target, reason='%s: %s' % (
             err.filename, err.strerror))
     output.show(
-        command.json,
+        command.output,
         {'installed': target, 'shim': shims[0] if shims else None},
         ['Installed %s: %s' % (
             target, 'the shim ' + shims[0] if shims

@@ -77,8 +77,9 @@ def _bundle(conf: cfg.ConfigOpts, result: Examination) -> None:
     bundle.Bundle(options, conf.command.redact).write(conf.command.bundle, {
         'status.json': lambda: json.dumps(status.as_json(options),
                                           indent=2),
-        'doctor.json': lambda: report.as_json(
-            result.findings, result.not_examined, **result.counts)})
+        'doctor.json': lambda: json.dumps(report.as_json(
+            result.findings, result.not_examined, **result.counts),
+            indent=2)})
 
 
 def _known(name: str) -> str:
@@ -127,9 +128,10 @@ def run(conf: cfg.ConfigOpts) -> int:
         remedy=output.speak(each.remedy)) for each in result.findings
         if each.id not in command.ignore]
     result.not_examined = list(map(output.speak, result.not_examined))
-    if command.json:
-        print(report.as_json(result.findings, result.not_examined,
-                             **result.counts))
+    if command.output:
+        output.write_document(
+            report.as_json(result.findings, result.not_examined,
+                           **result.counts), command.output)
     elif result.findings or result.unreadable is None:
         _print(result)
     if command.bundle is not None:

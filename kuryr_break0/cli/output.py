@@ -91,15 +91,29 @@ def write(text: str, stream: Optional[TextIO] = None) -> None:
               file=stream)
 
 
-def write_json(document: Any) -> None:
-    """Print a document as JSON."""
-    print(json.dumps(document, indent=2))
+def write_document(document: Any, form: str) -> None:
+    """Print a document for programs.
+
+    :param form: "json" or "yaml"
+    """
+    text = json.dumps(document, indent=2)
+    if form == 'yaml':
+        import yaml  # slow to import
+
+        # JSON has no shared objects, which YAML would print as references.
+        text = yaml.safe_dump(json.loads(text), explicit_start=True,
+                              sort_keys=False, allow_unicode=True).rstrip()
+    print(text)
 
 
-def show(as_json: bool, document: Any, lines: Iterable[str]) -> None:
-    """Print a document as JSON, or its lines; those with ! are faults."""
-    if as_json:
-        write_json(document)
+def show(form: Optional[str], document: Any, lines: Iterable[str]) -> None:
+    """Print a document for programs, or its lines.
+
+    :param form: see :func:`write_document`; None for the lines
+    :param lines: a line that starts with ! is a fault
+    """
+    if form:
+        write_document(document, form)
         return
     for line in lines:
         write(Wrong(line) if line.startswith('!') else line)

@@ -122,12 +122,15 @@ def add_verb(subparsers: Any, name: str, func: Any, description: str,
     """Register a verb, and return its parser.
 
     :param func: runs the verb, and returns the exit code
-    :param json: add the option --json
+    :param json: add the options --output and --json
     """
     parser = subparsers.add_parser(
         name, help=VERBS[name].summary, description=description,
         epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(func=func)
     if json:
-        parser.add_flag('--json', 'print JSON for programs')
+        parser.add_argument('--json', dest='output', action='store_const',
+                            const='json', help='the same as -o json')
+        parser.add_argument('-o', '--output', choices=('json', 'yaml'),
+                            help='print a document for programs')
     return parser

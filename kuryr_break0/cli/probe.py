@@ -121,10 +121,11 @@ def _run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     with output.Counter('probe') as counter:
         results = [_result(prober, options, snapshot, address, command)
                    for address in counter.over(addresses)]
-    if command.json:
+    if command.output:
         documents = [each.as_json() for each in results]
         is_one = not command.all and command.target == str(addresses[0])
-        output.write_json(documents[0] if is_one else documents)
+        output.write_document(documents[0] if is_one else documents,
+                              command.output)
     else:
         _print(results, command.wide)
     return (common.IN_SYNC if all(each.reached for each in results)

@@ -69,8 +69,8 @@ def add_parsers(subparsers: Any) -> None:
             min=1, max=86400), nargs='?', const=60)
     added.add_flag(
         '--watch', 'then print bound addresses and problems as they appear '
-        '(+) and clear (-), until Ctrl-C; with --json, print everything after '
-        'each change')
+        '(+) and clear (-), until Ctrl-C; with --output, print everything '
+        'after each change')
 
 
 def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
@@ -81,8 +81,8 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     while not shown.in_sync and time.monotonic() < deadline:
         time.sleep(_RETRY)
         shown = read(options, command)
-    if command.json:
-        output.write_json(shown.as_json())
+    if command.output:
+        output.write_document(shown.as_json(), command.output)
     else:
         shown.print(command.wide)
     if command.watch:
@@ -91,10 +91,10 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
                 sys.stdout.flush()
                 time.sleep(_PAUSE)
                 before, shown = shown, read(options, command)
-                if not command.json:
+                if not command.output:
                     _print_changes(before, shown)
                 elif shown.as_json() != before.as_json():
-                    output.write_json(shown.as_json())
+                    output.write_document(shown.as_json(), command.output)
     return common.IN_SYNC if shown.in_sync else common.DRIFT
 
 

@@ -52,7 +52,7 @@ def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
             options, Ledger(options.state_dir)).sync(
                 command.dry_run, command.claim, command.delete_unclaimed)
     after = status.read(options)
-    output.show(command.json, {
+    output.show(command.output, {
         **_as_json(outcome, options),
         'problems': list(after.describe_problems())},
         [*_lines(outcome, options),

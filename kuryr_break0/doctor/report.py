@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Formats findings as text and as JSON."""
+"""Formats findings as text and as a document for programs."""
 
 from __future__ import annotations
 
-import json
 import textwrap
 from typing import Any, Iterable, Mapping, Sequence
 
@@ -18,15 +17,16 @@ _SHOWN = 8
 
 
 def as_json(findings: Iterable[Finding],
-            not_examined: Sequence[str] = (), **counts: Any) -> str:
-    """Return a JSON document."""
-    return json.dumps({
+            not_examined: Sequence[str] = (), **counts: Any
+            ) -> dict[str, Any]:
+    """Return the document of ``doctor --json``."""
+    return {
         'findings': [{
             'id': each.id, 'severity': each.severity, 'seen': each.observed,
             'subjects': list(each.subjects), 'why': each.why,
             'remedy': each.remedy, 'commands': list(each.commands)}
             for each in findings],
-        'not_examined': list(not_examined), 'looked_at': counts}, indent=2)
+        'not_examined': list(not_examined), 'looked_at': counts}
 
 
 def as_text(findings: list[Finding], not_examined: Sequence[str] = (),

@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 import jsonschema
+import yaml
 
 from kuryr_break0.cli import parser
 from kuryr_break0 import ledger
@@ -55,11 +56,12 @@ def validator(command: str) -> Any:
 
 class JSONTestCase(test_cli.CLITestCase):
 
-    def valid(self, command: str, *args: str) -> Any:
+    def valid(self, command: str, *args: str, form: str = '--json') -> Any:
         """Run a subcommand and return its document, validated."""
-        done = self.call(command, '--json', *args)
+        done = self.call(command, form, *args)
         self.assertIn(done.returncode, (0, 1, 4), done.stderr)
-        document = json.loads(done.stdout)
+        document = (yaml.safe_load(done.stdout) if form == '-oyaml' else
+                    json.loads(done.stdout))
         self.validator = validator(command)
         self.validator.validate(document)
         return document
@@ -98,6 +100,15 @@ class TestEach(JSONTestCase):
                 if arguments is not None:
                     with self.subTest(command=command, broken=broken):
                         self.valid(command, *arguments)
+                        self.valid(command, *arguments, form='-oyaml')
+
+    def test_each_format_is_the_same_document(self) -> None:
+        self.add_pod()
+        self.lab.run('ip', 'link', 'set', 'eth0', 'alias', 'Tür\n- [x]')
+        document = self.valid('status')
+        self.assertEqual(document, self.valid('status', form='-ojson'))
+        self.assertEqual(document, self.valid('status', form='-oyaml'))
+        self.assertEqual(2, self.call('status', '-o', 'xml').returncode)
 
     def test_its_schema_is_documented(self) -> None:
         commands = self.commands()

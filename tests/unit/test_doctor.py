@@ -110,7 +110,8 @@ class TestReport(unittest.TestCase):
         self.assertIn('0, 1, 2, 3, 4, 5, 6, 7 and 12 more.', text)
         self.assertIn('# and 12 more', text)
         self.assertNotIn('do 8', text)
-        self.assertIn('do 19', report.as_json([found]))
+        self.assertIn('do 19',
+                      report.as_json([found])['findings'][0]['commands'])
 
     def test_subjects_after_the_text(self) -> None:
         for name, seen, subjects, expected in (

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -87,7 +86,7 @@ class DoctorTestCase(base.LabTestCase):
         self.assertIsNone(done.unreadable)
         found = {each.id: each for each in done.findings}
         self.assertEqual(len(done.findings), len(found), done.findings)
-        return {name: json.loads(report.as_json([each]))['findings'][0]
+        return {name: report.as_json([each])['findings'][0]
                 for name, each in found.items()}
 
     def assert_found(self, expected: str, seen: str = '', *subjects: str,
