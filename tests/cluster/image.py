@@ -34,6 +34,10 @@ from tests import pages
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = 'install/kubernetes.rst'
+#: Default directory of the images
+DIRECTORY = os.path.realpath(os.path.join(
+    os.environ.get('XDG_CACHE_HOME', '/var/tmp'), 'kuryr-break0-cluster',
+    'images'))
 
 #: Make an image of Debian. Debian's own images lack the removed files too.
 DEBIAN = r'''
@@ -81,39 +85,43 @@ class Images:
         self._directory = directory
         self.clone = os.path.join(directory, 'clone')
 
-    def _run(self, script: str, cwd: str = str(ROOT),
-             **variables: str) -> None:
+    def run(self, script: str, cwd: str = str(ROOT),
+            **variables: str) -> None:
         """Run a shell script, or exit with the end of its output."""
         done = subprocess.run(
             ['sh', '-ec', script], cwd=cwd, env={**self._environ, **variables},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
-            sys.exit('%s\ntests.cluster.image: failed: %s' % (
+            sys.exit('%s\nThe image cannot be built: %s failed' % (
                 done.stdout[-3000:], script.strip().splitlines()[-1]))
 
     def build(self) -> None:
         """Build all images with changed input."""
+        self.build_debian()
+        self.run_with_directory(KURYR)
+        self.update_clone()
+        self.run(_command('1. Build the image', 'docker build'), self.clone)
+        if not glob.glob(self.clone + '/kuryr-kubernetes-*.tar.gz'):
+            self.run(_command("2. Get Kuryr's DaemonSet", 'pip download'),
+                     self.clone)
+        # Remove unused images of earlier builds. After ten days this includes
+        # the last build, so the next run repeats it.
+        self.run('docker image prune --force --filter until=240h')
+
+    def build_debian(self) -> None:
+        """Make Debian's image if it is missing."""
         if subprocess.run(['docker', 'image', 'exists',
                            'localhost/debian:bookworm'],
                           env=self._environ).returncode:
-            print('Building the image of the DaemonSet; this takes minutes')
-            self._run_with_directory(DEBIAN)
-        self._run_with_directory(KURYR)
-        self._update_clone()
-        self._run(_command('1. Build the image', 'docker build'), self.clone)
-        if not glob.glob(self.clone + '/kuryr-kubernetes-*.tar.gz'):
-            self._run(_command("2. Get Kuryr's DaemonSet", 'pip download'),
-                      self.clone)
-        # Remove unused images of earlier builds. After ten days this includes
-        # the last build, so the next run repeats it.
-        self._run('docker image prune --force --filter until=240h')
+            print('Building an image of Debian; this takes minutes')
+            self.run_with_directory(DEBIAN)
 
-    def _run_with_directory(self, script: str) -> None:
+    def run_with_directory(self, script: str) -> None:
         with tempfile.TemporaryDirectory(dir=self._directory) as work:
-            self._run(script, WORK=work, SOURCES=os.path.join(
+            self.run(script, WORK=work, SOURCES=os.path.join(
                 sys.prefix, 'kuryr-sources'))
 
-    def _update_clone(self) -> None:
+    def update_clone(self) -> None:
         """Replace the clone, except Kuryr's downloaded sources."""
         os.makedirs(self.clone, exist_ok=True)
         for entry in os.scandir(self.clone):
@@ -137,20 +145,25 @@ def _command(title: str, beginning: str) -> str:
                 if step.command.startswith(beginning + ' '))
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], images: type[Images] = Images,
+         module: str = 'tests.cluster.image') -> int:
+    """Build images in namespaces of their own.
+
+    :param images: builds them
+    :param module: name of the calling module
+    """
     if argv[:1] == ['--inside']:
         subprocess.run(['mount', '-t', 'tmpfs', 'run', argv[1] + '/run'],
                        check=True)
-        Images(argv[1]).build()
+        images(argv[1]).build()
         return 0
     if os.geteuid():
-        sys.exit('tests.cluster.image: must be root')
+        sys.exit('%s: must be root' % module)
     if subprocess.run([ROOT / 'tests/debian-packages',
                        'cluster']).returncode:
         return 1
-    kept = argv[0] if argv else os.path.join(
-        os.environ.get('XDG_CACHE_HOME', '/var/tmp'), 'kuryr-break0-cluster')
-    directory = os.path.realpath(os.path.join(kept, 'images'))
+    directory = (os.path.realpath(os.path.join(argv[0], 'images')) if argv
+                 else DIRECTORY)
     os.makedirs(directory + '/run', exist_ok=True)
     with open(directory + '/lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -158,7 +171,7 @@ def main(argv: list[str]) -> int:
         return subprocess.run(
             ['setpriv', '--pdeathsig', 'KILL', 'unshare', '--mount', '--pid',
              '--fork', '--kill-child', '--mount-proc', sys.executable, '-m',
-             'tests.cluster.image', '--inside', directory], cwd=ROOT
+             module, '--inside', directory], cwd=ROOT
         ).returncode
 
 
