@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Draws the costs of a pod by the number of pods, from the JSON results."""
+"""Draws the times that a pod waits, without and with break0."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from typing import Any, Optional
 
@@ -16,44 +17,56 @@ from matplotlib import pyplot
 #: Times by way and number of pods
 Medians = dict[str, dict[str, float]]
 
-#: Ways to compare, with colour and line style
-ADDS = (('stock Kuryr', 'C7', '--'),
-        ('break0, pod_binding = kuryr', 'C0', '-'),
-        ('break0, pod_binding = auto', 'C2', '-'))
-ROUTES = (('IPDB per operation', 'C3', '--'), ('ours', 'C0', '-'))
-LABELS = {'stock Kuryr': 'stock Kuryr, with as many routes',
-          'IPDB per operation': 'the original recipe, by IPDB',
-          'ours': 'kuryr-break0: ledger, route, neighbours'}
+#: Ways to connect a pod, with label, colour and line style
+CONNECTS = (('stock Kuryr', 'Kuryr alone', 'C7', '--'),
+            ('break0, pod_binding = kuryr',
+             'with break0, pod_binding = kuryr', 'C0', '-'),
+            ('break0, pod_binding = auto', 'with break0', 'C2', '-'))
+#: Ways to start a sandbox, with label and colour
+STARTS = (('stock Kuryr, Go', 'Kuryr alone', 'C7'),
+          ('break0, Go', 'with break0', 'C2'))
 
 
 def draw(results: dict[str, Any], path: str) -> None:
-    """Write an SVG file with ADDs and routes side by side."""
+    """Write an SVG file with connections and starts side by side."""
     # The same figures must give the same file.
     matplotlib.rcParams['svg.hashsalt'] = 'kuryr-break0'
     matplotlib.rcParams['svg.fonttype'] = 'none'
     figure, (left, right) = pyplot.subplots(
         ncols=2, figsize=(10, 3.8), layout='constrained')
     sections = results['sections']
-    _lines(left, 'b_base.connect of one pod', ADDS,
-           sections['binding']['connect_ms'])
-    _lines(right, 'bind + unbind of one address', ROUTES,
-           sections['pods']['medians_ms'])
-    left.set_ylim(bottom=0)
-    right.set_yscale('log')
+    _connects(left, sections['binding']['connect_ms'])
+    _starts(right, sections['sandboxes'])
     figure.savefig(path, metadata={'Date': None})
 
 
-def _lines(plot: axes.Axes, title: str,
-           ways: tuple[tuple[str, str, str], ...], medians: Medians) -> None:
-    for name, colour, style in ways:
+def _connects(plot: axes.Axes, medians: Medians) -> None:
+    for name, label, colour, style in CONNECTS:
         sizes, values = zip(*((int(size), value) for size, value
                               in medians[name].items()))
         plot.plot(sizes, values, color=colour, linestyle=style, marker='o',
-                  label=LABELS.get(name, name))
-    plot.set_title(title)
+                  label=label)
+    plot.set_title('Time to connect one pod to its network')
     plot.set_xlabel('pods on the node')
     plot.set_ylabel('ms, median')
+    plot.set_ylim(bottom=0)
     plot.grid(alpha=0.3)
+    plot.legend()
+
+
+def _starts(plot: axes.Axes, section: dict[str, Any]) -> None:
+    engine = statistics.median(section['alone_ms'])
+    for name, label, colour in STARTS:
+        median = statistics.median(section['there_ms'][name])
+        plot.bar(label, engine, color='C7', alpha=0.4,
+                 label=None if plot.patches else 'containerd alone')
+        plot.bar(label, median - engine, bottom=engine, color=colour,
+                 label='network of the pod, ' + label)
+        plot.annotate('%.0f ms' % median, (label, median), ha='center',
+                      va='bottom')
+    plot.set_title('Time until a pod has its sandbox')
+    plot.set_ylabel('ms, median')
+    plot.margins(y=0.5)  # room for the legend
     plot.legend()
 
 
