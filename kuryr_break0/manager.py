@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Binds and unbinds the addresses of one sandbox.
+"""Binds and unbinds the addresses of one sandbox, and syncs the node.
 
 The duration of a bind or unbind does not depend on the number of pods on the
 node, unless a docstring says otherwise. So the functions do not read tables
@@ -14,9 +14,10 @@ import errno
 from typing import Collection, Iterable, Optional
 
 from kuryr_break0 import config
+from kuryr_break0.engine import admission
+from kuryr_break0.engine.housekeeping import Housekeeping
 from kuryr_break0.engine.plan import Outcome
 from kuryr_break0.engine.reconciler import Reconciler
-from kuryr_break0.engine import transaction
 from kuryr_break0.engine.transitions import Engine
 from kuryr_break0 import exceptions
 from kuryr_break0.failures import Failures
@@ -31,23 +32,13 @@ from kuryr_break0 import log
 from kuryr_break0.model import address_order
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import IPNetwork
-from kuryr_break0.model import MAC
-from kuryr_break0.model import NAME
 from kuryr_break0.model import NamespaceId
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
-from kuryr_break0 import policy
 from kuryr_break0.policy import Policy
 
 LOG = log.get_logger(__name__)
-
-#: Maximum addresses of one interface. A bind holds the lock for about 0.1 ms
-#: for each of them.
-MAX_ADDRESSES = 512
-#: Number of addresses that one :meth:`Break0Manager.housekeep` examines for
-#: ended sandboxes. By default, kubelet allows 110 pods.
-EXAMINED = 128
 
 
 class Break0Manager:
@@ -65,6 +56,8 @@ class Break0Manager:
         self._ledger = Ledger(options.state_dir)
         self._records = self._ledger.records
         self._engine = Engine(options, self._ledger)
+        self._admission = admission.Admission(options, self._ledger,
+                                              self._engine.devices)
 
     @timed(Done.BIND, Done.BIND_FAILED)
     def bind(self, owner: Owner, addresses: Iterable[IPAddress], *,
@@ -100,8 +93,8 @@ class Break0Manager:
             addresses were bound
         """
         failure = Failures()
-        addresses, mac = _validate(owner, list(addresses), parent, mac, netns,
-                                   pod)
+        addresses, mac = admission.validate(
+            owner, list(addresses), parent, mac, netns, pod)
         parent_index = kernel.find_ifindex(parent)
         parent = kernel.find_current_name(parent, parent_index)  # no altname
         namespace = _identified(netns) if netns is not None else None
@@ -109,7 +102,7 @@ class Break0Manager:
         bound_at = files.now() if bound_at is None else bound_at
         usable = []
         with contextlib.suppress(exceptions.LedgerUnavailable):
-            self._ledger.prepare()  # because refusal() writes the cache
+            self._ledger.prepare()  # the look-ups write the cache
         for address in addresses:
             reason = self.refusal(address, parent, origin)
             if reason is None:
@@ -140,50 +133,8 @@ class Break0Manager:
 
     def refusal(self, address: IPAddress, parent: str,
                 origin: Optional[Origin]) -> Optional[str]:
-        """Return why :meth:`bind` refuses an address; None if it does not.
-
-        If the facts about the address cannot be read, the address is bound. A
-        later sync reads the facts and refuses the address if necessary.
-        """
-        reason = self._policy.refusal(address, origin)
-        if reason is not None:
-            return reason
-        try:
-            facts = self._facts(address, parent)
-        except (exceptions.Break0Error, OSError) as err:
-            LOG.warning('Binding %s without knowing whether it is in use on '
-                        'this node: %s', address, err)
-            return None
-        return self._policy.refusal(address, origin, facts)
-
-    def _facts(self, address: IPAddress, parent: str) -> policy.Facts:
-        """Look up the facts about one address."""
-        own: set[IPAddress] = set()
-        try:
-            own.update(filter(None, [kernel.find_source(address)]))
-        except PermissionError:
-            return policy.Facts(no_hosts=(address,))
-        # A look-up in a VRF needs a socket that is bound to an interface of
-        # the VRF. Before Linux 5.7, SO_BINDTODEVICE needs CAP_NET_RAW.
-        with contextlib.suppress(PermissionError):
-            own.update(filter(None, [kernel.find_source(address, parent)]))
-        cache = self._ledger.cache
-        next_hops = cache.get_recent('next_hops')
-        if next_hops is None:
-            with kernel.Netlink() as netlink:
-                by_version = netlink.next_hops(self._engine.devices.indexes(),
-                                               self._options.route_protocol)
-            next_hops = sorted(map(str, by_version))
-            cache.put('next_hops', next_hops)
-            self._ledger.add_next_hops(by_version)
-        # Only a sync writes this cache, because the time to list these next
-        # hops grows with the number of pods.
-        through_break0 = cache.get('through_break0') or ()
-        text = str(address)
-        return policy.Facts(
-            own, (), (address,) if text in next_hops else (),
-            (address,) if text in through_break0 else (),
-            self._ledger.list_recent_next_hops())
+        """Return why :meth:`bind` refuses an address; None if it does not."""
+        return self._admission.refusal(address, parent, origin)
 
     @timed(Done.UNBIND, Done.UNBIND_FAILED)
     def unbind(self, owner: Owner, addresses: Optional[Iterable[IPAddress]],
@@ -223,7 +174,7 @@ class Break0Manager:
             return claims.is_own(claim, owner, namespace, mac, bound_at)
 
         named = None if addresses is None else list(dict.fromkeys(addresses))
-        if named is None or len(named) > MAX_ADDRESSES:
+        if named is None or len(named) > admission.MAX_ADDRESSES:
             # A rebuilt claim has a namespace instead of a container id.
             recorded = {
                 claim.address for each in self._records.find_containing(
@@ -257,21 +208,12 @@ class Break0Manager:
         """Unbind the ended sandboxes of other pods, and repair lost routes.
 
         Kuryr's driver, the CNI plugin and the commands call it after an ADD or
-        DEL. While an agent is alive, it does nothing, because the agent syncs.
-        Except in :meth:`_repair`, the duration does not depend on the number
-        of pods.
+        DEL. See :mod:`kuryr_break0.engine.housekeeping`.
 
         :raises Break0Error: the first error
         """
-        age = self._ledger.heartbeat.age()
-        if age is not None and age <= self._options.patience:
-            return
-        failure = Failures()
-        with failure.collect():
-            self._prune(failure)
-        with failure.collect():
-            self._repair()
-        failure.raise_first()
+        Housekeeping(self._options, self._ledger, self._engine,
+                     self.sync).run()
 
     def try_to_housekeep(self) -> None:
         """Call :meth:`housekeep`, and only log its error.
@@ -283,54 +225,6 @@ class Break0Manager:
         except exceptions.Break0Error as err:
             LOG.warning('Cannot repair the routes of other containers: %s',
                         err)
-
-    def _prune(self, failure: Failures) -> None:
-        """Examine EXAMINED addresses, and unbind those of ended sandboxes.
-
-        Kuryr does not pass on the DEL of a pod that is deleted in the API. The
-        next call continues after the last examined address.
-        """
-        cache = self._ledger.cache
-        position = cache.get_number('pruned')
-        addresses, count = self._records.list_part(position, EXAMINED)
-        if count > EXAMINED:
-            cache.put('pruned', [(position + EXAMINED) % count])
-        judge = kernel.Judge()
-        gone = [address for address in addresses
-                if self._records.may_be_gone(address, judge)]
-        if gone:
-            self._engine.remove_gone(gone, failure)
-
-    def _repair(self) -> None:
-        """Sync if routes were lost or the addresses of the node have changed.
-
-        Counting the routes takes about 1 ms for 1,000 of them. The number of
-        routes that a sync could not set is cached, so that they do not cause
-        another sync.
-        """
-        cache = self._ledger.cache
-        expected = cache.get_number('missing')
-        missing = self._missing()
-        if missing > expected:
-            LOG.warning('%d addresses have no route through break0: '
-                        'repairing', missing)
-        with kernel.Netlink() as netlink:
-            own = sorted('%d %s' % each for each in netlink.addresses()
-                         if not each.address.is_link_local)
-        recorded = cache.get('own_addresses')
-        if missing > expected or recorded not in (None, own):
-            self.sync()
-            missing = self._missing()
-        if missing != expected:
-            cache.put('missing', [missing])
-        if own != recorded:
-            cache.put('own_addresses', own)
-
-    def _missing(self) -> int:
-        devices = self._engine.devices
-        with transaction.begin(self._ledger):  # so that no bind is under way
-            return self._records.count() - devices.count_routes(
-                devices.names())
 
 
 def _identified(netns: str) -> Optional[NamespaceId]:
@@ -349,38 +243,3 @@ def _identified(netns: str) -> Optional[NamespaceId]:
         LOG.warning('Cannot identify the namespace %s, so its end will not '
                     'be noticed: %s', netns, err)
         return None
-
-
-def _validate(owner: Owner, addresses: list[IPAddress], parent: str,
-              mac: Optional[str], netns: Optional[str], pod: Optional[str]
-              ) -> tuple[list[IPAddress], Optional[str]]:
-    """Validate the arguments of a bind.
-
-    They come from a KuryrPort, a container engine or a user, and can contain
-    any text.
-
-    :returns: the addresses without duplicates, and the MAC address in lower
-        case
-    :raises InputRefused: if an argument is invalid
-    """
-    reason = None
-    for what, text in (('container id', owner.container_id),
-                       ('interface', owner.ifname), ('parent', parent),
-                       ('namespace path', netns), ('pod', pod)):
-        if text is not None and not (isinstance(text, str)
-                                     and NAME.fullmatch(text)):
-            reason = ('its %s has control characters or more than 512 '
-                      'characters' % what)
-    if mac is not None:
-        mac = mac.lower()
-        if not MAC.fullmatch(mac) or int(mac[:2], 16) & 1:
-            reason = '%r is not the MAC address of one interface' % mac[:64]
-    if len(addresses) > MAX_ADDRESSES:
-        reason = 'it has %d addresses, and %d are allowed' % (
-            len(addresses), MAX_ADDRESSES)
-    scoped = [each for each in addresses if getattr(each, 'scope_id', None)]
-    if scoped:
-        reason = 'the address %r has a scope' % str(scoped[0])[:64]
-    if reason is not None:
-        raise exceptions.InputRefused(owner=str(owner)[:160], reason=reason)
-    return list(dict.fromkeys(addresses)), mac

@@ -8,6 +8,7 @@ from unittest import mock
 
 from kuryr_break0.break0 import guard
 from kuryr_break0.engine import apply
+from kuryr_break0.engine import housekeeping
 from kuryr_break0.engine import reconciler
 from kuryr_break0 import exceptions
 from kuryr_break0 import kernel
@@ -16,7 +17,6 @@ from kuryr_break0.ledger import cache
 from kuryr_break0.ledger import files
 from kuryr_break0.ledger import journal
 from kuryr_break0.ledger import records
-from kuryr_break0 import manager
 from tests.functional import base
 from tests.functional.base import OTHER_POD
 from tests.functional.base import POD
@@ -383,7 +383,7 @@ class TestSandboxGone(SyncTestCase):
 
     def test_many_are_looked_at_in_turn(self) -> None:
         self.lab.del_netns('pod')
-        with mock.patch.object(manager, 'EXAMINED', 4):
+        with mock.patch.object(housekeeping, 'EXAMINED', 4):
             for _ in range(6):
                 self.manager().housekeep()
         self.assert_gone()

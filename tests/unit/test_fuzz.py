@@ -34,6 +34,7 @@ from kuryr_break0.cni import plugin
 from kuryr_break0.cni import request
 from kuryr_break0 import config
 from kuryr_break0.discovery import engines
+from kuryr_break0.engine import admission
 from kuryr_break0 import exceptions
 from kuryr_break0.kernel import events
 from kuryr_break0.kernel import netlink
@@ -43,7 +44,6 @@ from kuryr_break0.kuryr import vif as break0_vif
 from kuryr_break0 import ledger
 from kuryr_break0.ledger import identity
 from kuryr_break0.ledger import records
-from kuryr_break0 import manager
 from kuryr_break0.model import MAC
 from kuryr_break0.model import NAME
 from kuryr_break0.model import Owner
@@ -81,8 +81,8 @@ class TestEntrance(unittest.TestCase):
             parent: str, mac: Any, netns: Any, pod: Any) -> None:
         owner = Owner(container_id, ifname)
         try:
-            taken, mac = manager._validate(owner, given_addresses, parent, mac,
-                                           netns, pod)
+            taken, mac = admission.validate(owner, given_addresses, parent,
+                                            mac, netns, pod)
         except exceptions.InputRefused as err:
             self.assertNotRegex(str(err), r'[\x00-\x1f\x7f]')
             self.assertLess(len(str(err)), 1000)

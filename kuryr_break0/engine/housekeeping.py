@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Maintains a node without an agent, a little at each ADD and DEL.
+
+Kuryr does not pass on the DEL of a pod that is deleted in the API, and other
+programs may delete routes. While an agent is alive, housekeeping does nothing,
+because the agent syncs.
+"""
+
+from __future__ import annotations
+
+from typing import Callable
+
+from kuryr_break0 import config
+from kuryr_break0.engine import transaction
+from kuryr_break0.engine.transitions import Engine
+from kuryr_break0.failures import Failures
+from kuryr_break0 import kernel
+from kuryr_break0.ledger import Ledger
+from kuryr_break0 import log
+
+LOG = log.get_logger(__name__)
+
+#: Number of addresses that one run examines for ended sandboxes. By default,
+#: kubelet allows 110 pods.
+EXAMINED = 128
+
+
+class Housekeeping:
+    """Unbinds ended sandboxes, and repairs lost routes.
+
+    :param sync: reconciles the whole node
+    """
+
+    def __init__(self, options: config.Options, ledger: Ledger, engine: Engine,
+                 sync: Callable[[], object]) -> None:
+        self._options = options
+        self._ledger = ledger
+        self._engine = engine
+        self._sync = sync
+
+    def run(self) -> None:
+        """Run once; do nothing while an agent is alive.
+
+        Except in :meth:`_repair`, the duration does not depend on the number
+        of pods.
+
+        :raises Break0Error: the first error
+        """
+        age = self._ledger.heartbeat.age()
+        if age is not None and age <= self._options.patience:
+            return
+        failure = Failures()
+        with failure.collect():
+            self._prune(failure)
+        with failure.collect():
+            self._repair()
+        failure.raise_first()
+
+    def _prune(self, failure: Failures) -> None:
+        """Examine EXAMINED addresses, and unbind those of ended sandboxes.
+
+        The next run continues after the last examined address.
+        """
+        cache = self._ledger.cache
+        position = cache.get_number('pruned')
+        addresses, count = self._ledger.records.list_part(position, EXAMINED)
+        if count > EXAMINED:
+            cache.put('pruned', [(position + EXAMINED) % count])
+        judge = kernel.Judge()
+        gone = [address for address in addresses
+                if self._ledger.records.may_be_gone(address, judge)]
+        if gone:
+            self._engine.remove_gone(gone, failure)
+
+    def _repair(self) -> None:
+        """Sync if routes were lost or the addresses of the node have changed.
+
+        Counting the routes takes about 1 ms for 1,000 of them. The number of
+        routes that a sync could not set is cached, so that they do not cause
+        another sync.
+        """
+        cache = self._ledger.cache
+        expected = cache.get_number('missing')
+        missing = self._missing()
+        if missing > expected:
+            LOG.warning('%d addresses have no route through break0: '
+                        'repairing', missing)
+        with kernel.Netlink() as netlink:
+            own = sorted('%d %s' % each for each in netlink.addresses()
+                         if not each.address.is_link_local)
+        recorded = cache.get('own_addresses')
+        if missing > expected or recorded not in (None, own):
+            self._sync()
+            missing = self._missing()
+        if missing != expected:
+            cache.put('missing', [missing])
+        if own != recorded:
+            cache.put('own_addresses', own)
+
+    def _missing(self) -> int:
+        devices = self._engine.devices
+        with transaction.begin(self._ledger):  # so that no bind is under way
+            return self._ledger.records.count() - devices.count_routes(
+                devices.names())
