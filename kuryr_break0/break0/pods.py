@@ -13,7 +13,7 @@ import dataclasses
 import ipaddress
 import itertools
 import logging
-from typing import Collection, Iterable, NamedTuple, Optional
+from typing import Any, Collection, Iterable, NamedTuple, Optional
 
 from kuryr_break0.break0.devices import Break0
 from kuryr_break0.break0.missing import Missing
@@ -137,21 +137,20 @@ class Pods:
         siblings = self._siblings(records[0], foreign)
         macs = tuple(dict.fromkeys(each.mac for each in siblings
                                    if each.mac is not None))
-        configured = [dataclasses.replace(record, configured=node.digest,
-                                          siblings=macs) for record in records]
+        changes: list[tuple[Record, dict[str, Any]]] = [
+            (record, {'configured': node.digest, 'siblings': macs})
+            for record in records]
         mac = records[0].mac
         if mac is not None:
-            configured += [dataclasses.replace(each, siblings=(
-                *each.siblings, mac)) for each in siblings
-                if mac not in each.siblings]
-        for record in configured:
+            changes += [(each, {'siblings': (*each.siblings, mac)})
+                        for each in siblings if mac not in each.siblings]
+        for record, fields in changes:
             try:
-                claims = self._records.claims(record.address)
-                if claims and claims[0].owner == record.owner:
-                    self._records.put([record, *claims[1:]])
+                self._records.update_newest(record, **fields)
             except exceptions.LedgerUnavailable as err:
                 LOG.debug('%s', err)
-        return configured if siblings else []
+        return [dataclasses.replace(record, **fields)
+                for record, fields in changes] if siblings else []
 
     def _siblings(self, record: Record,
                   addresses: Iterable[IPAddress]) -> list[Record]:
@@ -258,11 +257,8 @@ class Pods:
             return
         with failure.collect(), self._ledger.lock():
             for record in outdated:
-                claims = self._records.claims(record.address)
-                if claims and claims[0] == record:
-                    self._records.put([dataclasses.replace(
-                        record, configured=node.digest), *claims[1:]])
-                elif not claims:
+                if not self._records.update_newest(record,
+                                                   configured=node.digest):
                     # The unbind came first, and found no pod side to remove.
                     with contextlib.suppress(exceptions.Break0Error):
                         podside.withdraw(record, self._options)

@@ -229,10 +229,7 @@ class Reconciler:
             if tap is None:
                 continue
             with self._failure.collect(), self._ledger.lock():
-                claims = self._records.claims(record.address)
-                if claims[:1] == (record,):
-                    self._records.put([dataclasses.replace(
-                        record, tap=tap), *claims[1:]])
+                self._records.update_newest(record, tap=tap)
 
     def _claims(self, parent: Parent) -> bool:
         """Return whether to take over the break0 of another ledger.

@@ -200,6 +200,22 @@ class Records:
         """Return the newest claim on an address, or None."""
         return next(iter(self.claims(address)), None)
 
+    def update_newest(self, expected: Record,
+                      **fields: Any) -> tuple[Record, ...]:
+        """Change fields of the newest claim on an address.
+
+        If the claim has changed since it was read, it stays as it is. The
+        caller holds the lock of the ledger.
+
+        :param expected: the claim, as it was read
+        :returns: the claims that were found
+        :raises LedgerUnavailable: if the record cannot be read or written
+        """
+        claims = self.claims(expected.address)
+        if claims[:1] == (expected,):
+            self.put([dataclasses.replace(expected, **fields), *claims[1:]])
+        return claims
+
     def find_containing(self, *texts: str) -> Iterator[tuple[Record, ...]]:
         """Find records with a text that begins with one of the texts.
 
