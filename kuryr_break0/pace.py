@@ -44,7 +44,7 @@ class Pace:
         self._spent = time.thread_time()
 
     def end(self, cause: Hashable = None) -> float:
-        """End the piece of work; return the seconds its cause has to wait."""
+        """End a piece of work; return the seconds that its cause must wait."""
         paid = self._pay()
         self._free[cause] = max(paid, self._free.get(cause, paid)) + (
             time.thread_time() - self._spent)

@@ -244,8 +244,8 @@ class Node:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             self.daemon.wait()
-            # Before Linux 6.16, waiting for a process by pidfd is an error if
-            # it has ended and other members of its group have not.
+            # Poll: before Linux 6.16, a wait by pidfd fails if the process has
+            # ended and another process of its process group is running.
             lab.until(lambda: not any(each.is_running() for each in family))
             self.daemon = None
             # A service that was just starting keeps the socket for a moment.

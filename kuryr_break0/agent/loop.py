@@ -83,7 +83,7 @@ class Agent:
                                or self._cni.describe_hang())})
         self._nft_events: Optional[kernel.NftEvents] = None
         self._finder: Optional[finder.Finder] = None
-        #: whether discovered containers may still be bound
+        #: whether the ledger may still have claims of discovered containers
         self._has_discovered = False
         self._is_stopping = False
         self._is_reloading = False
@@ -323,10 +323,11 @@ class Agent:
             error = err
         ended = time.monotonic()
         self._metrics.record_sync(ended - began, error)
-        # If a failed sync is due again at once each time, for example because
-        # its own changes are events, the pause doubles each time, up to the
-        # interval of the timer. A failure after a quiet time starts again
-        # with the shortest pause, so that it does not delay other repairs.
+        # If the next sync is due at once after each failed sync, for example
+        # because the changes of a sync cause events, each failure doubles the
+        # pause, up to the interval of the timer. A failure after a quiet time
+        # starts again with the shortest pause, so that it does not delay other
+        # repairs.
         is_later = began - allowed > allowed - self._synced_at
         self._failures = 0 if error is None else 1 if is_later else min(
             self._failures + 1, 20)

@@ -124,8 +124,8 @@ class Adopter:
                  dry_run: bool) -> None:
         self._parent = parent
         # On one parent, only one of several macvlans with the same MAC
-        # address can be up (macvlan_open). Sort it last, so that it replaces
-        # the other ones.
+        # address can be up (macvlan_open). The sort puts that macvlan last, so
+        # that it replaces the other ones.
         self._macvlans = {
             macvlan.link.mac: macvlan
             for macvlan in sorted(macvlans, key=lambda each: each.link.up)

@@ -51,7 +51,7 @@ class _HelpAll(argparse.Action):
 
 
 class Config(cfg.ConfigOpts):
-    """oslo.config with our parser; it has no argument for a parser class."""
+    """oslo.config with our parser; oslo.config has no argument for one."""
 
     def _pre_setup(self, *args: Any) -> Any:
         parser = super()._pre_setup(*args)
@@ -88,7 +88,8 @@ def run(argv: Sequence[str]) -> int:
             return cni.fail(_explained(err, argv))
         return common.fail(common.USAGE, _explained(err, argv))
     except SystemExit as end:
-        # oslo.config ends with 1 after it has printed the invalid value.
+        # oslo.config exits with status 1 after it has printed the invalid
+        # value.
         raise SystemExit(common.USAGE if end.code == 1 else end.code)
     try:
         code: int = conf.command.func(*args)

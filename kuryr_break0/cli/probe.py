@@ -80,7 +80,8 @@ def add_parsers(subparsers: Any) -> None:
 class Result:
     """The result for one address.
 
-    :ivar note: the reason for no probe from the pod; None if there was one
+    :ivar note: the reason why no probe was sent from the pod; None if one was
+        sent
     :ivar claimants: MAC addresses of other hosts with the address; None
         without a search for them
     """

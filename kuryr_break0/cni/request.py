@@ -40,7 +40,8 @@ _POD = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.\-]{0,252}')
 class CNIError(Exception):
     """An error for the runtime.
 
-    :ivar code: code of the specification; from 100, this plugin's own
+    :ivar code: error code: below 100, a code of the specification; from 100, a
+        code of this plugin
     """
 
     def __init__(self, code: int, message: str) -> None:

@@ -66,7 +66,7 @@ class Examination:
     pods: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def has(self, severity: str) -> bool:
-        """Return whether a finding has a severity."""
+        """Return whether at least one finding has this severity."""
         return any(each.severity == severity for each in self.findings)
 
 

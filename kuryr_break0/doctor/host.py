@@ -218,7 +218,7 @@ def _processes() -> Iterator[tuple[int, list[str]]]:
 
 
 def _unit_of(pid: int) -> Optional[str]:
-    """Return the service of systemd that has started a process."""
+    """Return the systemd service that a process belongs to, or None."""
     with contextlib.suppress(OSError), open('/proc/%d/cgroup' % pid) as file:
         units = _SERVICE.findall(file.read())
         return units[-1] if units else None

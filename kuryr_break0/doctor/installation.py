@@ -25,8 +25,8 @@ from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.findings import KINDS
 
 _DISTRIBUTION = 'kuryr-break0'
-#: Packages that only Kuryr's driver requires. A host without both of the first
-#: two is a host without Kuryr.
+#: Packages that only Kuryr's driver requires. A host that has neither of the
+#: first two packages is a host without Kuryr.
 _KURYR = ('kuryr-kubernetes', 'os-vif', 'oslo.concurrency',
           'oslo.versionedobjects', 'pyroute2', 'stevedore', 'cotyledon')
 #: Entry points of setup.cfg: group, name (as Kuryr or os-vif looks it up) and
@@ -35,9 +35,9 @@ _ENTRY_POINTS = (('kuryr_kubernetes.cni.binding', 'VIFMacvlanBreak0',
                   'kuryr_break0.kuryr.driver'),
                  ('os_vif', 'kuryr_break0',
                   'kuryr_break0.kuryr.os_vif_plugin'))
-#: The command line of kuryr-daemon's first process: with the title that
-#: cotyledon sets, and without the package setproctitle, which cotyledon needs
-#: to set a title.
+#: The command line of kuryr-daemon's first process. With the package
+#: setproctitle, cotyledon replaces the command line by a title. Without
+#: setproctitle, the command line is unchanged.
 _TITLES = (re.compile(r'kuryr-daemon: master process \[(/\S*)'),
            re.compile(r'\S*python[0-9.]*\0(/\S*/kuryr-daemon)\0'))
 #: Kuryr's CNI plugin: pip installs one in Python, Kuryr's image has one in Go.

@@ -37,7 +37,9 @@ _OF_FILES = ('ledger-damaged', 'ledger-newer', 'ledger-quarantined')
 
 def check(node: Node, all_problems: Iterable[Problem],
           host: Optional[Host] = None) -> Iterator[Finding]:
-    """Return a finding of each problem, except of changing addresses.
+    """Return a finding for each problem.
+
+    Addresses that are being bound or unbound are left out.
 
     :param host: for the commands that change options
     """

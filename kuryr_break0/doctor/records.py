@@ -135,7 +135,7 @@ def check_ledger(node: Node, host: Host) -> Iterator[Finding]:
 
 
 def check_readers(ledger: Ledger, host: Host) -> Iterator[Finding]:
-    """Report programs with other options than the files, or versions."""
+    """Report programs that run with outdated options or another version."""
     for program, subject, text in readers.list_differences(ledger):
         kind = KINDS['options-stale' if subject == 'options'
                      else 'version-differs']

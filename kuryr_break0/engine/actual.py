@@ -158,10 +158,10 @@ class _Reading:
     def _require_node(self) -> None:
         """Check that this process is not in the namespace of a pod.
 
-        A user may have started it by ``ip netns exec``. Then all pods would
-        be configured with the addresses of that pod as node addresses. Records
-        of an earlier boot are not compared, because the identity of a
-        namespace is unique only within a boot.
+        A user may have started this process by ``ip netns exec``. Then all
+        pods would be configured with the addresses of that pod as node
+        addresses. Records of an earlier boot are not compared, because the
+        identity of a namespace is unique only within a boot.
 
         :raises NotTheNode: if this process is in the namespace of a pod
         """

@@ -46,7 +46,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome(Plan):
-    """The result of a sync on all parents; of a dry run, its plan.
+    """The changes of a sync on all parents; a dry run only plans them.
 
     :ivar devices: defects of break0s, each with the name of the break0
     :ivar pods: owners of the pod sides that differed
@@ -97,13 +97,13 @@ def compute(desired: Mapping[IPAddress, Collection[Item]],
             is_refilled: bool = False) -> Plan:
     """Return the changes that turn the present items into the desired ones.
 
-    A route on break0, or with our protocol number, was set for a pod. If it
-    conflicts with the route of a pod, the plan replaces it. All other routes
-    are foreign. Before our route exists, each foreign route to the address is
-    a conflict, because our route has the lowest metric and would override it.
-    Once our route exists, only a foreign route with the same metric is a
-    conflict. The plan deletes only routes that are on break0 and have our
-    protocol number.
+    A route on break0, or with our protocol number, counts as set for a pod.
+    If such a route conflicts with the route of a pod, the plan replaces it.
+    All other routes are foreign. Before our route exists, each foreign route
+    to the address is a conflict, because our route has the lowest metric and
+    would override it. Once our route exists, only a foreign route with the
+    same metric is a conflict. The plan deletes only routes that are on break0
+    and have our protocol number.
 
     :param desired: items that the addresses of pods must have, by address
     :param present: host routes of the node, and permanent neighbours and guard

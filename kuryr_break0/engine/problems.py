@@ -282,7 +282,7 @@ def of_pod(records: Sequence[Record], snapshot: Snapshot,
 
     :param records: the records of the interface, at least one
     :param pause: as for :func:`kuryr_break0.break0.missing.find`
-    :raises Break0Error: if it cannot be examined
+    :raises Break0Error: if the pod side cannot be examined
     """
     parent = snapshot.parents[records[0].parent]
     if parent.node is None or records[0].netns is None:
@@ -323,8 +323,8 @@ def _in_pod(records: Sequence[Record], parent: Parent, snapshot: Snapshot,
                                snapshot.contents.unreadable)
         link, record = side.link, side.record
         place = 'the interface %s of its container' % link.name
-        # IFLA_LINK_NETNSID is not compared: the number of the parent's
-        # namespace differs from namespace to namespace.
+        # IFLA_LINK_NETNSID is not compared: each namespace has its own
+        # number for the namespace of the parent.
         if parent.present is None or (link.kind, link.lower, link.mode) != (
                 'macvlan', parent.present.lower, 'bridge'):
             add('pod-apart', '%s is %s, and not in bridge mode on %s' % (

@@ -59,7 +59,7 @@ def find(options: config.Options, snapshot: Snapshot,
 
 
 def _sibling(snapshot: Snapshot, macvlan: kernel.Macvlan) -> Record:
-    """Return a record of the same interface, to copy its owner from it.
+    """Return a record of the interface of a macvlan, to copy the owner.
 
     Without one, return a new record with an adopted owner.
     """

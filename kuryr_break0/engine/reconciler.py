@@ -234,9 +234,9 @@ class Reconciler:
     def _claims(self, parent: Parent) -> bool:
         """Return whether to take over the break0 of another ledger.
 
-        If the state directory was wiped, its ledger is lost and this ledger
-        follows it. Then this ledger takes over each break0 with an alias that
-        names this directory.
+        If the state directory was wiped, the previous ledger is lost and this
+        ledger replaces it. Then this ledger takes over each break0 with an
+        alias that names the state directory.
         """
         return parent.ownership is Ownership.LOST or (
             self._claim and parent.ownership is Ownership.OTHER)

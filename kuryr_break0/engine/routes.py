@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checks for foreign routes, and deletes connections of addresses."""
+"""Checks for foreign routes, and deletes conntrack entries."""
 
 from __future__ import annotations
 

@@ -40,8 +40,9 @@ def delete_connections(address: IPAddress) -> None:
 def deletions(address: IPAddress) -> Iterator[Message]:
     """Return one request for each role of an address in a connection.
 
-    The address is the source or the destination of a connection, or the
-    endpoint behind a Service's address, to which the connection was opened.
+    An address can be the source of a connection, its destination, or the
+    endpoint of a Service. In the third case, the connection was opened to the
+    address of the Service.
     """
     for which, end in ((_ORIGINAL, _SOURCE), (_ORIGINAL, _DESTINATION),
                        (_REPLY, _SOURCE)):

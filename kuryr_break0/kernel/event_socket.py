@@ -56,7 +56,7 @@ class EventSocket(netlink.Socket):
         return made
 
     def fileno(self) -> int:
-        """Return the descriptor; select(2) reports it readable at events."""
+        """Return the descriptor, for select(2) to wait for events."""
         return self._socket.fileno()
 
     def _drop(self) -> None:

@@ -127,8 +127,8 @@ class Changes(NamedTuple):
 class NamespaceEvents(EventSocket):
     """Receives the changes of all namespaces that have a number.
 
-    A container can cause more events than this process can read. The excess
-    is dropped: it would at most name the same namespaces again.
+    A container can cause more events than this process can read. Excess
+    events are dropped, because they would only name the same namespaces again.
     """
 
     def __init__(self) -> None:

@@ -27,7 +27,7 @@ class Inotify:
 
     The kernel needs more than 10 ms to close it (fsnotify_mark_srcu).
 
-    :raises OSError: if the limits of the node allow no further one
+    :raises OSError: if a limit of the node allows no further instance
     """
 
     def __init__(self) -> None:

@@ -70,7 +70,7 @@ def repeat_dumps(action: str, function: Callable[..., _T], *args: Any) -> _T:
 
 
 def create_macvlan(name: str, parent: Link, mac: str) -> None:
-    """Create a macvlan in bridge mode, set down, with IPDB.
+    """Create a macvlan in bridge mode with IPDB, and leave it down.
 
     IPDB reads all interfaces of the node, as it does for Kuryr at each pod.
     This function runs once per boot.

@@ -33,7 +33,8 @@ OWN_NETNS = '/proc/thread-self/ns/net'
 #: (linux/nsfs.h, Linux 6.18). It equals SO_NETNS_COOKIE, and the process need
 #: not enter the namespace.
 _NS_GET_ID = 0x8008b70d
-#: ioctl(2) on nsfs: the kind of a namespace, a flag of clone(2) (Linux 4.11)
+#: ioctl(2) on nsfs: the type of a namespace, as the flag of clone(2) that
+#: creates such a namespace (Linux 4.11)
 _NS_GET_NSTYPE = 0xb703
 # linux/nsfs.h and linux/exportfs.h: a file handle of a namespace
 _FILEID_NSFS = 0xf1

@@ -285,7 +285,7 @@ class RequestSocket(Socket):
              ) -> tuple[list[_T], bool]:
         """Send a request and parse its answer.
 
-        :param read: parses a message of the answer; None skips it
+        :param read: parses a message of the answer; returns None to skip it
         :returns: the parsed messages, and whether the table did not change
             during the dump
         """

@@ -143,7 +143,7 @@ def pack_neighbour_dump(ifindex: int) -> bytes:
 
 def pack_route_dump(family: int, table: int = 0, oif: Optional[int] = None,
                     kind: int = 0) -> bytes:
-    """Pack the request for all routes, or those of an interface or kind."""
+    """Pack a request to dump routes, by table, interface and route type."""
     body = _ROUTE.pack(family, 0, 0, 0, table if table < 256 else 0, 0, 0,
                        kind, 0)
     if table >= 256:
@@ -249,8 +249,9 @@ def parse_route(body: bytes) -> values.Route:
 
 
 def parse_next_hop(body: bytes) -> tuple[values.NextHop, ...]:
-    """Parse a nexthop object; empty for a group, which refers to others.
+    """Parse a nexthop object; return () for a group.
 
+    A group has no gateway, but refers to other nexthop objects.
     Nexthop objects of a forwarding database (fdb) belong to no route.
     """
     attrs = attributes(body, _NEXT_HOP_OBJECT.size)

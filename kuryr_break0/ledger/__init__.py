@@ -264,9 +264,9 @@ class Ledger:
     def list_ended(self) -> dict[Owner, float]:
         """Return the owners of interfaces that a DEL has ended, with times.
 
-        The last DEL of an owner counts, and the last MAX_ENDED DELs in all. A
-        DEL names only the addresses of the last ADD, so claims of an earlier
-        ADD remain.
+        The ledger keeps the last DEL of each owner, and at most the last
+        MAX_ENDED DELs of all owners. A DEL names only the addresses of the
+        last ADD, so claims of an earlier ADD remain.
         """
         ended = {}
         for each in self.cache.get('ended') or ():

@@ -58,7 +58,7 @@ _FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 @contextlib.contextmanager
 def open_file(path: str, flags: int) -> Iterator[int]:
-    """Open a file for the block.
+    """Open a file, and close it at the end of the ``with`` block.
 
     Links are refused, and a pipe does not block: a pod must not wait for it.
     """

@@ -58,8 +58,8 @@ class Record(NamedTuple):
     """The counts of an operation.
 
     :ivar operation: the operation
-    :ivar times: its count
-    :ivar seconds: its duration in all; 0 if not measured
+    :ivar times: number of times that the operation took place
+    :ivar seconds: total duration; 0 if not measured
     """
 
     operation: Done

@@ -337,7 +337,7 @@ def single(outer: Node, repeat: int) -> Section:
 
 def singles(node: kuryr.Node, way: str, stock: str, count: int
             ) -> list[tuple[float, float]]:
-    """Return how long ADD and DEL of a pod take, so many times, in ms.
+    """Return the durations of ADD and DEL of each of ``count`` pods, in ms.
 
     :param stock: an environment of Python without break0
     """

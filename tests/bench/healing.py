@@ -76,8 +76,8 @@ def deletions(node: Node, count: int) -> tuple[Times, Times]:
         for number in range(count):
             say('repair %d' % (number + 1))
             time.sleep(0.5)
-            # Before ip(8): the agent may finish the repair before the
-            # deletion returns.
+            # The time starts before ip(8) runs: the agent may finish the
+            # repair before ip(8) returns.
             start = time.perf_counter()
             node.lab.run('ip', 'link', 'del', node.options.device)
             _wait(node, ends)

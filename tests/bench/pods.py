@@ -51,8 +51,9 @@ Medians = dict[str, dict[int, float]]
 class Way:
     """A way to add the route of a pod and to delete it again.
 
-    :ivar every: measure one of so many pairs, for a slow way
-    :ivar recorded: whether it also writes the ledger
+    :ivar every: number of pairs of which one is measured, more than 1 if the
+        way is slow
+    :ivar recorded: whether the way also writes the ledger
     """
 
     name: str

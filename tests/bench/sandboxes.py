@@ -56,7 +56,7 @@ WAYS = [(daemon, language) for daemon in DAEMONS for language in KURYR_CNI]
 
 
 class _Host(base.EngineTestCase):
-    """The node of a lab, for running containerd like the engines' tests."""
+    """The node of a lab, on which containerd runs as in tests.engines."""
 
     def __init__(self, node: lab.Lab) -> None:
         super().__init__()

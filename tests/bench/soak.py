@@ -131,7 +131,7 @@ class ByKuryr(Way):
 
 
 class ByCNI(Way):
-    """Containers of a CNI runtime, by macvlan and the shim."""
+    """Containers attached by the plugin macvlan and the shim of break0."""
 
     name = 'cni'
 

@@ -129,7 +129,7 @@ class Demo:
         self.cluster.deploy('web', REPLICAS)
         self.cluster.until_ready('web', REPLICAS)
         seconds = time.monotonic() - began
-        # The first liveness probes fail within this time.
+        # Without break0, the first liveness probes fail within 8 seconds.
         time.sleep(8)
         self.show_pods(seconds)
         self.show_probes()

@@ -149,7 +149,7 @@ def main(argv: list[str], images: type[Images] = Images,
          module: str = 'tests.cluster.image') -> int:
     """Build images in namespaces of their own.
 
-    :param images: builds them
+    :param images: class that builds the images
     :param module: name of the calling module
     """
     if argv[:1] == ['--inside']:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""kuryr-daemon with options that its file no longer has is reported."""
+"""The doctor reports a kuryr-daemon whose options differ from its file."""
 
 from __future__ import annotations
 

@@ -363,7 +363,7 @@ def _varint(value: int) -> bytes:
 
 
 def _fields(data: bytes) -> dict[int, bytes]:
-    """Return a message's length-delimited fields, by number."""
+    """Return a protobuf message's length-delimited fields, by number."""
     found: dict[int, bytes] = {}
     place = 0
 

@@ -295,7 +295,7 @@ class ProblemsTestCase(DoctorTestCase):
         """Make all claims older than the pause of a missing address."""
         def age(fields: Any) -> None:
             for claim in fields['claims']:
-                # An emulated machine may have been up for less than that.
+                # An emulated machine may have booted less than 60 s ago.
                 claim['bound_at'] = max(0, claim['bound_at'] - 60)
 
         directory = STATE + '/addresses'

@@ -108,7 +108,10 @@ class VMTestCase(CLITestCase):
 
     def assert_answers(self, address: str, netns: Optional[str] = None
                        ) -> None:
-        """Ping until a VM answers: a thread of this process runs the VM."""
+        """Ping an address until it answers.
+
+        The first answers may be late: a thread of this process runs the VM.
+        """
         lab.until(lambda: self.lab.ping(address, netns))
 
 

@@ -162,7 +162,7 @@ class TestCommand(DoctorTestCase):
         self.manager().bind(
             OWNER_79, base.addresses('100.75.30.79'), parent='eth0',
             mac='02:00:00:00:00:79', netns=path, network='acme-net')
-        # Address forms of programs: without leading zeros, and as a number
+        # Some programs print a MAC address without leading zeros, others
         # without separators.
         forms = '2:0:a:0:0:79', '020000000077'
         plain = str(self.unpacked())

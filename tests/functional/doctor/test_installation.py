@@ -14,7 +14,7 @@ from tests.functional.doctor.base import PROGRAM
 
 
 class TestInstallation(DoctorTestCase):
-    """Distributions that precede the virtual environment's are found."""
+    """The doctor examines packages that PYTHONPATH puts before its own."""
 
     PATH = '/run/site-packages'
     BINDING = 'kuryr_kubernetes.cni.binding'

@@ -139,7 +139,7 @@ class TestOtherNICFirst(SourcesTestCase):
         self.assertEqual([], self.problems())
 
     def test_the_lan_hears_what_is_sent_to_a_group(self) -> None:
-        """A program that names an interface by address sends to the LAN."""
+        """A program that selects eth0 by its address sends to the LAN."""
         self.assertEqual([base.BREAK0], self.own())
         group = socket.inet_aton('224.0.0.251')
         for to, option in (('224.0.0.251', socket.IP_MULTICAST_IF),
