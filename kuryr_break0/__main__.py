@@ -25,6 +25,8 @@ def main() -> int:
 
 
 def _explain(err: ImportError) -> int:
+    import re
+
     # Do not import oslo.config here: it may be the broken dependency.
     from kuryr_break0.cli import common
     from kuryr_break0.cli import output
@@ -33,8 +35,11 @@ def _explain(err: ImportError) -> int:
 
     findings = list(installation.check())
     if 'doctor' in sys.argv[1:] and findings:
-        output.show('json' if '--json' in sys.argv else None,
-                    report.as_json(findings), [report.as_text(findings)])
+        # The parser of the verbs needs oslo.config.
+        forms = re.findall(r'(?m)^(?:--|-o|--output=)?(json|yaml)$',
+                           '\n'.join(sys.argv[1:]))
+        output.show(forms[-1] if forms else None, report.as_json(findings),
+                    [report.as_text(findings)])
     else:
         print('kuryr-break0: The command cannot be loaded: %s. %s' % (
             err, ' '.join(each.observed for each in findings)),

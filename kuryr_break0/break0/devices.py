@@ -118,8 +118,8 @@ def recorded(options: config.Options, identity: Optional[Identity],
              links: Callable[[], Iterable[kernel.Link]]) -> dict[str, str]:
     """Return the names of the break0 devices, by their recorded parents.
 
-    A ledger without recorded devices may be new. In that case, the devices
-    whose alias contains its state directory are returned.
+    A ledger without recorded devices may be new. For such a ledger, return the
+    devices with an alias that contains its state directory.
     """
     if identity is not None and identity.devices:
         return identity.devices
@@ -300,19 +300,19 @@ class Devices:
             self.warn_once('unguarded', '')
         return is_open
 
-    def warn_once(self, what: str, text: str, fact: str = '') -> None:
+    def warn_once(self, kind: str, text: str, fact: str = '') -> None:
         """Log a warning, unless it equals the last one of its kind.
 
         The state directory keeps the last warning of each kind, so that a
         process does not repeat the warning of an earlier process.
 
-        :param what: the name of the kind in the cache
+        :param kind: name of the kind in the cache
         :param text: the warning; empty if the problem is solved
         :param fact: compared instead of the text; for a text that changes
             while the problem stays the same
         """
         fact_list = [text and (fact or text)]
-        if (self._ledger.cache.get(what) or ['']) != fact_list:
-            self._ledger.cache.put(what, fact_list)
+        if (self._ledger.cache.get(kind) or ['']) != fact_list:
+            self._ledger.cache.put(kind, fact_list)
             if text:
                 LOG.warning('%s', text)

@@ -202,6 +202,23 @@ class TestRecords(LedgerTestCase):
         self.assertEqual((other, RECORD), self.records.claims(ADDRESS))
         self.assertEqual(other, self.records.get(ADDRESS))
 
+    def test_a_field_of_the_newest_claim_changes(self) -> None:
+        older = dataclasses.replace(
+            RECORD, owner=ledger.Owner('sandbox-2', 'eth0'), namespace=None)
+        self.records.put([RECORD, older])
+        self.records.update_newest(RECORD, pod='shop/web')
+        changed = dataclasses.replace(RECORD, pod='shop/web')
+        self.assertEqual((changed, older), self.records.claims(ADDRESS))
+        # Neither a claim that has changed since, nor an older one, nor one
+        # that was dropped.
+        for expected in RECORD, older:
+            self.assertEqual((changed, older), self.records.update_newest(
+                expected, pod='shop/db'))
+            self.assertEqual((changed, older), self.records.claims(ADDRESS))
+        self.records.remove(ADDRESS)
+        self.assertEqual((), self.records.update_newest(changed, pod='a/b'))
+        self.assertEqual((), self.records.claims(ADDRESS))
+
     def test_no_more_claims_and_subnets_than_fit(self) -> None:
         many = [dataclasses.replace(RECORD, owner=ledger.Owner(
             'sandbox-%d' % number, 'eth0'), subnets=tuple(

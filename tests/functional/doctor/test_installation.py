@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 
+import yaml
+
 from tests.functional.cni import base as cni_base
 from tests.functional.doctor.base import DoctorTestCase
 from tests.functional.doctor.base import PROGRAM
@@ -73,11 +75,16 @@ class TestInstallation(DoctorTestCase):
             self.run_with('status', code=2).stderr,
             r'\Akuryr-break0: The command cannot be loaded: no ConfigOpts. '
             r'oslo.config is 1.0, [^\n]*\n\Z')
+        for arguments in ('--json',), ('-o', 'yaml'), ('--output=json',):
+            document = yaml.safe_load(
+                self.run_with('doctor', *arguments, code=2).stdout)
+            self.assertEqual(['dependency-unfit'], [
+                each['id'] for each in document['findings']])
 
-    def run_with(self, verb: str, code: int
+    def run_with(self, *args: str, code: int
                  ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [PROGRAM, verb], text=True, stdout=subprocess.PIPE,
+            [PROGRAM, *args], text=True, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, 'PYTHONPATH': self.PATH})
         self.assertEqual(code, done.returncode, done.stderr)
