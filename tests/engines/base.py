@@ -90,24 +90,6 @@ class EngineTestCase(base.LabTestCase):
                     found.append('%s:\n%s' % (name, file.read()[-3000:]))
         return '\n'.join(found)
 
-    def again(self, call: Callable[[], str]) -> str:
-        """Call an engine, and repeat the call if the agent was too slow.
-
-        The shim waits only 9 seconds for the agent's answer.
-        """
-        found: list[str] = []
-
-        def is_done() -> bool:
-            try:
-                found.append(call())
-            except (AssertionError, grpc.RpcError) as err:
-                if 'has not answered on' not in str(err):
-                    raise
-            return bool(found)
-
-        self.until(is_done)
-        return found[0]
-
     def assert_reaches(self, address: str, inside: Callable[..., bool]
                        ) -> None:
         """Assert that node and container reach each other."""
@@ -207,10 +189,6 @@ runtime = "crun"
         self('import', images.tar('/run'), 'box')
         test.addCleanup(self, 'rm', '--force', '--all', '--time', '0',
                         check=False)
-
-    def __call__(self, *args: str, check: bool = True) -> str:
-        return self.test.again(
-            lambda: super(Podman, self).__call__(*args, check=check))
 
     def run(self, name: str, *options: str) -> None:
         # Later releases do not give containers the capability for ping.
@@ -332,8 +310,7 @@ state = "/run/containerd-state"
         metadata = message(1, name) + message(2, uid) + message(3, namespace)
         linux = message(1, '/break0-lab') + linux
         request = message(1, message(1, metadata) + message(8, linux))
-        return self.test.again(
-            lambda: self.call('RunPodSandbox', request)[1].decode())
+        return self.call('RunPodSandbox', request)[1].decode()
 
     def netns(self, sandbox: str) -> str:
         """Return the path of a sandbox's namespace, from verbose status."""

@@ -21,8 +21,11 @@ PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 PLUGINS = '/usr/lib/cni'
 BIN = '/run/cni-bin'
 CONF = '/run/kuryr.conf'
+LOG = pathlib.Path('/run/agent.log')
 SOCKET = '/run/kuryr-break0/cni.sock'
-SHIM = pathlib.Path(__file__).parents[3] / 'build/cni/break0'
+PROJECT = pathlib.Path(__file__).parents[3]
+SHIM = PROJECT / 'build/cni/break0'
+SHIM_SOURCE = PROJECT / 'kuryr_break0/cni/shim.c'
 ID = 'c0ffee0123'
 OTHER_ID = 'c0ffee4567'
 
@@ -44,10 +47,12 @@ class Failed(Exception):
     """A plugin answered with an error."""
 
     def __init__(self, output: str, stderr: str) -> None:
-        super().__init__(output + stderr)
         self.answer: dict[str, Any] = json.loads(output)
         self.code = self.answer['code']
         self.text = self.answer['msg']
+        # Error 11 comes from the shim, and only the agent's log has the cause.
+        log = LOG.read_text() if self.code == 11 and LOG.exists() else ''
+        super().__init__(output + stderr + log)
 
 
 class Runtime:
@@ -180,7 +185,7 @@ class CNITestCase(base.LabTestCase):
     def start_agent(self) -> subprocess.Popen[bytes]:
         """Start an agent, and wait until it serves CNI requests."""
         inode = self.socket_inode()
-        with open('/run/agent.log', 'ab') as log:
+        with LOG.open('ab') as log:
             agent = self.start_program([PROGRAM, '--config-file', CONF,
                                         'agent'], stderr=log)
         self.addCleanup(agent.wait)
@@ -198,8 +203,7 @@ class CNITestCase(base.LabTestCase):
 
     @staticmethod
     def log() -> str:
-        with open('/run/agent.log') as file:
-            return file.read()
+        return LOG.read_text()
 
     def assert_reachable(self, address: str, netns: str,
                          expected: bool = True) -> None:

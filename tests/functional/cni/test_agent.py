@@ -32,7 +32,7 @@ from tests.functional.cni.base import SOCKET
 from tests import lab
 from tests import program
 
-#: Seconds that bound the shim's wait for an answer
+#: Seconds within which the shim must end although the agent runs no more
 PATIENCE = 12
 
 
@@ -109,9 +109,11 @@ class TestWithoutAgent(ShimTestCase):
         self.assertIsNone(self.runtime.call('STATUS', {
             **self.config, 'strict': True}))
 
-    def hanging(self, answer: bytes) -> float:
-        """Run the shim with a server that sends an answer and then hangs.
+    def hanging(self, answer: bytes, pattern: str, plugin: str) -> float:
+        """Run a shim with a server that sends an answer and then hangs.
 
+        :param pattern: of the shim's error
+        :param plugin: path of the shim
         :returns: seconds until the shim ends
         """
         with socket.socket(socket.AF_UNIX) as server:
@@ -129,19 +131,26 @@ class TestWithoutAgent(ShimTestCase):
             thread = threading.Thread(target=serve)
             thread.start()
             began = time.monotonic()
-            self.assert_fails(11, 'has not answered on /run/hanging', 'ADD',
-                              {**self.config, 'socket': '/run/hanging'})
+            self.assert_fails(11, pattern + ' on /run/hanging', 'ADD',
+                              {**self.config, 'socket': '/run/hanging'},
+                              plugin=plugin)
             thread.join()
         os.unlink('/run/hanging')
         return time.monotonic() - began
 
     def test_agent_that_never_answers(self) -> None:
-        self.assertLess(self.hanging(b''), 6 * PATIENCE)
+        impatient = '/run/impatient'
+        program.run(['cc', '-DPATIENCE=2', '-o', impatient, base.SHIM_SOURCE],
+                    check=True)
+        self.assertLess(self.hanging(b'', 'has not answered within 2 seconds',
+                                     impatient), PATIENCE)
 
     def test_answers_that_are_cut_off(self) -> None:
         for answer in (b'0 10\nshort', b'nonsense\n', b'0', b'\n',
                        b'0 -5\n{}', b'0 99999999\n{}'):
-            self.assertLess(self.hanging(answer), PATIENCE, answer)
+            self.assertLess(self.hanging(
+                answer, 'closed the connection before the end of its answer',
+                self.runtime.plugin), PATIENCE, answer)
 
 
 class TestServer(base.WithShim, ShimTestCase):
