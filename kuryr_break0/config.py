@@ -53,8 +53,8 @@ OPTS = [
         default=AUTO,
         help='Program that creates the macvlan interface of a pod. If you '
              'want Kuryr to create the interface, set it to kuryr. If enabled '
-             'is false, Kuryr creates it. The log of kuryr-daemon names the '
-             'choice of auto. You can change this on a node with pods.'),
+             'is false, Kuryr creates it. With auto, kuryr-daemon logs which '
+             'program it uses. You can change this on a node with pods.'),
     cfg.Opt(
         'device',
         type=types.DEVICE_NAME,

@@ -53,11 +53,11 @@ path of the namespace as SandboxKey.
 """
 _UNBIND = """\
 Revert bind. Give the addresses and --owner. To unbind all addresses of a
-container or pod, also those that Kuryr, CNI or the agent bound, give --pod. If
-discovery finds the container, the agent binds it again. An address of another
-owner stays bound. Exit status: 0 if the addresses are unbound now, 1 if one
-belongs to another owner, 2 for wrong arguments, 3 if the kernel or the state
-directory refuses.
+container or pod, including addresses bound by Kuryr, CNI or the agent, give
+--pod. If discovery finds the container, the agent binds it again. An address
+of another owner stays bound. Exit status: 0 if the addresses are unbound now,
+1 if one belongs to another owner, 2 for wrong arguments, 3 if the kernel or
+the state directory refuses.
 """
 _UNBIND_EPILOG = """\
 examples:

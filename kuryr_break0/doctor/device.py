@@ -90,7 +90,8 @@ def _check_addr(node: Node, parent: Parent, netlink: kernel.Netlink,
             why = 'it is in no network of %s' % parent.name
         elif ask:
             for mac in kernel.find_claimants(parent.name, address):
-                why = 'it is at %s on the LAN' % mac
+                why = 'the host with the MAC address %s on the LAN has it' % (
+                    mac)
         if why:
             yield KINDS['break0-addr-stale'].finding(
                 '[break0] addr is %s, but no other interface of the node has '

@@ -218,7 +218,7 @@ def _ping(node: Node, result: Examination) -> list[Finding]:
         result.counts['answered'] += pings.pinged - len(pings.silent)
         if len(chosen) < len(parent.live):
             result.not_examined.append(
-                'pings to %d of %d addresses: a finding names them, or their '
-                'namespaces are not known' % (
-                    len(parent.live) - len(chosen), len(parent.live)))
+                'pings to %d of %d addresses: each has a finding, is in an '
+                'unknown namespace, or is beyond the limit of %d pods' % (
+                    len(parent.live) - len(chosen), len(parent.live), MOST))
     return findings

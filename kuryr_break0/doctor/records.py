@@ -52,8 +52,8 @@ def check_directory(options: config.Options, host: Host
     if existing == path and not os.path.isdir(ledger.records.directory):
         for name in ledger.list_foreign_files()[:1]:
             yield KINDS['state-dir-unusable'].finding(
-                '%s has no records, but the file %s, which kuryr-break0 did '
-                'not create' % (path, name), path=path)
+                '%s has no records, but contains the file %s, which '
+                'kuryr-break0 did not create' % (path, name), path=path)
             return
     mount, kind = _mount_of(existing)
     if kind not in _IN_MEMORY:

@@ -113,7 +113,7 @@ def validate(owner: Owner, addresses: list[IPAddress], parent: str,
     if mac is not None:
         mac = mac.lower()
         if not MAC.fullmatch(mac) or int(mac[:2], 16) & 1:
-            reason = '%r is not the MAC address of one interface' % mac[:64]
+            reason = '%r is not a unicast MAC address' % mac[:64]
     if len(addresses) > MAX_ADDRESSES:
         reason = 'it has %d addresses, and %d are allowed' % (
             len(addresses), MAX_ADDRESSES)

@@ -327,7 +327,7 @@ def _in_pod(records: Sequence[Record], parent: Parent, snapshot: Snapshot,
         # number for the namespace of the parent.
         if parent.present is None or (link.kind, link.lower, link.mode) != (
                 'macvlan', parent.present.lower, 'bridge'):
-            add('pod-apart', '%s is %s, and not in bridge mode on %s' % (
+            add('pod-apart', '%s is %s, but must be in bridge mode on %s' % (
                 place, link.description, record.parent))
             return all_problems
         if not link.up:
