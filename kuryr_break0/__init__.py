@@ -2,60 +2,66 @@
 
 """Lets a node and the macvlan pods on its NICs reach each other.
 
-Each module is one row of the table in doc/source/contributor/architecture.rst.
-Below are the hazards that have really happened, and where each is handled.
+The tables in doc/source/contributor/architecture.rst describe each module.
+The following hazards have all occurred; each is handled in the named code.
 
 The kernel
 
-- It deletes all routes of a break0 that goes down, all routes whose source
-  address leaves the node, and break0 with its parent: ``reconciler``.
-- It keeps the macvlans and the ifindex of a parent that is renamed, so names
-  in records are old: ``ledger.records``, ``devices.Names``.
-- It uses inode numbers of namespaces again, in about half of all cases, and a
-  path can be a placeholder or another namespace's. It calls a namespace that
-  a process may not see gone, as in a container: ``kernel.existence``.
-- It interrupts the dump of a table that changes: ``kernel.netlink``.
-- It ignores an alias at creation; a macvlan without an address answers the
-  LAN for the node's addresses, joins groups, asks for routers: ``device``.
-- A namespace outlives its interface, and the next one there has another MAC
-  address; a chain of nftables is attached to it too: ``kernel.nft``,
-  ``podside``.
+- The kernel deletes all routes of a break0 that is set down, all routes whose
+  source address is removed from the node, and a break0 together with its
+  parent: ``reconciler``.
+- A renamed parent keeps its macvlans and its ifindex, so names in records are
+  outdated: ``ledger.records``, ``devices.Names``.
+- The kernel reuses the inode number of a deleted namespace, in about half of
+  all cases. The path of a namespace can lead to a placeholder file or to
+  another namespace. If a process may not see a namespace, as in a container,
+  the kernel reports the namespace as gone: ``kernel.existence``.
+- The kernel interrupts the dump of a table if the table changes meanwhile:
+  ``kernel.netlink``.
+- The kernel ignores an alias in the request that creates an interface. A
+  macvlan without an address answers the LAN for the node's addresses, joins
+  multicast groups and solicits routers: ``device``.
+- A namespace outlives its interface. The next interface with that name has
+  another MAC address, and the kernel attaches the nftables chain of the
+  earlier interface to the next one: ``kernel.nft``, ``podside``.
 - Closing a netfilter socket waits about 15 ms until deleted objects are freed,
   and blocks all other changes of nftables: ``kernel.nft``.
-- In IPv6 a route with a lower metric wins silently: ``model.best_metric``.
-- Closing a file ends all locks of fcntl(2) that the process has on it. So a
-  scrape ended the lock of a sync: ``ledger.lock``.
+- In IPv6, the kernel accepts a second route to an address, and uses the route
+  with the lower metric without an error: ``model.best_metric``.
+- Closing a file ends all fcntl(2) locks that the process holds on the file. So
+  a scrape of the metrics ended the lock of a sync: ``ledger.lock``.
 
 Kuryr
 
-- It chooses the driver by the name of a class, and two entry points of one
-  name fail each pod: ``kuryr.os_vif_plugin``.
-- For the DEL of an old sandbox, it passes the addresses of a new sandbox to
+- Kuryr selects the driver by the name of a class. If two entry points have one
+  name, the ADD of each pod fails: ``kuryr.os_vif_plugin``.
+- For the DEL of an old sandbox, Kuryr passes the addresses of a new sandbox to
   the driver, or does not call the driver: ``claims.is_own``,
   ``manager.Break0Manager.housekeep``.
-- An empty namespace path makes it delete eth0 of the node, and one that is
-  gone makes it create one: ``kuryr.driver``.
-- If it is killed, it leaves an interface on the node. It deletes any interface
-  that has the name in a KuryrPort: ``kuryr.pod_binding``.
-- It reads all routes and neighbours of the node for each pod, and its IPDB
-  fails in bursts: ``kuryr.patches``.
+- If the path of a namespace is empty, Kuryr deletes eth0 of the node. If the
+  path does not exist, Kuryr creates a namespace there: ``kuryr.driver``.
+- A killed Kuryr process leaves an interface on the node. Kuryr deletes any
+  interface whose name is in a KuryrPort: ``kuryr.pod_binding``.
+- Kuryr reads all routes and neighbours of the node for each pod. If many pods
+  are added at once, its IPDB fails: ``kuryr.patches``.
 
 The ledger
 
-- It is wiped, is another directory in another container, is of an earlier
-  boot, has records of the wrong shape, or no room for one: ``reconciler``,
-  ``ledger.identity``, ``ledger.records``.
-- Two sandboxes claim one address: ``claims``, which keeps both.
+- The ledger is wiped, is another directory in another container, dates from an
+  earlier boot, has records of a wrong structure, or has no room for a record:
+  ``reconciler``, ``ledger.identity``, ``ledger.records``.
+- Two sandboxes claim one address: ``claims``, which keeps both claims.
 - The clock is set back: ``ledger.files.now``.
 
-Others on the node
+Pods and other programs
 
-- A pod changes its own entries or MAC address: ``podside``.
+- A pod changes the entries of its pod side, or its MAC address: ``podside``.
 - A pod makes the kernel send thousands of events: ``agent.event_filter``,
   ``discovery.finder``.
-- A container gives itself the address of another one, of the node or of the
-  gateway: ``discovery.finder``, ``policy``.
-- A runtime gives up a request that is done all the same, and sends a DEL
-  before: ``agent.cni_server``.
-- A container engine answers with parts of other types: ``discovery.engines``.
+- A container gives itself the address of another container, of the node or of
+  the gateway: ``discovery.finder``, ``policy``.
+- A runtime abandons an ADD and sends the DEL, although the ADD is completed
+  later: ``agent.cni_server``.
+- A container engine sends an answer with values of unexpected types:
+  ``discovery.engines``.
 """

@@ -35,7 +35,7 @@ def _explain(err: ImportError) -> int:
 
     findings = list(installation.check())
     if 'doctor' in sys.argv[1:] and findings:
-        # The parser of the verbs needs oslo.config.
+        # The parser of the verbs needs oslo.config, so find the format here.
         forms = re.findall(r'(?m)^(?:--|-o|--output=)?(json|yaml)$',
                            '\n'.join(sys.argv[1:]))
         output.show(forms[-1] if forms else None, report.as_json(findings),

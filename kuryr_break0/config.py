@@ -22,15 +22,15 @@ from kuryr_break0 import option_types as types
 from kuryr_break0.texts import close_to
 
 GROUP = 'break0'
-#: Values of pod_binding, beside auto
+#: Value of pod_binding; the other value is AUTO.
 KURYR = 'kuryr'
 #: Values of guard
 AUTO = 'auto'
 ON = 'on'
 OFF = 'off'
-#: Seconds to wait for another process that is changing break0. The CNI shim
-#: waits longer for its answer. After that, a pod is bound without the lock,
-#: and deletions fail.
+#: Seconds to wait for the lock while another process changes break0. After
+#: this time, a pod is bound without the lock, and deletions fail. The CNI shim
+#: waits longer for the answer of the agent.
 LOCK_TIMEOUT = 10
 
 OPTS = [
@@ -198,7 +198,7 @@ OPTS = [
 class Options:
     """The ``[break0]`` options as valid, immutable values.
 
-    The fields are the options; their help describes them.
+    Each field is the option with the same name; see the help of the option.
     """
 
     enabled: bool
@@ -257,14 +257,15 @@ def load(conf: cfg.ConfigOpts) -> Options:
 def list_unknown(conf: cfg.ConfigOpts) -> list[str]:
     """Return an error for each name in ``[break0]`` that is no option.
 
-    A misspelt name could silently disable a protection, and so could a
-    misspelt section. oslo.config has reported unreadable files.
+    The name of an option or of a section may be misspelt, which could disable
+    a protection without an error. Unreadable files are skipped, because
+    oslo.config has reported them.
     """
     known = [opt.dest for opt in OPTS]
     unknown: dict[str, str] = {}
     sections_alike: list[str] = []
-    # A program that has read no files, such as a user of os-vif, lacks these
-    # options.
+    # If a program has read no files, such as a user of os-vif, its ``conf``
+    # has neither config_file nor config_dir.
     for path in (*(getattr(conf, 'config_file', None) or ()), *(
             path for directory in getattr(conf, 'config_dir', None) or ()
             for path in sorted(glob.glob(os.path.join(
@@ -273,7 +274,7 @@ def list_unknown(conf: cfg.ConfigOpts) -> list[str]:
         with contextlib.suppress(OSError, ValueError, cfg.ParseError):
             cfg.ConfigParser(path, sections).parse()
         for section, names in sections.items():
-            if section.lower() == GROUP:  # as oslo.config reads it
+            if section.lower() == GROUP:  # oslo.config ignores the case
                 unknown.update(dict.fromkeys(names, path))
             elif re.sub(r'\W|_', '', section).lower() in (
                     GROUP, 'kuryr' + GROUP):
@@ -304,7 +305,8 @@ def read_link_iface(conf: cfg.ConfigOpts) -> Optional[str]:
 def has_api_root(conf: cfg.ConfigOpts) -> bool:
     """Return whether the configuration of Kuryr names a Kubernetes API.
 
-    An empty name counts: Kuryr then uses the service address of the API.
+    An empty name counts too, because Kuryr then uses the service address of
+    the API.
 
     :param conf: an object without Kuryr's options
     """

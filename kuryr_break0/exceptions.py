@@ -2,8 +2,8 @@
 
 """The errors of this package that are caught, or raised in several modules.
 
-Each text names the object, the problem and the remedy, so the log line that
-contains it needs nothing else.
+Each text names the object, the problem and the remedy, so a log line needs
+nothing but this text.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import shlex
 from typing import Any
 
 
-#: Errors of this process, not of the requested object: it has no more
-#: descriptors or memory.
+#: Errors that mean that this process has no more descriptors or memory. They
+#: prove nothing about the requested object.
 RESOURCE_ERRNOS = frozenset((errnos.EMFILE, errnos.ENFILE, errnos.ENOMEM,
                              errnos.ENOBUFS))
-#: The remedy for an error of the kernel
+#: Remedies for errors of the kernel, by error number
 _ADVICE = {
     errnos.EPERM: 'Run it as root, in a container with CAP_NET_ADMIN.',
     errnos.EADDRINUSE: 'Another interface on the same parent has its MAC '
@@ -128,7 +128,7 @@ class RecordNewer(LedgerUnavailable):
 class KernelRefused(Break0Error):
     """The kernel answered a netlink request with an error.
 
-    :ivar errno: its error number
+    :ivar errno: the error number in the answer
     """
 
     msg_fmt = 'The kernel refused to %(action)s: %(reason)s. %(advice)s'

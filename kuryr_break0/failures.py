@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Collects errors, so that an item that fails does not stop the others."""
+"""Collects errors, so that one failed item does not stop the other items."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Loggers for oslo.log, without importing it."""
+"""Loggers for oslo.log, without an import of oslo.log."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ class _Logger(_Adapter):
     def log(self, level: int, msg: Any, *args: Any, **kwargs: Any) -> None:
         """Log a line as the base class does.
 
-        If an exception is being handled, oslo.log appends its class and
-        message, which our lines already contain. For a ValueError it does not
-        (oslo_log.formatters._get_error_summary).
+        While an exception is being handled, oslo.log appends the exception's
+        class and message to the line, which already contains them. oslo.log
+        appends nothing for a ValueError
+        (oslo_log.formatters._get_error_summary). So warnings and errors are
+        logged while a ValueError is being handled.
         """
         if not self.isEnabledFor(level):
             return

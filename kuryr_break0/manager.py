@@ -69,10 +69,10 @@ class Break0Manager:
              bound_at: Optional[float] = None) -> None:
         """Make the addresses of a sandbox reachable through break0.
 
-        The newest claim on an address gets its routes. Claims of other
-        existing sandboxes stay in the record, and the newest of them gets the
-        routes when this one is unbound. If the kernel rejects an item, the
-        claim stays, and a sync tries again.
+        The newest claim on an address gets the route. Earlier claims of other
+        existing sandboxes stay in the record. When the new claim is dropped,
+        the newest remaining claim gets the route. If the kernel rejects an
+        item, the claim stays, and a sync sets the item again.
 
         :param parent: parent of the pod's macvlan
         :param mac: MAC address of the pod's interface
@@ -126,14 +126,14 @@ class Break0Manager:
                                             actual=parent)
         if self._engine.bind(records, yielding, failure):
             # A new break0 has no routes to the other pods, and its guard has
-            # no entries of them.
+            # no entries of these pods.
             with failure.log_errors():
                 self.sync()
         failure.raise_first()
 
     def refusal(self, address: IPAddress, parent: str,
                 origin: Optional[Origin]) -> Optional[str]:
-        """Return why :meth:`bind` refuses an address; None if it does not."""
+        """Return why :meth:`bind` refuses an address, or None."""
         return self._admission.refusal(address, parent, origin)
 
     @timed(Done.UNBIND, Done.UNBIND_FAILED)
@@ -144,14 +144,14 @@ class Break0Manager:
                ends: bool = False) -> list[IPAddress]:
         """Drop the claims of an owner, with their routes and neighbours.
 
-        Claims of other owners stay, because a DEL can come after the ADD of
-        the next sandbox. The newest of them gets the routes. An address
+        Claims of other owners stay, because a DEL can follow the ADD of the
+        next sandbox. The newest remaining claim gets the route. An address
         without a claim is no error.
 
-        :param addresses: None for all recorded addresses of the owner; the
-            search for them grows with the number of records
-        :param netns: path of the sandbox's namespace. With the MAC address, it
-            identifies a claim without a container id; see
+        :param addresses: None for all recorded addresses of the owner. The
+            duration of that search grows with the number of records
+        :param netns: path of the sandbox's namespace. Namespace and MAC
+            address together identify a claim without a container id; see
             :meth:`Owner.adopted`
         :param mac: MAC address of the sandbox's interface. If an address has
             no record, its route is deleted only if its neighbour has this MAC
@@ -159,8 +159,8 @@ class Break0Manager:
         :param interface_goes: whether the caller will delete the interface, so
             that its pod side need not be removed
         :param bound_at: drop only the claims of the bind with this time
-        :param ends: whether the interface of the owner ends. The next sync
-            then drops its claims of earlier binds too
+        :param ends: whether the interface of the owner ends. If so, the next
+            sync also drops the owner's claims of earlier binds
         :returns: the addresses of the dropped claims
         :raises Break0Error: the first error of an address, after all other
             addresses were unbound
@@ -207,8 +207,8 @@ class Break0Manager:
     def housekeep(self) -> None:
         """Unbind the ended sandboxes of other pods, and repair lost routes.
 
-        Kuryr's driver, the CNI plugin and the commands call it after an ADD or
-        DEL. See :mod:`kuryr_break0.engine.housekeeping`.
+        Kuryr's driver, the CNI plugin and the commands call this method after
+        an ADD or DEL. See :mod:`kuryr_break0.engine.housekeeping`.
 
         :raises Break0Error: the first error
         """

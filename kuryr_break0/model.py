@@ -17,12 +17,14 @@ IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 IPInterface = Union[ipaddress.IPv4Interface, ipaddress.IPv6Interface]
 
-#: Names of owners and interfaces, and paths. They have a limited length and no
-#: control characters, which could forge lines of a log or a table.
+#: Pattern of paths, and of names of owners and interfaces. It limits their
+#: length, and excludes control characters, which could forge lines of a log or
+#: a table.
 NAME = re.compile(r'[^\x00-\x1f\x7f\u2028\u2029]{0,512}')
 MAC = re.compile(r'[0-9a-f]{2}(:[0-9a-f]{2}){5}')
 
-#: First bytes that suffice to recognise an IPv4 address of a host.
+#: An IPv4 address with one of these first bytes is always the address of a
+#: host.
 _HOSTS = frozenset(range(1, 224)) - {127, 169}
 
 
@@ -98,8 +100,8 @@ def address_order(address: IPAddress) -> tuple[int, int]:
 def explain_non_host(address: IPAddress) -> Optional[str]:
     """Return why an address cannot belong to a pod; None if it can.
 
-    An IPv4-mapped IPv6 address cannot, because it represents the address of an
-    IPv4 node (RFC 4291, 2.5.5.2).
+    An IPv4-mapped IPv6 address cannot belong to a pod, because such an address
+    represents the address of an IPv4 node (RFC 4291, 2.5.5.2).
     """
     if address.version == 4 and address.packed[0] in _HOSTS:
         return None
@@ -128,7 +130,7 @@ class NamespaceId(NamedTuple):
     cookie: Optional[int] = None
 
     def is_same(self, other: NamespaceId) -> bool:
-        """Return whether both may be the same namespace."""
+        """Return whether both identities may be of the same namespace."""
         if None not in (self.cookie, other.cookie):
             return self.cookie == other.cookie
         return self[:2] == other[:2]
@@ -151,7 +153,7 @@ class Owner:
     container_id: str
     ifname: str
 
-    #: Prefix of the container id that replaces an unknown container id.
+    #: Prefix of the text that replaces an unknown container id.
     ADOPTED: ClassVar[str] = 'adopted-'
 
     @classmethod
@@ -159,7 +161,8 @@ class Owner:
         """Return the owner of a sandbox with an unknown container id.
 
         The sandbox was created before break0 was in use, or its record was
-        lost. Its namespace identifies it, and its DEL names the namespace too.
+        lost. The namespace identifies the sandbox, and the DEL of the sandbox
+        contains the path of the namespace too.
         """
         return cls('%s%d' % (cls.ADOPTED, namespace.cookie
                              or namespace.inode), ifname)
@@ -184,14 +187,15 @@ class Record:
     :ivar parent: present name of the parent of the pod's macvlan
     :ivar mac: MAC address of the pod's interface
     :ivar subnets: networks of the interface
-    :ivar netns: path of its namespace, in the writer's mount namespace
-    :ivar namespace: identity of its namespace
+    :ivar netns: path of the pod's network namespace, in the mount namespace of
+        the process that wrote the record
+    :ivar namespace: identity of the pod's network namespace
     :ivar pod: namespace/name in Kubernetes, or the container's name, if known
     :ivar configured: digest of the node addresses that were configured on the
         pod's side; None if it was not configured
     :ivar bound_at: seconds since the boot; see :func:`ledger.files.now`
     :ivar siblings: MAC addresses of the sandbox's other interfaces on the
-        parent, from which it may send too
+        parent, from which the sandbox may send too
     :ivar origin: None if unknown
     :ivar network: name of the CNI network
     :ivar parent_index: ifindex of the parent, which a rename does not change
@@ -222,13 +226,13 @@ class Record:
 
     @property
     def is_rebuilt(self) -> bool:
-        """Return whether it was rebuilt from routes and neighbours."""
+        """Return whether the claim was rebuilt from routes and neighbours."""
         return self.origin is None and self.owner.container_id.startswith(
             Owner.ADOPTED)
 
     @property
     def owner_text(self) -> str:
-        """Return its owner with the name of the pod or container, if known.
+        """Return the owner, with the name of the pod or container if known.
 
         Users do not know the id of a discovered container.
         """
@@ -244,12 +248,13 @@ class Record:
 class HostRoute(NamedTuple):
     """A route to a single address: /32, for IPv6 /128.
 
-    :ivar oif: ifindex of its interface; None if it has none or several
+    :ivar oif: ifindex of the outgoing interface; None if the route has no such
+        interface or several
     :ivar src: preferred source address
-    :ivar metric: the route with the lowest metric wins; in a deletion, None
-        matches any
-    :ivar direct: whether it is unicast without gateway, MTU or encapsulation
-        and, for IPv4, has scope link
+    :ivar metric: the route with the lowest metric is used; in a deletion, None
+        matches any metric
+    :ivar direct: whether the route is unicast without gateway, MTU or
+        encapsulation and, for IPv4, has scope link
     """
 
     dst: IPAddress
@@ -262,7 +267,7 @@ class HostRoute(NamedTuple):
 
 
 def best_metric(address: IPAddress) -> int:
-    """Return the lowest metric of a route in the address's family.
+    """Return the lowest possible metric in the address's family.
 
     In IPv6 the kernel replaces 0 by 1024 (IP6_RT_PRIO_USER).
     """
@@ -272,8 +277,8 @@ def best_metric(address: IPAddress) -> int:
 class Neighbour(NamedTuple):
     """A permanent neighbour.
 
-    :ivar protocol: number of the program that set it, like the protocol of a
-        route; None if it has none
+    :ivar protocol: number of the program that set the neighbour, like the
+        protocol of a route; None if the neighbour has no such number
     """
 
     dst: IPAddress
@@ -283,10 +288,10 @@ class Neighbour(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A guard entry: the addresses that packets of a pod may come from.
+    """A guard entry: a pair of source addresses that packets may have.
 
-    :ivar address: the address of the pod, packed
-    :ivar mac: its MAC address, packed; None for any
+    :ivar address: the IP address of the pod, packed
+    :ivar mac: the MAC address of the pod, packed; None for any MAC address
     """
 
     address: bytes
@@ -308,13 +313,13 @@ class Pair(NamedTuple):
 
     @property
     def set_name(self) -> str:
-        """Return the name of its set in the table."""
+        """Return the name of the nftables set for this entry."""
         return '%s%d' % ('addresses' if self.mac is None else 'pairs',
                          4 if len(self.address) == 4 else 6)
 
     @property
     def key(self) -> bytes:
-        """Return its key in its set, with each part padded to 4 bytes."""
+        """Return the key in the set; each part has a multiple of 4 bytes."""
         return (b'' if self.mac is None else self.mac + bytes(2)
                 ) + self.address
 
@@ -343,8 +348,8 @@ def of_kind(kind: type[_Item], items: Iterable[Item]) -> list[_Item]:
 class NodeAddresses:
     """The node addresses that a pod must know.
 
-    :ivar addresses: in their order
-    :ivar mac: MAC address of break0, by which the pod reaches them
+    :ivar addresses: the node addresses, in a constant order
+    :ivar mac: MAC address of break0, by which the pod reaches these addresses
     """
 
     addresses: tuple[IPAddress, ...]

@@ -110,8 +110,8 @@ def absolute_path(text: str) -> str:
 class Checked(types.ConfigType):
     """An option type with a parsing function.
 
-    :param type_name: its name in the sample configuration
-    :param parse: the function
+    :param type_name: name of the type in the sample configuration
+    :param parse: the parsing function
     """
 
     def __init__(self, type_name: str, parse: Callable[[str], Any]) -> None:

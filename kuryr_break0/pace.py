@@ -10,7 +10,7 @@ from typing import Hashable
 #: Share of a processor for all late causes together.
 SHARE = 0.1
 #: Processor seconds that the work of each cause may take before the cause is
-#: late. So work that is rare, such as at boot, is done at once.
+#: late. So rare work, such as the work at boot, is not delayed.
 CREDIT = 0.25
 #: Number of stored causes above which causes without a debt are removed.
 _MANY = 4096

@@ -28,15 +28,15 @@ from kuryr_break0.model import NodeAddresses
 from kuryr_break0.model import Origin
 from kuryr_break0.model import Record
 
-#: Maximum node addresses of a pod that are IPv6 addresses of other interfaces
-#: than the parent.
+#: Maximum number of IPv6 addresses of other interfaces than the parent, among
+#: the node addresses of a pod.
 MAX_ELSEWHERE = 16
 _NOWHERE = ipaddress.ip_address('192.0.2.1')  # RFC 5737
 OWN = 'an address of the node itself'
 NO_HOST = 'not of a host, by the routes of the node'
 NEXT_HOP = 'a next hop of a route of the node'
-#: This reason refuses discovered addresses only. Other pods with such an
-#: address may be intended routers, for example of a VPN.
+#: This reason applies to discovered addresses only. A pod of another origin
+#: with such an address may be a router on purpose, for example of a VPN.
 OWN_NEXT_HOP = ('a next hop of a route that leads through break0. If its '
                 'router is elsewhere, set that route again')
 EARLIER_NEXT_HOP = ('an earlier next hop of the node, which discovery does '
@@ -74,9 +74,9 @@ class Policy:
                 facts: Facts = Facts()) -> Optional[str]:
         """Return why an address must not be bound; None if it may be.
 
-        A discovered address is refused in more cases.
+        A discovered address is refused for more reasons.
 
-        :param facts: without them, the options and the address alone decide
+        :param facts: without facts, only the options and the address decide
         """
         # [break0] addr is not yet among the node addresses before the first
         # bind.
@@ -112,7 +112,7 @@ class Policy:
     def source(self, record: Record, device: str) -> Optional[IPAddress]:
         """Return the preferred source of the route of a pod.
 
-        :returns: None if the kernel must choose an address of break0
+        :returns: None to let the kernel choose the source
         """
         if device == self._options.device and any(
                 own.version == record.address.version
@@ -162,8 +162,8 @@ class Policy:
         break0 keeps this address, because connections may use it, and an
         interface that loses its last address also loses its routes
         (fib_disable_ip). break0 gets no address of the node: if a program is
-        bound to such an address, the kernel would send its multicast packets
-        through break0 (__ip_dev_find).
+        bound to such an address, the kernel would send the multicast packets
+        of that program through break0 (__ip_dev_find).
 
         The parameters are the same as for :meth:`node_addresses`.
         """
@@ -182,8 +182,8 @@ class Policy:
                   parent: Optional[int], device: str) -> list[IPAddress]:
         """Return the IPv6 node addresses that pods may solicit.
 
-        The guard answers these neighbour solicitations. The parameters are the
-        same as for :meth:`node_addresses`.
+        The guard answers neighbour solicitations for these addresses. The
+        parameters are the same as for :meth:`node_addresses`.
         """
         node = self.node_addresses(addresses, parent, (), '', device)
         return [each for each in node.addresses if each.version == 6]
@@ -252,8 +252,8 @@ def has_services(index: Optional[int]) -> bool:
     """Return whether an interface has the addresses of Kubernetes services.
 
     kube-proxy in IPVS mode assigns thousands of such addresses to the dummy
-    interface kube-ipvs0. A pod reaches them by another way, so they are no
-    node addresses.
+    interface kube-ipvs0. A pod reaches services by another way, so these
+    addresses are no node addresses.
     """
     with kernel.Netlink() as netlink:
         link = netlink.link(kernel.format_ifname(index))

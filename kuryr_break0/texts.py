@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Prepares untrusted texts for output. It imports no slow modules."""
+"""Prepares untrusted texts for output, without an import of slow modules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def safe(text: str) -> str:
 
     The name of an interface or an alias may contain control characters (also
     of C1), characters that change the direction of text, and bytes that are
-    not UTF-8. They are written in Python's notation: ``\\x9b``.
+    not UTF-8. All of these are written in Python's notation: ``\\x9b``.
     """
     if text.isprintable():
         return text
@@ -23,7 +23,10 @@ def safe(text: str) -> str:
 
 
 def close_to(name: str, known: Iterable[str]) -> str:
-    """Return the question whether a known name was meant, or nothing."""
+    """Return the question whether the closest known name was meant.
+
+    The text is empty if no known name is close.
+    """
     import difflib  # rarely needed
 
     known = list(known)

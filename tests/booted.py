@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 
-"""The program that tests/boot runs in the Debian that it boots.
+"""The program that tests/boot runs in a Debian that it has booted.
 
-It needs only Python's standard library. Two containers of systemd-nspawn and
-one container of Docker start at boot; one of the first two is the node's name
-server. The first boot starts the agent as the documentation says, and the boot
-after it examines the node.
+The program needs only Python's standard library. Two containers of
+systemd-nspawn, of which one is the node's name server, and one container of
+Docker start at boot. The first boot starts the agent as the documentation
+says, and the second boot examines the node.
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ def answer() -> None:
 def reach() -> None:
     """Ping each container until it answers, and record the time.
 
-    Also record the mean duration of work() until then, which shows the load of
-    the boot.
+    Also record the mean duration of work() up to this time. The duration shows
+    the load of the boot.
     """
     reached: dict[str, tuple[float, float]] = {}
     took = [work()]
@@ -219,7 +219,7 @@ def journal(*arguments: str) -> list[dict[str, Any]]:
 
 
 def mark() -> str:
-    """Return journalctl's option for the entries after the last one."""
+    """Return journalctl's option for the entries after this call."""
     return '--after-cursor=' + run(
         'journalctl', '-n', '1', '--show-cursor').rpartition(' ')[2]
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Generate the shell completion from the parser: make completion."""
+"""Generate the shell completion from the parser, for make completion."""
 
 from __future__ import annotations
 

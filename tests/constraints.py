@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Make constraints.txt anew; with names of packages, keep all other pins.
+"""Regenerate constraints.txt, or only the pins of the named packages.
 
-Needs the package index, and a Python of each minor version of OLDEST, from
+Needs the package index, and a Python of each minor version in OLDEST, from
 pyenv or in PATH.
 """
 
@@ -25,8 +25,8 @@ FILE = os.path.join(ROOT, 'constraints.txt')
 #: install. Debian 11 has 3.9.2, Debian 12 has 3.11.2.
 OLDEST = ('3.9.2', '3.10.0', '3.11.2', '3.12.0', '3.13.0')
 MINORS = [version.rpartition('.')[0] for version in OLDEST]
-#: Run pip with another patch release in its Python's version. pip's option
-#: --python-version refuses packages without a wheel, such as ovs.
+#: A program that runs pip as if its Python were another patch release. pip's
+#: option --python-version refuses packages without a wheel, such as ovs.
 PIP = """
 import collections
 import platform
@@ -42,13 +42,13 @@ runpy.run_module('pip', run_name='__main__')
 
 
 class Pin(NamedTuple):
-    """A line of the file: a requirement, and its Requires-Python."""
+    """A line of constraints.txt: a requirement, and its Requires-Python."""
 
     requirement: requirements.Requirement
     requires_python: str
 
     def is_for(self, python: str) -> bool:
-        """Return whether a release of Python installs the pin."""
+        """Return whether the pin applies to a release of Python."""
         marker = self.requirement.marker
         return marker is None or marker.evaluate(
             {'python_version': python.rpartition('.')[0],
@@ -56,7 +56,7 @@ class Pin(NamedTuple):
 
 
 def read() -> Iterator[Pin]:
-    """Yield the pins of the file."""
+    """Yield the pins of constraints.txt."""
     with open(FILE) as file:
         for line in file:
             text, _, python = line.partition('#')
@@ -109,7 +109,7 @@ def marker(minors: list[str]) -> str:
 
 
 def lines(by_minor: dict[str, dict[str, tuple[str, str]]]) -> Iterator[str]:
-    """Yield the lines of the file, one for each distinct pin."""
+    """Yield the lines of constraints.txt, one for each distinct pin."""
     for name in sorted({name for each in by_minor.values() for name in each}):
         run: list[str] = []
         before: Optional[tuple[str, str]] = None

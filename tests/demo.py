@@ -52,8 +52,7 @@ class Demo:
         """Ping all hosts from all hosts with empty neighbour tables.
 
         :param gone: the name of a host that must not answer, if any
-        :param by_break0: whether the node must reach the pods, and they the
-            node
+        :param by_break0: whether the node and the pods must reach each other
         """
         names = [name for name in HOSTS if name != gone]
         table = prettytable.PrettyTable(
@@ -61,7 +60,8 @@ class Demo:
         rows = {name: [name, HOSTS[name]] for name in names}
         for target in HOSTS:
             self.node.lab.forget_neighbours()
-            # A ping without an answer takes a second, so all run at once.
+            # A ping without an answer takes a second, so all pings run at
+            # once.
             with concurrent.futures.ThreadPoolExecutor() as threads:
                 answers = list(threads.map(
                     lambda source: source != target and self.node.lab.ping(

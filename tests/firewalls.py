@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The real ufw and firewalld, on the node that the process has become."""
+"""The real ufw and firewalld, on the node of a lab."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def set_up_ufw() -> None:
 def start_firewalld(test: unittest.TestCase) -> None:
     """Start firewalld as installed, until the test ends.
 
-    The system's bus would change its user, which this namespace does not
-    allow, so firewalld gets a bus of its own.
+    The daemon of the system bus would switch to another user, which the lab's
+    user namespace does not allow. Therefore firewalld gets a bus of its own.
     """
     _copy('/etc/firewalld', '/run/firewalld')
     bus = 'unix:path=/run/bus'

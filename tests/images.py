@@ -11,13 +11,13 @@ import os
 import shutil
 import tarfile
 
-#: The names of busybox in the image.
+#: The commands of busybox in the image.
 _TOOLS = ('cat', 'hostname', 'httpd', 'ip', 'mkdir', 'nc', 'ping', 'sh',
           'sleep')
 
 
 def rootfs(directory: str) -> str:
-    """Make a root directory with busybox if it is missing; return its path.
+    """Return the path of a root directory with busybox; create it if needed.
 
     :param directory: the parent directory
     """
@@ -31,7 +31,7 @@ def rootfs(directory: str) -> str:
 
 
 def tar(directory: str) -> str:
-    """Make a tar archive of the root directory for engines that import one."""
+    """Make a tar archive of the root directory; return the archive's path."""
     path = os.path.join(directory, 'rootfs.tar')
     with tarfile.open(path, 'w') as archive:
         archive.add(rootfs(directory), '.')

@@ -2,7 +2,7 @@
 
 """The program that tests/deb runs in a minimal Debian.
 
-It needs only Python's standard library.
+The program needs only Python's standard library.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def use(kept: str) -> None:
                     '--version'):
         run('kuryr-break0 ' + command)
     assert 'link/ether' in run('ip -d link show dev break0')
-    run('ip link delete break0')  # created again without pyroute2
+    run('ip link delete break0')  # the agent recreates it without pyroute2
     until(is_reached)
     with urllib.request.urlopen('http://%s/metrics' % METRICS) as answer:
         text = answer.read().decode()
@@ -156,7 +156,10 @@ def use(kept: str) -> None:
 
 
 def follow(expected: str) -> None:
-    """Paste the commands of the doctor against a fault."""
+    """Run the commands that the doctor prints against a fault.
+
+    :param expected: the ID of the doctor's finding
+    """
     done = subprocess.run(['kuryr-break0', 'doctor', '--no-probe', '--json'],
                           stdout=subprocess.PIPE, text=True)
     finding = next((each for each in json.loads(done.stdout)['findings']
@@ -168,7 +171,7 @@ def follow(expected: str) -> None:
 
 
 def advice() -> None:
-    """The commands of the doctor correct each fault, as pasted."""
+    """The commands that the doctor prints correct each fault."""
     run('systemctl stop ' + AGENT)
     follow('agent-not-running')
     until(lambda: state() == 'active')
@@ -184,7 +187,7 @@ def advice() -> None:
         pid = run('systemctl show -P MainPID ' + AGENT)
         follow(name)
         until(is_reached)
-        # A reload was enough.
+        # A reload was enough: the agent is the same process.
         assert pid == run('systemctl show -P MainPID ' + AGENT)
         with open(SETTINGS, 'w') as file:
             file.write(text)

@@ -75,9 +75,8 @@ class Selection(NamedTuple):
         if self.matches(change.new):
             return {'type': 'MODIFIED' if was else 'ADDED',
                     'object': change.new}
-        # Kubernetes sends the last state of an object that left the selection.
-        # Its version is the version of the change, from which a watch can
-        # resume.
+        # Kubernetes sends the last state of an object that left the selection,
+        # with the version of the change. A watch can resume from this version.
         return {'type': 'DELETED', 'object': merge_patch(
             change.old, {'metadata': {'resourceVersion': str(change.version)}}
         )} if was else None
@@ -154,7 +153,7 @@ PATCHES: Dict[str, Callable[[Any, Any], Any]] = {
 class KubeAPI:
     """An API server on 127.0.0.1, with direct access to its objects.
 
-    It can stop and start again, with the same objects and port.
+    The server can stop and start again, with the same objects and port.
     """
 
     def __init__(self, port: int = 0, history: int = 1000) -> None:
@@ -281,8 +280,8 @@ class KubeAPI:
         with self._changed:
             self._changed.wait_for(
                 lambda: server.stopping or self._version != version)
-            # A version above the current one belongs to an earlier server, and
-            # its changes are as unknown as dropped ones.
+            # A version above the current one belongs to an earlier server. The
+            # changes after it are unknown, like changes that were dropped.
             if not self._forgotten <= version <= self._version:
                 raise APIError(410, 'Expired', 'too old resource version: '
                                f'{version} ({self._version})')
@@ -355,7 +354,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def dispatch(self, api: KubeAPI, body: Any) -> Any:
-        """Return the reply, or None after a watch, which sends its own."""
+        """Return the reply, or None after a watch, which has sent events."""
         url = parse.urlsplit(self.path)
         if url.path in ABOUT:
             return ABOUT[url.path]

@@ -129,7 +129,7 @@ def random_mac() -> str:
 def stock_environment(path: str) -> str:
     """Make an environment without kuryr-break0; return its bin directory.
 
-    It links the installed packages of the current environment.
+    The new environment links to the packages of the current environment.
     """
     venv.create(path, with_pip=False)
     bin_dir = os.path.join(path, 'bin')

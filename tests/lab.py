@@ -6,7 +6,7 @@ The calling process becomes the node. Its network namespace gets a NIC,
 ``eth0``, whose peer is in the namespace ``lan``; each pod gets another
 namespace. The kernel removes all namespaces when the process ends, even by
 SIGKILL, and the machine itself stays unchanged. ``tests/in-lab`` starts a
-process with the rights for this, as any user.
+process with the necessary rights, for any user.
 
 The lab reads the kernel's state with ``ip -json``, because the library under
 test could hide its own faults.
@@ -68,7 +68,7 @@ def _call(name: str, *args: Any) -> None:
 
 def until(condition: Callable[[], Any],
           log: Callable[[], str] = str) -> float:
-    """Wait until a condition holds; return the seconds that this took.
+    """Wait until a condition holds; return the duration in seconds.
 
     :param log: returns text for the error if the condition never holds
     :raises AssertionError: after PATIENCE seconds
@@ -113,8 +113,8 @@ class VM:
     """A virtual machine: a program that has opened a macvtap.
 
     A thread forwards frames between the macvtap's character device and a tap
-    device in a namespace, which stands for the guest. The kernel of the
-    namespace resolves addresses, and nothing else configures its neighbours.
+    device in a namespace. The namespace stands for the guest: the kernel
+    resolves addresses there, and nothing else configures its neighbours.
     """
 
     def __init__(self, lab: Lab, name: str, addresses: Sequence[str],
@@ -179,7 +179,7 @@ class VM:
 
 
 class Lab:
-    """A node with a NIC on a LAN; creating it moves the process to the node.
+    """A node with a NIC on a LAN; its constructor moves the process there.
 
     Another Lab replaces the first, so each test can have a new node.
     """
@@ -223,8 +223,8 @@ class Lab:
     def settle(self) -> None:
         """Wait until no interface has a tentative IPv6 address.
 
-        The kernel adds the link-local addresses shortly after both ends are
-        up.
+        The kernel adds the link-local addresses shortly after both ends of the
+        veth pair are up.
         """
         until(lambda: all(
             'fe80::' in str(link['addr_info'])
@@ -254,7 +254,7 @@ class Lab:
     def del_netns(self, name: str) -> None:
         """Delete a namespace, and wait until the kernel has freed it.
 
-        The kernel needs several milliseconds for this.
+        The kernel frees a namespace within several milliseconds.
         """
         path = '/run/netns/' + name
         known = kernel.identify(path)
@@ -331,7 +331,7 @@ class Lab:
                  netns: Optional[str] = None) -> None:
         """Call a function in another namespace.
 
-        :param netns: its name or path; None for the node
+        :param netns: the namespace's name or path; None for the node
         """
         errors: list[Exception] = []
 
@@ -422,7 +422,7 @@ class Lab:
     def state(self) -> dict[str, Any]:
         """Return the configuration of the node and of its other namespaces.
 
-        It has no dynamic neighbours and no counters.
+        The result has no dynamic neighbours and no counters.
         """
         self.settle()
         found = {}
@@ -450,7 +450,7 @@ class Lab:
              cold: bool = True) -> bool:
         """Return whether a ping is answered.
 
-        :param cold: whether to flush the dynamic neighbours before
+        :param cold: whether to flush the dynamic neighbours first
         """
         if cold:
             self.forget_neighbours()

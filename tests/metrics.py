@@ -30,7 +30,7 @@ def get(path: str = '/metrics', where: str = DEFAULT,
             answer = connection.getresponse()
             return Answer(answer.status, answer.read().decode())
         except (ConnectionError, http.client.IncompleteRead):
-            return None  # an agent that is ending, too
+            return None  # also for an agent that is ending
 
 
 def value(name: str, where: str = DEFAULT, **labels: str) -> Optional[float]:

@@ -22,7 +22,7 @@ CIDR = '100.75.30.0/24'
 
 
 class Request(NamedTuple):
-    """A request; tests select the failing one by its fields."""
+    """A request; a test decides by the fields whether the request fails."""
 
     method: str
     path: str
@@ -41,7 +41,7 @@ class Refusal(Exception):
 
 
 class Neutron:
-    """Ports, their revisions and pairs, on 127.0.0.1, with direct access.
+    """A Neutron server on 127.0.0.1, with direct access to its ports.
 
     :ivar ports: the ports in Neutron's format, by ID
     :ivar fault: called with each request before it is handled; may raise

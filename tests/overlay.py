@@ -39,7 +39,7 @@ def build(onto: Optional[dict[str, Any]] = None,
 
     :param onto: Kuryr's DaemonSet; by default base()
     :param uncommented: the beginning of a commented line in
-        kustomization.yaml; the block from it to the next empty line is
+        kustomization.yaml; the block from this line to the next empty line is
         uncommented
     """
     with tempfile.TemporaryDirectory() as directory:
@@ -72,7 +72,10 @@ def build(onto: Optional[dict[str, Any]] = None,
 
 
 def patched(daemon_set: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return a DaemonSet after ``kubectl patch`` with a file beside it."""
+    """Return a DaemonSet after ``kubectl patch`` with a file of the overlay.
+
+    :param name: the name of the file
+    """
     with open(os.path.join(OVERLAY, name)) as file:
         done = subprocess.run(
             ['kubectl', 'patch', '--local', '--filename', '-', '--output',

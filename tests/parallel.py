@@ -25,8 +25,8 @@ import unittest
 
 from tests import program
 
-#: The slowest modules. They start first, so that the last classes to start are
-#: short.
+#: The slowest modules. Their classes start first, so that the last classes to
+#: start are short.
 FIRST = (
     'tests.e2e.test_nothing_lost', 'tests.functional.test_bench',
     'tests.e2e.test_daemon', 'tests.functional.doctor.test_pods',
@@ -37,9 +37,9 @@ FIRST = (
     'tests.functional.cni.test_plugin', 'tests.functional.test_doubt')
 
 
-#: The numbers of lines that are printed of a failure's output: the first lines
-#: show its origin, and the last lines the log before it. CI keeps only the end
-#: of a long output.
+#: The numbers of first and last lines that are printed of a failure's output:
+#: the first lines show the origin of the failure, and the last lines show the
+#: log before the failure. CI keeps only the end of a long output.
 FIRST_LINES, LAST_LINES = 20, 20
 
 

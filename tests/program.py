@@ -4,11 +4,12 @@
 
 A start of Python imports hundreds of modules, which took most of the processor
 time of the tests. A server of each program imports the modules once, and forks
-for each start. The process has the arguments, environment, directory, files
-and namespaces of a child. It is a child of the server, though: use the object
-that :func:`start` returns to signal it and to wait for it.
+for each start. The new process has the arguments, environment, directory,
+files and namespaces that a child of the caller would have. The process is a
+child of the server, though: use the object that :func:`start` returns to
+signal the process and to wait for its end.
 
-Other programs, prefixed commands, and environments with other PYTHON variables
+Other programs, prefixed commands, and commands with other PYTHON variables
 start normally. A test of the start itself uses ``subprocess``.
 """
 
@@ -66,7 +67,8 @@ class Process:
         """Wait for the end of the process; return its exit code.
 
         :param timeout: in seconds; None waits forever
-        :returns: minus the number of the signal if one killed the process
+        :returns: the negative number of the signal if a signal killed the
+            process
         """
         if self.returncode is None:
             if not select.select([self._server], [], [], timeout)[0]:
@@ -184,9 +186,9 @@ def of_script(path: str) -> list[str]:
 
 
 def serve(program: str) -> None:
-    """Start the server of a program, which ends with this process.
+    """Start the server of a program; the server ends with this process.
 
-    Processes that are forked from this one use the same server.
+    Processes that are forked from this process use the same server.
     """
     directory = tempfile.mkdtemp(prefix='program-')
     path = os.path.join(directory, 'socket')
@@ -221,8 +223,8 @@ def _imported(program: str) -> Callable[[], Any]:
         from kuryr_kubernetes.cmd import daemon
         import setproctitle
 
-        # The first call finds the memory of the process title with the
-        # environment at the start, which the server replaces later.
+        # The first call finds the memory of the process title by means of the
+        # environment at the start. The server replaces the environment later.
         setproctitle.getproctitle()
         return daemon.start  # type: ignore[no-any-return]
     import kuryr_break0
@@ -237,7 +239,7 @@ def _imported(program: str) -> Callable[[], Any]:
 
 def _serve(program: str, path: str) -> None:
     parent = os.getppid()
-    # Python sets this path when it starts the program.
+    # Python itself sets this entry when it starts the program.
     sys.path[0] = os.path.dirname(program)
     main = _imported(program)
     # Frozen objects are not collected, so the forked processes do not copy

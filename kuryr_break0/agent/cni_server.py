@@ -21,8 +21,8 @@ from kuryr_break0 import log
 LOG = log.get_logger(__name__)
 
 NAME = 'cni.sock'
-#: Requests that are answered concurrently. Each needs the lock of the ledger,
-#: so more threads would only wait for the lock.
+#: Number of requests that are answered concurrently. Each request needs the
+#: lock of the ledger, so more threads would only wait for the lock.
 _WORKERS = 4
 _BACKLOG = 512
 #: Seconds without data after which a client is disconnected, and the maximum
@@ -40,7 +40,7 @@ class CNIServer:
 
     All threads start before the first request, because starting a thread
     later can fail (pids.max, RLIMIT_AS). The threads also keep their nftables
-    sockets: the kernel needs 12 ms to close one.
+    sockets: the kernel needs 12 ms to close such a socket.
     """
 
     def __init__(self) -> None:
@@ -56,8 +56,8 @@ class CNIServer:
     def listen(self, options: config.Options) -> None:
         """Make sure that requests are served in the state directory.
 
-        Recreate the socket if its file was deleted or replaced, and start
-        threads in place of ended ones. Log each error once.
+        Recreate the socket if its file was deleted or replaced, and replace
+        the threads that have ended. Log each error once.
         """
         self._options = options
         path = os.path.join(options.state_dir, NAME)
@@ -185,7 +185,7 @@ class CNIServer:
                 break
             data += some
         if not data:
-            return  # another agent, which tests whether this one listens
+            return  # another agent, which tests whether this agent listens
         environment, body = _parse(bytes(data))
         options = self._options
         assert options is not None  # listen() sets them
@@ -196,7 +196,8 @@ class CNIServer:
                 raise BrokenPipeError
             client.sendall(b'%d %d\n' % (answer.status, len(output)) + output)
         except OSError:
-            # For the runtime, the ADD has failed. Its DEL may be over.
+            # For the runtime, the ADD has failed, and its DEL may have ended
+            # before the ADD was completed.
             if answer.undo is not None:
                 LOG.warning(
                     'Undoing the ADD of %s for %s: the runtime closed the '

@@ -24,11 +24,12 @@ from kuryr_break0 import policy
 class EventFilter:
     """Filter for netlink events.
 
-    Most events need no sync: new interfaces on their way into a pod, routes of
-    other programs, and the agent's own changes. A pod can cause any number of
-    events, for example by switching promiscuous mode. So an event passes the
-    filter only if it changes a stored interface, address or next hop, or if a
-    recorded address has another route or neighbour than its record requires.
+    Most events need no sync: new interfaces that are moved into a pod, routes
+    of other programs, and the agent's own changes. A pod can cause any number
+    of events, for example by switching promiscuous mode. So an event passes
+    the filter only if it changes a stored interface, address or next hop, or
+    if a recorded address has another route or neighbour than its record
+    requires.
     """
 
     def __init__(self, options: config.Options, ledger: Ledger) -> None:
@@ -51,7 +52,7 @@ class EventFilter:
         self._links: dict[int, Any] = {}
         self._addresses: set[tuple[int, Any]] = set()
         self._next_hops: set[IPAddress] = set()
-        #: whether an interface has addresses of Kubernetes services
+        #: whether an interface has addresses of services, by ifindex
         self._has_services: dict[Optional[int], bool] = {}
 
     def prepare(self) -> None:
@@ -67,14 +68,15 @@ class EventFilter:
             self._addresses = set(netlink.addresses())
 
     def update(self, outcome: Outcome = Outcome()) -> None:
-        """Store the changes of a sync, and the state of all break0s after it.
+        """Store the changes of a sync, and the resulting state of all break0s.
 
         :raises Break0Error: if the kernel cannot be read
         """
         self._own_events = frozenset(_make_events(outcome))
         self._refused = outcome.refused
-        # The kernel sends no event for some deleted routes. Remove their next
-        # hops here, so that the next route to one of them counts as a change.
+        # The kernel sends no event for some deleted routes. Remove the next
+        # hops of such routes here, so that a new route with one of these next
+        # hops counts as a change.
         self._next_hops.intersection_update(outcome.refused)
         self._sources.clear()
         identity = None
@@ -113,8 +115,8 @@ class EventFilter:
 
         Before the kernel deletes an interface, it sets the interface down, and
         sends an event for each neighbour. If events were lost, the event of
-        the interface may be lost too. This method then reads the state of the
-        interface from the kernel.
+        the interface may be lost too. In that case, this method reads the
+        state of all break0s from the kernel.
         """
         is_incomplete = False
         for event in events:
@@ -178,7 +180,8 @@ class EventFilter:
     def _find_desired(self, address: IPAddress) -> tuple[Entry, ...]:
         """Return the entries that an address must have in the kernel.
 
-        :returns: none if the address has no readable record, or no break0
+        :returns: an empty tuple if the address has no readable record, or no
+            break0
         """
         record = None
         with contextlib.suppress(exceptions.LedgerUnavailable):
@@ -194,10 +197,11 @@ class EventFilter:
         return self._policy.items(record, index, self._sources[key])
 
     def _update_next_hops(self, event: kernel.Event) -> bool:
-        """Store a new route's next hops, or remove a deleted route's.
+        """Add a new route's next hops, or remove a deleted route's next hops.
 
-        Store all next hops in the ledger. If a route is deleted before the
-        next sync, a container may already have the address of its next hop.
+        Store each new next hop in the ledger too. The next sync cannot read
+        the next hop if the route is deleted before, and a container may
+        already have the address of the next hop.
 
         :returns: whether a recorded address became a next hop, or may have
             ceased to be one
@@ -220,7 +224,7 @@ class EventFilter:
         return self._has_services[index]
 
     def _update_link(self, event: kernel.Event) -> bool:
-        """Store the new state of an interface; return whether it matters."""
+        """Store an interface's new state; return whether to sync."""
         link, index = event.link, event.ifindex
         if link is None or index is None:
             return True

@@ -110,7 +110,7 @@ class Exposition:
 
     def _collect(self, environ: dict[str, Any]) -> _Answer:
         head: list[Any] = []
-        # Without the query, which could select some of the metrics: other
+        # Remove the query, which could select a part of the metrics: other
         # clients may get the same answer, and need all metrics.
         body = self._application({**environ, 'QUERY_STRING': ''},
                                  lambda *args: head.extend(args))
@@ -179,7 +179,8 @@ class Server:
             server = waitress.create_server(
                 self._answer, map=sockets, sockets=[listening],
                 threads=_THREADS,
-                # Waitress counts the listening socket and its wake-up pipe.
+                # Waitress also counts the listening socket and its own wake-up
+                # pipe.
                 connection_limit=_CONNECTIONS + 2,
                 max_request_header_size=_HEADER, max_request_body_size=1,
                 ident=None, backlog=_BACKLOG, log_socket_errors=False,
@@ -226,9 +227,9 @@ class Server:
 def _close_late(connections: dict[int, _Connection]) -> float:
     """Close connections whose client is late.
 
-    If the maximum number of connections is open, also close the oldest ones
-    that wait for their client. A connection stays open while its request is
-    processed, because the server does not wait for the client then.
+    If the maximum number of connections is open, also close the oldest
+    connections that wait for their client. A connection stays open while the
+    server processes its request, and so does not wait for the client.
 
     :param connections: all connections of the server, by descriptor
     :returns: seconds until the next connection may be late

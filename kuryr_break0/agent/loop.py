@@ -37,12 +37,12 @@ _BURST = 0.05
 _SETTLED = 1.0
 #: Minimum time between two syncs, in seconds.
 _PAUSE = 0.1
-#: Seconds of a processor that repairs of lost break0s may take before they
-#: have to wait. Only the node itself can cause such repairs, so they have
-#: their own pace, and other events do not delay them.
+#: Processor seconds that repairs of lost break0s may take before such repairs
+#: have to wait. Only the node itself can cause such repairs, so the repairs
+#: have their own pace, and other events do not delay them.
 _LOSS_CREDIT = 2.0
 #: Number of events in one read that counts as a flood, and seconds to wait
-#: after it, so that the next read gets more events.
+#: after a flood, so that the next read gets more events.
 _FLOOD = 32
 _FLOOD_PAUSE = 0.1
 #: Seconds between two attempts to serve CNI requests, for example while an
@@ -63,8 +63,8 @@ class Agent:
     """Daemon that keeps the kernel equal to the ledger.
 
     The agent and kuryr-daemon share only the ledger, its lock and the kernel,
-    so each may be restarted at any time. An ADD or a DEL of a pod does not
-    need the agent: it makes its own changes before it returns. The agent
+    so each may be restarted at any time. The ADD or DEL of a pod does not need
+    the agent: each request makes its own changes before it returns. The agent
     repairs changes by other programs.
 
     :param load: reads the options from the configuration files
@@ -129,7 +129,8 @@ class Agent:
                 _open_finder(options, ledger) as self._finder:
             has_to_unbind = self._has_to_unbind(ledger)
             while not self._is_stopping and not self._is_reloading:
-                # Before the sync, which may miss a record written during it.
+                # Watch before the sync, which may miss a record that is
+                # written meanwhile.
                 if watch is not None:
                     self._watch_records(watch, ledger)
                 self._cni.listen(options)
@@ -157,10 +158,10 @@ class Agent:
             self._reload_options()
 
     def _has_to_unbind(self, ledger: Ledger) -> bool:
-        """Return whether discovered containers must be unbound.
+        """Return whether to unbind the discovered containers of this agent.
 
-        That is so if the operator has set ``discover`` to false. Containers of
-        another agent stay bound, even if that agent is stopped.
+        Unbind them if the operator has set ``discover`` to false. Containers
+        of another agent stay bound, even if that agent is stopped.
         """
         if self._finder is not None:
             records.store_unit(ledger)
@@ -262,7 +263,7 @@ class Agent:
         return max(0.0, timeout)
 
     def _find_containers(self, changed: list[int], ready: list[int]) -> None:
-        """Read the events of the finder, and let it do work that is due.
+        """Read the events of the finder, and do the finder's due work.
 
         :param changed: descriptors with an exceptional condition
         :param ready: descriptors that are readable
@@ -285,8 +286,8 @@ class Agent:
     def _watch_records(self, watch: kernel.Inotify, ledger: Ledger) -> None:
         """Watch the directory of the records.
 
-        Call it before each sync, because another program may have replaced the
-        directory.
+        Call this method before each sync, because another program may have
+        replaced the directory.
         """
         reason = None
         try:
@@ -303,7 +304,7 @@ class Agent:
         watch.read()
 
     def _sync(self, reconciler: Reconciler, event_filter: EventFilter) -> bool:
-        """Reconcile, and return whether all of it succeeded."""
+        """Reconcile the whole node; return whether no part failed."""
         began = time.monotonic()
         is_early = began < self._not_before  # only after a loss
         pace, allowed = ((self._loss_pace, self._not_before_loss)
@@ -323,11 +324,11 @@ class Agent:
             error = err
         ended = time.monotonic()
         self._metrics.record_sync(ended - began, error)
-        # If the next sync is due at once after each failed sync, for example
-        # because the changes of a sync cause events, each failure doubles the
-        # pause, up to the interval of the timer. A failure after a quiet time
-        # starts again with the shortest pause, so that it does not delay other
-        # repairs.
+        # A sync can be due at once after each failed sync, for example because
+        # the changes of the failed sync cause events. In that case each
+        # failure doubles the pause, up to the interval of the timer. After a
+        # quiet time, a failure starts again with the shortest pause, so that
+        # other repairs are not delayed.
         is_later = began - allowed > allowed - self._synced_at
         self._failures = 0 if error is None else 1 if is_later else min(
             self._failures + 1, 20)
@@ -371,7 +372,7 @@ def _open_finder(options: config.Options, ledger: Ledger
 def _open_nft_events() -> Iterator[Optional[kernel.NftEvents]]:
     """Yield a socket that receives deletions of our nftables tables.
 
-    Yield None if the kernel does not allow that.
+    Yield None if the socket cannot be opened.
     """
     try:
         events = kernel.NftEvents(guard.PREFIX)
@@ -386,7 +387,7 @@ def _open_nft_events() -> Iterator[Optional[kernel.NftEvents]]:
 
 @contextlib.contextmanager
 def _open_inotify() -> Iterator[Optional[kernel.Inotify]]:
-    """Yield an inotify descriptor, or None if that fails."""
+    """Yield an inotify descriptor, or None if it cannot be opened."""
     try:
         watch = kernel.Inotify()
     except OSError as err:

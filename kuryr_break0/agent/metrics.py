@@ -32,8 +32,8 @@ LOG = log.get_logger(__name__)
 _PREFIX = 'kuryr_break0'
 #: Upper limits of the buckets, in seconds.
 _BUCKETS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10)
-#: Seconds after which a temporary reason, such as duplicate address detection,
-#: counts as lasting.
+#: Seconds after which a temporary reason for an unbound address, such as
+#: duplicate address detection, counts as lasting.
 _PASSES = 5.0
 #: Seconds of one step of the search for unbound containers. Between two steps
 #: the agent does other work.
@@ -57,9 +57,9 @@ class Metrics(prometheus_registry.Collector):
 
     def __init__(self, options: config.Options) -> None:
         self.options = options
-        # Without this, each counter gets a second series with the time of
-        # its creation, which is always the start of the agent. The function
-        # disable_created_metrics() is not in Debian 12.
+        # By default, each counter has a second series with the time of its
+        # creation, which is always the start of the agent. The prometheus
+        # client of Debian 12 has no function disable_created_metrics().
         prometheus_client.metrics._use_created = False
         self.registry = prometheus_client.CollectorRegistry()
         prometheus_client.ProcessCollector(registry=self.registry)
@@ -133,7 +133,8 @@ class Metrics(prometheus_registry.Collector):
             self._last_success.set_to_current_time()
             self._succeeded = time.monotonic()
         self._outdated = True
-        self._read_journal()  # it has a maximum size, and may be full soon
+        # The journal has a maximum size, and may be full before a scrape.
+        self._read_journal()
 
     def count_events(self, events: Sequence[kernel.Event]) -> None:
         lost = sum(event.kind == 'lost' for event in events)
@@ -225,7 +226,7 @@ class Metrics(prometheus_registry.Collector):
         """Read the values for :meth:`collect`. Call from one thread only."""
         self._read_journal()
         if self._outdated:
-            # Before the read: a sync may end during it.
+            # Clear the flag before the read, because a sync may end meanwhile.
             self._outdated = False
             snapshot = self._read_snapshot()
             self._gauges = [] if snapshot is None else list(

@@ -2,6 +2,6 @@
 
 """The parts of a break0: its device, its guard, and the pod sides.
 
-The modules configure one part each. The engine decides which addresses a
-break0 has.
+Each module configures one part. The engine decides which addresses a break0
+has.
 """

@@ -25,8 +25,8 @@ LOG = log.get_logger(__name__)
 #: addresses, with their duplicate address detection and MLD reports; router
 #: solicitations; on a node that forwards IPv6, MLD messages for the group of
 #: all routers; and announcements of addresses. With forwarding = 0, an
-#: interface leaves that group. Unlike version 2, MLD version 1 sends no
-#: message about leaving a group that it has not reported
+#: interface leaves that group. Unlike MLD version 2, MLD version 1 sends no
+#: message when an interface leaves a group that it has not reported
 #: (igmp6_leave_group). The kernel still forwards packets from break0, by
 #: conf/all/forwarding (ip6_forward). If a user enables conf/all/forwarding
 #: later, break0 does not join the group, because multicast is off
@@ -77,8 +77,8 @@ class Difference(NamedTuple):
 class Ensured(NamedTuple):
     """A break0 in its desired state.
 
-    :ivar needs_sync: whether a sync must restore its routes, because it was
-        created or because a repair deleted them
+    :ivar needs_sync: whether a sync must restore its routes, because the
+        break0 was created, or because a repair deleted the routes
     :ivar repaired: the texts of the differences that were repaired
     """
 
@@ -88,9 +88,10 @@ class Ensured(NamedTuple):
 
 
 def lower_name(link: kernel.Link) -> Optional[str]:
-    """Return the name of the interface below another one.
+    """Return the name of the interface below a link.
 
-    None if there is no lower interface, or if it is in another namespace.
+    None if there is no lower interface, or if the lower interface is in
+    another namespace.
     """
     if link.lower is None or link.lower_namespace is not None:
         return None
@@ -127,7 +128,7 @@ def derived_mac(secret: str, device: str) -> str:
     """Derive the MAC address of a new break0 from a secret.
 
     Pods have the MAC address in their neighbour tables, so a break0 that is
-    created again must not get another one. The MAC address is locally
+    created again must get the same MAC address. The MAC address is locally
     administered, differs between nodes, and cannot be computed without the
     secret of the ledger.
     """
@@ -142,9 +143,9 @@ class Device:
 
     :param name: the name of the break0
     :param parent: the name of its parent
-    :param identity: the identity of the ledger that must own the break0. It
-        contains the MAC address that pods know. None to keep the present
-        owner and MAC address
+    :param identity: the identity of the ledger that must own the break0. The
+        identity contains the MAC address that pods know. None to keep the
+        present owner and MAC address
     """
 
     def __init__(self, options: config.Options, name: str, parent: str,
@@ -167,7 +168,7 @@ class Device:
         break0 is deleted again if its configuration fails.
 
         If the break0 was gone or down and a pod has taken its MAC address, the
-        break0 gets another one. Then all pods must be configured again.
+        break0 gets another MAC address, and all pods must be configured again.
 
         :param new_mac: the MAC address of a new break0, if the identity does
             not contain one
@@ -177,7 +178,8 @@ class Device:
         :raises DeviceConflict: if the name is taken by another kind of
             interface
         :raises InvalidOption: if [break0] addr names a router of the node
-        :raises KernelRefused: if the kernel refuses to create or repair it
+        :raises KernelRefused: if the kernel refuses to create or repair the
+            break0
         """
         parent = netlink.link(self.parent)
         if parent is None:
@@ -239,7 +241,7 @@ class Device:
                         if each.index == link.index), link.mac)
             if any(each.mac == mac and each.index != link.index
                    for each in links):
-                raise  # an interface of the node has it, not a pod
+                raise  # an interface of the node has this MAC, not a pod
             LOG.error('An interface in another namespace took the MAC '
                       'address %s while %s was missing or down. %s gets a '
                       'new MAC address, and its pods are configured with the '
@@ -255,7 +257,7 @@ class Device:
         """Set the MTU, and the sysctls if the kernel adds IPv6 again.
 
         When the MTU reaches 1280, the kernel adds IPv6 with the default values
-        of its sysctls. So the break0 is down until its sysctls are set.
+        of the sysctls. So the break0 stays down until our values are set.
         """
         if not link.mtu < _IPV6_MIN_MTU <= mtu:
             netlink.set_mtu(link, mtu)
@@ -270,7 +272,8 @@ class Device:
     @staticmethod
     def _put_address(netlink: kernel.Netlink, link: kernel.Link,
                      address: IPAddress) -> None:
-        # With the address of its router, the node would not reach the router.
+        # With a router's address on break0, the node would not reach that
+        # router.
         if address in netlink.next_hops():
             raise exceptions.InvalidOption(
                 option='addr', reason='%s is %s' % (address, policy.NEXT_HOP))
@@ -316,8 +319,9 @@ class Device:
         on the LAN before it is up.
 
         :param addresses: the addresses of the node, with their ifindexes
-        :param needs_ipv6: whether pods on it have IPv6 addresses. Then IPv6 is
-            enabled on it, unless the node has disabled IPv6 on all interfaces
+        :param needs_ipv6: whether pods on the break0 have IPv6 addresses. If
+            so, IPv6 must be enabled on the break0, unless the node has
+            disabled IPv6 on all interfaces
         """
         for path, (actual, value) in sysctl_drift(link.name).items():
             yield Difference(
@@ -367,7 +371,7 @@ class Device:
         present = {address for index, address in addresses
                    if index == link.index}
         for address in present:
-            # The kernel forgets addr_gen_mode while the MTU is below 1280.
+            # The kernel drops addr_gen_mode if the MTU falls below 1280.
             if address.version == 6 and address.is_link_local:
                 yield Difference(
                     'heard',

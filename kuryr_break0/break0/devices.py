@@ -2,7 +2,8 @@
 
 """The break0 devices of a ledger: their names, owners and state.
 
-Before this module changes a break0, it checks that the ledger owns it.
+Before each change of a break0, this module checks that the ledger owns the
+break0.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class Names:
     :param link_of: returns an interface by its name
     :param links: returns all interfaces; called if the ledger may be new
     :param used: names of the parents that have pods. If such a parent is
-        missing, it was not renamed: it was a macvlan, and its break0 remains
-        on the interface below it
+        missing, it was not renamed: the parent was a macvlan, and its break0
+        remains on the interface below that macvlan
     """
 
     def __init__(self, options: config.Options, identity: Optional[Identity],
@@ -96,8 +97,9 @@ class Names:
         """Return the name of the break0 of a parent.
 
         The break0 of the primary parent has the name ``[break0] device``. The
-        name of another break0 also contains the name of its parent or, if
-        that name is too long, a digest of it. A recorded name does not change.
+        name of another break0 also contains the name of its parent or, if the
+        result is too long, a digest of the parent's name. A recorded name does
+        not change.
         """
         options = self._options
         recorded_name = self.by_parent.get(parent, options.device)
@@ -109,7 +111,7 @@ class Names:
         if (len(name) <= _MAX_NAME and name not in self.by_parent.values()
                 and re.fullmatch(r'[\w.-]+', name, re.ASCII)):
             return name
-        # The first characters of long names are often the same.
+        # A digest, since long names often have the same first characters.
         return '%s-%s' % (options.device[:6], hashlib.sha256(
             os.fsencode(parent)).hexdigest()[:8])
 
@@ -171,7 +173,7 @@ class Devices:
         """Return the break0 of a parent; create or repair it if necessary.
 
         The result is cached. The kernel assigns ifindexes in ascending order,
-        so an interface with the cached ifindex is the examined one.
+        so an interface with the cached ifindex is the examined interface.
         """
         cache = self._ledger.cache
         cached = cache.get_recent('device.' + parent)
@@ -206,9 +208,9 @@ class Devices:
         :param claim: if True, take over a break0 of another ledger
         :param name: the name of the break0; None to determine it
         :param needs_ipv6: whether its pods have IPv6 addresses
-        :raises OtherLedger: if it belongs to another ledger and ``claim`` is
-            False
-        :raises Break0Error: if it cannot be created or repaired
+        :raises OtherLedger: if the break0 belongs to another ledger and
+            ``claim`` is False
+        :raises Break0Error: if the break0 cannot be created or repaired
         """
         options, ledger = self._options, self._ledger
         try:
@@ -240,7 +242,8 @@ class Devices:
             changed = dataclasses.replace(changed, claimed={
                 **identity.claimed, name: other.ledger})
         if changed != identity:
-            ledger.cache.drop('device.' + parent)  # has the earlier MAC
+            # The cached device has the earlier MAC address.
+            ledger.cache.drop('device.' + parent)
             with Failures().log_errors():
                 ledger.put_identity(changed)
         if ensured.repaired:
@@ -259,7 +262,8 @@ class Devices:
         """Return whether a break0 belongs to another ledger; warn if so.
 
         The other ledger can have records of pods that this ledger does not
-        know. So the caller must not delete items on that break0.
+        know. So if the result is True, the caller must not delete items on
+        that break0.
 
         :raises LedgerUnavailable: if the identity of this ledger is damaged
         """
@@ -276,12 +280,12 @@ class Devices:
         """Load the guard of a break0 if it is missing or was changed.
 
         A new guard has no entries. Pods that have a route need their entries
-        now. A pod without a route gets its entry together with its route.
+        at once. A pod without a route gets its entry together with its route.
 
         :param parent: the ifindex of the parent
         :param is_filled: whether the guard has the entries of all pods with a
             route
-        :returns: whether a sync must add these entries
+        :returns: whether a sync must add the entries of pods with a route
         :raises GuardUnavailable: if the guard cannot be loaded and [break0]
             guard is on; otherwise the error is logged once
         """

@@ -111,8 +111,9 @@ _EGRESS = '''    chain to-the-wire {{
 _HELD = '''ether daddr . ip daddr @held4 ether saddr set {mac} fwd to {device}
         ether daddr . ip6 daddr @held6 ether saddr set {mac} fwd to {device}
 '''
-# Matches a solicitation of a bound pod for an address of the node. Its only
-# option is the source link-layer address, to which the answer goes.
+# Matches a solicitation of a bound pod for an address of the node. The only
+# option of the solicitation is the source link-layer address. The answer is
+# sent to the source MAC address of the frame.
 _SOLICITED = '''icmpv6 type nd-neighbor-solicit ip6 hoplimit 255 \
 ip6 length 32 @th,192,16 0x0101 @th,64,128 {{ {hosts} }} \
 ether saddr . ip6 saddr @pairs6 goto {answer}'''
@@ -169,8 +170,8 @@ def _load(nft: str, text: str, *options: str) -> Optional[str]:
 def pairs(records: Iterable[Record]) -> list[Pair]:
     """Return the guard entries of the pods of one parent.
 
-    A pod with several interfaces may answer from any of them. So each of its
-    addresses has an entry for each of its MAC addresses.
+    A pod with several interfaces may answer from any interface. So each
+    address of the pod has an entry for each MAC address of the pod.
     """
     records = list(records)
     of_sandbox: dict[Optional[NamespaceId], set[str]] = {}
@@ -269,7 +270,8 @@ class Guard:
         :param hosts: as for :meth:`problem`
         :param is_used: returns whether pods have routes through break0
         :param is_filled: whether the sets have the entries of all these pods
-        :returns: whether the caller must add the entries and call again
+        :returns: whether the caller must add the entries, and then call this
+            method again
         :raises GuardUnavailable: if the table cannot be loaded
         """
         if not self.is_wanted and self.is_loaded():
@@ -293,7 +295,8 @@ class Guard:
                             *['--check'] * is_open)
             if against is None:
                 break
-        if is_open and against is None:  # earlier versions had other sets
+        if is_open and against is None:
+            # A table of an earlier version with other sets is replaced.
             against = _load(nft, sets) and _load(nft, anew)
         if against is not None:
             self._cache.drop(self._key)
@@ -311,7 +314,7 @@ class Guard:
     def _answer(self, link: kernel.Link) -> bool:
         """Add to the table the rules that answer neighbour solicitations.
 
-        nft has no syntax for them, so they are added by netlink.
+        nft has no syntax for these rules, so they are added by netlink.
 
         :returns: whether the kernel accepted them
         """
@@ -364,7 +367,7 @@ class Guard:
         if not self.is_wanted or not (added or deleted):
             return False
         reason = 'it is not loaded' if is_installed() else NO_NFT
-        # The cache may be lost with the state directory.
+        # The cache may be lost with the state directory: ask the kernel too.
         if self.is_loaded() or self.is_there():
             try:
                 nft = self._nft()
@@ -385,12 +388,13 @@ class Guard:
         """Release the packets that wait for the MAC address of a pod.
 
         If the node has asked the LAN for a pod, the kernel holds packets to
-        the pod for three seconds. Meanwhile TCP does not retransmit them
-        (tcp_retransmit_skb). Then the kernel reports the pod as unreachable,
-        and a connection attempt fails. So the packets are sent to the MAC
-        address of the pod, and the table forwards them to break0.
-        If the table cannot forward them, the kernel drops the packets and
-        reports that at once.
+        the pod for three seconds. Meanwhile TCP does not retransmit the held
+        packets (tcp_retransmit_skb). After that time the kernel reports the
+        pod as unreachable, and a connection attempt fails. So this method sets
+        the pod's MAC address for a moment: the kernel then sends the packets,
+        and the table forwards them to break0. If the table cannot forward
+        packets, the kernel drops the held packets, and reports the pod as
+        unreachable at once.
 
         :param parent: ifindex of the parent, on which the node has asked; None
             if the parent is gone

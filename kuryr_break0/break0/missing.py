@@ -4,10 +4,10 @@
 
 A container may change its address, for example by DHCP. The route of the old
 address then leads to this container, although another host may have got the
-address. An address counts as released only if the interface has another
-address of the family, and if two syncs find that. Both conditions are needed:
-Kuryr adds the addresses to a pod after they are bound, and a DHCP client
-removes the old address before it adds the new one.
+old address. An address counts as released only if the interface has another
+address of the family instead, and if two syncs find this state. Both
+conditions are needed: Kuryr adds the addresses to a pod after the bind, and a
+DHCP client removes the old address before it adds the new address.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kuryr_break0.ledger import files
 from kuryr_break0.model import Record
 
 #: Minimum time in seconds from the bind of an address to the first sync that
-#: counts, and from that sync to the second one.
+#: counts, and from the first sync to the second sync that counts.
 PAUSE = 10.0
 #: Key in the ledger's cache for the times of the first sightings.
 _NAME = 'missing'
@@ -50,11 +50,11 @@ def find(states: Collection[kernel.AddressState], link: kernel.Link,
          ) -> list[Missing]:
     """Return the recorded addresses that a namespace does not have.
 
-    Return none if the interface is down, or if the newest record has another
-    MAC address, because the record may describe another interface. For
-    ``is_replaced``, link-local addresses do not count, and neither do IPv6
-    addresses with a limited lifetime, which the kernel creates from router
-    advertisements.
+    Return none if the interface is down. Return none if the newest record has
+    another MAC address, because that record may describe another interface.
+    For ``is_replaced``, two kinds of addresses do not count: link-local
+    addresses, and IPv6 addresses with a limited lifetime, which the kernel
+    creates from router advertisements.
 
     :param states: all addresses of the namespace
     :param link: the interface
@@ -81,7 +81,7 @@ def find(states: Collection[kernel.AddressState], link: kernel.Link,
 class Sightings:
     """The replaced addresses that earlier syncs found, with their times.
 
-    :param cache: cache of the ledger, which keeps them between syncs
+    :param cache: cache of the ledger, which keeps the sightings between syncs
     """
 
     def __init__(self, cache: Cache) -> None:
@@ -102,7 +102,7 @@ class Sightings:
         """Note the missing addresses of an interface.
 
         :param records: all records of the interface
-        :param missing: result of :func:`find` for them; only replaced
+        :param missing: result of :func:`find` for these records; only replaced
             addresses count
         :returns: replaced addresses that an earlier sync, at least PAUSE ago,
             found first
@@ -118,7 +118,7 @@ class Sightings:
                 if now - self._first[key] >= PAUSE]
 
     def keep(self, records: Iterable[Record]) -> None:
-        """Store the sightings in the cache, but drop those without a record.
+        """Store the sightings in the cache; drop sightings without a record.
 
         :param records: all records of the ledger
         """

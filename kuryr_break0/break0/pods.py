@@ -36,8 +36,8 @@ from kuryr_break0.policy import Policy
 
 LOG = log.get_logger(__name__)
 
-#: Maximum pod sides that one sync compares, in addition to the outdated ones.
-#: Each comparison takes about 0.5 ms.
+#: Maximum number of pod sides that one sync compares, in addition to the
+#: outdated pod sides. Each comparison takes about 0.5 ms.
 ENTERED = 128
 
 
@@ -71,8 +71,8 @@ class Pods:
                        ) -> NodeAddresses:
         """Return the node addresses that the pods on a parent must know.
 
-        The addresses of the node are cached. They are read again if one of the
-        sources is not among them.
+        The addresses of the node are cached. They are read again if the cache
+        lacks one of the sources.
 
         :param netlink: socket in the namespace of the node
         :param sources: source addresses of the pods' routes
@@ -92,7 +92,7 @@ class Pods:
             break0.name)
 
     def from_successor(self, claims: Claims) -> Claims:
-        """Drop the claims that precede the successor; return the others.
+        """Return the claims from the successor on, without preceding claims.
 
         The successor is the newest claim of an interface that still has the
         address. If the interface cannot be read, its claim is the successor.
@@ -113,7 +113,7 @@ class Pods:
 
     def configure(self, records: list[Record], node: NodeAddresses
                   ) -> list[Record]:
-        """Configure the pod side of one interface, and then record that.
+        """Configure the pod side of one interface, then update its records.
 
         A failure is only logged, because the next sync repairs it. Until then,
         IPv4 works by ARP if the node is in the pod's subnet.
@@ -130,7 +130,7 @@ class Pods:
         except exceptions.Break0Error as err:
             LOG.warning('The sandbox %s is not configured to reach the node '
                         'yet: %s', records[0].owner, err)
-            cache = self._ledger.cache  # so that no sync logs it again
+            cache = self._ledger.cache  # so that no sync logs the error again
             cache.put('unconfigured', [*(cache.get('unconfigured') or ()),
                                        str(records[0].owner)])
             return []
@@ -171,12 +171,12 @@ class Pods:
     def repair(self, interfaces: Iterable[tuple[list[Record], NodeAddresses]],
                failure: Failures, dry_run: bool,
                unreadable: Collection[IPAddress] = ()) -> Repairs:
-        """Repair outdated pod sides, and compare ENTERED other ones.
+        """Repair all outdated pod sides, and at most ENTERED other pod sides.
 
         A pod side is outdated if its record has another digest than the node
         addresses, or if an earlier sync found one of its addresses replaced by
-        another one. Each call continues where the previous one ended, so that
-        every pod side is compared.
+        another address. Each call continues where the previous call ended, so
+        that every pod side is compared.
 
         :param interfaces: records of each interface, with the node addresses
             that its pod must know
@@ -259,7 +259,8 @@ class Pods:
             for record in outdated:
                 if not self._records.update_newest(record,
                                                    configured=node.digest):
-                    # The unbind came first, and found no pod side to remove.
+                    # The unbind preceded the configuration, so it found no pod
+                    # side to remove.
                     with contextlib.suppress(exceptions.Break0Error):
                         podside.withdraw(record, self._options)
 

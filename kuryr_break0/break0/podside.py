@@ -4,11 +4,12 @@
 
 Without these entries, a pod asks for the MAC addresses of the node addresses.
 break0 answers ARP requests, but neighbour solicitations get an answer only if
-the guard can send one. If the node is outside the subnets of the pod, the pod
-sends packets for the node to its gateway. A node with ``rp_filter`` = 1 drops
-the packets that come from the gateway. So the namespace of the pod gets a
-permanent neighbour for each node address, and a route to each node address
-that is not on the link. Both carry our protocol number.
+the guard can send the answer. If the node is outside the subnets of the pod,
+the pod sends packets for the node to the gateway of the pod. A node with
+``rp_filter`` = 1 drops the packets that arrive from the gateway. So the
+namespace of the pod gets a permanent neighbour for each node address, and a
+route to each node address that is not on the link. These neighbours and routes
+have our protocol number.
 
 The functions raise NetnsUnusable if a namespace cannot be entered, and
 KernelRefused with the first error of the kernel in a namespace.
@@ -39,7 +40,7 @@ LOG = log.get_logger(__name__)
 
 #: Maximum entries that one dump in a pod reads, because a pod can add any
 #: number of entries. If the pod needs an unread entry, the entry is set again.
-#: Otherwise a later repair deletes it, when fewer entries precede it.
+#: If not, a later repair deletes the entry, when fewer entries precede it.
 MOST = 512
 
 
@@ -59,7 +60,7 @@ class PodSide:
 
     :param records: records of the interface, all with the same namespace
     :param unreadable: addresses with an unreadable record. If the interface
-        has such an address, the entries of its IP version stay
+        has such an address, the entries of that address's IP version stay
     :raises InterfaceGone: if there is no such interface
     """
 
@@ -82,8 +83,8 @@ class PodSide:
         self.link = link
         self._index = link.index
         self._mac = bytes.fromhex(link.mac.replace(':', ''))
-        # An interface with another MAC address may be a later interface with
-        # the same name.
+        # An interface with another MAC address than the record may be a later
+        # interface with the same name.
         self._guarded = (options.guard != config.OFF
                          and link.mac == self.record.mac)
 
@@ -91,7 +92,7 @@ class PodSide:
         """Set all neighbours and routes, without reading the present ones.
 
         The interface may have no address yet, because Kuryr assigns it after
-        the bind. Neither neighbours nor routes need one.
+        the bind. Neighbours and routes do not need an address.
         """
         self.apply((Verb.REPLACE, item) for item in self.desired(node))
         self._bind_source()
@@ -113,7 +114,7 @@ class PodSide:
                         self._table, self.record.owner.ifname, self._index,
                         self._mac)
                 # Linux has the egress hook since 5.16. Only an attempt shows
-                # whether an older kernel has a backport of it.
+                # whether an older kernel has a backport of the hook.
                 return (kernel.read_release() >= (5, 16)
                         and not nft.has_source_rule(
                             self._table, self._index, self._mac))
@@ -206,7 +207,7 @@ class PodSide:
 
 @contextlib.contextmanager
 def entered(record: Record) -> Iterator[kernel.Netlink]:
-    """Enter the namespace of a record; return a socket in it."""
+    """Enter the namespace of a record; yield a socket in that namespace."""
     with kernel.enter_namespace(str(record.netns), record.namespace), \
             kernel.Netlink(most=MOST) as netlink:
         yield netlink

@@ -59,9 +59,10 @@ class Finding:
 
     :ivar pod: namespace and name of the pod in Kubernetes
     :ivar ifname: empty if the outcome is for the whole pod
-    :ivar outcome: ``adopted``; ``bound``, if it was bound before;
-        ``skipped``, if it needs no bind; ``not found``; ``failed``
-    :ivar reason: the reason, unless the interface is bound now
+    :ivar outcome: ``adopted``; ``bound`` if the interface was bound before;
+        ``skipped`` if it needs no bind; ``not found``; ``failed``
+    :ivar reason: the reason for the outcome; None for ``adopted`` and
+        ``bound``
     :ivar netns: path of the network namespace, if found
     """
 
@@ -165,12 +166,12 @@ class Adopter:
                        netns)
 
     def _bind(self, port: Port, macvlan: kernel.Macvlan) -> bool:
-        """Bind the unbound addresses; return whether there are any.
+        """Bind the unbound addresses of a port; return whether it has any.
 
         :raises Break0Error: if an address cannot be bound
         """
         # The runtime chooses the name of the first interface (CNI_IFNAME), so
-        # the KuryrPort does not have it.
+        # the KuryrPort does not contain that name.
         ifname = macvlan.link.name
         owner = Owner.adopted(macvlan.namespace, ifname)
         unbound = []

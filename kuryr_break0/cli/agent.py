@@ -48,7 +48,7 @@ def _warn(conf: cfg.ConfigOpts) -> None:
 
 
 def _store(conf: cfg.ConfigOpts, options: config.Options) -> None:
-    """Store which options the agent has read, and when."""
+    """Store the agent's version and a digest of the options it has read."""
     ledger = Ledger(options.state_dir)
     with contextlib.suppress(exceptions.LedgerUnavailable):
         ledger.prepare()
@@ -58,7 +58,7 @@ def _store(conf: cfg.ConfigOpts, options: config.Options) -> None:
 def run(conf: cfg.ConfigOpts, options: config.Options) -> int:
     """Run the agent until a signal ends it."""
     def load() -> config.Options:
-        # oslo.config logs the error, and returns False.
+        # If a file is wrong, oslo.config logs the error and returns False.
         if not conf.reload_config_files():
             raise exceptions.InvalidOption(
                 option='(all)', reason='the configuration files cannot be '

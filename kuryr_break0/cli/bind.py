@@ -161,11 +161,12 @@ def _bind(conf: cfg.ConfigOpts, options: config.Options) -> int:
 
 
 def _require_other(mac: str, parent: str, devices: set[str]) -> None:
-    """Make sure that no interface of the node has a container's MAC address.
+    """Refuse a MAC address of the parent, a break0 or an unfit macvtap.
 
+    :param mac: the MAC address that was given for a container
     :param devices: names of the break0s
-    :raises WrongUsage: if the parent or a break0 has the MAC address, or if a
-        macvtap on another parent or in another mode has it
+    :raises WrongUsage: if the parent, a break0, or a macvtap that is on
+        another parent or not in bridge mode has the MAC address
     """
     with kernel.Netlink() as netlink:
         links = [link for link in netlink.links() if link.mac == mac]
@@ -216,9 +217,9 @@ def _meant(command: Any, ledger: Ledger
            ) -> tuple[Owner, list[IPAddress], Optional[str]]:
     """Return owner, addresses and namespace of the claims to unbind.
 
-    :raises WrongUsage: if the arguments do not name one interface
+    :raises WrongUsage: unless the arguments name exactly one interface
     """
-    # Either addresses and owner, or the pod alone.
+    # The arguments are either addresses and --owner, or only --pod.
     if {command.owner is not None, bool(command.address)} != {
             command.pod is None}:
         raise exceptions.WrongUsage(

@@ -82,7 +82,7 @@ class Removal(NamedTuple):
     """An item that is deleted or left.
 
     :ivar what: kind and name of the item
-    :ivar reason: the reason why it is left; None if it is deleted
+    :ivar reason: the reason why the item is left; None if it is deleted
     """
 
     what: str
@@ -106,10 +106,11 @@ class Cleanup:
     dry_run: bool
 
     def run(self) -> Iterator[Removal]:
-        """Delete all items, and yield each one when it is deleted or left.
+        """Delete all items, and yield each item when it is deleted or left.
 
-        The lock is held throughout, and the ledger is deleted last: if a run
-        is killed, the next one finds the remaining items.
+        The lock is held throughout, except in a dry run. The ledger is
+        deleted last: if a run is killed, the next run finds the remaining
+        items.
 
         :raises Break0Error: if the ledger cannot be read, or the kernel
             refuses
@@ -120,7 +121,7 @@ class Cleanup:
         with contextlib.ExitStack() as stack:
             netlink = stack.enter_context(kernel.Netlink())
             current = actual.read(options, ledger, netlink)
-            # Bound pods with lost records.
+            # Rebuilt records of bound pods whose records were lost.
             records = list(rebuild.find(options, current, [
                 parent for parent in current.parents.values()
                 if parent.ownership is not Ownership.OTHER]))
@@ -180,8 +181,8 @@ class Cleanup:
         link = parent.present
         if link is None:
             return
-        # Checked before the first change: the pods of another ledger need
-        # all items of its break0.
+        # This check precedes all changes: if break0 belongs to another
+        # ledger, the pods of that ledger need all items of this break0.
         reason = self._not_ours(parent)
         if reason is not None:
             yield Removal('interface %s' % link.name, reason)
@@ -194,8 +195,8 @@ class Cleanup:
             raise err
         for item in items:
             yield Removal(names.described(item, link.name))
-        # break0 is deleted after its table, so that a run after a kill finds
-        # both.
+        # The table is deleted before break0: if this run is killed, the next
+        # run finds the table only through break0.
         if guarding.is_loaded() or guarding.is_there():
             if not self.dry_run:
                 guarding.remove()
@@ -207,7 +208,8 @@ class Cleanup:
     def _not_ours(self, parent: Parent) -> Optional[str]:
         """Return the reason against deleting an interface, or None.
 
-        Without records, the alias proves that kuryr-break0 created it.
+        The interface is ours if pods are recorded on its parent, if it has
+        the alias of a break0, or if its parent is configured.
         """
         if parent.conflict is not None:
             return str(parent.conflict)

@@ -40,7 +40,7 @@ _INSTALL_EPILOG = """\
 example:
   kuryr-break0 cni-install --bin-dir %s
 """ % cni.PLUGIN_DIRS[0]
-#: The shim that "make cni" builds, and its source, in a clone.
+#: Paths in a clone: the shim that "make cni" builds, and its source.
 _BUILT, _SOURCE = 'build/cni/' + PLUGIN, 'kuryr_break0/cni/shim.c'
 #: Path of the shim after "make install", and in the image.
 _INSTALLED = '/usr/libexec/kuryr-break0/' + PLUGIN
@@ -63,7 +63,7 @@ def add_parsers(subparsers: Any) -> None:
 
 
 def fail(err: Exception) -> int:
-    """Answer with an error in the configuration; return the exit code."""
+    """Answer the runtime with a configuration error; return the exit code."""
     sys.stdout.write(plugin.failure(exceptions.InvalidOption(
         option='(all)', reason=err) if not isinstance(
             err, exceptions.Break0Error) else err).output)
@@ -71,7 +71,7 @@ def fail(err: Exception) -> int:
 
 
 def run(conf: cfg.ConfigOpts) -> int:
-    """Answer one request; return the exit code."""
+    """Answer one CNI request; return the exit code."""
     data = sys.stdin.buffer.read(request.LIMIT + 1)
     answer = plugin.answer(os.environ, data, lambda: config.load(conf))
     sys.stdout.write(answer.output)
@@ -112,10 +112,11 @@ def install(conf: cfg.ConfigOpts, options: config.Options) -> int:
 
 
 def _shims() -> Iterator[str]:
-    """Return the existing shims that only root and the caller can write.
+    """Yield the existing shims that can be trusted.
 
-    The current directory may belong to another user, and the shim in it would
-    run as root.
+    In a clone, the shim and its directories must belong to root or the caller
+    and must not be world-writable. The current directory may belong to
+    another user, and a shim from there would run as root.
     """
     trusted = {0, os.geteuid(), int(os.environ.get('SUDO_UID') or 0)}
     for clone in (pathlib.Path(__file__).parents[2], pathlib.Path.cwd()):

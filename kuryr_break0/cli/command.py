@@ -32,7 +32,8 @@ COMPLETION = {shell: os.path.join(os.path.dirname(__file__), 'completion',
 #: Verbs that load the options themselves: the doctor reports invalid options,
 #: and the CNI plugin answers the runtime with an error.
 _READERS = 'doctor', 'check', 'cni'
-#: Options of oslo.log without which only warnings are logged, to stderr.
+#: Options of oslo.log. If none of them is set, verbs other than agent log only
+#: warnings, to stderr.
 _LOGGED = ('debug', 'log_config_append', 'log_file', 'log_dir', 'use_syslog',
            'use_journal', 'use_json')
 
@@ -51,7 +52,7 @@ class _HelpAll(argparse.Action):
 
 
 class Config(cfg.ConfigOpts):
-    """oslo.config with our parser; oslo.config has no argument for one."""
+    """oslo.config with our parser, which it does not take as an argument."""
 
     def _pre_setup(self, *args: Any) -> Any:
         parser = super()._pre_setup(*args)
@@ -64,7 +65,7 @@ class Config(cfg.ConfigOpts):
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the verb of the arguments; return its exit code."""
+    """Run the verb that the arguments name; return its exit code."""
     if argv[0].startswith('--shell_completion'):
         shell = argv[-1].rpartition('=')[2]
         if shell not in COMPLETION:
@@ -139,7 +140,7 @@ def _set_up_logging(conf: Config, argv: Sequence[str]) -> Config:
     """Set up logging by the options of oslo.log, or warnings to stderr.
 
     oslo.log is imported only if an option needs it: the import takes a
-    quarter of the start of a verb.
+    quarter of the time in which a verb starts.
 
     :returns: the configuration, read again if oslo.log is used
     :raises cfg.Error: if log_config_append names an unreadable file
@@ -167,10 +168,10 @@ def _set_up_logging(conf: Config, argv: Sequence[str]) -> Config:
 
 
 def _start_log(conf: Config, setup: Callable[[Any, str], None]) -> None:
-    """Open the log; the agent logs to stderr if its file is read-only.
+    """Open the log; if the agent cannot write its file, it logs to stderr.
 
-    kuryr.conf names the log file of kuryr-daemon. The agent's unit and its
-    container have a read-only file system, and a log of their own.
+    The log file that kuryr.conf names is kuryr-daemon's. In its unit or its
+    container, the agent has a read-only file system, and a log of its own.
 
     :raises OSError: if the log file cannot be written for another reason
     """
@@ -191,7 +192,7 @@ def _start_log(conf: Config, setup: Callable[[Any, str], None]) -> None:
 
 
 def _arguments(conf: Config) -> list[Any]:
-    """Return the arguments of the verb."""
+    """Return the arguments for the function of the verb."""
     is_reader = conf.command.name in _READERS
     try:
         options = config.load(conf)
@@ -205,7 +206,7 @@ def _arguments(conf: Config) -> list[Any]:
 
 
 def _explained(err: Exception, argv: Sequence[str]) -> Exception:
-    """Return an error with the reason, or with the remedy."""
+    """Return a clearer error if a file is not UTF-8 or needs root to read."""
     if isinstance(err, UnicodeDecodeError):
         return exceptions.InvalidOption(
             option='(all)', reason='%s is not valid UTF-8: %s' % (
@@ -216,7 +217,7 @@ def _explained(err: Exception, argv: Sequence[str]) -> Exception:
 
 
 def _unreadable(argv: Sequence[str]) -> Optional[str]:
-    """Return the first file of the arguments that is not valid UTF-8."""
+    """Return the first file in the arguments that is not valid UTF-8."""
     for path in [each.partition('=')[2] or each for each in argv]:
         try:
             with open(path, encoding='utf-8') as file:

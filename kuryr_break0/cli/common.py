@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Exit statuses and errors of all verbs. Imports nothing slow."""
+"""Exit codes and errors of all verbs, without slow imports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kuryr_break0.texts import safe
 
 #: Exit codes of all verbs.
 IN_SYNC, DRIFT, USAGE, UNREADABLE, WARNINGS = range(5)
-#: Exit code that shells report for a program that SIGPIPE ended.
+#: Exit code that a shell reports for a program that SIGPIPE has killed.
 CLOSED_PIPE = 141
 
 
@@ -27,7 +27,7 @@ def fail(code: int, err: object) -> int:
 
 
 def kuryr_api(conf: Any) -> Any:
-    """Import kuryr_break0.kuryr.api, and configure it like this command.
+    """Import kuryr_break0.kuryr.api, and pass it our configuration files.
 
     :raises ImportError: if Kuryr cannot be imported
     :raises oslo_config.cfg.Error: if Kuryr's options cannot be read

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The entry of the command. It imports the verbs only if they are needed."""
+"""The entry point of the command. --help and --version import no verb."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a verb; return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     for name, mode in ('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w'):
-        if getattr(sys, name) is None:  # the calling process has closed it
+        if getattr(sys, name) is None:  # closed by the calling process
             setattr(sys, name, open(os.devnull, mode))
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Escape characters that the encoding of the locale does not have.
         sys.stdout.reconfigure(errors='backslashreplace')
     try:
         code = _answer(argv)
-        sys.stdout.flush()  # so that a closed pipe raises here
+        sys.stdout.flush()  # a closed pipe raises here, not at exit
         return code
     except OSError as err:
         if err.errno not in (errno.EPIPE, errno.ENOSPC) or err.filename:
             raise
-        # The pipe is closed, as by ``| head``. Discard the buffer: Python
-        # would fail to flush it at exit.
+        # The pipe is closed (``| head``) or the file system is full. Send the
+        # buffer to /dev/null: Python would fail to flush the buffer at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return common.CLOSED_PIPE if err.errno == errno.EPIPE else common.fail(
             common.UNREADABLE, 'Cannot print: %s' % err.strerror)

@@ -32,7 +32,7 @@ def described(item: Entry, device: str) -> str:
 
 
 def is_called(record: Record, name: str) -> bool:
-    """Return whether a record's container or pod has a name."""
+    """Return whether a record's container or pod has this name or short id."""
     owner, pod = record.owner.container_id, record.pod or ''
     return name in filter(None, (owner, pod, pod.rpartition('/')[2])) or (
         len(name) >= _SHORT_ID and owner.startswith(name))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Prints tables, texts and JSON for the terminal of the reader."""
+"""Prints tables and texts for the terminal, and JSON or YAML."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WORD = re.compile(r"(?<![^\s(])(an )?(%s)(?=s?(?:'s)?[.,;:)]?(?:\s|$))"
                    % '|'.join(_WORDS))
 #: Smallest width of a column; longer words are broken if a table is too wide.
 _LEAST = 8
-#: Clears the line from the cursor to its end (ECMA-48 EL).
+#: Erases from the cursor to the end of the line (ECMA-48 EL).
 _CLEAR = '\x1b[K'
 
 
@@ -34,7 +34,7 @@ class Wrong(str):
 class _Reader:
     """State of the output.
 
-    :cvar has_pods: whether texts say pod and node, or container and host
+    :cvar has_pods: whether texts say pod and node, not container and host
     :cvar counting: whether a counter is on the terminal
     """
 
@@ -57,7 +57,7 @@ def speak(text: str) -> str:
 
 
 def columns() -> int:
-    """Return the width of lines: COLUMNS, the terminal's width, or 80."""
+    """Return the line width: COLUMNS, the terminal's, or 80; at least 40."""
     import shutil  # slow to import, and not needed by all verbs
 
     return max(shutil.get_terminal_size((80, 24)).columns, 40)
@@ -100,14 +100,15 @@ def write_document(document: Any, form: str) -> None:
     if form == 'yaml':
         import yaml  # slow to import
 
-        # JSON has no shared objects, which YAML would print as references.
+        # A copy through JSON has no shared objects. YAML would print a shared
+        # object as a reference.
         text = yaml.safe_dump(json.loads(text), explicit_start=True,
                               sort_keys=False, allow_unicode=True).rstrip()
     print(text)
 
 
 def show(form: Optional[str], document: Any, lines: Iterable[str]) -> None:
-    """Print a document for programs, or its lines.
+    """Print a document for programs, or lines for people.
 
     :param form: see :func:`write_document`; None for the lines
     :param lines: a line that starts with ! is a fault
@@ -130,8 +131,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]],
           wide: bool = False) -> None:
     """Print a table, with long cells wrapped to the width of the terminal.
 
-    Without a terminal and COLUMNS, as in a pipe or by kubectl exec without
-    -t, cells are not wrapped: a program searches for whole names.
+    If stdout is not a terminal (a pipe, kubectl exec without -t) and COLUMNS
+    is not set, cells are not wrapped: a program may search for whole names.
 
     :param wide: do not wrap
     """
@@ -200,13 +201,13 @@ class Counter:
         began = time.monotonic()
         while not self._done.wait(1):
             _Reader.counting = True
-            # The cursor returns, so that the next line overwrites this one.
+            # After \r, the next line of output overwrites this line.
             print('%s: %s%d s' % (self._verb, self._text,
                                   time.monotonic() - began),
                   end=_CLEAR + '\r', file=sys.stderr, flush=True)
 
     def over(self, items: Sequence[T]) -> Iterator[T]:
-        """Iterate over items, and show the number of completed ones."""
+        """Iterate over items, and show the number of completed items."""
         for number, each in enumerate(items):
             self._text = '%d of %d, ' % (number, len(items))
             yield each

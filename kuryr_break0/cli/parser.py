@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Parsers of verbs, with errors in one line."""
+"""Argument parsers of the command and its verbs, with one-line errors."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from kuryr_break0.texts import close_to
 class Parser(argparse.ArgumentParser):
     """The parser of the command and of each verb."""
 
-    #: The arguments; and for a verb, the parser of the arguments before it.
+    #: The arguments to parse.
     _args: Sequence[str] = ()
+    #: In the parser of a verb, the parser of the options before COMMAND.
     _first: Optional[Parser] = None
 
     @property
     def verbs(self) -> dict[str, Parser]:
-        """Return the parsers of the verbs; empty for the parser of a verb."""
+        """Return the verbs' parsers by name; none for the parser of a verb."""
         return next((dict(each.choices) for each in self._actions if
                      isinstance(each, argparse._SubParsersAction)), {})
 
@@ -55,7 +56,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None,
                          namespace: Any = None) -> Any:
-        """Parse arguments; an unknown one is an error of the verb."""
+        """Parse arguments; exit with an error if an argument is unknown."""
         self._args = args or []
         for verb in self.verbs.values():
             verb._first = self
@@ -93,7 +94,7 @@ class Parser(argparse.ArgumentParser):
                 yield each
 
     def _meant(self, name: str) -> str:
-        """Return a hint: the right place of an option, or a similar one."""
+        """Return a hint: the right place of an option, or a similar option."""
         if self._first and name in self._first._option_string_actions:
             return ': it comes before COMMAND'
         if any(name in verb._option_string_actions for verb in (
@@ -110,7 +111,7 @@ def whole() -> Parser:
 
 
 def add_parsers(subparsers: Any, names: Iterable[str] = VERBS) -> None:
-    """Register verbs, module by module."""
+    """Register all verbs of the modules that contain the given verbs."""
     subparsers.metavar = 'COMMAND'  # a list of all verbs is too long
     for name in dict.fromkeys(VERBS[each].module for each in names):
         importlib.import_module('kuryr_break0.cli.' + name).add_parsers(

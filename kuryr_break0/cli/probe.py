@@ -82,8 +82,8 @@ class Result:
 
     :ivar note: the reason why no probe was sent from the pod; None if one was
         sent
-    :ivar claimants: MAC addresses of other hosts with the address; None
-        without a search for them
+    :ivar claimants: MAC addresses of other hosts with the address; None if
+        no search was made
     """
 
     address: IPAddress

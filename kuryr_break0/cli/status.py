@@ -111,7 +111,7 @@ def read(options: config.Options, command: Any = None) -> Status:
 
 
 def _print_changes(before: Status, now: Status) -> None:
-    """Print a line for each fact that appeared (+) or cleared (-)."""
+    """Print problems and bound addresses that appeared (+) or cleared (-)."""
     old, new = dict.fromkeys(before.facts()), dict.fromkeys(now.facts())
     for sign, facts, opposite in ('-', old, new), ('+', new, old):
         for each in facts:
@@ -190,7 +190,7 @@ class Status:
         if self._snapshot.options.guard == config.OFF:
             return 'off'
         if not parent.live or parent.node is None:
-            return None  # it was not read
+            return None  # the guard was not read
         return 'faulty' if parent.guard else 'loaded'
 
     def _address_as_json(self, address: IPAddress) -> dict[str, Any]:
@@ -265,7 +265,7 @@ class Status:
                           ) -> Iterator[str]:
         """Yield a line for each problem and each unbound container.
 
-        :param without: subjects of problems to leave out
+        :param without: subjects whose problems are left out
         """
         yield from problems.of_node(each for each in self._all_problems
                                     if each.subject not in without)
@@ -283,7 +283,7 @@ class Status:
                     address, self._snapshot.live[address].owner_text)
 
     def addresses_of(self, owners: Collection[Owner]) -> list[IPAddress]:
-        """Return the addresses that are bound for some owners."""
+        """Return the bound addresses of the given owners."""
         return [address for address, record in self._snapshot.live.items()
                 if record.owner in owners]
 

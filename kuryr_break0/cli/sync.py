@@ -73,7 +73,7 @@ def _remaining_lines(outcome: Outcome, after: status.Status,
     shown.update(outcome.refused, *(
         [record.address for record in records]
         for records in (outcome.missing, outcome.unjudged)))
-    if dry_run:  # the changes remove these problems
+    if dry_run:  # a sync would remove these problems
         shown.update(name for name, _ in outcome.devices)
         shown.update(item.dst for item in (*outcome.set, *outcome.unset))
         shown.update(record.address for record in (
@@ -84,7 +84,7 @@ def _remaining_lines(outcome: Outcome, after: status.Status,
 
 def _name_of(ifindex: Optional[int], options: config.Options) -> str:
     if ifindex == 0:
-        return options.device  # it is not created yet
+        return options.device  # break0 is not created yet
     return kernel.format_ifname(ifindex)
 
 
@@ -96,7 +96,7 @@ def _lines(outcome: Outcome, options: config.Options) -> Iterator[str]:
                                                  record.owner, record.netns)
     for sign, items in (('+', outcome.set), ('-', outcome.unset),
                         ('!', outcome.foreign), ('!', outcome.unclaimed)):
-        # The lines of the interfaces count the guard entries.
+        # Guard entries have no lines: the lines of interfaces count them.
         for route in of_kind(HostRoute, items):
             yield '%s %s' % (sign, names.described(
                 route, _name_of(route.oif, options)))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The list of verbs, and the text of --help. Imports nothing slow."""
+"""The list of verbs and the text of --help, without slow imports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Verb(NamedTuple):
     """A verb, described without importing its module.
 
     :ivar module: name of the module in kuryr_break0.cli
-    :ivar summary: its line in --help
+    :ivar summary: the description of the verb in --help
     """
 
     module: str
@@ -75,8 +75,8 @@ def page() -> str:
 def files() -> tuple[list[str], list[str]]:
     """Return the configuration files to read, and the ignored ones.
 
-    kuryr.conf is read from the directories in which oslo.config searches for
-    Kuryr's programs. Hosts without Kuryr have
+    Like Kuryr's programs, which use oslo.config, this function searches
+    ~/.kuryr, ~, /etc/kuryr and /etc for kuryr.conf. Hosts without Kuryr have
     /etc/kuryr-break0/kuryr-break0.conf.
     """
     of_kuryr = [_find('kuryr', name) for name in ('kuryr', PROGRAM)]

@@ -3,10 +3,10 @@
 """The CNI plugin break0, which is chained after macvlan.
 
 :mod:`request` parses the requests of a runtime, and :mod:`plugin` executes
-them. The plugin runs in the agent, which the shim in C calls by its socket, or
-in a process of its own. It implements the CNI specification 0.3.1 to 1.1.0.
+them. The plugin runs in a process of its own, or in the agent, whose socket
+the shim in C calls. It implements the CNI specification 0.3.1 to 1.1.0.
 """
 
-#: The directories of CNI plugins: the usual one, and those of the packages of
-#: Debian and Fedora.
+#: The directories of CNI plugins: the usual directory, and the directories in
+#: the packages of Debian and Fedora.
 PLUGIN_DIRS = ('/opt/cni/bin', '/usr/lib/cni', '/usr/libexec/cni')

@@ -48,8 +48,9 @@ class Answer(NamedTuple):
     """The answer to a runtime.
 
     :ivar status: exit status of the plugin
-    :ivar output: its standard output
-    :ivar undo: undoes this ADD, and no other
+    :ivar output: standard output of the plugin
+    :ivar undo: function that undoes this ADD, and no other ADD; None after an
+        error, and for other commands
     """
 
     status: int
@@ -59,7 +60,7 @@ class Answer(NamedTuple):
 
 def answer(environment: Mapping[str, str], data: bytes,
            load: Callable[[], config.Options]) -> Answer:
-    """Execute the request in an environment and a standard input.
+    """Execute the request in environment variables and standard input.
 
     :param load: function that returns the options or raises InvalidOption
     """
@@ -123,8 +124,10 @@ class Plugin:
     def _add(self) -> dict[str, Any]:
         """Bind the addresses of the interface; return the previous result.
 
-        An invalid configuration fails the ADD. Other errors are logged unless
-        the plugin is strict: the container starts, and is repaired later.
+        An invalid configuration fails the ADD, and so does a missing guard if
+        ``[break0] guard`` is on. If the plugin is strict, any error fails the
+        ADD. If not, other errors are only logged: the container starts, and a
+        sync repairs it later.
         """
         request, owner = self._request, self._owner
         previous, addresses = request.previous, request.addresses()
@@ -167,7 +170,7 @@ class Plugin:
             self._manager.unbind(
                 self._owner, [each.ip for each in self._request.addresses()],
                 self._request.netns, bound_at=self._began)
-        except exceptions.Break0Error as err:  # the caller raises the first
+        except exceptions.Break0Error as err:  # the caller reports the first
             LOG.error('Cannot undo the ADD of %s, so its addresses may stay '
                       'bound until its end: %s', self._owner, err)
 
@@ -175,8 +178,8 @@ class Plugin:
         """Unbind the addresses of the interface.
 
         The previous result contains the addresses. Without a previous result,
-        the records are searched, which takes longer. The namespace is cleaned
-        too, because the runtime may reuse it.
+        the records are searched, which takes longer. The pod side is removed
+        too, because the runtime may reuse the namespace.
         """
         request, owner = self._request, self._owner
         try:
@@ -229,8 +232,8 @@ class Plugin:
         """Unbind the claims of this network that are not valid attachments.
 
         Go encodes an empty list of attachments as null, and also a list that
-        an error left empty. So null unbinds only containers that provably no
-        longer exist.
+        an error left empty. So for null, this method unbinds only containers
+        that provably no longer exist.
         """
         request = self._request
         valid = request.attachments()

@@ -22,7 +22,7 @@ from kuryr_break0.model import Owner
 SUPPORTED = ('0.3.1', '0.4.0', '1.0.0', '1.1.0')
 ADD, DEL, CHECK, GC, STATUS, VERSION = (
     'ADD', 'DEL', 'CHECK', 'GC', 'STATUS', 'VERSION')
-#: The version that introduced a command
+#: The version of the specification that introduced a command, by command
 _SINCE = {CHECK: '0.4.0', GC: '1.1.0', STATUS: '1.1.0'}
 #: Error codes of the specification
 UNSUPPORTED, BAD_VARIABLE, UNREADABLE, INVALID, TRY_AGAIN, UNAVAILABLE = (
@@ -100,7 +100,7 @@ class Request:
         return previous
 
     def _interfaces(self) -> dict[int, dict[str, Any]]:
-        """Return this interface by its index in the previous result."""
+        """Return the previous result's entries of this interface, by index."""
         assert self.owner is not None
         interfaces = _objects(self.previous, 'interfaces')
         own = {number: each for number, each in enumerate(interfaces)
@@ -128,7 +128,7 @@ class Request:
         return None
 
     def attachments(self) -> Optional[set[Owner]]:
-        """Return the valid attachments; None for null."""
+        """Return the valid attachments; None if the list is null."""
         key = 'cni.dev/valid-attachments'
         if key not in self.config:
             raise CNIError(INVALID, 'There is no %s, so no attachment is '
@@ -176,7 +176,7 @@ def parse(environment: Mapping[str, str], data: bytes) -> Request:
 
 
 def version_of(data: bytes) -> str:
-    """Return the version of the specification for an error."""
+    """Return the version of the specification for an answer with an error."""
     try:
         version = _config(data).get('cniVersion')
     except CNIError:
@@ -227,7 +227,7 @@ def _pod(environment: Mapping[str, str]) -> Optional[str]:
         arguments[name] = value
     namespace, name = (arguments.get('K8S_POD_NAMESPACE', ''),
                        arguments.get('K8S_POD_NAME', ''))
-    # Podman passes the container's name as both.
+    # Podman passes the container's name as namespace and as name.
     parts = [name] if namespace in ('', name) else [namespace, name]
     # The name is for messages only.
     return '/'.join(parts) if all(map(_POD.fullmatch, parts)) else None

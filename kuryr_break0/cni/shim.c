@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The CNI plugin break0 for hosts without Python. It sends the CNI_ variables
- * and its input to the agent's socket, and writes the answer. See
+ * and the standard input to the agent's socket, and writes the answer. See
  * kuryr_break0/agent/cni_server.py for the agent's side.
  *
  *   request:  NAME=VALUE, NUL, for each variable; NUL; the input; end of file
@@ -21,8 +21,9 @@
 #include <unistd.h>
 
 #define SOCKET "/run/kuryr-break0/cni.sock"
-/* Seconds in all. On a loaded node, the first ADD can need more than ten, and
- * kubelet gives a sandbox two minutes. The tests build a shim with less.
+/* Seconds until the shim gives up. On a loaded node, the first ADD can need
+ * more than ten seconds, and kubelet gives a sandbox two minutes. The tests
+ * build a shim with a shorter time.
  */
 #ifndef PATIENCE
 #define PATIENCE 60
@@ -57,7 +58,7 @@ static int fail(int code, const char *what, const char *where, const char *why)
     return 1;
 }
 
-/* Return whether a file becomes ready before the deadline. */
+/* Return whether a descriptor becomes ready before the deadline. */
 static int ready(int fd, short events, long deadline)
 {
     struct pollfd p = {.fd = fd, .events = events};
@@ -73,7 +74,9 @@ static int ready(int fd, short events, long deadline)
     return 0;
 }
 
-/* Read until the end of file or until size; return -1 after an error. */
+/* Read at most size bytes until the end of file. Return their number, or -1
+ * after an error or the deadline.
+ */
 static long take(int fd, char *to, long size, long deadline)
 {
     long n, have = 0;
@@ -135,7 +138,9 @@ static const char *value_of(const char *json, const char *key)
     return NULL;
 }
 
-/* Copy a string without escapes; return -1 if it is none or too long. */
+/* Copy a JSON string. Return -1 if the value is not a string, has escapes, or
+ * is too long.
+ */
 static int text_of(const char *value, char *to, size_t size)
 {
     size_t length = value && *value == '"' ? strcspn(value + 1, "\"\\") : size;
@@ -158,7 +163,9 @@ static int call(int fd, long size, long deadline)
     return shutdown(fd, SHUT_WR);
 }
 
-/* Connect to the agent. The address of a socket has at most 108 bytes. */
+/* Connect to the agent. The address of a socket has at most 108 bytes, so a
+ * longer path is replaced by /proc/self/fd/N/NAME.
+ */
 static int reach(int fd)
 {
     struct sockaddr_un to = {.sun_family = AF_UNIX};
@@ -219,7 +226,9 @@ int main(void)
                     path, ". Start it, as by: systemctl start "
                     "kuryr-break0-agent");
     }
-    /* If the agent has refused the request, its answer has the reason. */
+    /* Ignore an error: if the agent refused the request, its answer has the
+     * reason.
+     */
     call(fd, size, deadline);
     size = take(fd, answer, sizeof(answer) - 1, deadline);
     if (size < 0 && errno == ETIMEDOUT)

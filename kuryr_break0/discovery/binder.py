@@ -31,17 +31,17 @@ LOG = log.get_logger(__name__)
 #: Maximum number of bound addresses of one container, which can have thousands
 #: of addresses in any number of namespaces.
 MAX_ADDRESSES = 32
-#: Seconds after which the other addresses of a namespace wait for its next
-#: turn.
+#: Seconds of a turn of a namespace. Addresses that are not bound by then wait
+#: for the next turn of the namespace.
 _TURN = 0.03
-#: Refusals that are kept in order to log each once. A container can cause any
-#: number of them. If the maximum is reached, others are logged only when no
-#: refusal has been added for ``_REFUSAL_SECONDS``.
+#: Maximum number of refusals that are kept in order to log each once. A
+#: container can cause any number of refusals. If the maximum is reached, new
+#: refusals are logged only after ``_REFUSAL_SECONDS`` without an addition.
 _MAX_REFUSALS, _REFUSAL_SECONDS = 1024, 60.0
 
 
 class Binder:
-    """Binder of the addresses in a namespace.
+    """Binds and unbinds the addresses of discovered containers.
 
     Only one thread may use it.
 
@@ -97,12 +97,12 @@ class Binder:
 
     def update(self, location: kernel.NamespaceLocation,
                container: Hashable) -> bool:
-        """Bind new addresses of a namespace, and unbind removed ones.
+        """Bind new addresses of a namespace, and unbind removed addresses.
 
         :param container: see :class:`kernel.ExaminedNamespace`
         :returns: False if the caller must call again, because addresses are
             left or an error may be temporary
-        :raises NetnsUnusable: if no namespace, or another one, is at the path
+        :raises NetnsUnusable: if the path leads to no or another namespace
         """
         bound = self._records.get(location.namespace, {})
         try:
@@ -130,8 +130,8 @@ class Binder:
             len(records) for each, records in self._records.items()
             if each != location.namespace and container is not None
             and container == self._containers.get(each))
-        # Rebuilt claims, which another program may have made, can exceed the
-        # maximum. They stay.
+        # Rebuilt claims stay even above the maximum, because another program
+        # may have made the lost claims.
         maximum = max(MAX_ADDRESSES - elsewhere, len(bound))
         desired = dict(present[:maximum])
         if len(present) > maximum:
@@ -167,14 +167,14 @@ class Binder:
         refusal = containers.of_interface(self._options, macvlan)
         if refusal is None or refusal[0] is not containers.Reason.OTHER_PARENT:
             return refusal is None
-        # If [break0] parent names a missing interface, for example a renamed
-        # one, bound addresses may still be on the intended parent. They stay.
+        # If [break0] parent names a missing interface, for example after a
+        # rename, bound addresses stay: they may be on the intended parent.
         return any(record.owner.ifname == macvlan.link.name for record in
                    self._records.get(macvlan.namespace, {}).values()) and (
             not kernel.has_interface(str(self._options.parent)))
 
     def _bind(self, address: IPAddress, macvlan: kernel.Macvlan) -> bool:
-        """Bind an address, unless a claim or the policy forbids that.
+        """Bind an address, unless a claim or the policy forbids the bind.
 
         :returns: False if an error may be temporary
         """
@@ -198,7 +198,7 @@ class Binder:
                 if claim.is_rebuilt and claim.owner.ifname == owner.ifname:
                     continue  # the MAC address has changed since
                 return True  # Kuryr, CNI or the command has bound it
-        # One bind for each address: a bind of several fails if one is refused.
+        # Bind each address alone, so that an error concerns this address.
         try:
             self._manager.bind(
                 owner, [address], parent=macvlan.parent,
@@ -216,7 +216,7 @@ class Binder:
 
     def _log_refusal(self, address: IPAddress, macvlan: kernel.Macvlan,
                      reason: str) -> None:
-        """Log once why an address is not bound, and with the remedy.
+        """Log once why an address is not bound, with the remedy.
 
         The namespace is read again after the next sync.
         """
@@ -234,7 +234,7 @@ class Binder:
                         macvlan.link.name, self._describe(macvlan), reason)
 
     def _describe(self, macvlan: kernel.Macvlan) -> str:
-        """Return the name of a container, if recorded, and its namespace."""
+        """Return the namespace of a container, with its name if recorded."""
         names = [record.pod for record in self._records.get(
             macvlan.namespace, {}).values() if record.pod]
         return '%s (%s)' % (names[0], macvlan.netns) if names else (
@@ -242,7 +242,7 @@ class Binder:
 
     def _unbind(self, record: Record, location: kernel.NamespaceLocation
                 ) -> bool:
-        """Unbind an address, and return whether that succeeded."""
+        """Unbind an address; return whether the unbind succeeded."""
         try:
             self._manager.unbind(record.owner, [record.address], location.path)
         except exceptions.Break0Error as err:
@@ -254,9 +254,9 @@ class Binder:
         return True
 
     def unbind_ended(self, namespace: NamespaceId) -> bool:
-        """Unbind the addresses of a namespace, if the kernel has deleted it.
+        """Unbind the addresses of a namespace that the kernel has deleted.
 
-        Without the proof for each address, unbind none of them.
+        If the deletion is not proven for each address, unbind no address.
 
         :returns: False if the caller must call again: because an unbind has
             failed, or because the proof is missing, for example when this
@@ -264,7 +264,8 @@ class Binder:
         """
         records = self._records.get(namespace)
         if not records:
-            # A container can create and delete thousands of namespaces.
+            # Return early, because a container can create and delete thousands
+            # of namespaces.
             return True
         failure = Failures()
         try:
@@ -289,13 +290,13 @@ class Binder:
 
 
 def _select_fields(records: dict[IPAddress, Record]) -> set[tuple[Any, ...]]:
-    """Return the fields of records that come from interfaces."""
+    """Return the fields of records that discovery reads from interfaces."""
     return {(each.address, each.owner, each.parent, each.mac)
             for each in records.values()}
 
 
 def _is_current(record: Optional[Record], macvlan: kernel.Macvlan) -> bool:
-    """Return whether a record matches its interface."""
+    """Return whether a record exists and matches an interface."""
     return record is not None and (record.mac, record.parent) == (
         macvlan.link.mac, macvlan.parent) and (
         record.netns == macvlan.netns

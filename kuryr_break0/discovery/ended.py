@@ -14,7 +14,8 @@ from kuryr_break0.discovery.namespace import BURST
 from kuryr_break0.model import NamespaceId
 from kuryr_break0.pace import Pace
 
-#: Pause in seconds after which only the timer unbinds an ended namespace.
+#: Pause in seconds after which the attempts for a namespace end. A timed sync
+#: then unbinds its addresses.
 _GIVE_UP = 60.0
 
 
@@ -33,10 +34,10 @@ class _Attempt:
 
 
 class EndedNamespaces:
-    """The namespaces whose end an event has reported.
+    """The ended namespaces with addresses that are still bound.
 
-    The kernel deletes a namespace after the event. Until then, the end cannot
-    be proven, and an attempt to unbind its addresses fails.
+    The kernel deletes a namespace after the event of its end. Until then, the
+    end cannot be proven, and an attempt to unbind the addresses fails.
 
     :param pace: pace of the containers
     """
@@ -50,13 +51,13 @@ class EndedNamespaces:
         return len(self._attempts)
 
     def add(self, namespace: NamespaceId, cause: Hashable) -> None:
-        """Schedule the first attempt, if addresses are bound."""
+        """Schedule the first attempt, if the namespace has bound addresses."""
         if self._binder.has_bound(namespace):
             self._attempts.setdefault(namespace, _Attempt(
                 time.monotonic() + BURST, BURST, cause))
 
     def discard(self, namespace: NamespaceId) -> None:
-        """Cancel the attempts, because the namespace exists."""
+        """Cancel the attempts for a namespace that exists."""
         self._attempts.pop(namespace, None)
 
     def find_due(self, now: float) -> float:

@@ -2,9 +2,8 @@
 
 """Find the names of discovered containers.
 
-Names only serve log lines, metrics and commands, so binding does not wait for
-them: a separate thread asks the engines, and ignores an engine that does not
-answer.
+Only log lines, metrics and commands use the names, so no bind waits for them.
+A separate thread asks the engines, and ignores an engine that does not answer.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ class Namer:
     def __init__(self, options: config.Options, ledger: Ledger) -> None:
         self._options = options
         self._ledger = ledger
-        #: monotonic time of the last request for the name of an owner
+        #: monotonic time at which the requests for an owner's name end
         self._until: dict[Owner, float] = {}
         self._requested = threading.Event()
         self._stopped = threading.Event()
@@ -100,7 +99,7 @@ class Namer:
     def _name_containers(self) -> bool:
         """Write the names of unnamed containers into their records.
 
-        :returns: whether to repeat this, because a busy engine may not list a
+        :returns: whether to try again, because a busy engine may not list a
             new container yet
         """
         now = time.monotonic()
@@ -160,8 +159,8 @@ class Namer:
 def read_cgroup_name(record: Record) -> Optional[str]:
     """Return the name of a container of LXC, Incus or systemd-nspawn.
 
-    These engines do not have Docker's API, but the path of a container's
-    control group contains its name.
+    These engines do not have Docker's API, but the path of a control group
+    contains the name of its container.
     """
     path = (record.netns or '').rpartition('/ns/')[0]
     with contextlib.suppress(OSError):
@@ -183,7 +182,7 @@ def list_containers(path: str, proc_dirs: tuple[str, ...]
 
     :param path: socket of the engine
     :returns: pairs of a name and a path of a network namespace; a container
-        may have several
+        may have several pairs
     :raises OSError: if the engine does not answer
     :raises ValueError: if an answer is invalid
     """

@@ -4,12 +4,12 @@
 
 A container can change its namespace a thousand times per second. So an event
 only marks the namespace, and a namespace that changes all the time is read
-once per second. Containers that cause much work share a tenth of a processor,
-and do not delay other containers.
+once per second. Containers that exceed their credit of processor time share a
+tenth of a processor, and do not delay other containers.
 
-After an event, the finder searches for namespaces among new mounts and new
-processes. If the namespace of the event is not among them, it searches all
-mounts and processes. A timer repeats the full search.
+After an event, the finder searches new mounts and new processes for
+namespaces. If the search does not find the namespace of the event, the finder
+searches all mounts and processes. A timer repeats the full search.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LOG = log.get_logger(__name__)
 #: Maximum duration of :meth:`Finder.work` in seconds.
 _STEP = 0.05
 #: Number of messages in one read that counts as a flood, and seconds to wait
-#: after it, so that the next read gets more messages.
+#: after a flood, so that the next read gets more messages.
 _FLOOD = 32
 _FLOOD_PAUSE = 0.1
 #: Seconds between two searches if the kernel sends no events.
@@ -49,7 +49,7 @@ _ENDING = 1.0
 
 
 class Finder:
-    """Finder of containers, which keeps their addresses bound.
+    """Finds containers, and keeps their addresses bound.
 
     Only one thread may use it.
 
@@ -84,16 +84,18 @@ class Finder:
         self._interval = options.resync_interval
         #: monotonic time of the next :meth:`mark_all`
         self._all_at = time.monotonic() + self._interval
-        #: monotonic times of the next searches: for new namespaces, for all
+        #: monotonic times of the next searches: for new namespaces, and for
+        #: all namespaces
         self._search_at: Optional[float] = None
         self._search_all_at: Optional[float] = 0.0
         self._mounts_changed = False
         #: whether an event reported a macvlan in a namespace without a number
         self._is_unexplained = False
-        #: monotonic time until which an ended namespace explains such events
+        #: monotonic time until which an ended namespace explains the event of
+        #: a macvlan without the number of a namespace
         self._explained_until = 0.0
         self._not_before = 0.0
-        #: paces of the searches: for new namespaces, for all
+        #: paces of the searches: for new namespaces, and for all namespaces
         self._new_pace, self._all_pace = Pace(), Pace()
 
     def close(self) -> None:
@@ -102,15 +104,15 @@ class Finder:
             self._events.close()
 
     def list_readable(self) -> list[int]:
-        """Return descriptors that are readable when events have come."""
+        """Return descriptors that become readable when events arrive."""
         return [] if self._events is None else [self._events.fileno()]
 
     def list_exceptional(self) -> list[int]:
-        """Return descriptors with an exceptional condition on new mounts."""
+        """Return descriptors that report mounts as exceptional conditions."""
         return [self._mounts.fileno()]
 
     def note_mounts(self) -> None:
-        """Schedule a search among new mounts."""
+        """Schedule a search that includes new mounts."""
         self._mounts_changed = True
         self._schedule_search()
 
@@ -130,23 +132,23 @@ class Finder:
             self._queue.mark(self._numbers[number], now)
         for number in changes.ended & numbers:
             # The event may concern an earlier namespace, because the kernel
-            # reuses numbers. So examine this one again.
+            # reuses numbers. So examine the present namespace again.
             location = self._numbers[number].location
             self._remove(self._numbers[number])
             self._unexamined.setdefault(location.place, location)
         if changes.ended:
             self._explained_until = now + _ENDING
-        # A change of a macvlan causes one event for its parent and, if its
-        # namespace has a number, another one that contains the number. After
-        # the end of the namespace, the kernel deletes the macvlan, and sends
-        # only the event for the parent.
+        # A change of a macvlan causes an event for its parent and, if its
+        # namespace has a number, a second event with the number. When the
+        # namespace has ended, the kernel deletes the macvlan, and sends only
+        # the event for the parent.
         self._is_unexplained |= (
             changes.is_stacked and not changes.changed
             and now >= self._explained_until)
         if changes.interfaces or changes.lost or self._unknown:
             self._schedule_search()
         if changes.messages >= _FLOOD:
-            # End the pause when the next work is due.
+            # The pause ends early if other work is due.
             time.sleep(max(0.0, min(_FLOOD_PAUSE, self.find_due() - now)))
 
     def note_records(self) -> None:
@@ -187,7 +189,7 @@ class Finder:
             self._search_all_at = time.monotonic() + BURST
 
     def find_due(self) -> float:
-        """Return the monotonic time of the next :meth:`work`."""
+        """Return the monotonic time at which :meth:`work` is due."""
         now = time.monotonic()
         times = [now if self._unexamined else self._all_at]
         for at, pace in ((self._search_at, self._new_pace),
@@ -202,7 +204,7 @@ class Finder:
         self._not_before = time.monotonic() + LAST
 
     def work(self) -> None:
-        """Do due work for about ``_STEP`` seconds.
+        """Search, examine, read and unbind for about ``_STEP`` seconds.
 
         After an error, the rest of the work stays due.
         """
@@ -213,8 +215,8 @@ class Finder:
         now = time.monotonic()
         ends = now + _STEP
         while now < ends:
-            # Examine one new namespace and read one changed namespace in turn,
-            # because there may be any number of both.
+            # Alternate between new and changed namespaces, because the number
+            # of either is unlimited.
             is_new = bool(self._unexamined)
             if is_new:
                 place = self._choose_unexamined()
@@ -232,11 +234,11 @@ class Finder:
             self._schedule_full_search()
 
     def _choose_unexamined(self) -> kernel.Place:
-        """Return the newest and the oldest unexamined namespace in turn.
+        """Alternately return the newest and the oldest unexamined namespace.
 
-        A container can create namespaces faster than they can be examined.
-        Meanwhile a namespace with a name, which is the newest of its search,
-        is examined at once, and each other one within a limited time.
+        A container can create namespaces faster than the finder examines them.
+        Even then, a namespace with a name, which is the newest of its search,
+        is examined at once, and every other namespace within a limited time.
         """
         self._took_newest = not self._took_newest
         return next(reversed(self._unexamined) if self._took_newest
@@ -280,7 +282,8 @@ class Finder:
             known = self._unexamined.get(place)
             if each.is_named or known is None or not (
                     known.is_named and known.is_current()):
-                # With the inode of an ended namespace, it is the newest too.
+                # Move the namespace to the end, as the newest: an ended one
+                # may have had the same inode.
                 self._unexamined.pop(place, None)
                 self._unexamined[place] = each
         if self._is_unexplained and new.keys() <= self._namespaces.keys():
@@ -291,13 +294,13 @@ class Finder:
         """Find all namespaces of the node, and remove the ended ones.
 
         :raises SystemRefused: if the namespaces cannot be listed completely;
-            then none is removed
+            no namespace is removed then
         """
         now = time.monotonic()
         present = {each.place: each for each in self._search.all(
             {place: each.location.path
              for place, each in self._namespaces.items()})}
-        # This omits the namespaces that ended before they were examined.
+        # Omit the namespaces that ended before they were examined.
         self._unexamined = {
             place: each for place, each in present.items()
             if place in self._unexamined or place not in self._namespaces}
@@ -307,8 +310,8 @@ class Finder:
                 self._ended.discard(location.namespace)
                 if present[place].path != location.path or (
                         location.process is None and present[place].process):
-                    # It may be another namespace with the same inode, or its
-                    # container can be identified by a process now.
+                    # Another namespace may have the inode now, or a process
+                    # may now identify the container.
                     self._unexamined[place] = present[place]
                 if self._events is None:
                     self._queue.mark(namespace, now)
@@ -316,8 +319,8 @@ class Finder:
                   and kernel.judge_state(location.path, location.namespace)
                   is kernel.State.LIVING):
                 # Another program keeps the namespace open, for example the
-                # server of Podman 4. The kernel still opens it by its number,
-                # and reports its end by an event.
+                # server of Podman 4. The kernel still opens the namespace by
+                # its cookie, and reports its end by an event.
                 self._queue.mark(namespace, now)
             else:
                 self._remove(namespace)
@@ -363,7 +366,7 @@ class Finder:
             self._read(namespace, namespace.cause)
 
     def _read(self, namespace: Namespace, cause: Hashable) -> None:
-        """Read a namespace; bind new addresses and unbind removed ones.
+        """Read a namespace; bind new and unbind removed addresses.
 
         :param cause: the cause to charge, which is the routine if no change of
             the namespace is known
@@ -379,12 +382,12 @@ class Finder:
             state = kernel.judge_state(namespace.location.path,
                                        namespace.location.namespace)
             if state is not kernel.State.GONE:
-                self._schedule_full_search()  # for its new path
+                self._schedule_full_search()  # may find its new path
             if state is kernel.State.LIVING:
                 self._queue.mark(namespace, now)
             else:
                 self._remove(namespace)
-                # The kernel may have reused the path, so examine it again.
+                # The path may lead to another namespace, so examine it again.
                 self._unexamined.setdefault(namespace.location.place,
                                             namespace.location)
         except Exception:

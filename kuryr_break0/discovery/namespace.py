@@ -26,8 +26,8 @@ class Namespace:
     :ivar number: see :class:`kernel.ExaminedNamespace`
     :ivar due: monotonic time of the next read; None if nothing has changed
     :ivar read_at: monotonic time of the last read
-    :ivar credit: reads that may follow each other after ``_SOON``; grows by
-        one every two seconds
+    :ivar credit: number of reads that may follow at intervals of ``_SOON``;
+        grows by one every two seconds
     :ivar changed_at: monotonic time of the last change, when ``credit`` was
         calculated
     """

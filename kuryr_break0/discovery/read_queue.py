@@ -2,10 +2,10 @@
 
 """Order the namespaces to read, and limit the time for each container.
 
-Changed namespaces come first. After them comes the routine: by the timer, all
-namespaces are read again, even without a known change. If the work for one
-container exceeds its share of the processor, its namespaces wait, so that it
-does not delay other containers. The routine has its own share.
+Changed namespaces are read first. The routine follows, which is a timed read
+of all namespaces, even without a known change. If the work for one container
+exceeds the container's share of the processor, its namespaces wait, so that
+they do not delay other containers. The routine has a share of its own.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from kuryr_break0.discovery.namespace import Namespace
 from kuryr_break0 import kernel
 from kuryr_break0.pace import Pace
 
-#: Seconds of a processor that the work for one container may take before it
-#: has to wait. Binding 32 addresses takes half of them.
+#: Processor seconds that the work for one container may take before its
+#: namespaces have to wait. Binding 32 addresses takes half of this time.
 _CREDIT = 0.15
 #: The cause that :class:`Pace` charges for the routine
 _ROUTINE = 'routine'
@@ -36,7 +36,7 @@ class ReadQueue:
     def __init__(self) -> None:
         self.pace = Pace(_CREDIT)
         self._count = itertools.count()
-        #: heap of monotonic time, serial number and namespace
+        #: heap of tuples: monotonic time, serial number and namespace
         self._due: list[tuple[float, int, Namespace]] = []
         #: namespaces of causes that have to wait
         self._late: dict[Hashable, collections.deque[Namespace]] = {}
@@ -86,7 +86,7 @@ class ReadQueue:
         """Remove and return the next changed namespace.
 
         :returns: the namespace and the cause to charge; None if no namespace
-            is due, or if all that are due have to wait
+            is due, or if all due namespaces have to wait
         """
         while self._due and self._due[0][0] <= now:
             at, _, namespace = heapq.heappop(self._due)
@@ -104,8 +104,10 @@ class ReadQueue:
     def pop_late(self) -> Optional[tuple[Namespace, Hashable]]:
         """Remove and return a namespace that had to wait.
 
-        :returns: a namespace of the routine if no changed namespace waits, and
-            the cause to charge; None if all still have to wait
+        A changed namespace precedes the namespaces of the routine.
+
+        :returns: the namespace and the cause to charge; None if all namespaces
+            still have to wait
         """
         for cause, waiting in list(self._late.items()):
             while waiting and not self.pace.wait(cause):

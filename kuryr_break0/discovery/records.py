@@ -43,7 +43,8 @@ def read_unit() -> str:
             _, kind, path = line.rstrip('\n').split(':', 2)
             parts = path.split('/')
             while parts and not parts[-1].endswith(('.service', '.scope')):
-                # A service with Delegate= has control groups below its own.
+                # With Delegate=, a service has control groups below its own
+                # control group.
                 parts.pop()
             if kind in ('', 'name=systemd') and parts and (
                     parts[-1].endswith('.service')):
@@ -52,7 +53,7 @@ def read_unit() -> str:
 
 
 def store_unit(ledger: Ledger) -> None:
-    """Record this process's service as the one that discovers containers."""
+    """Record that the service of this process discovers containers."""
     ledger.cache.put(_UNIT, [read_unit()])
 
 
@@ -60,7 +61,7 @@ def is_this_unit(ledger: Ledger) -> bool:
     """Return whether the last discovering agent ran in this service.
 
     If so, and ``discover`` is false now, the operator has changed the option.
-    An agent of another service may merely run beside the agent that discovers.
+    If not, the discovering agent may still run, in another service.
     """
     unit = read_unit()
     return bool(unit) and ledger.cache.get(_UNIT) == [unit]
@@ -98,8 +99,8 @@ def find_discovered(ledger: Ledger) -> Iterable[Record]:
 def find_maintained(ledger: Ledger) -> Iterator[Record]:
     """Return the claims that discovery updates and deletes.
 
-    Discovery has made them, or they were rebuilt: the origin of a rebuilt
-    claim is unknown, so perhaps no other program will delete it.
+    Discovery has made these claims, or they were rebuilt. The origin of a
+    rebuilt claim is unknown, so perhaps no other program will delete it.
 
     :raises LedgerUnavailable: if the ledger cannot be read
     """

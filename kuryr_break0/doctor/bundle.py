@@ -40,7 +40,7 @@ _COMMANDS = (
 _STATE = 'state/'
 _PACKAGES = ('kuryr-break0', 'kuryr-kubernetes', 'os-vif', 'pyroute2',
              'oslo.config', 'oslo.log')
-#: An assignment of a secret, in any file. Its value is never in a bundle.
+#: An assignment of a secret, in any file. No bundle contains the value.
 _SECRET = re.compile(r'(?i)("?\b\w*(?:secret|password|token)\w*"?\s*[:=]\s*)'
                      r'("[^"]*"|\S+)')
 
@@ -58,7 +58,7 @@ class Bundle:
         self._stem = 'kuryr-break0-%s' % time.strftime('%Y%m%d-%H%M%S')
 
     def write(self, path: str, parts: dict[str, Callable[[], str]]) -> None:
-        """Write the archive; a part that fails contains its error.
+        """Write the archive; a part that cannot be collected has the error.
 
         :param path: path of the archive, which must not exist
         :param parts: functions that return further parts, by name

@@ -52,7 +52,8 @@ def _check_addresses(node: Node, parent: Parent, lower: kernel.Link,
     has = set(parent.addresses)
     wants = set(Policy(node.options).own_addresses(
         addresses, lower.index, parent.device))
-    # A link-local IPv6 address is a difference, which a sync deletes.
+    # Link-local IPv6 addresses are left out: another finding reports them,
+    # and a sync deletes them.
     strange = {address for address in has - wants
                if address.version == 4 or not address.is_link_local}
     if strange or texts:
@@ -100,7 +101,7 @@ def _check_addr(node: Node, parent: Parent, netlink: kernel.Netlink,
 
 
 def _check_answers() -> Iterator[Finding]:
-    """Report the sysctl that makes all interfaces answer the LAN."""
+    """Report the sysctl by which all interfaces answer ARP as proxies."""
     if kernel.read_sysctl('ipv4/conf/all/proxy_arp'):
         yield KINDS['break0-answers-lan'].finding(
             'proxy_arp of all is 1', key='net/ipv4/conf/all/proxy_arp',

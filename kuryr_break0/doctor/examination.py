@@ -48,13 +48,13 @@ MOST = 128
 class Examination:
     """Findings, and the extent of the examination.
 
-    :ivar counts: numbers of all and of the examined pods and addresses, by
-        the names of the JSON schema; empty before the installation
+    :ivar counts: numbers of pods and addresses, in total and examined, by
+        their names in the JSON schema; empty before the installation
     :ivar examined: the subjects of the checks before the installation
     :ivar invalid: whether invalid options ended the examination
     :ivar unreadable: the error that ended the examination
     :ivar not_examined: subjects that could not be examined, with the reason
-    :ivar pods: owners, with the names of their pods, by address
+    :ivar pods: owner and pod name, by address
     """
 
     findings: list[Finding] = dataclasses.field(default_factory=list)
@@ -75,7 +75,8 @@ def examine(conf: cfg.ConfigOpts, probe: bool = True, over: Over = iter,
             ) -> Examination:
     """Examine a node, and change nothing.
 
-    :param probe: ping pods and node, unless a finding explains lost pings
+    :param probe: send pings between node and pods, except for addresses for
+        which a finding explains lost pings
     :param over: iterates over pods, and may show the progress
     :param waiting: returns the pods of the node that have waited for a port
         for a given number of seconds; None without a Kubernetes API
@@ -114,8 +115,8 @@ def examine_before(conf: cfg.ConfigOpts,
                    parent: Optional[str] = None) -> Examination:
     """Examine a node before the installation of break0.
 
-    :param parent: the interface for the containers; by default the one of
-        the options
+    :param parent: the interface for the containers; by default the
+        configured parent
     """
     def check(options: config.Options, result: Examination,
               host: Host) -> None:
@@ -146,8 +147,8 @@ def _examined(conf: cfg.ConfigOpts, check: Callable[
         result.invalid = True
     except exceptions.Break0Error as err:
         result.unreadable = err
-    # Errors first. Findings of one severity keep their order: pings, then
-    # causes before effects.
+    # Errors come first. Findings of the same severity keep their order: pings,
+    # then causes before effects.
     result.findings = sorted(
         map(host.advised, result.findings),
         key=lambda each: SEVERITIES.index(each.severity))
@@ -181,8 +182,8 @@ def _examine_node(node: Node, netlink: kernel.Netlink, result: Examination,
 
 def _examine_parent(node: Node, parent: Parent, netlink: kernel.Netlink,
                     result: Examination, probe: bool) -> None:
-    # If break0 is missing or is an interface of another program, each further
-    # check would report the same fault.
+    # If break0 is missing, or has a fault that stops all traffic, each further
+    # check would report the same fault again.
     if parent.device in node.useless or parent.link is None:
         return
     result.findings += device.check(node, parent, netlink, probe)
@@ -195,11 +196,11 @@ def _examine_parent(node: Node, parent: Parent, netlink: kernel.Netlink,
 
 
 def _ping(node: Node, result: Examination) -> list[Finding]:
-    """Ping addresses, except addresses for which an error explains a loss."""
+    """Ping the addresses for which no finding explains lost pings."""
     errors = [each for each in result.findings if each.severity == ERROR
               or each.id in ('neighbour-missing', 'pod-unreadable')]
     stopped = {subject for each in errors for subject in each.subjects}
-    # A fault of an interface concerns all of its addresses.
+    # A fault of a pod's interface concerns all addresses of the interface.
     ill = {subject for each in errors if each.id.startswith('pod-')
            for subject in each.subjects}
     findings: list[Finding] = []

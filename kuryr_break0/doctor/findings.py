@@ -25,8 +25,8 @@ NOTE = 'note'
 SEVERITIES = (ERROR, WARNING, NOTE)
 
 PATH = os.path.join(os.path.dirname(__file__), 'findings.txt')
-#: One finding, after lines that begin with six blanks were joined to the line
-#: before them.
+#: One finding in findings.txt, after its continuation lines, which begin with
+#: six blanks, were joined.
 _TEXT = re.compile(r'(?P<id>\S+): (?P<severity>\w+)\n'
                    r'when  (?P<when>.*)\nwhy   (?P<why>.*)\n'
                    r'do    (?P<remedy>.*)(?P<commands>(?:\n    \$ .*)*)')
@@ -83,7 +83,8 @@ def inside(netns: object, command: str, *names: object) -> str:
 def merged(findings: Iterable[Finding]) -> Iterator[Finding]:
     """Merge findings of one kind into the finding with the worst severity.
 
-    A command of several findings comes last, as a sync after the others.
+    A command of several findings is kept once, at its last place: a sync, for
+    example, follows the other commands.
     """
     kinds: dict[str, list[Finding]] = {}
     for each in findings:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Finds rules of iptables by their counters, and rules that accept traffic.
+"""Finds iptables rules by their counters, and commands that accept traffic.
 
 The kernel's trace shows the rules of nftables and iptables-nft, but not of
-iptables-legacy. There, the rule that dropped a packet has a counter that rose
-when the packet was lost.
+iptables-legacy. A rule of iptables-legacy that drops a packet is found by its
+counter, which rises with each packet.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ LOG = log.get_logger(__name__)
 
 #: Seconds for a program to list all rules.
 _TIMEOUT = 10
-#: Chains of iptables. A rule in them must be set by iptables, which keeps it.
+#: Built-in chains of iptables. A rule in these chains must be set by iptables,
+#: which keeps the rule.
 _BUILT_IN = ('PREROUTING', 'INPUT', 'OUTPUT', 'FORWARD', 'POSTROUTING')
 _POLICY = re.compile(r':(\S+) (\w+) \[(\d+):')
 _RULE = re.compile(r'\[(\d+):\d+\] (-A (\S+).*)')
@@ -30,7 +31,7 @@ _REWRITES = re.compile(r'(?i)\b(masquerade|snat)\b')
 
 
 class Rule(NamedTuple):
-    """A rule of iptables, or a policy."""
+    """A rule of iptables, or the policy of a chain."""
 
     program: str
     table: str
@@ -43,10 +44,11 @@ class Rule(NamedTuple):
         return bool(_DROPS.search(self.text))
 
     def accept(self, device: str, comes_in: bool) -> str:
-        """Return the command that inserts a rule which accepts the traffic.
+        """Return the command that inserts a rule to accept the traffic.
 
         :param device: the interface of the traffic
-        :param comes_in: whether the traffic comes in there, or goes out
+        :param comes_in: whether the traffic enters by the interface;
+            otherwise it leaves by the interface
         """
         # If chains of ufw exist, ufw has set the policies too.
         if self.chain.startswith('ufw') or (
@@ -64,10 +66,13 @@ class Rule(NamedTuple):
 
 def accept(table: str, chain: str, device: str, comes_in: bool,
            text: str = '') -> str:
-    """Return the command that inserts a rule of nftables, or of its manager.
+    """Return the command that lets a chain of nftables accept traffic.
+
+    If firewalld, ufw or iptables manages the chain, it is a command of that
+    program, otherwise of nft.
 
     :param table: family and name
-    :param text: the rule that drops, or "policy" for the policy of the chain
+    :param text: begins with "policy" if the chain's policy drops the traffic
     """
     family, name = table.split(' ', 1)
     if name == 'firewalld':
@@ -87,7 +92,7 @@ def _ufw(device: str, comes_in: bool) -> str:
 
 
 def not_examined() -> Iterator[str]:
-    """Return the programs without which dropping rules cannot be named."""
+    """Yield the rules that cannot be examined, with the missing program."""
     if kernel.find_program('nft') is None:
         for program, package in (('nft', 'nftables'),
                                  ('iptables-save', 'iptables')):
@@ -102,9 +107,9 @@ def rewrites(text: str) -> bool:
 
 
 def counters(version: int) -> dict[Rule, int]:
-    """Return the packet counters of rules that no trace shows.
+    """Return the packet counters of iptables rules that no trace shows.
 
-    The rules are those of iptables, in the namespace of this thread.
+    The rules are read in the namespace of this thread.
 
     :param version: the version of IP
     """
@@ -120,9 +125,10 @@ def counters(version: int) -> dict[Rule, int]:
 
 def risen(before: dict[Rule, int], after: dict[Rule, int],
           device: str) -> list[Rule]:
-    """Return the rules with a risen counter.
+    """Return the rules whose counter has risen.
 
-    :param device: leave out rules for other interfaces
+    :param device: the interface of the traffic; rules for other interfaces
+        are left out
     """
     return [rule for rule, count in after.items()
             if count > before.get(rule, count) and all(
@@ -144,7 +150,7 @@ def _parsed(text: str, program: str) -> Iterator[tuple[Rule, int]]:
 
 
 def masquerading(parent: str, device: str) -> Optional[tuple[str, str]]:
-    """Return a source NAT rule for a parent, and its command for break0.
+    """Return a parent's source NAT rule, and a command to add it for break0.
 
     The rule that the command adds does not match traffic from the node itself.
 

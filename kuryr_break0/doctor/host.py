@@ -23,13 +23,14 @@ _DAEMON = 'kuryr-daemon'
 _UNITS = ('/etc/systemd/system', '/run/systemd/system',
           '/usr/local/lib/systemd/system', '/usr/lib/systemd/system',
           '/lib/systemd/system')
-#: The sentence in remedies that lets programs read the options again: as in
-#: findings.txt, and on hosts without Kuryr.
+#: The sentence in remedies by which programs read the options again: its text
+#: in findings.txt, and its text on hosts without Kuryr.
 _RELOAD = ('Then reload the agent, and restart kuryr-daemon if there is one.',
            'Then reload the agent.')
-#: A part of other remedies, to leave out on hosts without Kuryr.
+#: A phrase in other remedies, which is left out on hosts without Kuryr.
 _OF_KURYR = ', and kuryr-daemon if there is one'
-#: A sentence of remedies for hosts with Kuryr, or for hosts without.
+#: A sentence in remedies that is only for hosts with Kuryr, or only for hosts
+#: without Kuryr.
 _FOR_ONE = re.compile(r'(With|Without) Kuryr, (\w)([^ ]*(?: .*?)?\.)'
                       r'(?: (?=[A-Z])|$)')
 #: A command of kuryr-break0 that reads the configuration.
@@ -41,12 +42,12 @@ _KUBECTL = 'kubectl --namespace kube-system '
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """The properties of a host on which remedies depend.
+    """The properties of a host that determine its remedies.
 
     :ivar file: the configuration file in use, or the one to create
     :ivar has_units: whether systemd manages the host
-    :ivar arguments: the options of the command that name other configuration
-        files than the default ones, with a blank behind each
+    :ivar arguments: options of kuryr-break0 that name configuration files,
+        each followed by a blank; empty if these are the default files
     :ivar daemon_set: in a pod, the DaemonSet of the agent
     """
 
@@ -118,7 +119,7 @@ class Host:
             '%s/%s.service' % (each, _AGENT)) for each in _UNITS)
 
     def reload(self) -> list[str]:
-        """Return commands by which all programs read the options again."""
+        """Return commands that make all programs read the options again."""
         if self.daemon_set is not None:
             return [self._roll_out()]
         daemon = [self.restart_daemon] if self.has_kuryr and (
@@ -131,7 +132,7 @@ class Host:
         return ['kill -HUP %s' % pid, *daemon] if pid else daemon
 
     def set(self, **values: str) -> list[str]:
-        """Return commands that set options and let programs read them."""
+        """Return commands that set options and make programs read them."""
         if self.daemon_set is not None:
             return [self._set_variables(*(
                 '%s=%s' % (name, value) for name, value in values.items()))]
@@ -172,7 +173,7 @@ class Host:
                                        each) for each in changes))
 
     def advised(self, finding: Finding) -> Finding:
-        """Return a finding with the file and the services of this host."""
+        """Return a finding whose remedy has this host's file and services."""
         remedy = _FOR_ONE.sub(self._choose, finding.remedy).strip()
         commands = [_PROGRAM.sub('kuryr-break0 ' + self.arguments, each)
                     if '--config-file' not in each else each
@@ -181,7 +182,8 @@ class Host:
             reload = [each for each in self.reload() if each not in commands]
             if any(each.startswith(_KUBECTL) for each in commands):
                 reload = []
-            # A command for a later sentence follows the reload.
+            # If a sentence follows the reload, the commands are for that
+            # sentence, so they follow the reload too.
             is_last = not remedy.partition(_RELOAD[0])[2].startswith(' Then ')
             commands = [*commands, *reload] if is_last else [
                 *reload, *commands]
@@ -198,7 +200,7 @@ class Host:
 
 
 def _agent() -> Optional[int]:
-    """Return the process of the agent in this network namespace."""
+    """Return the process id of the agent in this network namespace."""
     for pid, args in _processes():
         if args[-1] == 'agent' and any(
                 os.path.basename(each) == 'kuryr-break0'
@@ -212,7 +214,7 @@ def _agent() -> Optional[int]:
 
 def _processes() -> Iterator[tuple[int, list[str]]]:
     for pid in sorted(map(int, filter(str.isdigit, os.listdir('/proc')))):
-        with contextlib.suppress(OSError):  # it ended
+        with contextlib.suppress(OSError):  # the process ended
             with open('/proc/%d/cmdline' % pid, errors='replace') as file:
                 yield pid, file.read().rstrip('\0').split('\0')
 

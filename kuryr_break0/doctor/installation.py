@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checks that Kuryr finds and loads the driver, in supported versions.
+"""Checks that Kuryr can load the driver, with supported dependencies.
 
 The module imports no dependency of the package except packaging, because
 an unsupported version of a dependency may fail to import.
@@ -72,11 +72,11 @@ def is_for_kuryr() -> bool:
 
 
 def _unfit() -> Iterator[tuple[requirements.Requirement, str]]:
-    """Return the requirements that are not met, with the present version.
+    """Yield the unmet requirements, each with the installed version.
 
     The version is empty if the requirement is not installed.
     """
-    required: list[str] = []  # if the package itself is not installed
+    required: list[str] = []  # if kuryr-break0 is not installed
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         required = importlib.metadata.requires(_DISTRIBUTION) or []
     for requirement in map(requirements.Requirement, required):
@@ -122,9 +122,10 @@ def _check_entry_point(group: str, name: str,
 
 
 def _entry_points(group: str) -> Iterator[importlib.metadata.EntryPoint]:
-    """Return the entry points that stevedore finds; do not write its cache.
+    """Yield the entry points that stevedore finds, without writing its cache.
 
-    If a distribution is installed twice, the first one on the path counts.
+    If a distribution is installed twice, only the first installation on
+    sys.path counts.
     """
     names = set()
     for distribution in importlib.metadata.distributions():
@@ -172,7 +173,7 @@ def daemons() -> Iterator[tuple[int, str, float]]:
     """
     reported = set()
     for pid in sorted(map(int, filter(str.isdigit, os.listdir('/proc')))):
-        with contextlib.suppress(OSError):  # it ended, or access is denied
+        with contextlib.suppress(OSError):  # process ended, or access denied
             with open('/proc/%d/cmdline' % pid, errors='replace') as file:
                 title = file.read()
             match = next(filter(None, (pattern.match(title)
@@ -195,9 +196,9 @@ def _started_at(pid: int) -> float:
 
 
 def _installed_at() -> float:
-    """Return the time of the installation: pip writes RECORD last.
+    """Return the installation time, from RECORD, which pip writes last.
 
-    :returns: seconds since the epoch; 0 if the file does not exist
+    :returns: seconds since the epoch; 0 if RECORD does not exist
     """
     with contextlib.suppress(OSError,
                              importlib.metadata.PackageNotFoundError):
@@ -224,8 +225,8 @@ def check_plugin() -> Iterator[Finding]:
 def _python_of(path: str) -> Optional[str]:
     """Return the script that runs Python when a program is started.
 
-    :returns: the resolved path of the program, or of a script that it
-        names; None if neither runs Python or can be read
+    :returns: the resolved path of the program, or of a script that it names,
+        directly or through other scripts; None if no readable one runs Python
     """
     paths = [path]
     for each in paths:  # the loop appends to the list
@@ -240,7 +241,7 @@ def _python_of(path: str) -> Optional[str]:
 def _script(path: str) -> str:
     """Return the beginning of a script, without comments.
 
-    Pipes and devices are not read, since that can block or take data.
+    Pipes and devices are not read: a read can block or consume data.
 
     :returns: empty for an ELF program or a file that cannot be read
     """

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Makes a finding of each problem that status shows, with its remedy."""
+"""Converts the problems that status shows to findings with remedies."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from kuryr_break0.model import of_kind
 #: Files with the names of routing protocols, for ip(8).
 _PROTOCOLS = tuple(directory + '/iproute2/rt_protos' for directory in (
     '/etc', '/usr/share', '/usr/lib'))
-#: Kind of problem that is reported with the addresses that no sync deletes.
+#: Kind of problem that device.py reports, with addresses that no sync deletes.
 ADDRESSES = 'break0-addresses'
 _SYNC = 'kuryr-break0 sync'
-#: Problems of files, which have findings with their paths.
+#: Problems of files, which records.py reports with the paths of the files.
 _OF_FILES = ('ledger-damaged', 'ledger-newer', 'ledger-quarantined')
 
 
 def check(node: Node, all_problems: Iterable[Problem],
           host: Optional[Host] = None) -> Iterator[Finding]:
-    """Return a finding for each problem.
+    """Yield findings for problems: one per kind, or per kind and break0.
 
     Addresses that are being bound or unbound are left out.
 
-    :param host: for the commands that change options
+    :param host: builds the commands that change options
     """
     of_devices: dict[tuple[str, str], list[Problem]] = {}
     of_addresses: list[tuple[IPAddress, Problem]] = []
@@ -72,7 +72,7 @@ def check(node: Node, all_problems: Iterable[Problem],
 
 def _of_device(node: Node, kind: str, name: str, parent: Any,
                texts: list[str], is_error: bool) -> Finding:
-    """Return the finding of the problems of one kind of a break0."""
+    """Return the finding for a break0's problems of one kind."""
     start = name + ': '
     details = [text[len(start):] if text.startswith(start) else text
                for text in texts]
@@ -120,7 +120,7 @@ def _as_part(text: str) -> str:
 
 def _of_address(node: Node, problem: Problem, address: IPAddress,
                 parent: Any, allow: list[str]) -> Finding:
-    """Return the finding of a problem of an address.
+    """Return the finding for a problem of an address.
 
     :param allow: commands that allow the addresses outside of allowed_cidrs
     """
@@ -177,7 +177,7 @@ def _wrong(node: Node, address: IPAddress, parent: Parent) -> _Details:
 
 
 def _foreign(node: Node, address: IPAddress, parent: Parent) -> _Details:
-    """Return the command that deletes exactly the foreign route."""
+    """Return the commands that delete only the foreign route, and sync."""
     route = next(each for each in parent.plan.foreign if each.dst == address)
     protocol = _protocol(route.protocol)
     return 'protocol ' + protocol, [

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The snapshot for all checks, and the addresses that change meanwhile."""
+"""The snapshot for all checks, and addresses that change during the checks."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Over = Callable[[Sequence[Any]], Iterable[Any]]
 class Node:
     """The snapshot for all checks.
 
-    A bind or unbind holds the lock from its first change to its last. An
-    address with different records in two reads of the ledger is being bound
-    or unbound, and is not reported.
+    A bind or unbind holds the lock from its first change to its last. If two
+    reads of the ledger return different records for an address, the address
+    is being bound or unbound, and is not reported.
 
     :ivar snapshot: the snapshot
     :ivar live: the newest claim on each address
     :ivar useless: the break0s with a fault that stops all traffic
     :ivar changing: addresses that are being bound or unbound
-    :ivar lock_free: whether the lock was free each time
+    :ivar lock_free: whether the lock became free in time at each refresh
 
     :param patience: seconds to wait for the lock
     :raises Break0Error: if state directory or kernel cannot be read
@@ -50,7 +50,7 @@ class Node:
         self.refresh()
 
     def refresh(self) -> None:
-        """Add the addresses with records that changed since the snapshot.
+        """Find the addresses whose records changed since the snapshot.
 
         Call this after each read of the kernel.
         """
@@ -96,5 +96,6 @@ def largest_sysctl(path: str, *devices: Optional[str]) -> int:
 
 
 def _without_pod_side(claims: Iterable[Record]) -> list[object]:
-    # The pod side is recorded after the bind, and no check compares it.
+    # The pod side is left out: it is recorded after the bind, and no check
+    # compares it.
     return [(claim.owner, claim.mac, claim.bound_at) for claim in claims]

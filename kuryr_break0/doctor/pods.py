@@ -20,12 +20,12 @@ from kuryr_break0 import kernel
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Record
 
-#: Seconds after which an ADD or DEL that has changed a pod is done.
+#: Seconds after which an ADD or DEL that has changed a pod has ended.
 _SETTLED = 1.0
 
 
 def check_asking(node: Node, parent: Parent) -> Iterator[Finding]:
-    """Report pods that must ask for the node and get no answer."""
+    """Report pods that ask for the node's MAC address and get no answer."""
     records = [parent.live[address] for address in node.settled(parent.live)]
     asking: list[IPAddress] = [
         record.address for record in records
@@ -36,7 +36,7 @@ def check_asking(node: Node, parent: Parent) -> Iterator[Finding]:
             'their neighbour solicitations', asking)
     asking = [record.address for record in records
               if record.address.version == 4 and record.configured is None]
-    # The kernel applies the larger value of all and the interface.
+    # The kernel applies the larger value of "all" and the interface.
     for where in ('all', parent.device):
         value = kernel.read_sysctl('ipv4/conf/%s/arp_ignore' % where)
         if value and asking:
@@ -47,7 +47,7 @@ def check_asking(node: Node, parent: Parent) -> Iterator[Finding]:
 
 
 def enterable(node: Node, parent: Parent) -> list[list[Record]]:
-    """Return the records of each pod with an enterable namespace."""
+    """Return each pod's records, if namespace and node addresses are known."""
     return [records for records in node.pods(parent)
             if records[0].netns is not None and parent.node is not None]
 
@@ -87,7 +87,7 @@ def _check_pod(node: Node, records: Sequence[Record]) -> Iterator[Finding]:
 
 
 def _check_unconfigured(node: Node, parent: Parent) -> Iterator[Finding]:
-    """Report pods that send through a gateway, which rp_filter drops."""
+    """Report pods that send through a gateway: rp_filter drops the packets."""
     if parent.node is None or not problems.is_strict(parent):
         return
     for record in parent.live.values():

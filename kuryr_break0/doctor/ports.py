@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Reports pods without a port from kuryr-controller."""
+"""Reports pods for which kuryr-controller has created no port."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Callable, Iterator
 from kuryr_break0.doctor.findings import Finding
 from kuryr_break0.doctor.findings import KINDS
 
-#: Seconds in which kuryr-controller creates the port of a pod.
+#: Seconds within which kuryr-controller should create the port of a pod.
 _PATIENCE = 60.0
 #: Seconds between two queries. If the clock of the node is ahead of the clock
 #: of the API, the first query also returns pods that are just starting.

@@ -29,7 +29,7 @@ _USEFUL = {13: 'NET_RAW', 11: 'NET_BROADCAST'}
 
 
 class Preconditions:
-    """The requirements on a node, causes before effects.
+    """Checks the requirements on a node, causes before effects.
 
     :param parent: the interface for the containers; None if not known
     :ivar not_examined: subjects that could not be examined, with the reason
@@ -101,8 +101,8 @@ class Preconditions:
             if not link.up:
                 yield KINDS['parent-down'].finding('%s is down' % name,
                                                    parent=name)
-            # A macvlan in the namespace of a thread: the kernel deletes both
-            # when the thread ends.
+            # Create a macvlan in the namespace of a thread. When the thread
+            # ends, the kernel deletes the namespace and the macvlan.
             with futures.ThreadPoolExecutor(1) as other:
                 if not other.submit(kernel.unshare).result():
                     raise OSError('Cannot create a namespace to test a '

@@ -19,11 +19,11 @@ class Probe:
     """The result of the pings in one direction.
 
     :ivar to: the destination
-    :ivar path: the kernel's route; None if there is none
+    :ivar path: the kernel's route; None without a route
     :ivar mac: MAC address of the next hop; None if not known
-    :ivar state: state of the neighbour; None if there is none
+    :ivar state: state of the neighbour; None without a neighbour
     :ivar times: round-trip time of each ping in seconds; None without reply
-    :ivar problem: the fault, in words; None if there is none
+    :ivar problem: the fault, in words; None without a fault
     :ivar misrouted: whether the route or the neighbour is wrong
     """
 
@@ -64,7 +64,7 @@ class Prober:
                  node: NodeAddresses) -> list[Probe]:
         """Probe each node address of one version of IP from a pod.
 
-        :param address: an address of the pod
+        :param address: an address of the pod, with the same version of IP
         :raises NetnsUnusable: if the pod's namespace cannot be entered
         :raises Break0Error: if the kernel refuses a query
         """

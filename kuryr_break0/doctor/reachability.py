@@ -38,8 +38,8 @@ _T = TypeVar('_T')
 #: no more pods are pinged.
 _TIMEOUT = 0.5
 _ENOUGH = 3
-#: Seconds between retries, and their number. The IPv6 addresses of a new pod
-#: are tentative for about a second.
+#: Seconds between retries, and number of retries. The IPv6 addresses of a new
+#: pod are tentative for about a second.
 _SETTLED, _TRIES = 1.0, 3
 #: Seconds to wait for a connection. The kernel sends a second SYN after one
 #: second.
@@ -90,15 +90,16 @@ class Pings:
         answering = [record for record in records
                      if record.address not in self.silent]
         yield from self._restricted(answering)
-        # One pod for each version of IP, until one has a finding.
+        # Examine one pod for each version of IP; stop at the first finding.
         yield from itertools.islice(itertools.chain.from_iterable(
             map(self._rewritten, {record.address.version: record
                                   for record in answering}.values())), 1)
 
     def _unanswered(self, record: Record) -> dict[Record, Probe]:
-        """Return the record with its unanswered probe, or nothing.
+        """Return an unanswered probe of a record, by record; empty if none.
 
-        A misrouted probe is preferred, since it has the cause.
+        If several probes are unanswered, a misrouted probe is preferred,
+        because it shows the cause.
         """
         prober = Prober(1, _TIMEOUT)
         assert record.netns is not None and self._parent.node is not None
@@ -106,8 +107,8 @@ class Pings:
         with contextlib.suppress(exceptions.NetnsUnusable):
             tried += prober.from_pod(record.address, record.netns,
                                      record.namespace, self._parent.node)
-        # A missing address of break0 has its own finding, so pings to it do
-        # not count.
+        # A missing address of break0 has its own finding, so pings to such an
+        # address do not count.
         silent = [probe for probe in tried if not probe.answered
                   and probe.to in {
                       record.address,
@@ -143,7 +144,8 @@ class Pings:
              ) -> tuple[str, str, Sequence[str]]:
         """Return the id of the finding, the cause, and commands.
 
-        Without commands, the commands of the finding apply.
+        If no commands are returned, the commands of the finding's template
+        apply.
         """
         traced = self._traced(record, lambda: self._unanswered(record))
         arrived = traced.arrived(probe.is_to_pod)
@@ -185,7 +187,7 @@ class Pings:
     def _serves(record: Record, to: IPAddress) -> bool:
         """Return whether the pod can connect to a service of the node.
 
-        If it can, the firewall may drop pings on purpose.
+        If the pod can connect, the firewall may drop pings on purpose.
         """
         ports = list(_listening())[:_SERVICES]
         return bool(_asked(record, lambda: any(
@@ -195,7 +197,7 @@ class Pings:
     def _astray(self, record: Record, probe: Probe) -> Optional[str]:
         """Return the wrong outgoing interface of the request or reply.
 
-        :returns: a sentence; None if both interfaces are correct
+        :returns: a sentence; None if no wrong interface was found
         """
         path, ifname = probe.path, record.owner.ifname
         if path is None or path.source is None:
@@ -222,7 +224,10 @@ class Pings:
     @staticmethod
     def _ignoring(record: Record, is_to_pod: bool
                   ) -> Optional[tuple[str, Sequence[str]]]:
-        """Return the sysctl that ignores pings, and a command to reset it."""
+        """Return the sysctl that ignores pings, and a command to reset it.
+
+        :returns: None if pings are not ignored
+        """
         path = _IGNORING[record.address.version]
         command = 'sysctl -w net/%s=0' % path
         who, value, command = (
@@ -233,7 +238,7 @@ class Pings:
                 ) if value else None
 
     def _restricted(self, records: Sequence[Record]) -> Iterator[Finding]:
-        """Report a firewall that lets pings pass, and drops connections."""
+        """Report a firewall that accepts pings but drops connections."""
         hosts = {each.version: each for each in reversed(
             self._parent.node.addresses if self._parent.node else ())}
 
@@ -284,7 +289,7 @@ class Pings:
 def _but_by_guard(traced: trace.Trace) -> dict[str, str]:
     """Return the rules that dropped packets, and commands to accept them.
 
-    Rules of the guard are left out, since they drop packets of the probe only
+    Rules of the guard are left out: the guard drops packets of a probe only
     because of other faults.
     """
     return {text: accept for text, accept in traced.dropped.items()
@@ -294,7 +299,8 @@ def _but_by_guard(traced: trace.Trace) -> dict[str, str]:
 def _asked(record: Record, ask: Callable[[], _T]) -> Optional[_T]:
     """Call a function in the namespace of a pod.
 
-    :returns: None if the namespace cannot be entered, or the kernel refuses
+    :returns: the result; None if the namespace cannot be entered, or the
+        kernel refuses
     """
     with contextlib.suppress(exceptions.Break0Error), \
             kernel.enter_namespace(str(record.netns), record.namespace):
@@ -313,7 +319,7 @@ def _listening() -> Iterator[int]:
 
 
 def _read_source(record: Record) -> Optional[str]:
-    """Send a datagram to a pod, and return its source address there."""
+    """Send a datagram to a pod; return the source that the pod sees."""
     family = (socket.AF_INET if record.address.version == 4
               else socket.AF_INET6)
     mark = os.urandom(16)

@@ -21,7 +21,7 @@ from kuryr_break0 import kernel
 from kuryr_break0.ledger import Ledger
 from kuryr_break0.ledger import readers
 
-#: The usual state directory.
+#: The default state directory.
 DEFAULT = '/run/kuryr-break0'
 #: File systems that are empty after a reboot.
 _IN_MEMORY = ('tmpfs', 'ramfs', 'devtmpfs')
@@ -29,7 +29,7 @@ _IN_MEMORY = ('tmpfs', 'ramfs', 'devtmpfs')
 
 def check_directory(options: config.Options, host: Host
                     ) -> Iterator[Finding]:
-    """Examine the state directory, or the directory to create it in."""
+    """Examine the state directory, or its nearest existing parent."""
     path = existing = options.state_dir
     while not os.path.lexists(existing):
         existing = os.path.dirname(existing)
@@ -77,7 +77,8 @@ def check_directory(options: config.Options, host: Host
 def _move(path: str, host: Host) -> list[str]:
     """Return commands that put the state directory on a tmpfs.
 
-    In a pod, a directory of the node has to be mounted, by its DaemonSet.
+    In a pod, no command can do this: the DaemonSet must mount a directory of
+    the node.
     """
     if host.daemon_set is not None:
         return []
@@ -94,7 +95,7 @@ def _mount_of(path: str) -> tuple[str, str]:
     best = ('/', 'unknown')
     path = os.path.realpath(path)
     for _, point, kind in kernel.list_mounts():
-        # A later mount on the same point hides the earlier.
+        # A later mount on the same point hides the earlier mount.
         if (os.path.commonpath((point, path)) == point
                 and len(point) >= len(best[0])):
             best = point, kind

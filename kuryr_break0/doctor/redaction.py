@@ -23,13 +23,14 @@ _ADDRESS = re.compile(
     r'|\b[0-9a-f]{12,64}\b'
     # nft(8) prints addresses in hexadecimal in bitwise expressions.
     r'|\b0x[0-9a-f]{9,}\b|(?<=,32 )0x[0-9a-f]+\b')
-#: ip(8) prints bridge ids without leading zeros.
+#: A MAC address. In a bridge id, ip(8) prints it without leading zeros.
 _MAC = re.compile(r'(?:[0-9A-Fa-f]{1,2}:){5}[0-9A-Fa-f]{1,2}')
 #: Candidates for names of several words, longest first: the name of a host
-#: with its domain, then without.
+#: with its domain comes before the name without its domain.
 _NAMES = tuple(map(re.compile, (r'[\w.-]+', r'[A-Za-z0-9.-]+',
                                 r'[A-Za-z0-9-]+')))
-#: A shorter name, or one of these, is a word that any text may contain.
+#: Shorter names, and common names, are not searched for, because any text may
+#: contain them as words.
 _SHORTEST = 4
 _COMMON_NAMES = ('default', 'kube-system', 'kube-public', 'kube-node-lease')
 #: Texts that administrators choose: comments and log prefixes of rules,
@@ -39,9 +40,9 @@ _FREE = re.compile(
     r'|(?:(?<=--comment )|(?<=-prefix ))\S+)'
     r'|(?m:^(\s+(?:alias|altname) )(?!kuryr-break0 ledger )(.+)$)'
     r'|(?m:^(\[[^]]*\] )(.+?)(?=IN=\S* OUT=))')
-#: A word, or a replacement that was made before.
+#: A word, or an earlier replacement.
 _WORD = re.compile(r'<(?:name|address|mac|id|text)-[0-9a-f]{8}>|\w+(?:-+\w+)*')
-#: Words that are no names.
+#: Words that are never names.
 _KNOWN = re.compile(r"""
     .{1,2}                                        # too short
     | _*[0-9_-]+                                  # numbers, with units
@@ -58,19 +59,19 @@ _PACKAGES = ('kuryr_kubernetes', 'os_vif')
 
 
 class Redactor:
-    """Replaces addresses and names by digests, equal ones by equal digests.
+    """Replaces addresses and names by digests: equal texts, equal digests.
 
-    A word stays only if it is no known name of this node, and appears in this
-    package, in Kuryr, or in the output of common programs (``words.txt``). So
-    unknown names, such as those of chains and of deleted pods, are replaced
-    too.
+    A word is kept only if it is not a known name of this node, and appears in
+    this package, in Kuryr, or in the output of common programs
+    (``words.txt``). Therefore unknown names, such as the names of chains and
+    of deleted pods, are replaced too.
 
     :param names: the known names of this node
     """
 
     def __init__(self, names: set[str]) -> None:
         # Without a salt, a reader could compute the digests of all addresses
-        # and compare them.
+        # and compare them with the digests in the text.
         self._salt = os.urandom(16)
         self._names = {
             each for each in names - {*_COMMON_NAMES}
@@ -123,7 +124,7 @@ class Redactor:
 
 @functools.lru_cache(maxsize=None)
 def _vocabulary() -> frozenset[str]:
-    """Return all words of this package, of Kuryr and of sysctls."""
+    """Return all words of this package and Kuryr, and names of sysctls."""
     words: set[str] = set()
     for path in _sources():
         with contextlib.suppress(OSError), open(

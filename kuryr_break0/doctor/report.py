@@ -34,7 +34,7 @@ def as_text(findings: list[Finding], not_examined: Sequence[str] = (),
             **counts: int) -> str:
     """Return a paragraph for each finding, and a summary.
 
-    :param owners: owners and names of pods, by address
+    :param owners: owner and pod name, by address
     """
     blocks = [_block(each, owners) for each in findings]
     if counts.get('pinged'):
@@ -64,7 +64,7 @@ def _block(finding: Finding, owners: Mapping[str, str]) -> str:
     observed = finding.observed
     more = [each for each in finding.subjects if each not in observed]
     if more:
-        # The text names one of the subjects, or none.
+        # If the text names a subject or has a colon, "Also" starts the list.
         is_first = len(more) == len(finding.subjects) and ': ' not in observed
         observed += (': ' if is_first else ' Also: ' if observed.endswith('?')
                      else '. Also: ') + ', '.join(

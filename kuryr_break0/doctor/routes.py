@@ -13,7 +13,7 @@ from kuryr_break0.engine.snapshot import Parent
 
 
 def check(node: Node, parent: Parent) -> Iterator[Finding]:
-    """Report versions of IP that pods have and the node does not."""
+    """Report pod addresses whose version of IP the node does not have."""
     own = {address.version for address in node.snapshot.facts.node_addresses
            if not (address.is_link_local or address.is_loopback)}
     for address in node.settled(parent.live):

@@ -37,7 +37,7 @@ def check(links: Sequence[kernel.Link]) -> Iterator[Finding]:
 
 
 def check_drop_ins(name: str) -> Iterator[Finding]:
-    """Report settings that will apply to a break0 once it exists."""
+    """Report settings, and missing drop-ins, for a future break0."""
     findings = list(_check_foreign_routes([(name, '')]))
     yield from findings
     for who, config_dir, is_known, command in (
@@ -58,9 +58,9 @@ def check_drop_ins(name: str) -> Iterator[Finding]:
 
 def _check_foreign_routes(devices: Iterable[tuple[str, str]]
                           ) -> Iterator[Finding]:
-    """Report a file of systemd-networkd that matches a break0.
+    """Report a break0 on which systemd-networkd deletes foreign routes.
 
-    Without a matching file, systemd-networkd does not manage an interface.
+    systemd-networkd manages only interfaces that match one of its files.
     """
     where = _manages_foreign_routes()
     if where is None or not os.path.isdir(_NETWORKD_LINKS):
@@ -104,7 +104,7 @@ def _check_link(link: kernel.Link) -> Iterator[Finding]:
 
 
 def _file_for(suffix: str, name: str, mac: str) -> tuple[str, list[str]]:
-    """Return the file of systemd for an interface, and its lines.
+    """Return the file of systemd for an interface, and the file's lines.
 
     systemd applies the first matching file, in the order of file names.
 
@@ -120,7 +120,7 @@ def _file_for(suffix: str, name: str, mac: str) -> tuple[str, list[str]]:
 
 
 def _files(directory: str, pattern: str) -> list[str]:
-    """Return files of systemd, for each name the one of highest precedence."""
+    """Return the file of highest precedence for each file name of systemd."""
     by_name: dict[str, str] = {}
     for place in _SYSTEMD:
         for path in glob.glob(os.path.join(place, directory, pattern)):
@@ -141,10 +141,12 @@ def _matches(key: str, value: str, name: str, mac: str) -> Optional[bool]:
 
 
 def _manages_foreign_routes() -> Optional[str]:
-    """Return the reason why networkd deletes routes of other programs.
+    """Return the origin of ManageForeignRoutes=yes, such as "by default".
 
-    :returns: None if it does not, or if its files do not exist here, as in a
-        container
+    With this setting, systemd-networkd deletes routes of other programs.
+
+    :returns: None if the setting is off, or if no files of systemd-networkd
+        exist here, as in a container
     """
     value, where = True, 'by default'
     files = [*_files('', 'networkd.conf'),
@@ -159,7 +161,7 @@ def _manages_foreign_routes() -> Optional[str]:
 
 
 def _lines(path: str) -> Iterator[str]:
-    """Yield the lines of a file, without comments; none without a file."""
+    """Yield the lines of a file, without comments; none if unreadable."""
     try:
         with open(path, errors='replace') as file:
             for line in map(str.strip, file):
@@ -171,7 +173,7 @@ def _lines(path: str) -> Iterator[str]:
 
 def _assignments(lines: Iterable[str], section: Optional[str] = None
                  ) -> Iterator[tuple[str, str]]:
-    """Return the settings of a section, or of all."""
+    """Yield the settings of a section, or of all sections."""
     within = ''
     for line in lines:
         key, equals, value = line.partition('=')

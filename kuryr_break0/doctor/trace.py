@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Traces packets between a node and a pod, to the rule that drops them.
+"""Traces packets between a node and a pod, and finds rules that drop them.
 
 A temporary table on the node and in the pod marks the packets (``meta
-nftrace``), and ``nft monitor trace`` prints the rules that they traverse,
-including those of iptables-nft. The kernel does not trace iptables-legacy:
-there, and without nft, the counters of rules are compared.
+nftrace``), and ``nft monitor trace`` prints the rules that the packets
+traverse, including rules of iptables-nft. The kernel does not trace
+iptables-legacy. For its rules, and for all iptables rules if nft is not
+installed, the counters before and after the packets are compared.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ _LINE = re.compile(r'trace id (?P<id>\w+) (?P<table>\w+ \S+) (?P<chain>\S+) '
 class Place(NamedTuple):
     """A namespace in which packets are traced.
 
-    :ivar name: its name in sentences
-    :ivar device: the interface to the other side
+    :ivar name: a phrase for sentences, such as ``on the node``
+    :ivar device: the interface that leads to the other namespace
     :ivar entered: context manager that enters the namespace
     :ivar is_node: whether this is the namespace of the node
     """
@@ -82,10 +83,10 @@ def places(device: str, record: Optional[Record]) -> list[Place]:
 class Trace:
     """The rules that dropped or changed packets, and the path of the packets.
 
-    :ivar dropped: sentences that name a rule which dropped a packet, with
-        the command that accepts the packet; no command for rules in the pod
-        and for the guard
-    :ivar rewritten: the same for rules which changed the source address
+    :ivar dropped: for each rule that dropped a packet, a sentence, and the
+        command that accepts the packet. The command is empty for rules in the
+        pod and rules of the guard
+    :ivar rewritten: the same for rules that changed the source address
     :ivar hooks: direction, namespace and chain of the packets
     :ivar is_complete: whether nft traced the packets
     """
@@ -99,7 +100,7 @@ class Trace:
     def arrived(self, at_pod: bool) -> bool:
         """Return whether a packet has arrived.
 
-        :param at_pod: at the pod; otherwise at the node
+        :param at_pod: whether the destination is the pod, not the node
         """
         where = ('to the pod, in the pod' if at_pod
                  else 'from the pod, on the node')
@@ -155,7 +156,7 @@ class Trace:
                     place.name, where, rule)] = accept
 
     def count(self, place: Place, rule: firewall.Rule) -> None:
-        """Add a rule with a risen counter."""
+        """Add a rule whose counter has risen."""
         accept = rule.accept(
             place.device, rule.chain in ('PREROUTING', 'INPUT')
             or ' -i ' in rule.text) if place.is_node else ''
@@ -167,7 +168,7 @@ class Trace:
 
 @contextlib.contextmanager
 def traced(address: IPAddress, places: list[Place]) -> Iterator[Trace]:
-    """Trace packets to and from an address, within the block.
+    """Trace packets to and from an address during a ``with`` block.
 
     :raises CannotTrace: if neither nft nor iptables is installed, or if nft
         fails
@@ -205,7 +206,7 @@ def _traced_at(nft: str, place: Place, address: IPAddress,
     monitor: Optional[subprocess.Popen[str]] = None
     try:
         with place.entered():
-            # A trace that was killed leaves its table.
+            # An earlier trace that was killed has left its table.
             _remove(nft)
             completed = _run(nft, '-f', '-', text=rules)
             if completed.returncode:
@@ -236,7 +237,7 @@ def _wait(monitor: subprocess.Popen[str],
 
 
 def _unread(monitor: subprocess.Popen[str]) -> Optional[int]:
-    """Return the unread bytes of nft's socket; None before it listens."""
+    """Return the unread bytes of nft's socket; None before nft listens."""
     with contextlib.suppress(OSError, ValueError), open(
             '/proc/%d/net/netlink' % monitor.pid) as file:
         for line in file:

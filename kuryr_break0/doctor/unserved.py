@@ -68,12 +68,12 @@ def _commands(kind: str, unserved: Sequence[Unserved],
                    each.macvlan.link.name)
             for each in unserved if each.macvlan.link.mode != 'passthru'))
     if kind == 'container-other-parent':
-        # The option allows one parent; without the option all are allowed.
+        # The option allows one parent. Without it, all parents are allowed.
         return host.unset('parent') if kernel.has_interface(
             str(options.parent)) else host.set(
                 parent=min(each.macvlan.parent for each in unserved))
     if kind == 'container-not-allowed':
-        # No option allows an address that is not one of a single host.
+        # No option allows an address that is not the address of one host.
         unserved = [each for each in unserved if each.address is not None
                     and explain_non_host(each.address) is None]
         return host.set(allowed_cidrs=with_networks(

@@ -44,7 +44,8 @@ def read(options: config.Options, ledger: Ledger, netlink: kernel.Netlink,
     """Return a snapshot of ledger and kernel.
 
     :param patience: seconds to wait for a bind or unbind to end
-    :param ways: look up whether the kernel uses the routes through break0
+    :param ways: whether to check that the kernel uses the routes through
+        break0, by look-ups
     :raises Break0Error: if the ledger or the kernel cannot be read
     """
     contents, reading, is_steady = ledger.inspect(
@@ -62,7 +63,7 @@ class _Reading:
         self._ledger = ledger
         self._netlink = netlink
         self._identity = None
-        # A damaged identity will be created again.
+        # A bind or sync replaces a damaged identity.
         with contextlib.suppress(exceptions.LedgerUnavailable):
             self._identity = ledger.identity()
         self._links: dict[str, Optional[kernel.Link]] = {}
@@ -92,11 +93,11 @@ class _Reading:
                      ) -> Iterator[tuple[IPAddress, tuple[str, str]]]:
         """Find addresses that the kernel does not reach by our route.
 
-        With the default rules, only addresses in table local and addresses
-        with several routes can be affected. A look-up of an address takes two
-        requests, together about 0.03 ms. The first request has no source, like
-        a new connection of the node. The second one has a source, like an
-        answer of the node.
+        With the default routing rules, only addresses in table local and
+        addresses with several routes can be affected. A look-up of an address
+        takes two requests, together about 0.03 ms. The first request has no
+        source, like a new connection of the node. The second request has the
+        source of our route, like an answer of the node.
 
         :param devices: the ifindex of the VRF of each break0, by the ifindex
             of break0; 0 without a VRF
@@ -121,8 +122,8 @@ class _Reading:
                 if way is None or way.oif != route.oif:
                     yield route.dst, (
                         'not at all' if way is None
-                        # The kernel merges local and main, so it may
-                        # return main as the table of a local route.
+                        # The kernel merges the tables local and main, so
+                        # it may return main as the table of a local route.
                         else 'as a local address of the node' if way.type
                         == kernel.RTN_LOCAL else
                         'through %s, by table %d' % (
@@ -158,10 +159,10 @@ class _Reading:
     def _require_node(self) -> None:
         """Check that this process is not in the namespace of a pod.
 
-        A user may have started this process by ``ip netns exec``. Then all
-        pods would be configured with the addresses of that pod as node
-        addresses. Records of an earlier boot are not compared, because the
-        identity of a namespace is unique only within a boot.
+        If a user started this process in the namespace of a pod by ``ip netns
+        exec``, all pods would be configured with the addresses of that pod as
+        node addresses. Records of an earlier boot are not compared, because
+        the identity of a namespace is unique only within a boot.
 
         :raises NotTheNode: if this process is in the namespace of a pod
         """
@@ -206,7 +207,7 @@ class _Reading:
         if names.primary is None and new:
             names.primary = min(new, key=lambda name: min(
                 record.bound_at for record in used[name].values()))
-        # A break0 without our alias belongs to its lower interface.
+        # The parent of a break0 without our alias is its lower interface.
         primary = names.primary or (device.lower_name(link) if link else None)
         for name in sorted({*used, *names.by_parent,
                             *filter(None, [primary])}):
@@ -299,7 +300,10 @@ class _Reading:
 
     def _guard(self, link: kernel.Link, parent: kernel.Link
                ) -> tuple[Optional[str], Optional[set[Pair]]]:
-        """Return the problem of a guard, and its entries if it exists."""
+        """Return the problem and the entries of a guard.
+
+        :returns: the problem or None, and the entries, None without a table
+        """
         guard = Guard(self._options, self._ledger, link.name)
         problem = guard.problem(link, self._policy.solicited(
             self._addresses, parent.index, link.name))
@@ -332,8 +336,8 @@ class _Reading:
 
         These are refused addresses, addresses with a living claim on another
         parent, and addresses of gone sandboxes. The address of a gone sandbox
-        is left out if its neighbour has a MAC address that no gone claim has:
-        the items may then belong to a pod that is not recorded.
+        is left out if its neighbour has a MAC address that no gone claim has,
+        because the items may then belong to an unrecorded pod.
         """
         withdrawn = {address for address, record in self._live.items()
                      if record.parent != parent}.union(self._refused)

@@ -27,8 +27,8 @@ from kuryr_break0.policy import Policy
 
 LOG = log.get_logger(__name__)
 
-#: Maximum addresses of one interface. A bind holds the lock for about 0.1 ms
-#: for each of them.
+#: Maximum number of addresses of one interface. A bind holds the lock for
+#: about 0.1 ms per address.
 MAX_ADDRESSES = 512
 
 
@@ -44,7 +44,7 @@ class Admission:
 
     def refusal(self, address: IPAddress, parent: str,
                 origin: Optional[Origin]) -> Optional[str]:
-        """Return why a bind refuses an address; None if it does not.
+        """Return the reason why a bind refuses an address, or None.
 
         If the facts about the address cannot be read, the address is bound. A
         later sync reads the facts and refuses the address if necessary.
@@ -80,8 +80,8 @@ class Admission:
             next_hops = sorted(map(str, by_version))
             cache.put('next_hops', next_hops)
             self._ledger.add_next_hops(by_version)
-        # Only a sync writes this cache, because the time to list these next
-        # hops grows with the number of pods.
+        # Only a sync writes this cache, because the time to list the next hops
+        # through break0 grows with the number of pods.
         through_break0 = cache.get('through_break0') or ()
         text = str(address)
         return Facts(
@@ -95,8 +95,8 @@ def validate(owner: Owner, addresses: list[IPAddress], parent: str,
              ) -> tuple[list[IPAddress], Optional[str]]:
     """Validate the arguments of a bind.
 
-    They come from a KuryrPort, a container engine or a user, and can contain
-    any text.
+    The arguments come from a KuryrPort, a container engine or a user, and can
+    contain any text.
 
     :returns: the addresses without duplicates, and the MAC address in lower
         case

@@ -3,9 +3,9 @@
 """Sets and deletes the guard entries, neighbours and routes of addresses.
 
 Bind, unbind, sync and cleanup use this module, and no other module changes
-these items. It sets guard entries first, then neighbours, then routes, so that
-the kernel never asks the LAN for the MAC address of a pod. For the same reason
-it deletes a route before its neighbour.
+these items. :func:`apply` sets guard entries first, then neighbours, then
+routes, so that the kernel never asks the LAN for the MAC address of a pod. For
+the same reason, a route is deleted before its neighbour.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Work(NamedTuple):
     :ivar unset: the items to delete; a missing item is no error
     :ivar claim: the claim that the items are for; None if no record claims
         the address
-    :ivar is_new: if True, an existing route is not replaced, but causes the
-        error EEXIST
+    :ivar is_new: if True, an existing route causes the error EEXIST, and is
+        not replaced
     """
 
     address: IPAddress
@@ -55,7 +55,8 @@ class Applied(NamedTuple):
     :ivar works: all works, including failed ones
     :ivar items: the items that were set or deleted
     :ivar errors: the first error of each address that failed
-    :ivar guard_error: the error of the guard entries of all works, or None
+    :ivar guard_error: the error of changing the guard entries, which applies
+        to all works; None without an error
     """
 
     works: Collection[Work]
@@ -71,9 +72,10 @@ class Applied(NamedTuple):
 
 def apply(netlink: kernel.Netlink, guard: Guard,
           works: Collection[Work]) -> Applied:
-    """Set and delete the items of some addresses. The caller holds the lock.
+    """Set and delete the items of addresses.
 
-    An error of one address does not affect the other addresses.
+    The caller holds the lock of the ledger. An error of one address does not
+    affect the other addresses.
 
     :param guard: the guard of the break0 that has the items
     """
@@ -97,7 +99,7 @@ def apply(netlink: kernel.Netlink, guard: Guard,
 
 
 def _changes(work: Work) -> Iterator[kernel.Change]:
-    """Return the changes of routes and neighbours, in their order."""
+    """Return the changes of routes and neighbours, in the order to apply."""
     for neighbour in of_kind(Neighbour, work.set):
         yield Verb.REPLACE, neighbour
     for route in of_kind(HostRoute, work.set):

@@ -2,8 +2,8 @@
 
 """Searches the namespaces of the node for unbound containers.
 
-A container that is not bound has no record, so a comparison with the ledger
-cannot show it. It is found by its macvlan on an interface of the node.
+An unbound container has no record, so a comparison with the ledger cannot show
+the container. This module finds its macvlan on an interface of the node.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Reason(enum.Enum):
     NOT_DISCOVERED = 'not_discovered'
     TENTATIVE = 'tentative'
     NO_ADDRESS = 'no_address'
-    #: The agent will bind the address, or has logged why it could not.
+    #: The agent will bind the address, or has logged an error.
     PENDING = 'pending'
 
 
-#: Maximum of reported addresses. A container can create thousands of macvlans
-#: in its own namespaces, with thousands of addresses each.
+#: Maximum number of reported addresses. A container can create thousands of
+#: macvlans in its own namespaces, with thousands of addresses each.
 MOST = 2 ** 12
 #: Sockets of Docker and Podman.
 ENGINE_SOCKETS = '/run/docker.sock', '/run/podman/podman.sock'
@@ -61,7 +61,7 @@ PASSING = (Reason.NOT_DISCOVERED, Reason.TENTATIVE, Reason.NO_ADDRESS,
 class Unserved:
     """An address that is not bound, or an interface without an address.
 
-    :ivar name: name of the container, if one of its records contains it. The
+    :ivar name: name of the container; None if no record contains the name. The
         container engine is not asked, because its answer can take seconds
     """
 
@@ -80,7 +80,7 @@ class Unserved:
 
 def of_interface(options: config.Options, macvlan: kernel.Macvlan
                  ) -> Optional[tuple[Reason, str]]:
-    """Return why an interface must not be bound; None if it may be."""
+    """Return the reason why an interface must not be bound, or None."""
     if macvlan.link.mode != 'bridge':
         return Reason.MODE, ('its macvlan is in %s mode, in which it reaches '
                              'no other one' % macvlan.link.mode)
@@ -96,7 +96,7 @@ def of_interface(options: config.Options, macvlan: kernel.Macvlan
 def unserved(snapshot: Snapshot, ledger: Ledger) -> list[Unserved]:
     """Return the unbound addresses in all namespaces of the node.
 
-    This takes about 0.2 ms for each namespace.
+    The search takes about 0.2 ms for each namespace.
 
     :returns: at most MOST addresses
     :raises SystemRefused: if this process cannot see all namespaces
@@ -109,7 +109,7 @@ def each_unserved(snapshot: Snapshot, ledger: Ledger, limits: kernel.Limits
                   ) -> Iterator[list[Unserved]]:
     """Yield the unbound addresses of each namespace of the node.
 
-    A namespace that cannot be entered is skipped: it may be about to end.
+    A namespace that cannot be entered is skipped, because it may be ending.
 
     :param limits: the limits of the reads from each namespace
     :raises SystemRefused: if this process cannot see all namespaces
@@ -121,7 +121,7 @@ def each_unserved(snapshot: Snapshot, ledger: Ledger, limits: kernel.Limits
 
 
 def blindness() -> str:
-    """Return why unbound containers are not shown; empty if they are."""
+    """Return the reason why unbound containers cannot be shown, or ''."""
     return '' if kernel.read_capabilities() >> kernel.CAP_SYS_ADMIN & 1 else (
         'containers that are not bound: this process lacks CAP_SYS_ADMIN')
 
@@ -129,7 +129,8 @@ def blindness() -> str:
 def network_of(address: IPAddress) -> IPNetwork:
     """Return the network of an address, by the routes of the node.
 
-    Without a route to it, the prefix length is 24, for IPv6 64.
+    If the node has no route to the address except a default route or a host
+    route, the prefix length is 24 for IPv4, and 64 for IPv6.
     """
     with kernel.Netlink() as netlink:
         # The address has no route through break0, so the look-up returns the
@@ -163,11 +164,11 @@ class _Judge:
     def judge(self, macvlan: kernel.Macvlan) -> Iterator[Unserved]:
         parent = self._snapshot.parents.get(macvlan.parent)
         if parent is not None and parent.ownership.is_foreign:
-            return  # another or a lost ledger has bound it
+            return  # another or a lost ledger has bound the macvlan
         if not self._options.discover and any(
                 _is_of(claim, macvlan) for address in macvlan.addresses
                 for claim in self._snapshot.contents.claims.get(address, ())):
-            return  # the program that bound it selects its addresses
+            return  # the program that bound the macvlan selects addresses
         of_all = of_interface(self._options, macvlan)
         name = self._names.get(macvlan.namespace)
         for address in macvlan.addresses:

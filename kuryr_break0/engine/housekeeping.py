@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Maintains a node without an agent, a little at each ADD and DEL.
+"""Maintains a node without an agent, in a short run at each ADD and DEL.
 
 Kuryr does not pass on the DEL of a pod that is deleted in the API, and other
 programs may delete routes. While an agent is alive, housekeeping does nothing,
@@ -29,7 +29,7 @@ EXAMINED = 128
 class Housekeeping:
     """Unbinds ended sandboxes, and repairs lost routes.
 
-    :param sync: reconciles the whole node
+    :param sync: a function that reconciles the whole node
     """
 
     def __init__(self, options: config.Options, ledger: Ledger, engine: Engine,
@@ -40,7 +40,7 @@ class Housekeeping:
         self._sync = sync
 
     def run(self) -> None:
-        """Run once; do nothing while an agent is alive.
+        """Run once, unless an agent is alive.
 
         Except in :meth:`_repair`, the duration does not depend on the number
         of pods.
@@ -58,7 +58,7 @@ class Housekeeping:
         failure.raise_first()
 
     def _prune(self, failure: Failures) -> None:
-        """Examine EXAMINED addresses, and unbind those of ended sandboxes.
+        """Examine EXAMINED addresses, and drop claims of ended sandboxes.
 
         The next run continues after the last examined address.
         """
@@ -76,9 +76,9 @@ class Housekeeping:
     def _repair(self) -> None:
         """Sync if routes were lost or the addresses of the node have changed.
 
-        Counting the routes takes about 1 ms for 1,000 of them. The number of
-        routes that a sync could not set is cached, so that they do not cause
-        another sync.
+        Counting 1,000 routes takes about 1 ms. The number of routes that a
+        sync could not set is cached, so that these routes do not cause another
+        sync.
         """
         cache = self._ledger.cache
         expected = cache.get_number('missing')
@@ -100,6 +100,6 @@ class Housekeeping:
 
     def _missing(self) -> int:
         devices = self._engine.devices
-        with transaction.begin(self._ledger):  # so that no bind is under way
+        with transaction.begin(self._ledger):  # no bind may run meanwhile
             return self._ledger.records.count() - devices.count_routes(
                 devices.names())

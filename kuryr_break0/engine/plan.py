@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Computes the changes that make the kernel equal to the ledger.
+"""Computes the changes that reconcile the kernel with the ledger.
 
 The functions do no I/O. An item without a record is ``unclaimed``, and no plan
 deletes it: the ledger may have been lost, or the item may belong to another
@@ -31,7 +31,8 @@ class Plan:
     :ivar set: items to add, or to replace if the kernel has another value
     :ivar unset: our items to delete
     :ivar foreign: for each address, the foreign route with the lowest metric
-        that conflicts with the pod's route. The address gets no items
+        that conflicts with the pod's route. The address gets no items, unless
+        the kernel already has the pod's route
     :ivar unclaimed: our items without a record
     """
 
@@ -97,13 +98,13 @@ def compute(desired: Mapping[IPAddress, Collection[Item]],
             is_refilled: bool = False) -> Plan:
     """Return the changes that turn the present items into the desired ones.
 
-    A route on break0, or with our protocol number, counts as set for a pod.
-    If such a route conflicts with the route of a pod, the plan replaces it.
-    All other routes are foreign. Before our route exists, each foreign route
-    to the address is a conflict, because our route has the lowest metric and
-    would override it. Once our route exists, only a foreign route with the
-    same metric is a conflict. The plan deletes only routes that are on break0
-    and have our protocol number.
+    A route on break0, or with our protocol number, is not foreign. If such a
+    route conflicts with the route of a pod, the plan replaces it. All other
+    routes are foreign. Before our route exists, each foreign route to the
+    address is a conflict, because our route has the lowest metric and would
+    override it. Once our route exists, only a foreign route with the same
+    metric is a conflict. The plan deletes only routes that are on break0 and
+    have our protocol number.
 
     :param desired: items that the addresses of pods must have, by address
     :param present: host routes of the node, and permanent neighbours and guard
@@ -115,7 +116,7 @@ def compute(desired: Mapping[IPAddress, Collection[Item]],
     :param unreadable: addresses with an unreadable record
     :param is_refilled: whether the guard will be loaded again. The plan then
         sets guard entries for unclaimed addresses too, because otherwise the
-        new guard would cut off their pods
+        new guard would cut off the pods with these addresses
     """
     kept: set[Item] = set()
     held: set[IPAddress] = set()

@@ -44,8 +44,8 @@ class Problem(NamedTuple):
     :ivar kind: the id of the doctor's finding
     :ivar subject: an address, the name of a break0, or NODE
     :ivar text: a sentence without a full stop
-    :ivar is_error: whether it stops traffic, unlike other problems of its
-        kind
+    :ivar is_error: whether the problem stops traffic, unlike other problems of
+        its kind
     """
 
     kind: str
@@ -120,8 +120,8 @@ def _of_node(snapshot: Snapshot) -> Iterator[Problem]:
 def of_device(parent: Parent, snapshot: Snapshot) -> Iterator[Problem]:
     """Return the problems of one break0.
 
-    A break0 without pods has a problem only if its name is taken or if it
-    belongs to another ledger.
+    A break0 without pods has a problem only if its parent is missing, if its
+    name is taken, or if it belongs to another ledger.
     """
     def problem(kind: str, text: str, is_error: bool = False) -> Problem:
         return Problem(kind, parent.device, text, is_error)
@@ -308,7 +308,7 @@ def of_pod(records: Sequence[Record], snapshot: Snapshot,
 def _in_pod(records: Sequence[Record], parent: Parent, snapshot: Snapshot,
             pause: float) -> list[Problem]:
     assert parent.node is not None
-    is_dropping = is_strict(parent)  # read before the pod is entered
+    is_dropping = is_strict(parent)  # before the pod's namespace is entered
     all_problems: list[Problem] = []
 
     def add(kind: str, text: str, version: Optional[int] = None,
@@ -332,7 +332,7 @@ def _in_pod(records: Sequence[Record], parent: Parent, snapshot: Snapshot,
             return all_problems
         if not link.up:
             add('pod-down', '%s is down' % place)
-            # The kernel has deleted its routes and neighbours.
+            # The kernel has deleted the interface's routes and neighbours.
             return all_problems
         all_problems += [
             Problem('pod-address-missing', each.record.address, str(each))
@@ -370,9 +370,11 @@ def _in_pod(records: Sequence[Record], parent: Parent, snapshot: Snapshot,
 
 
 def is_strict(parent: Parent) -> bool:
-    """Return whether rp_filter of a parent drops packets from gateways.
+    """Return whether rp_filter of a parent is strict.
 
-    The kernel applies the larger value of ``all`` and the interface.
+    A strict rp_filter drops packets that a pod sends through its gateway: they
+    arrive on the parent, but the route to the pod uses break0. The kernel
+    applies the larger value of ``all`` and the interface.
     """
     return max(kernel.read_sysctl('ipv4/conf/%s/rp_filter' % name) or 0
                for name in ('all', parent.name)) == 1
@@ -381,7 +383,7 @@ def is_strict(parent: Parent) -> bool:
 def unjudged_text(snapshot: Snapshot) -> str:
     """Describe the claims of sandboxes that may have ended.
 
-    :returns: empty if there are none
+    :returns: empty if there are no such claims
     """
     for record, reason in snapshot.unjudged.items():
         return ('cannot find out whether the sandboxes of %d addresses '
@@ -401,11 +403,11 @@ def guard_text(added: Iterable[Item], deleted: Iterable[Item]
                ) -> Iterator[str]:
     """Return a text with the numbers of missing and stale guard entries.
 
-    It counts addresses, which can have several guard entries each.
+    The numbers count addresses. An address can have several guard entries.
 
     :param added: items to set; all but guard entries are ignored
     :param deleted: items to delete; all but guard entries are ignored
-    :returns: nothing if there are no such entries
+    :returns: one text, or none if no entries are missing or stale
     """
     lacking, stale = (len({pair.dst for pair in of_kind(Pair, items)})
                       for items in (added, deleted))

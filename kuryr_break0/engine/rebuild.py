@@ -29,8 +29,8 @@ def find(options: config.Options, snapshot: Snapshot,
 
     Unreadable records are rebuilt as well.
 
-    :param parents: the parents with a break0 of this ledger; another ledger
-        has the records of its own pods
+    :param parents: the parents with a break0 of this ledger; the pods of other
+        parents have their records in another ledger
     """
     unclaimed: dict[IPAddress, Parent] = {}
     for parent in parents:
@@ -41,7 +41,7 @@ def find(options: config.Options, snapshot: Snapshot,
         unclaimed.update({item.dst: parent for item in parent.plan.unclaimed})
     macvlans = kernel.list_macvlans(options.proc_dirs) if unclaimed else ()
     # A macvlan that is down can have the MAC address of another pod, so
-    # macvlans that are up come first.
+    # macvlans that are up are compared first.
     for macvlan in sorted(macvlans, key=lambda each: not each.link.up):
         for address in macvlan.addresses:
             place = unclaimed.get(address)
@@ -59,9 +59,9 @@ def find(options: config.Options, snapshot: Snapshot,
 
 
 def _sibling(snapshot: Snapshot, macvlan: kernel.Macvlan) -> Record:
-    """Return a record of the interface of a macvlan, to copy the owner.
+    """Return a record of a macvlan, from which to copy the owner.
 
-    Without one, return a new record with an adopted owner.
+    If the macvlan has no record, return a new one with an adopted owner.
     """
     for record in snapshot.live.values():
         if (record.namespace is not None

@@ -3,11 +3,11 @@
 """Reconciles the kernel with the ledger, for all pods of the node.
 
 A missing record does not prove that a pod is gone, because a ledger can be
-lost. So unclaimed items are not deleted, unless the caller asks for it. If a
-pod has the address of such an item, the record of the pod is rebuilt from the
-kernel. Otherwise the item is reported. A sandbox is treated as gone only if
-its namespace is proven not to exist. An error on one parent or address does
-not stop the work on the others.
+lost. So unclaimed items are deleted only with ``prune``. If a pod has the
+address of an unclaimed item, the record of the pod is rebuilt from the kernel.
+Otherwise the item is reported. A sandbox is treated as gone only if its
+namespace is proven not to exist. An error on one parent or address does not
+stop the work on other parents and addresses.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ from kuryr_break0.policy import Policy
 
 LOG = log.get_logger(__name__)
 
-#: Addresses that a sync changes before it releases the lock to other
+#: Number of addresses that a sync changes before it releases the lock to other
 #: processes.
 CHANGED_AT_ONCE = 64
 
 
 class Reconciler:
-    """Compares snapshots with the ledger, and repairs the differences."""
+    """Reads snapshots, and repairs the differences of kernel and ledger."""
 
     def __init__(self, options: config.Options, ledger: Ledger) -> None:
         self._options = options
@@ -73,7 +73,7 @@ class Reconciler:
         """Make all pods reachable, and drop the claims of gone sandboxes.
 
         The snapshot is read without the lock. So the record of an address is
-        read again under the lock before the address is changed.
+        read again under the lock before the items of the address are changed.
 
         :param dry_run: change nothing
         :param claim: take over the break0 devices of another ledger
@@ -84,7 +84,7 @@ class Reconciler:
         self._dry_run, self._claim, self._prune = dry_run, claim, prune
         self._failure = Failures()
         self._repaired: list[tuple[str, str]] = []
-        #: the items of the plans that were set or deleted
+        #: the items that were set or deleted, of all plans
         self._applied: set[Item] = set()
         outcome = Outcome()
         with self._failure.collect(), kernel.Netlink() as self._netlink, \
@@ -102,7 +102,7 @@ class Reconciler:
         lost = self._lost(snapshot)
         rebuilt = [record for record in lost
                    if self._dry_run or self._put_rebuilt(record)]
-        if lost and not self._dry_run:  # also if another sync has rebuilt them
+        if lost and not self._dry_run:  # another sync may have rebuilt them
             snapshot = self._read()
         plans = {name: self._plan(snapshot, parent, rebuilt)
                  for name, parent in snapshot.parents.items()}
@@ -119,7 +119,8 @@ class Reconciler:
             if ended:
                 with self._failure.collect(), self._ledger.lock():
                     self._ledger.delete_ends(began)
-            # If the newest claim is gone, the next claim gets the address.
+            # If the sandbox of the newest claim is gone, the next claim gets
+            # the address.
             moved = {record.address for record in snapshot.gone if record
                      == snapshot.contents.claims[record.address][0]}
             self._engine.remove_gone(moved, self._failure)
@@ -162,7 +163,7 @@ class Reconciler:
 
     def _outcome(self, snapshot: Snapshot, plans: Mapping[str, Plan],
                  rebuilt: list[Record]) -> Outcome:
-        """Return the changes; after a dry run, the necessary ones."""
+        """Return the changes; after a dry run, the necessary changes."""
         added: list[Item] = []
         deleted: list[Item] = []
         for name, parent in snapshot.parents.items():
@@ -208,9 +209,10 @@ class Reconciler:
     def _note(self, snapshot: Snapshot) -> None:
         """Cache the next hops, so that the next bind needs no dump.
 
-        Also warn about sandboxes that may or may not exist.
+        Also warn about sandboxes whose existence is unknown.
         """
-        # The text contains a number and a pod, which can change each time.
+        # The number and the example in the text can change in each sync, so
+        # the constant 'some' is compared instead.
         self._devices.warn_once('unjudged', unjudged_text(snapshot), 'some')
         self._ledger.cache.put('next_hops', sorted(map(
             str, snapshot.routes.next_hops)))
@@ -325,8 +327,8 @@ class Reconciler:
                moved: Collection[IPAddress]) -> None:
         """Apply the plan of one parent, in groups of addresses.
 
-        An address is skipped if its claims have changed since the snapshot.
-        The process that changed them has changed the items of the address too.
+        An address is skipped if its claims have changed since the snapshot,
+        because the process that changed the claims has changed the items too.
         """
         if parent.link is None or self._is_skipped(parent):
             return  # its pods are recorded in another ledger
@@ -352,8 +354,8 @@ class Reconciler:
             log_repairs(parent.device, applied, self._ledger.journal)
             if applied.is_device_lost:
                 break  # other addresses would get the same error
-            # Before an address had its route, the node may have asked the LAN
-            # for it.
+            # Before a pod had its route, the node may have asked the LAN for
+            # the pod's MAC address, and the kernel may still hold packets.
             with self._failure.collect():
                 guard.release(
                     self._netlink, kernel.find_ifindex(parent.name), {
@@ -371,7 +373,8 @@ class Reconciler:
                   read: set[IPAddress]) -> bool:
         """Return whether the claims on an address are as in the snapshot.
 
-        :param read: the address is added to it if the claims could be read
+        :param read: a set to which the address is added if its claims could be
+            read
         """
         with self._failure.collect(work.address):
             is_as_read = snapshot.contents.is_still(self._records,
@@ -385,7 +388,7 @@ def _works(parent: Parent, plan: Plan,
            moved: Collection[IPAddress]) -> list[Work]:
     """Return the works of a plan, in the order of their addresses.
 
-    :param moved: addresses that have got their items already
+    :param moved: addresses to omit, because their items were changed already
     """
     added, deleted = by_address(plan.set), by_address(plan.unset)
     return [Work(address, tuple(added.get(address, ())),

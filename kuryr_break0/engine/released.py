@@ -2,9 +2,9 @@
 
 """Drops claims on addresses that existing pods no longer use.
 
-There are two cases. In the first, a DEL has ended the interface, but named
-only the addresses of the last ADD, so claims of earlier ADDs remain. In the
-second, the interface has other addresses now.
+There are two cases. In the first case, a DEL has ended the interface, but has
+named only the addresses of the last ADD, so claims of earlier ADDs remain. In
+the second case, the interface has other addresses now.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from kuryr_break0.model import Record
 
 LOG = log.get_logger(__name__)
 
-#: Origins of claims for which one ADD binds all addresses of an interface.
+#: Origins of claims that one ADD makes for all addresses of an interface.
 _BY_ADD = Origin.KURYR, Origin.CNI
 
 
 def by_del(snapshot: Snapshot, ended: Mapping[Owner, float]
            ) -> dict[Record, str]:
-    """Return the claims whose interface a DEL has ended, with the reasons.
+    """Return the claims of interfaces that a DEL has ended, with reasons.
 
     :param ended: times of the DELs; see :meth:`Ledger.list_ended`
     """
@@ -42,7 +42,7 @@ def by_del(snapshot: Snapshot, ended: Mapping[Owner, float]
 
 
 def by_change(missing: Iterable[Missing]) -> dict[Record, str]:
-    """Return the claims whose addresses were replaced, with the reasons."""
+    """Return the claims on replaced addresses, with the reasons."""
     return {each.record: 'in two syncs, its interface had other addresses '
             'and not this one' for each in missing}
 

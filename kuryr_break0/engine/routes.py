@@ -17,11 +17,11 @@ LOG = log.get_logger(__name__)
 
 
 def require_free(route: HostRoute, present: Iterable[HostRoute]) -> None:
-    """Refuse a route that would override a foreign one.
+    """Refuse a route that would override a foreign route.
 
     :param route: the route to set
     :param present: routes to the same address
-    :raises ForeignRoute: if one of them is foreign
+    :raises ForeignRoute: if a foreign route conflicts with the route to set
     """
     plan = compute({route.dst: (route,)}, present,
                    device=route.oif or 0, protocol=route.protocol)
@@ -30,17 +30,17 @@ def require_free(route: HostRoute, present: Iterable[HostRoute]) -> None:
 
 
 def foreign_route(route: HostRoute) -> exceptions.ForeignRoute:
-    """Return the error of a foreign route that conflicts with a pod's."""
+    """Return the error for a foreign route that blocks a pod's route."""
     return exceptions.ForeignRoute(
         address=route.dst, on=kernel.format_ifname(route.oif),
         protocol=route.protocol)
 
 
 def delete_connections(addresses: Iterable[IPAddress]) -> None:
-    """Delete the tracked connections of addresses.
+    """Delete the conntrack entries of addresses.
 
-    The next pod with the address must not inherit them. An error of the kernel
-    is only logged.
+    The next pod with an address must not inherit its connections. An error of
+    the kernel is only logged.
     """
     for address in addresses:
         try:

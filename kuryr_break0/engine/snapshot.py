@@ -3,7 +3,7 @@
 """The snapshot of ledger and kernel at one moment.
 
 The reconciler, status, metrics and doctor all use this snapshot, so that their
-results agree. :mod:`kuryr_break0.engine.actual` reads it.
+results agree. :mod:`kuryr_break0.engine.actual` reads the snapshot.
 """
 
 from __future__ import annotations
@@ -34,24 +34,25 @@ class Parent:
 
     :ivar device: name of its break0
     :ivar parent: the interface; None if it does not exist
-    :ivar present: interface with the name of its break0, perhaps of another
-        program; None if it does not exist
+    :ivar present: the interface with the name of its break0, perhaps made by
+        another program; None if there is no such interface
     :ivar link: its break0; None if it is missing or unusable
     :ivar conflict: the error if the parent or the break0 cannot be used; None
         otherwise
     :ivar ownership: relation of its break0 to this ledger
     :ivar differences: kind and text of each
         :class:`~kuryr_break0.break0.device.Difference` of its break0
-    :ivar guard: defect of its guard's table; None if there is no defect, or
-        if no pod is on the parent
+    :ivar guard: defect of the guard of its break0; None if there is no defect,
+        or if no pod is on the parent
     :ivar live: newest claim of an existing sandbox on each address
-    :ivar desired: neighbours and routes that these addresses must have
+    :ivar desired: neighbours and routes that the addresses of ``live`` must
+        have
     :ivar plan: the changes that turn the present items into the desired ones
-    :ivar routes, neighbours, addresses: the present ones on its break0
+    :ivar routes, neighbours, addresses: present items on its break0
     :ivar node: node addresses that its pods must know; None without break0
     :ivar astray: addresses with a route through break0 that the kernel does
         not use. The value describes the route that the kernel uses instead,
-        and contains the arguments of ``ip route get`` that show it
+        and contains the arguments of ``ip route get`` that show that route
     """
 
     name: str
@@ -81,7 +82,7 @@ class Parent:
     def is_configured(self, record: Record) -> bool:
         """Return whether a pod was configured with the current node addresses.
 
-        Only its record is read; the pod itself may have changed since.
+        Only the record is compared; the pod itself may have changed since.
         """
         return self.node is None or record.configured == self.node.digest
 
@@ -108,8 +109,8 @@ class Snapshot:
     :ivar unjudged: claims of sandboxes that may have ended, with the reason
         why their state is unknown
     :ivar refused: reason for refusal, by address
-    :ivar name_conflict: the interface named ``[break0] device`` that is no
-        break0 of these parents; None without one
+    :ivar name_conflict: the interface named ``[break0] device``, if it is not
+        the break0 of one of ``parents``; otherwise None
     :ivar unclaimed: parents of unclaimed routes and neighbours, by address
     """
 
@@ -136,7 +137,7 @@ class Snapshot:
     def is_lost(self) -> bool:
         """Return whether a break0 belongs to a lost ledger.
 
-        That ledger had the same directory as the present one.
+        The lost ledger had the same directory as the present ledger.
         """
         return any(parent.ownership is Ownership.LOST
                    for parent in self.parents.values())
@@ -159,7 +160,7 @@ def by_interface(records: Iterable[Record]) -> list[list[Record]]:
     The records of a group can have different owners, because the owner of a
     rebuilt record has no container id. All records of a group have the same
     parent: if an interface is created again on another parent, its older
-    records are another group.
+    records form another group.
     """
     interfaces: dict[Any, list[Record]] = {}
     for record in records:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Locks the ledger for a change. A bind may go on without the lock."""
+"""Locks the ledger for a change. A bind may proceed without the lock."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ LOG = log.get_logger(__name__)
 class Transaction:
     """A change under the lock of the ledger.
 
-    :ivar unwritable: the error, if the state directory cannot be written
+    :ivar unwritable: the error if the state directory cannot be written, or
+        None
     """
 
     unwritable: Optional[exceptions.LedgerUnavailable] = None
@@ -28,7 +29,7 @@ class Transaction:
     def log_later(self, *line: Any) -> None:
         """Log at INFO after the lock is released.
 
-        Writing a line can take as long as setting a route.
+        Writing a log line can take as long as setting a route.
         """
         self._lines.append(line)
 
@@ -42,11 +43,11 @@ def begin(ledger: Ledger, required: bool = False,
           writable: bool = False) -> Iterator[Transaction]:
     """Hold the lock of the ledger within the block.
 
-    A bind goes on without the lock, because a reachable pod matters more. An
-    unbind needs the lock.
+    By default, the block also runs if the lock cannot be taken, because for a
+    bind, a reachable pod matters more than the lock.
 
-    :param required: fail if another process keeps the lock
-    :param writable: fail if nothing can be recorded
+    :param required: fail if another process keeps the lock, as for an unbind
+    :param writable: fail if the state directory cannot be written
     :raises LockTimeout: only if ``required``
     :raises LedgerUnavailable: only if ``writable``
     """

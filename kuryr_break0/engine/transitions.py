@@ -3,10 +3,11 @@
 """Applies transitions of claims to the ledger and the kernel.
 
 A bind adds a claim. An unbind, an undo and the proof that a sandbox is gone
-drop claims. A transition that adds a claim writes the ledger first, and one
-that drops a claim writes it last. So a process that is killed at any point can
-leave a record without a route, but never a live pod without a record. Without
-errors, the amount of data that is read does not depend on the number of pods.
+drop claims. A transition that adds a claim changes the ledger before the
+kernel, and a transition that drops a claim changes the kernel before the
+ledger. So a process that is killed at any point can leave a record without a
+route, but never a live pod without a record. Without errors, a transition
+reads the same amount of data for any number of pods.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from kuryr_break0.policy import Policy
 
 LOG = log.get_logger(__name__)
 
-#: A function with the arguments of LOG.info, which may log later.
+#: A function with the arguments of LOG.info, which may delay the log line.
 LogInfo = Callable[..., None]
 
 
@@ -80,7 +81,7 @@ class Engine:
         break0 = None
         with transaction.begin(self._ledger, writable=yielding) as held:
             # The first bind of a boot must quarantine the records of an
-            # earlier boot before it writes new ones.
+            # earlier boot before it writes new records.
             if kernel.find_ifindex(self._options.device) is None:
                 with contextlib.suppress(exceptions.LedgerUnavailable):
                     self._ledger.ensure_identity()
@@ -104,11 +105,11 @@ class Engine:
     def _add_claim(self, record: Record, yielding: bool,
                    transitions: dict[IPAddress, Transition],
                    failure: Failures) -> None:
-        """Record a claim, unless it is refused or older than another one.
+        """Record a claim, unless it is refused or its owner has a newer one.
 
-        An unwritable ledger must not prevent the route of a pod: a sync
-        rebuilds the record later. With ``yielding`` the address fails instead,
-        because the caller tries again.
+        An unwritable ledger must not prevent the route of a pod, because a
+        sync rebuilds the record later. With ``yielding``, the address fails
+        instead, because the caller tries again.
         """
         address = record.address
         before: Claims = ()
@@ -137,11 +138,11 @@ class Engine:
         """Drop claims, and delete the items of their addresses.
 
         :param is_own: returns whether to drop a claim
-        :param name: the name of their owner, for the log
-        :param mac: if an address has no claims, delete its route and
-            neighbour only if the neighbour has this MAC address
+        :param name: the name of the claims' owner, for the log
+        :param mac: the route and neighbour of an address without claims are
+            deleted only if the neighbour has this MAC address
         :param ending: the owner of an interface that has ended, and the time
-            of its end. A sync drops earlier claims of this owner
+            of its end. A sync drops this owner's claims from before that time
         :returns: the dropped claims
         """
         dropped: list[Record] = []
@@ -179,7 +180,7 @@ class Engine:
                     failure: Failures) -> list[Record]:
         """Drop claims of sandboxes that are proven not to exist.
 
-        :returns: the remaining claims on all addresses without an error
+        :returns: the remaining claims on the addresses without an error
         """
         remaining: list[Record] = []
         with kernel.Netlink() as netlink:
@@ -217,7 +218,7 @@ class Engine:
         :raises Break0Error: if the kernel refuses; the claims remain then
         """
         before, after = transition
-        if after and after[0] == before[0]:  # keeps the route
+        if after and after[0] == before[0]:  # the route stays
             self._records.put(after)
             return False
         # An undo restores earlier claims, and their sandboxes may have ended.
@@ -227,7 +228,8 @@ class Engine:
         recorded_devices = self.devices.names(recorded=bool(dropped))
         devices = [name for name in recorded_devices
                    if not self.devices.is_others(netlink.link(name))]
-        # Setting items would take over a break0 of another ledger.
+        # If a break0 belongs to another ledger, setting items would take the
+        # break0 over.
         may_set = bool(after) and len(devices) == len(recorded_devices)
         deleted = self._withdraw(
             netlink, address, [name for name in devices if not may_set or (
@@ -249,11 +251,12 @@ class Engine:
     def _withdraw(self, netlink: kernel.Netlink, address: IPAddress,
                   devices: Iterable[str], dropped: Collection[Record],
                   after: Claims = (), mac: Optional[str] = None) -> bool:
-        """Delete the items of an address on some break0 devices.
+        """Delete the items of an address on break0 devices.
 
-        The route and the neighbour stay if no claim has the neighbour's MAC
-        address, because a pod without a record can need them. If no claim was
-        dropped, they stay unless the neighbour has the address ``mac``.
+        If no claim has the neighbour's MAC address, the route and the
+        neighbour stay, because an unrecorded pod can need them. If no claim
+        was dropped, the route and the neighbour are deleted only if the
+        neighbour has the MAC address ``mac``.
 
         :returns: whether the address had a route
         :raises KernelRefused: if the kernel refuses
@@ -274,7 +277,7 @@ class Engine:
             if (claims_.can_own_items((*dropped, *after), permanent)
                     if dropped else permanent in macs):
                 # A neighbour that stays would direct packets for the next pod
-                # to the MAC address of the earlier one.
+                # to the MAC address of the earlier pod.
                 items += [route, Neighbour(address, index, '', None)]
             elif permanent is not None and macs:
                 LOG.warning('Keeping %s on %s: %s has the address and is not '
@@ -293,9 +296,9 @@ class Engine:
              log_info: LogInfo) -> Optional[Break0]:
         """Set the items of the addresses of one interface.
 
-        Addresses are refused before the guard is changed, so that it admits no
-        refused address. All routes of the kernel are read only if the kernel
-        reports EEXIST.
+        Addresses are refused before the guard is changed, so that the guard
+        admits no refused address. The whole routing table is read only after
+        the error EEXIST.
         """
         if not records:
             return None
@@ -388,7 +391,8 @@ class Engine:
             self._apply(netlink, break0, [
                 Work(address, tuple(items)) for address, items
                 in by_address(pairs(siblings)).items()], failure)
-        # Before the bind, the node may have asked the LAN for these addresses.
+        # Before the bind, the node may have asked the LAN for the pods' MAC
+        # addresses, and the kernel may still hold packets to the pods.
         self._guard(break0.name).release(
             netlink, kernel.find_ifindex(first.parent),
             {record.address: record.mac for record in bound})
@@ -399,7 +403,7 @@ class Engine:
         """Apply the works of a bind.
 
         If ``[break0] guard`` is on, an error of the guard is an error of each
-        address. Otherwise it is logged.
+        address. Otherwise the error is only logged.
         """
         applied = apply(netlink, self._guard(break0.name), list(works))
         err = applied.guard_error

@@ -2,9 +2,10 @@
 
 """All access to the kernel.
 
-No other package imports pyroute2. Requests for one pod use one
-:class:`Netlink` socket, and their cost does not depend on the number of pods:
-they dump nothing. Functions that dump a table say so in their docstrings.
+No other package imports pyroute2. All requests for one pod use one
+:class:`Netlink` socket. These requests dump no table, so their cost does not
+depend on the number of pods. If a function dumps a table, its docstring says
+so.
 
 No NetlinkError leaves this package. Kuryr takes a NetlinkError with EEXIST for
 a VLAN conflict, and answers any other NetlinkError with an HTML page.
@@ -82,12 +83,13 @@ from kuryr_break0.kernel.wire import RT_TABLE_MAIN
 
 
 def create_macvlan(name: str, parent: Link, mac: str) -> None:
-    """Create a macvlan in bridge mode on this node, down.
+    """Create a macvlan in bridge mode on this node, and leave it down.
 
-    Where Kuryr is installed, it is created by IPDB, as Kuryr creates its own.
+    If Kuryr is installed, this function uses IPDB, as Kuryr does for its own
+    macvlans.
 
     :raises CannotCreate: if Kuryr's pyroute2 cannot be imported
-    :raises KernelRefused: if the macvlan does not exist in the end
+    :raises KernelRefused: if the macvlan does not exist afterwards
     """
     if importlib.util.find_spec('kuryr_kubernetes') is None:
         with Netlink() as netlink:
@@ -96,6 +98,6 @@ def create_macvlan(name: str, parent: Link, mac: str) -> None:
         return
     try:
         from kuryr_break0.kernel import ipdb
-    except ImportError as err:  # for example, a version that is too new
+    except ImportError as err:  # for example, pyroute2 is too new
         raise exceptions.CannotCreate(device=name, reason=err) from err
     ipdb.create_macvlan(name, parent, mac)

@@ -20,7 +20,7 @@ from kuryr_break0.kernel import wire
 from kuryr_break0.model import IPAddress
 
 _DELETE = 1 << 8 | 2  # NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_DELETE
-_ORIGINAL, _REPLY = 1, 2  # CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, and their flags
+_ORIGINAL, _REPLY = 1, 2  # CTA_TUPLE_ORIG, _REPLY; CTA_FILTER_*_FLAGS
 _TUPLE_IP, _FILTER = 1, 25
 _SOURCE, _DESTINATION = 1, 2  # CTA_FILTER_F_CTA_IP_SRC, _DST; CTA_IP_V4_*
 

@@ -2,8 +2,8 @@
 
 """A netlink socket that receives events.
 
-A flood of events overflows its buffer. The socket reports the loss, and never
-an event that is not whole.
+A flood of events overflows the buffer of the socket. The socket then reports
+the loss. It never reports an incomplete event.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from kuryr_break0.kernel import netlink
 _SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 #: Number of event datagrams to read at once, and maximum bytes of each.
 _AT_ONCE, _DATAGRAM = 256, 2 ** 16
-#: Socket buffer for events, in bytes: room for about 10,000. The default of
-#: 208 KiB has room for 250; deleting a break0 causes two per address.
+#: Socket buffer for events, in bytes: room for about 10,000 events. The
+#: default of 208 KiB has room for 250 events. Deleting a break0 causes two
+#: events for each address.
 _HELD = 2 ** 23
 
 
@@ -43,7 +44,8 @@ class EventSocket(netlink.Socket):
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK,
             self._protocol)
         try:
-            # Root of a user namespace gets at most twice rmem_max.
+            # SO_RCVBUFFORCE fails for the root of a user namespace, whose
+            # buffer can have at most twice rmem_max.
             for option in socket.SO_RCVBUF, _SO_RCVBUFFORCE:
                 with contextlib.suppress(PermissionError):
                     made.setsockopt(socket.SOL_SOCKET, option, _HELD)
@@ -71,9 +73,10 @@ class EventSocket(netlink.Socket):
     def _receive(self, most: int = _AT_ONCE) -> Iterator[tuple[bytes, Any]]:
         """Iterate over the pending datagrams, with their ancillary data.
 
-        An empty datagram stands for lost events, as after ENOBUFS. After that
-        the kernel drops all events until the socket is drained, without
-        another error (netlink_overrun), so a second empty datagram follows.
+        An empty datagram stands for lost events, for example at ENOBUFS. After
+        ENOBUFS, the kernel drops all events without another error until the
+        socket is drained (netlink_overrun). So a second empty datagram follows
+        the last pending one.
         """
         for _ in range(most):
             try:

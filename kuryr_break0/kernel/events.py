@@ -3,12 +3,12 @@
 """Netlink events of this thread's namespace, and of other namespaces.
 
 With NETLINK_LISTEN_ALL_NSID, one socket receives the events of every namespace
-to which this namespace has assigned a number (nsid). The kernel assigns one
-when an interface moves into a namespace, and
-:func:`kuryr_break0.kernel.search.examine_namespace` does. The socket also
-receives an event when a number is assigned or removed. A new name of a
-namespace is a new mount. If a namespace has neither number nor name, a macvlan
-created in it causes an event for the parent only.
+to which this namespace has assigned a number (nsid). The kernel assigns a
+number to a namespace when an interface moves into it. The function
+:func:`kuryr_break0.kernel.search.examine_namespace` also assigns one. The
+socket also receives an event when a number is assigned or removed. A new name
+of a namespace is a new mount. If a macvlan is created in a namespace that has
+neither number nor name, the only event is about the parent of the macvlan.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kuryr_break0.kernel import wire
 from kuryr_break0.model import Entry
 from kuryr_break0.model import IPAddress
 
-#: Events of other namespaces that are read at once; each takes about 5 us.
+#: Maximum events of other namespaces to read at once; each takes about 5 us.
 MAX_EVENTS = 2048
 _LISTEN_ALL_NSID = 8
 _ALL = 0xffffffff
@@ -33,7 +33,8 @@ _ALL = 0xffffffff
 _GROUPS = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400 | 1 << 31
 # RTMGRP_LINK, _IPV4_IFADDR, _IPV6_IFADDR, and RTNLGRP_NSID as a bit
 _GROUPS_OF_ALL = 0x1 | 0x10 | 0x100 | 1 << 27
-#: By the message type of an addition; the deletion has the next number.
+#: Kinds of events, by the message type of an addition. A deletion has the next
+#: number.
 _KINDS = {wire.RTM_NEWLINK: 'link', wire.RTM_NEWADDR: 'address',
           wire.RTM_NEWROUTE: 'route', wire.RTM_NEWNEXTHOP: 'nexthop',
           wire.RTM_NEWNEIGH: 'neighbour'}
@@ -45,13 +46,14 @@ class Event:
 
     :ivar kind: ``link``, ``address``, ``route``, ``nexthop`` or ``neighbour``.
         ``lost`` if the socket overflowed or an event could not be parsed, so
-        any of these may have changed
+        any object may have changed
     :ivar is_gone: whether the object was deleted
-    :ivar ifindex: of the interface, or of the interface that the object is on
+    :ivar ifindex: ifindex of the interface, or of the object's interface
     :ivar link: the new state of an interface
-    :ivar dst: of a neighbour, an address, or a route to a single address
+    :ivar dst: the address of an interface or a neighbour, or the destination
+        of a route to a single address
     :ivar item: a route to a single address, or a permanent neighbour
-    :ivar next_hops: of a route or nexthop object
+    :ivar next_hops: next hops of a route or nexthop object
     """
 
     kind: str
@@ -109,7 +111,7 @@ class Changes(NamedTuple):
     :ivar numbered: numbers that were newly assigned to namespaces
     :ivar interfaces: whether an interface of this thread's namespace was
         created or changed
-    :ivar is_stacked: whether the creation or deletion of a macvlan on the
+    :ivar is_stacked: whether the creation or deletion of a macvlan on this
         interface, in another namespace, may have caused the change
     :ivar lost: whether events were dropped
     :ivar messages: number of messages read
@@ -155,9 +157,9 @@ class NamespaceEvents(EventSocket):
             for message in netlink.messages(data):
                 if message.kind == wire.RTM_NEWLINK:
                     interfaces = True
-                    # rtnetlink_event() sends the event of a change in
-                    # stacking with no flags, and rtnl_configure_link() that
-                    # of a new interface with all.
+                    # For a change in stacking, rtnetlink_event() sends an
+                    # event with no changed flags. For a new interface,
+                    # rtnl_configure_link() sends an event with all flags.
                     flags = wire.changed_flags(message.body)
                     stacked |= flags == 0
                     made |= flags == _ALL

@@ -3,12 +3,12 @@
 """Decides whether a known namespace or macvtap still exists.
 
 A failed look-up alone proves nothing: this process may be unable to see the
-object. For a deleted namespace, open_by_handle_at(2) fails with ESTALE. It
-fails with ESTALE for a living namespace too if the process lacks
+object. For a deleted namespace, open_by_handle_at(2) fails with ESTALE. This
+call fails with ESTALE for a living namespace too if the process lacks
 CAP_SYS_ADMIN or, since Linux 6.18.50, 6.19.9 and 7.0, is outside of the
 initial PID namespace. A path may be hidden, or name another namespace. So a
-failed look-up counts only if the same call has just found another living
-namespace.
+failed look-up counts only if a look-up of the same kind has just found another
+living namespace.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from kuryr_break0.model import Tap
 
 _PROC = '/proc'
 _FIRST_PROCESS_NAMESPACE = 0xeffffffc  # PROC_PID_INIT_INO
-#: Number of living namespaces whose handles must open before a handle that
-#: does not open counts as gone. The kernel may refuse a handle if another user
-#: namespace owns its network namespace.
+#: Maximum living namespaces to open by their handles. Only if all of them
+#: open, a namespace whose handle does not open counts as gone. The kernel may
+#: refuse a handle if another user namespace owns the network namespace.
 _CONTROLS = 4
 #: Errors of a path in /proc whose process or namespace has just ended.
 _ENDED = (errno.ENOENT, errno.ESRCH, errno.ELOOP)
@@ -48,7 +48,7 @@ class State(enum.Enum):
 
 
 class Verdict(NamedTuple):
-    """A state; if UNKNOWN, with the reason and the way to find out."""
+    """A state; if it is UNKNOWN, with the reason."""
 
     state: State
     reason: str = ''
@@ -74,7 +74,8 @@ def find_taps() -> dict[str, Tap]:
 class _View(NamedTuple):
     """The namespaces in one directory at one moment.
 
-    :ivar paths: one path of each, by device and inode, except this thread's
+    :ivar paths: one path of each namespace except this thread's, by device and
+        inode
     :ivar hides: whether a namespace could not be examined
     """
 
@@ -83,10 +84,10 @@ class _View(NamedTuple):
 
 
 class Judge:
-    """Decides about namespaces during one operation, and caches its reads.
+    """Decides whether sandboxes exist; caches its reads for one operation.
 
-    Pass only namespaces that were recorded before the object was created.
-    Before a deletion, repeat the decision with a new object under the lock.
+    Pass only namespaces that were recorded before this Judge was created.
+    Before a deletion, repeat the decision with a new Judge under the lock.
     """
 
     def __init__(self) -> None:
@@ -98,7 +99,7 @@ class Judge:
               tap: Optional[Tap] = None) -> Verdict:
         """Return whether a sandbox's namespace or macvtap still exists.
 
-        :param path: the path by which its namespace was recorded
+        :param path: the recorded path of the namespace, or None
         :param namespace: the recorded identity of the namespace, or None
         :param tap: the macvtap of a VM, which has no namespace
         """
@@ -132,8 +133,8 @@ class Judge:
     def _judge_tap(self, tap: Tap) -> Verdict:
         """Decide by the interfaces of the node.
 
-        A missing macvtap counts only if a macvlan is present. Otherwise this
-        process may be in another namespace, or the parent may be gone.
+        A missing macvtap counts as gone only if a macvlan exists. Otherwise
+        this process may be in another namespace, or the parent may be gone.
         """
         own = namespaces.identify(namespaces.OWN_NETNS)
         if own is None or not own.is_same(tap.namespace):
@@ -156,8 +157,8 @@ class Judge:
                             ) -> Verdict:
         """Decide by the other namespaces in the directory of a path.
 
-        This method is for a path whose name was removed, or whose process has
-        ended. Another process may still be in the namespace.
+        Use this method if the name at the path was removed, or the process in
+        the path has ended. Another process may still be in the namespace.
         """
         place = _directory_of(path)
         for each in {place, _PROC}:
@@ -172,7 +173,7 @@ class Judge:
                     return self._unknown(namespace, path, '%s: %s' % (
                         same, err.strerror))
             # Engines remove a name together with its sandbox. So if the
-            # kernel has no cookies, hidden processes are not considered.
+            # namespace has no cookie, unreadable processes do not matter.
             if view.hides and (each == place or namespace.cookie is not None):
                 return self._unknown(
                     namespace, path,
@@ -192,10 +193,10 @@ class Judge:
         return Verdict(State.UNKNOWN, text)
 
     def blindness(self, path: Optional[str] = None) -> str:
-        """Return why failed look-ups by number prove nothing.
+        """Return the reason why failed look-ups by number prove nothing.
 
-        They prove something if look-ups of living namespaces other than this
-        thread's succeed.
+        Failed look-ups are a proof if the look-ups of other living namespaces
+        than this thread's succeed.
 
         :param path: a path whose directory is searched for living namespaces
         :returns: empty if failed look-ups are a proof
@@ -208,8 +209,8 @@ class Judge:
         own = namespaces.identify(namespaces.OWN_NETNS)
         if own is not None and own.cookie is None:
             return 'this kernel assigns no numbers (Linux 6.18 does)'
-        # Search the directory of the path first. A container can have
-        # thousands of processes; each takes 8 us under the lock.
+        # Search the directory of the path before /proc: a container can have
+        # thousands of processes, and each takes 8 us under the lock.
         living = (each for place in dict.fromkeys((
             _directory_of(path or _PROC + '/1/ns/net'), _PROC))
             for _, each in _list_namespaces_at(place) if each is not None)
@@ -228,7 +229,7 @@ class Judge:
 
 
 def _directory_of(path: str) -> str:
-    """Return the directory of a namespace's name, or the proc directory."""
+    """Return the directory that contains the name or process of a path."""
     process = re.fullmatch(r'(/.+)/\d+(?:/task/\d+)?/ns/net', path)
     return process[1] if process else os.path.dirname(path)
 
@@ -274,7 +275,7 @@ def _list_namespaces_at(place: str
 def _opens_by_number(path: str) -> Optional[bool]:
     """Return whether a living namespace can be opened by its number.
 
-    None if the namespace has just ended or has no number.
+    :returns: None if the namespace has just ended or has no number
     """
     try:
         namespace = namespaces.identify_or_fail(path)
@@ -303,7 +304,7 @@ def _explain_blindness() -> str:
 def _can_open_new_namespace() -> bool:
     """Return whether a new namespace can be opened by its number.
 
-    False if this process cannot create a namespace.
+    :returns: False also if this process cannot create a namespace
     """
     with contextlib.ExitStack() as stack:
         def make() -> None:

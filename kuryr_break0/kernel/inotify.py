@@ -15,7 +15,7 @@ IN_MOVED_TO = 0x80
 IN_DELETE = 0x200
 IN_DELETE_SELF = 0x400
 IN_MOVE_SELF = 0x800
-#: struct inotify_event: watch, mask, cookie, bytes of the name that follows
+#: struct inotify_event: watch, mask, cookie, size of the name that follows
 _EVENT = struct.Struct('=iIII')
 #: Bytes for all events that the kernel queues (fs.inotify.max_queued_events)
 _QUEUE = 2 ** 20
@@ -40,18 +40,19 @@ class Inotify:
         os.close(self._fd)
 
     def watch(self, path: str, mask: int) -> None:
-        """Watch a path from now on; one that is watched stays so.
+        """Watch a path from now on; it may be watched already.
 
-        :param mask: the kinds of events, of the constants above
-        :raises OSError: if there is no such path, or no room for one more
+        :param mask: the kinds of events, as a sum of the constants above
+        :raises OSError: if the path does not exist, or a limit of the node
+            allows no further watch
         """
         _checked(_LIBC.inotify_add_watch(self._fd, os.fsencode(path),
                                          ctypes.c_uint32(mask)), path)
 
     def read(self) -> list[str]:
-        """Return the names of the files of all events so far.
+        """Return the names of the files of all pending events.
 
-        A name is empty if the event is of the watched path itself, or if
+        A name is empty if the event is about the watched path itself, or if
         the kernel has dropped events.
         """
         try:

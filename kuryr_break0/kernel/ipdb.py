@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Uses IPDB as Kuryr does, and converts its errors.
+"""Uses IPDB as Kuryr does, and converts IPDB's errors.
 
 Import this module only to use IPDB: importing pyroute2 takes as long as
-importing everything else that most commands need.
+importing all other modules that most commands need.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ LOG = logging.getLogger(__name__)
 
 _INTERFACE_GROUPS = (rtnl.RTMGRP_LINK | rtnl.RTMGRP_IPV4_IFADDR
                      | rtnl.RTMGRP_IPV6_IFADDR)
-#: Errors of IPDB after it missed an event. RuntimeError if it could not roll
-#: back to the previous state either.
+#: Errors of IPDB after it missed an event. The error is RuntimeError if IPDB
+#: could not roll back to the previous state either.
 IPDB_DISTURBED = (RuntimeError, ipdb_exceptions.CommitException,
                   nl_exceptions.NetlinkDumpInterrupted)
 
@@ -100,7 +100,7 @@ def _suppress_warning() -> Iterator[None]:
 
 
 class _EmptyView(dict):  # type: ignore[type-arg]
-    """A view that stays empty; IPDB writes to it without being asked."""
+    """A view of neighbours that reads none; IPDB adds only empty sets."""
 
     def __init__(self, ipdb: Any) -> None:
         super().__init__()
@@ -128,14 +128,15 @@ def open_interfaces_ipdb() -> Optional[Any]:
 
     Kuryr needs no neighbours, routes or rules of the node.
 
-    :returns: None if this version of pyroute2 cannot do that
-    :raises NetlinkError: as any IPDB; call it by :func:`repeat_dumps`
+    :returns: None if this version of pyroute2 has a different IPDB
+    :raises NetlinkError: as any IPDB; call this function by
+        :func:`repeat_dumps`
     """
     try:
         with _suppress_warning():
             ipdb = _InterfacesIPDB()
         try:
-            ipdb.interfaces  # the first access reads them
+            ipdb.interfaces  # the first access reads the interfaces
         except BaseException:
             ipdb.release()
             raise

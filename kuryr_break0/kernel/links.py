@@ -154,7 +154,8 @@ class LinkSocket(netlink.RequestSocket):
     def add_address(self, link: values.Link, address: IPAddress) -> None:
         """Add a /32 or /128 address to an interface.
 
-        Duplicate address detection is off: it would send to the LAN.
+        Duplicate address detection is off, because it sends packets to the
+        LAN.
         """
         self._order('add the address %s to %s' % (address, link.name),
                     Message(wire.RTM_NEWADDR,
@@ -174,10 +175,10 @@ class LinkSocket(netlink.RequestSocket):
     def addresses(self) -> list[values.InterfaceAddress]:
         """List the addresses of all interfaces, by a dump.
 
-        If the addresses of the node change during each dump, such as those of
-        Services, the list may contain addresses that were just deleted. In a
-        pod, the list decides which addresses belong to the pod, so there the
-        dump fails instead.
+        If the node's addresses change during each dump, for example the
+        addresses of Services, the list may contain addresses that were just
+        deleted. In a pod, the list decides which addresses belong to the pod,
+        so a dump in a pod fails instead.
         """
         return list(dict.fromkeys(
             values.InterfaceAddress(each.ifindex, each.address)
@@ -187,7 +188,7 @@ class LinkSocket(netlink.RequestSocket):
                        ) -> list[values.AddressState]:
         """List the addresses of interfaces with their flags, by a dump.
 
-        :param ifindex: of the interface; 0 for all
+        :param ifindex: ifindex of the interface; 0 for all interfaces
         :param merges: see :meth:`netlink.RequestSocket._dump`
         """
         return self._list('list the addresses', wire.RTM_GETADDR,

@@ -3,8 +3,8 @@
 """Lists macvlans in other namespaces, with a parent on this node.
 
 Functions that take the path of a namespace raise the errors that
-:mod:`kuryr_break0.kernel.namespaces` describes, also for the path of the
-node's own namespace.
+:mod:`kuryr_break0.kernel.namespaces` describes, and NetnsUnusable for the path
+of the node's own namespace.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ LOG = log.get_logger(__name__)
 
 
 class Limits(NamedTuple):
-    """Limits on reading a namespace: its container decides its size.
+    """Limits on reading a namespace, which its container can fill.
 
-    :ivar listed: number of interfaces to list
-    :ivar read: number of interfaces to read the addresses of
-    :ivar addresses: number of addresses to read of one interface; after as
-        many in all, no further interface is read
+    :ivar listed: maximum interfaces to list
+    :ivar read: maximum interfaces whose addresses are read
+    :ivar addresses: maximum addresses to read from one interface. After this
+        number of addresses in all, no further interface is read
     """
 
     listed: int
@@ -72,10 +72,11 @@ class Macvlan(NamedTuple):
 
     def require(self, addresses: Iterable[IPAddress],
                 mac: Optional[str] = None) -> None:
-        """Check that the macvlan has some addresses.
+        """Check that the macvlan has the given addresses.
 
         :param mac: the MAC address that it must have; None for any
-        :raises NotItsAddress: for the first address that it lacks
+        :raises NotItsAddress: if it has another MAC address, or for the first
+            address that it lacks
         """
         if mac not in (None, self.link.mac):
             raise exceptions.NotItsAddress(
@@ -145,8 +146,9 @@ def _read(netns: str, expected: Optional[NamespaceId],
           ) -> list[Macvlan]:
     """Read interfaces of a namespace; ``parent`` is empty if not on the node.
 
-    The addresses of interfaces with another parent are not read: any user can
-    unshare the namespace, and quickly add thousands of them.
+    If the parent of an interface is not on the node, the addresses of the
+    interface are not read: any user can unshare a namespace, and quickly add
+    thousands of addresses in it.
     """
     namespace = namespaces.require_other_namespace(netns, expected)
     own_of: dict[int, list[AddressState]] = {}
@@ -155,9 +157,9 @@ def _read(netns: str, expected: Optional[NamespaceId],
             Netlink(most=limits.listed) as netlink, \
             Netlink(most=limits.addresses) as reading:
         links, room = listed(netlink), limits.addresses
-        # To list interfaces, the kernel assigns a number to the namespace of
-        # each parent. If the node's namespace contains no parent, the
-        # number of the node's namespace is -1.
+        # When the kernel lists interfaces, it assigns a number to the
+        # namespace of each parent. If the node's namespace contains no
+        # parent, namespace_number() returns -1.
         own_number = netlink.namespace_number(own)
         for link in links:
             if link.lower_namespace == own_number and room > 0 and (
@@ -188,9 +190,9 @@ def _read(netns: str, expected: Optional[NamespaceId],
 def _parent_of(link: Link, own_number: int) -> str:
     """Return the name of a macvlan's parent; empty if not on the node.
 
-    :param own_number: number that the macvlan's namespace has assigned to the
-        node's. If the parent is in another namespace, its ifindex means
-        nothing here
+    :param own_number: number of the node's namespace in the macvlan's
+        namespace. If the parent is not in the node's namespace, the ifindex
+        of the parent identifies no interface of the node
     """
     if link.lower_namespace == own_number and link.lower is not None:
         with tolerate_absence('cannot find the name of a macvlan\'s parent'):
@@ -211,7 +213,7 @@ def list_macvlans_at(location: search.NamespaceLocation,
                      limits: Limits = FULL_LIMITS) -> list[Macvlan]:
     """List the macvlans of a namespace; none if it cannot be entered.
 
-    In most cases such a namespace is just being deleted.
+    In most cases, a namespace that cannot be entered is just being deleted.
     """
     try:
         return list_macvlans_in(location.path, location.namespace, limits)

@@ -2,14 +2,14 @@
 
 """Identifies, opens and enters other network namespaces.
 
-A path does not identify a namespace. The file may be a placeholder, if the
-mount was not propagated; the path may be valid in another mount or PID
-namespace only; and the kernel reuses inode numbers.
+A path does not identify a namespace. If the mount was not propagated, the file
+is a placeholder. The path may be valid only in another mount or PID namespace.
+The kernel reuses inode numbers.
 :mod:`kuryr_break0.kernel.existence` decides whether a namespace still exists.
 
-Functions that take the path of a namespace raise NetnsUnusable if it cannot be
-opened or is another namespace, and SystemRefused if this process lacks file
-descriptors or memory.
+Functions that take the path of a namespace raise NetnsUnusable if the
+namespace cannot be opened or is not the expected one, and SystemRefused if
+this process lacks file descriptors or memory.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from kuryr_break0.model import NamespaceId
 #: The network namespace of this thread
 OWN_NETNS = '/proc/thread-self/ns/net'
 #: ioctl(2) on nsfs: the number of a namespace, which is never reused
-#: (linux/nsfs.h, Linux 6.18). It equals SO_NETNS_COOKIE, and the process need
-#: not enter the namespace.
+#: (linux/nsfs.h, Linux 6.18). The number equals SO_NETNS_COOKIE, but can be
+#: read without entering the namespace.
 _NS_GET_ID = 0x8008b70d
 #: ioctl(2) on nsfs: the type of a namespace, as the flag of clone(2) that
 #: creates such a namespace (Linux 4.11)
@@ -142,8 +142,8 @@ def open_namespace(netns: str,
                    expected: Optional[NamespaceId] = None) -> Iterator[int]:
     """Open a namespace; the file descriptor is valid within the block.
 
-    :param expected: its expected identity. If the path is gone, the number
-        in the identity opens the namespace
+    :param expected: its expected identity. If the path no longer leads to the
+        namespace, the number in the identity opens the namespace
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -180,14 +180,16 @@ def enter_namespace(netns: str,
             yield
         finally:
             if _LIBC.setns(home, _CLONE_NEWNET) != 0:
-                # Otherwise this thread would continue inside of the pod.
+                # Otherwise this thread would continue in the pod's namespace.
                 os._exit(os.EX_OSERR)
 
 
 def unshare() -> bool:
-    """Move this thread into a new network namespace; return success.
+    """Move this thread into a new network namespace.
 
-    Call it in a thread or process that ends afterwards.
+    Call this function in a thread or process that ends afterwards.
+
+    :returns: whether the thread was moved
     """
     return bool(_LIBC.unshare(_CLONE_NEWNET) == 0)
 

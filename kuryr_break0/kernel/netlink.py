@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Netlink messages, and sockets for requests and events.
+"""Netlink messages, and a socket for requests.
 
-The formats are defined in linux/netlink.h. pyroute2 takes more than ten times
-as long for the messages of one pod.
+The formats are defined in linux/netlink.h. For the messages of one pod,
+pyroute2 takes more than ten times as long as this module.
 """
 
 from __future__ import annotations
@@ -39,16 +39,18 @@ _RECEIVED = 2 ** 17  # bytes; a dump fills at most 32 KiB at once
 #: Seconds to wait for an answer. The kernel answers before send(2) returns, so
 #: a longer wait indicates a fault.
 _TIMEOUT = 10
-#: Attempts at a dump that is interrupted. The table changes about as often
-#: during each attempt, so a longer pause does not help, but more attempts do.
+#: Attempts at an interrupted dump; FEW_TRIES if the dumps are merged or have a
+#: maximum length. The table changes about as often during each attempt, so
+#: more attempts help, and a longer pause does not.
 DUMP_TRIES, FEW_TRIES = 20, 3
 #: Maximum seconds between the first two attempts, and between any two. Many
 #: interruptions are short, such as the deletion of an interface.
 DUMP_PAUSE_FIRST, DUMP_PAUSE = 0.001, 0.05
 #: Number of event datagrams to read at once, and maximum bytes of each.
 _AT_ONCE, _DATAGRAM = 256, 2 ** 16
-#: Socket buffer for events, in bytes: room for about 10,000. The default of
-#: 208 KiB has room for 250; deleting a break0 causes two per address.
+#: Socket buffer for events, in bytes: room for about 10,000 events. The
+#: default of 208 KiB has room for 250 events. Deleting a break0 causes two
+#: events for each address.
 _HELD = 2 ** 23
 
 HEADER = struct.Struct('=IHHII')  # nlmsghdr
@@ -91,7 +93,7 @@ class Received(NamedTuple):
             return None
         reason = os.strerror(code)
         if self.kind == NLMSG_ERROR and self.flags & _NLM_F_ACK_TLVS:
-            # The attributes follow the request, or its header only.
+            # The attributes follow the whole request, or only its header.
             request = (HEADER.size if self.flags & _NLM_F_CAPPED
                        else U32.unpack_from(body, S32.size)[0])
             explanation = read_text(attributes(
@@ -140,7 +142,7 @@ def text(kind: int, value: str) -> bytes:
 def attributes(data: bytes, start: int = 0) -> dict[int, bytes]:
     """Parse attributes; of several with one type, the last counts.
 
-    It takes less than half as long as :func:`parse_list`.
+    This function takes less than half as long as :func:`parse_list`.
     """
     values, end = {}, len(data) - _ATTRIBUTE.size
     while start <= end:
@@ -167,13 +169,16 @@ def read_number(packed: Optional[bytes]) -> Optional[int]:
 
 
 def read_text(packed: Optional[bytes]) -> Optional[str]:
-    # The kernel treats names as bytes: they must not change on the way back.
+    # The kernel treats names as bytes: os.fsencode() must restore them.
     return None if packed is None else os.fsdecode(packed.rstrip(b'\0'))
 
 
 @contextlib.contextmanager
 def tolerate_errors(*numbers: int) -> Iterator[None]:
-    """Leave the block without an error if the kernel answers one of these."""
+    """Leave the block without an error at KernelRefused with these numbers.
+
+    :param numbers: values of errno
+    """
     try:
         yield
     except exceptions.KernelRefused as err:
@@ -202,9 +207,9 @@ class RequestSocket(Socket):
     Use it as a context manager. Its methods raise KernelRefused.
 
     :param timeout: seconds to wait for an answer
-    :param most: maximum messages to read of a list, if another user can choose
-        its length; None for no limit
-    :cvar advice: the remedy that errors name
+    :param most: maximum messages to read in a dump, if another user can choose
+        the size of the table; None for no limit
+    :cvar advice: the remedy in the text of errors
     """
 
     protocol = NETLINK_ROUTE
@@ -223,7 +228,7 @@ class RequestSocket(Socket):
             self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW,
                                          self.protocol)
             # Accept answers of the kernel only: in a pod's namespace, the pod
-            # could send some (netlink_getsockbyportid).
+            # could send answers too (netlink_getsockbyportid).
             self._socket.connect((0, 0))
         except OSError as err:
             raise self._failed('open a netlink socket', err) from err
@@ -250,15 +255,16 @@ class RequestSocket(Socket):
 
     def _send(self, messages: Sequence[Message], acknowledged: int = -1,
               atomic: bool = False) -> dict[int, OSError]:
-        """Send messages in one datagram; return the errors by their position.
+        """Send messages in one datagram; return errors by message position.
 
         The kernel answers each message that it refuses, and the message with
-        NLM_F_ACK. To acknowledge every message would take the kernel as long
-        as to execute the requests.
+        NLM_F_ACK. An acknowledgement of every message would take the kernel as
+        long as the execution of the requests.
 
         :param acknowledged: position of the message with NLM_F_ACK, counted
             from the end
-        :param atomic: stop at the first error, because the kernel undoes all
+        :param atomic: stop at the first error, because the kernel then undoes
+            all messages
         """
         sent = list(messages)
         asked = sent[acknowledged]
@@ -303,8 +309,8 @@ class RequestSocket(Socket):
                         raise err
                     break
                 if count == self._most:
-                    # A new socket, because the next request on the old one
-                    # would receive the rest of the answer.
+                    # Open a new socket, because the next request on the old
+                    # socket would receive the rest of this answer.
                     self._socket.close()
                     self._open()
                     return replies, True
@@ -324,8 +330,8 @@ class RequestSocket(Socket):
         """Dump a table; repeat the dump if the table changed meanwhile.
 
         :param merges: if the table changed during each dump, return all items
-            of the dumps. The kernel may skip an item if a preceding one is
-            deleted, but rarely the same item twice
+            of the dumps. If a preceding item is deleted, the kernel may skip
+            an item, but rarely skips the same item in several dumps
         :raises KernelRefused: with EINTR, if the table changed during each
             dump
         """
@@ -338,7 +344,7 @@ class RequestSocket(Socket):
                 return replies
             if merges:
                 merged.update(dict.fromkeys(replies))
-            elif self._most is None:  # a pod must not prolong the pauses
+            elif self._most is None:  # a pod must not cause pauses
                 time.sleep(dump_pause(number))
         if merges:
             return list(merged)
@@ -346,9 +352,9 @@ class RequestSocket(Socket):
             errno.EINTR, 'the table changed during each read'))
 
     def _answers(self, first: int) -> Iterator[Received]:
-        """Iterate over the answers to the latest requests, without an end.
+        """Iterate over the answers to the latest requests, endlessly.
 
-        :param first: sequence number of the first of these requests. Answers
+        :param first: sequence number of the first of these requests; answers
             to earlier requests are skipped
         """
         while True:

@@ -80,12 +80,12 @@ class Nft(netlink.RequestSocket):
     def post(self, messages: Sequence[Message], drain: bool) -> None:
         """Send messages without waiting for an answer.
 
-        The kernel has processed them when this function returns. Its errors
-        have a sequence number that no other message has, so the next reader
-        skips them.
+        When this function returns, the kernel has processed the messages. The
+        sequence number of the kernel's errors belongs to no request, so the
+        next reader skips the errors.
 
-        :param drain: drop the answers at once. Do not set it on a shared
-            socket: it may drop another process's answer
+        :param drain: whether to drop the answers at once. Do not drain a
+            shared socket: that may drop an answer to another process
         """
         try:
             self._socket.send(b''.join(message.packed(0)
@@ -138,7 +138,7 @@ class Nft(netlink.RequestSocket):
         return elements
 
     def rules(self, table: str) -> list[int]:
-        """List the handles of a table's rules; none if it does not exist."""
+        """List the handles of a table's rules; [] if the table is missing."""
         return [int.from_bytes(rule.get(3, b''), 'big')
                 for rule in self._dump(
                     'list the rules of the table ' + table,
@@ -146,7 +146,7 @@ class Nft(netlink.RequestSocket):
                 if netlink.read_text(rule.get(1)) == table]
 
     def has_source_rule(self, table: str, index: int, mac: bytes) -> bool:
-        """Return whether :meth:`add_source_rule` has been called.
+        """Return whether the rule of :meth:`add_source_rule` exists.
 
         The look-up takes one message in each direction, even if the pod has
         filled the table.
@@ -160,8 +160,8 @@ class Nft(netlink.RequestSocket):
         """Drop frames that an interface sends with another MAC address.
 
         The table gets one chain with one rule. A chain outlives its interface,
-        and since Linux 6.16 the kernel attaches it to the next interface of
-        that name. So the rule compares the ifindex too.
+        and since Linux 6.16 the kernel attaches the chain to the next
+        interface of the same name. So the rule compares the ifindex too.
 
         :returns: whether a rule was added
         :raises KernelRefused: if the kernel has no egress hook
@@ -198,10 +198,11 @@ class Nft(netlink.RequestSocket):
         """Let a chain answer neighbour solicitations.
 
         One rule turns a solicitation into an advertisement (RFC 4861), and
-        sends it back to the sender.
+        sends the advertisement to the sender of the solicitation.
 
         :param index: ifindex of the interface to send by
-        :param mac: MAC address of that interface; the answer for each address
+        :param mac: MAC address of this interface, which each advertisement
+            contains
         :raises KernelRefused: if the kernel cannot forward in this family
         """
         expressions = b''.join((
@@ -248,7 +249,7 @@ class Nft(netlink.RequestSocket):
 
 
 _kept = threading.local()
-#: The socket that forked processes share, and the inode of its namespace.
+#: The inode of a namespace, and the socket in it that forked processes share.
 _shared: Optional[tuple[int, Nft]] = None
 
 
@@ -270,11 +271,12 @@ def open_node_nft(exclusive: bool = False) -> Nft:
     """Return a socket in the node's namespace that stays open.
 
     Closing a socket that has deleted something takes the kernel about 12 ms.
-    An open socket keeps its namespace alive, so do not use it in a pod.
+    An open socket keeps its namespace alive, so do not use this function in
+    the namespace of a pod.
 
-    :param exclusive: whether the caller holds the ledger's lock. Only then
-        the function may return the shared socket, because any process may
-        read an answer
+    :param exclusive: whether the caller holds the ledger's lock. Only with the
+        lock, the function may return the shared socket, because each process
+        that has this socket can read any answer
     :raises KernelRefused: if the socket cannot be opened
     """
     place = os.getpid(), os.stat('/proc/thread-self/ns/net').st_ino
@@ -282,7 +284,7 @@ def open_node_nft(exclusive: bool = False) -> Nft:
         _shared[1].take_over()
         return _shared[1]
     if getattr(_kept, 'place', None) != place:
-        # The parent process keeps its own socket open.
+        # After a fork, the parent process keeps the inherited socket open.
         _kept.nft, _kept.place = Nft(), place
     kept: Nft = _kept.nft
     return kept
@@ -291,7 +293,7 @@ def open_node_nft(exclusive: bool = False) -> Nft:
 def post(messages: Sequence[Message]) -> None:
     """Send messages to netfilter without waiting for an answer.
 
-    The socket stays open. It needs no lock, because no answer is read.
+    The socket stays open. The caller needs no lock, because no answer is read.
 
     :raises KernelRefused: if no socket can be opened or used
     """
@@ -353,7 +355,7 @@ def _store(register: int, base: int, offset: int, size: int) -> bytes:
     body = (_be32(5, register) + _be32(2, base) + _be32(3, offset)
             + _be32(4, size))
     if base == _TRANSPORT:
-        body += _be32(6, 1) + _be32(7, 2)  # NFT_PAYLOAD_CSUM_INET, at 2
+        body += _be32(6, 1) + _be32(7, 2)  # NFT_PAYLOAD_CSUM_INET, offset 2
     elif base == _NETWORK:
         body += _be32(8, 1)  # NFT_PAYLOAD_L4CSUM_PSEUDOHDR
     return _expression('payload', body)
@@ -365,7 +367,7 @@ def _load_value(register: int, value: bytes) -> bytes:
 
 
 def _source_chain(index: int, mac: bytes) -> str:
-    """Return a chain's name, which contains the values in its rule."""
+    """Return the name of a chain, which contains the values of its rule."""
     return 'source-%s-%d' % (mac.hex(), index)
 
 

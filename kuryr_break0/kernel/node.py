@@ -80,7 +80,7 @@ def find_ifindex(device: str) -> Optional[int]:
 
 
 def has_interface(device: str) -> bool:
-    """Return whether an interface exists; it needs no descriptor."""
+    """Return whether an interface exists, even without free descriptors."""
     try:
         return socket.if_nametoindex(device) > 0
     except OSError:
@@ -96,7 +96,7 @@ def _has_settings(device: str) -> bool:
 def format_ifname(ifindex: Optional[int]) -> str:
     """Return the name of an interface, for messages.
 
-    :param ifindex: None for a route with several interfaces, or none
+    :param ifindex: None for a route with several interfaces or no interface
     """
     if ifindex is None:
         return 'no single interface'
@@ -109,7 +109,8 @@ def format_ifname(ifindex: Optional[int]) -> str:
 def find_current_name(name: str, ifindex: Optional[int]) -> str:
     """Return the present name of an interface, which may be renamed.
 
-    :param name: its recorded name, which is returned if it does not exist
+    :param name: its recorded name, which is returned if no interface has the
+        recorded ifindex
     :param ifindex: its recorded ifindex, or None
     """
     with contextlib.suppress(OSError):
@@ -121,7 +122,7 @@ def find_source(address: IPAddress,
                 device: Optional[str] = None) -> Optional[IPAddress]:
     """Return the source address that the node uses towards an address.
 
-    For an address of the node, it is the address itself. The function
+    For an address of the node, the source is the address itself. The function
     connects a datagram socket, which sends nothing.
 
     :param device: the interface to leave by; None for any
@@ -194,7 +195,8 @@ def read_sysctl(path: str) -> Optional[int]:
     """Read a sysctl of this thread's network namespace.
 
     :param path: below /proc/sys/net, with slashes
-    :returns: None if it does not exist, such as IPv6's when IPv6 is disabled
+    :returns: None if it does not exist, such as an IPv6 sysctl if IPv6 is
+        disabled
     :raises SystemRefused: if this process lacks descriptors or memory
     """
     full = '/proc/sys/net/' + path

@@ -2,8 +2,9 @@
 
 """Pings hosts and detects duplicate addresses, by raw sockets.
 
-An image may lack ``ping``. All functions use the network namespace of the
-calling thread, and raise NotPermitted without CAP_NET_RAW.
+A container image may lack ``ping``. All functions use the network namespace of
+the calling thread. The functions with raw sockets raise NotPermitted without
+CAP_NET_RAW.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ _SO_BINDTOIFINDEX = 62
 _ETH_P_ALL = 3
 _ARP, _IPV6 = 0x0806, 0x86dd
 _BROADCAST = b'\xff' * 6
-#: Probes for an address, and seconds after each: one may be lost.
+#: Number of probes for an address, because a probe may be lost, and seconds to
+#: wait after each.
 _TRIES, _PAUSE = 3, 0.5
 
 
@@ -35,7 +37,8 @@ def ping(address: IPAddress, count: int, timeout: float,
 
     :param timeout: seconds to wait for each reply
     :param vrf: ifindex of the VRF to send in; 0 for none
-    :returns: the round-trip time of each in seconds; None without a reply
+    :returns: the round-trip time of each request in seconds; None for a
+        request without a reply
     """
     try:
         wire = socket.socket(
@@ -44,7 +47,8 @@ def ping(address: IPAddress, count: int, timeout: float,
     except PermissionError as err:
         raise exceptions.NotPermitted(
             action='ping', capability='CAP_NET_RAW') from err
-    # Other programs of the node may ping the same address.
+    # The identifier is random: other programs of the node may ping the same
+    # address.
     identifier = int.from_bytes(os.urandom(2), 'big')
     with wire:
         _enter(wire, vrf)
@@ -54,7 +58,7 @@ def ping(address: IPAddress, count: int, timeout: float,
 
 def connect(address: IPAddress, port: int, count: int, timeout: float,
             vrf: int = 0) -> list[Optional[float]]:
-    """Connect by TCP; see :func:`ping`. A refusal counts as a reply."""
+    """Connect by TCP, like :func:`ping`. A refusal counts as a reply."""
     times: list[Optional[float]] = []
     for _ in range(count):
         began = time.monotonic()
@@ -109,7 +113,7 @@ def _enter(wire: socket.socket, vrf: int) -> None:
 
 def _receive_for(wire: socket.socket, seconds: float
                  ) -> Iterator[tuple[bytes, Any]]:
-    """Iterate over the packets of some seconds, with their sources."""
+    """Iterate over the packets received within a time, with their sources."""
     deadline = time.monotonic() + seconds
     while True:
         seconds_left = deadline - time.monotonic()
@@ -168,11 +172,11 @@ def _checksum(data: bytes) -> int:
 
 
 def _parse_claim(frame: bytes, address: IPAddress) -> Optional[bytes]:
-    """Return the MAC address of a frame that claims an address, or None."""
+    """Return the sender's MAC address if a frame claims an address."""
     kind, = struct.unpack_from('!H', frame + bytes(14), 12)
     packet = frame[14:]
     if kind == _ARP and address.version == 4 and len(packet) >= 28:
-        # The sender is the address: an answer, or another host's probe.
+        # The sender has the address. The frame is a reply or a request.
         if packet[14:18] == address.packed:
             return packet[8:14]
     elif kind == _IPV6 and address.version == 6 and len(packet) >= 64:

@@ -30,21 +30,21 @@ from kuryr_break0.model import Neighbour
 #: Maximum changes in one request: the request and its errors must fit into the
 #: socket's buffers.
 _BATCH = 128
-#: Maximum interfaces to dump the routes of separately, in 0.04 ms each.
+#: Maximum interfaces whose routes are dumped separately; each takes 0.04 ms.
 _MAX_SEPARATE_DUMPS = 32
-#: Priority and table of the default rules of a namespace. IPv4 has one more,
-#: for table default.
+#: Priority and table of the default rules of a namespace. IPv4 has one more
+#: rule, for table default.
 _DEFAULT_RULES = (0, wire.RT_TABLE_LOCAL), (32766, wire.RT_TABLE_MAIN)
 _LAST_RULE = socket.AF_INET, 32767, wire.RT_TABLE_DEFAULT
 _NEW = netlink.NLM_F_CREATE | netlink.NLM_F_EXCL
-#: Maximum neighbours to look up separately, in 0.03 ms each.
+#: Maximum neighbours to look up separately; each takes 0.03 ms.
 _MAX_LOOKUPS = 8
 _INCOMPLETE = 'incomplete'
 #: States of a neighbour, by their bits (linux/neighbour.h).
 _NUD = {0x01: _INCOMPLETE, 0x02: 'reachable', 0x04: 'stale', 0x08: 'delay',
         0x10: 'probe', 0x20: 'failed', 0x40: 'noarp', 0x80: 'permanent'}
-#: By the error of a look-up, the type of route that caused it (fib_props in
-#: fib_semantics.c, ip6_rt_type_to_error).
+#: Types of routes at which a look-up fails, by the error of the look-up
+#: (fib_props in fib_semantics.c, ip6_rt_type_to_error).
 _LEADS_NOWHERE = {errno.EINVAL: wire.RTN_BLACKHOLE,
                   errno.EHOSTUNREACH: wire.RTN_UNREACHABLE,
                   errno.EACCES: wire.RTN_PROHIBIT}
@@ -54,10 +54,10 @@ class Routes(NamedTuple):
     """The routes of the node.
 
     :ivar host: routes to single addresses
-    :ivar next_hops: gateways of the routes, except on the interfaces that
-        were left out
-    :ivar left_out: gateways on the interfaces that were left out
-    :ivar local: destinations of table local that belong to the node
+    :ivar next_hops: gateways on all interfaces, except on the ``devices`` of
+        :meth:`Netlink.routes`
+    :ivar left_out: gateways on these ``devices``
+    :ivar local: destinations of the routes of type local
     :ivar broadcast: broadcast addresses of the node's subnets
     """
 
@@ -72,7 +72,7 @@ class Path(NamedTuple):
     """The path of a packet, as ``ip route get`` shows it.
 
     :ivar device: the name of the outgoing interface
-    :ivar gateway: the next hop; None if the address is on-link
+    :ivar gateway: the next hop; None if the destination is on-link
     :ivar source: the source address
     """
 
@@ -89,10 +89,11 @@ class Netlink(LinkSocket):
                   routes: Sequence[tuple[IPNetwork, IPAddress]]) -> None:
         """Add addresses to an interface, and routes to its namespace.
 
-        One request contains all of them. Existing addresses and default routes
-        are no error. The function raises the first error.
+        One request contains all addresses and routes. An address or a default
+        route that exists already is no error.
 
         :param routes: networks with their gateways
+        :raises KernelRefused: for the first other error
         """
         index = find_ifindex(link)
         if index is None:
@@ -123,8 +124,9 @@ class Netlink(LinkSocket):
         The function sends as few requests as possible. The kernel processes a
         whole request even if this process is killed meanwhile.
 
-        :returns: for each change, its error or None. EEXIST: the route to add
-            exists. ENETDOWN, ENODEV: the interface is down or gone
+        :returns: for each change, its error or None. The error is EEXIST if
+            the route to add exists, and ENETDOWN or ENODEV if the interface is
+            down or gone
         """
         errors: list[Optional[exceptions.KernelRefused]] = []
         for start in range(0, len(changes), _BATCH):
@@ -135,8 +137,8 @@ class Netlink(LinkSocket):
                 ) -> list[Optional[exceptions.KernelRefused]]:
         """Apply a batch; if the kernel rejects all of it, bisect.
 
-        By the bisection, a change that cannot be packed does not affect the
-        others.
+        With the bisection, a change that cannot be packed does not prevent the
+        other changes.
         """
         try:
             refused = self._send([wire.change(*each) for each in changes])
@@ -180,9 +182,9 @@ class Netlink(LinkSocket):
     def route_to(self, address: IPAddress) -> Optional[HostRoute]:
         """Return the host route that is used for an address, or None.
 
-        It takes one look-up. A look-up that ends at a route of type blackhole,
-        unreachable or prohibit does not name it; then the routes of this type
-        are dumped.
+        One look-up finds the route, unless its type is blackhole, unreachable
+        or prohibit. The kernel's answer does not contain such a route, so the
+        routes of this type are dumped.
         """
         try:
             return self._look_up(address).host_route
@@ -233,7 +235,7 @@ class Netlink(LinkSocket):
                         ) -> list[IPAddress]:
         """Return the addresses that are being resolved on an interface.
 
-        It dumps the neighbours if look-ups would take longer.
+        The function dumps the neighbours if look-ups would take longer.
         """
         if len(addresses) <= _MAX_LOOKUPS:
             return [each for each in addresses if self.neighbour(
@@ -243,9 +245,10 @@ class Netlink(LinkSocket):
                 and _NUD.get(each.state) == _INCOMPLETE]
 
     def routes(self, devices: Sequence[int] = ()) -> Routes:
-        """Read all routes of the node, by a dump.
+        """Read all routes of the node, by dumps.
 
-        :param devices: interfaces to return the next hops of separately
+        :param devices: ifindexes of the interfaces whose next hops are
+            returned separately
         """
         host: list[HostRoute] = []
         local: list[IPNetwork] = []
@@ -271,7 +274,7 @@ class Netlink(LinkSocket):
                       frozenset(broadcast))
 
     def has_default_rules(self) -> bool:
-        """Return whether the rules are the default: local, then main."""
+        """Return whether only the default rules exist: local, then main."""
         rules = {rule for rule in self._list(
             'list the rules', wire.RTM_GETRULE, wire.ALL_RULES)
             if rule[0] in (socket.AF_INET, socket.AF_INET6)}
@@ -288,10 +291,10 @@ class Netlink(LinkSocket):
         return []
 
     def host_routes_of(self, ifindex: int, table: int) -> list[HostRoute]:
-        """List the host routes of one interface in one table, by a dump."""
+        """List the direct host routes of an interface in a table, by dumps."""
         routes: list[values.Route] = []
         for family in (socket.AF_INET, socket.AF_INET6):
-            # The interface or the table does not exist.
+            # The interface or the table may not exist.
             with netlink.tolerate_errors(errno.ENODEV, errno.ENOENT):
                 routes += self._list(
                     'list the routes of ' + format_ifname(ifindex),
@@ -304,12 +307,12 @@ class Netlink(LinkSocket):
 
     def next_hops(self, devices: Sequence[int] = (),
                   protocol: Optional[int] = None) -> frozenset[IPAddress]:
-        """Read the gateways of all routes, except of some interfaces.
+        """Read the gateways of all routes, except on excluded interfaces.
 
         :param devices: ifindexes of the excluded interfaces
-        :param protocol: protocol number of the routes on these interfaces. If
-            it is given, routes with this number, which have no gateway, are
-            skipped sooner
+        :param protocol: protocol number of the routes on these interfaces.
+            Routes with this number are not parsed, because they have no
+            gateway; None to parse all routes
         """
         return frozenset(each.gateway for each in (
             *self._next_hop_objects(), *(
@@ -319,11 +322,12 @@ class Netlink(LinkSocket):
     def _list_routes_except(self, devices: Sequence[int],
                             protocol: Optional[int]
                             ) -> Iterator[values.Route]:
-        """List the routes of other interfaces, by dumps.
+        """List the routes except on excluded interfaces, by dumps.
 
-        The excluded interfaces have a route for each pod. If each of the other
-        interfaces is dumped separately, the kernel skips those routes. With
-        many interfaces it is faster to skip the messages here.
+        The excluded interfaces have a route for each pod. If each other
+        interface is dumped separately, the kernel sends no routes of pods. If
+        there are more than _MAX_SEPARATE_DUMPS interfaces, a dump of all
+        routes is faster, and this method skips the routes with ``protocol``.
         """
         def read(message: netlink.Received) -> Any:
             if protocol is not None and (
@@ -340,7 +344,7 @@ class Netlink(LinkSocket):
             indexes if len(indexes) <= _MAX_SEPARATE_DUMPS else [None])
         for oif in asked:
             for family in (socket.AF_INET, socket.AF_INET6):
-                # The interface may be deleted, or the node may lack IPv6.
+                # The interface may be gone, or the node may lack IPv6.
                 with netlink.tolerate_errors(errno.ENODEV, errno.EOPNOTSUPP):
                     yield from self._list(
                         'list the next hops', wire.RTM_GETROUTE,

@@ -5,9 +5,9 @@
 The kernel sends no event about a new namespace. A new namespace with a name is
 a new mount. A new namespace without a name usually contains a new process. So
 a search for new namespaces reads only new mounts and new processes, and its
-cost does not depend on the number of old ones. The search misses a namespace
-without a name that an older process has entered. A search for all namespaces
-finds that namespace.
+cost does not depend on the number of old mounts and processes. The search
+misses a namespace without a name that an older process has entered. A search
+for all namespaces finds that namespace.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _POSITION = 258
 # owns a namespace, the parent of a namespace, and the user that created a user
 # namespace
 _NS_GET_USERNS, _NS_GET_PARENT, _NS_GET_OWNER_UID = 0xb701, 0xb702, 0xb704
-#: From the directory of a process to its network namespace
+#: Path from the directory of a process to its network namespace
 _BY_PROCESS = '/ns/net'
 _UNSEEN = 'network namespaces cannot be listed'
 
@@ -52,9 +52,9 @@ Place = tuple[int, int]
 class NamespaceLocation(NamedTuple):
     """A network namespace of this node.
 
-    :ivar path: the path that will exist longest
-    :ivar namespace: its identity, without the cookie before it is examined
-    :ivar process: directory of a process in it, or None
+    :ivar path: the path that will probably exist longest
+    :ivar namespace: its identity; :func:`examine_namespace` adds the cookie
+    :ivar process: directory of a process in the namespace, or None
     """
 
     path: str
@@ -67,7 +67,7 @@ class NamespaceLocation(NamedTuple):
 
     @property
     def is_named(self) -> bool:
-        """Return whether the path is a name, not a process's."""
+        """Return whether the path is a name, not the path of a process."""
         return not self.path.endswith(_BY_PROCESS)
 
     def is_current(self) -> bool:
@@ -96,10 +96,11 @@ class ExaminedNamespace(NamedTuple):
 
 
 class Search:
-    """Searches for namespaces.
+    """Searches for all namespaces, or only for new ones.
 
     The methods raise SystemRefused if this process lacks descriptors or
-    memory. After that, only :meth:`all` finds the namespaces that were new.
+    memory. After such an error, :meth:`new` can miss namespaces, and only
+    :meth:`all` finds them.
 
     :param processes: directories such as /proc
     """
@@ -111,8 +112,9 @@ class Search:
     def all(self, earlier: Mapping[Place, str]) -> list[NamespaceLocation]:
         """List all namespaces except this thread's, with one path each.
 
-        A name exists as long as its namespace. A namespace without a name gets
-        the path of its oldest process, which will probably end last.
+        If a namespace has a name, its path is the name, which exists as long
+        as the namespace. Otherwise it is the path of the oldest process in the
+        namespace, which will probably end last.
 
         :param earlier: paths of namespaces from an earlier search
         """
@@ -129,7 +131,7 @@ class Search:
     def new(self, mounts_changed: bool) -> list[NamespaceLocation]:
         """List the namespaces of new mounts and new processes.
 
-        Known namespaces may be among them.
+        The list may also contain known namespaces.
         """
         names: list[str] = []
         if mounts_changed:
@@ -146,7 +148,7 @@ class _Processes:
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
-        #: times, with the last PID at each
+        #: times of searches, each with the last PID at that time
         self._last: list[tuple[float, int]] = []
         self._is_ordered: Optional[bool] = None
 
@@ -155,11 +157,14 @@ class _Processes:
         return self._paths(_list_names(self._directory))
 
     def new(self) -> list[str]:
-        """List the directories of processes started since the last call.
+        """List the directories of new processes.
+
+        A process is new if it started after the last search that was at least
+        _YOUNG seconds ago, or after the first search.
 
         The kernel assigns ascending PIDs until the maximum, and then begins
-        with low PIDs again. After that, and for the directory of another PID
-        namespace, the list contains all processes.
+        with low PIDs again. After such a new beginning, and for the directory
+        of another PID namespace, the list contains all processes.
         """
         since = self.note()
         with tolerate_absence(_UNSEEN):
@@ -170,7 +175,8 @@ class _Processes:
     def note(self) -> int:
         """Record the last PID.
 
-        :returns: the last PID _YOUNG seconds ago; 0 if unknown
+        :returns: the last PID at the last search that was at least _YOUNG
+            seconds ago, or else at the first search; 0 if unknown
         """
         now, last = time.monotonic(), self._read_last()
         if last is None or self._last and last < self._last[-1][1]:
@@ -189,7 +195,8 @@ class _Processes:
     def _read_last(self) -> Optional[int]:
         """Return the last PID of this process's PID namespace.
 
-        None if the directory shows another PID namespace or lacks the number.
+        :returns: None if the directory shows another PID namespace or lacks
+            the number
         """
         with contextlib.suppress(OSError, ValueError, IndexError):
             if os.readlink(self._directory + '/self') == str(os.getpid()):
@@ -229,9 +236,10 @@ def find_namespaces(processes: Iterable[str]) -> Iterator[NamespaceLocation]:
 def examine_namespace(location: NamespaceLocation) -> ExaminedNamespace:
     """Return the namespace that is now at a path, with its container.
 
-    A namespace without a number gets one, and keeps it until its end.
+    A namespace without a number gets a number, and keeps it until it ends.
 
-    :raises NetnsUnusable: if there is none, or it is this thread's
+    :raises NetnsUnusable: if no namespace is at the path, or it is this
+        thread's
     :raises SystemRefused, KernelRefused: if this process lacks descriptors or
         memory
     """
@@ -246,7 +254,7 @@ def examine_namespace(location: NamespaceLocation) -> ExaminedNamespace:
         except exceptions.KernelRefused as err:
             if err.is_exhausted:
                 raise
-            # This socket receives no events of a namespace without a number.
+            # NamespaceEvents receives no events of a namespace without number.
             LOG.debug('Changes of %s are found by the timer only: %s',
                       location.path, err)
     return ExaminedNamespace(location._replace(namespace=namespace), container,
@@ -257,9 +265,10 @@ def _find_container(process: Optional[str], netns: int) -> Hashable:
     """Return a value that all namespaces of a container share.
 
     The value is the outermost PID namespace, below this process's own, that
-    contains the processes. A process cannot leave it, and the PID namespaces
-    that a container creates are below it. Any user can create user namespaces
-    and PID namespaces. For a namespace of this kind, the value is the user.
+    contains the process. A process cannot leave its PID namespace, and the PID
+    namespaces that a container creates are below the container's. Any user can
+    create a user namespace and PID namespaces in it. If another user than this
+    process's has created the user namespace, the value is that user.
 
     :param process: directory of a process in the namespace; None if unknown
     :param netns: descriptor of the network namespace
@@ -289,11 +298,10 @@ def _find_container(process: Optional[str], netns: int) -> Hashable:
 
 def _find_outermost(stack: contextlib.ExitStack, fd: Optional[int],
                     kind: str) -> Optional[int]:
-    """Return a namespace's ancestor that is a child of this process's one.
+    """Return the ancestor of a namespace that is a child of this process's.
 
-    :param stack: closes the descriptors
-    :param fd: descriptor of the namespace. If it is a child itself, it is the
-        result
+    :param stack: the stack that closes the descriptors
+    :param fd: descriptor of the namespace, which may be the child itself
     :returns: descriptor of the child; None if the namespace is this process's
     """
     outermost = None
@@ -310,7 +318,7 @@ def _find_outermost(stack: contextlib.ExitStack, fd: Optional[int],
 
 def _match_paths(names: Iterable[str], processes: Iterable[str],
                  earlier: Mapping[Place, str]) -> list[NamespaceLocation]:
-    """List namespaces by names and processes, named ones last."""
+    """List the namespaces of names and processes, named namespaces last."""
     own = os.stat(namespaces.OWN_NETNS)
     paths: dict[Place, str] = {}
     inside: dict[Place, list[str]] = {}

@@ -17,15 +17,16 @@ from kuryr_break0.model import Neighbour
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
 RTN_UNICAST, RTN_LOCAL, RTN_BROADCAST = 1, 2, 3
 NUD_PERMANENT = 0x80
-#: The kernel has added the route, such as for an IPv6 path MTU.
+#: The kernel has added the route itself, for example for an IPv6 path MTU.
 RTM_F_CLONED = 0x200
 
 
 class Verb(enum.Enum):
     """A change of a route or a neighbour.
 
-    ADD fails if one exists; REPLACE replaces it. DELETE deletes the route with
-    this interface, protocol and table, or the neighbour with any MAC address.
+    If the route or neighbour exists, ADD fails, and REPLACE replaces it.
+    DELETE deletes the route only if its interface, protocol and table match,
+    and the neighbour with any MAC address.
     """
 
     ADD = 'add'
@@ -48,8 +49,8 @@ class Link:
     """A network interface as the kernel reports it.
 
     :ivar kind: None for a physical interface
-    :ivar mode: of a macvlan or macvtap
-    :ivar lower: ifindex of its lower interface
+    :ivar mode: mode of a macvlan or macvtap; None for other kinds
+    :ivar lower: ifindex of its lower interface, or None
     :ivar lower_namespace: number of the namespace that contains the lower
         interface; None if that is this namespace
     :ivar alias: its alias (``ip link set alias``)
@@ -86,10 +87,10 @@ class Link:
 
     @property
     def lower_of_macvlans(self) -> tuple[Optional[int], Optional[int]]:
-        """Return ``lower`` and ``lower_namespace`` of macvlans on it.
+        """Return ``lower`` and ``lower_namespace`` of macvlans on this link.
 
-        The kernel creates a macvlan on a macvlan's lower interface instead
-        (macvlan_common_newlink).
+        If this link is a macvlan, the kernel creates a new macvlan on its
+        lower interface instead (macvlan_common_newlink).
         """
         if self.kind == 'macvlan':
             return self.lower, self.lower_namespace
@@ -107,11 +108,12 @@ class Route(NamedTuple):
     """A route.
 
     :ivar dst: None for a default route
-    :ivar next_hops: those with a gateway. Empty for a route with a nexthop
-        object, if the kernel reports the object's id only
+    :ivar next_hops: the next hops with a gateway. Empty for a route with a
+        nexthop object, if the kernel reports only the id of the object
         (net.ipv4.nexthop_compat_mode)
     :ivar is_multipath: whether it has several next hops
-    :ivar is_altered: whether it changes packets, by an MTU or an encapsulation
+    :ivar is_altered: whether it has an encapsulation, or metrics such as an
+        MTU
     """
 
     family: int
@@ -131,7 +133,7 @@ class Route(NamedTuple):
 
     @property
     def host_route(self) -> Optional[HostRoute]:
-        """Return it as a :class:`HostRoute`, or None."""
+        """Return the route as a :class:`HostRoute`; None for other routes."""
         if (self.dst is None or self.dst_len != self.dst.max_prefixlen
                 or self.type == RTN_LOCAL or self.flags & RTM_F_CLONED):
             return None
@@ -152,7 +154,7 @@ class Route(NamedTuple):
 class InterfaceAddress(NamedTuple):
     """A local address of an interface.
 
-    On a point-to-point interface, this is not the address of the peer.
+    On a point-to-point interface, ``address`` is not the peer's address.
     """
 
     ifindex: int
@@ -168,7 +170,10 @@ class AddressState(NamedTuple):
 
 
 class NeighbourState(NamedTuple):
-    """A neighbour in any state; protocol None if no program set one."""
+    """A neighbour in any state.
+
+    :ivar protocol: None if no program has set a protocol
+    """
 
     dst: Optional[IPAddress]
     ifindex: int
@@ -178,7 +183,7 @@ class NeighbourState(NamedTuple):
 
     @property
     def permanent(self) -> Optional[Neighbour]:
-        """Return it as a :class:`Neighbour` if it is permanent, or None."""
+        """Return a permanent neighbour as a :class:`Neighbour`, or None."""
         if self.dst is None or not self.state & NUD_PERMANENT:
             return None
         return Neighbour(self.dst, self.ifindex, self.mac, self.protocol)

@@ -2,10 +2,10 @@
 
 """Packs and parses the rtnetlink messages of this package.
 
-A bind sends two messages, and a dump returns one for each pod. pyroute2 takes
-more than ten times as long for a message as struct. The formats are defined in
-linux/netlink.h, rtnetlink.h, if_link.h, if_addr.h and neighbour.h. Tests
-compare the messages with those of pyroute2 and the kernel.
+A bind sends two messages. A dump returns one message for each pod. pyroute2
+takes more than ten times as long for a message as struct. The formats are
+defined in linux/netlink.h, rtnetlink.h, if_link.h, if_addr.h and neighbour.h.
+Tests compare the messages with the messages of pyroute2 and the kernel.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ RTPROT_STATIC = 4
 #: route of scope link.
 RT_SCOPE_NOWHERE = 255
 RTN_BLACKHOLE, RTN_UNREACHABLE, RTN_PROHIBIT = 6, 7, 8
-#: Report the table of the route; without it, the kernel reports table main.
+#: Report the table of the route. Without this flag, the kernel reports table
+#: main.
 RTM_F_LOOKUP_TABLE = 0x1000
 #: Report the route as in the table, not the result of the look-up.
 RTM_F_FIB_MATCH = 0x2000
@@ -55,9 +56,9 @@ IFA_F_PERMANENT = 0x80
 MACVLAN_MODE_BRIDGE = 4
 IFF_LOWER_UP = 0x10000
 ARPHRD_ETHER = 1
-#: Kinds of masters that receive the frames of their ports, as a macvlan does
-#: with its parent. An interface has at most one such receiver
-#: (netdev_rx_handler_register).
+#: Kinds of masters that receive the frames of their ports, as a macvlan
+#: receives the frames of its parent. An interface has at most one such
+#: receiver (netdev_rx_handler_register).
 _RECEIVERS = ('bridge', 'bond', 'team', 'openvswitch')
 #: Omit the counters from an interface's message.
 RTEXT_FILTER_SKIP_STATS = 1 << 3
@@ -97,7 +98,7 @@ def pack_mac(mac: str) -> bytes:
 
 
 def change(verb: values.Verb, what: Entry) -> Message:
-    """Make the message that sets or deletes a route or a neighbour."""
+    """Return the message that sets or deletes a route or a neighbour."""
     deletes = verb is values.Verb.DELETE
     if isinstance(what, HostRoute):
         return Message(RTM_DELROUTE if deletes else RTM_NEWROUTE,
@@ -163,7 +164,7 @@ def pack_lookup(address: IPAddress, flags: int = 0,
 
 
 def pack_address_dump(ifindex: int) -> bytes:
-    """Pack the request for the addresses of an interface; 0 for all."""
+    """Pack the request for the addresses of an interface, or of all (0)."""
     return _IFADDR.pack(socket.AF_UNSPEC, 0, 0, 0, ifindex)
 
 
@@ -304,7 +305,7 @@ def parse_nsid(body: bytes) -> int:
     return int(netlink.S32.unpack(nsid)[0]) if nsid else -1
 
 
-#: Parsers, by the message type of an addition. A deletion has the next type.
+#: Parsers, by the message type of an addition. A deletion has the next number.
 _PARSERS = {RTM_NEWLINK: parse_link, RTM_NEWADDR: parse_address,
             RTM_NEWROUTE: parse_route, RTM_NEWNEIGH: parse_neighbour,
             RTM_NEWRULE: parse_rule, RTM_NEWNSID: parse_nsid,
@@ -312,7 +313,7 @@ _PARSERS = {RTM_NEWLINK: parse_link, RTM_NEWADDR: parse_address,
 
 
 def parse(message: netlink.Received) -> Any:
-    """Parse a message of one of these types; return None for other types.
+    """Parse a message; return None if its type has no parser.
 
     :raises OSError: EBADMSG, if the message is malformed
     """

@@ -3,8 +3,8 @@
 """The allowed address pairs of a node's port in Neutron.
 
 Port security of the node's port drops the frames of a pod unless the port
-has the pair of the pod's MAC address and address. Neutron stores all pairs
-of a port as one value, so each change reads and writes all of them.
+has the pair of the pod's MAC address and IP address. Neutron stores all pairs
+of a port as one value, so each change reads and writes all pairs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _T = TypeVar('_T')
 class _Change:
     """A change of the allowed address pairs that have one MAC address.
 
-    :ivar addresses: the new addresses; none for a pod that ends
+    :ivar addresses: the new addresses; empty for a pod that ends
     :ivar error: the reason why Neutron's port was not changed, or None
     """
 
@@ -53,11 +53,12 @@ class AddressPairs:
     """Changes the allowed address pairs of one port for several pods at once.
 
     All changes that wait for the same port are written by one request. The
-    port is read under the lock, so changes of this process never conflict;
-    if another process changes the port meanwhile, both requests are repeated.
+    port is read under the lock, so changes of this process never conflict. If
+    another process changes the port meanwhile, the read and the write are
+    repeated.
 
-    :param read: returns the port as Neutron has it
-    :param write: called with the id of the port, its pairs, and its revision
+    :param read: a function that returns Neutron's port
+    :param write: a function of the id of the port, its pairs, and its revision
     """
 
     def __init__(self, read: Callable[[], Any],
@@ -69,10 +70,10 @@ class AddressPairs:
         self._waiting: collections.deque[_Change] = collections.deque()
 
     def assign(self, mac: str, addresses: Iterable[str] = ()) -> None:
-        """Replace the allowed address pairs that have a MAC address.
+        """Replace the allowed address pairs that have a given MAC address.
 
         :param addresses: the addresses of the new pairs
-        :raises Exception: if Neutron cannot be reached, or refuses
+        :raises Exception: if Neutron cannot be reached, or refuses the change
         """
         change = _Change(mac, addresses)
         self._waiting.append(change)
@@ -88,10 +89,10 @@ class AddressPairs:
             raise change.error
 
     def _take(self, change: _Change) -> list[_Change]:
-        """Return all waiting changes, and this one.
+        """Return all waiting changes, including ``change``.
 
-        If another thread took this change and was killed, it is not among the
-        waiting ones.
+        If another thread took ``change`` and was killed, ``change`` is not
+        waiting any more, but is returned too.
         """
         changes = []
         while self._waiting:
@@ -100,7 +101,7 @@ class AddressPairs:
 
     def _settle(self, changes: list[_Change]) -> None:
         """Write all changes; a refused change does not prevent the others."""
-        # Deleted pairs make room for new ones.
+        # Deletions come first: deleted pairs make room for new pairs.
         changes.sort(key=lambda change: bool(change.addresses))
         size = len(changes)
         while changes:
@@ -148,8 +149,8 @@ class AddressPairs:
 def repeat(request: Callable[[], _T]) -> _T:
     """Return the result of a request; repeat it after a transient error.
 
-    :raises Exception: the last error, after at most 7 attempts, and at most
-        10 seconds besides the requests themselves
+    :raises Exception: the last error, after at most 7 attempts, with pauses of
+        at most 10 seconds in total
     """
     for delay in _DELAYS:
         try:

@@ -53,7 +53,7 @@ class Port:
 def configure(files: Sequence[str], directories: Sequence[str]) -> None:
     """Let Kuryr's modules read their options.
 
-    :raises oslo_config.cfg.Error: if they cannot be read
+    :raises oslo_config.cfg.Error: if the options cannot be read
     """
     k_config.CONF([], project='kuryr', default_config_files=files,
                   default_config_dirs=directories)
@@ -133,7 +133,8 @@ def _read() -> tuple[list[Any], list[Any]]:
     # missing variable of the environment a KeyError.
     except (k_exc.K8sClientException, RuntimeError, OSError, KeyError,
             ValueError, TypeError, AttributeError) as err:
-        # Kuryr's client raises the last three for another program's answer.
+        # If another program answers, Kuryr's client raises a ValueError,
+        # TypeError or AttributeError.
         raise exceptions.KubernetesUnavailable(
             url=k_config.CONF.kubernetes.api_root or 'its service address',
             reason='%s is missing' % err if isinstance(err, KeyError)
@@ -177,7 +178,7 @@ def _has_waited(kuryrport: Any, pod: Optional[Any], seconds: float) -> bool:
 
 
 def _not_running(kuryrport: Any, pod: Optional[Any]) -> Optional[str]:
-    """Return why the pod of a KuryrPort is not running; None if it is."""
+    """Return the reason why a KuryrPort has no running pod, or None."""
     if pod is None:
         return 'its pod is gone'
     if (kuryrport['metadata'].get('deletionTimestamp')

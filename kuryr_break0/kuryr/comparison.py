@@ -2,9 +2,9 @@
 
 """Compares Kuryr's binding code with the code that direct binding replaces.
 
-With ``pod_binding = auto``, this package replaces some functions of Kuryr and
-has the same result. A distribution or a later release of Kuryr may have
-changed them.
+With ``pod_binding = auto``, this package replaces functions of Kuryr, with the
+same result. A distribution or a later release of Kuryr may have changed these
+functions. Then Kuryr's own code is used.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Comparison(NamedTuple):
 
 
 def digest(read: Callable[[str], Optional[str]]) -> str:
-    """Return a digest of the functions' source.
+    """Return a digest of the source of all FUNCTIONS.
 
     :param read: returns the source of a module of kuryr_kubernetes, or None
     """
@@ -56,7 +56,7 @@ def _sources(text: str) -> Iterator[tuple[str, str]]:
 
 @functools.lru_cache(maxsize=None)
 def compare() -> Comparison:
-    """Compare the installed Kuryr; cached in this process and its children."""
+    """Compare the installed Kuryr; child processes inherit the result."""
     try:
         number = digest(_read)
     except (OSError, SyntaxError, ValueError) as err:

@@ -37,7 +37,7 @@ class PodNotConnected(k_exc.CNITimeout):  # type: ignore[misc]
 
     For a CNITimeout, kuryr-daemon returns CNI's code 11, "try again later",
     and kubelet tries again. After three errors of other classes, kuryr-daemon
-    restarts, which would not help here.
+    restarts, but a restart would not help here.
     """
 
 
@@ -56,8 +56,8 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         """Store which options kuryr-daemon has read, and when.
 
         The first process of kuryr-daemon calls this method when it starts.
-        Each bind stores the same again, because the state directory may not
-        have existed before.
+        Each bind stores the same options again, because the state directory
+        may not have existed before.
         """
         if cls._reader is None:
             cls._reader = readers.describe(k_config.CONF)
@@ -96,7 +96,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
         if options is None or not options.enabled:
             return
         try:
-            assert self._parent is not None  # found in connect
+            assert self._parent is not None  # set by _detect_iface_name
             Break0Manager(options).bind(
                 owner, break0_vif.addresses(vif), parent=self._parent,
                 mac=str(vif.address), netns=sandbox,
@@ -118,7 +118,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
                    container_id: str) -> None:
         """Unbind a VIF from break0, then let Kuryr unbind it.
 
-        If the namespace is gone, its interfaces are too, and Kuryr is not
+        If the namespace is gone, its interfaces are gone too, and Kuryr is not
         called.
         """
         owner = Owner(container_id, ifname)
@@ -168,7 +168,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
             raise k_exc.CNIBindingFailure(
                 '[binding] link_iface is %s, which is [break0] device. Set '
                 'it to the parent of %s.' % (device, device))
-        # Copy in one step: a thread of IPDB changes it meanwhile.
+        # Copy in one step, because a thread of IPDB may change the interfaces.
         interfaces = {
             name: link for name, link in dict(h_ipdb.interfaces).items()
             if not _is_reserved_name(name, device)}
@@ -183,7 +183,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
             and comparison.compare().is_known)
 
     def _connect_directly(self, vif: Any, ifname: str, sandbox: str) -> None:
-        """Bind a VIF as Kuryr does, with the same errors."""
+        """Bind a VIF with the same result and the same errors as Kuryr."""
         with kernel.Netlink() as netlink:
             parent = self._find_parent(netlink)
             if parent.mtu < vif.network.mtu:
@@ -235,7 +235,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
     @staticmethod
     @contextlib.contextmanager
     def _logged(consequence: str) -> Iterator[None]:
-        """Log an error in the block; the pod starts despite any error."""
+        """Log and suppress an error in the block, so that Kuryr proceeds."""
         try:
             yield
         except Exception as err:

@@ -5,7 +5,7 @@
 kuryr-daemon and kuryr-cni load all os-vif plugins. kuryr-k8s-controller may
 share their virtual environment, and its VIF pools know Kuryr's VIF classes by
 name. So this module imports nothing slow, and changes only kuryr-daemon,
-before it forks.
+before kuryr-daemon forks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kuryr_break0 import log
 
 LOG = log.get_logger(__name__)
 
-#: No other program imports this module.
+#: A module that only kuryr-daemon imports.
 _DAEMON_MODULE = 'kuryr_kubernetes.cni.daemon.service'
 
 
@@ -31,7 +31,7 @@ class Break0Plugin(plugin.PluginBase):  # type: ignore[misc]
 
     @classmethod
     def load(cls, plugin_name: str) -> Break0Plugin:
-        """Load the plugin; ``os_vif.initialize()`` calls it once."""
+        """Load the plugin. ``os_vif.initialize()`` calls this method once."""
         if _DAEMON_MODULE in sys.modules:
             try:
                 _install_driver()
@@ -58,8 +58,9 @@ class Break0Plugin(plugin.PluginBase):  # type: ignore[misc]
 def _install_driver() -> None:
     """Let break0's driver bind nested macvlan VIFs.
 
-    The VIF class is registered last, because without a driver each ADD would
-    fail. Modules that each request needs are imported here, once.
+    The VIF class is registered only after the driver was loaded, because each
+    ADD would fail without a driver. Modules that each request needs are
+    imported here, once.
     """
     import netrc  # noqa: F401 (requests imports it for each API call)
 
@@ -106,11 +107,11 @@ def _install_driver() -> None:
                      'code, %s', 'kuryr-break0'
                      if comparison_.is_known else 'Kuryr', comparison_.text)
         if options.guard != config.OFF:
-            # A kernel without nftables refuses; each bind reports it.
+            # A kernel without nftables refuses. Each bind reports the error.
             with contextlib.suppress(exceptions.KernelRefused):
                 kernel.share_nft()
-    # Forked processes share the pages of all present objects. A garbage
-    # collection in a request would write to the objects, and so copy the
-    # pages, which takes longer than the bind. Exclude the objects from it.
+    # Forked processes share the pages of all present objects. Exclude these
+    # objects from garbage collection: in a request, a collection would write
+    # to them, and so copy the pages, which takes longer than the bind.
     gc.collect()
     gc.freeze()

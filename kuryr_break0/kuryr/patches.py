@@ -2,28 +2,29 @@
 
 """All monkey patches of Kuryr: four functions.
 
-The first two are private functions of ``kuryr_kubernetes.cni.binding.base``,
-tested with Kuryr 6.0.0 to 10.0.0. They are replaced in the process of one
-request, and only if no other package has replaced them since this module was
-imported. The last two are replaced in kuryr-daemon before it forks.
+``get_ipdb`` and ``_configure_l3`` are private functions of
+``kuryr_kubernetes.cni.binding.base``, tested with Kuryr 6.0.0 to 10.0.0. Both
+are replaced in the process of one request, and only if no other package has
+replaced them since this module was imported. ``cleanup`` and ``_do_work`` are
+replaced in kuryr-daemon before it forks.
 
 ``get_ipdb``: Kuryr opens IPDB in the node's namespace twice per pod, and IPDB
-reads all routes and neighbours, of which break0 has one per pod. Kuryr needs
-interfaces and addresses only.
+reads all routes and neighbours. break0 has a route and a neighbour per pod,
+but Kuryr needs only interfaces and addresses.
 
 ``_configure_l3``: Kuryr adds the pod's addresses with IPDB after the driver
 has returned. If many pods are added at once, IPDB may miss an event, and raise
-a RuntimeError without a text: the ADD fails. So it is repeated. With direct
-binding, another function replaces it.
+a RuntimeError without a text, so that the ADD fails. So the patch repeats the
+function. With direct binding, another function replaces it.
 
 ``cleanup``, in the same module: for a DEL without a KuryrPort, Kuryr deletes
-the interface named CNI_IFNAME. If CNI_NETNS is empty, it deletes the interface
-in the namespace of kuryr-daemon: the node loses its NIC, unless that is a
-physical device. containerd 1.6 repeats a DEL in this way for most pods. So
-Kuryr's function is called only for namespaces of pods.
+the interface named CNI_IFNAME. If CNI_NETNS is empty, Kuryr deletes the
+interface in the namespace of kuryr-daemon: the node loses its NIC, unless the
+NIC is a physical device. containerd 1.6 repeats a DEL with an empty CNI_NETNS
+for most pods. So the patch calls Kuryr's function only for namespaces of pods.
 
-``K8sCNIRegistryPlugin._do_work``: it does not pass the pod's name to the
-driver. The patch records the name first, for log lines and records.
+``K8sCNIRegistryPlugin._do_work``: this method does not pass the pod's name to
+the driver. The patch records the name first, for log lines and records.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _pod: Optional[str] = None
 
 
 def record_pod_names() -> None:
-    """Let each request record the name of its pod, in its process."""
+    """Let each request record its pod's name in the request's process."""
     from kuryr_kubernetes.cni.plugins import k8s_cni_registry
     kind = getattr(k8s_cni_registry, 'K8sCNIRegistryPlugin', None)
     work = getattr(kind, '_do_work', None)
@@ -122,12 +123,12 @@ def replace_configure_l3(configure: Callable[..., None],
                          vif: Optional[Any] = None) -> None:
     """Let another function configure the next VIF of this process.
 
-    :param configure: a function with the arguments of Kuryr's
-    :param vif: the VIF; None for any
+    :param configure: a function with the arguments of Kuryr's _configure_l3
+    :param vif: call ``configure`` only for this VIF; None for any VIF
     """
     present = getattr(b_base, '_configure_l3', None)
-    # The function of an earlier VIF is still there if Kuryr added no addresses
-    # to that VIF.
+    # If Kuryr added no addresses to an earlier VIF, the function for that VIF
+    # is still in place.
     if _configure_l3 is None or (present is not _configure_l3 and not hasattr(
             present, 'is_of_break0')):
         return
@@ -143,7 +144,7 @@ def replace_configure_l3(configure: Callable[..., None],
 
 
 def configure_l3_repeatedly(*args: Any) -> None:
-    """Configure a pod's addresses as Kuryr does; repeat it if IPDB fails.
+    """Configure a pod's addresses as Kuryr does; try again if IPDB fails.
 
     Addresses from an earlier attempt are no error.
     """

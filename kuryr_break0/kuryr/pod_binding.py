@@ -8,9 +8,9 @@ Kuryr reads the namespace again. This module sends one request, with the same
 result.
 
 If Kuryr is killed before the move, the interface remains on the node. The VIF
-does not identify it, because the author of a KuryrPort chooses name and MAC
-address. So a leftover is identified by its interface group, in which Kuryr
-creates the interface and which nothing else uses.
+does not identify this leftover, because the author of a KuryrPort chooses name
+and MAC address. So a leftover is identified by its interface group: Kuryr
+creates the interface in this group, and nothing else uses the group.
 
 All functions raise NetnsUnusable if the pod's namespace cannot be entered, and
 KernelRefused with the first error of the kernel.
@@ -46,11 +46,12 @@ def sandbox_path(netns: str) -> str:
     """Return a path of a pod's namespace that this process can open.
 
     For an empty path, Kuryr would use the namespace of kuryr-daemon, and
-    delete the node's eth0. pyroute2.NetNS creates a path that does not exist.
+    delete the node's eth0. If a path does not exist, pyroute2.NetNS would
+    create a namespace there.
 
     :param netns: CNI_NETNS of the request
-    :raises NetnsUnusable: if it is empty, does not exist, or is the
-        namespace of this process
+    :raises NetnsUnusable: if the path is empty, does not exist, or leads to
+        the namespace of this process
     """
     if not netns:
         raise exceptions.NetnsUnusable(netns=netns, reason='is not named')
@@ -90,7 +91,7 @@ def connect(netlink: kernel.Netlink, netns: str, ifname: str,
         except exceptions.KernelRefused as err:
             if err.errno == errno.EEXIST:
                 break
-            # The last owner of the address is being deleted.
+            # The previous interface with the MAC address is being deleted.
             if (err.errno != errno.EADDRINUSE
                     or time.monotonic() - began >= _PATIENCE):
                 raise
@@ -139,7 +140,7 @@ def configure_l3(vif: Any, ifname: str, netns: str,
 
 
 def disconnect(netns: str, *names: str) -> None:
-    """Delete interfaces of a pod; missing ones are no error."""
+    """Delete interfaces of a pod. A missing interface is no error."""
     with _entered(netns) as netlink:
         for name in names:
             netlink.delete_link(name)
@@ -148,7 +149,7 @@ def disconnect(netns: str, *names: str) -> None:
 def remove_leftover(name: str) -> None:
     """Delete the interface that an earlier ADD has left on the node.
 
-    :raises NotALeftover: if it is another interface
+    :raises NotALeftover: if another interface has the name
     """
     if kernel.find_ifindex(name) is None:
         return
@@ -163,7 +164,7 @@ def remove_leftover(name: str) -> None:
 
 
 def clear_group(netns: str, ifname: str) -> None:
-    """Remove the interface that Kuryr has created from the group."""
+    """Reset the group of the interface that Kuryr has created."""
     with _entered(netns) as netlink:
         link = netlink.link(ifname)
         if link is not None:

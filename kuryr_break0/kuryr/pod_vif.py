@@ -2,12 +2,12 @@
 
 """A driver of kuryr-controller for nested macvlan.
 
-Only kuryr-controller imports it, if ``[kubernetes] pod_vif_driver`` names it.
-Kuryr's own driver, in 6.0.0 to 10.0.0, has two faults. It does not initialize
-its base classes, so no pod gets a port. It reads the port of the node before
-it takes the lock for writing that port. If many pods are created at once,
-most of them therefore get no port, and the ports of failed attempts stay in
-Neutron.
+Only kuryr-controller imports this module, if ``[kubernetes] pod_vif_driver``
+names the driver. Kuryr's own driver, in 6.0.0 to 10.0.0, has two faults.
+First, it does not initialize its base classes, so no pod gets a port. Second,
+it reads the port of the node before it takes the lock for writing that port.
+If many pods were created at once, most pods would therefore get no port, and
+the ports of failed attempts would stay in Neutron.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from kuryr_break0 import log
 
 LOG = log.get_logger(__name__)
 
-#: The name of its entry point.
+#: The name of the driver's entry point.
 NAME = 'nested-macvlan-break0'
 
 
 class PortNotReady(k_exc.PortNotReady):  # type: ignore[misc]
     """For a temporary reason, a port was not created or not deleted.
 
-    Kuryr recognises this class by its name. It calls the driver again for up
-    to 500 seconds, and does not report its handler unhealthy, which would
-    restart the controller (kuryr_kubernetes.handlers.retry).
+    Kuryr recognises the name of this class. It calls the driver again for up
+    to 500 seconds, and does not report its handler as unhealthy. An unhealthy
+    handler would restart the controller (kuryr_kubernetes.handlers.retry).
     """
 
     def __init__(self, text: str) -> None:
@@ -53,16 +53,16 @@ class NestedMacvlanDriver(
         nested_macvlan_vif.NestedMacvlanPodVIFDriver):  # type: ignore[misc]
     """Creates and deletes a pod's port, and its pairs on the node's port."""
 
-    #: Pairs, by the address of the node. All drivers of the process share
-    #: them: Kuryr can create several drivers of a class.
+    #: The pairs of each node's port, by the address of the node. All drivers
+    #: of the process share them, because Kuryr can create several drivers.
     _nodes: ClassVar[dict[str, address_pairs.AddressPairs]] = {}
 
     def __init__(self) -> None:
-        # Kuryr's class has an __init__ that omits this call.
+        # Kuryr's class has an __init__ that does not call its base class.
         super(nested_macvlan_vif.NestedMacvlanPodVIFDriver, self).__init__()
         if k_config.CONF.kubernetes.pod_vif_driver == NAME:
-            # Kuryr finds the driver that activates and releases a VIF by the
-            # class of the VIF, in a table that no option can extend.
+            # Kuryr looks up the driver that activates and releases a VIF in a
+            # table, by the class of the VIF. No option can extend the table.
             vif_pool.VIF_TYPE_TO_DRIVER_MAPPING[
                 k_vif.VIFMacvlanNested.__name__] = NAME
 
@@ -104,7 +104,7 @@ class NestedMacvlanDriver(
             self._pairs(_node(pod)).assign(port.mac_address, (
                 each['ip_address'] for each in port.fixed_ips))
             return vif
-        except BaseException as err:  # also at the end of the controller
+        except BaseException as err:  # also if the controller is stopped
             self._remove(pod, port.id, port.mac_address)
             if not isinstance(err, Exception):
                 raise
@@ -129,10 +129,10 @@ class NestedMacvlanDriver(
     def _remove_others(self, pod: Any) -> bool:
         """Delete the ports of a pod that no VIF names.
 
-        A controller that is killed leaves them, if it has created a port and
-        not written the VIF into the KuryrPort.
+        A controller leaves such a port if it is killed after it has created
+        the port, and before it has written the VIF into the KuryrPort.
 
-        :returns: whether none is left
+        :returns: whether no port is left
         """
         metadata = pod['metadata']
         # If the pod is gone, Kuryr passes the metadata of its KuryrPort.
@@ -150,10 +150,10 @@ class NestedMacvlanDriver(
                     for port in ports if port.device_id in uids])
 
     def _remove(self, pod: Any, port: str, mac: str) -> bool:
-        """Delete a port and its pairs; return whether none of it is left.
+        """Delete a port and its pairs; return whether neither is left.
 
-        If one of both fails, the other is deleted all the same, since Kuryr
-        does not always ask again.
+        If one deletion fails, the other is tried all the same, since Kuryr
+        does not always call the driver again.
         """
         is_removed = True
         node = _node(pod)

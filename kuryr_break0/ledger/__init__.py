@@ -66,7 +66,7 @@ class Contents:
     :ivar claims: the claims on each address, the newest first; ordered by
         address
     :ivar damaged: the reason for each damaged record, by path
-    :ivar newer: the same for records of a later version
+    :ivar newer: a description of each record of a later version, by path
     :ivar quarantined: the paths of the records in quarantine
     :ivar unreadable: the addresses of the damaged, newer and quarantined
         records
@@ -118,7 +118,8 @@ class Ledger:
     def lock(self) -> Iterator[None]:
         """Hold the ledger's lock within the block.
 
-        :raises LockTimeout: if another process or thread held it too long
+        :raises LockTimeout: if another process or thread has held the lock for
+            the whole ``lock_timeout``
         """
         self.prepare()
         with contextlib.ExitStack() as stack:
@@ -132,7 +133,7 @@ class Ledger:
                 self.is_locked = False
 
     def is_free_within(self, seconds: float) -> bool:
-        """Wait for the lock; see :func:`lock.is_free_within`."""
+        """Wait until the lock is free; see :func:`lock.is_free_within`."""
         with self._convert_errors():
             return lock.is_free_within(self.lock_path, seconds)
 
@@ -140,9 +141,10 @@ class Ledger:
                 ) -> tuple[Contents, T, bool]:
         """Read all records, and other values that must match them.
 
-        Nothing is changed. Between both reads, wait for the lock, because its
-        holder may have done half of an operation. If a record was added or
-        removed meanwhile, repeat both reads, at most _RETRIES times.
+        The method changes nothing. Between the two reads, it waits until the
+        lock is free, because the holder may be in the middle of an operation.
+        If a record was added or removed meanwhile, it repeats both reads, with
+        at most _RETRIES attempts.
 
         :param read_other: reads the other values
         :param patience: seconds to wait for the lock
@@ -208,8 +210,9 @@ class Ledger:
     def ensure_identity(self) -> Identity:
         """Return the identity of the ledger; create it if it is missing.
 
-        It is created at the first use of the directory, and again after the
-        directory's contents were lost. The caller must hold the lock.
+        The identity is created at the first use of the directory, and again
+        after the directory's contents were lost. The caller must hold the
+        lock.
         """
         try:
             current = identity.read(self._identity_path)
@@ -220,8 +223,8 @@ class Ledger:
             current = None
         boot = identity.read_boot_id()
         if current is not None and boot and current.boot not in ('', boot):
-            # The kernel numbers namespaces from the start at each boot, so an
-            # earlier boot's records would match namespaces of this boot.
+            # The kernel numbers namespaces from the start at each boot, so
+            # records of an earlier boot can match namespaces of this boot.
             LOG.warning('The state directory %s has records of an earlier '
                         'boot; their pods no longer exist. Moved them to '
                         'quarantine. Use a directory on a tmpfs: see [break0] '
@@ -262,7 +265,7 @@ class Ledger:
                 *[*recent, *sorted(new)][-MAX_NEXT_HOPS:]])
 
     def list_ended(self) -> dict[Owner, float]:
-        """Return the owners of interfaces that a DEL has ended, with times.
+        """Return the owners of the recent DELs, with the times of the DELs.
 
         The ledger keeps the last DEL of each owner, and at most the last
         MAX_ENDED DELs of all owners. A DEL names only the addresses of the
@@ -278,7 +281,7 @@ class Ledger:
     def add_end(self, owner: Owner, when: float) -> None:
         """Add a DEL to :meth:`list_ended`. The caller must hold the lock."""
         ended = self.list_ended()
-        ended.pop(owner, None)  # its new DEL comes last
+        ended.pop(owner, None)  # the new DEL of an owner must be the last
         self._put_ended({**ended, owner: when})
 
     def delete_ends(self, before: float) -> None:
@@ -294,7 +297,7 @@ class Ledger:
                                  in list(ended.items())[-MAX_ENDED:]])
 
     def exists(self) -> bool:
-        """Return whether the state directory exists."""
+        """Return whether the state directory exists and is not empty."""
         try:
             return bool(os.listdir(self.path))
         except OSError:
@@ -303,8 +306,8 @@ class Ledger:
     def list_foreign_files(self) -> list[str]:
         """Return the names of foreign files in a directory without records.
 
-        The caller refuses such a directory, for example /run: changing its
-        mode or deleting files would break other programs.
+        The caller refuses a directory with such files, for example /run,
+        because changing its mode or deleting files would break other programs.
         """
         return sorted(name for name in os.listdir(self.path) if not (
             name in _FOREIGN_DIRECTORIES or _is_own_file(name)))
@@ -326,8 +329,9 @@ class Ledger:
                             os.unlink(os.path.join(directory, name))
                     os.rmdir(directory)
         except OSError as err:
-            # It has foreign files, or is a mount point or a link. rmdir(2)
-            # fails with EROFS for a mount point in a read-only directory.
+            # The directory has foreign files, or is a mount point or a link.
+            # For a mount point in a read-only directory, rmdir(2) fails with
+            # EROFS.
             is_mounted = (err.errno == errno.EROFS
                           and err.filename == self.path)
             if not is_mounted and err.errno not in (
@@ -350,7 +354,8 @@ class Ledger:
                               self.list_foreign_files()[0])
             mode = stat.S_IMODE(status.st_mode)
             if mode & 0o077:
-                # kubelet creates an empty directory for a volume.
+                # For a volume, kubelet creates an empty directory with such a
+                # mode.
                 LOG.log(logging.WARNING if used else logging.DEBUG,
                         'Other users had access to the state directory %s '
                         '(mode %o). Changed its mode to 700', self.path, mode)

@@ -62,8 +62,8 @@ def add(record: Record, claims: Claims,
         is_gone: Callable[[Record], bool]) -> Addition:
     """Add a claim, which replaces the earlier claims of its interface.
 
-    If its owner has a newer claim, nothing changes: the runtime has abandoned
-    this bind and started another one.
+    If the owner of the claim already has a newer claim, nothing changes: the
+    runtime has abandoned this bind and started another one.
     """
     if any(claim.owner == record.owner and claim.bound_at > record.bound_at
            for claim in claims):
@@ -71,7 +71,8 @@ def add(record: Record, claims: Claims,
     of_others = [claim for claim in claims
                  if not is_of_same_interface(claim, record)]
     rivals, _ = split(of_others, is_gone)
-    # Without a namespace or a macvtap, no sandbox can be proven to be gone.
+    # If a claim has neither a namespace nor a macvtap, its sandbox can never
+    # be proven to be gone.
     kept = tuple(claim for claim in rivals if claim.namespace or claim.tap)
     return Addition((record, *kept), rivals)
 
@@ -94,9 +95,10 @@ def is_own(claim: Record, owner: Owner, namespace: Optional[NamespaceId],
            mac: Optional[str], bound_at: Optional[float] = None) -> bool:
     """Return whether an unbind for an owner drops a claim.
 
-    The container id of an adopted container is unknown. Its namespace alone
-    does not identify it: a runtime can reuse the path for a new container, and
-    then repeat the DEL of the earlier one. So the MAC address is compared too.
+    The container id of an adopted container is unknown. The namespace alone
+    does not identify the container: a runtime can reuse the path for a new
+    container, and then repeat the DEL of the earlier container. So the MAC
+    address is compared too.
 
     :param namespace: the namespace of the sandbox, if it exists
     :param mac: MAC address of its interface; None if unknown
@@ -114,7 +116,7 @@ def is_own(claim: Record, owner: Owner, namespace: Optional[NamespaceId],
 def can_own_items(claims: Collection[Record], mac: Optional[str]) -> bool:
     """Return whether the route and the neighbour can belong to the claims.
 
-    Otherwise they belong to an unrecorded pod or to another ledger. A claim
+    If not, the items belong to an unrecorded pod or to another ledger. A claim
     without a MAC address can own any items.
 
     :param mac: MAC address of the permanent neighbour of the address; None

@@ -15,16 +15,17 @@ from typing import Iterator, Optional
 
 from kuryr_break0 import exceptions
 
-#: Prefix of unfinished files; a killed writer leaves one.
+#: Prefix of the name of an unfinished file, which a killed writer leaves.
 UNFINISHED = '.unfinished.'
-#: Minimum seconds that :func:`try_lock` waits if another process has the lock.
+#: Seconds between two attempts of :func:`try_lock`.
 _PAUSE = 0.001
 
 
 def now() -> float:
     """Return the seconds since the boot; the clock cannot be set back.
 
-    Time namespaces do not change it, so containers can compare their times.
+    The result is the same in all time namespaces, so containers can compare
+    their times.
     """
     return time.clock_gettime(time.CLOCK_BOOTTIME) - _clock_offset()
 
@@ -60,7 +61,8 @@ _FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 def open_file(path: str, flags: int) -> Iterator[int]:
     """Open a file, and close it at the end of the ``with`` block.
 
-    Links are refused, and a pipe does not block: a pod must not wait for it.
+    Links are refused. Opening a pipe does not block, because a pod must not
+    wait for another program.
     """
     fd = os.open(path, flags | _FLAGS, 0o600)
     try:
@@ -93,7 +95,8 @@ def try_lock(fd: int, kind: int, seconds: float = 0) -> bool:
 def is_at(fd: int, path: str) -> bool:
     """Return whether an open file is still the file at a path.
 
-    It is another file after the directory was deleted and created again.
+    If the directory was deleted and created again, another file is at the
+    path.
     """
     try:
         return os.path.samestat(os.fstat(fd), os.stat(path))
@@ -109,7 +112,7 @@ def read(path: str, max_size: int) -> str:
     """Read a small regular file.
 
     :param max_size: bytes
-    :raises ValueError: if it is of another kind, or larger
+    :raises ValueError: if the file is of another kind, or larger
     :raises OSError: if it does not exist or cannot be read
     """
     return read_stamped(path, max_size)[0]
@@ -144,8 +147,9 @@ def replace(path: str, text: str) -> None:
     :raises OSError: if it cannot be written
     """
     directory, name = os.path.split(path)
-    # Several processes may write one file if one of them could not get the
-    # lock. Their PIDs may be equal, in different PID namespaces.
+    # If a process could not get the lock, several processes may write one
+    # file. Their PIDs may be equal, in different PID namespaces. So the name
+    # of the unfinished file is random.
     unfinished = os.path.join(directory, '%s%s.%s' % (
         UNFINISHED, os.urandom(8).hex(), name))
     try:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The agent's heartbeat, by which other processes know that it is alive."""
+"""The heartbeat by which other processes know that the agent is alive."""
 
 from __future__ import annotations
 

@@ -46,13 +46,14 @@ class Identity:
     """The identity of a ledger.
 
     :ivar id: 16 hexadecimal digits
-    :ivar secret: part of the MAC addresses of break0, so that no pod can
-        compute them
-    :ivar boot: id of the boot in which it was created
+    :ivar secret: input of the MAC addresses of break0, so that no pod can
+        compute these addresses
+    :ivar boot: id of the boot in which the identity was created
     :ivar devices: names of the break0 devices, by parent
-    :ivar macs: MAC address of each break0, to create it again with the same
-    :ivar claimed: for each break0 that was taken over, the lost ledger of this
-        directory that owned it
+    :ivar macs: MAC address of each break0, by name. A deleted break0 gets the
+        same address when it is created again
+    :ivar claimed: for each break0 that was taken over, the id of the lost
+        ledger of this directory that owned it
     """
 
     id: str = ''
@@ -119,7 +120,8 @@ def ownership(link: Optional[Link], own: Optional[Identity],
     """Return the relation of an interface to a ledger.
 
     A ledger is lost if its directory is lost. Two processes can have different
-    directories at the same path. Each then takes a break0 over only once.
+    directories at the same path. In this case, each of the two ledgers takes
+    over a break0 only once.
 
     :param own: the identity of the ledger; None if it was never used
     :param directory: the state directory of the ledger
@@ -146,9 +148,9 @@ def read_boot_id() -> str:
 
 
 def read(path: str) -> Optional[Identity]:
-    """Read the identity of a ledger; None if it has none.
+    """Read the identity of a ledger; None if the file does not exist.
 
-    :raises ValueError: if it is damaged
+    :raises ValueError: if the file is damaged
     """
     try:
         return Identity.from_json(files.read(path, _MAX_SIZE))

@@ -4,7 +4,8 @@
 
 A worker of kuryr-daemon lives for one request, and the agent may not run. So
 each process appends records to a file in the state directory, and the agent
-removes them. A bind spends about 10 microseconds on it. It raises no error.
+removes them. To append its record, a bind needs about 10 microseconds. The
+methods of :class:`Journal` raise no error.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from kuryr_break0.ledger import files
 
 _F = TypeVar('_F', bound=Callable[..., Any])
 
-#: Operation, count, seconds in all. The page size is a multiple of its size,
-#: so tmpfs writes a record as a whole.
+#: Operation, count, seconds in all. The page size is a multiple of the size of
+#: a record, so tmpfs writes a record as a whole.
 _RECORD = struct.Struct('<BxxxId')
 #: Maximum bytes of the file; further records are dropped.
 LIMIT = 64 * 1024
-#: Seconds to wait for the lock. Its holders need microseconds, unless they are
-#: stopped.
+#: Seconds to wait for the lock. A process holds the lock for microseconds,
+#: unless it is stopped.
 _PATIENCE = 0.01
 
 
 class Done(enum.IntEnum):
-    """An operation; the numbers are the format of the file."""
+    """An operation, by its number in the file."""
 
     BIND = 1
     BIND_FAILED = 2
@@ -77,7 +78,7 @@ class Journal:
         self._path = os.path.join(state_dir, 'journal')
 
     def add(self, what: Done, *, times: int = 1, seconds: float = 0) -> None:
-        """Append a record. It is lost at an error, which is harmless."""
+        """Append a record; an error loses it, which is harmless."""
         with contextlib.suppress(OSError), files.open_file(
                 self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT) as fd:
             if files.try_lock(fd, fcntl.LOCK_SH, _PATIENCE) and (
@@ -101,9 +102,9 @@ class Journal:
 
 
 def timed(done: Done, failed: Done) -> Callable[[_F], _F]:
-    """Record result and duration of a method in the journal.
+    """Record the result and duration of a method in the journal.
 
-    The object's attribute ``_ledger`` is the ledger.
+    The ledger of the journal is the attribute ``_ledger`` of the object.
     """
     def decorate(method: _F) -> _F:
         @functools.wraps(method)

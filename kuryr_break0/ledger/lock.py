@@ -2,8 +2,8 @@
 
 """The lock of a ledger, for all processes and threads that use it.
 
-The kernel releases the lock of the file when its holder dies. The functions
-raise OSError if the file cannot be opened.
+The lock is a lock on a file, which the kernel releases when the holder dies.
+The functions raise OSError if the file cannot be opened.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Iterator
 from kuryr_break0 import exceptions
 from kuryr_break0.ledger import files
 
-#: Seconds between two attempts. The lock is held for half a millisecond; more
-#: frequent attempts would take processor time from its holder.
+#: Seconds between the first two attempts, and maximum seconds between any two.
+#: The lock is held for half a millisecond. More frequent attempts would take
+#: processor time from the holder.
 _PAUSE, _MAX_PAUSE = 0.01, 0.05
 
 
@@ -50,7 +51,7 @@ def is_free_within(path: str, seconds: float) -> bool:
 
     The function creates no file and blocks no other process.
 
-    :returns: whether it was free within these seconds
+    :returns: whether the lock was free within this time
     """
     try:
         with files.open_file(path, os.O_RDONLY) as fd:

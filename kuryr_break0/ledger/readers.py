@@ -64,7 +64,8 @@ def installed_version() -> str:
 def store(ledger: Ledger, program: str, reader: Reader) -> None:
     """Store the description of a program, unless it is stored already.
 
-    Without a state directory, nothing is stored: the next bind creates it.
+    Without a state directory, nothing is stored. The next bind creates the
+    directory.
     """
     facts = [*reader[:3], *reader.files]
     if ledger.exists() and ledger.cache.get(_KEYS[program]) != facts:

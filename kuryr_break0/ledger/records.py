@@ -44,7 +44,7 @@ _Namer = Callable[[str, Optional[int]], str]
 
 VERSION = 2
 SUFFIX = '.json'
-_MAX_SIZE = 2 ** 16  # bytes; a record usually has a hundredth
+_MAX_SIZE = 2 ** 16  # bytes; a record usually has a hundredth of this
 #: Maximum claims of an address, and maximum networks and sibling MAC addresses
 #: of a claim.
 MAX_CLAIMS = 8
@@ -117,7 +117,7 @@ def _claim(address: IPAddress, fields: dict[str, Any]) -> Record:
         _optional(_text, fields['pod']),
         _optional(_text, fields['configured']), _seconds(fields['bound_at']),
         tuple(map(_mac, fields.get('siblings', ()))),
-        # An origin of a later version counts as unknown: it decides nothing.
+        # An origin that only a later version defines counts as unknown (None).
         _ORIGINS.get(fields.get('origin')),
         _optional(_text, fields.get('network')), index,
         _optional(_tap, fields.get('tap')))
@@ -182,7 +182,7 @@ class Records:
         A damaged record is moved to quarantine, with a warning, and counts as
         missing.
 
-        :raises RecordNewer: if a later version has written it
+        :raises RecordNewer: if a later version has written the record
         """
         try:
             with self._convert_errors(), contextlib.suppress(
@@ -204,11 +204,11 @@ class Records:
                       **fields: Any) -> tuple[Record, ...]:
         """Change fields of the newest claim on an address.
 
-        If the claim has changed since it was read, it stays as it is. The
-        caller holds the lock of the ledger.
+        If the claim has changed since the caller read it, this method changes
+        nothing. The caller must hold the lock of the ledger.
 
-        :param expected: the claim, as it was read
-        :returns: the claims that were found
+        :param expected: the claim, as the caller read it
+        :returns: the claims on the address before the change
         :raises LedgerUnavailable: if the record cannot be read or written
         """
         claims = self.claims(expected.address)
@@ -217,7 +217,7 @@ class Records:
         return claims
 
     def find_containing(self, *texts: str) -> Iterator[tuple[Record, ...]]:
-        """Find records with a text that begins with one of the texts.
+        """Find the records in which a string begins with one of the texts.
 
         Only matching files are parsed, because parsing takes ten times as long
         as reading. Unreadable records are skipped, unless this process lacks
@@ -235,7 +235,7 @@ class Records:
                     continue
                 claims = self.claims(address)
             except ValueError:
-                continue  # damaged: its owner is unknown
+                continue  # the record is damaged, so its owner is unknown
             except exceptions.LedgerUnavailable as err:
                 if getattr(err.__cause__, 'errno',
                            0) in exceptions.RESOURCE_ERRNOS:
@@ -252,14 +252,14 @@ class Records:
               current_name: Optional[_Namer] = None) -> tuple[Record, ...]:
         """Return the claims of a file; parse it only if it was replaced.
 
-        To compare the stamp takes a tenth of the time of parsing. The present
-        name of the parent replaces the recorded one.
+        Comparing the stamp of the file takes a tenth of the time of parsing.
+        The present name of the parent replaces the recorded name.
 
-        :param current_name: used instead of :func:`node.find_current_name`,
-            such as a cached function
+        :param current_name: function to call instead of
+            :func:`node.find_current_name`, such as a cached function
         :raises ValueError: if the file is damaged
-        :raises NewerVersion: if a later version has written it
-        :raises OSError: if it does not exist or cannot be read
+        :raises NewerVersion: if a later version has written the file
+        :raises OSError: if the file does not exist or cannot be read
         """
         path = self.path(address)
         current = current_name or node.find_current_name
@@ -281,8 +281,9 @@ class Records:
     def put(self, claims: Sequence[Record]) -> None:
         """Replace the record of an address.
 
-        :param claims: its claims, the newest first
-        :raises LedgerUnavailable: if it failed; the old record remains
+        :param claims: the claims on the address, the newest first
+        :raises LedgerUnavailable: if the record cannot be written; then the
+            old record remains
         """
         with self._convert_errors():
             files.replace(self.path(claims[0].address), to_json(claims))
@@ -297,8 +298,10 @@ class Records:
                     judge: existence.Judge) -> bool:
         """Return whether a sandbox with a claim on an address may be gone.
 
-        False if there is no record. This method takes a third of the time of
-        :meth:`claims`, because it parses no addresses and networks.
+        This method takes a third of the time of :meth:`claims`, because it
+        parses no addresses and networks.
+
+        :returns: False also if the address has no record
         """
         try:
             fields = json.loads(files.read(self.path(address), _MAX_SIZE))
@@ -325,8 +328,8 @@ class Records:
                   most: int) -> tuple[list[IPAddress], int]:
         """List a part of the addresses with a record, and count all of them.
 
-        The order of the addresses is stable. The first address follows the
-        last one.
+        The order of the addresses is stable. After the last address, the part
+        continues with the first address.
 
         :param position: position of the first address to list
         :param most: maximum addresses to list
@@ -389,7 +392,8 @@ class Records:
 def address_of(name: str) -> IPAddress:
     """Return the address in the name of a record's file.
 
-    :raises ValueError: if it is no address, or in another notation
+    :raises ValueError: if the name contains no address, or an address in
+        another notation
     """
     address = address_from_text(name[:-len(SUFFIX)])
     if str(address) + SUFFIX != name or getattr(address, 'scope_id', None):

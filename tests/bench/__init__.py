@@ -5,7 +5,8 @@
 Run it as ``tests/in-lab python -W ignore -m tests.bench``. Some sections need
 root of the machine: run them by ``tests/in-root-lab``. Progress goes to
 stderr, tables to stdout. A missed target is printed but is not a failure,
-since the machine may be busy. A way with a wrong effect is a failure.
+since the machine may be busy. A wrong effect of a measured operation is a
+failure.
 Each section is a module with a function of the type :data:`Measure`.
 """
 
@@ -86,7 +87,8 @@ class Node:
         self.ledger = ledger.Ledger(self.options.state_dir)
         self.lab = node
         self.netns = node.add_pod('pod', str(POD), mac=MAC)
-        # Creates break0 before the measurements: it is created once per boot.
+        # Create break0 before the measurements: a node creates break0 once
+        # per boot.
         self.bind()
         self.unbind()
         self.index = socket.if_nametoindex(self.options.device)
@@ -129,7 +131,7 @@ class Node:
         manager.Break0Manager(self.options).housekeep()
 
     def resize(self, count: int) -> None:
-        """Set the number of other pods: their routes, neighbours, records."""
+        """Set the number of other pods with routes, neighbours and records."""
         grows = count > self.others
         changed = self.records(*sorted((count, self.others)))
         self.write_batch('add' if grows else 'del', changed)
@@ -196,12 +198,12 @@ def keep() -> None:
 
 #: ms of each turn
 Times = list[float]
-#: Measures one section on a fresh node; the number is the repetitions.
+#: Measures one section on a fresh node, with a number of repetitions.
 Measure = Callable[[Node, int], Section]
 
 
 def in_child(measure: Callable[[], float]) -> float:
-    """Measure in a forked process, like kuryr-daemon's for a request.
+    """Measure in a forked process, as kuryr-daemon handles a request.
 
     :raises Broken: if the measurement fails
     """
@@ -217,8 +219,8 @@ def in_child(measure: Callable[[], float]) -> float:
             os.write(writing, repr(err).encode())
         os._exit(1)
     os.close(writing)
-    # One read, since the end of file may never come: Kuryr leaves processes
-    # that hold the pipe open.
+    # Read once, since the pipe may never reach its end of file: Kuryr leaves
+    # processes that hold the pipe open.
     with open(reading, 'rb', buffering=0) as file:
         answer = file.read(1024).decode()
     if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
@@ -235,9 +237,9 @@ def timed(call: Callable[[], object]) -> float:
 
 #: The unit of targets for the kernel's share
 UNIT = 'ip processes'
-#: The unit of targets for Python code: what pyroute2 takes for one route. The
-#: ratio of Python to ip(8) differs by a factor of two between machines, and
-#: that of two programs in Python hardly.
+#: The unit of targets for Python code: the time of pyroute2 for one route.
+#: Between machines, the ratio of Python to ip(8) differs by a factor of two,
+#: and the ratio of two programs in Python hardly differs.
 ROUTE = 'IPRoute'
 
 
@@ -261,11 +263,11 @@ def unit(node: Node, of: Callable[[list[float]], float] = statistics.median,
 
 @contextlib.contextmanager
 def route_pairs(node: Node) -> Iterator[Callable[[], None]]:
-    """Yield a call by which pyroute2 sets and deletes a route.
+    """Yield a function by which pyroute2 sets and deletes a route.
 
-    Its time is the unit :data:`ROUTE`. Call it in turns with the measured
-    work: the machine's speed changes, and in a loop of its own the call finds
-    everything in the caches of the processor.
+    The time of a call is the unit :data:`ROUTE`. Alternate the calls with the
+    measured work: the machine's speed changes, and consecutive calls find all
+    their data in the caches of the processor.
     """
     route = {'dst': '192.0.2.99/32', 'proto': 99,
              'oif': socket.if_nametoindex(lab.PARENT)}
@@ -280,7 +282,7 @@ def route_pairs(node: Node) -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def route_units(node: Node) -> Iterator[Callable[[], float]]:
-    """Yield a call that returns the ms of :func:`route_pairs`."""
+    """Yield a function that returns the unit :data:`ROUTE` in ms."""
     with route_pairs(node) as pair:
         yield lambda: statistics.median(timed(pair) for _ in range(20))
 
@@ -289,7 +291,7 @@ def at_most(name: str, taken: float, of: float, limit: float,
             what: str = UNIT) -> Target:
     """Return a target as a multiple of another time of this run.
 
-    :param taken: the measured time, in the unit of the other
+    :param taken: the measured time, in the unit of the other time
     :param of: the other time
     :param limit: the largest allowed ratio
     :param what: name of the other time
@@ -304,7 +306,7 @@ def at_most_in_turns(name: str, taken: Times, of: Times, limit: float,
 
     The machine's speed may change from turn to turn.
 
-    :param count: the pods among which the measured time is divided
+    :param count: the number of pods by which the measured time is divided
     """
     ratio = statistics.median(
         one / other / count for one, other in zip(taken, of))
@@ -314,7 +316,7 @@ def at_most_in_turns(name: str, taken: Times, of: Times, limit: float,
 
 @contextlib.contextmanager
 def blamed(name: str) -> Iterator[None]:
-    """Prefix an error of the block with the name of the way.
+    """Prefix an error of the block with a name.
 
     :raises Broken: in place of any exception
     """

@@ -43,7 +43,7 @@ SECTIONS: dict[str, bench.Measure] = {
 #: Modules with numbers of pods, which --small divides by ten
 SIZED: tuple[Any, ...] = (binding, bulk, found, hops, own, pods,
                           scale)
-#: Runs only if it is named, and alone; see --hours.
+#: The section that runs only if it is named, and alone; see --hours.
 SOAK = 'soak'
 
 
@@ -96,7 +96,7 @@ def _positive(text: str) -> int:
 def _arguments(argv: Optional[list[str]]) -> argparse.Namespace:
     parser = _Parser(prog='tests.bench', description='Measure what a pod '
                      'costs. To be run under tests/in-lab.')
-    # Opened before the lab mounts a /run of its own.
+    # argparse opens the file before the lab mounts a /run of its own.
     parser.add_argument('--json', metavar='FILE',
                         type=argparse.FileType('w'),
                         help='write the results to this file as well')

@@ -38,7 +38,7 @@ from tests import lab
 SIZES = (0, 250, 1000)
 #: Pods bound by each way before the number of other pods changes
 ROUND = 2
-#: Divisors of ``--repeat``: binding a pod and a burst are slow.
+#: Divisors of ``--repeat``, since the binding of a pod and a burst are slow.
 PODS_SHARE = 10
 BURSTS_SHARE = 25
 BURST = 30
@@ -147,7 +147,7 @@ def binding(node: Node, repeat: int) -> Section:
         say('pod %d of %d bound by Kuryr' % (start + 1, pods))
         for size in SIZES:
             node.resize(size)
-            # As where an agent works, which has the housekeeping.
+            # With an agent's heartbeat, ADD and DEL do no housekeeping.
             with node.ledger.heartbeat.keep() as beat:
                 beat()
                 for way in ways:
@@ -230,7 +230,10 @@ ledger.Ledger = Ledger
 
 @contextlib.contextmanager
 def _daemon(node: kuryr.Node, way: str, stock: str) -> Iterator[list[float]]:
-    """Run kuryr-daemon in the block; afterwards fill in lock times in ms."""
+    """Run kuryr-daemon in the block, and yield a list.
+
+    After the block, the list has the ms for which each lock was held.
+    """
     held: list[float] = []
     path = os.path.join(node.dir, 'held')
     if way == STOCK:
@@ -316,7 +319,7 @@ def single(outer: Node, repeat: int) -> Section:
             others.resize(size)
             for way in adds:
                 say('ADDs at %d pods: %s' % (size, way))
-                # As where an agent works, which has the housekeeping.
+                # With an agent's heartbeat, ADD and DEL do no housekeeping.
                 with others.ledger.heartbeat.keep() as beat:
                     beat()
                     taken = singles(node, way, stock, count)

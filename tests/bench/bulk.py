@@ -21,8 +21,8 @@ from tests.bench import timed
 from tests.bench import Times
 
 SIZES = (1000, 10000)
-#: Each measurement is repeated in turns with the others, since the machine's
-#: speed changes with the minutes.
+#: Repetitions of each measurement. The measurements alternate, since the
+#: machine's speed changes within minutes.
 TURNS = 5
 BATCH = 'ip -batch'
 FROM_NOTHING = 'sync from nothing'
@@ -90,7 +90,7 @@ def _turn(node: Node, size: int) -> dict[str, float]:
                      'nud', 'permanent')
 
     node.write_batch('add', node.records(0, size))
-    sync()  # removes the entries of the guard of the pods that are gone
+    sync()  # removes the guard entries of deleted pods
     own.TimedLedger.held.clear()
     taken = {}
     flush()

@@ -52,7 +52,7 @@ def _least(calls: dict[str, Callable[[], float]], rounds: int
     """Run the calls in turns, and return the minimum of each.
 
     Other processes of the machine can only add to a time, so the minimum is
-    the least disturbed.
+    the least disturbed time.
     """
     taken = [{name: call() for name, call in calls.items()}
              for _ in range(rounds)]
@@ -60,14 +60,14 @@ def _least(calls: dict[str, Callable[[], float]], rounds: int
 
 
 def _ratios(least: dict[str, float]) -> Iterator[tuple[str, float]]:
-    """Yield the name and ratio of each other time to the first."""
+    """Yield the name and the ratio of each later time to the first time."""
     (unit, of), *others = least.items()
     for name, taken in others:
         yield '%s / %s' % (name, unit), taken / of
 
 
 def _pairs(node: bench.Node) -> Iterator[tuple[str, float]]:
-    """Yield the costs of bind and unbind, here and in a forked process."""
+    """Yield the costs of bind and unbind, in this and in forked processes."""
     node.resize(PODS)
     bench.keep()
     kernel.share_nft()  # as kuryr-daemon does before it forks
@@ -75,8 +75,9 @@ def _pairs(node: bench.Node) -> Iterator[tuple[str, float]]:
     def forked(call: Callable[[], None]) -> Callable[[], float]:
         return lambda: bench.in_child(lambda: bench.timed(call))
 
-    # Not in turns: after a fork, each write of this process to shared memory
-    # first copies the page, which slows the calls that do not fork.
+    # The two groups do not alternate: after a fork, each write of this process
+    # to shared memory first copies the page, which slows the calls that do not
+    # fork.
     for calls in ({'bind': lambda: bench.timed(node.bind),
                    'unbind': lambda: bench.timed(node.unbind)},
                   {'bind, just forked': forked(node.bind),
@@ -160,7 +161,7 @@ PARTS = (_pairs, _syncs, _starts, _agent, _plugin, _daemon)
 
 
 def measure(parts: list[Part]) -> dict[str, tuple[str, float]]:
-    """Return the ratios of some parts, with part names, by ratio name."""
+    """Measure parts; return the part's name and the ratio, by ratio name."""
     found = {}
     for part in parts:
         bench.say(part.__name__.strip('_'))

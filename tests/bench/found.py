@@ -77,7 +77,7 @@ def idle(count: int) -> Iterator[None]:
 def noisy(node: Node, count: int) -> Iterator[None]:
     """Run a container that keeps changing its addresses within the block.
 
-    :param count: number of its macvlans
+    :param count: number of the container's macvlans
     """
     say('a container with %d macvlans' % count)
     node.lab.add_pod('noisy', '100.75.30.60')

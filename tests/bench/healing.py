@@ -59,7 +59,8 @@ def repairs(node: Node, repeat: int) -> Section:
 def deletions(node: Node, count: int) -> tuple[Times, Times]:
     """Delete break0 repeatedly.
 
-    :returns: the ms of each repair, and of a route by pyroute2 after it
+    :returns: the ms of each repair, and the ms of a route by pyroute2 after
+        each repair
     """
     node.bind()
     with contextlib.ExitStack() as stack:

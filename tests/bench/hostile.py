@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A soak test with a hostile container: 50 others must reach their node.
+"""A soak test of 50 containers and their node beside a hostile container.
 
 The hostile container creates namespaces, macvlans, addresses and connections
 as fast as it can. Meanwhile the node and the containers, bound by Kuryr, CNI
@@ -158,7 +158,7 @@ class Stream:
         self.count += 1
         number = self.count % 2 ** 16
         self._sent[number] = time.time()
-        with contextlib.suppress(OSError):  # without a route, no answer comes
+        with contextlib.suppress(OSError):  # no route, so no answer
             self.socket.send(_ECHO.pack(self._kind, 0, 0, 0, number))
 
     def receive(self) -> None:
@@ -237,7 +237,7 @@ class Pings:
 def hostile(node: lab.Lab, stolen: list[str]) -> Iterator[None]:
     """Run the hostile container on the node within the block.
 
-    :param stolen: addresses of others that it assigns to itself
+    :param stolen: addresses of others that the container assigns to itself
     """
     os.makedirs(COUNTS, exist_ok=True)
     node.add_pod('hostile', HOSTILE)

@@ -50,7 +50,8 @@ def calls(node: Node, repeat: int) -> Section:
         size: collections.defaultdict(list) for size in SIZES}
     forked_times: dict[str, list[float]] = collections.defaultdict(list)
     with route_pairs(node) as route_pair:
-        # In turns, since a machine's speed changes with the minutes.
+        # The sizes alternate, since the machine's speed changes within
+        # minutes.
         for number in range(TURNS):
             for size in SIZES:
                 say('%d pods, turn %d' % (size, number + 1))
@@ -111,8 +112,8 @@ def _measure(node: Node, repeat: int,
                 times['unbind'].append(measure(node.unbind))
                 if route_pair:
                     times[ROUTE].append(timed(route_pair))
-    # After the other measurements: housekeeping reads enough data to evict
-    # the CPU's caches.
+    # Housekeeping is measured last, since it reads enough data to replace the
+    # content of the CPU's caches.
     times['housekeeping'] += [measure(node.housekeep) for _ in range(repeat)]
 
 
@@ -136,7 +137,7 @@ def _work(number: int, node: Node, results: multiprocessing.Queue[list[float]]
     address = ipaddress.ip_address('100.75.31.%d' % number)
     owner = ledger.Owner('%064x' % number, 'eth0')
     manager.Ledger = TimedLedger  # type: ignore[misc]
-    # On a slow machine, too, each worker must get the lock.
+    # Each worker must get the lock, even on a slow machine.
     TimedLedger.__init__.__defaults__ = (3600,)  # type: ignore[misc]
     try:
         for _ in range(PAIRS):
@@ -154,14 +155,15 @@ def lock(node: Node, repeat: int) -> Section:
     node.track()
     keep()
     kernel.share_nft()  # as kuryr-daemon does before it forks
-    TimedLedger.held.clear()  # each worker has a copy
+    TimedLedger.held.clear()  # each worker has a copy of this list
     forks = multiprocessing.get_context('fork')
     results = forks.Queue()
     workers = [forks.Process(target=_work, args=(number, node, results))
                for number in range(1, WORKERS + 1)]
     for worker in workers:
         worker.start()
-    # Beside the workers, which share the processors with it.
+    # The unit is measured while the workers run, and shares the processors
+    # with them.
     processes = unit(node)
     held = sorted(seconds * 1000 for _ in workers for seconds in results.get())
     for worker in workers:

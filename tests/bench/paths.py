@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Measures throughput and round trips between node and pod, three ways."""
+"""Measures throughput and round trips of the ways between node and pod."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def paths(node: Node, repeat: int) -> Section:
     run('ip', 'link', 'set', 'veth0', 'up')
     run('ip', 'address', 'add', VETH_POD + '/30', 'dev', 'veth0', netns='pod')
     run('ip', 'link', 'set', 'veth0', 'up', netns='pod')
-    # A switch that sends frames back to their port, which macvlans without
-    # break0 would need.
+    # Without break0, macvlans would need a switch that sends frames back to
+    # their port.
     for command in ('link add switch type bridge', 'link set switch up',
                     'address flush dev nic', 'link set nic master switch',
                     'link set nic type bridge_slave hairpin on',

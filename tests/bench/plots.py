@@ -29,7 +29,7 @@ STARTS = (('stock Kuryr, Go', 'Kuryr alone', 'C7'),
 
 def draw(results: dict[str, Any], path: str) -> None:
     """Write an SVG file with connections and starts side by side."""
-    # The same figures must give the same file.
+    # The same results must give the same file.
     matplotlib.rcParams['svg.hashsalt'] = 'kuryr-break0'
     matplotlib.rcParams['svg.fonttype'] = 'none'
     figure, (left, right) = pyplot.subplots(

@@ -118,8 +118,8 @@ def _raw(node: Node, stack: contextlib.ExitStack) -> Way:
             raise OSError(-error, os.strerror(-error))
 
     return Way('raw netlink socket',
-               # Both have NLM_F_REQUEST and _ACK; the first also has _REPLACE
-               # and _CREATE.
+               # Both messages have NLM_F_REQUEST and _ACK. The first message
+               # also has _REPLACE and _CREATE.
                lambda: ask(24, 0x505),  # RTM_NEWROUTE
                lambda: ask(25, 0x5))  # RTM_DELROUTE
 
@@ -165,7 +165,7 @@ def _timed(way: Way) -> float:
         way.delete()
         taken = time.perf_counter() - start
     if way.every > 1:
-        gc.collect()  # keeps this way's garbage out of the next one's time
+        gc.collect()  # keeps this way's garbage out of the next way's time
     return taken * 1000
 
 

@@ -63,8 +63,8 @@ class _Host(base.EngineTestCase):
         self.lab = node
 
     def start(self, *command: str) -> subprocess.Popen[bytes]:
-        # The kernel moves no real-time process, as under chrt(1), to the
-        # control group of a container.
+        # The kernel moves no real-time process to the control group of a
+        # container, and the benchmark may run under chrt(1) as one.
         return super().start('chrt', '--other', '0', *command)
 
 
@@ -87,7 +87,7 @@ class _Sandboxes:
         os.replace(BIN + '/new', BIN + '/kuryr-cni')
 
     def measure(self, way: Way) -> None:
-        """Run and stop two pods, with an early and with a late KuryrPort."""
+        """Run and stop a pod with an early, then one with a late KuryrPort."""
         start, stop = self._pod(way, later=0)
         self.there[way].append(start)
         self.stop[way].append(stop)
@@ -106,8 +106,8 @@ class _Sandboxes:
     def _pod(self, way: Way, later: float) -> tuple[float, float]:
         """Return the durations of start and stop of a pod, in ms.
 
-        :param later: seconds from the call until its KuryrPort is created; 0
-            if kuryr-daemon has read it before the call
+        :param later: seconds from the call until the KuryrPort is created; 0
+            if kuryr-daemon has read the KuryrPort before the call
         """
         self._count += 1
         name = 'sandbox-%d' % self._count
@@ -184,7 +184,7 @@ def sandboxes(outer: Node, repeat: int) -> Section:
                     number + 1, rounds, daemon))
                 node.start_daemon(NO_PAUSE, stock if daemon == binding.STOCK
                                   else kuryr.BIN)
-                # As where an agent works, which has the housekeeping.
+                # With an agent's heartbeat, ADD and DEL do no housekeeping.
                 with outer.ledger.heartbeat.keep() as beat:
                     beat()
                     for turn in range(count):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A soak test of hours: pods by all three ways at once, kills and faults.
+"""A soak test of hours: pods by Kuryr, CNI and discovery, kills and faults.
 
 Each minute has three parts: churn with faults, churn without faults, in which
 no request may fail, and a pause, in which the invariants are checked. The logs
@@ -47,16 +47,16 @@ STATE = '/run/kuryr-break0'
 CONF = '/run/break0.conf'
 SUBNETS = ['%s/%d' % (lab.LAN, lab.PREFIX), lab.LAN6 + '/64']
 NETWORK = cni.network()
-#: Sandboxes by each way. The first of each stays, for measuring how long
-#: faults interrupt its traffic.
+#: Sandboxes by each way. The first sandbox of each way stays, to measure how
+#: long faults interrupt its traffic.
 SANDBOXES = 8
 #: Seconds of churn with faults, of churn without faults, and until the
 #: invariants must hold
 FAULTS, CALM, ORDER = 36, 10, 60
 #: Seconds after which an operator deletes unclaimed entries of a lost ledger
 DOUBT = 10
-#: Faults of the first minutes of each cycle. Agent and daemon then live until
-#: its end, and must not grow in memory and open files.
+#: Faults of the first minutes of each cycle. After them, agent and daemon live
+#: until the end of the cycle, and must not grow in memory and open files.
 KILLS = ('agent killed', 'agent restarted', 'daemon killed')
 CYCLE, WITH_KILLS = 15, 3
 MORE_MEMORY, MORE_FILES = 16, 12
@@ -68,7 +68,7 @@ MIB = 2 ** 20
 class Sandbox(NamedTuple):
     """A running pod or container.
 
-    :ivar end: ends it, like its engine
+    :ivar end: ends the pod or container, as its engine does
     """
 
     name: str
@@ -312,7 +312,7 @@ class Soak:
                 try:
                     end()
                 except Exception:
-                    _insist(end)  # a part of it may be deleted
+                    _insist(end)  # parts of the container may be deleted
                     raise
             return
         sandbox = way.live[number] = way.start(name, number)
@@ -463,8 +463,9 @@ class Soak:
         agent, daemon = LOGS / 'agent.log', pathlib.Path(self.node.log)
         for text, of in ((agent.read_text(errors='replace'), ''),
                          (self.node.errors(), 'kuryr_break0')):
-            # A request fails if its registry was killed with the daemon: the
-            # traceback contains kuryr_break0, but the error is Kuryr's.
+            # A request fails if the registry of pods was killed with the
+            # daemon: the traceback contains kuryr_break0, but the error is
+            # Kuryr's.
             for each in text.split('Traceback')[1:]:
                 if of in each and not (of and REGISTRY in each):
                     self.note('a traceback: ' + each[:3000])

@@ -9,6 +9,6 @@ and an image with busybox.
 ``tests/cluster/programs`` builds the programs that Debian has no package for.
 
 ``machine`` makes namespaces and runs programs in them, ``openstack`` and
-``kubernetes`` are the control plane, ``node`` is a node, and ``cluster`` puts
-them together.
+``kubernetes`` are the control plane, ``node`` is a node, and ``cluster``
+combines these parts.
 """

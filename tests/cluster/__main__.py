@@ -16,14 +16,14 @@ import unittest
 
 from tests import parallel
 
-#: Several tests of each kind.
+#: The tests that ``--core`` runs.
 CORE = (
     'test_workloads.TestDeployment.test_many_pods_of_one_node_at_once',
     'test_workloads.TestTwoNodes', 'test_faults.TestBreak0.test_deleted',
     'test_restarts.TestRestarts.test_kuryr_daemon',
     'test_faults.TestReboot')
 
-#: The tests of each release of Kuryr.
+#: The tests that ``--releases`` runs, with each release of Kuryr.
 RELEASES = (
     'test_workloads.TestDeployment', 'test_faults.TestBreak0.test_deleted',
     'test_restarts.TestRestarts.test_kuryr_daemon')

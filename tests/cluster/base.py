@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the tests of the cluster share: one cluster, and what holds after all.
+"""The cluster of the tests, and their base class.
 
-The cluster is started by the first test, and ends with the process.
+The first test starts the cluster, which ends with the process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.cluster import node as nodes
 from tests import lab
 
 # kubelet deletes the sandboxes of a node one by one, and Kuryr waits for 5 s
-# within each DEL that comes after the pod is gone (k8s_cni_registry.py).
+# within each DEL after the deletion of the pod (k8s_cni_registry.py).
 lab.PATIENCE = max(lab.PATIENCE, 600)
 
 _stack = contextlib.ExitStack()
@@ -35,9 +35,9 @@ _stack = contextlib.ExitStack()
 
 @functools.lru_cache(maxsize=None)
 def running_cluster() -> clusters.Cluster:
-    """Return the cluster of this process, which is started once.
+    """Return the cluster of this process; the first call starts the cluster.
 
-    Without a cluster, the first test is the last.
+    If the start fails, the process exits, and no further test runs.
     """
     atexit.register(_stack.close)
     try:
@@ -48,10 +48,11 @@ def running_cluster() -> clusters.Cluster:
 
 
 class ClusterTestCase(unittest.TestCase):
-    """A test that begins and ends with a cluster without pods.
+    """A test that begins with a cluster without pods, and deletes its pods.
 
-    At its end each pod is ready, no container was restarted, and no route,
-    neighbour, guard entry, record or Neutron port is without a pod.
+    Before the deletion, each pod has to be ready or to have succeeded, no
+    container may have been restarted, and no route, neighbour, guard entry,
+    record or Neutron port may be without a pod.
     """
 
     #: whether the test itself restarts containers
@@ -96,7 +97,7 @@ class ClusterTestCase(unittest.TestCase):
 
     def until(self, condition: Callable[[], Any],
               log: Optional[Callable[[], str]] = None) -> float:
-        """Wait until it holds; how many seconds that took."""
+        """Wait until a condition holds; return the duration in seconds."""
         return lab.until(condition, log or self.cluster.report)
 
     def node_of(self, pod: dict[str, Any]) -> nodes.Node:
@@ -116,7 +117,7 @@ class ClusterTestCase(unittest.TestCase):
 
     @staticmethod
     def fetch(address: str, netns: str, port: int = 80) -> Optional[str]:
-        """Fetch the page of a pod from a namespace; None if there is none.
+        """Return the page of a pod as fetched from a namespace, or None.
 
         :param netns: name or path of a namespace, or '' for the LAN
         """
@@ -132,7 +133,7 @@ class ClusterTestCase(unittest.TestCase):
         return answers[0] if answers else None
 
     def assert_all_reach(self, pods: list[dict[str, Any]]) -> None:
-        """Each node, the LAN and each pod fetch the page of each pod."""
+        """Assert that nodes, LAN and pods can fetch the page of each pod."""
         places = {'lan': '', **{node.name: node.name
                                 for node in self.cluster.nodes},
                   **{pod['metadata']['name']: self.netns_of(pod)
@@ -147,19 +148,22 @@ class ClusterTestCase(unittest.TestCase):
     def deploy(self, name: str, replicas: int,
                node: Optional[nodes.Node] = None, **spec: Any
                ) -> list[dict[str, Any]]:
-        """Create a Deployment; its pods, when all are ready."""
+        """Create a Deployment, and return its pods when all are ready."""
         self.cluster.deploy(name, replicas, node, **spec)
         self.cluster.until_ready(name, replicas)
         return self.cluster.pods(name)
 
     def unhealthy(self) -> list[str]:
-        """Return what failed probes have said since the test began."""
+        """Return the messages of failed probes since the test began."""
         return [event['message'] for event in kubernetes.items('events')
                 if event['reason'] == 'Unhealthy']
 
     @contextlib.contextmanager
     def watched(self, pods: list[dict[str, Any]]) -> Iterator[None]:
-        """Connect to pods from their nodes all the time; none may fail."""
+        """Connect to each pod from its node every 0.2 s within the block.
+
+        :raises AssertionError: if a connection failed
+        """
         ending = threading.Event()
         failures: list[str] = []
 

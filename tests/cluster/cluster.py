@@ -36,10 +36,10 @@ def kept_programs() -> str:
 
 
 class Cluster:
-    """A control plane and its nodes; entering it starts all of them.
+    """A control plane and its nodes, which run within the context.
 
-    The calling process has namespaces of its own (tests/in-root-lab). Its
-    network namespace becomes the LAN.
+    The calling process has namespaces of its own (tests/in-root-lab). The
+    network namespace of the process becomes the LAN.
 
     :param size: the number of nodes
     :param logs: the directory of the logs of all programs
@@ -149,7 +149,7 @@ class Cluster:
     def until_ready(self, app: str, count: int) -> float:
         """Wait until exactly `count` pods exist and are ready.
 
-        :returns: the seconds that this took
+        :returns: the duration in seconds
         """
         return lab.until(lambda: len(self.pods(app)) == count == len(
             self.ready(app)), self.report)

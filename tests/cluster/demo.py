@@ -18,7 +18,7 @@ from tests.cluster import kubernetes
 from tests import lab
 
 REPLICAS = 4
-#: Seconds to watch Kuryr alone, if not all pods restart before.
+#: Maximum seconds to watch Kuryr alone, until all pods have restarted.
 WATCHED = 60
 
 
@@ -166,8 +166,8 @@ def main() -> int:
     print('Starting a cluster of two nodes: etcd, Kubernetes, containerd, '
           'MariaDB, Neutron and Kuryr.', flush=True)
     began = time.monotonic()
-    # When Kuryr alone deletes the eth0 of a pod, it also deletes the node's
-    # eth0 if that is a virtual interface, as it is here.
+    # The NIC of a node is not named eth0: when Kuryr alone deletes the eth0 of
+    # a pod, it also deletes an eth0 of the node that is a virtual interface.
     with clusters.running(2, parent='ens3', is_dual=False) as cluster:
         print('It runs after %d s.' % (time.monotonic() - began), flush=True)
         wrong = Demo(cluster).run()

@@ -6,12 +6,12 @@
 
     python -m tests.cluster.image [DIRECTORY]
 
-Run it as root, with the network of the machine. It runs the commands of
-``doc/source/install/kubernetes.rst`` that need the network too, in a clone of
-the working tree; the test of the DaemonSet runs the others there. ``docker``
-is Podman (``tests/cluster/bin``). The page begins with an image of Kuryr, and
-no registry provides one here. Therefore the steps of Kuryr's
-``cni.Dockerfile`` run on a Debian that debootstrap makes.
+Run this module as root, with the network of the machine. The module runs the
+commands of ``doc/source/install/kubernetes.rst`` that need the network, in a
+clone of the working tree. The test of the DaemonSet runs the other commands in
+the same clone. ``docker`` is Podman (``tests/cluster/bin``). The page begins
+with an image of Kuryr, and no registry provides such an image here. Therefore
+the steps of Kuryr's ``cni.Dockerfile`` run on a Debian that debootstrap makes.
 
 Podman repeats no step with unchanged input, so only the first run takes
 minutes. DIRECTORY keeps about 500 MB; the default is kuryr-break0-cluster in
@@ -67,7 +67,7 @@ docker build -f tests/cluster/kuryr-cni.Dockerfile -t kuryr/cni:latest "$WORK"
 
 
 def environ(directory: str) -> dict[str, str]:
-    """Return an environment whose ``docker`` has the images of a directory."""
+    """Return variables for ``docker`` with the images of a directory."""
     return {**os.environ, 'IMAGES': directory, 'PATH': os.pathsep.join(
         [str(ROOT / 'tests/cluster/bin'), os.path.dirname(sys.executable),
          os.environ['PATH']])}
@@ -76,7 +76,7 @@ def environ(directory: str) -> dict[str, str]:
 class Images:
     """Builds images, and keeps them.
 
-    :param directory: their directory, which no other process uses meanwhile
+    :param directory: of the images; no other process may use it meanwhile
     :ivar clone: the working directory of the page's commands
     """
 
@@ -104,8 +104,8 @@ class Images:
         if not glob.glob(self.clone + '/kuryr-kubernetes-*.tar.gz'):
             self.run(_command("2. Get Kuryr's DaemonSet", 'pip download'),
                      self.clone)
-        # Remove unused images of earlier builds. After ten days this includes
-        # the last build, so the next run repeats it.
+        # Remove unused images that are older than ten days. If the last build
+        # is older, the next run repeats the build.
         self.run('docker image prune --force --filter until=240h')
 
     def build_debian(self) -> None:

@@ -84,7 +84,7 @@ class ControlPlane:
             '--root-ca-file=%s/apiserver.crt' % _CERTIFICATES,
             '--service-account-private-key-file=%s/accounts.key'
             % _CERTIFICATES,
-            # The default of 5 minutes delays the report of a halted node.
+            # The API reports a halted node after this time.
             '--node-monitor-grace-period=20s'],
             is_ready=lambda: _answers('https://127.0.0.1:10257/healthz'))
         self.scheduler = machine.add('kube-scheduler', [

@@ -17,11 +17,11 @@ import psutil
 
 from tests import lab
 
-#: Directories on a machine's own disk. Their files survive a reboot, and no
-#: other machine has them.
+#: Directories on a machine's own disk. Their files survive a reboot, and are
+#: on no other machine.
 DISK = ('/etc', '/opt', '/var/lib')
 
-#: The first process of a machine. It reaps orphans, which a shell would not.
+#: The script of the first process of a machine, which reaps orphans.
 #: With rshared, mounts that containers request propagate as on a host.
 _BOOT = r'''
 set -e
@@ -52,9 +52,9 @@ class Program:
     """A program of a machine that can start, be killed and start again.
 
     :param is_ready: returns whether the program serves
-    :param is_family: whether to kill its children too; containerd's children
-        are containers, which outlive it
-    :ivar log: the file with the output of all its runs
+    :param is_family: whether to kill the program's children too; containerd's
+        children are containers, which outlive containerd
+    :ivar log: the file with the output of all runs
     """
 
     def __init__(self, machine: Machine, name: str,
@@ -75,8 +75,9 @@ class Program:
     def start(self, wait: bool = True) -> None:
         """Start the program.
 
-        :param wait: whether to wait until it serves
-        :raises AssertionError: if it ends before, with the end of its log
+        :param wait: whether to wait until the program serves
+        :raises AssertionError: with the end of the log, if the program ends
+            before
         """
         assert self._process is None, self.name + ' is running'
         with open(self.log, 'ab') as log:
@@ -105,7 +106,7 @@ class Program:
             return
         entered = psutil.Process(process.pid)
         with contextlib.suppress(psutil.NoSuchProcess):
-            # nsenter waits for the program, which shares its parent's process
+            # nsenter waits for the program, and both have the same process
             # group.
             main = entered.children()
             family = (entered.children(recursive=True) if self._is_family
@@ -236,8 +237,8 @@ class Machine:
               environ: Optional[dict[str, str]] = None,
               **options: Any) -> subprocess.Popen[Any]:
         """Start a command in the machine, in the root directory."""
-        # Kuryr's client would prefer these certificates to kuryr.conf's, and
-        # would use the proxies for requests to the API.
+        # Kuryr's client would prefer the certificates of these variables to
+        # kuryr.conf's, and would use their proxies for requests to the API.
         env = {name: value for name, value in os.environ.items()
                if not re.search('(?i)ca_bundle|ssl_cert|proxy', name)}
         env.update(environ or {})

@@ -58,7 +58,7 @@ class Node:
     :param number: from 1; determines the name and the addresses
     :param kept: the directory of the programs
     :param image: the archive of the image of sandboxes and pods
-    :param parent: the name of its NIC
+    :param parent: the name of the node's NIC
     :param bin_dir: the directory of kuryr-daemon and kuryr-break0
     """
 

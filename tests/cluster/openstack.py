@@ -126,7 +126,8 @@ class Neutron:
     """Neutron with the network of the LAN.
 
     :param machine: the machine of Neutron
-    :param kept: the directory that ``tests/cluster/programs`` installs it in
+    :param kept: the directory into which ``tests/cluster/programs`` installs
+        Neutron
     """
 
     def __init__(self, machine: machines.Machine, kept: str) -> None:
@@ -151,7 +152,7 @@ class Neutron:
             is_ready=self._answers)
 
     def start(self) -> None:
-        """Start Neutron, wait until it serves, and create the LAN."""
+        """Start Neutron, wait until it serves, and create its network."""
         self._machine.write('/etc/neutron.conf', CONF % {
             'socket': SOCKET, 'paste': os.path.join(
                 self._kept, 'neutron/etc/neutron/api-paste.ini')})
@@ -321,7 +322,7 @@ class Controller:
 
 def _add_entry_point(machine: machines.Machine, path: str, module: str,
                      entry_point: str) -> None:
-    """Write a module with an entry point, like an installed one.
+    """Write a module with an entry point, like an installed module.
 
     :param path: the path of the module, without its suffix
     """

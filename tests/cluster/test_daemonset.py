@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The commands of the page "Install on a Kuryr cluster", as they are there.
+"""Tests the commands of the page "Install on a Kuryr cluster".
 
-``tests.cluster.image`` has run those that need the network.
+``tests.cluster.image`` has run the commands that need the network.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from tests import lab
 from tests import pages
 
 IMAGES = os.path.join(clusters.kept_programs(), 'images')
-#: Of the machine on which the operator works.
+#: Path of the clone on the machine on which the operator works.
 CLONE = '/opt/clone'
 NAMESPACE = 'kube-system'
 
-#: kuryr.conf of Kuryr's ConfigMap, which the operator has.
+#: The operator's kuryr.conf, for Kuryr's ConfigMap.
 KURYR_CONF = '''\
 [kubernetes]
 api_root = %s
@@ -60,7 +60,8 @@ http:
   addr: %s:80
 ''' % lab.LAN
 
-#: What differs from cluster to cluster, and the widths of tables.
+#: The parts of outputs that differ between clusters, such as the widths of
+#: tables, and the replacement of each part.
 _VARIES = (
     (re.compile(r'([0-9a-f]{2}:){5}[0-9a-f]{2}'), 'MAC'),
     (re.compile(r'cni-[0-9a-f-]+'), 'cni-ID'),
@@ -70,9 +71,10 @@ _VARIES = (
 
 
 def comparable(output: str) -> list[list[str]]:
-    """Return the words of the lines of an output, as in any cluster.
+    """Return the words of each line of an output, without differing parts.
 
-    :returns: in alphabetical order, since rows are in that of the addresses
+    :returns: lines in alphabetical order, since the rows of a table are in the
+        order of their addresses
     """
     for expression, name in _VARIES:
         output = expression.sub(name, output)
@@ -83,7 +85,7 @@ def comparable(output: str) -> list[list[str]]:
 @unittest.skipUnless(os.path.isdir(IMAGES + '/clone'),
                      'needs tests.cluster.image')
 class TestDaemonSet(base.ClusterTestCase):
-    """Kuryr's DaemonSet takes the place of kuryr-daemon and agent."""
+    """Kuryr's DaemonSet replaces kuryr-daemon and the agent."""
 
     maxDiff = None
 
@@ -116,7 +118,7 @@ class TestDaemonSet(base.ClusterTestCase):
             return False
 
     def _stop_kuryr(self, node: nodes.Node) -> None:
-        """Leave a node as it is before Kuryr is deployed."""
+        """Bring a node into its state before the deployment of Kuryr."""
         run = node.machine.run
         node.agent.terminate()
         node.break0('cleanup')
@@ -130,7 +132,8 @@ class TestDaemonSet(base.ClusterTestCase):
             '/etc/containerd/certs.d/registry.example.org/hosts.toml',
             '[host."http://registry.example.org"]\n'
             'capabilities = ["pull", "resolve"]\n')
-        # Kuryr's own is on the nodes already: imagePullPolicy is Never.
+        # Kuryr's own image must be on the nodes before: its imagePullPolicy is
+        # Never.
         for command in (
                 'pull --plain-http registry.example.org/kuryr/cni:latest',
                 'tag registry.example.org/kuryr/cni:latest '
@@ -158,7 +161,7 @@ class TestDaemonSet(base.ClusterTestCase):
         self.until(lambda: not self.pods_of_kuryr())
 
     def _shorten(self, directory: str) -> None:
-        """Have kubelet ask Kuryr's container at once, not after a minute."""
+        """Let kubelet probe Kuryr's container after 1 s instead of 60 s."""
         path = os.path.join(self.clone, directory, 'cni_ds.yml')
         with open(path) as file:
             text = file.read()
@@ -168,10 +171,10 @@ class TestDaemonSet(base.ClusterTestCase):
                                     'initialDelaySeconds: 1'))
 
     def run_shell(self, script: str) -> str:
-        """Run commands where the operator does, at the top of the clone.
+        """Run commands as the operator does, at the top of the clone.
 
-        :returns: their output
-        :raises AssertionError: if one fails, with the errors too
+        :returns: the output of the commands
+        :raises AssertionError: with output and errors, if a command fails
         """
         environ = image.environ(IMAGES)
         environ['KUBECONFIG'] = kubernetes.CONFIG
@@ -187,7 +190,7 @@ class TestDaemonSet(base.ClusterTestCase):
     get_pod = ''
 
     def follow(self, title: str) -> None:
-        """Run the commands of a section, and compare what they print."""
+        """Run the commands of a section, and compare their output."""
         for step in pages.steps(image.PAGE, title):
             if step.command.startswith('pip '):
                 continue
@@ -231,8 +234,7 @@ class TestDaemonSet(base.ClusterTestCase):
     def until_rolled_out(self) -> None:
         """Wait until each node has a ready pod of the template, and no other.
 
-        A node that is busy is not ready at times, and kubectl does not wait
-        for it then.
+        kubectl does not wait for a busy node while this node is not ready.
         """
         def is_rolled_out() -> bool:
             pods = self.pods_of_kuryr()
@@ -251,7 +253,7 @@ class TestDaemonSet(base.ClusterTestCase):
             'logs -l app=kuryr-cni --all-containers --tail=20 || true'))
 
     def start_pods(self) -> list[dict[str, Any]]:
-        """Start those of the page, which no kubelet probes."""
+        """Start the pods of the page, without probes of kubelet."""
         for name in ('web-1', 'web-2'):
             template = clusters.template(name)
             for probe in ('livenessProbe', 'readinessProbe'):
@@ -293,14 +295,14 @@ class TestDaemonSet(base.ClusterTestCase):
                                          self.first.name))
 
     def tearDown(self) -> None:
-        """Leave the pods to the cleanups, which start our driver before.
+        """Leave the pods to the cleanups, which first start our driver.
 
-        kubelet repeats a DEL without CNI_NETNS. Stock Kuryr then deletes eth0
-        of the node, where it is no physical NIC.
+        kubelet repeats a DEL without CNI_NETNS. Stock Kuryr would then delete
+        eth0 of the node, which is no physical NIC here.
         """
 
     def check_health(self) -> None:
-        """kubelet restarts an agent that has stopped."""
+        """Check that kubelet restarts an agent that is suspended."""
         agent, = (each for each in psutil.Process(
             self.second.machine.pid).children(recursive=True)
             if each.cmdline()[-1:] == ['agent'])

@@ -68,7 +68,7 @@ class TestReboot(base.ClusterTestCase):
 class TestAdopt(base.ClusterTestCase):
 
     def test_pods_before_the_installation(self) -> None:
-        """Their node reaches them after ``kuryr-break0 adopt``."""
+        """The node reaches these pods after ``kuryr-break0 adopt``."""
         for node in self.cluster.nodes:
             self.addCleanup(node.install_break0)
             node.remove_break0(self.cluster.stock)

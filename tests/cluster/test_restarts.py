@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Each program of the cluster restarts while pods come and go."""
+"""Each program of the cluster restarts while pods start and end."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class TestRestarts(base.ClusterTestCase):
         self.disturb(lambda: self.restart('agent'))
 
     def test_agent_away_while_pods_go(self) -> None:
-        """The next agent removes the items of pods that ended without one."""
+        """The next agent removes the items of pods that ended before it."""
         def swap() -> None:
             for node in self.cluster.nodes:
                 node.agent.kill(signal.SIGTERM)

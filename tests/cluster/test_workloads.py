@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pods come and go in the ways that Kubernetes has."""
+"""Pods of Deployments, StatefulSets and CronJobs start and end."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class TestKinds(base.ClusterTestCase):
 
     def assert_answered_by(self, names: set[str], address: str, netns: str,
                            port: int) -> None:
-        """Assert that each endpoint answers, also those of the same node."""
+        """Assert that each endpoint answers, also on the same node."""
         answers: set[Optional[str]] = set()
 
         def are_all_there() -> bool:

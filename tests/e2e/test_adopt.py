@@ -101,7 +101,8 @@ class TestWithTheDaemon(AdoptTestCase):
         before = self.node.lab.state()
         self.assertEqual({'bound'}, set(self.outcomes().values()))
         self.assertEqual(before, self.node.lab.state())
-        # Their DEL unbinds them, though its container id is unknown.
+        # The DEL of an adopted pod unbinds the pod, though the DEL has an
+        # unknown container ID.
         self.delete(self.pod)
         self.assertEqual({OTHER, '100.75.30.73'},
                          set(self.node.lab.routes()))
@@ -145,7 +146,8 @@ class TestWithTheDaemon(AdoptTestCase):
     def test_what_the_daemon_has_bound_is_untouched(self) -> None:
         late = self.node.add_pod('late', '100.75.30.74')
         self.add(late)
-        before = self.status_of('100.75.30.74', code=1)  # others are not bound
+        # status exits with 1, since the other pods are not bound.
+        before = self.status_of('100.75.30.74', code=1)
         self.assertEqual(late.container_id, before['container_id'])
         self.assertEqual('bound', self.outcomes()['default/late/eth0'])
         self.assertEqual(before, self.status_of('100.75.30.74'))
@@ -303,7 +305,10 @@ class TestNamespaces(AdoptTestCase):
         return process
 
     def unname(self) -> subprocess.Popen[bytes]:
-        """Delete the namespace's name; processes keep it, as by Docker."""
+        """Delete the namespace's name, so that only processes keep it.
+
+        :returns: the process that entered the namespace first
+        """
         first = self.sleeper('/run/netns/pod')
         self.wait_for(first)
         # Start times of processes have a resolution of 10 ms.

@@ -129,7 +129,7 @@ class ControllerTestCase(unittest.TestCase):
         self.assertEqual(len(left), len(self.neutron.pairs(self.port)))
 
     def refusing_first(self, method: str, action: Any) -> None:
-        """Call an action at the first request with a method to a port."""
+        """Call an action at the first request of a method for ports."""
         left = [action]
 
         def fault(request: neutron.Request) -> None:
@@ -142,7 +142,7 @@ class ControllerTestCase(unittest.TestCase):
 class TestPods(ControllerTestCase):
 
     def test_from_a_pod_to_a_ping(self) -> None:
-        """Thirty pods started at once answer pings, and leave nothing."""
+        """Thirty pods that start at once are bound, and leave nothing."""
         self.node.start_daemon()
         self.start_controller()
         pods = [self.add_pod('pod-%d' % number) for number in range(30)]

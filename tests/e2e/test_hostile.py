@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Tests the real daemon with a hostile KuryrPort, and at each DEL."""
+"""Tests the real daemon with hostile KuryrPorts, and for leaks at a DEL."""
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ class TestMalformed(DaemonTestCase):
         other = self.node.add_pod('other', OTHER)
         before = self.state()
 
-        # No shrinking: for one failure, it takes as long as hundreds of
-        # requests.
+        # Shrinking is disabled, since it takes as long as hundreds of requests
+        # for one failure.
         @settings(max_examples=EXAMPLES, deadline=None, database=None,
                   phases=[Phase.generate],
                   suppress_health_check=list(HealthCheck))
@@ -83,7 +83,7 @@ class TestMalformed(DaemonTestCase):
 
         ask()
         # An ADD with another valid CNI_IFNAME creates an interface with the
-        # pod's MAC address. It ends with its sandbox, and so does its claim.
+        # pod's MAC address. The interface and its claim end with the sandbox.
         self.node.lab.del_netns('other')
         self.node.lab.add_netns('other')
         self.add(other)

@@ -16,7 +16,7 @@ PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 
 
 class TestMetrics(DaemonTestCase):
-    """The agent counts requests, since the daemon's workers end with them."""
+    """The agent counts requests, since a worker ends with its request."""
 
     def start_agent(self) -> None:
         agent = program.start(

@@ -134,7 +134,7 @@ class TestLateDel(NothingLostTestCase):
             earlier = self.old.container_id
 
     def test_without_a_namespace_after_the_pod_is_gone(self) -> None:
-        """A DEL without CNI_NETNS leaves the node's NIC.
+        """A DEL without CNI_NETNS does not delete the node's NIC.
 
         containerd repeats a DEL without CNI_NETNS. Without a KuryrPort, Kuryr
         itself would delete the interface of the pod's name in kuryr-daemon's
@@ -192,7 +192,7 @@ class TestKills(NothingLostTestCase):
         try:
             return self.node.request(pod, command).status in (202, 204)
         except requests.RequestException:
-            return False  # its worker was killed, maybe with partial changes
+            return False  # the worker was killed, maybe after partial changes
 
     def test_workers_and_daemon_killed_at_random(self) -> None:
         seed = random.randrange(10 ** 6)

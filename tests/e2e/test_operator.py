@@ -50,7 +50,7 @@ class TestOperator(AdoptTestCase):
         ways: list[tuple[str, ...]] = [
             (POD,), (lab.NODE, 'pod'), (POD6,), (lab.NODE6, 'pod')]
         if expected:
-            # Without break0 the LAN's router may forward to this pod.
+            # Without break0, the LAN's router may forward to the far pod.
             ways += [(FAR,), (lab.NODE, 'far')]
         for way in ways:
             self.assertEqual(expected, self.node.lab.ping(*way), way)

@@ -39,7 +39,7 @@ class TestPluginInGo(test_daemon.DaemonTestCase):
 
     def call(self, pod: kuryr.Pod, command: str, bin_dir: str,
              status: int = 0) -> dict[str, Any]:
-        """Run a plugin like a runtime, and return its non-empty fields."""
+        """Run a plugin like a runtime; return its answer's nonempty fields."""
         done = self.node.cni(pod, command, bin_dir)
         self.assertEqual(status, done.returncode, done)
         answer: dict[str, Any] = json.loads(done.stdout or '{}')

@@ -113,7 +113,8 @@ class TestRequests(test_daemon.DaemonTestCase):
         imports = self.told('import', services)
         self.assertIn('kuryr_break0.manager', imports['services'])
         self.assertEqual([], imports['requests'])
-        # Requests exclude objects from before the fork from GC.
+        # The garbage collector of a request skips all objects from before the
+        # fork.
         collectable = self.told('collectable', services)['requests']
         kept = self.told('kept', services)['requests']
         self.assertLess(max(map(int, collectable)), min(map(int, kept)) / 5)

@@ -23,7 +23,7 @@ CONF = cni_base.CONF
 
 
 def is_root() -> bool:
-    """Return whether this is root of the machine, not of a user namespace."""
+    """Return whether the process is root of the machine itself."""
     with open('/proc/self/uid_map') as file:
         return os.geteuid() == 0 and file.read().split()[2] == '4294967295'
 
@@ -78,7 +78,7 @@ class EngineTestCase(base.LabTestCase):
         return agent
 
     def until(self, condition: Callable[[], Any]) -> float:
-        """Wait until a condition holds, and return the seconds it took."""
+        """Wait until a condition holds; return the duration in seconds."""
         return lab.until(condition, self.logs)
 
     @staticmethod
@@ -99,7 +99,7 @@ class EngineTestCase(base.LabTestCase):
                         (address, self.logs()))
 
     def routed(self) -> dict[str, str]:
-        """Return the parents by address, for routes through a break0."""
+        """Return the parent of each address with a route through a break0."""
         return {address: link['link'] for link in self.lab.ip('link')
                 if link['ifname'].startswith('break0')
                 for address in self.lab.routes(link['ifname'])}

@@ -6,11 +6,12 @@
 
     python -m tests.engines.image [DIRECTORY]
 
-Run it as root, with the network of the machine. It runs the command of
-``doc/source/install/docker.rst`` in a copy of the working tree. No registry
-provides Debian's image here, so debootstrap makes it, as for the image of the
-DaemonSet (``tests.cluster.image``), in the same directory. The image is
-written to :data:`ARCHIVE` there, for ``tests.engines.test_image``.
+Run this module as root, with the network of the machine. The module runs the
+command of ``doc/source/install/docker.rst`` in a copy of the working tree. No
+registry provides Debian's image here, so debootstrap makes this image, as for
+the image of the DaemonSet (``tests.cluster.image``), in the same directory.
+The agent's image is written to :data:`ARCHIVE` in this directory, for
+``tests.engines.test_image``.
 """
 
 from __future__ import annotations

@@ -129,8 +129,8 @@ class TestDocker(DiscoveryTestCase):
         for name in ('eth1', 'nic1'):
             self.lab.run('ip', 'link', 'set', name, 'up')
         self.lab.run('ip', 'address', 'add', '10.9.0.1/24', 'dev', 'eth1')
-        # An address of lo comes before all others, so break0 gets an address
-        # of its own.
+        # An address of lo has precedence over all others, so break0 gets an
+        # address of its own.
         self.lab.run('ip', 'address', 'add', '10.255.0.51/32', 'dev', 'lo')
         self.docker('network', 'create', '--driver', 'macvlan', '--subnet',
                     '10.9.0.0/24', '--ip-range', '10.9.0.128/25', '--opt',
@@ -167,8 +167,8 @@ class TestDocker(DiscoveryTestCase):
     def test_disconnected_and_connected(self) -> None:
         # Docker 28 and later announces the addresses of the new interface, and
         # deletes the interface if that fails. Debian 12 has an earlier Docker.
-        # To test a later one, unpack Debian unstable's and put it first in
-        # PATH.
+        # To test a later Docker, unpack the packages of Debian unstable, and
+        # put their programs first in PATH.
         self.start_agent()
         self.docker.run('web', '--network', 'lan')
         self.reach(self.docker, 'web')
@@ -200,7 +200,8 @@ class TestDocker(DiscoveryTestCase):
             inside('ip', 'address', 'add', address, 'dev', 'eth0')
         self.assertTrue(inside('ip', 'address', 'add', '100.75.30.77/24',
                                'dev', 'eth0'))
-        # When the allowed address is bound, the others have been refused.
+        # When the allowed address is bound, the other addresses have been
+        # refused.
         self.until(lambda: '100.75.30.77' in self.routed())
         inside('ip', 'address', 'add', '100.75.30.78/24', 'dev', 'eth0')
         self.until(lambda: '100.75.30.78' in self.routed())

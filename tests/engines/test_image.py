@@ -79,7 +79,7 @@ class TestImage(test_discovery.DiscoveryTestCase):
         self.docker.run('web', '--network', 'lan')
         address = self.reach(self.docker, 'web')
         self.until(lambda: 'web/eth0' in self.call_inside('status'))
-        # Every other fault would be a finding of the doctor.
+        # The doctor would report any other fault.
         findings = json.loads(self.docker(
             'exec', 'kuryr-break0', 'kuryr-break0', 'doctor', '--json'))
         self.assertEqual([], [each for each in findings['findings']

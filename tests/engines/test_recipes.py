@@ -71,7 +71,7 @@ class TestRecipes(base.EngineTestCase):
         os.symlink('/bin/busybox', '/run/bin/wget')
 
     def start_host(self) -> None:
-        """Start Docker with its bridge and its rules, and the containers."""
+        """Start Docker with its bridge, the agent, and the containers."""
         root = images.rootfs('/run')
         for name in ('nslookup', 'wget'):
             os.symlink('busybox', '%s/bin/%s' % (root, name))
@@ -90,7 +90,8 @@ class TestRecipes(base.EngineTestCase):
             shutil.copy(path, into)
         self.docker = base.Docker(self, bridge=True)
         for name, command in IMAGES.items():
-            # With a trap, the first process ends when Docker stops it.
+            # With a trap, the first process ends when Docker stops the
+            # container.
             self.docker('import', '--change', 'CMD trap exit TERM; %s & wait'
                         % ' '.join(command), images.tar('/run'), name)
         self.start_agent()

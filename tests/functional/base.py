@@ -36,7 +36,7 @@ OTHER_OWNER = Owner('sandbox-2', 'eth0')
 
 
 def options(**overrides: Any) -> config.Options:
-    """Return the options of a [break0] section with these values."""
+    """Return the default [break0] options, except for these values."""
     conf = cfg.ConfigOpts()
     config.register(conf)
     conf([], default_config_files=[])
@@ -50,7 +50,7 @@ def addresses(*texts: str) -> list[IPAddress]:
 
 
 def add_unit() -> None:
-    """Create the directory of systemd, and the unit of the agent."""
+    """Create systemd's runtime directory, and the agent's unit."""
     os.makedirs('/run/systemd/system')
     with open('/run/systemd/system/kuryr-break0-agent.service', 'w'):
         pass
@@ -75,7 +75,7 @@ def wait_for(pid: int) -> int:
 
 
 def is_idle(process: psutil.Process) -> bool:
-    """Return whether a process sleeps for 1.5 seconds without a switch.
+    """Return whether a process sleeps 1.5 seconds without a context switch.
 
     A process that waits for a processor is not idle.
     """
@@ -169,8 +169,8 @@ class LabTestCase(unittest.TestCase):
     def quiet(self) -> Iterator[None]:
         """Check that the block logs no warning and no error."""
         with self.assertLogs('kuryr_break0', 'WARNING') as logs:
-            # assertLogs fails without a line, and assertNoLogs needs Python
-            # 3.10.
+            # assertLogs fails if nothing is logged, and assertNoLogs needs
+            # Python 3.10.
             logging.getLogger('kuryr_break0').warning('a line')
             yield
         self.assertEqual(['WARNING:kuryr_break0:a line'], logs.output)

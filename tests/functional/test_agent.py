@@ -43,7 +43,7 @@ class AgentTestCase(base.LabTestCase):
         for found in self.healthy:
             self.assertEqual(PODS, set(found))
         with open(CONF, 'w') as file:
-            # Repairs in these tests must follow from events, not the timer.
+            # In these tests events must cause the repairs, not the timer.
             file.write('[break0]\nresync_interval = 3600\n')
         self.agent = self.start()
 
@@ -233,7 +233,7 @@ class TestRepair(AgentTestCase):
         self.wait_for(self.healed)
 
 
-#: A program: an agent that has used up its CPU share for hours.
+#: Source of a program: an agent whose CPU share is used up for hours.
 _LATE = '''
 import sys
 from kuryr_break0.agent import loop
@@ -245,7 +245,7 @@ sys.exit(main())
 
 
 class TestLate(AgentTestCase):
-    """An agent with a used-up CPU share still repairs break0."""
+    """An agent whose CPU share is used up still repairs break0."""
 
     def start(self) -> subprocess.Popen[str]:
         agent = subprocess.Popen(
@@ -263,7 +263,7 @@ class TestLate(AgentTestCase):
 
 
 class TestReadOnlyLog(AgentTestCase):
-    """With kuryr-daemon's log file out of reach, the agent uses stderr."""
+    """An agent that cannot write kuryr-daemon's log file logs to stderr."""
 
     def start(self) -> subprocess.Popen[str]:
         with open(CONF, 'a') as file:
@@ -309,9 +309,9 @@ class TestStateDirectory(AgentTestCase):
         self.assert_noticed()
 
     def test_write_that_fails(self) -> None:
-        # A failed write, as on a full disk, leaves an unfinished file. If the
-        # inotify event of this file caused a sync, which fails to write again,
-        # the syncs would never stop.
+        # A failed write, as on a full disk, leaves an unfinished file. If this
+        # file's inotify event caused a sync, the sync would fail to write too,
+        # and the syncs would never stop.
         process = psutil.Process(self.agent.pid)
         self.wait_for(lambda: base.is_idle(process))
         before = self.count()
@@ -426,7 +426,8 @@ class TestProcess(AgentTestCase):
         with open(CONF, 'w') as file:
             file.write('[break0]\nresync_interval = 1\n')
         self.agent.send_signal(signal.SIGHUP)
-        # The kernel sends no event for a sysctl, so the timer must repair.
+        # The kernel sends no event for a sysctl, so only the timer causes the
+        # repair.
         kernel.write_sysctl('ipv4/conf/break0/arp_filter', 0)
         self.wait_for(lambda: kernel.read_sysctl(
             'ipv4/conf/break0/arp_filter') == 1)

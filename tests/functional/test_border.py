@@ -288,8 +288,8 @@ class TestTheMACAddress(BorderTestCase):
     def known_to_pods(self) -> set[str]:
         """Return the MAC addresses of break0 in the pods and in the guard.
 
-        The pods hold permanent neighbours; the guard has drop rules by
-        source.
+        The pods have permanent neighbours; the guard has rules that drop
+        frames by their source.
         """
         found = {each['lladdr'] for name in ('pod', 'other')
                  for family in ('-4', '-6') for each in self.lab.ip(
@@ -299,7 +299,7 @@ class TestTheMACAddress(BorderTestCase):
         return found | set(re.findall(r'ether saddr (\S+) drop', text))
 
     def assert_renewed(self) -> str:
-        """Check that break0 has a new MAC address; return this address.
+        """Check that break0 has a new MAC address, and return the address.
 
         The pods and the guard must have the new address, and another sync
         must change nothing.

@@ -274,9 +274,9 @@ class TestOtherLedger(CleanupTestCase):
 
     def killed(self, owner: Any, name: str, after: bool
                ) -> Callable[[], Optional[object]]:
-        """Return a function: a cleanup that a call of owner.name kills.
+        """Return a function that runs a cleanup killed at owner.name.
 
-        :param after: kill the cleanup after the call, not before
+        :param after: kill the cleanup after the call of owner.name, not before
         """
         call = getattr(owner, name)
 
@@ -328,7 +328,7 @@ class TestOthersAtWork(CleanupTestCase):
                 cleaned.append(self.cleanup())
             return found
 
-        self.lab.run('ip', 'link', 'del', 'break0')  # the sync must write
+        self.lab.run('ip', 'link', 'del', 'break0')  # the sync has to repair
         with mock.patch.object(reconciler.actual, 'read',
                                read_then_cleaned_up):
             self.manager().sync()

@@ -22,7 +22,7 @@ PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 
 class CLITestCase(base.LabTestCase):
 
-    #: Runs the program; subclasses replace it.
+    #: Function that runs the program; subclasses replace the function.
     run_program = staticmethod(program.run)
 
     def call(self, *args: str,
@@ -37,7 +37,7 @@ class CLITestCase(base.LabTestCase):
 
 class TestStatus(CLITestCase):
 
-    # In its own process, as an operator runs it.
+    # Run the program in its own process, as an operator does.
     run_program = staticmethod(subprocess.run)
 
     def test_tables(self) -> None:

@@ -31,13 +31,13 @@ MAC = '02:00:00:00:00:71'
 
 def script(daemon_set: dict[str, Any], name: str,
            command: Optional[list[str]] = None) -> str:
-    """Shell commands that do what a container engine does for a container.
+    """Return shell commands that start a container as an engine does.
 
-    They run in a mount namespace of their own, to which mounts of the node
-    propagate. In place of the image the programs of this machine are there,
-    read-only as the image is.
+    Run the commands in a new mount namespace, to which mounts of the node
+    propagate. The programs of this machine replace the image, and are
+    read-only like the image.
 
-    :param command: what it runs, in place of its own command
+    :param command: the command to run instead of the container's own
     """
     container = overlay.container(daemon_set, name)
     volumes = overlay.volumes(daemon_set)
@@ -178,14 +178,15 @@ class TestAgentInItsContainer(ContainerTestCase):
             0o700, os.stat('/run/kuryr-break0').st_mode & 0o777)
 
     def test_removal(self) -> None:
-        """What remove.yaml runs in place of the agent, as its probe does."""
+        """The readiness probe of remove.yaml cleans up the node."""
         netns = self.lab.add_pod('pod', POD, mac=MAC)
         before = self.lab.state()
         self.bind(netns='/var' + netns, mac_of_pod=MAC)
         self.assertTrue(self.lab.ping(POD))
         patched = overlay.patched(self.daemon_set, 'remove.yaml')
         probe = overlay.container(patched, self.name)['readinessProbe']
-        # The root directory is read-only, and the ledger is mounted there.
+        # The state directory is a mount point below a read-only root, so a
+        # cleanup can only empty the state directory.
         for output in (r'(?s)- route %s .*- directory /run/kuryr-break0\n'
                        % POD, r'\A\Z'):
             done = subprocess.run(

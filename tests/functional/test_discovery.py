@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Discovery of containers, with plain namespaces in their place."""
+"""Discovery of containers; plain namespaces replace the containers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ AGENT = '/system.slice/kuryr-break0-agent.service'
 
 
 def is_idle(found: finder.Finder) -> bool:
-    """Whether nothing is to be done but by the timer."""
+    """Return whether only the timer can make work due."""
     return found.find_due() > time.monotonic() + 600
 
 
@@ -94,7 +94,7 @@ class DiscoveryTestCase(base.LabTestCase):
         """Wait until the agent has examined every earlier change.
 
         The agent examines a namespace at most namespace.LAST seconds after
-        its event. A namespace added after this time comes last.
+        its event. So a namespace added after this time is examined last.
         """
         time.sleep(namespace.LAST)
         self.lab.add_pod('later', LATER)
@@ -252,13 +252,14 @@ class TestFinding(DiscoveryTestCase):
                 with open('/run/proc/7/cgroup', 'w') as file:
                     file.write(groups)
                 self.assertEqual(name, engines.read_cgroup_name(record))
-        # The number is that of another process now.
+        # The process number now belongs to another process.
         with open('/run/proc/7/cgroup', 'w') as file:
             file.write('0::/lxc.payload.web')
         os.remove('/run/proc/7/ns/net')
         os.symlink(self.lab.add_netns('two'), '/run/proc/7/ns/net')
         self.assertIsNone(engines.read_cgroup_name(record))
-        # It has ended, or its path is the name of a namespace.
+        # The process has ended, the namespace has a name, or the record has
+        # no path.
         for path in ('/run/proc/8/ns/net', netns, None):
             self.assertIsNone(engines.read_cgroup_name(
                 dataclasses.replace(record, netns=path)))
@@ -343,7 +344,7 @@ class TestFinding(DiscoveryTestCase):
                                for each in self.bound()))
         second, = self.bound()
         self.assert_reachable(second, 'one')
-        client.send_signal(signal.SIGUSR2)  # releases it
+        client.send_signal(signal.SIGUSR2)  # releases the lease
         self.until_bound()
 
     def test_a_macvlan_of_keepalived(self) -> None:
@@ -417,7 +418,7 @@ class TestOwnership(DiscoveryTestCase):
                                   'c%d' % number)
         # When the owner ends, discovery binds the second container.
         self.lab.del_netns('c0')
-        # It exits 1: the second containers are not bound yet.
+        # sync exits with 1: the second containers are not bound yet.
         self.lab.run(PROGRAM, '--config-file', CONF, 'sync', check=False)
         self.until(lambda: any(
             str(address) == '100.75.30.90'
@@ -602,7 +603,8 @@ class TestNextHops(DiscoveryTestCase):
         self.lab.add_pod('one', ONE)
         self.until_bound(ONE)
         routers = lab.LAN, lab.LAN6, self.ROUTER, self.ROUTER6
-        # These next hops are gone before the agent reads the routes.
+        # All routes with these next hops are gone before the agent reads the
+        # routes.
         for router in routers[2:]:
             self.lab.run('ip', 'route', 'add', '198.51.100.0/24' if '.' in
                          router else 'fd09::/64', 'via', router)
@@ -616,7 +618,7 @@ class TestNextHops(DiscoveryTestCase):
         self.until_bound(ONE, TWO)
         for router in routers:
             self.until(lambda: '%s, on eth0 in' % router in self.log())
-        # Nor by the next look at everything.
+        # The next full search must not bind the next hops either.
         self.lab.run('ip', 'route', 'flush', 'dev', 'break0')
         self.until_bound(ONE, TWO)
         self.assertEqual([], self.problems())
@@ -994,7 +996,8 @@ class TestFaults(DiscoveryTestCase):
     def test_state_directory_that_cannot_be_written(self) -> None:
         """The agent binds no address that it cannot record.
 
-        It could not unbind the address when the container ends.
+        Without a record, the address would stay bound after the container's
+        end.
         """
         state = '/run/kuryr-break0'
         line = ('%s, on eth0 in /run/netns/two, is not bound: The state '
@@ -1034,8 +1037,9 @@ class TestFaults(DiscoveryTestCase):
         process.rlimit(psutil.RLIMIT_NOFILE, (process.num_fds(), before[1]))
         self.lab.add_pod('two', TWO)
         self.until(lambda: 'Too many open files' in self.log())
-        # After a new address of the node, the agent checks its interface for
-        # addresses of Kubernetes services. The check needs a descriptor.
+        # After a new address of the node, the agent checks whether the
+        # address's interface has addresses of Kubernetes services. The check
+        # needs a descriptor.
         self.lab.run('ip', 'address', 'add', '100.75.30.54/24', 'dev', 'eth0')
         times = process.cpu_times()
         lines = self.log().count('\n')
@@ -1201,9 +1205,10 @@ class TestExhausted(FinderTestCase):
                 self.assert_bound(ONE)
 
     def test_end_that_is_not_proven_again(self) -> None:
-        """A record stays if the second judgement, under the lock, is in doubt.
+        """A record stays if the judgement is in doubt when it is repeated.
 
-        The lock takes descriptors, so the second judgement can fail.
+        The finder repeats the judgement under the lock. The lock takes
+        descriptors, so the repetition can fail.
         """
         self.lab.add_pod('one', ONE)
         self.finder.note_mounts()
@@ -1281,7 +1286,7 @@ class TestExhausted(FinderTestCase):
         self.assert_bound()
 
     def test_end_that_cannot_be_proven(self) -> None:
-        """The finder judges an unproven end at growing intervals."""
+        """The finder repeats a judgement in doubt at growing intervals."""
         self.lab.add_pod('one', ONE)
         self.finder.note_mounts()
         self.assert_bound(ONE)
@@ -1303,7 +1308,7 @@ class TestExhausted(FinderTestCase):
 class TestManyNamespaces(FinderTestCase):
     """Another container creates namespaces faster than they are examined.
 
-    The kernel reuses their inodes.
+    The kernel reuses the namespaces' inodes.
     """
 
     ended = 0
@@ -1317,9 +1322,9 @@ class TestManyNamespaces(FinderTestCase):
             path, NamespaceId(status.st_dev, status.st_ino))
 
     def add_stale(self, place: kernel.Place) -> None:
-        """Add an ended namespace with this inode, of a container that waits.
+        """Add a waiting container's ended namespace with this inode.
 
-        The event of its end has not arrived yet.
+        The event of the namespace's end has not arrived yet.
         """
         stale = namespace.Namespace(kernel.NamespaceLocation(
             '/run/netns/ended', NamespaceId(*place, 1)), 'noisy', 77)
@@ -1332,7 +1337,7 @@ class TestManyNamespaces(FinderTestCase):
     def count_examined(self) -> int:
         """Return the number of namespaces that are examined before "one".
 
-        Another namespace arrives whenever one is examined.
+        Each examination adds another namespace.
         """
         examined: list[str] = []
         examine = kernel.examine_namespace
@@ -1357,7 +1362,7 @@ class TestManyNamespaces(FinderTestCase):
                 '/run/netns/ended', identity)
 
     def test_inode_of_an_ended_namespace(self) -> None:
-        """A container does not wait for another one that had its inode."""
+        """A container does not wait for an earlier owner of its inode."""
         for search in self.finder.note_mounts, self.finder.mark_all:
             with self.subTest(search=search.__name__):
                 self.add_stale(self.add_one().place)
@@ -1368,7 +1373,7 @@ class TestManyNamespaces(FinderTestCase):
                 self.assert_bound()
 
     def test_unnamed_with_the_inode_of_an_unexamined_name(self) -> None:
-        """A name that is gone does not hide a process."""
+        """A name that was deleted does not hide a process's namespace."""
         self.work()
         pid = str(self.start_unnamed().pid)
         status = os.stat('/proc/%s/ns/net' % pid)
@@ -1403,7 +1408,7 @@ class TestManyNamespaces(FinderTestCase):
         self.assert_bound(ONE)
 
     def test_namespace_before_many_others(self) -> None:
-        """A namespace does not wait for all that arrive later."""
+        """A namespace does not wait for all namespaces that arrive later."""
         one = self.add_one()
         self.finder._unexamined[one.place] = one
         self.add_ended(9)
@@ -1554,7 +1559,7 @@ class TestNoisy(FinderTestCase):
 class TestEvents(FinderTestCase):
 
     def test_old_process_with_a_new_macvlan(self) -> None:
-        """A new macvlan in an old namespace is found by its parent's event."""
+        """The parent's event reveals a new macvlan in an old namespace."""
         pid = str(self.start_unnamed().pid)
         self.work()
         with mock.patch.object(kernel.search._Processes, 'new',
@@ -1570,7 +1575,10 @@ class TestEvents(FinderTestCase):
             self.assert_bound(ONE)
 
     def test_a_process_that_ends_in_a_namespace_with_a_name(self) -> None:
-        """The namespace is examined by its name, though found by both."""
+        """The finder examines a namespace by its name, not by a process.
+
+        The search has found the namespace by both.
+        """
         os.mkdir(self.PROC)
         self.work()
         self.lab.add_pod('one', ONE)
@@ -1590,7 +1598,10 @@ class TestEvents(FinderTestCase):
             self.assert_bound(ONE)
 
     def test_another_namespace_of_the_same_name(self) -> None:
-        """A new namespace at a known path is found without an end event."""
+        """A new namespace at a known path replaces the old one.
+
+        The finder has not received the event of the old namespace's end.
+        """
         self.lab.add_pod('one', ONE)
         self.assert_bound(ONE)
         known, = (each for each in self.finder._namespaces.values()
@@ -1625,7 +1636,7 @@ class TestEvents(FinderTestCase):
         searched.assert_not_called()
 
     def test_flood(self) -> None:
-        """After too many events, the finder drops them and reads all again."""
+        """The finder drops a flood of events, and reads all state again."""
         self.lab.add_pod('one', ONE)
         self.assert_bound(ONE)
         events = self.finder._events

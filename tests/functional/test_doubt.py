@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Faults of the ledger, of the view or of the clock cost no pod its route.
+"""No fault of ledger, clock or view of namespaces costs a pod its route.
 
 A fault of one record does not affect other records.
 """
@@ -53,7 +53,7 @@ class DoubtTestCase(base.LabTestCase):
                   mac_of_pod=MAC % 2)
 
     def reconcile(self, **overrides: Any) -> reconciler.Outcome:
-        """Reconcile three times, as an agent; return the first outcome."""
+        """Reconcile three times like an agent; return the first outcome."""
         own = base.options(**overrides)
         reconcile = reconciler.Reconciler(
             own, ledger.Ledger(own.state_dir)).sync
@@ -233,7 +233,7 @@ class TestLostLedger(DoubtTestCase):
         """A rebuild prefers the interface that is up.
 
         The kernel permits a second macvlan with the same MAC address only
-        while one of both is down.
+        while one of the two is down.
         """
         self.lab.add_pod('evil')
         for command in ('link add mv0 link eth0 address %s type macvlan mode '
@@ -273,7 +273,7 @@ class TestLostLedger(DoubtTestCase):
 
     def test_the_record_before_does_not_unbind_the_new_pod(self) -> None:
         # The full disk keeps the old record, so the DEL of the old pod finds
-        # it.
+        # the old record.
         self.lab.add_pod('new', mac=MAC % 3)
         with mock.patch.object(records.files, 'replace', side_effect=OSError(
                 errno.ENOSPC, 'No space left on device')):
@@ -288,7 +288,7 @@ class TestLostLedger(DoubtTestCase):
 class TestOtherLedger(DoubtTestCase):
 
     def test_the_end_of_a_sandbox_is_said_as_it_is(self) -> None:
-        """A sync removes its claim, and no route of another ledger."""
+        """A sync removes an ended claim, but no route of another ledger."""
         self.bind('100.75.30.99', owner=Owner('new', 'eth0'),
                   state_dir='/run/other')
         self.lab.del_netns('other')
@@ -395,8 +395,8 @@ class TestOtherLedger(DoubtTestCase):
         self.assertEqual([], self.problems())
 
     def test_two_at_one_path_take_it_over_once(self) -> None:
-        # An agent's container may not share the daemon's state directory:
-        # two directories then have the same path.
+        # If an agent's container does not share the daemon's state directory,
+        # two directories have the same path.
         os.rename(STATE, '/run/of-the-daemon')
         self.reconcile()  # as the agent: rebuild and take over
         self.assertEqual([], self.problems())
@@ -465,8 +465,8 @@ class TestErrorsStayWhereTheyArise(DoubtTestCase):
         self.assertIn(('break0', 'it is down'), self.reconcile().devices)
 
     def test_a_record_of_a_broadcast_address(self) -> None:
-        # A bind refuses a broadcast address. A record of one exists if an
-        # operator writes the file or the node gets a new subnet.
+        # A bind refuses a broadcast address. A record of a broadcast address
+        # exists if an operator writes the file or the node gets a new subnet.
         made = ledger.Ledger(STATE, 10).records
         own, later = '100.75.30.255', '100.75.30.127'
         for address in (own, later):
@@ -576,7 +576,7 @@ class TestErrorsStayWhereTheyArise(DoubtTestCase):
     def test_a_prefix_of_ipv6_is_no_host_route(self) -> None:
         self.lab.add_ipv6()
         self.bind(POD6)
-        self.manager().sync()  # for the new address of the node
+        self.manager().sync()  # applies the node's new IPv6 address
         self.lab.run('ip', 'route', 'add', 'fd01:2::/32', 'dev', 'break0',
                      'proto', '176')
         with kernel.Netlink() as netlink:
@@ -846,7 +846,7 @@ class TestStatus(test_cli.CLITestCase):
         # descriptors of the file, so the ledger uses flock(2).
         made = ledger.Ledger(STATE, 1)
         with made.lock():
-            self.snapshot()  # a scrape reads it in the agent's process
+            self.snapshot()  # as a scrape does in the agent's process
             pid = base.in_child(self._take)
             self.assertEqual(1, base.wait_for(pid))
 

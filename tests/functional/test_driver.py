@@ -55,7 +55,8 @@ def set_options(test: unittest.TestCase, group: str = 'break0',
 
 class DriverTestCase(base.LabTestCase):
 
-    #: The option pod_binding, and the object with its disconnect function.
+    #: Value of pod_binding, and the owner of the function ``disconnect`` that
+    #: the driver calls with this value.
     binding = 'kuryr'
     disconnecting: Any = nested.MacvlanDriver
 
@@ -384,7 +385,7 @@ class TestNetlinkErrors(DriverTestCase):
 
 
 class TestAddressing(DriverTestCase):
-    """Kuryr's address configuration, after the driver, is repeated."""
+    """Kuryr's address configuration is repeated if IPDB fails."""
 
     def configure(self, failures: int) -> None:
         """Run Kuryr's configuration; IPDB fails ``failures`` times first."""
@@ -489,7 +490,7 @@ class TestDisconnectDirectly(TestDisconnect):
 
 
 class TestNetns(DriverTestCase):
-    """The driver refuses an empty, missing or own namespace.
+    """The driver refuses an empty or missing path, and the node's namespace.
 
     Kuryr would act on the node's namespace instead.
     """
@@ -614,8 +615,8 @@ class TestDetection(DriverTestCase):
                 self.assert_as_kuryr('eth0', link_iface)
 
     def listening(self, address: str) -> socket.socket:
-        # A test can open only one: Kuryr's processes inherit the socket and
-        # outlive the test.
+        # A test can open only one such socket: Kuryr's processes inherit the
+        # socket and outlive the test.
         return socket.create_server(
             (address, 10250),
             family=socket.AF_INET6 if ':' in address else socket.AF_INET)
@@ -645,7 +646,7 @@ class TestKuryrsOwn(test_binding.TestNestedMacvlanDriver):
     """Kuryr's unit tests of its macvlan driver pass with break0's driver.
 
     The namespace in these tests exists. The tests mock IPDB, so the parent
-    does not exist, and break0 logs an error instead of a bind.
+    does not exist: break0 logs an error and binds nothing.
     """
 
     def setUp(self) -> None:
@@ -657,9 +658,9 @@ class TestKuryrsOwn(test_binding.TestNestedMacvlanDriver):
         self.vif = vif('192.168.0.2', subnets=['192.168.0.1/24'], mtu=1)
         self.vif.vif_name = 'h_interface'
         set_options(self, pod_binding='kuryr')
-        # The driver patches this function for the request, and the request
-        # restores it. Tests without the rest of the request must restore it
-        # themselves: kuryr-daemon uses one process per request.
+        # The driver replaces _configure_l3 until Kuryr calls the replacement.
+        # In these tests Kuryr does not call it, so the next test would inherit
+        # the replacement. kuryr-daemon uses one process per request.
         b_base._configure_l3 = patches._configure_l3
 
     def test_it_is_our_driver(self) -> None:

@@ -32,12 +32,12 @@ HIDDEN = ('unshare', '--mount', 'sh', '-c',
 
 
 class TestJudge(base.LabTestCase):
-    """A missing namespace is gone only if its directory shows another."""
+    """A namespace is gone only if its directory shows another namespace."""
 
     def setUp(self) -> None:
         super().setUp()
-        # The kernel reuses inodes: if this namespace came second, it could
-        # get the inode of the first.
+        # The kernel reuses inodes: if "another" were created after the end of
+        # "judged", both could have the same inode.
         self.another = self.lab.add_netns('another')
         self.path = self.lab.add_netns('judged')
         self.directory = os.path.dirname(self.path)
@@ -83,7 +83,7 @@ class TestJudge(base.LabTestCase):
         A container can have thousands of processes.
         """
         if self.known.cookie is None:
-            return  # without cookies, the judge must list processes
+            return  # without a cookie, the judge must list processes
         for name in 'abc':
             self.lab.add_netns(name)
         self.lab.del_netns('judged')
@@ -104,7 +104,7 @@ class TestJudge(base.LabTestCase):
         own = kernel.identify(self.path)
         assert own is not None
         if own.cookie is None:
-            return  # such a kernel cannot tell, and keeps it
+            return  # without a cookie, the judge cannot detect the reuse
         self.assertIs(kernel.State.GONE, kernel.judge_state(
             self.path, own._replace(cookie=2 ** 63)))
 
@@ -169,9 +169,9 @@ class TestJudge(base.LabTestCase):
         raise OSError(errno.EMFILE, 'Too many open files')
 
     def test_where_no_other_is_left(self) -> None:
-        """Without another namespace, a full view of processes suffices.
+        """If no other namespace is left, a full view of processes suffices.
 
-        A host is in this state when its last container has ended.
+        No other namespace is left when a host's last container has ended.
         """
         if kernel.Judge().blindness():
             return

@@ -2,8 +2,8 @@
 
 """A CNI ADD succeeds after an earlier ADD was killed at any step.
 
-The ADD deletes the leftover interface of the killed ADD. An interface of the
-same name with another origin stays, and the ADD fails.
+The ADD deletes the leftover interface of the killed ADD. If an interface of
+the same name has another origin, it stays and the ADD fails.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 """The plugin of kubectl prints one table for all nodes.
 
-The kubectl of these tests has two nodes. On the first it runs the real
-command, and the second does not answer.
+The kubectl of these tests has two nodes. On the first node, kubectl runs the
+real command. The second node does not answer.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class TestPlugin(CLITestCase):
         self.bind(POD, OTHER_POD)
 
     def plugin(self, *args: str, code: int = 0) -> list[str]:
-        """Return the lines of the plugin, with single blanks."""
+        """Return the lines of the plugin's output, with single spaces."""
         done = subprocess.run(
             [PLUGIN, *args], text=True, stdout=subprocess.PIPE, env={
                 **os.environ, 'PATH': '/run/bin:%s:%s' % (

@@ -48,8 +48,9 @@ class L3TestCase(base.LabTestCase):
             self.addCleanup(k_config.CONF.clear_override, name, group=group)
         objects.register_locally_defined_vifs()
         os_vif.initialize()
-        # A replacement waits in the process until Kuryr configures a VIF. The
-        # driver alone configures none, so an earlier test may have left one.
+        # A replacement of _configure_l3 stays until Kuryr configures a VIF.
+        # The driver alone configures no VIF, so an earlier test may have left
+        # a replacement in this process.
         b_base._configure_l3 = patches._configure_l3
 
     def connect(self, vif: Any, name: str, is_default: bool = True,
@@ -80,7 +81,7 @@ class L3TestCase(base.LabTestCase):
     def pod(self, name: str) -> dict[str, Any]:
         """Return a pod's routes, interfaces and disable_ipv6 sysctls.
 
-        Indices, counters and lifetimes are left out: they differ.
+        Indices, counters and lifetimes are omitted, since they differ.
         """
         self.lab.settle()
         found: dict[str, Any] = {}
@@ -149,8 +150,8 @@ class TestSameAsKuryr(L3TestCase):
     def test_several_subnets(self) -> None:
         """All addresses of several subnets are set.
 
-        Kuryr is not compared: it fails if IPDB's set of addresses happens to
-        iterate in another order, which depends on the process.
+        The test does not run Kuryr, which fails if IPDB's set of addresses
+        has another order of iteration. The order depends on the process.
         """
         vif = break0_vif.VIFMacvlanBreak0._obj_from_primitive(
             None, '1.0', kuryr.macvlan_vif(
@@ -223,7 +224,7 @@ class TestErrors(L3TestCase):
         self.assertEqual(before, self.pod('ours'))
 
     def test_another_vif_comes_first(self) -> None:
-        """A replacement is used only for its own VIF, and only once."""
+        """A replacement of _configure_l3 is used for its VIF only, once."""
         stock = kuryr.macvlan_vif(POD4, mac=MAC)
         ours = break0_vif.VIFMacvlanBreak0._obj_from_primitive(
             None, '1.0', stock.obj_to_primitive())

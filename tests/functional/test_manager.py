@@ -227,8 +227,8 @@ class TestRoutes(base.LabTestCase):
         self.assertEqual([], self.problems())
         self.bind()
         self.assertTrue(self.lab.ping(POD))
-        # When our route has to be set again, the foreign route was there
-        # first.
+        # When a sync has to set our route again, the foreign route exists
+        # already.
         self.lab.run('ip', 'link', 'del', 'break0')
         self.assertEqual(1, len(self.manager().sync().foreign))
         self.assertEqual({}, self.lab.routes())
@@ -324,15 +324,16 @@ class TestRoutes(base.LabTestCase):
 
             with mock.patch.object(socket, 'socket', CountingSocket), \
                     mock.patch.object(nft, '_kept', threading.local()):
-                # Node: route lookup; guard entry; neighbour and route.
-                # Pod: its interface; whether the node is on-link; the node as
-                # neighbour; nftables table; other interfaces' addresses;
-                # whether the node was resolved on the LAN.
+                # Requests on the node: route lookup; guard entry; neighbour
+                # and route. Requests in the pod: its interface; lookup that
+                # shows whether the node is on-link; neighbour for the node;
+                # nftables table; other interfaces' addresses; whether the
+                # node was resolved on the LAN.
                 self.bind(netns=netns, mac_of_pod=MAC)
-                # Node: whether break0 is ours; neighbour; guard entry; route
-                # and neighbour.
-                # Pod: its interface; addresses; nftables table; our routes
-                # and neighbours.
+                # Requests on the node: whether break0 is ours; neighbour;
+                # guard entry; route and neighbour. Requests in the pod: its
+                # interface; addresses; nftables table; our routes and
+                # neighbours.
                 self.unbind()
             return sent
 
@@ -402,7 +403,8 @@ class TestReuse(base.LabTestCase):
         self.lab.add_pod('pod', POD, mac=MAC)
         self.bind(owner=OWNER, mac_of_pod=MAC)
         self.assertTrue(self.lab.ping(POD))
-        # Deleted explicitly: the kernel deletes a namespace with a delay.
+        # Delete the interface explicitly: the kernel deletes a namespace with
+        # a delay.
         self.lab.run('ip', 'link', 'del', lab.PARENT, netns='pod')
         self.lab.del_netns('pod')
 
@@ -658,7 +660,8 @@ class TestDevice(base.LabTestCase):
         self.assert_untouched('another namespace')
 
     def test_a_macvlan_as_parent(self) -> None:
-        # The kernel puts a macvlan on a macvlan on the lower device.
+        # If the parent is a macvlan itself, the kernel takes that macvlan's
+        # parent.
         self.lab.run('ip', 'link', 'add', 'stacked', 'link', lab.PARENT,
                      'type', 'macvlan', 'mode', 'bridge')
         self.lab.run('ip', 'link', 'set', 'stacked', 'up')
@@ -786,8 +789,8 @@ class TestRefused(base.LabTestCase):
         with self.assertRaises(exceptions.InputRefused):
             self.bind(POD, *many)
         self.bind(POD, OTHER_POD)
-        # The DEL of the refused pod may hold the lock only for addresses that
-        # are bound.
+        # The DEL of the refused pod must hold the lock for its bound addresses
+        # only.
         with self.assertLogs('kuryr_break0.engine.transaction',
                              'INFO') as logs:
             self.unbind(*many, POD)
@@ -835,8 +838,8 @@ class TestLedgerAndLock(base.LabTestCase):
 
     def test_the_first_bind_after_a_boot(self) -> None:
         self.bind(POD)
-        # The directory survives the boot. The old claim of POD must not make
-        # the new bind yield.
+        # The state directory survives the boot. The old claim of POD must not
+        # make the new bind yield.
         found = ledger.Ledger('/run/kuryr-break0')
         identity = found.ensure_identity()
         found.put_identity(dataclasses.replace(identity, boot='earlier'))
@@ -887,7 +890,8 @@ class TestLedgerAndLock(base.LabTestCase):
         self.assertIn(POD, self.lab.routes())
 
     def test_killed_after_any_step_of_bind(self) -> None:
-        # Nothing would ever delete a live pod's route without a record.
+        # If a live pod's route had no record, nothing would ever delete the
+        # route.
         for owner, name in ((records.Records, 'put'),
                             (kernel.Netlink, 'change')):
             original = getattr(owner, name)

@@ -44,7 +44,7 @@ MAC = '02:00:00:00:00:71'
 class MetricsTestCase(base.LabTestCase):
 
     where = metrics.DEFAULT
-    #: The command that runs the agent, such as setpriv.
+    #: Arguments before the agent's command, such as those of setpriv.
     prefix: tuple[str, ...] = ()
 
     def configure(self, *lines: str, default: str = '') -> None:
@@ -204,7 +204,7 @@ class TestRepairs(MetricsTestCase):
         self.fault({'sandbox_gone': 1}, 'ip', 'netns', 'del', 'pod')
 
     def test_by_other_processes(self) -> None:
-        # Repairs by the sync command and by a bind, before the agent starts.
+        # The sync command and a bind make repairs before the agent starts.
         self.lab.run('ip', 'route', 'del', POD)
         self.lab.run(PROGRAM, 'sync')
         self.lab.run('ip', 'link', 'del', 'break0')
@@ -261,8 +261,8 @@ class TestBinds(MetricsTestCase):
         self.assertEqual(1, self.value('unbind_seconds_count'))
 
     def test_each_is_counted_once(self) -> None:
-        # Also over a restart: Prometheus takes the whole value of a restarted
-        # counter as an increase.
+        # The restarted agent must not count the first bind again: Prometheus
+        # takes the whole value of a restarted counter as an increase.
         self.bind(POD)
         self.start()
         self.assertEqual(1, self.value('bind_seconds_count'))
@@ -375,7 +375,8 @@ class TestServer(MetricsTestCase):
             self.wait_for(lambda: 'cannot be served' in self.log())
             self.lab.run('ip', 'route', 'del', POD)
             self.wait_for(lambda: POD in self.lab.routes())
-            # Two syncs by the timer: the kernel sends no event for a sysctl.
+            # Wait for two syncs by the timer: the kernel sends no event for a
+            # sysctl.
             for _ in range(2):
                 kernel.write_sysctl('ipv4/conf/break0/arp_filter', 0)
                 self.wait_for(lambda: kernel.read_sysctl(
@@ -478,7 +479,7 @@ class TestHostile(MetricsTestCase):
                  ) -> Iterator[None]:
         """Keep connections of slow clients open within the block.
 
-        :param first: the data that each connection sends when it is made
+        :param first: the data that each connection sends at its beginning
         :param then: the data that each connection sends every second
         :param prepare: is called with each socket before it connects
         """
@@ -519,9 +520,9 @@ class TestHostile(MetricsTestCase):
     def assert_alive(self) -> None:
         """Expect answers to liveness probes, within their time-out.
 
-        If the processors are busy, a probe can be the oldest of all
-        connections when another one arrives, and be closed. kubelet restarts
-        the agent after three such probes (failureThreshold).
+        If the processors are busy, a probe can be the oldest connection when
+        another connection arrives, and the agent can close the probe. kubelet
+        restarts the agent after three such probes (failureThreshold).
         """
         for _ in range(5):
             answers = (metrics.get('/livez', self.where, self.probe_timeout)
@@ -663,7 +664,7 @@ class TestExposition(base.LabTestCase):
         for _ in range(200):
             self.answer()
         self.assertLess(len(made), 150)
-        # The figures are read again later.
+        # A later request reads the figures again.
         self.own.record_sync(0.1, exceptions.ParentNotFound(parent='eth9'))
         lab.until(lambda: 'kuryr_break0_sync_failures_total 2.0\n'
                   in self.answer())

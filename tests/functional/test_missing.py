@@ -247,7 +247,7 @@ class TestDoubt(MissingTestCase):
             self.assertFalse(self.sync(pauses + 1).missing)
         self.change()
         self.sync(10)
-        # A bind in between starts the count again.
+        # A bind between two syncs starts the count again.
         with self.after(10.5):
             self.add(POD, POD6)
         self.sync(11.1)
@@ -278,7 +278,8 @@ class TestAgent(test_discovery.DiscoveryTestCase):
                         'eth0')
         self.until_bound(test_discovery.TWO)
         self.assert_reachable(test_discovery.TWO, 'one')
-        # With its last address the pod lost the neighbour for the node.
+        # When the pod lost its last address, the kernel deleted the pod's
+        # neighbour for the node.
         lab.until(lambda: not self.problems(), self.log)
         self.assertIn('%s is not bound for %s any more' % (
             test_discovery.ONE, OWNER), self.log())

@@ -191,7 +191,7 @@ class TestNeighbours(base.LabTestCase):
 
     def test_unresolved(self) -> None:
         index = kernel.find_ifindex(lab.PARENT) or 0
-        for count in 1, 40:  # by look-ups, and by a dump
+        for count in 1, 40:  # read by look-ups, and by a dump
             asked = base.addresses(*(
                 '100.75.30.%d' % (100 + number) for number in range(count)))
             for address in asked:
@@ -265,7 +265,7 @@ class TestNamespaceEvents(base.LabTestCase):
             changes = events.get()
             self.assertEqual((set(), True), (changes.changed,
                                              changes.is_stacked))
-            # What is made here explains the event of its parent.
+            # A change in this namespace explains the event of the parent.
             for command in ('add mv link eth0 type macvlan', 'del mv',
                             'set eth0 promisc on'):
                 self.lab.run('ip', 'link', *command.split())
@@ -324,7 +324,7 @@ class TestHostile(base.LabTestCase):
                                (errno.ENXIO, None)):
             with mock.patch.object(socket, 'if_indextoname',
                                    side_effect=OSError(code, 'of the test')):
-                if expected is None:  # it has just been deleted
+                if expected is None:  # the parent has just been deleted
                     self.assertEqual([], kernel.list_macvlans_in(path))
                     continue
                 with self.assertRaises(expected):
@@ -442,7 +442,8 @@ class TestDumps(base.LabTestCase):
 
     def test_addresses_that_change_each_time(self) -> None:
         # Each change deletes the first address and adds another one. The
-        # kernel counts its place in the list, so it skips the next address.
+        # kernel continues a dump by the position in the list, and so skips an
+        # address.
         self.lab.run('ip', 'link', 'add', 'many', 'type', 'veth')
         self.load('ip', '-batch', lines=[
             'address add 10.1.%d.%d/32 dev many' % divmod(number, 250)
@@ -462,7 +463,8 @@ class TestDumps(base.LabTestCase):
             found = netlink.addresses()
             self.assertEqual(len(set(found)), len(found))
             self.assertEqual(set(), before - {*found})
-        # A pod loses its route if its address is missing from the dump.
+        # An incomplete dump must fail: a pod whose address is missing from the
+        # dump would lose its route.
         with kernel.Netlink(most=2 ** 14) as netlink:
             self.heard(netlink, change)
             with self.assertRaises(exceptions.KernelRefused) as caught:

@@ -2,9 +2,10 @@
 
 """Node and pods on each kind of parent interface.
 
-A test is skipped if the kernel lacks its kind. TestFullFilter needs two real
-NICs on one wire, such as two NICs of QEMU on a hub: NICS="eth0 eth1" names
-them. The tests take these NICs over, so never name NICs of a machine in use.
+If the kernel lacks a kind, the tests of that kind are skipped. TestFullFilter
+needs two real NICs on one wire, such as two NICs of QEMU on a hub:
+NICS="eth0 eth1" names these NICs. The tests take the NICs over, so never name
+NICs of a machine in use.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class ParentKindTestCase(DoctorTestCase):
     """Two pods on a parent.
 
     :cvar PARENT: name of the parent
-    :cvar LAN: name of the LAN host's interface that has its addresses
+    :cvar LAN: name of the interface that has the LAN host's addresses
     :cvar NICS: names of the LAN host's NICs
     :cvar OPTIONS: options of [break0]
     :ivar VRF: name of the parent's VRF, or None

@@ -179,7 +179,7 @@ class TestTwoParents(ParentsTestCase):
 
 
 class TestVlanName(TestTwoParents):
-    """A parent named like a VLAN: a dot separates nothing in sysctl paths."""
+    """A parent named like a VLAN: its dot is no separator of sysctl names."""
 
     NIC = 'eth0.100'
 
@@ -192,8 +192,8 @@ class TestRenamed(ParentsTestCase):
     def rename(self, old: str, new: str) -> None:
         """Rename a NIC while it is down, as udev does.
 
-        The kernel deletes the IPv6 addresses of a NIC that goes down; they
-        are added again.
+        The kernel deletes the IPv6 addresses of a NIC that goes down. This
+        function adds these addresses again.
         """
         texts = [text for text in (lab.NODE6, NODE1_6) if any(
             text == each.get('local') for link in self.lab.ip(
@@ -229,7 +229,7 @@ class TestRenamed(ParentsTestCase):
                 if not (link.get('linkinfo') or {}).get('link_netnsid')}
 
     def assert_in_sync(self, devices: dict[str, str]) -> None:
-        """Expect no problem, and the present names in kernel and ledger."""
+        """Expect no problem, and ``devices`` in the kernel and the ledger."""
         self.assertEqual([], self.problems())
         with self.quiet():
             self.assertFalse(self.manager().sync())
@@ -396,7 +396,10 @@ class TestRenamed(ParentsTestCase):
             self.assertTrue(self.lab.ping(address), address)
 
     def test_while_its_guard_is_loaded(self) -> None:
-        """No pod is cut off, even if no sync can follow the rename."""
+        """A rename while the guard is loaded cuts off no pod.
+
+        No sync can follow, since the option ``parent`` has the earlier name.
+        """
         ensure = device.Device.ensure
 
         def then_renamed(self_: device.Device, *args: Any) -> device.Ensured:
@@ -472,13 +475,14 @@ class TestRenamedWithAnAgent(test_discovery.DiscoveryTestCase):
         self.rename('eth0', 'ens3')
         self.until(lambda: 'parent interface eth0 does not exist'
                    in self.log())
-        # The log line about a new address proves a read of the namespace.
+        # The log line about a new address proves that the agent has read the
+        # namespace.
         self.lab.run('ip', 'address', 'add', '10.66.0.1/24', 'dev', 'eth0',
                      netns='one')
         self.until(lambda: '10.66.0.1, on eth0 in' in self.log())
         self.assertEqual({ONE, ONE6}, set(self.lab.routes()))
-        # IPv6 is not pinged: with this option the agent cannot repair the
-        # faults from the time when the NIC was down and had no addresses.
+        # The test pings IPv4 only: with this option the agent cannot repair
+        # the faults that arose while the NIC was down and had no IPv6 address.
         self.until(lambda: self.lab.ping(ONE))
         self.until(lambda: self.lab.ping(lab.NODE, 'one'))
 

@@ -172,5 +172,5 @@ class TestCost(test_driver.DriverTestCase):
         growth = {each: self.read(each) - before[each]
                   for each in ('stock', 'break0')}
         self.assertGreater(growth['stock'], before['stock'])
-        # The rest depends on the time at which events arrive.
+        # The remaining growth depends on the time at which events arrive.
         self.assertLess(growth['break0'], growth['stock'] / 10)

@@ -248,11 +248,11 @@ class TestSilence(DualStackTestCase):
         self.lab.run('ip', 'route', 'add', POD, 'dev', 'break0')
 
     def answers(self) -> tuple[set[str], set[str]]:
-        """Return the senders of answers to the LAN's ARP and solicitations."""
+        """Return the senders of ARP and of ND answers for the node."""
         with self.lab.capture() as frames:
             self.assertTrue(self.lab.ping(lab.NODE, 'lan'))
             self.assertTrue(self.lab.ping(lab.NODE6, 'lan'))
-        # The LAN host repeats a request that has no answer for a second.
+        # If a request has no answer for a second, the LAN host repeats it.
         arp, nd = ({frame.src for frame in frames if frame.answers == node}
                    for node in (lab.NODE, lab.NODE6))
         return arp, nd
@@ -394,7 +394,7 @@ class TestNeighbours(DualStackTestCase):
     def test_no_pod_can_claim_the_address_of_another(self) -> None:
         self.add_pod(2)
         self.claim('pod-2')
-        # A later ping of pod-2 has arrived, hence the ARP reply too.
+        # Frames arrive in order, so the ARP reply came before this ping.
         self.assertTrue(self.lab.ping(lab.NODE, 'pod-2', cold=False))
         self.assertEqual(MAC % 1, self.neighbours('break0')[POD])
         # Without the guard, an ARP reply can claim the address.
@@ -426,7 +426,7 @@ class TestNeighbours(DualStackTestCase):
         self.assertTrue(self.lab.ping('100.75.30.80'))
         self.assertTrue(self.lab.ping(lab.NODE, 'none'))
         with self.quiet():
-            self.manager().sync()  # retries, and logs nothing again
+            self.manager().sync()  # retries without another warning
         self.lab.run('ip', 'link', 'set', 'eth0', 'name', 'net1', netns='none')
         self.manager().sync()
         self.assertIn(lab.NODE, self.neighbours('net1', 'none'))

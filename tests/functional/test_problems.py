@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""All commands and the metrics agree on each fault that the tests know."""
+"""All commands and the metrics agree on each fault of the tables below."""
 
 from __future__ import annotations
 
@@ -36,12 +36,13 @@ FAR = '100.75.40.71'
 class Fault(NamedTuple):
     """A fault of a node with two pods of both families.
 
-    :ivar kind: kind of a problem that it causes; None if it causes none,
-        because only an unbound container is reported
-    :ivar make: shell commands, or a function of the test
-    :ivar heals: whether a sync repairs it
+    :ivar kind: kind of a problem that the fault causes; None if the fault
+        causes no problem, only a report of an unbound container
+    :ivar make: shell commands that cause the fault, or a function that causes
+        the fault and takes the test as its argument
+    :ivar heals: whether a sync repairs the fault
     :ivar options: options of [break0]
-    :ivar is_executed: run the commands as executables of their own
+    :ivar is_executed: whether to run each command as a new program
     """
 
     name: str
@@ -355,7 +356,7 @@ class ProblemsTestCase(DoctorTestCase):
 
     def check_doctor(self, fault: Fault,
                      found: list[problems.Problem]) -> None:
-        """Check that the doctor has a finding of each problem."""
+        """Check that the doctor has a finding for each kind of problem."""
         of_kind: dict[str, list[str]] = {}
         for finding in self.all_findings(fault):
             of_kind.setdefault(finding.id, []).append(finding.observed)
@@ -413,6 +414,6 @@ class TestHealthy(ProblemsTestCase):
         self.assertEqual({}, self.findings())
 
     def test_table(self) -> None:
-        """The table has 40 faults or more."""
+        """The tables have 40 faults or more."""
         self.assertLessEqual(40, sum(map(len, (
             DEVICE, PARENT, ADDRESSES, PODS))))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The cost of finding a new namespace does not grow with the others."""
+"""The number of other namespaces adds nothing to the cost of a search."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class TestNames(SearchTestCase):
         for number in range(9):
             self.lab.add_netns('n%d' % number)
         made = kernel.Search([])
-        self.assertEqual(10, len(made.all({})))  # with the LAN's
+        self.assertEqual(10, len(made.all({})))  # includes the LAN's
         self.lab.add_netns('new')
         with mock.patch.object(
                 namespaces, 'stat_namespace',

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The socket of nftables that the workers of kuryr-daemon share."""
+"""The nftables socket that the workers of kuryr-daemon share."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TestSharedSocket(base.LabTestCase):
         self.ledger = ledger.Ledger(own.state_dir)
 
     def child(self, function: Callable[[], bool]) -> int:
-        """Call a function in a child with the lock; return the exit status."""
+        """Call a function in a child that has the lock; return its status."""
         def held() -> None:
             with self.ledger.lock():
                 assert function()
@@ -76,9 +76,9 @@ class TestSharedSocket(base.LabTestCase):
             self.assertIsNot(self.shared, kernel.open_node_nft(exclusive=True))
 
     def test_workers_open_none_of_their_own(self) -> None:
-        """Workers open no socket of nftables but use the shared one.
+        """Workers use the shared nftables socket and open no other.
 
-        The kernel delays all workers when it closes such a socket.
+        When the kernel closes an nftables socket, it delays all workers.
         """
         def bound() -> bool:
             with mock.patch.object(nft, 'Nft', side_effect=AssertionError):
@@ -110,16 +110,17 @@ class TestSharedSocket(base.LabTestCase):
             nft.post([refused])
         with self.ledger.lock():
             kernel.open_node_nft(exclusive=True)
-            nft.post([refused])  # by a process that has not the lock
+            nft.post([refused])  # as a process without the lock can do
             pair = nft.Pair(bytes((100, 75, 30, 99)), None)
             self.shared.add(TABLE, [pair])
             nft.post([refused])
             self.assertIn(pair, self.shared.elements(TABLE))
 
     def test_an_answer_that_another_has_read(self) -> None:
-        """A request fails if another process has read its answer.
+        """A request fails if another process has read the answer.
 
-        That happens if the state directory, and so the lock, is replaced.
+        Another process can read the answer if the state directory was
+        replaced, and the lock with it.
         """
         pair = nft.Pair(bytes((100, 75, 30, 99)), None)
         with mock.patch.object(netlink, 'messages', return_value=[]), \
@@ -167,7 +168,7 @@ class TestSharedSocket(base.LabTestCase):
                       for kind in edge)
         gone = nft._elements(TABLE, 'addresses4', [
             nft.Pair(bytes((192, 0, 2, 9)), None)])
-        # The kernel answers with an error: there is no such element.
+        # The kernel answers with an error, since no such element exists.
         self.killed(begin, nft._message(nft._DELSETELEM, netlink.NLM_F_ACK,
                                         gone), end)
         self.assert_works()

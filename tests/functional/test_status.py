@@ -76,12 +76,12 @@ class TestStatus(CLITestCase):
                                    stdout=subprocess.DEVNULL)
         self.addCleanup(waiting.wait)
         self.addCleanup(waiting.kill)
-        time.sleep(1)  # with or without it, the result is the same
+        time.sleep(1)  # the result does not depend on this pause
         self.manager().sync()
         self.assertEqual(0, waiting.wait())
 
     def test_a_parent_that_is_down(self) -> None:
-        """One line reports it, and each address names it as the cause."""
+        """One line reports the parent, which each address names as cause."""
         self.lab.run('ip', 'link', 'set', lab.PARENT, 'down')
         text = self.text(code=1)
         self.assertEqual(1, text.count('Out of sync: eth0, the parent'), text)
@@ -168,7 +168,7 @@ class TestStatus(CLITestCase):
                 self.text()
 
     def test_who_is_asked_for_ways(self) -> None:
-        """Routes are looked up only if there are other than default rules."""
+        """Routes are looked up only if a rule is not a default rule."""
         with mock.patch.object(kernel.Netlink, 'lookup', autospec=True,
                                return_value=None) as lookup:
             self.assertEqual([], self.problems())

@@ -40,7 +40,7 @@ class StormTestCase(test_agent.AgentTestCase):
                 self.agent.pid)))
 
     def assert_idle(self, before: float) -> None:
-        """Expect no sync, except one for each time that events were lost."""
+        """Expect at most one sync for each loss of events, and no other."""
         self.wait_for(lambda: base.is_idle(psutil.Process(self.agent.pid)))
         lost = metrics.value('events_lost_total') or 0
         self.assertLessEqual(self.syncs() - before, lost)

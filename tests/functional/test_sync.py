@@ -377,7 +377,7 @@ class TestSandboxGone(SyncTestCase):
         os.rename('/run/host_proc', '/run/not_mounted_here')
         self.manager().housekeep()
         self.assertIn(POD, self.lab.routes())
-        self.lab.del_netns('pod')  # the kernel deletes its number too
+        self.lab.del_netns('pod')  # the namespace's number ends too
         self.manager().housekeep()
         self.assert_gone()
 
@@ -399,7 +399,7 @@ class TestSteps(SyncTestCase):
              (kernel, 'write_sysctl'))
 
     def die_after(self, number: int) -> None:
-        """End this process after this number of steps of any kind."""
+        """Let this process kill itself after this number of steps."""
         left = number
 
         def counted(original: Any) -> Any:
@@ -416,7 +416,10 @@ class TestSteps(SyncTestCase):
             setattr(owner, name, counted(getattr(owner, name)))
 
     def every_step(self, what: Any, expected: Any) -> int:
-        """Die after each step in turn; return the number of steps."""
+        """Kill ``what`` after each step in turn; return the number of steps.
+
+        Expect that a sync after each kill restores the expected addresses.
+        """
         for number in range(1, 200):
             def run(number: int = number) -> None:
                 self.die_after(number)

@@ -58,7 +58,7 @@ class TestTerminal(CLITestCase):
                      ('doctor',), ('check', '--parent', 'eth0')):
             done = self.call(*args, COLUMNS='80')
             for line in done.stdout.splitlines():
-                if not line.startswith(' ' * 10):  # no command to paste
+                if not line.startswith(' ' * 10):  # not a command to paste
                     self.assertLessEqual(len(line), 80, line)
         for args in (('status', '--wide'), ('probe', '--all', '--wide',
                                             '--count', '1')):

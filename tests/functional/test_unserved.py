@@ -30,7 +30,7 @@ from tests import program
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 ONE, ONE6 = '100.75.30.81', 'fd00:30::81'
-#: Makes the node a Docker host. On other nodes Kuryr adopts pods.
+#: Makes the node a Docker host. On a node of Kuryr, the doctor advises adopt.
 NO_KURYR = mock.patch.object(host.installation, 'is_for_kuryr',
                              lambda: False)
 
@@ -226,9 +226,10 @@ class TestReasons(UnservedTestCase):
         self.assertIn("--ifname '%s'" % name, done.stderr)
 
     def test_refused(self) -> None:
-        """Addresses of other containers, the node or a next hop are refused.
+        """Addresses of other containers, the node and next hops are refused.
 
-        So are addresses of no single host, and addresses with a foreign route.
+        Addresses of no single host, and addresses with a foreign route, are
+        refused too.
         """
         self.bind(ONE, mac_of_pod='02:00:00:00:00:01')
         self.lab.run('ip', 'route', 'add', '100.75.30.84', 'dev', 'lo')
@@ -371,7 +372,7 @@ class TestPodSide(UnservedTestCase):
 class TestCost(base.LabTestCase):
 
     def test_addresses_of_other_interfaces_are_not_read(self) -> None:
-        """A namespace costs no read of its other interfaces' addresses.
+        """The addresses of a namespace's other interfaces are not read.
 
         Any process can unshare a namespace and add many addresses there.
         """

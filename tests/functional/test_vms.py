@@ -24,7 +24,7 @@ MAC = '02:00:00:00:00:81'
 
 def power_on(test: base.LabTestCase, name: str, *addresses: str,
              mac: Optional[str] = None) -> lab.VM:
-    """Start a VM, or skip the test if this machine cannot have one."""
+    """Start a VM, or skip the test if this machine cannot run a VM."""
     try:
         return test.lab.add_vm(name, *addresses, mac=mac)
     except OSError as err:
@@ -198,7 +198,7 @@ class TestAnswers(VMTestCase):
             sender.bind(('nic' if netns == 'lan' else lab.PARENT, 0))
             sender.send(frame)
             if netns == 'lan':
-                # A later frame from the LAN has arrived, hence this one too.
+                # Frames arrive in order: ``frame`` came before these pings.
                 self.assert_answers(ONE, 'lan')
             vm.send(good)
             found: list[tuple[str, str]] = []
@@ -286,7 +286,8 @@ class TestEnd(VMTestCase):
         self.assertEqual({TWO, TWO6}, self.bound())
 
     def test_seen_from_elsewhere(self) -> None:
-        # No macvtap is in the other namespace either.
+        # A sync in the namespace "lan" sees no macvtap of the VMs, and must
+        # not unbind the VMs.
         self.bind_both()
         self.lab.run('ip', 'link', 'add', 'break0', 'link', 'nic', 'type',
                      'macvlan', netns='lan')

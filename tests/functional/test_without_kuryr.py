@@ -28,7 +28,8 @@ def _requirements(path: pathlib.Path) -> dict[str, str]:
 
 class TestWithoutKuryr(base.CNITestCase):
 
-    #: tests/without-kuryr creates this folder: a lab has no network.
+    #: The script tests/without-kuryr creates this folder, since a lab has no
+    #: network.
     bin = os.path.join(os.path.dirname(os.path.dirname(sys.executable)),
                        'without-kuryr', 'bin')
 
@@ -69,7 +70,8 @@ class TestWithoutKuryr(base.CNITestCase):
         self.assertEqual(['agent-not-running'], re.findall(
             r'^[a-z]+: (.*)', self.call('doctor', code=4), re.M))
         self.runtime.remove(lan, netns)
-        # On a Docker host, the doctor writes of containers and hosts.
+        # On a Docker host, the doctor writes "container" and "host", not "pod"
+        # and "node".
         with open(base.CONF, 'a') as file:
             file.write('discover = true\nallowed_cidrs = 100.76.0.0/16\n')
         self.lab.add_pod('two', '100.75.30.81')

@@ -2,10 +2,10 @@
 
 """A virtual machine with another kernel and the files of this machine.
 
-QEMU emulates it. The kernels are Debian's, with all their modules, and are
-downloaded once. The virtual machine has no network. It mounts this machine's
-files read-only below an overlay in memory, so only its results folder
-persists.
+QEMU emulates the virtual machine, which has no network. The kernels are
+Debian's, with all their modules, and are downloaded once. The virtual machine
+mounts this machine's files read-only below an overlay in memory, so only the
+folder of the results persists.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _PATH = os.environ['PATH'] + ':/usr/sbin:/sbin'
 _FIRST = ('virtio_pci', 'virtio_blk', '9pnet_virtio', '9p', 'overlay',
           'squashfs')
 _MEMORY = 6000  # MiB
-#: All features except the ones that are slow in emulation: string copies,
-#: five levels of page tables, and access checks
+#: All features of the processor except string copies, five levels of page
+#: tables, and access checks, which are slow in emulation
 _PROCESSOR = 'max,-erms,-fsrm,-smap,-smep,-la57,-pcid'
 #: Two NICs on one hub, which has no link to this machine
 _NICS = [each for number in ('0', '1') for each in (
@@ -239,7 +239,7 @@ class Machine:
 
         :param results: receives the command's files from :data:`RESULTS`
         :param limit: seconds, including boot
-        :returns: its exit status; None if the machine ended first
+        :returns: the command's exit status; None if the machine ended first
         """
         with tempfile.TemporaryDirectory(dir=CACHE) as name:
             shared = pathlib.Path(name)
@@ -262,7 +262,7 @@ class Machine:
             try:
                 return int((shared / 'status').read_text())
             except (FileNotFoundError, ValueError):
-                (shared / 'console').touch()  # QEMU may not have created it
+                (shared / 'console').touch()  # QEMU may have created no file
                 for each in ('errors', 'console'):
                     text = (shared / each).read_text(errors='replace')
                     print('\n'.join(text.splitlines()[-8:]), file=sys.stderr)
@@ -353,7 +353,7 @@ def _uncompressed(path: pathlib.Path) -> bytes:
 def _run(*command: str, cwd: Optional[pathlib.Path] = None) -> str:
     """Run a program, and return its output.
 
-    :raises Unusable: if it fails
+    :raises Unusable: if the program fails
     """
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd,
                           env={**os.environ, 'PATH': _PATH})

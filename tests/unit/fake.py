@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A kernel in memory, for the manager, the reconciler and the device.
+"""A fake kernel in memory, for the manager, the reconciler and the device.
 
-It keeps the interfaces, addresses, routes and neighbours of a node, and the
-states of namespaces. Functional tests cover the behaviour of the real kernel;
-this one can fail on request.
+The fake keeps the interfaces, addresses, routes and neighbours of a node, and
+the states of namespaces, and its changes can fail on request. Functional tests
+cover the behaviour of the real kernel.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class FakeKernel:
     :ivar links: interfaces, by name
     :ivar closed: names of the :ivar:`tables` that have chains
     :ivar namespaces: existing namespaces, by path
-    :ivar fail: called before each change with its verb and item; returns the
-        error number of the change, or None
+    :ivar fail: called before each change with the verb and the item of the
+        change; returns the error number of the change, or None
     """
 
     def __init__(self) -> None:
@@ -82,8 +82,8 @@ class FakeKernel:
                      if route.oif != link.index}
         self.known = {key: each for key, each in self.known.items()
                       if key[0] != link.index}
-        # The kernel keeps the table and deletes its chain with the
-        # interface; the fake drops the table.
+        # With the interface, the kernel deletes only the chain of the table;
+        # the fake drops the whole table.
         self.tables.pop(guard.table_of(name), None)
 
     # Functions of the package
@@ -171,7 +171,7 @@ class FakeKernel:
 
 
 class FakeNetlink:
-    """Answers as a :class:`kernel.Netlink` does, from the fake kernel."""
+    """Answers like a :class:`kernel.Netlink`, from the fake kernel."""
 
     def __init__(self, fake: FakeKernel) -> None:
         self._fake = fake
@@ -273,7 +273,7 @@ def _refused(code: int) -> exceptions.KernelRefused:
 
 
 class FakeNft:
-    """Answers as a :class:`kernel.Nft` of break0's table does."""
+    """Answers like a :class:`kernel.Nft`, from the fake kernel's tables."""
 
     def __init__(self, fake: FakeKernel) -> None:
         self._fake = fake
@@ -304,7 +304,7 @@ class FakeNft:
 
 
 def patchers(fake: FakeKernel) -> Iterator[Any]:
-    """Iterate over the patches that replace the kernel by a fake one."""
+    """Yield the patches that replace the kernel by a fake kernel."""
     for name in ('count_host_routes', 'create_macvlan', 'find_current_name',
                  'has_interface', 'identify', 'identify_or_fail',
                  'find_ifindex', 'format_ifname', 'list_macvlans',

@@ -21,7 +21,7 @@ class TestAddresses(unittest.TestCase):
                 self.assertEqual((text, repr(other)), (str(own), repr(own)))
                 self.assertEqual(1, {other: 1}[own])
                 self.assertEqual(1, {own: 1}[other])
-                # Python 3.11.2 loses the zone.
+                # Python 3.11.2 loses the zone of a pickled address.
                 self.assertEqual(*(pickle.loads(pickle.dumps(each))
                                    for each in (other, own)))
                 self.assertEqual(other + 1, own + 1)

@@ -26,7 +26,7 @@ def macvlan(netns: str, up: bool) -> kernel.Macvlan:
 class TestAdopter(unittest.TestCase):
 
     def test_another_one_with_its_mac_address(self) -> None:
-        """A container can have the MAC address while its interface is down."""
+        """A container with its interface down can have a pod's MAC address."""
         port: Any = types.SimpleNamespace(
             mac=MAC, refusal=None, damaged=None, pod='default/pod',
             ifname='eth0', addresses=tuple(base.addresses('10.0.0.71')))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The documented command line is the same as the command's."""
+"""The documentation shows the same command line as ``--help``."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class TestDirective(unittest.TestCase):
 class TestDescribe(unittest.TestCase):
 
     def describe(self, **parser: object) -> str:
-        import command_line  # setUpModule sets its path
+        import command_line  # setUpModule adds its directory to sys.path
 
         subparsers = argparse.ArgumentParser(prog='p').add_subparsers()
         sub = subparsers.add_parser('walk', aliases=['go'], **parser)

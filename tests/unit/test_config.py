@@ -18,7 +18,11 @@ from kuryr_break0 import option_types
 
 
 def load(section: str = '', **environ: str) -> config.Options:
-    """Return the options of a file with this section."""
+    """Return the options of a configuration file.
+
+    :param section: the lines of the section ``[break0]``
+    :param environ: additional environment variables
+    """
     with tempfile.NamedTemporaryFile('w', suffix='.conf') as file:
         file.write('[break0]\n' + section)
         file.flush()
@@ -201,7 +205,7 @@ class TestUnicastMAC(unittest.TestCase):
 class TestUnknown(unittest.TestCase):
 
     def test_a_program_that_has_read_no_files(self) -> None:
-        """A program with os-vif loads our plugin and reads no files."""
+        """A program with os-vif loads our plugin, but reads no files."""
         conf = cfg.ConfigOpts()
         with mock.patch.dict(os.environ, OS_BREAK0__STRIKT='true'):
             self.assertEqual(

@@ -48,7 +48,7 @@ class OverlayTestCase(unittest.TestCase):
 class TestKuryrsOwn(OverlayTestCase):
 
     def assert_kept(self, before: Any, after: Any, where: str = '') -> None:
-        """Assert that `after` has all parts of `before`; it may have more."""
+        """Assert that `after` has at least all parts of `before`."""
         if isinstance(before, dict):
             self.assertIsInstance(after, dict, where)
             for key, value in before.items():
@@ -65,7 +65,8 @@ class TestKuryrsOwn(OverlayTestCase):
 
     def test_nothing_is_lost(self) -> None:
         kept = copy.deepcopy(self.base)
-        # Kuryr's script builds its image on the node itself.
+        # Kuryr's script builds the image on the node, and so refers to no
+        # registry.
         container = overlay.container(kept, 'kuryr-cni')
         kept['spec']['template']['spec']['containers'] = [container]
         self.assertEqual('kuryr/cni:latest', container.pop('image'))
@@ -267,8 +268,8 @@ class TestDockerfile(unittest.TestCase):
         copied = {source for name in ('kubernetes', 'cni')
                   for stage in self.read(name)
                   for source in self.copied(stage)}
-        # Operators edit files in etc/kubernetes, and the image must not change
-        # with them.
+        # Operators edit files in etc/kubernetes, and these edits must not
+        # change the image.
         lines.remove('etc/kubernetes/*')
         lines.remove('**/__pycache__')
         self.assertEqual(
@@ -422,7 +423,7 @@ class TestWheel(unittest.TestCase):
                     name = os.path.relpath(path, overlay.ROOT)
                     self.assertNotIn(name, held)
                     held[name] = target
-        # Shells and man look here below /usr and /usr/local.
+        # Shells and man search these directories below /usr and /usr/local.
         self.assertEqual(
             'share/zsh/site-functions',
             held.pop('kuryr_break0/cli/completion/_kuryr-break0'))
@@ -439,7 +440,7 @@ class TestWheel(unittest.TestCase):
         self.assertEqual(there - self.LEFT_OUT, set(held))
         self.assertEqual('share/man/man8',
                          held.pop('etc/man/kuryr-break0.8'))
-        # The other files keep their tree below one directory.
+        # The other files keep their paths, below one directory.
         for name, target in held.items():
             self.assertEqual(
                 os.path.join('share/kuryr-break0',

@@ -50,7 +50,8 @@ class TestKinds(unittest.TestCase):
                      problems.__file__):
             with open(path) as file:
                 text += file.read()
-        # The kinds of problems of break0 are built from its differences.
+        # The ID of a problem of break0 is "break0-" and the name of a
+        # difference.
         differences = ''
         for path in device.__file__, actual.__file__:
             with open(path) as file:
@@ -170,7 +171,8 @@ class TestKuryrsPlugin(unittest.TestCase):
     #: The script that pip writes
     PIP = ('#!%s\n# -*- coding: utf-8 -*-\nimport re\nimport sys\n'
            'from kuryr_kubernetes.cmd.cni import run\n')
-    #: The beginning of pip's script if the path is too long for the kernel
+    #: The beginning of pip's script for a path of Python that is too long for
+    #: the kernel
     LONG = "/bin/sh\n'''exec' /long/python \"$0\" \"$@\"\n' '''"
     PYTHON = PIP % '/opt/kuryr/bin/python'
 
@@ -226,7 +228,7 @@ class TestKuryrsPlugin(unittest.TestCase):
             self.assert_python(named)
 
     def test_wrappers_of_another_program(self) -> None:
-        # Each of the two wrappers names both.
+        # Each of the two wrappers names both wrappers.
         other = os.path.join(self.dir, 'other')
         for name in ('kuryr-cni', 'other'):
             self.write('#!/bin/sh\n  # not the Python one\nexec %s %s\n'

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Manager, reconciler and device against a kernel in memory."""
+"""Manager, reconciler and device against a fake kernel in memory."""
 
 from __future__ import annotations
 
@@ -433,7 +433,7 @@ class TestDevice(EngineTestCase):
         self.assertNotIn('break0', self.fake.links)
 
     def test_one_whose_creation_reports_an_error(self) -> None:
-        """IPDB fails if its last dump is interrupted each time."""
+        """IPDB reports an error if all tries of its dump are interrupted."""
         def late(name: str, parent: kernel.Link, mac: str) -> None:
             self.fake.create_macvlan(name, parent, mac)
             raise exceptions.KernelRefused('create', 'there is one', 17)

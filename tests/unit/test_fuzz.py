@@ -120,7 +120,7 @@ class TestVIF(unittest.TestCase):
             break0_vif.subnets(vif)
         except (ValueError, TypeError, AttributeError, KeyError,
                 NotImplementedError):
-            return  # oslo.versionedobjects refuses it
+            return  # oslo.versionedobjects refuses the primitive
         except Exception as err:
             self.assertTrue(type(err).__module__.startswith('oslo_'),
                             repr(err))
@@ -130,7 +130,10 @@ class TestVIF(unittest.TestCase):
                                             ipaddress.IPv6Address))
 
     def _put(self, primitive: Any, where: str, tree: Any) -> bool:
-        """Replace the first value that has the key, depth first."""
+        """Replace the first value of a key, depth first.
+
+        :returns: whether the key exists
+        """
         for value in (primitive.values() if isinstance(primitive, dict)
                       else primitive):
             if isinstance(value, dict) and where in value:
@@ -265,8 +268,8 @@ class TestCommandLine(unittest.TestCase):
             except SystemExit as err:
                 code = err.code
         shown = shlex.join(argv)
-        # argparse exits with 0 for --help anywhere in the arguments, and with
-        # 2 for any other of these.
+        # argparse exits with 0 if --help is among the arguments, and otherwise
+        # with 2.
         self.assertIn(code, (0,) if '--help' in arguments and not errors
                       .getvalue() else (2,), shown)
         self.assertNotIn('Traceback', errors.getvalue(), shown)

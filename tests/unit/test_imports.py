@@ -13,11 +13,12 @@ import unittest
 #: Packages that take long to import. Each --help works without them.
 SLOW = {'pyroute2', 'waitress', 'prometheus_client', 'kuryr_kubernetes',
         'os_vif', 'requests'}
-#: The modules of verbs with several modules or another name, and the modules
-#: that all verbs share.
+#: The modules of the verbs that have several modules or a module of another
+#: name.
 VERBS = {'unbind': {'bind'}, 'cni-install': {'cni'},
          'sync': {'sync', 'status'}, 'doctor': {'doctor', 'status'},
          'check': {'doctor', 'status'}}
+#: The modules that all verbs share.
 SHARED = {'main', 'command', 'common', 'output', 'parser', 'verbs'}
 PROGRAM = """\
 import atexit, json, sys
@@ -48,7 +49,8 @@ class TestImports(unittest.TestCase):
             with self.subTest(verb=verb):
                 found = imported(verb, '--help')
                 self.assertEqual(set(), SLOW & found)
-                # Each verb has its own module, which imports its dependencies.
+                # Each verb imports only its own modules and the shared
+                # modules.
                 own = VERBS.get(verb, {verb})
                 self.assertEqual(SHARED | own, {
                     name.rpartition('.')[2] for name in found

@@ -58,7 +58,7 @@ class LedgerTestCase(unittest.TestCase):
             file.write(text)
 
     def all(self) -> list[ledger.Record]:
-        """Return all claims, after damaged records are quarantined."""
+        """Quarantine damaged records, and return all claims."""
         return [claim for address in self.records.addresses()
                 for claim in self.records.claims(address)]
 
@@ -68,7 +68,7 @@ class LedgerTestCase(unittest.TestCase):
         return contents.claims, set(contents.unreadable)
 
     def hold(self) -> Callable[[], None]:
-        """Hold the lock in another process; return a function to kill it."""
+        """Hold the lock in a process; return a function that kills it."""
         ready, tell = os.pipe()
 
         def hold() -> None:
@@ -91,7 +91,7 @@ class TestInspection(LedgerTestCase):
 
     def inspect(self, *changes: Callable[[], object]
                 ) -> tuple[list[ledger.Record], int, bool]:
-        """Inspect the ledger while changes happen, one at each attempt."""
+        """Inspect the ledger while one change happens at each attempt."""
         looks: list[int] = []
 
         def look() -> int:
@@ -164,7 +164,7 @@ class TestInspection(LedgerTestCase):
         self.assertEqual(1, asked.call_count)
         self.records.put([dataclasses.replace(RECORD, parent_index=7,
                                               pod='a/b')])
-        # It is called something else again.
+        # The interface has another name by now.
         with mock.patch.object(node, 'find_current_name',
                                return_value='eth8'), \
                 mock.patch.object(records, 'from_json',
@@ -209,8 +209,7 @@ class TestRecords(LedgerTestCase):
         self.records.update_newest(RECORD, pod='shop/web')
         changed = dataclasses.replace(RECORD, pod='shop/web')
         self.assertEqual((changed, older), self.records.claims(ADDRESS))
-        # Neither a claim that has changed since, nor an older one, nor one
-        # that was dropped.
+        # A changed claim, an older claim and a dropped claim are not updated.
         for expected in RECORD, older:
             self.assertEqual((changed, older), self.records.update_newest(
                 expected, pod='shop/db'))
@@ -459,7 +458,7 @@ class TestDirectory(LedgerTestCase):
         self.assertEqual(0o700, stat.S_IMODE(os.stat(self.path).st_mode))
 
     def test_one_of_another_user_is_refused(self) -> None:
-        # A user namespace can map a single user, so chown would fail.
+        # The lab's user namespace maps a single user, so chown would fail.
         with mock.patch('os.geteuid', return_value=os.geteuid() + 1):
             for refused in (self.ledger.prepare,
                             self.ledger.lock().__enter__):
@@ -519,7 +518,7 @@ class TestIdentity(LedgerTestCase):
 
     def test_what_is_of_an_earlier_boot_counts_no_more(self) -> None:
         # After a reboot, other namespaces have the numbers of the recorded
-        # ones.
+        # namespaces.
         before = self.ledger.ensure_identity()
         self.records.put([RECORD])
         self.ledger.put_identity(dataclasses.replace(before, boot='earlier'))
@@ -695,8 +694,8 @@ class TestLock(LedgerTestCase):
             pass
 
     def test_other_users_of_the_file_do_not_end_it(self) -> None:
-        # A process that closes any descriptor of the file releases its
-        # locks of fcntl(2).
+        # A process that closes any descriptor of a file releases all its locks
+        # of fcntl(2) on the file.
         with self.ledger.lock():
             with open(self.ledger.lock_path):
                 pass
@@ -758,8 +757,9 @@ class TestOwnership(unittest.TestCase):
                 ('uplink', own, 'break0', expected.UNMARKED),
                 (own.alias('/run/x'), own, 'break0', expected.OURS),
                 (own.alias('/run/y'), own, 'break0', expected.OURS),
-                # Both aliases name this state directory. One ledger is new,
-                # and the other has taken over the devices of the lost ledger.
+                # The next two aliases name this state directory. First, this
+                # ledger is new; then, it has taken over another device of the
+                # lost ledger.
                 (identity.Alias('a' * 16, '/run/x'), None, 'break0',
                  expected.LOST),
                 (identity.Alias('a' * 16, '/run/x'), own, 'break0',

@@ -2,9 +2,9 @@
 
 """Run random sequences of a node's events against a kernel in memory.
 
-The engine has these invariants: each live claim has its route, neighbour and
-guard entry, and no other container's; a dead claim leaves none; foreign routes
-stay untouched; a second sync changes nothing.
+The engine has these invariants: an address has the route, neighbour and guard
+entry of its newest live claim, and no others; an address without a live claim
+has none; foreign routes stay untouched; a second sync changes nothing.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ errors = st.sampled_from((*[0] * 9, errno.ENOBUFS))
 some = st.integers(0, 2 ** 16)
 
 
-# Shrinking takes minutes, so only SHRINK enables it.
+# Shrinking takes minutes, so only the variable SHRINK enables it.
 PHASES = [hypothesis.Phase.generate] + (
     [hypothesis.Phase.shrink] if os.environ.get('SHRINK') else [])
 
@@ -436,7 +436,7 @@ class Node(stateful.RuleBasedStateMachine):
     def attempt(self, address: IPAddress, sandbox: Sandbox,
                 killed: Optional[int], fails: int,
                 action: Callable[[], Any]) -> Optional[BaseException]:
-        """Return the error of an action that may fail or be killed, or None.
+        """Run an action that may fail or be killed; return the error, or None.
 
         After an error, the claim of the sandbox may be recorded or not. Claims
         of other sandboxes have to be unchanged.

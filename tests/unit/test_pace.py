@@ -55,7 +55,7 @@ class TestPace(unittest.TestCase):
         self.assertGreater(self.spent, (self.now - began) * pace.SHARE)
 
     def until_repair(self) -> float:
-        """The seconds until a break0 that is lost now may be repaired."""
+        """Return the seconds until a loss of break0 now may be repaired."""
         return max(0.0, self.agent._find_sync_time(
             self.now + 3600, self.now) - self.now)
 
@@ -89,7 +89,7 @@ class TestPace(unittest.TestCase):
         self.assertEqual(base.options().resync_interval, self.until_repair())
 
     def test_one_that_fails_with_the_timer_delays_none(self) -> None:
-        """A parent is gone, and pods on other parents need their repairs."""
+        """A parent is gone, and pods on other parents still need repairs."""
         with self.assertLogs('kuryr_break0', 'ERROR'):
             for _ in range(100):
                 self.assertLess(self.sync(
@@ -109,7 +109,7 @@ class TestPace(unittest.TestCase):
         self.assertGreater(self.sync(5), 40)
 
     def test_what_comes_first_delays_nothing(self) -> None:
-        """The first break0 takes long and does not delay the next pod."""
+        """The creation of break0 takes long, and delays no other pod."""
         paced = pace.Pace()
         for spent, is_free in ((0.2, True), (0.01, True), (0.2, False)):
             paced.begin()

@@ -123,7 +123,8 @@ class TestPlan(unittest.TestCase):
             before: Held) -> None:
         to_do = compute(wanted, before)
         after = before.after(to_do)
-        # An address with a foreign route gets no items, and keeps its own.
+        # An address with a foreign route gets no new items, and keeps the
+        # present items.
         blocked = {route.dst for route in to_do.foreign}
         ours = {route for route in after.routes if is_ours(route)
                 and route not in to_do.unclaimed}
@@ -163,12 +164,12 @@ class TestPlan(unittest.TestCase):
             others = [each for each in before.routes if is_foreign(each)
                       and (each.dst, each.table) == (route.dst, route.table)]
             # A route of ours that exists already may be replaced beside a
-            # foreign one.
+            # foreign route.
             self.assertTrue(not others or any(
                 not is_foreign(each) and key(each) == key(route)
                 for each in before.routes))
-        # The plan reports each desired route that it does not set, and each
-        # address once.
+        # The plan reports each desired route that is not set, and reports no
+        # address twice.
         self.assertEqual(
             {route.dst for route in to_do.foreign},
             {each.dst for items in wanted.values()
@@ -232,8 +233,8 @@ class TestPlan(unittest.TestCase):
                               metric=best_metric(address))
             wanted = {address: (route,)}
             worse = route._replace(metric=1024, oif=3, protocol=3)
-            # Our route would override the foreign one, unless the foreign one
-            # was added later.
+            # Our route would override a foreign route, and so is not set. If
+            # the foreign route is added later, our route stays.
             self.assertEqual(plan.Plan(foreign=(worse,)),
                              compute(wanted, Held([worse])))
             self.assertEqual(plan.Plan(), compute(wanted, Held([
@@ -279,7 +280,7 @@ class TestPlan(unittest.TestCase):
                 self.assertEqual(plan.Plan(set=(neighbour,)),
                                  compute(wanted, Held([route], held)))
         # Without a recorded MAC address, the kernel has to resolve the
-        # address, and a permanent neighbour prevents that.
+        # address, and a permanent neighbour prevents the resolution.
         self.assertEqual(
             plan.Plan(unset=(neighbour,)),
             compute({ADDRESS: (route,)}, Held([route], [neighbour])))

@@ -48,7 +48,8 @@ endpoint = %(neutron)s
 [pod_vif_nested]
 worker_nodes_subnets = %(subnet)s
 """
-#: Create the pools as kuryr-controller does; print our modules and the table.
+#: Creates the pools as kuryr-controller does. Prints our imported modules
+#: twice, and the driver of nested macvlans in Kuryr's table.
 PROGRAM = """\
 import sys
 from kuryr_kubernetes import clients, config
@@ -177,7 +178,7 @@ class ControllerTestCase(unittest.TestCase):
 class TestBurst(ControllerTestCase):
 
     def hold(self, method: str, until: Any) -> None:
-        """Hold the first request of a kind until a condition holds."""
+        """Hold the first request of a method until a condition holds."""
         held = threading.Lock()
 
         def fault(request: neutron.Request) -> None:
@@ -187,7 +188,7 @@ class TestBurst(ControllerTestCase):
         self.neutron.fault = fault
 
     def test_thirty_pods_at_once(self) -> None:
-        """The first pair is written alone, and the waiting ones together."""
+        """The first pair is written alone, and all waiting pairs together."""
         pods = [pod('pod-%d' % number) for number in range(30)]
         self.hold('PUT', lambda: self.waiting() == 29)
         vifs = self.request_all(pods)
@@ -221,7 +222,7 @@ class TestBurst(ControllerTestCase):
         self.assertIs(drivers[0]._pairs(NODE), drivers[1]._pairs(NODE))
 
     def test_a_thread_that_is_killed(self) -> None:
-        """The thread's change is undone, and the other changes succeed."""
+        """The pair that the thread has written stays, and others succeed."""
         pairs = pod_vif.NestedMacvlanDriver()._pairs(NODE)
         killed = threading.Event()
 
@@ -309,7 +310,7 @@ class TestFullNode(ControllerTestCase):
         self.assertEqual({'NoPort'}, {each['reason'] for each in events})
         self.assertIn('max_allowed_address_pair', events[0]['message'])
 
-        # A pair that is removed makes room for the next one at once.
+        # The removal of a pair makes room for the next pair at once.
         first, *_ = (each for each, vif in zip(pods, results)
                      if isinstance(vif, Exception))
         self.assertIsNone(self.release(*served[0]))
@@ -342,8 +343,8 @@ class TestFaults(ControllerTestCase):
         for text in ('Pod default/pod gets no port on node node-1', *texts):
             self.assertIn(text, logs.records[-1].getMessage())
             self.assertIn(text, str(err))
-        # For an exception with this name, Kuryr tries again, and does not
-        # report its handler unhealthy.
+        # After an exception with this name, Kuryr repeats the request, and
+        # does not report the handler as unhealthy.
         self.assertEqual('PortNotReady', type(err).__name__)
         self.assert_nothing_left()
 
@@ -386,7 +387,7 @@ class TestFaults(ControllerTestCase):
         self.assertEqual(2, self.count('PUT'))
 
     def test_an_update_that_arrives_late(self) -> None:
-        """The client has given up, and other updates have overtaken it."""
+        """The client has given up the update, and has sent later updates."""
         k_config.CONF.set_override('timeout', 1, 'neutron')
         self.addCleanup(k_config.CONF.clear_override, 'timeout', 'neutron')
         clients.setup_openstacksdk()
@@ -560,7 +561,7 @@ class TestPairs(ControllerTestCase):
         self.assert_nothing_left()
 
     def test_all_addresses_of_a_port(self) -> None:
-        """Subnets that Kuryr does not know count too, such as SLAAC's."""
+        """Addresses in subnets unknown to Kuryr (SLAAC) get pairs too."""
         create = self.neutron.create
         with mock.patch.object(self.neutron, 'create', lambda values: create(
                 {**values, 'fixed_ips': [
@@ -574,7 +575,7 @@ class TestPairs(ControllerTestCase):
         self.assert_nothing_left()
 
     def test_a_node_without_port_security(self) -> None:
-        """Neutron refuses pairs on its port, and forwards all its frames."""
+        """Neutron refuses pairs on the node's port and forwards all frames."""
         self.neutron.update(self.node, {'port_security_enabled': False})
         asking = pod('pod')
         vif = self.request(asking)
@@ -606,7 +607,7 @@ class TestRelease(ControllerTestCase):
         self.assert_nothing_left()
 
     def test_the_node_is_gone(self) -> None:
-        """Kuryr then ignores errors, and does not repeat the request."""
+        """For a gone node, Kuryr ignores errors and repeats no request."""
         del self.pod['status']
         with self.assertLogs('kuryr_break0', 'WARNING') as logs:
             self.assertIsNone(self.release(self.pod, self.vif))
@@ -614,9 +615,9 @@ class TestRelease(ControllerTestCase):
         self.assertEqual([], self.neutron.pods())
 
     def test_a_part_fails(self) -> None:
-        """If one part of a release fails, the other part is done.
+        """If one part of a release fails, the other part succeeds.
 
-        The next release does the failed part.
+        The next release repeats the failed part.
         """
         for method in ('PUT', 'DELETE'):
             with self.subTest(method):

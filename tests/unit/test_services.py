@@ -39,8 +39,8 @@ class TestUnit(unittest.TestCase):
         """Return the output of systemd-analyze, which has to succeed."""
         with open(os.path.join(ETC, 'systemd', 'system', UNIT)) as file:
             text = file.read()
-        # systemd-analyze fails unless the program exists, so the path of this
-        # environment replaces the unit's.
+        # systemd-analyze fails unless the program exists, so the program of
+        # this environment replaces the unit's program.
         self.assertIn('\nExecStart=kuryr-break0 ', text)
         text = text.replace('\nExecStart=kuryr-break0 ',
                             '\nExecStart=%s/kuryr-break0 ' % BIN)
@@ -56,7 +56,7 @@ class TestUnit(unittest.TestCase):
 
     def test_verify(self) -> None:
         # systemd-analyze also prints the keys that systemd ignores, such as
-        # unknown ones.
+        # unknown keys.
         self.assertEqual('', self.analyze('verify', '--man=no'))
 
     def test_block_of_the_page(self) -> None:
@@ -103,7 +103,7 @@ class TestUnit(unittest.TestCase):
 
     def test_reload_needs_no_package(self) -> None:
         service = parsed('systemd', 'system', UNIT)['Service']
-        # Debian's package procps has kill(1), and a minimal Debian lacks it.
+        # kill(1) is in the package procps, which a minimal Debian lacks.
         self.assertEqual("sh -c 'kill -HUP $MAINPID'",
                          service['ExecReload'])
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Our netlink messages equal pyroute2's, and both parse them equally."""
+"""Our code encodes and parses netlink messages as pyroute2 does."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ class TestAnswers(unittest.TestCase):
             wire.RTM_NEWNEIGH, 0, 0, neighbour)).dst)
 
     def test_the_number_of_a_namespace(self) -> None:
-        """The messages for a new and for a deleted namespace contain it."""
+        """Messages for new and deleted namespaces contain their numbers."""
         body = bytes(4) + netlink.attribute(1, struct.pack('=i', 5))
         for kind in (wire.RTM_NEWNSID, wire.RTM_DELNSID):
             self.assertEqual(5, wire.parse(netlink.Received(

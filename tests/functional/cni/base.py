@@ -34,7 +34,7 @@ def network(name: str = 'lan', version: str = '1.0.0', master: str = 'eth0',
             mode: str = 'bridge', subnets: tuple[str, ...] = (
                 '100.75.30.128/25', 'fd00:30::1:0/112'),
             **keys: Any) -> dict[str, Any]:
-    """Return a configuration list: macvlan, and break0 with these keys."""
+    """Return a network configuration list: macvlan, then break0 with keys."""
     return {'cniVersion': version, 'name': name, 'plugins': [
         {'type': 'macvlan', 'master': master, 'mode': mode, 'ipam': {
             'type': 'host-local', 'dataDir': '/run/ipam',
@@ -222,7 +222,7 @@ class CNITestCase(base.LabTestCase):
 
 
 class WithShim:
-    """The agent serves the plugin."""
+    """The plugin is the shim, and an agent answers its requests."""
 
     def install(self: Any) -> str:
         self.agent = self.start_agent()

@@ -32,7 +32,7 @@ from tests.functional.cni.base import SOCKET
 from tests import lab
 from tests import program
 
-#: Seconds within which the shim must end although the agent runs no more
+#: Seconds within which the shim must end if it gets no complete answer
 PATIENCE = 12
 
 
@@ -260,8 +260,8 @@ class TestServer(base.WithShim, ShimTestCase):
                             '/run/kuryr-break0/lock'):
                         client.sendall(add)
                         client.shutdown(socket.SHUT_WR)
-                        # A sync of the agent opens the lock, too: wait until
-                        # the server has read this request.
+                        # A sync of the agent also opens the lock file, so
+                        # wait until the server has read this request.
                         lab.until(lambda: self.is_read(client))
                     following.sendall(add)
                     following.shutdown(socket.SHUT_WR)
@@ -310,7 +310,7 @@ class TestServer(base.WithShim, ShimTestCase):
                               if not each.startswith('11 ')])
         left = {address[name] for name in names if not int(name[1:]) % 2}
         self.assertEqual(left, self.bound())
-        # It exits 1: the containers after a DEL exist and are not bound.
+        # sync exits with 1: after a DEL, a container exists but is not bound.
         self.lab.run(base.PROGRAM, '--config-file', base.CONF, 'sync',
                      check=False)
         self.assertEqual(left, set(self.lab.routes()))
@@ -344,7 +344,7 @@ class TestHindered(base.WithShim, ShimTestCase):
     #: Bytes of each thread's stack, by RLIMIT_STACK: so large that a memory
     #: limit prevents new threads only.
     stack = 2 ** 28
-    # The limit applies to a new process only.
+    # RLIMIT_STACK applies only to processes that start later.
     start_program = staticmethod(subprocess.Popen)
 
     def install(self) -> str:
@@ -417,7 +417,7 @@ class TestHindered(base.WithShim, ShimTestCase):
         self.agent.terminate()
         self.agent.wait()
         with contextlib.ExitStack() as stack:
-            # A new agent has no stack of an ended thread for reuse.
+            # A new agent has no ended thread whose stack it could reuse.
             other = stack.enter_context(socket.socket(socket.AF_UNIX))
             other.bind(SOCKET)
             other.listen()
@@ -462,7 +462,7 @@ class TestServerInThisProcess(lab_base.LabTestCase):
             server.listen(options)
         self.assertEqual(1, len(logs.output))
         self.assertIn('Is a directory', server.describe_failure() or '')
-        self.assertIsNone(server.describe_hang())  # a restart changes nothing
+        self.assertIsNone(server.describe_hang())  # a restart would not help
 
     def test_a_path_that_is_too_long_for_a_socket(self) -> None:
         """The agent serves in deep directories: sun_path has 108 bytes."""

@@ -51,7 +51,7 @@ class TestInstall(unittest.TestCase):
         self.assertEqual(['break0'], os.listdir(self.bin))
 
     def test_running_plugin_is_replaced(self) -> None:
-        """A running plugin keeps its old file when it is replaced."""
+        """A replacement of the plugin's file affects no running plugin."""
         self.install('--bin-dir', str(self.bin), '--shim', str(base.SHIM))
         plugin = subprocess.Popen([str(self.bin / 'break0')],
                                   stdin=subprocess.PIPE,
@@ -72,9 +72,9 @@ class TestInstall(unittest.TestCase):
         self.assertIn('1.1.0', json.loads(done.stdout)['supportedVersions'])
 
     def test_what_make_cni_has_built(self) -> None:
-        """The shim built in the current clone is found, if it is safe.
+        """A shim that was built in the current clone is found, if it is safe.
 
-        The clone's folders must be writable by root only.
+        The shim's folders must not be world-writable.
         """
         for name in (cni._BUILT, cni._SOURCE):
             path = self.path / name

@@ -39,7 +39,7 @@ class DoctorTestCase(base.LabTestCase):
         super().setUp()
         self.lab.add_ipv6()
         self.set_up_pods()
-        # A heartbeat alone, since an agent would repair the tests' faults.
+        # Keep only a heartbeat: an agent would repair the tests' faults.
         self.agent = contextlib.ExitStack()
         self.agent.enter_context(
             Ledger('/run/kuryr-break0', 10).heartbeat.keep())
@@ -73,8 +73,8 @@ class DoctorTestCase(base.LabTestCase):
         conf([], default_config_files=[])
         for name, value in overrides.items():
             conf.set_override(name, value, group=config.GROUP)
-        # The command's path excludes the current directory, since a build
-        # leaves another distribution there.
+        # The current directory is not in the real command's sys.path. A build
+        # leaves another distribution in this directory.
         path = [each for each in sys.path if each not in ('', os.getcwd())]
         with unittest.mock.patch.object(sys, 'path', path):
             return examination.examine(conf, probe)

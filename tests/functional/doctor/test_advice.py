@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The commands of findings are right on each kind of host, and pasteable.
+"""Each finding's commands fit the kind of host, and can be pasted.
 
-tests/deb pastes them under a real systemd.
+tests/deb pastes the commands under a real systemd.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ class TestAgent(DoctorTestCase):
                     self.assert_found('agent-not-running')['commands'])
 
     def test_with_another_configuration(self) -> None:
-        """The unit would read other options, so the command names them."""
+        """The unit reads another configuration than the one in use.
+
+        So the command names the configuration in use.
+        """
         base.add_unit()
         self.agent.close()
         with open(CONF, 'w') as file:
@@ -59,7 +62,7 @@ class TestAgent(DoctorTestCase):
         finding, = json.loads(done.stdout)['findings']
         command, = finding['commands']
         self.assertEqual('kuryr-break0 --config-file %s agent' % CONF, command)
-        # Pasted as it is, it starts the agent with these options.
+        # The command, pasted unchanged, starts the agent with these options.
         started = program.start([PROGRAM, *command.split()[1:]])
         self.addCleanup(started.wait)
         self.addCleanup(started.kill)
@@ -91,7 +94,7 @@ class TestOptions(DoctorTestCase):
                 self.assertIn('the section %s in %s is not read: did you '
                               'mean [break0]? why' % (section, CONF),
                               ' '.join(shown.split()))
-        with open(CONF, 'w') as file:  # oslo.config reads it
+        with open(CONF, 'w') as file:  # oslo.config accepts this name
             file.write('[Break0]\nresync_interval = 50\n')
         self.call('--no-probe', config=CONF)
 
@@ -146,7 +149,8 @@ class TestDaemon(DoctorTestCase):
 class TestStateDirectory(DoctorTestCase):
 
     def test_elsewhere(self) -> None:
-        # The file system of /root may be in memory, and an overlay is not.
+        # An overlay never counts as in memory. The file system of /root may
+        # be in memory.
         for name in 'lower', 'upper', 'work', 'mount':
             os.makedirs('/run/overlay/' + name)
         self.lab.run(
@@ -163,7 +167,7 @@ class TestStateDirectory(DoctorTestCase):
             self.assertIn('state_dir = /run/kuryr-break0\n', file.read())
 
     def test_the_default_on_a_disk(self) -> None:
-        """No command sets state_dir to the value that it has."""
+        """No command sets state_dir to its present value."""
         with mock.patch.object(records, '_mount_of', return_value=(
                 '/', 'ext4')):
             finding = self.assert_found('state-dir-persistent')

@@ -78,7 +78,7 @@ class TestCommand(DoctorTestCase):
             done = self.call(code=1)
             self.assertLess(done.stdout.index('error: route-missing'),
                             done.stdout.index('note: firewall-restricts'))
-        # Without a reachable service of the node, the policy is an error.
+        # If no service of the node is reachable, the policy is an error.
         self.assertIn('error: firewall-drops', self.call(code=1).stdout)
 
     def unpacked(self, *args: str, code: Optional[int] = 0,
@@ -105,7 +105,7 @@ class TestCommand(DoctorTestCase):
             OWNER_79, base.addresses('100.75.30.79'), parent='eth0',
             mac='02:00:00:00:00:79', netns=path,
             pod='default/secret-project')
-        # Names in file names, in host names and in sentences.
+        # The pod's name in a file name, in a host name and in sentences.
         with open('/run/kuryr-break0/secret-project_default.log',
                   'w') as file:
             file.write('Of secret-project.example.org, secret-project. '
@@ -133,7 +133,7 @@ class TestCommand(DoctorTestCase):
                          r'Of <name-\w+>\.\Z' % (alias, alias))
         self.assertNotIn(' %s ' % socket.gethostname(),
                          redacted['versions.txt'])
-        # Times and words are not redacted as addresses and names.
+        # Redaction mistakes no time for an address, and no word for a name.
         self.assertIn('\ndefault via <address-', redacted[
             'commands/ip_route_show_table_all.txt'])
         self.assertRegex(redacted['commands/ps_-eo_pid,lstart,args.txt'],
@@ -217,7 +217,7 @@ class TestCommand(DoctorTestCase):
                 '-A INPUT -m string --string zanzibar --algo bm',
                 '-A INPUT -m hashlimit --hashlimit-above 5/sec '
                 '--hashlimit-name zanzibar'):
-            # Some kernels lack some of these extensions.
+            # Not every kernel has all of these extensions.
             for program in 'iptables-nft', 'ip6tables-nft':
                 self.lab.run('sh', '-c', '%s %s' % (program, rule),
                              check=False)
@@ -230,7 +230,7 @@ class TestCommand(DoctorTestCase):
         os.chmod('/run/bin/' + program, 0o755)
 
     def test_redacted_names_of_any_source(self) -> None:
-        """No file keeps a name, whether break0 knows the name or not."""
+        """No redacted file has a name, whether break0 knows it or not."""
         self.make_rules()
         for name in 'zanzibar.7', 'zanzibar_8':
             self.lab.run('ip', 'link', 'add', name, 'type', 'bridge')
@@ -299,7 +299,7 @@ class TestCommand(DoctorTestCase):
             self.assertIn(text, part)
 
     def test_a_redacted_bundle_can_be_read(self) -> None:
-        """Words of programs are not redacted as names."""
+        """Redaction replaces only names, and no other words of the output."""
         # The real ps lists other processes of the machine.
         self.make_log('ps', '')
         self.make_log('dmesg', '')
@@ -384,7 +384,7 @@ class TestCommand(DoctorTestCase):
             self.assertEqual(0, base.wait_for(pid))
 
     def test_many_pods(self) -> None:
-        """Checks with a request per pod examine a sample of many pods."""
+        """With many pods, checks with a request per pod examine a sample."""
         for number in range(1, 251):
             self.bind('100.76.0.%d' % number, mac_of_pod=MACS['far'],
                       owner=Owner('many-%d' % number, 'eth0'))

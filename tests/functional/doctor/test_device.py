@@ -209,12 +209,12 @@ class TestDevice(DoctorTestCase):
         self.sysctl('ipv4.conf.break0.arp_filter', 0)
         self.sysctl('ipv4.conf.all.arp_filter', 1)
         self.assertFalse(self.is_answered_for())
-        # A sync sets the sysctl of break0 nevertheless.
+        # The value for "all" suffices, but a sync also sets break0's sysctl.
         self.follow(self.assert_found('break0-answers-lan', 'arp_filter'))
         self.assertEqual({}, self.findings())
 
     def test_a_second_macvlan(self) -> None:
-        """A macvlan left from the recipe that break0 replaces is found."""
+        """The doctor finds a macvlan of the recipe that break0 replaces."""
         self.lab.run('ip', 'link', 'add', 'shim0', 'link', lab.PARENT,
                      'type', 'macvlan', 'mode', 'bridge')
         self.assertEqual({}, self.findings())

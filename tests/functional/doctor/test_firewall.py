@@ -68,7 +68,7 @@ class TestFirewall(DoctorTestCase):
         self.assertTrue(self.lab.ping(lab.NODE, 'pod'))
 
     def test_the_result_of_pings_comes_first(self) -> None:
-        """The pings and their obstacle come before other findings."""
+        """The report begins with the pings and the rule that drops them."""
         self.lab.run('ip', 'link', 'set', 'break0', 'mtu', '1400')
         self.nft('table inet filter { chain in { type filter hook input '
                  'priority 0; iifname "break0" drop; }; }')
@@ -119,7 +119,7 @@ class TestFirewall(DoctorTestCase):
         self.assertEqual({}, self.findings())
 
     def test_masquerade_to_an_address_without_a_way_back(self) -> None:
-        """A source address of another interface has no way back."""
+        """Answers to a source address of another interface get lost."""
         self.lab.run('ip', 'link', 'add', 'docker0', 'type', 'bridge')
         self.lab.run('ip', 'address', 'add', '172.17.0.1/16', 'dev',
                      'docker0')
@@ -181,7 +181,7 @@ class TestFirewall(DoctorTestCase):
                  'nat hook postrouting priority 100; jump masquerading; }; }')
         self.assertEqual({}, self.findings())
         self.assertIn('4 of 4 addresses answered', self.call().stdout)
-        # The doctor finds a firewall in the pod, too.
+        # The doctor also finds a firewall in the pod.
         self.lab.run('nft', 'table inet t { chain c { type filter hook input '
                      'priority 0; policy drop; }; }', netns='pod')
         self.assert_found('packet-dropped', 'in the pod', POD4, POD6,
@@ -209,10 +209,10 @@ class TestFirewall(DoctorTestCase):
         self.assertEqual({}, self.findings())
 
     def test_what_is_forwarded_keeps_its_source(self) -> None:
-        """Forwarded packets of VPN clients without masquerading are found.
+        """The doctor finds packets that are forwarded without masquerading.
 
-        The VPN's masquerading rule names the NIC. The pod answers through its
-        gateway, which has no route to the client.
+        The VPN's masquerading rule names the NIC, not break0. The pod answers
+        the VPN client through its gateway, which has no route to the client.
         """
         vpn = self.lab.add_netns('vpn')
         self.lab.run('ip', 'link', 'add', 'tun0', 'type', 'veth', 'peer',

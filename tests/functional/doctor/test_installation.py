@@ -16,7 +16,7 @@ from tests.functional.doctor.base import PROGRAM
 
 
 class TestInstallation(DoctorTestCase):
-    """The doctor examines packages that PYTHONPATH puts before its own."""
+    """The doctor examines the packages that PYTHONPATH puts first."""
 
     PATH = '/run/site-packages'
     BINDING = 'kuryr_kubernetes.cni.binding'

@@ -23,7 +23,7 @@ from tests.functional.doctor.base import POD6
 from tests.functional.doctor.base import SUBNETS
 from tests import lab
 
-#: Address in a subnet of the link that is not the node's
+#: An address on the node's link, outside of the node's subnet
 FAR4 = '100.75.40.71'
 
 
@@ -87,7 +87,10 @@ class TestPods(DoctorTestCase):
                           POD6, severity='error')
 
     def test_parent_made_anew(self) -> None:
-        """A new parent has none of the pods' macvlans: restart the pods."""
+        """If the parent is created again, the pods must be restarted.
+
+        The kernel has deleted the pods' macvlans with the old parent.
+        """
         self.lab.run('ip', 'link', 'del', lab.PARENT)
         self.lab.add_nic()
         self.manager().sync()
@@ -100,7 +103,7 @@ class TestPods(DoctorTestCase):
         self.assertIn('pod-interface-gone', self.findings())
 
     def test_a_namespace_that_is_none(self) -> None:
-        # As in a container without mount propagation, on a kernel without
+        # Simulate a container without mount propagation, on a kernel without
         # namespace numbers.
         self.lab.run('umount', '/run/netns/pod')  # a plain file is left
         records = '/run/kuryr-break0/addresses/%s.json'
@@ -129,7 +132,7 @@ class TestPods(DoctorTestCase):
 
 
 class TestFarPod(DoctorTestCase):
-    """The doctor examines a pod in a subnet that is not the node's."""
+    """The doctor examines a pod outside of the node's subnet."""
 
     def set_up_pods(self) -> None:
         self.lab.add_other_subnet()
@@ -212,8 +215,8 @@ class TestInterfaces(DoctorTestCase):
         self.assertTrue(self.lab.ping(POD4))
 
     def test_interface_is_down(self) -> None:
-        # Without this, the kernel deletes the IPv6 address, and a sync ends
-        # with 1 until the pod has the address again.
+        # Without this sysctl, the kernel would delete the IPv6 address, and a
+        # sync would exit with 1 until the pod has the address again.
         self.lab.run('sysctl', '-q', '-w',
                      'net.ipv6.conf.eth0.keep_addr_on_down=1', netns='other')
         self.lab.run('ip', 'link', 'set', 'eth0', 'down', netns='other')
@@ -245,7 +248,7 @@ class TestInterfaces(DoctorTestCase):
 
 
 class TestReachability(DoctorTestCase):
-    """The doctor finds faults by pings that no other check finds."""
+    """The doctor's pings find faults that no other check finds."""
 
     def assert_dropped(self, text: str) -> dict[str, Any]:
         finding = self.assert_found('packet-dropped', text, severity='error')
@@ -254,7 +257,7 @@ class TestReachability(DoctorTestCase):
 
     def findings(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         found = super().findings(*args, **kwargs)
-        # The subjects depend on the test's pods: keep them apart.
+        # Keep the subjects apart, since they depend on the test's pods.
         for each in found.values():
             each['subjects'], self.subjects = [], each['subjects']
         return found
@@ -272,7 +275,7 @@ class TestReachability(DoctorTestCase):
         self.assertEqual({}, self.findings())
 
     def test_nft_that_prints_late(self) -> None:
-        """A late output of nft's monitor, as on a busy machine, is read."""
+        """The trace waits for nft's monitor, which a busy machine delays."""
         wait, late = trace._wait, []
 
         def stopped(monitor: Any, condition: Any) -> None:
@@ -330,7 +333,7 @@ class TestReachability(DoctorTestCase):
                 self.assertEqual({}, self.findings())
 
     def test_no_route_in_the_pod(self) -> None:
-        """A pod without its network's route and without a gateway is found."""
+        """The doctor finds a pod without a route to the node's address."""
         path = self.lab.add_pod('bare', '100.75.30.79', mac=MACS['far'])
         self.bind('100.75.30.79', owner=OWNER_79, netns=path,
                   mac_of_pod=MACS['far'])  # without the pod's subnets
@@ -367,7 +370,7 @@ class TestReachability(DoctorTestCase):
             if each.startswith('tc'))).stdout)
 
     def test_marks(self) -> None:
-        """A mark that changes the route, as by a VPN, is found."""
+        """The doctor finds a mark that changes the route, as a VPN sets it."""
         self.lab.run('nft', 'add table inet t; add chain inet t c { type '
                      'route hook output priority -150; }; add rule inet t c '
                      'ip daddr %s meta mark set 9' % POD4)
@@ -457,13 +460,13 @@ class TestReachability(DoctorTestCase):
                      'global')
         self.manager().sync()
         self.assertEqual({}, self.findings())
-        # Without any address, the doctor has a finding.
+        # The doctor reports a node without any address.
         self.lab.run('ip', 'link', 'del', 'other')
         self.manager().sync()
         self.assertIn('node-address-missing', self.findings())
 
     def test_a_duplicate_on_the_lan(self) -> None:
-        """The doctor looks for a duplicate if nothing explains a failure."""
+        """The doctor looks for a duplicate if no trace explains a failure."""
         self.lab.run('ip', 'address', 'add', POD4 + '/24', 'dev', 'nic',
                      netns='lan')
         mac = self.lab.ip('link', 'show', 'nic', netns='lan')[0]['address']

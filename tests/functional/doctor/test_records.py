@@ -27,7 +27,7 @@ class TestRecords(DoctorTestCase):
         return '%s/addresses/%s.json' % (self.STATE, address)
 
     def test_no_agent(self) -> None:
-        """The finding's command fits the host's way to start the agent."""
+        """The finding's command starts the agent as this host does."""
         self.agent.close()
         finding = self.assert_found('agent-not-running', self.STATE,
                                     severity='warning')
@@ -108,7 +108,8 @@ class TestRecords(DoctorTestCase):
         newer = found['ledger-newer']
         self.assertIn('version 3', newer['seen'])
         self.assertEqual([self.record(POD4)], newer['subjects'])
-        # The pod keeps its IPv4 entries, which the record may justify.
+        # The unreadable record may justify the pod's IPv4 neighbours, so a
+        # sync keeps these neighbours.
         before = self.lab.ip('neigh', 'show', 'nud', 'permanent', netns='pod')
         self.assertIn(lab.NODE, [each['dst'] for each in before])
         self.manager().sync()

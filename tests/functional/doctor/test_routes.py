@@ -55,7 +55,8 @@ class TestRoutes(DoctorTestCase):
         self.assertEqual({}, self.findings())
 
     def test_foreign_and_preferred(self) -> None:
-        # Our route has the lowest metric: a preferred route must replace it.
+        # Our route has metric 1, the lowest metric. So a foreign route is
+        # preferred only if it replaces ours.
         self.lab.run('ip', 'route', 'replace', POD6, 'dev', 'lo', 'metric',
                      '1')
         finding = self.assert_found('route-foreign', 'through lo with', POD6)
@@ -91,9 +92,10 @@ class TestRoutes(DoctorTestCase):
         self.assertFalse(self.lab.ping(lab.NODE, 'pod'))
 
     def test_an_address_that_is_local(self) -> None:
-        """A pod's address that is local to the node is found.
+        """The doctor finds a pod's address that is local to the node.
 
-        A load balancer or a leftover address of an interface makes it local.
+        A load balancer or an interface's leftover address makes an address
+        local.
         """
         self.lab.run('ip', 'route', 'add', 'local', POD4, 'dev', 'lo',
                      'table', 'local')

@@ -138,7 +138,7 @@ class TestServices(DoctorTestCase):
         self.for_all()
         self.write('/etc/systemd/networkd.conf', '[Network]\n')
         finding = self.assert_found('networkd-foreign-routes')
-        for command in finding['commands'][:-1]:  # the last one restarts
+        for command in finding['commands'][:-1]:  # the last is a restart
             self.lab.run('sh', '-c', command)
         self.assertEqual({}, self.findings())
 

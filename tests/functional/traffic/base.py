@@ -2,9 +2,9 @@
 
 """Nodes with one or two NICs, and traffic between two ends.
 
-A node of the table has pods, a container behind its own bridge, and a VPN
-client. Clients and servers use real sockets. A server answers with the
-client's address as the server saw it.
+The nodes of test_table have pods, a container behind a bridge, and a VPN
+client. Clients and servers use real sockets. A server answers with the source
+address of the request.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ CLIENT, CLIENT6 = '10.8.0.2', 'fd00:8::2'
 CLUSTER, CLUSTER6 = '10.96.0.10', 'fd00:96::10'
 #: Address of break0, on a node where break0 needs an address.
 BREAK0 = str(policy.link_address('break0'))
-PORT = 8080  # of each server
-PUBLISHED = 30080  # of the node, forwarded to a server
+PORT = 8080  # the port of each server
+PUBLISHED = 30080  # the port of the node that is forwarded to a server
 PROTOCOLS = ('ping', 'tcp', 'udp')
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 #: Seconds to wait for an answer that must not come.
@@ -141,7 +141,8 @@ class Server:
 class TrafficTestCase(base.LabTestCase):
     """A node with two bound pods, and optional NICs and addresses."""
 
-    #: NICs in the order of creation; the kernel prefers the first source.
+    #: NICs in the order of creation; the kernel prefers the first NIC's
+    #: address as source.
     nics: tuple[str, ...] = ('eth0',)
     #: Whether the parent has no address.
     is_bare = False

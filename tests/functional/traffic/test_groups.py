@@ -71,7 +71,7 @@ class TestGroups(base.TrafficTestCase):
             self.assertFalse(self.is_heard(None, 'pod', group, 'eth0'))
 
     def test_who_names_break0(self) -> None:
-        """IPv4 groups are reached by break0, and the LAN receives nothing."""
+        """break0 carries IPv4 groups, and sends no frame to the LAN."""
         own = (self.lab.link('break0') or {})['address']
         with self.lab.capture() as frames:
             for group in (GROUP, BROADCAST):

@@ -47,7 +47,7 @@ class TestReplaced(test_discovery.DiscoveryTestCase):
 
 
 class TestPace(unittest.TestCase):
-    """Times at which a namespace is read, with a clock of the test."""
+    """Times of the reads of a namespace, with a simulated clock."""
 
     def reads(self, events: list[float]) -> list[float]:
         """Return the times of the reads that follow from events."""
@@ -62,7 +62,8 @@ class TestPace(unittest.TestCase):
         return [*times, *(each for each in [namespace.due] if each)]
 
     def test_engine_that_takes_its_time(self) -> None:
-        # An engine changes links, addresses and routes: an event each 40 ms.
+        # An engine changes links, addresses and routes, and so causes an event
+        # every 40 ms.
         for pause in (5, 10):
             events = [100 + start * pause + number * 0.04
                       for start in range(3) for number in range(12)]

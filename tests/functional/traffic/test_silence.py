@@ -25,7 +25,8 @@ class SilenceTestCase(base.TrafficTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        # The kernel asks once and waits, even on a slow machine.
+        # With this interval the kernel asks once and then waits, even on a
+        # slow machine.
         for family in ('ipv4', 'ipv6'):
             kernel.write_sysctl('%s/neigh/eth0/retrans_time_ms' % family,
                                 1000 * lab.PATIENCE)

@@ -63,9 +63,10 @@ class TestOneNIC(SourcesTestCase):
         self.assertEqual([], self.own())
 
     def test_nothing_is_needed_for_what_came_later(self) -> None:
-        """break0 needs no address for a later interface, such as a bridge.
+        """A later interface of the node adds no address to pods or break0.
 
-        Otherwise Docker could connect no container to its bridge.
+        Docker would refuse to connect a container to that interface's network
+        while the container has a route to an address in the network.
         """
         self.add_interface('net1', OTHER + '/24', OTHER6 + '/64')
         self.manager().sync()
@@ -81,7 +82,7 @@ class TestOneNIC(SourcesTestCase):
             lab.until(lambda: self.known(netns) == expected)
             self.assertTrue(self.lab.ping(base.BREAK0, netns))
         self.assertEqual([], self.problems())
-        # break0 keeps its address: connections may use it.
+        # break0 keeps its address, since connections may use the address.
         self.lab.run('ip', 'address', 'del', OTHER + '/32', 'dev', 'lo')
         self.manager().sync()
         self.assertEqual([base.BREAK0], self.own())

@@ -34,7 +34,7 @@ class Case(NamedTuple):
     :ivar source: the end that the server must see as source
     :ivar fails: reason of the failure, by protocol
     :ivar protocols: protocols to try
-    :ivar gives: for DNAT, whether it is masqueraded; None without DNAT
+    :ivar gives: whether packets after DNAT are masqueraded; None without DNAT
     """
 
     client: str
@@ -63,9 +63,10 @@ TRANSPORT = ('tcp', 'udp')
 class TableTestCase(base.TrafficTestCase):
     """All cases on one kind of node."""
 
-    #: Sources of the node itself, and of packets after MASQUERADE.
+    #: The ends that servers see as the source of the node's own packets, and
+    #: of packets after MASQUERADE.
     speaks = masquerades = 'node'
-    #: The interface that clients of the VPN are masqueraded on.
+    #: The interface on which VPN clients are masqueraded.
     out: Optional[str] = 'break0'
 
     def setUp(self) -> None:
