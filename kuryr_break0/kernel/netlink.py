@@ -46,12 +46,6 @@ DUMP_TRIES, FEW_TRIES = 20, 3
 #: Maximum seconds between the first two attempts, and between any two. Many
 #: interruptions are short, such as the deletion of an interface.
 DUMP_PAUSE_FIRST, DUMP_PAUSE = 0.001, 0.05
-#: Number of event datagrams to read at once, and maximum bytes of each.
-_AT_ONCE, _DATAGRAM = 256, 2 ** 16
-#: Socket buffer for events, in bytes: room for about 10,000 events. The
-#: default of 208 KiB has room for 250 events. Deleting a break0 causes two
-#: events for each address.
-_HELD = 2 ** 23
 
 HEADER = struct.Struct('=IHHII')  # nlmsghdr
 _ATTRIBUTE = struct.Struct('=HH')  # nlattr

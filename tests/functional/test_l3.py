@@ -224,16 +224,21 @@ class TestErrors(L3TestCase):
         self.assertEqual(before, self.pod('ours'))
 
     def test_another_vif_comes_first(self) -> None:
-        """A replacement of _configure_l3 is used for its VIF only, once."""
+        """A replacement is for the next call only, and only for its VIF."""
         stock = kuryr.macvlan_vif(POD4, mac=MAC)
         ours = break0_vif.VIFMacvlanBreak0._obj_from_primitive(
             None, '1.0', stock.obj_to_primitive())
-        configured: list[object] = []
-        with mock.patch.object(patches, '_configure_l3',
-                               lambda *args: configured.append(args[0])), \
-                mock.patch.object(b_base, '_configure_l3',
-                                  patches._configure_l3):
-            patches.replace_configure_l3(ours, self.fail)
-            b_base._configure_l3(stock, 'eth0', '/run/netns/none', True)
-            b_base._configure_l3(ours, 'eth0', '/run/netns/none', True)
-        self.assertEqual([stock, ours], configured)
+        for order, expected in (
+                ([ours, ours, stock], ([ours, stock], [ours])),
+                ([stock, ours], ([stock, ours], []))):
+            by_kuryr: list[object] = []
+            by_break0: list[object] = []
+            with mock.patch.object(patches, '_configure_l3',
+                                   lambda *args: by_kuryr.append(args[0])), \
+                    mock.patch.object(b_base, '_configure_l3',
+                                      patches._configure_l3):
+                patches.replace_configure_l3(
+                    lambda *args: by_break0.append(args[0]), ours)
+                for each in order:
+                    b_base._configure_l3(each, 'eth0', '/run/netns/no', True)
+            self.assertEqual(expected, (by_kuryr, by_break0))
