@@ -110,11 +110,13 @@ class TestWithoutAgent(ShimTestCase):
         self.assertIsNone(self.runtime.call('STATUS', {
             **self.config, 'strict': True}))
 
-    def hanging(self, answer: bytes, pattern: str, plugin: str) -> float:
+    def hanging(self, answer: bytes, pattern: str, plugin: str,
+                closes: bool) -> float:
         """Run a shim with a server that sends an answer and then hangs.
 
         :param pattern: of the shim's error
         :param plugin: path of the shim
+        :param closes: whether the server closes the connection
         :returns: seconds until the shim ends
         """
         with socket.socket(socket.AF_UNIX) as server:
@@ -125,8 +127,8 @@ class TestWithoutAgent(ShimTestCase):
             def serve() -> None:
                 client, _ = server.accept()
                 accepted.append(client)
-                if answer:
-                    client.sendall(answer)
+                client.sendall(answer)
+                if closes:
                     client.close()
 
             thread = threading.Thread(target=serve)
@@ -145,15 +147,17 @@ class TestWithoutAgent(ShimTestCase):
         compiler = shutil.which('musl-gcc') or 'cc'
         program.run([compiler, '-DPATIENCE=2', '-static', '-o', impatient,
                      base.SHIM_SOURCE], check=True)
-        self.assertLess(self.hanging(b'', 'has not answered within 2 seconds',
-                                     impatient), PATIENCE)
+        for answer in (b'', b'0 10\nshort'):
+            self.assertLess(self.hanging(
+                answer, 'has not answered within 2 seconds', impatient,
+                closes=False), PATIENCE, answer)
 
     def test_answers_that_are_cut_off(self) -> None:
-        for answer in (b'0 10\nshort', b'nonsense\n', b'0', b'\n',
+        for answer in (b'', b'0 10\nshort', b'nonsense\n', b'0', b'\n',
                        b'0 -5\n{}', b'0 99999999\n{}'):
             self.assertLess(self.hanging(
                 answer, 'closed the connection before the end of its answer',
-                self.runtime.plugin), PATIENCE, answer)
+                self.runtime.plugin, closes=True), PATIENCE, answer)
 
 
 class TestServer(base.WithShim, ShimTestCase):
