@@ -24,8 +24,9 @@ The kernel
 - A namespace outlives its interface. The next interface with that name has
   another MAC address, and the kernel attaches the nftables chain of the
   earlier interface to the next one: ``kernel.nft``, ``podside``.
-- Closing a netfilter socket waits about 15 ms until deleted objects are freed,
-  and blocks all other changes of nftables: ``kernel.nft``.
+- The kernel closes a netfilter socket only when deleted objects are freed,
+  which takes 12 to 15 ms and blocks all other changes of nftables:
+  ``kernel.nft``.
 - In IPv6, the kernel accepts a second route to an address, and uses the route
   with the lower metric without an error: ``model.best_metric``.
 - Closing a file ends all fcntl(2) locks that the process holds on the file. So
@@ -33,8 +34,8 @@ The kernel
 
 Kuryr
 
-- Kuryr selects the driver by the name of a class. If two entry points have one
-  name, the ADD of each pod fails: ``kuryr.os_vif_plugin``.
+- Kuryr selects the driver by the name of a class. If two entry points have the
+  same name, the ADD of each pod fails: ``kuryr.os_vif_plugin``.
 - For the DEL of an old sandbox, Kuryr passes the addresses of a new sandbox to
   the driver, or does not call the driver: ``claims.is_own``,
   ``manager.Break0Manager.housekeep``.

@@ -13,8 +13,8 @@ import shlex
 from typing import Any
 
 
-#: Errors that mean that this process has no more descriptors or memory. They
-#: prove nothing about the requested object.
+#: Errors that mean that this process or the host has no more descriptors or
+#: memory. These errors prove nothing about the requested object.
 RESOURCE_ERRNOS = frozenset((errnos.EMFILE, errnos.ENFILE, errnos.ENOMEM,
                              errnos.ENOBUFS))
 #: Remedies for errors of the kernel, by error number

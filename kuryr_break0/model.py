@@ -74,7 +74,8 @@ CACHE_SIZE = 2 ** 15
 def address_from_bytes(packed: bytes) -> IPAddress:
     """Return an address of 4 or 16 bytes; the same object each time.
 
-    Look-ups in a dict find the same object faster than an equal one.
+    A look-up in a dict is faster if the key is the same object than if the key
+    is an equal object.
     """
     return (IPv4Address if len(packed) == 4 else IPv6Address)(packed)
 
@@ -332,7 +333,7 @@ _Item = TypeVar('_Item', bound=Item)
 
 
 def by_address(items: Iterable[_Item]) -> dict[IPAddress, list[_Item]]:
-    """Return items by their addresses, in the order of the items."""
+    """Group items by address, and keep the order of the items."""
     by_dst: dict[IPAddress, list[_Item]] = {}
     for item in items:
         by_dst.setdefault(item.dst, []).append(item)

@@ -179,9 +179,10 @@ class VM:
 
 
 class Lab:
-    """A node with a NIC on a LAN; its constructor moves the process there.
+    """A node with a NIC on a LAN.
 
-    Another Lab replaces the first, so each test can have a new node.
+    The constructor moves the calling process to the node. Another Lab replaces
+    the first, so each test can have a new node.
     """
 
     def __init__(self) -> None:

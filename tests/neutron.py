@@ -41,7 +41,7 @@ class Refusal(Exception):
 
 
 class Neutron:
-    """A Neutron server on 127.0.0.1, with direct access to its ports.
+    """A fake Neutron on 127.0.0.1, with direct access to its ports.
 
     :ivar ports: the ports in Neutron's format, by ID
     :ivar fault: called with each request before it is handled; may raise

@@ -49,7 +49,7 @@ def steps(page: str, title: str) -> list[Step]:
 
 
 def block(page: str, text: str) -> str:
-    """Return the block of the language ``sh`` with a text."""
+    """Return the only ``sh`` block of a page that contains a text."""
     found, = (each for _, each in re.findall(
         r'(?m)^( *)\.\. code-block:: sh\n\n((?:\1   .*\n|\n)+)',
         (SOURCE / page).read_text()) if text in each)

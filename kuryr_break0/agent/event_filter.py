@@ -74,9 +74,9 @@ class EventFilter:
         """
         self._own_events = frozenset(_make_events(outcome))
         self._refused = outcome.refused
-        # The kernel sends no event for some deleted routes. Remove the next
-        # hops of such routes here, so that a new route with one of these next
-        # hops counts as a change.
+        # The kernel sends no event for some deleted routes. So keep only the
+        # next hops that the sync refused: a new route with any other next hop
+        # counts as a change.
         self._next_hops.intersection_update(outcome.refused)
         self._sources.clear()
         identity = None

@@ -228,8 +228,8 @@ def _close_late(connections: dict[int, _Connection]) -> float:
     """Close connections whose client is late.
 
     If the maximum number of connections is open, also close the oldest
-    connections that wait for their client. A connection stays open while the
-    server processes its request, and so does not wait for the client.
+    connections that wait for their client. While the server processes a
+    request, it does not wait for the client, so that connection stays open.
 
     :param connections: all connections of the server, by descriptor
     :returns: seconds until the next connection may be late

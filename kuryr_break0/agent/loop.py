@@ -63,9 +63,10 @@ class Agent:
     """Daemon that keeps the kernel equal to the ledger.
 
     The agent and kuryr-daemon share only the ledger, its lock and the kernel,
-    so each may be restarted at any time. The ADD or DEL of a pod does not need
+    so each may be restarted at any time. An ADD or DEL of Kuryr does not need
     the agent: each request makes its own changes before it returns. The agent
-    repairs changes by other programs.
+    repairs changes by other programs, and executes the requests that the CNI
+    shim sends.
 
     :param load: reads the options from the configuration files
     """

@@ -90,7 +90,7 @@ class Ensured(NamedTuple):
 def lower_name(link: kernel.Link) -> Optional[str]:
     """Return the name of the interface below a link.
 
-    None if there is no lower interface, or if the lower interface is in
+    Return None if there is no lower interface, or if the lower interface is in
     another namespace.
     """
     if link.lower is None or link.lower_namespace is not None:
@@ -241,7 +241,7 @@ class Device:
                         if each.index == link.index), link.mac)
             if any(each.mac == mac and each.index != link.index
                    for each in links):
-                raise  # an interface of the node has this MAC, not a pod
+                raise  # an interface of the node has the MAC address
             LOG.error('An interface in another namespace took the MAC '
                       'address %s while %s was missing or down. %s gets a '
                       'new MAC address, and its pods are configured with the '

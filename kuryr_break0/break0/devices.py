@@ -305,7 +305,7 @@ class Devices:
         return is_open
 
     def warn_once(self, kind: str, text: str, fact: str = '') -> None:
-        """Log a warning, unless it equals the last one of its kind.
+        """Log a warning, unless it equals the last warning of its kind.
 
         The state directory keeps the last warning of each kind, so that a
         process does not repeat the warning of an earlier process.

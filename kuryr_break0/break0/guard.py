@@ -212,7 +212,7 @@ class Guard:
 
     def problem(self, link: kernel.Link,
                 hosts: Iterable[IPAddress]) -> Optional[str]:
-        """Return a text of the problem with the table; None if it has none.
+        """Return the problem with the table as a text; None without a problem.
 
         :param hosts: the IPv6 addresses of the node, in a constant order
         :raises KernelRefused: if the table cannot be read

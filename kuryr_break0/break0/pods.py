@@ -92,10 +92,13 @@ class Pods:
             break0.name)
 
     def from_successor(self, claims: Claims) -> Claims:
-        """Return the claims from the successor on, without preceding claims.
+        """Return the successor and all older claims, without newer claims.
 
         The successor is the newest claim of an interface that still has the
-        address. If the interface cannot be read, its claim is the successor.
+        address. A claim whose interface cannot be read counts as well.
+
+        :param claims: the claims on one address, the newest first
+        :returns: an empty tuple if there is no successor
         """
         for place, claim in enumerate(claims):
             if is_gone(claim):

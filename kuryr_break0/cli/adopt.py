@@ -166,7 +166,7 @@ class Adopter:
                        netns)
 
     def _bind(self, port: Port, macvlan: kernel.Macvlan) -> bool:
-        """Bind the unbound addresses of a port; return whether it has any.
+        """Bind a port's unbound addresses; return whether there were any.
 
         :raises Break0Error: if an address cannot be bound
         """

@@ -48,7 +48,7 @@ def _warn(conf: cfg.ConfigOpts) -> None:
 
 
 def _store(conf: cfg.ConfigOpts, options: config.Options) -> None:
-    """Store the agent's version and a digest of the options it has read."""
+    """Store the agent's version, the time, and a digest of its options."""
     ledger = Ledger(options.state_dir)
     with contextlib.suppress(exceptions.LedgerUnavailable):
         ledger.prepare()

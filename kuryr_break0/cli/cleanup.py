@@ -108,9 +108,9 @@ class Cleanup:
     def run(self) -> Iterator[Removal]:
         """Delete all items, and yield each item when it is deleted or left.
 
-        The lock is held throughout, except in a dry run. The ledger is
-        deleted last: if a run is killed, the next run finds the remaining
-        items.
+        The lock is held from the first change to the last; a dry run does
+        not take it. The ledger is deleted last: if a run is killed, the next
+        run finds the remaining items.
 
         :raises Break0Error: if the ledger cannot be read, or the kernel
             refuses
@@ -208,8 +208,9 @@ class Cleanup:
     def _not_ours(self, parent: Parent) -> Optional[str]:
         """Return the reason against deleting an interface, or None.
 
-        The interface is ours if pods are recorded on its parent, if it has
-        the alias of a break0, or if its parent is configured.
+        An interface with a name conflict, or of another ledger, is not ours.
+        Any other interface is ours if pods are recorded on its parent, if it
+        has the alias of a break0, or if its parent is configured.
         """
         if parent.conflict is not None:
             return str(parent.conflict)

@@ -52,7 +52,7 @@ class _HelpAll(argparse.Action):
 
 
 class Config(cfg.ConfigOpts):
-    """oslo.config with our parser, which it does not take as an argument."""
+    """oslo.config with our parser, for which oslo.config has no argument."""
 
     def _pre_setup(self, *args: Any) -> Any:
         parser = super()._pre_setup(*args)

@@ -25,7 +25,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         sys.stdout.reconfigure(errors='backslashreplace')
     try:
         code = _answer(argv)
-        sys.stdout.flush()  # a closed pipe raises here, not at exit
+        sys.stdout.flush()  # a closed pipe fails here, not at exit
         return code
     except OSError as err:
         if err.errno not in (errno.EPIPE, errno.ENOSPC) or err.filename:

@@ -76,7 +76,8 @@ def files() -> tuple[list[str], list[str]]:
     """Return the configuration files to read, and the ignored ones.
 
     Like Kuryr's programs, which use oslo.config, this function searches
-    ~/.kuryr, ~, /etc/kuryr and /etc for kuryr.conf. Hosts without Kuryr have
+    ~/.kuryr, ~, /etc/kuryr and /etc for kuryr.conf, and also for
+    kuryr-break0.conf. Hosts without Kuryr have
     /etc/kuryr-break0/kuryr-break0.conf.
     """
     of_kuryr = [_find('kuryr', name) for name in ('kuryr', PROGRAM)]

@@ -124,10 +124,11 @@ class Plugin:
     def _add(self) -> dict[str, Any]:
         """Bind the addresses of the interface; return the previous result.
 
-        An invalid configuration fails the ADD, and so does a missing guard if
-        ``[break0] guard`` is on. If the plugin is strict, any error fails the
-        ADD. If not, other errors are only logged: the container starts, and a
-        sync repairs it later.
+        The ADD always fails if the request or an option is invalid, if the
+        interface is not a macvlan that a break0 can reach, or if ``[break0]
+        guard`` is on and the guard is missing. If the plugin is strict, any
+        other error fails the ADD too. If not, other errors are only logged:
+        the container starts, and a sync repairs it later.
         """
         request, owner = self._request, self._owner
         previous, addresses = request.previous, request.addresses()
@@ -170,7 +171,8 @@ class Plugin:
             self._manager.unbind(
                 self._owner, [each.ip for each in self._request.addresses()],
                 self._request.netns, bound_at=self._began)
-        except exceptions.Break0Error as err:  # the caller reports the first
+        except exceptions.Break0Error as err:
+            # Only log this error: the caller reports the failure of the ADD.
             LOG.error('Cannot undo the ADD of %s, so its addresses may stay '
                       'bound until its end: %s', self._owner, err)
 

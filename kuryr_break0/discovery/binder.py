@@ -102,7 +102,7 @@ class Binder:
         :param container: see :class:`kernel.ExaminedNamespace`
         :returns: False if the caller must call again, because addresses are
             left or an error may be temporary
-        :raises NetnsUnusable: if the path leads to no or another namespace
+        :raises NetnsUnusable: if the path does not lead to the namespace
         """
         bound = self._records.get(location.namespace, {})
         try:

@@ -48,8 +48,8 @@ _LIMIT = 2 ** 23  # maximum size of an answer in bytes
 #: Seconds from a change to the request: engines list a container only after
 #: they have connected its network.
 _SETTLED = 0.3
-#: Seconds after which a container without a name is not asked for any more. A
-#: busy engine answers late, and some namespaces belong to no engine.
+#: Seconds after which the requests for the name of a container end. A busy
+#: engine answers late, and some namespaces belong to no engine.
 _PATIENCE = 60
 _RETRY = 1  # seconds until the first repetition; each next pause is doubled
 

@@ -91,8 +91,8 @@ class Finder:
         self._mounts_changed = False
         #: whether an event reported a macvlan in a namespace without a number
         self._is_unexplained = False
-        #: monotonic time until which an ended namespace explains the event of
-        #: a macvlan without the number of a namespace
+        #: monotonic time until which the end of a namespace explains an event
+        #: about a macvlan in a namespace without a number
         self._explained_until = 0.0
         self._not_before = 0.0
         #: paces of the searches: for new namespaces, and for all namespaces
@@ -237,8 +237,9 @@ class Finder:
         """Alternately return the newest and the oldest unexamined namespace.
 
         A container can create namespaces faster than the finder examines them.
-        Even then, a namespace with a name, which is the newest of its search,
-        is examined at once, and every other namespace within a limited time.
+        A search lists namespaces with a name last, as the newest. So even
+        then, a namespace with a name is examined at once, and every other
+        namespace within a limited time.
         """
         self._took_newest = not self._took_newest
         return next(reversed(self._unexamined) if self._took_newest

@@ -58,7 +58,7 @@ class Bundle:
         self._stem = 'kuryr-break0-%s' % time.strftime('%Y%m%d-%H%M%S')
 
     def write(self, path: str, parts: dict[str, Callable[[], str]]) -> None:
-        """Write the archive; a part that cannot be collected has the error.
+        """Write the archive, with the error for a part that fails.
 
         :param path: path of the archive, which must not exist
         :param parts: functions that return further parts, by name

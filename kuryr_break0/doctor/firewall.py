@@ -68,8 +68,8 @@ def accept(table: str, chain: str, device: str, comes_in: bool,
            text: str = '') -> str:
     """Return the command that lets a chain of nftables accept traffic.
 
-    If firewalld, ufw or iptables manages the chain, it is a command of that
-    program, otherwise of nft.
+    If firewalld, ufw or iptables manages the chain, the command uses that
+    program. If not, the command uses nft.
 
     :param table: family and name
     :param text: begins with "policy" if the chain's policy drops the traffic

@@ -226,7 +226,8 @@ def _python_of(path: str) -> Optional[str]:
     """Return the script that runs Python when a program is started.
 
     :returns: the resolved path of the program, or of a script that it names,
-        directly or through other scripts; None if no readable one runs Python
+        directly or through other scripts; None if no script that can be read
+        runs Python
     """
     paths = [path]
     for each in paths:  # the loop appends to the list

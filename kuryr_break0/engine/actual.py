@@ -302,7 +302,8 @@ class _Reading:
                ) -> tuple[Optional[str], Optional[set[Pair]]]:
         """Return the problem and the entries of a guard.
 
-        :returns: the problem or None, and the entries, None without a table
+        :returns: the problem, None if there is none; and the entries, None if
+            the table does not exist
         """
         guard = Guard(self._options, self._ledger, link.name)
         problem = guard.problem(link, self._policy.solicited(

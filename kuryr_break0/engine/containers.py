@@ -129,8 +129,8 @@ def blindness() -> str:
 def network_of(address: IPAddress) -> IPNetwork:
     """Return the network of an address, by the routes of the node.
 
-    If the node has no route to the address except a default route or a host
-    route, the prefix length is 24 for IPv4, and 64 for IPv6.
+    If the best route to the address is a default route or a host route, or if
+    there is no route, the prefix length is 24 for IPv4, and 64 for IPv6.
     """
     with kernel.Netlink() as netlink:
         # The address has no route through break0, so the look-up returns the
@@ -168,7 +168,8 @@ class _Judge:
         if not self._options.discover and any(
                 _is_of(claim, macvlan) for address in macvlan.addresses
                 for claim in self._snapshot.contents.claims.get(address, ())):
-            return  # the program that bound the macvlan selects addresses
+            # The program that bound the macvlan selects the addresses to bind.
+            return
         of_all = of_interface(self._options, macvlan)
         name = self._names.get(macvlan.namespace)
         for address in macvlan.addresses:

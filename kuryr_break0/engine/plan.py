@@ -2,9 +2,9 @@
 
 """Computes the changes that reconcile the kernel with the ledger.
 
-The functions do no I/O. An item without a record is ``unclaimed``, and no plan
-deletes it: the ledger may have been lost, or the item may belong to another
-ledger.
+The functions do no I/O. A route or neighbour of ours without a record is
+``unclaimed``, and :func:`compute` does not delete it: the ledger may have been
+lost, or the item may belong to another ledger.
 """
 
 from __future__ import annotations

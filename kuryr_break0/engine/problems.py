@@ -120,8 +120,8 @@ def _of_node(snapshot: Snapshot) -> Iterator[Problem]:
 def of_device(parent: Parent, snapshot: Snapshot) -> Iterator[Problem]:
     """Return the problems of one break0.
 
-    A break0 without pods has a problem only if its parent is missing, if its
-    name is taken, or if it belongs to another ledger.
+    A break0 without pods has a problem only if the break0 or its parent cannot
+    be used, or if the break0 belongs to another ledger.
     """
     def problem(kind: str, text: str, is_error: bool = False) -> Problem:
         return Problem(kind, parent.device, text, is_error)

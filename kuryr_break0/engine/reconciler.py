@@ -59,7 +59,7 @@ CHANGED_AT_ONCE = 64
 
 
 class Reconciler:
-    """Reads snapshots, and repairs the differences of kernel and ledger."""
+    """Reads snapshots; repairs differences between kernel and ledger."""
 
     def __init__(self, options: config.Options, ledger: Ledger) -> None:
         self._options = options
@@ -84,7 +84,7 @@ class Reconciler:
         self._dry_run, self._claim, self._prune = dry_run, claim, prune
         self._failure = Failures()
         self._repaired: list[tuple[str, str]] = []
-        #: the items that were set or deleted, of all plans
+        #: the items of all plans that were set or deleted
         self._applied: set[Item] = set()
         outcome = Outcome()
         with self._failure.collect(), kernel.Netlink() as self._netlink, \

@@ -253,9 +253,9 @@ class Engine:
                   after: Claims = (), mac: Optional[str] = None) -> bool:
         """Delete the items of an address on break0 devices.
 
-        If no claim has the neighbour's MAC address, the route and the
-        neighbour stay, because an unrecorded pod can need them. If no claim
-        was dropped, the route and the neighbour are deleted only if the
+        If each claim has another MAC address than the neighbour, the route and
+        the neighbour stay, because an unrecorded pod can need them. If no
+        claim was dropped, the route and the neighbour are deleted only if the
         neighbour has the MAC address ``mac``.
 
         :returns: whether the address had a route

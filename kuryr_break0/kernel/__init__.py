@@ -2,10 +2,10 @@
 
 """All access to the kernel.
 
-No other package imports pyroute2. All requests for one pod use one
-:class:`Netlink` socket. These requests dump no table, so their cost does not
-depend on the number of pods. If a function dumps a table, its docstring says
-so.
+No other package imports pyroute2. Except after an error or with an empty
+cache, the requests for one pod dump no table that has an entry for each pod.
+So their cost does not depend on the number of pods. If a function dumps a
+table, its docstring says so.
 
 No NetlinkError leaves this package. Kuryr takes a NetlinkError with EEXIST for
 a VLAN conflict, and answers any other NetlinkError with an HTML page.

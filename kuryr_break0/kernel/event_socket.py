@@ -44,8 +44,8 @@ class EventSocket(netlink.Socket):
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK,
             self._protocol)
         try:
-            # SO_RCVBUFFORCE fails for the root of a user namespace, whose
-            # buffer can have at most twice rmem_max.
+            # SO_RCVBUFFORCE fails for the root of a user namespace. Then the
+            # buffer has at most twice rmem_max, by SO_RCVBUF.
             for option in socket.SO_RCVBUF, _SO_RCVBUFFORCE:
                 with contextlib.suppress(PermissionError):
                     made.setsockopt(socket.SOL_SOCKET, option, _HELD)

@@ -111,8 +111,8 @@ class Changes(NamedTuple):
     :ivar numbered: numbers that were newly assigned to namespaces
     :ivar interfaces: whether an interface of this thread's namespace was
         created or changed
-    :ivar is_stacked: whether the creation or deletion of a macvlan on this
-        interface, in another namespace, may have caused the change
+    :ivar is_stacked: whether the creation or deletion of a macvlan in another
+        namespace may have caused an event for the parent of the macvlan
     :ivar lost: whether events were dropped
     :ivar messages: number of messages read
     """

@@ -172,8 +172,9 @@ class Judge:
                 if err.errno not in (*_ENDED, errno.ENXIO):  # EMFILE etc.
                     return self._unknown(namespace, path, '%s: %s' % (
                         same, err.strerror))
-            # Engines remove a name together with its sandbox. So if the
-            # namespace has no cookie, unreadable processes do not matter.
+            # Engines remove a name together with its sandbox. So for a name
+            # of a namespace without a cookie, only the directory of the name
+            # matters.
             if view.hides and (each == place or namespace.cookie is not None):
                 return self._unknown(
                     namespace, path,
@@ -195,8 +196,8 @@ class Judge:
     def blindness(self, path: Optional[str] = None) -> str:
         """Return the reason why failed look-ups by number prove nothing.
 
-        Failed look-ups are a proof if the look-ups of other living namespaces
-        than this thread's succeed.
+        Failed look-ups are a proof if the look-ups of living namespaces, other
+        than this thread's namespace, succeed.
 
         :param path: a path whose directory is searched for living namespaces
         :returns: empty if failed look-ups are a proof

@@ -94,7 +94,7 @@ class LinkSocket(netlink.RequestSocket):
                         + wire.pack_macvlan()))
 
     def rename_and_set_up(self, link: values.Link, name: str) -> None:
-        """Rename an interface that is down, and set it up."""
+        """Rename an interface that is down, and bring it up."""
         self._alter('rename the interface %s to %s and set it up'
                     % (link.name, name), link, text(wire.IFLA_IFNAME, name),
                     wire.IFF_UP, wire.IFF_UP)

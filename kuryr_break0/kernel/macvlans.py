@@ -159,7 +159,7 @@ def _read(netns: str, expected: Optional[NamespaceId],
         links, room = listed(netlink), limits.addresses
         # When the kernel lists interfaces, it assigns a number to the
         # namespace of each parent. If the node's namespace contains no
-        # parent, namespace_number() returns -1.
+        # parent, it may have no number, and namespace_number() returns -1.
         own_number = netlink.namespace_number(own)
         for link in links:
             if link.lower_namespace == own_number and room > 0 and (

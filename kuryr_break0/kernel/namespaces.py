@@ -7,9 +7,9 @@ is a placeholder. The path may be valid only in another mount or PID namespace.
 The kernel reuses inode numbers.
 :mod:`kuryr_break0.kernel.existence` decides whether a namespace still exists.
 
-Functions that take the path of a namespace raise NetnsUnusable if the
-namespace cannot be opened or is not the expected one, and SystemRefused if
-this process lacks file descriptors or memory.
+Functions that take the path of a namespace, and name no other error, raise
+NetnsUnusable if the namespace cannot be opened or is not the expected one, and
+SystemRefused if this process lacks file descriptors or memory.
 """
 
 from __future__ import annotations
@@ -200,6 +200,7 @@ def stat_namespace(path: str,
 
     :param own: the result of stat(2) for this thread's namespace
     :returns: None for this thread's namespace, and for other kinds of files
+    :raises OSError: if the path cannot be examined
     """
     status = os.stat(path)
     if status.st_dev != own.st_dev or status.st_ino == own.st_ino or (

@@ -169,9 +169,9 @@ def read_text(packed: Optional[bytes]) -> Optional[str]:
 
 @contextlib.contextmanager
 def tolerate_errors(*numbers: int) -> Iterator[None]:
-    """Leave the block without an error at KernelRefused with these numbers.
+    """End the block without an error if the kernel refuses for a known reason.
 
-    :param numbers: values of errno
+    :param numbers: values of errno of the reasons
     """
     try:
         yield

@@ -107,7 +107,7 @@ def format_ifname(ifindex: Optional[int]) -> str:
 
 
 def find_current_name(name: str, ifindex: Optional[int]) -> str:
-    """Return the present name of an interface, which may be renamed.
+    """Return the present name of an interface; it may have been renamed.
 
     :param name: its recorded name, which is returned if no interface has the
         recorded ifindex

@@ -58,7 +58,13 @@ def ping(address: IPAddress, count: int, timeout: float,
 
 def connect(address: IPAddress, port: int, count: int, timeout: float,
             vrf: int = 0) -> list[Optional[float]]:
-    """Connect by TCP, like :func:`ping`. A refusal counts as a reply."""
+    """Open TCP connections, one after the other.
+
+    A refusal counts as a reply. For the other parameters and the result, see
+    :func:`ping`.
+
+    :param port: TCP port
+    """
     times: list[Optional[float]] = []
     for _ in range(count):
         began = time.monotonic()

@@ -53,7 +53,7 @@ class NamespaceLocation(NamedTuple):
     """A network namespace of this node.
 
     :ivar path: the path that will probably exist longest
-    :ivar namespace: its identity; :func:`examine_namespace` adds the cookie
+    :ivar namespace: its identity; results of :class:`Search` lack the cookie
     :ivar process: directory of a process in the namespace, or None
     """
 
@@ -238,8 +238,8 @@ def examine_namespace(location: NamespaceLocation) -> ExaminedNamespace:
 
     A namespace without a number gets a number, and keeps it until it ends.
 
-    :raises NetnsUnusable: if no namespace is at the path, or it is this
-        thread's
+    :raises NetnsUnusable: if the path leads to no namespace, or to this
+        thread's namespace
     :raises SystemRefused, KernelRefused: if this process lacks descriptors or
         memory
     """
@@ -254,7 +254,8 @@ def examine_namespace(location: NamespaceLocation) -> ExaminedNamespace:
         except exceptions.KernelRefused as err:
             if err.is_exhausted:
                 raise
-            # NamespaceEvents receives no events of a namespace without number.
+            # NamespaceEvents receives no events of a namespace that has no
+            # number.
             LOG.debug('Changes of %s are found by the timer only: %s',
                       location.path, err)
     return ExaminedNamespace(location._replace(namespace=namespace), container,
@@ -267,8 +268,9 @@ def _find_container(process: Optional[str], netns: int) -> Hashable:
     The value is the outermost PID namespace, below this process's own, that
     contains the process. A process cannot leave its PID namespace, and the PID
     namespaces that a container creates are below the container's. Any user can
-    create a user namespace and PID namespaces in it. If another user than this
-    process's has created the user namespace, the value is that user.
+    create a user namespace, and PID namespaces in the user namespace. If the
+    creator of the user namespace is not the user of this process, the value is
+    the creator.
 
     :param process: directory of a process in the namespace; None if unknown
     :param netns: descriptor of the network namespace
@@ -298,7 +300,7 @@ def _find_container(process: Optional[str], netns: int) -> Hashable:
 
 def _find_outermost(stack: contextlib.ExitStack, fd: Optional[int],
                     kind: str) -> Optional[int]:
-    """Return the ancestor of a namespace that is a child of this process's.
+    """Return the child of this process's namespace that contains a namespace.
 
     :param stack: the stack that closes the descriptors
     :param fd: descriptor of the namespace, which may be the child itself

@@ -4,7 +4,7 @@
 
 With ``pod_binding = auto``, this package replaces functions of Kuryr, with the
 same result. A distribution or a later release of Kuryr may have changed these
-functions. Then Kuryr's own code is used.
+functions. In that case, Kuryr's own code is used.
 """
 
 from __future__ import annotations

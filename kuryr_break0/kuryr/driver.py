@@ -53,7 +53,7 @@ class Break0MacvlanDriver(nested.MacvlanDriver):  # type: ignore[misc]
 
     @classmethod
     def note_options(cls, options: config.Options) -> None:
-        """Store which options kuryr-daemon has read, and when.
+        """Store a digest of kuryr-daemon's options, and the time.
 
         The first process of kuryr-daemon calls this method when it starts.
         Each bind stores the same options again, because the state directory

@@ -96,8 +96,8 @@ def connect(netlink: kernel.Netlink, netns: str, ifname: str,
                     or time.monotonic() - began >= _PATIENCE):
                 raise
         time.sleep(_PAUSE)
-    # The node's NIC has the name of the pod's interface, and this kernel looks
-    # for the name on the node, where the temporary name is free.
+    # The node's NIC has the same name as the pod's interface. This kernel
+    # requires a name that is free on the node too, as the temporary name is.
     netlink.create_macvlan(temporary_name, parent, netns, mac=mac, mtu=mtu,
                            up=False)
     with _entered(netns) as pods:

@@ -113,7 +113,7 @@ def read(path: str, max_size: int) -> str:
 
     :param max_size: bytes
     :raises ValueError: if the file is of another kind, or larger
-    :raises OSError: if it does not exist or cannot be read
+    :raises OSError: if the file does not exist or cannot be read
     """
     return read_stamped(path, max_size)[0]
 
@@ -144,7 +144,7 @@ def read_stamped(path: str, max_size: int) -> tuple[str, Stamp]:
 def replace(path: str, text: str) -> None:
     """Replace a file atomically: a reader gets the old or the new text.
 
-    :raises OSError: if it cannot be written
+    :raises OSError: if the file cannot be written
     """
     directory, name = os.path.split(path)
     # If a process could not get the lock, several processes may write one

@@ -77,7 +77,7 @@ class Identity:
     def from_json(cls, text: str) -> Identity:
         """Parse the output of :meth:`to_json`.
 
-        :raises ValueError: if it is damaged
+        :raises ValueError: if the text is damaged
         """
         try:
             fields: dict[str, Any] = json.loads(text)

@@ -40,7 +40,7 @@ class Done(enum.IntEnum):
     BIND_FAILED = 2
     UNBIND = 3
     UNBIND_FAILED = 4
-    # Repairs. The metrics use their names as reasons.
+    # Repairs. The metrics use the names of repairs as reasons.
     DEVICE = 16
     ROUTE = 17
     NEIGHBOUR = 18

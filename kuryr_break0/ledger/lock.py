@@ -28,7 +28,7 @@ def hold(path: str, timeout: float) -> Iterator[None]:
     """Hold the lock within the block.
 
     :param timeout: seconds to wait
-    :raises LockTimeout: if it was not free in time
+    :raises LockTimeout: if the lock was not free in time
     """
     # On a busy node, let the kernel preempt this process now, rather than
     # while it holds the lock.

@@ -202,7 +202,7 @@ def _binding_targets(connect: Medians, disconnect: Medians,
                 'stock at %d' % low)]
 
 
-#: Text of sitecustomize.py: records the ms for which the lock is held.
+#: Text of sitecustomize.py, which records the ms for which the lock is held
 _NOTING = '''
 import contextlib
 import time
@@ -232,7 +232,8 @@ ledger.Ledger = Ledger
 def _daemon(node: kuryr.Node, way: str, stock: str) -> Iterator[list[float]]:
     """Run kuryr-daemon in the block, and yield a list.
 
-    After the block, the list has the ms for which each lock was held.
+    After the block, the list has the ms of each hold of the ledger's lock. For
+    stock Kuryr, the list stays empty.
     """
     held: list[float] = []
     path = os.path.join(node.dir, 'held')

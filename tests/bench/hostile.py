@@ -192,7 +192,7 @@ class Stream:
 
 
 class Pings:
-    """Pings in all directions, from a thread."""
+    """Sends pings in all directions, from a thread."""
 
     def __init__(self, sandboxes: list[soak.Sandbox]) -> None:
         self.streams = []

@@ -54,8 +54,8 @@ Pairs = dict[str, dict[int, list[float]]]
 class Way:
     """A way to add the route of a pod and to delete it again.
 
-    :ivar every: number of pairs of which one is measured, more than 1 if the
-        way is slow
+    :ivar every: 1 to measure every pair; n to measure every n-th pair of a
+        slow way
     :ivar recorded: whether the way also writes the ledger
     """
 
@@ -225,8 +225,8 @@ def _pair_targets(medians: Medians, times: Pairs) -> list[Target]:
                '%.2f x' % growth, growth <= 1.2),
         Target('the route alone: at least 100 x faster than %s at %d' % (
             IPDB, middle), '%.0f x' % gain, gain >= 100),
-        # The difference is a fourth of either pair, so noise of the machine
-        # would hide it in the difference of the medians.
+        # The guard takes a fourth of the time of a pair. The machine's noise
+        # would hide the guard in a difference of medians, so compare turns.
         at_most_in_turns(
             'the guard, at %d pods' % middle,
             [guarded - unguarded for guarded, unguarded in zip(

@@ -87,7 +87,10 @@ class _Sandboxes:
         os.replace(BIN + '/new', BIN + '/kuryr-cni')
 
     def measure(self, way: Way) -> None:
-        """Run and stop a pod with an early, then one with a late KuryrPort."""
+        """Run and stop two pods, the second with a late KuryrPort.
+
+        The late KuryrPort is created :data:`LATER` seconds after the call.
+        """
         start, stop = self._pod(way, later=0)
         self.there[way].append(start)
         self.stop[way].append(stop)

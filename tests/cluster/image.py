@@ -76,7 +76,8 @@ def environ(directory: str) -> dict[str, str]:
 class Images:
     """Builds images, and keeps them.
 
-    :param directory: of the images; no other process may use it meanwhile
+    :param directory: the directory of the images, which no other process may
+        use at the same time
     :ivar clone: the working directory of the page's commands
     """
 

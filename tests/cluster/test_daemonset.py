@@ -132,8 +132,8 @@ class TestDaemonSet(base.ClusterTestCase):
             '/etc/containerd/certs.d/registry.example.org/hosts.toml',
             '[host."http://registry.example.org"]\n'
             'capabilities = ["pull", "resolve"]\n')
-        # Kuryr's own image must be on the nodes before: its imagePullPolicy is
-        # Never.
+        # The nodes must have Kuryr's own image already, since its
+        # imagePullPolicy is Never.
         for command in (
                 'pull --plain-http registry.example.org/kuryr/cni:latest',
                 'tag registry.example.org/kuryr/cni:latest '

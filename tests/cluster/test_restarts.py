@@ -67,7 +67,7 @@ class TestRestarts(base.ClusterTestCase):
         self.disturb(lambda: self.restart('agent'))
 
     def test_agent_away_while_pods_go(self) -> None:
-        """The next agent removes the items of pods that ended before it."""
+        """The next agent removes items of pods that ended without an agent."""
         def swap() -> None:
             for node in self.cluster.nodes:
                 node.agent.kill(signal.SIGTERM)

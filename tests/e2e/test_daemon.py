@@ -85,7 +85,7 @@ class TestPod(DaemonTestCase):
         self.assertEqual(['break0'], macvlans(self.node))
 
     def test_stock_kuryr_cannot(self) -> None:
-        # The control: with Kuryr alone, the same pod is unreachable.
+        # This test is the control: with Kuryr alone, the pod is unreachable.
         bin_dir = kuryr.stock_environment(os.path.join(self.node.dir, 'venv'))
         self.node.start_daemon(bin_dir=bin_dir)
         pod = self.node.add_pod('pod', POD)

@@ -98,7 +98,8 @@ class TestBind(ByHandTestCase):
     def test_again_is_harmless(self) -> None:
         for _ in range(2):
             self.bind_web('--netns', NETNS)
-            # A manual bind omits ADDRESS6, which is thus not unserved.
+            # The operator chooses the addresses of a manual bind, so ADDRESS6
+            # does not count as unserved.
             self.assert_in_sync()
         self.assert_reachable()
 

@@ -462,8 +462,9 @@ class TestTable(BorderTestCase):
     def test_another_interface_of_a_pod_goes(self) -> None:
         """The unbind of a second interface removes all pairs with its MAC.
 
-        A pair of the second MAC address with the first interface's address
-        would admit a later container with this MAC address.
+        Suppose that the pair of the second MAC address and the first
+        interface's address stayed. A later container with this MAC address
+        could then send from that address.
         """
         second, mac = '100.75.30.79', '02:00:00:00:00:79'
         self.lab.add_macvlan('pod', 'net1', mac=mac)
@@ -717,7 +718,7 @@ class TestInThePod(BorderTestCase):
     def can_send(self, source: str, device: str = 'eth0') -> bool:
         """Return whether the pod can send an ARP reply and an advertisement.
 
-        Docker 28 and later removes an interface that cannot send both.
+        Docker 28 and later removes an interface that cannot send both packets.
         """
         arp = (b'\x08\x06\x00\x01\x08\x00\x06\x04\0\x02'
                + 2 * (packed(source) + ipaddress.ip_address(POD).packed))

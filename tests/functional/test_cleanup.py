@@ -274,7 +274,7 @@ class TestOtherLedger(CleanupTestCase):
 
     def killed(self, owner: Any, name: str, after: bool
                ) -> Callable[[], Optional[object]]:
-        """Return a function that runs a cleanup killed at owner.name.
+        """Return a function that runs a cleanup until a call kills it.
 
         :param after: kill the cleanup after the call of owner.name, not before
         """

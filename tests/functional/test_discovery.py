@@ -57,7 +57,7 @@ AGENT = '/system.slice/kuryr-break0-agent.service'
 
 
 def is_idle(found: finder.Finder) -> bool:
-    """Return whether only the timer can make work due."""
+    """Return whether the finder has no work due within 600 seconds."""
     return found.find_due() > time.monotonic() + 600
 
 

@@ -48,7 +48,7 @@ class TestInstall(CLITestCase):
                              ('fd00:30::71', 'did you mean fd00:30::/64?')):
             shown = self.install('CIDRS=' + text, code=2)
             self.assertIn(answer, shown)
-            self.assertEqual(2, shown.count('\n'), shown)  # one of make
+            self.assertEqual(2, shown.count('\n'), shown)  # one is make's
         self.assertFalse(DEST.exists())
 
     def test_a_failure_of_pip_leaves_no_file(self) -> None:

@@ -150,8 +150,8 @@ class TestSameAsKuryr(L3TestCase):
     def test_several_subnets(self) -> None:
         """All addresses of several subnets are set.
 
-        The test does not run Kuryr, which fails if IPDB's set of addresses
-        has another order of iteration. The order depends on the process.
+        The test does not run Kuryr, which fails in some processes: the success
+        of Kuryr depends on the order of iteration of IPDB's set of addresses.
         """
         vif = break0_vif.VIFMacvlanBreak0._obj_from_primitive(
             None, '1.0', kuryr.macvlan_vif(

@@ -38,8 +38,9 @@ _PATH = os.environ['PATH'] + ':/usr/sbin:/sbin'
 _FIRST = ('virtio_pci', 'virtio_blk', '9pnet_virtio', '9p', 'overlay',
           'squashfs')
 _MEMORY = 6000  # MiB
-#: All features of the processor except string copies, five levels of page
-#: tables, and access checks, which are slow in emulation
+#: All features of the processor except fast string copies, access checks of
+#: the kernel mode, five levels of page tables, and process-context
+#: identifiers, which are slow in emulation
 _PROCESSOR = 'max,-erms,-fsrm,-smap,-smep,-la57,-pcid'
 #: Two NICs on one hub, which has no link to this machine
 _NICS = [each for number in ('0', '1') for each in (

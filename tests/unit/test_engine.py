@@ -433,7 +433,10 @@ class TestDevice(EngineTestCase):
         self.assertNotIn('break0', self.fake.links)
 
     def test_one_whose_creation_reports_an_error(self) -> None:
-        """IPDB reports an error if all tries of its dump are interrupted."""
+        """A created break0 is used, even if its creation reports an error.
+
+        IPDB reports an error if all tries of its dump are interrupted.
+        """
         def late(name: str, parent: kernel.Link, mac: str) -> None:
             self.fake.create_macvlan(name, parent, mac)
             raise exceptions.KernelRefused('create', 'there is one', 17)

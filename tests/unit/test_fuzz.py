@@ -268,8 +268,8 @@ class TestCommandLine(unittest.TestCase):
             except SystemExit as err:
                 code = err.code
         shown = shlex.join(argv)
-        # argparse exits with 0 if --help is among the arguments, and otherwise
-        # with 2.
+        # argparse exits with 0 if it reaches --help without an error, and
+        # otherwise with 2.
         self.assertIn(code, (0,) if '--help' in arguments and not errors
                       .getvalue() else (2,), shown)
         self.assertNotIn('Traceback', errors.getvalue(), shown)

@@ -222,7 +222,7 @@ class TestBurst(ControllerTestCase):
         self.assertIs(drivers[0]._pairs(NODE), drivers[1]._pairs(NODE))
 
     def test_a_thread_that_is_killed(self) -> None:
-        """The pair that the thread has written stays, and others succeed."""
+        """The pair of a killed thread stays, and the next update succeeds."""
         pairs = pod_vif.NestedMacvlanDriver()._pairs(NODE)
         killed = threading.Event()
 

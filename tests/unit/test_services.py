@@ -117,8 +117,8 @@ class TestUnit(unittest.TestCase):
         self.assertEqual('SIGHUP', service['RestartForceExitStatus'])
 
     def test_exposure(self) -> None:
-        # The exposure ranges from 0 to 100. A service without restrictions has
-        # 100.
+        # The exposure ranges from 0 to 100, the exposure of a service without
+        # restrictions.
         self.analyze('security', '--offline=true', '--threshold=30')
 
     def test_what_it_must_be_able_to_do(self) -> None:

@@ -50,7 +50,7 @@ class Failed(Exception):
         self.answer: dict[str, Any] = json.loads(output)
         self.code = self.answer['code']
         self.text = self.answer['msg']
-        # Error 11 comes from the shim, and only the agent's log has the cause.
+        # If error 11 comes from the shim, only the agent's log has the cause.
         log = LOG.read_text() if self.code == 11 and LOG.exists() else ''
         super().__init__(output + stderr + log)
 

@@ -112,11 +112,13 @@ class TestWithoutAgent(ShimTestCase):
 
     def hanging(self, answer: bytes, pattern: str, plugin: str,
                 closes: bool) -> float:
-        """Run a shim with a server that sends an answer and then hangs.
+        """Run a shim with a server whose answer is incomplete or malformed.
 
-        :param pattern: of the shim's error
+        :param answer: all bytes that the server sends
+        :param pattern: regular expression for the shim's error before the path
         :param plugin: path of the shim
-        :param closes: whether the server closes the connection
+        :param closes: whether the server closes the connection after the
+            answer; otherwise it keeps the connection open
         :returns: seconds until the shim ends
         """
         with socket.socket(socket.AF_UNIX) as server:
@@ -143,7 +145,8 @@ class TestWithoutAgent(ShimTestCase):
 
     def test_agent_that_never_answers(self) -> None:
         impatient = '/run/impatient'
-        # Like the Makefile: Debian's gcc has the headers of musl only.
+        # Compile as the Makefile does: on a minimal Debian, gcc has only the
+        # headers of musl.
         compiler = shutil.which('musl-gcc') or 'cc'
         program.run([compiler, '-DPATIENCE=2', '-static', '-o', impatient,
                      base.SHIM_SOURCE], check=True)

@@ -210,3 +210,19 @@ class TestBareParent(SourcesTestCase):
         self.manager().sync()
         self.assertEqual({base.MANAGEMENT, base.BREAK0, base.MANAGEMENT6},
                          self.known())
+
+
+class TestNumberedOnBareParent(SourcesTestCase):
+    """The second limit of Rook's hosts in doc/source/install/cni.rst."""
+
+    nics = ('mgmt', 'eth0')
+    is_bare = True
+    overrides = {'addr': [lab.NODE]}
+
+    def test_other_nodes_are_reached_by_a_route_on_the_parent(self) -> None:
+        for device, is_reached in (('eth0', True), ('break0', False)):
+            self.lab.run('ip', 'route', 'replace', base.SUBNETS[0], 'dev',
+                         device, 'src', lab.NODE)
+            self.lab.settle()
+            self.assertEqual((is_reached, True), (
+                self.lab.ping(lab.LAN), self.lab.ping(base.POD)), device)
