@@ -44,12 +44,12 @@ OPTS = [
     cfg.Opt(
         'pod_binding',
         type=types.OneOf(choices=[
-            (AUTO, 'kuryr-break0 if the code by which Kuryr binds pods is '
-             'the same as in Kuryr 6.0.0 to 10.0.0: in the namespace of the '
-             'pod, with two requests. The result is the same, in a tenth of '
-             'the time. Otherwise Kuryr'),
-            (KURYR, 'Kuryr, with IPDB: on the node under a temporary name, '
-             'then moved, renamed and configured')]),
+            (AUTO, 'If the binding code of Kuryr is the same as in Kuryr '
+             '6.0.0 to 10.0.0, kuryr-break0 creates it in the namespace of '
+             'the pod. The result is the same, in a tenth of the time. '
+             'Otherwise, Kuryr creates it'),
+            (KURYR, 'Kuryr creates it with IPDB: on the node, under a '
+             'temporary name. Then Kuryr moves, renames and configures it')]),
         default=AUTO,
         help='Program that creates the macvlan interface of a pod. If you '
              'want Kuryr to create the interface, set it to kuryr. If enabled '
@@ -132,12 +132,12 @@ OPTS = [
             (ON, 'always; without it the ADD of a pod fails'),
             (OFF, 'never')]),
         default=AUTO,
-        help='Use an nftables table that admits through break0 only '
-             'packets from MAC address and address of a bound pod, and '
-             'lets no frame with the MAC address of break0 leave the node. '
-             'It needs the program nft, and Linux 5.16 for the latter. Set '
-             'it to on if you do not trust the pods, and to off if you trust '
-             'all of them.'),
+        help='Use an nftables table that admits a packet through break0 '
+             'only if its source MAC address and source address belong to a '
+             'bound pod, and that stops each frame with the MAC address of '
+             'break0 that would leave the node. The guard needs the program '
+             'nft, and Linux 5.16 to stop these frames. Set it to on if you '
+             'do not trust the pods, and to off if you trust all of them.'),
     cfg.Opt(
         'resync_interval',
         type=types.WholeNumber(min=1, max=86400),

@@ -33,7 +33,7 @@ from kuryr_break0.model import Record
 MAX_ELSEWHERE = 16
 _NOWHERE = ipaddress.ip_address('192.0.2.1')  # RFC 5737
 OWN = 'an address of the node itself'
-NO_HOST = 'not of a host, by the routes of the node'
+NO_HOST = 'not a host address, according to the routes of the node'
 NEXT_HOP = 'a next hop of a route of the node'
 #: This reason applies to discovered addresses only. A pod of another origin
 #: with such an address may be a router on purpose, for example of a VPN.

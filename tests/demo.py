@@ -127,10 +127,10 @@ def main() -> int:
     with kuryr.Node() as node:
         wrong = Demo(node).run()
         if wrong:
-            print('\n%s\n%d of it was not as expected; above is the log of '
+            print('\n%s\n%d results are not as expected; above is the log of '
                   'kuryr-daemon.' % (node.output(), wrong), file=sys.stderr)
             return 1
-    print('\nAll of it was as expected.')
+    print('\nAll results are as expected.')
     return 0
 
 

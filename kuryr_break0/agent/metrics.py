@@ -210,7 +210,7 @@ class Metrics(prometheus_registry.Collector):
                 return None
             since = 'for %d s' % age
         return 'No sync has succeeded %s: %s' % (
-            since, self._error or 'none has ended')
+            since, self._error or 'the first sync has not ended')
 
     def describe_hang(self) -> Optional[str]:
         """Return the reason for a restart of the agent, or None.

@@ -57,10 +57,10 @@ def add_parsers(subparsers: Any) -> None:
         '--wide', 'print ids and neighbours in full, and do not fold long '
         'lines')
     added.add_flag('--problems', 'show only addresses with a problem')
-    added.add_value('--pod', 'TEXT', 'show only pods or containers with this '
-                    'text in the name')
-    added.add_value('--owner', 'ID', 'show only containers with an id that '
-                    'starts with this')
+    added.add_value('--pod', 'TEXT', 'show only pods or containers whose name '
+                    'contains TEXT')
+    added.add_value('--owner', 'ID', 'show only containers whose id starts '
+                    'with ID')
     added.add_argument('--origin', choices=[each.value for each in Origin],
                        help='show only addresses with this origin')
     added.add_value(

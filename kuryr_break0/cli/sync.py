@@ -25,8 +25,8 @@ from kuryr_break0.model import of_kind
 
 _DESCRIPTION = """\
 Make break0, its routes and the containers match the ledger, and print each
-item: + if it is set, - if it is deleted, ~ if it is repaired, ! if it is
-left. Problems that no sync can repair, such as a routing rule, are left, too.
+item: + if it is set, - if it is deleted, ~ if it is repaired, ! if it stays
+as it is. A sync cannot repair some problems, such as a wrong routing rule.
 If the ledger was lost, it is rebuilt from the kernel first.
 
 Exit status: 0 if status would find no problem now, 1 otherwise (with

@@ -223,7 +223,7 @@ int main(void)
         }
         fprintf(stderr, "break0: %s: %s\n", path, strerror(errno));
         return fail(11, "The agent of kuryr-break0 does not listen on ",
-                    path, ". Start it, as by: systemctl start "
+                    path, ". Start it, for example: systemctl start "
                     "kuryr-break0-agent");
     }
     /* Ignore an error: if the agent refused the request, its answer has the

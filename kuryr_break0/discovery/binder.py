@@ -121,7 +121,7 @@ class Binder:
         for address, macvlan in duplicates[:MAX_ADDRESSES]:
             self._log_refusal(
                 address, macvlan, 'duplicate address detection has found it '
-                'on another host. Give one of the two another address.')
+                'on another host. Change the address of one of them.')
         # Bound addresses come first, so that they stay bound if the container
         # has too many addresses.
         present.sort(key=lambda each: each[0] not in bound)
@@ -151,7 +151,7 @@ class Binder:
         if new and not location.namespace.is_same(
                 kernel.require_other_namespace(location.path)):
             raise exceptions.NetnsUnusable(
-                netns=location.path, reason='has been replaced by another one')
+                netns=location.path, reason='is a different namespace now')
         ends, remaining = time.monotonic() + _TURN, list(new.items())
         while remaining:
             is_done &= self._bind(*remaining.pop(0))
@@ -192,8 +192,8 @@ class Binder:
                 if claim.namespace is None or not claim.namespace.is_same(
                         macvlan.namespace):
                     self._log_refusal(
-                        address, macvlan, 'it belongs to %s. Give one of the '
-                        'two another address.' % claim.owner_text)
+                        address, macvlan, 'it belongs to %s. Change the '
+                        'address of one of them.' % claim.owner_text)
                     return False  # the owner may end soon
                 if claim.is_rebuilt and claim.owner.ifname == owner.ifname:
                     continue  # the MAC address has changed since

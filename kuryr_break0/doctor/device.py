@@ -104,7 +104,7 @@ def _check_answers() -> Iterator[Finding]:
     """Report the sysctl by which all interfaces answer ARP as proxies."""
     if kernel.read_sysctl('ipv4/conf/all/proxy_arp'):
         yield KINDS['break0-answers-lan'].finding(
-            'proxy_arp of all is 1', key='net/ipv4/conf/all/proxy_arp',
+            'the sysctl proxy_arp of all interfaces is 1', key='net/ipv4/conf/all/proxy_arp',
             value=0, names='proxy_arp')
 
 

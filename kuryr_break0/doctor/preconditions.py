@@ -159,8 +159,8 @@ class Preconditions:
         blindness = kernel.Judge().blindness()
         if blindness and own is not None and own.cookie is not None:
             yield KINDS['sandbox-unknown'].finding(
-                'the end of a namespace shows only by its path, not by its '
-                'cookie: %s' % blindness)
+                'only the path of a namespace, not its cookie, shows that it '
+                'has ended: %s' % blindness)
 
     def _engines(self) -> Iterator[Finding]:
         sockets = [path for path in containers.ENGINE_SOCKETS

@@ -181,7 +181,7 @@ class Pings:
             return 'packet-lost', '; '.join((
                 'the trace saw packets: ' + traced.way, *traced.dropped)), ()
         return 'probe-unanswered', '' if traced.is_complete else (
-            'nft could not trace it'), ()
+            'nft could not trace the packets'), ()
 
     @staticmethod
     def _serves(record: Record, to: IPAddress) -> bool:

@@ -52,7 +52,8 @@ def check_drop_ins(name: str) -> Iterator[Finding]:
              KINDS['networkmanager-manages-break0'].commands[1])):
         if os.path.isdir(config_dir) and not is_known:
             yield KINDS['drop-in-missing'].finding(
-                'the node has %s, and no file of it names %s' % (who, name),
+                'the node has %s, but no file of %s names %s' % (
+                    who, who, name),
                 command=command % {'device': name})
 
 

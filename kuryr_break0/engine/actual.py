@@ -121,12 +121,12 @@ class _Reading:
                 way = self._netlink.lookup(route.dst, source, vrf)
                 if way is None or way.oif != route.oif:
                     yield route.dst, (
-                        'not at all' if way is None
+                        'the node has no route to it' if way is None
                         # The kernel merges the tables local and main, so
                         # it may return main as the table of a local route.
-                        else 'as a local address of the node' if way.type
+                        else 'it is a local address of the node' if way.type
                         == kernel.RTN_LOCAL else
-                        'through %s, by table %d' % (
+                        'they leave through %s, by table %d' % (
                             kernel.format_ifname(way.oif), way.table),
                         '%s%s%s' % (route.dst, ' from %s' % source
                                     if source else '', ' vrf '

@@ -82,8 +82,8 @@ def of_interface(options: config.Options, macvlan: kernel.Macvlan
                  ) -> Optional[tuple[Reason, str]]:
     """Return the reason why an interface must not be bound, or None."""
     if macvlan.link.mode != 'bridge':
-        return Reason.MODE, ('its macvlan is in %s mode, in which it reaches '
-                             'no other one' % macvlan.link.mode)
+        return Reason.MODE, ('its macvlan is in %s mode, but only macvlans '
+                             'in bridge mode reach break0' % macvlan.link.mode)
     required = options.parent
     if required is not None and macvlan.parent != required:
         return Reason.OTHER_PARENT, (
@@ -193,8 +193,8 @@ class _Judge:
             return (Reason.NOT_ALLOWED if self._policy.refusal(address)
                     else Reason.REFUSED), 'it is ' + reason
         if address in macvlan.duplicates:
-            return Reason.DUPLICATE, ('another host has it, as duplicate '
-                                      'address detection has found')
+            return Reason.DUPLICATE, ('duplicate address detection has '
+                                      'found it on another host')
         if address in macvlan.unproven:
             return Reason.TENTATIVE, ('duplicate address detection has not '
                                       'ended yet')

@@ -265,10 +265,10 @@ def _on(parent: Parent, explained: set[IPAddress]) -> Iterator[Problem]:
              else [], 'a guard entry')):
         for address in _destinations(items):
             if address not in explained and address not in foreign:
-                yield Problem(kind, address, 'it has %s too many' % text)
+                yield Problem(kind, address, 'its record does not need %s' % text)
     for address, (through, get) in parent.astray.items():
-        yield Problem('route-not-used', address, 'it is not reached through '
-                      '%s but %s. See: ip route get %s; ip -%d rule' % (
+        yield Problem('route-not-used', address, 'packets to it do not leave '
+                      'through %s: %s. See: ip route get %s; ip -%d rule' % (
                           parent.device, through, get, address.version))
 
 

@@ -317,8 +317,8 @@ class Reconciler:
             self._ledger.ensure_identity()
             self._records.put([record])
             self._ledger.journal.add(Done.REBUILT)
-            LOG.warning('The record of %s was lost; rebuilt it: %s on %s has '
-                        'it in %s', record.address, record.owner.ifname,
+            LOG.warning('Rebuilt the lost record of %s: its owner is the '
+                        'interface %s on %s in %s', record.address, record.owner.ifname,
                         record.parent, record.netns)
             return True
         return False

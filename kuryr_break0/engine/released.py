@@ -43,8 +43,8 @@ def by_del(snapshot: Snapshot, ended: Mapping[Owner, float]
 
 def by_change(missing: Iterable[Missing]) -> dict[Record, str]:
     """Return the claims on replaced addresses, with the reasons."""
-    return {each.record: 'in two syncs, its interface had other addresses '
-            'and not this one' for each in missing}
+    return {each.record: 'its interface had other addresses, but not this '
+            'one, in two syncs' for each in missing}
 
 
 def drop(claims: Mapping[Record, str], engine: Engine, ledger: Ledger,

@@ -117,7 +117,7 @@ class Engine:
             before = self._records.claims(address)
         added = claims_.add(record, before, is_gone)
         if added.after[0] != record:
-            LOG.info('%s has bound %s again meanwhile', record.owner, address)
+            LOG.info('%s has bound %s again in the meantime', record.owner, address)
             return
         if yielding and added.rivals:
             failure.add(exceptions.AddressTaken(
@@ -169,7 +169,7 @@ class Engine:
                         held.log_later, mac)
                     held.log_later(
                         'Unbound %s from break0 for %s%s', address, name,
-                        '' if deleted else ' (it had no route of its own)')
+                        '' if deleted else ' (it had no route)')
                     dropped += dropped_claims
                     if dropped_claims and dropped_claims[0] == before[0]:
                         handed_over.append(address)
@@ -280,8 +280,8 @@ class Engine:
                 # to the MAC address of the earlier pod.
                 items += [route, Neighbour(address, index, '', None)]
             elif permanent is not None and macs:
-                LOG.warning('Keeping %s on %s: %s has the address and is not '
-                            'recorded yet', address, name, permanent)
+                LOG.warning('Keeping %s on %s: the address belongs to %s, '
+                            'which has no record yet', address, name, permanent)
             applied = apply(netlink, self._guard(name),
                             [Work(address, unset=tuple(items))])
             if applied.guard_error is not None:

@@ -127,7 +127,7 @@ class Judge:
         if is_absent and not self.blindness(path):
             return GONE
         if path is None or not (shown or is_missing):
-            return self._unknown(namespace, path, 'no namespace is there')
+            return self._unknown(namespace, path, 'is not a namespace')
         return self._judge_by_directory(path, namespace)
 
     def _judge_tap(self, tap: Tap) -> Verdict:
@@ -189,7 +189,7 @@ class Judge:
                  reason: str) -> Verdict:
         text = '%s: %s' % (path, reason) if path else 'its path is unknown'
         if known.cookie is not None:
-            text += '; its number proves nothing, because ' + (
+            text += '; a look-up of its cookie proves nothing: ' + (
                 self.blindness(path) or 'the kernel refuses the look-up')
         return Verdict(State.UNKNOWN, text)
 
@@ -209,7 +209,7 @@ class Judge:
     def _find_blindness(self, path: Optional[str]) -> str:
         own = namespaces.identify(namespaces.OWN_NETNS)
         if own is not None and own.cookie is None:
-            return 'this kernel assigns no numbers (Linux 6.18 does)'
+            return 'namespaces have no cookie before Linux 6.18'
         # Search the directory of the path before /proc: a container can have
         # thousands of processes, and each takes 8 us under the lock.
         living = (each for place in dict.fromkeys((

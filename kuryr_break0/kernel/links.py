@@ -196,7 +196,7 @@ class LinkSocket(netlink.RequestSocket):
 
     def namespace_number(self, fd: int) -> int:
         """Return the number of another namespace; -1 if it has none."""
-        answer: int = self._get('number a namespace', wire.RTM_GETNSID,
+        answer: int = self._get('read the id of a namespace', wire.RTM_GETNSID,
                                 bytes(4) + number(wire.NETNSA_FD, fd))
         return answer
 
@@ -209,7 +209,7 @@ class LinkSocket(netlink.RequestSocket):
         if present >= 0:
             return present
         with tolerate_errors(errno.EEXIST):
-            self._order('number a namespace', Message(
+            self._order('assign an id to a namespace', Message(
                 wire.RTM_NEWNSID, 0, bytes(4) + number(wire.NETNSA_FD, fd)
                 + attribute(wire.NETNSA_NSID, _ANY_NUMBER)))
         return self.namespace_number(fd)

@@ -91,7 +91,7 @@ class Nft(netlink.RequestSocket):
             self._socket.send(b''.join(message.packed(0)
                                        for message in messages))
         except OSError as err:
-            raise self._failed('accept a message for netfilter',
+            raise self._failed('accept a request to nftables',
                                err) from err
         if drain:
             self._drain()
@@ -242,7 +242,7 @@ class Nft(netlink.RequestSocket):
     def _get(self, kind: int, body: bytes) -> Optional[dict[int, bytes]]:
         """Return the attributes of an object; None if it does not exist."""
         with tolerate_errors(errno.ENOENT):
-            replies, _ = self._ask('read a table', _message(kind, 0, body),
+            replies, _ = self._ask('read an nftables object', _message(kind, 0, body),
                                    _attributes)
             return next(iter(replies), None)
         return None

@@ -60,9 +60,9 @@ def compare() -> Comparison:
     try:
         number = digest(_read)
     except (OSError, SyntaxError, ValueError) as err:
-        return Comparison(False, 'its source cannot be read: %s' % err)
+        return Comparison(False, 'its source is not readable: %s' % err)
     if number in DIGESTS:
-        return Comparison(True, 'it is that of Kuryr %s' % DIGESTS[number])
+        return Comparison(True, 'it is the same as in Kuryr %s' % DIGESTS[number])
     return Comparison(False, 'it differs from Kuryr 6.0.0 to 10.0.0')
 
 

@@ -103,8 +103,8 @@ def _install_driver() -> None:
         driver.note_options(options)
         if options.pod_binding == config.AUTO:
             comparison_ = comparison.compare()
-            LOG.info('%s creates the interfaces of pods: of Kuryr\'s binding '
-                     'code, %s', 'kuryr-break0'
+            LOG.info('%s creates the interfaces of pods. The binding code of '
+                     'Kuryr: %s', 'kuryr-break0'
                      if comparison_.is_known else 'Kuryr', comparison_.text)
         if options.guard != config.OFF:
             # A kernel without nftables refuses. Each bind reports the error.

@@ -172,10 +172,10 @@ def main() -> int:
         print('It runs after %d s.' % (time.monotonic() - began), flush=True)
         wrong = Demo(cluster).run()
     if wrong:
-        print('\n%d of it was not as expected. The logs of all programs are '
+        print('\n%d results are not as expected. The logs of all programs are '
               'in %s.' % (wrong, cluster.logs), file=sys.stderr)
         return 1
-    print('\nAll of it was as expected.')
+    print('\nAll results are as expected.')
     return 0
 
 

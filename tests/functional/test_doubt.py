@@ -479,7 +479,8 @@ class TestErrorsStayWhereTheyArise(DoubtTestCase):
         self.assertEqual({own, later}, set(map(
             str, self.reconcile().refused)))
         self.assertEqual({POD, OTHER_POD}, set(self.lab.routes()))
-        self.assertIn('it is not of a host, by the routes of the node',
+        self.assertIn('it is not a host address, according to the routes of '
+                      'the node',
                       self.problems())
 
     def test_a_refused_bind_leaves_no_record(self) -> None:

@@ -752,7 +752,7 @@ class TestRefused(base.LabTestCase):
             self.assert_refused(address, reason)
 
     def test_broadcast_of_the_nodes_subnet(self) -> None:
-        self.assert_refused('100.75.30.255', 'not of a host')
+        self.assert_refused('100.75.30.255', 'not a host address')
 
     def test_of_the_node(self) -> None:
         self.lab.run('ip', 'address', 'add', '192.0.2.1/32', 'dev', 'lo')

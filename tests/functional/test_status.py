@@ -145,10 +145,10 @@ class TestStatus(CLITestCase):
                      'table', '100')
         for what, where, text in (
                 (('route',), ('local', pod, 'dev', 'lo', 'table', 'local'),
-                 'as a local address of the node'),
+                 'it is a local address of the node'),
                 (('-6', 'route'), ('local', pod6 + '/127', 'dev', 'lo',
                                    'table', 'local'),
-                 'as a local address of the node'),
+                 'it is a local address of the node'),
                 (('-6', 'route'), (pod6, 'from', lab.NODE6, 'dev', 'lo'),
                  'by table 254'),
                 (('rule',), ('to', pod, 'table', '100'),
@@ -161,7 +161,7 @@ class TestStatus(CLITestCase):
                 doctor = self.call('doctor', '--json').stdout
                 self.lab.run('ip', *what, 'del', *where)
                 self.assertEqual(1, found.returncode, found.stdout)
-                self.assertIn('it is not reached through break0 but ',
+                self.assertIn('packets to it do not leave through break0: ',
                               found.stdout)
                 self.assertIn(text, found.stdout)
                 self.assertIn(text, doctor)

@@ -57,5 +57,5 @@ class TestComparison(unittest.TestCase):
         comparison.compare.cache_clear()
         with mock.patch.object(comparison, '_read', side_effect=OSError(
                 'there is no module')):
-            self.assertEqual((False, 'its source cannot be read: there is no '
+            self.assertEqual((False, 'its source is not readable: there is no '
                               'module'), comparison.compare())

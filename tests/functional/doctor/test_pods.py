@@ -115,7 +115,7 @@ class TestPods(DoctorTestCase):
                 json.dump(fields, file)
         found = self.findings()
         self.assertEqual(['sandbox-unknown', 'pod-unreadable'], list(found))
-        self.assertIn('no namespace is there',
+        self.assertIn('is not a namespace',
                       found['sandbox-unknown']['seen'])
         self.assertIn('cannot be entered', found['pod-unreadable']['seen'])
 

@@ -109,7 +109,7 @@ class TestRoutes(DoctorTestCase):
         self.lab.run('ip', 'route', 'add', 'unreachable', POD4, 'table',
                      '100')
         self.lab.run('ip', 'rule', 'add', 'pref', '10', 'table', '100')
-        self.assert_found('route-not-used', 'not at all', POD4)
+        self.assert_found('route-not-used', 'no route to it', POD4)
 
     def test_no_rule_to_the_table(self) -> None:
         for name, owner, addresses in (('pod', base.OWNER, (POD4, POD6)),
