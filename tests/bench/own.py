@@ -10,7 +10,7 @@ import ipaddress
 import multiprocessing
 import statistics
 import time
-from typing import Callable, Iterator, Optional
+from typing import Callable, Iterator
 from unittest import mock
 
 from kuryr_break0 import kernel
@@ -58,11 +58,11 @@ def calls(node: Node, repeat: int) -> Section:
                 node.resize(size)
                 _measure(node, max(repeat // TURNS, 1), timed, route_pair,
                          times[size])
-    node.resize(low)
-    keep()
-    kernel.share_nft()  # as kuryr-daemon does before it forks
-    _measure(node, repeat, lambda call: in_child(lambda: timed(call)),
-             None, forked_times)
+        node.resize(low)
+        keep()
+        kernel.share_nft()  # as kuryr-daemon does before it forks
+        _measure(node, repeat, lambda call: in_child(lambda: timed(call)),
+                 route_pair, forked_times)
     with node.ledger.heartbeat.keep() as beat:
         beat()
         attended = statistics.median(
@@ -83,7 +83,7 @@ def calls(node: Node, repeat: int) -> Section:
                 few['bind'] + few['unbind'], few[ROUTE], 5.5, ROUTE),
         at_most('the same, just forked, with an agent',
                 forked['bind'] + forked['unbind'] + 2 * attended,
-                few[ROUTE], 18, ROUTE)]
+                forked[ROUTE], 5.5, ROUTE + ', just forked')]
     targets += [at_most('%s at %d pods' % (name, high), many[name],
                         few[name], 1.5, 'that at %d' % low)
                 for name in ('bind', 'unbind')]
@@ -101,7 +101,7 @@ def calls(node: Node, repeat: int) -> Section:
 
 def _measure(node: Node, repeat: int,
              measure: Callable[[Callable[[], None]], float],
-             route_pair: Optional[Callable[[], None]],
+             route_pair: Callable[[], None],
              times: dict[str, list[float]]) -> None:
     """Add the ms of each call to the times, by the call's name."""
     for name, cached in (('bind', cache.MAX_AGE),
@@ -110,8 +110,7 @@ def _measure(node: Node, repeat: int,
             for _ in range(repeat):
                 times[name].append(measure(node.bind))
                 times['unbind'].append(measure(node.unbind))
-                if route_pair:
-                    times[ROUTE].append(timed(route_pair))
+                times[ROUTE].append(measure(route_pair))
     # Housekeeping is measured last, since it reads enough data to replace the
     # content of the CPU's caches.
     times['housekeeping'] += [measure(node.housekeep) for _ in range(repeat)]
