@@ -104,8 +104,8 @@ def _check_answers() -> Iterator[Finding]:
     """Report the sysctl by which all interfaces answer ARP as proxies."""
     if kernel.read_sysctl('ipv4/conf/all/proxy_arp'):
         yield KINDS['break0-answers-lan'].finding(
-            'the sysctl proxy_arp of all interfaces is 1', key='net/ipv4/conf/all/proxy_arp',
-            value=0, names='proxy_arp')
+            'the sysctl proxy_arp of all interfaces is 1',
+            key='net/ipv4/conf/all/proxy_arp', value=0, names='proxy_arp')
 
 
 def _check_guard(node: Node, parent: Parent) -> Iterator[Finding]:

@@ -265,7 +265,8 @@ def _on(parent: Parent, explained: set[IPAddress]) -> Iterator[Problem]:
              else [], 'a guard entry')):
         for address in _destinations(items):
             if address not in explained and address not in foreign:
-                yield Problem(kind, address, 'its record does not need %s' % text)
+                yield Problem(kind, address,
+                              'its record does not need %s' % text)
     for address, (through, get) in parent.astray.items():
         yield Problem('route-not-used', address, 'packets to it do not leave '
                       'through %s: %s. See: ip route get %s; ip -%d rule' % (

@@ -318,8 +318,8 @@ class Reconciler:
             self._records.put([record])
             self._ledger.journal.add(Done.REBUILT)
             LOG.warning('Rebuilt the lost record of %s: its owner is the '
-                        'interface %s on %s in %s', record.address, record.owner.ifname,
-                        record.parent, record.netns)
+                        'interface %s on %s in %s', record.address,
+                        record.owner.ifname, record.parent, record.netns)
             return True
         return False
 

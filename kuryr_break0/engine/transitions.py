@@ -117,7 +117,8 @@ class Engine:
             before = self._records.claims(address)
         added = claims_.add(record, before, is_gone)
         if added.after[0] != record:
-            LOG.info('%s has bound %s again in the meantime', record.owner, address)
+            LOG.info('%s has bound %s again in the meantime', record.owner,
+                     address)
             return
         if yielding and added.rivals:
             failure.add(exceptions.AddressTaken(
@@ -281,7 +282,8 @@ class Engine:
                 items += [route, Neighbour(address, index, '', None)]
             elif permanent is not None and macs:
                 LOG.warning('Keeping %s on %s: the address belongs to %s, '
-                            'which has no record yet', address, name, permanent)
+                            'which has no record yet', address, name,
+                            permanent)
             applied = apply(netlink, self._guard(name),
                             [Work(address, unset=tuple(items))])
             if applied.guard_error is not None:

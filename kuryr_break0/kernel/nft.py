@@ -242,8 +242,8 @@ class Nft(netlink.RequestSocket):
     def _get(self, kind: int, body: bytes) -> Optional[dict[int, bytes]]:
         """Return the attributes of an object; None if it does not exist."""
         with tolerate_errors(errno.ENOENT):
-            replies, _ = self._ask('read an nftables object', _message(kind, 0, body),
-                                   _attributes)
+            replies, _ = self._ask('read an nftables object',
+                                   _message(kind, 0, body), _attributes)
             return next(iter(replies), None)
         return None
 

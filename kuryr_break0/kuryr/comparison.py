@@ -62,7 +62,8 @@ def compare() -> Comparison:
     except (OSError, SyntaxError, ValueError) as err:
         return Comparison(False, 'its source is not readable: %s' % err)
     if number in DIGESTS:
-        return Comparison(True, 'it is the same as in Kuryr %s' % DIGESTS[number])
+        return Comparison(
+            True, 'it is the same as in Kuryr %s' % DIGESTS[number])
     return Comparison(False, 'it differs from Kuryr 6.0.0 to 10.0.0')
 
 

@@ -49,7 +49,8 @@ class Heartbeat:
                         made = stack.enter_context(files.open_file(
                             self.path, os.O_RDWR | os.O_CREAT))
                         if not files.try_lock(made, fcntl.LOCK_SH, _PATIENCE):
-                            raise OSError(errno.EAGAIN, 'the file is locked by another process')
+                            raise OSError(errno.EAGAIN, 'another process '
+                                          'has locked the file')
                         fd = made
                     os.pwrite(fd, b'%020.3f\n' % files.now(), 0)
                     reason = None
