@@ -53,7 +53,7 @@ class TestComparison(unittest.TestCase):
             comparison.compare.cache_clear()
             found = self.changed(old, new)
             self.assertFalse(found.is_known)
-            self.assertIn('cannot be read: ', found.text)
+            self.assertIn('is not readable: ', found.text)
         comparison.compare.cache_clear()
         with mock.patch.object(comparison, '_read', side_effect=OSError(
                 'there is no module')):
