@@ -59,6 +59,8 @@ class TestMalformed(DaemonTestCase):
         self.node.start_daemon()
         first = self.node.add_pod('first', POD)
         self.add(first)
+        # The end of the parent's duplicate address detection is a change too.
+        self.node.lab.settle()
         other = self.node.add_pod('other', OTHER)
         before = self.state()
 
