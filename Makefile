@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 SPHINX = $(BIN)/sphinx-build -W --keep-going -q
-IN_LAB = tests/in-lab $(BIN)/python -W ignore
+IN_LAB = tools/in-lab $(BIN)/python -W ignore
 # Quiet about all but errors.
 PIP = $(BIN)/pip install -qq --disable-pip-version-check \
     --constraint constraints.txt
@@ -13,18 +13,18 @@ PIP = $(BIN)/pip install -qq --disable-pip-version-check \
         genconfig clean debian-packages
 
 demo: debian-packages $(VENV)/demo
-	$(IN_LAB) -m tests.demo
+	$(IN_LAB) -m tools.demo
 
 # All at once: tests wait for others longer than they compute.
 test: debian-packages $(VENV)/installed
 	@mkdir -p build
 	@$(MAKE) lint genconfig-check docs >build/checks 2>&1 & checks=$$!; \
-	tests/run; status=$$?; \
+	tools/run; status=$$?; \
 	wait $$checks || { status=$$?; cat build/checks; }; exit $$status
 
 # While you work: all that needs neither root nor Debian packages.
 quick: lint genconfig-check
-	tests/run-quick
+	tools/run-quick
 
 lint: $(VENV)/installed
 	$(BIN)/flake8
@@ -32,14 +32,14 @@ lint: $(VENV)/installed
 	$(BIN)/lint-imports
 
 unit functional e2e: debian-packages $(VENV)/installed
-	tests/run tests.$@
+	tools/run tests.$@
 
 debian-packages:
-	tests/debian-packages
+	tools/debian-packages
 
 # As root. Not a part of the tests, since it takes some minutes.
 boot:
-	tests/boot $(SUITE)
+	tools/boot $(SUITE)
 
 # The CNI plugin for hosts without Python, in which the agent runs elsewhere.
 CNI_CC ?= $(shell command -v musl-gcc || command -v cc)
@@ -152,7 +152,7 @@ endif
 DEB = build/deb
 .PHONY: deb deb-test
 deb:
-	tests/debian-packages deb
+	tools/debian-packages deb
 	rm -rf $(DEB)
 	mkdir -p $(DEB)/source
 	cp -r LICENSE Makefile README.rst debian etc kuryr_break0 pyproject.toml \
@@ -165,42 +165,42 @@ deb:
 # As root. Builds them on a minimal Debian, and installs, upgrades and removes
 # them on others.
 deb-test:
-	tests/deb $(SUITES)
+	tools/deb $(SUITES)
 
 # A whole Kubernetes cluster with Kuryr and Neutron, as root on Debian 12. The
 # first run builds Kubernetes, which takes some minutes.
 .PHONY: cluster cluster-test cluster-core cluster-releases \
         cluster-programs
 cluster: cluster-programs
-	tests/in-root-lab $(BIN)/python -W ignore -m tests.cluster.demo
+	tools/in-root-lab $(BIN)/python -W ignore -m tests.cluster.demo
 
 # All of it takes half an hour; a part: make cluster-test TESTS=test_faults
 cluster-test: cluster-programs
-	tests/in-root-lab $(BIN)/python -W ignore -m tests.cluster $(TESTS)
+	tools/in-root-lab $(BIN)/python -W ignore -m tests.cluster $(TESTS)
 
 # A few of each kind.
 cluster-core: cluster-programs
-	tests/in-root-lab $(BIN)/python -W ignore -m tests.cluster --core
+	tools/in-root-lab $(BIN)/python -W ignore -m tests.cluster --core
 
 # Burst, deletion and probes with other releases of Kuryr.
 RELEASES ?= 6.0.1:3.11 8.0.0:3.11 10.0.0:3.11
 cluster-releases: cluster-programs
 	KURYR_SOURCES='$(abspath $(VENV)/kuryr-sources)' \
-	    RUN='tests/in-root-lab python -W ignore -m tests.cluster --releases' \
-	    tests/compat $(RELEASES)
+	    RUN='tools/in-root-lab python -W ignore -m tests.cluster --releases' \
+	    tools/compat $(RELEASES)
 
 cluster-programs:
 	@tests/cluster/programs --check
 	@$(MAKE) --silent debian-packages $(VENV)/demo
-	tests/debian-packages cluster
-	tests/kuryr-sources $(VENV)/kuryr-sources
+	tools/debian-packages cluster
+	tools/kuryr-sources $(VENV)/kuryr-sources
 	tests/cluster/programs
 
 # What depends on the kernel, under other ones, emulated: all of it takes hours.
 # A part: make kernels KERNEL=5.10 PLACE=own TESTS=tests.functional.test_border
 .PHONY: kernels kernels-core kernels-table
 kernels: debian-packages $(VENV)/installed
-	tests/debian-packages test kernels
+	tools/debian-packages test kernels
 	make --silent cni
 	$(BIN)/python -m tests.kernels $(KERNEL:%=--kernel %) \
 	    $(PLACE:%=--place %) $(TESTS)
@@ -214,11 +214,11 @@ kernels-table: $(VENV)/installed
 	$(BIN)/python -m tests.kernels --table
 
 # As root with the engines, which need root of the machine.
-BENCH_LAB = $(if $(filter 0,$(shell id -u)),tests/in-root-lab,tests/in-lab)
+BENCH_LAB = $(if $(filter 0,$(shell id -u)),tools/in-root-lab,tools/in-lab)
 bench: $(VENV)/installed
-	tests/debian-packages test
+	tools/debian-packages test
 	make --silent cni
-	VENV=$(VENV) tests/kuryr-cni-in-go build/kuryr-cni
+	VENV=$(VENV) tools/kuryr-cni-in-go build/kuryr-cni
 	$(BENCH_LAB) $(BIN)/python -W ignore -m tests.bench \
 	    --json build/bench.json
 
@@ -228,12 +228,12 @@ bench: $(VENV)/installed
 FIRST = $(shell chrt -r 10 true 2>/dev/null && echo chrt -r 10)
 .PHONY: bench-check bench-ratios
 bench-check: debian-packages $(VENV)/installed
-	tests/debian-packages test
+	tools/debian-packages test
 	make --silent cni
 	$(FIRST) $(IN_LAB) -m tests.bench.check
 
 bench-ratios: debian-packages $(VENV)/installed
-	tests/debian-packages test
+	tools/debian-packages test
 	make --silent cni
 	$(FIRST) $(IN_LAB) -m tests.bench.check --renew tests/bench/ratios.json
 
@@ -269,7 +269,7 @@ genconfig: $(VENV)/installed
 # What is in git is compared with it by the tests.
 .PHONY: completion
 completion: $(VENV)/installed
-	$(BIN)/python -m tests.completion
+	$(BIN)/python -m tools.completion
 
 .PHONY: genconfig-check
 # The sample that is in git is what the options say.
@@ -281,11 +281,11 @@ genconfig-check: $(VENV)/installed
 
 # Each is made again when what it is made of changes. What tests, lint and
 # documentation need comes on top of the package and what the demo needs.
-$(VENV)/demo: requirements.txt tests/core-requirements.txt constraints.txt \
+$(VENV)/demo: requirements.txt tools/core-requirements.txt constraints.txt \
               pyproject.toml setup.cfg
 	$(PYTHON) -m venv --clear $(VENV)
 	@echo 'Installing kuryr-break0 and Kuryr; this takes about half a minute.'
-	@$(PIP) --requirement tests/core-requirements.txt --editable .
+	@$(PIP) --requirement tools/core-requirements.txt --editable .
 	@touch $@
 
 $(VENV)/installed: $(VENV)/demo test-requirements.txt doc/requirements.txt

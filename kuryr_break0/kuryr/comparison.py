@@ -22,7 +22,7 @@ FUNCTIONS = {
     'cni/binding/nested.py': ('_detect_iface_name', '_remove_ifaces',
                               '_get_iface_create_args', 'connect',
                               'disconnect')}
-#: Digests of the known sources; ``python -m tests.releases`` prints them.
+#: Digests of the known sources; ``python -m tools.releases`` prints them.
 DIGESTS = {'7da9ea26c694e531': '6.0.0',
            '123a7dd60b449324': '7.0.0 to 10.0.0'}
 

@@ -2,8 +2,8 @@
 
 """Measures the costs of a pod, of a repair and of a packet.
 
-Run it as ``tests/in-lab python -W ignore -m tests.bench``. Some sections need
-root of the machine: run them by ``tests/in-root-lab``. Progress goes to
+Run it as ``tools/in-lab python -W ignore -m tests.bench``. Some sections need
+root of the machine: run them by ``tools/in-root-lab``. Progress goes to
 stderr, tables to stdout. A missed target is printed but is not a failure,
 since the machine may be busy. A wrong effect of a measured operation is a
 failure.
@@ -31,7 +31,7 @@ from kuryr_break0.kernel import values
 from kuryr_break0.kernel import wire
 from kuryr_break0 import ledger
 from kuryr_break0 import manager
-from tests import lab
+from tests.support import lab
 
 POD = ipaddress.ip_address('100.75.30.71')
 MAC = 'fa:16:3e:00:00:01'

@@ -29,7 +29,7 @@ from tests.bench import pods
 from tests.bench import sandboxes
 from tests.bench import scale
 from tests.bench import soak
-from tests import lab
+from tests.support import lab
 
 SECTIONS: dict[str, bench.Measure] = {
     'pods': pods.pairs, 'own': own.calls, 'lock': own.lock,
@@ -95,7 +95,7 @@ def _positive(text: str) -> int:
 
 def _arguments(argv: Optional[list[str]]) -> argparse.Namespace:
     parser = _Parser(prog='tests.bench', description='Measure what a pod '
-                     'costs. To be run under tests/in-lab.')
+                     'costs. To be run under tools/in-lab.')
     # argparse opens the file before the lab mounts a /run of its own.
     parser.add_argument('--json', metavar='FILE',
                         type=argparse.FileType('w'),

@@ -32,8 +32,8 @@ from tests.bench import say
 from tests.bench import Section
 from tests.bench import Target
 from tests.bench import timed
-from tests import kuryr
-from tests import lab
+from tests.support import kuryr
+from tests.support import lab
 
 SIZES = (0, 250, 1000)
 #: Pods bound by each way before the number of other pods changes

@@ -31,8 +31,8 @@ from tests import bench
 from tests.bench import binding
 from tests.bench import cni
 from tests.bench import healing
-from tests import kuryr
-from tests import lab
+from tests.support import kuryr
+from tests.support import lab
 
 FILE = pathlib.Path(__file__).with_name('ratios.json')
 TOLERANCE = 2.0

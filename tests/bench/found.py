@@ -22,7 +22,7 @@ from tests.bench import Node
 from tests.bench import say
 from tests.bench import Section
 from tests.bench import Target
-from tests import lab
+from tests.support import lab
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 CONF = '/run/found.conf'

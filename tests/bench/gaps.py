@@ -22,8 +22,8 @@ from tests.bench import Node
 from tests.bench import say
 from tests.bench import Section
 from tests.bench import Target
-from tests import kuryr
-from tests import lab
+from tests.support import kuryr
+from tests.support import lab
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 POD6 = ipaddress.ip_address('fd00:30::71')

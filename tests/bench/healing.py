@@ -23,7 +23,7 @@ from tests.bench import route_units
 from tests.bench import say
 from tests.bench import Section
 from tests.bench import Times
-from tests import lab
+from tests.support import lab
 
 PODS = 250
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')

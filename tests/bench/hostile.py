@@ -25,8 +25,8 @@ from typing import Iterator, Optional
 import psutil
 
 from tests.bench import soak
-from tests import kuryr
-from tests import lab
+from tests.support import kuryr
+from tests.support import lab
 
 #: Monitored containers, by way: Kuryr, CNI, discovery
 CONTAINERS = (17, 17, 16)

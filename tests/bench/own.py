@@ -30,7 +30,7 @@ from tests.bench import Section
 from tests.bench import timed
 from tests.bench import unit
 from tests.bench import UNIT
-from tests import lab
+from tests.support import lab
 
 SIZES = (250, 10000)
 #: Turns in which each size is measured

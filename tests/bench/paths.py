@@ -19,7 +19,7 @@ from tests.bench import POD
 from tests.bench import say
 from tests.bench import Section
 from tests.bench import Target
-from tests import lab
+from tests.support import lab
 
 BREAK0 = 'break0'
 UNGUARDED = 'break0, guard = off'

@@ -30,7 +30,7 @@ from tests.bench import ROUTE
 from tests.bench import say
 from tests.bench import Section
 from tests.bench import Target
-from tests import lab
+from tests.support import lab
 
 SIZES = (10, 250, 1000)
 #: Pairs before the number of pods changes. With short rounds, a slow phase of

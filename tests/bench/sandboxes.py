@@ -31,8 +31,8 @@ from tests.bench import Target
 from tests.bench import timed
 from tests.engines import base
 from tests.functional.cni.base import PLUGINS
-from tests import kuryr
-from tests import lab
+from tests.support import kuryr
+from tests.support import lab
 
 GO = pathlib.Path(__file__).parents[2] / 'build/kuryr-cni'
 #: Kuryr's CNI plugins by language
@@ -175,7 +175,7 @@ def sandboxes(outer: Node, repeat: int) -> Section:
     if not base.is_root():
         raise LeftOut('containerd needs root of the machine')
     if not GO.exists():
-        raise Broken('%s is missing: tests/kuryr-cni-in-go %s' % (GO, GO))
+        raise Broken('%s is missing: tools/kuryr-cni-in-go %s' % (GO, GO))
     rounds = min(ROUNDS, repeat)
     count = -(-repeat // (SHARE * rounds))
     with kuryr.Node(outer.lab) as node, _containerd(node) as containerd:

@@ -33,8 +33,8 @@ from tests.bench.cni import PROGRAM
 from tests.bench.cni import SHIM
 from tests.bench import timed
 from tests.functional.cni import base as cni
-from tests import kuryr
-from tests import lab
+from tests.support import kuryr
+from tests.support import lab
 
 OPTIONS = """\
 discover = true

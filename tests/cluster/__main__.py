@@ -2,7 +2,7 @@
 
 """Run the tests of the cluster that match an argument, by default all.
 
-tests/in-root-lab runs ``python -m tests.cluster [--core] [PATTERN...]``. The
+tools/in-root-lab runs ``python -m tests.cluster [--core] [PATTERN...]``. The
 output ends with the number of passed tests.
 """
 
@@ -14,7 +14,7 @@ import sys
 from typing import Any
 import unittest
 
-from tests import parallel
+from tools import parallel
 
 #: The tests that ``--core`` runs.
 CORE = (

@@ -24,7 +24,7 @@ import requests
 from tests.cluster import cluster as clusters
 from tests.cluster import kubernetes
 from tests.cluster import node as nodes
-from tests import lab
+from tests.support import lab
 
 # kubelet deletes the sandboxes of a node one by one, and Kuryr waits for 5 s
 # within each DEL after the deletion of the pod (k8s_cni_registry.py).

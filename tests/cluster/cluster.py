@@ -19,9 +19,9 @@ from tests.cluster import kubernetes
 from tests.cluster import machine as machines
 from tests.cluster import node as nodes
 from tests.cluster import openstack
-from tests import images
-from tests import kuryr
-from tests import lab
+from tests.support import images
+from tests.support import kuryr
+from tests.support import lab
 
 BIN = os.path.dirname(sys.executable)
 #: Kuryr's nested-macvlan driver, with its faults fixed.
@@ -38,7 +38,7 @@ def kept_programs() -> str:
 class Cluster:
     """A control plane and its nodes, which run within the context.
 
-    The calling process has namespaces of its own (tests/in-root-lab). The
+    The calling process has namespaces of its own (tools/in-root-lab). The
     network namespace of the process becomes the LAN.
 
     :param size: the number of nodes

@@ -15,7 +15,7 @@ import prettytable
 
 from tests.cluster import cluster as clusters
 from tests.cluster import kubernetes
-from tests import lab
+from tests.support import lab
 
 REPLICAS = 4
 #: Maximum seconds to watch Kuryr alone, until all pods have restarted.

@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 
-from tests import pages
+from tests.support import pages
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = 'install/kubernetes.rst'
@@ -41,7 +41,7 @@ DIRECTORY = os.path.realpath(os.path.join(
 
 #: Make an image of Debian. Debian's own images lack the removed files too.
 DEBIAN = r'''
-. tests/network-settings
+. tools/network-settings
 mkdir "$WORK/debian"
 debootstrap --variant=minbase --include=ca-certificates,iproute2,python3-venv \
     bookworm "$WORK/debian" "$(debian_mirror)"
@@ -53,12 +53,12 @@ echo 'Dir::Cache::pkgcache ""; Dir::Cache::srcpkgcache "";' \
 tar -c . | docker import - localhost/debian:bookworm
 '''
 KURYR = r'''
-tests/kuryr-cni-in-go "$IMAGES/kuryr-cni"
-tests/kuryr-sources "$SOURCES"
+tools/kuryr-cni-in-go "$IMAGES/kuryr-cni"
+tools/kuryr-sources "$SOURCES"
 cp -r "$SOURCES"/kuryr-kubernetes-*/ "$WORK/kuryr"
 rm -r "$WORK/kuryr/kuryr_cni"
 cp "$IMAGES/kuryr-cni" constraints.txt "$WORK"
-. tests/network-settings
+. tools/network-settings
 copy_network_settings "$WORK/machine"
 mkdir -p "$WORK/machine/opt/venv"
 pip_variables >"$WORK/machine/opt/venv/pip.conf"
@@ -160,7 +160,7 @@ def main(argv: list[str], images: type[Images] = Images,
         return 0
     if os.geteuid():
         sys.exit('%s: must be root' % module)
-    if subprocess.run([ROOT / 'tests/debian-packages',
+    if subprocess.run([ROOT / 'tools/debian-packages',
                        'cluster']).returncode:
         return 1
     directory = (os.path.realpath(os.path.join(argv[0], 'images')) if argv

@@ -15,7 +15,7 @@ import urllib3
 import yaml
 
 from tests.cluster import machine as machines
-from tests import lab
+from tests.support import lab
 
 PORT = 6443
 URL = 'https://%s:%d' % (lab.LAN, PORT)

@@ -15,7 +15,7 @@ from typing import Any, Callable, Optional, Sequence, Union
 
 import psutil
 
-from tests import lab
+from tests.support import lab
 
 #: Directories on a machine's own disk. Their files survive a reboot, and are
 #: on no other machine.

@@ -15,7 +15,7 @@ import requests
 
 from tests.cluster import kubernetes
 from tests.cluster import machine as machines
-from tests import lab
+from tests.support import lab
 
 CONF = '/etc/kuryr/kuryr.conf'
 RECORDS = '/run/kuryr-break0/addresses'

@@ -12,7 +12,7 @@ import uuid
 import requests
 
 from tests.cluster import machine as machines
-from tests import lab
+from tests.support import lab
 
 PORT = 9696
 URL = 'http://%s:%d' % (lab.LAN, PORT)

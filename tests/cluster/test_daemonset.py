@@ -22,8 +22,8 @@ from tests.cluster import cluster as clusters
 from tests.cluster import image
 from tests.cluster import kubernetes
 from tests.cluster import node as nodes
-from tests import lab
-from tests import pages
+from tests.support import lab
+from tests.support import pages
 
 IMAGES = os.path.join(clusters.kept_programs(), 'images')
 #: Path of the clone on the machine on which the operator works.

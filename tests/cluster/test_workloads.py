@@ -10,7 +10,7 @@ from typing import Optional
 from tests.cluster import base
 from tests.cluster import cluster as clusters
 from tests.cluster import kubernetes
-from tests import lab
+from tests.support import lab
 
 MANY = 30
 

@@ -16,9 +16,9 @@ from kuryr_kubernetes.objects import vif as k_vif
 from tests.e2e.test_daemon import DaemonTestCase
 from tests.e2e.test_daemon import POD
 from tests.functional import test_json
-from tests import kuryr
-from tests import lab
-from tests import program
+from tests.support import kuryr
+from tests.support import lab
+from tests.support import program
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 POD6 = 'fd00:30::71'

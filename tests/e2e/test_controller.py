@@ -17,10 +17,10 @@ import unittest
 import requests
 
 from kuryr_break0.kuryr import pod_vif
-from tests import kubeapi
-from tests import kuryr
-from tests import lab
-from tests import neutron
+from tests.support import kubeapi
+from tests.support import kuryr
+from tests.support import lab
+from tests.support import neutron
 
 CONF = """\
 [DEFAULT]

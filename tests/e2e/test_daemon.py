@@ -11,8 +11,8 @@ import unittest
 
 import requests
 
-from tests import kuryr
-from tests import lab
+from tests.support import kuryr
+from tests.support import lab
 
 POD = '100.75.30.71'
 
@@ -274,7 +274,7 @@ class TestOtherProcesses(DaemonTestCase):
             objects.register_locally_defined_vifs()
             os_vif.initialize()
             assert 'kuryr_break0' in os_vif._EXT_MANAGER.names()
-            from tests import kuryr
+            from tests.support import kuryr
             vif = base.VersionedObject.obj_from_primitive(
                 kuryr.macvlan_vif('100.75.30.71').obj_to_primitive())
             pool = vif_pool.MultiVIFPool()
@@ -297,7 +297,7 @@ class TestOtherProcesses(DaemonTestCase):
             config.init([])
             objects.register_locally_defined_vifs()
             os_vif.initialize()
-            from tests import kuryr
+            from tests.support import kuryr
             for vif in (kuryr.macvlan_vif('100.75.30.71'),
                         k_vif.VIFVlanNested(vlan_id=7, vif_name='tap7')):
                 vif = base.VersionedObject.obj_from_primitive(
@@ -321,7 +321,7 @@ class TestOtherProcesses(DaemonTestCase):
             with mock.patch.object(driver, 'DriverManager',
                                    side_effect=driver.NoMatches('gone')):
                 os_vif.initialize()
-            from tests import kuryr
+            from tests.support import kuryr
             vif = base.VersionedObject.obj_from_primitive(
                 kuryr.macvlan_vif('100.75.30.71').obj_to_primitive())
             print(type(vif).__name__)

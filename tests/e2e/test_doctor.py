@@ -12,9 +12,9 @@ from typing import Any
 import unittest
 
 from kuryr_break0 import ledger
-from tests import kuryr
-from tests import lab
-from tests import program
+from tests.support import kuryr
+from tests.support import lab
+from tests.support import program
 
 PROGRAM = os.path.join(kuryr.BIN, 'kuryr-break0')
 

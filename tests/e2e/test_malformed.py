@@ -17,8 +17,8 @@ import requests
 from kuryr_break0 import manager
 from tests.e2e.test_daemon import DaemonTestCase
 from tests.functional import base
-from tests import kuryr
-from tests import lab
+from tests.support import kuryr
+from tests.support import lab
 
 EXAMPLES = int(os.environ.get('FUZZ_EXAMPLES', 40))
 POD, OTHER = '100.75.30.71', '100.75.30.72'

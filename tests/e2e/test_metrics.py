@@ -7,10 +7,10 @@ import sys
 from typing import Optional
 
 from tests.e2e.test_daemon import DaemonTestCase
-from tests import kuryr
-from tests import lab
-from tests import metrics
-from tests import program
+from tests.support import kuryr
+from tests.support import lab
+from tests.support import metrics
+from tests.support import program
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 

@@ -18,9 +18,9 @@ import requests
 
 from tests.e2e.test_daemon import DaemonTestCase
 from tests.e2e.test_daemon import POD
-from tests import kuryr
-from tests import lab
-from tests import program
+from tests.support import kuryr
+from tests.support import lab
+from tests.support import program
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 

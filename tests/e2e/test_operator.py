@@ -13,9 +13,9 @@ from tests.e2e.test_adopt import POD
 from tests.e2e.test_adopt import POD6
 from tests.e2e.test_adopt import PROGRAM
 from tests.e2e.test_adopt import SUBNETS
-from tests import kuryr
-from tests import lab
-from tests import program
+from tests.support import kuryr
+from tests.support import lab
+from tests.support import program
 
 FAR = '100.75.40.71'
 

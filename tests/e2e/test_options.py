@@ -14,7 +14,7 @@ from kuryr_break0 import ledger
 from kuryr_break0.ledger import readers
 from tests.e2e.test_daemon import DaemonTestCase
 from tests.e2e.test_daemon import POD
-from tests import program
+from tests.support import program
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 WRONG, RIGHT = ('allowed_cidrs = %s' % each for each in (

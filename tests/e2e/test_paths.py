@@ -7,8 +7,8 @@ from __future__ import annotations
 import json
 
 from tests.e2e.test_daemon import DaemonTestCase
-from tests import kuryr
-from tests import lab
+from tests.support import kuryr
+from tests.support import lab
 
 POD = '100.75.30.71'
 POD6 = 'fd00:30::71'

@@ -14,9 +14,9 @@ from typing import Any
 import unittest
 
 from tests.e2e import test_daemon
-from tests import kuryr
-from tests import lab
-from tests import pages
+from tests.support import kuryr
+from tests.support import lab
+from tests.support import pages
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 SOURCES = pathlib.Path(sys.prefix, 'kuryr-sources')
@@ -25,7 +25,7 @@ POD, POD6 = '100.75.30.71', 'fd00:30::71'
 
 @unittest.skipUnless(SOURCES.is_dir() and shutil.which('go'),
                      'needs golang-go and the sources of Kuryr: '
-                     'tests/kuryr-sources .venv/kuryr-sources')
+                     'tools/kuryr-sources .venv/kuryr-sources')
 class TestPluginInGo(test_daemon.DaemonTestCase):
 
     bin_dir: str
@@ -34,7 +34,7 @@ class TestPluginInGo(test_daemon.DaemonTestCase):
     def setUpClass(cls) -> None:
         super().setUpClass()
         cls.bin_dir = str(REPOSITORY / 'build')
-        subprocess.run([str(REPOSITORY / 'tests/kuryr-cni-in-go'),
+        subprocess.run([str(REPOSITORY / 'tools/kuryr-cni-in-go'),
                         cls.bin_dir + '/kuryr-cni'], check=True)
 
     def call(self, pod: kuryr.Pod, command: str, bin_dir: str,

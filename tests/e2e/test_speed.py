@@ -11,7 +11,7 @@ import textwrap
 import psutil
 
 from tests.e2e import test_daemon
-from tests import kuryr
+from tests.support import kuryr
 
 
 class TestRequests(test_daemon.DaemonTestCase):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Runs Debian's container engines on a lab's node; see tests/in-root-lab."""
+"""Runs Debian's container engines on a lab's node; see tools/in-root-lab."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import grpc
 
 from tests.functional import base
 from tests.functional.cni import base as cni_base
-from tests import images
-from tests import lab
+from tests.support import images
+from tests.support import lab
 
 PROGRAM = cni_base.PROGRAM
 CONF = cni_base.CONF

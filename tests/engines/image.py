@@ -19,7 +19,7 @@ from __future__ import annotations
 import sys
 
 from tests.cluster import image
-from tests import pages
+from tests.support import pages
 
 PAGE = 'install/docker.rst'
 SECTION = 'The agent as a container'
@@ -29,7 +29,7 @@ ARCHIVE = 'kuryr-break0.tar'
 
 #: Debian's image by its name in the Dockerfile, with the network settings
 DEBIAN = r'''
-. tests/network-settings
+. tools/network-settings
 mkdir "$WORK/machine"
 copy_network_settings "$WORK/machine"
 pip_variables >"$WORK/machine/etc/pip.conf"

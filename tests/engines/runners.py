@@ -13,8 +13,8 @@ import tarfile
 from typing import Callable
 
 from tests.engines import base
-from tests import images
-from tests import lab
+from tests.support import images
+from tests.support import lab
 
 #: Path of the daemon in Debian's incus, from release 13 on
 INCUSD = '/usr/libexec/incus/incusd'

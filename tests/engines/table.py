@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Prints the rows that tests/engines-of has collected."""
+"""Prints the rows that tools/engines-of has collected."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ REPOSITORY = pathlib.Path(__file__).parents[2]
 @unittest.skipUnless(base.is_root() and shutil.which('go') and pathlib.Path(
     sys.prefix, 'kuryr-sources').is_dir(), 'needs root of the machine, '
     'golang-go and the sources of Kuryr: '
-    'tests/kuryr-sources .venv/kuryr-sources')
+    'tools/kuryr-sources .venv/kuryr-sources')
 class TestBench(unittest.TestCase):
     """The section "sandboxes", which needs root of the machine, works.
 
@@ -24,7 +24,7 @@ class TestBench(unittest.TestCase):
     """
 
     def test_each_way_does_what_it_says(self) -> None:
-        subprocess.run([str(REPOSITORY / 'tests/kuryr-cni-in-go'),
+        subprocess.run([str(REPOSITORY / 'tools/kuryr-cni-in-go'),
                         str(REPOSITORY / 'build/kuryr-cni')], check=True)
         done = subprocess.run(
             [sys.executable, '-W', 'ignore', '-m', 'tests.bench', '--repeat',

@@ -9,7 +9,7 @@ import subprocess
 
 from kuryr_break0.model import Origin
 from tests.engines import base
-from tests import lab
+from tests.support import lab
 
 #: The option allowed_cidrs: all subnets of the engines' networks
 CIDRS = '100.75.30.0/24,fd00:30::/64,10.9.0.0/24'

@@ -16,7 +16,7 @@ from tests.cluster import image as cluster_image
 from tests.engines import base
 from tests.engines import image
 from tests.engines import test_discovery
-from tests import lab
+from tests.support import lab
 
 COMPOSE = pathlib.Path(__file__).parents[2] / 'etc/docker/compose.yaml'
 ARCHIVE = os.path.join(cluster_image.DIRECTORY, image.ARCHIVE)

@@ -15,9 +15,9 @@ import unittest
 
 from tests.engines import base
 from tests.engines import runners
-from tests import firewalls
-from tests import images
-from tests import pages
+from tests.support import firewalls
+from tests.support import images
+from tests.support import pages
 
 PAGE = 'install/recipes.rst'
 NODE = '192.168.1.10'
@@ -41,7 +41,7 @@ _VARIES = re.compile(r'([0-9a-f]{2}:){5}[0-9a-f]{2}|\d+\.\d{3}(?!\.\d)|'
                      r'\d+(?=ms)|ref \d|used \S+|(?<=/proc/)\d+')
 
 
-@unittest.skipUnless(os.path.exists(PROGRAM), 'needs tests/without-kuryr')
+@unittest.skipUnless(os.path.exists(PROGRAM), 'needs tools/without-kuryr')
 class TestRecipes(base.EngineTestCase):
 
     conf = 'discover = true\nallowed_cidrs = 192.168.1.0/24\nmetrics_bind =\n'

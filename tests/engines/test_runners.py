@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Runs one test on every engine; tests/engines-of adds newer releases."""
+"""Runs one test on every engine; tools/engines-of adds newer releases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import unittest
 from tests.engines import base
 from tests.engines import runners
 from tests.engines import test_discovery
-from tests import lab
+from tests.support import lab
 
 
 class TestRunners(test_discovery.DiscoveryTestCase):
@@ -88,7 +88,7 @@ class TestRunners(test_discovery.DiscoveryTestCase):
 
     @staticmethod
     def write(row: dict[str, str]) -> None:
-        """Add a row to the table of tests/engines-of."""
+        """Add a row to the table of tools/engines-of."""
         if 'BREAK0_ROWS' in os.environ:
             with open(os.environ['BREAK0_ROWS'], 'a') as file:
                 file.write(json.dumps(row) + '\n')

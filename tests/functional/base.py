@@ -27,7 +27,7 @@ from kuryr_break0.ledger import journal
 from kuryr_break0 import manager
 from kuryr_break0.model import IPAddress
 from kuryr_break0.model import Owner
-from tests import lab
+from tests.support import lab
 
 POD = '100.75.30.71'
 OTHER_POD = '100.75.30.72'

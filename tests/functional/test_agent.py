@@ -22,9 +22,9 @@ from tests.functional import base
 from tests.functional.base import OTHER_OWNER
 from tests.functional.base import OTHER_POD
 from tests.functional.base import POD
-from tests import lab
-from tests import metrics
-from tests import program
+from tests.support import lab
+from tests.support import metrics
+from tests.support import program
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 #: 250 addresses; only POD has a pod in the lab.

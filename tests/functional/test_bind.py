@@ -8,7 +8,7 @@ import os
 from tests.functional.base import POD
 from tests.functional.test_cli import CLITestCase
 from tests.functional.test_cli import PROGRAM
-from tests import lab
+from tests.support import lab
 
 ADDRESS = '100.75.30.80'
 ADDRESS6 = 'fd00:30::80'

@@ -35,7 +35,7 @@ from tests.functional.base import OTHER_POD
 from tests.functional.base import OWNER
 from tests.functional.base import POD
 from tests.functional import test_cli
-from tests import lab
+from tests.support import lab
 
 MAC, OTHER_MAC = 'fa:16:3e:00:00:01', 'fa:16:3e:00:00:02'
 POD6, OTHER6 = 'fd00:30::71', 'fd00:30::72'

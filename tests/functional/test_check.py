@@ -12,7 +12,7 @@ from tests.functional.test_bind import add_unfit
 from tests.functional.test_bind import UNFIT
 from tests.functional.test_cli import CLITestCase
 from tests.functional.test_cli import PROGRAM
-from tests import lab
+from tests.support import lab
 
 
 class TestCheck(CLITestCase):

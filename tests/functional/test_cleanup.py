@@ -25,9 +25,9 @@ from tests.functional.base import OTHER_POD
 from tests.functional.base import POD
 from tests.functional.test_cli import CLITestCase
 from tests.functional.test_cli import PROGRAM
-from tests import lab
-from tests import metrics
-from tests import program
+from tests.support import lab
+from tests.support import metrics
+from tests.support import program
 
 STATE_DIR = '/run/kuryr-break0'
 POD6 = 'fd00:30::71'

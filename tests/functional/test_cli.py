@@ -14,8 +14,8 @@ from kuryr_break0.ledger import files
 from tests.functional import base
 from tests.functional.base import OTHER_POD
 from tests.functional.base import POD
-from tests import lab
-from tests import program
+from tests.support import lab
+from tests.support import program
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 

@@ -18,8 +18,8 @@ from tests.functional import base
 from tests.functional.base import POD
 from tests.functional.cni import base as cni_base
 from tests.functional import test_discovery
-from tests import lab
-from tests import overlay
+from tests.support import lab
+from tests.support import overlay
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 #: The container's root directory, on the node.
@@ -241,7 +241,7 @@ class TestWithoutKuryr(ContainerTestCase):
 class TestUnit(test_discovery.DiscoveryTestCase):
     """The systemd unit permits every system call of the agent.
 
-    tests/boot runs the unit under systemd.
+    tools/boot runs the unit under systemd.
     """
 
     @staticmethod

@@ -37,10 +37,10 @@ from kuryr_break0.model import Origin
 from kuryr_break0.model import Owner
 from kuryr_break0.model import Record
 from kuryr_break0 import pace
-from tests import dhcp
 from tests.functional import base
-from tests import lab
-from tests import program
+from tests.support import dhcp
+from tests.support import lab
+from tests.support import program
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 CONF = '/run/break0.conf'

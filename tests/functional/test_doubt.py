@@ -34,7 +34,7 @@ from tests.functional.base import OTHER_POD
 from tests.functional.base import OWNER
 from tests.functional.base import POD
 from tests.functional import test_cli
-from tests import lab
+from tests.support import lab
 
 MAC = 'fa:16:3e:00:00:%02x'
 STATE = '/run/kuryr-break0'

@@ -27,8 +27,8 @@ from kuryr_break0.kuryr import patches
 from kuryr_break0.kuryr import vif as break0_vif
 from tests.functional import base
 from tests.functional.base import POD
-from tests import kuryr
-from tests import lab
+from tests.support import kuryr
+from tests.support import lab
 
 CONTAINER = base.OWNER.container_id
 

@@ -12,8 +12,8 @@ from typing import Optional
 
 from tests.functional import base
 from tests.functional.base import POD
-from tests import lab
-from tests import overlay
+from tests.support import lab
+from tests.support import overlay
 
 ETC = os.path.join(overlay.ROOT, 'etc')
 NETWORKD = '/lib/systemd/systemd-networkd'

@@ -21,7 +21,7 @@ from tests.functional.base import OTHER_POD
 from tests.functional.base import OWNER
 from tests.functional.base import POD
 from tests.functional import test_metrics
-from tests import lab
+from tests.support import lab
 
 OWN = '/proc/thread-self/ns/net'
 #: Runs a command with the capabilities of a restricted container or unit.

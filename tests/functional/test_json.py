@@ -19,7 +19,7 @@ from tests.functional.base import OTHER_POD
 from tests.functional.base import Owner
 from tests.functional.base import POD
 from tests.functional import test_cli
-from tests import lab
+from tests.support import lab
 
 DOCUMENTED = os.path.join(os.path.dirname(__file__), '../../doc/source/cli')
 

@@ -25,7 +25,7 @@ from tests.functional.test_driver import CONTAINER
 from tests.functional.test_driver import DriverTestCase
 from tests.functional.test_driver import set_options
 from tests.functional.test_driver import vif
-from tests import lab
+from tests.support import lab
 
 
 class TestKills(DriverTestCase):

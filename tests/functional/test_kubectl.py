@@ -16,7 +16,7 @@ from tests.functional.base import OTHER_POD
 from tests.functional.base import POD
 from tests.functional.test_cli import CLITestCase
 from tests.functional.test_cli import PROGRAM
-from tests import overlay
+from tests.support import overlay
 
 PLUGIN = os.path.join(overlay.ROOT, 'etc/kubernetes/kubectl-break0')
 KUBECTL = """#!/bin/sh

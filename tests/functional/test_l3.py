@@ -23,8 +23,8 @@ from kuryr_break0 import kernel
 from kuryr_break0.kuryr import patches
 from kuryr_break0.kuryr import vif as break0_vif
 from tests.functional import base
-from tests import kuryr
-from tests import lab
+from tests.support import kuryr
+from tests.support import lab
 
 MAC = 'fa:16:3e:00:00:71'
 POD4, POD6 = '100.75.30.71', 'fd00:30::71'

@@ -26,7 +26,7 @@ from tests.functional.base import OTHER_OWNER
 from tests.functional.base import OTHER_POD
 from tests.functional.base import OWNER
 from tests.functional.base import POD
-from tests import lab
+from tests.support import lab
 
 POD6 = 'fd00:30::71'
 MAC = '02:00:00:00:00:01'

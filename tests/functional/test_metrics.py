@@ -30,9 +30,9 @@ from kuryr_break0.model import Owner
 from tests.functional import base
 from tests.functional.base import OTHER_POD
 from tests.functional.base import POD
-from tests import lab
-from tests import metrics
-from tests import program
+from tests.support import lab
+from tests.support import metrics
+from tests.support import program
 from tests.unit import test_monitoring
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')

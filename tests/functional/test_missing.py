@@ -22,7 +22,7 @@ from tests.functional.base import OWNER
 from tests.functional.base import POD
 from tests.functional import test_cli
 from tests.functional import test_discovery
-from tests import lab
+from tests.support import lab
 
 MAC, OTHER_MAC = '02:00:00:00:00:71', '02:00:00:00:00:72'
 POD6 = 'fd00:30::71'

@@ -9,7 +9,7 @@ import subprocess
 
 from tests.functional.base import POD
 from tests.functional import test_cli
-from tests import lab
+from tests.support import lab
 
 #: Clears a line, reverses the following text, and is invalid UTF-8.
 HOSTILE = b'n\xc2\x9b2K\xe2\x80\xae'

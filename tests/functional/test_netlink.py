@@ -26,7 +26,7 @@ from kuryr_break0.kernel import wire
 from kuryr_break0.model import HostRoute
 from kuryr_break0.model import Neighbour
 from tests.functional import base
-from tests import lab
+from tests.support import lab
 
 
 class TestRoutes(base.LabTestCase):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import unittest
 
-from tests import lab
+from tests.support import lab
 
 
 class TestOutput(unittest.TestCase):

@@ -28,8 +28,8 @@ from tests.functional.doctor.base import POD6
 from tests.functional.doctor.base import PROGRAM
 from tests.functional.doctor.base import SUBNETS
 from tests.functional import test_parents
-from tests import lab
-from tests import program
+from tests.support import lab
+from tests.support import program
 
 CONF, LOG = '/run/kuryr.conf', '/run/agent.log'
 VLAN = '50'

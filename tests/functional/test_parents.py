@@ -24,8 +24,8 @@ from tests.functional.base import OWNER
 from tests.functional.base import POD
 from tests.functional import test_cli
 from tests.functional import test_discovery
-from tests import lab
-from tests import program
+from tests.support import lab
+from tests.support import program
 
 POD6 = 'fd00:30::71'
 ONE, ONE6, TWO = (test_discovery.ONE, test_discovery.ONE6,

@@ -17,7 +17,7 @@ from kuryr_break0.kuryr import patches
 from tests.functional import base
 from tests.functional.base import POD
 from tests.functional import test_driver
-from tests import lab
+from tests.support import lab
 
 
 class TestView(test_driver.DriverTestCase):
@@ -121,7 +121,7 @@ class TestCost(test_driver.DriverTestCase):
         from kuryr_kubernetes import config
         import os
         import sys
-        from tests import kuryr
+        from tests.support import kuryr
         cache.MAX_AGE = 0  # as after a while without an ADD
         config.CONF([], project='kuryr', default_config_files=[])
         config.CONF.set_override('link_iface', 'eth0', group='binding')

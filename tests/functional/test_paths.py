@@ -17,8 +17,8 @@ from typing import Any, Optional
 from kuryr_break0.engine import problems
 from tests.functional import base
 from tests.functional.base import Owner
-from tests import lab
-from tests import program
+from tests.support import lab
+from tests.support import program
 
 POD = '100.75.30.71'
 POD6 = 'fd00:30::71'

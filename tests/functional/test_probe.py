@@ -10,7 +10,7 @@ from tests.functional.base import OTHER_OWNER
 from tests.functional.base import POD
 from tests.functional.test_cli import CLITestCase
 from tests.functional.test_cli import PROGRAM
-from tests import lab
+from tests.support import lab
 
 POD6 = 'fd00:30::71'
 #: An address in another subnet than the node's.

@@ -21,8 +21,8 @@ from tests.functional.doctor.base import OWNER_79
 from tests.functional.doctor.base import POD4
 from tests.functional.doctor.base import POD6
 from tests.functional.doctor.base import PROGRAM
-from tests import lab
-from tests import program
+from tests.support import lab
+from tests.support import program
 
 STATE = '/run/kuryr-break0'
 RECORD = '%s/addresses/%s.json' % (STATE, POD4)

@@ -17,7 +17,7 @@ from kuryr_break0.kernel import namespaces
 from kuryr_break0.kernel import node
 from kuryr_break0.kernel import search
 from tests.functional import base
-from tests import lab
+from tests.support import lab
 
 CLONE_NEWPID = 0x20000000
 LAST = '/proc/sys/kernel/ns_last_pid'

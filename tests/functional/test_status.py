@@ -17,7 +17,7 @@ from kuryr_break0.model import Owner
 from tests.functional import base
 from tests.functional.test_cli import CLITestCase
 from tests.functional.test_cli import PROGRAM
-from tests import lab
+from tests.support import lab
 
 LONG = 'a-namespace-with-a-rather-long-name/a-pod-whose-name-is-longer-still'
 ID = 'c0ffee' * 10

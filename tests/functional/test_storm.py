@@ -18,7 +18,7 @@ from kuryr_break0 import ledger
 from tests.functional import base
 from tests.functional.base import POD
 from tests.functional import test_agent
-from tests import metrics
+from tests.support import metrics
 
 SOL_PACKET, PACKET_ADD_MEMBERSHIP, PACKET_DROP_MEMBERSHIP = 263, 1, 2
 PACKET_MR_PROMISC = 1

@@ -20,7 +20,7 @@ from kuryr_break0.ledger import records
 from tests.functional import base
 from tests.functional.base import OTHER_POD
 from tests.functional.base import POD
-from tests import lab
+from tests.support import lab
 
 PODS = {'100.75.30.%d' % number for number in range(100, 120)}
 

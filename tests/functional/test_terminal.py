@@ -17,7 +17,7 @@ from tests.functional import base
 from tests.functional.base import POD
 from tests.functional.test_cli import CLITestCase
 from tests.functional.test_cli import PROGRAM
-from tests import lab
+from tests.support import lab
 
 POD6 = 'fd00:30:1234:5678:9abc:def0:1234:71'
 RED = '\x1b[31m'

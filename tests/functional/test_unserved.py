@@ -25,8 +25,8 @@ from kuryr_break0 import ledger
 from kuryr_break0.model import Owner
 from tests.functional import base
 from tests.functional import test_discovery
-from tests import lab
-from tests import program
+from tests.support import lab
+from tests.support import program
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 ONE, ONE6 = '100.75.30.81', 'fd00:30::81'

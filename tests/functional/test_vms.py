@@ -14,8 +14,8 @@ from tests.functional import base
 from tests.functional.doctor.base import DoctorTestCase
 from tests.functional.test_cli import CLITestCase
 from tests.functional.test_cli import PROGRAM
-from tests import lab
-from tests import program
+from tests.support import lab
+from tests.support import program
 
 ONE, ONE6 = '100.75.30.81', 'fd00:30::81'
 TWO, TWO6 = '100.75.30.82', 'fd00:30::82'

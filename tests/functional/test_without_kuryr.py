@@ -28,7 +28,7 @@ def _requirements(path: pathlib.Path) -> dict[str, str]:
 
 class TestWithoutKuryr(base.CNITestCase):
 
-    #: The script tests/without-kuryr creates this folder, since a lab has no
+    #: The script tools/without-kuryr creates this folder, since a lab has no
     #: network.
     bin = os.path.join(os.path.dirname(os.path.dirname(sys.executable)),
                        'without-kuryr', 'bin')

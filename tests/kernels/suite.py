@@ -24,7 +24,7 @@ import unittest
 
 #: Commands that start a lab: "first" is like a node, "own" like a container.
 PLACES = {'first': ('unshare', '--net', '--mount', '--ipc'),
-          'own': ('tests/in-lab',)}
+          'own': ('tools/in-lab',)}
 #: CI's selection of tests, in parts of two minutes that run in parallel
 PARTS = {
     'core-kuryr': ['tests.e2e.test_daemon.' + name for name in (

@@ -17,7 +17,7 @@ import tempfile
 import unittest
 
 from kuryr_break0.cli import command
-from tests import completion
+from tools import completion
 
 SHIPPED = {shell: pathlib.Path(path)
            for shell, path in command.COMPLETION.items()}

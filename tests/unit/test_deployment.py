@@ -17,7 +17,7 @@ from oslo_config import cfg
 import yaml
 
 from kuryr_break0 import config
-from tests import overlay
+from tests.support import overlay
 
 
 class OverlayTestCase(unittest.TestCase):
@@ -378,7 +378,7 @@ class TestGenerator(unittest.TestCase):
             stderr=subprocess.PIPE)
 
     @unittest.skipUnless(SOURCES, 'needs the sources of Kuryr: '
-                         'tests/kuryr-sources .venv/kuryr-sources')
+                         'tools/kuryr-sources .venv/kuryr-sources')
     def test_it_writes_what_the_overlay_is_tested_with(self) -> None:
         for engine in ('docker', 'crio'):
             with tempfile.TemporaryDirectory() as directory:

@@ -2,7 +2,7 @@
 
 """Untrusted input is accepted, or refused with an error of the package.
 
-``FUZZ_EXAMPLES=10000 tests/run tests.unit.test_fuzz`` runs more examples than
+``FUZZ_EXAMPLES=10000 tools/run tests.unit.test_fuzz`` runs more examples than
 the default.
 """
 
@@ -51,8 +51,8 @@ from kuryr_break0.model import Record
 from kuryr_break0 import option_types
 from tests.functional import base
 from tests.functional.cni.base import SHIM
-from tests import kuryr
-from tests import lab
+from tests.support import kuryr
+from tests.support import lab
 
 EXAMPLES = int(os.environ.get('FUZZ_EXAMPLES', 200))
 fuzzed = settings(max_examples=EXAMPLES, deadline=None,
@@ -361,7 +361,7 @@ class TestCNI(unittest.TestCase):
         self.assertIn(json.loads(done.stdout)['code'], (6, 7, 11))
 
 
-@unittest.skipIf(os.geteuid(), 'needs root, as under tests/in-lab')
+@unittest.skipIf(os.geteuid(), 'needs root, as under tools/in-lab')
 class TestSocketOfTheAgent(unittest.TestCase):
     """The agent's CNI server survives any request of another root process.
 
@@ -529,7 +529,7 @@ class TestEngines(unittest.TestCase):
                 self.assertTrue(netns.startswith('/'))
 
 
-@unittest.skipIf(os.geteuid(), 'needs root, as under tests/in-lab')
+@unittest.skipIf(os.geteuid(), 'needs root, as under tools/in-lab')
 class TestHTTP(unittest.TestCase):
 
     @classmethod

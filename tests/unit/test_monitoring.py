@@ -46,7 +46,7 @@ class PromtoolTestCase(unittest.TestCase):
         path = shutil.which('promtool', path=os.pathsep.join(
             [bin_dir, os.environ['PATH']]))
         if path is None:
-            self.skipTest('needs promtool: tests/promtool ' + bin_dir)
+            self.skipTest('needs promtool: tools/promtool ' + bin_dir)
         done = subprocess.run([path, *args], text=True,
                               stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT)

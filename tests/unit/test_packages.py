@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""tests/debian-packages requests the packages that bindep.txt lists."""
+"""tools/debian-packages requests the packages that bindep.txt lists."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 import tempfile
 import unittest
 
-from tests import overlay
+from tests.support import overlay
 
 DEMO = {'git', 'iproute2', 'iputils-ping', 'make', 'mount', 'util-linux'}
 
@@ -37,7 +37,7 @@ class TestPackages(unittest.TestCase):
                 file.write('#!/bin/sh\necho 1000\n')
             os.chmod(file.name, 0o755)
             done = subprocess.run(
-                ['/bin/sh', os.path.join(overlay.ROOT, 'tests',
+                ['/bin/sh', os.path.join(overlay.ROOT, 'tools',
                                          'debian-packages'), *args],
                 env={'PATH': directory + path, 'PYTHON': sys.executable},
                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -18,8 +18,8 @@ import unittest
 
 from packaging import specifiers
 
-from tests import constraints
-from tests import overlay
+from tests.support import overlay
+from tools import constraints
 
 ROOT = pathlib.Path(overlay.ROOT)
 
@@ -141,7 +141,7 @@ class TestDemo(unittest.TestCase):
         for target, tools in (('demo', False), ('lint', True)):
             commands = run('make', '--dry-run', '--always-make', target,
                            cwd=ROOT)
-            self.assertIn('tests/core-requirements.txt', commands)
+            self.assertIn('tools/core-requirements.txt', commands)
             for requirements in ('test-requirements.txt',
                                  'doc/requirements.txt'):
                 self.assertEqual(tools, requirements in commands, commands)

@@ -9,7 +9,7 @@ import signal
 import tempfile
 import unittest
 
-from tests import parallel
+from tools import parallel
 
 
 class Sample:

@@ -27,10 +27,10 @@ import os_vif
 
 from kuryr_break0.kuryr import address_pairs
 from kuryr_break0.kuryr import pod_vif
-from tests import kubeapi
-from tests import lab
-from tests import neutron
-from tests import overlay
+from tests.support import kubeapi
+from tests.support import lab
+from tests.support import neutron
+from tests.support import overlay
 
 NODE, OTHER_NODE = '100.75.30.51', '100.75.30.52'
 CONF = """\

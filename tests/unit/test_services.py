@@ -16,8 +16,8 @@ from oslo_log import log as logging
 
 from kuryr_break0.cli import common
 from kuryr_break0 import config
-from tests import overlay
-from tests import pages
+from tests.support import overlay
+from tests.support import pages
 
 ETC = os.path.join(overlay.ROOT, 'etc')
 UNIT = 'kuryr-break0-agent.service'

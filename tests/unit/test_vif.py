@@ -9,7 +9,7 @@ import unittest
 from os_vif.objects import base as osv_base
 
 from kuryr_break0.kuryr import vif
-from tests import kuryr
+from tests.support import kuryr
 
 
 def in_order(primitive: Any) -> Any:

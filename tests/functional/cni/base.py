@@ -14,8 +14,8 @@ import sys
 from typing import Any, Optional
 
 from tests.functional import base
-from tests import lab
-from tests import program
+from tests.support import lab
+from tests.support import program
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 PLUGINS = '/usr/lib/cni'

@@ -30,8 +30,8 @@ from tests.functional.cni import base
 from tests.functional.cni.base import ID
 from tests.functional.cni.base import network
 from tests.functional.cni.base import SOCKET
-from tests import lab
-from tests import program
+from tests.support import lab
+from tests.support import program
 
 #: Seconds within which the shim must end if it gets no complete answer
 PATIENCE = 12

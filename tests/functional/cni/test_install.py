@@ -16,7 +16,7 @@ import yaml
 
 from kuryr_break0.cli import cni
 from tests.functional.cni import base
-from tests import program
+from tests.support import program
 
 ETC = pathlib.Path(__file__).parents[3] / 'etc/cni'
 

@@ -14,12 +14,12 @@ import subprocess
 import threading
 from typing import Any
 
-from tests import dhcp
 from tests.functional.cni import base
 from tests.functional.cni.base import ID
 from tests.functional.cni.base import network
 from tests.functional.cni.base import OTHER_ID
-from tests import lab
+from tests.support import dhcp
+from tests.support import lab
 
 VERSIONS = ['0.3.1', '0.4.0', '1.0.0', '1.1.0']
 

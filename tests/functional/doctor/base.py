@@ -19,7 +19,7 @@ from kuryr_break0.ledger import Ledger
 from kuryr_break0.model import Owner
 from tests.functional import base
 from tests.functional.base import OTHER_OWNER
-from tests import program
+from tests.support import program
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), 'kuryr-break0')
 POD4, POD6 = '100.75.30.71', 'fd00:30::71'

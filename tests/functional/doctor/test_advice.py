@@ -2,7 +2,7 @@
 
 """Each finding's commands fit the kind of host, and can be pasted.
 
-tests/deb pastes the commands under a real systemd.
+tools/deb pastes the commands under a real systemd.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from tests.functional import base
 from tests.functional.doctor.base import DoctorTestCase
 from tests.functional.doctor.base import POD4
 from tests.functional.doctor.base import PROGRAM
-from tests import lab
-from tests import program
+from tests.support import lab
+from tests.support import program
 
 CONF = '/run/mine.conf'
 ROLL_OUT = ('kubectl --namespace kube-system rollout restart '

@@ -28,7 +28,7 @@ from tests.functional.doctor.base import OWNER_79
 from tests.functional.doctor.base import POD4
 from tests.functional.doctor.base import POD6
 from tests.functional.doctor.base import SUBNETS
-from tests import lab
+from tests.support import lab
 
 
 class TestCommand(DoctorTestCase):

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import os
 
-from tests import firewalls
 from tests.functional.doctor.base import DoctorTestCase
 from tests.functional.doctor.base import OTHER4
 from tests.functional.doctor.base import POD4
 from tests.functional.doctor.base import POD6
 from tests.functional.doctor.base import PROGRAM
-from tests import lab
+from tests.support import firewalls
+from tests.support import lab
 
 
 class TestFirewall(DoctorTestCase):

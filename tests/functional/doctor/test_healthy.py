@@ -10,8 +10,8 @@ import subprocess
 from tests.functional.doctor.base import DoctorTestCase
 from tests.functional.doctor.base import POD4
 from tests.functional.doctor.base import PROGRAM
-from tests import lab
-from tests import program
+from tests.support import lab
+from tests.support import program
 
 
 class TestHealthy(DoctorTestCase):

@@ -21,7 +21,7 @@ from tests.functional.doctor.base import OWNER_79
 from tests.functional.doctor.base import POD4
 from tests.functional.doctor.base import POD6
 from tests.functional.doctor.base import SUBNETS
-from tests import lab
+from tests.support import lab
 
 #: An address on the node's link, outside of the node's subnet
 FAR4 = '100.75.40.71'

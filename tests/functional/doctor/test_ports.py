@@ -10,8 +10,8 @@ import time
 from typing import Any
 
 from tests.functional.doctor.base import DoctorTestCase
-from tests import kubeapi
-from tests import lab
+from tests.support import kubeapi
+from tests.support import lab
 
 NODENAME = 'node-1'
 CONF = """\

@@ -16,7 +16,7 @@ from tests.functional import base
 from tests.functional.doctor.base import DoctorTestCase
 from tests.functional.doctor.base import POD4
 from tests.functional.doctor.base import POD6
-from tests import lab
+from tests.support import lab
 
 
 class TestRecords(DoctorTestCase):

@@ -22,7 +22,7 @@ from kuryr_break0 import kernel
 from kuryr_break0.model import Owner
 from kuryr_break0 import policy
 from tests.functional import base
-from tests import lab
+from tests.support import lab
 
 POD, POD6 = '100.75.30.71', 'fd00:30::71'
 OTHER, OTHER6 = '100.75.30.72', 'fd00:30::72'

@@ -9,7 +9,7 @@ import struct
 from typing import Optional
 
 from tests.functional.traffic import base
-from tests import lab
+from tests.support import lab
 
 # The groups of mDNS in both families, and the broadcast address.
 GROUP, GROUP6 = '224.0.0.251', 'ff02::fb'

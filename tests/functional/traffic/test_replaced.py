@@ -11,7 +11,7 @@ from kuryr_break0.discovery.namespace import Namespace
 from tests.functional import test_discovery
 from tests.functional.test_discovery import ONE
 from tests.functional.test_discovery import ONE6
-from tests import lab
+from tests.support import lab
 
 
 class TestReplaced(test_discovery.DiscoveryTestCase):

@@ -15,7 +15,7 @@ from kuryr_break0 import kernel
 from kuryr_break0.model import Owner
 from tests.functional import test_border
 from tests.functional.traffic import base
-from tests import lab
+from tests.support import lab
 
 LATE, LATE6 = '100.75.30.73', 'fd00:30::73'
 LATE_MAC = 'fa:16:3e:00:00:73'

@@ -12,7 +12,7 @@ import subprocess
 from kuryr_break0.model import Owner
 from kuryr_break0 import policy
 from tests.functional.traffic import base
-from tests import lab
+from tests.support import lab
 
 OTHER = '10.77.0.1'
 OTHER6 = 'fd00:77::1'

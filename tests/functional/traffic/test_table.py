@@ -16,7 +16,7 @@ from typing import NamedTuple, Optional
 from tests.functional.traffic import base
 from tests.functional.traffic.base import ENDS
 from tests.functional.traffic.base import Seen
-from tests import lab
+from tests.support import lab
 
 PAGE = os.path.join(os.path.dirname(__file__), os.pardir, os.pardir,
                     os.pardir, 'doc', 'source', 'admin', 'traffic.rst')

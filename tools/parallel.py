@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Run the classes of the tests in parallel; tests/run has the usage.
+"""Run the classes of the tests in parallel; tools/run has the usage.
 
 Each class runs in a forked process, so only the parent imports the tests. A
 process that ends is replaced by one for the next class. The output ends with
@@ -23,7 +23,7 @@ import traceback
 from typing import Any, BinaryIO, Iterator, NamedTuple
 import unittest
 
-from tests import program
+from tests.support import program
 
 #: The slowest modules. Their classes start first, so that the last classes to
 #: start are short.
@@ -177,7 +177,7 @@ def _finished(job: Job, status: int) -> tuple[int, dict[str, str]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog='tests.parallel')
+    parser = argparse.ArgumentParser(prog='tools.parallel')
     parser.add_argument('--jobs', type=int, required=True)
     parser.add_argument('--only', default='', help='all must match this')
     parser.add_argument('--skip', default='', help='and none may match this')

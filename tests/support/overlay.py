@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import shutil
 import subprocess
 import tempfile
@@ -12,10 +13,10 @@ from typing import Any, Optional
 
 import yaml
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = str(pathlib.Path(__file__).parents[2])
 OVERLAY = os.path.join(ROOT, 'etc', 'kubernetes')
 #: The DaemonSet that Kuryr's generator creates for Docker or containerd.
-BASE = os.path.join(ROOT, 'tests', 'data', 'cni_ds.yml')
+BASE = os.path.join(ROOT, 'tests', 'support', 'data', 'cni_ds.yml')
 AGENT = 'kuryr-break0-agent'
 #: The mounts of the host's /proc, which the generator omits for CRI-O.
 _PROC = {'mount': {'name': 'proc', 'mountPath': '/host_proc'},

@@ -28,9 +28,9 @@ from os_vif.objects import subnet as osv_subnet
 import psutil
 import requests
 
-from tests import kubeapi
-from tests import lab
-from tests import program
+from tests.support import kubeapi
+from tests.support import lab
+from tests.support import program
 
 NODENAME = 'node-1'
 ADDRESS = '127.0.0.1:5036'

@@ -2,7 +2,7 @@
 
 """Print the digests of Kuryr's releases for kuryr_break0/kuryr/comparison.
 
-``python -m tests.releases 6.0.0 10.0.0`` downloads the releases with pip. Add
+``python -m tools.releases 6.0.0 10.0.0`` downloads the releases with pip. Add
 a release after tests/functional/test_l3.py has passed with it.
 """
 

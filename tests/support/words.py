@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Count unclear phrases: ``python -m tests.words FILE_OR_FOLDER...``
+"""Count unclear phrases: ``python -m tests.support.words FILE_OR_FOLDER...``
 
 A hidden noun is a clause that replaces a noun, such as ``what is left`` for
 "the remaining routes". An odd beginning is a sentence that begins with such a

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 
-"""The program that tests/boot runs in a Debian that it has booted.
+"""The program that tools/boot runs in a Debian that it has booted.
 
 The program needs only Python's standard library. Two containers of
 systemd-nspawn, of which one is the node's name server, and one container of

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import unittest
 
-from tests import lab
+from tests.support import lab
 
 
 def _copy(path: str, into: str) -> None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The program that tests/deb runs in a minimal Debian.
+"""The program that tools/deb runs in a minimal Debian.
 
 The program needs only Python's standard library.
 """

@@ -9,7 +9,7 @@ import re
 import textwrap
 from typing import NamedTuple
 
-SOURCE = pathlib.Path(__file__).parents[1] / 'doc/source'
+SOURCE = pathlib.Path(__file__).parents[2] / 'doc/source'
 
 
 class Step(NamedTuple):

@@ -10,7 +10,7 @@ from typing import NamedTuple, Optional
 
 from prometheus_client import parser
 
-from tests import lab
+from tests.support import lab
 
 DEFAULT = '127.0.0.1:9817'
 

@@ -14,8 +14,8 @@ from typing import Optional
 
 import prettytable
 
-from tests import kuryr
-from tests import lab
+from tests.support import kuryr
+from tests.support import lab
 
 PODS = {'pod-1': '100.75.30.71', 'pod-2': '100.75.30.72',
         'pod-3': '100.75.30.73'}

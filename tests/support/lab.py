@@ -5,7 +5,7 @@
 The calling process becomes the node. Its network namespace gets a NIC,
 ``eth0``, whose peer is in the namespace ``lan``; each pod gets another
 namespace. The kernel removes all namespaces when the process ends, even by
-SIGKILL, and the machine itself stays unchanged. ``tests/in-lab`` starts a
+SIGKILL, and the machine itself stays unchanged. ``tools/in-lab`` starts a
 process with the necessary rights, for any user.
 
 The lab reads the kernel's state with ``ip -json``, because the library under
@@ -30,7 +30,7 @@ import time
 from typing import Any, Callable, Iterator, Optional, Sequence
 
 from kuryr_break0 import kernel
-from tests import program
+from tests.support import program
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWNET = 0x40000000
@@ -62,7 +62,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def _call(name: str, *args: Any) -> None:
     if getattr(_libc, name)(*args) != 0:
         error = ctypes.get_errno()
-        raise OSError(error, '%s: %s. Run it under tests/in-lab.' %
+        raise OSError(error, '%s: %s. Run it under tools/in-lab.' %
                       (name, os.strerror(error)))
 
 
